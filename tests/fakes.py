@@ -8,24 +8,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from selectors import SelectorKey
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.actors.start_plan import StartPlan
-from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources
 from cluster.core.errors import PeerLostError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
+from cluster.sizing.start_plan import FoundWorker, StartPlan
 from tests.cluster.controller.fakes_cluster import members_of
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 from workers.transport.peer_connections import PeerConnections
+
+if TYPE_CHECKING:
+    from cluster.actors.worker_group import WorkerGroup
+else:
+    WorkerGroup = ABC  # its module imports Ray
 
 TINY_CONFIG: Mapping[str, Any] = {
     "model_type": "olmoe",
@@ -138,8 +142,8 @@ class FailingDispatcher:
         self.num_calls += 1
 
 
-class FakeWorkerGroup(ABC):
-    """``WorkerGroupLike`` on this host without Ray; subclasses start and end the workers."""
+class FakeWorkerGroup(WorkerGroup):
+    """``WorkerGroup`` on this host without Ray; subclasses start and end the workers."""
 
     def __init__(self) -> None:
         self.restarted = False
@@ -175,7 +179,7 @@ class FakeWorkerGroup(ABC):
 
     @abstractmethod
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
-        """See ``WorkerGroupLike``."""
+        """See ``WorkerGroup``."""
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
         return None
@@ -199,7 +203,7 @@ class FakeWorkerGroup(ABC):
 
     @abstractmethod
     async def end(self, names: Sequence[str]) -> None:
-        """See ``WorkerGroupLike``."""
+        """See ``WorkerGroup``."""
 
     async def end_all(self) -> None:
         await self.end(self.names())

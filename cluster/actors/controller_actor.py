@@ -11,13 +11,11 @@ import logging
 import os
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.actors.handoff import hand_off
 from cluster.actors.runner import Runner
-from cluster.actors.start_plan import plan_start
 from cluster.actors.tasks import Background
-from cluster.actors.worker_group_like import WorkerGroupLike
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
@@ -34,12 +32,15 @@ from cluster.core.errors import (
 )
 from cluster.core.states import ClusterState
 from cluster.load.view import load_before_start, load_document, num_at_risk, placement_report
+from cluster.sizing.start_plan import plan_start
+
+if TYPE_CHECKING:
+    from cluster.actors.worker_group import WorkerGroup  # which imports Ray
 
 logger = logging.getLogger(__name__)
 
 _PLAN_LIMIT_S = 20.0
 """Longest wait for the decision on an order to rebalance; it continues afterwards."""
-_PLAN_POLL_S = 0.02
 STATUS_LIMIT_S = 1.0
 """Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
@@ -51,7 +52,7 @@ _MAX_RESTORE_PAUSE_S = 10.0
 class ControllerActor:
     """Async actor; see ``cluster.actors.controller_client``. It starts one cluster in its life."""
 
-    def __init__(self, group: WorkerGroupLike, status_limit_s: float = STATUS_LIMIT_S) -> None:
+    def __init__(self, group: WorkerGroup, status_limit_s: float = STATUS_LIMIT_S) -> None:
         self._group = group
         self._status_limit_s = status_limit_s
         self._background = Background()
@@ -189,9 +190,8 @@ class ControllerActor:
         wanted = from_plain(order, RebalanceOrder, RequestError)
         controller = await self._serving_controller()
         operation = self.runner.tell(partial(controller.rebalancing.begin, wanted))
-        deadline = time.monotonic() + _PLAN_LIMIT_S
-        while controller.rebalancing.is_deciding(operation) and time.monotonic() < deadline:
-            await asyncio.sleep(_PLAN_POLL_S)  # the ticks continue
+        plans = controller.rebalancing.plans
+        await self._background.wait(lambda: not plans.waits(operation.id), _PLAN_LIMIT_S)
         return operation.to_dict()
 
     async def operation(self, operation_id: str) -> dict[str, Any]:

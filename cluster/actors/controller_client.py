@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.actors.worker_group_like import WorkerGroupLike
 from cluster.core.errors import ExpertMeshError, NotReadyError
+
+if TYPE_CHECKING:
+    from cluster.actors.worker_group import WorkerGroup  # which imports Ray
 
 CONTROLLER_NAME = "expertmesh-controller"
 """Name of the actor in our namespace."""
@@ -15,7 +17,7 @@ _RETRY_S = 2.0
 
 
 def create_controller(
-    group: WorkerGroupLike,
+    group: WorkerGroup,
     status_limit_s: float | None = None,
     selector: Mapping[str, str] | None = None,
 ) -> Any:

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.runner import Runner
-from cluster.actors.start_plan import StartPlan
-from cluster.actors.worker_group_like import FoundWorker
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import SupersededError
+from cluster.sizing.start_plan import FoundWorker, StartPlan
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import ray
+from ray._private.state import state
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -62,8 +63,6 @@ def draining_nodes() -> frozenset[str]:
 
     A remote call; use a thread.
     """
-    from ray._private.state import state
-
     return frozenset(state.get_draining_nodes())
 
 
@@ -140,8 +139,6 @@ def with_process(actors: Mapping[str, Any]) -> list[str]:
     Their constructors may still run, and Ray's state of an actor does not show the difference. A
     remote call; use a thread.
     """
-    from ray._private.state import state
-
     return [n for n, actor in actors.items() if state.actor_table(actor._actor_id.hex()).get("Pid")]
 
 

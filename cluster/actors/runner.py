@@ -14,12 +14,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
-from cluster.actors.start_plan import StartPlan
 from cluster.actors.tasks import Background
-from cluster.actors.worker_group_like import WorkerGroupLike
 from cluster.config.cluster import ObservabilitySection
 from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
@@ -32,7 +30,11 @@ from cluster.core.errors import ConfigError, ExpertMeshError, StartError, Supers
 from cluster.core.frames import ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
+from cluster.sizing.start_plan import StartPlan
 from cluster.tracing.exporter import TraceExport, load_exporter
+
+if TYPE_CHECKING:
+    from cluster.actors.worker_group import WorkerGroup  # which imports Ray
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ _END_AGAIN_S = 1.0
 class Runner:
     """One controller among its sockets and workers. Event loop of the actor only."""
 
-    def __init__(self, group: WorkerGroupLike, background: Background) -> None:
+    def __init__(self, group: WorkerGroup, background: Background) -> None:
         self.group = group
         self.background = background
         self.identity = secrets.token_hex(8)
@@ -247,7 +249,8 @@ class Runner:
                 logger.exception("workers could not be ended, trying again")
                 await asyncio.sleep(_END_AGAIN_S)
             else:
-                self.tell(ended)
+                if self.controller is not None:
+                    self.tell(ended)
                 break
 
     async def _tick_forever(self, controller: Controller) -> None:

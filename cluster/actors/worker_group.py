@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 
 import ray
@@ -27,13 +26,12 @@ from ray.util.scheduling_strategies import (
 
 from cluster.actors import ray_tools
 from cluster.actors.process import ProcessIdentity, describe_self, kill_process, wait_gone
-from cluster.actors.start_plan import StartPlan
-from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import ClusterConfig, WorkersSection
 from cluster.config.resources import WorkerShare, resolved_share
 from cluster.core.errors import StartError, SupersededError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
+from cluster.sizing.start_plan import FoundWorker, StartPlan
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +66,20 @@ class WorkerGroup:
     """Worker name -> id of the node on which ``reserve`` has found room for it; never those of
     workers that were found: their names may be given again."""
     silent: Collection[str] = ()
+    """Workers of an earlier controller that live, or may live, and did not answer ``find``."""
     _actors: dict[str, _Actor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _group: PlacementGroup | None = None
     _term: int = 0
     _identity: str = ""
+    _reserved: dict[str, int] = field(default_factory=dict)
+    """Worker name -> its bundle, of those of the start."""
     _bundles: dict[Role, range] = field(default_factory=dict)
     """If nodes are labelled for roles: bundles of each role."""
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while an actor's bundle is chosen and the actor is created."""
 
+    # called by the controller actor, which tests run without Ray
     resources = staticmethod(ray_tools.cluster_nodes)
     address = staticmethod(ray_tools.node_address)
     was_restarted = staticmethod(ray_tools.this_actor_was_restarted)
@@ -92,13 +94,16 @@ class WorkerGroup:
         return ray_tools.free_resources().get("CPU", 0.0)
 
     async def claim(self, identity: str) -> int:
-        """As in ``claim_term``. Raises ``TimeoutError`` if Ray does not answer."""
+        """Claim a term for this controller, above all before; workers are ended in its name.
+
+        Raises ``TimeoutError`` if Ray does not answer.
+        """
         self._term = await _in_time(ray_tools.claim_term, identity)
         self._identity = identity
         return self._term
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
-        """Reserve room for all workers, spread over the nodes.
+        """Reserve room for all workers, spread over the nodes. Blocks; use a thread.
 
         Ranks are ordered by node, then index. Raises ``StartError`` if there is no room within
         ``limit_s``.
@@ -116,18 +121,17 @@ class WorkerGroup:
             lifetime="detached",
             bundle_label_selector=selectors or None,
         )
-        self._bundles = _ranges(pools) if selectors else {}
+        ranges = _ranges(pools)
+        self._bundles = ranges if selectors else {}
         if not self._group.wait(limit_s):
             ray_tools.free_reserved_room()
             raise StartError("worker group", _no_room_text(count, share, limit_s))
-        nodes = iter(self._bundle_nodes())
-        members = [
-            ranked
-            for role, number in pools.items()
-            for ranked in _rank(role, list(islice(nodes, number)))
-        ]
-        self.nodes = {m.name: node for m, node in members}
-        return tuple(m for m, _ in members)
+        table = placement_group_table(self._group)["bundles_to_node_id"]
+        nodes = [str(table[bundle]) for bundle in range(count)]
+        ranked = [pair for role, own in ranges.items() for pair in _rank(role, own, nodes)]
+        self._reserved = {m.name: bundle for m, bundle in ranked}
+        self.nodes = {m.name: nodes[bundle] for m, bundle in ranked}
+        return tuple(m for m, _ in ranked)
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
@@ -137,17 +141,13 @@ class WorkerGroup:
         """
         await self._check_term()
         await _free_names([m.name for m in members])
-        bundles: defaultdict[str, list[int]] = defaultdict(list)
-        if any(m.name in self.nodes for m in members):
-            for bundle, node_id in enumerate(await asyncio.to_thread(self._bundle_nodes)):
-                bundles[node_id].append(bundle)
         created = []
         for member in members:
             node_id = self.nodes.get(member.name, "")
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             async with self._placing:
-                bundle = bundles[node_id].pop(0) if node_id else self._free_bundle(member.role)
+                bundle = self._reserved.get(member.name, self._free_bundle(member.role))
                 create: Any = remote.options(**self._options(member, plan.share, bundle)).remote
                 await self._check_term()
                 facts: Any = plan.arguments(member, address)
@@ -157,6 +157,10 @@ class WorkerGroup:
         await _all_or_first_error(created)
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
+        """Report those of the workers that ``start`` creates whose processes run; cancel it then.
+
+        A constructor may still run; a worker that waits for room has no process.
+        """
         waiting = list(names)
         while waiting:
             await asyncio.sleep(_PING_S)
@@ -202,6 +206,7 @@ class WorkerGroup:
         return found
 
     def names(self) -> list[str]:
+        """Workers that were started or found, answering or not, and not ended."""
         return list(self._actors)
 
     async def redirect(self, name: str, control_address: str) -> None:
@@ -288,17 +293,9 @@ class WorkerGroup:
         free = [b for b in self._bundles.get(role, ()) if b not in taken]
         return free[0] if free else _ANY_BUNDLE
 
-    def _bundle_nodes(self) -> list[str]:
-        """``[bundle]`` -> node id."""
-        assert self._group is not None
-        table = placement_group_table(self._group)["bundles_to_node_id"]
-        return [str(table[i]) for i in range(len(table))]
-
-    # ---- starting -------------------------------------------------------------------------
-
     async def _bring_up(self, actor: _Actor) -> None:
         try:
-            actor.process, actor.node_id = await actor.handle.__ray_call__.remote(_find_self)
+            _, actor.process, actor.node_id = await actor.handle.__ray_call__.remote(_introduce)
             await actor.handle.start.remote()
         except RayError as err:
             raise StartError(actor.name, ray_tools.words_of(err)) from err
@@ -383,11 +380,6 @@ def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
     return actor.introduce(), describe_self(), ray_tools.this_node_id()
 
 
-def _find_self(actor: Any) -> tuple[ProcessIdentity, str]:
-    """Runs in a worker: its process, its node."""
-    return describe_self(), ray_tools.this_node_id()
-
-
 async def _free_names(names: Sequence[str]) -> None:
     """Kill actors of an earlier run with these names. Raises ``StartError`` if one stays."""
     deadline = asyncio.get_running_loop().time() + _CALL_LIMIT_S
@@ -422,11 +414,12 @@ async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
-    """Members of one pool with their node ids, ranked by the nodes' order."""
+def _rank(role: Role, bundles: range, nodes: Sequence[str]) -> list[tuple[Member, int]]:
+    """Members of one pool with their bundles, ranked by the order of the ``[bundle]`` nodes."""
     known = {n.node_id: n for n in ray_tools.cluster_nodes()}
     order = {node_id: i for i, node_id in enumerate(known)}
-    placed = sorted(nodes, key=lambda node: order[node])
+    placed = sorted(bundles, key=lambda bundle: order[nodes[bundle]])
+    places = ((bundle, known[nodes[bundle]]) for bundle in placed)
     return [
         (
             Member(
@@ -434,14 +427,14 @@ def _rank(role: Role, nodes: Sequence[str]) -> list[tuple[Member, str]]:
                 role=role,
                 rank=rank,
                 device=rank if holds_experts(role) else -1,
-                node=known[node].address,
-                domain=known[node].place.domain,
-                link_class=known[node].place.link_class,
-                speed=known[node].place.speed,
+                node=node.address,
+                domain=node.place.domain,
+                link_class=node.place.link_class,
+                speed=node.place.speed,
             ),
-            node,
+            bundle,
         )
-        for rank, node in enumerate(placed)
+        for rank, (bundle, node) in enumerate(places)
     ]
 
 

@@ -37,7 +37,7 @@ class Controller:
         self.detection = Detection(self.cluster, settings)
         self.recovery = Recovery(self.cluster, settings)
         self.rebalancing = Rebalancing(self.cluster, executor)
-        self.draining = Draining(self.cluster, self.recovery, self.rebalancing)
+        self.draining = Draining(self.cluster, self.rebalancing)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ class Controller:
                     cluster.reform(cause, now)
             case frames.StatusReply():
                 cluster.load.take(name, frame.expert_load)
-                record.take_status(frame)
+                record.take_numbers(frame)
             case frames.Register():
                 record.register(frame)
                 record.since = now
@@ -170,8 +170,11 @@ class Controller:
         """Ask every worker for its numbers; ``workers.status_complete`` says when all came."""
         if not self.cluster.is_up:
             return
-        request, asked = self.cluster.workers.ask_status()
-        self.cluster.send(request, *asked)
+        request = frames.StatusRequest(token=next(self.cluster.order_numbers))
+        asked = [r for r in self.cluster.workers.alive() if r.state is not WorkerState.STARTING]
+        for record in asked:
+            record.asked = request.token
+        self.cluster.send(request, *(r.name for r in asked))
 
     def snapshot(self) -> dict[str, Any]:
         """The cluster's state, fit for JSON (``status --json``)."""
@@ -196,15 +199,11 @@ class Controller:
             "history": cluster.history.to_list(),
         }
 
-    # ---- a restarted controller -----------------------------------------------------------
-
     def restore(self, collected: CollectedState, now: float) -> None:
         """Continue with running workers; the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
         continue_with(collected, self.cluster, self.recovery, self.draining, now)
         self._check_builds([r.name for r in self.cluster.workers.alive()], now)
-
-    # ---- start ----------------------------------------------------------------------------
 
     def _worker_ready(self, record: WorkerRecord, now: float) -> None:
         cluster = self.cluster
@@ -216,8 +215,6 @@ class Controller:
             members = tuple(r.member for r in cluster.workers)
             cluster.history.add(1, now, "start", f"serve with {describe_members(members)}")
             cluster.form(members, cluster.placement, now)
-
-    # ---- small things ---------------------------------------------------------------------
 
     def _check_builds(self, names: Sequence[str], now: float) -> None:
         """Workers that cannot serve with the others are lost before they meet."""

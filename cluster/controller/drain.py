@@ -20,14 +20,13 @@ from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.effects import End
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, OperationState
-from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame, Shutdown, StatusRequest
 from cluster.core.states import WorkerState
 from cluster.planner.stages import Stage
-from cluster.policy.coverage import stage_on
+from cluster.policy.coverage import describe_members, stage_on
 
 SIGNAL_LIMIT_S = 120.0
 """Limit of a drain that a worker requested after SIGTERM."""
@@ -44,10 +43,9 @@ _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
 class Draining:
     """The drains of a cluster, one after the other. Owned by the controller."""
 
-    def __init__(self, cluster: Cluster, recovery: Recovery, rebalancing: Rebalancing) -> None:
+    def __init__(self, cluster: Cluster, rebalancing: Rebalancing) -> None:
         """No change of ``rebalancing`` begins or continues while a drain runs."""
         self._cluster = cluster
-        self._recovery = recovery
         self._rebalancing = rebalancing
         self._change: EpochChange | None = None
         """The change of the maps that the drain has under way."""
@@ -73,8 +71,6 @@ class Draining:
         elif drain.step is not DrainStep.BACK:
             self._hold_back(drain, drain.step is DrainStep.MOVE)
             drain.resume(DrainStep.SETTLE)
-
-    # ---- orders ---------------------------------------------------------------------------
 
     def begin(self, order: DrainOrder, now: float) -> Operation:
         """Begin to drain, or find the operation that the same request began.
@@ -304,13 +300,23 @@ class Draining:
         self._enter(drain, DrainStep.MOVE)
 
     def _leave(self, drain: Drain, now: float) -> None:
+        """Form a generation without the workers; their places wait for the end of the drain."""
         stage = self._stage_without(drain.names)  # others may have been lost meanwhile
         if stage is not None and stage.fills:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
         drain.enter(DrainStep.LEAVE)
-        why = f"drained {' and '.join(drain.names)}"
-        self._recovery.leave(drain.names, drain.order.node, why, now)
+        cluster, why = self._cluster, f"drained {' and '.join(drain.names)}"
+        members = [m for m in cluster.round.members if m.name not in drain.names]
+        placement = stage.placement if stage is not None else cluster.placement
+        for name in drain.names:
+            cluster.workers[name].enter(WorkerState.DRAINED, why)
+            cluster.places.cordon(name, drain.order.node)
+            cluster.round.drop_reports(name)
+        cluster.remember()
+        cluster.form(members, placement, now)
+        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
+        cluster.note(why, effect, now)
 
     def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         """Take requests again, and restore the maps from before the drain if it changed them."""

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.actors.controller_client import CONTROLLER_NAME, ask_controller
-from cluster.actors.start_plan import plan_start
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection, is_loopback
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError, NotReadyError, StartError
 from cluster.core.node_labels import selector_for
 from cluster.launch.plan import EVERY_INTERFACE, LaunchPlan, check_ports, tell_differences
+from cluster.sizing.start_plan import plan_start
 
 logger = logging.getLogger(__name__)
 

@@ -131,8 +131,6 @@ class LoadTracker:
         self._watch(totals, epoch)
         return window
 
-    # ---- questions ------------------------------------------------------------------------
-
     @property
     def epoch(self) -> int:
         """Newest placement epoch that any worker has counted in; 0 before the first step."""

@@ -122,12 +122,9 @@ def decide_placement(
 
     Raises ``ConfigError`` if load, devices and placement do not match.
     """
-    packed = packed_rows(current)
-    time_now = _seconds(load, topology, packed, step)
-    found = [
-        _weighed(plan, packed, time_now, load, topology, section, step)
-        for plan in _candidates(load, topology, packed, section.max_move_fraction, step)
-    ]
+    scales = _Scales(load, topology, packed_rows(current), section, step)
+    time_now = scales.seconds(scales.current)
+    found = [scales.weighed(plan, time_now) for plan in scales.candidates()]
     best = max(found, key=lambda d: d.gain_s - d.cost_s)
     if best.gain_s <= best.cost_s or 1.0 - best.time_ratio < _LEAST_GAIN:
         reason = f"{best.gain_s:.2f} s won within {section.horizon_s:g} s, {best.cost_s:.2f} s lost"
@@ -160,86 +157,70 @@ def with_shares(placement: ExpertPlacement, other: ExpertPlacement) -> ExpertPla
     return structs.replace(placement, banks=tuple(banks))
 
 
-def mixed_balancedness(
-    placement: ExpertPlacement, profile: LoadProfile, prefill_share: float
-) -> float | None:
+def mixed_balancedness(placement: ExpertPlacement, load: LoadNow) -> float | None:
     """Predicted cost of a load: prompts by the shares, decodes by the table; None without load."""
-    by_share = expected_loads(placement, profile, "prefill")
-    by_table = expected_loads(placement, profile, "decode")
-    mixed = [
-        [
-            prefill_share * p + (1.0 - prefill_share) * d
-            for p, d in zip(by_share[key], by_table[key], strict=True)
-        ]
-        for key in by_share
-    ]
-    return balancedness_of(mixed)
+    by_share = expected_loads(placement, load.profile, "prefill")
+    by_table = expected_loads(placement, load.profile, "decode")
+    part = load.prefill_share
+    pairs = (zip(by_share[key], by_table[key], strict=True) for key in by_share)
+    return balancedness_of([[part * p + (1.0 - part) * d for p, d in each] for each in pairs])
 
 
-def _candidates(
-    load: LoadNow,
-    topology: PlannedTopology,
-    current: ExpertPlacement,
-    max_move_fraction: float,
-    step: StepCost,
-) -> list[Plan]:
-    """Shares alone; moves for prompts; moves for decodes, and both."""
-    rows, profile = step.decode_tokens, load.profile
-    still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
-    plans = [mesh.plan(profile, topology, current, still)]
-    moving = replace(still, max_move_fraction=max_move_fraction)
-    budget = mesh.move_budget(current, moving)
-    if not budget:
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """Finds and weighs changes for one load."""
+
+    load: LoadNow
+    topology: PlannedTopology
+    current: ExpertPlacement
+    section: RebalanceSection
+    step: StepCost
+
+    def candidates(self) -> list[Plan]:
+        """Shares alone; moves for prompts; moves for decodes, and both."""
+        rows, profile, topology = self.step.decode_tokens, self.load.profile, self.topology
+        still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
+        plans = [mesh.plan(profile, topology, self.current, still)]
+        moving = replace(still, max_move_fraction=self.section.max_move_fraction)
+        budget = mesh.move_budget(self.current, moving)
+        if not budget:
+            return plans
+        plans.append(mesh.plan(profile, topology, self.current, moving))
+        for plan in tuple(plans):
+            moved = decode_moves.improved(
+                profile,
+                topology,
+                plan.placement,
+                budget=budget - len(plan.moves),
+                rows=rows,
+                slot_tokens=self.step.slot_s / max(self.step.token_s, 1e-12),
+            )
+            solved = mesh.plan(profile, topology, moved, still).placement
+            plans.append(assess(profile, topology, solved, self.current))
         return plans
-    plans.append(mesh.plan(profile, topology, current, moving))
-    for plan in tuple(plans):
-        moved = decode_moves.improved(
-            profile,
-            topology,
-            plan.placement,
-            budget=budget - len(plan.moves),
-            rows=rows,
-            slot_tokens=step.slot_s / max(step.token_s, 1e-12),
+
+    def weighed(self, plan: Plan, time_now: float) -> RebalanceDecision:
+        time_then = self.seconds(plan.placement)
+        ratio = time_then / time_now if time_now > 0 else 1.0
+        into_device = Counter(move.device for move in plan.moves)
+        most_bytes = max(into_device.values(), default=0) * self.step.expert_bytes
+        stages = 3 if plan.moves else 1
+        return RebalanceDecision(
+            action="move" if plan.moves else "split",
+            reason="the gain exceeds the cost",
+            target=plan.placement,
+            num_moves=len(plan.moves),
+            num_bytes=len(plan.moves) * self.step.expert_bytes,
+            balancedness_now=mixed_balancedness(self.current, self.load),
+            balancedness_then=mixed_balancedness(plan.placement, self.load),
+            time_ratio=ratio,
+            gain_s=max(1.0 - ratio, 0.0) * self.section.horizon_s,
+            cost_s=most_bytes / self.section.bytes_per_s * _MOVE_SLOWDOWN + stages * _SWITCH_S,
         )
-        solved = mesh.plan(profile, topology, moved, still).placement
-        plans.append(assess(profile, topology, solved, current))
-    return plans
 
-
-def _weighed(
-    plan: Plan,
-    current: ExpertPlacement,
-    time_now: float,
-    load: LoadNow,
-    topology: PlannedTopology,
-    section: RebalanceSection,
-    step: StepCost,
-) -> RebalanceDecision:
-    time_then = _seconds(load, topology, plan.placement, step)
-    ratio = time_then / time_now if time_now > 0 else 1.0
-    num_bytes = len(plan.moves) * step.expert_bytes
-    into_device = Counter(move.device for move in plan.moves)
-    most_bytes = max(into_device.values(), default=0) * step.expert_bytes
-    stages = 3 if plan.moves else 1
-    return RebalanceDecision(
-        action="move" if plan.moves else "split",
-        reason="the gain exceeds the cost",
-        target=plan.placement,
-        num_moves=len(plan.moves),
-        num_bytes=num_bytes,
-        balancedness_now=mixed_balancedness(current, load.profile, load.prefill_share),
-        balancedness_then=mixed_balancedness(plan.placement, load.profile, load.prefill_share),
-        time_ratio=ratio,
-        gain_s=max(1.0 - ratio, 0.0) * section.horizon_s,
-        cost_s=most_bytes / section.bytes_per_s * _MOVE_SLOWDOWN + stages * _SWITCH_S,
-    )
-
-
-def _seconds(
-    load: LoadNow, topology: PlannedTopology, placement: ExpertPlacement, step: StepCost
-) -> float:
-    """Experts' time for a row of the load, with its mix of prompts and decodes."""
-    window = window_of(load.profile, topology, placement, step)
-    prefill = window.prefill_step_s / step.prefill_tokens
-    decode = window.decode_step_s / step.decode_tokens
-    return load.prefill_share * prefill + (1.0 - load.prefill_share) * decode
+    def seconds(self, placement: ExpertPlacement) -> float:
+        """Experts' time for a row of the load, with its mix of prompts and decodes."""
+        window = window_of(self.load.profile, self.topology, placement, self.step)
+        prefill = window.prefill_step_s / self.step.prefill_tokens
+        decode = window.decode_step_s / self.step.decode_tokens
+        return self.load.prefill_share * prefill + (1.0 - self.load.prefill_share) * decode

@@ -1,4 +1,4 @@
-"""Predictions without a cluster: roofline, pool sizes, replays of a changing load.
+"""What is decided without a cluster: the plan of a start, roofline, pool sizes, replays of a load.
 
 Imports ``cluster.core``, ``cluster.config``, ``cluster.planner`` and numpy; pure.
 """

@@ -22,9 +22,7 @@ from ray.exceptions import ActorUnavailableError
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.controller_client import create_controller
 from cluster.actors.ray_tools import end_leftovers
-from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group import WorkerGroup
-from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import (
     ClusterConfig,
     EngineSection,
@@ -36,6 +34,7 @@ from cluster.config.cluster import (
 from cluster.controller.controller import Controller
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
+from cluster.sizing.start_plan import FoundWorker, StartPlan
 from tests.fakes import FakeWorkerGroup
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
 from tests.harness.loop_thread import LoopThread

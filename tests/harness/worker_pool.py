@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from cluster.actors.start_plan import StartPlan
 from cluster.core.topology import Member
+from cluster.sizing.start_plan import StartPlan
 from tests.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from workers.process.runtime import WorkerRuntime
 from workers.process.worker_args import WorkerArgs
@@ -23,7 +23,7 @@ _LIMIT_S = 120.0
 
 
 class PooledWorkerGroup(ThreadWorkerGroup):
-    """``WorkerGroupLike`` for clusters one after the other. ``close`` ends the processes."""
+    """``WorkerGroup`` for clusters one after the other. ``close`` ends the processes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.actors.start_plan import StartPlan
 from cluster.core.topology import Member
+from cluster.sizing.start_plan import StartPlan
 from tests.harness.serving_cluster import ThreadWorkerGroup
 
 SAMPLE_EVERY_S = 0.002
@@ -47,7 +47,7 @@ class Memory:
 
 
 class ProcessWorkerGroup(ThreadWorkerGroup):
-    """``WorkerGroupLike`` whose workers are processes, watched from their imports on."""
+    """``WorkerGroup`` whose workers are processes, watched from their imports on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks.sizing_guide import MODELS, known_model
 from benchmarks.sizing_layouts import GPUS_PER_NODE, H100_NODE, Layout, best_layout
-from cluster.actors.start_plan import StartPlan, plan_start
 from cluster.cli.options.serve_config import build_config
 from cluster.cli.options.serve_options import OPTIONS
 from cluster.config.cluster import ClusterConfig
@@ -24,6 +23,7 @@ from cluster.core.node_labels import Place
 from cluster.core.topology import Member
 from cluster.launch.checkpoint_check import CheckpointFacts, check
 from cluster.launch.model_source import ModelSource
+from cluster.sizing.start_plan import StartPlan, plan_start
 from tests.k8s.checks_network import WORKERS
 from tests.k8s.kuberay import Manifests
 from tests.paths import ROOT

@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any
 
 from cluster.actors.controller_actor import ControllerActor
-from cluster.actors.start_plan import StartPlan
-from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ExpertMeshError, StartError, SupersededError
 from cluster.core.topology import Member, Role, holds_experts
+from cluster.sizing.start_plan import FoundWorker, StartPlan
 from tests.simulation.kernel import Fiber, Kernel, Process
 from tests.simulation.network import Network, Pipe
 from tests.simulation.worker import SimWorker
@@ -173,7 +172,7 @@ class SimController:
 
 
 class SimGroup:
-    """``WorkerGroupLike`` on ``SimRay``."""
+    """``WorkerGroup`` on ``SimRay``."""
 
     def __init__(
         self, ray: SimRay, process: Process, owner: SimController, was_restarted: bool

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cluster.actors.start_plan import WorkerArguments
 from cluster.core.topology import Member
+from cluster.sizing.start_plan import WorkerArguments
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import network
 from tests.simulation.toy_model import ToyBank, banks

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.actors.start_plan import fits, plan_start
 from cluster.cli.options.serve_options import OPTIONS, Given, read_template
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.cluster import ClusterConfig, section_types
@@ -19,6 +18,7 @@ from cluster.core.load_profile import load_profile
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.model_source import ModelSource
 from cluster.launch.plan import LaunchPlan, count_cpus, count_gpus, free_port
+from cluster.sizing.start_plan import fits, plan_start
 from gateway.auth.key_file import read_key_file
 
 logger = logging.getLogger(__name__)

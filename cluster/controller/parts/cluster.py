@@ -189,7 +189,7 @@ class Cluster:
         self.version = (term - 1) * _VERSIONS_OF_A_TERM + 1
         """Grows with every change of the snapshot."""
         self.order_numbers = count((term << 32) + 1)
-        """Numbers of load orders, each used once in the life of the cluster."""
+        """Numbers of load orders and requests, each used once in the life of the cluster."""
         self.placement = placement
         """The placement in force, or of the generation that is being formed."""
         self.desired = placement

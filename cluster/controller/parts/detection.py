@@ -46,10 +46,14 @@ class Detection:
         what this controller knows. A frame that would have explained it was lost.
         """
         cluster, record = self._cluster, self._cluster.workers[name]
-        number, found = cluster.round.number, None
-        if cluster.runs and record.state is WorkerState.SERVING and not cluster.round.reports:
-            found = _difference(frame, number, cluster.placement.epoch)
-        if found is None:
+        number, epoch, found = cluster.round.number, cluster.placement.epoch, ""
+        is_member = cluster.runs and record.state is WorkerState.SERVING
+        is_calm = is_member and not cluster.round.reports
+        if is_calm and (frame.generation != number or not frame.running):
+            found = f"does not run generation {number}"
+        elif is_calm and frame.epoch != epoch:
+            found = f"runs placement epoch {frame.epoch}, not {epoch}"
+        if not found:
             record.mismatch = None
         elif record.mismatch is None or record.mismatch[0] != number:
             record.mismatch = number, now
@@ -176,12 +180,3 @@ class Detection:
         if devices and placement.without_devices(devices, placement.epoch) is None:
             return False
         return any(m.runs_attention for m in members if m.name not in names)
-
-
-def _difference(frame: Heartbeat, number: int, epoch: int) -> str | None:
-    """How a member differs from a running generation; None if it does not."""
-    if frame.generation != number or not frame.running:
-        return f"does not run generation {number}"
-    if frame.epoch != epoch:
-        return f"runs placement epoch {frame.epoch}, not {epoch}"
-    return None

@@ -108,8 +108,6 @@ class EpochChange:
             for o in self._orders.pending.values()
         ]
 
-    # ---- events ---------------------------------------------------------------------------
-
     def tick(self, now: float) -> None:
         """Time has passed."""
         if self.is_over:
@@ -168,8 +166,6 @@ class EpochChange:
 
     def _enter(self, state: ChangeState) -> None:
         self.state = next_state(self.state, state, _NEXT)
-
-    # ---- steps ----------------------------------------------------------------------------
 
     def _order_all(
         self, worker: str, fills: Sequence[SlotFill], tried: frozenset[int], now: float

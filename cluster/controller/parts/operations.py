@@ -160,8 +160,6 @@ class Operations:
         operation.end(state, message, self._time(now))
         self._on_change()
 
-    # ---- a restarted controller -----------------------------------------------------------
-
     def restore(self, newest: Iterable[Operation], now: float, goes_on: str | None = None) -> None:
         """Continue operations; of the running ones only ``goes_on`` (an id) continues."""
         for operation in newest:

@@ -21,7 +21,7 @@ from cluster.core.frames import ExpertsLoaded, GenerationReady
 from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill
-from cluster.policy.coverage import Holdings, decide_members, describe_losses, describe_members
+from cluster.policy.coverage import Holdings, decide_members, describe_losses
 from cluster.tracing.names import LOST_WORKERS, RECOVERY
 
 logger = logging.getLogger(__name__)
@@ -69,30 +69,6 @@ class Recovery:
             if waits and record.started_with is not None and now - record.since > _ROOM_WAIT_S:
                 found.append(f"{record.name} {Problem.WAITS_FOR_ROOM}")
         return found
-
-    # ---- orders ---------------------------------------------------------------------------
-
-    def leave(self, names: Sequence[str], node: str, why: str, now: float) -> None:
-        """Form a generation without these workers, which leave the cluster.
-
-        Nobody takes their places before ``node`` has left, if it is named.
-        """
-        cluster = self._cluster
-        leaving = {m.device for m in cluster.round.members if m.name in names and m.holds_experts}
-        members = tuple(m for m in cluster.round.members if m.name not in names)
-        placement = cluster.placement
-        if leaving:
-            kept = placement.without_devices(frozenset(leaving), placement.epoch + 1)
-            assert kept is not None, "a drain leaves every expert a copy"
-            placement = kept
-        for name in names:
-            cluster.workers[name].enter(WorkerState.DRAINED, why)
-            cluster.places.cordon(name, node)
-            cluster.round.drop_reports(name)
-        cluster.remember()
-        cluster.form(members, placement, now)
-        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-        cluster.note(why, effect, now)
 
     # ---- events ---------------------------------------------------------------------------
 

@@ -129,14 +129,10 @@ class WorkerRecord:
         self.generation = frame.generation
         self.take_numbers(frame)
 
-    def take_status(self, reply: frames.StatusReply) -> None:
-        """A late answer still updates its numbers."""
-        self.take_numbers(reply)
-        if reply.token == self.asked:
-            self.asked = None
-
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
-        """Keep the finite numbers of a heartbeat or a status reply."""
+        """Keep the finite numbers of a heartbeat, or of a status reply even if it is late."""
+        if isinstance(frame, frames.StatusReply) and frame.token == self.asked:
+            self.asked = None
         self.stats = {
             name: value
             for name, value in frame.stats.items()
@@ -199,7 +195,6 @@ class WorkerTable:
         names = {"name": model.served_model_name, "path": model.path}
         self.model: dict[str, Any] = {**dict.fromkeys(MODEL_FACTS), **names}
         """Name, path and facts; None for unknown ones."""
-        self._status_token = 0
 
     def __iter__(self) -> Iterator[WorkerRecord]:
         return iter(self._records.values())
@@ -253,22 +248,10 @@ class WorkerTable:
             return None
         return differing_item(measure[0].name, measure[0].build, name, build)
 
-    # ---- numbers of this moment -----------------------------------------------------------
-
-    def ask_status(self) -> tuple[frames.StatusRequest, list[str]]:
-        """A new request, and the workers that must answer it."""
-        self._status_token += 1
-        asked = [r for r in self.alive() if r.state is not WorkerState.STARTING]
-        for record in asked:
-            record.asked = self._status_token
-        return frames.StatusRequest(token=self._status_token), [r.name for r in asked]
-
     @property
     def status_complete(self) -> bool:
         """All workers that were asked have answered, or are lost."""
         return all(r.asked is None for r in self.alive())
-
-    # ---- what they have in common ---------------------------------------------------------
 
     def learn_model(self, record: WorkerRecord) -> None:
         """Take the model's facts from an attention worker that is ready."""

@@ -12,7 +12,7 @@ from cluster.controller.parts.operations import Operation, Order
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.planner.stages import is_reached
-from cluster.policy.rebalance import RebalanceDecision
+from cluster.policy.rebalance import LoadNow, RebalanceDecision
 from cluster.tracing import names
 
 
@@ -27,17 +27,24 @@ class RebalanceOrder(Order, frozen=True, kw_only=True):
         return "dry run" if self.dry_run else "rebalance"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """Whether to change the placement."""
+
+    load: LoadNow
+    operation: Operation | None = None
+    """The operation of the client that asked, if any."""
+    dry_run: bool = False
+
+
 @dataclass(kw_only=True, slots=True)
 class RebalanceJob:
     """A decision that is being carried out, stage by stage."""
 
     decision: RebalanceDecision
-    profile: LoadProfile
-    """Load at the time of the decision."""
+    asked: Question
     began_at: float
     """Monotonic seconds."""
-    operation: Operation | None
-    """The operation of the client that asked, if any."""
     change: EpochChange | None = None
     """The stage under way."""
     num_stages: int = 0
@@ -143,6 +150,13 @@ def describe(decision: RebalanceDecision) -> str:
         f"{what}, balancedness {percent(decision.balancedness_now)} to "
         f"{percent(decision.balancedness_then)}"
     )
+
+
+def answer(decision: RebalanceDecision, asked: Question) -> str:
+    """The outcome of an order that changes nothing, for people."""
+    nothing = f"nothing {'would be' if asked.dry_run else 'is'} done"
+    text = nothing if decision.action == "none" else describe(decision)
+    return f"{text}: {decision.reason}, {by_load(asked.load.profile)}"
 
 
 def by_load(profile: LoadProfile) -> str:

@@ -22,8 +22,10 @@ from cluster.controller.parts.metrics import RebalanceOutcome
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
     Promise,
+    Question,
     RebalanceJob,
     RebalanceOrder,
+    answer,
     by_load,
     describe,
     percent,
@@ -32,12 +34,18 @@ from cluster.controller.rebalance.job import (
 from cluster.controller.rebalance.plans import CHANGED, Plans
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame, EpochSwitched
-from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import LoadWindow
 from cluster.load.view import achieved_loads, balancedness_of
 from cluster.planner.stages import Stage, is_reached, next_stage
-from cluster.policy.rebalance import LoadNow, RebalanceDecision, why_impossible, with_shares
+from cluster.policy.rebalance import (
+    LoadNow,
+    RebalanceDecision,
+    decide_placement,
+    resolved,
+    why_impossible,
+    with_shares,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +65,8 @@ class Rebalancing:
         """``executor`` runs the planning."""
         self._cluster = cluster
         self._section = cluster.config.rebalance
-        self._plans = Plans(cluster, executor)
+        self.plans = Plans(cluster, executor)
+        """Decisions by operation id, and the shares of the stage under way."""
         self.impossible = why_impossible(cluster.config)
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
@@ -90,8 +99,7 @@ class Rebalancing:
             raise ConflictError("no load has been seen yet")
         operation = self._cluster.operations.begin("rebalance", "experts", order, now)
         operation.phase = "plan"
-        then = partial(self._answer, order, operation, load)
-        self._plans.decide(operation.id, load, then, now)
+        self._ask(Question(load=load, operation=operation, dry_run=order.dry_run), now)
         return operation
 
     def _load_for(self, order: RebalanceOrder) -> LoadNow | None:
@@ -102,24 +110,20 @@ class Rebalancing:
         rows = self._cluster.load.totals().rows
         if self._looked is None or self._looked[0] != rows:
             self._looked = None
-            load = self._plans.load_now(has_ended=False)
+            load = self.plans.load_now(has_ended=False)
             if order.dry_run and load is not None:
                 self._looked = rows, load
             return load
         return self._looked[1]
 
-    def is_deciding(self, operation: Operation) -> bool:
-        """An order is being decided."""
-        return self._plans.waits(operation.id)
-
     def cancel(self, operation: Operation, now: float) -> None:
         """Cancel a change. Raises ``ConflictError`` after its end and during its switch."""
         job = self._job
-        if self._plans.drop(operation.id):
+        if self.plans.drop(operation.id):
             self._cluster.metrics.decided("cancelled")
             self._cluster.operations.end(operation, OperationState.CANCELLED, "cancelled", now)
             return
-        if job is None or job.operation is not operation:
+        if job is None or job.asked.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
         if not self._give_up(job, "cancelled"):
             raise ConflictError(f"{operation.id} is at its switch: try again")
@@ -141,7 +145,7 @@ class Rebalancing:
 
     def tick(self, now: float) -> None:
         """Time has passed: continue a change, or check whether one pays."""
-        self._plans.tick(now)
+        self.plans.tick(now)
         if self._job is not None:
             self._watch(self._job, now)
             return
@@ -150,16 +154,16 @@ class Rebalancing:
             return
         self._seen_windows = windows.num_windows
         self._prove(windows.windows[-1], now)
-        load = self._plans.load_now(has_ended=True)
-        if load is not None and self._section.enable_eplb and not self.impossible:
-            self._consider(load, now)
+        load, is_busy = self.plans.load_now(has_ended=True), self.plans.waits(_AUTOMATIC)
+        if load is None or is_busy or not self._section.enable_eplb or self.impossible:
+            return
+        if self._cluster.runs and self._cluster.operations.running is None:
+            self._ask(Question(load=load), now)
 
     @property
     def is_idle(self) -> bool:
         """No change is under way."""
         return self._job is None
-
-    # ---- questions ------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """The section of rebalancing in ``status``."""
@@ -177,66 +181,45 @@ class Rebalancing:
 
     # ---- deciding -------------------------------------------------------------------------
 
-    def _consider(self, load: LoadNow, now: float) -> None:
-        """A window has ended: change the placement if that pays."""
-        if not self._cluster.runs or self._cluster.operations.running is not None:
-            return
-        if not self._plans.waits(_AUTOMATIC):
-            self._plans.decide(_AUTOMATIC, load, partial(self._considered_now, load), now)
+    def _ask(self, asked: Question, now: float) -> None:
+        name = asked.operation.id if asked.operation is not None else _AUTOMATIC
+        placement, plans = self._cluster.placement, self.plans
+        inputs = plans.topology(placement), placement, self._section, plans.step_cost()
+        work = partial(decide_placement, asked.load, *inputs)
+        plans.plan(name, work, partial(self._decided, asked), now)
 
-    def _considered_now(
-        self, load: LoadNow, future: Future[RebalanceDecision], error: str, now: float
+    def _decided(
+        self, asked: Question, future: Future[RebalanceDecision], error: str, now: float
     ) -> None:
-        is_busy = self._job is not None or self._cluster.operations.running is not None
-        if is_busy or error == CHANGED:
-            return  # the next window is checked again
-        self._problem = f"no placement can be planned: {error}" if error else ""
-        if error:
-            logger.warning("no rebalancing: %s", self._problem)
+        operation, operations = asked.operation, self._cluster.operations
+        problem = f"no placement can be planned: {error}" if error else ""
+        if operation is None:
+            if self._job is not None or operations.running is not None or error == CHANGED:
+                return  # the next window is checked again
+            self._problem = problem
+            if error:
+                logger.warning("no rebalancing: %s", problem)
+            else:
+                self._follow(future.result(), asked, now)
+        elif error:
+            operations.end(operation, OperationState.FAILED, problem, now)
         else:
-            self._follow(future.result(), load.profile, None, now)
-
-    def _answer(
-        self,
-        order: RebalanceOrder,
-        operation: Operation,
-        load: LoadNow,
-        future: Future[RebalanceDecision],
-        error: str,
-        now: float,
-    ) -> None:
-        if error:
-            text = f"no placement can be planned: {error}"
-            self._cluster.operations.end(operation, OperationState.FAILED, text, now)
-            return
-        decision = future.result()
-        operation.result = result_of(decision, order.dry_run)
-        if not order.dry_run and self._follow(decision, load.profile, operation, now):
-            return
-        verb = "would be done" if order.dry_run else "is done"
-        text = describe(decision) if decision.action != "none" else f"nothing {verb}"
-        done = OperationState.SUCCEEDED
-        by = by_load(load.profile)
-        self._cluster.operations.end(operation, done, f"{text}: {decision.reason}, {by}", now)
+            decision = future.result()
+            operation.result = result_of(decision, asked.dry_run)
+            if asked.dry_run or not self._follow(decision, asked, now):
+                text = answer(decision, asked)
+                operations.end(operation, OperationState.SUCCEEDED, text, now)
 
     # ---- carrying out ---------------------------------------------------------------------
 
-    def _follow(
-        self,
-        decision: RebalanceDecision,
-        profile: LoadProfile,
-        operation: Operation | None,
-        now: float,
-    ) -> bool:
+    def _follow(self, decision: RebalanceDecision, asked: Question, now: float) -> bool:
         """Start a change, or count why there is none; an order does not wait for the interval."""
         if decision.action == "none":
             self._cluster.metrics.decided("skipped_gain")
-        elif operation is None and now - self._rested_at < self._section.interval_s:
+        elif asked.operation is None and now - self._rested_at < self._section.interval_s:
             self._cluster.metrics.decided("skipped_churn")
         else:
-            job = self._job = RebalanceJob(
-                decision=decision, profile=profile, began_at=now, operation=operation
-            )
+            job = self._job = RebalanceJob(decision=decision, asked=asked, began_at=now)
             logger.info("rebalance: %s", describe(decision))
             self._next(job, now)
             return True
@@ -245,7 +228,11 @@ class Rebalancing:
     def _watch(self, job: RebalanceJob, now: float) -> None:
         """Check whether the change is in time, or must be abandoned."""
         running = self._cluster.operations.running
-        if running is not None and running is not job.operation and running.kind != "rebalance":
+        if (
+            running is not None
+            and running is not job.asked.operation
+            and running.kind != "rebalance"
+        ):
             reason = f"{running.id} goes first"
             if self._give_up(job, reason):
                 self._end(job, "failed", reason, now)
@@ -256,7 +243,7 @@ class Rebalancing:
 
     def _give_up(self, job: RebalanceJob, reason: str) -> bool:
         """False if it is too late."""
-        if self._plans.drop(_SHARES):
+        if self.plans.drop(_SHARES):
             return True
         return job.change is not None and job.change.cancel(reason)
 
@@ -264,8 +251,8 @@ class Rebalancing:
         """Begin the next stage after a finished one."""
         change = job.change
         if change is None or not change.is_over:
-            if job.operation is not None:
-                job.operation.phase = job.phase
+            if job.asked.operation is not None:
+                job.asked.operation.phase = job.phase
             return
         job.stage_over()
         if change.state is ChangeState.FAILED:
@@ -284,21 +271,17 @@ class Rebalancing:
         elif stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)
         else:
-            then = partial(self._stage_shared, job, stage)
-            self._plans.share(_SHARES, job.profile, stage.placement, then, now)
+            topology = self.plans.topology(stage.placement)
+            work = partial(resolved, job.asked.load.profile, topology, stage.placement)
+            self.plans.plan(_SHARES, work, partial(self._stage_shared, job, stage), now)
 
     def _stage_shared(
-        self,
-        job: RebalanceJob,
-        stage: Stage,
-        future: Future[ExpertPlacement],
-        error: str,
-        now: float,
+        self, job: RebalanceJob, stage: Stage, plan: Future[ExpertPlacement], error: str, now: float
     ) -> None:
         if error:
             self._end(job, "failed", f"no shares can be planned: {error}", now)
         else:
-            self._begin_stage(job, replace(stage, placement=future.result()), now)
+            self._begin_stage(job, replace(stage, placement=plan.result()), now)
 
     def _begin_stage(self, job: RebalanceJob, stage: Stage, now: float) -> None:
         limit_s, bytes_per_s = self._section.limit_s, self._section.bytes_per_s
@@ -313,7 +296,7 @@ class Rebalancing:
             epoch=placement.epoch, since=now, predicted=decision.balancedness_then
         )
         if job.num_stages:
-            text = f"{job.summary(placement, now)}, {by_load(job.profile)}"
+            text = f"{job.summary(placement, now)}, {by_load(job.asked.load.profile)}"
             self._end(job, "applied", text, now)
         else:
             self._end(job, "failed", "no slot is free to begin with", now)
@@ -329,10 +312,10 @@ class Rebalancing:
         self._cluster.effects.append(job.trace(self._last))
         effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
         self._cluster.note("rebalance", effect, now)
-        if job.operation is not None:
+        if job.asked.operation is not None:
             states = {"applied": OperationState.SUCCEEDED, "cancelled": OperationState.CANCELLED}
             state = states.get(outcome, OperationState.FAILED)
-            self._cluster.operations.end(job.operation, state, text, now)
+            self._cluster.operations.end(job.asked.operation, state, text, now)
 
     def _prove(self, window: LoadWindow, now: float) -> None:
         """Record the effect of a change, from the first whole window in it."""

@@ -10,21 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from functools import partial
 from typing import Any, TypeVar
 
 from cluster.controller.parts.cluster import Cluster
 from cluster.core.errors import ConfigError
-from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import Source
 from cluster.planner.base import PlannedTopology
 from cluster.policy.rebalance import (
     LoadNow,
-    RebalanceDecision,
-    decide_placement,
     planned_topology,
-    resolved,
 )
 from cluster.sizing.devices import step_cost
 from cluster.sizing.replay import StepCost
@@ -74,25 +69,6 @@ class Plans:
             pending[0].cancel()
         return pending is not None
 
-    def decide(self, what: str, load: LoadNow, then: Then[RebalanceDecision], now: float) -> None:
-        """Decide whether to change the placement, and to what."""
-        placement, section = self._cluster.placement, self._config.rebalance
-        topology, step = self._topology(placement), self._step_cost()
-        work = partial(decide_placement, load, topology, placement, section, step)
-        self._plan(what, work, then, now)
-
-    def share(
-        self,
-        what: str,
-        profile: LoadProfile,
-        placement: ExpertPlacement,
-        then: Then[ExpertPlacement],
-        now: float,
-    ) -> None:
-        """The best shares and decode devices of a stage, for a load."""
-        work = partial(resolved, profile, self._topology(placement), placement)
-        self._plan(what, work, then, now)
-
     def load_now(self, has_ended: bool) -> LoadNow | None:
         """The newest window if it has enough rows, else the average; None without load.
 
@@ -115,7 +91,7 @@ class Plans:
         total = prefill + decode
         return LoadNow(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
-    def _plan(self, what: str, work: Callable[[], T], then: Then[T], now: float) -> None:
+    def plan(self, what: str, work: Callable[[], T], then: Then[T], now: float) -> None:
         """Plan from the present state of the cluster; ``then`` gets the plan at a tick, or now."""
         basis, future = self._basis(), self._executor.submit(work)
 
@@ -133,14 +109,15 @@ class Plans:
     def _basis(self) -> tuple[ExpertPlacement, int]:
         return self._cluster.placement, self._cluster.generation.number
 
-    def _topology(self, placement: ExpertPlacement) -> PlannedTopology:
+    def topology(self, placement: ExpertPlacement) -> PlannedTopology:
         """The living devices; during a change they may hold more than is planned for them."""
         spare = self._config.workers.recovery_slots
         return planned_topology(
             self._cluster.generation.experts, placement, self._cluster.num_slots - spare
         )
 
-    def _step_cost(self) -> StepCost:
+    def step_cost(self) -> StepCost:
+        """Of a step on an expert worker of the cluster."""
         infos = [record.info for record in self._cluster.workers]
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
         dtype = next((str(info["dtype"]) for info in infos if "dtype" in info), "float32")

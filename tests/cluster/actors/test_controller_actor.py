@@ -13,9 +13,7 @@ import pytest
 from cluster.actors import runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
-from cluster.actors.start_plan import StartPlan, plan_start
 from cluster.actors.tasks import Background
-from cluster.actors.worker_group_like import FoundWorker
 from cluster.config.cluster import (
     ClusterConfig,
     Mode,
@@ -45,6 +43,7 @@ from cluster.core.frames import (
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.topology import Generation, Member
+from cluster.sizing.start_plan import FoundWorker, StartPlan, plan_start
 from tests.cluster.controller.fakes_cluster import slots_of
 from tests.cluster.controller.load_reports import load_of
 from tests.fakes import FakeWorkerGroup

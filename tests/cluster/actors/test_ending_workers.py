@@ -13,11 +13,11 @@ from ray.exceptions import RayTaskError
 
 from cluster.actors import ray_tools, worker_group
 from cluster.actors.process import ProcessIdentity
-from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
 from cluster.core.placement import contiguous
 from cluster.core.topology import Member
+from cluster.sizing.start_plan import StartPlan
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
 from workers.process.lease import TermGuard
 

@@ -12,10 +12,10 @@ import ray
 
 from cluster.actors import ray_tools, worker_group
 from cluster.actors.process import ProcessIdentity
-from cluster.actors.start_plan import StartPlan
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.placement import contiguous
 from cluster.core.topology import Member
+from cluster.sizing.start_plan import StartPlan
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
 
 PROCESS = ProcessIdentity(pid=7, started_at=0.0)
@@ -33,11 +33,9 @@ class Handle:
     def start(self) -> Any:
         return self
 
-    async def remote(self, *args: object) -> tuple[Any, ...]:
-        if args == (worker_group._introduce,):
-            facts = {"config": CONFIG.to_dict(), "num_slots": 4, "has_called": False}
-            return facts, PROCESS, "a node"
-        return PROCESS, "a node"
+    async def remote(self, *args: object) -> tuple[dict[str, Any], ProcessIdentity, str]:
+        facts = {"config": CONFIG.to_dict(), "num_slots": 4, "has_called": False}
+        return facts, PROCESS, "a node"
 
 
 class SlowHead:

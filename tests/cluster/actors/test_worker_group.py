@@ -26,13 +26,13 @@ from cluster.actors.ray_tools import (
     free_resources,
     our_actors,
 )
-from cluster.actors.start_plan import plan_start
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.cluster import ClusterConfig, ModelSection, TransportSection, WorkersSection
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.core.topology import Member
+from cluster.sizing.start_plan import plan_start
 from tests.cluster.actors import ray_workers
 from tests.harness.serving_cluster import QUIET_S, connected_ray
 from tests.harness.stalls import Limit, wait_until

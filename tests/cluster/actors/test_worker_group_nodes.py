@@ -18,12 +18,12 @@ import pytest
 import ray
 
 from cluster.actors.ray_tools import NAMESPACE, cluster_nodes, our_actors
-from cluster.actors.start_plan import StartPlan, plan_start
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.cluster import WorkersSection
 from cluster.core.errors import StartError
 from cluster.core.topology import Member
 from cluster.launch import local_ray
+from cluster.sizing.start_plan import StartPlan, plan_start
 from tests.cluster.actors.ray_workers import StubbornWorker, TrivialWorker
 from tests.cluster.controller.fakes_cluster import CONFIG
 from tests.harness.serving_cluster import end_shared_ray

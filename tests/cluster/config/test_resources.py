@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actors.start_plan import plan_start
 from cluster.config.cluster import ClusterConfig, Device, ModelSection, WorkersSection
 from cluster.config.resources import NodeResources, WorkerShare, plan_shares
 from cluster.core.errors import ConfigError
+from cluster.sizing.start_plan import plan_start
 from tests.cluster.controller.fakes_cluster import make_members
 
 BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8, "top_k": 2}]

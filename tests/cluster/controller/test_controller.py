@@ -469,7 +469,9 @@ def test_a_lost_worker_is_not_waited_for() -> None:
     cluster = FakeCluster(1, 1)
     cluster.serve()
     cluster.controller.request_status(cluster.now)
-    cluster.send("attention-0", StatusReply(token=1))
+    request = cluster.link.last("attention-0", StatusRequest)
+    assert request is not None
+    cluster.send("attention-0", StatusReply(token=request.token))
     cluster.controller.disconnected("expert-0", "reset", cluster.now)
     assert cluster.known.workers.status_complete
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actors.start_plan import plan_start
 from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
 from cluster.config.gateway import GatewaySection
 from cluster.core.codec import from_plain
@@ -22,6 +21,7 @@ from cluster.launch.plan import (
     count_gpus,
     free_port,
 )
+from cluster.sizing.start_plan import plan_start
 
 BANKS = (
     {

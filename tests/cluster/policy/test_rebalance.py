@@ -233,9 +233,11 @@ def test_balancedness_mixes_the_loads_of_prompts_and_decodes() -> None:
     banks = (BankLoad(bank="mlp", layer=0, counts=(8, 0)),)
     some = LoadProfile(model="demo", top_k=1, tokens=8, banks=banks)
     # prompts put 4 tokens on each device, decodes all 8 on the first: 3/4 and 1/4 of both are 5, 3
-    assert mixed_balancedness(placement, some, 1.0) == 1.0
-    assert mixed_balancedness(placement, some, 0.75) == pytest.approx(4 / 5)
-    assert mixed_balancedness(placement, some, 0.0) == 0.5
+    assert mixed_balancedness(placement, LoadNow(profile=some, prefill_share=1.0)) == 1.0
+    assert mixed_balancedness(
+        placement, LoadNow(profile=some, prefill_share=0.75)
+    ) == pytest.approx(4 / 5)
+    assert mixed_balancedness(placement, LoadNow(profile=some, prefill_share=0.0)) == 0.5
 
 
 def test_an_even_load_is_left_alone() -> None:
@@ -311,7 +313,10 @@ def test_shares_are_solved_without_touching_slots() -> None:
     assert better.epoch == gaps.epoch
     for old, new in zip(gaps.banks, better.banks, strict=True):
         assert old.physical_to_logical == new.physical_to_logical
-    before, after = mixed_balancedness(gaps, some, 1.0), mixed_balancedness(better, some, 1.0)
+    before, after = (
+        mixed_balancedness(gaps, LoadNow(profile=some, prefill_share=1.0)),
+        mixed_balancedness(better, LoadNow(profile=some, prefill_share=1.0)),
+    )
     assert before is not None
     assert after is not None
     assert after > before

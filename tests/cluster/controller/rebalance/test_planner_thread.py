@@ -96,12 +96,12 @@ def test_an_order_waits_for_its_plan(later: LaterExecutor) -> None:
     rebalancing = cluster.controller.rebalancing
     dry = rebalancing.begin(RebalanceOrder(dry_run=True), cluster.now)
     assert dry.is_running
-    assert rebalancing.is_deciding(dry)
+    assert rebalancing.plans.waits(dry.id)
     with pytest.raises(ConflictError, match="one operation at a time"):
         rebalancing.begin(RebalanceOrder(), cluster.now)
     later.work()
     cluster.tick(0.1)
-    assert not rebalancing.is_deciding(dry)
+    assert not rebalancing.plans.waits(dry.id)
     assert dry.state is OperationState.SUCCEEDED
     assert dry.result["action"] in ("split", "move")
     real = rebalancing.begin(RebalanceOrder(), cluster.now)
@@ -187,13 +187,9 @@ def test_a_real_thread_may_take_its_time(thread: ThreadPoolExecutor) -> None:
 
 def begin_plan(executor: Executor, seen: list[tuple[Future[Any], str, float]]) -> Begin:
     """Begins plans of a cluster that runs, and adds what their continuations get to ``seen``."""
-    cluster = make(1, enable_eplb=False)
-    window(cluster, SKEWED)
-    profile = cluster.known.load.profile("total", "x", 2)
-    assert profile is not None
-    plans = Plans(cluster.known, executor)
-    return plans, lambda what, now: plans.share(
-        what, profile, cluster.known.placement, lambda *result: seen.append(result), now
+    plans = Plans(make(1, enable_eplb=False).known, executor)
+    return plans, lambda what, now: plans.plan(
+        what, lambda: 7, lambda *result: seen.append(result), now
     )
 
 

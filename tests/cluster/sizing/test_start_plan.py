@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cluster.actors.start_plan import StartPlan, fits, plan_start
 from cluster.config.cluster import ClusterConfig, ModelSection, RebalanceSection, WorkersSection
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError
@@ -19,6 +18,7 @@ from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, P
 from cluster.core.placement import BankShape, contiguous
 from cluster.core.topology import Member
 from cluster.load.view import balancedness_of
+from cluster.sizing.start_plan import StartPlan, fits, plan_start
 from tests.cluster.controller.fakes_cluster import make_members
 
 BANKS: list[dict[str, Any]] = [

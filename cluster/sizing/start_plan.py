@@ -1,4 +1,7 @@
-"""The plan of a start: placement, shares of resources, slots, and the arguments of each worker."""
+"""The plan of a start: placement, shares of resources, slots, and the arguments of each worker.
+
+And what a restarted controller finds of it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,19 @@ from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device
 
 WorkerArguments = tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]
 """Configuration, member, the controller's address, and the rest: plain data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundWorker:
+    """A worker of an earlier controller."""
+
+    name: str
+    config: ClusterConfig
+    """The cluster's configuration, shares resolved."""
+    num_slots: int
+    """Expert slots per bank; 0 where it holds no experts."""
+    has_called: bool = True
+    """It has called a controller, and so may have been in a generation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
