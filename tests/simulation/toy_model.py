@@ -183,6 +183,8 @@ class ToyBank:
         self.device = torch.device("cpu")
         self.num_slots = 0
         self.slots: list[list[int]] = []
+        self.values: list[int] = []
+        """What a row gets from each slot."""
         self._on_write = on_write
         self.resize(num_slots)
 
@@ -194,10 +196,12 @@ class ToyBank:
             *([0] * MATRICES for _ in range(self.num_slots, num_slots)),
         ]
         self.num_slots = num_slots
+        self.values = [digest(slot) for slot in self.slots]
 
     def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
         self._on_write(self.spec.index, slot)
         self.slots[slot][matrix] = int(weight[0, 0])
+        self.values[slot] = digest(self.slots[slot])
 
     def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
         shape = self.spec.exchanges[exchange].matrix_shapes[matrix]
@@ -206,10 +210,7 @@ class ToyBank:
     def clear(self, slot: int) -> None:
         self._on_write(self.spec.index, slot)
         self.slots[slot] = [0] * MATRICES
-
-    def value(self, slot: int) -> int:
-        """What a row gets from the slot."""
-        return digest(self.slots[slot])
+        self.values[slot] = digest(self.slots[slot])
 
 
 class ToyCache:
