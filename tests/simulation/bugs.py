@@ -20,9 +20,11 @@ from cluster.controller.parts.load_orders import LoadOrders
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
+from tests.simulation.disk import SimReader
 from tests.simulation.ray import SimGroup
 from workers.engine.scheduler import Scheduler
 from workers.kv import prefix_cache
+from workers.model.loading.checkpoint import Checkpoint
 from workers.process.runtime import WorkerRuntime
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
@@ -75,6 +77,19 @@ def _early_run() -> Iterator[None]:
     """A generation runs although its experts are still being loaded, and nobody compares."""
     unchecked = mock.patch.object(GenerationRound, "missing", return_value=[])
     with unchecked, mock.patch.object(LoadOrders, "is_pending", new=False):
+        yield
+
+
+@contextmanager
+def _blind_reload() -> Iterator[None]:
+    """A file is read again without a look whether it is still the same."""
+
+    def reader(self: Checkpoint, file: Any) -> Any:
+        if file not in self._readers:
+            self._readers[file] = SimReader(file)
+        return self._readers[file]
+
+    with mock.patch.object(Checkpoint, "_reader", reader):
         yield
 
 
@@ -140,6 +155,7 @@ def _stale_end() -> Iterator[None]:
 
 
 BUGS: dict[str, Bug] = {
+    "blind_reload": Bug(_blind_reload, ("change_file", "kill_worker")),
     "early_run": Bug(_early_run, ("kill_worker",)),
     "early_switch": Bug(_early_switch, ("rebalance", "slow_link")),
     "half_step": Bug(_half_step, ("kill_worker",)),

@@ -33,18 +33,19 @@ import workers.transport.peer_connections
 import workers.transport.peer_link
 import workers.transport.socket_io  # noqa: F401
 from cluster.core.topology import Generation
+from tests.simulation.disk import SimReader, ToyCheckpoint, entries, size_and_time, stamp
 from tests.simulation.kernel import Kernel
 from tests.simulation.loops import new_event_loop, start_server
 from tests.simulation.network import Network
 from tests.simulation.polling import SimSelectors, SimSockets
 from tests.simulation.streams import SimChannel, SimGrpcServer, SimRunner
 from tests.simulation.threads import SimExecutor, SimFuture, SimThreading
-from tests.simulation.toy_model import ToyCheckpoint
 from tests.simulation.toy_steps import ToyEngine, ToyExpertServer
 from tests.simulation.worker import ToyGrammars, ToyModel
 from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
+from workers.model.loading.file_stamp import FileStamp
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import PeerServer
 
@@ -90,6 +91,9 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.expert_part", "ExpertServer", ToyExpertServer),
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
     ("workers.kv.transfer.store", "Future", SimFuture),
+    ("workers.model.loading.checkpoint", "safe_open", SimReader),
+    ("workers.model.loading.checkpoint", "_entries", entries),
+    ("workers.model.loading.checkpoint", "size_and_time", size_and_time),
     ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
 ]
 """(module, name, replacement) of the model, the disk and the process."""
@@ -149,6 +153,7 @@ def _everywhere() -> list[tuple[Any, str, Any]]:
     for kind, method in ((Engine, "step"), (ExpertServer, "run_step")):
         plain = getattr(kind, method).__wrapped__  # without torch's inference mode
         found.append((kind, method, plain))
+    found.append((FileStamp, "of", staticmethod(stamp)))
     return [
         *found,
         (asyncio, "new_event_loop", new_event_loop),

@@ -9,9 +9,8 @@ be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,41 +136,6 @@ class ToyFamily:
             ExpertMatrix(shape=shape, parts=(TensorPart(name=f"{name}.{m}", shape=shape),))
             for m, shape in enumerate(bank.exchanges[exchange].matrix_shapes)
         ]
-
-
-class ToyCheckpoint:
-    """In place of ``Checkpoint``: files on a disk that may be slow, or fail."""
-
-    def __init__(self, path: Path, progress: Any = None) -> None:
-        self.path = path
-        self.family = ToyFamily()
-        self.config = CONFIG
-        self.tensors: Mapping[str, object] = {}
-        self.checkpoint_id = "toy"
-        self.loaded_bytes = 0
-
-    def another(self) -> ToyCheckpoint:
-        return ToyCheckpoint(self.path)
-
-    def expect(self, num_bytes: int) -> None:
-        pass
-
-    def expert_bytes(self, bank: BankSpec, expert: int) -> int:
-        return 4 * MATRICES
-
-    def read_stacked(
-        self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        from tests.simulation.worker import disk
-
-        disk().read()
-        bank, expert, matrix = map(int, parts[0].name.split("."))
-        self.loaded_bytes += 4
-        found = torch.empty(parts[0].shape, dtype=dtype) if out is None else out
-        return found.fill_(matrix_value(bank, expert, matrix))
-
-    def close(self) -> None:
-        pass
 
 
 class ToyBank:

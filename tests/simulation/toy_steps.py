@@ -49,7 +49,7 @@ def work(mean_s: float) -> None:
     """Computation that takes time."""
     kernel = Kernel.current
     assert kernel is not None
-    kernel.sleep(kernel.rng.uniform(0.5, 1.5) * mean_s * kernel.slowness)
+    kernel.sleep((0.5 + kernel.rng.random()) * mean_s * kernel.slowness)
 
 
 class ToyTransport(SocketTransport):

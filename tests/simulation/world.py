@@ -15,6 +15,7 @@ from cluster.config.cluster import (
 )
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation
+from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
 from tests.simulation.gateways import Outcome, SimGateway
 from tests.simulation.kernel import Kernel
@@ -23,7 +24,6 @@ from tests.simulation.patches import replaced
 from tests.simulation.ray import HEAD, SimController, SimRay
 from tests.simulation.scenario import SPAN_S, Scenario
 from tests.simulation.toy_model import banks
-from tests.simulation.worker import Disk
 
 _START_LIMIT_S = 60.0
 _BLOCK_TOKENS = 4
