@@ -70,7 +70,8 @@ class Faults:
     def heal(self) -> None:
         """Nothing is wrong any more."""
         self._world.net.heal_all()
-        for process in self._paused:
+        self._world.kernel.suspended.clear()
+        for process in (*self._paused, *self._processes()):
             process.resume()
         self._world.kernel.disk.repair()
         self._world.kernel.slowness = self._world.scenario.slowness
@@ -130,12 +131,9 @@ class Faults:
 
     def pause_host(self, fault: Fault) -> None:
         """All processes of a host stand still: a suspended machine, or a moved one."""
-        world = self._world
-        host = self._hosts()[fault.where % len(self._hosts())]
-        processes = [w.process for w in world.ray.workers.values()]
-        processes += [g.process for g in world.gateways]
-        processes += [world.ray.controller.process] if world.ray.controller else []
-        for process in processes:
+        kernel, host = self._world.kernel, self._hosts()[fault.where % len(self._hosts())]
+        kernel.suspended[host] = kernel.now + fault.lasts_s
+        for process in self._processes():
             if process.host == host:
                 self._pause(process, fault.lasts_s)
         if host != HEAD and fault.lasts_s > _SHORT_S:  # else all workers of the head stand still
@@ -264,6 +262,13 @@ class Faults:
         """Living workers that know a generation."""
         workers = self._world.ray.workers.values()
         return [w.process for w in workers if w.runtime.membership.generation.number]
+
+    def _processes(self) -> list[Process]:
+        """All of them, controllers that Ray has given up included."""
+        world = self._world
+        found = [w.process for w in world.ray.workers.values()]
+        found += [g.process for g in world.gateways]
+        return found + [c.process for c in world.ray.controllers]
 
     def _pause(self, process: Process, lasts_s: float) -> None:
         process.pause()

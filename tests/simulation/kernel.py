@@ -58,6 +58,8 @@ class Kernel:
         """Factor on the time of all computation."""
         self.deaths: dict[str, str] = {}
         """Workers that have ended themselves, and why."""
+        self.suspended: dict[str, float] = {}
+        """Hosts that stand still, and until when."""
         self.disk: Any = None
         self.num_banks = 1
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -161,6 +163,10 @@ class Process:
         self.sockets: dict[SimSocket, None] = {}
         self.on_death: list[Callable[[], None]] = []
         self._deferred: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        until = kernel.suspended.get(host, 0.0)
+        if until > kernel.now:  # it is started there once the host goes on
+            self.is_paused = True
+            kernel.at(until, self.resume)
         self._loop: SimLoop | None = None
 
     @property
