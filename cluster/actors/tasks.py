@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -36,10 +35,10 @@ class Background:
 
     async def wait(self, is_true: Callable[[], bool], timeout_s: float) -> None:
         """Return once ``is_true``, or after ``timeout_s``; checks at every change."""
-        deadline = time.monotonic() + timeout_s
-        while not is_true() and (left := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not is_true():
+                    await self._changed.wait()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

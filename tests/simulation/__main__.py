@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
 import time
 import traceback
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 
 from tests.simulation.bugs import BUGS
 from tests.simulation.faults import KINDS
@@ -16,6 +21,46 @@ from tests.simulation.kernel import Kernel
 from tests.simulation.scenario import draw_scenario
 from tests.simulation.shrinking import describe, outcome_of, shrink
 from tests.simulation.world import World
+
+_CHUNK_SEEDS = 4
+"""Seeds that a process takes at a time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """What became of one seed, or of many."""
+
+    num_seeds: int = 1
+    num_failed: int = 0
+    text: str = ""
+    """What is broken in one seed; empty if nothing is."""
+    num_requests: int = 0
+    num_steps: int = 0
+    """Committed steps."""
+    num_events: int = 0
+    cpu_s: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    """How many of each kind."""
+
+    def add(self, other: Report) -> None:
+        """Count those of another report, too."""
+        self.num_seeds += other.num_seeds
+        self.num_failed += other.num_failed
+        self.num_requests += other.num_requests
+        self.num_steps += other.num_steps
+        self.num_events += other.num_events
+        self.cpu_s += other.cpu_s
+        self.faults += other.faults
+
+    def __str__(self) -> str:
+        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
+        return (
+            f"{self.num_seeds} seeds, {self.num_failed} failed, "
+            f"{self.cpu_s / max(self.num_seeds, 1):.3f} CPU seconds each\n"
+            f"{self.num_steps} committed steps, {self.num_requests} requests, "
+            f"{self.num_events} events\n"
+            f"{self.faults.total()} faults: {faults}"
+        )
 
 
 class _VirtualTime(logging.Handler):
@@ -29,11 +74,46 @@ class _VirtualTime(logging.Handler):
             Kernel.current.log("%s", text)
 
 
+def run_seed(seed: int, options: argparse.Namespace) -> Report:
+    """Live through one seed, and shrink its failure if asked."""
+    bug = BUGS.get(options.bug)
+    kinds = tuple(options.kinds.split(",")) if options.kinds else bug.kinds if bug else KINDS
+    began = time.process_time()
+    scenario = draw_scenario(seed, kinds)
+    world = World(scenario, print if options.verbose else None)
+    with bug.plant() if bug is not None else nullcontext():
+        text = outcome_of(world)
+        if text and options.shrink:
+            scenario, text = shrink(scenario, text)
+            text += "\n" + describe(scenario)
+    return Report(
+        num_failed=int(bool(text)),
+        text=text and f"seed {seed}: {text}",
+        num_requests=len(scenario.asks),
+        num_steps=world.highest_step,
+        num_events=world.kernel.num_events,
+        cpu_s=time.process_time() - began,
+        faults=Counter(fault.kind for fault in scenario.faults),
+    )
+
+
+def run_seeds(options: argparse.Namespace) -> Iterator[Report]:
+    """The reports of all seeds, in their order, from ``options.jobs`` processes."""
+    seeds = range(options.seed, options.seed + options.num)
+    run = partial(run_seed, options=options)
+    if options.jobs <= 1:
+        yield from map(run, seeds)
+        return
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        yield from pool.imap(run, seeds, _CHUNK_SEEDS)
+
+
 def main() -> int:
-    """Run seeds; the exit code is 1 when one fails."""
+    """Run seeds; the exit code is 1 when one fails, or when none finds the planted bug."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--num", type=int, default=1, help="how many")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--kinds", default="", help="faults to draw from, by default all")
     parser.add_argument("--bug", default="", choices=["", *BUGS], help="a planted bug")
     parser.add_argument("--shrink", action="store_true", help="drop what a failure does not need")
@@ -41,34 +121,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.verbose:
         logging.basicConfig(level=logging.INFO, handlers=[_VirtualTime()])
-    failed = 0
-    bug = BUGS.get(options.bug)
-    began = time.process_time()
-    steps = events = 0
-    for seed in range(options.seed, options.seed + options.num):
-        kinds = tuple(options.kinds.split(",")) if options.kinds else KINDS
-        if bug is not None and not options.kinds:
-            kinds = bug.kinds
-        scenario = draw_scenario(seed, kinds)
-        world = World(scenario, print if options.verbose else None)
-        with bug.plant() if bug is not None else nullcontext():
-            found = outcome_of(world)
-            if found and options.shrink:
-                scenario, found = shrink(scenario, found)
-                found += "\n" + describe(scenario)
-        if found:
-            failed += 1
-            print(f"seed {seed}: {found}", flush=True)
-        if found and options.bug:
-            return 0
-        steps += world.highest_step
-        events += world.kernel.num_events
-    took = time.process_time() - began
-    print(
-        f"{options.num} seeds, {failed} failed, {took / options.num:.3f} CPU seconds, "
-        f"{steps / options.num:.0f} steps and {events / options.num:.0f} events each"
-    )
-    return 1 if failed or options.bug else 0
+    total = Report(num_seeds=0)
+    for report in run_seeds(options):
+        total.add(report)
+        if report.text:
+            print(report.text, flush=True)
+            if options.bug:
+                return 0
+    print(total)
+    return 1 if total.num_failed or options.bug else 0
 
 
 if __name__ == "__main__":

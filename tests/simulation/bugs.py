@@ -20,9 +20,11 @@ from cluster.controller.parts.load_orders import LoadOrders
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
+from tests.simulation.disk import SimReader
 from tests.simulation.ray import SimGroup
 from workers.engine.scheduler import Scheduler
 from workers.kv import prefix_cache
+from workers.model.loading.checkpoint import Checkpoint
 from workers.process.runtime import WorkerRuntime
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
@@ -76,6 +78,24 @@ def _early_run() -> Iterator[None]:
     unchecked = mock.patch.object(GenerationRound, "missing", return_value=[])
     with unchecked, mock.patch.object(LoadOrders, "is_pending", new=False):
         yield
+
+
+@contextmanager
+def _blind_reload() -> Iterator[None]:
+    """A file is read again without a look whether it is still the same."""
+
+    def reader(self: Checkpoint, file: Any) -> Any:
+        if file not in self._readers:
+            self._readers[file] = SimReader(file)
+        return self._readers[file]
+
+    with mock.patch.object(Checkpoint, "_reader", reader), _torn_read():
+        yield
+
+
+def _torn_read() -> AbstractContextManager[object]:
+    """Nobody looks whether a file was written while it was read."""
+    return mock.patch.object(Checkpoint, "confirm", return_value=None)
 
 
 def _no_credit() -> AbstractContextManager[object]:
@@ -140,6 +160,7 @@ def _stale_end() -> Iterator[None]:
 
 
 BUGS: dict[str, Bug] = {
+    "blind_reload": Bug(_blind_reload, ("change_file", "kill_worker")),
     "early_run": Bug(_early_run, ("kill_worker",)),
     "early_switch": Bug(_early_switch, ("rebalance", "slow_link")),
     "half_step": Bug(_half_step, ("kill_worker",)),
@@ -150,6 +171,7 @@ BUGS: dict[str, Bug] = {
     "short_names": Bug(_short_names, ("kill_worker",)),
     "one_tenant": Bug(_one_tenant, ("kill_worker",)),
     "stale_end": Bug(_stale_end, ("freeze_controller",)),
+    "torn_read": Bug(_torn_read, ("change_file", "kill_worker")),
     "twice_told": Bug(_twice_told, ("kill_worker",)),
 }
 """By name."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.core.errors import ExpertMeshError
+from tests.simulation.disk import files
 from tests.simulation.kernel import Process
 from tests.simulation.ray import HEAD
 
@@ -31,6 +33,7 @@ PROCESS_FAULTS = (
     "break_disk",
     "slow_machine",
 )
+DISK_FAULTS = ("change_file", "shorten_file", "flaky_disk")
 LINK_FAULTS = (
     "reset_link",
     "blackhole_link",
@@ -40,7 +43,7 @@ LINK_FAULTS = (
     "isolate_head",
 )
 ORDERS = ("drain_worker", "rebalance")
-KINDS = (*PROCESS_FAULTS, *LINK_FAULTS, *ORDERS)
+KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
 _SHORT_S = 1.0
 """A pause of this time is no reason to end a worker."""
@@ -67,10 +70,10 @@ class Faults:
     def heal(self) -> None:
         """Nothing is wrong any more."""
         self._world.net.heal_all()
-        for process in self._paused:
+        self._world.kernel.suspended.clear()
+        for process in (*self._paused, *self._processes()):
             process.resume()
-        self._world.kernel.disk.recover()
-        self._world.kernel.disk.broken_hosts.clear()
+        self._world.kernel.disk.repair()
         self._world.kernel.slowness = self._world.scenario.slowness
 
     # ---- processes ----------------------------------------------------------------------------
@@ -128,12 +131,9 @@ class Faults:
 
     def pause_host(self, fault: Fault) -> None:
         """All processes of a host stand still: a suspended machine, or a moved one."""
-        world = self._world
-        host = self._hosts()[fault.where % len(self._hosts())]
-        processes = [w.process for w in world.ray.workers.values()]
-        processes += [g.process for g in world.gateways]
-        processes += [world.ray.controller.process] if world.ray.controller else []
-        for process in processes:
+        kernel, host = self._world.kernel, self._hosts()[fault.where % len(self._hosts())]
+        kernel.suspended[host] = kernel.now + fault.lasts_s
+        for process in self._processes():
             if process.host == host:
                 self._pause(process, fault.lasts_s)
         if host != HEAD and fault.lasts_s > _SHORT_S:  # else all workers of the head stand still
@@ -158,6 +158,36 @@ class Faults:
             self.unreadable.add(worker.host)
             disk.broken_hosts.add(worker.host)
             self._world.kernel.after(fault.lasts_s, disk.broken_hosts.discard, worker.host)
+
+    def flaky_disk(self, fault: Fault) -> None:
+        """One of ten reads fails on a host for a while."""
+        worker, disk = self._worker(fault.where), self._world.kernel.disk
+        if worker is not None:
+            self._blame(worker.host)
+            self.unreadable.add(worker.host)
+            disk.flaky_hosts.add(worker.host)
+            self._world.kernel.after(fault.lasts_s, disk.flaky_hosts.discard, worker.host)
+
+    def change_file(self, fault: Fault) -> None:
+        """A file of the checkpoint is overwritten in place, and restored later; at every second
+        number, once somebody reads it."""
+        disk = self._world.kernel.disk
+        self._damage_file(fault, disk.change_when_read if fault.where % 2 else disk.change)
+
+    def shorten_file(self, fault: Fault) -> None:
+        """A file of the checkpoint is cut off, and restored later."""
+        self._damage_file(fault, self._world.kernel.disk.shorten)
+
+    def _damage_file(self, fault: Fault, damage: Callable[[str, str], None]) -> None:
+        worker = self._worker(fault.where)
+        if worker is None:
+            return
+        host, name = worker.host, files()[fault.other % len(files())]
+        self._world.kernel.log("%s on %s", name, host)
+        self._blame(host)
+        self.unreadable.add(host)
+        damage(host, name)
+        self._world.kernel.after(fault.lasts_s, self._world.kernel.disk.restore, host, name)
 
     def slow_machine(self, fault: Fault) -> None:
         """Everything takes ten times as long to compute."""
@@ -232,6 +262,13 @@ class Faults:
         """Living workers that know a generation."""
         workers = self._world.ray.workers.values()
         return [w.process for w in workers if w.runtime.membership.generation.number]
+
+    def _processes(self) -> list[Process]:
+        """All of them, controllers that Ray has given up included."""
+        world = self._world
+        found = [w.process for w in world.ray.workers.values()]
+        found += [g.process for g in world.gateways]
+        return found + [c.process for c in world.ray.controllers]
 
     def _pause(self, process: Process, lasts_s: float) -> None:
         process.pause()

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 from heapq import heappop, heappush
-from math import log
+from math import inf, log
 from typing import TYPE_CHECKING, Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -58,21 +58,24 @@ class Kernel:
         """Factor on the time of all computation."""
         self.deaths: dict[str, str] = {}
         """Workers that have ended themselves, and why."""
+        self.suspended: dict[str, float] = {}
+        """Hosts that stand still, and until when."""
         self.disk: Any = None
         self.num_banks = 1
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._numbers = itertools.count()
+        self._next_number = itertools.count().__next__
         self._fibers: list[Fiber] = []
-        self._main = getcurrent()
+        self.leave: Callable[[], bool] = getcurrent().switch
+        """Return from the running thread to the event queue, until it is resumed."""
 
     def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
         """Call at a time; what happens at the same time keeps its order."""
-        heappush(self._events, (when, next(self._numbers), call, args))
+        heappush(self._events, (when, self._next_number(), call, args))
 
     def after(self, delay_s: float, call: Callable[..., None], *args: Any) -> None:
         """Call in a while; a negative delay is none."""
         when = self.now + delay_s if delay_s > 0.0 else self.now
-        heappush(self._events, (when, next(self._numbers), call, args))
+        heappush(self._events, (when, self._next_number(), call, args))
 
     def run(self, until: float, is_done: Callable[[], bool] = lambda: False) -> bool:
         """Let time pass; whether ``is_done`` before ``until``."""
@@ -147,19 +150,6 @@ class Kernel:
     def register(self, fiber: Fiber) -> None:
         self._fibers.append(fiber)
 
-    def enter(self, fiber: Fiber, value: bool) -> None:
-        """Run a thread until it parks or ends."""
-        before = self.process, self.fiber
-        self.process, self.fiber = fiber.process, fiber
-        try:
-            fiber.greenlet.switch(value)
-        finally:
-            self.process, self.fiber = before
-
-    def leave(self) -> bool:
-        """Return from the running thread to the event queue, until ``enter``."""
-        return bool(self._main.switch())
-
 
 class Process:
     """A simulated process: its threads, event loops and sockets live and die together."""
@@ -173,6 +163,10 @@ class Process:
         self.sockets: dict[SimSocket, None] = {}
         self.on_death: list[Callable[[], None]] = []
         self._deferred: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        until = kernel.suspended.get(host, 0.0)
+        if until > kernel.now:  # it is started there once the host goes on
+            self.is_paused = True
+            kernel.at(until, self.resume)
         self._loop: SimLoop | None = None
 
     @property
@@ -237,6 +231,11 @@ class Fiber:
         self._woken = 0
         """The ticket whose end is on its way, or that of a thread which runs."""
         self._waiting_for_end: list[Fiber] = []
+        self._deadline = inf
+        """Time at which its ``park`` ends without ``wake``."""
+        self._timers: list[float] = []
+        """Times of timer events to come, the nearest one last: most waits need none of their own,
+        since they end before an event that is there already."""
         self._kernel = process.kernel
         self.greenlet = greenlet(self._main)
         self._kernel.register(self)
@@ -246,12 +245,17 @@ class Fiber:
 
     def park(self, timeout_s: float | None = None) -> bool:
         """Wait for ``wake``; False when it was not called in time. Called by the thread itself."""
-        if self._kernel.is_over:
+        kernel = self._kernel
+        if kernel.is_over:
             raise GreenletExit
         self._ticket += 1
+        self._deadline = inf
         if timeout_s is not None:
-            self._kernel.after(timeout_s, self._resume, self._ticket, False)
-        return self._kernel.leave()
+            deadline = self._deadline = kernel.now + timeout_s if timeout_s > 0.0 else kernel.now
+            timers = self._timers
+            if not timers or deadline < timers[-1]:
+                self._set_timer()
+        return kernel.leave()
 
     def wake(self) -> None:
         """End its ``park`` soon."""
@@ -273,15 +277,36 @@ class Fiber:
             with suppress(Exception, GreenletExit):
                 self.greenlet.throw(GreenletExit)
 
+    def _set_timer(self) -> None:
+        self._timers.append(self._deadline)
+        self._kernel.at(self._deadline, self._expire)
+
+    def _expire(self) -> None:
+        """The nearest timer."""
+        self._timers.pop()
+        if self._woken == self._ticket or self._deadline == inf:
+            return  # it runs, or soon will; or it waits without a limit
+        if self._deadline <= self._kernel.now:
+            self._resume(self._ticket, False)
+        elif not self._timers or self._deadline < self._timers[-1]:
+            self._set_timer()
+
     def _resume(self, ticket: int, is_woken: bool) -> None:
-        if ticket != self._ticket or self.is_finished or self.process.is_dead:
+        if ticket != self._ticket or self.is_finished:
             return
-        if self.process.is_paused:
-            self.process.run(self._resume, ticket, is_woken)
+        process, kernel = self.process, self._kernel
+        if process.is_dead:
             return
-        self._ticket += 1
-        self._woken = self._ticket
-        self._kernel.enter(self, is_woken)
+        if process.is_paused:
+            process.run(self._resume, ticket, is_woken)
+            return
+        self._ticket = self._woken = ticket + 1
+        before, kernel.process = kernel.process, process
+        kernel.fiber = self
+        try:
+            self.greenlet.switch(is_woken)
+        finally:
+            kernel.process, kernel.fiber = before, None
 
     def _main(self, _: bool) -> None:
         try:

@@ -21,13 +21,54 @@ _MAX_CALLBACKS = 100
 _AnyLoop: Any = asyncio.AbstractEventLoop  # most of its methods are for no code here
 
 
+class SimHandle:
+    """``asyncio.Handle`` and ``TimerHandle``: a callback that can be cancelled."""
+
+    __slots__ = ("args", "callback", "context", "is_cancelled", "loop", "time")
+
+    def __init__(
+        self,
+        loop: SimLoop,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: contextvars.Context | None,
+        time: float = 0.0,
+    ) -> None:
+        self.loop, self.callback, self.args, self.context = loop, callback, args, context
+        self.time = time
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def when(self) -> float:
+        return self.time
+
+    def run(self) -> None:
+        try:
+            if self.context is None:
+                self.callback(*self.args)
+            else:
+                self.context.run(self.callback, *self.args)
+        except Exception as err:
+            self.loop.call_exception_handler({"exception": err})
+
+    def expire(self) -> None:
+        """The time has come."""
+        if not self.is_cancelled:
+            self.loop.add(self)
+
+
 class SimLoop(_AnyLoop):  # type: ignore[misc]
     """Runs callbacks in the order in which they were scheduled, in virtual time."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
         self._kernel = process.kernel
-        self._ready: deque[asyncio.Handle] = deque()
+        self._ready: deque[SimHandle] = deque()
         self._is_scheduled = False
 
     def call_soon(
@@ -35,10 +76,11 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
         callback: Callable[..., object],
         *args: Any,
         context: contextvars.Context | None = None,
-    ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
+    ) -> SimHandle:
+        handle = SimHandle(self, callback, args, context)
         self._ready.append(handle)
-        self._schedule()
+        if not self._is_scheduled:
+            self._schedule()
         return handle
 
     call_soon_threadsafe = call_soon
@@ -49,7 +91,7 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
         callback: Callable[..., object],
         *args: Any,
         context: contextvars.Context | None = None,
-    ) -> asyncio.TimerHandle:
+    ) -> SimHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def call_at(
@@ -58,11 +100,17 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
         callback: Callable[..., object],
         *args: Any,
         context: contextvars.Context | None = None,
-    ) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+    ) -> SimHandle:
+        handle = SimHandle(self, callback, args, context, when)
         at = when - self._process.clock_offset_s
-        self._kernel.at(max(at, self._kernel.now), self._process.run, self._expire, handle)
+        self._kernel.at(max(at, self._kernel.now), self._process.run, handle.expire)
         return handle
+
+    def add(self, handle: SimHandle) -> None:
+        """Run it when the loop has the processor."""
+        self._ready.append(handle)
+        if not self._is_scheduled:
+            self._schedule()
 
     def time(self) -> float:
         return self._kernel.now + self._process.clock_offset_s
@@ -94,8 +142,7 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
         Fiber(self._process, work, "executor").start()
         return future
 
-    def get_debug(self) -> bool:
-        return False
+    get_debug = staticmethod(bool)  # always False; each future and each task asks
 
     def is_running(self) -> bool:
         return True
@@ -110,9 +157,6 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
         what = f"{type(error).__name__}: {error}" if error else context.get("message")
         self._kernel.failures.append(f"event loop of {self._process.name}: {what}")
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        pass
-
     @staticmethod
     def _settle(future: asyncio.Future[Any], result: object, error: Exception | None) -> None:
         if future.done():
@@ -122,34 +166,36 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
         else:
             future.set_result(result)
 
-    def _expire(self, handle: asyncio.TimerHandle) -> None:
-        if not handle.cancelled():
-            self._ready.append(handle)
-            self._schedule()
-
     def _schedule(self) -> None:
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            delay_s = self._kernel.switch_delay_s()
-            self._kernel.after(delay_s, self._process.run, self._run_ready)
-
-    def _run_ready(self) -> None:
-        self._is_scheduled = False
+        self._is_scheduled = True
         kernel = self._kernel
-        before, kernel.fiber = kernel.fiber, None
+        kernel.after(kernel.switch_delay_s(), self._turn)
+
+    def _turn(self) -> None:
+        """Run what is ready, as far as a turn goes."""
+        process, kernel = self._process, self._kernel
+        if process.is_dead:
+            return
+        if process.is_paused:
+            process.run(self._turn)
+            return
+        before, kernel.process = kernel.process, process
+        ready = self._ready
         events._set_running_loop(self)
         try:
             for _ in range(_MAX_CALLBACKS):
-                if not self._ready or self._process.is_dead:
+                if not ready or process.is_dead:
                     break
-                handle = self._ready.popleft()
-                if not handle._cancelled:
-                    handle._run()
+                handle = ready.popleft()
+                if not handle.is_cancelled:
+                    handle.run()
         finally:
             events._set_running_loop(None)
-            kernel.fiber = before
-        if self._ready:
+            kernel.process = before
+        if ready:
             self._schedule()
+        else:
+            self._is_scheduled = False
 
 
 class SimWriter:

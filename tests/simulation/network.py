@@ -35,8 +35,8 @@ class Pipe:
     """One direction of one connection."""
 
     def __init__(self, network: Network, source: str, target: str) -> None:
-        self._network = network
-        self._link = network.link(source, target)
+        self._kernel = network.kernel
+        self.link = network.link(source, target)
         self._latency_s = _LOCAL_S if source == target else _LATENCY_S
         self._held: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._last_arrival = 0.0
@@ -48,15 +48,11 @@ class Pipe:
         """Something waits for the link to heal."""
         return bool(self._held)
 
-    @property
-    def is_blocked(self) -> bool:
-        return self._link.is_blocked
-
     def send(self, deliver: Callable[..., None], *args: Any) -> None:
         """Call ``deliver`` at the other end, after what was sent before."""
-        if self._link.is_blocked or self._held:
+        if self.link.is_blocked or self._held:
             self._held.append((deliver, args))
-            self._link.waiting[self] = None
+            self.link.waiting[self] = None
         else:
             self._post(deliver, args)
 
@@ -67,8 +63,8 @@ class Pipe:
             self._post(*self._held.popleft())
 
     def _post(self, deliver: Callable[..., None], args: tuple[Any, ...]) -> None:
-        kernel, link = self._network.kernel, self._link
-        latency_s = self._latency_s * (0.5 + 1.5 * kernel.rng.random()) + link.delay_s
+        kernel = self._kernel
+        latency_s = self._latency_s * (0.5 + 1.5 * kernel.rng.random()) + self.link.delay_s
         arrival = kernel.now + latency_s
         if arrival < self._last_arrival:  # the next one never overtakes
             arrival = self._last_arrival

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import grpc
 import torch
@@ -34,18 +33,19 @@ import workers.transport.peer_connections
 import workers.transport.peer_link
 import workers.transport.socket_io  # noqa: F401
 from cluster.core.topology import Generation
+from tests.simulation.disk import SimReader, ToyCheckpoint, entries, size_and_time, stamp
 from tests.simulation.kernel import Kernel
 from tests.simulation.loops import new_event_loop, start_server
 from tests.simulation.network import Network
 from tests.simulation.polling import SimSelectors, SimSockets
 from tests.simulation.streams import SimChannel, SimGrpcServer, SimRunner
 from tests.simulation.threads import SimExecutor, SimFuture, SimThreading
-from tests.simulation.toy_model import ToyCheckpoint
 from tests.simulation.toy_steps import ToyEngine, ToyExpertServer
 from tests.simulation.worker import ToyGrammars, ToyModel
 from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
+from workers.model.loading.file_stamp import FileStamp
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import PeerServer
 
@@ -91,6 +91,10 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.expert_part", "ExpertServer", ToyExpertServer),
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
     ("workers.kv.transfer.store", "Future", SimFuture),
+    ("workers.model.loading.checkpoint", "safe_open", SimReader),
+    ("workers.model.loading.checkpoint", "_entries", entries),
+    ("workers.model.loading.checkpoint", "size_and_time", size_and_time),
+    ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
 ]
 """(module, name, replacement) of the model, the disk and the process."""
 
@@ -115,32 +119,12 @@ def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
     """Product code runs on the simulation inside."""
     monotonic = time.monotonic
     with ExitStack() as stack:
-        put = stack.enter_context
-        for name, module in list(sys.modules.items()):
-            if not name.startswith(_PRODUCT) or name.startswith(_THREADS_STAY):
-                continue
-            for attribute, stand_in in _BY_MODULE.items():
-                if attribute in vars(module):
-                    put(mock.patch.object(module, attribute, stand_in))
-        for where, attribute, stand_in in _SINGLE:
-            put(mock.patch.object(sys.modules[where], attribute, stand_in))
-        remembered = _Remembered(vars(Generation)["attention"])
-        put(mock.patch.object(Generation, "attention", remembered))
-        for kind, method in ((Engine, "step"), (ExpertServer, "run_step")):
-            plain = getattr(kind, method).__wrapped__  # without torch's inference mode
-            put(mock.patch.object(kind, method, plain))
+        for owner, name, stand_in in (*_everywhere(), *_of_this(kernel)):
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, stand_in)
         for function in _with_default(monotonic):
             _swap_defaults(function, monotonic, kernel.monotonic)
             stack.callback(_swap_defaults, function, kernel.monotonic, monotonic)
-        put(mock.patch.object(time, "monotonic", kernel.monotonic))
-        put(mock.patch.object(time, "time", kernel.time))
-        put(mock.patch.object(time, "sleep", kernel.sleep))
-        put(mock.patch.object(secrets, "token_hex", lambda n: f"{kernel.rng.getrandbits(8 * n):x}"))
-        put(mock.patch.object(asyncio, "new_event_loop", new_event_loop))
-        put(mock.patch.object(asyncio, "start_server", start_server))
-        put(mock.patch.object(asyncio, "Runner", SimRunner))
-        put(mock.patch.object(grpc.aio, "insecure_channel", SimChannel))
-        put(mock.patch.object(grpc.aio, "server", SimGrpcServer))
         Kernel.current, Network.current = kernel, net
         level = logging.root.manager.disable
         logging.disable(logging.CRITICAL if kernel.on_log is None else logging.NOTSET)
@@ -155,6 +139,40 @@ def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
             gc.enable()
             logging.disable(level)
             Kernel.current = Network.current = None
+
+
+@cache
+def _everywhere() -> list[tuple[Any, str, Any]]:
+    """(module or class, name, replacement): the same in every simulation."""
+    found: list[tuple[Any, str, Any]] = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_PRODUCT) and not name.startswith(_THREADS_STAY):
+            names = _BY_MODULE.keys() & vars(module).keys()
+            found += [(module, attribute, _BY_MODULE[attribute]) for attribute in sorted(names)]
+    found += [(sys.modules[where], name, stand_in) for where, name, stand_in in _SINGLE]
+    for kind, method in ((Engine, "step"), (ExpertServer, "run_step")):
+        plain = getattr(kind, method).__wrapped__  # without torch's inference mode
+        found.append((kind, method, plain))
+    found.append((FileStamp, "of", staticmethod(stamp)))
+    return [
+        *found,
+        (asyncio, "new_event_loop", new_event_loop),
+        (asyncio, "start_server", start_server),
+        (asyncio, "Runner", SimRunner),
+        (grpc.aio, "insecure_channel", SimChannel),
+        (grpc.aio, "server", SimGrpcServer),
+    ]
+
+
+def _of_this(kernel: Kernel) -> list[tuple[Any, str, Any]]:
+    """The same of one simulation."""
+    return [
+        (Generation, "attention", _Remembered(vars(Generation)["attention"])),
+        (time, "monotonic", kernel.monotonic),
+        (time, "time", kernel.time),
+        (time, "sleep", kernel.sleep),
+        (secrets, "token_hex", lambda size: f"{kernel.rng.getrandbits(8 * size):x}"),
+    ]
 
 
 @cache

@@ -56,7 +56,7 @@ class SimSelector:
     def select(self, timeout: float | None = None) -> list[tuple[Key, int]]:
         kernel = Kernel.current
         assert kernel is not None
-        found = self._ready()
+        found = self._ready() if self._touched else []
         if found or (timeout is not None and timeout <= 0):
             kernel.maybe_preempt()
             return found or self._ready()
@@ -64,7 +64,7 @@ class SimSelector:
         self._fiber = fiber
         fiber.park(timeout)
         self._fiber = None
-        return self._ready()
+        return self._ready() if self._touched else []
 
     def touch(self, sock: SimSocket) -> None:
         """A watched socket has changed."""
@@ -88,10 +88,7 @@ class SimSelector:
         found = []
         for sock in list(self._touched):
             key = self._keys[sock]
-            events = READ if key.events & READ and sock.is_readable else 0
-            if key.events & WRITE and sock.is_writable:
-                events |= WRITE
-            if events:
+            if events := sock.ready(key.events):
                 found.append((key, events))
             else:
                 del self._touched[sock]

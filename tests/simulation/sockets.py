@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import selectors
 import socket as real
 import struct
 from collections import deque
@@ -16,10 +17,13 @@ from tests.simulation.network import Pipe, network
 if TYPE_CHECKING:
     from tests.simulation.polling import SimSelector
 
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _BUFFER_BYTES = 1 << 18
 """Bytes that may be on their way, or unread, in one direction."""
 _RETRANSMIT_S = 0.2
 _INFO_BYTES = 128
+_PART_CHANCE = 0.01
+"""Chance that the kernel takes only a part of what is sent."""
 
 
 class SimSocket:
@@ -70,20 +74,22 @@ class SimSocket:
 
     def _take(self, data: bytes) -> None:
         assert self.peer is not None
+        peer, out = self.peer, self._out
         if self._is_closed:
-            if self._out is not None and not self.peer._is_closed:
-                self._out.send(self.peer.break_off)
+            if out is not None and not peer._is_closed:
+                out.send(peer.break_off)
             return
         self._received += data
-        self.peer._delivered += len(data)
-        self.peer._acknowledge()
-        self._changed()
+        peer._delivered += len(data)
+        if out is not None and not out.link.is_blocked:
+            peer._acknowledge()
+        for watcher in self.watchers:
+            watcher.touch(self)
+        if self._waiting or self.on_change is not None:
+            self._tell()
 
     def _acknowledge(self) -> None:
-        """What was delivered is acknowledged, if the other direction works."""
-        peer = self.peer
-        if peer is None or peer._out is None or peer._out.is_blocked:
-            return
+        """What was delivered is acknowledged."""
         is_new, self._acknowledged = self._delivered > self._acknowledged, self._delivered
         if self._acknowledged == self._sent:
             self._unacknowledged_at = None
@@ -92,7 +98,9 @@ class SimSocket:
 
     def _tcp_info(self) -> bytes:
         """``struct tcp_info``: retransmissions, segments under way, acknowledged bytes."""
-        self._acknowledge()
+        peer = self.peer
+        if peer is not None and peer._out is not None and not peer._out.link.is_blocked:
+            self._acknowledge()
         since = self._unacknowledged_at
         silence_s = 0.0 if since is None else self._kernel.now - since
         retransmits = int(math.log2(silence_s / _RETRANSMIT_S + 1))
@@ -109,6 +117,10 @@ class SimSocket:
     def _changed(self) -> None:
         for watcher in self.watchers:
             watcher.touch(self)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Who waits for the socket itself goes on."""
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for fiber in waiting:
@@ -117,6 +129,17 @@ class SimSocket:
             self.process.loop.call_soon(self.on_change)
 
     # ---- readiness --------------------------------------------------------------------------
+
+    def ready(self, events: int) -> int:
+        """Which of the events that a selector watches have come."""
+        if self.accepted is not None:
+            return events & _READ if self.accepted else 0
+        found = 0
+        if events & _READ and (self._received or self._at_end or self._error):
+            found = _READ
+        if events & _WRITE and self.is_writable:
+            found |= _WRITE
+        return found
 
     @property
     def is_readable(self) -> bool:
@@ -184,26 +207,34 @@ class SimSocket:
             raise OSError(self.getsockopt(real.SOL_SOCKET, real.SO_ERROR), "cannot connect")
 
     def send(self, data: Any) -> int:
-        self._check()
-        self._kernel.maybe_preempt()
-        if not self.is_writable:
+        if self._is_closed or self._error:
+            self._check()
+        kernel = self._kernel
+        if kernel.fiber is not None:
+            kernel.maybe_preempt()
+        out = self._out
+        if self._error or out is None or self._num_out >= _BUFFER_BYTES or self._is_connecting:
             self._wait(lambda: self.is_writable or self._is_closed)
             self._check()
+            out = self._out
         assert self.peer is not None
-        assert self._out is not None
-        sent = bytes(data[: _BUFFER_BYTES - self._num_out])
+        assert out is not None
+        sent = bytes(data)
         size = len(sent)
-        if size > 1 and self._kernel.rng.random() < 0.01:
-            size = self._kernel.rng.randrange(1, size)  # the kernel takes a part
+        if size > _BUFFER_BYTES - self._num_out:
+            size = _BUFFER_BYTES - self._num_out
+            sent = sent[:size]
+        if size > 1 and kernel.rng.random() < _PART_CHANCE:
+            size = kernel.rng.randrange(1, size)  # the kernel takes a part
             sent = sent[:size]
         self._num_out += size
         self._sent += size
         if self._unacknowledged_at is None:
-            self._unacknowledged_at = self._kernel.now
-        self._out.send(self.peer._take, sent)
-        if self._unsent_limit_s and self._out.is_held and not self._is_timed:
+            self._unacknowledged_at = kernel.now
+        out.send(self.peer._take, sent)
+        if self._unsent_limit_s and out.is_held and not self._is_timed:
             self._is_timed = True
-            self._kernel.after(self._unsent_limit_s, self._give_up, self._out.num_healed)
+            kernel.after(self._unsent_limit_s, self._give_up, out.num_healed)
         return size
 
     def sendall(self, data: Any) -> None:
@@ -215,28 +246,44 @@ class SimSocket:
         return self.send(b"".join(buffers))
 
     def recv(self, size: int) -> bytes:
-        if not self._received:
-            if self._timeout_s == 0.0 and not self.is_readable and not self._is_closed:
-                raise BlockingIOError
-            self._wait(lambda: self.is_readable or self._is_closed)
-            if not self._received:
-                self._check()
-                return b""
+        if not self._received and not self._await_input():
+            return b""
         data = bytes(self._received[:size])
-        size = len(data)
         del self._received[:size]
+        self._taken(len(data))
+        return data
+
+    def recv_into(self, view: memoryview) -> int:
+        received = self._received
+        if not received and not self._await_input():
+            return 0
+        size = len(view)
+        if size < len(received):
+            view[:] = received[:size]
+        else:
+            size = len(received)
+            view[:size] = received
+        del received[:size]
+        self._taken(size)
+        return size
+
+    def _await_input(self) -> bool:
+        """Block until there is something to read; False at the end of the stream."""
+        if self._timeout_s == 0.0 and not (self._at_end or self._error or self._is_closed):
+            raise BlockingIOError
+        self._wait(lambda: self.is_readable or self._is_closed)
+        if not self._received:
+            self._check()
+        return bool(self._received)
+
+    def _taken(self, size: int) -> None:
+        """So many bytes were read: the other end may send as many more."""
         peer = self.peer
         if peer is not None:
             was_full = peer._num_out >= _BUFFER_BYTES
             peer._num_out -= size
             if was_full:
                 peer._changed()
-        return data
-
-    def recv_into(self, view: memoryview) -> int:
-        data = self.recv(len(view))
-        view[: len(data)] = data
-        return len(data)
 
     def shutdown(self, how: int) -> None:
         if self.accepted is not None:

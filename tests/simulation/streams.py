@@ -21,6 +21,30 @@ _WINDOW = 64
 _END = object()
 
 
+class _Inbox:
+    """``asyncio.Queue`` with one reader."""
+
+    __slots__ = ("_loop", "_messages", "_reader")
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._messages: deque[Any] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    def put_nowait(self, message: Any) -> None:
+        self._messages.append(message)
+        if self._reader is not None:
+            if not self._reader.done():
+                self._reader.set_result(None)
+            self._reader = None
+
+    async def get(self) -> Any:
+        while not self._messages:
+            self._reader = self._loop.create_future()
+            await self._reader
+        return self._messages.popleft()
+
+
 class _Half:
     """One end's inbox, and its sending direction."""
 
@@ -28,7 +52,7 @@ class _Half:
         self.process, self.loop = process, loop
         self.pipe = Pipe(net, process.host, target)
         self._arrived: deque[Any] = deque()
-        self.inbox: asyncio.Queue[Any] = asyncio.Queue()
+        self.inbox = _Inbox(loop)
         self.num_unread = 0
         """Messages that this end has sent and the other has not read."""
         self.may_send = asyncio.Event()
@@ -37,7 +61,8 @@ class _Half:
         self.is_over = False
 
     async def send(self, message: bytes) -> None:
-        await self.may_send.wait()
+        if not self.may_send.is_set():
+            await self.may_send.wait()
         self.num_unread += 1
         if self.num_unread >= _WINDOW:
             self.may_send.clear()
@@ -51,7 +76,10 @@ class _Half:
     def arrive(self, message: Any) -> None:
         """Something has come over the network."""
         self._arrived.append(message)
-        self.process.run(self._take)
+        if not self.process.is_paused and not self.process.is_dead:
+            self._take()
+        else:
+            self.process.run(self._take)
 
     def _take(self) -> None:
         """A process that was paused takes all at once, in any order of these calls."""
@@ -202,7 +230,7 @@ class SimGrpcServer:
     async def _handle(self, half: _Half, method: Any) -> None:
         assert half.other is not None
         context = SimContext(half.other.process.host)
-        messages: asyncio.Queue[Any] = asyncio.Queue()
+        messages = _Inbox(self._loop)
         task = asyncio.current_task()
         assert task is not None
 
@@ -234,7 +262,7 @@ class SimGrpcServer:
             half.post(_error(grpc.StatusCode.UNAVAILABLE, "Socket closed"))
 
 
-async def _all_of(messages: asyncio.Queue[Any]) -> AsyncIterator[bytes]:
+async def _all_of(messages: _Inbox) -> AsyncIterator[bytes]:
     while isinstance(message := await messages.get(), bytes):
         yield message
 

@@ -10,6 +10,8 @@ import pytest
 
 NUM_SEEDS = 12
 """Seeds of each part."""
+NUM_MANY = 500
+FIRST_OF_MANY = 1000
 FOUND_AT = {
     "early_run": 3,
     "early_switch": 1,
@@ -41,6 +43,13 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("part", range(2))
 def test_seeds_keep_every_promise(part: int) -> None:
     found = run("--seed", str(part * NUM_SEEDS), "--num", str(NUM_SEEDS))
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.distributed
+def test_many_seeds_keep_every_promise() -> None:
+    jobs = str(len(os.sched_getaffinity(0)))
+    found = run("--seed", str(FIRST_OF_MANY), "--num", str(NUM_MANY), "--jobs", jobs)
     assert found.returncode == 0, found.stdout + found.stderr
 
 

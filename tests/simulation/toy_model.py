@@ -9,9 +9,8 @@ be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,41 +138,6 @@ class ToyFamily:
         ]
 
 
-class ToyCheckpoint:
-    """In place of ``Checkpoint``: files on a disk that may be slow, or fail."""
-
-    def __init__(self, path: Path, progress: Any = None) -> None:
-        self.path = path
-        self.family = ToyFamily()
-        self.config = CONFIG
-        self.tensors: Mapping[str, object] = {}
-        self.checkpoint_id = "toy"
-        self.loaded_bytes = 0
-
-    def another(self) -> ToyCheckpoint:
-        return ToyCheckpoint(self.path)
-
-    def expect(self, num_bytes: int) -> None:
-        pass
-
-    def expert_bytes(self, bank: BankSpec, expert: int) -> int:
-        return 4 * MATRICES
-
-    def read_stacked(
-        self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        from tests.simulation.worker import disk
-
-        disk().read()
-        bank, expert, matrix = map(int, parts[0].name.split("."))
-        self.loaded_bytes += 4
-        found = torch.empty(parts[0].shape, dtype=dtype) if out is None else out
-        return found.fill_(matrix_value(bank, expert, matrix))
-
-    def close(self) -> None:
-        pass
-
-
 class ToyBank:
     """In place of ``ExpertBank``: the numbers in the slots."""
 
@@ -183,6 +147,8 @@ class ToyBank:
         self.device = torch.device("cpu")
         self.num_slots = 0
         self.slots: list[list[int]] = []
+        self.values: list[int] = []
+        """What a row gets from each slot."""
         self._on_write = on_write
         self.resize(num_slots)
 
@@ -194,10 +160,12 @@ class ToyBank:
             *([0] * MATRICES for _ in range(self.num_slots, num_slots)),
         ]
         self.num_slots = num_slots
+        self.values = [digest(slot) for slot in self.slots]
 
     def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
         self._on_write(self.spec.index, slot)
         self.slots[slot][matrix] = int(weight[0, 0])
+        self.values[slot] = digest(self.slots[slot])
 
     def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
         shape = self.spec.exchanges[exchange].matrix_shapes[matrix]
@@ -206,10 +174,7 @@ class ToyBank:
     def clear(self, slot: int) -> None:
         self._on_write(self.spec.index, slot)
         self.slots[slot] = [0] * MATRICES
-
-    def value(self, slot: int) -> int:
-        """What a row gets from the slot."""
-        return digest(self.slots[slot])
+        self.values[slot] = digest(self.slots[slot])
 
 
 class ToyCache:

@@ -49,20 +49,20 @@ def work(mean_s: float) -> None:
     """Computation that takes time."""
     kernel = Kernel.current
     assert kernel is not None
-    kernel.sleep(kernel.rng.uniform(0.5, 1.5) * mean_s * kernel.slowness)
+    kernel.sleep((0.5 + kernel.rng.random()) * mean_s * kernel.slowness)
 
 
 class ToyTransport(SocketTransport):
     """Frames of plain bytes."""
 
     def post_bytes(self, tag: Tag, rank: int, count: int, data: bytes) -> None:
-        header = self._header(tag, (count,), len(data))
+        header = self._header(tag, (count, 0), len(data))
         self._connections.send(self._names[rank], header, [data])
 
     def receive_bytes(self, tag: Tag, ranks: Sequence[int]) -> list[tuple[int, bytes]]:
         """(count, bytes) of each rank."""
         deadline = time.monotonic() + self._connections.step_timeout_s
-        want = self._header(tag, (), 0)
+        want = self._header(tag)
         names = [self._names[rank] for rank in ranks]
         found = []
         for i, name in enumerate(names):
@@ -227,21 +227,33 @@ class ToyExpertServer(ExpertServer):
 
     _transport: ToyTransport
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._known: dict[int, tuple[torch.Tensor, frozenset[int]]] = {}
+
     def _serve(self, bank: Any, exchange: Any, micro_batch: int, granted: Any) -> None:
         ranks = list(granted)
         with self._activity:
             received = self._transport.receive_bytes(Tag(bank.index, 0, 0, "rows"), ranks)
         work(0.005)
         slots: ToyBank = self._slots[bank.index]
-        filled = self._filled[bank.index].table.tolist()[:-1]
-        contents = [slots.value(slot) if is_full else 0 for slot, is_full in enumerate(filled)]
+        contents, filled = slots.values, self._filled_slots(bank.index)
         for rank, (count, data) in zip(ranks, received, strict=True):
             wanted = struct.unpack(f"!{count}H", data)
-            for slot in wanted:
-                if not (slot < len(filled) and filled[slot]):
-                    self._transport.reject(rank, f"no expert in slot {slot} of bank {bank.index}")
-            values = struct.pack(f"!{count}I", *(contents[slot] for slot in wanted))
+            if not filled.issuperset(wanted):
+                missing = next(slot for slot in wanted if slot not in filled)
+                self._transport.reject(rank, f"no expert in slot {missing} of bank {bank.index}")
+            values = struct.pack(f"!{count}I", *[contents[slot] for slot in wanted])
             self._transport.post_bytes(Tag(bank.index, 0, 0, "outputs"), rank, count, values)
+
+    def _filled_slots(self, bank: int) -> frozenset[int]:
+        """Slots that hold an expert in the step's epoch."""
+        table = self._filled[bank].table
+        known = self._known.get(bank)
+        if known is None or known[0] is not table:
+            places = enumerate(table.tolist()[:-1])
+            known = self._known[bank] = table, frozenset(slot for slot, full in places if full)
+        return known[1]
 
 
 __all__ = ["FrameHeader", "FrameKind", "ToyDispatcher", "ToyEngine", "ToyExpertServer", "work"]

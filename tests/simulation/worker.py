@@ -20,37 +20,6 @@ from workers.process.runtime import WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 from workers.transport.transport import DataTransport
 
-_READ_S = 0.002
-"""Mean time to read one matrix."""
-
-
-class Disk:
-    """The disk with the checkpoint, as one simulation has it."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-        self.read_s = _READ_S
-        self.broken_hosts: set[str] = set()
-
-    def recover(self) -> None:
-        """As fast as usual."""
-        self.read_s = _READ_S
-
-    def read(self) -> None:
-        """Read one matrix. Raises ``OSError``."""
-        kernel = self._kernel
-        kernel.sleep(kernel.rng.uniform(0.5, 1.5) * self.read_s)
-        if kernel.process is not None and kernel.process.host in self.broken_hosts:
-            raise OSError("input/output error")
-
-
-def disk() -> Disk:
-    """The disk of the simulation that runs."""
-    kernel = Kernel.current
-    assert kernel is not None
-    found: Disk = kernel.disk
-    return found
-
 
 class ToySlots(ExpertSlots):
     """Slots of numbers, which report a write to a slot that a step may read."""

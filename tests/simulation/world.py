@@ -14,6 +14,8 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.core.states import ClusterState
+from cluster.core.topology import Generation
+from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
 from tests.simulation.gateways import Outcome, SimGateway
 from tests.simulation.kernel import Kernel
@@ -22,13 +24,14 @@ from tests.simulation.patches import replaced
 from tests.simulation.ray import HEAD, SimController, SimRay
 from tests.simulation.scenario import SPAN_S, Scenario
 from tests.simulation.toy_model import banks
-from tests.simulation.worker import Disk
 
 _START_LIMIT_S = 60.0
 _BLOCK_TOKENS = 4
 HEAL_S = 90.0
 """Virtual time after the last fault in which everything must serve."""
 _CHECK_S = 0.05
+_QUIET_S = 0.5
+"""Time after the last request and the last fault in which something may still happen."""
 
 
 class Broken(Exception):
@@ -52,6 +55,8 @@ class World:
         self.outcomes: list[Outcome] = []
         self.faults = Faults(self)
         self.highest_step = 0
+        self._quiet_at = 0.0
+        self._names: dict[int, tuple[Generation, tuple[str, ...]]] = {}
 
     def run(self) -> None:
         """Live through the scenario. Raises ``Broken``."""
@@ -62,8 +67,11 @@ class World:
             for ask in self.scenario.asks:
                 self.outcomes.append(self.gateways[ask.gateway].ask(ask))
             began_at = self.kernel.now
+            ends = [a.at_s for a in self.scenario.asks]
+            ends += [fault.at_s + fault.lasts_s for fault in self.scenario.faults]
+            self._quiet_at = began_at + max(ends, default=0.0) + _QUIET_S
             self.kernel.after(_CHECK_S, self._check_often)
-            self._run_until(began_at + SPAN_S)
+            self._run_until(began_at + SPAN_S, self._is_over)
             self.kernel.log("heal")
             self.faults.heal()
             self._run_until(self.kernel.now + HEAL_S, self._is_calm)
@@ -108,10 +116,10 @@ class World:
                 max_num_batched_tokens=64,
                 num_micro_batches=1,
             ),
-            load=LoadSection(report_s=0.5, window_s=1.0, half_life_s=2.0),
+            load=LoadSection(report_s=1.0, window_s=2.0, half_life_s=2.0),
             rebalance=RebalanceSection(
                 enable_eplb=scenario.moves_experts,
-                interval_s=1.0,
+                interval_s=2.0,
                 max_move_fraction=0.5,
                 slot_cost_pairs=0.0,
             ),
@@ -143,10 +151,24 @@ class World:
             membership = worker.runtime.membership
             if membership.runs and not worker.is_dead:
                 generation = membership.generation
-                key = generation.number, tuple(m.name for m in generation.members)
+                key = generation.number, self._names_of(generation)
                 running[key] = running.get(key, 0) + 1
-                self.highest_step = max(self.highest_step, worker.runtime.channel.highest_step)
+                highest_step = worker.runtime.channel.highest_step
+                if highest_step > self.highest_step:
+                    self.highest_step = highest_step
         return {key for key, count in running.items() if count == len(key[1])}
+
+    def _names_of(self, generation: Generation) -> tuple[str, ...]:
+        """The members' names, made once for each worker's copy of a generation."""
+        known = self._names.get(id(generation))
+        if known is None or known[0] is not generation:
+            names = tuple(m.name for m in generation.members)
+            known = self._names[id(generation)] = generation, names
+        return known[1]
+
+    def _is_over(self) -> bool:
+        """Nothing happens any more before the end of the span."""
+        return self.kernel.now >= self._quiet_at and self._is_calm()
 
     def _is_calm(self) -> bool:
         controller = self.ray.controller

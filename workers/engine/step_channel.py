@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from cluster.core.errors import ProtocolError
 from cluster.core.topology import Generation
@@ -26,6 +27,22 @@ from workers.requests.step_header import HEADERS, PROPOSALS, StepHeader, StepPro
 from workers.transport.edge_table import StepFrame
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """The attention ranks of one generation."""
+
+    generation: Generation
+    leader: str
+    """Name of the lowest."""
+    by_name: dict[str, int]
+    in_order: list[int]
+
+    @classmethod
+    def of(cls, generation: Generation) -> _Ranks:
+        by_name = {m.name: m.rank for m in generation.attention}
+        return cls(generation, next(iter(by_name), ""), by_name, list(by_name.values()))
 
 
 class StepChannel:
@@ -44,6 +61,7 @@ class StepChannel:
         self._connections = connections
         self._prefill_cap = prefill_cap
         self._micro_batches = micro_batches
+        self._known = _Ranks.of(connections.generation)
         self.highest_step = 0
         """Highest step of all headers received, in any generation."""
         self.last_rows = 0
@@ -61,14 +79,21 @@ class StepChannel:
     @property
     def is_leader(self) -> bool:
         """Whether this worker publishes the headers of the current generation."""
-        return self._connections.generation.leader.name == self._connections.me.name
+        return self._ranks.leader == self._connections.me.name
+
+    @property
+    def _ranks(self) -> _Ranks:
+        """Of the current generation."""
+        generation = self._connections.generation
+        if self._known.generation is not generation:
+            self._known = _Ranks.of(generation)
+        return self._known
 
     def missing(self) -> list[str]:
         """The workers for which the next header waits: ranks without a proposal, or the leader."""
-        generation = self._connections.generation
         if not self.is_leader:
-            return [generation.leader.name]
-        return [m.name for m in generation.attention if m.rank not in self._proposals]
+            return [self._ranks.leader]
+        return [name for name, rank in self._ranks.by_name.items() if rank not in self._proposals]
 
     def start_generation(self, first_step: int, epoch: int) -> None:
         """Drop everything of the old generation; steps go on at ``first_step``.
@@ -114,8 +139,8 @@ class StepChannel:
             self._proposals[connections.me.rank] = proposal
             self._decide(even_empty)
         else:
-            leader = connections.generation.leader.name
-            self._send(leader, FrameKind.PROPOSAL, proposal, PROPOSALS.encode(proposal))
+            data = PROPOSALS.encode(proposal)
+            self._send(self._ranks.leader, FrameKind.PROPOSAL, proposal, data)
 
     def wait(self, timeout_s: float) -> StepHeader | None:
         """The next header; None after ``timeout_s`` or when ``connections.wake`` was called.
@@ -152,23 +177,22 @@ class StepChannel:
 
     def _file(self, step_frame: StepFrame) -> None:
         frame, sender = step_frame.frame, step_frame.sender
-        data, generation = frame.payload.data, self._connections.generation
+        data, ranks = frame.payload.data, self._ranks
         if frame.header.kind is FrameKind.PROPOSAL:
             proposal = PROPOSALS.decode(data)
             self._check_place(frame.header, proposal.generation, proposal.step)
-            ranks = {m.name: m.rank for m in generation.attention}
-            if not self.is_leader or proposal.rank != ranks.get(sender.name):
+            if not self.is_leader or proposal.rank != ranks.by_name.get(sender.name):
                 raise ProtocolError(f"proposal of rank {proposal.rank} from {sender.name}")
             self._take_proposal(proposal)
             return
         header = HEADERS.decode(data)
         self._check_place(frame.header, header.generation, header.step)
-        if sender.name != generation.leader.name:
+        if sender.name != ranks.leader:
             raise ProtocolError(f"step header from {sender.name}, which does not lead")
         expected = self._headers[-1].step + 1 if self._headers else self._next_step
         if header.step != expected:
             raise ProtocolError(f"step header {header.step}: must be {expected}")
-        _check_members(header, generation)
+        _check_members(header, ranks)
         self._headers.append(header)
 
     def _check_place(self, frame: FrameHeader, generation: int, step: int) -> None:
@@ -187,7 +211,7 @@ class StepChannel:
 
     def _decide(self, even_empty: bool = False) -> None:
         """Leader: publish the header of the next step if there is one."""
-        if self.missing():
+        if len(self._proposals) < len(self._ranks.by_name):
             return
         self._observe_step()
         generation = self._connections.generation
@@ -228,8 +252,7 @@ class StepChannel:
         self._connections.send(name, frame, [data])
 
 
-def _check_members(header: StepHeader, generation: Generation) -> None:
+def _check_members(header: StepHeader, expected: _Ranks) -> None:
     ranks = [rank for rank, _ in header.grants]
-    expected = [m.rank for m in generation.attention]
-    if ranks != expected:
-        raise ProtocolError(f"step header grants ranks {ranks}: must be {expected}")
+    if ranks != expected.in_order:
+        raise ProtocolError(f"step header grants ranks {ranks}: must be {expected.in_order}")

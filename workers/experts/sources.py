@@ -69,6 +69,7 @@ class CheckpointSource:
                 weight = self._checkpoint.read_stacked(matrix.parts, dtype, out)
                 self._take(weight.nbytes)
                 yield ExpertWeight(exchange.index, i, weight)
+        self._checkpoint.confirm()
 
     def close(self) -> None:
         self._buffers.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Upper bounds for tokens of a step."""
@@ -19,6 +20,7 @@ class Histogram:
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
+        self._names: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
@@ -29,10 +31,14 @@ class Histogram:
 
         ``label`` is one more label of each, as ``name="value"``.
         """
-        found: dict[str, float] = {}
-        total = 0
+        names = self._names.get((name, label))
+        if names is None:
+            names = self._names[name, label] = self._series(name, label)
+        totals = tuple(map(float, accumulate(self._counts)))
+        return dict(zip(names, (*totals, totals[-1], self._sum), strict=True))
+
+    def _series(self, name: str, label: str) -> tuple[str, ...]:
+        """Names of the cumulative counts, of the number and of the sum."""
         more, only = (f"{label},", f"{{{label}}}") if label else ("", "")
-        for bound, count in zip((*self._bounds, "+Inf"), tuple(self._counts), strict=True):
-            total += count
-            found[f'{name}_bucket{{{more}le="{bound}"}}'] = float(total)
-        return {**found, f"{name}_count{only}": float(total), f"{name}_sum{only}": float(self._sum)}
+        buckets = (f'{name}_bucket{{{more}le="{bound}"}}' for bound in (*self._bounds, "+Inf"))
+        return (*buckets, f"{name}_count{only}", f"{name}_sum{only}")

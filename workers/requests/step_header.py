@@ -79,17 +79,26 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     def grant(self, rank: int) -> Grant:
         """Rows of one attention rank; none for a rank that the header does not name."""
-        return next((g for r, g in self.grants if r == rank), _NO_GRANT)
+        for other, grant in self.grants:
+            if other == rank:
+                return grant
+        return _NO_GRANT
 
     @property
     def decode_rows(self) -> int:
         """Decode rows of all ranks."""
-        return sum(g.decode_rows for _, g in self.grants)
+        rows = 0
+        for _, grant in self.grants:
+            rows += grant.decode_rows
+        return rows
 
     @property
     def prefill_rows(self) -> int:
         """Prompt rows of all ranks."""
-        return sum(g.prefill_rows for _, g in self.grants)
+        rows = 0
+        for _, grant in self.grants:
+            rows += grant.prefill_rows
+        return rows
 
     def rows(self, rank: int, micro_batch: int) -> int:
         """Rows of one attention rank in one micro-batch."""

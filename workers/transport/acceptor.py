@@ -131,7 +131,9 @@ class Acceptor:
     @property
     def next_deadline(self) -> float | None:
         """Monotonic time at which ``expire`` has something to do."""
-        return min((p.deadline for p in self._pending.values()), default=None)
+        if not self._pending:
+            return None
+        return min(p.deadline for p in self._pending.values())
 
     def begin_generation(self, number: int) -> None:
         """Drop connections that were begun for an older generation, and reset the counts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from cluster.core.errors import ProtocolError
 from workers.transport.frames import HEADER_BYTES, Frame, FrameHeader, FrameKind
 from workers.transport.handshake import PeerIdentity
+
+_MAX_BUFFERS = 64
+"""Buffers of one system call."""
 
 
 class Edge:
@@ -54,21 +58,28 @@ class Edge:
 
     def send(self, buffers: Sequence[memoryview | bytes]) -> None:
         """Send what the kernel takes now and keep a copy of the rest. Raises ``OSError``."""
-        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
-        self._out += views
-        self.out_bytes += sum(map(len, views))
-        self.flush()
-        for i in range(max(len(self._out) - len(views), 0), len(self._out)):
-            self._out[i] = memoryview(bytes(self._out[i]))
+        if self._out:
+            self.flush()
+        sent = 0 if self._out else self._send_now(buffers)
+        if sent == sum(map(len, buffers)):
+            return
+        for buffer in buffers:
+            if sent < len(buffer):
+                rest = memoryview(bytes(memoryview(buffer)[sent:]))
+                self._out.append(rest)
+                self.out_bytes += len(rest)
+            sent = max(sent - len(buffer), 0)
 
     def flush(self) -> None:
         """Send waiting bytes as far as the kernel takes them. Raises ``OSError``."""
         while self._out:
-            try:
-                sent = self.sock.sendmsg(list(self._out)[:64])
-            except BlockingIOError:
+            sent = self._send_now(tuple(islice(self._out, _MAX_BUFFERS)))
+            if not sent:
                 return
             self.out_bytes -= sent
+            if not self.out_bytes:
+                self._out.clear()
+                return
             while sent:
                 head = self._out[0]
                 if sent < len(head):
@@ -76,6 +87,13 @@ class Edge:
                     break
                 sent -= len(head)
                 self._out.popleft()
+
+    def _send_now(self, buffers: Sequence[memoryview | bytes]) -> int:
+        """Bytes that the kernel takes."""
+        try:
+            return self.sock.sendmsg(buffers)
+        except BlockingIOError:
+            return 0
 
     def read(self) -> Frame | None:
         """The next frame if it is complete by now; call again for more.

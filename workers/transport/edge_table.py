@@ -117,8 +117,10 @@ class EdgeTable:
 
     def sent(self, edge: Edge) -> None:
         """Bytes were sent on an edge: its path is looked at from now on."""
-        self._paths.setdefault(edge, PathWatch(self._path_limit_s))
-        self.watch(edge)
+        if edge not in self._paths:
+            self._paths[edge] = PathWatch(self._path_limit_s)
+        if edge.out_bytes or edge.interest != _READ:
+            self.watch(edge)
 
     def look(self, now: float) -> None:
         """Lose the edges whose path is dead, and stop looking at those without bytes under way."""
@@ -153,13 +155,15 @@ class EdgeTable:
         except OSError as err:
             self.lose(edge, str(err.strerror or err))
         else:
-            self.watch(edge)
+            if edge.inbox_bytes > self.max_inbox_bytes:
+                self.watch(edge)
 
     def take(self, edge: Edge, want: FrameHeader) -> Frame | None:
         """The next data frame if it has come; a wrong one closes the edge."""
         while edge.inbox:
             frame = edge.pop()
-            self.watch(edge)
+            if edge.interest != _READ:
+                self.watch(edge)
             got = frame.header
             if got.step < want.step:
                 continue

@@ -117,9 +117,8 @@ class PeerConnections:
             raise GenerationChangedError(f"generation {self._announced} was announced")
         if self._left >= self.generation.number and not self._opening:
             raise GenerationChangedError(f"generation {self.generation.number} was left")
-        for name, reason in self._table.lost.items():
-            if not self._opening:
-                raise PeerLostError(name, reason)
+        if self._table.lost and not self._opening:
+            raise PeerLostError(*next(iter(self._table.lost.items())))
 
     def apply_generation(self, generation: Generation) -> None:
         """Follow a membership: close edges to former members, keep the others, open missing ones.
@@ -180,11 +179,10 @@ class PeerConnections:
         the reason then names those of ``others`` that are missing too.
         """
         edge = self._edge(name)
-        frame = self._table.take(edge, want)
+        frame = self._table.take(edge, want) if edge.inbox else None
         if frame is None:
-            self.check()
             self._table.read(edge)
-            frame = self._table.take(edge, want)
+            frame = self._table.take(edge, want) if edge.inbox else None
         while frame is None:
             self.check()
             left = deadline - time.monotonic()
@@ -192,7 +190,7 @@ class PeerConnections:
                 missing = [name, *(n for n in others if not self._edge(n).inbox)]
                 raise _timed_out(missing, f"no {want.kind.name} of step {want.step} in time")
             self._pump(left)
-            frame = self._table.take(edge, want)
+            frame = self._table.take(edge, want) if edge.inbox else None
         return frame
 
     def wait(

@@ -54,15 +54,15 @@ class SocketTransport:
         for message in messages:
             # Parts on a GPU: device-to-host sync.
             buffers = [view_bytes(part.detach().cpu().contiguous()) for part in message.parts]
-            counts = [part.shape[0] for part in message.parts]
-            header = self._header(tag, counts, sum(map(len, buffers)))
+            first, second, *_ = (*(part.shape[0] for part in message.parts), 0, 0)
+            header = self._header(tag, (first, second), sum(map(len, buffers)))
             self._connections.send(self._names[message.rank], header, buffers)
 
     def receive(
         self, tag: Tag, expected: Sequence[Expected], *, sized: bool
     ) -> list[tuple[Tensor, ...]]:
         deadline = time.monotonic() + self._connections.step_timeout_s
-        want = self._header(tag, (), 0)
+        want = self._header(tag)
         received = []
         names = [self._names[item.rank] for item in expected]
         for i, item in enumerate(expected):
@@ -77,10 +77,18 @@ class SocketTransport:
     def close(self) -> None:
         """There is nothing to close: the connections belong to ``PeerConnections``."""
 
-    def _header(self, tag: Tag, counts: Sequence[int], length: int) -> FrameHeader:
-        first, second = (*counts, 0, 0)[:2]
-        place = (self._generation, self._step, self._flags, *tag[:3])
-        return FrameHeader(_KINDS[tag.direction], *place, (first, second), length)
+    def _header(self, tag: Tag, counts: tuple[int, int] = (0, 0), length: int = 0) -> FrameHeader:
+        return FrameHeader(
+            _KINDS[tag.direction],
+            self._generation,
+            self._step,
+            self._flags,
+            tag.bank,
+            tag.exchange,
+            tag.micro_batch,
+            counts,
+            length,
+        )
 
     def _check(self, item: Expected, header: FrameHeader, sized: bool) -> None:
         """Compare counts and length with what is expected, before anything is allocated."""

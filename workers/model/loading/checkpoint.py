@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -27,13 +26,13 @@ from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel, BuildingBlocks
+from workers.model.loading.file_stamp import FileStamp, size_and_time
 
 Progress = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in total) after each tensor."""
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-_NUM_SAMPLES, _SAMPLE_BYTES = 32, 4096
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 """Endings of checkpoints that are not opened."""
 
@@ -54,34 +53,6 @@ class TensorEntry:
         return math.prod(self.shape) * known.itemsize if known is not None else 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Stamp:
-    """What shows that a file was replaced in place."""
-
-    num_bytes: int
-    modified_ns: int
-    """Of this host's copy: no part of the checkpoint's id."""
-    samples: str
-    """Hash of pieces from all over the file."""
-
-    @classmethod
-    def of(cls, file: Path) -> _Stamp:
-        """Raises ``CheckpointError``."""
-        digest = hashlib.sha256()
-        try:
-            with file.open("rb") as data:
-                known = os.fstat(data.fileno())
-                for number in range(_NUM_SAMPLES + 1):
-                    last = max(known.st_size - _SAMPLE_BYTES, 0)
-                    data.seek(last * number // _NUM_SAMPLES)
-                    digest.update(data.read(_SAMPLE_BYTES))
-        except OSError as err:
-            raise CheckpointError(f"{file.name} cannot be read: {err.strerror}") from err
-        return cls(
-            num_bytes=known.st_size, modified_ns=known.st_mtime_ns, samples=digest.hexdigest()
-        )
-
-
 class Checkpoint:
     """An opened checkpoint: the parsed config and the header of each file, no tensor data."""
 
@@ -90,7 +61,7 @@ class Checkpoint:
         self.path = Path(path)
         self.family = load_family(read_config(self.path))
         self.config = self.family.config
-        self._stamps = {file: _Stamp.of(file) for file in _weight_files(self.path)}
+        self._stamps = {file: FileStamp.of(file) for file in _weight_files(self.path)}
         self.tensors, self.checkpoint_id = _read_headers(self.path, self._stamps)
         """All tensors by name; a hash of config.json, all headers, sizes and samples of the data
         (16 hex digits).
@@ -145,6 +116,16 @@ class Checkpoint:
             first = last
         return out
 
+    def confirm(self) -> None:
+        """Check that the files read since the last ``close`` are still those that were opened.
+
+        A mapped file shows what is written into it later. Raises ``CheckpointError``.
+        """
+        for file in self._readers:
+            known = self._stamps[file]
+            if size_and_time(file) != (known.num_bytes, known.modified_ns):
+                raise CheckpointError(f"{file.name} changed while it was read")
+
     def close(self) -> None:
         """Unmap all files; a later read opens them again."""
         self._readers.clear()
@@ -187,7 +168,7 @@ class Checkpoint:
             known = {name: entry for name, entry in self.tensors.items() if entry.file == file}
             reader = safe_open(file, framework="pt")
             is_same = _entries(reader, file) == known
-            if not is_same or _Stamp.of(file) != self._stamps[file]:
+            if not is_same or FileStamp.of(file) != self._stamps[file]:
                 what = "data" if is_same else "header"
                 raise CheckpointError(
                     f"{file.name} is not the file of this checkpoint any more: its {what} changed"
@@ -215,7 +196,10 @@ def load_attention_model(
     checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
     try:
         blocks = RowInvariantBlocks(device) if deterministic else BuildingBlocks(compute_threads)
-        return family.attention_model(checkpoint.read_stacked, dtype, device, max_positions, blocks)
+        read = checkpoint.read_stacked
+        model = family.attention_model(read, dtype, device, max_positions, blocks)
+        checkpoint.confirm()
+        return model
     finally:
         checkpoint.close()
 
@@ -328,7 +312,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_headers(path: Path, stamps: Mapping[Path, _Stamp]) -> tuple[dict[str, TensorEntry], str]:
+def _read_headers(
+    path: Path, stamps: Mapping[Path, FileStamp]
+) -> tuple[dict[str, TensorEntry], str]:
     """All tensors of all files, and the checkpoint id."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     tensors: dict[str, TensorEntry] = {}

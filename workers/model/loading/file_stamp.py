@@ -1,0 +1,49 @@
+"""What shows that a file of a checkpoint is not the one that was opened at first."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.core.errors import CheckpointError
+
+_NUM_SAMPLES, _SAMPLE_BYTES = 32, 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileStamp:
+    """Size, time and samples of a file."""
+
+    num_bytes: int
+    modified_ns: int
+    """Of this host's copy: no part of the checkpoint's id."""
+    samples: str
+    """Hash of pieces from all over the file."""
+
+    @classmethod
+    def of(cls, file: Path) -> FileStamp:
+        """Raises ``CheckpointError``."""
+        digest = hashlib.sha256()
+        try:
+            with file.open("rb") as data:
+                known = os.fstat(data.fileno())
+                for number in range(_NUM_SAMPLES + 1):
+                    last = max(known.st_size - _SAMPLE_BYTES, 0)
+                    data.seek(last * number // _NUM_SAMPLES)
+                    digest.update(data.read(_SAMPLE_BYTES))
+        except OSError as err:
+            raise CheckpointError(f"{file.name} cannot be read: {err.strerror}") from err
+        return cls(
+            num_bytes=known.st_size, modified_ns=known.st_mtime_ns, samples=digest.hexdigest()
+        )
+
+
+def size_and_time(file: Path) -> tuple[int, int]:
+    """Bytes, and time of the last write in nanoseconds. Raises ``CheckpointError``."""
+    try:
+        found = file.stat()
+    except OSError as err:
+        raise CheckpointError(f"{file.name} cannot be read: {err.strerror}") from err
+    return found.st_size, found.st_mtime_ns
