@@ -41,6 +41,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "cluster/policy/failure.py": ("cluster/policy/test_failure.py",),
     "cluster/policy/places.py": ("cluster/policy/test_places.py",),
     "cluster/policy/rebalance.py": ("cluster/policy/test_rebalance.py",),
+    "cluster/policy/silence.py": ("cluster/policy/test_silence.py",),
     "cluster/sizing/roofline.py": ("cluster/sizing/test_sizing.py",),
     "gateway/core/field_checks.py": (
         "gateway/core/test_field_checks.py",

@@ -23,11 +23,12 @@ from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.detection import TICK_S
 from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start, Trace
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import ConfigError, ExpertMeshError, StartError, SupersededError
-from cluster.core.frames import ControlFrame, Superseded
+from cluster.core.frames import Alive, ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.sizing.start_plan import StartPlan
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_TICK_S = 0.1
 _NODES_S = 0.5
 _RESERVE_LIMIT_S = 30.0
 _END_AGAIN_S = 1.0
@@ -191,6 +191,8 @@ class Runner:
         target = self.collector or self.controller
         if isinstance(frame, Superseded) and self.controller is not None:
             self.retire(f"{worker} follows another controller")
+        elif target is not None and isinstance(frame, Alive):
+            target.frame(worker, frame, time.monotonic())  # frequent, and nobody waits for it
         elif target is not None:
             self.tell(partial(target.frame, worker, frame))
 
@@ -255,7 +257,7 @@ class Runner:
 
     async def _tick_forever(self, controller: Controller) -> None:
         while self._leads(controller):
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(TICK_S)
             try:
                 self.tell(controller.tick)
             except Exception:  # detection must continue

@@ -228,7 +228,7 @@ class TransportSection:
     transport: Transport = "auto"
     """The data plane; ``auto`` is ``collective`` on CUDA and ``sockets`` on CPUs."""
     detection_limit_s: float = 2.0
-    """Time without progress and heartbeats after which a worker is declared lost."""
+    """Time without progress and heartbeats after which a worker is declared lost, at the latest."""
     heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
     """Time between two heartbeats of a worker."""
     connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)
@@ -240,12 +240,13 @@ class TransportSection:
         check_choice("transport", self.transport, Transport)
         times = "detection_limit_s heartbeat_s connect_timeout_s step_timeout_s"
         check_each(self, times, is_positive, "must be positive")
-        check(
-            self.heartbeat_s < self.detection_limit_s,
-            "heartbeat_s",
-            self.heartbeat_s,
-            f"must be below detection_limit_s ({self.detection_limit_s})",
-        )
+        rule = f"must be below detection_limit_s ({self.detection_limit_s})"
+        check(self.heartbeat_s < self.detection_limit_s, "heartbeat_s", self.heartbeat_s, rule)
+
+    @property
+    def alive_s(self) -> float:
+        """Time between two signs of life of a worker, heartbeats among them."""
+        return min(self.heartbeat_s, max(0.1, self.detection_limit_s / 20))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

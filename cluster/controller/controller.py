@@ -48,7 +48,7 @@ class Controller:
         if record.is_lost or not cluster.is_up:
             cluster.send(frames.Shutdown(reason=record.reason or "the cluster is ending"), name)
             return
-        record.heard_at = now
+        self.detection.heard(name, frame, now)
         match frame:
             case frames.Heartbeat():
                 record.beat(frame, now)
@@ -62,6 +62,8 @@ class Controller:
                     cluster.reform(f"the lease of {name} ran out", now)
                 elif (cause := self.detection.mismatch(name, frame, now)) is not None:
                     cluster.reform(cause, now)
+            case frames.Alive():
+                pass
             case frames.StatusReply():
                 cluster.load.take(name, frame.expert_load)
                 record.take_numbers(frame)

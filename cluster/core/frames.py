@@ -111,6 +111,10 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Attention workers, now and then."""
 
 
+class Alive(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller, between heartbeats: its control thread runs. No answer."""
+
+
 class HeartbeatAck(ControlFrame, frozen=True, kw_only=True):
     """Controller -> worker, answers each heartbeat and renews the lease."""
 

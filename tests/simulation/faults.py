@@ -45,7 +45,7 @@ LINK_FAULTS = (
 ORDERS = ("drain_worker", "rebalance")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
-_SHORT_S = 1.0
+_SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
 
 

@@ -270,6 +270,7 @@ class WorkerRuntime(ABC):
             heartbeat=self._reports.heartbeat,
             status=self._reports.status,
             heartbeat_s=transport.heartbeat_s,
+            alive_s=transport.alive_s,
             connect_timeout_s=transport.connect_timeout_s,
             lease=Lease(
                 limit_s=self.lease_s,

@@ -11,11 +11,15 @@ from collections.abc import Collection, Iterator, Mapping
 
 from cluster.controller.parts.cluster import Cluster, Phase
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.frames import Heartbeat, PeerLost
+from cluster.core.frames import Alive, ControlFrame, Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
 from cluster.policy.failure import PeerReport, confirm_losses, find_silent, silent_hosts
+from cluster.policy.silence import GapWindow
 
 logger = logging.getLogger(__name__)
+
+TICK_S = 0.1
+"""Time between two ticks; after twice that time the controller itself is late."""
 
 
 class Detection:
@@ -26,9 +30,18 @@ class Detection:
         self._limits = limits
         self.last_tick = self._held_at = cluster.began_at
         """Time of the last call of ``credit_own_pause``."""
+        self._gaps: dict[str, GapWindow] = {}
         self._held: frozenset[str] = frozenset()
         self._ran_at = self._busy_at = cluster.began_at
         """When nobody kept the others waiting, and when one of these had still to begin."""
+
+    def heard(self, name: str, frame: ControlFrame, now: float) -> None:
+        """A worker sent a frame; heartbeats and what comes between them have a rhythm."""
+        record = self._cluster.workers[name]
+        record.heard_at = now
+        if isinstance(frame, (Heartbeat, Alive)):
+            record.gaps = self._gaps.setdefault(record.member.node, record.gaps)
+            record.alive(now, is_sharp=now - self.last_tick <= 2 * TICK_S)
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         """A worker reports that it lost another. Raises ``ProtocolError`` for a stranger."""
@@ -66,9 +79,11 @@ class Detection:
         paused = now - self.last_tick
         if paused > self._limits.detection_limit_s / 2:
             logger.warning("the controller did not run for %.1f s", paused)
+        if paused > 2 * TICK_S:
             for record in self._cluster.workers.alive():
-                record.credit(paused, now)
-            self._ran_at = self._busy_at = now
+                record.credit(paused - TICK_S, now)
+            self._ran_at += paused - TICK_S
+            self._busy_at += paused - TICK_S
         self.last_tick = now
 
     def end_hold(self, now: float) -> str:
@@ -78,14 +93,15 @@ class Detection:
         may have stopped, and what workers have reported of each other is void.
         """
         cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
-        silent = silent_hosts(now, cluster.workers.pulses(False), cluster.host, limit)
+        pulses, alive_s = cluster.workers.pulses(False), self._limits.alive_s
+        silent = silent_hosts(now, pulses, cluster.host, alive_s, limit)
         self._held = frozenset(
             name
             for name in (silent if cluster.takes_orders else ())
             if cluster.nodes is None or cluster.workers[name].member.node in cluster.nodes
         )
         if self._held and not before:
-            self._held_at = now - limit / 2
+            self._held_at = max(cluster.workers[name].heard_at for name in self._held)
             logger.warning("most other hosts are silent: %s", ", ".join(sorted(self._held)))
         silence = now - self._held_at
         if self._held or not before:
@@ -112,7 +128,8 @@ class Detection:
         early = max(limit, self._limits.start_silence_s)
         starts = self._cluster.state is ClusterState.STARTING
         for loading, most in ((True, early), (False, early if starts else limit)):
-            yield find_silent(now, self._cluster.workers.pulses(loading), most)
+            pulses = self._cluster.workers.pulses(loading)
+            yield find_silent(now, pulses, self._cluster.host, self._limits.alive_s, most)
         yield self._late_answers(now)
         yield self._late_joins(now)
         if not held:

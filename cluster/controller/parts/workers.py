@@ -17,6 +17,7 @@ from cluster.core.release import Build, differing_item
 from cluster.core.states import WorkerState, next_state
 from cluster.core.topology import ADDRESS_FIELDS, Member
 from cluster.policy.failure import Pulse
+from cluster.policy.silence import GapWindow
 
 MODEL_FACTS = ("model_type", "dtype", "max_model_len", "vocab_size")
 _MAX_LOST = 32
@@ -61,6 +62,9 @@ class WorkerRecord:
     """Generation in which its heartbeats differ from what the controller knows, and since when."""
     generation: int = 0
     """The generation that it had begun to join at its last heartbeat, or ran."""
+    gaps: GapWindow = field(default_factory=GapWindow)
+    """Between signs of life of workers that are ready; detection shares it within a host."""
+    _alive_at: float | None = None
     _progress: int = -1
     _waiting: bool = False
 
@@ -121,6 +125,12 @@ class WorkerRecord:
         self.loaded_bytes = max(self.loaded_bytes, self.total_bytes)
         self.enter(WorkerState.READY)
 
+    def alive(self, now: float, *, is_sharp: bool) -> None:
+        """A sign of life. ``is_sharp``: its time tells of the worker, not of the controller."""
+        if is_sharp and self._alive_at is not None and not self.is_coming:
+            self.gaps.add(now - self._alive_at, now)
+        self._alive_at = now
+
     def beat(self, frame: frames.Heartbeat, now: float) -> None:
         if frame.idle or frame.progress != self._progress:
             self.progress_at = now
@@ -143,6 +153,8 @@ class WorkerRecord:
         """Advance its clocks by a pause of the controller itself."""
         self.heard_at = min(now, self.heard_at + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
+        if self._alive_at is not None:
+            self._alive_at = min(now, self._alive_at + seconds)
 
     def pulse(self) -> Pulse:
         """Input of the failure policy."""
@@ -153,12 +165,14 @@ class WorkerRecord:
             waiting=self._waiting,
             running=self.state is WorkerState.SERVING,
             host=self.member.node,
+            largest_gap_s=self.gaps.largest_s,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in a snapshot."""
         shown = WorkerState.DRAINING if self.drains and not self.is_lost else self.state
         blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
+        gap_s = self.gaps.largest_s
         free, total = (None if number is None else int(number) for number in blocks)
         return {
             "name": self.name,
@@ -177,6 +191,7 @@ class WorkerRecord:
             "kv_blocks_total": total,
             "kv_usage": (1.0 - free / total) if free is not None and total else None,
             "slots": self.num_slots if self.member.holds_experts else None,
+            "heartbeat_gap_s": gap_s if math.isfinite(gap_s) else None,
             "stats": dict(self.stats),
         }
 

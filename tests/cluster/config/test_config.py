@@ -63,6 +63,17 @@ def test_broken_rules_name_the_field(field: str, build: Callable[[], object]) ->
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("limit_s", "heartbeat_s", "alive_s"),
+    [(2.0, 0.5, 0.1), (0.8, 0.2, 0.1), (0.2, 0.05, 0.05), (4.0, 0.5, 0.2), (60.0, 0.5, 0.5)],
+)
+def test_workers_show_life_as_often_as_the_detection_limit_demands(
+    limit_s: float, heartbeat_s: float, alive_s: float
+) -> None:
+    section = TransportSection(detection_limit_s=limit_s, heartbeat_s=heartbeat_s)
+    assert section.alive_s == pytest.approx(alive_s)
+
+
 def test_more_attention_workers_than_requests_are_refused() -> None:
     with pytest.raises(ConfigError, match="more workers than can ever have work"):
         make_config(workers={"num_attention_workers": 5000})

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
+    Alive,
     ControlChallenge,
     ControlFrame,
     ControlHello,
@@ -75,6 +76,7 @@ SAMPLES: tuple[ControlFrame, ...] = (
         stats={"kv_blocks_free": 3.0},
         expert_load=make_report(3, [1, 2]),
     ),
+    Alive(),
     HeartbeatAck(term=1, controller="a1", number=4),
     StatusRequest(token=5),
     StatusReply(token=5, stats={"x": 0.5}, expert_load=make_report(3, [300])),

@@ -31,31 +31,106 @@ def _pulse(
     )
 
 
+def _rhythmic(name: str, heard_at: float, *, largest_gap_s: float, running: bool = True) -> Pulse:
+    return Pulse(
+        name=name,
+        heard_at=heard_at,
+        progress_at=heard_at,
+        waiting=False,
+        running=running,
+        largest_gap_s=largest_gap_s,
+    )
+
+
 def test_silence_beyond_the_limit_is_a_loss() -> None:
     pulses = [_pulse("a", 10.0, 10.0), _pulse("b", 7.5, 7.5)]
-    assert find_silent(10.0, pulses, 2.0) == {"b": "no heartbeat for 2.5 s (limit 2 s)"}
+    assert find_silent(10.0, pulses, "head", 0.1, 2.0) == {
+        "b": "no heartbeat for 2.5 s (limit 2 s)"
+    }
 
 
 def test_silence_up_to_the_limit_is_no_loss() -> None:
-    assert find_silent(10.0, [_pulse("a", 8.0, 8.0)], 2.0) == {}
+    assert find_silent(10.0, [_pulse("a", 8.0, 8.0)], "head", 0.1, 2.0) == {}
 
 
 def test_a_standing_loop_under_a_live_heartbeat_is_a_loss() -> None:
     pulses = [_pulse("a", 10.0, 9.9), _pulse("b", 10.0, 7.0)]
-    assert find_silent(10.0, pulses, 2.0) == {
+    assert find_silent(10.0, pulses, "head", 0.1, 2.0) == {
         "b": "its loop has stalled for 3.0 s (limit 2 s)",
     }
 
 
 def test_a_loop_that_is_in_no_running_generation_may_stand() -> None:
-    assert find_silent(10.0, [_pulse("a", 10.0, 1.0, running=False)], 2.0) == {}
+    assert find_silent(10.0, [_pulse("a", 10.0, 1.0, running=False)], "head", 0.1, 2.0) == {}
 
 
 def test_a_worker_that_waits_for_a_silent_peer_is_not_blamed() -> None:
     pulses = [_pulse("waits", 10.0, 6.0, waiting=True), _pulse("frozen", 7.0, 6.0)]
-    assert set(find_silent(10.0, pulses, 2.0)) == {"frozen"}
+    assert set(find_silent(10.0, pulses, "head", 0.1, 2.0)) == {"frozen"}
     pulses = [_pulse("waits", 10.0, 6.0, waiting=True), _pulse("stuck", 10.0, 6.0)]
-    assert set(find_silent(10.0, pulses, 2.0)) == {"stuck"}
+    assert set(find_silent(10.0, pulses, "head", 0.1, 2.0)) == {"stuck"}
+
+
+def test_a_worker_with_a_known_rhythm_is_lost_as_soon_as_its_gaps_explain_no_silence() -> None:
+    silent = _rhythmic("a", 10.0 - 0.31, largest_gap_s=0.1)
+    assert find_silent(10.0, [silent], "head", 0.1, 2.0) == {
+        "a": "no heartbeat for 0.3 s (limit 0.3 s)"
+    }
+    late = _rhythmic("a", 10.0 - 0.69, largest_gap_s=0.25)
+    assert find_silent(10.0, [late], "head", 0.1, 2.0) == {}
+    assert find_silent(10.02, [late], "head", 0.1, 2.0) == {
+        "a": "no heartbeat for 0.7 s (limit 0.7 s)"
+    }
+
+
+def test_outside_a_running_generation_the_rhythm_does_not_count() -> None:
+    silent = _rhythmic("a", 8.0, largest_gap_s=0.1, running=False)
+    assert find_silent(10.0, [silent], "head", 0.1, 2.0) == {}
+    assert set(find_silent(10.1, [silent], "head", 0.1, 2.0)) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [
+        ([0.4, 0.05], "0"),
+        ([0.4, 0.2], ""),  # both are late: the machine is busy
+        ([0.4, 0.2, 0.05], ""),
+        ([0.4, 0.4, 0.05, 0.05], ""),  # half of them
+        ([0.4, 0.4, 0.05, 0.05, 0.05], "0 1"),
+        ([0.4, 0.4, 0.4, 0.05, 0.05, 0.05], ""),
+        ([0.4, 0.1875, 0.05], "0"),  # half of the patience of 0.375 s is not late
+        ([0.376], "0"),  # the only one
+        ([2.1, 1.9], "0"),  # the limit holds
+        ([0.4, 0.4, 0.4, 0.05, 0.05, 0.05, 0.05], "0 1 2"),
+    ],
+)
+def test_workers_that_are_late_together_at_the_controllers_host_have_the_whole_limit(
+    here: list[float], expected: str
+) -> None:
+    def pulse(name: str, silence: float, host: str, running: bool = True) -> Pulse:
+        return Pulse(
+            name=name,
+            heard_at=10.0 - silence,
+            progress_at=10.0,
+            waiting=False,
+            running=running,
+            host=host,
+            largest_gap_s=0.125,
+        )
+
+    pulses = [pulse(str(i), silence, "head") for i, silence in enumerate(here)]
+    elsewhere = [pulse("a", 0.4, "h-1"), pulse("b", 0.4, "h-1")]
+    starting = [pulse("c", 0.05, "head", running=False) for _ in range(4)]
+    found = find_silent(10.0, [*pulses, *elsewhere, *starting], "head", 0.125, 2.0)
+    assert sorted(found) == [*expected.split(), "a", "b"]
+
+
+def test_a_loop_has_the_whole_limit_whatever_the_rhythm() -> None:
+    stuck = Pulse(
+        name="a", heard_at=10.0, progress_at=8.0, waiting=False, running=True, largest_gap_s=0.1
+    )
+    assert find_silent(10.0, [stuck], "head", 0.1, 2.0) == {}
+    assert set(find_silent(10.1, [stuck], "head", 0.1, 2.0)) == {"a"}
 
 
 HOSTS = {"attention-0": "h2", "attention-1": "h5", "expert-0": "h3", "expert-1": "h3"}
@@ -138,5 +213,40 @@ def test_the_controllers_own_host_is_in_doubt_when_most_others_are_silent(
         for host, times in heard.items()
         for i, at in enumerate(times)
     ]
-    found = silent_hosts(11.0, pulses, "head", 2.0)
+    found = silent_hosts(11.0, pulses, "head", 0.1, 2.0)
+    assert sorted(found) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("silences", "expected"),
+    [
+        ({"a": 0.38, "b": 0.2, "c": 0.05}, "a-0 b-0"),  # a is over its patience of 0.375 s
+        ({"a": 0.375, "b": 0.375, "c": 0.05}, ""),
+        ({"a": 0.38, "b": 0.1875, "c": 0.05}, ""),  # half of that
+        ({"a": 0.38, "b": 0.2, "c": 0.2, "d": 0.05, "e": 0.05}, "a-0 b-0 c-0"),
+        ({"a": 0.38, "b": 0.2, "c": 0.2, "d": 0.05, "e": 0.05, "f": 0.05}, ""),
+        ({"a": 0.38, "b": 0.2, "c": 0.05, "d": 0.05}, ""),
+        ({"a": 0.37, "b": 0.37, "c": 0.37}, ""),  # nobody is about to be lost
+        ({"a": 0.37, "b": 0.37, "late": 0.38}, ""),  # who was late has more time
+        ({"a": 0.05, "b": 0.6, "late": 1.1}, "b-0 late-0"),
+        ({"a": 0.05, "late": 0.9, "late-2": 0.9}, ""),
+        ({"a": 0.05, "late": 1.1, "late-2": 0.6}, "late-0 late-2-0"),  # half of the limit
+    ],
+)
+def test_hosts_that_fall_silent_together_are_in_doubt_before_one_is_lost(
+    silences: dict[str, float], expected: str
+) -> None:
+    pulses = [
+        Pulse(
+            name=f"{host}-0",
+            heard_at=11.0 - silence,
+            progress_at=11.0,
+            waiting=False,
+            running=True,
+            host=host,
+            largest_gap_s=1.0 if host.startswith("late") else 0.1,
+        )
+        for host, silence in silences.items()
+    ]
+    found = silent_hosts(11.0, pulses, "head", 0.125, 2.0)
     assert sorted(found) == expected.split()

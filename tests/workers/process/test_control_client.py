@@ -15,6 +15,7 @@ import pytest
 from cluster.actors.control_server import ControlServer
 from cluster.core.errors import HandshakeError, PeerLostError, SupersededError
 from cluster.core.frames import (
+    Alive,
     ControlFrame,
     Heartbeat,
     HeartbeatAck,
@@ -152,6 +153,23 @@ def test_heartbeats_come_at_their_interval(server: ServerThread) -> None:
     took = time.monotonic() - began
     client.close()
     assert took > 0.15
+
+
+def test_it_shows_that_it_lives_between_heartbeats(server: ServerThread) -> None:
+    client = _client(server.address, heartbeat_s=60.0, alive_s=0.02)
+    client.start()
+    frames = [server.frames.get(timeout=LIMIT_S)[1] for _ in range(4)]
+    client.close()
+    assert [type(frame) for frame in frames] == [Heartbeat, Alive, Alive, Alive]
+
+
+@pytest.mark.parametrize("alive_s", [0.02, 60.0])
+def test_heartbeats_come_whatever_is_between_them(server: ServerThread, alive_s: float) -> None:
+    client = _client(server.address, heartbeat_s=0.05, alive_s=alive_s)
+    client.start()
+    for _ in range(3):
+        server.next(Heartbeat)
+    client.close()
 
 
 def test_a_status_request_is_answered_at_once(server: ServerThread) -> None:
