@@ -1,23 +1,27 @@
 """Whether a worker that is only busy is declared lost: full load, and no fault at all.
 
-python -m benchmarks.false_alarms [--minutes 10] [--num-clients 24] [--detection-limit-s 2]
+python -m benchmarks.false_alarms [--minutes 10] [--num-clients 24] [--num-busy 10]
 
 One attention and two expert workers with the bundled model on a private Ray of two CPUs, default
-settings; clients that ask again as soon as they have their answer. Ends with status 1, and names
-the lost worker, when the generation, the controller's term or a worker's state changes, or a call
-fails.
+settings; clients that ask again as soon as they have their answer. Busy processes of the same
+priority begin when the cluster has served alone for a while. Ends with status 1, and names the lost
+worker, when the generation, the controller's term or a worker's state changes, or a call fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from benchmarks.fault_load import FaultLoad
 from cluster.launch.model_source import bundled_checkpoint
+from cluster.policy.silence import WINDOW_S
 from tests.harness.cluster_gateway import gateway_of
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import (
@@ -30,6 +34,8 @@ from tests.harness.serving_cluster import (
 
 _POLL_S = 1.0
 _NUM_TOKENS = 200
+_ALONE_S = 2 * WINDOW_S
+"""Time after which the controller knows nothing but a quiet machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,21 +48,43 @@ class Quiet:
     """Deltas that the clients got."""
     longest_pause_s: float
     """Longest time between two of them on one stream."""
+    num_busy: int
+    """Busy processes beside the cluster."""
+    largest_gap_s: float
+    """Largest gap between two signs of life of a worker, as the controller saw them."""
     alarms: tuple[str, ...]
     """Lost workers and failed calls; empty when all is well."""
 
 
-def watch(cluster: ServingCluster, num_clients: int, minutes: float) -> Quiet:
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that compute without end."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def watch(cluster: ServingCluster, num_clients: int, num_busy: int, minutes: float) -> Quiet:
     """Load a cluster that serves, and look for alarms until the first, or the time is over."""
     before = cluster.snapshot()
     began = time.monotonic()
     with gateway_of(cluster) as gateway:
         load = FaultLoad(gateway, make_calls(num_clients, _NUM_TOKENS))
-        with load.running():
+        with load.running(), contextlib.ExitStack() as others:
             alarms: list[str] = []
+            gap_s, is_alone = 0.0, True
             while not alarms and time.monotonic() - began < 60 * minutes:
                 time.sleep(_POLL_S)
+                if is_alone and time.monotonic() - began >= _ALONE_S:
+                    others.enter_context(busy(num_busy))
+                    is_alone = False
                 snapshot = cluster.snapshot()
+                gap_s = max(gap_s, *(w["heartbeat_gap_s"] or 0.0 for w in snapshot["workers"]))
                 lost = [w for w in snapshot["workers"] if w["state"] != "SERVING"]
                 alarms += [f"{w['name']} is {w['state']}: {w['reason']}" for w in lost]
                 for key in ("term", "generation"):
@@ -66,6 +94,8 @@ def watch(cluster: ServingCluster, num_clients: int, minutes: float) -> Quiet:
             minutes=round((time.monotonic() - began) / 60, 2),
             num_deltas=sum(line.num_deltas for line in load.lines),
             longest_pause_s=round(load.longest_pause(began), 3),
+            num_busy=num_busy,
+            largest_gap_s=round(gap_s, 3),
             alarms=(*alarms, *load.failures),
         )
 
@@ -75,13 +105,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--num-clients", type=int, default=24)
+    parser.add_argument("--num-busy", type=int, default=0)
     parser.add_argument("--detection-limit-s", type=float, default=2.0)
     args = parser.parse_args()
     config = make_config(
         bundled_checkpoint(), 1, 2, transport={"detection_limit_s": args.detection_limit_s}
     )
     with connected_ray(), serving(RayCluster(config)) as cluster:
-        quiet = watch(cluster, args.num_clients, args.minutes)
+        quiet = watch(cluster, args.num_clients, args.num_busy, args.minutes)
     print(json.dumps(asdict(quiet)))
     return 1 if quiet.alarms else 0
 

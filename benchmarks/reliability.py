@@ -31,6 +31,7 @@ from ray.exceptions import RayError
 from benchmarks.fault_load import FaultLoad, wait
 from benchmarks.results import table
 from cluster.launch.model_source import bundled_checkpoint
+from cluster.policy.silence import WINDOW_S
 from tests.harness.cluster_gateway import gateway_of
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 DETECTION_LIMIT_S = 2.0
 _RESTORE_LIMIT_S = 20.0
 _CALM_S = 1.0
+FORGET_S = 2 * WINDOW_S
+"""Time after which gaps between signs of life count no more."""
 
 
 class Site:
@@ -173,6 +176,11 @@ def _stop(role: str) -> Fault:
     return lambda site: site.signal(site.names(role), signal.SIGSTOP)
 
 
+def forget_start(site: Site) -> None:
+    """Let the controller forget how a start kept the machine busy."""
+    time.sleep(FORGET_S)
+
+
 def _kill_both(site: Site) -> None:
     names = site.names("expert")
     site.kill_controller()
@@ -184,7 +192,7 @@ def _drain(role: str) -> Fault:
     return lambda site: site.drain(site.names(role)[0])
 
 
-_FROZEN = f"{DETECTION_LIMIT_S + 0.5:g} s"
+_FROZEN = f"0.5 / {DETECTION_LIMIT_S + 0.5:g} s"
 ROWS = (
     Row(
         name="expert-copies",
@@ -235,6 +243,7 @@ ROWS = (
         experts=3,
         redundant=22,
         fault=_stop("expert"),
+        prepare=forget_start,
     ),
     Row(
         name="stop-attention",
@@ -243,6 +252,7 @@ ROWS = (
         attention=2,
         experts=2,
         fault=_stop("attention"),
+        prepare=forget_start,
     ),
     Row(
         name="controller",
