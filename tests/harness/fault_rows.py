@@ -14,11 +14,12 @@ compute ``--deterministic``, so that the undisturbed run may be one of another l
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -29,6 +30,7 @@ import pytest
 
 from cluster.config.cluster import ClusterConfig, TransportSection
 from cluster.launch.model_source import bundled_checkpoint
+from cluster.policy.silence import patience_s
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import (
@@ -130,7 +132,7 @@ def play(
     lives holds KV blocks afterwards.
     """
     expected = undisturbed(form)
-    before, began = num_abandoned(cluster), time.monotonic()
+    before, began, shown = num_abandoned(cluster), time.monotonic(), [cluster.snapshot()]
     with gateway_of(cluster) as gateway:
         streams = gateway.stream(make_calls(form.num_streams, form.num_tokens))
         total = form.num_streams * form.num_tokens
@@ -140,13 +142,25 @@ def play(
         check_answers(streams.finish(), expected)
         stall_s = longest_gap(streams.answers, hit_at)
         check_stall(stall_s, heartbeat().stalled_s(hit_at), cluster.config)
-        cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
+        shown.append(cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True))
+    limit_s = min(calm_limit_s(snapshot, cluster.config.transport) for snapshot in shown)
     return Played(
         num_retried=num_abandoned(cluster) - before,
         num_resubmitted=gateway.num_resubmitted,
         stall_s=stall_s,
-        is_calm=heartbeat().longest_stall_s(began) < DETECTION_LIMIT_S / 2,
+        is_calm=heartbeat().longest_gap_s(began) < limit_s,
     )
+
+
+def calm_limit_s(snapshot: Mapping[str, Any], transport: TransportSection) -> float:
+    """A machine that stands still for less makes no living worker look dead: signs of life that
+    were due when it stopped come in time, and so do heartbeats, which show the loop's progress.
+    """
+    gaps = [w["heartbeat_gap_s"] for w in snapshot["workers"] if w["state"] == "SERVING"]
+    limit_s = transport.detection_limit_s
+    patience = [patience_s(gap or math.inf, transport.alive_s, limit_s) for gap in gaps]
+    until_silent = min(patience, default=limit_s) - transport.alive_s
+    return min(until_silent, limit_s - transport.heartbeat_s)
 
 
 def play_until(

@@ -35,7 +35,7 @@ def crowding() -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gap:
-    """The time between two beats, in seconds of ``time.monotonic``, if a part was lost."""
+    """The time between two beats, in seconds of ``time.monotonic``."""
 
     begin: float
     end: float
@@ -66,9 +66,9 @@ class Heartbeat:
         self._gaps: list[Gap] = []
 
     def beat(self) -> None:
-        """Record the gap since the last beat if a part of the gap was lost."""
+        """Record the gap since the last beat if the beat is late or a part of the gap was lost."""
         gap = self._gap_until(self.clock())
-        if gap.lost:
+        if gap.lost or gap.end - gap.begin > 2 * BEAT_S:
             self._gaps.append(gap)
         self._last = gap.end
 
@@ -76,10 +76,9 @@ class Heartbeat:
         """Seconds after ``since`` in which the machine stood still or ran others."""
         return sum(gap.lost * gap.within(since) for gap in self._after(since))
 
-    def longest_stall_s(self, since: float) -> float:
-        """Length of the longest stall after ``since``; 0 without any."""
-        stalls = [gap.within(since) for gap in self._after(since) if gap.is_stall]
-        return max(stalls, default=0.0)
+    def longest_gap_s(self, since: float) -> float:
+        """Longest time without a beat after ``since``, of those above two beats; stalls or not."""
+        return max(gap.within(since) for gap in self._after(since))
 
     def describe(self, since: float) -> str:
         """One line about what was lost after ``since``; empty if that was next to nothing."""

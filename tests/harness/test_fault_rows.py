@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from tests.harness.cluster_gateway import Answer
-from tests.harness.fault_rows import DETECTION_LIMIT_S, check_stall, longest_gap, row_config
+from tests.harness.fault_rows import (
+    DETECTION_LIMIT_S,
+    calm_limit_s,
+    check_stall,
+    longest_gap,
+    row_config,
+)
 
 
 def test_rows_detect_as_fast_as_the_product() -> None:
@@ -15,6 +21,25 @@ def test_a_recovery_of_30_seconds_fails() -> None:
     with pytest.raises(AssertionError, match=r"stood still for 30\.0 s, and the machine for 4\.0"):
         check_stall(30.0, 4.0, row_config(1, 1))
     check_stall(30.0, 20.0, row_config(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [
+        ([0.1, 0.12], 0.2),  # lost after 0.3 s
+        ([0.2, 0.3], 0.4),  # the first after 0.5 s
+        ([0.5], 1.5),  # after 1.7 s; the loop has 2 s, and a heartbeat comes every 0.5 s
+        ([None], 1.5),
+        ([], 1.5),
+    ],
+)
+def test_a_calm_machine_pauses_for_less_than_what_its_workers_may(
+    gaps: list[float | None], expected: float
+) -> None:
+    workers = [{"state": "SERVING", "heartbeat_gap_s": gap} for gap in gaps]
+    workers.append({"state": "LOST", "heartbeat_gap_s": 0.1})
+    transport = row_config(1, 1).transport
+    assert calm_limit_s({"workers": workers}, transport) == pytest.approx(expected)
 
 
 def test_the_longest_gap_begins_after_the_fault() -> None:

@@ -38,10 +38,18 @@ def test_only_the_part_after_a_moment_counts() -> None:
     heart = beats(Clock(), 3.0, 3.4, 5.4)
     assert heart.stalled_s(1.0) == pytest.approx(2.0 + 2.0)
     assert heart.stalled_s(3.2) == pytest.approx(2.0)
-    assert heart.longest_stall_s(0.0) == pytest.approx(3.0)
-    assert heart.longest_stall_s(3.2) == pytest.approx(2.0)
-    assert heart.longest_stall_s(5.5) == 0.0
     assert heart.describe(5.5) == ""
+
+
+def test_the_longest_gap_need_not_be_a_stall() -> None:
+    clock = Clock()
+    heart = beats(clock, 3.0, 3.05, 3.25, 3.3)
+    assert heart.longest_gap_s(0.0) == pytest.approx(3.0)
+    assert heart.longest_gap_s(3.0) == pytest.approx(0.2)
+    assert heart.longest_gap_s(3.2) == pytest.approx(0.05)
+    clock.now = 3.7
+    assert heart.longest_gap_s(3.2) == pytest.approx(0.4)
+    assert heart.stalled_s(3.0) == 0.0
 
 
 def test_a_stall_that_is_under_way_counts() -> None:
