@@ -4,7 +4,7 @@ python -m benchmarks.frozen_worker [--repetitions 20] [--num-clients 24] [--role
 
 One attention and three expert workers with the bundled model on a private Ray, default settings.
 Each repetition waits until the cluster is whole, and until the controller has forgotten how the
-start of the worker before kept the machine busy: half a minute. ``--num-clients 0`` leaves the
+start of the worker before kept the machine busy: up to a minute. ``--num-clients 0`` leaves the
 cluster idle. Prints one JSON object.
 """
 
@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from benchmarks.fault_load import FaultLoad, wait
-from benchmarks.reliability import DETECTION_LIMIT_S, FORGET_S, Site
+from benchmarks.reliability import DETECTION_LIMIT_S, Site
 from cluster.launch.model_source import bundled_checkpoint
+from cluster.policy.silence import WINDOW_S
 from tests.harness.cluster_gateway import gateway_of
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
@@ -42,8 +43,8 @@ class Noticed:
     role: str
     noticed_s: list[float] = field(default_factory=list)
     """By repetition, seconds from the signal to the loss."""
-    gap_s: list[float] = field(default_factory=list)
-    """By repetition, the largest gap that the controller had seen on that host of late."""
+    patience_s: list[float] = field(default_factory=list)
+    """By repetition, the silence that the gaps of late explained on that host."""
     failures: list[str] = field(default_factory=list)
     """Calls that failed, and other workers that were lost."""
 
@@ -56,13 +57,13 @@ class Noticed:
 def _is_settled(site: Site) -> bool:
     """All workers serve, and the controller knows how regular they are."""
     serve = [w for w in site.snapshot()["workers"] if w["state"] == "SERVING"]
-    return len(serve) == 1 + _NUM_EXPERTS and all(w["heartbeat_gap_s"] for w in serve)
+    return len(serve) == 1 + _NUM_EXPERTS and all(w["patience_s"] for w in serve)
 
 
 def freeze(site: Site, draw: random.Random, found: Noticed) -> None:
     """One fault, and its end."""
     wait(lambda: _is_settled(site), "a whole cluster", _RESTORE_LIMIT_S)
-    time.sleep(FORGET_S + draw.uniform(0.0, 1.0))
+    time.sleep(WINDOW_S + draw.uniform(0.0, 1.0))
     before = {w["name"]: w for w in site.snapshot()["workers"]}
     name = site.names(found.role)[0]
     began = time.monotonic()
@@ -70,7 +71,7 @@ def freeze(site: Site, draw: random.Random, found: Noticed) -> None:
     while not (lost := _lost(site, before)):
         time.sleep(_POLL_S)
     found.noticed_s.append(round(time.monotonic() - began, 3))
-    found.gap_s.append(round(before[name]["heartbeat_gap_s"], 3))
+    found.patience_s.append(round(before[name]["patience_s"], 3))
     found.failures += [f"{n}: {why}" for n, why in lost.items() if n != name]
     site.wake()
 

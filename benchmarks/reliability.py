@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 DETECTION_LIMIT_S = 2.0
 _RESTORE_LIMIT_S = 20.0
 _CALM_S = 1.0
-FORGET_S = 2 * WINDOW_S
-"""Time after which gaps between signs of life count no more."""
+_FORGET_S = 3 * WINDOW_S
+"""Time after which a start and the gaps of its time count no more."""
 
 
 class Site:
@@ -178,7 +178,7 @@ def _stop(role: str) -> Fault:
 
 def forget_start(site: Site) -> None:
     """Let the controller forget how a start kept the machine busy."""
-    time.sleep(FORGET_S)
+    time.sleep(_FORGET_S)
 
 
 def _kill_both(site: Site) -> None:

@@ -48,7 +48,7 @@ class Controller:
         if record.is_lost or not cluster.is_up:
             cluster.send(frames.Shutdown(reason=record.reason or "the cluster is ending"), name)
             return
-        self.detection.heard(name, frame, now)
+        self.detection.heard(record, now)
         match frame:
             case frames.Heartbeat():
                 record.beat(frame, now)

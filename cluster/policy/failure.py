@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.core.topology import Member
-from cluster.policy.silence import patience_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +24,8 @@ class Pulse:
     running: bool
     """It takes part in a running generation, so that its loop must progress."""
     host: str = ""
-    largest_gap_s: float = math.inf
-    """Largest of the last gaps between signs of life on its host; infinite while unknown."""
-
-    def patience_s(self, alive_s: float, limit_s: float) -> float:
-        """Silence after which it is lost; its gaps count in a running generation only."""
-        return patience_s(self.largest_gap_s, alive_s, limit_s) if self.running else limit_s
+    patience_s: float = math.inf
+    """Silence that its gaps explain (``cluster.policy.silence``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,17 +40,16 @@ class PeerReport:
 
 
 def find_silent(
-    now: float, pulses: Sequence[Pulse], own_host: str, alive_s: float, limit_s: float
+    now: float, pulses: Sequence[Pulse], own_host: str, limit_s: float
 ) -> dict[str, str]:
     """Workers to declare lost (name -> reason).
 
-    A worker that is silent for longer than the gaps explain is lost (``cluster.policy.silence``);
-    signs of life come every ``alive_s``. If half of the workers on the controller's own host are
-    late at once, the machine is busy, and they have ``limit_s``. A loop that stalls with work in
-    hand for ``limit_s`` is lost too, unless it waits for a peer, or some worker is silent: a worker
-    that waits for a lost peer stalls through no fault of its own.
+    A worker that is silent for longer than its patience is lost. If half of the workers on the
+    controller's own host are late at once, the machine is busy, and they have ``limit_s``. A loop
+    that stalls with work in hand for ``limit_s`` is lost too, unless it waits for a peer, or some
+    worker is silent: a worker that waits for a lost peer stalls through no fault of its own.
     """
-    limits = {p.name: p.patience_s(alive_s, limit_s) for p in pulses}
+    limits = {p.name: min(p.patience_s, limit_s) for p in pulses}
     here = [p for p in pulses if p.running and p.host == own_host]
     late = [p.name for p in here if now - p.heard_at > limits[p.name] / 2]
     if len(late) > 1 and 2 * len(late) >= len(here):
@@ -75,7 +69,7 @@ def find_silent(
 
 
 def silent_hosts(
-    now: float, pulses: Sequence[Pulse], own_host: str, alive_s: float, limit_s: float
+    now: float, pulses: Sequence[Pulse], own_host: str, limit_s: float
 ) -> frozenset[str]:
     """Workers whose silence may be that of the controller's own host, ``own_host``.
 
@@ -84,14 +78,11 @@ def silent_hosts(
     half of that time.
     """
     away = [p for p in pulses if p.host not in ("", own_host)]
-    limits = {p.name: min(p.patience_s(alive_s, limit_s), limit_s / 2) for p in away}
-    over = [limits[p.name] for p in away if now - p.heard_at > limits[p.name]]
-    if not over:
-        return frozenset()
+    over = [limit for p in away if now - p.heard_at > (limit := min(p.patience_s, limit_s / 2))]
     heard: dict[str, float] = {}
     for pulse in away:
         heard[pulse.host] = max(heard.get(pulse.host, 0.0), pulse.heard_at)
-    silent = {host for host, at in heard.items() if now - at > min(over) / 2}
+    silent = {host for host, at in heard.items() if now - at > min(over, default=math.inf) / 2}
     names = frozenset(p.name for p in away if p.host in silent)
     return names if len(names) > 1 and 2 * len(silent) > len(heard) else frozenset()
 

@@ -14,7 +14,6 @@ compute ``--deterministic``, so that the undisturbed run may be one of another l
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import signal
@@ -30,7 +29,6 @@ import pytest
 
 from cluster.config.cluster import ClusterConfig, TransportSection
 from cluster.launch.model_source import bundled_checkpoint
-from cluster.policy.silence import patience_s
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import (
@@ -156,11 +154,10 @@ def calm_limit_s(snapshot: Mapping[str, Any], transport: TransportSection) -> fl
     """A machine that stands still for less makes no living worker look dead: signs of life that
     were due when it stopped come in time, and so do heartbeats, which show the loop's progress.
     """
-    gaps = [w["heartbeat_gap_s"] for w in snapshot["workers"] if w["state"] == "SERVING"]
     limit_s = transport.detection_limit_s
-    patience = [patience_s(gap or math.inf, transport.alive_s, limit_s) for gap in gaps]
-    until_silent = min(patience, default=limit_s) - transport.alive_s
-    return min(until_silent, limit_s - transport.heartbeat_s)
+    serving = (w for w in snapshot["workers"] if w["state"] == "SERVING")
+    silence_s = min((w["patience_s"] or limit_s for w in serving), default=limit_s)
+    return min(silence_s - transport.alive_s, limit_s - transport.heartbeat_s)
 
 
 def play_until(

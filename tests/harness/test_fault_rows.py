@@ -24,20 +24,20 @@ def test_a_recovery_of_30_seconds_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gaps", "expected"),
+    ("patience", "expected"),
     [
-        ([0.1, 0.12], 0.2),  # lost after 0.3 s
-        ([0.2, 0.3], 0.4),  # the first after 0.5 s
-        ([0.5], 1.5),  # after 1.7 s; the loop has 2 s, and a heartbeat comes every 0.5 s
+        ([0.3, 0.4], 0.2),
+        ([0.9, 0.5, None], 0.4),
+        ([1.7], 1.5),  # the loop has 2 s, and a heartbeat comes every 0.5 s
         ([None], 1.5),
         ([], 1.5),
     ],
 )
 def test_a_calm_machine_pauses_for_less_than_what_its_workers_may(
-    gaps: list[float | None], expected: float
+    patience: list[float | None], expected: float
 ) -> None:
-    workers = [{"state": "SERVING", "heartbeat_gap_s": gap} for gap in gaps]
-    workers.append({"state": "LOST", "heartbeat_gap_s": 0.1})
+    workers = [{"state": "SERVING", "patience_s": each} for each in patience]
+    workers.append({"state": "LOST", "patience_s": 0.3})
     transport = row_config(1, 1).transport
     assert calm_limit_s({"workers": workers}, transport) == pytest.approx(expected)
 

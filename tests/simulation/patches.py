@@ -95,8 +95,9 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.model.loading.checkpoint", "_entries", entries),
     ("workers.model.loading.checkpoint", "size_and_time", size_and_time),
     ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
+    ("cluster.policy.silence", "WINDOW_S", 1.0),  # else starts would be remembered to the end
 ]
-"""(module, name, replacement) of the model, the disk and the process."""
+"""(module, name, replacement) of the model, the disk, the process, and a time."""
 
 
 class _Remembered:

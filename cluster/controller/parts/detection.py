@@ -7,11 +7,13 @@ and reports of peers. ``Detection`` only reports to the controller; it does not 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping
 
 from cluster.controller.parts.cluster import Cluster, Phase
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.frames import Alive, ControlFrame, Heartbeat, PeerLost
+from cluster.controller.parts.workers import WorkerRecord
+from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
 from cluster.policy.failure import PeerReport, confirm_losses, find_silent, silent_hosts
 from cluster.policy.silence import GapWindow
@@ -35,13 +37,13 @@ class Detection:
         self._ran_at = self._busy_at = cluster.began_at
         """When nobody kept the others waiting, and when one of these had still to begin."""
 
-    def heard(self, name: str, frame: ControlFrame, now: float) -> None:
-        """A worker sent a frame; heartbeats and what comes between them have a rhythm."""
-        record = self._cluster.workers[name]
+    def heard(self, record: WorkerRecord, now: float) -> None:
+        """A worker sent a frame. Nothing explains its host's silences while one there loads."""
+        alive_s = self._cluster.config.transport.alive_s
+        record.gaps = self._gaps.setdefault(record.member.node, GapWindow(alive_s))
+        if now - self.last_tick <= 2 * TICK_S:  # else the silence may be the controller's own
+            record.gaps.add(math.inf if record.is_coming else now - record.heard_at, now)
         record.heard_at = now
-        if isinstance(frame, (Heartbeat, Alive)):
-            record.gaps = self._gaps.setdefault(record.member.node, record.gaps)
-            record.alive(now, is_sharp=now - self.last_tick <= 2 * TICK_S)
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
         """A worker reports that it lost another. Raises ``ProtocolError`` for a stranger."""
@@ -76,14 +78,13 @@ class Detection:
 
     def credit_own_pause(self, now: float) -> None:
         """Do not blame workers for a silence in which the controller itself was paused."""
-        paused = now - self.last_tick
-        if paused > self._limits.detection_limit_s / 2:
-            logger.warning("the controller did not run for %.1f s", paused)
-        if paused > 2 * TICK_S:
+        late_s = now - self.last_tick - TICK_S
+        if late_s > self._limits.detection_limit_s / 2:
+            logger.warning("the controller did not run for %.1f s", late_s)
+        if late_s > TICK_S:
             for record in self._cluster.workers.alive():
-                record.credit(paused - TICK_S, now)
-            self._ran_at += paused - TICK_S
-            self._busy_at += paused - TICK_S
+                record.credit(late_s, now)
+            self._ran_at, self._busy_at = self._ran_at + late_s, self._busy_at + late_s
         self.last_tick = now
 
     def end_hold(self, now: float) -> str:
@@ -93,8 +94,7 @@ class Detection:
         may have stopped, and what workers have reported of each other is void.
         """
         cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
-        pulses, alive_s = cluster.workers.pulses(False), self._limits.alive_s
-        silent = silent_hosts(now, pulses, cluster.host, alive_s, limit)
+        silent = silent_hosts(now, cluster.workers.pulses(False), cluster.host, limit)
         self._held = frozenset(
             name
             for name in (silent if cluster.takes_orders else ())
@@ -123,13 +123,12 @@ class Detection:
             yield {name: reason for name, reason in lost.items() if name not in held}
 
     def _find_lost(self, now: float, held: frozenset[str]) -> Iterator[Mapping[str, str]]:
-        limit = self._limits.detection_limit_s
+        limit, cluster = self._limits.detection_limit_s, self._cluster
         yield self._late_starts(now)
         early = max(limit, self._limits.start_silence_s)
-        starts = self._cluster.state is ClusterState.STARTING
+        starts = cluster.state is ClusterState.STARTING
         for loading, most in ((True, early), (False, early if starts else limit)):
-            pulses = self._cluster.workers.pulses(loading)
-            yield find_silent(now, pulses, self._cluster.host, self._limits.alive_s, most)
+            yield find_silent(now, cluster.workers.pulses(loading), cluster.host, most)
         yield self._late_answers(now)
         yield self._late_joins(now)
         if not held:

@@ -11,8 +11,6 @@ from cluster.config.cluster import ClusterConfig
 class ControllerSettings:
     detection_limit_s: float = 2.0
     """Time without heartbeat or progress after which a worker is lost, at the latest."""
-    alive_s: float = 0.1
-    """Time between two signs of life of a worker, as it sends them."""
     hold_limit_s: float = 30.0
     """Longest silence of most other hosts at once in which their workers are not lost: it may be
     that of the controller's own host.
@@ -44,7 +42,6 @@ class ControllerSettings:
         is_quick = section.transport == "sockets" or (section.transport == "auto" and not on_gpus)
         return cls(
             detection_limit_s=limit_s,
-            alive_s=section.alive_s,
             generation_limit_s=generation_limit_s,
             join_limit_s=2 * limit_s if is_quick else generation_limit_s,  # a world is built
         )

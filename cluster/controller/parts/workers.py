@@ -63,8 +63,7 @@ class WorkerRecord:
     generation: int = 0
     """The generation that it had begun to join at its last heartbeat, or ran."""
     gaps: GapWindow = field(default_factory=GapWindow)
-    """Between signs of life of workers that are ready; detection shares it within a host."""
-    _alive_at: float | None = None
+    """How long workers of its host were silent; detection shares it among them."""
     _progress: int = -1
     _waiting: bool = False
 
@@ -125,12 +124,6 @@ class WorkerRecord:
         self.loaded_bytes = max(self.loaded_bytes, self.total_bytes)
         self.enter(WorkerState.READY)
 
-    def alive(self, now: float, *, is_sharp: bool) -> None:
-        """A sign of life. ``is_sharp``: its time tells of the worker, not of the controller."""
-        if is_sharp and self._alive_at is not None and not self.is_coming:
-            self.gaps.add(now - self._alive_at, now)
-        self._alive_at = now
-
     def beat(self, frame: frames.Heartbeat, now: float) -> None:
         if frame.idle or frame.progress != self._progress:
             self.progress_at = now
@@ -153,11 +146,9 @@ class WorkerRecord:
         """Advance its clocks by a pause of the controller itself."""
         self.heard_at = min(now, self.heard_at + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
-        if self._alive_at is not None:
-            self._alive_at = min(now, self._alive_at + seconds)
 
     def pulse(self) -> Pulse:
-        """Input of the failure policy."""
+        """Input of the failure policy. Gaps count in a running generation only."""
         return Pulse(
             name=self.name,
             heard_at=self.heard_at,
@@ -165,14 +156,13 @@ class WorkerRecord:
             waiting=self._waiting,
             running=self.state is WorkerState.SERVING,
             host=self.member.node,
-            largest_gap_s=self.gaps.largest_s,
+            patience_s=self.gaps.patience_s if self.state is WorkerState.SERVING else math.inf,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in a snapshot."""
         shown = WorkerState.DRAINING if self.drains and not self.is_lost else self.state
         blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
-        gap_s = self.gaps.largest_s
         free, total = (None if number is None else int(number) for number in blocks)
         return {
             "name": self.name,
@@ -191,7 +181,7 @@ class WorkerRecord:
             "kv_blocks_total": total,
             "kv_usage": (1.0 - free / total) if free is not None and total else None,
             "slots": self.num_slots if self.member.holds_experts else None,
-            "heartbeat_gap_s": gap_s if math.isfinite(gap_s) else None,
+            "patience_s": None if math.isinf(patience := self.gaps.patience_s) else patience,
             "stats": dict(self.stats),
         }
 

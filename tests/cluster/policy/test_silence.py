@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.silence import (
-    LATENESS_FACTOR,
-    MIN_COUNT,
-    MIN_GAPS,
-    WINDOW_S,
-    GapWindow,
-    patience_s,
-)
+from cluster.policy.silence import LATENESS_FACTOR, MIN_GAPS, WINDOW_S, GapWindow
 
 EXPECTED_S = 0.1
-LIMIT_S = 2.0
 gap = st.floats(0.0, 5.0)
 BUSY_MS = """
 37 4 87 36 15 3 61 29 64 31 26 0 74 27 158 27 67 23 33 26 73 76 82 32 83 107 70 6 93 103 44 29
@@ -36,15 +28,14 @@ a load of ten, beside two threads that never gave up Python's lock by themselves
 and one that multiplied matrices."""
 
 
-def window_of(*gaps: float) -> GapWindow:
-    window = GapWindow()
+def window_of(*gaps: float, expected_s: float = EXPECTED_S) -> GapWindow:
+    """A window that knows these gaps and no others."""
+    window = GapWindow(expected_s)
+    for now in (0.0, WINDOW_S):
+        window.add(0.0, now)
     for each in gaps:
-        window.add(each, 0.0)
+        window.add(each, WINDOW_S)
     return window
-
-
-def patience(*gaps: float) -> float:
-    return patience_s(window_of(*gaps).largest_s, EXPECTED_S, LIMIT_S)
 
 
 @pytest.mark.parametrize(
@@ -55,73 +46,71 @@ def patience(*gaps: float) -> float:
         (0.15, 0.3),
         (0.2, 0.5),  # 0.1 and four times 0.1
         (0.4, 1.3),
-        (0.575, 2.0),
-        (3.0, 2.0),  # never beyond the limit
-        (math.inf, 2.0),  # nothing is known
+        (math.inf, math.inf),  # nothing is known
     ],
 )
 def test_patience_follows_the_largest_gap(largest: float, expected: float) -> None:
-    assert patience_s(largest, EXPECTED_S, LIMIT_S) == pytest.approx(expected)
+    assert window_of(largest).patience_s == pytest.approx(expected)
 
 
-def test_a_short_limit_is_the_patience() -> None:
-    assert patience_s(0.1, EXPECTED_S, 0.2) == 0.2
+def test_nothing_is_known_before_a_window_has_passed() -> None:
+    window, known_at = GapWindow(), []
+    for tenths in range(200):
+        window.add(0.2, tenths / 10)
+        if window.patience_s < math.inf:
+            known_at.append(tenths / 10)
+    assert known_at[0] == WINDOW_S
+    assert window.patience_s == pytest.approx(0.5)
 
 
-def test_few_gaps_tell_nothing() -> None:
-    assert patience(*[0.1] * (MIN_COUNT - 1)) == LIMIT_S
-    assert patience(*[0.1] * MIN_COUNT) == pytest.approx(0.3)
-
-
+@pytest.mark.parametrize("large", [0.4, math.inf])
 @pytest.mark.parametrize("began_at", [0.0, 7.0, WINDOW_S - 0.1])
-def test_a_large_gap_counts_for_a_window_and_at_most_for_two(began_at: float) -> None:
-    window = window_of(*[0.1] * MIN_COUNT)  # it rotates at multiples of ``WINDOW_S``
-    window.add(0.4, began_at)
+def test_a_large_gap_counts_for_a_window_and_at_most_for_two(began_at: float, large: float) -> None:
+    began_at += WINDOW_S
+    window = window_of()  # it rotates at multiples of ``WINDOW_S``
+    window.add(large, began_at)
     seen = []
     for tenths in range(1, 10 * 2 * round(WINDOW_S) + 2):
         window.add(0.1, began_at + tenths / 10)
-        if window.largest_s == 0.4:
+        if window.patience_s > 1.0:
             seen.append(tenths / 10)
     assert seen == sorted(seen)
     assert WINDOW_S <= seen[-1] <= 2 * WINDOW_S
 
 
 def test_a_gap_is_forgotten_with_the_window_after_its_own() -> None:
-    window = window_of(*[0.1] * MIN_COUNT)
-    window.add(0.4, 0.0)
-    window.add(0.1, WINDOW_S)
-    assert window.largest_s == 0.4
-    window.add(0.1, 2 * WINDOW_S - 0.125)
-    assert window.largest_s == 0.4
+    window = window_of(0.4)
     window.add(0.1, 2 * WINDOW_S)
-    assert window.largest_s == 0.1
+    assert window.patience_s == pytest.approx(1.3)
+    window.add(0.1, 3 * WINDOW_S - 0.125)
+    assert window.patience_s == pytest.approx(1.3)
+    window.add(0.1, 3 * WINDOW_S)
+    assert window.patience_s == pytest.approx(0.3)
 
 
-@given(st.lists(gap, max_size=3 * MIN_COUNT), st.floats(0.01, 1.0), st.floats(0.01, 60.0))
-def test_detection_is_never_slower_than_the_limit(
-    gaps: list[float], expected_s: float, limit_s: float
-) -> None:
-    found = patience_s(window_of(*gaps).largest_s, expected_s, limit_s)
-    assert min(limit_s, MIN_GAPS * expected_s) <= found <= limit_s
+@given(st.lists(gap), st.floats(0.01, 1.0))
+def test_patience_is_never_below_three_gaps(gaps: list[float], expected_s: float) -> None:
+    assert window_of(*gaps, expected_s=expected_s).patience_s >= MIN_GAPS * expected_s
 
 
-@given(st.lists(gap, min_size=MIN_COUNT, max_size=3 * MIN_COUNT), st.floats(0.0, LATENESS_FACTOR))
+@given(st.lists(gap, min_size=1), st.floats(0.0, LATENESS_FACTOR))
 def test_no_alarm_while_lateness_stays_within_the_factor_of_the_largest(
     gaps: list[float], times: float
 ) -> None:
     late_s = max(0.0, max(gaps) - EXPECTED_S)
     next_gap = EXPECTED_S + times * late_s
-    assert next_gap <= patience(*gaps) + 1e-9 or next_gap > LIMIT_S
+    assert next_gap <= window_of(*gaps).patience_s + 1e-9
 
 
-@given(st.lists(st.tuples(gap, st.floats(0.0, WINDOW_S)), min_size=MIN_COUNT))
+@given(st.lists(st.tuples(gap, st.floats(0.0, WINDOW_S)), min_size=1))
 def test_no_gap_is_forgotten_within_a_window(steps: list[tuple[float, float]]) -> None:
-    window, now, seen = GapWindow(), 0.0, []
+    window, now, seen = window_of(), WINDOW_S, []
     for gap_s, passed_s in steps:
         now += passed_s
         window.add(gap_s, now)
         seen.append((gap_s, now))
-    assert window.largest_s >= max(g for g, at in seen if now - at < WINDOW_S)
+    largest = max(g for g, at in seen if now - at < WINDOW_S)
+    assert window.patience_s >= window_of(largest).patience_s
 
 
 def test_a_busy_machine_raises_no_alarm_once_its_gaps_are_known() -> None:
@@ -129,8 +118,8 @@ def test_a_busy_machine_raises_no_alarm_once_its_gaps_are_known() -> None:
     for late_ms in map(int, BUSY_MS.split()):
         gap_s = EXPECTED_S + late_ms / 1000
         now += gap_s
-        patience.append(patience_s(window.largest_s, EXPECTED_S, LIMIT_S))
+        patience.append(window.patience_s)
         assert gap_s <= patience[-1]
         window.add(gap_s, now)
-    assert patience[MIN_COUNT - 1] == LIMIT_S
+    assert patience[80] == math.inf
     assert min(patience) == pytest.approx(0.1 + 4 * 0.255)
