@@ -79,8 +79,8 @@ async def _call_workers(runner: Runner, found: Sequence[FoundWorker]) -> Collect
 
 
 async def _redirect(runner: Runner, name: str, server: ControlServer) -> None:
-    """Send a worker the address until it calls. Raises ``SupersededError``."""
-    while not server.is_connected(name):
+    """Send a worker the address until it calls, or none is awaited. Raises ``SupersededError``."""
+    while runner.collector is not None and not server.is_connected(name):
         try:
             await runner.group.redirect(name, server.address)
         except SupersededError:
