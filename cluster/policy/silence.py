@@ -13,8 +13,11 @@ import math
 
 LATENESS_FACTOR = 4.0
 """A gap may be late by so many times the largest lateness of late."""
-MIN_GAPS = 3.0
+MIN_GAPS = 4.0
 """Patience in expected gaps at least: a machine may be busy for the first time."""
+REMOTE_MIN_S = 1.0
+"""The same over a network, in seconds: TCP sends a lost segment again after 0.2 s, and after 0.4 s
+more (RFC 6298, with the least timeout of Linux)."""
 WINDOW_S = 15.0
 """Time for which a gap counts at least; twice that at most."""
 
@@ -22,8 +25,9 @@ WINDOW_S = 15.0
 class GapWindow:
     """The largest of the gaps of late, in constant memory. Times are monotonic seconds."""
 
-    def __init__(self, expected_s: float = 0.1) -> None:
+    def __init__(self, expected_s: float = 0.1, is_remote: bool = False) -> None:
         self._expected_s = expected_s
+        self._least_s = max(MIN_GAPS * expected_s, REMOTE_MIN_S if is_remote else 0.0)
         self._began_at = -math.inf
         self._largest = self._largest_before = math.inf
 
@@ -38,4 +42,4 @@ class GapWindow:
     def patience_s(self) -> float:
         """Silence that the gaps explain; infinite for a window at least from the beginning."""
         late_s = max(self._largest, self._largest_before) - self._expected_s
-        return max(MIN_GAPS * self._expected_s, self._expected_s + LATENESS_FACTOR * late_s)
+        return max(self._least_s, self._expected_s + LATENESS_FACTOR * late_s)

@@ -38,11 +38,17 @@ class Detection:
         """When nobody kept the others waiting, and when one of these had still to begin."""
 
     def heard(self, record: WorkerRecord, now: float) -> None:
-        """A worker sent a frame. Nothing explains its host's silences while one there loads."""
-        alive_s = self._cluster.config.transport.alive_s
-        record.gaps = self._gaps.setdefault(record.member.node, GapWindow(alive_s))
+        """A worker sent a frame.
+
+        Gaps tell nothing while a worker of the host loads, or with a GPU, for whose steps the
+        thread that sends waits now and then.
+        """
+        node, alive_s = record.member.node, self._cluster.config.transport.alive_s
+        is_remote = node not in ("", self._cluster.host)
+        record.gaps = self._gaps.setdefault(node, GapWindow(alive_s, is_remote))
+        tells_nothing = record.is_coming or str(record.info.get("device")).startswith("cuda")
         if now - self.last_tick <= 2 * TICK_S:  # else the silence may be the controller's own
-            record.gaps.add(math.inf if record.is_coming else now - record.heard_at, now)
+            record.gaps.add(math.inf if tells_nothing else now - record.heard_at, now)
         record.heard_at = now
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:

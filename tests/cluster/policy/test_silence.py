@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.silence import LATENESS_FACTOR, MIN_GAPS, WINDOW_S, GapWindow
+from cluster.policy.silence import LATENESS_FACTOR, MIN_GAPS, REMOTE_MIN_S, WINDOW_S, GapWindow
 
 EXPECTED_S = 0.1
 gap = st.floats(0.0, 5.0)
@@ -41,9 +41,9 @@ def window_of(*gaps: float, expected_s: float = EXPECTED_S) -> GapWindow:
 @pytest.mark.parametrize(
     ("largest", "expected"),
     [
-        (0.1, 0.3),  # three expected gaps
-        (0.05, 0.3),  # early is not late
-        (0.15, 0.3),
+        (0.1, 0.4),  # four expected gaps
+        (0.05, 0.4),  # early is not late
+        (0.15, 0.4),
         (0.2, 0.5),  # 0.1 and four times 0.1
         (0.4, 1.3),
         (math.inf, math.inf),  # nothing is known
@@ -51,6 +51,16 @@ def window_of(*gaps: float, expected_s: float = EXPECTED_S) -> GapWindow:
 )
 def test_patience_follows_the_largest_gap(largest: float, expected: float) -> None:
     assert window_of(largest).patience_s == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(0.1, REMOTE_MIN_S), (0.4, 1.3)])
+def test_a_segment_may_be_lost_twice_on_its_way_from_another_host(
+    largest: float, expected: float
+) -> None:
+    window = GapWindow(EXPECTED_S, is_remote=True)
+    for now in (0.0, WINDOW_S):
+        window.add(largest, now)
+    assert window.patience_s == pytest.approx(expected)
 
 
 def test_nothing_is_known_before_a_window_has_passed() -> None:
@@ -85,11 +95,11 @@ def test_a_gap_is_forgotten_with_the_window_after_its_own() -> None:
     window.add(0.1, 3 * WINDOW_S - 0.125)
     assert window.patience_s == pytest.approx(1.3)
     window.add(0.1, 3 * WINDOW_S)
-    assert window.patience_s == pytest.approx(0.3)
+    assert window.patience_s == pytest.approx(0.4)
 
 
 @given(st.lists(gap), st.floats(0.01, 1.0))
-def test_patience_is_never_below_three_gaps(gaps: list[float], expected_s: float) -> None:
+def test_patience_is_never_below_four_gaps(gaps: list[float], expected_s: float) -> None:
     assert window_of(*gaps, expected_s=expected_s).patience_s >= MIN_GAPS * expected_s
 
 

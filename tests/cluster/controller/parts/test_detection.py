@@ -61,12 +61,12 @@ def lost(cluster: FakeCluster) -> list[str]:
     return [r.name for r in cluster.known.workers if r.is_lost]
 
 
-def test_a_worker_with_a_steady_rhythm_is_lost_after_three_of_its_gaps() -> None:
+def test_a_worker_with_a_steady_rhythm_is_lost_after_four_of_its_gaps() -> None:
     cluster = steady()
-    assert passes(cluster, 0.3, "expert-1") == []
+    assert passes(cluster, 0.4, "expert-1") == []
     assert passes(cluster, 0.1, "expert-1") == ["expert-1"]
     reason = cluster.known.workers["expert-1"].reason
-    assert reason == "no heartbeat for 0.4 s (limit 0.3 s)"
+    assert reason == "no heartbeat for 0.5 s (limit 0.4 s)"
 
 
 def test_every_frame_is_a_sign_of_life() -> None:
@@ -102,14 +102,14 @@ def test_a_worker_that_was_late_once_may_be_later() -> None:
 def test_workers_of_one_host_share_their_gaps() -> None:
     """It is the machine that is busy."""
     cluster = steady(hosts={**HOSTS, "expert-1": "h-1"})
-    passes(cluster, 0.2, "expert-0")
+    passes(cluster, 0.3, "expert-0")
     cluster.tick(0.1)
-    say_alive(cluster)  # 0.2 s late
+    say_alive(cluster)  # 0.3 s late
     patience = {w["name"]: w["patience_s"] for w in cluster.controller.snapshot()["workers"]}
     assert patience == pytest.approx(
-        {"attention-0": 0.3, "expert-0": 0.9, "expert-1": 0.9, "expert-2": 0.3}
+        {"attention-0": 0.4, "expert-0": 1.3, "expert-1": 1.3, "expert-2": 1.0}
     )
-    assert passes(cluster, 0.8, "expert-1") == []
+    assert passes(cluster, 1.2, "expert-1") == []
     assert passes(cluster, 0.2, "expert-1") == ["expert-1"]
 
 
@@ -117,6 +117,16 @@ def test_workers_beside_the_controller_that_are_late_together_are_not_lost() -> 
     cluster = steady(hosts=dict.fromkeys(HOSTS, "head"))
     assert passes(cluster, 1.5, "expert-1", "expert-2") == []
     assert passes(cluster, 0.6, "expert-1", "expert-2") == ["expert-1", "expert-2"]
+
+
+def test_a_worker_with_a_gpu_has_the_whole_limit() -> None:
+    """The thread that sends its frames waits for a step now and then."""
+    cluster = steady(count=0)
+    cluster.known.workers["expert-1"].info = {"device": "cuda"}
+    passes(cluster, FORGOTTEN / 10)
+    cluster.beat_all()
+    assert passes(cluster, LIMIT_S, "expert-1") == []
+    assert passes(cluster, 0.1, "expert-1") == ["expert-1"]
 
 
 def test_the_rhythm_counts_in_a_running_generation_only() -> None:
@@ -146,7 +156,7 @@ def test_while_a_worker_loads_and_for_a_while_its_host_has_the_whole_limit(
     cluster.join_all()
     passes(cluster, WINDOW_S - 0.5)
     assert cluster.state == "SERVING"
-    assert passes(cluster, 0.5, "expert-1") == ["expert-0"] + ["expert-1"] * is_lost
+    assert passes(cluster, 1.2, "expert-1") == ["expert-0"] + ["expert-1"] * is_lost
 
 
 def test_a_sign_of_life_is_not_answered_and_renews_no_lease() -> None:
@@ -160,7 +170,7 @@ def test_a_sign_of_life_is_not_answered_and_renews_no_lease() -> None:
 
 def test_a_lost_worker_renews_no_lease() -> None:
     cluster = steady()
-    assert passes(cluster, 0.4, "expert-1") == ["expert-1"]
+    assert passes(cluster, 0.5, "expert-1") == ["expert-1"]
     cluster.link.sent["expert-1"].clear()
     cluster.send("expert-1", Heartbeat(progress=9, idle=True, generation=1, number=7))
     assert [type(f) for f in cluster.link.sent["expert-1"]] == [Shutdown]
@@ -176,7 +186,7 @@ def test_a_pause_of_the_controller_is_no_silence(paused: float) -> None:
     cluster.controller.tick(cluster.now)
     assert lost(cluster) == []
     assert passes(cluster, 0.1, "expert-1") == []
-    assert passes(cluster, 0.3, "expert-1") == ["expert-1"]
+    assert passes(cluster, 0.4, "expert-1") == ["expert-1"]
 
 
 def test_many_short_pauses_of_the_controller_are_no_silence() -> None:
@@ -185,15 +195,16 @@ def test_many_short_pauses_of_the_controller_are_no_silence() -> None:
         cluster.now += 0.25
         cluster.controller.tick(cluster.now)
     assert lost(cluster) == []
-    cluster.now += 0.1
-    cluster.controller.tick(cluster.now)
+    for _ in range(2):
+        cluster.now += 0.1
+        cluster.controller.tick(cluster.now)
     assert len(lost(cluster)) == 4
 
 
 def test_usual_lateness_of_the_controller_is_no_pause() -> None:
     """Else a busy controller would notice nothing."""
     cluster = steady()
-    for _ in range(2):
+    for _ in range(3):
         cluster.now += 0.19
         cluster.controller.tick(cluster.now)
     assert len(lost(cluster)) == 4
@@ -210,8 +221,8 @@ def test_a_pause_of_the_controller_is_no_gap_of_the_workers(
         cluster.controller.tick(cluster.now)
     say_alive(cluster)
     cluster.controller.tick(cluster.now)
-    assert max(r.gaps.patience_s for r in cluster.known.workers) == pytest.approx(0.3)
-    assert passes(cluster, 0.4, "expert-1") == ["expert-1"]
+    assert max(r.gaps.patience_s for r in cluster.known.workers) == pytest.approx(0.4)
+    assert passes(cluster, 0.5, "expert-1") == ["expert-1"]
 
 
 # ---- the controller's host ------------------------------------------------------------------
@@ -239,7 +250,7 @@ def test_a_long_blip_replaces_no_worker() -> None:
 
 def test_reports_in_a_blip_are_void() -> None:
     cluster = steady(hosts=HOSTS)
-    assert blip(cluster, 0.4) == []
+    assert blip(cluster, 1.2) == []
     cluster.send("attention-0", PeerLost(worker="expert-1", generation=1, reason="silent"))
     assert blip(cluster, 0.4) == []
     assert passes(cluster, 0.5) == []
@@ -250,21 +261,21 @@ def test_workers_with_other_rhythms_fall_silent_together() -> None:
     """The first to be suspected is not lost when the others, who are given more time, are silent,
     too."""
     cluster = steady(hosts=HOSTS)
-    passes(cluster, 0.2, "expert-1", "expert-2")
+    passes(cluster, 0.3, "expert-1", "expert-2")
     cluster.tick(0.1)
-    say_alive(cluster)  # these two may be silent for 0.9 s now
-    assert blip(cluster, 1.3) == []
+    say_alive(cluster)  # these two may be silent for 1.3 s now
+    assert blip(cluster, 1.7) == []
     assert passes(cluster, 0.5) == []
 
 
 def test_one_silent_host_of_three_is_lost() -> None:
     cluster = steady(hosts=HOSTS)
-    assert blip(cluster, 0.4, ["expert-1"]) == ["expert-1"]
+    assert blip(cluster, 1.0, ["expert-1"]) == []  # a segment may be lost twice on its way
+    assert blip(cluster, 0.1, ["expert-1"]) == ["expert-1"]
 
 
 def test_a_late_host_saves_a_silent_one_for_a_moment_only() -> None:
     cluster = steady(hosts=HOSTS)
-    passes(cluster, 0.2, "expert-0")
-    passes(cluster, 0.1, "expert-0", "expert-1")
-    assert passes(cluster, 0.1, "expert-0") == []
-    assert passes(cluster, 0.4, "expert-0") == ["expert-0"]
+    passes(cluster, 0.4, "expert-0")
+    assert passes(cluster, 0.7, "expert-0", "expert-1") == []
+    assert passes(cluster, 1.1, "expert-0") == ["expert-0"]
