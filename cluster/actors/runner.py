@@ -198,7 +198,7 @@ class Runner:
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         target = self.collector or self.controller
         if isinstance(frame, Superseded) and self.controller is not None:
-            self.retire(f"{worker} follows another controller")
+            self.retire(f"{worker} follows another controller, of term {frame.term}")
         elif target is not None:
             self.tell(partial(target.frame, worker, frame))
 
