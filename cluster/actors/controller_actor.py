@@ -52,11 +52,18 @@ _MAX_RESTORE_PAUSE_S = 10.0
 class ControllerActor:
     """Async actor; see ``cluster.actors.controller_client``. It starts one cluster in its life."""
 
-    def __init__(self, group: WorkerGroup, status_limit_s: float = STATUS_LIMIT_S) -> None:
+    def __init__(
+        self,
+        group: WorkerGroup,
+        status_limit_s: float = STATUS_LIMIT_S,
+        *,
+        is_watched: bool = False,
+    ) -> None:
+        """``is_watched``: a watchdog kills this process if its event loop hangs."""
         self._group = group
         self._status_limit_s = status_limit_s
         self._background = Background()
-        self.runner = Runner(group, self._background)
+        self.runner = Runner(group, self._background, is_watched=is_watched)
         self._starting = asyncio.Lock()
         self._may_restore = self._restores = group.was_restarted()
         self._is_settled = asyncio.Event()  # the cluster is known, or why it is not

@@ -35,6 +35,7 @@ def create_controller(
     where: dict[str, Any] = {"resources": {HEAD_NODE: _HEAD_SHARE}}
     if selector:
         where = {"label_selector": dict(selector)}
+    limit_s = STATUS_LIMIT_S if status_limit_s is None else status_limit_s
     return actor.options(
         name=CONTROLLER_NAME,
         namespace=NAMESPACE,
@@ -43,7 +44,7 @@ def create_controller(
         num_cpus=0,
         max_restarts=-1,
         **where,
-    ).remote(group, STATUS_LIMIT_S if status_limit_s is None else status_limit_s)
+    ).remote(group, limit_s, is_watched=True)
 
 
 def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.tasks import Background
+from cluster.actors.watchdog import BEAT_S, start_watchdog
 from cluster.config.cluster import ObservabilitySection
 from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
@@ -48,8 +50,12 @@ _END_AGAIN_S = 1.0
 class Runner:
     """One controller among its sockets and workers. Event loop of the actor only."""
 
-    def __init__(self, group: WorkerGroup, background: Background) -> None:
+    def __init__(
+        self, group: WorkerGroup, background: Background, *, is_watched: bool = False
+    ) -> None:
+        """``is_watched``: a watchdog kills this process if its event loop hangs."""
         self.group = group
+        self._is_watched = is_watched
         self.background = background
         self.identity = secrets.token_hex(8)
         """Distinguishes controllers of one term."""
@@ -135,6 +141,8 @@ class Runner:
         self.traces = start_traces(plan.config.observability)
         self.background.spawn(self._tick_forever(controller))
         self.background.spawn(self._watch_nodes(controller))
+        if self._is_watched:
+            self.background.spawn(_beat())
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
@@ -190,7 +198,7 @@ class Runner:
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         target = self.collector or self.controller
         if isinstance(frame, Superseded) and self.controller is not None:
-            self.retire(f"{worker} follows another controller")
+            self.retire(f"{worker} follows another controller, of term {frame.term}")
         elif target is not None and isinstance(frame, Alive):
             target.frame(worker, frame, time.monotonic())  # frequent, and nobody waits for it
         elif target is not None:
@@ -288,6 +296,21 @@ class Runner:
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED
         return self.controller is controller and not is_over
+
+
+async def _beat() -> None:
+    """Show the watchdog that the event loop runs; it ends with this task."""
+    watchdog = start_watchdog()
+    beats = watchdog.stdin
+    assert beats is not None
+    os.set_blocking(beats.fileno(), False)
+    try:
+        with beats:
+            while True:
+                beats.write(b".")
+                await asyncio.sleep(BEAT_S)
+    except BrokenPipeError:
+        logger.warning("the controller's watchdog has gone")
 
 
 def start_traces(section: ObservabilitySection) -> TraceExport | None:

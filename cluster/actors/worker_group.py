@@ -347,7 +347,8 @@ class WorkerGroup:
         where = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
         task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=where)
         with contextlib.suppress(RayError, TimeoutError):
-            await asyncio.wait_for(task.remote(actor.process), _CALL_LIMIT_S)
+            killing = await _in_time(task.remote, actor.process)  # exports it to Ray's head
+            await asyncio.wait_for(killing, _CALL_LIMIT_S)
 
 
 def _raise_superseded(err: Exception) -> None:

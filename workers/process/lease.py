@@ -75,7 +75,7 @@ class TermGuard:
         """Note a controller. Raises ``SupersededError`` when it is not the newest."""
         with self._lock:
             if term < self.term:
-                raise SupersededError(f"a controller of the older term {term}")
+                raise SupersededError(f"a controller of the older term {term}, not {self.term}")
             if term == self.term and controller != self._controller:
                 raise SupersededError(f"another controller of the same term {term}")
             self.term, self._controller = term, controller

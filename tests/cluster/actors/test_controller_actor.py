@@ -22,6 +22,7 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.controller.failover import CollectedState
+from cluster.controller.parts import gateway_polls
 from cluster.controller.parts.memory import Memory
 from cluster.core.errors import (
     ConfigError,
@@ -244,6 +245,32 @@ def test_a_dead_worker_stalls_the_others_briefly() -> None:
         assert await asyncio.gather(*waits) == [11, 11, 11]
         await actor.stop()
         assert group.ended[0] == "expert-1"
+
+    asyncio.run(body())
+
+
+def test_gateways_that_come_and_go_are_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_polls, "SILENCE_LIMIT_S", 0.0)
+
+    async def body() -> None:
+        actor = ControllerActor(ThreadWorkerGroup())
+
+        async def until_event(cause: str) -> None:
+            async with asyncio.timeout(LIMIT_S):
+                snapshot = await actor.snapshot()
+                while snapshot["history"][-1]["cause"] != cause:
+                    snapshot = await actor.wait_snapshot(snapshot["version"], LIMIT_S)
+
+        await actor.start(_config(), BANKS)
+        await _until(actor, "SERVING")
+        await actor.wait_snapshot(-1, LIMIT_S, "gateway-7")
+        await until_event("gateway-7 is gone: it no longer asks")
+        monkeypatch.undo()
+        await actor.wait_snapshot(-1, LIMIT_S, "gateway-7")
+        await until_event("gateway-7 is back")
+        await actor.gateway_leaves("gateway-7")
+        await until_event("gateway-7 has left")
+        await actor.stop()
 
     asyncio.run(body())
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import ray
+from ray import NodeID
 from ray.exceptions import RayTaskError
 
 from cluster.actors import ray_tools, worker_group
@@ -22,6 +24,7 @@ from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
 from workers.process.lease import TermGuard
 
 PLAN = StartPlan(config=CONFIG, placement=contiguous(BANKS, 1), num_slots=0)
+NODE = NodeID.from_random().hex()
 PROCESS = ProcessIdentity(pid=7, started_at=0.0)
 
 
@@ -89,7 +92,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
 
 async def _group(handle: Handle) -> WorkerGroup:
     group = WorkerGroup({})
-    actor = worker_group._Actor("expert-0", handle, "here", process=PROCESS)
+    actor = worker_group._Actor("expert-0", handle, NODE, process=PROCESS)
     group._actors["expert-0"] = actor
     await group.claim("a controller")
     return group
@@ -189,22 +192,42 @@ def test_only_the_newest_controller_starts_workers(
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("is_here", [True, False])
 def test_a_head_that_does_not_answer_holds_nobody_up(
-    killed: Killed, monkeypatch: pytest.MonkeyPatch
+    is_here: bool, killed: Killed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray's calls wait for its head for minutes; frames are handled meanwhile."""
     called, handled = threading.Event(), threading.Event()
     waited_with_others: list[bool] = []
 
-    def kill(handle: Any, no_restart: bool) -> None:
+    def wait() -> None:
         called.set()
         waited_with_others.append(handled.wait(5.0))
 
-    monkeypatch.setattr(ray, "kill", kill)
+    class Ray:
+        """Kills an actor, or exports and starts the task that kills a process elsewhere."""
+
+        def __call__(self, *details: Any, **options: Any) -> Ray:
+            if options:
+                wait()
+            return self
+
+        def options(self, **options: Any) -> Ray:
+            return self
+
+        async def result(self) -> None:
+            pass
+
+        def remote(self, *details: Any) -> Coroutine[Any, Any, None]:
+            wait()
+            return self.result()
 
     async def body() -> None:
-        end = asyncio.ensure_future((await _group(Handle())).end(["expert-0"]))
-        while not called.is_set():
+        group = await _group(Handle(is_frozen=not is_here))
+        monkeypatch.setattr(ray_tools, "is_this_node", lambda node_id: is_here)
+        monkeypatch.setattr(ray, "kill" if is_here else "remote", Ray())
+        end = asyncio.ensure_future(group.end(["expert-0"]))
+        while not (called.is_set() or end.done()):
             await asyncio.sleep(0)
         handled.set()
         await end

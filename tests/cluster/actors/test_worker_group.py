@@ -257,6 +257,20 @@ def test_a_killed_controller_comes_back_and_keeps_the_workers_that_live() -> Non
     wait_until(_nothing_is_left, "the end of all actors")
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_controller_that_stands_still_is_replaced() -> None:
+    with _controller() as controller:
+        ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
+        before = _until(controller, "SERVING")
+        os.kill(before["controller_pid"], signal.SIGSTOP)
+        os.kill(_pids(before)["expert-1"], signal.SIGKILL)
+        _restarted(controller, before["controller_pid"])
+        snapshot = _until_ran(controller, 3)
+        assert (snapshot["state"], snapshot["term"]) == ("SERVING", 2)
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+    wait_until(_nothing_is_left, "the end of all actors")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_worker_that_is_frozen_while_the_controller_restarts_is_ended() -> None:

@@ -365,7 +365,9 @@ def test_a_request_that_kills_on_receipt_fails_and_no_other(workers: Workers) ->
     assert poison.result(WAIT_S).json()["error"]["code"] == "poisonous_request"
     last = workers.add(script=ALPHABET)
     assert innocent.result(WAIT_S)["choices"][0]["text"] == "0abc"
-    assert killer not in [request.prompt for request in last.requests]
+    (request,) = last.requests
+    assert request.prompt != killer
+    assert request.num_deaths == 2, "deaths with the killer on its way are the killer's"
 
 
 def test_a_refused_request_comes_back_until_it_is_taken(workers: Workers) -> None:

@@ -74,7 +74,7 @@ def test_the_highest_term_is_followed_and_one_controller_of_it() -> None:
         guard.check(1, "second")
     guard.check(3, "second")
     assert guard.term == 3
-    with pytest.raises(ProtocolError, match="a controller of the older term 1"):
+    with pytest.raises(ProtocolError, match="a controller of the older term 1, not 3"):
         guard.check(1, "first")
     with pytest.raises(ProtocolError, match="another controller of the same term 3"):
         guard.check(3, "first")

@@ -13,6 +13,7 @@ from cluster.core.frames import (
     GenerationReady,
     NewEpoch,
     NewGeneration,
+    PeerLost,
     RunGeneration,
     SlotContents,
     SwitchEpoch,
@@ -195,6 +196,17 @@ def test_a_generation_that_is_interrupted_while_it_opens_can_be_followed_by_anot
     world.announce(2)
     standings.append(world.membership.standing)
     assert standings == [Standing.OUTSIDE, Standing.READY]
+
+
+def test_a_peer_that_is_lost_while_edges_open_is_reported() -> None:
+    """Or cannot be reached, refuses, or builds no world: the worker itself lives on."""
+    world = World()
+    world.data.failure = PeerLostError("attention-0", "refused")
+    world.announce(1)
+    assert world.sent[-1] == PeerLost(worker="attention-0", generation=1, reason="refused")
+    world.data.failure = None
+    world.announce(2)
+    assert isinstance(world.sent[-1], GenerationReady)
 
 
 def test_a_leader_that_will_switch_the_epoch_does_not_count_as_running() -> None:

@@ -222,6 +222,22 @@ def test_nonsense_from_a_peer_closes_its_edge(change: Change, exact: bool, reaso
             mesh["attention-0"].connections.wait(lambda: False, list, timeout_s=LIMIT_S)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_worker_without_rows_gets_an_empty_message(
+    transport: TransportName, dtype: torch.dtype
+) -> None:
+    def run(rank: int, dispatcher: TokenDispatcher) -> Tensor:
+        dispatcher.begin_step(header, [prefill(NUM_ROWS)])
+        rows, ids, weights = make_rows(BANKS[0], NUM_ROWS, rank)
+        sent = Dispatch(0, 0, rows.to(dtype), ids % 2, weights)
+        return dispatcher.combine(dispatcher.dispatch(sent))
+
+    header = make_header((NUM_ROWS,), exact=True)
+    with Mesh(1, 4, BANKS[:1], transport=transport, dtype=dtype) as mesh:
+        torch.testing.assert_close(mesh.step(header, run), [run(0, local_dispatcher(BANKS))])
+
+
 def test_too_many_rows_are_refused() -> None:
     with Mesh(1, 1, BANKS) as mesh:
         dispatcher, server = mesh["attention-0"].dispatcher, mesh["expert-0"].server

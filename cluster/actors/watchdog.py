@@ -1,0 +1,45 @@
+"""The controller's watchdog: a small process that kills the controller when its event loop hangs.
+
+Ray restarts an actor whose process has ended. It does not notice one that is stopped or hangs, and
+without a controller no generation follows a loss. The controller writes a byte every ``BEAT_S``;
+this file, run as a script, reads them. It ends with the pipe, so with the controller.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+
+BEAT_S = 1.0
+MAX_MISSING = 10
+"""Beats that may be missing in a row. Counted, not timed: a pause of the host is one beat."""
+_READ_BYTES = 4096
+
+
+def start_watchdog(beat_s: float = BEAT_S) -> subprocess.Popen[bytes]:
+    """Start the watchdog of the calling process, which must write to its ``stdin``, unbuffered."""
+    command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(beat_s)]
+    # a session of its own: a signal to the controller's group is not for it
+    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+
+
+def _watch(pid: int, beat_s: float) -> None:
+    """Read beats from stdin until it closes; kill the parent ``pid`` when too many are missing."""
+    num_missing = 0
+    while num_missing < MAX_MISSING:
+        if not select.select([sys.stdin.fileno()], [], [], beat_s)[0]:
+            num_missing += 1
+        elif os.read(sys.stdin.fileno(), _READ_BYTES):
+            num_missing = 0
+        else:
+            return
+    if os.getppid() == pid:
+        sys.stderr.write(f"the controller (process {pid}) stands still: it is killed\n")
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _watch(int(sys.argv[1]), float(sys.argv[2]))
