@@ -32,28 +32,13 @@ class Line:
         return sum(map(len, self.calls))
 
 
-class FaultLoad:
-    """Clients that ask again as soon as they have their answer."""
+class Load:
+    """What all clients see."""
 
-    def __init__(self, gateway: ClusterGateway, calls: Sequence[GenerateFields]) -> None:
-        """One client for each of ``calls``, which it repeats."""
-        self.lines = [Line() for _ in calls]
+    def __init__(self, num_clients: int) -> None:
+        self.lines = [Line() for _ in range(num_clients)]
         self.failures: list[str] = []
         """Words of every call that failed."""
-        self._gateway = gateway
-        self._calls = calls
-        self._numbers = itertools.count()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """All clients ask, for the length of a ``with`` block."""
-        self.lines[:] = [Line() for _ in self._calls]
-        work = self._gateway.spawn(self._ask_all())
-        try:
-            yield
-        finally:
-            work.cancel()
-            self._gateway.run(asyncio.sleep(0))
 
     def wait_deltas(self, count: int) -> None:
         """Wait until every client has ``count`` more deltas. Raises ``TimeoutError``."""
@@ -75,6 +60,28 @@ class FaultLoad:
             ),
             default=0.0,
         )
+
+
+class FaultLoad(Load):
+    """Clients that ask again as soon as they have their answer."""
+
+    def __init__(self, gateway: ClusterGateway, calls: Sequence[GenerateFields]) -> None:
+        """One client for each of ``calls``, which it repeats."""
+        super().__init__(len(calls))
+        self._gateway = gateway
+        self._calls = calls
+        self._numbers = itertools.count()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """All clients ask, for the length of a ``with`` block."""
+        self.lines[:] = [Line() for _ in self._calls]
+        work = self._gateway.spawn(self._ask_all())
+        try:
+            yield
+        finally:
+            work.cancel()
+            self._gateway.run(asyncio.sleep(0))
 
     async def _ask_all(self) -> None:
         pairs = zip(self._calls, self.lines, strict=True)

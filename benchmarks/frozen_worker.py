@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from benchmarks.fault_load import FaultLoad, wait
-from benchmarks.reliability import DETECTION_LIMIT_S, Site
+from benchmarks.fault_rows import DETECTION_LIMIT_S
+from benchmarks.fault_site import Site
 from cluster.launch.model_source import bundled_checkpoint
 from cluster.policy.silence import WINDOW_S
 from tests.harness.cluster_gateway import gateway_of

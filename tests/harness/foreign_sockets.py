@@ -1,0 +1,49 @@
+"""Faults at the sockets of another process, which cannot notice who makes them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+_PIDFD_GETFD = 438
+"""Number of the system call, the same on every architecture; Linux 5.6."""
+_ALL = 2**31 - 1
+
+
+def deafen(receiver: int, sender: int) -> None:
+    """A process gets nothing more of what another sends it; both are process ids of this host.
+
+    Its kernel takes and acknowledges all bytes, and does not show them to the process: no
+    connection breaks, and no look at one shows a fault. Skips where this is not allowed.
+    """
+    ends = {(c.laddr, c.raddr) for c in psutil.Process(sender).net_connections("tcp") if c.raddr}
+    found = [
+        connection.fd
+        for connection in psutil.Process(receiver).net_connections("tcp")
+        if (connection.raddr, connection.laddr) in ends
+    ]
+    assert found, f"no connection from process {sender} to {receiver}"
+    for number in found:
+        with _socket_of(receiver, number) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _ALL)
+
+
+@contextmanager
+def _socket_of(pid: int, number: int) -> Iterator[socket.socket]:
+    """A socket of another process, by its descriptor there."""
+    process = os.pidfd_open(pid)
+    try:
+        here = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, process, number, 0)
+        if here < 0:
+            why = os.strerror(ctypes.get_errno())
+            pytest.skip(f"sockets of another process cannot be reached: {why}")
+        with socket.socket(fileno=here) as sock:
+            yield sock
+    finally:
+        os.close(process)
