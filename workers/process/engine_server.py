@@ -11,12 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
+import psutil
 
+from cluster.core.addresses import tune_socket
 from cluster.core.errors import HandshakeError, ProtocolError
 from cluster.core.release import RELEASE
 from workers.kv.block_pool import HashChanges
@@ -216,6 +220,7 @@ class EngineServer:
         handler = grpc.method_handlers_generic_handler(SERVICE, {METHOD: stream})
         server.add_generic_rpc_handlers((handler,))
         self._port = server.add_insecure_port(f"{self._host}:0")
+        _tune_listener(self._port)
         await server.start()
         self._started.set()
         watcher = asyncio.create_task(self._watch_gateways())
@@ -223,6 +228,14 @@ class EngineServer:
         watcher.cancel()
         self._streams.close_all()
         await server.stop(grace=0.5)
+
+
+def _tune_listener(port: int) -> None:
+    """Tune the sockets that gRPC will accept: they begin with the options of its listener."""
+    for each in psutil.Process().net_connections("tcp"):
+        if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
+            with socket.socket(fileno=os.dup(each.fd)) as listener:
+                tune_socket(listener)
 
 
 async def _next(messages: AsyncIterator[bytes]) -> bytes:

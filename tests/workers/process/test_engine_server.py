@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import psutil
 import pytest
 
+from cluster.core.addresses import split_address, tune_socket
 from cluster.core.release import RELEASE
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream
 from tests.workers.process.test_gateway_silence import FACTS
@@ -17,6 +21,7 @@ from workers.requests.request import Request, SamplingParams, StepOutput, TokenO
 from workers.requests.stream_handshake import HELLO, Hello
 from workers.requests.wire import TO_ENGINE, Ping
 
+OPTIONS = (16, socket.TCP_USER_TIMEOUT)  # TCP_THIN_LINEAR_TIMEOUTS has no name in Python
 REQUEST = Request(request_id="r", prompt=(1, 2), params=SamplingParams())
 
 
@@ -72,6 +77,26 @@ def test_a_gateway_of_another_release_is_refused_by_name(
     assert told in caplog.text
     refused.close()
     case.still_serves()
+
+
+def test_sockets_of_gateways_are_tuned_for_pauses_of_the_network(case: Case) -> None:
+    """What was lost is sent again soon after the pause."""
+    case.still_serves()
+    with socket.socket() as tuned:
+        tune_socket(tuned)
+        expected = retransmission(tuned)
+    port = split_address(case.address)[1]
+    sockets = psutil.Process().net_connections("tcp")
+    accepted = [s.fd for s in sockets if s.status == "ESTABLISHED" and s.laddr.port == port]
+    assert accepted
+    for fd in accepted:
+        with socket.socket(fileno=os.dup(fd)) as gateway:
+            assert retransmission(gateway) == expected
+
+
+def retransmission(sock: socket.socket) -> list[int]:
+    """Options for lost segments: linear pauses, and the time to give up."""
+    return [sock.getsockopt(socket.IPPROTO_TCP, option) for option in OPTIONS]
 
 
 def test_the_hello_has_the_facts(case: Case) -> None:
