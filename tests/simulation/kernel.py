@@ -62,7 +62,7 @@ class Kernel:
         self.num_events = 0
         self.failures: list[str] = []
         """What product code must never do: unexpected errors of loops and threads."""
-        self.on_running: Callable[[], None] = int
+        self.on_running: Callable[[], object] = int
         """Called when a worker begins to run a generation."""
         self.on_log: Callable[[str], None] | None = None
         self.slowness = 1.0
