@@ -124,7 +124,7 @@ def _draw_ask(
         gateway=gateway,
         at_s=at_s,
         prompt=(*stem, *_draw_tokens(rng, topic, rng.randint(1, 12))),
-        max_tokens=rng.randint(8, 38),
+        max_tokens=rng.randint(8, 28),
         seed=rng.getrandbits(32),
         cache_salt=rng.choice(("", "", "tenant", "another")),
         abort_after=rng.randint(1, 8) if rng.random() < 0.1 else None,
