@@ -16,17 +16,17 @@ NUM_MANY = 500
 FIRST_OF_MANY = 1000
 FOUND_AT = {
     "blind_reload": 5,
-    "early_run": 0,
+    "early_run": 1,
     "early_switch": 0,
-    "half_step": 0,
+    "half_step": 3,
     "no_credit": 9,
-    "no_hold": 3,
+    "no_hold": 0,
     "no_resubmission": 0,
-    "no_retry": 3,
+    "no_retry": 0,
     "one_tenant": 0,
     "short_names": 0,
     "stale_end": 0,
-    "torn_read": 3,
+    "torn_read": 5,
     "twice_told": 0,
 }
 """Planted bugs, and the first seed that finds each."""
