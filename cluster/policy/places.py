@@ -34,6 +34,7 @@ container that Kubernetes starts again.
 """
 _CALM_S = 60.0
 _MAX_DELAY_S = 30.0
+"""Between two workers of a place, and until a try in one that is left out while nothing runs."""
 
 
 class PlaceState(Enum):
@@ -46,7 +47,8 @@ class PlaceState(Enum):
     STARTING = "starting"
     """Its worker has never been in a generation."""
     LEFT_OUT = "left out"
-    """Too many workers died while they started: another one starts after ``LEFT_OUT_S``."""
+    """Too many workers died while they started: another one starts after ``LEFT_OUT_S``, or
+    sooner if the cluster cannot run without."""
     CORDONED = "cordoned"
     """Its worker has left on purpose: no other starts before ``reopen``."""
 
@@ -171,12 +173,15 @@ class Places:
                 place.enter(PlaceState.FILLED)
                 place.start_deaths = 0
 
-    def take_due(self, now: float) -> list[Member]:
-        """New workers to start now; they report addresses and node themselves."""
+    def take_due(self, now: float, is_stalled: bool = False) -> list[Member]:
+        """New workers to start now; they report addresses and node themselves. A cluster that
+        cannot run (``is_stalled``) tries places that are left out sooner."""
+        sooner_s = LEFT_OUT_S - _MAX_DELAY_S if is_stalled else 0.0
         due = []
         for place in self._places.values():
-            if place.state is PlaceState.LEFT_OUT and now >= place.not_before:
+            if place.state is PlaceState.LEFT_OUT and now >= place.not_before - sooner_s:
                 place.enter(PlaceState.EMPTY)
+                place.not_before = now
             if place.state is not PlaceState.EMPTY or now < place.not_before:
                 continue
             old = place.member

@@ -143,6 +143,11 @@ class EngineClient:
         """Requests of this worker that are so far, as it has said."""
         return [entry for entry in self._submissions.values() if entry.stage is stage]
 
+    def acquit(self, worker: str) -> None:
+        """No request of this worker has caused the death of another one, which lives."""
+        for entry in self._submissions.values():
+            entry.acquit(worker)
+
     def submit(self, entry: Submission) -> None:
         """Hand a request over; its outputs go to its sink."""
         entry.stream, entry.was_sent, entry.is_computing = self, True, True

@@ -69,6 +69,9 @@ class EnginePool:
         self.pauses = Pauses()
         """How long streams stood still at changes of the generation."""
         self._waiting: list[Submission] = []
+        self._accused: list[tuple[Submission, str]] = []
+        """Requests whose last worker seems to have died of them, and why: they fail once it is
+        known to be dead, and continue if only the connection was lost."""
         self._will_place = False
         self._is_stopping = False
         self.on_resubmit: Callable[[Submission], None] = lambda entry: None
@@ -91,6 +94,7 @@ class EnginePool:
             if (client := self._clients.pop(gone.name, None)) is not None:
                 has_died = gone.name not in living
                 self._lose(client, StreamEnd("the worker left the generation", has_died))
+            self._judge(gone.name, gone.name not in living)
         for endpoint in endpoints:
             if endpoint not in self._keepers:
                 self._keepers[endpoint] = asyncio.create_task(self._keep(endpoint))
@@ -181,6 +185,7 @@ class EnginePool:
 
     async def _announce(self, client: EngineClient) -> None:
         await client.connected.wait()
+        self._judge(client.worker, has_died=False)
         self.place_waiting()
         self._notify()
 
@@ -201,13 +206,30 @@ class EnginePool:
             logger.warning("request %s was lost with %s: %s", name, client.worker, reason)
             has_died_with = end.has_died and (entry.may_kill_on_receipt or not has_suspect)
             if (cause := entry.lose() if has_died_with else None) is not None:
-                entry.close()
-                entry.sink.fail(PoisonousRequestError(f"request {name}: {cause}: {reason}"))
+                self._accused.append((entry, f"{cause}: {reason}"))
                 continue
             entry.replay_cause = ReplayCause.LOST if end.has_died else ReplayCause.HANDED_BACK
             self._waiting.append(entry)
         self.place_waiting()
         self._notify()
+
+    def _judge(self, worker: str, has_died: bool) -> None:
+        """It is known whether a worker lives to which the connection was lost."""
+        accused, self._accused = self._accused, []
+        for entry, why in accused:
+            if entry.last_worker != worker:
+                self._accused.append((entry, why))
+            elif not has_died or self._is_stopping:
+                self._waiting.append(entry)
+            elif entry.is_waiting:
+                entry.close()
+                name = entry.request.request_id
+                entry.sink.fail(PoisonousRequestError(f"request {name}: {why}"))
+        if not has_died:
+            for entry in self._waiting:
+                entry.acquit(worker)
+            for client in self._clients.values():
+                client.acquit(worker)
 
     def note_token(self, entry: Submission, now_s: float) -> None:
         if entry.last_token_s:

@@ -80,7 +80,7 @@ class Submission:
     """Index of the attention worker that it was last sent to."""
     stage: RequestStage = RequestStage.SENT
     """How far it is at its worker, as the worker has said."""
-    num_deaths: int = 0
+    deaths: dict[str, None] = field(default_factory=dict)
     """Workers that died while they had it, since its last token: after two it runs alone."""
     num_silent_deaths: int = 0
     """Workers that died before they said that they had it, since one has said so."""
@@ -115,6 +115,10 @@ class Submission:
     def is_waiting(self) -> bool:
         """It is not finished, and no worker runs it."""
         return self.stream is None and bool(self.open_choices)
+
+    @property
+    def num_deaths(self) -> int:
+        return len(self.deaths)
 
     @property
     def outstanding_tokens(self) -> int:
@@ -172,15 +176,21 @@ class Submission:
     def clear(self) -> None:
         """A step with it has committed: it did not cause earlier deaths."""
         self.reach(RequestStage.QUEUED)
-        self.num_deaths = 0
+        self.deaths.clear()
+
+    def acquit(self, worker: str) -> None:
+        """A worker lives after all: only a connection to it was lost."""
+        if worker in self.deaths:
+            del self.deaths[worker]
+            self.num_silent_deaths = max(self.num_silent_deaths - 1, 0)
 
     def lose(self) -> str | None:
-        """Its worker died; why this request is the cause, None if it may run again.
+        """Its last worker died; why this request is the cause, None if it may run again.
 
         A worker does not report which requests a step has: one that only waits counts the death,
         too, and runs alone in the end. Only then it may fail.
         """
-        self.num_deaths += 1
+        self.deaths[self.last_worker] = None
         self.num_silent_deaths += self.stage is RequestStage.SENT
         if self.stage is RequestStage.ALONE:
             return "a third worker in a row was lost with it"

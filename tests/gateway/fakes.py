@@ -134,6 +134,7 @@ class ScriptedEngine:
     num_pings: int = 0
     address: str = ""
     _server: Any = None
+    _end: tuple[grpc.StatusCode, str] = (grpc.StatusCode.ABORTED, "")
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _queues: list[Outgoing] = field(default_factory=list)
 
@@ -156,6 +157,15 @@ class ScriptedEngine:
 
     async def close_streams(self) -> None:
         """As a worker that may not serve now."""
+        self._end = (grpc.StatusCode.ABORTED, "this worker may not serve now")
+        for queue in self._queues:
+            queue.put_nowait(None)
+
+    async def reset_streams(self) -> None:
+        """As a firewall that forgets the connections of a living worker."""
+        self._end = (grpc.StatusCode.UNAVAILABLE, "Connection reset by peer")
+        self.running.clear()
+        self.stuck.clear()
         for queue in self._queues:
             queue.put_nowait(None)
 
@@ -176,7 +186,7 @@ class ScriptedEngine:
             while True:
                 message = await queue.get()
                 if message is None:
-                    await context.abort(grpc.StatusCode.ABORTED, "this worker may not serve now")
+                    await context.abort(*self._end)
                     return
                 is_spoilt = self.spoils == "pong" and isinstance(message, Ping)
                 yield b"\xc1" if is_spoilt else FROM_ENGINE.encode(message)

@@ -86,10 +86,13 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
         if text and options.shrink:
             scenario, text = shrink(scenario, text)
             text += "\n" + describe(scenario)
+    if not text and bug is None:
+        small = [f"{n} {what}" for what, (n, least) in world.sizes().items() if n < least]
+        text = ", ".join(small) and f"only {', '.join(small)}"
     return Report(
         num_failed=int(bool(text)),
         text=text and f"seed {seed}: {text}",
-        num_requests=len(scenario.asks),
+        num_requests=len(world.outcomes),
         num_steps=world.highest_step,
         num_events=world.kernel.num_events,
         cpu_s=time.process_time() - began,

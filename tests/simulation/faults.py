@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.core.errors import ExpertMeshError
 from tests.simulation.disk import files
-from tests.simulation.kernel import Process
+from tests.simulation.kernel import Process, Thread
 from tests.simulation.ray import HEAD
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ PROCESS_FAULTS = (
     "kill_two_workers",
     "kill_attention",
     "pause_worker",
+    "pause_thread",
     "pause_host",
     "kill_controller",
     "kill_controller",
@@ -32,10 +35,14 @@ PROCESS_FAULTS = (
     "slow_disk",
     "break_disk",
     "slow_machine",
+    "long_step",
+    "step_clock",
 )
 DISK_FAULTS = ("change_file", "shorten_file", "flaky_disk")
 LINK_FAULTS = (
     "reset_link",
+    "duplicate_connections",
+    "full_buffers",
     "blackhole_link",
     "blackhole_link",
     "slow_link",
@@ -47,6 +54,12 @@ KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
 _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
+_AGAIN_S = 0.25
+"""Time after which a fault that finds nothing to hit tries again."""
+
+
+class _NothingToHitError(Exception):
+    """No such worker lives now, or nobody leads."""
 
 
 class Faults:
@@ -55,6 +68,9 @@ class Faults:
     def __init__(self, world: World) -> None:
         self._world = world
         self._paused: list[Process] = []
+        self._held: list[Thread] = []
+        self._is_healed = False
+        self.num_begun = 0
         self.guilty: dict[str, str] = {}
         """Workers that a fault has touched, and how: the controller may end them."""
         self.unreadable: set[str] = set()
@@ -63,71 +79,97 @@ class Faults:
         """Hosts that a fault has touched: all their workers, later ones included, may end."""
 
     def begin(self, fault: Fault) -> None:
-        """A fault happens; one that lasts ends by itself."""
+        """A fault happens, as soon as there is something to hit; one that lasts ends by itself."""
+        if self._is_healed:
+            return
         self._world.kernel.log("fault: %s", fault)
-        getattr(self, fault.kind)(fault)
+        try:
+            getattr(self, fault.kind)(fault)
+        except _NothingToHitError:
+            self._world.kernel.after(_AGAIN_S, self.begin, fault)
+        else:
+            self.num_begun += 1
 
     def heal(self) -> None:
         """Nothing is wrong any more."""
+        self._is_healed = True
         self._world.net.heal_all()
+        self._world.net.restore_all_buffers()
         self._world.kernel.suspended.clear()
         for process in (*self._paused, *self._processes()):
             process.resume()
+        for thread in self._held:
+            thread.release()
         self._world.kernel.disk.repair()
         self._world.kernel.slowness = self._world.scenario.slowness
 
     # ---- processes ----------------------------------------------------------------------------
 
     def kill_worker(self, fault: Fault) -> None:
-        worker = self._worker(fault.where)
-        if worker is not None:
-            self._kill(worker)
+        self._kill(self._worker(fault.where))
 
     def kill_two_workers(self, fault: Fault) -> None:
-        for worker in (self._worker(fault.where), self._worker(fault.other)):
-            if worker is not None:
-                self._kill(worker)
+        first, second = self._worker(fault.where), self._worker(fault.other)
+        self._kill(first)
+        if second is not first:
+            with suppress(_NothingToHitError):
+                self._kill(second)
 
     def kill_attention(self, fault: Fault) -> None:
         """All attention workers: nobody holds a request any more."""
-        for worker in list(self._world.ray.workers.values()):
-            if worker.args.member.runs_attention:
-                self._kill(worker.process)
+        workers = self._world.ray.workers.values()
+        attention = [w.process for w in workers if w.args.member.runs_attention]
+        if not attention:
+            raise _NothingToHitError
+        self._kill(attention[0])
+        for process in attention[1:]:
+            with suppress(_NothingToHitError):
+                self._kill(process)
 
     def pause_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
-        if worker is not None:
-            if fault.lasts_s > _SHORT_S:
-                self.guilty[worker.name] = "paused"
-            self._pause(worker, fault.lasts_s)
+        self._blame_worker(worker, "paused", fault)
+        self._pause(worker, fault.lasts_s)
+
+    def pause_thread(self, fault: Fault) -> None:
+        """One thread of a worker, or one event loop, stands still; the others go on."""
+        worker = self._worker(fault.where)
+        threads = worker.threads()
+        thread = threads[fault.other % len(threads)]
+        self._blame_worker(worker, "paused in part", fault)
+        thread.hold()
+        self._held.append(thread)
+        self._world.kernel.after(fault.lasts_s, thread.release)
 
     def kill_controller(self, fault: Fault) -> None:
-        controller = self._world.ray.controller
-        if controller is not None and self._witnesses():
-            controller.process.kill()
+        self._replaceable_controller().kill()
 
     def kill_gateway(self, fault: Fault) -> None:
+        """Not the last one, which stands still."""
         living = [g for g in self._world.gateways if not g.process.is_dead]
+        process = living[fault.where % len(living)].process
         if len(living) > 1:
-            living[fault.where % len(living)].process.kill()
+            process.kill()
+        else:
+            self._pause(process, fault.lasts_s)
 
     def pause_controller(self, fault: Fault) -> None:
         controller = self._world.ray.controller
-        if controller is not None:
-            self._pause(controller.process, fault.lasts_s)
+        if controller is None:
+            raise _NothingToHitError
+        self._pause(controller.process, fault.lasts_s)
 
     def supersede_controller(self, fault: Fault) -> None:
         """Ray takes a living controller for dead."""
-        if self._world.ray.controller is not None and self._witnesses():
-            self._world.ray.supersede()
+        self._replaceable_controller()
+        self._world.ray.supersede()
 
     def freeze_controller(self, fault: Fault) -> None:
         """Ray takes a controller for dead that stands still; a worker dies before it goes on."""
-        controller = self._world.ray.controller
-        if controller is not None and self._witnesses():
-            self._pause(controller.process, fault.lasts_s + _SHORT_S)
-            self._world.ray.supersede()
-            self._world.kernel.after(_SHORT_S / 2, self.kill_worker, fault)
+        self._pause(self._replaceable_controller(), fault.lasts_s + _SHORT_S)
+        self._world.ray.supersede()
+        kill = replace(fault, kind="kill_worker")
+        self._world.kernel.after(_SHORT_S / 2, self._begin_more, kill)
 
     def pause_host(self, fault: Fault) -> None:
         """All processes of a host stand still: a suspended machine, or a moved one."""
@@ -153,20 +195,18 @@ class Faults:
     def break_disk(self, fault: Fault) -> None:
         """Nothing can be read on a host for a while."""
         worker, disk = self._worker(fault.where), self._world.kernel.disk
-        if worker is not None:
-            self._blame(worker.host)
-            self.unreadable.add(worker.host)
-            disk.broken_hosts.add(worker.host)
-            self._world.kernel.after(fault.lasts_s, disk.broken_hosts.discard, worker.host)
+        self._blame(worker.host)
+        self.unreadable.add(worker.host)
+        disk.broken_hosts.add(worker.host)
+        self._world.kernel.after(fault.lasts_s, disk.broken_hosts.discard, worker.host)
 
     def flaky_disk(self, fault: Fault) -> None:
         """One of ten reads fails on a host for a while."""
         worker, disk = self._worker(fault.where), self._world.kernel.disk
-        if worker is not None:
-            self._blame(worker.host)
-            self.unreadable.add(worker.host)
-            disk.flaky_hosts.add(worker.host)
-            self._world.kernel.after(fault.lasts_s, disk.flaky_hosts.discard, worker.host)
+        self._blame(worker.host)
+        self.unreadable.add(worker.host)
+        disk.flaky_hosts.add(worker.host)
+        self._world.kernel.after(fault.lasts_s, disk.flaky_hosts.discard, worker.host)
 
     def change_file(self, fault: Fault) -> None:
         """A file of the checkpoint is overwritten in place, and restored later; at every second
@@ -180,14 +220,23 @@ class Faults:
 
     def _damage_file(self, fault: Fault, damage: Callable[[str, str], None]) -> None:
         worker = self._worker(fault.where)
-        if worker is None:
-            return
         host, name = worker.host, files()[fault.other % len(files())]
         self._world.kernel.log("%s on %s", name, host)
         self._blame(host)
         self.unreadable.add(host)
         damage(host, name)
         self._world.kernel.after(fault.lasts_s, self._world.kernel.disk.restore, host, name)
+
+    def long_step(self, fault: Fault) -> None:
+        """The next computation of a worker takes long."""
+        worker = self._worker(fault.where)
+        self._blame_worker(worker, "computes", fault)
+        worker.stall_s += fault.lasts_s
+
+    def step_clock(self, fault: Fault) -> None:
+        """The clock of a host is set, by up to an hour."""
+        kernel, host = self._world.kernel, self._hosts()[fault.where % len(self._hosts())]
+        kernel.clocks[host] = kernel.clock(host) + kernel.rng.uniform(-3600, 3600)
 
     def slow_machine(self, fault: Fault) -> None:
         """Everything takes ten times as long to compute."""
@@ -207,6 +256,19 @@ class Faults:
         self._blame(first, second)
         self._world.net.reset(first, second)
 
+    def duplicate_connections(self, fault: Fault) -> None:
+        """One host forgets its connections to another one, which learns it when it sends: until
+        then there is an old connection beside a new one."""
+        first, second = self._two_hosts(fault)
+        self._blame(first, second)
+        self._world.net.forget(first, second)
+
+    def full_buffers(self, fault: Fault) -> None:
+        """A host's buffers take less than a frame at a time."""
+        host = self._hosts()[fault.where % len(self._hosts())]
+        self._world.net.shrink_buffers(host)
+        self._world.kernel.after(fault.lasts_s, self._world.net.restore_buffers, host)
+
     def blackhole_link(self, fault: Fault) -> None:
         """One direction; the other one as well at every second number."""
         net, (first, second) = self._world.net, self._two_hosts(fault)
@@ -224,9 +286,8 @@ class Faults:
     def isolate_worker(self, fault: Fault) -> None:
         """A host neither sends nor receives."""
         worker = self._worker(fault.where)
-        if worker is not None:
-            self._blame(worker.host)
-            self._isolate(worker.host, fault.lasts_s)
+        self._blame(worker.host)
+        self._isolate(worker.host, fault.lasts_s)
 
     def isolate_head(self, fault: Fault) -> None:
         """A blip at the host of the controller and of Ray: most workers are not at fault."""
@@ -236,27 +297,45 @@ class Faults:
 
     def drain_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
-        if worker is not None:
-            self.guilty[worker.name] = "drained"
-            self._order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
+        self._order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
+        self.guilty[worker.name] = "drained"
 
     def rebalance(self, fault: Fault) -> None:
         self._order("rebalance", {})
 
     # ---- small things -------------------------------------------------------------------------
 
-    def _worker(self, number: int) -> Process | None:
+    def _worker(self, number: int) -> Process:
         """A living worker."""
         workers = list(self._world.ray.workers.values())
-        return workers[number % len(workers)].process if workers else None
+        if not workers:
+            raise _NothingToHitError
+        return workers[number % len(workers)].process
+
+    def _replaceable_controller(self) -> Process:
+        """The controller, if another one could continue."""
+        controller = self._world.ray.controller
+        if controller is None or not self._witnesses():
+            raise _NothingToHitError
+        return controller.process
+
+    def _begin_more(self, fault: Fault) -> None:
+        """What belongs to another fault."""
+        with suppress(_NothingToHitError):
+            getattr(self, fault.kind)(fault)
+
+    def _blame_worker(self, worker: Process, how: str, fault: Fault) -> None:
+        if fault.lasts_s > _SHORT_S:
+            self.guilty[worker.name] = how
 
     def _kill(self, process: Process) -> None:
         """Not the last one that knows the cluster: without any, it would be lost for good."""
         controller = self._world.ray.controller
         leads = controller is not None and controller.term > 0 and not controller.process.is_paused
-        if leads or any(witness is not process for witness in self._witnesses()):
-            self.guilty[process.name] = "killed"
-            process.kill()
+        if not leads and all(witness is process for witness in self._witnesses()):
+            raise _NothingToHitError
+        self.guilty[process.name] = "killed"
+        process.kill()
 
     def _witnesses(self) -> list[Process]:
         """Living workers that know a generation."""
@@ -296,7 +375,7 @@ class Faults:
         """An operator's call of the controller."""
         controller = self._world.ray.controller
         if controller is None or controller.process.is_dead:
-            return
+            raise _NothingToHitError
         loop = controller.process.loop
 
         async def call() -> None:

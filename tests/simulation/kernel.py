@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from heapq import heappop, heappush
 from math import inf, log
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -32,6 +32,14 @@ _SLOW_SWITCHES = 0.005
 """Share of the switches that are slow."""
 
 
+class Thread(Protocol):
+    """A thread, or the event loop of one."""
+
+    def hold(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class Kernel:
     """The simulated machines' time and processors."""
 
@@ -39,6 +47,7 @@ class Kernel:
     """The kernel of the simulation that runs in this Python process."""
 
     def __init__(self, seed: int) -> None:
+        self._seed = seed
         self.rng = random.Random(seed)
         self.now = _START_S
         self.process: Process | None = None
@@ -53,6 +62,8 @@ class Kernel:
         self.num_events = 0
         self.failures: list[str] = []
         """What product code must never do: unexpected errors of loops and threads."""
+        self.on_running: Callable[[], object] = int
+        """Called when a worker begins to run a generation."""
         self.on_log: Callable[[str], None] | None = None
         self.slowness = 1.0
         """Factor on the time of all computation."""
@@ -60,6 +71,8 @@ class Kernel:
         """Workers that have ended themselves, and why."""
         self.suspended: dict[str, float] = {}
         """Hosts that stand still, and until when."""
+        self.clocks: dict[str, float] = {}
+        """What the clocks of hosts are ahead of the simulation's, in seconds."""
         self.disk: Any = None
         self.num_banks = 1
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -136,7 +149,14 @@ class Kernel:
         return self.now if process is None else self.now + process.clock_offset_s
 
     def time(self) -> float:
-        return self.now + 1.7e9
+        ahead_s = self.clock(self.process.host) if self.process is not None else 0.0
+        return self.now + 1.7e9 + ahead_s
+
+    def clock(self, host: str) -> float:
+        """What a host's time of day is ahead of the simulation's: no two agree."""
+        if host not in self.clocks:
+            self.clocks[host] = random.Random(f"{self._seed} {host}").uniform(-60, 60)
+        return self.clocks[host]
 
     def sleep(self, seconds: float) -> None:
         self.this_fiber().park(seconds)
@@ -150,6 +170,11 @@ class Kernel:
     def register(self, fiber: Fiber) -> None:
         self._fibers.append(fiber)
 
+    def threads(self, process: Process) -> list[Thread]:
+        """Threads of a process that have not ended, and its event loops."""
+        fibers = [f for f in self._fibers if f.process is process and not f.is_finished]
+        return [*fibers, *process.loops]
+
 
 class Process:
     """A simulated process: its threads, event loops and sockets live and die together."""
@@ -160,6 +185,9 @@ class Process:
         """Monotonic clocks of hosts have nothing in common."""
         self.is_dead = False
         self.is_paused = False
+        self.stall_s = 0.0
+        """Time that its next computation takes longer."""
+        self.loops: list[SimLoop] = []
         self.sockets: dict[SimSocket, None] = {}
         self.on_death: list[Callable[[], None]] = []
         self._deferred: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
@@ -191,6 +219,10 @@ class Process:
             call(*args)
         finally:
             self.kernel.process = before
+
+    def threads(self) -> list[Thread]:
+        """What can stand still while the rest goes on."""
+        return self.kernel.threads(self)
 
     def pause(self) -> None:
         """SIGSTOP."""
@@ -236,6 +268,8 @@ class Fiber:
         self._timers: list[float] = []
         """Times of timer events to come, the nearest one last: most waits need none of their own,
         since they end before an event that is there already."""
+        self._held: list[tuple[int, bool]] | None = None
+        """While it stands still: what would resume it."""
         self._kernel = process.kernel
         self.greenlet = greenlet(self._main)
         self._kernel.register(self)
@@ -277,6 +311,17 @@ class Fiber:
             with suppress(Exception, GreenletExit):
                 self.greenlet.throw(GreenletExit)
 
+    def hold(self) -> None:
+        """It stands still, and the rest of its process does not."""
+        self._kernel.log("thread %s of %s stands still", self.name, self.process.name)
+        self._held = self._held or []
+
+    def release(self) -> None:
+        """It goes on."""
+        held, self._held = self._held or (), None
+        for ticket, is_woken in held:
+            self._kernel.after(self._kernel.switch_delay_s(), self._resume, ticket, is_woken)
+
     def _set_timer(self) -> None:
         self._timers.append(self._deadline)
         self._kernel.at(self._deadline, self._expire)
@@ -299,6 +344,9 @@ class Fiber:
             return
         if process.is_paused:
             process.run(self._resume, ticket, is_woken)
+            return
+        if self._held is not None:
+            self._held.append((ticket, is_woken))
             return
         self._ticket = self._woken = ticket + 1
         before, kernel.process = kernel.process, process

@@ -70,6 +70,20 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
         self._kernel = process.kernel
         self._ready: deque[SimHandle] = deque()
         self._is_scheduled = False
+        self._is_held = self._has_missed = False
+        process.loops.append(self)
+
+    def hold(self) -> None:
+        """Its thread stands still."""
+        self._kernel.log("an event loop of %s stands still", self._process.name)
+        self._is_held = True
+
+    def release(self) -> None:
+        """It goes on."""
+        self._is_held = False
+        if self._has_missed:
+            self._has_missed = False
+            self._schedule()
 
     def call_soon(
         self,
@@ -178,6 +192,9 @@ class SimLoop(_AnyLoop):  # type: ignore[misc]
             return
         if process.is_paused:
             process.run(self._turn)
+            return
+        if self._is_held:
+            self._has_missed = True
             return
         before, kernel.process = kernel.process, process
         ready = self._ready

@@ -15,7 +15,15 @@ from tests.simulation.kernel import Kernel
 
 if TYPE_CHECKING:
     from tests.simulation.sockets import SimSocket
+    from tests.simulation.streams import Half
 
+BUFFER_BYTES = 1 << 18
+"""Bytes that may be on their way, or unread, in one direction."""
+WINDOW = 64
+"""Messages of a gRPC stream, likewise."""
+_FEW_BYTES = 64
+_FEW_MESSAGES = 2
+"""The same where buffers are full."""
 _LATENCY_S = 80e-6
 _LOCAL_S = 15e-6
 
@@ -37,6 +45,7 @@ class Pipe:
     def __init__(self, network: Network, source: str, target: str) -> None:
         self._kernel = network.kernel
         self.link = network.link(source, target)
+        self.target = target
         self._latency_s = _LOCAL_S if source == target else _LATENCY_S
         self._held: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._last_arrival = 0.0
@@ -87,6 +96,9 @@ class Network:
         self.by_fd: dict[int, SimSocket] = {}
         self.connections: dict[SimSocket, None] = {}
         """Connected ends of streams."""
+        self.calls: dict[Half, None] = {}
+        """Ends of gRPC streams at servers."""
+        self._full_hosts: set[str] = set()
         self._links: dict[tuple[str, str], Link] = {}
         self._next_port = 20_000
         self._next_fd = 10
@@ -130,12 +142,57 @@ class Network:
         for source, target in list(self._links):
             self.heal(source, target)
 
+    def shrink_buffers(self, host: str) -> None:
+        """Senders of a host soon wait for their receivers."""
+        self.kernel.log("small buffers on %s", host)
+        self._full_hosts.add(host)
+        self._resize_buffers(host)
+
+    def restore_buffers(self, host: str) -> None:
+        """As large as usual."""
+        self._full_hosts.discard(host)
+        self._resize_buffers(host)
+
+    def restore_all_buffers(self) -> None:
+        for host in sorted(self._full_hosts):
+            self.restore_buffers(host)
+
+    def buffer_bytes(self, host: str) -> int:
+        return _FEW_BYTES if host in self._full_hosts else BUFFER_BYTES
+
+    def window(self, host: str) -> int:
+        return _FEW_MESSAGES if host in self._full_hosts else WINDOW
+
+    def _resize_buffers(self, host: str) -> None:
+        for sock in list(self.connections):
+            if sock.host == host:
+                sock.resize(self.buffer_bytes(host))
+        for call in self.calls:
+            for half in (call, call.other):
+                if half is not None and half.process.host == host:
+                    half.resize(self.window(host))
+
+    def forget(self, host: str, other: str) -> None:
+        """A host takes its connections to another one for reset, which does not hear of it."""
+        self.kernel.log("%s forgets %s", host, other)
+        for sock in list(self.connections):
+            if sock.peer is not None and (sock.host, sock.peer.host) == (host, other):
+                sock.forget()
+        for call in list(self.calls):
+            for half in (call, call.other):
+                if half is not None and (half.process.host, half.pipe.target) == (host, other):
+                    half.forget()
+
     def reset(self, host: str, other: str) -> None:
         """Break all connections between two hosts, as a firewall that forgets them does."""
         self.kernel.log("reset %s - %s", host, other)
         for sock in list(self.connections):
             if sock.peer is not None and {sock.host, sock.peer.host} == {host, other}:
                 sock.break_off()
+        for call in list(self.calls):
+            if call.other is not None and {call.process.host, call.pipe.target} == {host, other}:
+                call.break_off()
+                call.other.break_off()
 
 
 def network() -> Network:

@@ -46,6 +46,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.file_stamp import FileStamp
+from workers.process.membership import Membership, Standing
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import PeerServer
 
@@ -168,12 +169,24 @@ def _everywhere() -> list[tuple[Any, str, Any]]:
 def _of_this(kernel: Kernel) -> list[tuple[Any, str, Any]]:
     """The same of one simulation."""
     return [
+        (Membership, "_enter", _watched(vars(Membership)["_enter"], kernel)),
         (Generation, "attention", _Remembered(vars(Generation)["attention"])),
         (time, "monotonic", kernel.monotonic),
         (time, "time", kernel.time),
         (time, "sleep", kernel.sleep),
         (secrets, "token_hex", lambda size: f"{kernel.rng.getrandbits(8 * size):x}"),
     ]
+
+
+def _watched(enter: Any, kernel: Kernel) -> Any:
+    """``Membership._enter``, after which the simulation looks what can run."""
+
+    def watched(self: Membership, standing: Standing) -> None:
+        enter(self, standing)
+        if standing is Standing.RUNNING:
+            kernel.on_running()
+
+    return watched
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.simulation.gateways import Ask
@@ -15,6 +17,14 @@ _TOPICS = 4
 """What requests are about, one after the other."""
 _BURST_S = 2.0
 """Time in which the requests of some seeds come."""
+MIN_ATTENTION = 2
+"""What a scenario has at least, like the next ones."""
+MIN_EXPERTS = 3
+MIN_GATEWAYS = 2
+MIN_REQUESTS = 20
+MIN_STEPS = 200
+"""Committed steps."""
+MIN_FAULTS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,18 +60,22 @@ class Scenario:
     slowness: float
     preemption: float
     asks: tuple[Ask, ...]
+    num_steps: int
+    """Committed steps for which a client asks on, one request at a time, when ``asks`` are over."""
+    asks_on_at_s: float
+    """Not before."""
     faults: tuple[Fault, ...]
 
 
 def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
     """The scenario of a seed, with faults of the ``kinds``."""
     rng = random.Random(f"scenario {seed}")
-    num_gateways = rng.choice((2, 2, 3))
+    num_gateways = rng.choice((MIN_GATEWAYS, MIN_GATEWAYS, 3))
     num_redundant = rng.choice((0, 1, 3))
     return Scenario(
         seed=seed,
-        num_attention=rng.choice((2, 2, 2, 3)),
-        num_experts=rng.choice((3, 3, 3, 4)),
+        num_attention=rng.choice((*3 * [MIN_ATTENTION], 3)),
+        num_experts=rng.choice((*3 * [MIN_EXPERTS], 4)),
         num_redundant=num_redundant,
         moves_experts=num_redundant > 0 and rng.random() < 0.5,
         num_banks=rng.choice((1, 1, 1, 2)),
@@ -71,6 +85,8 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
         slowness=rng.choice((1.0, 2.0, 4.0)),
         preemption=rng.choice((0.0, 0.01, 0.05)),
         asks=_draw_asks(rng, num_gateways),
+        num_steps=MIN_STEPS,
+        asks_on_at_s=rng.uniform(0, SPAN_S),
         faults=tuple(_draw_faults(rng, kinds)),
     )
 
@@ -78,26 +94,41 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
 def _draw_asks(rng: random.Random, num_gateways: int) -> tuple[Ask, ...]:
     first = rng.uniform(0, SPAN_S - _BURST_S)
     begin, end = rng.choice((*3 * [(0.0, SPAN_S)], (first, first + _BURST_S)))
-    stems = [tuple(_draw_tokens(rng, topic, 24)) for topic in range(_TOPICS)]
-    asks = []
-    for i in range(rng.randint(20, 26)):
-        at_s = rng.uniform(begin, end)
-        topic = int(_TOPICS * at_s / SPAN_S) if rng.random() < 0.8 else rng.randrange(_TOPICS)
-        stem = stems[topic][: rng.choice((0, 7, 14, 22))]
-        own = _draw_tokens(rng, topic, rng.randint(1, 12))
-        asks.append(
-            Ask(
-                name=f"r{i}",
-                gateway=rng.randrange(num_gateways),
-                at_s=at_s,
-                prompt=(*stem, *own),
-                max_tokens=rng.randint(8, 38),
-                seed=rng.getrandbits(32),
-                cache_salt=rng.choice(("", "", "tenant")),
-                abort_after=rng.randint(1, 8) if rng.random() < 0.1 else None,
-            )
-        )
-    return tuple(asks)
+    stems = _draw_stems(rng)
+    return tuple(
+        _draw_ask(rng, f"r{i}", rng.randrange(num_gateways), rng.uniform(begin, end), stems)
+        for i in range(rng.randint(MIN_REQUESTS, 26))
+    )
+
+
+def draw_more(seed: int, num_gateways: int) -> Iterator[Ask]:
+    """Requests of the client that asks on."""
+    rng = random.Random(f"more {seed}")
+    stems = _draw_stems(rng)
+    for i in itertools.count():
+        yield _draw_ask(rng, f"more-{i}", rng.randrange(num_gateways), 0.0, stems)
+
+
+def _draw_stems(rng: random.Random) -> list[list[int]]:
+    """Beginnings that prompts share."""
+    return [_draw_tokens(rng, topic, 24) for topic in range(_TOPICS)]
+
+
+def _draw_ask(
+    rng: random.Random, name: str, gateway: int, at_s: float, stems: list[list[int]]
+) -> Ask:
+    topic = int(_TOPICS * at_s / SPAN_S) if rng.random() < 0.8 else rng.randrange(_TOPICS)
+    stem = stems[topic][: rng.choice((0, 7, 14, 22))]
+    return Ask(
+        name=name,
+        gateway=gateway,
+        at_s=at_s,
+        prompt=(*stem, *_draw_tokens(rng, topic, rng.randint(1, 12))),
+        max_tokens=rng.randint(8, 28),
+        seed=rng.getrandbits(32),
+        cache_salt=rng.choice(("", "", "tenant", "another")),
+        abort_after=rng.randint(1, 8) if rng.random() < 0.1 else None,
+    )
 
 
 def _draw_tokens(rng: random.Random, topic: int, count: int) -> list[int]:
@@ -107,7 +138,7 @@ def _draw_tokens(rng: random.Random, topic: int, count: int) -> list[int]:
 
 
 def _draw_faults(rng: random.Random, kinds: tuple[str, ...]) -> list[Fault]:
-    count = rng.choice((3, 3, 4, 5))
+    count = rng.choice((MIN_FAULTS, MIN_FAULTS, 4, 5))
     if not kinds:
         return []
     found = [

@@ -44,7 +44,10 @@ def describe(scenario: Scenario) -> str:
 
 
 def _smaller(scenario: Scenario) -> Iterator[Scenario]:
-    """Without one fault; without a half of the requests; without one of the last few."""
+    """Without one fault; without a half of the requests; without one of the last few. Requests
+    that are asked on for a number of steps go first."""
+    if scenario.num_steps:
+        yield replace(scenario, num_steps=0)
     for i in range(len(scenario.faults)):
         faults = scenario.faults[:i] + scenario.faults[i + 1 :]
         yield replace(scenario, faults=faults)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from tests.simulation.polling import SimSelector
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-_BUFFER_BYTES = 1 << 18
-"""Bytes that may be on their way, or unread, in one direction."""
 _RETRANSMIT_S = 0.2
 _INFO_BYTES = 128
 _PART_CHANCE = 0.01
@@ -49,11 +47,12 @@ class SimSocket:
         self._out: Pipe | None = None
         self._num_out = 0
         """Bytes that the other end has not read."""
+        self._buffer_bytes = self._net.buffer_bytes(self.host)
         self._unsent_limit_s = 0.0
         self._sent = self._delivered = self._acknowledged = 0
         self._unacknowledged_at: float | None = None
         self._at_end = self._is_closed = self._sent_end = self._is_connecting = False
-        self._is_timed = False
+        self._is_timed = self._is_forgotten = False
         self._error = 0
         self._waiting: list[Fiber] = []
         process.sockets[self] = None
@@ -72,10 +71,22 @@ class SimSocket:
             self._error = self._error or code
             self._changed()
 
+    def forget(self) -> None:
+        """This end takes the connection for reset; the other one hears of it when it sends."""
+        if not self._is_closed and not self._is_forgotten:
+            self._is_forgotten = True
+            self._received.clear()
+            self.break_off()
+
+    def resize(self, buffer_bytes: int) -> None:
+        """Another limit of the bytes on their way."""
+        self._buffer_bytes = buffer_bytes
+        self._changed()
+
     def _take(self, data: bytes) -> None:
         assert self.peer is not None
         peer, out = self.peer, self._out
-        if self._is_closed:
+        if self._is_closed or self._is_forgotten:
             if out is not None and not peer._is_closed:
                 out.send(peer.break_off)
             return
@@ -151,7 +162,9 @@ class SimSocket:
     def is_writable(self) -> bool:
         if self._error:
             return True
-        return self._out is not None and not self._is_connecting and self._num_out < _BUFFER_BYTES
+        return (
+            self._out is not None and not self._is_connecting and self._num_out < self._buffer_bytes
+        )
 
     # ---- the interface of ``socket`` ----------------------------------------------------------
 
@@ -207,13 +220,13 @@ class SimSocket:
             raise OSError(self.getsockopt(real.SOL_SOCKET, real.SO_ERROR), "cannot connect")
 
     def send(self, data: Any) -> int:
-        if self._is_closed or self._error:
+        if self._is_closed or self._error or self._is_forgotten:
             self._check()
         kernel = self._kernel
         if kernel.fiber is not None:
             kernel.maybe_preempt()
         out = self._out
-        if self._error or out is None or self._num_out >= _BUFFER_BYTES or self._is_connecting:
+        if self._error or out is None or self._num_out >= self._buffer_bytes or self._is_connecting:
             self._wait(lambda: self.is_writable or self._is_closed)
             self._check()
             out = self._out
@@ -221,8 +234,8 @@ class SimSocket:
         assert out is not None
         sent = bytes(data)
         size = len(sent)
-        if size > _BUFFER_BYTES - self._num_out:
-            size = _BUFFER_BYTES - self._num_out
+        if size > self._buffer_bytes - self._num_out:
+            size = self._buffer_bytes - self._num_out
             sent = sent[:size]
         if size > 1 and kernel.rng.random() < _PART_CHANCE:
             size = kernel.rng.randrange(1, size)  # the kernel takes a part
@@ -280,14 +293,16 @@ class SimSocket:
         """So many bytes were read: the other end may send as many more."""
         peer = self.peer
         if peer is not None:
-            was_full = peer._num_out >= _BUFFER_BYTES
+            was_full = peer._num_out >= peer._buffer_bytes
             peer._num_out -= size
-            if was_full:
+            if was_full and peer._num_out < peer._buffer_bytes:
                 peer._changed()
 
     def shutdown(self, how: int) -> None:
         if self.accepted is not None:
             self._stop_listening()
+        elif self._is_forgotten:
+            pass
         elif self._out is not None and self.peer is not None and not self._sent_end:
             self._sent_end = True
             self._out.send(self.peer._take_end)
@@ -303,7 +318,7 @@ class SimSocket:
         self._net.connections.pop(self, None)
         if self.accepted is not None:
             self._stop_listening()
-        elif self._out is not None and self.peer is not None:
+        elif self._out is not None and self.peer is not None and not self._is_forgotten:
             if self._received:  # unread input: the peer sees a reset
                 self._out.send(self.peer.break_off)
             elif not self._sent_end:
@@ -328,8 +343,8 @@ class SimSocket:
     def _check(self) -> None:
         if self._is_closed:
             raise OSError(errno.EBADF, "closed")
-        if self._error:
-            raise ConnectionResetError(self._error, "reset by the peer")
+        if self._error or self._is_forgotten:
+            raise ConnectionResetError(self._error or errno.EPIPE, "reset by the peer")
 
     def _wait(self, is_ready: Any) -> None:
         """Block as the socket's timeout says. Raises ``BlockingIOError`` and ``TimeoutError``."""

@@ -16,8 +16,6 @@ import grpc
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Network, Pipe, network
 
-_WINDOW = 64
-"""Messages on their way, or unread, in one direction."""
 _END = object()
 
 
@@ -45,7 +43,7 @@ class _Inbox:
         return self._messages.popleft()
 
 
-class _Half:
+class Half:
     """One end's inbox, and its sending direction."""
 
     def __init__(self, net: Network, process: Process, loop: Any, target: str) -> None:
@@ -57,24 +55,50 @@ class _Half:
         """Messages that this end has sent and the other has not read."""
         self.may_send = asyncio.Event()
         self.may_send.set()
-        self.other: _Half | None = None
-        self.is_over = False
+        self.other: Half | None = None
+        self.is_over = self._is_broken = False
+        self._window = net.window(process.host)
 
     async def send(self, message: bytes) -> None:
         if not self.may_send.is_set():
             await self.may_send.wait()
         self.num_unread += 1
-        if self.num_unread >= _WINDOW:
+        if self.num_unread >= self._window:
             self.may_send.clear()
         self.post(message)
+
+    def resize(self, window: int) -> None:
+        """Another limit of the messages on their way."""
+        self._window = window
+        self.loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        if self.num_unread < self._window:
+            self.may_send.set()
 
     def post(self, message: Any) -> None:
         """Send without a window: the end of a stream."""
         assert self.other is not None
-        self.pipe.send(self.other.arrive, message)
+        if not self._is_broken:
+            self.pipe.send(self.other.arrive, message)
+
+    def break_off(self) -> None:
+        """The connection is reset: what is on its way is lost."""
+        if not self._is_broken and not self.is_over:
+            self._arrived.clear()
+            self.arrive(_error(grpc.StatusCode.UNAVAILABLE, "Connection reset by peer"))
+            self._is_broken = True
+
+    def forget(self) -> None:
+        """This end takes the connection for reset; the other one hears of it when it sends."""
+        self.break_off()
 
     def arrive(self, message: Any) -> None:
         """Something has come over the network."""
+        if self._is_broken:
+            assert self.other is not None
+            self.pipe.send(self.other.break_off)
+            return
         self._arrived.append(message)
         if not self.process.is_paused and not self.process.is_dead:
             self._take()
@@ -83,7 +107,8 @@ class _Half:
 
     def _take(self) -> None:
         """A process that was paused takes all at once, in any order of these calls."""
-        self.loop.call_soon(self.inbox.put_nowait, self._arrived.popleft())
+        if self._arrived:  # else it was reset in between
+            self.loop.call_soon(self.inbox.put_nowait, self._arrived.popleft())
 
     async def next(self) -> Any:
         message = await self.inbox.get()
@@ -91,7 +116,7 @@ class _Half:
         if other is not None and isinstance(message, bytes):
             other.num_unread -= 1
             if not other.may_send.is_set():
-                other.loop.call_soon(other.may_send.set)
+                other.loop.call_soon(other._look)
         return message
 
 
@@ -123,7 +148,7 @@ class SimCall:
         net, loop = network(), asyncio.get_running_loop()
         process = net.kernel.process
         assert process is not None
-        self._half = _Half(net, process, loop, address.rpartition(":")[0])
+        self._half = Half(net, process, loop, address.rpartition(":")[0])
         self._error: BaseException | None = None
         self._half.pipe.send(self._reach, net, address, path)
         self._pump = loop.create_task(self._send(messages))
@@ -195,7 +220,7 @@ class SimGrpcServer:
         self._address = ""
         self._handlers: Any = ()
         self._tasks: dict[asyncio.Task[None], None] = {}
-        self._halves: dict[_Half, None] = {}
+        self._halves: dict[Half, None] = {}
         process.on_death.append(self._died)
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
@@ -213,21 +238,22 @@ class SimGrpcServer:
         for task in self._tasks:
             task.cancel()
 
-    def serve(self, client: _Half, path: str) -> None:
+    def serve(self, client: Half, path: str) -> None:
         """A call has arrived; runs in this process."""
-        half = _Half(self._net, self.process, self._loop, client.process.host)
+        half = Half(self._net, self.process, self._loop, client.process.host)
         half.other, client.other = client, half
+        self._net.calls[half] = None
         self._halves[half] = None
         self._loop.call_soon(self._begin, half, path)
 
-    def _begin(self, half: _Half, path: str) -> None:
+    def _begin(self, half: Half, path: str) -> None:
         details = SimpleNamespace(method=path, invocation_metadata=())
         method = self._handlers[0].service(details).stream_stream
         task = self._loop.create_task(self._handle(half, method))
         self._tasks[task] = None
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
-    async def _handle(self, half: _Half, method: Any) -> None:
+    async def _handle(self, half: Half, method: Any) -> None:
         assert half.other is not None
         context = SimContext(half.other.process.host)
         messages = _Inbox(self._loop)
@@ -253,6 +279,7 @@ class SimGrpcServer:
         receiver.cancel()
         half.is_over = True
         self._halves.pop(half, None)
+        self._net.calls.pop(half, None)
         half.post(end)
         await answers.aclose()
 

@@ -49,7 +49,9 @@ def work(mean_s: float) -> None:
     """Computation that takes time."""
     kernel = Kernel.current
     assert kernel is not None
-    kernel.sleep((0.5 + kernel.rng.random()) * mean_s * kernel.slowness)
+    assert kernel.process is not None
+    stall_s, kernel.process.stall_s = kernel.process.stall_s, 0.0
+    kernel.sleep((0.5 + kernel.rng.random()) * mean_s * kernel.slowness + stall_s)
 
 
 class ToyTransport(SocketTransport):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.config.cluster import (
@@ -13,16 +13,27 @@ from cluster.config.cluster import (
     RebalanceSection,
     WorkersSection,
 )
+from cluster.controller.parts.cluster import Phase
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
-from tests.simulation.gateways import Outcome, SimGateway
+from tests.simulation.gateways import Ask, Outcome, SimGateway
 from tests.simulation.kernel import Kernel
 from tests.simulation.network import Network
 from tests.simulation.patches import replaced
 from tests.simulation.ray import HEAD, SimController, SimRay
-from tests.simulation.scenario import SPAN_S, Scenario
+from tests.simulation.scenario import (
+    MIN_ATTENTION,
+    MIN_EXPERTS,
+    MIN_FAULTS,
+    MIN_GATEWAYS,
+    MIN_REQUESTS,
+    MIN_STEPS,
+    SPAN_S,
+    Scenario,
+    draw_more,
+)
 from tests.simulation.toy_model import banks
 
 _START_LIMIT_S = 60.0
@@ -45,6 +56,7 @@ class World:
         self.scenario = scenario
         self.kernel = Kernel(scenario.seed)
         self.kernel.on_log = on_log
+        self.kernel.on_running = self._check_runnable
         self.kernel.preemption = scenario.preemption
         self.kernel.slowness = scenario.slowness
         self.kernel.num_banks = scenario.num_banks
@@ -55,7 +67,8 @@ class World:
         self.outcomes: list[Outcome] = []
         self.faults = Faults(self)
         self.highest_step = 0
-        self._quiet_at = 0.0
+        self._began_at = self._quiet_at = 0.0
+        self._more: Iterator[Ask] = draw_more(scenario.seed, scenario.num_gateways)
         self._names: dict[int, tuple[Generation, tuple[str, ...]]] = {}
 
     def run(self) -> None:
@@ -66,12 +79,14 @@ class World:
                 self.kernel.after(fault.at_s, self.faults.begin, fault)
             for ask in self.scenario.asks:
                 self.outcomes.append(self.gateways[ask.gateway].ask(ask))
-            began_at = self.kernel.now
+            began_at = self._began_at = self.kernel.now
             ends = [a.at_s for a in self.scenario.asks]
             ends += [fault.at_s + fault.lasts_s for fault in self.scenario.faults]
             self._quiet_at = began_at + max(ends, default=0.0) + _QUIET_S
             self.kernel.after(_CHECK_S, self._check_often)
-            self._run_until(began_at + SPAN_S, self._is_over)
+            last_at = max((fault.at_s for fault in self.scenario.faults), default=0.0)
+            self._run_until(began_at + max(SPAN_S, last_at), self._is_over)
+            self._run_until(self.kernel.now + SPAN_S, self._has_failed)
             self.kernel.log("heal")
             self.faults.heal()
             self._run_until(self.kernel.now + HEAL_S, self._is_calm)
@@ -132,17 +147,43 @@ class World:
 
     # ---- properties -------------------------------------------------------------------------
 
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """How large this was, and how large it is at least."""
+        scenario = self.scenario
+        return {
+            "attention workers": (scenario.num_attention, MIN_ATTENTION),
+            "expert workers": (scenario.num_experts, MIN_EXPERTS),
+            "gateways": (len(self.gateways), MIN_GATEWAYS),
+            "requests": (len(self.outcomes), MIN_REQUESTS),
+            "committed steps": (self.highest_step, MIN_STEPS),
+            "faults": (self.faults.num_begun, MIN_FAULTS),
+        }
+
+    def _ask_on(self) -> None:
+        """Another request, while there are not enough committed steps."""
+        scenario = self.scenario
+        is_time = self.kernel.now >= self._began_at + scenario.asks_on_at_s
+        if is_time and self.highest_step < scenario.num_steps and self._have_ended():
+            ask = next(self._more)
+            living = [g for g in self.gateways if not g.process.is_dead]
+            self.outcomes.append(living[ask.gateway % len(living)].ask(ask))
+
     def _check_often(self) -> None:
         self._check()
+        self._ask_on()
         self.kernel.after(_CHECK_S, self._check_often)
 
     def _check(self) -> None:
         """Safety: what must hold at every moment."""
+        self._check_runnable()
         if self.kernel.failures:
             raise Broken("; ".join(self.kernel.failures))
+
+    def _check_runnable(self) -> None:
+        """At most one generation can run: looked at whenever a worker begins to run one."""
         runnable = self._runnable()
         if len(runnable) > 1:
-            raise Broken(f"generations {sorted(runnable)} can all run")
+            self.kernel.failures.append(f"generations {sorted(runnable)} can all run")
 
     def _runnable(self) -> set[tuple[int, tuple[str, ...]]]:
         """Generations that could commit a step: all their members live and run them."""
@@ -168,15 +209,23 @@ class World:
 
     def _is_over(self) -> bool:
         """Nothing happens any more before the end of the span."""
-        return self.kernel.now >= self._quiet_at and self._is_calm()
+        return self.kernel.now >= self._quiet_at and self._has_failed() and self._is_calm()
+
+    def _has_failed(self) -> bool:
+        """All faults have begun."""
+        return self.faults.num_begun == len(self.scenario.faults)
 
     def _is_calm(self) -> bool:
         controller = self.ray.controller
         return (
             controller is not None
+            and self.highest_step >= self.scenario.num_steps
             and self._serves(controller)
-            and all(o.is_over for o in self._living_outcomes())
+            and self._have_ended()
         )
+
+    def _have_ended(self) -> bool:
+        return all(o.is_over for o in self._living_outcomes())
 
     def _living_outcomes(self) -> list[Outcome]:
         """Requests whose gateway lives."""
@@ -217,7 +266,7 @@ class World:
 
     def _serves(self, controller: SimController) -> bool:
         found = controller.actor.runner.controller
-        if found is None:
+        if found is None or found.cluster.round.phase is not Phase.RUNNING:
             return False
         if found.cluster.state is ClusterState.DEGRADED:
             problems = found.recovery.problems(0.0)

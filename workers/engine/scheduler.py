@@ -74,7 +74,7 @@ class Scheduler:
 
     Admission leaves a free block for each running sequence that may still grow, so that a sequence
     is not preempted in the step after its admission. A waiting sequence that does not fit preempts
-    running ones only where their priority is lower.
+    running ones only where their priority is lower, or if it must run alone.
     """
 
     def __init__(
@@ -334,21 +334,29 @@ class Scheduler:
         return self._blocks(min(read, self._max_model_len)) > held
 
     def _preempt_last(self) -> None:
-        victim = self._running.pop()
+        """The last that does not run alone, if there is one."""
+        others = [s for s in self._running if self._alone is None or not self._may_run(s)]
+        victim = (others or self._running)[-1]
+        self._running.remove(victim)
         self._release(victim)
         self._enter(self._waiting, victim, SequenceStatus.WAITING)
         self.num_preemptions += 1
         self.preempted.append(victim)
 
     def _first_in_need(self) -> SequenceState | None:
-        """The first waiting sequence, if it fits only once lower priorities are preempted."""
+        """The first waiting sequence, if it fits only once lower priorities are preempted, or for
+        one that runs alone all others.
+        """
         able = (
             s for s in self._waiting if self._may_run(s) and not self._waits_for_first_choice(s)
         )
         first = next(able, None)
         if first is None:
             return None
-        stay = [s for s in self._running if s.request.priority <= first.request.priority]
+        if self._alone is None:
+            stay = [s for s in self._running if s.request.priority <= first.request.priority]
+        else:
+            stay = [s for s in self._running if self._may_run(s)]
         if len(stay) == len(self._running) or first in self._admissible(self._max_rows):
             return None
         held = {block for s in stay for block in s.blocks}

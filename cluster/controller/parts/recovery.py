@@ -242,7 +242,8 @@ class Recovery:
         self._go_on(self._cluster.round.members, cause, now)
 
     def _start_workers(self, now: float) -> None:
-        for member in self._cluster.places.take_due(now):
+        is_stalled = self._cluster.round.phase is Phase.STALLED
+        for member in self._cluster.places.take_due(now, is_stalled):
             self._cluster.workers.add(member, now, self._cluster.desired)
             logger.info("start %s", member.name)
             self._cluster.touch()

@@ -325,6 +325,23 @@ def test_a_ready_worker_with_nobody_left_to_wait_for_leaves_the_state_degraded()
     assert cluster.state == "DEGRADED"
 
 
+def test_a_cluster_that_cannot_run_soon_tries_again_what_is_left_out() -> None:
+    cluster = FakeCluster(1, 1)
+    cluster.serve()
+    lose(cluster, "attention-0")
+    for number in (2, 3, 4):
+        for _ in range(100):
+            if f"attention-0.{number}" in cluster.started():
+                break
+            wait(cluster, 0.5)
+        lose(cluster, f"attention-0.{number}")
+    wait(cluster, 31.0)
+    assert cluster.state == "RECOVERING"
+    cluster.bring_up("attention-0.5")
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+
+
 def test_a_worker_that_does_not_get_ready_is_lost() -> None:
     cluster = FakeCluster(1, 3, num_redundant=3, settings=ControllerSettings(start_limit_s=20.0))
     cluster.serve()

@@ -75,6 +75,18 @@ def test_a_place_that_is_left_out_gets_a_try_from_time_to_time() -> None:
     assert list(places.closed) == ["expert-0"], "one try, not three"
 
 
+def test_a_place_without_which_nothing_runs_gets_its_next_try_sooner() -> None:
+    places = Places(MEMBERS)
+    for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
+        places.lost(name, "cannot read", 0.0)
+        places.take_due(100.0)
+    assert places.take_due(29.0, is_stalled=True) == []
+    assert [m.name for m in places.take_due(30.0, is_stalled=True)] == ["expert-0.5"]
+    places.lost("expert-0.5", "cannot read", 31.0)
+    assert places.take_due(60.0, is_stalled=True) == []
+    assert [m.name for m in places.take_due(61.0, is_stalled=True)] == ["expert-0.6"]
+
+
 def test_the_next_controller_tries_again_what_is_left_out() -> None:
     places, again = Places(MEMBERS), Places(MEMBERS)
     for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):

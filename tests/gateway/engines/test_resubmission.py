@@ -362,6 +362,7 @@ def test_a_request_that_kills_on_receipt_fails_and_no_other(workers: Workers) ->
         _wait_for_prompt(workers, engine, killer)
         workers.stop(engine)
         workers.stack.wait_for(lambda: not workers.stack.engines.clients, "the loss")
+    workers.publish("DEGRADED")
     assert poison.result(WAIT_S).json()["error"]["code"] == "poisonous_request"
     last = workers.add(script=ALPHABET)
     assert innocent.result(WAIT_S)["choices"][0]["text"] == "0abc"
@@ -398,6 +399,7 @@ def test_the_request_that_was_alone_at_the_third_death_fails(workers: Workers) -
     third, answer = _lose_twice(workers)
     fourth = workers.add(script=ALPHABET)
     workers.stop(third)
+    workers.publish("DEGRADED")
     response = answer.result(WAIT_S)
     assert response.status_code == 500
     assert response.headers["x-should-retry"] == "false"
@@ -406,6 +408,25 @@ def test_the_request_that_was_alone_at_the_third_death_fails(workers: Workers) -
     assert third.solo_steps[0] in error["message"]
     assert complete(workers.stack, prompt="y", max_tokens=1)
     assert len(fourth.requests) == 1
+
+
+def test_a_request_whose_connection_was_reset_three_times_is_innocent(workers: Workers) -> None:
+    engine = workers.add(script=ALPHABET, pause_after=0)
+    answer = start(lambda: post(workers.stack, "/v1/completions", prompt="x", max_tokens=4))
+    for _ in range(3):
+        workers.stack.wait_for(lambda: bool(engine.stuck), "the attempt")
+        workers.stack.run(engine.reset_streams())
+    engine.pause_after = None
+    assert answer.result(WAIT_S).json()["choices"][0]["text"] == "0abc"
+    assert [request.num_deaths for request in engine.requests] == [0, 0, 0, 0]
+
+
+def test_a_request_that_was_alone_continues_if_its_worker_lives(workers: Workers) -> None:
+    third, answer = _lose_twice(workers)
+    workers.stack.run(third.reset_streams())
+    third.pause_after = None
+    assert answer.result(WAIT_S).json()["choices"][0]["text"] == "0abc"
+    assert [request.num_deaths for request in third.requests] == [2, 2]
 
 
 def test_a_token_clears_a_request(workers: Workers) -> None:

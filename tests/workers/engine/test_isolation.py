@@ -12,9 +12,10 @@ from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import make_members
 from tests.fakes import FailingDispatcher
 from tests.reference.local_engine import LocalEngine
-from tests.workers.engine.test_scheduler import Desk
+from tests.workers.engine.test_scheduler import Desk, rows
 from workers.engine.isolation import ANSWER_LIMIT_S, Isolation, StepMembers
 from workers.requests.request import FinishReason, Request, SamplingParams, SoloStep, TokenOutput
+from workers.requests.sequence import SequenceStatus
 from workers.requests.step_header import Grant, StepHeader
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -154,6 +155,35 @@ def test_a_plan_leaves_out_requests_held_back_or_not_alone() -> None:
     assert [p.sequence for p in scheduler.schedule(4, 32).rows] == [second]
     scheduler.restrict(frozenset(), names[0])
     assert scheduler.wanted().decode_rows == 1
+
+
+@pytest.mark.parametrize("seats", [1, 4])
+def test_a_request_that_must_run_alone_gets_room(seats: int) -> None:
+    """Others may have taken it in a step that was on its way when it was accepted."""
+    desk = Desk(num_blocks=6, max_num_seqs=seats)
+    (other,) = desk.add(16, SamplingParams(max_tokens=4))
+    desk.step()
+    (suspect,) = desk.add(9, SamplingParams(max_tokens=8))
+    desk.scheduler.restrict(frozenset({"r1"}), "r1")
+    assert rows(desk.plan()) == [("r1", 0, 9, False)]
+    assert other.status is SequenceStatus.WAITING
+    desk.step()
+    assert suspect.output == [50]
+    desk.scheduler.restrict()
+    while SequenceStatus.FINISHED not in (other.status, suspect.status):
+        desk.step()
+
+
+def test_a_request_that_runs_alone_takes_the_next_block_from_another() -> None:
+    desk = Desk(num_blocks=6)
+    (other,) = desk.add(9, SamplingParams(max_tokens=4))
+    desk.add(11, SamplingParams(max_tokens=8))
+    desk.step()
+    desk.step()
+    assert desk.pool.num_free == 0
+    desk.scheduler.restrict(frozenset({"r1"}), "r1")
+    assert rows(desk.plan()) == [("r1", 12, 1, True)]
+    assert other.status is SequenceStatus.WAITING
 
 
 class Cluster:
