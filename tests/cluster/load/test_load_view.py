@@ -42,7 +42,7 @@ def make_tracker(epoch: int = 1) -> LoadTracker:
 
 
 def test_tokens_are_found_in_the_slots_of_their_copies() -> None:
-    load = make_tracker().copies()["mlp", 0]
+    load = make_tracker().copies(1)["mlp", 0]
     assert slot_tokens(BANK, load, "prefill") == [[3, 1], [7, 5], [0, 0]]
     assert slot_tokens(BANK, load, "decode") == [[2, 0], [6, 4], [0, 0]]
     assert slot_tokens(BANK, load) == [[5, 1], [13, 9], [0, 0]]
@@ -51,7 +51,7 @@ def test_tokens_are_found_in_the_slots_of_their_copies() -> None:
 def test_copies_beyond_those_that_were_ever_chosen_have_no_prompt_tokens() -> None:
     load = LoadTracker(LoadSection(), 0.0)
     load.take("a", make_report(9, [2, 4, 6], [[3], [1], [7]]))
-    copies = load.copies()["mlp", 0]
+    copies = load.copies(load.epoch)["mlp", 0]
     assert slot_tokens(BANK, copies, "prefill") == [[3, 1], [7, 0], [0, 0]]
 
 
