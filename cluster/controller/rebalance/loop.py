@@ -21,7 +21,6 @@ from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
-    Promise,
     Question,
     RebalanceJob,
     RebalanceOrder,
@@ -71,11 +70,13 @@ class Rebalancing:
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
         self._job: RebalanceJob | None = None
-        self._promise: Promise | None = None
         self._problem = ""
         self._last: dict[str, Any] | None = None
-        self._seen_windows = 0
+        """Report of the last change; its end is ``_rested_at``."""
+        self._is_proved = True
+        """Its effect is known, or there is none."""
         self._rested_at = cluster.began_at
+        self._seen_windows = 0
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -228,11 +229,7 @@ class Rebalancing:
     def _watch(self, job: RebalanceJob, now: float) -> None:
         """Check whether the change is in time, or must be abandoned."""
         running = self._cluster.operations.running
-        if (
-            running is not None
-            and running is not job.asked.operation
-            and running.kind != "rebalance"
-        ):
+        if running is not None and running.kind == "drain":
             reason = f"{running.id} goes first"
             if self._give_up(job, reason):
                 self._end(job, "failed", reason, now)
@@ -291,12 +288,9 @@ class Rebalancing:
         self._advance(job, now)
 
     def _finish(self, job: RebalanceJob, now: float) -> None:
-        placement, decision = self._cluster.placement, job.decision
-        self._promise = Promise(
-            epoch=placement.epoch, since=now, predicted=decision.balancedness_then
-        )
         if job.num_stages:
-            text = f"{job.summary(placement, now)}, {by_load(job.asked.load.profile)}"
+            summary = job.summary(self._cluster.placement, now)
+            text = f"{summary}, {by_load(job.asked.load.profile)}"
             self._end(job, "applied", text, now)
         else:
             self._end(job, "failed", "no slot is free to begin with", now)
@@ -305,7 +299,7 @@ class Rebalancing:
         if job.change is not None:
             job.stage_over()
         self._job = None
-        self._rested_at = now
+        self._rested_at, self._is_proved = now, outcome != "applied"
         self._cluster.metrics.decided(outcome)
         self._cluster.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
         self._last = job.report(outcome, text, self._cluster.placement.epoch, now)
@@ -319,18 +313,17 @@ class Rebalancing:
 
     def _prove(self, window: LoadWindow, now: float) -> None:
         """Record the effect of a change, from the first whole window in it."""
-        promise = self._promise
-        if promise is None or window.began_at < promise.since:
+        last, placement = self._last, self._cluster.placement
+        if self._is_proved or last is None or window.began_at < self._rested_at:
             return
-        self._promise = None
-        placement = self._cluster.placement
-        if not window.epoch == placement.epoch == promise.epoch:
+        self._is_proved = True
+        if not window.epoch == placement.epoch == last["epoch"]:
             return  # the placement changed again before a window ended
         found = balancedness_of(list(achieved_loads(placement, self._cluster.load).values()))
-        if self._last is not None:
-            self._last["balancedness"]["achieved"] = found
-        effect = f"balancedness {percent(found)}, predicted {percent(promise.predicted)}"
-        self._cluster.note(f"epoch {promise.epoch} had a window of load", effect, now)
+        last["balancedness"]["achieved"] = found
+        predicted = last["balancedness"]["predicted"]
+        effect = f"balancedness {percent(found)}, predicted {percent(predicted)}"
+        self._cluster.note(f"epoch {placement.epoch} had a window of load", effect, now)
 
     def _unknown_epoch(self, frame: EpochSwitched, now: float) -> None:
         """Switch to an epoch that an earlier controller ordered, with the maps known here.

@@ -17,10 +17,7 @@ from cluster.core.errors import ConfigError
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import Source
 from cluster.planner.base import PlannedTopology
-from cluster.policy.rebalance import (
-    LoadNow,
-    planned_topology,
-)
+from cluster.policy.rebalance import LoadNow, planned_topology
 from cluster.sizing.devices import step_cost
 from cluster.sizing.replay import StepCost
 
@@ -46,7 +43,6 @@ class Plans:
     def __init__(self, cluster: Cluster, executor: Executor) -> None:
         """Arguments as for ``Rebalancing``."""
         self._cluster = cluster
-        self._config = cluster.config
         self._executor = executor
         self._top_k = max(cluster.top_k, 1)
         self._pending: dict[str, tuple[Future[Any], Callable[[float], None]]] = {}
@@ -111,14 +107,13 @@ class Plans:
 
     def topology(self, placement: ExpertPlacement) -> PlannedTopology:
         """The living devices; during a change they may hold more than is planned for them."""
-        spare = self._config.workers.recovery_slots
-        return planned_topology(
-            self._cluster.generation.experts, placement, self._cluster.num_slots - spare
-        )
+        cluster = self._cluster
+        num_slots = cluster.num_slots - cluster.config.workers.recovery_slots
+        return planned_topology(cluster.generation.experts, placement, num_slots)
 
     def step_cost(self) -> StepCost:
         """Of a step on an expert worker of the cluster."""
         infos = [record.info for record in self._cluster.workers]
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
         dtype = next((str(info["dtype"]) for info in infos if "dtype" in info), "float32")
-        return step_cost(self._config, max([1, *sizes]), dtype)
+        return step_cost(self._cluster.config, max([1, *sizes]), dtype)
