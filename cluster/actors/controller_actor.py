@@ -167,10 +167,11 @@ class ControllerActor:
         document = load_document(
             cluster.placement, cluster.load, cluster.profile, model, cluster.top_k
         )
-        domains = cluster.workers.domains()
+        holders = cluster.workers.by_device(cluster.placement.num_devices)
+        domains = [r.member.domain or r.member.node if r else "" for r in holders]
         for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
             entry["at_risk"] = num_at_risk(bank, domains)
-        return {**document, "workers": cluster.workers.holders()}
+        return {**document, "workers": [r.name if r and not r.is_lost else None for r in holders]}
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to drain (fields of ``DrainOrder``); the operation.

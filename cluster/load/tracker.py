@@ -90,7 +90,10 @@ class LoadTracker:
         self._base = LoadWindow(now, _NOTHING, 0, {})
         """All load before the window, with the time at which it ended."""
         self._average = _NOTHING
-        self._watched: dict[BankKey, tuple[int, ...]] = {}
+        self.watched: dict[BankKey, tuple[int, ...]] = {}
+        """The busiest experts of a bank, chosen again at each placement epoch.
+
+        Between epochs they stay the same, so that the metrics' counters never fall."""
         self._watched_epoch: int | None = None
         self.num_windows = 0
         """Windows with load that have ended so far."""
@@ -170,20 +173,13 @@ class LoadTracker:
         )
         return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)
 
-    def watched(self, key: BankKey) -> tuple[int, ...]:
-        """The busiest experts of a bank, chosen again at each placement epoch.
-
-        Between epochs they stay the same, so that the metrics' counters never fall.
-        """
-        return self._watched.get(key, ())
-
     def _watch(self, totals: LoadSums, epoch: int) -> None:
         if epoch == self._watched_epoch:
             return
         self._watched_epoch = epoch
         for key in totals.prefill:
             order = np.argsort(-totals.counts(key), kind="stable")
-            self._watched[key] = tuple(sorted(int(e) for e in order[:TOP_EXPERTS]))
+            self.watched[key] = tuple(sorted(int(e) for e in order[:TOP_EXPERTS]))
 
 
 def _sums(parts: Iterable[tuple[BankKey, Counts | Floats]]) -> dict[BankKey, Floats]:

@@ -144,7 +144,7 @@ def load_document(
                 "window": _numbers(window.counts(key)) if key in window.prefill else None,
                 "average": _numbers(average.counts(key)) if key in average.prefill else None,
                 "slots": slot_tokens(bank, copies[key]) if key in copies else None,
-                "watched": list(load.watched(key)),
+                "watched": list(load.watched.get(key, ())),
                 "copies": list(bank.replica_count),
                 "balancedness": both[key],
                 "phases": {phase: found[key] for phase, found in by_phase.items()},

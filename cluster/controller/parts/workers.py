@@ -258,18 +258,8 @@ class WorkerTable:
         if record.member.runs_attention:
             self.model.update({k: record.info[k] for k in MODEL_FACTS if k in record.info})
 
-    def holders(self) -> list[str | None]:
-        """``[device]`` -> name of the worker that holds its experts; None for a lost one."""
-        alive = {device: r.name for device, r in self._by_device() if not r.is_lost}
-        devices = 1 + max((device for device, _ in self._by_device()), default=-1)
-        return [alive.get(device) for device in range(devices)]
-
-    def domains(self) -> list[str]:
-        """``[device]`` -> failure domain of the worker that holds its experts."""
-        of = {device: r.member.domain or r.member.node for device, r in self._by_device()}
-        return [of.get(device, "") for device in range(len(self.holders()))]
-
-    def _by_device(self) -> list[tuple[int, WorkerRecord]]:
-        """Workers that hold or held experts; in local mode the attention worker."""
-        found = [(r.member.device, r) for r in self if r.member.holds_experts]
-        return found or [(0, r) for r in self]
+    def by_device(self, num_devices: int) -> list[WorkerRecord | None]:
+        """``[device]`` -> the newest worker that holds or held its experts, if one is known."""
+        found = {r.member.device: r for r in self if r.member.holds_experts}
+        found = found or {0: list(self)[-1]}  # local mode
+        return [found.get(device) for device in range(num_devices)]

@@ -129,15 +129,15 @@ def test_each_view_is_a_profile() -> None:
 def test_watched_experts_change_only_with_the_epoch() -> None:
     load = make_tracker()
     load.take("a", make_report(9, [*range(10), 0]))
-    assert load.watched(KEY) == ()
+    assert KEY not in load.watched
     load.tick(10.0)
-    assert load.watched(KEY) == (2, 3, 4, 5, 6, 7, 8, 9)
+    assert load.watched[KEY] == (2, 3, 4, 5, 6, 7, 8, 9)
     load.take("a", make_report(99, [99, *range(1, 10), 0]))
     load.tick(20.0)
-    assert load.watched(KEY) == (2, 3, 4, 5, 6, 7, 8, 9)
+    assert load.watched[KEY] == (2, 3, 4, 5, 6, 7, 8, 9)
     load.take("a", make_report(100, [99, *range(1, 10), 1], epoch=2))
     load.tick(30.0)
-    assert load.watched(KEY) == (0, 3, 4, 5, 6, 7, 8, 9)
+    assert load.watched[KEY] == (0, 3, 4, 5, 6, 7, 8, 9)
 
 
 @pytest.mark.parametrize("name", ["report_s", "window_s", "half_life_s", "num_windows"])
