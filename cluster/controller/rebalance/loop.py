@@ -109,13 +109,11 @@ class Rebalancing:
         So an order does what the dry run before it has shown, though a window may have ended.
         """
         rows = self._cluster.load.totals().rows
-        if self._looked is None or self._looked[0] != rows:
-            self._looked = None
-            load = self.plans.load_now(has_ended=False)
-            if order.dry_run and load is not None:
-                self._looked = rows, load
-            return load
-        return self._looked[1]
+        if self._looked is not None and self._looked[0] == rows:
+            return self._looked[1]
+        load = self.plans.load_now(has_ended=False)
+        self._looked = (rows, load) if order.dry_run and load is not None else None
+        return load
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Cancel a change. Raises ``ConflictError`` after its end and during its switch."""
@@ -136,9 +134,7 @@ class Rebalancing:
         """A frame of a worker about the change under way."""
         job = self._job
         if job is None or job.change is None:
-            if isinstance(frame, EpochSwitched):
-                self._unknown_epoch(frame, now)
-            return
+            return  # a switch that an earlier controller has ordered shows in heartbeats
         job.change.frame(name, frame, now)
         if isinstance(frame, EpochSwitched) and job.change.state is ChangeState.DONE:
             self._cluster.metrics.switched(frame.stall_s)
@@ -324,16 +320,3 @@ class Rebalancing:
         predicted = last["balancedness"]["predicted"]
         effect = f"balancedness {percent(found)}, predicted {percent(predicted)}"
         self._cluster.note(f"epoch {placement.epoch} had a window of load", effect, now)
-
-    def _unknown_epoch(self, frame: EpochSwitched, now: float) -> None:
-        """Switch to an epoch that an earlier controller ordered, with the maps known here.
-
-        Their weights are still in place, since only a later change overwrites them.
-        """
-        cluster = self._cluster
-        is_newer = frame.epoch > cluster.placement.epoch
-        if cluster.runs and is_newer and frame.generation == cluster.generation.number:
-            cluster.highest_epoch = frame.epoch
-            cluster.reform(
-                f"a step ran in epoch {frame.epoch}, which this controller did not order", now
-            )
