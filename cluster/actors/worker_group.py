@@ -20,11 +20,11 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import ray_tools
-from cluster.actors.process import ProcessIdentity, describe_self, kill_process, wait_gone
 from cluster.actors.room import ANY_BUNDLE, Room
 from cluster.config.cluster import ClusterConfig, WorkersSection
 from cluster.config.resources import WorkerShare
 from cluster.core.errors import StartError, SupersededError
+from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
 from cluster.core.topology import Member, Role
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 

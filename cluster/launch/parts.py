@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.controller_client import ask_controller, create_controller
-from cluster.actors.process import ProcessIdentity
 from cluster.config.gateway import EndStage
 from cluster.core.errors import ExpertMeshError, StartError
+from cluster.core.process import ProcessIdentity
 from cluster.launch.joining import JoinedRay, examine, is_deployed
 from cluster.launch.local_ray import PrivateRay, join
 from cluster.launch.plan import LaunchPlan

@@ -12,10 +12,10 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster.actors import ray_tools, worker_group
-from cluster.actors.process import ProcessIdentity
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
 from cluster.core.placement import contiguous
+from cluster.core.process import ProcessIdentity
 from cluster.core.topology import Member
 from cluster.sizing.start_plan import StartPlan
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
