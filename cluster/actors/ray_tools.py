@@ -88,11 +88,6 @@ def this_node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def is_this_node(node_id: str) -> bool:
-    """Whether the calling process runs on that node."""
-    return this_node_id() == node_id
-
-
 def this_actor_was_restarted() -> bool:
     """Whether the calling actor runs in a second process, after its first one died."""
     context = ray.get_runtime_context()

@@ -208,9 +208,9 @@ class WorkerGroup:
         try:
             async with asyncio.timeout(limit_s):
                 handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
-                self._actors[name] = _Actor(name, handle, "")
+                actor = self._actors[name] = _Actor(name, handle, "")
                 call: Any = handle.__ray_call__.remote(_introduce)
-                answer, process, node_id = await call
+                answer, actor.process, actor.node_id = await call
         except (ActorUnavailableError, TimeoutError) as err:
             logger.warning("%s is not found again: %s", name, type(err).__name__)
             return None
@@ -218,7 +218,6 @@ class WorkerGroup:
             logger.warning("%s has gone: %s", name, type(err).__name__)
             self._actors.pop(name, None)
             return None
-        self._actors[name] = _Actor(name, handle, node_id, process=process)
         return FoundWorker(
             name=name,
             config=ClusterConfig.from_dict(answer["config"]),
@@ -280,7 +279,7 @@ class WorkerGroup:
 
     async def _is_gone(self, actor: _Actor) -> bool:
         """Whether the process ended; for a remote one its own ``stop`` is trusted."""
-        if actor.process is None or not ray_tools.is_this_node(actor.node_id):
+        if actor.process is None or actor.node_id != ray_tools.this_node_id():
             return True
         return await asyncio.to_thread(wait_gone, actor.process, 1.0)
 
@@ -288,7 +287,7 @@ class WorkerGroup:
         """SIGKILL on its node: Ray lets a stopped process live for seconds."""
         if actor.process is None:
             return
-        if ray_tools.is_this_node(actor.node_id):
+        if actor.node_id == ray_tools.this_node_id():
             kill_process(actor.process)
             await asyncio.to_thread(wait_gone, actor.process, 1.0)
             return

@@ -80,7 +80,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
 
     monkeypatch.setattr(ray_tools, "newest_term", newest_term)
     monkeypatch.setattr(ray_tools, "claim_term", lambda identity: 1)
-    monkeypatch.setattr(ray_tools, "is_this_node", lambda node_id: True)
+    monkeypatch.setattr(ray_tools, "this_node_id", lambda: "here")
     monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)
     monkeypatch.setattr(worker_group, "kill_process", found.processes.append)
     monkeypatch.setattr(ray, "kill", kill)
