@@ -38,8 +38,6 @@ class WorkerRecord:
     """Its process runs, while it has not called yet."""
     started_with: ExpertPlacement | None = None
     """It holds its part of this placement; None once it has been in a generation that ran."""
-    num_slots: int = 0
-    """Expert slots per bank, where it holds experts."""
     state: WorkerState = WorkerState.STARTING
     reason: str = ""
     """Reason of the loss."""
@@ -155,8 +153,8 @@ class WorkerRecord:
             host=self.member.node,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Its entry in a snapshot."""
+    def to_dict(self, num_slots: int) -> dict[str, Any]:
+        """Its entry in a snapshot; ``num_slots`` per bank, where it holds experts."""
         shown = WorkerState.DRAINING if self.drains and not self.is_lost else self.state
         blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
         free, total = (None if number is None else int(number) for number in blocks)
@@ -176,7 +174,7 @@ class WorkerRecord:
             "kv_blocks_free": free,
             "kv_blocks_total": total,
             "kv_usage": (1.0 - free / total) if free is not None and total else None,
-            "slots": self.num_slots if self.member.holds_experts else None,
+            "slots": num_slots if self.member.holds_experts else None,
             "stats": dict(self.stats),
         }
 
@@ -184,11 +182,8 @@ class WorkerRecord:
 class WorkerTable:
     """Records by name, in rank order, lost ones included. Owned by the controller."""
 
-    def __init__(
-        self, members: Sequence[Member], *, num_slots: int, model: ModelSection, now: float
-    ) -> None:
+    def __init__(self, members: Sequence[Member], *, model: ModelSection, now: float) -> None:
         """Attention workers add more facts of the model when they are ready."""
-        self._num_slots = num_slots
         self._records: dict[str, WorkerRecord] = {}
         for member in members:
             self.add(member, now)
@@ -208,12 +203,7 @@ class WorkerTable:
     def add(self, member: Member, now: float, started_with: ExpertPlacement | None = None) -> None:
         """Add a worker that is about to start. The oldest of many lost ones is forgotten."""
         self._records[member.name] = WorkerRecord(
-            member=member,
-            heard_at=now,
-            progress_at=now,
-            since=now,
-            started_with=started_with,
-            num_slots=self._num_slots,
+            member=member, heard_at=now, progress_at=now, since=now, started_with=started_with
         )
         lost = [name for name, record in self._records.items() if record.is_lost]
         for name in lost[:-_MAX_LOST]:
