@@ -168,7 +168,7 @@ class LoadTracker:
         if sums.rows <= 0:
             return None
         banks = tuple(
-            BankLoad(bank=key[0], layer=key[1], counts=_numbers(sums.counts(key)))
+            BankLoad(bank=key[0], layer=key[1], counts=tuple(sums.counts(key).tolist()))
             for key in sums.prefill
         )
         return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)
@@ -187,8 +187,3 @@ def _sums(parts: Iterable[tuple[BankKey, Counts | Floats]]) -> dict[BankKey, Flo
     for key, counts in parts:
         total[key] = total[key] + counts if key in total else counts.astype(np.float64)
     return total
-
-
-def _numbers(counts: Floats) -> tuple[float, ...]:
-    """Whole numbers stay whole in a file."""
-    return tuple(int(c) if c.is_integer() else c for c in counts.tolist())

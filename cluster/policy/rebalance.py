@@ -12,7 +12,6 @@ The change with the largest ``gain x horizon - cost`` is made if that is positiv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,12 +20,10 @@ from msgspec import structs
 from cluster.config.cluster import ClusterConfig, RebalanceSection
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
-from cluster.core.topology import Member
 from cluster.load.view import balancedness_of, expected_loads
 from cluster.planner import decode_moves, mesh
 from cluster.planner.assess import assess
-from cluster.planner.base import Plan, PlannedDevice, PlannedTopology, PlanOptions, planned_device
-from cluster.planner.stages import held_by
+from cluster.planner.base import Plan, PlannedTopology, PlanOptions
 from cluster.sizing.replay import StepCost, window_of
 
 Action = Literal["none", "split", "move"]
@@ -84,29 +81,6 @@ def why_impossible(config: ClusterConfig) -> str:
     if not workers.num_redundant_experts + workers.recovery_slots:
         return "there are no spare expert slots (--num-redundant-experts)"
     return ""
-
-
-def planned_topology(
-    experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
-) -> PlannedTopology:
-    """The living devices, each with ``num_slots`` slots; none for lost ones.
-
-    A device that holds more (after a recovery, for example) may keep as many. On a single node each
-    worker is a failure domain of its own.
-    """
-    by_device = {m.device: m for m in experts}
-    is_spread = len({m.domain or m.node for m in experts}) > 1
-    domains = {m.device: m.domain if is_spread else m.name for m in experts}
-    held = [
-        max(len(held_by(bank, d)) for bank in placement.banks) for d in range(placement.num_devices)
-    ]
-    devices = tuple(
-        replace(planned_device(by_device[d], max(num_slots, held[d])), domain=domains[d])
-        if d in by_device
-        else PlannedDevice(num_expert_slots=0)
-        for d in range(placement.num_devices)
-    )
-    return PlannedTopology(devices=devices)
 
 
 def decide_placement(

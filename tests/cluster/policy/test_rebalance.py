@@ -19,7 +19,7 @@ from cluster.core.placement import (
     ExpertPlacement,
     contiguous,
 )
-from cluster.planner.base import PlannedTopology
+from cluster.planner.base import PlannedTopology, planned_topology
 from cluster.planner.stages import held_by
 from cluster.policy.rebalance import (
     LoadNow,
@@ -27,7 +27,6 @@ from cluster.policy.rebalance import (
     decide_placement,
     mixed_balancedness,
     packed_rows,
-    planned_topology,
     resolved,
     why_impossible,
 )
