@@ -240,7 +240,6 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
             if not workers[name].is_lost:
                 why = "it did not call the restarted controller"
                 workers[name].enter(WorkerState.LOST, why)
-        cluster.remember()
         recovery.lost({n: workers[n].reason for n in missing}, now)
         cluster.effects.append(End(tuple(missing)))
     else:
