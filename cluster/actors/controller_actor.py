@@ -295,6 +295,5 @@ def _snapshot_before_start() -> dict[str, Any]:
         "model": dict.fromkeys(("name", "path", *MODEL_FACTS)),
         "rebalance": None,
         "workers": [],
-        "gateway": [],
         "history": [],
     }

@@ -193,7 +193,6 @@ class Controller:
             "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
             "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],
-            "gateway": [],
             "problems": self.recovery.problems(self.detection.last_tick),
             "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),

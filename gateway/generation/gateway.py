@@ -278,7 +278,7 @@ class Gateway:
         found, replicas = await asyncio.gather(self.cluster.fresh(), self.replicas.ask("describe"))
         snapshot = dict(found or {"state": "STARTING"})
         snapshot["schema"] = 1
-        snapshot["gateway"] = [*snapshot.get("gateway", ()), *replicas.values()]
+        snapshot["gateway"] = list(replicas.values())
         return snapshot
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
