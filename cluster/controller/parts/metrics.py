@@ -55,7 +55,7 @@ class ControllerMetrics:
         for outcome in _OUTCOMES:  # counters begin at 0
             self._decisions.labels(outcome)
         for role in roles:
-            self._recoveries.labels(_cause(role))
+            self._recoveries.labels(f"{role}_worker")
         for moved in (self._bytes, self._slots):
             moved.labels("rebalance")
 
@@ -76,13 +76,9 @@ class ControllerMetrics:
     def recovered(self, roles: Iterable[Role], seconds: float) -> None:
         """A generation runs, ``seconds`` after the loss of workers of these roles."""
         for role in roles:
-            self._recoveries.labels(_cause(role)).inc()
-            self._stalls.labels(_cause(role)).observe(seconds)
+            self._recoveries.labels(f"{role}_worker").inc()
+            self._stalls.labels(f"{role}_worker").observe(seconds)
 
     def to_plain(self) -> list[PlainFamily]:
         """All families, fit for JSON."""
         return to_plain(self._registry)
-
-
-def _cause(role: Role) -> str:
-    return f"{role}_worker"
