@@ -184,9 +184,7 @@ class EpochChange:
             self._orders.send(worker, own, now, source=source, tried=tried, details=details)
 
     def _source(self, device: int, now: float) -> dict[str, object]:
-        limits: dict[str, object] = {"limit_s": max(self._deadline - now, 0.1)}
-        if self._bytes_per_s is not None:
-            limits["bytes_per_s"] = self._bytes_per_s
+        limits = {"limit_s": max(self._deadline - now, 0.1), "bytes_per_s": self._bytes_per_s}
         if device == CHECKPOINT:
             return {"kind": "checkpoint", **limits}
         peer = next(m for m in self.generation.experts if m.device == device)
