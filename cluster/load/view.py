@@ -105,11 +105,6 @@ def placement_report(
     return {"schema": 1, "epoch": placement.epoch, "banks": banks}
 
 
-def load_before_start() -> dict[str, Any]:
-    """``load_document`` of a cluster that has no workers yet."""
-    return {"schema": 1, "model": None, "top_k": 0, "tokens": 0, "epoch": 0, "banks": []}
-
-
 def load_document(
     placement: ExpertPlacement,
     load: LoadTracker,

@@ -10,7 +10,6 @@ from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.load.tracker import LoadTracker
 from cluster.load.view import (
     balancedness_of,
-    load_before_start,
     load_document,
     num_at_risk,
     placement_report,
@@ -127,7 +126,6 @@ def test_the_load_document_is_a_profile_with_more_beside_it() -> None:
     assert bank["load"] == bank["counts"]
     for what in ("balancedness", "phases"):
         assert document[what] == bank[what]
-    assert set(load_before_start()) <= set(document)
 
 
 def test_the_load_document_before_the_first_report() -> None:
@@ -135,14 +133,6 @@ def test_the_load_document_before_the_first_report() -> None:
     (bank,) = document["banks"]
     assert bank["counts"] == [0, 0, 0]
     assert bank["prefill"] is bank["window"] is bank["slots"] is None
-    assert load_before_start() == {
-        "schema": 1,
-        "model": None,
-        "top_k": 0,
-        "tokens": 0,
-        "epoch": 0,
-        "banks": [],
-    }
 
 
 def test_averages_are_rounded_to_a_tenth_of_a_token() -> None:
