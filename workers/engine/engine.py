@@ -170,9 +170,9 @@ class Engine:
         """Whether a choice of this request waits or runs."""
         return request_id in self._requests
 
-    def begin_fetch(self, hashes: Sequence[BlockHash]) -> Fetch | None:
+    def begin_fetch(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> Fetch | None:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
-        return self.kv_store.begin(hashes, num_spare=self._scheduler.num_running)
+        return self.kv_store.begin(hashes, found, num_spare=self._scheduler.num_running)
 
     @property
     def has_work(self) -> bool:
