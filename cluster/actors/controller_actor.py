@@ -31,7 +31,7 @@ from cluster.core.errors import (
     SupersededError,
 )
 from cluster.core.states import ClusterState
-from cluster.load.view import load_document, num_at_risk, placement_report
+from cluster.load.view import load_document, placement_report
 from cluster.sizing.start_plan import plan_start
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class ControllerActor:
         holders = cluster.workers.by_device(cluster.placement.num_devices)
         domains = [r.member.domain or r.member.node if r else "" for r in holders]
         for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
-            entry["at_risk"] = num_at_risk(bank, domains)
+            entry["at_risk"] = bank.num_at_risk(domains)
         return {**document, "workers": [r.name if r and not r.is_lost else None for r in holders]}
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:

@@ -186,14 +186,6 @@ def _of_holders(bank: BankPlacement, loads: Sequence[float]) -> list[float]:
     return [load for load, row in rows if any(expert != FREE_SLOT for expert in row)]
 
 
-def num_at_risk(bank: BankPlacement, domains: Sequence[str]) -> int:
-    """Experts with copies in one failure domain only; ``domains`` is by device."""
-    found: list[set[str]] = [set() for _ in range(bank.num_experts)]
-    for device, _, expert in bank.copies():
-        found[expert].add(domains[device])
-    return sum(len(where) == 1 for where in found)
-
-
 def _numbers(counts: Floats) -> list[float]:
     """Whole numbers are written as such, others to a tenth."""
     return [int(c) if c.is_integer() else round(c, 1) for c in counts.tolist()]

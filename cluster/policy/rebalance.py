@@ -15,11 +15,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msgspec import structs
-
 from cluster.config.cluster import ClusterConfig, RebalanceSection
 from cluster.core.load_profile import LoadProfile
-from cluster.core.placement import FREE_SLOT, ExpertPlacement
+from cluster.core.placement import ExpertPlacement
 from cluster.load.view import balancedness_of, expected_loads
 from cluster.planner import decode_moves, mesh
 from cluster.planner.assess import assess
@@ -96,7 +94,7 @@ def decide_placement(
 
     Raises ``ConfigError`` if load, devices and placement do not match.
     """
-    scales = _Scales(load, topology, packed_rows(current), section, step)
+    scales = _Scales(load, topology, current.packed(), section, step)
     time_now = scales.seconds(scales.current)
     found = [scales.weighed(plan, time_now) for plan in scales.candidates()]
     best = max(found, key=lambda d: d.gain_s - d.cost_s)
@@ -104,31 +102,6 @@ def decide_placement(
         reason = f"{best.gain_s:.2f} s won within {section.horizon_s:g} s, {best.cost_s:.2f} s lost"
         return replace(best, action="none", reason=reason, target=current, num_moves=0, num_bytes=0)
     return best
-
-
-def packed_rows(placement: ExpertPlacement) -> ExpertPlacement:
-    """The same experts on every device, without the free slots between them, as planners expect."""
-    banks = (
-        b.with_slots([[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
-        for b in placement.banks
-    )
-    return structs.replace(placement, banks=tuple(banks))
-
-
-def resolved(
-    profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
-) -> ExpertPlacement:
-    """The same slots with the best shares and decode devices for a load; the epoch stays."""
-    options = PlanOptions(max_move_fraction=0.0)
-    plan = mesh.plan(profile, topology, packed_rows(placement), options)
-    return with_shares(placement, plan.placement)
-
-
-def with_shares(placement: ExpertPlacement, other: ExpertPlacement) -> ExpertPlacement:
-    """The slots of one placement with the shares and decode devices of another."""
-    by_key = {(b.bank, b.layer): b for b in other.banks}
-    banks = (by_key[b.bank, b.layer].with_slots(b.physical_to_logical) for b in placement.banks)
-    return structs.replace(placement, banks=tuple(banks))
 
 
 def mixed_balancedness(placement: ExpertPlacement, load: LoadNow) -> float | None:

@@ -36,14 +36,13 @@ from cluster.core.frames import ControlFrame, EpochSwitched
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import LoadWindow
 from cluster.load.view import achieved_loads, balancedness_of
+from cluster.planner import mesh
 from cluster.planner.stages import Stage, is_reached, next_stage
 from cluster.policy.rebalance import (
     LoadNow,
     RebalanceDecision,
     decide_placement,
-    resolved,
     why_impossible,
-    with_shares,
 )
 
 logger = logging.getLogger(__name__)
@@ -259,13 +258,13 @@ class Rebalancing:
         devices = frozenset(m.device for m in cluster.generation.experts)
         stage = next_stage(cluster.placement, target, cluster.num_slots, devices)
         if stage is None and job.num_stages == 0 and is_reached(cluster.placement, target):
-            shared = with_shares(cluster.placement, target)  # shares and decode devices only
+            shared = cluster.placement.with_shares(target)  # shares and decode devices only
             self._begin_stage(job, Stage(fills=(), placement=shared), now)
         elif stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)
         else:
             topology = self.plans.topology(stage.placement)
-            work = partial(resolved, job.asked.load.profile, topology, stage.placement)
+            work = partial(mesh.resolved, job.asked.load.profile, topology, stage.placement)
             self.plans.plan(_SHARES, work, partial(self._stage_shared, job, stage), now)
 
     def _stage_shared(

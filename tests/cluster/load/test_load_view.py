@@ -11,7 +11,6 @@ from cluster.load.tracker import LoadTracker
 from cluster.load.view import (
     balancedness_of,
     load_document,
-    num_at_risk,
     placement_report,
     slot_tokens,
 )
@@ -52,11 +51,6 @@ def test_copies_beyond_those_that_were_ever_chosen_have_no_prompt_tokens() -> No
     load.take("a", make_report(9, [2, 4, 6], [[3], [1], [7]]))
     copies = load.copies(load.epoch)["mlp", 0]
     assert slot_tokens(BANK, copies, "prefill") == [[3, 1], [7, 0], [0, 0]]
-
-
-def test_experts_in_one_failure_domain_are_at_risk() -> None:
-    assert num_at_risk(BANK, ["a", "b", "c"]) == 2
-    assert num_at_risk(BANK, ["a", "a", "a"]) == 3
 
 
 def test_layers_run_in_lockstep() -> None:
