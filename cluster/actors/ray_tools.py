@@ -182,18 +182,6 @@ def free_reserved_room() -> None:
     _internal_kv_del(_TERM, del_by_prefix=True, namespace=NAMESPACE)
 
 
-def end_leftovers() -> list[str]:
-    """End all actors of our namespace and free their room; returns their names.
-
-    The controller ends first, as it would replace the others. For ``down`` without a controller,
-    and for the remains of an earlier run.
-    """
-    names = our_actors()
-    kill_actors(sorted(names, key=lambda name: not name.startswith("expertmesh-")))
-    free_reserved_room()
-    return names
-
-
 def words_of(error: BaseException) -> str:
     """The cause of a Ray error in one line; the worker's own words if there are any."""
     cause = error.cause if isinstance(error, RayTaskError) else None

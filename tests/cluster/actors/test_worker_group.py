@@ -22,7 +22,6 @@ from cluster.actors.controller_client import create_controller
 from cluster.actors.ray_tools import (
     NAMESPACE,
     cluster_nodes,
-    end_leftovers,
     free_resources,
     our_actors,
 )
@@ -32,6 +31,7 @@ from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.core.topology import Member
+from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import plan_start
 from tests.cluster.actors import ray_workers
 from tests.harness.serving_cluster import QUIET_S, connected_ray
