@@ -26,7 +26,6 @@ from cluster.core.frames import (
     EpochReady,
     EpochSwitched,
     ExpertsLoaded,
-    LoadExperts,
     NewEpoch,
     SwitchEpoch,
 )
@@ -216,8 +215,4 @@ class EpochChange:
     def _fail(self, reason: str) -> None:
         self._enter(ChangeState.FAILED)
         self.reason = reason
-        for name in sorted({o.worker for o in self._orders.pending.values()}):
-            number = next(self._cluster.order_numbers)
-            order = LoadExperts(order=number, experts=[], source={"kind": "give up"})
-            self._cluster.send(order, name)
-        self._orders.pending.clear()
+        self._orders.give_up()
