@@ -111,7 +111,10 @@ def _pids(snapshot: dict[str, Any]) -> dict[str, int]:
 
 
 def _is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _nothing_is_left() -> bool:
