@@ -64,6 +64,10 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "workers/engine/test_prefill_cap.py",
         "workers/engine/test_isolation.py",
     ),
+    "workers/engine/step_plan.py": (
+        "workers/engine/test_step_plan.py",
+        "workers/engine/test_scheduler.py",
+    ),
     "workers/kv/block_pool.py": ("workers/kv/test_block_pool.py",),
     "workers/kv/eviction.py": ("workers/kv/test_eviction.py",),
     "workers/kv/prefix_cache.py": ("workers/kv/test_prefix_cache.py",),

@@ -60,7 +60,6 @@ class _Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     worker: str = ""
-    is_replaced: bool = False
 
     async def read(self, limit: int) -> bytes:
         """The next frame. Raises ``ProtocolError``, ``IncompleteReadError``, ``OSError``."""
@@ -112,8 +111,8 @@ class ControlServer:
         if self._server is not None:
             self._server.close()
         connections = [*self._unproved, *self._workers.values()]
+        self._workers.clear()
         for connection in connections:
-            connection.is_replaced = True
             connection.writer.close()
         if self._tasks:
             _, stuck = await asyncio.wait(self._tasks, timeout=1.0)
@@ -136,7 +135,6 @@ class ControlServer:
         """Close a worker's connection after what was sent to it, without an event."""
         connection = self._workers.pop(worker, None)
         if connection is not None:
-            connection.is_replaced = True
             connection.writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -208,5 +206,4 @@ class ControlServer:
             connection.writer.close()
         if self._workers.get(connection.worker) is connection:
             del self._workers[connection.worker]
-        if connection.worker and not connection.is_replaced:
             self._events.on_closed(connection.worker, reason)

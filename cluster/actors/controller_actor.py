@@ -31,7 +31,7 @@ from cluster.core.errors import (
     SupersededError,
 )
 from cluster.core.states import ClusterState
-from cluster.load.view import load_before_start, load_document, num_at_risk, placement_report
+from cluster.load.view import load_document, placement_report
 from cluster.sizing.start_plan import plan_start
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NO_BANKS: dict[str, Any] = {"schema": 1, "epoch": 0, "banks": []}
+"""Of a cluster that has no workers yet."""
 _PLAN_LIMIT_S = 20.0
 """Longest wait for the decision on an order to rebalance; it continues afterwards."""
 STATUS_LIMIT_S = 1.0
@@ -162,22 +164,23 @@ class ControllerActor:
         """Maps, current load and balancedness of all banks (``placement --json``)."""
         cluster = await self._fresh_cluster()
         if cluster is None:
-            return {"schema": 1, "epoch": 0, "banks": []}
+            return _NO_BANKS
         return placement_report(cluster.placement, cluster.load, cluster.profile)
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
         cluster = await self._fresh_cluster()
         if cluster is None:
-            return load_before_start()
+            return {**_NO_BANKS, "model": None, "top_k": 0, "tokens": 0}
         model = str(cluster.workers.model.get("name"))
         document = load_document(
             cluster.placement, cluster.load, cluster.profile, model, cluster.top_k
         )
-        domains = cluster.workers.domains()
+        holders = cluster.workers.by_device(cluster.placement.num_devices)
+        domains = [r.member.domain or r.member.node if r else "" for r in holders]
         for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
-            entry["at_risk"] = num_at_risk(bank, domains)
-        return {**document, "workers": cluster.workers.holders()}
+            entry["at_risk"] = bank.num_at_risk(domains)
+        return {**document, "workers": [r.name if r and not r.is_lost else None for r in holders]}
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to drain (fields of ``DrainOrder``); the operation.
@@ -301,6 +304,5 @@ def _snapshot_before_start() -> dict[str, Any]:
         "model": dict.fromkeys(("name", "path", *MODEL_FACTS)),
         "rebalance": None,
         "workers": [],
-        "gateway": [],
         "history": [],
     }

@@ -88,11 +88,6 @@ def this_node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def is_this_node(node_id: str) -> bool:
-    """Whether the calling process runs on that node."""
-    return this_node_id() == node_id
-
-
 def this_actor_was_restarted() -> bool:
     """Whether the calling actor runs in a second process, after its first one died."""
     context = ray.get_runtime_context()
@@ -185,18 +180,6 @@ def free_reserved_room() -> None:
         if entry["name"] == WORKERS_GROUP and entry["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
     _internal_kv_del(_TERM, del_by_prefix=True, namespace=NAMESPACE)
-
-
-def end_leftovers() -> list[str]:
-    """End all actors of our namespace and free their room; returns their names.
-
-    The controller ends first, as it would replace the others. For ``down`` without a controller,
-    and for the remains of an earlier run.
-    """
-    names = our_actors()
-    kill_actors(sorted(names, key=lambda name: not name.startswith("expertmesh-")))
-    free_reserved_room()
-    return names
 
 
 def words_of(error: BaseException) -> str:

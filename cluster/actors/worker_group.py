@@ -1,4 +1,4 @@
-"""Places, starts, watches and ends the worker actors.
+"""Starts, watches and ends the worker actors.
 
 The actor classes come as arguments; this package never imports the engine. A worker actor is built
 as ``Cls(config: dict, member: dict, control_address: str, extra: dict)`` and has ``start()``,
@@ -13,24 +13,19 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import ray_tools
-from cluster.actors.process import ProcessIdentity, describe_self, kill_process, wait_gone
+from cluster.actors.room import ANY_BUNDLE, Room
 from cluster.config.cluster import ClusterConfig, WorkersSection
-from cluster.config.resources import WorkerShare, resolved_share
+from cluster.config.resources import WorkerShare
 from cluster.core.errors import StartError, SupersededError
-from cluster.core.node_labels import selector_for
-from cluster.core.topology import Member, Role, holds_experts
+from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
+from cluster.core.topology import Member, Role
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 
 logger = logging.getLogger(__name__)
@@ -40,7 +35,6 @@ T = TypeVar("T")
 _PING_S = 0.5
 _POLL_S = 0.05
 _CALL_LIMIT_S = 5.0
-_ANY_BUNDLE = -1
 
 
 @dataclass(slots=True)
@@ -50,7 +44,7 @@ class _Actor:
     name: str
     handle: Any
     node_id: str
-    bundle: int = _ANY_BUNDLE
+    bundle: int = ANY_BUNDLE
     process: ProcessIdentity | None = None
 
 
@@ -62,20 +56,14 @@ class WorkerGroup:
     """Actor classes of the roles, plain or made with ``ray.remote``."""
     stop_limit_s: float = 2.0
     """Time that a worker's own ``stop`` may take."""
-    nodes: dict[str, str] = field(default_factory=dict)
-    """Worker name -> id of the node on which ``reserve`` has found room for it; never those of
-    workers that were found: their names may be given again."""
+    room: Room = field(default_factory=Room)
+    """Reserved for the workers."""
     silent: Collection[str] = ()
     """Workers of an earlier controller that live, or may live, and did not answer ``find``."""
     _actors: dict[str, _Actor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
-    _group: PlacementGroup | None = None
     _term: int = 0
     _identity: str = ""
-    _reserved: dict[str, int] = field(default_factory=dict)
-    """Worker name -> its bundle, of those of the start."""
-    _bundles: dict[Role, range] = field(default_factory=dict)
-    """If nodes are labelled for roles: bundles of each role."""
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while an actor's bundle is chosen and the actor is created."""
 
@@ -103,35 +91,8 @@ class WorkerGroup:
         return self._term
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
-        """Reserve room for all workers, spread over the nodes. Blocks; use a thread.
-
-        Ranks are ordered by node, then index. Raises ``StartError`` if there is no room within
-        ``limit_s``.
-        """
-        pools, share = workers.pools, resolved_share(workers)
-        ray_tools.free_reserved_room()
-        wanted = {"CPU": share.cpus, "GPU": share.gpus}
-        bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
-        count = sum(pools.values())
-        selectors = _selectors(pools)
-        self._group = placement_group(
-            [bundle] * count,
-            strategy="SPREAD",
-            name=ray_tools.WORKERS_GROUP,
-            lifetime="detached",
-            bundle_label_selector=selectors or None,
-        )
-        ranges = _ranges(pools)
-        self._bundles = ranges if selectors else {}
-        if not self._group.wait(limit_s):
-            ray_tools.free_reserved_room()
-            raise StartError("worker group", _no_room_text(count, share, limit_s))
-        table = placement_group_table(self._group)["bundles_to_node_id"]
-        nodes = [str(table[bundle]) for bundle in range(count)]
-        ranked = [pair for role, own in ranges.items() for pair in _rank(role, own, nodes)]
-        self._reserved = {m.name: bundle for m, bundle in ranked}
-        self.nodes = {m.name: nodes[bundle] for m, bundle in ranked}
-        return tuple(m for m, _ in ranked)
+        """See ``Room``. Blocks; use a thread."""
+        return self.room.reserve(workers, limit_s)
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
@@ -143,11 +104,12 @@ class WorkerGroup:
         await _free_names([m.name for m in members])
         created = []
         for member in members:
-            node_id = self.nodes.get(member.name, "")
+            node_id = self.room.nodes.get(member.name, "")
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             async with self._placing:
-                bundle = self._reserved.get(member.name, self._free_bundle(member.role))
+                taken = {a.bundle for a in self._actors.values()}
+                bundle = self.room.bundle_for(member.name, member.role, taken)
                 create: Any = remote.options(**self._options(member, plan.share, bundle)).remote
                 await self._check_term()
                 facts: Any = plan.arguments(member, address)
@@ -201,8 +163,7 @@ class WorkerGroup:
             raise TimeoutError(f"no answer from {', '.join(self.silent)}")
         if found:
             async with asyncio.timeout(limit_s):
-                get = ray.util.get_placement_group
-                self._group = await asyncio.to_thread(get, ray_tools.WORKERS_GROUP)
+                await asyncio.to_thread(self.room.find)
         return found
 
     def names(self) -> list[str]:
@@ -247,9 +208,9 @@ class WorkerGroup:
         try:
             async with asyncio.timeout(limit_s):
                 handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
-                self._actors[name] = _Actor(name, handle, "")
+                actor = self._actors[name] = _Actor(name, handle, "")
                 call: Any = handle.__ray_call__.remote(_introduce)
-                answer, process, node_id = await call
+                answer, actor.process, actor.node_id = await call
         except (ActorUnavailableError, TimeoutError) as err:
             logger.warning("%s is not found again: %s", name, type(err).__name__)
             return None
@@ -257,7 +218,6 @@ class WorkerGroup:
             logger.warning("%s has gone: %s", name, type(err).__name__)
             self._actors.pop(name, None)
             return None
-        self._actors[name] = _Actor(name, handle, node_id, process=process)
         return FoundWorker(
             name=name,
             config=ClusterConfig.from_dict(answer["config"]),
@@ -268,7 +228,6 @@ class WorkerGroup:
     # ---- placing --------------------------------------------------------------------------
 
     def _options(self, member: Member, share: WorkerShare, bundle: int) -> dict[str, Any]:
-        assert self._group is not None
         return {
             "name": member.name,
             "namespace": ray_tools.NAMESPACE,
@@ -278,20 +237,8 @@ class WorkerGroup:
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": 4,  # ping and stop get through while another call is in progress
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._group,
-                placement_group_bundle_index=bundle,
-                placement_group_capture_child_tasks=False,
-            ),
+            "scheduling_strategy": self.room.strategy(bundle),
         }
-
-    def _free_bundle(self, role: Role) -> int:
-        """A free bundle of the role; any bundle if it does not matter, or is unknown to a restarted
-        controller.
-        """
-        taken = {a.bundle for a in self._actors.values()}
-        free = [b for b in self._bundles.get(role, ()) if b not in taken]
-        return free[0] if free else _ANY_BUNDLE
 
     async def _bring_up(self, actor: _Actor) -> None:
         try:
@@ -332,7 +279,7 @@ class WorkerGroup:
 
     async def _is_gone(self, actor: _Actor) -> bool:
         """Whether the process ended; for a remote one its own ``stop`` is trusted."""
-        if actor.process is None or not ray_tools.is_this_node(actor.node_id):
+        if actor.process is None or actor.node_id != ray_tools.this_node_id():
             return True
         return await asyncio.to_thread(wait_gone, actor.process, 1.0)
 
@@ -340,7 +287,7 @@ class WorkerGroup:
         """SIGKILL on its node: Ray lets a stopped process live for seconds."""
         if actor.process is None:
             return
-        if ray_tools.is_this_node(actor.node_id):
+        if actor.node_id == ray_tools.this_node_id():
             kill_process(actor.process)
             await asyncio.to_thread(wait_gone, actor.process, 1.0)
             return
@@ -360,20 +307,6 @@ def _raise_superseded(err: Exception) -> None:
 async def _in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """A blocking call of Ray, in a thread. Raises ``TimeoutError``."""
     return await asyncio.wait_for(asyncio.to_thread(call, *args, **kwargs), _CALL_LIMIT_S)
-
-
-def _ranges(pools: Mapping[Role, int]) -> dict[Role, range]:
-    """Bundles of each role, in the order of the pools."""
-    ends = accumulate(pools.values())
-    return {role: range(end - n, end) for (role, n), end in zip(pools.items(), ends, strict=True)}
-
-
-def _selectors(pools: Mapping[Role, int]) -> list[dict[str, str]]:
-    """``[bundle]`` -> the nodes it may use, if any node is labelled for a role; else empty."""
-    places = [node.place for node in ray_tools.cluster_nodes()]
-    if not any(place.role for place in places):
-        return []
-    return [s for r, number in pools.items() for s in [selector_for(r, places)] * number]
 
 
 def _introduce(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
@@ -413,35 +346,3 @@ async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _rank(role: Role, bundles: range, nodes: Sequence[str]) -> list[tuple[Member, int]]:
-    """Members of one pool with their bundles, ranked by the order of the ``[bundle]`` nodes."""
-    known = {n.node_id: n for n in ray_tools.cluster_nodes()}
-    order = {node_id: i for i, node_id in enumerate(known)}
-    placed = sorted(bundles, key=lambda bundle: order[nodes[bundle]])
-    places = ((bundle, known[nodes[bundle]]) for bundle in placed)
-    return [
-        (
-            Member(
-                name=f"{role}-{rank}",
-                role=role,
-                rank=rank,
-                device=rank if holds_experts(role) else -1,
-                node=node.address,
-                domain=node.place.domain,
-                link_class=node.place.link_class,
-                speed=node.place.speed,
-            ),
-            bundle,
-        )
-        for rank, (bundle, node) in enumerate(places)
-    ]
-
-
-def _no_room_text(count: int, share: WorkerShare, limit_s: float) -> str:
-    free = ray_tools.free_resources()
-    return (
-        f"no room for {count} workers of {share.cpus:g} CPUs and {share.gpus:g} GPUs each within "
-        f"{limit_s:g} s: free are {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs"
-    )

@@ -194,10 +194,9 @@ class Controller:
             "experts_complete": cluster.experts_complete,
             "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
-            "workers": [r.to_dict() for r in cluster.workers],
-            "gateway": [],
+            "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],
             "problems": self.recovery.problems(self.detection.last_tick),
-            "metrics": cluster.metrics.to_plain({r.member.role for r in cluster.workers}),
+            "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),
         }
 

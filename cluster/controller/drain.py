@@ -219,8 +219,10 @@ class Draining:
             return None
         return stage_on(others, cluster.placement, cluster.room)
 
-    def _records(self, drain: Drain) -> list[WorkerRecord]:
-        return [self._cluster.workers[name] for name in drain.names]
+    def _attention(self, drain: Drain) -> list[WorkerRecord]:
+        """Those of its workers that hold requests."""
+        records = (self._cluster.workers[name] for name in drain.names)
+        return [r for r in records if r.member.runs_attention]
 
     # ---- steps ----------------------------------------------------------------------------
 
@@ -238,8 +240,7 @@ class Draining:
         elif drain.step is DrainStep.COPY:
             self._watch_copies(drain, now)
         elif drain.step is DrainStep.MOVE:
-            held = [r for r in self._records(drain) if r.member.runs_attention]
-            if cluster.runs and all(r.num_requests == 0 for r in held):
+            if cluster.runs and all(r.num_requests == 0 for r in self._attention(drain)):
                 self._leave(drain, now)
             else:
                 cluster.send(StatusRequest(token=0), *drain.names)
@@ -270,7 +271,6 @@ class Draining:
         drain.operation.result["experts_copied"] = len(stage.fills)
         left_s = max(drain.deadline - now, 0.1)
         self._change = EpochChange(self._cluster, stage, now, limit_s=left_s)
-        self._watch_copies(drain, now)
 
     def _watch_copies(self, drain: Drain, now: float) -> None:
         """Continue when the others have the experts; begin again after a generation change."""
@@ -292,7 +292,7 @@ class Draining:
             self._undo(drain, OperationState.FAILED, text, now)
 
     def _move(self, drain: Drain, now: float) -> None:
-        held = [r for r in self._records(drain) if r.member.runs_attention]
+        held = self._attention(drain)
         drain.operation.result["requests_moved"] = sum(r.num_requests or 0 for r in held)
         for record in held:
             record.stats.clear()  # only later numbers count
@@ -325,7 +325,7 @@ class Draining:
         if self._change is not None:
             self._change.cancel("the drain was given up")
         back = drain.way_back(cluster.placement, cluster.generation)
-        is_whole = cluster.runs and not any(r.is_lost for r in self._records(drain))
+        is_whole = cluster.runs and not any(cluster.workers[n].is_lost for n in drain.names)
         if self._change is not None or back is None or not is_whole:
             self._end(drain, state, text, now)
             return
@@ -346,8 +346,8 @@ class Draining:
 
     def _hold_back(self, drain: Drain, drains: bool) -> None:
         """Tell the gateways whether its attention workers take requests."""
-        for record in self._records(drain):
-            record.drains = drains and record.member.runs_attention
+        for record in self._attention(drain):
+            record.drains = drains
         self._cluster.touch()
 
     def _enter(self, drain: Drain, step: DrainStep) -> None:

@@ -37,7 +37,6 @@ class Greeting:
     """Frames of one worker since it reached the restarted controller."""
 
     register: frames.Register | None = None
-    loading: frames.LoadProgress | None = None
     ready: frames.WorkerReady | None = None
     report: frames.WorkerReport | None = None
     asks_for_drain: bool = False
@@ -48,8 +47,6 @@ class Greeting:
         match frame:
             case frames.Register():
                 self.register = frame
-            case frames.LoadProgress():
-                self.loading = frame
             case frames.WorkerReady():
                 self.ready = frame
             case frames.WorkerReport():
@@ -240,7 +237,6 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
             if not workers[name].is_lost:
                 why = "it did not call the restarted controller"
                 workers[name].enter(WorkerState.LOST, why)
-        cluster.remember()
         recovery.lost({n: workers[n].reason for n in missing}, now)
         cluster.effects.append(End(tuple(missing)))
     else:
@@ -260,8 +256,6 @@ def _restore_workers(table: WorkerTable, collected: CollectedState) -> None:
             continue  # it learns so with its next frame
         assert greeting.register is not None
         record.register(greeting.register)
-        if greeting.loading is not None:
-            record.load(greeting.loading)
         if greeting.ready is None:
             continue
         record.ready(greeting.ready)

@@ -1,4 +1,5 @@
 """Values that every package shares: errors, ranks, placements, states, control frames.
 
-Imports the standard library, numpy, msgspec and, in ``metric_families``, ``prometheus_client``.
+Imports the standard library, numpy, msgspec and, in one module each, ``prometheus_client``
+(``metric_families``) and ``psutil`` (``process``).
 """

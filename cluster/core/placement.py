@@ -88,6 +88,13 @@ class BankPlacement(Message, frozen=True, kw_only=True):
                 if expert != FREE_SLOT:
                     yield device, slot, expert
 
+    def num_at_risk(self, domains: Sequence[str]) -> int:
+        """Experts with copies in one failure domain only; ``domains`` is by device."""
+        found: list[set[str]] = [set() for _ in range(self.num_experts)]
+        for device, _, expert in self.copies():
+            found[expert].add(domains[device])
+        return sum(len(where) == 1 for where in found)
+
     def holders(self, expert: int) -> tuple[int, ...]:
         """The devices that hold an expert, rising."""
         return tuple(device for device, _ in self.logical_to_physical(expert))
@@ -198,6 +205,20 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
     def num_devices(self) -> int:
         """Devices the maps speak of."""
         return self.banks[0].num_devices if self.banks else 0
+
+    def packed(self) -> ExpertPlacement:
+        """The same experts on every device, without the free slots between them."""
+        banks = (
+            b.with_slots([[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
+            for b in self.banks
+        )
+        return replace(self, banks=tuple(banks))
+
+    def with_shares(self, other: ExpertPlacement) -> ExpertPlacement:
+        """The same slots with the shares and decode devices of another placement."""
+        by_key = {(b.bank, b.layer): b for b in other.banks}
+        banks = (by_key[b.bank, b.layer].with_slots(b.physical_to_logical) for b in self.banks)
+        return replace(self, banks=tuple(banks))
 
     def without_devices(self, lost: frozenset[int], epoch: int) -> ExpertPlacement | None:
         """The placement of the survivors as ``epoch``; None when an expert has no copy left."""

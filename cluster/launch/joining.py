@@ -18,6 +18,7 @@ from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError, NotReadyError, StartError
 from cluster.core.node_labels import selector_for
 from cluster.launch.plan import EVERY_INTERFACE, LaunchPlan, check_ports, tell_differences
+from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import plan_start
 
 logger = logging.getLogger(__name__)
@@ -87,8 +88,6 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
 
     Raises ``ConfigError`` if that differs from the present request.
     """
-    from cluster.actors.ray_tools import end_leftovers
-
     try:
         origin = ask_controller("origin", limit_s=_ANSWER_LIMIT_S)
         state = ask_controller("snapshot", limit_s=_ANSWER_LIMIT_S)["state"]

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.actors.process import ProcessIdentity
 from cluster.core.addresses import split_address
 from cluster.core.errors import StartError, first_line
+from cluster.core.process import ProcessIdentity
 from cluster.launch.orphans import end_all, find_by_files, sweep
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.actors.process import ProcessIdentity, is_running, kill_process
+from cluster.core.process import ProcessIdentity, is_running, kill_process
 
 _POLL_S = 0.05
 _END_LIMIT_S = 3.0

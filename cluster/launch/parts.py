@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.controller_client import ask_controller, create_controller
-from cluster.actors.process import ProcessIdentity
 from cluster.config.gateway import EndStage
 from cluster.core.errors import ExpertMeshError, StartError
+from cluster.core.process import ProcessIdentity
 from cluster.launch.joining import JoinedRay, examine, is_deployed
 from cluster.launch.local_ray import PrivateRay, join
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.serve_proxy import wait_ready
+from cluster.launch.teardown import end_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +135,6 @@ class ClusterParts:
         """
         if not self._is_connected or self._joined.found:
             return
-        from cluster.actors.ray_tools import end_leftovers
-
         if self._has_app:
             give_up = time.monotonic() + _LAST_WORDS_S
             while self.tell_gateway("fail") and time.monotonic() < give_up:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.actors.process import ProcessIdentity, is_running
 from cluster.core.addresses import split_address
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, ProtocolError
+from cluster.core.process import ProcessIdentity, is_running
 from cluster.launch.orphans import host_id, sweep
 
 DEFAULT_NAME = "default"

@@ -25,7 +25,7 @@ def end_joined(address: str) -> list[str]:
     import ray
     from ray import serve
 
-    from cluster.actors.ray_tools import end_leftovers, our_actors
+    from cluster.actors.ray_tools import our_actors
     from gateway.app import APP_NAME
 
     join(address)
@@ -40,6 +40,20 @@ def end_joined(address: str) -> list[str]:
         return names
     finally:
         ray.shutdown()
+
+
+def end_leftovers() -> list[str]:
+    """End all actors of our namespace and free their room; returns their names.
+
+    The controller ends first, as it would replace the others. For ``down`` without a controller,
+    and for the remains of an earlier run.
+    """
+    from cluster.actors.ray_tools import free_reserved_room, kill_actors, our_actors
+
+    names = our_actors()
+    kill_actors(sorted(names, key=lambda name: not name.startswith("expertmesh-")))
+    free_reserved_room()
+    return names
 
 
 if __name__ == "__main__":

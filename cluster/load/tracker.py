@@ -68,7 +68,7 @@ class CopyLoad:
         return CopyLoad(prefill=sum_by_copy(self.prefill, prefill), decode=self.decode + decode)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class LoadWindow:
     """The load of a span of time."""
 
@@ -87,12 +87,13 @@ class LoadTracker:
     def __init__(self, section: LoadSection, now: float) -> None:
         self._section = section
         self._reports: dict[str, LoadReport] = {}
-        self._began_at = now
-        self._base = _NOTHING
-        self._base_epoch: int | None = None
-        self._base_copies: dict[BankKey, CopyLoad] = {}
+        self._base = LoadWindow(now, _NOTHING, 0, {})
+        """All load before the window, with the time at which it ended."""
         self._average = _NOTHING
-        self._watched: dict[BankKey, tuple[int, ...]] = {}
+        self.watched: dict[BankKey, tuple[int, ...]] = {}
+        """The busiest experts of a bank, chosen again at each placement epoch.
+
+        Between epochs they stay the same, so that the metrics' counters never fall."""
         self._watched_epoch: int | None = None
         self.num_windows = 0
         """Windows with load that have ended so far."""
@@ -107,25 +108,22 @@ class LoadTracker:
 
     def tick(self, now: float) -> LoadWindow | None:
         """End the window if its time is over; returns it if it had load."""
-        if now - self._began_at < self._section.window_s:
+        base, epoch = self._base, self.epoch
+        if now - base.began_at < self._section.window_s:
             return None
-        totals, epoch, copies = self.totals(), self.epoch, self.copies()
-        sums = totals.combined(1.0, self._base, -1.0)
-        began, self._began_at = self._began_at, now
+        totals, copies = self.totals(), self.copies(epoch)
+        self._base = LoadWindow(now, totals, epoch, copies)
+        sums = totals.combined(1.0, base.sums, -1.0)
         if sums.rows <= 0:
             return None
-        if epoch == self._base_epoch:
-            base = self._base_copies
-            since = {
-                key: load.plus(-base[key].prefill, -base[key].decode) if key in base else load
-                for key, load in copies.items()
-            }
-        else:
-            since = copies
-        self._base, self._base_epoch, self._base_copies = totals, epoch, copies
+        known = base.copies if epoch == base.epoch else {}
+        since = {
+            key: load.plus(-known[key].prefill, -known[key].decode) if key in known else load
+            for key, load in copies.items()
+        }
         keep = 0.5 ** (self._section.window_s / self._section.half_life_s)
         self._average = self._average.combined(keep, sums, 1.0)
-        window = LoadWindow(began_at=began, sums=sums, epoch=epoch, copies=since)
+        window = LoadWindow(base.began_at, sums, epoch, since)
         self.windows.append(window)
         self.num_windows += 1
         self._watch(totals, epoch)
@@ -145,11 +143,11 @@ class LoadTracker:
             decode=_sums((key, c.decode) for r in reports for key, c in r.banks.items()),
         )
 
-    def copies(self) -> dict[BankKey, CopyLoad]:
-        """Load in the placement epoch in force, by copy."""
+    def copies(self, epoch: int) -> dict[BankKey, CopyLoad]:
+        """Load in a placement epoch, by copy; nothing unless it is the newest."""
         found: dict[BankKey, CopyLoad] = {}
-        for report in self._reports.values():
-            for key, counts in report.banks.items() if report.epoch == self.epoch else ():
+        for report in self._reports.values() if epoch == self.epoch else ():
+            for key, counts in report.banks.items() if report.epoch == epoch else ():
                 prefill, decode = counts.epoch_prefill, counts.epoch_decode
                 known = found.get(key)
                 more = CopyLoad(prefill=prefill, decode=decode)
@@ -170,17 +168,10 @@ class LoadTracker:
         if sums.rows <= 0:
             return None
         banks = tuple(
-            BankLoad(bank=key[0], layer=key[1], counts=_numbers(sums.counts(key)))
+            BankLoad(bank=key[0], layer=key[1], counts=tuple(sums.counts(key).tolist()))
             for key in sums.prefill
         )
         return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)
-
-    def watched(self, key: BankKey) -> tuple[int, ...]:
-        """The busiest experts of a bank, chosen again at each placement epoch.
-
-        Between epochs they stay the same, so that the metrics' counters never fall.
-        """
-        return self._watched.get(key, ())
 
     def _watch(self, totals: LoadSums, epoch: int) -> None:
         if epoch == self._watched_epoch:
@@ -188,7 +179,7 @@ class LoadTracker:
         self._watched_epoch = epoch
         for key in totals.prefill:
             order = np.argsort(-totals.counts(key), kind="stable")
-            self._watched[key] = tuple(sorted(int(e) for e in order[:TOP_EXPERTS]))
+            self.watched[key] = tuple(sorted(int(e) for e in order[:TOP_EXPERTS]))
 
 
 def _sums(parts: Iterable[tuple[BankKey, Counts | Floats]]) -> dict[BankKey, Floats]:
@@ -196,8 +187,3 @@ def _sums(parts: Iterable[tuple[BankKey, Counts | Floats]]) -> dict[BankKey, Flo
     for key, counts in parts:
         total[key] = total[key] + counts if key in total else counts.astype(np.float64)
     return total
-
-
-def _numbers(counts: Floats) -> tuple[float, ...]:
-    """Whole numbers stay whole in a file."""
-    return tuple(int(c) if c.is_integer() else c for c in counts.tolist())

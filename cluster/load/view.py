@@ -40,10 +40,13 @@ def achieved_loads(
     placement: ExpertPlacement, load: LoadTracker, phase: Phase | None = None
 ) -> DeviceLoads:
     """Tokens of each device in this placement epoch: in its newest window, else in total."""
-    newest = load.windows[-1] if load.windows else None
-    copies = newest.copies if newest and newest.epoch == placement.epoch else load.copies()
-    tokens = _slot_tokens(placement, copies, load.epoch, phase)
-    return _of_holders(placement, {key: list(map(sum, rows)) for key, rows in tokens.items()})
+    newest, epoch = load.windows[-1] if load.windows else None, placement.epoch
+    copies = newest.copies if newest and newest.epoch == epoch else load.copies(epoch)
+    return {
+        key: _of_holders(bank, [sum(row) for row in slot_tokens(bank, copies[key], phase)])
+        for bank in placement.banks
+        if (key := (bank.bank, bank.layer)) in copies
+    }
 
 
 def expected_loads(
@@ -64,10 +67,10 @@ def expected_loads(
             total = [0.0] * bank.num_devices
             for expert, device in enumerate(bank.decode_device):
                 total[device] += counts[expert]
-            found[bank.bank, bank.layer] = total
+            found[bank.bank, bank.layer] = _of_holders(bank, total)
         else:
             found[bank.bank, bank.layer] = device_loads(bank, counts)
-    return _of_holders(placement, found) if phase == "decode" else found
+    return found
 
 
 def balancedness_of(loads: Sequence[Sequence[float]]) -> float | None:
@@ -87,25 +90,19 @@ def placement_report(
     of the devices in this epoch; None without load.
     """
     totals = load.totals()
-    loads = _by_name(placement, load, profile)
-    banks = []
-    for bank in placement.banks:
-        key = (bank.bank, bank.layer)
-        banks.append(
-            {
-                "bank": bank.bank,
-                "layer": bank.layer,
-                "physical_to_logical": [list(s) for s in bank.physical_to_logical],
-                "load": _numbers(totals.counts(key)) if key in totals.prefill else [],
-                "balancedness": _balancedness(loads, key),
-            }
-        )
+    both = _balancedness(placement, load, profile)
+    banks = [
+        {
+            "bank": bank.bank,
+            "layer": bank.layer,
+            "physical_to_logical": [list(s) for s in bank.physical_to_logical],
+            "load": _numbers(totals.counts(key)) if key in totals.prefill else [],
+            "balancedness": both[key],
+        }
+        for bank in placement.banks
+        for key in [(bank.bank, bank.layer)]
+    ]
     return {"schema": 1, "epoch": placement.epoch, "banks": banks}
-
-
-def load_before_start() -> dict[str, Any]:
-    """``load_document`` of a cluster that has no workers yet."""
-    return {"schema": 1, "model": None, "top_k": 0, "tokens": 0, "epoch": 0, "banks": []}
 
 
 def load_document(
@@ -123,9 +120,9 @@ def load_document(
     experts; ``copies`` of each expert. ``load``, ``balancedness``: as in ``placement_report``.
     """
     totals, window, average = (load.sums(s) for s in ("total", "window", "average"))
-    tokens = _slot_tokens(placement, load.copies(), load.epoch)
-    loads = _by_name(placement, load, profile)
-    by_phase = {phase: _by_name(placement, load, profile, phase) for phase in PHASES}
+    copies = load.copies(placement.epoch)
+    both = _balancedness(placement, load, profile)
+    by_phase = {phase: _balancedness(placement, load, profile, phase) for phase in PHASES}
     banks = []
     for bank in placement.banks:
         key = (bank.bank, bank.layer)
@@ -141,11 +138,11 @@ def load_document(
                 "decode": _numbers(totals.decode[key]) if has_load else None,
                 "window": _numbers(window.counts(key)) if key in window.prefill else None,
                 "average": _numbers(average.counts(key)) if key in average.prefill else None,
-                "slots": tokens.get(key),
-                "watched": list(load.watched(key)),
+                "slots": slot_tokens(bank, copies[key]) if key in copies else None,
+                "watched": list(load.watched.get(key, ())),
                 "copies": list(bank.replica_count),
-                "balancedness": _balancedness(loads, key),
-                "phases": {phase: _balancedness(by_phase[phase], key) for phase in PHASES},
+                "balancedness": both[key],
+                "phases": {phase: found[key] for phase, found in by_phase.items()},
             }
         )
     return {
@@ -156,65 +153,37 @@ def load_document(
         "epoch": placement.epoch,
         "window_tokens": round(window.rows),
         "average_tokens": round(average.rows),
-        "balancedness": _balancedness(loads),
-        "phases": {phase: _balancedness(by_phase[phase]) for phase in PHASES},
+        "balancedness": both[None],
+        "phases": {phase: found[None] for phase, found in by_phase.items()},
         "banks": banks,
     }
 
 
-def _by_name(
+def _balancedness(
     placement: ExpertPlacement,
     load: LoadTracker,
     profile: LoadProfile | None,
     phase: Phase | None = None,
-) -> dict[str, DeviceLoads]:
-    return {
+) -> dict[BankKey | None, dict[str, float | None]]:
+    """``predicted`` and ``achieved`` by bank; that of all layers together is under None."""
+    names = {
         "predicted": expected_loads(placement, profile, phase),
         "achieved": achieved_loads(placement, load, phase),
     }
-
-
-def _balancedness(
-    loads: Mapping[str, DeviceLoads], key: BankKey | None = None
-) -> dict[str, float | None]:
-    """``predicted`` and ``achieved``, of one bank or of all layers together."""
+    keys = [(bank.bank, bank.layer) for bank in placement.banks]
     return {
-        name: balancedness_of(list(each.values()) if key is None else [each.get(key, ())])
-        for name, each in loads.items()
+        key: {
+            name: balancedness_of(list(loads.values()) if key is None else [loads.get(key, ())])
+            for name, loads in names.items()
+        }
+        for key in (None, *keys)
     }
 
 
-def _slot_tokens(
-    placement: ExpertPlacement,
-    copies: Mapping[BankKey, CopyLoad],
-    epoch: int,
-    phase: Phase | None = None,
-) -> dict[BankKey, list[list[int]]]:
-    """By bank; nothing while the counts are of another epoch."""
-    if epoch != placement.epoch:
-        return {}
-    keys = ((bank, (bank.bank, bank.layer)) for bank in placement.banks)
-    return {key: slot_tokens(bank, copies[key], phase) for bank, key in keys if key in copies}
-
-
-def _of_holders(placement: ExpertPlacement, loads: DeviceLoads) -> DeviceLoads:
-    """Without the devices that hold nothing (lost ones)."""
-    held = {
-        (bank.bank, bank.layer): [any(e != FREE_SLOT for e in s) for s in bank.physical_to_logical]
-        for bank in placement.banks
-    }
-    return {
-        key: [load for load, is_held in zip(each, held[key], strict=True) if is_held]
-        for key, each in loads.items()
-    }
-
-
-def num_at_risk(bank: BankPlacement, domains: Sequence[str]) -> int:
-    """Experts with copies in one failure domain only; ``domains`` is by device."""
-    found: list[set[str]] = [set() for _ in range(bank.num_experts)]
-    for device, _, expert in bank.copies():
-        found[expert].add(domains[device])
-    return sum(len(where) == 1 for where in found)
+def _of_holders(bank: BankPlacement, loads: Sequence[float]) -> list[float]:
+    """``loads`` by device without the devices that hold nothing (lost ones)."""
+    rows = zip(loads, bank.physical_to_logical, strict=True)
+    return [load for load, row in rows if any(expert != FREE_SLOT for expert in row)]
 
 
 def _numbers(counts: Floats) -> list[float]:

@@ -13,7 +13,7 @@ The utilization of a device is its load over its speed.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Member
+from cluster.planner.stages import held_by
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -208,6 +209,29 @@ def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevic
         domain=member.domain,
         link_class=member.link_class,
     )
+
+
+def planned_topology(
+    experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
+) -> PlannedTopology:
+    """The living devices, each with ``num_slots`` slots; none for lost ones.
+
+    A device that holds more (after a recovery, for example) may keep as many. On a single node each
+    worker is a failure domain of its own.
+    """
+    by_device = {m.device: m for m in experts}
+    is_spread = len({m.domain or m.node for m in experts}) > 1
+    domains = {m.device: m.domain if is_spread else m.name for m in experts}
+    held = [
+        max(len(held_by(bank, d)) for bank in placement.banks) for d in range(placement.num_devices)
+    ]
+    devices = tuple(
+        replace(planned_device(by_device[d], max(num_slots, held[d])), domain=domains[d])
+        if d in by_device
+        else PlannedDevice(num_expert_slots=0)
+        for d in range(placement.num_devices)
+    )
+    return PlannedTopology(devices=devices)
 
 
 def equally_large(profile: LoadProfile) -> Iterator[tuple[BankLoad, ...]]:

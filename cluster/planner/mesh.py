@@ -104,6 +104,14 @@ def plan(
     return assess(profile, topology, ExpertPlacement(epoch=epoch, banks=banks), current)
 
 
+def resolved(
+    profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
+) -> ExpertPlacement:
+    """The same slots with the best shares and decode devices for a load; the epoch stays."""
+    options = PlanOptions(max_move_fraction=0.0)
+    return placement.with_shares(plan(profile, topology, placement.packed(), options).placement)
+
+
 def move_budget(current: ExpertPlacement | None, options: PlanOptions) -> int:
     """Slots that a plan may fill anew."""
     if current is None or options.max_move_fraction is None:

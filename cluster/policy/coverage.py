@@ -46,20 +46,15 @@ class Holdings:
     """(bank, layer) -> tokens by logical expert; the experts of other banks weigh the same."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Coverage:
-    """The result of ``cover``."""
-
-    placement: ExpertPlacement | None
-    """The maps, in force once ``loads`` are done; None if an expert fits nowhere."""
-    loads: tuple[SlotFill, ...]
-    """What members must read first."""
-    missing: tuple[tuple[int, int], ...]
-    """(bank, expert) without room, if there is no placement."""
+Missing = Sequence[tuple[int, int]]
+"""(place of the bank, expert) of the experts that have no room."""
 
 
-def cover(holdings: Holdings, devices: Collection[int], epoch: int) -> Coverage:
-    """Maps that use only ``devices``, the members' ones; ``epoch`` is the new placement's."""
+def cover(holdings: Holdings, devices: Collection[int], epoch: int) -> tuple[Stage | None, Missing]:
+    """Maps that use only ``devices``, the members' ones, and what these must read first.
+
+    ``epoch`` is the new placement's. There is no stage if an expert fits nowhere.
+    """
     present = frozenset(devices)
     banks: list[BankPlacement] = []
     loads: list[SlotFill] = []
@@ -73,9 +68,9 @@ def cover(holdings: Holdings, devices: Collection[int], epoch: int) -> Coverage:
         if not missing:
             banks.append(work.placement())
     if missing:
-        return Coverage(placement=None, loads=(), missing=tuple(missing))
+        return None, missing
     placement = ExpertPlacement(epoch=epoch, banks=tuple(banks))
-    return Coverage(placement=placement, loads=tuple(loads), missing=())
+    return Stage(fills=tuple(loads), placement=placement), ()
 
 
 def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | None) -> Stage:
@@ -84,29 +79,23 @@ def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | Non
     ``room`` as in ``Holdings``. Raises ``ConflictError`` if the devices have not enough.
     """
     holdings = Holdings(current=current, desired=current, room=room)
-    found = cover(holdings, devices, current.epoch + 1)
-    if found.placement is None:
-        lacking = f"{len(found.missing)} experts that only they hold"
+    stage, missing = cover(holdings, devices, current.epoch + 1)
+    if stage is None:
+        lacking = f"{len(missing)} experts that only they hold"
         raise ConflictError(f"the other workers have no room for {lacking}")
-    fills = tuple(
-        replace(load, sources=current.banks[load.bank].holders(load.expert)) for load in found.loads
-    )
-    return Stage(fills=fills, placement=found.placement)
+    fills = (replace(f, sources=current.banks[f.bank].holders(f.expert)) for f in stage.fills)
+    return replace(stage, fills=tuple(fills))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureDecision:
     """What to do after members left or joined; the controller carries it out."""
 
-    can_run: bool
-    """A generation of the members runs; else an expert has no copy, or no attention worker is left.
-    """
-    placement: ExpertPlacement
-    """Maps of the new generation; the old ones where none can run."""
-    loads: tuple[SlotFill, ...]
-    """What members must load before it runs."""
+    stage: Stage | None
+    """Maps of the new generation, and what members must load before it runs. None: no generation
+    can run, as an expert has no copy, or no attention worker is left."""
     experts_complete: bool
-    """Every expert has a copy on a member, or will have one after ``loads``."""
+    """Every expert has a copy on a member, or will have one after the loads."""
     effect: str
     """Effect, for people."""
 
@@ -119,25 +108,19 @@ def decide_members(
     ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
     """
     current, epoch = holdings.current, max(highest_epoch, holdings.current.epoch)
-    found = cover(holdings, {m.device for m in members if m.holds_experts}, epoch + 1)
-    placement, loads = found.placement, found.loads
-    has_attention = any(m.runs_attention for m in members)
-    if placement is None or not has_attention:
+    stage, missing = cover(holdings, {m.device for m in members if m.holds_experts}, epoch + 1)
+    if not any(m.runs_attention for m in members):
+        is_complete = stage is not None and not stage.fills
         why = "no attention worker is left"
-        return FailureDecision(
-            can_run=False,
-            placement=current,
-            loads=(),
-            experts_complete=placement is not None and not loads,
-            effect=_missing_text(current, found.missing) if has_attention else why,
-        )
-    if placement.banks == current.banks:
-        placement = structs.replace(placement, epoch=epoch)
-    effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-    effect = f"{_loads_text(loads, members)}; {effect}" if loads else effect
-    return FailureDecision(
-        can_run=True, placement=placement, loads=loads, experts_complete=True, effect=effect
-    )
+        return FailureDecision(stage=None, experts_complete=is_complete, effect=why)
+    if stage is None:
+        why = _missing_text(current, missing)
+        return FailureDecision(stage=None, experts_complete=False, effect=why)
+    if stage.placement.banks == current.banks:
+        stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
+    effect = f"go on with {describe_members(members)}, placement epoch {stage.placement.epoch}"
+    effect = f"{_loads_text(stage.fills, members)}; {effect}" if stage.fills else effect
+    return FailureDecision(stage=stage, experts_complete=True, effect=effect)
 
 
 def describe_losses(lost: Mapping[str, str]) -> str:
@@ -252,8 +235,7 @@ class _Bank:
         return min(places, key=lambda d: (others.count(d), d))
 
 
-def _missing_text(placement: ExpertPlacement, missing: Sequence[tuple[int, int]]) -> str:
-    """``missing`` are (place of the bank, expert)."""
+def _missing_text(placement: ExpertPlacement, missing: Missing) -> str:
     index, expert = missing[0]
     bank = placement.banks[index]
     verb = "expert has" if len(missing) == 1 else "experts have"

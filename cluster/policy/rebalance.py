@@ -12,21 +12,16 @@ The change with the largest ``gain x horizon - cost`` is made if that is positiv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msgspec import structs
-
 from cluster.config.cluster import ClusterConfig, RebalanceSection
 from cluster.core.load_profile import LoadProfile
-from cluster.core.placement import FREE_SLOT, ExpertPlacement
-from cluster.core.topology import Member
+from cluster.core.placement import ExpertPlacement
 from cluster.load.view import balancedness_of, expected_loads
 from cluster.planner import decode_moves, mesh
 from cluster.planner.assess import assess
-from cluster.planner.base import Plan, PlannedDevice, PlannedTopology, PlanOptions, planned_device
-from cluster.planner.stages import held_by
+from cluster.planner.base import Plan, PlannedTopology, PlanOptions
 from cluster.sizing.replay import StepCost, window_of
 
 Action = Literal["none", "split", "move"]
@@ -86,29 +81,6 @@ def why_impossible(config: ClusterConfig) -> str:
     return ""
 
 
-def planned_topology(
-    experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
-) -> PlannedTopology:
-    """The living devices, each with ``num_slots`` slots; none for lost ones.
-
-    A device that holds more (after a recovery, for example) may keep as many. On a single node each
-    worker is a failure domain of its own.
-    """
-    by_device = {m.device: m for m in experts}
-    is_spread = len({m.domain or m.node for m in experts}) > 1
-    domains = {m.device: m.domain if is_spread else m.name for m in experts}
-    held = [
-        max(len(held_by(bank, d)) for bank in placement.banks) for d in range(placement.num_devices)
-    ]
-    devices = tuple(
-        replace(planned_device(by_device[d], max(num_slots, held[d])), domain=domains[d])
-        if d in by_device
-        else PlannedDevice(num_expert_slots=0)
-        for d in range(placement.num_devices)
-    )
-    return PlannedTopology(devices=devices)
-
-
 def decide_placement(
     load: LoadNow,
     topology: PlannedTopology,
@@ -122,7 +94,7 @@ def decide_placement(
 
     Raises ``ConfigError`` if load, devices and placement do not match.
     """
-    scales = _Scales(load, topology, packed_rows(current), section, step)
+    scales = _Scales(load, topology, current.packed(), section, step)
     time_now = scales.seconds(scales.current)
     found = [scales.weighed(plan, time_now) for plan in scales.candidates()]
     best = max(found, key=lambda d: d.gain_s - d.cost_s)
@@ -130,31 +102,6 @@ def decide_placement(
         reason = f"{best.gain_s:.2f} s won within {section.horizon_s:g} s, {best.cost_s:.2f} s lost"
         return replace(best, action="none", reason=reason, target=current, num_moves=0, num_bytes=0)
     return best
-
-
-def packed_rows(placement: ExpertPlacement) -> ExpertPlacement:
-    """The same experts on every device, without the free slots between them, as planners expect."""
-    banks = (
-        b.with_slots([[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
-        for b in placement.banks
-    )
-    return structs.replace(placement, banks=tuple(banks))
-
-
-def resolved(
-    profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
-) -> ExpertPlacement:
-    """The same slots with the best shares and decode devices for a load; the epoch stays."""
-    options = PlanOptions(max_move_fraction=0.0)
-    plan = mesh.plan(profile, topology, packed_rows(placement), options)
-    return with_shares(placement, plan.placement)
-
-
-def with_shares(placement: ExpertPlacement, other: ExpertPlacement) -> ExpertPlacement:
-    """The slots of one placement with the shares and decode devices of another."""
-    by_key = {(b.bank, b.layer): b for b in other.banks}
-    banks = (by_key[b.bank, b.layer].with_slots(b.physical_to_logical) for b in placement.banks)
-    return structs.replace(placement, banks=tuple(banks))
 
 
 def mixed_balancedness(placement: ExpertPlacement, load: LoadNow) -> float | None:

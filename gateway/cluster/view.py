@@ -21,6 +21,8 @@ POLL_TIMEOUT_S = 10.0
 """How long the controller may hold one long-poll."""
 CALL_TIMEOUT_S = 2.0
 """Limit for a fresh answer; after that the last known one is used."""
+_REPORTS_S = (1.0, 2.0, 5.0, 20.0, 60.0)
+"""Seconds between the reports of how long streams stood still at a new generation."""
 _LEAVE_LIMIT_S = 0.5
 _RETRY_S = 0.2
 
@@ -103,6 +105,17 @@ class ClusterView:
         self.stop()
         with contextlib.suppress(ExpertMeshError):
             await self.ask("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
+
+    async def report_pauses(self, take: Callable[[], tuple[int, float] | None]) -> None:
+        """Let the controller know how long streams stood still, as soon as they have gone on.
+
+        ``take`` returns a generation and the pause at it, in seconds, while there is one to report.
+        """
+        for wait_s in _REPORTS_S:
+            await asyncio.sleep(wait_s)
+            if (pause := take()) is not None:
+                with contextlib.suppress(ExpertMeshError):
+                    await self.ask("streams_paused", *pause)
 
     async def wait_change(self, timeout_s: float) -> None:
         """Return at the next new snapshot, or after ``timeout_s``."""

@@ -7,7 +7,6 @@ worker, hand over. HTTP and gRPC are two thin codecs over it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -59,9 +58,6 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 """Interval at which a request that waits for a worker checks whether its call was ended."""
-
-_REPORTS_S = (1.0, 2.0, 5.0, 20.0, 60.0)
-"""Seconds between the reports of how long streams stood still at a new generation."""
 
 _PASSES_TO_SEND = 2
 """Passes of the event loop in which a request is written to its worker's stream. The codec's next
@@ -278,7 +274,7 @@ class Gateway:
         found, replicas = await asyncio.gather(self.cluster.fresh(), self.replicas.ask("describe"))
         snapshot = dict(found or {"state": "STARTING"})
         snapshot["schema"] = 1
-        snapshot["gateway"] = [*snapshot.get("gateway", ()), *replicas.values()]
+        snapshot["gateway"] = list(replicas.values())
         return snapshot
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
@@ -302,15 +298,8 @@ class Gateway:
             self.metrics.engine(endpoint.engine)  # shows as 0 from the start
         self.engines.update(endpoints, living_workers(snapshot))
         if self.engines.pauses.change(int(snapshot.get("generation") or 0), time.monotonic()):
-            self._reporter = asyncio.create_task(self._report_pauses())
-
-    async def _report_pauses(self) -> None:
-        """Let the controller know how long streams stood still, as soon as they have gone on."""
-        for wait_s in _REPORTS_S:
-            await asyncio.sleep(wait_s)
-            if (pause := self.engines.pauses.take()) is not None:
-                with contextlib.suppress(ExpertMeshError):
-                    await self.cluster.ask("streams_paused", *pause)
+            reports = self.cluster.report_pauses(self.engines.pauses.take)
+            self._reporter = asyncio.create_task(reports)
 
     def _to_text(self, ids: Sequence[int]) -> str:
         if self.tokenizer is None:

@@ -343,7 +343,7 @@ REBALANCE: Mapping[str, Any] = {
 
 def controller_metrics() -> list[PlainFamily]:
     """What a controller has counted."""
-    metrics = ControllerMetrics()
+    metrics = ControllerMetrics(())
     for _ in range(2):
         metrics.decided("applied")
     for _ in range(7):
@@ -355,7 +355,7 @@ def controller_metrics() -> list[PlainFamily]:
     metrics.moved("recovery", 1, 100, 0.25)
     for stall_s in (0.05, 0.3, 0.4):
         metrics.recovered(["expert"], stall_s)
-    return metrics.to_plain(())
+    return metrics.to_plain()
 
 
 class FakeController:

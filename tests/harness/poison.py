@@ -15,7 +15,7 @@ from gateway.core.call import GenerateFields
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from workers.engine.model_runner import StepResult
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.process.actor import AttentionWorker
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.runtime import OnDeath, WorkerRuntime

@@ -21,7 +21,6 @@ from ray.exceptions import ActorUnavailableError
 
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.controller_client import create_controller
-from cluster.actors.ray_tools import end_leftovers
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.cluster import (
     ClusterConfig,
@@ -34,6 +33,7 @@ from cluster.config.cluster import (
 from cluster.controller.controller import Controller
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
+from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 from tests.fakes import FakeWorkerGroup
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result

@@ -33,7 +33,7 @@ from workers.dispatch.copies import EpochTables
 from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.engine.expert_load import Routed
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_sampler import StepTokens
 from workers.requests.step_header import StepHeader
 from workers.sampling.sampler import Drawn

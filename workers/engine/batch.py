@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.dispatch.dispatcher import BatchRows
-from workers.engine.scheduler import PlannedRows
+from workers.engine.step_plan import PlannedRows
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.cache import KVCache
 from workers.model.attention import (

@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cluster.config.cluster import EngineSection
-from cluster.core.errors import QueueFullError, RequestError
+from cluster.core.errors import RequestError
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.engine.expert_load import LoadCounter
 from workers.engine.isolation import Isolation
 from workers.engine.model_runner import ModelRunner, StepResult
-from workers.engine.request_checks import RequestLimits, check_request
-from workers.engine.scheduler import RowsWanted, Scheduler, StepPlan
+from workers.engine.request_checks import RequestLimits, check_request, check_room
+from workers.engine.scheduler import Scheduler
+from workers.engine.step_plan import RowsWanted, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
@@ -169,9 +170,9 @@ class Engine:
         """Whether a choice of this request waits or runs."""
         return request_id in self._requests
 
-    def begin_fetch(self, hashes: Sequence[BlockHash]) -> Fetch | None:
+    def begin_fetch(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> Fetch | None:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
-        return self.kv_store.begin(hashes, num_spare=self._scheduler.num_running)
+        return self.kv_store.begin(hashes, found, num_spare=self._scheduler.num_running)
 
     @property
     def has_work(self) -> bool:
@@ -182,18 +183,10 @@ class Engine:
         known = self._requests.get(request.request_id)
         if known and known[0].request.attempt >= request.attempt:
             raise RequestError(f"request {request.request_id} is already here", "request_id")
-        if request.attempt:
-            return  # it was let in once, by a worker that is lost
-        waiting, limit = self._scheduler.num_waiting, self._section.max_waiting
-        if waiting and waiting + request.n > limit:
-            raise QueueFullError(
-                f"{waiting} sequences are waiting, at most {limit} (max_waiting) may"
-            )
-        tokens, most = self._scheduler.num_waiting_tokens, self._section.max_waiting_tokens
-        if most is not None and tokens and tokens + len(request.prompt) > most:
-            raise QueueFullError(
-                f"{tokens} prompt tokens are waiting, at most {most} (max_waiting_tokens) may"
-            )
+        if not request.attempt:  # else it was let in once, by a worker that is lost
+            scheduler = self._scheduler
+            waiting, tokens = scheduler.num_waiting, scheduler.num_waiting_tokens
+            check_room(request, self._section, waiting, tokens)
 
     def _sequences(
         self, request: Request, grammar: CompiledGrammar | None, now: float
@@ -261,9 +254,9 @@ class Engine:
             tokens = None if result is None else self._step_sampler.draw(plan, result)
         except BaseException:
             # A broken step may have written NaN: the blocks' next holder must not read them.
-            self.cache.clear_slots(self._slots(plan))
+            self.cache.clear_slots(plan.cache_slots(self.cache.block_size))
             self._scheduler.abandon(plan)
-            isolation.give_up(_names(plan))
+            isolation.give_up(plan.request_ids)
             self._counters["steps_abandoned_total"] += 1
             raise
         finally:
@@ -271,15 +264,6 @@ class Engine:
         if result is not None and tokens is not None:
             self._commit(header.epoch, plan, result, tokens)
         return self.poll()
-
-    def _slots(self, plan: StepPlan) -> list[int]:
-        """Cache slots of all rows of a plan."""
-        size = self._section.block_size_tokens
-        return [
-            planned.sequence.blocks[position // size] * size + position % size
-            for planned in plan.rows
-            for position in range(planned.first, planned.first + planned.count)
-        ]
 
     def _commit(self, epoch: int, plan: StepPlan, result: StepResult, tokens: StepTokens) -> None:
         """Make the step count, and queue its outputs."""
@@ -292,7 +276,7 @@ class Engine:
         # Blocks may hold NaN: their next holder must not read them.
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])
         self.load.add(epoch, plan.num_rows, result.routed)
-        if (done := self._isolation.commit(_names(plan))) is not None:
+        if (done := self._isolation.commit(plan.request_ids)) is not None:
             self._solo_steps.append(self._solo_step(done, is_over=True))
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(plan.num_rows)
@@ -407,8 +391,3 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that block accounting is exact; for tests."""
         self._scheduler.check_integrity(self.kv_store.tables)
-
-
-def _names(plan: StepPlan) -> dict[str, None]:
-    """Requests of a plan, in its order."""
-    return dict.fromkeys(planned.sequence.request.request_id for planned in plan.rows)

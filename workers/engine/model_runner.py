@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.engine.batch import Batch, batch_order, split_rows
 from workers.engine.expert_load import Routed
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.inspection.recorder import Capture
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec

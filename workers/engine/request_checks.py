@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.core.errors import ContextLengthError, RequestError
+from cluster.config.cluster import EngineSection
+from cluster.core.errors import ContextLengthError, QueueFullError, RequestError
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.request import Request
 
@@ -102,6 +103,17 @@ def _check_length(length: int, max_tokens: int, limits: RequestLimits) -> None:
             f"prompt ({length} tokens) and max_tokens ({max_tokens}) need {need} KV blocks of "
             f"{limits.block_size} tokens, this worker has {limits.num_blocks}",
             "prompt",
+        )
+
+
+def check_room(request: Request, section: EngineSection, waiting: int, tokens: int) -> None:
+    """Raise ``QueueFullError`` when too many sequences or prompt tokens are waiting."""
+    limit, most = section.max_waiting, section.max_waiting_tokens
+    if waiting and waiting + request.n > limit:
+        raise QueueFullError(f"{waiting} sequences are waiting, at most {limit} (max_waiting) may")
+    if most is not None and tokens and tokens + len(request.prompt) > most:
+        raise QueueFullError(
+            f"{tokens} prompt tokens are waiting, at most {most} (max_waiting_tokens) may"
         )
 
 

@@ -10,57 +10,13 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
 from operator import attrgetter
 
+from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.kv.prefix_cache import PrefixCache
 from workers.requests.request import FinishReason
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRows:
-    """Neighbouring rows of one sequence in a plan. Its block table covers them already."""
-
-    sequence: SequenceState
-    first: int
-    count: int
-    is_decode: bool
-    """One row that continues an output."""
-    num_new_blocks: int
-    """Blocks at the end of the block table that this plan allocated."""
-    is_admitted: bool
-    """The sequence was waiting before this plan."""
-
-    @property
-    def draws_token(self) -> bool:
-        """The last row is the newest token: its logits give the next one."""
-        return self.first + self.count == self.sequence.num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """The rows of one step."""
-
-    rows: tuple[PlannedRows, ...]
-    """Decodes first, each part in the order of priority and arrival."""
-
-    @property
-    def num_rows(self) -> int:
-        return sum(r.count for r in self.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class RowsWanted:
-    """What the next step could run, for the proposal to the leader."""
-
-    decode_rows: int
-    """One per decoding sequence."""
-    prefill_rows: int
-    """Prompt rows within the token budget."""
-    is_alone: bool = False
-    """They are one request's, and no other's may be in the step on any rank."""
 
 
 class Scheduler:

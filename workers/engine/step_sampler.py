@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from workers.engine.model_runner import StepResult
-from workers.engine.scheduler import PlannedRows, StepPlan
+from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.buffers import StepRows
 from workers.inspection.inspector import Inspector
 from workers.model.config import BankSpec, ModelConfig

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from cluster.config.cluster import ObservabilitySection
 from cluster.core.errors import ConfigError
 from workers.requests.step_header import StepHeader
 
@@ -42,6 +43,13 @@ class StepTrace:
             self._begin_file()
         except OSError as err:
             raise ConfigError("trace_dir", str(folder), f"must be writable ({err})") from err
+
+    @classmethod
+    def of(cls, section: ObservabilitySection, worker: str) -> StepTrace | None:
+        """The trace that the configuration asks for, if any. Raises ``ConfigError`` as above."""
+        if section.trace_dir is None:
+            return None
+        return cls(Path(section.trace_dir), worker, section.trace_max_bytes)
 
     def begin_step(self, header: StepHeader) -> bool:
         return True

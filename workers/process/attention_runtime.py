@@ -23,7 +23,7 @@ from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.engine import Engine
-from workers.engine.scheduler import RowsWanted
+from workers.engine.step_plan import RowsWanted
 from workers.engine.step_watchdog import StepWatchdog
 from workers.inspection.buffers import shape_of
 from workers.kv.transfer.store import KvLender

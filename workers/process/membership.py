@@ -33,6 +33,7 @@ from cluster.core.frames import (
     WorkerReport,
 )
 from cluster.core.placement import ExpertPlacement
+from cluster.core.states import next_state
 from cluster.core.topology import Generation
 from workers.engine.isolation import StepMembers
 from workers.engine.step_channel import StepChannel
@@ -239,8 +240,7 @@ class Membership:
         self._enter(Standing.OUTSIDE)
 
     def _enter(self, standing: Standing) -> None:
-        assert standing in _NEXT[self.standing], f"{self.standing.value} -> {standing.value}"
-        self.standing = standing
+        self.standing = next_state(self.standing, standing, _NEXT)
 
     def _take_generation(self, frame: NewGeneration) -> None:
         """Abandon the step under way, open the edges of the new generation, report readiness."""

@@ -12,7 +12,6 @@ import os
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Set
 from contextlib import ExitStack
 from functools import partial
@@ -24,13 +23,8 @@ from msgspec.structs import replace
 from cluster.core.errors import GenerationChangedError, NotReadyError, PeerLostError
 from cluster.core.frames import (
     ControlFrame,
-    ControllerSnapshot,
     DrainRequest,
-    ExpertsLoaded,
-    LoadExperts,
-    NewGeneration,
     Register,
-    RunGeneration,
     Shutdown,
     SlotContents,
     WorkerFailed,
@@ -46,7 +40,7 @@ from workers.experts.slots import ExpertSlots
 from workers.experts.transfer.peer_source import KEY
 from workers.metrics.activity import Activity, thread_cpu_clock
 from workers.metrics.step_metrics import StepMetrics
-from workers.metrics.step_timer import StepTimer
+from workers.metrics.step_timer import StepTimer, TimingSink
 from workers.metrics.step_trace import StepTrace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.huge_pages import collapse_weights
@@ -56,6 +50,7 @@ from workers.process.data_plane import identify, open_connections, open_transpor
 from workers.process.expert_part import BanksOf, ExpertPart
 from workers.process.lease import Lease
 from workers.process.membership import Membership, MembershipHooks, Standing
+from workers.process.orders import Orders
 from workers.process.reports import WorkerReports
 from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
@@ -106,7 +101,13 @@ class WorkerRuntime(ABC):
         self._on_death = on_death
         self._connections: PeerConnections | None = None
         self._cleanup = ExitStack()
-        self._frames: deque[ControlFrame] = deque()
+        self._orders = Orders(
+            membership=self.membership,
+            experts=lambda: self._experts,
+            send=self._send,
+            wake=self._wake,
+            interrupt=self._interrupt,
+        )
         self.activity = Activity()
         self._reports = WorkerReports(
             membership=self.membership,
@@ -120,7 +121,6 @@ class WorkerRuntime(ABC):
         self.has_called = False
         """It has reached a controller once."""
         self._drain_requested = False
-        self._memory: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
 
     # ---- what a role adds -------------------------------------------------------------------
@@ -212,7 +212,7 @@ class WorkerRuntime(ABC):
             )
             self.control.send(WorkerReady(info=info))
             while not self._stopping:
-                self._handle_frames()
+                self._obey()
                 self._between_steps()
                 self._guarded_step()
         except Exception as err:
@@ -242,8 +242,10 @@ class WorkerRuntime(ABC):
         self.transport = self._open_transport()
         self._cleanup.callback(self.transport.close)
         self.membership.join(connections, self.channel, self.transport)
-        trace = self._open_trace()
-        self._timing_sinks = (self.step_metrics, *(() if trace is None else (trace,)))
+        self._timing_sinks: list[TimingSink] = [self.step_metrics]
+        if (trace := StepTrace.of(self.config.observability, self.member.name)) is not None:
+            self._cleanup.callback(trace.close)
+            self._timing_sinks.append(trace)
         self.member = replace(self.member, data_address=connections.address)
         if self.member.holds_experts:
             self._weights = self._peer_server("weights", KEY.size)
@@ -266,7 +268,7 @@ class WorkerRuntime(ABC):
             self.args.control_address,
             self.config.cluster_token,
             self.member.name,
-            self._on_frame,
+            self._orders.take,
             heartbeat=self._reports.heartbeat,
             status=self._reports.status,
             heartbeat_s=transport.heartbeat_s,
@@ -277,7 +279,7 @@ class WorkerRuntime(ABC):
                 last_commit=lambda: self.membership.last_shared_commit,
                 on_expired=self._fence,
             ),
-            worker_report=self._worker_report,
+            worker_report=self._orders.report,
             on_failed=self._die,
         )
         control.start()
@@ -324,14 +326,6 @@ class WorkerRuntime(ABC):
     def _new_timer(self) -> StepTimer:
         return StepTimer(*self._timing_sinks)
 
-    def _open_trace(self) -> StepTrace | None:
-        section = self.config.observability
-        if section.trace_dir is None:
-            return None
-        trace = StepTrace(Path(section.trace_dir), self.member.name, section.trace_max_bytes)
-        self._cleanup.callback(trace.close)
-        return trace
-
     def _expert_slots(self) -> ExpertSlots:
         return ExpertSlots(
             self.family.banks,
@@ -355,36 +349,9 @@ class WorkerRuntime(ABC):
 
     # ---- the control thread -----------------------------------------------------------------
 
-    def _on_frame(self, frame: ControlFrame) -> None:
-        """Hand a frame to the data thread, and interrupt its wait where the frame demands it."""
-        if isinstance(frame, LoadExperts):
-            if self._experts is not None:
-                self._experts.order(frame)
-            else:
-                error = f"{self.member.name} has no expert slots"
-                self._send(ExpertsLoaded(order=frame.order, error=error))
-            return
-        if isinstance(frame, ControllerSnapshot):
-            self._memory = frame.memory
-            return
-        if isinstance(frame, RunGeneration):
-            self._free_experts(frame)
-        self.membership.announce(frame)
-        self._frames.append(frame)
-        if isinstance(frame, NewGeneration):
-            if self._experts is not None:
-                self._experts.give_up_moves()
-            self._interrupt(frame.generation.number)
-        elif isinstance(frame, Shutdown):
-            self._interrupt(self.membership.generation.number + 1)
-        elif self._connections is not None:
+    def _wake(self) -> None:
+        if self._connections is not None:
             self._connections.wake()
-
-    def _free_experts(self, frame: RunGeneration) -> None:
-        """Free experts that another worker holds in the new generation."""
-        order = self.membership.announced
-        if self._experts and order and order.generation.number == frame.generation:
-            self._experts.keep_only(order.placement)
 
     def _interrupt(self, generation: int) -> None:
         if self._connections is not None:
@@ -401,10 +368,6 @@ class WorkerRuntime(ABC):
     def _close_gates(self, fence: int) -> None:
         """Refuse clients until a generation above the fence runs. Called on the control thread."""
         logger.debug("%s runs no generation up to %d", self.member.name, fence)
-
-    def _worker_report(self) -> list[ControlFrame]:
-        """State of this worker, for a restarted controller."""
-        return self.membership.worker_report(self._memory)
 
     # ---- the data thread --------------------------------------------------------------------
 
@@ -425,9 +388,8 @@ class WorkerRuntime(ABC):
         except PeerLostError as err:
             membership.lose(err)
 
-    def _handle_frames(self) -> None:
-        while self._frames:
-            frame = self._frames.popleft()
+    def _obey(self) -> None:
+        for frame in self._orders.pending():
             if isinstance(frame, Shutdown):
                 self._stopping = True
             else:

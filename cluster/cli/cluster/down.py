@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.actors.process import is_running, kill_process
 from cluster.cli.terminal.arguments import Commands, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json
+from cluster.core.process import is_running, kill_process
 from cluster.launch import local_ray, state_file
 from cluster.launch.orphans import sweep
 from cluster.launch.teardown import UNREACHABLE

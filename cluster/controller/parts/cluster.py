@@ -165,7 +165,7 @@ class Cluster:
         wall_time_offset_s: float = 0.0,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """``notes``: see ``Memory``."""
+        """``wall_time_offset_s`` added to ``now`` is the time of day; ``notes``: see ``Memory``."""
         self.config = config
         self.began_at = now
         """Monotonic time at which this controller began."""
@@ -201,13 +201,11 @@ class Cluster:
         """Every expert had a slot when the newest generation was formed."""
         self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
         """The newest generation and its answers; number 0 before the first."""
-        self.workers = WorkerTable(members, num_slots=num_slots, model=config.model, now=now)
-        self.wall_time_offset_s = wall_time_offset_s
-        """Added to ``now``, it is the time of day."""
+        self.workers = WorkerTable(members, model=config.model, now=now)
         self.history = History(wall_time_offset_s)
         self.load = LoadTracker(config.load, now)
         """Expert load."""
-        self.metrics = ControllerMetrics()
+        self.metrics = ControllerMetrics({m.role for m in members})
         self.operations = Operations(term, wall_time_offset_s, self.remember)
         self.drain: Drain | None = None
         """The drain under way."""

@@ -26,7 +26,6 @@ from cluster.core.frames import (
     EpochReady,
     EpochSwitched,
     ExpertsLoaded,
-    LoadExperts,
     NewEpoch,
     SwitchEpoch,
 )
@@ -184,9 +183,7 @@ class EpochChange:
             self._orders.send(worker, own, now, source=source, tried=tried, details=details)
 
     def _source(self, device: int, now: float) -> dict[str, object]:
-        limits: dict[str, object] = {"limit_s": max(self._deadline - now, 0.1)}
-        if self._bytes_per_s is not None:
-            limits["bytes_per_s"] = self._bytes_per_s
+        limits = {"limit_s": max(self._deadline - now, 0.1), "bytes_per_s": self._bytes_per_s}
         if device == CHECKPOINT:
             return {"kind": "checkpoint", **limits}
         peer = next(m for m in self.generation.experts if m.device == device)
@@ -218,8 +215,4 @@ class EpochChange:
     def _fail(self, reason: str) -> None:
         self._enter(ChangeState.FAILED)
         self.reason = reason
-        for name in sorted({o.worker for o in self._orders.pending.values()}):
-            number = next(self._cluster.order_numbers)
-            order = LoadExperts(order=number, experts=[], source={"kind": "give up"})
-            self._cluster.send(order, name)
-        self._orders.pending.clear()
+        self._orders.give_up()

@@ -75,6 +75,14 @@ class LoadOrders:
         late = [n for n, order in self.pending.items() if now - order.began_at > limit_s]
         return [self.pending.pop(number) for number in late]
 
+    def give_up(self) -> None:
+        """Have the workers stop what they have not finished, and forget it."""
+        for worker in sorted({o.worker for o in self.pending.values()}):
+            number = next(self._cluster.order_numbers)
+            order = LoadExperts(order=number, experts=[], source={"kind": "give up"})
+            self._cluster.send(order, worker)
+        self.pending.clear()
+
     @property
     def is_pending(self) -> bool:
         """Some order is not answered."""

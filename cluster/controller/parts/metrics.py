@@ -24,7 +24,8 @@ _RECOVERY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 class ControllerMetrics:
     """Owned by the controller."""
 
-    def __init__(self) -> None:
+    def __init__(self, roles: Iterable[Role]) -> None:
+        """Of a cluster with workers of these roles."""
         self._registry = new_registry()
         counter = partial(Counter, registry=self._registry)
         histogram = partial(Histogram, registry=self._registry)
@@ -53,6 +54,8 @@ class ControllerMetrics:
         )
         for outcome in _OUTCOMES:  # counters begin at 0
             self._decisions.labels(outcome)
+        for role in roles:
+            self._recoveries.labels(f"{role}_worker")
         for moved in (self._bytes, self._slots):
             moved.labels("rebalance")
 
@@ -73,15 +76,9 @@ class ControllerMetrics:
     def recovered(self, roles: Iterable[Role], seconds: float) -> None:
         """A generation runs, ``seconds`` after the loss of workers of these roles."""
         for role in roles:
-            self._recoveries.labels(_cause(role)).inc()
-            self._stalls.labels(_cause(role)).observe(seconds)
+            self._recoveries.labels(f"{role}_worker").inc()
+            self._stalls.labels(f"{role}_worker").observe(seconds)
 
-    def to_plain(self, roles: Iterable[Role]) -> list[PlainFamily]:
-        """All families, fit for JSON; recoveries of workers of ``roles`` begin at 0."""
-        for role in roles:
-            self._recoveries.labels(_cause(role))
+    def to_plain(self) -> list[PlainFamily]:
+        """All families, fit for JSON."""
         return to_plain(self._registry)
-
-
-def _cause(role: Role) -> str:
-    return f"{role}_worker"

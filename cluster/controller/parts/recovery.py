@@ -159,15 +159,15 @@ class Recovery:
         cluster = self._cluster
         decision = decide_members(members, self._holdings(members), cluster.round.highest_epoch)
         cluster.experts_complete = decision.experts_complete
-        if not decision.can_run:
+        if decision.stage is None:
             cluster.stall(members, now)
             cluster.note(cause, decision.effect, now)
             self._settle()
             cluster.remember()
             return
         self._failed.clear()
-        cluster.form(members, decision.placement, now)
-        self._order(decision.loads, members, now)  # workers write no slot of maps in force
+        cluster.form(members, decision.stage.placement, now)
+        self._order(decision.stage.fills, members, now)  # workers write no slot of maps in force
         cluster.note(cause, decision.effect, now)
 
     def _order(self, loads: Sequence[SlotFill], members: Sequence[Member], now: float) -> None:

@@ -39,8 +39,6 @@ class WorkerRecord:
     """Its process runs, while it has not called yet."""
     started_with: ExpertPlacement | None = None
     """It holds its part of this placement; None once it has been in a generation that ran."""
-    num_slots: int = 0
-    """Expert slots per bank, where it holds experts."""
     state: WorkerState = WorkerState.STARTING
     reason: str = ""
     """Reason of the loss."""
@@ -159,8 +157,8 @@ class WorkerRecord:
             patience_s=self.gaps.patience_s if self.state is WorkerState.SERVING else math.inf,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Its entry in a snapshot."""
+    def to_dict(self, num_slots: int) -> dict[str, Any]:
+        """Its entry in a snapshot; ``num_slots`` per bank, where it holds experts."""
         shown = WorkerState.DRAINING if self.drains and not self.is_lost else self.state
         blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
         free, total = (None if number is None else int(number) for number in blocks)
@@ -180,7 +178,7 @@ class WorkerRecord:
             "kv_blocks_free": free,
             "kv_blocks_total": total,
             "kv_usage": (1.0 - free / total) if free is not None and total else None,
-            "slots": self.num_slots if self.member.holds_experts else None,
+            "slots": num_slots if self.member.holds_experts else None,
             "patience_s": None if math.isinf(patience := self.gaps.patience_s) else patience,
             "stats": dict(self.stats),
         }
@@ -189,11 +187,8 @@ class WorkerRecord:
 class WorkerTable:
     """Records by name, in rank order, lost ones included. Owned by the controller."""
 
-    def __init__(
-        self, members: Sequence[Member], *, num_slots: int, model: ModelSection, now: float
-    ) -> None:
+    def __init__(self, members: Sequence[Member], *, model: ModelSection, now: float) -> None:
         """Attention workers add more facts of the model when they are ready."""
-        self._num_slots = num_slots
         self._records: dict[str, WorkerRecord] = {}
         for member in members:
             self.add(member, now)
@@ -213,12 +208,7 @@ class WorkerTable:
     def add(self, member: Member, now: float, started_with: ExpertPlacement | None = None) -> None:
         """Add a worker that is about to start. The oldest of many lost ones is forgotten."""
         self._records[member.name] = WorkerRecord(
-            member=member,
-            heard_at=now,
-            progress_at=now,
-            since=now,
-            started_with=started_with,
-            num_slots=self._num_slots,
+            member=member, heard_at=now, progress_at=now, since=now, started_with=started_with
         )
         lost = [name for name, record in self._records.items() if record.is_lost]
         for name in lost[:-_MAX_LOST]:
@@ -263,18 +253,8 @@ class WorkerTable:
         if record.member.runs_attention:
             self.model.update({k: record.info[k] for k in MODEL_FACTS if k in record.info})
 
-    def holders(self) -> list[str | None]:
-        """``[device]`` -> name of the worker that holds its experts; None for a lost one."""
-        alive = {device: r.name for device, r in self._by_device() if not r.is_lost}
-        devices = 1 + max((device for device, _ in self._by_device()), default=-1)
-        return [alive.get(device) for device in range(devices)]
-
-    def domains(self) -> list[str]:
-        """``[device]`` -> failure domain of the worker that holds its experts."""
-        of = {device: r.member.domain or r.member.node for device, r in self._by_device()}
-        return [of.get(device, "") for device in range(len(self.holders()))]
-
-    def _by_device(self) -> list[tuple[int, WorkerRecord]]:
-        """Workers that hold or held experts; in local mode the attention worker."""
-        found = [(r.member.device, r) for r in self if r.member.holds_experts]
-        return found or [(0, r) for r in self]
+    def by_device(self, num_devices: int) -> list[WorkerRecord | None]:
+        """``[device]`` -> the newest worker that holds or held its experts, if one is known."""
+        found = {r.member.device: r for r in self if r.member.holds_experts}
+        found = found or {0: list(self)[-1]}  # local mode
+        return [found.get(device) for device in range(num_devices)]

@@ -115,18 +115,6 @@ class RebalanceJob:
         return Trace(names.REBALANCE, report["seconds"], attributes, error)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Promise:
-    """A finished change and its predicted effect."""
-
-    epoch: int
-    """Epoch that resulted."""
-    since: float
-    """Monotonic seconds."""
-    predicted: float | None
-    """Balancedness."""
-
-
 def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
     """Fields of ``RebalanceResult`` in ``admin.proto``."""
     return {

@@ -21,7 +21,6 @@ from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.metrics import RebalanceOutcome
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.rebalance.job import (
-    Promise,
     Question,
     RebalanceJob,
     RebalanceOrder,
@@ -37,14 +36,13 @@ from cluster.core.frames import ControlFrame, EpochSwitched
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import LoadWindow
 from cluster.load.view import achieved_loads, balancedness_of
+from cluster.planner import mesh
 from cluster.planner.stages import Stage, is_reached, next_stage
 from cluster.policy.rebalance import (
     LoadNow,
     RebalanceDecision,
     decide_placement,
-    resolved,
     why_impossible,
-    with_shares,
 )
 
 logger = logging.getLogger(__name__)
@@ -71,11 +69,13 @@ class Rebalancing:
         """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
         self._job: RebalanceJob | None = None
-        self._promise: Promise | None = None
         self._problem = ""
         self._last: dict[str, Any] | None = None
-        self._seen_windows = 0
+        """Report of the last change; its end is ``_rested_at``."""
+        self._is_proved = True
+        """Its effect is known, or there is none."""
         self._rested_at = cluster.began_at
+        self._seen_windows = 0
 
     # ---- orders ---------------------------------------------------------------------------
 
@@ -108,13 +108,11 @@ class Rebalancing:
         So an order does what the dry run before it has shown, though a window may have ended.
         """
         rows = self._cluster.load.totals().rows
-        if self._looked is None or self._looked[0] != rows:
-            self._looked = None
-            load = self.plans.load_now(has_ended=False)
-            if order.dry_run and load is not None:
-                self._looked = rows, load
-            return load
-        return self._looked[1]
+        if self._looked is not None and self._looked[0] == rows:
+            return self._looked[1]
+        load = self.plans.load_now(has_ended=False)
+        self._looked = (rows, load) if order.dry_run and load is not None else None
+        return load
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Cancel a change. Raises ``ConflictError`` after its end and during its switch."""
@@ -135,9 +133,7 @@ class Rebalancing:
         """A frame of a worker about the change under way."""
         job = self._job
         if job is None or job.change is None:
-            if isinstance(frame, EpochSwitched):
-                self._unknown_epoch(frame, now)
-            return
+            return  # a switch that an earlier controller has ordered shows in heartbeats
         job.change.frame(name, frame, now)
         if isinstance(frame, EpochSwitched) and job.change.state is ChangeState.DONE:
             self._cluster.metrics.switched(frame.stall_s)
@@ -228,11 +224,7 @@ class Rebalancing:
     def _watch(self, job: RebalanceJob, now: float) -> None:
         """Check whether the change is in time, or must be abandoned."""
         running = self._cluster.operations.running
-        if (
-            running is not None
-            and running is not job.asked.operation
-            and running.kind != "rebalance"
-        ):
+        if running is not None and running.kind == "drain":
             reason = f"{running.id} goes first"
             if self._give_up(job, reason):
                 self._end(job, "failed", reason, now)
@@ -266,13 +258,13 @@ class Rebalancing:
         devices = frozenset(m.device for m in cluster.generation.experts)
         stage = next_stage(cluster.placement, target, cluster.num_slots, devices)
         if stage is None and job.num_stages == 0 and is_reached(cluster.placement, target):
-            shared = with_shares(cluster.placement, target)  # shares and decode devices only
+            shared = cluster.placement.with_shares(target)  # shares and decode devices only
             self._begin_stage(job, Stage(fills=(), placement=shared), now)
         elif stage is None or job.num_stages >= MAX_STAGES:
             self._finish(job, now)
         else:
             topology = self.plans.topology(stage.placement)
-            work = partial(resolved, job.asked.load.profile, topology, stage.placement)
+            work = partial(mesh.resolved, job.asked.load.profile, topology, stage.placement)
             self.plans.plan(_SHARES, work, partial(self._stage_shared, job, stage), now)
 
     def _stage_shared(
@@ -291,12 +283,9 @@ class Rebalancing:
         self._advance(job, now)
 
     def _finish(self, job: RebalanceJob, now: float) -> None:
-        placement, decision = self._cluster.placement, job.decision
-        self._promise = Promise(
-            epoch=placement.epoch, since=now, predicted=decision.balancedness_then
-        )
         if job.num_stages:
-            text = f"{job.summary(placement, now)}, {by_load(job.asked.load.profile)}"
+            summary = job.summary(self._cluster.placement, now)
+            text = f"{summary}, {by_load(job.asked.load.profile)}"
             self._end(job, "applied", text, now)
         else:
             self._end(job, "failed", "no slot is free to begin with", now)
@@ -305,7 +294,7 @@ class Rebalancing:
         if job.change is not None:
             job.stage_over()
         self._job = None
-        self._rested_at = now
+        self._rested_at, self._is_proved = now, outcome != "applied"
         self._cluster.metrics.decided(outcome)
         self._cluster.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
         self._last = job.report(outcome, text, self._cluster.placement.epoch, now)
@@ -319,28 +308,14 @@ class Rebalancing:
 
     def _prove(self, window: LoadWindow, now: float) -> None:
         """Record the effect of a change, from the first whole window in it."""
-        promise = self._promise
-        if promise is None or window.began_at < promise.since:
+        last, placement = self._last, self._cluster.placement
+        if self._is_proved or last is None or window.began_at < self._rested_at:
             return
-        self._promise = None
-        placement = self._cluster.placement
-        if not window.epoch == placement.epoch == promise.epoch:
+        self._is_proved = True
+        if not window.epoch == placement.epoch == last["epoch"]:
             return  # the placement changed again before a window ended
         found = balancedness_of(list(achieved_loads(placement, self._cluster.load).values()))
-        if self._last is not None:
-            self._last["balancedness"]["achieved"] = found
-        effect = f"balancedness {percent(found)}, predicted {percent(promise.predicted)}"
-        self._cluster.note(f"epoch {promise.epoch} had a window of load", effect, now)
-
-    def _unknown_epoch(self, frame: EpochSwitched, now: float) -> None:
-        """Switch to an epoch that an earlier controller ordered, with the maps known here.
-
-        Their weights are still in place, since only a later change overwrites them.
-        """
-        cluster = self._cluster
-        is_newer = frame.epoch > cluster.placement.epoch
-        if cluster.runs and is_newer and frame.generation == cluster.generation.number:
-            cluster.highest_epoch = frame.epoch
-            cluster.reform(
-                f"a step ran in epoch {frame.epoch}, which this controller did not order", now
-            )
+        last["balancedness"]["achieved"] = found
+        predicted = last["balancedness"]["predicted"]
+        effect = f"balancedness {percent(found)}, predicted {percent(predicted)}"
+        self._cluster.note(f"epoch {placement.epoch} had a window of load", effect, now)

@@ -16,11 +16,8 @@ from cluster.controller.parts.cluster import Cluster
 from cluster.core.errors import ConfigError
 from cluster.core.placement import ExpertPlacement
 from cluster.load.tracker import Source
-from cluster.planner.base import PlannedTopology
-from cluster.policy.rebalance import (
-    LoadNow,
-    planned_topology,
-)
+from cluster.planner.base import PlannedTopology, planned_topology
+from cluster.policy.rebalance import LoadNow
 from cluster.sizing.devices import step_cost
 from cluster.sizing.replay import StepCost
 
@@ -46,9 +43,7 @@ class Plans:
     def __init__(self, cluster: Cluster, executor: Executor) -> None:
         """Arguments as for ``Rebalancing``."""
         self._cluster = cluster
-        self._config = cluster.config
         self._executor = executor
-        self._top_k = max(cluster.top_k, 1)
         self._pending: dict[str, tuple[Future[Any], Callable[[float], None]]] = {}
 
     def tick(self, now: float) -> None:
@@ -77,12 +72,12 @@ class Plans:
         tracker, banks = self._cluster.load, self._cluster.placement.banks
         newest = tracker.windows[-1] if tracker.windows else None
         needed = _TOKENS_PER_EXPERT * max((b.num_experts for b in banks), default=0)
-        enough = newest is not None and newest.sums.rows * self._top_k >= needed
+        enough = newest is not None and newest.sums.rows * self._cluster.top_k >= needed
         source: Source = "window" if enough else "average"
         if not has_ended and newest is None:
             source = "total"
         model = str(self._cluster.workers.model.get("name"))
-        profile = tracker.profile(source, model, self._top_k)
+        profile = tracker.profile(source, model, self._cluster.top_k)
         if profile is None or len(profile.banks) != len(banks):
             return None
         sums = tracker.sums(source)
@@ -111,14 +106,13 @@ class Plans:
 
     def topology(self, placement: ExpertPlacement) -> PlannedTopology:
         """The living devices; during a change they may hold more than is planned for them."""
-        spare = self._config.workers.recovery_slots
-        return planned_topology(
-            self._cluster.generation.experts, placement, self._cluster.num_slots - spare
-        )
+        cluster = self._cluster
+        num_slots = cluster.num_slots - cluster.config.workers.recovery_slots
+        return planned_topology(cluster.generation.experts, placement, num_slots)
 
     def step_cost(self) -> StepCost:
         """Of a step on an expert worker of the cluster."""
         infos = [record.info for record in self._cluster.workers]
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
         dtype = next((str(info["dtype"]) for info in infos if "dtype" in info), "float32")
-        return step_cost(self._config, max([1, *sizes]), dtype)
+        return step_cost(self._cluster.config, max([1, *sizes]), dtype)

@@ -194,7 +194,9 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         group = ThreadWorkerGroup()
         actor = ControllerActor(group, status_limit_s=LIMIT_S)
         assert (await actor.snapshot())["version"] == 0
-        assert (await actor.placement())["banks"] == []
+        nothing: dict[str, Any] = {"schema": 1, "epoch": 0, "banks": []}
+        assert await actor.placement() == nothing
+        assert await actor.load() == nothing | {"model": None, "top_k": 0, "tokens": 0}
         bank = BankLoad(bank="mlp", layer=0, counts=(2, 2, 2, 2, 1, 1, 1, 1))
         profile = LoadProfile(model="demo", top_k=2, tokens=6, banks=(bank,))
         assert await actor.origin() == {"asked": None, "config": None}

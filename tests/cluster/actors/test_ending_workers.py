@@ -14,10 +14,10 @@ from ray import NodeID
 from ray.exceptions import RayTaskError
 
 from cluster.actors import ray_tools, worker_group
-from cluster.actors.process import ProcessIdentity
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.errors import SupersededError
 from cluster.core.placement import contiguous
+from cluster.core.process import ProcessIdentity
 from cluster.core.topology import Member
 from cluster.sizing.start_plan import StartPlan
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
@@ -83,7 +83,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
 
     monkeypatch.setattr(ray_tools, "newest_term", newest_term)
     monkeypatch.setattr(ray_tools, "claim_term", lambda identity: 1)
-    monkeypatch.setattr(ray_tools, "is_this_node", lambda node_id: True)
+    monkeypatch.setattr(ray_tools, "this_node_id", lambda: "here")
     monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)
     monkeypatch.setattr(worker_group, "kill_process", found.processes.append)
     monkeypatch.setattr(ray, "kill", kill)

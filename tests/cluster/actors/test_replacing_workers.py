@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.actors import ray_tools, worker_group
-from cluster.actors.process import ProcessIdentity
+from cluster.actors import ray_tools, room, worker_group
 from cluster.actors.worker_group import WorkerGroup
 from cluster.core.placement import contiguous
+from cluster.core.process import ProcessIdentity
 from cluster.core.topology import Member
 from cluster.sizing.start_plan import StartPlan
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
@@ -68,8 +68,8 @@ def test_workers_that_start_side_by_side_take_different_places() -> None:
     """Two hosts are lost at once: each place of theirs gets a worker."""
     head = SlowHead()
     group = WorkerGroup({"attention": head})
-    group._bundles = {"attention": range(2)}
-    group._group = object()  # type: ignore[assignment]
+    group.room._roles = ["attention"] * 2
+    group.room._group = object()  # type: ignore[assignment]
     members = [Member(name=f"attention-{i}.2", role="attention", rank=i, device=-1) for i in (0, 1)]
 
     async def body() -> None:
@@ -88,7 +88,7 @@ def test_a_name_that_an_earlier_controller_had_used_takes_no_place_of_another_wo
     monkeypatch.setattr(ray, "get_actor", lambda name, namespace: Handle())
     monkeypatch.setattr(ray.util, "get_placement_group", lambda name: object())
     bundles = {"bundles_to_node_id": {0: "a node", 1: "a node"}}
-    monkeypatch.setattr(worker_group, "placement_group_table", lambda group: bundles)
+    monkeypatch.setattr(room, "placement_group_table", lambda group: bundles)
     head = SlowHead(1)
     group = WorkerGroup({"expert": head})
     member = Member(name="expert-1.2", role="expert", rank=1, device=1)

@@ -22,7 +22,6 @@ from cluster.actors.controller_client import create_controller
 from cluster.actors.ray_tools import (
     NAMESPACE,
     cluster_nodes,
-    end_leftovers,
     free_resources,
     our_actors,
 )
@@ -32,6 +31,7 @@ from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.core.topology import Member
+from cluster.launch.teardown import end_leftovers
 from cluster.sizing.start_plan import plan_start
 from tests.cluster.actors import ray_workers
 from tests.harness.serving_cluster import QUIET_S, connected_ray
@@ -111,7 +111,10 @@ def _pids(snapshot: dict[str, Any]) -> dict[str, int]:
 
 
 def _is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _nothing_is_left() -> bool:

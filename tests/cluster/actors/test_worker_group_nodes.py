@@ -91,7 +91,7 @@ async def _leave(node: subprocess.Popen[bytes]) -> None:
     assert group.leaving() == []
     node.send_signal(signal.SIGTERM)
     here = ray.get_runtime_context().get_node_id()
-    (away,) = (name for name, node_id in group.nodes.items() if node_id != here)
+    (away,) = (name for name, node_id in group.room.nodes.items() if node_id != here)
     deadline = time.monotonic() + LIMIT_S
     while group.leaving() != [away]:
         assert time.monotonic() < deadline
@@ -125,8 +125,8 @@ def test_workers_are_spread_ranked_by_node_and_ended_on_theirs() -> None:
         members = group.reserve(plan.config.workers, LIMIT_S)
         assert [m.name for m in members] == ["attention-0", "expert-0", "expert-1", "expert-2"]
         order = [n.node_id for n in cluster_nodes()]
-        nodes = [group.nodes[f"expert-{i}"] for i in range(3)]
-        assert len(set(group.nodes.values())) == 3
+        nodes = [group.room.nodes[f"expert-{i}"] for i in range(3)]
+        assert len(set(group.room.nodes.values())) == 3
         assert [order.index(n) for n in nodes] == sorted(order.index(n) for n in nodes)
 
         await _start(group, members, plan)

@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.actors.process import ProcessIdentity
 from cluster.config.gateway import EndStage
 from cluster.core.errors import ConfigError, StartError
+from cluster.core.process import ProcessIdentity
 from cluster.launch.launch import main
 from cluster.launch.orphans import find_by_files, sweep
 from cluster.launch.parts import ClusterParts, ProgressFn

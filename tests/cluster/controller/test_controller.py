@@ -87,7 +87,6 @@ def test_the_snapshot_has_the_documented_form() -> None:
         "name": "demo",
         "path": "somewhere",
     }
-    assert snapshot["gateway"] == []
     assert not snapshot["experts_complete"]
     worker = snapshot["workers"][0]
     assert worker["name"] == "attention-0"

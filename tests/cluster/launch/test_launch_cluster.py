@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.actors.process import wait_gone
 from cluster.cli.cluster.down import end_cluster
+from cluster.core.process import wait_gone
 from cluster.launch import state_file
 from cluster.launch.orphans import find_by_files
 from cluster.launch.plan import free_port

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actors.process import ProcessIdentity
 from cluster.cli.main import make_parser
 from cluster.cli.terminal.client import find_url
 from cluster.core.errors import ConfigError
+from cluster.core.process import ProcessIdentity
 from cluster.launch import state_file
 from cluster.launch.orphans import host_id, identify
 

@@ -90,7 +90,7 @@ def test_copies_are_those_of_the_newest_epoch() -> None:
     load = make_tracker()
     load.take("a", make_report(4, [1, 0], [[2, 1], [0, 0]], epoch=1))
     load.take("b", make_report(2, [0, 5], [[0], [1]], epoch=1))
-    (copies,) = load.copies().values()
+    (copies,) = load.copies(load.epoch).values()
     assert copies.prefill.tolist() == [[2, 1], [1, 0]]
     assert copies.decode.tolist() == [1, 5]
     load.tick(10.0)
@@ -101,7 +101,7 @@ def test_copies_are_those_of_the_newest_epoch() -> None:
     assert window.copies[KEY].decode.tolist() == [2, 0]
     load.take("a", make_report(11, [9, 9], [[0], [3]], epoch=2))
     assert load.epoch == 2
-    assert load.copies()[KEY].prefill.tolist() == [[0], [3]]
+    assert load.copies(load.epoch)[KEY].prefill.tolist() == [[0], [3]]
     window = load.tick(30.0)
     assert window is not None
     assert window.copies[KEY].prefill.tolist() == [[0], [3]]
@@ -129,15 +129,15 @@ def test_each_view_is_a_profile() -> None:
 def test_watched_experts_change_only_with_the_epoch() -> None:
     load = make_tracker()
     load.take("a", make_report(9, [*range(10), 0]))
-    assert load.watched(KEY) == ()
+    assert KEY not in load.watched
     load.tick(10.0)
-    assert load.watched(KEY) == (2, 3, 4, 5, 6, 7, 8, 9)
+    assert load.watched[KEY] == (2, 3, 4, 5, 6, 7, 8, 9)
     load.take("a", make_report(99, [99, *range(1, 10), 0]))
     load.tick(20.0)
-    assert load.watched(KEY) == (2, 3, 4, 5, 6, 7, 8, 9)
+    assert load.watched[KEY] == (2, 3, 4, 5, 6, 7, 8, 9)
     load.take("a", make_report(100, [99, *range(1, 10), 1], epoch=2))
     load.tick(30.0)
-    assert load.watched(KEY) == (0, 3, 4, 5, 6, 7, 8, 9)
+    assert load.watched[KEY] == (0, 3, 4, 5, 6, 7, 8, 9)
 
 
 @pytest.mark.parametrize("name", ["report_s", "window_s", "half_life_s", "num_windows"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,11 @@ from cluster.core.placement import (
     contiguous,
 )
 from cluster.core.topology import Generation, Member
-from cluster.planner.stages import SlotFill
+from cluster.planner.stages import SlotFill, Stage
 from cluster.policy.coverage import (
-    Coverage,
     FailureDecision,
     Holdings,
+    Missing,
     cover,
     decide_members,
     describe_losses,
@@ -40,27 +41,42 @@ def one_bank(*maps: tuple[int, ...], num_experts: int = 4) -> ExpertPlacement:
     return ExpertPlacement(epoch=1, banks=(bank,))
 
 
-def maps_of(coverage: Coverage) -> tuple[tuple[int, ...], ...]:
-    assert coverage.placement is not None
-    return coverage.placement.banks[0].physical_to_logical
+def covered(holdings: Holdings, devices: Collection[int], epoch: int) -> Stage:
+    stage, missing = cover(holdings, devices, epoch)
+    assert stage is not None
+    assert not missing
+    return stage
+
+
+def missing_on(holdings: Holdings, devices: Collection[int]) -> Missing:
+    stage, missing = cover(holdings, devices, 2)
+    assert stage is None
+    return missing
+
+
+def maps_of(stage: Stage) -> tuple[tuple[int, ...], ...]:
+    return stage.placement.banks[0].physical_to_logical
+
+
+def stage_of(decision: FailureDecision) -> Stage:
+    assert decision.stage is not None
+    return decision.stage
 
 
 def test_the_example_of_the_module() -> None:
     desired = one_bank((0, 1), (2, 3), (0, 2))
-    lost = cover(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    lost = covered(Holdings(current=desired, desired=desired), {0, 2}, 2)
     assert maps_of(lost) == ((0, 1, 3), (-1, -1), (0, 2))
-    assert lost.loads == (SlotFill(device=0, bank=0, slot=2, expert=3),)
-    assert lost.placement is not None
+    assert lost.fills == (SlotFill(device=0, bank=0, slot=2, expert=3),)
     assert lost.placement.epoch == 2
     back = Holdings(current=lost.placement, desired=desired, joining={1: desired})
-    assert cover(back, {0, 1, 2}, 3).placement == structs.replace(desired, epoch=3)
+    assert covered(back, {0, 1, 2}, 3).placement == structs.replace(desired, epoch=3)
 
 
 def test_copies_that_are_left_serve_without_a_load() -> None:
     desired = contiguous(BANKS, 3, num_redundant=3)
-    found = cover(Holdings(current=desired, desired=desired), {0, 2}, 2)
-    assert found.loads == ()
-    assert found.placement is not None
+    found = covered(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    assert found.fills == ()
     for bank in found.placement.banks:
         assert bank.physical_to_logical[1] == (FREE_SLOT,) * 6
         assert set(bank.decode_device) == {0, 2}
@@ -69,9 +85,9 @@ def test_copies_that_are_left_serve_without_a_load() -> None:
 def test_lost_experts_are_spread_by_their_load() -> None:
     desired = one_bank((0, 1, 2, 3, 4, 5), (6,), (7,), num_experts=8)
     load = {("mlp", 0): [50, 10, 10, 10, 10, 10, 0, 0]}
-    found = cover(Holdings(current=desired, desired=desired, expert_load=load), {1, 2}, 2)
+    found = covered(Holdings(current=desired, desired=desired, expert_load=load), {1, 2}, 2)
     assert maps_of(found) == ((FREE_SLOT,) * 6, (6, 0), (7, 1, 2, 3, 4, 5))
-    even = cover(Holdings(current=desired, desired=desired), {1, 2}, 2)
+    even = covered(Holdings(current=desired, desired=desired), {1, 2}, 2)
     assert [len(row) for row in maps_of(even)[1:]] == [4, 4]
 
 
@@ -79,14 +95,14 @@ def test_a_shared_expert_is_a_part_of_the_work() -> None:
     """Device 0 has half of experts 0 and 1, device 1 all of expert 2, which weighs more."""
     desired = one_bank((0, 1, FREE_SLOT), (2, FREE_SLOT), (0, 1), (3,))
     load = {("mlp", 0): [10, 10, 14, 2]}
-    found = cover(Holdings(current=desired, desired=desired, expert_load=load), {0, 1, 2}, 2)
+    found = covered(Holdings(current=desired, desired=desired, expert_load=load), {0, 1, 2}, 2)
     assert maps_of(found) == ((0, 1, 3), (2, FREE_SLOT), (0, 1), (FREE_SLOT,))
 
 
 def test_free_slots_are_no_work() -> None:
     desired = one_bank((FREE_SLOT, 0), (1,), (2,), num_experts=3)
     load = {("mlp", 0): [1, 2, 9]}
-    found = cover(Holdings(current=desired, desired=desired, expert_load=load), {0, 1}, 2)
+    found = covered(Holdings(current=desired, desired=desired, expert_load=load), {0, 1}, 2)
     assert maps_of(found)[:2] == ((2, 0), (1,))
 
 
@@ -99,8 +115,7 @@ def test_experts_that_lose_their_decode_device_are_divided_evenly() -> None:
         decode_device=(2, 2, 1, 2),
     )
     desired = ExpertPlacement(epoch=1, banks=(bank,))
-    found = cover(Holdings(current=desired, desired=desired), {0, 1}, 2).placement
-    assert found is not None
+    found = covered(Holdings(current=desired, desired=desired), {0, 1}, 2).placement
     assert found.banks[0].decode_device == (0, 1, 1, 0)
 
 
@@ -109,8 +124,7 @@ def test_copies_that_were_never_desired_share_equally() -> None:
     current = one_bank((0, 1, 3), (FREE_SLOT, FREE_SLOT), (0, 2, 3))
     joining = {1: one_bank((0, 1, 3), (2, FREE_SLOT), (0, 2, 3))}
     holdings = Holdings(current=current, desired=desired, joining=joining)
-    found = cover(holdings, {0, 1, 2}, 2).placement
-    assert found is not None
+    found = covered(holdings, {0, 1, 2}, 2).placement
     assert found.banks[0].physical_to_logical == ((0, 1, 3), (2, FREE_SLOT), (0, 2, 3))
     assert found.banks[0].split == ((0.5, 1.0, 0.5), (0.5, 0.0), (0.5, 0.5, 0.5))
 
@@ -120,7 +134,7 @@ def test_a_failed_load_into_a_slot_that_the_new_worker_lacks_changes_nothing() -
     current = one_bank((0, 1), (2, 3, 0))
     failed = [SlotFill(device=1, bank=0, slot=2, expert=0)]
     holdings = Holdings(current=current, desired=desired, joining={1: desired}, failed=failed)
-    assert maps_of(cover(holdings, {0, 1}, 2)) == ((0, 1), (2, 3))
+    assert maps_of(covered(holdings, {0, 1}, 2)) == ((0, 1), (2, 3))
 
 
 def test_a_stage_names_what_the_others_must_load_and_from_whom() -> None:
@@ -139,47 +153,42 @@ def test_a_stage_names_what_the_others_must_load_and_from_whom() -> None:
 def test_without_room_the_missing_experts_are_named() -> None:
     desired = one_bank((0, 1), (2, 3))
     holdings = Holdings(current=desired, desired=desired, room=3)
-    found = cover(holdings, {0}, 2)
-    assert found.placement is None
-    assert found.loads == ()
-    assert found.missing == ((0, 3),)
-    assert cover(replace(holdings, room=4), {0}, 2).missing == ()
-    assert cover(replace(holdings, room=2), {0}, 2).missing == ((0, 2), (0, 3))
-    assert cover(holdings, (), 2).missing == tuple((0, e) for e in range(4))
+    assert missing_on(holdings, {0}) == [(0, 3)]
+    assert covered(replace(holdings, room=4), {0}, 2).fills
+    assert missing_on(replace(holdings, room=2), {0}) == [(0, 2), (0, 3)]
+    assert missing_on(holdings, ()) == [(0, e) for e in range(4)]
 
 
 def test_free_slots_are_used_first() -> None:
     desired = one_bank((0, FREE_SLOT, 1), (2, 3))
-    found = cover(Holdings(current=desired, desired=desired, room=4), {0}, 2)
+    found = covered(Holdings(current=desired, desired=desired, room=4), {0}, 2)
     assert maps_of(found)[0] == (0, 2, 1, 3)
 
 
 def test_a_device_that_cannot_load_is_left_out() -> None:
     desired = one_bank((0, 1), (2, 3), (0, 1))
-    first = cover(Holdings(current=desired, desired=desired), {0, 2}, 2)
-    assert {load.device for load in first.loads} == {0, 2}
-    assert first.placement is not None
-    failed = [load for load in first.loads if load.device == 0]
+    first = covered(Holdings(current=desired, desired=desired), {0, 2}, 2)
+    assert {load.device for load in first.fills} == {0, 2}
+    failed = [load for load in first.fills if load.device == 0]
     again = Holdings(current=first.placement, desired=desired, barred=frozenset({0}), failed=failed)
-    second = cover(again, {0, 2}, 3)
-    assert [load.device for load in second.loads] == [2]
+    second = covered(again, {0, 2}, 3)
+    assert [load.device for load in second.fills] == [2]
     assert sorted(maps_of(second)[2]) == [0, 1, 2, 3]
     assert maps_of(second)[0] == (0, 1)
     both = replace(again, barred=frozenset({0, 2}))
-    assert cover(both, {0, 2}, 3).missing == ((0, failed[0].expert),)
+    assert missing_on(both, {0, 2}) == [(0, failed[0].expert)]
 
 
 def test_what_was_loaded_stays_until_a_desired_copy_is_back() -> None:
     desired = one_bank((0, 1), (2, 3), (4, 5), num_experts=6)
-    lost = cover(Holdings(current=desired, desired=desired), {0}, 2)
+    lost = covered(Holdings(current=desired, desired=desired), {0}, 2)
     assert maps_of(lost)[0] == (0, 1, 2, 3, 4, 5)
-    assert lost.placement is not None
-    one = cover(Holdings(current=lost.placement, desired=desired, joining={2: desired}), {0, 2}, 3)
+    first = Holdings(current=lost.placement, desired=desired, joining={2: desired})
+    one = covered(first, {0, 2}, 3)
     assert maps_of(one) == ((0, 1, 2, 3), (-1, -1), (4, 5))
-    assert one.loads == ()
-    assert one.placement is not None
+    assert one.fills == ()
     both = Holdings(current=one.placement, desired=desired, joining={1: desired})
-    assert cover(both, {0, 1, 2}, 4).placement == structs.replace(desired, epoch=4)
+    assert covered(both, {0, 1, 2}, 4).placement == structs.replace(desired, epoch=4)
 
 
 def test_shares_and_decode_devices_come_back_with_the_copies() -> None:
@@ -192,11 +201,10 @@ def test_shares_and_decode_devices_come_back_with_the_copies() -> None:
         decode_device=(1, 0),
     )
     desired = ExpertPlacement(epoch=1, banks=(bank,))
-    lost = cover(Holdings(current=desired, desired=desired), {0}, 2).placement
-    assert lost is not None
+    lost = covered(Holdings(current=desired, desired=desired), {0}, 2).placement
     assert lost.banks[0].split == ((1.0, 1.0), (0.0, 0.0))
     assert lost.banks[0].decode_device == (0, 0)
-    back = cover(Holdings(current=lost, desired=desired, joining={1: desired}), {0, 1}, 3)
+    back = covered(Holdings(current=lost, desired=desired, joining={1: desired}), {0, 1}, 3)
     assert back.placement == ExpertPlacement(epoch=3, banks=(bank,))
 
 
@@ -216,9 +224,8 @@ def test_any_coming_and_going_keeps_every_expert_somewhere(seed: int) -> None:
             joining[draw.choice(absent)] = desired
             present |= set(joining)
         holdings = Holdings(current=current, desired=desired, joining=joining)
-        found = cover(holdings, present, epoch)
-        assert found.placement is not None
-        loads = {(load.device, load.bank, load.slot): load.expert for load in found.loads}
+        found = covered(holdings, present, epoch)
+        loads = {(load.device, load.bank, load.slot): load.expert for load in found.fills}
         for b, bank in enumerate(found.placement.banks):
             for device, row in enumerate(bank.physical_to_logical):
                 held = (joining.get(device) or current).banks[b].physical_to_logical[device]
@@ -249,35 +256,32 @@ def without(
 
 def test_experts_with_copies_elsewhere_go_on_in_a_new_epoch() -> None:
     decision = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7)
-    assert decision.can_run
-    assert decision.loads == ()
-    assert decision.placement.epoch == 8
-    assert decision.placement.banks[0].physical_to_logical[1] == (-1,) * 6
+    assert stage_of(decision).fills == ()
+    assert stage_of(decision).placement.epoch == 8
+    assert stage_of(decision).placement.banks[0].physical_to_logical[1] == (-1,) * 6
     assert decision.effect == "go on with 1 attention and 2 expert workers, placement epoch 8"
 
 
 def test_a_colocated_worker_takes_its_experts_and_its_rank_along() -> None:
     members = members_of({"colocated": 3})
     decision = without(members, REDUNDANT, "colocated-0")
-    assert decision.can_run
     left = Generation(number=2, members=members[1:])
     assert [m.rank for m in left.attention] == [m.rank for m in left.experts] == [1, 2]
     assert left.leader.name == "colocated-1"
-    assert decision.placement.banks[0].physical_to_logical[0] == (-1,) * 6
+    assert stage_of(decision).placement.banks[0].physical_to_logical[0] == (-1,) * 6
     assert decision.effect == "go on with 2 colocated workers, placement epoch 8"
 
 
 def test_the_epoch_is_above_all_that_any_survivor_ran() -> None:
     decision = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=11)
-    assert decision.placement.epoch == 12
+    assert stage_of(decision).placement.epoch == 12
 
 
 def test_experts_without_copy_are_loaded_by_the_others() -> None:
     decision = without(make_members(1, 3), contiguous(BANKS, 3), "expert-0")
-    assert decision.can_run
     assert decision.experts_complete
-    assert sorted({load.device for load in decision.loads}) == [1, 2]
-    assert len(decision.loads) == 6
+    assert sorted({load.device for load in stage_of(decision).fills}) == [1, 2]
+    assert len(stage_of(decision).fills) == 6
     assert decision.effect == (
         "expert-1, expert-2 load 6 experts; "
         "go on with 1 attention and 2 expert workers, placement epoch 2"
@@ -294,10 +298,8 @@ def test_the_last_colocated_worker_goes_on_alone() -> None:
 def test_an_expert_without_copy_and_without_room_is_named() -> None:
     placement = contiguous(BANKS, 3)
     decision = without(make_members(1, 3), placement, "expert-0", room=3)
-    assert not decision.can_run
+    assert decision.stage is None
     assert not decision.experts_complete
-    assert decision.placement == placement
-    assert decision.loads == ()
     assert decision.effect == (
         "4 experts have no copy left, the first is expert 1 of bank mlp layer 0"
     )
@@ -312,13 +314,12 @@ def test_one_expert_without_copy_is_named_alone() -> None:
 def test_a_lost_attention_worker_leaves_the_maps_alone() -> None:
     placement = contiguous(BANKS, 3)
     decision = without(make_members(2, 3), placement, "attention-0")
-    assert decision.can_run
-    assert decision.placement == placement
+    assert stage_of(decision).placement == placement
 
 
 def test_without_attention_worker_nothing_runs() -> None:
     decision = without(make_members(1, 3), contiguous(BANKS, 3), "attention-0")
-    assert not decision.can_run
+    assert decision.stage is None
     assert decision.experts_complete
     assert decision.effect == "no attention worker is left"
 
@@ -326,9 +327,8 @@ def test_without_attention_worker_nothing_runs() -> None:
 def test_without_attention_worker_nothing_is_loaded() -> None:
     placement = contiguous(BANKS, 3)
     decision = without(make_members(1, 3), placement, "attention-0", "expert-0")
-    assert decision.loads == ()
+    assert decision.stage is None
     assert not decision.experts_complete
-    assert decision.placement == placement
 
 
 def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
@@ -340,8 +340,8 @@ def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
 
 
 def test_a_new_worker_brings_its_copies_back() -> None:
-    less = without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7).placement
+    less = stage_of(without(make_members(1, 3), REDUNDANT, "expert-1", highest_epoch=7)).placement
     holdings = Holdings(current=less, desired=REDUNDANT, joining={1: REDUNDANT})
     decision = decide_members(make_members(1, 3), holdings, 8)
-    assert decision.placement == structs.replace(REDUNDANT, epoch=9)
-    assert decision.loads == ()
+    assert stage_of(decision).placement == structs.replace(REDUNDANT, epoch=9)
+    assert stage_of(decision).fills == ()

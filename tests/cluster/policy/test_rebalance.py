@@ -19,16 +19,14 @@ from cluster.core.placement import (
     ExpertPlacement,
     contiguous,
 )
-from cluster.planner.base import PlannedTopology
+from cluster.planner.base import PlannedTopology, planned_topology
+from cluster.planner.mesh import resolved
 from cluster.planner.stages import held_by
 from cluster.policy.rebalance import (
     LoadNow,
     RebalanceDecision,
     decide_placement,
     mixed_balancedness,
-    packed_rows,
-    planned_topology,
-    resolved,
     why_impossible,
 )
 from cluster.sizing.replay import StepCost, window_of
@@ -106,7 +104,7 @@ def test_the_time_ratio_is_that_of_a_row_of_the_mix() -> None:
         prefill_s = window.prefill_step_s / step.prefill_tokens
         return 0.3 * prefill_s + 0.7 * window.decode_step_s / step.decode_tokens
 
-    expected = row_s(decision.target) / row_s(packed_rows(now))
+    expected = row_s(decision.target) / row_s(now.packed())
     assert decision.time_ratio == pytest.approx(expected)
 
 
@@ -320,9 +318,7 @@ def test_shares_are_solved_without_touching_slots() -> None:
     assert before is not None
     assert after is not None
     assert after > before
-    assert all(
-        FREE_SLOT not in row for b in packed_rows(gaps).banks for row in b.physical_to_logical
-    )
+    assert all(FREE_SLOT not in row for b in gaps.packed().banks for row in b.physical_to_logical)
 
 
 def test_a_stage_may_hold_more_than_is_planned() -> None:

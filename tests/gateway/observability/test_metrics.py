@@ -164,7 +164,7 @@ def test_losses_are_counted_from_0_on() -> None:
         {"name": role, "role": role, "rank": 0, "state": "SERVING"}
         for role in ("attention", "expert")
     ]
-    counted = ControllerMetrics().to_plain(["attention", "expert"])
+    counted = ControllerMetrics(["attention", "expert"]).to_plain()
     snapshot = {"state": "SERVING", "workers": workers, "metrics": counted}
     text = GatewayMetrics("tiny", lambda: snapshot).render().decode()
     for cause in ("attention_worker", "expert_worker"):

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from workers.engine.scheduler import Scheduler, StepPlan
+from workers.engine.scheduler import Scheduler
+from workers.engine.step_plan import StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import FinishReason, Request, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus

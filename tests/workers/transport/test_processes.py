@@ -27,8 +27,8 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
-from workers.engine.scheduler import RowsWanted
 from workers.engine.step_channel import StepChannel
+from workers.engine.step_plan import RowsWanted
 from workers.model.layers import Dispatch
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes

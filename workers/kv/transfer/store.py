@@ -73,19 +73,20 @@ class KvTransferStore:
         hashes = block_hashes(request, size, self.length_matters_above)
         return hashes[: max(num_reusable(request), 0) // size]
 
-    def begin(self, hashes: Sequence[BlockHash], num_spare: int) -> Fetch | None:
-        """Hold the blocks of a prefix that are here, and blocks for the rest.
+    def begin(
+        self, hashes: Sequence[BlockHash], found: Sequence[int], num_spare: int
+    ) -> Fetch | None:
+        """Hold the blocks of a prefix that are ``found`` here, and blocks for the rest.
 
         None where no block is missing, or fewer blocks are free than the fetch needs with
         ``num_spare`` left to other requests.
         """
-        found = self.pool.find(hashes)
         count = len(hashes) - len(found)
         num_kept = sum(self.pool.is_free(block) for block in found)
         if not count or not self.pool.can_allocate(count + num_kept + num_spare):
             return None
         self.pool.hold(found)
-        fetch = Fetch(hashes=tuple(hashes), found=found, blocks=self.pool.allocate(count))
+        fetch = Fetch(hashes=tuple(hashes), found=list(found), blocks=self.pool.allocate(count))
         self.tables += [fetch.found, fetch.blocks]
         return fetch
 

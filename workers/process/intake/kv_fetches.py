@@ -85,13 +85,13 @@ class KvFetches(WaitingRequests):
         if peer is None:
             return False
         hashes = self._engine.kv_store.usable(request)
-        num_found = len(self._engine.pool.find(hashes))
-        if num_found == len(hashes):
+        found = self._engine.pool.find(hashes)
+        if len(found) == len(hashes):
             return False
-        first = hashes[num_found]
+        first = hashes[len(found)]
         job = next((job for job in self._jobs if first in job.fetch.wanted), None)
         if job is None:
-            job = self._begin(hashes[: num_found + MAX_ITEMS], peer)
+            job = self._begin(hashes[: len(found) + MAX_ITEMS], found, peer)
         if job is None or job.is_late:
             return False
         job.waiting.append(command)
@@ -123,9 +123,11 @@ class KvFetches(WaitingRequests):
     def _all_jobs(self) -> list[_Job]:
         return self._jobs
 
-    def _begin(self, hashes: Sequence[BlockHash], peer: Peer) -> _Job | None:
+    def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int], peer: Peer) -> _Job | None:
         """Start to fetch what is missing of a prefix; None where there is no room."""
-        fetch = self._engine.begin_fetch(hashes) if len(self._jobs) < MAX_FETCHING else None
+        if len(self._jobs) >= MAX_FETCHING:
+            return None
+        fetch = self._engine.begin_fetch(hashes, found)
         if fetch is None:
             return None
         deadline_s = self._clock() + self._limit_s

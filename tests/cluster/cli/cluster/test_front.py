@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.actors.process import is_running
 from cluster.cli.cluster.down import end_cluster
+from cluster.core.process import is_running
 from cluster.launch import state_file
 from cluster.launch.orphans import find_by_files, sweep
 from tests.cluster.cli.fake_launcher import stages_path

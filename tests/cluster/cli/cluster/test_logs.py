@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actors.process import describe_self
 from cluster.cli.cluster.logs import appended
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.core.process import describe_self
 from cluster.launch import state_file
 from cluster.launch.orphans import host_id
 from tests.cluster.cli.fake_gateway import FakeGateway

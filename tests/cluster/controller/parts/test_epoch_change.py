@@ -155,7 +155,7 @@ def test_another_source_is_tried_and_the_checkpoint_last() -> None:
         assert newest.source.get("peer") not in tried
         tried.append(str(newest.source.get("peer")))
         order = newest
-    assert order.source == {"kind": "checkpoint", "limit_s": 115.0}
+    assert order.source == {"kind": "checkpoint", "limit_s": 115.0, "bytes_per_s": None}
     assert state_of(change) is ChangeState.LOAD
     change.frame(name, ExpertsLoaded(order=order.order, error="no such file"), 106.0)
     assert state_of(change) is ChangeState.FAILED

@@ -264,14 +264,20 @@ def test_a_loss_ends_a_change_and_no_epoch_number_comes_twice() -> None:
     assert any("the epoch in force stays" in e["effect"] for e in history)
 
 
-def test_a_switch_without_an_order_leads_to_a_new_generation() -> None:
+def test_an_epoch_without_an_order_leads_to_a_new_generation() -> None:
     """An earlier controller had ordered it: the maps known here are put in force again."""
     cluster = make(enable_eplb=False)
     before = cluster.known.placement
     cluster.send("attention-0", EpochSwitched(generation=1, epoch=6, step=80))
+    beat = Heartbeat(progress=1, idle=False, generation=1, running=True, epoch=6)
+    cluster.send("attention-0", beat)
+    cluster.tick(1.1)
+    cluster.send("attention-0", beat)
+    assert cluster.known.generation.number == 2
+    for member in cluster.known.generation.members:
+        cluster.join(member.name, highest_epoch=6)
     order = cluster.link.last("expert-0", NewGeneration)
     assert order is not None
-    assert order.generation.number == 2
     assert order.placement == replace(before, epoch=7)
 
 

@@ -45,7 +45,8 @@ def serve(engine: LocalEngine, request: Request) -> list[TokenOutput]:
 
 def begin(engine: Engine, request: Request) -> Fetch | None:
     """Begin to fetch what the engine does not have of a request's prompt."""
-    return engine.begin_fetch(engine.kv_store.usable(request))
+    hashes = engine.kv_store.usable(request)
+    return engine.begin_fetch(hashes, engine.pool.find(hashes))
 
 
 def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:

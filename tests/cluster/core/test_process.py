@@ -10,7 +10,7 @@ import threading
 
 import psutil
 
-from cluster.actors.process import (
+from cluster.core.process import (
     ProcessIdentity,
     describe_self,
     is_running,

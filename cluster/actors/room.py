@@ -1,0 +1,108 @@
+"""Room for the workers: a placement group of Ray, with a bundle of resources for each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.actors import ray_tools
+from cluster.config.cluster import WorkersSection
+from cluster.config.resources import NodeResources, WorkerShare, resolved_share
+from cluster.core.errors import StartError
+from cluster.core.node_labels import selector_for
+from cluster.core.topology import Member, Role, holds_experts
+
+ANY_BUNDLE = -1
+
+
+@dataclass(slots=True)
+class Room:
+    """What is reserved for the workers of one cluster. All methods but ``bundle_for`` block."""
+
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Worker name -> id of the node on which ``reserve`` has found room for it; never those of
+    workers that were found: their names may be given again."""
+    _group: PlacementGroup | None = None
+    _bundles: dict[str, int] = field(default_factory=dict)
+    """Worker name -> its bundle, of those of the start."""
+    _roles: list[Role] = field(default_factory=list)
+    """``[bundle]`` -> its role, if nodes are labelled for roles."""
+
+    def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
+        """Reserve room for all workers, spread over the nodes.
+
+        Ranks are ordered by node, then index. Raises ``StartError`` if there is no room within
+        ``limit_s``.
+        """
+        ray_tools.free_reserved_room()
+        share = resolved_share(workers)
+        wanted = {"CPU": share.cpus, "GPU": share.gpus}
+        bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
+        roles = [role for role, count in workers.pools.items() for _ in range(count)]
+        places = [node.place for node in ray_tools.cluster_nodes()]
+        self._roles = roles if any(place.role for place in places) else []
+        self._group = placement_group(
+            [bundle] * len(roles),
+            strategy="SPREAD",
+            name=ray_tools.WORKERS_GROUP,
+            lifetime="detached",
+            bundle_label_selector=[selector_for(r, places) for r in self._roles] or None,
+        )
+        if not self._group.wait(limit_s):
+            ray_tools.free_reserved_room()
+            raise StartError("worker group", _no_room_text(len(roles), share, limit_s))
+        table = placement_group_table(self._group)["bundles_to_node_id"]
+        nodes = {n.node_id: (place, n) for place, n in enumerate(ray_tools.cluster_nodes())}
+        members = []
+        for role in workers.pools:
+            own = [(*nodes[str(table[b])], b) for b, r in enumerate(roles) if r == role]
+            for rank, (_, node, number) in enumerate(sorted(own, key=lambda found: found[0])):
+                member = _member(role, rank, node)
+                self._bundles[member.name], self.nodes[member.name] = number, node.node_id
+                members.append(member)
+        return tuple(members)
+
+    def find(self) -> None:
+        """Take the room that an earlier controller has reserved."""
+        self._group = ray.util.get_placement_group(ray_tools.WORKERS_GROUP)
+
+    def bundle_for(self, name: str, role: Role, taken: Collection[int]) -> int:
+        """The reserved bundle of a worker, else a free one of its role; any bundle if the role does
+        not matter, or bundles are unknown to a restarted controller.
+        """
+        free = [b for b, r in enumerate(self._roles) if r == role and b not in taken]
+        return self._bundles.get(name, free[0] if free else ANY_BUNDLE)
+
+    def strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
+        """Places an actor in that bundle."""
+        assert self._group is not None, "there is room before a worker starts"
+        return PlacementGroupSchedulingStrategy(
+            placement_group=self._group,
+            placement_group_bundle_index=bundle,
+            placement_group_capture_child_tasks=False,
+        )
+
+
+def _member(role: Role, rank: int, node: NodeResources) -> Member:
+    return Member(
+        name=f"{role}-{rank}",
+        role=role,
+        rank=rank,
+        device=rank if holds_experts(role) else -1,
+        node=node.address,
+        domain=node.place.domain,
+        link_class=node.place.link_class,
+        speed=node.place.speed,
+    )
+
+
+def _no_room_text(count: int, share: WorkerShare, limit_s: float) -> str:
+    free = ray_tools.free_resources()
+    return (
+        f"no room for {count} workers of {share.cpus:g} CPUs and {share.gpus:g} GPUs each within "
+        f"{limit_s:g} s: free are {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs"
+    )

@@ -1,0 +1,23 @@
+"""The rows of a step."""
+
+from __future__ import annotations
+
+import math
+
+from workers.engine.step_plan import PlannedRows, StepPlan
+from workers.requests.request import Request, SamplingParams
+from workers.requests.sequence import SequenceState
+
+
+def planned(name: str, blocks: list[int], first: int, count: int) -> PlannedRows:
+    request = Request(request_id=name, prompt=tuple(range(8)), params=SamplingParams(max_tokens=1))
+    sequence = SequenceState(request=request, choice=0, arrival=0, deadline=math.inf)
+    sequence.blocks = blocks
+    return PlannedRows(sequence, first, count, is_decode=False, num_new_blocks=0, is_admitted=False)
+
+
+def test_a_plan_names_its_requests_and_cache_slots() -> None:
+    plan = StepPlan((planned("b", [7, 2], 3, 3), planned("a", [5], 0, 1), planned("b", [9], 1, 1)))
+    assert plan.num_rows == 5
+    assert list(plan.request_ids) == ["b", "a"]
+    assert plan.cache_slots(4) == [31, 8, 9, 20, 37]

@@ -1,0 +1,64 @@
+"""The rows of a step: those that could run on a rank, and those that are planned. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.requests.sequence import SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRows:
+    """Neighbouring rows of one sequence in a plan. Its block table covers them already."""
+
+    sequence: SequenceState
+    first: int
+    count: int
+    is_decode: bool
+    """One row that continues an output."""
+    num_new_blocks: int
+    """Blocks at the end of the block table that this plan allocated."""
+    is_admitted: bool
+    """The sequence was waiting before this plan."""
+
+    @property
+    def draws_token(self) -> bool:
+        """The last row is the newest token: its logits give the next one."""
+        return self.first + self.count == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The rows of one step."""
+
+    rows: tuple[PlannedRows, ...]
+    """Decodes first, each part in the order of priority and arrival."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(r.count for r in self.rows)
+
+    @property
+    def request_ids(self) -> dict[str, None]:
+        """The requests of its rows, in order."""
+        return dict.fromkeys(r.sequence.request.request_id for r in self.rows)
+
+    def cache_slots(self, block_size: int) -> list[int]:
+        """Cache slots (block * block_size + offset) of all rows."""
+        return [
+            planned.sequence.blocks[position // block_size] * block_size + position % block_size
+            for planned in self.rows
+            for position in range(planned.first, planned.first + planned.count)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class RowsWanted:
+    """What the next step could run, for the proposal to the leader."""
+
+    decode_rows: int
+    """One per decoding sequence."""
+    prefill_rows: int
+    """Prompt rows within the token budget."""
+    is_alone: bool = False
+    """They are one request's, and no other's may be in the step on any rank."""

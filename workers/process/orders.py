@@ -1,0 +1,77 @@
+"""The controller's orders, on their way from the control thread to the data thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.core.frames import (
+    ControlFrame,
+    ControllerSnapshot,
+    ExpertsLoaded,
+    LoadExperts,
+    NewGeneration,
+    RunGeneration,
+    Shutdown,
+)
+from workers.process.expert_part import ExpertPart
+from workers.process.membership import Membership
+
+
+@dataclass(kw_only=True, slots=True)
+class Orders:
+    """Those of one worker. ``take`` and ``report`` belong to the control thread."""
+
+    membership: Membership
+    experts: Callable[[], ExpertPart | None]
+    """The expert slots, when they are filled."""
+    send: Callable[[ControlFrame], None]
+    """Send to the controller."""
+    wake: Callable[[], None]
+    """End a wait of the data thread."""
+    interrupt: Callable[[int], None]
+    """End a step of the data thread: a generation of this number is to come."""
+    _frames: deque[ControlFrame] = field(default_factory=deque)
+    _memory: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, frame: ControlFrame) -> None:
+        """Keep a frame for the data thread, and interrupt its wait where the frame demands it."""
+        experts = self.experts()
+        if isinstance(frame, LoadExperts):
+            if experts is not None:
+                experts.order(frame)
+            else:
+                self.send(ExpertsLoaded(order=frame.order, error="there are no expert slots"))
+            return
+        if isinstance(frame, ControllerSnapshot):
+            self._memory = frame.memory
+            return
+        if isinstance(frame, RunGeneration) and experts is not None:
+            self._free_experts(experts, frame)
+        self.membership.announce(frame)
+        self._frames.append(frame)
+        if isinstance(frame, NewGeneration):
+            if experts is not None:
+                experts.give_up_moves()
+            self.interrupt(frame.generation.number)
+        elif isinstance(frame, Shutdown):
+            self.interrupt(self.membership.generation.number + 1)
+        else:
+            self.wake()
+
+    def report(self) -> list[ControlFrame]:
+        """State of this worker, for a restarted controller."""
+        return self.membership.worker_report(self._memory)
+
+    def pending(self) -> Iterator[ControlFrame]:
+        """Take the frames that wait, oldest first. Data thread."""
+        while self._frames:
+            yield self._frames.popleft()
+
+    def _free_experts(self, experts: ExpertPart, frame: RunGeneration) -> None:
+        """Free experts that another worker holds in the new generation."""
+        order = self.membership.announced
+        if order is not None and order.generation.number == frame.generation:
+            experts.keep_only(order.placement)
