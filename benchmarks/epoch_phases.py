@@ -28,18 +28,19 @@ class PhaseRuntime(WorkerRuntime):
     awaited: tuple[str, bool, int] | None = None
     """Name of the frame's class, whether this worker sends it, and the process."""
 
-    def _on_frame(self, frame: ControlFrame) -> None:
-        self._look(frame, is_sent=False)
-        super()._on_frame(frame)
-
     def _open_control(self) -> ControlClient:
         control = super()._open_control()
-        send = control.send
+        take, send = control._on_frame, control.send
+
+        def look_and_take(frame: ControlFrame) -> None:
+            self._look(frame, is_sent=False)
+            take(frame)
 
         def look_and_send(frame: ControlFrame) -> None:
             self._look(frame, is_sent=True)
             send(frame)
 
+        control._on_frame = look_and_take
         control.send = look_and_send  # type: ignore[method-assign]
         return control
 

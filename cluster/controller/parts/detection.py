@@ -123,8 +123,7 @@ class Detection:
 
         The state is read again for each, so that the caller can act in between.
         """
-        is_late = now - self._held_at > self._limits.hold_limit_s
-        held = frozenset() if is_late else self._held
+        held = frozenset() if now - self._held_at > self._limits.hold_limit_s else self._held
         for lost in self._find_lost(now, held):
             yield {name: reason for name, reason in lost.items() if name not in held}
 
@@ -196,8 +195,7 @@ class Detection:
 
     def _can_spare(self, names: Collection[str]) -> bool:
         """The other members go on without these at once: none of them loads an expert."""
-        cluster = self._cluster
-        members, placement = cluster.round.members, cluster.placement
+        members, placement = self._cluster.round.members, self._cluster.placement
         devices = frozenset(m.device for m in members if m.name in names and m.holds_experts)
         if devices and placement.without_devices(devices, placement.epoch) is None:
             return False
