@@ -83,7 +83,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
 
     monkeypatch.setattr(ray_tools, "newest_term", newest_term)
     monkeypatch.setattr(ray_tools, "claim_term", lambda identity: 1)
-    monkeypatch.setattr(ray_tools, "this_node_id", lambda: "here")
+    monkeypatch.setattr(ray_tools, "this_node_id", lambda: NODE)
     monkeypatch.setattr(worker_group, "wait_gone", lambda process, limit_s: True)
     monkeypatch.setattr(worker_group, "kill_process", found.processes.append)
     monkeypatch.setattr(ray, "kill", kill)
@@ -165,7 +165,7 @@ def test_an_end_that_fails_does_not_forget_the_next_worker_of_that_name(killed: 
         killed.newest_term = 2
         end = asyncio.ensure_future(group.end(["expert-0"]))
         await asyncio.sleep(0)
-        successor = worker_group._Actor("expert-0", Handle(), "here", process=PROCESS)
+        successor = worker_group._Actor("expert-0", Handle(), NODE, process=PROCESS)
         group._actors["expert-0"] = successor
         with pytest.raises(SupersededError):
             await end
@@ -224,7 +224,8 @@ def test_a_head_that_does_not_answer_holds_nobody_up(
 
     async def body() -> None:
         group = await _group(Handle(is_frozen=not is_here))
-        monkeypatch.setattr(ray_tools, "is_this_node", lambda node_id: is_here)
+        if not is_here:
+            monkeypatch.setattr(ray_tools, "this_node_id", lambda: "another")
         monkeypatch.setattr(ray, "kill" if is_here else "remote", Ray())
         end = asyncio.ensure_future(group.end(["expert-0"]))
         while not (called.is_set() or end.done()):

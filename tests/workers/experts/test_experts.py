@@ -146,7 +146,7 @@ def test_bank_grows_and_empties(inner: int) -> None:
     bank.resize(2)
     assert bank.num_slots == 2
     assert torch.equal(bank.compute(0, inputs, rows, torch.ones(3, dtype=torch.int64)), before)
-    with pytest.raises(AssertionError, match="slot 4 of 2"):
+    with pytest.raises(IndexError):
         bank.read(4, 0, 0)
 
 
