@@ -78,6 +78,8 @@ class Runner:
         """Open a control server in place of an earlier one."""
         if self.server is not None:
             await self.server.close()
+        elif self._is_watched:
+            self.background.spawn(_beat())
         self.server = ControlServer(token, self)
         await self.server.start(self.group.address())
         return self.server
@@ -141,8 +143,6 @@ class Runner:
         self.traces = start_traces(plan.config.observability)
         self.background.spawn(self._tick_forever(controller))
         self.background.spawn(self._watch_nodes(controller))
-        if self._is_watched:
-            self.background.spawn(_beat())
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:

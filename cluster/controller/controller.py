@@ -104,8 +104,7 @@ class Controller:
 
         Its constructor may still run. Only the first call counts.
         """
-        record = self.cluster.workers.find(name)
-        if not record.has_process:
+        if not (record := self.cluster.workers.find(name)).has_process:
             record.has_process, record.since = True, now
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:

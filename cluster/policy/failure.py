@@ -55,7 +55,7 @@ def find_silent(
     if len(late) > 1 and 2 * len(late) >= len(here):
         limits |= dict.fromkeys(late, limit_s)
     silent = {
-        p.name: f"no heartbeat for {now - p.heard_at:.1f} s (limit {limits[p.name]:.3g} s)"
+        p.name: f"no sign of life for {now - p.heard_at:.1f} s (limit {limits[p.name]:.3g} s)"
         for p in pulses
         if now - p.heard_at > limits[p.name]
     }

@@ -1,4 +1,4 @@
-"""How long a worker may be silent, by how long the workers of its host were. Pure.
+"""How long a worker may be silent, by how long the workers of its host were before. Pure.
 
 Accrual failure detectors judge a silence by the gaps that were seen, in a bounded window
 (Hayashibara et al., "The phi accrual failure detector", 2004), with a margin that follows how late
@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 
 LATENESS_FACTOR = 4.0
-"""A gap may be late by so many times the largest lateness of late."""
+"""Patience is the expected gap, and so many times the largest recent lateness."""
 MIN_GAPS = 4.0
-"""Patience in expected gaps at least: a machine may be busy for the first time."""
+"""Least patience in expected gaps: a machine may be busy for the first time."""
 REMOTE_MIN_S = 1.0
-"""The same over a network, in seconds: TCP sends a lost segment again after 0.2 s, and after 0.4 s
-more (RFC 6298, with the least timeout of Linux)."""
+"""Least patience over a network: TCP sends a lost segment again after 0.2 s, and after 0.4 s more
+(RFC 6298, with the least timeout of Linux)."""
 WINDOW_S = 15.0
 """Time for which a gap counts at least; twice that at most."""
 
 
 class GapWindow:
-    """The largest of the gaps of late, in constant memory. Times are monotonic seconds."""
+    """The largest recent gap, in constant memory. Times are monotonic seconds."""
 
     def __init__(self, expected_s: float = 0.1, is_remote: bool = False) -> None:
         self._expected_s = expected_s

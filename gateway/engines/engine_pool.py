@@ -186,7 +186,6 @@ class EnginePool:
     async def _announce(self, client: EngineClient) -> None:
         await client.connected.wait()
         self._judge(client.worker, has_died=False)
-        self.place_waiting()
         self._notify()
 
     def _notify(self) -> None:
@@ -219,7 +218,9 @@ class EnginePool:
         for entry, why in accused:
             if entry.last_worker != worker:
                 self._accused.append((entry, why))
-            elif not has_died or self._is_stopping:
+            elif self._is_stopping:
+                entry.sink.fail(NotReadyError("the gateway ends", "not_ready", 1.0))
+            elif not has_died:
                 self._waiting.append(entry)
             elif entry.is_waiting:
                 entry.close()
@@ -230,6 +231,7 @@ class EnginePool:
                 entry.acquit(worker)
             for client in self._clients.values():
                 client.acquit(worker)
+            self.place_waiting()
 
     def note_token(self, entry: Submission, now_s: float) -> None:
         if entry.last_token_s:

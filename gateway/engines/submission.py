@@ -80,10 +80,9 @@ class Submission:
     """Index of the attention worker that it was last sent to."""
     stage: RequestStage = RequestStage.SENT
     """How far it is at its worker, as the worker has said."""
-    deaths: dict[str, None] = field(default_factory=dict)
-    """Workers that died while they had it, since its last token: after two it runs alone."""
-    num_silent_deaths: int = 0
-    """Workers that died before they said that they had it, since one has said so."""
+    deaths: dict[str, bool] = field(default_factory=dict)
+    """Workers that died while they had it, since its last token: after two it runs alone. Whether
+    they died before they said that they had it, and none has said so since."""
     num_returns: int = 0
     """Number of times it was handed back since its last token."""
     replay_cause: ReplayCause = ReplayCause.LOST
@@ -160,6 +159,11 @@ class Submission:
         self.sink.put(output)
 
     @property
+    def num_silent_deaths(self) -> int:
+        """Workers that died before they said that they had it, since one has said so."""
+        return sum(self.deaths.values())
+
+    @property
     def must_be_sent_alone(self) -> bool:
         """It may kill workers on receipt: no other such request is on its way meanwhile."""
         return self.num_silent_deaths >= MAX_SILENT_DEATHS
@@ -171,7 +175,8 @@ class Submission:
 
     def reach(self, stage: RequestStage) -> None:
         """Its worker says how far it is; a step alone is over when it is cleared."""
-        self.stage, self.num_silent_deaths = stage, 0
+        self.stage = stage
+        self.deaths = dict.fromkeys(self.deaths, False)
 
     def clear(self) -> None:
         """A step with it has committed: it did not cause earlier deaths."""
@@ -180,9 +185,7 @@ class Submission:
 
     def acquit(self, worker: str) -> None:
         """A worker lives after all: only a connection to it was lost."""
-        if worker in self.deaths:
-            del self.deaths[worker]
-            self.num_silent_deaths = max(self.num_silent_deaths - 1, 0)
+        self.deaths.pop(worker, None)
 
     def lose(self) -> str | None:
         """Its last worker died; why this request is the cause, None if it may run again.
@@ -190,8 +193,7 @@ class Submission:
         A worker does not report which requests a step has: one that only waits counts the death,
         too, and runs alone in the end. Only then it may fail.
         """
-        self.deaths[self.last_worker] = None
-        self.num_silent_deaths += self.stage is RequestStage.SENT
+        self.deaths[self.last_worker] = self.stage is RequestStage.SENT
         if self.stage is RequestStage.ALONE:
             return "a third worker in a row was lost with it"
         if self.num_silent_deaths < MAX_SILENT_DEATHS_IN_ALL:

@@ -232,10 +232,11 @@ class EngineServer:
 
 def _tune_listener(port: int) -> None:
     """Tune the sockets that gRPC will accept: they begin with the options of its listener."""
-    for each in psutil.Process().net_connections("tcp"):
-        if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
-            with socket.socket(fileno=os.dup(each.fd)) as listener:
-                tune_socket(listener)
+    with contextlib.suppress(OSError, psutil.Error):
+        for each in psutil.Process().net_connections("tcp"):
+            if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
+                with socket.socket(fileno=os.dup(each.fd)) as listener:
+                    tune_socket(listener)
 
 
 async def _next(messages: AsyncIterator[bytes]) -> bytes:

@@ -65,7 +65,7 @@ OnDeath = Callable[[str], None]
 IDLE_WAIT_S = 1.0
 """Longest sleep of the loop."""
 LEASE_LIMITS = 1.8
-"""Lease in detection limits: below two, so that a silent worker stops before it is removed."""
+"""Lease in detection limits. A worker may be lost earlier: no step commits without it then."""
 _WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
 """Timing of a step in which a worker waits for others, by role."""
 STOP_TIMEOUT_S = 5.0

@@ -378,7 +378,7 @@ class Cluster:
         formed.enter(Phase.RUNNING)
         for member in formed.members:
             record = self.workers[member.name]
-            record.progress_at = now
+            record.progress_at = record.heard_at = now
             record.enter(WorkerState.SERVING)
         order = RunGeneration(generation=formed.number, first_step=formed.first_step)
         self.send(order, *(m.name for m in formed.members))

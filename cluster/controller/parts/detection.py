@@ -33,20 +33,21 @@ class Detection:
         self.last_tick = self._held_at = cluster.began_at
         """Time of the last call of ``credit_own_pause``."""
         self._gaps: dict[str, GapWindow] = {}
+        self._starting: frozenset[str] = frozenset()
+        """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
         self._held: frozenset[str] = frozenset()
         self._ran_at = self._busy_at = cluster.began_at
         """When nobody kept the others waiting, and when one of these had still to begin."""
 
     def heard(self, record: WorkerRecord, now: float) -> None:
-        """A worker sent a frame.
-
-        Gaps tell nothing while a worker of the host loads, or with a GPU, for whose steps the
-        thread that sends waits now and then.
+        """A worker sent a frame. The gap tells nothing while a worker starts on its host, or on one
+        that is not known yet, or with a GPU: its thread waits for a step now and then.
         """
         node, alive_s = record.member.node, self._cluster.config.transport.alive_s
         is_remote = node not in ("", self._cluster.host)
         record.gaps = self._gaps.setdefault(node, GapWindow(alive_s, is_remote))
-        tells_nothing = record.is_coming or str(record.info.get("device")).startswith("cuda")
+        is_starting = record.is_coming or not self._starting.isdisjoint(("", node))
+        tells_nothing = is_starting or str(record.info.get("device")).startswith("cuda")
         if now - self.last_tick <= 2 * TICK_S:  # else the silence may be the controller's own
             record.gaps.add(math.inf if tells_nothing else now - record.heard_at, now)
         record.heard_at = now
@@ -91,7 +92,8 @@ class Detection:
             for record in self._cluster.workers.alive():
                 record.credit(late_s, now)
             self._ran_at, self._busy_at = self._ran_at + late_s, self._busy_at + late_s
-        self.last_tick = now
+        starting = (r for r in self._cluster.workers.alive() if r.is_starting)
+        self.last_tick, self._starting = now, frozenset(r.member.node for r in starting)
 
     def end_hold(self, now: float) -> str:
         """Look for a silence that may be of the controller's own host, and hold the silent workers.
@@ -144,11 +146,10 @@ class Detection:
         cluster, limit = self._cluster, self._limits.start_limit_s
         if cluster.takes_orders:
             known = {m.name for m in cluster.round.members}
-            coming = (r for r in cluster.workers.alive() if r.is_coming and r.name not in known)
             return {
                 r.name: f"not ready within {limit:g} s"
-                for r in coming
-                if (r.has_process or r.state is WorkerState.LOADING) and now - r.since > limit
+                for r in cluster.workers.alive()
+                if r.is_starting and r.name not in known and now - r.since > limit
             }
         if cluster.round.number > 0 or now - cluster.round.began_at <= limit:
             return {}

@@ -196,19 +196,14 @@ class Recovery:
         self._cluster.places.joined(cluster.round.members)
         for member in cluster.round.members:
             cluster.workers[member.name].started_with = None
-        self._count_recovery(now)
+        if self._lost:  # steps run again after their loss
+            took_s, lost = now - self._lost_at, sorted(self._lost)
+            cluster.metrics.recovered(set(self._lost.values()), took_s)
+            cluster.effects.append(Trace(RECOVERY, took_s, {LOST_WORKERS: lost}))
+            self._lost.clear()
         self._barred.clear()
         self._retry_s = self._limits.retry_s
         self.ready(now)
-
-    def _count_recovery(self, now: float) -> None:
-        """Steps run again after the loss of members, if any were lost."""
-        if self._lost:
-            took_s, lost = now - self._lost_at, sorted(self._lost)
-            self._cluster.metrics.recovered(set(self._lost.values()), took_s)
-            trace = Trace(RECOVERY, took_s, {LOST_WORKERS: lost})
-            self._cluster.effects.append(trace)
-            self._lost.clear()
 
     def _settle(self) -> None:
         """Enter the state of a stalled cluster: RECOVERING while workers are coming."""

@@ -75,6 +75,11 @@ class WorkerRecord:
         return self.state in (WorkerState.STARTING, WorkerState.LOADING)
 
     @property
+    def is_starting(self) -> bool:
+        """It is coming, and does not wait for room."""
+        return self.is_coming and (self.has_process or self.state is WorkerState.LOADING)
+
+    @property
     def is_lost(self) -> bool:
         """Lost or drained: the controller expects nothing more from it."""
         return self.state in (WorkerState.LOST, WorkerState.DRAINED)

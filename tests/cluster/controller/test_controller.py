@@ -147,7 +147,7 @@ def test_loading_workers_may_be_silent_for_longer() -> None:
     cluster = FakeCluster()
     cluster.register("expert-0")
     cluster.tick(31.0)
-    assert cluster.known.error == "expert-0: no heartbeat for 30.1 s (limit 30 s)"
+    assert cluster.known.error == "expert-0: no sign of life for 30.1 s (limit 30 s)"
 
 
 def test_a_member_that_does_not_join_the_first_generation_fails_the_start() -> None:

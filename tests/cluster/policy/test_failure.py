@@ -32,9 +32,14 @@ def _pulse(
     )
 
 
+def silent_for(seconds: str, limit: str) -> str:
+    """The reason of a loss."""
+    return f"no sign of life for {seconds} s (limit {limit} s)"
+
+
 def test_silence_beyond_the_limit_is_a_loss() -> None:
     pulses = [_pulse("a", 10.0, 10.0), _pulse("b", 7.5, 7.5)]
-    assert find_silent(10.0, pulses, "head", 2.0) == {"b": "no heartbeat for 2.5 s (limit 2 s)"}
+    assert find_silent(10.0, pulses, "head", 2.0) == {"b": silent_for("2.5", "2")}
 
 
 def test_silence_up_to_the_limit_is_no_loss() -> None:
@@ -61,10 +66,14 @@ def test_a_worker_that_waits_for_a_silent_peer_is_not_blamed() -> None:
 
 def test_a_worker_with_a_known_rhythm_is_lost_as_soon_as_its_gaps_explain_no_silence() -> None:
     silent = dataclasses.replace(_pulse("a", 10.0 - 0.31, 10.0), patience_s=0.3)
-    assert find_silent(10.0, [silent], "head", 2.0) == {"a": "no heartbeat for 0.3 s (limit 0.3 s)"}
+    assert find_silent(10.0, [silent], "head", 2.0) == {
+        "a": "no sign of life for 0.3 s (limit 0.3 s)"
+    }
     late = dataclasses.replace(_pulse("a", 10.0 - 0.69, 10.0), patience_s=0.7)
     assert find_silent(10.0, [late], "head", 2.0) == {}
-    assert find_silent(10.02, [late], "head", 2.0) == {"a": "no heartbeat for 0.7 s (limit 0.7 s)"}
+    assert find_silent(10.02, [late], "head", 2.0) == {
+        "a": "no sign of life for 0.7 s (limit 0.7 s)"
+    }
 
 
 @pytest.mark.parametrize(

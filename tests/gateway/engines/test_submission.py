@@ -129,14 +129,17 @@ def test_a_death_counts_by_how_far_the_request_was(
 def test_a_worker_that_has_the_request_ends_the_count_of_silent_deaths() -> None:
     entry = submission()
     for number in range(1, MAX_SILENT_DEATHS_IN_ALL):
+        entry.last_worker = f"attention-{number}"
         assert entry.lose() is None
         assert entry.must_be_sent_alone is (number >= MAX_SILENT_DEATHS)
         entry.again(0.0)
     entry.reach(RequestStage.QUEUED)
     assert not entry.must_be_sent_alone
     entry.again(0.0)
-    for _ in range(1, MAX_SILENT_DEATHS_IN_ALL):
+    for number in range(1, MAX_SILENT_DEATHS_IN_ALL):
+        entry.last_worker = f"attention-0.{number}"
         assert entry.lose() is None
+    entry.last_worker = "attention-1.5"
     assert entry.lose() == "5 workers in a row were lost when they received it"
 
 
@@ -209,3 +212,17 @@ def test_a_request_with_output_goes_on_where_it_ended() -> None:
     assert entry.open_choices == {0}
     assert entry.outputs == [[7, 8], [9]]
     assert entry.outstanding_tokens == 8
+
+
+def test_a_worker_that_lives_after_all_takes_back_its_own_death_only() -> None:
+    entry = submission()
+    entry.last_worker = "attention-0"
+    entry.reach(RequestStage.QUEUED)
+    entry.lose()
+    entry.again(0.0)
+    entry.last_worker = "attention-1"
+    entry.lose()
+    entry.acquit("attention-0")
+    assert (entry.num_deaths, entry.num_silent_deaths) == (1, 1)
+    entry.acquit("attention-1")
+    assert (entry.num_deaths, entry.num_silent_deaths) == (0, 0)

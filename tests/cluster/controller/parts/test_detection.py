@@ -66,7 +66,7 @@ def test_a_worker_with_a_steady_rhythm_is_lost_after_four_of_its_gaps() -> None:
     assert passes(cluster, 0.4, "expert-1") == []
     assert passes(cluster, 0.1, "expert-1") == ["expert-1"]
     reason = cluster.known.workers["expert-1"].reason
-    assert reason == "no heartbeat for 0.5 s (limit 0.4 s)"
+    assert reason == "no sign of life for 0.5 s (limit 0.4 s)"
 
 
 def test_every_frame_is_a_sign_of_life() -> None:
@@ -86,7 +86,7 @@ def test_a_worker_whose_rhythm_is_unknown_has_the_whole_limit(count: int) -> Non
     cluster.beat_all()
     assert passes(cluster, LIMIT_S, "expert-1") == []
     assert passes(cluster, 0.1, "expert-1") == ["expert-1"]
-    assert cluster.known.workers["expert-1"].reason == "no heartbeat for 2.1 s (limit 2 s)"
+    assert cluster.known.workers["expert-1"].reason == "no sign of life for 2.1 s (limit 2 s)"
 
 
 def test_a_worker_that_was_late_once_may_be_later() -> None:
@@ -157,6 +157,20 @@ def test_while_a_worker_loads_and_for_a_while_its_host_has_the_whole_limit(
     passes(cluster, WINDOW_S - 0.5)
     assert cluster.state == "SERVING"
     assert passes(cluster, 1.2, "expert-1") == ["expert-0"] + ["expert-1"] * is_lost
+
+
+def test_while_a_process_comes_whose_host_is_unknown_all_have_the_whole_limit() -> None:
+    """It imports its packages, and has not called yet."""
+    cluster = steady(hosts=HOSTS)
+    cluster.controller.lost({"expert-0": "killed"}, cluster.now)
+    for name in HOSTS.keys() - {"expert-0"}:
+        cluster.answer_loads(name)
+    cluster.join_all()
+    cluster.tick(0.1)
+    passes(cluster, 1.0, "expert-0.2")
+    cluster.controller.created("expert-0.2", cluster.now)
+    passes(cluster, 1.0, "expert-0.2")
+    assert passes(cluster, 1.2, "expert-0.2", "expert-1") == ["expert-0"]
 
 
 def test_a_sign_of_life_is_not_answered_and_renews_no_lease() -> None:
