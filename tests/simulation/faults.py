@@ -67,7 +67,8 @@ class Faults:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._paused: list[Process] = []
+        self._paused: dict[Process, float] = {}
+        """Processes that were paused, and when the last of their pauses ends."""
         self._held: list[Thread] = []
         self._is_healed = False
         self.num_begun = 0
@@ -350,9 +351,14 @@ class Faults:
         return found + [c.process for c in world.ray.controllers]
 
     def _pause(self, process: Process, lasts_s: float) -> None:
+        kernel = self._world.kernel
         process.pause()
-        self._paused.append(process)
-        self._world.kernel.after(lasts_s, process.resume)
+        self._paused[process] = max(kernel.now + lasts_s, self._paused.get(process, 0.0))
+        kernel.at(self._paused[process], self._resume, process)
+
+    def _resume(self, process: Process) -> None:
+        if self._world.kernel.now >= self._paused[process]:
+            process.resume()
 
     def _isolate(self, host: str, lasts_s: float) -> None:
         net = self._world.net

@@ -32,6 +32,8 @@ _LOCAL_S = 15e-6
 class Link:
     """One direction between two hosts."""
 
+    num_faults: int = 0
+    """Blackholes and delays; those that overlap end together."""
     is_blocked: bool = False
     delay_s: float = 0.0
     """More than the usual latency."""
@@ -122,15 +124,20 @@ class Network:
     def block(self, source: str, target: str) -> None:
         """Blackhole one direction."""
         self.kernel.log("blackhole %s -> %s", source, target)
-        self.link(source, target).is_blocked = True
+        link = self.link(source, target)
+        link.num_faults, link.is_blocked = link.num_faults + 1, True
 
     def slow(self, source: str, target: str, delay_s: float) -> None:
         self.kernel.log("delay %s -> %s by %.3f s", source, target, delay_s)
-        self.link(source, target).delay_s = delay_s
+        link = self.link(source, target)
+        link.num_faults, link.delay_s = link.num_faults + 1, delay_s
 
     def heal(self, source: str, target: str) -> None:
-        """End blackhole and delay of one direction; what waits arrives."""
+        """End a fault of one direction; what waits arrives when there is none left."""
         link = self.link(source, target)
+        link.num_faults = max(link.num_faults - 1, 0)
+        if link.num_faults:
+            return
         if link.is_blocked or link.delay_s:
             self.kernel.log("heal %s -> %s", source, target)
         link.is_blocked, link.delay_s = False, 0.0
@@ -139,7 +146,8 @@ class Network:
             pipe.flush()
 
     def heal_all(self) -> None:
-        for source, target in list(self._links):
+        for (source, target), link in list(self._links.items()):
+            link.num_faults = 0
             self.heal(source, target)
 
     def shrink_buffers(self, host: str) -> None:
