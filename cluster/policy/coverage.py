@@ -47,7 +47,7 @@ class Holdings:
 
 
 Missing = Sequence[tuple[int, int]]
-"""(place of the bank, expert) of the experts that have no room."""
+"""(index of the bank, expert) of the experts that have no room."""
 
 
 def cover(holdings: Holdings, devices: Collection[int], epoch: int) -> tuple[Stage | None, Missing]:

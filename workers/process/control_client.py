@@ -218,7 +218,7 @@ class ControlClient:
                     self._lease.check(now)
                     if now >= next_beat:
                         outgoing += self._sign_of_life(now)
-                        next_beat = now + self._alive_s
+                        next_beat = min(now + self._alive_s, self._heartbeat_at)
                     is_closing = self._closing  # read first: all of the queue was sent before it
                     while self._queue:
                         outgoing += self._queue.popleft()

@@ -260,6 +260,7 @@ class WorkerTable:
 
     def by_device(self, num_devices: int) -> list[WorkerRecord | None]:
         """``[device]`` -> the newest worker that holds or held its experts, if one is known."""
-        found = {r.member.device: r for r in self if r.member.holds_experts}
+        by_life = sorted(self, key=lambda r: not r.is_lost)  # those that live come last
+        found = {r.member.device: r for r in by_life if r.member.holds_experts}
         found = found or {0: list(self)[-1]}  # local mode
         return [found.get(device) for device in range(num_devices)]

@@ -107,7 +107,7 @@ def test_a_controller_that_was_overtaken_takes_no_worker_back(tiny_checkpoint: P
         worker = cluster.group.runtimes["expert-0"]
         with pytest.raises(SupersededError, match="older term 1"):
             worker.redirect("127.0.0.1:1", 1, "the first controller")
-        assert cluster.snapshot()["state"] == "SERVING"
+        cluster.wait(lambda s: s["state"] == "SERVING")
         server = cluster.actor.runner.server
         assert server is not None
         assert server.is_connected("expert-0")
