@@ -232,8 +232,6 @@ class ControllerActor:
             await self._background.wait(lambda: controller.cluster.state is state, _STOP_LIMIT_S)
         await self.runner.stop()
 
-    # ---- small things ---------------------------------------------------------------------
-
     async def _restore(self) -> None:
         """Repeat until it succeeds: the workers serve meanwhile."""
         pause_s = _RESTORE_PAUSE_S

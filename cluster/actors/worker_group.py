@@ -225,8 +225,6 @@ class WorkerGroup:
             has_called=bool(answer["has_called"]),
         )
 
-    # ---- placing --------------------------------------------------------------------------
-
     def _options(self, member: Member, share: WorkerShare, bundle: int) -> dict[str, Any]:
         return {
             "name": member.name,
@@ -246,8 +244,6 @@ class WorkerGroup:
             await actor.handle.start.remote()
         except RayError as err:
             raise StartError(actor.name, ray_tools.words_of(err)) from err
-
-    # ---- ending ---------------------------------------------------------------------------
 
     def _ended(self, actor: _Actor, task: asyncio.Future[None]) -> None:
         self._ending.discard(task)

@@ -32,6 +32,7 @@ class Detection:
         self._limits = limits
         self.last_tick = self._held_at = cluster.began_at
         """Time of the last call of ``credit_own_pause``."""
+        self._is_late = False
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
         """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
@@ -84,13 +85,17 @@ class Detection:
         return None
 
     def credit_own_pause(self, now: float) -> None:
-        """Do not blame workers for a silence in which the controller itself was paused."""
-        late_s = now - self.last_tick - TICK_S
+        """Do not blame workers for a silence in which the controller itself was paused.
+
+        Frames that wait are read after a late tick: none is lost before the next one.
+        """
+        late_s, was_late = now - self.last_tick - TICK_S, self._is_late
+        self._is_late = late_s > TICK_S
         if late_s > self._limits.detection_limit_s / 2:
             logger.warning("the controller did not run for %.1f s", late_s)
-        if late_s > TICK_S:
+        if self._is_late:
             for record in self._cluster.workers.alive():
-                record.credit(late_s, now)
+                record.credit(late_s if was_late else late_s + TICK_S, now)
             self._ran_at, self._busy_at = self._ran_at + late_s, self._busy_at + late_s
         starting = (r for r in self._cluster.workers.alive() if r.is_starting)
         self.last_tick, self._starting = now, frozenset(r.member.node for r in starting)

@@ -203,13 +203,26 @@ def test_a_pause_of_the_controller_is_no_silence(paused: float) -> None:
     assert passes(cluster, 0.4, "expert-1") == ["expert-1"]
 
 
+@pytest.mark.parametrize("paused", [0.21, 0.9])
+def test_frames_that_came_in_a_pause_of_the_controller_are_read_before_anyone_is_lost(
+    paused: float,
+) -> None:
+    cluster = steady()
+    passes(cluster, 0.4, "expert-1")
+    cluster.now += paused
+    cluster.controller.tick(cluster.now)
+    assert lost(cluster) == []
+    say_alive(cluster)
+    assert passes(cluster, 0.1) == []
+
+
 def test_many_short_pauses_of_the_controller_are_no_silence() -> None:
     cluster = steady()
     for _ in range(3):
         cluster.now += 0.25
         cluster.controller.tick(cluster.now)
     assert lost(cluster) == []
-    for _ in range(2):
+    for _ in range(3):
         cluster.now += 0.1
         cluster.controller.tick(cluster.now)
     assert len(lost(cluster)) == 4
