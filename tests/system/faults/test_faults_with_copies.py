@@ -142,7 +142,7 @@ def test_a_worker_that_wakes_up_late_disturbs_no_stream(
     cluster.wait(lambda s: s["generation"] > before["generation"])
     # Whichever of the two rules of silence comes first: see cluster/policy/failure.py.
     reason = cluster.worker(name)["reason"]
-    assert "no sign of life" in reason or "stands still" in reason
+    assert "no sign of life" in reason or "has stalled" in reason
     check_gone(pid)
 
 
