@@ -59,7 +59,7 @@ class Row(FaultRow):
     prepare: Fault = lambda site: None
     """What must be there before."""
     after: Fault = lambda site: None
-    """What must come of it, beside ``changes``."""
+    """A check of the outcome, after ``changes``."""
     changes: str = "generation"
     """Key of the snapshot that grows when the cluster has dealt with it; empty: none does."""
 

@@ -114,7 +114,7 @@ class Site:
             raise RuntimeError("the second gateway does not serve")
 
     def kill_second_gateway(self) -> None:
-        """``kill -9`` of it."""
+        """Send SIGKILL to the second gateway."""
         assert self._second is not None
         self._second.kill()
         self._second.communicate()

@@ -181,7 +181,7 @@ class Network:
                     half.resize(self.window(host))
 
     def forget(self, host: str, other: str) -> None:
-        """A host takes its connections to another one for reset, which does not hear of it."""
+        """A host treats its connections to another host as reset; the other host is not told."""
         self.kernel.log("%s forgets %s", host, other)
         for sock in list(self.connections):
             if sock.peer is not None and (sock.host, sock.peer.host) == (host, other):

@@ -72,7 +72,7 @@ class SimSocket:
             self._changed()
 
     def forget(self) -> None:
-        """This end takes the connection for reset; the other one hears of it when it sends."""
+        """This end treats the connection as reset; the other end learns it when it sends."""
         if not self._is_closed and not self._is_forgotten:
             self._is_forgotten = True
             self._received.clear()

@@ -90,7 +90,7 @@ class Half:
             self._is_broken = True
 
     def forget(self) -> None:
-        """This end takes the connection for reset; the other one hears of it when it sends."""
+        """This end treats the connection as reset; the other end learns it when it sends."""
         self.break_off()
 
     def arrive(self, message: Any) -> None:
