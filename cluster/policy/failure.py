@@ -44,10 +44,10 @@ def find_silent(
 ) -> dict[str, str]:
     """Workers to declare lost (name -> reason).
 
-    A worker that is silent for longer than its patience is lost. If half of the workers on the
-    controller's own host are late at once, the machine is busy, and they have ``limit_s``. A loop
-    that stalls with work in hand for ``limit_s`` is lost too, unless it waits for a peer, or some
-    worker is silent: a worker that waits for a lost peer stalls through no fault of its own.
+    A worker that is silent for longer than its patience is lost. If two or more on the
+    controller's own host, and half of those there, are late at once, that machine is busy, and
+    they have ``limit_s``. A loop that stalls with work in hand for ``limit_s`` is lost too, unless
+    it waits for a peer, or some worker is silent: who waits for a lost peer is not to blame.
     """
     limits = {p.name: min(p.patience_s, limit_s) for p in pulses}
     here = [p for p in pulses if p.running and p.host == own_host]
