@@ -49,6 +49,7 @@ from workers.process.control_client import ControlClient
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.expert_part import BanksOf, ExpertPart
 from workers.process.lease import Lease
+from workers.process.lifetime import Lifetime
 from workers.process.membership import Membership, MembershipHooks, Standing
 from workers.process.orders import Orders
 from workers.process.reports import WorkerReports
@@ -117,10 +118,8 @@ class WorkerRuntime(ABC):
             load_every_s=self.config.load.report_s,
             send=self._send,
         )
-        self._stopping = False
-        self.has_called = False
-        """It has reached a controller once."""
-        self._drain_requested = False
+        self._control: ControlClient | None = None
+        self._lifetime = Lifetime()
         self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
 
     # ---- what a role adds -------------------------------------------------------------------
@@ -135,8 +134,7 @@ class WorkerRuntime(ABC):
 
     def _begin_steps(self) -> None:
         """A generation runs: begin steps and accept clients."""
-        number = self.membership.generation.number
-        logger.debug("%s runs generation %d", self.member.name, number)
+        logger.debug("%s runs generation %d", self.member.name, self.membership.generation.number)
 
     def _lose_members(self, names: Set[str]) -> None:
         """Members of the last generation died; the last step was given up."""
@@ -174,7 +172,7 @@ class WorkerRuntime(ABC):
 
     def stop(self) -> None:
         """End the loop and wait for it."""
-        self._stopping = True
+        self._lifetime.end()
         self._interrupt(self.membership.generation.number + 1)
         self._thread.join(STOP_TIMEOUT_S)
 
@@ -185,17 +183,13 @@ class WorkerRuntime(ABC):
 
     def request_drain(self) -> bool:
         """Ask for a drain; False outside a generation, or when already asked (any thread)."""
-        if not self.membership.is_member or self._stopping or self._drain_requested:
+        if not self.membership.is_member or not self._lifetime.leave():
             return False
-        self._drain_requested = True
         self.control.send(DrainRequest())
         return True
 
     def redirect(self, control_address: str, term: int, controller: str) -> None:
-        """Connect to a restarted controller.
-
-        Raises ``NotReadyError`` before the first connection, and ``SupersededError``.
-        """
+        """Connect to a restarted controller. Raises ``SupersededError``, ``NotReadyError``."""
         if not self.has_called:
             raise NotReadyError(f"{self.member.name} has not called a controller yet")
         self.follow(term, controller)
@@ -207,11 +201,10 @@ class WorkerRuntime(ABC):
             self.compute_threads = ComputeThreads.for_threads(self.args.threads)
             self._open()
             info = self._load()
-            collapse_weights(
-                self.args.device.type, self.checkpoint.loaded_bytes, self.activity.advance
-            )
+            device = self.args.device.type
+            collapse_weights(device, self.checkpoint.loaded_bytes, self.activity.advance)
             self.control.send(WorkerReady(info=info))
-            while not self._stopping:
+            while not self._lifetime.is_ending:
                 self._obey()
                 self._between_steps()
                 self._guarded_step()
@@ -223,8 +216,8 @@ class WorkerRuntime(ABC):
 
     def _open(self) -> None:
         """Reach the controller, read the checkpoint's headers, open the listeners, register."""
-        self.control = self._open_control()
-        self._cleanup.callback(self.control.close)
+        self._control = self._open_control()
+        self._cleanup.callback(self._control.close)
         self.checkpoint = Checkpoint(Path(self.config.model.path), self._reports.loading)
         self.family = self.checkpoint.family
         self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
@@ -283,8 +276,18 @@ class WorkerRuntime(ABC):
             on_failed=self._die,
         )
         control.start()
-        self.has_called = True
         return control
+
+    @property
+    def has_called(self) -> bool:
+        """It has reached a controller once."""
+        return self._control is not None
+
+    @property
+    def control(self) -> ControlClient:
+        """The socket to the controller."""
+        assert self._control is not None, "the controller is called before anything uses this"
+        return self._control
 
     @property
     def lease_s(self) -> float:
@@ -337,7 +340,7 @@ class WorkerRuntime(ABC):
         )
 
     def _die(self, reason: str) -> None:
-        if self._stopping:
+        if self._lifetime.is_ending:
             return
         if self.has_called:
             self.control.send(WorkerFailed(reason=reason))
@@ -381,8 +384,7 @@ class WorkerRuntime(ABC):
                 self._run_step()
             else:
                 self.activity.is_idle = True
-                is_ready = membership.standing is Standing.READY
-                self.connections.rest(IDLE_WAIT_S, is_ready=is_ready)
+                self.connections.rest(IDLE_WAIT_S, is_ready=membership.standing is Standing.READY)
         except GenerationChangedError:
             membership.leave()
         except PeerLostError as err:
@@ -391,6 +393,6 @@ class WorkerRuntime(ABC):
     def _obey(self) -> None:
         for frame in self._orders.pending():
             if isinstance(frame, Shutdown):
-                self._stopping = True
+                self._lifetime.end()
             else:
                 self.membership.handle(frame)

@@ -23,6 +23,7 @@ from cluster.core.placement import contiguous
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
 from tests.harness.members import member_of
+from workers.process.lifetime import Lifetime
 from workers.process.membership import Membership, MembershipHooks, Standing
 from workers.process.runtime import WorkerRuntime
 
@@ -119,8 +120,7 @@ def test_a_worker_belongs_to_its_generation_while_no_step_runs() -> None:
         runtime: Any = SimpleNamespace(
             membership=world.membership,
             control=SimpleNamespace(send=sent.append),
-            _stopping=False,
-            _drain_requested=False,
+            _lifetime=Lifetime(),
         )
         return WorkerRuntime.request_drain(runtime)
 
