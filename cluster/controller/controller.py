@@ -100,9 +100,7 @@ class Controller:
             self.lost({name: f"its control connection closed ({reason})"}, now)
 
     def created(self, name: str, now: float) -> None:
-        """The process of a new worker runs, perhaps still its constructor; from now on (the first
-        call) it must be ready within the limit.
-        """
+        """A new worker's process runs, or its constructor: from now on it must be ready in time."""
         if not (record := self.cluster.workers.find(name)).has_process:
             record.has_process, record.since = True, now
 

@@ -20,6 +20,8 @@ class LoadOrder:
 
     worker: str
     fills: tuple[SlotFill, ...]
+    epoch: int
+    """Placement epoch of the controller at the order; workers with a later one refuse it."""
     began_at: float
     """Monotonic time of the order."""
     source: int
@@ -47,13 +49,13 @@ class LoadOrders:
         details: Mapping[str, Any] | None = None,
     ) -> None:
         """Order a worker to load; ``details`` are for ``LoadExperts.source``."""
-        number = next(self._cluster.order_numbers)
+        number, epoch = next(self._cluster.order_numbers), self._cluster.placement.epoch
         self.pending[number] = LoadOrder(
-            worker=worker, fills=tuple(fills), began_at=now, source=source, tried=tried
+            worker=worker, fills=tuple(fills), epoch=epoch, began_at=now, source=source, tried=tried
         )
         frame = LoadExperts(
             order=number,
-            epoch=self._cluster.placement.epoch,
+            epoch=epoch,
             experts=[[f.bank, f.slot, f.expert] for f in fills],
             source=dict(details or {}),
         )

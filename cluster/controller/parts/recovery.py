@@ -109,16 +109,16 @@ class Recovery:
 
     def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> bool:
         """A worker has answered a load order; False if no recovery sent that order."""
-        reload = self.reloads.answered(name, frame.order)
+        cluster, reload = self._cluster, self.reloads.answered(name, frame.order)
         if reload is None:
             return False
-        if frame.error:
+        if frame.error and reload.epoch == cluster.placement.epoch:
             self._cannot_load(reload, frame.error, now)
-        else:
-            took_s, moved = now - reload.began_at, len(reload.fills)
-            self._cluster.moved("recovery", moved, frame.num_bytes, took_s)
-            self._cluster.round.loaded += reload.fills
-            self._run_if_complete(now)
+            return True
+        if not frame.error:
+            cluster.moved("recovery", len(reload.fills), frame.num_bytes, now - reload.began_at)
+            cluster.round.loaded += reload.fills
+        self._run_if_complete(now)  # orders what is missing again, if it was refused for newer maps
         return True
 
     def answered(self, name: str, frame: GenerationReady, now: float) -> None:

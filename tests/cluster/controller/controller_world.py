@@ -111,9 +111,12 @@ class ModelWorker:
     def load(self) -> ExpertsLoaded:
         """Its loader carries out the next order."""
         order = self.loads.popleft()
-        if not self.disk_error:
+        error = self.disk_error
+        if order.epoch < self.epoch:
+            error = f"ordered in epoch {order.epoch}, {self.epoch} is in force"
+        if not error:
             self.contents |= {(bank, slot): expert for bank, slot, expert in order.experts}
-        return ExpertsLoaded(order=order.order, error=self.disk_error)
+        return ExpertsLoaded(order=order.order, error=error)
 
     @property
     def is_awake(self) -> bool:

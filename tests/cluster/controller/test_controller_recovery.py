@@ -115,6 +115,25 @@ def test_a_loss_while_experts_are_loaded_adds_to_the_loads() -> None:
         assert set(bank.decode_device) <= devices
 
 
+def test_an_order_that_newer_maps_have_overtaken_is_given_again() -> None:
+    """The worker refuses it, as its slots may be in force by now, and can load all the same."""
+    world = World(1, 4, 0)
+    world.crash("expert-1")
+    world.crash("expert-2")
+    assert world.controller is not None
+    refused = {name: len(model.loads) for name, model in world.workers.items() if model.loads}
+    assert sum(refused.values()) > len(refused), "a worker has orders of both losses"
+    rest = ("attention-0", "expert-0", "expert-3")
+    for _ in range(3):  # all take the maps before their loaders begin; load again; run
+        for name in rest:
+            while world.workers[name].inbox:
+                world.take(name)
+        for name in refused:
+            world.load(name)
+    assert world.runnable() == [world.controller.cluster.generation.number]
+    assert world.controller.snapshot()["problems"] == []
+
+
 def test_what_one_cannot_load_another_does() -> None:
     cluster = FakeCluster(1, 3)
     cluster.serve()
