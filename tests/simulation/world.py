@@ -14,6 +14,7 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.controller.parts.cluster import Phase
+from cluster.controller.parts.recovery import Problem
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation
 from tests.simulation.disk import Disk
@@ -176,6 +177,7 @@ class World:
     def _check(self) -> None:
         """Safety: what must hold at every moment."""
         self._check_runnable()
+        self._check_loads()
         if self.kernel.failures:
             raise Broken("; ".join(self.kernel.failures))
 
@@ -184,6 +186,16 @@ class World:
         runnable = self._runnable()
         if len(runnable) > 1:
             self.kernel.failures.append(f"generations {sorted(runnable)} can all run")
+
+    def _check_loads(self) -> None:
+        """No worker counts as one that cannot load whose host reads the checkpoint."""
+        controller = self.ray.controller
+        found = controller.actor.runner.controller if controller is not None else None
+        for problem in found.recovery.problems(0.0) if found is not None else ():
+            name, _, why = problem.partition(f" {Problem.CANNOT_LOAD}")
+            worker = self.ray.ever.get(name)
+            if why and worker is not None and worker.process.host not in self.faults.unreadable:
+                raise Broken(problem)
 
     def _runnable(self) -> set[tuple[int, tuple[str, ...]]]:
         """Generations that could commit a step: all their members live and run them."""
@@ -275,7 +287,7 @@ class World:
 
     def _is_left_out(self, problem: str) -> bool:
         """A place is left out because its host could not read the checkpoint."""
-        name, _, why = problem.partition(" is left out")
+        name, _, why = problem.partition(f" {Problem.LEFT_OUT}")
         return bool(why) and self.ray.ever[name].process.host in self.faults.unreadable
 
     def _state(self, controller: SimController | None) -> Any:
