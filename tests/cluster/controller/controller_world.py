@@ -55,8 +55,8 @@ class ModelWorker:
     member: Member
     inbox: deque[ControlFrame] = field(default_factory=deque)
     """What has reached it and waits to be taken."""
-    loads: deque[LoadExperts] = field(default_factory=deque)
-    """Orders of its loader, which works in the background."""
+    loads: deque[LoadExperts | ExpertPlacement] = field(default_factory=deque)
+    """Work of its loader, in the background: orders, and maps outside of which slots are freed."""
     contents: dict[tuple[int, int], int] = field(default_factory=dict)
     """(bank, expert slot) -> the expert that is complete there."""
     is_dead: bool = False
@@ -108,15 +108,30 @@ class ModelWorker:
             for bank, size in enumerate(sizes)
         )
 
-    def load(self) -> ExpertsLoaded:
-        """Its loader carries out the next order."""
+    @property
+    def num_orders(self) -> int:
+        """Load orders that are not carried out."""
+        return sum(isinstance(work, LoadExperts) for work in self.loads)
+
+    def load(self) -> ExpertsLoaded | None:
+        """Its loader does the next piece of work; the answer to an order."""
         order = self.loads.popleft()
+        if isinstance(order, ExpertPlacement):
+            used = dict(self._row(order))
+            self.contents = {place: e for place, e in self.contents.items() if place in used}
+            return None
         error = self.disk_error
         if order.epoch < self.epoch:
             error = f"ordered in epoch {order.epoch}, {self.epoch} is in force"
         if not error:
             self.contents |= {(bank, slot): expert for bank, slot, expert in order.experts}
         return ExpertsLoaded(order=order.order, error=error)
+
+    def check_slots(self) -> None:
+        """All experts of the maps that it runs are in their slots."""
+        assert self.joined is not None
+        row = self._row(self.joined.placement)
+        assert dict(row).items() <= self.contents.items(), "no step in an empty slot"
 
     @property
     def is_awake(self) -> bool:
@@ -163,6 +178,10 @@ class ModelWorker:
             self.memory = frame.memory
         elif isinstance(frame, LoadExperts):
             self.loads.append(frame)
+        elif isinstance(frame, RunGeneration):
+            if self.order is not None and self.order.generation.number == frame.generation:
+                self.loads.append(self.order.placement)
+            self.inbox.append(frame)
         elif not isinstance(frame, HeartbeatAck):
             self.inbox.append(frame)
 
@@ -176,9 +195,7 @@ class ModelWorker:
                 assert frame.first_step > self.highest_step, "steps are numbered above all seen"
                 self.runs = True
                 self.epochs.append(self.epoch)
-                assert self.joined is not None
-                row = self._row(self.joined.placement)
-                assert dict(row).items() <= self.contents.items(), "no step in an empty slot"
+                self.check_slots()
             case StatusRequest():
                 return [StatusReply(token=frame.token, stats={"num_requests_running": 0.0})]
             case Shutdown():
@@ -381,7 +398,8 @@ class World:
         """A worker's loader carries out all its orders."""
         model = self.workers[name]
         while model.is_awake and model.loads:
-            self.tell(name, model.load())
+            if (answer := model.load()) is not None:
+                self.tell(name, answer)
 
     def step(self, count: int) -> None:
         """The generation that can runs some steps."""
@@ -445,6 +463,10 @@ class World:
     def check(self) -> None:
         """The invariants."""
         assert len(self.runnable()) <= 1, "one generation at a time"
+        for number in self.runnable():
+            for model in self.workers.values():
+                if model.runs and model.generation.number == number:
+                    model.check_slots()
         known: dict[int, NewGeneration] = {}
         for model in self.workers.values():
             assert model.epochs == sorted(model.epochs)

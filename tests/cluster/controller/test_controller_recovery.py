@@ -121,17 +121,49 @@ def test_an_order_that_newer_maps_have_overtaken_is_given_again() -> None:
     world.crash("expert-1")
     world.crash("expert-2")
     assert world.controller is not None
-    refused = {name: len(model.loads) for name, model in world.workers.items() if model.loads}
-    assert sum(refused.values()) > len(refused), "a worker has orders of both losses"
+    orders = {n: m.num_orders for n, m in world.workers.items() if m.num_orders}
+    assert sum(orders.values()) > len(orders), "a worker has orders of both losses"
     rest = ("attention-0", "expert-0", "expert-3")
     for _ in range(3):  # all take the maps before their loaders begin; load again; run
         for name in rest:
             while world.workers[name].inbox:
                 world.take(name)
-        for name in refused:
+        for name in orders:
             world.load(name)
     assert world.runnable() == [world.controller.cluster.generation.number]
     assert world.controller.snapshot()["problems"] == []
+
+
+def test_a_slow_loader_frees_no_slot_that_a_later_generation_runs() -> None:
+    """It frees what a new worker has taken over, when that worker is lost already."""
+    world = World(1, 3, 0)
+    rest = ("attention-0", "expert-0", "expert-2")
+
+    def take_all(*names: str) -> None:
+        for name in names:
+            while world.workers[name].inbox:
+                world.take(name)
+
+    world.crash("expert-1")
+    for _ in range(2):
+        take_all(*rest)
+        for name in rest:
+            world.load(name)
+    world.tick(0.2)
+    world.come_up("expert-1.2")
+    take_all(*rest, "expert-1.2")
+    take_all(*rest, "expert-1.2")
+    assert world.controller is not None
+    assert world.controller.snapshot()["state"] == "SERVING"
+    world.crash("expert-1.2")
+    for _ in range(2):
+        take_all(*rest)
+        world.check()
+        for name in rest:
+            world.load(name)
+            world.check()
+    take_all(*rest)
+    assert world.runnable() == [world.controller.cluster.generation.number]
 
 
 def test_what_one_cannot_load_another_does() -> None:
@@ -520,7 +552,7 @@ def test_experts_that_an_earlier_controller_ordered_are_in_their_slots_before_st
     """It dies after its orders; its successor's generation names slots that are still empty."""
     world = World(1, 3, 0)
     world.crash("expert-1")
-    assert any(model.loads for model in world.workers.values())
+    assert any(model.num_orders for model in world.workers.values())
     world.crash_controller(num_unsent=0)
     for model in world.workers.values():
         model.loads.clear()  # the loader gives the order up, or is slow

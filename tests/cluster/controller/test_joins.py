@@ -52,6 +52,15 @@ def test_a_worker_that_does_not_join_stops_the_others_no_longer_than_two_detecti
     assert cluster.state == "DEGRADED"
 
 
+def test_what_the_others_have_freed_for_a_new_worker_is_loaded_after_its_loss() -> None:
+    """It has run with them, and their slots hold its experts no more, or not for long."""
+    cluster = joining(num_redundant=0)
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+    cluster.controller.disconnected("expert-1.2", "reset", cluster.now)
+    assert sum(cluster.answer_loads(name) for name in OLD) > 0
+
+
 def test_a_worker_may_join_while_a_member_has_not_ended_its_step() -> None:
     cluster = joining()
     cluster.join("expert-0")
