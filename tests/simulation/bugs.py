@@ -13,10 +13,12 @@ from unittest import mock
 
 from msgspec.structs import replace
 
-from cluster.controller.parts.cluster import GenerationRound
+from cluster.controller.parts.cluster import Cluster, GenerationRound
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.epoch_change import EpochChange
 from cluster.controller.parts.load_orders import LoadOrders
+from cluster.controller.parts.recovery import Recovery
+from cluster.core.frames import ExpertsLoaded
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
@@ -98,6 +100,36 @@ def _torn_read() -> AbstractContextManager[object]:
     return mock.patch.object(Checkpoint, "confirm", return_value=None)
 
 
+@contextmanager
+def _kept_slots() -> Iterator[None]:
+    """What the others held before a worker joined counts as held once it runs with them."""
+    real = Cluster.run
+
+    def run(self: Cluster, now: float) -> bool:
+        formed, before = self.round, self.round.before
+        runs = real(self, now)
+        formed.before = before
+        return runs
+
+    with mock.patch.object(Cluster, "run", run):
+        yield
+
+
+@contextmanager
+def _overtaken_order() -> Iterator[None]:
+    """A worker that refuses a load order which newer maps have overtaken cannot load."""
+    real = Recovery.loaded
+
+    def loaded(self: Recovery, name: str, frame: ExpertsLoaded, now: float) -> bool:
+        if frame.error and (order := self.reloads.answered(name, frame.order)) is not None:
+            self._cannot_load(order, frame.error, now)
+            return True
+        return real(self, name, frame, now)
+
+    with mock.patch.object(Recovery, "loaded", loaded):
+        yield
+
+
 def _no_credit() -> AbstractContextManager[object]:
     """The controller blames workers for a pause of its own."""
 
@@ -164,10 +196,12 @@ BUGS: dict[str, Bug] = {
     "early_run": Bug(_early_run, ("kill_worker",)),
     "early_switch": Bug(_early_switch, ("rebalance", "slow_link")),
     "half_step": Bug(_half_step, ("kill_worker",)),
+    "kept_slots": Bug(_kept_slots, ("kill_again",)),
     "no_credit": Bug(_no_credit, ("pause_host",)),
     "no_hold": Bug(_no_hold, ("isolate_head",)),
     "no_resubmission": Bug(_no_resubmission, ("kill_worker",)),
     "no_retry": Bug(_no_retry, ("kill_attention",)),
+    "overtaken_order": Bug(_overtaken_order, ("kill_two_workers",)),
     "short_names": Bug(_short_names, ("kill_worker",)),
     "one_tenant": Bug(_one_tenant, ("kill_worker",)),
     "stale_end": Bug(_stale_end, ("freeze_controller",)),

@@ -21,6 +21,7 @@ PROCESS_FAULTS = (
     "kill_worker",
     "kill_worker",
     "kill_two_workers",
+    "kill_again",
     "kill_attention",
     "pause_worker",
     "pause_thread",
@@ -54,6 +55,7 @@ KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
 _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
+_LOOK_S = 0.05
 _AGAIN_S = 0.25
 """Time after which a fault that finds nothing to hit tries again."""
 
@@ -115,6 +117,21 @@ class Faults:
         if second is not first:
             with suppress(_NothingToHitError):
                 self._kill(second)
+
+    def kill_again(self, fault: Fault) -> None:
+        """A worker, and the next one in its place as soon as that runs with the others."""
+        worker = self._worker(fault.where)
+        self._kill(worker)
+        self._kill_next(worker.name.split(".")[0])
+
+    def _kill_next(self, place: str) -> None:
+        for worker in self._world.ray.workers.values():
+            if worker.name.startswith(f"{place}.") and worker.runtime.membership.runs:
+                with suppress(_NothingToHitError):
+                    self._kill(worker.process)
+                    return
+        if not self._is_healed:
+            self._world.kernel.after(_LOOK_S, self._kill_next, place)
 
     def kill_attention(self, fault: Fault) -> None:
         """All attention workers: nobody holds a request any more."""

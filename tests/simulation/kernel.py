@@ -67,6 +67,8 @@ class Kernel:
         self.on_log: Callable[[str], None] | None = None
         self.slowness = 1.0
         """Factor on the time of all computation."""
+        self.pool_delay_s = 0.0
+        """Longest time until a thread of a pool begins a piece of work."""
         self.deaths: dict[str, str] = {}
         """Workers that have ended themselves, and why."""
         self.suspended: dict[str, float] = {}

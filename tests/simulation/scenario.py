@@ -58,6 +58,8 @@ class Scenario:
     num_gateways: int
     num_kv_blocks: int
     slowness: float
+    pool_delay_s: float
+    """Longest time until a thread of a pool begins a piece of work, to load experts, say."""
     preemption: float
     asks: tuple[Ask, ...]
     num_steps: int
@@ -88,6 +90,7 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
         num_steps=MIN_STEPS,
         asks_on_at_s=rng.uniform(0, SPAN_S),
         faults=tuple(_draw_faults(rng, kinds)),
+        pool_delay_s=rng.choice((0.0, 0.0, 0.3)),
     )
 
 

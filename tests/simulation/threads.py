@@ -165,6 +165,9 @@ class SimExecutor:
     def _work(self) -> None:
         while self._queue:
             future, work = self._queue.pop(0)
+            kernel = _kernel()
+            if kernel.pool_delay_s:
+                kernel.sleep(kernel.rng.uniform(0, kernel.pool_delay_s))
             if not future.set_running_or_notify_cancel():
                 continue
             try:

@@ -60,6 +60,7 @@ class World:
         self.kernel.on_running = self._check_runnable
         self.kernel.preemption = scenario.preemption
         self.kernel.slowness = scenario.slowness
+        self.kernel.pool_delay_s = scenario.pool_delay_s
         self.kernel.num_banks = scenario.num_banks
         self.kernel.disk = Disk(self.kernel)
         self.net = Network(self.kernel)
