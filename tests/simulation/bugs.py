@@ -106,9 +106,9 @@ def _kept_slots() -> Iterator[None]:
     real = Cluster.run
 
     def run(self: Cluster, now: float) -> bool:
-        formed, before = self.round, self.round.before
+        formed, kept = self.round, (self.round.joins, self.round.before)
         runs = real(self, now)
-        formed.before = before
+        formed.joins, formed.before = kept
         return runs
 
     with mock.patch.object(Cluster, "run", run):

@@ -376,7 +376,7 @@ class Cluster:
             return False
         self.experts_complete = True
         formed.enter(Phase.RUNNING)
-        formed.before = None  # members free what it names and the new placement does not
+        formed.joins, formed.before = frozenset(), None  # the others free what they kept
         for member in formed.members:
             record = self.workers[member.name]
             record.progress_at = record.heard_at = now

@@ -111,6 +111,22 @@ def test_who_joins_is_lost_rather_than_who_serves() -> None:
     assert cluster.link.ended == ["expert-1", "expert-1.2"]
 
 
+def test_who_has_joined_is_as_good_as_the_others() -> None:
+    """Of a path that breaks later the expert worker is lost, which holds no request."""
+    cluster = FakeCluster(2, 3, num_redundant=16)
+    cluster.serve()
+    cluster.controller.disconnected("attention-0", "reset", cluster.now)
+    cluster.join_all()
+    cluster.tick(0.1)
+    cluster.bring_up("attention-0.2")
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+    number = cluster.known.generation.number
+    cluster.send("expert-0", PeerLost(worker="attention-0.2", generation=number, reason="silent"))
+    cluster.tick(0.3)
+    assert cluster.link.ended == ["attention-0", "expert-0"]
+
+
 def test_the_others_load_nothing_when_a_worker_cannot_join() -> None:
     """They hold what they served with before, although another load would be spread otherwise."""
     cluster = joining(num_redundant=0)
