@@ -153,6 +153,8 @@ class Faults:
         """One thread of a worker, or one event loop, stands still; the others go on."""
         worker = self._worker(fault.where)
         threads = worker.threads()
+        if not threads:  # it ends
+            raise _NothingToHitError
         thread = threads[fault.other % len(threads)]
         self._blame_worker(worker, "paused in part", fault)
         thread.hold()
