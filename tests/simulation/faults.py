@@ -56,6 +56,7 @@ KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
 _LOOK_S = 0.05
+"""Time between two looks whether a new worker runs."""
 _AGAIN_S = 0.25
 """Time after which a fault that finds nothing to hit tries again."""
 

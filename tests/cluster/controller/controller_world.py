@@ -115,17 +115,17 @@ class ModelWorker:
 
     def load(self) -> ExpertsLoaded | None:
         """Its loader does the next piece of work; the answer to an order."""
-        order = self.loads.popleft()
-        if isinstance(order, ExpertPlacement):
-            used = dict(self._row(order))
+        work = self.loads.popleft()
+        if isinstance(work, ExpertPlacement):
+            used = dict(self._row(work))
             self.contents = {place: e for place, e in self.contents.items() if place in used}
             return None
         error = self.disk_error
-        if order.epoch < self.epoch:
-            error = f"ordered in epoch {order.epoch}, {self.epoch} is in force"
+        if work.epoch < self.epoch:
+            error = f"ordered in epoch {work.epoch}, {self.epoch} is in force"
         if not error:
-            self.contents |= {(bank, slot): expert for bank, slot, expert in order.experts}
-        return ExpertsLoaded(order=order.order, error=error)
+            self.contents |= {(bank, slot): expert for bank, slot, expert in work.experts}
+        return ExpertsLoaded(order=work.order, error=error)
 
     def check_slots(self) -> None:
         """All experts of the maps that it runs are in their slots."""
@@ -174,14 +174,16 @@ class ModelWorker:
             self.guard.check(frame.term, frame.controller)
         if isinstance(frame, NewGeneration):
             self.order = frame
+        if (
+            isinstance(frame, RunGeneration)
+            and self.order is not None
+            and self.order.generation.number == frame.generation
+        ):
+            self.loads.append(self.order.placement)
         if isinstance(frame, ControllerSnapshot):
             self.memory = frame.memory
         elif isinstance(frame, LoadExperts):
             self.loads.append(frame)
-        elif isinstance(frame, RunGeneration):
-            if self.order is not None and self.order.generation.number == frame.generation:
-                self.loads.append(self.order.placement)
-            self.inbox.append(frame)
         elif not isinstance(frame, HeartbeatAck):
             self.inbox.append(frame)
 
@@ -394,6 +396,13 @@ class World:
         if model.is_dead:
             self._hang_up(model)
 
+    def take_all(self, *names: str) -> None:
+        """One worker after the other handles all that has reached it, if it is awake."""
+        for name in names:
+            model = self.workers[name]
+            while model.is_awake and model.inbox:
+                self.take(name)
+
     def load(self, name: str) -> None:
         """A worker's loader carries out all its orders."""
         model = self.workers[name]
@@ -435,9 +444,8 @@ class World:
                 for name, model in self.workers.items():
                     if self.awaits(model):
                         self.greet(name)
-            for name, model in list(self.workers.items()):
-                while model.is_awake and model.inbox:
-                    self.take(name)
+            for name in list(self.workers):
+                self.take_all(name)
                 self.load(name)
             self.beat()
             self.tick(0.5)
@@ -544,7 +552,5 @@ class World:
         for name in self.workers:
             self.tell(name, WorkerReady())
         for _ in range(2):
-            for name, model in list(self.workers.items()):
-                while model.inbox:
-                    self.take(name)
+            self.take_all(*self.workers)
         assert self.runnable() == [1]

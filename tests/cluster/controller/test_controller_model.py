@@ -46,9 +46,7 @@ class ControllerMachine(RuleBasedStateMachine):
 
     @rule()
     def take_all(self) -> None:
-        for name, model in list(self.world.workers.items()):
-            while model.is_awake and model.inbox:
-                self.world.take(name)
+        self.world.take_all(*self.world.workers)
 
     @rule()
     def load_all(self) -> None:

@@ -125,44 +125,38 @@ def test_an_order_that_newer_maps_have_overtaken_is_given_again() -> None:
     assert sum(orders.values()) > len(orders), "a worker has orders of both losses"
     rest = ("attention-0", "expert-0", "expert-3")
     for _ in range(3):  # all take the maps before their loaders begin; load again; run
-        for name in rest:
-            while world.workers[name].inbox:
-                world.take(name)
+        world.take_all(*rest)
         for name in orders:
             world.load(name)
     assert world.runnable() == [world.controller.cluster.generation.number]
-    assert world.controller.snapshot()["problems"] == []
+    snapshot = world.controller.snapshot()
+    assert snapshot["problems"] == []
+    assert [e["cause"] for e in snapshot["history"] if "cannot load" in e["cause"]] == []
 
 
 def test_a_slow_loader_frees_no_slot_that_a_later_generation_runs() -> None:
     """It frees what a new worker has taken over, when that worker is lost already."""
     world = World(1, 3, 0)
     rest = ("attention-0", "expert-0", "expert-2")
-
-    def take_all(*names: str) -> None:
-        for name in names:
-            while world.workers[name].inbox:
-                world.take(name)
-
     world.crash("expert-1")
     for _ in range(2):
-        take_all(*rest)
+        world.take_all(*rest)
         for name in rest:
             world.load(name)
     world.tick(0.2)
     world.come_up("expert-1.2")
-    take_all(*rest, "expert-1.2")
-    take_all(*rest, "expert-1.2")
+    for _ in range(2):
+        world.take_all(*rest, "expert-1.2")
     assert world.controller is not None
     assert world.controller.snapshot()["state"] == "SERVING"
     world.crash("expert-1.2")
     for _ in range(2):
-        take_all(*rest)
+        world.take_all(*rest)
         world.check()
         for name in rest:
             world.load(name)
             world.check()
-    take_all(*rest)
+    world.take_all(*rest)
     assert world.runnable() == [world.controller.cluster.generation.number]
 
 

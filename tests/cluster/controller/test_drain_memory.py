@@ -49,9 +49,7 @@ def restart(world: World, *said: ControlFrame, num_unsent: int = 0) -> None:
 def take_all(world: World) -> None:
     """All workers handle what has reached them, and time passes."""
     for _ in range(3):
-        for name, model in list(world.workers.items()):
-            while model.is_awake and model.inbox:
-                world.take(name)
+        world.take_all(*world.workers)
         world.tick(0.1)
 
 
