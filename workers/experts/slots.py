@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from workers.model.loading.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Held:
+class Held:
     """One loading of an expert."""
 
     expert: int
@@ -45,7 +45,7 @@ class ExpertSlots:
         make = InvariantKernels().make if deterministic else fast
         self.banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
         """By ``BankSpec.index``."""
-        self._contents = [dict[int, _Held]() for _ in banks]
+        self._contents = [dict[int, Held]() for _ in banks]
 
     def contents(self, bank: int) -> dict[int, int]:
         """Slot -> logical expert whose weights are complete there."""
@@ -90,26 +90,46 @@ class ExpertSlots:
         for exchange, matrix, weight in source.weights(target.spec, expert, target.dtype):
             target.store(slot, exchange, matrix, weight)
             yield
-        self._contents[bank][slot] = _Held(expert)
+        self._contents[bank][slot] = Held(expert)
+
+    def forget(self, bank: int, slot: int) -> Held | None:
+        """Hold nothing there from now on; the weights stay. Before a look at who needs the slot:
+        who begins to need it afterwards finds it empty."""
+        return self._contents[bank].pop(slot, None)
+
+    def restore(self, bank: int, slot: int, held: Held | None) -> None:
+        """Undo ``forget``."""
+        if held is not None:
+            self._contents[bank][slot] = held
 
     def clear(self, bank: int, slot: int) -> None:
         """Empty a slot, which no step may use."""
         self._contents[bank].pop(slot, None)
         self.banks[bank].clear(slot)
 
-    def keep_only(self, used: Sequence[Sequence[int]], min_slots: int) -> int:
+    def keep_only(
+        self,
+        used: Sequence[Sequence[int]],
+        min_slots: int,
+        is_needed: Callable[[int, int], bool] = lambda bank, slot: False,
+    ) -> int:
         """Free the memory of slots that no step uses; returns how many held an expert.
 
-        ``used[bank][slot]`` is an expert, or -1 where the slot is not used. ``min_slots`` is the
-        capacity that a bank keeps.
+        ``used[bank][slot]`` is an expert, or -1 where the slot is not used, and ``is_needed(bank,
+        slot)`` tells of others that are used by now; ``min_slots`` is the capacity that a bank
+        keeps.
         """
         num_freed = 0
         for bank, slots in enumerate(used):
             wanted = {slot for slot, expert in enumerate(slots) if expert != FREE_SLOT}
-            unused = self._contents[bank].keys() - wanted
-            for slot in unused:
-                self.clear(bank, slot)
-            num_freed += len(unused)
+            for slot in self._contents[bank].keys() - wanted:
+                held = self.forget(bank, slot)
+                if is_needed(bank, slot):
+                    self.restore(bank, slot, held)
+                    wanted.add(slot)
+                else:
+                    self.clear(bank, slot)
+                    num_freed += 1
             num_slots = max(wanted, default=-1) + 1
             if self.banks[bank].num_slots > max(num_slots, min_slots):
                 self.banks[bank].resize(max(num_slots, min_slots))

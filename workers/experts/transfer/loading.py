@@ -16,13 +16,17 @@ Orders are carried out one after the other, and each is answered once. The slots
 have undefined contents.
 
 When a generation runs, slots outside its maps are freed (``keep_only``), in the order of the queue:
-earlier orders were for this generation, or for one that will never run.
+earlier orders were for this generation, or for one that will never run. Slots that a later
+generation uses by then stay. A slot is forgotten before the last look at the maps in force, and a
+worker reports its slots after it has taken new maps, so it reports none that is about to be written
+or freed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -118,10 +122,14 @@ class ExpertLoader:
 
     def _free(self, used: Sequence[Sequence[int]]) -> None:
         try:
-            if num_freed := self._slots.keep_only(used, self._min_slots):
+            if num_freed := self._slots.keep_only(used, self._min_slots, self._is_needed):
                 logger.info("freed %d unused experts", num_freed)
         except Exception:  # out of memory, for example: the worker keeps its slots
             logger.exception("experts that are not used cannot be freed")
+
+    def _is_needed(self, bank: int, slot: int) -> bool:
+        """A step may read the slot, now or in an epoch that may follow."""
+        return self._obstacle([(bank, slot, FREE_SLOT)], sys.maxsize) is not None
 
     def _carry_out(self, order: LoadExperts) -> None:
         error, num_bytes = "", 0
@@ -164,11 +172,17 @@ class ExpertLoader:
             if not obstacle.passes or self._closing or time.monotonic() > deadline:
                 raise ProtocolError(obstacle.reason)
             time.sleep(_LOOK_S)
-        return [
+        work = [
             (bank, slot, expert)
             for bank, slot, expert in work
             if expert == FREE_SLOT or self._slots.contents(bank).get(slot) != expert
         ]
+        held = [self._slots.forget(bank, slot) for bank, slot, _ in work]
+        if (obstacle := self._obstacle(work, order.epoch)) is not None:  # it has just come up
+            for (bank, slot, _), was in zip(work, held, strict=True):
+                self._slots.restore(bank, slot, was)
+            raise ProtocolError(obstacle.reason)
+        return work
 
     def _parse(self, order: LoadExperts) -> list[SlotOrder]:
         """Checked (bank, slot, expert) of an order. Raises ``ProtocolError``."""

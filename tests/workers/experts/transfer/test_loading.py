@@ -42,7 +42,7 @@ class Loading:
         shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=b.num_experts) for b in banks]
         self.slots.load_placement(contiguous(shapes, 2), 0, self.checkpoint)
         self.answers: queue.Queue[ExpertsLoaded] = queue.Queue()
-        self.obstacles: deque[Obstacle] = deque()
+        self.obstacles: deque[Obstacle | None] = deque()
         """What the next looks find in the way of an order."""
         self.loader = ExpertLoader(
             self.slots,
@@ -254,3 +254,24 @@ def test_what_is_in_its_slot_is_not_read_again(tiny_checkpoint: Path) -> None:
     """A step may read it at this moment."""
     with loading(tiny_checkpoint) as found:
         assert found.load([0, 0, 0], [1, 2, 2]) == ExpertsLoaded(order=7, num_bytes=0)
+
+
+def test_a_slot_that_comes_into_force_before_it_is_overwritten_is_held_on(
+    tiny_checkpoint: Path,
+) -> None:
+    """It is forgotten before the last look: who looks at the slots afterwards misses it."""
+    with loading(tiny_checkpoint) as found:
+        found.obstacles += [None, Obstacle("slot 0 is used", False)]
+        assert found.load([0, 0, 5]).error == "slot 0 is used"
+        assert found.slots.contents(0)[0] == 0
+        found.check(0, 0, 0)
+
+
+def test_a_slot_that_a_later_generation_uses_is_not_freed(tiny_checkpoint: Path) -> None:
+    with loading(tiny_checkpoint) as found:
+        assert found.load([0, 5, 7]).error == ""
+        found.obstacles += [Obstacle("slot 5 is used", False)]
+        found.loader.keep_only([[0, 1, 2, 3], [0, 1, 2, 3]])
+        assert found.load([1, 0, 0]).error == ""  # after it
+        assert found.slots.contents(0)[5] == 7
+        found.check(0, 5, 7)
