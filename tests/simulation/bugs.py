@@ -88,8 +88,8 @@ def _blind_reload() -> Iterator[None]:
 
     def reader(self: Checkpoint, file: Any) -> Any:
         if file not in self._readers:
-            self._readers[file] = SimReader(file)
-        return self._readers[file]
+            self._readers[file] = SimReader(file), (0, 0)
+        return self._readers[file][0]
 
     with mock.patch.object(Checkpoint, "_reader", reader), _torn_read():
         yield

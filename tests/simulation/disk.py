@@ -46,7 +46,9 @@ class _File:
     version: int = 0
     """Which weights it holds: 0 are those of the checkpoint."""
     modified: int = 0
-    """Grows with each write."""
+    """Time of the last write, which a copy from a backup sets back."""
+    changed: int = 0
+    """Time of the last change."""
     is_short: bool = False
     """Its end is missing."""
 
@@ -77,14 +79,19 @@ class Disk:
         for host, name in self._files:
             self.restore(host, name)
 
+    def _write(self, host: str, name: str) -> _File:
+        self._writes += 1
+        file = self.file(host, name)
+        file.modified = file.changed = self._writes
+        return file
+
     def file(self, host: str, name: str) -> _File:
         return self._files.setdefault((host, name), _File())
 
     def change(self, host: str, name: str) -> None:
         """Other weights of the same size are written into a file."""
-        self._writes += 1
-        file = self.file(host, name)
-        file.version, file.modified = self._writes, self._writes
+        file = self._write(host, name)
+        file.version = file.modified
 
     def change_when_read(self, host: str, name: str) -> None:
         """The same while somebody reads the file."""
@@ -98,14 +105,12 @@ class Disk:
 
     def shorten(self, host: str, name: str) -> None:
         """The end of a file is cut off."""
-        self._writes += 1
-        file = self.file(host, name)
-        file.is_short, file.modified = True, self._writes
+        self._write(host, name).is_short = True
 
     def restore(self, host: str, name: str) -> None:
         """The file is copied from a backup, with its time."""
         self._waiting.discard((host, name))
-        file = self.file(host, name)
+        file = self._write(host, name)
         file.version, file.modified, file.is_short = 0, 0, False
 
     def read(self) -> None:
@@ -174,15 +179,15 @@ def stamp(path: Path) -> FileStamp:
         disk().read()
     except OSError as err:
         raise CheckpointError(f"{path.name} cannot be read: {err.strerror}") from err
-    size, modified = size_and_time(path)
-    samples = str(disk().opened(path).version)
-    return FileStamp(num_bytes=size, modified_ns=modified, samples=samples)
-
-
-def size_and_time(path: Path) -> tuple[int, int]:
-    """In place of ``size_and_time``."""
     file = disk().opened(path)
-    return 0 if file.is_short else _FILE_BYTES, file.modified
+    size, _ = size_and_change(path)
+    return FileStamp(num_bytes=size, modified_ns=file.modified, samples=str(file.version))
+
+
+def size_and_change(path: Path) -> tuple[int, int]:
+    """In place of ``size_and_change``."""
+    file = disk().opened(path)
+    return 0 if file.is_short else _FILE_BYTES, file.changed
 
 
 class ToyCheckpoint(Checkpoint):

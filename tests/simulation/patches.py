@@ -33,7 +33,7 @@ import workers.transport.peer_connections
 import workers.transport.peer_link
 import workers.transport.socket_io  # noqa: F401
 from cluster.core.topology import Generation
-from tests.simulation.disk import SimReader, ToyCheckpoint, entries, size_and_time, stamp
+from tests.simulation.disk import SimReader, ToyCheckpoint, entries, size_and_change, stamp
 from tests.simulation.kernel import Kernel
 from tests.simulation.loops import new_event_loop, start_server
 from tests.simulation.network import Network
@@ -94,7 +94,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.kv.transfer.store", "Future", SimFuture),
     ("workers.model.loading.checkpoint", "safe_open", SimReader),
     ("workers.model.loading.checkpoint", "_entries", entries),
-    ("workers.model.loading.checkpoint", "size_and_time", size_and_time),
+    ("workers.model.loading.checkpoint", "size_and_change", size_and_change),
     ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
     ("cluster.policy.silence", "WINDOW_S", 1.0),  # else starts would be remembered to the end
 ]

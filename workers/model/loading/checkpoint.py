@@ -26,7 +26,7 @@ from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel, BuildingBlocks
-from workers.model.loading.file_stamp import FileStamp, size_and_time
+from workers.model.loading.file_stamp import FileStamp, size_and_change
 
 Progress = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in total) after each tensor."""
@@ -68,7 +68,8 @@ class Checkpoint:
         """
         self.loaded_bytes = 0
         """Bytes on disk of what was read so far."""
-        self._readers: dict[Path, Any] = {}
+        self._readers: dict[Path, tuple[Any, tuple[int, int]]] = {}
+        """Open files, each with ``size_and_change`` before anything was read from it."""
         self._progress = progress
         self._total_bytes = 0
 
@@ -121,9 +122,8 @@ class Checkpoint:
 
         A mapped file shows what is written into it later. Raises ``CheckpointError``.
         """
-        for file in self._readers:
-            known = self._stamps[file]
-            if size_and_time(file) != (known.num_bytes, known.modified_ns):
+        for file, (_, opened) in self._readers.items():
+            if size_and_change(file) != opened:
                 raise CheckpointError(f"{file.name} changed while it was read")
 
     def close(self) -> None:
@@ -166,6 +166,7 @@ class Checkpoint:
         """An open file. Header, size, time and samples must be those that were read at first."""
         if file not in self._readers:
             known = {name: entry for name, entry in self.tensors.items() if entry.file == file}
+            opened = size_and_change(file)
             reader = safe_open(file, framework="pt")
             is_same = _entries(reader, file) == known
             if not is_same or FileStamp.of(file) != self._stamps[file]:
@@ -173,8 +174,8 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{file.name} is not the file of this checkpoint any more: its {what} changed"
                 )
-            self._readers[file] = reader
-        return self._readers[file]
+            self._readers[file] = reader, opened
+        return self._readers[file][0]
 
 
 def load_attention_model(

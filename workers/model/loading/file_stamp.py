@@ -40,10 +40,13 @@ class FileStamp:
         )
 
 
-def size_and_time(file: Path) -> tuple[int, int]:
-    """Bytes, and time of the last write in nanoseconds. Raises ``CheckpointError``."""
+def size_and_change(file: Path) -> tuple[int, int]:
+    """Bytes, and time of the last change in nanoseconds. Raises ``CheckpointError``.
+
+    Nobody can set it back, as a copy from a backup sets the time of the last write.
+    """
     try:
         found = file.stat()
     except OSError as err:
         raise CheckpointError(f"{file.name} cannot be read: {err.strerror}") from err
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_ctime_ns
