@@ -81,7 +81,8 @@ class Controller:
             case frames.WorkerFailed():
                 self.lost({name: frame.reason}, now)
             case frames.PeerLost():
-                self.detection.peer_lost(name, frame, now)
+                if cause := self.detection.peer_lost(name, frame, now):
+                    cluster.reform(cause, now)
             case frames.GenerationReady():
                 self.recovery.answered(name, frame, now)
             case frames.ExpertsLoaded() if self.recovery.loaded(name, frame, now):

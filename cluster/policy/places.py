@@ -23,9 +23,7 @@ from cluster.core.states import next_state
 from cluster.core.topology import ADDRESS_FIELDS, Member
 
 NodeIds = Mapping[str, frozenset[str]]
-"""Address of a host -> ids of the living nodes there; more than one while an earlier node
-has left unnoticed.
-"""
+"""Address of a host -> ids of its living nodes, among them one that has left unnoticed."""
 MAX_START_DEATHS = 3
 """Consecutive deaths while starting after which a place is left out."""
 LEFT_OUT_S = 300.0
@@ -136,9 +134,7 @@ class Places:
             place.enter(PlaceState.EMPTY)
 
     def cordon(self, name: str, node: str = "") -> None:
-        """A worker leaves on purpose: its place stays empty until ``reopen``, or until ``node`` has
-        left.
-        """
+        """A worker leaves on purpose: its place stays empty until ``reopen``, or ``node`` left."""
         place = self._place_of(name)
         if place is not None and place.state in _HELD:
             ids = self._alive.get(node, frozenset())

@@ -53,21 +53,25 @@ class Detection:
             record.gaps.add(math.inf if tells_nothing else now - record.heard_at, now)
         record.heard_at = now
 
-    def peer_lost(self, name: str, frame: PeerLost, now: float) -> None:
-        """A worker reports that it lost another. Raises ``ProtocolError`` for a stranger."""
-        cluster = self._cluster
+    def peer_lost(self, name: str, frame: PeerLost, now: float) -> str:
+        """A worker reports that it lost another. Returns why all must form a generation again, if
+        that one is only busy, else an empty text. Raises ``ProtocolError`` for a stranger.
+        """
+        cluster, limit = self._cluster, self._limits.detection_limit_s
         suspect = cluster.workers.find(frame.worker)
         runs = cluster.is_forming or cluster.workers[name].state is WorkerState.SERVING
         if suspect.is_lost or frame.generation != cluster.round.number or not runs:
-            return
+            return ""
+        has_begun = suspect.generation == cluster.round.number
+        if cluster.is_forming and not has_begun and now - cluster.round.began_at > limit:
+            return f"{name} waits for {frame.worker}, which is in a step of an earlier generation"
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
         report = PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
         cluster.round.reports.append(report)
+        return ""
 
     def mismatch(self, name: str, frame: Heartbeat, now: float) -> str | None:
-        """Why the members must form a new generation: what a member runs has differed too long from
-        what this controller knows. A frame that would have explained it was lost.
-        """
+        """Why members must form again: one has run something else for too long, unexplained."""
         cluster, record = self._cluster, self._cluster.workers[name]
         number, epoch, found = cluster.round.number, cluster.placement.epoch, ""
         is_member = cluster.runs and record.state is WorkerState.SERVING

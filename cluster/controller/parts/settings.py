@@ -12,9 +12,7 @@ class ControllerSettings:
     detection_limit_s: float = 2.0
     """Time without heartbeat or progress after which a worker is lost, at the latest."""
     hold_limit_s: float = 30.0
-    """Longest silence of most other hosts at once in which their workers are not lost: it may be
-    that of the controller's own host.
-    """
+    """Longest silence of most other hosts in which none is lost: it may be the controller's own."""
     confirm_s: float = 0.2
     """Time in which another cause may show up for a worker that a peer reported as lost."""
     mismatch_s: float = 1.0

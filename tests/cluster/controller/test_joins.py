@@ -72,6 +72,22 @@ def test_a_worker_may_join_while_a_member_has_not_ended_its_step() -> None:
     assert cluster.state == "SERVING"
 
 
+def test_a_new_worker_that_has_waited_for_a_long_step_waits_again() -> None:
+    """It gives up after a while, and nobody is at fault."""
+    cluster = joining()
+    cluster.join("expert-0")
+    cluster.join("expert-2")
+    wait(cluster, 10.0, behind=1)
+    number = cluster.known.generation.number
+    report = PeerLost(worker="attention-0", generation=number, reason="no edge within 10 s")
+    cluster.send("expert-1.2", report)
+    assert cluster.known.generation.number == number + 1
+    wait(cluster, 8.0, behind=2)
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+    assert cluster.link.ended == ["expert-1"]
+
+
 def test_members_of_a_generation_that_nobody_joins_have_the_longer_limit() -> None:
     cluster = joining()
     cluster.join_all()
