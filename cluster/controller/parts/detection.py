@@ -191,14 +191,14 @@ class Detection:
         return dict.fromkeys(joins, f"kept the others from running for {limit:g} s")
 
     def _confirmed_reports(self, now: float) -> dict[str, str]:
-        cluster, limit = self._cluster, self._limits.detection_limit_s
-        alive = cluster.workers.alive()
+        cluster, alive = self._cluster, self._cluster.workers.alive()
+        first_at = min((report.at for report in cluster.round.reports), default=now)
         return confirm_losses(
             now,
             cluster.round.reports,
             {r.name: r.member for r in alive},
             self._limits.confirm_s,
-            silent=[r.name for r in alive if now - r.heard_at > limit / 2],
+            silent=[r.name for r in alive if r.heard_at < first_at],
             joins=cluster.round.joins,
             can_spare=self._can_spare,
         )

@@ -625,3 +625,15 @@ def test_a_short_silence_of_most_hosts_changes_nothing() -> None:
     cluster.beat_all()
     cluster.tick(0.1)
     assert (cluster.known.generation.number, cluster.link.ended) == (1, [])
+
+
+def test_of_two_ends_of_a_path_the_one_that_is_not_heard_is_lost() -> None:
+    """It has died where the controller cannot see it; nobody else has its experts."""
+    cluster = FakeCluster(2, 3)
+    cluster.serve()
+    cluster.tick(0.1)
+    report = PeerLost(worker="expert-0", generation=1, reason="closed by the peer")
+    cluster.send("attention-1", report)
+    cluster.beat_all("expert-0")
+    cluster.tick(0.3)
+    assert cluster.link.ended == ["expert-0"]

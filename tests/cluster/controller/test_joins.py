@@ -123,6 +123,7 @@ def test_who_joins_is_lost_rather_than_who_serves() -> None:
     cluster = joining(num_redundant=0)
     number = cluster.known.generation.number
     cluster.send("expert-1.2", PeerLost(worker="expert-0", generation=number, reason="silent"))
+    cluster.beat_all()
     cluster.tick(0.3)
     assert cluster.link.ended == ["expert-1", "expert-1.2"]
 
