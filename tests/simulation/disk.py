@@ -110,8 +110,9 @@ class Disk:
     def restore(self, host: str, name: str) -> None:
         """The file is copied from a backup, with its time."""
         self._waiting.discard((host, name))
-        file = self._write(host, name)
-        file.version, file.modified, file.is_short = 0, 0, False
+        if self.file(host, name).modified:
+            file = self._write(host, name)
+            file.version, file.modified, file.is_short = 0, 0, False
 
     def read(self) -> None:
         """Read one matrix. Raises ``OSError``."""
