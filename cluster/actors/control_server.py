@@ -95,25 +95,23 @@ class ControlServer:
         self._server: asyncio.Server | None = None
         self.address = ""
         """``host:port``, once it listens."""
-        self._unproved: list[_Connection] = []
+        self._unproved: dict[_Connection, None] = {}  # oldest first
         self._workers: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str) -> str:
         """Listen on a free port of interface ``host``; returns ``address``."""
         self._server = await asyncio.start_server(self._serve, host, 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.address = f"{host}:{port}"
+        self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
         return self.address
 
     async def close(self) -> None:
         """Close the listener and all connections."""
         if self._server is not None:
             self._server.close()
-        connections = [*self._unproved, *self._workers.values()]
-        self._workers.clear()
-        for connection in connections:
+        for connection in (*self._unproved, *self._workers.values()):
             connection.writer.close()
+        self._workers.clear()
         if self._tasks:
             _, stuck = await asyncio.wait(self._tasks, timeout=1.0)
             for task in stuck:
@@ -169,14 +167,17 @@ class ControlServer:
 
     async def _admit(self, connection: _Connection) -> None:
         """Handshake within its time limit; then the connection is a worker's."""
-        self._unproved.append(connection)
+        if self._server is None or not self._server.is_serving():
+            raise HandshakeError("the server has closed")
+        self._unproved[connection] = None
         if len(self._unproved) > MAX_UNPROVED:
-            self._unproved.pop(0).writer.transport.abort()
+            oldest = next(iter(self._unproved))
+            del self._unproved[oldest]
+            oldest.writer.transport.abort()
         tune_socket(connection.writer.get_extra_info("socket"))
         async with asyncio.timeout(self._handshake_limit_s):
             worker = await self._handshake(connection)
-        if connection in self._unproved:
-            self._unproved.remove(connection)
+        self._unproved.pop(connection, None)
         connection.worker = worker
         self.drop(worker)  # the newer connection wins: the worker saw the old one break
         self._workers[worker] = connection
@@ -200,8 +201,7 @@ class ControlServer:
 
     def _forget(self, connection: _Connection, reason: str) -> None:
         """The connection ended: free it, and report the end unless the server caused it."""
-        if connection in self._unproved:
-            self._unproved.remove(connection)
+        self._unproved.pop(connection, None)
         with contextlib.suppress(OSError):
             connection.writer.close()
         if self._workers.get(connection.worker) is connection:

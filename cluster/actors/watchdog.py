@@ -16,7 +16,6 @@ import sys
 BEAT_S = 1.0
 MAX_MISSING = 10
 """Beats that may be missing in a row. Counted, not timed: a pause of the host is one beat."""
-_READ_BYTES = 4096
 
 
 def start_watchdog(beat_s: float = BEAT_S) -> subprocess.Popen[bytes]:
@@ -32,7 +31,7 @@ def _watch(pid: int, beat_s: float) -> None:
     while num_missing < MAX_MISSING:
         if not select.select([sys.stdin.fileno()], [], [], beat_s)[0]:
             num_missing += 1
-        elif os.read(sys.stdin.fileno(), _READ_BYTES):
+        elif os.read(sys.stdin.fileno(), 4096):
             num_missing = 0
         else:
             return

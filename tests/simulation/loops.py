@@ -269,8 +269,13 @@ class SimServer:
         self._tasks: dict[asyncio.Task[None], None] = {}
         sock.setblocking(False)
         sock.on_change = self._accept
+        self._is_closed = False
+
+    def is_serving(self) -> bool:
+        return not self._is_closed
 
     def close(self) -> None:
+        self._is_closed = True
         self.sockets[0].close()
 
     def _accept(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -219,6 +220,21 @@ def test_many_silent_callers_do_not_keep_workers_out() -> None:
             writer.close()
 
     _run(body)
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 3, 4, 5])  # asyncio itself forgets a caller after 2
+def test_a_caller_is_cut_off_whenever_the_server_closes(num_turns: int) -> None:
+    """Accepting takes some turns of the event loop before the server has the connection."""
+
+    async def body(case: Case) -> None:
+        with socket.create_connection((case.host, case.port), LIMIT_S) as caller:
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            await case.server.close()
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.to_thread(caller.recv, 1) == b""
+
+    _run(body, handshake_limit_s=4 * LIMIT_S)
 
 
 def test_a_proved_worker_that_sends_rubbish_is_lost() -> None:
