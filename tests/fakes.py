@@ -152,6 +152,7 @@ class FakeWorkerGroup(WorkerGroup):
         """Newest term, and the controller that has claimed it."""
         self.silent: Collection[str] = ()
         self.on_leaving_nodes: list[str] = []
+        self.has_ended_controller = False
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -194,6 +195,9 @@ class FakeWorkerGroup(WorkerGroup):
 
     def call_back(self, method: str) -> None:
         return None
+
+    def end_this_process(self) -> None:
+        self.has_ended_controller = True
 
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         raise NotImplementedError

@@ -146,13 +146,11 @@ class Runner:
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
-        """Another controller leads the workers: let go of them."""
+        """Another controller leads the workers: end. Ray restarts the one that clients find."""
         logger.warning("superseded: %s", reason)
-        self.failure = f"superseded: {reason}"
-        self.controller = None
-        if self.server is not None:
-            self.background.spawn(self.server.close())
+        self.controller, self.failure = None, f"superseded: {reason}"
         self.background.notify()
+        self.group.end_this_process()
 
     # ---- events in, effects out -------------------------------------------------------------
 

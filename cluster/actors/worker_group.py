@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,6 +78,9 @@ class WorkerGroup:
         """Workers on nodes that Ray drains. A remote call."""
         nodes = ray_tools.draining_nodes()
         return [name for name, actor in list(self._actors.items()) if actor.node_id in nodes]
+
+    def end_this_process(self) -> None:
+        os._exit(1)
 
     def free_cpus(self) -> float:
         return ray_tools.free_resources().get("CPU", 0.0)

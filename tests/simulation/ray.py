@@ -210,6 +210,9 @@ class SimGroup:
 
         self._process.loop.call_soon(call)
 
+    def end_this_process(self) -> None:
+        self._process.kill("superseded")
+
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
         return tuple(
             Member(

@@ -503,7 +503,7 @@ def test_a_restarted_controller_that_was_overtaken_lets_go() -> None:
         actor = ControllerActor(group)
         snapshot = await _until(actor, "STOPPED")
         assert snapshot["error"] == "superseded: a controller of the older term 1"
-        assert (group.newest_term, group.ended) == (1, [])
+        assert (group.newest_term, group.ended, group.has_ended_controller) == (1, [], True)
         await actor.stop()
 
     asyncio.run(body())
@@ -531,6 +531,7 @@ def test_a_controller_whose_workers_follow_another_one_ends_nobody() -> None:
             worker.client.redirect(address)
         snapshot = await _until(actor, "STOPPED")
         assert snapshot["error"].startswith("superseded: ")
+        assert group.has_ended_controller
         async with asyncio.timeout(LIMIT_S):
             while not all(map(newer.is_connected, group.workers)):
                 await asyncio.sleep(0.02)
@@ -612,6 +613,7 @@ def test_a_controller_with_an_older_term_stops_when_it_would_end_a_worker() -> N
         await asyncio.to_thread(group.workers["expert-1"].client.close)
         snapshot = await _until(actor, "STOPPED")
         assert snapshot["error"] == "superseded: term 2 is claimed, this controller has 1"
+        assert group.has_ended_controller
         await actor.stop()
         assert group.ended == []
         for worker in group.workers.values():
@@ -638,6 +640,7 @@ def test_a_controller_with_an_older_term_stops_when_it_would_start_a_worker() ->
         await asyncio.to_thread(group.workers["expert-1"].client.close)
         snapshot = await _until(actor, "STOPPED")
         assert snapshot["error"] == "superseded: term 2 is claimed, this controller has 1"
+        assert group.has_ended_controller
         await actor.stop()
         for worker in group.workers.values():
             await asyncio.to_thread(worker.client.close)

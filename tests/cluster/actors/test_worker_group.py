@@ -21,6 +21,7 @@ from ray.util.placement_group import placement_group_table
 from cluster.actors.controller_client import create_controller
 from cluster.actors.ray_tools import (
     NAMESPACE,
+    claim_term,
     cluster_nodes,
     free_resources,
     our_actors,
@@ -270,6 +271,20 @@ def test_a_controller_that_stands_still_is_replaced() -> None:
         _restarted(controller, before["controller_pid"])
         snapshot = _until_ran(controller, 3)
         assert (snapshot["state"], snapshot["term"]) == ("SERVING", 2)
+        ray.get(controller.stop.remote(), timeout=LIMIT_S)
+    wait_until(_nothing_is_left, "the end of all actors")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_controller_is_restarted_when_a_stale_one_has_claimed_a_later_term() -> None:
+    """Clients find only the one that Ray restarts, so that one must lead."""
+    with _controller() as controller:
+        ray.get(controller.start.remote(_config(3, 5), BANKS), timeout=LIMIT_S)
+        before = _until(controller, "SERVING")
+        assert claim_term("a stale controller") == 2
+        os.kill(_pids(before)["expert-1"], signal.SIGKILL)
+        after = _restarted(controller, before["controller_pid"])
+        assert (after["state"], after["term"]) == ("SERVING", 3)
         ray.get(controller.stop.remote(), timeout=LIMIT_S)
     wait_until(_nothing_is_left, "the end of all actors")
 
