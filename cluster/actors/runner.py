@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.tasks import Background
-from cluster.actors.watchdog import BEAT_S, start_watchdog
 from cluster.config.cluster import ObservabilitySection
 from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
@@ -33,6 +32,7 @@ from cluster.core.errors import ConfigError, ExpertMeshError, StartError, Supers
 from cluster.core.frames import Alive, ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
+from cluster.core.watchdog import BEAT_S, start_watchdog
 from cluster.sizing.start_plan import StartPlan
 from cluster.tracing.exporter import TraceExport, load_exporter
 

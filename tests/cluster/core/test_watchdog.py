@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 LIMIT_S = 120.0
 _WATCHED = """
 import os, signal, sys, time
-from cluster.actors.watchdog import MAX_MISSING, start_watchdog
+from cluster.core.watchdog import MAX_MISSING, start_watchdog
 watchdog = start_watchdog(0.02)
 print(watchdog.pid, flush=True)
 for _ in range(3 * MAX_MISSING):
