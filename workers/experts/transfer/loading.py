@@ -52,7 +52,7 @@ OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
 SlotOrder = tuple[int, int, int]
 """(bank, expert slot, logical expert or ``FREE_SLOT``) that an order names."""
 Item = TypeVar("Item")
-_WAIT_LIMIT_S = 5.0
+_WAIT_LIMIT_S = 30.0  # longer than a generation waits for this worker
 _LOOK_S = 0.02
 """Time between two looks at an obstacle."""
 
