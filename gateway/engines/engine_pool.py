@@ -72,6 +72,8 @@ class EnginePool:
         self._accused: list[tuple[Submission, str]] = []
         """Requests whose last worker seems to have died of them, and why: they fail once it is
         known to be dead, and continue if only the connection was lost."""
+        self._unjudged: set[str] = set()
+        """Workers to which the connection was lost, and which may live."""
         self._will_place = False
         self._is_stopping = False
         self.on_resubmit: Callable[[Submission], None] = lambda entry: None
@@ -175,6 +177,7 @@ class EnginePool:
             end = StreamEnd("the worker left the generation", has_died=False)
             try:
                 end = await client.run()
+                self._unjudged.add(client.worker)
             finally:
                 announcer.cancel()
                 if self._clients.get(endpoint.name) is client:
@@ -214,6 +217,7 @@ class EnginePool:
 
     def _judge(self, worker: str, has_died: bool) -> None:
         """It is known whether a worker lives to which the connection was lost."""
+        self._unjudged.discard(worker)
         accused, self._accused = self._accused, []
         for entry, why in accused:
             if entry.last_worker != worker:
@@ -231,7 +235,7 @@ class EnginePool:
                 entry.acquit(worker)
             for client in self._clients.values():
                 client.acquit(worker)
-            self.place_waiting()
+        self.place_waiting()
 
     def note_token(self, entry: Submission, now_s: float) -> None:
         if entry.last_token_s:
@@ -268,6 +272,7 @@ class EnginePool:
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
             has_to_wait = entry.must_be_sent_alone and has_lone_request
+            has_to_wait = has_to_wait or entry.awaits_verdict(self._unjudged)
             client = None if has_to_wait else self._pick(entry, ready)
             if client is None:
                 self._waiting.append(entry)

@@ -7,7 +7,7 @@ state; the time is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from cluster.core.errors import ExpertMeshError
 from gateway.core.replay import ReplayCause
-from workers.requests.request import FinishReason, Request, TokenOutput
+from workers.requests.request import MAX_DEATHS, FinishReason, Request, TokenOutput
 
 _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes of requests that a worker hands back and another one can serve."""
@@ -172,6 +172,10 @@ class Submission:
     def may_kill_on_receipt(self) -> bool:
         """If its worker dies now, it is the likely cause, not a request that the engine has."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
+
+    def awaits_verdict(self, unjudged: Collection[str]) -> bool:
+        """It would run alone, for deaths of which one may be none: of an ``unjudged`` worker."""
+        return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unjudged)
 
     def reach(self, stage: RequestStage) -> None:
         """Its worker says how far it is; a step alone is over when it is cleared."""

@@ -16,9 +16,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from cluster.core.topology import Generation
+from workers.requests.request import MAX_DEATHS
 
-MAX_DEATHS = 2
-"""Deaths after which a request runs alone."""
 ANSWER_LIMIT_S = 1.0
 """Time that a gateway has to accept an offer; then other requests run, and it is repeated."""
 

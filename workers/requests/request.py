@@ -12,6 +12,9 @@ from cluster.core.codec import Count, Message
 from workers.requests.inspection import Inspection, NamedArray
 from workers.requests.prompt_embeds import PromptEmbeds
 
+MAX_DEATHS = 2
+"""Deaths of workers with a request after which it runs alone."""
+
 
 class FinishReason(Enum):
     """Why a choice ended."""
