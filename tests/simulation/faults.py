@@ -302,7 +302,7 @@ class Faults:
     def slow_link(self, fault: Fault) -> None:
         net, (first, second) = self._world.net, self._two_hosts(fault)
         net.slow(first, second, min(fault.lasts_s, 0.3) / 2)
-        self._world.kernel.after(fault.lasts_s, net.heal, first, second)
+        self._world.kernel.after(fault.lasts_s, net.quicken, first, second)
 
     def isolate_worker(self, fault: Fault) -> None:
         """A host neither sends nor receives."""

@@ -32,11 +32,12 @@ _LOCAL_S = 15e-6
 class Link:
     """One direction between two hosts."""
 
-    num_faults: int = 0
-    """Blackholes and delays; those that overlap end together."""
-    is_blocked: bool = False
+    num_blocks: int = 0
+    """Blackholes that have not ended."""
+    num_delays: int = 0
+    """Delays that have not ended."""
     delay_s: float = 0.0
-    """More than the usual latency."""
+    """More than the usual latency; that of the newest delay."""
     waiting: dict[Pipe, None] = field(default_factory=dict)
     """Pipes that hold something until the link heals."""
 
@@ -61,7 +62,7 @@ class Pipe:
 
     def send(self, deliver: Callable[..., None], *args: Any) -> None:
         """Call ``deliver`` at the other end, after what was sent before."""
-        if self.link.is_blocked or self._held:
+        if self.link.num_blocks or self._held:
             self._held.append((deliver, args))
             self.link.waiting[self] = None
         else:
@@ -124,31 +125,37 @@ class Network:
     def block(self, source: str, target: str) -> None:
         """Blackhole one direction."""
         self.kernel.log("blackhole %s -> %s", source, target)
-        link = self.link(source, target)
-        link.num_faults, link.is_blocked = link.num_faults + 1, True
+        self.link(source, target).num_blocks += 1
 
     def slow(self, source: str, target: str, delay_s: float) -> None:
         self.kernel.log("delay %s -> %s by %.3f s", source, target, delay_s)
         link = self.link(source, target)
-        link.num_faults, link.delay_s = link.num_faults + 1, delay_s
+        link.num_delays, link.delay_s = link.num_delays + 1, delay_s
+
+    def quicken(self, source: str, target: str) -> None:
+        """End a delay of one direction."""
+        link = self.link(source, target)
+        link.num_delays = max(link.num_delays - 1, 0)
+        if link.num_delays == 0:
+            link.delay_s = 0.0
 
     def heal(self, source: str, target: str) -> None:
-        """End a fault of one direction; what waits arrives when there is none left."""
+        """End a blackhole of one direction; what waits arrives when there is none left."""
         link = self.link(source, target)
-        link.num_faults = max(link.num_faults - 1, 0)
-        if link.num_faults:
-            return
-        if link.is_blocked or link.delay_s:
+        if link.num_blocks == 1:
             self.kernel.log("heal %s -> %s", source, target)
-        link.is_blocked, link.delay_s = False, 0.0
+        link.num_blocks = max(link.num_blocks - 1, 0)
+        if link.num_blocks:
+            return
         waiting, link.waiting = link.waiting, {}
         for pipe in waiting:
             pipe.flush()
 
     def heal_all(self) -> None:
         for (source, target), link in list(self._links.items()):
-            link.num_faults = 0
+            link.num_blocks = min(link.num_blocks, 1)
             self.heal(source, target)
+            link.num_delays, link.delay_s = 0, 0.0
 
     def shrink_buffers(self, host: str) -> None:
         """Senders of a host soon wait for their receivers."""

@@ -321,7 +321,8 @@ class SimGroup:
             await asyncio.wait_for(stop, _STOP_LIMIT_S)
         await self._check_term()
         ray.check_order(self._term, f"ends {worker.name}")
-        ray.ends.asked.append((self._term, worker.name, kernel.now))
+        if not worker.is_dead:
+            ray.ends.asked.append((self._term, worker.name, kernel.now))
         worker.process.kill(f"ended by {self._process.name}")
 
     async def _check_term(self) -> None:

@@ -92,7 +92,7 @@ class SimSocket:
             return
         self._received += data
         peer._delivered += len(data)
-        if out is not None and not out.link.is_blocked:
+        if out is not None and not out.link.num_blocks:
             peer._acknowledge()
         for watcher in self.watchers:
             watcher.touch(self)
@@ -110,7 +110,7 @@ class SimSocket:
     def _tcp_info(self) -> bytes:
         """``struct tcp_info``: retransmissions, segments under way, acknowledged bytes."""
         peer = self.peer
-        if peer is not None and peer._out is not None and not peer._out.link.is_blocked:
+        if peer is not None and peer._out is not None and not peer._out.link.num_blocks:
             self._acknowledge()
         since = self._unacknowledged_at
         silence_s = 0.0 if since is None else self._kernel.now - since
