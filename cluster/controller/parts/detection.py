@@ -54,17 +54,20 @@ class Detection:
         record.heard_at = now
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> str:
-        """A worker reports that it lost another. Returns why all must form a generation again, if
-        that one is only busy, else an empty text. Raises ``ProtocolError`` for a stranger.
+        """A worker reports that it lost another. Returns why all must form a generation again if
+        that one only waits or computes, else nothing. Raises ``ProtocolError`` for a stranger.
         """
         cluster, limit = self._cluster, self._limits.detection_limit_s
         suspect = cluster.workers.find(frame.worker)
         runs = cluster.is_forming or cluster.workers[name].state is WorkerState.SERVING
         if suspect.is_lost or frame.generation != cluster.round.number or not runs:
             return ""
-        has_begun = suspect.generation == cluster.round.number
-        if cluster.is_forming and not has_begun and now - cluster.round.began_at > limit:
-            return f"{name} waits for {frame.worker}, which is in a step of an earlier generation"
+        if cluster.is_forming:
+            is_in_step, since = suspect.generation != cluster.round.number, cluster.round.began_at
+        else:
+            is_in_step, since = suspect.is_waiting, suspect.progress_at
+        if is_in_step and now - since > limit:
+            return f"{name} waits for {frame.worker}, which is in a step that does not end"
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
         report = PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
         cluster.round.reports.append(report)
@@ -111,7 +114,11 @@ class Detection:
         may have stopped, and what workers have reported of each other is void.
         """
         cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
-        silent = silent_hosts(now, cluster.workers.pulses(False), cluster.host, limit)
+        known = {m.name for m in cluster.round.members} - cluster.round.joins
+        pulses = cluster.workers.pulses(False)
+        silent = silent_hosts(now, [p for p in pulses if p.name in known], cluster.host, limit)
+        if silent:
+            silent |= {p.name for p in pulses if now - p.heard_at > limit / 2}
         self._held = frozenset(
             name
             for name in (silent if cluster.takes_orders else ())

@@ -62,8 +62,9 @@ class WorkerRecord:
     """The generation that it had begun to join at its last heartbeat, or ran."""
     gaps: GapWindow = field(default_factory=GapWindow)
     """How long workers of its host were silent; detection shares it among them."""
+    is_waiting: bool = False
+    """It waited for a peer within a step at its last heartbeat."""
     _progress: int = -1
-    _waiting: bool = False
 
     @property
     def name(self) -> str:
@@ -131,7 +132,7 @@ class WorkerRecord:
         if frame.idle or frame.progress != self._progress:
             self.progress_at = now
         self._progress = frame.progress
-        self._waiting = frame.waiting
+        self.is_waiting = frame.waiting
         self.generation = frame.generation
         self.take_numbers(frame)
 
@@ -156,7 +157,7 @@ class WorkerRecord:
             name=self.name,
             heard_at=self.heard_at,
             progress_at=self.progress_at,
-            waiting=self._waiting,
+            waiting=self.is_waiting,
             running=self.state is WorkerState.SERVING,
             host=self.member.node,
             patience_s=self.gaps.patience_s if self.state is WorkerState.SERVING else math.inf,
