@@ -75,7 +75,7 @@ class Link:
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         return None
 
-    def on_closed(self, worker: str, reason: str) -> None:
+    def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
         return None
 
 

@@ -49,8 +49,8 @@ class ControlEvents(Protocol):
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         """A worker sent a frame. May raise ``ProtocolError``: its connection is closed."""
 
-    def on_closed(self, worker: str, reason: str) -> None:
-        """A worker's connection is closed (not if the server closed it)."""
+    def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
+        """A worker's connection is closed: by an invalid frame, or not by the server."""
 
 
 @dataclass(eq=False, slots=True)
@@ -141,7 +141,7 @@ class ControlServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         connection = _Connection(reader, writer)
-        reason = "closed by the peer"
+        reason, is_invalid = "closed by the peer", False
         try:
             await self._admit(connection)
             while True:
@@ -150,11 +150,11 @@ class ControlServer:
         except asyncio.IncompleteReadError:
             pass  # the peer closed
         except (ProtocolError, OSError, TimeoutError) as err:
-            reason = str(err) or type(err).__name__
+            reason, is_invalid = str(err) or type(err).__name__, isinstance(err, ProtocolError)
             caller = connection.worker or writer.get_extra_info("peername")
             logger.warning("control connection of %s: %s", caller, reason)
         finally:
-            self._forget(connection, reason)
+            self._forget(connection, reason, is_invalid)
 
     def _hand_over(self, worker: str, frame: ControlFrame) -> None:
         """An error of ours is no reason to lose the sender. Raises ``ProtocolError``."""
@@ -199,11 +199,11 @@ class ControlServer:
         check_release(hello.release, hello.worker, self._release, "the controller")
         return hello.worker
 
-    def _forget(self, connection: _Connection, reason: str) -> None:
+    def _forget(self, connection: _Connection, reason: str, is_invalid: bool) -> None:
         """The connection ended: free it, and report the end unless the server caused it."""
         self._unproved.pop(connection, None)
         with contextlib.suppress(OSError):
             connection.writer.close()
         if self._workers.get(connection.worker) is connection:
             del self._workers[connection.worker]
-            self._events.on_closed(connection.worker, reason)
+            self._events.on_closed(connection.worker, reason, is_invalid)

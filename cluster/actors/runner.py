@@ -28,7 +28,13 @@ from cluster.controller.parts.detection import TICK_S
 from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start, Trace
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.errors import ConfigError, ExpertMeshError, StartError, SupersededError
+from cluster.core.errors import (
+    CalledAgainError,
+    ConfigError,
+    ExpertMeshError,
+    StartError,
+    SupersededError,
+)
 from cluster.core.frames import Alive, ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
@@ -146,9 +152,9 @@ class Runner:
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
-        """Another controller leads the workers: end. Ray restarts the one that clients find."""
-        logger.warning("superseded: %s", reason)
-        self.controller, self.failure = None, f"superseded: {reason}"
+        """Workers know more than this controller: end. Ray restarts the one that clients find."""
+        logger.warning("this controller ends: %s", reason)
+        self.controller, self.failure = None, reason
         self.background.notify()
         self.group.end_this_process()
 
@@ -200,13 +206,16 @@ class Runner:
         elif target is not None and isinstance(frame, Alive):
             target.frame(worker, frame, time.monotonic())  # frequent, and nobody waits for it
         elif target is not None:
-            self.tell(partial(target.frame, worker, frame))
+            try:
+                self.tell(partial(target.frame, worker, frame))
+            except CalledAgainError as err:
+                self.retire(str(err))
 
-    def on_closed(self, worker: str, reason: str) -> None:
+    def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
         if self.collector is not None:
             self.collector.gone(worker)
         elif self.controller is not None:
-            self.tell(partial(self.controller.disconnected, worker, reason))
+            self.tell(partial(self.controller.disconnected, worker, reason, is_invalid))
         self.background.notify()
 
     # ---- tasks ----------------------------------------------------------------------------

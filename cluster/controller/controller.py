@@ -7,6 +7,7 @@ adds effects to it. Every method is called from one thread; ``now`` is in monoto
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -26,6 +27,9 @@ from cluster.core.states import ClusterState, WorkerState
 from cluster.policy.coverage import describe_members
 
 logger = logging.getLogger(__name__)
+
+CALL_AGAIN_S = 0.2
+"""Time in which a worker whose control connection has closed calls again, if it lives."""
 
 
 class Controller:
@@ -83,6 +87,7 @@ class Controller:
             case frames.PeerLost():
                 if cause := self.detection.peer_lost(name, frame, now):
                     cluster.reform(cause, now)
+                self._lose_closed(now)
             case frames.GenerationReady():
                 self.recovery.answered(name, frame, now)
             case frames.ExpertsLoaded() if self.recovery.loaded(name, frame, now):
@@ -95,10 +100,23 @@ class Controller:
             case _:
                 raise ProtocolError(f"{name} sent {type(frame).__name__}")
 
-    def disconnected(self, name: str, reason: str, now: float) -> None:
-        """The control connection of a worker closed: its process has ended or cannot be reached."""
+    def disconnected(self, name: str, reason: str, is_invalid: bool, now: float) -> None:
+        """The control connection of a worker closed: by the end of its process, by the network, or
+        after an ``is_invalid`` frame, which is its end.
+        """
         if name in self.cluster.workers:
-            self.lost({name: f"its control connection closed ({reason})"}, now)
+            self.cluster.workers[name].closed = reason, -math.inf if is_invalid else now
+            self._lose_closed(now)
+
+    def _lose_closed(self, now: float) -> None:
+        """Workers without connection are lost once a peer reports them, or do not call in time."""
+        reported = {report.suspect for report in self.cluster.round.reports}
+        gone = {
+            r.name: f"its control connection closed ({r.closed[0]})"
+            for r in self.cluster.workers.alive()
+            if now - r.closed[1] >= CALL_AGAIN_S or (r.closed[0] and r.name in reported)
+        }
+        self.lost(gone, now)
 
     def created(self, name: str, now: float) -> None:
         """A new worker's process runs, or its constructor: from now on it must be ready in time."""
@@ -142,6 +160,7 @@ class Controller:
         self.rebalancing.tick(now)
         if cause := self.detection.end_hold(now):
             self.cluster.reform(cause, now)
+        self._lose_closed(now)
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
         self.recovery.tick(now)

@@ -199,6 +199,10 @@ class SupersededError(ProtocolError):
     """The workers follow another controller; this one must neither order nor end anything."""
 
 
+class CalledAgainError(ProtocolError):
+    """A known worker has lost its connection and registers again; frames may be lost."""
+
+
 class HandshakeError(ProtocolError):
     """A peer is not one of ours, or was started with another checkpoint or configuration."""
 

@@ -181,6 +181,15 @@ class ThreadCluster(ServingCluster):
 
         self.thread.run(crash())
 
+    def break_connection(self, worker: str) -> None:
+        """The network resets the connection of a worker to the controller."""
+
+        async def reset() -> None:
+            assert self.actor.runner.server is not None
+            self.actor.runner.server._workers[worker].writer.transport.abort()
+
+        self.thread.run(reset())
+
     def restore(self) -> None:
         """Another controller takes the place of the one that crashed."""
 

@@ -53,6 +53,20 @@ LINK_FAULTS = (
 ORDERS = ("drain_worker", "rebalance")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
+_SLOWS_CALLS = frozenset(
+    (
+        "pause_worker",
+        "pause_thread",
+        "pause_host",
+        "slow_machine",
+        "full_buffers",
+        "blackhole_link",
+        "slow_link",
+        "isolate_worker",
+        "isolate_head",
+    )
+)
+"""Faults that may keep a worker from calling a controller again at once."""
 _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
 _LOOK_S = 0.05
@@ -274,14 +288,14 @@ class Faults:
 
     def reset_link(self, fault: Fault) -> None:
         first, second = self._two_hosts(fault)
-        self._blame(first, second)
+        self._blame_path(first, second)
         self._world.net.reset(first, second)
 
     def duplicate_connections(self, fault: Fault) -> None:
         """One host forgets its connections to another one, which learns it when it sends: until
         then there is an old connection beside a new one."""
         first, second = self._two_hosts(fault)
-        self._blame(first, second)
+        self._blame_path(first, second)
         self._world.net.forget(first, second)
 
     def full_buffers(self, fault: Fault) -> None:
@@ -396,6 +410,14 @@ class Faults:
 
     def _blame(self, *hosts: str) -> None:
         self.bad_hosts |= set(hosts)
+
+    def _blame_path(self, *hosts: str) -> None:
+        """Workers call a controller again whose connections to them have broken, if nothing else
+        keeps them from it.
+        """
+        kinds = {fault.kind for fault in self._world.scenario.faults}
+        if HEAD not in hosts or kinds & _SLOWS_CALLS:
+            self._blame(*hosts)
 
     def _order(self, method: str, order: dict[str, Any]) -> None:
         """An operator's call of the controller."""

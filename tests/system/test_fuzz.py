@@ -28,7 +28,7 @@ class Silent:
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         raise AssertionError(f"{worker} sent {frame} without the token")
 
-    def on_closed(self, worker: str, reason: str) -> None:
+    def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
         raise AssertionError(f"{worker} was let in")
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import ModelSection
 from cluster.core import frames
-from cluster.core.errors import ProtocolError
+from cluster.core.errors import CalledAgainError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.release import Build, differing_item
 from cluster.core.states import WorkerState, next_state
@@ -62,6 +62,8 @@ class WorkerRecord:
     """The generation that it had begun to join at its last heartbeat, or ran."""
     gaps: GapWindow = field(default_factory=GapWindow)
     """How long workers of its host were silent; detection shares it among them."""
+    closed: tuple[str, float] = "", math.inf
+    """Why its control connection has closed, and when; it may call again."""
     is_waiting: bool = False
     """It waited for a peer within a step at its last heartbeat."""
     _progress: int = -1
@@ -99,13 +101,13 @@ class WorkerRecord:
     def register(self, frame: frames.Register) -> None:
         """The worker called for the first time, with its process id and addresses.
 
-        Raises ``ProtocolError`` for another worker, or for a second call.
+        Raises ``ProtocolError`` for another worker, ``CalledAgainError`` for a second call.
         """
         claimed = frame.member
         if claimed.name != self.name:
             raise ProtocolError(f"{self.name} registers as {claimed.name!r}")
         if self.state is not WorkerState.STARTING:
-            raise ProtocolError(f"{self.name} registers again ({self.state.value})")
+            raise CalledAgainError(f"{self.name} registers again ({self.state.value})")
         addresses = {key: getattr(claimed, key) for key in ADDRESS_FIELDS}
         node = self.member.node or claimed.node
         self.member = replace(self.member, node=node, pid=claimed.pid, **addresses)

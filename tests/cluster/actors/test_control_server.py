@@ -49,7 +49,7 @@ class Events:
             raise KeyError("a mistake of ours")
         self.frames.put_nowait((worker, frame))
 
-    def on_closed(self, worker: str, reason: str) -> None:
+    def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
         self.closed.put_nowait((worker, reason))
 
 

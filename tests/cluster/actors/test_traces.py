@@ -55,7 +55,7 @@ def test_a_rebalancing_that_fails_says_so() -> None:
     cluster = make()
     kept = followed(cluster)
     window(cluster, SKEWED)
-    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    cluster.disconnect("expert-3")
     cluster.tick(0.2)
     assert cluster.link.ended == ["expert-3"]
     (rebalance,) = (span for span in kept.spans if span.name == "expertmesh.rebalance")

@@ -529,7 +529,7 @@ class World:
             return
         model.is_connected = False
         if self.controller is not None:
-            self.controller.disconnected(model.name, "reset", self.now)
+            self.controller.disconnected(model.name, "reset", True, self.now)
             self.carry_out()
         elif self.collector is not None:
             self.collector.gone(model.name)

@@ -172,6 +172,10 @@ class FakeCluster:
         )
         self.link.cluster = self.controller.cluster
 
+    def disconnect(self, name: str, reason: str = "reset") -> None:
+        """The control connection of a worker closes for good."""
+        self.controller.disconnected(name, reason, True, self.now)
+
     @property
     def known(self) -> Cluster:
         """What the controller knows."""

@@ -7,8 +7,9 @@ import random
 
 import pytest
 
+from cluster.controller.controller import CALL_AGAIN_S
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.errors import ProtocolError
+from cluster.core.errors import CalledAgainError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
     ControlHello,
@@ -121,7 +122,7 @@ def test_a_worker_that_fails_ends_the_start_in_its_own_words() -> None:
 def test_the_first_error_of_a_start_is_kept() -> None:
     cluster = FakeCluster()
     cluster.controller.lost({"expert-0": "out of memory"}, cluster.now)
-    cluster.controller.disconnected("attention-0", "reset", cluster.now)
+    cluster.disconnect("attention-0")
     assert cluster.known.error == "expert-0: out of memory"
     assert cluster.link.all_ended_asked == 1
 
@@ -174,7 +175,7 @@ def test_an_edge_that_cannot_be_opened_fails_the_start() -> None:
 def test_a_killed_expert_worker_costs_one_generation() -> None:
     cluster = FakeCluster(2, 3, num_redundant=3)
     cluster.serve()
-    cluster.controller.disconnected("expert-1", "reset", cluster.now)
+    cluster.disconnect("expert-1")
     assert cluster.state == "RECOVERING"
     assert cluster.link.ended == ["expert-1"]
     assert _states(cluster)["expert-1"] == "LOST"
@@ -207,9 +208,9 @@ def test_a_killed_expert_worker_costs_one_generation() -> None:
 def test_a_loss_during_recovery_starts_the_next_generation() -> None:
     cluster = FakeCluster(1, 3, num_redundant=5)
     cluster.serve()
-    cluster.controller.disconnected("expert-1", "reset", cluster.now)
+    cluster.disconnect("expert-1")
     cluster.join("attention-0", highest_step=7)
-    cluster.controller.disconnected("expert-2", "reset", cluster.now)
+    cluster.disconnect("expert-2")
     assert cluster.state == "RECOVERING"
     cluster.join_all(highest_step=7)
     assert cluster.state == "DEGRADED"
@@ -222,7 +223,7 @@ def test_a_loss_during_recovery_starts_the_next_generation() -> None:
 def test_an_answer_to_an_older_generation_does_not_count() -> None:
     cluster = FakeCluster(1, 3, num_redundant=5)
     cluster.serve()
-    cluster.controller.disconnected("expert-1", "reset", cluster.now)
+    cluster.disconnect("expert-1")
     late = GenerationReady(generation=1, highest_step=3, highest_epoch=1)
     for name in ("attention-0", "expert-0", "expert-2"):
         cluster.send(name, late)
@@ -232,7 +233,7 @@ def test_an_answer_to_an_older_generation_does_not_count() -> None:
 def test_a_survivor_with_a_higher_epoch_raises_everybodys() -> None:
     cluster = FakeCluster(1, 3, num_redundant=5)
     cluster.serve()
-    cluster.controller.disconnected("expert-1", "reset", cluster.now)
+    cluster.disconnect("expert-1")
     cluster.join("attention-0", highest_epoch=9)
     cluster.join("expert-0")
     cluster.join("expert-2")
@@ -248,7 +249,7 @@ def test_a_survivor_with_a_higher_epoch_raises_everybodys() -> None:
 def test_a_lost_attention_worker_keeps_the_epoch() -> None:
     cluster = FakeCluster(2, 2)
     cluster.serve()
-    cluster.controller.disconnected("attention-0", "reset", cluster.now)
+    cluster.disconnect("attention-0")
     cluster.join_all()
     snapshot = cluster.controller.snapshot()
     assert snapshot["state"] == "DEGRADED"
@@ -259,7 +260,7 @@ def test_a_lost_attention_worker_keeps_the_epoch() -> None:
 def test_without_copies_and_room_nothing_runs_and_the_state_says_so() -> None:
     cluster = FakeCluster(1, 2, can_grow=False)
     cluster.serve()
-    cluster.controller.disconnected("expert-0", "reset", cluster.now)
+    cluster.disconnect("expert-0")
     snapshot = cluster.controller.snapshot()
     assert snapshot["state"] == "RECOVERING"  # a new worker will be started
     assert not snapshot["experts_complete"]
@@ -287,7 +288,7 @@ def test_a_second_loss_while_incomplete_stays_incomplete() -> None:
 def test_the_last_attention_worker_is_missed() -> None:
     cluster = FakeCluster()
     cluster.serve()
-    cluster.controller.disconnected("attention-0", "reset", cluster.now)
+    cluster.disconnect("attention-0")
     snapshot = cluster.controller.snapshot()
     assert snapshot["state"] == "RECOVERING"
     assert snapshot["experts_complete"]
@@ -380,7 +381,7 @@ def test_a_report_by_a_worker_that_is_lost_itself_is_dropped() -> None:
     cluster = FakeCluster(1, 3, num_redundant=5)
     cluster.serve()
     cluster.send("expert-0", PeerLost(worker="attention-0", generation=1, reason="reset"))
-    cluster.controller.disconnected("expert-0", "reset", cluster.now)
+    cluster.disconnect("expert-0")
     cluster.join_all()
     cluster.beat_all()
     cluster.tick(1.0)
@@ -390,7 +391,7 @@ def test_a_report_by_a_worker_that_is_lost_itself_is_dropped() -> None:
 def test_a_report_of_an_older_generation_is_dropped() -> None:
     cluster = FakeCluster(1, 3, num_redundant=5)
     cluster.serve()
-    cluster.controller.disconnected("expert-0", "reset", cluster.now)
+    cluster.disconnect("expert-0")
     cluster.join_all()
     cluster.send("attention-0", PeerLost(worker="expert-1", generation=1, reason="late"))
     cluster.tick(1.0)
@@ -432,11 +433,48 @@ def test_a_stranger_is_a_protocol_error() -> None:
         FakeCluster().beat("expert-9")
 
 
-def test_registering_twice_is_a_protocol_error() -> None:
+def test_a_worker_that_is_known_and_calls_again_is_no_news_that_can_be_taken() -> None:
+    """Frames may be lost: only the reports of all workers tell what is so."""
     cluster = FakeCluster()
     cluster.register("expert-0")
-    with pytest.raises(ProtocolError, match="registers again"):
+    with pytest.raises(CalledAgainError, match="registers again"):
         cluster.register("expert-0")
+
+
+def test_a_worker_without_connection_has_a_moment_to_call_again() -> None:
+    cluster = FakeCluster()
+    cluster.serve()
+    cluster.controller.disconnected("expert-0", "reset", False, cluster.now)
+    cluster.tick(CALL_AGAIN_S / 2)
+    assert cluster.state == "SERVING"
+    cluster.tick(CALL_AGAIN_S)
+    assert cluster.state == "RECOVERING"
+    record = cluster.known.workers["expert-0"]
+    assert record.reason == "its control connection closed (reset)"
+
+
+@pytest.mark.parametrize("is_reported_first", [True, False])
+def test_a_worker_without_connection_that_a_peer_has_lost_is_lost_at_once(
+    is_reported_first: bool,
+) -> None:
+    cluster = FakeCluster()
+    cluster.serve()
+    report = PeerLost(worker="expert-0", generation=1, reason="closed by the peer")
+    if is_reported_first:
+        cluster.send("attention-0", report)
+    assert cluster.state == "SERVING"
+    cluster.controller.disconnected("expert-0", "reset", False, cluster.now)
+    if not is_reported_first:
+        assert cluster.state == "SERVING"
+        cluster.send("attention-0", report)
+    assert cluster.known.workers["expert-0"].is_lost
+
+
+def test_a_worker_that_has_sent_an_invalid_frame_is_lost_at_once() -> None:
+    cluster = FakeCluster()
+    cluster.serve()
+    cluster.controller.disconnected("expert-0", "not a frame", True, cluster.now)
+    assert cluster.known.workers["expert-0"].is_lost
 
 
 # ---- status and stop ------------------------------------------------------------------------
@@ -471,7 +509,7 @@ def test_a_lost_worker_is_not_waited_for() -> None:
     request = cluster.link.last("attention-0", StatusRequest)
     assert request is not None
     cluster.send("attention-0", StatusReply(token=request.token))
-    cluster.controller.disconnected("expert-0", "reset", cluster.now)
+    cluster.disconnect("expert-0")
     assert cluster.known.workers.status_complete
 
 
@@ -484,7 +522,7 @@ def test_stop_ends_everything_once() -> None:
     assert cluster.state == "DRAINING"
     assert cluster.known.version > version
     assert cluster.link.all_ended_asked == 1
-    cluster.controller.disconnected("expert-0", "closed", cluster.now)
+    cluster.disconnect("expert-0", "closed")
     cluster.controller.all_ended(cluster.now)
     assert cluster.state == "STOPPED"
     assert cluster.known.error is None
@@ -509,7 +547,7 @@ def _random_event(cluster: FakeCluster, draw: random.Random) -> None:
     ]
     kind = draw.random()
     if kind < 0.06:
-        cluster.controller.disconnected(name, "reset", cluster.now)
+        cluster.disconnect(name)
     elif kind < 0.08:
         cluster.controller.request_status(cluster.now)
     elif kind < 0.083:
@@ -637,3 +675,41 @@ def test_of_two_ends_of_a_path_the_one_that_is_not_heard_is_lost() -> None:
     cluster.beat_all("expert-0")
     cluster.tick(0.3)
     assert cluster.link.ended == ["expert-0"]
+
+
+@pytest.mark.parametrize("is_new_one_heard", [True, False])
+def test_a_new_worker_does_not_tell_whether_the_others_are_silent(is_new_one_heard: bool) -> None:
+    """A generation of it and of no old member could run beside the one that is not heard."""
+    names = ("attention-0", "attention-1", "expert-0", "expert-1")
+    cluster = FakeCluster(2, 2, num_redundant=9, hosts={n: f"host-{n[-1]}" for n in names})
+    cluster.serve()
+    cluster.disconnect("attention-1")
+    cluster.disconnect("expert-1")
+    cluster.join_all()
+    cluster.tick(0.1)
+    for name in ("attention-1.2", "expert-1.2"):
+        cluster.bring_up(name)
+    cluster.beat_all()
+    for _ in range(6):
+        cluster.tick(0.5)
+        if is_new_one_heard:
+            for name in ("attention-1.2", "expert-1.2"):
+                cluster.beat(name)
+    assert cluster.link.ended == ["attention-1", "expert-1"]
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_who_waits_in_a_step_itself_is_not_lost_for_keeping_others_waiting(
+    is_waiting: bool,
+) -> None:
+    cluster = FakeCluster(2, 3)
+    cluster.serve()
+    for _ in range(6):
+        cluster.tick(0.5)
+        cluster.beat_all("attention-1")
+        cluster.beat("attention-1", idle=not is_waiting, waiting=is_waiting)
+    report = PeerLost(worker="attention-1", generation=1, reason="no step for 4.3 s")
+    cluster.send("attention-0", report)
+    cluster.tick(0.3)
+    assert cluster.known.generation.number == 2
+    assert cluster.link.ended == ([] if is_waiting else ["attention-1"])

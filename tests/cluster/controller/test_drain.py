@@ -283,7 +283,7 @@ def test_the_late_closing_of_a_drained_worker_is_no_loss() -> None:
     cluster = serving()
     drain(cluster, "expert-1")
     cluster.tick(0.1)
-    cluster.controller.disconnected("expert-1", "closed by the peer", cluster.now)
+    cluster.disconnect("expert-1", "closed by the peer")
     cluster.join_all()
     assert cluster.known.generation.number == 2
     assert cluster.state == "DEGRADED"

@@ -17,7 +17,7 @@ def joining(num_redundant: int = 8) -> FakeCluster:
     """A generation with ``expert-1.2``, in which ``expert-1`` was lost before, is announced."""
     cluster = FakeCluster(1, 3, num_redundant=num_redundant)
     cluster.serve()
-    cluster.controller.disconnected("expert-1", "reset", cluster.now)
+    cluster.disconnect("expert-1")
     for name in OLD:
         cluster.answer_loads(name)
     cluster.join_all()
@@ -57,7 +57,7 @@ def test_what_the_others_have_freed_for_a_new_worker_is_loaded_after_its_loss() 
     cluster = joining(num_redundant=0)
     cluster.join_all()
     assert cluster.state == "SERVING"
-    cluster.controller.disconnected("expert-1.2", "reset", cluster.now)
+    cluster.disconnect("expert-1.2")
     assert sum(cluster.answer_loads(name) for name in OLD) > 0
 
 
@@ -91,7 +91,7 @@ def test_a_new_worker_that_has_waited_for_a_long_step_waits_again() -> None:
 def test_members_of_a_generation_that_nobody_joins_have_the_longer_limit() -> None:
     cluster = joining()
     cluster.join_all()
-    cluster.controller.disconnected("expert-2", "reset", cluster.now)
+    cluster.disconnect("expert-2")
     wait(cluster, 14.0)
     assert members(cluster) == ["attention-0", "expert-0", "expert-1.2"]
 
@@ -102,7 +102,7 @@ def test_two_that_cannot_join_stop_the_others_no_longer_than_one() -> None:
     cluster.controller.lost({"expert-0": "reset", "expert-1": "reset"}, cluster.now)
     cluster.join_all()
     cluster.tick(0.1)
-    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    cluster.disconnect("expert-3")
     cluster.bring_up("expert-0.2")
     cluster.bring_up("expert-1.2")
     cluster.join_all()  # those who were ready join now
@@ -132,7 +132,7 @@ def test_who_has_joined_is_as_good_as_the_others() -> None:
     """Of a path that breaks later the expert worker is lost, which holds no request."""
     cluster = FakeCluster(2, 3, num_redundant=16)
     cluster.serve()
-    cluster.controller.disconnected("attention-0", "reset", cluster.now)
+    cluster.disconnect("attention-0")
     cluster.join_all()
     cluster.tick(0.1)
     cluster.bring_up("attention-0.2")
@@ -151,7 +151,7 @@ def test_the_others_load_nothing_when_a_worker_cannot_join() -> None:
         "attention-0",
         StatusReply(token=0, expert_load=make_report(99, [1, 1, 1, 9, 50, 99, 1, 1])),
     )
-    cluster.controller.disconnected("expert-1.2", "reset", cluster.now)
+    cluster.disconnect("expert-1.2")
     orders = [f for sent in cluster.link.sent.values() for f in sent if isinstance(f, LoadExperts)]
     assert orders == []
     cluster.join_all()
@@ -160,7 +160,7 @@ def test_the_others_load_nothing_when_a_worker_cannot_join() -> None:
 
 def test_a_worker_that_comes_again_after_a_failed_join_brings_its_copies() -> None:
     cluster = joining(num_redundant=0)
-    cluster.controller.disconnected("expert-2", "reset", cluster.now)
+    cluster.disconnect("expert-2")
     for name in ("attention-0", "expert-0", "expert-1.2"):
         cluster.answer_loads(name)
     cluster.join_all()

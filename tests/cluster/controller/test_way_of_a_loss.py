@@ -42,7 +42,7 @@ def test_a_lost_expert_worker_crosses_few_modules_in_one_direction() -> None:
     effects: list[Effect] = []
 
     def lose() -> None:
-        cluster.controller.disconnected("expert-1", "reset", cluster.now)
+        cluster.disconnect("expert-1")
         effects.extend(cluster.known.take_effects())
 
     calls = {(a, b) for a, b in calls_of(lose) if a != b and a.startswith(DECIDING)}

@@ -58,7 +58,7 @@ def steps(cluster: ThreadCluster) -> int:
 
 
 class Amid(NamedTuple):
-    """A controller that is gone while requests run."""
+    """Requests that run."""
 
     stream: EngineStream
     calm: dict[str, Result]
@@ -66,15 +66,20 @@ class Amid(NamedTuple):
     asked: list[Request]
 
 
-def crash_amid_requests(cluster: ThreadCluster) -> Amid:
+def amid_requests(cluster: ThreadCluster) -> Amid:
     stream = cluster.stream()
     calm = stream.finish(requests("calm"))
     asked = requests("hit", 200)
     for request in asked:
         stream.send(request)
     stream.put_back([stream.next() for _ in range(16)])
-    cluster.crash_controller()
     return Amid(stream, calm, asked)
+
+
+def crash_amid_requests(cluster: ThreadCluster) -> Amid:
+    found = amid_requests(cluster)
+    cluster.crash_controller()
+    return found
 
 
 def test_streams_do_not_notice_a_restarted_controller(tiny_checkpoint: Path) -> None:
@@ -95,6 +100,23 @@ def test_streams_do_not_notice_a_restarted_controller(tiny_checkpoint: Path) -> 
         cluster.crash_controller()
         cluster.restore()
         assert cluster.snapshot()["term"] == 3
+        stream.close()
+
+
+def test_a_broken_control_connection_costs_no_worker(tiny_checkpoint: Path) -> None:
+    """The worker calls again, and the controller ends: Ray restarts it."""
+    cluster = cluster_of(tiny_checkpoint)
+    with serving(cluster):
+        stream, calm, asked = amid_requests(cluster)
+        cluster.break_connection("expert-0")
+        wait_until(lambda: cluster.group.has_ended_controller, "the end of the controller")
+        cluster.crash_controller()
+        cluster.restore()
+        results = stream.collect(asked)
+        snapshot = cluster.snapshot()
+        assert (snapshot["state"], snapshot["generation"], snapshot["term"]) == ("SERVING", 1, 2)
+        assert [w["state"] for w in snapshot["workers"]] == ["SERVING"] * 3
+        assert same_beginnings(calm, results)
         stream.close()
 
 

@@ -68,7 +68,7 @@ class ServerThread:
         if isinstance(frame, Heartbeat) and self.acknowledges:
             self.server.send(HeartbeatAck(term=1, number=frame.number), worker)
 
-    def on_closed(self, worker: str, reason: str) -> None:
+    def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
         self.closed.put((worker, reason))
 
     def next(self, kind: type[ControlFrame]) -> ControlFrame:

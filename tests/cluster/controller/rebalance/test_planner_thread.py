@@ -82,7 +82,7 @@ def test_the_controller_goes_on_while_a_plan_is_made(later: LaterExecutor) -> No
 def test_a_plan_for_a_cluster_that_has_changed_is_forgotten(later: LaterExecutor) -> None:
     cluster = make(1, executor=later)
     window(cluster, SKEWED)
-    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    cluster.disconnect("expert-3")
     assert later.work() == 1
     cluster.tick(0.2)
     assert outcomes(cluster) == {}
@@ -145,7 +145,7 @@ def test_an_order_for_a_cluster_that_has_changed_fails(later: LaterExecutor) -> 
     cluster = make(1, enable_eplb=False, executor=later)
     window(cluster, SKEWED)
     operation = cluster.controller.rebalancing.begin(RebalanceOrder(), cluster.now)
-    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    cluster.disconnect("expert-3")
     later.work()
     cluster.tick(0.2)
     assert operation.state is OperationState.FAILED
@@ -158,7 +158,7 @@ def test_a_stage_of_a_cluster_that_has_changed_ends_the_change(later: LaterExecu
     later.work()
     cluster.tick(0.1)
     assert status(cluster)["phase"] == "plan"
-    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    cluster.disconnect("expert-3")
     later.work()
     cluster.tick(0.2)
     assert outcomes(cluster) == {"failed": 1}

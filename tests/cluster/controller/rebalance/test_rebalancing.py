@@ -253,7 +253,7 @@ def test_a_loss_ends_a_change_and_no_epoch_number_comes_twice() -> None:
     cluster = make()
     window(cluster, SKEWED)
     assert status(cluster)["phase"].startswith("stage 1")  # epoch 2
-    cluster.controller.disconnected("expert-3", "reset", cluster.now)
+    cluster.disconnect("expert-3")
     cluster.tick(0.2)
     assert outcomes(cluster) == {"failed": 1}
     order = cluster.link.last("expert-0", NewGeneration)
