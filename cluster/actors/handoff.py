@@ -85,6 +85,9 @@ async def _redirect(runner: Runner, name: str, server: ControlServer) -> None:
             await runner.group.redirect(name, server.address)
         except SupersededError:
             raise
+        except ProcessLookupError:
+            runner.collector.gone(name)
+            return
         except Exception as err:  # any error of Ray: it may answer later, or be lost
             logger.warning("%s cannot be sent the address of this controller: %s", name, err)
         await asyncio.sleep(_REDIRECT_S)

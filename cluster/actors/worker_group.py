@@ -177,12 +177,17 @@ class WorkerGroup:
     async def redirect(self, name: str, control_address: str) -> None:
         """Send a found worker the controller's new address.
 
-        Raises ``SupersededError`` and Ray's errors.
+        Raises ``SupersededError``, ``ProcessLookupError`` for one that has died, and Ray's errors.
         """
-        redirect = self._actors[name].handle.redirect
-        call = redirect.remote(control_address, self._term, self._identity)
+        call = self._actors[name].handle.redirect.remote(
+            control_address, self._term, self._identity
+        )
         try:
             await asyncio.wait_for(call, _CALL_LIMIT_S)
+        except RayActorError as err:
+            if isinstance(err, ActorUnavailableError):
+                raise
+            raise ProcessLookupError(ray_tools.words_of(err)) from err
         except RayTaskError as err:
             _raise_superseded(err)
             raise

@@ -296,7 +296,10 @@ class SimGroup:
     async def redirect(self, name: str, control_address: str) -> None:
         worker, controller = self._known[name], (self._term, self._identity)
         call = self._ray.call(self._process, worker, "redirect", control_address, *controller)
-        await asyncio.wait_for(call, _CALL_LIMIT_S)
+        try:
+            await asyncio.wait_for(call, _CALL_LIMIT_S)
+        except ActorLostError as err:
+            raise ProcessLookupError(name) from err
 
     async def end(self, names: Sequence[str]) -> None:
         workers = [self._known.pop(n) for n in names if n in self._known]

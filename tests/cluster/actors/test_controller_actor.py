@@ -509,6 +509,36 @@ def test_a_restarted_controller_that_was_overtaken_lets_go() -> None:
     asyncio.run(body())
 
 
+class DyingGroup(LateGroup):
+    """A worker is found, and has died when it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
+        config = ClusterConfig.from_dict(_config())
+        found = FoundWorker(name="expert-0", config=config, num_slots=1)
+        return () if self.num_calls else (found,)
+
+    async def redirect(self, name: str, control_address: str) -> None:
+        self.num_calls += 1
+        raise ProcessLookupError("it has died")
+
+
+def test_a_restarted_controller_does_not_wait_for_a_worker_that_has_died() -> None:
+    async def body() -> None:
+        group = DyingGroup()
+        actor = ControllerActor(group)
+        async with asyncio.timeout(LIMIT_S):
+            while (await actor.wait_snapshot(0, 0.05))["state"] != "STOPPED":
+                pass
+        assert group.num_calls == 1
+        await actor.stop()
+
+    asyncio.run(body())
+
+
 class NewController:
     """Another controller's socket events."""
 
