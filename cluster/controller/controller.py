@@ -101,9 +101,7 @@ class Controller:
                 raise ProtocolError(f"{name} sent {type(frame).__name__}")
 
     def disconnected(self, name: str, reason: str, is_invalid: bool, now: float) -> None:
-        """The control connection of a worker closed: by the end of its process, by the network, or
-        after an ``is_invalid`` frame, which is its end.
-        """
+        """The control connection of a worker closed: ``is_invalid``, for an invalid frame."""
         if name in self.cluster.workers:
             self.cluster.workers[name].closed = reason, -math.inf if is_invalid else now
             self._lose_closed(now)

@@ -208,12 +208,16 @@ class HandshakeError(ProtocolError):
 
 
 class PeerLostError(TransportError):
-    """The edge to ``peer`` (a worker's name) was reset, closed, or timed out."""
+    """The edge to ``peer`` (a worker's name) was reset, closed, or timed out.
 
-    def __init__(self, peer: str, reason: str) -> None:
+    Or the edge is whole, and the peer ``is_late``: it keeps the others waiting for a step.
+    """
+
+    def __init__(self, peer: str, reason: str, *, is_late: bool = False) -> None:
         super().__init__(peer, reason)
         self.peer = peer
         self.reason = reason
+        self.is_late = is_late
 
     def __str__(self) -> str:
         return f"lost {self.peer}: {self.reason}"

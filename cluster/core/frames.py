@@ -148,6 +148,8 @@ class PeerLost(ControlFrame, frozen=True, kw_only=True):
     """The lost peer's name."""
     generation: int
     reason: str
+    is_late: bool = False
+    """The edge is whole: the peer keeps the sender waiting for a step."""
 
 
 class NewGeneration(ControlFrame, frozen=True, kw_only=True):

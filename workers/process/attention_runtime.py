@@ -285,9 +285,8 @@ class AttentionRuntime(WorkerRuntime):
         missing = self.channel.missing()
         if waited_s is None or not missing:
             return
-        raise PeerLostError(
-            missing[0], f"no step for {waited_s:.1f} s, waits for {', '.join(missing)}"
-        )
+        reason = f"no step for {waited_s:.1f} s, waits for {', '.join(missing)}"
+        raise PeerLostError(missing[0], reason, is_late=True)
 
     def _idle_s(self) -> float:
         """Longest wait for a header: a leader soon looks whether others have its empty one."""

@@ -232,7 +232,9 @@ class Membership:
         self._enter(Standing.OUTSIDE)
         number = self.generation.number
         logger.warning("%s: generation %d stops: %s", self._name, number, err)
-        self._loss = PeerLost(worker=err.peer, generation=number, reason=err.reason)
+        self._loss = PeerLost(
+            worker=err.peer, generation=number, reason=err.reason, is_late=err.is_late
+        )
         self._hooks.send(self._loss)
 
     def leave(self) -> None:

@@ -65,7 +65,7 @@ class Detection:
         if cluster.is_forming:
             is_in_step, since = suspect.generation != cluster.round.number, cluster.round.began_at
         else:
-            is_in_step, since = suspect.is_waiting, suspect.progress_at
+            is_in_step, since = frame.is_late and suspect.is_waiting, suspect.progress_at
         if is_in_step and now - since > limit:
             return f"{name} waits for {frame.worker}, which is in a step that does not end"
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)

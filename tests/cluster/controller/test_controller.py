@@ -698,9 +698,9 @@ def test_a_new_worker_does_not_tell_whether_the_others_are_silent(is_new_one_hea
     assert cluster.link.ended == ["attention-1", "expert-1"]
 
 
-@pytest.mark.parametrize("is_waiting", [True, False])
+@pytest.mark.parametrize(("is_waiting", "is_late"), [(True, True), (True, False), (False, True)])
 def test_who_waits_in_a_step_itself_is_not_lost_for_keeping_others_waiting(
-    is_waiting: bool,
+    is_waiting: bool, is_late: bool
 ) -> None:
     cluster = FakeCluster(2, 3)
     cluster.serve()
@@ -708,8 +708,8 @@ def test_who_waits_in_a_step_itself_is_not_lost_for_keeping_others_waiting(
         cluster.tick(0.5)
         cluster.beat_all("attention-1")
         cluster.beat("attention-1", idle=not is_waiting, waiting=is_waiting)
-    report = PeerLost(worker="attention-1", generation=1, reason="no step for 4.3 s")
+    report = PeerLost(worker="attention-1", generation=1, reason="no step", is_late=is_late)
     cluster.send("attention-0", report)
     cluster.tick(0.3)
     assert cluster.known.generation.number == 2
-    assert cluster.link.ended == ([] if is_waiting else ["attention-1"])
+    assert cluster.link.ended == ([] if is_waiting and is_late else ["attention-1"])

@@ -31,6 +31,7 @@ EXAMPLES = [
     errors.ProtocolError("bad magic"),
     errors.SupersededError("a controller of the older term 2"),
     errors.HandshakeError("another checkpoint"),
+    errors.CalledAgainError("expert-1 registers again"),
     errors.PeerLostError("expert-1", "reset"),
     errors.MoveGivenUpError("not done within 3 s"),
     errors.GenerationChangedError("generation 2"),
