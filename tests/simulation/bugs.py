@@ -25,6 +25,7 @@ from gateway.engines.engine_pool import EnginePool
 from tests.simulation.disk import SimReader
 from tests.simulation.ray import SimGroup
 from workers.engine.scheduler import Scheduler
+from workers.experts.transfer.loading import ExpertLoader
 from workers.kv import prefix_cache
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.runtime import WorkerRuntime
@@ -102,7 +103,9 @@ def _torn_read() -> AbstractContextManager[object]:
 
 @contextmanager
 def _kept_slots() -> Iterator[None]:
-    """What the others held before a worker joined counts as held once it runs with them."""
+    """What the others held before a worker joined counts as held once it runs with them, and
+    loaders free slots that are in force again.
+    """
     real = Cluster.run
 
     def run(self: Cluster, now: float) -> bool:
@@ -111,7 +114,8 @@ def _kept_slots() -> Iterator[None]:
         formed.joins, formed.before = kept
         return runs
 
-    with mock.patch.object(Cluster, "run", run):
+    unguarded = mock.patch.object(ExpertLoader, "_is_needed", return_value=False)
+    with unguarded, mock.patch.object(Cluster, "run", run):
         yield
 
 
@@ -187,7 +191,8 @@ def _stale_end() -> Iterator[None]:
         pass
 
     unguarded = mock.patch.object(WorkerRuntime, "follow", return_value=None)
-    with unguarded, mock.patch.object(SimGroup, "_check_term", check):
+    alive = mock.patch.object(SimGroup, "end_this_process", return_value=None)
+    with unguarded, alive, mock.patch.object(SimGroup, "_check_term", check):
         yield
 
 

@@ -67,6 +67,10 @@ class Disk:
         self._waiting: set[tuple[str, str]] = set()
         self._writes = 0
 
+    def slow_down(self) -> None:
+        """Reads take a hundred times as long, also after a second such fault."""
+        self.read_s = 100 * _READ_S
+
     def recover(self) -> None:
         """As fast as usual."""
         self.read_s = _READ_S

@@ -224,7 +224,7 @@ class Faults:
 
     def slow_disk(self, fault: Fault) -> None:
         disk = self._world.kernel.disk
-        disk.read_s *= 100
+        disk.slow_down()
         self._world.kernel.after(fault.lasts_s, disk.recover)
 
     def break_disk(self, fault: Fault) -> None:
