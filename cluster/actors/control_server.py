@@ -50,7 +50,7 @@ class ControlEvents(Protocol):
         """A worker sent a frame. May raise ``ProtocolError``: its connection is closed."""
 
     def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
-        """A worker's connection is closed: by an invalid frame, or not by the server."""
+        """A worker's connection has closed, for an ``is_invalid`` frame or not by the server."""
 
 
 @dataclass(eq=False, slots=True)

@@ -86,7 +86,7 @@ async def _redirect(runner: Runner, name: str, server: ControlServer) -> None:
         except SupersededError:
             raise
         except ProcessLookupError:
-            runner.collector.gone(name)
+            runner.collector.gone(name, time.monotonic())
             return
         except Exception as err:  # any error of Ray: it may answer later, or be lost
             logger.warning("%s cannot be sent the address of this controller: %s", name, err)

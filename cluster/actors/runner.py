@@ -152,7 +152,7 @@ class Runner:
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
-        """Workers know more than this controller: end. Ray restarts the one that clients find."""
+        """End this process: Ray restarts it, if it is the one that clients find, no stale one."""
         logger.warning("this controller ends: %s", reason)
         self.controller, self.failure = None, reason
         self.background.notify()
@@ -213,7 +213,7 @@ class Runner:
 
     def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
         if self.collector is not None:
-            self.collector.gone(worker)
+            self.collector.gone(worker, time.monotonic())
         elif self.controller is not None:
             self.tell(partial(self.controller.disconnected, worker, reason, is_invalid))
         self.background.notify()

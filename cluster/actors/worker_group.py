@@ -179,9 +179,8 @@ class WorkerGroup:
 
         Raises ``SupersededError``, ``ProcessLookupError`` for one that has died, and Ray's errors.
         """
-        call = self._actors[name].handle.redirect.remote(
-            control_address, self._term, self._identity
-        )
+        redirect = self._actors[name].handle.redirect
+        call = redirect.remote(control_address, self._term, self._identity)
         try:
             await asyncio.wait_for(call, _CALL_LIMIT_S)
         except RayActorError as err:

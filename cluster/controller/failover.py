@@ -155,10 +155,10 @@ class ReportCollector:
         if isinstance(frame, frames.PeerLost):
             self._suspected_at.setdefault(frame.worker, now)
 
-    def gone(self, name: str) -> None:
-        """A worker's connection or process ended."""
+    def gone(self, name: str, now: float) -> None:
+        """A worker's connection or process ended; if it lives, it calls again."""
         self._greetings.pop(name, None)
-        self._expected.discard(name)
+        self._suspected_at.setdefault(name, now)
 
     def is_complete(self, now: float) -> bool:
         """No report is awaited any more."""

@@ -27,6 +27,8 @@ from workers.requests.request import Request
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.2
+_VERDICT_LIMIT_S = 10.0
+"""Time for which a request waits to learn whether a worker lives."""
 _REFUSED_RETRY_S = 0.1
 """Time before a request that a worker handed back may go to the same worker again."""
 
@@ -72,8 +74,8 @@ class EnginePool:
         self._accused: list[tuple[Submission, str]] = []
         """Requests whose last worker seems to have died of them, and why: they fail once it is
         known to be dead, and continue if only the connection was lost."""
-        self._unjudged: set[str] = set()
-        """Workers to which the connection was lost, and which may live."""
+        self._unjudged: dict[str, float] = {}
+        """Workers to which the connection was lost, and which may live; ``time.monotonic``."""
         self._will_place = False
         self._is_stopping = False
         self.on_resubmit: Callable[[Submission], None] = lambda entry: None
@@ -177,7 +179,7 @@ class EnginePool:
             end = StreamEnd("the worker left the generation", has_died=False)
             try:
                 end = await client.run()
-                self._unjudged.add(client.worker)
+                self._unjudged.setdefault(client.worker, time.monotonic())
             finally:
                 announcer.cancel()
                 if self._clients.get(endpoint.name) is client:
@@ -217,7 +219,7 @@ class EnginePool:
 
     def _judge(self, worker: str, has_died: bool) -> None:
         """It is known whether a worker lives to which the connection was lost."""
-        self._unjudged.discard(worker)
+        self._unjudged.pop(worker, None)
         accused, self._accused = self._accused, []
         for entry, why in accused:
             if entry.last_worker != worker:
@@ -263,6 +265,7 @@ class EnginePool:
         self._will_place = False
         waiting, self._waiting = self._waiting, []
         now_s, ready = time.monotonic(), self.clients
+        unjudged = [w for w, at in self._unjudged.items() if now_s - at < _VERDICT_LIMIT_S]
         has_lone_request = any(e.must_be_sent_alone for e in waiting) and any(
             entry.must_be_sent_alone
             for client in self._clients.values()
@@ -272,7 +275,7 @@ class EnginePool:
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
             has_to_wait = entry.must_be_sent_alone and has_lone_request
-            has_to_wait = has_to_wait or entry.awaits_verdict(self._unjudged)
+            has_to_wait = has_to_wait or entry.awaits_verdict(unjudged)
             client = None if has_to_wait else self._pick(entry, ready)
             if client is None:
                 self._waiting.append(entry)

@@ -174,7 +174,7 @@ class Submission:
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def awaits_verdict(self, unjudged: Collection[str]) -> bool:
-        """It would run alone, for deaths of which one may be none: of an ``unjudged`` worker."""
+        """It would run alone, but one of these workers, an ``unjudged`` one, may not have died."""
         return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unjudged)
 
     def reach(self, stage: RequestStage) -> None:

@@ -22,16 +22,28 @@ def deafen(receiver: int, sender: int) -> None:
     Its kernel takes and acknowledges all bytes, and does not show them to the process: no
     connection breaks, and no look at one shows a fault. Skips where this is not allowed.
     """
-    ends = {(c.laddr, c.raddr) for c in psutil.Process(sender).net_connections("tcp") if c.raddr}
-    found = [
-        connection.fd
-        for connection in psutil.Process(receiver).net_connections("tcp")
-        if (connection.raddr, connection.laddr) in ends
-    ]
-    assert found, f"no connection from process {sender} to {receiver}"
-    for number in found:
+    for number in _connections(receiver, sender):
         with _socket_of(receiver, number) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _ALL)
+
+
+def hang_up(one: int, other: int) -> None:
+    """Each connection between two processes of this host ends for both. Skips as ``deafen``."""
+    for number in _connections(one, other):
+        with _socket_of(one, number) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def _connections(one: int, other: int) -> list[int]:
+    """Descriptors in a process of its TCP connections to another one."""
+    ends = {(c.laddr, c.raddr) for c in psutil.Process(other).net_connections("tcp") if c.raddr}
+    found = [
+        connection.fd
+        for connection in psutil.Process(one).net_connections("tcp")
+        if (connection.raddr, connection.laddr) in ends
+    ]
+    assert found, f"no connection from process {other} to {one}"
+    return found
 
 
 @contextmanager

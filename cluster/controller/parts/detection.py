@@ -55,18 +55,19 @@ class Detection:
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> str:
         """A worker reports that it lost another. Returns why all must form a generation again if
-        that one only waits or computes, else nothing. Raises ``ProtocolError`` for a stranger.
+        the other is only held up in a step, else nothing. Raises ``ProtocolError`` for a stranger.
         """
         cluster, limit = self._cluster, self._limits.detection_limit_s
         suspect = cluster.workers.find(frame.worker)
         runs = cluster.is_forming or cluster.workers[name].state is WorkerState.SERVING
         if suspect.is_lost or frame.generation != cluster.round.number or not runs:
             return ""
-        if cluster.is_forming:
-            is_in_step, since = suspect.generation != cluster.round.number, cluster.round.began_at
+        idle_s, since = now - suspect.progress_at, cluster.round.began_at
+        if cluster.is_forming and suspect.generation != cluster.round.number:
+            is_late = now - since > limit and idle_s < self._limits.generation_limit_s
         else:
-            is_in_step, since = frame.is_late and suspect.is_waiting, suspect.progress_at
-        if is_in_step and now - since > limit:
+            is_late = frame.is_late and suspect.is_waiting and idle_s > limit
+        if is_late:
             return f"{name} waits for {frame.worker}, which is in a step that does not end"
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
         report = PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)
@@ -117,8 +118,7 @@ class Detection:
         known = {m.name for m in cluster.round.members} - cluster.round.joins
         pulses = cluster.workers.pulses(False)
         silent = silent_hosts(now, [p for p in pulses if p.name in known], cluster.host, limit)
-        if silent:
-            silent |= {p.name for p in pulses if now - p.heard_at > limit / 2}
+        silent |= {p.name for p in pulses if silent and now - p.heard_at > limit / 2}
         self._held = frozenset(
             name
             for name in (silent if cluster.takes_orders else ())
@@ -199,13 +199,14 @@ class Detection:
 
     def _confirmed_reports(self, now: float) -> dict[str, str]:
         cluster, alive = self._cluster, self._cluster.workers.alive()
-        first_at = min((report.at for report in cluster.round.reports), default=now)
+        unheard = now - 2 * cluster.config.transport.alive_s
+        unheard = min([unheard, *(report.at for report in cluster.round.reports)])
         return confirm_losses(
             now,
             cluster.round.reports,
             {r.name: r.member for r in alive},
             self._limits.confirm_s,
-            silent=[r.name for r in alive if r.heard_at < first_at],
+            silent=[r.name for r in alive if r.heard_at < unheard],
             joins=cluster.round.joins,
             can_spare=self._can_spare,
         )

@@ -532,7 +532,7 @@ class World:
             self.controller.disconnected(model.name, "reset", True, self.now)
             self.carry_out()
         elif self.collector is not None:
-            self.collector.gone(model.name)
+            self.collector.gone(model.name, self.now)
 
     def _start(self) -> None:
         self.controller = Controller(

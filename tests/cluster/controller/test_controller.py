@@ -433,7 +433,7 @@ def test_a_stranger_is_a_protocol_error() -> None:
         FakeCluster().beat("expert-9")
 
 
-def test_a_worker_that_is_known_and_calls_again_is_no_news_that_can_be_taken() -> None:
+def test_a_known_worker_that_registers_again_is_refused_as_such() -> None:
     """Frames may be lost: only the reports of all workers tell what is so."""
     cluster = FakeCluster()
     cluster.register("expert-0")

@@ -168,13 +168,26 @@ def test_a_member_that_loses_a_peer_after_its_report_makes_the_next_generation()
     assert controller.cluster.generation.number == 4
 
 
+def test_who_has_lost_its_connection_may_call_again() -> None:
+    collector = new_collector()
+    for name in NAMES:
+        call(collector, name, report_of())
+    collector.gone("expert-1", 0.1)
+    assert not collector.is_complete(0.1)
+    call(collector, "expert-1", report_of())
+    assert collector.is_complete(0.1)
+    collected = collector.result()
+    assert collected is not None
+    assert collected.is_intact
+
+
 def test_whose_process_ended_is_not_waited_for() -> None:
     collector = new_collector()
     call(collector, "attention-0", report_of())
     call(collector, "expert-0", report_of())
     call(collector, "expert-1", report_of())
-    collector.gone("expert-1")
-    assert collector.is_complete(0.1)
+    collector.gone("expert-1", 0.1)
+    assert collector.is_complete(0.1 + CONFIRM_S)
     collected = collector.result()
     assert collected is not None
     assert not collected.is_intact

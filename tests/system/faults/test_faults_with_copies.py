@@ -31,6 +31,7 @@ from tests.harness.fault_rows import (
     wait_operation,
     whole,
 )
+from tests.harness.foreign_sockets import hang_up
 from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.parametrize("form", FORMS)]
@@ -66,6 +67,23 @@ def test_no_stream_notices_a_killed_controller(cluster: ServingCluster, form: Fo
     assert after["generation"] == before["generation"]
     assert after["state"] == before["state"]
     assert after["history"][-1]["effect"] == "all members went on"
+
+
+def test_a_broken_connection_to_the_controller_costs_no_worker(
+    cluster: ServingCluster, form: Form
+) -> None:
+    before: dict[str, Any] = {}
+
+    def fault() -> None:
+        before.update(cluster.snapshot())
+        worker = cluster.worker(serving_name(cluster, "expert", 0))
+        hang_up(before["controller_pid"], worker["pid"])
+
+    play_until(cluster, form, random.Random(3), fault, is_calm)
+    after = cluster.wait(lambda s: s["term"] > before["term"])
+    assert after["generation"] == before["generation"]
+    pids = ({w["name"]: w["pid"] for w in s["workers"]} for s in (before, after))
+    assert next(pids) == next(pids)
 
 
 def test_a_controller_that_wakes_up_declares_no_worker_lost(
