@@ -6,7 +6,7 @@ import ctypes
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import psutil
 import pytest
@@ -29,9 +29,11 @@ def deafen(receiver: int, sender: int) -> None:
 
 def hang_up(one: int, other: int) -> None:
     """Each connection between two processes of this host ends for both. Skips as ``deafen``."""
-    for number in _connections(one, other):
-        with _socket_of(one, number) as sock:
-            sock.shutdown(socket.SHUT_RDWR)
+    with ExitStack() as stack:
+        numbers = _connections(one, other)
+        for sock in [stack.enter_context(_socket_of(one, number)) for number in numbers]:
+            with suppress(OSError):  # the other one may have ended for that
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 def _connections(one: int, other: int) -> list[int]:

@@ -69,6 +69,7 @@ def test_no_stream_notices_a_killed_controller(cluster: ServingCluster, form: Fo
     assert after["history"][-1]["effect"] == "all members went on"
 
 
+@pytest.mark.slow
 def test_a_broken_connection_to_the_controller_costs_no_worker(
     cluster: ServingCluster, form: Form
 ) -> None:
