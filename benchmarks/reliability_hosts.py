@@ -81,7 +81,7 @@ class HostSite:
         return [host for host, role in self.hosts.roles.items() if role == "gateway"]
 
     def controllers(self) -> list[str]:
-        """Hosts on which a controller lives, stale ones included."""
+        """Hosts on which a controller lives."""
         return [host for host in self.gateways if _CONTROLLER in self.hosts.run("pids", host)]
 
     def cut_from_head(self) -> None:

@@ -183,9 +183,9 @@ class WorkerGroup:
         call = redirect.remote(control_address, self._term, self._identity)
         try:
             await asyncio.wait_for(call, _CALL_LIMIT_S)
+        except ActorUnavailableError:
+            raise
         except RayActorError as err:
-            if isinstance(err, ActorUnavailableError):
-                raise
             raise ProcessLookupError(ray_tools.words_of(err)) from err
         except RayTaskError as err:
             _raise_superseded(err)

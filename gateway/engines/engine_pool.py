@@ -274,8 +274,8 @@ class EnginePool:
         for entry in sorted(waiting, key=lambda entry: self._num_missing(entry, ready)):
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
-            has_to_wait = entry.must_be_sent_alone and has_lone_request
-            has_to_wait = has_to_wait or entry.awaits_verdict(unjudged)
+            is_second_lone = entry.must_be_sent_alone and has_lone_request
+            has_to_wait = is_second_lone or entry.awaits_verdict(unjudged)
             client = None if has_to_wait else self._pick(entry, ready)
             if client is None:
                 self._waiting.append(entry)

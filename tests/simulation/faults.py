@@ -53,19 +53,10 @@ LINK_FAULTS = (
 ORDERS = ("drain_worker", "rebalance")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
-_SLOWS_CALLS = frozenset(
-    (
-        "pause_worker",
-        "pause_thread",
-        "pause_host",
-        "slow_machine",
-        "full_buffers",
-        "blackhole_link",
-        "slow_link",
-        "isolate_worker",
-        "isolate_head",
-    )
-)
+_SLOWS_CALLS = {"pause_worker", "pause_thread", "pause_host", "slow_machine", *LINK_FAULTS} - {
+    "reset_link",
+    "duplicate_connections",
+}
 """Faults that may keep a worker from calling a controller again at once."""
 _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""

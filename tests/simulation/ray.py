@@ -211,7 +211,7 @@ class SimGroup:
         self._process.loop.call_soon(call)
 
     def end_this_process(self) -> None:
-        self._process.kill("superseded")
+        self._process.kill("its own end")
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
         return tuple(

@@ -86,15 +86,17 @@ class ExpertSlots:
         Raises what the source raises; the slot then holds nothing.
         """
         target = self.banks[bank]
-        self._contents[bank].pop(slot, None)
+        self.forget(bank, slot)
         for exchange, matrix, weight in source.weights(target.spec, expert, target.dtype):
             target.store(slot, exchange, matrix, weight)
             yield
         self._contents[bank][slot] = Held(expert)
 
     def forget(self, bank: int, slot: int) -> Held | None:
-        """Hold nothing there from now on; the weights stay. Before a look at who needs the slot:
-        who begins to need it afterwards finds it empty."""
+        """Hold nothing there from now on; the weights stay. Returns what was held.
+
+        Comes before the last look at who needs the slot: ``contents`` no longer names it then.
+        """
         return self._contents[bank].pop(slot, None)
 
     def restore(self, bank: int, slot: int, held: Held | None) -> None:
@@ -104,7 +106,7 @@ class ExpertSlots:
 
     def clear(self, bank: int, slot: int) -> None:
         """Empty a slot, which no step may use."""
-        self._contents[bank].pop(slot, None)
+        self.forget(bank, slot)
         self.banks[bank].clear(slot)
 
     def keep_only(

@@ -64,10 +64,10 @@ class Detection:
             return ""
         idle_s, since = now - suspect.progress_at, cluster.round.began_at
         if cluster.is_forming and suspect.generation != cluster.round.number:
-            is_late = now - since > limit and idle_s < self._limits.generation_limit_s
+            is_held_up = now - since > limit and idle_s < self._limits.generation_limit_s
         else:
-            is_late = frame.is_late and suspect.is_waiting and idle_s > limit
-        if is_late:
+            is_held_up = frame.is_late and suspect.is_waiting and idle_s > limit
+        if is_held_up:
             return f"{name} waits for {frame.worker}, which is in a step that does not end"
         logger.warning("%s has lost %s: %s", name, frame.worker, frame.reason)
         report = PeerReport(reporter=name, suspect=frame.worker, reason=frame.reason, at=now)

@@ -62,7 +62,7 @@ class WorkerRecord:
     """The generation that it had begun to join at its last heartbeat, or ran."""
     gaps: GapWindow = field(default_factory=GapWindow)
     """How long workers of its host were silent; detection shares it among them."""
-    closed: tuple[str, float] = "", math.inf  # why its connection has, and when; or never
+    closed: tuple[str, float] = "", math.inf  # why and when its connection has closed
     is_waiting: bool = False
     """It waited for a peer within a step at its last heartbeat."""
     _progress: int = -1

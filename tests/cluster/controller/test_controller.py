@@ -679,7 +679,7 @@ def test_of_two_ends_of_a_path_the_one_that_is_not_heard_is_lost() -> None:
 
 @pytest.mark.parametrize("is_new_one_heard", [True, False])
 def test_a_new_worker_does_not_tell_whether_the_others_are_silent(is_new_one_heard: bool) -> None:
-    """A generation of it and of no old member could run beside the one that is not heard."""
+    """Without any old member, a new generation could run beside the old one, which still serves."""
     names = ("attention-0", "attention-1", "expert-0", "expert-1")
     cluster = FakeCluster(2, 2, num_redundant=9, hosts={n: f"host-{n[-1]}" for n in names})
     cluster.serve()

@@ -83,8 +83,8 @@ def test_a_broken_connection_to_the_controller_costs_no_worker(
     play_until(cluster, form, random.Random(3), fault, is_calm)
     after = cluster.wait(lambda s: s["term"] > before["term"])
     assert after["generation"] == before["generation"]
-    pids = ({w["name"]: w["pid"] for w in s["workers"]} for s in (before, after))
-    assert next(pids) == next(pids)
+    pids = [{w["name"]: w["pid"] for w in s["workers"]} for s in (before, after)]
+    assert pids[0] == pids[1]
 
 
 def test_a_controller_that_wakes_up_declares_no_worker_lost(

@@ -259,7 +259,7 @@ def test_what_is_in_its_slot_is_not_read_again(tiny_checkpoint: Path) -> None:
 def test_a_slot_that_comes_into_force_before_it_is_overwritten_is_held_on(
     tiny_checkpoint: Path,
 ) -> None:
-    """It is forgotten before the last look: who looks at the slots afterwards misses it."""
+    """The loader's last look at the maps finds that they name the slot by now."""
     with loading(tiny_checkpoint) as found:
         found.obstacles += [None, Obstacle("slot 0 is used", False)]
         assert found.load([0, 0, 5]).error == "slot 0 is used"
