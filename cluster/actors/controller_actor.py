@@ -107,6 +107,7 @@ class ControllerActor:
         Returns when that is done, or after a first failure, while retries continue. A restarted
         actor calls this itself, and every call to it waits for it first.
         """
+        self.runner.watch()
         if self._may_restore:
             self._may_restore = False
             self._background.spawn(self._restore())
@@ -234,13 +235,13 @@ class ControllerActor:
 
     async def _restore(self) -> None:
         """Repeat until it succeeds: the workers serve meanwhile."""
-        pause_s = _RESTORE_PAUSE_S
+        began_at, pause_s = time.monotonic(), _RESTORE_PAUSE_S
         term = 0  # claimed once: who is overtaken by another controller must not overtake it again
         while self._restores:
             try:
                 async with asyncio.timeout(_RESTORE_LIMIT_S):
                     term = term or await self._group.claim(self.runner.identity)
-                    await hand_off(self.runner, term)
+                    await hand_off(self.runner, term, began_at)
                 self._restores = False
             except SupersededError as err:
                 self.runner.retire(str(err))
@@ -289,18 +290,13 @@ class ControllerActor:
 def _snapshot_before_start() -> dict[str, Any]:
     """``Controller.snapshot`` of a cluster that has no workers yet."""
     return {
-        "version": 0,
+        **dict.fromkeys(("version", "term", "generation", "placement_epoch"), 0),
+        **dict.fromkeys(("error", "mode", "rebalance")),
         "schema": 1,
         "state": ClusterState.STARTING.value,
-        "error": None,
-        "mode": None,
         "mode_reason": "",
-        "term": 0,
-        "generation": 0,
-        "placement_epoch": 0,
         "experts_complete": False,
         "model": dict.fromkeys(("name", "path", *MODEL_FACTS)),
-        "rebalance": None,
         "workers": [],
         "history": [],
     }

@@ -19,25 +19,26 @@ from cluster.actors.control_server import ControlServer
 from cluster.actors.runner import Runner
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.errors import SupersededError
+from cluster.core.errors import NotReadyError, SupersededError
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_FIND_LIMIT_S = 10.0
+FIND_LIMIT_S = 10.0
+"""Longest time in which a worker must answer, to be found."""
 _REDIRECT_S = 0.5
 
 
-async def hand_off(runner: Runner, term: int) -> None:
+async def hand_off(runner: Runner, term: int, began_at: float) -> None:
     """Continue with the workers of an earlier controller; end them if they have never served.
 
-    ``term`` is claimed before. Raises any error of Ray, ``NotReadyError`` while a worker that may
-    know more does not call, and ``SupersededError``.
+    ``term`` is claimed before. Raises any error of Ray, ``SupersededError``, and ``NotReadyError``
+    while a worker that may know more does not call, or most other hosts are silent.
     """
     group = runner.group
     try:
-        found = await group.find(_FIND_LIMIT_S)
+        found = await group.find(FIND_LIMIT_S)
         collected = await _call_workers(runner, found) if found else None
     finally:
         runner.collector = None
@@ -45,11 +46,12 @@ async def hand_off(runner: Runner, term: int) -> None:
         runner.failure = "the controller was lost before the cluster served"
         await group.end_all()
         return
-    plan = StartPlan(
-        config=found[0].config,
-        placement=collected.placement,
-        num_slots=max(f.num_slots for f in found),
-    )
+    config = found[0].config
+    unheard = collected.unheard(group.address(), group.names())
+    if unheard and time.monotonic() - began_at < ControllerSettings.of(config).hold_limit_s:
+        raise NotReadyError(f"most other hosts are silent: {', '.join(sorted(unheard))}")
+    num_slots = max(f.num_slots for f in found)
+    plan = StartPlan(config=config, placement=collected.placement, num_slots=num_slots)
     runner.go_on(plan, collected, term)
 
 

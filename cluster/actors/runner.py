@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.tasks import Background
-from cluster.config.cluster import ObservabilitySection
 from cluster.config.resources import ids_by_address
 from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
@@ -28,19 +27,13 @@ from cluster.controller.parts.detection import TICK_S
 from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start, Trace
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core.errors import (
-    CalledAgainError,
-    ConfigError,
-    ExpertMeshError,
-    StartError,
-    SupersededError,
-)
+from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
 from cluster.core.frames import Alive, ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.core.watchdog import BEAT_S, start_watchdog
 from cluster.sizing.start_plan import StartPlan
-from cluster.tracing.exporter import TraceExport, load_exporter
+from cluster.tracing.exporter import TraceExport, start_traces
 
 if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # which imports Ray
@@ -80,12 +73,16 @@ class Runner:
 
     # ---- begin and end --------------------------------------------------------------------
 
+    def watch(self) -> None:
+        """Start the watchdog, if there is to be one."""
+        if self._is_watched:
+            self._is_watched = False
+            self.background.spawn(_beat())
+
     async def open_server(self, token: str) -> ControlServer:
         """Open a control server in place of an earlier one."""
         if self.server is not None:
             await self.server.close()
-        elif self._is_watched:
-            self.background.spawn(_beat())
         self.server = ControlServer(token, self)
         await self.server.start(self.group.address())
         return self.server
@@ -146,7 +143,7 @@ class Runner:
     def _run(self, controller: Controller, plan: StartPlan) -> None:
         """Hand events to this controller from now on, and let time pass for it."""
         self.controller, self.plan, self.failure = controller, plan, ""
-        self.traces = start_traces(plan.config.observability)
+        self.traces = start_traces(plan.config.observability.otlp_endpoint, "controller")
         self.background.spawn(self._tick_forever(controller))
         self.background.spawn(self._watch_nodes(controller))
         self._carry_out_all()
@@ -318,14 +315,3 @@ async def _beat() -> None:
                 await asyncio.sleep(BEAT_S)
     except BrokenPipeError:
         logger.warning("the controller's watchdog has gone")
-
-
-def start_traces(section: ObservabilitySection) -> TraceExport | None:
-    """None without an endpoint, or without the packages for it."""
-    if section.otlp_endpoint is None:
-        return None
-    try:
-        return load_exporter(section.otlp_endpoint)("controller")
-    except ConfigError as err:
-        logger.warning("the cluster has no traces: %s", err)
-        return None

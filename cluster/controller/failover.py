@@ -11,7 +11,7 @@ they receive it in a ``ControllerSnapshot`` and return it in ``WorkerReport``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -28,6 +28,7 @@ from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import WorkerState
 from cluster.core.topology import Generation, Member
+from cluster.policy.failure import Pulse, silent_hosts
 
 _NO_GENERATION = Generation(number=0, members=())
 
@@ -92,6 +93,17 @@ class CollectedState:
         names = [m.name for m in self.generation.members]
         return all(n in self.greetings and self.greetings[n].runs(number) for n in names)
 
+    def unheard(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
+        """Those ``alive`` of the newest generation whose silence may be that of ``own_host``."""
+        now, limit_s = 1.0, 1.0
+        pulses = [
+            Pulse(name=m.name, heard_at=heard_at, progress_at=now, host=m.node)
+            for m in self.generation.members
+            if m.name in alive
+            for heard_at in [now if m.name in self.greetings else now - limit_s]
+        ]
+        return silent_hosts(now, pulses, own_host, limit_s)
+
     @property
     def answers(self) -> dict[str, frames.GenerationReady]:
         """The members' reports as answers to the newest generation."""
@@ -101,6 +113,7 @@ class CollectedState:
                 generation=number,
                 highest_step=greeting.report.highest_step,
                 highest_epoch=greeting.report.highest_epoch,
+                slots=greeting.report.slots,
             )
             for name, greeting in self.greetings.items()
             if name in names and greeting.report is not None
@@ -219,14 +232,14 @@ def continue_with(
 
 
 def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now: float) -> None:
-    """With the newest generation if all its members run it, else with the next."""
+    """With the newest generation if all its members run it and have its experts, or the next."""
     cause, workers = "the controller was restarted", cluster.workers
     missing = [
         m.name
         for m in collected.generation.members
         if m.name not in collected.greetings or workers[m.name].is_lost
     ]
-    if collected.is_intact:
+    if collected.is_intact and not cluster.round.missing(cluster.placement):
         cluster.experts_complete = True
         cluster.round.enter(Phase.RUNNING)
         recovery.show_running()

@@ -19,9 +19,9 @@ class Pulse:
     """Last frame from it."""
     progress_at: float
     """Last heartbeat in which its progress counter had grown or it was idle."""
-    waiting: bool
+    waiting: bool = False
     """Its loop waits for a peer within a step."""
-    running: bool
+    running: bool = True
     """It takes part in a running generation, so that its loop must progress."""
     host: str = ""
     patience_s: float = math.inf

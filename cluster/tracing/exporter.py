@@ -5,6 +5,7 @@ OpenTelemetry's SDK and its exporter (the extra ``otel``) are loaded only for an
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AttributeValue", "Context", "Span", "SpanKind", "Tracer", "set_span_in_context"]
 """What other folders use of OpenTelemetry's API."""
+
+logger = logging.getLogger(__name__)
 
 _STOP_S = 1.0
 
@@ -91,6 +94,17 @@ def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
         return TraceExport(provider)
 
     return start
+
+
+def start_traces(endpoint: str | None, instance: str) -> TraceExport | None:
+    """The export of this process; None without an endpoint, or without the packages for it."""
+    if endpoint is None:
+        return None
+    try:
+        return load_exporter(endpoint)(instance)
+    except ConfigError as err:
+        logger.warning("%s has no traces: %s", instance, err)
+        return None
 
 
 def parent_of(headers: Mapping[str, Sequence[str]]) -> Context:

@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.actors.handoff import FIND_LIMIT_S
 from cluster.core.errors import ExpertMeshError
 from tests.simulation.disk import files
 from tests.simulation.kernel import Process, Thread
-from tests.simulation.ray import HEAD
+from tests.simulation.ray import HEAD, Hosts
 
 if TYPE_CHECKING:
     from tests.simulation.scenario import Fault
@@ -49,6 +50,7 @@ LINK_FAULTS = (
     "slow_link",
     "isolate_worker",
     "isolate_head",
+    "isolate_restart",
 )
 ORDERS = ("drain_worker", "rebalance")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
@@ -80,6 +82,8 @@ class Faults:
         self._held: list[Thread] = []
         self._is_healed = False
         self.num_begun = 0
+        self.last_until = 0.0
+        """Until when those last that must not be healed before."""
         self.guilty: dict[str, str] = {}
         """Workers that a fault has touched, and how: the controller may end them."""
         self.unreadable: set[str] = set()
@@ -204,7 +208,8 @@ class Faults:
         for process in self._processes():
             if process.host == host:
                 self._pause(process, fault.lasts_s)
-        if host != HEAD and fault.lasts_s > _SHORT_S:  # else all workers of the head stand still
+        all_stand_still = self._world.scenario.hosts is Hosts.ONE and host == HEAD
+        if fault.lasts_s > _SHORT_S and not all_stand_still:
             self._blame(host)
 
     def pause_gateway(self, fault: Fault) -> None:
@@ -318,6 +323,22 @@ class Faults:
     def isolate_head(self, fault: Fault) -> None:
         """A blip at the host of the controller and of Ray: most workers are not at fault."""
         self._isolate(HEAD, fault.lasts_s)
+        self._blame_last(self._world.kernel.now + fault.lasts_s)
+
+    def isolate_restart(self, fault: Fault) -> None:
+        """The same, and longer than another controller looks for the workers."""
+        controller, lasts_s = self._replaceable_controller(), FIND_LIMIT_S + fault.lasts_s
+        self.last_until = max(self.last_until, self._world.kernel.now + lasts_s)
+        self.isolate_head(replace(fault, lasts_s=lasts_s))
+        controller.kill()
+
+    def _blame_last(self, until: float) -> None:
+        """A single worker that is away from the head and silent counts as lost."""
+        away = {process.host for process in self._witnesses()} - {HEAD}
+        if len(away) == 1:
+            self._blame(*away)
+        if self._world.kernel.now < until:
+            self._world.kernel.after(_LOOK_S, self._blame_last, until)
 
     # ---- orders of operators ------------------------------------------------------------------
 
@@ -404,10 +425,11 @@ class Faults:
 
     def _blame_path(self, *hosts: str) -> None:
         """Workers call a controller again whose connections to them have broken, if nothing else
-        keeps them from it.
+        keeps them from it. Of two workers that lose each other one may end.
         """
-        kinds = {fault.kind for fault in self._world.scenario.faults}
-        if HEAD not in hosts or kinds & _SLOWS_CALLS:
+        scenario = self._world.scenario
+        has_workers = HEAD not in hosts or scenario.hosts is Hosts.MIXED
+        if has_workers or {fault.kind for fault in scenario.faults} & _SLOWS_CALLS:
             self._blame(*hosts)
 
     def _order(self, method: str, order: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ class Hosts(Enum):
     MANY = "each on a host of its own"
     TWO = "two hosts"
     ONE = "all with Ray's head"
+    MIXED = "the first of each role with Ray's head, the others each on a host of its own"
 
 
 _START_S = 0.3
@@ -79,7 +80,7 @@ class SimRay:
 
     def host_of(self, role: Role, rank: int) -> str:
         """A replacement starts where the lost worker was."""
-        if self._hosts is Hosts.ONE:
+        if self._hosts is Hosts.ONE or (self._hosts is Hosts.MIXED and rank == 0):
             return HEAD
         return f"host-{rank % 2}" if self._hosts is Hosts.TWO else f"{role}-{rank}"
 

@@ -225,8 +225,9 @@ class World:
         return self.kernel.now >= self._quiet_at and self._has_failed() and self._is_calm()
 
     def _has_failed(self) -> bool:
-        """All faults have begun."""
-        return self.faults.num_begun == len(self.scenario.faults)
+        """All faults have begun, and those are over that must not be healed before."""
+        have_begun = self.faults.num_begun == len(self.scenario.faults)
+        return have_begun and self.kernel.now >= self.faults.last_until
 
     def _is_calm(self) -> bool:
         controller = self.ray.controller

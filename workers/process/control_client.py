@@ -57,7 +57,7 @@ CONTROLLER = "controller"
 """Name of the peer in errors."""
 _PREFIX_BYTES = 4
 _CHUNK_BYTES = 1 << 16
-_RETRY_S = 0.5
+_RETRY_S = 0.1
 _RETRY_LIMIT_S = 1.0  # short, so that the lease is looked at in between
 _FLUSH_S = 1.0
 _ALIVE = encode(Alive())

@@ -152,10 +152,12 @@ class Detection:
         starts = cluster.state is ClusterState.STARTING
         for loading, most in ((True, early), (False, early if starts else limit)):
             yield find_silent(now, cluster.workers.pulses(loading), cluster.host, most)
+        if held:  # others wait for these, too
+            self._ran_at = self._busy_at = now
+            return
         yield self._late_answers(now)
         yield self._late_joins(now)
-        if not held:
-            yield self._confirmed_reports(now)
+        yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
         """Workers that are not ready in time; a new one that waits for room may wait."""

@@ -92,6 +92,7 @@ class TrivialWorker:
                 running=self._runs,
                 highest_step=0,
                 highest_epoch=1,
+                slots=slots_of(order, self.name) if order is not None else (),
             )
         ]
 

@@ -8,8 +8,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
-from cluster.actors.runner import start_traces
-from cluster.config.cluster import ObservabilitySection
+from cluster.tracing.exporter import start_traces
 from tests.cluster.controller.fakes_cluster import FakeCluster
 from tests.cluster.controller.rebalance.test_rebalancing import SKEWED, make, obey, status, window
 from tests.cluster.controller.test_controller_recovery import lose
@@ -91,6 +90,5 @@ def test_a_trace_that_fails_leaves_no_span() -> None:
 
 def test_a_controller_without_the_packages_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    section = ObservabilitySection(otlp_endpoint="http://127.0.0.1:4317")
-    assert start_traces(section) is None
-    assert start_traces(ObservabilitySection()) is None
+    assert start_traces("http://127.0.0.1:4317", "controller") is None
+    assert start_traces(None, "controller") is None

@@ -26,6 +26,7 @@ from cluster.core.frames import (
     RunGeneration,
     SlotContents,
     WorkerReady,
+    WorkerReport,
 )
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
 from cluster.core.release import Build
@@ -58,8 +59,10 @@ def members_of(pools: Mapping[Role, int]) -> tuple[Member, ...]:
     )
 
 
-def slots_of(order: NewGeneration, worker: str) -> SlotContents:
+def slots_of(order: NewGeneration | WorkerReport, worker: str) -> SlotContents:
     """Contents of a worker that holds what the maps name."""
+    if order.generation is None or order.placement is None:
+        return ()
     devices = [m.device for m in order.generation.experts if m.name == worker]
     return tuple(b.physical_to_logical[d] for d in devices for b in order.placement.banks)
 

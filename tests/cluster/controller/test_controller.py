@@ -650,6 +650,18 @@ def test_hosts_that_stay_silent_are_lost() -> None:
     assert cluster.link.ended == ["expert-0", "expert-1", "expert-2"]
 
 
+def test_who_waits_for_silent_hosts_is_not_late() -> None:
+    """Neither a member that has yet to open its edges nor a new worker that keeps it from them."""
+    cluster = FakeCluster(1, 3, num_redundant=4, hosts=HOSTS)
+    cluster.serve()
+    cluster.disconnect("expert-2")
+    cluster.beat_all()
+    for _ in range(58):
+        cluster.tick(0.5)
+        cluster.beat("attention-0")
+    assert cluster.link.ended == ["expert-2"]
+
+
 def test_a_silent_host_that_ray_has_lost_is_not_waited_for() -> None:
     cluster = silent_cluster(2.0)
     here = frozenset({"id"})

@@ -23,7 +23,7 @@ from cluster.core.frames import (
     WorkerReport,
 )
 from tests.cluster.controller.controller_world import World
-from tests.cluster.controller.fakes_cluster import BUILD, CONFIG, AtOnce, FakeCluster
+from tests.cluster.controller.fakes_cluster import BUILD, CONFIG, AtOnce, FakeCluster, slots_of
 from tests.harness.metric_values import metric
 
 ENOENT = "model.safetensors: no such file"
@@ -505,18 +505,16 @@ def restore(old: FakeCluster, memory: dict[str, Any]) -> CollectedState:
     collector = ReportCollector([m.name for m in old.members], 0.0, limit_s=1.0, confirm_s=0.1)
     generation = old.known.generation
     for member in generation.members:
-        for frame in (
-            Register(member=member),
-            WorkerReady(),
-            WorkerReport(
-                generation=generation,
-                placement=old.known.placement,
-                running=True,
-                highest_step=10,
-                highest_epoch=old.known.placement.epoch,
-                memory=memory,
-            ),
-        ):
+        report = WorkerReport(
+            generation=generation,
+            placement=old.known.placement,
+            running=True,
+            highest_step=10,
+            highest_epoch=old.known.placement.epoch,
+            memory=memory,
+        )
+        report = replace(report, slots=slots_of(report, member.name))
+        for frame in (Register(member=member), WorkerReady(), report):
             collector.frame(member.name, frame, 0.0)
     found = collector.result()
     assert found is not None

@@ -8,9 +8,10 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.controller.controller import Controller
-from cluster.controller.failover import CollectedState, ReportCollector
+from cluster.controller.failover import CollectedState, Greeting, ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.epoch_change import EpochChange
+from cluster.controller.parts.memory import Memory
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.codec import to_plain
 from cluster.core.errors import NotReadyError, ProtocolError
@@ -35,6 +36,7 @@ from tests.cluster.controller.fakes_cluster import (
     AtOnce,
     FakeWorkerGroup,
     make_members,
+    slots_of,
 )
 
 MEMBERS = make_members(1, 2)
@@ -91,7 +93,7 @@ def restore(*reports: WorkerReport) -> tuple[Controller, FakeWorkerGroup]:
     """All workers call."""
     collector = new_collector()
     for name, worker_report in zip(NAMES, reports, strict=True):
-        call(collector, name, worker_report)
+        call(collector, name, replace(worker_report, slots=slots_of(worker_report, name)))
     assert collector.is_complete(0.1)
     collected = collector.result()
     assert collected is not None
@@ -270,6 +272,49 @@ def test_a_replacement_that_became_ready_meanwhile_joins_a_stalled_cluster() -> 
     order = link.last("expert-0", NewGeneration)
     assert order is not None
     assert {m.name for m in order.generation.members} == set(names)
+
+
+def test_a_member_without_the_experts_of_the_maps_loads_them_before_it_goes_on() -> None:
+    """It says that it runs the generation; what its slots hold is no less a fact."""
+    collector = new_collector()
+    for name in NAMES:
+        report = report_of()
+        held = () if name == "expert-1" else slots_of(report, name)
+        call(collector, name, replace(report, slots=held))
+    collected = collector.result()
+    assert collected is not None
+    controller, link = restored(collected)
+    assert controller.cluster.state.value == "RECOVERING"
+    order = link.last("expert-1", NewGeneration)
+    assert order is not None
+    assert order.generation.number == 4
+
+
+HOSTS = {"attention-0": "here", "expert-0": "h-1", "expert-1": "h-2"}
+
+
+@pytest.mark.parametrize(
+    ("called", "alive", "unheard"),
+    [
+        ([], NAMES, NAMES[1:]),
+        (NAMES[:1], NAMES, NAMES[1:]),
+        (NAMES[:1], NAMES[:2], []),  # Ray knows of one death: the other one may have died as well
+        (NAMES[:2], NAMES, []),
+        (NAMES, NAMES, []),
+    ],
+)
+def test_the_silence_of_most_other_hosts_may_be_that_of_the_controllers(
+    called: list[str], alive: list[str], unheard: list[str]
+) -> None:
+    members = tuple(replace(m, node=HOSTS[m.name]) for m in MEMBERS)
+    collected = CollectedState(
+        generation=Generation(number=3, members=members),
+        placement=PLACEMENT,
+        greetings=dict.fromkeys(called, Greeting()),
+        memory=Memory(),
+    )
+    assert sorted(collected.unheard("here", alive)) == unheard
+    assert not collected.unheard("", []), "nobody lives"
 
 
 def test_a_new_term_numbers_its_epochs_above_all_that_workers_know() -> None:
