@@ -1,23 +1,35 @@
-"""Gateway processes: the product's cluster view and engine streams, and clients with requests."""
+"""Gateway processes, behind their codecs, and clients with requests."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.core.errors import ExpertMeshError
-from gateway.cluster.view import ClusterView, Snapshot, attention_endpoints, living_workers
+from cluster.config.cluster import ClusterConfig
+from cluster.core.errors import ExpertMeshError, NotReadyError
+from gateway.cluster.view import ClusterView
+from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
+from gateway.core.delta import ChoiceDelta
+from gateway.core.model import ModelFacts
 from gateway.engines.engine_pool import EnginePool
-from gateway.engines.submission import Submission
+from gateway.generation.gateway import Gateway
+from gateway.generation.generation import Generation
+from gateway.generation.output_queue import OutputQueue
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Pipe
 from tests.simulation.ray import SimRay
 from tests.simulation.toy_model import right_tokens
-from workers.requests.request import Request, SamplingParams, TokenOutput
+from workers.requests.request import SamplingParams, TokenOutput
 
 REQUEST_LIMIT_S = 120.0
+_RETRY_S = 0.5
+"""Time after which a client asks again that was told to."""
+_ROUNDING_S = 0.001
+"""Of the time that a worker is told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,20 +45,28 @@ class Ask:
     cache_salt: str = ""
     abort_after: int | None = None
     """Tokens after which the client leaves."""
+    limit_s: float = REQUEST_LIMIT_S
+    """The client's own limit."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a client got."""
+    """What the engines and the gateway made of a request."""
 
     ask: Ask
     tokens: list[int] = field(default_factory=list)
+    """Those that the gateway has from the engines."""
     ends: list[str] = field(default_factory=list)
     """Ends that were reported; one, when all is well."""
     error: str = ""
     code: str = ""
-    entry: Submission | None = None
+    received: list[int] = field(default_factory=list)
+    """Those that the client has."""
+    is_over: bool = False
+    """The client has the end, an error, or has left."""
     has_left: bool = False
+    is_late: bool = False
+    """Its time was over."""
     problems: list[str] = field(default_factory=list)
     """What is wrong with what came, of all clients."""
     right: list[int] = field(init=False)
@@ -56,29 +76,44 @@ class Outcome:
         ask = self.ask
         self.right = right_tokens(ask.prompt, ask.cache_salt, ask.seed, ask.max_tokens)
 
-    @property
-    def is_over(self) -> bool:
-        return bool(self.ends) or self.has_left
-
     def put(self, output: TokenOutput) -> None:
-        """``OutputSink``."""
+        """From an engine."""
         first = len(self.tokens)
         self.tokens += output.token_ids
         if output.finish_reason is not None:
             self.ends.append(output.finish_reason.value)
             self.error, self.code = output.error or "", output.error_code
         self._judge(first)
-        limit = self.ask.abort_after
-        if limit is not None and len(self.tokens) >= limit and not self.is_over:
-            self.has_left = True
-            assert self.entry is not None
-            self.entry.abort()
 
     def fail(self, error: ExpertMeshError) -> None:
-        """``OutputSink``."""
+        """The engines cannot serve it."""
         self.ends.append("failed")
-        self.error, self.code = str(error), getattr(error, "code", type(error).__name__)
+        self._note(error)
         self._judge(len(self.tokens))
+
+    def take(self, deltas: Sequence[ChoiceDelta]) -> None:
+        """The client receives."""
+        for delta in deltas:
+            self.received += (token.token_id for token in delta.tokens)
+        if self.received != self.tokens[: len(self.received)]:
+            self.problems.append(f"{self.ask.name}: the client has other tokens")
+        limit = self.ask.abort_after
+        self.has_left = limit is not None and len(self.received) >= limit
+
+    def finish(self, error: ExpertMeshError | None, now: float, deadline_s: float) -> None:
+        """The client's call has ended."""
+        self.is_over = True
+        if error is None:
+            if not self.has_left and self.received != self.right:
+                self.problems.append(f"{self.ask.name}: the client misses tokens")
+            return
+        self._note(error)
+        self.is_late = self.ask.limit_s < REQUEST_LIMIT_S and now >= deadline_s - _ROUNDING_S
+        if not self.ends:
+            self.ends.append("late" if self.is_late else "refused")
+
+    def _note(self, error: ExpertMeshError) -> None:
+        self.error, self.code = str(error), getattr(error, "code", type(error).__name__)
 
     def _judge(self, first: int) -> None:
         """Look at the tokens from ``first`` on, and at the ends."""
@@ -93,21 +128,40 @@ class Outcome:
             self.problems.append(f"{name} ends after {len(got)} of {self.ask.max_tokens} tokens")
 
 
+_OUTCOME: ContextVar[Outcome] = ContextVar("outcome")
+"""Of the call that begins."""
+
+
+class WatchedQueue(OutputQueue):
+    """The queue of a call, which shows all that comes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self._outcome = _OUTCOME.get()
+
+    def put(self, output: TokenOutput) -> None:
+        self._outcome.put(output)
+        super().put(output)
+
+    def fail(self, error: ExpertMeshError) -> None:
+        self._outcome.fail(error)
+        super().fail(error)
+
+
 class SimGateway:
     """One replica."""
 
-    def __init__(self, ray: SimRay, number: int, host: str, token: str) -> None:
+    def __init__(self, ray: SimRay, number: int, host: str, config: ClusterConfig) -> None:
         self.ray, self.name = ray, f"gateway-{number}"
         kernel = ray.kernel
         self.process = Process(kernel, self.name, host, ray.new_pid())
         self._kernel: Kernel = kernel
         self.outcomes: list[Outcome] = []
         before, kernel.process = kernel.process, self.process
-        self.view = ClusterView(self._find)
-        self.pool = EnginePool(token, self.name)
-        self.view.listen(self._follow)
+        view, engines = ClusterView(self._find), EnginePool(config.cluster_token, self.name)
+        self._gateway = Gateway(config, None, view, engines, self.name)
         kernel.process = before
-        self.process.loop.call_soon(self.view.start)
+        self.process.loop.call_soon(view.start)
 
     def ask(self, ask: Ask) -> Outcome:
         """A client sends a request at its time."""
@@ -121,24 +175,39 @@ class SimGateway:
         loop.call_soon(lambda: loop.create_task(self._serve(outcome)))
 
     async def _serve(self, outcome: Outcome) -> None:
-        ask = outcome.ask
-        deadline_s = time.monotonic() + REQUEST_LIMIT_S
-        request = Request(
-            request_id=ask.name,
-            prompt=ask.prompt,
-            params=SamplingParams(max_tokens=ask.max_tokens, seed=ask.seed),
-            deadline_ms=int(1000 * REQUEST_LIMIT_S),
-            cache_salt=ask.cache_salt,
-        )
-        while (entry := self.pool.assign(request, outcome, deadline_s)) is None:
-            if time.monotonic() > deadline_s:
-                outcome.ends.append("no worker")
-                return
-            await self.pool.wait_change(0.5)
-        outcome.entry = entry
+        deadline_s = time.monotonic() + outcome.ask.limit_s
+        error = None
+        try:
+            with await self._start(outcome, deadline_s) as generation:
+                while not outcome.has_left and (deltas := await generation.next()):
+                    outcome.take(deltas)
+        except ExpertMeshError as err:
+            error = err
+        outcome.finish(error, time.monotonic(), deadline_s)
 
-    def _follow(self, snapshot: Snapshot) -> None:
-        self.pool.update(attention_endpoints(snapshot), living_workers(snapshot))
+    async def _start(self, outcome: Outcome, deadline_s: float) -> Generation:
+        """Begin a call, again if the cluster cannot serve it now."""
+        ask = outcome.ask
+        _OUTCOME.set(outcome)
+        params = SamplingParams(max_tokens=ask.max_tokens, seed=ask.seed)
+        prompts = (CallPrompt(ids=ask.prompt, params=params),)
+
+        async def make(facts: ModelFacts) -> GenerateCall:
+            return GenerateCall(
+                fields=fields, model=facts.name, prompts=prompts, cache_salt=ask.cache_salt
+            )
+
+        while True:
+            left_s = deadline_s - time.monotonic()
+            fields = GenerateFields(
+                kind=CallKind.COMPLETION, token_ids_only=True, timeout_s=max(left_s, 0.0)
+            )
+            try:
+                return await self._gateway.start_call(fields, ask.name, make)
+            except NotReadyError:
+                if left_s <= 0:
+                    raise
+            await asyncio.sleep(_RETRY_S)
 
     async def _find(self) -> _Calls:
         controller = self.ray.controller
@@ -185,7 +254,3 @@ class _Calls:
 
         there.send(arrive)
         return await answer
-
-
-async def _nothing() -> None:
-    await asyncio.sleep(0)

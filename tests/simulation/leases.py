@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 from tests.simulation.patches import replaced
-from tests.simulation.ray import HEAD
+from tests.simulation.ray import HEAD, Hosts
 from tests.simulation.scenario import draw_scenario
 from tests.simulation.world import World
 
@@ -24,6 +24,7 @@ def idle_world(num_attention: int) -> Iterator[World]:
         draw_scenario(0, ()),
         num_attention=num_attention,
         num_experts=2,
+        hosts=Hosts.MANY,
         asks=(),
         slowness=1.0,
         preemption=0.0,

@@ -34,6 +34,7 @@ import workers.transport.peer_link
 import workers.transport.socket_io  # noqa: F401
 from cluster.core.topology import Generation
 from tests.simulation.disk import SimReader, ToyCheckpoint, entries, size_and_change, stamp
+from tests.simulation.gateways import WatchedQueue
 from tests.simulation.kernel import Kernel
 from tests.simulation.loops import new_event_loop, start_server
 from tests.simulation.network import Network
@@ -95,6 +96,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.model.loading.checkpoint", "safe_open", SimReader),
     ("workers.model.loading.checkpoint", "_entries", entries),
     ("workers.model.loading.checkpoint", "size_and_change", size_and_change),
+    ("gateway.generation.gateway", "OutputQueue", WatchedQueue),
     ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
     ("cluster.policy.silence", "WINDOW_S", 1.0),  # else starts would be remembered to the end
 ]

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.simulation.gateways import Ask
+from tests.simulation.gateways import REQUEST_LIMIT_S, Ask
 from tests.simulation.ray import Hosts
 from tests.simulation.toy_model import VOCAB
 
@@ -131,6 +131,7 @@ def _draw_ask(
         seed=rng.getrandbits(32),
         cache_salt=rng.choice(("", "", "tenant", "another")),
         abort_after=rng.randint(1, 8) if rng.random() < 0.1 else None,
+        limit_s=rng.choice((0.3, 1.0, 3.0)) if rng.random() < 0.1 else REQUEST_LIMIT_S,
     )
 
 

@@ -15,21 +15,21 @@ NUM_SEEDS = 12
 NUM_MANY = 500
 FIRST_OF_MANY = 1000
 FOUND_AT = {
-    "blind_reload": 5,
-    "early_run": 1,
+    "blind_reload": 2,
+    "early_run": 2,
     "early_switch": 0,
-    "half_step": 3,
-    "kept_slots": 3,
-    "no_credit": 9,
+    "half_step": 2,
+    "kept_slots": 7,
+    "no_credit": 16,
     "no_hold": 0,
-    "no_resubmission": 0,
+    "no_resubmission": 1,
     "no_retry": 0,
     "one_tenant": 0,
-    "overtaken_order": 13,
+    "overtaken_order": 10,
     "short_names": 0,
-    "stale_end": 0,
-    "torn_read": 5,
-    "twice_told": 0,
+    "stale_end": 2,
+    "torn_read": 2,
+    "twice_told": 1,
 }
 """Planted bugs, and the first seed that finds each."""
 NUM_TRIED = 10

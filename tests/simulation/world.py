@@ -110,7 +110,7 @@ class World:
         )
         for number in range(self.scenario.num_gateways):
             host = HEAD if not number else f"gateway-{number}"
-            self.gateways.append(SimGateway(self.ray, number, host, config.cluster_token))
+            self.gateways.append(SimGateway(self.ray, number, host, config))
         if not self._run_until(self.kernel.now + _START_LIMIT_S, lambda: self._serves(first)):
             raise Broken(f"the cluster does not start: {self._state(first)}")
 
@@ -256,7 +256,7 @@ class World:
                 raise Broken(f"{outcome.ask.name} does not end ({len(outcome.tokens)} tokens)")
             if "oisonous" in outcome.code and len(self.ray.ever) >= self._most_workers():
                 continue  # that many deaths may have met one request
-            if not outcome.has_left and outcome.ends != ["length"]:
+            if not (outcome.has_left or outcome.is_late) and outcome.ends != ["length"]:
                 raise Broken(
                     f"{outcome.ask.name} ends with {outcome.ends}: {outcome.code} {outcome.error}"
                 )
