@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from selectors import SelectorKey
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,6 @@ class FakeWorkerGroup(WorkerGroup):
         self.newest_term = 0
         self.claimed = 0, ""
         """Newest term, and the controller that has claimed it."""
-        self.silent: Collection[str] = ()
         self.on_leaving_nodes: list[str] = []
         self.has_ended_controller = False
 

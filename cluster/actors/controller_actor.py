@@ -31,6 +31,7 @@ from cluster.core.errors import (
     SupersededError,
 )
 from cluster.core.states import ClusterState
+from cluster.core.watchdog import BEAT_S, start_watchdog
 from cluster.load.view import load_document, placement_report
 from cluster.sizing.start_plan import plan_start
 
@@ -65,7 +66,8 @@ class ControllerActor:
         self._group = group
         self._status_limit_s = status_limit_s
         self._background = Background()
-        self.runner = Runner(group, self._background, is_watched=is_watched)
+        self._is_watched = is_watched
+        self.runner = Runner(group, self._background)
         self._starting = asyncio.Lock()
         self._may_restore = self._restores = group.was_restarted()
         self._is_settled = asyncio.Event()  # the cluster is known, or why it is not
@@ -107,7 +109,9 @@ class ControllerActor:
         Returns when that is done, or after a first failure, while retries continue. A restarted
         actor calls this itself, and every call to it waits for it first.
         """
-        self.runner.watch()
+        if self._is_watched:
+            self._is_watched = False
+            self._background.spawn(_beat())
         if self._may_restore:
             self._may_restore = False
             self._background.spawn(self._restore())
@@ -300,3 +304,18 @@ def _snapshot_before_start() -> dict[str, Any]:
         "workers": [],
         "history": [],
     }
+
+
+async def _beat() -> None:
+    """Show the watchdog that the event loop runs; it ends with this task."""
+    watchdog = start_watchdog()
+    beats = watchdog.stdin
+    assert beats is not None
+    os.set_blocking(beats.fileno(), False)
+    try:
+        with beats:
+            while True:
+                beats.write(b".")
+                await asyncio.sleep(BEAT_S)
+    except BrokenPipeError:
+        logger.warning("the controller's watchdog has gone")

@@ -64,7 +64,7 @@ async def _call_workers(runner: Runner, found: Sequence[FoundWorker]) -> Collect
         time.monotonic(),
         limit_s=limits.collect_limit_s,
         confirm_s=limits.confirm_s,
-        silent=runner.group.silent,
+        others=runner.group.names(),
         fresh=[f.name for f in found if not f.has_called],
     )
     calls = [asyncio.create_task(_redirect(runner, f.name, server)) for f in found]

@@ -76,13 +76,6 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
-def head_address() -> str:
-    """IP address of the live node of Ray's head; this node's if there is none."""
-    found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
-    heads = [n for n in found if n["Alive"] and HEAD_NODE in n["Resources"]]
-    return str(heads[0]["NodeManagerAddress"]) if heads else node_address()
-
-
 def this_node_id() -> str:
     """Ray's id of the calling process's node."""
     return str(ray.get_runtime_context().get_node_id())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -31,7 +30,6 @@ from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, S
 from cluster.core.frames import Alive, ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
-from cluster.core.watchdog import BEAT_S, start_watchdog
 from cluster.sizing.start_plan import StartPlan
 from cluster.tracing.exporter import TraceExport, start_traces
 
@@ -49,12 +47,8 @@ _END_AGAIN_S = 1.0
 class Runner:
     """One controller among its sockets and workers. Event loop of the actor only."""
 
-    def __init__(
-        self, group: WorkerGroup, background: Background, *, is_watched: bool = False
-    ) -> None:
-        """``is_watched``: a watchdog kills this process if its event loop hangs."""
+    def __init__(self, group: WorkerGroup, background: Background) -> None:
         self.group = group
-        self._is_watched = is_watched
         self.background = background
         self.identity = secrets.token_hex(8)
         """Distinguishes controllers of one term."""
@@ -72,12 +66,6 @@ class Runner:
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
     # ---- begin and end --------------------------------------------------------------------
-
-    def watch(self) -> None:
-        """Start the watchdog, if there is to be one."""
-        if self._is_watched:
-            self._is_watched = False
-            self.background.spawn(_beat())
 
     async def open_server(self, token: str) -> ControlServer:
         """Open a control server in place of an earlier one."""
@@ -300,18 +288,3 @@ class Runner:
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED
         return self.controller is controller and not is_over
-
-
-async def _beat() -> None:
-    """Show the watchdog that the event loop runs; it ends with this task."""
-    watchdog = start_watchdog()
-    beats = watchdog.stdin
-    assert beats is not None
-    os.set_blocking(beats.fileno(), False)
-    try:
-        with beats:
-            while True:
-                beats.write(b".")
-                await asyncio.sleep(BEAT_S)
-    except BrokenPipeError:
-        logger.warning("the controller's watchdog has gone")

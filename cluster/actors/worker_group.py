@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -59,8 +59,6 @@ class WorkerGroup:
     """Time that a worker's own ``stop`` may take."""
     room: Room = field(default_factory=Room)
     """Reserved for the workers."""
-    silent: Collection[str] = ()
-    """Workers of an earlier controller that live, or may live, and did not answer ``find``."""
     _actors: dict[str, _Actor] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _term: int = 0
@@ -162,9 +160,8 @@ class WorkerGroup:
         names = [n for n in names if n.partition("-")[0] in self.classes]
         asked = await asyncio.gather(*(self._find(name, limit_s) for name in names))
         found = tuple(f for f in asked if f is not None)
-        self.silent = self._actors.keys() - {f.name for f in found}
-        if self.silent and not found:
-            raise TimeoutError(f"no answer from {', '.join(self.silent)}")
+        if self._actors and not found:
+            raise TimeoutError(f"no answer from {', '.join(self._actors)}")
         if found:
             async with asyncio.timeout(limit_s):
                 await asyncio.to_thread(self.room.find)

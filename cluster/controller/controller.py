@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any
 
@@ -75,7 +75,8 @@ class Controller:
                 record.register(frame)
                 record.since = now
                 cluster.touch()
-                self._check_builds([name], now)
+                if why := cluster.workers.misfit(name, cluster.generation.members):
+                    self.lost({name: why}, now)
             case frames.LoadProgress():
                 record.load(frame)
                 cluster.touch()
@@ -218,7 +219,6 @@ class Controller:
         """Continue with running workers; the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
         continue_with(collected, self.cluster, self.recovery, self.draining, now)
-        self._check_builds([r.name for r in self.cluster.workers.alive()], now)
 
     def _worker_ready(self, record: WorkerRecord, now: float) -> None:
         cluster = self.cluster
@@ -230,8 +230,3 @@ class Controller:
             members = tuple(r.member for r in cluster.workers)
             cluster.history.add(1, now, "start", f"serve with {describe_members(members)}")
             cluster.form(members, cluster.placement, now)
-
-    def _check_builds(self, names: Sequence[str], now: float) -> None:
-        """Workers that cannot serve with the others are lost before they meet."""
-        workers, members = self.cluster.workers, self.cluster.generation.members
-        self.lost({n: why for n in names if (why := workers.misfit(n, members))}, now)

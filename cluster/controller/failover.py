@@ -28,7 +28,7 @@ from cluster.core.errors import NotReadyError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import WorkerState
 from cluster.core.topology import Generation, Member
-from cluster.policy.failure import Pulse, silent_hosts
+from cluster.policy.failure import Pulse, unheard_hosts
 
 _NO_GENERATION = Generation(number=0, members=())
 
@@ -95,14 +95,13 @@ class CollectedState:
 
     def unheard(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
         """Those ``alive`` of the newest generation whose silence may be that of ``own_host``."""
-        now, limit_s = 1.0, 1.0
+        heard = self.greetings
         pulses = [
-            Pulse(name=m.name, heard_at=heard_at, progress_at=now, host=m.node)
+            Pulse(name=m.name, heard_at=float(m.name in heard), progress_at=0.0, host=m.node)
             for m in self.generation.members
             if m.name in alive
-            for heard_at in [now if m.name in self.greetings else now - limit_s]
         ]
-        return silent_hosts(now, pulses, own_host, limit_s)
+        return unheard_hosts(pulses, own_host, since=1.0)
 
     @property
     def answers(self) -> dict[str, frames.GenerationReady]:
@@ -146,15 +145,15 @@ class ReportCollector:
         *,
         limit_s: float,
         confirm_s: float,
-        silent: Iterable[str] = (),
+        others: Iterable[str] = (),
         fresh: Iterable[str] = (),
     ) -> None:
-        """``expected`` are workers that were found; ``silent`` ones are not waited for. The wait
+        """``expected`` are workers that were found; ``others`` are not waited for. The wait
         for a worker that a peer reported as lost ends after ``confirm_s``, for others after
         ``limit_s``. ``fresh`` ones have never called a controller: they had no generation.
         """
         self._expected = set(expected)
-        self._found = (self._expected | set(silent)) - set(fresh)
+        self._found = (self._expected | set(others)) - set(fresh)
         self._greetings: dict[str, Greeting] = {}
         self._deadline = now + limit_s
         self._confirm_s = confirm_s
@@ -214,6 +213,10 @@ def continue_with(
     cluster.round = GenerationRound(collected.generation, now, answers=collected.answers)
     cluster.highest_epoch = collected.highest_epoch
     cluster.desired = memory.desired or cluster.desired
+    for record in list(cluster.workers.alive()):  # before they meet the others
+        if why := cluster.workers.misfit(record.name, collected.generation.members):
+            record.enter(WorkerState.LOST, why)
+            cluster.effects.append(End((record.name,)))
     gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
     cluster.places.restore(memory.closed, gone, now)
     members = {m.name for m in collected.generation.members}

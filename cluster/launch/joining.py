@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from cluster.actors.controller_client import CONTROLLER_NAME, ask_controller
 from cluster.config.cluster import ClusterConfig
@@ -122,11 +122,9 @@ def _reach(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
 
     Raises ``ConfigError`` for a ``host`` that is unreachable from outside the gateway's node.
     """
-    from cluster.actors.ray_tools import head_address
-
     host = plan.config.gateway.host
     if host in EVERY_INTERFACE:
-        return gateways[0].address if gateways else head_address()
+        return gateways[0].address if gateways else _head_address()
     if gateways and is_loopback(host):
         rule = "is for one node only, and nodes are labelled for the gateway: 0.0.0.0 is for all"
         raise ConfigError("host", host, rule)
@@ -135,15 +133,26 @@ def _reach(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
 
 def _check_ports(plan: LaunchPlan, is_here: bool) -> None:
     """Refuse an unsuitable Serve in the joined Ray, and ports in use on this host."""
-    from cluster.actors.ray_tools import head_address, node_address
+    from cluster.actors.ray_tools import node_address
 
     section = plan.config.gateway
     options = running_serve()
     if options is not None:
         check_serve(section, options)
-    if is_here and head_address() == node_address():
+    if is_here and _head_address() == node_address():
         ports = {"port": section.port} if options is None else {}
         check_ports(section.host, {**ports, "grpc_port": section.grpc_port})
+
+
+def _head_address() -> str:
+    """IP address of the live node of Ray's head; this node's if there is none."""
+    import ray
+
+    from cluster.actors.ray_tools import HEAD_NODE, node_address
+
+    found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
+    heads = [n for n in found if n["Alive"] and HEAD_NODE in n["Resources"]]
+    return str(heads[0]["NodeManagerAddress"]) if heads else node_address()
 
 
 def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:

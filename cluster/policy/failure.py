@@ -74,15 +74,20 @@ def silent_hosts(
     """Workers whose silence may be that of the controller's own host, ``own_host``.
 
     One of them is about to be declared lost, or silent for half of ``limit_s``, and most of the
-    other hosts are silent at once, with two workers or more: none of a host's workers was heard for
-    half of that time.
+    other hosts are silent at once: none of a host's workers was heard for half of that time.
     """
     away = [p for p in pulses if p.host not in ("", own_host)]
     over = [limit for p in away if now - p.heard_at > (limit := min(p.patience_s, limit_s / 2))]
+    return unheard_hosts(pulses, own_host, now - min(over, default=math.inf) / 2)
+
+
+def unheard_hosts(pulses: Sequence[Pulse], own_host: str, since: float) -> frozenset[str]:
+    """Workers of the other hosts that were not heard since, if most were not, with two workers."""
+    away = [p for p in pulses if p.host not in ("", own_host)]
     heard: dict[str, float] = {}
     for pulse in away:
-        heard[pulse.host] = max(heard.get(pulse.host, 0.0), pulse.heard_at)
-    silent = {host for host, at in heard.items() if now - at > min(over, default=math.inf) / 2}
+        heard[pulse.host] = max(heard.get(pulse.host, -math.inf), pulse.heard_at)
+    silent = {host for host, at in heard.items() if at < since}
     names = frozenset(p.name for p in away if p.host in silent)
     return names if len(names) > 1 and 2 * len(silent) > len(heard) else frozenset()
 

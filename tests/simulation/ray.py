@@ -183,7 +183,6 @@ class SimGroup:
         self._was_restarted = was_restarted
         self._known: dict[str, SimWorker] = {}
         self._term, self._identity = 0, ""
-        self.silent: tuple[str, ...] = ()
 
     def resources(self) -> tuple[NodeResources, ...]:
         hosts = dict.fromkeys(
@@ -268,7 +267,6 @@ class SimGroup:
         self._known = dict(self._ray.workers)
         asked = await asyncio.gather(*(self._find(w, limit_s) for w in self._known.values()))
         found = tuple(f for f in asked if f is not None)
-        self.silent = tuple(self._known.keys() - {f.name for f in found})
         if self._known and not found:
             raise TimeoutError("no worker answers")
         return found

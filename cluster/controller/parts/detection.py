@@ -15,7 +15,13 @@ from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
-from cluster.policy.failure import PeerReport, confirm_losses, find_silent, silent_hosts
+from cluster.policy.failure import (
+    PeerReport,
+    confirm_losses,
+    find_silent,
+    silent_hosts,
+    unheard_hosts,
+)
 from cluster.policy.silence import GapWindow
 
 logger = logging.getLogger(__name__)
@@ -32,11 +38,13 @@ class Detection:
         self._limits = limits
         self.last_tick = self._held_at = cluster.began_at
         """Time of the last call of ``credit_own_pause``."""
-        self._is_late = False
+        self._is_late, self._late_at = False, cluster.began_at
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
         """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
         self._held: frozenset[str] = frozenset()
+        self._unheard: frozenset[str] = frozenset()
+        """Members that have still to be heard after the controller's own pause, if most have."""
         self._ran_at = self._busy_at = cluster.began_at
         """When nobody kept the others waiting, and when one of these had still to begin."""
 
@@ -99,6 +107,8 @@ class Detection:
         """
         late_s, was_late = now - self.last_tick - TICK_S, self._is_late
         self._is_late = late_s > TICK_S
+        if self._is_late or was_late:
+            self._late_at = now
         if late_s > self._limits.detection_limit_s / 2:
             logger.warning("the controller did not run for %.1f s", late_s)
         if self._is_late:
@@ -117,7 +127,9 @@ class Detection:
         cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
         known = {m.name for m in cluster.round.members} - cluster.round.joins
         pulses = cluster.workers.pulses(False)
-        silent = silent_hosts(now, [p for p in pulses if p.name in known], cluster.host, limit)
+        members = [p for p in pulses if p.name in known]
+        self._unheard = unheard_hosts(members, cluster.host, self._late_at)
+        silent = silent_hosts(now, members, cluster.host, limit)
         silent |= {p.name for p in pulses if silent and now - p.heard_at > limit / 2}
         self._held = frozenset(
             name
@@ -157,7 +169,8 @@ class Detection:
             return
         yield self._late_answers(now)
         yield self._late_joins(now)
-        yield self._confirmed_reports(now)
+        if not self._unheard:
+            yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
         """Workers that are not ready in time; a new one that waits for room may wait."""

@@ -32,6 +32,7 @@ from cluster.core.topology import Generation
 from cluster.planner.stages import Stage
 from tests.cluster.controller.fakes_cluster import (
     BANKS,
+    BUILD,
     CONFIG,
     AtOnce,
     FakeWorkerGroup,
@@ -222,7 +223,7 @@ def test_a_worker_that_never_called_a_controller_had_no_generation() -> None:
 def test_a_worker_that_was_never_in_a_generation_says_nothing_about_the_others() -> None:
     fresh = report_of(generation=None, placement=None, running=False)
     collector = ReportCollector(
-        NAMES[2:], 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, silent=NAMES[:2]
+        NAMES[2:], 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, others=NAMES[:2]
     )
     call(collector, "expert-1", fresh)
     assert collector.is_complete(0.1)
@@ -315,6 +316,30 @@ def test_the_silence_of_most_other_hosts_may_be_that_of_the_controllers(
     )
     assert sorted(collected.unheard("here", alive)) == unheard
     assert not collected.unheard("", []), "nobody lives"
+
+
+@pytest.mark.parametrize("checkpoint", [BUILD.checkpoint_id, "another"])
+def test_a_worker_of_another_build_meets_no_member_at_a_restarted_controller(
+    checkpoint: str,
+) -> None:
+    """It has registered with a controller that was lost before it could refuse it."""
+    fresh = replace(MEMBERS[0], name="attention-0.2")
+    names = [fresh.name, *NAMES[1:]]
+    collector = ReportCollector(names, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S)
+    theirs = report_of(running=False)
+    for member, known, report in (
+        (fresh, checkpoint, report_of(generation=None, placement=None, running=False)),
+        *((member, BUILD.checkpoint_id, theirs) for member in MEMBERS[1:]),
+    ):
+        build = replace(BUILD, checkpoint_id=known)
+        for frame in (Register(member=member, build=build), WorkerReady(), report):
+            collector.frame(member.name, frame, 0.1)
+    collected = collector.result()
+    assert collected is not None
+    _, link = restored(collected)
+    fits = checkpoint == BUILD.checkpoint_id
+    assert (link.last(fresh.name, NewGeneration) is not None) == fits
+    assert (fresh.name in link.ended) != fits
 
 
 def test_a_new_term_numbers_its_epochs_above_all_that_workers_know() -> None:
