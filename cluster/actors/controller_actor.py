@@ -30,6 +30,7 @@ from cluster.core.errors import (
     StartError,
     SupersededError,
 )
+from cluster.core.release import RELEASE
 from cluster.core.states import ClusterState
 from cluster.core.watchdog import BEAT_S, start_watchdog
 from cluster.load.view import load_document, placement_report
@@ -278,7 +279,7 @@ class ControllerActor:
         return self.runner.controller
 
     def _snapshot(self) -> dict[str, Any]:
-        mine: dict[str, Any] = {"controller_pid": os.getpid()}
+        mine: dict[str, Any] = {"controller_pid": os.getpid(), "release": RELEASE}
         if self.runner.controller is not None:
             return self.runner.controller.snapshot() | mine
         if self.runner.failure:

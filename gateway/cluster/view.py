@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from cluster.core.errors import ExpertMeshError, NotReadyError
+from cluster.core.errors import ExpertMeshError, HandshakeError, NotReadyError
+from cluster.core.release import RELEASE, check_release
 from cluster.core.topology import runs_attention
 
 logger = logging.getLogger(__name__)
@@ -74,13 +75,17 @@ class ClusterView:
     Args:
         find: finds the controller; called again after each loss. Raises if there is none.
         name: of this gateway; the controller records when it stops asking. Empty: it does not.
+        release: of this gateway; snapshots of a controller of another one are refused.
     """
 
     find: Callable[[], Awaitable[ControllerCalls]]
     name: str = ""
+    release: str = RELEASE
     snapshot: Snapshot | None = None
     """The latest known state; None before the first."""
     known_load: Mapping[str, Any] | None = None
+    refusal: str = ""
+    """Why the latest snapshot was refused: the controller is of another release."""
     _controller: ControllerCalls | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
@@ -129,7 +134,7 @@ class ClusterView:
             if snapshot is not None:
                 self._accept(snapshot)
         except NotReadyError as err:
-            logger.warning("no fresh snapshot: %s", err)
+            logger.log(self._level(), "no fresh snapshot: %s", err)
         return self.snapshot
 
     async def load(self) -> None:
@@ -141,7 +146,8 @@ class ClusterView:
     ) -> Any:
         """The controller's answer. Raises its errors, and ``NotReadyError`` without an answer."""
         if self._controller is None:
-            raise NotReadyError("the controller does not answer", "not_ready", 2.0)
+            reason = self.refusal or "the controller does not answer"
+            raise NotReadyError(reason, "not_ready", 2.0)
         try:
             return await asyncio.wait_for(self._controller.ask(call, *details), limit_s)
         except ExpertMeshError:
@@ -186,7 +192,20 @@ class ClusterView:
         search, self._search = self._search, None
         return search.result()
 
+    def _check_release(self, snapshot: Snapshot) -> None:
+        """Raise ``NotReadyError`` for a controller of another release, which is logged once."""
+        theirs, me = str(snapshot.get("release", "")), self.name or "the gateway"
+        try:
+            check_release(theirs, "the controller", self.release, me)
+        except HandshakeError as err:
+            if str(err) != self.refusal:
+                logger.error("the controller is not followed: %s", err)
+            self.refusal, self._controller = str(err), None
+            raise NotReadyError(self.refusal, "not_ready", 2.0) from err
+        self.refusal = ""
+
     def _accept(self, snapshot: Snapshot) -> None:
+        self._check_release(snapshot)
         known = -1 if self.snapshot is None else int(self.snapshot.get("term", 0))
         if int(snapshot.get("term", 0)) < known:
             raise NotReadyError(

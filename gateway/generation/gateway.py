@@ -176,7 +176,7 @@ class Gateway:
         """Why new requests cannot be served now; empty when they can."""
         if self.is_leaving:
             return ["this gateway is about to stop"]
-        reasons = unready_reasons(self.cluster.snapshot)
+        reasons = unready_reasons(self.cluster.snapshot, self.cluster.refusal)
         if self.cluster.snapshot is not None and not self.engines.clients:
             reasons.append("no attention worker has an open stream")
         return reasons
@@ -314,7 +314,7 @@ class Gateway:
         """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""
         if not self._takes_calls:
             raise server_ends()
-        check_serving(self.cluster.snapshot)
+        check_serving(self.cluster.snapshot, self.cluster.refusal)
         facts = self.facts
         if facts is None:
             raise NotReadyError("no attention worker is ready", "not_ready", 2.0)

@@ -8,24 +8,28 @@ from gateway.cluster.view import Snapshot
 _SERVING = ("SERVING", "DEGRADED")
 
 
-def unready_reasons(snapshot: Snapshot | None) -> list[str]:
-    """Why the cluster cannot serve new requests now; empty when it can."""
+def unready_reasons(snapshot: Snapshot | None, refusal: str = "") -> list[str]:
+    """Why the cluster cannot serve new requests now; empty when it can.
+
+    ``refusal`` is why the controller's snapshots are refused. It is no reason for a gateway that
+    has an earlier one: as without a controller, it serves with the workers that it knows.
+    """
     if snapshot is None:
-        return ["the controller has not answered yet"]
+        return [refusal or "the controller has not answered yet"]
     reasons = [] if snapshot["state"] in _SERVING else [_state_of(snapshot)]
     if not snapshot.get("experts_complete", True):
         reasons.append("some experts are on no worker")
     return reasons
 
 
-def check_serving(snapshot: Snapshot | None) -> bool:
+def check_serving(snapshot: Snapshot | None, refusal: str = "") -> bool:
     """Whether requests can be handed over now; False while they should wait.
 
     Raises:
         NotReadyError: waiting would not help.
     """
     if snapshot is None:
-        raise NotReadyError("the cluster is starting", "not_ready", 2.0)
+        raise NotReadyError(refusal or "the cluster is starting", "not_ready", 2.0)
     state = snapshot["state"]
     if state == "RECOVERING":
         return False

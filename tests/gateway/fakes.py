@@ -361,10 +361,11 @@ def controller_metrics() -> list[PlainFamily]:
 class FakeController:
     """Answers as the controller does; ``change`` publishes a new snapshot."""
 
-    def __init__(self) -> None:
+    def __init__(self, release: str = RELEASE) -> None:
         self.state: dict[str, Any] = {
             "version": 1,
             "schema": 1,
+            "release": release,
             "state": "STARTING",
             "error": None,
             "generation": 1,

@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 
+from cluster.core.errors import NotReadyError
+from cluster.core.release import RELEASE
 from gateway.cluster import view
 from gateway.cluster.view import POLL_TIMEOUT_S, ClusterView, ControllerCalls
 
 
 class Answers:
-    """A controller with prepared answers."""
+    """A controller with prepared answers; it repeats the last one."""
 
     def __init__(self, *answers: dict[str, Any]) -> None:
         self._answers = list(answers)
 
     async def ask(self, call: str, *details: Any) -> Any:
-        return self._answers.pop(0)
+        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
 
 
 def test_an_answer_that_a_newer_one_has_overtaken_is_dropped() -> None:
@@ -27,8 +29,8 @@ def test_an_answer_that_a_newer_one_has_overtaken_is_dropped() -> None:
         async def find() -> ControllerCalls:
             raise AssertionError("the controller is known")
 
-        newer, older = {"term": 1, "version": 8}, {"term": 1, "version": 7}
-        restarted = {"term": 2, "version": 9}
+        newer, older = ({"term": 1, "version": v, "release": RELEASE} for v in (8, 7))
+        restarted = {"term": 2, "version": 9, "release": RELEASE}
         found = ClusterView(find, _controller=Answers(newer, older, restarted, newer))
         assert await found.fresh() == newer
         assert await found.fresh() == newer
@@ -53,7 +55,7 @@ def test_a_search_that_ray_does_not_answer_is_the_only_one(
             nonlocal num_searches
             num_searches += 1
             await answers.wait()
-            return Answers({"term": 1, "version": 7})
+            return Answers({"term": 1, "version": 7, "release": RELEASE})
 
         found = ClusterView(find)
         found.start()
@@ -89,5 +91,51 @@ def test_it_asks_under_its_name_and_says_when_it_leaves() -> None:
         assert asked == [("wait_snapshot", (-1, POLL_TIMEOUT_S, "gateway-7"))]
         await found.leave()
         assert asked[1:] == [("gateway_leaves", ("gateway-7",))]
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(("theirs", "known"), [("9.9.9", "release 9.9.9"), ("", "no release")])
+def test_a_controller_of_another_release_is_refused_by_name_and_once(
+    theirs: str, known: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(view, "_RETRY_S", 0.0)
+
+    async def body() -> None:
+        num_searches = 0
+        ours, other = ({"term": 1, "version": 7, "release": r} for r in ("1.1.1", theirs))
+
+        async def find() -> ControllerCalls:
+            nonlocal num_searches
+            num_searches += 1
+            return Answers(ours if num_searches > 3 else other)
+
+        found = ClusterView(find, "gateway-7", "1.1.1")
+        found.start()
+        while num_searches < 3:
+            await asyncio.sleep(0)
+        refusal = f"{known} of the controller, 1.1.1 of gateway-7: releases must be equal"
+        assert (found.snapshot, found.refusal) == (None, refusal)
+        while found.snapshot is None:
+            await asyncio.sleep(0)
+        assert (found.snapshot, found.refusal) == (ours, "")
+        assert [r.getMessage() for r in caplog.records] == [
+            f"the controller is not followed: {refusal}"
+        ]
+        found.stop()
+
+    asyncio.run(body())
+
+
+def test_no_order_is_given_to_a_controller_of_another_release() -> None:
+    async def body() -> None:
+        async def find() -> ControllerCalls:
+            raise AssertionError("it does not follow")
+
+        other = {"term": 1, "version": 7, "release": "9.9.9"}
+        found = ClusterView(find, "gateway-7", "1.1.1", _controller=Answers(other))
+        assert await found.fresh() is None
+        with pytest.raises(NotReadyError, match=r"release 9\.9\.9 of the controller, 1\.1\.1 of"):
+            await found.ask("rebalance", {})
 
     asyncio.run(body())

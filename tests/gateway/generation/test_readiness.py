@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.config.gateway import GatewaySection
+from cluster.core.release import RELEASE
 from gateway.core.tuning import GatewayTuning
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import ScriptedEngine, attention_entry, tiny_backend
@@ -102,6 +103,31 @@ def test_a_controller_of_an_older_term_is_not_followed(
     assert moody.gateway.cluster.snapshot is before
     assert complete(moody, prompt="x")["choices"]
     _change(moody, term=3, workers=workers)
+
+
+def test_a_controller_of_another_release_is_refused_by_name() -> None:
+    with running_stack(serving=False) as stack:
+        stack.call(lambda: stack.controller.change(release="9.9.9"))
+        stack.wait_for(lambda: bool(stack.gateway.cluster.refusal), "the refusal")
+        stack.gateway.cluster.snapshot = None  # it may have one from before the change
+        _refused(stack, "not_ready")
+        refusal = f"release 9.9.9 of the controller, {RELEASE} of the gateway"
+        (reason,) = stack.http.get("/ready").json()["reasons"]
+        assert refusal in reason
+        assert refusal in post(stack, "/v1/completions", prompt="x").json()["error"]["message"]
+
+
+def test_a_controller_of_another_release_is_not_followed(
+    moody: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, workers = moody.gateway.cluster.snapshot, moody.controller.state["workers"]
+    moody.call(lambda: moody.controller.change(release="9.9.9", workers=[]))
+    moody.wait_for(lambda: "release 9.9.9 of the controller" in caplog.text, "the refusal")
+    assert moody.gateway.cluster.snapshot is before
+    assert moody.http.get("/ready").status_code == 200
+    assert complete(moody, prompt="x")["choices"]
+    _change(moody, release=RELEASE, workers=workers)
+    assert not moody.gateway.cluster.refusal
 
 
 def test_requests_wait_for_a_recovery(moody: Stack) -> None:
