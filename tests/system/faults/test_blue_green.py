@@ -1,4 +1,7 @@
-"""The runbook "Blue/green": a second cluster takes over, and no request fails.
+"""The runbook "Blue/green": a cluster of another release takes over, and no request fails.
+
+The first cluster is threads of this process, the second one processes whose metadata names another
+release.
 
 What stands for the Service is a forwarder of connections: new ones go to the cluster that is
 selected, those that are open stay where they began.
@@ -7,6 +10,7 @@ selected, those that are open stay where they began.
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import threading
@@ -14,16 +18,22 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.core.release import RELEASE
 from tests.harness.cluster_gateway import LIMIT_S, gateway_of
 from tests.harness.fault_rows import quiet_config
 from tests.harness.serving_cluster import ThreadCluster, serving
+from tests.served.server import running_server
 from tests.system.faults.test_drain_command import ports_of
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+OTHER = "9.9.9"
 NUM_CLIENTS = 4
 SHORT_TOKENS = 16
 LONG_TOKENS = 160
@@ -141,12 +151,32 @@ class Clients:
                 thread.join(LIMIT_S)
 
 
-def start(stack: ExitStack) -> str:
-    """A cluster with a gateway; the URL of its HTTP port."""
+def start_blue(stack: ExitStack) -> str:
+    """A cluster of this release with a gateway; the URL of its HTTP port."""
     cluster = stack.enter_context(serving(ThreadCluster(quiet_config(1, 1))))
     gateway = stack.enter_context(gateway_of(cluster))
     url, _ = stack.enter_context(ports_of(gateway))
     return url
+
+
+def start_green(stack: ExitStack, folder: Path) -> str:
+    """A cluster of another release; the URL of its HTTP port."""
+    facts = folder / f"expertmesh-{OTHER}.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: expertmesh\nVersion: {OTHER}\n")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        return stack.enter_context(running_server(folder, "--deterministic")).http
+
+
+def release_of(url: str) -> tuple[str, str]:
+    """Of a cluster's gateway and of its controller; workers check theirs against both."""
+    with urllib.request.urlopen(f"{url}/version", timeout=LIMIT_S) as reply:
+        version = json.load(reply)
+    with urllib.request.urlopen(f"{url}/cluster/v1/status", timeout=LIMIT_S) as reply:
+        status = json.load(reply)
+    return version["version"], status["release"]
 
 
 def num_running(url: str) -> float:
@@ -158,15 +188,16 @@ def num_running(url: str) -> float:
     return sum(map(float, found))
 
 
-def test_a_second_cluster_takes_over() -> None:
+def test_a_second_cluster_takes_over(tmp_path: Path) -> None:
     with ExitStack() as rest, ExitStack() as first:
-        blue = start(first)
+        blue = start_blue(first)
         service = Service(blue)
         rest.callback(service.close)
         clients = Clients(service.url)
         with clients.asking():
             clients.wait_for(NUM_CLIENTS)
-            green = start(rest)
+            green = start_green(rest, tmp_path)
+            assert (release_of(blue), release_of(green)) == ((RELEASE, RELEASE), (OTHER, OTHER))
             assert main(["--url", green, "health"]) == ExitCode.OK
             assert main(["--url", green, "generate", "hello", "--max-tokens", "2"]) == ExitCode.OK
             long = texts(service.url, LONG_TOKENS)
