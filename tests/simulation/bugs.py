@@ -13,11 +13,14 @@ from unittest import mock
 
 from msgspec.structs import replace
 
+from cluster.controller.failover import CollectedState
+from cluster.controller.parts import detection
 from cluster.controller.parts.cluster import Cluster, GenerationRound
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.epoch_change import EpochChange
 from cluster.controller.parts.load_orders import LoadOrders
 from cluster.controller.parts.recovery import Recovery
+from cluster.controller.parts.workers import WorkerTable
 from cluster.core.frames import ExpertsLoaded
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
@@ -148,6 +151,21 @@ def _no_hold() -> AbstractContextManager[object]:
     return mock.patch.object(Detection, "end_hold", return_value="")
 
 
+def _hasty_successor() -> AbstractContextManager[object]:
+    """A restarted controller takes the workers for lost that it cannot reach."""
+    return mock.patch.object(CollectedState, "unheard", return_value=frozenset())
+
+
+def _hasty_belief() -> AbstractContextManager[object]:
+    """Reports are believed before the other hosts were heard after a pause."""
+    return mock.patch.object(detection, "unheard_hosts", return_value=frozenset())
+
+
+def _other_build() -> AbstractContextManager[object]:
+    """Workers with other data register, and meet the others."""
+    return mock.patch.object(WorkerTable, "misfit", return_value=None)
+
+
 @contextmanager
 def _early_switch() -> Iterator[None]:
     """Steps switch to a new placement before every worker knows it."""
@@ -202,10 +220,13 @@ BUGS: dict[str, Bug] = {
     "early_switch": Bug(_early_switch, ("rebalance", "slow_link")),
     "half_step": Bug(_half_step, ("kill_worker",)),
     "kept_slots": Bug(_kept_slots, ("kill_again",)),
+    "hasty_belief": Bug(_hasty_belief, ("isolate_head", "pause_controller")),
+    "hasty_successor": Bug(_hasty_successor, ("isolate_restart",)),
     "no_credit": Bug(_no_credit, ("pause_host",)),
     "no_hold": Bug(_no_hold, ("isolate_head",)),
     "no_resubmission": Bug(_no_resubmission, ("kill_worker",)),
     "no_retry": Bug(_no_retry, ("kill_attention",)),
+    "other_build": Bug(_other_build, ("change_file", "kill_attention", "kill_two_workers")),
     "overtaken_order": Bug(_overtaken_order, ("kill_two_workers",)),
     "short_names": Bug(_short_names, ("kill_worker",)),
     "one_tenant": Bug(_one_tenant, ("kill_worker",)),

@@ -428,7 +428,7 @@ class Faults:
         keeps them from it. Of two workers that lose each other one may end.
         """
         scenario = self._world.scenario
-        has_workers = HEAD not in hosts or scenario.hosts is Hosts.MIXED
+        has_workers = HEAD not in hosts or scenario.hosts.has_workers_at_head
         if has_workers or {fault.kind for fault in scenario.faults} & _SLOWS_CALLS:
             self._blame(*hosts)
 

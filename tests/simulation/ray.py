@@ -32,8 +32,14 @@ class Hosts(Enum):
 
     MANY = "each on a host of its own"
     TWO = "two hosts"
+    PAIR = "Ray's head and another host"
     ONE = "all with Ray's head"
     MIXED = "the first of each role with Ray's head, the others each on a host of its own"
+
+    @property
+    def has_workers_at_head(self) -> bool:
+        """And some elsewhere."""
+        return self in (Hosts.PAIR, Hosts.MIXED)
 
 
 _START_S = 0.3
@@ -80,9 +86,11 @@ class SimRay:
 
     def host_of(self, role: Role, rank: int) -> str:
         """A replacement starts where the lost worker was."""
-        if self._hosts is Hosts.ONE or (self._hosts is Hosts.MIXED and rank == 0):
+        are_two = self._hosts in (Hosts.TWO, Hosts.PAIR)
+        number = rank % 2 if are_two else rank
+        if self._hosts is Hosts.ONE or (self._hosts.has_workers_at_head and number == 0):
             return HEAD
-        return f"host-{rank % 2}" if self._hosts is Hosts.TWO else f"{role}-{rank}"
+        return f"host-{number}" if are_two else f"{role}-{rank}"
 
     def claim(self) -> int:
         """A controller claims a term, above all others."""

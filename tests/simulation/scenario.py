@@ -81,7 +81,7 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
         num_redundant=num_redundant,
         moves_experts=num_redundant > 0 and rng.random() < 0.5,
         num_banks=rng.choice((1, 1, 1, 2)),
-        hosts=rng.choice((Hosts.MANY, Hosts.MIXED, Hosts.TWO, Hosts.ONE)),
+        hosts=rng.choice(tuple(Hosts)),
         num_gateways=num_gateways,
         num_kv_blocks=rng.choice((24, 64, 256)),
         slowness=rng.choice((1.0, 2.0, 4.0)),

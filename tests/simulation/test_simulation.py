@@ -15,20 +15,23 @@ NUM_SEEDS = 12
 NUM_MANY = 500
 FIRST_OF_MANY = 1000
 FOUND_AT = {
-    "blind_reload": 2,
+    "blind_reload": 5,
     "early_run": 2,
     "early_switch": 0,
     "half_step": 2,
-    "kept_slots": 7,
-    "no_credit": 16,
+    "hasty_belief": 48,
+    "hasty_successor": 2,
+    "kept_slots": 0,
+    "no_credit": 44,
     "no_hold": 0,
     "no_resubmission": 1,
     "no_retry": 0,
     "one_tenant": 0,
+    "other_build": 19,
     "overtaken_order": 10,
     "short_names": 0,
-    "stale_end": 2,
-    "torn_read": 2,
+    "stale_end": 0,
+    "torn_read": 5,
     "twice_told": 1,
 }
 """Planted bugs, and the first seed that finds each."""
