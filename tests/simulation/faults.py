@@ -387,7 +387,8 @@ class Faults:
     def _witnesses(self) -> list[Process]:
         """Living workers that know a generation."""
         workers = self._world.ray.workers.values()
-        return [w.process for w in workers if w.runtime.membership.generation.number]
+        living = (w for w in workers if not w.runtime.lifetime.is_ending)
+        return [w.process for w in living if w.runtime.membership.generation.number]
 
     def _processes(self) -> list[Process]:
         """All of them, controllers that Ray has given up included."""

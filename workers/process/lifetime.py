@@ -13,6 +13,11 @@ from enum import Enum
 
 from cluster.core.states import Transitions, next_state
 
+STOP_TIMEOUT_S = 5.0
+"""Longest wait for the end of the data thread."""
+_CALL_LIMIT_S = 2.0
+"""Time in which the controller ends the process of a worker that it has told to end."""
+
 
 class Life(Enum):
     """What the process is about to do. The value is for people."""
@@ -37,6 +42,7 @@ class Lifetime:
     def __init__(self) -> None:
         self._life = Life.ACTIVE
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
 
     @property
     def is_ending(self) -> bool:
@@ -55,3 +61,12 @@ class Lifetime:
         """The process ends; again is nothing."""
         with self._lock:
             self._life = next_state(self._life, Life.ENDING, _NEXT)
+
+    def stop(self) -> None:
+        """The same, and the caller ends the process."""
+        self.end()
+        self._stopped.set()
+
+    def is_stopped_in_time(self) -> bool:
+        """Wait for a call of ``stop``; False if the controller that said so must have been lost."""
+        return self._stopped.wait(_CALL_LIMIT_S)

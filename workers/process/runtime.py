@@ -49,7 +49,7 @@ from workers.process.control_client import ControlClient
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.expert_part import BanksOf, ExpertPart
 from workers.process.lease import Lease
-from workers.process.lifetime import Lifetime
+from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
 from workers.process.membership import Membership, MembershipHooks, Standing
 from workers.process.orders import Orders
 from workers.process.reports import WorkerReports
@@ -69,8 +69,6 @@ LEASE_LIMITS = 1.8
 """Lease in detection limits. A worker may be lost earlier: no step commits without it then."""
 _WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
 """Timing of a step in which a worker waits for others, by role."""
-STOP_TIMEOUT_S = 5.0
-"""Longest wait for the end of the data thread."""
 
 
 class WorkerRuntime(ABC):
@@ -119,7 +117,7 @@ class WorkerRuntime(ABC):
             send=self._send,
         )
         self._control: ControlClient | None = None
-        self._lifetime = Lifetime()
+        self.lifetime = Lifetime()
         self._thread = threading.Thread(target=self._main, name=self.member.name, daemon=True)
 
     # ---- what a role adds -------------------------------------------------------------------
@@ -172,7 +170,7 @@ class WorkerRuntime(ABC):
 
     def stop(self) -> None:
         """End the loop and wait for it."""
-        self._lifetime.end()
+        self.lifetime.stop()
         self._interrupt(self.membership.generation.number + 1)
         self._thread.join(STOP_TIMEOUT_S)
 
@@ -183,7 +181,7 @@ class WorkerRuntime(ABC):
 
     def request_drain(self) -> bool:
         """Ask for a drain; False outside a generation, or when already asked (any thread)."""
-        if not self.membership.is_member or not self._lifetime.leave():
+        if not self.membership.is_member or not self.lifetime.leave():
             return False
         self.control.send(DrainRequest())
         return True
@@ -204,15 +202,18 @@ class WorkerRuntime(ABC):
             device = self.args.device.type
             collapse_weights(device, self.checkpoint.loaded_bytes, self.activity.advance)
             self.control.send(WorkerReady(info=info))
-            while not self._lifetime.is_ending:
+            while not self.lifetime.is_ending:
                 self._obey()
                 self._between_steps()
                 self._guarded_step()
         except Exception as err:
             logger.exception("%s cannot go on", self.member.name)
             self._die(f"{type(err).__name__}: {err}")
+            return
         finally:
             self._cleanup.close()
+        if not self.lifetime.is_stopped_in_time():
+            self._on_death("told to end")
 
     def _open(self) -> None:
         """Reach the controller, read the checkpoint's headers, open the listeners, register."""
@@ -340,7 +341,7 @@ class WorkerRuntime(ABC):
         )
 
     def _die(self, reason: str) -> None:
-        if self._lifetime.is_ending:
+        if self.lifetime.is_ending:
             return
         if self.has_called:
             self.control.send(WorkerFailed(reason=reason))
@@ -393,6 +394,6 @@ class WorkerRuntime(ABC):
     def _obey(self) -> None:
         for frame in self._orders.pending():
             if isinstance(frame, Shutdown):
-                self._lifetime.end()
+                self.lifetime.end()
             else:
                 self.membership.handle(frame)

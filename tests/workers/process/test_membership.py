@@ -120,7 +120,7 @@ def test_a_worker_belongs_to_its_generation_while_no_step_runs() -> None:
         runtime: Any = SimpleNamespace(
             membership=world.membership,
             control=SimpleNamespace(send=sent.append),
-            _lifetime=Lifetime(),
+            lifetime=Lifetime(),
         )
         return WorkerRuntime.request_drain(runtime)
 
