@@ -214,14 +214,16 @@ class WorkerGroup:
             async with asyncio.timeout(limit_s):
                 handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
                 actor = self._actors[name] = _Actor(name, handle, "")
-                call: Any = handle.__ray_call__.remote(_introduce)
-                answer, actor.process, actor.node_id = await call
-        except (ActorUnavailableError, TimeoutError) as err:
+                ask: Any = handle.__ray_call__.remote
+                while True:
+                    with contextlib.suppress(ActorUnavailableError):  # this call is lost, no more
+                        answer, actor.process, actor.node_id = await ask(_introduce)
+                        break
+                    await asyncio.sleep(_POLL_S)
+        except (TimeoutError, RayError, ValueError) as err:
             logger.warning("%s is not found again: %s", name, type(err).__name__)
-            return None
-        except (RayError, ValueError) as err:
-            logger.warning("%s has gone: %s", name, type(err).__name__)
-            self._actors.pop(name, None)
+            if not isinstance(err, TimeoutError):
+                self._actors.pop(name, None)
             return None
         return FoundWorker(
             name=name,

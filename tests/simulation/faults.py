@@ -51,6 +51,7 @@ LINK_FAULTS = (
     "isolate_worker",
     "isolate_head",
     "isolate_restart",
+    "lose_calls",
 )
 ORDERS = ("drain_worker", "rebalance")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
@@ -114,6 +115,7 @@ class Faults:
         for thread in self._held:
             thread.release()
         self._world.kernel.disk.repair()
+        self._world.ray.num_losses = 0
         self._world.kernel.slowness = self._world.scenario.slowness
 
     # ---- processes ----------------------------------------------------------------------------
@@ -339,6 +341,20 @@ class Faults:
             self._blame(*away)
         if self._world.kernel.now < until:
             self._world.kernel.after(_LOOK_S, self._blame_last, until)
+
+    def lose_calls(self, fault: Fault) -> None:
+        """Ray loses calls of actors, or their answers, and says so; a controller looks for its
+        workers then.
+        """
+        ray = self._world.ray
+        controller = self._replaceable_controller()
+        ray.num_losses += 1
+        controller.kill()
+
+        def end() -> None:
+            ray.num_losses = max(ray.num_losses - 1, 0)
+
+        self._world.kernel.after(fault.lasts_s, end)
 
     # ---- orders of operators ------------------------------------------------------------------
 

@@ -45,13 +45,24 @@ class Hosts(Enum):
 _START_S = 0.3
 """Mean time in which Ray starts a process."""
 _PING_S = 0.5
+_LOST_S = 0.2
+"""Time until Ray notices that a call is lost."""
+_AGAIN_S = 0.05
 _CALL_LIMIT_S = 5.0
 _STOP_LIMIT_S = 2.0
 WORKER_ROLES: tuple[Role, ...] = ("attention", "expert")
 
 
+_PART_LOST = 0.3
+"""Part of the calls that are lost while Ray loses calls."""
+
+
 class ActorLostError(Exception):
     """Ray's error for a call of an actor that is gone."""
+
+
+class UnavailableError(Exception):
+    """Ray's error for a call that was lost, or its answer; the actor may live."""
 
 
 @dataclass(slots=True)
@@ -76,6 +87,8 @@ class SimRay:
         self.newest_term = 0
         """Highest term that a controller has claimed."""
         self.ends = Ends()
+        self.num_losses = 0
+        """Faults under way in which calls are lost."""
         self.restart_s = 0.5
         """Mean time in which Ray notices a dead controller and starts another."""
         self._pids = 100
@@ -130,7 +143,11 @@ class SimRay:
         self.start_controller(was_restarted=True)
 
     async def call(self, caller: Process, worker: SimWorker, method: str, *args: Any) -> Any:
-        """Call a worker actor. Raises ``ActorLostError`` when it is gone."""
+        """Call a worker actor. Raises ``ActorLostError``, ``UnavailableError``."""
+        is_lost = self.num_losses > 0 and self.kernel.rng.random() < _PART_LOST
+        if is_lost and self.kernel.rng.random() < 0.5:
+            await asyncio.sleep(_LOST_S)
+            raise UnavailableError(worker.name)
         answer = asyncio.get_running_loop().create_future()
         loop = caller.loop
         there = Pipe(self.net, caller.host, worker.process.host)
@@ -145,6 +162,8 @@ class SimRay:
                 answer.set_result(result)
 
         def reply(result: Any, error: Exception | None) -> None:
+            if is_lost:
+                result, error = None, UnavailableError(worker.name)
             back.send(caller.run, loop.call_soon, settle, result, error)
 
         def run() -> None:
@@ -282,7 +301,7 @@ class SimGroup:
     async def _find(self, worker: SimWorker, limit_s: float) -> FoundWorker | None:
         try:
             async with asyncio.timeout(limit_s):
-                await self._ray.call(self._process, worker, "introduce")
+                await self._introduce(worker)
         except TimeoutError:
             return None
         except ActorLostError:
@@ -291,6 +310,13 @@ class SimGroup:
         return FoundWorker(
             name=worker.name, config=worker.args.config, num_slots=worker.args.num_slots
         )
+
+    async def _introduce(self, worker: SimWorker) -> None:
+        while True:
+            with suppress(UnavailableError):
+                await self._ray.call(self._process, worker, "introduce")
+                return
+            await asyncio.sleep(_AGAIN_S)
 
     async def claim(self, identity: str) -> int:
         await asyncio.sleep(self._kernel.rng.uniform(0.0005, 0.003))
@@ -327,7 +353,7 @@ class SimGroup:
         kernel, ray = self._kernel, self._ray
         await self._check_term()
         stop = ray.call(self._process, worker, "stop", self._term, self._identity)
-        with suppress(TimeoutError, ActorLostError):
+        with suppress(TimeoutError, ActorLostError, UnavailableError):
             await asyncio.wait_for(stop, _STOP_LIMIT_S)
         await self._check_term()
         ray.check_order(self._term, f"ends {worker.name}")
