@@ -320,7 +320,10 @@ class Faults:
         """A host neither sends nor receives."""
         worker = self._worker(fault.where)
         self._blame(worker.host)
-        self._isolate(worker.host, fault.lasts_s)
+        if worker.host == HEAD:
+            self.isolate_head(fault)
+        else:
+            self._isolate(worker.host, fault.lasts_s)
 
     def isolate_head(self, fault: Fault) -> None:
         """A blip at the host of the controller and of Ray: most workers are not at fault."""
