@@ -67,7 +67,7 @@ class ControllerActor:
         self._group = group
         self._status_limit_s = status_limit_s
         self._background = Background()
-        self._is_watched = is_watched
+        self._wants_watchdog = is_watched
         self.runner = Runner(group, self._background)
         self._starting = asyncio.Lock()
         self._may_restore = self._restores = group.was_restarted()
@@ -110,8 +110,8 @@ class ControllerActor:
         Returns when that is done, or after a first failure, while retries continue. A restarted
         actor calls this itself, and every call to it waits for it first.
         """
-        if self._is_watched:
-            self._is_watched = False
+        if self._wants_watchdog:
+            self._wants_watchdog = False
             self._background.spawn(_beat())
         if self._may_restore:
             self._may_restore = False
@@ -240,19 +240,20 @@ class ControllerActor:
 
     async def _restore(self) -> None:
         """Repeat until it succeeds: the workers serve meanwhile."""
-        began_at, pause_s = time.monotonic(), _RESTORE_PAUSE_S
+        began_at, pause_s = 0.0, _RESTORE_PAUSE_S
         term = 0  # claimed once: who is overtaken by another controller must not overtake it again
         while self._restores:
             try:
                 async with asyncio.timeout(_RESTORE_LIMIT_S):
                     term = term or await self._group.claim(self.runner.identity)
+                    began_at = began_at or time.monotonic()
                     await hand_off(self.runner, term, began_at)
                 self._restores = False
             except SupersededError as err:
                 self.runner.retire(str(err))
                 self._restores = False
             except Exception as err:  # any error of Ray
-                logger.exception("the workers could not be found, trying again")
+                logger.warning("not restored: %s", err, exc_info=not isinstance(err, NotReadyError))
                 failure = f"the restarted controller failed: {type(err).__name__}: {err}"
                 self.runner.failure = failure
             self._is_settled.set()  # after a failure waiting calls get that

@@ -46,12 +46,12 @@ async def hand_off(runner: Runner, term: int, began_at: float) -> None:
         runner.failure = "the controller was lost before the cluster served"
         await group.end_all()
         return
-    config = found[0].config
-    unheard = collected.unheard(group.address(), group.names())
-    if unheard and time.monotonic() - began_at < ControllerSettings.of(config).hold_limit_s:
+    lost = {w.member.name for w in collected.memory.lost}
+    unheard = collected.unheard(group.address(), set(group.names()) - lost)
+    if unheard and time.monotonic() - began_at < ControllerSettings().hold_limit_s:
         raise NotReadyError(f"most other hosts are silent: {', '.join(sorted(unheard))}")
     num_slots = max(f.num_slots for f in found)
-    plan = StartPlan(config=config, placement=collected.placement, num_slots=num_slots)
+    plan = StartPlan(config=found[0].config, placement=collected.placement, num_slots=num_slots)
     runner.go_on(plan, collected, term)
 
 
@@ -64,7 +64,7 @@ async def _call_workers(runner: Runner, found: Sequence[FoundWorker]) -> Collect
         time.monotonic(),
         limit_s=limits.collect_limit_s,
         confirm_s=limits.confirm_s,
-        others=runner.group.names(),
+        known=runner.group.names(),
         fresh=[f.name for f in found if not f.has_called],
     )
     calls = [asyncio.create_task(_redirect(runner, f.name, server)) for f in found]

@@ -95,9 +95,8 @@ class CollectedState:
 
     def unheard(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
         """Those ``alive`` of the newest generation whose silence may be that of ``own_host``."""
-        heard = self.greetings
         pulses = [
-            Pulse(name=m.name, heard_at=float(m.name in heard), progress_at=0.0, host=m.node)
+            Pulse(name=m.name, heard_at=float(m.name in self.greetings), host=m.node)
             for m in self.generation.members
             if m.name in alive
         ]
@@ -145,15 +144,15 @@ class ReportCollector:
         *,
         limit_s: float,
         confirm_s: float,
-        others: Iterable[str] = (),
+        known: Iterable[str] = (),
         fresh: Iterable[str] = (),
     ) -> None:
-        """``expected`` are workers that were found; ``others`` are not waited for. The wait
-        for a worker that a peer reported as lost ends after ``confirm_s``, for others after
-        ``limit_s``. ``fresh`` ones have never called a controller: they had no generation.
+        """``expected`` were found; others that are ``known`` are not waited for. The wait for a
+        worker that a peer reported as lost ends after ``confirm_s``, for others after ``limit_s``.
+        ``fresh`` ones have never called a controller: they had no generation.
         """
         self._expected = set(expected)
-        self._found = (self._expected | set(others)) - set(fresh)
+        self._found = (self._expected | set(known)) - set(fresh)
         self._greetings: dict[str, Greeting] = {}
         self._deadline = now + limit_s
         self._confirm_s = confirm_s
@@ -242,7 +241,7 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
         for m in collected.generation.members
         if m.name not in collected.greetings or workers[m.name].is_lost
     ]
-    if collected.is_intact and not cluster.round.missing(cluster.placement):
+    if not missing and collected.is_intact and not cluster.round.missing(cluster.placement):
         cluster.experts_complete = True
         cluster.round.enter(Phase.RUNNING)
         recovery.show_running()

@@ -17,7 +17,7 @@ class Pulse:
     name: str
     heard_at: float
     """Last frame from it."""
-    progress_at: float
+    progress_at: float = 0.0
     """Last heartbeat in which its progress counter had grown or it was idle."""
     waiting: bool = False
     """Its loop waits for a peer within a step."""

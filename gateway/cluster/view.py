@@ -145,7 +145,7 @@ class ClusterView:
         self, call: ControllerCall, *details: Any, limit_s: float = CALL_TIMEOUT_S
     ) -> Any:
         """The controller's answer. Raises its errors, and ``NotReadyError`` without an answer."""
-        if self._controller is None:
+        if self._controller is None or self.refusal:
             reason = self.refusal or "the controller does not answer"
             raise NotReadyError(reason, "not_ready", 2.0)
         try:

@@ -339,7 +339,7 @@ class Faults:
 
     def _blame_last(self, until: float) -> None:
         """A single worker that is away from the head and silent counts as lost."""
-        away = {process.host for process in self._witnesses()} - {HEAD}
+        away = [process.host for process in self._witnesses() if process.host != HEAD]
         if len(away) == 1:
             self._blame(*away)
         if self._world.kernel.now < until:
@@ -447,9 +447,9 @@ class Faults:
         """Workers call a controller again whose connections to them have broken, if nothing else
         keeps them from it. Of two workers that lose each other one may end.
         """
-        scenario = self._world.scenario
-        has_workers = HEAD not in hosts or scenario.hosts.has_workers_at_head
-        if has_workers or {fault.kind for fault in scenario.faults} & _SLOWS_CALLS:
+        have_workers = {w.process.host for w in self._world.ray.workers.values()}
+        kinds = {fault.kind for fault in self._world.scenario.faults}
+        if HEAD not in hosts or have_workers.issuperset(hosts) or kinds & _SLOWS_CALLS:
             self._blame(*hosts)
 
     def _order(self, method: str, order: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.core.errors import ExpertMeshError, NotReadyError
+from cluster.core.errors import DeadlineExceededError, ExpertMeshError, NotReadyError
 from gateway.cluster.view import ClusterView
 from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
 from gateway.core.delta import ChoiceDelta
@@ -30,6 +30,8 @@ _RETRY_S = 0.5
 """Time after which a client asks again that was told to."""
 _ROUNDING_S = 0.001
 """Of the time that a worker is told."""
+_STILL_S = 15.0
+"""Longest time for which a gateway may stand still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +110,9 @@ class Outcome:
                 self.problems.append(f"{self.ask.name}: the client misses tokens")
             return
         self._note(error)
-        self.is_late = self.ask.limit_s < REQUEST_LIMIT_S and now >= deadline_s - _ROUNDING_S
+        is_about_time = isinstance(error, DeadlineExceededError | NotReadyError)
+        is_in_time = deadline_s - _ROUNDING_S <= now <= deadline_s + _STILL_S
+        self.is_late = self.ask.limit_s < REQUEST_LIMIT_S and is_about_time and is_in_time
         if not self.ends:
             self.ends.append("late" if self.is_late else "refused")
 

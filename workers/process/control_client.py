@@ -58,6 +58,7 @@ CONTROLLER = "controller"
 _PREFIX_BYTES = 4
 _CHUNK_BYTES = 1 << 16
 _RETRY_S = 0.1
+_REFUSED_S = 0.5
 _RETRY_LIMIT_S = 1.0  # short, so that the lease is looked at in between
 _FLUSH_S = 1.0
 _ALIVE = encode(Alive())
@@ -291,6 +292,7 @@ class ControlClient:
                 logger.debug("no controller yet: %s", err)
             except ProtocolError as err:  # another program may have the port by now
                 logger.warning("the controller's handshake failed: %s", err)
+                self._wakeup.wait(_REFUSED_S)
             else:
                 return sock
             self._wakeup.wait(_RETRY_S)

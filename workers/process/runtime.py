@@ -202,8 +202,7 @@ class WorkerRuntime(ABC):
             device = self.args.device.type
             collapse_weights(device, self.checkpoint.loaded_bytes, self.activity.advance)
             self.control.send(WorkerReady(info=info))
-            while not self.lifetime.is_ending:
-                self._obey()
+            while self._obey():
                 self._between_steps()
                 self._guarded_step()
         except Exception as err:
@@ -391,9 +390,11 @@ class WorkerRuntime(ABC):
         except PeerLostError as err:
             membership.lose(err)
 
-    def _obey(self) -> None:
+    def _obey(self) -> bool:
+        """Take the controller's orders; False if this worker ends."""
         for frame in self._orders.pending():
             if isinstance(frame, Shutdown):
                 self.lifetime.end()
             else:
                 self.membership.handle(frame)
+        return not self.lifetime.is_ending

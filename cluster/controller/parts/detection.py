@@ -38,12 +38,12 @@ class Detection:
         self._limits = limits
         self.last_tick = self._held_at = cluster.began_at
         """Time of the last call of ``credit_own_pause``."""
-        self._is_late, self._late_at = False, cluster.began_at
+        self._is_late, self._woke_at = False, cluster.began_at
+        """And when what had come in a long pause was read; infinite before."""
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
         """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
-        self._held: frozenset[str] = frozenset()
-        self._unheard: frozenset[str] = frozenset()
+        self._held = self._unheard = frozenset[str]()
         """Members that have still to be heard after the controller's own pause, if most have."""
         self._ran_at = self._busy_at = cluster.began_at
         """When nobody kept the others waiting, and when one of these had still to begin."""
@@ -107,10 +107,10 @@ class Detection:
         """
         late_s, was_late = now - self.last_tick - TICK_S, self._is_late
         self._is_late = late_s > TICK_S
-        if self._is_late or was_late:
-            self._late_at = now
+        self._woke_at = min(self._woke_at, now)
         if late_s > self._limits.detection_limit_s / 2:
             logger.warning("the controller did not run for %.1f s", late_s)
+            self._woke_at = math.inf
         if self._is_late:
             for record in self._cluster.workers.alive():
                 record.credit(late_s if was_late else late_s + TICK_S, now)
@@ -128,7 +128,7 @@ class Detection:
         known = {m.name for m in cluster.round.members} - cluster.round.joins
         pulses = cluster.workers.pulses(False)
         members = [p for p in pulses if p.name in known]
-        self._unheard = unheard_hosts(members, cluster.host, self._late_at)
+        self._unheard = unheard_hosts(members, cluster.host, self._woke_at)
         silent = silent_hosts(now, members, cluster.host, limit)
         silent |= {p.name for p in pulses if silent and now - p.heard_at > limit / 2}
         self._held = frozenset(
@@ -169,7 +169,7 @@ class Detection:
             return
         yield self._late_answers(now)
         yield self._late_joins(now)
-        if not self._unheard:
+        if not self._unheard and self._woke_at <= now:
             yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:

@@ -662,20 +662,38 @@ def test_who_waits_for_silent_hosts_is_not_late() -> None:
     assert cluster.link.ended == ["expert-2"]
 
 
-def test_who_wakes_up_believes_no_report_before_it_has_heard_the_other_hosts() -> None:
+@pytest.mark.parametrize("was_reported_before", [False, True])
+def test_who_wakes_up_believes_no_report_before_it_has_heard_the_other_hosts(
+    was_reported_before: bool,
+) -> None:
     """The path that was lost may be that of its own host."""
     cluster = FakeCluster(1, 3, num_redundant=4, hosts=HOSTS)
     cluster.serve()
     cluster.beat_all()
     cluster.tick(0.1)
+    report = PeerLost(worker="expert-1", generation=1, reason="silent")
+    if was_reported_before:
+        cluster.send("attention-0", report)
     cluster.now += 2.0
     cluster.controller.tick(cluster.now)
-    cluster.beat_all()  # what had come in the pause
-    cluster.send("attention-0", PeerLost(worker="expert-1", generation=1, reason="silent"))
+    assert cluster.link.ended == [], "what has come in the pause is not read yet"
+    cluster.beat_all()
+    cluster.send("attention-0", report)
     for _ in range(12):
         cluster.tick(0.1)
         cluster.beat("attention-0")
     assert cluster.link.ended == []
+
+
+def test_a_controller_that_is_often_late_believes_reports_all_the_same() -> None:
+    cluster = FakeCluster(1, 3, num_redundant=4, hosts=HOSTS)
+    cluster.serve()
+    cluster.send("attention-0", PeerLost(worker="expert-1", generation=1, reason="silent"))
+    for _ in range(4):
+        cluster.beat_all()
+        cluster.now += 0.4
+        cluster.controller.tick(cluster.now)
+    assert cluster.link.ended == ["expert-1"]
 
 
 def test_a_silent_host_that_ray_has_lost_is_not_waited_for() -> None:

@@ -223,7 +223,7 @@ def test_a_worker_that_never_called_a_controller_had_no_generation() -> None:
 def test_a_worker_that_was_never_in_a_generation_says_nothing_about_the_others() -> None:
     fresh = report_of(generation=None, placement=None, running=False)
     collector = ReportCollector(
-        NAMES[2:], 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, others=NAMES[:2]
+        NAMES[2:], 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, known=NAMES[:2]
     )
     call(collector, "expert-1", fresh)
     assert collector.is_complete(0.1)
