@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources
-from cluster.core.errors import PeerLostError
+from cluster.core.errors import PeerLostError, SupersededError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
 from cluster.sizing.start_plan import FoundWorker, StartPlan
@@ -173,6 +173,10 @@ class FakeWorkerGroup(WorkerGroup):
         self.newest_term += 1
         self.claimed = self.newest_term, identity
         return self.newest_term
+
+    async def check_term(self) -> None:
+        if self.newest_term > self.claimed[0]:
+            raise SupersededError(f"term {self.newest_term} is claimed")
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
         return members_of(workers.pools)

@@ -71,23 +71,19 @@ async def _call_workers(runner: Runner, found: Sequence[FoundWorker]) -> Collect
     try:
         while not collector.is_complete(time.monotonic()):
             await runner.background.wait(lambda: collector.is_complete(time.monotonic()), _POLL_S)
-            for call in calls:
-                if call.done():
-                    call.result()  # raises ``SupersededError``
     finally:
         for call in calls:
             call.cancel()
+    await runner.group.check_term()
     return collector.result()
 
 
 async def _redirect(runner: Runner, name: str, server: ControlServer) -> None:
-    """Send a worker the address until it calls, or none is awaited. Raises ``SupersededError``."""
+    """Send a worker the address until it calls, or none is awaited."""
     while runner.collector is not None and not server.is_connected(name):
         try:
             await runner.group.redirect(name, server.address)
-        except SupersededError:
-            raise
-        except ProcessLookupError:
+        except (ProcessLookupError, SupersededError):  # it follows another controller
             runner.collector.gone(name, time.monotonic())
             return
         except Exception as err:  # any error of Ray: it may answer later, or be lost

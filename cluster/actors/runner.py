@@ -186,7 +186,7 @@ class Runner:
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
         target = self.collector or self.controller
-        if isinstance(frame, Superseded) and self.controller is not None:
+        if isinstance(frame, Superseded) and target is not None:
             self.retire(f"{worker} follows another controller, of term {frame.term}")
         elif target is not None and isinstance(frame, Alive):
             target.frame(worker, frame, time.monotonic())  # frequent, and nobody waits for it

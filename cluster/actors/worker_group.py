@@ -92,6 +92,12 @@ class WorkerGroup:
         self._identity = identity
         return self._term
 
+    async def check_term(self) -> None:
+        """Raise ``SupersededError`` if another controller has a newer term."""
+        newest = await _in_time(ray_tools.newest_term, self._term, self._identity)
+        if newest:
+            raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
+
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
         """See ``Room``. Blocks; use a thread."""
         return self.room.reserve(workers, limit_s)
@@ -102,7 +108,7 @@ class WorkerGroup:
         Those that have no reserved place get the room of a lost one, once that is free. Raises
         ``StartError`` with the first failing worker's own words, and ``SupersededError``.
         """
-        await self._check_term()
+        await self.check_term()
         await _free_names([m.name for m in members])
         created = []
         for member in members:
@@ -113,7 +119,7 @@ class WorkerGroup:
                 taken = {a.bundle for a in self._actors.values()}
                 bundle = self.room.bundle_for(member.name, member.role, taken)
                 create: Any = remote.options(**self._options(member, plan.share, bundle)).remote
-                await self._check_term()
+                await self.check_term()
                 facts: Any = plan.arguments(member, address)
                 handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
                 actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
@@ -204,7 +210,7 @@ class WorkerGroup:
 
     async def end_all(self) -> None:
         """End every worker and release the reserved room. Raises ``SupersededError``."""
-        await self._check_term()
+        await self.check_term()
         await self.end(self.names())
         await asyncio.gather(*self._ending)
         await _in_time(ray_tools.free_reserved_room)
@@ -266,19 +272,13 @@ class WorkerGroup:
         except (RayError, TimeoutError) as err:
             _raise_superseded(err)
             logger.info("%s did not stop by itself: %s", actor.name, type(err).__name__)
-        await self._check_term()
+        await self.check_term()
         if not stopped:
             await self._kill_by_pid(actor)
         with contextlib.suppress(RayError, ValueError, TimeoutError):
             await _in_time(ray.kill, actor.handle, no_restart=True)
         if stopped and not await self._is_gone(actor):
             await self._kill_by_pid(actor)
-
-    async def _check_term(self) -> None:
-        """Raise ``SupersededError`` if another controller has a newer term."""
-        newest = await _in_time(ray_tools.newest_term, self._term, self._identity)
-        if newest:
-            raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
     async def _is_gone(self, actor: _Actor) -> bool:
         """Whether the process ended; for a remote one its own ``stop`` is trusted."""

@@ -210,7 +210,7 @@ def _stale_end() -> Iterator[None]:
 
     unguarded = mock.patch.object(WorkerRuntime, "follow", return_value=None)
     alive = mock.patch.object(SimGroup, "end_this_process", return_value=None)
-    with unguarded, alive, mock.patch.object(SimGroup, "_check_term", check):
+    with unguarded, alive, mock.patch.object(SimGroup, "check_term", check):
         yield
 
 

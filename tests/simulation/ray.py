@@ -257,7 +257,7 @@ class SimGroup:
         ray = self._ray
         for member in members:
             await asyncio.sleep(self._kernel.rng.uniform(0.5, 1.5) * _START_S / len(members))
-            await self._check_term()
+            await self.check_term()
             ray.check_order(self._term, f"starts {member.name}")
             if member.name in ray.workers:
                 raise StartError(member.name, "an actor of that name lives")
@@ -351,17 +351,17 @@ class SimGroup:
     async def _end_process(self, worker: SimWorker) -> None:
         """By its own ``stop``, then by a signal; as ``WorkerGroup`` does it."""
         kernel, ray = self._kernel, self._ray
-        await self._check_term()
+        await self.check_term()
         stop = ray.call(self._process, worker, "stop", self._term, self._identity)
         with suppress(TimeoutError, ActorLostError, UnavailableError):
             await asyncio.wait_for(stop, _STOP_LIMIT_S)
-        await self._check_term()
+        await self.check_term()
         ray.check_order(self._term, f"ends {worker.name}")
         if not worker.is_dead:
             ray.ends.asked.append((self._term, worker.name, kernel.now))
         worker.process.kill(f"ended by {self._process.name}")
 
-    async def _check_term(self) -> None:
+    async def check_term(self) -> None:
         await asyncio.sleep(self._kernel.rng.uniform(0.0005, 0.003))
         if self._ray.newest_term > self._term:
             raise SupersededError(f"term {self._ray.newest_term} is claimed")

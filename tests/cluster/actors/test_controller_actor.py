@@ -21,7 +21,7 @@ from cluster.config.cluster import (
     TransportSection,
     WorkersSection,
 )
-from cluster.controller.failover import CollectedState
+from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts import gateway_polls
 from cluster.controller.parts.memory import Memory
 from cluster.core.errors import (
@@ -40,6 +40,7 @@ from cluster.core.frames import (
     RunGeneration,
     Shutdown,
     StatusReply,
+    Superseded,
     WorkerReady,
 )
 from cluster.core.load_profile import BankLoad, LoadProfile
@@ -494,6 +495,7 @@ class OvertakenGroup(LateGroup):
         return (FoundWorker(name="expert-0", config=config, num_slots=1),)
 
     async def redirect(self, name: str, control_address: str) -> None:
+        self.newest_term += 1
         raise SupersededError("a controller of the older term 1")
 
 
@@ -502,9 +504,23 @@ def test_a_restarted_controller_that_was_overtaken_lets_go() -> None:
         group = OvertakenGroup()
         actor = ControllerActor(group)
         snapshot = await _until(actor, "STOPPED")
-        assert snapshot["error"] == "a controller of the older term 1"
-        assert (group.newest_term, group.ended, group.has_ended_controller) == (1, [], True)
+        assert snapshot["error"] == "term 2 is claimed"
+        assert (group.newest_term, group.ended, group.has_ended_controller) == (2, [], True)
         await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_a_controller_that_collects_reports_lets_go_when_a_worker_follows_another() -> None:
+    async def body() -> None:
+        group = OvertakenGroup()
+        restarted = runner.Runner(group, Background())
+        restarted.on_frame("expert-0", Superseded(term=4))
+        assert not group.has_ended_controller, "there is nothing to let go of"
+        restarted.collector = ReportCollector(["expert-0"], 0.0, limit_s=1.0, confirm_s=0.1)
+        restarted.on_frame("expert-0", Superseded(term=4))
+        assert group.has_ended_controller
+        assert restarted.failure == "expert-0 follows another controller, of term 4"
 
     asyncio.run(body())
 

@@ -70,9 +70,9 @@ def test_a_claim_that_comes_through_late_does_not_overtake_its_own_controller(
         tables.answers.set()
         while "term-2" not in tables.values:  # the first one
             await asyncio.sleep(0)
-        await group._check_term()
+        await group.check_term()
         tables.values["term-3"] = b"another one"
         with pytest.raises(SupersededError, match="term 3 is claimed, this controller has 1"):
-            await group._check_term()
+            await group.check_term()
 
     asyncio.run(body())
