@@ -149,10 +149,12 @@ class ReportCollector:
     ) -> None:
         """``expected`` were found; others that are ``known`` are not waited for. The wait for a
         worker that a peer reported as lost ends after ``confirm_s``, for others after ``limit_s``.
-        ``fresh`` ones have never called a controller: they had no generation.
+        ``fresh`` ones have never called a controller: they had no generation, and nobody waits for
+        them, as the controller may have been lost before it told them to start.
         """
         self._expected = set(expected)
-        self._found = (self._expected | set(known)) - set(fresh)
+        self._fresh = set(fresh)
+        self._found = (self._expected | set(known)) - self._fresh
         self._greetings: dict[str, Greeting] = {}
         self._deadline = now + limit_s
         self._confirm_s = confirm_s
@@ -173,7 +175,8 @@ class ReportCollector:
 
     def is_complete(self, now: float) -> bool:
         """No report is awaited any more."""
-        return now >= self._deadline or not any(self._is_awaited(n, now) for n in self._expected)
+        awaited = self._expected - self._fresh
+        return now >= self._deadline or not any(self._is_awaited(name, now) for name in awaited)
 
     def result(self) -> CollectedState | None:
         """The state in the reports; None if no worker ever had a generation.

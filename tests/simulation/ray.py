@@ -308,7 +308,10 @@ class SimGroup:
             self._known.pop(worker.name, None)
             return None
         return FoundWorker(
-            name=worker.name, config=worker.args.config, num_slots=worker.args.num_slots
+            name=worker.name,
+            config=worker.args.config,
+            num_slots=worker.args.num_slots,
+            has_called=worker.runtime.has_called,
         )
 
     async def _introduce(self, worker: SimWorker) -> None:

@@ -231,6 +231,18 @@ def test_a_worker_that_was_never_in_a_generation_says_nothing_about_the_others()
         collector.result()
 
 
+def test_nobody_waits_for_a_worker_that_has_never_called() -> None:
+    """The controller may have been lost before it told it to start; it is ended then."""
+    names = [*NAMES, "expert-1.2"]
+    collector = ReportCollector(
+        names, 0.0, limit_s=LIMIT_S, confirm_s=CONFIRM_S, fresh=["expert-1.2"]
+    )
+    for name in NAMES:
+        assert not collector.is_complete(0.1)
+        call(collector, name, report_of())
+    assert collector.is_complete(0.1)
+
+
 def test_the_newest_memory_counts_and_names_the_lost_workers() -> None:
     entry = {"generation": 3, "time": 5.0, "cause": "lost expert-9: gone", "effect": "go on"}
     lost = make_members(1, 10)[-1]
