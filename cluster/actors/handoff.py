@@ -83,7 +83,7 @@ async def _redirect(runner: Runner, name: str, server: ControlServer) -> None:
     while runner.collector is not None and not server.is_connected(name):
         try:
             await runner.group.redirect(name, server.address)
-        except (ProcessLookupError, SupersededError):  # it follows another controller
+        except (ProcessLookupError, SupersededError):  # it has died, or follows another one
             runner.collector.gone(name, time.monotonic())
             return
         except Exception as err:  # any error of Ray: it may answer later, or be lost

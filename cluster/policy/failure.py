@@ -82,7 +82,7 @@ def silent_hosts(
 
 
 def unheard_hosts(pulses: Sequence[Pulse], own_host: str, since: float) -> frozenset[str]:
-    """Workers of the other hosts that were not heard since, if most were not, with two workers."""
+    """Workers of hosts that were not heard since, if most others were not: two workers or more."""
     away = [p for p in pulses if p.host not in ("", own_host)]
     heard: dict[str, float] = {}
     for pulse in away:

@@ -29,7 +29,7 @@ REQUEST_LIMIT_S = 120.0
 _RETRY_S = 0.5
 """Time after which a client asks again that was told to."""
 _ROUNDING_S = 0.001
-"""Of the time that a worker is told."""
+"""A worker gets the time that a request has left in whole milliseconds."""
 _STILL_S = 15.0
 """Longest time for which a gateway may stand still."""
 

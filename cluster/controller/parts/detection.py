@@ -39,12 +39,12 @@ class Detection:
         self.last_tick = self._held_at = cluster.began_at
         """Time of the last call of ``credit_own_pause``."""
         self._is_late, self._woke_at = False, cluster.began_at
-        """And when what had come in a long pause was read; infinite before."""
+        """Whether this tick is late; when what came in a long pause was read, infinite before."""
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
         """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
         self._held = self._unheard = frozenset[str]()
-        """Members that have still to be heard after the controller's own pause, if most have."""
+        """Who is silent with most other hosts, and who was not heard after a long pause of ours."""
         self._ran_at = self._busy_at = cluster.began_at
         """When nobody kept the others waiting, and when one of these had still to begin."""
 
