@@ -59,6 +59,12 @@ def arguments(instructions: list[Instruction]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def environment(stage: list[Instruction]) -> dict[str, str]:
+    """Variables that a stage's ENVs set."""
+    words = (word for i in stage if i.name == "ENV" for word in shlex.split(i.text))
+    return dict(word.split("=", 1) for word in words)
+
+
 def context(root: Path) -> list[Path]:
     """Files that ``docker build`` would send, by ``.dockerignore``: the last fitting rule wins."""
     lines = (root / ".dockerignore").read_text().splitlines()

@@ -56,7 +56,7 @@ def test_it_runs_as_ray_and_says_what_it_is() -> None:
 def test_what_it_sets_is_what_the_launcher_sets() -> None:
     from cluster.launch.local_ray import common_environment
 
-    words = dict(w.split("=", 1) for t in _texts("ENV") for w in t.split())
+    words = dockerfile.environment(LAST)
     ours = common_environment()
     assert words == {name: ours[name] for name in words}
     assert "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH" in words

@@ -1,8 +1,8 @@
 """The containers' commands, started as the manifests write them, on pretend hosts: one a pod.
 
 What Kubernetes does is done here by hand: names in /etc/hosts for the Services, the address and the
-variables of the pod and the operator's token in the environment, probes and the preStop hook run in
-the pod. The overlay is ``cpu-kind``; the part of a command that is Ray's is the operator's
+variables of the image, the pod and the operator's token in the environment, probes and the preStop
+hook run in the pod. The overlay is ``cpu-kind``; what is Ray's in a command is the operator's
 (``Group.start_params``).
 """
 
@@ -21,6 +21,7 @@ import pytest
 
 from tests.harness.clients import NO_REDIS, redis_server
 from tests.harness.fault_rows import Form
+from tests.k8s import dockerfile
 from tests.k8s.kuberay import K8S, Group, Manifests, NoKubectl
 from tests.paths import ROOT
 from tests.pretend_hosts.hosts import (
@@ -54,6 +55,8 @@ class Pods(NodeHosts):
         super().__init__(folder, PYTHONPATH=str(ROOT), **(token if asks else without))
         self.manifests = manifests
         self.groups = [g for group in manifests.groups for g in [group] * group.replicas]
+        steps = dockerfile.read(K8S / "image" / "Dockerfile")
+        self._image = dockerfile.environment(dockerfile.stages(steps)[-1])
         self._engine = folder / "engine.yaml"
         self._engine.write_text(manifests.engine_text)
         self._names = folder / "hosts"
@@ -114,12 +117,13 @@ class Pods(NodeHosts):
         variables = {e["name"]: e["value"] for e in container["env"] if "value" in e}
         words = [expand(word, variables) for word in container["command"]]
         assert ENGINE in words
-        self.run("exec", host, *(str(self._engine) if w == ENGINE else w for w in words))
+        command = [str(self._engine) if w == ENGINE else w for w in words]
+        self.run("exec", host, "env", *(f"{k}={v}" for k, v in self._image.items()), *command)
 
     def _environment(self, host: str) -> list[str]:
         """``env`` with the variables of the pod's container, and those that the operator sets."""
         group = self.group(host)
-        variables = group.env | self.manifests.operator_env(group.name)
+        variables = self._image | group.env | self.manifests.operator_env(group.name)
         variables |= {"POD_IP": address_of(host), "RAY_PORT": str(RAY_PORT)}
         variables["RAY_ADDRESS"] = f"{self.manifests.name}-head-svc:{RAY_PORT}"
         if host == "h0":

@@ -125,7 +125,7 @@ class Hosts:
             timeout=TIMEOUT_S,
             check=False,
         )
-        assert done.returncode == 0, done.stderr or done.stdout
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}"
         return done.stdout
 
     def boots(self, host: str) -> bool:
