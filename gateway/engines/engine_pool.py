@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
-from cluster.core.errors import NotReadyError, PoisonousRequestError
+from cluster.core.errors import NotReadyError, PoisonousRequestError, RequestFailedError
 from gateway.cluster.view import AttentionEndpoint
 from gateway.core.replay import ReplayCause
 from gateway.engines.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient, StreamEnd
@@ -271,19 +271,36 @@ class EnginePool:
             for client in self._clients.values()
             for entry in client.requests_at(RequestStage.SENT)
         )
-        for entry in sorted(waiting, key=lambda entry: self._num_missing(entry, ready)):
+        by_cost: list[tuple[int, Submission]] = []
+        for entry in waiting:
+            with self._isolate(entry):
+                by_cost.append((self._num_missing(entry, ready), entry))
+        for _, entry in sorted(by_cost, key=lambda pair: pair[0]):
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue
             is_second_lone = entry.must_be_sent_alone and has_lone_request
             has_to_wait = is_second_lone or entry.awaits_verdict(unjudged)
-            client = None if has_to_wait else self._pick(entry, ready)
-            if client is None:
-                self._waiting.append(entry)
-                continue
-            has_lone_request = has_lone_request or entry.must_be_sent_alone
-            is_again = entry.was_sent
-            if is_again:
-                entry.again(now_s)
-            client.submit(entry)
-            if is_again:
-                self.on_resubmit(entry)
+            with self._isolate(entry):
+                client = None if has_to_wait else self._pick(entry, ready)
+                if client is None:
+                    self._waiting.append(entry)
+                    continue
+                has_lone_request = has_lone_request or entry.must_be_sent_alone
+                is_again = entry.was_sent
+                if is_again:
+                    entry.again(now_s)
+                client.submit(entry)
+                if is_again:
+                    self.on_resubmit(entry)
+
+    @contextlib.contextmanager
+    def _isolate(self, entry: Submission) -> Iterator[None]:
+        """An error fails this request alone: the others are still placed."""
+        try:
+            yield
+        except Exception as err:
+            name = entry.request.request_id
+            logger.exception("request %s cannot be placed", name)
+            entry.abort()
+            entry.close()
+            entry.sink.fail(RequestFailedError(f"request {name} cannot be placed: {err}"))

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
-from gateway.engines.submission import MAX_SILENT_DEATHS_IN_ALL, RequestStage
+from gateway.engines.submission import MAX_SILENT_DEATHS_IN_ALL, RequestStage, Submission
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import (
@@ -135,6 +135,28 @@ def test_an_answer_is_the_same_as_undisturbed(
     metrics = workers.stack.gateway.metrics.render().decode()
     labels = '{cause="attention_worker",model_name="tiny"}'
     assert f"requests_replayed_total{labels} {num_prompts}.0" in metrics
+
+
+def test_a_request_that_cannot_be_placed_fails_alone(workers: Workers) -> None:
+    first = workers.add(script=ALPHABET, num_cached_tokens=2)
+    first.pause_after = 1
+    answers = [
+        start(lambda: post(workers.stack, "/v1/completions", prompt="hello", max_tokens=9))
+        for _ in range(3)
+    ]
+    workers.stack.wait_for(lambda: len(first.stuck) == len(answers), "the middle of all")
+    unlucky = iter([True])
+
+    def fail_once(entry: Submission) -> None:
+        if next(unlucky, False):
+            raise ValueError("no room for its trace")
+
+    workers.stack.engines.on_resubmit = fail_once
+    workers.add(script=ALPHABET)
+    workers.stop(first)
+    results = sorted((answer.result(WAIT_S) for answer in answers), key=lambda r: r.status_code)
+    assert [result.status_code for result in results] == [200, 200, 500]
+    assert "cannot be placed: no room for its trace" in results[-1].json()["error"]["message"]
 
 
 def _texts(choices: dict[int, list[dict[str, Any]]]) -> dict[int, Any]:
