@@ -206,6 +206,19 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
         """Devices the maps speak of."""
         return self.banks[0].num_devices if self.banks else 0
 
+    def missing(self, device: int, held: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
+        """(bank, slot, expert) that a device should hold and does not.
+
+        ``held`` is ``[bank][slot]`` -> expert there, or ``FREE_SLOT``; it may be shorter.
+        """
+        for bank, maps in enumerate(self.banks):
+            row, wanted = tuple(held[bank] if bank < len(held) else ()), maps.physical_to_logical
+            if row == wanted[device]:
+                continue
+            for slot, expert in enumerate(wanted[device]):
+                if expert != FREE_SLOT and row[slot : slot + 1] != (expert,):
+                    yield bank, slot, expert
+
     def packed(self) -> ExpertPlacement:
         """The same experts on every device, without the free slots between them."""
         banks = (

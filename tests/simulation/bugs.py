@@ -15,13 +15,14 @@ from msgspec.structs import replace
 
 from cluster.controller.failover import CollectedState
 from cluster.controller.parts import detection
-from cluster.controller.parts.cluster import Cluster, GenerationRound
+from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.epoch_change import EpochChange
 from cluster.controller.parts.load_orders import LoadOrders
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
 from cluster.core.frames import ExpertsLoaded
+from cluster.core.placement import ExpertPlacement
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
@@ -81,7 +82,7 @@ def _half_step() -> AbstractContextManager[object]:
 @contextmanager
 def _early_run() -> Iterator[None]:
     """A generation runs although its experts are still being loaded, and nobody compares."""
-    unchecked = mock.patch.object(GenerationRound, "missing", return_value=[])
+    unchecked = mock.patch.object(ExpertPlacement, "missing", return_value=())
     with unchecked, mock.patch.object(LoadOrders, "is_pending", new=False):
         yield
 

@@ -281,12 +281,25 @@ class Membership:
         if self.is_fenced:
             logger.warning("%s may not run generation %d any more", self._name, frame.generation)
             self.leave()
+        elif lacking := self._num_lacking():
+            logger.error(
+                "%s does not run generation %d: %d of its experts are not in their slots",
+                *(self._name, frame.generation, lacking),
+            )
+            self.leave()  # heartbeats say so, and the controller forms the next one
         else:
             self._channel.start_generation(frame.first_step, self.epochs.current.epoch)
             self.committed(is_shared=True)
             self._step_members.run(self.generation)
             self._hooks.begin_steps()
             self._enter(Standing.RUNNING)
+
+    def _num_lacking(self) -> int:
+        """Experts of the maps in force that are not in this worker's slots."""
+        own = next((m for m in self.generation.experts if m.name == self._name), None)
+        if own is None:
+            return 0
+        return len(list(self.epochs.current.missing(own.device, self._hooks.slots())))
 
     def _learn_epoch(self, frame: NewEpoch) -> None:
         """Prepare the maps of an epoch that may follow."""

@@ -103,21 +103,14 @@ class GenerationRound:
     def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
         """Experts that the maps name, and that are not where they should be by the answers."""
         loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
-        found = []
-        for member in self.generation.experts:
-            held = self.answers[member.name].slots
-            for bank, maps in enumerate(placement.banks):
-                row, wanted = held[bank : bank + 1], maps.physical_to_logical[member.device]
-                if row and row[0] == wanted:
-                    continue
-                have = dict(enumerate(row[0] if row else ()))
-                found += [
-                    SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
-                    for slot, expert in enumerate(wanted)
-                    if expert not in (FREE_SLOT, have.get(slot))
-                    and (bank, member.device, slot, expert) not in loaded
-                ]
-        return found
+        return [
+            SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
+            for member in self.generation.experts
+            for bank, slot, expert in placement.missing(
+                member.device, self.answers[member.name].slots
+            )
+            if (bank, member.device, slot, expert) not in loaded
+        ]
 
     @property
     def first_step(self) -> int:

@@ -213,3 +213,14 @@ def test_experts_in_one_failure_domain_are_at_risk() -> None:
     )
     assert bank.num_at_risk(["a", "b", "c"]) == 2
     assert bank.num_at_risk(["a", "a", "a"]) == 3
+
+
+def test_experts_that_a_device_lacks() -> None:
+    shapes = [BankShape(bank="mlp", layer=layer, num_experts=4) for layer in (0, 1)]
+    maps = contiguous(shapes, 2, 2)  # device 1: 2, 3, 0, 1
+    assert not list(maps.missing(1, [(2, 3, 0, 1), (2, 3, 0, 1)]))
+    assert not list(maps.missing(1, [[2, 3, 0, 1], [2, 3, 0, 1, 9]]))
+    assert list(maps.missing(1, [(2, 0, -1, 1)])) == [
+        *((0, 1, 3), (0, 2, 0)),
+        *((1, 0, 2), (1, 1, 3), (1, 2, 0), (1, 3, 1)),
+    ]

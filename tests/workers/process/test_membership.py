@@ -19,7 +19,7 @@ from cluster.core.frames import (
     SwitchEpoch,
     WorkerReport,
 )
-from cluster.core.placement import contiguous
+from cluster.core.placement import FREE_SLOT, contiguous
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
 from tests.harness.members import member_of
@@ -28,6 +28,8 @@ from workers.process.membership import Membership, MembershipHooks, Standing
 from workers.process.runtime import WorkerRuntime
 
 MAPS = contiguous(BANKS, 1, 1)
+FULL = tuple(maps.physical_to_logical[0] for maps in MAPS.banks)
+"""What the slots of its only device hold."""
 MEMBERS = (member_of("attention-0"), member_of("expert-0", device=0))
 
 
@@ -57,7 +59,7 @@ class World:
 
     data: FakeDataPlane = field(default_factory=FakeDataPlane)
     sent: list[ControlFrame] = field(default_factory=list)
-    slots: SlotContents = ()
+    slots: SlotContents = FULL
 
     def __post_init__(self) -> None:
         self.membership = Membership(
@@ -110,6 +112,20 @@ def test_a_generation_runs_once_it_is_ready_and_ordered() -> None:
     world.membership.handle(run(1))
     assert world.membership.runs
     assert world.data.started == [(1, MAPS.epoch)]
+
+
+def test_a_generation_does_not_run_without_an_expert_that_its_maps_name() -> None:
+    world = World(slots=(*FULL[:-1], (FREE_SLOT, *FULL[-1][1:])))
+    world.announce(1)
+    world.membership.handle(run(1))
+    assert not world.membership.runs
+    assert world.data.started == []
+    world.slots = FULL
+    world.membership.handle(run(1))  # it has left that generation
+    assert not world.membership.runs
+    world.announce(2)
+    world.membership.handle(run(2))
+    assert world.membership.runs
 
 
 def test_a_worker_belongs_to_its_generation_while_no_step_runs() -> None:
