@@ -40,6 +40,10 @@ _AFTER_S = 2.0
 Fault = Callable[[Site], object]
 
 
+def _nothing(site: Site) -> None:
+    """Nothing happens, or nothing is needed."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row(FaultRow):
     """One row, on processes of this host."""
@@ -56,9 +60,9 @@ class Row(FaultRow):
     """Actors of the workers."""
     fault: Fault
     """What happens."""
-    prepare: Fault = lambda site: None
+    prepare: Fault = _nothing
     """What must be there before."""
-    after: Fault = lambda site: None
+    after: Fault = _nothing
     """A check of the outcome, after ``changes``."""
     changes: str = "generation"
     """Key of the snapshot that grows when the cluster has dealt with it; empty: none does."""
@@ -98,6 +102,17 @@ def _stop(role: str) -> Fault:
 def forget_start(site: Site) -> None:
     """Let the controller forget how a start kept the machine busy."""
     time.sleep(_FORGET_S)
+
+
+def _lose(role: str) -> Fault:
+    """Kill a worker; returns when the others have gone on, before another one joins."""
+
+    def prepare(site: Site) -> None:
+        before = site.snapshot()["generation"]
+        _kill(role)(site)
+        wait(lambda: site.snapshot()["generation"] > before, "the others to go on")
+
+    return prepare
 
 
 def _kill_both(site: Site) -> None:
@@ -272,6 +287,25 @@ ROWS = (
         attention=1,
         experts=2,
         fault=_drain("expert"),
+    ),
+    Row(
+        name="join-expert",
+        text="an expert worker joins, in the place of a killed one (1 + 3)",
+        limit="a step",
+        attention=1,
+        experts=3,
+        redundant=22,
+        prepare=_lose("expert"),
+        fault=_nothing,
+    ),
+    Row(
+        name="join-attention",
+        text="an attention worker joins, in the place of a killed one (2 + 2)",
+        limit="a step",
+        attention=2,
+        experts=2,
+        prepare=_lose("attention"),
+        fault=_nothing,
     ),
     Row(
         name="frozen-controller",

@@ -33,6 +33,7 @@ _CALM_S = 1.0
 _SILENCE_S = 3.5
 _AFTER_S = 2.0
 """A pause may be longer than a silence by so much."""
+_TWO_ATTENTION = {**ROLES, "h5": "attention"}
 _TWO_GATEWAYS = {**ROLES, "h5": "gateway"}
 _HEAD_WITH_EXPERTS = {"h0": "expert", "h1": "gateway", "h2": "attention", "h3": "expert"}
 _CONTROLLER = "ray::ControllerActor"
@@ -57,9 +58,12 @@ class HostRow(FaultRow):
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Of ``up``: two copies of every expert, a gateway on each host for one."""
-        gateways = list(self.roles.values()).count("gateway")
-        return ("--num-redundant-experts", "64", "--num-gateway-replicas", str(gateways))
+        """Of ``up``: two copies of every expert, an attention worker and a gateway on each host
+        for one."""
+        roles = list(self.roles.values())
+        attention = ("--num-attention-workers", str(roles.count("attention")))
+        gateways = ("--num-gateway-replicas", str(roles.count("gateway")))
+        return ("--num-redundant-experts", "64", *attention, *gateways)
 
 
 class HostSite:
@@ -117,13 +121,15 @@ class HostSite:
         self.hosts.run("find", sender, receiver)
 
 
-def _path_row(name: str, text: str, sender: str, receiver: str) -> HostRow:
+def _path_row(
+    name: str, text: str, sender: str, receiver: str, roles: dict[str, str] = ROLES
+) -> HostRow:
     """One direction of the path between two hosts is lost; experts have copies elsewhere."""
     return HostRow(
         name=name,
         text=text,
         limit="3 / 6 s",
-        roles=ROLES,
+        roles=roles,
         fault=lambda site: site.lose(sender, receiver),
         heal=lambda site: site.find(sender, receiver),
     )
@@ -133,6 +139,18 @@ ROWS = (
     _path_row("path-to-expert", "all packets lost from an attention to an expert host", "h2", "h3"),
     _path_row(
         "path-from-expert", "all packets lost from an expert to an attention host", "h3", "h2"
+    ),
+    _path_row(
+        "path-attention",
+        "all packets lost from the first attention host to another one",
+        *("h2", "h5"),
+        _TWO_ATTENTION,
+    ),
+    _path_row(
+        "path-back-attention",
+        "all packets lost from another attention host to the first one",
+        *("h5", "h2"),
+        _TWO_ATTENTION,
     ),
     HostRow(
         name="blip",
