@@ -7,7 +7,6 @@ adds effects to it. Every method is called from one thread; ``now`` is in monoto
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any
@@ -88,7 +87,7 @@ class Controller:
             case frames.PeerLost():
                 if cause := self.detection.peer_lost(name, frame, now):
                     cluster.reform(cause, now)
-                self._lose_closed(now)
+                self._lose_disconnected(now)
             case frames.GenerationReady():
                 self.recovery.answered(name, frame, now)
             case frames.ExpertsLoaded() if self.recovery.loaded(name, frame, now):
@@ -104,16 +103,18 @@ class Controller:
     def disconnected(self, name: str, reason: str, is_invalid: bool, now: float) -> None:
         """The control connection of a worker closed: ``is_invalid``, for an invalid frame."""
         if name in self.cluster.workers:
-            self.cluster.workers[name].closed = reason, -math.inf if is_invalid else now
-            self._lose_closed(now)
+            record = self.cluster.workers[name]
+            record.disconnected = reason
+            record.call_again_by = now if is_invalid else now + CALL_AGAIN_S
+            self._lose_disconnected(now)
 
-    def _lose_closed(self, now: float) -> None:
+    def _lose_disconnected(self, now: float) -> None:
         """Workers without connection are lost once a peer reports them, or do not call in time."""
         reported = {report.suspect for report in self.cluster.round.reports}
         gone = {
-            r.name: f"its control connection closed ({r.closed[0]})"
+            r.name: f"its control connection closed ({r.disconnected})"
             for r in self.cluster.workers.alive()
-            if now - r.closed[1] >= CALL_AGAIN_S or (r.closed[0] and r.name in reported)
+            if r.disconnected and (now >= r.call_again_by or r.name in reported)
         }
         self.lost(gone, now)
 
@@ -159,7 +160,7 @@ class Controller:
         self.rebalancing.tick(now)
         if cause := self.detection.end_hold(now):
             self.cluster.reform(cause, now)
-        self._lose_closed(now)
+        self._lose_disconnected(now)
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
         self.recovery.tick(now)

@@ -62,7 +62,10 @@ class WorkerRecord:
     """The generation that it had begun to join at its last heartbeat, or ran."""
     gaps: GapWindow = field(default_factory=GapWindow)
     """How long workers of its host were silent; detection shares it among them."""
-    closed: tuple[str, float] = "", math.inf  # why and when its connection has closed
+    disconnected: str = ""
+    """Why its control connection has closed; empty while it is open."""
+    call_again_by: float = 0.0
+    """Monotonic time until which a disconnected worker may call again."""
     is_waiting: bool = False
     """It waited for a peer within a step at its last heartbeat."""
     _progress: int = -1
@@ -149,7 +152,7 @@ class WorkerRecord:
 
     def credit(self, seconds: float, now: float) -> None:
         """Advance its clocks by a pause of the controller itself."""
-        self.closed = self.closed[0], self.closed[1] + seconds
+        self.call_again_by += seconds
         self.heard_at = min(now, self.heard_at + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
 
