@@ -11,10 +11,12 @@ from cluster.actors.handoff import FIND_LIMIT_S
 from cluster.core.errors import ExpertMeshError
 from tests.simulation.disk import files
 from tests.simulation.kernel import Process, Thread
-from tests.simulation.ray import HEAD, Hosts
+from tests.simulation.nodes import HEAD, Node
+from tests.simulation.ray import Hosts
 
 if TYPE_CHECKING:
     from tests.simulation.scenario import Fault
+    from tests.simulation.worker import SimWorker
     from tests.simulation.world import World
 
 PROCESS_FAULTS = (
@@ -53,7 +55,7 @@ LINK_FAULTS = (
     "isolate_restart",
     "lose_calls",
 )
-ORDERS = ("drain_worker", "rebalance")
+ORDERS = ("drain_worker", "drain_node", "rebalance")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
 _SLOWS_CALLS = {"pause_worker", "pause_thread", "pause_host", "slow_machine", *LINK_FAULTS} - {
@@ -91,6 +93,9 @@ class Faults:
         """Hosts that could not read the checkpoint: their workers may be left out for good."""
         self.bad_hosts: set[str] = set()
         """Hosts that a fault has touched: all their workers, later ones included, may end."""
+        world.ray.nodes.may_die = self._may_die
+        world.ray.nodes.on_dead.append(self._node_dies)
+        world.ray.nodes.on_end.append(self._node_ends)
 
     def begin(self, fault: Fault) -> None:
         """A fault happens, as soon as there is something to hit; one that lasts ends by itself."""
@@ -115,7 +120,7 @@ class Faults:
         for thread in self._held:
             thread.release()
         self._world.kernel.disk.repair()
-        self._world.ray.num_losses = 0
+        self._world.ray.actors.num_losses = 0
         self._world.kernel.slowness = self._world.scenario.slowness
 
     # ---- processes ----------------------------------------------------------------------------
@@ -137,7 +142,7 @@ class Faults:
         self._kill_next(worker.name.split(".")[0])
 
     def _kill_next(self, place: str) -> None:
-        for worker in self._world.ray.workers.values():
+        for worker in self._workers():
             if worker.name.startswith(f"{place}.") and worker.runtime.membership.runs:
                 with suppress(_NothingToHitError):
                     self._kill(worker.process)
@@ -147,8 +152,7 @@ class Faults:
 
     def kill_attention(self, fault: Fault) -> None:
         """All attention workers: nobody holds a request any more."""
-        workers = self._world.ray.workers.values()
-        attention = [w.process for w in workers if w.args.member.runs_attention]
+        attention = [w.process for w in self._workers() if w.args.member.runs_attention]
         if not attention:
             raise _NothingToHitError
         self._kill(attention[0])
@@ -349,13 +353,13 @@ class Faults:
         """Ray loses calls of actors, or their answers, and says so; a controller looks for its
         workers then.
         """
-        ray = self._world.ray
+        actors = self._world.ray.actors
         controller = self._replaceable_controller()
-        ray.num_losses += 1
+        actors.num_losses += 1
         controller.kill()
 
         def end() -> None:
-            ray.num_losses = max(ray.num_losses - 1, 0)
+            actors.num_losses = max(actors.num_losses - 1, 0)
 
         self._world.kernel.after(fault.lasts_s, end)
 
@@ -366,6 +370,18 @@ class Faults:
         self._order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
         self.guilty[worker.name] = "drained"
 
+    def drain_node(self, fault: Fault) -> None:
+        """Ray drains a node, which ends when its workers have left, or at its limit; of the host of
+        Ray's head a worker."""
+        worker, actors = self._worker(fault.where), self._world.ray.actors
+        if worker.host == HEAD:
+            self.drain_worker(fault)
+            return
+        self._blame(worker.host)
+        self._world.ray.nodes.drain(
+            worker.host, fault.lasts_s + _SHORT_S, lambda node: not actors.on_node(node)
+        )
+
     def rebalance(self, fault: Fault) -> None:
         self._order("rebalance", {})
 
@@ -373,10 +389,15 @@ class Faults:
 
     def _worker(self, number: int) -> Process:
         """A living worker."""
-        workers = list(self._world.ray.workers.values())
+        workers = self._workers()
         if not workers:
             raise _NothingToHitError
         return workers[number % len(workers)].process
+
+    def _workers(self) -> list[SimWorker]:
+        """Workers that live, and that Ray does not take for dead."""
+        actors = self._world.ray.actors
+        return [worker for name, worker in actors.workers.items() if name in actors.alive]
 
     def _replaceable_controller(self) -> Process:
         """The controller, if another one could continue."""
@@ -396,23 +417,41 @@ class Faults:
 
     def _kill(self, process: Process) -> None:
         """Not the last one that knows the cluster: without any, it would be lost for good."""
-        controller = self._world.ray.controller
-        leads = controller is not None and controller.term > 0 and not controller.process.is_paused
-        if not leads and all(witness is process for witness in self._witnesses()):
+        if not self._leads() and all(witness is process for witness in self._witnesses()):
             raise _NothingToHitError
         self.guilty[process.name] = "killed"
         process.kill()
 
+    def _leads(self) -> bool:
+        """A controller knows the cluster."""
+        found = self._world.ray.controller
+        return found is not None and found.term > 0 and not found.process.is_paused
+
+    def _may_die(self, node: Node) -> bool:
+        """Not the last node with a worker that knows the cluster, either."""
+        return self._leads() or any(w.host != node.host for w in self._witnesses())
+
+    def _node_dies(self, node: Node) -> None:
+        """All its workers are dead to Ray."""
+        self._blame(node.host)
+
+    def _node_ends(self, node: Node) -> None:
+        """The gateway of a host ends with its node; the last one stays."""
+        self._blame(node.host)
+        living = [g.process for g in self._world.gateways if not g.process.is_dead]
+        for process in living:
+            if process.host == node.host and len(living) > 1:
+                process.kill("Ray's node ends")
+
     def _witnesses(self) -> list[Process]:
-        """Living workers that know a generation."""
-        workers = self._world.ray.workers.values()
-        living = (w for w in workers if not w.runtime.lifetime.is_ending)
+        """Living workers that know a generation, and that another controller would find."""
+        living = (w for w in self._workers() if not w.runtime.lifetime.is_ending)
         return [w.process for w in living if w.runtime.membership.generation.number]
 
     def _processes(self) -> list[Process]:
         """All of them, controllers that Ray has given up included."""
         world = self._world
-        found = [w.process for w in world.ray.workers.values()]
+        found = [w.process for w in world.ray.actors.workers.values()]
         found += [g.process for g in world.gateways]
         return found + [c.process for c in world.ray.controllers]
 
@@ -447,7 +486,7 @@ class Faults:
         """Workers call a controller again whose connections to them have broken, if nothing else
         keeps them from it. Of two workers that lose each other one may end.
         """
-        have_workers = {w.process.host for w in self._world.ray.workers.values()}
+        have_workers = {w.process.host for w in self._world.ray.actors.workers.values()}
         kinds = {fault.kind for fault in self._world.scenario.faults}
         if HEAD not in hosts or have_workers.issuperset(hosts) or kinds & _SLOWS_CALLS:
             self._blame(*hosts)
@@ -469,7 +508,7 @@ class Faults:
         controller.process.run(loop.call_soon, lambda: loop.create_task(call()))
 
     def _hosts(self) -> list[str]:
-        workers = self._world.ray.workers.values()
+        workers = self._world.ray.actors.workers.values()
         gateways = self._world.gateways
         hosts = [HEAD, *(w.process.host for w in workers), *(g.process.host for g in gateways)]
         return list(dict.fromkeys(hosts))

@@ -158,7 +158,8 @@ class SimGateway:
     def __init__(self, ray: SimRay, number: int, host: str, config: ClusterConfig) -> None:
         self.ray, self.name = ray, f"gateway-{number}"
         kernel = ray.kernel
-        self.process = Process(kernel, self.name, host, ray.new_pid())
+        ray.nodes.add(host)
+        self.process = Process(kernel, self.name, host, ray.actors.new_pid())
         self._kernel: Kernel = kernel
         self.outcomes: list[Outcome] = []
         before, kernel.process = kernel.process, self.process

@@ -6,10 +6,10 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
+from tests.simulation.nodes import HEAD
 from tests.simulation.patches import replaced
-from tests.simulation.ray import HEAD, Hosts
+from tests.simulation.ray import Hosts
 from tests.simulation.scenario import draw_scenario
 from tests.simulation.world import World
 
@@ -37,20 +37,19 @@ def idle_world(num_attention: int) -> Iterator[World]:
 
 
 def fenced_after_s(num_attention: int) -> float:
-    """Time in which a leader is fenced that nothing reaches, Ray included."""
+    """Time in which a leader is fenced that nothing reaches."""
     with idle_world(num_attention) as world:
-        leader = world.ray.workers["attention-0"]
+        leader = world.ray.actors.workers["attention-0"]
         began = world.kernel.now
         world.faults._isolate(leader.process.host, CUT_S)
-        with mock.patch.object(leader.process, "kill"):
-            world._run_until(began + CUT_S, lambda: leader.runtime.membership.is_fenced)
+        world._run_until(began + CUT_S, lambda: leader.runtime.membership.is_fenced)
         return world.kernel.now - began
 
 
 def run_without_controller(num_attention: int) -> bool:
     """Whether all workers still run when the controller was out of reach for some time."""
     with idle_world(num_attention) as world:
-        runtimes = [worker.runtime for worker in world.ray.workers.values()]
+        runtimes = [worker.runtime for worker in world.ray.actors.workers.values()]
         world.faults._isolate(HEAD, CUT_S)
         world._run_until(world.kernel.now + CUT_S - 1.0)
         return all(runtime.membership.runs for runtime in runtimes)

@@ -1,4 +1,4 @@
-"""A simulated Ray: actors by name, calls with delay and loss, one controller that it restarts.
+"""A simulated Ray: nodes, worker actors by name, one controller that it restarts.
 
 ``SimRay`` is the cluster of Ray, ``SimGroup`` what a controller has in place of ``WorkerGroup``.
 """
@@ -10,21 +10,21 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.actors.controller_actor import ControllerActor
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources
-from cluster.core.errors import ExpertMeshError, StartError, SupersededError
+from cluster.core.errors import StartError, SupersededError
 from cluster.core.topology import Member, Role, holds_experts
 from cluster.sizing.start_plan import FoundWorker, StartPlan
-from tests.simulation.kernel import Fiber, Kernel, Process
-from tests.simulation.network import Network, Pipe
-from tests.simulation.worker import SimWorker
+from tests.simulation.actors import ActorLostError, Actors, SimActor, UnavailableError
+from tests.simulation.kernel import Kernel, Process
+from tests.simulation.network import Network
+from tests.simulation.nodes import HEAD, Nodes
 
-HEAD = "head"
-"""The host of Ray's head, of the controller and of the first gateway."""
+if TYPE_CHECKING:
+    from tests.simulation.scenario import Scenario
 
 
 class Hosts(Enum):
@@ -45,24 +45,9 @@ class Hosts(Enum):
 _START_S = 0.3
 """Mean time in which Ray starts a process."""
 _PING_S = 0.5
-_LOST_S = 0.2
-"""Time until Ray notices that a call is lost."""
 _AGAIN_S = 0.05
 _CALL_LIMIT_S = 5.0
 _STOP_LIMIT_S = 2.0
-WORKER_ROLES: tuple[Role, ...] = ("attention", "expert")
-
-
-_PART_LOST = 0.3
-"""Part of the calls that are lost while Ray loses calls."""
-
-
-class ActorLostError(Exception):
-    """Ray's error for a call of an actor that is gone."""
-
-
-class UnavailableError(Exception):
-    """Ray's error for a call that was lost, or its answer; the actor may live."""
 
 
 @dataclass(slots=True)
@@ -75,11 +60,18 @@ class Ends:
 class SimRay:
     """All actors. Its head never dies."""
 
-    def __init__(self, kernel: Kernel, net: Network, hosts: Hosts) -> None:
-        self.kernel, self.net, self._hosts = kernel, net, hosts
-        self.workers: dict[str, SimWorker] = {}
-        self.ever: dict[str, SimWorker] = {}
-        """Every worker that was started, by name."""
+    def __init__(self, kernel: Kernel, net: Network, scenario: Scenario) -> None:
+        self.kernel, self.net, self._hosts = kernel, net, scenario.hosts
+        self.nodes = Nodes(kernel, net, scenario.node_limit_s)
+        self.actors = Actors(kernel, net, self.nodes, may_move=scenario.may_move)
+        self.nodes.add(HEAD)
+        counts: tuple[tuple[Role, int], ...] = (
+            ("attention", scenario.num_attention),
+            ("expert", scenario.num_experts),
+        )
+        for role, count in counts:
+            for rank in range(count):
+                self.nodes.add(self.host_of(role, rank))
         self.controller: SimController | None = None
         """The actor that Ray's name leads to."""
         self.controllers: list[SimController] = []
@@ -87,18 +79,11 @@ class SimRay:
         self.newest_term = 0
         """Highest term that a controller has claimed."""
         self.ends = Ends()
-        self.num_losses = 0
-        """Faults under way in which calls are lost."""
         self.restart_s = 0.5
         """Mean time in which Ray notices a dead controller and starts another."""
-        self._pids = 100
-
-    def new_pid(self) -> int:
-        self._pids += 1
-        return self._pids
 
     def host_of(self, role: Role, rank: int) -> str:
-        """A replacement starts where the lost worker was."""
+        """Where there is room for a worker at first."""
         are_two = self._hosts in (Hosts.TWO, Hosts.PAIR)
         number = rank % 2 if are_two else rank
         if self._hosts is Hosts.ONE or (self._hosts.has_workers_at_head and number == 0):
@@ -120,7 +105,7 @@ class SimRay:
     def start_controller(self, was_restarted: bool) -> SimController:
         """Start the controller actor, or another one in its place."""
         name = f"controller.{len(self.controllers)}"
-        process = Process(self.kernel, name, HEAD, self.new_pid())
+        process = Process(self.kernel, name, HEAD, self.actors.new_pid())
         controller = SimController(self, process, was_restarted)
         self.controller = controller
         self.controllers.append(controller)
@@ -141,46 +126,6 @@ class SimRay:
 
     def _restart_controller(self) -> None:
         self.start_controller(was_restarted=True)
-
-    async def call(self, caller: Process, worker: SimWorker, method: str, *args: Any) -> Any:
-        """Call a worker actor. Raises ``ActorLostError``, ``UnavailableError``."""
-        is_lost = self.num_losses > 0 and self.kernel.rng.random() < _PART_LOST
-        if is_lost and self.kernel.rng.random() < 0.5:
-            await asyncio.sleep(_LOST_S)
-            raise UnavailableError(worker.name)
-        answer = asyncio.get_running_loop().create_future()
-        loop = caller.loop
-        there = Pipe(self.net, caller.host, worker.process.host)
-        back = Pipe(self.net, worker.process.host, caller.host)
-
-        def settle(result: Any, error: Exception | None) -> None:
-            if answer.done():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(result)
-
-        def reply(result: Any, error: Exception | None) -> None:
-            if is_lost:
-                result, error = None, UnavailableError(worker.name)
-            back.send(caller.run, loop.call_soon, settle, result, error)
-
-        def run() -> None:
-            try:
-                reply(worker.call(method, *args), None)
-            except ExpertMeshError as err:
-                reply(None, err)
-
-        def arrive() -> None:
-            if worker.is_dead:
-                reply(None, ActorLostError(worker.name))
-            else:
-                worker.process.on_death.append(lambda: reply(None, ActorLostError(worker.name)))
-                Fiber(worker.process, run, method).start()
-
-        there.send(arrive)
-        return await answer
 
 
 class SimController:
@@ -208,17 +153,18 @@ class SimGroup:
         self._ray, self._process, self._owner = ray, process, owner
         self._kernel = ray.kernel
         self._was_restarted = was_restarted
-        self._known: dict[str, SimWorker] = {}
+        self._known: dict[str, SimActor] = {}
         self._term, self._identity = 0, ""
 
     def resources(self) -> tuple[NodeResources, ...]:
-        hosts = dict.fromkeys(
-            (HEAD, *(self._ray.host_of(r, i) for r in WORKER_ROLES for i in range(8)))
+        return tuple(
+            NodeResources(node_id=node.node_id, address=node.host, cpus=8.0)
+            for node in self._ray.nodes.alive()
         )
-        return tuple(NodeResources(node_id=h, address=h, cpus=8.0) for h in hosts)
 
     def leaving(self) -> list[str]:
-        return []
+        known = list(self._known.values())
+        return [a.name for a in known if a.node and a.node.is_alive and a.node.drains]
 
     def free_cpus(self) -> float:
         return 64.0
@@ -241,7 +187,7 @@ class SimGroup:
         self._process.kill("its own end")
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
-        return tuple(
+        found = tuple(
             Member(
                 name=f"{role}-{rank}",
                 role=role,
@@ -252,31 +198,36 @@ class SimGroup:
             for role, number in workers.pools.items()
             for rank in range(number)
         )
+        for member in found:
+            self._ray.actors.reserve(member)
+        return found
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
-        ray = self._ray
+        ray, created = self._ray, list[SimActor]()
         for member in members:
             await asyncio.sleep(self._kernel.rng.uniform(0.5, 1.5) * _START_S / len(members))
             await self.check_term()
             ray.check_order(self._term, f"starts {member.name}")
-            if member.name in ray.workers:
+            if member.name in ray.actors.alive:
                 raise StartError(member.name, "an actor of that name lives")
-            worker = SimWorker(
-                self._kernel,
-                ray.host_of(member.role, member.rank),
-                ray.new_pid(),
-                member,
-                plan.arguments(member, address),
-            )
-            ray.workers[member.name] = ray.ever[member.name] = self._known[member.name] = worker
-            worker.process.on_death.append(partial(self._forget, member.name))
-            worker.call("start")
+            actor = ray.actors.create(member, plan.arguments(member, address))
+            self._known[member.name] = actor
+            created.append(actor)
+        await asyncio.gather(*(self._bring_up(actor) for actor in created))
 
-    def _forget(self, name: str) -> None:
-        self._ray.workers.pop(name, None)
+    async def _bring_up(self, actor: SimActor) -> None:
+        try:
+            await self._ray.actors.call(self._process, actor, "start", is_safe=True)
+        except ActorLostError as err:
+            raise StartError(actor.name, "its process died") from err
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
-        return None
+        waiting = list(names)
+        while waiting:
+            await asyncio.sleep(_PING_S)
+            for name in [n for n in waiting if n in self._known and self._known[n].is_up]:
+                waiting.remove(name)
+                on_process(name)
 
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
@@ -284,40 +235,42 @@ class SimGroup:
         waiting = list(self._known.values())
         while waiting:
             await asyncio.sleep(_PING_S)
-            waiting = [w for w in waiting if not is_connected(w.name)]
-            for worker in list(waiting):
-                if worker.is_dead:
-                    waiting.remove(worker)
-                    on_died(worker.name, "its process died")
+            waiting = [a for a in waiting if not is_connected(a.name)]
+            for actor in list(waiting):
+                if actor.is_dead:
+                    waiting.remove(actor)
+                    on_died(actor.name, "its process died")
 
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
-        self._known = dict(self._ray.workers)
-        asked = await asyncio.gather(*(self._find(w, limit_s) for w in self._known.values()))
+        self._known = dict(self._ray.actors.alive)
+        asked = await asyncio.gather(*(self._find(a, limit_s) for a in self._known.values()))
         found = tuple(f for f in asked if f is not None)
         if self._known and not found:
             raise TimeoutError("no worker answers")
         return found
 
-    async def _find(self, worker: SimWorker, limit_s: float) -> FoundWorker | None:
+    async def _find(self, actor: SimActor, limit_s: float) -> FoundWorker | None:
         try:
             async with asyncio.timeout(limit_s):
-                await self._introduce(worker)
+                await self._introduce(actor)
         except TimeoutError:
             return None
         except ActorLostError:
-            self._known.pop(worker.name, None)
+            self._known.pop(actor.name, None)
             return None
+        worker = actor.worker
+        assert worker is not None, "it has answered"
         return FoundWorker(
-            name=worker.name,
+            name=actor.name,
             config=worker.args.config,
             num_slots=worker.args.num_slots,
             has_called=worker.runtime.has_called,
         )
 
-    async def _introduce(self, worker: SimWorker) -> None:
+    async def _introduce(self, actor: SimActor) -> None:
         while True:
             with suppress(UnavailableError):
-                await self._ray.call(self._process, worker, "introduce")
+                await self._ray.actors.call(self._process, actor, "introduce")
                 return
             await asyncio.sleep(_AGAIN_S)
 
@@ -330,39 +283,53 @@ class SimGroup:
         return list(self._known)
 
     async def redirect(self, name: str, control_address: str) -> None:
-        worker, controller = self._known[name], (self._term, self._identity)
-        call = self._ray.call(self._process, worker, "redirect", control_address, *controller)
+        actor, controller = self._known[name], (self._term, self._identity)
+        call = self._ray.actors.call(self._process, actor, "redirect", control_address, *controller)
         try:
             await asyncio.wait_for(call, _CALL_LIMIT_S)
         except ActorLostError as err:
             raise ProcessLookupError(name) from err
 
     async def end(self, names: Sequence[str]) -> None:
-        workers = [self._known.pop(n) for n in names if n in self._known]
-        await asyncio.gather(*(self._end(w) for w in workers))
+        actors = [self._known.pop(n) for n in names if n in self._known]
+        await asyncio.gather(*(self._end(a) for a in actors))
 
     async def end_all(self) -> None:
         await self.end(self.names())
 
-    async def _end(self, worker: SimWorker) -> None:
+    async def _end(self, actor: SimActor) -> None:
         try:
-            await self._end_process(worker)
+            await self._end_process(actor)
         except BaseException:
-            self._known[worker.name] = worker
+            self._known[actor.name] = actor
             raise
 
-    async def _end_process(self, worker: SimWorker) -> None:
-        """By its own ``stop``, then by a signal; as ``WorkerGroup`` does it."""
-        kernel, ray = self._kernel, self._ray
+    async def _end_process(self, actor: SimActor) -> None:
+        """By its own ``stop``, by a signal, by Ray; as ``WorkerGroup`` does it."""
+        ray, stopped = self._ray, False
         await self.check_term()
-        stop = ray.call(self._process, worker, "stop", self._term, self._identity)
+        stop = ray.actors.call(self._process, actor, "stop", self._term, self._identity)
         with suppress(TimeoutError, ActorLostError, UnavailableError):
             await asyncio.wait_for(stop, _STOP_LIMIT_S)
+            stopped = True
         await self.check_term()
-        ray.check_order(self._term, f"ends {worker.name}")
-        if not worker.is_dead:
-            ray.ends.asked.append((self._term, worker.name, kernel.now))
-        worker.process.kill(f"ended by {self._process.name}")
+        ray.check_order(self._term, f"ends {actor.name}")
+        if actor.worker is not None and not actor.worker.is_dead:
+            ray.ends.asked.append((self._term, actor.name, self._kernel.now))
+        if not stopped:
+            await self._kill_by_pid(actor)
+        ray.actors.kill(actor, self._process)
+
+    async def _kill_by_pid(self, actor: SimActor) -> None:
+        """A task on its node; it may come through after its time."""
+        self._ray.actors.kill_process(actor, self._process)
+        deadline = self._kernel.now + _CALL_LIMIT_S
+        while self._is_on_its_way(actor) and self._kernel.now < deadline:
+            await asyncio.sleep(_AGAIN_S)
+
+    def _is_on_its_way(self, actor: SimActor) -> bool:
+        has_node = actor.node is not None and actor.node.is_alive
+        return actor.worker is not None and has_node and not actor.is_dead
 
     async def check_term(self) -> None:
         await asyncio.sleep(self._kernel.rng.uniform(0.0005, 0.003))

@@ -13,6 +13,10 @@ from tests.simulation.toy_model import VOCAB
 
 SPAN_S = 12.0
 """Time in which requests come and faults happen."""
+_NODE_LIMITS_S = (4.0, 7.5, 65.0)
+"""Ray's limits for a silent node: a short one, those of ``expertmesh node``, and Ray's own, which no
+fault outlasts.
+"""
 _TOPICS = 4
 """What requests are about, one after the other."""
 _BURST_S = 2.0
@@ -67,6 +71,10 @@ class Scenario:
     asks_on_at_s: float
     """Not before."""
     faults: tuple[Fault, ...]
+    node_limit_s: float
+    """Silence after which a node is dead to Ray."""
+    may_move: bool
+    """The room of a dead node is found again on other hosts; else it is waited for."""
 
 
 def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
@@ -91,6 +99,8 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
         asks_on_at_s=rng.uniform(0, SPAN_S),
         faults=tuple(_draw_faults(rng, kinds)),
         pool_delay_s=rng.choice((0.0, 0.0, 0.3)),
+        node_limit_s=rng.choice(_NODE_LIMITS_S) * rng.uniform(0.8, 1.2),
+        may_move=rng.random() < 0.5,
     )
 
 

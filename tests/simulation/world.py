@@ -22,8 +22,9 @@ from tests.simulation.faults import Faults
 from tests.simulation.gateways import Ask, Outcome, SimGateway
 from tests.simulation.kernel import Kernel
 from tests.simulation.network import Network
+from tests.simulation.nodes import HEAD
 from tests.simulation.patches import replaced
-from tests.simulation.ray import HEAD, SimController, SimRay
+from tests.simulation.ray import SimController, SimRay
 from tests.simulation.scenario import (
     MIN_ATTENTION,
     MIN_EXPERTS,
@@ -64,7 +65,7 @@ class World:
         self.kernel.num_banks = scenario.num_banks
         self.kernel.disk = Disk(self.kernel)
         self.net = Network(self.kernel)
-        self.ray = SimRay(self.kernel, self.net, scenario.hosts)
+        self.ray = SimRay(self.kernel, self.net, scenario)
         self.gateways: list[SimGateway] = []
         self.outcomes: list[Outcome] = []
         self.faults = Faults(self)
@@ -194,14 +195,14 @@ class World:
         found = controller.actor.runner.controller if controller is not None else None
         for problem in found.recovery.problems(0.0) if found is not None else ():
             name, _, why = problem.partition(f" {Problem.CANNOT_LOAD}")
-            worker = self.ray.ever.get(name)
+            worker = self.ray.actors.ever.get(name)
             if why and worker is not None and worker.process.host not in self.faults.unreadable:
                 raise Broken(problem)
 
     def _runnable(self) -> set[tuple[int, tuple[str, ...]]]:
         """Generations that could commit a step: all their members live and run them."""
         running: dict[tuple[int, tuple[str, ...]], int] = {}
-        for worker in self.ray.workers.values():
+        for worker in self.ray.actors.workers.values():
             membership = worker.runtime.membership
             if membership.runs and not worker.is_dead:
                 generation = membership.generation
@@ -254,7 +255,7 @@ class World:
         for outcome in self._living_outcomes():
             if not outcome.is_over:
                 raise Broken(f"{outcome.ask.name} does not end ({len(outcome.tokens)} tokens)")
-            if "oisonous" in outcome.code and len(self.ray.ever) >= self._most_workers():
+            if "oisonous" in outcome.code and len(self.ray.actors.ever) >= self._most_workers():
                 continue  # that many deaths may have met one request
             if not (outcome.has_left or outcome.is_late) and outcome.ends != ["length"]:
                 raise Broken(
@@ -275,7 +276,7 @@ class World:
                 raise Broken(f"{name} ends itself: {why}")
 
     def _is_touched(self, name: str) -> bool:
-        host = self.ray.ever[name].process.host
+        host = self.ray.actors.ever[name].process.host
         return name in self.faults.guilty or host in self.faults.bad_hosts
 
     def _serves(self, controller: SimController) -> bool:
@@ -290,7 +291,7 @@ class World:
     def _is_left_out(self, problem: str) -> bool:
         """A place is left out because its host could not read the checkpoint."""
         name, _, why = problem.partition(f" {Problem.LEFT_OUT}")
-        return bool(why) and self.ray.ever[name].process.host in self.faults.unreadable
+        return bool(why) and self.ray.actors.ever[name].process.host in self.faults.unreadable
 
     def _state(self, controller: SimController | None) -> Any:
         if controller is None or controller.actor.runner.controller is None:
