@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.1
 FIND_LIMIT_S = 10.0
 """Longest time in which a worker must answer, to be found."""
-_REDIRECT_S = 0.5
+_REDIRECT_S = 0.2
 
 
 async def hand_off(runner: Runner, term: int, began_at: float) -> None:

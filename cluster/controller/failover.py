@@ -147,10 +147,10 @@ class ReportCollector:
         known: Iterable[str] = (),
         fresh: Iterable[str] = (),
     ) -> None:
-        """``expected`` were found; others that are ``known`` are not waited for. The wait for a
-        worker that a peer reported as lost ends after ``confirm_s``, for others after ``limit_s``.
-        ``fresh`` ones have never called a controller: they had no generation, and nobody waits for
-        them, as the controller may have been lost before it told them to start.
+        """``expected`` were found; others that are ``known`` are not waited for. The wait ends at
+        ``limit_s``; for one that has ended after ``confirm_s``, for one that a peer reported after
+        five times that, as a call of it may be lost. ``fresh`` ones have never called a controller:
+        they had no generation, and nobody waits for them, as it may not have told them to start.
         """
         self._expected = set(expected)
         self._fresh = set(fresh)
@@ -166,12 +166,12 @@ class ReportCollector:
             raise ProtocolError(f"{name} is no worker of this cluster")
         self._greetings.setdefault(name, Greeting()).take(frame)
         if isinstance(frame, frames.PeerLost):
-            self._suspected_at.setdefault(frame.worker, now)
+            self._suspected_at.setdefault(frame.worker, now + 4 * self._confirm_s)
 
     def gone(self, name: str, now: float) -> None:
         """A worker's connection or process ended; if it lives, it calls again."""
         self._greetings.pop(name, None)
-        self._suspected_at.setdefault(name, now)
+        self._suspected_at[name] = min(now, self._suspected_at.get(name, now))
 
     def is_complete(self, now: float) -> bool:
         """No report is awaited any more."""

@@ -150,11 +150,36 @@ def test_a_worker_that_does_not_call_is_lost_after_the_limit() -> None:
     assert order.placement.epoch == 2
 
 
-def test_the_wait_for_a_worker_that_a_peer_lost_is_short() -> None:
+def collector_without_expert_1() -> ReportCollector:
+    """The others have called, at 0.1 s, and one of them has lost it."""
     collector = new_collector()
     blame = PeerLost(worker="expert-1", generation=3, reason="reset")
     call(collector, "attention-0", report_of(running=False), blame)
     call(collector, "expert-0", report_of())
+    return collector
+
+
+def test_the_wait_for_a_worker_that_a_peer_lost_is_short() -> None:
+    collector = collector_without_expert_1()
+    assert not collector.is_complete(0.1 + 5 * CONFIRM_S - 0.01)
+    assert collector.is_complete(0.1 + 5 * CONFIRM_S + 0.01)
+    assert 5 * CONFIRM_S < LIMIT_S
+
+
+def test_a_worker_that_a_peer_lost_may_get_a_second_call() -> None:
+    """The first one, and Ray's answer that it is lost, take longer than ``confirm_s``."""
+    collector = collector_without_expert_1()
+    assert not collector.is_complete(0.1 + 2 * CONFIRM_S)
+    call(collector, "expert-1", report_of(running=False))
+    assert collector.is_complete(0.1 + 2 * CONFIRM_S)
+    collected = collector.result()
+    assert collected is not None
+    assert sorted(collected.greetings) == sorted(NAMES)
+
+
+def test_a_worker_that_a_peer_lost_and_that_ended_is_not_waited_for() -> None:
+    collector = collector_without_expert_1()
+    collector.gone("expert-1", 0.1)
     assert not collector.is_complete(0.1 + CONFIRM_S - 0.01)
     assert collector.is_complete(0.1 + CONFIRM_S + 0.01)
 
