@@ -140,7 +140,7 @@ class Detection:
             self._held_at = max(cluster.workers[name].heard_at for name in self._held)
             logger.warning("most other hosts are silent: %s", ", ".join(sorted(self._held)))
         silence = now - self._held_at
-        if self._held or not before:
+        if self._held or not before or silent:  # Ray's word ends a hold, too
             return ""
         for record in cluster.workers.alive():
             record.credit(silence, now)

@@ -704,6 +704,16 @@ def test_a_silent_host_that_ray_has_lost_is_not_waited_for() -> None:
     assert cluster.link.ended == ["expert-1"]
 
 
+def test_ray_ends_the_hold_of_all_silent_hosts_at_once() -> None:
+    """They get no credit as if they were back, and no generation is formed with them."""
+    cluster = silent_cluster(4.0)
+    cluster.known.nodes_alive({"head": frozenset({"id"})}, cluster.now)
+    cluster.tick(0.1)
+    assert cluster.link.ended == ["expert-0", "expert-1", "expert-2"]
+    causes = [entry["cause"] for entry in cluster.controller.snapshot()["history"]]
+    assert not any(cause.startswith("most other hosts were silent") for cause in causes)
+
+
 def test_a_short_silence_of_most_hosts_changes_nothing() -> None:
     cluster = silent_cluster(1.5)
     cluster.beat_all()
