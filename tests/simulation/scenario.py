@@ -14,9 +14,8 @@ from tests.simulation.toy_model import VOCAB
 SPAN_S = 12.0
 """Time in which requests come and faults happen."""
 _NODE_LIMITS_S = (4.0, 7.5, 65.0)
-"""Ray's limits for a silent node: a short one, those of ``expertmesh node``, and Ray's own, which no
-fault outlasts.
-"""
+"""Ray's limits for a silent node: a short one, that of ``expertmesh node``, and Ray's own, which
+outlasts every fault."""
 _TOPICS = 4
 """What requests are about, one after the other."""
 _BURST_S = 2.0
