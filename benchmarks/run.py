@@ -34,6 +34,7 @@ NAMES = (
     "dispatch",
     "idle",
     "load_tracking",
+    "step_cost",
     "reliability",
     "fuzz",
     "placement",

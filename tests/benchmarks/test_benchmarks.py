@@ -24,6 +24,7 @@ from benchmarks import (
     run,
     serving,
     soak,
+    step_cost,
 )
 from benchmarks.quiet import CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
@@ -243,6 +244,15 @@ def test_load_tracking_is_measured_beside_the_steps() -> None:
     assert text.count("\n| bundled, 2 |") == 1
     cost = load_tracking.Cost(steps_s=4.0, num_steps=100, tracking_s=0.02, report_s=0.01)
     assert cost.percent == pytest.approx(1.0)
+
+
+def test_a_step_is_measured_by_part() -> None:
+    text = step_cost.section(quick=True)
+    assert text.startswith("## A step outside the model")
+    (row,) = [line for line in text.splitlines() if line.startswith("| greedy, 3 |")]
+    *parts, whole = (float(cell) for cell in row.strip("|").split("|")[1:])
+    assert len(parts) == len(step_cost.PARTS)
+    assert sum(parts) == pytest.approx(whole, abs=len(parts))
 
 
 def test_growth_and_leaks_are_seen() -> None:

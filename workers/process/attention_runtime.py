@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Set
 from typing import Any
 
@@ -34,6 +33,7 @@ from workers.process.intake.commands import AddRequest, Command, GatewayGone, In
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
+from workers.process.step_messages import step_messages
 from workers.requests.block_hash import HASH_BYTES
 from workers.requests.request import (
     Queued,
@@ -355,18 +355,8 @@ class AttentionRuntime(WorkerRuntime):
         assert self._engine is not None
         if self.config.engine.enable_prefix_caching:
             self._stream.publish_kv(self._engine.pool.take_changes(), self._fetches.fetch_cost)
-        if not outputs:
-            return
-        by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)
-        for output in outputs:
-            owner = self._owners.get(output.request_id)
-            if owner is not None:
-                by_gateway[owner].append(output)
-        for gateway, mine in by_gateway.items():
-            large = [output for output in mine if output.arrays]
-            small = tuple(output for output in mine if not output.arrays)
-            for outputs_of_message in ([small] if small else []) + [(one,) for one in large]:
-                self._stream.publish(gateway, StepOutput(outputs=outputs_of_message))
+        for gateway, message in step_messages(outputs, self._owners):
+            self._stream.publish(gateway, message)
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget_ended(self._engine, output.request_id)

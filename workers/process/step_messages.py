@@ -1,0 +1,30 @@
+"""The messages that bring a step's outputs to the gateways. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+from workers.requests.request import StepOutput, TokenOutput
+
+
+def step_messages(
+    outputs: Iterable[TokenOutput], owners: Mapping[str, str]
+) -> Iterator[tuple[str, StepOutput]]:
+    """(gateway, message), in the order of the outputs for each gateway.
+
+    ``owners`` has the gateway of each request; outputs of other requests are for nobody. An output
+    with arrays is a message of its own: it may be as long as a message can be.
+    """
+    by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)
+    for output in outputs:
+        owner = owners.get(output.request_id)
+        if owner is not None:
+            by_gateway[owner].append(output)
+    for gateway, mine in by_gateway.items():
+        small = tuple(output for output in mine if not output.arrays)
+        if small:
+            yield gateway, StepOutput(outputs=small)
+        for output in mine:
+            if output.arrays:
+                yield gateway, StepOutput(outputs=(output,))
