@@ -17,6 +17,7 @@ import torch
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import RequestError
 from workers.dispatch.dispatcher import TokenDispatcher
+from workers.engine.deadlines import Deadlines
 from workers.engine.expert_load import LoadCounter
 from workers.engine.isolation import Isolation
 from workers.engine.model_runner import ModelRunner, StepResult
@@ -113,6 +114,7 @@ class Engine:
         )
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
+        self._deadlines = Deadlines()
         self._step_sampler = StepSampler(config, banks, model.head, section.deterministic)
         self._isolation = Isolation()
         self._solo_steps: list[SoloStep] = []
@@ -154,6 +156,7 @@ class Engine:
         for sequence, state in grammars.items():
             self._step_sampler.start(sequence, state)
             self._scheduler.add(sequence)
+            self._deadlines.add(sequence)
             ending = self._scheduler.ending(sequence) if sequence.output else None
             if ending is not None:  # an earlier attempt had completed it
                 self._scheduler.remove(sequence)
@@ -230,8 +233,7 @@ class Engine:
     def poll(self) -> list[TokenOutput]:
         """Outputs that need no step: choices past their deadline, or complete at receipt."""
         now = self._clock()
-        late = [s for found in self._requests.values() for s in found if now >= s.deadline]
-        for sequence in late:
+        for sequence in self._deadlines.late(now):
             self._scheduler.remove(sequence)
             limit = sequence.request.deadline_ms
             self._fail(sequence, Failure(f"not done within {limit} ms", "deadline_exceeded"), now)
