@@ -123,9 +123,8 @@ class Scheduler:
 
     def wanted(self) -> RowsWanted:
         """Rows that the next step would run if all were granted."""
-        running = [s for s in self._running if self._may_run(s)]
-        decodes = sum(s.is_decoding for s in running)
-        missing = sum(s.num_missing for s in running if not s.is_decoding)
+        decoding, prefilling = self._runnable()
+        decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
         limit = self._max_rows - decodes
         missing += sum(map(self._num_to_compute, self._admissible(limit - missing)))
         first = self._first_in_need()
@@ -144,13 +143,13 @@ class Scheduler:
             while self._first_in_need() is not None:
                 self._preempt_last()
             admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
-        for sequence in self.running:  # a copy: a decode may preempt others
-            may_run = self._may_run(sequence)
-            if may_run and sequence.is_decoding and len(rows) < decode_rows:
+        decoding, prefilling = self._runnable()
+        for sequence in decoding:
+            if len(rows) < decode_rows:
                 self._plan_decode(sequence, rows)
         left = min(prefill_rows, self._max_rows - len(rows))
-        prefilling = (s for s in self._running if self._may_run(s) and not s.is_decoding)
-        for sequence in sorted((*prefilling, *admissible), key=attrgetter("order")):
+        kept = (s for s in prefilling if s.status is SequenceStatus.RUNNING)
+        for sequence in sorted((*kept, *admissible), key=attrgetter("order")):
             if left > 0:
                 left -= self._plan_chunk(sequence, left, rows)
         return StepPlan(rows=tuple(rows))
@@ -214,15 +213,26 @@ class Scheduler:
 
     # Planning
 
+    def _runnable(self) -> tuple[list[SequenceState], list[SequenceState]]:
+        """Running sequences that may be planned, in order: those that decode, and the others."""
+        decoding: list[SequenceState] = []
+        prefilling: list[SequenceState] = []
+        is_restricted = bool(self._held) or self._alone is not None
+        for sequence in self._running:
+            if not is_restricted or self._may_run(sequence):
+                (decoding if sequence.is_decoding else prefilling).append(sequence)
+        return decoding, prefilling
+
     def _plan_decode(self, sequence: SequenceState, rows: list[PlannedRows]) -> None:
         if sequence.status is not SequenceStatus.RUNNING:
             return  # preempted for one before it
         missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
-        while not self._pool.can_allocate(missing):
-            self._preempt_last()
-            if sequence.status is not SequenceStatus.RUNNING:
-                return  # it was the last of the order itself
-        sequence.blocks += self._pool.allocate(missing)
+        if missing:  # most decodes go on in their last block
+            while not self._pool.can_allocate(missing):
+                self._preempt_last()
+                if sequence.status is not SequenceStatus.RUNNING:
+                    return  # it was the last of the order itself
+            sequence.blocks += self._pool.allocate(missing)
         rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
 
     def _plan_chunk(self, sequence: SequenceState, limit: int, rows: list[PlannedRows]) -> int:
@@ -240,6 +250,8 @@ class Scheduler:
         Known blocks without a holder count as taken from the free ones by each sequence that would
         use them.
         """
+        if not self._waiting:
+            return
         free = self._pool.num_free - self._reserve(self._running)
         seats = self._max_num_seqs - len(self._running)
         for sequence in self._waiting:

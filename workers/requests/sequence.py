@@ -106,10 +106,12 @@ class SequenceState:
     """Choice 0 of a request that asks for ``prompt_logprobs`` and has no output yet at receipt."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     """Entries so far, the first prompt token's is None."""
+    prompt_length: int = field(init=False)
     key: int = field(init=False)
     """63-bit hash of (request, choice); with a position it names a row."""
 
     def __post_init__(self) -> None:
+        self.prompt_length = len(self.request.prompt)
         name = f"{self.request.request_id}\0{self.choice}".encode()
         self.key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
         is_asked = self.params.prompt_logprobs is not None
@@ -125,13 +127,9 @@ class SequenceState:
         return (self.request.priority, self.arrival, self.choice)
 
     @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt)
-
-    @property
     def num_tokens(self) -> int:
         """Tokens known: prompt and output."""
-        return len(self.request.prompt) + len(self.output)
+        return self.prompt_length + len(self.output)
 
     @property
     def num_missing(self) -> int:
