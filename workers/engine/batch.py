@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from workers.dispatch.dispatcher import BatchRows
 from workers.engine.step_plan import PlannedRows
 from workers.inspection.recorder import BatchRecorder, Capture
+from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.attention import (
     AttentionBatch,
@@ -26,13 +28,13 @@ from workers.model.attention import (
 from workers.model.layers import ModelInputs
 from workers.requests.sequence import SequenceState
 
-_KEY_STEP = 0x9E3779B97F4A7C15
-_KEY_MASK = (1 << 63) - 1
+_KEY_STEP = np.uint64(0x9E3779B97F4A7C15)
+_KEY_MASK = np.uint64((1 << 63) - 1)
 
 
-def batch_order(planned: PlannedRows) -> tuple[int, int]:
+def batch_order(planned: PlannedRows) -> int:
     """Sort key: decodes come first, those of about the same length together."""
-    return (0, group_size(len(planned.sequence.blocks))) if planned.is_decode else (1, 0)
+    return group_size(len(planned.sequence.blocks)) if planned.is_decode else sys.maxsize
 
 
 def split_rows(
@@ -44,11 +46,13 @@ def split_rows(
     left = num_first
     for rows in planned:
         head = min(left, rows.count)
+        left -= head
+        if head == rows.count:
+            first.append(rows)
+            continue
         if head:
             first.append(replace(rows, count=head))
-        if head < rows.count:
-            second.append(replace(rows, first=rows.first + head, count=rows.count - head))
-        left -= head
+        second.append(replace(rows, first=rows.first + head, count=rows.count - head))
     return first, second
 
 
@@ -58,18 +62,23 @@ class Batch:
     Args:
         planned: its rows in ``batch_order``.
         cache: where their keys and values are.
+        tables: the blocks of their sequences.
         device: where the model is.
     """
 
     def __init__(
-        self, planned: Sequence[PlannedRows], cache: KVCache, device: torch.device
+        self,
+        planned: Sequence[PlannedRows],
+        cache: KVCache,
+        tables: BlockTables,
+        device: torch.device,
     ) -> None:
         self._device = device
         num_rows = sum(rows.count for rows in planned)
         self.num_decodes = sum(rows.is_decode for rows in planned)
         """Decode rows, which come first."""
-        staging = [*_columns(planned, cache.block_size)]
-        groups = self._stage_decodes(planned[: self.num_decodes], cache, staging)
+        staging = [*_columns(planned, tables, cache.block_size)]
+        groups = self._stage_decodes(planned[: self.num_decodes], cache, tables, staging)
         chunks = planned[self.num_decodes :]
         for rows in chunks:
             length = rows.first + rows.count
@@ -94,18 +103,24 @@ class Batch:
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)
 
     def _stage_decodes(
-        self, planned: Sequence[PlannedRows], cache: KVCache, staging: list[NDArray[np.int64]]
+        self,
+        planned: Sequence[PlannedRows],
+        cache: KVCache,
+        tables: BlockTables,
+        staging: list[NDArray[np.int64]],
     ) -> list[tuple[int, int]]:
         """Add each group's padded block tables and lengths; returns the groups' row ranges."""
-        tables = [rows.sequence.blocks for rows in planned]
-        groups = runs([group_size(len(table)) for table in tables], cache.blocks_per_piece)
+        num_blocks = [len(rows.sequence.blocks) for rows in planned]
+        sizes = [group_size(number) for number in num_blocks]
+        groups = runs(sizes, cache.blocks_per_piece)
+        seats, held = _array([rows.sequence.seat for rows in planned]), _array(num_blocks)
+        lengths = _array([rows.first + 1 for rows in planned])
         for first, last in groups:
-            width = group_size(len(tables[first]))
-            padded = np.full((last - first, width), cache.null_block, dtype=np.int64)
-            for row, table in zip(padded, tables[first:last], strict=True):
-                row[: len(table)] = table
-            staging.append(padded.reshape(-1))
-            staging.append(_array([rows.first + 1 for rows in planned[first:last]]))
+            known = tables.array[seats[first:last], : sizes[first]]
+            is_own = np.arange(known.shape[1]) < held[first:last, None]
+            padded = np.full((last - first, sizes[first]), cache.null_block, dtype=np.int64)
+            np.copyto(padded[:, : known.shape[1]], known, where=is_own)
+            staging += [padded.reshape(-1), lengths[first:last]]
         return groups
 
     def _decode_group(
@@ -156,24 +171,29 @@ def _moved(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Iterato
     return iter(torch.split(joined, [len(array) for array in arrays]))
 
 
-def _array(values: Sequence[int]) -> NDArray[np.int64]:
+def _array(values: Sequence[int | None]) -> NDArray[np.int64]:
     return np.array(values, dtype=np.int64)
 
 
-def _columns(planned: Sequence[PlannedRows], block_size: int) -> tuple[NDArray[np.int64], ...]:
+def _columns(
+    planned: Sequence[PlannedRows], tables: BlockTables, block_size: int
+) -> tuple[NDArray[np.int64], ...]:
     """Token ids, positions, prompt lengths, cache slots and row keys of all rows."""
     tokens: list[int] = []
-    positions: list[int] = []
-    prompt_lengths: list[int] = []
-    slots: list[int] = []
-    keys: list[int] = []
     for rows in planned:
-        sequence, first, last = rows.sequence, rows.first, rows.first + rows.count
-        tokens += sequence.tokens(first, last)
-        positions += range(first, last)
-        prompt_lengths += [sequence.prompt_length] * rows.count
-        for position in range(first, last):
-            block, offset = divmod(position, block_size)
-            slots.append(sequence.blocks[block] * block_size + offset)
-            keys.append((sequence.key ^ (position * _KEY_STEP)) & _KEY_MASK)
-    return (_array(tokens), _array(positions), _array(prompt_lengths), _array(slots), _array(keys))
+        if rows.is_decode:
+            tokens.append(rows.sequence.output[-1])
+        else:
+            tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
+    sequences = [rows.sequence for rows in planned]
+    counts = _array([rows.count for rows in planned])
+    entries = np.repeat(np.arange(len(planned)), counts)  # place in ``planned`` of each row
+    shifts = _array([rows.first for rows in planned]) - (np.cumsum(counts) - counts)
+    positions = np.arange(len(entries)) + shifts[entries]
+    seats = _array([sequence.seat for sequence in sequences])[entries]
+    blocks, offsets = np.divmod(positions, block_size)
+    slots = tables.array[seats, blocks].astype(np.int64) * block_size + offsets
+    prompt_lengths = _array([sequence.prompt_length for sequence in sequences])[entries]
+    keys = _array([sequence.key for sequence in sequences])[entries].view(np.uint64)
+    keys = (keys ^ positions.view(np.uint64) * _KEY_STEP) & _KEY_MASK  # modulo 2 ** 64
+    return (_array(tokens), positions, prompt_lengths, slots, keys.view(np.int64))

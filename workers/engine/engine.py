@@ -110,7 +110,12 @@ class Engine:
         )
         """Blocks that other workers fetch, and that are fetched from them."""
         self.runner = ModelRunner(
-            model=model, cache=self.cache, banks=banks, dispatcher=dispatcher, rank=rank
+            model=model,
+            cache=self.cache,
+            tables=self._scheduler.tables,
+            banks=banks,
+            dispatcher=dispatcher,
+            rank=rank,
         )
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}

@@ -19,6 +19,7 @@ from workers.engine.batch import Batch, batch_order, split_rows
 from workers.engine.expert_load import Routed
 from workers.engine.step_plan import StepPlan
 from workers.inspection.recorder import Capture
+from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
 from workers.model.layers import AttentionModel, Dispatch, LayerSteps
@@ -49,6 +50,7 @@ class ModelRunner:
     model: AttentionModel
     """May be replaced."""
     cache: KVCache
+    tables: BlockTables
     banks: Sequence[BankSpec]
     dispatcher: TokenDispatcher
     rank: int = 0
@@ -69,7 +71,7 @@ class ModelRunner:
         order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
         planned = [plan.rows[i] for i in order]
         parts = split_rows(planned, header.rows(self.rank, 0))[: header.num_micro_batches]
-        batches = [Batch(part, self.cache, self.model.device) for part in parts]
+        batches = [Batch(part, self.cache, self.tables, self.model.device) for part in parts]
         self.dispatcher.begin_step(header, [b.rows for b in batches])
         routed: list[list[Routed]] = [[] for _ in self.banks]
         hidden = self._drive(batches, routed)
@@ -130,8 +132,8 @@ class ModelRunner:
         routed: list[list[Routed]],
         captures: Mapping[SequenceState, Sequence[Capture]],
     ) -> StepResult:
-        bad_rows = (~torch.isfinite(hidden.sum(-1, dtype=torch.float32))).nonzero()
-        bad = set(bad_rows.flatten().tolist())  # device-to-host sync
+        is_bad = ~torch.isfinite(hidden.sum(-1, dtype=torch.float32))
+        bad = set(is_bad.nonzero().flatten().tolist())  # device-to-host sync
         first_row = [0] * len(order)
         row = 0
         for i in order:

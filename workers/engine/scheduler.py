@@ -14,6 +14,7 @@ from operator import attrgetter
 
 from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
+from workers.kv.block_tables import BlockTables
 from workers.kv.prefix_cache import PrefixCache
 from workers.requests.request import FinishReason
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
@@ -59,6 +60,8 @@ class Scheduler:
             length_matters_above=length_matters_above,
         )
         """Finds tokens that were computed before. Other modules read its counters."""
+        self.tables = BlockTables(max_num_seqs, self._blocks(max_model_len))
+        """The blocks of running sequences, by ``SequenceState.seat``."""
         self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self.num_preemptions = 0
@@ -189,9 +192,13 @@ class Scheduler:
         self._pool.check_integrity([*(s.blocks for s in self._running), *others])
         for sequence in self._running:
             assert sequence.num_computed <= len(sequence.blocks) * self._block_size
+            assert sequence.seat is not None
+            table = self.tables.array[sequence.seat, : len(sequence.blocks)]
+            assert table.tolist() == sequence.blocks, "a seat has other blocks than its sequence"
             self.prefixes.check_integrity(sequence)
         for sequence in self._waiting:
             assert not sequence.blocks
+            assert sequence.seat is None
             assert not sequence.num_computed
 
     def _commit_rows(
@@ -232,7 +239,7 @@ class Scheduler:
                 self._preempt_last()
                 if sequence.status is not SequenceStatus.RUNNING:
                     return  # it was the last of the order itself
-            sequence.blocks += self._pool.allocate(missing)
+            self._extend(sequence, self._pool.allocate(missing))
         rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
 
     def _plan_chunk(self, sequence: SequenceState, limit: int, rows: list[PlannedRows]) -> int:
@@ -273,11 +280,12 @@ class Scheduler:
 
     def _admit(self, sequence: SequenceState) -> int:
         """Move to running with blocks for all its tokens; returns how many were allocated."""
-        sequence.blocks += self.prefixes.find(sequence)
+        sequence.seat = self.tables.take_seat()
+        self._extend(sequence, self.prefixes.find(sequence))
         self._pool.share(sequence.blocks)
         sequence.num_computed = len(sequence.blocks) * self._block_size
         missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
-        sequence.blocks += self._pool.allocate(missing)
+        self._extend(sequence, self._pool.allocate(missing))
         self._waiting.remove(sequence)
         self._enter(self._running, sequence, SequenceStatus.RUNNING)
         return missing
@@ -286,6 +294,12 @@ class Scheduler:
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
+
+    def _extend(self, sequence: SequenceState, blocks: list[int]) -> None:
+        """Append blocks to the table of a sequence that has a seat."""
+        assert sequence.seat is not None, "only running sequences get blocks"
+        self.tables.put(sequence.seat, len(sequence.blocks), blocks)
+        sequence.blocks += blocks
 
     def _num_to_compute(self, waiting: SequenceState) -> int:
         """Rows that it would run if it were admitted now."""
@@ -336,6 +350,9 @@ class Scheduler:
         self._pool.release(sequence.blocks)
         sequence.blocks.clear()
         sequence.num_computed = 0
+        if sequence.seat is not None:
+            self.tables.free_seat(sequence.seat)
+            sequence.seat = None
 
     def _may_run(self, sequence: SequenceState) -> bool:
         request_id = sequence.request.request_id

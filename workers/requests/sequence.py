@@ -89,6 +89,8 @@ class SequenceState:
     """Positions from 0 on that have keys and values in the cache."""
     blocks: list[int] = field(default_factory=list)
     """Block table; this sequence is one holder of each block."""
+    seat: int | None = None
+    """Row of ``BlockTables`` with the same blocks; None while it does not run."""
     status: SequenceStatus = SequenceStatus.WAITING
     first_choice: SequenceState | None = None
     """First open choice of the request, which shares its full prompt blocks; None for itself."""

@@ -1,0 +1,123 @@
+"""What a micro-batch tells the model, against a reference that looks at one row after the other."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from tests.paths import DEMO
+from workers.engine.batch import Batch, batch_order, split_rows
+from workers.engine.step_plan import PlannedRows
+from workers.kv.block_tables import BlockTables
+from workers.kv.cache import KVCache
+from workers.model.attention import group_size
+from workers.model.compute_threads import ComputeThreads
+from workers.model.loading.checkpoint import Checkpoint
+from workers.requests.request import Request, SamplingParams
+from workers.requests.sequence import SequenceState
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 400
+MAX_BLOCKS = 13
+
+
+@pytest.fixture(scope="module")
+def cache() -> KVCache:
+    return KVCache(
+        config=Checkpoint(DEMO).config,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        compute_threads=ComputeThreads(),
+    )
+
+
+class Plans:
+    """Random plans of sequences whose blocks are in tables."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self.tables = BlockTables(16, MAX_BLOCKS)
+        self._blocks = self._rng.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+
+    def draw(self) -> list[PlannedRows]:
+        decodes = [self._rows(is_decode=True) for _ in range(self._rng.randint(0, 8))]
+        chunks = [self._rows(is_decode=False) for _ in range(self._rng.randint(0, 4))]
+        return sorted((*decodes, *chunks), key=batch_order)
+
+    def _rows(self, is_decode: bool) -> PlannedRows:
+        rng = self._rng
+        prompt = tuple(rng.randrange(1000) for _ in range(rng.randint(1, 25)))
+        output = [rng.randrange(1000) for _ in range(rng.randint(1, 25) if is_decode else 0)]
+        request = Request(request_id=str(rng.random()), prompt=prompt, params=SamplingParams())
+        sequence = SequenceState(request, 0, 0, math.inf, output=output)
+        first = sequence.num_tokens - 1 if is_decode else rng.randrange(len(prompt))
+        count = 1 if is_decode else rng.randint(1, len(prompt) - first)
+        sequence.seat = self.tables.take_seat()
+        for place in range(-(-sequence.num_tokens // BLOCK_SIZE)):
+            block = self._blocks.pop()
+            self.tables.put(sequence.seat, place, [block])
+            sequence.blocks.append(block)
+        return PlannedRows(sequence, first, count, is_decode, 0, False)
+
+
+def check(batch: Batch, planned: list[PlannedRows]) -> None:
+    """The batch has exactly the planned rows."""
+    rows = [
+        (entry.sequence, position)
+        for entry in planned
+        for position in range(entry.first, entry.first + entry.count)
+    ]
+    if not rows:
+        assert batch.inputs is None
+        return
+    inputs = batch.inputs
+    assert inputs is not None
+    tokens = [(*s.request.prompt, *s.output)[position] for s, position in rows]
+    slots = [s.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for s, p in rows]
+    keys = [(s.key ^ (p * 0x9E3779B97F4A7C15)) & ((1 << 63) - 1) for s, p in rows]
+    assert inputs.token_ids.tolist() == tokens
+    assert inputs.positions.tolist() == [position for _, position in rows]
+    assert inputs.prompt_lengths.tolist() == [len(s.request.prompt) for s, _ in rows]
+    assert inputs.attention.slot_mapping.tolist() == slots
+    assert batch.rows.row_key.tolist() == keys
+    num_decodes = sum(entry.is_decode for entry in planned)
+    assert batch.rows.is_prefill.tolist() == [i >= num_decodes for i in range(len(rows))]
+    check_tables(batch, planned)
+
+
+def check_tables(batch: Batch, planned: list[PlannedRows]) -> None:
+    """Each decode row and each chunk is led to its own blocks, and to the null block behind."""
+    assert batch.inputs is not None
+    attention = batch.inputs.attention
+    seen = 0
+    for group in attention.decodes:
+        assert group.first == seen
+        tables = group.blocks.view(group.last - group.first, -1)
+        for table, visible in zip(tables, group.visible, strict=True):
+            entry = planned[seen]
+            blocks = entry.sequence.blocks
+            width = group_size(len(blocks))
+            assert table.tolist() == blocks + [NUM_BLOCKS] * (width - len(blocks))
+            assert visible.sum() == entry.first + 1
+            seen += 1
+    for chunk, entry in zip(attention.prefills, planned[seen:], strict=True):
+        length = entry.first + entry.count
+        assert (chunk.length, chunk.last - chunk.first) == (length, entry.count)
+        assert chunk.blocks.tolist() == entry.sequence.blocks[: -(-length // BLOCK_SIZE)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_batch_has_the_rows_of_its_plan(cache: KVCache, seed: int) -> None:
+    plans = Plans(seed)
+    planned = plans.draw()
+    check(Batch(planned, cache, plans.tables, torch.device("cpu")), planned)
+    num_rows = sum(entry.count for entry in planned)
+    parts = split_rows(planned, random.Random(seed).randint(0, num_rows))
+    for part in parts:
+        check(Batch(part, cache, plans.tables, torch.device("cpu")), part)
+    assert sum(entry.count for part in parts for entry in part) == num_rows
