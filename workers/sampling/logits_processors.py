@@ -10,9 +10,11 @@ text ends whatever the other masks say.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
+from msgspec import Struct
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.requests.request import SamplingParams
@@ -22,40 +24,45 @@ from workers.sampling.grammar import GrammarState
 _LARGEST_LOGIT = 1e30
 """Bound of logits after penalties; divided by any temperature it is still finite."""
 _MASKED = float("-inf")
+_MORE_TOKENS = 64
+"""Least room for tokens that an output has for the first time; it doubles each time."""
+_GREEDY_BELOW = 1e-5
+"""Temperatures below are taken for 0."""
 
 
 class TokenCounts:
-    """How often a sequence has each token, for penalties."""
+    """How often a sequence has each token, for penalties. Arrays that grow with the output."""
 
     def __init__(
         self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]
     ) -> None:
         """``output`` is the sequence's own list: tokens that are added to it later count too."""
-        self._place: dict[int, int] = {}
-        self._tokens: list[int] = []
-        self._in_output: list[int] = []
+        known = dict.fromkeys(prompt) if params.repetition_penalty != 1.0 else {}
+        self._place = {token: place for place, token in enumerate(known)}
+        self._tokens: NDArray[np.int64] = np.array(list(known), dtype=np.int64)
+        self._in_output: NDArray[np.float32] = np.zeros(len(known), dtype=np.float32)
         self._output = output
         self._num_counted = 0
-        if params.repetition_penalty != 1.0:
-            for token in prompt:
-                self._add(token, 0)
 
-    def _add(self, token: int, count: int) -> None:
-        place = self._place.setdefault(token, len(self._tokens))
+    def _count(self, token: int) -> None:
+        """One more of a token in the output."""
+        place = self._place.setdefault(token, len(self._place))
         if place == len(self._tokens):
-            self._tokens.append(token)
-            self._in_output.append(0)
-        self._in_output[place] += count
+            room = len(self._tokens) + _MORE_TOKENS
+            self._tokens = np.concatenate([self._tokens, np.zeros(room, dtype=np.int64)])
+            self._in_output = np.concatenate([self._in_output, np.zeros(room, dtype=np.float32)])
+        self._tokens[place] = token
+        self._in_output[place] += 1
 
     def penalize(self, logits: Tensor, params: SamplingParams) -> None:
         """Change one row of float32 logits [V] in place."""
         for token in self._output[self._num_counted :]:
-            self._add(token, 1)
+            self._count(token)
         self._num_counted = len(self._output)
-        if not self._tokens:
+        if not self._place:
             return
-        tokens = torch.tensor(self._tokens, device=logits.device)
-        counts = torch.tensor(self._in_output, dtype=torch.float32, device=logits.device)
+        tokens = torch.from_numpy(self._tokens[: len(self._place)]).to(logits.device)
+        counts = torch.from_numpy(self._in_output[: len(self._place)]).to(logits.device)
         values = logits[tokens]
         if params.repetition_penalty != 1.0:
             penalty = params.repetition_penalty
@@ -91,8 +98,7 @@ class BadWords:
         return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
+class SamplingRow(Struct, frozen=True):
     """One row of logits that a token is drawn from."""
 
     params: SamplingParams
@@ -105,6 +111,16 @@ class SamplingRow:
     banned_tokens: tuple[int, ...] = ()
     """Tokens that must not be drawn now (``min_tokens``, ``bad_words``)."""
     grammar: GrammarState | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """The best token is taken."""
+        return self.params.temperature < _GREEDY_BELOW
+
+    @property
+    def takes_best(self) -> bool:
+        """The best token of the logits as they are, without logprobs, is all that is asked for."""
+        return self.is_greedy and self.params.logprobs is None and self.is_plain
 
     @property
     def is_plain(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def row_of(params: SamplingParams, grammar: GrammarState | None = None) -> Sampl
 
 def draws(logits: Tensor, row: SamplingRow) -> list[int]:
     """Many tokens of one row, each with its own randomness."""
-    rows = [replace(row, index=index) for index in range(NUM_DRAWS)]
+    rows = [structs.replace(row, index=index) for index in range(NUM_DRAWS)]
     return [drawn.token for drawn in sample(logits.expand(NUM_DRAWS, -1), rows)]
 
 

@@ -17,7 +17,7 @@ from workers.sampling.sampler import (
     logprob_entries_alone,
     sample,
     sample_alone,
-    uniform,
+    uniforms,
 )
 
 NUM_DRAWS = 4000
@@ -26,6 +26,11 @@ VOCAB = 12
 
 def rows_of(params: SamplingParams, count: int) -> list[SamplingRow]:
     return [SamplingRow(params, choice=0, index=i) for i in range(count)]
+
+
+def uniform(seed: int, choice: int, index: int, level: int = 0) -> float:
+    """One number alone."""
+    return float(uniforms([(seed, choice, index)], level + 1)[0, level])
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,13 @@ def test_uniform_is_uniform() -> None:
     bins = Counter(int(u * 8) for u in values)
     assert min(bins.values()) > 90
     assert uniform(-5, 0, 0) == uniform(-5, 0, 0)
+
+
+def test_numbers_do_not_depend_on_what_is_drawn_with_them() -> None:
+    rows = [(seed, choice, 3 * seed) for seed in (0, -5, 2**64 + 1) for choice in (0, 1)]
+    together = uniforms(rows, 5)
+    for row, numbers in zip(rows, together.tolist(), strict=True):
+        assert [uniform(*row, level) for level in range(5)] == numbers
 
 
 def test_a_seed_gives_the_same_numbers_and_tokens_in_every_release() -> None:
@@ -305,6 +317,26 @@ def test_named_tokens_are_reported_in_their_order_in_place_of_the_best() -> None
     assert [token for token, _ in first.top] == [2, 0]
     assert [value for _, value in first.top] == pytest.approx(logprobs[0, [2, 0]].tolist())
     assert [token for token, _ in second.top] == [0]
+
+
+def test_rows_that_take_the_best_token_are_drawn_beside_the_others() -> None:
+    logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(4))
+    logits[5, 2] = float("nan")
+    each = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=3),
+        SamplingParams(temperature=0.0, logprobs=1),
+        SamplingParams(temperature=0.0, logit_bias=((1, 99.0),)),
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=4, top_k=2),
+    ]
+    rows = [SamplingRow(params, 0, i) for i, params in enumerate(each)]
+    alone = [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+    assert sample(logits, rows) == alone
+    assert sample_alone(logits, rows) == alone
+    best = logits.argmax(-1).tolist()
+    assert [alone[i].token for i in (0, 2, 3, 4, 5)] == [best[0], best[2], 1, best[4], -1]
 
 
 def test_rows_alone_are_drawn_and_scored_from_their_own_logits() -> None:
