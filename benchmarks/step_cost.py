@@ -38,7 +38,7 @@ _STEPS_PER_RUN = 16
 _WARM_UP_RUNS = 1
 _HIDDEN = 64
 
-GREEDY = SamplingParams(max_tokens=100_000, temperature=0.0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=3_000, temperature=0.0, ignore_eos=True)
 RANDOM = replace(GREEDY, temperature=0.8)
 KINDS = {
     "greedy": GREEDY,
