@@ -98,8 +98,11 @@ class EngineServer:
         return f"{self._host}:{self._port}"
 
     def publish(self, gateway: str, message: StepOutput | SoloStep | Queued) -> None:
-        """Send a message to one gateway (any thread). A closed stream is ignored."""
-        self._call_soon(self._streams.put, gateway, FROM_ENGINE.encode(message))
+        """Send a message to one gateway (any thread). A closed stream is ignored.
+
+        The server's thread encodes it.
+        """
+        self._call_soon(self._streams.send, gateway, message)
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
         """Publish the cached blocks and the fetch cost to all gateways (any thread).

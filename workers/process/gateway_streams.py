@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from workers.process.intake.commands import AddRequest, GatewayGone, Inbox, MessageTaken
 from workers.requests.request import Request, SoloStep
-from workers.requests.wire import FROM_ENGINE, Abort, Ping, ToEngine
+from workers.requests.wire import FROM_ENGINE, Abort, FromEngine, Ping, ToEngine
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,20 @@ class GatewayStreams:
             case Abort() | SoloStep():
                 self._inbox.put(MessageTaken(stream.name, message))
             case Ping():
-                self.put(stream.name, FROM_ENGINE.encode(message))
+                self.send(stream.name, message)
+
+    def send(self, name: str, message: FromEngine) -> None:
+        """Encode and put a message; one that cannot be encoded ends its stream."""
+        stream = self._streams.get(name)
+        if stream is None:
+            return
+        try:
+            data = FROM_ENGINE.encode(message)
+        except Exception:
+            logger.exception("%s: a message could not be encoded", name)
+            self._drop(stream, "a message could not be encoded")
+            return
+        self.put(name, data)
 
     def put(self, name: str, message: bytes) -> None:
         """Send a message; a gateway too far behind is dropped. A stream that ended is ignored."""

@@ -8,7 +8,7 @@ import pytest
 
 from workers.process.gateway_streams import MAX_STEPS_BEHIND, GatewayStream, GatewayStreams
 from workers.process.intake.commands import AddRequest, Command, GatewayGone, Inbox
-from workers.requests.request import Request, SamplingParams, SoloStep
+from workers.requests.request import Queued, Request, SamplingParams, SoloStep
 from workers.requests.wire import FROM_ENGINE, Abort, Ping, ToEngine
 
 REQUEST = Request(request_id="r", prompt=(1, 2), params=SamplingParams())
@@ -90,3 +90,18 @@ def test_messages_become_commands_under_the_name_of_their_stream() -> None:
     case.streams.put(second.name, b"late")
     assert _all(second) == [FROM_ENGINE.encode(Ping(number=7))]
     assert second.error == "first reason"
+
+
+def test_a_message_that_cannot_be_encoded_ends_its_stream_alone() -> None:
+    case = Case()
+    broken, other = case.open("broken"), case.open("other")
+    queued = Queued(request_id="r", attempt=1)
+    for attempt in (1, 1 << 64, 2):  # msgpack has no longer integers
+        case.streams.send(broken.name, Queued(request_id="r", attempt=attempt))
+    case.streams.send(other.name, queued)
+    other.close()
+    assert _all(broken) == [FROM_ENGINE.encode(queued)]
+    assert broken.error == "a message could not be encoded"
+    assert case.cancelled == ["broken"]
+    assert case.commands() == [GatewayGone(broken.name)]
+    assert (_all(other), other.error) == ([FROM_ENGINE.encode(queued)], "")
