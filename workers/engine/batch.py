@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -77,7 +77,7 @@ class Batch:
         num_rows = sum(rows.count for rows in planned)
         self.num_decodes = sum(rows.is_decode for rows in planned)
         """Decode rows, which come first."""
-        staging = [*_columns(planned, tables, cache.block_size)]
+        staging = [*_columns(planned, self.num_decodes, tables, cache.block_size)]
         groups = self._stage_decodes(planned[: self.num_decodes], cache, tables, staging)
         chunks = planned[self.num_decodes :]
         for rows in chunks:
@@ -176,24 +176,27 @@ def _array(values: Sequence[int | None]) -> NDArray[np.int64]:
 
 
 def _columns(
-    planned: Sequence[PlannedRows], tables: BlockTables, block_size: int
+    planned: Sequence[PlannedRows], num_decodes: int, tables: BlockTables, block_size: int
 ) -> tuple[NDArray[np.int64], ...]:
     """Token ids, positions, prompt lengths, cache slots and row keys of all rows."""
-    tokens: list[int] = []
-    for rows in planned:
-        if rows.is_decode:
-            tokens.append(rows.sequence.output[-1])
-        else:
-            tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
+    decodes, chunks = planned[:num_decodes], planned[num_decodes:]
+    tokens = [rows.sequence.output[-1] for rows in decodes]
+    for rows in chunks:
+        tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
     sequences = [rows.sequence for rows in planned]
-    counts = _array([rows.count for rows in planned])
-    entries = np.repeat(np.arange(len(planned)), counts)  # place in ``planned`` of each row
-    shifts = _array([rows.first for rows in planned]) - (np.cumsum(counts) - counts)
-    positions = np.arange(len(entries)) + shifts[entries]
-    seats = _array([sequence.seat for sequence in sequences])[entries]
+    entries = [
+        [rows.first for rows in planned],
+        [sequence.seat for sequence in sequences],
+        [sequence.prompt_length for sequence in sequences],
+        [sequence.key for sequence in sequences],
+    ]
+    columns = np.array(entries, dtype=np.int64)
+    if chunks:  # else there is one row for each entry
+        counts = _array([rows.count for rows in planned])
+        columns = np.repeat(columns, counts, axis=1)
+        columns[0] += np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
+    positions, seats, prompt_lengths, keys = columns
     blocks, offsets = np.divmod(positions, block_size)
     slots = tables.array[seats, blocks].astype(np.int64) * block_size + offsets
-    prompt_lengths = _array([sequence.prompt_length for sequence in sequences])[entries]
-    keys = _array([sequence.key for sequence in sequences])[entries].view(np.uint64)
-    keys = (keys ^ positions.view(np.uint64) * _KEY_STEP) & _KEY_MASK  # modulo 2 ** 64
-    return (_array(tokens), positions, prompt_lengths, slots, keys.view(np.int64))
+    named = keys.view(np.uint64) ^ positions.view(np.uint64) * _KEY_STEP  # modulo 2 ** 64
+    return (_array(tokens), positions, prompt_lengths, slots, (named & _KEY_MASK).view(np.int64))

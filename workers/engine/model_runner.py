@@ -139,10 +139,12 @@ class ModelRunner:
         for i in order:
             first_row[i] = row
             row += plan.rows[i].count
-        finite = tuple(
-            not bad or bad.isdisjoint(range(first, first + planned.count))
-            for first, planned in zip(first_row, plan.rows, strict=True)
-        )
+        finite = (True,) * len(order)
+        if bad:
+            finite = tuple(
+                bad.isdisjoint(range(first, first + planned.count))
+                for first, planned in zip(first_row, plan.rows, strict=True)
+            )
         return StepResult(
             hidden=hidden,
             first_row=tuple(first_row),

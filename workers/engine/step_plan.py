@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from workers.requests.sequence import SequenceState
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedRows:
+class PlannedRows(Struct, frozen=True):
     """Neighbouring rows of one sequence in a plan. Its block table covers them already."""
 
     sequence: SequenceState

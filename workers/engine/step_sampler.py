@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from workers.engine.model_runner import StepResult
@@ -91,9 +92,10 @@ class StepSampler:
             plan.rows, result.first_row, result.finite, strict=True
         ):
             sequence = planned.sequence
-            if not is_finite or not self._read(tokens, planned, first_row, result):
+            reads = sequence.scores_prompt or sequence.request.inspection is not None
+            if not is_finite or (reads and not self._read(tokens, planned, first_row, result)):
                 tokens.failed[sequence] = NOT_FINITE
-            elif planned.draws_token:
+            elif planned.is_decode or planned.draws_token:
                 tokens.complete[sequence] = first_row + planned.count - 1
         self._draw(tokens, result.hidden)
         self._classify(tokens, result.hidden)
@@ -146,7 +148,7 @@ class StepSampler:
         sampled = [s for s in tokens.complete if s.params.max_tokens]
         if not sampled:
             return
-        logits = self._logits(hidden[[tokens.complete[sequence] for sequence in sampled]])
+        logits = self._logits(_some(hidden, [tokens.complete[sequence] for sequence in sampled]))
         found = self._sample(logits, [self._processors[sequence].row() for sequence in sampled])
         for sequence, drawn in zip(sampled, found, strict=True):
             if drawn.failure is None:
@@ -159,7 +161,7 @@ class StepSampler:
         if not self._is_classifier or not tokens.complete:
             return
         ends = list(tokens.complete.values())
-        rows: Sequence[list[float]] = self._logits(hidden[ends]).float().tolist()
+        rows: Sequence[list[float]] = self._logits(_some(hidden, ends)).float().tolist()
         for sequence, row in zip(tuple(tokens.complete), rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self._fail(tokens, sequence, NOT_FINITE)
@@ -180,3 +182,10 @@ class StepSampler:
     def _fail(self, tokens: StepTokens, sequence: SequenceState, failure: Failure) -> None:
         del tokens.complete[sequence]
         tokens.failed[sequence] = failure
+
+
+def _some(hidden: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows of [rows, H]; no copy of all of them in their order."""
+    if rows == list(range(len(hidden))):
+        return hidden
+    return hidden[torch.tensor(rows, device=hidden.device)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class KVCache:
         self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))
         """Scratch memory of each compute thread, for the blocks that a step gathers."""
 
-    @property
+    @cached_property
     def blocks_per_piece(self) -> int:
         """Blocks of decode rows to gather at a time: on GPUs all of them."""
         layer = self.layers[0]

@@ -6,11 +6,14 @@ floats have the order of the floats, and infinity and NaN are the largest of eit
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Bits = NDArray[np.signedinteger[Any]]
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 """Signed integers of the same size."""
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80_0000}
@@ -22,14 +25,7 @@ def best_tokens(logits: Tensor) -> Tensor:
 
     Any token for a row with NaN.
     """
-    if logits.device.type != "cpu":
-        return logits.argmax(-1)
-    bits = _bits(logits)
-    tokens = bits.argmax(-1)
-    largest = np.take_along_axis(bits, tokens[:, None], -1).squeeze(-1)
-    for row in np.flatnonzero(largest <= 0):  # negative floats have the opposite order
-        tokens[row] = logits[int(row)].float().numpy().argmax()
-    return torch.from_numpy(tokens)
+    return logits.argmax(-1) if logits.device.type != "cpu" else torch.from_numpy(_best(logits)[0])
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -37,14 +33,38 @@ def finite_rows(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu":
         # A sum is finite only if all its terms are; float32 has room for large sums.
         return torch.isfinite(logits.sum(-1, dtype=torch.float32))
+    return torch.from_numpy(_is_finite(logits, _bits(logits).max(-1)))
+
+
+def best_of_finite(logits: Tensor) -> Tensor:
+    """``best_tokens``, but -1 for rows that are not finite."""
+    if logits.device.type != "cpu":
+        return torch.where(finite_rows(logits), best_tokens(logits), -1)
+    tokens, largest = _best(logits)
+    tokens[~_is_finite(logits, largest)] = -1
+    return torch.from_numpy(tokens)
+
+
+def _best(logits: Tensor) -> tuple[NDArray[np.int64], Bits]:
+    """Best token of each row, and the largest of its bits."""
+    bits = _bits(logits)
+    tokens = bits.argmax(-1)
+    largest = np.take_along_axis(bits, tokens[:, None], -1)[:, 0]
+    for row in np.flatnonzero(largest <= 0):  # negative floats have the opposite order
+        tokens[row] = logits[int(row)].float().numpy().argmax()
+    return tokens, largest
+
+
+def _is_finite(logits: Tensor, largest: Bits) -> NDArray[np.bool_]:
+    """``finite_rows``, where the largest bits of each row are known."""
     bits, infinity = _bits(logits), _INFINITY[logits.dtype]
-    unsigned = bits.view(np.dtype(f"u{bits.itemsize}"))  # negative numbers are above all positive
+    unsigned = bits.view(np.dtype(f"u{bits.itemsize}"))  # negative floats are above the others
     sign = 1 << (8 * bits.itemsize - 1)
-    is_finite = (bits.max(-1) < infinity) & (unsigned.max(-1) < sign + infinity)
-    return torch.from_numpy(is_finite)
+    found: NDArray[np.bool_] = (largest < infinity) & (unsigned.max(-1) < sign + infinity)
+    return found
 
 
-def _bits(logits: Tensor) -> NDArray[np.signedinteger]:
+def _bits(logits: Tensor) -> Bits:
     """[rows, V] signed integers with the bits of the logits."""
-    found: NDArray[np.signedinteger] = logits.contiguous().view(_INTEGERS[logits.dtype]).numpy()
+    found: Bits = logits.contiguous().view(_INTEGERS[logits.dtype]).numpy()
     return found

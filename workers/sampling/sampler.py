@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.requests.request import SamplingParams, TokenLogprob
-from workers.sampling.best_tokens import best_tokens, finite_rows
+from workers.sampling.best_tokens import best_of_finite, best_tokens, finite_rows
 from workers.sampling.logits_processors import SamplingRow, apply_processors
 
 _MASK64 = (1 << 64) - 1
@@ -77,33 +77,38 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
 
 def _take_best(logits: Tensor) -> list[Drawn]:
     """The rows that ask for the best token of the logits as they are."""
-    tokens = torch.where(finite_rows(logits), best_tokens(logits), _NOT_FINITE)
-    return [
-        Drawn(token) if token >= 0 else _NO_TOKEN
-        for token in tokens.tolist()  # device-to-host sync
-    ]
+    tokens: list[int] = best_of_finite(logits).tolist()  # device-to-host sync
+    return [Drawn(token) if token >= 0 else _NO_TOKEN for token in tokens]
 
 
 def _sample_others(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
     """The rows that ask for more: rules, randomness or logprobs."""
     finite = finite_rows(logits)
     processed = apply_processors(logits, rows)
-    usable = finite
-    if processed is not logits:
-        usable = finite & torch.isfinite(processed.amax(-1))  # else every token is masked
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     greedy = [i for i, row in enumerate(rows) if row.is_greedy]
     random = [i for i, row in enumerate(rows) if not row.is_greedy]
     if greedy:
-        tokens[greedy] = best_tokens(_some(processed, greedy))
+        tokens[greedy] = _best_allowed(_some(processed, greedy))
     if random:
-        tokens[random] = draw(_some(processed, random).float(), [rows[i] for i in random])
-    tokens = torch.where(usable, tokens, torch.where(finite, _NONE_ALLOWED, _NOT_FINITE))
+        part = _some(processed, random)
+        drawn = draw(part.float(), [rows[i] for i in random])
+        if processed is not logits:
+            drawn = torch.where(torch.isfinite(part.amax(-1)), drawn, _NONE_ALLOWED)
+        tokens[random] = drawn
+    tokens = torch.where(finite, tokens, _NOT_FINITE)
     ids: list[int] = tokens.tolist()  # device-to-host sync
     entries = _entries(logits, rows, ids)
     return [
         Drawn(max(token, -1), entries.get(i), _FAILURES.get(token)) for i, token in enumerate(ids)
     ]
+
+
+def _best_allowed(logits: Tensor) -> Tensor:
+    """[rows]: the best token of logits [rows, V] after masks."""
+    best = best_tokens(logits)
+    values = logits.gather(1, best.unsqueeze(1)).squeeze(1)
+    return torch.where(torch.isfinite(values), best, _NONE_ALLOWED)
 
 
 def _some(logits: Tensor, rows: Sequence[int]) -> Tensor:
