@@ -25,6 +25,7 @@ from workers.model.config import BankSpec
 from workers.model.layers import AttentionModel, Dispatch, LayerSteps
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
+from workers.sampling.best_tokens import finite_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,19 +133,16 @@ class ModelRunner:
         routed: list[list[Routed]],
         captures: Mapping[SequenceState, Sequence[Capture]],
     ) -> StepResult:
-        is_bad = ~torch.isfinite(hidden.sum(-1, dtype=torch.float32))
-        bad = set(is_bad.nonzero().flatten().tolist())  # device-to-host sync
+        is_finite: list[bool] = finite_rows(hidden).tolist()  # device-to-host sync
         first_row = [0] * len(order)
         row = 0
         for i in order:
             first_row[i] = row
             row += plan.rows[i].count
-        finite = (True,) * len(order)
-        if bad:
-            finite = tuple(
-                bad.isdisjoint(range(first, first + planned.count))
-                for first, planned in zip(first_row, plan.rows, strict=True)
-            )
+        finite = tuple(
+            all(is_finite[first : first + planned.count])
+            for first, planned in zip(first_row, plan.rows, strict=True)
+        )
         return StepResult(
             hidden=hidden,
             first_row=tuple(first_row),

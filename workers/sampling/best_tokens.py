@@ -1,4 +1,4 @@
-"""The best token of each row of logits, and whether all logits of a row are finite.
+"""The best token of each row of logits, and whether all numbers of a row are finite.
 
 On a CPU the logits' bits are compared as integers, without a copy in float32: those of positive
 floats have the order of the floats, and infinity and NaN are the largest of either sign.
@@ -18,6 +18,8 @@ _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.floa
 """Signed integers of the same size."""
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80_0000}
 """Bits of plus infinity; those of NaN are above."""
+_UNSIGNED = {2: np.uint16, 4: np.uint32}
+"""By bytes."""
 
 
 def best_tokens(logits: Tensor) -> Tensor:
@@ -25,7 +27,9 @@ def best_tokens(logits: Tensor) -> Tensor:
 
     Any token for a row with NaN.
     """
-    return logits.argmax(-1) if logits.device.type != "cpu" else torch.from_numpy(_best(logits)[0])
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(_best(logits, _bits(logits))[0])
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -33,32 +37,32 @@ def finite_rows(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu":
         # A sum is finite only if all its terms are; float32 has room for large sums.
         return torch.isfinite(logits.sum(-1, dtype=torch.float32))
-    return torch.from_numpy(_is_finite(logits, _bits(logits).max(-1)))
+    bits = _bits(logits)
+    return torch.from_numpy(_is_finite(bits, bits.max(-1), _INFINITY[logits.dtype]))
 
 
 def best_of_finite(logits: Tensor) -> Tensor:
     """``best_tokens``, but -1 for rows that are not finite."""
     if logits.device.type != "cpu":
         return torch.where(finite_rows(logits), best_tokens(logits), -1)
-    tokens, largest = _best(logits)
-    tokens[~_is_finite(logits, largest)] = -1
+    bits = _bits(logits)
+    tokens, largest = _best(logits, bits)
+    tokens[~_is_finite(bits, largest, _INFINITY[logits.dtype])] = -1
     return torch.from_numpy(tokens)
 
 
-def _best(logits: Tensor) -> tuple[NDArray[np.int64], Bits]:
+def _best(logits: Tensor, bits: Bits) -> tuple[NDArray[np.int64], Bits]:
     """Best token of each row, and the largest of its bits."""
-    bits = _bits(logits)
     tokens = bits.argmax(-1)
-    largest = np.take_along_axis(bits, tokens[:, None], -1)[:, 0]
-    for row in np.flatnonzero(largest <= 0):  # negative floats have the opposite order
+    largest: Bits = bits[np.arange(len(bits)), tokens]
+    for row in (largest <= 0).nonzero()[0]:  # negative floats have the opposite order
         tokens[row] = logits[int(row)].float().numpy().argmax()
     return tokens, largest
 
 
-def _is_finite(logits: Tensor, largest: Bits) -> NDArray[np.bool_]:
-    """``finite_rows``, where the largest bits of each row are known."""
-    bits, infinity = _bits(logits), _INFINITY[logits.dtype]
-    unsigned = bits.view(np.dtype(f"u{bits.itemsize}"))  # negative floats are above the others
+def _is_finite(bits: Bits, largest: Bits, infinity: int) -> NDArray[np.bool_]:
+    """``finite_rows`` of bits [rows, V], where the largest of each row are known."""
+    unsigned = bits.view(_UNSIGNED[bits.itemsize])  # negative floats are above the others
     sign = 1 << (8 * bits.itemsize - 1)
     found: NDArray[np.bool_] = (largest < infinity) & (unsigned.max(-1) < sign + infinity)
     return found

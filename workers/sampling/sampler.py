@@ -234,7 +234,7 @@ def uniforms(rows: Sequence[tuple[int, int, int]], num_levels: int) -> NDArray[n
     state = _splitmix64(values[:, :1])
     for column in (values[:, 1:2], values[:, 2:], np.arange(num_levels, dtype=np.uint64)):
         state = _splitmix64(state ^ column)
-    found: NDArray[np.float64] = (state >> np.uint64(11)) * 2.0**-53
+    found: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return found
 
 
