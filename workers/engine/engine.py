@@ -8,7 +8,6 @@ blocks.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,6 +16,7 @@ import torch
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import RequestError
 from workers.dispatch.dispatcher import TokenDispatcher
+from workers.engine.choices import open_choices
 from workers.engine.deadlines import Deadlines
 from workers.engine.expert_load import LoadCounter
 from workers.engine.isolation import Isolation
@@ -37,7 +37,7 @@ from workers.requests.classifier import pooled
 from workers.requests.request import FinishReason, Request, SoloStep, TokenOutput
 from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
 from workers.requests.step_header import StepHeader
-from workers.sampling.grammar import CompiledGrammar, GrammarState
+from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.sampler import Drawn
 
 _POISONOUS = Failure(
@@ -105,9 +105,7 @@ class Engine:
             enable_prefix_caching=section.enable_prefix_caching,
             length_matters_above=config.length_matters_above,
         )
-        self.kv_store = KvTransferStore(
-            self.pool, self.cache, length_matters_above=config.length_matters_above
-        )
+        self.kv_store = KvTransferStore(self.pool, self.cache)
         """Blocks that other workers fetch, and that are fetched from them."""
         self.runner = ModelRunner(
             model=model,
@@ -139,20 +137,24 @@ class Engine:
         request: Request,
         received: float | None = None,
         grammar: CompiledGrammar | None = None,
+        hashes: Sequence[BlockHash] = (),
     ) -> None:
         """Queue a request received at ``received`` (on this engine's clock; None: now).
 
-        ``grammar`` is the request's own, compiled. A newer attempt at a known request replaces the
+        ``grammar`` is the request's own, compiled; ``hashes`` are those of the prompt's first full
+        blocks, where they are known already. A newer attempt at a known request replaces the
         older one. Raises ``RequestError`` for a request that can never run and ``QueueFullError``
         when too much waits; then nothing has changed.
         """
         check_request(request, self._limits)
         if self._limits.is_classifier and request.inspection is None:
-            request = pooled(request, self._pad)
+            request, whole = pooled(request, self._pad), request
+            hashes = hashes if request is whole else ()
         self._step_sampler.inspector.check(request)
         self._check_room(request)
         now = self._clock() if received is None else received
-        grammars = self._sequences(request, grammar, now)
+        grammars = open_choices(request, grammar, self._num_received, now)
+        next(iter(grammars)).block_hashes += hashes  # other choices have them from the first
         self.abort(request.request_id)
         self._requests[request.request_id] = list(grammars)
         self._isolation.enter(request.request_id, request.num_deaths)
@@ -195,32 +197,6 @@ class Engine:
             scheduler = self._scheduler
             waiting, tokens = scheduler.num_waiting, scheduler.num_waiting_tokens
             check_room(request, self._section, waiting, tokens)
-
-    def _sequences(
-        self, request: Request, grammar: CompiledGrammar | None, now: float
-    ) -> dict[SequenceState, GrammarState | None]:
-        """One sequence per open choice, with its own grammar; the others wait for the first."""
-        assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
-        deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
-        first_choice: SequenceState | None = None
-        found: dict[SequenceState, GrammarState | None] = {}
-        for choice in sorted(set(range(request.n)) - set(request.closed_choices)):
-            has_output = choice < len(request.output_so_far)
-            output = list(request.output_so_far[choice]) if has_output else []
-            state = None if grammar is None else grammar.start(output)
-            sequence = SequenceState(
-                request=request,
-                choice=choice,
-                arrival=self._num_received,
-                deadline=deadline,
-                received=now,
-                output=output,
-                grammar=state,
-                first_choice=first_choice,
-            )
-            first_choice = first_choice or sequence
-            found[sequence] = state
-        return found
 
     # Steps
 

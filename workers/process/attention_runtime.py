@@ -325,7 +325,7 @@ class AttentionRuntime(WorkerRuntime):
     def _add(self, engine: Engine, command: AddRequest, grammar: CompiledGrammar | None) -> None:
         request = command.request
         try:
-            engine.add_request(request, received=command.received, grammar=grammar)
+            engine.add_request(request, command.received, grammar, command.hashes)
         except (RequestError, QueueFullError, NotReadyError) as err:
             self._refuse(command.gateway, request, err)
             return

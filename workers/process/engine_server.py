@@ -31,7 +31,8 @@ from workers.process.gateway_streams import (
     GatewayStreams,
 )
 from workers.process.intake.commands import Inbox
-from workers.requests.request import Queued, SoloStep, StepOutput
+from workers.requests.block_hash import BlockHash, block_hashes
+from workers.requests.request import Queued, Request, SoloStep, StepOutput
 from workers.requests.stream_handshake import WorkerHandshake
 from workers.requests.wire import (
     FROM_ENGINE,
@@ -169,12 +170,20 @@ class EngineServer:
                 if isinstance(message, KvResync):
                     self._streams.put(stream.name, self._all_kv())
                 else:
-                    self._streams.take(message, stream, time.monotonic())
+                    hashes = self._hashes(message) if isinstance(message, Request) else ()
+                    self._streams.take(message, stream, time.monotonic(), hashes)
         except ProtocolError as err:
             logger.warning("%s: %s: stream closed", stream.name, err)
             error = str(err)
         finally:
             stream.close(error)
+
+    def _hashes(self, request: Request) -> tuple[BlockHash, ...]:
+        """Of the full KV blocks of a prompt, so that the engine's thread need not make them."""
+        facts = self._facts()
+        if not facts.kv_block_size or len(request.prompt) > facts.max_model_len:
+            return ()
+        return tuple(block_hashes(request, facts.kv_block_size, facts.kv_length_matters_above))
 
     async def _watch_gateways(self) -> None:
         looked_at = time.monotonic()

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable
 
 from workers.process.intake.commands import AddRequest, GatewayGone, Inbox, MessageTaken
+from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
 from workers.requests.wire import FROM_ENGINE, Abort, FromEngine, Ping, ToEngine
 
@@ -85,16 +86,24 @@ class GatewayStreams:
         self._streams[stream.name] = stream
         return stream
 
-    def take(self, message: ToEngine, stream: GatewayStream, now: float) -> None:
-        """A message of a gateway. What a gateway sent before its stream ended, and was read after
-        that, is for nobody."""
+    def take(
+        self,
+        message: ToEngine,
+        stream: GatewayStream,
+        now: float,
+        hashes: tuple[BlockHash, ...] = (),
+    ) -> None:
+        """A message of a gateway; a request comes with the ``hashes`` of its prompt's KV blocks.
+
+        What a gateway sent before its stream ended, and was read after that, is for nobody.
+        """
         if self._streams.get(stream.name) is not stream:
             return
         if isinstance(message, Ping) or stream.heard_at is not None:
             stream.heard_at = now
         match message:
             case Request():
-                self._inbox.put(AddRequest(stream.name, message, now))
+                self._inbox.put(AddRequest(stream.name, message, now, hashes))
             case Abort() | SoloStep():
                 self._inbox.put(MessageTaken(stream.name, message))
             case Ping():

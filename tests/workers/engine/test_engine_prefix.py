@@ -18,6 +18,7 @@ from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_engine import GREEDY, prompts, section_with_blocks, tokens
 from tests.workers.kv.hashes import hashes_of
 from workers.engine.engine import Engine
+from workers.requests.block_hash import block_hashes
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 
 ON = EngineSection(block_size_tokens=4)
@@ -307,3 +308,18 @@ def test_dynamic_rope_gives_the_same_tokens_with_and_without(tmp_path: Path) -> 
     assert [run(engine, [request])[0] for request in wanted] == expected
     # 12 of 16 tokens twice, and all but the last few of the repeated 24 and 33
     assert engine.engine.stats()["prefix_cache_hits_total"] == 12 + 12 + 20 + 32
+
+
+def test_hashes_that_come_with_a_request_are_not_made_again(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(*_: object) -> bytes:
+        raise AssertionError("a hash is made")
+
+    engine = LocalEngine(tiny_checkpoint, section=ON)
+    request = Request(request_id="a", prompt=SYSTEM, params=GREEDY)
+    hashes = block_hashes(request, ON.block_size_tokens, None)
+    monkeypatch.setattr("workers.kv.prefix_cache.chain_hash", make)
+    engine.engine.add_request(request, hashes=hashes)
+    engine.step()
+    assert len(engine.engine.pool.find(hashes)) == len(hashes) == 8

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import psutil
 import pytest
+from msgspec import structs
 
 from cluster.core.addresses import split_address, tune_socket
 from cluster.core.release import RELEASE
@@ -17,6 +18,7 @@ from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream
 from tests.workers.process.test_gateway_silence import FACTS
 from workers.process.engine_server import EngineServer
 from workers.process.intake.commands import AddRequest, Command, Inbox
+from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request, SamplingParams, StepOutput, TokenOutput
 from workers.requests.stream_handshake import HELLO, Hello
 from workers.requests.wire import TO_ENGINE, Ping
@@ -163,3 +165,26 @@ def test_the_order_of_fence_and_admission_does_not_matter(
         refused.next()
     for stream in (admitted, refused):
         stream.close()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "block_size", "num_hashes"), [(15, 16, 0), (40, 16, 2), (40, 0, 0), (65, 16, 0)]
+)
+def test_a_request_comes_with_the_hashes_of_its_prompt(
+    num_tokens: int, block_size: int, num_hashes: int
+) -> None:
+    """None where requests share no blocks, nor for a prompt that is too long to be served."""
+    facts = structs.replace(FACTS, kv_block_size=block_size)
+    came = threading.Event()
+    inbox = Inbox(came.set)
+    server = EngineServer("127.0.0.1", TOKEN, inbox, lambda: facts)
+    stream = EngineStream(server.start())
+    request = structs.replace(REQUEST, prompt=tuple(range(num_tokens)))
+    stream.send(request)
+    assert came.wait(TIMEOUT_S)
+    (added,) = inbox.take()
+    assert isinstance(added, AddRequest)
+    assert len(added.hashes) == num_hashes
+    assert list(added.hashes) == (block_hashes(request, 16, None) if num_hashes else [])
+    stream.close()
+    server.stop()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
-from workers.requests.block_hash import BlockHash, block_hashes
+from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request
 from workers.requests.sequence import num_reusable
 
@@ -47,8 +47,6 @@ class KvTransferStore:
 
     pool: BlockPool
     cache: KVCache
-    length_matters_above: int | None = None
-    """See ``ModelConfig``."""
     tables: list[list[int]] = field(default_factory=list)
     """Blocks that are held here."""
 
@@ -67,11 +65,9 @@ class KvTransferStore:
         broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
         self.cache.clear(broken)  # forgotten while on loan: they may hold NaN
 
-    def usable(self, request: Request) -> list[BlockHash]:
-        """Hashes of the blocks of a prompt that it need not compute. Changes nothing."""
-        size = self.cache.block_size
-        hashes = block_hashes(request, size, self.length_matters_above)
-        return hashes[: max(num_reusable(request), 0) // size]
+    def usable(self, request: Request, hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
+        """Those of the hashes of a prompt's full blocks that it need not compute."""
+        return hashes[: max(num_reusable(request), 0) // self.cache.block_size]
 
     def begin(
         self, hashes: Sequence[BlockHash], found: Sequence[int], num_spare: int

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
 from workers.requests.wire import Abort
 
@@ -18,6 +19,8 @@ class AddRequest:
     request: Request
     received: float
     """Monotonic seconds at which the stream delivered it."""
+    hashes: tuple[BlockHash, ...] = ()
+    """Of the full KV blocks of its prompt, in order; none where requests share no blocks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class KvFetches(WaitingRequests):
         peer = self._peers(request.kv_peer) if self.fetch_cost < 1 else None
         if peer is None:
             return False
-        hashes = self._engine.kv_store.usable(request)
+        hashes = self._engine.kv_store.usable(request, command.hashes)
         found = self._engine.pool.find(hashes)
         if len(found) == len(hashes):
             return False

@@ -17,6 +17,7 @@ from tests.reference.local_engine import LocalEngine
 from workers.engine.engine import Engine
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
 from workers.kv.transfer.store import Fetch, KvLender
+from workers.requests.block_hash import block_hashes
 from workers.requests.inspection import Inspection
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
@@ -45,7 +46,7 @@ def serve(engine: LocalEngine, request: Request) -> list[TokenOutput]:
 
 def begin(engine: Engine, request: Request) -> Fetch | None:
     """Begin to fetch what the engine does not have of a request's prompt."""
-    hashes = engine.kv_store.usable(request)
+    hashes = engine.kv_store.usable(request, block_hashes(request, 16, None))
     return engine.begin_fetch(hashes, engine.pool.find(hashes))
 
 

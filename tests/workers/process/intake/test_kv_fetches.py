@@ -21,7 +21,8 @@ from workers.engine.engine import Engine
 from workers.kv.transfer.store import KvLender
 from workers.process.intake.commands import AddRequest
 from workers.process.intake.kv_fetches import MAX_FETCHING, KvFetches
-from workers.requests.block_hash import HASH_BYTES
+from workers.requests.block_hash import HASH_BYTES, block_hashes
+from workers.requests.request import Request
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import MAX_ITEMS, Peer, PeerServer
 
@@ -34,7 +35,12 @@ def identity(name: str) -> PeerIdentity:
 
 def command(name: str, seed: int = 0, peer: str = "attention-0") -> AddRequest:
     prompt = (3 + seed, *PROMPT[1:])
-    return AddRequest("g", replace(request_of(name), prompt=prompt, kv_peer=peer), 0.0)
+    return add(replace(request_of(name), prompt=prompt, kv_peer=peer))
+
+
+def add(request: Request) -> AddRequest:
+    """A request as its stream delivers it."""
+    return AddRequest("g", request, 0.0, tuple(block_hashes(request, 16, None)))
 
 
 class Fetching:
@@ -223,7 +229,7 @@ def test_a_long_prefix_is_fetched_in_part(tiny_checkpoint: Path) -> None:
     found = Fetching(engine.engine, server.address, TIMEOUT_S)
     prompt = (3,) * (MAX_ITEMS + 2)
     with closing(server), closing(found.fetches) as fetches:
-        long = AddRequest("g", request_of("a", prompt=prompt, kv_peer="attention-0"), 0.0)
+        long = add(request_of("a", prompt=prompt, kv_peer="attention-0"))
         assert fetches.put(long)
         found.wait()
         assert fetches.take() == [long]
@@ -243,7 +249,7 @@ def test_blocks_that_came_are_found(tiny_checkpoint: Path) -> None:
     target = engine_of(tiny_checkpoint)
     found = Fetching(target.engine, server.address, TIMEOUT_S)
     with closing(server), closing(found.fetches) as fetches:
-        wanted = AddRequest("g", request_of("target", kv_peer="attention-0"), 0.0)
+        wanted = add(request_of("target", kv_peer="attention-0"))
         assert fetches.put(wanted)
         assert asked.wait(TIMEOUT_S)
         lender.answer()

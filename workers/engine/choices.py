@@ -1,0 +1,40 @@
+"""The choices of a request that an engine has to serve. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from workers.requests.request import Request
+from workers.requests.sequence import SequenceState
+from workers.sampling.grammar import CompiledGrammar, GrammarState
+
+
+def open_choices(
+    request: Request, grammar: CompiledGrammar | None, arrival: int, now: float
+) -> dict[SequenceState, GrammarState | None]:
+    """One sequence per open choice, with its own grammar; the others wait for the first.
+
+    ``grammar`` is the request's own, compiled; ``arrival`` is the order of receipt, ``now`` its
+    time in monotonic seconds. Raises ``RequestError`` where an output does not follow the grammar.
+    """
+    assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
+    deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
+    first_choice: SequenceState | None = None
+    found: dict[SequenceState, GrammarState | None] = {}
+    for choice in sorted(set(range(request.n)) - set(request.closed_choices)):
+        has_output = choice < len(request.output_so_far)
+        output = list(request.output_so_far[choice]) if has_output else []
+        state = None if grammar is None else grammar.start(output)
+        sequence = SequenceState(
+            request=request,
+            choice=choice,
+            arrival=arrival,
+            deadline=deadline,
+            received=now,
+            output=output,
+            grammar=state,
+            first_choice=first_choice,
+        )
+        first_choice = first_choice or sequence
+        found[sequence] = state
+    return found
