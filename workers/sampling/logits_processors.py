@@ -54,22 +54,12 @@ class TokenCounts:
         self._tokens[place] = token
         self._in_output[place] += 1
 
-    def penalize(self, logits: Tensor, params: SamplingParams) -> None:
-        """Change one row of float32 logits [V] in place."""
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The tokens, each once, and how often each is in the output; not to be kept."""
         for token in self._output[self._num_counted :]:
             self._count(token)
         self._num_counted = len(self._output)
-        if not self._place:
-            return
-        tokens = torch.from_numpy(self._tokens[: len(self._place)]).to(logits.device)
-        counts = torch.from_numpy(self._in_output[: len(self._place)]).to(logits.device)
-        values = logits[tokens]
-        if params.repetition_penalty != 1.0:
-            penalty = params.repetition_penalty
-            values = torch.where(values > 0, values / penalty, values * penalty)
-        values = values - params.frequency_penalty * counts
-        values = values - params.presence_penalty * (counts > 0)
-        logits[tokens] = values.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        return self._tokens[: len(self._place)], self._in_output[: len(self._place)]
 
 
 class BadWords:
@@ -183,18 +173,43 @@ def apply_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """
     if all(row.is_plain for row in rows):
         return logits
-    logits = logits.to(torch.float32, copy=True)
+    logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    penalize(logits, rows)
     for row, values in zip(rows, logits, strict=True):
         if not row.is_plain:
             _apply(row, values)
     return logits
 
 
+def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Repetition, frequency and presence penalty, in place: contiguous float32 logits [rows, V]."""
+    places: list[NDArray[np.int64]] = []
+    columns: list[NDArray[np.float32]] = []
+    for number, row in enumerate(rows):
+        if row.counts is None:
+            continue
+        tokens, in_output = row.counts.arrays()
+        params = row.params
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        column = np.empty((4, len(tokens)), dtype=np.float32)
+        column[:3], column[3] = np.reshape(penalties, (3, 1)), in_output
+        places.append(tokens + number * logits.shape[1])
+        columns.append(column)
+    if not places:
+        return
+    place = torch.from_numpy(np.concatenate(places)).to(logits.device)
+    joined = torch.from_numpy(np.concatenate(columns, axis=1)).to(logits.device)
+    repetition, frequency, presence, counts = joined
+    values = logits.view(-1)[place]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = values - frequency * counts
+    values = values - presence * (counts > 0)
+    logits.view(-1)[place] = values.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+
+
 def _apply(row: SamplingRow, values: Tensor) -> None:
-    """Change one row [V] in place."""
+    """Change one row [V] in place, after its penalties."""
     params = row.params
-    if row.counts is not None:
-        row.counts.penalize(values, params)
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)
         places = torch.tensor(ids, device=values.device)

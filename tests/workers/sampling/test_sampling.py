@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
 import torch
 
-from tests.workers.sampling.sampling_reference import assert_drawn_from, distribution
+from tests.workers.sampling.sampling_reference import assert_drawn_from, distribution, penalized
 from workers.requests.request import SamplingParams
-from workers.sampling.logits_processors import SamplingRow, TokenCounts
+from workers.sampling.logits_processors import SamplingRow, TokenCounts, penalize
 from workers.sampling.sampler import (
     DrawFailure,
     draw,
@@ -276,9 +277,38 @@ def test_penalties_in_order() -> None:
     )
     counts = TokenCounts(params, prompt=[0, 1], output=[1, 2, 2])
     logits = torch.tensor([4.0, 4.0, -4.0, 4.0, 4.0])
-    counts.penalize(logits, params)
+    penalize(logits.unsqueeze(0), [SamplingRow(params, 0, 0, counts)])
     # 0: prompt only. 1: prompt, once in the output. 2: twice in the output. 3 and 4: neither.
     assert logits.tolist() == [2.0, 2.0 - 0.5 - 0.25, -8.0 - 1.0 - 0.25, 4.0, 4.0]
+
+
+def test_penalties_of_a_row_leave_the_others_alone() -> None:
+    each = [
+        SamplingParams(repetition_penalty=1.3),
+        SamplingParams(),
+        SamplingParams(frequency_penalty=0.7),
+        SamplingParams(presence_penalty=-0.4, repetition_penalty=0.8),
+    ]
+    logits = torch.randn(len(each), 200, generator=torch.Generator().manual_seed(6))
+    rng = random.Random(6)
+    outputs: list[list[int]] = [[] for _ in each]
+    rows = []
+    for number, (params, output) in enumerate(zip(each, outputs, strict=True)):
+        counts = (
+            TokenCounts(params, prompt=range(20 * number), output=output) if number != 1 else None
+        )
+        rows.append(SamplingRow(params, 0, 0, counts))
+    for _ in range(40):  # arrays grow on the way
+        for output in outputs:
+            output += rng.choices(range(200), k=5)
+        found = logits.clone()
+        penalize(found, rows)
+        for number, (params, output) in enumerate(zip(each, outputs, strict=True)):
+            prompt = range(20 * number) if params.repetition_penalty != 1.0 else ()
+            expected = penalized(logits[number].tolist(), params, list(prompt), output)
+            if number == 1:
+                expected = logits[number].tolist()
+            assert found[number].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_bias_and_ending_mask_steer_greedy_but_not_logprobs() -> None:
