@@ -163,9 +163,6 @@ class FakeWorkerGroup(WorkerGroup):
     def leaving(self) -> list[str]:
         return self.on_leaving_nodes
 
-    def free_cpus(self) -> float:
-        return 2.0
-
     def address(self) -> str:
         return "127.0.0.1"
 

@@ -83,11 +83,13 @@ class ControllerActor:
         banks: list[dict[str, Any]],
         profile: dict[str, Any] | None = None,
         asked: dict[str, str] | None = None,
+        free_cpus: float | None = None,
     ) -> None:
         """Begin to start all workers; all or nothing. Follow it with ``wait_snapshot``.
 
         ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``; ``profile`` is the load
-        profile for predictions; ``asked`` is kept for ``origin``. A second call does nothing.
+        profile for predictions; ``asked`` is kept for ``origin``; ``free_cpus`` is what the other
+        users of Ray had left before this start, None if there are none. A second call does nothing.
         Raises ``ConfigError`` or ``StartError``, after everything is released, if it cannot even
         begin.
         """
@@ -97,7 +99,6 @@ class ControllerActor:
         async with self._starting:
             if self.runner.controller is None:
                 nodes = await asyncio.to_thread(self._group.resources)
-                free_cpus = await asyncio.to_thread(self._group.free_cpus)
                 known = ClusterConfig.from_dict(config)
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
                 assert plan.load is not None, "the workers do not run yet"

@@ -80,9 +80,6 @@ class WorkerGroup:
     def end_this_process(self) -> None:
         os._exit(1)
 
-    def free_cpus(self) -> float:
-        return ray_tools.free_resources().get("CPU", 0.0)
-
     async def claim(self, identity: str) -> int:
         """Claim a term for this controller, above all before; workers are ended in its name.
 

@@ -81,7 +81,10 @@ class WorkersSection:
     device: Device = "auto"
     """What workers compute on; ``auto`` takes CUDA where every worker can have a share of a GPU."""
     cpus_per_worker: float | None = None
-    """CPUs that Ray sets aside for a worker, fractions allowed; by default equal shares."""
+    """CPUs that Ray sets aside for a worker, fractions allowed; by default equal shares. A worker
+    computes with as many threads as it has whole CPUs, at least one."""
+    threads_per_worker: int = field(default=1, metadata=INTERNAL)
+    """Compute threads of a worker, filled by ``cluster.sizing.start_plan.plan_start``."""
     gpus_per_worker: float | None = None
     """GPUs that Ray sets aside for a worker, fractions allowed; by default 1 on CUDA, else 0."""
     placement_file: str | None = None
@@ -114,6 +117,7 @@ class WorkersSection:
             rule = f"must be left out or equal num_expert_workers ({experts}) in colocated mode"
             check(attention == experts, "num_attention_workers", attention, rule)
         check_each(self, "cpus_per_worker", is_positive, "must be > 0")
+        check_each(self, "threads_per_worker", is_at_least_1, "must be at least 1")
         check_each(self, "gpus_per_worker", is_not_negative, "must be >= 0")
 
     @property

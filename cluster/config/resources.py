@@ -1,6 +1,9 @@
 """CPU and GPU accounting: what each worker gets of the cluster's resources. Plain values.
 
-Example, one node of 2 CPUs and 3 workers: ``cpus_per_worker`` is 0.6666, each runs one thread.
+Ray's CPUs only decide where a worker fits; ``WorkerShare.threads`` decides what it computes with.
+
+Example, one node of 2 CPUs: of 3 workers each reserves 0.6666 CPUs and computes with one thread;
+one worker alone reserves 2 CPUs and computes with two threads.
 """
 
 from __future__ import annotations
@@ -52,11 +55,9 @@ class WorkerShare:
     """GPUs, may be a fraction."""
     device: Literal["cpu", "cuda"]
     """What the workers compute on."""
-
-    @property
-    def threads(self) -> int:
-        """Compute threads of one worker: whole cores, at least one."""
-        return max(1, math.floor(self.cpus))
+    threads: int = 1
+    """Compute threads of one worker, at least one: all its whole cores. The gateway, the controller
+    and Ray have no core of their own, as their work is small."""
 
 
 def resolved_share(workers: WorkersSection) -> WorkerShare:
@@ -65,6 +66,7 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
         cpus=workers.cpus_per_worker or 0.0,
         gpus=workers.gpus_per_worker or 0.0,
         device="cuda" if workers.device == "cuda" else "cpu",
+        threads=workers.threads_per_worker,
     )
 
 
@@ -94,20 +96,28 @@ def plan_shares(
 ) -> WorkerShare:
     """Each worker's share; defaults are made to fit, explicit values are checked.
 
-    ``free_cpus`` is what other users of a joined cluster leave; None when all is ours. Raises
-    ``ConfigError`` naming field, value and the available amount.
+    ``free_cpus`` is what other users of a joined cluster leave, read before anything of ours runs
+    there; None when all is ours. Raises ``ConfigError`` naming field, value and the available
+    amount.
     """
     pools = _pools(workers, nodes)
     gpus = _gpu_share(workers, pools)
     if workers.cpus_per_worker is not None:
-        cpus = workers.cpus_per_worker
+        cpus = cores = workers.cpus_per_worker
         _check_fit("cpus", cpus, pools)
     else:
-        cpus = min(_largest_share([n.cpus for n in p], count) for p, count in pools.items())
+        cpus = cores = min(_largest_share([n.cpus for n in p], count) for p, count in pools.items())
         total = sum(n.cpus for n in nodes)
         if free_cpus is not None and 0 <= free_cpus < total:
             cpus = _round_down(cpus * free_cpus / total)
-    return WorkerShare(cpus=cpus, gpus=gpus, device="cuda" if gpus > 0 else "cpu")
+            # others that reserve less than half a core in all, as coordinators do, rarely compute
+            cores = _round_down(cores * round(free_cpus) / total)
+    return WorkerShare(
+        cpus=cpus,
+        gpus=gpus,
+        device="cuda" if gpus > 0 else "cpu",
+        threads=max(1, math.floor(cores)),
+    )
 
 
 def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:

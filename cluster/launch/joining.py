@@ -28,6 +28,8 @@ GATEWAY = "gateway"
 _POLL_S = 0.2
 _ANSWER_LIMIT_S = 60.0
 _CALL_LIMIT_S = 10.0
+_SETTLE_S = 1.0
+"""Ray counts what ended actors held as free once its nodes have reported it, ten times a second."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,9 @@ class JoinedRay:
     """Addresses of the nodes that are labelled for the gateway; empty: it runs on Ray's head."""
     selector: dict[str, str] = dataclasses.field(default_factory=dict)
     """Labels of those nodes, for Ray."""
+    free_cpus: float | None = None
+    """CPUs that the other users of the joined Ray left before anything of ours was started; None
+    for a Ray of our own."""
     found: bool = False
     """The cluster that the plan asks for runs or starts already."""
 
@@ -68,7 +73,9 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     _check_ports(plan, is_here=not gateways)
     check_ray_token(plan, nodes, address)
-    return dataclasses.replace(joined, plan=_resolve(plan, nodes, free_resources()))
+    free_cpus = free_resources().get("CPU", 0.0)
+    plan = _resolve(plan, nodes, free_cpus)
+    return dataclasses.replace(joined, plan=plan, free_cpus=free_cpus)
 
 
 def wait_nodes(count: int, limit_s: float) -> tuple[NodeResources, ...]:
@@ -96,6 +103,7 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
     if origin["config"] is None or state == "STOPPED":
         logger.info("ending what a start that failed has left")
         end_leftovers()
+        time.sleep(_SETTLE_S)
         return None
     differences = tell_differences(origin["asked"] or {}, plan.asked)
     if differences:
@@ -105,15 +113,13 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
     return ClusterConfig.from_dict(origin["config"])
 
 
-def _resolve(
-    plan: LaunchPlan, nodes: tuple[NodeResources, ...], free: Mapping[str, float]
-) -> LaunchPlan:
+def _resolve(plan: LaunchPlan, nodes: tuple[NodeResources, ...], free_cpus: float) -> LaunchPlan:
     """Resolve ``--mode auto`` and check that the workers fit."""
-    plan = plan.resolved(nodes, free.get("CPU", 0.0))
+    plan = plan.resolved(nodes, free_cpus)
     workers = plan.config.workers
     if workers.mode_reason:
         logger.info("mode %s: %s", workers.mode, workers.mode_reason)
-    plan_start(plan.config, plan.facts.banks, nodes, free.get("CPU", 0.0), plan.profile)
+    plan_start(plan.config, plan.facts.banks, nodes, free_cpus, plan.profile)
     return plan
 
 

@@ -2,11 +2,11 @@
 
 ``expertmesh serve`` and ``up`` run it as ``python -m cluster.launch.launch`` in a session of its
 own. It reads one ``LaunchPlan`` from stdin and writes one JSON event a line to stdout:
-``progress``, ``ready``, ``failed``, ``stopped``. It ends on SIGTERM, on the word ``drain`` after
-the running requests have ended, and when stdin closes without an earlier word ``detach``: a killed
-front process takes its cluster along. Everything it starts is below it or in its private Ray; a
-joined Ray stays. ``up`` in a joined Ray is the exception: there no process owns the cluster, and
-the launcher exits as soon as it is ready.
+``progress``, ``note``, ``ready``, ``failed``, ``stopped``. It ends on SIGTERM, on the word
+``drain`` after the running requests have ended, and when stdin closes without an earlier word
+``detach``: a killed front process takes its cluster along. Everything it starts is below it or in
+its private Ray; a joined Ray stays. ``up`` in a joined Ray is the exception: there no process owns
+the cluster, and the launcher exits as soon as it is ready.
 """
 
 from __future__ import annotations
@@ -122,6 +122,9 @@ class Launcher:
         self._parts.start_services()
         self._record("ready", address)
         self._is_starting = False
+        if threads := self._parts.compute_threads:
+            logger.info("%s", threads)
+            self._events.send("note", text=threads)
         logger.info("ready")
         plan = self._parts.plan
         self._events.send("ready", http=plan.http_url, grpc=plan.grpc_target)

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -47,6 +48,8 @@ class ClusterParts:
     def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
         self.plan = plan
         """The plan; from ``start_ray`` on adapted to the joined Ray."""
+        self.compute_threads = ""
+        """What the workers compute with, in words; filled by ``start_services``."""
         self._progress = progress
         self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
         self._joined = JoinedRay(plan=plan)
@@ -173,7 +176,11 @@ class ClusterParts:
         self._controller = create_controller(group, selector=self._joined.selector)
         plan = self.plan
         call = self._controller.start.remote(
-            plan.config.to_dict(), list(plan.facts.banks), plan.profile, plan.asked
+            plan.config.to_dict(),
+            list(plan.facts.banks),
+            plan.profile,
+            plan.asked,
+            self._joined.free_cpus,
         )
         try:
             ray.get(call, timeout=plan.start_limit_s)
@@ -199,6 +206,7 @@ class ClusterParts:
             if snapshot["state"] == "SERVING" or (
                 self._joined.found and snapshot["state"] in ("DEGRADED", "RECOVERING")
             ):
+                self.compute_threads = tell_threads(w["threads"] for w in snapshot["workers"])
                 return
             workers = snapshot["workers"]
             done = sum(int(w.get("loaded_bytes") or 0) for w in workers)
@@ -244,6 +252,19 @@ class ClusterParts:
         from gateway.app import APP_NAME
 
         serve.delete(APP_NAME, _blocking=self._ray is None)
+
+
+def tell_threads(threads: Iterable[int | None]) -> str:
+    """In words, by worker; None for one that has not loaded, which is left out.
+
+    [2, 1, 1] -> "1 worker with 2 compute threads, 2 workers with 1 compute thread each"
+    """
+    counts = Counter(number for number in threads if number is not None)
+    return ", ".join(
+        f"{workers} worker{'s' * (workers > 1)} with {number} compute thread{'s' * (number > 1)}"
+        f"{' each' * (workers > 1)}"
+        for number, workers in sorted(counts.items(), reverse=True)
+    )
 
 
 def _broadcast(stage: EndStage) -> list[int]:

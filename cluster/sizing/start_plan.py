@@ -92,6 +92,7 @@ def plan_start(
         device=share.device,
         cpus_per_worker=share.cpus or None,
         gpus_per_worker=share.gpus,
+        threads_per_worker=share.threads,
     )
     return StartPlan(
         config=replace(config, workers=workers),

@@ -166,9 +166,6 @@ class SimGroup:
         known = list(self._known.values())
         return [a.name for a in known if a.node and a.node.is_alive and a.node.drains]
 
-    def free_cpus(self) -> float:
-        return 64.0
-
     def address(self) -> str:
         return self._process.host
 

@@ -142,6 +142,9 @@ class Front:
             kind = event["event"]
             if kind == "progress":
                 progress.update(event["stage"], event["done"], event["total"])
+            elif kind == "note":
+                progress.clear()
+                note(event["text"])
             elif kind == "ready":
                 progress.clear()
                 self._was_ready = True

@@ -66,9 +66,13 @@ def run_workers(args: argparse.Namespace) -> int:
 
 
 def _workers_text(status: Mapping[str, Any]) -> str:
-    header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "HOLDS")
+    header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "THREADS", "HOLDS")
     rows = [
-        (w["name"], w["role"], w["rank"], w["state"], w["node"], w["pid"], _holds(w))
+        (
+            *(w[name] for name in ("name", "role", "rank", "state", "node", "pid")),
+            "" if w["threads"] is None else w["threads"],  # not loaded yet
+            _holds(w),
+        )
         for w in status.get("workers", ())
     ]
     return table(header, rows)

@@ -16,6 +16,8 @@ from cluster.cli.offline.version import versions
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import colour, show
+from cluster.config.cluster import WorkersSection
+from cluster.config.resources import NodeResources, plan_shares
 from cluster.core.errors import CheckpointError, ConfigError, StartError
 from cluster.launch import state_file
 from cluster.launch.local_ray import OBJECT_STORE_BYTES, make_temp_dir
@@ -87,7 +89,16 @@ def examine_model() -> Finding:
 
 def examine_cpu() -> Finding:
     cores = count_cpus()
-    return _finding("cpu", cores >= 2, f"{cores} cores for this process", otherwise="warn")
+    host = NodeResources(node_id="", address="here", cpus=float(cores))
+    default, local = (
+        plan_shares(workers, [host]).threads
+        for workers in (WorkersSection(device="cpu"), WorkersSection(device="cpu", mode="local"))
+    )
+    text = (
+        f"{cores} cores for this process; compute threads: {default} in each of the default's "
+        f"{WorkersSection().num_workers} workers, {local} in the one of --mode local"
+    )
+    return _finding("cpu", cores >= 2, text, otherwise="warn")
 
 
 def examine_memory() -> Finding:

@@ -380,6 +380,19 @@ def test_colocated_workers_share_cpus_and_experts_and_the_mode_is_reported() -> 
     asyncio.run(body())
 
 
+def test_workers_share_what_others_had_left_before_the_start() -> None:
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group)
+        await actor.start(_config(mode="local"), BANKS, free_cpus=1.25)
+        await _until(actor, "SERVING")
+        assert group.plan is not None
+        assert (group.plan.share.cpus, group.plan.share.threads) == (1.25, 1)
+        await actor.stop()
+
+    asyncio.run(body())
+
+
 def test_local_mode_is_one_worker_with_all_experts() -> None:
     async def body() -> None:
         group = ThreadWorkerGroup()
@@ -389,6 +402,7 @@ def test_local_mode_is_one_worker_with_all_experts() -> None:
         assert snapshot["experts_complete"]
         assert list(group.workers) == ["attention-0"]
         assert group.extra("attention-0")["num_slots"] == 8
+        assert group.extra("attention-0")["threads"] == 2, "all cores of the fake node"
         load = await actor.load()
         assert load["workers"] == ["attention-0"]
         assert [bank["at_risk"] for bank in load["banks"]] == [

@@ -3,7 +3,8 @@
 ``FAKE_PARTS`` in the environment makes it misbehave: ``fail``, ``refuse``, ``bug`` (an error that
 nobody foresaw), ``crash``, ``slow`` (a long start), ``stuck`` (an end that never comes), ``lost``
 (ready, then lost), ``busy`` (a few requests that run), ``endless`` and ``late`` (one
-that does not end, with much time for it and with none).
+that does not end, with much time for it and with none). With ``threads`` it says what the workers
+compute with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cluster.core.errors import ConfigError, StartError
 from cluster.core.process import ProcessIdentity
 from cluster.launch.launch import main
 from cluster.launch.orphans import find_by_files, sweep
-from cluster.launch.parts import ClusterParts, ProgressFn
+from cluster.launch.parts import ClusterParts, ProgressFn, tell_threads
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.state_file import log_path
 
@@ -57,6 +58,8 @@ class FakeParts(ClusterParts):
         if self._how == "slow":
             time.sleep(600)
         self._progress("weights", 1_000_000, 2_000_000)
+        if self._how == "threads":
+            self.compute_threads = tell_threads([2, 1])
 
     def find_loss(self) -> str | None:
         return "the controller is lost" if self._how == "lost" else None

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.launch.plan import count_cpus
 from tests.cluster.cli.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
@@ -123,8 +124,10 @@ def test_events_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) 
 def test_workers_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--url", gateway.url, "workers"]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "HOLDS"]
+    assert lines[0].split() == ["NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "THREADS", "HOLDS"]
     assert [line.split()[0] for line in lines[1:]] == ["attention-0", "expert-0"]
+    assert lines[1].split()[5:8] == ["11", "2", "10"]
+    assert lines[2].split()[5:7] == ["12", "32"], "an expert worker that has not loaded yet"
 
 
 def test_placement_of_one_layer(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,6 +215,7 @@ def test_doctor_looks_at_everything(state_home: Path, capsys: pytest.CaptureFixt
     findings = {f["what"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
     assert set(findings) >= {"python", "packages", "model", "cpu", "memory", "shm", "ports", "gpu"}
     assert findings["python"]["verdict"] == "ok"
+    assert f"{count_cpus()} in the one of --mode local" in findings["cpu"]["text"]
     assert str(state_home) in findings["permissions"]["text"]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, Device, ModelSection, WorkersSection
-from cluster.config.resources import NodeResources, WorkerShare, plan_shares
+from cluster.config.cluster import ClusterConfig, Device, Mode, ModelSection, WorkersSection
+from cluster.config.resources import NodeResources, WorkerShare, plan_shares, resolved_share
 from cluster.core.errors import ConfigError
 from cluster.sizing.start_plan import plan_start
 from tests.cluster.controller.fakes_cluster import make_members
@@ -47,8 +47,27 @@ def test_the_default_is_a_fraction_and_one_thread() -> None:
     assert share.threads == 1
 
 
-def test_threads_are_whole_cores() -> None:
-    assert plan_shares(_workers(), _nodes(16)).threads == 5
+@pytest.mark.parametrize(
+    ("mode", "cores", "cpus", "threads"),
+    [
+        ("local", (2,), 2.0, 2),
+        ("local", (4, 8), 8.0, 8),  # a worker does not span nodes
+        ("local", (0.5,), 0.5, 1),
+        ("disaggregated", (6,), 2.0, 2),
+        ("disaggregated", (16,), 5.3333, 5),  # 5.3 each: no core has two threads
+        ("disaggregated", (4, 4, 4), 4.0, 4),
+    ],
+)
+def test_a_worker_computes_with_all_its_whole_cores(
+    mode: Mode, cores: tuple[float, ...], cpus: float, threads: int
+) -> None:
+    share = plan_shares(WorkersSection(mode=mode), _nodes(*cores))
+    assert (share.cpus, share.threads) == (cpus, threads)
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1.0, 1), (1.9, 1), (3.0, 3)])
+def test_explicit_cpus_decide_the_threads(cpus: float, threads: int) -> None:
+    assert plan_shares(_workers(1, 1, cpus=cpus), _nodes(8), free_cpus=1.0).threads == threads
 
 
 @pytest.mark.parametrize(
@@ -84,6 +103,23 @@ def test_a_busy_cluster_makes_default_shares_smaller() -> None:
     assert plan_shares(_workers(), _nodes(3), free_cpus=1.0).cpus == pytest.approx(0.3333)
     assert plan_shares(_workers(), _nodes(3), free_cpus=0.0).cpus == 0.0
     assert plan_shares(_workers(), _nodes(0)).cpus == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "cores", "free", "cpus", "threads"),
+    [
+        ("local", (2,), 1.9, 1.9, 2),  # a tenth of a CPU is an actor that rarely computes
+        ("local", (2,), 1.4, 1.4, 1),
+        ("local", (2,), 0.0, 0.0, 1),
+        ("disaggregated", (16, 16, 16), 42.0, 14.0, 14),
+        ("disaggregated", (6,), 5.9, 1.9666, 2),
+    ],
+)
+def test_what_others_compute_with_is_left_to_them(
+    mode: Mode, cores: tuple[float, ...], free: float, cpus: float, threads: int
+) -> None:
+    share = plan_shares(WorkersSection(mode=mode), _nodes(*cores), free)
+    assert (share.cpus, share.threads) == (cpus, threads)
 
 
 def test_explicit_cpus_that_are_not_there_are_refused() -> None:
@@ -154,7 +190,9 @@ def test_slots_are_apart_from_copies() -> None:
 
 def test_local_mode_gives_the_experts_to_the_attention_worker() -> None:
     plan = plan_start(_config(WorkersSection(mode="local")), BANKS, _nodes(2))
-    assert plan.share.cpus == 2.0
+    assert (plan.share.cpus, plan.share.threads) == (2.0, 2)
+    assert resolved_share(plan.config.workers) == plan.share, "for a restarted controller"
+    assert plan.arguments(make_members(1, 0)[0], "")[-1]["threads"] == 2
     assert plan.placement.num_devices == 1
     assert plan.arguments(make_members(1, 0)[0], "")[-1]["num_slots"] == 8
 

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.launch.plan import count_cpus
 from cluster.launch.state_file import log_path
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 
@@ -41,6 +42,15 @@ def test_a_plan_names_every_worker_and_its_share(capsys: pytest.CaptureFixture[s
     assert (document["mode"], document["mode_reason"]) == ("colocated", "")
     assert (document["cpus_per_worker"], document["threads_per_worker"]) == (0.5, 1)
     assert document["http"].startswith("http://127.0.0.1:")
+
+
+def test_one_worker_computes_with_all_cores_unless_it_is_deterministic(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("serve", "--dry-run", "--json", *PORTS, "--mode", "local")
+    for more, threads in (((), count_cpus()), (("--deterministic",), 1)):
+        assert main([*words, *more]) == ExitCode.OK
+        assert json.loads(capsys.readouterr().out)["threads_per_worker"] == threads
 
 
 def test_auto_says_why(capsys: pytest.CaptureFixture[str], state_home: Path) -> None:

@@ -103,6 +103,16 @@ def test_a_signal_ends_everything(start_front: StartFront, number: int, code: in
     assert not state_file.log_path("one").exists()
 
 
+def test_what_the_workers_compute_with_is_said_at_the_start(start_front: StartFront) -> None:
+    front = start_front(how="threads")
+    front.wait_ready()
+    front.child.send_signal(signal.SIGTERM)
+    code, said = front.end()
+    assert code == 0
+    words = "1 worker with 2 compute threads, 1 worker with 1 compute thread"
+    assert words in said.splitlines()
+
+
 def test_sigint_ends_it_also_when_started_with_sigint_ignored(start_front: StartFront) -> None:
     ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a shell does for `command &`
     try:

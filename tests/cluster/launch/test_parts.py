@@ -1,0 +1,21 @@
+"""What a launcher says about the parts of a cluster; starts and ends are in test_launch_cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.launch.parts import tell_threads
+
+
+@pytest.mark.parametrize(
+    ("threads", "words"),
+    [
+        ([2], "1 worker with 2 compute threads"),
+        ([1, 1, 1], "3 workers with 1 compute thread each"),
+        ([1, 4, 1], "1 worker with 4 compute threads, 2 workers with 1 compute thread each"),
+        ([None, 4], "1 worker with 4 compute threads"),
+        ([None], ""),
+    ],
+)
+def test_compute_threads_are_told_by_number(threads: list[int | None], words: str) -> None:
+    assert tell_threads(threads) == words

@@ -1,0 +1,20 @@
+"""``serve --mode local`` as users start it: one worker with all cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.launch.parts import tell_threads
+from cluster.launch.plan import count_cpus
+from tests.served.server import running_server
+
+pytestmark = pytest.mark.ray
+
+
+def test_one_worker_computes_with_all_cores_and_the_start_says_it(tmp_path: Path) -> None:
+    with running_server(tmp_path, "--mode", "local") as server:
+        (worker,) = server.status()["workers"]
+        assert worker["threads"] == count_cpus()
+        assert tell_threads([count_cpus()]) in (tmp_path / "stderr").read_text().splitlines()
