@@ -1,0 +1,49 @@
+"""Functions of one number: against torch, and the same bits in all builds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.workers.native.builds import NAMES, library
+
+SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 3.4e38, -3.4e38]
+
+
+def numbers() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    scales = 10.0 ** torch.randint(-8, 8, (4099,), generator=generator)
+    return torch.cat((torch.randn(4099, generator=generator) * scales, torch.tensor(SPECIAL)))
+
+
+def silu(name: str, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    library(name).functions.native_silu(out.data_ptr(), x.data_ptr(), x.numel())
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_silu_is_accurate(name: str) -> None:
+    x = torch.cat((torch.linspace(-86, 100, 30_001), numbers().clamp(-86, 1e30)))
+    found, expected = silu(name, x).double(), torch.nn.functional.silu(x.double())
+    assert torch.equal(found.isnan(), expected.isnan())
+    is_number = ~expected.isnan()
+    error = (found - expected).abs()[is_number]
+    assert (error <= expected.abs()[is_number] * 4e-7 + 1e-44).all()
+    far = torch.tensor([-1e3, -1e38])
+    assert (silu(name, far).abs() <= 1e-37 * far.abs()).all()
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_silu_has_the_same_bits_in_all_builds(name: str) -> None:
+    x = numbers()
+    assert torch.equal(silu(name, x).view(torch.int32), silu(NAMES[0], x).view(torch.int32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_rounded_as_in_torch(name: str) -> None:
+    x = torch.cat((numbers(), numbers().bfloat16().float() * (1 + 2.0**-8)))  # ties
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    library(name).functions.native_to_bf16(out.data_ptr(), x.data_ptr(), x.numel())
+    assert torch.equal(out.view(torch.int16), x.bfloat16().view(torch.int16))

@@ -1,0 +1,142 @@
+"""Builds the kernels' libraries, one for each instruction set, and keeps them in a cache.
+
+The compilers are ``$CC``, or ``cc``, ``gcc`` and ``clang``, and else the C compiler of the
+``ziglang`` package where that is installed. A library's name has a digest of all that decides its
+contents, so a change of the sources finds no old library. Whoever builds writes a temporary file
+and renames it: processes that build at the same time do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "c"
+BUILD_LIMIT_S = 120.0
+"""Limit of one compiler run; it takes 2 to 10 s on one core."""
+_FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-ffp-contract=off",  # a product and a sum are fused where the source says so, nowhere else
+    "-fvisibility=default",
+    "-Wall",
+    "-Wextra",
+)
+_ERROR_CHARACTERS = 400
+
+
+class BuildError(Exception):
+    """No compiler made the library; the text says what each of them said."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionSet:
+    """Instructions that a library uses."""
+
+    name: str
+    cpu_flags: frozenset[str]
+    """Words of ``/proc/cpuinfo`` that a processor needs."""
+    compiler_flags: tuple[str, ...]
+    """Never ``-march=native``: a library may be made for another machine."""
+
+
+_AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma"))
+_AVX512 = InstructionSet(
+    "avx512",
+    _AVX2.cpu_flags | {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    (*_AVX2.compiler_flags, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+)
+_AVX512_BF16 = InstructionSet(
+    "avx512_bf16",
+    _AVX512.cpu_flags | {"avx512_bf16"},
+    (*_AVX512.compiler_flags, "-mavx512bf16"),
+)
+INSTRUCTION_SETS = (_AVX512_BF16, _AVX512, _AVX2)
+"""Best first."""
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """``$XDG_CACHE_HOME/expertmesh/kernels``, by default in ``~/.cache``."""
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "expertmesh" / "kernels"
+
+
+def compilers(environ: Mapping[str, str] = os.environ) -> list[tuple[str, ...]]:
+    """Commands to try in order. ``$CC`` is the only one where it is set."""
+    if environ.get("CC"):
+        return [tuple(shlex.split(environ["CC"]))]
+    path = environ.get("PATH")
+    found = [shutil.which(name, path=path) for name in ("cc", "gcc", "clang")]
+    commands = [(command,) for command in found if command]
+    if importlib.util.find_spec("ziglang"):
+        commands.append((sys.executable, "-m", "ziglang", "cc"))
+    return commands
+
+
+def library_path(
+    wanted: InstructionSet, folder: Path, environ: Mapping[str, str] = os.environ
+) -> Path:
+    """The file of a library: its name has a digest of the sources, the flags and ``$CC``."""
+    digest = hashlib.sha256()
+    for part in (*_FLAGS, *wanted.compiler_flags, environ.get("CC", "")):
+        digest.update(part.encode() + b"\0")
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return folder / f"{wanted.name}-{digest.hexdigest()[:16]}.so"
+
+
+def build(
+    wanted: InstructionSet,
+    folder: Path,
+    environ: Mapping[str, str] = os.environ,
+    commands: Iterable[tuple[str, ...]] | None = None,
+) -> Path:
+    """The library of an instruction set, from the cache or made by the first compiler that can.
+
+    ``commands`` are ``compilers(environ)`` by default. Raises ``BuildError``; ``OSError`` where the
+    folder cannot be written.
+    """
+    target = library_path(wanted, folder, environ)
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    errors = []
+    for command in compilers(environ) if commands is None else commands:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{wanted.name}-", suffix=".so")
+        os.close(handle)
+        try:
+            error = _compile(command, wanted, Path(name))
+            if error is None:
+                os.replace(name, target)
+                return target
+            errors.append(f"{shlex.join(command)}: {error}")
+        finally:
+            Path(name).unlink(missing_ok=True)
+    raise BuildError("; ".join(errors) or "there is no C compiler")
+
+
+def _compile(command: tuple[str, ...], wanted: InstructionSet, output: Path) -> str | None:
+    """Run one compiler; returns what was wrong."""
+    sources = [str(source) for source in sorted(SOURCES.glob("*.c"))]
+    line = [*command, *_FLAGS, *wanted.compiler_flags, "-o", str(output), *sources]
+    try:
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as err:
+        return str(err)
+    if done.returncode == 0:
+        return None
+    return (done.stderr or done.stdout).strip()[:_ERROR_CHARACTERS] or f"exit {done.returncode}"

@@ -1,0 +1,41 @@
+#include "product.h"
+
+// One function for each number of rows: the compiler keeps all sums of a tile in registers.
+#define ROWS(NAME, DTYPE, COUNT)                                                                  \
+    static void NAME##_##COUNT(const void *const *x, const uint32_t *weights, long units,         \
+                               long num_panels, float *out, long out_stride) {                    \
+        tiles(DTYPE, COUNT, x, weights, units, num_panels, out, out_stride);                      \
+    }
+#define ALL_ROWS(NAME, DTYPE)                                                                     \
+    ROWS(NAME, DTYPE, 1) ROWS(NAME, DTYPE, 2) ROWS(NAME, DTYPE, 3) ROWS(NAME, DTYPE, 4)
+ALL_ROWS(float32, FLOAT32)
+ALL_ROWS(bf16, BFLOAT16)
+#ifdef __AVX512F__
+#define MORE_ROWS(NAME, DTYPE)                                                                    \
+    ROWS(NAME, DTYPE, 5) ROWS(NAME, DTYPE, 6) ROWS(NAME, DTYPE, 7) ROWS(NAME, DTYPE, 8)
+MORE_ROWS(float32, FLOAT32)
+MORE_ROWS(bf16, BFLOAT16)
+#define TABLE(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6, NAME##_7, NAME##_8}
+#else
+#define TABLE(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4}
+#endif
+
+typedef void tile_rows(const void *const *x, const uint32_t *weights, long units, long num_panels,
+                       float *out, long out_stride);
+
+static tile_rows *const TILE_ROWS[2][MAX_TILE_ROWS] = {TABLE(float32), TABLE(bf16)};
+
+void panel_product(enum dtype dtype, long num_rows, const void *const *x, const uint32_t *weights,
+                   long units, long num_panels, float *out, long out_stride) {
+    // Several tiles of rows take the panels one by one, so that a panel stays in the cache.
+    long at_once = num_rows > MAX_TILE_ROWS ? 1 : num_panels;
+    for (long panel = 0; panel < num_panels; panel += at_once) {
+        const uint32_t *first = panel_at(weights, units, panel);
+        for (long row = 0; row < num_rows;) {
+            long rows = num_rows - row < MAX_TILE_ROWS ? num_rows - row : MAX_TILE_ROWS;
+            float *to = out + row * out_stride + panel * PANEL;
+            TILE_ROWS[dtype][rows - 1](x + row, first, units, at_once, to, out_stride);
+            row += rows;
+        }
+    }
+}

@@ -1,0 +1,33 @@
+// A persistent team of threads for one caller: short parallel sections without Python's lock.
+#ifndef TEAM_H
+#define TEAM_H
+
+#include <stddef.h>
+
+struct team;
+
+// What each member of a team calls: `thread` of `count`, 0 for the caller itself.
+typedef void team_task(void *job, struct team *team, int thread, int count);
+
+// A team of the caller and `count` - 1 threads that spin `num_spins` pauses before they sleep.
+// NULL where the system gives no threads.
+struct team *team_new(int count, int num_spins);
+
+// End the threads, which must be idle.
+void team_free(struct team *team);
+
+// Memory of at least `num_bytes`, aligned to 64, until the next call; NULL where there is none.
+// Only the caller of the team asks for it, before `team_run`.
+void *team_scratch(struct team *team, size_t num_bytes);
+
+// Claim the team: 0 if another thread uses it.
+int team_claim(struct team *team);
+void team_release(struct team *team);
+
+// Call `task` on `count` members (1, or all for 0 or less) and return when all have returned.
+void team_run(struct team *team, team_task *task, void *job, int count);
+
+// Wait for the other `count` - 1 members that run the task; what they wrote is visible.
+void team_barrier(struct team *team, int count);
+
+#endif

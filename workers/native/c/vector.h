@@ -1,0 +1,134 @@
+// Vectors of float on AVX2 (8 lanes) and AVX-512 (16 lanes). Each operation is exact IEEE 754, so
+// that both give the same bits; exp is a polynomial of these operations.
+#ifndef VECTOR_H
+#define VECTOR_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define ALWAYS static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#ifdef __AVX512F__
+
+enum { LANES = 16 };
+typedef __m512 vec;
+typedef __m512i veci;
+
+ALWAYS vec v_load(const float *x) { return _mm512_loadu_ps(x); }
+ALWAYS void v_store(float *to, vec x) { _mm512_storeu_ps(to, x); }
+ALWAYS vec v_set(float x) { return _mm512_set1_ps(x); }
+ALWAYS vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+ALWAYS vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+ALWAYS vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+ALWAYS vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+// The second one where the first is not a number.
+ALWAYS vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
+ALWAYS vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+ALWAYS vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+ALWAYS veci vi_load(const void *x) { return _mm512_loadu_si512(x); }
+ALWAYS veci vi_set(int x) { return _mm512_set1_epi32(x); }
+ALWAYS veci vi_add(veci a, veci b) { return _mm512_add_epi32(a, b); }
+ALWAYS veci vi_and(veci a, veci b) { return _mm512_and_si512(a, b); }
+ALWAYS veci vi_left(veci x, int bits) { return _mm512_slli_epi32(x, (unsigned)bits); }
+ALWAYS veci vi_right(veci x, int bits) { return _mm512_srli_epi32(x, (unsigned)bits); }
+ALWAYS vec v_bits(veci x) { return _mm512_castsi512_ps(x); }
+ALWAYS veci vi_bits(vec x) { return _mm512_castps_si512(x); }
+// `chosen` where x is not a number, else y.
+ALWAYS veci vi_if_nan(vec x, veci chosen, veci y) {
+    return _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), chosen);
+}
+// 16 unsigned bits of each lane, from memory and to memory.
+ALWAYS veci vi_load16(const uint16_t *x) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
+}
+ALWAYS void vi_store16(uint16_t *to, veci x) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(x));
+}
+
+#else
+
+enum { LANES = 8 };
+typedef __m256 vec;
+typedef __m256i veci;
+
+ALWAYS vec v_load(const float *x) { return _mm256_loadu_ps(x); }
+ALWAYS void v_store(float *to, vec x) { _mm256_storeu_ps(to, x); }
+ALWAYS vec v_set(float x) { return _mm256_set1_ps(x); }
+ALWAYS vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
+ALWAYS vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
+ALWAYS vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+ALWAYS vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
+ALWAYS vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
+ALWAYS vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
+ALWAYS vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+ALWAYS veci vi_load(const void *x) { return _mm256_loadu_si256(x); }
+ALWAYS veci vi_set(int x) { return _mm256_set1_epi32(x); }
+ALWAYS veci vi_add(veci a, veci b) { return _mm256_add_epi32(a, b); }
+ALWAYS veci vi_and(veci a, veci b) { return _mm256_and_si256(a, b); }
+ALWAYS veci vi_left(veci x, int bits) { return _mm256_slli_epi32(x, bits); }
+ALWAYS veci vi_right(veci x, int bits) { return _mm256_srli_epi32(x, bits); }
+ALWAYS vec v_bits(veci x) { return _mm256_castsi256_ps(x); }
+ALWAYS veci vi_bits(vec x) { return _mm256_castps_si256(x); }
+ALWAYS veci vi_if_nan(vec x, veci chosen, veci y) {
+    vec is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return vi_bits(_mm256_blendv_ps(v_bits(y), v_bits(chosen), is_nan));
+}
+ALWAYS veci vi_load16(const uint16_t *x) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x));
+}
+ALWAYS void vi_store16(uint16_t *to, veci x) {
+    __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+    _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(low, high));
+}
+
+#endif
+
+// x rounded to the nearest bfloat16, ties to even: the upper 16 bits, as unsigned numbers.
+// Not a number becomes 0x7fc0, as in torch.
+ALWAYS veci v_to_bf16(vec x) {
+    veci bits = vi_bits(x);
+    veci odd = vi_and(vi_right(bits, 16), vi_set(1));
+    veci rounded = vi_add(bits, vi_add(vi_set(0x7fff), odd));
+    return vi_right(vi_if_nan(x, vi_set(0x7fc00000), rounded), 16);
+}
+
+ALWAYS vec v_from_bf16(veci x) { return v_bits(vi_left(x, 16)); }
+
+ALWAYS vec v_round_bf16(vec x) { return v_from_bf16(v_to_bf16(x)); }
+
+ALWAYS vec v_load_bf16(const uint16_t *x) { return v_from_bf16(vi_load16(x)); }
+
+// exp(x) within 2 units in the last place for x in [-87, 88], and that of the nearer end beyond.
+// Source: the reduction and coefficients of Cephes' expf (Stephen L. Moshier, netlib); every
+// product is fused with its sum here.
+ALWAYS vec v_exp(vec x) {
+    x = v_min(v_set(88.0f), v_max(v_set(-87.0f), x));  // keeps what is not a number
+    // Adding 1.5 * 2**23 rounds to an integer n, which the lower bits of the sum hold.
+    vec magic = v_set(12582912.0f);
+    vec shifted = v_fma(x, v_set(1.44269504088896341f), magic);
+    vec n = v_sub(shifted, magic);
+    vec r = v_fma(n, v_set(-0.693359375f), x);  // x - n * log(2), in two parts
+    r = v_fma(n, v_set(2.12194440e-4f), r);
+    vec p = v_set(1.9875691500e-4f);
+    p = v_fma(p, r, v_set(1.3981999507e-3f));
+    p = v_fma(p, r, v_set(8.3334519073e-3f));
+    p = v_fma(p, r, v_set(4.1665795894e-2f));
+    p = v_fma(p, r, v_set(1.6666665459e-1f));
+    p = v_fma(p, r, v_set(5.0000001201e-1f));
+    p = v_add(v_fma(v_mul(r, r), p, r), v_set(1.0f));
+    veci power = vi_left(vi_add(vi_bits(shifted), vi_set(127)), 23);  // 2**n
+    return v_mul(p, v_bits(power));
+}
+
+// x * sigmoid(x).
+ALWAYS vec v_silu(vec x) {
+    vec one = v_set(1.0f);
+    return v_div(x, v_add(one, v_exp(v_sub(v_set(0.0f), x))));
+}
+
+#endif

@@ -1,0 +1,113 @@
+"""Loads the best library of kernels that this machine runs, or says why there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.native.build import (
+    INSTRUCTION_SETS,
+    BuildError,
+    InstructionSet,
+    build,
+    cache_folder,
+)
+
+CPU_INFO = Path("/proc/cpuinfo")
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+_SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
+    "team_new": (_POINTER, (_INT, _INT)),
+    "team_free": (None, (_POINTER,)),
+    "native_silu": (None, (_POINTER, _POINTER, _LONG)),
+    "native_to_bf16": (None, (_POINTER, _POINTER, _LONG)),
+}
+"""Result and arguments of the functions in ``c/``. Calls release Python's lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A loaded library."""
+
+    name: str
+    """Its instruction set."""
+    path: Path
+    functions: ctypes.CDLL
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The kernels of this machine."""
+
+    library: Library | None
+    """None: torch computes."""
+    reason: str
+    """Why not a better one, for people; empty where this is the best."""
+
+    @property
+    def words(self) -> str:
+        """For logs: ``native avx512 (no library for avx512_bf16: ..)``, ``torch (..)``."""
+        name = f"native {self.library.name}" if self.library else "torch"
+        return f"{name} ({self.reason})" if self.reason else name
+
+
+def find_library(
+    *,
+    folder: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    cpu_info: Path = CPU_INFO,
+) -> Found:
+    """The best library that this processor runs, built first where that is needed.
+
+    An instruction set whose library cannot be made gives way to the next one.
+    """
+    reasons = []
+    for wanted in runnable(cpu_info):
+        try:
+            return Found(load_library(wanted, folder, environ), "; ".join(reasons))
+        except (BuildError, OSError) as err:
+            reasons.append(f"no library for {wanted.name}: {err}")
+    return Found(None, "; ".join(reasons) or "it is not an x86-64 processor with AVX2 on Linux")
+
+
+def load_library(
+    wanted: InstructionSet,
+    folder: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Library:
+    """One library; a file in the cache that is broken is built again.
+
+    ``folder`` is ``cache_folder`` by default. Raises ``BuildError`` and ``OSError``.
+    """
+    folder = folder or cache_folder(environ)
+    path = build(wanted, folder, environ)
+    try:
+        return _load(wanted.name, path)
+    except OSError:
+        path.unlink(missing_ok=True)
+    return _load(wanted.name, build(wanted, folder, environ))
+
+
+def runnable(cpu_info: Path = CPU_INFO) -> list[InstructionSet]:
+    """The instruction sets of this processor, best first."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return []
+    lines = (line.partition(":") for line in cpu_info.read_text().splitlines())
+    flags = next((set(value.split()) for name, _, value in lines if name.strip() == "flags"), set())
+    return [i for i in INSTRUCTION_SETS if i.cpu_flags <= flags]
+
+
+def _load(name: str, path: Path) -> Library:
+    """Raises ``OSError`` for a file that is no library of these sources."""
+    functions = ctypes.CDLL(str(path))
+    for function, (result, arguments) in _SIGNATURES.items():
+        try:
+            loaded = getattr(functions, function)
+        except AttributeError as err:
+            raise OSError(f"{path} has no {function}") from err
+        loaded.restype, loaded.argtypes = result, tuple(arguments)
+    return Library(name, path, functions)
