@@ -23,6 +23,9 @@ _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "team_new": (_POINTER, (_INT, _INT)),
     "team_free": (None, (_POINTER,)),
+    "experts_compute": (_INT, (_POINTER, _POINTER)),
+    "panels_pack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
+    "panels_unpack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
     "native_silu": (None, (_POINTER, _POINTER, _LONG)),
     "native_to_bf16": (None, (_POINTER, _POINTER, _LONG)),
 }

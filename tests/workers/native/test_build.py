@@ -59,9 +59,7 @@ def test_an_old_processor_runs_none(tmp_path: Path) -> None:
 
 def test_without_a_compiler_the_reason_is_said(tmp_path: Path) -> None:
     environ = {"CC": str(tmp_path / "none")}
-    found = find_library(
-        folder=tmp_path, environ=environ, cpu_info=cpu_info(tmp_path, AVX2)
-    )
+    found = find_library(folder=tmp_path, environ=environ, cpu_info=cpu_info(tmp_path, AVX2))
     assert found.library is None
     assert found.reason.startswith("no library for avx2: ")
     assert "No such file" in found.reason
@@ -72,9 +70,10 @@ def test_without_a_compiler_the_reason_is_said(tmp_path: Path) -> None:
 def test_only_the_chosen_compiler_is_tried() -> None:
     assert compilers({"CC": "gcc -m64", "PATH": "/usr/bin"}) == [("gcc", "-m64")]
     names = [Path(command[0]).name for command in compilers(ENVIRON)]
-    assert names[: len(names) - 1] == [n for n in ("cc", "gcc", "clang") if n in names][
-        : len(names) - 1
-    ]
+    assert (
+        names[: len(names) - 1]
+        == [n for n in ("cc", "gcc", "clang") if n in names][: len(names) - 1]
+    )
 
 
 def test_a_broken_compiler_gives_way_to_the_next(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ ALWAYS void tile(enum dtype dtype, const int rows, const int blocks, const void 
 // waits for its last sum, and 8 chains keep the processor busy.
 ALWAYS void tiles(enum dtype dtype, const int rows, const void *const *x, const uint32_t *weights,
                   long units, long num_panels, float *out, long out_stride) {
-    const int blocks = rows == 1 ? 4 : rows <= MAX_TILE_ROWS / 4 ? 4 : rows <= MAX_TILE_ROWS / 2 ? 2 : 1;
+    const int blocks = rows <= MAX_TILE_ROWS / 4 ? 4 : rows <= MAX_TILE_ROWS / 2 ? 2 : 1;
     long num_blocks = num_panels * (PANEL / BLOCK), block = 0;
     for (; block + blocks <= num_blocks; block += blocks)
         tile(dtype, rows, blocks, x, weights, block, units, out + block * BLOCK, out_stride);

@@ -89,7 +89,7 @@ ALWAYS void vi_store16(uint16_t *to, veci x) {
 #endif
 
 // x rounded to the nearest bfloat16, ties to even: the upper 16 bits, as unsigned numbers.
-// Not a number becomes 0x7fc0, as in torch.
+// Not a number becomes 0x7fc0.
 ALWAYS veci v_to_bf16(vec x) {
     veci bits = vi_bits(x);
     veci odd = vi_and(vi_right(bits, 16), vi_set(1));

@@ -1,0 +1,341 @@
+// The routed experts of one layer: rows through the weights of their expert slots.
+//
+// Rows are grouped by slot, so that a step reads a slot's weights once for 128 rows. An expert is
+// `second(silu(gate) * up)`, gate and up being halves of `first`, or `first` alone. What goes from
+// the first matrix to the second, and what a slot returns, is rounded to the rows' type.
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "product.h"
+#include "team.h"
+
+enum { CHUNK_ROWS = 128 };        // of one slot that are computed together
+enum { GROUP = 4 };               // panels of a thread's piece of work
+enum { MAX_PAIRS = 8192 };        // computed at once: bounds the scratch memory
+enum { ALONE_ELEMENTS = 1 << 16 };  // weights that one thread reads sooner than others wake up
+enum { HALF = PANEL / 2 };        // outputs of the gate in a panel; as many of up follow
+enum { ALIGNMENT = 64 };
+
+enum inputs { BY_ROW = 0, BY_PLACE = 1, BY_PAIR = 2 };
+enum result { OK = 0, BUSY = 1, NO_MEMORY = 2, NO_EXPERT = 3, NO_INPUT = 4 };
+
+// Mirrored by `_Call` in experts.py. A place is an element of `slots`, a pair a place that has a
+// slot; pairs are counted in the order of places.
+struct experts_call {
+    int64_t dtype, is_gated, in_width, inner_width, out_width, num_slots;
+    const void *const *first, *const *second;  // [num_slots] packed; NULL: empty, or not gated
+    const void *inputs;                        // [num_inputs, in_width]
+    int64_t num_inputs, inputs_by;             // enum inputs
+    const int64_t *input_of;                   // [places]: input of each; NULL: as inputs_by says
+    const int64_t *slots;                      // [num_rows, top_k], rows slots_stride apart
+    int64_t num_rows, top_k, slots_stride;
+    const float *weights;  // [num_rows, top_k], rows weights_stride apart; NULL: no sums
+    int64_t weights_stride;
+    int64_t rounds_products, sums_dtype;  // weight and product are rounded to `dtype`
+    void *out;  // sums [num_rows, out_width], or [pairs, out_width] of `dtype`
+};
+
+struct chunk {
+    int32_t slot, first, count;  // sorted pairs from `first` on
+};
+
+// One pass over some rows of a call.
+struct job {
+    const struct experts_call *call;
+    enum dtype dtype;
+    int copies_inputs;
+    long first_units, second_units, first_panels, second_panels;
+    const char *inputs;  // as the products read them
+    size_t input_stride, hidden_stride, output_stride;  // bytes of a row
+    char *hidden;        // [pairs], sorted: between the matrices
+    char *outputs;       // [pairs]
+    int64_t first_row, num_rows, num_pairs, num_chunks;
+    int32_t *begins;        // [num_slots + 1]
+    int32_t *row_begins;    // [num_rows + 1] first pair of each row
+    int32_t *sorted_pair;   // [pairs]
+    int32_t *sorted_input;  // [pairs]
+    int32_t *pair_slot;     // [pairs]
+    int32_t *pair_input;    // [pairs]
+    float *factors;         // [pairs]: weights in the form in which they multiply
+    struct chunk *chunks;
+    _Atomic long next_copy, next_first, next_second, next_row;
+};
+
+ALWAYS long divide_up(long a, long b) { return (a + b - 1) / b; }
+
+// ---- rows in and out of vectors -----------------------------------------------------------------
+
+// A vector to a row that a product reads.
+ALWAYS void store_for_product(enum dtype dtype, char *row, long column, vec x) {
+    if (dtype == FLOAT32) v_store((float *)row + column, x);
+    else if (ROWS_ARE_BF16) vi_store16((uint16_t *)row + column, v_to_bf16(x));
+    else v_store((float *)row + column, v_round_bf16(x));
+}
+
+// The first `count` lanes of a vector to a row of numbers.
+ALWAYS void store_lanes(enum dtype dtype, char *row, long column, long count, vec x) {
+    if (count >= LANES) {
+        if (dtype == FLOAT32) v_store((float *)row + column, x);
+        else vi_store16((uint16_t *)row + column, v_to_bf16(x));
+    } else if (count > 0 && dtype == FLOAT32) {
+        float lanes[LANES];
+        v_store(lanes, x);
+        memcpy((float *)row + column, lanes, (size_t)count * sizeof *lanes);
+    } else if (count > 0) {
+        uint16_t lanes[LANES];
+        vi_store16(lanes, v_to_bf16(x));
+        memcpy((uint16_t *)row + column, lanes, (size_t)count * sizeof *lanes);
+    }
+}
+
+// Inputs in the form of the products: bfloat16 as float, or with a zero behind an odd row.
+static void copy_inputs(struct job *job, const char *source) {
+    long width = job->call->in_width;
+    for (long i; (i = atomic_fetch_add(&job->next_copy, 1)) < job->call->num_inputs;) {
+        const uint16_t *from = (const uint16_t *)source + i * width;
+        char *to = (char *)job->inputs + (size_t)i * job->input_stride;
+        if (ROWS_ARE_BF16) {
+            memcpy(to, from, (size_t)width * sizeof *from);
+            memset(to + width * 2, 0, job->input_stride - (size_t)width * 2);
+            continue;
+        }
+        long column = 0;
+        for (; column + LANES <= width; column += LANES)
+            v_store((float *)to + column, v_load_bf16(from + column));
+        for (; column < job->first_units * 2; column++) {
+            uint32_t bits = column < width ? (uint32_t)from[column] << 16 : 0;
+            memcpy((float *)to + column, &bits, sizeof bits);
+        }
+    }
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+static void store_hidden(const struct job *job, const struct chunk *chunk, long panel,
+                         long num_panels, const float *sums) {
+    for (long i = 0; i < chunk->count; i++) {
+        char *row = job->hidden + (size_t)(chunk->first + i) * job->hidden_stride;
+        for (long p = 0; p < num_panels; p++, sums += PANEL)
+            for (long c = 0; c < HALF; c += LANES) {
+                vec value = v_mul(v_silu(v_load(sums + c)), v_load(sums + HALF + c));
+                store_for_product(job->dtype, row, (panel + p) * HALF + c, value);
+            }
+    }
+}
+
+static void store_outputs(const struct job *job, const struct chunk *chunk, long panel,
+                          long num_panels, const float *sums) {
+    long width = job->call->out_width;
+    for (long i = 0; i < chunk->count; i++) {
+        char *row = job->outputs + (size_t)job->sorted_pair[chunk->first + i] * job->output_stride;
+        for (long c = 0; c < num_panels * PANEL; c += LANES, sums += LANES) {
+            long column = panel * PANEL + c;
+            store_lanes(job->dtype, row, column, width - column, v_load(sums));
+        }
+    }
+}
+
+// The products of all chunks with one of their matrices, shared between the threads.
+static void products(struct job *job, int is_second) {
+    float sums[CHUNK_ROWS * GROUP * PANEL] __attribute__((aligned(ALIGNMENT)));
+    const void *rows[CHUNK_ROWS];
+    long num_panels = is_second ? job->second_panels : job->first_panels;
+    long units = is_second ? job->second_units : job->first_units;
+    long num_groups = divide_up(num_panels, GROUP);
+    _Atomic long *next = is_second ? &job->next_second : &job->next_first;
+    const void *const *weights = is_second ? job->call->second : job->call->first;
+    for (long item; (item = atomic_fetch_add(next, 1)) < job->num_chunks * num_groups;) {
+        const struct chunk *chunk = &job->chunks[item / num_groups];
+        long panel = item % num_groups * GROUP;
+        long count = num_panels - panel < GROUP ? num_panels - panel : GROUP;
+        for (long i = chunk->first; i < chunk->first + chunk->count; i++)
+            rows[i - chunk->first] = is_second
+                ? job->hidden + (size_t)i * job->hidden_stride
+                : job->inputs + (size_t)job->sorted_input[i] * job->input_stride;
+        const uint32_t *panels = panel_at(weights[chunk->slot], units, panel);
+        panel_product(job->dtype, chunk->count, rows, panels, units, count, sums, count * PANEL);
+        if (job->call->is_gated && !is_second) store_hidden(job, chunk, panel, count, sums);
+        else store_outputs(job, chunk, panel, count, sums);
+    }
+}
+
+// Sums of weight x output over the pairs of each row, in the order of slots, in float.
+static void add_up(struct job *job) {
+    const struct experts_call *call = job->call;
+    int rounds = call->rounds_products && job->dtype == BFLOAT16;
+    size_t out_bytes = (size_t)call->out_width * (call->sums_dtype == FLOAT32 ? 4 : 2);
+    for (long row; (row = atomic_fetch_add(&job->next_row, 1)) < job->num_rows;) {
+        char *out = (char *)call->out + (size_t)(job->first_row + row) * out_bytes;
+        for (long column = 0; column < call->out_width; column += LANES) {
+            vec sum = v_set(0.0f);
+            for (long pair = job->row_begins[row]; pair < job->row_begins[row + 1]; pair++) {
+                const char *from = job->outputs + (size_t)pair * job->output_stride;
+                vec value = job->dtype == FLOAT32 ? v_load((const float *)from + column)
+                                                  : v_load_bf16((const uint16_t *)from + column);
+                value = v_mul(value, v_set(job->factors[pair]));
+                sum = v_add(sum, rounds ? v_round_bf16(value) : value);
+            }
+            store_lanes(call->sums_dtype, out, column, call->out_width - column, sum);
+        }
+    }
+}
+
+static void run(void *argument, struct team *team, int thread, int count) {
+    struct job *job = argument;
+    (void)thread;
+    if (job->copies_inputs && job->first_row == 0) {
+        copy_inputs(job, job->call->inputs);
+        team_barrier(team, count);
+    }
+    products(job, 0);
+    if (job->call->is_gated) {
+        team_barrier(team, count);
+        products(job, 1);
+    }
+    if (job->call->weights) {
+        team_barrier(team, count);
+        add_up(job);
+    }
+}
+
+// ---- pairs --------------------------------------------------------------------------------------
+
+static float factor(const struct job *job, int64_t row, int64_t k) {
+    float weight = job->call->weights[row * job->call->weights_stride + k];
+    if (!job->call->rounds_products || job->dtype == FLOAT32) return weight;
+    float lanes[LANES];
+    v_store(lanes, v_round_bf16(v_set(weight)));
+    return lanes[0];
+}
+
+// Find the pairs of a pass. `num_before`: pairs of the call before it.
+static enum result find_pairs(struct job *job, int64_t num_before) {
+    const struct experts_call *call = job->call;
+    int32_t pair = 0;
+    for (int64_t row = 0; row < job->num_rows; row++) {
+        int64_t at = job->first_row + row;
+        job->row_begins[row] = pair;
+        for (int64_t k = 0; k < call->top_k; k++) {
+            int64_t slot = call->slots[at * call->slots_stride + k], place = at * call->top_k + k;
+            if (slot == -1) continue;
+            if (slot < 0 || slot >= call->num_slots || !call->first[slot]) return NO_EXPERT;
+            if (call->is_gated && !call->second[slot]) return NO_EXPERT;
+            int64_t input = call->input_of               ? call->input_of[place]
+                            : call->inputs_by == BY_ROW   ? at
+                            : call->inputs_by == BY_PLACE ? place
+                                                          : num_before + pair;
+            if (input < 0 || input >= call->num_inputs) return NO_INPUT;
+            job->pair_slot[pair] = (int32_t)slot;
+            job->pair_input[pair] = (int32_t)input;
+            if (call->weights) job->factors[pair] = factor(job, at, k);
+            pair++;
+        }
+    }
+    job->row_begins[job->num_rows] = pair;
+    job->num_pairs = pair;
+    return OK;
+}
+
+// Sort the pairs by slot, those of a slot in their order, and cut each slot's into chunks.
+static void sort_pairs(struct job *job) {
+    int64_t num_slots = job->call->num_slots;
+    int32_t *begins = job->begins;
+    memset(begins, 0, (size_t)(num_slots + 1) * sizeof *begins);
+    for (int64_t p = 0; p < job->num_pairs; p++) begins[job->pair_slot[p] + 1]++;
+    for (int64_t slot = 0; slot < num_slots; slot++) begins[slot + 1] += begins[slot];
+    job->num_chunks = 0;
+    for (int32_t slot = 0; slot < num_slots; slot++)
+        for (int32_t first = begins[slot]; first < begins[slot + 1]; first += CHUNK_ROWS) {
+            int32_t left = begins[slot + 1] - first;
+            struct chunk chunk = {slot, first, left < CHUNK_ROWS ? left : CHUNK_ROWS};
+            job->chunks[job->num_chunks++] = chunk;
+        }
+    for (int32_t p = 0; p < job->num_pairs; p++) {
+        int32_t to = begins[job->pair_slot[p]]++;
+        job->sorted_pair[to] = p;
+        job->sorted_input[to] = job->pair_input[p];
+    }
+}
+
+// ---- the call -----------------------------------------------------------------------------------
+
+static void *take(char *base, size_t *used, size_t num_bytes) {
+    void *at = (void *)((uintptr_t)base + *used);
+    *used += (num_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return at;
+}
+
+// Divide the scratch memory from `base` on; returns its size. `max_rows`: of a pass.
+static size_t divide_scratch(struct job *job, char *base, int64_t max_rows) {
+    const struct experts_call *call = job->call;
+    size_t used = 0, max_pairs = (size_t)(max_rows * call->top_k);
+    size_t num_slots = (size_t)call->num_slots;
+    if (job->copies_inputs)
+        job->inputs = take(base, &used, (size_t)call->num_inputs * job->input_stride);
+    if (call->is_gated) job->hidden = take(base, &used, max_pairs * job->hidden_stride);
+    if (call->weights) job->outputs = take(base, &used, max_pairs * job->output_stride);
+    job->begins = take(base, &used, (num_slots + 1) * sizeof *job->begins);
+    job->row_begins = take(base, &used, ((size_t)max_rows + 1) * sizeof *job->row_begins);
+    job->sorted_pair = take(base, &used, max_pairs * sizeof *job->sorted_pair);
+    job->sorted_input = take(base, &used, max_pairs * sizeof *job->sorted_input);
+    job->pair_slot = take(base, &used, max_pairs * sizeof *job->pair_slot);
+    job->pair_input = take(base, &used, max_pairs * sizeof *job->pair_input);
+    job->factors = take(base, &used, max_pairs * sizeof *job->factors);
+    size_t max_chunks = max_pairs / CHUNK_ROWS + (num_slots < max_pairs ? num_slots : max_pairs);
+    job->chunks = take(base, &used, max_chunks * sizeof *job->chunks);
+    return used;
+}
+
+static enum result compute(struct team *team, const struct experts_call *call) {
+    enum dtype dtype = call->dtype == BFLOAT16 ? BFLOAT16 : FLOAT32;
+    long first_out = call->is_gated ? call->inner_width : call->out_width;
+    struct job job = {
+        .call = call,
+        .dtype = dtype,
+        .copies_inputs = dtype == BFLOAT16 && (!ROWS_ARE_BF16 || call->in_width % 2),
+        .inputs = call->inputs,
+        .first_units = row_units(dtype, call->in_width),
+        .first_panels = divide_up(first_out, call->is_gated ? HALF : PANEL),
+        .second_units = row_units(dtype, call->inner_width),
+        .second_panels = divide_up(call->out_width, PANEL),
+    };
+    size_t unit_elements = dtype == BFLOAT16 ? 2 : 1, row_bytes = row_element_bytes(dtype);
+    size_t element = dtype == BFLOAT16 ? 2 : 4;
+    job.input_stride = job.copies_inputs ? (size_t)job.first_units * unit_elements * row_bytes
+                                         : (size_t)call->in_width * element;
+    job.hidden_stride = (size_t)job.first_panels * HALF * row_bytes;
+    // Rows that are summed are read in whole vectors.
+    job.output_stride =
+        element * (size_t)(call->weights ? job.second_panels * PANEL : call->out_width);
+    int64_t max_rows = MAX_PAIRS / call->top_k > 0 ? MAX_PAIRS / call->top_k : 1;
+    if (max_rows > call->num_rows) max_rows = call->num_rows;
+    char *scratch = team_scratch(team, divide_scratch(&job, NULL, max_rows));
+    if (!scratch) return NO_MEMORY;
+    divide_scratch(&job, scratch, max_rows);
+    int64_t elements = job.first_units * job.first_panels * PANEL;
+    if (call->is_gated) elements += job.second_units * job.second_panels * PANEL;
+    int64_t num_before = 0;
+    for (; job.first_row < call->num_rows; job.first_row += max_rows) {
+        int64_t left = call->num_rows - job.first_row;
+        job.num_rows = left < max_rows ? left : max_rows;
+        enum result result = find_pairs(&job, num_before);
+        if (result != OK) return result;
+        sort_pairs(&job);
+        if (!call->weights)
+            job.outputs = (char *)call->out + (size_t)num_before * job.output_stride;
+        job.next_first = job.next_second = job.next_row = 0;
+        int is_little = elements * (job.num_chunks + job.num_pairs / 8) < ALONE_ELEMENTS;
+        team_run(team, run, &job, is_little ? 1 : 0);
+        num_before += job.num_pairs;
+    }
+    return OK;
+}
+
+// Compute a call; returns enum result. After an error `out` is not complete.
+int experts_compute(struct team *team, const struct experts_call *call) {
+    if (!team_claim(team)) return BUSY;
+    enum result result = compute(team, call);
+    team_release(team);
+    return result;
+}

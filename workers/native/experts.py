@@ -1,0 +1,217 @@
+"""The routed experts of one layer on a CPU (``c/experts.c``).
+
+Reference: ``workers.experts.kernels_cpu`` and the sums of ``workers.model.weighting``, whose
+roundings between expert and sum it shares.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workers.native.panels import DTYPES, packed_bytes
+from workers.native.team import Team
+
+InputsBy = Literal["row", "place", "pair"]
+"""An input for each row, for each (row, place of the top-k), or for each of those with a slot."""
+_INPUTS_BY: tuple[InputsBy, ...] = ("row", "place", "pair")
+_ERRORS = (
+    "",
+    "another thread computes with the team",
+    "there is no memory for the experts' intermediate results",
+    "a row names an expert slot that is missing or empty",
+    "a row has no input",
+)
+"""By ``enum result``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """Experts of equal size: ``second(silu(gate) * up)`` where ``inner`` is not 0, else one product
+    ``first``."""
+
+    in_width: int
+    inner: int
+    """Width between the matrices; the first one has twice as many rows."""
+    out_width: int
+    dtype: torch.dtype
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """[out, in] of each matrix."""
+        if not self.inner:
+            return ((self.out_width, self.in_width),)
+        return ((2 * self.inner, self.in_width), (self.out_width, self.inner))
+
+
+class SlotTable:
+    """The packed matrices of expert slots. A slot has all its matrices, or computes nothing."""
+
+    def __init__(self, shape: ExpertShape, num_slots: int, old: SlotTable | None = None) -> None:
+        """Empty slots, but for those of ``old``."""
+        self.shape = shape
+        self._packed: list[list[Tensor | None]] = []
+        self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)
+        for matrix in range(len(shape.matrices)):
+            kept = old._packed[matrix][:num_slots] if old is not None else []
+            self._packed.append([None] * num_slots)
+            for slot, packed in enumerate(kept):
+                if packed is not None:
+                    self.put(slot, matrix, packed)
+
+    def __len__(self) -> int:
+        return self._addresses.shape[1]
+
+    def get(self, slot: int, matrix: int) -> Tensor:
+        """A packed matrix. Raises ``IndexError`` where the slot has none."""
+        packed = self._packed[matrix][slot]
+        if packed is None:
+            raise IndexError(f"slot {slot} is empty")
+        return packed
+
+    def put(self, slot: int, matrix: int, packed: Tensor) -> None:
+        """Keep a packed matrix, see ``panels.pack``."""
+        shape = self.shape.matrices[matrix]
+        expected = packed_bytes(shape, self.shape.dtype, bool(self.shape.inner) and not matrix)
+        assert packed.nbytes == expected, f"{packed.nbytes} bytes: must be {expected}"
+        assert packed.is_contiguous()
+        self._packed[matrix][slot] = packed
+        self._addresses[matrix, slot] = packed.data_ptr()
+
+    def clear(self, slot: int) -> None:
+        """Give a slot's memory back; nothing may compute with it."""
+        self._addresses[:, slot] = 0
+        for packed in self._packed:
+            packed[slot] = None
+
+    def address(self, matrix: int) -> int | None:
+        """Where C finds the addresses of the slots' matrices; None: there is no such matrix."""
+        if matrix >= len(self._addresses):
+            return None
+        return self._addresses[matrix].data_ptr()
+
+
+class _Call(ctypes.Structure):
+    """``struct experts_call``."""
+
+    _fields_: Sequence[tuple[str, type]] = [
+        ("dtype", ctypes.c_int64),
+        ("is_gated", ctypes.c_int64),
+        ("in_width", ctypes.c_int64),
+        ("inner_width", ctypes.c_int64),
+        ("out_width", ctypes.c_int64),
+        ("num_slots", ctypes.c_int64),
+        ("first", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
+        ("num_inputs", ctypes.c_int64),
+        ("inputs_by", ctypes.c_int64),
+        ("input_of", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("slots_stride", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("weights_stride", ctypes.c_int64),
+        ("rounds_products", ctypes.c_int64),
+        ("sums_dtype", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+    ]
+
+
+def expert_pairs(
+    team: Team, table: SlotTable, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
+) -> Tensor:
+    """Run (input row, expert slot) pairs.
+
+    inputs [N, in_width] of the shape's dtype; pair_input, pair_slot [P] int64 -> [P, out_width].
+    Raises ``IndexError`` for an empty or missing slot or input.
+    """
+    out = inputs.new_empty(len(pair_slot), table.shape.out_width)
+    if len(pair_slot):
+        assert pair_input.shape == pair_slot.shape
+        pair_input = pair_input.contiguous()
+        call = _call(table, inputs, pair_slot.unsqueeze(1), out)
+        call.input_of = _address(pair_input, torch.int64)
+        _compute(team, call)
+    return out
+
+
+def expert_rows(
+    team: Team,
+    table: SlotTable,
+    inputs: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    *,
+    inputs_by: InputsBy,
+    rounds_products: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weighted sum over each row's expert slots, in their order, in float32.
+
+    inputs [N, in_width] of the shape's dtype; slots [T, k] int64, -1 for none; weights [T, k]
+    float32 -> [T, out_width] ``dtype``. ``rounds_products``: weights, and then products of weight
+    and output, are rounded to the shape's dtype. Raises as ``expert_pairs``.
+    """
+    out = inputs.new_empty(len(slots), table.shape.out_width, dtype=dtype)
+    if len(slots):
+        assert weights.shape == slots.shape
+        call = _call(table, inputs, slots, out)
+        call.inputs_by = _INPUTS_BY.index(inputs_by)
+        call.weights, call.weights_stride = _rows_address(weights, torch.float32)
+        call.rounds_products = rounds_products
+        call.sums_dtype = DTYPES.index(dtype)
+        _compute(team, call)
+    return out
+
+
+def _call(table: SlotTable, inputs: Tensor, slots: Tensor, out: Tensor) -> _Call:
+    shape = table.shape
+    assert inputs.shape[1:] == (shape.in_width,), f"inputs of shape {tuple(inputs.shape)}"
+    address, stride = _rows_address(slots, torch.int64)
+    return _Call(
+        dtype=DTYPES.index(shape.dtype),
+        is_gated=shape.inner > 0,
+        in_width=shape.in_width,
+        inner_width=shape.inner,
+        out_width=shape.out_width,
+        num_slots=len(table),
+        first=table.address(0),
+        second=table.address(1),
+        inputs=_address(inputs, shape.dtype),
+        num_inputs=len(inputs),
+        slots=address,
+        num_rows=slots.shape[0],
+        top_k=slots.shape[1],
+        slots_stride=stride,
+        out=out.data_ptr(),
+    )
+
+
+def _compute(team: Team, call: _Call) -> None:
+    result = team.library.functions.experts_compute(team.pointer, ctypes.byref(call))
+    if result:
+        error = _ERRORS[result]
+        raise IndexError(error) if result >= 3 else RuntimeError(error)
+
+
+def _address(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Where a contiguous tensor of a type is."""
+    assert tensor.dtype == dtype, f"{tensor.dtype}: must be {dtype}"
+    assert tensor.device.type == "cpu"
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _rows_address(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """Where a matrix of a type is, and the elements from one row to the next."""
+    assert tensor.dtype == dtype, f"{tensor.dtype}: must be {dtype}"
+    assert tensor.device.type == "cpu"
+    assert tensor.shape[1] == 1 or tensor.stride(1) == 1, "elements of a row must be neighbours"
+    return tensor.data_ptr(), tensor.stride(0)

@@ -1,0 +1,62 @@
+"""Weights in the order in which the kernels read them (``c/product.h``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.native.library import Library
+
+PANEL = 32
+"""Outputs of a panel, the last of which is filled up with zeros."""
+DTYPES = (torch.float32, torch.bfloat16)
+"""Types that the kernels compute with; the place of each is its number in C."""
+
+
+def packed_bytes(shape: tuple[int, int], dtype: torch.dtype, is_gated: bool = False) -> int:
+    """Bytes of a packed matrix [out, in]."""
+    return _num_panels(shape[0], is_gated) * PANEL * _row_units(shape[1], dtype) * 4
+
+
+def pack(library: Library, weight: Tensor, is_gated: bool = False) -> Tensor:
+    """A CPU matrix [out, in] as panels: int32 [panels, units, 32], a unit being one float32 or two
+    bfloat16 of a row. ``is_gated``: the rows of the gate, then those of up, which alternate in
+    panels, 16 of each.
+    """
+    assert weight.dtype in DTYPES, f"{weight.dtype} weights"
+    assert weight.device.type == "cpu"
+    rows, width = weight.shape
+    units = _row_units(width, weight.dtype)
+    if weight.dtype == torch.bfloat16 and width % 2:
+        weight = functional.pad(weight, (0, 1))
+    weight = weight.contiguous()
+    packed = torch.empty(_num_panels(rows, is_gated), units, PANEL, dtype=torch.int32)
+    library.functions.panels_pack(packed.data_ptr(), weight.data_ptr(), rows, units, is_gated)
+    return packed
+
+
+def unpack(
+    library: Library,
+    packed: Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    is_gated: bool = False,
+) -> Tensor:
+    """The matrix [out, in] from which ``packed`` was made, bit for bit."""
+    rows, width = shape
+    units = _row_units(width, dtype)
+    assert packed.dtype == torch.int32
+    assert packed.is_contiguous()
+    assert packed.shape == (_num_panels(rows, is_gated), units, PANEL), tuple(packed.shape)
+    weight = torch.empty(rows, units * 4 // dtype.itemsize, dtype=dtype)
+    library.functions.panels_unpack(weight.data_ptr(), packed.data_ptr(), rows, units, is_gated)
+    return weight[:, :width].contiguous()
+
+
+def _num_panels(rows: int, is_gated: bool) -> int:
+    return -(-rows // 2 // (PANEL // 2)) if is_gated else -(-rows // PANEL)
+
+
+def _row_units(width: int, dtype: torch.dtype) -> int:
+    return -(-width * dtype.itemsize // 4)
