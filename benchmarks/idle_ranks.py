@@ -113,6 +113,12 @@ class IdleBank:
         """See ``SlotBank``."""
         return self._outputs[: len(pair_slot)]
 
+    def compute_rows(
+        self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """See ``SlotBank``."""
+        return self._outputs[: len(slots)].to(dtype)
+
 
 class Meetings:
     """Where the ranks of a shape wait for each other. Made before they start."""

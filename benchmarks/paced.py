@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from workers.experts.slots import ExpertSlots
@@ -55,6 +56,18 @@ class PacedBank:
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
     ) -> Tensor:
         """See ``ExpertBank.compute``; returns zeros after the time that the pairs take."""
+        self._wait(pair_slot)
+        return inputs.new_zeros(len(pair_slot), self._spec.exchanges[exchange].out_width)
+
+    def compute_rows(
+        self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """See ``ExpertBank.compute_rows``; as ``compute``."""
+        self._wait(slots[slots >= 0])
+        width = self._spec.exchanges[exchange].out_width
+        return inputs.new_zeros(len(slots), width, dtype=dtype)
+
+    def _wait(self, pair_slot: Tensor) -> None:
         began = self._clock()
         due = (
             self.time_taken.seconds(len(set(pair_slot.tolist())), len(pair_slot))
@@ -64,7 +77,6 @@ class PacedBank:
         if left > 0:
             self._sleep(left)
         self._overslept_s = self._clock() - began - due
-        return inputs.new_zeros(len(pair_slot), self._spec.exchanges[exchange].out_width)
 
 
 def paced_worker(time_taken: ComputeTime) -> type[WorkerActor]:

@@ -34,6 +34,7 @@ from cluster.core.topology import Role
 Mode = Literal["disaggregated", "colocated", "local", "auto"]
 Device = Literal["auto", "cpu", "cuda"]
 DeviceSpeed = Literal["given", "measured"]
+Kernels = Literal["auto", "torch"]
 DType = Literal["auto", "float32", "bfloat16"]
 Transport = Literal["auto", "sockets", "collective"]
 CombineMode = Literal["sum", "per_slot"]
@@ -80,6 +81,9 @@ class WorkersSection:
     """Expert slots per expert worker and bank that are kept free for recovery."""
     device: Device = "auto"
     """What workers compute on; ``auto`` takes CUDA where every worker can have a share of a GPU."""
+    kernels: Kernels = "auto"
+    """What computes on CPUs: ``auto`` takes the compiled kernels where they can be built, else
+    torch; ``torch`` takes torch."""
     cpus_per_worker: float | None = None
     """CPUs that Ray sets aside for a worker, fractions allowed; by default equal shares. A worker
     computes with as many threads as it has whole CPUs, at least one."""
@@ -98,6 +102,7 @@ class WorkersSection:
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, Mode)
         check_choice("device", self.device, Device)
+        check_choice("kernels", self.kernels, Kernels)
         check_choice("device_speed", self.device_speed, DeviceSpeed)
         at_least_one = (
             ("num_attention_workers", self.num_attention_ranks),

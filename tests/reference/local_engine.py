@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from cluster.config.cluster import EngineSection
+from cluster.config.cluster import EngineSection, Kernels
 from cluster.core.errors import RequestFailedError
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
@@ -26,6 +26,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, load_attention_model, resolve_dtype
+from workers.native.team import start_team
 from workers.requests.inspection import Inspection, NamedArray
 from workers.requests.request import (
     FinishReason,
@@ -69,14 +70,15 @@ class LocalEngine:
         max_model_len: int | None = None,
         num_micro_batches: int = 1,
         num_threads: int | None = None,
+        kernels: Kernels = "auto",
         wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Load a checkpoint. Raises ``CheckpointError`` and ``ConfigError``.
 
         ``num_threads`` sets the threads of torch in this process and divides them among compute
-        threads; None leaves them as they are; a deterministic engine always sets one. ``wrap`` may
-        replace the engine's dispatcher.
+        threads; None leaves them as they are; a deterministic engine always sets one. ``kernels``
+        as in ``WorkersSection``. ``wrap`` may replace the engine's dispatcher.
         """
         section = section or EngineSection()
         num_threads = 1 if section.deterministic else num_threads
@@ -102,8 +104,10 @@ class LocalEngine:
         self.dtype = kind
         """Compute dtype."""
         num_slots = max(b.num_experts for b in banks)
+        is_native = kernels == "auto" and place.type == "cpu" and not section.deterministic
+        team = start_team(num_threads or 1) if is_native else None
         self.slots = ExpertSlots(
-            banks, num_slots, kind, place, compute_threads, section.deterministic
+            banks, num_slots, kind, place, compute_threads, section.deterministic, team
         )
         self.slots.load_all(checkpoint)
         collapse_weights(place.type, checkpoint.loaded_bytes)

@@ -85,6 +85,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.runtime", "identify", _identify),
     ("workers.process.runtime", "collapse_weights", lambda *args: None),
     ("workers.process.runtime", "ComputeThreads", SimpleNamespace(for_threads=ComputeThreads)),
+    ("workers.process.runtime", "start_team", lambda *args: None),
     ("workers.process.runtime", "thread_cpu_clock", lambda: float),
     ("workers.process.runtime", "os", SimpleNamespace(getpid=_getpid)),
     ("workers.process.attention_runtime", "load_attention_model", lambda *args: ToyModel()),

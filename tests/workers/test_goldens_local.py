@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.config.cluster import EngineSection
+from cluster.config.cluster import EngineSection, Kernels
 from tests.reference.goldens import (
     ALL_VARIANTS,
     BF16_VARIANTS,
@@ -24,11 +24,18 @@ from tests.reference.local_engine import LocalEngine, block_bytes
 from tests.reference.parity import GREEDY, check_bfloat16, check_float32
 from workers.requests.inspection import Inspection
 
+KERNELS: tuple[Kernels, ...] = ("auto", "torch")
 
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("variant", [*ALL_VARIANTS, *RANDOM_VARIANTS])
-def test_float32_equals_golden(golden: Callable[[str], Golden], variant: str) -> None:
+def test_float32_equals_golden(
+    golden: Callable[[str], Golden], variant: str, kernels: Kernels
+) -> None:
     expected = golden(variant)
-    engine = LocalEngine(expected.path, dtype="float32", max_model_len=MAX_MODEL_LEN)
+    engine = LocalEngine(
+        expected.path, dtype="float32", max_model_len=MAX_MODEL_LEN, kernels=kernels
+    )
     check_float32(engine, expected)
     together = engine.generate(expected.prompts, GREEDY)
     for i, result in enumerate(together):
@@ -69,10 +76,15 @@ def test_float32_tokens_survive_small_steps_and_few_blocks(
     engine.engine.check_integrity()
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("variant", BF16_VARIANTS)
-def test_bfloat16_is_near_golden(golden: Callable[[str], Golden], variant: str) -> None:
+def test_bfloat16_is_near_golden(
+    golden: Callable[[str], Golden], variant: str, kernels: Kernels
+) -> None:
     expected = golden(variant)
-    engine = LocalEngine(expected.path, dtype="bfloat16", max_model_len=MAX_MODEL_LEN)
+    engine = LocalEngine(
+        expected.path, dtype="bfloat16", max_model_len=MAX_MODEL_LEN, kernels=kernels
+    )
     check_bfloat16(engine, expected)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cluster.core.placement import ExpertPlacement
@@ -119,4 +120,15 @@ class SlotBank(Protocol):
 
         inputs [N, in_width] model dtype; pair_input [P] int64 row of inputs of each pair;
         pair_slot [P] int64 expert slot -> [P, out_width] model dtype, not weighted.
+        """
+
+    def compute_rows(
+        self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The weighted sum over each row's slots.
+
+        inputs [T, in_width] model dtype, or where every slot has an input of its own
+        [T * k, in_width], or only those of the slots that are not -1; slots [T, k] int64, -1 for
+        none; weights [T, k] float32 -> [T, out_width] ``dtype``, which is the model's or float32.
+        Sums are made as in ``workers.model.weighting``.
         """

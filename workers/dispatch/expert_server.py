@@ -14,7 +14,6 @@ from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.dispatcher import SlotBank
-from workers.dispatch.weighting import weighted_sum
 from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import SAMPLE
@@ -185,11 +184,10 @@ class ExpertServer:
         self.num_bytes["dispatch"] += sum(part.nbytes for parts in received for part in parts)
         self.timer.lap("receive", *place)
         batch = self._join(bank, exchange, tuple(granted), received)
-        outputs = self._compute(bank, exchange, batch)
         if by_pair:
-            sizes = self._pairs_by_rank(batch)
+            outputs, sizes = self._compute(bank, exchange, batch), self._pairs_by_rank(batch)
         else:
-            outputs, sizes = self._sum(bank, batch, outputs), batch.counts
+            outputs, sizes = self._sum(bank, exchange, batch), batch.counts
         chunks = torch.split_with_sizes(outputs, list(sizes)) if len(sizes) > 1 else (outputs,)
         replies = [
             RowMessage(rank, (chunk,))
@@ -288,13 +286,14 @@ class ExpertServer:
             exchange.index, batch.inputs, pair_input, batch.pair_slot
         )
 
-    def _sum(self, bank: BankSpec, batch: _Batch, outputs: Tensor) -> Tensor:
+    def _sum(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
         """[rows, out_width] float32 weighted partial sums."""
         assert batch.weights is not None
-        flat = batch.weights.flatten()
-        weights = flat if batch.all_here else flat[batch.pairs]
-        num_rows = batch.slots.shape[0]
-        return weighted_sum(outputs, weights, batch.pair_row, num_rows, bank.float32_weights)
+        if not batch.pairs.shape[0]:
+            return torch.zeros(batch.slots.shape[0], exchange.out_width, device=self._device)
+        return self._slots[bank.index].compute_rows(
+            exchange.index, batch.inputs, batch.slots, batch.weights, torch.float32
+        )
 
     def _measure_padding(self, exchange: ExchangeSpec, batch: _Batch, by_pair: bool) -> None:
         """Count the transferred rows without use; outputs by pair are all used."""

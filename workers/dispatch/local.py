@@ -12,7 +12,6 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, SlotBank, TimedDispatcher
-from workers.dispatch.weighting import weighted_sum
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
@@ -68,23 +67,23 @@ class LocalDispatcher(TimedDispatcher):
         self._activity.advance()
         exchange = bank.exchanges[sent.exchange]
         num_rows, top_k = sent.topk_ids.shape
-        experts = sent.topk_ids.flatten()
-        pairs = torch.arange(len(experts), device=experts.device)
-        pair_row = pairs // top_k
-        per_slot = exchange.per_slot_input
-        inputs = sent.rows.flatten(0, 1) if per_slot else sent.rows
+        inputs = sent.rows.flatten(0, 1) if exchange.per_slot_input else sent.rows
         slot_of = self._slot_of[sent.bank]
-        slots = experts if slot_of is None else slot_of.to(experts.device)[experts]
-        outputs = sent.rows.new_empty(0, exchange.out_width)
-        if len(pairs):
-            pair_input = pairs if per_slot else pair_row
-            outputs = self._slots[sent.bank].compute(sent.exchange, inputs, pair_input, slots)
-        if exchange.weighted:
-            weights = sent.topk_weights.float().flatten()
-            total = weighted_sum(outputs, weights, pair_row, num_rows, bank.float32_weights)
-            result = total.to(outputs.dtype)
+        slots = sent.topk_ids
+        if slot_of is not None:
+            slots = slot_of.to(slots.device)[slots]
+        own = self._slots[sent.bank]
+        if not num_rows:
+            shape = (0, exchange.out_width) if exchange.weighted else (0, top_k, exchange.out_width)
+            result = sent.rows.new_empty(shape)
+        elif exchange.weighted:
+            weights, dtype = sent.topk_weights.float(), sent.rows.dtype
+            result = own.compute_rows(sent.exchange, inputs, slots, weights, dtype)
         else:
-            result = outputs.view(num_rows, top_k, outputs.shape[1])
+            pairs = torch.arange(slots.numel(), device=slots.device)
+            pair_input = pairs if exchange.per_slot_input else pairs // top_k
+            outputs = own.compute(sent.exchange, inputs, pair_input, slots.flatten())
+            result = outputs.view(num_rows, top_k, exchange.out_width)
         return LocalHandle(bank, sent.exchange, micro_batch, num_rows, None, result)
 
     def gather(self, handle: DispatchHandle) -> Tensor:

@@ -24,11 +24,11 @@ from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables, EpochTables
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TimedDispatcher
-from workers.dispatch.weighting import weighted_sum
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
+from workers.model.weighting import weighted_sum
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
 

@@ -1,4 +1,4 @@
 """Physical experts and their kernels.
 
-Imports ``workers.model`` and torch.
+Imports ``workers.model``, ``workers.native`` and torch.
 """

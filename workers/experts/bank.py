@@ -10,8 +10,11 @@ from torch import Tensor
 
 from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import GroupedExperts
+from workers.experts.kernels_native import NativeExperts, can_compute
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ExchangeSpec
+from workers.model.weighting import sum_of_pairs
+from workers.native.team import Team
 
 
 class ExpertKernel(Protocol):
@@ -46,10 +49,13 @@ def make_kernel(
     dtype: torch.dtype,
     device: torch.device,
     compute_threads: ComputeThreads | None = None,
+    team: Team | None = None,
 ) -> ExpertKernel:
-    """The fastest kernel for the size of the experts."""
+    """The fastest kernel for experts of this kind and size; ``team``: of compiled kernels."""
     if device.type == "cuda":
         return GroupedExperts(exchange, dtype, device)
+    if team is not None and can_compute(exchange, dtype):
+        return NativeExperts(exchange, dtype, team)
     out, width = exchange.matrix_shapes[0]
     kernel = PackedExperts if out * width >= PACKED_MIN_ELEMENTS else PaddedExperts
     return kernel(exchange, dtype, compute_threads or ComputeThreads())
@@ -70,6 +76,8 @@ class ExpertBank:
         self.spec = spec
         self.dtype = dtype
         self.device = device
+        self.make = make
+        """Makes the bank's kernels."""
         self.num_slots = 0
         self._kernels = [make(e, dtype, device) for e in spec.exchanges]
         self.resize(num_slots)
@@ -107,3 +115,26 @@ class ExpertBank:
         if not len(pair_slot):
             return inputs.new_empty(0, self.spec.exchanges[exchange].out_width)
         return self._kernels[exchange].compute(inputs, pair_input, pair_slot)
+
+    def compute_rows(
+        self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The weighted sum over each row's slots; at least one of them is not -1.
+
+        inputs [T, in_width] model dtype, or with ``per_slot_input`` [T * k, in_width], or only
+        those of the slots that are not -1; slots [T, k] int64, -1 for none; weights [T, k] float32
+        -> [T, out_width] ``dtype``, which is the model's or float32. A sum is made in float32 in
+        the order of the slots, of products in the type that ``BankSpec.float32_weights`` says.
+        """
+        kernel, spec = self._kernels[exchange], self.spec.exchanges[exchange]
+        if isinstance(kernel, NativeExperts):
+            return kernel.compute_rows(inputs, slots, weights, self.spec.float32_weights, dtype)
+        return sum_of_pairs(
+            kernel.compute,
+            inputs,
+            slots,
+            weights,
+            per_slot_input=spec.per_slot_input,
+            float32_weights=self.spec.float32_weights,
+            dtype=dtype,
+        )

@@ -16,6 +16,7 @@ from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
+from workers.native.team import Team
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,12 +37,15 @@ class ExpertSlots:
         device: torch.device,
         compute_threads: ComputeThreads | None = None,
         deterministic: bool = False,
+        team: Team | None = None,
     ) -> None:
         """``num_slots`` empty expert slots in every bank.
 
+        ``team`` computes where its compiled kernels can, torch with ``compute_threads`` elsewhere.
         Raises ``ConfigError`` where this machine cannot be deterministic.
         """
-        fast = partial(make_kernel, compute_threads=compute_threads or ComputeThreads())
+        threads = compute_threads or ComputeThreads()
+        fast = partial(make_kernel, compute_threads=threads, team=team)
         make = InvariantKernels().make if deterministic else fast
         self.banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
         """By ``BankSpec.index``."""

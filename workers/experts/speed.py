@@ -51,7 +51,7 @@ def slots_per_second(
 
 def blank_bank(like: ExpertBank) -> ExpertBank:
     """A bank of one slot whose expert is all zeros, for a device without experts."""
-    bank = ExpertBank(like.spec, 1, like.dtype, like.device)
+    bank = ExpertBank(like.spec, 1, like.dtype, like.device, like.make)
     for exchange, matrix, shape in like.spec.matrices:
         bank.store(0, exchange, matrix, torch.zeros(shape, dtype=like.dtype))
     return bank

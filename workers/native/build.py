@@ -79,7 +79,7 @@ def compilers(environ: Mapping[str, str] = os.environ) -> list[tuple[str, ...]]:
         return [tuple(shlex.split(environ["CC"]))]
     path = environ.get("PATH")
     found = [shutil.which(name, path=path) for name in ("cc", "gcc", "clang")]
-    commands = [(command,) for command in found if command]
+    commands: list[tuple[str, ...]] = [(command,) for command in found if command]
     if importlib.util.find_spec("ziglang"):
         commands.append((sys.executable, "-m", "ziglang", "cc"))
     return commands

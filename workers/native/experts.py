@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class SlotTable:
 class _Call(ctypes.Structure):
     """``struct experts_call``."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
         ("dtype", ctypes.c_int64),
         ("is_gated", ctypes.c_int64),
         ("in_width", ctypes.c_int64),

@@ -68,7 +68,7 @@ def find_library(
 
     An instruction set whose library cannot be made gives way to the next one.
     """
-    reasons = []
+    reasons: list[str] = []
     for wanted in runnable(cpu_info):
         try:
             return Found(load_library(wanted, folder, environ), "; ".join(reasons))

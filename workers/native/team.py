@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 
-from workers.native.library import Library
+from workers.native.library import Library, find_library
+
+logger = logging.getLogger(__name__)
 
 _SPINS = 2000
 """Pauses that an idle thread spins before it sleeps: 30 to 100 microseconds. Waking a sleeping
@@ -27,3 +30,11 @@ class Team:
             raise RuntimeError(f"the system gives no {count - 1} threads for the kernels")
         # Not at the end of the process: a thread may still compute then.
         weakref.finalize(self, functions.team_free, self.pointer).atexit = False
+
+
+def start_team(count: int) -> Team | None:
+    """A team with the best kernels of this machine; None, with a line in the log, where torch has
+    to compute."""
+    found = find_library()
+    logger.info("kernels: %s, %d threads", found.words, count)
+    return Team(found.library, count) if found.library else None

@@ -45,6 +45,7 @@ from workers.metrics.step_trace import StepTrace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
+from workers.native.team import start_team
 from workers.process.control_client import ControlClient
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.expert_part import BanksOf, ExpertPart
@@ -197,6 +198,7 @@ class WorkerRuntime(ABC):
         self.activity.cpu_s = thread_cpu_clock()
         try:
             self.compute_threads = ComputeThreads.for_threads(self.args.threads)
+            self.team = start_team(self.args.threads) if self.args.may_use_kernels else None
             self._open()
             info = self._load()
             device = self.args.device.type
@@ -330,13 +332,10 @@ class WorkerRuntime(ABC):
         return StepTimer(*self._timing_sinks)
 
     def _expert_slots(self) -> ExpertSlots:
+        args, threads = self.args, self.compute_threads
+        is_exact = self.config.engine.deterministic
         return ExpertSlots(
-            self.family.banks,
-            self.args.num_slots,
-            self.dtype,
-            self.args.device,
-            self.compute_threads,
-            self.config.engine.deterministic,
+            self.family.banks, args.num_slots, self.dtype, args.device, threads, is_exact, self.team
         )
 
     def _die(self, reason: str) -> None:

@@ -56,6 +56,12 @@ class WorkerArgs:
         )
 
     @property
+    def may_use_kernels(self) -> bool:
+        """Whether the compiled kernels may compute, where this machine has some."""
+        workers, engine = self.config.workers, self.config.engine
+        return workers.kernels == "auto" and workers.device != "cuda" and not engine.deterministic
+
+    @property
     def device(self) -> torch.device:
         """Device of this worker. Ray shows a worker only its own GPU, which is the first."""
         return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")

@@ -23,6 +23,7 @@ from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
 from workers.metrics.activity import Activity
 from workers.model.config import BankSpec, ExchangeSpec
+from workers.model.weighting import sum_of_pairs
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
@@ -87,6 +88,20 @@ class FakeBank:
         rows = rows[:, :width]
         factor = (experts + 1).to(rows.dtype).unsqueeze(1)
         return rows * rows.abs() * factor + rows - factor
+
+    def compute_rows(
+        self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """See ``SlotBank``."""
+        return sum_of_pairs(
+            partial(self.compute, exchange),
+            inputs,
+            slots,
+            weights,
+            per_slot_input=self._spec.exchanges[exchange].per_slot_input,
+            float32_weights=self._spec.float32_weights,
+            dtype=dtype,
+        )
 
 
 def local_dispatcher(banks: Sequence[BankSpec]) -> LocalDispatcher:

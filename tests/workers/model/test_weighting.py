@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.dispatch.weighting import sum_by_position, weighted_sum
+from workers.model.weighting import sum_by_position, weighted_sum
 
 
 def in_a_loop(

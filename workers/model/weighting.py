@@ -6,6 +6,8 @@ order given (for us always row-major, slot order within a row), starting from ze
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,34 @@ def weighted_sum(
         return total
     products = (outputs * factors).float()
     return sum_by_position(products, pair_row, num_rows)
+
+
+def sum_of_pairs(
+    compute: Callable[[Tensor, Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    *,
+    per_slot_input: bool,
+    float32_weights: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``ExpertBank.compute_rows`` by way of the outputs of all pairs.
+
+    ``compute(inputs, pair_input, pair_slot)`` is ``ExpertBank.compute`` for one exchange.
+    """
+    top_k = slots.shape[1]
+    flat = slots.flatten()
+    pairs = (flat >= 0).nonzero().squeeze(1)  # device-to-host sync
+    rows = pairs // top_k
+    sources = rows
+    if per_slot_input:
+        sources = (
+            pairs if len(inputs) == len(flat) else torch.arange(len(pairs), device=pairs.device)
+        )
+    outputs = compute(inputs, sources, flat[pairs].long())
+    own = weights.flatten()[pairs]
+    return weighted_sum(outputs, own, rows, len(slots), float32_weights).to(dtype)
 
 
 def sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:

@@ -1,0 +1,77 @@
+"""Experts on the compiled kernels of ``workers.native``: the default on CPUs.
+
+The weights are packed when they are stored and have no second copy. Rows do not depend on each
+other, on the load of a slot or on the number of threads, to the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.model.config import ExchangeSpec
+from workers.native.experts import ExpertShape, InputsBy, SlotTable, expert_pairs, expert_rows
+from workers.native.panels import DTYPES, pack, unpack
+from workers.native.team import Team
+
+
+def can_compute(exchange: ExchangeSpec, dtype: torch.dtype) -> bool:
+    """Whether the kernels have this type and activation; every width is possible."""
+    has_activation = exchange.expert_kind == "linear" or exchange.activation == "silu"
+    return dtype in DTYPES and has_activation
+
+
+class NativeExperts:
+    """``ExpertKernel`` with packed weights, each matrix in memory of its own."""
+
+    def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, team: Team) -> None:
+        inner = exchange.expert_width if exchange.expert_kind == "gated" else 0
+        self._shape = ExpertShape(exchange.in_width, inner, exchange.out_width, dtype)
+        assert self._shape.matrices == exchange.matrix_shapes
+        self._per_slot_input = exchange.per_slot_input
+        self._team = team
+        self._slots = SlotTable(self._shape, 0)
+
+    def resize(self, num_slots: int) -> None:
+        """See ``ExpertKernel``; new slots are empty and take no memory."""
+        self._slots = SlotTable(self._shape, num_slots, self._slots)
+
+    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+        packed = pack(self._team.library, weight, self._is_gated(matrix))
+        self._slots.put(slot, matrix, packed)
+
+    def read(self, slot: int, matrix: int) -> Tensor:
+        shape, is_gated = self._shape.matrices[matrix], self._is_gated(matrix)
+        packed = self._slots.get(slot, matrix)
+        return unpack(self._team.library, packed, shape, self._shape.dtype, is_gated)
+
+    def clear(self, slot: int) -> None:
+        self._slots.clear(slot)
+
+    def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
+        inputs = inputs.contiguous()
+        return expert_pairs(self._team, self._slots, inputs, pair_input, pair_slot)
+
+    def compute_rows(
+        self,
+        inputs: Tensor,
+        slots: Tensor,
+        weights: Tensor,
+        float32_weights: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See ``ExpertBank.compute_rows``."""
+        by_slot: InputsBy = "place" if len(inputs) == slots.numel() else "pair"
+        return expert_rows(
+            self._team,
+            self._slots,
+            inputs.contiguous(),
+            slots,
+            weights,
+            inputs_by=by_slot if self._per_slot_input else "row",
+            rounds_products=not float32_weights,
+            dtype=dtype,
+        )
+
+    def _is_gated(self, matrix: int) -> bool:
+        return self._shape.inner > 0 and matrix == 0
