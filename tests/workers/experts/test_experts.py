@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,21 +13,25 @@ import torch
 from torch import Tensor
 
 from cluster.core.placement import BankShape, contiguous
-from workers.experts.bank import ExpertBank, ExpertKernel
+from tests.workers.native.builds import NAMES, team
+from workers.experts.bank import ExpertBank, ExpertKernel, make_kernel
 from workers.experts.kernels_cpu import PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import GroupedExperts
 from workers.experts.kernels_invariant import BlockExperts, LoopExperts
+from workers.experts.kernels_native import NativeExperts, can_compute
 from workers.experts.slots import ExpertSlots
 from workers.model.batch_invariant.invariant import LINEAR_FORMS
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, BankSpec, ExchangeSpec
 from workers.model.loading.checkpoint import Checkpoint
+from workers.model.weighting import weighted_sum
 
 CPU = torch.device("cpu")
 SWIGLU = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=16)
 GELU, TANH, RELU = (
     replace(SWIGLU, activation=name) for name in ("gelu", "gelu_pytorch_tanh", "relu")
 )
+KINDS = ["packed", "padded", "grouped", "blocks", "loop 0", "loop 1", "loop 2", "native"]
 LINEAR = ExchangeSpec(index=0, name="q", in_width=24, out_width=40, expert_kind="linear")
 
 
@@ -80,6 +85,8 @@ def make(kind: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel:
         return BlockExperts(exchange, dtype, CPU)
     if kind.startswith("loop"):
         return LoopExperts(exchange, dtype, CPU, form=LINEAR_FORMS[int(kind[-1])])
+    if kind == "native":
+        return NativeExperts(exchange, dtype, team(NAMES[0], 2))
     kernel = PackedExperts if kind == "packed" else PaddedExperts
     return kernel(exchange, dtype, ComputeThreads(2))
 
@@ -90,15 +97,16 @@ def make(kind: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel:
     [SWIGLU, GELU, TANH, RELU, LINEAR],
     ids=["silu", "gelu", "gelu_pytorch_tanh", "relu", "linear"],
 )
-@pytest.mark.parametrize(
-    "kind", ["packed", "padded", "grouped", "blocks", "loop 0", "loop 1", "loop 2"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("load", ["one row", "spread", "one expert", "skewed", "wide"])
 def test_kernel_equals_plain_products(
     kind: str, exchange: ExchangeSpec, dtype: torch.dtype, load: str
 ) -> None:
     num_slots = 8
     matrices = weights(exchange, num_slots, dtype)
+    if kind == "native" and not can_compute(exchange, dtype):
+        assert not isinstance(make_kernel(exchange, dtype, CPU, team=team(NAMES[0])), NativeExperts)
+        return
     kernel = make(kind, exchange, dtype)
     kernel.resize(num_slots)
     for slot, own in enumerate(matrices):
@@ -122,11 +130,16 @@ def test_kernel_equals_plain_products(
     assert (found.double() - expected).abs().max() < limit
 
 
-@pytest.mark.parametrize("inner", [16, 1400], ids=["padded", "packed"])
-def test_bank_grows_and_empties(inner: int) -> None:
+@pytest.mark.parametrize(
+    ("inner", "own_team"),
+    [(16, None), (1400, None), (16, "native")],
+    ids=["padded", "packed", "native"],
+)
+def test_bank_grows_and_empties(inner: int, own_team: str | None) -> None:
     exchange = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=inner)
     spec = BankSpec(index=0, bank="mlp", layer=0, num_experts=4, top_k=2, exchanges=(exchange,))
-    bank = ExpertBank(spec, 2, torch.float32, CPU)
+    made = partial(make_kernel, team=team(NAMES[0], 2)) if own_team else make_kernel
+    bank = ExpertBank(spec, 2, torch.float32, CPU, made)
     matrices = weights(exchange, 4, torch.float32)
     for i, matrix in enumerate(matrices[0]):
         bank.store(1, 0, i, matrix.clone())
@@ -151,9 +164,7 @@ def test_bank_grows_and_empties(inner: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "kind", ["packed", "padded", "grouped", "blocks", "loop 0", "loop 1", "loop 2"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_stored_can_be_read_again(kind: str, dtype: torch.dtype) -> None:
     wide = replace(SWIGLU, in_width=256, out_width=256, expert_width=192)
     matrices = weights(wide, 3, dtype)
@@ -184,6 +195,54 @@ def test_bank_on_a_gpu_equals_the_cpu(dtype: torch.dtype) -> None:
     on_cpu = banks[0].compute(0, inputs, *pairs)
     on_gpu = banks[1].compute(0, inputs.cuda(), *(p.cuda() for p in pairs))
     assert (on_gpu.cpu() - on_cpu).abs().max() < (1e-3 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("per_slot_input", [False, True])
+@pytest.mark.parametrize("float32_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own_team", [None, "native"])
+def test_sums_of_rows_are_those_of_their_pairs(
+    own_team: str | None, dtype: torch.dtype, float32_weights: bool, per_slot_input: bool
+) -> None:
+    exchange = replace(SWIGLU, per_slot_input=per_slot_input)
+    spec = BankSpec(
+        index=0,
+        bank="mlp",
+        layer=0,
+        num_experts=4,
+        top_k=3,
+        exchanges=(exchange,),
+        float32_weights=float32_weights,
+    )
+    made = partial(make_kernel, team=team(NAMES[0], 2)) if own_team else make_kernel
+    bank = ExpertBank(spec, 4, dtype, CPU, made)
+    for slot, own in enumerate(weights(exchange, 4, dtype)):
+        for i, matrix in enumerate(own):
+            bank.store(slot, 0, i, matrix)
+    slots = torch.stack([torch.randperm(4)[:3] for _ in range(9)])
+    slots[2, 1] = slots[5, 0] = -1
+    slots[7] = -1
+    factors = torch.rand(9, 3)
+    pairs = (slots.flatten() >= 0).nonzero().squeeze(1)
+    inputs = torch.randn(27 if per_slot_input else 9, 24).to(dtype)
+    sources = pairs if per_slot_input else pairs // 3
+    outputs = bank.compute(0, inputs, sources, slots.flatten()[pairs])
+    own_factors = factors.flatten()[pairs]
+    expected = weighted_sum(outputs, own_factors, pairs // 3, 9, float32_weights)
+    for kind in (torch.float32, dtype):
+        found = bank.compute_rows(0, inputs, slots, factors, kind)
+        assert torch.equal(found, expected.to(kind))
+    if per_slot_input:  # only the inputs of pairs
+        found = bank.compute_rows(0, inputs[pairs], slots, factors, dtype)
+        assert torch.equal(found, expected.to(dtype))
+
+
+def test_the_compiled_kernel_is_taken_where_there_is_a_team() -> None:
+    made = make_kernel(SWIGLU, torch.bfloat16, CPU, team=team(NAMES[0]))
+    assert isinstance(made, NativeExperts)
+    assert not isinstance(make_kernel(SWIGLU, torch.bfloat16, CPU), NativeExperts)
+    made = make_kernel(SWIGLU, torch.float16, CPU, team=team(NAMES[0]))
+    assert not isinstance(made, NativeExperts)
 
 
 def test_no_pairs_no_rows() -> None:

@@ -17,7 +17,7 @@ from cluster.config.cluster import CombineMode
 from cluster.core.placement import FREE_SLOT, BankShape, ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member, Role, holds_experts
 from workers.dispatch.colocated import ColocatedDispatcher, LoopbackTransport
-from workers.dispatch.dispatcher import BatchRows, TokenDispatcher
+from workers.dispatch.dispatcher import BatchRows, SlotBank, TokenDispatcher
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
@@ -161,6 +161,8 @@ class Mesh:
     spare: int = 0
     step_timeout_s: float = 60.0
     colocated: bool = False
+    make_slots: Callable[[BankSpec, Sequence[int]], SlotBank] = FakeBank
+    """The expert slots of a worker: a bank, and the expert in each slot."""
     workers: dict[str, Worker] = field(default_factory=dict)
     activities: defaultdict[str, Activity] = field(default_factory=lambda: defaultdict(Activity))
     """Of the data threads, by worker."""
@@ -283,12 +285,12 @@ class Mesh:
             activity=self.activities[f"expert-{rank}"],
         )
 
-    def _slots(self, device: int) -> list[FakeBank]:
+    def _slots(self, device: int) -> list[SlotBank]:
         assert self.placement is not None
         maps = [b.physical_to_logical[device] for b in self.placement.banks]
         for slots in maps:
             assert all(e >= FREE_SLOT for e in slots)
-        return [FakeBank(b, m) for b, m in zip(self.banks, maps, strict=True)]
+        return [self.make_slots(b, m) for b, m in zip(self.banks, maps, strict=True)]
 
 
 def make_connections(

@@ -6,7 +6,7 @@ import queue
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,42 @@ from cluster.core.frames import ExpertsLoaded, LoadExperts
 from cluster.core.placement import BankShape, contiguous
 from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
 from tests.harness.engine_stream import TIMEOUT_S
+from tests.workers.native.builds import NAMES, library
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource, ExpertWeight
 from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader, Obstacle
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
+from workers.native.team import Team
 
 CPU = torch.device("cpu")
+
+
+OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "torch": dict,
+    "compiled": lambda: {"team": Team(library(NAMES[0]), 2)},
+    "deterministic": lambda: {"deterministic": True},
+}
+"""What makes the kernels, by their kind."""
+KINDS = list(OPTIONS)
 
 
 class Loading:
     """Slots with the first half of the experts, and a loader."""
 
     def __init__(
-        self, path: Path, max_slots: int | None = None, deterministic: bool = False
+        self,
+        path: Path,
+        max_slots: int | None = None,
+        deterministic: bool = False,
+        team: Team | None = None,
     ) -> None:
         self.checkpoint = Checkpoint(path)
         banks = self.checkpoint.family.banks
-        self.whole = ExpertSlots(banks, 8, torch.float32, CPU, deterministic=deterministic)
+        kind = torch.float32
+        self.whole = ExpertSlots(banks, 8, kind, CPU, deterministic=deterministic, team=team)
         self.whole.load_all(Checkpoint(path))
-        self.slots = ExpertSlots(banks, 4, torch.float32, CPU, deterministic=deterministic)
+        self.slots = ExpertSlots(banks, 4, kind, CPU, deterministic=deterministic, team=team)
         shapes = [BankShape(bank=b.bank, layer=b.layer, num_experts=b.num_experts) for b in banks]
         self.slots.load_placement(contiguous(shapes, 2), 0, self.checkpoint)
         self.answers: queue.Queue[ExpertsLoaded] = queue.Queue()
@@ -101,9 +117,9 @@ def loading(path: Path, **options: Any) -> Iterator[Loading]:
         found.loader.close()
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_experts_are_loaded_into_new_slots(tiny_checkpoint: Path, deterministic: bool) -> None:
-    with loading(tiny_checkpoint, deterministic=deterministic) as found:
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_loaded_into_new_slots(tiny_checkpoint: Path, kind: str) -> None:
+    with loading(tiny_checkpoint, **OPTIONS[kind]()) as found:
         assert found.load([0, 4, 7], [0, 5, 4], [1, 6, 5]) == ExpertsLoaded(
             order=7, num_bytes=found.checkpoint.expert_bytes(found.slots.banks[0].spec, 4) * 3
         )
@@ -195,10 +211,10 @@ def test_a_source_that_breaks_is_reported_in_its_words(tiny_checkpoint: Path) ->
         found.check(0, 4, 5)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_steps_go_on_while_banks_grow(tiny_checkpoint: Path, deterministic: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_go_on_while_banks_grow(tiny_checkpoint: Path, kind: str) -> None:
     """Outputs of slots that no order touches do not change by a bit."""
-    with loading(tiny_checkpoint, deterministic=deterministic) as found:
+    with loading(tiny_checkpoint, **OPTIONS[kind]()) as found:
         inputs = torch.randn(24, 32)
         rows, slots = torch.arange(24), torch.arange(24) % 4
         bank = found.slots.banks[0]
