@@ -28,14 +28,15 @@ ROUTED_KV_BYTES = 128 << 20
 
 
 @contextmanager
-def _transformers(checkpoint: Path) -> Iterator[Generate]:
-    """``generate`` of transformers as it is by default, greedy, in bfloat16."""
+def _transformers(checkpoint: Path, dtype: str = "bfloat16") -> Iterator[Generate]:
+    """``generate`` of transformers as it is by default, greedy."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    kind = getattr(torch, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=kind).eval()
     model.generation_config.eos_token_id = None
 
     def generate(prompts: Prompts, new_tokens: int) -> list[list[float]]:
@@ -113,6 +114,7 @@ def _routed(checkpoint: Path, policy: str) -> Iterator[Generate]:
 
 SYSTEMS: dict[str, Callable[[Path], AbstractContextManager[Generate]]] = {
     "transformers": _transformers,
+    "transformers-float32": partial(_transformers, dtype="float32"),
     "local": _local,
     "local-one-thread": partial(_local, num_threads=1),
     "local-deterministic": partial(_local, deterministic=True),

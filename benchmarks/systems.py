@@ -27,10 +27,11 @@ _END_LIMIT_S = 30.0
 class System:
     """One system with one model loaded. Idle unless it generates."""
 
-    def __init__(self, name: str, checkpoint: Path, environment: dict[str, str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        """``command`` is a program with the protocol of ``child.py``."""
         self._name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.child", name, str(checkpoint)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -82,7 +83,8 @@ def running(names: Sequence[str], checkpoint: Path) -> Iterator[dict[str, System
     systems: dict[str, System] = {}
     try:
         for name in names:
-            systems[name] = System(name, checkpoint, _environment(name, folders))
+            command = [sys.executable, "-m", "benchmarks.child", name, str(checkpoint)]
+            systems[name] = System(name, command, _environment(name, folders))
             systems[name].wait_loaded()
         yield systems
     finally:

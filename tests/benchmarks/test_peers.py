@@ -1,0 +1,220 @@
+"""The comparison with other servers: its model files, its protocols, its tables. No speed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from aiohttp import test_utils, web
+from safetensors import safe_open
+
+from benchmarks import gguf, http_systems, peers, random_checkpoint, random_tokenizer
+from benchmarks.bandwidth import read_bandwidth, step_weight_bytes
+from benchmarks.peers import Found, Row
+from benchmarks.random_checkpoint import TINY, RandomModel
+from benchmarks.systems import System
+from benchmarks.timing import Sample
+
+
+def _sample(tokens_per_s: float) -> Sample:
+    return Sample(
+        tokens_per_s=tokens_per_s,
+        prefill_s=0.5,
+        decode_tokens_per_s=2 * tokens_per_s,
+        itl_ms=1.0,
+        others_cores=0.0,
+    )
+
+
+def test_a_step_reads_everything_but_the_embedding_and_the_unused_experts() -> None:
+    model = RandomModel(
+        hidden=64, layers=1, heads=4, experts=4, top_k=2, ffn=32, vocab=1000, max_positions=64
+    )
+    attention, norms, router, head = 4 * 64 * 64, 5 * 64, 4 * 64, 1000 * 64
+    expert = 3 * 64 * 32
+    rest = attention + norms + router + head
+    assert step_weight_bytes(model, 1, 2) == 2 * (rest + 2 * expert)
+    assert step_weight_bytes(model, 2, 4) == 4 * (rest + 3 * expert)  # 1 - (1 - 1/2) ** 2 of 4
+
+
+def test_reading_has_a_rate_and_leaves_the_threads_alone() -> None:
+    before = torch.get_num_threads()
+    assert read_bandwidth(2, num_bytes=1 << 22) > 0
+    assert torch.get_num_threads() == before
+
+
+def test_every_token_of_the_random_tokenizer_has_a_text(tmp_path: Path) -> None:
+    random_tokenizer.write(tmp_path, 1000)
+    found = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert found.get_vocab_size() == 1000
+    assert found.decode([300, 999]) == " t300 t999"
+    assert found.decode(found.encode("ROMEO: a\n").ids) == "ROMEO: a\n"
+
+
+def _text(data: bytes, offset: int) -> tuple[str, int]:
+    """A string of a GGUF file, and where it ends."""
+    (length,) = struct.unpack_from("<Q", data, offset)
+    end = offset + 8 + length
+    return data[offset + 8 : end].decode(), end
+
+
+def test_a_gguf_file_has_the_tensors_of_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint.write(TINY, tmp_path / "checkpoint")
+    data = gguf.write(TINY, checkpoint, tmp_path / "model.gguf").read_bytes()
+    magic, version, num_tensors, num_fields = struct.unpack_from("<4sIQQ", data)
+    assert (magic, version) == (b"GGUF", 3)
+    assert num_tensors == 3 + TINY.layers * (9 + 3)
+    assert _text(data, 24)[0] == "general.architecture"
+    assert num_fields > 10
+
+    place = data.index(b"token_embd.weight") - 8  # the first tensor after the fields
+    tensors = {}
+    for _ in range(num_tensors):
+        name, place = _text(data, place)
+        (rank,) = struct.unpack_from("<I", data, place)
+        dims = struct.unpack_from(f"<{rank}Q", data, place + 4)
+        kind, offset = struct.unpack_from("<IQ", data, place + 4 + 8 * rank)
+        place += 4 + 8 * rank + 12
+        tensors[name] = dims, kind, offset
+    start = place + -place % 32
+    dims, kind, offset = tensors["blk.1.ffn_down_exps.weight"]
+    assert (dims, kind) == ((TINY.ffn, TINY.hidden, TINY.experts), 30)
+    expert_bytes = 2 * TINY.ffn * TINY.hidden
+    third = data[start + offset + 3 * expert_bytes :][:expert_bytes]
+    (file,) = checkpoint.glob("*.safetensors")
+    with safe_open(file, "pt") as shard:
+        expected = shard.get_tensor("model.layers.1.mlp.experts.3.down_proj.weight")
+    assert third == expected.view(torch.uint8).numpy().tobytes()
+    assert tensors["blk.0.attn_norm.weight"][:2] == ((TINY.hidden,), 0)
+    last = max(tensors.values(), key=lambda tensor: tensor[2])
+    assert len(data) >= start + last[2]
+
+
+FAKE_LLAMA = """
+export async function getLlama(options) {
+    if (options.maxThreads !== 3 || options.gpu !== false)
+        throw new Error("options");
+    return {loadModel: async ({modelPath}) => ({createContext: async (context) => {
+        if (modelPath !== "model.gguf" || context.sequences !== 2 || context.contextSize !== 9)
+            throw new Error("context");
+        return {getSequence: () => ({
+            clearHistory: async () => {},
+            async *evaluate(prompt, {temperature, yieldEogToken}) {
+                if (temperature !== 0 || !yieldEogToken)
+                    throw new Error("not greedy");
+                for (let token = prompt[0]; ; token++)
+                    yield token;
+            },
+        })};
+    }})};
+}
+"""
+
+
+def test_llama_cpp_is_driven_by_the_protocol_of_the_other_systems(tmp_path: Path) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node on this machine")
+    package = tmp_path / "node_modules" / "node-llama-cpp"
+    (package / "dist").mkdir(parents=True)
+    (package / "package.json").write_text('{"type": "module"}')
+    (package / "dist" / "index.js").write_text(FAKE_LLAMA)
+    script = Path(peers.__file__).with_name("llama_cpp.mjs")
+    system = System("llama", [node, str(script), str(tmp_path), "model.gguf", "3", "2", "9"], {})
+    try:
+        system.wait_loaded()
+        times = system.generate([[5, 6], [7, 8]], 4)
+    finally:
+        system.close()
+    assert [len(t) for t in times] == [4, 4]
+    assert all(list(t) == sorted(t) for t in times)
+
+
+def test_streams_are_read_token_by_token() -> None:
+    """A server that brings three tokens in two events."""
+
+    async def complete(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if body["prompt"] == [13]:
+            return web.Response(status=400, text="unlucky")
+        asked = (body["temperature"], body["ignore_eos"], body["stream"], body["max_tokens"])
+        assert asked == (0, True, True, 3)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for choices in ([{"token_ids": [4, 5]}], [{"token_ids": [9]}], []):
+            await response.write(f"data: {json.dumps({'choices': choices})}\n\n".encode())
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def body() -> None:
+        app = web.Application()
+        app.router.add_post("/v1/completions", complete)
+        async with test_utils.TestServer(app) as server:
+            url = str(server.make_url("/v1/completions"))
+            times = await http_systems.stream_all(url, [[1, 2], [3, 4]], 3)
+            assert [len(t) for t in times] == [3, 3]
+            assert all(0 < t[0] == t[1] <= t[2] for t in times)
+            with pytest.raises(RuntimeError, match="400: unlucky"):
+                await http_systems.stream_all(url, [[1, 2], [13]], 3)
+
+    asyncio.run(body())
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "print('no such model'); raise SystemExit(1)"]
+    system = http_systems.HttpSystem(
+        "broken", words, os.environ, "http://127.0.0.1:1", "/health", tmp_path / "log"
+    )
+    with pytest.raises(RuntimeError, match="broken ended: no such model"):
+        system.wait_loaded()
+    system.close()
+
+
+def test_the_tables_compare_the_best_types_and_name_what_is_absent() -> None:
+    args = peers.make_parser().parse_args(["--batch", "1,4", "--repeats", "2", "--tiny"])
+    rates = {
+        Row("local", "bfloat16"): {1: [30.0, 40.0], 4: [50.0, 60.0]},
+        Row("local", "float32"): {1: [10.0, 10.0], 4: [90.0, 110.0]},
+        Row("1 + 1", "bfloat16"): {1: [15.0, 20.0], 4: [25.0, 30.0]},
+        Row("vLLM", "float32"): {1: [10.0, 20.0], 4: [45.0, 55.0]},
+    }
+    samples = {
+        row: {batch: [_sample(rate) for rate in each] for batch, each in by_batch.items()}
+        for row, by_batch in rates.items()
+    }
+    found = Found(samples=samples, bandwidth=[1e9, 2e9], absent={"llama.cpp": "no FOLDER"})
+    lines = peers.report(args, TINY, 2, found).splitlines()
+    assert "| local, bfloat16 | 35.0 | 70.0 | 55.0 | 110.0 |" in lines
+    assert "| llama.cpp: not measured, no FOLDER |  |  |  |  |" in lines
+    assert "| local / vLLM | 2.50 | 2.00 |" in lines
+    assert "| 1 + 1 / local | 0.50 | 0.28 |" in lines
+    limit = peers.bound(TINY, found, 4, "float32")
+    assert limit == pytest.approx(4 * 1.5e9 / step_weight_bytes(TINY, 4, 4))
+    assert f"| bound, float32 |  | {peers.bound(TINY, found, 1, 'float32'):.0f} |" in " ".join(
+        lines
+    )
+    assert not [line for line in lines if "transformers |" in line], "it was not measured"
+
+
+@pytest.mark.ray
+def test_ours_are_measured_over_http(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before = os.sched_getaffinity(0)
+    size = ["--batch", "2", "--input-len", "5", "--output-len", "3", "--repeats", "1"]
+    assert peers.main(["--tiny", "--dtype", "float32", *size]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for system in peers.LAYOUTS:
+        (row,) = [line for line in lines if line.startswith(f"| {system}, float32 |")]
+        assert all(float(cell) > 0 for cell in row.strip("| ").split(" | ")[1:])
+    assert any("vLLM: not measured, no --vllm FOLDER" in line for line in lines)
+    assert os.sched_getaffinity(0) == before
