@@ -38,9 +38,9 @@ def command(name: str, seed: int = 0, peer: str = "attention-0") -> AddRequest:
     return add(replace(request_of(name), prompt=prompt, kv_peer=peer))
 
 
-def add(request: Request) -> AddRequest:
+def add(request: Request, block_size: int = 16) -> AddRequest:
     """A request as its stream delivers it."""
-    return AddRequest("g", request, 0.0, tuple(block_hashes(request, 16, None)))
+    return AddRequest("g", request, 0.0, tuple(block_hashes(request, block_size, None)))
 
 
 class Fetching:
@@ -229,7 +229,7 @@ def test_a_long_prefix_is_fetched_in_part(tiny_checkpoint: Path) -> None:
     found = Fetching(engine.engine, server.address, TIMEOUT_S)
     prompt = (3,) * (MAX_ITEMS + 2)
     with closing(server), closing(found.fetches) as fetches:
-        long = add(request_of("a", prompt=prompt, kv_peer="attention-0"))
+        long = add(request_of("a", prompt=prompt, kv_peer="attention-0"), block_size=1)
         assert fetches.put(long)
         found.wait()
         assert fetches.take() == [long]
