@@ -9,15 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.parts import mlp_exchange, part, projection_parts
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import attention_shape, mlp_exchange, part, projection_parts
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.layers import Attend, Dispatch, LayerContext, LayerSteps, Linear, rms_norm
-from workers.model.rope import rotate
+from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.routing import Router, Routing
 
 CONFIG: Mapping[str, Any] = {
     "model_type": "toy",
@@ -91,48 +89,21 @@ class ToyFamily(Family):
             "router": part(f"{prefix}.mlp.gate.weight", self.toy.num_experts, width),
         } | projection_parts(f"{prefix}.self_attn", self.config, has_bias=False)
 
-    def make_layer(self, layer: int, loader: Loader, attend: Attend) -> ToyLayer:
-        return ToyLayer(
-            config=self.config,
-            top_k=self.toy.top_k,
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
+        routing = Routing(
             bank=layer,
-            norm1=loader.tensor("norm1"),
-            qkv=loader.linear("q", "k", "v"),
-            output=loader.linear("o"),
-            norm2=loader.tensor("norm2"),
-            router=loader.linear("router"),
-            attend=attend,
+            num_experts=self.toy.num_experts,
+            top_k=self.toy.top_k,
+            scoring="softmax_of_best",
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ToyLayer:
-    """h + attention(norm1(h)), then + experts(norm2(.))."""
-
-    config: ModelConfig
-    top_k: int
-    bank: int
-    norm1: Tensor
-    qkv: Linear
-    output: Linear
-    norm2: Tensor
-    router: Linear
-    attend: Attend
-
-    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        config, eps = self.config, self.config.rms_norm_eps
-        rows = self.qkv(rms_norm(hidden, self.norm1, eps)).view(len(hidden), -1, config.head_dim)
-        keys_end = config.num_heads + config.num_kv_heads
-        heads = rotate(rows[:, :keys_end], context.cos, context.sin)
-        queries, keys = heads[:, : config.num_heads], heads[:, config.num_heads :]
-        attended = self.attend(queries, keys, rows[:, keys_end:], cache, context.attention)
-        hidden = hidden + self.output(attended)
-        normed = rms_norm(hidden, self.norm2, eps)
-        logits = self.router(normed)
-        best, ids = logits.float().topk(self.top_k, dim=-1)
-        weights = torch.softmax(best, -1).to(rows.dtype)
-        if (recorder := context.attention.recorder) is not None:
-            recorder.router(self.bank, logits, ids, weights)
-        yield Dispatch(self.bank, 0, normed, ids, weights)
-        routed = yield
-        return hidden + routed
+        half = AttentionHalf(
+            shape=attention_shape(self.config),
+            norm1=loader.tensor("norm1"),
+            projections=DenseProjections(
+                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
+            ),
+            norm2=loader.tensor("norm2"),
+            router=Router(routing=routing, linear=loader.linear("router")),
+            attend=loader.attend,
+        )
+        return DecoderLayer(half=half)

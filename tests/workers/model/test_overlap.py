@@ -45,10 +45,6 @@ class Diary:
         self._inner.set_placement(placement, generation)
 
 
-OVERLAPPED = {"dots1-groups": "mlp", "jetmoe-tied": "kv"}
-"""By variant, the field of a layer that is computed while the experts work."""
-
-
 class Noted:
     """A part of a layer, whose calls are written down."""
 
@@ -61,14 +57,20 @@ class Noted:
         return self._part(rows)
 
 
-def note_overlapped(engine: LocalEngine, diary: Diary, name: str) -> int:
-    """Write down every call of that field in layers with experts; returns how many layers."""
+def note_overlapped(engine: LocalEngine, diary: Diary) -> int:
+    """Write down what layers with experts compute while these work; returns how many layers."""
     model, count = engine.engine.runner.model, 0
     layers: list[Any] = list(model.layers)
     for i, layer in enumerate(layers):
-        if getattr(layer, "router", True) is not None:
-            layers[i] = replace(layer, **{name: Noted(getattr(layer, name), diary)})
-            count += 1
+        half = layer.half
+        if half.router is None:
+            continue
+        if layer.mlp is not None:
+            layers[i] = replace(layer, mlp=Noted(layer.mlp, diary))
+        else:
+            projections = replace(half.projections, kv=Noted(half.projections.kv, diary))
+            layers[i] = replace(layer, half=replace(half, projections=projections))
+        count += 1
     model.layers = tuple(layers)
     return count
 
@@ -94,7 +96,7 @@ def test_families_use_the_time_of_an_exchange(
         return diaries[-1]
 
     engine = LocalEngine(golden(variant).path, wrap=wrap, num_micro_batches=num_micro_batches)
-    num_layers = note_overlapped(engine, diaries[0], OVERLAPPED[variant])
+    num_layers = note_overlapped(engine, diaries[0])
     engine.generate([golden(variant).prompt(2)], SamplingParams(max_tokens=1))
     assert num_layers == len({bank.layer for bank in engine.banks})
     assert diaries[0].entries == interleaved(layer * num_layers, num_micro_batches)

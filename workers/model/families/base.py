@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Loader:
     dtype: torch.dtype
     device: torch.device
     blocks: BuildingBlocks
+    attend: Attend
+    """The attention of all layers."""
     parts: Mapping[str, TensorPart]
     """By short name; biases have the name of their matrix and ``_bias``."""
 
@@ -72,7 +74,7 @@ class Family(ABC):
         """Tensors of a layer but its routed experts, by short name."""
 
     @abstractmethod
-    def make_layer(self, layer: int, loader: Loader, attend: Attend) -> Layer:
+    def make_layer(self, layer: int, loader: Loader) -> Layer:
         """A layer of the tensors that ``layer_parts`` names."""
 
     def expert_matrices(
@@ -103,11 +105,11 @@ class Family(ABC):
         ``max_positions`` None: the checkpoint's context.
         """
         config = self.config
-        outer = Loader(read, dtype, device, blocks, self._outer_parts())
-        embedding = outer.tensor("embedding")
         attend = blocks.attention(config, dtype)
+        outer = Loader(read, dtype, device, blocks, attend, self._outer_parts())
+        embedding = outer.tensor("embedding")
         layers = [
-            self.make_layer(i, Loader(read, dtype, device, blocks, self.layer_parts(i)), attend)
+            self.make_layer(i, replace(outer, parts=self.layer_parts(i)))
             for i in range(config.num_layers)
         ]
         norm = outer.tensor("norm")

@@ -17,24 +17,17 @@ from torch import Tensor
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
+from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import (
+    attention_shape,
     mlp_exchange,
     mlp_parts,
     part,
     projection_parts,
 )
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.layers import (
-    Attend,
-    Dispatch,
-    GatedMlp,
-    LayerContext,
-    LayerSteps,
-    Linear,
-    rms_norm,
-    row_sigmoid,
-)
-from workers.model.rope import rotate
+from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
     vocab_size=152064, hidden_size=4608, num_layers=62, max_positions=2048, rms_norm_eps=1e-6
@@ -182,27 +175,37 @@ class Dots1Family(Family):
             | mlp_parts(f"{prefix}.mlp.shared_experts", width, shared)
         )
 
-    def make_layer(self, layer: int, loader: Loader, attend: Attend) -> Dots1Layer:
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
         own = self.dots1
-        router = None
-        if layer >= own.num_dense_layers:
-            router = Dots1Router(
-                config=own,
-                bank=layer - own.num_dense_layers,
-                linear=loader.float32_linear("router"),
-                correction=loader.tensor("correction", dtype=torch.float32),
-            )
-        return Dots1Layer(
-            config=self.config,
-            window=own.windows[layer],
+        half = AttentionHalf(
+            shape=attention_shape(self.config, window=own.windows[layer]),
             norm1=loader.tensor("norm1"),
-            qkv=loader.linear("q", "k", "v"),
+            projections=DenseProjections(
+                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
+            ),
             qk_norm=self._qk_norm(loader),
-            output=loader.linear("o"),
             norm2=loader.tensor("norm2"),
-            mlp=loader.mlp("gate", "up", "down", self.config.activation),
-            router=router,
-            attend=attend,
+            router=self._router(layer, loader) if layer >= own.num_dense_layers else None,
+            attend=loader.attend,
+        )
+        return DecoderLayer(half=half, mlp=loader.mlp("gate", "up", "down", self.config.activation))
+
+    def _router(self, layer: int, loader: Loader) -> Router:
+        own = self.dots1
+        routing = Routing(
+            bank=layer - own.num_dense_layers,
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            scoring="sigmoid",
+            is_normed=own.norm_topk_prob,
+            scale=own.scaling_factor,
+            num_groups=own.num_groups,
+            top_groups=own.top_groups,
+        )
+        return Router(
+            routing=routing,
+            linear=loader.float32_linear("router"),
+            correction=loader.tensor("correction", dtype=torch.float32),
         )
 
     def _qk_norm(self, loader: Loader) -> Tensor:
@@ -213,91 +216,3 @@ class Dots1Family(Family):
             keys.expand(self.config.num_kv_heads, -1),
         )
         return torch.cat(heads)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Dots1Router:
-    """Chooses experts, in float32."""
-
-    config: Dots1Config
-    bank: int
-    linear: Linear
-    """H -> E, float32."""
-    correction: Tensor
-    """[E] float32: added to the scores for the choice, not for the weights."""
-
-    def route(self, rows: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
-        """rows [T, H] -> topk_ids [T, k], topk_weights [T, k] float32."""
-        logits = self.linear(rows.float())
-        scores = row_sigmoid(logits)
-        choice = self._within_groups(scores + self.correction)
-        ids = choice.topk(self.config.top_k, dim=-1).indices
-        weights = scores.gather(1, ids)
-        if self.config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * self.config.scaling_factor
-        if (recorder := context.attention.recorder) is not None:
-            recorder.router(self.bank, logits, ids, weights)
-        return ids, weights
-
-    def _within_groups(self, choice: Tensor) -> Tensor:
-        """[T, E], -inf outside of the groups with the highest sums of their two best experts."""
-        config = self.config
-        if config.top_groups == config.num_groups:
-            return choice
-        grouped = choice.view(len(choice), config.num_groups, -1)
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
-        is_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device)
-        is_out.scatter_(1, best, False)
-        return grouped.masked_fill(is_out.unsqueeze(-1), float("-inf")).flatten(1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Dots1Layer:
-    """h + attention(norm1(h)), then + mlp(norm2(.)), and + experts(norm2(.)) with a router."""
-
-    config: ModelConfig
-    window: int | None
-    """Positions that a token looks at; None: all."""
-    norm1: Tensor
-    """[H]."""
-    qkv: Linear
-    """H -> (A + 2K) * D, rows of q, k, v in this order."""
-    qk_norm: Tensor
-    """[A + K, D]."""
-    output: Linear
-    """A * D -> H."""
-    norm2: Tensor
-    """[H]."""
-    mlp: GatedMlp
-    """MLP of a dense layer, or the shared experts."""
-    router: Dots1Router | None
-    """None in a dense layer."""
-    attend: Attend
-
-    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """hidden [T, H] -> [T, H], with one exchange unless the layer is dense."""
-        hidden = hidden + self._attention(hidden, cache, context)
-        normed = rms_norm(hidden, self.norm2, self.config.rms_norm_eps)
-        if self.router is None:
-            return hidden + self.mlp(normed)
-        ids, weights = self.router.route(normed, context)
-        yield Dispatch(self.router.bank, 0, normed, ids, weights)
-        shared = self.mlp(normed)
-        routed = yield
-        return hidden + (routed + shared)
-
-    def _attention(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        config, eps = self.config, self.config.rms_norm_eps
-        rows = self.qkv(rms_norm(hidden, self.norm1, eps)).view(len(hidden), -1, config.head_dim)
-        keys_end = config.num_heads + config.num_kv_heads
-        heads = rms_norm(rows[:, :keys_end], self.qk_norm, eps)
-        heads = rotate(heads, context.cos, context.sin)
-        attended = self.attend(
-            heads[:, : config.num_heads],
-            heads[:, config.num_heads :],
-            rows[:, keys_end:],
-            cache,
-            context.attention if self.window is None else context.windows[self.window],
-        )
-        return self.output(attended)

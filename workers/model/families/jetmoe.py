@@ -12,16 +12,19 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.parts import mlp_exchange, part
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import attention_shape, mlp_exchange, part
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.layers import Attend, Dispatch, LayerContext, LayerSteps, Linear, rms_norm
-from workers.model.rope import rotate
+from workers.model.half import (
+    OUTPUT_EXCHANGE,
+    QUERY_EXCHANGE,
+    AttentionHalf,
+    RoutedProjections,
+)
+from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
     vocab_size=32000,
@@ -35,8 +38,6 @@ _DEFAULTS = Defaults(
 _CLASSIFIER = "JetMoeForSequenceClassification"
 _BLOCK_EPS = 1e-6
 """Epsilon of the norms within layers; ``rms_norm_eps`` is the final norm's."""
-_QUERY, _OUTPUT = 0, 1
-"""Exchanges of an attention bank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,25 +135,27 @@ class JetMoeFamily(Family):
             "mlp_bias": part(f"{mlp}.bias", width),
         }
 
-    def make_layer(self, layer: int, loader: Loader, attend: Attend) -> JetMoeLayer:
-
-        def mixture(name: str, bank: int) -> Mixture:
-            return Mixture(
-                bank=bank,
-                top_k=self.jetmoe.top_k,
-                router=loader.linear(f"{name}_router"),
-                bias=loader.tensor(f"{name}_bias"),
-            )
-
-        return JetMoeLayer(
-            config=self.config,
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
+        half = AttentionHalf(
+            shape=attention_shape(self.config, eps=_BLOCK_EPS),
             norm1=loader.tensor("norm1"),
-            kv=loader.linear("kv"),
-            attention=mixture("attention", 2 * layer),
+            projections=RoutedProjections(
+                router=self._router("attention_router", 2 * layer, loader),
+                kv=loader.linear("kv"),
+                bias=loader.tensor("attention_bias"),
+            ),
             norm2=loader.tensor("norm2"),
-            mlp=mixture("mlp", 2 * layer + 1),
-            attend=attend,
+            router=self._router("mlp_router", 2 * layer + 1, loader),
+            attend=loader.attend,
         )
+        return DecoderLayer(half=half, bias=loader.tensor("mlp_bias"))
+
+    def _router(self, name: str, bank: int, loader: Loader) -> Router:
+        own = self.jetmoe
+        routing = Routing(
+            bank=bank, num_experts=own.num_experts, top_k=own.top_k, scoring="softmax_of_best"
+        )
+        return Router(routing=routing, linear=loader.linear(name))
 
 
 def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
@@ -160,7 +163,7 @@ def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
     inner = config.num_kv_heads * config.head_dim
     return (
         ExchangeSpec(
-            index=_QUERY,
+            index=QUERY_EXCHANGE,
             name="query",
             in_width=config.hidden_size,
             out_width=inner,
@@ -168,7 +171,7 @@ def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
             expert_kind="linear",
         ),
         ExchangeSpec(
-            index=_OUTPUT,
+            index=OUTPUT_EXCHANGE,
             name="output",
             in_width=inner,
             out_width=config.hidden_size,
@@ -176,83 +179,3 @@ def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
             expert_kind="linear",
         ),
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mixture:
-    """The router of one bank, and what is added to the sum of its experts."""
-
-    bank: int
-    top_k: int
-    router: Linear
-    bias: Tensor
-    """[H], once for each token, not weighted."""
-
-    def route(self, rows: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
-        """topk_ids and topk_weights [T, k]: the best logits, then a softmax over them alone."""
-        logits = self.router(rows)
-        best, ids = logits.float().topk(self.top_k, dim=-1)
-        weights = torch.softmax(best, -1).to(rows.dtype)
-        if (recorder := context.attention.recorder) is not None:
-            recorder.router(self.bank, logits, ids, weights)
-        return ids, weights
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JetMoeLayer:
-    """h + mixture of attention(norm1(h)), then + mixture of MLPs(norm2(.))."""
-
-    config: ModelConfig
-    norm1: Tensor
-    """[H]."""
-    kv: Linear
-    """H -> 2K * D, rows of k before those of v."""
-    attention: Mixture
-    """Query and output projections."""
-    norm2: Tensor
-    """[H]."""
-    mlp: Mixture
-    attend: Attend
-
-    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """hidden [T, H] -> [T, H], with three exchanges."""
-        normed = rms_norm(hidden, self.norm1, _BLOCK_EPS)
-        ids, weights = self.attention.route(normed, context)
-        bank = self.attention.bank
-        yield Dispatch(bank, _QUERY, normed, ids, weights)
-        keys_values = self.kv(normed)
-        queries = yield
-        attended = self._attend(queries, keys_values, cache, context)
-        yield Dispatch(bank, _OUTPUT, attended, ids, weights)
-        mixed = yield
-        hidden = hidden + (mixed + self.attention.bias)
-        normed = rms_norm(hidden, self.norm2, _BLOCK_EPS)
-        ids, weights = self.mlp.route(normed, context)
-        yield Dispatch(self.mlp.bank, 0, normed, ids, weights)
-        mixed = yield
-        return hidden + (mixed + self.mlp.bias)
-
-    def _attend(
-        self, queries: Tensor, keys_values: Tensor, cache: Tensor, context: LayerContext
-    ) -> Tensor:
-        """queries [T, k, K * D], ``keys_values`` [T, 2K * D] -> [T, k, K * D].
-
-        Head h of a slot uses key head h. Attention needs the query heads of one key head side by
-        side, so slots and heads are transposed before and after it.
-        """
-        num_rows, top_k = queries.shape[:2]
-        heads, dim = self.config.num_kv_heads, self.config.head_dim
-        keys, values = keys_values.view(num_rows, 2, heads, dim).unbind(1)
-        by_head = queries.view(num_rows, top_k, heads, dim).transpose(1, 2)
-        rotated = rotate(
-            torch.cat((by_head.reshape(num_rows, -1, dim), keys), 1), context.cos, context.sin
-        )
-        attended = self.attend(
-            rotated[:, : heads * top_k],
-            rotated[:, heads * top_k :],
-            values,
-            cache,
-            context.attention,
-        )
-        by_slot = attended.view(num_rows, heads, top_k, dim).transpose(1, 2)
-        return by_slot.reshape(num_rows, top_k, heads * dim)

@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.parts import mlp_exchange, part, projection_parts
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import attention_shape, mlp_exchange, part, projection_parts
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.layers import Attend, Dispatch, LayerContext, LayerSteps, Linear, rms_norm
-from workers.model.rope import rotate
+from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
     vocab_size=50304,
@@ -111,95 +109,24 @@ class OlmoeFamily(Family):
             "router": part(f"{prefix}.mlp.gate.weight", self.olmoe.num_experts, width),
         } | projection_parts(f"{prefix}.self_attn", config, self.olmoe.attention_bias)
 
-    def make_layer(self, layer: int, loader: Loader, attend: Attend) -> OlmoeLayer:
-        return OlmoeLayer(
-            config=self.config,
-            clip=self.olmoe.clip_qkv,
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
+        own = self.olmoe
+        routing = Routing(
+            bank=layer,
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            scoring="softmax",
+            is_normed=own.norm_topk_prob,
+        )
+        half = AttentionHalf(
+            shape=attention_shape(self.config, clip=own.clip_qkv),
             norm1=loader.tensor("norm1"),
-            qkv=loader.linear("q", "k", "v"),
+            projections=DenseProjections(
+                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
+            ),
             qk_norm=loader.tensor("q_norm", "k_norm"),
-            output=loader.linear("o"),
             norm2=loader.tensor("norm2"),
-            router=OlmoeRouter(config=self.olmoe, bank=layer, linear=loader.linear("router")),
-            attend=attend,
+            router=Router(routing=routing, linear=loader.linear("router")),
+            attend=loader.attend,
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OlmoeRouter:
-    """Chooses experts by their probabilities among all."""
-
-    config: OlmoeConfig
-    bank: int
-    linear: Linear
-
-    def route(self, rows: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
-        """rows [T, H] -> topk_ids [T, k], topk_weights [T, k] in the model dtype."""
-        logits = self.linear(rows)
-        probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-        weights, ids = probabilities.topk(self.config.top_k, dim=-1)
-        if self.config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        weights = weights.to(rows.dtype)
-        if (recorder := context.attention.recorder) is not None:
-            recorder.router(self.bank, logits, ids, weights)
-        return ids, weights
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OlmoeLayer:
-    """h + attention(norm1(h)), then + experts(norm2(.))."""
-
-    config: ModelConfig
-    clip: float | None
-    """Limit of the absolute value of q, k and v, after the norms."""
-    norm1: Tensor
-    """[H]."""
-    qkv: Linear
-    """H -> (A + 2K) * D, rows of q, k, v in this order."""
-    qk_norm: Tensor
-    """[(A + K) * D]."""
-    output: Linear
-    """A * D -> H."""
-    norm2: Tensor
-    """[H]."""
-    router: OlmoeRouter
-    attend: Attend
-
-    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """hidden [T, H] -> [T, H], with one exchange."""
-        hidden = hidden + self._attention(hidden, cache, context)
-        normed = rms_norm(hidden, self.norm2, self.config.rms_norm_eps)
-        ids, weights = self.router.route(normed, context)
-        yield Dispatch(self.router.bank, 0, normed, ids, weights)
-        routed = yield
-        return hidden + routed
-
-    def _attention(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        config, eps = self.config, self.config.rms_norm_eps
-        rows = self.qkv(rms_norm(hidden, self.norm1, eps))
-        values = rows[:, len(self.qk_norm) :]
-        normed = self._normed(rows[:, : len(self.qk_norm)])
-        if self.clip is not None:
-            normed.clamp_(-self.clip, self.clip)
-            values = values.clamp(-self.clip, self.clip)
-        from_heads = normed.view(len(rows), -1, config.head_dim)
-        heads = rotate(from_heads, context.cos, context.sin)
-        attended = self.attend(
-            heads[:, : config.num_heads],
-            heads[:, config.num_heads :],
-            values.view(len(rows), -1, config.head_dim),
-            cache,
-            context.attention,
-        )
-        return self.output(attended)
-
-    def _normed(self, rows: Tensor) -> Tensor:
-        """Queries and keys, each normalised over all its heads; at once where they are as wide."""
-        config, weight = self.config, self.qk_norm
-        if config.num_heads == config.num_kv_heads:
-            both, weights = rows.reshape(len(rows), 2, -1), weight.view(2, -1)
-            return rms_norm(both, weights, config.rms_norm_eps).flatten(1)
-        widths = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads)]
-        parts = zip(torch.split(rows, widths, 1), torch.split(weight, widths), strict=True)
-        return torch.cat([rms_norm(part, w, config.rms_norm_eps) for part, w in parts], 1)
+        return DecoderLayer(half=half)

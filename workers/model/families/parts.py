@@ -1,10 +1,13 @@
-"""What families have in common: names and shapes of tensors, and the exchange of an MLP bank."""
+"""What families have in common: names and shapes of tensors, attention, and the exchange
+of an MLP bank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Container
 
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
+from workers.model.half import AttentionShape
 
 
 def part(name: str, *shape: int, index: int | None = None) -> TensorPart:
@@ -21,6 +24,24 @@ def mlp_exchange(config: ModelConfig, expert_width: int) -> ExchangeSpec:
         out_width=config.hidden_size,
         expert_width=expert_width,
         activation=config.activation,
+    )
+
+
+def attention_shape(
+    config: ModelConfig,
+    *,
+    eps: float | None = None,
+    clip: float | None = None,
+    window: int | None = None,
+) -> AttentionShape:
+    """The attention of a layer; ``eps`` None: ``rms_norm_eps``."""
+    return AttentionShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps if eps is None else eps,
+        clip=clip,
+        window=window,
     )
 
 

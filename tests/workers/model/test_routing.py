@@ -1,49 +1,34 @@
-"""Every family's router against plain Python, on random logits, groups and biases."""
+"""Every way of scoring against plain Python, on random logits, groups and biases."""
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from workers.model.attention import AttentionBatch, Workspace
-from workers.model.compute_threads import ComputeThreads
-from workers.model.families.dots1 import Dots1Config, Dots1Router
-from workers.model.families.jetmoe import Mixture
-from workers.model.families.olmoe import OlmoeConfig, OlmoeRouter
-from workers.model.layers import LayerContext, Linear
+from workers.model.layers import Linear
+from workers.model.routing import Router, Routing
 
 GAP = 1e-4
 """Scores nearer to each other than this may come in any order."""
-NOTHING = torch.empty(0)
 LOGITS = st.floats(-6, 6, width=32)
 
 
-class Router(Protocol):
-    """What all routers have."""
-
-    def route(self, rows: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
-        """Ids and weights."""
-
-
-def chosen(router: Router, logits: list[float]) -> dict[int, float]:
+def chosen(routing: Routing, logits: list[float], correction: list[float]) -> dict[int, float]:
     """Weight by expert; the router's matrix is the identity, so that a row is its logits."""
-    cpu = torch.device("cpu")
-    batch = AttentionBatch(NOTHING, (), (), (Workspace(torch.float32, cpu),), ComputeThreads())
-    context = LayerContext(NOTHING, NOTHING, batch, {})
-    ids, weights = router.route(torch.tensor([logits, logits[::-1]]), context)
-    assert ids.shape == weights.shape == (2, len(ids[0]))
-    assert len(set(ids[0].tolist())) == len(ids[0]), "an expert was chosen twice"
+    router = Router(
+        routing=routing,
+        linear=Linear(torch.eye(len(logits))),
+        correction=torch.tensor(correction) if correction else None,
+    )
+    routes = router.route(torch.tensor([logits, logits[::-1]]), None)
+    ids, weights = routes.topk_ids, routes.topk_weights
+    assert ids.shape == weights.shape == (2, routing.top_k)
+    assert len(set(ids[0].tolist())) == routing.top_k, "an expert was chosen twice"
     return dict(zip(ids[0].tolist(), weights[0].tolist(), strict=True))
-
-
-def identity(size: int) -> Linear:
-    return Linear(torch.eye(size))
 
 
 def best(scores: list[float], count: int) -> list[int]:
@@ -59,35 +44,29 @@ def assert_weights(got: dict[int, float], want: dict[int, float]) -> None:
 
 
 @given(data=st.data(), num_experts=st.integers(1, 24), is_normed=st.booleans())
-def test_olmoe_takes_the_best_of_all_probabilities(
+def test_softmax_takes_the_best_of_all_probabilities(
     data: st.DataObject, num_experts: int, is_normed: bool
 ) -> None:
     logits = data.draw(st.lists(LOGITS, min_size=num_experts, max_size=num_experts))
     top_k = data.draw(st.integers(1, num_experts))
-    config = OlmoeConfig(
-        num_experts=num_experts,
-        top_k=top_k,
-        expert_width=8,
-        norm_topk_prob=is_normed,
-        attention_bias=False,
-        clip_qkv=None,
-    )
     total = sum(math.exp(x) for x in logits)
     probabilities = [math.exp(x) / total for x in logits]
     ids = best(probabilities, top_k)
     scale = sum(probabilities[i] for i in ids) if is_normed else 1.0
-    router = OlmoeRouter(config=config, bank=0, linear=identity(num_experts))
-    assert_weights(chosen(router, logits), {i: probabilities[i] / scale for i in ids})
+    routing = Routing(
+        bank=0, num_experts=num_experts, top_k=top_k, scoring="softmax", is_normed=is_normed
+    )
+    assert_weights(chosen(routing, logits, []), {i: probabilities[i] / scale for i in ids})
 
 
 @given(data=st.data(), num_experts=st.integers(1, 16))
-def test_jetmoe_weighs_the_chosen_alone(data: st.DataObject, num_experts: int) -> None:
+def test_softmax_of_best_weighs_the_chosen_alone(data: st.DataObject, num_experts: int) -> None:
     logits = data.draw(st.lists(LOGITS, min_size=num_experts, max_size=num_experts))
     top_k = data.draw(st.integers(1, num_experts))
     ids = best(logits, top_k)
     total = sum(math.exp(logits[i]) for i in ids)
-    router = Mixture(bank=0, top_k=top_k, router=identity(num_experts), bias=NOTHING)
-    assert_weights(chosen(router, logits), {i: math.exp(logits[i]) / total for i in ids})
+    routing = Routing(bank=0, num_experts=num_experts, top_k=top_k, scoring="softmax_of_best")
+    assert_weights(chosen(routing, logits, []), {i: math.exp(logits[i]) / total for i in ids})
 
 
 @given(
@@ -98,7 +77,7 @@ def test_jetmoe_weighs_the_chosen_alone(data: st.DataObject, num_experts: int) -
     scale=st.sampled_from([1.0, 2.5]),
     shift=st.sampled_from([0.0, -2.0]),
 )
-def test_dots1_chooses_within_its_best_groups(
+def test_sigmoid_chooses_within_its_best_groups(
     data: st.DataObject,
     num_groups: int,
     group_size: int,
@@ -121,21 +100,14 @@ def test_dots1_chooses_within_its_best_groups(
     allowed = [c if i in kept else -100.0 for i, c in enumerate(choice)]
     ids = best(allowed, top_k)
     total = sum(scores[i] for i in ids) if is_normed else 1.0
-    config = Dots1Config(
+    routing = Routing(
+        bank=0,
         num_experts=num_experts,
         top_k=top_k,
-        expert_width=8,
-        num_shared_experts=1,
-        dense_width=8,
-        num_dense_layers=0,
+        scoring="sigmoid",
+        is_normed=is_normed,
+        scale=scale,
         num_groups=num_groups,
         top_groups=top_groups,
-        norm_topk_prob=is_normed,
-        scaling_factor=scale,
-        attention_bias=False,
-        windows=(None,),
     )
-    router = Dots1Router(
-        config=config, bank=0, linear=identity(num_experts), correction=torch.tensor(biases)
-    )
-    assert_weights(chosen(router, logits), {i: scores[i] / total * scale for i in ids})
+    assert_weights(chosen(routing, logits, biases), {i: scores[i] / total * scale for i in ids})

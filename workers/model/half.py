@@ -1,0 +1,167 @@
+"""The attention half of a layer: everything before the exchange with the layer's experts.
+
+    norm, q/k/v projections, q/k norms, clip, rotation, attention, output projection, residual,
+    second norm, router
+
+An ``AttentionHalf`` describes the half of one layer by weights and a few numbers, in the same way
+for all families, and computes it with torch. Where attention itself is a mixture of experts
+(JetMoE), its exchanges are inside the half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.model.layers import Attend, Dispatch, LayerContext, LayerSteps, Linear, rms_norm
+from workers.model.rope import rotate
+from workers.model.routing import Router, Routes
+
+QUERY_EXCHANGE, OUTPUT_EXCHANGE = 0, 1
+"""``ExchangeSpec.index`` of the two exchanges of a bank of attention experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """The numbers of one layer's attention."""
+
+    num_heads: int
+    """A: query heads."""
+    num_kv_heads: int
+    """K: key and value heads; A is a multiple."""
+    head_dim: int
+    """D."""
+    eps: float
+    """Epsilon of all norms of the layer."""
+    clip: float | None = None
+    """Limit of the absolute value of queries, keys (after their norms) and values."""
+    window: int | None = None
+    """Positions that a row attends to, its own and those before it; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseProjections:
+    """Projections that all rows share."""
+
+    qkv: Linear
+    """H -> (A + 2K) * D, rows of q, k, v in this order."""
+    output: Linear
+    """A * D -> H."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutedProjections:
+    """Projections to queries and from the attended values by experts: mixture of attention heads.
+
+    A row's choice is made once for both exchanges. Slot j of the choice has query heads 0 .. K - 1
+    of its own, so A is top_k * K, and all slots share the keys and values.
+
+    Source: Zhang et al., "Mixture of Attention Heads" (2022), as in JetMoE.
+    """
+
+    router: Router
+    kv: Linear
+    """H -> 2K * D, rows of k before those of v."""
+    bias: Tensor
+    """[H], added to the weighted sum of the outputs, once a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class HalfOutput:
+    """What the half of a layer passes to the rest of it."""
+
+    hidden: Tensor
+    """[T, H]: the residual stream after attention."""
+    normed: Tensor
+    """[T, H]: its norm, the input of experts and MLP."""
+    routes: Routes | None
+    """None in a layer without routed experts."""
+
+
+HalfSteps = Generator[Any, Tensor, HalfOutput]
+"""Like ``LayerSteps``; yields nothing unless projections are routed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionHalf:
+    """The attention half of one layer, described, and computed with torch."""
+
+    shape: AttentionShape
+    norm1: Tensor
+    """[H]."""
+    projections: DenseProjections | RoutedProjections
+    qk_norm: Tensor | None = None
+    """[A + K, D]: each head is normalised by itself; [(A + K) * D]: queries over all their heads,
+    and keys over theirs; None: they are not normalised."""
+    norm2: Tensor
+    """[H]."""
+    router: Router | None
+    """None in a layer without routed experts."""
+    attend: Attend
+
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
+        """hidden [T, H]; cache is this layer's part of ``KVCache``."""
+        normed = rms_norm(hidden, self.norm1, self.shape.eps)
+        if isinstance(self.projections, DenseProjections):
+            rows = self.projections.qkv(normed)
+            projected = self.projections.output(self._attend(rows, cache, context))
+        else:
+            projected = yield from self._routed(self.projections, normed, cache, context)
+        hidden = hidden + projected
+        normed = rms_norm(hidden, self.norm2, self.shape.eps)
+        recorder = context.attention.recorder
+        routes = None if self.router is None else self.router.route(normed, recorder)
+        return HalfOutput(hidden, normed, routes)
+
+    def _routed(
+        self, parts: RoutedProjections, normed: Tensor, cache: Tensor, context: LayerContext
+    ) -> LayerSteps:
+        """Project by experts, and attend: normed [T, H] -> [T, H].
+
+        Attention needs the query heads of one key head side by side, so the slots of a row and its
+        heads are transposed before and after it.
+        """
+        kv_heads, dim = self.shape.num_kv_heads, self.shape.head_dim
+        routes = parts.router.route(normed, context.attention.recorder)
+        ids, weights = routes.topk_ids, routes.topk_weights
+        yield Dispatch(routes.bank, QUERY_EXCHANGE, normed, ids, weights)
+        keys_values = parts.kv(normed)
+        queries = yield
+        by_head = queries.view(*ids.shape, kv_heads, dim).transpose(1, 2).flatten(1)
+        attended = self._attend(torch.cat((by_head, keys_values), 1), cache, context)
+        by_slot = attended.view(len(ids), kv_heads, -1, dim).transpose(1, 2).flatten(2)
+        yield Dispatch(routes.bank, OUTPUT_EXCHANGE, by_slot, ids, weights)
+        mixed = yield
+        return mixed + parts.bias
+
+    def _attend(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D]."""
+        shape, limit = self.shape, self.shape.clip
+        width = (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+        heads, values = self._normed(rows[:, :width]), rows[:, width:]
+        if limit is not None:
+            heads, values = heads.clamp(-limit, limit), values.clamp(-limit, limit)
+        heads = rotate(heads, context.cos, context.sin)
+        return self.attend(
+            heads[:, : shape.num_heads],
+            heads[:, shape.num_heads :],
+            values.view(len(rows), -1, shape.head_dim),
+            cache,
+            context.attention if shape.window is None else context.windows[shape.window],
+        )
+
+    def _normed(self, rows: Tensor) -> Tensor:
+        """Queries and keys [T, (A + K) * D] -> [T, A + K, D]."""
+        shape, weight = self.shape, self.qk_norm
+        if weight is not None and weight.dim() == 1:
+            widths = [n * shape.head_dim for n in (shape.num_heads, shape.num_kv_heads)]
+            parts = zip(torch.split(rows, widths, 1), torch.split(weight, widths), strict=True)
+            rows = torch.cat([rms_norm(part, w, shape.eps) for part, w in parts], 1)
+        heads = rows.view(len(rows), -1, shape.head_dim)
+        if weight is not None and weight.dim() == 2:
+            heads = rms_norm(heads, weight, shape.eps)
+        return heads

@@ -1,0 +1,101 @@
+"""Routers: the choice of each row's experts, and their weights.
+
+A ``Routing`` describes the choice as numbers, and ``Router`` computes it. Ties go to either expert,
+as ``torch.topk`` decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workers.model.attention import Recorder
+from workers.model.layers import Linear, row_sigmoid
+
+Scoring = Literal["softmax", "softmax_of_best", "sigmoid"]
+"""How logits become weights. ``softmax``: probabilities among all experts. ``softmax_of_best``:
+probabilities among the chosen ones alone. ``sigmoid``: each expert's own; the product, the weights
+and everything between are float32, and not in the model dtype at either end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """How experts are chosen and weighted."""
+
+    bank: int
+    """``BankSpec.index``."""
+    num_experts: int
+    """E."""
+    top_k: int
+    """k: experts of a row."""
+    scoring: Scoring
+    is_normed: bool = False
+    """Weights of the chosen experts are scaled to sum 1."""
+    scale: float = 1.0
+    """Multiplies the weights last (sigmoid)."""
+    num_groups: int = 1
+    """Groups of neighbouring experts (sigmoid)."""
+    top_groups: int = 1
+    """Groups that a row's experts come from: those with the highest sums of their two best."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The experts that rows go to."""
+
+    bank: int
+    """``BankSpec.index``."""
+    topk_ids: Tensor
+    """[T, k] int64 logical experts, the best first."""
+    topk_weights: Tensor
+    """[T, k] model dtype; float32 for ``sigmoid``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Router:
+    """Routes rows to the experts of one bank."""
+
+    routing: Routing
+    linear: Linear
+    """H -> E."""
+    correction: Tensor | None = None
+    """[E] float32: added to sigmoid's scores for the choice, not for the weights."""
+
+    def route(self, rows: Tensor, recorder: Recorder | None) -> Routes:
+        """rows [T, H] in the model dtype."""
+        routing = self.routing
+        is_sigmoid = routing.scoring == "sigmoid"
+        logits = self.linear(rows.float() if is_sigmoid else rows)
+        match routing.scoring:
+            case "softmax":
+                probabilities = torch.softmax(logits, -1, dtype=torch.float32)
+                weights, ids = probabilities.topk(routing.top_k, dim=-1)
+            case "softmax_of_best":
+                best, ids = logits.float().topk(routing.top_k, dim=-1)
+                weights = torch.softmax(best, -1)
+            case "sigmoid":
+                scores = row_sigmoid(logits)
+                choice = scores if self.correction is None else scores + self.correction
+                ids = self._within_groups(choice).topk(routing.top_k, dim=-1).indices
+                weights = scores.gather(1, ids)
+        if routing.is_normed:
+            least = 1e-20 if is_sigmoid else 0.0  # sigmoids may all be 0
+            weights = weights / (weights.sum(-1, keepdim=True) + least)
+        weights = weights * routing.scale if is_sigmoid else weights.to(rows.dtype)
+        if recorder is not None:
+            recorder.router(routing.bank, logits, ids, weights)
+        return Routes(routing.bank, ids, weights)
+
+    def _within_groups(self, choice: Tensor) -> Tensor:
+        """[T, E], -inf outside of the groups that a row may use."""
+        routing = self.routing
+        if routing.top_groups == routing.num_groups:
+            return choice
+        grouped = choice.view(len(choice), routing.num_groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(routing.top_groups, dim=-1).indices
+        is_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device)
+        is_out.scatter_(1, best, False)
+        return grouped.masked_fill(is_out.unsqueeze(-1), float("-inf")).flatten(1)
