@@ -15,19 +15,11 @@ import torch
 from torch import Tensor
 
 from workers.native.panels import DTYPES, packed_bytes
-from workers.native.team import Team
+from workers.native.team import Team, check
 
 InputsBy = Literal["row", "place", "pair"]
 """An input for each row, for each (row, place of the top-k), or for each of those with a slot."""
 _INPUTS_BY: tuple[InputsBy, ...] = ("row", "place", "pair")
-_ERRORS = (
-    "",
-    "another thread computes with the team",
-    "there is no memory for the experts' intermediate results",
-    "a row names an expert slot that is missing or empty",
-    "a row has no input",
-)
-"""By ``enum result``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +187,7 @@ def _call(table: SlotTable, inputs: Tensor, slots: Tensor, out: Tensor) -> _Call
 
 
 def _compute(team: Team, call: _Call) -> None:
-    result = team.library.functions.experts_compute(team.pointer, ctypes.byref(call))
-    if result:
-        error = _ERRORS[result]
-        raise IndexError(error) if result >= 3 else RuntimeError(error)
+    check(team.library.functions.experts_compute(team.pointer, ctypes.byref(call)))
 
 
 def _address(tensor: Tensor, dtype: torch.dtype) -> int:

@@ -24,6 +24,8 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "team_new": (_POINTER, (_INT, _INT)),
     "team_free": (None, (_POINTER,)),
     "experts_compute": (_INT, (_POINTER, _POINTER)),
+    "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
+    "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
     "panels_pack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
     "panels_unpack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
     "native_silu": (None, (_POINTER, _POINTER, _LONG)),

@@ -13,6 +13,20 @@ logger = logging.getLogger(__name__)
 _SPINS = 2000
 """Pauses that an idle thread spins before it sleeps: 30 to 100 microseconds. Waking a sleeping
 thread takes the caller about 5 microseconds, and the thread 50."""
+_ERRORS = (
+    "",
+    "another thread computes with the team",
+    "there is no memory for the kernels' intermediate results",
+    "a row names an expert slot that is missing or empty",
+    "a row has no input",
+)
+"""By ``enum result``."""
+
+
+def check(result: int) -> None:
+    """Raise ``IndexError`` or ``RuntimeError`` for what a kernel returned."""
+    if result:
+        raise (IndexError if result >= 3 else RuntimeError)(_ERRORS[result])
 
 
 class Team:

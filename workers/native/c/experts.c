@@ -18,7 +18,6 @@ enum { HALF = PANEL / 2 };        // outputs of the gate in a panel; as many of 
 enum { ALIGNMENT = 64 };
 
 enum inputs { BY_ROW = 0, BY_PLACE = 1, BY_PAIR = 2 };
-enum result { OK = 0, BUSY = 1, NO_MEMORY = 2, NO_EXPERT = 3, NO_INPUT = 4 };
 
 // Mirrored by `_Call` in experts.py. A place is an element of `slots`, a pair a place that has a
 // slot; pairs are counted in the order of places.

@@ -123,6 +123,8 @@ void *team_scratch(struct team *team, size_t num_bytes) {
     return team->scratch;
 }
 
+int team_size(const struct team *team) { return team->count; }
+
 int team_claim(struct team *team) { return !atomic_exchange(&team->is_claimed, 1); }
 
 void team_release(struct team *team) { atomic_store(&team->is_claimed, 0); }

@@ -20,6 +20,12 @@ void team_free(struct team *team);
 // Only the caller of the team asks for it, before `team_run`.
 void *team_scratch(struct team *team, size_t num_bytes);
 
+// Members, the caller included.
+int team_size(const struct team *team);
+
+// What functions that compute with a team return.
+enum result { OK = 0, BUSY = 1, NO_MEMORY = 2, NO_EXPERT = 3, NO_INPUT = 4 };
+
 // Claim the team: 0 if another thread uses it.
 int team_claim(struct team *team);
 void team_release(struct team *team);

@@ -1,0 +1,304 @@
+// A unit of work is a few rows of one sequence with a few query heads of one key head: its queries
+// share the keys and values that are read. The result of a query depends on its own row alone:
+//
+//   score   a key's products with the query in 16 lanes, then the lanes l and l + 8, l + 4, l + 2,
+//           l + 1 are added
+//   weight  exp(score - best score); their sum in 16 lanes, added in the same way
+//   output  one chain of fused products in the order of the keys, divided by the sum
+//
+// So a row has the same bits as a decode, in a chunk of any size, in any unit, on any instruction
+// set and with any number of threads.
+#include "attention.h"
+
+#include <math.h>
+#include <stdatomic.h>
+
+#include "numbers.h"
+
+enum {
+    KEYS = 4,               // keys of which scores are made at a time
+    MAX_QUERIES = 8,        // of a unit
+    QUERIES = 4,            // whose outputs are summed at a time
+    COLUMNS = LANES == 16 ? 4 : 2,  // vectors of an output that are summed at a time
+};
+
+struct unit {
+    const struct chunk *chunk;
+    int kv_head;
+    int first_row, num_rows;    // within the chunk
+    int first_head, num_heads;  // within the heads of the key head
+    int begin, end;             // positions that any of the rows attends to
+};
+
+// Where a thread is in the list of units.
+struct cursor {
+    int chunk, before;  // units of the chunks before this one
+};
+
+struct scratch {
+    float *queries;  // [MAX_QUERIES, width], scaled, 0 beyond head_dim
+    float *outputs;  // [MAX_QUERIES, width]
+    float *weights;  // [MAX_QUERIES, stride], from the unit's `begin` on
+    int width, stride;
+};
+
+static int round_up(int x, int to) { return (x + to - 1) / to * to; }
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int max_int(int a, int b) { return a > b ? a : b; }
+
+// [KEYS][WIDE] to the sums of each of them.
+ALWAYS __m128 sum_lanes(vec lanes[KEYS][PARTS]) {
+    __m128 quarter[KEYS];
+    UNROLL
+    for (int j = 0; j < KEYS; j++) {
+#ifdef __AVX512F__
+        __m256 low = _mm512_castps512_ps256(lanes[j][0]);
+        __m256 high = _mm512_extractf32x8_ps(lanes[j][0], 1);
+#else
+        __m256 low = lanes[j][0], high = lanes[j][1];
+#endif
+        __m256 half = _mm256_add_ps(low, high);
+        quarter[j] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    }
+    __m128 a = quarter[0], b = quarter[1], c = quarter[2], d = quarter[3];
+    __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+}
+
+// First element of a position's key (half 0) or value (half 1) in the cache.
+ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int half, int position) {
+    int64_t block = unit->chunk->table[position / a->block_size];
+    int64_t head = (int64_t)half * a->num_kv_heads + unit->kv_head;
+    return ((head * a->num_blocks + block) * a->block_size + position % a->block_size) *
+           a->head_dim;
+}
+
+static int num_queries(const struct unit *unit) { return unit->num_rows * unit->num_heads; }
+
+// First and last + 1 position that the row of a query attends to.
+static int query_begin(const struct attention *a, const struct unit *unit, int query) {
+    int length = (int)unit->chunk->first_position + unit->first_row + query / unit->num_heads + 1;
+    return max_int(length - a->window, 0);
+}
+static int query_end(const struct unit *unit, int query) {
+    return (int)unit->chunk->first_position + unit->first_row + query / unit->num_heads + 1;
+}
+
+// Scores of all queries of a unit with all positions of the unit.
+ALWAYS void make_scores(const struct attention *a, const struct unit *unit,
+                        const struct scratch *s, enum dtype dtype) {
+    int dim = a->head_dim, is_direct = dtype == FLOAT32 && dim % WIDE == 0;
+    float buffer[KEYS][s->width];
+    const float *keys[KEYS];
+    if (!is_direct) memset(buffer, 0, sizeof buffer);
+    for (int p = unit->begin; p < unit->end; p += KEYS) {
+        for (int j = 0; j < KEYS; j++) {
+            int64_t at = place(a, unit, 0, min_int(p + j, unit->end - 1));
+            keys[j] = is_direct ? (const float *)a->cache + at : buffer[j];
+            if (!is_direct) {
+                const char *key = (const char *)a->cache + at * (int64_t)dtype_bytes(dtype);
+                convert(buffer[j], FLOAT32, key, dtype, dim);
+            }
+        }
+        for (int query = 0; query < num_queries(unit); query++) {
+            const float *q = s->queries + (int64_t)query * s->width;
+            vec lanes[KEYS][PARTS];
+            UNROLL
+            for (int j = 0; j < KEYS; j++)
+                UNROLL
+                for (int part = 0; part < PARTS; part++) lanes[j][part] = v_set(0.0f);
+            for (int d = 0; d < s->width; d += WIDE) {
+                UNROLL
+                for (int part = 0; part < PARTS; part++) {
+                    vec x = v_load(q + d + part * LANES);
+                    UNROLL
+                    for (int j = 0; j < KEYS; j++)
+                        lanes[j][part] =
+                            v_fma(x, v_load(keys[j] + d + part * LANES), lanes[j][part]);
+                }
+            }
+            float *to = s->weights + (int64_t)query * s->stride + (p - unit->begin);
+            _mm_storeu_ps(to, sum_lanes(lanes));
+        }
+    }
+}
+
+// Add the weighted values of positions first .. last - 1 to the outputs of `count` queries from
+// `query` on, in some columns.
+ALWAYS void add_columns(const struct attention *a, const struct unit *unit, const struct scratch *s,
+                        int first, int last, int query, int column, int count, int columns,
+                        enum dtype dtype) {
+    float *outputs = s->outputs + (int64_t)query * s->width + column;
+    const float *weights = s->weights + (int64_t)query * s->stride - unit->begin;
+    vec sums[QUERIES][COLUMNS];
+    UNROLL
+    for (int q = 0; q < count; q++)
+        UNROLL
+        for (int c = 0; c < columns; c++)
+            sums[q][c] = v_load(outputs + (int64_t)q * s->width + c * LANES);
+    for (int p = first; p < last; p++) {
+        int64_t at = place(a, unit, 1, p) + column;
+        vec values[COLUMNS];
+        UNROLL
+        for (int c = 0; c < columns; c++) values[c] = load_at(a->cache, at + c * LANES, dtype);
+        UNROLL
+        for (int q = 0; q < count; q++) {
+            vec weight = v_set(weights[(int64_t)q * s->stride + p]);
+            UNROLL
+            for (int c = 0; c < columns; c++)
+                sums[q][c] = v_fma(weight, values[c], sums[q][c]);
+        }
+    }
+    UNROLL
+    for (int q = 0; q < count; q++)
+        UNROLL
+        for (int c = 0; c < columns; c++)
+            v_store(outputs + (int64_t)q * s->width + c * LANES, sums[q][c]);
+}
+
+ALWAYS void add_queries(const struct attention *a, const struct unit *unit, const struct scratch *s,
+                        int first, int last, int query, int count, enum dtype dtype) {
+    int column = 0;
+    for (; column + COLUMNS * LANES <= a->head_dim; column += COLUMNS * LANES)
+        add_columns(a, unit, s, first, last, query, column, count, COLUMNS, dtype);
+    for (; column + LANES <= a->head_dim; column += LANES)
+        add_columns(a, unit, s, first, last, query, column, count, 1, dtype);
+    for (; column < a->head_dim; column++)
+        for (int q = query; q < query + count; q++) {
+            float *sum = s->outputs + (int64_t)q * s->width + column;
+            const float *weights = s->weights + (int64_t)q * s->stride - unit->begin;
+            for (int p = first; p < last; p++) {
+                float value = load_one(a->cache, place(a, unit, 1, p) + column, dtype);
+                *sum = fmaf(weights[p], value, *sum);
+            }
+        }
+}
+
+// Add the weighted values of positions that queries `begin` .. `end` - 1 all attend to.
+ALWAYS void add_values(const struct attention *a, const struct unit *unit, const struct scratch *s,
+                       int first, int last, int begin, int end, enum dtype dtype) {
+    int query = begin;
+    for (; query + QUERIES <= end; query += QUERIES)
+        add_queries(a, unit, s, first, last, query, QUERIES, dtype);
+    if (query + 2 <= end) {
+        add_queries(a, unit, s, first, last, query, 2, dtype);
+        query += 2;
+    }
+    if (query < end) add_queries(a, unit, s, first, last, query, 1, dtype);
+}
+
+// The rows of a unit begin and end to attend one after the other: in between, all those that
+// attend are side by side.
+ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
+                         const struct scratch *s, enum dtype dtype) {
+    int count = num_queries(unit), begin = 0, end = 0;
+    for (int first = unit->begin; first < unit->end;) {
+        while (end < count && query_begin(a, unit, end) <= first) end++;
+        while (begin < end && query_end(unit, begin) <= first) begin++;
+        int last = begin < end ? query_end(unit, begin) : unit->end;
+        if (end < count) last = min_int(last, query_begin(a, unit, end));
+        add_values(a, unit, s, first, last, begin, end, dtype);
+        first = last;
+    }
+}
+
+ALWAYS void compute_unit(const struct attention *a, const struct unit *unit,
+                         const struct scratch *s, enum dtype dtype) {
+    int count = num_queries(unit), dim = a->head_dim;
+    int group = a->num_heads / a->num_kv_heads;
+    float scale = 1.0f / sqrtf((float)dim);
+    int64_t places[MAX_QUERIES];
+    for (int query = 0; query < count; query++) {
+        int64_t row = unit->chunk->first_row + unit->first_row + query / unit->num_heads;
+        int head = unit->kv_head * group + unit->first_head + query % unit->num_heads;
+        places[query] = (row * a->num_heads + head) * dim;
+        float *q = s->queries + (int64_t)query * s->width;
+        const char *x = (const char *)a->queries + places[query] * (int64_t)dtype_bytes(dtype);
+        convert(q, FLOAT32, x, dtype, dim);
+        for (int d = 0; d < dim; d++) q[d] *= scale;
+        memset(q + dim, 0, (size_t)(s->width - dim) * sizeof *q);
+    }
+    make_scores(a, unit, s, dtype);
+    float totals[MAX_QUERIES];
+    for (int query = 0; query < count; query++) {
+        int begin = query_begin(a, unit, query), length = query_end(unit, query) - begin;
+        float *scores = s->weights + (int64_t)query * s->stride + (begin - unit->begin);
+        totals[query] = numbers_softmax(scores, length);
+    }
+    memset(s->outputs, 0, (size_t)count * (size_t)s->width * sizeof *s->outputs);
+    make_outputs(a, unit, s, dtype);
+    for (int query = 0; query < count; query++) {
+        float *output = s->outputs + (int64_t)query * s->width;
+        for (int d = 0; d < dim; d += LANES) {
+            vec x = v_round(v_div(v_load(output + d), v_set(totals[query])), dtype);
+            store_some(a->out, places[query] + d, x, dim - d, a->out_dtype);
+        }
+    }
+}
+
+// Rows of a unit, and units of a chunk.
+static int unit_rows(const struct attention *a) {
+    return max_int(1, MAX_QUERIES / (a->num_heads / a->num_kv_heads));
+}
+static int head_blocks(const struct attention *a) {
+    return round_up(a->num_heads / a->num_kv_heads, MAX_QUERIES) / MAX_QUERIES;
+}
+static int num_units(const struct attention *a, const struct chunk *chunk) {
+    int rows = unit_rows(a);
+    return (int)((chunk->num_rows + rows - 1) / rows) * a->num_kv_heads * head_blocks(a);
+}
+
+// The unit with this number, if there are so many. Numbers must ascend.
+static int find_unit(const struct attention *a, struct cursor *cursor, int number,
+                     struct unit *unit) {
+    for (; cursor->chunk < a->num_chunks; cursor->chunk++) {
+        const struct chunk *chunk = &a->chunks[cursor->chunk];
+        int count = num_units(a, chunk);
+        if (number - cursor->before >= count) {
+            cursor->before += count;
+            continue;
+        }
+        int group = a->num_heads / a->num_kv_heads, rows = unit_rows(a), blocks = head_blocks(a);
+        int rest = number - cursor->before;
+        // The last rows first: they take the longest.
+        int row_block = (count - 1 - rest) / (a->num_kv_heads * blocks);
+        unit->chunk = chunk;
+        unit->kv_head = rest / blocks % a->num_kv_heads;
+        unit->first_row = row_block * rows;
+        unit->num_rows = min_int(rows, (int)chunk->num_rows - unit->first_row);
+        unit->first_head = rest % blocks * MAX_QUERIES;
+        unit->num_heads = min_int(MAX_QUERIES, group - unit->first_head);
+        unit->begin = query_begin(a, unit, 0);
+        unit->end = query_end(unit, num_queries(unit) - 1);
+        return 1;
+    }
+    return 0;
+}
+
+static struct scratch divide(const struct attention *a, float *memory) {
+    struct scratch s = {.width = round_up(a->head_dim, WIDE)};
+    s.stride = round_up(a->max_length, WIDE) + WIDE;
+    s.queries = memory;
+    s.outputs = s.queries + MAX_QUERIES * s.width;
+    s.weights = s.outputs + MAX_QUERIES * s.width;
+    return s;
+}
+
+size_t attention_scratch(const struct attention *a) {
+    struct scratch s = divide(a, NULL);
+    size_t count = (size_t)MAX_QUERIES * (size_t)(2 * s.width + s.stride) + 2 * WIDE;
+    return count * sizeof(float);
+}
+
+void attention_work(const struct attention *a, _Atomic int *next, void *memory) {
+    struct scratch s = divide(a, memory);
+    struct cursor cursor = {0, 0};
+    struct unit unit;
+    while (find_unit(a, &cursor, atomic_fetch_add(next, 1), &unit)) {
+        if (a->dtype == BFLOAT16)
+            compute_unit(a, &unit, &s, BFLOAT16);
+        else
+            compute_unit(a, &unit, &s, FLOAT32);
+    }
+}

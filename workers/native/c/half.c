@@ -1,0 +1,323 @@
+// Rows are computed in blocks of BLOCK_ROWS, so that what is between two products stays in the
+// cache. A barrier stands between steps in which threads share rows, panels and heads differently.
+#include "half.h"
+
+#include <limits.h>
+#include <math.h>
+#include <stdatomic.h>
+
+#include "numbers.h"
+#include "team.h"
+
+enum { BLOCK_ROWS = 256, ALIGNMENT = 64 };
+
+struct job {
+    const struct half *half;
+    const struct half_batch *batch;
+    const struct half_rows *rows;
+    int stages;
+    _Atomic int next_unit;
+    struct attention attention;
+    char *form;      // [BLOCK_ROWS] rows in the form of a product
+    float *sums;     // [BLOCK_ROWS, widest padded outputs]
+    char *attended;  // [num_rows] rows in the form of the output product
+    char *threads;   // scratch memory of each thread
+    size_t thread_bytes;
+};
+
+struct share {
+    int64_t first, last;
+};
+
+static struct share share_of(int64_t first, int64_t last, int thread, int count) {
+    int64_t size = last - first;
+    return (struct share){first + size * thread / count, first + size * (thread + 1) / count};
+}
+
+static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+ALWAYS const void *row_of(const void *x, int64_t row, int64_t width, enum dtype dtype) {
+    return (const char *)x + (size_t)(row * width) * dtype_bytes(dtype);
+}
+
+// 1 / root mean square of floats.
+static float inverse_rms(const float *x, int64_t size, float eps) {
+    vec squares[PARTS];
+    for (int part = 0; part < PARTS; part++) squares[part] = v_set(0.0f);
+    for (int64_t i = 0; i < size; i += WIDE)
+        for (int part = 0; part < PARTS; part++) {
+            int64_t at = i + part * LANES;
+            if (at >= size) continue;
+            vec value = load_some(x, at, size - at, FLOAT32);
+            squares[part] = v_fma(value, value, squares[part]);
+        }
+    return 1.0f / sqrtf(wide_sum(squares) / (float)size + eps);
+}
+
+// x = x / rms(x), rounded, times weight, rounded.
+static void rms_norm(float *x, const void *weight, int64_t size, float eps, enum dtype dtype) {
+    vec scale = v_set(inverse_rms(x, size, eps));
+    for (int64_t i = 0; i < size; i += LANES) {
+        vec normed = v_round(v_mul(load_some(x, i, size - i, FLOAT32), scale), dtype);
+        vec y = v_round(v_mul(normed, load_some(weight, i, size - i, dtype)), dtype);
+        store_some(x, i, y, size - i, FLOAT32);
+    }
+}
+
+// Floats x [hidden_size], normalised in place, to `out` and to a row of the form of a product.
+static void norm_row(const struct job *job, float *x, const void *weight, void *out,
+                     const struct matrix *next, char *form) {
+    const struct half *half = job->half;
+    enum dtype dtype = (enum dtype)half->dtype;
+    rms_norm(x, weight, half->hidden_size, (float)half->eps, dtype);
+    if (out) convert(out, dtype, x, FLOAT32, half->hidden_size);
+    if (next->panels) matrix_fill_row(next, form, x, FLOAT32);
+}
+
+static void norm1(const struct job *job, const struct matrix *next, int64_t first, int64_t last,
+                  int thread, int count, float *x) {
+    const struct half *half = job->half;
+    enum dtype dtype = (enum dtype)half->dtype;
+    struct share mine = share_of(first, last, thread, count);
+    for (int64_t row = mine.first; row < mine.last; row++) {
+        const void *hidden = row_of(job->rows->hidden, row, half->hidden_size, dtype);
+        convert(x, FLOAT32, hidden, dtype, half->hidden_size);
+        // Projections of their own read the form of the product alone.
+        void *out = half->qkv.panels ? NULL
+                                     : (void *)row_of(job->rows->normed, row, half->hidden_size,
+                                                      dtype);
+        char *form = job->form + (size_t)(row - first) * row_bytes(next);
+        norm_row(job, x, half->norm1, out, next, form);
+    }
+}
+
+// Choose the experts of a block of rows from the sums of a router's product.
+static void route(const struct job *job, const struct router *router, int64_t first, int64_t last,
+                  int thread, int count, float *scratch) {
+    const struct matrix *m = &router->matrix;
+    const struct routing *routing = &router->routing;
+    enum dtype dtype = routing->scoring == SIGMOID ? FLOAT32 : (enum dtype)job->half->dtype;
+    struct share mine = share_of(first, last, thread, count);
+    for (int64_t row = mine.first; row < mine.last; row++) {
+        float *logits = job->sums + (row - first) * padded_outputs(m);
+        for (int64_t i = 0; i < m->outputs; i += LANES)
+            store_some(logits, i, v_round(with_bias(m, logits, i), dtype), m->outputs - i, FLOAT32);
+        void *kept = (void *)row_of(job->rows->logits, row, m->outputs, dtype);
+        convert(kept, dtype, logits, FLOAT32, m->outputs);
+        float *weights = scratch;
+        routing_choose(routing, logits, job->rows->topk_ids + row * routing->top_k, weights,
+               scratch + m->outputs);
+        void *out = (void *)row_of(job->rows->topk_weights, row, routing->top_k, dtype);
+        convert(out, dtype, weights, FLOAT32, routing->top_k);
+    }
+}
+
+// Normalise, clip and rotate the queries, keys and values of a row, in place, and write them to
+// the queries and to the cache.
+static void place_row(const struct job *job, float *qkv, int64_t row, const struct chunk *chunk) {
+    const struct half *half = job->half;
+    const struct half_batch *batch = job->batch;
+    enum dtype dtype = (enum dtype)half->dtype;
+    int64_t dim = half->head_dim, heads = half->num_heads, kv_heads = half->num_kv_heads;
+    float eps = (float)half->eps;
+    if (half->qk_norm == NORM_WIDTH) {
+        rms_norm(qkv, half->qk_norm_weights, heads * dim, eps, dtype);
+        const void *weight = row_of(half->qk_norm_weights, heads, dim, dtype);
+        rms_norm(qkv + heads * dim, weight, kv_heads * dim, eps, dtype);
+    }
+    if (half->qk_norm == NORM_HEADS)
+        for (int64_t h = 0; h < heads + kv_heads; h++) {
+            const void *weight = row_of(half->qk_norm_weights, h, dim, dtype);
+            rms_norm(qkv + h * dim, weight, dim, eps, dtype);
+        }
+    if (isfinite(half->clip)) {
+        float clip = (float)half->clip;
+        // Not a number stays what it is.
+        for (int64_t i = 0; i < (heads + 2 * kv_heads) * dim; i++)
+            qkv[i] = qkv[i] > clip ? clip : qkv[i] < -clip ? -clip : qkv[i];
+    }
+    const void *cos = row_of(batch->cos, row, batch->wave_stride, dtype);
+    const void *sin = row_of(batch->sin, row, batch->wave_stride, dtype);
+    int64_t position = chunk->first_position + row - chunk->first_row;
+    int64_t block = chunk->table[position / batch->block_size];
+    int64_t offset = position % batch->block_size;
+    for (int64_t h = 0; h < heads + 2 * kv_heads; h++) {
+        const float *x = qkv + h * dim;
+        void *out = (void *)row_of(job->rows->queries, row * heads + h, dim, dtype);
+        if (h >= heads) {
+            int64_t slot = ((h - heads) * batch->num_blocks + block) * batch->block_size + offset;
+            out = (void *)row_of(job->rows->cache, slot, dim, dtype);
+        }
+        if (h >= heads + kv_heads) {
+            convert(out, dtype, x, FLOAT32, dim);
+            continue;
+        }
+        for (int64_t side = 0; side < 2; side++) {  // each element with that half a head away
+            int64_t from = side * dim / 2, other = dim / 2 - from;
+            for (int64_t i = 0; i < dim / 2; i += LANES) {
+                int64_t left = dim / 2 - i;
+                vec c = load_some(cos, from + i, left, dtype);
+                vec s = load_some(sin, from + i, left, dtype);
+                vec a = v_round(v_mul(load_some(x, from + i, left, FLOAT32), c), dtype);
+                vec b = v_round(v_mul(load_some(x, other + i, left, FLOAT32), s), dtype);
+                store_some(out, from + i, v_add(a, b), left, dtype);
+            }
+        }
+    }
+}
+
+// Queries, keys and values of a block of rows, from the sums of their product or as given.
+static void place_rows(const struct job *job, int64_t first, int64_t last, int thread, int count,
+                       float *given) {
+    const struct half *half = job->half;
+    enum dtype dtype = (enum dtype)half->dtype;
+    const struct matrix *m = &half->qkv;
+    int64_t width = (half->num_heads + 2 * half->num_kv_heads) * half->head_dim;
+    struct share mine = share_of(first, last, thread, count);
+    const struct chunk *chunk = job->batch->chunks;
+    for (int64_t row = mine.first; row < mine.last; row++) {
+        while (row >= chunk->first_row + chunk->num_rows) chunk++;
+        float *qkv = given;
+        if (m->panels) {
+            qkv = job->sums + (row - first) * padded_outputs(m);
+            for (int64_t i = 0; i < width; i += LANES)
+                store_some(qkv, i, v_round(with_bias(m, qkv, i), dtype), width - i, FLOAT32);
+        } else {
+            convert(qkv, FLOAT32, row_of(job->rows->projected, row, width, dtype), dtype, width);
+        }
+        place_row(job, qkv, row, chunk);
+    }
+}
+
+// The residual stream after attention, and its norm, of a block of rows.
+static void norm2(const struct job *job, int64_t first, int64_t last, int thread, int count,
+                  float *x) {
+    const struct half *half = job->half;
+    enum dtype dtype = (enum dtype)half->dtype;
+    const struct matrix *m = &half->output;
+    int64_t size = half->hidden_size;
+    struct share mine = share_of(first, last, thread, count);
+    for (int64_t row = mine.first; row < mine.last; row++) {
+        const void *hidden = row_of(job->rows->hidden, row, size, dtype);
+        const float *sums = job->sums + (row - first) * (m->panels ? padded_outputs(m) : 0);
+        const void *mixed = m->panels ? NULL : row_of(job->rows->mixed, row, size, dtype);
+        for (int64_t i = 0; i < size; i += LANES) {
+            vec y = mixed ? load_some(mixed, i, size - i, dtype) : with_bias(m, sums, i);
+            y = v_add(load_some(hidden, i, size - i, dtype), v_round(y, dtype));
+            store_some(x, i, v_round(y, dtype), size - i, FLOAT32);
+        }
+        void *out = (void *)row_of(job->rows->hidden_out, row, size, dtype);
+        convert(out, dtype, x, FLOAT32, size);
+        void *normed = (void *)row_of(job->rows->normed, row, size, dtype);
+        const struct matrix *next = &half->router.matrix;
+        norm_row(job, x, half->norm2, normed, next,
+                 job->form + (size_t)(row - first) * row_bytes(next));
+    }
+}
+
+static void task(void *argument, struct team *team, int thread, int count) {
+    struct job *job = argument;
+    const struct half *half = job->half;
+    int64_t num_rows = job->batch->num_rows;
+    float *scratch = (float *)(job->threads + (size_t)thread * job->thread_bytes);
+    int is_routed = !half->qkv.panels;
+    const struct matrix *entry = is_routed ? &half->query_router.matrix : &half->qkv;
+    for (int64_t first = 0; first < num_rows && job->stages & (ENTER | ATTEND);
+         first += BLOCK_ROWS) {
+        int64_t last = min_of(first + BLOCK_ROWS, num_rows);
+        if (job->stages & ENTER) {
+            norm1(job, entry, first, last, thread, count, scratch);
+            team_barrier(team, count);
+            matrix_work(entry, job->form, last - first, job->sums, thread, count);
+            team_barrier(team, count);
+            if (is_routed) route(job, &half->query_router, first, last, thread, count, scratch);
+        }
+        if (job->stages & ATTEND) place_rows(job, first, last, thread, count, scratch);
+    }
+    if (job->stages & ATTEND) {
+        team_barrier(team, count);
+        attention_work(&job->attention, &job->next_unit, scratch);
+    }
+    if (!(job->stages & LEAVE)) return;
+    for (int64_t first = 0; first < num_rows; first += BLOCK_ROWS) {
+        int64_t last = min_of(first + BLOCK_ROWS, num_rows);
+        team_barrier(team, count);
+        if (!is_routed) {
+            const char *rows = job->attended + (size_t)first * row_bytes(&half->output);
+            matrix_work(&half->output, rows, last - first, job->sums, thread, count);
+            team_barrier(team, count);
+        }
+        norm2(job, first, last, thread, count, scratch);
+        if (!half->router.matrix.panels) continue;
+        team_barrier(team, count);
+        matrix_work(&half->router.matrix, job->form, last - first, job->sums, thread, count);
+        team_barrier(team, count);
+        route(job, &half->router, first, last, thread, count, scratch);
+    }
+}
+
+static size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+static struct attention attention_of(const struct half *half, const struct half_batch *batch,
+                                     const struct half_rows *rows) {
+    int is_routed = !half->qkv.panels;
+    return (struct attention){
+        .num_heads = (int)half->num_heads,
+        .num_kv_heads = (int)half->num_kv_heads,
+        .head_dim = (int)half->head_dim,
+        .window = (int)min_of(half->window, INT_MAX / 2),
+        .dtype = (enum dtype)half->dtype,
+        .queries = rows->queries,
+        .cache = rows->cache,
+        .num_blocks = batch->num_blocks,
+        .block_size = (int)batch->block_size,
+        .out = rows->attended,
+        .out_dtype = is_routed ? (enum dtype)half->dtype : row_dtype(&half->output),
+        .chunks = batch->chunks,
+        .num_chunks = (int)batch->num_chunks,
+        .max_length = (int)batch->max_length,
+    };
+}
+
+static int run(struct team *team, const struct half *half, const struct half_batch *batch,
+               const struct half_rows *rows, int stages) {
+    struct job job = {.half = half, .batch = batch, .rows = rows, .stages = stages};
+    job.attention = attention_of(half, batch, rows);
+    int64_t block = min_of(batch->num_rows, BLOCK_ROWS), outputs = 0, width = half->hidden_size;
+    size_t form = 0;
+    const struct matrix *matrices[] = {&half->qkv, &half->output, &half->query_router.matrix,
+                                       &half->router.matrix};
+    for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++)
+        if (matrices[i]->panels) {
+            outputs = max_of(outputs, padded_outputs(matrices[i]));
+            size_t bytes = row_bytes(matrices[i]);
+            if (bytes > form && matrices[i] != &half->output) form = bytes;
+        }
+    width = max_of(width, (half->num_heads + 2 * half->num_kv_heads) * half->head_dim);
+    width = max_of(width, (1 + ROUTING_SCRATCH) * half->router.routing.num_experts);
+    width = max_of(width, (1 + ROUTING_SCRATCH) * half->query_router.routing.num_experts);
+    size_t form_bytes = aligned((size_t)block * form);
+    size_t sum_bytes = aligned((size_t)(block * outputs) * sizeof(float));
+    size_t attended_bytes =
+        half->qkv.panels ? aligned((size_t)batch->num_rows * row_bytes(&half->output)) : 0;
+    size_t attention_bytes = attention_scratch(&job.attention);
+    job.thread_bytes = aligned(max_of((int64_t)attention_bytes, width * (int64_t)sizeof(float)));
+    size_t total = form_bytes + sum_bytes + attended_bytes;
+    job.form = team_scratch(team, total + job.thread_bytes * (size_t)team_size(team));
+    if (!job.form) return NO_MEMORY;
+    job.sums = (float *)(job.form + form_bytes);
+    job.attended = (char *)job.sums + sum_bytes;
+    job.threads = job.attended + attended_bytes;
+    if (half->qkv.panels) job.attention.out = job.attended;
+    team_run(team, task, &job, 0);
+    return OK;
+}
+
+int half_run(struct team *team, const struct half *half, const struct half_batch *batch,
+             const struct half_rows *rows, int stages) {
+    if (!team_claim(team)) return BUSY;
+    int result = run(team, half, batch, rows, stages);
+    team_release(team);
+    return result;
+}

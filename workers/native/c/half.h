@@ -1,0 +1,65 @@
+// The attention half of a layer; `workers/model/half.py` is its reference.
+#ifndef HALF_H
+#define HALF_H
+
+#include "attention.h"
+#include "matrix.h"
+#include "routing.h"
+#include "team.h"
+
+enum qk_norm { NO_NORM = 0, NORM_HEADS = 1, NORM_WIDTH = 2 };
+
+// A router; matrix.panels is NULL where there is none.
+struct router {
+    struct matrix matrix;
+    struct routing routing;
+};
+
+struct half {
+    int64_t dtype;  // enum dtype: of the model
+    int64_t hidden_size, num_heads, num_kv_heads, head_dim;
+    int64_t window;   // positions that a row attends to; a large number for all
+    int64_t qk_norm;  // enum qk_norm
+    double eps;
+    double clip;  // limit of queries, keys and values; infinity for none
+    const void *norm1, *norm2;    // [hidden_size]
+    const void *qk_norm_weights;  // [num_heads + num_kv_heads, head_dim]
+    struct matrix qkv, output;    // panels NULL where projections are routed
+    struct router query_router;   // of routed projections
+    struct router router;
+};
+
+// The rows of a micro-batch, for all layers.
+struct half_batch {
+    int64_t num_rows;
+    const void *cos, *sin;   // [num_rows, head_dim] model dtype, sines of the first half negated
+    int64_t wave_stride;     // elements from row to row of both
+    const struct chunk *chunks;
+    int64_t num_chunks;
+    int64_t max_length;
+    int64_t num_blocks, block_size;  // of each layer's cache
+};
+
+// What a layer reads and writes. `routes` are those of the query router, or of the router.
+struct half_rows {
+    const void *hidden;      // [num_rows, hidden_size]
+    void *cache;
+    void *hidden_out;        // residual stream after attention
+    void *normed;            // [num_rows, hidden_size]: after the first or second norm
+    const void *projected;   // queries, keys and values [num_rows, ...] of routed projections
+    void *queries;           // [num_rows, num_heads, head_dim] rotated
+    void *attended;          // [num_rows, num_heads * head_dim] of routed projections
+    const void *mixed;       // [num_rows, hidden_size]: projected outputs of attention
+    void *logits;            // [num_rows, num_experts], float for sigmoid
+    int64_t *topk_ids;       // [num_rows, top_k]
+    void *topk_weights;      // [num_rows, top_k], float for sigmoid
+};
+
+// Parts of the half: all at once, or one after the other around the exchanges of routed projections.
+enum stage { ENTER = 1, ATTEND = 2, LEAVE = 4 };
+
+// Compute some stages. Returns an `enum result`.
+int half_run(struct team *team, const struct half *half, const struct half_batch *batch,
+             const struct half_rows *rows, int stages);
+
+#endif

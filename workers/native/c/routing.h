@@ -1,0 +1,26 @@
+// The choice of experts: logits of rows to the best experts and their weights.
+#ifndef ROUTING_H
+#define ROUTING_H
+
+#include <stdint.h>
+
+enum scoring { SOFTMAX = 0, SOFTMAX_OF_BEST = 1, SIGMOID = 2 };
+
+struct routing {
+    int32_t num_experts, top_k;
+    int32_t scoring;     // enum scoring
+    int32_t is_normed;   // weights of the chosen are scaled to sum 1
+    int32_t num_groups, top_groups;  // groups of neighbours, and those that may be chosen from
+    float scale;         // multiplies sigmoid's weights
+    const float *correction;  // [num_experts], added to sigmoid's scores for the choice; or NULL
+};
+
+// Floats of scratch memory that a row needs.
+enum { ROUTING_SCRATCH = 3 };  // times num_experts
+
+// logits [num_experts], which are overwritten, to ids and weights [top_k], the best first; of equal
+// experts the lowest number wins. The ids are distinct and valid whatever the logits are.
+void routing_choose(const struct routing *routing, float *logits, int64_t *ids, float *weights,
+            float *scratch);
+
+#endif

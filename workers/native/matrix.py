@@ -1,0 +1,65 @@
+"""Packed matrices of linear products on a CPU (``c/matrix.h``, ``c/linear.c``)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from workers.native.panels import DTYPES, PANEL, pack, unpack
+from workers.native.team import Team, check
+
+
+class MatrixFields(ctypes.Structure):
+    """``struct matrix``."""
+
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )
+
+
+class Matrix:
+    """x @ weight.T + bias, every output a single chain of sums: a row's bits are its own."""
+
+    def __init__(self, team: Team, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight [out, in], bias [out] of one of ``panels.DTYPES``; both are copied."""
+        self._team = team
+        self.shape = (weight.shape[0], weight.shape[1])
+        """[out, in]."""
+        self.dtype = weight.dtype
+        self._packed = pack(team.library, weight)
+        self._bias = None if bias is None else bias.to(torch.float32, copy=True)
+        self.fields = MatrixFields(
+            panels=self._packed.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            outputs=weight.shape[0],
+            inputs=weight.shape[1],
+            dtype=DTYPES.index(weight.dtype),
+        )
+        """For C; valid as long as this matrix."""
+
+    def weight(self) -> Tensor:
+        """A copy of the weight [out, in]."""
+        return unpack(self._team.library, self._packed, self.shape, self.dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows [n, in] of the weight, by indices [n] int64."""
+        found = self._packed[indices // PANEL, :, indices % PANEL]
+        return found.contiguous().view(self.dtype)[:, : self.shape[1]]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out], both of the matrix's type."""
+        assert x.dtype == self.dtype, f"{x.dtype}: must be {self.dtype}"
+        assert x.shape[1:] == self.shape[1:], f"rows of shape {tuple(x.shape)}"
+        x = x.contiguous()
+        out = x.new_empty(len(x), self.shape[0])
+        if len(x):
+            run = self._team.library.functions.linear_run
+            fields = ctypes.byref(self.fields)
+            check(run(self._team.pointer, fields, x.data_ptr(), len(x), out.data_ptr()))
+        return out
