@@ -93,8 +93,10 @@ class LocalEngine:
             logger.warning(
                 "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
             )
+        is_native = kernels == "auto" and place.type == "cpu" and not section.deterministic
+        team = start_team(num_threads or 1) if is_native else None
         model = load_attention_model(
-            checkpoint, kind, place, max_model_len, compute_threads, section.deterministic
+            checkpoint, kind, place, max_model_len, compute_threads, section.deterministic, team
         )
         self._model = model
         self.config = checkpoint.config
@@ -104,8 +106,6 @@ class LocalEngine:
         self.dtype = kind
         """Compute dtype."""
         num_slots = max(b.num_experts for b in banks)
-        is_native = kernels == "auto" and place.type == "cpu" and not section.deterministic
-        team = start_team(num_threads or 1) if is_native else None
         self.slots = ExpertSlots(
             banks, num_slots, kind, place, compute_threads, section.deterministic, team
         )

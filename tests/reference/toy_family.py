@@ -106,4 +106,4 @@ class ToyFamily(Family):
             router=Router(routing=routing, linear=loader.linear("router")),
             attend=loader.attend,
         )
-        return DecoderLayer(half=half)
+        return DecoderLayer(half=loader.blocks.half(half))

@@ -20,6 +20,7 @@ from workers.model.attention import (
     AttentionBatch,
     DecodeGroup,
     PrefillChunk,
+    RowChunks,
     chunk_mask,
     decode_mask,
     group_size,
@@ -64,6 +65,7 @@ class Batch:
         cache: where their keys and values are.
         tables: the blocks of their sequences.
         device: where the model is.
+        is_native: native kernels read it; see ``AttentionBatch.chunks``.
     """
 
     def __init__(
@@ -72,14 +74,19 @@ class Batch:
         cache: KVCache,
         tables: BlockTables,
         device: torch.device,
+        is_native: bool = False,
     ) -> None:
         self._device = device
+        self.captures = _captures(planned)
+        """By sequence, what inspections record."""
         num_rows = sum(rows.count for rows in planned)
         self.num_decodes = sum(rows.is_decode for rows in planned)
         """Decode rows, which come first."""
         staging = [*_columns(planned, self.num_decodes, tables, cache.block_size)]
-        groups = self._stage_decodes(planned[: self.num_decodes], cache, tables, staging)
-        chunks = planned[self.num_decodes :]
+        # Attention maps are made of chunks of prompts, by torch in any case.
+        in_pieces = () if is_native and not self.captures else planned
+        groups = self._stage_decodes(in_pieces[: self.num_decodes], cache, tables, staging)
+        chunks = in_pieces[self.num_decodes :]
         for rows in chunks:
             length = rows.first + rows.count
             staging.append(_array(rows.sequence.blocks[: -(-length // cache.block_size)]))
@@ -88,8 +95,6 @@ class Batch:
         is_prefill = torch.arange(num_rows, device=device) >= self.num_decodes
         self.rows = BatchRows(is_prefill=is_prefill, row_key=keys)
         """What the dispatcher must know."""
-        self.captures = _captures(planned)
-        """By sequence, what inspections record."""
         recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
         self.inputs: ModelInputs | None = None
         """What the model reads; None without rows."""
@@ -97,7 +102,13 @@ class Batch:
             decodes = tuple(self._decode_group(g, tensors, cache.block_size) for g in groups)
             prefills = tuple(self._chunks(chunks, self.num_decodes, tensors))
             attention = AttentionBatch(
-                slots, decodes, prefills, cache.workspaces, cache.compute_threads, recorder
+                slots,
+                decodes,
+                prefills,
+                cache.workspaces,
+                cache.compute_threads,
+                recorder,
+                _row_chunks(planned, tables) if is_native else None,
             )
             given = tuple(_given_rows(planned, device))
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)
@@ -139,6 +150,18 @@ class Batch:
             mask = chunk_mask(rows.first, rows.count, self._device)
             yield PrefillChunk(first_row, last_row, length, next(tensors), mask)
             first_row = last_row
+
+
+def _row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks:
+    counts = _array([rows.count for rows in planned])
+    firsts = _array([rows.first for rows in planned])
+    seats = _array([rows.sequence.seat for rows in planned])
+    places = (np.cumsum(counts) - counts, counts, firsts, tables.addresses(seats))
+    return RowChunks(
+        places=torch.from_numpy(np.stack(places, axis=1)),
+        tables=tables.array,
+        max_length=int((firsts + counts).max()),
+    )
 
 
 def _given_rows(

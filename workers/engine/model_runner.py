@@ -72,7 +72,10 @@ class ModelRunner:
         order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
         planned = [plan.rows[i] for i in order]
         parts = split_rows(planned, header.rows(self.rank, 0))[: header.num_micro_batches]
-        batches = [Batch(part, self.cache, self.tables, self.model.device) for part in parts]
+        model = self.model
+        batches = [
+            Batch(part, self.cache, self.tables, model.device, model.is_native) for part in parts
+        ]
         self.dispatcher.begin_step(header, [b.rows for b in batches])
         routed: list[list[Routed]] = [[] for _ in self.banks]
         hidden = self._drive(batches, routed)

@@ -30,3 +30,7 @@ class BlockTables:
     def put(self, seat: int, first: int, blocks: Sequence[int]) -> None:
         """Write blocks from place ``first`` of a row on."""
         self.array[seat, first : first + len(blocks)] = blocks
+
+    def addresses(self, seats: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where rows begin in memory, for native kernels."""
+        return self.array.ctypes.data + seats * self.array.strides[0]

@@ -17,11 +17,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from workers.model.compute_threads import ComputeThreads
+from workers.native.half import BatchFields
 
 PIECE_BYTES = 3 * 1024 * 1024
 """Keys and values that decode rows on a CPU gather at a time."""
@@ -132,6 +135,33 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RowChunks:
+    """The rows of a batch for native kernels: neighbouring rows of a sequence are one chunk."""
+
+    places: Tensor
+    """[chunks, 4] int64: first row, rows, position of the first row in its sequence, address of the
+    sequence's block table."""
+    tables: NDArray[np.int32]
+    """The memory of the block tables, which must not change while the batch is used."""
+    max_length: int
+    """Keys of the longest sequence, those of its last row included."""
+
+    def fields(self, cos: Tensor, sin: Tensor, cache: Tensor) -> BatchFields:
+        """The batch in C. ``Rope.rows`` [T, 1, D]; ``cache`` is that of any layer."""
+        return BatchFields(
+            num_rows=len(cos),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            wave_stride=cos.stride(0),
+            chunks=self.places.data_ptr(),
+            num_chunks=len(self.places),
+            max_length=self.max_length,
+            num_blocks=cache.shape[1],
+            block_size=cache.shape[2],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where the rows of a batch write, and what they read."""
 
@@ -145,6 +175,8 @@ class AttentionBatch:
     """Scratch memory of each compute thread."""
     compute_threads: ComputeThreads
     recorder: Recorder | None = None
+    chunks: RowChunks | None = None
+    """The same rows for native kernels, which read neither ``decodes`` nor ``prefills``."""
 
     def within(self, window: int) -> AttentionBatch:
         """The same rows in a layer where each attends to ``window`` positions, its own included."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from workers.model.layers import Attend, Dispatch, LayerContext, LayerSteps, Linear, rms_norm
+from workers.model.layers import Attend, Dispatch, LayerContext, Linear, rms_norm
 from workers.model.rope import rotate
 from workers.model.routing import Router, Routes
 
@@ -86,6 +86,53 @@ HalfSteps = Generator[Any, Tensor, HalfOutput]
 """Like ``LayerSteps``; yields nothing unless projections are routed."""
 
 
+class Half(Protocol):
+    """The attention half of one layer, however it is computed."""
+
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
+        """hidden [T, H]; cache is this layer's part of ``KVCache``."""
+
+
+class HalfStages(Protocol):
+    """The parts of a half with routed projections that lie between its exchanges."""
+
+    def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
+        """The first norm [T, H], and the experts of the projections."""
+
+    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D]."""
+
+    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
+        """Residual stream and projected outputs of attention, each [T, H], to the half's output."""
+
+
+def routed_steps(
+    stages: HalfStages,
+    shape: AttentionShape,
+    parts: RoutedProjections,
+    hidden: Tensor,
+    cache: Tensor,
+    context: LayerContext,
+) -> HalfSteps:
+    """The half of a layer whose attention is a mixture of experts.
+
+    Attention needs the query heads of one key head side by side, so the slots of a row and its
+    heads are transposed before and after it.
+    """
+    kv_heads, dim = shape.num_kv_heads, shape.head_dim
+    normed, routes = stages.enter(hidden, context)
+    ids, weights = routes.topk_ids, routes.topk_weights
+    yield Dispatch(routes.bank, QUERY_EXCHANGE, normed, ids, weights)
+    keys_values = parts.kv(normed)
+    queries = yield
+    by_head = queries.view(*ids.shape, kv_heads, dim).transpose(1, 2).flatten(1)
+    attended = stages.attend_rows(torch.cat((by_head, keys_values), 1), cache, context)
+    by_slot = attended.view(len(ids), kv_heads, -1, dim).transpose(1, 2).flatten(2)
+    yield Dispatch(routes.bank, OUTPUT_EXCHANGE, by_slot, ids, weights)
+    mixed = yield
+    return stages.leave(hidden, mixed + parts.bias, context)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionHalf:
     """The attention half of one layer, described, and computed with torch."""
@@ -104,42 +151,30 @@ class AttentionHalf:
     attend: Attend
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
-        """hidden [T, H]; cache is this layer's part of ``KVCache``."""
+        """See ``Half``."""
+        parts = self.projections
+        if isinstance(parts, RoutedProjections):
+            return (yield from routed_steps(self, self.shape, parts, hidden, cache, context))
+        rows = parts.qkv(rms_norm(hidden, self.norm1, self.shape.eps))
+        projected = parts.output(self.attend_rows(rows, cache, context))
+        return self.leave(hidden, projected, context)
+
+    def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
+        """See ``HalfStages``."""
+        assert isinstance(self.projections, RoutedProjections)
         normed = rms_norm(hidden, self.norm1, self.shape.eps)
-        if isinstance(self.projections, DenseProjections):
-            rows = self.projections.qkv(normed)
-            projected = self.projections.output(self._attend(rows, cache, context))
-        else:
-            projected = yield from self._routed(self.projections, normed, cache, context)
+        return normed, self.projections.router.route(normed, context.attention.recorder)
+
+    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
+        """See ``HalfStages``."""
         hidden = hidden + projected
         normed = rms_norm(hidden, self.norm2, self.shape.eps)
         recorder = context.attention.recorder
         routes = None if self.router is None else self.router.route(normed, recorder)
         return HalfOutput(hidden, normed, routes)
 
-    def _routed(
-        self, parts: RoutedProjections, normed: Tensor, cache: Tensor, context: LayerContext
-    ) -> LayerSteps:
-        """Project by experts, and attend: normed [T, H] -> [T, H].
-
-        Attention needs the query heads of one key head side by side, so the slots of a row and its
-        heads are transposed before and after it.
-        """
-        kv_heads, dim = self.shape.num_kv_heads, self.shape.head_dim
-        routes = parts.router.route(normed, context.attention.recorder)
-        ids, weights = routes.topk_ids, routes.topk_weights
-        yield Dispatch(routes.bank, QUERY_EXCHANGE, normed, ids, weights)
-        keys_values = parts.kv(normed)
-        queries = yield
-        by_head = queries.view(*ids.shape, kv_heads, dim).transpose(1, 2).flatten(1)
-        attended = self._attend(torch.cat((by_head, keys_values), 1), cache, context)
-        by_slot = attended.view(len(ids), kv_heads, -1, dim).transpose(1, 2).flatten(2)
-        yield Dispatch(routes.bank, OUTPUT_EXCHANGE, by_slot, ids, weights)
-        mixed = yield
-        return mixed + parts.bias
-
-    def _attend(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D]."""
+    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """See ``HalfStages``."""
         shape, limit = self.shape, self.shape.clip
         width = (shape.num_heads + shape.num_kv_heads) * shape.head_dim
         heads, values = self._normed(rows[:, :width]), rows[:, width:]

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.attention import AttentionBatch, attend
+from workers.model.attention import AttentionBatch
 from workers.model.compute_threads import ComputeThreads
-from workers.model.config import Activation, ModelConfig
-from workers.model.rope import Rope, RopeConfig
+from workers.model.config import Activation
+from workers.model.rope import Rope
 from workers.model.torch_private import pack, packed_linear, supports_packing, unpack
+from workers.native.half import BatchFields
 
 _PACK_MIN_ELEMENTS = 64 * 1024
 """float32 matrices from here on are packed. AMD EPYC (avx512_bf16), torch 2.13, 1 thread, 1 / 32
@@ -154,26 +155,6 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionBatch], Tensor]
 """A function like ``attention.attend``."""
 
 
-class BuildingBlocks:
-    """Makes the parts of a family's layers: the fast ones here, others in ``batch_invariant``."""
-
-    def __init__(self, compute_threads: ComputeThreads | None = None) -> None:
-        """``compute_threads`` share large products; None: the calling thread does them alone."""
-        self._compute_threads = compute_threads or ComputeThreads()
-
-    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
-        return Linear(weight, bias, may_pack, self._compute_threads)
-
-    def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
-        """The attention of all layers."""
-        return attend
-
-    def rope(
-        self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
-    ) -> Rope:
-        return Rope(config, max_positions, dtype, device)
-
-
 @dataclass(frozen=True, slots=True)
 class Dispatch:
     """Rows that a layer sends to the experts of one bank, in one of the bank's exchanges."""
@@ -190,6 +171,8 @@ class Dispatch:
     """[T, k] model dtype, or float32 with ``BankSpec.float32_weights``."""
 
 
+Embedding = Callable[[Tensor], Tensor]
+"""Token ids [T] int64 -> [T, H]."""
 LayerSteps = Generator[Any, Tensor, Tensor]
 """Alternates ``yield Dispatch(..)``, resumed by ``next``, and ``yield``, resumed by ``send`` with
 their outputs. Returns hidden states [T, hidden_size]. (mypy allows a bare ``yield`` only
@@ -223,6 +206,8 @@ class LayerContext:
     attention: AttentionBatch
     windows: Mapping[int, AttentionBatch]
     """The same with the masks of sliding windows, by their width in tokens."""
+    native: BatchFields | None
+    """The same for native kernels; None: torch computes."""
 
 
 class Layer(Protocol):
@@ -236,7 +221,11 @@ class Layer(Protocol):
 class AttentionModel:
     """Everything but the routed experts: embedding, layers, final norm, head."""
 
-    embedding: Tensor
+    embedding: Embedding
+    dtype: torch.dtype
+    device: torch.device
+    is_native: bool
+    """Layers read ``AttentionBatch.chunks``."""
     layers: Sequence[Layer]
     """May be replaced."""
     norm: Tensor
@@ -247,21 +236,15 @@ class AttentionModel:
     windows: Collection[int] = ()
     """Widths that layers use."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
-
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
         cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
         windows = {width: inputs.attention.within(width) for width in self.windows}
-        context = LayerContext(cos, sin, inputs.attention, windows)
+        chunks = inputs.attention.chunks
+        native = None if chunks is None else chunks.fields(cos, sin, caches[0])
+        context = LayerContext(cos, sin, inputs.attention, windows, native)
         recorder = inputs.attention.recorder
-        hidden = functional.embedding(inputs.token_ids, self.embedding)
+        hidden = self.embedding(inputs.token_ids)
         for first, rows in inputs.given:
             hidden[first : first + len(rows)] = rows
         for layer, cache in zip(self.layers, caches, strict=True):

@@ -320,7 +320,7 @@ def test_abandoned_plan_leaves_everything_as_it_was() -> None:
     (old,) = desk.add(4)
     desk.step()
     (new,) = desk.add(9)
-    before = (list(old.blocks), old.num_computed, desk.pool.num_free)
+    before = (old.blocks[:], old.num_computed, desk.pool.num_free)
     plan = desk.plan()
     assert old.blocks != before[0]
     desk.scheduler.abandon(plan)

@@ -12,7 +12,7 @@ from workers.requests.sequence import SequenceState
 def planned(name: str, blocks: list[int], first: int, count: int) -> PlannedRows:
     request = Request(request_id=name, prompt=tuple(range(8)), params=SamplingParams(max_tokens=1))
     sequence = SequenceState(request=request, choice=0, arrival=0, deadline=math.inf)
-    sequence.blocks = blocks
+    sequence.blocks.extend(blocks)
     return PlannedRows(sequence, first, count, is_decode=False, num_new_blocks=0, is_admitted=False)
 
 

@@ -31,9 +31,10 @@ from workers.model.batch_invariant.row_invariance import (
     refusal,
     rows_agree,
 )
+from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
-from workers.model.layers import Attend, BuildingBlocks, Linear, rms_norm
+from workers.model.layers import Attend, Linear, rms_norm
 from workers.model.rope import Rope, RopeConfig
 
 MIN_ROWS = 8

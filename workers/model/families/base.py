@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import (
     Activation,
     BankSpec,
@@ -17,7 +20,7 @@ from workers.model.config import (
     TensorPart,
 )
 from workers.model.families.parts import gated_expert, part
-from workers.model.layers import Attend, AttentionModel, BuildingBlocks, GatedMlp, Layer, Linear
+from workers.model.layers import Attend, AttentionModel, Embedding, GatedMlp, Layer, Linear
 
 ReadStacked = Callable[[Sequence[TensorPart], torch.dtype], Tensor]
 """What a family needs of a checkpoint: ``Checkpoint.read_stacked``."""
@@ -107,19 +110,23 @@ class Family(ABC):
         config = self.config
         attend = blocks.attention(config, dtype)
         outer = Loader(read, dtype, device, blocks, attend, self._outer_parts())
-        embedding = outer.tensor("embedding")
+        weight = outer.tensor("embedding")
         layers = [
             self.make_layer(i, replace(outer, parts=self.layer_parts(i)))
             for i in range(config.num_layers)
         ]
         norm = outer.tensor("norm")
+        embedding: Embedding
         if config.labels or not config.tie_word_embeddings:
-            head = outer.linear("head")
+            embedding, head = partial(functional.embedding, weight=weight), outer.linear("head")
         else:
-            head = blocks.linear(embedding, may_pack=False)
+            embedding, head = blocks.tied(weight)
         limit = max_positions or config.context_tokens
         return AttentionModel(
             embedding=embedding,
+            dtype=dtype,
+            device=device,
+            is_native=blocks.are_native,
             layers=layers,
             norm=norm,
             norm_eps=config.rms_norm_eps,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from workers.model.half import AttentionHalf
+from workers.model.half import Half
 from workers.model.layers import Dispatch, GatedMlp, LayerContext, LayerSteps
 
 
@@ -14,7 +14,7 @@ from workers.model.layers import Dispatch, GatedMlp, LayerContext, LayerSteps
 class DecoderLayer:
     """h + attention(norm1(h)), then + experts(norm2(.)) and + mlp(norm2(.)), or one of the two."""
 
-    half: AttentionHalf
+    half: Half
     mlp: GatedMlp | None = None
     """The MLP of a layer without routed experts, or the shared experts of one with them."""
     bias: Tensor | None = None

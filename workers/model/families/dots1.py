@@ -188,7 +188,8 @@ class Dots1Family(Family):
             router=self._router(layer, loader) if layer >= own.num_dense_layers else None,
             attend=loader.attend,
         )
-        return DecoderLayer(half=half, mlp=loader.mlp("gate", "up", "down", self.config.activation))
+        mlp = loader.mlp("gate", "up", "down", self.config.activation)
+        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)
 
     def _router(self, layer: int, loader: Loader) -> Router:
         own = self.dots1

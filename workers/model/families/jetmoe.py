@@ -148,7 +148,7 @@ class JetMoeFamily(Family):
             router=self._router("mlp_router", 2 * layer + 1, loader),
             attend=loader.attend,
         )
-        return DecoderLayer(half=half, bias=loader.tensor("mlp_bias"))
+        return DecoderLayer(half=loader.blocks.half(half), bias=loader.tensor("mlp_bias"))
 
     def _router(self, name: str, bank: int, loader: Loader) -> Router:
         own = self.jetmoe

@@ -129,4 +129,4 @@ class OlmoeFamily(Family):
             router=Router(routing=routing, linear=loader.linear("router")),
             attend=loader.attend,
         )
-        return DecoderLayer(half=half)
+        return DecoderLayer(half=loader.blocks.half(half))

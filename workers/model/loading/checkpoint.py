@@ -21,12 +21,15 @@ from torch import Tensor
 
 from cluster.core.errors import CheckpointError, ConfigError
 from workers.model.batch_invariant.invariant import RowInvariantBlocks
+from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
-from workers.model.layers import AttentionModel, BuildingBlocks
+from workers.model.layers import AttentionModel
 from workers.model.loading.file_stamp import FileStamp, size_and_change
+from workers.model.native_half import NativeBlocks
+from workers.native.team import Team
 
 Progress = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in total) after each tensor."""
@@ -185,18 +188,24 @@ def load_attention_model(
     max_positions: int | None = None,
     compute_threads: ComputeThreads | None = None,
     deterministic: bool = False,
+    team: Team | None = None,
 ) -> AttentionModel:
     """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
 
     ``compute_threads`` share its large products; None: the calling thread does them alone, as
-    always where it is ``deterministic``.
+    always where it is ``deterministic``. With a ``team``, native kernels compute, on the CPU.
 
     Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
     """
     family = checkpoint.family
     checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
     try:
-        blocks = RowInvariantBlocks(device) if deterministic else BuildingBlocks(compute_threads)
+        if team is not None:
+            blocks: BuildingBlocks = NativeBlocks(team)
+        elif deterministic:
+            blocks = RowInvariantBlocks(device)
+        else:
+            blocks = BuildingBlocks(compute_threads)
         read = checkpoint.read_stacked
         model = family.attention_model(read, dtype, device, max_positions, blocks)
         checkpoint.confirm()

@@ -1,0 +1,51 @@
+"""Makes the parts of a model in one of several ways.
+
+``BuildingBlocks`` makes the fast ones of torch, ``batch_invariant`` and ``native_half`` others.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.model.attention import attend
+from workers.model.compute_threads import ComputeThreads
+from workers.model.config import ModelConfig
+from workers.model.half import AttentionHalf, Half
+from workers.model.layers import Attend, Embedding, Linear
+from workers.model.rope import Rope, RopeConfig
+
+
+class BuildingBlocks:
+    """Makes the parts of a family's layers: the fast ones of torch."""
+
+    are_native: ClassVar[bool] = False
+    """Layers read ``AttentionBatch.chunks``."""
+
+    def __init__(self, compute_threads: ComputeThreads | None = None) -> None:
+        """``compute_threads`` share large products; None: the calling thread does them alone."""
+        self._compute_threads = compute_threads or ComputeThreads()
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
+        return Linear(weight, bias, may_pack, self._compute_threads)
+
+    def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
+        """The embedding and the head that share a weight [V, H]."""
+        return partial(functional.embedding, weight=weight), self.linear(weight, may_pack=False)
+
+    def half(self, half: AttentionHalf) -> Half:
+        """The attention half of a layer, made of products of these blocks."""
+        return half
+
+    def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
+        """The attention of all layers."""
+        return attend
+
+    def rope(
+        self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
+    ) -> Rope:
+        return Rope(config, max_positions, dtype, device)

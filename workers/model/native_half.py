@@ -1,0 +1,237 @@
+"""Building blocks that compute with native kernels (``workers.native``).
+
+A row's bits depend neither on other rows nor on the number of threads, so these blocks serve with
+``--deterministic`` and without.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from workers.model.building_blocks import BuildingBlocks
+from workers.model.half import (
+    AttentionHalf,
+    DenseProjections,
+    Half,
+    HalfOutput,
+    HalfSteps,
+    RoutedProjections,
+    routed_steps,
+)
+from workers.model.layers import Embedding, LayerContext, Linear
+from workers.model.rope import Rope, RopeConfig
+from workers.model.routing import Router, Routes
+from workers.native.half import (
+    ATTEND,
+    ENTER,
+    LEAVE,
+    NO_NORM,
+    NO_WINDOW,
+    NORM_HEADS,
+    NORM_WIDTH,
+    SCORINGS,
+    HalfFields,
+    RouterFields,
+    RoutingFields,
+    RowsFields,
+    run_half,
+)
+from workers.native.matrix import Matrix, MatrixFields
+from workers.native.panels import DTYPES
+from workers.native.team import Team
+
+
+class NativeLinear(Linear):
+    """``Linear`` with a packed weight."""
+
+    __slots__ = ("matrix",)
+
+    def __init__(self, team: Team, weight: Tensor, bias: Tensor | None) -> None:
+        self.matrix = Matrix(team, weight, bias)
+
+    def weight(self) -> Tensor:
+        return self.matrix.weight()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.matrix.multiply(x)
+
+
+class NativeBlocks(BuildingBlocks):
+    """Building blocks over a team of threads, for models on a CPU."""
+
+    are_native: ClassVar[bool] = True
+
+    def __init__(self, team: Team) -> None:
+        super().__init__()
+        self._team = team
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
+        """A native product. A weight that is used elsewhere is copied."""
+        return NativeLinear(self._team, weight, bias)
+
+    def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
+        """Both read the packed weight."""
+        linear = NativeLinear(self._team, weight, None)
+        return linear.matrix.rows, linear
+
+    def half(self, half: AttentionHalf) -> Half:
+        return NativeHalf(self._team, half)
+
+    def rope(
+        self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
+    ) -> Rope:
+        """Rotations; those that are computed in the step, row by row."""
+        return Rope(config, max_positions, dtype, device, row_by_row=True)
+
+
+class NativeHalf:
+    """``AttentionHalf`` in one native call, or in three around the exchanges of projections."""
+
+    def __init__(self, team: Team, half: AttentionHalf) -> None:
+        """``half`` has native products."""
+        self._team = team
+        self._half = half
+        self._fields = _half_fields(half)
+
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
+        """See ``Half``."""
+        if context.native is None:
+            return (yield from self._half.forward(hidden, cache, context))
+        shape, parts = self._half.shape, self._half.projections
+        if isinstance(parts, RoutedProjections):
+            return (yield from routed_steps(self, shape, parts, hidden, cache, context))
+        rows = RowsFields(cache=cache.data_ptr())
+        queries = self._queries(rows, len(hidden))
+        output = self._leave(hidden, rows, ENTER | ATTEND | LEAVE, context)
+        if context.attention.recorder is not None:
+            context.attention.recorder.attending(queries, cache, context.attention)
+        return output
+
+    def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
+        """See ``HalfStages``."""
+        assert isinstance(self._half.projections, RoutedProjections)
+        hidden = hidden.contiguous()
+        normed = torch.empty_like(hidden)
+        rows = RowsFields(hidden=hidden.data_ptr(), normed=normed.data_ptr())
+        return normed, self._routed(self._half.projections.router, normed, rows, ENTER, context)
+
+    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """See ``HalfStages``."""
+        shape = self._half.shape
+        attended = rows.new_empty(len(rows), shape.num_heads * shape.head_dim)
+        fields = RowsFields(
+            projected=rows.data_ptr(), cache=cache.data_ptr(), attended=attended.data_ptr()
+        )
+        queries = self._queries(fields, len(rows))
+        self._run(context, fields, ATTEND)
+        if context.attention.recorder is not None:
+            context.attention.recorder.attending(queries, cache, context.attention)
+        return attended
+
+    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
+        """See ``HalfStages``."""
+        projected = projected.contiguous()
+        return self._leave(hidden, RowsFields(mixed=projected.data_ptr()), LEAVE, context)
+
+    def _leave(
+        self, hidden: Tensor, rows: RowsFields, stages: int, context: LayerContext
+    ) -> HalfOutput:
+        """Run stages up to the last one."""
+        hidden = hidden.contiguous()
+        after, normed = torch.empty_like(hidden), torch.empty_like(hidden)
+        rows.hidden = hidden.data_ptr()
+        rows.hidden_out, rows.normed = after.data_ptr(), normed.data_ptr()
+        router = self._half.router
+        if router is None:
+            self._run(context, rows, stages)
+            return HalfOutput(after, normed, None)
+        return HalfOutput(after, normed, self._routed(router, normed, rows, stages, context))
+
+    def _routed(
+        self,
+        router: Router,
+        normed: Tensor,
+        rows: RowsFields,
+        stages: int,
+        context: LayerContext,
+    ) -> Routes:
+        """Run stages that end with a router, and report its choice."""
+        routing, count = router.routing, len(normed)
+        dtype = torch.float32 if routing.scoring == "sigmoid" else normed.dtype
+        logits = torch.empty(count, routing.num_experts, dtype=dtype)
+        ids = torch.empty(count, routing.top_k, dtype=torch.int64)
+        weights = torch.empty(count, routing.top_k, dtype=dtype)
+        rows.logits, rows.topk_ids = logits.data_ptr(), ids.data_ptr()
+        rows.topk_weights = weights.data_ptr()
+        self._run(context, rows, stages)
+        if context.attention.recorder is not None:
+            context.attention.recorder.router(routing.bank, logits, ids, weights)
+        return Routes(routing.bank, ids, weights)
+
+    def _queries(self, rows: RowsFields, count: int) -> Tensor:
+        """Memory for the rotated queries [count, A, D]."""
+        shape = self._half.shape
+        queries = self._half.norm1.new_empty(count, shape.num_heads, shape.head_dim)
+        rows.queries = queries.data_ptr()
+        return queries
+
+    def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
+        assert context.native is not None
+        run_half(self._team, self._fields, context.native, rows, stages)
+
+
+def _half_fields(half: AttentionHalf) -> HalfFields:
+    """The description of a half in C; its memory is that of ``half``."""
+    shape, parts = half.shape, half.projections
+    norms = [w for w in (half.norm1, half.norm2, half.qk_norm) if w is not None]
+    assert all(w.is_contiguous() for w in norms)
+    qk_norm = NO_NORM
+    if half.qk_norm is not None:
+        qk_norm = NORM_HEADS if half.qk_norm.dim() == 2 else NORM_WIDTH
+    fields = HalfFields(
+        dtype=DTYPES.index(half.norm1.dtype),
+        hidden_size=len(half.norm1),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        window=NO_WINDOW if shape.window is None else shape.window,
+        qk_norm=qk_norm,
+        eps=shape.eps,
+        clip=math.inf if shape.clip is None else shape.clip,
+        norm1=half.norm1.data_ptr(),
+        norm2=half.norm2.data_ptr(),
+        qk_norm_weights=None if half.qk_norm is None else half.qk_norm.data_ptr(),
+    )
+    if isinstance(parts, DenseProjections):
+        fields.qkv, fields.output = _matrix(parts.qkv), _matrix(parts.output)
+    else:
+        fields.query_router = _router_fields(parts.router)
+    if half.router is not None:
+        fields.router = _router_fields(half.router)
+    return fields
+
+
+def _router_fields(router: Router) -> RouterFields:
+    routing, correction = router.routing, router.correction
+    return RouterFields(
+        matrix=_matrix(router.linear),
+        routing=RoutingFields(
+            num_experts=routing.num_experts,
+            top_k=routing.top_k,
+            scoring=SCORINGS.index(routing.scoring),
+            is_normed=routing.is_normed,
+            num_groups=routing.num_groups,
+            top_groups=routing.top_groups,
+            scale=routing.scale,
+            correction=None if correction is None else correction.data_ptr(),
+        ),
+    )
+
+
+def _matrix(linear: Linear) -> MatrixFields:
+    assert isinstance(linear, NativeLinear), "the parts of a native half are native"
+    return linear.matrix.fields
