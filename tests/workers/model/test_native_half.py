@@ -209,7 +209,9 @@ def serve(
     generator = torch.Generator().manual_seed(2)
     states = [torch.randn(n, HIDDEN, generator=generator).to(dtype) for n in LENGTHS]
     cache = torch.zeros(2 * case.num_kv_heads, NUM_BLOCKS, BLOCK, case.head_dim, dtype=dtype)
-    config = RopeConfig(head_dim=case.head_dim, max_position_embeddings=64)
+    config = RopeConfig(
+        head_dim=case.head_dim, max_position_embeddings=64, original_max_position_embeddings=64
+    )
     rope = Rope(config, 64, dtype, CPU)
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in LENGTHS]
     for chunks in batches:

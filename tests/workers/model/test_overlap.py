@@ -95,7 +95,9 @@ def test_families_use_the_time_of_an_exchange(
         diaries.append(Diary(inner))
         return diaries[-1]
 
-    engine = LocalEngine(golden(variant).path, wrap=wrap, num_micro_batches=num_micro_batches)
+    engine = LocalEngine(
+        golden(variant).path, wrap=wrap, num_micro_batches=num_micro_batches, kernels="torch"
+    )
     num_layers = note_overlapped(engine, diaries[0])
     engine.generate([golden(variant).prompt(2)], SamplingParams(max_tokens=1))
     assert num_layers == len({bank.layer for bank in engine.banks})
