@@ -183,6 +183,7 @@ class _Loop:
 
 def measure(case: Case) -> dict[str, float]:
     """Microseconds of a step by part."""
+    torch.set_num_threads(1)  # what other threads compute would not be counted
     loop, clock = _Loop(case), _Clock()
     loop.follow(clock)
     best: dict[str, float] = {}
@@ -232,5 +233,4 @@ def section(quick: bool) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     sys.stdout.write(section(quick="--quick" in sys.argv[1:]) + "\n")
