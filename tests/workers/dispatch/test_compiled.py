@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -34,13 +35,14 @@ def weight(spec: BankSpec, expert: int, exchange: int, matrix: int) -> Tensor:
     """float32 [out, in], the same on every worker."""
     shape = spec.exchanges[exchange].matrix_shapes[matrix]
     seed = ((spec.index * 100 + expert) * 10 + exchange) * 10 + matrix
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.div(shape[1] ** 0.5)
 
 
 def compiled(spec: BankSpec, experts: Sequence[int], dtype: torch.dtype) -> ExpertBank:
     """A bank with these experts in its slots, and threads of its own."""
     own = Team(library(NAMES[0]), 2)
-    bank = ExpertBank(spec, len(experts), dtype, CPU, lambda *kind: make_kernel(*kind, team=own))
+    bank = ExpertBank(spec, len(experts), dtype, CPU, partial(make_kernel, team=own))
     for slot, expert in enumerate(experts):
         if expert != FREE_SLOT:
             for exchange, matrix, _ in spec.matrices:

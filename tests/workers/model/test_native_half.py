@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.workers.native.builds import NAMES, team
+from workers.kv.block_tables import BlockTables
 from workers.model.attention import (
     AttentionBatch,
     PrefillChunk,
@@ -93,7 +94,8 @@ def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> Half:
     generator = torch.Generator().manual_seed(1)
 
     def weight(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+        values: Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return values.to(dtype)
 
     def norm(*shape: int) -> Tensor:
         return (torch.rand(shape, generator=generator) + 0.5).to(dtype)
@@ -237,9 +239,13 @@ def make_batch(
     chunks: Sequence[Chunk], dtype: torch.dtype, recorder: Recorder | None
 ) -> AttentionBatch:
     places, slots, prefills, row = [], [], [], 0
-    tables = [array("i", TABLES[i]) for i, _, _ in chunks]
-    for (_, first, last), table in zip(chunks, tables, strict=True):
-        places.append((row, last - first, first, table.buffer_info()[0]))
+    tables = BlockTables(len(TABLES), max(map(len, TABLES)))
+    for seat, blocks_of_one in enumerate(TABLES):
+        tables.put(seat, 0, blocks_of_one)
+    for i, first, last in chunks:
+        table = TABLES[i]
+        (address,) = tables.addresses(np.array([i]))
+        places.append((row, last - first, first, int(address)))
         slots += [table[p // BLOCK] * BLOCK + p % BLOCK for p in range(first, last)]
         blocks = torch.tensor(table[: -(-last // BLOCK)])
         mask = chunk_mask(first, last - first, CPU)
@@ -252,7 +258,7 @@ def make_batch(
         workspaces=(Workspace(dtype, CPU),),
         compute_threads=ComputeThreads(),
         recorder=recorder,
-        chunks=RowChunks(torch.tensor(places), tables, max(last for _, _, last in chunks)),
+        chunks=RowChunks(torch.tensor(places), tables.array, max(last for _, _, last in chunks)),
     )
 
 
