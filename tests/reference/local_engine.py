@@ -26,7 +26,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, load_attention_model, resolve_dtype
-from workers.native.team import start_team
+from workers.native.team import start_kernels
 from workers.requests.inspection import Inspection, NamedArray
 from workers.requests.request import (
     FinishReason,
@@ -94,7 +94,7 @@ class LocalEngine:
                 "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
             )
         is_native = kernels == "auto" and place.type == "cpu" and not section.deterministic
-        team = start_team(num_threads or 1) if is_native else None
+        team = start_kernels(num_threads or 1).team if is_native else None
         model = load_attention_model(
             checkpoint, kind, place, max_model_len, compute_threads, section.deterministic, team
         )

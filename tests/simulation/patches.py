@@ -47,6 +47,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.file_stamp import FileStamp
+from workers.native.team import Kernels
 from workers.process.membership import Membership, Standing
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import PeerServer
@@ -85,7 +86,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.runtime", "identify", _identify),
     ("workers.process.runtime", "collapse_weights", lambda *args: None),
     ("workers.process.runtime", "ComputeThreads", SimpleNamespace(for_threads=ComputeThreads)),
-    ("workers.process.runtime", "start_team", lambda *args: None),
+    ("workers.process.runtime", "start_kernels", lambda *args: Kernels(None, "")),
     ("workers.process.runtime", "thread_cpu_clock", lambda: float),
     ("workers.process.runtime", "os", SimpleNamespace(getpid=_getpid)),
     ("workers.process.attention_runtime", "load_attention_model", lambda *args: ToyModel()),

@@ -34,6 +34,8 @@ _FLAGS = (
     "-Wall",
     "-Wextra",
 )
+_ZIG_TARGET = "x86_64-linux-gnu.2.17"
+"""Named, as zig's default is the processor that it runs on."""
 _ERROR_CHARACTERS = 400
 
 
@@ -81,7 +83,7 @@ def compilers(environ: Mapping[str, str] = os.environ) -> list[tuple[str, ...]]:
     found = [shutil.which(name, path=path) for name in ("cc", "gcc", "clang")]
     commands: list[tuple[str, ...]] = [(command,) for command in found if command]
     if importlib.util.find_spec("ziglang"):
-        commands.append((sys.executable, "-m", "ziglang", "cc"))
+        commands.append((sys.executable, "-m", "ziglang", "cc", "-target", _ZIG_TARGET))
     return commands
 
 

@@ -23,6 +23,8 @@ _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "team_new": (_POINTER, (_INT, _INT)),
     "team_free": (None, (_POINTER,)),
+    "team_claim": (_INT, (_POINTER,)),
+    "team_release": (None, (_POINTER,)),
     "experts_compute": (_INT, (_POINTER, _POINTER)),
     "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from dataclasses import dataclass
 
-from workers.native.library import Library, find_library
+from workers.native.library import Found, Library, find_library
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,18 @@ class Team:
         weakref.finalize(self, functions.team_free, self.pointer).atexit = False
 
 
-def start_team(count: int) -> Team | None:
-    """A team with the best kernels of this machine; None, with a line in the log, where torch has
-    to compute."""
-    found = find_library()
-    logger.info("kernels: %s, %d threads", found.words, count)
-    return Team(found.library, count) if found.library else None
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What a worker computes with."""
+
+    team: Team | None
+    """None: torch."""
+    words: str
+    """The instruction set, and why not a better one, or why torch; for people."""
+
+
+def start_kernels(num_threads: int, why_torch: str = "") -> Kernels:
+    """A team with the best kernels of this machine, where ``why_torch`` has nothing against it."""
+    found = Found(None, why_torch) if why_torch else find_library()
+    logger.info("kernels: %s", found.words)
+    return Kernels(Team(found.library, num_threads) if found.library else None, found.words)

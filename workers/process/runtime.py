@@ -45,7 +45,7 @@ from workers.metrics.step_trace import StepTrace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
-from workers.native.team import start_team
+from workers.native.team import start_kernels
 from workers.process.control_client import ControlClient
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.expert_part import BanksOf, ExpertPart
@@ -198,7 +198,7 @@ class WorkerRuntime(ABC):
         self.activity.cpu_s = thread_cpu_clock()
         try:
             self.compute_threads = ComputeThreads.for_threads(self.args.threads)
-            self.team = start_team(self.args.threads) if self.args.may_use_kernels else None
+            self.kernels = start_kernels(self.args.threads, self.args.why_torch)
             self._open()
             info = self._load()
             device = self.args.device.type
@@ -247,7 +247,7 @@ class WorkerRuntime(ABC):
             self.member = replace(self.member, weights_address=self._weights.address)
         self.member = self._announce()
         info = {"threads": self.args.threads, "device": str(self.args.device)}
-        info["host"] = socket.gethostname()
+        info |= {"host": socket.gethostname(), "kernels": self.kernels.words}
         self.control.send(Register(member=self.member, build=me.build, info=info))
 
     def _peer_server(self, what: str, key_bytes: int) -> PeerServer:
@@ -332,10 +332,10 @@ class WorkerRuntime(ABC):
         return StepTimer(*self._timing_sinks)
 
     def _expert_slots(self) -> ExpertSlots:
-        args, threads = self.args, self.compute_threads
+        args, threads, team = self.args, self.compute_threads, self.kernels.team
         is_exact = self.config.engine.deterministic
         return ExpertSlots(
-            self.family.banks, args.num_slots, self.dtype, args.device, threads, is_exact, self.team
+            self.family.banks, args.num_slots, self.dtype, args.device, threads, is_exact, team
         )
 
     def _die(self, reason: str) -> None:

@@ -56,10 +56,13 @@ class WorkerArgs:
         )
 
     @property
-    def may_use_kernels(self) -> bool:
-        """Whether the compiled kernels may compute, where this machine has some."""
-        workers, engine = self.config.workers, self.config.engine
-        return workers.kernels == "auto" and workers.device != "cuda" and not engine.deterministic
+    def why_torch(self) -> str:
+        """Why the compiled kernels must not compute; empty where they may."""
+        if self.config.workers.kernels == "torch":
+            return "as configured"
+        if self.config.workers.device == "cuda":
+            return "on CUDA"
+        return "deterministic" if self.config.engine.deterministic else ""
 
     @property
     def device(self) -> torch.device:

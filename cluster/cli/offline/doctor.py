@@ -101,6 +101,14 @@ def examine_cpu() -> Finding:
     return _finding("cpu", cores >= 2, text, otherwise="warn")
 
 
+def examine_kernels() -> Finding:
+    """Builds them where they are not built yet, as a worker would."""
+    from workers.native.library import find_library
+
+    found = find_library()
+    return _finding("kernels", found.library is not None and not found.reason, found.words, "warn")
+
+
 def examine_memory() -> Finding:
     import psutil
 
@@ -166,6 +174,7 @@ EXAMINATIONS: tuple[Callable[[], Finding], ...] = (
     examine_packages,
     examine_model,
     examine_cpu,
+    examine_kernels,
     examine_memory,
     examine_shm,
     examine_ports,

@@ -182,6 +182,7 @@ class WorkerRecord:
             "state": shown.value,
             "device": self.info.get("device"),
             "threads": self.info.get("threads"),
+            "kernels": self.info.get("kernels"),
             "reason": self.reason,
             "engine_address": self.member.engine_address,
             "loaded_bytes": self.loaded_bytes,

@@ -1,0 +1,73 @@
+"""Starts of the kernels' threads."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.workers.native.builds import NAMES, library
+from workers.native import team as team_module
+from workers.native.experts import ExpertShape, SlotTable, expert_pairs
+from workers.native.library import Found
+from workers.native.panels import pack
+from workers.native.team import Team, start_kernels
+
+
+def native_threads() -> int:
+    """Threads of this process that Python did not start."""
+    return len(list(Path("/proc/self/task").iterdir())) - threading.active_count()
+
+
+def compute(team: Team) -> torch.Tensor:
+    shape = ExpertShape(512, 0, 512, torch.float32)
+    table = SlotTable(shape, 1)
+    table.put(0, 0, pack(team.library, torch.eye(512)))
+    zeros = torch.zeros(3, dtype=torch.int64)
+    return expert_pairs(team, table, torch.arange(512.0).view(1, 512), zeros, zeros)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_live_as_long_as_their_team(name: str) -> None:
+    library(name)
+    before = native_threads()
+    team = Team(library(name), 4)
+    assert native_threads() == before + 3
+    assert torch.equal(compute(team), torch.arange(512.0).expand(3, 512))
+    del team
+    gc.collect()
+    assert native_threads() == before
+
+
+def test_sleeping_threads_are_woken() -> None:
+    team = Team(library(NAMES[0]), 3)
+    for _ in range(20):
+        time.sleep(0.002)  # longer than they spin
+        assert torch.equal(compute(team), torch.arange(512.0).expand(3, 512))
+
+
+def test_the_best_library_of_the_machine_is_started() -> None:
+    found = start_kernels(2)
+    assert found.team is not None
+    assert found.team.count == 2
+    assert found.words == f"native {NAMES[0]}"
+
+
+def test_torch_computes_where_something_is_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start_kernels(2, "as configured").words == "torch (as configured)"
+    assert start_kernels(2, "as configured").team is None
+    monkeypatch.setattr(team_module, "find_library", lambda: Found(None, "there is no C compiler"))
+    assert start_kernels(2).words == "torch (there is no C compiler)"
+
+
+def test_a_team_is_for_one_caller_at_a_time() -> None:
+    team = Team(library(NAMES[0]), 2)
+    library(NAMES[0]).functions.team_claim(team.pointer)
+    with pytest.raises(RuntimeError, match="another thread computes with the team"):
+        compute(team)
+    library(NAMES[0]).functions.team_release(team.pointer)
+    compute(team)
