@@ -12,11 +12,14 @@ import argparse
 import fcntl
 import hashlib
 import json
+import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -34,7 +37,9 @@ INDEX_TIMEOUT_S = 3.0
 PACKAGES_MB = {"run": 160, "test": 240, "clients": 330}
 TORCH_CPU_MB = 190
 TORCH_CUDA_MB = 2720
+ZIG_MB = 100
 LOG_LINES_ON_FAILURE = 15
+LOG_CHARACTERS = 400
 
 
 class SetupError(Exception):
@@ -226,6 +231,24 @@ def install(extra: str, venv: Path, index: str) -> None:
         run_pip(
             pip, ["--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv
         )
+        build_kernels(pip, venv)
+
+
+def build_kernels(pip: Sequence[str], venv: Path) -> None:
+    """Build the CPU kernels. Where no C compiler can, zig's is there until they are built."""
+    build = [pip[0], "-m", "workers.native"]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0 and sys.platform == "linux" and platform.machine() == "x86_64":
+        say(f"no working C compiler: taking zig's for the kernels, about {ZIG_MB} MB")
+        with tempfile.TemporaryDirectory(dir=venv) as folder:
+            wanted = ["--constraint", str(ROOT / "constraints.txt"), "ziglang"]
+            try:
+                run_pip(pip, ["--quiet", "--no-deps", "--target", folder, *wanted], venv)
+            except SetupError as err:
+                say(str(err))  # torch computes
+            there = {**os.environ, "PYTHONPATH": folder, "ZIG_GLOBAL_CACHE_DIR": f"{folder}/cache"}
+            done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, env=there)
+    say(f"kernels: {done.stdout.strip() or done.stderr.strip()[-LOG_CHARACTERS:]}")
 
 
 def install_npm(folder: Path) -> None:

@@ -166,6 +166,45 @@ def test_a_failed_installation_shows_the_log_and_leaves_no_stamp(
     assert "downloading about" in capsys.readouterr().err
 
 
+def build_python(folder: Path, body: str) -> Path:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_kernels_are_built_by_the_compiler_of_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = build_python(tmp_path, "echo native avx2")
+    setup.build_kernels([str(python), "-m", "pip"], tmp_path)
+    assert capsys.readouterr().err == "expertmesh setup: kernels: native avx2\n"
+
+
+def test_without_a_compiler_another_one_is_there_for_the_build_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
+    venv = tmp_path / "venv"
+    venv.mkdir()
+    python = build_python(
+        tmp_path,
+        f"""
+        if [ "$2" = pip ]; then
+            while [ "$1" != --target ]; do shift; done; touch "$2/compiler"; exit 0
+        fi
+        [ -e "$PYTHONPATH/compiler" ] && {{ echo native avx512; exit 0; }}
+        echo "torch (no compiler)"; exit 1
+        """,
+    )
+    setup.build_kernels([str(python), "-m", "pip"], venv)
+    assert "kernels: native avx512\n" in capsys.readouterr().err
+    assert [path.name for path in venv.iterdir()] == ["setup.log"]
+    build_python(tmp_path, 'echo "torch (no compiler)"; exit 1')
+    setup.build_kernels([str(python), "-m", "pip"], venv)
+    assert capsys.readouterr().err.endswith("expertmesh setup: kernels: torch (no compiler)\n")
+
+
 def fake_npm(folder: Path, status: int) -> None:
     path = folder / "npm"
     path.write_text(f"#!/bin/sh\necho no such package >&2\nexit {status}\n")

@@ -1,0 +1,21 @@
+"""``python -m workers.native``: build the kernels for this machine, and say which compute.
+
+``make setup`` runs it. The exit status is 1 where torch has to compute.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from workers.native.library import find_library
+
+
+def main() -> int:
+    """Entry point; the exit status."""
+    found = find_library()
+    sys.stdout.write(f"{found.words}\n")
+    return 0 if found.library is not None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
