@@ -186,7 +186,7 @@ class AttentionHalf:
             heads[:, shape.num_heads :],
             values.view(len(rows), -1, shape.head_dim),
             cache,
-            context.attention if shape.window is None else context.windows[shape.window],
+            context.within(shape.window),
         )
 
     def _normed(self, rows: Tensor) -> Tensor:

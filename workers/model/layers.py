@@ -209,6 +209,10 @@ class LayerContext:
     native: BatchFields | None
     """The same for native kernels; None: torch computes."""
 
+    def within(self, window: int | None) -> AttentionBatch:
+        """``attention`` of a layer whose rows attend to ``window`` positions; None: to all."""
+        return self.attention if window is None else self.windows[window]
+
 
 class Layer(Protocol):
     """One decoder layer of a family."""

@@ -107,8 +107,7 @@ class NativeHalf:
         rows = RowsFields(cache=cache.data_ptr())
         queries = self._queries(rows, len(hidden))
         output = self._leave(hidden, rows, ENTER | ATTEND | LEAVE, context)
-        if context.attention.recorder is not None:
-            context.attention.recorder.attending(queries, cache, context.attention)
+        self._report(queries, cache, context)
         return output
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
@@ -128,8 +127,7 @@ class NativeHalf:
         )
         queries = self._queries(fields, len(rows))
         self._run(context, fields, ATTEND)
-        if context.attention.recorder is not None:
-            context.attention.recorder.attending(queries, cache, context.attention)
+        self._report(queries, cache, context)
         return attended
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
@@ -171,6 +169,11 @@ class NativeHalf:
         if context.attention.recorder is not None:
             context.attention.recorder.router(routing.bank, logits, ids, weights)
         return Routes(routing.bank, ids, weights)
+
+    def _report(self, queries: Tensor, cache: Tensor, context: LayerContext) -> None:
+        """Let the recorder make attention maps, beside the kernel's result."""
+        if (recorder := context.attention.recorder) is not None:
+            recorder.attending(queries, cache, context.within(self._half.shape.window))
 
     def _queries(self, rows: RowsFields, count: int) -> Tensor:
         """Memory for the rotated queries [count, A, D]."""

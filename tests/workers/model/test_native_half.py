@@ -19,6 +19,7 @@ from workers.model.attention import (
     RowChunks,
     Workspace,
     attend,
+    attention_map,
     chunk_mask,
 )
 from workers.model.building_blocks import BuildingBlocks
@@ -94,8 +95,8 @@ def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> Half:
     generator = torch.Generator().manual_seed(1)
 
     def weight(*shape: int) -> Tensor:
-        values: Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-        return values.to(dtype)
+        values = torch.randn(shape, generator=generator)
+        return values.mul_(shape[-1] ** -0.5).to(dtype)
 
     def norm(*shape: int) -> Tensor:
         return (torch.rand(shape, generator=generator) + 0.5).to(dtype)
@@ -163,6 +164,7 @@ class Notes:
 
     logits: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
+    maps: list[Tensor] = field(default_factory=list)
 
     def hidden(self, state: Tensor) -> None:
         raise AssertionError("a half has no hidden states")
@@ -173,6 +175,7 @@ class Notes:
 
     def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
         self.queries.append(queries.float())
+        self.maps += [attention_map(queries, cache, chunk) for chunk in batch.prefills]
 
 
 Chunk = tuple[int, int, int]
@@ -279,10 +282,9 @@ def test_float32_is_near_torch(name: str, case: Case) -> None:
         for tensor, wanted in zip(own, other, strict=True):
             assert tensor.dtype == wanted.dtype
             assert torch.allclose(tensor.double(), wanted.double(), rtol=0, atol=2e-5)
-    for queries, wanted in zip(ours.queries, theirs.queries, strict=True):
-        assert (queries - wanted).abs().max() < 2e-5
-    for logits, wanted in zip(ours.logits, theirs.logits, strict=True):
-        assert (logits - wanted).abs().max() < 2e-5
+    for seen in ("queries", "logits", "maps"):
+        for noted, wanted in zip(getattr(ours, seen), getattr(theirs, seen), strict=True):
+            assert (noted - wanted).abs().max() < 2e-5, seen
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
