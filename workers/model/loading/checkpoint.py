@@ -200,7 +200,7 @@ def load_attention_model(
     family = checkpoint.family
     checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
     try:
-        if team is not None:
+        if team is not None and device.type == "cpu":
             blocks: BuildingBlocks = NativeBlocks(team)
         elif deterministic:
             blocks = RowInvariantBlocks(device)

@@ -92,9 +92,14 @@ ALWAYS void make_scores(const struct attention *a, const struct unit *unit,
     float buffer[KEYS][s->width];
     const float *keys[KEYS];
     if (!is_direct) memset(buffer, 0, sizeof buffer);
+    int64_t at = 0;
+    int left = 0;  // positions from the next one on in its block
     for (int p = unit->begin; p < unit->end; p += KEYS) {
         for (int j = 0; j < KEYS; j++) {
-            int64_t at = place(a, unit, 0, min_int(p + j, unit->end - 1));
+            if (p + j < unit->end) {  // else the last key again
+                at = left ? at + dim : place(a, unit, 0, p + j);
+                left = (left ? left : a->block_size - (p + j) % a->block_size) - 1;
+            }
             keys[j] = is_direct ? (const float *)a->cache + at : buffer[j];
             if (!is_direct) {
                 const char *key = (const char *)a->cache + at * (int64_t)dtype_bytes(dtype);
@@ -137,17 +142,20 @@ ALWAYS void add_columns(const struct attention *a, const struct unit *unit, cons
         UNROLL
         for (int c = 0; c < columns; c++)
             sums[q][c] = v_load(outputs + (int64_t)q * s->width + c * LANES);
-    for (int p = first; p < last; p++) {
+    for (int p = first; p < last;) {
         int64_t at = place(a, unit, 1, p) + column;
-        vec values[COLUMNS];
-        UNROLL
-        for (int c = 0; c < columns; c++) values[c] = load_at(a->cache, at + c * LANES, dtype);
-        UNROLL
-        for (int q = 0; q < count; q++) {
-            vec weight = v_set(weights[(int64_t)q * s->stride + p]);
+        int stop = min_int(last, p - p % a->block_size + a->block_size);
+        for (; p < stop; p++, at += a->head_dim) {
+            vec values[COLUMNS];
             UNROLL
-            for (int c = 0; c < columns; c++)
-                sums[q][c] = v_fma(weight, values[c], sums[q][c]);
+            for (int c = 0; c < columns; c++) values[c] = load_at(a->cache, at + c * LANES, dtype);
+            UNROLL
+            for (int q = 0; q < count; q++) {
+                vec weight = v_set(weights[(int64_t)q * s->stride + p]);
+                UNROLL
+                for (int c = 0; c < columns; c++)
+                    sums[q][c] = v_fma(weight, values[c], sums[q][c]);
+            }
         }
     }
     UNROLL

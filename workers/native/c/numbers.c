@@ -13,18 +13,20 @@ float numbers_softmax(float *scores, int64_t count) {
     for (; i < count; i++) most = scores[i] > most ? scores[i] : most;
     vec total[PARTS];
     for (int part = 0; part < PARTS; part++) total[part] = v_set(0.0f);
-    for (i = 0; i < count; i += WIDE) {
-        int64_t left = count - i < WIDE ? count - i : WIDE;
-        memset(block, 0, sizeof block);
-        memcpy(block, scores + i, (size_t)left * sizeof *block);
+    for (i = 0; i + WIDE <= count; i += WIDE)
         for (int part = 0; part < PARTS; part++) {
-            vec x = v_sub(v_load(block + part * LANES), v_set(most));
-            v_store(block + part * LANES, v_exp(x));
+            float *at = scores + i + part * LANES;
+            vec x = v_exp(v_sub(v_load(at), v_set(most)));
+            v_store(at, x);
+            total[part] = v_add(total[part], x);
         }
-        for (int64_t l = left; l < WIDE; l++) block[l] = 0.0f;
-        for (int part = 0; part < PARTS; part++)
-            total[part] = v_add(total[part], v_load(block + part * LANES));
-        memcpy(scores + i, block, (size_t)left * sizeof *block);
+    memset(block, 0, sizeof block);
+    for (int64_t l = i; l < count; l += LANES) {
+        vec x = v_exp(v_sub(load_some(scores, l, count - l, FLOAT32), v_set(most)));
+        store_some(block, l - i, x, count - l, FLOAT32);  // zeros stay beyond the last score
     }
+    memcpy(scores + i, block, (size_t)(count - i) * sizeof *block);
+    for (int part = 0; part < PARTS; part++)
+        total[part] = v_add(total[part], v_load(block + part * LANES));
     return wide_sum(total);
 }
