@@ -119,11 +119,12 @@ def start_vllm(
     command = [
         *(str(folder / "bin" / "vllm"), "serve", str(checkpoint), "--dtype", dtype),
         *("--host", HOST, "--port", str(port), "--served-model-name", "model"),
-        *("--max-model-len", str(tokens), "--no-enable-log-requests"),
+        *("--max-model-len", str(tokens)),
     ]
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     settings = {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all of them; it reserves some
+        "OMP_NUM_THREADS": str(len(cores)),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; by default half of the memory
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the section."""
     args = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGTERM, _terminate)
+    handler = signal.signal(signal.SIGTERM, _terminate)
     before = os.sched_getaffinity(0)
     cores = sorted(before)[: args.cores]
     os.sched_setaffinity(0, cores)  # the systems inherit it
@@ -159,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = measure(args, model, cores)
     finally:
         os.sched_setaffinity(0, before)
+        signal.signal(signal.SIGTERM, handler)
     command = " ".join(["python -m benchmarks.peers", *(arguments or sys.argv[1:])])
     section = report(args, model, len(cores), found)
     sys.stdout.write(f"{section}\n\n{results.machine(command)}\n")
@@ -175,13 +176,13 @@ def measure(args: argparse.Namespace, model: RandomModel, cores: Sequence[int]) 
         running: dict[Row, Measured] = {}
         for row, start in _starts(args, model, checkpoint, cores, found).items():
             logger.info("starting %s, %s", row.system, row.dtype)
-            system = start()
-            stack.callback(system.close)
             try:
+                system = start()
+                stack.callback(system.close)
                 system.wait_loaded()
                 for batch in args.batch:
                     system.generate(_prompts(args, batch, 0), min(_WARM_UP_TOKENS, args.output_len))
-            except RuntimeError as err:
+            except (OSError, RuntimeError) as err:
                 found.absent[f"{row.system}, {row.dtype}"] = str(err)
                 continue
             running[row] = system

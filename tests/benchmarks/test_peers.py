@@ -210,11 +210,13 @@ def test_ours_are_measured_over_http(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     before = os.sched_getaffinity(0)
-    size = ["--batch", "2", "--input-len", "5", "--output-len", "3", "--repeats", "1"]
-    assert peers.main(["--tiny", "--dtype", "float32", *size]) == 0
+    size = ["--batch", "1", "--input-len", "5", "--output-len", "32", "--repeats", "1"]
+    wrong = ["--transformers", str(tmp_path)]
+    assert peers.main(["--tiny", "--dtype", "float32", *size, *wrong]) == 0
     lines = capsys.readouterr().out.splitlines()
     for system in peers.LAYOUTS:
         (row,) = [line for line in lines if line.startswith(f"| {system}, float32 |")]
         assert all(float(cell) > 0 for cell in row.strip("| ").split(" | ")[1:])
     assert any("vLLM: not measured, no --vllm FOLDER" in line for line in lines)
+    assert any("transformers, float32: not measured, [Errno 2]" in line for line in lines)
     assert os.sched_getaffinity(0) == before
