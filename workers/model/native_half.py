@@ -24,7 +24,7 @@ from workers.model.half import (
 )
 from workers.model.layers import Embedding, LayerContext, Linear
 from workers.model.rope import Rope, RopeConfig
-from workers.model.routing import Router, Routes
+from workers.model.routing import Router, Routes, Routing
 from workers.native.half import (
     ATTEND,
     ENTER,
@@ -219,19 +219,22 @@ def _half_fields(half: AttentionHalf) -> HalfFields:
 
 
 def _router_fields(router: Router) -> RouterFields:
-    routing, correction = router.routing, router.correction
     return RouterFields(
-        matrix=_matrix(router.linear),
-        routing=RoutingFields(
-            num_experts=routing.num_experts,
-            top_k=routing.top_k,
-            scoring=SCORINGS.index(routing.scoring),
-            is_normed=routing.is_normed,
-            num_groups=routing.num_groups,
-            top_groups=routing.top_groups,
-            scale=routing.scale,
-            correction=None if correction is None else correction.data_ptr(),
-        ),
+        matrix=_matrix(router.linear), routing=routing_fields(router.routing, router.correction)
+    )
+
+
+def routing_fields(routing: Routing, correction: Tensor | None) -> RoutingFields:
+    """The description of a router's choice in C; ``correction`` must outlive it."""
+    return RoutingFields(
+        num_experts=routing.num_experts,
+        top_k=routing.top_k,
+        scoring=SCORINGS.index(routing.scoring),
+        is_normed=routing.is_normed,
+        num_groups=routing.num_groups,
+        top_groups=routing.top_groups,
+        scale=routing.scale,
+        correction=None if correction is None else correction.data_ptr(),
     )
 
 

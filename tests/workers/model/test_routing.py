@@ -2,33 +2,67 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from tests.workers.native.builds import NAMES, library
 from workers.model.layers import Linear
-from workers.model.routing import Router, Routing
+from workers.model.native_half import routing_fields
+from workers.model.routing import Router, Routing, Scoring
 
 GAP = 1e-4
 """Scores nearer to each other than this may come in any order."""
 LOGITS = st.floats(-6, 6, width=32)
 
 
-def chosen(routing: Routing, logits: list[float], correction: list[float]) -> dict[int, float]:
-    """Weight by expert; the router's matrix is the identity, so that a row is its logits."""
-    router = Router(
-        routing=routing,
-        linear=Linear(torch.eye(len(logits))),
-        correction=torch.tensor(correction) if correction else None,
-    )
+Choose = Callable[[Routing, list[float], Tensor | None], tuple[Tensor, Tensor]]
+"""The routing of one row of logits -> ids and weights [1, k]."""
+
+
+def by_torch(
+    routing: Routing, logits: list[float], correction: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The router's matrix is the identity, so that a row is its logits."""
+    router = Router(routing=routing, linear=Linear(torch.eye(len(logits))), correction=correction)
     routes = router.route(torch.tensor([logits, logits[::-1]]), None)
-    ids, weights = routes.topk_ids, routes.topk_weights
-    assert ids.shape == weights.shape == (2, routing.top_k)
-    assert len(set(ids[0].tolist())) == routing.top_k, "an expert was chosen twice"
-    return dict(zip(ids[0].tolist(), weights[0].tolist(), strict=True))
+    assert routes.topk_ids.shape == routes.topk_weights.shape == (2, routing.top_k)
+    return routes.topk_ids[0], routes.topk_weights[0]
+
+
+def by_kernel(
+    routing: Routing, logits: list[float], correction: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same bits on all instruction sets."""
+    found: list[tuple[Tensor, Tensor]] = []
+    fields = routing_fields(routing, correction)
+    for name in NAMES:
+        ids, weights = torch.full((routing.top_k,), -1), torch.full((routing.top_k,), -1.0)
+        tensors = (torch.tensor(logits), ids, weights, torch.empty(3 * len(logits)))
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        library(name).functions.routing_choose(ctypes.byref(fields), *pointers)
+        found.append((ids, weights))
+        assert torch.equal(ids, found[0][0])
+        assert torch.equal(weights.nan_to_num(-2.0), found[0][1].nan_to_num(-2.0))
+    return found[0]
+
+
+WAYS = pytest.mark.parametrize("choose", [by_torch, by_kernel], ids=["torch", "kernel"])
+
+
+def chosen(
+    choose: Choose, routing: Routing, logits: list[float], correction: list[float]
+) -> dict[int, float]:
+    """Weight by expert."""
+    ids, weights = choose(routing, logits, torch.tensor(correction) if correction else None)
+    assert len(set(ids.tolist())) == routing.top_k, "an expert was chosen twice"
+    return dict(zip(ids.tolist(), weights.tolist(), strict=True))
 
 
 def best(scores: list[float], count: int) -> list[int]:
@@ -43,9 +77,10 @@ def assert_weights(got: dict[int, float], want: dict[int, float]) -> None:
     assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 
+@WAYS
 @given(data=st.data(), num_experts=st.integers(1, 24), is_normed=st.booleans())
 def test_softmax_takes_the_best_of_all_probabilities(
-    data: st.DataObject, num_experts: int, is_normed: bool
+    choose: Choose, data: st.DataObject, num_experts: int, is_normed: bool
 ) -> None:
     logits = data.draw(st.lists(LOGITS, min_size=num_experts, max_size=num_experts))
     top_k = data.draw(st.integers(1, num_experts))
@@ -56,19 +91,25 @@ def test_softmax_takes_the_best_of_all_probabilities(
     routing = Routing(
         bank=0, num_experts=num_experts, top_k=top_k, scoring="softmax", is_normed=is_normed
     )
-    assert_weights(chosen(routing, logits, []), {i: probabilities[i] / scale for i in ids})
+    assert_weights(chosen(choose, routing, logits, []), {i: probabilities[i] / scale for i in ids})
 
 
+@WAYS
 @given(data=st.data(), num_experts=st.integers(1, 16))
-def test_softmax_of_best_weighs_the_chosen_alone(data: st.DataObject, num_experts: int) -> None:
+def test_softmax_of_best_weighs_the_chosen_alone(
+    choose: Choose, data: st.DataObject, num_experts: int
+) -> None:
     logits = data.draw(st.lists(LOGITS, min_size=num_experts, max_size=num_experts))
     top_k = data.draw(st.integers(1, num_experts))
     ids = best(logits, top_k)
     total = sum(math.exp(logits[i]) for i in ids)
     routing = Routing(bank=0, num_experts=num_experts, top_k=top_k, scoring="softmax_of_best")
-    assert_weights(chosen(routing, logits, []), {i: math.exp(logits[i]) / total for i in ids})
+    assert_weights(
+        chosen(choose, routing, logits, []), {i: math.exp(logits[i]) / total for i in ids}
+    )
 
 
+@WAYS
 @given(
     data=st.data(),
     num_groups=st.integers(1, 6),
@@ -78,6 +119,7 @@ def test_softmax_of_best_weighs_the_chosen_alone(data: st.DataObject, num_expert
     shift=st.sampled_from([0.0, -2.0]),
 )
 def test_sigmoid_chooses_within_its_best_groups(
+    choose: Choose,
     data: st.DataObject,
     num_groups: int,
     group_size: int,
@@ -110,4 +152,18 @@ def test_sigmoid_chooses_within_its_best_groups(
         num_groups=num_groups,
         top_groups=top_groups,
     )
-    assert_weights(chosen(routing, logits, biases), {i: scores[i] / total * scale for i in ids})
+    assert_weights(
+        chosen(choose, routing, logits, biases), {i: scores[i] / total * scale for i in ids}
+    )
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "softmax_of_best", "sigmoid"])
+def test_logits_that_are_no_numbers_choose_valid_experts(scoring: Scoring) -> None:
+    """The weights are no numbers, which fails the request; the ids must not break the exchange."""
+    routing = Routing(bank=0, num_experts=6, top_k=4, scoring=scoring, num_groups=3, top_groups=2)
+    for logits in ([math.nan] * 6, [1.0, math.nan, 2.0, math.inf, -math.inf, math.nan]):
+        ids, weights = by_kernel(routing, logits, None)
+        assert len(set(ids.tolist())) == 4
+        assert ids.min() >= 0
+        assert ids.max() < 6
+        assert weights.isnan().any()
