@@ -189,11 +189,11 @@ def test_without_a_compiler_another_one_is_there_for_the_build_alone(
     venv.mkdir()
     python = build_python(
         tmp_path,
-        f"""
+        """
         if [ "$2" = pip ]; then
             while [ "$1" != --target ]; do shift; done; touch "$2/compiler"; exit 0
         fi
-        [ -e "$PYTHONPATH/compiler" ] && {{ echo native avx512; exit 0; }}
+        [ -e "$PYTHONPATH/compiler" ] && { echo native avx512; exit 0; }
         echo "torch (no compiler)"; exit 1
         """,
     )

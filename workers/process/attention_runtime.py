@@ -91,7 +91,7 @@ class AttentionRuntime(WorkerRuntime):
             model_len,
             self.compute_threads,
             self.config.engine.deterministic,
-            self.team,
+            self.kernels.team,
         )
         self._timer = self._new_timer()
         self._dispatcher = self._open_dispatcher()
