@@ -120,8 +120,6 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "values > 0": "a logit of 0 stays 0",
     },
     "workers/sampling/sampler.py": {
-        'logits.device.type != "cpu"': "speed: numpy finds the same token",
-        "return logits.argmax(-1)": "for other devices",
         "p.top_k > 0": "speed: a row without limits keeps all tokens",
         "p.top_p < 1": "speed: a row without limits keeps all tokens",
         "top_p >= 1": "speed: all tokens together have a share of 1",

@@ -34,6 +34,7 @@ def compute(team: Team) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_live_as_long_as_their_team(name: str) -> None:
     library(name)
+    gc.collect()  # teams of other tests
     before = native_threads()
     team = Team(library(name), 4)
     assert native_threads() == before + 3
