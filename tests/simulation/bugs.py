@@ -6,7 +6,7 @@ python -m tests.simulation --bug early_run --seed 0 --num 20
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -180,10 +180,15 @@ def _early_switch() -> Iterator[None]:
         yield
 
 
-def _short_names() -> AbstractContextManager[object]:
+@contextmanager
+def _short_names() -> Iterator[None]:
     """A cached block is named by its first token and what stands before it."""
     real = chain_hash
-    return mock.patch.object(prefix_cache, "chain_hash", lambda p, ids: real(p, ids[:1]))
+    with ExitStack() as held:
+        for module in (block_hash, prefix_cache):
+            short = mock.patch.object(module, "chain_hash", lambda p, ids: real(p, ids[:1]))
+            held.enter_context(short)
+        yield
 
 
 def _no_retry() -> AbstractContextManager[object]:

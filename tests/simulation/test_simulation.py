@@ -27,11 +27,11 @@ FOUND_AT = {
     "no_resubmission": 1,
     "no_retry": 0,
     "one_tenant": 0,
-    "other_build": 7,
+    "other_build": 19,
     "overtaken_order": 10,
     "short_names": 0,
     "stale_end": 1,
-    "torn_read": 5,
+    "torn_read": 20,
     "twice_told": 1,
 }
 """Planted bugs, and the first seed that finds each."""
