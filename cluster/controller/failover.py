@@ -148,9 +148,10 @@ class ReportCollector:
         fresh: Iterable[str] = (),
     ) -> None:
         """``expected`` were found; others that are ``known`` are not waited for. The wait ends at
-        ``limit_s``; for one that has ended after ``confirm_s``, for one that a peer reported after
-        five times that, as a call of it may be lost. ``fresh`` ones have never called a controller:
-        they had no generation, and nobody waits for them, as it may not have told them to start.
+        ``limit_s``; for a worker that has ended, after ``confirm_s``; for one that a peer reported,
+        after five times that: a call of it may be lost. ``fresh`` ones have never called any
+        controller: they had no generation, and may not have been told to start.
+        They are not waited for.
         """
         self._expected = set(expected)
         self._fresh = set(fresh)

@@ -72,7 +72,7 @@ class RoutedProjections:
 
 @dataclass(frozen=True, slots=True)
 class HalfOutput:
-    """What the half of a layer passes to the rest of it."""
+    """What an attention half passes to the rest of its layer."""
 
     hidden: Tensor
     """[T, H]: the residual stream after attention."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "c"
 BUILD_LIMIT_S = 120.0
-"""Limit of one compiler run; it takes 2 to 10 s on one core."""
+"""Limit of one compiler run."""
 _FLAGS = (
     "-std=c11",
     "-O3",

@@ -12,8 +12,8 @@ from workers.native.library import Found, Library, find_library
 logger = logging.getLogger(__name__)
 
 _SPINS = 2000
-"""Pauses that an idle thread spins before it sleeps: 30 to 100 microseconds. Waking a sleeping
-thread takes the caller about 5 microseconds, and the thread 50."""
+"""Pauses that an idle thread spins before it sleeps; to wake a sleeping one takes longer. The
+number is a guess."""
 _ERRORS = (
     "",
     "another thread computes with the team",
