@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.harness.clients import redis_server
-from tests.pretend_hosts.hosts import TIMEOUT_S, NodeHosts, address_of, wait_until, why_not
+from tests.pretend_hosts.hosts import TIMEOUT_S, NodeHosts, address_of, host_of, wait_until, why_not
 
 ROLES = {"h1": "gateway", "h2": "attention", "h3": "expert", "h4": "expert"}
 HEAD, GATEWAY, ATTENTION, SPARE = map(address_of, ("h0", "h1", "h2", "h4"))
@@ -108,7 +108,7 @@ def role_hosts(*options: str, roles: Mapping[str, str] = ROLES) -> Iterator[Role
     if reason := why_not():
         pytest.skip(reason)
     server = redis_server()
-    state = f"{GATEWAY}:{REDIS_PORT}" if server else ""
+    state = f"{ATTENTION}:{REDIS_PORT}" if server else ""  # faults cut others off from the head
     with tempfile.TemporaryDirectory(prefix="em", dir="/tmp") as folder:
         made = RoleHosts(Path(folder), options, state, roles)
         redis = None
@@ -117,7 +117,7 @@ def role_hosts(*options: str, roles: Mapping[str, str] = ROLES) -> Iterator[Role
             if server:
                 words = ["--port", str(REDIS_PORT), "--requirepass", REDIS_PASSWORD, "--save", ""]
                 log = Path(folder) / "redis.log"
-                redis = made.start("h1", server, *words, log=log)
+                redis = made.start(host_of(ATTENTION), server, *words, log=log)
             for host in made.names:
                 made.begin_node(host)
             made.up()
