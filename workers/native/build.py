@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "c"
-BUILD_LIMIT_S = 120.0
-"""Limit of one compiler run."""
+BUILD_LIMIT_S = 600.0
+"""Limit of one compiler run: a minute of work on a machine that does much else."""
 _FLAGS = (
     "-std=c11",
     "-O3",
@@ -34,8 +34,9 @@ _FLAGS = (
     "-Wall",
     "-Wextra",
 )
-_ZIG_TARGET = "x86_64-linux-gnu.2.17"
-"""Named, as zig's default is the processor that it runs on."""
+ZIG_ARGUMENTS = ("cc", "-target", "x86_64-linux-gnu.2.17")
+"""The target is named, as zig's default is the processor and the libc of the host. Libraries for
+glibc 2.17 are loaded by every later one."""
 _ERROR_CHARACTERS = 400
 
 
@@ -83,18 +84,21 @@ def compilers(environ: Mapping[str, str] = os.environ) -> list[tuple[str, ...]]:
     found = [shutil.which(name, path=path) for name in ("cc", "gcc", "clang")]
     commands: list[tuple[str, ...]] = [(command,) for command in found if command]
     if importlib.util.find_spec("ziglang"):
-        commands.append((sys.executable, "-m", "ziglang", "cc", "-target", _ZIG_TARGET))
+        commands.append((sys.executable, "-m", "ziglang", *ZIG_ARGUMENTS))
     return commands
 
 
 def library_path(
-    wanted: InstructionSet, folder: Path, environ: Mapping[str, str] = os.environ
+    wanted: InstructionSet,
+    folder: Path,
+    environ: Mapping[str, str] = os.environ,
+    sources: Path = SOURCES,
 ) -> Path:
     """The file of a library: its name has a digest of the sources, the flags and ``$CC``."""
     digest = hashlib.sha256()
     for part in (*_FLAGS, *wanted.compiler_flags, environ.get("CC", "")):
         digest.update(part.encode() + b"\0")
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(sources.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return folder / f"{wanted.name}-{digest.hexdigest()[:16]}.so"
 
@@ -104,13 +108,15 @@ def build(
     folder: Path,
     environ: Mapping[str, str] = os.environ,
     commands: Iterable[tuple[str, ...]] | None = None,
+    sources: Path = SOURCES,
 ) -> Path:
     """The library of an instruction set, from the cache or made by the first compiler that can.
 
-    ``commands`` are ``compilers(environ)`` by default. Raises ``BuildError``; ``OSError`` where the
+    ``commands`` are ``compilers(environ)`` by default, ``sources`` the folder with the files in C.
+    Raises ``BuildError``; ``OSError`` where the
     folder cannot be written.
     """
-    target = library_path(wanted, folder, environ)
+    target = library_path(wanted, folder, environ, sources)
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -119,7 +125,7 @@ def build(
         handle, name = tempfile.mkstemp(dir=folder, prefix=f".{wanted.name}-", suffix=".so")
         os.close(handle)
         try:
-            error = _compile(command, wanted, Path(name))
+            error = _compile(command, wanted, Path(name), sources)
             if error is None:
                 os.replace(name, target)
                 return target
@@ -129,10 +135,12 @@ def build(
     raise BuildError("; ".join(errors) or "there is no C compiler")
 
 
-def _compile(command: tuple[str, ...], wanted: InstructionSet, output: Path) -> str | None:
+def _compile(
+    command: tuple[str, ...], wanted: InstructionSet, output: Path, sources: Path
+) -> str | None:
     """Run one compiler; returns what was wrong."""
-    sources = [str(source) for source in sorted(SOURCES.glob("*.c"))]
-    line = [*command, *_FLAGS, *wanted.compiler_flags, "-o", str(output), *sources]
+    files = [str(source) for source in sorted(sources.glob("*.c"))]
+    line = [*command, *_FLAGS, *wanted.compiler_flags, "-o", str(output), *files]
     try:
         done = subprocess.run(
             line, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False

@@ -30,8 +30,6 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
     "panels_pack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
     "panels_unpack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
-    "native_silu": (None, (_POINTER, _POINTER, _LONG)),
-    "native_to_bf16": (None, (_POINTER, _POINTER, _LONG)),
 }
 """Result and arguments of the functions in ``c/``. Calls release Python's lock."""
 

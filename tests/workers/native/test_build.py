@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from workers.native import build as build_module
 from workers.native.build import (
     INSTRUCTION_SETS,
+    SOURCES,
     BuildError,
     InstructionSet,
     build,
@@ -124,18 +124,17 @@ def test_a_library_is_built_once(tmp_path: Path) -> None:
 
 
 def test_changed_sources_flags_and_compiler_make_another_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     first = library_path(AVX2, tmp_path, ENVIRON)
     assert library_path(AVX2, tmp_path, {**ENVIRON, "CC": "clang"}) != first
     assert library_path(INSTRUCTION_SETS[0], tmp_path, ENVIRON) != first
     copied = tmp_path / "c"
-    shutil.copytree(build_module.SOURCES, copied)
-    monkeypatch.setattr(build_module, "SOURCES", copied)
-    assert library_path(AVX2, tmp_path, ENVIRON) == first
+    shutil.copytree(SOURCES, copied)
+    assert library_path(AVX2, tmp_path, ENVIRON, copied) == first
     with (copied / "team.c").open("a") as source:
         source.write("// changed\n")
-    assert library_path(AVX2, tmp_path, ENVIRON) != first
+    assert library_path(AVX2, tmp_path, ENVIRON, copied) != first
 
 
 def test_a_broken_file_is_built_again(tmp_path: Path) -> None:

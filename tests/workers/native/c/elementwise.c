@@ -1,10 +1,10 @@
-// The functions of one number, so that tests can compare them between builds and with torch.
+// The functions of one number in vector.h, for test_elementwise.py.
 #include <string.h>
 
 #include "vector.h"
 
 // silu(x) for `count` numbers.
-void native_silu(float *out, const float *x, long count) {
+void silu_of(float *out, const float *x, long count) {
     for (long i = 0; i < count; i += LANES) {
         float block[LANES] = {0};
         size_t num_bytes = (size_t)(count - i < LANES ? count - i : LANES) * sizeof *x;
@@ -15,7 +15,7 @@ void native_silu(float *out, const float *x, long count) {
 }
 
 // The nearest bfloat16 of `count` numbers.
-void native_to_bf16(uint16_t *out, const float *x, long count) {
+void bf16_of(uint16_t *out, const float *x, long count) {
     for (long i = 0; i < count; i += LANES) {
         float block[LANES] = {0};
         uint16_t rounded[LANES];
