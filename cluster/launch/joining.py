@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from cluster.actors.controller_client import CONTROLLER_NAME, ask_controller
@@ -28,7 +28,7 @@ GATEWAY = "gateway"
 _POLL_S = 0.2
 _ANSWER_LIMIT_S = 60.0
 _CALL_LIMIT_S = 10.0
-_SETTLE_S = 1.0
+_FREE_LIMIT_S = 10.0
 """Ray counts what ended actors held as free once its nodes have reported it, ten times a second."""
 
 
@@ -54,7 +54,7 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
 
     Raises ``ConfigError`` and ``StartError``.
     """
-    from cluster.actors.ray_tools import free_resources, our_actors
+    from cluster.actors.ray_tools import our_actors
 
     nodes = wait_nodes(plan.wait_nodes, plan.start_limit_s)
     gateways = tuple(n for n in nodes if n.place.role == GATEWAY)
@@ -73,7 +73,7 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     _check_ports(plan, is_here=not gateways)
     check_ray_token(plan, nodes, address)
-    free_cpus = free_resources().get("CPU", 0.0)
+    free_cpus = _free_cpus()
     plan = _resolve(plan, nodes, free_cpus)
     return dataclasses.replace(joined, plan=plan, free_cpus=free_cpus)
 
@@ -90,11 +90,32 @@ def wait_nodes(count: int, limit_s: float) -> tuple[NodeResources, ...]:
     return nodes
 
 
+def _free_cpus() -> float:
+    from cluster.actors.ray_tools import free_resources
+
+    return free_resources().get("CPU", 0.0)
+
+
+def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _free_cpus) -> None:
+    """Wait until Ray counts so many CPUs as free, and say so where it does not within the limit.
+
+    Other users of the Ray may have taken some meanwhile.
+    """
+    deadline = time.monotonic() + limit_s
+    while (free := count()) < wanted - 1e-3:  # sums of fractions
+        if time.monotonic() > deadline:
+            logger.warning("Ray has %g CPUs free, not %g, after %g s", free, wanted, limit_s)
+            return
+        time.sleep(_POLL_S)
+
+
 def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
     """What the running cluster was started with; None if its start failed.
 
     Raises ``ConfigError`` if that differs from the present request.
     """
+    from cluster.actors.ray_tools import reserved_cpus
+
     try:
         origin = ask_controller("origin", limit_s=_ANSWER_LIMIT_S)
         state = ask_controller("snapshot", limit_s=_ANSWER_LIMIT_S)["state"]
@@ -102,8 +123,9 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
         raise StartError("controller", f"runs and does not answer: {err}") from err
     if origin["config"] is None or state == "STOPPED":
         logger.info("ending what a start that failed has left")
+        wanted = _free_cpus() + reserved_cpus()
         end_leftovers()
-        time.sleep(_SETTLE_S)
+        wait_free_cpus(wanted, _FREE_LIMIT_S)
         return None
     differences = tell_differences(origin["asked"] or {}, plan.asked)
     if differences:
