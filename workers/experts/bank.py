@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import GroupedExperts
-from workers.experts.kernels_native import NativeExperts, can_compute
+from workers.experts.kernels_native import NativeExperts, what_is_missing
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.weighting import sum_of_pairs
@@ -54,7 +54,7 @@ def make_kernel(
     """The fastest kernel for experts of this kind and size; ``team``: of compiled kernels."""
     if device.type == "cuda":
         return GroupedExperts(exchange, dtype, device)
-    if team is not None and can_compute(exchange, dtype):
+    if team is not None and not what_is_missing(exchange, dtype):
         return NativeExperts(exchange, dtype, team)
     out, width = exchange.matrix_shapes[0]
     kernel = PackedExperts if out * width >= PACKED_MIN_ELEMENTS else PaddedExperts

@@ -15,10 +15,16 @@ from workers.native.panels import DTYPES, pack, unpack
 from workers.native.team import Team
 
 
-def can_compute(exchange: ExchangeSpec, dtype: torch.dtype) -> bool:
-    """Whether the kernels have this type and activation; every width is possible."""
-    has_activation = exchange.expert_kind == "linear" or exchange.activation == "silu"
-    return dtype in DTYPES and has_activation
+def what_is_missing(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
+    """What of the exchange's experts the kernels do not have, so that torch computes; else empty.
+
+    Every width is possible.
+    """
+    if dtype not in DTYPES:
+        return str(dtype).removeprefix("torch.")
+    if exchange.expert_kind == "gated" and exchange.activation != "silu":
+        return f"the activation {exchange.activation}"
+    return ""
 
 
 class NativeExperts:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.experts.kernels_invariant import InvariantKernels
+from workers.experts.kernels_native import what_is_missing
 from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec
@@ -24,6 +25,13 @@ class Held:
     """One loading of an expert."""
 
     expert: int
+
+
+def torch_experts(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
+    """Why torch computes experts although there are compiled kernels, for people; else empty."""
+    missing = {what_is_missing(exchange, dtype) for bank in banks for exchange in bank.exchanges}
+    names = " and ".join(sorted(missing - {""}))
+    return f"torch for experts: no kernel has {names}" if names else ""
 
 
 class ExpertSlots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workers.native.library import Found, Library, find_library
 
@@ -55,6 +55,13 @@ class Kernels:
     """None: torch."""
     words: str
     """The instruction set, and why not a better one, or why torch; for people."""
+
+    def noting(self, exception: str) -> Kernels:
+        """The same with what torch computes nevertheless, which is logged; "" for nothing."""
+        if self.team is None or not exception:
+            return self
+        logger.warning("kernels: %s", exception)
+        return replace(self, words=f"{self.words}; {exception}")
 
 
 def start_kernels(num_threads: int, why_torch: str = "") -> Kernels:

@@ -1,8 +1,7 @@
 """The base of all workers: start and end, control socket, listeners, the data thread.
 
-The data thread loads the weights and then runs a loop. Each iteration handles the controller's
-frames and, while a generation runs, one step. The control client's thread only queues frames and
-reads counters.
+The data thread loads the weights and then loops over the controller's frames and, while a
+generation runs, a step. The control client's thread only queues frames and reads counters.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from cluster.core.topology import Generation, Member
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
-from workers.experts.slots import ExpertSlots
+from workers.experts.slots import ExpertSlots, torch_experts
 from workers.experts.transfer.peer_source import KEY
 from workers.metrics.activity import Activity, thread_cpu_clock
 from workers.metrics.step_metrics import StepMetrics
@@ -245,6 +244,7 @@ class WorkerRuntime(ABC):
         if self.member.holds_experts:
             self._weights = self._peer_server("weights", KEY.size)
             self.member = replace(self.member, weights_address=self._weights.address)
+            self.kernels = self.kernels.noting(torch_experts(self.family.banks, self.dtype))
         self.member = self._announce()
         info = {"threads": self.args.threads, "device": str(self.args.device)}
         info |= {"host": socket.gethostname(), "kernels": self.kernels.words}

@@ -18,8 +18,8 @@ from workers.experts.bank import ExpertBank, ExpertKernel, make_kernel
 from workers.experts.kernels_cpu import PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import GroupedExperts
 from workers.experts.kernels_invariant import BlockExperts, LoopExperts
-from workers.experts.kernels_native import NativeExperts, can_compute
-from workers.experts.slots import ExpertSlots
+from workers.experts.kernels_native import NativeExperts, what_is_missing
+from workers.experts.slots import ExpertSlots, torch_experts
 from workers.model.batch_invariant.invariant import LINEAR_FORMS
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, BankSpec, ExchangeSpec
@@ -104,7 +104,7 @@ def test_kernel_equals_plain_products(
 ) -> None:
     num_slots = 8
     matrices = weights(exchange, num_slots, dtype)
-    if kind == "native" and not can_compute(exchange, dtype):
+    if kind == "native" and what_is_missing(exchange, dtype):
         assert not isinstance(make_kernel(exchange, dtype, CPU, team=team(NAMES[0])), NativeExperts)
         return
     kernel = make(kind, exchange, dtype)
@@ -273,3 +273,15 @@ def test_placement_fills_its_slots_only(tiny_checkpoint: Path) -> None:
                 got = slots.banks[bank].compute(0, inputs, zero, zero + slot)
                 want = whole.banks[bank].compute(0, inputs, zero, zero + expert)
                 assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_experts_that_torch_computes_are_named() -> None:
+    def banks(*exchanges: ExchangeSpec) -> list[BankSpec]:
+        return [BankSpec(index=0, bank="mlp", layer=0, num_experts=4, top_k=2, exchanges=exchanges)]
+
+    assert torch_experts(banks(SWIGLU, LINEAR), torch.bfloat16) == ""
+    float16 = torch_experts(banks(SWIGLU), torch.float16)
+    assert float16 == "torch for experts: no kernel has float16"
+    others = torch_experts(banks(SWIGLU, GELU, RELU, GELU), torch.bfloat16)
+    words = "no kernel has the activation gelu and the activation relu"
+    assert others == f"torch for experts: {words}"

@@ -72,3 +72,18 @@ def test_a_team_is_for_one_caller_at_a_time() -> None:
         compute(team)
     library(NAMES[0]).functions.team_release(team.pointer)
     compute(team)
+
+
+def test_what_torch_computes_beside_the_kernels_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    native = start_kernels(1)
+    with caplog.at_level("WARNING"):
+        noted = native.noting("torch for experts: no kernel has the activation gelu")
+        assert start_kernels(1, "as configured").noting("torch for experts").words == (
+            "torch (as configured)"
+        )
+        assert native.noting("") is native
+    assert noted.team is native.team
+    assert noted.words == f"{native.words}; torch for experts: no kernel has the activation gelu"
+    assert len(caplog.records) == 1
