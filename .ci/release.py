@@ -1,13 +1,15 @@
 """Cut a release: ``make release`` builds and tests the wheel, the source archive and the image.
 
 Standard library only; the interpreter that runs this needs setuptools and the packages of
-constraints.txt. Everything is built from the commit, not from the working tree. The image is built
-where a container engine answers.
+constraints.txt, on an x86-64 processor with AVX2; zig's compiler is fetched for the kernels.
+Everything is built from the commit, not from the working tree. The image is built where a
+container engine answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import hashlib
 import io
 import json
@@ -26,7 +28,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cluster", "gateway", "protos", "workers")
-BUILD_LIMIT_S = 600.0
+KERNELS = ("avx2", "avx512", "avx512_bf16")
+"""Instruction sets whose libraries are in the wheel."""
+BUILD_LIMIT_S = 1800.0
 COMMAND_LIMIT_S = 300.0
 IMAGE_LIMIT_S = 3600.0
 ENGINE_LIMIT_S = 20.0
@@ -74,10 +78,17 @@ def section_of(changelog: str, title: str) -> str:
 
 
 def wheel_errors(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
-    """Differences between the files of a wheel and the tracked files of the packages."""
+    """Differences between the files of a wheel and the tracked files of the packages.
+
+    One library of kernels for each instruction set comes on top.
+    """
     inside = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
     wanted = {name for name in tracked if name.split("/")[0] in PACKAGES}
+    libraries = [f"workers/native/lib/{kernels}-*.so" for kernels in KERNELS]
+    found = {pattern: fnmatch.filter(inside, pattern) for pattern in libraries}
     missing = [f"missing in the wheel: {name}" for name in sorted(wanted - inside)]
+    missing += [f"missing in the wheel: {name}" for name in libraries if len(found[name]) != 1]
+    inside.difference_update(*found.values())
     return missing + [f"unknown in the wheel: {name}" for name in sorted(inside - wanted)]
 
 
@@ -129,14 +140,22 @@ def export(folder: Path) -> list[str]:
     return call(["git", "ls-tree", "-r", "--name-only", "HEAD"]).splitlines()
 
 
-def build(kind: str, source: Path, dist: Path) -> Path:
+def install_zig(folder: Path) -> dict[str, str]:
+    """Install the pinned compiler that makes kernels for every Linux; the environment with it."""
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(folder)]
+    call([*pip, "--constraint", str(ROOT / "constraints.txt"), "ziglang"], limit_s=BUILD_LIMIT_S)
+    paths = {"PYTHONPATH": str(folder), "ZIG_GLOBAL_CACHE_DIR": str(folder / "cache")}
+    return {**os.environ, **paths}
+
+
+def build(kind: str, source: Path, dist: Path, env: Mapping[str, str] | None = None) -> Path:
     """Build an ``sdist`` or ``wheel`` by setuptools' own hook; the file."""
     code = (
         "import sys; from setuptools import build_meta\n"
         f"print(build_meta.build_{kind}(sys.argv[1]), file=sys.stderr)"
     )
     before = set(dist.iterdir())
-    call([sys.executable, "-c", code, str(dist)], cwd=source, limit_s=BUILD_LIMIT_S)
+    call([sys.executable, "-c", code, str(dist)], cwd=source, env=env, limit_s=BUILD_LIMIT_S)
     (made,) = set(dist.iterdir()) - before
     return made
 
@@ -167,6 +186,17 @@ def smoke_test(wheel: Path, version: str, folder: Path) -> None:
     if "<html" not in (folder / "plan.html").read_text():
         raise ReleaseError("'expertmesh plan placement --plot' wrote no page")
     json.loads(call([command, "serve", "--dry-run", "--json"], cwd=folder, env=env))
+    check_kernels(python, folder, env)
+
+
+def check_kernels(python: str, folder: Path, env: Mapping[str, str]) -> None:
+    """Load the wheel's kernels where there is no compiler. Raises ``ReleaseError``."""
+    cache = folder / "no-cache"
+    bare = {**env, "PATH": str(folder / "no-programs"), "XDG_CACHE_HOME": str(cache)}
+    told = call([python, "-m", "workers.native"], cwd=folder, env=bare).strip()
+    if "(" in told or cache.exists():
+        raise ReleaseError(f"the wheel's kernels are not loaded: {told}")
+    say(f"kernels of the wheel: {told}")
 
 
 def engine() -> str | None:
@@ -208,7 +238,8 @@ def release(dist: Path, *, has_image: bool) -> list[str]:
         with tarfile.open(sdist) as archive:
             archive.extractall(folder / "sdist", filter="data")
         (unpacked,) = (folder / "sdist").iterdir()
-        wheel = build("wheel", unpacked, made)
+        say("installing zig for the kernels")
+        wheel = build("wheel", unpacked, made, install_zig(folder / "zig"))
         with zipfile.ZipFile(wheel) as packed:
             errors = wheel_errors(packed.namelist(), tracked)
         if errors:

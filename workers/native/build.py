@@ -1,5 +1,6 @@
 """Builds the kernels' libraries, one for each instruction set, and keeps them in a cache.
 
+A wheel brings them along (``setup.py`` of the sources); what it lacks is built where it is needed.
 The compilers are ``$CC``, or ``cc``, ``gcc`` and ``clang``, and else the C compiler of the
 ``ziglang`` package where that is installed. A library's name has a digest of all that decides its
 contents, so a change of the sources finds no old library. Whoever builds writes a temporary file
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -20,7 +23,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 SOURCES = Path(__file__).parent / "c"
+SHIPPED = Path(__file__).parent / "lib"
+"""Libraries that came with the installed package; there are none in a checkout."""
 BUILD_LIMIT_S = 600.0
 """Limit of one compiler run: a minute of work on a machine that does much else."""
 _FLAGS = (
@@ -76,16 +83,25 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(base) / "expertmesh" / "kernels"
 
 
+def has_kernels() -> bool:
+    """Whether libraries can be made for machines of this kind."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 def compilers(environ: Mapping[str, str] = os.environ) -> list[tuple[str, ...]]:
     """Commands to try in order. ``$CC`` is the only one where it is set."""
     if environ.get("CC"):
         return [tuple(shlex.split(environ["CC"]))]
     path = environ.get("PATH")
     found = [shutil.which(name, path=path) for name in ("cc", "gcc", "clang")]
-    commands: list[tuple[str, ...]] = [(command,) for command in found if command]
-    if importlib.util.find_spec("ziglang"):
-        commands.append((sys.executable, "-m", "ziglang", *ZIG_ARGUMENTS))
-    return commands
+    return [*((command,) for command in found if command), *zig_compilers()]
+
+
+def zig_compilers() -> list[tuple[str, ...]]:
+    """The command of the ``ziglang`` package, if it is installed."""
+    if importlib.util.find_spec("ziglang") is None:
+        return []
+    return [(sys.executable, "-m", "ziglang", *ZIG_ARGUMENTS)]
 
 
 def library_path(
@@ -120,6 +136,7 @@ def build(
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    logger.info("building the kernels for %s, which may take a minute", wanted.name)
     errors = []
     for command in compilers(environ) if commands is None else commands:
         handle, name = tempfile.mkstemp(dir=folder, prefix=f".{wanted.name}-", suffix=".so")

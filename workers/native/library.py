@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import sys
@@ -12,11 +13,16 @@ from pathlib import Path
 
 from workers.native.build import (
     INSTRUCTION_SETS,
+    SHIPPED,
     BuildError,
     InstructionSet,
     build,
     cache_folder,
+    has_kernels,
+    library_path,
 )
+
+logger = logging.getLogger(__name__)
 
 CPU_INFO = Path("/proc/cpuinfo")
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
@@ -76,18 +82,38 @@ def find_library(
             return Found(load_library(wanted, folder, environ), "; ".join(reasons))
         except (BuildError, OSError) as err:
             reasons.append(f"no library for {wanted.name}: {err}")
-    return Found(None, "; ".join(reasons) or "it is not an x86-64 processor with AVX2 on Linux")
+    machine = f"{platform.machine()} on {sys.platform}" if not has_kernels() else "no AVX2"
+    return Found(
+        None, "; ".join(reasons) or f"{machine}: kernels are for x86-64 with AVX2 on Linux"
+    )
+
+
+def is_built(
+    environ: Mapping[str, str] = os.environ, cpu_info: Path = CPU_INFO, shipped: Path = SHIPPED
+) -> bool:
+    """Whether ``find_library`` has nothing to build."""
+    folders = (shipped, cache_folder(environ))
+    return all(
+        any(library_path(wanted, folder, environ).exists() for folder in folders)
+        for wanted in runnable(cpu_info)[:1]
+    )
 
 
 def load_library(
     wanted: InstructionSet,
     folder: Path | None = None,
     environ: Mapping[str, str] = os.environ,
+    shipped: Path = SHIPPED,
 ) -> Library:
-    """One library; a file in the cache that is broken is built again.
+    """One library: that of the package, else that of the cache, which is built where it is missing
+    or broken.
 
     ``folder`` is ``cache_folder`` by default. Raises ``BuildError`` and ``OSError``.
     """
+    try:
+        return _load(wanted.name, library_path(wanted, shipped, environ))
+    except OSError as err:
+        logger.debug("the package brings no kernels for %s: %s", wanted.name, err)
     folder = folder or cache_folder(environ)
     path = build(wanted, folder, environ)
     try:
@@ -99,7 +125,7 @@ def load_library(
 
 def runnable(cpu_info: Path = CPU_INFO) -> list[InstructionSet]:
     """The instruction sets of this processor, best first."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    if not has_kernels():
         return []
     lines = (line.partition(":") for line in cpu_info.read_text().splitlines())
     flags = next((set(value.split()) for name, _, value in lines if name.strip() == "flags"), set())

@@ -15,7 +15,7 @@ from typing import Literal
 from cluster.cli.offline.version import versions
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import colour, show
+from cluster.cli.terminal.output import colour, note, show
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources, plan_shares
 from cluster.core.errors import CheckpointError, ConfigError, StartError
@@ -103,8 +103,10 @@ def examine_cpu() -> Finding:
 
 def examine_kernels() -> Finding:
     """Builds them where they are not built yet, as a worker would."""
-    from workers.native.library import find_library
+    from workers.native.library import find_library, is_built
 
+    if not is_built():
+        note("building the CPU kernels, which may take a minute")
     found = find_library()
     return _finding("kernels", found.library is not None and not found.reason, found.words, "warn")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from workers.native.build import (
     compilers,
     library_path,
 )
-from workers.native.library import find_library, load_library, runnable
+from workers.native.library import find_library, is_built, load_library, runnable
 
 AVX2 = INSTRUCTION_SETS[-1]
 ENVIRON = {"PATH": "/usr/bin:/bin"}
@@ -54,7 +56,7 @@ def test_an_old_processor_runs_none(tmp_path: Path) -> None:
     path.write_text("flags : fpu sse2\n")
     found = find_library(folder=tmp_path, cpu_info=path)
     assert found.library is None
-    assert found.words == "torch (it is not an x86-64 processor with AVX2 on Linux)"
+    assert found.words == "torch (no AVX2: kernels are for x86-64 with AVX2 on Linux)"
 
 
 def test_without_a_compiler_the_reason_is_said(tmp_path: Path) -> None:
@@ -151,3 +153,46 @@ def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatc
     assert cache_folder({"XDG_CACHE_HOME": "/x"}) == Path("/x/expertmesh/kernels")
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_folder({}) == Path("/home/someone/.cache/expertmesh/kernels")
+
+
+def test_the_library_of_the_package_is_taken_before_that_of_the_cache(tmp_path: Path) -> None:
+    real = load_library(AVX2)
+    shipped, cache = tmp_path / "shipped", tmp_path / "cache"
+    shipped.mkdir()
+    path = library_path(AVX2, shipped, ENVIRON)
+    shutil.copy(real.path, path)
+    assert load_library(AVX2, cache, ENVIRON, shipped).path == path
+    assert not cache.exists()
+    assert is_built({**ENVIRON, "XDG_CACHE_HOME": str(cache)}, cpu_info(tmp_path, AVX2), shipped)
+
+
+def test_a_package_whose_library_does_not_load_is_left_as_it_is(tmp_path: Path) -> None:
+    """That of a newer libc, for example: the host builds its own."""
+    real = load_library(AVX2)
+    copying = script(tmp_path, "copying", f"cp {real.path} $out")
+    environ = {**ENVIRON, "CC": str(copying)}
+    shipped, cache = tmp_path / "shipped", tmp_path / "cache"
+    shipped.mkdir()
+    foreign = library_path(AVX2, shipped, environ)
+    foreign.write_bytes(b"\x7fELF of another machine")
+    assert load_library(AVX2, cache, environ, shipped).path.parent == cache
+    assert foreign.read_bytes() == b"\x7fELF of another machine"
+
+
+def test_what_is_not_built_yet_is_known_before(tmp_path: Path) -> None:
+    environ = {**ENVIRON, "XDG_CACHE_HOME": str(tmp_path)}
+    cpu = cpu_info(tmp_path, AVX2)
+    assert not is_built(environ, cpu, tmp_path)
+    library_path(AVX2, tmp_path, environ).touch()
+    assert is_built(environ, cpu, tmp_path)
+
+
+@pytest.mark.parametrize(("system", "machine"), [("linux", "aarch64"), ("darwin", "x86_64")])
+def test_other_processors_and_systems_are_named(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert is_built()
+    words = f"torch ({machine} on {system}: kernels are for x86-64 with AVX2 on Linux)"
+    assert find_library().words == words
