@@ -16,7 +16,7 @@ from cluster.core.frames import ControlFrame
 from cluster.core.topology import Role
 from workers.process.actor import AttentionWorker, ExpertWorker, WorkerActor
 from workers.process.attention_runtime import AttentionRuntime
-from workers.process.control_client import ControlClient
+from workers.process.control.control_client import ControlClient
 from workers.process.expert_runtime import ExpertRuntime
 from workers.process.runtime import OnDeath, WorkerRuntime
 from workers.process.worker_args import WorkerArgs

@@ -22,7 +22,7 @@ import workers.experts.transfer.loading
 import workers.experts.transfer.rate_limit
 import workers.kv.transfer.store
 import workers.process.attention_runtime
-import workers.process.control_client
+import workers.process.control.control_client
 import workers.process.engine_server
 import workers.process.expert_part
 import workers.process.expert_runtime
@@ -48,7 +48,7 @@ from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.file_stamp import FileStamp
 from workers.native.team import Kernels
-from workers.process.membership import Membership, Standing
+from workers.process.control.membership import Membership, Standing
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import PeerServer
 

@@ -38,7 +38,7 @@ from workers.experts.transfer.rate_limit import RateLimit
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.loading.checkpoint import Checkpoint
-from workers.process.control_client import ControlClient
+from workers.process.control.control_client import ControlClient
 from workers.process.worker_args import WorkerArgs
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import Peer, PeerClient, PeerServer

@@ -16,8 +16,8 @@ from cluster.core.frames import (
     RunGeneration,
     Shutdown,
 )
+from workers.process.control.membership import Membership
 from workers.process.expert_part import ExpertPart
-from workers.process.membership import Membership
 
 
 @dataclass(kw_only=True, slots=True)

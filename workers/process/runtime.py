@@ -45,14 +45,14 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
 from workers.native.team import start_kernels
-from workers.process.control_client import ControlClient
+from workers.process.control.control_client import ControlClient
+from workers.process.control.lease import Lease
+from workers.process.control.membership import Membership, MembershipHooks, Standing
+from workers.process.control.reports import WorkerReports
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.expert_part import BanksOf, ExpertPart
-from workers.process.lease import Lease
 from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
-from workers.process.membership import Membership, MembershipHooks, Standing
 from workers.process.orders import Orders
-from workers.process.reports import WorkerReports
 from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
 from workers.transport.peer_connections import PeerConnections

@@ -24,7 +24,7 @@ from cluster.core.frames import (
 from cluster.core.topology import Member
 from tests.cluster.controller.fakes_cluster import slots_of
 from tests.harness.members import member_of
-from workers.process.control_client import ControlClient
+from workers.process.control.control_client import ControlClient
 
 
 class TrivialWorker:

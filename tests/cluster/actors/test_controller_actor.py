@@ -50,7 +50,7 @@ from tests.cluster.controller.fakes_cluster import slots_of
 from tests.cluster.controller.load_reports import load_of
 from tests.fakes import FakeWorkerGroup
 from tests.harness.members import member_of
-from workers.process.control_client import ControlClient
+from workers.process.control.control_client import ControlClient
 
 BANKS = [{"bank": "mlp", "layer": 0, "num_experts": 8}]
 LIMIT_S = 60.0

@@ -21,7 +21,7 @@ from cluster.core.process import ProcessIdentity
 from cluster.core.topology import Member
 from cluster.sizing.start_plan import StartPlan
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
-from workers.process.lease import TermGuard
+from workers.process.control.lease import TermGuard
 
 PLAN = StartPlan(config=CONFIG, placement=contiguous(BANKS, 1), num_slots=0)
 NODE = NodeID.from_random().hex()

@@ -43,7 +43,7 @@ from cluster.core.placement import FREE_SLOT, ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG, AtOnce, make_members
 from tests.harness.members import member_of
-from workers.process.lease import TermGuard
+from workers.process.control.lease import TermGuard
 
 SETTINGS = ControllerSettings()
 

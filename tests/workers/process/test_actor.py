@@ -6,7 +6,7 @@ import pytest
 
 from cluster.core.errors import SupersededError
 from workers.process.actor import WorkerActor
-from workers.process.lease import TermGuard
+from workers.process.control.lease import TermGuard
 from workers.process.runtime import OnDeath, WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 

@@ -38,7 +38,7 @@ from cluster.core.topology import Generation
 from workers.engine.isolation import StepMembers
 from workers.engine.step_channel import StepChannel
 from workers.experts.transfer.loading import Obstacle, SlotOrder
-from workers.process.epochs import EpochPlacements
+from workers.process.control.epochs import EpochPlacements
 from workers.requests.step_header import StepHeader
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.transport import DataTransport

@@ -36,9 +36,9 @@ from cluster.core.topology import Generation
 from tests.cluster.controller.load_reports import load_of
 from tests.harness.loop_thread import LoopThread
 from tests.harness.members import member_of
-from workers.process import control_client
-from workers.process.control_client import ControlClient
-from workers.process.lease import Lease
+from workers.process.control import control_client
+from workers.process.control.control_client import ControlClient
+from workers.process.control.lease import Lease
 
 TOKEN = "a token"
 LIMIT_S = 60.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.core.errors import ProtocolError
-from workers.process.lease import Lease, TermGuard
+from workers.process.control.lease import Lease, TermGuard
 
 
 class Owner:

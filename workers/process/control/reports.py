@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cluster.core.frames import ControlFrame, Heartbeat, LoadProgress, StatusReply
 from cluster.core.load_report import LoadReport
 from workers.metrics.activity import Activity
-from workers.process.membership import Membership
+from workers.process.control.membership import Membership
 
 PROGRESS_EVERY_S = 0.2
 """Least time between two reports of loading progress."""

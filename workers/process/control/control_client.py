@@ -48,7 +48,7 @@ from cluster.core.frames import (
 )
 from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE, check_release
-from workers.process.lease import Lease, TermGuard
+from workers.process.control.lease import Lease, TermGuard
 from workers.transport.socket_io import WakePipe, receive_bytes
 
 logger = logging.getLogger(__name__)

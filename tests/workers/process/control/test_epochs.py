@@ -10,7 +10,7 @@ from cluster.core.frames import NewEpoch, decode, encode
 from cluster.core.placement import ExpertPlacement, contiguous
 from tests.cluster.controller.fakes_cluster import BANKS
 from workers.experts.transfer.loading import Obstacle
-from workers.process.epochs import EpochPlacements
+from workers.process.control.epochs import EpochPlacements
 
 FIRST = contiguous(BANKS, 2, 1)
 MOVED = replace(FIRST.banks[1], decode_device=(1, *FIRST.banks[1].decode_device[1:]))

@@ -23,8 +23,8 @@ from cluster.core.placement import FREE_SLOT, contiguous
 from cluster.core.topology import Generation
 from tests.cluster.controller.fakes_cluster import BANKS
 from tests.harness.members import member_of
+from workers.process.control.membership import Membership, MembershipHooks, Standing
 from workers.process.lifetime import Lifetime
-from workers.process.membership import Membership, MembershipHooks, Standing
 from workers.process.runtime import WorkerRuntime
 
 MAPS = contiguous(BANKS, 1, 1)
