@@ -26,6 +26,7 @@ from workers.dispatch.local import LocalDispatcher
 from workers.engine.engine import Engine
 from workers.model.config import ModelConfig
 from workers.model.layers import LayerSteps, ModelInputs
+from workers.native.team import start_kernels
 from workers.process.step_messages import step_messages
 from workers.requests.request import Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
@@ -140,6 +141,7 @@ class _Loop:
             banks=(),
             dispatcher=LocalDispatcher((), ()),
             section=section,
+            team=start_kernels(1).team,
         )
         self._owners: dict[str, str] = {}
         self._num_steps = 0

@@ -132,6 +132,7 @@ class LocalEngine:
             section=section,
             max_model_len=max_model_len,
             compute_threads=compute_threads,
+            team=team,
             clock=clock,
         )
         """The engine itself."""

@@ -32,6 +32,7 @@ from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.layers import AttentionModel
+from workers.native.team import Team
 from workers.requests.block_hash import BlockHash
 from workers.requests.classifier import pooled
 from workers.requests.request import FinishReason, Request, SoloStep, TokenOutput
@@ -61,12 +62,13 @@ class Engine:
         max_model_len: int | None = None,
         rank: int = 0,
         compute_threads: ComputeThreads | None = None,
+        team: Team | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocates the KV cache on the model's device. Raises ``ConfigError``.
 
         ``max_model_len`` None takes the checkpoint's context. The model must have been loaded with
-        at least so many positions.
+        at least so many positions. ``team`` draws tokens with a native kernel; None: torch does.
         """
         self._section = section
         self._pad = config.pad_token_id
@@ -118,7 +120,7 @@ class Engine:
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
         self._deadlines = Deadlines()
-        self._step_sampler = StepSampler(config, banks, model.head, section.deterministic)
+        self._step_sampler = StepSampler(config, banks, model.head, section.deterministic, team)
         self._isolation = Isolation()
         self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.buffers import StepRows
 from workers.inspection.inspector import Inspector
 from workers.model.config import BankSpec, ModelConfig
+from workers.native.team import Team
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import NOT_FINITE, Failure, SequenceState
 from workers.sampling.grammar import GrammarState
@@ -57,7 +59,8 @@ class StepSampler:
         config: the model's numbers.
         banks: its expert banks.
         logits: head of the model: [rows, H] -> [rows, V], or classes.
-        deterministic: every row in memory of its own.
+        deterministic: log-probabilities do not depend on a row's company.
+        team: draws tokens with a native kernel; None: torch does.
     """
 
     def __init__(
@@ -66,11 +69,12 @@ class StepSampler:
         banks: Sequence[BankSpec],
         logits: Callable[[Tensor], Tensor],
         deterministic: bool,
+        team: Team | None = None,
     ) -> None:
         self._eos = config.eos_token_ids
         self._is_classifier = bool(config.labels)
         self._logits = logits
-        self._sample = sample_alone if deterministic else sample
+        self._sample = partial(sample_alone if deterministic else sample, team=team)
         self._score = logprob_entries_alone if deterministic else logprob_entries
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self.inspector = Inspector(config, banks, logits, self._score)

@@ -34,6 +34,10 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "experts_compute": (_INT, (_POINTER, _POINTER)),
     "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
+    "draw_rows": (
+        _INT,
+        (_POINTER, _POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _POINTER),
+    ),
     "panels_pack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
     "panels_unpack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
 }

@@ -111,6 +111,7 @@ class AttentionRuntime(WorkerRuntime):
             max_model_len=model_len,
             rank=self.member.rank,
             compute_threads=self.compute_threads,
+            team=self.kernels.team,
         )
         self._lend_blocks(engine)
         self._engine = engine

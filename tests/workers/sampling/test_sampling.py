@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from tests.workers.sampling.sampling_reference import assert_drawn_from, distribution, penalized
 from workers.requests.request import SamplingParams
+from workers.sampling.draws import draw, token_weights, uniforms
 from workers.sampling.logits_processors import SamplingRow, TokenCounts, penalize
 from workers.sampling.sampler import (
     DrawFailure,
-    draw,
     logprob_entries,
     logprob_entries_alone,
     sample,
     sample_alone,
-    uniforms,
 )
 
 NUM_DRAWS = 4000
@@ -31,7 +33,12 @@ def rows_of(params: SamplingParams, count: int) -> list[SamplingRow]:
 
 def uniform(seed: int, choice: int, index: int, level: int = 0) -> float:
     """One number alone."""
-    return float(uniforms([(seed, choice, index)], level + 1)[0, level])
+    return float(uniforms(columns([(seed, choice, index)]), level + 1)[0, level])
+
+
+def columns(rows: Sequence[tuple[int, int, int]]) -> NDArray[np.uint64]:
+    """[rows, 3]: seed, choice and index."""
+    return np.array([[n % 2**64 for n in row] for row in rows], dtype=np.uint64)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def test_uniform_is_uniform() -> None:
 
 def test_numbers_do_not_depend_on_what_is_drawn_with_them() -> None:
     rows = [(seed, choice, 3 * seed) for seed in (0, -5, 2**64 + 1) for choice in (0, 1)]
-    together = uniforms(rows, 5)
+    together = uniforms(columns(rows), 5)
     for row, numbers in zip(rows, together.tolist(), strict=True):
         assert [uniform(*row, level) for level in range(5)] == numbers
 
@@ -265,10 +272,18 @@ def test_extreme_penalties_and_temperatures_draw_a_token(
     assert 0 <= drawn.token < 8
 
 
-def test_weights_without_a_finite_sum_draw_nothing() -> None:
+def test_only_logits_that_are_not_finite_draw_nothing() -> None:
     logits = torch.tensor([[1e38, -1e38, 0.0], [0.0, 1.0, 2.0], [float("nan"), 0.0, 0.0]])
     rows = rows_of(SamplingParams(temperature=1e-4, seed=1), 3)
-    assert [int(token) >= 0 for token in draw(logits, rows)] == [False, True, False]
+    assert draw(logits, rows).tolist() == [0, 2, -1]
+
+
+def test_weights_are_powers_of_two_in_whole_units() -> None:
+    t = -torch.arange(0.0, 40.0, 0.37)
+    exact = (t.double() + 40).exp2()
+    assert ((token_weights(t) - exact).abs() <= 0.5 + 2e-7 * exact).all()
+    assert token_weights(torch.tensor([0.0, -1.0, -40.0])).tolist() == [2**40, 2**39, 1]
+    assert not token_weights(torch.tensor([-41.0, -1e9, -float("inf")])).any()
 
 
 def test_penalties_in_order() -> None:

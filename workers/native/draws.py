@@ -1,0 +1,55 @@
+"""Tokens of rows of logits, on a CPU (``c/draw.c``). Reference: ``workers.sampling.draws``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.native.panels import DTYPES
+from workers.native.team import Team, check
+
+DRAW_ROW = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("choice", np.uint64),
+        ("index", np.uint64),
+        ("top_p", np.float64),
+        ("scale", np.float32),
+        ("floor", np.float32),
+        ("top_k", np.int64),
+    ]
+)
+"""``struct draw_row``: how the token of a row is drawn."""
+
+
+def can_draw(logits: Tensor) -> bool:
+    """Whether the kernel reads logits of this type and device."""
+    return logits.device.type == "cpu" and logits.dtype in DTYPES
+
+
+def draw_rows(team: Team, logits: Tensor, rows: NDArray[Any], is_masked: bool) -> Tensor:
+    """Tokens [rows] int64 of logits [rows, V] with ``rows`` of ``DRAW_ROW``, or negative numbers
+    by ``enum failure``. ``is_masked``: minus infinity is a token that must not be drawn.
+    """
+    assert can_draw(logits), f"{logits.dtype} logits"
+    assert rows.dtype == DRAW_ROW, f"{rows.dtype} rows"
+    assert rows.shape == logits.shape[:1], f"{rows.shape} rows of logits {tuple(logits.shape)}"
+    logits, rows = logits.contiguous(), np.ascontiguousarray(rows)
+    tokens = torch.empty(len(rows), dtype=torch.int64)
+    if len(rows):
+        result = team.library.functions.draw_rows(
+            team.pointer,
+            logits.data_ptr(),
+            DTYPES.index(logits.dtype),
+            logits.shape[1],
+            len(rows),
+            is_masked,
+            rows.ctypes.data,
+            tokens.data_ptr(),
+        )
+        check(result)
+    return tokens

@@ -1,0 +1,193 @@
+"""The draw of a token from a row of logits: by a native kernel, or by torch, which is its reference.
+
+The weight of a token is 2 ** t for t = (logit - best logit) * log2(e) / temperature, as a whole
+number of units of 2 ** -40. Whole numbers have the same sum in any order, and all else is done with
+each number alone, by operations that IEEE 754 defines to the last bit. So a row's token depends
+neither on its batch nor on the number of threads, nor on whether the kernel draws it
+(``workers/native/c/draw.c``) or torch on any device. Tokens of less than 2 ** -41 (5e-13) of the
+best token's weight are never drawn.
+
+Limits drop the tokens below a floor of t, so tokens that tie with the last one kept are kept too.
+
+Logits of a row that is served alone and in a batch may differ by rounding, and a token is drawn at
+the edge of its interval now and then. One number for the whole cumulative distribution meets an
+edge of any of V tokens: at a rounding of 2e-6 that changed 1 of 8000 tokens (V = 1024) or 1 of 400
+(V = 50304). A walk down a tree of 16 branches a node, with a number for each level, meets 15 edges
+a level: 1 of 400000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.native.draws import DRAW_ROW, can_draw, draw_rows
+from workers.native.team import Team
+from workers.sampling.best_tokens import best_of_finite, best_tokens
+from workers.sampling.logits_processors import SamplingRow
+
+NOT_FINITE, NONE_ALLOWED = -1, -2
+"""In place of a token: NaN or infinity in the logits; all tokens are masked."""
+_MASK64 = (1 << 64) - 1
+_BRANCHES = 16
+"""Branches of a node in the walk that draws a token."""
+_FIRST_CANDIDATES = 256
+"""Best tokens looked at for top_p before all are sorted."""
+_LOG2_E = math.log2(math.e)
+_LEAST_SCALE = float(np.finfo(np.float32).tiny)
+"""Of the hottest temperatures; a masked logit times 0 would not be a number."""
+_WEIGHT_BITS = 40
+_COEFFICIENTS = (
+    0.0013264723820611835,
+    0.009671512991189957,
+    0.05550733581185341,
+    0.24022242426872253,
+    0.6931470036506653,
+    1.0,
+)
+"""Of 2 ** x for x in [-0.5, 0.5], the highest power first: float32 numbers, see ``c/weights.h``."""
+_CACHED_LOGITS = 1 << 16
+"""Logits that a CPU works on at a time: they and their weights stay in its caches."""
+
+
+def draw(
+    logits: Tensor, rows: Sequence[SamplingRow], is_masked: bool = False, team: Team | None = None
+) -> Tensor:
+    """Tokens [rows] int64 of logits [rows, V], or ``NOT_FINITE`` or ``NONE_ALLOWED``.
+
+    ``is_masked``: logits of minus infinity must not be drawn, and the others are finite. The kernel
+    draws where there is a ``team`` and it has the type of the logits.
+    """
+    how = _draw_rows(rows)
+    if team is not None and can_draw(logits):
+        return draw_rows(team, logits, how, is_masked)
+    tokens = _best_allowed(logits) if is_masked else best_of_finite(logits)
+    places = torch.from_numpy(np.flatnonzero(how["scale"])).to(logits.device)
+    if len(places):
+        places = places[tokens[places] >= 0]
+    size = len(logits) if logits.device.type != "cpu" else max(1, _CACHED_LOGITS // logits.shape[1])
+    for part in places.split(size):
+        most = logits[part, tokens[part]].float().unsqueeze(1)
+        tokens[part] = _draw(logits[part].float() - most, how[part.cpu().numpy()])
+    return tokens
+
+
+def _draw_rows(rows: Sequence[SamplingRow]) -> NDArray[Any]:
+    """[rows] ``DRAW_ROW``."""
+    found = [(r.params.seed & _MASK64, r.choice, r.index, *_limits(r)) for r in rows]
+    return np.array(found, dtype=DRAW_ROW)
+
+
+def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
+    """top_p, scale, floor and top_k."""
+    params = row.params
+    if row.is_greedy:
+        return 1.0, 0.0, 0.0, 0
+    floor = math.log2(params.min_p) if params.min_p else -math.inf
+    return params.top_p, max(_LOG2_E / params.temperature, _LEAST_SCALE), floor, params.top_k
+
+
+def _best_allowed(logits: Tensor) -> Tensor:
+    """[rows]: the best token of masked logits [rows, V]."""
+    best = best_tokens(logits)
+    values = logits.gather(1, best.unsqueeze(1)).squeeze(1)
+    return torch.where(torch.isfinite(values), best, NONE_ALLOWED)
+
+
+def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
+    """Tokens [rows] of float32 logits [rows, V] from which the best one is subtracted."""
+    t = below.mul_(_column(how["scale"], below))
+    floor = torch.maximum(_column(how["floor"], t), _truncations(t, how))
+    cumulative = token_weights(t).masked_fill_(t < floor, 0).cumsum_(-1)
+    return _descend(cumulative, how)
+
+
+def _column(values: NDArray[Any], like: Tensor) -> Tensor:
+    """[rows, 1] on the device of another tensor."""
+    return torch.from_numpy(values.copy()).to(like.device).unsqueeze(1)
+
+
+def token_weights(t: Tensor) -> Tensor:
+    """int64: 2 ** (t + 40) of float32 numbers t up to 0, within 2e-7, as ``c/weights.h`` has it."""
+    t = t.clamp(min=-2.0 - _WEIGHT_BITS)
+    whole = t.round()
+    rest = t.sub_(whole)
+    power = rest * (_COEFFICIENTS[0] * 2.0**_WEIGHT_BITS)
+    for coefficient in _COEFFICIENTS[1:-1]:
+        power.add_(coefficient * 2.0**_WEIGHT_BITS).mul_(rest)
+    power.add_(_COEFFICIENTS[-1] * 2.0**_WEIGHT_BITS)
+    power.view(torch.int32).add_(whole.int().mul_(1 << 23))  # times 2 ** whole
+    return power.round_().long()
+
+
+def _truncations(t: Tensor, how: NDArray[Any]) -> Tensor:
+    """[rows, 1]: the lowest t that top_k, then top_p keep."""
+    vocab_size = t.shape[1]
+    top_k = np.where(how["top_k"] < vocab_size, how["top_k"], 0)  # 0: no limit
+    ks, top_p = _column(top_k, t), _column(how["top_p"], t)
+    is_off = top_p >= 1
+    everything = torch.full_like(ks, -math.inf, dtype=t.dtype)
+    if not top_k.any() and (how["top_p"] >= 1).all():
+        return everything
+    width = min(vocab_size, max(_FIRST_CANDIDATES, int(top_k.max())))
+    while True:
+        best = t.topk(width, -1).values
+        by_k = torch.where(ks > 0, best.gather(1, (ks - 1).clamp(min=0)), everything)
+        mass = token_weights(t).masked_fill_(t < by_k, 0).sum(-1, keepdim=True)
+        reached = token_weights(best).cumsum_(-1).double() >= top_p * mass.double()
+        if bool((reached.any(-1, True) | is_off).all()):  # device-to-host sync
+            break
+        width = min(vocab_size, width * 16)
+    by_p = torch.where(is_off, everything, best.gather(1, reached.long().argmax(-1, keepdim=True)))
+    return torch.maximum(by_k, by_p)
+
+
+def _descend(cumulative: Tensor, how: NDArray[Any]) -> Tensor:
+    """Tokens [rows] under sums of weights [rows, V] int64.
+
+    Each level splits the interval of tokens that is left into 16 and picks one by its weight.
+    """
+    device, vocab_size = cumulative.device, cumulative.shape[1]
+    num_levels = 1
+    while _BRANCHES**num_levels < vocab_size:
+        num_levels += 1
+    values = np.stack([how["seed"], how["choice"], how["index"]], axis=1)
+    numbers = torch.from_numpy(uniforms(values, num_levels)).to(device)
+    first = torch.zeros(len(cumulative), 1, dtype=torch.int64, device=device)
+    for level in range(num_levels):
+        width = _BRANCHES ** (num_levels - 1 - level)
+        edges = first + width * torch.arange(_BRANCHES + 1, device=device)
+        edges = edges.clamp_(max=vocab_size)
+        below = cumulative.gather(1, (edges - 1).clamp_(min=0)).masked_fill_(edges == 0, 0)
+        low, weight = below[:, :1], below[:, -1:] - below[:, :1]
+        part = (numbers[:, level : level + 1] * weight.double()).long()
+        target = low + torch.minimum(part, weight - 1)  # rounding must not reach the next one
+        branch = torch.searchsorted(below[:, 1:].contiguous(), target, right=True)
+        first = edges.gather(1, branch)
+    return first.squeeze(1)
+
+
+def uniforms(values: NDArray[np.uint64], num_levels: int) -> NDArray[np.float64]:
+    """[rows, num_levels] numbers in [0, 1) for seed, choice and index [rows, 3], for all releases.
+
+    Source: splitmix64 (Steele, Lea and Flood 2014), chained over the three values and the level.
+    """
+    state = _splitmix64(values[:, :1])
+    for column in (values[:, 1:2], values[:, 2:], np.arange(num_levels, dtype=np.uint64)):
+        state = _splitmix64(state ^ column)
+    found: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return found
+
+
+def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Modulo 2 ** 64, as numpy computes."""
+    z = state + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
