@@ -52,8 +52,9 @@ _COEFFICIENTS = (
     1.0,
 )
 """Of 2 ** x for x in [-0.5, 0.5], the highest power first: float32 numbers, see ``c/weights.h``."""
-_CACHED_LOGITS = 1 << 16
-"""Logits that a CPU works on at a time: they and their weights stay in its caches."""
+_CACHED_LOGITS = 1 << 18
+"""Logits that a CPU works on at a time: they and their weights stay in its caches. On a Xeon 32 rows
+of 50304 take 10 ms so, and 30 ms all at once."""
 
 
 def draw(
@@ -103,9 +104,11 @@ def _best_allowed(logits: Tensor) -> Tensor:
 def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
     """Tokens [rows] of float32 logits [rows, V] from which the best one is subtracted."""
     t = below.mul_(_column(how["scale"], below))
-    floor = torch.maximum(_column(how["floor"], t), _truncations(t, how))
-    cumulative = token_weights(t).masked_fill_(t < floor, 0).cumsum_(-1)
-    return _descend(cumulative, how)
+    floor = _floors(t, how)
+    weights = token_weights(t)
+    if floor is not None:
+        weights.masked_fill_(t < floor, 0)
+    return _descend(weights.cumsum_(-1), how)
 
 
 def _column(values: NDArray[Any], like: Tensor) -> Tensor:
@@ -126,26 +129,30 @@ def token_weights(t: Tensor) -> Tensor:
     return power.round_().long()
 
 
+def _floors(t: Tensor, how: NDArray[Any]) -> Tensor | None:
+    """[rows, 1]: tokens of a lower t are dropped; None: no row drops any."""
+    if (how["top_k"] > 0).any() or (how["top_p"] < 1).any():
+        return torch.maximum(_column(how["floor"], t), _truncations(t, how))
+    return None if np.isneginf(how["floor"]).all() else _column(how["floor"], t)
+
+
 def _truncations(t: Tensor, how: NDArray[Any]) -> Tensor:
     """[rows, 1]: the lowest t that top_k, then top_p keep."""
     vocab_size = t.shape[1]
     top_k = np.where(how["top_k"] < vocab_size, how["top_k"], 0)  # 0: no limit
     ks, top_p = _column(top_k, t), _column(how["top_p"], t)
     is_off = top_p >= 1
-    everything = torch.full_like(ks, -math.inf, dtype=t.dtype)
-    if not top_k.any() and (how["top_p"] >= 1).all():
-        return everything
     width = min(vocab_size, max(_FIRST_CANDIDATES, int(top_k.max())))
     while True:
         best = t.topk(width, -1).values
-        by_k = torch.where(ks > 0, best.gather(1, (ks - 1).clamp(min=0)), everything)
+        by_k = torch.where(ks > 0, best.gather(1, (ks - 1).clamp(min=0)), -math.inf)
         mass = token_weights(t).masked_fill_(t < by_k, 0).sum(-1, keepdim=True)
         reached = token_weights(best).cumsum_(-1).double() >= top_p * mass.double()
         if bool((reached.any(-1, True) | is_off).all()):  # device-to-host sync
             break
         width = min(vocab_size, width * 16)
-    by_p = torch.where(is_off, everything, best.gather(1, reached.long().argmax(-1, keepdim=True)))
-    return torch.maximum(by_k, by_p)
+    by_p = best.gather(1, reached.long().argmax(-1, keepdim=True))
+    return torch.maximum(by_k, torch.where(is_off, -math.inf, by_p))
 
 
 def _descend(cumulative: Tensor, how: NDArray[Any]) -> Tensor:

@@ -10,6 +10,7 @@ enum {
     BRANCHES = 16,          // of a node in the walk
     SPAN = 256,             // tokens whose weights are added up: those below two levels
     GROUP = 64,             // vectors whose largest logits are kept by lane
+    CHAINS = 4,             // independent maxima of a group, of which none waits for another
     FIRST_CANDIDATES = 256,  // for top_p alone, at first
 };
 enum failure { NOT_FINITE = -1, NONE_ALLOWED = -2 };
@@ -102,26 +103,32 @@ static float largest_lane(vec x) {
 // Finds the best logit and those of the groups; whether all are finite.
 ALWAYS int survey_as(struct row *row, enum dtype dtype) {
     int64_t full = row->size / LANES * LANES;
-    vec zeros = v_set(0.0f), best = v_set(-INFINITY);
+    vec zeros[CHAINS], most[CHAINS], best = v_set(-INFINITY);
     float *maxima = row->maxima;
     int is_finite = 1;
     for (int64_t i = 0; i < LANES; i++) {
         row->tail[i] = full + i < row->size ? load_one(row->logits, full + i, dtype) : -INFINITY;
         if (full + i < row->size && !isfinite(row->tail[i])) is_finite = 0;
     }
+    for (int c = 0; c < CHAINS; c++) zeros[c] = v_set(0.0f);
     for (int64_t first = 0; first < row->size; first += GROUP * LANES, maxima += LANES) {
-        int64_t last = first + GROUP * LANES;
-        vec most = last > full ? v_load(row->tail) : v_set(-INFINITY);
-        for (int64_t i = first; i < (last < full ? last : full); i += LANES) {
-            vec x = load_at(row->logits, i, dtype);
-            most = v_max(x, most);
-            zeros = v_fma(x, v_set(0.0f), zeros);  // not a number once x is not finite
-        }
-        v_store(maxima, most);
-        best = v_max(most, best);
+        int64_t last = first + GROUP * LANES < full ? first + GROUP * LANES : full;
+        UNROLL for (int c = 0; c < CHAINS; c++) most[c] = v_set(-INFINITY);
+        if (first + GROUP * LANES > full) most[0] = v_load(row->tail);
+        for (int64_t i = first; i < last; i += CHAINS * LANES)
+            UNROLL for (int c = 0; c < CHAINS; c++) {
+                if (i + c * LANES >= last) break;
+                vec x = load_at(row->logits, i + c * LANES, dtype);
+                most[c] = v_max(x, most[c]);
+                zeros[c] = v_fma(x, v_set(0.0f), zeros[c]);  // not a number if x is not finite
+            }
+        UNROLL for (int c = 1; c < CHAINS; c++) most[0] = v_max(most[c], most[0]);
+        v_store(maxima, most[0]);
+        best = v_max(most[0], best);
     }
     row->best = largest_lane(best);
-    return is_finite && !is_nan(zeros);
+    UNROLL for (int c = 0; c < CHAINS; c++) is_finite &= !is_nan(zeros[c]);
+    return is_finite;
 }
 
 static int survey(struct row *row) {
