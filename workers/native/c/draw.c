@@ -175,14 +175,15 @@ static int64_t weight_from(const struct row *row, float floor) {
 }
 
 // Weights of the tokens of a span, from the row's floor on: their sum, and each if asked for.
-ALWAYS int64_t span_as(const struct row *row, int64_t first, int64_t *weights, enum dtype dtype) {
+ALWAYS int64_t span_as(const struct row *row, int64_t first, int64_t *weights, enum dtype dtype,
+                       int has_floor) {
     int64_t last = first + SPAN < row->size ? first + SPAN : row->size, lanes[LANES], sum = 0;
     veci total[2] = {vi_set(0), vi_set(0)};
-    vec floor = v_set(row->floor);
     for (int64_t i = first; i < last; i += LANES) {
-        vec t = row_t(row, i, dtype);
+        vec t = row_t(row, i, dtype), weight = v_weight(t);
         veci low, high;
-        v_to_int64(v_keep(v_weight(t), t, floor), &low, &high);
+        if (has_floor) weight = v_keep(weight, t, v_set(row->floor));
+        v_to_int64(weight, &low, &high);
         total[0] = vi_add64(total[0], low);
         total[1] = vi_add64(total[1], high);
         if (weights) {
@@ -197,21 +198,27 @@ ALWAYS int64_t span_as(const struct row *row, int64_t first, int64_t *weights, e
 }
 
 // Fills `sums` where every token is a candidate.
-ALWAYS void sum_all_as(struct row *row, enum dtype dtype) {
+ALWAYS void sum_all_as(struct row *row, enum dtype dtype, int has_floor) {
     int64_t sum = 0, count = num_spans(row->size);
     for (int64_t span = 0; span < count; span++) {
         row->sums[span] = sum;
-        sum += span_as(row, span * SPAN, NULL, dtype);
+        sum += span_as(row, span * SPAN, NULL, dtype, has_floor);
     }
     row->sums[count] = sum;
+}
+
+static void sum_all(struct row *row) {
+    int has_floor = row->floor > -INFINITY;
+    if (row->dtype == BFLOAT16 && has_floor) sum_all_as(row, BFLOAT16, 1);
+    else if (row->dtype == BFLOAT16) sum_all_as(row, BFLOAT16, 0);
+    else sum_all_as(row, FLOAT32, 1);
 }
 
 // Fills `sums`: of the weights from the floor on.
 static void sum_spans(struct row *row) {
     int64_t count = num_spans(row->size), sum = 0;
     if (row->num_tokens < 0) {
-        if (row->dtype == BFLOAT16) sum_all_as(row, BFLOAT16);
-        else sum_all_as(row, FLOAT32);
+        sum_all(row);
         return;
     }
     memset(row->sums, 0, (size_t)(count + 1) * sizeof *row->sums);
@@ -228,8 +235,8 @@ static void sum_spans(struct row *row) {
 static void span_weights(const struct row *row, int64_t first, int64_t *weights) {
     memset(weights, 0, SPAN * sizeof *weights);
     if (row->num_tokens < 0) {
-        if (row->dtype == BFLOAT16) span_as(row, first, weights, BFLOAT16);
-        else span_as(row, first, weights, FLOAT32);
+        if (row->dtype == BFLOAT16) span_as(row, first, weights, BFLOAT16, 1);
+        else span_as(row, first, weights, FLOAT32, 1);
         return;
     }
     for (int64_t i = 0; i < row->num_tokens && row->ids[i] < first + SPAN; i++)
