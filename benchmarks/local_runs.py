@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.prompts import random_prompts
 from cluster.cli.options.option import parse_bytes
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note
@@ -126,8 +126,7 @@ def threads_kept() -> Iterator[None]:
 
 def prompts(args: argparse.Namespace, engine: LocalEngine, batch: int) -> list[list[int]]:
     """Random tokens, the same for the same seed and batch."""
-    draw, tokens = random.Random(f"{args.seed} {batch}"), range(engine.config.vocab_size)
-    return [draw.choices(tokens, k=args.input_len) for _ in range(batch)]
+    return random_prompts(f"{args.seed} {batch}", batch, args.input_len, engine.config.vocab_size)
 
 
 def run_batch(

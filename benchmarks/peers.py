@@ -15,7 +15,6 @@ import importlib.util
 import itertools
 import logging
 import os
-import random
 import signal
 import statistics
 import sys
@@ -30,9 +29,10 @@ from types import FrameType
 from typing import Protocol
 
 from benchmarks import gguf, random_checkpoint, random_tokenizer, results
-from benchmarks.bandwidth import read_bandwidth, step_weight_bytes
+from benchmarks.bounds import decode_bound, read_bandwidth
 from benchmarks.http_systems import start_ours, start_vllm
 from benchmarks.options import counts
+from benchmarks.prompts import random_prompts
 from benchmarks.quiet import QUIET_CORES, CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
@@ -273,8 +273,7 @@ def _prompts(
     args: argparse.Namespace, batch: int, repeat: int, attempt: int = 0
 ) -> list[list[int]]:
     """Random tokens, the same for all systems; caches of prefixes have none of them."""
-    draw = random.Random(f"{repeat} {batch} {attempt}")
-    return [[draw.randrange(4, 1000) for _ in range(args.input_len)] for _ in range(batch)]
+    return random_prompts(f"{repeat} {batch} {attempt}", batch, args.input_len)
 
 
 def report(args: argparse.Namespace, model: RandomModel, num_cores: int, found: Found) -> str:
@@ -299,8 +298,7 @@ def report(args: argparse.Namespace, model: RandomModel, num_cores: int, found: 
 
 def bound(model: RandomModel, found: Found, batch: int, dtype: str) -> float:
     """Tokens a second of a decode step that reads each weight once and does nothing else."""
-    step_bytes = step_weight_bytes(model, batch, _ITEMSIZE[dtype])
-    return batch * statistics.median(found.bandwidth) / step_bytes
+    return decode_bound(model, batch, statistics.median(found.bandwidth), _ITEMSIZE[dtype])
 
 
 def best(samples: Samples, system: str, batch: int) -> Row | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,17 @@ class StepSums:
         return found
 
 
+def timed_by(timer: StepTimer) -> Callable[[TokenDispatcher], TokenDispatcher]:
+    """Has a local engine's dispatcher time its steps (``wrap``); the caller ends each of them."""
+
+    def measured(inner: TokenDispatcher) -> TokenDispatcher:
+        assert isinstance(inner, LocalDispatcher), "a local engine has no other"
+        inner.timer = timer
+        return inner
+
+    return measured
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
@@ -88,28 +99,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     sums = StepSums()
     sinks: list[TimingSink] = [sums]
-    timers: list[StepTimer] = []
-
-    def measured(inner: TokenDispatcher) -> TokenDispatcher:
-        assert isinstance(inner, LocalDispatcher), "a local engine has no other"
-        timers.append(StepTimer(*sinks))
-        inner.timer = timers[0]
-        return inner
-
-    def end_step() -> None:
-        timers[0].end_step("sample")
-
     with ExitStack() as stack:
         stack.enter_context(local_runs.threads_kept())
         if args.trace_dir is not None:
             trace = StepTrace(args.trace_dir, "engine", _TRACE_BYTES)
             stack.callback(trace.close)
             sinks.append(trace)
-        engine = local_runs.open_engine(args, args.batch, measured)
+        timer = StepTimer(*sinks)
+        engine = local_runs.open_engine(args, args.batch, timed_by(timer))
         mine = local_runs.prompts(args, engine, args.batch)
         for new_tokens in (local_runs.WARM_UP_TOKENS, args.output_len):
             sums.clear()
-            local_runs.run_batch(engine, mine, new_tokens, end_step)
+            local_runs.run_batch(engine, mine, new_tokens, lambda: timer.end_step("sample"))
         options = {**local_runs.options_of(args, engine), "batch": args.batch}
     document = document_of("benchmarks.profile", options, {"phases": sums.results()})
     tell(args, document, _text(document["results"]["phases"]))

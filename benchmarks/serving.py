@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import random_checkpoint
+from benchmarks.prompts import random_prompts
 from benchmarks.quiet import QUIET_CORES, CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
@@ -128,9 +128,7 @@ def _run(system: System, case: Case, batch: int, seed: int) -> Sample:
 
 
 def _prompts(case: Case, batch: int, seed: int) -> list[list[int]]:
-    """Random token ids; every vocabulary that we measure has more than these."""
-    draw = random.Random(1000 * seed + batch)
-    return [[draw.randrange(4, 256) for _ in range(case.prompt_tokens)] for _ in range(batch)]
+    return random_prompts(f"{seed} {batch}", batch, case.prompt_tokens)
 
 
 def report(title: str, case: Case, results: Results) -> str:

@@ -17,7 +17,7 @@ from aiohttp import test_utils, web
 from safetensors import safe_open
 
 from benchmarks import gguf, http_systems, peers, random_checkpoint, random_tokenizer
-from benchmarks.bandwidth import read_bandwidth, step_weight_bytes
+from benchmarks.bounds import read_bandwidth, step_weight_bytes
 from benchmarks.peers import Found, Row
 from benchmarks.random_checkpoint import TINY, RandomModel
 from benchmarks.systems import System

@@ -94,7 +94,8 @@ class LocalEngine:
                 "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
             )
         is_native = kernels == "auto" and place.type == "cpu" and not section.deterministic
-        team = start_kernels(num_threads or 1).team if is_native else None
+        self.team = team = start_kernels(num_threads or 1).team if is_native else None
+        """Threads of its kernels; None: torch computes."""
         model = load_attention_model(
             checkpoint, kind, place, max_model_len, compute_threads, section.deterministic, team
         )

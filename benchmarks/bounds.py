@@ -1,0 +1,144 @@
+"""What this machine can do, what a model needs, and so how fast it can run at most."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from benchmarks.random_checkpoint import RandomModel
+from workers.native.matrix import Matrix
+from workers.native.team import start_kernels
+
+_BUFFER_BYTES = 1 << 30
+"""Read at once: more than any cache holds."""
+_CHUNK_BYTES = 16 << 20
+"""Of a file, read by one call."""
+_WIDTH = 2048
+"""Rows and columns of the matrices whose product is timed."""
+_PASSES = 3
+
+
+def read_bandwidth(num_threads: int, num_bytes: int = _BUFFER_BYTES) -> float:
+    """Bytes of memory a second that so many threads read together, the best of three passes.
+
+    They add up float32 numbers in huge pages, which costs less time than reading them.
+    """
+    buffer = mmap.mmap(-1, num_bytes)
+    buffer.madvise(mmap.MADV_HUGEPAGE)
+    numbers = torch.frombuffer(buffer, dtype=torch.float32)
+    numbers.fill_(1.0)  # the pages exist from here on
+    with _torch_threads(num_threads):
+        return num_bytes / _shortest_s(numbers.sum)
+
+
+def matrix_rate(num_threads: int, width: int = _WIDTH) -> float:
+    """Floating-point operations a second of so many threads in a product of square matrices.
+
+    A multiplication and an addition count as two. The fastest of our kernels in bfloat16, and torch
+    in bfloat16 and float32, the best of three passes each.
+    """
+    products: list[Callable[[], object]] = []
+    x = torch.randn(width, width)
+    for dtype in (torch.bfloat16, torch.float32):
+        y = x.to(dtype)
+        products.append(lambda y=y: y @ y.T)  # type: ignore[misc]
+    if (team := start_kernels(num_threads).team) is not None:
+        rows = x.to(torch.bfloat16)
+        matrix = Matrix(team, rows)
+        products.append(lambda: matrix.multiply(rows))
+    with _torch_threads(num_threads), torch.inference_mode():
+        return 2.0 * width**3 / min(map(_shortest_s, products))
+
+
+def file_rate(files: Iterable[Path]) -> float:
+    """Bytes a second of reading files from the first byte to the last, one after the other."""
+    buffer, num_bytes = bytearray(_CHUNK_BYTES), 0
+    start = time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                num_bytes += count
+    return num_bytes / (time.perf_counter() - start)
+
+
+def forget_files(files: Iterable[Path]) -> None:
+    """Drop this system's page cache of files; a host beneath a virtual machine may keep its own."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # pages that are still to be written stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def step_weight_bytes(model: RandomModel, batch: int, itemsize: int) -> float:
+    """Bytes of weights that a decode step of ``batch`` rows reads, each once.
+
+    All but the embedding, of which a row reads one line, and of the experts those that a row
+    chooses: 1 - (1 - top_k / experts) ** batch of them on average where all are chosen alike, as
+    random routers nearly do. KV is not counted; a row of the default model with 160 tokens of
+    context reads 2.6 MB of it in bfloat16.
+    """
+    chosen = 1 - (1 - model.top_k / model.experts) ** batch
+    total = 0.0
+    for name, shape in model.shapes().items():
+        if "embed_tokens" not in name:
+            share = chosen if ".experts." in name else 1.0
+            total += share * torch.Size(shape).numel() * itemsize
+    return total
+
+
+def decode_bound(model: RandomModel, batch: int, bandwidth: float, itemsize: int = 2) -> float:
+    """Tokens a second of decode steps that read each weight once and do nothing else.
+
+    With the bandwidth of one core, it is the bound of an attention and an expert worker with a core
+    each at batch 1 too: they read in turns.
+    """
+    return batch * bandwidth / step_weight_bytes(model, batch, itemsize)
+
+
+def prefill_flops(model: RandomModel, num_tokens: int) -> float:
+    """Floating-point operations of one prompt of an OLMoE, up to the logits of its last token.
+
+    Products of the projections, the router and the chosen experts, scores and sums of causal
+    attention; a multiplication and an addition count as two. Norms and rotations are not counted.
+    """
+    assert model.family == "olmoe", "the parts below are its"
+    expert = 3 * model.hidden * model.ffn
+    layer = 4 * model.hidden**2 + model.hidden * model.experts + model.top_k * expert
+    pairs = num_tokens * (num_tokens + 1) / 2  # of a query and a key that it sees
+    products = num_tokens * layer + 2 * pairs * model.hidden
+    return 2.0 * (model.layers * products + model.hidden * model.vocab)
+
+
+def two_worker_cap(attention: float, experts: float) -> float:
+    """Largest share of two cores that an attention and an expert worker with a core each can use.
+
+    ``attention`` and ``experts`` are what one core takes for each part of a step, in any unit: the
+    longer part sets the pace, and the core of the other one waits. 3 and 1 -> 2/3.
+    """
+    return (attention + experts) / (2 * max(attention, experts))
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _shortest_s(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of some calls."""
+    found = []
+    for _ in range(_PASSES):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
