@@ -15,16 +15,16 @@ from benchmarks.random_checkpoint import RandomModel
 from workers.native.matrix import Matrix
 from workers.native.team import start_kernels
 
-_BUFFER_BYTES = 1 << 30
+BUFFER_BYTES = 1 << 30
 """Read at once: more than any cache holds."""
 _CHUNK_BYTES = 16 << 20
 """Of a file, read by one call."""
-_WIDTH = 2048
+WIDTH = 2048
 """Rows and columns of the matrices whose product is timed."""
 _PASSES = 3
 
 
-def read_bandwidth(num_threads: int, num_bytes: int = _BUFFER_BYTES) -> float:
+def read_bandwidth(num_threads: int, num_bytes: int = BUFFER_BYTES) -> float:
     """Bytes of memory a second that so many threads read together, the best of three passes.
 
     They add up float32 numbers in huge pages, which costs less time than reading them.
@@ -37,7 +37,7 @@ def read_bandwidth(num_threads: int, num_bytes: int = _BUFFER_BYTES) -> float:
         return num_bytes / _shortest_s(numbers.sum)
 
 
-def matrix_rate(num_threads: int, width: int = _WIDTH) -> float:
+def matrix_rate(num_threads: int, width: int) -> float:
     """Floating-point operations a second of so many threads in a product of square matrices.
 
     A multiplication and an addition count as two. The fastest of our kernels in bfloat16, and torch

@@ -14,14 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import step_cost
-from benchmarks.bounds import (
-    decode_bound,
-    file_rate,
-    forget_files,
-    matrix_rate,
-    prefill_flops,
-    read_bandwidth,
-)
+from benchmarks.bounds import decode_bound, file_rate, forget_files, prefill_flops
 from benchmarks.local_runs import WARM_UP_TOKENS, run_batch, threads_kept
 from benchmarks.prompts import random_prompts
 from benchmarks.random_checkpoint import RandomModel
@@ -70,7 +63,7 @@ def _decode(bench: Bench, what: str, full: RandomModel, asked: dict[int, str]) -
         for repeat in range(bench.repeats):
             for batch in asked:
                 bench.wait()
-                bandwidth = read_bandwidth(bench.cores)
+                bandwidth = bench.bandwidth(bench.cores)
                 times = run_batch(engine, random_prompts(f"{repeat}", batch, prompt), new)
                 rates[batch].append(decode_interval_of(times).tokens_per_s or 0.0)
                 bounds[batch].append(decode_bound(model, batch, bandwidth))
@@ -99,7 +92,7 @@ def prefill(bench: Bench) -> list[Row]:
         for repeat in range(bench.repeats):
             for tokens in lengths:
                 bench.wait()
-                flops = matrix_rate(bench.cores)
+                flops = bench.flops()
                 ((took_s, *_),) = run_batch(engine, random_prompts(f"{repeat}", 1, tokens), 1)
                 rates[tokens].append(tokens / took_s)
                 bounds[tokens].append(tokens * flops / prefill_flops(model, tokens))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import random_checkpoint, random_tokenizer, results
+from benchmarks.bounds import BUFFER_BYTES, WIDTH, matrix_rate, read_bandwidth
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.random_checkpoint import TINY, RandomModel
 
@@ -18,6 +19,7 @@ LAYERS = RandomModel(hidden=2048, layers=4, heads=16, ffn=1024)
 """4 layers as those of OLMoE-1B-7B, with its embedding and head; 3.8 GB."""
 WHOLE = RandomModel(hidden=2048, layers=16, heads=16, ffn=1024)
 """OLMoE-1B-7B with random weights; 13.8 GB."""
+_TINY_BYTES, _TINY_WIDTH = 1 << 22, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +82,14 @@ class Bench:
     def tokens(self, number: int) -> int:
         """A number of tokens or rows, or few."""
         return min(number, 8) if self.is_tiny else number
+
+    def bandwidth(self, num_threads: int) -> float:
+        """Bytes of memory a second."""
+        return read_bandwidth(num_threads, _TINY_BYTES if self.is_tiny else BUFFER_BYTES)
+
+    def flops(self) -> float:
+        """Floating-point operations a second of all cores in a product."""
+        return matrix_rate(self.cores, _TINY_WIDTH if self.is_tiny else WIDTH)
 
     def wait(self) -> None:
         """Wait for other processes to become quiet, but not for long."""

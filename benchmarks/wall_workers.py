@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks import dispatch
-from benchmarks.bounds import decode_bound, read_bandwidth, two_worker_cap
+from benchmarks.bounds import decode_bound, two_worker_cap
 from benchmarks.idle_ranks import Shape
 from benchmarks.local_runs import WARM_UP_TOKENS, run_batch, threads_kept
 from benchmarks.profile import StepSums, timed_by
@@ -26,6 +26,7 @@ _NEW_TOKENS = 64
 _WHOLE_TOKENS = 32
 """Of a prompt, and new ones, of the whole OLMoE-1B-7B."""
 _EXCHANGE_ROWS = 8
+_EXCHANGE_DEADLINE_S = 600.0
 _EXCHANGE_LIMIT_US, _EXCHANGE_AIM_US = 150.0, 60.0
 
 
@@ -85,7 +86,7 @@ def workers(bench: Bench) -> list[Row]:
                 used[parts].append((attention + experts) / (2 * step_ms))
                 caps[parts].append(two_worker_cap(attention, experts))
             rates.append(_single_rate(bench, systems[_LAYOUTS[1]], prompt, new, repeat))
-            bounds.append(decode_bound(model, 1, read_bandwidth(1)))
+            bounds.append(decode_bound(model, 1, bench.bandwidth(1)))
     rows = [
         Row(
             what=f"1 + 1 workers, batch {batch}, micro-batches {parts}, share of 2 cores in use",
@@ -114,7 +115,7 @@ def whole(bench: Bench) -> list[Row]:
         systems["ray"].generate(random_prompts("warm", 1, tokens), WARM_UP_TOKENS)
         for repeat in range(bench.repeats):
             rates.append(_single_rate(bench, systems["ray"], tokens, tokens, repeat))
-            bounds.append(decode_bound(model, 1, read_bandwidth(1)))
+            bounds.append(decode_bound(model, 1, bench.bandwidth(1)))
     return [
         Row(
             what="random OLMoE-1B-7B, 1 + 1 workers, batch 1",
@@ -158,7 +159,8 @@ def exchange(bench: Bench) -> list[Row]:
         medians = []
         for _ in range(bench.repeats):
             bench.wait()
-            medians.append(dispatch.measure(plan)[str(_EXCHANGE_ROWS)]["exchange_us"]["median"])
+            found = dispatch.measure(plan, _EXCHANGE_DEADLINE_S)[str(_EXCHANGE_ROWS)]
+            medians.append(found["exchange_us"]["median"])
         rows.append(
             Row(
                 what=f"exchange of a layer, 1 + 2 workers, {_EXCHANGE_ROWS} rows of {width}",

@@ -17,9 +17,9 @@ from aiohttp import test_utils, web
 from safetensors import safe_open
 
 from benchmarks import gguf, http_systems, peers, random_checkpoint, random_tokenizer
-from benchmarks.bounds import read_bandwidth, step_weight_bytes
+from benchmarks.bounds import step_weight_bytes
 from benchmarks.peers import Found, Row
-from benchmarks.random_checkpoint import TINY, RandomModel
+from benchmarks.random_checkpoint import TINY
 from benchmarks.systems import System
 from benchmarks.timing import Sample
 
@@ -32,23 +32,6 @@ def _sample(tokens_per_s: float) -> Sample:
         itl_ms=1.0,
         others_cores=0.0,
     )
-
-
-def test_a_step_reads_everything_but_the_embedding_and_the_unused_experts() -> None:
-    model = RandomModel(
-        hidden=64, layers=1, heads=4, experts=4, top_k=2, ffn=32, vocab=1000, max_positions=64
-    )
-    attention, norms, router, head = 4 * 64 * 64, 5 * 64, 4 * 64, 1000 * 64
-    expert = 3 * 64 * 32
-    rest = attention + norms + router + head
-    assert step_weight_bytes(model, 1, 2) == 2 * (rest + 2 * expert)
-    assert step_weight_bytes(model, 2, 4) == 4 * (rest + 3 * expert)  # 1 - (1 - 1/2) ** 2 of 4
-
-
-def test_reading_has_a_rate_and_leaves_the_threads_alone() -> None:
-    before = torch.get_num_threads()
-    assert read_bandwidth(2, num_bytes=1 << 22) > 0
-    assert torch.get_num_threads() == before
 
 
 def test_every_token_of_the_random_tokenizer_has_a_text(tmp_path: Path) -> None:

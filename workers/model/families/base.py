@@ -110,17 +110,12 @@ class Family(ABC):
         config = self.config
         attend = blocks.attention(config, dtype)
         outer = Loader(read, dtype, device, blocks, attend, self._outer_parts())
-        weight = outer.tensor("embedding")
+        embedding, head = self._ends(outer, blocks)
         layers = [
             self.make_layer(i, replace(outer, parts=self.layer_parts(i)))
             for i in range(config.num_layers)
         ]
         norm = outer.tensor("norm")
-        embedding: Embedding
-        if config.labels or not config.tie_word_embeddings:
-            embedding, head = partial(functional.embedding, weight=weight), outer.linear("head")
-        else:
-            embedding, head = blocks.tied(weight)
         limit = max_positions or config.context_tokens
         return AttentionModel(
             embedding=embedding,
@@ -134,6 +129,17 @@ class Family(ABC):
             rope=blocks.rope(config.rope, limit, dtype, device),
             windows=self.windows,
         )
+
+    def _ends(self, outer: Loader, blocks: BuildingBlocks) -> tuple[Embedding, Linear]:
+        """The embedding and the head, before the layers.
+
+        Packing the head, the largest matrix, takes a second copy of it for a moment: less than the
+        layers take afterwards.
+        """
+        if not self.config.labels and self.config.tie_word_embeddings:
+            return blocks.tied(outer.tensor("embedding"))
+        head = outer.linear("head")
+        return partial(functional.embedding, weight=outer.tensor("embedding")), head
 
     def _outer_parts(self) -> dict[str, TensorPart]:
         """Tensors around the layers, by short name; ``head`` unless it is the embedding."""

@@ -1,0 +1,146 @@
+"""The memory wall: its bounds worked out by hand, its table, and that every row runs."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import memory_wall, wall_engine, wall_workers
+from benchmarks.bounds import (
+    decode_bound,
+    file_rate,
+    forget_files,
+    matrix_rate,
+    prefill_flops,
+    read_bandwidth,
+    step_weight_bytes,
+    two_worker_cap,
+)
+from benchmarks.prompts import random_prompts
+from benchmarks.random_checkpoint import TINY, RandomModel
+from benchmarks.wall_engine import timed_kernels
+from benchmarks.wall_rows import Bench, Row, at_least, at_most, report
+
+MODEL = RandomModel(
+    hidden=64, layers=2, heads=4, experts=4, top_k=2, ffn=32, vocab=1000, max_positions=64
+)
+
+
+def test_a_step_reads_everything_but_the_embedding_and_the_unused_experts() -> None:
+    attention, norms, router, head = 4 * 64 * 64, 4 * 64, 4 * 64, 1000 * 64
+    layer, expert = attention + norms + router, 3 * 64 * 32
+    rest = 2 * layer + head + 64
+    assert step_weight_bytes(MODEL, 1, 2) == 2 * (rest + 2 * 2 * expert)
+    assert step_weight_bytes(MODEL, 2, 4) == 4 * (rest + 2 * 3 * expert)  # 1 - (1 - 1/2) ** 2 of 4
+
+
+def test_decoding_is_bound_by_the_bytes_of_a_step() -> None:
+    assert decode_bound(MODEL, 2, 3 * step_weight_bytes(MODEL, 2, 4), itemsize=4) == 2 * 3
+
+
+def test_a_prompt_takes_its_products_and_its_pairs_of_positions() -> None:
+    """Of a prompt of three tokens, six pairs of a query and a key count."""
+    products = 4 * 64 * 64 + 4 * 64 + 2 * 3 * 64 * 32
+    layer = 3 * products + 6 * 2 * 64
+    assert prefill_flops(MODEL, 3) == 2 * (2 * layer + 1000 * 64)
+
+
+@pytest.mark.parametrize(
+    ("attention", "experts", "cap"), [(1.0, 1.0, 1.0), (3.0, 1.0, 2 / 3), (0.0, 5.0, 0.5)]
+)
+def test_the_longer_part_of_a_step_sets_the_pace(
+    attention: float, experts: float, cap: float
+) -> None:
+    assert two_worker_cap(attention, experts) == pytest.approx(cap)
+    assert two_worker_cap(experts, attention) == pytest.approx(cap)
+
+
+def test_machines_have_rates_and_torch_keeps_its_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    assert read_bandwidth(2, num_bytes=1 << 22) > 0
+    assert matrix_rate(2, width=64) > 0
+    assert torch.get_num_threads() == before
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(100_000))
+    forget_files([file])
+    assert file_rate([file, file]) > 0
+    assert file.read_bytes() == bytes(100_000)
+
+
+def test_prompts_are_the_same_for_the_same_seed() -> None:
+    found = random_prompts("a", 2, 3, limit=6)
+    assert found == random_prompts("a", 2, 3, limit=6) != random_prompts("b", 2, 3, limit=6)
+    assert [len(prompt) for prompt in found] == [3, 3]
+    assert {token for prompt in found for token in prompt} <= {4, 5}
+
+
+def test_ratios_are_of_numbers_of_the_same_repeat() -> None:
+    row = Row(
+        what="decode",
+        unit="tokens/s",
+        measured=[10.0, 80.0, 3000.0],
+        bound=[20.0, 100.0, 1000.0],
+        asked=at_least(0.8, 0.9),
+    )
+    assert row.ratio == 0.8  # of 0.5, 0.8 and 3
+    assert report([row]).splitlines()[-1] == (
+        "| decode, tokens/s | 80 | 100 | 0.80 | >= 0.8, aim 0.9 |"
+    )
+    assert at_most(1, 60 / 150) == "<= 1, aim 0.4"
+    assert at_least(0.7) == ">= 0.7"
+
+
+def test_time_in_kernels_is_counted_and_the_library_is_restored() -> None:
+    library = ctypes.CDLL(None)
+    usleep = library.usleep
+    with timed_kernels(library) as seconds:
+        library.usleep(20_000)
+        assert 0.02 <= seconds() < 20
+    assert library.usleep is usleep
+
+
+def test_the_whole_model_is_measured_only_by_name() -> None:
+    assert "whole" not in memory_wall.make_parser().parse_args([]).rows
+    assert memory_wall.make_parser().parse_args(["--rows", "whole,step"]).rows == ("whole", "step")
+    with pytest.raises(SystemExit):
+        memory_wall.make_parser().parse_args(["--rows", "nothing"])
+
+
+def test_a_checkpoint_is_written_once(tmp_path: Path) -> None:
+    bench = Bench(folder=tmp_path, repeats=1, cores=1, is_tiny=True)
+    path = bench.checkpoint(TINY)
+    written = (path / "config.json").stat().st_mtime_ns
+    assert bench.checkpoint(TINY) == path
+    assert (path / "config.json").stat().st_mtime_ns == written
+
+
+def _rows(capsys: pytest.CaptureFixture[str], names: Sequence[str]) -> list[list[str]]:
+    before = os.sched_getaffinity(0), torch.get_num_threads()
+    assert memory_wall.main(["--tiny", "--repeats", "1", "--rows", ",".join(names)]) == 0
+    assert (os.sched_getaffinity(0), torch.get_num_threads()) == before
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][2:]
+    for row in rows:
+        assert len(row) == 5, row
+        assert all(math.isfinite(float(cell.replace(",", ""))) for cell in row[1:4]), row
+    return rows
+
+
+def test_the_rows_of_one_process_run(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _rows(capsys, tuple(wall_engine.ROWS))
+    assert len(rows) == 3 + 2 + 1 + 2 + 2
+    assert all(float(row[1].replace(",", "")) > 0 for row in rows)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_rows_of_several_processes_run(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _rows(capsys, tuple(wall_workers.ROWS))
+    assert len(rows) == 3 + 2 + 3 + 1
+    assert all(float(row[1].replace(",", "")) > 0 for row in rows)
