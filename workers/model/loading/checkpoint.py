@@ -1,7 +1,7 @@
 """Tensors of a Hugging Face folder by name and slice, each copied into memory of its own.
 
 Files are mapped while weights are read and closed afterwards (``Checkpoint.close``), so that peak
-memory of our own is what was loaded plus one tensor.
+memory of our own is what was loaded plus one tensor of a layer: the head comes first.
 """
 
 from __future__ import annotations
