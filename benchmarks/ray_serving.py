@@ -38,7 +38,7 @@ from workers.requests.wire import (
 
 FOLDER_VARIABLE = "EXPERTMESH_BENCH_RAY"
 """Environment variable that names the folder from ``cluster.launch.local_ray.make_temp_dir``."""
-_START_LIMIT_S = 120.0
+_START_LIMIT_S = 280.0
 _CALL_LIMIT_S = 30.0
 _ANSWER_LIMIT_S = 120.0
 TOKEN = "bench"
