@@ -2,7 +2,7 @@
 
 #include "team.h"
 
-enum { POINTERS = 64 };  // rows of one call of panel_product
+enum { POINTERS = 8 * MAX_TILE_ROWS };  // rows of one call of panel_product
 
 // Rows [first, last) times panels [begin, end).
 static void multiply(const struct matrix *m, const void *rows, int64_t first, int64_t last,

@@ -6,19 +6,23 @@
                                long num_panels, float *out, long out_stride) {                    \
         tiles(DTYPE, COUNT, x, weights, units, num_panels, out, out_stride);                      \
     }
-#define ALL_ROWS(NAME, DTYPE)                                                                     \
+#define FEW_ROWS(NAME, DTYPE)                                                                     \
     ROWS(NAME, DTYPE, 1) ROWS(NAME, DTYPE, 2) ROWS(NAME, DTYPE, 3) ROWS(NAME, DTYPE, 4)
+#define FEW(NAME) NAME##_1, NAME##_2, NAME##_3, NAME##_4
+#ifdef __AVX512F__
+#define ALL_ROWS(NAME, DTYPE)                                                                     \
+    FEW_ROWS(NAME, DTYPE)                                                                         \
+    ROWS(NAME, DTYPE, 5) ROWS(NAME, DTYPE, 6) ROWS(NAME, DTYPE, 7) ROWS(NAME, DTYPE, 8)           \
+    ROWS(NAME, DTYPE, 9) ROWS(NAME, DTYPE, 10) ROWS(NAME, DTYPE, 11) ROWS(NAME, DTYPE, 12)
+#define TABLE(NAME)                                                                               \
+    {FEW(NAME), NAME##_5, NAME##_6,  NAME##_7,  NAME##_8,                                         \
+     NAME##_9,  NAME##_10, NAME##_11, NAME##_12}
+#else
+#define ALL_ROWS FEW_ROWS
+#define TABLE(NAME) {FEW(NAME)}
+#endif
 ALL_ROWS(float32, FLOAT32)
 ALL_ROWS(bf16, BFLOAT16)
-#ifdef __AVX512F__
-#define MORE_ROWS(NAME, DTYPE)                                                                    \
-    ROWS(NAME, DTYPE, 5) ROWS(NAME, DTYPE, 6) ROWS(NAME, DTYPE, 7) ROWS(NAME, DTYPE, 8)
-MORE_ROWS(float32, FLOAT32)
-MORE_ROWS(bf16, BFLOAT16)
-#define TABLE(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6, NAME##_7, NAME##_8}
-#else
-#define TABLE(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4}
-#endif
 
 typedef void tile_rows(const void *const *x, const uint32_t *weights, long units, long num_panels,
                        float *out, long out_stride);

@@ -21,17 +21,15 @@ enum dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 // Elements of rows as the products read them: bfloat16 where the processor multiplies them.
 #ifdef __AVX512BF16__
 enum { ROWS_ARE_BF16 = 1 };
-enum { MAX_TILE_ROWS = 8 };
-typedef uint16_t bf16_row;
 #else
 enum { ROWS_ARE_BF16 = 0 };
-#ifdef __AVX512F__
-enum { MAX_TILE_ROWS = 8 };
-#else
-enum { MAX_TILE_ROWS = 4 };
 #endif
-typedef float bf16_row;
-#endif
+
+// Rows of a tile: its sums are in two registers a row, of 32 with AVX-512 and of 16 without.
+enum { MAX_TILE_ROWS = LANES == 16 ? 12 : 4 };
+
+// Bytes ahead of which weights are fetched. The processor's own prefetching ends with each page.
+enum { PREFETCH_BYTES = 4096 };
 
 // Bytes of an element of rows that are multiplied with weights of a type.
 ALWAYS size_t row_element_bytes(enum dtype dtype) {
@@ -61,6 +59,8 @@ ALWAYS void tile(enum dtype dtype, const int rows, const int blocks, const void 
     for (long u = 0; u < units; u++) {
         UNROLL for (int b = 0; b < blocks; b++) {
             const uint32_t *line = lines[b] + u * PANEL;
+            UNROLL for (int at = 0; at < (int)(BLOCK * sizeof *line); at += 64)
+                _mm_prefetch((const char *)line + PREFETCH_BYTES + at, _MM_HINT_T0);
             veci w0 = vi_load(line), w1 = vi_load(line + LANES);
             if (dtype == FLOAT32) {
                 UNROLL for (int r = 0; r < rows; r++) {
