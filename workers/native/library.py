@@ -128,12 +128,21 @@ def load_library(
 
 
 def runnable(cpu_info: Path = CPU_INFO) -> list[InstructionSet]:
-    """The instruction sets of this processor, best first."""
+    """The instruction sets of this processor, best first.
+
+    On Intel's processors a ``vdpbf16ps`` of 32 products takes two cycles, in which fused sums of
+    float32 make 64: one thread of an Emerald Rapids makes 44 and 76 products a nanosecond with 8
+    rows and more, and reads as many bytes with one.
+    """
     if not has_kernels():
         return []
     lines = (line.partition(":") for line in cpu_info.read_text().splitlines())
-    flags = next((set(value.split()) for name, _, value in lines if name.strip() == "flags"), set())
-    return [i for i in INSTRUCTION_SETS if i.cpu_flags <= flags]
+    words = {name.strip(): value.split() for name, _, value in lines}
+    flags = set(words.get("flags", ()))
+    found = [i for i in INSTRUCTION_SETS if i.cpu_flags <= flags]
+    if words.get("vendor_id") == ["GenuineIntel"] and found[:1] == [INSTRUCTION_SETS[0]]:
+        found[:2] = found[1], found[0]
+    return found
 
 
 def _load(name: str, path: Path) -> Library:
