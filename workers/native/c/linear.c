@@ -1,44 +1,80 @@
 // A product of its own: x @ weight.T + bias.
+#include <stdatomic.h>
+
 #include "matrix.h"
-#include "numbers.h"
 #include "team.h"
+
+enum { ROWS = 8 * MAX_TILE_ROWS, GROUP = 4 };  // rows and panels of a piece of work, at most
 
 struct job {
     const struct matrix *matrix;
-    const void *x;
-    void *out;
-    int64_t num_rows;
-    char *rows;   // [num_rows] in the form of a product
-    float *sums;  // [num_rows, padded outputs]
+    const char *x;
+    char *out;
+    int64_t num_rows, row_blocks, num_groups, group;  // panels of a group
+    char *rows;  // [num_rows] in the form of a product; NULL: x is
+    _Atomic int64_t next;  // piece of work
 };
 
-static void task(void *argument, struct team *team, int thread, int count) {
-    struct job *job = argument;
+static void fill(const struct job *job, int thread, int count) {
     const struct matrix *m = job->matrix;
     enum dtype dtype = (enum dtype)m->dtype;
     int64_t first = job->num_rows * thread / count, last = job->num_rows * (thread + 1) / count;
     for (int64_t row = first; row < last; row++) {
-        const char *x = (const char *)job->x + (size_t)(row * m->inputs) * dtype_bytes(dtype);
+        const char *x = job->x + (size_t)(row * m->inputs) * dtype_bytes(dtype);
         matrix_fill_row(m, job->rows + (size_t)row * row_bytes(m), x, dtype);
     }
-    team_barrier(team, count);
-    matrix_work(m, job->rows, job->num_rows, job->sums, thread, count);
-    team_barrier(team, count);
-    for (int64_t row = first; row < last; row++) {
-        const float *sums = job->sums + row * padded_outputs(m);
-        char *out = (char *)job->out + (size_t)(row * m->outputs) * dtype_bytes(dtype);
-        for (int64_t i = 0; i < m->outputs; i += LANES)
-            store_some(out, i, with_bias(m, sums, i), m->outputs - i, dtype);
+}
+
+// Some outputs of some rows: their sums stay in the cache until they are rounded.
+static void compute(const struct job *job, int64_t first_row, int64_t panel) {
+    const struct matrix *m = job->matrix;
+    enum dtype dtype = (enum dtype)m->dtype;
+    float sums[ROWS * GROUP * PANEL] __attribute__((aligned(64)));
+    const void *rows[ROWS];
+    int64_t num_rows = job->num_rows - first_row < ROWS ? job->num_rows - first_row : ROWS;
+    int64_t left = padded_outputs(m) / PANEL - panel, first = panel * PANEL;
+    int64_t panels = left < job->group ? left : job->group, width = panels * PANEL;
+    const char *from = job->rows ? job->rows : job->x;
+    for (int64_t i = 0; i < num_rows; i++)
+        rows[i] = from + (size_t)(first_row + i) * row_bytes(m);
+    long units = row_units(dtype, (long)m->inputs);
+    panel_product(dtype, (long)num_rows, rows, panel_at(m->panels, units, (long)panel), units,
+                  (long)panels, sums, (long)width);
+    for (int64_t i = 0; i < num_rows; i++) {
+        char *out = job->out + (size_t)((first_row + i) * m->outputs) * dtype_bytes(dtype);
+        const float *of_row = sums + i * width - first;
+        for (int64_t o = first; o < first + width && o < m->outputs; o += LANES)
+            store_some(out, o, with_bias(m, of_row, o), m->outputs - o, dtype);
     }
+}
+
+static void task(void *argument, struct team *team, int thread, int count) {
+    struct job *job = argument;
+    if (job->rows) {
+        fill(job, thread, count);
+        team_barrier(team, count);
+    }
+    // Pieces with the same panels follow each other.
+    for (int64_t i; (i = atomic_fetch_add(&job->next, 1)) < job->row_blocks * job->num_groups;)
+        compute(job, i % job->row_blocks * ROWS, i / job->row_blocks * job->group);
 }
 
 static int run(struct team *team, const struct matrix *m, const void *x, int64_t num_rows,
                void *out) {
-    size_t row_total = ((size_t)num_rows * row_bytes(m) + 63) / 64 * 64;
-    size_t sum_total = (size_t)(num_rows * padded_outputs(m)) * sizeof(float);
-    char *memory = team_scratch(team, row_total + sum_total);
-    if (!memory) return NO_MEMORY;
-    struct job job = {m, x, out, num_rows, memory, (float *)(memory + row_total)};
+    int64_t panels = padded_outputs(m) / PANEL, share = panels / team_size(team);
+    struct job job = {
+        .matrix = m,
+        .x = x,
+        .out = out,
+        .num_rows = num_rows,
+        .row_blocks = (num_rows + ROWS - 1) / ROWS,
+        .group = share < 1 ? 1 : share < GROUP ? share : GROUP,
+    };
+    job.num_groups = (panels + job.group - 1) / job.group;
+    if (row_bytes(m) != (size_t)m->inputs * dtype_bytes((enum dtype)m->dtype)) {
+        job.rows = team_scratch(team, (size_t)num_rows * row_bytes(m));
+        if (!job.rows) return NO_MEMORY;
+    }
     team_run(team, task, &job, 0);
     return OK;
 }
