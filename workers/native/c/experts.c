@@ -1,6 +1,6 @@
 // The routed experts of one layer: rows through the weights of their expert slots.
 //
-// Rows are grouped by slot, so that a step reads a slot's weights once for 128 rows. An expert is
+// Rows are grouped by slot, so that a step reads a slot's weights once for CHUNK_ROWS rows. An expert is
 // `second(silu(gate) * up)`, gate and up being halves of `first`, or `first` alone. What goes from
 // the first matrix to the second, and what a slot returns, is rounded to the rows' type.
 #include <stdatomic.h>
@@ -10,8 +10,9 @@
 #include "product.h"
 #include "team.h"
 
-enum { CHUNK_ROWS = 128 };        // of one slot that are computed together
+enum { CHUNK_ROWS = 8 * MAX_TILE_ROWS };  // of one slot that are computed together
 enum { GROUP = 4 };               // panels of a thread's piece of work
+enum { COPIED_ALONE = 1 << 15 };  // elements that one thread copies sooner than all do
 enum { MAX_PAIRS = 8192 };        // computed at once: bounds the scratch memory
 enum { ALONE_ELEMENTS = 1 << 16 };  // weights that one thread reads sooner than others wake up
 enum { HALF = PANEL / 2 };        // outputs of the gate in a panel; as many of up follow
@@ -89,10 +90,11 @@ ALWAYS void store_lanes(enum dtype dtype, char *row, long column, long count, ve
 }
 
 // Inputs in the form of the products: bfloat16 as float, or with a zero behind an odd row.
-static void copy_inputs(struct job *job, const char *source) {
+static void copy_inputs(struct job *job) {
+    const uint16_t *source = job->call->inputs;
     long width = job->call->in_width;
     for (long i; (i = atomic_fetch_add(&job->next_copy, 1)) < job->call->num_inputs;) {
-        const uint16_t *from = (const uint16_t *)source + i * width;
+        const uint16_t *from = source + i * width;
         char *to = (char *)job->inputs + (size_t)i * job->input_stride;
         if (ROWS_ARE_BF16) {
             memcpy(to, from, (size_t)width * sizeof *from);
@@ -180,11 +182,17 @@ static void add_up(struct job *job) {
     }
 }
 
+// Whether the threads share the copies, which the first of them made alone otherwise.
+static int copies_together(const struct job *job) {
+    return job->copies_inputs && job->first_row == 0 &&
+           job->call->num_inputs * job->call->in_width > COPIED_ALONE;
+}
+
 static void run(void *argument, struct team *team, int thread, int count) {
     struct job *job = argument;
     (void)thread;
-    if (job->copies_inputs && job->first_row == 0) {
-        copy_inputs(job, job->call->inputs);
+    if (copies_together(job)) {
+        copy_inputs(job);
         team_barrier(team, count);
     }
     products(job, 0);
@@ -312,6 +320,7 @@ static enum result compute(struct team *team, const struct experts_call *call) {
     char *scratch = team_scratch(team, divide_scratch(&job, NULL, max_rows));
     if (!scratch) return NO_MEMORY;
     divide_scratch(&job, scratch, max_rows);
+    if (job.copies_inputs && !copies_together(&job)) copy_inputs(&job);
     int64_t elements = job.first_units * job.first_panels * PANEL;
     if (call->is_gated) elements += job.second_units * job.second_panels * PANEL;
     int64_t num_before = 0;
