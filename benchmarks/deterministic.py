@@ -1,7 +1,6 @@
 """What ``--deterministic`` costs: one process and 1 + 1 workers with it and without.
 
-All are loaded at once and alternate, so that other load on the machine hits them alike. A
-deterministic worker has one compute thread, so one process is measured with one thread too.
+All are loaded at once and alternate, so that other load on the machine hits them alike.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from benchmarks.serving import QUICK, TINY, Case, Results, measure, random_model
 from benchmarks.timing import median_of, ratio_of
 from cluster.launch.model_source import bundled_checkpoint
 
-PAIRS = (("local-one-thread", "local-deterministic"), ("ray", "ray-deterministic"))
+PAIRS = (("local-off", "local-deterministic"), ("ray-off", "ray-deterministic"))
 """(without, with)."""
-LABELS = {"local-one-thread": "local engine", "ray": "1 + 1 workers"}
+LABELS = {"local-off": "local engine", "ray-off": "1 + 1 workers"}
 SYSTEMS = tuple(name for pair in PAIRS for name in pair)
 CASE = Case(new_tokens=24, repeats=2, systems=SYSTEMS, patience_s=1.0)
 
@@ -51,7 +50,7 @@ def report(title: str, results: Results) -> str:
 def _words(case: Case) -> str:
     return (
         "## Deterministic\n\nOne process, and 1 attention + 1 expert worker, with and without "
-        "`--deterministic`, bfloat16, one compute thread each. Prompts of "
+        "`--deterministic`, bfloat16. Prompts of "
         f"{case.prompt_tokens} random tokens, {case.new_tokens} new tokens, greedy. Medians of "
         f"{case.repeats} runs; ratios are medians of the ratios within a run."
     )

@@ -15,6 +15,7 @@ from cluster.cli.cluster.front import Interrupted
 from cluster.cli.experts import load, placement, rebalance
 from cluster.cli.models import chat, generate, inspection, tokenize
 from cluster.cli.offline import config, doctor, plan, version
+from cluster.cli.options.serve_options import spell_out
 from cluster.cli.terminal.arguments import Commands, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note
@@ -86,7 +87,7 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_args(spell_out(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING)
     try:
         return int(args.run(args))

@@ -38,6 +38,7 @@ Kernels = Literal["auto", "torch"]
 DType = Literal["auto", "float32", "bfloat16"]
 Transport = Literal["auto", "sockets", "collective"]
 CombineMode = Literal["sum", "per_slot"]
+Deterministic = Literal["auto", "on", "off"]
 NumMicroBatches = Literal["auto", 1, 2]
 
 
@@ -181,9 +182,9 @@ class EngineSection:
     none."""
     combine_mode: CombineMode = field(default="sum", metadata=INTERNAL)
     """``per_slot`` makes results independent of the placement, at the price of more traffic."""
-    deterministic: bool = False
-    """A request's tokens and logprobs are bitwise equal for any batch, layout and history, at the
-    price of speed. Implies CPUs and one compute thread a worker."""
+    deterministic: Deterministic = "auto"
+    """A request's tokens and logprobs are bitwise equal for any batch, layout and history: where
+    all workers can (``auto``), or else no start (``on``), which implies CPUs."""
     num_micro_batches: NumMicroBatches = "auto"
     """Parts of a step that are in flight at once: 1, 2, or ``auto``: 2 in steps that are large
     enough."""
@@ -197,11 +198,12 @@ class EngineSection:
     def __post_init__(self) -> None:
         check_choice("combine_mode", self.combine_mode, CombineMode)
         check_choice("num_micro_batches", self.num_micro_batches, NumMicroBatches)
+        check_choice("deterministic", self.deterministic, Deterministic)
         thresholds = "micro_batch_decode_threshold micro_batch_prefill_threshold"
         check_each(
             self, thresholds, lambda n: n >= 2, "must be at least 2: one row cannot be split"
         )
-        if self.deterministic:
+        if self.deterministic == "on":
             object.__setattr__(self, "combine_mode", "per_slot")
         budgets = "block_size_tokens max_num_seqs max_num_batched_tokens max_waiting"
         check_each(self, budgets, is_at_least_1, "must be at least 1")
@@ -351,9 +353,9 @@ class ClusterConfig:
     """Shared secret of the workers' sockets, drawn at start."""
 
     def __post_init__(self) -> None:
-        if self.engine.deterministic:
+        if self.engine.deterministic == "on":
             device = self.workers.device
-            check(device != "cuda", "device", device, "must be cpu with deterministic")
+            check(device != "cuda", "device", device, "must be cpu with deterministic on")
             workers = dataclasses.replace(self.workers, device="cpu")
             object.__setattr__(self, "workers", workers)
         requests = self.gateway.max_queue * self.gateway.num_gateway_replicas

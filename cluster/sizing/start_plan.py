@@ -87,12 +87,14 @@ def plan_start(
     somewhere = [PlannedDevice()] * config.workers.num_expert_workers
     placement = first_placement(config, expected, somewhere)
     slots = max((len(s) for b in placement.banks for s in b.physical_to_logical), default=0)
+    # Sums of torch are split by the number of threads.
+    needs_one = config.engine.deterministic == "on" and config.workers.kernels == "torch"
     workers = replace(
         config.workers,
         device=share.device,
         cpus_per_worker=share.cpus or None,
         gpus_per_worker=share.gpus,
-        threads_per_worker=share.threads,
+        threads_per_worker=1 if needs_one else share.threads,
     )
     return StartPlan(
         config=replace(config, workers=workers),

@@ -27,7 +27,7 @@ TOOL_TEMPLATE = (
 def stack() -> Iterator[Stack]:
     """The bundled model with tools; the same request has the same tokens whenever it is sent."""
     tokenizer = load_tokenizer(str(DEMO), TOOL_TEMPLATE)
-    with stack_over(DEMO, tokenizer, engine={"deterministic": True}) as stack:
+    with stack_over(DEMO, tokenizer, engine={"deterministic": "on"}) as stack:
         yield stack
 
 

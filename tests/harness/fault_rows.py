@@ -99,7 +99,7 @@ def row_config(
     own: dict[str, dict[str, Any]] = {
         "workers": {"num_redundant_experts": num_redundant, "mode": mode},
         "engine": {
-            "deterministic": True,
+            "deterministic": "on",
             "kv_cache_bytes": 64 << 20,
             "max_num_batched_tokens": 64,
         },

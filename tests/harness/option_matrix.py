@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.config.cluster import ClusterConfig, EngineSection
+from cluster.config.cluster import ClusterConfig, Deterministic, EngineSection
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact, mixed_requests
 from tests.reference.local_engine import LocalEngine
@@ -24,7 +24,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "mode": ("local", "disaggregated", "colocated"),
     "num_micro_batches": (1, 2),
     "enable_prefix_caching": (False, True),
-    "deterministic": (False, True),
+    "deterministic": ("off", "on"),
     "combine_mode": ("sum", "per_slot"),
     "transport": ("sockets", "collective"),
     "dtype": ("float32", "bfloat16"),
@@ -43,11 +43,11 @@ Choice = Mapping[str, Any]
 def is_possible(choice: Choice) -> bool:
     """Whether the values make a cluster of their own, and not one that others describe too."""
     attention, experts = choice["num_attention_workers"], choice["num_expert_workers"]
-    if choice["deterministic"] and choice["combine_mode"] != "per_slot":
+    if choice["deterministic"] == "on" and choice["combine_mode"] != "per_slot":
         return False  # implied
     match choice["mode"]:
         case "local":
-            combine = "per_slot" if choice["deterministic"] else "sum"
+            combine = "per_slot" if choice["deterministic"] == "on" else "sum"
             alone = (attention, experts, choice["transport"]) == (1, 1, "sockets")
             return alone and choice["combine_mode"] == combine  # no data plane: no choice
         case "colocated":
@@ -89,7 +89,6 @@ def pairwise(choices: Sequence[Choice]) -> list[Choice]:
 
 def describe(choice: Choice) -> str:
     """Short words for a combination."""
-    switches = ("enable_prefix_caching", "deterministic")
     words = [
         choice["mode"],
         f"{choice['num_attention_workers']}x{choice['num_expert_workers']}",
@@ -97,7 +96,8 @@ def describe(choice: Choice) -> str:
         choice["dtype"],
         choice["combine_mode"],
         f"mb{choice['num_micro_batches']}",
-        *[name.split("_")[-1] for name in switches if choice[name]],
+        *(["caching"] if choice["enable_prefix_caching"] else []),
+        *(["deterministic"] if choice["deterministic"] == "on" else []),
     ]
     return "-".join(words + (["itl"] if choice["itl_target_ms"] else []))
 
@@ -130,7 +130,9 @@ def requests(vocab_size: int) -> list[list[Request]]:
 
 
 @cache
-def expected(checkpoint: Path, dtype: str, deterministic: bool) -> dict[str, list[TokenOutput]]:
+def expected(
+    checkpoint: Path, dtype: str, deterministic: Deterministic
+) -> dict[str, list[TokenOutput]]:
     """What each request gives alone in one process, by name."""
     section = EngineSection(deterministic=deterministic, enable_prefix_caching=False)
     engine = LocalEngine(checkpoint, dtype=dtype, section=section)
@@ -151,7 +153,7 @@ def check(choice: Choice, checkpoint: Path) -> None:
             answers = cluster.answers(wave)
             for request in wave:
                 found, wanted = answers[request.request_id].outputs, known[request.request_id]
-                if choice["deterministic"]:
+                if choice["deterministic"] == "on":
                     assert exact(found) == exact(wanted), request.request_id
                 else:
                     check_near(request, found, wanted, choice["dtype"])

@@ -142,7 +142,7 @@ def test_three_hosts_answer_with_the_local_engines_tokens(hosts: NodeHosts, url:
     body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
     answer = hosts.fetch("h2", f"{url}/v1/completions", body | {"return_token_ids": True})
     choice = answer["choices"][0]
-    section = EngineSection(deterministic=True)
+    section = EngineSection(deterministic="on")
     local = LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
     (expected,) = local.generate([choice["prompt_token_ids"]], params)

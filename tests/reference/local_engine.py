@@ -76,14 +76,16 @@ class LocalEngine:
     ) -> None:
         """Load a checkpoint. Raises ``CheckpointError`` and ``ConfigError``.
 
-        ``num_threads`` sets the threads of torch in this process and divides them among compute
-        threads; None leaves them as they are; a deterministic engine always sets one. ``kernels``
-        as in ``WorkersSection``. ``wrap`` may replace the engine's dispatcher.
+        ``num_threads`` sets the threads of the kernels, and those of torch in this process, which
+        are divided among compute threads; None: one of the kernels, and those of torch as they
+        are; a deterministic engine always sets one of torch. ``kernels`` as in ``WorkersSection``.
+        ``wrap`` may replace the engine's dispatcher.
         """
         section = section or EngineSection()
-        num_threads = 1 if section.deterministic else num_threads
+        is_exact = section.deterministic == "on"
+        torch_threads = 1 if is_exact else num_threads
         compute_threads = (
-            ComputeThreads() if num_threads is None else ComputeThreads.for_threads(num_threads)
+            ComputeThreads() if torch_threads is None else ComputeThreads.for_threads(torch_threads)
         )
         checkpoint = Checkpoint(path)
         place = torch.device(device)
@@ -93,11 +95,11 @@ class LocalEngine:
             logger.warning(
                 "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
             )
-        is_native = kernels == "auto" and place.type == "cpu" and not section.deterministic
+        is_native = kernels == "auto" and place.type == "cpu"
         self.team = team = start_kernels(num_threads or 1).team if is_native else None
         """Threads of its kernels; None: torch computes."""
         model = load_attention_model(
-            checkpoint, kind, place, max_model_len, compute_threads, section.deterministic, team
+            checkpoint, kind, place, max_model_len, compute_threads, is_exact, team
         )
         self._model = model
         self.config = checkpoint.config
@@ -107,9 +109,7 @@ class LocalEngine:
         self.dtype = kind
         """Compute dtype."""
         num_slots = max(b.num_experts for b in banks)
-        self.slots = ExpertSlots(
-            banks, num_slots, kind, place, compute_threads, section.deterministic, team
-        )
+        self.slots = ExpertSlots(banks, num_slots, kind, place, compute_threads, is_exact, team)
         self.slots.load_all(checkpoint)
         collapse_weights(place.type, checkpoint.loaded_bytes)
         local = LocalDispatcher(self.slots.banks, banks)

@@ -53,7 +53,7 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def local_engine() -> LocalEngine:
     """The same model in this process."""
-    section = EngineSection(deterministic=True)
+    section = EngineSection(deterministic="on")
     return LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
 
 

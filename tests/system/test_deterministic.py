@@ -62,7 +62,7 @@ def alone(golden: AnyGolden) -> Alone:
         engine = LocalEngine(
             golden(variant).path,
             dtype=dtype,
-            section=EngineSection(deterministic=True, enable_prefix_caching=False),
+            section=EngineSection(deterministic="on", enable_prefix_caching=False),
             max_model_len=MAX_MODEL_LEN,
         )
         first = mixed_requests(engine.config.vocab_size)[:count]
@@ -113,7 +113,7 @@ def deterministic(
         dtype=layout.dtype,
         max_model_len=MAX_MODEL_LEN,
         engine={
-            "deterministic": True,
+            "deterministic": "on",
             "num_micro_batches": layout.micro_batches,
             **(engine or {}),
         },
@@ -222,7 +222,7 @@ def test_a_layout_changes_no_bit_of_inspections(
         for i, prompt in enumerate(expected.prompts)
     ]
     local = LocalEngine(
-        expected.path, dtype=layout.dtype, section=EngineSection(deterministic=True)
+        expected.path, dtype=layout.dtype, section=EngineSection(deterministic="on")
     )
     small = {"max_num_batched_tokens": 24, "max_num_seqs": 4}
     with deterministic(expected, layout, small) as cluster:

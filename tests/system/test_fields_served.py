@@ -43,7 +43,7 @@ USER = [{"role": "user", "content": "Who is there?"}]
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     """A gateway over the bundled model; answers are the same whenever they are asked for."""
-    engine = {"enable_prefix_caching": False, "deterministic": True}
+    engine = {"enable_prefix_caching": False, "deterministic": "on"}
     config = make_config(DEMO, dtype="float32", engine=engine)
     cluster = ThreadCluster(dataclasses.replace(config, cluster_token=CLUSTER_TOKEN))
     with serving(cluster), running_stack(tokenizer=TOKENIZER, serving=False) as stack:

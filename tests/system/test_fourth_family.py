@@ -51,14 +51,14 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
 def test_workers_give_the_bits_of_one_process(toy: Path, mode: str) -> None:
     """With copies, micro-batches, the prefix cache and ``--deterministic``."""
-    local = LocalEngine(toy, section=EngineSection(deterministic=True))
+    local = LocalEngine(toy, section=EngineSection(deterministic="on"))
     asked = mixed_requests(int(CONFIG["vocab_size"]), 12, max_tokens=8)
     config = make_config(
         toy,
         2,
         2,
         dtype="float32",
-        engine={"deterministic": True, "num_micro_batches": 2},
+        engine={"deterministic": "on", "num_micro_batches": 2},
         workers={"mode": mode, "num_redundant_experts": 1},
     )
     with serving(ThreadCluster(config)) as cluster:

@@ -36,7 +36,7 @@ PROMPT_TOKENS = 100
 CACHED = 96
 """Tokens of the full blocks of such a prompt."""
 PARAMS = SamplingParams(max_tokens=4, temperature=0.0, logprobs=2, ignore_eos=True)
-ENGINE = {"deterministic": True, "kv_fetch_limit_s": TIMEOUT_S}
+ENGINE = {"deterministic": "on", "kv_fetch_limit_s": TIMEOUT_S}
 
 
 class CheapFetches(FetchCost):

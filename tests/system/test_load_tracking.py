@@ -41,7 +41,7 @@ def make_cluster_config(checkpoint: Path) -> ClusterConfig:
         2,
         workers={"num_redundant_experts": 2},
         engine={
-            "deterministic": True,
+            "deterministic": "on",
             "enable_prefix_caching": False,
             "max_num_batched_tokens": 24,
             "max_num_seqs": 16,

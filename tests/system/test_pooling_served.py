@@ -37,7 +37,7 @@ IDS = [list(TOKENIZER.encode(text, True)) for text in TEXTS]
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with stack_over(DEMO, TOKENIZER, engine={"deterministic": True}) as stack:
+    with stack_over(DEMO, TOKENIZER, engine={"deterministic": "on"}) as stack:
         yield stack
 
 

@@ -20,7 +20,7 @@ from workers.requests.request import FinishReason, Request, SamplingParams
 
 BLOCK_SIZE = 16
 LONG = 2000
-ENGINE = {"itl_target_ms": 0.001, "block_size_tokens": BLOCK_SIZE, "deterministic": True}
+ENGINE = {"itl_target_ms": 0.001, "block_size_tokens": BLOCK_SIZE, "deterministic": "on"}
 ENDLESS = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
 
 
@@ -114,7 +114,7 @@ def test_two_long_prompts_share_the_cap(long_checkpoint: Path) -> None:
 
 def local_tokens(checkpoint: Path, request: Request) -> tuple[int, ...]:
     """What the local engine makes of the request alone."""
-    local = LocalEngine(checkpoint, section=EngineSection(deterministic=True))
+    local = LocalEngine(checkpoint, section=EngineSection(deterministic="on"))
     (result,) = local.generate([request.prompt], request.params)
     return result.token_ids
 

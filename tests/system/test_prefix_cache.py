@@ -24,7 +24,7 @@ MODES: dict[str, tuple[int, int, dict[str, Any]]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_a_second_request_finds_the_first_ones_blocks(mode: str, tiny_checkpoint: Path) -> None:
     attention, experts, workers = MODES[mode]
-    engine = {"deterministic": True}
+    engine = {"deterministic": "on"}
     config = make_config(tiny_checkpoint, attention, experts, workers=workers, engine=engine)
     with serving(ThreadCluster(config)) as cluster:
         stream = cluster.stream()

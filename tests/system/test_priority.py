@@ -18,7 +18,7 @@ def test_an_urgent_request_takes_the_only_seat_and_gives_it_back(tiny_checkpoint
     low = Request(request_id="low", prompt=(5, 6, 7), params=params, priority=10)
     also_low = replace(low, request_id="also low", params=replace(params, max_tokens=5))
     urgent = replace(low, request_id="urgent", priority=-1, params=replace(params, max_tokens=5))
-    engine = {"max_num_seqs": 1, "deterministic": True}
+    engine = {"max_num_seqs": 1, "deterministic": "on"}
     cluster = RecordedCluster(make_config(tiny_checkpoint, 1, 1, engine=engine))
     with serving(cluster):
         cluster.let_in(0, [0, 1, 1])
@@ -33,7 +33,7 @@ def test_an_urgent_request_takes_the_only_seat_and_gives_it_back(tiny_checkpoint
     assert ran.index("urgent") < len(ran) - 1 - ran[::-1].index("low") < ran.index("also low")
     assert ran[ran.index("urgent") :][:5] == ["urgent"] * 5
     assert stats["num_preemptions_total"] == 1
-    local = LocalEngine(tiny_checkpoint, section=EngineSection(deterministic=True))
+    local = LocalEngine(tiny_checkpoint, section=EngineSection(deterministic="on"))
     for request in (low, also_low, urgent):
         (alone,) = local.generate([request.prompt], request.params)
         assert results[request.request_id].tokens == [list(alone.token_ids)]

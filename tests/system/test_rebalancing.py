@@ -58,7 +58,7 @@ def config(checkpoint: Path, redundant: int = 1, **rebalance: Any) -> ClusterCon
         1,
         NUM_WORKERS,
         workers={"num_redundant_experts": redundant, "recovery_slots": 1},
-        engine={"deterministic": True, "enable_prefix_caching": False},
+        engine={"deterministic": "on", "enable_prefix_caching": False},
     )
     eager = {"enable_eplb": True, "interval_s": 0.05, "horizon_s": 1e5, "max_move_fraction": 0.25}
     return replace(

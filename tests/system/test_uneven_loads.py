@@ -33,7 +33,7 @@ ENGINE = {
     "block_size_tokens": 4,
     "max_num_batched_tokens": 32,
     "max_num_seqs": 16,
-    "deterministic": True,
+    "deterministic": "on",
 }
 
 
@@ -100,7 +100,7 @@ def _send_later(streams: dict[int, EngineStream], loads: dict[int, Load]) -> Non
 
 
 def check_exact(checkpoint: Path, loads: dict[int, Load], results: dict[str, Result]) -> None:
-    local = LocalEngine(checkpoint, section=EngineSection(deterministic=True))
+    local = LocalEngine(checkpoint, section=EngineSection(deterministic="on"))
     for request in (r for load in loads.values() for r in load.requests):
         (alone,) = local.generate([request.prompt], request.params)
         assert results[request.request_id].tokens == [list(alone.token_ids)], request

@@ -120,7 +120,8 @@ class Engine:
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
         self._deadlines = Deadlines()
-        self._step_sampler = StepSampler(config, banks, model.head, section.deterministic, team)
+        is_exact = section.deterministic == "on"
+        self._step_sampler = StepSampler(config, banks, model.head, is_exact, team)
         self._isolation = Isolation()
         self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []

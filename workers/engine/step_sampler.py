@@ -59,7 +59,7 @@ class StepSampler:
         config: the model's numbers.
         banks: its expert banks.
         logits: head of the model: [rows, H] -> [rows, V], or classes.
-        deterministic: log-probabilities do not depend on a row's company.
+        is_exact: every row in memory of its own.
         team: draws tokens with a native kernel; None: torch does.
     """
 
@@ -68,14 +68,14 @@ class StepSampler:
         config: ModelConfig,
         banks: Sequence[BankSpec],
         logits: Callable[[Tensor], Tensor],
-        deterministic: bool,
+        is_exact: bool,
         team: Team | None = None,
     ) -> None:
         self._eos = config.eos_token_ids
         self._is_classifier = bool(config.labels)
         self._logits = logits
-        self._sample = partial(sample_alone if deterministic else sample, team=team)
-        self._score = logprob_entries_alone if deterministic else logprob_entries
+        self._sample = partial(sample_alone if is_exact else sample, team=team)
+        self._score = logprob_entries_alone if is_exact else logprob_entries
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self.inspector = Inspector(config, banks, logits, self._score)
         """Reads the inside of the model for inspections."""

@@ -50,12 +50,18 @@ def make_kernel(
     device: torch.device,
     compute_threads: ComputeThreads | None = None,
     team: Team | None = None,
+    make_other: MakeKernel | None = None,
 ) -> ExpertKernel:
-    """The fastest kernel for experts of this kind and size; ``team``: of compiled kernels."""
+    """The fastest kernel for experts of this kind and size; ``team``: of compiled kernels.
+
+    ``make_other`` makes those of torch on CPUs, in place of the fastest.
+    """
     if device.type == "cuda":
         return GroupedExperts(exchange, dtype, device)
     if team is not None and not what_is_missing(exchange, dtype):
         return NativeExperts(exchange, dtype, team)
+    if make_other is not None:
+        return make_other(exchange, dtype, device)
     out, width = exchange.matrix_shapes[0]
     kernel = PackedExperts if out * width >= PACKED_MIN_ELEMENTS else PaddedExperts
     return kernel(exchange, dtype, compute_threads or ComputeThreads())

@@ -53,8 +53,8 @@ class ExpertSlots:
         Raises ``ConfigError`` where this machine cannot be deterministic.
         """
         threads = compute_threads or ComputeThreads()
-        fast = partial(make_kernel, compute_threads=threads, team=team)
-        make = InvariantKernels().make if deterministic else fast
+        other = InvariantKernels().make if deterministic else None
+        make = partial(make_kernel, compute_threads=threads, team=team, make_other=other)
         self.banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
         """By ``BankSpec.index``."""
         self._contents = [dict[int, Held]() for _ in banks]

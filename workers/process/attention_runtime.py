@@ -90,7 +90,7 @@ class AttentionRuntime(WorkerRuntime):
             self.args.device,
             model_len,
             self.compute_threads,
-            self.config.engine.deterministic,
+            self.is_exact,
             self.kernels.team,
         )
         self._timer = self._new_timer()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from workers.model.batch_invariant.numerics import numerics_digest
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
@@ -14,15 +13,15 @@ from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
 
 
-def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
-    """The identity of this worker in a handshake."""
+def identify(args: WorkerArgs, checkpoint: Checkpoint, numerics: str) -> PeerIdentity:
+    """The identity of this worker in a handshake; ``numerics`` as in ``Build``."""
     return PeerIdentity(
         name=args.member.name,
         role=args.member.role,
         rank=args.member.rank,
         checkpoint_id=checkpoint.checkpoint_id,
         config_hash=args.config.fingerprint(),
-        numerics=numerics_digest() if args.config.engine.deterministic else "",
+        numerics=numerics,
     )
 
 

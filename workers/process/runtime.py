@@ -41,6 +41,7 @@ from workers.metrics.activity import Activity, thread_cpu_clock
 from workers.metrics.step_metrics import StepMetrics
 from workers.metrics.step_timer import StepTimer, TimingSink
 from workers.metrics.step_trace import StepTrace
+from workers.model.batch_invariant.numerics import arithmetic_of, torch_digest
 from workers.model.compute_threads import ComputeThreads
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
@@ -196,8 +197,7 @@ class WorkerRuntime(ABC):
     def _main(self) -> None:
         self.activity.cpu_s = thread_cpu_clock()
         try:
-            self.compute_threads = ComputeThreads.for_threads(self.args.threads)
-            self.kernels = start_kernels(self.args.threads, self.args.why_torch)
+            self._start_computing()
             self._open()
             info = self._load()
             device = self.args.device.type
@@ -215,6 +215,14 @@ class WorkerRuntime(ABC):
         if not self.lifetime.is_stopped_in_time():
             self._on_death("told to end")
 
+    def _start_computing(self) -> None:
+        """Find what computes. Sums of torch depend on the number of its threads."""
+        self.is_exact = self.config.engine.deterministic == "on"
+        self.kernels = start_kernels(self.args.threads, self.args.why_torch)
+        torch_threads = 1 if self.is_exact else self.args.threads
+        self.compute_threads = ComputeThreads.for_threads(torch_threads)
+        self.threads = self.args.threads if self.kernels.team is not None else torch_threads
+
     def _open(self) -> None:
         """Reach the controller, read the checkpoint's headers, open the listeners, register."""
         self._control = self._open_control()
@@ -222,7 +230,8 @@ class WorkerRuntime(ABC):
         self.checkpoint = Checkpoint(Path(self.config.model.path), self._reports.loading)
         self.family = self.checkpoint.family
         self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
-        me = self._me = identify(self.args, self.checkpoint)
+        numerics = self._numerics() if self.is_exact else ""
+        me = self._me = identify(self.args, self.checkpoint, numerics)
         connections = self._connections = open_connections(
             self.args, me, self.checkpoint, self.dtype
         )
@@ -246,9 +255,17 @@ class WorkerRuntime(ABC):
             self.member = replace(self.member, weights_address=self._weights.address)
             self.kernels = self.kernels.noting(torch_experts(self.family.banks, self.dtype))
         self.member = self._announce()
-        info = {"threads": self.args.threads, "device": str(self.args.device)}
+        info = {"threads": self.threads, "device": str(self.args.device)}
         info |= {"host": socket.gethostname(), "kernels": self.kernels.words}
         self.control.send(Register(member=self.member, build=me.build, info=info))
+
+    def _numerics(self) -> str:
+        """What computes: kernels, and torch the rest or all."""
+        team = self.kernels.team
+        if team is None:
+            return f"torch {torch_digest(with_products=True)}"
+        kernels = arithmetic_of(team.library, self.dtype)
+        return f"{kernels}, torch {torch_digest(with_products=False)}"
 
     def _peer_server(self, what: str, key_bytes: int) -> PeerServer:
         """A listener for other workers of the cluster, open until this worker ends."""
@@ -333,10 +350,8 @@ class WorkerRuntime(ABC):
 
     def _expert_slots(self) -> ExpertSlots:
         args, threads, team = self.args, self.compute_threads, self.kernels.team
-        is_exact = self.config.engine.deterministic
-        return ExpertSlots(
-            self.family.banks, args.num_slots, self.dtype, args.device, threads, is_exact, team
-        )
+        num, dtype, device = args.num_slots, self.dtype, args.device
+        return ExpertSlots(self.family.banks, num, dtype, device, threads, self.is_exact, team)
 
     def _die(self, reason: str) -> None:
         if self.lifetime.is_ending:

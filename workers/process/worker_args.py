@@ -42,15 +42,12 @@ class WorkerArgs:
     ) -> WorkerArgs:
         """Build from the actor's constructor arguments. Raises ``ConfigError``."""
         placement = extra.get("placement")
-        parsed = ClusterConfig.from_dict(config)
-        # Sums are split by the number of threads, so deterministic workers all have one.
-        threads = 1 if parsed.engine.deterministic else int(extra.get("threads", 1))
         return cls(
-            config=parsed,
+            config=ClusterConfig.from_dict(config),
             member=from_plain(member, Member),
             control_address=control_address,
             host=host,
-            threads=threads,
+            threads=int(extra.get("threads", 1)),
             placement=None if placement is None else ExpertPlacement.from_dict(placement),
             num_slots=int(extra.get("num_slots", 0)),
         )
@@ -60,9 +57,7 @@ class WorkerArgs:
         """Why the compiled kernels must not compute; empty where they may."""
         if self.config.workers.kernels == "torch":
             return "as configured"
-        if self.config.workers.device == "cuda":
-            return "on CUDA"
-        return "deterministic" if self.config.engine.deterministic else ""
+        return "on CUDA" if self.config.workers.device == "cuda" else ""
 
     @property
     def device(self) -> torch.device:

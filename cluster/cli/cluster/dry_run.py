@@ -43,7 +43,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
         "device": start.share.device if start else None,
         "cpus_per_worker": start.share.cpus if start else None,
         "gpus_per_worker": start.share.gpus if start else None,
-        "threads_per_worker": _threads(start) if start else None,
+        "threads_per_worker": start.share.threads if start else None,
         "kv_cache_tokens": blocks * plan.config.engine.block_size_tokens,
         "kv_bytes_per_token": facts.kv_values_per_token * size,
         "workers": [
@@ -59,11 +59,6 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
         ],
         "placement": start.placement.to_dict() if start else None,
     }
-
-
-def _threads(start: StartPlan) -> int:
-    """Compute threads of each worker; deterministic ones have one, see ``WorkerArgs``."""
-    return 1 if start.config.engine.deterministic else start.share.threads
 
 
 def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts) -> int:

@@ -47,11 +47,18 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * _UNITS[unit]) if unit else int(number)
 
 
+_SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
 def _parse_switch(text: str) -> bool:
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if text.lower() not in words:
+    if text.lower() not in _SWITCH:
         raise ValueError(f"{text} is neither true nor false")
-    return words[text.lower()]
+    return _SWITCH[text.lower()]
+
+
+def _parse_word_of_switch(text: str) -> str:
+    """``on`` and ``off`` also as a switch spells them; YAML reads the words themselves so."""
+    return {True: "on", False: "off", None: text}[_SWITCH.get(text.lower())]
 
 
 def _parse_word_or_number(text: str) -> str | int:
@@ -106,6 +113,15 @@ class ServeOption:
         return self.kind is _parse_switch
 
     @property
+    def may_be_bare(self) -> bool:
+        """A flag that means ``on`` without a value."""
+        return self.kind is _parse_word_of_switch
+
+    def is_value(self, text: str) -> bool:
+        """Whether a word is one of the choices, or another spelling of one."""
+        return self.kind(text) in self.choices
+
+    @property
     def is_path(self) -> bool:
         """The value is a path."""
         return self.metavar in ("FILE", "FOLDER")
@@ -146,11 +162,12 @@ def _option(section: str, field: dataclasses.Field[Any], hint: Any, text: str) -
         kind: Callable[[str], Any] = str
     elif is_literal:
         kind = str if all(isinstance(c, str) for c in choices) else _parse_word_or_number
+        kind = _parse_word_of_switch if {"on", "off"} <= set(choices) else kind
     elif "bytes" in field.name.split("_"):
         kind = parse_bytes
     else:
         kind = {bool: _parse_switch}.get(kind_of, _parse_words if others else kind_of)
-    words = choices if kind is str else ()
+    words = choices if kind in (str, _parse_word_of_switch) else ()
     return ServeOption(
         flag=field.metadata.get(FLAG) or f"--{field.name.replace('_', '-')}",
         section=section,

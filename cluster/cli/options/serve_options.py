@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,28 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None:
     if not option.is_switch:
+        bare: dict[str, Any] = {"nargs": "?", "const": "on"} if option.may_be_bare else {}
         choices, metavar = option.choices or None, option.metavar
         group.add_argument(
-            option.flag, type=option.kind, choices=choices, metavar=metavar, help=text
+            option.flag, type=option.kind, choices=choices, metavar=metavar, help=text, **bare
         )
     elif option.default:
         action = argparse.BooleanOptionalAction
         group.add_argument(option.flag, action=action, default=None, help=text)
     else:
         group.add_argument(option.flag, action="store_const", const=True, help=text)
+
+
+def spell_out(words: Sequence[str]) -> list[str]:
+    """``--deterministic MODEL`` -> ``--deterministic=on MODEL``.
+
+    argparse would take the next word of the command line as the value, whatever it is.
+    """
+    flags = {option.flag: option for option in OPTIONS if option.may_be_bare}
+    return [
+        f"{word}=on" if word in flags and not flags[word].is_value(following) else word
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def cluster_of(
         1,
         2,
         workers={"mode": "local"} if is_alone else {"num_redundant_experts": 8},
-        engine={"deterministic": True},
+        engine={"deterministic": "on"},
         transport={"detection_limit_s": detection_limit_s},
     )
     return ThreadCluster(config)

@@ -35,7 +35,7 @@ def make_config_of(
         dtype=dtype,
         workers={"num_redundant_experts": 8, "mode": mode},
         engine={
-            "deterministic": True,
+            "deterministic": "on",
             "kv_cache_bytes": 64 << 20,
             "max_num_batched_tokens": 64,
             **engine,

@@ -187,7 +187,7 @@ def requests_of(n: int = 1) -> list[Request]:
 
 def exact_engine(**settings: Any) -> LocalEngine:
     """One whose results do not depend on the other requests of a step."""
-    section = EngineSection(deterministic=True, **settings.pop("section", {}))
+    section = EngineSection(deterministic="on", **settings.pop("section", {}))
     return LocalEngine(DEMO, dtype="float32", section=section, max_model_len=128, **settings)
 
 

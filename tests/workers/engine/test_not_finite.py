@@ -32,7 +32,7 @@ HEALTHY = [
     Request(request_id=f"good{i}", prompt=tuple(range(5 + i, 5 + i + n)), params=PARAMS)
     for i, n in enumerate((1, 9, 30, 64))
 ]
-SECTION = EngineSection(block_size_tokens=4, deterministic=True)
+SECTION = EngineSection(block_size_tokens=4, deterministic="on")
 KINDS = ("embedding", "expert", "logits")
 
 
@@ -181,7 +181,7 @@ def test_workers_and_mates_in_a_cluster_are_undisturbed(
         1,
         2,
         workers={"mode": mode},
-        engine={"deterministic": True, "block_size_tokens": 4},
+        engine={"deterministic": "on", "block_size_tokens": 4},
     )
     asked = [bad_request("bad1"), *HEALTHY, bad_request("bad2", before=0)]
     with serving(ThreadCluster(config)) as cluster:

@@ -56,7 +56,7 @@ def test_200_requests_through_a_pool_of_ten_equal_their_solo_runs(
     """Tokens and logprobs to the last bit."""
     section = EngineSection(
         block_size_tokens=BLOCK_SIZE,
-        deterministic=True,
+        deterministic="on",
         enable_prefix_caching=enable_prefix_caching,
     )
     plain = replace(section, enable_prefix_caching=False)

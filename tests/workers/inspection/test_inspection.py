@@ -168,9 +168,9 @@ def test_deterministic_inspections_have_the_same_bits_in_any_company(
             expected.path, dtype=dtype, section=section, num_micro_batches=num_micro_batches
         )
 
-    whole = engine(EngineSection(deterministic=True, enable_prefix_caching=False))
+    whole = engine(EngineSection(deterministic="on", enable_prefix_caching=False))
     alone = [whole.inspect([prompt], everything(prompt, aux))[0] for prompt in prompts]
-    mixed = engine(replace(CHUNKED, deterministic=True), num_micro_batches=2)
+    mixed = engine(replace(CHUNKED, deterministic="on"), num_micro_batches=2)
     together = mixed.inspect(prompts, [everything(prompt, aux) for prompt in prompts])
     for got, want in zip(together, alone, strict=True):
         assert bits_of(got) == bits_of(want)

@@ -52,7 +52,7 @@ def make_engine(
     return LocalEngine(
         golden.path,
         dtype=dtype,
-        section=EngineSection(deterministic=True, **section),
+        section=EngineSection(deterministic="on", **section),
         max_model_len=MAX_MODEL_LEN,
         num_micro_batches=num_micro_batches,
     )
@@ -194,5 +194,5 @@ def test_hits_of_decoded_blocks_change_no_bit(
 def test_deterministic_needs_a_cpu(golden: AnyGolden) -> None:
     with pytest.raises(ConfigError, match=r"deterministic \(True\) needs device cpu"):
         LocalEngine(
-            golden("olmoe-base").path, device="meta", section=EngineSection(deterministic=True)
+            golden("olmoe-base").path, device="meta", section=EngineSection(deterministic="on")
         )

@@ -1,7 +1,8 @@
-"""A short hash of how this process computes, equal on machines that give the same bits.
+"""The name of how this process computes, equal on machines that give the same bits.
 
-Workers of a deterministic cluster compare it in their handshake: with other processors, builds of
-torch or numbers of threads, a request's bits would depend on the worker that serves it.
+Workers of a deterministic cluster compare it: with other processors, builds of torch or, where
+torch computes the products, numbers of threads, a request's bits would depend on the worker that
+serves it. Nothing is concluded from the name of a processor: fixed inputs are computed and hashed.
 """
 
 from __future__ import annotations
@@ -15,30 +16,53 @@ from torch.nn import functional
 
 from workers.model.layers import can_pack, gated_activation, rms_norm
 from workers.model.torch_private import pack, packed_linear
+from workers.native.library import Library
+from workers.native.matrix import Matrix
+from workers.native.team import Team
 
 _SHAPES = ((96, 80), (520, 260))
 """[out, in] of products: too small and large enough for packing."""
 _NUM_ROWS = 12
 
 
-def numerics_digest() -> str:
-    """12 hex digits. Takes some milliseconds."""
+def torch_digest(with_products: bool) -> str:
+    """8 hex digits of what torch computes: products where kernels do not, and all else.
+
+    Takes some milliseconds.
+    """
+    return _digest(_torch_results(with_products))
+
+
+def arithmetic_of(library: Library, dtype: torch.dtype) -> str:
+    """The arithmetic of a library's kernels: its name, and 8 hex digits of what they compute.
+
+    ``float32`` is one on all instruction sets; ``bfloat16-fma`` has the sums of float32, and
+    ``bfloat16-dot`` the dot products of the processor, which round differently.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.bfloat16:
+        name += "-dot" if library.name == "avx512_bf16" else "-fma"
+    return f"{name} {_digest(_native_results(library, dtype))}"
+
+
+def _digest(results: Iterator[Tensor]) -> str:
     digest = hashlib.sha256()
     with torch.inference_mode():
-        for result in _results():
+        for result in results:
             digest.update(result.float().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:8]
 
 
-def _results() -> Iterator[Tensor]:
-    """Outputs of the building blocks for fixed inputs."""
+def _torch_results(with_products: bool) -> Iterator[Tensor]:
+    """Outputs of torch's building blocks for fixed inputs."""
     for dtype in (torch.float32, torch.bfloat16):
         for out, width in _SHAPES:
             weight, rows = _numbers(out, width).to(dtype), _numbers(_NUM_ROWS, width).to(dtype)
-            yield functional.linear(rows, weight)
-            if can_pack(weight):
-                yield packed_linear(rows, pack(weight))
-            yield torch.bmm(rows.unsqueeze(0), weight.t().unsqueeze(0))
+            if with_products:
+                yield functional.linear(rows, weight)
+                if can_pack(weight):
+                    yield packed_linear(rows, pack(weight))
+                yield torch.bmm(rows.unsqueeze(0), weight.t().unsqueeze(0))
             yield rms_norm(rows.clone(), weight[0], 1e-5)
             yield gated_activation("silu")(rows)
             yield torch.softmax(rows, -1, dtype=torch.float32)
@@ -47,7 +71,20 @@ def _results() -> Iterator[Tensor]:
             yield rows.float().cos()
 
 
+def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Outputs of compiled kernels for fixed inputs."""
+    team = Team(library, 1)
+    for out, width in _SHAPES:
+        yield Matrix(team, _numbers(out, width).to(dtype)).multiply(
+            _numbers(_NUM_ROWS, width).to(dtype)
+        )
+
+
 def _numbers(rows: int, columns: int) -> Tensor:
-    """[rows, columns] float32, the same on every machine: exact multiples of 2**-9 in [-1, 1)."""
+    """[rows, columns] float32, the same on every machine: cubes of multiples of 2**-9 in [-1, 1).
+
+    Their sums round: those of the multiples themselves would be exact in any order.
+    """
     places = torch.arange(rows * columns, dtype=torch.int64)
-    return ((places * 40503 % 65521 % 1024 - 512).float() / 512).view(rows, columns)
+    numbers = (places * 40503 % 65521 % 1024 - 512).float() / 512
+    return (numbers * numbers * numbers).view(rows, columns)

@@ -192,8 +192,8 @@ def load_attention_model(
 ) -> AttentionModel:
     """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
 
-    ``compute_threads`` share its large products; None: the calling thread does them alone, as
-    always where it is ``deterministic``. With a ``team``, native kernels compute, on the CPU.
+    With a ``team``, native kernels compute, on the CPU. Else ``compute_threads`` share the large
+    products; None: the calling thread does them alone, as always where it is ``deterministic``.
 
     Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
     """

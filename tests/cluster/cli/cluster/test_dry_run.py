@@ -44,11 +44,15 @@ def test_a_plan_names_every_worker_and_its_share(capsys: pytest.CaptureFixture[s
     assert document["http"].startswith("http://127.0.0.1:")
 
 
-def test_one_worker_computes_with_all_cores_unless_it_is_deterministic(
+def test_one_worker_computes_with_all_cores_unless_torch_would_be_deterministic(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("serve", "--dry-run", "--json", *PORTS, "--mode", "local")
-    for more, threads in (((), count_cpus()), (("--deterministic",), 1)):
+    for more, threads in (
+        ((), count_cpus()),
+        (("--deterministic",), count_cpus()),
+        (("--deterministic", "--kernels", "torch"), 1),
+    ):
         assert main([*words, *more]) == ExitCode.OK
         assert json.loads(capsys.readouterr().out)["threads_per_worker"] == threads
 

@@ -95,7 +95,7 @@ def test_differences_of_two_starts_are_named_by_flag() -> None:
     assert "secret" not in str(one)
     other = asked("--num-expert-workers", "3", "--deterministic", "--api-key", "secret")
     assert tell_differences(one, other) == [
-        "--deterministic: default, not True",
+        "--deterministic: default, not on",
         "--num-expert-workers: 2, not 3",
         "MODEL: m, not default",
     ]

@@ -13,7 +13,13 @@ import pytest
 from cluster.cli.main import main, make_parser
 from cluster.cli.options.option import parse_bytes
 from cluster.cli.options.serve_config import build_config
-from cluster.cli.options.serve_options import OPTIONS, read_given, read_template, without_keys
+from cluster.cli.options.serve_options import (
+    OPTIONS,
+    read_given,
+    read_template,
+    spell_out,
+    without_keys,
+)
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.api_keys import hash_key
 from cluster.config.cluster import ClusterConfig, section_types
@@ -26,7 +32,7 @@ MODEL = ModelSource(folder=Path("/models/m"), name="m")
 
 
 def parse(*words: str) -> argparse.Namespace:
-    return make_parser().parse_args(["serve", *words])
+    return make_parser().parse_args(spell_out(["serve", *words]))
 
 
 def config_of(*words: str, environment: dict[str, str] | None = None) -> ClusterConfig:
@@ -97,17 +103,43 @@ def test_prefix_caching_is_on_unless_it_is_switched_off() -> None:
     assert config_of("--enable-prefix-caching", environment=off).engine.enable_prefix_caching
 
 
-def test_deterministic_is_a_switch_that_goes_with_cpus() -> None:
-    assert not config_of().engine.deterministic
-    for config in (
-        config_of("--deterministic"),
-        config_of(environment={"EXPERTMESH_DETERMINISTIC": "yes"}),
-    ):
-        assert config.engine.deterministic
-        assert (config.engine.combine_mode, config.workers.device) == ("per_slot", "cpu")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "auto"),
+        (("--deterministic",), "on"),
+        (("--deterministic", "MODEL"), "on"),
+        (("MODEL", "--deterministic"), "on"),
+        (("--deterministic", "--port", "1"), "on"),
+        (("--deterministic", "on", "MODEL"), "on"),
+        (("--deterministic", "true"), "on"),
+        (("--deterministic=0",), "off"),
+        (("--deterministic", "auto"), "auto"),
+        (("--deterministic", "off"), "off"),
+    ],
+)
+def test_deterministic_takes_a_word_or_none(words: tuple[str, ...], expected: str) -> None:
+    args = parse(*words)
+    assert args.model == ("MODEL" if "MODEL" in words else None)
+    assert config_of(*words).engine.deterministic == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("yes", "on"), ("False", "off"), ("auto", "auto")])
+def test_a_variable_says_deterministic_as_a_switch_or_by_a_word(text: str, expected: str) -> None:
+    environment = {"EXPERTMESH_DETERMINISTIC": text}
+    assert config_of(environment=environment).engine.deterministic == expected
+
+
+def test_deterministic_goes_with_cpus() -> None:
+    assert config_of("--deterministic").workers.device == "cpu"
     with pytest.raises(CommandError, match=r"device \(cuda\) must be cpu with deterministic") as no:
         config_of("--deterministic", "--device", "cuda")
     assert no.value.code == ExitCode.USAGE
+    assert config_of("--deterministic", "auto", "--device", "cuda").workers.device == "cuda"
+    with pytest.raises(
+        CommandError, match=r"EXPERTMESH_DETERMINISTIC \(maybe\) must be one of auto"
+    ):
+        config_of(environment={"EXPERTMESH_DETERMINISTIC": "maybe"})
 
 
 def test_an_empty_variable_counts_as_absent() -> None:

@@ -34,7 +34,7 @@ def request_of(name: str = "r", **more: object) -> Request:
 def engine_of(path: Path, dtype: str = "float32", num_blocks: int | None = None) -> LocalEngine:
     """A worker's engine; ``num_blocks`` of KV of the tiny model."""
     size = None if num_blocks is None else num_blocks * 16 * 2 * 2 * 2 * 8 * 4
-    section = EngineSection(deterministic=True, kv_cache_bytes=size)
+    section = EngineSection(deterministic="on", kv_cache_bytes=size)
     return LocalEngine(path, dtype=dtype, section=section, max_model_len=128)
 
 
