@@ -298,7 +298,7 @@ def _snapshot_before_start() -> dict[str, Any]:
     """``Controller.snapshot`` of a cluster that has no workers yet."""
     return {
         **dict.fromkeys(("version", "term", "generation", "placement_epoch"), 0),
-        **dict.fromkeys(("error", "mode", "rebalance")),
+        **dict.fromkeys(("error", "mode", "rebalance", "results")),
         "schema": 1,
         "state": ClusterState.STARTING.value,
         "mode_reason": "",

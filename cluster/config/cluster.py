@@ -181,7 +181,8 @@ class EngineSection:
     """Longest time that a request waits for KV blocks of another attention worker; 0 fetches
     none."""
     combine_mode: CombineMode = field(default="sum", metadata=INTERNAL)
-    """``per_slot`` makes results independent of the placement, at the price of more traffic."""
+    """``per_slot`` makes results independent of the placement, at the price of more traffic. Exact
+    generations with several expert ranks have it anyway."""
     deterministic: Deterministic = "auto"
     """A request's tokens and logprobs are bitwise equal for any batch, layout and history: where
     all workers can (``auto``), or else no start (``on``), which implies CPUs."""
@@ -203,8 +204,6 @@ class EngineSection:
         check_each(
             self, thresholds, lambda n: n >= 2, "must be at least 2: one row cannot be split"
         )
-        if self.deterministic == "on":
-            object.__setattr__(self, "combine_mode", "per_slot")
         budgets = "block_size_tokens max_num_seqs max_num_batched_tokens max_waiting"
         check_each(self, budgets, is_at_least_1, "must be at least 1")
         check(

@@ -74,7 +74,7 @@ class Controller:
                 record.register(frame)
                 record.since = now
                 cluster.touch()
-                if why := cluster.workers.misfit(name, cluster.generation.members):
+                if why := cluster.workers.misfit(name, cluster.generation):
                     self.lost({name: why}, now)
             case frames.LoadProgress():
                 record.load(frame)
@@ -208,6 +208,7 @@ class Controller:
             "generation": cluster.round.number,
             "placement_epoch": cluster.placement.epoch,
             "experts_complete": cluster.experts_complete,
+            "results": cluster.generation.agreement.to_dict(),
             "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
             "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],

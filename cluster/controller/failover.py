@@ -217,7 +217,7 @@ def continue_with(
     cluster.highest_epoch = collected.highest_epoch
     cluster.desired = memory.desired or cluster.desired
     for record in list(cluster.workers.alive()):  # before they meet the others
-        if why := cluster.workers.misfit(record.name, collected.generation.members):
+        if why := cluster.workers.misfit(record.name, collected.generation):
             record.enter(WorkerState.LOST, why)
             cluster.effects.append(End((record.name,)))
     gone = {r.name: r.reason for r in cluster.workers if r.is_lost}

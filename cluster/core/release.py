@@ -36,15 +36,12 @@ class Build(Message, frozen=True, kw_only=True):
     checkpoint_id: str = ""
     config_hash: str = ""
     """``ClusterConfig.fingerprint``."""
-    numerics: str = ""
-    """In a deterministic cluster: hash of the numerics."""
 
 
 _BUILD_ITEMS = {
     "release": "release",
     "checkpoint": "checkpoint_id",
     "configuration": "config_hash",
-    "arithmetic": "numerics",
 }
 
 

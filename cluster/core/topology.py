@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Literal
 
+from cluster.core.arithmetic import Agreement, Offer, agree
 from cluster.core.codec import Message
 
 Role = Literal["attention", "expert", "colocated"]
@@ -52,6 +54,8 @@ class Member(Message, frozen=True, kw_only=True):
     """``host:port`` where it gives out KV blocks, where it runs attention; else empty."""
     store_address: str = ""
     """``host:port`` of the rendezvous store, where it runs attention (collective transport)."""
+    offer: Offer = Offer()
+    """How it can compute."""
 
     @property
     def runs_attention(self) -> bool:
@@ -71,6 +75,19 @@ class Generation(Message, frozen=True, kw_only=True):
     """Generation number, 1 for the first."""
     members: tuple[Member, ...]
     """All workers that take part."""
+    agreement: Agreement = Agreement()
+    """How they compute."""
+
+    def following(self, members: Sequence[Member]) -> Generation:
+        """The next generation; number 0 stands for none before the first."""
+        former = self.agreement if self.number else None
+        agreement = agree({m.name: m.offer for m in members}, former)
+        return Generation(number=self.number + 1, members=tuple(members), agreement=agreement)
+
+    @property
+    def returns_slots(self) -> bool:
+        """Expert ranks return an output for each expert slot, as sums would depend on placement."""
+        return self.agreement.is_exact and len(self.experts) > 1
 
     @property
     def attention(self) -> tuple[Member, ...]:

@@ -21,6 +21,7 @@ from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.engine.engine import Engine
 from workers.engine.prefill_cap import PrefillCap
+from workers.experts.kernels_native import can_compute_all
 from workers.experts.slots import ExpertSlots
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
@@ -78,15 +79,11 @@ class LocalEngine:
 
         ``num_threads`` sets the threads of the kernels, and those of torch in this process, which
         are divided among compute threads; None: one of the kernels, and those of torch as they
-        are; a deterministic engine always sets one of torch. ``kernels`` as in ``WorkersSection``.
+        are; an exact engine always sets one of torch. ``kernels`` as in ``WorkersSection``.
         ``wrap`` may replace the engine's dispatcher.
         """
         section = section or EngineSection()
-        is_exact = section.deterministic == "on"
-        torch_threads = 1 if is_exact else num_threads
-        compute_threads = (
-            ComputeThreads() if torch_threads is None else ComputeThreads.for_threads(torch_threads)
-        )
+        is_strict = section.deterministic == "on"
         checkpoint = Checkpoint(path)
         place = torch.device(device)
         kind = resolve_dtype(dtype, checkpoint.config)
@@ -98,8 +95,15 @@ class LocalEngine:
         is_native = kernels == "auto" and place.type == "cpu"
         self.team = team = start_kernels(num_threads or 1).team if is_native else None
         """Threads of its kernels; None: torch computes."""
+        can_be_exact = team is not None and can_compute_all(banks, kind)
+        self.is_exact = is_strict or (section.deterministic == "auto" and can_be_exact)
+        """Results depend on the request alone, to the last bit."""
+        torch_threads = 1 if self.is_exact else num_threads
+        compute_threads = (
+            ComputeThreads() if torch_threads is None else ComputeThreads.for_threads(torch_threads)
+        )
         model = load_attention_model(
-            checkpoint, kind, place, max_model_len, compute_threads, is_exact, team
+            checkpoint, kind, place, max_model_len, compute_threads, is_strict, team
         )
         self._model = model
         self.config = checkpoint.config
@@ -109,7 +113,7 @@ class LocalEngine:
         self.dtype = kind
         """Compute dtype."""
         num_slots = max(b.num_experts for b in banks)
-        self.slots = ExpertSlots(banks, num_slots, kind, place, compute_threads, is_exact, team)
+        self.slots = ExpertSlots(banks, num_slots, kind, place, compute_threads, is_strict, team)
         self.slots.load_all(checkpoint)
         collapse_weights(place.type, checkpoint.loaded_bytes)
         local = LocalDispatcher(self.slots.banks, banks)
@@ -135,6 +139,7 @@ class LocalEngine:
             compute_threads=compute_threads,
             team=team,
             clock=clock,
+            is_exact=self.is_exact,
         )
         """The engine itself."""
 

@@ -86,7 +86,7 @@ class ExpertServer:
         self._slots = slots
         self._banks = tuple(banks)
         self._device_index = device_index
-        self._combine_mode = combine_mode
+        self._configured_mode = self._combine_mode = combine_mode
         self._dtype = dtype
         self._device = device
         self._granted: list[dict[int, int]] = []
@@ -108,6 +108,7 @@ class ExpertServer:
         experts = [bank.physical_to_logical[self._device_index] for bank in placement.banks]
         tables = [_FilledSlots.of(slots, self._device) for slots in experts]
         self._epochs.add(generation.number, placement.epoch, tables)
+        self._combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
         for i, held in enumerate(experts):
             if i == len(self.token_counts):
                 self.token_counts.append(torch.zeros(0, dtype=torch.int64))

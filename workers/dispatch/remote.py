@@ -74,7 +74,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._transport = transport
         self._activity = activity or Activity()
         self._rank = rank
-        self._combine_mode = combine_mode
+        self._configured_mode = self._combine_mode = combine_mode
         self._dtype = dtype
         self._device = device
         self._ranks: tuple[int, ...] = ()
@@ -93,6 +93,7 @@ class RemoteDispatcher(TimedDispatcher):
         device_index = {m.device: i for i, m in enumerate(members)}
         tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
         self._ranks = tuple(m.rank for m in members)
+        self._combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
         self._epochs.add(generation.number, placement.epoch, tables)
 
     def _table(

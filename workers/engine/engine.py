@@ -64,9 +64,11 @@ class Engine:
         compute_threads: ComputeThreads | None = None,
         team: Team | None = None,
         clock: Callable[[], float] = time.monotonic,
+        is_exact: bool = False,
     ) -> None:
         """Allocates the KV cache on the model's device. Raises ``ConfigError``.
 
+        ``is_exact``: what is drawn from a row does not depend on other rows, to the last bit.
         ``max_model_len`` None takes the checkpoint's context. The model must have been loaded with
         at least so many positions. ``team`` draws tokens with a native kernel; None: torch does.
         """
@@ -120,7 +122,6 @@ class Engine:
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
         self._deadlines = Deadlines()
-        is_exact = section.deterministic == "on"
         self._step_sampler = StepSampler(config, banks, model.head, is_exact, team)
         self._isolation = Isolation()
         self._solo_steps: list[SoloStep] = []

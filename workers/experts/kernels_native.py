@@ -6,10 +6,12 @@ other, on the load of a slot or on the number of threads, to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from workers.model.config import ExchangeSpec
+from workers.model.config import BankSpec, ExchangeSpec
 from workers.native.experts import ExpertShape, InputsBy, SlotTable, expert_pairs, expert_rows
 from workers.native.panels import DTYPES, pack, unpack
 from workers.native.team import Team
@@ -25,6 +27,11 @@ def what_is_missing(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
     if exchange.expert_kind == "gated" and exchange.activation != "silu":
         return f"the activation {exchange.activation}"
     return ""
+
+
+def can_compute_all(banks: Sequence[BankSpec], dtype: torch.dtype) -> bool:
+    """``can_compute`` of all exchanges of all banks."""
+    return all(can_compute(exchange, dtype) for bank in banks for exchange in bank.exchanges)
 
 
 class NativeExperts:

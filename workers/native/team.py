@@ -35,8 +35,20 @@ class Team:
 
     def __init__(self, library: Library, count: int) -> None:
         """Start the threads. Raises ``RuntimeError`` where the system gives none."""
-        self.library = library
         self.count = count
+        self._start(library)
+
+    def use(self, library: Library) -> None:
+        """Compute with another library from now on. Called by the thread that computes.
+
+        Packed weights are those of all libraries. Raises ``RuntimeError`` as for a new team.
+        """
+        if library.path != self.library.path:
+            self._end()
+            self._start(library)
+
+    def _start(self, library: Library) -> None:
+        self.library, count = library, self.count
         functions = library.functions
         # Threads that wait for a core would wait for one that spins on it.
         num_spins = _SPINS if count <= len(os.sched_getaffinity(0)) else 0
@@ -44,7 +56,8 @@ class Team:
         if not self.pointer:
             raise RuntimeError(f"the system gives no {count - 1} threads for the kernels")
         # Not at the end of the process: a thread may still compute then.
-        weakref.finalize(self, functions.team_free, self.pointer).atexit = False
+        self._end = weakref.finalize(self, functions.team_free, self.pointer)
+        self._end.atexit = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class AttentionRuntime(WorkerRuntime):
             self.args.device,
             model_len,
             self.compute_threads,
-            self.is_exact,
+            self.config.engine.deterministic == "on",
             self.kernels.team,
         )
         self._timer = self._new_timer()
@@ -112,6 +112,7 @@ class AttentionRuntime(WorkerRuntime):
             rank=self.member.rank,
             compute_threads=self.compute_threads,
             team=self.kernels.team,
+            is_exact=bool(self.member.offer.kernels),
         )
         self._lend_blocks(engine)
         self._engine = engine

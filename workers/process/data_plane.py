@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
+from cluster.config.cluster import CombineMode
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
@@ -13,15 +16,14 @@ from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
 
 
-def identify(args: WorkerArgs, checkpoint: Checkpoint, numerics: str) -> PeerIdentity:
-    """The identity of this worker in a handshake; ``numerics`` as in ``Build``."""
+def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
+    """The identity of this worker in a handshake."""
     return PeerIdentity(
         name=args.member.name,
         role=args.member.role,
         rank=args.member.rank,
         checkpoint_id=checkpoint.checkpoint_id,
         config_hash=args.config.fingerprint(),
-        numerics=numerics,
     )
 
 
@@ -33,11 +35,11 @@ def open_connections(
     return PeerConnections(
         me,
         args.config.cluster_token,
-        max_data_bytes=max_data_bytes(
-            checkpoint.family.banks,
-            engine.max_num_batched_tokens,
-            dtype.itemsize,
-            engine.combine_mode,
+        max_data_bytes=max(
+            max_data_bytes(
+                checkpoint.family.banks, engine.max_num_batched_tokens, dtype.itemsize, mode
+            )
+            for mode in get_args(CombineMode)
         ),
         host=args.host,
         connect_timeout_s=transport.connect_timeout_s,

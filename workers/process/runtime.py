@@ -41,7 +41,6 @@ from workers.metrics.activity import Activity, thread_cpu_clock
 from workers.metrics.step_metrics import StepMetrics
 from workers.metrics.step_timer import StepTimer, TimingSink
 from workers.metrics.step_trace import StepTrace
-from workers.model.batch_invariant.numerics import arithmetic_of, torch_digest
 from workers.model.compute_threads import ComputeThreads
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
@@ -51,6 +50,7 @@ from workers.process.control.lease import Lease
 from workers.process.control.membership import Membership, MembershipHooks, Standing
 from workers.process.control.reports import WorkerReports
 from workers.process.data_plane import identify, open_connections, open_transport
+from workers.process.exactness import Exactness
 from workers.process.expert_part import BanksOf, ExpertPart
 from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
 from workers.process.orders import Orders
@@ -92,7 +92,7 @@ class WorkerRuntime(ABC):
             self.member.name,
             MembershipHooks(
                 send=self._send,
-                enter=self._enter,
+                enter=self._enter_generation,
                 lose_members=self._lose_members,
                 begin_steps=self._begin_steps,
                 slots=self._slot_contents,
@@ -197,7 +197,7 @@ class WorkerRuntime(ABC):
     def _main(self) -> None:
         self.activity.cpu_s = thread_cpu_clock()
         try:
-            self._start_computing()
+            self.kernels = start_kernels(self.args.threads, self.args.why_torch)
             self._open()
             info = self._load()
             device = self.args.device.type
@@ -215,14 +215,6 @@ class WorkerRuntime(ABC):
         if not self.lifetime.is_stopped_in_time():
             self._on_death("told to end")
 
-    def _start_computing(self) -> None:
-        """Find what computes. Sums of torch depend on the number of its threads."""
-        self.is_exact = self.config.engine.deterministic == "on"
-        self.kernels = start_kernels(self.args.threads, self.args.why_torch)
-        torch_threads = 1 if self.is_exact else self.args.threads
-        self.compute_threads = ComputeThreads.for_threads(torch_threads)
-        self.threads = self.args.threads if self.kernels.team is not None else torch_threads
-
     def _open(self) -> None:
         """Reach the controller, read the checkpoint's headers, open the listeners, register."""
         self._control = self._open_control()
@@ -230,8 +222,10 @@ class WorkerRuntime(ABC):
         self.checkpoint = Checkpoint(Path(self.config.model.path), self._reports.loading)
         self.family = self.checkpoint.family
         self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
-        numerics = self._numerics() if self.is_exact else ""
-        me = self._me = identify(self.args, self.checkpoint, numerics)
+        self._exactness = Exactness.of(self.args, self.kernels, self.family.banks, self.dtype)
+        self.compute_threads = ComputeThreads.for_threads(self._exactness.torch_threads)
+        self.member = replace(self.member, offer=self._exactness.offer)
+        me = self._me = identify(self.args, self.checkpoint)
         connections = self._connections = open_connections(
             self.args, me, self.checkpoint, self.dtype
         )
@@ -255,17 +249,13 @@ class WorkerRuntime(ABC):
             self.member = replace(self.member, weights_address=self._weights.address)
             self.kernels = self.kernels.noting(torch_experts(self.family.banks, self.dtype))
         self.member = self._announce()
-        info = {"threads": self.threads, "device": str(self.args.device)}
+        info = {"threads": self._exactness.threads, "device": str(self.args.device)}
         info |= {"host": socket.gethostname(), "kernels": self.kernels.words}
         self.control.send(Register(member=self.member, build=me.build, info=info))
 
-    def _numerics(self) -> str:
-        """What computes: kernels, and torch the rest or all."""
-        team = self.kernels.team
-        if team is None:
-            return f"torch {torch_digest(with_products=True)}"
-        kernels = arithmetic_of(team.library, self.dtype)
-        return f"{kernels}, torch {torch_digest(with_products=False)}"
+    def _enter_generation(self, generation: Generation, placement: ExpertPlacement) -> None:
+        self._exactness.follow(generation.agreement)
+        self._enter(generation, placement)
 
     def _peer_server(self, what: str, key_bytes: int) -> PeerServer:
         """A listener for other workers of the cluster, open until this worker ends."""
@@ -350,8 +340,9 @@ class WorkerRuntime(ABC):
 
     def _expert_slots(self) -> ExpertSlots:
         args, threads, team = self.args, self.compute_threads, self.kernels.team
+        is_strict = self.config.engine.deterministic == "on"
         num, dtype, device = args.num_slots, self.dtype, args.device
-        return ExpertSlots(self.family.banks, num, dtype, device, threads, self.is_exact, team)
+        return ExpertSlots(self.family.banks, num, dtype, device, threads, is_strict, team)
 
     def _die(self, reason: str) -> None:
         if self.lifetime.is_ending:

@@ -32,7 +32,8 @@ class SocketTransport:
     ) -> None:
         self._connections = connections
         self._device = device
-        self._mode_flag = PER_SLOT if combine_mode == "per_slot" else 0
+        self._returns_slots = combine_mode == "per_slot"
+        self._mode_flag = 0
         self._flags = 0
         self._generation = 0
         self._step = 0
@@ -42,6 +43,7 @@ class SocketTransport:
         """Learn the names of the other pool; the edges are open already."""
         self._names = {m.rank: m.name for m in generation.facing(self._connections.me.role)}
         self._generation = generation.number
+        self._mode_flag = PER_SLOT if self._returns_slots or generation.returns_slots else 0
 
     def begin_step(self, header: StepHeader) -> None:
         """See ``DataTransport``; frames of earlier steps are dropped from now on."""

@@ -51,6 +51,10 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
     if status.get("mode"):
         reason = status.get("mode_reason")
         lines.append(f"mode        {status['mode']}{f': {reason}' if reason else ''}")
+    if results := status.get("results"):
+        is_exact, arithmetic = results["exact"], results["arithmetic"]
+        how = f"exact, with {arithmetic}" if is_exact else f"not exact: {results['reason']}"
+        lines.append(f"results     {how}")
     if status.get("rebalance"):
         lines.append(f"rebalance   {describe(status['rebalance'])}")
     if status.get("error"):

@@ -338,7 +338,7 @@ class Cluster:
         if self.state is not ClusterState.STARTING:
             self.enter(ClusterState.RECOVERING)
         fresh = tuple(self.workers[m.name].member for m in members)
-        generation = Generation(number=self.round.number + 1, members=fresh)
+        generation = self.generation.following(fresh)
         self.round = self.round.next(generation, self.placement, now)
         if self.highest_epoch > self.placement.epoch:  # workers may know that epoch
             placement = replace(placement, epoch=max(self.highest_epoch + 1, placement.epoch))
@@ -380,7 +380,7 @@ class Cluster:
 
     def stall(self, members: Sequence[Member], now: float) -> None:
         """No generation can run: keep these members for a later one."""
-        survivors = Generation(number=self.round.number, members=tuple(members))
+        survivors = replace(self.generation, members=tuple(members))
         self.round = GenerationRound(survivors, now, Phase.STALLED)
         self._stand_by()
 

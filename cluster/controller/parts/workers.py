@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from cluster.core.errors import CalledAgainError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.release import Build, differing_item
 from cluster.core.states import WorkerState, next_state
-from cluster.core.topology import ADDRESS_FIELDS, Member
+from cluster.core.topology import ADDRESS_FIELDS, Generation, Member
 from cluster.policy.failure import Pulse
 from cluster.policy.silence import GapWindow
 
@@ -110,9 +110,9 @@ class WorkerRecord:
             raise ProtocolError(f"{self.name} registers as {claimed.name!r}")
         if self.state is not WorkerState.STARTING:
             raise CalledAgainError(f"{self.name} registers again ({self.state.value})")
-        addresses = {key: getattr(claimed, key) for key in ADDRESS_FIELDS}
+        facts = {key: getattr(claimed, key) for key in (*ADDRESS_FIELDS, "offer")}
         node = self.member.node or claimed.node
-        self.member = replace(self.member, node=node, pid=claimed.pid, **addresses)
+        self.member = replace(self.member, node=node, pid=claimed.pid, **facts)
         self.build = frame.build
         self.info.update(frame.info)
         self.enter(WorkerState.LOADING)
@@ -242,18 +242,21 @@ class WorkerTable:
             return [r.pulse() for r in self.alive() if r.state is WorkerState.LOADING]
         return [r.pulse() for r in self.alive() if not r.is_coming]
 
-    def misfit(self, name: str, members: Collection[Member]) -> str | None:
+    def misfit(self, name: str, generation: Generation) -> str | None:
         """Why a worker that has registered cannot serve with the others, if it cannot.
 
         The members of the newest generation are the measure; before the first, all workers.
         """
-        names = {m.name for m in members}
+        names = {m.name for m in generation.members}
         others = [r for r in self.alive() if r.build is not None and r.name != name]
         measure = [r for r in others if r.name in names] or others
-        build = self._records[name].build
-        if not measure or build is None or measure[0].build is None or name in names:
+        own = self._records[name]
+        if not measure or own.build is None or measure[0].build is None or name in names:
             return None
-        return differing_item(measure[0].name, measure[0].build, name, build)
+        differing = differing_item(measure[0].name, measure[0].build, name, own.build)
+        if differing is not None or not own.member.offer.is_strict:
+            return differing
+        return generation.following([r.member for r in (*measure, own)]).agreement.reason or None
 
     @property
     def status_complete(self) -> bool:

@@ -38,6 +38,21 @@ def test_status_of_a_ready_cluster(
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize(
+    ("results", "line"),
+    [
+        ({"exact": True, "arithmetic": "float32 12ab", "reason": ""}, "exact, with float32 12ab"),
+        ({"exact": False, "arithmetic": "", "reason": "a GPU"}, "not exact: a GPU"),
+    ],
+)
+def test_status_says_whether_results_are_exact(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], results: dict[str, Any], line: str
+) -> None:
+    gateway.status = (200, {**STATUS, "results": results})
+    assert main(["--url", gateway.url, "status"]) == ExitCode.OK
+    assert f"results     {line}\n" in capsys.readouterr().out
+
+
 def test_status_json_is_the_document_alone(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:

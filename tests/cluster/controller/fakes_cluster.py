@@ -15,6 +15,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import End, EndAll, Send, Start, Trace
 from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.arithmetic import Offer
 from cluster.core.frames import (
     ControlFrame,
     ExpertsLoaded,
@@ -37,7 +38,8 @@ FrameT = TypeVar("FrameT", bound=ControlFrame)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-BUILD = Build(checkpoint_id="demo", config_hash="settings", numerics="avx2")
+BUILD = Build(checkpoint_id="demo", config_hash="settings")
+OFFER = Offer(kernels=("dot", "fma"))
 CONFIG = ClusterConfig(model=ModelSection(path="somewhere", served_model_name="demo"))
 BANKS = (
     BankShape(bank="mlp", layer=0, num_experts=8),
@@ -193,9 +195,11 @@ class FakeCluster:
         """A worker sends a frame."""
         self.controller.frame(worker, frame, self.now)
 
-    def register(self, worker: str, pid: int = 1, build: Build = BUILD) -> None:
+    def register(
+        self, worker: str, pid: int = 1, build: Build = BUILD, offer: Offer = OFFER
+    ) -> None:
         """A worker calls for the first time."""
-        member = member_of(worker, pid=pid, data_address=f"10.0.0.1:{pid}")
+        member = member_of(worker, pid=pid, data_address=f"10.0.0.1:{pid}", offer=offer)
         self.send(worker, Register(member=member, build=build))
 
     def load_all(self, infos: Mapping[str, Mapping[str, object]] | None = None) -> None:

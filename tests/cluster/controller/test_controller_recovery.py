@@ -11,6 +11,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.settings import ControllerSettings
+from cluster.core.arithmetic import Offer
 from cluster.core.codec import to_plain
 from cluster.core.frames import (
     ControllerSnapshot,
@@ -285,7 +286,7 @@ def test_the_only_attention_worker_comes_back() -> None:
 
 @pytest.mark.parametrize(
     ("item", "word"),
-    [("checkpoint_id", "checkpoint"), ("config_hash", "configuration"), ("numerics", "arithmetic")],
+    [("checkpoint_id", "checkpoint"), ("config_hash", "configuration")],
 )
 def test_a_replacement_that_does_not_fit_never_meets_the_others(item: str, word: str) -> None:
     cluster = FakeCluster(1, 3, num_redundant=4)
@@ -303,6 +304,41 @@ def test_a_replacement_that_does_not_fit_never_meets_the_others(item: str, word:
     assert record.reason == f"{word} of expert-1.2 is other, attention-0 has {was}"
     assert cluster.link.ended == ["expert-1", "expert-1.2"]
     assert cluster.known.generation.number == number
+
+
+def replace_expert(offer: Offer) -> FakeCluster:
+    """A cluster of arithmetic dot lost ``expert-1``, and another worker calls in its place."""
+    cluster = FakeCluster(1, 3, num_redundant=4)
+    cluster.serve()
+    assert cluster.known.generation.agreement.kernels == "dot"
+    lose(cluster, "expert-1")
+    for name in ("expert-0", "expert-2"):
+        cluster.answer_loads(name)
+    cluster.join_all()
+    assert cluster.known.generation.agreement.kernels == "dot"
+    cluster.tick(0.2)
+    cluster.register("expert-1.2", offer=offer)
+    return cluster
+
+
+def test_where_exactness_is_demanded_another_arithmetic_is_refused() -> None:
+    cluster = replace_expert(Offer(kernels=("fma",), is_strict=True))
+    record = cluster.known.workers["expert-1.2"]
+    assert record.is_lost
+    assert record.reason == "expert-1.2 computes with fma, the others with dot"
+    assert cluster.known.generation.agreement.is_exact
+
+
+def test_a_member_of_another_arithmetic_ends_exactness() -> None:
+    cluster = replace_expert(Offer(kernels=("fma",)))
+    assert not cluster.known.workers["expert-1.2"].is_lost
+    cluster.send("expert-1.2", WorkerReady())
+    cluster.answer_loads("expert-1.2")
+    cluster.join_all()
+    assert "expert-1.2" in {m.name for m in cluster.known.generation.members}
+    assert cluster.known.generation.agreement.reason == (
+        "expert-1.2 computes with fma, the others with dot"
+    )
 
 
 def test_a_start_with_two_checkpoints_fails_by_name() -> None:

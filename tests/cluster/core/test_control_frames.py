@@ -58,7 +58,7 @@ SAMPLES: tuple[ControlFrame, ...] = (
     ControlProof(proof="01"),
     Register(
         member=MEMBER,
-        build=Build(checkpoint_id="c", config_hash="f", numerics="n"),
+        build=Build(checkpoint_id="c", config_hash="f"),
         info={"threads": 2},
     ),
     LoadProgress(loaded_bytes=3, total_bytes=10),

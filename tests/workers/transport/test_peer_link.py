@@ -35,14 +35,13 @@ KEY_BYTES = 32
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def identity(name: str, checkpoint: str = "abc", numerics: str = "") -> PeerIdentity:
+def identity(name: str, checkpoint: str = "abc") -> PeerIdentity:
     return PeerIdentity(
         name=name,
         role="attention",
         rank=0,
         checkpoint_id=checkpoint,
         config_hash="cfg",
-        numerics=numerics,
     )
 
 
@@ -142,9 +141,8 @@ def test_a_missing_item_is_no_error(server: PeerServer, shelf: Shelf) -> None:
     [
         (identity("attention-1"), "another token", "attention-0"),
         (identity("attention-1", "other checkpoint"), TOKEN, "checkpoint"),
-        (identity("attention-1", numerics="other"), TOKEN, "numerics|arithmetic|comput"),
     ],
-    ids=["token", "checkpoint", "numerics"],
+    ids=["token", "checkpoint"],
 )
 def test_strangers_get_nothing(me: PeerIdentity, token: str, message: str) -> None:
     shelf = Shelf([torch.zeros(SHAPE)])

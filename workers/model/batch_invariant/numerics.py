@@ -20,8 +20,8 @@ from workers.native.library import Library
 from workers.native.matrix import Matrix
 from workers.native.team import Team
 
-_SHAPES = ((96, 80), (520, 260))
-"""[out, in] of products: too small and large enough for packing."""
+_SHAPES = ((96, 40), (520, 130))
+"""[out, half of in] of products: too small and large enough for packing."""
 _NUM_ROWS = 12
 
 
@@ -57,7 +57,7 @@ def _torch_results(with_products: bool) -> Iterator[Tensor]:
     """Outputs of torch's building blocks for fixed inputs."""
     for dtype in (torch.float32, torch.bfloat16):
         for out, width in _SHAPES:
-            weight, rows = _numbers(out, width).to(dtype), _numbers(_NUM_ROWS, width).to(dtype)
+            weight, rows = _operands(out, width, dtype)
             if with_products:
                 yield functional.linear(rows, weight)
                 if can_pack(weight):
@@ -75,9 +75,17 @@ def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
     """Outputs of compiled kernels for fixed inputs."""
     team = Team(library, 1)
     for out, width in _SHAPES:
-        yield Matrix(team, _numbers(out, width).to(dtype)).multiply(
-            _numbers(_NUM_ROWS, width).to(dtype)
-        )
+        weight, rows = _operands(out, width, dtype)
+        yield Matrix(team, weight).multiply(rows)
+
+
+def _operands(out: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight [out, 2 * width] and rows whose products are 0, but for the rounding of sums.
+
+    Each sum is taken back term by term, so that its last bits are what is left of it.
+    """
+    weight, rows = _numbers(out, width).to(dtype), _numbers(_NUM_ROWS, width).to(dtype)
+    return torch.cat((weight, weight), 1), torch.cat((rows, -rows), 1)
 
 
 def _numbers(rows: int, columns: int) -> Tensor:
