@@ -14,6 +14,7 @@ from tests.workers.native.builds import NAMES, library
 from workers.native import team as team_module
 from workers.native.experts import ExpertShape, SlotTable, expert_pairs
 from workers.native.library import Found
+from workers.native.matrix import Matrix
 from workers.native.panels import pack
 from workers.native.team import Team, start_kernels
 
@@ -87,3 +88,13 @@ def test_what_torch_computes_beside_the_kernels_is_said_once(
     assert noted.team is native.team
     assert noted.words == f"{native.words}; torch for experts: no kernel has the activation gelu"
     assert len(caplog.records) == 1
+
+
+def test_a_team_goes_on_with_another_library_and_the_same_weights() -> None:
+    before = native_threads()
+    own = Team(library(NAMES[0]), 2)
+    matrix = Matrix(own, torch.ones(40, 8))
+    own.use(library(NAMES[-1]))
+    assert own.library.name == NAMES[-1]
+    assert native_threads() == before + 1, "the former thread has ended"
+    assert torch.equal(matrix.multiply(torch.ones(3, 8)), torch.full((3, 40), 8.0))
