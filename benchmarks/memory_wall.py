@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import results, wall_engine, wall_workers
+from benchmarks.run import terminate
 from benchmarks.wall_rows import MINI, Bench, Row, report
 from cluster.cli.terminal.arguments import count
 
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("workers").setLevel(logging.WARNING)
+    handler = signal.signal(signal.SIGTERM, terminate)
     before = os.sched_getaffinity(0)
     cores = sorted(before)[: args.cores]
     os.sched_setaffinity(0, cores)  # all that is started inherits it
@@ -73,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure(args, len(cores))
     finally:
         os.sched_setaffinity(0, before)
+        signal.signal(signal.SIGTERM, handler)
     command = " ".join(["python -m benchmarks.memory_wall", *(arguments or sys.argv[1:])])
     sys.stdout.write(f"{_words(args, len(cores))}\n\n{report(rows)}\n\n")
     sys.stdout.write(f"{results.machine(command)}\n")

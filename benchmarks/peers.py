@@ -25,7 +25,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from benchmarks import gguf, random_checkpoint, random_tokenizer, results
@@ -36,6 +35,7 @@ from benchmarks.prompts import random_prompts
 from benchmarks.quiet import QUIET_CORES, CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
+from benchmarks.run import terminate
 from benchmarks.systems import System
 from benchmarks.timing import Sample, Times, median_of, ratio_of, sample_of
 from cluster.cli.terminal.arguments import count
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the section."""
     args = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    handler = signal.signal(signal.SIGTERM, _terminate)
+    handler = signal.signal(signal.SIGTERM, terminate)
     before = os.sched_getaffinity(0)
     cores = sorted(before)[: args.cores]
     os.sched_setaffinity(0, cores)  # the systems inherit it
@@ -344,11 +344,6 @@ def _words(args: argparse.Namespace, model: RandomModel, num_cores: int, found: 
         f"of {args.repeats} runs in turns; ratios are of `tokens/s`, medians of the ratios within "
         "a run, each system in its faster type."
     )
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """End as on SIGINT: what was started is ended, what was written is removed."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

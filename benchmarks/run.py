@@ -76,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"--only: {unknown[0]} is not one of {', '.join(available())}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     out = options.out or (None if options.quick else results.FILE)
     command = " ".join(["python -m benchmarks.run", *(arguments or sys.argv[1:])])
     run(names, options.quick, out, command)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def terminate(number: int, frame: FrameType | None) -> None:
     """End as on SIGINT: what was started is ended, what was written is removed."""
     raise SystemExit(128 + number)
 
