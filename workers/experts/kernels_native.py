@@ -74,7 +74,7 @@ class NativeExperts:
         dtype: torch.dtype,
     ) -> Tensor:
         """See ``ExpertBank.compute_rows``."""
-        by_slot: InputsBy = "place" if len(inputs) == slots.numel() else "pair"
+        by_slot: InputsBy = "place" if inputs.shape[0] == slots.numel() else "pair"
         return expert_rows(
             self._team,
             self._slots,

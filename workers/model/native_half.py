@@ -105,7 +105,7 @@ class NativeHalf:
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, shape, parts, hidden, cache, context))
         rows = RowsFields(cache=cache.data_ptr())
-        queries = self._queries(rows, len(hidden))
+        queries = self._queries(rows, hidden.shape[0])
         output = self._leave(hidden, rows, ENTER | ATTEND | LEAVE, context)
         self._report(queries, cache, context)
         return output
@@ -121,11 +121,11 @@ class NativeHalf:
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
         """See ``HalfStages``."""
         shape = self._half.shape
-        attended = rows.new_empty(len(rows), shape.num_heads * shape.head_dim)
+        attended = rows.new_empty(rows.shape[0], shape.num_heads * shape.head_dim)
         fields = RowsFields(
             projected=rows.data_ptr(), cache=cache.data_ptr(), attended=attended.data_ptr()
         )
-        queries = self._queries(fields, len(rows))
+        queries = self._queries(fields, rows.shape[0])
         self._run(context, fields, ATTEND)
         self._report(queries, cache, context)
         return attended
@@ -158,7 +158,7 @@ class NativeHalf:
         context: LayerContext,
     ) -> Routes:
         """Run stages that end with a router, and report its choice."""
-        routing, count = router.routing, len(normed)
+        routing, count = router.routing, normed.shape[0]
         dtype = torch.float32 if routing.scoring == "sigmoid" else normed.dtype
         logits = torch.empty(count, routing.num_experts, dtype=dtype)
         ids = torch.empty(count, routing.top_k, dtype=torch.int64)

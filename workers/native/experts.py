@@ -41,53 +41,6 @@ class ExpertShape:
         return ((2 * self.inner, self.in_width), (self.out_width, self.inner))
 
 
-class SlotTable:
-    """The packed matrices of expert slots. A slot has all its matrices, or computes nothing."""
-
-    def __init__(self, shape: ExpertShape, num_slots: int, old: SlotTable | None = None) -> None:
-        """Empty slots, but for those of ``old``."""
-        self.shape = shape
-        self._packed: list[list[Tensor | None]] = []
-        self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)
-        for matrix in range(len(shape.matrices)):
-            kept = old._packed[matrix][:num_slots] if old is not None else []
-            self._packed.append([None] * num_slots)
-            for slot, packed in enumerate(kept):
-                if packed is not None:
-                    self.put(slot, matrix, packed)
-
-    def __len__(self) -> int:
-        return self._addresses.shape[1]
-
-    def get(self, slot: int, matrix: int) -> Tensor:
-        """A packed matrix. Raises ``IndexError`` where the slot has none."""
-        packed = self._packed[matrix][slot]
-        if packed is None:
-            raise IndexError(f"slot {slot} is empty")
-        return packed
-
-    def put(self, slot: int, matrix: int, packed: Tensor) -> None:
-        """Keep a packed matrix, see ``panels.pack``."""
-        shape = self.shape.matrices[matrix]
-        expected = packed_bytes(shape, self.shape.dtype, bool(self.shape.inner) and not matrix)
-        assert packed.nbytes == expected, f"{packed.nbytes} bytes: must be {expected}"
-        assert packed.is_contiguous()
-        self._packed[matrix][slot] = packed
-        self._addresses[matrix, slot] = packed.data_ptr()
-
-    def clear(self, slot: int) -> None:
-        """Give a slot's memory back; nothing may compute with it."""
-        self._addresses[:, slot] = 0
-        for packed in self._packed:
-            packed[slot] = None
-
-    def address(self, matrix: int) -> int | None:
-        """Where C finds the addresses of the slots' matrices; None: there is no such matrix."""
-        if matrix >= len(self._addresses):
-            return None
-        return self._addresses[matrix].data_ptr()
-
-
 class _Call(ctypes.Structure):
     """``struct experts_call``."""
 
@@ -116,6 +69,60 @@ class _Call(ctypes.Structure):
     ]
 
 
+class SlotTable:
+    """The packed matrices of expert slots. A slot has all its matrices, or computes nothing."""
+
+    def __init__(self, shape: ExpertShape, num_slots: int, old: SlotTable | None = None) -> None:
+        """Empty slots, but for those of ``old``."""
+        self.shape = shape
+        self._packed: list[list[Tensor | None]] = []
+        self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)
+        self._num_slots = num_slots
+        pointers = [row.data_ptr() for row in self._addresses]
+        self.fields = _Call(
+            dtype=DTYPES.index(shape.dtype),
+            is_gated=shape.inner > 0,
+            in_width=shape.in_width,
+            inner_width=shape.inner,
+            out_width=shape.out_width,
+            num_slots=num_slots,
+            first=pointers[0],
+            second=pointers[1] if shape.inner else None,
+        )
+        """For C: what all calls with these slots share; valid as long as this table."""
+        for matrix in range(len(shape.matrices)):
+            kept = old._packed[matrix][:num_slots] if old is not None else []
+            self._packed.append([None] * num_slots)
+            for slot, packed in enumerate(kept):
+                if packed is not None:
+                    self.put(slot, matrix, packed)
+
+    def __len__(self) -> int:
+        return self._num_slots
+
+    def get(self, slot: int, matrix: int) -> Tensor:
+        """A packed matrix. Raises ``IndexError`` where the slot has none."""
+        packed = self._packed[matrix][slot]
+        if packed is None:
+            raise IndexError(f"slot {slot} is empty")
+        return packed
+
+    def put(self, slot: int, matrix: int, packed: Tensor) -> None:
+        """Keep a packed matrix, see ``panels.pack``."""
+        shape = self.shape.matrices[matrix]
+        expected = packed_bytes(shape, self.shape.dtype, bool(self.shape.inner) and not matrix)
+        assert packed.nbytes == expected, f"{packed.nbytes} bytes: must be {expected}"
+        assert packed.is_contiguous()
+        self._packed[matrix][slot] = packed
+        self._addresses[matrix, slot] = packed.data_ptr()
+
+    def clear(self, slot: int) -> None:
+        """Give a slot's memory back; nothing may compute with it."""
+        self._addresses[:, slot] = 0
+        for packed in self._packed:
+            packed[slot] = None
+
+
 def expert_pairs(
     team: Team, table: SlotTable, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
 ) -> Tensor:
@@ -124,8 +131,8 @@ def expert_pairs(
     inputs [N, in_width] of the shape's dtype; pair_input, pair_slot [P] int64 -> [P, out_width].
     Raises ``IndexError`` for an empty or missing slot or input.
     """
-    out = inputs.new_empty(len(pair_slot), table.shape.out_width)
-    if len(pair_slot):
+    out = inputs.new_empty(pair_slot.shape[0], table.shape.out_width)
+    if pair_slot.shape[0]:
         assert pair_input.shape == pair_slot.shape
         pair_input = pair_input.contiguous()
         call = _call(table, inputs, pair_slot.unsqueeze(1), out)
@@ -151,8 +158,8 @@ def expert_rows(
     float32 -> [T, out_width] ``dtype``. ``rounds_products``: weights, and then products of weight
     and output, are rounded to the shape's dtype. Raises as ``expert_pairs``.
     """
-    out = inputs.new_empty(len(slots), table.shape.out_width, dtype=dtype)
-    if len(slots):
+    out = inputs.new_empty(slots.shape[0], table.shape.out_width, dtype=dtype)
+    if slots.shape[0]:
         assert weights.shape == slots.shape
         call = _call(table, inputs, slots, out)
         call.inputs_by = _INPUTS_BY.index(inputs_by)
@@ -167,23 +174,12 @@ def _call(table: SlotTable, inputs: Tensor, slots: Tensor, out: Tensor) -> _Call
     shape = table.shape
     assert inputs.shape[1:] == (shape.in_width,), f"inputs of shape {tuple(inputs.shape)}"
     address, stride = _rows_address(slots, torch.int64)
-    return _Call(
-        dtype=DTYPES.index(shape.dtype),
-        is_gated=shape.inner > 0,
-        in_width=shape.in_width,
-        inner_width=shape.inner,
-        out_width=shape.out_width,
-        num_slots=len(table),
-        first=table.address(0),
-        second=table.address(1),
-        inputs=_address(inputs, shape.dtype),
-        num_inputs=len(inputs),
-        slots=address,
-        num_rows=slots.shape[0],
-        top_k=slots.shape[1],
-        slots_stride=stride,
-        out=out.data_ptr(),
-    )
+    call = _Call.from_buffer_copy(table.fields)
+    call.inputs, call.num_inputs = _address(inputs, shape.dtype), inputs.shape[0]
+    call.slots, call.slots_stride = address, stride
+    call.num_rows, call.top_k = slots.shape
+    call.out = out.data_ptr()
+    return call
 
 
 def _compute(team: Team, call: _Call) -> None:

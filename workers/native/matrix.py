@@ -57,9 +57,10 @@ class Matrix:
         assert x.dtype == self.dtype, f"{x.dtype}: must be {self.dtype}"
         assert x.shape[1:] == self.shape[1:], f"rows of shape {tuple(x.shape)}"
         x = x.contiguous()
-        out = x.new_empty(len(x), self.shape[0])
-        if len(x):
+        num_rows = x.shape[0]
+        out = x.new_empty(num_rows, self.shape[0])
+        if num_rows:
             run = self._team.library.functions.linear_run
             fields = ctypes.byref(self.fields)
-            check(run(self._team.pointer, fields, x.data_ptr(), len(x), out.data_ptr()))
+            check(run(self._team.pointer, fields, x.data_ptr(), num_rows, out.data_ptr()))
         return out
