@@ -71,18 +71,6 @@ def free_resources() -> dict[str, float]:
     return dict(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
-def reserved_cpus() -> float:
-    """CPUs of live nodes that our placement groups hold."""
-    alive = {node.node_id for node in cluster_nodes()}
-    return sum(
-        float(bundle.get("CPU", 0.0))
-        for entry in placement_group_table().values()
-        if entry["name"] == WORKERS_GROUP and entry["state"] != "REMOVED"
-        for index, bundle in entry["bundles"].items()
-        if entry["bundles_to_node_id"].get(index) in alive
-    )
-
-
 def node_address() -> str:
     """Cluster IP address of this process's node."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

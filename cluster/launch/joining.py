@@ -96,6 +96,22 @@ def _free_cpus() -> float:
     return free_resources().get("CPU", 0.0)
 
 
+def _reserved_cpus() -> float:
+    """CPUs of live nodes that our placement groups hold."""
+    from ray.util.placement_group import placement_group_table
+
+    from cluster.actors.ray_tools import WORKERS_GROUP, cluster_nodes
+
+    alive = {node.node_id for node in cluster_nodes()}
+    return sum(
+        float(bundle.get("CPU", 0.0))
+        for entry in placement_group_table().values()
+        if entry["name"] == WORKERS_GROUP and entry["state"] != "REMOVED"
+        for index, bundle in entry["bundles"].items()
+        if entry["bundles_to_node_id"].get(index) in alive
+    )
+
+
 def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _free_cpus) -> None:
     """Wait until Ray counts so many CPUs as free, and say so where it does not within the limit.
 
@@ -114,8 +130,6 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
 
     Raises ``ConfigError`` if that differs from the present request.
     """
-    from cluster.actors.ray_tools import reserved_cpus
-
     try:
         origin = ask_controller("origin", limit_s=_ANSWER_LIMIT_S)
         state = ask_controller("snapshot", limit_s=_ANSWER_LIMIT_S)["state"]
@@ -123,7 +137,7 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
         raise StartError("controller", f"runs and does not answer: {err}") from err
     if origin["config"] is None or state == "STOPPED":
         logger.info("ending what a start that failed has left")
-        wanted = _free_cpus() + reserved_cpus()
+        wanted = _free_cpus() + _reserved_cpus()
         end_leftovers()
         wait_free_cpus(wanted, _FREE_LIMIT_S)
         return None
