@@ -30,8 +30,10 @@ def what_is_missing(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
 
 
 def can_compute_all(banks: Sequence[BankSpec], dtype: torch.dtype) -> bool:
-    """``can_compute`` of all exchanges of all banks."""
-    return all(can_compute(exchange, dtype) for bank in banks for exchange in bank.exchanges)
+    """Whether the kernels have all experts of a model."""
+    return not any(
+        what_is_missing(exchange, dtype) for bank in banks for exchange in bank.exchanges
+    )
 
 
 class NativeExperts:

@@ -72,7 +72,7 @@ def draw(
     if len(places):
         places = places[tokens[places] >= 0]
     size = len(logits) if logits.device.type != "cpu" else max(1, _CACHED_LOGITS // logits.shape[1])
-    for part in places.split(size):
+    for part in torch.split(places, size):
         most = logits[part, tokens[part]].float().unsqueeze(1)
         tokens[part] = _draw(logits[part].float() - most, how[part.cpu().numpy()])
     return tokens
