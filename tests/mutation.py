@@ -80,6 +80,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "workers/engine/test_scheduler.py",
     ),
     "workers/requests/step_header.py": ("workers/requests/test_step_header.py",),
+    "workers/sampling/draws.py": ("workers/sampling/test_sampling.py",),
     "workers/sampling/logits_processors.py": ("workers/sampling/test_logits_processors.py",),
     "workers/sampling/sampler.py": ("workers/sampling/test_sampling.py",),
 }
@@ -116,14 +117,15 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "last <= length": "speed: the general case gives the same tokens",
         "first >= length": "speed: the general case gives the same tokens",
     },
-    "workers/sampling/logits_processors.py": {
-        "values > 0": "a logit of 0 stays 0",
-    },
-    "workers/sampling/sampler.py": {
-        "p.top_k > 0": "speed: a row without limits keeps all tokens",
-        "p.top_p < 1": "speed: a row without limits keeps all tokens",
+    "workers/sampling/draws.py": {
+        '"top_k"] > 0': "speed: a row without limits keeps all tokens",
+        '"top_p"] < 1': "speed: a row without limits keeps all tokens",
         "top_p >= 1": "speed: all tokens together have a share of 1",
         " 16)": "speed: the width grows until it suffices",
+        "1 << 18": "speed: a row's token is its own",
+    },
+    "workers/sampling/logits_processors.py": {
+        "values > 0": "a logit of 0 stays 0",
     },
 }
 """Module -> a part of one of its lines whose changes make no difference -> the reason."""
