@@ -35,6 +35,7 @@ NAMES = (
     "idle",
     "load_tracking",
     "step_cost",
+    "kv_cache",
     "reliability",
     "fuzz",
     "placement",

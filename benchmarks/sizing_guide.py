@@ -66,7 +66,7 @@ def known_model(folder: str) -> SizedModel:
     size = ModelSize(
         banks=bank_sizes(facts.banks, None),
         attention_values=facts.attention_values,
-        kv_values_per_token=facts.kv_values_per_token,
+        kv_bytes_per_token=facts.kv_bytes_per_token("bfloat16"),
         itemsize=BFLOAT16,
     )
     return SizedModel(size=size, attention_weights=facts.attention_weights)
@@ -81,7 +81,7 @@ def _section(name: str, model: SizedModel, layouts: list[tuple[NodeKind, Layout]
         f"{(experts + model.attention_weights) / 1e9:.1f} billion weights: "
         f"{experts * size.itemsize / 1e9:.1f} GB of experts, "
         f"{model.attention_weights * size.itemsize / 1e9:.1f} GB on every attention GPU, "
-        f"{size.kv_values_per_token * size.itemsize / 1e3:.0f} kB of KV a token.\n"
+        f"{size.kv_bytes_per_token / 1e3:.0f} kB of KV a token.\n"
         f"On {nodes} of {GPUS_PER_NODE} GPUs:"
     )
     rows = [_HEADER, tuple("---" for _ in _HEADER), *(_row(*pair) for pair in layouts)]

@@ -145,7 +145,7 @@ def _layout(model: SizedModel, node: NodeKind, num_nodes: int, num_attention: in
     room = MEMORY_SHARE * node.memory_bytes
     spare = max(0, min(spare, int(room // slot_bytes) - own))
     attention_bytes = float(model.attention_weights * size.itemsize)
-    kv_tokens = int(max(room - attention_bytes, 0.0) // (size.kv_values_per_token * size.itemsize))
+    kv_tokens = int(max(room - attention_bytes, 0.0) // size.kv_bytes_per_token)
     num_seqs = min(
         MAX_SEQS * num_nodes * GPUS_PER_NODE, num_attention * kv_tokens // CONTEXT_TOKENS
     )

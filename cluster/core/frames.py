@@ -77,7 +77,8 @@ class WorkerReady(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller: weights are in memory, it can join a generation."""
 
     info: dict[str, Any] = field(default_factory=dict)
-    """Attention: max_model_len, vocab_size, num_kv_blocks, model_type, dtype. Expert: bytes."""
+    """Attention: max_model_len, vocab_size, num_kv_blocks, model_type, dtype, kv_cache_dtype.
+    Expert: bytes."""
 
 
 class WorkerFailed(ControlFrame, frozen=True, kw_only=True):

@@ -36,11 +36,15 @@ class Build(Message, frozen=True, kw_only=True):
     checkpoint_id: str = ""
     config_hash: str = ""
     """``ClusterConfig.fingerprint``."""
+    kv_cache_dtype: str = ""
+    """``EngineSection.kv_cache_dtype``: blocks move between attention workers as they are. It is
+    part of the configuration, and named before it."""
 
 
 _BUILD_ITEMS = {
     "release": "release",
     "checkpoint": "checkpoint_id",
+    "KV cache type": "kv_cache_dtype",
     "configuration": "config_hash",
 }
 

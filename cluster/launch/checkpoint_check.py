@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.config.kv_cache import KvCacheDType, kv_vector_bytes
 from cluster.core.codec import from_plain
 from cluster.core.errors import CheckpointError
 from cluster.core.load_profile import LoadProfile
@@ -34,8 +35,10 @@ class CheckpointFacts:
     """The dtype of ``--dtype auto``."""
     context_tokens: int
     """Context in tokens."""
-    kv_values_per_token: int
-    """Numbers that the KV cache keeps of one token, over all layers."""
+    kv_vectors_per_token: int
+    """Keys and values that the KV cache keeps of one token, over all layers and heads."""
+    head_dim: int
+    """Numbers of each of them."""
     attention_values: int
     """Weights that an attention rank reads in each step."""
     attention_weights: int
@@ -52,12 +55,19 @@ class CheckpointFacts:
         """Bytes of a number in a compute dtype; ``auto`` is the checkpoint's own."""
         return 4 if (self.dtype if dtype == "auto" else dtype) == "float32" else 2
 
-    def size(self, dtype: str, profile: LoadProfile | None) -> ModelSize:
+    def kv_bytes_per_token(self, dtype: str, kv_cache_dtype: KvCacheDType = "auto") -> int:
+        """Bytes that the KV cache keeps of one token."""
+        each = kv_vector_bytes(kv_cache_dtype, self.head_dim, self.itemsize(dtype))
+        return self.kv_vectors_per_token * each
+
+    def size(
+        self, dtype: str, profile: LoadProfile | None, kv_cache_dtype: KvCacheDType = "auto"
+    ) -> ModelSize:
         """The model in numbers, with the experts' loads where they are known."""
         return ModelSize(
             banks=bank_sizes(self.banks, profile),
             attention_values=self.attention_values,
-            kv_values_per_token=self.kv_values_per_token,
+            kv_bytes_per_token=self.kv_bytes_per_token(dtype, kv_cache_dtype),
             itemsize=self.itemsize(dtype),
         )
 
@@ -117,7 +127,8 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
         model_type=family.config.model_type,
         dtype=auto_dtype(family.config),
         context_tokens=family.config.context_tokens,
-        kv_values_per_token=family.config.kv_values_per_token,
+        kv_vectors_per_token=family.config.kv_vectors_per_token,
+        head_dim=family.config.head_dim,
         attention_values=summary.attention_values,
         attention_weights=summary.attention_weights,
         banks=tuple(

@@ -76,7 +76,8 @@ class LaunchPlan:
         if self.config.workers.mode != "auto":
             return self
         profile = LoadProfile.from_dict(self.profile) if self.profile else None
-        size = self.facts.size(self.config.model.dtype, profile)
+        kind = self.config.engine.kv_cache_dtype
+        size = self.facts.size(self.config.model.dtype, profile, kind)
         config = resolve_mode(self.config, size, self.facts.context_tokens, nodes, free_cpus)
         return dataclasses.replace(self, config=config)
 

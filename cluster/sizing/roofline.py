@@ -76,10 +76,10 @@ class ModelSize:
     banks: tuple[BankSize, ...]
     attention_values: int
     """Weights that an attention rank reads in each step: all but the experts and the embedding."""
-    kv_values_per_token: int
-    """Numbers that are kept of one token, over all layers."""
+    kv_bytes_per_token: int
+    """Bytes of the keys and values of one token, over all layers."""
     itemsize: int
-    """Bytes of a weight, of a KV value and of a dispatched row's element."""
+    """Bytes of a weight and of a dispatched row's element."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,8 +140,8 @@ def attention_step(
     model: ModelSize, batch: float, context_tokens: float, device: DeviceNumbers
 ) -> float:
     """Seconds of everything but experts for ``batch`` rows of one rank, over all layers."""
-    values = model.attention_values + batch * context_tokens * model.kv_values_per_token
-    return values * model.itemsize / device.bandwidth_bytes_s
+    kv_bytes = batch * context_tokens * model.kv_bytes_per_token
+    return (model.attention_values * model.itemsize + kv_bytes) / device.bandwidth_bytes_s
 
 
 def disaggregated_step(

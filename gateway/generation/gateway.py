@@ -103,6 +103,7 @@ class Gateway:
             lambda: self.cluster.snapshot,
             {
                 "block_size": str(config.engine.block_size_tokens),
+                "cache_dtype": config.engine.kv_cache_dtype,
                 "enable_prefix_caching": str(config.engine.enable_prefix_caching),
             },
             lambda: self.cluster.known_load,

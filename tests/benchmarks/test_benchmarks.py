@@ -16,6 +16,7 @@ from benchmarks import (
     families,
     gateway_cost,
     itl_target,
+    kv_cache,
     load_tracking,
     micro_batches,
     prefix_cache,
@@ -253,6 +254,15 @@ def test_a_step_is_measured_by_part() -> None:
     *parts, whole = (float(cell) for cell in row.strip("|").split("|")[1:])
     assert len(parts) == len(step_cost.PARTS)
     assert sum(parts) == pytest.approx(whole, abs=len(parts))
+
+
+def test_caches_of_both_types_are_measured() -> None:
+    text = kv_cache.section(quick=True)
+    assert text.startswith("## KV cache in fp8")
+    (row,) = [line for line in text.splitlines() if line.startswith("| 2/1 x 16 |")]
+    plain_us, fp8_us, _, blocks = (float(cell) for cell in row.strip("|").split("|")[3:])
+    assert plain_us > 0 < fp8_us
+    assert blocks == pytest.approx(32 / 17, abs=0.01)
 
 
 def test_growth_and_leaks_are_seen() -> None:

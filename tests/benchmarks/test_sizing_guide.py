@@ -31,7 +31,7 @@ SMALL = SizedModel(
     size=ModelSize(
         banks=(BANK,) * 16,
         attention_values=400_000_000,
-        kv_values_per_token=2 * 16 * 2048,
+        kv_bytes_per_token=2 * 2 * 16 * 2048,
         itemsize=2,
     ),
     attention_weights=500_000_000,
@@ -57,7 +57,7 @@ def test_a_layout_fits(node: NodeKind, num_nodes: int) -> None:
     total = num_nodes * GPUS_PER_NODE
     assert layout.num_attention + layout.num_experts == total
     assert min(layout.num_attention, layout.num_experts) >= 2
-    token_bytes = SMALL.size.kv_values_per_token * SMALL.size.itemsize
+    token_bytes = SMALL.size.kv_bytes_per_token
     room = MEMORY_SHARE * node.memory_bytes
     assert layout.attention_bytes + layout.kv_tokens * token_bytes <= room
     assert layout.expert_bytes <= room

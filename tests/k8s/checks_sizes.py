@@ -126,7 +126,8 @@ class Asked:
     @property
     def kv_bytes(self) -> int:
         """KV cache of one attention worker."""
-        each = self.facts.kv_values_per_token * self.itemsize
+        kind = self.config.engine.kv_cache_dtype
+        each = self.facts.kv_bytes_per_token(self.config.model.dtype, kind)
         length = self.config.model.max_model_len or self.facts.context_tokens
         engine = self.config.engine
         return engine.num_kv_blocks(each, length) * engine.block_size_tokens * each

@@ -232,7 +232,7 @@ class LocalEngine:
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one KV block over all layers."""
-    return config.kv_values_per_token * block_size * dtype.itemsize
+    return config.kv_vectors_per_token * config.head_dim * block_size * dtype.itemsize
 
 
 def _tensor(array: NamedArray) -> Tensor:

@@ -71,6 +71,7 @@ def _identify(args: Any, checkpoint: Any) -> PeerIdentity:
         rank=args.member.rank,
         checkpoint_id=checkpoint.checkpoint_id,
         config_hash=args.config.fingerprint(),
+        kv_cache_dtype=args.config.engine.kv_cache_dtype,
     )
 
 

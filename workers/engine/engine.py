@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cluster.config.cluster import EngineSection
+from cluster.config.kv_cache import kv_vector_bytes
 from cluster.core.errors import RequestError
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.engine.choices import open_choices
@@ -79,7 +80,9 @@ class Engine:
         self.max_model_len = max_model_len or config.context_tokens
         """Context limit in tokens."""
         block_size = section.block_size_tokens
-        token_bytes = config.kv_values_per_token * model.dtype.itemsize
+        kind, itemsize = section.kv_cache_dtype, model.dtype.itemsize
+        vector_bytes = kv_vector_bytes(kind, config.head_dim, itemsize)
+        token_bytes = config.kv_vectors_per_token * vector_bytes
         num_blocks = section.num_kv_blocks(token_bytes, self.max_model_len)
         self._limits = RequestLimits(
             vocab_size=config.vocab_size,
@@ -96,6 +99,7 @@ class Engine:
             dtype=model.dtype,
             device=model.device,
             compute_threads=compute_threads or ComputeThreads(),
+            kv_cache_dtype=kind,
         )
         self.pool = BlockPool(num_blocks)
         """Which KV blocks are free, and what the others hold."""

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cluster.config.kv_cache import KvCacheDType
+from workers.model import fp8
 from workers.model.attention import PIECE_BYTES, Workspace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
@@ -29,19 +31,25 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         compute_threads: ComputeThreads,
+        kv_cache_dtype: KvCacheDType = "auto",
     ) -> None:
+        """``dtype`` is that of the model; see ``EngineSection.kv_cache_dtype``."""
+        is_fp8 = kv_cache_dtype == "fp8"
+        row_size = fp8.row_bytes(config.head_dim) if is_fp8 else config.head_dim
         self.block_size = block_size
         self.null_block = num_blocks
         """Pads block tables; never written."""
         self.layers: tuple[Tensor, ...] = tuple(
             torch.zeros(
-                (2 * config.num_kv_heads, num_blocks + 1, block_size, config.head_dim),
-                dtype=dtype,
+                (2 * config.num_kv_heads, num_blocks + 1, block_size, row_size),
+                dtype=fp8.ROW_DTYPE if is_fp8 else dtype,
                 device=device,
             )
             for _ in range(config.num_layers)
         )
-        """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values."""
+        """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values; in an
+        fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
+        self._dtype = dtype
         self.compute_threads = compute_threads
         self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))
         """Scratch memory of each compute thread, for the blocks that a step gathers."""
@@ -52,17 +60,17 @@ class KVCache:
         layer = self.layers[0]
         if layer.device.type != "cpu":
             return sys.maxsize
-        return PIECE_BYTES // (layer[:, 0].numel() * layer.element_size())
+        return PIECE_BYTES // (layer[:, 0].numel() * self._dtype.itemsize)
 
     @property
     def block_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one block's data: [layers, 2 * num_kv_heads, block_size, D]."""
+        """Shape of one block's data: [layers, 2 * num_kv_heads, block_size, row]."""
         layer = self.layers[0]
         return (len(self.layers), layer.shape[0], self.block_size, layer.shape[3])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of keys and values."""
+        """Type of a block's data."""
         return self.layers[0].dtype
 
     def read_block(self, block: int) -> Tensor:

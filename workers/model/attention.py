@@ -1,6 +1,7 @@
 """Attention over paged keys and values: SDPA for prompt chunks, batched products for decodes.
 
-A layer's cache is [2 * num_kv_heads, num_blocks, block_size, D], keys before values. Gathering
+A layer's cache is [2 * num_kv_heads, num_blocks, block_size, D], keys before values; one of
+``fp8.ROW_DTYPE`` has rows of ``workers.model.fp8`` in place of the D elements. Gathering
 blocks along its second dim leaves each head's keys of each sequence in one piece, which is what
 makes the batched products fast. The blocks of a few sequences at a time are gathered into a
 workspace: in fresh memory, page faults cost more than the products. For 32 sequences of 192 tokens,
@@ -23,8 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from workers.model import fp8
 from workers.model.compute_threads import ComputeThreads
-from workers.native.half import BatchFields
+from workers.native.half import E4M3, BatchFields
+from workers.native.panels import DTYPES
 
 PIECE_BYTES = 3 * 1024 * 1024
 """Keys and values that decode rows on a CPU gather at a time."""
@@ -34,11 +37,14 @@ class Workspace:
     """Scratch memory of one thread that grows to the largest request and is kept."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
         self._gathered = torch.empty(0, dtype=dtype, device=device)
         self._keys = torch.empty(0, dtype=torch.float32, device=device)
 
     def gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
-        """``cache.index_select(1, blocks)``, valid until the next call."""
+        """``cache.index_select(1, blocks)``, decoded; valid until the next call."""
+        if cache.dtype == fp8.ROW_DTYPE:
+            return fp8.decode(cache.index_select(1, blocks), self._dtype)
         shape = (cache.shape[0], len(blocks), *cache.shape[2:])
         numel = math.prod(shape)
         if self._gathered.numel() < numel:
@@ -158,6 +164,7 @@ class RowChunks:
             max_length=self.max_length,
             num_blocks=cache.shape[1],
             block_size=cache.shape[2],
+            cache_dtype=E4M3 if cache.dtype == fp8.ROW_DTYPE else DTYPES.index(cache.dtype),
         )
 
 
@@ -234,8 +241,10 @@ def _attend_piece(
 
 def write_rows(keys: Tensor, values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     """Put keys and values [T, K, D] into their cache slots [T]."""
-    num_kv_heads, head_dim = keys.shape[1:]
-    slots = cache.view(2 * num_kv_heads, -1, head_dim)
+    if cache.dtype == fp8.ROW_DTYPE:
+        keys, values = fp8.encode(keys), fp8.encode(values)
+    num_kv_heads, row_size = keys.shape[1:]
+    slots = cache.view(2 * num_kv_heads, -1, row_size)
     slots[:num_kv_heads].index_copy_(1, slot_mapping, keys.transpose(0, 1))
     slots[num_kv_heads:].index_copy_(1, slot_mapping, values.transpose(0, 1))
 
@@ -243,14 +252,14 @@ def write_rows(keys: Tensor, values: Tensor, cache: Tensor, slot_mapping: Tensor
 def _decode(queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace) -> Tensor:
     """[rows, A * D]. Scores and softmax in float32, the weights rounded to the model dtype."""
     rows = group.last - group.first
-    num_kv_heads, head_dim = cache.shape[0] // 2, cache.shape[-1]
+    num_kv_heads, head_dim = cache.shape[0] // 2, queries.shape[-1]
     found = space.gather(cache, group.blocks).view(2, num_kv_heads * rows, -1, head_dim)
     by_head = queries[group.first : group.last].view(rows, num_kv_heads, -1, head_dim)
     heads = by_head.transpose(0, 1).reshape(num_kv_heads * rows, -1, head_dim)
     scores = torch.bmm(heads.float() * head_dim**-0.5, space.float32(found[0]).transpose(1, 2))
     masked = ~group.visible.view(1, rows, 1, -1)
     scores.view(num_kv_heads, rows, -1, scores.shape[-1]).masked_fill_(masked, float("-inf"))
-    weights = torch.softmax(scores, -1).to(cache.dtype)
+    weights = torch.softmax(scores, -1).to(found.dtype)
     output = torch.bmm(weights, found[1]).view(num_kv_heads, rows, -1, head_dim)
     return output.transpose(0, 1).reshape(rows, -1)
 
@@ -258,7 +267,7 @@ def _decode(queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace
 def _prefill(queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace) -> Tensor:
     """[rows, A * D]."""
     rows = chunk.last - chunk.first
-    two_kv_heads, head_dim = cache.shape[0], cache.shape[-1]
+    two_kv_heads, head_dim = cache.shape[0], queries.shape[-1]
     found = space.gather(cache, chunk.blocks).view(2, 1, two_kv_heads // 2, -1, head_dim)
     keys, values = found[0, :, :, : chunk.length], found[1, :, :, : chunk.length]
     output = functional.scaled_dot_product_attention(
@@ -277,8 +286,10 @@ def attention_map(queries: Tensor, cache: Tensor, chunk: PrefillChunk) -> Tensor
 
     queries [T, A, D]; the keys are in the cache.
     """
-    num_kv_heads, head_dim = cache.shape[0] // 2, cache.shape[-1]
+    num_kv_heads, head_dim = cache.shape[0] // 2, queries.shape[-1]
     found = cache[:num_kv_heads].index_select(1, chunk.blocks)
+    if cache.dtype == fp8.ROW_DTYPE:
+        found = fp8.decode(found, queries.dtype)
     keys = found.view(num_kv_heads, 1, -1, head_dim)[:, :, : chunk.length].float()
     rows = queries[chunk.first : chunk.last].view(
         chunk.last - chunk.first, num_kv_heads, -1, head_dim

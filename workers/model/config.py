@@ -145,9 +145,9 @@ class ModelConfig:
     ignored_keys: tuple[str, ...] = ()
 
     @property
-    def kv_values_per_token(self) -> int:
-        """Elements of one token's keys and values over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+    def kv_vectors_per_token(self) -> int:
+        """Keys and values of one token, over all layers and heads: vectors of ``head_dim``."""
+        return 2 * self.num_layers * self.num_kv_heads
 
     @property
     def length_matters_above(self) -> int | None:

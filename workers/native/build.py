@@ -62,7 +62,7 @@ class InstructionSet:
     """Never ``-march=native``: a library may be made for another machine."""
 
 
-_AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma"))
+_AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"))
 _AVX512 = InstructionSet(
     "avx512",
     _AVX2.cpu_flags | {"avx512f", "avx512bw", "avx512vl", "avx512dq"},

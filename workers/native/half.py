@@ -14,6 +14,8 @@ SCORINGS = ("softmax", "softmax_of_best", "sigmoid")
 """By ``enum scoring``."""
 NO_NORM, NORM_HEADS, NORM_WIDTH = range(3)
 """``enum qk_norm``."""
+E4M3 = 2
+"""``enum dtype`` of caches in 8 bits."""
 ENTER, ATTEND, LEAVE = 1, 2, 4
 """``enum stage``."""
 NO_WINDOW = 1 << 40
@@ -77,6 +79,7 @@ class BatchFields(ctypes.Structure):
         ("max_length", ctypes.c_int64),
         ("num_blocks", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
+        ("cache_dtype", ctypes.c_int64),
     )
 
 

@@ -122,6 +122,7 @@ class AttentionRuntime(WorkerRuntime):
             "num_kv_blocks": engine.pool.num_blocks,
             "model_type": self.family.config.model_type,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "kv_cache_dtype": self.config.engine.kv_cache_dtype,
         }
 
     def _lend_blocks(self, engine: Engine) -> None:

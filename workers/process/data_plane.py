@@ -24,6 +24,7 @@ def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
         rank=args.member.rank,
         checkpoint_id=checkpoint.checkpoint_id,
         config_hash=args.config.fingerprint(),
+        kv_cache_dtype=args.config.engine.kv_cache_dtype,
     )
 
 

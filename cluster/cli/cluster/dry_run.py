@@ -23,7 +23,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
     """
     facts = plan.facts
     blocks = num_kv_blocks(plan.config, facts)
-    size = facts.itemsize(plan.config.model.dtype)
+    size, kind = facts.itemsize(plan.config.model.dtype), plan.config.engine.kv_cache_dtype
     start = None
     if plan.temp_dir:
         start = plan_start(plan.config, facts.banks, plan.private_nodes, profile=plan.profile)
@@ -45,7 +45,8 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
         "gpus_per_worker": start.share.gpus if start else None,
         "threads_per_worker": start.share.threads if start else None,
         "kv_cache_tokens": blocks * plan.config.engine.block_size_tokens,
-        "kv_bytes_per_token": facts.kv_values_per_token * size,
+        "kv_cache_dtype": kind,
+        "kv_bytes_per_token": facts.kv_bytes_per_token(plan.config.model.dtype, kind),
         "workers": [
             {
                 "name": f"{role}-{rank}",
@@ -82,13 +83,14 @@ def text(document: Mapping[str, Any], address: str) -> str:
             f"{document['threads_per_worker']} compute threads a worker, on {document['device']}"
         )
     tokens, each = document["kv_cache_tokens"], document["kv_bytes_per_token"]
+    kind = "" if document["kv_cache_dtype"] == "auto" else f" ({document['kv_cache_dtype']})"
     lines = [
         f"mode     {document['mode']}{f': {reason}' if reason else ''}",
         f"model    {document['model']['name']} ({document['model']['path']})",
         f"http     {document['http']}",
         f"grpc     {document['grpc']}",
         f"shares   {shares}",
-        f"kv       {tokens} tokens of {each} bytes in each attention worker",
+        f"kv       {tokens} tokens of {each} bytes{kind} in each attention worker",
     ]
     rows = [
         (w["name"], w["role"], _gigabytes(w["weight_bytes"]), _holds(w["slots"]))

@@ -42,10 +42,12 @@ def run_status(args: argparse.Namespace) -> int:
 def _status_text(status: Mapping[str, Any], colours: bool) -> str:
     state = str(status.get("state"))
     model = status.get("model") or {}
+    kind = model.get("kv_cache_dtype")
+    kept = f", {kind} KV" if kind not in (None, "auto") else ""
     lines = [
         f"state       {colour(state, _COLOURS.get(state, 'dim'), colours)}",
         f"model       {model.get('name')} ({model.get('model_type')}, {model.get('dtype')}, "
-        f"{model.get('max_model_len')} tokens)",
+        f"{model.get('max_model_len')} tokens{kept})",
         f"generation  {status.get('generation')}, placement epoch {status.get('placement_epoch')}",
     ]
     if status.get("mode"):

@@ -143,7 +143,8 @@ def make_plan(config: ClusterConfig, facts: CheckpointFacts, **values: Any) -> L
 
 def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
     """KV blocks of each attention worker. Raises ``ConfigError`` if not even one fits."""
-    bytes_per_token = facts.kv_values_per_token * facts.itemsize(config.model.dtype)
+    kind = config.engine.kv_cache_dtype
+    bytes_per_token = facts.kv_bytes_per_token(config.model.dtype, kind)
     length = config.model.max_model_len or facts.context_tokens
     return config.engine.num_kv_blocks(bytes_per_token, length)
 

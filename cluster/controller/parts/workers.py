@@ -19,7 +19,7 @@ from cluster.core.topology import ADDRESS_FIELDS, Generation, Member
 from cluster.policy.failure import Pulse
 from cluster.policy.silence import GapWindow
 
-MODEL_FACTS = ("model_type", "dtype", "max_model_len", "vocab_size")
+MODEL_FACTS = ("model_type", "dtype", "kv_cache_dtype", "max_model_len", "vocab_size")
 _MAX_LOST = 32
 
 

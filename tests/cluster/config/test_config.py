@@ -38,6 +38,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("max_num_seqs", lambda: EngineSection(max_num_seqs=0)),
     ("max_num_batched_tokens", lambda: EngineSection(max_num_seqs=9, max_num_batched_tokens=8)),
     ("kv_cache_bytes", lambda: EngineSection(kv_cache_bytes=0)),
+    ("kv_cache_dtype", lambda: EngineSection(kv_cache_dtype="fp8_e5m2")),  # type: ignore[arg-type]
     ("itl_target_ms", lambda: EngineSection(itl_target_ms=0)),
     ("itl_target_ms", lambda: EngineSection(itl_target_ms=float("nan"))),
     ("max_waiting_tokens", lambda: EngineSection(max_waiting_tokens=0)),
@@ -122,6 +123,7 @@ def test_fingerprint_changes_with_what_workers_must_share() -> None:
     assert base.fingerprint() != make_config(engine={"combine_mode": "per_slot"}).fingerprint()
     off = make_config(engine={"enable_prefix_caching": False})
     assert base.fingerprint() != off.fingerprint()
+    assert base.fingerprint() != make_config(engine={"kv_cache_dtype": "fp8"}).fingerprint()
 
 
 def test_deterministic_implies_what_it_needs() -> None:

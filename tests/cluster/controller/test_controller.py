@@ -83,6 +83,7 @@ def test_the_snapshot_has_the_documented_form() -> None:
     assert snapshot["model"] == {
         "model_type": None,
         "dtype": None,
+        "kv_cache_dtype": None,
         "max_model_len": None,
         "vocab_size": None,
         "name": "demo",

@@ -286,7 +286,11 @@ def test_the_only_attention_worker_comes_back() -> None:
 
 @pytest.mark.parametrize(
     ("item", "word"),
-    [("checkpoint_id", "checkpoint"), ("config_hash", "configuration")],
+    [
+        ("checkpoint_id", "checkpoint"),
+        ("kv_cache_dtype", "KV cache type"),
+        ("config_hash", "configuration"),
+    ],
 )
 def test_a_replacement_that_does_not_fit_never_meets_the_others(item: str, word: str) -> None:
     cluster = FakeCluster(1, 3, num_redundant=4)

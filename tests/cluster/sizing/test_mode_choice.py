@@ -24,7 +24,7 @@ OLMOE = ModelSize(
     )
     * 16,
     attention_values=16 * 4 * 2048 * 2048 + 50304 * 2048,
-    kv_values_per_token=2 * 16 * 2048,
+    kv_bytes_per_token=2 * 2 * 16 * 2048,
     itemsize=2,
 )
 WORKERS = WorkersSection(mode="auto", num_attention_workers=2, num_expert_workers=6)

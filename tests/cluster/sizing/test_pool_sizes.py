@@ -17,7 +17,7 @@ from cluster.sizing.roofline import BankSize, ModelSize, disaggregated_step
 
 BANK = BankSize(num_experts=8, top_k=2, expert_values=3_000_000, in_values=1024, out_values=1024)
 MODEL = ModelSize(
-    banks=(BANK,) * 4, attention_values=40_000_000, kv_values_per_token=8192, itemsize=2
+    banks=(BANK,) * 4, attention_values=40_000_000, kv_bytes_per_token=16384, itemsize=2
 )
 
 

@@ -33,7 +33,7 @@ DEVICE = DeviceNumbers(
 """1 ms reads 1 MB and sends 100 kB."""
 BANK = BankSize(num_experts=4, top_k=2, expert_values=1_000_000, in_values=1000, out_values=500)
 MODEL = ModelSize(
-    banks=(BANK, BANK), attention_values=3_000_000, kv_values_per_token=1000, itemsize=2
+    banks=(BANK, BANK), attention_values=3_000_000, kv_bytes_per_token=2000, itemsize=2
 )
 
 

@@ -210,6 +210,7 @@ def test_a_workers_numbers_by_placement(stack: Stack) -> None:
     assert _value(families, "placement_epoch", worker="expert-0") == 3
     (cache,) = families["cache_config_info"].samples
     assert cache.labels["enable_prefix_caching"] == "True"
+    assert cache.labels["cache_dtype"] == "auto"
     assert _value(families, "prefix_cache_hits", "_total", engine="0") == 20
 
 

@@ -209,11 +209,16 @@ def serve(
     dtype: torch.dtype,
     batches: Sequence[Sequence[Chunk]],
     recorder: Recorder | None = None,
+    cache: Tensor | None = None,
 ) -> list[tuple[Tensor, ...]]:
-    """Hidden states, their norm, ids and weights of each sequence, after batch upon batch."""
+    """Hidden states, their norm, ids and weights of each sequence, after batch upon batch.
+
+    ``cache`` is a new one in the model's dtype by default.
+    """
     generator = torch.Generator().manual_seed(2)
     states = [torch.randn(n, HIDDEN, generator=generator).to(dtype) for n in LENGTHS]
-    cache = torch.zeros(2 * case.num_kv_heads, NUM_BLOCKS, BLOCK, case.head_dim, dtype=dtype)
+    if cache is None:
+        cache = torch.zeros(2 * case.num_kv_heads, NUM_BLOCKS, BLOCK, case.head_dim, dtype=dtype)
     config = RopeConfig(
         head_dim=case.head_dim, max_position_embeddings=64, original_max_position_embeddings=64
     )

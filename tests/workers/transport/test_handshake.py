@@ -20,10 +20,22 @@ from workers.transport.handshake import (
 )
 
 HOME = PeerIdentity(
-    name="attention-0", role="attention", rank=0, checkpoint_id="ck", config_hash="cf", generation=3
+    name="attention-0",
+    role="attention",
+    rank=0,
+    checkpoint_id="ck",
+    config_hash="cf",
+    kv_cache_dtype="auto",
+    generation=3,
 )
 EXPERT = PeerIdentity(
-    name="expert-1", role="expert", rank=1, checkpoint_id="ck", config_hash="cf", generation=3
+    name="expert-1",
+    role="expert",
+    rank=1,
+    checkpoint_id="ck",
+    config_hash="cf",
+    kv_cache_dtype="auto",
+    generation=3,
 )
 
 
@@ -107,6 +119,10 @@ def test_a_proof_cannot_be_reflected() -> None:
     [
         (replace(HOME, checkpoint_id="other"), "checkpoint of attention-0 is other"),
         (replace(HOME, config_hash="other"), "configuration of attention-0 is other"),
+        (
+            replace(HOME, config_hash="other", kv_cache_dtype="fp8"),
+            "KV cache type of attention-0 is fp8, expert-1 has auto",
+        ),
         (
             replace(HOME, release="9.9.9"),
             f"release of attention-0 is 9.9.9, expert-1 has {RELEASE}",

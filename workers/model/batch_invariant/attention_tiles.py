@@ -40,7 +40,7 @@ def attend_tiles(
     parts = [_decode(scaled, cache, group, space) for group in batch.decodes]
     for chunk in batch.prefills:
         parts += _prefill(scaled, cache, chunk, space)
-    return torch.cat(parts).flatten(1).to(cache.dtype)
+    return torch.cat(parts).flatten(1).to(queries.dtype)
 
 
 def _decode(scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace) -> Tensor:
@@ -75,12 +75,12 @@ def _prefill(scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspac
 
 def _gather(cache: Tensor, tables: Tensor, space: Workspace) -> Tensor:
     """[2, K, rows, tiles, TILE, D] float32 of block tables [rows, blocks]."""
-    num_blocks, block_size, head_dim = cache.shape[1:]
+    num_blocks, block_size = cache.shape[1:3]
     per_tiles = math.lcm(block_size, TILE) // block_size
     # The last block of the cache is the null block: zeros.
     tables = functional.pad(tables, (0, -tables.shape[1] % per_tiles), value=num_blocks - 1)
     found = space.float32(space.gather(cache, tables.reshape(-1)))
-    return found.view(2, cache.shape[0] // 2, len(tables), -1, TILE, head_dim)
+    return found.view(2, cache.shape[0] // 2, len(tables), -1, TILE, found.shape[-1])
 
 
 def _attend(heads: Tensor, found: Tensor, lengths: Tensor, window: int | None) -> Tensor:

@@ -2,9 +2,10 @@
 // share the keys and values that are read. The result of a query depends on its own row alone:
 //
 //   score   a key's products with the query in 16 lanes, then the lanes l and l + 8, l + 4, l + 2,
-//           l + 1 are added
+//           l + 1 are added; in an E4M3 cache, times the key's scale
 //   weight  exp(score - best score); their sum in 16 lanes, added in the same way
-//   output  one chain of fused products in the order of the keys, divided by the sum
+//   output  one chain of fused products in the order of the keys, divided by the sum; in an E4M3
+//           cache, weights are multiplied with the values' scales first
 //
 // So a row has the same bits as a decode, in a chunk of any size, in any unit, on any instruction
 // set and with any number of threads.
@@ -13,13 +14,14 @@
 #include <math.h>
 #include <stdatomic.h>
 
-#include "numbers.h"
+#include "fp8.h"
 
 enum {
     KEYS = 4,               // keys of which scores are made at a time
     MAX_QUERIES = 8,        // of a unit
     QUERIES = 4,            // whose outputs are summed at a time
     COLUMNS = LANES == 16 ? 4 : 2,  // vectors of an output that are summed at a time
+    SCALED = 128,  // positions whose values are summed while their scales are in the cache
 };
 
 struct unit {
@@ -66,12 +68,18 @@ ALWAYS __m128 sum_lanes(vec lanes[KEYS][PARTS]) {
     return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
 }
 
+// Elements of a key or value in the cache.
+ALWAYS int64_t row_elements(const struct attention *a, enum dtype dtype) {
+    return dtype == E4M3 ? fp8_row_bytes(a->head_dim) : a->head_dim;
+}
+
 // First element of a position's key (half 0) or value (half 1) in the cache.
-ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int half, int position) {
+ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int half, int position,
+                     enum dtype dtype) {
     int64_t block = unit->chunk->table[position / a->block_size];
     int64_t head = (int64_t)half * a->num_kv_heads + unit->kv_head;
     return ((head * a->num_blocks + block) * a->block_size + position % a->block_size) *
-           a->head_dim;
+           row_elements(a, dtype);
 }
 
 static int num_queries(const struct unit *unit) { return unit->num_rows * unit->num_heads; }
@@ -91,19 +99,21 @@ ALWAYS void make_scores(const struct attention *a, const struct unit *unit,
     int dim = a->head_dim, is_direct = dtype == FLOAT32 && dim % WIDE == 0;
     float buffer[KEYS][s->width];
     const float *keys[KEYS];
+    float scales[KEYS];  // of an E4M3 cache
     if (!is_direct) memset(buffer, 0, sizeof buffer);
     int64_t at = 0;
     int left = 0;  // positions from the next one on in its block
     for (int p = unit->begin; p < unit->end; p += KEYS) {
         for (int j = 0; j < KEYS; j++) {
             if (p + j < unit->end) {  // else the last key again
-                at = left ? at + dim : place(a, unit, 0, p + j);
+                at = left ? at + row_elements(a, dtype) : place(a, unit, 0, p + j, dtype);
                 left = (left ? left : a->block_size - (p + j) % a->block_size) - 1;
             }
             keys[j] = is_direct ? (const float *)a->cache + at : buffer[j];
             if (!is_direct) {
                 const char *key = (const char *)a->cache + at * (int64_t)dtype_bytes(dtype);
                 convert(buffer[j], FLOAT32, key, dtype, dim);
+                if (dtype == E4M3) scales[j] = fp8_scale((const uint8_t *)key, dim);
             }
         }
         for (int query = 0; query < num_queries(unit); query++) {
@@ -124,7 +134,9 @@ ALWAYS void make_scores(const struct attention *a, const struct unit *unit,
                 }
             }
             float *to = s->weights + (int64_t)query * s->stride + (p - unit->begin);
-            _mm_storeu_ps(to, sum_lanes(lanes));
+            __m128 sums = sum_lanes(lanes);
+            if (dtype == E4M3) sums = _mm_mul_ps(sums, _mm_loadu_ps(scales));
+            _mm_storeu_ps(to, sums);
         }
     }
 }
@@ -143,9 +155,9 @@ ALWAYS void add_columns(const struct attention *a, const struct unit *unit, cons
         for (int c = 0; c < columns; c++)
             sums[q][c] = v_load(outputs + (int64_t)q * s->width + c * LANES);
     for (int p = first; p < last;) {
-        int64_t at = place(a, unit, 1, p) + column;
+        int64_t at = place(a, unit, 1, p, dtype) + column;
         int stop = min_int(last, p - p % a->block_size + a->block_size);
-        for (; p < stop; p++, at += a->head_dim) {
+        for (; p < stop; p++, at += row_elements(a, dtype)) {
             vec values[COLUMNS];
             UNROLL
             for (int c = 0; c < columns; c++) values[c] = load_at(a->cache, at + c * LANES, dtype);
@@ -177,7 +189,7 @@ ALWAYS void add_queries(const struct attention *a, const struct unit *unit, cons
             float *sum = s->outputs + (int64_t)q * s->width + column;
             const float *weights = s->weights + (int64_t)q * s->stride - unit->begin;
             for (int p = first; p < last; p++) {
-                float value = load_one(a->cache, place(a, unit, 1, p) + column, dtype);
+                float value = load_one(a->cache, place(a, unit, 1, p, dtype) + column, dtype);
                 *sum = fmaf(weights[p], value, *sum);
             }
         }
@@ -196,6 +208,21 @@ ALWAYS void add_values(const struct attention *a, const struct unit *unit, const
     if (query < end) add_queries(a, unit, s, first, last, query, 1, dtype);
 }
 
+// Multiply the weights of queries `begin` .. `end` - 1 with the scales of the values.
+static void scale_weights(const struct attention *a, const struct unit *unit,
+                          const struct scratch *s, int first, int last, int begin, int end) {
+    float *weights = s->weights - unit->begin;
+    for (int p = first; p < last;) {
+        const uint8_t *value = (const uint8_t *)a->cache + place(a, unit, 1, p, E4M3);
+        int stop = min_int(last, p - p % a->block_size + a->block_size);
+        for (; p < stop; p++, value += fp8_row_bytes(a->head_dim)) {
+            float scale = fp8_scale(value, a->head_dim);
+            for (int query = begin; query < end; query++)
+                weights[(int64_t)query * s->stride + p] *= scale;
+        }
+    }
+}
+
 // The rows of a unit begin and end to attend one after the other: in between, all those that
 // attend are side by side.
 ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
@@ -206,28 +233,55 @@ ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
         while (begin < end && query_end(unit, begin) <= first) begin++;
         int last = begin < end ? query_end(unit, begin) : unit->end;
         if (end < count) last = min_int(last, query_begin(a, unit, end));
+        if (dtype == E4M3) {
+            last = min_int(last, first + SCALED);
+            scale_weights(a, unit, s, first, last, begin, end);
+        }
         add_values(a, unit, s, first, last, begin, end, dtype);
         first = last;
     }
 }
 
-ALWAYS void compute_unit(const struct attention *a, const struct unit *unit,
-                         const struct scratch *s, enum dtype dtype) {
-    int count = num_queries(unit), dim = a->head_dim;
+// First element of a query, and of its output.
+static int64_t query_place(const struct attention *a, const struct unit *unit, int query) {
+    int64_t row = unit->chunk->first_row + unit->first_row + query / unit->num_heads;
     int group = a->num_heads / a->num_kv_heads;
+    int head = unit->kv_head * group + unit->first_head + query % unit->num_heads;
+    return (row * a->num_heads + head) * a->head_dim;
+}
+
+static void scale_queries(const struct attention *a, const struct unit *unit,
+                          const struct scratch *s) {
+    int dim = a->head_dim;
     float scale = 1.0f / sqrtf((float)dim);
-    int64_t places[MAX_QUERIES];
-    for (int query = 0; query < count; query++) {
-        int64_t row = unit->chunk->first_row + unit->first_row + query / unit->num_heads;
-        int head = unit->kv_head * group + unit->first_head + query % unit->num_heads;
-        places[query] = (row * a->num_heads + head) * dim;
+    for (int query = 0; query < num_queries(unit); query++) {
         float *q = s->queries + (int64_t)query * s->width;
-        const char *x = (const char *)a->queries + places[query] * (int64_t)dtype_bytes(dtype);
-        convert(q, FLOAT32, x, dtype, dim);
+        int64_t at = query_place(a, unit, query) * (int64_t)dtype_bytes(a->dtype);
+        convert(q, FLOAT32, (const char *)a->queries + at, a->dtype, dim);
         for (int d = 0; d < dim; d++) q[d] *= scale;
         memset(q + dim, 0, (size_t)(s->width - dim) * sizeof *q);
     }
-    make_scores(a, unit, s, dtype);
+}
+
+// Divide outputs by the sums of their weights.
+static void store_outputs(const struct attention *a, const struct unit *unit,
+                          const struct scratch *s, const float *totals) {
+    int dim = a->head_dim;
+    for (int query = 0; query < num_queries(unit); query++) {
+        float *output = s->outputs + (int64_t)query * s->width;
+        int64_t at = query_place(a, unit, query);
+        for (int d = 0; d < dim; d += LANES) {
+            vec x = v_round(v_div(v_load(output + d), v_set(totals[query])), a->dtype);
+            store_some(a->out, at + d, x, dim - d, a->out_dtype);
+        }
+    }
+}
+
+ALWAYS void compute_unit(const struct attention *a, const struct unit *unit,
+                         const struct scratch *s, enum dtype cache_dtype) {
+    int count = num_queries(unit);
+    scale_queries(a, unit, s);
+    make_scores(a, unit, s, cache_dtype);
     float totals[MAX_QUERIES];
     for (int query = 0; query < count; query++) {
         int begin = query_begin(a, unit, query), length = query_end(unit, query) - begin;
@@ -235,14 +289,8 @@ ALWAYS void compute_unit(const struct attention *a, const struct unit *unit,
         totals[query] = numbers_softmax(scores, length);
     }
     memset(s->outputs, 0, (size_t)count * (size_t)s->width * sizeof *s->outputs);
-    make_outputs(a, unit, s, dtype);
-    for (int query = 0; query < count; query++) {
-        float *output = s->outputs + (int64_t)query * s->width;
-        for (int d = 0; d < dim; d += LANES) {
-            vec x = v_round(v_div(v_load(output + d), v_set(totals[query])), dtype);
-            store_some(a->out, places[query] + d, x, dim - d, a->out_dtype);
-        }
-    }
+    make_outputs(a, unit, s, cache_dtype);
+    store_outputs(a, unit, s, totals);
 }
 
 // Rows of a unit, and units of a chunk.
@@ -304,7 +352,9 @@ void attention_work(const struct attention *a, _Atomic int *next, void *memory) 
     struct cursor cursor = {0, 0};
     struct unit unit;
     while (find_unit(a, &cursor, atomic_fetch_add(next, 1), &unit)) {
-        if (a->dtype == BFLOAT16)
+        if (a->cache_dtype == E4M3)
+            compute_unit(a, &unit, &s, E4M3);
+        else if (a->cache_dtype == BFLOAT16)
             compute_unit(a, &unit, &s, BFLOAT16);
         else
             compute_unit(a, &unit, &s, FLOAT32);

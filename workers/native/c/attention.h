@@ -15,9 +15,11 @@ struct attention {
     int num_heads, num_kv_heads;  // query heads of one key head are side by side
     int head_dim;
     int window;   // positions that a row attends to, its own included; INT_MAX for all
-    enum dtype dtype;  // of queries and cache; outputs are rounded to it
+    enum dtype dtype;  // of queries; outputs are rounded to it
+    enum dtype cache_dtype;  // the same, or E4M3: rows of fp8.h
     const void *queries;  // [rows, num_heads, head_dim]
-    const void *cache;    // [2 * num_kv_heads, num_blocks, block_size, head_dim], keys first
+    const void *cache;    // [2 * num_kv_heads, num_blocks, block_size, head_dim], keys first;
+                          // E4M3: head_dim + 1 bytes
     int64_t num_blocks;
     int block_size;
     void *out;  // [rows, num_heads * head_dim]

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <stdatomic.h>
 
-#include "numbers.h"
+#include "fp8.h"
 #include "team.h"
 
 enum { BLOCK_ROWS = 256, ALIGNMENT = 64 };
@@ -142,18 +142,17 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
     int64_t position = chunk->first_position + row - chunk->first_row;
     int64_t block = chunk->table[position / batch->block_size];
     int64_t offset = position % batch->block_size;
+    float exact[dim];  // what an E4M3 cache gets, before it is rounded to it
     for (int64_t h = 0; h < heads + 2 * kv_heads; h++) {
         const float *x = qkv + h * dim;
-        void *out = (void *)row_of(job->rows->queries, row * heads + h, dim, dtype);
-        if (h >= heads) {
-            int64_t slot = ((h - heads) * batch->num_blocks + block) * batch->block_size + offset;
-            out = (void *)row_of(job->rows->cache, slot, dim, dtype);
-        }
-        if (h >= heads + kv_heads) {
-            convert(out, dtype, x, FLOAT32, dim);
-            continue;
-        }
-        for (int64_t side = 0; side < 2; side++) {  // each element with that half a head away
+        int64_t slot = ((h - heads) * batch->num_blocks + block) * batch->block_size + offset;
+        int is_e4m3 = h >= heads && batch->cache_dtype == E4M3;
+        void *out = h < heads ? (void *)row_of(job->rows->queries, row * heads + h, dim, dtype)
+                    : is_e4m3 ? (void *)exact
+                              : (void *)row_of(job->rows->cache, slot, dim, dtype);
+        enum dtype out_dtype = is_e4m3 ? FLOAT32 : dtype;
+        if (h >= heads + kv_heads) convert(out, out_dtype, x, FLOAT32, dim);
+        for (int64_t side = 0; side < 2 && h < heads + kv_heads; side++) {  // each element with that half a head away
             int64_t from = side * dim / 2, other = dim / 2 - from;
             for (int64_t i = 0; i < dim / 2; i += LANES) {
                 int64_t left = dim / 2 - i;
@@ -161,9 +160,12 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
                 vec s = load_some(sin, from + i, left, dtype);
                 vec a = v_round(v_mul(load_some(x, from + i, left, FLOAT32), c), dtype);
                 vec b = v_round(v_mul(load_some(x, other + i, left, FLOAT32), s), dtype);
-                store_some(out, from + i, v_add(a, b), left, dtype);
+                store_some(out, from + i, v_round(v_add(a, b), dtype), left, out_dtype);
             }
         }
+        if (!is_e4m3) continue;
+        uint8_t *to = (uint8_t *)job->rows->cache + slot * fp8_row_bytes(dim);
+        fp8_write(to, exact, dim);
     }
 }
 
@@ -268,6 +270,7 @@ static struct attention attention_of(const struct half *half, const struct half_
         .head_dim = (int)half->head_dim,
         .window = (int)min_of(half->window, INT_MAX / 2),
         .dtype = (enum dtype)half->dtype,
+        .cache_dtype = (enum dtype)batch->cache_dtype,
         .queries = rows->queries,
         .cache = rows->cache,
         .num_blocks = batch->num_blocks,

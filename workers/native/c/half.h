@@ -38,6 +38,7 @@ struct half_batch {
     int64_t num_chunks;
     int64_t max_length;
     int64_t num_blocks, block_size;  // of each layer's cache
+    int64_t cache_dtype;  // enum dtype: that of the model, or E4M3
 };
 
 // What a layer reads and writes. `routes` are those of the query router, or of the router.

@@ -11,20 +11,28 @@ enum {
     PARTS = WIDE / LANES,  // vectors that hold them
 };
 
-ALWAYS size_t dtype_bytes(enum dtype dtype) { return dtype == BFLOAT16 ? 2 : 4; }
+// Elements of type E4M3 are loaded divided by this: as float16, whose exponents are 8 larger.
+#define E4M3_UNIT 256.0f
+
+ALWAYS size_t dtype_bytes(enum dtype dtype) {
+    return dtype == E4M3 ? 1 : dtype == BFLOAT16 ? 2 : 4;
+}
 
 ALWAYS vec v_round(vec x, enum dtype dtype) { return dtype == BFLOAT16 ? v_round_bf16(x) : x; }
 
 ALWAYS float load_one(const void *x, int64_t at, enum dtype dtype) {
     if (dtype == FLOAT32) return ((const float *)x)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)x)[at] << 16;
+    uint32_t code = dtype == E4M3 ? ((const uint8_t *)x)[at] : 0;
+    uint32_t bits = dtype == E4M3 ? (code & 0x80) << 24 | (code & 0x7f) << 20
+                                  : (uint32_t)((const uint16_t *)x)[at] << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
-    return value;
+    return dtype == E4M3 ? value * (0x1p120f / E4M3_UNIT) : value;
 }
 
 // LANES numbers.
 ALWAYS vec load_at(const void *x, int64_t at, enum dtype dtype) {
+    if (dtype == E4M3) return v_load_e4m3((const uint8_t *)x + at);
     return dtype == BFLOAT16 ? v_load_bf16((const uint16_t *)x + at) : v_load((const float *)x + at);
 }
 

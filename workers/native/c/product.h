@@ -16,7 +16,7 @@
 enum { PANEL = 32 };        // outputs
 enum { BLOCK = 2 * LANES };  // outputs that a tile computes together: a panel, or half of one
 
-enum dtype { FLOAT32 = 0, BFLOAT16 = 1 };
+enum dtype { FLOAT32 = 0, BFLOAT16 = 1, E4M3 = 2 };  // E4M3: KV caches alone, see fp8.h
 
 // Elements of rows as the products read them: bfloat16 where the processor multiplies them.
 #ifdef __AVX512BF16__

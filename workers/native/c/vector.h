@@ -49,6 +49,13 @@ ALWAYS veci vi_load16(const uint16_t *x) {
 ALWAYS void vi_store16(uint16_t *to, veci x) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(x));
 }
+// Numbers of 8 bits in e4m3, divided by 256: shifted by 7 bits, with the sign in front of a zero,
+// they are float16, subnormal ones too.
+ALWAYS vec v_load_e4m3(const uint8_t *x) {
+    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)x));
+    wide = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbfff));
+    return _mm512_cvtph_ps(wide);
+}
 
 #else
 
@@ -84,6 +91,11 @@ ALWAYS veci vi_load16(const uint16_t *x) {
 ALWAYS void vi_store16(uint16_t *to, veci x) {
     __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
     _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(low, high));
+}
+ALWAYS vec v_load_e4m3(const uint8_t *x) {
+    __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)x));
+    wide = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbfff));
+    return _mm256_cvtph_ps(wide);
 }
 
 #endif

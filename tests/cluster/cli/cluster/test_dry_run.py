@@ -57,6 +57,22 @@ def test_one_worker_computes_with_all_cores_unless_torch_would_be_deterministic(
         assert json.loads(capsys.readouterr().out)["threads_per_worker"] == threads
 
 
+def test_fp8_keeps_about_twice_the_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("serve", "--dry-run", "--mode", "local", "--kv-cache-bytes", "64M", *PORTS)
+    found = {}
+    for kind in ("auto", "fp8"):
+        assert main([*words, "--json", "--kv-cache-dtype", kind]) == ExitCode.OK
+        found[kind] = json.loads(capsys.readouterr().out)
+        assert found[kind]["kv_cache_dtype"] == kind
+    ratio = found["auto"]["kv_bytes_per_token"] / found["fp8"]["kv_bytes_per_token"]
+    assert ratio > 1.9
+    tokens = [found[kind]["kv_cache_tokens"] for kind in ("auto", "fp8")]
+    assert tokens[1] / tokens[0] == pytest.approx(ratio, rel=0.01)
+    assert main([*words, "--kv-cache-dtype", "fp8"]) == ExitCode.OK
+    each = found["fp8"]["kv_bytes_per_token"]
+    assert f"{tokens[1]} tokens of {each} bytes (fp8)" in capsys.readouterr().out
+
+
 def test_auto_says_why(capsys: pytest.CaptureFixture[str], state_home: Path) -> None:
     assert (
         main(["up", "--dry-run", *PORTS, "--mode", "auto", "--cpus-per-worker", "0.5"])

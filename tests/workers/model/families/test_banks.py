@@ -57,7 +57,7 @@ def test_jetmoe_has_three_exchanges_a_layer_and_caches_its_key_heads_only() -> N
     (mlp,) = family.banks[1].exchanges
     assert mlp.matrix_shapes == ((80, 48), (48, 40))
     assert (family.config.num_heads, family.config.num_kv_heads) == (6, 2)
-    assert family.config.kv_values_per_token == 2 * 2 * 2 * 8
+    assert family.config.kv_vectors_per_token == 2 * 2 * 2
 
 
 @pytest.mark.parametrize("variant", [*ALL_VARIANTS, *CLASSIFIERS])

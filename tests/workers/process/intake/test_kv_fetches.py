@@ -29,8 +29,15 @@ from workers.transport.peer_link import MAX_ITEMS, Peer, PeerServer
 LIMIT_S = 0.2
 
 
-def identity(name: str) -> PeerIdentity:
-    return PeerIdentity(name=name, role="attention", rank=0, checkpoint_id="abc", config_hash="cfg")
+def identity(name: str, kv_cache_dtype: str = "auto") -> PeerIdentity:
+    return PeerIdentity(
+        name=name,
+        role="attention",
+        rank=0,
+        checkpoint_id="abc",
+        config_hash="cfg",
+        kv_cache_dtype=kv_cache_dtype,
+    )
 
 
 def command(name: str, seed: int = 0, peer: str = "attention-0") -> AddRequest:
@@ -257,3 +264,29 @@ def test_blocks_that_came_are_found(tiny_checkpoint: Path) -> None:
         assert fetches.take() == [wanted]
     found.check_free()
     assert serve(target, request_of("target"))[0].num_cached_tokens == NUM_BLOCKS * 16
+
+
+def test_blocks_of_another_cache_type_are_refused_by_name(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = engine_of(tiny_checkpoint)
+    serve(source, request_of("source"))
+    server = PeerServer(
+        identity("attention-0", "fp8"),
+        TOKEN,
+        host="127.0.0.1",
+        what="kv-blocks",
+        key_bytes=HASH_BYTES,
+    )
+    server.start(KvLender(source.engine.kv_store, lambda: None))
+    target = engine_of(tiny_checkpoint)
+    found = Fetching(target.engine, server.address, TIMEOUT_S)
+    with closing(server), closing(found.fetches) as fetches:
+        wanted = add(request_of("target", kv_peer="attention-0"))
+        assert fetches.put(wanted)
+        found.wait()
+        assert fetches.take() == [wanted]
+        assert failures(fetches) == 1
+    assert "KV cache type of attention-1 is auto, attention-0 has fp8" in caplog.text
+    found.check_free()
+    assert serve(target, request_of("target"))[0].num_cached_tokens == 0

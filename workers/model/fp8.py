@@ -1,0 +1,55 @@
+"""Keys and values of a KV cache in 8 bits.
+
+A row is the vector of one head and token: D codes in e4m3 (1 bit sign, 4 bits exponent, 3 bits
+mantissa, no infinity) and the byte of their scale. The scale is a power of two, the exponent bits
+of a float32: the smallest one with which no element exceeds 448, the largest number of e4m3. So an
+element keeps 4 significant bits, and numbers below 2 ** -14 of the largest one fewer. A vector with
+an element that is not finite reads as NaN. Zeros are zeros: a cleared row is a row.
+
+For example D = 2, (3.0, -0.3): the scale is 2 ** -7 (byte 120), the codes stand for 384 and -40
+(-38.4 rounded), which read as (3.0, -0.3125).
+
+Source: "FP8 formats for deep learning" (Micikevicius et al., 2022) for the elements; "OCP
+Microscaling Formats (MX) Specification v1.0" for scales of 8 bits. There a scale belongs to 32
+elements, and an element between 448 and 512 times the scale becomes 448.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cluster.config.kv_cache import FP8_SCALE_BYTES
+
+ROW_DTYPE = torch.uint8
+"""Type of a cache of such rows; no other cache has it."""
+_NAN_CODE = 0x7F
+_NAN_SCALE = 0xFF
+
+
+def row_bytes(dim: int) -> int:
+    """Bytes of a row of D elements."""
+    return dim + FP8_SCALE_BYTES
+
+
+def encode(vectors: Tensor) -> Tensor:
+    """Vectors [..., D] -> rows [..., D + 1] uint8, rounded to the nearest, ties to even."""
+    x = vectors.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    is_finite = largest.isfinite()
+    # 448 is 1.75 * 2 ** 8: above a mantissa of 1.75 the next exponent is taken.
+    bits = torch.where(is_finite, largest, 0.0).view(torch.int32)
+    scales = (((bits + 0x1FFFFF) >> 23) - 8).clamp(min=1)
+    inverse = ((254 - scales) << 23).view(torch.float32)
+    codes = (x * inverse).to(torch.float8_e4m3fn).view(ROW_DTYPE)
+    row = torch.cat((codes, scales.to(ROW_DTYPE)), -1)
+    nothing = torch.full_like(row, _NAN_CODE)
+    nothing[..., -1] = _NAN_SCALE
+    return torch.where(is_finite, row, nothing)
+
+
+def decode(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [..., D + 1] uint8 -> vectors [..., D] of a compute dtype, exact in bfloat16 too."""
+    codes = rows[..., :-1].view(torch.float8_e4m3fn).float()
+    scales = (rows[..., -1:].int() << 23).view(torch.float32)
+    return codes.mul_(scales).to(dtype)
