@@ -10,48 +10,54 @@ import torch
 from msgspec.structs import replace
 
 from cluster.config.cluster import EngineSection, Kernels
+from cluster.config.kv_cache import KvCacheDType
 from tests.reference.exact import exact
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import LocalEngine
-from tests.reference.parity import check_bfloat16, record
+from tests.reference.parity import record
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, copy, request_of, serve
 from workers.requests.inspection import Inspection
 from workers.requests.request import Request, SamplingParams
 
 FAMILIES = ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"]
 KERNELS: tuple[Kernels, ...] = ("auto", "torch")
+KINDS: tuple[KvCacheDType, ...] = ("auto", "fp8")
 FP8 = EngineSection(kv_cache_dtype="fp8")
 ONE = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_bfloat16_is_near_golden(
-    golden: Callable[[str], Golden], variant: str, kernels: Kernels
+def test_hidden_states_are_off_by_the_rounding_of_keys_and_values(
+    golden: Callable[[str], Golden], variant: str, dtype: str, kernels: Kernels
 ) -> None:
-    """Within the limits of a bfloat16 cache."""
-    expected = golden(variant)
-    engine = LocalEngine(
-        expected.path, dtype="bfloat16", section=FP8, max_model_len=MAX_MODEL_LEN, kernels=kernels
-    )
-    assert engine.engine.cache.dtype == torch.uint8
-    check_bfloat16(engine, expected)
+    """After the first layer, where the same experts are chosen: a twentieth, seen 0.01 to 0.035.
 
-
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("variant", FAMILIES)
-def test_float32_hidden_states_are_off_by_the_rounding_of_keys_and_values(
-    golden: Callable[[str], Golden], variant: str, kernels: Kernels
-) -> None:
+    Codes have 4 significant bits. Later layers of these random models multiply any difference.
+    """
     expected = golden(variant)
-    engine = LocalEngine(
-        expected.path, dtype="float32", section=FP8, max_model_len=MAX_MODEL_LEN, kernels=kernels
+    plain, rounded = (
+        LocalEngine(
+            expected.path,
+            dtype=dtype,
+            section=EngineSection(kv_cache_dtype=kind),
+            max_model_len=MAX_MODEL_LEN,
+            kernels=kernels,
+        )
+        for kind in KINDS
     )
-    for i, prompt in enumerate(expected.prompts):
-        seen = record(engine, prompt, ONE).hidden_states[1, : len(prompt)]
-        wanted = expected.tensors[f"p{i}.hidden_states"][1]
-        off = (seen - wanted).abs().median() / wanted.abs().median()
-        assert 1e-5 < off < 0.05, "of the first layer: codes have 4 significant bits"
+    first = [bank.index for bank in plain.banks if bank.layer == plain.banks[0].layer]
+    states: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for prompt in expected.prompts:
+        one, other = (record(engine, prompt, ONE) for engine in (plain, rounded))
+        is_same = torch.ones(len(one.hidden_states[1]), dtype=torch.bool)
+        for bank in first:
+            is_same &= (one.routers([bank])[1] == other.routers([bank])[1]).all(-1)[0]
+        states.append((one.hidden_states[1][is_same], other.hidden_states[1][is_same]))
+    wanted, found = (torch.cat(part) for part in zip(*states, strict=True))
+    assert len(found) > sum(map(len, expected.prompts)) / 2
+    assert 1e-5 < (found - wanted).abs().median() / wanted.abs().median() < 0.05
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -63,7 +69,7 @@ def test_blocks_are_counted_in_bytes_that_are_taken(tiny_checkpoint: Path, dtype
             section=EngineSection(kv_cache_dtype=kind, kv_cache_bytes=1 << 20),
             max_model_len=128,
         )
-        for kind in ("auto", "fp8")
+        for kind in KINDS
     ]
     sizes = []
     for engine in engines:
