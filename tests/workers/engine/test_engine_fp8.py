@@ -86,7 +86,7 @@ def test_blocks_are_counted_in_bytes_that_are_taken(tiny_checkpoint: Path, dtype
 def test_bits_depend_neither_on_the_batch_nor_on_a_prefix_hit_nor_on_a_copy(
     golden: Callable[[str], Golden], variant: str, is_torch_exact: bool
 ) -> None:
-    section = EngineSection(kv_cache_dtype="fp8", deterministic=True)
+    section = EngineSection(kv_cache_dtype="fp8", deterministic="on")
     kernels: Kernels = "torch" if is_torch_exact else "auto"
     alone, other = (
         LocalEngine(
