@@ -68,7 +68,7 @@ def test_the_context_is_what_the_package_is_built_of() -> None:
     assert "workers/demo/checkpoint/model.safetensors" in files
     tops = {f.partition("/")[0] for f in files}
     assert tops <= {
-        *("LICENSE", "README.md", "constraints.txt", "pyproject.toml"),
+        *("LICENSE", "README.md", "constraints.txt", "pyproject.toml", "setup.py"),
         *("cluster", "gateway", "protos", "workers"),
     }
     assert not [f for f in files if "__pycache__" in f]

@@ -91,7 +91,7 @@ def spell_out(words: Sequence[str]) -> list[str]:
     flags = {option.flag: option for option in OPTIONS if option.may_be_bare}
     return [
         f"{word}=on" if word in flags and not flags[word].is_value(following) else word
-        for word, following in zip(words, [*words[1:], ""], strict=True)
+        for word, following in zip(words, [*words, ""][1:], strict=True)
     ]
 
 
