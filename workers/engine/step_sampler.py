@@ -30,7 +30,6 @@ from workers.sampling.sampler import (
     logprob_entries,
     logprob_entries_alone,
     sample,
-    sample_alone,
 )
 
 _SCORED_ROWS = 64
@@ -74,8 +73,8 @@ class StepSampler:
         self._eos = config.eos_token_ids
         self._is_classifier = bool(config.labels)
         self._logits = logits
-        self._sample = partial(sample_alone if is_exact else sample, team=team)
         self._score = logprob_entries_alone if is_exact else logprob_entries
+        self._sample = partial(sample, team=team, score=self._score)
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self.inspector = Inspector(config, banks, logits, self._score)
         """Reads the inside of the model for inspections."""

@@ -49,16 +49,19 @@ class Drawn(Struct, frozen=True):
     """NaN or infinity in the logits, or every token is masked; None for a token."""
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None = None) -> list[Drawn]:
-    """Draw one token per row of logits [rows, V] (model dtype); ``team``: with a native kernel."""
-    return _sample(logits, rows, team, logprob_entries)
-
-
-def _sample(
-    logits: Tensor, rows: Sequence[SamplingRow], team: Team | None, score: Score
+def sample(
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    team: Team | None = None,
+    score: Score | None = None,
 ) -> list[Drawn]:
+    """Draw one token per row of logits [rows, V] (model dtype).
+
+    ``team``: with a native kernel. ``score`` computes log-probabilities, by default
+    ``logprob_entries``.
+    """
     tokens: list[int] = _tokens(logits, rows, team).tolist()  # device-to-host sync
-    entries = _entries(logits, rows, tokens, score)
+    entries = _entries(logits, rows, tokens, score or logprob_entries)
     return [
         Drawn(token, entries.get(i)) if token >= 0 else Drawn(-1, failure=_FAILURES[token])
         for i, token in enumerate(tokens)
@@ -142,16 +145,6 @@ def logprob_entries(
             values = logits[i, torch.tensor(ids, device=logits.device)] - normalizer[i]
             entries[i] = replace(entries[i], top=tuple(zip(ids, values.tolist(), strict=True)))
     return entries
-
-
-def sample_alone(
-    logits: Tensor, rows: Sequence[SamplingRow], team: Team | None = None
-) -> list[Drawn]:
-    """``sample`` with logprobs by ``logprob_entries_alone``, for ``--deterministic``.
-
-    A draw depends on its own row alone in any case.
-    """
-    return _sample(logits, rows, team, logprob_entries_alone)
 
 
 def logprob_entries_alone(

@@ -20,7 +20,6 @@ from workers.sampling.sampler import (
     logprob_entries,
     logprob_entries_alone,
     sample,
-    sample_alone,
 )
 
 NUM_DRAWS = 4000
@@ -379,14 +378,15 @@ def test_rows_that_take_the_best_token_are_drawn_beside_the_others() -> None:
     rows = [SamplingRow(params, 0, i) for i, params in enumerate(each)]
     alone = [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
     assert sample(logits, rows) == alone
-    assert sample_alone(logits, rows) == alone
+    assert sample(logits, rows, score=logprob_entries_alone) == alone
     best = logits.argmax(-1).tolist()
     assert [alone[i].token for i in (0, 2, 3, 4, 5)] == [best[0], best[2], 1, best[4], -1]
 
 
 def test_rows_alone_are_drawn_and_scored_from_their_own_logits() -> None:
     logits = torch.eye(VOCAB)[[3, 7, 5]] * 50.0
-    assert [d.token for d in sample_alone(logits, rows_of(SamplingParams(seed=1), 3))] == [3, 7, 5]
+    drawn = sample(logits, rows_of(SamplingParams(seed=1), 3), score=logprob_entries_alone)
+    assert [d.token for d in drawn] == [3, 7, 5]
     alone = logprob_entries_alone(logits, [3, 7, 0], [2, 1, 0])
     assert alone == logprob_entries(logits, [3, 7, 0], [2, 1, 0])
     assert [entry.rank for entry in alone] == [1, 1, 2]
