@@ -21,8 +21,7 @@ from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.engine.engine import Engine
 from workers.engine.prefill_cap import PrefillCap
-from workers.experts.kernels_native import can_compute_all
-from workers.experts.slots import ExpertSlots
+from workers.experts.slots import ExpertSlots, torch_experts
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.huge_pages import collapse_weights
@@ -95,7 +94,7 @@ class LocalEngine:
         is_native = kernels == "auto" and place.type == "cpu"
         self.team = team = start_kernels(num_threads or 1).team if is_native else None
         """Threads of its kernels; None: torch computes."""
-        can_be_exact = team is not None and can_compute_all(banks, kind)
+        can_be_exact = team is not None and not torch_experts(banks, kind)
         self.is_exact = is_strict or (section.deterministic == "auto" and can_be_exact)
         """Results depend on the request alone, to the last bit."""
         torch_threads = 1 if self.is_exact else num_threads

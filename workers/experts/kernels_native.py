@@ -6,12 +6,10 @@ other, on the load of a slot or on the number of threads, to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from workers.model.config import BankSpec, ExchangeSpec
+from workers.model.config import ExchangeSpec
 from workers.native.experts import ExpertShape, InputsBy, SlotTable, expert_pairs, expert_rows
 from workers.native.panels import DTYPES, pack, unpack
 from workers.native.team import Team
@@ -27,13 +25,6 @@ def what_is_missing(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
     if exchange.expert_kind == "gated" and exchange.activation != "silu":
         return f"the activation {exchange.activation}"
     return ""
-
-
-def can_compute_all(banks: Sequence[BankSpec], dtype: torch.dtype) -> bool:
-    """Whether the kernels have all experts of a model."""
-    return not any(
-        what_is_missing(exchange, dtype) for bank in banks for exchange in bank.exchanges
-    )
 
 
 class NativeExperts:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.core.arithmetic import Agreement, Offer
-from workers.experts.kernels_native import can_compute_all
+from workers.experts.slots import torch_experts
 from workers.model.batch_invariant.numerics import arithmetic_of, torch_digest
 from workers.model.config import BankSpec
 from workers.native.build import BuildError
@@ -43,7 +43,7 @@ class Exactness:
     ) -> Exactness:
         """What a worker with these experts can offer. Builds the libraries that are missing."""
         setting, team = args.config.engine.deterministic, kernels.team
-        is_native = team is not None and can_compute_all(banks, dtype)
+        is_native = team is not None and not torch_experts(banks, dtype)
         if setting == "off":
             offer = Offer(obstacle="has --deterministic off")
         elif setting == "auto" and not is_native:
