@@ -109,6 +109,11 @@ def common_environment() -> dict[str, str]:
         # a proxy that is not ready by then is ended, and Serve with it: five seconds by default,
         # which is too short where cores are busy
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # a stream's messages go from the replica to the proxy by gRPC on the proxy's own loop: as
+        # items of a Ray generator each made an object reference and crossed threads, and one stream
+        # on two cores was a fifth slower (``benchmarks/peers.py``)
+        "RAY_SERVE_PROXY_USE_GRPC": "1",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         # the gateway runs in its replica's event loop: with two loops, gRPC wakes both for each
         # event, and each HTTP message changes threads
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

@@ -234,12 +234,12 @@ class ClusterParts:
 
     def _not_ready_reasons(self) -> list[str]:
         """The answer of a gateway replica, asked through Ray."""
-        from ray import serve
         from ray.exceptions import RayError
 
-        from gateway.app import APP_NAME
+        from gateway.app import APP_NAME, DEPLOYMENT_NAME
+        from gateway.cluster.client import handle_for_threads
 
-        handle: Any = serve.get_app_handle(APP_NAME)
+        handle = handle_for_threads(DEPLOYMENT_NAME, APP_NAME)
         try:
             reasons: list[str] = handle.not_ready_reasons.remote().result(timeout_s=_CALL_LIMIT_S)
         except (RayError, TimeoutError) as err:
@@ -269,11 +269,10 @@ def tell_threads(threads: Iterable[int | None]) -> str:
 
 def _broadcast(stage: EndStage) -> list[int]:
     """Every replica's number of running requests, of those that answer."""
-    from ray import serve
-
     from gateway.app import APP_NAME, DEPLOYMENT_NAME
+    from gateway.cluster.client import handle_for_threads
 
-    handle: Any = serve.get_deployment_handle(DEPLOYMENT_NAME, APP_NAME)
+    handle = handle_for_threads(DEPLOYMENT_NAME, APP_NAME)
     response = handle.broadcast("end", stage)
     found = response.results(timeout_s=_TELL_LIMIT_S, return_exceptions=True)
     return [one for one in found if isinstance(one, int)]
