@@ -241,6 +241,7 @@ class Engine:
         self._scheduler.restrict(isolation.suspects, isolation.alone if header.is_alone else None)
         plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
         try:
+            self._step_sampler.prepare(plan)
             result = self.runner.run(header, plan)
             tokens = None if result is None else self._step_sampler.draw(plan, result)
         except BaseException:

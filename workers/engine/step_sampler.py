@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -76,6 +77,7 @@ class StepSampler:
         self._score = logprob_entries_alone if is_exact else logprob_entries
         self._sample = partial(sample, team=team, score=self._score)
         self._processors: dict[SequenceState, LogitsProcessors] = {}
+        self._mask_thread = ThreadPoolExecutor(1, "grammar-masks")
         self.inspector = Inspector(config, banks, logits, self._score)
         """Reads the inside of the model for inspections."""
 
@@ -87,6 +89,13 @@ class StepSampler:
     def end(self, sequence: SequenceState) -> None:
         del self._processors[sequence]
         self.inspector.end(sequence)
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Begin with what ``draw`` needs and the model does not compute: masks of grammars."""
+        for planned in plan.rows:
+            grammar = self._processors[planned.sequence].grammar
+            if grammar is not None and (planned.is_decode or planned.draws_token):
+                grammar.prepare(self._mask_thread)
 
     def draw(self, plan: StepPlan, result: StepResult) -> StepTokens:
         """Tokens of a plan that ran to its last layer. Changes nothing."""

@@ -2,7 +2,8 @@
 
 The parser is llguidance. A ``GrammarState`` is a function of (grammar, output tokens) alone: asking
 for a mask changes nothing, only ``advance`` does, and that is called at commit. So a step that is
-run again, a preemption or a resubmission with the output so far all find the same state.
+run again, a preemption or a resubmission with the output so far all find the same state; and the
+mask of a step's token can be found on another thread while the step computes its logits.
 
 States of one compiled grammar share a lexer, which caches its states; that makes masks cheap. But a
 lexer that reached a limit, or a bug, fails for all of them: so a state that fails builds a lexer of
@@ -13,6 +14,7 @@ does not use the shared lexer for later requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import llguidance
@@ -39,8 +41,8 @@ class TokenMask:
     """Nothing but an end of the text is possible."""
 
 
-class MaskBuffer:
-    """Memory that a parser writes its mask to, one at a time.
+class MaskReader:
+    """Asks parsers for masks. For any thread.
 
     Args:
         vocab_size: of the model.
@@ -50,12 +52,12 @@ class MaskBuffer:
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._vocab_size = vocab_size
         self._eos = np.array(eos_token_ids, dtype=np.int64)
-        self._words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
 
-    def fill(self, matcher: llguidance.LLMatcher) -> TokenMask:
+    def read(self, matcher: llguidance.LLMatcher) -> TokenMask:
         """The mask of a matcher's state; all False where it failed."""
-        matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        bits = np.unpackbits(self._words.view(np.uint8), count=self._vocab_size, bitorder="little")
+        words = np.zeros(-(-self._vocab_size // 32), dtype=np.uint32)
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        bits = np.unpackbits(words.view(np.uint8), count=self._vocab_size, bitorder="little")
         allowed: NDArray[np.bool_] = bits.view(np.bool_)
         if matcher.is_error():
             allowed[:] = False
@@ -65,7 +67,11 @@ class MaskBuffer:
 
 
 class GrammarState:
-    """A grammar along one choice's output. Belongs to the engine's thread."""
+    """A grammar along one choice's output. Belongs to the engine's thread.
+
+    Between ``prepare`` and the next ``mask`` or ``advance``, its parser belongs to the thread that
+    finds the mask.
+    """
 
     def __init__(
         self, compiled: CompiledGrammar, matcher: llguidance.LLMatcher, output: Sequence[int]
@@ -74,16 +80,28 @@ class GrammarState:
         self._matcher = matcher
         self._output = list(output)
         self._has_own_lexer = False
+        self._prepared: Future[TokenMask] | None = None
+
+    def prepare(self, pool: Executor) -> None:
+        """Begin to find the next mask on another thread, if that has not begun."""
+        if self._prepared is None:
+            self._prepared = pool.submit(self._find_mask)
 
     def mask(self) -> TokenMask:
         """Which tokens may come next; changes nothing."""
-        mask = self._compiled.buffer.fill(self._matcher)
+        return self._find_mask() if self._prepared is None else self._prepared.result()
+
+    def _find_mask(self) -> TokenMask:
+        mask = self._compiled.masks.read(self._matcher)
         if self._matcher.is_error() and self._renew():
-            mask = self._compiled.buffer.fill(self._matcher)
+            mask = self._compiled.masks.read(self._matcher)
         return mask
 
     def advance(self, token: int) -> None:
         """Add an output token; called at commit only."""
+        if self._prepared is not None:
+            self._prepared.result()
+            self._prepared = None
         self._output.append(token)
         if not self._matcher.consume_token(token):
             self._renew()
@@ -117,7 +135,7 @@ class CompiledGrammar:
     grammar: Grammar
     matcher: llguidance.LLMatcher
     """The state before any token."""
-    buffer: MaskBuffer
+    masks: MaskReader
     make_matcher: Callable[[], llguidance.LLMatcher]
     """Compiles the grammar once more."""
     is_spoiled: bool = False
@@ -144,7 +162,7 @@ class CompiledGrammar:
         if self.grammar.kind is not GrammarKind.LARK:
             return not output or bool(matcher.consume_tokens(list(output)))
         for token in output:
-            self.buffer.fill(matcher)
+            self.masks.read(matcher)
             if not matcher.consume_token(token):
                 return False
         return True

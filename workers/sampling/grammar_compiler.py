@@ -20,7 +20,7 @@ import llguidance
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from workers.requests.request import Grammar, GrammarKind
-from workers.sampling.grammar import CompiledGrammar, MaskBuffer, shorten
+from workers.sampling.grammar import CompiledGrammar, MaskReader, shorten
 
 CACHED_GRAMMARS = 64
 """Compiled grammars that a worker keeps, the latest used."""
@@ -77,7 +77,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._buffer = MaskBuffer(vocab_size, self._eos)
+        self._masks = MaskReader(vocab_size, self._eos)
 
     def prepare(self) -> None:
         """Read the tokenizer now: 0.2 s for 50,000 tokens, in which no other thread can run.
@@ -124,13 +124,13 @@ class GrammarCompiler:
         if matcher.is_error():
             raise _refuse(grammar, matcher.get_error())
         self._try_first_mask(grammar, matcher)
-        return CompiledGrammar(grammar, matcher, self._buffer, make)
+        return CompiledGrammar(grammar, matcher, self._masks, make)
 
     def _try_first_mask(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
         """Refuse what cannot be followed, or would hold up the engine's thread."""
         probe = matcher.deep_copy()
         started_s = time.thread_time()
-        mask = MaskBuffer(self._vocab_size, self._eos).fill(probe)
+        mask = self._masks.read(probe)
         if probe.is_error() or not bool(mask.allowed.any()):
             raise _refuse(grammar, probe.get_error() or "no token can begin it")
         if time.thread_time() - started_s > _MAX_FIRST_MASK_S:

@@ -6,6 +6,7 @@ import json
 import lzma
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_large_schemas_can_be_followed(vocabulary: Vocabulary) -> None:
 
 
 def test_a_state_is_a_function_of_the_output_alone(compiler: GrammarCompiler) -> None:
-    """Masks that are asked for never or often, and a replay, make no difference."""
+    """Masks that are asked for never, often or on another thread, and a replay, are the same."""
     grammars = [
         schema(
             {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "string"}}}
@@ -191,12 +192,16 @@ def test_a_state_is_a_function_of_the_output_alone(compiler: GrammarCompiler) ->
         regex("(a|ab)(c|bcd)(d*)"),
         Grammar(kind=GrammarKind.LARK, text='start: "(" start ")" | /[a-z ]*/\n'),
     ]
+    pool = ThreadPoolExecutor(1)
     for grammar in grammars:
         compiled = compiler.compile(grammar)
         for seed in range(5):
             rng = random.Random(seed)
-            live, blind, output = compiled.start(), compiled.start(), list[int]()
+            live, blind, ahead = (compiled.start() for _ in range(3))
+            output = list[int]()
             for _ in range(30):
+                for _ in range(2):
+                    ahead.prepare(pool)
                 first = live.mask().allowed.clone()
                 assert torch.equal(live.mask().allowed, first)
                 assert set(first.nonzero().flatten().tolist()) == allowed_after(compiled, output)
@@ -204,12 +209,16 @@ def test_a_state_is_a_function_of_the_output_alone(compiler: GrammarCompiler) ->
                 if not tokens:
                     break
                 token = rng.choice(sorted(tokens))
+                if len(output) % 2:
+                    assert torch.equal(ahead.mask().allowed, first)
                 output.append(token)
-                live.advance(token)
-                blind.advance(token)
                 replayed = compiled.start(output)
+                for state in (live, blind, ahead):
+                    state.advance(token)
                 assert live.is_complete == blind.is_complete == replayed.is_complete
-            assert torch.equal(live.mask().allowed.clone(), blind.mask().allowed)
+                assert live.is_complete == ahead.is_complete
+            for state in (blind, ahead):
+                assert torch.equal(live.mask().allowed, state.mask().allowed)
 
 
 def test_a_lexer_that_others_have_filled_up_changes_nothing() -> None:
