@@ -113,8 +113,12 @@ GatedActivation = Callable[[Tensor], Tensor]
 
 
 def _gelu(gate: Tensor) -> Tensor:
-    """On contiguous memory, as a single row always is: other memory takes another kernel."""
-    return functional.gelu(gate.contiguous())
+    """In float32 and on contiguous memory, as a single row always is.
+
+    Other memory takes another kernel of torch's, and in bfloat16 its AVX2 code rounds the last
+    elements of a vector otherwise.
+    """
+    return functional.gelu(gate.contiguous().float()).to(gate.dtype)
 
 
 _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
