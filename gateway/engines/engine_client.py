@@ -306,12 +306,13 @@ class EngineClient:
 
     def take_step(self, step: StepOutput) -> None:
         """Hand the outputs of a step to their sinks."""
+        now_s = time.monotonic()
         for output in step.outputs:
             entry = self._submissions.get(output.request_id)
             if entry is not None:
-                self._take_output(entry, output)
+                self._take_output(entry, output, now_s)
 
-    def _take_output(self, entry: Submission, output: TokenOutput) -> None:
+    def _take_output(self, entry: Submission, output: TokenOutput, now_s: float) -> None:
         if output.attempt != entry.request.attempt or output.choice not in entry.open_choices:
             return  # of an older attempt, or of a choice that was ended here
         repeated = len(entry.outputs[output.choice]) - output.index
@@ -324,10 +325,12 @@ class EngineClient:
             self._owner.take_back(entry, reason)
             return
         fresh = without_first(output, repeated) if repeated else output
+        changes_load = entry.is_computing or fresh.finish_reason is not None
         self._end_prompt(entry)
         if fresh.token_ids:
-            self._owner.note_token(entry, time.monotonic())
+            self._owner.note_token(entry, now_s)
         entry.deliver(fresh)
-        self._count(entry)
+        if changes_load:
+            self._count(entry)
         if not entry.open_choices and entry.stream is self:
             self._release(entry)

@@ -184,7 +184,7 @@ class Submission:
 
     def clear(self) -> None:
         """A step with it has committed: it did not cause earlier deaths."""
-        self.reach(RequestStage.QUEUED)
+        self.stage = RequestStage.QUEUED
         self.deaths.clear()
 
     def acquit(self, worker: str) -> None:

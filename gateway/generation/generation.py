@@ -160,9 +160,10 @@ class Generation(AbstractContextManager["Generation"]):
 
     def _awaits_verdict(self) -> bool:
         """Whether all requests are at workers, which alone know whether they have begun."""
+        if self._has_token:
+            return False
         entries = [prompt.submission for prompt in self._prompts.values()]
-        sent = all(one is not None and one.was_sent and not one.is_waiting for one in entries)
-        return sent and not self._has_token
+        return all(one is not None and one.was_sent and not one.is_waiting for one in entries)
 
     def _too_late(self) -> ExpertMeshError:
         entries = [prompt.submission for prompt in self._prompts.values()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -34,7 +33,7 @@ class OutputQueue:
         """Called when the call has ended in this way."""
         self._outputs: deque[TokenOutput] = deque()
         self._error: ExpertMeshError | None = None
-        self._ready = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self.oldest_s = 0.0
         """When the first output of the last ``take`` came (``time.monotonic``)."""
         self._first_s = 0.0
@@ -49,12 +48,12 @@ class OutputQueue:
             self.on_overflow()
             return
         self._outputs.append(output)
-        self._ready.set()
+        self._wake()
 
     def fail(self, error: ExpertMeshError) -> None:
         """End the call with an error; only the first one counts."""
         self._error = self._error or error
-        self._ready.set()
+        self._wake()
 
     def check(self) -> None:
         """Raise the error of ``fail``, if there is one."""
@@ -67,23 +66,35 @@ class OutputQueue:
         Raises:
             ExpertMeshError: the error of ``fail``, once the outputs before it are taken.
         """
-        if not self._ready.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._ready.wait()
+        if not self._outputs and self._error is None:
+            await self._wait(timeout_s)
         taken = list(self._outputs)
         self._outputs.clear()
         self._num_bytes = 0
-        self._ready.clear()
         self.oldest_s = self._first_s
-        if self._error is not None:
-            self._ready.set()
-            if not taken:
-                raise self._error
+        if self._error is not None and not taken:
+            raise self._error
         return taken
+
+    async def _wait(self, timeout_s: float) -> None:
+        """Until something comes; once for every token, so without ``asyncio.timeout``."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(timeout_s, self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 def _size(output: TokenOutput) -> int:
+    if not output.logprobs:
+        return _OUTPUT_BYTES
     tops = sum(_LOGPROB_BYTES + _TOP_BYTES * len(one.top) for one in output.logprobs)
     return _OUTPUT_BYTES + tops
 

@@ -46,6 +46,7 @@ _DRAIN_FACTOR = 8
 answer, and is cut off beyond."""
 _THREAD_BYTES = 65_536
 """Larger bodies are parsed in a thread."""
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _PIECE = 4096
 """Entries of a long list that are written at a time."""
 
@@ -288,8 +289,7 @@ class WatchedEndpoint(ABC):
 
 def dump_json(content: object) -> bytes:
     """Compact UTF-8 JSON. Raises ``ValueError`` for NaN and infinity."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode()
+    return _JSON.encode(content).encode()
 
 
 def dump_long(content: Mapping[str, object]) -> bytes:

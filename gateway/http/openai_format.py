@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from json.encoder import encode_basestring
 from typing import Any
 
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
 from gateway.generation.generation import Generation
+from gateway.http.middleware import dump_json
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_calls import CallDelta, ParsedPiece
 from workers.requests.request import FinishReason, TokenLogprob
+
+_MARK = secrets.token_hex(16)
+"""Stands for a text that is not known yet."""
 
 
 class AnswerFormat(TextFormat, ABC):
@@ -36,6 +43,13 @@ class AnswerFormat(TextFormat, ABC):
     ) -> None:
         super().__init__(generation.call, tokenizer)
         self._waiting: dict[int, list[TokenText]] = {}  # tokens that may be part of a call
+        fields = generation.call.fields
+        self._adds_to_text = (
+            fields.num_logprobs is not None
+            or fields.return_token_ids
+            or fields.tool_form is not None
+        )
+        self._around_text: dict[int, tuple[bytes, bytes]] = {}
         self._head = {
             "id": answer_id or generation.call_id,
             "created": generation.created,
@@ -55,6 +69,17 @@ class AnswerFormat(TextFormat, ABC):
     @abstractmethod
     def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
         """The chunks of a choice's delta."""
+
+    def text_chunk(self, delta: ChoiceDelta) -> bytes | None:
+        """The JSON of a delta's one chunk where only the text is new; None for any other."""
+        if self._adds_to_text or delta.is_first or delta.finish is not None or not delta.text:
+            return None
+        around = self._around_text.get(delta.index)
+        if around is None:
+            (chunk,) = self.chunks(replace(delta, text=_MARK, tokens=()))
+            before, after = dump_json(chunk).split(_MARK.encode())
+            around = self._around_text[delta.index] = before[:-1], after[1:]
+        return around[0] + encode_basestring(delta.text).encode() + around[1]
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._chunk([]), "usage": usage_body(usage)}

@@ -48,21 +48,27 @@ class SseStream:
                 deltas = await generation.next(ping_after_s)
             ending = _DONE
             if self.options.include_usage:
-                ending = self._event(self.formatter.usage_chunk(generation.usage)) + _DONE
+                ending = (
+                    self._event(dump_json(self.formatter.usage_chunk(generation.usage))) + _DONE
+                )
         except Exception as err:
             report = self.gateway.report_error(err, self.request_id)
-            ending = self._event(report.body()) + _DONE
+            ending = self._event(dump_json(report.body())) + _DONE
         await self.responder.body(ending)
 
     def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
         content = b""
+        with_usage = self.options.continuous_usage_stats
         for delta in deltas:
+            if not with_usage and (text_chunk := self.formatter.text_chunk(delta)) is not None:
+                content += self._event(text_chunk)
+                continue
             for chunk in self.formatter.chunks(delta):
-                if self.options.continuous_usage_stats:
+                if with_usage:
                     chunk["usage"] = usage_body(generation.usage)
-                content += self._event(chunk)
+                content += self._event(dump_json(chunk))
         return content
 
-    def _event(self, chunk: object) -> bytes:
+    def _event(self, chunk: bytes) -> bytes:
         self.gateway.metrics.sse_events.inc()
-        return b"data: " + dump_json(chunk) + b"\n\n"
+        return b"data: " + chunk + b"\n\n"

@@ -126,6 +126,8 @@ class StopStrings:
 
         With ``can_stop`` False a stop string that ends within ``new`` is ordinary text.
         """
+        if not self._strings:
+            return new, None
         text = self.held + new
         if can_stop and (match := self._first_match(text, len(self.held))):
             end, start, stop = match

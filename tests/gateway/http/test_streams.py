@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from gateway.core.tuning import GatewayTuning
+from gateway.http.middleware import dump_json
 from tests.gateway.fakes import counting_script, saying
 from tests.gateway.sse_client import by_choice, parse_events, read_events
 from tests.gateway.stack import Stack, complete, post, running_stack
@@ -45,6 +47,29 @@ def test_a_stream_adds_up_to_the_whole(stack: Stack, case: dict[str, Any], width
         if "token_ids" in expected:
             assert [v for part in parts for v in part["token_ids"]] == expected["token_ids"]
             assert parts[0]["prompt_token_ids"] == expected["prompt_token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_chunks_of_text_alone_are_written_as_all_others(
+    stack: Stack, path: str, prompt: dict[str, Any]
+) -> None:
+    said = 'a "b"\\/\n\r\t\x00\x1f\x7f\u2028 h\u00e9 \U0001f600 <|user|>'
+    stack.engine.script = saying(said, end=False)
+    fields = {**prompt, "n": 2, "max_tokens": 60, "skip_special_tokens": False, "stream": True}
+    answer = stack.http.post(path, json=fields).content
+    events = [event.removeprefix(b"data: ") for event in answer.split(b"\n\n")][:-2]
+    chunks = [json.loads(event) for event in events]
+    assert [dump_json(chunk) for chunk in chunks] == events
+    assert len({(*chunk, *chunk["choices"][0]) for chunk in chunks}) == 1  # in the same order
+    for entries in by_choice(chunks).values():
+        texts = [entry.get("text", entry.get("delta", {}).get("content", "")) for entry in entries]
+        assert "".join(texts) == said
 
 
 @pytest.mark.parametrize("logprobs", [{}, {"logprobs": True, "top_logprobs": 2}])
