@@ -75,7 +75,7 @@ class HalfOutput:
     """What an attention half passes to the rest of its layer."""
 
     hidden: Tensor
-    """[T, H]: the residual stream after attention."""
+    """[T, H]: the residual stream after attention, which the rest of the layer may change."""
     normed: Tensor
     """[T, H]: its norm, the input of experts and MLP."""
     routes: Routes | None
@@ -90,7 +90,7 @@ class Half(Protocol):
     """The attention half of one layer, however it is computed."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
-        """hidden [T, H]; cache is this layer's part of ``KVCache``."""
+        """hidden [T, H], which may be changed; cache is this layer's part of ``KVCache``."""
 
 
 class HalfStages(Protocol):

@@ -105,7 +105,7 @@ class NativeHalf:
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, shape, parts, hidden, cache, context))
         rows = RowsFields(cache=cache.data_ptr())
-        queries = self._queries(rows, hidden.shape[0])
+        queries = self._queries(rows, hidden.shape[0], context)
         output = self._leave(hidden, rows, ENTER | ATTEND | LEAVE, context)
         self._report(queries, cache, context)
         return output
@@ -125,7 +125,7 @@ class NativeHalf:
         fields = RowsFields(
             projected=rows.data_ptr(), cache=cache.data_ptr(), attended=attended.data_ptr()
         )
-        queries = self._queries(fields, rows.shape[0])
+        queries = self._queries(fields, rows.shape[0], context)
         self._run(context, fields, ATTEND)
         self._report(queries, cache, context)
         return attended
@@ -140,14 +140,13 @@ class NativeHalf:
     ) -> HalfOutput:
         """Run stages up to the last one."""
         hidden = hidden.contiguous()
-        after, normed = torch.empty_like(hidden), torch.empty_like(hidden)
-        rows.hidden = hidden.data_ptr()
-        rows.hidden_out, rows.normed = after.data_ptr(), normed.data_ptr()
+        normed = torch.empty_like(hidden)
+        rows.hidden, rows.normed = hidden.data_ptr(), normed.data_ptr()
         router = self._half.router
         if router is None:
             self._run(context, rows, stages)
-            return HalfOutput(after, normed, None)
-        return HalfOutput(after, normed, self._routed(router, normed, rows, stages, context))
+            return HalfOutput(hidden, normed, None)
+        return HalfOutput(hidden, normed, self._routed(router, normed, rows, stages, context))
 
     def _routed(
         self,
@@ -159,28 +158,32 @@ class NativeHalf:
     ) -> Routes:
         """Run stages that end with a router, and report its choice."""
         routing, count = router.routing, normed.shape[0]
-        dtype = torch.float32 if routing.scoring == "sigmoid" else normed.dtype
-        logits = torch.empty(count, routing.num_experts, dtype=dtype)
-        ids = torch.empty(count, routing.top_k, dtype=torch.int64)
-        weights = torch.empty(count, routing.top_k, dtype=dtype)
-        rows.logits, rows.topk_ids = logits.data_ptr(), ids.data_ptr()
-        rows.topk_weights = weights.data_ptr()
-        self._run(context, rows, stages)
-        if context.attention.recorder is not None:
-            context.attention.recorder.router(routing.bank, logits, ids, weights)
+        ids = torch.empty((count, routing.top_k), dtype=torch.int64)
+        weights = torch.empty((count, routing.top_k), dtype=torch.float32)
+        rows.topk_ids, rows.topk_weights = ids.data_ptr(), weights.data_ptr()
+        if (recorder := context.attention.recorder) is None:
+            self._run(context, rows, stages)
+        else:
+            dtype = torch.float32 if routing.scoring == "sigmoid" else normed.dtype
+            logits = torch.empty(count, routing.num_experts, dtype=dtype)
+            rows.logits = logits.data_ptr()
+            self._run(context, rows, stages)
+            recorder.router(routing.bank, logits, ids, weights)
         return Routes(routing.bank, ids, weights)
 
-    def _report(self, queries: Tensor, cache: Tensor, context: LayerContext) -> None:
-        """Let the recorder make attention maps, beside the kernel's result."""
-        if (recorder := context.attention.recorder) is not None:
-            recorder.attending(queries, cache, context.within(self._half.shape.window))
-
-    def _queries(self, rows: RowsFields, count: int) -> Tensor:
-        """Memory for the rotated queries [count, A, D]."""
+    def _queries(self, rows: RowsFields, count: int, context: LayerContext) -> Tensor | None:
+        """Memory for the rotated queries [count, A, D], where a recorder reads them."""
+        if context.attention.recorder is None:
+            return None
         shape = self._half.shape
         queries = self._half.norm1.new_empty(count, shape.num_heads, shape.head_dim)
         rows.queries = queries.data_ptr()
         return queries
+
+    def _report(self, queries: Tensor | None, cache: Tensor, context: LayerContext) -> None:
+        """Let the recorder make attention maps, beside the kernel's result."""
+        if queries is not None and (recorder := context.attention.recorder) is not None:
+            recorder.attending(queries, cache, context.within(self._half.shape.window))
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
         assert context.native is not None

@@ -89,7 +89,6 @@ class RowsFields(ctypes.Structure):
     _fields_ = (
         ("hidden", ctypes.c_void_p),
         ("cache", ctypes.c_void_p),
-        ("hidden_out", ctypes.c_void_p),
         ("normed", ctypes.c_void_p),
         ("projected", ctypes.c_void_p),
         ("queries", ctypes.c_void_p),

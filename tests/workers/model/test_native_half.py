@@ -323,6 +323,7 @@ def test_bits_depend_on_the_row_alone(name: str, dtype: torch.dtype, case: Case)
         other = make(case, dtype, NativeBlocks(team(name, count)))
         assert_equal(serve(other, case, dtype, WHOLE), whole)
         assert_equal(serve(other, case, dtype, together), whole)
+        assert_equal(serve(other, case, dtype, decodes), whole)
     assert_equal(serve(half, case, dtype, decodes, Notes()), whole)
 
 

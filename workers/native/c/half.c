@@ -1,5 +1,8 @@
 // Rows are computed in blocks of BLOCK_ROWS, so that what is between two products stays in the
-// cache. A barrier stands between steps in which threads share rows, panels and heads differently.
+// cache. The threads share sections of work, and a barrier stands between two sections. Within one
+// they take pieces from a counter: rows, panels or heads, so that a thread that waits for a core
+// delays no other. A few rows between two products are left to the thread that comes last, and
+// cost no barrier of their own.
 #include "half.h"
 
 #include <limits.h>
@@ -10,29 +13,43 @@
 #include "team.h"
 
 enum { BLOCK_ROWS = 256, ALIGNMENT = 64 };
+enum { FEW_ROWS = 2 };    // that one thread computes sooner than all meet at a barrier
+enum { GROUP = 4 };       // panels of a piece of a large product
+enum { PIECES = 4 };      // of each thread, in a small product
 
 struct job {
     const struct half *half;
     const struct half_batch *batch;
     const struct half_rows *rows;
     int stages;
-    _Atomic int next_unit;
+    _Atomic int next[2];      // piece of this section and of the next one, in turns
+    _Atomic int num_arrived;  // at sections of few rows, by all threads
     struct attention attention;
     char *form;      // [BLOCK_ROWS] rows in the form of a product
     float *sums;     // [BLOCK_ROWS, widest padded outputs]
+    void *queries;   // [num_rows, num_heads, head_dim]
     char *attended;  // [num_rows] rows in the form of the output product
     char *threads;   // scratch memory of each thread
     size_t thread_bytes;
 };
 
-struct share {
-    int64_t first, last;
+// A thread, and where it is.
+struct member {
+    struct job *job;
+    struct team *team;
+    int thread, count;
+    int section;     // of those that all share; -1 before the first one
+    const struct chunk *chunk;  // of the last row that it placed
+    float *scratch;             // its own
 };
 
-static struct share share_of(int64_t first, int64_t last, int thread, int count) {
-    int64_t size = last - first;
-    return (struct share){first + size * thread / count, first + size * (thread + 1) / count};
+// Begin a section: all threads have ended the last one.
+static void begin_section(struct member *m) {
+    if (m->section++ >= 0) team_barrier(m->team, m->count);
+    if (m->thread == 0) m->job->next[(m->section + 1) % 2] = 0;
 }
+
+static _Atomic int *next_piece(struct member *m) { return &m->job->next[m->section % 2]; }
 
 static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -75,42 +92,59 @@ static void norm_row(const struct job *job, float *x, const void *weight, void *
     if (next->panels) matrix_fill_row(next, form, x, FLOAT32);
 }
 
-static void norm1(const struct job *job, const struct matrix *next, int64_t first, int64_t last,
-                  int thread, int count, float *x) {
+// The first product.
+static const struct matrix *entry_of(const struct half *half) {
+    return half->qkv.panels ? &half->qkv : &half->query_router.matrix;
+}
+
+// Rows of a block are counted from `first` on where the block has memory of its own.
+typedef void row_work(struct member *m, int64_t first, int64_t row);
+
+static void norm1(struct member *m, int64_t first, int64_t row) {
+    const struct job *job = m->job;
     const struct half *half = job->half;
     enum dtype dtype = (enum dtype)half->dtype;
-    struct share mine = share_of(first, last, thread, count);
-    for (int64_t row = mine.first; row < mine.last; row++) {
-        const void *hidden = row_of(job->rows->hidden, row, half->hidden_size, dtype);
-        convert(x, FLOAT32, hidden, dtype, half->hidden_size);
-        // Projections of their own read the form of the product alone.
-        void *out = half->qkv.panels ? NULL
-                                     : (void *)row_of(job->rows->normed, row, half->hidden_size,
-                                                      dtype);
-        char *form = job->form + (size_t)(row - first) * row_bytes(next);
-        norm_row(job, x, half->norm1, out, next, form);
+    const struct matrix *next = entry_of(half);
+    const void *hidden = row_of(job->rows->hidden, row, half->hidden_size, dtype);
+    convert(m->scratch, FLOAT32, hidden, dtype, half->hidden_size);
+    // Projections of their own read the form of the product alone.
+    void *out = half->qkv.panels
+                    ? NULL
+                    : (void *)row_of(job->rows->normed, row, half->hidden_size, dtype);
+    char *form = job->form + (size_t)(row - first) * row_bytes(next);
+    norm_row(job, m->scratch, half->norm1, out, next, form);
+}
+
+// Choose the experts of a row from the sums of a router's product.
+static void route(struct member *m, const struct router *router, int64_t first, int64_t row) {
+    const struct matrix *matrix = &router->matrix;
+    const struct routing *routing = &router->routing;
+    const struct half_rows *rows = m->job->rows;
+    enum dtype dtype = routing->scoring == SIGMOID ? FLOAT32 : (enum dtype)m->job->half->dtype;
+    float *logits = m->job->sums + (row - first) * padded_outputs(matrix);
+    for (int64_t i = 0; i < matrix->outputs; i += LANES) {
+        vec x = v_round(with_bias(matrix, logits, i), dtype);
+        store_some(logits, i, x, matrix->outputs - i, FLOAT32);
+    }
+    if (rows->logits) {
+        void *kept = (void *)row_of(rows->logits, row, matrix->outputs, dtype);
+        convert(kept, dtype, logits, FLOAT32, matrix->outputs);
+    }
+    int64_t top_k = routing->top_k;
+    float *weights = rows->topk_weights + row * top_k;
+    routing_choose(routing, logits, rows->topk_ids + row * top_k, weights, m->scratch);
+    for (int64_t i = 0; i < top_k; i += LANES) {
+        vec x = v_round(load_some(weights, i, top_k - i, FLOAT32), dtype);
+        store_some(weights, i, x, top_k - i, FLOAT32);
     }
 }
 
-// Choose the experts of a block of rows from the sums of a router's product.
-static void route(const struct job *job, const struct router *router, int64_t first, int64_t last,
-                  int thread, int count, float *scratch) {
-    const struct matrix *m = &router->matrix;
-    const struct routing *routing = &router->routing;
-    enum dtype dtype = routing->scoring == SIGMOID ? FLOAT32 : (enum dtype)job->half->dtype;
-    struct share mine = share_of(first, last, thread, count);
-    for (int64_t row = mine.first; row < mine.last; row++) {
-        float *logits = job->sums + (row - first) * padded_outputs(m);
-        for (int64_t i = 0; i < m->outputs; i += LANES)
-            store_some(logits, i, v_round(with_bias(m, logits, i), dtype), m->outputs - i, FLOAT32);
-        void *kept = (void *)row_of(job->rows->logits, row, m->outputs, dtype);
-        convert(kept, dtype, logits, FLOAT32, m->outputs);
-        float *weights = scratch;
-        routing_choose(routing, logits, job->rows->topk_ids + row * routing->top_k, weights,
-               scratch + m->outputs);
-        void *out = (void *)row_of(job->rows->topk_weights, row, routing->top_k, dtype);
-        convert(out, dtype, weights, FLOAT32, routing->top_k);
-    }
+static void route_queries(struct member *m, int64_t first, int64_t row) {
+    route(m, &m->job->half->query_router, first, row);
+}
+
+static void route_experts(struct member *m, int64_t first, int64_t row) {
+    route(m, &m->job->half->router, first, row);
 }
 
 // Normalise, clip and rotate the queries, keys and values of a row, in place, and write them to
@@ -147,7 +181,7 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
         const float *x = qkv + h * dim;
         int64_t slot = ((h - heads) * batch->num_blocks + block) * batch->block_size + offset;
         int is_e4m3 = h >= heads && batch->cache_dtype == E4M3;
-        void *out = h < heads ? (void *)row_of(job->rows->queries, row * heads + h, dim, dtype)
+        void *out = h < heads ? (void *)row_of(job->queries, row * heads + h, dim, dtype)
                     : is_e4m3 ? (void *)exact
                               : (void *)row_of(job->rows->cache, slot, dim, dtype);
         enum dtype out_dtype = is_e4m3 ? FLOAT32 : dtype;
@@ -169,93 +203,114 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
     }
 }
 
-// Queries, keys and values of a block of rows, from the sums of their product or as given.
-static void place_rows(const struct job *job, int64_t first, int64_t last, int thread, int count,
-                       float *given) {
+// Queries, keys and values of a row, from the sums of their product or as given.
+static void place(struct member *m, int64_t first, int64_t row) {
+    const struct job *job = m->job;
     const struct half *half = job->half;
+    const struct matrix *matrix = &half->qkv;
     enum dtype dtype = (enum dtype)half->dtype;
-    const struct matrix *m = &half->qkv;
     int64_t width = (half->num_heads + 2 * half->num_kv_heads) * half->head_dim;
-    struct share mine = share_of(first, last, thread, count);
-    const struct chunk *chunk = job->batch->chunks;
-    for (int64_t row = mine.first; row < mine.last; row++) {
-        while (row >= chunk->first_row + chunk->num_rows) chunk++;
-        float *qkv = given;
-        if (m->panels) {
-            qkv = job->sums + (row - first) * padded_outputs(m);
-            for (int64_t i = 0; i < width; i += LANES)
-                store_some(qkv, i, v_round(with_bias(m, qkv, i), dtype), width - i, FLOAT32);
-        } else {
-            convert(qkv, FLOAT32, row_of(job->rows->projected, row, width, dtype), dtype, width);
-        }
-        place_row(job, qkv, row, chunk);
+    float *qkv = m->scratch;
+    if (matrix->panels) {
+        qkv = job->sums + (row - first) * padded_outputs(matrix);
+        for (int64_t i = 0; i < width; i += LANES)
+            store_some(qkv, i, v_round(with_bias(matrix, qkv, i), dtype), width - i, FLOAT32);
+    } else {
+        convert(qkv, FLOAT32, row_of(job->rows->projected, row, width, dtype), dtype, width);
     }
+    while (row >= m->chunk->first_row + m->chunk->num_rows) m->chunk++;
+    place_row(job, qkv, row, m->chunk);
 }
 
-// The residual stream after attention, and its norm, of a block of rows.
-static void norm2(const struct job *job, int64_t first, int64_t last, int thread, int count,
-                  float *x) {
+// The residual stream after attention, and its norm, of a row.
+static void norm2(struct member *m, int64_t first, int64_t row) {
+    const struct job *job = m->job;
     const struct half *half = job->half;
+    const struct matrix *output = &half->output, *next = &half->router.matrix;
     enum dtype dtype = (enum dtype)half->dtype;
-    const struct matrix *m = &half->output;
     int64_t size = half->hidden_size;
-    struct share mine = share_of(first, last, thread, count);
-    for (int64_t row = mine.first; row < mine.last; row++) {
-        const void *hidden = row_of(job->rows->hidden, row, size, dtype);
-        const float *sums = job->sums + (row - first) * (m->panels ? padded_outputs(m) : 0);
-        const void *mixed = m->panels ? NULL : row_of(job->rows->mixed, row, size, dtype);
-        for (int64_t i = 0; i < size; i += LANES) {
-            vec y = mixed ? load_some(mixed, i, size - i, dtype) : with_bias(m, sums, i);
-            y = v_add(load_some(hidden, i, size - i, dtype), v_round(y, dtype));
-            store_some(x, i, v_round(y, dtype), size - i, FLOAT32);
-        }
-        void *out = (void *)row_of(job->rows->hidden_out, row, size, dtype);
-        convert(out, dtype, x, FLOAT32, size);
-        void *normed = (void *)row_of(job->rows->normed, row, size, dtype);
-        const struct matrix *next = &half->router.matrix;
-        norm_row(job, x, half->norm2, normed, next,
-                 job->form + (size_t)(row - first) * row_bytes(next));
+    void *hidden = (void *)row_of(job->rows->hidden, row, size, dtype);
+    const float *sums = job->sums + (row - first) * (output->panels ? padded_outputs(output) : 0);
+    const void *mixed = output->panels ? NULL : row_of(job->rows->mixed, row, size, dtype);
+    for (int64_t i = 0; i < size; i += LANES) {
+        vec y = mixed ? load_some(mixed, i, size - i, dtype) : with_bias(output, sums, i);
+        y = v_add(load_some(hidden, i, size - i, dtype), v_round(y, dtype));
+        store_some(m->scratch, i, v_round(y, dtype), size - i, FLOAT32);
     }
+    convert(hidden, dtype, m->scratch, FLOAT32, size);
+    void *normed = (void *)row_of(job->rows->normed, row, size, dtype);
+    norm_row(job, m->scratch, half->norm2, normed, next,
+             job->form + (size_t)(row - first) * row_bytes(next));
+}
+
+// ---- sections -----------------------------------------------------------------------------------
+
+static void each_row(struct member *m, row_work *work, int64_t first, int64_t last) {
+    if (m->section >= 0 && last - first <= FEW_ROWS) {
+        int num_before = atomic_fetch_add(&m->job->num_arrived, 1);
+        if (num_before % m->count < m->count - 1) return;
+        for (int64_t row = first; row < last; row++) work(m, first, row);
+        return;
+    }
+    begin_section(m);
+    _Atomic int *next = next_piece(m);
+    for (int64_t row; (row = first + atomic_fetch_add(next, 1)) < last;) work(m, first, row);
+}
+
+static void multiply(struct member *m, const struct matrix *matrix, const char *rows,
+                     int64_t num_rows) {
+    begin_section(m);
+    _Atomic int *next = next_piece(m);
+    int panels = (int)(padded_outputs(matrix) / PANEL);
+    int pieces = panels >= 2 * GROUP * m->count ? panels / GROUP : PIECES * m->count;
+    for (int piece; (piece = atomic_fetch_add(next, 1)) < pieces;)
+        matrix_work(matrix, rows, num_rows, m->job->sums, piece, pieces);
+}
+
+static void enter(struct member *m, int64_t first, int64_t last) {
+    const struct half *half = m->job->half;
+    each_row(m, norm1, first, last);
+    multiply(m, entry_of(half), m->job->form, last - first);
+    if (!half->qkv.panels) each_row(m, route_queries, first, last);
+}
+
+static void leave(struct member *m, int64_t first, int64_t last) {
+    const struct half *half = m->job->half;
+    const struct matrix *router = &half->router.matrix;
+    if (half->output.panels) {
+        const char *rows = m->job->attended + (size_t)first * row_bytes(&half->output);
+        multiply(m, &half->output, rows, last - first);
+    }
+    each_row(m, norm2, first, last);
+    if (!router->panels) return;
+    multiply(m, router, m->job->form, last - first);
+    each_row(m, route_experts, first, last);
 }
 
 static void task(void *argument, struct team *team, int thread, int count) {
     struct job *job = argument;
-    const struct half *half = job->half;
-    int64_t num_rows = job->batch->num_rows;
-    float *scratch = (float *)(job->threads + (size_t)thread * job->thread_bytes);
-    int is_routed = !half->qkv.panels;
-    const struct matrix *entry = is_routed ? &half->query_router.matrix : &half->qkv;
-    for (int64_t first = 0; first < num_rows && job->stages & (ENTER | ATTEND);
-         first += BLOCK_ROWS) {
-        int64_t last = min_of(first + BLOCK_ROWS, num_rows);
-        if (job->stages & ENTER) {
-            norm1(job, entry, first, last, thread, count, scratch);
-            team_barrier(team, count);
-            matrix_work(entry, job->form, last - first, job->sums, thread, count);
-            team_barrier(team, count);
-            if (is_routed) route(job, &half->query_router, first, last, thread, count, scratch);
-        }
-        if (job->stages & ATTEND) place_rows(job, first, last, thread, count, scratch);
+    struct member m = {
+        .job = job,
+        .team = team,
+        .thread = thread,
+        .count = count,
+        .section = -1,
+        .scratch = (float *)(job->threads + (size_t)thread * job->thread_bytes),
+        .chunk = job->batch->chunks,
+    };
+    int64_t num_rows = job->batch->num_rows, last;
+    for (int64_t first = 0; first < num_rows; first = last) {
+        last = min_of(first + BLOCK_ROWS, num_rows);
+        if (job->stages & ENTER) enter(&m, first, last);
+        if (job->stages & ATTEND) each_row(&m, place, first, last);
     }
     if (job->stages & ATTEND) {
-        team_barrier(team, count);
-        attention_work(&job->attention, &job->next_unit, scratch);
+        begin_section(&m);
+        attention_work(&job->attention, next_piece(&m), m.scratch);
     }
-    if (!(job->stages & LEAVE)) return;
-    for (int64_t first = 0; first < num_rows; first += BLOCK_ROWS) {
-        int64_t last = min_of(first + BLOCK_ROWS, num_rows);
-        team_barrier(team, count);
-        if (!is_routed) {
-            const char *rows = job->attended + (size_t)first * row_bytes(&half->output);
-            matrix_work(&half->output, rows, last - first, job->sums, thread, count);
-            team_barrier(team, count);
-        }
-        norm2(job, first, last, thread, count, scratch);
-        if (!half->router.matrix.panels) continue;
-        team_barrier(team, count);
-        matrix_work(&half->router.matrix, job->form, last - first, job->sums, thread, count);
-        team_barrier(team, count);
-        route(job, &half->router, first, last, thread, count, scratch);
+    for (int64_t first = 0; first < num_rows && job->stages & LEAVE; first = last) {
+        last = min_of(first + BLOCK_ROWS, num_rows);
+        leave(&m, first, last);
     }
 }
 
@@ -271,7 +326,6 @@ static struct attention attention_of(const struct half *half, const struct half_
         .window = (int)min_of(half->window, INT_MAX / 2),
         .dtype = (enum dtype)half->dtype,
         .cache_dtype = (enum dtype)batch->cache_dtype,
-        .queries = rows->queries,
         .cache = rows->cache,
         .num_blocks = batch->num_blocks,
         .block_size = (int)batch->block_size,
@@ -298,20 +352,28 @@ static int run(struct team *team, const struct half *half, const struct half_bat
             if (bytes > form && matrices[i] != &half->output) form = bytes;
         }
     width = max_of(width, (half->num_heads + 2 * half->num_kv_heads) * half->head_dim);
-    width = max_of(width, (1 + ROUTING_SCRATCH) * half->router.routing.num_experts);
-    width = max_of(width, (1 + ROUTING_SCRATCH) * half->query_router.routing.num_experts);
+    width = max_of(width, ROUTING_SCRATCH * half->router.routing.num_experts);
+    width = max_of(width, ROUTING_SCRATCH * half->query_router.routing.num_experts);
     size_t form_bytes = aligned((size_t)block * form);
     size_t sum_bytes = aligned((size_t)(block * outputs) * sizeof(float));
     size_t attended_bytes =
         half->qkv.panels ? aligned((size_t)batch->num_rows * row_bytes(&half->output)) : 0;
     size_t attention_bytes = attention_scratch(&job.attention);
     job.thread_bytes = aligned(max_of((int64_t)attention_bytes, width * (int64_t)sizeof(float)));
-    size_t total = form_bytes + sum_bytes + attended_bytes;
+    size_t query_bytes = 0;
+    if (stages & ATTEND && !rows->queries) {
+        int64_t elements = batch->num_rows * half->num_heads * half->head_dim;
+        query_bytes = aligned((size_t)elements * dtype_bytes((enum dtype)half->dtype));
+    }
+    size_t total = form_bytes + sum_bytes + attended_bytes + query_bytes;
     job.form = team_scratch(team, total + job.thread_bytes * (size_t)team_size(team));
     if (!job.form) return NO_MEMORY;
     job.sums = (float *)(job.form + form_bytes);
     job.attended = (char *)job.sums + sum_bytes;
-    job.threads = job.attended + attended_bytes;
+    char *queries = job.attended + attended_bytes;
+    job.threads = queries + query_bytes;
+    job.queries = rows->queries ? rows->queries : (void *)queries;
+    job.attention.queries = job.queries;
     if (half->qkv.panels) job.attention.out = job.attended;
     team_run(team, task, &job, 0);
     return OK;

@@ -43,17 +43,16 @@ struct half_batch {
 
 // What a layer reads and writes. `routes` are those of the query router, or of the router.
 struct half_rows {
-    const void *hidden;      // [num_rows, hidden_size]
+    void *hidden;            // [num_rows, hidden_size]: residual stream before, then after attention
     void *cache;
-    void *hidden_out;        // residual stream after attention
     void *normed;            // [num_rows, hidden_size]: after the first or second norm
     const void *projected;   // queries, keys and values [num_rows, ...] of routed projections
-    void *queries;           // [num_rows, num_heads, head_dim] rotated
+    void *queries;           // [num_rows, num_heads, head_dim] rotated; NULL: nobody reads them
     void *attended;          // [num_rows, num_heads * head_dim] of routed projections
     const void *mixed;       // [num_rows, hidden_size]: projected outputs of attention
-    void *logits;            // [num_rows, num_experts], float for sigmoid
+    void *logits;            // [num_rows, num_experts], float for sigmoid; NULL: nobody reads them
     int64_t *topk_ids;       // [num_rows, top_k]
-    void *topk_weights;      // [num_rows, top_k], float for sigmoid
+    float *topk_weights;     // [num_rows, top_k], rounded to the type of the logits
 };
 
 // Parts of the half: all at once, or one after the other around the exchanges of routed projections.
