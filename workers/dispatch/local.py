@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.core.placement import ExpertPlacement
+from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, SlotBank, TimedDispatcher
@@ -49,11 +49,7 @@ class LocalDispatcher(TimedDispatcher):
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the slots of device 0 of the placement."""
-        device = torch.device("cpu")
-        self._slot_of = [
-            CopyTables.build(bank, {0: 0}, device).decode_slots[0].long()
-            for bank in placement.banks
-        ]
+        self._slot_of = [_moved(bank) for bank in placement.banks]
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         """There is nothing to prepare."""
@@ -89,3 +85,9 @@ class LocalDispatcher(TimedDispatcher):
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, LocalHandle)
         return handle.result
+
+
+def _moved(bank: BankPlacement) -> Tensor | None:
+    """[experts] int64: the slot of each; None where expert e is in slot e."""
+    slots = CopyTables.build(bank, {0: 0}, torch.device("cpu")).decode_slots[0].long()
+    return None if torch.equal(slots, torch.arange(len(slots))) else slots

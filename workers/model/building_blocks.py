@@ -16,7 +16,7 @@ from workers.model.attention import attend
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.half import AttentionHalf, Half
-from workers.model.layers import Attend, Embedding, Linear
+from workers.model.layers import Attend, Embedding, Linear, Norm, rms_norm
 from workers.model.rope import Rope, RopeConfig
 
 
@@ -36,6 +36,10 @@ class BuildingBlocks:
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
         """The embedding and the head that share a weight [V, H]."""
         return partial(functional.embedding, weight=weight), self.linear(weight, may_pack=False)
+
+    def norm(self, weight: Tensor, eps: float) -> Norm:
+        """The norm behind the layers, with a weight [H]."""
+        return partial(rms_norm, weight=weight, eps=eps)
 
     def half(self, half: AttentionHalf) -> Half:
         """The attention half of a layer, made of products of these blocks."""

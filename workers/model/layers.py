@@ -176,7 +176,9 @@ class Dispatch:
 
 
 Embedding = Callable[[Tensor], Tensor]
-"""Token ids [T] int64 -> [T, H]."""
+"""Token ids [T] int64 -> [T, H], in memory of their own."""
+Norm = Callable[[Tensor], Tensor]
+"""[T, H] -> [T, H], perhaps in place."""
 LayerSteps = Generator[Any, Tensor, Tensor]
 """Alternates ``yield Dispatch(..)``, resumed by ``next``, and ``yield``, resumed by ``send`` with
 their outputs. Returns hidden states [T, hidden_size]. (mypy allows a bare ``yield`` only
@@ -236,8 +238,7 @@ class AttentionModel:
     """Layers read ``AttentionBatch.chunks``."""
     layers: Sequence[Layer]
     """May be replaced."""
-    norm: Tensor
-    norm_eps: float
+    norm: Norm
     head: Linear
     """lm_head, or a classifier's: [rows, H] -> [rows, vocab_size or classes], model dtype."""
     rope: Rope
@@ -259,7 +260,7 @@ class AttentionModel:
             if recorder is not None:
                 recorder.hidden(hidden)
             hidden = yield from layer.forward(hidden, cache, context)
-        hidden = rms_norm(hidden, self.norm, self.norm_eps)
+        hidden = self.norm(hidden)
         if recorder is not None:
             recorder.hidden(hidden)
         return hidden

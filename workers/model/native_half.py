@@ -7,6 +7,7 @@ A row's bits depend neither on other rows nor on the number of threads, so these
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from workers.model.half import (
     RoutedProjections,
     routed_steps,
 )
-from workers.model.layers import Embedding, LayerContext, Linear
+from workers.model.layers import Embedding, LayerContext, Linear, Norm
 from workers.model.rope import Rope, RopeConfig
 from workers.model.routing import Router, Routes, Routing
 from workers.native.half import (
@@ -41,6 +42,7 @@ from workers.native.half import (
     run_half,
 )
 from workers.native.matrix import Matrix, MatrixFields
+from workers.native.norm import norm_rows
 from workers.native.panels import DTYPES
 from workers.native.team import Team
 
@@ -77,6 +79,9 @@ class NativeBlocks(BuildingBlocks):
         """Both read the packed weight."""
         linear = NativeLinear(self._team, weight, None)
         return linear.matrix.rows, linear
+
+    def norm(self, weight: Tensor, eps: float) -> Norm:
+        return partial(norm_rows, self._team, weight=weight, eps=eps)
 
     def half(self, half: AttentionHalf) -> Half:
         return NativeHalf(self._team, half)

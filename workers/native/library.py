@@ -34,6 +34,7 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "experts_compute": (_INT, (_POINTER, _POINTER)),
     "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
+    "norm_rows": (None, (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_double, _INT)),
     "draw_rows": (
         _INT,
         (_POINTER, _POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _POINTER),

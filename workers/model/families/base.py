@@ -115,7 +115,6 @@ class Family(ABC):
             self.make_layer(i, replace(outer, parts=self.layer_parts(i)))
             for i in range(config.num_layers)
         ]
-        norm = outer.tensor("norm")
         limit = max_positions or config.context_tokens
         return AttentionModel(
             embedding=embedding,
@@ -123,8 +122,7 @@ class Family(ABC):
             device=device,
             is_native=blocks.are_native,
             layers=layers,
-            norm=norm,
-            norm_eps=config.rms_norm_eps,
+            norm=blocks.norm(outer.tensor("norm"), config.rms_norm_eps),
             head=head,
             rope=blocks.rope(config.rope, limit, dtype, device),
             windows=self.windows,

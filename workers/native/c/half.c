@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 
 #include "fp8.h"
+#include "norm.h"
 #include "team.h"
 
 enum { BLOCK_ROWS = 256, ALIGNMENT = 64 };
@@ -56,30 +57,6 @@ static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 ALWAYS const void *row_of(const void *x, int64_t row, int64_t width, enum dtype dtype) {
     return (const char *)x + (size_t)(row * width) * dtype_bytes(dtype);
-}
-
-// 1 / root mean square of floats.
-static float inverse_rms(const float *x, int64_t size, float eps) {
-    vec squares[PARTS];
-    for (int part = 0; part < PARTS; part++) squares[part] = v_set(0.0f);
-    for (int64_t i = 0; i < size; i += WIDE)
-        for (int part = 0; part < PARTS; part++) {
-            int64_t at = i + part * LANES;
-            if (at >= size) continue;
-            vec value = load_some(x, at, size - at, FLOAT32);
-            squares[part] = v_fma(value, value, squares[part]);
-        }
-    return 1.0f / sqrtf(wide_sum(squares) / (float)size + eps);
-}
-
-// x = x / rms(x), rounded, times weight, rounded.
-static void rms_norm(float *x, const void *weight, int64_t size, float eps, enum dtype dtype) {
-    vec scale = v_set(inverse_rms(x, size, eps));
-    for (int64_t i = 0; i < size; i += LANES) {
-        vec normed = v_round(v_mul(load_some(x, i, size - i, FLOAT32), scale), dtype);
-        vec y = v_round(v_mul(normed, load_some(weight, i, size - i, dtype)), dtype);
-        store_some(x, i, y, size - i, FLOAT32);
-    }
 }
 
 // Floats x [hidden_size], normalised in place, to `out` and to a row of the form of a product.

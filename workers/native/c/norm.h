@@ -1,0 +1,10 @@
+// Norms by the root mean square; `rms_norm` in `workers/model/layers.py` is the reference.
+#ifndef NORM_H
+#define NORM_H
+
+#include "numbers.h"
+
+// x = x / rms(x), rounded, times weight, rounded: floats with the values of the type `dtype`.
+void rms_norm(float *x, const void *weight, int64_t size, float eps, enum dtype dtype);
+
+#endif

@@ -1,0 +1,23 @@
+"""Norms by the root mean square on a CPU (``c/norm.c``). Reference: ``layers.rms_norm``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from workers.native.panels import DTYPES
+from workers.native.team import Team
+
+
+def norm_rows(team: Team, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Contiguous rows x [rows, H] on a CPU, normalised in place, with a weight [H] of their type.
+
+    The bits of a row are its own, and the same on all instruction sets.
+    """
+    assert x.dtype in DTYPES, f"{x.dtype} rows"
+    assert x.dtype == weight.dtype, f"{weight.dtype} weight"
+    assert x.shape[1:] == weight.shape, f"rows of shape {tuple(x.shape)}"
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    run = team.library.functions.norm_rows
+    run(x.data_ptr(), weight.data_ptr(), *x.shape, eps, DTYPES.index(x.dtype))
+    return x
