@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.native import memory
 from workers.native.library import Library
 
 PANEL = 32
@@ -31,7 +32,7 @@ def pack(library: Library, weight: Tensor, is_gated: bool = False) -> Tensor:
     if weight.dtype == torch.bfloat16 and width % 2:
         weight = functional.pad(weight, (0, 1))
     weight = weight.contiguous()
-    packed = torch.empty(_num_panels(rows, is_gated), units, PANEL, dtype=torch.int32)
+    packed = memory.empty((_num_panels(rows, is_gated), units, PANEL), torch.int32)
     library.functions.panels_pack(packed.data_ptr(), weight.data_ptr(), rows, units, is_gated)
     return packed
 

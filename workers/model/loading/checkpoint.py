@@ -29,6 +29,7 @@ from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
 from workers.model.loading.file_stamp import FileStamp, size_and_change
 from workers.model.native_half import NativeBlocks
+from workers.native import memory
 from workers.native.team import Team
 
 Progress = Callable[[int, int], None]
@@ -112,7 +113,7 @@ class Checkpoint:
         """
         if out is None:
             rows = sum(p.part_shape[0] for p in parts)
-            out = torch.empty((rows, *parts[0].part_shape[1:]), dtype=dtype)
+            out = memory.empty((rows, *parts[0].part_shape[1:]), dtype)
         first = 0
         for part in parts:
             last = first + part.part_shape[0]
