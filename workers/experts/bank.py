@@ -94,10 +94,19 @@ class ExpertBank:
             kernel.resize(num_slots)
         self.num_slots = num_slots
 
-    def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
-        """Copy one matrix [out, in] of the expert in ``slot``."""
+    def store(
+        self, slot: int, exchange: int, matrix: int, weight: Tensor, is_idle: bool = False
+    ) -> None:
+        """Copy one matrix [out, in] of the expert in ``slot``.
+
+        ``is_idle``: no step computes in this process meanwhile, so that all threads may help.
+        """
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
-        self._kernels[exchange].store(slot, matrix, weight)
+        kernel = self._kernels[exchange]
+        if isinstance(kernel, NativeExperts):
+            kernel.store(slot, matrix, weight, is_idle)
+        else:
+            kernel.store(slot, matrix, weight)
 
     def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
         """A copy of one matrix [out, in] of the expert in ``slot``, on the CPU.

@@ -42,8 +42,10 @@ class NativeExperts:
         """See ``ExpertKernel``; new slots are empty and take no memory."""
         self._slots = SlotTable(self._shape, num_slots, self._slots)
 
-    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        packed = pack(self._team.library, weight, self._is_gated(matrix))
+    def store(self, slot: int, matrix: int, weight: Tensor, is_idle: bool = False) -> None:
+        """See ``ExpertKernel``. ``is_idle``: nothing computes, so that the whole team packs."""
+        team = self._team if is_idle else None
+        packed = pack(self._team.library, weight, self._is_gated(matrix), team)
         self._slots.put(slot, matrix, packed)
 
     def read(self, slot: int, matrix: int) -> Tensor:

@@ -91,16 +91,17 @@ class ExpertSlots:
         return matrices if self._contents[bank].get(slot) is held else None
 
     def load_expert(
-        self, bank: int, slot: int, expert: int, source: ExpertSource
+        self, bank: int, slot: int, expert: int, source: ExpertSource, is_idle: bool = False
     ) -> Iterator[None]:
         """Read one logical expert into a slot: each iteration reads one matrix.
 
+        ``is_idle`` as in ``ExpertBank.store``.
         Raises what the source raises; the slot then holds nothing.
         """
         target = self.banks[bank]
         self.forget(bank, slot)
         for exchange, matrix, weight in source.weights(target.spec, expert, target.dtype):
-            target.store(slot, exchange, matrix, weight)
+            target.store(slot, exchange, matrix, weight, is_idle)
             yield
         self._contents[bank][slot] = Held(expert)
 
@@ -176,7 +177,7 @@ class ExpertSlots:
         source = CheckpointSource(checkpoint)
         try:
             for bank, slot, expert in work:
-                for _ in self.load_expert(bank, slot, expert, source):
+                for _ in self.load_expert(bank, slot, expert, source, is_idle=True):
                     pass
         finally:
             source.close()

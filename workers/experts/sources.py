@@ -66,7 +66,7 @@ class CheckpointSource:
             matrices = family.expert_matrices(bank, exchange.index, expert, tensors)
             for i, matrix in enumerate(matrices):
                 out = self._buffer(matrix.shape, dtype)
-                weight = self._checkpoint.read_stacked(matrix.parts, dtype, out)
+                weight = self._checkpoint.borrow(matrix.parts, dtype, out)
                 self._take(weight.nbytes)
                 yield ExpertWeight(exchange.index, i, weight)
         self._checkpoint.confirm()

@@ -39,7 +39,7 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
         _INT,
         (_POINTER, _POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _POINTER),
     ),
-    "panels_pack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
+    "panels_pack": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT)),
     "panels_unpack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
 }
 """Result and arguments of the functions in ``c/``. Calls release Python's lock."""

@@ -27,12 +27,15 @@ class Matrix:
     """x @ weight.T + bias, every output a single chain of sums: a row's bits are its own."""
 
     def __init__(self, team: Team, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight [out, in], bias [out] of one of ``panels.DTYPES``; both are copied."""
+        """weight [out, in], bias [out] of one of ``panels.DTYPES``; both are copied.
+
+        The team computes nothing meanwhile.
+        """
         self._team = team
         self.shape = (weight.shape[0], weight.shape[1])
         """[out, in]."""
         self.dtype = weight.dtype
-        self._packed = pack(team.library, weight)
+        self._packed = pack(team.library, weight, team=team)
         self._bias = None if bias is None else bias.to(torch.float32, copy=True)
         self.fields = MatrixFields(
             panels=self._packed.data_ptr(),

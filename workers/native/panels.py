@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from workers.native import memory
 from workers.native.library import Library
+from workers.native.team import Team, check
 
 PANEL = 32
 """Outputs of a panel, the last of which is filled up with zeros."""
@@ -20,10 +21,14 @@ def packed_bytes(shape: tuple[int, int], dtype: torch.dtype, is_gated: bool = Fa
     return _num_panels(shape[0], is_gated) * PANEL * _row_units(shape[1], dtype) * 4
 
 
-def pack(library: Library, weight: Tensor, is_gated: bool = False) -> Tensor:
+def pack(
+    library: Library, weight: Tensor, is_gated: bool = False, team: Team | None = None
+) -> Tensor:
     """A CPU matrix [out, in] as panels: int32 [panels, units, 32], a unit being one float32 or two
     bfloat16 of a row. ``is_gated``: the rows of the gate, then those of up, which alternate in
     panels, 16 of each.
+
+    A ``team`` that computes nothing at the time helps the calling thread.
     """
     assert weight.dtype in DTYPES, f"{weight.dtype} weights"
     assert weight.device.type == "cpu"
@@ -33,7 +38,9 @@ def pack(library: Library, weight: Tensor, is_gated: bool = False) -> Tensor:
         weight = functional.pad(weight, (0, 1))
     weight = weight.contiguous()
     packed = memory.empty((_num_panels(rows, is_gated), units, PANEL), torch.int32)
-    library.functions.panels_pack(packed.data_ptr(), weight.data_ptr(), rows, units, is_gated)
+    run = (library if team is None else team.library).functions.panels_pack
+    addresses = packed.data_ptr(), weight.data_ptr()
+    check(run(None if team is None else team.pointer, *addresses, rows, units, is_gated))
     return packed
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,15 +23,22 @@ from workers.model.config import (
 from workers.model.families.parts import gated_expert, part
 from workers.model.layers import Attend, AttentionModel, Embedding, GatedMlp, Layer, Linear
 
-ReadStacked = Callable[[Sequence[TensorPart], torch.dtype], Tensor]
-"""What a family needs of a checkpoint: ``Checkpoint.read_stacked``."""
+
+class WeightReader(Protocol):
+    """What a family needs of a ``Checkpoint``."""
+
+    def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
+        """Parts one under the other, in memory of their own on the CPU."""
+
+    def borrow(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
+        """The same, valid until the checkpoint is closed, and not to be written to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loader:
     """Makes building blocks of the named tensors of one layer, one tensor in memory at a time."""
 
-    read: ReadStacked
+    reader: WeightReader
     dtype: torch.dtype
     device: torch.device
     blocks: BuildingBlocks
@@ -42,13 +50,19 @@ class Loader:
     def tensor(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
         """Tensors one under the other, in the model dtype unless another is given."""
         parts = [self.parts[name] for name in names]
-        return self.read(parts, dtype or self.dtype).to(self.device)
+        return self.reader.read_stacked(parts, dtype or self.dtype).to(self.device)
+
+    def weight(self, *names: str) -> Tensor:
+        """The same for a product, which is a copy if it is native."""
+        if not self.blocks.are_native:
+            return self.tensor(*names)
+        return self.reader.borrow([self.parts[name] for name in names], self.dtype)
 
     def linear(self, *names: str) -> Linear:
         """One product for all these matrices, with their biases where there are any."""
         biases = [f"{name}_bias" for name in names]
         bias = self.tensor(*biases) if biases[0] in self.parts else None
-        return self.blocks.linear(self.tensor(*names), bias)
+        return self.blocks.linear(self.weight(*names), bias)
 
     def float32_linear(self, name: str) -> Linear:
         """A product in float32, without a bias; the matrix is rounded to the model dtype before."""
@@ -97,7 +111,7 @@ class Family(ABC):
 
     def attention_model(
         self,
-        read: ReadStacked,
+        reader: WeightReader,
         dtype: torch.dtype,
         device: torch.device,
         max_positions: int | None,
@@ -109,7 +123,7 @@ class Family(ABC):
         """
         config = self.config
         attend = blocks.attention(config, dtype)
-        outer = Loader(read, dtype, device, blocks, attend, self._outer_parts())
+        outer = Loader(reader, dtype, device, blocks, attend, self._outer_parts())
         embedding, head = self._ends(outer, blocks)
         layers = [
             self.make_layer(i, replace(outer, parts=self.layer_parts(i)))
@@ -131,11 +145,11 @@ class Family(ABC):
     def _ends(self, outer: Loader, blocks: BuildingBlocks) -> tuple[Embedding, Linear]:
         """The embedding and the head, before the layers.
 
-        Packing the head, the largest matrix, takes a second copy of it for a moment: less than the
-        layers take afterwards.
+        Packing the head, the largest matrix, may take a second copy of it for a moment: less than
+        the layers take afterwards.
         """
         if not self.config.labels and self.config.tie_word_embeddings:
-            return blocks.tied(outer.tensor("embedding"))
+            return blocks.tied(outer.weight("embedding"))
         head = outer.linear("head")
         return partial(functional.embedding, weight=outer.tensor("embedding")), head
 

@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face folder by name and slice, each copied into memory of its own.
+"""Tensors of a Hugging Face folder by name and slice.
 
 Files are mapped while weights are read and closed afterwards (``Checkpoint.close``), so that peak
 memory of our own is what was loaded plus one tensor of a layer: the head comes first.
@@ -28,6 +28,7 @@ from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
 from workers.model.loading.file_stamp import FileStamp, size_and_change
+from workers.model.loading.mapped import joined
 from workers.model.native_half import NativeBlocks
 from workers.native import memory
 from workers.native.team import Team
@@ -117,9 +118,22 @@ class Checkpoint:
         first = 0
         for part in parts:
             last = first + part.part_shape[0]
-            self._read_into(part, out[first:last])
+            out[first:last].copy_(self._mapped(part))
+            self._count(part)
             first = last
         return out
+
+    def borrow(
+        self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """The same for a caller that copies it: where possible, the mapped file itself."""
+        found = [self._mapped(part) for part in parts]
+        whole = joined(found) if all(t.dtype == dtype for t in found) else None
+        if whole is None:
+            return self.read_stacked(parts, dtype, out)
+        for part in parts:
+            self._count(part)
+        return whole
 
     def confirm(self) -> None:
         """Check that the files read since the last ``close`` are still those that were opened.
@@ -151,17 +165,20 @@ class Checkpoint:
             )
         return entry
 
-    def _read_into(self, part: TensorPart, out: Tensor) -> None:
+    def _mapped(self, part: TensorPart) -> Tensor:
         entry = self._entry(part)
         try:
             reader = self._reader(entry.file)
             if part.index is None:
-                out.copy_(reader.get_tensor(part.name))
+                found: Tensor = reader.get_tensor(part.name)
             else:
-                out.copy_(reader.get_slice(part.name)[part.index])
+                found = reader.get_slice(part.name)[part.index]
         except (OSError, SafetensorError) as err:
             words = str(err).replace(str(entry.file), entry.file.name)
             raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {words}") from err
+        return found
+
+    def _count(self, part: TensorPart) -> None:
         self.loaded_bytes += self.num_bytes(part)
         if self._progress is not None:
             self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
@@ -207,8 +224,7 @@ def load_attention_model(
             blocks = RowInvariantBlocks(device)
         else:
             blocks = BuildingBlocks(compute_threads)
-        read = checkpoint.read_stacked
-        model = family.attention_model(read, dtype, device, max_positions, blocks)
+        model = family.attention_model(checkpoint, dtype, device, max_positions, blocks)
         checkpoint.confirm()
         return model
     finally:

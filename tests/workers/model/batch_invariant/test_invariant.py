@@ -125,7 +125,7 @@ def test_a_model_is_refused_where_rows_are_not_independent(
     checkpoint = Checkpoint(tiny_checkpoint)
     blocks = RowInvariantBlocks(CPU, lambda function, rows: False)
     with pytest.raises(ConfigError, match="depends on the other rows"):
-        checkpoint.family.attention_model(checkpoint.read_stacked, torch.float32, CPU, None, blocks)
+        checkpoint.family.attention_model(checkpoint, torch.float32, CPU, None, blocks)
     load_attention_model(checkpoint, torch.float32, CPU, None, deterministic=True)
 
 

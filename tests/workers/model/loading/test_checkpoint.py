@@ -62,6 +62,25 @@ def test_reads_whole_tensors_and_slices(tmp_path: Path) -> None:
     assert torch.equal(stacked, torch.cat((values[2], values[2])))
 
 
+def test_parts_that_follow_each_other_are_borrowed_from_the_file(tmp_path: Path) -> None:
+    """``save_file`` writes tensors of one type in the order of their names."""
+    values = {name: torch.randn(3, 2) for name in ("x.a", "x.b", "x.c")}
+    write_tiny_checkpoint(tmp_path, TINY_CONFIG, {**tiny_tensors(), **values})
+    checkpoint = Checkpoint(tmp_path)
+    a, b, c = (TensorPart(name=name, shape=(3, 2)) for name in values)
+    borrowed = checkpoint.borrow([a, b], torch.float32)
+    assert torch.equal(borrowed, torch.cat((values["x.a"], values["x.b"])))
+    assert checkpoint.loaded_bytes == borrowed.nbytes
+    assert checkpoint.borrow([a, b], torch.float32).data_ptr() == borrowed.data_ptr()
+    copied = checkpoint.borrow([a, c], torch.float32)
+    assert torch.equal(copied, torch.cat((values["x.a"], values["x.c"])))
+    converted = torch.empty(3, 2, dtype=torch.bfloat16)
+    assert checkpoint.borrow([b], torch.bfloat16, converted) is converted
+    assert torch.equal(converted, values["x.b"].bfloat16())
+    checkpoint.close()
+    assert torch.equal(borrowed[3:], values["x.b"])  # mapped as long as it is used
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_is_converted_while_reading(tmp_path: Path, stored: torch.dtype) -> None:
     tensors = {name: t.to(stored) for name, t in tiny_tensors().items()}
