@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -128,22 +130,18 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def write(model: RandomModel, out: Path) -> Path:
-    """Write the checkpoint in bf16, in shards with an index; returns ``out``."""
+    """Write the checkpoint in bf16, in shards with an index; returns ``out``.
+
+    Two shards at most are in memory.
+    """
     out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(model.seed)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, shape in model.shapes().items():
-        tensor = _draw(name, shape, generator)
-        if size + tensor.nbytes > MAX_SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+    shards = _shards(model.shapes())
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, out / file, metadata={"format": "pt"})
+        tensors = {name: _draw(name, shape, generator) for name, shape in shard.items()}
+        save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     index_text = json.dumps({"metadata": {}, "weight_map": weight_map})
     (out / "model.safetensors.index.json").write_text(index_text)
@@ -152,6 +150,20 @@ def write(model: RandomModel, out: Path) -> Path:
         for name in _TOKENIZER_FILES:
             shutil.copyfile(bundled_checkpoint() / name, out / name)
     return out
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors of each file."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * torch.bfloat16.itemsize
+        if size + num_bytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += num_bytes
+    return shards
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
