@@ -71,6 +71,7 @@ CASES = {
     "gqa, clip, bias": Case(
         num_heads=4, num_kv_heads=2, head_dim=64, qk_norm="width", clip=0.7, has_bias=True
     ),
+    "wide heads": Case(num_heads=2, num_kv_heads=2, head_dim=80),
     "many heads for one": Case(num_heads=12, num_kv_heads=1, head_dim=24, is_normed=True),
     "dots1": Case(
         num_heads=4,

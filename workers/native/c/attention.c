@@ -20,8 +20,9 @@ enum {
     KEYS = 4,               // keys of which scores are made at a time
     MAX_QUERIES = 8,        // of a unit
     QUERIES = 4,            // whose outputs are summed at a time
-    COLUMNS = LANES == 16 ? 4 : 2,  // vectors of an output that are summed at a time
-    SCALED = 128,  // positions whose values are summed while their scales are in the cache
+    COLUMNS = LANES == 16 ? 4 : 2,  // vectors of an output that are summed at a time, at least
+    CHAINS = 8,             // sums under way at a time: they hide the time that each step takes
+    DIRECT = 1,             // queries for which a key is read as it is stored, each time
 };
 
 struct unit {
@@ -82,6 +83,24 @@ ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int hal
            row_elements(a, dtype);
 }
 
+// Fetch the keys or values that will be read when `PREFETCH_BYTES` are, those of `count` positions
+// that far from `position`. A block's lie together, but the processor does not foresee the next
+// block.
+ALWAYS void prefetch_rows(const struct attention *a, const struct unit *unit, int half,
+                          int position, int count, enum dtype dtype) {
+    int row_bytes = (int)row_elements(a, dtype) * (int)dtype_bytes(dtype);
+    position += round_up(PREFETCH_BYTES / row_bytes, a->block_size);  // the same place in a block
+    if (position >= unit->end) return;
+    int64_t at = place(a, unit, half, position, dtype) * (int64_t)dtype_bytes(dtype);
+    const char *first = (const char *)a->cache + at;
+    for (int i = 0; i < count * row_bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_T0);
+}
+
+// Last + 1 position of the block of a position.
+static int block_end(const struct attention *a, int position) {
+    return position - position % a->block_size + a->block_size;
+}
+
 static int num_queries(const struct unit *unit) { return unit->num_rows * unit->num_heads; }
 
 // First and last + 1 position that the row of a query attends to.
@@ -93,51 +112,63 @@ static int query_end(const struct unit *unit, int query) {
     return (int)unit->chunk->first_position + unit->first_row + query / unit->num_heads + 1;
 }
 
+// Scores of all queries of a unit with some keys, from position `p` on.
+ALWAYS void score_keys(const struct unit *unit, const struct scratch *s, int p,
+                       const void *const keys[KEYS], enum dtype dtype, __m128 scales) {
+    for (int query = 0; query < num_queries(unit); query++) {
+        const float *q = s->queries + (int64_t)query * s->width;
+        vec lanes[KEYS][PARTS];
+        UNROLL
+        for (int j = 0; j < KEYS; j++)
+            UNROLL
+            for (int part = 0; part < PARTS; part++) lanes[j][part] = v_set(0.0f);
+        for (int d = 0; d < s->width; d += WIDE) {
+            UNROLL
+            for (int part = 0; part < PARTS; part++) {
+                int at = d + part * LANES;
+                vec x = v_load(q + at);
+                UNROLL
+                for (int j = 0; j < KEYS; j++)
+                    lanes[j][part] = v_fma(x, load_at(keys[j], at, dtype), lanes[j][part]);
+            }
+        }
+        float *to = s->weights + (int64_t)query * s->stride + (p - unit->begin);
+        _mm_storeu_ps(to, _mm_mul_ps(sum_lanes(lanes), scales));
+    }
+}
+
 // Scores of all queries of a unit with all positions of the unit.
 ALWAYS void make_scores(const struct attention *a, const struct unit *unit,
                         const struct scratch *s, enum dtype dtype) {
-    int dim = a->head_dim, is_direct = dtype == FLOAT32 && dim % WIDE == 0;
+    int dim = a->head_dim;
+    int is_direct = dim % WIDE == 0 && (dtype == FLOAT32 || num_queries(unit) <= DIRECT);
     float buffer[KEYS][s->width];
-    const float *keys[KEYS];
-    float scales[KEYS];  // of an E4M3 cache
+    const void *keys[KEYS], *const converted[KEYS] = {buffer[0], buffer[1], buffer[2], buffer[3]};
+    float scales[KEYS] = {1.0f, 1.0f, 1.0f, 1.0f};  // others in an E4M3 cache
     if (!is_direct) memset(buffer, 0, sizeof buffer);
     int64_t at = 0;
     int left = 0;  // positions from the next one on in its block
     for (int p = unit->begin; p < unit->end; p += KEYS) {
         for (int j = 0; j < KEYS; j++) {
             if (p + j < unit->end) {  // else the last key again
-                at = left ? at + row_elements(a, dtype) : place(a, unit, 0, p + j, dtype);
-                left = (left ? left : a->block_size - (p + j) % a->block_size) - 1;
-            }
-            keys[j] = is_direct ? (const float *)a->cache + at : buffer[j];
-            if (!is_direct) {
-                const char *key = (const char *)a->cache + at * (int64_t)dtype_bytes(dtype);
-                convert(buffer[j], FLOAT32, key, dtype, dim);
-                if (dtype == E4M3) scales[j] = fp8_scale((const uint8_t *)key, dim);
-            }
-        }
-        for (int query = 0; query < num_queries(unit); query++) {
-            const float *q = s->queries + (int64_t)query * s->width;
-            vec lanes[KEYS][PARTS];
-            UNROLL
-            for (int j = 0; j < KEYS; j++)
-                UNROLL
-                for (int part = 0; part < PARTS; part++) lanes[j][part] = v_set(0.0f);
-            for (int d = 0; d < s->width; d += WIDE) {
-                UNROLL
-                for (int part = 0; part < PARTS; part++) {
-                    vec x = v_load(q + d + part * LANES);
-                    UNROLL
-                    for (int j = 0; j < KEYS; j++)
-                        lanes[j][part] =
-                            v_fma(x, v_load(keys[j] + d + part * LANES), lanes[j][part]);
+                if (left) {
+                    at += row_elements(a, dtype);
+                } else {
+                    at = place(a, unit, 0, p + j, dtype);
+                    left = block_end(a, p + j) - (p + j);
+                    prefetch_rows(a, unit, 0, p + j, left, dtype);
                 }
+                left--;
             }
-            float *to = s->weights + (int64_t)query * s->stride + (p - unit->begin);
-            __m128 sums = sum_lanes(lanes);
-            if (dtype == E4M3) sums = _mm_mul_ps(sums, _mm_loadu_ps(scales));
-            _mm_storeu_ps(to, sums);
+            const char *key = (const char *)a->cache + at * (int64_t)dtype_bytes(dtype);
+            if (dtype == E4M3) scales[j] = fp8_scale((const uint8_t *)key, dim);
+            if (!is_direct) convert(buffer[j], FLOAT32, key, dtype, dim);
+            keys[j] = key;
         }
+        if (is_direct)
+            score_keys(unit, s, p, keys, dtype, _mm_loadu_ps(scales));
+        else
+            score_keys(unit, s, p, converted, FLOAT32, _mm_loadu_ps(scales));
     }
 }
 
@@ -148,7 +179,7 @@ ALWAYS void add_columns(const struct attention *a, const struct unit *unit, cons
                         enum dtype dtype) {
     float *outputs = s->outputs + (int64_t)query * s->width + column;
     const float *weights = s->weights + (int64_t)query * s->stride - unit->begin;
-    vec sums[QUERIES][COLUMNS];
+    vec sums[QUERIES][CHAINS];
     UNROLL
     for (int q = 0; q < count; q++)
         UNROLL
@@ -156,17 +187,16 @@ ALWAYS void add_columns(const struct attention *a, const struct unit *unit, cons
             sums[q][c] = v_load(outputs + (int64_t)q * s->width + c * LANES);
     for (int p = first; p < last;) {
         int64_t at = place(a, unit, 1, p, dtype) + column;
-        int stop = min_int(last, p - p % a->block_size + a->block_size);
+        int stop = min_int(last, block_end(a, p));
         for (; p < stop; p++, at += row_elements(a, dtype)) {
-            vec values[COLUMNS];
             UNROLL
-            for (int c = 0; c < columns; c++) values[c] = load_at(a->cache, at + c * LANES, dtype);
-            UNROLL
-            for (int q = 0; q < count; q++) {
-                vec weight = v_set(weights[(int64_t)q * s->stride + p]);
+            for (int c = 0; c < columns; c++) {
+                vec values = load_at(a->cache, at + c * LANES, dtype);
                 UNROLL
-                for (int c = 0; c < columns; c++)
-                    sums[q][c] = v_fma(weight, values[c], sums[q][c]);
+                for (int q = 0; q < count; q++) {
+                    vec weight = v_set(weights[(int64_t)q * s->stride + p]);
+                    sums[q][c] = v_fma(weight, values, sums[q][c]);
+                }
             }
         }
     }
@@ -180,6 +210,9 @@ ALWAYS void add_columns(const struct attention *a, const struct unit *unit, cons
 ALWAYS void add_queries(const struct attention *a, const struct unit *unit, const struct scratch *s,
                         int first, int last, int query, int count, enum dtype dtype) {
     int column = 0;
+    const int many = CHAINS / count > COLUMNS ? CHAINS / count : COLUMNS;
+    for (; column + many * LANES <= a->head_dim; column += many * LANES)
+        add_columns(a, unit, s, first, last, query, column, count, many, dtype);
     for (; column + COLUMNS * LANES <= a->head_dim; column += COLUMNS * LANES)
         add_columns(a, unit, s, first, last, query, column, count, COLUMNS, dtype);
     for (; column + LANES <= a->head_dim; column += LANES)
@@ -212,14 +245,11 @@ ALWAYS void add_values(const struct attention *a, const struct unit *unit, const
 static void scale_weights(const struct attention *a, const struct unit *unit,
                           const struct scratch *s, int first, int last, int begin, int end) {
     float *weights = s->weights - unit->begin;
-    for (int p = first; p < last;) {
-        const uint8_t *value = (const uint8_t *)a->cache + place(a, unit, 1, p, E4M3);
-        int stop = min_int(last, p - p % a->block_size + a->block_size);
-        for (; p < stop; p++, value += fp8_row_bytes(a->head_dim)) {
-            float scale = fp8_scale(value, a->head_dim);
-            for (int query = begin; query < end; query++)
-                weights[(int64_t)query * s->stride + p] *= scale;
-        }
+    const uint8_t *value = (const uint8_t *)a->cache + place(a, unit, 1, first, E4M3);
+    for (int p = first; p < last; p++, value += fp8_row_bytes(a->head_dim)) {
+        float scale = fp8_scale(value, a->head_dim);
+        for (int query = begin; query < end; query++)
+            weights[(int64_t)query * s->stride + p] *= scale;
     }
 }
 
@@ -233,10 +263,11 @@ ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
         while (begin < end && query_end(unit, begin) <= first) begin++;
         int last = begin < end ? query_end(unit, begin) : unit->end;
         if (end < count) last = min_int(last, query_begin(a, unit, end));
-        if (dtype == E4M3) {
-            last = min_int(last, first + SCALED);
-            scale_weights(a, unit, s, first, last, begin, end);
+        if (dtype == E4M3 || count <= QUERIES) {  // else sums take longer than the memory
+            last = min_int(last, block_end(a, first));
+            prefetch_rows(a, unit, 1, first, last - first, dtype);
         }
+        if (dtype == E4M3) scale_weights(a, unit, s, first, last, begin, end);
         add_values(a, unit, s, first, last, begin, end, dtype);
         first = last;
     }
