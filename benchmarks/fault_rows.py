@@ -15,7 +15,8 @@ from benchmarks.epoch_phases import PHASE_CLASSES
 from benchmarks.fault_load import wait
 from benchmarks.fault_report import FaultRow
 from benchmarks.fault_site import Site
-from cluster.config.cluster import ClusterConfig, LoadSection, RebalanceSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.core.frames import (
     ControlFrame,
     EpochSwitched,

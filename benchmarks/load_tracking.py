@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
-from cluster.config.cluster import EngineSection, LoadSection
+from cluster.config.cluster import EngineSection
+from cluster.config.expert_load import LoadSection
 from cluster.core.codec import Codec
 from cluster.core.load_report import LoadReport
 from cluster.launch.model_source import bundled_checkpoint

@@ -2,7 +2,8 @@
 
 Values are checked where they are built; a rule that is broken raises ``ConfigError`` with the
 field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. The
-gateway's section, the longest, is in ``cluster.config.gateway``.
+gateway's section, the longest, is in ``cluster.config.gateway``, those of expert load and its
+balance in ``cluster.config.expert_load``.
 
 The options of ``serve`` are made from the fields: the docstring below a field is the help of its
 option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
@@ -19,9 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
+from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_cache import KvCacheDType
-from cluster.config.option_metadata import INTERNAL, flag
+from cluster.config.option_metadata import INTERNAL
 from cluster.core.checks import (
     check,
     check_choice,
@@ -263,6 +265,12 @@ class TransportSection:
         """Time between two signs of life of a worker, heartbeats among them."""
         return min(self.heartbeat_s, max(0.1, self.detection_limit_s / 20))
 
+    @property
+    def lease_s(self) -> float:
+        """Time without controller and committed step after which a worker stops. It may be declared
+        lost earlier: no step commits without it then."""
+        return 1.8 * self.detection_limit_s
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObservabilitySection:
@@ -285,52 +293,6 @@ class ObservabilitySection:
         check(has_place, "trace_content", self.trace_content, "needs otlp_endpoint")
         check(self.trace_dir != "", "trace_dir", "", "must not be empty")
         check_each(self, "trace_max_bytes", lambda size: size >= 1024, "must be >= 1024")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RebalanceSection:
-    """When experts move to where the load is."""
-
-    enable_eplb: bool = False
-    """Move experts to where the load is without an order; needs spare expert slots."""
-    interval_s: float = field(default=30.0, metadata=flag("--rebalance-interval-s"))
-    """Shortest time from the end of one automatic change to the next."""
-    horizon_s: float = field(default=300.0, metadata=flag("--rebalance-horizon-s"))
-    """Time that a load is assumed to last: the gain in this time must exceed the cost of moving."""
-    max_move_fraction: float = field(default=0.1, metadata=flag("--rebalance-max-move-fraction"))
-    """Share of all expert slots that one change may fill."""
-    bytes_per_s: float = field(default=100e6, metadata=flag("--rebalance-bytes-per-s"))
-    """Rate at which each worker receives weights while it serves."""
-    limit_s: float = field(default=120.0, metadata=flag("--rebalance-limit-s"))
-    """Limit for each stage of a change, after which the change is given up."""
-    slot_cost_pairs: float | None = field(default=None, metadata=INTERNAL)
-    """Time of an activated expert slot, in (row, expert) pairs; by default by the roofline."""
-
-    def __post_init__(self) -> None:
-        rates = "interval_s horizon_s bytes_per_s limit_s"
-        check_each(self, rates, is_positive, "must be positive", "rebalance_")
-        share = "must be from 0 to 1"
-        check_each(self, "max_move_fraction", lambda x: 0 <= x <= 1, share, "rebalance_")
-        rule = "must not be negative"
-        check_each(self, "slot_cost_pairs", is_not_negative, rule, "rebalance_")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadSection:
-    """How expert load is followed."""
-
-    report_s: float = field(default=2.0, metadata=INTERNAL)
-    """Time between two reports of an attention worker to the controller."""
-    window_s: float = field(default=10.0, metadata=INTERNAL)
-    """Length of a window."""
-    num_windows: int = field(default=60, metadata=INTERNAL)
-    """Windows that are kept."""
-    half_life_s: float = field(default=60.0, metadata=INTERNAL)
-    """Time with load after which a window weighs half in the exponential average."""
-
-    def __post_init__(self) -> None:
-        check_each(self, "report_s window_s half_life_s", is_positive, "must be positive")
-        check_each(self, "num_windows", is_at_least_1, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from cluster.config.cluster import LoadSection
+from cluster.config.expert_load import LoadSection
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.load_report import BankKey, Counts, LoadReport, sum_by_copy
 

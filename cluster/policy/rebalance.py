@@ -15,7 +15,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cluster.config.cluster import ClusterConfig, RebalanceSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.expert_load import RebalanceSection
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.load.view import balancedness_of, expected_loads

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster.config.cluster import (
-    ClusterConfig,
-    EngineSection,
-    LoadSection,
-    ModelSection,
-    RebalanceSection,
-    WorkersSection,
-)
+from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
+from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.controller.parts.cluster import Phase
 from cluster.controller.parts.recovery import Problem
 from cluster.core.states import ClusterState

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from benchmarks.domain_checkpoint import DomainModel, write
-from cluster.config.cluster import ClusterConfig, LoadSection, RebalanceSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.expert_load import LoadSection, RebalanceSection
 from tests.harness.engine_stream import EngineStream, Result
 from tests.harness.metric_values import decisions, metric
 from tests.harness.serving_cluster import (

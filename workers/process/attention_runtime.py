@@ -296,12 +296,12 @@ class AttentionRuntime(WorkerRuntime):
         """Longest wait for a header: a leader soon looks whether others have its empty one."""
         if self.membership.last_shared_commit < self.membership.last_commit:
             return LOOK_S
-        return min(IDLE_WAIT_S, self.lease_s * _COMMIT_SHARE)
+        return min(IDLE_WAIT_S, self.config.transport.lease_s * _COMMIT_SHARE)
 
     def _needs_a_commit(self) -> bool:
         """The controller is silent: an empty step renews the leases of all workers."""
         known = max(self.control.contact_at, self.membership.last_commit)
-        return time.monotonic() - known > self.lease_s * _COMMIT_SHARE
+        return time.monotonic() - known > self.config.transport.lease_s * _COMMIT_SHARE
 
     def _step(self, engine: Engine, header: StepHeader) -> list[TokenOutput]:
         begin = time.monotonic()

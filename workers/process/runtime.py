@@ -66,8 +66,6 @@ OnDeath = Callable[[str], None]
 """Called with the reason, on the data thread, when a worker fails."""
 IDLE_WAIT_S = 1.0
 """Longest sleep of the loop."""
-LEASE_LIMITS = 1.8
-"""Lease in detection limits. A worker may be lost earlier: no step commits without it then."""
 _WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
 """Timing of a step in which a worker waits for others, by role."""
 
@@ -277,7 +275,7 @@ class WorkerRuntime(ABC):
             alive_s=transport.alive_s,
             connect_timeout_s=transport.connect_timeout_s,
             lease=Lease(
-                limit_s=self.lease_s,
+                limit_s=transport.lease_s,
                 last_commit=lambda: self.membership.last_shared_commit,
                 on_expired=self._fence,
             ),
@@ -297,11 +295,6 @@ class WorkerRuntime(ABC):
         """The socket to the controller."""
         assert self._control is not None, "the controller is called before anything uses this"
         return self._control
-
-    @property
-    def lease_s(self) -> float:
-        """Time without controller and committed step after which this worker stops."""
-        return LEASE_LIMITS * self.config.transport.detection_limit_s
 
     @property
     def connections(self) -> PeerConnections:

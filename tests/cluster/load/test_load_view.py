@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.config.cluster import LoadSection
+from cluster.config.expert_load import LoadSection
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.load.tracker import LoadTracker

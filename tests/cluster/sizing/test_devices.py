@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, ModelSection, RebalanceSection, WorkersSection
+from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.expert_load import RebalanceSection
 from cluster.core.errors import ConfigError
 from cluster.sizing.devices import step_cost
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cluster.config.cluster import ClusterConfig, ModelSection, RebalanceSection, WorkersSection
+from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.expert_load import RebalanceSection
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile, device_loads

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from cluster.config.cluster import (
-    ClusterConfig,
-    LoadSection,
-    ModelSection,
-    RebalanceSection,
-    WorkersSection,
-)
+from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.controller.parts.operations import OperationState
 from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.core.errors import ConflictError

@@ -1,0 +1,54 @@
+"""The configuration's sections for expert load: how it is followed, when experts move for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.config.option_metadata import INTERNAL, flag
+from cluster.core.checks import check_each, is_at_least_1, is_not_negative, is_positive
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceSection:
+    """When experts move to where the load is."""
+
+    enable_eplb: bool = False
+    """Move experts to where the load is without an order; needs spare expert slots."""
+    interval_s: float = field(default=30.0, metadata=flag("--rebalance-interval-s"))
+    """Shortest time from the end of one automatic change to the next."""
+    horizon_s: float = field(default=300.0, metadata=flag("--rebalance-horizon-s"))
+    """Time that a load is assumed to last: the gain in this time must exceed the cost of moving."""
+    max_move_fraction: float = field(default=0.1, metadata=flag("--rebalance-max-move-fraction"))
+    """Share of all expert slots that one change may fill."""
+    bytes_per_s: float = field(default=100e6, metadata=flag("--rebalance-bytes-per-s"))
+    """Rate at which each worker receives weights while it serves."""
+    limit_s: float = field(default=120.0, metadata=flag("--rebalance-limit-s"))
+    """Limit for each stage of a change, after which the change is given up."""
+    slot_cost_pairs: float | None = field(default=None, metadata=INTERNAL)
+    """Time of an activated expert slot, in (row, expert) pairs; by default by the roofline."""
+
+    def __post_init__(self) -> None:
+        rates = "interval_s horizon_s bytes_per_s limit_s"
+        check_each(self, rates, is_positive, "must be positive", "rebalance_")
+        share = "must be from 0 to 1"
+        check_each(self, "max_move_fraction", lambda x: 0 <= x <= 1, share, "rebalance_")
+        rule = "must not be negative"
+        check_each(self, "slot_cost_pairs", is_not_negative, rule, "rebalance_")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSection:
+    """How expert load is followed."""
+
+    report_s: float = field(default=2.0, metadata=INTERNAL)
+    """Time between two reports of an attention worker to the controller."""
+    window_s: float = field(default=10.0, metadata=INTERNAL)
+    """Length of a window."""
+    num_windows: int = field(default=60, metadata=INTERNAL)
+    """Windows that are kept."""
+    half_life_s: float = field(default=60.0, metadata=INTERNAL)
+    """Time with load after which a window weighs half in the exponential average."""
+
+    def __post_init__(self) -> None:
+        check_each(self, "report_s window_s half_life_s", is_positive, "must be positive")
+        check_each(self, "num_windows", is_at_least_1, "must be at least 1")
