@@ -35,7 +35,7 @@ class BuildWithKernels(build_py):
         if self.editable_mode or not has_kernels():
             return
         folder = Path(self.build_lib, *SHIPPED.parts[-3:])
-        # The name of a library has $CC in it; whoever installs it need not have the same.
+        # A library that is built where it is needed has $CC in its name, the package's has not.
         named = {name: value for name, value in os.environ.items() if name != "CC"}
         for wanted in INSTRUCTION_SETS:
             try:

@@ -97,9 +97,9 @@ def is_built(
     environ: Mapping[str, str] = os.environ, cpu_info: Path = CPU_INFO, shipped: Path = SHIPPED
 ) -> bool:
     """Whether ``find_library`` has nothing to build."""
-    folders = (shipped, cache_folder(environ))
     return all(
-        any(library_path(wanted, folder, environ).exists() for folder in folders)
+        _shipped_path(wanted, shipped).exists()
+        or library_path(wanted, cache_folder(environ), environ).exists()
         for wanted in runnable(cpu_info)[:1]
     )
 
@@ -116,7 +116,7 @@ def load_library(
     ``folder`` is ``cache_folder`` by default. Raises ``BuildError`` and ``OSError``.
     """
     try:
-        return _load(wanted.name, library_path(wanted, shipped, environ))
+        return _load(wanted.name, _shipped_path(wanted, shipped))
     except OSError as err:
         logger.debug("the package brings no kernels for %s: %s", wanted.name, err)
     folder = folder or cache_folder(environ)
@@ -126,6 +126,12 @@ def load_library(
     except OSError:
         path.unlink(missing_ok=True)
     return _load(wanted.name, build(wanted, folder, environ))
+
+
+def _shipped_path(wanted: InstructionSet, shipped: Path) -> Path:
+    """The package's library. ``$CC`` names the compiler of what is built here, and changes nothing
+    about it."""
+    return library_path(wanted, shipped, {})
 
 
 def runnable(cpu_info: Path = CPU_INFO) -> list[InstructionSet]:

@@ -170,9 +170,11 @@ def test_the_library_of_the_package_is_taken_before_that_of_the_cache(tmp_path: 
     shipped.mkdir()
     path = library_path(AVX2, shipped, ENVIRON)
     shutil.copy(real.path, path)
-    assert load_library(AVX2, cache, ENVIRON, shipped).path == path
+    for environ in (ENVIRON, {**ENVIRON, "CC": "a compiler for what is built here"}):
+        assert load_library(AVX2, cache, environ, shipped).path == path
+        own_cache = {**environ, "XDG_CACHE_HOME": str(cache)}
+        assert is_built(own_cache, cpu_info(tmp_path, AVX2), shipped)
     assert not cache.exists()
-    assert is_built({**ENVIRON, "XDG_CACHE_HOME": str(cache)}, cpu_info(tmp_path, AVX2), shipped)
 
 
 def test_a_package_whose_library_does_not_load_is_left_as_it_is(tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ def test_a_package_whose_library_does_not_load_is_left_as_it_is(tmp_path: Path) 
     environ = {**ENVIRON, "CC": str(copying)}
     shipped, cache = tmp_path / "shipped", tmp_path / "cache"
     shipped.mkdir()
-    foreign = library_path(AVX2, shipped, environ)
+    foreign = library_path(AVX2, shipped, ENVIRON)
     foreign.write_bytes(b"\x7fELF of another machine")
     assert load_library(AVX2, cache, environ, shipped).path.parent == cache
     assert foreign.read_bytes() == b"\x7fELF of another machine"
