@@ -1,9 +1,9 @@
 """Cut a release: ``make release`` builds and tests the wheel, the source archive and the image.
 
-Standard library only; the interpreter that runs this needs setuptools and the packages of
-constraints.txt, on an x86-64 processor with AVX2; zig's compiler is fetched for the kernels.
-Everything is built from the commit, not from the working tree. The image is built where a
-container engine answers.
+Standard library, and the kernels' own list of instruction sets; the interpreter that runs this
+needs setuptools and the packages of constraints.txt, on an x86-64 processor with AVX2; zig's
+compiler is fetched for the kernels. Everything is built from the commit, not from the working tree.
+The image is built where a container engine answers.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from workers.native.build import INSTRUCTION_SETS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cluster", "gateway", "protos", "workers")
-KERNELS = ("avx2", "avx512", "avx512_bf16")
-"""Instruction sets whose libraries are in the wheel."""
 BUILD_LIMIT_S = 1800.0
 COMMAND_LIMIT_S = 300.0
 IMAGE_LIMIT_S = 3600.0
@@ -84,7 +85,7 @@ def wheel_errors(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
     """
     inside = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
     wanted = {name for name in tracked if name.split("/")[0] in PACKAGES}
-    libraries = [f"workers/native/lib/{kernels}-*.so" for kernels in KERNELS]
+    libraries = [f"workers/native/lib/{kind.name}-*.so" for kind in INSTRUCTION_SETS]
     found = {pattern: fnmatch.filter(inside, pattern) for pattern in libraries}
     missing = [f"missing in the wheel: {name}" for name in sorted(wanted - inside)]
     missing += [f"missing in the wheel: {name}" for name in libraries if len(found[name]) != 1]
