@@ -15,6 +15,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig, Deterministic, EngineSection
+from cluster.config.kv_cache import KvCacheDType
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.reference.exact import exact, mixed_requests
 from tests.reference.local_engine import LocalEngine
@@ -28,6 +29,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "combine_mode": ("sum", "per_slot"),
     "transport": ("sockets", "collective"),
     "dtype": ("float32", "bfloat16"),
+    "kv_cache_dtype": ("auto", "fp8"),
     "num_attention_workers": (1, 2),
     "num_expert_workers": (1, 2),
     "itl_target_ms": (None, 5.0),
@@ -93,6 +95,7 @@ def describe(choice: Choice) -> str:
         choice["dtype"],
         choice["combine_mode"],
         f"mb{choice['num_micro_batches']}",
+        *(["fp8"] if choice["kv_cache_dtype"] == "fp8" else []),
         *(["caching"] if choice["enable_prefix_caching"] else []),
         f"deterministic-{choice['deterministic']}",
     ]
@@ -101,14 +104,14 @@ def describe(choice: Choice) -> str:
 
 def config_of(choice: Choice, checkpoint: Path) -> ClusterConfig:
     """The configuration of a combination."""
-    engine = ("num_micro_batches", "enable_prefix_caching", "deterministic", "combine_mode")
+    engine = "num_micro_batches enable_prefix_caching deterministic combine_mode kv_cache_dtype"
     return make_config(
         checkpoint,
         choice["num_attention_workers"],
         choice["num_expert_workers"],
         dtype=choice["dtype"],
         workers={"mode": choice["mode"]},
-        engine={name: choice[name] for name in (*engine, "itl_target_ms")},
+        engine={name: choice[name] for name in (*engine.split(), "itl_target_ms")},
         transport={"transport": choice["transport"]},
     )
 
@@ -128,10 +131,12 @@ def requests(vocab_size: int) -> list[list[Request]]:
 
 @cache
 def expected(
-    checkpoint: Path, dtype: str, deterministic: Deterministic
+    checkpoint: Path, dtype: str, kv_cache_dtype: KvCacheDType, deterministic: Deterministic
 ) -> dict[str, list[TokenOutput]]:
     """What each request gives alone in one process, by name."""
-    section = EngineSection(deterministic=deterministic, enable_prefix_caching=False)
+    section = EngineSection(
+        deterministic=deterministic, kv_cache_dtype=kv_cache_dtype, enable_prefix_caching=False
+    )
     engine = LocalEngine(checkpoint, dtype=dtype, section=section)
     found: dict[str, list[TokenOutput]] = {}
     for wave in requests(engine.config.vocab_size):
@@ -143,7 +148,7 @@ def expected(
 
 def check(choice: Choice, checkpoint: Path) -> None:
     """Serve all requests in a cluster of threads. Raises ``AssertionError`` on a wrong answer."""
-    known = expected(checkpoint, choice["dtype"], choice["deterministic"])
+    known = expected(checkpoint, choice["dtype"], choice["kv_cache_dtype"], choice["deterministic"])
     with serving(ThreadCluster(config_of(choice, checkpoint))) as cluster:
         snapshot = cluster.snapshot()
         vocab_size, is_exact = snapshot["model"]["vocab_size"], snapshot["results"]["exact"]
