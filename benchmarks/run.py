@@ -36,6 +36,7 @@ NAMES = (
     "load_tracking",
     "step_cost",
     "kv_cache",
+    "kv_accuracy",
     "reliability",
     "fuzz",
     "placement",

@@ -16,6 +16,7 @@ from benchmarks import (
     families,
     gateway_cost,
     itl_target,
+    kv_accuracy,
     kv_cache,
     load_tracking,
     micro_batches,
@@ -263,6 +264,18 @@ def test_caches_of_both_types_are_measured() -> None:
     plain_us, fp8_us, _, blocks = (float(cell) for cell in row.strip("|").split("|")[3:])
     assert plain_us > 0 < fp8_us
     assert blocks == pytest.approx(32 / 17, abs=0.01)
+
+
+def test_answers_with_caches_of_both_types_are_compared() -> None:
+    """The bundled model needs about as many bits for a text with keys and values in fp8."""
+    text = kv_accuracy.section(quick=True)
+    assert text.startswith("## Answers with a KV cache in fp8")
+    cells = [line.strip("|").split("|") for line in text.splitlines() if "float" in line]
+    found = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells if len(row) == 5}
+    exact, rounded = found["float32, float32"], found["float32, fp8"]
+    assert exact[1:] == ["100.00%", "64.0", "5 of 5"]
+    assert 0.0 < abs(float(rounded[0]) - float(exact[0])) < 0.02
+    assert 95.0 < float(rounded[1].rstrip("%")) < 100.0
 
 
 def test_growth_and_leaks_are_seen() -> None:

@@ -1,0 +1,108 @@
+"""What a KV cache in fp8 does to answers: ``python -m benchmarks.kv_accuracy``.
+
+The bundled model, which was trained on text, reads the part of its corpus that training never saw,
+in windows of 1,024 tokens: bits for each byte, and how often the most likely token is that of
+float32. Then it goes on greedily for 64 tokens from stretches of 192: how many of these tokens come
+before the first that differs, and how many answers are equal.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from benchmarks.demo_model.corpus import EOS, split_corpus
+from benchmarks.demo_model.served_load import HELDOUT_FRACTION, NEW_TOKENS, PROMPT_TOKENS
+from benchmarks.results import table
+from cluster.config.cluster import EngineSection
+from cluster.config.kv_cache import KvCacheDType
+from cluster.launch.model_source import bundled_checkpoint
+from tests.reference.local_engine import LocalEngine
+from workers.requests.request import SamplingParams
+
+CORPUS = Path(__file__).parent / "data" / "tinyshakespeare.txt"
+WINDOW_TOKENS = 1024
+KINDS: tuple[tuple[str, KvCacheDType], ...] = (
+    ("float32", "auto"),
+    ("float32", "fp8"),
+    ("bfloat16", "auto"),
+    ("bfloat16", "fp8"),
+)
+"""Types of the model and of its cache; the first is what others are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What an engine makes of a text."""
+
+    bits_per_byte: float
+    likeliest: Sequence[int]
+    """The most likely token at each place of the text."""
+    written: Sequence[tuple[int, ...]]
+    """Greedy answers."""
+
+
+def answers(dtype: str, kind: KvCacheDType, num_windows: int | None = None) -> Answers:
+    """Of the bundled model, on the first windows of the text; None: on all of it."""
+    checkpoint = bundled_checkpoint()
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    _, text = split_corpus(CORPUS.read_text(encoding="utf-8"), HELDOUT_FRACTION)
+    ids = tokenizer.encode(text).ids
+    ids = ids if num_windows is None else ids[: num_windows * WINDOW_TOKENS]
+    section = EngineSection(kv_cache_dtype=kind, max_num_seqs=32, enable_prefix_caching=False)
+    engine = LocalEngine(checkpoint, dtype=dtype, section=section)
+    begin = tokenizer.encode(EOS).ids[0]
+    windows = [[begin, *part] for part in _parts(ids, WINDOW_TOKENS)]
+    scored = engine.generate(windows, SamplingParams(max_tokens=0, prompt_logprobs=1))
+    places = [p for one in scored for p in one.prompt_logprobs or () if p is not None]
+    assert len(places) == len(ids), "every token of the text has a probability"
+    prompts = [part for part in _parts(ids, PROMPT_TOKENS) if len(part) == PROMPT_TOKENS]
+    greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    return Answers(
+        bits_per_byte=-sum(p.logprob for p in places)
+        / math.log(2)
+        / len(tokenizer.decode(ids).encode()),
+        likeliest=[p.top[0][0] for p in places],
+        written=[one.token_ids for one in engine.generate(prompts, greedy)],
+    )
+
+
+def _parts(ids: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+def _num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens before the first that differs."""
+    pairs = enumerate(zip(one, other, strict=True))
+    return next((place for place, (a, b) in pairs if a != b), len(one))
+
+
+def section(quick: bool) -> str:
+    """The part of ``RESULTS.md``."""
+    num_windows = 1 if quick else None
+    found = [answers(*kind, num_windows) for kind in KINDS]
+    rows = []
+    for (dtype, kind), own in zip(KINDS, found, strict=True):
+        is_same = [a == b for a, b in zip(own.likeliest, found[0].likeliest, strict=True)]
+        equal = [_num_equal(*pair) for pair in zip(own.written, found[0].written, strict=True)]
+        rows.append(
+            [
+                f"{dtype}, {'fp8' if kind == 'fp8' else dtype}",
+                f"{own.bits_per_byte:.4f}",
+                f"{sum(is_same) / len(is_same):.2%}",
+                f"{sum(equal) / len(equal):.1f}",
+                f"{sum(n == NEW_TOKENS for n in equal)} of {len(equal)}",
+            ]
+        )
+    about = " ".join((__doc__ or "").split("\n\n")[1].split())
+    header = ["model, cache", "bits per byte", "same likeliest token", "equal tokens of 64"]
+    return f"## Answers with a KV cache in fp8\n\n{about}\n\n{table([*header, 'equal'], rows)}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(section(quick="--quick" in sys.argv[1:]) + "\n")
