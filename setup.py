@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -44,12 +44,15 @@ class BuildWithKernels(build_py):
                 self.warn(f"no kernels for {wanted.name} in the wheel: {err}")
 
 
+class PackageWithKernels(Distribution):
+    """Compiled though it has no module of Python in C: its wheel is unpacked as it is."""
+
+    def has_ext_modules(self) -> bool:
+        return has_kernels()
+
+
 class WheelWithKernels(bdist_wheel):
     """A wheel for one platform and every Python 3: the libraries know nothing of Python."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = not has_kernels()
 
     def get_tag(self) -> tuple[str, str, str]:
         if self.root_is_pure:
@@ -57,4 +60,7 @@ class WheelWithKernels(bdist_wheel):
         return "py3", "none", "manylinux_2_17_x86_64" if zig_compilers() else "linux_x86_64"
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels})
+setup(
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels},
+    distclass=PackageWithKernels,
+)
