@@ -50,14 +50,10 @@ class _Batch:
     """[rows, k] int64, -1: not here."""
     weights: Tensor | None
     """[rows, k] float32 where the expert side sums."""
-    pairs: Tensor
-    """[P] int64: places in the flattened ``slots`` of the pairs for this rank, ascending."""
-    pair_row: Tensor
-    """[P] int64: row of each pair."""
-    pair_slot: Tensor
-    """[P] int64: expert slot of each pair."""
     all_here: bool
-    """Every place of ``slots`` is a pair."""
+    """Every place of ``slots`` is a pair of this rank."""
+    any_here: bool
+    """Some place is."""
 
 
 class ExpertServer:
@@ -94,6 +90,7 @@ class ExpertServer:
         self._epochs = EpochTables[list[_FilledSlots]]()
         self._filled: list[_FilledSlots] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._uncounted: list[tuple[int, Tensor]] = []
         self._is_measured = False
         self.padding = PaddingRatio()
         """Padding of the rows from and to the attention ranks, in one step of ``SAMPLE``."""
@@ -147,6 +144,7 @@ class ExpertServer:
 
         Raises ``ProtocolError`` for an unknown epoch.
         """
+        self._count()  # of a step that broke
         self._filled = self._epochs.begin_step(header)
         self.timer.begin_step(header)
         with self._activity:
@@ -164,6 +162,8 @@ class ExpertServer:
         for micro_batch, granted in enumerate(self._granted):
             if granted:
                 self._serve(spec, spec.exchanges[exchange], micro_batch, granted)
+        if (bank, exchange) == (len(self._banks) - 1, len(spec.exchanges) - 1):
+            self._count()
 
     def _serve(
         self,
@@ -201,8 +201,9 @@ class ExpertServer:
             self._transport.post(tag, replies, sized=False)
         self.num_bytes["combine"] += sum(part.nbytes for m in replies for part in m.parts)
         self.timer.lap("send", *place)
-        counts = self.token_counts[bank.index]  # counted after the reply, for which others wait
-        counts += torch.bincount(batch.pair_slot, minlength=counts.shape[0]).to(counts.device)
+        self._uncounted.append((bank.index, batch.slots))
+        if self._exact:  # the slots of many rows are not kept
+            self._count()
         if self._is_measured:
             self._measure_padding(exchange, batch, by_pair)
 
@@ -223,8 +224,6 @@ class ExpertServer:
         # device-to-host sync
         if not self._are_filled(bank, slots, low, high):
             self._blame(bank, ranks, torch.split_with_sizes(slots, list(counts)))
-        pairs, pair_row = self._pairs(slots, low >= 0)
-        flat = slots.flatten()
         batch = _Batch(
             ranks=ranks,
             counts=counts,
@@ -233,10 +232,8 @@ class ExpertServer:
             weights=meta[:, bank.top_k :].view(torch.float32)
             if meta.shape[1] > bank.top_k
             else None,
-            pairs=pairs,
-            pair_row=pair_row,
-            pair_slot=flat if low >= 0 else flat[pairs],
             all_here=low >= 0,
+            any_here=high >= 0,
         )
         if self._exact:
             wanted = self._pairs_by_rank(batch) if exchange.per_slot_input else counts
@@ -245,8 +242,21 @@ class ExpertServer:
                     self._transport.reject(rank, f"{inputs.shape[0]} input rows: must be {number}")
         return batch
 
+    def _count(self) -> None:
+        """Add the batches of a step to ``token_counts``.
+
+        At its end: then nobody waits, and a loop finds its code in the caches.
+        """
+        for bank, slots in self._uncounted:
+            counts = self.token_counts[bank]
+            bins = torch.bincount(slots.flatten() + 1, minlength=counts.shape[0] + 1)
+            counts += bins[1:].to(counts.device)  # the first is that of slot -1
+        self._uncounted.clear()
+
     def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
-        """Places and rows of the pairs for this rank; those of whole batches are cached."""
+        """Places in the flattened ``slots`` of the pairs for this rank, ascending, and their rows;
+        those of whole batches are cached.
+        """
         top_k = slots.shape[1]
         if not all_here:
             pairs = (slots.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
@@ -275,22 +285,20 @@ class ExpertServer:
 
     def _compute(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
         """[P, out_width] outputs of the pairs for this rank."""
-        if not batch.pairs.shape[0]:
+        if not batch.any_here:
             return torch.empty(0, exchange.out_width, dtype=self._dtype, device=self._device)
-        if not exchange.per_slot_input:
-            pair_input = batch.pair_row
-        elif self._exact:
-            pair_input = torch.arange(batch.pairs.shape[0], device=self._device)
-        else:
-            pair_input = batch.pairs
-        return self._slots[bank.index].compute(
-            exchange.index, batch.inputs, pair_input, batch.pair_slot
-        )
+        pairs, pair_input = self._pairs(batch.slots, batch.all_here)
+        if exchange.per_slot_input:
+            is_exact, count = self._exact, pairs.shape[0]
+            pair_input = torch.arange(count, device=self._device) if is_exact else pairs
+        flat = batch.slots.flatten()
+        pair_slot = flat if batch.all_here else flat[pairs]
+        return self._slots[bank.index].compute(exchange.index, batch.inputs, pair_input, pair_slot)
 
     def _sum(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
         """[rows, out_width] float32 weighted partial sums."""
         assert batch.weights is not None
-        if not batch.pairs.shape[0]:
+        if not batch.any_here:
             return torch.zeros(batch.slots.shape[0], exchange.out_width, device=self._device)
         return self._slots[bank.index].compute_rows(
             exchange.index, batch.inputs, batch.slots, batch.weights, torch.float32
@@ -301,7 +309,7 @@ class ExpertServer:
         num_rows = batch.slots.shape[0]
         # device-to-host sync unless all rows are here
         num_here = num_rows if batch.all_here else int((batch.slots >= 0).any(1).sum())
-        num_pairs = batch.pairs.shape[0]
+        num_pairs = sum(self._pairs_by_rank(batch))
         num_used = num_pairs if exchange.per_slot_input else num_here
         self.padding.add("dispatch", batch.inputs.shape[0], num_used)
         if by_pair:
