@@ -17,6 +17,7 @@ from cluster.core.topology import Generation, Member
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.config import BankSpec, ExchangeSpec
+from workers.native.team import start_kernels
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
@@ -190,7 +191,13 @@ def idle_server(connected: Connected, device: int, shape: Shape) -> ExpertServer
 def remote_dispatcher(connected: Connected, rank: int, shape: Shape) -> RemoteDispatcher:
     """The dispatcher of attention rank ``rank``."""
     dispatcher = RemoteDispatcher(
-        connected.transport, [shape.bank], rank=rank, combine_mode="sum", dtype=DTYPE, device=CPU
+        connected.transport,
+        [shape.bank],
+        rank=rank,
+        combine_mode="sum",
+        dtype=DTYPE,
+        device=CPU,
+        team=start_kernels(1).team,
     )
     dispatcher.set_placement(shape.placement, connected.generation)
     return dispatcher

@@ -29,6 +29,9 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.model.weighting import weighted_sum
+from workers.native.exchange import sent_slots
+from workers.native.panels import DTYPES
+from workers.native.team import Team
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
 
@@ -69,8 +72,11 @@ class RemoteDispatcher(TimedDispatcher):
         device: torch.device,
         activity: Activity | None = None,
         timer: StepTimer | None = None,
+        team: Team | None = None,
     ) -> None:
+        """``team`` on CPUs: compiled kernels, in place of torch."""
         super().__init__(banks, timer)
+        self._team = team if dtype in DTYPES else None
         self._transport = transport
         self._activity = activity or Activity()
         self._rank = rank
@@ -130,11 +136,9 @@ class RemoteDispatcher(TimedDispatcher):
         if granted:
             exchange, is_exact = bank.exchanges[sent.exchange], self._header.exact
             batch = self._micro_batches[micro_batch]
-            slots, copies = self._tables[sent.bank].choose(
-                sent.topk_ids, batch.is_prefill, batch.row_key, spread=is_exact
-            )
             by_pair = exchange.returns_pairs(self._combine_mode)
-            meta = slots if by_pair else _with_weights(slots, sent.topk_weights)
+            meta, copies = self._choose(sent, batch, None if by_pair else sent.topk_weights)
+            slots = meta[:, :, : bank.top_k]
             per_slot = exchange.per_slot_input
             pairs = self._sent_pairs(slots) if by_pair or (is_exact and per_slot) else ()
             if is_exact:
@@ -166,6 +170,18 @@ class RemoteDispatcher(TimedDispatcher):
         return self._weigh(handle, pairs)
 
     # Dispatch: what goes to which rank.
+
+    def _choose(
+        self, sent: Dispatch, batch: BatchRows, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[ranks, T, k] int32 slots, with weights [ranks, T, 2k]; see ``CopyTables.choose``."""
+        assert self._header is not None, "begin_step comes first"
+        tables, spread = self._tables[sent.bank], self._header.exact
+        if self._team is not None and not (spread and tables.has_choice):
+            library = self._team.library
+            return sent_slots(library, tables.decode_slots, sent.topk_ids, weights), None
+        slots, copies = tables.choose(sent.topk_ids, batch.is_prefill, batch.row_key, spread=spread)
+        return slots if weights is None else _with_weights(slots, weights), copies
 
     def _pick_static(
         self, slots: Tensor, meta: Tensor, rows: Tensor, per_slot_input: bool, granted: int
@@ -231,15 +247,13 @@ class RemoteDispatcher(TimedDispatcher):
         """Add in float32 in rank order and round once."""
         total: Tensor | None = None
         for sent, part in zip(handle.sent, received, strict=True):
-            if sent.places is None and total is None:
-                total = part[: handle.num_rows]
+            if sent.places is None:  # rows without a request come last
+                part = part if sent.count == handle.num_rows else part[: handle.num_rows]
+                total = part if total is None else total.add_(part)
                 continue
             if total is None:
                 total = torch.zeros(handle.num_rows, width, device=self._device)
-            if sent.places is None:
-                total += part[: handle.num_rows]
-            else:
-                total.index_add_(0, sent.places, part)
+            total.index_add_(0, sent.places, part)
         if total is None:
             total = torch.zeros(handle.num_rows, width, device=self._device)
         return total.to(self._dtype)

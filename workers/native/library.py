@@ -39,6 +39,10 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
         _INT,
         (_POINTER, _POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _POINTER),
     ),
+    "exchange_slots": (
+        _INT,
+        (_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER),
+    ),
     "panels_pack": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT)),
     "panels_unpack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
 }

@@ -160,6 +160,7 @@ class AttentionRuntime(WorkerRuntime):
             device=self.args.device,
             activity=self.activity,
             timer=self._timer,
+            team=self.kernels.team,
         )
 
     def _close_gates(self, fence: int) -> None:

@@ -1,4 +1,4 @@
-"""Compiled experts behind every dispatcher: the local reference to the bit."""
+"""Compiled experts behind every compiled dispatcher: the local reference to the bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.placement import FREE_SLOT
 from tests.workers.dispatch.test_dispatch import MODES, Work
-from tests.workers.native.builds import NAMES, library
+from tests.workers.native.builds import NAMES, library, team
 from tests.workers.transport.mesh import Mesh, make_attention_bank, make_bank, make_header
 from workers.dispatch.local import LocalDispatcher
 from workers.experts.bank import ExpertBank, make_kernel
@@ -70,6 +70,7 @@ def test_equals_the_local_reference_with_both_splits(
         spare=1,
         colocated=colocated,
         make_slots=lambda bank, experts: compiled(bank, experts, dtype),
+        team=team(NAMES[0]),
     )
     with mesh:
         for step, exact in enumerate((False, True), start=1):
@@ -96,6 +97,7 @@ def test_sums_of_one_expert_worker_have_the_bits_of_the_local_reference(
         "sum",
         dtype=dtype,
         make_slots=lambda bank, experts: compiled(bank, experts, dtype),
+        team=team(NAMES[0]),
     )
     with mesh:
         header = make_header(ROWS)

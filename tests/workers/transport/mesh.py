@@ -24,6 +24,7 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.metrics.activity import Activity
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.weighting import sum_of_pairs
+from workers.native.team import Team
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
@@ -163,6 +164,8 @@ class Mesh:
     colocated: bool = False
     make_slots: Callable[[BankSpec, Sequence[int]], SlotBank] = FakeBank
     """The expert slots of a worker: a bank, and the expert in each slot."""
+    team: Team | None = None
+    """Of the dispatchers."""
     workers: dict[str, Worker] = field(default_factory=dict)
     activities: defaultdict[str, Activity] = field(default_factory=lambda: defaultdict(Activity))
     """Of the data threads, by worker."""
@@ -271,6 +274,7 @@ class Mesh:
             dtype=self.dtype,
             device=CPU,
             activity=self.activities[f"attention-{rank}"],
+            team=self.team,
         )
 
     def _expert_side(self, transport: DataTransport, rank: int) -> ExpertServer:
