@@ -129,16 +129,18 @@ def build(
     """The library of an instruction set, from the cache or made by the first compiler that can.
 
     ``commands`` are ``compilers(environ)`` by default, ``sources`` the folder with the files in C.
-    Raises ``BuildError``; ``OSError`` where the
-    folder cannot be written.
+    Raises ``BuildError``; ``OSError`` where the folder cannot be written.
     """
     target = library_path(wanted, folder, environ, sources)
     if target.exists():
         return target
+    found = list(compilers(environ) if commands is None else commands)
+    if not found:
+        raise BuildError("there is no C compiler")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     logger.info("building the kernels for %s, which may take a minute", wanted.name)
     errors = []
-    for command in compilers(environ) if commands is None else commands:
+    for command in found:
         handle, name = tempfile.mkstemp(dir=folder, prefix=f".{wanted.name}-", suffix=".so")
         os.close(handle)
         try:
@@ -149,7 +151,7 @@ def build(
             errors.append(f"{shlex.join(command)}: {error}")
         finally:
             Path(name).unlink(missing_ok=True)
-    raise BuildError("; ".join(errors) or "there is no C compiler")
+    raise BuildError("; ".join(errors))
 
 
 def _compile(

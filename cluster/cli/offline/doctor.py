@@ -103,9 +103,10 @@ def examine_cpu() -> Finding:
 
 def examine_kernels() -> Finding:
     """Builds them where they are not built yet, as a worker would."""
+    from workers.native.build import compilers
     from workers.native.library import find_library, is_built
 
-    if not is_built():
+    if not is_built() and compilers():
         note("building the CPU kernels, which may take a minute")
     found = find_library()
     return _finding("kernels", found.library is not None and not found.reason, found.words, "warn")

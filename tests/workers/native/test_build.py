@@ -75,7 +75,8 @@ def test_without_a_compiler_the_reason_is_said(tmp_path: Path) -> None:
     assert found.reason.startswith("no library for avx2: ")
     assert "No such file" in found.reason
     with pytest.raises(BuildError, match="there is no C compiler"):
-        build(AVX2, tmp_path, ENVIRON, commands=[])
+        build(AVX2, tmp_path / "cache", ENVIRON, commands=[])
+    assert not (tmp_path / "cache").exists()
 
 
 def test_only_the_chosen_compiler_is_tried() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 from pathlib import Path
@@ -98,3 +99,21 @@ def test_a_team_goes_on_with_another_library_and_the_same_weights() -> None:
     assert own.library.name == NAMES[-1]
     assert native_threads() == before + 1, "the former thread has ended"
     assert torch.equal(matrix.multiply(torch.ones(3, 8)), torch.full((3, 40), 8.0))
+
+
+def test_a_host_without_a_compiler_says_once_that_torch_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caplog.set_level(logging.INFO)
+    kernels = start_kernels(1)
+    assert kernels.team is None
+    assert kernels.words.startswith("torch (")
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", f"kernels: {kernels.words}")
+    ]
+    caplog.clear()
+    assert start_kernels(1, "as configured").words == "torch (as configured)"
+    assert [r.levelname for r in caplog.records] == ["INFO"]
