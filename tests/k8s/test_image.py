@@ -14,6 +14,7 @@ import pytest
 
 from tests.k8s import dockerfile
 from tests.paths import ROOT
+from workers.native.library import runnable
 
 DOCKERFILE = ROOT / "k8s" / "image" / "Dockerfile"
 STEPS = dockerfile.read(DOCKERFILE)
@@ -137,6 +138,12 @@ def test_the_steps_run_in_a_clean_folder(has_packages: bool, tmp_path: Path) -> 
     ]
     done = subprocess.run(run, cwd=image, env=base, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().startswith(str(tmp_path / "base")), done.stderr
+    if runnable():
+        bare = {**base, "PATH": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        run[1:] = ["-m", "workers.native"]
+        done = subprocess.run(run, cwd=image, env=bare, capture_output=True, text=True, timeout=120)
+        assert done.stdout == f"native {runnable()[0].name}\n"
+        assert not (tmp_path / "cache").exists(), "the wheel has them"
     command = str(tmp_path / "base/bin/expertmesh")
     size = ["plan", "size", "--workers", "3", "--json"]
     for words in (["serve", "--dry-run", "--json"], size):
