@@ -162,7 +162,9 @@ class ToyBank:
         self.num_slots = num_slots
         self.values = [digest(slot) for slot in self.slots]
 
-    def store(self, slot: int, exchange: int, matrix: int, weight: Tensor) -> None:
+    def store(
+        self, slot: int, exchange: int, matrix: int, weight: Tensor, is_idle: bool = False
+    ) -> None:
         self._on_write(self.spec.index, slot)
         self.slots[slot][matrix] = int(weight[0, 0])
         self.values[slot] = digest(self.slots[slot])

@@ -201,6 +201,9 @@ class ToySampler:
     def end(self, sequence: Any) -> None:
         pass
 
+    def prepare(self, plan: StepPlan) -> None:
+        pass
+
     def draw(self, plan: StepPlan, result: ToyResult) -> StepTokens:
         tokens = StepTokens()
         for planned, state in zip(plan.rows, result.states, strict=True):

@@ -107,7 +107,7 @@ def test_a_host_without_a_compiler_says_once_that_torch_computes(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "workers.native.team")
     kernels = start_kernels(1)
     assert kernels.team is None
     assert kernels.words.startswith("torch (")
