@@ -137,6 +137,17 @@ static void store_outputs(const struct job *job, const struct chunk *chunk, long
     }
 }
 
+// The first panel of a piece of work; that of the last one where there is no such piece.
+static const uint32_t *item_panels(const struct job *job, int is_second, long item) {
+    long num_groups = divide_up(is_second ? job->second_panels : job->first_panels, GROUP);
+    long last = job->num_chunks * num_groups - 1;
+    if (item > last) item = last;
+    int32_t slot = job->chunks[item / num_groups].slot;
+    const void *weights = is_second ? job->call->second[slot] : job->call->first[slot];
+    long units = is_second ? job->second_units : job->first_units;
+    return panel_at(weights, units, item % num_groups * GROUP);
+}
+
 // The products of all chunks with one of their matrices, shared between the threads.
 static void products(struct job *job, int is_second) {
     float sums[CHUNK_ROWS * GROUP * PANEL] __attribute__((aligned(ALIGNMENT)));
@@ -145,7 +156,6 @@ static void products(struct job *job, int is_second) {
     long units = is_second ? job->second_units : job->first_units;
     long num_groups = divide_up(num_panels, GROUP);
     _Atomic long *next = is_second ? &job->next_second : &job->next_first;
-    const void *const *weights = is_second ? job->call->second : job->call->first;
     for (long item; (item = atomic_fetch_add(next, 1)) < job->num_chunks * num_groups;) {
         const struct chunk *chunk = &job->chunks[item / num_groups];
         long panel = item % num_groups * GROUP;
@@ -154,8 +164,10 @@ static void products(struct job *job, int is_second) {
             rows[i - chunk->first] = is_second
                 ? job->hidden + (size_t)i * job->hidden_stride
                 : job->inputs + (size_t)job->sorted_input[i] * job->input_stride;
-        const uint32_t *panels = panel_at(weights[chunk->slot], units, panel);
-        panel_product(job->dtype, chunk->count, rows, panels, units, count, sums, count * PANEL);
+        // What this thread takes next, unless another one is faster.
+        const uint32_t *after = item_panels(job, is_second, atomic_load(next));
+        panel_product(job->dtype, chunk->count, rows, item_panels(job, is_second, item), units,
+                      count, sums, count * PANEL, after);
         if (job->call->is_gated && !is_second) store_hidden(job, chunk, panel, count, sums);
         else store_outputs(job, chunk, panel, count, sums);
     }

@@ -25,8 +25,15 @@ static void fill(const struct job *job, int thread, int count) {
     }
 }
 
-// Some outputs of some rows: their sums stay in the cache until they are rounded.
-static void compute(const struct job *job, int64_t first_row, int64_t panel) {
+// The first panel of a piece of work; that of the last one where there is no such piece.
+static int64_t panel_of(const struct job *job, int64_t piece) {
+    int64_t group = piece / job->row_blocks;
+    return (group < job->num_groups ? group : job->num_groups - 1) * job->group;
+}
+
+// Some outputs of some rows: their sums stay in the cache until they are rounded. `next`: a panel
+// that this thread is likely to read afterwards.
+static void compute(const struct job *job, int64_t first_row, int64_t panel, int64_t next) {
     const struct matrix *m = job->matrix;
     enum dtype dtype = (enum dtype)m->dtype;
     float sums[ROWS * GROUP * PANEL] __attribute__((aligned(64)));
@@ -39,7 +46,7 @@ static void compute(const struct job *job, int64_t first_row, int64_t panel) {
         rows[i] = from + (size_t)(first_row + i) * row_bytes(m);
     long units = row_units(dtype, (long)m->inputs);
     panel_product(dtype, (long)num_rows, rows, panel_at(m->panels, units, (long)panel), units,
-                  (long)panels, sums, (long)width);
+                  (long)panels, sums, (long)width, panel_at(m->panels, units, (long)next));
     for (int64_t i = 0; i < num_rows; i++) {
         char *out = job->out + (size_t)((first_row + i) * m->outputs) * dtype_bytes(dtype);
         const float *of_row = sums + i * width - first;
@@ -56,7 +63,8 @@ static void task(void *argument, struct team *team, int thread, int count) {
     }
     // Pieces with the same panels follow each other.
     for (int64_t i; (i = atomic_fetch_add(&job->next, 1)) < job->row_blocks * job->num_groups;)
-        compute(job, i % job->row_blocks * ROWS, i / job->row_blocks * job->group);
+        compute(job, i % job->row_blocks * ROWS, panel_of(job, i),
+                panel_of(job, atomic_load(&job->next)));
 }
 
 static int run(struct team *team, const struct matrix *m, const void *x, int64_t num_rows,

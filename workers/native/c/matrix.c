@@ -21,7 +21,8 @@ static void multiply(const struct matrix *m, const void *rows, int64_t first, in
             for (int64_t i = 0; i < left; i++)
                 pointers[i] = (const char *)rows + (size_t)(row + i) * bytes;
             panel_product(dtype, (long)left, pointers, panel_at(m->panels, units, (long)panel),
-                          units, (long)at_once, out + row * stride + panel * PANEL, (long)stride);
+                          units, (long)at_once, out + row * stride + panel * PANEL, (long)stride,
+                          panel_at(m->panels, units, (long)(panel + at_once)));
         }
 }
 

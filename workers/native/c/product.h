@@ -13,8 +13,7 @@
 
 #include "vector.h"
 
-enum { PANEL = 32 };        // outputs
-enum { BLOCK = 2 * LANES };  // outputs that a tile computes together: a panel, or half of one
+enum { PANEL = 32 };  // outputs
 
 enum dtype { FLOAT32 = 0, BFLOAT16 = 1, E4M3 = 2 };  // E4M3: KV caches alone, see fp8.h
 
@@ -25,11 +24,23 @@ enum { ROWS_ARE_BF16 = 1 };
 enum { ROWS_ARE_BF16 = 0 };
 #endif
 
-// Rows of a tile: its sums are in two registers a row, of 32 with AVX-512 and of 16 without.
-enum { MAX_TILE_ROWS = LANES == 16 ? 12 : 4 };
+// Rows of a tile at most: a row takes two registers for its sums, of 32 with AVX-512 and of 16
+// without.
+enum { MAX_TILE_ROWS = LANES == 16 ? 12 : 6 };
 
-// Bytes ahead of which weights are fetched. The processor's own prefetching ends with each page.
-enum { PREFETCH_BYTES = 4096 };
+// Rows at most that are multiplied faster than memory gives the weights, so that their tile reads
+// whole lines, one after the other.
+enum { STREAM_ROWS = LANES == 16 ? MAX_TILE_ROWS : 2 };
+
+// Vectors of outputs that a tile of so many rows computes. A chain waits for its last sum: few rows
+// take more vectors, as 8 chains keep the processor busy.
+#define TILE_VECTORS(ROWS)                                                                        \
+    (LANES == 8 ? (ROWS) <= STREAM_ROWS ? 4 : 2                                                   \
+                : (ROWS) <= MAX_TILE_ROWS / 4 ? 8 : (ROWS) <= MAX_TILE_ROWS / 2 ? 4 : 2)
+
+// Bytes from a line that such a tile reads to the one that it fetches meanwhile. The processor's own
+// prefetching ends with each page.
+enum { PREFETCH_BYTES = 4096, CACHE_LINE_BYTES = 64 };
 
 // Bytes of an element of rows that are multiplied with weights of a type.
 ALWAYS size_t row_element_bytes(enum dtype dtype) {
@@ -45,79 +56,96 @@ ALWAYS const uint32_t *panel_at(const void *packed, long units, long panel) {
     return (const uint32_t *)packed + panel * units * PANEL;
 }
 
-// One tile: `rows` x `blocks` * BLOCK outputs. `weights` is the first block's first line.
-ALWAYS void tile(enum dtype dtype, const int rows, const int blocks, const void *const *x,
-                 const uint32_t *weights, long block_of_panel, long units, float *out,
-                 long out_stride) {
-    vec sums[MAX_TILE_ROWS][4][2];
-    const uint32_t *lines[4];
-    UNROLL for (int b = 0; b < blocks; b++) {
-        long block = block_of_panel + b;  // from the panel of `weights` on
-        lines[b] = weights + block * BLOCK / PANEL * units * PANEL + block * BLOCK % PANEL;
-        UNROLL for (int r = 0; r < rows; r++) sums[r][b][0] = sums[r][b][1] = v_set(0.0f);
-    }
-    for (long u = 0; u < units; u++) {
-        UNROLL for (int b = 0; b < blocks; b++) {
-            const uint32_t *line = lines[b] + u * PANEL;
-            UNROLL for (int at = 0; at < (int)(BLOCK * sizeof *line); at += 64)
-                _mm_prefetch((const char *)line + PREFETCH_BYTES + at, _MM_HINT_T0);
-            veci w0 = vi_load(line), w1 = vi_load(line + LANES);
-            if (dtype == FLOAT32) {
-                UNROLL for (int r = 0; r < rows; r++) {
-                    vec value = v_set(((const float *)x[r])[u]);
-                    sums[r][b][0] = v_fma(v_bits(w0), value, sums[r][b][0]);
-                    sums[r][b][1] = v_fma(v_bits(w1), value, sums[r][b][1]);
-                }
-                continue;
-            }
-#ifdef __AVX512BF16__
-            UNROLL for (int r = 0; r < rows; r++) {
-                __m512bh value = (__m512bh)vi_set(((const int *)x[r])[u]);
-                sums[r][b][0] = _mm512_dpbf16_ps(sums[r][b][0], (__m512bh)w0, value);
-                sums[r][b][1] = _mm512_dpbf16_ps(sums[r][b][1], (__m512bh)w1, value);
-            }
-#else
-            vec even0 = v_bits(vi_left(w0, 16)), even1 = v_bits(vi_left(w1, 16));
-            UNROLL for (int r = 0; r < rows; r++) {
-                vec value = v_set(((const float *)x[r])[2 * u]);
-                sums[r][b][0] = v_fma(even0, value, sums[r][b][0]);
-                sums[r][b][1] = v_fma(even1, value, sums[r][b][1]);
-            }
-            veci upper = vi_set((int)0xffff0000);
-            vec odd0 = v_bits(vi_and(w0, upper)), odd1 = v_bits(vi_and(w1, upper));
-            UNROLL for (int r = 0; r < rows; r++) {
-                vec value = v_set(((const float *)x[r])[2 * u + 1]);
-                sums[r][b][0] = v_fma(odd0, value, sums[r][b][0]);
-                sums[r][b][1] = v_fma(odd1, value, sums[r][b][1]);
-            }
-#endif
-        }
-    }
-    UNROLL for (int r = 0; r < rows; r++) {
-        UNROLL for (int b = 0; b < blocks; b++) {
-            v_store(out + r * out_stride + b * BLOCK, sums[r][b][0]);
-            v_store(out + r * out_stride + b * BLOCK + LANES, sums[r][b][1]);
-        }
-    }
+// Fetch a line of weights: into the second cache for more rows, whose next panel would drive this
+// one out of the first.
+ALWAYS void fetch(const int rows, const char *line) {
+    if (rows <= STREAM_ROWS) _mm_prefetch(line, _MM_HINT_T0);
+    else _mm_prefetch(line, _MM_HINT_T1);
 }
 
-// All tiles of `rows` rows, the number a constant. Few rows take more blocks at a time: a chain
-// waits for its last sum, and 8 chains keep the processor busy.
+// Add the products with one element of each row: sums[r][v] += weights[v] * values[r]. What is
+// outside is held in registers: the weights, or the elements of few rows.
+#define ADD_PRODUCTS(WEIGHTS, VALUE)                                                              \
+    if (rows <= vectors) {                                                                        \
+        vec values[MAX_TILE_ROWS];                                                                \
+        UNROLL for (int r = 0; r < rows; r++) values[r] = v_set(VALUE);                           \
+        UNROLL for (int v = 0; v < vectors; v++) {                                                \
+            vec w = WEIGHTS;                                                                      \
+            UNROLL for (int r = 0; r < rows; r++)                                                 \
+                v_add_product(&sums[r][v], w, values[r]);                                         \
+        }                                                                                         \
+    } else {                                                                                      \
+        vec w[8];                                                                                 \
+        UNROLL for (int v = 0; v < vectors; v++) w[v] = WEIGHTS;                                  \
+        UNROLL for (int r = 0; r < rows; r++) {                                                   \
+            vec value = v_set(VALUE);                                                             \
+            UNROLL for (int v = 0; v < vectors; v++)                                              \
+                v_add_product(&sums[r][v], w[v], value);                                          \
+        }                                                                                         \
+    }
+
+// One tile: `rows` x `vectors` * LANES outputs, those of whole panels from `panel` on or a part of
+// one. Of the panels from `ahead` on it fetches the same share.
+ALWAYS void tile(enum dtype dtype, const int rows, const int vectors, const void *const *x,
+                 const uint32_t *panel, long part, long units, float *out, long out_stride,
+                 const char *ahead) {
+    const int width = vectors * LANES < PANEL ? vectors * LANES : PANEL;  // of a line
+    const int num_panels = vectors * LANES / width, bytes = width * (int)sizeof *panel;
+    vec sums[MAX_TILE_ROWS][8];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++) sums[r][v] = v_set(0.0f);
+    panel += part * width;
+    ahead += part * units * bytes;
+    for (long u = 0; u < units; u++, panel += PANEL, ahead += bytes) {
+        UNROLL for (int p = 0; p < num_panels; p++)
+            UNROLL for (int at = 0; at < bytes; at += CACHE_LINE_BYTES)
+                fetch(rows, ahead + p * units * bytes + at);
+#define LINE(V) (panel + (V) * LANES / width * units * PANEL + (V) * LANES % width)
+        if (dtype == FLOAT32) {
+            ADD_PRODUCTS(v_bits(vi_load(LINE(v))), ((const float *)x[r])[u])
+            continue;
+        }
+#ifdef __AVX512BF16__
+        UNROLL for (int r = 0; r < rows; r++) {
+            __m512bh value = (__m512bh)vi_set(((const int *)x[r])[u]);
+            UNROLL for (int v = 0; v < vectors; v++)
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)vi_load(LINE(v)), value);
+        }
+#else
+        ADD_PRODUCTS(v_bits(vi_left(vi_load(LINE(v)), 16)), ((const float *)x[r])[2 * u])
+        veci upper = vi_set((int)0xffff0000);
+        ADD_PRODUCTS(v_bits(vi_and(vi_load(LINE(v)), upper)), ((const float *)x[r])[2 * u + 1])
+#endif
+#undef LINE
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            v_store(out + r * out_stride + part * width + v * LANES, sums[r][v]);
+}
+
+// All tiles of `rows` rows, the number a constant.
 ALWAYS void tiles(enum dtype dtype, const int rows, const void *const *x, const uint32_t *weights,
-                  long units, long num_panels, float *out, long out_stride) {
-    const int blocks = rows <= MAX_TILE_ROWS / 4 ? 4 : rows <= MAX_TILE_ROWS / 2 ? 2 : 1;
-    long num_blocks = num_panels * (PANEL / BLOCK), block = 0;
-    for (; block + blocks <= num_blocks; block += blocks)
-        tile(dtype, rows, blocks, x, weights, block, units, out + block * BLOCK, out_stride);
-    if (blocks > 1)
-        for (; block < num_blocks; block++)
-            tile(dtype, rows, 1, x, weights, block, units, out + block * BLOCK, out_stride);
+                  long units, long num_panels, float *out, long out_stride, const char *ahead) {
+    const int vectors = TILE_VECTORS(rows), whole = PANEL / LANES;
+    const int parts = vectors < whole ? whole / vectors : 1;
+    const int at_once = vectors > whole ? vectors / whole : 1;
+    const long panel_bytes = units * PANEL * (long)sizeof *weights;
+    long panel = 0;
+#define TILE(VECTORS, PART)                                                                       \
+    tile(dtype, rows, VECTORS, x, panel_at(weights, units, panel), PART, units,                   \
+         out + panel * PANEL, out_stride, ahead + panel * panel_bytes)
+    for (; panel + at_once <= num_panels; panel += at_once)
+        for (int part = 0; part < parts; part++) TILE(vectors, part);
+    if (at_once > 1)
+        for (; panel < num_panels; panel++) TILE(whole, 0);
+#undef TILE
 }
 
 // out [num_rows, num_panels * PANEL] (rows `out_stride` apart) = rows x panels.
 //
 // x: pointers to rows of `units` units in the form of row_element_bytes. weights: first panel.
+// next: what the caller is likely to read afterwards, fetched while the last panel is computed.
 void panel_product(enum dtype dtype, long num_rows, const void *const *x, const uint32_t *weights,
-                   long units, long num_panels, float *out, long out_stride);
+                   long units, long num_panels, float *out, long out_stride, const void *next);
 
 #endif

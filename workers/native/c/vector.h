@@ -30,6 +30,7 @@ ALWAYS vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 ALWAYS vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
 ALWAYS vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 ALWAYS vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+ALWAYS void v_add_product(vec *sum, vec a, vec b) { *sum = v_fma(a, b, *sum); }
 ALWAYS veci vi_load(const void *x) { return _mm512_loadu_si512(x); }
 ALWAYS veci vi_set(int x) { return _mm512_set1_epi32(x); }
 ALWAYS veci vi_add(veci a, veci b) { return _mm512_add_epi32(a, b); }
@@ -73,6 +74,11 @@ ALWAYS vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 ALWAYS vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
 ALWAYS vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 ALWAYS vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+// sum += a * b, fused. With 16 registers, compilers that may put the sum elsewhere move sums to the
+// stack and back.
+ALWAYS void v_add_product(vec *sum, vec a, vec b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
+}
 ALWAYS veci vi_load(const void *x) { return _mm256_loadu_si256(x); }
 ALWAYS veci vi_set(int x) { return _mm256_set1_epi32(x); }
 ALWAYS veci vi_add(veci a, veci b) { return _mm256_add_epi32(a, b); }
