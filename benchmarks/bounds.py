@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_checkpoint import RandomModel
+from workers.native import memory
 from workers.native.matrix import Matrix, MatrixFields
 from workers.native.panels import DTYPES
 from workers.native.team import Team, check, start_kernels
@@ -24,7 +24,7 @@ BUFFER_BYTES = 1 << 30
 _CHUNK_BYTES = 16 << 20
 """Of a file, read by one call."""
 _ROW_WIDTH = 2048
-"""Elements of the row that is multiplied with all of it."""
+"""Elements of the row by which all of the memory is multiplied."""
 WIDTH = 2048
 """Rows and columns of the matrices whose product is timed."""
 _PASSES = 3
@@ -36,10 +36,7 @@ def read_bandwidth(num_threads: int, num_bytes: int = BUFFER_BYTES) -> float:
     The faster of torch, which adds up float32 numbers, and of our product of one float32 row, which
     fetches ahead: the best of three passes each. Both compute less than reading takes.
     """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has huge pages of its own rules
-    buffer = mmap.mmap(-1, num_bytes, flags)
-    buffer.madvise(mmap.MADV_HUGEPAGE)
-    numbers = torch.frombuffer(buffer, dtype=torch.float32)
+    numbers = memory.empty((num_bytes // torch.float32.itemsize,), torch.float32)
     numbers.fill_(1.0)  # the pages exist from here on
     readers: list[Callable[[], object]] = [numbers.sum]
     if (team := start_kernels(num_threads).team) is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,16 +112,7 @@ class Checkpoint:
 
         Converted to ``dtype``, in memory of its own on the CPU.
         """
-        if out is None:
-            rows = sum(p.part_shape[0] for p in parts)
-            out = memory.empty((rows, *parts[0].part_shape[1:]), dtype)
-        first = 0
-        for part in parts:
-            last = first + part.part_shape[0]
-            out[first:last].copy_(self._mapped(part))
-            self._count(part)
-            first = last
-        return out
+        return self._stack(parts, map(self._mapped, parts), dtype, out)
 
     def borrow(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
@@ -130,10 +121,28 @@ class Checkpoint:
         found = [self._mapped(part) for part in parts]
         whole = joined(found) if all(t.dtype == dtype for t in found) else None
         if whole is None:
-            return self.read_stacked(parts, dtype, out)
+            return self._stack(parts, found, dtype, out)
         for part in parts:
             self._count(part)
         return whole
+
+    def _stack(
+        self,
+        parts: Sequence[TensorPart],
+        found: Iterable[Tensor],
+        dtype: torch.dtype,
+        out: Tensor | None,
+    ) -> Tensor:
+        if out is None:
+            rows = sum(p.part_shape[0] for p in parts)
+            out = memory.empty((rows, *parts[0].part_shape[1:]), dtype)
+        first = 0
+        for part, tensor in zip(parts, found, strict=True):
+            last = first + part.part_shape[0]
+            out[first:last].copy_(tensor)
+            self._count(part)
+            first = last
+        return out
 
     def confirm(self) -> None:
         """Check that the files read since the last ``close`` are still those that were opened.
