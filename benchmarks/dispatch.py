@@ -1,6 +1,6 @@
 """Time and bytes of one dispatch and combine: ``python -m benchmarks.dispatch``.
 
-Every rank is a process of one thread on this host. The experts compute nothing: ``wire`` is the
+Every rank is a process of one thread on this host. The experts compute little: ``wire`` is the
 transport alone (rows there, as many rows back), ``dispatch`` and ``combine`` are the whole exchange
 with deduplication and the weighted float32 sums. ``--save`` writes a document for ``expertmesh
 bench compare``.
@@ -73,9 +73,10 @@ class Sizes:
     """What one rank has measured, by size."""
 
     us: list[dict[str, list[float]]]
-    """Of an attention rank: microseconds of ``wire``, ``dispatch`` and ``combine``, by step."""
+    """Of an attention rank: microseconds of ``wire``, ``dispatch`` and ``combine``, by step; the
+    mean of its layers."""
     num_bytes: list[dict[str, float]]
-    """Of an expert rank: bytes a step, of ``dispatch`` and of ``combine``."""
+    """Of an expert rank: bytes an exchange, of ``dispatch`` and of ``combine``."""
 
 
 def measure(plan: Plan, deadline_s: float = LIMIT_S) -> dict[str, dict[str, Any]]:
@@ -147,12 +148,16 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
         batch = BatchRows(is_prefill=torch.full((num_rows,), plan.is_prefill), row_key=keys)
         for step in plan.steps(2 * size + 1):
             dispatcher.begin_step(shape.header(step, num_rows, plan.is_prefill), [batch])
-            start = perf_counter()
-            handle = dispatcher.dispatch(Dispatch(0, 0, rows, ids, weights))
-            between = perf_counter()
-            dispatcher.combine(handle)
-            us["dispatch"].append(1e6 * (between - start))
-            us["combine"].append(1e6 * (perf_counter() - between))
+            dispatch_s = combine_s = 0.0
+            for layer in range(shape.layers):
+                start = perf_counter()
+                handle = dispatcher.dispatch(Dispatch(layer, 0, rows, ids, weights))
+                between = perf_counter()
+                dispatcher.combine(handle)
+                dispatch_s += between - start
+                combine_s += perf_counter() - between
+            us["dispatch"].append(1e6 * dispatch_s / shape.layers)
+            us["combine"].append(1e6 * combine_s / shape.layers)
         found.append({name: values[plan.left_out :] for name, values in us.items()})
     return Sizes(found, [])
 
@@ -170,7 +175,8 @@ def _serve(connected: Connected, device: int, plan: Plan) -> Sizes:
         steps = plan.steps(2 * size + 1)
         for step in steps:
             server.run_step(shape.header(step, num_rows, plan.is_prefill))
-        found.append({k: (n - before[k]) / len(steps) for k, n in server.num_bytes.items()})
+        served = len(steps) * shape.layers
+        found.append({k: (n - before[k]) / served for k, n in server.num_bytes.items()})
     wait_for_the_end(connected.transport, shape, plan.steps(2 * len(plan.tokens)).start)
     return Sizes([], found)
 
@@ -213,7 +219,7 @@ def section(quick: bool) -> str:
     head = ["transport, ranks, rows", "wire ms", "dispatch + combine ms"]
     return (
         "## Dispatch and combine\n\nOne exchange of bfloat16 rows, top-8 of 64 experts that "
-        "compute nothing, one thread a rank. `wire` is the transport alone. Median of "
+        "compute little, one thread a rank. `wire` is the transport alone. Median of "
         f"{repeats} repeats (the fastest tenth took at most).\n\n{results.table(head, rows)}"
     )
 
@@ -231,6 +237,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--hidden", 2048, "numbers in a row, bfloat16"),
         ("--num-experts", 64, "in equal parts on the expert workers"),
         ("--top-k", 8, "experts of a row"),
+        ("--layers", 8, "exchanges of a step"),
         ("--repeats", 200, "steps of each size"),
     ):
         parser.add_argument(
@@ -273,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top_k=args.top_k,
         max_rows=max(args.tokens),
         transport=args.transport,
+        layers=args.layers,
     )
     plan = Plan(
         shape=shape,
@@ -284,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     note(f"{shape.attention_ranks} + {shape.expert_ranks} processes")
     found = measure(plan, args.deadline)
     names = ("num_attention_workers", "num_expert_workers", "hidden", "num_experts", "top_k")
-    more = ("repeats", "prefill", "transport", "seed")
+    more = ("layers", "repeats", "prefill", "transport", "seed")
     options = {name: getattr(args, name) for name in (*names, *more)}
     document = document_of("benchmarks.dispatch", options, {"tokens": found})
     tell(args, document, _text(document["results"]["tokens"]))

@@ -1,4 +1,4 @@
-"""Ranks with experts that compute nothing, joined over the data plane that workers use."""
+"""Ranks with experts that compute little, joined over the data plane that workers use."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import logging
 import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from cluster.core.errors import PeerLostError
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
+from workers.experts.bank import ExpertBank, make_kernel
 from workers.model.config import BankSpec, ExchangeSpec
-from workers.native.team import start_kernels
+from workers.native.team import Team, start_kernels
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
@@ -28,6 +29,8 @@ from workers.transport.transport import DataTransport, Expected, Part, Tag
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
+EXPERT_WIDTH = 16
+"""Numbers between the matrices of an expert: a real one has hundreds."""
 _MEET_LIMIT_S = 60.0
 _SECRET = "bench"
 
@@ -45,6 +48,8 @@ class Shape:
     max_rows: int
     """Of one attention rank in one step."""
     transport: Literal["sockets", "collective"] = "sockets"
+    layers: int = 1
+    """Exchanges of a step, one after the other."""
 
     @property
     def size(self) -> int:
@@ -52,23 +57,35 @@ class Shape:
         return self.attention_ranks + self.expert_ranks
 
     @property
-    def bank(self) -> BankSpec:
-        """One bank with one exchange."""
-        exchange = ExchangeSpec(index=0, name="mlp", in_width=self.width, out_width=self.width)
-        return BankSpec(
+    def banks(self) -> list[BankSpec]:
+        """One bank with one exchange for each layer."""
+        exchange = ExchangeSpec(
             index=0,
-            bank="mlp",
-            layer=0,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            exchanges=(exchange,),
+            name="mlp",
+            in_width=self.width,
+            out_width=self.width,
+            expert_width=EXPERT_WIDTH,
         )
+        return [
+            BankSpec(
+                index=layer,
+                bank="mlp",
+                layer=layer,
+                num_experts=self.num_experts,
+                top_k=self.top_k,
+                exchanges=(exchange,),
+            )
+            for layer in range(self.layers)
+        ]
 
     @property
     def placement(self) -> ExpertPlacement:
         """Experts in order, equally many on each expert rank."""
-        shape = BankShape(bank="mlp", layer=0, num_experts=self.num_experts)
-        return contiguous([shape], self.expert_ranks)
+        shapes = [
+            BankShape(bank="mlp", layer=layer, num_experts=self.num_experts)
+            for layer in range(self.layers)
+        ]
+        return contiguous(shapes, self.expert_ranks)
 
     def header(self, step: int, rows: int, is_prefill: bool = False) -> StepHeader:
         """A step with as many rows on every attention rank."""
@@ -101,24 +118,17 @@ class Shape:
         return Generation(number=1, members=tuple(members))
 
 
-class IdleBank:
-    """Experts that compute nothing: outputs that were made before."""
-
-    def __init__(self, shape: Shape) -> None:
-        pairs = shape.attention_ranks * shape.max_rows * shape.top_k
-        self._outputs = torch.ones(pairs, shape.width, dtype=DTYPE)
-
-    def compute(
-        self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
-    ) -> Tensor:
-        """See ``SlotBank``."""
-        return self._outputs[: len(pair_slot)]
-
-    def compute_rows(
-        self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """See ``SlotBank``."""
-        return self._outputs[: len(slots)].to(dtype)
+def small_experts(shape: Shape, device: int, team: Team | None) -> list[ExpertBank]:
+    """Experts that compute little, all that are on one expert rank, by layer."""
+    banks = []
+    for spec, placed in zip(shape.banks, shape.placement.banks, strict=True):
+        held = placed.physical_to_logical[device]
+        bank = ExpertBank(spec, len(held), DTYPE, CPU, partial(make_kernel, team=team))
+        for slot in range(len(held)):
+            for exchange, matrix, size in spec.matrices:
+                bank.store(slot, exchange, matrix, torch.ones(size, dtype=DTYPE))
+        banks.append(bank)
+    return banks
 
 
 class Meetings:
@@ -148,7 +158,7 @@ class Connected:
         identity = PeerIdentity(
             name=me.name, role=me.role, rank=me.rank, checkpoint_id="bench", config_hash="bench"
         )
-        limit = max_data_bytes([shape.bank], shape.max_rows, 4, "sum")
+        limit = max_data_bytes(shape.banks, shape.max_rows, 4, "sum")
         self._meetings = meetings
         self._connections = PeerConnections(
             identity, _SECRET, max_data_bytes=limit, port=ports[rank]
@@ -174,11 +184,11 @@ class Connected:
 
 
 def idle_server(connected: Connected, device: int, shape: Shape) -> ExpertServer:
-    """The server of expert rank ``device``, whose experts compute nothing."""
+    """The server of expert rank ``device``, whose experts compute little."""
     server = ExpertServer(
         connected.transport,
-        [IdleBank(shape)],
-        [shape.bank],
+        small_experts(shape, device, start_kernels(1).team),
+        shape.banks,
         device_index=device,
         combine_mode="sum",
         dtype=DTYPE,
@@ -192,7 +202,7 @@ def remote_dispatcher(connected: Connected, rank: int, shape: Shape) -> RemoteDi
     """The dispatcher of attention rank ``rank``."""
     dispatcher = RemoteDispatcher(
         connected.transport,
-        [shape.bank],
+        shape.banks,
         rank=rank,
         combine_mode="sum",
         dtype=DTYPE,

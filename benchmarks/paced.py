@@ -52,6 +52,9 @@ class PacedBank:
         self._sleep = sleep
         self._overslept_s = 0.0
 
+    def native(self, exchange: int) -> None:
+        """See ``SlotBank``."""
+
     def compute(
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
     ) -> Tensor:

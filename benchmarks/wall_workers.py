@@ -143,7 +143,7 @@ def _rate(times: Times) -> float:
 
 
 def exchange(bench: Bench) -> list[Row]:
-    """Dispatch and combine of one layer, with experts that compute nothing."""
+    """Dispatch and combine of one layer, with experts that compute little."""
     rows = []
     for width in (MINI.hidden, LAYERS.hidden):
         shape = Shape(
@@ -153,6 +153,7 @@ def exchange(bench: Bench) -> list[Row]:
             num_experts=MINI.experts,
             top_k=MINI.top_k,
             max_rows=_EXCHANGE_ROWS,
+            layers=MINI.layers,
         )
         steps = 20 if bench.is_tiny else 1000
         plan = dispatch.Plan(shape=shape, tokens=(_EXCHANGE_ROWS,), repeats=steps)

@@ -115,6 +115,9 @@ class FailingTransport:
         self._fail(tag, "receive", False)
         return received
 
+    def direct(self, ranks: Sequence[int]) -> None:
+        """Faults are those of the calls above."""
+
     def reject(self, rank: int, reason: str) -> NoReturn:
         self._inner.reject(rank, reason)
 

@@ -60,6 +60,9 @@ class LoopbackTransport:
         received = iter(self._inner.receive(tag, others, sized=sized) if others else ())
         return [self._own.pop(tag) if e.rank == self._rank else next(received) for e in expected]
 
+    def direct(self, ranks: Sequence[int]) -> None:
+        """See ``DataTransport``."""
+
     def reject(self, rank: int, reason: str) -> NoReturn:
         assert rank != self._rank, f"invalid data from this rank itself: {reason}"
         self._inner.reject(rank, reason)

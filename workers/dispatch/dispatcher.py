@@ -22,6 +22,7 @@ from cluster.core.topology import Generation
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
+from workers.native.experts import NativeSlots
 from workers.requests.step_header import StepHeader
 
 
@@ -112,6 +113,9 @@ class TimedDispatcher(ABC):
 
 class SlotBank(Protocol):
     """All expert slots of one bank on this device (``workers.experts.bank.ExpertBank``)."""
+
+    def native(self, exchange: int) -> NativeSlots | None:
+        """The slots as they are now, for native code; None: torch computes."""
 
     def compute(
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,13 @@ from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.dispatcher import SlotBank
+from workers.dispatch.native_server import NativeExchange, NativeServer
 from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import SAMPLE
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
+from workers.native.exchange import ServerFields
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
 
@@ -56,6 +59,16 @@ class _Batch:
     """Some place is."""
 
 
+class _Used(NamedTuple):
+    """What an exchange transferred, and what of it this rank used."""
+
+    num_inputs: int
+    num_rows: int
+    num_rows_here: int
+    """Rows with an expert here."""
+    num_pairs: int
+
+
 class ExpertServer:
     """Serves the steps of one expert rank. Data thread only."""
 
@@ -86,6 +99,7 @@ class ExpertServer:
         self._dtype = dtype
         self._device = device
         self._granted: list[dict[int, int]] = []
+        self._native = NativeServer(dtype, self._activity.native_progress)
         self._exact = False
         self._epochs = EpochTables[list[_FilledSlots]]()
         self._filled: list[_FilledSlots] = []
@@ -135,9 +149,57 @@ class ExpertServer:
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
         self.begin_step(header)
-        for bank in self._banks:
-            for exchange in bank.exchanges:
-                self.serve(bank.index, exchange.index)
+        places = [
+            (bank, exchange.index, micro_batch)
+            for bank in self._banks
+            for exchange in bank.exchanges
+            for micro_batch, granted in enumerate(self._granted)
+            if granted
+        ]
+        self._prepare_native(places)
+        served = 0
+        while served < len(places):
+            self.timer.mark()
+            first, served = served, self._native.serve(served)
+            for place, fields in zip(
+                places[first:served], self._native.fields[first:], strict=False
+            ):
+                self._note(*place, fields)
+            if served < len(places):
+                self._serve(*places[served])
+                served += 1
+        self._count()
+
+    def _prepare_native(self, places: Sequence[tuple[BankSpec, int, int]]) -> None:
+        """Let native code serve the exchanges of a step if all of them can be."""
+        ranks = tuple(self._granted[0])
+        exchanges = []
+        for bank, exchange, micro_batch in places if not self._exact else ():
+            experts = self._slots[bank.index].native(exchange)
+            if experts is None:
+                break
+            filled, counts = self._filled[bank.index].table[:-1], self.token_counts[bank.index]
+            by_pair = bank.exchanges[exchange].returns_pairs(self._combine_mode)
+            exchanges.append(
+                NativeExchange(bank, exchange, micro_batch, experts, filled, counts, by_pair)
+            )
+        is_native = len(exchanges) == len(places)
+        direct = self._transport.direct(ranks) if is_native else None
+        rows = [[granted.get(rank, 0) for rank in ranks] for granted in self._granted]
+        self._native.begin_step(direct, rows, exchanges)
+
+    def _note(self, bank: BankSpec, exchange: int, micro_batch: int, served: ServerFields) -> None:
+        """Count what native code has served."""
+        self.num_bytes["dispatch"] += served.received_bytes
+        self.num_bytes["combine"] += served.sent_bytes
+        if self._is_measured:
+            ends_ns = {"receive": served.received_ns, "experts": served.computed_ns}
+            ends_ns["send"] = served.sent_ns
+            self.timer.passed(ends_ns, bank, exchange, micro_batch)
+            spec, num_inputs = bank.exchanges[exchange], served.exchange.num_inputs
+            rows, here = served.num_rows, served.num_rows_here
+            used = _Used(rows * num_inputs, rows, here, served.num_pairs)
+            self._add_padding(spec, used, bool(served.exchange.by_pair))
 
     def begin_step(self, header: StepHeader) -> None:
         """Start a step whose exchanges are served one by one.
@@ -158,27 +220,22 @@ class ExpertServer:
 
     def serve(self, bank: int, exchange: int) -> None:
         """Serve the micro-batches of one exchange; raises as ``run_step``."""
-        spec = self._banks[bank]
         for micro_batch, granted in enumerate(self._granted):
             if granted:
-                self._serve(spec, spec.exchanges[exchange], micro_batch, granted)
-        if (bank, exchange) == (len(self._banks) - 1, len(spec.exchanges) - 1):
+                self.timer.mark()
+                self._serve(self._banks[bank], exchange, micro_batch)
+        if (bank, exchange) == (len(self._banks) - 1, len(self._banks[bank].exchanges) - 1):
             self._count()
 
-    def _serve(
-        self,
-        bank: BankSpec,
-        exchange: ExchangeSpec,
-        micro_batch: int,
-        granted: dict[int, int],
-    ) -> None:
+    def _serve(self, bank: BankSpec, index: int, micro_batch: int) -> None:
+        """Serve one exchange."""
+        exchange, granted = bank.exchanges[index], self._granted[micro_batch]
         by_pair = exchange.returns_pairs(self._combine_mode)
         meta = Part(bank.top_k if by_pair else 2 * bank.top_k, torch.int32)
         parts = (meta, Part(exchange.in_width, self._dtype))
         inputs = bank.top_k if exchange.per_slot_input else 1
         expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
         place = (bank, exchange.index, micro_batch)
-        self.timer.mark()
         tag = Tag(bank.index, exchange.index, micro_batch, "rows")
         with self._activity:
             received = self._transport.receive(tag, expected, sized=self._exact)
@@ -310,12 +367,16 @@ class ExpertServer:
         # device-to-host sync unless all rows are here
         num_here = num_rows if batch.all_here else int((batch.slots >= 0).any(1).sum())
         num_pairs = sum(self._pairs_by_rank(batch))
-        num_used = num_pairs if exchange.per_slot_input else num_here
-        self.padding.add("dispatch", batch.inputs.shape[0], num_used)
+        used = _Used(batch.inputs.shape[0], num_rows, num_here, num_pairs)
+        self._add_padding(exchange, used, by_pair)
+
+    def _add_padding(self, exchange: ExchangeSpec, used: _Used, by_pair: bool) -> None:
+        num_used = used.num_pairs if exchange.per_slot_input else used.num_rows_here
+        self.padding.add("dispatch", used.num_inputs, num_used)
         if by_pair:
-            self.padding.add("combine", num_pairs, num_pairs)
+            self.padding.add("combine", used.num_pairs, used.num_pairs)
         else:
-            self.padding.add("combine", num_rows, num_here)
+            self.padding.add("combine", used.num_rows, used.num_rows_here)
 
     def _pairs_by_rank(self, batch: _Batch) -> tuple[int, ...]:
         if batch.all_here:

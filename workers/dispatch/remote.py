@@ -13,7 +13,7 @@ bits of float32 in the same int32 part.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables, EpochTables
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TimedDispatcher
+from workers.dispatch.native_home import NativeHome, NativeRows
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
@@ -53,9 +54,10 @@ class RemoteHandle(DispatchHandle):
     """A dispatch under way."""
 
     sent: tuple[Sent, ...]
-    """By expert rank; ranks that return nothing are left out."""
+    """By expert rank; ranks that return nothing are left out. Of ``native`` rows: none."""
     topk_weights: Tensor
     """[T, k] as dispatched."""
+    native: NativeRows | None = None
 
 
 class RemoteDispatcher(TimedDispatcher):
@@ -77,6 +79,7 @@ class RemoteDispatcher(TimedDispatcher):
         """``team`` on CPUs: compiled kernels, in place of torch."""
         super().__init__(banks, timer)
         self._team = team if dtype in DTYPES else None
+        self._native = None if self._team is None else NativeHome(self._team, dtype)
         self._transport = transport
         self._activity = activity or Activity()
         self._rank = rank
@@ -120,6 +123,8 @@ class RemoteDispatcher(TimedDispatcher):
         self._micro_batches = micro_batches
         with self._activity:
             self._transport.begin_step(header)
+        if self._native is not None:
+            self._native.begin_step(None if header.exact else self._transport.direct(self._ranks))
 
     def sit_out(self, header: StepHeader) -> None:
         """Drop old maps; an attention rank without rows takes no part in the exchanges."""
@@ -133,7 +138,8 @@ class RemoteDispatcher(TimedDispatcher):
         assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
         by_rank: tuple[Sent, ...] = ()
         copies: Tensor | None = None
-        if granted:
+        native = self._dispatch_natively(bank, sent, micro_batch) if num_rows == granted else None
+        if granted and native is None:
             exchange, is_exact = bank.exchanges[sent.exchange], self._header.exact
             batch = self._micro_batches[micro_batch]
             by_pair = exchange.returns_pairs(self._combine_mode)
@@ -150,13 +156,31 @@ class RemoteDispatcher(TimedDispatcher):
             with self._activity:  # the buffers may be full
                 self._transport.post(tag, messages, sized=is_exact)
         return RemoteHandle(
-            bank, sent.exchange, micro_batch, num_rows, copies, by_rank, sent.topk_weights
+            bank, sent.exchange, micro_batch, num_rows, copies, by_rank, sent.topk_weights, native
         )
+
+    def _dispatch_natively(
+        self, bank: BankSpec, sent: Dispatch, micro_batch: int
+    ) -> NativeRows | None:
+        """Send rows by native code; None where that cannot be, and nothing was sent."""
+        if self._native is None or not len(sent.topk_ids):
+            return None
+        by_pair = bank.exchanges[sent.exchange].returns_pairs(self._combine_mode)
+        slots = self._tables[sent.bank].decode_slots
+        with self._activity:
+            return self._native.dispatch(bank, sent, slots, micro_batch, by_pair)
 
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, RemoteHandle)
         exchange = handle.bank.exchanges[handle.exchange]
         by_pair = exchange.returns_pairs(self._combine_mode)
+        if handle.native is not None:
+            assert self._native is not None
+            with self._activity:
+                outputs = self._native.gather(handle.native)
+            if outputs is not None:
+                return outputs
+            handle = replace(handle, sent=self._sent_by(handle.native, by_pair))
         part = Part(exchange.out_width, self._dtype if by_pair else torch.float32)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
@@ -238,6 +262,12 @@ class RemoteDispatcher(TimedDispatcher):
             if count:
                 sent.append(Sent(rank, None if count == mine.numel() else places, count))
         return tuple(sent)
+
+    def _sent_by(self, native: NativeRows, by_pair: bool) -> tuple[Sent, ...]:
+        """What native code has sent to each rank."""
+        if by_pair:
+            return self._sent_pairs(native.slots)
+        return tuple(Sent(rank, None, native.slots.shape[1]) for rank in self._ranks)
 
     # Combine: from the replies to the result.
 

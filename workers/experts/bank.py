@@ -14,6 +14,7 @@ from workers.experts.kernels_native import NativeExperts, what_is_missing
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.weighting import sum_of_pairs
+from workers.native.experts import NativeSlots
 from workers.native.team import Team
 
 
@@ -118,6 +119,11 @@ class ExpertBank:
     def clear(self, slot: int) -> None:
         for kernel in self._kernels:
             kernel.clear(slot)
+
+    def native(self, exchange: int) -> NativeSlots | None:
+        """The slots as they are now, for native code; None: torch computes."""
+        kernel = self._kernels[exchange]
+        return kernel.slots if isinstance(kernel, NativeExperts) else None
 
     def compute(
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor

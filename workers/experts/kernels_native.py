@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from workers.model.config import ExchangeSpec
-from workers.native.experts import ExpertShape, InputsBy, SlotTable, expert_pairs, expert_rows
+from workers.native.experts import (
+    ExpertShape,
+    InputsBy,
+    NativeSlots,
+    SlotTable,
+    expert_pairs,
+    expert_rows,
+)
 from workers.native.panels import DTYPES, pack, unpack
 from workers.native.team import Team
 
@@ -37,6 +44,11 @@ class NativeExperts:
         self._per_slot_input = exchange.per_slot_input
         self._team = team
         self._slots = SlotTable(self._shape, 0)
+
+    @property
+    def slots(self) -> NativeSlots:
+        """The slots as they are now."""
+        return NativeSlots(self._team, self._slots)
 
     def resize(self, num_slots: int) -> None:
         """See ``ExpertKernel``; new slots are empty and take no memory."""

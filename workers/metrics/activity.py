@@ -8,6 +8,7 @@ in a step, CPU time of the data thread counts as progress, for a time that grows
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class Activity:
     def __init__(self) -> None:
         self.progress = 0
         """Grows with every iteration of the loop and every exchange of a step."""
+        self.native_progress = ctypes.c_int64()
+        """The same, of exchanges that native code has served."""
         self.is_waiting = False
         """The data thread waits for a peer within a step (``with activity:``)."""
         self.is_idle = True
@@ -53,11 +56,12 @@ class Activity:
             cpu_s = self.cpu_s()
         computes = cpu_s - self._cpu_seen_s >= _MIN_CPU_S
         self._cpu_seen_s = cpu_s
-        if self.progress != self._seen:
-            self._seen, self._seen_at = self.progress, now
+        progress = self.progress + self.native_progress.value
+        if progress != self._seen:
+            self._seen, self._seen_at = progress, now
         elif computes and now - self._seen_at <= self.rows * ROW_LIMIT_S:
             self._computed += 1
-        return self.progress + self._computed
+        return progress + self._computed
 
     def __enter__(self) -> None:
         self.is_waiting = True

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from workers.model.config import BankSpec
@@ -55,8 +55,14 @@ class StepTimer:
     def lap(self, name: str, bank: BankSpec, exchange: int, micro_batch: int) -> None:
         """End a lap of one exchange and start the next one."""
         if self._sinks:
-            place = {"layer": bank.layer, "bank": bank.bank}
-            self._end_lap(name, {**place, "exchange": exchange, "micro_batch": micro_batch})
+            self._end_lap(name, _place(bank, exchange, micro_batch), self._clock_ns())
+
+    def passed(
+        self, ends_ns: Mapping[str, int], bank: BankSpec, exchange: int, micro_batch: int
+    ) -> None:
+        """End laps of one exchange, one after the other, at times of ``time.monotonic_ns``."""
+        for name, end_ns in ends_ns.items() if self._sinks else ():
+            self._end_lap(name, _place(bank, exchange, micro_batch), end_ns)
 
     def end_step(self, last: str = "") -> None:
         """End the step, with ``last`` as the name of its last lap, and flush the sinks."""
@@ -64,7 +70,7 @@ class StepTimer:
         if header is None or not sinks:
             return
         if last:
-            self._end_lap(last, {})
+            self._end_lap(last, {}, self._clock_ns())
         place = {
             "step": header.step,
             "generation": header.generation,
@@ -76,9 +82,13 @@ class StepTimer:
             sink.flush()
         self._sinks = ()
 
-    def _end_lap(self, name: str, place: dict[str, Any]) -> None:
+    def _end_lap(self, name: str, place: dict[str, Any], now_ns: int) -> None:
         assert self._header is not None, "begin_step comes first"
-        now_ns = self._clock_ns()
         for sink in self._sinks:
             sink.add(name, self._last_ns, now_ns, {"step": self._header.step, **place})
         self._last_ns = now_ns
+
+
+def _place(bank: BankSpec, exchange: int, micro_batch: int) -> dict[str, Any]:
+    names = {"layer": bank.layer, "bank": bank.bank}
+    return {**names, "exchange": exchange, "micro_batch": micro_batch}

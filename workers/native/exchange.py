@@ -1,16 +1,127 @@
-"""What an attention worker sends to experts beside its rows (``c/exchange.c``).
+"""Exchanges between attention ranks and expert ranks (``c/exchange.h``).
 
-Reference: ``workers.dispatch.copies.CopyTables.choose`` for rows without a choice of copies.
+Reference: ``workers.dispatch.remote`` and ``workers.dispatch.expert_server``.
 """
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
+from workers.native.experts import CallFields
+from workers.native.frames import FrameFields, PlaceFields
 from workers.native.library import Library
 from workers.native.panels import DTYPES
 from workers.native.team import check
+
+UNEXPECTED, UNSENT = 5, 6
+"""``enum result``: the caller goes on where native code has stopped."""
+
+
+class ExchangeFields(ctypes.Structure):
+    """``struct exchange``."""
+
+    _fields_ = (
+        ("place", PlaceFields),
+        ("waiting", ctypes.c_void_p),
+        ("frames", ctypes.POINTER(FrameFields)),
+        ("num_peers", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("num_inputs", ctypes.c_int64),
+        ("in_bytes", ctypes.c_int64),
+        ("out_width", ctypes.c_int64),
+        ("by_pair", ctypes.c_int64),
+    )
+
+
+class HomeFields(ctypes.Structure):
+    """``struct exchange_home``."""
+
+    _fields_ = (
+        ("exchange", ExchangeFields),
+        ("num_experts", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("is_weighted", ctypes.c_int64),
+        ("rounds_products", ctypes.c_int64),
+        ("num_rows", ctypes.c_int64),
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("weights_dtype", ctypes.c_int64),
+        ("inputs", ctypes.c_void_p),
+        ("sent", ctypes.c_void_p),
+        ("received", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    )
+
+
+class ServerFields(ctypes.Structure):
+    """``struct exchange_server``."""
+
+    _fields_ = (
+        ("exchange", ExchangeFields),
+        ("team", ctypes.c_void_p),
+        ("experts", CallFields),
+        ("filled", ctypes.c_void_p),
+        ("num_filled", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("progress", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("num_rows_here", ctypes.c_int64),
+        ("num_pairs", ctypes.c_int64),
+        ("received_bytes", ctypes.c_int64),
+        ("sent_bytes", ctypes.c_int64),
+        ("received_ns", ctypes.c_int64),
+        ("computed_ns", ctypes.c_int64),
+        ("sent_ns", ctypes.c_int64),
+    )
+
+
+def dispatch_rows(library: Library, home: HomeFields) -> int:
+    """Send rows and their slots to all peers: 0 or ``UNSENT``.
+
+    Raises ``IndexError`` for an id that is no expert's.
+    """
+    return _checked(library.functions.exchange_dispatch(ctypes.byref(home)))
+
+
+def gather_outputs(library: Library, home: HomeFields) -> int:
+    """Receive the outputs of dispatched rows, and add them up: 0 or ``UNEXPECTED``.
+
+    Raises ``IndexError`` for a row whose expert no peer has.
+    """
+    return _checked(library.functions.exchange_gather(ctypes.byref(home)))
+
+
+def memory_bytes(library: Library, server: ServerFields) -> int:
+    """What ``serve_exchanges`` needs for the rows of all peers."""
+    return int(library.functions.exchange_memory(ctypes.byref(server)))
+
+
+def serve_exchanges(
+    library: Library, servers: ctypes.Array[ctypes.c_void_p], first: int
+) -> tuple[int, int]:
+    """Receive rows, compute their experts, return the outputs: exchange by exchange from the first.
+
+    servers: addresses of ``ServerFields``. The exchanges that were served, and 0, or ``UNEXPECTED``
+    before anything of the next one was computed, or ``UNSENT`` after the last one. Raises
+    ``IndexError`` for an empty slot, ``RuntimeError`` where there is no memory.
+    """
+    num_served = ctypes.c_int64()
+    start = ctypes.addressof(servers) + first * ctypes.sizeof(ctypes.c_void_p)
+    serve = library.functions.exchange_serve
+    result = serve(start, len(servers) - first, ctypes.byref(num_served))
+    return num_served.value, _checked(result)
+
+
+def _checked(result: int) -> int:
+    if result < UNEXPECTED:
+        check(result)
+    return result
 
 
 def sent_slots(library: Library, slots: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class ExpertShape:
         return ((2 * self.inner, self.in_width), (self.out_width, self.inner))
 
 
-class _Call(ctypes.Structure):
+class CallFields(ctypes.Structure):
     """``struct experts_call``."""
 
     _fields_: ClassVar[Sequence[tuple[str, type]]] = [
@@ -79,7 +79,7 @@ class SlotTable:
         self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)
         self._num_slots = num_slots
         pointers = [row.data_ptr() for row in self._addresses]
-        self.fields = _Call(
+        self.fields = CallFields(
             dtype=DTYPES.index(shape.dtype),
             is_gated=shape.inner > 0,
             in_width=shape.in_width,
@@ -121,6 +121,13 @@ class SlotTable:
         self._addresses[:, slot] = 0
         for packed in self._packed:
             packed[slot] = None
+
+
+class NativeSlots(NamedTuple):
+    """Expert slots, and who computes them."""
+
+    team: Team
+    table: SlotTable
 
 
 def expert_pairs(
@@ -170,11 +177,11 @@ def expert_rows(
     return out
 
 
-def _call(table: SlotTable, inputs: Tensor, slots: Tensor, out: Tensor) -> _Call:
+def _call(table: SlotTable, inputs: Tensor, slots: Tensor, out: Tensor) -> CallFields:
     shape = table.shape
     assert inputs.shape[1:] == (shape.in_width,), f"inputs of shape {tuple(inputs.shape)}"
     address, stride = _rows_address(slots, torch.int64)
-    call = _Call.from_buffer_copy(table.fields)
+    call = CallFields.from_buffer_copy(table.fields)
     call.inputs, call.num_inputs = _address(inputs, shape.dtype), inputs.shape[0]
     call.slots, call.slots_stride = address, stride
     call.num_rows, call.top_k = slots.shape
@@ -182,7 +189,7 @@ def _call(table: SlotTable, inputs: Tensor, slots: Tensor, out: Tensor) -> _Call
     return call
 
 
-def _compute(team: Team, call: _Call) -> None:
+def _compute(team: Team, call: CallFields) -> None:
     check(team.library.functions.experts_compute(team.pointer, ctypes.byref(call)))
 
 

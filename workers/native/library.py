@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CPU_INFO = Path("/proc/cpuinfo")
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+_INT64 = ctypes.c_int64
 _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "team_new": (_POINTER, (_INT, _INT)),
     "team_free": (None, (_POINTER,)),
@@ -43,6 +44,10 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
         _INT,
         (_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER),
     ),
+    "exchange_dispatch": (_INT, (_POINTER,)),
+    "exchange_gather": (_INT, (_POINTER,)),
+    "exchange_memory": (_INT64, (_POINTER,)),
+    "exchange_serve": (_INT, (_POINTER, _INT64, _POINTER)),
     "panels_pack": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT)),
     "panels_unpack": (None, (_POINTER, _POINTER, _LONG, _LONG, _INT)),
 }

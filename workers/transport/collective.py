@@ -203,6 +203,9 @@ class CollectiveTransport:
             self._wait(self._start(tag, False, items))
         return received
 
+    def direct(self, ranks: Sequence[int]) -> None:
+        """See ``DataTransport``."""
+
     def reject(self, rank: int, reason: str) -> NoReturn:
         self._connections.reject(self._names[rank], reason)
 

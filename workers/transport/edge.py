@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -55,14 +56,25 @@ class Edge:
         self._payload: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
         self._view = self._head
         self._have = 0
+        self._given_back = memoryview(b"")
+
+    @property
+    def is_clear(self) -> bool:
+        """No byte waits in this process, and the edge is read."""
+        is_read = self.interest == selectors.EVENT_READ
+        is_between = self._header is None and not self._have and not self._given_back
+        return is_read and is_between and not self.inbox and not self._out
 
     def send(self, buffers: Sequence[memoryview | bytes]) -> None:
         """Send what the kernel takes now and keep a copy of the rest. Raises ``OSError``."""
         if self._out:
             self.flush()
         sent = 0 if self._out else self._send_now(buffers)
-        if sent == sum(map(len, buffers)):
-            return
+        if sent < sum(map(len, buffers)):
+            self.keep(buffers, sent)
+
+    def keep(self, buffers: Sequence[memoryview | bytes], sent: int = 0) -> None:
+        """Send a copy of ``buffers`` later, but for the first ``sent`` bytes."""
         for buffer in buffers:
             if sent < len(buffer):
                 rest = memoryview(bytes(memoryview(buffer)[sent:]))
@@ -103,7 +115,7 @@ class Edge:
         while True:
             if self._have < len(self._view):
                 try:
-                    got = self.sock.recv_into(self._view[self._have :])
+                    got = self._receive(self._view[self._have :])
                 except BlockingIOError:
                     return None
                 if got == 0:
@@ -117,6 +129,23 @@ class Edge:
                 self._view, self._have = self._head, 0
                 return frame
             self._begin_payload(FrameHeader.decode(self._head, self._max_data_bytes))
+
+    def give_back(self, data: bytes) -> None:
+        """Let ``read`` begin with these bytes; the last ones were read to their end."""
+        assert not self._given_back
+        self._given_back = memoryview(data)
+
+    @property
+    def has_given_back(self) -> bool:
+        """``read`` has not yet read all of what was given back."""
+        return bool(self._given_back)
+
+    def _receive(self, view: memoryview) -> int:
+        count = min(len(self._given_back), len(view))
+        if not count:
+            return self.sock.recv_into(view)
+        view[:count], self._given_back = self._given_back[:count], self._given_back[count:]
+        return count
 
     def _begin_payload(self, header: FrameHeader) -> None:
         if header.kind not in self._kinds:

@@ -158,6 +158,12 @@ class EdgeTable:
             if edge.inbox_bytes > self.max_inbox_bytes:
                 self.watch(edge)
 
+    def give_back(self, edge: Edge, data: bytes) -> None:
+        """Read bytes of an edge that native code has received and cannot use."""
+        edge.give_back(data)
+        while edge.has_given_back and edge.interest:
+            self.read(edge)
+
     def take(self, edge: Edge, want: FrameHeader) -> Frame | None:
         """The next data frame if it has come; a wrong one closes the edge."""
         while edge.inbox:

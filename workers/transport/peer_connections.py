@@ -17,6 +17,7 @@ from typing import NoReturn
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member, Role, holds_experts, runs_attention
 from workers.transport.acceptor import Acceptor, Pending
+from workers.transport.direct import DirectEdges
 from workers.transport.edge import Edge
 from workers.transport.edge_table import EdgeTable
 from workers.transport.frames import Frame, FrameHeader, FrameKind
@@ -24,6 +25,7 @@ from workers.transport.handshake import PeerIdentity
 from workers.transport.path_watch import LOOK_S
 from workers.transport.socket_io import WakePipe
 
+_EpollSelector = getattr(selectors, "EpollSelector", type(None))  # Linux has one
 _OPEN_SLICE_S = 0.1
 _DRAIN_ROUNDS = 100
 _INBOX_FRAMES = 4
@@ -193,6 +195,13 @@ class PeerConnections:
             frame = self._table.take(edge, want) if edge.inbox else None
         return frame
 
+    def direct(self, names: Sequence[str]) -> DirectEdges | None:
+        """The edges to some peers, for native code; None where one is missing, or no epoll."""
+        edges = [self.edges[name] for name in names if name in self.edges]
+        if len(edges) < len(names) or not isinstance(self._selector, _EpollSelector):
+            return None
+        return DirectEdges(self._table, edges, self._selector.fileno(), self._check_all)
+
     def wait(
         self,
         ready: Callable[[], bool],
@@ -309,10 +318,18 @@ class PeerConnections:
                 key.data()
         if deadline is not None:
             self._acceptor.expire()
+        self._look()
+        return len(events)
+
+    def _look(self) -> None:
+        """Look at the paths if it is time."""
         if not self._table.is_settled and (now := time.monotonic()) >= self._look_at:
             self._look_at = now + LOOK_S
             self._table.look(now)
-        return len(events)
+
+    def _check_all(self) -> None:
+        self._look()
+        self.check()
 
     def _refusal(self, peer: PeerIdentity) -> str | None:
         """Listener: why this peer, which knows the token, cannot have an edge."""

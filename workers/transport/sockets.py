@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.topology import Generation
 from workers.requests.step_header import StepHeader
+from workers.transport.direct import DirectEdges
 from workers.transport.frames import EXACT, PER_SLOT, Frame, FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.transport import Expected, RowMessage, Tag
@@ -38,6 +39,8 @@ class SocketTransport:
         self._generation = 0
         self._step = 0
         self._names: dict[int, str] = {}
+        self._direct: DirectEdges | None = None
+        self._direct_names: list[str] = []
 
     def apply_generation(self, generation: Generation) -> None:
         """Learn the names of the other pool; the edges are open already."""
@@ -50,6 +53,18 @@ class SocketTransport:
         self._step = header.step
         self._connections.begin_step(header.step)
         self._flags = self._mode_flag | (EXACT if header.exact else 0)
+
+    def direct(self, ranks: Sequence[int]) -> DirectEdges | None:
+        """See ``DataTransport``."""
+        names = [self._names[rank] for rank in ranks]
+        direct = self._direct
+        if direct is None or self._direct_names != names or not direct.are_open:
+            direct = self._direct = self._connections.direct(names)
+            self._direct_names = names
+        if direct is not None:
+            step = direct.step
+            step.generation, step.number, step.flags = self._generation, self._step, self._flags
+        return direct
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``. A frame always carries its counts."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.core.topology import Generation
 from workers.requests.step_header import StepHeader
+from workers.transport.direct import DirectEdges
 
 Direction = Literal["rows", "outputs"]
 
@@ -85,6 +86,10 @@ class DataTransport(Protocol):
         self, tag: Tag, expected: Sequence[Expected], *, sized: bool
     ) -> list[tuple[Tensor, ...]]:
         """Wait for one message from each of the ranks; the parts are on the transport's device."""
+
+    def direct(self, ranks: Sequence[int]) -> DirectEdges | None:
+        """The edges to some ranks, for native code in the step that has begun; None: there are
+        none."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         """Close the edge to a rank that sent invalid data. Raises ``PeerLostError``."""

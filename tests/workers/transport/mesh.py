@@ -76,6 +76,9 @@ class FakeBank:
         self._spec = spec
         self._experts = torch.tensor(experts)
 
+    def native(self, exchange: int) -> None:
+        """See ``SlotBank``."""
+
     def compute(
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
     ) -> Tensor:

@@ -7,8 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "experts.h"
 #include "product.h"
-#include "team.h"
 
 enum { CHUNK_ROWS = 8 * MAX_TILE_ROWS };  // of one slot that are computed together
 enum { GROUP = 4 };               // panels of a thread's piece of work
@@ -17,24 +17,6 @@ enum { MAX_PAIRS = 8192 };        // computed at once: bounds the scratch memory
 enum { ALONE_ELEMENTS = 1 << 16 };  // weights that one thread reads sooner than others wake up
 enum { HALF = PANEL / 2 };        // outputs of the gate in a panel; as many of up follow
 enum { ALIGNMENT = 64 };
-
-enum inputs { BY_ROW = 0, BY_PLACE = 1, BY_PAIR = 2 };
-
-// Mirrored by `_Call` in experts.py. A place is an element of `slots`, a pair a place that has a
-// slot; pairs are counted in the order of places.
-struct experts_call {
-    int64_t dtype, is_gated, in_width, inner_width, out_width, num_slots;
-    const void *const *first, *const *second;  // [num_slots] packed; NULL: empty, or not gated
-    const void *inputs;                        // [num_inputs, in_width]
-    int64_t num_inputs, inputs_by;             // enum inputs
-    const int64_t *input_of;                   // [places]: input of each; NULL: as inputs_by says
-    const int64_t *slots;                      // [num_rows, top_k], rows slots_stride apart
-    int64_t num_rows, top_k, slots_stride;
-    const float *weights;  // [num_rows, top_k], rows weights_stride apart; NULL: no sums
-    int64_t weights_stride;
-    int64_t rounds_products, sums_dtype;  // weight and product are rounded to `dtype`
-    void *out;  // sums [num_rows, out_width], or [pairs, out_width] of `dtype`
-};
 
 struct chunk {
     int32_t slot, first, count;  // sorted pairs from `first` on
@@ -352,7 +334,6 @@ static enum result compute(struct team *team, const struct experts_call *call) {
     return OK;
 }
 
-// Compute a call; returns enum result. After an error `out` is not complete.
 int experts_compute(struct team *team, const struct experts_call *call) {
     if (!team_claim(team)) return BUSY;
     enum result result = compute(team, call);

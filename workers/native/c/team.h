@@ -24,7 +24,15 @@ void *team_scratch(struct team *team, size_t num_bytes);
 int team_size(const struct team *team);
 
 // What functions that compute with a team return.
-enum result { OK = 0, BUSY = 1, NO_MEMORY = 2, NO_EXPERT = 3, NO_INPUT = 4 };
+enum result {
+    OK = 0,
+    BUSY = 1,
+    NO_MEMORY = 2,
+    NO_EXPERT = 3,
+    NO_INPUT = 4,
+    UNEXPECTED = 5,  // in an exchange: what came, or nothing in time; Python goes on
+    UNSENT = 6,      // in an exchange: a peer's buffers are full, or it is lost; Python goes on
+};
 
 // Claim the team: 0 if another thread uses it.
 int team_claim(struct team *team);

@@ -1,0 +1,163 @@
+"""The attention side of an exchange in two native calls, as long as all goes as expected.
+
+``RemoteDispatcher`` is the reference, and goes on where native code stops. Native are steps in
+which every expert rank gets every row, over sockets, for models in a type that the kernels have.
+"""
+
+from __future__ import annotations
+
+from ctypes import addressof
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.model.config import BankSpec
+from workers.model.layers import Dispatch
+from workers.native.exchange import (
+    UNEXPECTED,
+    UNSENT,
+    ExchangeFields,
+    HomeFields,
+    dispatch_rows,
+    gather_outputs,
+)
+from workers.native.panels import DTYPES
+from workers.native.team import Team
+from workers.transport.direct import DirectEdges
+
+
+@dataclass(frozen=True, slots=True)
+class NativeRows:
+    """Rows that native code has sent to all ranks."""
+
+    fields: HomeFields
+    slots: Tensor
+    """[ranks, T, k] int32 on each rank, -1: not there; overwritten by the next dispatch of the
+    micro-batch."""
+    weights: Tensor
+    """[T, k]; ``fields`` points to it."""
+    shape: tuple[int, ...]
+    """Of the outputs."""
+
+
+def exchange_fields(
+    direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int, dtype: torch.dtype
+) -> ExchangeFields:
+    """What both sides tell C of an exchange; ``direct`` must outlive it. Without ``by_pair``."""
+    spec = bank.exchanges[exchange]
+    num_inputs = bank.top_k if spec.per_slot_input else 1
+    fields = ExchangeFields(
+        waiting=addressof(direct.waiting),
+        frames=direct.frames,
+        num_peers=len(direct.edges),
+        dtype=DTYPES.index(dtype),
+        top_k=bank.top_k,
+        num_inputs=num_inputs,
+        in_bytes=num_inputs * spec.in_width * dtype.itemsize,
+        out_width=spec.out_width,
+    )
+    place = fields.place
+    place.step = addressof(direct.step)
+    place.bank, place.exchange, place.micro_batch = bank.index, exchange, micro_batch
+    return fields
+
+
+class Memory:
+    """Bytes that grow when more are needed. What was in them is lost then."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, num_bytes: int) -> int:
+        """The address of at least so many bytes, valid until more are asked for."""
+        if num_bytes > len(self._bytes):
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._bytes.data_ptr()
+
+
+class NativeHome:
+    """Dispatches and gathers the rows of one attention rank. Data thread only."""
+
+    def __init__(self, team: Team, dtype: torch.dtype) -> None:
+        self._team = team
+        self._dtype = dtype
+        self._direct: DirectEdges | None = None
+        self._fields: dict[tuple[int, int, int], HomeFields] = {}
+        self._sent: dict[int, Tensor] = {}
+        self._received = Memory()
+
+    def begin_step(self, direct: DirectEdges | None) -> None:
+        """Use these edges in the step that begins; None: native code has no part in it."""
+        if direct is not self._direct:
+            self._fields.clear()
+        self._direct = direct
+
+    def dispatch(
+        self, bank: BankSpec, sent: Dispatch, slots: Tensor, micro_batch: int, by_pair: bool
+    ) -> NativeRows | None:
+        """Send the rows of a micro-batch, all that were granted; None: they were not sent.
+
+        slots [ranks, experts] int32, -1: not there. Raises as ``DataTransport.post``.
+        """
+        direct, ids, weights, inputs = self._direct, sent.topk_ids, sent.topk_weights, sent.rows
+        if direct is None or not direct.are_clear():
+            return None
+        assert all(t.is_contiguous() for t in (ids, weights, inputs, slots))
+        assert ids.dtype == torch.int64
+        assert inputs.dtype == self._dtype
+        num_rows, top_k = ids.shape
+        home = self._home(bank, sent.exchange, micro_batch, by_pair)
+        names = self._names(len(slots), num_rows, top_k if by_pair else 2 * top_k, micro_batch)
+        home.num_experts = slots.shape[1]
+        home.slots, home.ids, home.weights = slots.data_ptr(), ids.data_ptr(), weights.data_ptr()
+        home.num_rows, home.weights_dtype = num_rows, DTYPES.index(weights.dtype)
+        home.inputs, home.sent = inputs.data_ptr(), names.data_ptr()
+        if dispatch_rows(self._team.library, home) == UNSENT:
+            direct.keep_unsent()
+        else:
+            direct.sent()
+        width = bank.exchanges[sent.exchange].out_width
+        shape = (num_rows, width) if home.is_weighted else (num_rows, top_k, width)
+        return NativeRows(home, names[:, :, :top_k], weights, shape)
+
+    def gather(self, rows: NativeRows) -> Tensor | None:
+        """The outputs of dispatched rows; None: they are still to be received.
+
+        Raises as ``DataTransport.receive``.
+        """
+        direct, home = self._direct, rows.fields
+        if direct is None or not direct.are_clear():
+            return None
+        num_ranks, num_rows, top_k = rows.slots.shape
+        width = rows.shape[-1]
+        by_pair = home.exchange.by_pair
+        row_bytes = top_k * self._dtype.itemsize if by_pair else num_ranks * 4
+        home.received = self._received.of(num_rows * width * row_bytes)
+        out = torch.empty(rows.shape, dtype=self._dtype)
+        home.out = out.data_ptr()
+        if gather_outputs(self._team.library, home) == UNEXPECTED:
+            direct.give_back()
+            return None
+        return out
+
+    def _home(self, bank: BankSpec, exchange: int, micro_batch: int, by_pair: bool) -> HomeFields:
+        key = bank.index, exchange, micro_batch
+        home = self._fields.get(key)
+        if home is None:
+            assert self._direct is not None
+            home = self._fields[key] = HomeFields(
+                exchange=exchange_fields(self._direct, bank, exchange, micro_batch, self._dtype),
+                is_weighted=bank.exchanges[exchange].weighted,
+                rounds_products=not bank.float32_weights,
+            )
+        home.exchange.by_pair = by_pair
+        return home
+
+    def _names(self, num_ranks: int, num_rows: int, width: int, micro_batch: int) -> Tensor:
+        """Memory for what the rows of a micro-batch name, [ranks, T, width] int32."""
+        names = self._sent.get(micro_batch)
+        if names is None or names.shape != (num_ranks, num_rows, width):
+            names = torch.empty(num_ranks, num_rows, width, dtype=torch.int32)
+            self._sent[micro_batch] = names
+        return names

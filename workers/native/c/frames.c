@@ -1,0 +1,127 @@
+#define _GNU_SOURCE
+#include "frames.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+enum { MAX_EVENTS = 16 };
+
+// Numbers travel with the highest byte first.
+static uint8_t *put(uint8_t *to, uint64_t number, int num_bytes) {
+    for (int i = num_bytes - 1; i >= 0; i--) *to++ = (uint8_t)(number >> 8 * i);
+    return to;
+}
+
+static void write_header(uint8_t *to, const struct frame *frame, enum frame_kind kind,
+                         const struct place *place) {
+    memcpy(to, "EMdp\1", 5);
+    to = put(to + 5, (uint64_t)kind, 1);
+    to = put(to, (uint64_t)place->step->generation, 4);
+    to = put(to, (uint64_t)place->step->number, 8);
+    to = put(to, (uint64_t)place->step->flags, 1);
+    to = put(to, (uint64_t)place->bank, 2);
+    to = put(to, (uint64_t)place->exchange, 1);
+    to = put(to, (uint64_t)place->micro_batch, 1);
+    for (int i = 0; i < FRAME_PARTS; i++) to = put(to, (uint64_t)frame->counts[i], 4);
+    to = put(to, (uint64_t)(frame->bytes[0] + frame->bytes[1]), 4);
+    put(to, 0, 1);
+}
+
+static int is_there(const struct frame *frame) { return frame->counts[0] || frame->counts[1]; }
+
+static int64_t size_of(const struct frame *frame) {
+    return HEADER_BYTES + frame->bytes[0] + frame->bytes[1];
+}
+
+// The memory of a frame from `done` on; returns the number of pieces.
+static int pieces_of(struct frame *frame, struct iovec *pieces) {
+    char *bases[] = {(char *)frame->header, frame->parts[0], frame->parts[1]};
+    int64_t sizes[] = {HEADER_BYTES, frame->bytes[0], frame->bytes[1]};
+    int64_t skipped = frame->done;
+    int count = 0;
+    for (int i = 0; i <= FRAME_PARTS; i++) {
+        int64_t from = skipped < sizes[i] ? skipped : sizes[i];
+        skipped -= from;
+        if (from == sizes[i]) continue;
+        pieces[count++] = (struct iovec){bases[i] + from, (size_t)(sizes[i] - from)};
+    }
+    return count;
+}
+
+int frames_send(struct frame *frames, int64_t count, enum frame_kind kind,
+                const struct place *place) {
+    int is_whole = 1;
+    for (struct frame *frame = frames; frame < frames + count; frame++) {
+        frame->done = frame->error = 0;
+        if (!is_there(frame)) continue;
+        write_header(frame->header, frame, kind, place);
+        struct iovec pieces[1 + FRAME_PARTS];
+        struct msghdr message = {.msg_iov = pieces};
+        message.msg_iovlen = (size_t)pieces_of(frame, pieces);
+        ssize_t sent = sendmsg((int)frame->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (sent >= 0) frame->done = sent;
+        else if (errno != EAGAIN && errno != EINTR) frame->error = errno;
+        is_whole &= frame->done == size_of(frame);
+    }
+    return is_whole;
+}
+
+enum arrival { NOTHING, SOMETHING, WHOLE, UNEXPECTED };
+
+static enum arrival receive_some(struct frame *frame, enum frame_kind kind,
+                                 const struct place *place) {
+    int64_t before = frame->done;
+    struct iovec pieces[1 + FRAME_PARTS];
+    struct msghdr message = {.msg_iov = pieces};
+    message.msg_iovlen = (size_t)pieces_of(frame, pieces);
+    ssize_t got = recvmsg((int)frame->socket, &message, MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return NOTHING;
+    if (got <= 0) {
+        frame->error = got ? errno : END_OF_STREAM;
+        return UNEXPECTED;
+    }
+    frame->done += got;
+    if (before < HEADER_BYTES && frame->done >= HEADER_BYTES) {
+        uint8_t expected[HEADER_BYTES];
+        write_header(expected, frame, kind, place);
+        if (memcmp(frame->header, expected, HEADER_BYTES)) return UNEXPECTED;
+    }
+    return frame->done == size_of(frame) ? WHOLE : SOMETHING;
+}
+
+// Sleep until there is something to read; 0 unless it is from one of the frames' peers.
+static int wait_for(const struct frame *frames, int64_t count, const struct waiting *waiting) {
+    struct epoll_event events[MAX_EVENTS];
+    int ready = epoll_wait((int)waiting->epoll, events, MAX_EVENTS, (int)waiting->limit_ms);
+    for (int i = 0; i < ready; i++) {
+        int is_expected = 0;
+        for (const struct frame *frame = frames; frame < frames + count; frame++)
+            is_expected |= is_there(frame) && frame->done < size_of(frame) &&
+                           frame->socket == events[i].data.fd;
+        if (!is_expected || events[i].events != EPOLLIN) return 0;
+    }
+    return ready > 0;
+}
+
+int frames_receive(struct frame *frames, int64_t count, enum frame_kind kind,
+                   const struct place *place, const struct waiting *waiting) {
+    for (int64_t i = 0; i < count; i++) frames[i].done = frames[i].error = 0;
+    for (int64_t num_tries = 0;; num_tries++) {
+        int is_whole = 1, has_more = 0;
+        for (struct frame *frame = frames; frame < frames + count; frame++) {
+            if (!is_there(frame) || frame->done == size_of(frame)) continue;
+            enum arrival arrival = receive_some(frame, kind, place);
+            if (arrival == UNEXPECTED) return 0;
+            is_whole &= arrival == WHOLE;
+            has_more |= arrival == SOMETHING;
+        }
+        if (is_whole) return 1;
+        if (has_more) continue;
+        if (num_tries < waiting->num_tries) sched_yield();
+        else if (!wait_for(frames, count, waiting)) return 0;
+    }
+}
