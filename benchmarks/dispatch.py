@@ -2,8 +2,8 @@
 
 Every rank is a process of one thread on this host. The experts compute little: ``wire`` is the
 transport alone (rows there, as many rows back), ``dispatch`` and ``combine`` are the whole exchange
-with deduplication and the weighted float32 sums. ``--save`` writes a document for ``expertmesh
-bench compare``.
+with deduplication and the weighted float32 sums, ``experts`` the experts' part of it. ``--save``
+writes a document for ``expertmesh bench compare``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note, table
 from tests.distributed import run_ranks
 from workers.dispatch.dispatcher import BatchRows
+from workers.metrics.step_timer import StepTimer
 from workers.model.layers import Dispatch
+from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
 
 LEFT_OUT = 5
@@ -75,8 +77,27 @@ class Sizes:
     us: list[dict[str, list[float]]]
     """Of an attention rank: microseconds of ``wire``, ``dispatch`` and ``combine``, by step; the
     mean of its layers."""
+    experts_us: list[list[float]]
+    """Of an expert rank: microseconds that its experts took, by exchange."""
     num_bytes: list[dict[str, float]]
     """Of an expert rank: bytes an exchange, of ``dispatch`` and of ``combine``."""
+
+
+class ExpertLaps:
+    """A ``TimingSink`` of what the experts take."""
+
+    def __init__(self) -> None:
+        self.us: list[float] = []
+
+    def begin_step(self, header: StepHeader) -> bool:
+        return True
+
+    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
+        if name == "experts":
+            self.us.append((end_ns - start_ns) / 1e3)
+
+    def flush(self) -> None:
+        """There is nothing to write."""
 
 
 def measure(plan: Plan, deadline_s: float = LIMIT_S) -> dict[str, dict[str, Any]]:
@@ -96,6 +117,7 @@ def of_size(size: int, attention: Sequence[Sizes], experts: Sequence[Sizes]) -> 
         for name in ("wire", "dispatch", "combine")
     }
     times["exchange"] = [a + b for a, b in zip(times["dispatch"], times["combine"], strict=True)]
+    times["experts"] = [us for rank in experts for us in rank.experts_us[size]]
     return {
         **{f"{name}_us": _summary(values) for name, values in times.items()},
         **{
@@ -159,26 +181,29 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
             us["dispatch"].append(1e6 * dispatch_s / shape.layers)
             us["combine"].append(1e6 * combine_s / shape.layers)
         found.append({name: values[plan.left_out :] for name, values in us.items()})
-    return Sizes(found, [])
+    return Sizes(found, [], [])
 
 
 def _serve(connected: Connected, device: int, plan: Plan) -> Sizes:
     """The expert side, until the attention ranks close."""
     shape = plan.shape
     server = idle_server(connected, device, shape)
-    found = []
+    found, experts_us = [], []
     for size, num_rows in enumerate(plan.tokens):
         echo = _echo(connected.transport, shape, num_rows)
         for step in plan.steps(2 * size):
             echo(step)
         before = dict(server.num_bytes)
+        laps = ExpertLaps()
+        server.timer = StepTimer(laps)
         steps = plan.steps(2 * size + 1)
         for step in steps:
             server.run_step(shape.header(step, num_rows, plan.is_prefill))
+        experts_us.append(laps.us)
         served = len(steps) * shape.layers
         found.append({k: (n - before[k]) / served for k, n in server.num_bytes.items()})
     wait_for_the_end(connected.transport, shape, plan.steps(2 * len(plan.tokens)).start)
-    return Sizes([], found)
+    return Sizes([], experts_us, found)
 
 
 def _echo(transport: DataTransport, shape: Shape, num_rows: int) -> Callable[[int], None]:
@@ -304,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _text(found: Mapping[str, Any]) -> str:
     times = {"wire": "WIRE US", "dispatch": "DISPATCH US", "combine": "COMBINE US"}
-    times |= {"exchange": "BOTH US"}
+    times |= {"exchange": "BOTH US", "experts": "EXPERTS US"}
     rows = [
         (
             tokens,

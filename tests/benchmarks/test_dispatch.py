@@ -40,15 +40,16 @@ def test_steps_have_numbers_of_their_own() -> None:
 
 def test_ranks_are_put_together() -> None:
     attention = [
-        Sizes([{"wire": [5.0, 6.0], "dispatch": [1.0, 2.0], "combine": [10.0, 20.0]}], []),
-        Sizes([{"wire": [7.0, 8.0], "dispatch": [3.0, 4.0], "combine": [30.0, 40.0]}], []),
+        Sizes([{"wire": [5.0, 6.0], "dispatch": [1.0, 2.0], "combine": [10.0, 20.0]}], [], []),
+        Sizes([{"wire": [7.0, 8.0], "dispatch": [3.0, 4.0], "combine": [30.0, 40.0]}], [], []),
     ]
-    experts = [Sizes([], [{"dispatch": 100.0, "combine": 7.0}])] * 2
+    experts = [Sizes([], [[2.0, 3.0]], [{"dispatch": 100.0, "combine": 7.0}])] * 2
     assert dispatch.of_size(0, attention, experts) == {
         "wire_us": {"mean": 6.5, "median": 6.5, "p10": 5.0, "p99": 8.0},
         "dispatch_us": {"mean": 2.5, "median": 2.5, "p10": 1.0, "p99": 4.0},
         "combine_us": {"mean": 25.0, "median": 25.0, "p10": 10.0, "p99": 40.0},
         "exchange_us": {"mean": 27.5, "median": 27.5, "p10": 11.0, "p99": 44.0},
+        "experts_us": {"mean": 2.5, "median": 2.5, "p10": 2.0, "p99": 3.0},
         "dispatch_bytes": 200.0,
         "combine_bytes": 14.0,
     }

@@ -152,6 +152,9 @@ class ToyBank:
         self._on_write = on_write
         self.resize(num_slots)
 
+    def native(self, exchange: int) -> None:
+        """See ``SlotBank``."""
+
     def resize(self, num_slots: int) -> None:
         for slot in range(num_slots, self.num_slots):
             self._on_write(self.spec.index, slot)

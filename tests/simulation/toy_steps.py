@@ -236,8 +236,8 @@ class ToyExpertServer(ExpertServer):
         super().__init__(*args, **more)
         self._known: dict[int, tuple[torch.Tensor, frozenset[int]]] = {}
 
-    def _serve(self, bank: Any, exchange: Any, micro_batch: int, granted: Any) -> None:
-        ranks = list(granted)
+    def _serve(self, bank: Any, index: int, micro_batch: int) -> None:
+        ranks = list(self._granted[micro_batch])
         with self._activity:
             received = self._transport.receive_bytes(Tag(bank.index, 0, 0, "rows"), ranks)
         work(0.005)

@@ -32,13 +32,18 @@ class NativeRows:
     """Rows that native code has sent to all ranks."""
 
     fields: HomeFields
-    slots: Tensor
-    """[ranks, T, k] int32 on each rank, -1: not there; overwritten by the next dispatch of the
-    micro-batch."""
+    names: Tensor
+    """[ranks, T, k or 2k] int32: slots on each rank, -1: not there, with weights behind them;
+    overwritten by the next dispatch of the micro-batch."""
     weights: Tensor
     """[T, k]; ``fields`` points to it."""
     shape: tuple[int, ...]
     """Of the outputs."""
+
+    @property
+    def slots(self) -> Tensor:
+        """[ranks, T, k]."""
+        return self.names[:, :, : self.weights.shape[1]]
 
 
 def exchange_fields(
@@ -68,12 +73,15 @@ class Memory:
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._num_bytes = self._address = 0
 
     def of(self, num_bytes: int) -> int:
         """The address of at least so many bytes, valid until more are asked for."""
-        if num_bytes > len(self._bytes):
+        if num_bytes > self._num_bytes:
+            self._num_bytes = num_bytes
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._bytes.data_ptr()
+            self._address = self._bytes.data_ptr()
+        return self._address
 
 
 class NativeHome:
@@ -103,13 +111,15 @@ class NativeHome:
         direct, ids, weights, inputs = self._direct, sent.topk_ids, sent.topk_weights, sent.rows
         if direct is None or not direct.are_clear():
             return None
-        assert all(t.is_contiguous() for t in (ids, weights, inputs, slots))
+        assert ids.is_contiguous()
+        assert weights.is_contiguous()
+        assert inputs.is_contiguous()
         assert ids.dtype == torch.int64
         assert inputs.dtype == self._dtype
         num_rows, top_k = ids.shape
         home = self._home(bank, sent.exchange, micro_batch, by_pair)
-        names = self._names(len(slots), num_rows, top_k if by_pair else 2 * top_k, micro_batch)
-        home.num_experts = slots.shape[1]
+        num_ranks, home.num_experts = slots.shape
+        names = self._names(num_ranks, num_rows, top_k if by_pair else 2 * top_k, micro_batch)
         home.slots, home.ids, home.weights = slots.data_ptr(), ids.data_ptr(), weights.data_ptr()
         home.num_rows, home.weights_dtype = num_rows, DTYPES.index(weights.dtype)
         home.inputs, home.sent = inputs.data_ptr(), names.data_ptr()
@@ -119,7 +129,7 @@ class NativeHome:
             direct.sent()
         width = bank.exchanges[sent.exchange].out_width
         shape = (num_rows, width) if home.is_weighted else (num_rows, top_k, width)
-        return NativeRows(home, names[:, :, :top_k], weights, shape)
+        return NativeRows(home, names, weights, shape)
 
     def gather(self, rows: NativeRows) -> Tensor | None:
         """The outputs of dispatched rows; None: they are still to be received.
@@ -129,11 +139,9 @@ class NativeHome:
         direct, home = self._direct, rows.fields
         if direct is None or not direct.are_clear():
             return None
-        num_ranks, num_rows, top_k = rows.slots.shape
-        width = rows.shape[-1]
-        by_pair = home.exchange.by_pair
-        row_bytes = top_k * self._dtype.itemsize if by_pair else num_ranks * 4
-        home.received = self._received.of(num_rows * width * row_bytes)
+        num_ranks, (num_rows, top_k) = rows.names.shape[0], rows.weights.shape
+        row_bytes = top_k * self._dtype.itemsize if home.exchange.by_pair else num_ranks * 4
+        home.received = self._received.of(num_rows * rows.shape[-1] * row_bytes)
         out = torch.empty(rows.shape, dtype=self._dtype)
         home.out = out.data_ptr()
         if gather_outputs(self._team.library, home) == UNEXPECTED:

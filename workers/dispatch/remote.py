@@ -134,7 +134,7 @@ class RemoteDispatcher(TimedDispatcher):
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         assert self._header is not None, "begin_step comes first"
         granted = self._header.rows(self._rank, micro_batch)
-        num_rows = len(sent.topk_ids)
+        num_rows = sent.topk_ids.shape[0]
         assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
         by_rank: tuple[Sent, ...] = ()
         copies: Tensor | None = None
@@ -163,7 +163,7 @@ class RemoteDispatcher(TimedDispatcher):
         self, bank: BankSpec, sent: Dispatch, micro_batch: int
     ) -> NativeRows | None:
         """Send rows by native code; None where that cannot be, and nothing was sent."""
-        if self._native is None or not len(sent.topk_ids):
+        if self._native is None or not sent.topk_ids.shape[0]:
             return None
         by_pair = bank.exchanges[sent.exchange].returns_pairs(self._combine_mode)
         slots = self._tables[sent.bank].decode_slots

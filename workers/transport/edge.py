@@ -15,6 +15,7 @@ from cluster.core.errors import ProtocolError
 from workers.transport.frames import HEADER_BYTES, Frame, FrameHeader, FrameKind
 from workers.transport.handshake import PeerIdentity
 
+_READ = selectors.EVENT_READ
 _MAX_BUFFERS = 64
 """Buffers of one system call."""
 
@@ -61,9 +62,8 @@ class Edge:
     @property
     def is_clear(self) -> bool:
         """No byte waits in this process, and the edge is read."""
-        is_read = self.interest == selectors.EVENT_READ
-        is_between = self._header is None and not self._have and not self._given_back
-        return is_read and is_between and not self.inbox and not self._out
+        is_waiting = self.inbox or self._out or self._have or self._given_back
+        return self.interest == _READ and self._header is None and not is_waiting
 
     def send(self, buffers: Sequence[memoryview | bytes]) -> None:
         """Send what the kernel takes now and keep a copy of the rest. Raises ``OSError``."""
