@@ -6,18 +6,17 @@ which every expert rank gets every row, over sockets, for models in a type that 
 
 from __future__ import annotations
 
-from ctypes import addressof
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from workers.dispatch.native_parts import Memory, exchange_fields
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.native.exchange import (
     UNEXPECTED,
     UNSENT,
-    ExchangeFields,
     HomeFields,
     dispatch_rows,
     gather_outputs,
@@ -46,44 +45,6 @@ class NativeRows:
         return self.names[:, :, : self.weights.shape[1]]
 
 
-def exchange_fields(
-    direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int, dtype: torch.dtype
-) -> ExchangeFields:
-    """What both sides tell C of an exchange; ``direct`` must outlive it. Without ``by_pair``."""
-    spec = bank.exchanges[exchange]
-    num_inputs = bank.top_k if spec.per_slot_input else 1
-    fields = ExchangeFields(
-        waiting=addressof(direct.waiting),
-        frames=direct.frames,
-        num_peers=len(direct.edges),
-        dtype=DTYPES.index(dtype),
-        top_k=bank.top_k,
-        num_inputs=num_inputs,
-        in_bytes=num_inputs * spec.in_width * dtype.itemsize,
-        out_width=spec.out_width,
-    )
-    place = fields.place
-    place.step = addressof(direct.step)
-    place.bank, place.exchange, place.micro_batch = bank.index, exchange, micro_batch
-    return fields
-
-
-class Memory:
-    """Bytes that grow when more are needed. What was in them is lost then."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._num_bytes = self._address = 0
-
-    def of(self, num_bytes: int) -> int:
-        """The address of at least so many bytes, valid until more are asked for."""
-        if num_bytes > self._num_bytes:
-            self._num_bytes = num_bytes
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-            self._address = self._bytes.data_ptr()
-        return self._address
-
-
 class NativeHome:
     """Dispatches and gathers the rows of one attention rank. Data thread only."""
 
@@ -108,12 +69,11 @@ class NativeHome:
 
         slots [ranks, experts] int32, -1: not there. Raises as ``DataTransport.post``.
         """
-        direct, ids, weights, inputs = self._direct, sent.topk_ids, sent.topk_weights, sent.rows
+        direct = self._direct
         if direct is None or not direct.are_clear():
             return None
-        assert ids.is_contiguous()
-        assert weights.is_contiguous()
-        assert inputs.is_contiguous()
+        ids, weights = sent.topk_ids.contiguous(), sent.topk_weights.contiguous()
+        inputs = sent.rows.contiguous()
         assert ids.dtype == torch.int64
         assert inputs.dtype == self._dtype
         num_rows, top_k = ids.shape

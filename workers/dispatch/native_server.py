@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.dispatch.native_home import Memory, exchange_fields
+from workers.dispatch.native_parts import Memory, exchange_fields
 from workers.model.config import BankSpec
 from workers.native.exchange import UNEXPECTED, UNSENT, ServerFields, memory_bytes, serve_exchanges
 from workers.native.experts import NativeSlots
