@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -14,9 +15,9 @@ from torch.nn import functional
 
 from workers.model.attention import attend
 from workers.model.compute_threads import ComputeThreads
-from workers.model.config import ModelConfig
+from workers.model.config import Activation, ModelConfig
 from workers.model.half import AttentionHalf, Half
-from workers.model.layers import Attend, Embedding, Linear, Norm, rms_norm
+from workers.model.layers import Attend, Embedding, GatedMlp, Linear, Mlp, Norm, rms_norm
 from workers.model.rope import Rope, RopeConfig
 
 
@@ -36,6 +37,13 @@ class BuildingBlocks:
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
         """The embedding and the head that share a weight [V, H]."""
         return partial(functional.embedding, weight=weight), self.linear(weight, may_pack=False)
+
+    def mlp(
+        self, gate_up: Callable[[], Tensor], down: Callable[[], Tensor], activation: Activation
+    ) -> Mlp:
+        """An MLP of weights [2 * inner, H], the gate's rows first, and [H, inner], which are read
+        one after the other."""
+        return GatedMlp(self.linear(gate_up()), self.linear(down()), activation)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         """The norm behind the layers, with a weight [H]."""

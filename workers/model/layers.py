@@ -139,6 +139,10 @@ def gated_activation(activation: Activation) -> GatedActivation:
     return apply
 
 
+Mlp = Callable[[Tensor], Tensor]
+"""[rows, H] -> [rows, H]."""
+
+
 class GatedMlp:
     """A dense MLP: down(activation(gate x) * up x)."""
 

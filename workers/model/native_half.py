@@ -7,6 +7,7 @@ A row's bits depend neither on other rows nor on the number of threads, so these
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.model.building_blocks import BuildingBlocks
+from workers.model.config import Activation
 from workers.model.half import (
     AttentionHalf,
     DenseProjections,
@@ -23,9 +25,10 @@ from workers.model.half import (
     RoutedProjections,
     routed_steps,
 )
-from workers.model.layers import Embedding, LayerContext, Linear, Norm
+from workers.model.layers import Embedding, LayerContext, Linear, Mlp, Norm
 from workers.model.rope import Rope, RopeConfig
 from workers.model.routing import Router, Routes, Routing
+from workers.native.experts import ExpertShape, SlotTable, expert_pairs
 from workers.native.half import (
     ATTEND,
     ENTER,
@@ -43,7 +46,7 @@ from workers.native.half import (
 )
 from workers.native.matrix import Matrix, MatrixFields
 from workers.native.norm import norm_rows
-from workers.native.panels import DTYPES
+from workers.native.panels import DTYPES, pack
 from workers.native.team import Team
 
 
@@ -60,6 +63,30 @@ class NativeLinear(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.matrix.multiply(x)
+
+
+class NativeMlp:
+    """``GatedMlp`` with silu, as the kernels' only expert; rounded as routed experts are."""
+
+    __slots__ = ("_team", "table")
+
+    def __init__(
+        self, team: Team, gate_up: Callable[[], Tensor], down: Callable[[], Tensor]
+    ) -> None:
+        """Reads and packs one weight after the other; see ``BuildingBlocks.mlp``."""
+        self._team = team
+        weight = gate_up()
+        shape = ExpertShape(weight.shape[1], len(weight) // 2, weight.shape[1], weight.dtype)
+        self.table = SlotTable(shape, 1)
+        """Its packed weights."""
+        self.table.put(0, 0, pack(team.library, weight, is_gated=True, team=team))
+        del weight
+        self.table.put(0, 1, pack(team.library, down(), team=team))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, H] -> [rows, H]."""
+        slots = torch.zeros(len(x), dtype=torch.int64)
+        return expert_pairs(self._team, self.table, x, torch.arange(len(x)), slots)
 
 
 class NativeBlocks(BuildingBlocks):
@@ -79,6 +106,13 @@ class NativeBlocks(BuildingBlocks):
         """Both read the packed weight."""
         linear = NativeLinear(self._team, weight, None)
         return linear.matrix.rows, linear
+
+    def mlp(
+        self, gate_up: Callable[[], Tensor], down: Callable[[], Tensor], activation: Activation
+    ) -> Mlp:
+        if activation != "silu":
+            return super().mlp(gate_up, down, activation)
+        return NativeMlp(self._team, gate_up, down)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         return partial(norm_rows, self._team, weight=weight, eps=eps)

@@ -21,7 +21,7 @@ from workers.model.config import (
     TensorPart,
 )
 from workers.model.families.parts import gated_expert, part
-from workers.model.layers import Attend, AttentionModel, Embedding, GatedMlp, Layer, Linear
+from workers.model.layers import Attend, AttentionModel, Embedding, Layer, Linear, Mlp
 
 
 class WeightReader(Protocol):
@@ -68,8 +68,10 @@ class Loader:
         """A product in float32, without a bias; the matrix is rounded to the model dtype before."""
         return self.blocks.linear(self.tensor(name).float(), None)
 
-    def mlp(self, gate: str, up: str, down: str, activation: Activation) -> GatedMlp:
-        return GatedMlp(self.linear(gate, up), self.linear(down), activation)
+    def mlp(self, gate: str, up: str, down: str, activation: Activation) -> Mlp:
+        """A gated MLP without biases."""
+        weights = partial(self.weight, gate, up), partial(self.weight, down)
+        return self.blocks.mlp(*weights, activation)
 
 
 class Family(ABC):

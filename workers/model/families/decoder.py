@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from workers.model.half import Half
-from workers.model.layers import Dispatch, GatedMlp, LayerContext, LayerSteps
+from workers.model.layers import Dispatch, LayerContext, LayerSteps, Mlp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +15,7 @@ class DecoderLayer:
     """h + attention(norm1(h)), then + experts(norm2(.)) and + mlp(norm2(.)), or one of the two."""
 
     half: Half
-    mlp: GatedMlp | None = None
+    mlp: Mlp | None = None
     """The MLP of a layer without routed experts, or the shared experts of one with them."""
     bias: Tensor | None = None
     """[H]: added to the weighted sum of the routed experts, once a row."""

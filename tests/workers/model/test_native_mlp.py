@@ -1,0 +1,64 @@
+"""Native MLPs: near torch's, and to the bit the same in any batch and team."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.workers.native.builds import NAMES, team
+from workers.model.building_blocks import BuildingBlocks
+from workers.model.layers import GatedMlp, Mlp
+from workers.model.native_half import NativeBlocks, NativeMlp
+
+WIDTHS = [(48, 40), (33, 17), (256, 704)]
+"""Outer and inner; the second is no multiple of anything."""
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def make(blocks: BuildingBlocks, widths: tuple[int, int], dtype: torch.dtype) -> Mlp:
+    """The same random MLP from any blocks."""
+    generator, (width, inner) = torch.Generator().manual_seed(1), widths
+
+    def weight(rows: int, columns: int) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator)
+        return values.mul_(columns**-0.5).to(dtype)
+
+    return blocks.mlp(lambda: weight(2 * inner, width), lambda: weight(width, inner), "silu")
+
+
+def rows_of(width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(150, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_near_torch(name: str, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    rows = rows_of(widths[0], dtype)
+    found = make(NativeBlocks(team(name)), widths, dtype)(rows)
+    expected = make(BuildingBlocks(), widths, dtype)(rows).float()
+    assert found.dtype == dtype
+    limit = 1e-5 if dtype == torch.float32 else 0.03
+    assert ((found.float() - expected).abs() <= limit * (1 + expected.abs())).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_depend_on_the_row_alone(
+    name: str, widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    rows = rows_of(widths[0], dtype)
+    mlp = make(NativeBlocks(team(name)), widths, dtype)
+    together = mlp(rows)
+    for first, last in [(0, 1), (7, 8), (3, 20), (50, 149)]:
+        assert torch.equal(mlp(rows[first:last]), together[first:last])
+    assert torch.equal(make(NativeBlocks(team(name, 3)), widths, dtype)(rows), together)
+
+
+def test_other_activations_are_those_of_torch() -> None:
+    blocks = NativeBlocks(team(NAMES[0]))
+    assert isinstance(make(blocks, WIDTHS[0], torch.float32), NativeMlp)
+    zeros = torch.zeros(8, 4), torch.zeros(4, 4)
+    assert isinstance(blocks.mlp(lambda: zeros[0], lambda: zeros[1], "gelu"), GatedMlp)
