@@ -80,6 +80,7 @@ class FreeModel:
     dtype = torch.bfloat16
     device = torch.device("cpu")
     is_native = True  # what is read is prepared as for kernels
+    layers = ()
 
     def __init__(self, batch: int, vocab_size: int) -> None:
         draw = torch.Generator().manual_seed(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.reference.goldens import NUM_NEW_TOKENS, Golden
 from tests.reference.local_engine import LocalEngine
 from workers.model.attention import AttentionBatch, Recorder
-from workers.model.layers import AttentionModel, LayerSteps, ModelInputs
+from workers.model.layers import AttentionModel, Layer, LayerSteps, ModelInputs
 from workers.requests.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
@@ -54,11 +54,19 @@ class RowRecorder:
         return logits.float(), ids, weights.gather(-1, order).float()
 
 
+class RecordedLayer:
+    """A layer that is run by itself, not with others in one native call."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.forward = layer.forward
+
+
 class RecordedModel(AttentionModel):
     """A model with a recorder in each forward pass."""
 
     def __init__(self, model: AttentionModel, recorder: Recorder) -> None:
         vars(self).update(vars(model))
+        self.layers = [RecordedLayer(layer) for layer in model.layers]
         self._recorder = recorder
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:

@@ -16,6 +16,7 @@ from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
+from workers.native.experts import LocalExperts
 from workers.requests.step_header import StepHeader
 
 
@@ -44,7 +45,8 @@ class LocalDispatcher(TimedDispatcher):
         """``slots`` by ``BankSpec.index``. Until ``set_placement``, expert e is in slot e."""
         super().__init__(banks, timer)
         self._slots = slots
-        self._activity = activity or Activity()
+        self.activity = activity or Activity()
+        """Advances with each exchange."""
         self._slot_of: list[Tensor | None] = [None] * len(self._banks)
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
@@ -59,8 +61,23 @@ class LocalDispatcher(TimedDispatcher):
         """There are no other ranks to serve."""
         self.timer.begin_step(header)
 
+    def experts(self) -> list[LocalExperts] | None:
+        """The experts of all banks, for steps without exchanges; None: this step has some.
+
+        Where the step is timed, the laps are those of exchanges.
+        """
+        if self.timer.is_recording:
+            return None
+        parts = zip(self._banks, self._slots, self._slot_of, strict=True)
+        found = [
+            LocalExperts(native.table, slot_of, spec.float32_weights)
+            for spec, bank, slot_of in parts
+            if len(spec.exchanges) == 1 and (native := bank.native(0)) is not None
+        ]
+        return found if len(found) == len(self._banks) else None
+
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
-        self._activity.advance()
+        self.activity.advance()
         exchange = bank.exchanges[sent.exchange]
         num_rows, top_k = sent.topk_ids.shape
         inputs = sent.rows.flatten(0, 1) if exchange.per_slot_input else sent.rows

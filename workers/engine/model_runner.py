@@ -1,8 +1,10 @@
 """One step of the model: from planned rows to the final hidden states of each of them.
 
 The runner drives one generator per micro-batch (see ``workers.model.layers``): it dispatches the
-exchanges that a layer yields, and resumes the layer with the combined outputs. It changes nothing
-but the KV of the rows it runs, which no step reads before this one is committed.
+exchanges that a layer yields, and resumes the layer with the combined outputs. Where the experts
+are in this process and nothing looks between the layers, native kernels run all of them in one
+call. A step changes nothing but the KV of the rows it runs, which no step reads before this one is
+committed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
+from workers.dispatch.local import LocalDispatcher
 from workers.engine.batch import Batch, batch_order, split_rows
 from workers.engine.expert_load import Routed
 from workers.engine.step_plan import StepPlan
@@ -22,7 +25,8 @@ from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
-from workers.model.layers import AttentionModel, Dispatch, LayerSteps
+from workers.model.families.native_layers import NativeLayers, native_layers
+from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.best_tokens import finite_rows
@@ -56,7 +60,14 @@ class ModelRunner:
     dispatcher: TokenDispatcher
     rank: int = 0
     first_dispatch: float | None = None
-    """Monotonic seconds of the latest step's first dispatch, also when the step failed."""
+    """Monotonic seconds of the latest step's first dispatch, also when the step failed.
+
+    Where there is none, the begin of its layers."""
+    advance_s: float = 0.1
+    """A step without exchanges reports its progress after the layer in which this time is over."""
+    _known_layers: Sequence[Layer] = ()
+    _native_layers: NativeLayers | None = None
+    """Made of ``_known_layers``."""
 
     def run(self, header: StepHeader, plan: StepPlan) -> StepResult | None:
         """Run a plan; None when it has no rows. Raises ``TransportError``.
@@ -78,7 +89,7 @@ class ModelRunner:
         ]
         self.dispatcher.begin_step(header, [b.rows for b in batches])
         routed: list[list[Routed]] = [[] for _ in self.banks]
-        hidden = self._drive(batches, routed)
+        hidden = self._run_whole(batches, routed) or self._drive(batches, routed)
         if not plan.rows:
             return None
         joined = hidden[0] if len(hidden) == 1 else torch.cat([h for h in hidden if len(h)])
@@ -87,6 +98,44 @@ class ModelRunner:
             for sequence, capture in batch.captures:
                 captures.setdefault(sequence, []).append(capture)
         return self._result(joined, plan, order, routed, captures)
+
+    def _run_whole(
+        self, batches: Sequence[Batch], routed: list[list[Routed]]
+    ) -> list[Tensor] | None:
+        """Run the micro-batches one after the other, all layers of each in one native call.
+
+        None: something looks between the layers.
+        """
+        dispatcher, native = self.dispatcher, self._native()
+        if not isinstance(dispatcher, LocalDispatcher) or native is None:
+            return None
+        experts = dispatcher.experts()
+        inputs = [
+            batch.inputs
+            for batch in batches
+            if batch.inputs is not None and batch.inputs.attention.recorder is None
+        ]
+        if experts is None or len(inputs) < len(batches):
+            return None
+        self.first_dispatch = time.monotonic()
+        results = []
+        for batch, own in zip(batches, inputs, strict=True):
+            hidden, context = self.model.enter(own, self.cache.layers)
+            assert context.native is not None, "native layers are those of a native model"
+            hidden, chosen = native.run(
+                hidden, context.native, experts, dispatcher.activity.advance, self.advance_s
+            )
+            for bank, ids in zip(routed, chosen, strict=True):
+                bank.append(Routed(ids, None, batch.num_decodes))
+            results.append(self.model.norm(hidden))
+        return results
+
+    def _native(self) -> NativeLayers | None:
+        """The model's layers for native calls, if such a call can run all of them."""
+        if self._known_layers is not self.model.layers:
+            self._known_layers = self.model.layers
+            self._native_layers = native_layers(self.model.layers, self.cache.layers)
+        return self._native_layers
 
     def _flow(self, batch: Batch) -> LayerSteps:
         if batch.inputs is None:

@@ -47,6 +47,11 @@ class StepTimer:
         self._sinks = tuple(sink for sink in self._all if sink.begin_step(header))
         self._begin_ns = self._last_ns = self._clock_ns()
 
+    @property
+    def is_recording(self) -> bool:
+        """A sink takes this step."""
+        return bool(self._sinks)
+
     def mark(self) -> None:
         """Start a lap; the time since the last one is not recorded."""
         if self._sinks:

@@ -251,15 +251,8 @@ class AttentionModel:
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
-        cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
-        windows = {width: inputs.attention.within(width) for width in self.windows}
-        chunks = inputs.attention.chunks
-        native = None if chunks is None else chunks.fields(cos, sin, caches[0])
-        context = LayerContext(cos, sin, inputs.attention, windows, native)
+        hidden, context = self.enter(inputs, caches)
         recorder = inputs.attention.recorder
-        hidden = self.embedding(inputs.token_ids)
-        for first, rows in inputs.given:
-            hidden[first : first + len(rows)] = rows
         for layer, cache in zip(self.layers, caches, strict=True):
             if recorder is not None:
                 recorder.hidden(hidden)
@@ -268,3 +261,15 @@ class AttentionModel:
         if recorder is not None:
             recorder.hidden(hidden)
         return hidden
+
+    def enter(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> tuple[Tensor, LayerContext]:
+        """What the first layer gets: embeddings [T, H], in memory of their own, and the context."""
+        cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
+        windows = {width: inputs.attention.within(width) for width in self.windows}
+        chunks = inputs.attention.chunks
+        native = None if chunks is None else chunks.fields(cos, sin, caches[0])
+        context = LayerContext(cos, sin, inputs.attention, windows, native)
+        hidden = self.embedding(inputs.token_ids)
+        for first, rows in inputs.given:
+            hidden[first : first + len(rows)] = rows
+        return hidden, context

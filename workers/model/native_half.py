@@ -132,9 +132,21 @@ class NativeHalf:
 
     def __init__(self, team: Team, half: AttentionHalf) -> None:
         """``half`` has native products."""
-        self._team = team
+        self.team = team
+        """Computes it."""
+        self.fields = _half_fields(half)
+        """Its description in C; valid as long as this half."""
         self._half = half
-        self._fields = _half_fields(half)
+
+    @property
+    def routing(self) -> Routing | None:
+        """Of the layer's routed experts; None: it has none."""
+        return None if self._half.router is None else self._half.router.routing
+
+    @property
+    def is_one_call(self) -> bool:
+        """There is no exchange in it."""
+        return isinstance(self._half.projections, DenseProjections)
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
         """See ``Half``."""
@@ -226,7 +238,7 @@ class NativeHalf:
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
         assert context.native is not None
-        run_half(self._team, self._fields, context.native, rows, stages)
+        run_half(self.team, self.fields, context.native, rows, stages)
 
 
 def _half_fields(half: AttentionHalf) -> HalfFields:

@@ -58,6 +58,7 @@ class CallFields(ctypes.Structure):
         ("inputs_by", ctypes.c_int64),
         ("input_of", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
+        ("slot_of", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
         ("top_k", ctypes.c_int64),
         ("slots_stride", ctypes.c_int64),
@@ -65,6 +66,8 @@ class CallFields(ctypes.Structure):
         ("weights_stride", ctypes.c_int64),
         ("rounds_products", ctypes.c_int64),
         ("sums_dtype", ctypes.c_int64),
+        ("others", ctypes.c_void_p),
+        ("adds", ctypes.c_int64),
         ("out", ctypes.c_void_p),
     ]
 
@@ -128,6 +131,17 @@ class NativeSlots(NamedTuple):
 
     team: Team
     table: SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class LocalExperts:
+    """The experts of a bank in this process."""
+
+    table: SlotTable
+    slot_of: Tensor | None
+    """[experts] int64: the slot of each; None where expert e is in slot e."""
+    float32_weights: bool
+    """See ``BankSpec``."""
 
 
 def expert_pairs(

@@ -33,6 +33,10 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "team_claim": (_INT, (_POINTER,)),
     "team_release": (None, (_POINTER,)),
     "experts_compute": (_INT, (_POINTER, _POINTER)),
+    "layers_run": (
+        _INT,
+        (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, ctypes.c_double, _POINTER),
+    ),
     "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
     "norm_rows": (None, (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_double, _INT)),

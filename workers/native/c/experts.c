@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "experts.h"
+#include "numbers.h"
 #include "product.h"
 
 enum { CHUNK_ROWS = 8 * MAX_TILE_ROWS };  // of one slot that are computed together
@@ -159,9 +160,12 @@ static void products(struct job *job, int is_second) {
 static void add_up(struct job *job) {
     const struct experts_call *call = job->call;
     int rounds = call->rounds_products && job->dtype == BFLOAT16;
+    enum dtype dtype = (enum dtype)call->sums_dtype;
     size_t out_bytes = (size_t)call->out_width * (call->sums_dtype == FLOAT32 ? 4 : 2);
     for (long row; (row = atomic_fetch_add(&job->next_row, 1)) < job->num_rows;) {
-        char *out = (char *)call->out + (size_t)(job->first_row + row) * out_bytes;
+        size_t at = (size_t)(job->first_row + row) * out_bytes;
+        char *out = (char *)call->out + at;
+        const char *others = call->others ? (const char *)call->others + at : NULL;
         for (long column = 0; column < call->out_width; column += LANES) {
             vec sum = v_set(0.0f);
             for (long pair = job->row_begins[row]; pair < job->row_begins[row + 1]; pair++) {
@@ -171,7 +175,10 @@ static void add_up(struct job *job) {
                 value = v_mul(value, v_set(job->factors[pair]));
                 sum = v_add(sum, rounds ? v_round_bf16(value) : value);
             }
-            store_lanes(call->sums_dtype, out, column, call->out_width - column, sum);
+            int64_t left = call->out_width - column;
+            if (others) sum = v_add(v_round(sum, dtype), load_some(others, column, left, dtype));
+            if (call->adds) sum = v_add(v_round(sum, dtype), load_some(out, column, left, dtype));
+            store_lanes(dtype, out, column, left, sum);
         }
     }
 }
@@ -220,6 +227,7 @@ static enum result find_pairs(struct job *job, int64_t num_before) {
         for (int64_t k = 0; k < call->top_k; k++) {
             int64_t slot = call->slots[at * call->slots_stride + k], place = at * call->top_k + k;
             if (slot == -1) continue;
+            if (call->slot_of) slot = call->slot_of[slot];
             if (slot < 0 || slot >= call->num_slots || !call->first[slot]) return NO_EXPERT;
             if (call->is_gated && !call->second[slot]) return NO_EXPERT;
             int64_t input = call->input_of               ? call->input_of[place]
@@ -288,7 +296,7 @@ static size_t divide_scratch(struct job *job, char *base, int64_t max_rows) {
     return used;
 }
 
-static enum result compute(struct team *team, const struct experts_call *call) {
+int experts_claimed(struct team *team, const struct experts_call *call) {
     enum dtype dtype = call->dtype == BFLOAT16 ? BFLOAT16 : FLOAT32;
     long first_out = call->is_gated ? call->inner_width : call->out_width;
     struct job job = {
@@ -336,7 +344,7 @@ static enum result compute(struct team *team, const struct experts_call *call) {
 
 int experts_compute(struct team *team, const struct experts_call *call) {
     if (!team_claim(team)) return BUSY;
-    enum result result = compute(team, call);
+    int result = experts_claimed(team, call);
     team_release(team);
     return result;
 }

@@ -17,14 +17,20 @@ struct experts_call {
     int64_t num_inputs, inputs_by;             // enum inputs
     const int64_t *input_of;                   // [places]: input of each; NULL: as inputs_by says
     const int64_t *slots;                      // [num_rows, top_k], rows slots_stride apart
+    const int64_t *slot_of;                    // slot of each number in `slots`; NULL: its own
     int64_t num_rows, top_k, slots_stride;
     const float *weights;  // [num_rows, top_k], rows weights_stride apart; NULL: no sums
     int64_t weights_stride;
     int64_t rounds_products, sums_dtype;  // weight and product are rounded to `dtype`
+    const void *others;  // [num_rows, out_width], added to the sums, rounded; NULL: none
+    int64_t adds;        // the results, rounded, are added to what is in `out`
     void *out;  // sums [num_rows, out_width], or [pairs, out_width] of `dtype`
 };
 
 // Compute a call; returns an `enum result`. After an error `out` is not complete.
 int experts_compute(struct team *team, const struct experts_call *call);
+
+// The same for a caller that has claimed the team.
+int experts_claimed(struct team *team, const struct experts_call *call);
 
 #endif

@@ -314,8 +314,8 @@ static struct attention attention_of(const struct half *half, const struct half_
     };
 }
 
-static int run(struct team *team, const struct half *half, const struct half_batch *batch,
-               const struct half_rows *rows, int stages) {
+int half_claimed(struct team *team, const struct half *half, const struct half_batch *batch,
+                 const struct half_rows *rows, int stages) {
     struct job job = {.half = half, .batch = batch, .rows = rows, .stages = stages};
     job.attention = attention_of(half, batch, rows);
     int64_t block = min_of(batch->num_rows, BLOCK_ROWS), outputs = 0, width = half->hidden_size;
@@ -359,7 +359,7 @@ static int run(struct team *team, const struct half *half, const struct half_bat
 int half_run(struct team *team, const struct half *half, const struct half_batch *batch,
              const struct half_rows *rows, int stages) {
     if (!team_claim(team)) return BUSY;
-    int result = run(team, half, batch, rows, stages);
+    int result = half_claimed(team, half, batch, rows, stages);
     team_release(team);
     return result;
 }

@@ -62,4 +62,8 @@ enum stage { ENTER = 1, ATTEND = 2, LEAVE = 4 };
 int half_run(struct team *team, const struct half *half, const struct half_batch *batch,
              const struct half_rows *rows, int stages);
 
+// The same for a caller that has claimed the team.
+int half_claimed(struct team *team, const struct half *half, const struct half_batch *batch,
+                 const struct half_rows *rows, int stages);
+
 #endif

@@ -1,0 +1,172 @@
+"""Steps of all layers in one native call: the bits of the layers one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from cluster.config.cluster import EngineSection
+from cluster.config.kv_cache import KvCacheDType
+from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.core.topology import Generation
+from tests.reference.goldens import MAX_MODEL_LEN, Golden
+from tests.reference.local_engine import LocalEngine
+from workers.dispatch.dispatcher import DispatchHandle
+from workers.dispatch.local import LocalDispatcher
+from workers.metrics.step_metrics import SAMPLE, StepMetrics
+from workers.metrics.step_timer import StepTimer
+from workers.model.layers import Dispatch
+from workers.model.loading.checkpoint import Checkpoint
+from workers.requests.inspection import Inspection
+from workers.requests.request import SamplingParams
+
+SCORED = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
+PROMPTS = [tuple(range(3, 40)), (5, 9, 11), tuple(range(60, 40, -1)), (7,)]
+VARIANTS = ["olmoe-base", "olmoe-norm-gqa-clip", "dots1-groups", "dots1-swa", "dots1-dense2-yarn"]
+
+
+class Counting(LocalDispatcher):
+    """Counts exchanges."""
+
+    num_exchanges = 0
+
+    def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
+        self.num_exchanges += 1
+        return super().dispatch(sent, micro_batch)
+
+
+class OneByOne(Counting):
+    """Has exchanges in all steps: the reference."""
+
+    def experts(self) -> None:
+        return None
+
+
+def open_engine(
+    of: Golden,
+    kind: type[Counting] = Counting,
+    dtype: str = "float32",
+    kv_cache_dtype: KvCacheDType = "auto",
+    num_micro_batches: int = 1,
+    num_threads: int = 1,
+) -> tuple[LocalEngine, Counting]:
+    """Prompts go in chunks, beside decodes."""
+    engine = LocalEngine(
+        of.path,
+        dtype=dtype,
+        section=EngineSection(
+            max_num_seqs=4, max_num_batched_tokens=24, kv_cache_dtype=kv_cache_dtype
+        ),
+        max_model_len=MAX_MODEL_LEN,
+        num_micro_batches=num_micro_batches,
+        num_threads=num_threads,
+    )
+    dispatcher = kind(engine.slots.banks, engine.banks)
+    engine.engine.runner.dispatcher = dispatcher
+    return engine, dispatcher
+
+
+def check(found: LocalEngine, expected: LocalEngine) -> None:
+    """The same KV, to the bit, and the same counts of chosen experts."""
+    for cache, wanted in zip(found.engine.cache.layers, expected.engine.cache.layers, strict=True):
+        assert torch.equal(cache.view(torch.uint8), wanted.view(torch.uint8))
+    loads = [engine.engine.load.report() for engine in (found, expected)]
+    assert loads[0].rows == loads[1].rows
+    for name, counts in loads[0].banks.items():
+        other = loads[1].banks[name]
+        assert (counts.prefill == other.prefill).all()
+        assert (counts.decode == other.decode).all()
+        assert counts.prefill.sum() > 0 < counts.decode.sum()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bits_are_those_of_one_layer_after_the_other(
+    golden: Callable[[str], Golden], variant: str, dtype: str, kv_cache_dtype: KvCacheDType
+) -> None:
+    expected, other = open_engine(golden(variant), OneByOne, dtype, kv_cache_dtype)
+    wanted = expected.generate(PROMPTS, SCORED)
+    assert other.num_exchanges > 0
+    for num_threads in (1, 2):
+        engine, dispatcher = open_engine(
+            golden(variant), Counting, dtype, kv_cache_dtype, num_threads=num_threads
+        )
+        assert engine.generate(PROMPTS, SCORED) == wanted
+        assert dispatcher.num_exchanges == 0
+        check(engine, expected)
+
+
+def test_micro_batches_run_one_after_the_other(golden: Callable[[str], Golden]) -> None:
+    expected, _ = open_engine(golden("dots1-groups"), OneByOne, num_micro_batches=2)
+    engine, dispatcher = open_engine(golden("dots1-groups"), num_micro_batches=2)
+    assert engine.generate(PROMPTS, SCORED) == expected.generate(PROMPTS, SCORED)
+    assert dispatcher.num_exchanges == 0
+    check(engine, expected)
+
+
+def test_experts_are_found_by_the_placement(
+    golden: Callable[[str], Golden],
+) -> None:
+    expected, _ = open_engine(golden("olmoe-base"))
+    wanted = expected.generate(PROMPTS, SCORED)
+    engine, dispatcher = open_engine(golden("olmoe-base"))
+    draw = torch.Generator().manual_seed(1)
+    orders = [torch.randperm(bank.num_experts, generator=draw).tolist() for bank in engine.banks]
+    maps = [
+        BankPlacement.from_maps(
+            bank=bank.bank,
+            layer=bank.layer,
+            num_experts=bank.num_experts,
+            physical_to_logical=[[FREE_SLOT, *order]],
+        )
+        for bank, order in zip(engine.banks, orders, strict=True)
+    ]
+    placement = ExpertPlacement(epoch=1, banks=tuple(maps))
+    engine.slots.load_placement(placement, 0, Checkpoint(golden("olmoe-base").path))
+    dispatcher.set_placement(placement, Generation(number=1, members=()))
+    assert engine.generate(PROMPTS, SCORED) == wanted
+    assert dispatcher.num_exchanges == 0
+    check(engine, expected)
+
+
+def test_an_empty_slot_ends_the_step(golden: Callable[[str], Golden]) -> None:
+    engine, _ = open_engine(golden("olmoe-base"))
+    for slot in range(engine.banks[1].num_experts):
+        engine.slots.clear(1, slot)
+    with pytest.raises(IndexError, match="missing or empty"):
+        engine.generate(PROMPTS[:1], SCORED)
+
+
+def test_progress_is_reported_between_layers(golden: Callable[[str], Golden]) -> None:
+    counts = []
+    for advance_s in (0.0, 1000.0):
+        engine, dispatcher = open_engine(golden("olmoe-base"))
+        engine.engine.runner.advance_s = advance_s
+        engine.generate(PROMPTS, SCORED)
+        counts.append(dispatcher.activity.progress)
+    assert counts[1] == engine.engine.stats()["steps_total"]
+    assert counts[0] == counts[1] * len(engine.banks)
+
+
+@pytest.mark.parametrize("variant", ["jetmoe-tied", "dots1-gelu-tanh-llama3"])
+def test_other_layers_have_exchanges(golden: Callable[[str], Golden], variant: str) -> None:
+    engine, dispatcher = open_engine(golden(variant))
+    engine.generate(PROMPTS, SCORED)
+    assert dispatcher.num_exchanges > 0
+
+
+def test_what_looks_between_layers_has_exchanges(golden: Callable[[str], Golden]) -> None:
+    """Inspected requests, and the steps that a timer measures."""
+    engine, dispatcher = open_engine(golden("olmoe-base"))
+    engine.inspect(PROMPTS[:1], Inspection(hidden_states=True))
+    assert dispatcher.num_exchanges > 0
+    engine, dispatcher = open_engine(golden("olmoe-base"))
+    wanted = engine.generate(PROMPTS, SCORED)
+    engine, dispatcher = open_engine(golden("olmoe-base"))
+    dispatcher.timer = StepTimer(StepMetrics(wait=None))
+    assert engine.generate(PROMPTS, SCORED) == wanted
+    num_measured = int(engine.engine.stats()["steps_total"]) // SAMPLE
+    assert dispatcher.num_exchanges == num_measured * len(engine.banks) > 0
