@@ -192,14 +192,12 @@ class ExpertServer:
         """Count what native code has served."""
         self.num_bytes["dispatch"] += served.received_bytes
         self.num_bytes["combine"] += served.sent_bytes
+        ends_ns = {"receive": served.received_ns, "experts": served.computed_ns}
+        self.timer.passed({**ends_ns, "send": served.sent_ns}, bank, exchange, micro_batch)
         if self._is_measured:
-            ends_ns = {"receive": served.received_ns, "experts": served.computed_ns}
-            ends_ns["send"] = served.sent_ns
-            self.timer.passed(ends_ns, bank, exchange, micro_batch)
-            spec, num_inputs = bank.exchanges[exchange], served.exchange.num_inputs
-            rows, here = served.num_rows, served.num_rows_here
-            used = _Used(rows * num_inputs, rows, here, served.num_pairs)
-            self._add_padding(spec, used, bool(served.exchange.by_pair))
+            rows, num_inputs = served.num_rows, served.exchange.num_inputs
+            used = _Used(rows * num_inputs, rows, served.num_rows_here, served.num_pairs)
+            self._add_padding(bank.exchanges[exchange], used, bool(served.exchange.by_pair))
 
     def begin_step(self, header: StepHeader) -> None:
         """Start a step whose exchanges are served one by one.
