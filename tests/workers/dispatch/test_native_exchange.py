@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from workers.transport.frames import FrameHeader, FrameKind
 DTYPE = torch.bfloat16
 ROWS = (5, 3)
 LIMIT_S = 60.0
+FIRST = Work(BANKS, ROWS[:1], make_header(ROWS[:1]), DTYPE)
 NUM_EXCHANGES = sum(len(bank.exchanges) for bank in BANKS)
 
 
@@ -44,22 +46,28 @@ class Calls:
         self.gathered = self.served = 0
         self.stops = 0
         """Gathers and exchanges that were left to Python."""
+        self.has_stopped = threading.Event()
         gather, serve = native_home.NativeHome.gather, native_server.NativeServer.serve
 
         def spy_gather(home: native_home.NativeHome, rows: native_home.NativeRows) -> Tensor | None:
             outputs = gather(home, rows)
             self.gathered += outputs is not None
-            self.stops += outputs is None
+            self._stop(outputs is None)
             return outputs
 
         def spy_serve(server: native_server.NativeServer, first: int) -> int:
             after = serve(server, first)
             self.served += after - first
-            self.stops += after < len(server.fields)
+            self._stop(after < len(server.fields))
             return after
 
         monkeypatch.setattr(native_home.NativeHome, "gather", spy_gather)
         monkeypatch.setattr(native_server.NativeServer, "serve", spy_serve)
+
+    def _stop(self, has_stopped: bool) -> None:
+        self.stops += has_stopped
+        if has_stopped:
+            self.has_stopped.set()
 
 
 @pytest.fixture
@@ -193,15 +201,25 @@ def test_what_an_abandoned_step_left_is_passed_over(calls: Calls) -> None:
         assert (calls.stops, calls.gathered) == (2, 2 * NUM_EXCHANGES - 1)
 
 
-@pytest.mark.parametrize("limit_ms", [0, 1])
 def test_python_waits_where_native_code_does_not(
-    limit_ms: int, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct, "LOOK_S", limit_ms / 1000)
-    with native_mesh(2, 3) as mesh:
-        for step in range(1, 6):
-            run_step_ok(mesh, step)
-    assert calls.stops
+    """For outputs at home, then for rows at the experts."""
+    monkeypatch.setattr(direct, "LOOK_S", 0.0)
+    with native_mesh(1, 1) as mesh:
+        _, server = sides(mesh)
+        home = start_home(mesh, 1)
+        assert calls.has_stopped.wait(LIMIT_S)
+        mesh.pool.submit(server.run_step, make_header(ROWS[:1], step=1)).result(LIMIT_S)
+        results = [home.result(LIMIT_S)]
+        calls.has_stopped.clear()
+        serving = mesh.pool.submit(server.run_step, make_header(ROWS[:1], step=2))
+        assert calls.has_stopped.wait(LIMIT_S)
+        results.append(start_home(mesh, 2).result(LIMIT_S))
+        serving.result(LIMIT_S)
+    for mine in results:
+        for tensor, reference in zip(mine, expected(FIRST, 0), strict=True):
+            torch.testing.assert_close(tensor, reference)
 
 
 @pytest.mark.parametrize("mode", MODES)
