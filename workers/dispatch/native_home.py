@@ -6,6 +6,7 @@ which every expert rank gets every row, over sockets, for models in a type that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,38 @@ class NativeHome:
         shape = (num_rows, width) if home.is_weighted else (num_rows, top_k, width)
         return NativeRows(home, names, weights, shape)
 
+    def prepare(
+        self, banks: Sequence[BankSpec], slots: Sequence[Tensor], num_rows: int, by_pair: bool
+    ) -> list[HomeFields] | None:
+        """For native layers: the first exchange of each bank with so many rows, all that were
+        granted; None: native code has no part in the step. Raises as ``DataTransport.post``.
+        """
+        direct = self._direct
+        if direct is None or not direct.are_clear():
+            return None
+        homes = []
+        for bank, table in zip(banks, slots, strict=True):
+            home = self._home(bank, 0, 0, by_pair)
+            num_ranks, home.num_experts = table.shape
+            width = bank.top_k if by_pair else 2 * bank.top_k
+            home.slots = table.data_ptr()
+            home.sent = self._names(num_ranks, num_rows, width, 0).data_ptr()
+            homes.append(home)
+        for bank, home in zip(banks, homes, strict=True):
+            home.received = self._received_by(home, num_ranks, num_rows, bank.top_k)
+        direct.sent()  # so that their paths are watched from now on
+        return homes
+
+    def stopped(self, bank: BankSpec, result: int, weights: Tensor) -> NativeRows:
+        """Rows that native layers have sent before they stopped. Raises ``PeerLostError``."""
+        assert self._direct is not None
+        if result == UNSENT:
+            self._direct.keep_unsent()
+        else:
+            self._direct.give_back()
+        shape = (len(weights), bank.exchanges[0].out_width)
+        return NativeRows(self._fields[bank.index, 0, 0], self._sent[0], weights, shape)
+
     def gather(self, rows: NativeRows) -> Tensor | None:
         """The outputs of dispatched rows; None: they are still to be received.
 
@@ -99,9 +132,7 @@ class NativeHome:
         direct, home = self._direct, rows.fields
         if direct is None or not direct.are_clear():
             return None
-        num_ranks, (num_rows, top_k) = rows.names.shape[0], rows.weights.shape
-        row_bytes = top_k * self._dtype.itemsize if home.exchange.by_pair else num_ranks * 4
-        home.received = self._received.of(num_rows * rows.shape[-1] * row_bytes)
+        home.received = self._received_by(home, len(rows.names), *rows.weights.shape)
         out = torch.empty(rows.shape, dtype=self._dtype)
         home.out = out.data_ptr()
         if gather_outputs(self._team.library, home) == UNEXPECTED:
@@ -121,6 +152,12 @@ class NativeHome:
             )
         home.exchange.by_pair = by_pair
         return home
+
+    def _received_by(self, home: HomeFields, num_ranks: int, num_rows: int, top_k: int) -> int:
+        """The address of memory for the outputs of all ranks."""
+        exchange = home.exchange
+        row_bytes = top_k * self._dtype.itemsize if exchange.by_pair else num_ranks * 4
+        return self._received.of(num_rows * exchange.out_width * row_bytes)
 
     def _names(self, num_ranks: int, num_rows: int, width: int, micro_batch: int) -> Tensor:
         """Memory for what the rows of a micro-batch name, [ranks, T, width] int32."""

@@ -30,7 +30,7 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.model.weighting import weighted_sum
-from workers.native.exchange import sent_slots
+from workers.native.exchange import HomeFields, sent_slots
 from workers.native.panels import DTYPES
 from workers.native.team import Team
 from workers.requests.step_header import StepHeader
@@ -81,7 +81,8 @@ class RemoteDispatcher(TimedDispatcher):
         self._team = team if dtype in DTYPES else None
         self._native = None if self._team is None else NativeHome(self._team, dtype)
         self._transport = transport
-        self._activity = activity or Activity()
+        self.activity = activity or Activity()
+        """Advances with each exchange."""
         self._rank = rank
         self._configured_mode = self._combine_mode = combine_mode
         self._dtype = dtype
@@ -121,7 +122,7 @@ class RemoteDispatcher(TimedDispatcher):
         self.timer.begin_step(header)
         self._header = header
         self._micro_batches = micro_batches
-        with self._activity:
+        with self.activity:
             self._transport.begin_step(header)
         if self._native is not None:
             self._native.begin_step(None if header.exact else self._transport.direct(self._ranks))
@@ -153,7 +154,7 @@ class RemoteDispatcher(TimedDispatcher):
                 messages, by_rank = self._pick_static(slots, meta, sent.rows, per_slot, granted)
             by_rank = pairs if by_pair else by_rank
             tag = Tag(sent.bank, sent.exchange, micro_batch, "rows")
-            with self._activity:  # the buffers may be full
+            with self.activity:  # the buffers may be full
                 self._transport.post(tag, messages, sized=is_exact)
         return RemoteHandle(
             bank, sent.exchange, micro_batch, num_rows, copies, by_rank, sent.topk_weights, native
@@ -167,8 +168,33 @@ class RemoteDispatcher(TimedDispatcher):
             return None
         by_pair = bank.exchanges[sent.exchange].returns_pairs(self._combine_mode)
         slots = self._tables[sent.bank].decode_slots
-        with self._activity:
+        with self.activity:
             return self._native.dispatch(bank, sent, slots, micro_batch, by_pair)
+
+    def homes(self, num_rows: int) -> list[HomeFields] | None:
+        """For native layers: the exchanges of a step; None: this step's rows are dispatched.
+
+        Where the step is timed, the laps are those of dispatches. Raises as ``dispatch``.
+        """
+        header, native = self._header, self._native
+        assert header is not None, "begin_step comes first"
+        is_whole = header.num_micro_batches == 1 and header.rows(self._rank, 0) == num_rows
+        has_others = any(len(bank.exchanges) > 1 for bank in self._banks)
+        if native is None or not is_whole or has_others or self.timer.is_recording:
+            return None
+        by_pair = self._banks[0].exchanges[0].returns_pairs(self._combine_mode)
+        slots = [tables.decode_slots for tables in self._tables]
+        return native.prepare(self._banks, slots, num_rows, by_pair)
+
+    def stopped(self, bank: int, result: int, weights: Tensor) -> DispatchHandle:
+        """The dispatch of native layers whose outputs are to be combined.
+
+        ``result`` says why they stopped; weights [T, k]. Raises as ``dispatch``.
+        """
+        assert self._native is not None
+        spec = self._banks[bank]
+        native = self._native.stopped(spec, result, weights)
+        return RemoteHandle(spec, 0, 0, len(weights), None, (), weights, native)
 
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, RemoteHandle)
@@ -176,7 +202,7 @@ class RemoteDispatcher(TimedDispatcher):
         by_pair = exchange.returns_pairs(self._combine_mode)
         if handle.native is not None:
             assert self._native is not None
-            with self._activity:
+            with self.activity:
                 outputs = self._native.gather(handle.native)
             if outputs is not None:
                 return outputs
@@ -184,7 +210,7 @@ class RemoteDispatcher(TimedDispatcher):
         part = Part(exchange.out_width, self._dtype if by_pair else torch.float32)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
-        with self._activity:
+        with self.activity:
             received = [parts[0] for parts in self._transport.receive(tag, expected, sized=False)]
         if not by_pair:
             return self._add_partial_sums(handle, received, exchange.out_width)

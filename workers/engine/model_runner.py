@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
+from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.batch import Batch, batch_order, split_rows
 from workers.engine.expert_load import Routed
 from workers.engine.step_plan import StepPlan
@@ -25,8 +26,10 @@ from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
-from workers.model.families.native_layers import NativeLayers, native_layers
+from workers.model.families.native_layers import LayersOutput, NativeLayers, native_layers
 from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps
+from workers.native.exchange import HomeFields
+from workers.native.experts import LocalExperts
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.best_tokens import finite_rows
@@ -89,7 +92,9 @@ class ModelRunner:
         ]
         self.dispatcher.begin_step(header, [b.rows for b in batches])
         routed: list[list[Routed]] = [[] for _ in self.banks]
-        hidden = self._run_whole(batches, routed) or self._drive(batches, routed)
+        hidden = self._run_whole(batches, routed)
+        if hidden is None:
+            hidden = self._drive(batches, routed, [self._flow(batch) for batch in batches])
         if not plan.rows:
             return None
         joined = hidden[0] if len(hidden) == 1 else torch.cat([h for h in hidden if len(h)])
@@ -104,31 +109,49 @@ class ModelRunner:
     ) -> list[Tensor] | None:
         """Run the micro-batches one after the other, all layers of each in one native call.
 
-        None: something looks between the layers.
+        Where that stops in an exchange, the rest of the layers is run one by one. None: something
+        looks between the layers.
         """
-        dispatcher, native = self.dispatcher, self._native()
-        if not isinstance(dispatcher, LocalDispatcher) or native is None:
-            return None
-        experts = dispatcher.experts()
+        native = self._native()
         inputs = [
             batch.inputs
             for batch in batches
             if batch.inputs is not None and batch.inputs.attention.recorder is None
         ]
-        if experts is None or len(inputs) < len(batches):
+        if native is None or len(inputs) < len(batches):
+            return None
+        dispatcher = self.dispatcher
+        experts: Sequence[LocalExperts] | Sequence[HomeFields] | None
+        if isinstance(dispatcher, LocalDispatcher):
+            experts = dispatcher.experts()
+        elif isinstance(dispatcher, RemoteDispatcher):
+            experts = dispatcher.homes(len(inputs[0].token_ids))
+        else:
+            return None
+        if experts is None:
             return None
         self.first_dispatch = time.monotonic()
         results = []
         for batch, own in zip(batches, inputs, strict=True):
             hidden, context = self.model.enter(own, self.cache.layers)
             assert context.native is not None, "native layers are those of a native model"
-            hidden, chosen = native.run(
-                hidden, context.native, experts, dispatcher.activity.advance, self.advance_s
-            )
-            for bank, ids in zip(routed, chosen, strict=True):
-                bank.append(Routed(ids, None, batch.num_decodes))
-            results.append(self.model.norm(hidden))
+            advance = dispatcher.activity.advance
+            output = native.run(hidden, context.native, experts, advance, self.advance_s)
+            for spec, bank, ids in zip(self.banks, routed, output.topk_ids, strict=True):
+                if spec.layer < output.num_done:
+                    bank.append(Routed(ids, None, batch.num_decodes))
+            if output.stop:
+                assert isinstance(dispatcher, RemoteDispatcher)
+                self._finish_layer(dispatcher, native.bank_of(output.num_done - 1), output)
+            rest = self.model.run_from(output.num_done, output.hidden, context, self.cache.layers)
+            results.extend(self._drive([batch], routed, [rest]))
         return results
+
+    def _finish_layer(self, dispatcher: RemoteDispatcher, bank: int, output: LayersOutput) -> None:
+        """Add the outputs of the exchange in which native layers have stopped."""
+        handle = dispatcher.stopped(bank, output.stop, output.topk_weights)
+        outputs = dispatcher.combine(handle)
+        output.hidden.add_(outputs if output.others is None else outputs + output.others)
 
     def _native(self) -> NativeLayers | None:
         """The model's layers for native calls, if such a call can run all of them."""
@@ -142,13 +165,17 @@ class ModelRunner:
             return _idle(self.banks, self.model)
         return self.model.forward(batch.inputs, self.cache.layers)
 
-    def _drive(self, batches: Sequence[Batch], routed: list[list[Routed]]) -> list[Tensor]:
+    def _drive(
+        self,
+        batches: Sequence[Batch],
+        routed: list[list[Routed]],
+        flows: Sequence[LayerSteps],
+    ) -> list[Tensor]:
         """Resume the micro-batches alternately until all have ended; returns their hidden states.
 
         With two, the experts work on one while the other is in attention here:
         dispatch(l, 0), dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), ..
         """
-        flows = [self._flow(batch) for batch in batches]
         handles: list[DispatchHandle | None] = [None] * len(flows)
         results: list[Tensor] = []
         while len(results) < len(flows):

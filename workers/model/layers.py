@@ -252,8 +252,14 @@ class AttentionModel:
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
         hidden, context = self.enter(inputs, caches)
-        recorder = inputs.attention.recorder
-        for layer, cache in zip(self.layers, caches, strict=True):
+        return (yield from self.run_from(0, hidden, context, caches))
+
+    def run_from(
+        self, first: int, hidden: Tensor, context: LayerContext, caches: Sequence[Tensor]
+    ) -> LayerSteps:
+        """``forward`` from a layer on, with its input [T, H]."""
+        recorder = context.attention.recorder
+        for layer, cache in zip(self.layers[first:], caches[first:], strict=True):
             if recorder is not None:
                 recorder.hidden(hidden)
             hidden = yield from layer.forward(hidden, cache, context)

@@ -39,7 +39,7 @@ class WaitingFields(ctypes.Structure):
 
     _fields_ = (
         ("epoll", ctypes.c_int64),
-        ("num_tries", ctypes.c_int64),
+        ("wake", ctypes.c_int64),
         ("limit_ms", ctypes.c_int64),
     )
 

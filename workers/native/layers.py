@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
+from workers.native.exchange import UNEXPECTED
 from workers.native.experts import CallFields
 from workers.native.half import BatchFields, HalfFields
 from workers.native.team import Team, check
@@ -25,6 +26,7 @@ class LayerFields(ctypes.Structure):
         ("bank", ctypes.c_int64),
         ("experts", CallFields),
         ("mlp", CallFields),
+        ("home", ctypes.c_void_p),
     )
 
 
@@ -37,6 +39,7 @@ class LayersRowsFields(ctypes.Structure):
         ("others", ctypes.c_void_p),
         ("topk_ids", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
+        ("routed", ctypes.c_void_p),
     )
 
 
@@ -47,13 +50,18 @@ def run_layers(
     rows: LayersRowsFields,
     advance: Callable[[], None],
     advance_s: float,
-) -> None:
-    """Run all layers; ``advance`` is called after the layer in which ``advance_s`` are over.
+) -> tuple[int, int]:
+    """Run layers; ``advance`` is called after the layer in which ``advance_s`` are over.
 
+    The layers that are done, all of them or up to that in whose exchange with other ranks native
+    code has stopped, and why: 0, ``UNSENT`` or ``UNEXPECTED`` (see ``workers.native.exchange``).
     Raises ``IndexError`` for an empty expert slot, ``RuntimeError`` where there is no memory.
     """
-    run, done = team.library.functions.layers_run, ctypes.c_int64()
+    run, done, result = team.library.functions.layers_run, ctypes.c_int64(), 0
     fixed = [ctypes.byref(fields) for fields in (batch, rows)]
-    while done.value < len(layers):
-        check(run(team.pointer, layers, len(layers), *fixed, advance_s, ctypes.byref(done)))
+    while done.value < len(layers) and not result:
+        result = run(team.pointer, layers, len(layers), *fixed, advance_s, ctypes.byref(done))
+        if result < UNEXPECTED:
+            check(result)
         advance()
+    return done.value, result

@@ -13,25 +13,24 @@ from collections.abc import Callable, Sequence
 from workers.native.frames import END_OF_STREAM, FrameFields, StepFields, WaitingFields
 from workers.transport.edge import Edge
 from workers.transport.edge_table import EdgeTable
-from workers.transport.path_watch import LOOK_S
-
-_NUM_TRIES = 0
-"""Looks at the sockets before native code sleeps."""
 
 
 class DirectEdges:
     """The edges to some peers. Data thread only."""
 
     def __init__(
-        self, table: EdgeTable, edges: Sequence[Edge], epoll: int, check: Callable[[], None]
+        self,
+        table: EdgeTable,
+        edges: Sequence[Edge],
+        waiting: WaitingFields,
+        check: Callable[[], None],
     ) -> None:
-        """``epoll`` is the descriptor that watches all sockets; ``check`` raises as
-        ``PeerConnections.check``."""
+        """``check`` raises as ``PeerConnections.check``."""
         self.edges = tuple(edges)
         self.step = StepFields()
         """For C: the step under way."""
-        self.waiting = WaitingFields(epoll, _NUM_TRIES, round(1000 * LOOK_S))
-        """For C: how to wait; after the time of a look, Python goes on."""
+        self.waiting = waiting
+        """For C: how to wait, and for how long before Python goes on."""
         self.frames = (FrameFields * len(self.edges))()
         """For C: a frame of each edge."""
         for frame, edge in zip(self.frames, self.edges, strict=True):

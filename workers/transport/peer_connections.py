@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member, Role, holds_experts, runs_attention
+from workers.native.frames import WaitingFields
 from workers.transport.acceptor import Acceptor, Pending
 from workers.transport.direct import DirectEdges
 from workers.transport.edge import Edge
@@ -87,7 +88,9 @@ class PeerConnections:
         self.step_frames = self._table.step_frames
         """Proposals and headers of the current generation, for the step channel."""
         self._wakeup = WakePipe()
-        self._selector.register(self._wakeup, selectors.EVENT_READ, self._wakeup.drain)
+        self._interrupts = WakePipe()
+        for pipe in (self._wakeup, self._interrupts):
+            self._selector.register(pipe, selectors.EVENT_READ, pipe.drain)
 
     # Thread-safe calls.
 
@@ -99,12 +102,12 @@ class PeerConnections:
     def interrupt(self, generation: int) -> None:
         """Make waits raise until an announced generation is applied."""
         self._announced = max(self._announced, generation)
-        self._wakeup.ring()
+        self._interrupts.ring()
 
     def leave(self, generation: int) -> None:
         """Make the waits of steps raise until a later generation is applied."""
         self._left = max(self._left, generation)
-        self._wakeup.ring()
+        self._interrupts.ring()
 
     # Everything below: data thread only.
 
@@ -200,7 +203,12 @@ class PeerConnections:
         edges = [self.edges[name] for name in names if name in self.edges]
         if len(edges) < len(names) or not isinstance(self._selector, _EpollSelector):
             return None
-        return DirectEdges(self._table, edges, self._selector.fileno(), self._check_all)
+        waiting = WaitingFields(
+            epoll=self._selector.fileno(),
+            wake=self._wakeup.fileno(),
+            limit_ms=round(1000 * LOOK_S),
+        )
+        return DirectEdges(self._table, edges, waiting, self._check_all)
 
     def wait(
         self,
@@ -271,6 +279,7 @@ class PeerConnections:
         self._early.clear()
         self._selector.close()
         self._wakeup.close()
+        self._interrupts.close()
 
     # Edges.
 

@@ -29,7 +29,7 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.layers import Dispatch
 from workers.native.frames import FrameFields, PlaceFields, StepFields
 from workers.requests.step_header import StepHeader
-from workers.transport import direct
+from workers.transport import peer_connections
 from workers.transport.frames import FrameHeader, FrameKind
 
 DTYPE = torch.bfloat16
@@ -72,6 +72,8 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Native code waits for as long as a test does."""
+    monkeypatch.setattr(peer_connections, "LOOK_S", LIMIT_S)
     return Calls(monkeypatch)
 
 
@@ -205,7 +207,7 @@ def test_python_waits_where_native_code_does_not(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For outputs at home, then for rows at the experts."""
-    monkeypatch.setattr(direct, "LOOK_S", 0.0)
+    monkeypatch.setattr(peer_connections, "LOOK_S", 0.0)
     with native_mesh(1, 1) as mesh:
         _, server = sides(mesh)
         home = start_home(mesh, 1)
@@ -244,6 +246,20 @@ def test_a_peer_that_dies_in_mid_step_is_noticed_at_once() -> None:
             edge.sock.shutdown(socket.SHUT_RDWR)
         with pytest.raises(PeerLostError, match=r"expert-1: (closed by the peer|cannot send)"):
             running.result(LIMIT_S)
+
+
+def test_a_wake_up_ends_no_native_wait(calls: Calls) -> None:
+    """It is for the time after the step, and is not lost."""
+    with native_mesh(1, 1) as mesh:
+        connections, (_, server) = mesh["attention-0"].connections, sides(mesh)
+        running = start_home(mesh, 1)
+        for _ in range(100):
+            connections.wake()
+        server.run_step(make_header(ROWS[:1], step=1))
+        for mine, reference in zip(running.result(LIMIT_S), expected(FIRST, 0), strict=True):
+            torch.testing.assert_close(mine, reference)
+        assert calls.stops == 0
+        assert connections.take_wake()
 
 
 def test_an_interrupt_ends_native_waits() -> None:

@@ -5,6 +5,7 @@ The layers' own ``forward`` is the reference, to the bit.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from workers.model.families.decoder import DecoderLayer
 from workers.model.layers import Layer
 from workers.model.native_half import NativeHalf, NativeMlp
+from workers.native.exchange import HomeFields
 from workers.native.experts import LocalExperts
 from workers.native.half import BatchFields
 from workers.native.layers import NO_BANK, LayerFields, LayersRowsFields, run_layers
@@ -25,6 +27,24 @@ class _Parts:
 
     half: NativeHalf
     mlp: NativeMlp | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayersOutput:
+    """What native layers leave."""
+
+    hidden: Tensor
+    """[T, H] after the layers that are done."""
+    topk_ids: Tensor
+    """[banks, T, k] int64; those of layers that are not done are not set."""
+    num_done: int
+    """Layers, the one included in whose exchange native code has stopped."""
+    stop: int
+    """Why: 0, or what ``run_layers`` returned. Then the last layer's rows have been dispatched."""
+    topk_weights: Tensor
+    """[T, k] float32 of the last layer."""
+    others: Tensor | None
+    """[T, H]: what its MLP adds to the routed experts' outputs, if it has one."""
 
 
 class NativeLayers:
@@ -43,35 +63,46 @@ class NativeLayers:
             if part.mlp is not None:
                 fields.mlp = part.mlp.table.fields
 
+    def bank_of(self, layer: int) -> int:
+        """``BankSpec.index`` of a layer's routed experts."""
+        return int(self._fields[layer].bank)
+
     def run(
         self,
         hidden: Tensor,
         batch: BatchFields,
-        experts: Sequence[LocalExperts],
+        experts: Sequence[LocalExperts] | Sequence[HomeFields],
         advance: Callable[[], None],
         advance_s: float,
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [T, H], which may be changed, to that after all layers, and topk_ids
-        [banks, T, k] int64.
+    ) -> LayersOutput:
+        """Run all layers on hidden [T, H], which may be changed.
 
-        ``experts`` by ``BankSpec.index``. ``advance`` as for ``run_layers``, which says what this
-        raises, too.
+        ``experts`` by ``BankSpec.index``, in this process or on other ranks. ``advance`` as for
+        ``run_layers``, which says what this raises, too.
         """
         for fields in self._fields:
             if fields.bank != NO_BANK:
-                own = experts[fields.bank]
-                fields.experts = own.table.fields
-                call = fields.experts
-                call.slot_of = None if own.slot_of is None else own.slot_of.data_ptr()
-                call.rounds_products = not own.float32_weights
+                _set_experts(fields, experts[fields.bank])
         hidden = hidden.contiguous()
-        normed, others = torch.empty_like(hidden), torch.empty_like(hidden)
+        normed, others, routed = (torch.empty_like(hidden) for _ in range(3))
         ids = torch.empty((len(experts), len(hidden), self._top_k), dtype=torch.int64)
         weights = torch.empty((len(hidden), self._top_k), dtype=torch.float32)
-        tensors = (hidden, normed, others, ids, weights)
+        tensors = (hidden, normed, others, ids, weights, routed)
         rows = LayersRowsFields(*(tensor.data_ptr() for tensor in tensors))
-        run_layers(self._team, self._fields, batch, rows, advance, advance_s)
-        return hidden, ids
+        done, stop = run_layers(self._team, self._fields, batch, rows, advance, advance_s)
+        has_mlp = self._parts[done - 1].mlp is not None
+        return LayersOutput(hidden, ids, done, stop, weights, others if has_mlp else None)
+
+
+def _set_experts(fields: LayerFields, experts: LocalExperts | HomeFields) -> None:
+    fields.home = None
+    if isinstance(experts, HomeFields):
+        fields.home = ctypes.addressof(experts)
+        return
+    fields.experts = experts.table.fields
+    call, slot_of = fields.experts, experts.slot_of
+    call.slot_of = None if slot_of is None else slot_of.data_ptr()
+    call.rounds_products = not experts.float32_weights
 
 
 def native_layers(layers: Sequence[Layer], caches: Sequence[Tensor]) -> NativeLayers | None:

@@ -41,7 +41,6 @@ int exchange_slots(const int32_t *slots, long num_ranks, long num_experts, const
     return OK;
 }
 
-// Send the rows to all ranks. NO_EXPERT for an id that is none, UNSENT.
 int exchange_dispatch(struct exchange_home *home) {
     struct exchange *x = &home->exchange;
     int result = exchange_slots(home->slots, (long)x->num_peers, (long)home->num_experts, home->ids,
@@ -118,8 +117,6 @@ static void place_pairs(const struct exchange_home *home) {
     }
 }
 
-// Receive the outputs of rows that were dispatched, and add them up. NO_EXPERT where a pair has no
-// slot on any rank, UNEXPECTED.
 int exchange_gather(struct exchange_home *home) {
     struct exchange *x = &home->exchange;
     int64_t num_places = home->num_rows * x->top_k, num_pairs = 0, bytes = out_bytes(x);

@@ -53,4 +53,11 @@ struct exchange_server {
     int64_t received_ns, computed_ns, sent_ns;
 };
 
+// Send the rows to all ranks. NO_EXPERT for an id that is none, UNSENT.
+int exchange_dispatch(struct exchange_home *home);
+
+// Receive the outputs of rows that were dispatched, and add them up. NO_EXPERT where a pair has no
+// slot on any rank, UNEXPECTED.
+int exchange_gather(struct exchange_home *home);
+
 #endif

@@ -2,7 +2,6 @@
 #include "frames.h"
 
 #include <errno.h>
-#include <sched.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -93,12 +92,15 @@ static enum arrival receive_some(struct frame *frame, enum frame_kind kind,
     return frame->done == size_of(frame) ? WHOLE : SOMETHING;
 }
 
-// Sleep until there is something to read; 0 unless it is from one of the frames' peers.
+// Sleep until there is something to read; 0 unless it is from one of the frames' peers, or a wake-up,
+// which is for the time after the step.
 static int wait_for(const struct frame *frames, int64_t count, const struct waiting *waiting) {
     struct epoll_event events[MAX_EVENTS];
     int ready = epoll_wait((int)waiting->epoll, events, MAX_EVENTS, (int)waiting->limit_ms);
     for (int i = 0; i < ready; i++) {
-        int is_expected = 0;
+        char wakes[64];
+        int is_expected = events[i].data.fd == waiting->wake;
+        while (is_expected && recv(events[i].data.fd, wakes, sizeof wakes, MSG_DONTWAIT) > 0) {}
         for (const struct frame *frame = frames; frame < frames + count; frame++)
             is_expected |= is_there(frame) && frame->done < size_of(frame) &&
                            frame->socket == events[i].data.fd;
@@ -110,7 +112,7 @@ static int wait_for(const struct frame *frames, int64_t count, const struct wait
 int frames_receive(struct frame *frames, int64_t count, enum frame_kind kind,
                    const struct place *place, const struct waiting *waiting) {
     for (int64_t i = 0; i < count; i++) frames[i].done = frames[i].error = 0;
-    for (int64_t num_tries = 0;; num_tries++) {
+    for (;;) {
         int is_whole = 1, has_more = 0;
         for (struct frame *frame = frames; frame < frames + count; frame++) {
             if (!is_there(frame) || frame->done == size_of(frame)) continue;
@@ -120,8 +122,6 @@ int frames_receive(struct frame *frames, int64_t count, enum frame_kind kind,
             has_more |= arrival == SOMETHING;
         }
         if (is_whole) return 1;
-        if (has_more) continue;
-        if (num_tries < waiting->num_tries) sched_yield();
-        else if (!wait_for(frames, count, waiting)) return 0;
+        if (!has_more && !wait_for(frames, count, waiting)) return 0;
     }
 }

@@ -34,8 +34,8 @@ enum { END_OF_STREAM = -1 };
 
 // Where to wait.
 struct waiting {
-    int64_t epoll;      // watches the sockets for reading, and all else that ends the wait
-    int64_t num_tries;  // looks at the sockets before the thread sleeps
+    int64_t epoll;  // watches the sockets for reading, and all else that ends the wait
+    int64_t wake;   // one that it watches and that does not end the wait: it is read to its end
     int64_t limit_ms;
 };
 

@@ -2,7 +2,7 @@
 #define _POSIX_C_SOURCE 199309L
 #include <time.h>
 
-#include "experts.h"
+#include "exchange.h"
 #include "half.h"
 
 // Mirrored by `LayerFields` in layers.py. Calls are complete but for rows.
@@ -12,6 +12,7 @@ struct layer {
     int64_t bank;                 // of its routed experts; -1: none
     struct experts_call experts;
     struct experts_call mlp;      // as a single expert; num_slots 0: none
+    struct exchange_home *home;   // of routed experts on other ranks; NULL: they are `experts`
 };
 
 // Memory that all layers share, and what they choose.
@@ -21,6 +22,7 @@ struct layers_rows {
     void *others;         // [num_rows, hidden_size]: outputs of the MLP beside routed experts
     int64_t *topk_ids;    // [banks, num_rows, top_k]
     float *topk_weights;  // [num_rows, top_k]
+    void *routed;         // [num_rows, hidden_size]: outputs of experts on other ranks
 };
 
 static double now_s(void) {
@@ -53,6 +55,35 @@ static int run_mlp(struct team *team, const struct layer *layer, int64_t num_row
     return run_experts(team, call, num_rows, rows, layer->bank < 0 ? &weight : NULL);
 }
 
+// Experts on other ranks, which compute beside the MLP. UNSENT and UNEXPECTED after the MLP, with the
+// outputs still to be gathered.
+static int run_remote(struct team *team, const struct layer *layer, const struct half_rows *half,
+                      int64_t num_rows, const struct layers_rows *rows) {
+    struct exchange_home *home = layer->home;
+    enum dtype dtype = (enum dtype)layer->half.dtype;
+    int has_mlp = layer->mlp.num_slots > 0;
+    home->num_rows = num_rows;
+    home->ids = half->topk_ids;
+    home->weights = half->topk_weights;
+    home->weights_dtype = FLOAT32;
+    home->inputs = half->normed;
+    home->out = rows->routed;
+    int sent = exchange_dispatch(home);
+    if (sent != OK && sent != UNSENT) return sent;
+    int result = has_mlp ? run_mlp(team, layer, num_rows, rows) : OK;
+    if (result == OK) result = sent;
+    if (result == OK) result = exchange_gather(home);
+    if (result != OK) return result;
+    int64_t count = num_rows * layer->half.hidden_size;
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec x = load_some(rows->routed, i, count - i, dtype);
+        if (has_mlp) x = v_round(v_add(x, load_some(rows->others, i, count - i, dtype)), dtype);
+        x = v_add(load_some(rows->hidden, i, count - i, dtype), x);
+        store_some(rows->hidden, i, x, count - i, dtype);
+    }
+    return OK;
+}
+
 static int run_layer(struct team *team, const struct layer *layer, const struct half_batch *batch,
                      const struct layers_rows *rows) {
     int64_t num_rows = batch->num_rows, top_k = layer->half.router.routing.top_k;
@@ -64,6 +95,8 @@ static int run_layer(struct team *team, const struct layer *layer, const struct 
         .topk_weights = rows->topk_weights,
     };
     int result = half_claimed(team, &layer->half, batch, &half_rows, ENTER | ATTEND | LEAVE);
+    if (result == OK && layer->bank >= 0 && layer->home)
+        return run_remote(team, layer, &half_rows, num_rows, rows);
     if (result == OK && layer->mlp.num_slots) result = run_mlp(team, layer, num_rows, rows);
     if (result != OK || layer->bank < 0) return result;
     struct experts_call call = layer->experts;
@@ -74,7 +107,7 @@ static int run_layer(struct team *team, const struct layer *layer, const struct 
 }
 
 // Run layers from `*next` on, which is advanced, until all are done or `limit_s` is over. Returns
-// an `enum result`.
+// an `enum result`, that of the last layer.
 int layers_run(struct team *team, const struct layer *layers, int64_t num_layers,
                const struct half_batch *batch, const struct layers_rows *rows, double limit_s,
                int64_t *next) {

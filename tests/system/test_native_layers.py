@@ -1,0 +1,77 @@
+"""Steps whose experts are on other workers, with all layers of the attention worker in one call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cluster.config.cluster import EngineSection
+from tests.harness.serving_cluster import ThreadCluster, make_config, serving
+from tests.reference.exact import exact, mixed_requests
+from tests.reference.goldens import Golden
+from tests.reference.local_engine import LocalEngine
+from tests.workers.native.builds import NAMES
+from workers.model.families.native_layers import LayersOutput, NativeLayers
+from workers.native.exchange import HomeFields
+from workers.transport import peer_connections
+
+pytestmark = pytest.mark.skipif(not NAMES, reason="no compiled kernels on this machine")
+VARIANTS = ["olmoe-norm-gqa-clip", "dots1-groups"]
+LAYOUTS = [(1, 1), (2, 2)]
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+    """Native runs with experts elsewhere: whether they stopped before their end."""
+    found: Counter[bool] = Counter()
+    run = NativeLayers.run
+
+    def spy(layers: NativeLayers, *arguments: Any) -> LayersOutput:
+        output = run(layers, *arguments)
+        if isinstance(arguments[2][0], HomeFields):
+            found[bool(output.stop)] += 1
+        return output
+
+    monkeypatch.setattr(NativeLayers, "run", spy)
+    return found
+
+
+def check(of: Golden, layout: tuple[int, int]) -> None:
+    """A cluster gives what each request gives alone in one process, to the bit."""
+    section = EngineSection(enable_prefix_caching=False)
+    engine = LocalEngine(of.path, dtype="bfloat16", section=section)
+    requests = mixed_requests(engine.config.vocab_size, count=9, max_tokens=10)
+    expected = {}
+    for request in requests:
+        ((key, outputs),) = engine.run([request]).items()
+        expected[key[0]] = exact(outputs)
+    with serving(ThreadCluster(make_config(of.path, *layout, dtype="bfloat16"))) as cluster:
+        answers = cluster.answers(requests)
+        assert {name: exact(found.outputs) for name, found in answers.items()} == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_are_those_of_one_process(
+    golden: Callable[[str], Golden], variant: str, layout: tuple[int, int], ends: Counter[bool]
+) -> None:
+    check(golden(variant), layout)
+    assert ends[False] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_go_on_where_native_code_has_stopped(
+    golden: Callable[[str], Golden],
+    variant: str,
+    layout: tuple[int, int],
+    ends: Counter[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It does not wait at all for the experts."""
+    monkeypatch.setattr(peer_connections, "LOOK_S", 0.0)
+    check(golden(variant), layout)
+    assert ends[True] > 0
