@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from ctypes import addressof, byref, c_int64
@@ -19,17 +19,26 @@ from cluster.core.errors import GenerationChangedError, PeerLostError
 from tests.workers.dispatch.compiled import BANKS, compiled
 from tests.workers.dispatch.test_dispatch import MODES, Work
 from tests.workers.native.builds import NAMES, team
-from tests.workers.transport.mesh import Mesh, decodes, make_header, make_rows
+from tests.workers.transport.mesh import (
+    Mesh,
+    Worker,
+    decodes,
+    make_bank,
+    make_header,
+    make_rows,
+)
 from workers.dispatch import native_home, native_server
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
 from workers.metrics.step_metrics import SAMPLE
 from workers.metrics.step_timer import StepTimer
+from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.layers import Dispatch
 from workers.native.frames import FrameFields, PlaceFields, StepFields
 from workers.requests.step_header import StepHeader
 from workers.transport import peer_connections
+from workers.transport.direct import DirectEdges
 from workers.transport.frames import FrameHeader, FrameKind
 
 DTYPE = torch.bfloat16
@@ -43,7 +52,7 @@ class Calls:
     """What native code did, by both sides of a mesh."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.gathered = self.served = 0
+        self.gathered = self.served = self.unsent = 0
         self.stops = 0
         """Gathers and exchanges that were left to Python."""
         self.has_stopped = threading.Event()
@@ -61,6 +70,13 @@ class Calls:
             self._stop(after < len(server.fields))
             return after
 
+        keep_unsent = DirectEdges.keep_unsent
+
+        def spy_keep(edges: DirectEdges) -> None:
+            self.unsent += 1
+            keep_unsent(edges)
+
+        monkeypatch.setattr(DirectEdges, "keep_unsent", spy_keep)
         monkeypatch.setattr(native_home.NativeHome, "gather", spy_gather)
         monkeypatch.setattr(native_server.NativeServer, "serve", spy_serve)
 
@@ -79,13 +95,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @contextmanager
 def native_mesh(
-    attention: int, experts: int, mode: CombineMode = "sum", *, is_native: bool = True
+    attention: int,
+    experts: int,
+    mode: CombineMode = "sum",
+    *,
+    is_native: bool = True,
+    banks: Sequence[BankSpec] = BANKS,
 ) -> Iterator[Mesh]:
     """Workers with compiled experts; ``is_native`` False: attention without native code."""
     with Mesh(
         attention,
         experts,
-        BANKS,
+        banks,
         mode,
         dtype=DTYPE,
         make_slots=lambda bank, held: compiled(bank, held, DTYPE),
@@ -104,14 +125,14 @@ def sides(mesh: Mesh) -> tuple[RemoteDispatcher, ExpertServer]:
 
 
 def expected(work: Work, rank: int) -> list[Tensor]:
-    slots = [compiled(bank, range(bank.num_experts), DTYPE) for bank in BANKS]
-    return work(rank, LocalDispatcher(slots, BANKS))
+    slots = [compiled(bank, range(bank.num_experts), DTYPE) for bank in work.banks]
+    return work(rank, LocalDispatcher(slots, work.banks))
 
 
 def run_step_ok(mesh: Mesh, step: int, rows: tuple[int, ...] = ROWS) -> None:
     """A step that has the outputs of the local reference; those of several sums nearly."""
     header = make_header(rows, step=step, generation=mesh.generation.number)
-    work = Work(BANKS, rows, header, DTYPE)
+    work = Work(mesh.banks, rows, header, DTYPE)
     for rank, results in enumerate(mesh.step(header, work)):
         for mine, reference in zip(results, expected(work, rank), strict=True):
             torch.testing.assert_close(mine, reference)
@@ -224,18 +245,34 @@ def test_python_waits_where_native_code_does_not(
             torch.testing.assert_close(tensor, reference)
 
 
+def flush_after_steps(worker: Worker) -> None:
+    """As a data thread does, which waits for the next step."""
+    server, connections = worker.server, worker.connections
+    assert server is not None
+    run_step = server.run_step
+
+    def run(header: StepHeader) -> None:
+        run_step(header)
+        edges = connections.edges.values()
+        connections.wait(lambda: not any(edge.out_bytes for edge in edges), list)
+
+    server.run_step = run  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_frames_that_come_and_go_in_pieces(mode: CombineMode, calls: Calls) -> None:
-    """Buffers of the kernel that are smaller than a frame."""
-    rows = (200, 190)
-    with native_mesh(2, 2, mode) as mesh:
+    """Frames are larger than what the kernel takes at once."""
+    rows, spec = (200, 190), ExchangeSpec(index=0, name="mlp", in_width=4096, out_width=4096)
+    banks = [replace(make_bank(i), exchanges=(replace(spec, expert_width=8),)) for i in (0, 1)]
+    with native_mesh(2, 2, mode, banks=banks) as mesh:
         for worker in mesh.workers.values():
             for edge in worker.connections.edges.values():
-                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                    edge.sock.setsockopt(socket.SOL_SOCKET, option, 2048)
+                edge.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            if worker.server is not None:
+                flush_after_steps(worker)
         for step in range(1, 4):
             run_step_ok(mesh, step, rows)
-    assert calls.stops
+    assert calls.unsent
 
 
 def test_a_peer_that_dies_in_mid_step_is_noticed_at_once() -> None:
