@@ -96,21 +96,21 @@ class NativeHome:
         self, banks: Sequence[BankSpec], slots: Sequence[Tensor], num_rows: int, by_pair: bool
     ) -> list[HomeFields] | None:
         """For native layers: the first exchange of each bank with so many rows, all that were
-        granted; None: native code has no part in the step. Raises as ``DataTransport.post``.
+        granted; None: native code has no part in the step.
+
+        All banks have the same top-k. Raises as ``DataTransport.post``.
         """
         direct = self._direct
         if direct is None or not direct.are_clear():
             return None
-        homes = []
-        for bank, table in zip(banks, slots, strict=True):
-            home = self._home(bank, 0, 0, by_pair)
-            num_ranks, home.num_experts = table.shape
-            width = bank.top_k if by_pair else 2 * bank.top_k
-            home.slots = table.data_ptr()
-            home.sent = self._names(num_ranks, num_rows, width, 0).data_ptr()
-            homes.append(home)
-        for bank, home in zip(banks, homes, strict=True):
-            home.received = self._received_by(home, num_ranks, num_rows, bank.top_k)
+        homes = [self._home(bank, 0, 0, by_pair) for bank in banks]
+        num_ranks, (top_k,) = slots[0].shape[0], {bank.top_k for bank in banks}
+        names = self._names(num_ranks, num_rows, top_k if by_pair else 2 * top_k, 0)
+        num_bytes = max(self._num_received(home, num_ranks, num_rows, top_k) for home in homes)
+        received = self._received.of(num_bytes)
+        for home, table in zip(homes, slots, strict=True):
+            home.slots, home.num_experts = table.data_ptr(), table.shape[1]
+            home.sent, home.received = names.data_ptr(), received
         direct.sent()  # so that their paths are watched from now on
         return homes
 
@@ -132,7 +132,8 @@ class NativeHome:
         direct, home = self._direct, rows.fields
         if direct is None or not direct.are_clear():
             return None
-        home.received = self._received_by(home, len(rows.names), *rows.weights.shape)
+        num_bytes = self._num_received(home, len(rows.names), *rows.weights.shape)
+        home.received = self._received.of(num_bytes)
         out = torch.empty(rows.shape, dtype=self._dtype)
         home.out = out.data_ptr()
         if gather_outputs(self._team.library, home) == UNEXPECTED:
@@ -153,11 +154,11 @@ class NativeHome:
         home.exchange.by_pair = by_pair
         return home
 
-    def _received_by(self, home: HomeFields, num_ranks: int, num_rows: int, top_k: int) -> int:
-        """The address of memory for the outputs of all ranks."""
+    def _num_received(self, home: HomeFields, num_ranks: int, num_rows: int, top_k: int) -> int:
+        """Bytes of the outputs of all ranks."""
         exchange = home.exchange
         row_bytes = top_k * self._dtype.itemsize if exchange.by_pair else num_ranks * 4
-        return self._received.of(num_rows * exchange.out_width * row_bytes)
+        return int(num_rows * exchange.out_width * row_bytes)
 
     def _names(self, num_ranks: int, num_rows: int, width: int, micro_batch: int) -> Tensor:
         """Memory for what the rows of a micro-batch name, [ranks, T, width] int32."""
