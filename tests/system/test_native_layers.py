@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.config.cluster import EngineSection
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
@@ -14,6 +17,7 @@ from tests.reference.exact import exact, mixed_requests
 from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
 from tests.workers.native.builds import NAMES
+from workers.dispatch.native_home import NativeHome, NativeRows
 from workers.model.families.native_layers import LayersOutput, NativeLayers
 from workers.native.exchange import HomeFields
 from workers.transport import peer_connections
@@ -75,3 +79,44 @@ def test_layers_go_on_where_native_code_has_stopped(
     monkeypatch.setattr(peer_connections, "LOOK_S", 0.0)
     check(golden(variant), layout)
     assert ends[True] > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_that_were_not_sent_are_kept(
+    golden: Callable[[str], Golden],
+    variant: str,
+    ends: Counter[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel takes nothing of a frame: Python sends what the rows were, whatever comes next."""
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while here.send(bytes(1 << 16)):
+            pass
+    prepare, stopped, run = NativeHome.prepare, NativeHome.stopped, NativeLayers.run
+
+    def spy_prepare(home: NativeHome, *arguments: Any) -> list[HomeFields] | None:
+        homes = prepare(home, *arguments)
+        for frame in home._direct.frames if homes and home._direct else ():
+            frame.socket = here.fileno()
+        return homes
+
+    def spy_run(layers: NativeLayers, *arguments: Any) -> LayersOutput:
+        output = run(layers, *arguments)
+        for _ in range(8):
+            torch.full_like(output.hidden, torch.nan)
+        return output
+
+    def spy_stopped(home: NativeHome, *arguments: Any) -> NativeRows:
+        assert home._direct is not None
+        for frame, edge in zip(home._direct.frames, home._direct.edges, strict=True):
+            frame.socket = edge.sock.fileno()
+        return stopped(home, *arguments)
+
+    monkeypatch.setattr(NativeHome, "prepare", spy_prepare)
+    monkeypatch.setattr(NativeHome, "stopped", spy_stopped)
+    monkeypatch.setattr(NativeLayers, "run", spy_run)
+    with here, there:
+        check(golden(variant), (1, 1))
+    assert set(ends) == {True}

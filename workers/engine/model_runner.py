@@ -1,10 +1,9 @@
 """One step of the model: from planned rows to the final hidden states of each of them.
 
 The runner drives one generator per micro-batch (see ``workers.model.layers``): it dispatches the
-exchanges that a layer yields, and resumes the layer with the combined outputs. Where the experts
-are in this process and nothing looks between the layers, native kernels run all of them in one
-call. A step changes nothing but the KV of the rows it runs, which no step reads before this one is
-committed.
+exchanges that a layer yields, and resumes the layer with the combined outputs. Where nothing looks
+between the layers, native kernels run all of them in one call, with the exchanges. A step changes
+nothing but the KV of the rows it runs, which no step reads before this one is committed.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class ModelRunner:
 
     Where there is none, the begin of its layers."""
     advance_s: float = 0.1
-    """A step without exchanges reports its progress after the layer in which this time is over."""
+    """Native layers report their progress after the one in which this time is over."""
     _known_layers: Sequence[Layer] = ()
     _native_layers: NativeLayers | None = None
     """Made of ``_known_layers``."""

@@ -43,6 +43,8 @@ class LayersOutput:
     """Why: 0, or what ``run_layers`` returned. Then the last layer's rows have been dispatched."""
     topk_weights: Tensor
     """[T, k] float32 of the last layer."""
+    inputs: Tensor
+    """[T, H]: what it sends to its experts. Frames that were not sent whole point to it."""
     others: Tensor | None
     """[T, H]: what its MLP adds to the routed experts' outputs, if it has one."""
 
@@ -91,7 +93,7 @@ class NativeLayers:
         rows = LayersRowsFields(*(tensor.data_ptr() for tensor in tensors))
         done, stop = run_layers(self._team, self._fields, batch, rows, advance, advance_s)
         has_mlp = self._parts[done - 1].mlp is not None
-        return LayersOutput(hidden, ids, done, stop, weights, others if has_mlp else None)
+        return LayersOutput(hidden, ids, done, stop, weights, normed, others if has_mlp else None)
 
 
 def _set_experts(fields: LayerFields, experts: LocalExperts | HomeFields) -> None:
