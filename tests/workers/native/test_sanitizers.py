@@ -15,6 +15,7 @@ from tests.workers.native.builds import SANITIZER
 NATIVE, MODEL = "tests/workers/native", "tests/workers/model"
 MEMORY = [f"{NATIVE}/test_{name}.py" for name in ("experts", "matrix", "panels")]
 MEMORY += [f"{MODEL}/test_native_half.py", "tests/workers/dispatch/test_native_exchange.py"]
+MEMORY += ["tests/system/test_native_layers.py"]
 THREADS = [
     f"{NATIVE}/test_experts.py::test_threads_change_no_bit",
     f"{NATIVE}/test_matrix.py::test_products_are_near_plain_ones_and_rows_their_own",
