@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-skips",
         action="store_true",
-        help="a test that is skipped fails, unless its reason is that there is no GPU",
+        help="a test that is skipped fails, unless its reason is what GPU or processor is here",
     )
 
 
@@ -96,13 +96,13 @@ def pytest_make_collect_report(
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
-    """With ``--no-skips``, make a failure of a skip that has nothing to do with a GPU."""
+    """With ``--no-skips``, a skip fails that is not for want of a GPU or a processor."""
     if not report.skipped or hasattr(report, "wasxfail") or not config.getoption("no_skips"):
         return
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    if not re.search(r"\b(GPU|CUDA)", reason):
+    if not re.search(r"\b(GPU|CUDA|processor)\b", reason):
         report.outcome = "failed"
-        report.longrepr = f"{reason} (--no-skips allows no skip but for the lack of a GPU)"
+        report.longrepr = f"{reason} (--no-skips allows it for want of a GPU or a processor)"
 
 
 @pytest.fixture(autouse=True, scope="session")

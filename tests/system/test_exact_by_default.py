@@ -24,7 +24,9 @@ from workers.process import runtime
 BEST = NAMES[0] if NAMES else ""
 KernelsOf = Callable[[dict[str, str]], None]
 needs_kernels = pytest.mark.skipif(not NAMES, reason="no compiled kernels on this machine")
-needs_two = pytest.mark.skipif("avx512_bf16" not in NAMES, reason="has one arithmetic for bfloat16")
+needs_two = pytest.mark.skipif(
+    "avx512_bf16" not in NAMES, reason="one arithmetic for bfloat16 on this processor"
+)
 
 
 def kernels(name: str, count: int) -> Kernels:

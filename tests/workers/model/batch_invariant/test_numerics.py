@@ -36,7 +36,7 @@ def test_the_digest_is_the_same_each_time_and_in_other_processes() -> None:
 def test_another_instruction_set_has_another_digest(with_products: bool) -> None:
     """torch without vector instructions stands for another processor."""
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("torch uses no vector instructions on this machine")
+        pytest.skip("torch uses no vector instructions on this processor")
     other = digest_elsewhere(with_products, ATEN_CPU_CAPABILITY="default")
     assert other != torch_digest(with_products)
 
