@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, Work
+from torch.nn import functional
 
 __all__ = ["PrefixStore", "Store", "TCPStore", "Work"]  # for importers; the rest is defined here
 
@@ -34,12 +35,14 @@ def check_version(version: str) -> None:
 check_version(torch.__version__)
 
 
-# oneDNN's layout of weights
+# oneDNN's layout of weights, which some builds of torch do not have
+
+_HAS_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def supports_packing(weight: Tensor) -> bool:
     """Whether oneDNN has a layout of its own for such a matrix on this machine."""
-    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+    if weight.device.type != "cpu" or not _HAS_ONEDNN:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -58,19 +61,26 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 # With its overload named, an operator releases Python's lock.
-_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN else None
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [rows, in] times a packed weight: [rows, out]."""
+    assert _linear_pointwise is not None, "nothing is packed without oneDNN"
     result: Tensor = _linear_pointwise(x, packed, bias, "none", [], "")
     return result
 
 
-def scriptable_packed_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """``packed_linear`` for TorchScript, which cannot name an overload."""
+def _packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return result
+
+
+scriptable_packed_linear: Callable[[Tensor, Tensor], Tensor] = (
+    _packed_linear if _HAS_ONEDNN else functional.linear
+)
+"""``packed_linear`` for TorchScript, which cannot name an overload, and compiles the call even
+where nothing is packed."""
 
 
 # Process groups without a global world

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -37,3 +39,24 @@ def test_no_other_module_names_a_private_function() -> None:
     files = [file for folder in folders for file in folder.rglob("*.py")]
     found = {file.name for file in files if private.search(file.read_text(encoding="utf-8"))}
     assert found == {"torch_private.py"}
+
+
+_WITHOUT_ONEDNN = """
+from types import SimpleNamespace
+import torch
+torch._C._has_mkldnn = False
+torch.ops.mkldnn = SimpleNamespace()
+from workers.experts.loops import expert_products
+from workers.model.layers import Linear, can_pack
+weight, rows = torch.randn(512, 512), torch.randn(3, 512)
+assert not can_pack(weight)
+torch.testing.assert_close(Linear(weight)(rows), rows @ weight.T)
+torch.testing.assert_close(expert_products(rows, [3], [weight], False), rows @ weight.T)
+"""
+
+
+def test_a_torch_without_onednn_computes_with_plain_weights() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_ONEDNN], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
