@@ -94,7 +94,8 @@ class WorkersSection:
     threads_per_worker: int = field(default=1, metadata=INTERNAL)
     """Compute threads of a worker, filled by ``cluster.sizing.start_plan.plan_start``."""
     gpus_per_worker: float | None = None
-    """GPUs that Ray sets aside for a worker, fractions allowed; by default 1 on CUDA, else 0."""
+    """GPUs that Ray sets aside for a worker, at most 1, fractions allowed; by default 1 on CUDA,
+    else 0."""
     placement_file: str | None = None
     """Placement to start with instead of the contiguous one."""
     load_profile: str | None = None
@@ -128,6 +129,8 @@ class WorkersSection:
         check_each(self, "cpus_per_worker", is_positive, "must be > 0")
         check_each(self, "threads_per_worker", is_at_least_1, "must be at least 1")
         check_each(self, "gpus_per_worker", is_not_negative, "must be >= 0")
+        rule = "must not exceed 1: a worker computes on one GPU, without tensor parallelism"
+        check_each(self, "gpus_per_worker", lambda gpus: gpus <= 1, rule)
 
     @property
     def num_attention_ranks(self) -> int:

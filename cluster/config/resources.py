@@ -130,8 +130,6 @@ def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
     if asked is not None:
         if workers.device == "cuda" and asked == 0:
             raise ConfigError("gpus_per_worker", asked, "must be above 0 with device cuda")
-        if asked > 1 and asked != int(asked):
-            raise ConfigError("gpus_per_worker", asked, "must be a whole number above 1")
         _check_fit("gpus", asked, pools)
         return asked
     largest = [_largest_share([n.gpus for n in p], count) for p, count in pools.items()]

@@ -35,6 +35,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("num_redundant_experts", lambda: WorkersSection(num_redundant_experts=-1)),
     ("cpus_per_worker", lambda: WorkersSection(cpus_per_worker=0)),
     ("gpus_per_worker", lambda: WorkersSection(gpus_per_worker=-0.5)),
+    ("gpus_per_worker", lambda: WorkersSection(gpus_per_worker=2)),
     ("max_num_seqs", lambda: EngineSection(max_num_seqs=0)),
     ("max_num_batched_tokens", lambda: EngineSection(max_num_seqs=9, max_num_batched_tokens=8)),
     ("kv_cache_bytes", lambda: EngineSection(kv_cache_bytes=0)),
