@@ -137,7 +137,7 @@ Each row is the split that fits and has the most tokens a second.
 - Sequences: as many as have {CONTEXT_TOKENS} tokens of KV each, at most {MAX_SEQS} for each GPU.
 - Tokens a second: all sequences over the time of a decode step, by the roofline
   (`cluster/sizing/roofline.py`), with balancedness {BALANCEDNESS:g} and the numbers of the data
-  sheets (`benchmarks/sizing_layouts.py`). This is a limit of the hardware, not a measurement:
+  sheets (`cluster/sizing/gpus.py`). This is a limit of the hardware, not a measurement:
   expect less, and prompts take a share of the time.
 
 For another model or hardware run

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cluster.core.errors import ConfigError
-from cluster.sizing.devices import GPU, GPU_NETWORK_BYTES_S
+from cluster.sizing.devices import GPU_NETWORK_BYTES_S
+from cluster.sizing.gpus import A100, H100, H200
 from cluster.sizing.roofline import DeviceNumbers, ModelSize, disaggregated_step
 
 GPUS_PER_NODE = 8
@@ -49,26 +50,23 @@ class NodeKind:
 
 A100_NODE = NodeKind(
     name="A100-80GB",
-    gpu=replace(GPU, name="A100", bandwidth_bytes_s=2.039e12, flops_s=312e12, link_bytes_s=300e9),
+    gpu=A100,
     memory_bytes=80e9,
     network_bytes_s=25e9,
 )
-"""NVIDIA A100 SXM 80 GB, from its data sheet: 2,039 GB/s of HBM2e, 312 TFLOPS of dense bfloat16,
-NVLink of 600 GB/s in both directions together; one 200 Gbit/s adapter for each GPU."""
+"""With one 200 Gbit/s adapter for each GPU."""
 H100_NODE = NodeKind(
     name="H100-80GB",
-    gpu=replace(GPU, name="H100"),
+    gpu=H100,
     memory_bytes=80e9,
     network_bytes_s=GPU_NETWORK_BYTES_S,
 )
-"""NVIDIA H100 SXM: ``cluster.sizing.devices.GPU``."""
 H200_NODE = NodeKind(
     name="H200-141GB",
-    gpu=replace(GPU, name="H200", bandwidth_bytes_s=4.8e12),
+    gpu=H200,
     memory_bytes=141e9,
     network_bytes_s=GPU_NETWORK_BYTES_S,
 )
-"""NVIDIA H200 SXM, from its data sheet: 141 GB of HBM3e at 4.8 TB/s, otherwise an H100."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

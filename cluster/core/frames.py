@@ -63,7 +63,7 @@ class Register(ControlFrame, frozen=True, kw_only=True):
     build: Build = Build()
     """Must be that of the other workers."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Facts for people: threads, device, host."""
+    """Facts: threads, device, host, kernels; on CUDA gpu, its name, and gpu_bandwidth_bytes_s."""
 
 
 class LoadProgress(ControlFrame, frozen=True, kw_only=True):

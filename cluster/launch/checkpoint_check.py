@@ -28,7 +28,7 @@ _ALLOW_BARE = "--allow-bare"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointFacts:
-    """Facts about a checkpoint that a start needs."""
+    """Facts about a checkpoint, and about torch here, that a start needs."""
 
     model_type: str
     dtype: str
@@ -48,6 +48,10 @@ class CheckpointFacts:
     ``cluster.sizing.roofline.BankSize``."""
     torch_has_cuda: bool
     """Whether the installed torch can use a GPU at all."""
+    gpu: str = ""
+    """Name of this host's first GPU; empty without one."""
+    gpu_bandwidth_bytes_s: float = 0.0
+    """Of its memory; 0 where it does not say."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of ``config.json`` without effect here."""
 
@@ -118,11 +122,15 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
     """
     import torch
 
+    from workers.model.cuda_device import gpu_facts
     from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
 
     is_bare = allow_bare and not any(folder.glob("*.safetensors*"))
     summary = plan_checkpoint(folder) if is_bare else check_checkpoint(folder)
     family = summary.family
+    gpu, bandwidth_bytes_s = "", 0.0
+    if torch.cuda.is_available():
+        gpu, bandwidth_bytes_s = gpu_facts(torch.device("cuda:0"))
     return CheckpointFacts(
         model_type=family.config.model_type,
         dtype=auto_dtype(family.config),
@@ -149,6 +157,8 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
             for bank, values in zip(family.banks, summary.expert_values, strict=True)
         ),
         torch_has_cuda=torch.version.cuda is not None,
+        gpu=gpu,
+        gpu_bandwidth_bytes_s=bandwidth_bytes_s,
         ignored_keys=family.config.ignored_keys,
     )
 

@@ -24,6 +24,7 @@ from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.state_file import Command
+from cluster.sizing.gpus import gpu_numbers
 from cluster.sizing.mode_choice import resolve_mode
 
 _PORTS = (20_000, 30_000)
@@ -78,7 +79,9 @@ class LaunchPlan:
         profile = LoadProfile.from_dict(self.profile) if self.profile else None
         kind = self.config.engine.kv_cache_dtype
         size = self.facts.size(self.config.model.dtype, profile, kind)
-        config = resolve_mode(self.config, size, self.facts.context_tokens, nodes, free_cpus)
+        gpu = gpu_numbers(self.facts.gpu, self.facts.gpu_bandwidth_bytes_s)
+        length = self.facts.context_tokens
+        config = resolve_mode(self.config, size, length, nodes, free_cpus, gpu)
         return dataclasses.replace(self, config=config)
 
     @property

@@ -1,4 +1,7 @@
-"""Numbers of devices and links for ``cluster.sizing.roofline``, with where they come from."""
+"""Numbers of devices and links for ``cluster.sizing.roofline``, with where they come from.
+
+Those of GPUs are in ``cluster.sizing.gpus``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import replace
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import WorkerShare
+from cluster.sizing.gpus import UNKNOWN_GPU
 from cluster.sizing.replay import StepCost
 from cluster.sizing.roofline import DeviceNumbers
 
@@ -22,16 +26,6 @@ read at 11 GB/s by products with few rows of an expert (29 GB/s is the most, wit
 that oneDNN prepacked); a product of 256 x 2048 x 2048 runs at 98 GFLOPS in float32 and 155 in
 bfloat16; loopback TCP moves 6 GB/s in large frames, and a small frame from one Python process to
 another costs some 50 us on each end and as much between."""
-GPU = DeviceNumbers(
-    name="GPU",
-    bandwidth_bytes_s=3.35e12,
-    flops_s=989e12,
-    link_bytes_s=450e9,
-    latency_s=10e-6,
-    message_s=2e-6,
-)
-"""NVIDIA H100 SXM, from its data sheet: 3.35 TB/s of HBM3, 989 TFLOPS of dense bfloat16, NVLink of
-900 GB/s in both directions together. Latencies are typical of grouped NCCL sends on one host."""
 NETWORK_LATENCY_S = 100e-6
 """From host to host, through the kernel's TCP."""
 CPU_NETWORK_BYTES_S = 1.25e9
@@ -42,10 +36,12 @@ _DECODE_ROWS = 16
 """Rows of a decode step, where the load does not say."""
 
 
-def worker_numbers(share: WorkerShare, num_nodes: int) -> DeviceNumbers:
+def worker_numbers(
+    share: WorkerShare, num_nodes: int, gpu: DeviceNumbers = UNKNOWN_GPU
+) -> DeviceNumbers:
     """What one worker with that share can do; between several nodes the network is the link."""
     on_gpu = share.device == "cuda"
-    device = GPU if on_gpu else CPU_CORE
+    device = gpu if on_gpu else CPU_CORE
     device = device.share(share.gpus if on_gpu else share.cpus or 1.0)
     if num_nodes == 1:
         return device
@@ -56,14 +52,20 @@ def worker_numbers(share: WorkerShare, num_nodes: int) -> DeviceNumbers:
     )
 
 
-def step_cost(config: ClusterConfig, expert_bytes: int, dtype: str) -> StepCost:
+def step_cost(
+    config: ClusterConfig,
+    expert_bytes: int,
+    dtype: str,
+    gpu: DeviceNumbers = UNKNOWN_GPU,
+) -> StepCost:
     """By the roofline of the device: a slot's weights are read, each pair is two
     operations a weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses
     ratios only, so that a part of a device counts as a whole one.
 
-    ``expert_bytes``: of the largest expert; ``dtype``: as workers name it.
+    ``expert_bytes``: of the largest expert; ``dtype``: as workers name it; ``gpu``: of workers on
+    CUDA.
     """
-    device = GPU if config.workers.device == "cuda" else CPU_CORE
+    device = gpu if config.workers.device == "cuda" else CPU_CORE
     weights = expert_bytes / (4 if dtype == "float32" else 2)
     token_s = 2.0 * weights / device.flops_s
     slot_s = expert_bytes / device.bandwidth_bytes_s

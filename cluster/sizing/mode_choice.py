@@ -15,6 +15,7 @@ from cluster.config.cluster import ClusterConfig, WorkersSection
 from cluster.config.resources import NodeResources, plan_shares
 from cluster.core.load_profile import LoadProfile
 from cluster.sizing.devices import worker_numbers
+from cluster.sizing.gpus import UNKNOWN_GPU
 from cluster.sizing.roofline import (
     BankSize,
     DeviceNumbers,
@@ -35,11 +36,12 @@ def resolve_mode(
     max_model_len: int,
     nodes: Sequence[NodeResources],
     free_cpus: float | None = None,
+    gpu: DeviceNumbers = UNKNOWN_GPU,
 ) -> ClusterConfig:
     """The configuration with ``auto`` replaced by a mode, for workers on these nodes.
 
-    ``max_model_len`` is the model's own limit, for a configuration without one. Raises
-    ``ConfigError`` as ``plan_shares`` does.
+    ``max_model_len`` is the model's own limit, for a configuration without one; ``gpu`` is what
+    workers on CUDA have. Raises ``ConfigError`` as ``plan_shares`` does.
     """
     share = plan_shares(config.workers, nodes, free_cpus)
     context = _CONTEXT_SHARE * (config.model.max_model_len or max_model_len)
@@ -48,7 +50,7 @@ def resolve_mode(
         size,
         batch=config.workers.num_attention_ranks * config.engine.max_num_seqs,
         context_tokens=context,
-        device=worker_numbers(share, len(nodes)),
+        device=worker_numbers(share, len(nodes), gpu),
     )
     return replace(config, workers=workers)
 

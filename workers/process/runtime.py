@@ -247,7 +247,7 @@ class WorkerRuntime(ABC):
             self.member = replace(self.member, weights_address=self._weights.address)
             self.kernels = self.kernels.noting(torch_experts(self.family.banks, self.dtype))
         self.member = self._announce()
-        info = {"threads": self._exactness.threads, "device": str(self.args.device)}
+        info = {"threads": self._exactness.threads, **self.args.device_facts}
         info |= {"host": socket.gethostname(), "kernels": self.kernels.words}
         self.control.send(Register(member=self.member, build=me.build, info=info))
 

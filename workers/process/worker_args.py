@@ -12,6 +12,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.core.codec import from_plain
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Member
+from workers.model.cuda_device import gpu_facts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,3 +64,11 @@ class WorkerArgs:
     def device(self) -> torch.device:
         """Device of this worker. Ray shows a worker only its own GPU, which is the first."""
         return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")
+
+    @property
+    def device_facts(self) -> dict[str, Any]:
+        """For ``Register``: the device, and of a GPU what planning asks for."""
+        facts: dict[str, Any] = {"device": str(self.device)}
+        if self.device.type == "cuda":
+            facts["gpu"], facts["gpu_bandwidth_bytes_s"] = gpu_facts(self.device)
+        return facts

@@ -19,6 +19,7 @@ from cluster.core.load_profile import load_profile
 from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.launch.model_source import find_model
 from cluster.sizing.devices import worker_numbers
+from cluster.sizing.gpus import gpu_numbers
 from cluster.sizing.pool_sizes import PoolChoice, size_pools
 from cluster.sizing.roofline import DeviceNumbers, StepTime
 
@@ -45,6 +46,11 @@ def add_size(kinds: Commands) -> None:
     parser.add_argument("--balancedness", type=float, default=1.0, help="of the placement")
     hardware = parser.add_argument_group("hardware of a worker")
     hardware.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of a worker")
+    hardware.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="of a CUDA worker: A100, H100, H200, B200, L40S, L4; by default this host's, or H100",
+    )
     hardware.add_argument("--cores", type=float, default=1.0, help="cores of a CPU worker")
     hardware.add_argument("--nodes", type=int, default=1, help="hosts; above 1 the network counts")
     hardware.add_argument("--bandwidth-gb-s", type=float, help="of memory")
@@ -59,12 +65,15 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 def run_size(args: argparse.Namespace) -> int:
     """Print the best pools for each batch."""
-    device = device_of(args)
+    changes = given_numbers(args)
     try:
         source = find_model(args.model, note)
         facts = CheckpointCheck(source.folder, os.environ, allow_bare=True).result()
     except CheckpointError as err:
         raise CommandError(ExitCode.FAILED, str(err)) from err
+    gpu = gpu_numbers(args.gpu) if args.gpu else gpu_numbers(facts.gpu, facts.gpu_bandwidth_bytes_s)
+    share = WorkerShare(cpus=args.cores, gpus=1.0, device=args.device)
+    device = replace(worker_numbers(share, args.nodes, gpu), **changes)
     found = size_pools(
         facts.size("auto", load_profile(args.profile) if args.profile is not None else None),
         args.batch,
@@ -80,16 +89,15 @@ def run_size(args: argparse.Namespace) -> int:
         "batches": [_document(choice) for choice in found],
     }
     heading = (
-        f"{source.name} on {args.workers} workers, each a {device.name}: {_numbers_of(device)}"
+        f"{source.name} on {args.workers} workers of one {device.name} each: {_numbers_of(device)}"
     )
     return show(args, document, lambda: _text(found), heading)
 
 
-def device_of(args: argparse.Namespace) -> DeviceNumbers:
-    """Numbers of a worker. Raises ``ConfigError`` for those that are not positive."""
+def given_numbers(args: argparse.Namespace) -> dict[str, float]:
+    """Numbers of a worker that replace those of its device. Raises ``ConfigError``."""
     check(args.cores > 0, "--cores", args.cores, "must be above 0")
     check(args.nodes >= 1, "--nodes", args.nodes, "must be at least 1")
-    share = WorkerShare(cpus=args.cores, gpus=1.0, device=args.device)
     given = {
         "bandwidth_bytes_s": (args.bandwidth_gb_s, 1e9),
         "flops_s": (args.tflops, 1e12),
@@ -99,7 +107,7 @@ def device_of(args: argparse.Namespace) -> DeviceNumbers:
     changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
     for name, value in changes.items():
         check(0 < value < float("inf"), name, value, "must be positive and finite")
-    return replace(worker_numbers(share, args.nodes), **changes)
+    return changes
 
 
 def _document(choice: PoolChoice) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cluster.load.tracker import Source
 from cluster.planner.base import PlannedTopology, planned_topology
 from cluster.policy.rebalance import LoadNow
 from cluster.sizing.devices import step_cost
+from cluster.sizing.gpus import slowest_gpu
 from cluster.sizing.replay import StepCost
 
 logger = logging.getLogger(__name__)
@@ -114,5 +115,6 @@ class Plans:
         """Of a step on an expert worker of the cluster."""
         infos = [record.info for record in self._cluster.workers]
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
+        gpus = [(i["gpu"], i["gpu_bandwidth_bytes_s"]) for i in infos if "gpu" in i]
         dtype = next((str(info["dtype"]) for info in infos if "dtype" in info), "float32")
-        return step_cost(self._cluster.config, max([1, *sizes]), dtype)
+        return step_cost(self._cluster.config, max([1, *sizes]), dtype, slowest_gpu(gpus))

@@ -11,6 +11,7 @@ from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
 from cluster.config.expert_load import RebalanceSection
 from cluster.core.errors import ConfigError
 from cluster.sizing.devices import step_cost
+from cluster.sizing.gpus import gpu_numbers
 
 
 def config_of(**workers: Any) -> ClusterConfig:
@@ -26,6 +27,11 @@ def test_a_slot_costs_by_the_roofline(device: str, dtype: str, pairs: float) -> 
     found = step_cost(config_of(device=device), 1 << 20, dtype)
     assert found.slot_s / found.token_s == pytest.approx(pairs, rel=0.01)
     assert found.expert_bytes == 1 << 20
+
+
+def test_a_slot_costs_by_the_roofline_of_the_gpu() -> None:
+    found = step_cost(config_of(device="cuda"), 1 << 20, "bfloat16", gpu_numbers("NVIDIA A100"))
+    assert found.slot_s / found.token_s == pytest.approx(153.0, rel=0.01)
 
 
 def test_a_slot_costs_the_pairs_that_are_configured() -> None:

@@ -11,7 +11,8 @@ import pytest
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.errors import ConfigError
-from cluster.sizing.devices import CPU_CORE, GPU
+from cluster.sizing.devices import CPU_CORE
+from cluster.sizing.gpus import H100
 from cluster.sizing.pool_sizes import size_pools
 from cluster.sizing.roofline import BankSize, ModelSize, disaggregated_step
 
@@ -22,7 +23,7 @@ MODEL = ModelSize(
 
 
 def test_no_other_split_is_faster() -> None:
-    for choice in size_pools(MODEL, [1, 16, 256], 500.0, num_workers=6, device=GPU):
+    for choice in size_pools(MODEL, [1, 16, 256], 500.0, num_workers=6, device=H100):
         assert choice.num_attention + choice.num_experts == 6
         assert choice.disaggregated is not None
         for attention in range(1, 6):
@@ -32,7 +33,7 @@ def test_no_other_split_is_faster() -> None:
                 500.0,
                 num_attention=attention,
                 num_experts=6 - attention,
-                device=GPU,
+                device=H100,
             )
             assert choice.disaggregated.step_s <= other.step_s
         assert choice.tokens_per_s == pytest.approx(choice.batch / choice.best.step_s)
@@ -45,7 +46,7 @@ def test_long_contexts_ask_for_attention_workers() -> None:
 
 
 def test_more_workers_than_experts_leave_two_pools() -> None:
-    (choice,) = size_pools(MODEL, [4], 100.0, num_workers=10, device=GPU)
+    (choice,) = size_pools(MODEL, [4], 100.0, num_workers=10, device=H100)
     assert choice.colocated is None
     assert not choice.colocated_wins
     assert choice.num_experts <= 8
@@ -53,7 +54,7 @@ def test_more_workers_than_experts_leave_two_pools() -> None:
 
 
 def test_one_worker_leaves_one_pool() -> None:
-    (choice,) = size_pools(MODEL, [4], 100.0, num_workers=1, device=GPU)
+    (choice,) = size_pools(MODEL, [4], 100.0, num_workers=1, device=H100)
     assert choice.disaggregated is None
     assert choice.colocated_wins
     assert (choice.num_attention, choice.num_experts) == (0, 0)
@@ -72,12 +73,12 @@ def test_counts_that_make_no_sense_are_refused(
     workers: int, batch: int, balancedness: float, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        size_pools(MODEL, [batch], 1.0, num_workers=workers, device=GPU, balancedness=balancedness)
+        size_pools(MODEL, [batch], 1.0, num_workers=workers, device=H100, balancedness=balancedness)
 
 
 def test_a_model_without_experts_is_refused() -> None:
     with pytest.raises(ConfigError, match="must have experts"):
-        size_pools(replace(MODEL, banks=()), [1], 1.0, num_workers=2, device=GPU)
+        size_pools(replace(MODEL, banks=()), [1], 1.0, num_workers=2, device=H100)
 
 
 @pytest.mark.usefixtures("state_home")
@@ -103,6 +104,7 @@ def test_the_command_reads_a_bare_config(
     found = json.loads(capsys.readouterr().out)
     assert [b["batch"] for b in found["batches"]] == [2, 64]
     assert found["device"]["link_bytes_s"] == 2e9
+    assert found["device"]["name"] == "GPU (numbers of an H100)"
     assert found["batches"][0]["touched_experts"] == pytest.approx(8 * (1 - 0.75**2))
     for entry in found["batches"]:
         assert entry["num_attention_workers"] + entry["num_expert_workers"] == 4
@@ -114,6 +116,8 @@ def test_the_command_reads_a_bare_config(
     assert "EXPERTS TOUCHED" in text.out
     assert "u(B)" in text.out
     assert "CPU core" in text.err
+    assert main([*command, "--gpu", "H200"]) == ExitCode.OK
+    assert "4 workers of one H200 each: 4800 GB/s memory, 989 TFLOPS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

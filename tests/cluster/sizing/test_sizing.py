@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.config.resources import WorkerShare
-from cluster.sizing.devices import CPU_CORE, GPU, worker_numbers
+from cluster.sizing.devices import CPU_CORE, worker_numbers
+from cluster.sizing.gpus import H100
 from cluster.sizing.roofline import (
     BankSize,
     DeviceNumbers,
@@ -179,4 +180,4 @@ def test_a_worker_has_its_share_and_the_network_between_hosts() -> None:
     assert far.link_bytes_s < CPU_CORE.link_bytes_s
     assert far.latency_s > CPU_CORE.latency_s
     gpu = worker_numbers(WorkerShare(cpus=1.0, gpus=0.25, device="cuda"), num_nodes=1)
-    assert gpu.flops_s == GPU.flops_s / 4
+    assert gpu.flops_s == H100.flops_s / 4

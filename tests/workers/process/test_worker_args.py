@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
 from cluster.core.codec import to_plain
@@ -10,6 +13,16 @@ from cluster.core.topology import Member
 from workers.process.worker_args import WorkerArgs
 
 MEMBER = Member(name="attention-0", role="attention", rank=0, device=-1)
+
+
+def args_of(workers: WorkersSection) -> WorkerArgs:
+    model = ModelSection(path="p", served_model_name="m")
+    return WorkerArgs(
+        config=ClusterConfig(model=model, workers=workers),
+        member=MEMBER,
+        control_address="127.0.0.1:1",
+        host="127.0.0.1",
+    )
 
 
 def test_a_worker_has_the_threads_that_it_is_given() -> None:
@@ -33,11 +46,14 @@ def test_a_worker_has_the_threads_that_it_is_given() -> None:
 def test_compiled_kernels_compute_where_nothing_is_against_them(
     workers: WorkersSection, reason: str
 ) -> None:
-    model = ModelSection(path="p", served_model_name="m")
-    args = WorkerArgs(
-        config=ClusterConfig(model=model, workers=workers),
-        member=MEMBER,
-        control_address="127.0.0.1:1",
-        host="127.0.0.1",
-    )
-    assert args.why_torch == reason
+    assert args_of(workers).why_torch == reason
+
+
+def test_a_worker_on_a_gpu_tells_its_name_and_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="NVIDIA H200", memory_clock_rate=3_201_000, memory_bus_width=6144)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    facts = args_of(WorkersSection(device="cuda")).device_facts
+    assert facts["device"] == "cuda:0"
+    assert facts["gpu"] == "NVIDIA H200"
+    assert facts["gpu_bandwidth_bytes_s"] == pytest.approx(4.917e12, rel=1e-3)
+    assert args_of(WorkersSection(device="cpu")).device_facts == {"device": "cpu"}

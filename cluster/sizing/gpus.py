@@ -1,0 +1,76 @@
+"""Numbers of GPUs by their names: from data sheets, but for the bandwidth that a GPU itself names.
+
+Sources are NVIDIA's data sheets of the products. Products of bfloat16 are without sparsity, half
+of what most sheets print. A link is one direction: half of NVLink's number, or of PCIe's where a
+GPU has no NVLink. Latencies are typical of grouped NCCL sends on one host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from cluster.sizing.roofline import DeviceNumbers
+
+H100 = DeviceNumbers(
+    name="NVIDIA H100",
+    bandwidth_bytes_s=3.35e12,
+    flops_s=989e12,
+    link_bytes_s=450e9,
+    latency_s=10e-6,
+    message_s=2e-6,
+)
+"""SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Stands for unknown GPUs, too."""
+A100 = replace(
+    H100, name="NVIDIA A100", bandwidth_bytes_s=2.039e12, flops_s=312e12, link_bytes_s=300e9
+)
+"""80 GB SXM: 2,039 GB/s of HBM2e, 312 TFLOPS, NVLink of 600 GB/s."""
+H200 = replace(H100, name="NVIDIA H200", bandwidth_bytes_s=4.8e12)
+"""SXM: HBM3e at 4.8 TB/s, otherwise an H100."""
+_PCIE_4 = 32e9
+_KNOWN = {
+    # a part of the name as CUDA gives it; the first that fits counts
+    "A100": A100,
+    "H100 NVL": replace(H100, bandwidth_bytes_s=3.9e12, flops_s=835e12, link_bytes_s=300e9),
+    "H100 PCIe": replace(H100, bandwidth_bytes_s=2.0e12, flops_s=756e12, link_bytes_s=300e9),
+    "H100": H100,
+    "H200 NVL": replace(H200, flops_s=835e12),
+    "H200": H200,
+    "B200": replace(H100, bandwidth_bytes_s=8.0e12, flops_s=2250e12, link_bytes_s=900e9),
+    "L40S": replace(H100, bandwidth_bytes_s=864e9, flops_s=362e12, link_bytes_s=_PCIE_4),
+    "L4": replace(H100, bandwidth_bytes_s=300e9, flops_s=121e12, link_bytes_s=_PCIE_4),
+}
+"""B200: the DGX B200 divided by its eight GPUs."""
+
+
+def _contains(words: list[str], part: list[str]) -> bool:
+    """Whether the words of ``part`` are all there; ``A100-SXM4-80GB`` is an ``A100``, too."""
+    products = {word.partition("-")[0] for word in words} | set(words)
+    return products.issuperset(part)
+
+
+def gpu_numbers(name: str, bandwidth_bytes_s: float = 0.0) -> DeviceNumbers:
+    """Numbers of a GPU by the name that CUDA gives it, such as ``NVIDIA H100 80GB HBM3``.
+
+    ``bandwidth_bytes_s`` is what the GPU itself says, 0 if nothing: memory differs between the
+    versions of a product. An unknown GPU, or none (an empty name), gets the numbers of an H100, and
+    a name that says so.
+    """
+    words = name.split()
+    wanted = (part for part in _KNOWN if _contains(words, part.split()))
+    part = next(wanted, None)
+    if part is None:
+        found = replace(H100, name=f"{name or 'GPU'} (numbers of an H100)")
+    else:
+        found = replace(_KNOWN[part], name=name)
+    return replace(found, bandwidth_bytes_s=bandwidth_bytes_s or found.bandwidth_bytes_s)
+
+
+UNKNOWN_GPU = gpu_numbers("")
+"""Where nothing is known of the GPUs."""
+
+
+def slowest_gpu(facts: Iterable[tuple[str, float]]) -> DeviceNumbers:
+    """Of GPUs by name and bandwidth (see ``gpu_numbers``): each step waits for its last worker."""
+    gpus = [gpu_numbers(*known) for known in facts]
+    return min(gpus, key=lambda gpu: gpu.bandwidth_bytes_s, default=UNKNOWN_GPU)

@@ -1,0 +1,16 @@
+"""What a GPU says of itself: the calls of ``torch.cuda`` that need one."""
+
+from __future__ import annotations
+
+import torch
+
+_TRANSFERS_PER_CLOCK = 2
+"""Of memory with double data rate, whose clock CUDA reports."""
+
+
+def gpu_facts(device: torch.device) -> tuple[str, float]:
+    """Its name, and the bytes a second that its memory can be read at; 0 where it does not say."""
+    found = torch.cuda.get_device_properties(device)
+    kilohertz = getattr(found, "memory_clock_rate", 0)
+    bits = getattr(found, "memory_bus_width", 0)
+    return found.name, _TRANSFERS_PER_CLOCK * 1e3 * kilohertz * bits / 8
