@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tests.simulation.kernel import Kernel
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
+from workers.model.side_stream import SideStream
 
 VOCAB = 997
 TOP_K = 2
@@ -189,6 +190,7 @@ class ToyCache:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
+        self.side = SideStream(torch.device("cpu"))
         self.null_block = num_blocks
         self.states = [0] * ((num_blocks + 1) * block_size)
 

@@ -135,7 +135,7 @@ class Engine:
         self._counters = dict.fromkeys((*names, "generation_tokens_total"), 0)
         self._iteration_tokens = Histogram(TOKEN_BUCKETS)
         self._ended = dict.fromkeys(FinishReason, 0)
-        self.load = LoadCounter(banks)
+        self.load = LoadCounter(banks, self.cache.side)
         """Tokens by expert and copy, of committed steps."""
 
     # Requests

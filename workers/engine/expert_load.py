@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cluster.core.load_report import BankCounts, Counts, LoadReport, sum_by_copy
 from workers.model.config import BankSpec
+from workers.model.side_stream import SideStream
 
 _MAX_STEPS = 256
 """Pending steps from which on the data thread counts."""
@@ -49,8 +50,9 @@ class _Step:
 class LoadCounter:
     """Tokens by expert and copy. ``add`` belongs to the data thread; any thread may read."""
 
-    def __init__(self, banks: Sequence[BankSpec]) -> None:
+    def __init__(self, banks: Sequence[BankSpec], side: SideStream) -> None:
         self._banks = tuple(banks)
+        self._side = side
         self._pending: deque[_Step] = deque()
         self._pending_rows = 0
         self._lock = threading.Lock()
@@ -67,9 +69,10 @@ class LoadCounter:
 
     def flush(self) -> None:
         """Count what was added so far."""
-        with self._lock:
+        with self._lock, self._side.work():
             self._pending_rows = 0
             steps = [self._pending.popleft() for _ in range(len(self._pending))]
+            self._side.follow()
             for epoch, group in groupby(steps, key=lambda step: step.epoch):
                 self._count(epoch, tuple(group))
 

@@ -13,6 +13,7 @@ from workers.experts.kernels_cuda import GroupedExperts
 from workers.experts.kernels_native import NativeExperts, what_is_missing
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ExchangeSpec
+from workers.model.side_stream import SideStream
 from workers.model.weighting import sum_of_pairs
 from workers.native.experts import NativeSlots
 from workers.native.team import Team
@@ -52,13 +53,15 @@ def make_kernel(
     compute_threads: ComputeThreads | None = None,
     team: Team | None = None,
     make_other: MakeKernel | None = None,
+    side: SideStream | None = None,
 ) -> ExpertKernel:
     """The fastest kernel for experts of this kind and size; ``team``: of compiled kernels.
 
-    ``make_other`` makes those of torch on CPUs, in place of the fastest.
+    ``make_other`` makes those of torch on CPUs, in place of the fastest; ``side`` is for the
+    threads that load.
     """
     if device.type == "cuda":
-        return GroupedExperts(exchange, dtype, device)
+        return GroupedExperts(exchange, dtype, device, side)
     if team is not None and not what_is_missing(exchange, dtype):
         return NativeExperts(exchange, dtype, team)
     if make_other is not None:

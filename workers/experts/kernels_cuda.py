@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from workers.experts.stacked import StackedWeights
 from workers.model.config import ExchangeSpec
+from workers.model.side_stream import SideStream
 
 _ALIGNMENT_BYTES = 16
 """``functional.grouped_mm`` needs rows of operands to start at multiples of this."""
@@ -16,8 +17,14 @@ _ALIGNMENT_BYTES = 16
 class GroupedExperts(StackedWeights):
     """``functional.grouped_mm`` over all slots in bfloat16, else one product per used slot."""
 
-    def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(exchange, dtype, device)
+    def __init__(
+        self,
+        exchange: ExchangeSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        side: SideStream | None = None,
+    ) -> None:
+        super().__init__(exchange, dtype, device, side)
         widths = {n for shape in exchange.matrix_shapes for n in shape}
         self._has_grouped = (
             dtype == torch.bfloat16

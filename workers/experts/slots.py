@@ -17,6 +17,7 @@ from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
+from workers.model.side_stream import SideStream
 from workers.native.team import Team
 
 
@@ -54,7 +55,10 @@ class ExpertSlots:
         """
         threads = compute_threads or ComputeThreads()
         other = InvariantKernels().make if deterministic else None
-        make = partial(make_kernel, compute_threads=threads, team=team, make_other=other)
+        self._side = SideStream(device)
+        make = partial(
+            make_kernel, compute_threads=threads, team=team, make_other=other, side=self._side
+        )
         self.banks = tuple(ExpertBank(spec, num_slots, dtype, device, make) for spec in banks)
         """By ``BankSpec.index``."""
         self._contents = [dict[int, Held]() for _ in banks]
@@ -89,6 +93,10 @@ class ExpertSlots:
         except IndexError:  # the slot was given back meanwhile
             return None
         return matrices if self._contents[bank].get(slot) is held else None
+
+    def follow_steps(self) -> None:
+        """Slots that are given up by now are written after the steps that have read them."""
+        self._side.follow()
 
     def load_expert(
         self, bank: int, slot: int, expert: int, source: ExpertSource, is_idle: bool = False

@@ -9,12 +9,21 @@ from torch import Tensor
 
 from workers.model.config import ExchangeSpec
 from workers.model.layers import GatedActivation, gated_activation
+from workers.model.side_stream import SideStream
 
 
 class StackedWeights:
     """The part of an ``ExpertKernel`` that keeps weights; subclasses compute."""
 
-    def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        exchange: ExchangeSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        side: SideStream | None = None,
+    ) -> None:
+        """``side`` is for threads that store and read; by default one of these weights' own."""
+        self._side = side or SideStream(device)
         shapes = exchange.matrix_shapes
         self._activate = gated_activation(exchange.activation)
         self._weights = [torch.zeros((0, *s), dtype=dtype, device=device) for s in shapes]
@@ -22,17 +31,20 @@ class StackedWeights:
     def resize(self, num_slots: int) -> None:
         """See ``ExpertKernel``; new slots hold zeros, whose pages are given out when written."""
         self._weights = [_resized(old, num_slots) for old in self._weights]
+        self._side.follow()
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        self._weights[matrix][slot].copy_(weight)
+        with self._side.work():
+            self._weights[matrix][slot].copy_(self._side.to_device(weight))
 
     def read(self, slot: int, matrix: int) -> Tensor:
-        weight = self._weights[matrix][slot]
-        return weight.clone() if weight.device.type == "cpu" else weight.cpu()
+        with self._side.work():
+            return self._side.to_host(self._weights[matrix][slot].clone())
 
     def clear(self, slot: int) -> None:
-        for weights in self._weights:
-            weights[slot].zero_()
+        with self._side.work():
+            for weights in self._weights:
+                weights[slot].zero_()
 
 
 def batched_products(

@@ -17,6 +17,7 @@ from workers.model import fp8
 from workers.model.attention import PIECE_BYTES, Workspace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
+from workers.model.side_stream import SideStream
 
 
 class KVCache:
@@ -34,6 +35,8 @@ class KVCache:
         kv_cache_dtype: KvCacheDType = "auto",
     ) -> None:
         """``dtype`` is that of the model; see ``EngineSection.kv_cache_dtype``."""
+        self.side = SideStream(device)
+        """For threads that read and write blocks."""
         is_fp8 = kv_cache_dtype == "fp8"
         row_size = fp8.row_bytes(config.head_dim) if is_fp8 else config.head_dim
         self.block_size = block_size
@@ -75,12 +78,14 @@ class KVCache:
 
     def read_block(self, block: int) -> Tensor:
         """A copy of a block's data in CPU memory (any thread, while the block has a holder)."""
-        return torch.stack([layer[:, block] for layer in self.layers]).cpu()
+        with self.side.work():
+            return self.side.to_host(torch.stack([layer[:, block] for layer in self.layers]))
 
     def write_block(self, block: int, data: Tensor) -> None:
         """Fill a block (any thread that holds it, before it can be found)."""
-        for layer, part in zip(self.layers, data, strict=True):
-            layer[:, block] = part
+        with self.side.work():
+            for layer, part in zip(self.layers, self.side.to_device(data), strict=True):
+                layer[:, block] = part
 
     def clear_slots(self, slots: Sequence[int]) -> None:
         """Zero single slots (block * block_size + offset), as ``clear`` does whole blocks."""

@@ -11,6 +11,7 @@ import torch
 from cluster.core.load_report import Counts
 from tests.workers.transport.mesh import make_bank
 from workers.engine.expert_load import LoadCounter, Routed
+from workers.model.side_stream import SideStream
 
 BANKS = (make_bank(0), make_bank(1))
 NUM_EXPERTS = BANKS[0].num_experts
@@ -35,7 +36,7 @@ def counted(counts: Counts) -> dict[int, int]:
 
 
 def test_tokens_are_counted_by_expert_and_phase() -> None:
-    load = LoadCounter(BANKS)
+    load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
     mixed = Routed(
         torch.tensor([[0, 1], [2, 3], [0, 3]]), torch.tensor([[9, 9], [0, 1], [1, 0]]), 1
     )
@@ -53,14 +54,14 @@ def test_tokens_are_counted_by_expert_and_phase() -> None:
 
 
 def test_a_prompt_without_a_choice_takes_the_first_copy() -> None:
-    load = LoadCounter(BANKS)
+    load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
     load.add(1, 1, step(prompts([[1, 2]], None)))
     load.add(1, 1, step(prompts([[1, 2]], [[1, 0]])))
     assert load.report().banks[KEY].epoch_prefill[[1, 2]].tolist() == [[1, 1], [2, 0]]
 
 
 def test_a_new_epoch_counts_copies_afresh() -> None:
-    load = LoadCounter(BANKS)
+    load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
     load.add(1, 1, step(prompts([[0, 1]], [[1, 0]])))
     load.add(2, 2, step(prompts([[0, 1]], None), decodes([2, 3])))
     report = load.report()
@@ -73,7 +74,7 @@ def test_a_new_epoch_counts_copies_afresh() -> None:
 
 
 def test_what_a_report_was_given_does_not_change() -> None:
-    load = LoadCounter(BANKS)
+    load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
     load.add(1, 1, step(decodes([0, 1])))
     before = load.report()
     load.add(1, 1, step(decodes([0, 1])))
@@ -83,7 +84,7 @@ def test_what_a_report_was_given_does_not_change() -> None:
 
 
 def test_many_steps_are_not_kept_until_somebody_asks() -> None:
-    load = LoadCounter(BANKS)
+    load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def add(num_rows: int) -> int:
@@ -101,7 +102,7 @@ def test_many_steps_are_not_kept_until_somebody_asks() -> None:
 
 
 def test_reports_beside_a_running_engine_lose_nothing() -> None:
-    load = LoadCounter(BANKS)
+    load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
     seen: list[int] = []
     ended = threading.Event()
 

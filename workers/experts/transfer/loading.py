@@ -182,6 +182,7 @@ class ExpertLoader:
             for (bank, slot, _), was in zip(work, held, strict=True):
                 self._slots.restore(bank, slot, was)
             raise ProtocolError(obstacle.reason)
+        self._slots.follow_steps()
         return work
 
     def _parse(self, order: LoadExperts) -> list[SlotOrder]:

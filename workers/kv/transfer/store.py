@@ -56,6 +56,7 @@ class KvTransferStore:
         if blocks:
             self.pool.hold(blocks)
             self.tables.append(blocks)
+            self.cache.side.follow()
         return blocks
 
     def end_loan(self, blocks: list[int], num_kept: int) -> None:
@@ -84,6 +85,7 @@ class KvTransferStore:
         self.pool.hold(found)
         fetch = Fetch(hashes=tuple(hashes), found=list(found), blocks=self.pool.allocate(count))
         self.tables += [fetch.found, fetch.blocks]
+        self.cache.side.follow()
         return fetch
 
     def end(self, fetch: Fetch) -> None:
