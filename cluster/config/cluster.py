@@ -168,8 +168,10 @@ class EngineSection:
     block_size_tokens: int = field(default=16, metadata=INTERNAL)
     """Tokens in one KV block."""
     kv_cache_bytes: int | None = None
-    """KV memory of each attention worker, for example 512M; by default room for 16 full contexts,
-    64 MiB to 1 GiB."""
+    """KV memory of each attention worker, for example 512M; by default on a GPU what
+    gpu_memory_utilization leaves, on CPUs room for 16 full contexts, 64 MiB to 1 GiB."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a worker's GPU for weights, steps and KV, where the size of KV is not given."""
     kv_cache_dtype: KvCacheDType = "auto"
     """Type of keys and values: ``auto`` takes the model's; ``fp8`` is e4m3 with a scale for each
     vector, about twice as many blocks as in bfloat16, at the price of accuracy."""
@@ -223,11 +225,14 @@ class EngineSection:
             f"must be at least max_num_seqs ({self.max_num_seqs})",
         )
         check_each(self, "kv_fetch_limit_s", is_not_negative, "must not be negative")
+        share = self.gpu_memory_utilization
+        rule = "must be above 0 and at most 1"
+        check(0 < share <= 1, "gpu_memory_utilization", share, rule)
         limits = "itl_target_ms max_waiting_tokens kv_cache_bytes"
         check_each(self, limits, is_positive, "must be positive")
 
     def num_kv_blocks(self, bytes_per_token: int, max_model_len: int) -> int:
-        """KV blocks of one attention worker.
+        """KV blocks of one attention worker, with the default of CPUs.
 
         Raises ``ConfigError`` if its memory does not hold even one.
         """

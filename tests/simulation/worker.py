@@ -14,6 +14,7 @@ from tests.simulation.network import network
 from tests.simulation.toy_model import ToyBank, banks
 from tests.simulation.toy_steps import ToyDispatcher, ToyTransport
 from workers.experts.slots import ExpertSlots
+from workers.model.side_stream import SideStream
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.expert_runtime import ExpertRuntime
 from workers.process.runtime import WorkerRuntime
@@ -29,6 +30,7 @@ class ToySlots(ExpertSlots):
         made: Any = tuple(ToyBank(spec, num_slots, self._written) for spec in banks())
         self.banks = made
         self._contents = [{} for _ in made]
+        self._side = SideStream(torch.device("cpu"))
 
     def _written(self, bank: int, slot: int) -> None:
         """A matrix is stored in a slot, or a slot is given back."""

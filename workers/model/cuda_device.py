@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from cluster.config.gpu_memory import GpuMemory
+
 _TRANSFERS_PER_CLOCK = 2
 """Of memory with double data rate, whose clock CUDA reports."""
 
@@ -14,3 +16,15 @@ def gpu_facts(device: torch.device) -> tuple[str, float]:
     kilohertz = getattr(found, "memory_clock_rate", 0)
     bits = getattr(found, "memory_bus_width", 0)
     return found.name, _TRANSFERS_PER_CLOCK * 1e3 * kilohertz * bits / 8
+
+
+def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
+    """Its memory now, after what torch has kept of tensors that are gone is given back."""
+    torch.cuda.empty_cache()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return GpuMemory(
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        own_bytes=torch.cuda.memory_reserved(device),
+        share=share,
+    )

@@ -29,6 +29,7 @@ from workers.kv.transfer.store import KvLender
 from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
+from workers.process.gpu_room import section_for_gpu
 from workers.process.intake.commands import AddRequest, Command, GatewayGone, Inbox
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
@@ -104,10 +105,10 @@ class AttentionRuntime(WorkerRuntime):
         self._cleanup.callback(self._compilations.close)
         engine = Engine(
             model=model,
-            config=self.family.config,
+            config=config,
             banks=self.family.banks,
             dispatcher=self._dispatcher,
-            section=self.config.engine,
+            section=section_for_gpu(self.args, self.family, self.dtype, self.transport),
             max_model_len=model_len,
             rank=self.member.rank,
             compute_threads=self.compute_threads,
@@ -118,9 +119,9 @@ class AttentionRuntime(WorkerRuntime):
         self._engine = engine
         return {
             "max_model_len": engine.max_model_len,
-            "vocab_size": self.family.config.vocab_size,
+            "vocab_size": config.vocab_size,
             "num_kv_blocks": engine.pool.num_blocks,
-            "model_type": self.family.config.model_type,
+            "model_type": config.model_type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "kv_cache_dtype": self.config.engine.kv_cache_dtype,
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
@@ -52,6 +51,7 @@ from workers.process.control.reports import WorkerReports
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.exactness import Exactness
 from workers.process.expert_part import BanksOf, ExpertPart
+from workers.process.gpu_room import check_room_for_slots
 from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
 from workers.process.orders import Orders
 from workers.process.worker_args import WorkerArgs
@@ -247,8 +247,8 @@ class WorkerRuntime(ABC):
             self.member = replace(self.member, weights_address=self._weights.address)
             self.kernels = self.kernels.noting(torch_experts(self.family.banks, self.dtype))
         self.member = self._announce()
-        info = {"threads": self._exactness.threads, **self.args.device_facts}
-        info |= {"host": socket.gethostname(), "kernels": self.kernels.words}
+        info = {"threads": self._exactness.threads, "kernels": self.kernels.words}
+        info |= self.args.device_facts
         self.control.send(Register(member=self.member, build=me.build, info=info))
 
     def _enter_generation(self, generation: Generation, placement: ExpertPlacement) -> None:
@@ -335,6 +335,7 @@ class WorkerRuntime(ABC):
         args, threads, team = self.args, self.compute_threads, self.kernels.team
         is_strict = self.config.engine.deterministic == "on"
         num, dtype, device = args.num_slots, self.dtype, args.device
+        check_room_for_slots(args, self.family.banks, dtype)
         return ExpertSlots(self.family.banks, num, dtype, device, threads, is_strict, team)
 
     def _die(self, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,8 @@ class WorkerArgs:
 
     @property
     def device_facts(self) -> dict[str, Any]:
-        """For ``Register``: the device, and of a GPU what planning asks for."""
-        facts: dict[str, Any] = {"device": str(self.device)}
+        """For ``Register``: host and device, and of a GPU what planning asks for."""
+        facts: dict[str, Any] = {"host": socket.gethostname(), "device": str(self.device)}
         if self.device.type == "cuda":
             facts["gpu"], facts["gpu_bandwidth_bytes_s"] = gpu_facts(self.device)
         return facts

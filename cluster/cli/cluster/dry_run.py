@@ -28,6 +28,8 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
     if plan.temp_dir:
         start = plan_start(plan.config, facts.banks, plan.private_nodes, profile=plan.profile)
     workers = plan.config.workers
+    may_be_gpu = start.share.device == "cuda" if start else workers.device != "cpu"
+    is_measured = may_be_gpu and plan.config.engine.kv_cache_bytes is None
     is_open = workers.mode == "auto"
     return {
         "schema": 1,
@@ -44,7 +46,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
         "cpus_per_worker": start.share.cpus if start else None,
         "gpus_per_worker": start.share.gpus if start else None,
         "threads_per_worker": start.share.threads if start else None,
-        "kv_cache_tokens": blocks * plan.config.engine.block_size_tokens,
+        "kv_cache_tokens": None if is_measured else blocks * plan.config.engine.block_size_tokens,
         "kv_cache_dtype": kind,
         "kv_bytes_per_token": facts.kv_bytes_per_token(plan.config.model.dtype, kind),
         "workers": [
@@ -82,7 +84,8 @@ def text(document: Mapping[str, Any], address: str) -> str:
             f"{document['cpus_per_worker']:g} CPUs, {document['gpus_per_worker']:g} GPUs, "
             f"{document['threads_per_worker']} compute threads a worker, on {document['device']}"
         )
-    tokens, each = document["kv_cache_tokens"], document["kv_bytes_per_token"]
+    tokens = document["kv_cache_tokens"] or "as many as the GPU has room for,"
+    each = document["kv_bytes_per_token"]
     kind = "" if document["kv_cache_dtype"] == "auto" else f" ({document['kv_cache_dtype']})"
     lines = [
         f"mode     {document['mode']}{f': {reason}' if reason else ''}",

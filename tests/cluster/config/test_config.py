@@ -39,6 +39,8 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("max_num_seqs", lambda: EngineSection(max_num_seqs=0)),
     ("max_num_batched_tokens", lambda: EngineSection(max_num_seqs=9, max_num_batched_tokens=8)),
     ("kv_cache_bytes", lambda: EngineSection(kv_cache_bytes=0)),
+    ("gpu_memory_utilization", lambda: EngineSection(gpu_memory_utilization=0)),
+    ("gpu_memory_utilization", lambda: EngineSection(gpu_memory_utilization=1.01)),
     ("kv_cache_dtype", lambda: EngineSection(kv_cache_dtype="fp8_e5m2")),  # type: ignore[arg-type]
     ("itl_target_ms", lambda: EngineSection(itl_target_ms=0)),
     ("itl_target_ms", lambda: EngineSection(itl_target_ms=float("nan"))),

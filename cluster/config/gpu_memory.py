@@ -1,0 +1,76 @@
+"""How much of a GPU is for keys and values, once the weights are there. Plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.core.checks import check
+
+_CONTEXT_BYTES = 1 << 30
+"""Most that a process takes of a GPU beside its tensors: CUDA itself and loaded kernels. Where
+processes share a GPU, none can tell how much of the rest is its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuMemory:
+    """Of one worker's GPU, its weights loaded."""
+
+    total_bytes: int
+    free_bytes: int
+    """Of nobody, now."""
+    own_bytes: int
+    """Of this process's tensors."""
+    share: float = 1.0
+    """Of the GPU that the worker may use: ``gpus_per_worker``."""
+
+    @property
+    def used_bytes(self) -> int:
+        """In use, so far as it counts against this worker's share."""
+        if self.share == 1.0:
+            return self.total_bytes - self.free_bytes
+        return self.own_bytes + _CONTEXT_BYTES
+
+
+def kv_budget(
+    memory: GpuMemory,
+    reserves: Mapping[str, int],
+    *,
+    utilization: float,
+    asked_bytes: int | None,
+    block_bytes: int,
+) -> int:
+    """Bytes for keys and values, at least those of one block; ``asked_bytes`` where they fit.
+
+    ``reserves``: bytes by what they are for, which steps take later. Raises ``ConfigError``.
+
+    Example: 80 GB, 16 of them used, 4 reserved, utilization 0.9: 72 - 16 - 4 = 52 GB.
+    """
+    if asked_bytes is not None:
+        rule = f"must fit into the {_gib(memory.free_bytes)} that are free on the GPU"
+        rule += f" of {_gib(memory.total_bytes)}"
+        check(asked_bytes <= memory.free_bytes, "kv_cache_bytes", _gib(asked_bytes), rule)
+        return asked_bytes
+    limit = int(utilization * memory.share * memory.total_bytes)
+    room = min(limit - memory.used_bytes, memory.free_bytes) - sum(reserves.values())
+    share = "" if memory.share == 1.0 else f", a share of {memory.share:g}"
+    kept = "".join(f", {_gib(size)} for {what}" for what, size in reserves.items())
+    rule = (
+        f"must leave room for KV, {_gib(block_bytes)} at least: of the GPU's "
+        f"{_gib(memory.total_bytes)}{share}, {_gib(memory.used_bytes)} are in use{kept}"
+    )
+    check(room >= block_bytes, "gpu_memory_utilization", utilization, rule)
+    return room
+
+
+def check_slots(num_workers: int, num_slots: int, num_bytes: int, free_bytes: int) -> None:
+    """Raise ``ConfigError`` where a GPU has no room for a worker's expert slots."""
+    rule = (
+        f"must be more, or spare and recovery slots fewer: each holds {num_slots} expert slots a "
+        f"bank, {_gib(num_bytes)}, and its GPU has {_gib(free_bytes)} free"
+    )
+    check(num_bytes <= free_bytes, "num_expert_workers", num_workers, rule)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"

@@ -1,0 +1,112 @@
+"""Memory of a worker's GPU, whose CUDA edge is faked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
+from cluster.core.errors import ConfigError
+from cluster.core.topology import Member
+from tests.paths import DEMO
+from workers.model.loading.checkpoint import Checkpoint
+from workers.process.gpu_room import check_room_for_slots, section_for_gpu, step_bytes
+from workers.process.worker_args import WorkerArgs
+from workers.transport.collective import CollectiveTransport
+
+GIB = 1 << 30
+FAMILY = Checkpoint(DEMO).family
+
+
+@dataclass
+class FakeGpu:
+    """A GPU of 24 GiB, 20 of them free."""
+
+    calls: list[str] = field(default_factory=list)
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        assert device == torch.device("cuda:0")
+        self.calls.append("look")
+        return 20 * GIB, 24 * GIB
+
+    def empty_cache(self) -> None:
+        self.calls.append("give back")
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return 3 * GIB
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fake = FakeGpu()
+    for name in ("mem_get_info", "empty_cache", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+def args_of(device: Any = "cuda", num_slots: int = 4, **engine: Any) -> WorkerArgs:
+    config = ClusterConfig(
+        model=ModelSection(path="p", served_model_name="m"),
+        workers=WorkersSection(device=device, gpus_per_worker=1.0 if device == "cuda" else 0.0),
+        engine=EngineSection(**engine),
+    )
+    member = Member(name="attention-0", role="attention", rank=0, device=-1)
+    return WorkerArgs(
+        config=config, member=member, control_address="", host="", num_slots=num_slots
+    )
+
+
+def sized(args: WorkerArgs, transport: Any = None) -> EngineSection:
+    return section_for_gpu(args, FAMILY, torch.bfloat16, transport)
+
+
+def test_kv_of_a_gpu_is_what_steps_leave(gpu: FakeGpu) -> None:
+    args = args_of()
+    found = sized(args)
+    kept = step_bytes(FAMILY.config, FAMILY.banks, args.config.engine)
+    assert found.kv_cache_bytes == int(0.9 * 24 * GIB) - 4 * GIB - kept
+    assert gpu.calls == ["give back", "look"]
+    assert replace(found, kv_cache_bytes=None) == args.config.engine
+
+
+def test_nccl_takes_a_part_for_each_peer(gpu: FakeGpu) -> None:
+    without = sized(args_of()).kv_cache_bytes
+    with_nccl = sized(args_of(), CollectiveTransport.__new__(CollectiveTransport)).kv_cache_bytes
+    assert without is not None
+    assert with_nccl == without - 2 * (128 << 20)
+
+
+def test_larger_steps_take_more() -> None:
+    small, large = (
+        step_bytes(FAMILY.config, FAMILY.banks, EngineSection(max_num_batched_tokens=n))
+        for n in (512, 4096)
+    )
+    rows = 4096 - 512
+    top_k = FAMILY.banks[0].top_k
+    assert large - small >= rows * top_k * FAMILY.config.hidden_size * 4
+
+
+def test_a_given_size_wins(gpu: FakeGpu) -> None:
+    assert sized(args_of(kv_cache_bytes=GIB)).kv_cache_bytes == GIB
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes \(21 GiB\) must fit into the 20 GiB"):
+        sized(args_of(kv_cache_bytes=21 * GIB))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_is_too_small_is_named_before_anything_is_allocated() -> None:
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization \(0.1\) must leave room for KV"):
+        sized(args_of(gpu_memory_utilization=0.1))
+    each = sum(out * width for _, _, (out, width) in FAMILY.banks[0].matrices) * 2
+    room = 20 * GIB // (each * len(FAMILY.banks))
+    check_room_for_slots(args_of(num_slots=room), FAMILY.banks, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"num_expert_workers \(2\) must be more"):
+        check_room_for_slots(args_of(num_slots=room + 1), FAMILY.banks, torch.bfloat16)
+
+
+def test_cpus_are_not_asked() -> None:
+    args = args_of(device="cpu")
+    assert sized(args) is args.config.engine
+    check_room_for_slots(args_of(device="cpu", num_slots=10**9), FAMILY.banks, torch.bfloat16)
