@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Set
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -35,6 +36,7 @@ from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
 from workers.process.step_messages import step_messages
+from workers.process.warm_up import warm_attention
 from workers.requests.block_hash import HASH_BYTES
 from workers.requests.request import (
     Queued,
@@ -103,18 +105,20 @@ class AttentionRuntime(WorkerRuntime):
         self._grammars.prepare()
         self._compilations = GrammarCompilations(self._grammars.compile, self.connections.wake)
         self._cleanup.callback(self._compilations.close)
-        engine = Engine(
+        make_engine = partial(
+            Engine,
             model=model,
             config=config,
             banks=self.family.banks,
-            dispatcher=self._dispatcher,
-            section=section_for_gpu(self.args, self.family, self.dtype, self.transport),
             max_model_len=model_len,
             rank=self.member.rank,
             compute_threads=self.compute_threads,
             team=self.kernels.team,
             is_exact=bool(self.member.offer.kernels),
         )
+        warm_attention(self.args, self.family, self.dtype, make_engine, self._dispatcher)
+        section = section_for_gpu(self.args, self.family, self.dtype, self.transport)
+        engine = make_engine(dispatcher=self._dispatcher, section=section)
         self._lend_blocks(engine)
         self._engine = engine
         return {

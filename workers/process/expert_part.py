@@ -39,6 +39,7 @@ from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.control.control_client import ControlClient
+from workers.process.warm_up import warm_experts
 from workers.process.worker_args import WorkerArgs
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import Peer, PeerClient, PeerServer
@@ -73,6 +74,7 @@ class ExpertPart:
         """
         assert args.placement is not None, "a worker with experts is started with a placement"
         slots.load_placement(args.placement, args.member.device, checkpoint)
+        warm_experts(args, slots)
         self.slots = slots
         self._args = args
         self._me = me

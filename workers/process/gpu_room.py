@@ -38,6 +38,12 @@ def step_bytes(config: ModelConfig, banks: Sequence[BankSpec], section: EngineSe
     return rows * config.hidden_size * 4 + logits * _LOGIT_BYTES + _ATTENTION_BYTES
 
 
+def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of one KV block."""
+    vector_bytes = kv_vector_bytes(section.kv_cache_dtype, config.head_dim, dtype.itemsize)
+    return config.kv_vectors_per_token * vector_bytes * section.block_size_tokens
+
+
 def section_for_gpu(
     args: WorkerArgs, family: Family, dtype: torch.dtype, transport: DataTransport
 ) -> EngineSection:
@@ -50,7 +56,6 @@ def section_for_gpu(
     if args.device.type != "cuda":
         return section
     is_nccl = isinstance(transport, CollectiveTransport)
-    vector_bytes = kv_vector_bytes(section.kv_cache_dtype, config.head_dim, dtype.itemsize)
     budget = kv_budget(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
         {
@@ -59,7 +64,7 @@ def section_for_gpu(
         },
         utilization=section.gpu_memory_utilization,
         asked_bytes=section.kv_cache_bytes,
-        block_bytes=config.kv_vectors_per_token * vector_bytes * section.block_size_tokens,
+        block_bytes=block_bytes(section, config, dtype),
     )
     return replace(section, kv_cache_bytes=budget)
 

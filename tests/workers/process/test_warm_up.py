@@ -1,0 +1,135 @@
+"""The steps of a warm-up, on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.config.cluster import (
+    ClusterConfig,
+    Device,
+    EngineSection,
+    Mode,
+    ModelSection,
+    WorkersSection,
+)
+from cluster.core.topology import Member
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.local import LocalDispatcher
+from workers.engine.engine import Engine
+from workers.experts.bank import ExpertBank
+from workers.experts.slots import ExpertSlots
+from workers.model.compute_threads import ComputeThreads
+from workers.model.loading.checkpoint import Checkpoint, load_attention_model
+from workers.process.warm_up import BlankDispatcher, warm_attention, warm_experts
+from workers.process.worker_args import WorkerArgs
+from workers.requests.request import TokenOutput
+from workers.requests.step_header import StepHeader
+
+CPU = torch.device("cpu")
+SECTION = EngineSection(max_num_seqs=4, max_num_batched_tokens=64, max_waiting=1)
+
+
+class NotedEngine(Engine):
+    """An engine that writes down its steps."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.grants: list[tuple[int, int]] = []
+        self.num_outputs = 0
+
+    def step(self, header: StepHeader) -> list[TokenOutput]:
+        grant = header.grant(0)
+        self.grants.append((grant.decode_rows, grant.prefill_rows))
+        outputs = super().step(header)
+        self.num_outputs += sum(output.error is None for output in outputs)
+        return outputs
+
+
+def args_of(device: Device, mode: Mode = "disaggregated", context: int = 128) -> WorkerArgs:
+    config = ClusterConfig(
+        model=ModelSection(path="p", served_model_name="m", max_model_len=context),
+        workers=WorkersSection(device=device, mode=mode),
+        engine=SECTION,
+    )
+    member = Member(name="attention-0", role="attention", rank=0, device=-1)
+    return WorkerArgs(config=config, member=member, control_address="", host="")
+
+
+class Warmed:
+    """Attention of the tiny model on the CPU, warmed as on a GPU."""
+
+    def __init__(self, path: Path, args: WorkerArgs) -> None:
+        checkpoint = Checkpoint(path)
+        self.family = checkpoint.family
+        context = args.config.model.max_model_len
+        self._values = {
+            "model": load_attention_model(
+                checkpoint, torch.float32, CPU, context, ComputeThreads(), False, None
+            ),
+            "config": checkpoint.config,
+            "banks": self.family.banks,
+            "max_model_len": context,
+        }
+        slots = ExpertSlots(self.family.banks, 8, torch.float32, CPU)
+        slots.load_all(checkpoint)
+        self.local = LocalDispatcher(slots.banks, self.family.banks)
+        self.engines: list[NotedEngine] = []
+        self.dispatchers: list[TokenDispatcher] = []
+        warm_attention(args, self.family, torch.float32, self._make, self.local)
+
+    def _make(self, dispatcher: TokenDispatcher, section: EngineSection) -> Engine:
+        self.dispatchers.append(dispatcher)
+        engine = NotedEngine(dispatcher=dispatcher, section=section, **self._values)
+        self.engines.append(engine)
+        return engine
+
+
+@pytest.mark.parametrize(("context", "prompts"), [(128, 64), (8, 20)])
+def test_attention_runs_a_step_of_each_kind(
+    context: int, prompts: int, tiny_checkpoint: Path
+) -> None:
+    warmed = Warmed(tiny_checkpoint, args_of("cuda", context=context))
+    [engine] = warmed.engines
+    assert engine.grants == [(0, prompts), (4, 0), (4, 0), (0, 1), (1, 0), (1, 0)]
+    assert engine.num_outputs == 3 * 5
+    assert not engine.has_work
+    assert isinstance(warmed.dispatchers[0], BlankDispatcher)
+
+
+def test_experts_of_the_same_process_take_part(tiny_checkpoint: Path) -> None:
+    warmed = Warmed(tiny_checkpoint, args_of("cuda", mode="local"))
+    assert warmed.dispatchers == [warmed.local]
+    assert warmed.engines[0].num_outputs == 3 * 5
+
+
+def test_experts_compute_one_row_and_the_most_of_a_step(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = ExpertSlots(Checkpoint(tiny_checkpoint).family.banks, 2, torch.float32, CPU)
+    seen: list[tuple[str, int]] = []
+    for name in ("compute", "compute_rows"):
+        monkeypatch.setattr(ExpertBank, name, _noting(name, getattr(ExpertBank, name), seen))
+    warm_experts(args_of("cuda"), slots)
+    each = [(name, rows) for rows in (1, 64) for name in ("compute", "compute_rows")]
+    assert seen == each * len(slots.banks)
+
+
+def _noting(name: str, whole: Callable[..., Tensor], seen: list[tuple[str, int]]) -> Any:
+    def noted(bank: ExpertBank, exchange: int, inputs: Tensor, *more: Any) -> Tensor:
+        seen.append((name, len(inputs)))
+        return whole(bank, exchange, inputs, *more)
+
+    return noted
+
+
+def test_cpus_are_warm(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Warmed(tiny_checkpoint, args_of("cpu")).engines == []
+    monkeypatch.setattr(ExpertBank, "compute", None)
+    slots = ExpertSlots(Checkpoint(tiny_checkpoint).family.banks, 2, torch.float32, CPU)
+    warm_experts(args_of("cpu"), slots)
