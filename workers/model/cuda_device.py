@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from cluster.config.gpu_memory import GpuMemory
 
+_HAS_NVML = find_spec("pynvml") is not None
+"""Whether torch can ask the driver how busy a GPU is."""
 _TRANSFERS_PER_CLOCK = 2
 """Of memory with double data rate, whose clock CUDA reports."""
 
@@ -28,3 +32,17 @@ def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
         own_bytes=torch.cuda.memory_reserved(device),
         share=share,
     )
+
+
+def gpu_stats(device: torch.device) -> dict[str, float]:
+    """Gauges of a GPU by metric name without prefix; none on CPUs. Any thread."""
+    if device.type != "cuda":
+        return {}
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    found = {
+        "gpu_memory_used_bytes": float(total_bytes - free_bytes),
+        "gpu_memory_total_bytes": float(total_bytes),
+    }
+    if _HAS_NVML:
+        found["gpu_utilization_perc"] = torch.cuda.utilization(device) / 100
+    return found

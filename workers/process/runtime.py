@@ -41,6 +41,7 @@ from workers.metrics.step_metrics import StepMetrics
 from workers.metrics.step_timer import StepTimer, TimingSink
 from workers.metrics.step_trace import StepTrace
 from workers.model.compute_threads import ComputeThreads
+from workers.model.cuda_device import gpu_stats
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
 from workers.native.team import start_kernels
@@ -84,8 +85,7 @@ class WorkerRuntime(ABC):
         self.config = args.config
         is_local = args.config.workers.mode == "local"
         self.step_metrics = StepMetrics(None if is_local else _WAITS[args.member.role])
-        node = args.member.node or args.host
-        self.member = replace(args.member, pid=os.getpid(), node=node)
+        self.member = replace(args.member, pid=os.getpid(), node=args.member.node or args.host)
         self.membership = Membership(
             self.member.name,
             MembershipHooks(
@@ -110,7 +110,7 @@ class WorkerRuntime(ABC):
         self._reports = WorkerReports(
             membership=self.membership,
             activity=self.activity,
-            stats=lambda: {**self._stats(), **self.step_metrics.stats()},
+            stats=lambda: {**self._stats(), **self.step_metrics.stats(), **gpu_stats(args.device)},
             load=self._load_report,
             load_every_s=self.config.load.report_s,
             send=self._send,

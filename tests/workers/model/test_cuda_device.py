@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from workers.model.cuda_device import gpu_facts
+from workers.model import cuda_device
+from workers.model.cuda_device import gpu_facts, gpu_stats
 
 GPU = torch.device("cuda:0")
 
@@ -30,3 +31,15 @@ def test_bandwidth_follows_from_clock_and_bus(
     assert name == "NVIDIA H100 80GB HBM3"
     assert found == pytest.approx(bandwidth, rel=1e-3)
     assert asked == [GPU]
+
+
+@pytest.mark.parametrize("has_nvml", [False, True])
+def test_memory_is_measured_and_use_where_the_driver_can_be_asked(
+    has_nvml: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_device, "_HAS_NVML", has_nvml)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 80))
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 45)
+    memory = {"gpu_memory_used_bytes": 50.0, "gpu_memory_total_bytes": 80.0}
+    assert gpu_stats(GPU) == memory | ({"gpu_utilization_perc": 0.45} if has_nvml else {})
+    assert gpu_stats(torch.device("cpu")) == {}
