@@ -429,6 +429,24 @@ CHANGES: list[Row] = [
     # devices
     ("devices", MULTI, "a GPU less", lambda m: set_limit(m, "experts", "nvidia.com/gpu", "7")),
     ("devices", MULTI, "a GPU more", lambda m: set_limit(m, "attention", "nvidia.com/gpu", "9")),
+    (
+        "devices",
+        "gpu-single-node",
+        "pods that share a host",
+        lambda m: set_limit(m, "attention", "nvidia.com/gpu", "6"),
+    ),
+    (
+        "devices",
+        "gpu-single-node",
+        "experts elsewhere",
+        lambda m: m.group("experts").spec.update(replicas=1),
+    ),
+    (
+        "shape",
+        "gpu-single-node",
+        "a node of one pool",
+        lambda m: m.group("attention").spec.update(labels={"expertmesh/role": "attention"}),
+    ),
     ("devices", MULTI, "too many workers", lambda m: set_engine(m, num_expert_workers=17)),
     ("devices", MULTI, "too many CPUs", lambda m: set_engine(m, cpus_per_worker=9)),
     ("devices", "cpu-kind", "a gateway more", lambda m: set_engine(m, num_gateway_replicas=3)),

@@ -63,7 +63,7 @@ def affinities(m: Manifests) -> Iterator[str]:
     for group in m.groups:
         affinity = group.pod.get("affinity", {})
         apart = terms(affinity, "podAntiAffinity")
-        if group.name == "gateway" and m.group("experts").replicas == 1:  # there may be one node
+        if group.name == "gateway" and m.group("experts").replicas <= 1:  # there may be one node
             wished = affinity.get("podAntiAffinity", {}).get(f"preferred{_DURING}", [])
             apart += [term["podAffinityTerm"] for term in wished]
         hosts = [t for t in apart if t.get("topologyKey") == "kubernetes.io/hostname"]

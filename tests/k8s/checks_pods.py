@@ -42,7 +42,7 @@ def budgets(m: Manifests) -> Iterator[str]:
             yield f"{name}: an eviction would be refused for ever, minAvailable is {at_least!r}"
             continue
         for group in map(m.group, m.selected(spec["selector"]) & set(GROUPS)):
-            wanted = 1 if group.name == "headgroup" else group.replicas - 1
+            wanted = 1 if group.name == "headgroup" else max(group.replicas - 1, 0)
             if at_least != wanted:
                 yield f"{name}: minAvailable is {at_least} of {group.replicas}, not {wanted}"
 
@@ -125,7 +125,8 @@ def _probe(group: Group, name: str, probe: dict[str, Any]) -> Iterator[str]:
     else:
         asks = [_ASKS_RAY.fullmatch(part) for part in _script(probe).split(" && ")]
         asked = [(found[1], found[2]) for found in asks if found]
-        if [url for _, url in asked] != list(_HEALTH_OF_RAY[: 2 if not group.labels else 1]):
+        number = 2 if group.name == "headgroup" else 1
+        if [url for _, url in asked] != list(_HEALTH_OF_RAY[:number]):
             yield f"asks {_script(probe)}"
         if sum(int(seconds) for seconds, _ in asked) > limit_s:
             yield f"gives up after {limit_s} s, before its command does"
@@ -255,13 +256,15 @@ def shape(m: Manifests) -> Iterator[str]:
         yield "headgroup: is labelled for work"
     if m.group("gateway").replicas < 2:
         yield "gateway: a single pod, without which there is no service"
+    has_experts = any(group.name == "experts" and group.replicas for group in m.groups)
     for group in m.groups[1:]:
         if group.spec.get("numOfHosts") != 1:
             yield f"{group.name}: a lost host would take others along"
         sizes = {group.spec.get(k) for k in ("replicas", "minReplicas", "maxReplicas")}
         if len(sizes) != 1:
             yield f"{group.name}: its size is not fixed: {sizes}"
-        if group.labels.get("expertmesh/role") != ROLES[group.name]:
+        has_both = group.name == "attention" and not has_experts
+        if group.labels.get("expertmesh/role") != (None if has_both else ROLES[group.name]):
             yield f"{group.name}: is labelled for {group.labels}"
     for group in m.groups:
         if group.container["resources"]["limits"] != group.container["resources"].get("requests"):

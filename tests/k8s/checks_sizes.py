@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +163,8 @@ def ask(m: Manifests) -> Asked:
         for i in range(g.replicas)
     ]
     start = plan_start(config, facts.banks, nodes)
-    count, replicas = config.workers.num_expert_workers, m.group("experts").replicas
-    hosts = {rank: f"experts-{rank * replicas // count}" for rank in range(count)}
+    count, pool = config.workers.num_expert_workers, m.pool("experts")
+    hosts = {rank: f"{pool.name}-{rank * pool.replicas // count}" for rank in range(count)}
     members = [
         Member(name=f"expert-{rank}", role="expert", rank=rank, device=rank, node=host)
         for rank, host in hosts.items()
@@ -184,12 +185,17 @@ def devices(m: Manifests) -> Iterator[str]:
         yield f"up would refuse: {err}"
         return
     workers = asked.config.workers
+    counts = Counter[str]()
     for name, count in asked.num_workers.items():
+        counts[m.pool(name).name] += count
+    for name, count in counts.items():
         group = m.group(name)
         gpus, cpus = group.limit("nvidia.com/gpu"), group.limit("cpu")
         wanted = workers.gpus_per_worker or 0.0
         if group.replicas * gpus != count * wanted:
             yield f"{name}: {group.replicas} x {gpus:g} GPUs, {count} workers want {wanted:g} each"
+        if gpus not in (0, GPUS_PER_NODE):
+            yield f"{name}: {gpus:g} GPUs of a pod, which shares its host: no NVLink to the others"
         if wanted and gpus % wanted:
             yield f"{name}: {gpus:g} GPUs of a pod cannot be shared by {wanted:g}"
         if count % group.replicas:
@@ -206,20 +212,24 @@ def memory(m: Manifests) -> Iterator[str]:
     """Weights, KV and processes fit into GPUs and pods, and come within the startup's room."""
     asked = ask(m)
     weights = {"attention": asked.attention_bytes, "experts": asked.expert_bytes}
+    loaded, needed = Counter[str](), Counter[str]()
     for name, share in weights.items():
-        group = m.group(name)
+        group = m.pool(name)
         kv = asked.kv_bytes if name == "attention" else 0
         each = asked.num_workers[name] // group.replicas
         on_gpu = bool(group.limit("nvidia.com/gpu"))
         if on_gpu and share + kv > GPU_BYTES:
             yield f"{name}: {share + kv:.3g} bytes of weights and KV on a GPU"
-        needed = each * (share + PROCESS_BYTES + (0 if on_gpu else kv)) + PROCESS_BYTES
-        if group.limit("memory") < needed:
-            yield f"{name}: {group.limit('memory'):.3g} bytes of memory, {needed:.3g} are needed"
+        loaded[group.name] += each * share
+        needed[group.name] += each * (share + PROCESS_BYTES + (0 if on_gpu else kv))
+    for name, num_bytes in loaded.items():
+        group, wanted = m.group(name), needed[name] + PROCESS_BYTES
+        if group.limit("memory") < wanted:
+            yield f"{name}: {group.limit('memory'):.3g} bytes of memory, {wanted:.3g} are needed"
         probe = group.container["startupProbe"]
         room_s = probe["periodSeconds"] * probe["failureThreshold"]
-        if each * share / DISK_BYTES_S > room_s:
-            yield f"{name}: {room_s} s to load {each * share:.3g} bytes"
+        if num_bytes / DISK_BYTES_S > room_s:
+            yield f"{name}: {room_s} s to load {num_bytes:.3g} bytes"
 
 
 @functools.cache
@@ -257,7 +267,7 @@ def guide(m: Manifests) -> Iterator[str]:
 def copies(m: Manifests) -> Iterator[str]:
     """Where experts have copies, each has them on two hosts: either may go at any time."""
     asked = ask(m)
-    if m.group("experts").replicas == 1 or not asked.config.workers.num_redundant_experts:
+    if m.pool("experts").replicas == 1 or not asked.config.workers.num_redundant_experts:
         return
     for bank in asked.start.placement.banks:
         hosts: dict[int, set[str]] = {}

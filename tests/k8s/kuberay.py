@@ -171,6 +171,11 @@ class Manifests:
         (found,) = [g for g in self.groups if g.name == name]
         return found
 
+    def pool(self, name: str) -> Group:
+        """The group whose pods hold a pool: that of attention where experts have no pods."""
+        group = self.group(name)
+        return group if group.replicas else self.group("attention")
+
     @property
     def engine_text(self) -> str:
         """engine.yaml."""

@@ -12,7 +12,7 @@ import yaml
 
 from tests.k8s import checks_network, checks_pods, checks_sizes, checks_wiring, validator
 from tests.k8s.changes import CHANGES
-from tests.k8s.kuberay import K8S, OVERLAYS, Manifests, NoKubectl, matches
+from tests.k8s.kuberay import GROUPS, K8S, OVERLAYS, Manifests, NoKubectl, matches
 
 Check = Callable[[Manifests], Iterator[str]]
 _WORDS = {"expertmesh", "public", "gateways", "monitoring", "nvidia", "Never"}
@@ -138,6 +138,16 @@ def test_what_must_be_changed_is_in_one_file(overlay: str, tmp_path: Path) -> No
     left = [name for name in names if re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", words)]
     assert left == []
     assert "example.com" not in words
+
+
+def test_all_workers_of_one_node_are_in_one_pod() -> None:
+    """NVLink needs one host, and every pod is a host of its own to NCCL."""
+    m = rendered("gpu-single-node")
+    asked = checks_sizes.ask(m)
+    assert set(asked.hosts.values()) == {"attention-0"}
+    assert asked.num_workers == {"attention": 6, "experts": 2}
+    assert m.group("attention").limit("nvidia.com/gpu") == 8
+    assert [g.name for g in m.groups if g.name in GROUPS[2:] and g.replicas] == ["attention"]
 
 
 def test_the_table_of_the_readme_has_every_check() -> None:
