@@ -251,7 +251,7 @@ class TransportSection:
     """The data plane and the detection of failures."""
 
     transport: Transport = "auto"
-    """The data plane; ``auto`` is ``collective`` on CUDA and ``sockets`` on CPUs."""
+    """The data plane; ``auto`` is ``collective`` where each worker has a GPU, else ``sockets``."""
     detection_limit_s: float = 2.0
     """Time without progress and heartbeats after which a worker is declared lost, at the latest."""
     heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
@@ -332,6 +332,10 @@ class ClusterConfig:
             check(device != "cuda", "device", device, "must be cpu with deterministic on")
             workers = dataclasses.replace(self.workers, device="cpu")
             object.__setattr__(self, "workers", workers)
+        gpus = self.workers.gpus_per_worker or 0.0
+        is_refused = self.transport.transport == "collective" and 0 < gpus < 1
+        rule = f"needs gpus_per_worker of at least 1, not {gpus:g}: NCCL takes one worker a GPU"
+        check(not is_refused, "transport", self.transport.transport, rule)
         requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
         check(
             self.workers.num_attention_ranks <= requests,
@@ -340,6 +344,14 @@ class ClusterConfig:
             f"must not exceed the {requests} requests that are let in at once: "
             "more workers than can ever have work",
         )
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether torch.distributed carries the data, where device and shares are resolved."""
+        gpus = self.workers.gpus_per_worker or 0.0
+        has_gpus = self.workers.device == "cuda" and gpus >= 1
+        kind = self.transport.transport
+        return kind == "collective" or (kind == "auto" and has_gpus)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""

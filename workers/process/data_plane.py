@@ -52,9 +52,8 @@ def open_connections(
 def open_transport(
     args: WorkerArgs, connections: PeerConnections
 ) -> SocketTransport | CollectiveTransport:
-    """The transport that the configuration names; ``auto`` is collective on CUDA."""
-    kind = args.config.transport.transport
-    if kind == "sockets" or (kind == "auto" and args.device.type == "cpu"):
+    """The transport that the configuration names, or that follows from the workers' GPUs."""
+    if not args.config.is_collective:
         return SocketTransport(
             connections, combine_mode=args.config.engine.combine_mode, device=args.device
         )

@@ -35,11 +35,11 @@ class ControllerSettings:
     @classmethod
     def of(cls, config: ClusterConfig) -> ControllerSettings:
         """The limits that follow from a configuration."""
-        section, on_gpus = config.transport, config.workers.device == "cuda"
+        section = config.transport
         limit_s, generation_limit_s = section.detection_limit_s, section.connect_timeout_s + 5.0
-        is_quick = section.transport == "sockets" or (section.transport == "auto" and not on_gpus)
         return cls(
             detection_limit_s=limit_s,
             generation_limit_s=generation_limit_s,
-            join_limit_s=2 * limit_s if is_quick else generation_limit_s,  # a world is built
+            # a world is built for each generation, a socket only for each new worker
+            join_limit_s=generation_limit_s if config.is_collective else 2 * limit_s,
         )

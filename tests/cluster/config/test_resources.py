@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, Device, Mode, ModelSection, WorkersSection
+from cluster.config.cluster import (
+    ClusterConfig,
+    Device,
+    Mode,
+    ModelSection,
+    Transport,
+    TransportSection,
+    WorkersSection,
+)
 from cluster.config.resources import NodeResources, WorkerShare, plan_shares, resolved_share
 from cluster.core.errors import ConfigError
 from cluster.sizing.start_plan import plan_start
@@ -164,10 +172,40 @@ def test_gpus_that_are_not_there_are_refused(
         plan_shares(workers, _nodes(8, gpus=gpus))
 
 
-def _config(workers: WorkersSection) -> ClusterConfig:
+def _config(workers: WorkersSection, transport: Transport = "auto") -> ClusterConfig:
     return ClusterConfig(
-        model=ModelSection(path="somewhere", served_model_name="demo"), workers=workers
+        model=ModelSection(path="somewhere", served_model_name="demo"),
+        workers=workers,
+        transport=TransportSection(transport=transport),
     )
+
+
+@pytest.mark.parametrize(
+    ("transport", "device", "gpus", "is_collective"),
+    [
+        ("auto", "cpu", 0, False),
+        ("auto", "cuda", 3, True),
+        ("auto", "cuda", 2, False),
+        ("auto", "auto", 2, False),
+        ("sockets", "cuda", 3, False),
+        ("collective", "cuda", 3, True),
+        ("collective", "cpu", 0, True),
+    ],
+)
+def test_auto_is_collective_where_each_worker_has_a_gpu(
+    transport: Transport, device: Device, gpus: int, is_collective: bool
+) -> None:
+    plan = plan_start(_config(_workers(device=device), transport), BANKS, _nodes(8, gpus=gpus))
+    assert plan.config.is_collective == is_collective
+
+
+def test_nccl_is_refused_before_the_start_where_workers_share_a_gpu() -> None:
+    """It would refuse itself, again and again, which looks like lost workers."""
+    words = r"^transport \(collective\) needs gpus_per_worker of at least 1, not 0\.3333: NCCL "
+    with pytest.raises(ConfigError, match=words):
+        plan_start(_config(_workers(device="cuda"), "collective"), BANKS, _nodes(8, gpus=1))
+    with pytest.raises(ConfigError, match=r"at least 1, not 0\.5"):
+        _config(_workers(gpus=0.5), "collective")
 
 
 def test_a_start_plan_resolves_the_configuration() -> None:

@@ -172,20 +172,21 @@ def test_a_worker_that_comes_again_after_a_failed_join_brings_its_copies() -> No
 
 
 @pytest.mark.parametrize(
-    ("transport", "device", "limit_s"),
+    ("transport", "device", "gpus", "limit_s"),
     [
-        ("auto", "cpu", 4.0),
-        ("sockets", "cuda", 4.0),
-        ("auto", "cuda", 15.0),
-        ("collective", "cpu", 15.0),
+        ("auto", "cpu", 0.0, 4.0),
+        ("sockets", "cuda", 1.0, 4.0),
+        ("auto", "cuda", 0.5, 4.0),
+        ("auto", "cuda", 1.0, 15.0),
+        ("collective", "cpu", 0.0, 15.0),
     ],
 )
 def test_a_world_takes_longer_to_build_than_edges(
-    transport: str, device: str, limit_s: float
+    transport: str, device: str, gpus: float, limit_s: float
 ) -> None:
     config = ClusterConfig(
         model=CONFIG.model,
-        workers=WorkersSection(device=device),  # type: ignore[arg-type]
+        workers=WorkersSection(device=device, gpus_per_worker=gpus),  # type: ignore[arg-type]
         transport=TransportSection(transport=transport),  # type: ignore[arg-type]
     )
     assert ControllerSettings.of(config).join_limit_s == limit_s
