@@ -85,6 +85,9 @@ where nothing is packed."""
 
 # Process groups without a global world
 
+_NEVER = timedelta(days=1)
+"""Limit of NCCL's own watchdog: the limits of a step are the transport's."""
+
 
 def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
     """Connect a gloo group whose sockets are on ``host``'s interface. Collective."""
@@ -95,17 +98,43 @@ def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) 
     return gloo(store, rank, size, options)
 
 
-def nccl_group(store: Store, rank: int, size: int, timeout_s: float) -> Any:
-    """An NCCL group, which connects at its first operation. Collective."""
+def nccl_group(store: Store, rank: int, size: int) -> Any:
+    """An NCCL group that ``connect_nccl_group`` connects."""
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
-    options._timeout = timedelta(seconds=timeout_s)
+    options._timeout = _NEVER
+    options.config.blocking = 0
     return nccl(store, rank, size, options)
 
 
-def coalesced(group: Any, device: torch.device, start: Callable[[], None]) -> Work:
+def connect_nccl_group(group: Any, device: torch.device) -> None:
+    """Begin to connect, which the first operation then waits for. Collective.
+
+    Blocks until rank 0 has put the group's key into the store. The group has a communicator
+    afterwards, connected or not, so that ``abort`` has something to end.
+    """
+    group.eager_connect_single_device(device)
+
+
+def coalesced(group: Any, start: Callable[[], None]) -> Work:
     """One handle for all the transfers that ``start`` begins on an NCCL group."""
-    group._start_coalescing(device)
-    start()
-    work: Work = group._end_coalescing(device)
+    group._start_coalescing()
+    try:
+        start()
+    finally:  # otherwise the next groups of this thread would stay open within this one
+        work: Work = group._end_coalescing()
     return work
+
+
+_SUCCESS = 0
+"""``WorkResult.SUCCESS`` of torch."""
+
+
+def has_failed(work: Work) -> bool:
+    """Whether NCCL reports an error for transfers that are over.
+
+    Unlike ``Work.wait``, which would abort this one communicator and may wait for the kernels of
+    the others: all of a world must be aborted together.
+    """
+    result: Any = work.get_future_result()  # type: ignore[attr-defined]  # not in torch's stub
+    return bool(result.done()) and result.value() != _SUCCESS

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import ray
 
 from cluster.core.topology import Role
+from workers.transport.nccl_environment import set_nccl_environment
 
 if TYPE_CHECKING:
     from workers.process.runtime import OnDeath, WorkerRuntime
@@ -42,7 +43,8 @@ class WorkerActor(ABC):
         control_address: str,
         extra: Mapping[str, Any],
     ) -> None:
-        from workers.process.worker_args import WorkerArgs
+        set_nccl_environment()
+        from workers.process.worker_args import WorkerArgs  # imports torch
 
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         args = WorkerArgs.from_plain(config, member, control_address, extra, host)

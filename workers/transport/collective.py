@@ -7,12 +7,12 @@ cluster interface only.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,23 +22,25 @@ from cluster.core.errors import PeerLostError, TransportError, first_line
 from cluster.core.topology import Generation, runs_attention
 from workers.model.torch_private import Store, TCPStore
 from workers.requests.step_header import StepHeader
+from workers.transport.gloo_world import GlooWorld
+from workers.transport.nccl_world import NcclWorld
 from workers.transport.peer_connections import PeerConnections
-from workers.transport.transport import Expected, RowMessage, Tag
+from workers.transport.transport import Direction, Expected, RowMessage, Tag
 from workers.transport.world import (
     BOTH_WAYS,
     ONE_WAY,
     Backend,
-    Channel,
-    Transfer,
-    TransferWait,
+    Item,
+    Seat,
+    Transfers,
     World,
-    build_world,
     listen_store,
 )
 
 _JOIN_S = 1.0
 _COUNTS = 2
 """Number of the message that carries the counts, after those of the two parts."""
+_WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
 
 class CollectiveTransport:
@@ -63,7 +65,8 @@ class CollectiveTransport:
         self._world: World | None = None
         self._peers: dict[int, int] = {}
         self._names: dict[int, str] = {}
-        self._sends: list[Transfer] = []
+        self._sends: deque[Transfers] = deque()
+        self._loss: PeerLostError | None = None
         self._store = (
             listen_store(host, store_port, connect_timeout_s)
             if runs_attention(connections.me.role)
@@ -78,65 +81,63 @@ class CollectiveTransport:
     def apply_generation(self, generation: Generation) -> None:
         """See ``DataTransport``. Collective: all members must call it."""
         self._abandon()
+        self._loss = None
         names = [m.name for m in generation.attention]
         names += [m.name for m in generation.experts if m.name not in names]
         facing = generation.facing(self._connections.me.role)
         self._names = {m.rank: m.name for m in facing}
         self._peers = {m.rank: names.index(m.name) for m in facing}
-        me = names.index(self._connections.me.name)
-        channels = BOTH_WAYS if self._connections.me.role == "colocated" else ONE_WAY
         address = generation.leader.store_address
         if not address:
             raise PeerLostError(generation.leader.name, "it announces no rendezvous store")
-        self._world = self._build(
-            address, f"generation-{generation.number}", me, len(names), channels
+        self._world = world = _WORLDS[self._backend](self._seat(generation.number, names))
+        try:
+            self._build(world, address)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _seat(self, generation: int, names: Sequence[str]) -> Seat:
+        """This worker's place among the members' names, which are in the order of the ranks."""
+        role = self._connections.me.role
+        sends: tuple[Direction, ...] = ("rows",) if runs_attention(role) else ("outputs",)
+        receives: tuple[Direction, ...] = ("outputs",) if runs_attention(role) else ("rows",)
+        if role == "colocated":
+            sends = receives = ("rows", "outputs")
+        return Seat(
+            prefix=f"generation-{generation}",
+            rank=names.index(self._connections.me.name),
+            size=len(names),
+            peers=tuple(self._peers.values()),
+            channels=BOTH_WAYS if role == "colocated" else ONE_WAY,
+            sends=sends,
+            receives=receives,
+            host=self._host,
+            device=self._device,
+            connect_timeout_s=self._connect_timeout_s,
+            step_timeout_s=self._connections.step_timeout_s,
         )
 
-    def _build(
-        self, address: str, prefix: str, rank: int, size: int, channels: Sequence[Channel]
-    ) -> World:
-        """Build the world on another thread, so that an interrupt ends the wait for it."""
-        built: list[World] = []
-        failures: list[str] = []
+    def _build(self, world: World, address: str) -> None:
+        """Connect the world on another thread, so that an interrupt ends the wait for it."""
+        failures: list[Exception] = []
         finished = threading.Event()
-        given_up = threading.Event()
-
-        def abandon() -> None:
-            with contextlib.suppress(IndexError):  # not built yet, or the other thread did
-                built.pop().abandon()
 
         def build() -> None:
             try:
-                world = build_world(
-                    store=self._open_store(address),
-                    prefix=prefix,
-                    rank=rank,
-                    size=size,
-                    channels=channels,
-                    backend=self._backend,
-                    device=self._device,
-                    host=self._host,
-                    connect_timeout_s=self._connect_timeout_s,
-                    step_timeout_s=self._connections.step_timeout_s,
-                )
-                built.append(world)
-                if given_up.is_set():
-                    abandon()
-            except (RuntimeError, ValueError) as err:  # torch's own errors: DistError and others
-                failures.append(first_line(err))
-            finished.set()
+                world.connect(self._open_store(address))
+            except Exception as err:  # the data thread handles or raises it
+                failures.append(err)
+            finally:
+                finished.set()
 
         threading.Thread(target=build, daemon=True, name="world-build").start()
-        try:
-            while not finished.wait(0.02):
-                self._connections.poll()
-        except BaseException:
-            given_up.set()
-            abandon()
-            raise
-        if failures:
-            self._await_cause(f"no process group {prefix}: {failures[0]}")
-        return built[0]
+        while not finished.wait(0.02):
+            self._connections.poll()
+        for err in failures:
+            if not isinstance(err, RuntimeError | ValueError):  # torch's: DistError and others
+                raise err
+            self._await_cause(f"no process group {world.seat.prefix}: {first_line(err)}")
 
     def _await_cause(self, reason: str) -> NoReturn:
         """A member has gone, most likely: the edges, or the controller, soon say which.
@@ -160,13 +161,13 @@ class CollectiveTransport:
         )
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``DataTransport``. Drops the sends of the last step, which are complete by now."""
-        sends, self._sends = self._sends, []
-        if sends:
-            self._wait(sends)
+        """See ``DataTransport``. Waits for the sends of the last step, which end with it."""
+        while self._sends:
+            self._wait(self._sends.popleft())
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``. Counts go first where ``sized``; empty parts are not sent."""
+        self._drop_sent()
         items = []
         for message in messages:
             if sized:
@@ -200,7 +201,7 @@ class CollectiveTransport:
             if tensor.numel()
         ]
         if items:
-            self._wait(self._start(tag, False, items))
+            self._receive(tag, items)
         return received
 
     def direct(self, ranks: Sequence[int]) -> None:
@@ -228,7 +229,7 @@ class CollectiveTransport:
         ]
         pairs = zip(expected, tensors, strict=True)
         items = [self._item(e.rank, tag, _COUNTS, tensor) for e, tensor in pairs]
-        self._wait(self._start(tag, False, items))
+        self._receive(tag, items)
         counts = []
         for item, tensor in zip(expected, tensors, strict=True):
             numbers = tuple(int(n) for n in tensor.tolist())  # device-to-host sync
@@ -237,47 +238,65 @@ class CollectiveTransport:
             counts.append(numbers)
         return counts
 
-    def _item(self, rank: int, tag: Tag, part: int, tensor: Tensor) -> tuple[int, int, int, Tensor]:
+    def _item(self, rank: int, tag: Tag, part: int, tensor: Tensor) -> Item:
         place = (tag.bank * 8 + tag.exchange) * 2 + tag.micro_batch
         number = place * 8 + 4 * (tag.direction == "outputs") + part
-        return rank, self._peers[rank], number, tensor
+        return Item(rank, self._peers[rank], number, tensor)
 
-    def _start(
-        self, tag: Tag, is_send: bool, items: Sequence[tuple[int, int, int, Tensor]]
-    ) -> list[Transfer]:
+    def _start(self, tag: Tag, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
         self._connections.check()
         world = self._live_world()
         try:
-            return world.transfer(tag.direction, is_send, items)
+            return world.start(tag.direction, is_send, items)
         except RuntimeError as err:
-            self._fail(items[0][0], first_line(err))
+            self._fail(items[0].rank, first_line(err))
 
-    def _wait(self, transfers: Sequence[Transfer]) -> None:
-        world = self._live_world()
-        ticket = TransferWait(transfers)
+    def _receive(self, tag: Tag, items: Sequence[Item]) -> None:
+        for transfers in self._start(tag, False, items):
+            self._wait(transfers)
+
+    def _drop_sent(self) -> None:
+        """Let go of the memory of sends that are over, in the order in which they started."""
+        while self._sends and self._live_world().is_over(self._sends[0]):
+            self._check(self._sends.popleft())
+
+    def _wait(self, transfers: Transfers) -> None:
         limit = self._connections.step_timeout_s
         deadline = time.monotonic() + limit
 
         def watch() -> None:
             self._connections.poll()
             if time.monotonic() > deadline:
-                rank = transfers[ticket.num_done].rank
+                rank = transfers.items[transfers.num_done].rank
                 raise PeerLostError(self._names[rank], f"no data within {limit:g} s")
 
         try:
-            world.wait(ticket, watch)
+            self._live_world().wait(transfers, watch)
+        except PeerLostError as err:
+            self._loss = err
+            self._abandon()
+            raise
         except BaseException:
             self._abandon()
             raise
-        if ticket.error:
-            self._fail(transfers[ticket.num_done].rank, ticket.error)
+        self._check(transfers)
+
+    def _check(self, transfers: Transfers) -> None:
+        """Give up the world if one of these transfers has failed."""
+        if transfers.error:
+            self._fail(transfers.items[transfers.num_done].rank, transfers.error)
 
     def _live_world(self) -> World:
-        if self._world is None:
-            raise TransportError("the process group was given up: a new generation makes another")
-        return self._world
+        """The world; a step that uses one that was given up has lost the same peer."""
+        if self._world is not None:
+            return self._world
+        if self._loss is not None:
+            raise PeerLostError(self._loss.peer, self._loss.reason)
+        self._connections.check()
+        raise TransportError("there is no process group before a generation has been applied")
 
     def _fail(self, rank: int, reason: str) -> NoReturn:
+        self._loss = PeerLostError(self._names[rank], reason)
         self._abandon()
         self._connections.poll(0.05)  # may raise with a better reason
-        raise PeerLostError(self._names[rank], reason)
+        raise self._loss

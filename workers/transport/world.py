@@ -1,35 +1,24 @@
-"""One torch.distributed world per generation, built and dropped without ever blocking for long.
+"""One torch.distributed world per generation: what gloo's and NCCL's have in common.
 
-Properties of gloo's send and receive that make the waiter thread here necessary: a
-``wait`` that times out closes the connection, so a wait cannot be sliced; ``is_completed`` never
-becomes true without one; ``abort`` does not end one. So a thread of the world waits in full, the
-data thread watches it and the connections, and leaves an abandoned world and its buffers to it.
+A world is built on a thread of its own and given up by another: ``abandon`` reaches all groups that
+exist by then, and those that are made later are dropped at once.
 """
 
 from __future__ import annotations
 
-import queue
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cluster.core.errors import first_line
-from workers.model.torch_private import (
-    PrefixStore,
-    Store,
-    TCPStore,
-    Work,
-    coalesced,
-    gloo_group,
-    nccl_group,
-)
+from workers.model.torch_private import Store, TCPStore, Work
 from workers.transport.transport import Direction
 
 Backend = Literal["gloo", "nccl"]
@@ -39,8 +28,43 @@ ONE_WAY: tuple[Channel, ...] = (("rows", True), ("outputs", False))
 """Channels of two pools: attention ranks come first in the world."""
 BOTH_WAYS: tuple[Channel, ...] = (*ONE_WAY, ("rows", False), ("outputs", True))
 """Channels of colocated workers."""
+WATCH_S = 0.05
+"""Time between two calls of ``watch`` in a wait."""
+_GREETING = 1 << 30
+"""Tag of the first exchange, above those of messages."""
+_GIVEN_UP = "the process groups were given up"
 
-_POLL_S = 50e-6
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """The place of one worker in a world."""
+
+    prefix: str
+    """Of the world's keys in the store."""
+    rank: int
+    size: int
+    peers: tuple[int, ...]
+    """Ranks in the world of the other pool."""
+    channels: tuple[Channel, ...]
+    sends: tuple[Direction, ...]
+    """What this worker sends to its peers."""
+    receives: tuple[Direction, ...]
+    host: str
+    """Interface of the sockets."""
+    device: torch.device
+    connect_timeout_s: float
+    step_timeout_s: float
+
+
+class Item(NamedTuple):
+    """A send or receive that is to start."""
+
+    rank: int
+    """Rank in the other pool."""
+    peer: int
+    """Rank in the world."""
+    tag: int
+    tensor: Tensor
 
 
 @dataclass(slots=True)
@@ -55,19 +79,19 @@ class Transfer:
 
 
 @dataclass(slots=True)
-class TransferWait:
-    """A wait for transfers."""
+class Transfers:
+    """Sends or receives of one channel that were started together."""
 
-    transfers: Sequence[Transfer]
+    items: Sequence[Transfer]
     num_done: int = 0
     """Transfers that are complete."""
     error: str = ""
     """Why the next transfer failed; empty if it did not."""
     finished: threading.Event = field(default_factory=threading.Event)
-    """Set when the wait has ended, with or without an error."""
+    """Gloo: set when all are complete or one has failed."""
 
 
-class World:
+class World(ABC):
     """The process groups of one generation.
 
     Each channel has its own group, so that transfers of two channels cannot wait for each other on
@@ -75,93 +99,112 @@ class World:
     waits for the others, nor, by induction, does the next one.
     """
 
-    def __init__(
-        self,
-        groups: dict[Channel, Any],
-        rank: int,
-        backend: Backend,
-        device: torch.device,
-        timeout_s: float,
-    ) -> None:
-        self._groups = groups
-        self._rank = rank
-        self._backend = backend
-        self._device = device
-        self._timeout = timedelta(seconds=timeout_s)
-        self._queue: queue.SimpleQueue[TransferWait | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        if backend == "gloo":
-            self._thread = threading.Thread(target=self._wait_all, daemon=True, name="gloo-wait")
-            self._thread.start()
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        self._groups: dict[Channel, Any] = {}
+        self._lock = threading.Lock()
+        self._is_abandoned = False
 
-    def transfer(
-        self, direction: Direction, is_send: bool, items: Sequence[tuple[int, int, int, Tensor]]
-    ) -> list[Transfer]:
-        """Start sends or receives: (rank in the other pool, peer in the world, tag, tensor)."""
-        started: list[Transfer] = []
-        for is_up in (True, False):
-            part = [item for item in items if ((item[1] > self._rank) == is_send) == is_up]
-            if part:
-                started += self._transfer(self._groups[direction, is_up], is_send, part)
-        return started
+    # ---- the thread that builds it ----------------------------------------------------------
 
-    def _transfer(
-        self, group: Any, is_send: bool, items: Sequence[tuple[int, int, int, Tensor]]
-    ) -> list[Transfer]:
-        call = group.send if is_send else group.recv
-        if self._backend == "gloo":
-            return [
-                Transfer(r, call([tensor], peer, tag), tensor) for r, peer, tag, tensor in items
-            ]
+    def connect(self, store: Store) -> None:
+        """Connect to all other members, which ``store`` names. Blocks.
 
-        def start() -> None:
-            for _, peer, tag, tensor in items:
-                call([tensor], peer, tag)
+        Collective: all members of the generation must call it. Raises ``RuntimeError``, also when
+        the world is abandoned meanwhile.
+        """
+        self._connect(store)
+        self._greet()
 
-        work = coalesced(group, self._device, start)
-        return [Transfer(r, work, tensor) for r, _, _, tensor in items]
+    @abstractmethod
+    def _connect(self, store: Store) -> None:
+        """Make the groups and publish each one."""
 
-    def wait(self, ticket: TransferWait, watch: Callable[[], None]) -> None:
-        """Wait for transfers; ``watch`` is called every 50 ms and ends the wait by raising."""
-        if self._backend == "gloo":
-            self._queue.put(ticket)
-            while not ticket.finished.wait(0.05):
-                watch()
-            return
-        next_watch = time.monotonic() + 0.05
-        while ticket.num_done < len(ticket.transfers):
-            work = ticket.transfers[ticket.num_done].work
-            if work.is_completed():
-                work.wait()  # orders the current CUDA stream after it; does not block
-                ticket.num_done += 1
-                continue
-            time.sleep(_POLL_S)
-            if time.monotonic() >= next_watch:
-                watch()
-                next_watch = time.monotonic() + 0.05
+    def _publish(self, channels: Sequence[Channel], group: Any) -> None:
+        """Let ``abandon`` know of a group; drop it if that was called before."""
+        with self._lock:
+            if not self._is_abandoned:
+                self._groups |= dict.fromkeys(channels, group)
+                return
+        self._drop([group])
+        raise RuntimeError(_GIVEN_UP)
+
+    def _greet(self) -> None:
+        """Exchange one element on every edge: no connection is left to be made by a step.
+
+        A send or receive that connects may block until the peer takes part, so all workers go
+        through the channels in the same order.
+        """
+        seat = self.seat
+        deadline = time.monotonic() + seat.step_timeout_s
+
+        def watch() -> None:
+            if self._is_abandoned:
+                raise RuntimeError(_GIVEN_UP)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no first exchange within {seat.step_timeout_s:g} s")
+
+        under_way: list[Transfers] = []
+        for channel in seat.channels:
+            for is_send, directions in ((True, seat.sends), (False, seat.receives)):
+                if channel[0] in directions:
+                    items = [
+                        Item(rank, peer, _GREETING, torch.zeros(1, device=seat.device))
+                        for rank, peer in enumerate(seat.peers)
+                        if peer != seat.rank
+                    ]
+                    under_way += self._start_on(channel, is_send, items)
+        for transfers in under_way:
+            self.wait(transfers, watch)
+            if transfers.error:
+                raise RuntimeError(transfers.error)
+
+    # ---- the data thread --------------------------------------------------------------------
+
+    def start(self, direction: Direction, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
+        """Start sends or receives. Raises ``RuntimeError``."""
+        up = self._start_on((direction, True), is_send, items)
+        return up + self._start_on((direction, False), is_send, items)
+
+    def _start_on(self, channel: Channel, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
+        """Start those of the sends or receives that go along one channel, if there are any."""
+        part = [i for i in items if ((i.peer > self.seat.rank) == is_send) == channel[1]]
+        if not part:
+            return []
+        group = self._groups.get(channel)
+        if group is None:
+            raise RuntimeError(_GIVEN_UP)
+        return [self._start(group, is_send, part)]
+
+    @abstractmethod
+    def _start(self, group: Any, is_send: bool, items: Sequence[Item]) -> Transfers:
+        """Start transfers of one channel."""
+
+    @abstractmethod
+    def is_over(self, transfers: Transfers) -> bool:
+        """Whether all are complete, or one has failed (``error``). Does not wait."""
+
+    @abstractmethod
+    def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:
+        """Wait until they are over; ``watch``, called every 50 ms, ends the wait by raising."""
+
+    # ---- any thread -------------------------------------------------------------------------
 
     def abandon(self) -> None:
         """Give up the world and its transfers under way; returns at once."""
-        groups, self._groups = self._groups, {}
-        if self._backend == "nccl":
-            for group in groups.values():
-                group.abort()
-        self._queue.put(None)  # the waiter drops the last references when it is free
+        with self._lock:
+            self._is_abandoned = True
+            groups = list({id(group): group for group in self._groups.values()}.values())
+            self._groups = {}
+        self._drop(groups)
 
+    @abstractmethod
+    def _drop(self, groups: list[Any]) -> None:
+        """End groups without waiting for them; takes them out of the list."""
+
+    @abstractmethod
     def join(self, timeout_s: float) -> None:
-        """Wait for an abandoned world's thread: a process must not end while gloo is torn down."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-
-    def _wait_all(self) -> None:
-        while (ticket := self._queue.get()) is not None:
-            try:
-                for transfer in ticket.transfers:
-                    transfer.work.wait(self._timeout)
-                    ticket.num_done += 1
-            except RuntimeError as err:
-                ticket.error = first_line(err)
-            ticket.finished.set()
+        """Wait for the threads of an abandoned world: a process must not end before them."""
 
 
 def listen_store(host: str, port: int, timeout_s: float) -> TCPStore:
@@ -175,35 +218,3 @@ def listen_store(host: str, port: int, timeout_s: float) -> TCPStore:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-
-
-def build_world(
-    *,
-    store: Store,
-    prefix: str,
-    rank: int,
-    size: int,
-    channels: Sequence[Channel],
-    backend: Backend,
-    device: torch.device,
-    host: str,
-    connect_timeout_s: float,
-    step_timeout_s: float,
-) -> World:
-    """Connect to all other members, which ``store`` names; blocks meanwhile.
-
-    Collective: all members of the generation must call it.
-    """
-    groups: dict[Channel, Any] = {}
-    if backend == "gloo":
-        group = gloo_group(PrefixStore(prefix, store), rank, size, host, connect_timeout_s)
-        groups = dict.fromkeys(channels, group)
-    else:
-        for direction, is_up in channels:
-            name = f"{prefix}/{direction}-{'up' if is_up else 'down'}"
-            group = nccl_group(PrefixStore(name, store), rank, size, step_timeout_s)
-            # All ranks connect now: the first transfer may be between two ranks only.
-            group.allreduce([torch.zeros(1, device=device)]).wait()
-            torch.cuda.synchronize(device)
-            groups[direction, is_up] = group
-    return World(groups, rank, backend, device, step_timeout_s)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from cluster.core.errors import SupersededError
+from tests.paths import ROOT
 from workers.process.actor import WorkerActor
 from workers.process.control.lease import TermGuard
 from workers.process.runtime import OnDeath, WorkerRuntime
 from workers.process.worker_args import WorkerArgs
+from workers.transport.nccl_environment import NCCL_ENVIRONMENT
 
 
 class Runtime:
@@ -41,3 +47,34 @@ def test_a_worker_stops_for_its_newest_controller_only() -> None:
     assert runtime.num_stops == 0
     worker.stop(2, "newer")
     assert runtime.num_stops == 1
+
+
+SHOW_ENVIRONMENT_AT_THE_IMPORT_OF_TORCH = """
+import json, os, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(json.dumps(dict(os.environ)), flush=True)
+            os._exit(0)
+
+from workers.process.actor import AttentionWorker
+sys.meta_path.insert(0, Finder())
+AttentionWorker({}, {}, "", {})
+"""
+
+
+def test_errors_of_nccl_do_not_end_a_worker() -> None:
+    """The variables are set before torch is imported, whatever the node's environment says."""
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOW_ENVIRONMENT_AT_THE_IMPORT_OF_TORCH],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"},
+    )
+    environment = json.loads(shown.stdout)
+    assert {name: environment.get(name) for name in NCCL_ENVIRONMENT} == NCCL_ENVIRONMENT
+    for name in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING", "DUMP_ON_TIMEOUT"):
+        assert environment[f"TORCH_NCCL_{name}"] == "0"

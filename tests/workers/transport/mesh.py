@@ -32,8 +32,10 @@ from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
 from workers.transport.transport import DataTransport
+from workers.transport.world import Backend
 
-TransportName = Literal["sockets", "collective"]
+TransportName = Literal["sockets", "collective", "nccl"]
+"""``nccl`` needs the fixture of ``nccl_over_gloo``."""
 T = TypeVar("T")
 CPU = torch.device("cpu")
 MAX_ROWS = 256
@@ -247,7 +249,8 @@ class Mesh:
         if self.transport == "sockets":
             transport = SocketTransport(connections, combine_mode=self.combine_mode, device=CPU)
         else:
-            transport = CollectiveTransport(connections, backend="gloo", device=CPU)
+            backend: Backend = "nccl" if self.transport == "nccl" else "gloo"
+            transport = CollectiveTransport(connections, backend=backend, device=CPU)
         worker = self.workers[name] = Worker(connections, transport)
         if role == "attention":
             worker.dispatcher = self._home_side(transport, rank)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +31,6 @@ from tests.workers.transport.mesh import (
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
-from workers.transport import collective
 from workers.transport.collective import CollectiveTransport
 from workers.transport.transport import RowMessage, Tag
 
@@ -268,34 +266,6 @@ def test_a_generation_without_its_members_names_the_loss() -> None:
         threading.Timer(0.2, worker.connections.interrupt, (3,)).start()
         with pytest.raises(GenerationChangedError):
             worker.transport.apply_generation(structs.replace(mesh.generation, number=2))
-
-
-def test_a_process_group_that_is_built_as_an_interrupt_comes_is_given_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Nobody else would ever close its connections."""
-    may_build, abandoned = threading.Event(), threading.Event()
-
-    def build(**details: Any) -> Any:
-        assert may_build.wait(LIMIT_S)
-        return SimpleNamespace(abandon=abandoned.set)
-
-    with Mesh(1, 1, BANKS, transport="collective") as mesh:
-        worker = mesh["attention-0"]
-
-        def poll(timeout_s: float = 0.0) -> None:
-            may_build.set()
-            for thread in threading.enumerate():
-                if thread.name == "world-build":
-                    thread.join(LIMIT_S)
-            raise GenerationChangedError("generation 3 was announced")
-
-        monkeypatch.setattr(collective, "build_world", build)
-        monkeypatch.setattr(worker.connections, "poll", poll)
-        with pytest.raises(GenerationChangedError):
-            worker.transport.apply_generation(structs.replace(mesh.generation, number=2))
-        assert abandoned.is_set()
-        monkeypatch.undo()
 
 
 def test_a_process_group_that_cannot_be_built_is_a_lost_peer() -> None:

@@ -1,0 +1,179 @@
+"""Process groups: what both kinds do, and what NCCL's do beyond that, without a GPU."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import pytest
+import torch
+from msgspec import structs
+from torch import Tensor
+
+from cluster.core.errors import GenerationChangedError, PeerLostError
+from tests.workers.transport.mesh import (
+    Mesh,
+    TransportName,
+    decodes,
+    local_dispatcher,
+    make_bank,
+    make_header,
+    make_rows,
+)
+from tests.workers.transport.nccl_over_gloo import FakeNccl, NcclOverGloo, nccl
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.model.layers import Dispatch
+from workers.transport.transport import Expected, Part, RowMessage, Tag
+
+__all__ = ["nccl"]
+
+BANKS = (make_bank(0), make_bank(1))
+KINDS: tuple[TransportName, ...] = ("collective", "nccl")
+LIMIT_S = 60.0
+"""Longest wait for anything."""
+
+
+def run_steps(mesh: Mesh, num_attention: int, steps: Sequence[int]) -> None:
+    """Some steps, whose results are the local ones."""
+
+    def run(rank: int, dispatcher: TokenDispatcher) -> list[Tensor]:
+        dispatcher.begin_step(header, [decodes(4)])
+        sent = [Dispatch(b.index, 0, *make_rows(b, 4, rank)) for b in BANKS]
+        return [dispatcher.combine(dispatcher.dispatch(s)) for s in sent]
+
+    for step in steps:
+        header = make_header((4,) * num_attention, step=step, generation=mesh.generation.number)
+        got = mesh.step(header, run)
+        expected = [run(rank, local_dispatcher(BANKS)) for rank in range(num_attention)]
+        for mine, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(("num_attention", "num_experts"), [(1, 1), (2, 3), (3, 2)])
+def test_all_edges_are_connected_before_the_first_step(
+    nccl: FakeNccl, num_attention: int, num_experts: int
+) -> None:
+    """The first step would connect them without looking at lost peers, in an order of its own."""
+    with Mesh(num_attention, num_experts, BANKS, transport="nccl") as mesh:
+        homes, experts = range(num_attention), range(num_attention, num_attention + num_experts)
+        made = {edge for group in nccl.groups for edge in group.edges}
+        assert made == {edge for a in homes for e in experts for edge in ((a, e), (e, a))}
+        before = nccl.num_connected
+        run_steps(mesh, num_attention, (1, 2))
+        assert nccl.num_connected == before
+
+
+def test_colocated_workers_connect_without_waiting_in_a_circle(nccl: FakeNccl) -> None:
+    with Mesh(0, 4, BANKS, transport="nccl", colocated=True) as mesh:
+        for group in nccl.groups:
+            assert len(group.edges) <= 3
+        made = [(group.rank, edge) for group in nccl.groups for edge in group.edges]
+        assert len(set(made)) == 4 * 3 * 2, "each rank sends to, and receives from, all others"
+        assert len(made) == 2 * len(set(made)), "rows and outputs"
+        before = nccl.num_connected
+        run_steps(mesh, 4, (1, 2))
+        assert nccl.num_connected == before
+
+
+def test_the_groups_of_a_world_are_aborted_at_the_same_time(nccl: FakeNccl) -> None:
+    """An abort may wait for kernels that only the abort of another group ends."""
+    together = threading.Barrier(4)
+    nccl.aborting = lambda group: together.wait(LIMIT_S)
+    with Mesh(0, 1, BANKS, transport="nccl", colocated=True):
+        assert len(nccl.groups) == 4
+    for group in nccl.groups:
+        assert group.aborted.wait(LIMIT_S)
+    assert not together.broken
+
+
+def test_giving_up_a_world_does_not_wait_for_its_groups(nccl: FakeNccl) -> None:
+    may_abort = threading.Event()
+    nccl.aborting = lambda group: may_abort.wait(LIMIT_S)
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        old = list(nccl.groups)
+        mesh.apply(structs.replace(mesh.generation, number=2))
+        assert not any(group.aborted.is_set() for group in old)
+        run_steps(mesh, 1, (1,))
+        may_abort.set()
+        for group in old:
+            assert group.aborted.wait(LIMIT_S)
+
+
+@pytest.mark.parametrize("when", ["making", "connecting"])
+def test_a_world_that_is_built_as_an_interrupt_comes_is_given_up(nccl: FakeNccl, when: str) -> None:
+    """Its group is aborted at once, or as soon as it is made: nobody else would ever do it."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def stay(*group: NcclOverGloo) -> None:
+        reached.set()
+        assert go_on.wait(LIMIT_S)
+
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        worker = mesh["attention-0"]
+        setattr(nccl, when, stay)
+        generation = structs.replace(mesh.generation, number=2)
+        building = mesh.pool.submit(worker.transport.apply_generation, generation)
+        assert reached.wait(LIMIT_S)
+        worker.connections.interrupt(3)
+        with pytest.raises(GenerationChangedError):
+            building.result(LIMIT_S)
+        if when == "connecting":
+            assert nccl.groups[-1].aborted.wait(LIMIT_S)
+        setattr(nccl, when, lambda *group: None)
+        go_on.set()
+        end_of("world-build")
+        assert nccl.groups[-1].aborted.wait(LIMIT_S)
+        assert len(nccl.groups) == 5, "no further group was made"
+
+
+def end_of(name: str) -> None:
+    """Wait for threads of that name."""
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join(LIMIT_S)
+            assert not thread.is_alive()
+
+
+def test_an_error_of_nccl_is_a_lost_peer(nccl: FakeNccl) -> None:
+    """Not an error of this worker, which would end it; also for all who use the world later.
+
+    ``Work.wait`` is not called: it would abort one group alone.
+    """
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        while not nccl.works.empty():
+            nccl.works.get()
+        dispatcher, transport = mesh["attention-0"].dispatcher, mesh["attention-0"].transport
+        assert dispatcher is not None
+        dispatcher.begin_step(make_header((4,)), [decodes(4)])
+        sent = dispatcher.dispatch(Dispatch(0, 0, *make_rows(BANKS[0], 4, 0)))
+        waiting = mesh.pool.submit(dispatcher.combine, sent)
+        nccl.works.get(timeout=LIMIT_S)
+        outputs = nccl.works.get(timeout=LIMIT_S)
+        outputs.fail()
+        with pytest.raises(PeerLostError, match="expert-0: NCCL reports an error"):
+            waiting.result(LIMIT_S)
+        assert outputs.waited == 0
+        message = RowMessage(0, (torch.ones(1, 4),))
+        with pytest.raises(PeerLostError, match="expert-0: NCCL reports an error"):
+            transport.post(Tag(1, 0, 0, "rows"), [message], sized=False)
+
+
+@pytest.mark.parametrize("transport", KINDS)
+def test_memory_of_sends_is_kept_no_longer_than_they_take(
+    transport: TransportName, nccl: FakeNccl
+) -> None:
+    """Not until the next step: that is a copy of all rows of all layers."""
+    expected = [Expected(0, (Part(4, torch.float32),), (2,))]
+    sent: list[weakref.ref[Tensor]] = []
+    with Mesh(1, 1, BANKS, transport=transport) as mesh:
+        sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport
+        while not sent or sent[0]() is not None:
+            assert len(sent) < 500
+            rows = torch.ones(2, 4)
+            sent.append(weakref.ref(rows))
+            tag = Tag(len(sent), 0, 0, "outputs")
+            sender.post(tag, [RowMessage(0, (rows,))], sized=False)
+            del rows
+            ((got,),) = receiver.receive(tag, expected, sized=False)
+            assert torch.equal(got, torch.ones(2, 4))

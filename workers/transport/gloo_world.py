@@ -1,0 +1,85 @@
+"""The world over gloo, for CPUs.
+
+Properties of gloo's send and receive that make the waiter threads here necessary: a
+``wait`` that times out closes the connection, so a wait cannot be sliced; ``is_completed`` never
+becomes true without one; ``abort`` does not end one. So threads of the world wait in full, the
+data thread watches them and the connections, and leaves an abandoned world and its buffers to them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+from cluster.core.errors import first_line
+from workers.model.torch_private import PrefixStore, Store, gloo_group
+from workers.transport.world import WATCH_S, Item, Seat, Transfer, Transfers, World
+
+
+class GlooWorld(World):
+    """One group for all channels: gloo's transfers do not wait for each other."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        limit = timedelta(seconds=seat.step_timeout_s)
+        self._waiters = {True: _Waiter(limit, "gloo-sends"), False: _Waiter(limit, "gloo-receives")}
+
+    def _connect(self, store: Store) -> None:
+        seat = self.seat
+        prefixed = PrefixStore(seat.prefix, store)
+        group = gloo_group(prefixed, seat.rank, seat.size, seat.host, seat.connect_timeout_s)
+        self._publish(seat.channels, group)
+
+    def _start(self, group: Any, is_send: bool, items: Sequence[Item]) -> Transfers:
+        call = group.send if is_send else group.recv
+        transfers = Transfers(
+            [Transfer(i.rank, call([i.tensor], i.peer, i.tag), i.tensor) for i in items]
+        )
+        self._waiters[is_send].put(transfers)
+        return transfers
+
+    def is_over(self, transfers: Transfers) -> bool:
+        return transfers.finished.is_set()
+
+    def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:
+        while not transfers.finished.wait(WATCH_S):
+            watch()
+
+    def _drop(self, groups: list[Any]) -> None:
+        groups.clear()
+        for waiter in self._waiters.values():
+            waiter.put(None)  # it drops the last references when it is free
+
+    def join(self, timeout_s: float) -> None:
+        for waiter in self._waiters.values():
+            waiter.join(timeout_s)
+
+
+class _Waiter:
+    """A thread that waits for transfers in the order in which they were started."""
+
+    def __init__(self, limit: timedelta, name: str) -> None:
+        self._limit = limit
+        self._queue: queue.SimpleQueue[Transfers | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True, name=name)
+        self._thread.start()
+
+    def put(self, transfers: Transfers | None) -> None:
+        """None ends the thread."""
+        self._queue.put(transfers)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (transfers := self._queue.get()) is not None:
+            try:
+                for transfer in transfers.items:
+                    transfer.work.wait(self._limit)
+                    transfers.num_done += 1
+            except RuntimeError as err:
+                transfers.error = first_line(err)
+            transfers.finished.set()

@@ -1,0 +1,105 @@
+"""The world over NCCL, for GPUs.
+
+Transfers run on the stream of their group. It waits for what the current stream was given before
+they start, torch keeps their memory from being used again until it has passed them, and the current
+stream is ordered after those that ``is_over`` has found complete. Communicators are nonblocking
+(``config.blocking = 0``): one that connects, or waits for a peer that has died, can be aborted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.core.errors import first_line
+from workers.model.torch_private import (
+    PrefixStore,
+    Store,
+    coalesced,
+    connect_nccl_group,
+    has_failed,
+    nccl_group,
+)
+from workers.transport.world import WATCH_S, Item, Seat, Transfer, Transfers, World
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 50e-6
+
+
+class NcclWorld(World):
+    """One group, and so one communicator, per channel."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        self._reapers: list[threading.Thread] = []
+
+    def _connect(self, store: Store) -> None:
+        seat = self.seat
+        for channel in seat.channels:
+            direction, is_up = channel
+            name = f"{seat.prefix}/{direction}-{'up' if is_up else 'down'}"
+            group = nccl_group(PrefixStore(name, store), seat.rank, seat.size)
+            self._publish([channel], group)
+            connect_nccl_group(group, seat.device)
+
+    def _start(self, group: Any, is_send: bool, items: Sequence[Item]) -> Transfers:
+        call = group.send if is_send else group.recv
+
+        def start() -> None:
+            for item in items:
+                call([item.tensor], item.peer, item.tag)
+
+        work = coalesced(group, start)
+        return Transfers([Transfer(item.rank, work, item.tensor) for item in items])
+
+    def is_over(self, transfers: Transfers) -> bool:
+        try:
+            while transfers.num_done < len(transfers.items):
+                work = transfers.items[transfers.num_done].work
+                if not work.is_completed():
+                    return False
+                if has_failed(work):
+                    raise RuntimeError("NCCL reports an error of the connection")
+                work.wait()  # orders the current CUDA stream after it; does not block
+                transfers.num_done += 1
+        except RuntimeError as err:
+            transfers.error = first_line(err)
+        return True
+
+    def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:
+        next_watch = time.monotonic() + WATCH_S
+        while not self.is_over(transfers):
+            time.sleep(_POLL_S)
+            if time.monotonic() >= next_watch:
+                watch()
+                next_watch = time.monotonic() + WATCH_S
+
+    def _drop(self, groups: list[Any]) -> None:
+        """Abort all at the same time, each on a thread, where its destructor runs, too.
+
+        One after another they may wait for each other for ever (pytorch#119797): an abort may wait
+        for all kernels of the device, and those of the other communicators end only with theirs.
+        NCCL's ``_group_start`` would not help: it holds for a thread, and ``abort`` has its own.
+        """
+        while groups:
+            reaper = threading.Thread(
+                target=_abort, args=(groups.pop(),), daemon=True, name="nccl-abort"
+            )
+            self._reapers.append(reaper)
+            reaper.start()
+
+    def join(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for reaper in self._reapers:
+            reaper.join(max(0.0, deadline - time.monotonic()))
+
+
+def _abort(group: Any) -> None:
+    try:
+        group.abort()
+    except RuntimeError as err:
+        logger.warning("an NCCL group was not aborted: %s", first_line(err))
