@@ -1,13 +1,16 @@
 """Fixtures for all tests. One compute thread, so that float32 results do not depend on the machine.
 
-The number of threads must be set before torch is imported.
+The number of threads must be set before torch is imported. Kernels for GPUs run in Triton's
+interpreter where there is no GPU, which must be said before Triton is imported.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if shutil.which("nvidia-smi") else "1")
 
 from tests.harness import ending
 

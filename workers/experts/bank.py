@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, PackedExperts, PaddedExperts
-from workers.experts.kernels_cuda import GroupedExperts
+from workers.experts.kernels_cuda import CudaExperts
 from workers.experts.kernels_native import NativeExperts, what_is_missing
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ExchangeSpec
@@ -61,7 +61,7 @@ def make_kernel(
     threads that load.
     """
     if device.type == "cuda":
-        return GroupedExperts(exchange, dtype, device, side)
+        return CudaExperts(exchange, dtype, device, side)
     if team is not None and not what_is_missing(exchange, dtype):
         return NativeExperts(exchange, dtype, team)
     if make_other is not None:
@@ -151,7 +151,7 @@ class ExpertBank:
         the order of the slots, of products in the type that ``BankSpec.float32_weights`` says.
         """
         kernel, spec = self._kernels[exchange], self.spec.exchanges[exchange]
-        if isinstance(kernel, NativeExperts):
+        if isinstance(kernel, NativeExperts | CudaExperts):
             return kernel.compute_rows(inputs, slots, weights, self.spec.float32_weights, dtype)
         return sum_of_pairs(
             kernel.compute,

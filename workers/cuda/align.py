@@ -1,0 +1,131 @@
+"""Sorts (row, expert slot) pairs by slot into blocks of rows with the same weights.
+
+Reference: ``argsort(stable=True)`` of the slots. All shapes depend on the number of pairs alone,
+so nothing waits for the device, and a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.cuda.language import jit, power_of_two
+
+_TILE_ELEMENTS = 4096
+"""Comparisons of pairs with slots that a program holds in registers."""
+_MAX_TILE, _MIN_TILE = 64, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Pairs in blocks of at most ``height``, all of one slot. Unused blocks come last."""
+
+    order: Tensor
+    """[P] int32: the pairs that have a slot, by slot; pairs of a slot in their own order."""
+    table: Tensor
+    """[3, num_blocks] int32: slot of each block, or -1; its first place in ``order``; its pairs."""
+    height: int
+
+    @property
+    def num_blocks(self) -> int:
+        """The most that there can be."""
+        return self.table.shape[1]
+
+
+def align(slots: Tensor, num_slots: int, height: int) -> Blocks:
+    """Blocks of the pairs of slots [T, k] integers, -1 for none; pair p is ``slots.flatten()[p]``.
+
+    Elements of a row must be neighbours. A slot from ``num_slots`` on counts as none.
+
+    slots [[2, 0], [2, -1], [2, 0]], height 2: order [1, 5, 0, 2, 4, ..],
+    table [[0, 2, 2, -1, ..], [0, 2, 4, ..], [2, 2, 1, ..]]
+    """
+    num_pairs, top_k = slots.numel(), slots.shape[1]
+    num_blocks = min(num_pairs, num_pairs // height + num_slots)
+    order = torch.empty(num_pairs, dtype=torch.int32, device=slots.device)
+    table = torch.empty(3, num_blocks, dtype=torch.int32, device=slots.device)
+    padded = power_of_two(num_slots)
+    tile = min(max(_TILE_ELEMENTS // padded, _MIN_TILE), _MAX_TILE)
+    _align[(triton.cdiv(num_pairs, tile),)](
+        slots,
+        order,
+        table,
+        num_pairs,
+        num_slots,
+        num_blocks,
+        slots.stride(0),
+        TOP_K=top_k,
+        HEIGHT=height,
+        SLOTS=padded,
+        TILE=tile,
+        num_warps=8,
+    )
+    return Blocks(order, table, height)
+
+
+@jit
+def _align(
+    slots: tl.pointer_type,
+    order: tl.pointer_type,
+    table: tl.pointer_type,
+    num_pairs: tl.tensor,
+    num_slots: tl.tensor,
+    num_blocks: tl.tensor,
+    slots_stride: tl.tensor,
+    TOP_K: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Each program counts all pairs, and places those of its own tile. Of the blocks, program i
+    places the i-th of each slot. There is no order between programs."""
+    begin = tl.program_id(0) * TILE
+    own = begin + tl.arange(0, TILE)
+    mine = _slots_of(slots, own, num_pairs, num_slots, slots_stride, TOP_K)
+    known = tl.arange(0, SLOTS)
+    counts = tl.zeros([SLOTS], dtype=tl.int32)
+    before = tl.zeros([SLOTS], dtype=tl.int32)
+    for first in range(0, num_pairs, TILE):
+        pairs = first + tl.arange(0, TILE)
+        found = _slots_of(slots, pairs, num_pairs, num_slots, slots_stride, TOP_K)
+        hits = tl.sum((found[:, None] == known[None, :]).to(tl.int32), 0)
+        counts += hits
+        before += tl.where(first < begin, hits, 0)
+    starts = tl.cumsum(counts, 0) - counts
+
+    is_earlier = (mine[:, None] == mine[None, :]) & (own[:, None] > own[None, :])
+    place = tl.sum(is_earlier.to(tl.int32), 1)
+    is_slot = mine[:, None] == known[None, :]
+    place += tl.sum(tl.where(is_slot, (starts + before)[None, :], 0), 1)
+    tl.store(order + place, own, mask=mine >= 0)
+
+    num_of = (counts + HEIGHT - 1) // HEIGHT
+    first_block = tl.cumsum(num_of, 0) - num_of
+    for i in range(tl.program_id(0), tl.max(num_of, 0), tl.num_programs(0)):
+        blocks, has_block = first_block + i, i < num_of
+        done = i * HEIGHT
+        tl.store(table + blocks, known, mask=has_block)
+        tl.store(table + num_blocks + blocks, starts + done, mask=has_block)
+        size = tl.minimum(counts - done, HEIGHT)
+        tl.store(table + 2 * num_blocks + blocks, size, mask=has_block)
+    is_unused = (own >= tl.sum(num_of, 0)) & (own < num_blocks)
+    tl.store(table + own, -1, mask=is_unused)
+
+
+@jit
+def _slots_of(
+    slots: tl.pointer_type,
+    pairs: tl.tensor,
+    num_pairs: tl.tensor,
+    num_slots: tl.tensor,
+    slots_stride: tl.tensor,
+    TOP_K: tl.constexpr,
+) -> tl.tensor:
+    """Slots of pairs, -1 where there is none."""
+    places = (pairs // TOP_K) * slots_stride + pairs % TOP_K
+    found = tl.load(slots + places, mask=pairs < num_pairs, other=-1).to(tl.int32)
+    return tl.where(found < num_slots, found, -1)

@@ -1,0 +1,379 @@
+"""Experts of few rows: each program multiplies a block of pairs by a piece of their slot's weights.
+
+Such products take as long as it takes to read the weights, so a block may have few rows, and
+outputs go to memory for each pair: a sum over a row's pairs in their order is then the same each
+time. Reference: ``workers.experts.kernels_cpu`` and ``workers.model.weighting``, with the same
+roundings: gate and up, their product, a pair's output and, if asked, its product with the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.cuda.align import Blocks, align
+from workers.cuda.language import MIN_DOT, cast, dot, jit, rounded
+
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+
+_UNSORTED_PAIRS = 32
+"""Up to so many, each is a block by itself: what a kernel saves that sorts them is less than its
+launch, as 32 of 64 slots are 26 different ones on average, and the L2 cache has the others."""
+_TALLEST_BLOCK = 64
+_ROW_BYTES = 256
+"""Bytes of a row of weights that a program reads at a time."""
+_GATE_ROWS, _ROWS = 32, 64
+"""Rows of weights that a program multiplies: of gate and up each, and of other matrices."""
+_SUM_WIDTH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """(input row, expert slot) pairs for a kernel. Pair p is the p-th element of ``slots``."""
+
+    slots: Tensor
+    """[T, k] integers, -1 for none; elements of a row are neighbours."""
+    blocks: Blocks | None
+    """None: each pair is a block by itself."""
+    sources: Tensor | None
+    """[T * k] int64: the input row of each pair; None: see ``per_row``."""
+    per_row: int
+    """Neighbouring pairs that share an input row."""
+
+    @property
+    def num_blocks(self) -> int:
+        return self.slots.numel() if self.blocks is None else self.blocks.num_blocks
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile."""
+        return MIN_DOT if self.blocks is None else max(self.blocks.height, MIN_DOT)
+
+    def of_outputs(self) -> Pairs:
+        """The same pairs, of which each has an input row by itself."""
+        return replace(self, sources=None, per_row=1)
+
+
+def make_pairs(slots: Tensor, num_slots: int, sources: Tensor | None, per_row: int) -> Pairs:
+    """Sort pairs, see ``Pairs``, for products with ``num_slots`` matrices."""
+    if slots.numel() <= _UNSORTED_PAIRS:
+        return Pairs(slots, None, sources, per_row)
+    height = MIN_DOT
+    while height < _TALLEST_BLOCK and slots.numel() > height * num_slots:
+        height *= 2
+    return Pairs(slots, align(slots, num_slots, height), sources, per_row)
+
+
+def gate_up(inputs: Tensor, weights: Tensor, pairs: Pairs, activation: Activation) -> Tensor:
+    """activation(gate x) * up x of each pair.
+
+    inputs [N, in], weights [slots, 2 * inner, in] with the gate's rows first -> [P, inner], where
+    rows of pairs without a slot hold anything. All contiguous, float32 or a half type.
+    """
+    inner = weights.shape[1] // 2
+    return _launch(_gate_up, inputs, weights, pairs, inner, _GATE_ROWS, ACTIVATION=activation)
+
+
+def multiply(inputs: Tensor, weights: Tensor, pairs: Pairs) -> Tensor:
+    """The product of each pair: inputs [N, in], weights [slots, out, in] -> [P, out]."""
+    return _launch(_multiply, inputs, weights, pairs, weights.shape[1], _ROWS)
+
+
+def sum_rows(
+    outputs: Tensor, slots: Tensor, weights: Tensor, rounds_products: bool, dtype: torch.dtype
+) -> Tensor:
+    """The weighted sum over each row's pairs with a slot, in their order, in float32.
+
+    outputs [T * k, out]; slots [T, k] integers, -1 for none; weights [T, k] float32
+    -> [T, out] ``dtype``. ``rounds_products``: weights, and then products of weight and output,
+    are rounded to the type of ``outputs``.
+    """
+    num_rows, top_k = slots.shape
+    width = outputs.shape[1]
+    out = outputs.new_empty(num_rows, width, dtype=dtype)
+    _sum_rows[(num_rows, triton.cdiv(width, _SUM_WIDTH))](
+        outputs,
+        slots,
+        weights,
+        out,
+        slots.stride(0),
+        weights.stride(0),
+        TOP_K=top_k,
+        WIDTH=width,
+        ROUNDS=rounds_products,
+        TILE=_SUM_WIDTH,
+        enable_fp_fusion=False,  # a product is rounded, as in torch
+    )
+    return out
+
+
+def _launch(
+    kernel: Any, inputs: Tensor, weights: Tensor, pairs: Pairs, width: int, rows: int, **more: str
+) -> Tensor:
+    assert inputs.dtype == weights.dtype
+    assert inputs.is_contiguous()
+    num_slots, _, depth = weights.shape
+    slots, blocks, sources = pairs.slots, pairs.blocks, pairs.sources
+    out = inputs.new_empty(slots.numel(), width)
+    kernel[(pairs.num_blocks * triton.cdiv(width, rows),)](
+        inputs,
+        weights,
+        out,
+        slots,
+        slots if blocks is None else blocks.order,
+        slots if blocks is None else blocks.table,
+        slots if sources is None else sources,
+        num_slots,
+        pairs.num_blocks,
+        slots.stride(0),
+        TOP_K=slots.shape[1],
+        IS_SORTED=blocks is not None,
+        HAS_SOURCES=sources is not None,
+        PER_ROW=pairs.per_row,
+        DEPTH=depth,
+        WIDTH=width,
+        HEIGHT=pairs.height,
+        ROWS=rows,
+        STEP=_ROW_BYTES // inputs.itemsize,
+        num_warps=4,
+        num_stages=4,
+        **more,
+    )
+    return out
+
+
+@jit
+def _gate_up(
+    inputs: tl.pointer_type,
+    weights: tl.pointer_type,
+    out: tl.pointer_type,
+    slots: tl.pointer_type,
+    order: tl.pointer_type,
+    table: tl.pointer_type,
+    sources: tl.pointer_type,
+    num_slots: tl.tensor,
+    num_blocks: tl.tensor,
+    slots_stride: tl.tensor,
+    TOP_K: tl.constexpr,
+    IS_SORTED: tl.constexpr,
+    HAS_SOURCES: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+) -> None:
+    """A program: the pairs of a block x ``ROWS`` of the gate and of up."""
+    tiles: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    block = tl.program_id(0) // tiles
+    slot = _slot_of(block, slots, table, num_slots, slots_stride, TOP_K, IS_SORTED)
+    if slot < 0:
+        return
+    pairs, has_pair = _pairs_of(block, order, table, num_blocks, IS_SORTED, HEIGHT)
+    rows = _sources_of(pairs, has_pair, sources, HAS_SOURCES, PER_ROW)
+    columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    gate = weights + (slot.to(tl.int64) * (2 * WIDTH) + columns) * DEPTH
+    up = gate + WIDTH * DEPTH
+    is_column = columns < WIDTH
+    gates = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
+    ups = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
+    for start in range(0, DEPTH, STEP):
+        place = start + tl.arange(0, STEP)
+        x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
+        gates = dot(x, _weights_tile(gate, is_column, place, DEPTH, STEP), gates)
+        ups = dot(x, _weights_tile(up, is_column, place, DEPTH, STEP), ups)
+    dtype = out.dtype.element_ty
+    active = rounded(_activated(rounded(gates, dtype), ACTIVATION), dtype)
+    product = cast(active * rounded(ups, dtype), dtype)
+    _store(out, product, pairs, has_pair, columns, WIDTH)
+
+
+@jit
+def _multiply(
+    inputs: tl.pointer_type,
+    weights: tl.pointer_type,
+    out: tl.pointer_type,
+    slots: tl.pointer_type,
+    order: tl.pointer_type,
+    table: tl.pointer_type,
+    sources: tl.pointer_type,
+    num_slots: tl.tensor,
+    num_blocks: tl.tensor,
+    slots_stride: tl.tensor,
+    TOP_K: tl.constexpr,
+    IS_SORTED: tl.constexpr,
+    HAS_SOURCES: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
+    """A program: the pairs of a block x ``ROWS`` of their matrix."""
+    tiles: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    block = tl.program_id(0) // tiles
+    slot = _slot_of(block, slots, table, num_slots, slots_stride, TOP_K, IS_SORTED)
+    if slot < 0:
+        return
+    pairs, has_pair = _pairs_of(block, order, table, num_blocks, IS_SORTED, HEIGHT)
+    rows = _sources_of(pairs, has_pair, sources, HAS_SOURCES, PER_ROW)
+    columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    matrix = weights + (slot.to(tl.int64) * WIDTH + columns) * DEPTH
+    is_column = columns < WIDTH
+    total = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
+    for start in range(0, DEPTH, STEP):
+        place = start + tl.arange(0, STEP)
+        x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
+        total = dot(x, _weights_tile(matrix, is_column, place, DEPTH, STEP), total)
+    _store(out, cast(total, out.dtype.element_ty), pairs, has_pair, columns, WIDTH)
+
+
+@jit
+def _slot_of(
+    block: tl.tensor,
+    slots: tl.pointer_type,
+    table: tl.pointer_type,
+    num_slots: tl.tensor,
+    slots_stride: tl.tensor,
+    TOP_K: tl.constexpr,
+    IS_SORTED: tl.constexpr,
+) -> tl.tensor:
+    """The slot of a block; negative: there is nothing to do."""
+    if IS_SORTED:
+        slot = tl.load(table + block)
+    else:
+        slot = tl.load(slots + (block // TOP_K) * slots_stride + block % TOP_K).to(tl.int32)
+        slot = tl.where(slot < num_slots, slot, -1)
+    return slot
+
+
+@jit
+def _pairs_of(
+    block: tl.tensor,
+    order: tl.pointer_type,
+    table: tl.pointer_type,
+    num_blocks: tl.tensor,
+    IS_SORTED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The pairs [HEIGHT] of a block, and which of them there are."""
+    places = tl.arange(0, HEIGHT)
+    if IS_SORTED:
+        first = tl.load(table + num_blocks + block)
+        has_pair = places < tl.load(table + 2 * num_blocks + block)
+        pairs = tl.load(order + first + places, mask=has_pair, other=0)
+    else:
+        has_pair = places == 0
+        pairs = places * 0 + block
+    return pairs, has_pair
+
+
+@jit
+def _sources_of(
+    pairs: tl.tensor,
+    has_pair: tl.tensor,
+    sources: tl.pointer_type,
+    HAS_SOURCES: tl.constexpr,
+    PER_ROW: tl.constexpr,
+) -> tl.tensor:
+    """Input rows of pairs."""
+    rows = pairs // PER_ROW
+    if HAS_SOURCES:
+        rows = tl.load(sources + pairs, mask=has_pair, other=0)
+    return rows
+
+
+@jit
+def _rows_tile(
+    inputs: tl.pointer_type,
+    rows: tl.tensor,
+    has_row: tl.tensor,
+    place: tl.tensor,
+    DEPTH: tl.constexpr,
+    STEP: tl.constexpr,
+) -> tl.tensor:
+    """[HEIGHT, STEP] of the input rows."""
+    address = inputs + rows.to(tl.int64)[:, None] * DEPTH + place[None, :]
+    mask = has_row[:, None]
+    if DEPTH % STEP != 0:
+        mask = mask & (place < DEPTH)[None, :]
+    return tl.load(address, mask=mask, other=0.0)
+
+
+@jit
+def _weights_tile(
+    matrix: tl.tensor, is_row: tl.tensor, place: tl.tensor, DEPTH: tl.constexpr, STEP: tl.constexpr
+) -> tl.tensor:
+    """[STEP, ROWS] of rows whose addresses are ``matrix`` [ROWS]."""
+    address = matrix[None, :] + place[:, None]
+    mask = is_row[None, :]
+    if DEPTH % STEP != 0:
+        mask = mask & (place < DEPTH)[:, None]
+    return tl.load(address, mask=mask, other=0.0)
+
+
+@jit
+def _activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """An activation in float32."""
+    if ACTIVATION == "silu":
+        active = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        active = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        # (1 + tanh(z)) / 2 is a sigmoid of 2 z.
+        active = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        active = tl.where(x < 0.0, 0.0, x)  # NaN stays
+    return active
+
+
+@jit
+def _store(
+    out: tl.pointer_type,
+    values: tl.tensor,
+    pairs: tl.tensor,
+    has_pair: tl.tensor,
+    columns: tl.tensor,
+    WIDTH: tl.constexpr,
+) -> None:
+    address = out + pairs.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    tl.store(address, values, mask=has_pair[:, None] & (columns < WIDTH)[None, :])
+
+
+@jit
+def _sum_rows(
+    outputs: tl.pointer_type,
+    slots: tl.pointer_type,
+    weights: tl.pointer_type,
+    out: tl.pointer_type,
+    slots_stride: tl.tensor,
+    weights_stride: tl.tensor,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """A program: ``TILE`` elements of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    total = tl.zeros([TILE], dtype=tl.float32)
+    for place in range(TOP_K):
+        if tl.load(slots + row * slots_stride + place) >= 0:
+            address = outputs + (row * TOP_K + place) * WIDTH + columns
+            x = tl.load(address, mask=columns < WIDTH, other=0.0).to(tl.float32)
+            factor = tl.load(weights + row * weights_stride + place)
+            if ROUNDS:
+                dtype = outputs.dtype.element_ty
+                total += rounded(x * rounded(factor, dtype), dtype)
+            else:
+                total += x * factor
+    tl.store(out + row * WIDTH + columns, cast(total, out.dtype.element_ty), mask=columns < WIDTH)
