@@ -19,6 +19,7 @@ from workers.kv.cache import KVCache
 from workers.model.attention import (
     AttentionBatch,
     DecodeGroup,
+    PagedRows,
     PrefillChunk,
     RowChunks,
     chunk_mask,
@@ -84,7 +85,8 @@ class Batch:
         """Decode rows, which come first."""
         staging = [*_columns(planned, self.num_decodes, tables, cache.block_size)]
         # Attention maps are made of chunks of prompts, by torch in any case.
-        in_pieces = () if is_native and not self.captures else planned
+        is_whole = is_native or cache.is_read_in_place
+        in_pieces = () if is_whole and not self.captures else planned
         groups = self._stage_decodes(in_pieces[: self.num_decodes], cache, tables, staging)
         chunks = in_pieces[self.num_decodes :]
         for rows in chunks:
@@ -109,9 +111,26 @@ class Batch:
                 cache.compute_threads,
                 recorder,
                 _row_chunks(planned, tables) if is_native else None,
+                self._paged(planned, tables) if cache.is_read_in_place else None,
             )
             given = tuple(_given_rows(planned, device))
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)
+
+    def _paged(self, planned: Sequence[PlannedRows], tables: BlockTables) -> PagedRows:
+        """The block tables, lengths and first rows of all sequences, moved in one copy."""
+        ends = np.cumsum([rows.count for rows in planned]).tolist()
+        lengths = [rows.first + rows.count for rows in planned]
+        width = max(len(rows.sequence.blocks) for rows in planned)
+        seats = [rows.sequence.seat for rows in planned]
+        parts = (tables.array[seats, :width].ravel(), lengths, [0, *ends])
+        numbers = np.concatenate(parts, dtype=np.int32)
+        sizes = [len(part) for part in parts]
+        moved = torch.from_numpy(numbers).to(self._device).split_with_sizes(sizes)
+        decodes = self.num_decodes
+        counts = [rows.count for rows in planned]
+        spans = zip(ends, counts, lengths, strict=True)
+        chunks = tuple((end - count, end, length) for end, count, length in spans)
+        return PagedRows(moved[0].view(-1, width), moved[1], moved[2], decodes, chunks[decodes:])
 
     def _stage_decodes(
         self,

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from cluster.config.kv_cache import KvCacheDType
 from workers.model import fp8
-from workers.model.attention import PIECE_BYTES, Workspace
+from workers.model.attention import GPU_PIECE_BYTES, PIECE_BYTES, Workspace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.side_stream import SideStream
@@ -53,17 +52,18 @@ class KVCache:
         """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values; in an
         fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
         self._dtype = dtype
+        self.is_read_in_place = device.type == "cuda" and not is_fp8
+        """Kernels on a GPU attend to blocks where they are; see ``AttentionBatch.paged``."""
         self.compute_threads = compute_threads
         self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))
         """Scratch memory of each compute thread, for the blocks that a step gathers."""
 
     @cached_property
     def blocks_per_piece(self) -> int:
-        """Blocks of decode rows to gather at a time: on GPUs all of them."""
+        """Blocks of decode rows to gather at a time."""
         layer = self.layers[0]
-        if layer.device.type != "cpu":
-            return sys.maxsize
-        return PIECE_BYTES // (layer[:, 0].numel() * self._dtype.itemsize)
+        piece = PIECE_BYTES if layer.device.type == "cpu" else GPU_PIECE_BYTES
+        return piece // (layer[:, 0].numel() * self._dtype.itemsize)
 
     @property
     def block_shape(self) -> tuple[int, int, int, int]:

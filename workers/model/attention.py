@@ -31,6 +31,9 @@ from workers.native.panels import DTYPES
 
 PIECE_BYTES = 3 * 1024 * 1024
 """Keys and values that decode rows on a CPU gather at a time."""
+GPU_PIECE_BYTES = 256 * 1024 * 1024
+"""The same on a GPU, where a cache cannot be read in place: with the rows' keys in float32 it has
+three times as much."""
 
 
 class Workspace:
@@ -169,6 +172,24 @@ class RowChunks:
 
 
 @dataclass(frozen=True, slots=True)
+class PagedRows:
+    """The rows of a batch for kernels on a GPU that read the cache in place: decodes come first."""
+
+    tables: Tensor
+    """[sequences, max_blocks] int32: what stands behind a sequence's blocks is not read."""
+    lengths: Tensor
+    """[sequences] int32: keys up to the last row of each, its own included."""
+    first_rows: Tensor
+    """[sequences + 1] int32: where the rows of each begin."""
+    num_decodes: int
+    """Sequences of a single row."""
+    chunks: tuple[tuple[int, int, int], ...]
+    """(first row, one past the last, keys up to it) of the other sequences."""
+    window: int | None = None
+    """Positions to which a row attends, its own and those before it; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where the rows of a batch write, and what they read."""
 
@@ -184,6 +205,8 @@ class AttentionBatch:
     recorder: Recorder | None = None
     chunks: RowChunks | None = None
     """The same rows for native kernels, which read neither ``decodes`` nor ``prefills``."""
+    paged: PagedRows | None = None
+    """The same rows for kernels on a GPU, which read neither ``decodes`` nor ``prefills``."""
 
     def within(self, window: int) -> AttentionBatch:
         """The same rows in a layer where each attends to ``window`` positions, its own included."""
@@ -191,6 +214,7 @@ class AttentionBatch:
             self,
             decodes=tuple(group.within(window) for group in self.decodes),
             prefills=tuple(chunk.within(window) for chunk in self.prefills),
+            paged=None if self.paged is None else replace(self.paged, window=window),
         )
 
 

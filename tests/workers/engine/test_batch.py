@@ -121,3 +121,52 @@ def test_a_batch_has_the_rows_of_its_plan(cache: KVCache, seed: int) -> None:
     for part in parts:
         check(Batch(part, cache, plans.tables, torch.device("cpu")), part)
     assert sum(entry.count for part in parts for entry in part) == num_rows
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_batch_that_is_read_in_place_has_the_tables_of_all_sequences(
+    cache: KVCache, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "is_read_in_place", True)  # as on a GPU
+    plans = Plans(seed)
+    planned = plans.draw()
+    batch = Batch(planned, cache, plans.tables, torch.device("cpu"))
+    if not planned:
+        assert batch.inputs is None
+        return
+    assert batch.inputs is not None
+    attention = batch.inputs.attention
+    assert not attention.decodes
+    assert not attention.prefills
+    paged = attention.paged
+    assert paged is not None
+    assert {x.dtype for x in (paged.tables, paged.lengths, paged.first_rows)} == {torch.int32}
+    assert paged.num_decodes == sum(entry.is_decode for entry in planned)
+    assert paged.lengths.tolist() == [entry.first + entry.count for entry in planned]
+    row, first_rows, chunks = 0, [0], []
+    for table, entry in zip(paged.tables.tolist(), planned, strict=True):
+        blocks = entry.sequence.blocks
+        assert table[: len(blocks)] == blocks
+        if not entry.is_decode:
+            chunks.append((row, row + entry.count, entry.first + entry.count))
+        row += entry.count
+        first_rows.append(row)
+    assert paged.first_rows.tolist() == first_rows
+    assert paged.chunks == tuple(chunks)
+
+
+def test_what_a_gpu_gathers_at_a_time_is_bounded() -> None:
+    """An fp8 cache cannot be read in place: 256 MiB of decoded keys and values, and no more."""
+    config = Checkpoint(DEMO).config
+    cache = KVCache(
+        config=config,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+        compute_threads=ComputeThreads(),
+        kv_cache_dtype="fp8",
+    )
+    assert not cache.is_read_in_place
+    block_bytes = 2 * config.num_kv_heads * BLOCK_SIZE * (config.head_dim + 1) * 2
+    assert 255 << 20 < cache.blocks_per_piece * block_bytes <= 256 << 20

@@ -24,6 +24,7 @@ from workers.model.batch_invariant.invariant import RowInvariantBlocks
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.cuda_blocks import CudaBlocks
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
@@ -220,7 +221,8 @@ def load_attention_model(
     """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
 
     With a ``team``, native kernels compute, on the CPU. Else ``compute_threads`` share the large
-    products; None: the calling thread does them alone, as always where it is ``deterministic``.
+    products; None: the calling thread does them alone, as always where it is ``deterministic`` or
+    on a GPU.
 
     Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
     """
@@ -231,6 +233,8 @@ def load_attention_model(
             blocks: BuildingBlocks = NativeBlocks(team)
         elif deterministic:
             blocks = RowInvariantBlocks(device)
+        elif device.type == "cuda":
+            blocks = CudaBlocks()
         else:
             blocks = BuildingBlocks(compute_threads)
         model = family.attention_model(checkpoint, dtype, device, max_positions, blocks)

@@ -1,0 +1,184 @@
+"""Attention of single rows over blocks of the KV cache, read in place.
+
+The keys of a row are split among programs, as one row's are too few programs for a GPU; a second
+kernel combines what they found. The number of splits follows from shapes alone, so that a CUDA
+graph can hold it. Reference: ``workers.model.attention``.
+
+Source: "Flash-Decoding for long-context inference" (Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.cuda.language import MIN_DOT, cast, dot, jit, power_of_two
+
+_LOG2_E = 1.4426950408889634
+_ENOUGH_PROGRAMS = 528
+"""Four for each multiprocessor of an H100."""
+_MIN_SPLIT_KEYS, _MAX_SPLITS = 256, 64
+
+
+def num_splits(num_rows: int, num_kv_heads: int, max_length: int) -> int:
+    """Programs that share the keys of a row and head: a power of two, as each is compiled."""
+    wanted = triton.cdiv(_ENOUGH_PROGRAMS, num_rows * num_kv_heads)
+    useful = triton.cdiv(max_length, _MIN_SPLIT_KEYS)
+    return power_of_two(min(wanted, useful, _MAX_SPLITS))
+
+
+def decode(
+    queries: Tensor,
+    cache: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    out: Tensor,
+    splits: int | None = None,
+) -> None:
+    """Attend with one row per sequence.
+
+    queries, out [rows, A, D]; cache [2 * K, num_blocks, block_size, D], keys before values; tables
+    [rows, max_blocks] int32; lengths [rows] int32: keys of each row, its own included. A row
+    without keys becomes zeros. ``window``: the last keys of a row that it sees; None: all.
+    ``splits`` None: see ``num_splits``. All contiguous, but a row of ``tables`` may be part of a
+    longer one.
+    """
+    num_rows, num_heads, dim = queries.shape
+    num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
+    if splits is None:
+        splits = num_splits(num_rows, num_kv_heads, tables.shape[1] * block_size)
+    parts, marks = out, out
+    if splits > 1:
+        parts = queries.new_empty(num_rows, num_heads, splits, dim, dtype=torch.float32)
+        marks = queries.new_empty(num_rows, num_heads, splits, dtype=torch.float32)
+    padded = max(power_of_two(dim), MIN_DOT)
+    group = num_heads // num_kv_heads
+    _decode[(num_rows, num_kv_heads, splits)](
+        queries,
+        cache,
+        tables,
+        lengths,
+        parts,
+        marks,
+        dim**-0.5 * _LOG2_E,
+        cache.shape[1] * block_size,
+        tables.stride(0),
+        window or 0,
+        HAS_WINDOW=window is not None,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_TILE=max(power_of_two(group), MIN_DOT),
+        BLOCK_SIZE=block_size,
+        DIM=dim,
+        DIM_TILE=padded,
+        SPLITS=splits,
+        KEYS=64 if cache.itemsize < 4 else 32,
+        num_warps=4,
+        num_stages=3 if cache.itemsize < 4 else 2,
+    )
+    if splits > 1:
+        _combine[(num_rows, num_heads)](
+            parts, marks, out, DIM=dim, DIM_TILE=padded, SPLITS=splits, num_warps=4
+        )
+
+
+@jit
+def _decode(
+    queries: tl.pointer_type,
+    cache: tl.pointer_type,
+    tables: tl.pointer_type,
+    lengths: tl.pointer_type,
+    out: tl.pointer_type,
+    marks: tl.pointer_type,
+    scale: tl.tensor,
+    num_slots: tl.tensor,
+    table_stride: tl.tensor,
+    window: tl.tensor,
+    HAS_WINDOW: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """A program: the query heads of a key head, in a row, over its share of the keys. Writes their
+    output, or with splits also the logarithm of the sum of their weights (base 2)."""
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + row)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(length - window, 0)
+    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), KEYS) * KEYS
+    begin += split * share
+    end = tl.minimum(begin + share, length)
+
+    members = tl.arange(0, GROUP_TILE)
+    place = tl.arange(0, DIM_TILE)
+    is_member, is_place = members < GROUP, place < DIM
+    first = (row.to(tl.int64) * NUM_KV_HEADS + head) * GROUP
+    q_address = queries + (first + members)[:, None] * DIM + place[None, :]
+    q = tl.load(q_address, mask=is_member[:, None] & is_place[None, :], other=0.0)
+    keys = cache + head.to(tl.int64) * num_slots * DIM
+    values = keys + NUM_KV_HEADS * num_slots.to(tl.int64) * DIM
+    table = tables + row.to(tl.int64) * table_stride
+
+    highest = tl.full([GROUP_TILE], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([GROUP_TILE], dtype=tl.float32)
+    total = tl.zeros([GROUP_TILE, DIM_TILE], dtype=tl.float32)
+    for start in range(begin, end, KEYS):
+        own = start + tl.arange(0, KEYS)
+        has_key = own < end
+        block = tl.load(table + own // BLOCK_SIZE, mask=has_key, other=0).to(tl.int64)
+        slot = block * BLOCK_SIZE + own % BLOCK_SIZE
+        k_address = keys + slot[None, :] * DIM + place[:, None]
+        k = tl.load(k_address, mask=has_key[None, :] & is_place[:, None], other=0.0)
+        scores = dot(q, k, tl.zeros([GROUP_TILE, KEYS], dtype=tl.float32)) * scale
+        scores = tl.where(has_key[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        kept = tl.exp2(highest - higher)
+        v_address = values + slot[:, None] * DIM + place[None, :]
+        v = tl.load(v_address, mask=has_key[:, None] & is_place[None, :], other=0.0)
+        total = dot(cast(weights, v.dtype), v, total * kept[:, None])
+        weight = weight * kept + tl.sum(weights, 1)
+        highest = higher
+
+    is_empty = weight == 0.0  # there are more splits than tiles of keys
+    known = tl.where(is_empty, 1.0, weight)
+    total = total / known[:, None]
+    target = (first + members) * SPLITS + split
+    is_inside = is_member[:, None] & is_place[None, :]
+    result = cast(total, out.dtype.element_ty)
+    tl.store(out + target[:, None] * DIM + place[None, :], result, mask=is_inside)
+    if SPLITS > 1:
+        mark = tl.where(is_empty, float("-inf"), highest + tl.log2(known))
+        tl.store(marks + target, mark, mask=is_member)
+
+
+@jit
+def _combine(
+    parts: tl.pointer_type,
+    marks: tl.pointer_type,
+    out: tl.pointer_type,
+    DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """A program: one query head of a row."""
+    head = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    splits, place = tl.arange(0, SPLITS), tl.arange(0, DIM_TILE)
+    is_place = place < DIM
+    mark = tl.load(marks + head * SPLITS + splits)
+    highest = tl.max(mark, 0)
+    weights = tl.exp2(mark - tl.where(highest == float("-inf"), 0.0, highest))
+    address = parts + (head * SPLITS + splits)[:, None] * DIM + place[None, :]
+    found = tl.load(address, mask=is_place[None, :], other=0.0)
+    weight = tl.sum(weights, 0)
+    total = tl.sum(found * weights[:, None], 0) / tl.where(weight == 0.0, 1.0, weight)
+    tl.store(out + head * DIM + place, cast(total, out.dtype.element_ty), mask=is_place)

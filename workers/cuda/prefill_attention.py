@@ -1,0 +1,144 @@
+"""Attention of chunks of prompts over blocks of the KV cache, read in place.
+
+For chunks that attend to keys of earlier steps, and for sliding windows: the keys of a shared
+prefix have no second copy. Reference: ``workers.model.attention``.
+
+Source: "FlashAttention-2" (Dao, 2023), whose tiles of keys are blocks of the cache here.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.cuda.language import MIN_DOT, cast, dot, jit, power_of_two
+
+_LOG2_E = 1.4426950408889634
+
+
+def prefill(
+    queries: Tensor,
+    cache: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    first_rows: Tensor,
+    max_rows: int,
+    window: int | None,
+    out: Tensor,
+    skips_whole: bool = False,
+) -> None:
+    """Attend with the last rows of sequences; each sees the keys up to its own.
+
+    queries, out [T, A, D], all rows of a batch; cache [2 * K, num_blocks, block_size, D], keys
+    before values; tables [n, max_blocks] int32; lengths [n] int32: keys of each sequence, those of
+    its rows included; first_rows [n + 1] int32: where the rows of each begin; ``max_rows``: the
+    most that one has. ``window``: the last keys that a row sees, its own included; None: all.
+    ``skips_whole``: nothing is written for sequences that have no other keys than their rows'.
+    """
+    num_heads, dim = queries.shape[1:]
+    num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
+    is_half = cache.itemsize < 4
+    rows = 64 if is_half else 32
+    _prefill[(triton.cdiv(max_rows, rows), num_heads, lengths.shape[0])](
+        queries,
+        cache,
+        tables,
+        lengths,
+        first_rows,
+        out,
+        dim**-0.5 * _LOG2_E,
+        cache.shape[1] * block_size,
+        tables.stride(0),
+        window or 0,
+        HAS_WINDOW=window is not None,
+        SKIPS_WHOLE=skips_whole,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
+        DIM=dim,
+        DIM_TILE=max(power_of_two(dim), MIN_DOT),
+        ROWS=rows,
+        KEYS=64 if is_half else 32,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+@jit
+def _prefill(
+    queries: tl.pointer_type,
+    cache: tl.pointer_type,
+    tables: tl.pointer_type,
+    lengths: tl.pointer_type,
+    first_rows: tl.pointer_type,
+    out: tl.pointer_type,
+    scale: tl.tensor,
+    num_slots: tl.tensor,
+    table_stride: tl.tensor,
+    window: tl.tensor,
+    HAS_WINDOW: tl.constexpr,
+    SKIPS_WHOLE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """A program: ``ROWS`` rows of a sequence and one query head. Late tiles, which see the most
+    keys, come first."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, entry = tl.program_id(1), tl.program_id(2)
+    first_row = tl.load(first_rows + entry)
+    count = tl.load(first_rows + entry + 1) - first_row
+    length = tl.load(lengths + entry)
+    is_done = tile * ROWS >= count
+    if SKIPS_WHOLE:
+        is_done = is_done | (length == count)
+    if is_done:
+        return
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    place = tl.arange(0, DIM_TILE)
+    is_row, is_place = rows < count, place < DIM
+    target = ((first_row + rows).to(tl.int64) * NUM_HEADS + head)[:, None] * DIM + place[None, :]
+    is_inside = is_row[:, None] & is_place[None, :]
+    q = tl.load(queries + target, mask=is_inside, other=0.0)
+    kv_head = (head // (NUM_HEADS // NUM_KV_HEADS)).to(tl.int64)
+    keys = cache + kv_head * num_slots * DIM
+    values = keys + NUM_KV_HEADS * num_slots.to(tl.int64) * DIM
+    table = tables + entry.to(tl.int64) * table_stride
+
+    positions = length - count + rows
+    end = tl.minimum(length - count + (tile + 1) * ROWS, length)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(length - count + tile * ROWS + 1 - window, 0) // KEYS * KEYS
+    highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([ROWS], dtype=tl.float32)
+    total = tl.zeros([ROWS, DIM_TILE], dtype=tl.float32)
+    for start in range(begin, end, KEYS):
+        own = start + tl.arange(0, KEYS)
+        has_key = own < end
+        block = tl.load(table + own // BLOCK_SIZE, mask=has_key, other=0).to(tl.int64)
+        slot = block * BLOCK_SIZE + own % BLOCK_SIZE
+        k_address = keys + slot[None, :] * DIM + place[:, None]
+        k = tl.load(k_address, mask=has_key[None, :] & is_place[:, None], other=0.0)
+        scores = dot(q, k, tl.zeros([ROWS, KEYS], dtype=tl.float32)) * scale
+        is_seen = own[None, :] <= positions[:, None]
+        if HAS_WINDOW:
+            is_seen = is_seen & (own[None, :] > positions[:, None] - window)
+        scores = tl.where(is_seen, scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        known = tl.where(higher == float("-inf"), 0.0, higher)  # no key of its window yet
+        weights = tl.exp2(scores - known[:, None])
+        kept = tl.exp2(highest - known)
+        v_address = values + slot[:, None] * DIM + place[None, :]
+        v = tl.load(v_address, mask=has_key[:, None] & is_place[None, :], other=0.0)
+        total = dot(cast(weights, v.dtype), v, total * kept[:, None])
+        weight = weight * kept + tl.sum(weights, 1)
+        highest = higher
+    total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]  # behind the last row
+    result = cast(total, out.dtype.element_ty)
+    tl.store(out + target, result, mask=is_inside)

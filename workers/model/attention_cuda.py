@@ -1,0 +1,105 @@
+"""Attention on a GPU: kernels read the cache in place. Reference: ``workers.model.attention``.
+
+Chunks that begin their sequences have all their keys in the layer's own rows: torch's SDPA takes
+FlashAttention for them. It does so neither for float32 nor with a mask, where grouped heads leave
+it only the form that keeps all scores in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.model import fp8
+from workers.model.attention import (
+    AttentionBatch,
+    DecodeGroup,
+    PagedRows,
+    PrefillChunk,
+    Workspace,
+    write_rows,
+)
+
+
+def attend_in_place(
+    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
+) -> Tensor:
+    """What ``attention.attend`` does, with the same arguments, up to rounding.
+
+    An fp8 cache is decoded a piece at a time, so that the batch has ``decodes`` and ``prefills``
+    for it; for other caches it has ``paged``.
+    """
+    write_rows(keys, values, cache, batch.slot_mapping)
+    if batch.recorder is not None:
+        batch.recorder.attending(queries, cache, batch)
+    queries = queries.contiguous()
+    out = torch.empty_like(queries)
+    if cache.dtype == fp8.ROW_DTYPE:
+        for piece in (*batch.decodes, *batch.prefills):
+            rows = slice(piece.first, piece.last)
+            _attend_piece(queries[rows], cache, piece, batch.workspaces[0], out[rows])
+    else:
+        assert batch.paged is not None
+        _attend_paged(queries, keys, values, cache, batch.paged, out)
+    return out.view(len(out), -1)
+
+
+def _attend_paged(
+    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, paged: PagedRows, out: Tensor
+) -> None:
+    from workers.cuda.decode_attention import decode
+    from workers.cuda.prefill_attention import prefill
+
+    window, num_decodes = paged.window, paged.num_decodes
+    if num_decodes:
+        tables, lengths = paged.tables[:num_decodes], paged.lengths[:num_decodes]
+        decode(queries[:num_decodes], cache, tables, lengths, window, out[:num_decodes])
+    may_be_plain = window is None and queries.dtype != torch.float32
+    plain = [(a, b) for a, b, length in paged.chunks if may_be_plain and length == b - a]
+    for rows in (slice(*chunk) for chunk in plain):
+        out[rows] = _plain_causal(queries[rows], keys[rows], values[rows])
+    if len(plain) < len(paged.chunks):
+        prefill(
+            queries,
+            cache,
+            paged.tables[num_decodes:],
+            paged.lengths[num_decodes:],
+            paged.first_rows[num_decodes:],
+            max(last - first for first, last, _ in paged.chunks),
+            window,
+            out,
+            skips_whole=may_be_plain,
+        )
+
+
+def _plain_causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """queries [n, A, D], keys and values [n, K, D] of the first n tokens -> [n, A, D]."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (queries, keys, values))
+    has_groups = queries.shape[1] != keys.shape[1]
+    output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=has_groups)
+    return output.squeeze(0).transpose(0, 1)
+
+
+def _attend_piece(
+    queries: Tensor,
+    cache: Tensor,
+    piece: DecodeGroup | PrefillChunk,
+    space: Workspace,
+    out: Tensor,
+) -> None:
+    """The rows of a piece over its blocks, gathered to a cache of their own."""
+    from workers.cuda.decode_attention import decode
+    from workers.cuda.prefill_attention import prefill
+
+    own = space.gather(cache, piece.blocks)
+    blocks = torch.arange(own.shape[1], dtype=torch.int32, device=own.device)
+    if isinstance(piece, DecodeGroup):
+        tables = blocks.view(len(queries), -1)
+        decode(queries, own, tables, piece.lengths.int(), piece.window, out)
+    else:
+        rows = len(queries)
+        lengths = torch.full_like(blocks[:1], piece.length)
+        first_rows = torch.arange(0, rows + 1, rows, dtype=torch.int32, device=own.device)
+        tables = blocks.unsqueeze(0)
+        prefill(queries, own, tables, lengths, first_rows, rows, piece.window, out)

@@ -1,0 +1,17 @@
+"""Makes the parts of a model on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from workers.model.attention_cuda import attend_in_place
+from workers.model.building_blocks import BuildingBlocks
+from workers.model.config import ModelConfig
+from workers.model.layers import Attend
+
+
+class CudaBlocks(BuildingBlocks):
+    """The parts of torch, but for attention that reads the cache in place."""
+
+    def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
+        return attend_in_place
