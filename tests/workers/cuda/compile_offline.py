@@ -1,0 +1,100 @@
+"""Compiles the kernels for a GPU that is not there, as their launches would. A process of its own.
+
+``python -m tests.workers.cuda.compile_offline 90 bfloat16`` prints a line of JSON for each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from workers.cuda.decode_attention import decode
+from workers.cuda.experts import gate_up, make_pairs, multiply, sum_rows
+from workers.cuda.prefill_attention import prefill
+
+SLOTS, TOP_K, HIDDEN, INNER = 64, 8, 2048, 1024
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+class Offline:
+    """What the compiler asks a driver, without a device."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+
+class Compiled:
+    """``kernel[grid]``: launches compile only."""
+
+    def __init__(self, kernel: Any, grid: object) -> None:
+        self._kernel, self._grid = kernel, grid
+
+    def __call__(self, *args: object, **options: object) -> None:
+        made = self._kernel.run(*args, grid=self._grid, warmup=True, **options)
+        code = made.asm["ptx"]
+        found = {
+            "kernel": self._kernel.fn.__name__,
+            "shared_bytes": made.metadata.shared,
+            "has_tensor_cores": "mma" in code,
+            "cubin_bytes": len(made.asm["cubin"]),
+        }
+        sys.stdout.write(json.dumps(found) + "\n")
+
+
+def weights(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Of all slots, in the memory of one."""
+    return torch.empty(shape, dtype=dtype).expand(SLOTS, *shape)
+
+
+def compile_experts(dtype: torch.dtype, num_rows: int, activation: Any) -> None:
+    slots, factors = torch.zeros(num_rows, TOP_K, dtype=torch.int64), torch.ones(num_rows, TOP_K)
+    pairs = make_pairs(slots, SLOTS, None, TOP_K)
+    inputs = torch.empty(num_rows, HIDDEN, dtype=dtype)
+    rows = gate_up(inputs, weights((2 * INNER, HIDDEN), dtype), pairs, activation)
+    outputs = multiply(rows, weights((HIDDEN, INNER), dtype), pairs.of_outputs())
+    sum_rows(outputs, slots, factors, True, dtype)
+
+
+def compile_attention(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
+    dim, num_heads, num_kv_heads = shape
+    cache = torch.empty(2 * num_kv_heads, 16, 16, dim, dtype=dtype)
+    queries = torch.empty(4, num_heads, dim, dtype=dtype)
+    tables, lengths = torch.zeros(4, 64, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    out, first_rows = torch.empty_like(queries), torch.zeros(5, dtype=torch.int32)
+    decode(queries, cache, tables, lengths, window, out)
+    prefill(queries, cache, tables, lengths, first_rows, 512, window, out, True)
+
+
+def main() -> None:
+    capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+    is_whole = "all" in sys.argv
+    driver.set_active(Offline(capability))
+    JITFunction.__getitem__ = lambda kernel, grid: Compiled(kernel, grid)
+    for num_rows in (1, 64, 300) if is_whole else (1, 64):
+        compile_experts(dtype, num_rows, "silu")
+    for activation in ACTIVATIONS[1:] if is_whole else ():
+        compile_experts(dtype, 1, activation)
+    compile_attention(dtype, (128, 16, 16), None)
+    for shape in ((64, 32, 8), (256, 8, 4), (24, 4, 2)) if is_whole else ():
+        compile_attention(dtype, shape, None)
+        compile_attention(dtype, shape, 77)
+
+
+if __name__ == "__main__":
+    main()
