@@ -99,7 +99,9 @@ class LocalEngine:
         """Results depend on the request alone, to the last bit."""
         torch_threads = 1 if self.is_exact else num_threads
         compute_threads = (
-            ComputeThreads() if torch_threads is None else ComputeThreads.for_threads(torch_threads)
+            ComputeThreads()
+            if torch_threads is None
+            else ComputeThreads.for_threads(torch_threads, place.type)
         )
         model = load_attention_model(
             checkpoint, kind, place, max_model_len, compute_threads, is_strict, team

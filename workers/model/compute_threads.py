@@ -40,9 +40,12 @@ class ComputeThreads:
         weakref.finalize(self, _stop, self._tasks, count - 1)
 
     @classmethod
-    def for_threads(cls, num_threads: int) -> ComputeThreads:
-        """Divide so many threads; sets the OpenMP team of the caller and of each compute thread."""
-        count = min(num_threads, MAX_COMPUTE_THREADS)
+    def for_threads(cls, num_threads: int, device_type: str = "cpu") -> ComputeThreads:
+        """Divide so many threads; sets the OpenMP team of the caller and of each compute thread.
+
+        On a GPU the caller is alone: several threads would only launch more and smaller kernels.
+        """
+        count = min(num_threads, MAX_COMPUTE_THREADS) if device_type == "cpu" else 1
         torch.set_num_threads(num_threads // count)
         return cls(count)
 

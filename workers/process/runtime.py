@@ -221,7 +221,8 @@ class WorkerRuntime(ABC):
         self.family = self.checkpoint.family
         self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
         self._exactness = Exactness.of(self.args, self.kernels, self.family.banks, self.dtype)
-        self.compute_threads = ComputeThreads.for_threads(self._exactness.torch_threads)
+        device_type, num_threads = self.args.device.type, self._exactness.torch_threads
+        self.compute_threads = ComputeThreads.for_threads(num_threads, device_type)
         self.member = replace(self.member, offer=self._exactness.offer)
         me = self._me = identify(self.args, self.checkpoint)
         connections = self._connections = open_connections(

@@ -93,3 +93,13 @@ def test_a_linear_on_threads_equals_one_without(num_rows: int, has_bias: bool) -
         x = torch.randn(num_rows, width, generator=generator)
         found = Linear(weight, bias, compute_threads=ComputeThreads(2))(x)
         torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias))
+
+
+def test_on_a_gpu_the_caller_is_alone() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert ComputeThreads.for_threads(3, "cuda").count == 1
+        assert torch.get_num_threads() == 3
+        assert ComputeThreads.for_threads(3).count == 3
+    finally:
+        torch.set_num_threads(before)
