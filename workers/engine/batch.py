@@ -121,7 +121,7 @@ class Batch:
         ends = np.cumsum([rows.count for rows in planned]).tolist()
         lengths = [rows.first + rows.count for rows in planned]
         width = max(len(rows.sequence.blocks) for rows in planned)
-        seats = [rows.sequence.seat for rows in planned]
+        seats = _array([rows.sequence.seat for rows in planned])
         parts = (tables.array[seats, :width].ravel(), lengths, [0, *ends])
         numbers = np.concatenate(parts, dtype=np.int32)
         sizes = [len(part) for part in parts]

@@ -36,7 +36,8 @@ def attend_in_place(
     queries = queries.contiguous()
     out = torch.empty_like(queries)
     if cache.dtype == fp8.ROW_DTYPE:
-        for piece in (*batch.decodes, *batch.prefills):
+        pieces: tuple[DecodeGroup | PrefillChunk, ...] = (*batch.decodes, *batch.prefills)
+        for piece in pieces:
             rows = slice(piece.first, piece.last)
             _attend_piece(queries[rows], cache, piece, batch.workspaces[0], out[rows])
     else:

@@ -34,11 +34,11 @@ class Filled:
 def fill(lengths: list[int], dim: int, num_kv_heads: int, dtype: torch.dtype) -> Filled:
     generator = torch.Generator().manual_seed(0)
     counts = [-(-n // BLOCK) for n in lengths]
-    blocks = torch.randperm(sum(counts) + 1, generator=generator).split([*counts, 1])
+    blocks = torch.randperm(sum(counts) + 1, generator=generator).split_with_sizes([*counts, 1])
     tables = torch.full((len(lengths), max(counts) + 2), 10**6, dtype=torch.int32)
     cache = torch.full((2 * num_kv_heads, sum(counts) + 1, BLOCK, dim), torch.nan, dtype=dtype)
     drawn = torch.randn(2, sum(lengths), num_kv_heads, dim, generator=generator).to(dtype)
-    keys, values = ([*part.split(lengths)] for part in drawn)
+    keys, values = ([*part.split_with_sizes(lengths)] for part in drawn)
     for i, (length, own) in enumerate(zip(lengths, blocks, strict=False)):
         tables[i, : counts[i]] = own
         places = torch.arange(length)

@@ -172,7 +172,8 @@ def test_a_sum_is_that_of_weighting_to_the_last_bit(dtype: torch.dtype, rounds: 
     rows = torch.arange(7).repeat_interleave(3)[has_slot]
     own = outputs[has_slot], factors.flatten()[has_slot]
     expected = weighted_sum(*own, rows, 7, float32_weights=not rounds)
-    found = sum_rows(*(x.to(DEVICE) for x in (outputs, slots, factors)), rounds, torch.float32)
+    outputs, slots, factors = (x.to(DEVICE) for x in (outputs, slots, factors))
+    found = sum_rows(outputs, slots, factors, rounds, torch.float32)
     assert torch.equal(found.cpu(), expected)
 
 

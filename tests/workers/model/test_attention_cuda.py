@@ -62,7 +62,7 @@ def test_mixed_batch_equals_plain_attention(
     if window is not None:
         batch = batch.within(window)
     found = attend_in_place(queries.to(DEVICE), keys, values, has.cache, batch).cpu()
-    parts = zip(queries.split(COUNTS), has.keys, has.values, strict=True)
+    parts = zip(queries.split_with_sizes(COUNTS), has.keys, has.values, strict=True)
     expected = torch.cat([plain(q, k, v, window) for q, k, v in parts])
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() < LIMITS[dtype]
@@ -93,6 +93,7 @@ def test_an_fp8_cache_is_decoded_in_pieces(window: int | None) -> None:
         ComputeThreads(),
     )
     own = moved if window is None else moved.within(window)
-    found = attend_in_place(*(x.to(DEVICE) for x in (queries, keys, values)), caches[1], own)
+    queries, keys, values = (x.to(DEVICE) for x in (queries, keys, values))
+    found = attend_in_place(queries, keys, values, caches[1], own)
     assert torch.equal(caches[1].cpu(), caches[0])
     assert (found.cpu() - expected).abs().max() < LIMITS[dtype]
