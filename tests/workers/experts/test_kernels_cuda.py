@@ -25,7 +25,7 @@ def filled(
 ) -> tuple[CudaExperts, list[list[Tensor]]]:
     """A kernel, and its weights."""
     matrices = weights(exchange, num_slots, dtype)
-    kernel = CudaExperts(exchange, dtype, DEVICE, grouped_min_pairs)
+    kernel = CudaExperts(exchange, dtype, DEVICE, grouped_min_pairs=grouped_min_pairs)
     kernel.resize(num_slots)
     for slot, own in enumerate(matrices):
         for i, matrix in enumerate(own):
