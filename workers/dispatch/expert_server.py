@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.config.cluster import CombineMode
-from cluster.core.placement import FREE_SLOT, ExpertPlacement
+from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.dispatcher import SlotBank
 from workers.dispatch.native_server import NativeExchange, NativeServer
+from workers.dispatch.slot_use import FilledSlots, UsedSlots, slot_use
 from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import SAMPLE
@@ -27,21 +28,6 @@ from workers.transport.transport import DataTransport, Expected, Part, RowMessag
 
 
 @dataclass(frozen=True, slots=True)
-class _FilledSlots:
-    """Which slots of one bank hold an expert in an epoch."""
-
-    table: Tensor
-    """[slots + 1] bool; the last entry stands for slot -1, a pair of another rank: no error."""
-    has_free: bool
-
-    @classmethod
-    def of(cls, experts: Sequence[int], device: torch.device) -> _FilledSlots:
-        """Of the expert, or ``FREE_SLOT``, of each slot."""
-        filled = [expert != FREE_SLOT for expert in experts]
-        return cls(torch.tensor([*filled, True], device=device), FREE_SLOT in experts)
-
-
-@dataclass(frozen=True, slots=True)
 class _Batch:
     """The rows of all attention ranks in one exchange, concatenated."""
 
@@ -49,14 +35,15 @@ class _Batch:
     counts: tuple[int, ...]
     inputs: Tensor
     """[inputs, in_width] model dtype."""
-    slots: Tensor
-    """[rows, k] int64, -1: not here."""
+    used: UsedSlots
+    """Of all rows."""
     weights: Tensor | None
     """[rows, k] float32 where the expert side sums."""
-    all_here: bool
-    """Every place of ``slots`` is a pair of this rank."""
-    any_here: bool
-    """Some place is."""
+
+    @property
+    def slots(self) -> Tensor:
+        """[rows, k] int64, -1: not here."""
+        return self.used.slots
 
 
 class _Used(NamedTuple):
@@ -101,10 +88,10 @@ class ExpertServer:
         self._granted: list[dict[int, int]] = []
         self._native = NativeServer(dtype, self._activity.native_progress)
         self._exact = False
-        self._epochs = EpochTables[list[_FilledSlots]]()
-        self._filled: list[_FilledSlots] = []
+        self._epochs = EpochTables[list[FilledSlots]]()
+        self._filled: list[FilledSlots] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._uncounted: list[tuple[int, Tensor]] = []
+        self._use = slot_use(device)
         self._is_measured = False
         self.padding = PaddingRatio()
         """Padding of the rows from and to the attention ranks, in one step of ``SAMPLE``."""
@@ -117,7 +104,7 @@ class ExpertServer:
         The counters of slots continue.
         """
         experts = [bank.physical_to_logical[self._device_index] for bank in placement.banks]
-        tables = [_FilledSlots.of(slots, self._device) for slots in experts]
+        tables = [FilledSlots.of(i, slots, self._device) for i, slots in enumerate(experts)]
         self._epochs.add(generation.number, placement.epoch, tables)
         self._combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
         for i, held in enumerate(experts):
@@ -168,7 +155,7 @@ class ExpertServer:
             if served < len(places):
                 self._serve(*places[served])
                 served += 1
-        self._count()
+        self._use.end(self.token_counts, self._transport.reject)
 
     def _prepare_native(self, places: Sequence[tuple[BankSpec, int, int]]) -> None:
         """Let native code serve the exchanges of a step if all of them can be."""
@@ -204,7 +191,7 @@ class ExpertServer:
 
         Raises ``ProtocolError`` for an unknown epoch.
         """
-        self._count()  # of a step that broke
+        self._use.begin(self.token_counts)
         self._filled = self._epochs.begin_step(header)
         self.timer.begin_step(header)
         with self._activity:
@@ -223,7 +210,7 @@ class ExpertServer:
                 self.timer.mark()
                 self._serve(self._banks[bank], exchange, micro_batch)
         if (bank, exchange) == (len(self._banks) - 1, len(self._banks[bank].exchanges) - 1):
-            self._count()
+            self._use.end(self.token_counts, self._transport.reject)
 
     def _serve(self, bank: BankSpec, index: int, micro_batch: int) -> None:
         """Serve one exchange."""
@@ -256,9 +243,9 @@ class ExpertServer:
             self._transport.post(tag, replies, sized=False)
         self.num_bytes["combine"] += sum(part.nbytes for m in replies for part in m.parts)
         self.timer.lap("send", *place)
-        self._uncounted.append((bank.index, batch.slots))
+        self._use.count(self._filled[bank.index], batch.slots)
         if self._exact:  # the slots of many rows are not kept
-            self._count()
+            self._use.flush(self.token_counts)
         if self._is_measured:
             self._measure_padding(exchange, batch, by_pair)
 
@@ -271,24 +258,17 @@ class ExpertServer:
     ) -> _Batch:
         """Concatenate and check the received rows."""
         metas = [meta for meta, _ in received]
-        meta = metas[0] if len(metas) == 1 else torch.cat(metas)
         rows = [inputs for _, inputs in received]
-        slots = meta[:, : bank.top_k].long()
         counts = tuple(m.shape[0] for m in metas)
-        low, high = (int(x) for x in slots.aminmax()) if slots.numel() else (0, -1)
-        # device-to-host sync
-        if not self._are_filled(bank, slots, low, high):
-            self._blame(bank, ranks, torch.split_with_sizes(slots, list(counts)))
+        filled, top_k = self._filled[bank.index], bank.top_k
+        slots = [meta[:, :top_k].long() for meta in metas]
+        weights = [meta[:, top_k:].view(torch.float32) for meta in metas]
         batch = _Batch(
             ranks=ranks,
             counts=counts,
-            inputs=rows[0] if len(rows) == 1 else torch.cat(rows),
-            slots=slots,
-            weights=meta[:, bank.top_k :].view(torch.float32)
-            if meta.shape[1] > bank.top_k
-            else None,
-            all_here=low >= 0,
-            any_here=high >= 0,
+            inputs=_joined(rows),
+            used=self._use.check(filled, ranks, slots, self._transport.reject),
+            weights=_joined(weights) if weights[0].shape[1] else None,
         )
         if self._exact:
             wanted = self._pairs_by_rank(batch) if exchange.per_slot_input else counts
@@ -296,17 +276,6 @@ class ExpertServer:
                 if inputs.shape[0] != number:
                     self._transport.reject(rank, f"{inputs.shape[0]} input rows: must be {number}")
         return batch
-
-    def _count(self) -> None:
-        """Add the batches of a step to ``token_counts``.
-
-        At its end: then nobody waits, and a loop finds its code in the caches.
-        """
-        for bank, slots in self._uncounted:
-            counts = self.token_counts[bank]
-            bins = torch.bincount(slots.flatten() + 1, minlength=counts.shape[0] + 1)
-            counts += bins[1:].to(counts.device)  # the first is that of slot -1
-        self._uncounted.clear()
 
     def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
         """Places in the flattened ``slots`` of the pairs for this rank, ascending, and their rows;
@@ -323,37 +292,22 @@ class ExpertServer:
             known = self._all_pairs[top_k] = (pairs, pairs // top_k)
         return known[0][:num_pairs], known[1][:num_pairs]
 
-    def _are_filled(self, bank: BankSpec, slots: Tensor, low: int, high: int) -> bool:
-        """Whether all slots, from ``low`` to ``high``, are -1 or hold an expert."""
-        filled = self._filled[bank.index]
-        if low < -1 or high >= filled.table.shape[0] - 1:
-            return False
-        return not filled.has_free or bool(filled.table[slots].all())  # device-to-host sync
-
-    def _blame(self, bank: BankSpec, ranks: tuple[int, ...], slots: Sequence[Tensor]) -> None:
-        """Close the edge of a rank that named a missing or empty slot."""
-        filled = self._filled[bank.index].table.tolist()[:-1]
-        for rank, mine in zip(ranks, slots, strict=True):
-            for slot in mine.flatten().tolist():
-                if slot != -1 and not (0 <= slot < len(filled) and filled[slot]):
-                    self._transport.reject(rank, f"no expert in slot {slot} of bank {bank.index}")
-
     def _compute(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
         """[P, out_width] outputs of the pairs for this rank."""
-        if not batch.any_here:
+        if not batch.used.any_here:
             return torch.empty(0, exchange.out_width, dtype=self._dtype, device=self._device)
-        pairs, pair_input = self._pairs(batch.slots, batch.all_here)
+        pairs, pair_input = self._pairs(batch.slots, batch.used.all_here)
         if exchange.per_slot_input:
             is_exact, count = self._exact, pairs.shape[0]
             pair_input = torch.arange(count, device=self._device) if is_exact else pairs
         flat = batch.slots.flatten()
-        pair_slot = flat if batch.all_here else flat[pairs]
+        pair_slot = flat if batch.used.all_here else flat[pairs]
         return self._slots[bank.index].compute(exchange.index, batch.inputs, pair_input, pair_slot)
 
     def _sum(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
         """[rows, out_width] float32 weighted partial sums."""
         assert batch.weights is not None
-        if not batch.any_here:
+        if not batch.used.any_here:
             return torch.zeros(batch.slots.shape[0], exchange.out_width, device=self._device)
         return self._slots[bank.index].compute_rows(
             exchange.index, batch.inputs, batch.slots, batch.weights, torch.float32
@@ -363,7 +317,7 @@ class ExpertServer:
         """Count the transferred rows without use; outputs by pair are all used."""
         num_rows = batch.slots.shape[0]
         # device-to-host sync unless all rows are here
-        num_here = num_rows if batch.all_here else int((batch.slots >= 0).any(1).sum())
+        num_here = num_rows if batch.used.all_here else int((batch.slots >= 0).any(1).sum())
         num_pairs = sum(self._pairs_by_rank(batch))
         used = _Used(batch.inputs.shape[0], num_rows, num_here, num_pairs)
         self._add_padding(exchange, used, by_pair)
@@ -377,7 +331,12 @@ class ExpertServer:
             self.padding.add("combine", used.num_rows, used.num_rows_here)
 
     def _pairs_by_rank(self, batch: _Batch) -> tuple[int, ...]:
-        if batch.all_here:
+        if batch.used.all_here:
             return tuple(n * batch.slots.shape[1] for n in batch.counts)
         here = batch.slots >= 0
         return tuple(int(part.sum()) for part in torch.split_with_sizes(here, list(batch.counts)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts of all ranks, one under the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,0 +1,227 @@
+"""A GPU that is not there: tensors that say ``cuda:0``, with their values in CPU memory.
+
+Code that runs on a GPU runs here to its end with true values, and what would make the host wait
+for a GPU is counted, as are launches of kernels. ``FakeTensor`` has the devices but no values, so
+that a step ends where it first reads one. Like a GPU, it refuses operands on different devices.
+
+Source of what waits: ``torch.cuda.set_sync_debug_mode`` and torch's CUDA kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
+
+DEVICE = "cuda:0"
+_CUDA, _META = 1, 14
+"""``c10::DeviceType``."""
+_READS_SIZES = (
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+)
+"""Operators whose output has a size that only the device knows, by name."""
+_READS_INDICES = ("index", "index_put_", "index_put", "_index_put_impl_")
+"""Operators that count the true elements of a mask among their indices."""
+_ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
+_MIXES = ("_to_copy", "copy_", "lift_fresh", *_READS_INDICES)
+"""May have operands on two devices."""
+
+
+@dataclass
+class DeviceLog:
+    """What happened on the device."""
+
+    waits: Counter[str] = field(default_factory=Counter)
+    """By operator: how often the host waited for the device."""
+    launches: Counter[str] = field(default_factory=Counter)
+    """By operator: kernels and copies."""
+
+    def clear(self) -> None:
+        self.waits.clear()
+        self.launches.clear()
+
+
+class PretendTensor(Tensor):
+    """A tensor of the device."""
+
+    values: Tensor
+    """In CPU memory; views share it."""
+    mode: _PretendMode
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, values: Tensor, mode: _PretendMode) -> PretendTensor:
+        made: PretendTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            values.shape,
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=DEVICE,
+        )
+        made.values, made.mode = values, mode
+        return made
+
+    def __init__(self, values: Tensor, mode: _PretendMode) -> None:
+        """Everything is done by ``__new__``."""
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        tensors = _Call(func, args, kwargs or {}).tensors
+        mode = next(t.mode for t in tensors if isinstance(t, cls))
+        return mode.__torch_dispatch__(func, types, args, kwargs)
+
+    def tolist(self) -> Any:
+        self.mode.log.waits["tolist"] += 1
+        return self.values.tolist()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of an operator."""
+
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.func.name()).removeprefix("aten::").split(".")[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        leaves = torch.utils._pytree.tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def has_device(self) -> bool:
+        """An operand is on the device."""
+        return any(isinstance(tensor, PretendTensor) for tensor in self.tensors)
+
+    @property
+    def asked(self) -> str:
+        """The type of device that is named; empty: none."""
+        device = self.kwargs.get("device")
+        return "" if device is None else torch.device(device).type
+
+    @property
+    def is_there(self) -> bool:
+        """The result is on the device."""
+        if self.name == "copy_":
+            return isinstance(self.args[0], PretendTensor)
+        return self.asked == "cuda" or (self.has_device and self.asked != "cpu")
+
+    def check(self) -> None:
+        """Raise as torch does for operands on two devices."""
+        others = [t for t in self.tensors if not isinstance(t, PretendTensor)]
+        if self.has_device and self.name not in _MIXES and any(other.dim() for other in others):
+            raise RuntimeError(f"{self.name}: expected all tensors to be on one device")
+
+    def wait(self) -> str:
+        """Why the host waits for the device; empty: it does not."""
+        if self.name in _READS_SIZES or self.name == "_local_scalar_dense":
+            return self.name
+        if self.name == "repeat_interleave" and self.kwargs.get("output_size") is None:
+            return self.name
+        if self.name in _READS_INDICES:
+            indices = [i for i in self.args[1] if isinstance(i, Tensor)]
+            if any(i.dtype == torch.bool for i in indices):
+                return "index by a mask"
+            return "" if all(isinstance(i, PretendTensor) for i in indices) else "host index"
+        if self.name in ("_to_copy", "copy_"):
+            ends = [isinstance(self.args[1 if self.name == "copy_" else 0], PretendTensor)]
+            ends.append(self.is_there)
+            if ends[0] != ends[1] and not self._is_put_off:
+                return "copy from the device" if ends[0] else "copy to the device"
+        return ""
+
+    @property
+    def _is_put_off(self) -> bool:
+        is_third = self.name == "copy_" and len(self.args) > 2 and self.args[2]
+        return bool(self.kwargs.get("non_blocking", False) or is_third)
+
+    def run(self) -> Any:
+        """The result, on the CPU."""
+        kwargs = dict(self.kwargs)
+        if self.asked == "cuda":
+            kwargs["device"] = torch.device("cpu")
+        return self.func(*tree_map(_values, self.args), **tree_map(_values, kwargs))
+
+
+class _PretendMode(TorchDispatchMode):
+    """Runs all operators on values in CPU memory."""
+
+    def __init__(self, log: DeviceLog) -> None:
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        call = _Call(func, args, kwargs or {})
+        with _disable_current_modes():
+            call.check()
+            is_there = call.is_there
+            if is_there or call.has_device:
+                if not func.is_view and call.name not in _ALLOCATES:
+                    self.log.launches[call.name] += 1
+                if why := call.wait():
+                    self.log.waits[why] += 1
+            result = call.run()
+            if call.name == "copy_":
+                return args[0]
+            return tree_map(self._made, result) if is_there else result
+
+    def _made(self, value: Any) -> Any:
+        return PretendTensor(value, self) if isinstance(value, Tensor) else value
+
+
+def _values(value: Any) -> Any:
+    return value.values if isinstance(value, PretendTensor) else value
+
+
+@contextmanager
+def _device_guard() -> Iterator[None]:
+    """Let torch's C++ code ask for the current device: it gets the guard of ``meta`` tensors.
+
+    A build of torch for CPUs has none for CUDA, and refuses even to index such a tensor.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    name = "_ZN3c104impl26device_guard_impl_registryE"
+    guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, name)
+    before = guards[_CUDA]
+    guards[_CUDA] = before or guards[_META]
+    try:
+        yield
+    finally:
+        guards[_CUDA] = before
+
+
+@contextmanager
+def pretend_gpu() -> Iterator[DeviceLog]:
+    """Within it, tensors may be on ``DEVICE``."""
+    log = DeviceLog()
+    capability = mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))
+    # Views of such tensors cannot be made in inference mode.
+    no_grad = mock.patch.object(torch._C, "_InferenceMode", side_effect=lambda _: torch.no_grad())
+    with capability, no_grad, _device_guard(), FakeTensorMode(), _PretendMode(log):
+        yield log
