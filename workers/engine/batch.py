@@ -27,6 +27,7 @@ from workers.model.attention import (
     group_size,
     runs,
 )
+from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
 from workers.requests.sequence import SequenceState
 
@@ -191,7 +192,7 @@ def _given_rows(
         embeds = rows.sequence.request.prompt_embeds
         last = min(rows.first + rows.count, rows.sequence.prompt_length)
         if embeds is not None and rows.first < last:
-            yield row, torch.tensor(embeds.rows(rows.first, last), device=device)
+            yield row, to_device(np.array(embeds.rows(rows.first, last)), device)
         row += rows.count
 
 
@@ -209,7 +210,7 @@ def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Captu
 
 def _moved(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Iterator[Tensor]:
     """The arrays in order, copied to the device together, as views of one tensor."""
-    joined = torch.from_numpy(np.concatenate(arrays)).to(device)
+    joined = to_device(np.concatenate(arrays), device)
     return iter(torch.split(joined, [len(array) for array in arrays]))
 
 

@@ -42,8 +42,8 @@ class StepResult:
     """[num_rows, hidden_size] after the final norm."""
     first_row: tuple[int, ...]
     """Row of ``hidden`` where each entry of ``plan.rows`` begins."""
-    finite: tuple[bool, ...]
-    """For each entry of ``plan.rows``: no NaN or infinity in its rows."""
+    finite: Tensor
+    """[num_rows] bool: no NaN or infinity in these rows of ``hidden``."""
     routed: tuple[tuple[Routed, ...], ...]
     """[bank][micro-batch]: the experts that were chosen."""
     captures: Mapping[SequenceState, Sequence[Capture]]
@@ -211,20 +211,15 @@ class ModelRunner:
         routed: list[list[Routed]],
         captures: Mapping[SequenceState, Sequence[Capture]],
     ) -> StepResult:
-        is_finite: list[bool] = finite_rows(hidden).tolist()  # device-to-host sync
         first_row = [0] * len(order)
         row = 0
         for i in order:
             first_row[i] = row
             row += plan.rows[i].count
-        finite = tuple(
-            all(is_finite[first : first + planned.count])
-            for first, planned in zip(first_row, plan.rows, strict=True)
-        )
         return StepResult(
             hidden=hidden,
             first_row=tuple(first_row),
-            finite=finite,
+            finite=finite_rows(hidden),
             routed=tuple(map(tuple, routed)),
             captures=captures,
         )

@@ -9,9 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from workers.engine.model_runner import StepResult
@@ -19,6 +17,7 @@ from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.buffers import StepRows
 from workers.inspection.inspector import Inspector
 from workers.model.config import BankSpec, ModelConfig
+from workers.model.host_copies import to_device, to_host
 from workers.native.team import Team
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import NOT_FINITE, Failure, SequenceState
@@ -28,9 +27,10 @@ from workers.sampling.sampler import (
     DrawFailure,
     Drawn,
     all_finite,
+    draw_tokens,
     logprob_entries,
     logprob_entries_alone,
-    sample,
+    report_drawn,
 )
 
 _SCORED_ROWS = 64
@@ -75,7 +75,7 @@ class StepSampler:
         self._is_classifier = bool(config.labels)
         self._logits = logits
         self._score = logprob_entries_alone if is_exact else logprob_entries
-        self._sample = partial(sample, team=team, score=self._score)
+        self._team = team
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self._mask_thread = ThreadPoolExecutor(1, "grammar-masks")
         self.inspector = Inspector(config, banks, logits, self._score)
@@ -100,24 +100,24 @@ class StepSampler:
     def draw(self, plan: StepPlan, result: StepResult) -> StepTokens:
         """Tokens of a plan that ran to its last layer. Changes nothing."""
         tokens = StepTokens()
-        for planned, first_row, is_finite in zip(
-            plan.rows, result.first_row, result.finite, strict=True
-        ):
+        for planned, first_row in zip(plan.rows, result.first_row, strict=True):
             sequence = planned.sequence
             reads = sequence.scores_prompt or sequence.request.inspection is not None
-            if not is_finite or (reads and not self._read(tokens, planned, first_row, result)):
+            if reads and not self._read(tokens, planned, first_row, result):
                 tokens.failed[sequence] = NOT_FINITE
             elif planned.is_decode or planned.draws_token:
                 tokens.complete[sequence] = first_row + planned.count - 1
-        self._draw(tokens, result.hidden)
+        self._draw(tokens, plan, result)
         self._classify(tokens, result.hidden)
         return tokens
 
     def _read(
         self, tokens: StepTokens, planned: PlannedRows, first_row: int, result: StepResult
     ) -> bool:
-        """Score and inspect prompt rows; False when a logit is NaN or infinity."""
+        """Score and inspect prompt rows; False where a state or a logit is NaN or infinity."""
         sequence = planned.sequence
+        if not result.finite[first_row : first_row + planned.count].all():  # device-to-host sync
+            return False
         if sequence.scores_prompt:
             entries = self._score_prompt(planned, result.hidden, first_row)
             if entries is None:
@@ -155,14 +155,29 @@ class StepSampler:
             entries += self._score(logits, scored, num_top)
         return entries
 
-    def _draw(self, tokens: StepTokens, hidden: Tensor) -> None:
-        """A token for every complete sequence that may have one."""
+    def _draw(self, tokens: StepTokens, plan: StepPlan, result: StepResult) -> None:
+        """A token for every complete sequence that may have one; drops those with broken rows.
+
+        Tokens come to the host together with what is known of all rows: the step waits once.
+        """
         sampled = [s for s in tokens.complete if s.params.max_tokens]
+        rows = [self._processors[sequence].row() for sequence in sampled]
+        fetched = [result.finite]
+        if sampled:
+            places = [tokens.complete[sequence] for sequence in sampled]
+            logits = self._logits(_some(result.hidden, places))
+            fetched.append(draw_tokens(logits, rows, self._team))
+        is_finite, *ids = to_host(fetched)
+        for planned, first in zip(plan.rows, result.first_row, strict=True):
+            if not is_finite[first : first + planned.count].all():
+                tokens.complete.pop(planned.sequence, None)
+                tokens.failed[planned.sequence] = NOT_FINITE
         if not sampled:
             return
-        logits = self._logits(_some(hidden, [tokens.complete[sequence] for sequence in sampled]))
-        found = self._sample(logits, [self._processors[sequence].row() for sequence in sampled])
+        found = report_drawn(logits, rows, ids[0].tolist(), self._score)
         for sequence, drawn in zip(sampled, found, strict=True):
+            if sequence in tokens.failed:
+                continue
             if drawn.failure is None:
                 tokens.drawn[sequence] = drawn
             else:
@@ -200,4 +215,4 @@ def _some(hidden: Tensor, rows: Sequence[int]) -> Tensor:
     """These rows of [rows, H]; no copy of all of them in their order."""
     if rows == list(range(len(hidden))):
         return hidden
-    return hidden[torch.tensor(rows, device=hidden.device)]
+    return hidden[to_device(rows, hidden.device)]

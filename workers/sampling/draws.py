@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.model.host_copies import to_device
 from workers.native.draws import DRAW_ROW, can_draw, draw_rows
 from workers.native.team import Team
 from workers.sampling.best_tokens import best_of_finite, best_tokens
@@ -67,15 +69,19 @@ def draw(
     how = _draw_rows(rows)
     if team is not None and can_draw(logits):
         return draw_rows(team, logits, how, is_masked)
-    tokens = _best_allowed(logits) if is_masked else best_of_finite(logits)
-    places = torch.from_numpy(np.flatnonzero(how["scale"])).to(logits.device)
-    if len(places):
-        places = places[tokens[places] >= 0]
-    size = len(logits) if logits.device.type != "cpu" else max(1, _CACHED_LOGITS // logits.shape[1])
-    for part in torch.split(places, size):
-        most = logits[part, tokens[part]].float().unsqueeze(1)
-        tokens[part] = _draw(logits[part].float() - most, how[part.cpu().numpy()])
-    return tokens
+    best = _best_allowed(logits) if is_masked else best_of_finite(logits)
+    drawn = np.flatnonzero(how["scale"])
+    if not len(drawn):
+        return best
+    size = max(1, _CACHED_LOGITS // logits.shape[1]) if logits.is_cpu else len(logits)
+    tokens = best.clone()
+    for first in range(0, len(drawn), size):
+        part = drawn[first : first + size]
+        places = to_device(part, logits.device)
+        most = best[places].clamp(min=0).unsqueeze(1)  # of a row that fails, any
+        values = logits[places]
+        tokens[places] = _draw(values.float() - values.gather(1, most).float(), how[part])
+    return torch.where(best < 0, best, tokens)
 
 
 def _draw_rows(rows: Sequence[SamplingRow]) -> NDArray[Any]:
@@ -102,17 +108,42 @@ def _best_allowed(logits: Tensor) -> Tensor:
 
 def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
     """Tokens [rows] of float32 logits [rows, V] from which the best one is subtracted."""
-    t = below.mul_(_column(how["scale"], below))
-    floor = _floors(t, how)
+    numbers = _numbers(how, below)
+    t = below.mul_(numbers.scale)
+    floor = _floors(t, how, numbers)
     weights = token_weights(t)
     if floor is not None:
         weights.masked_fill_(t < floor, 0)
-    return _descend(weights.cumsum_(-1), how)
+    return _descend(weights.cumsum_(-1), numbers.uniform)
 
 
-def _column(values: NDArray[Any], like: Tensor) -> Tensor:
-    """[rows, 1] on the device of another tensor."""
-    return torch.from_numpy(values.copy()).to(like.device).unsqueeze(1)
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """How tokens are drawn from float32 numbers t, on the device."""
+
+    top_p: Tensor
+    """[rows, 1] float64."""
+    scale: Tensor
+    """[rows, 1] float32."""
+    floor: Tensor
+    """[rows, 1] float32."""
+    top_k: Tensor
+    """[rows, 1] int64; 0: no limit."""
+    uniform: Tensor
+    """[rows, levels] float64: ``uniforms`` of each level of the walk."""
+
+
+def _numbers(how: NDArray[Any], like: Tensor) -> _Numbers:
+    """The numbers of ``DRAW_ROW`` [rows] in one copy to the device of logits [rows, V]."""
+    vocab_size, num_levels = like.shape[1], 1
+    while _BRANCHES**num_levels < vocab_size:
+        num_levels += 1
+    values = np.stack([how["seed"], how["choice"], how["index"]], axis=1)
+    top_k = np.where(how["top_k"] < vocab_size, how["top_k"], 0)
+    columns = np.stack([how["top_p"], how["scale"], how["floor"], top_k], axis=1)
+    moved = to_device(np.concatenate([columns, uniforms(values, num_levels)], 1), like.device)
+    top_p, scale, floor, limit = (moved[:, i : i + 1] for i in range(4))
+    return _Numbers(top_p, scale.float(), floor.float(), limit.long(), moved[:, 4:])
 
 
 def token_weights(t: Tensor) -> Tensor:
@@ -128,25 +159,28 @@ def token_weights(t: Tensor) -> Tensor:
     return power.round_().long()
 
 
-def _floors(t: Tensor, how: NDArray[Any]) -> Tensor | None:
+def _floors(t: Tensor, how: NDArray[Any], numbers: _Numbers) -> Tensor | None:
     """[rows, 1]: tokens of a lower t are dropped; None: no row drops any."""
     if (how["top_k"] > 0).any() or (how["top_p"] < 1).any():
-        return torch.maximum(_column(how["floor"], t), _truncations(t, how))
-    return None if np.isneginf(how["floor"]).all() else _column(how["floor"], t)
+        return torch.maximum(numbers.floor, _truncations(t, how, numbers))
+    return None if np.isneginf(how["floor"]).all() else numbers.floor
 
 
-def _truncations(t: Tensor, how: NDArray[Any]) -> Tensor:
+def _truncations(t: Tensor, how: NDArray[Any], numbers: _Numbers) -> Tensor:
     """[rows, 1]: the lowest t that top_k, then top_p keep."""
     vocab_size = t.shape[1]
-    top_k = np.where(how["top_k"] < vocab_size, how["top_k"], 0)  # 0: no limit
-    ks, top_p = _column(top_k, t), _column(how["top_p"], t)
-    is_off = top_p >= 1
-    width = min(vocab_size, max(_FIRST_CANDIDATES, int(top_k.max())))
+    limits = how["top_k"][how["top_k"] < vocab_size]
+    has_top_p = bool((how["top_p"] < 1).any())
+    is_off = numbers.top_p >= 1
+    width = min(vocab_size, max([_FIRST_CANDIDATES if has_top_p else 1, *limits]))
     while True:
         best = t.topk(width, -1).values
-        by_k = torch.where(ks > 0, best.gather(1, (ks - 1).clamp(min=0)), -math.inf)
+        last = best.gather(1, (numbers.top_k - 1).clamp(min=0))
+        by_k = torch.where(numbers.top_k > 0, last, -math.inf)
+        if not has_top_p:
+            return by_k
         mass = token_weights(t).masked_fill_(t < by_k, 0).sum(-1, keepdim=True)
-        reached = token_weights(best).cumsum_(-1).double() >= top_p * mass.double()
+        reached = token_weights(best).cumsum_(-1).double() >= numbers.top_p * mass.double()
         if bool((reached.any(-1, True) | is_off).all()):  # device-to-host sync
             break
         width = min(vocab_size, width * 16)
@@ -154,17 +188,12 @@ def _truncations(t: Tensor, how: NDArray[Any]) -> Tensor:
     return torch.maximum(by_k, torch.where(is_off, -math.inf, by_p))
 
 
-def _descend(cumulative: Tensor, how: NDArray[Any]) -> Tensor:
-    """Tokens [rows] under sums of weights [rows, V] int64.
+def _descend(cumulative: Tensor, numbers: Tensor) -> Tensor:
+    """Tokens [rows] under sums of weights [rows, V] int64, with ``_Numbers.uniform``.
 
     Each level splits the interval of tokens that is left into 16 and picks one by its weight.
     """
-    device, vocab_size = cumulative.device, cumulative.shape[1]
-    num_levels = 1
-    while _BRANCHES**num_levels < vocab_size:
-        num_levels += 1
-    values = np.stack([how["seed"], how["choice"], how["index"]], axis=1)
-    numbers = torch.from_numpy(uniforms(values, num_levels)).to(device)
+    device, vocab_size, num_levels = cumulative.device, cumulative.shape[1], numbers.shape[1]
     first = torch.zeros(len(cumulative), 1, dtype=torch.int64, device=device)
     for level in range(num_levels):
         width = _BRANCHES ** (num_levels - 1 - level)

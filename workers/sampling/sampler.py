@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+import numpy as np
 import torch
 from msgspec import Struct
 from msgspec.structs import replace
 from torch import Tensor
 
+from workers.model.host_copies import to_device
 from workers.native.team import Team
 from workers.requests.request import TokenLogprob
 from workers.sampling.best_tokens import finite_rows
@@ -49,27 +51,11 @@ class Drawn(Struct, frozen=True):
     """NaN or infinity in the logits, or every token is masked; None for a token."""
 
 
-def sample(
-    logits: Tensor,
-    rows: Sequence[SamplingRow],
-    team: Team | None = None,
-    score: Score | None = None,
-) -> list[Drawn]:
-    """Draw one token per row of logits [rows, V] (model dtype).
+def draw_tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None = None) -> Tensor:
+    """One token per row of logits [rows, V] (model dtype): [rows] int64, failures as in ``draw``.
 
-    ``team``: with a native kernel. ``score`` computes log-probabilities, by default
-    ``logprob_entries``.
+    ``team``: with a native kernel. Only rows with processors are copied.
     """
-    tokens: list[int] = _tokens(logits, rows, team).tolist()  # device-to-host sync
-    entries = _entries(logits, rows, tokens, score or logprob_entries)
-    return [
-        Drawn(token, entries.get(i)) if token >= 0 else Drawn(-1, failure=_FAILURES[token])
-        for i, token in enumerate(tokens)
-    ]
-
-
-def _tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None) -> Tensor:
-    """[rows] int64, failures as in ``draw``. Only rows with processors are copied."""
     changed = [i for i, row in enumerate(rows) if not row.is_plain]
     if not changed:
         return draw(logits, rows, team=team)
@@ -79,15 +65,25 @@ def _tokens(logits: Tensor, rows: Sequence[SamplingRow], team: Team | None) -> T
     plain = [i for i, row in enumerate(rows) if row.is_plain]
     if not plain:
         return drawn
-    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    tokens[changed] = drawn
-    tokens[plain] = draw(logits[plain], [rows[i] for i in plain], team=team)
-    return tokens
+    others = draw(_some(logits, plain), [rows[i] for i in plain], team=team)
+    order = np.argsort([*changed, *plain])
+    return torch.cat([drawn, others])[to_device(order, logits.device)]
+
+
+def report_drawn(
+    logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
+) -> list[Drawn]:
+    """What ``draw_tokens`` found, with log-probabilities where they are asked for."""
+    entries = _entries(logits, rows, tokens, score)
+    return [
+        Drawn(token, entries.get(i)) if token >= 0 else Drawn(-1, failure=_FAILURES[token])
+        for i, token in enumerate(tokens)
+    ]
 
 
 def _some(logits: Tensor, rows: Sequence[int]) -> Tensor:
     """These rows of logits [rows, V]; no copy of all of them."""
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
 
 
 def all_finite(logits: Tensor) -> bool:
@@ -104,7 +100,7 @@ def _entries(
         return {}
     params = [rows[i].params for i in asked]
     entries = score(
-        logits[asked],
+        _some(logits, asked),
         [tokens[i] for i in asked],
         [p.logprobs or 0 for p in params],
         [p.logprob_token_ids for p in params],
@@ -124,7 +120,7 @@ def logprob_entries(
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)
-    places = torch.tensor(list(tokens), device=logits.device).unsqueeze(1)
+    places = to_device(tokens, logits.device).unsqueeze(1)
     chosen = logits.gather(1, places)
     ranks = (logits > chosen).sum(-1) + 1
     best = logits.topk(min(max(num_top), logits.shape[1]), -1)
@@ -142,7 +138,7 @@ def logprob_entries(
     ]
     for i, ids in enumerate(named or ()):
         if ids:
-            values = logits[i, torch.tensor(ids, device=logits.device)] - normalizer[i]
+            values = logits[i, to_device(ids, logits.device)] - normalizer[i]
             entries[i] = replace(entries[i], top=tuple(zip(ids, values.tolist(), strict=True)))
     return entries
 

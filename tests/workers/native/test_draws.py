@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.workers.native.builds import NAMES, team
+from tests.workers.sampling.sampling_reference import sample
 from workers.requests.request import SamplingParams
 from workers.sampling.draws import NONE_ALLOWED, NOT_FINITE, draw
 from workers.sampling.logits_processors import SamplingRow
-from workers.sampling.sampler import logprob_entries_alone, sample
+from workers.sampling.sampler import logprob_entries_alone
 
 SIZES = [1, 2, 15, 16, 17, 255, 256, 257, 1000, 4097, 50304, 70001]
 """Vocabularies around the widths of vectors, of spans of sums and of the levels of the walk."""

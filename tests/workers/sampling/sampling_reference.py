@@ -6,7 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
+from torch import Tensor
+
+from workers.native.team import Team
 from workers.requests.request import SamplingParams
+from workers.sampling.logits_processors import SamplingRow
+from workers.sampling.sampler import Drawn, Score, draw_tokens, logprob_entries, report_drawn
 
 NEVER = -math.inf
 
@@ -81,3 +86,13 @@ def assert_drawn_from(tokens: Iterable[int], probs: Sequence[float]) -> None:
     chi_square = sum((counts[t] - expected[t]) ** 2 / expected[t] for t in large)
     freedom = max(len(large) - 1, 1)
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 3
+
+
+def sample(
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    team: Team | None = None,
+    score: Score = logprob_entries,
+) -> list[Drawn]:
+    """One token per row of logits [rows, V], drawn and reported; ``team``: by a native kernel."""
+    return report_drawn(logits, rows, draw_tokens(logits, rows, team).tolist(), score)

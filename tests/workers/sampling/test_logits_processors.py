@@ -15,6 +15,7 @@ from tests.workers.sampling.sampling_reference import (
     distribution,
     masked,
     penalized,
+    sample,
 )
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Grammar, GrammarKind, Request, SamplingParams
@@ -27,7 +28,6 @@ from workers.sampling.logits_processors import (
     SamplingRow,
     apply_processors,
 )
-from workers.sampling.sampler import sample
 
 NUM_DRAWS = 3000
 VOCAB = 12

@@ -11,7 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.workers.sampling.sampling_reference import assert_drawn_from, distribution, penalized
+from tests.workers.sampling.sampling_reference import (
+    assert_drawn_from,
+    distribution,
+    penalized,
+    sample,
+)
 from workers.requests.request import SamplingParams
 from workers.sampling.draws import draw, token_weights, uniforms
 from workers.sampling.logits_processors import SamplingRow, TokenCounts, penalize
@@ -19,7 +24,6 @@ from workers.sampling.sampler import (
     DrawFailure,
     logprob_entries,
     logprob_entries_alone,
-    sample,
 )
 
 NUM_DRAWS = 4000
