@@ -84,7 +84,8 @@ class LocalDispatcher(TimedDispatcher):
         slot_of = self._slot_of[sent.bank]
         slots = sent.topk_ids
         if slot_of is not None:
-            slots = slot_of.to(slots.device)[slots]
+            slot_of = self._slot_of[sent.bank] = slot_of.to(slots.device)  # moved once
+            slots = slot_of[slots]
         own = self._slots[sent.bank]
         if not num_rows:
             shape = (0, exchange.out_width) if exchange.weighted else (0, top_k, exchange.out_width)
