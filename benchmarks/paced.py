@@ -39,6 +39,8 @@ class ComputeTime:
 class PacedBank:
     """One bank; a wait that was too long shortens the next one."""
 
+    version = 0
+
     def __init__(
         self,
         spec: BankSpec,

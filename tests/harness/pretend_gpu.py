@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
+from triton.runtime.interpreter import GridExecutor
 
 DEVICE = "cuda:0"
 _CUDA, _META = 1, 14
@@ -91,7 +93,7 @@ class PretendTensor(Tensor):
         return mode.__torch_dispatch__(func, types, args, kwargs)
 
     def tolist(self) -> Any:
-        self.mode.log.waits["tolist"] += 1
+        self.mode.note_wait("tolist")
         return self.values.tolist()
 
 
@@ -173,6 +175,7 @@ class _PretendMode(TorchDispatchMode):
     def __init__(self, log: DeviceLog) -> None:
         super().__init__()
         self.log = log
+        self._capturing: PretendGraph | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -181,18 +184,74 @@ class _PretendMode(TorchDispatchMode):
         with _disable_current_modes():
             call.check()
             is_there = call.is_there
-            if is_there or call.has_device:
-                if not func.is_view and call.name not in _ALLOCATES:
-                    self.log.launches[call.name] += 1
-                if why := call.wait():
-                    self.log.waits[why] += 1
+            if (is_there or call.has_device) and (why := call.wait()):
+                self.note_wait(why)
             result = call.run()
+            if (is_there or call.has_device) and not func.is_view and call.name not in _ALLOCATES:
+                self.launched(call.name, partial(_repeat, call, result))
             if call.name == "copy_":
                 return args[0]
             return tree_map(self._made, result) if is_there else result
 
+    def note_wait(self, why: str) -> None:
+        """The host waits for the device, which no captured code may make it do."""
+        if self._capturing is not None:
+            raise RuntimeError(f"{why} while a graph is captured")
+        self.log.waits[why] += 1
+
+    def launched(self, name: str, again: Callable[[], None]) -> None:
+        """A kernel or a copy was launched; ``again`` launches it with the same memory."""
+        if self._capturing is not None:
+            self._capturing.kernels.append(again)
+        else:
+            self.log.launches[name] += 1
+
+    @contextmanager
+    def capture(self, graph: PretendGraph, pool: Any = None) -> Iterator[None]:
+        """In place of ``torch.cuda.graph``."""
+        graph.mode, self._capturing = self, graph
+        try:
+            yield
+        finally:
+            self._capturing = None
+
+    def launch(self, kernel: Any, run: Callable[..., None], args: Any, kwargs: Any) -> None:
+        """Launch a kernel of Triton in its interpreter."""
+        given, named = tree_map(_values, args), tree_map(_values, kwargs)
+
+        def again() -> None:
+            with _disable_current_modes():
+                run(kernel, *given, **named)
+
+        again()
+        self.launched(kernel.fn.__name__, again)
+
     def _made(self, value: Any) -> Any:
         return PretendTensor(value, self) if isinstance(value, Tensor) else value
+
+
+class PretendGraph:
+    """In place of ``torch.cuda.CUDAGraph``: the kernels that were launched, with their memory."""
+
+    def __init__(self) -> None:
+        self.kernels: list[Callable[[], None]] = []
+        self.mode: _PretendMode | None = None
+
+    def replay(self) -> None:
+        assert self.mode is not None, "a graph was captured"
+        self.mode.log.launches["graph"] += 1
+        with _disable_current_modes():
+            for kernel in self.kernels:
+                kernel()
+
+
+def _repeat(call: _Call, result: Any) -> None:
+    """Run an operator again, into the memory of its first result."""
+    again = call.run()
+    if not call.func._schema.is_mutable:
+        old, new = (torch.utils._pytree.tree_leaves(r) for r in (result, again))
+        for first, second in zip(old, new, strict=True):
+            first.copy_(second)
 
 
 def _values(value: Any) -> Any:
@@ -223,5 +282,21 @@ def pretend_gpu() -> Iterator[DeviceLog]:
     capability = mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))
     # Views of such tensors cannot be made in inference mode.
     no_grad = mock.patch.object(torch._C, "_InferenceMode", side_effect=lambda _: torch.no_grad())
-    with capability, no_grad, _device_guard(), FakeTensorMode(), _PretendMode(log):
+    mode = _PretendMode(log)
+    graphs = mock.patch.multiple(
+        torch.cuda, CUDAGraph=PretendGraph, graph=mode.capture, graph_pool_handle=object
+    )
+    with capability, no_grad, graphs, _triton(mode), _device_guard(), FakeTensorMode(), mode:
         yield log
+
+
+@contextmanager
+def _triton(mode: _PretendMode) -> Iterator[None]:
+    """Kernels of Triton get the values of tensors."""
+    run = GridExecutor.__call__
+
+    def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        mode.launch(kernel, run, args, kwargs)
+
+    with mock.patch.object(GridExecutor, "__call__", launch):
+        yield

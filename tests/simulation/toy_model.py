@@ -142,6 +142,8 @@ class ToyFamily:
 class ToyBank:
     """In place of ``ExpertBank``: the numbers in the slots."""
 
+    version = 0
+
     def __init__(self, spec: BankSpec, num_slots: int, on_write: Any) -> None:
         self.spec = spec
         self.dtype = torch.float32

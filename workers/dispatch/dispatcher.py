@@ -114,6 +114,10 @@ class TimedDispatcher(ABC):
 class SlotBank(Protocol):
     """All expert slots of one bank on this device (``workers.experts.bank.ExpertBank``)."""
 
+    @property
+    def version(self) -> int:
+        """Changes when the slots get other memory."""
+
     def native(self, exchange: int) -> NativeSlots | None:
         """The slots as they are now, for native code; None: torch computes."""
 

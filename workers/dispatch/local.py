@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +48,21 @@ class LocalDispatcher(TimedDispatcher):
         self.activity = activity or Activity()
         """Advances with each exchange."""
         self._slot_of: list[Tensor | None] = [None] * len(self._banks)
+        self._num_placements = 0
+
+    @property
+    def state(self) -> Hashable:
+        """Changes with everything that a dispatch reads beside what is sent, but the weights."""
+        return self._num_placements, *(bank.version for bank in self._slots)
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the slots of device 0 of the placement."""
         self._slot_of = [_moved(bank) for bank in placement.banks]
+        self._num_placements += 1
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        """There is nothing to prepare."""
+        """Begin to time it."""
+        self.activity.advance()
         self.timer.begin_step(header)
 
     def sit_out(self, header: StepHeader) -> None:

@@ -84,7 +84,7 @@ class Batch:
         num_rows = sum(rows.count for rows in planned)
         self.num_decodes = sum(rows.is_decode for rows in planned)
         """Decode rows, which come first."""
-        staging = [*_columns(planned, self.num_decodes, tables, cache.block_size)]
+        staging = [*row_columns(planned, self.num_decodes, tables, cache.block_size)]
         # Attention maps are made of chunks of prompts, by torch in any case.
         is_whole = is_native or cache.is_read_in_place
         in_pieces = () if is_whole and not self.captures else planned
@@ -218,7 +218,7 @@ def _array(values: Sequence[int | None]) -> NDArray[np.int64]:
     return np.array(values, dtype=np.int64)
 
 
-def _columns(
+def row_columns(
     planned: Sequence[PlannedRows], num_decodes: int, tables: BlockTables, block_size: int
 ) -> tuple[NDArray[np.int64], ...]:
     """Token ids, positions, prompt lengths, cache slots and row keys of all rows."""

@@ -17,8 +17,10 @@ from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import kv_vector_bytes
 from cluster.core.errors import RequestError
 from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.local import LocalDispatcher
 from workers.engine.choices import open_choices
 from workers.engine.deadlines import Deadlines
+from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.expert_load import LoadCounter
 from workers.engine.isolation import Isolation
 from workers.engine.model_runner import ModelRunner, StepResult
@@ -123,6 +125,14 @@ class Engine:
             dispatcher=dispatcher,
             rank=rank,
         )
+        if isinstance(dispatcher, LocalDispatcher) and self.cache.is_read_in_place:
+            self.runner.graphs = DecodeGraphs(
+                self.runner.compute,
+                lambda: (id(self.runner.model), dispatcher.state),
+                self.cache,
+                self._scheduler.tables,
+                [bank.top_k for bank in banks],
+            )
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
         self._deadlines = Deadlines()

@@ -19,6 +19,7 @@ from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.batch import Batch, batch_order, split_rows
+from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.expert_load import Routed
 from workers.engine.step_plan import StepPlan
 from workers.inspection.recorder import Capture
@@ -26,7 +27,7 @@ from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
 from workers.model.families.native_layers import LayersOutput, NativeLayers, native_layers
-from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps
+from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps, ModelInputs
 from workers.native.exchange import HomeFields
 from workers.native.experts import LocalExperts
 from workers.requests.sequence import SequenceState
@@ -67,6 +68,8 @@ class ModelRunner:
     Where there is none, the begin of its layers."""
     advance_s: float = 0.1
     """Native layers report their progress after the one in which this time is over."""
+    graphs: DecodeGraphs | None = None
+    """Run decode steps on a GPU whose experts are all here."""
     _known_layers: Sequence[Layer] = ()
     _native_layers: NativeLayers | None = None
     """Made of ``_known_layers``."""
@@ -78,6 +81,14 @@ class ModelRunner:
         fewer rows than granted, or none.
         """
         self.first_dispatch = None
+        if self._fits_graph(header, plan):
+            assert self.graphs is not None
+            self.dispatcher.begin_step(header, ())
+            self.first_dispatch = time.monotonic()
+            output = self.graphs.run(plan.rows)
+            order = list(range(len(plan.rows)))
+            ids = [[Routed(own, None, len(order))] for own in output.topk_ids]
+            return self._result(output.hidden, plan, order, ids, {})
         if not header.grant(self.rank).num_rows:
             assert not plan.rows, "rows without a grant"
             self.dispatcher.sit_out(header)
@@ -93,7 +104,8 @@ class ModelRunner:
         routed: list[list[Routed]] = [[] for _ in self.banks]
         hidden = self._run_whole(batches, routed)
         if hidden is None:
-            hidden = self._drive(batches, routed, [self._flow(batch) for batch in batches])
+            num_decodes = [batch.num_decodes for batch in batches]
+            hidden = self._drive(num_decodes, routed, [self._flow(batch) for batch in batches])
         if not plan.rows:
             return None
         joined = hidden[0] if len(hidden) == 1 else torch.cat([h for h in hidden if len(h)])
@@ -102,6 +114,23 @@ class ModelRunner:
             for sequence, capture in batch.captures:
                 captures.setdefault(sequence, []).append(capture)
         return self._result(joined, plan, order, routed, captures)
+
+    def _fits_graph(self, header: StepHeader, plan: StepPlan) -> bool:
+        """All rows are decodes, and nothing looks between the layers."""
+        return (
+            self.graphs is not None
+            and 0 < len(plan.rows) <= self.graphs.max_rows
+            and header.num_micro_batches == 1
+            and all(rows.is_decode for rows in plan.rows)
+            and not any(rows.sequence.request.inspection for rows in plan.rows)
+        )
+
+    def compute(self, inputs: ModelInputs) -> tuple[Tensor, list[Tensor]]:
+        """All layers for decode rows: hidden states [T, H], and by bank the experts [T, k]."""
+        routed: list[list[Routed]] = [[] for _ in self.banks]
+        flow = self.model.forward(inputs, self.cache.layers)
+        (hidden,) = self._drive([len(inputs.token_ids)], routed, [flow])
+        return hidden, [own.topk_ids for (own,) in routed]
 
     def _run_whole(
         self, batches: Sequence[Batch], routed: list[list[Routed]]
@@ -143,7 +172,7 @@ class ModelRunner:
                 assert isinstance(dispatcher, RemoteDispatcher)
                 self._finish_layer(dispatcher, native.bank_of(output.num_done - 1), output)
             rest = self.model.run_from(output.num_done, output.hidden, context, self.cache.layers)
-            results.extend(self._drive([batch], routed, [rest]))
+            results.extend(self._drive([batch.num_decodes], routed, [rest]))
         return results
 
     def _finish_layer(self, dispatcher: RemoteDispatcher, bank: int, output: LayersOutput) -> None:
@@ -166,7 +195,7 @@ class ModelRunner:
 
     def _drive(
         self,
-        batches: Sequence[Batch],
+        num_decodes: Sequence[int],
         routed: list[list[Routed]],
         flows: Sequence[LayerSteps],
     ) -> list[Tensor]:
@@ -193,8 +222,7 @@ class ModelRunner:
                 waits = next(flow) is None  # runs the layer's overlapped computation
                 assert waits, "a layer sends rows before it took the outputs of the last ones"
                 if sent.exchange == 0:
-                    num_decodes = batches[micro_batch].num_decodes
-                    chosen = Routed(sent.topk_ids, handle.copies, num_decodes)
+                    chosen = Routed(sent.topk_ids, handle.copies, num_decodes[micro_batch])
                     routed[sent.bank].append(chosen)
         return results
 

@@ -89,6 +89,8 @@ class ExpertBank:
         self.make = make
         """Makes the bank's kernels."""
         self.num_slots = 0
+        self.version = 0
+        """See ``SlotBank``."""
         self._kernels = [make(e, dtype, device) for e in spec.exchanges]
         self.resize(num_slots)
 
@@ -97,6 +99,7 @@ class ExpertBank:
         for kernel in self._kernels:
             kernel.resize(num_slots)
         self.num_slots = num_slots
+        self.version += 1
 
     def store(
         self, slot: int, exchange: int, matrix: int, weight: Tensor, is_idle: bool = False

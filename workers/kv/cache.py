@@ -41,9 +41,12 @@ class KVCache:
         self.block_size = block_size
         self.null_block = num_blocks
         """Pads block tables; never written."""
+        num_spare = 2 if device.type == "cuda" else 1
+        self.scratch_block = num_blocks + num_spare - 1
+        """Rows without a request write here, on a GPU; elsewhere there are none."""
         self.layers: tuple[Tensor, ...] = tuple(
             torch.zeros(
-                (2 * config.num_kv_heads, num_blocks + 1, block_size, row_size),
+                (2 * config.num_kv_heads, num_blocks + num_spare, block_size, row_size),
                 dtype=fp8.ROW_DTYPE if is_fp8 else dtype,
                 device=device,
             )

@@ -74,6 +74,8 @@ def make_attention_bank(index: int = 0, num_experts: int = 8, top_k: int = 2) ->
 class FakeBank:
     """Experts that differ by their logical id; an output depends on its own input row alone."""
 
+    version = 0
+
     def __init__(self, spec: BankSpec, experts: Sequence[int]) -> None:
         self._spec = spec
         self._experts = torch.tensor(experts)

@@ -1,0 +1,96 @@
+"""Whole engines on a pretended GPU: tokens as on a CPU, and what a step costs the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+
+from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
+from tests.reference.goldens import golden
+from tests.reference.local_engine import LocalEngine
+from workers.engine import decode_graphs
+from workers.requests.request import Request, SamplingParams, TokenOutput
+
+VARIANTS = ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"]
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [3] * 20]
+GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=7, temperature=0.9, top_k=20, seed=3, ignore_eos=True)
+
+Outputs = Mapping[tuple[str, int], Sequence[TokenOutput]]
+
+
+def requests() -> list[Request]:
+    params = [GREEDY, DRAWN, GREEDY]
+    return [
+        Request(request_id=str(i), prompt=tuple(prompt), params=own)
+        for i, (prompt, own) in enumerate(zip(PROMPTS, params, strict=True))
+    ]
+
+
+def tokens(outputs: Outputs) -> dict[str, list[int]]:
+    return {name: [t for o in own for t in o.token_ids] for (name, _), own in outputs.items()}
+
+
+def on_cpu(variant: str) -> dict[str, list[int]]:
+    engine = LocalEngine(golden(variant).path, dtype="float32", kernels="torch")
+    return tokens(engine.run(requests()))
+
+
+class GpuRun:
+    """The same requests on a pretended GPU, and the log of each decode step."""
+
+    def __init__(self, variant: str, log: DeviceLog) -> None:
+        self.engine = LocalEngine(golden(variant).path, dtype="float32", device=DEVICE)
+        self.decodes: list[DeviceLog] = []
+        found: dict[tuple[str, int], list[TokenOutput]] = {}
+        for request in requests():
+            self.engine.add_request(request)
+        while self.engine.engine.has_work:
+            has_prompts = self.engine.engine.wanted().prefill_rows > 0
+            log.clear()
+            for output in self.engine.step():
+                found.setdefault((output.request_id, output.choice), []).append(output)
+            if not has_prompts:
+                self.decodes.append(DeviceLog(log.waits.copy(), log.launches.copy()))
+        self.tokens = tokens(found)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_are_those_of_a_cpu_and_a_decode_step_waits_once(variant: str) -> None:
+    expected = on_cpu(variant)
+    with pretend_gpu() as log:
+        run = GpuRun(variant, log)
+    assert run.tokens == expected
+    assert len(run.decodes) >= DRAWN.max_tokens - 2, "the last ones have one row"
+    assert {sum(step.waits.values()) for step in run.decodes} == {1}
+    assert {step.launches["graph"] for step in run.decodes} == {1}
+    # Numbers and tables in; a copy of the choices; head, check, draw; tokens out.
+    assert max(sum(step.launches.values()) for step in run.decodes) < 150
+
+
+def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = on_cpu(VARIANTS[0])
+    monkeypatch.setattr(decode_graphs, "BUCKETS", (0,))
+    with pretend_gpu() as log:
+        run = GpuRun(VARIANTS[0], log)
+    assert run.tokens == expected
+    assert {step.launches["graph"] for step in run.decodes} == {0}
+    assert {sum(step.waits.values()) for step in run.decodes} == {1}
+
+
+def test_new_memory_of_experts_is_captured_anew() -> None:
+    with pretend_gpu() as log:
+        run = GpuRun(VARIANTS[0], log)
+        bank = run.engine.slots.banks[0]
+        held = [bank.read(slot, 0, m) for slot in range(bank.num_slots) for m in range(2)]
+        before = bank.version
+        bank.resize(bank.num_slots + 1)
+        assert bank.version != before
+        for slot in range(bank.num_slots - 1):
+            for matrix in range(2):
+                same = torch.equal(bank.read(slot, 0, matrix), held[2 * slot + matrix])
+                assert same, "slots that stay keep their contents"
+        outputs = run.engine.run(requests())
+    assert tokens(outputs) == run.tokens
