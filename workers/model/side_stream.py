@@ -22,14 +22,15 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         """Made by the thread that runs steps, whose stream of this moment is that of the steps."""
         self._device = device
-        self._steps = self._stream = None
+        self._steps: torch.cuda.Stream | None = None
+        self._stream: torch.cuda.Stream | None = None
         if _has_streams(device):
             self._steps = torch.cuda.current_stream(device)
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def follow(self) -> None:
         """Later work here comes after all that the steps' stream has been given (any thread)."""
-        if self._stream is not None:
+        if self._stream is not None and self._steps is not None:
             self._stream.wait_stream(self._steps)
 
     def work(self) -> AbstractContextManager[None]:

@@ -80,11 +80,11 @@ class FakeCuda:
         return found
 
 
-class _Logged(TorchDispatchMode):
+class _Logged(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down on which stream the device is given something."""
 
     def __init__(self, cuda: FakeCuda) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cuda = cuda
 
     def __torch_dispatch__(
