@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -164,6 +164,7 @@ class _Call:
     def run(self) -> Any:
         """The result, on the CPU."""
         kwargs = dict(self.kwargs)
+        kwargs.pop("pin_memory", None)
         if self.asked == "cuda":
             kwargs["device"] = torch.device("cpu")
         return self.func(*tree_map(_values, self.args), **tree_map(_values, kwargs))
@@ -230,6 +231,19 @@ class _PretendMode(TorchDispatchMode):
         return PretendTensor(value, self) if isinstance(value, Tensor) else value
 
 
+@dataclass
+class PretendStream:
+    """In place of ``torch.cuda.Stream``: all work is done when it is given."""
+
+    device: torch.device
+
+    def wait_stream(self, other: PretendStream) -> None:
+        """It has nothing to do."""
+
+    def synchronize(self) -> None:
+        """Of a thread beside the steps: no step waits."""
+
+
 class PretendGraph:
     """In place of ``torch.cuda.CUDAGraph``: the kernels that were launched, with their memory."""
 
@@ -283,10 +297,16 @@ def pretend_gpu() -> Iterator[DeviceLog]:
     # Views of such tensors cannot be made in inference mode.
     no_grad = mock.patch.object(torch._C, "_InferenceMode", side_effect=lambda _: torch.no_grad())
     mode = _PretendMode(log)
-    graphs = mock.patch.multiple(
-        torch.cuda, CUDAGraph=PretendGraph, graph=mode.capture, graph_pool_handle=object
+    cuda = mock.patch.multiple(
+        torch.cuda,
+        CUDAGraph=PretendGraph,
+        graph=mode.capture,
+        graph_pool_handle=object,
+        Stream=PretendStream,
+        current_stream=PretendStream,
+        stream=nullcontext,
     )
-    with capability, no_grad, graphs, _triton(mode), _device_guard(), FakeTensorMode(), mode:
+    with capability, no_grad, cuda, _triton(mode), _device_guard(), FakeTensorMode(), mode:
         yield log
 
 

@@ -126,7 +126,7 @@ class Batch:
         parts = (tables.array[seats, :width].ravel(), lengths, [0, *ends])
         numbers = np.concatenate(parts, dtype=np.int32)
         sizes = [len(part) for part in parts]
-        moved = torch.from_numpy(numbers).to(self._device).split_with_sizes(sizes)
+        moved = to_device(numbers, self._device).split_with_sizes(sizes)
         decodes = self.num_decodes
         counts = [rows.count for rows in planned]
         spans = zip(ends, counts, lengths, strict=True)

@@ -144,7 +144,7 @@ class DecodeGraphs:
             staging = staging.pin_memory()
         columns: NDArray[np.int64] = staging.numpy()
         self._fill(columns, ())
-        numbers = staging.to(self._device)
+        numbers = staging.to(self._device, non_blocking=True)
         self._layers(numbers)
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:

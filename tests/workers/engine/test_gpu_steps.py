@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import pytest
-import torch
+from torch import Tensor
 
 from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
-from tests.reference.goldens import golden
+from tests.reference.goldens import golden_path
 from tests.reference.local_engine import LocalEngine
 from workers.engine import decode_graphs
+from workers.experts.bank import ExpertBank
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
 VARIANTS = ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"]
-PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [3] * 20]
-GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
-DRAWN = SamplingParams(max_tokens=7, temperature=0.9, top_k=20, seed=3, ignore_eos=True)
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [3] * 7]
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=4, temperature=0.9, top_k=20, seed=3, ignore_eos=True)
 
 Outputs = Mapping[tuple[str, int], Sequence[TokenOutput]]
 
@@ -34,7 +36,9 @@ def tokens(outputs: Outputs) -> dict[str, list[int]]:
 
 
 def on_cpu(variant: str) -> dict[str, list[int]]:
-    engine = LocalEngine(golden(variant).path, dtype="float32", kernels="torch")
+    engine = LocalEngine(
+        golden_path(variant, variant.split("-")[0]), dtype="float32", kernels="torch"
+    )
     return tokens(engine.run(requests()))
 
 
@@ -42,7 +46,9 @@ class GpuRun:
     """The same requests on a pretended GPU, and the log of each decode step."""
 
     def __init__(self, variant: str, log: DeviceLog) -> None:
-        self.engine = LocalEngine(golden(variant).path, dtype="float32", device=DEVICE)
+        self.engine = LocalEngine(
+            golden_path(variant, variant.split("-")[0]), dtype="float32", device=DEVICE
+        )
         self.decodes: list[DeviceLog] = []
         found: dict[tuple[str, int], list[TokenOutput]] = {}
         for request in requests():
@@ -63,11 +69,12 @@ def test_tokens_are_those_of_a_cpu_and_a_decode_step_waits_once(variant: str) ->
     with pretend_gpu() as log:
         run = GpuRun(variant, log)
     assert run.tokens == expected
-    assert len(run.decodes) >= DRAWN.max_tokens - 2, "the last ones have one row"
+    assert len(run.decodes) == DRAWN.max_tokens - 1
     assert {sum(step.waits.values()) for step in run.decodes} == {1}
     assert {step.launches["graph"] for step in run.decodes} == {1}
-    # Numbers and tables in; a copy of the choices; head, check, draw; tokens out.
-    assert max(sum(step.launches.values()) for step in run.decodes) < 150
+    # The first one captures. Numbers in, a copy of the choices, head, check, draw, tokens out:
+    # layer by layer in torch's operators it was 820 launches and 63 waits.
+    assert max(sum(step.launches.values()) for step in run.decodes[1:]) <= 120
 
 
 def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,14 +90,17 @@ def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyP
 def test_new_memory_of_experts_is_captured_anew() -> None:
     with pretend_gpu() as log:
         run = GpuRun(VARIANTS[0], log)
-        bank = run.engine.slots.banks[0]
-        held = [bank.read(slot, 0, m) for slot in range(bank.num_slots) for m in range(2)]
-        before = bank.version
-        bank.resize(bank.num_slots + 1)
-        assert bank.version != before
-        for slot in range(bank.num_slots - 1):
-            for matrix in range(2):
-                same = torch.equal(bank.read(slot, 0, matrix), held[2 * slot + matrix])
-                assert same, "slots that stay keep their contents"
+        graphs = run.engine.engine.runner.graphs
+        assert graphs is not None
+        for bank in run.engine.slots.banks:
+            old = [kernel_weights.zero_ for kernel_weights in weights_of(bank)]
+            bank.resize(bank.num_slots + 1)
+            for empty in old:  # a graph that still read it would give other tokens
+                empty()
         outputs = run.engine.run(requests())
     assert tokens(outputs) == run.tokens
+
+
+def weights_of(bank: ExpertBank) -> list[Tensor]:
+    """The memory of all slots."""
+    return [weights for kernel in bank._kernels for weights in cast(Any, kernel)._weights]

@@ -23,7 +23,7 @@ from tests.harness.engine_stream import TIMEOUT_S
 from tests.paths import DEMO
 from tests.workers.transport.mesh import make_bank
 from workers.engine.expert_load import LoadCounter, Routed
-from workers.experts.kernels_cuda import GroupedExperts
+from workers.experts.kernels_cuda import CudaExperts
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import ExpertWeight
 from workers.experts.transfer.loading import CHECKPOINT, ExpertLoader, Obstacle, SlotOrder
@@ -152,7 +152,7 @@ def test_blocks_change_hands_behind_the_steps_so_far(cuda: FakeCuda) -> None:
 
 def test_experts_are_moved_beside_the_steps(cuda: FakeCuda) -> None:
     exchange = BANK.exchanges[0]
-    kernel = GroupedExperts(exchange, torch.float32, GPU, SideStream(GPU))
+    kernel = CudaExperts(exchange, torch.float32, GPU, SideStream(GPU))
     cuda.take()
     kernel.resize(2)
     assert cuda.take()[-1] == "side waits for steps", "new slots are empty before they are filled"
