@@ -62,39 +62,39 @@ class DeviceLog:
 class PretendTensor(Tensor):
     """A tensor of the device."""
 
-    values: Tensor
-    """In CPU memory; views share it."""
-    mode: _PretendMode
+    held: Tensor
+    """Its values, in CPU memory; views share it."""
+    maker: _PretendMode
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, values: Tensor, mode: _PretendMode) -> PretendTensor:
-        made: PretendTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, values: Tensor, maker: _PretendMode) -> PretendTensor:
+        made: PretendTensor = Tensor._make_wrapper_subclass(
             cls,
             values.shape,
             strides=values.stride(),
             storage_offset=values.storage_offset(),
             dtype=values.dtype,
-            device=DEVICE,
+            device=torch.device(DEVICE),
         )
-        made.values, made.mode = values, mode
+        made.held, made.maker = values, maker
         return made
 
-    def __init__(self, values: Tensor, mode: _PretendMode) -> None:
+    def __init__(self, values: Tensor, maker: _PretendMode) -> None:
         """Everything is done by ``__new__``."""
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         tensors = _Call(func, args, kwargs or {}).tensors
-        mode = next(t.mode for t in tensors if isinstance(t, cls))
-        return mode.__torch_dispatch__(func, types, args, kwargs)
+        maker = next(t.maker for t in tensors if isinstance(t, cls))
+        return maker.__torch_dispatch__(func, types, args, kwargs)
 
     def tolist(self) -> Any:
-        self.mode.note_wait("tolist")
-        return self.values.tolist()
+        self.maker.note_wait("tolist")
+        return self.held.tolist()
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ class _Call:
         return self.func(*tree_map(_values, self.args), **tree_map(_values, kwargs))
 
 
-class _PretendMode(TorchDispatchMode):
+class _PretendMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs all operators on values in CPU memory."""
 
     def __init__(self, log: DeviceLog) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.log = log
         self._capturing: PretendGraph | None = None
 
@@ -269,7 +269,7 @@ def _repeat(call: _Call, result: Any) -> None:
 
 
 def _values(value: Any) -> Any:
-    return value.values if isinstance(value, PretendTensor) else value
+    return value.held if isinstance(value, PretendTensor) else value
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class DecodeGraphs:
         self._captured: Hashable = None
         self._cache = cache
         self._tables = tables
-        self._top_k = tuple(top_k)
+        self._top_k = list(top_k)
         self._device = cache.layers[0].device
         self._graphs: dict[int, _Graph] = {}
         self._pool: Any = None
@@ -130,7 +130,9 @@ class DecodeGraphs:
         if count:
             columns = row_columns(planned, count, self._tables, self._cache.block_size)
             staging[[_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS], :count] = columns[:4]
-            staging[_SEATS, :count] = [rows.sequence.seat for rows in planned]
+            staging[_SEATS, :count] = np.array(
+                [rows.sequence.seat for rows in planned], dtype=np.int64
+            )
             staging[_LENGTHS, :count] = columns[1] + 1
         staging[:, count:] = 0
         staging[_SLOTS, count:] = self._cache.scratch_block * self._cache.block_size

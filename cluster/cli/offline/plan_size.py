@@ -94,7 +94,7 @@ def run_size(args: argparse.Namespace) -> int:
     return show(args, document, lambda: _text(found), heading)
 
 
-def given_numbers(args: argparse.Namespace) -> dict[str, float]:
+def given_numbers(args: argparse.Namespace) -> dict[str, Any]:
     """Numbers of a worker that replace those of its device. Raises ``ConfigError``."""
     check(args.cores > 0, "--cores", args.cores, "must be above 0")
     check(args.nodes >= 1, "--nodes", args.nodes, "must be at least 1")

@@ -15,7 +15,8 @@ from workers.engine import decode_graphs
 from workers.experts.bank import ExpertBank
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
-VARIANTS = ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"]
+OLMOE = "olmoe-norm-gqa-clip"
+OTHERS = ["dots1-groups", "jetmoe-tied"]
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [3] * 7]
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=4, temperature=0.9, top_k=20, seed=3, ignore_eos=True)
@@ -63,7 +64,9 @@ class GpuRun:
         self.tokens = tokens(found)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [OLMOE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_tokens_are_those_of_a_cpu_and_a_decode_step_waits_once(variant: str) -> None:
     expected = on_cpu(variant)
     with pretend_gpu() as log:
@@ -78,18 +81,19 @@ def test_tokens_are_those_of_a_cpu_and_a_decode_step_waits_once(variant: str) ->
 
 
 def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = on_cpu(VARIANTS[0])
+    expected = on_cpu(OLMOE)
     monkeypatch.setattr(decode_graphs, "BUCKETS", (0,))
     with pretend_gpu() as log:
-        run = GpuRun(VARIANTS[0], log)
+        run = GpuRun(OLMOE, log)
     assert run.tokens == expected
     assert {step.launches["graph"] for step in run.decodes} == {0}
     assert {sum(step.waits.values()) for step in run.decodes} == {1}
 
 
+@pytest.mark.slow
 def test_new_memory_of_experts_is_captured_anew() -> None:
     with pretend_gpu() as log:
-        run = GpuRun(VARIANTS[0], log)
+        run = GpuRun(OLMOE, log)
         graphs = run.engine.engine.runner.graphs
         assert graphs is not None
         for bank in run.engine.slots.banks:

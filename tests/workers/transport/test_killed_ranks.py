@@ -214,9 +214,10 @@ def live(
 @pytest.mark.parametrize(
     ("phase", "victim"),
     [
-        ("before building", "attention-0"),  # the store of the first world is lost, too
-        ("building", "expert-1"),
-        ("between steps", "expert-2"),
+        # The store of the first world is lost, too.
+        pytest.param("before building", "attention-0", marks=pytest.mark.slow),
+        pytest.param("building", "expert-1", marks=pytest.mark.slow),
+        pytest.param("between steps", "expert-2", marks=pytest.mark.slow),
         ("dispatch", "attention-0"),
         ("combine", "expert-1"),
     ],
