@@ -57,8 +57,10 @@ class LocalDispatcher(TimedDispatcher):
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the slots of device 0 of the placement."""
-        self._slot_of = [_moved(bank) for bank in placement.banks]
-        self._num_placements += 1
+        slot_of = [_moved(bank) for bank in placement.banks]
+        if any(map(_differ, slot_of, self._slot_of)):  # else captured steps may go on
+            self._slot_of = slot_of
+            self._num_placements += 1
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         """Begin to time it."""
@@ -111,6 +113,10 @@ class LocalDispatcher(TimedDispatcher):
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, LocalHandle)
         return handle.result
+
+
+def _differ(new: Tensor | None, old: Tensor | None) -> bool:
+    return new is not old and (new is None or old is None or not torch.equal(new, old.cpu()))
 
 
 def _moved(bank: BankPlacement) -> Tensor | None:

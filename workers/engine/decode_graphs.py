@@ -99,17 +99,19 @@ class DecodeGraphs:
         """The most that ``run`` takes."""
         return BUCKETS[-1]
 
+    def capture(self, max_rows: int) -> None:
+        """Capture the graphs of up to so many rows; the others share the memory of the largest."""
+        self._check_state()
+        last = next((size for size in BUCKETS if size >= max_rows), BUCKETS[-1])
+        for size in reversed(BUCKETS[: BUCKETS.index(last) + 1]):
+            self._graph(size)
+
     def run(self, planned: Sequence[PlannedRows]) -> DecodeOutput:
         """Run decode rows, one to ``max_rows``."""
         size = next(size for size in BUCKETS if size >= len(planned))
         self._refresh_tables()
-        state = self._state()
-        if state != self._captured:
-            self._graphs.clear()
-            self._captured = state
-        graph = self._graphs.get(size)
-        if graph is None:
-            graph = self._graphs[size] = self._capture(size)
+        self._check_state()
+        graph = self._graph(size)
         self._fill(graph.staging, planned)
         graph.numbers.copy_(torch.from_numpy(graph.staging), non_blocking=True)
         graph.graph.replay()
@@ -117,6 +119,19 @@ class DecodeGraphs:
         # The next step overwrites them, and those of this one are counted later.
         ids = torch.split(graph.topk_ids[:, :count].clone(), self._top_k)
         return DecodeOutput(graph.hidden[:count], [own.t() for own in ids])
+
+    def _check_state(self) -> None:
+        """Drop the graphs of another state."""
+        state = self._state()
+        if state != self._captured:
+            self._graphs.clear()
+            self._captured = state
+
+    def _graph(self, size: int) -> _Graph:
+        graph = self._graphs.get(size)
+        if graph is None:
+            graph = self._graphs[size] = self._capture(size)
+        return graph
 
     def _refresh_tables(self) -> None:
         places, blocks = self._tables.take_changes()

@@ -115,6 +115,12 @@ class ModelRunner:
                 captures.setdefault(sequence, []).append(capture)
         return self._result(joined, plan, order, routed, captures)
 
+    @torch.inference_mode()
+    def capture_graphs(self, max_rows: int) -> None:
+        """Capture what decode steps of up to so many rows replay, if they do."""
+        if self.graphs is not None:
+            self.graphs.capture(max_rows)
+
     def _fits_graph(self, header: StepHeader, plan: StepPlan) -> bool:
         """All rows are decodes, and nothing looks between the layers."""
         return (
