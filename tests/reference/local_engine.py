@@ -62,7 +62,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        path: Path | str,
+        source: Path | str | Checkpoint,
         *,
         dtype: str = "auto",
         device: str = "cpu",
@@ -74,7 +74,7 @@ class LocalEngine:
         wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Load a checkpoint. Raises ``CheckpointError`` and ``ConfigError``.
+        """Load a checkpoint, by its folder or opened. Raises ``CheckpointError``, ``ConfigError``.
 
         ``num_threads`` sets the threads of the kernels, and those of torch in this process, which
         are divided among compute threads; None: one of the kernels, and those of torch as they
@@ -83,7 +83,7 @@ class LocalEngine:
         """
         section = section or EngineSection()
         is_strict = section.deterministic == "on"
-        checkpoint = Checkpoint(path)
+        checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
         place = torch.device(device)
         kind = resolve_dtype(dtype, checkpoint.config)
         banks = checkpoint.family.banks
@@ -179,7 +179,7 @@ class LocalEngine:
         found = []
         for request in requests:
             own = outputs[request.request_id, 0]
-            _generated(own)
+            generated(own)
             found.append({array.name: _tensor(array) for o in own for array in o.arrays})
         return found
 
@@ -222,7 +222,7 @@ class LocalEngine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = [self._request(p, own) for p, own in zip(prompts, each, strict=True)]
         outputs = self.run(requests)
-        return [_generated(outputs[r.request_id, 0]) for r in requests]
+        return [generated(outputs[r.request_id, 0]) for r in requests]
 
     def _request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
         """A request with a name of its own."""
@@ -241,7 +241,8 @@ def _tensor(array: NamedArray) -> Tensor:
     return torch.frombuffer(bytearray(array.data), dtype=kind).view(array.shape)
 
 
-def _generated(outputs: Sequence[TokenOutput]) -> Generated:
+def generated(outputs: Sequence[TokenOutput]) -> Generated:
+    """All outputs of a choice together. Raises ``RequestFailedError``."""
     last = outputs[-1]
     assert last.finish_reason is not None, "the last output has a finish reason"
     if last.finish_reason is FinishReason.ERROR:
