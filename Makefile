@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 # Where the CPU build of torch comes from on a machine without an NVIDIA GPU, when it answers.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# Arguments for `make serve` and `make bench`, for example ARGS="--port 8080".
+# Arguments for `make serve`, `make bench` and `make gpu-check`, for example ARGS="--port 8080".
 ARGS ?=
 PYTEST_ARGS ?=
 # Which part of `make test-long` to run: 1 to 8, or all of them.
@@ -25,7 +25,7 @@ CLIENT_INPUTS := $(addprefix tests/conformance/clients/,requirements.txt constra
 INSTALL = python=$$(sh .ci/find-python.sh) && \
 	"$$python" .ci/setup.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
-.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench release protos clean
+.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench gpu-check release protos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make setup-clients  .venv-clients with clients of other projects and Redis, for parts 6 and 7"
 	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write benchmarks/RESULTS.md"
+	@echo "make gpu-check  check and measure the GPU path on one GPU (ARGS=\"--budget 570\")"
 	@echo "make release  build and test wheel and image of the version"
 	@echo "make protos   generate the stubs in protos/"
 	@echo "make clean    remove .venv and caches"
@@ -119,6 +120,9 @@ audit:
 
 bench: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+gpu-check: $(VENV)/.stamp-test
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 release: $(VENV)/.stamp-test
 	$(BIN)/python .ci/release.py $(ARGS)

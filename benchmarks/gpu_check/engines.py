@@ -1,0 +1,318 @@
+"""Tokens and log-probabilities of whole engines on the device, against an engine on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.gpu_check.device import host_waits, kernels_of
+from benchmarks.gpu_check.section import Place, Report
+from benchmarks.gpu_check.weights import RandomCheckpoint
+from benchmarks.prompts import random_prompts
+from benchmarks.random_checkpoint import RandomModel
+from cluster.config.cluster import EngineSection
+from cluster.launch.model_source import bundled_checkpoint
+from tests.reference.local_engine import Generated, LocalEngine, block_bytes
+from workers.model.loading.checkpoint import Checkpoint
+from workers.requests.request import Request, SamplingParams, TokenLogprob
+
+DType = Literal["float32", "bfloat16"]
+LIMITS: dict[DType, float] = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Of differences of log-probabilities: the largest in float32; the mean in bfloat16, where a router
+that chooses another expert makes single ones large, and beside what rounding does on a CPU."""
+_TIE = {"float32": 1e-3, "bfloat16": 0.75}
+"""The best two tokens are nearer than that: either may come, and ends the comparison."""
+_BLOCK = 16
+PLAIN = EngineSection(enable_prefix_caching=False, kv_cache_bytes=64 << 20)
+MAX_MODEL_LEN = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A model by how it is opened."""
+
+    open: Callable[[], Checkpoint]
+    """Each time with the same weights."""
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+
+    @property
+    def params(self) -> SamplingParams:
+        """Greedy, with everything that is compared."""
+        return SamplingParams(
+            max_tokens=self.new_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            logprobs=2,
+            prompt_logprobs=0,
+        )
+
+    def engine(self, dtype: str, device: torch.device, section: EngineSection) -> LocalEngine:
+        """An engine with torch's kernels, as on a GPU."""
+        return LocalEngine(
+            self.open(),
+            dtype=dtype,
+            device=str(device),
+            section=section,
+            max_model_len=MAX_MODEL_LEN,
+            kernels="torch",
+        )
+
+
+def random_model(place: Place, family: Any, **sizes: int) -> Model:
+    """A random model of a family, whose head makes choices clear."""
+    wide = {"hidden": place.size(256, 64), "ffn": place.size(128, 32)}
+    model = RandomModel(
+        family=family,
+        layers=2,
+        heads=8,
+        experts=16,
+        top_k=place.size(4, 2),
+        vocab=1024,
+        max_positions=512,
+        **(wide | sizes),
+    )
+    return Model(
+        open=lambda: RandomCheckpoint(model, torch.device("cpu"), head_gain=4.0),
+        prompts=_prompts(place, model.vocab),
+        new_tokens=place.size(24, 12),
+    )
+
+
+def _prompts(place: Place, vocab: int) -> list[list[int]]:
+    lengths = (1, 5, 17) if place.is_tiny else (1, 5, 16, 33, 70, 120, 17, 64)
+    return [random_prompts(f"gpu {n}", 1, n, vocab)[0] for n in lengths]
+
+
+def olmoe(place: Place, report: Report) -> None:
+    """OLMoE."""
+    compare(place, report, random_model(place, "olmoe"))
+
+
+def dots1(place: Place, report: Report) -> None:
+    """dots.llm1: shared experts and a dense first layer."""
+    compare(place, report, random_model(place, "dots1"))
+
+
+def jetmoe(place: Place, report: Report) -> None:
+    """JetMoE: experts in attention, too."""
+    compare(place, report, random_model(place, "jetmoe"))
+
+
+def demo(place: Place, report: Report) -> None:
+    """The bundled model, which is trained."""
+    folder = bundled_checkpoint()
+    prompts = _prompts(place, Checkpoint(folder).config.vocab_size)
+    compare(
+        place,
+        report,
+        Model(open=lambda: Checkpoint(folder), prompts=prompts, new_tokens=place.size(24, 12)),
+    )
+
+
+def compare(place: Place, report: Report, model: Model) -> None:
+    """All ways through an engine, in both types; then what a step costs the host."""
+    exact = _native(model).generate(model.prompts, model.params)
+    rounded = model.engine("bfloat16", torch.device("cpu"), PLAIN)
+    by_type: dict[DType, list[Generated]] = {
+        "float32": exact,
+        "bfloat16": rounded.generate(model.prompts, model.params),
+    }
+    seen = Differences(noise=mean_difference(by_type["bfloat16"], exact))
+    report.value("bfloat16 off from float32 on a CPU", seen.noise)
+    for dtype, known in by_type.items():
+        for name, way in WAYS.items():
+            with report.part(f"{name} {dtype}"):
+                way(place, report, model, dtype, known, seen)
+    report.value("log-probabilities", seen.found)
+    with report.part("cost of a step"):
+        _cost(place, report, model)
+    report.say(seen.words)
+
+
+def _native(model: Model) -> LocalEngine:
+    """The engine of a CPU in float32, with its compiled kernels where there are any."""
+    return LocalEngine(model.open(), dtype="float32", section=PLAIN, max_model_len=MAX_MODEL_LEN)
+
+
+def mean_difference(some: Sequence[Generated], others: Sequence[Generated]) -> float:
+    """Of the log-probabilities of prompts."""
+    found = [
+        abs(a.logprob - b.logprob)
+        for one, other in zip(some, others, strict=True)
+        for a, b in zip(one.prompt_logprobs or (), other.prompt_logprobs or (), strict=True)
+        if a and b
+    ]
+    return sum(found) / len(found)
+
+
+class Differences:
+    """Of log-probabilities, over all that was compared."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.noise = noise
+        """Mean of bfloat16 against float32, both on a CPU."""
+        self.found: dict[str, dict[str, float]] = {}
+
+    def add(self, dtype: DType, values: Sequence[float]) -> None:
+        mean, most = sum(values) / len(values), max(values)
+        known = self.found.setdefault(dtype, {"mean": 0.0, "max": 0.0})
+        self.found[dtype] = {"mean": max(mean, known["mean"]), "max": max(most, known["max"])}
+
+    @property
+    def words(self) -> str:
+        parts = (f"{v['mean']:.1g} to {v['max']:.1g} ({k})" for k, v in self.found.items())
+        return "log-probabilities off by (mean to max) " + ", ".join(parts)
+
+
+def equal(
+    report: Report,
+    what: str,
+    dtype: DType,
+    got: Sequence[Generated],
+    want: Sequence[Generated],
+    seen: Differences,
+) -> None:
+    """Check tokens and log-probabilities of requests."""
+    differences: list[float] = []
+    num_compared = 0
+    for i, (mine, other) in enumerate(zip(got, want, strict=True)):
+        pairs = zip(mine.prompt_logprobs or (), other.prompt_logprobs or (), strict=True)
+        differences += [abs(a.logprob - b.logprob) for a, b in pairs if a and b]
+        for place, (a, b) in enumerate(zip(mine.logprobs, other.logprobs, strict=True)):
+            if a.token_id != b.token_id:
+                is_tie = margin(b) < _TIE[dtype]
+                report.check(is_tie, f"{what} {dtype}: token {place} of request {i} is another")
+                break
+            differences.append(abs(a.logprob - b.logprob))
+            num_compared += 1
+    asked = sum(len(other.logprobs) for other in want)
+    report.check(num_compared * 2 >= asked, f"{what} {dtype}: {num_compared} of {asked} tokens")
+    if not differences:
+        return
+    seen.add(dtype, differences)
+    mean, most = sum(differences) / len(differences), max(differences)
+    off = most if dtype == "float32" else mean - seen.noise
+    report.check(off <= LIMITS[dtype], f"{what} {dtype}: log-probabilities off by {off:.1e}")
+
+
+def margin(entry: TokenLogprob) -> float:
+    """Between the best two tokens."""
+    (_, first), (_, second) = entry.top[:2]
+    return first - second
+
+
+def _plain(
+    place: Place,
+    report: Report,
+    model: Model,
+    dtype: DType,
+    known: Sequence[Generated],
+    seen: Differences,
+) -> None:
+    """All requests at once."""
+    engine = model.engine(dtype, place.device, PLAIN)
+    got = engine.generate(model.prompts, model.params)
+    equal(report, "together", dtype, got, known, seen)
+
+
+def _chunked(
+    place: Place,
+    report: Report,
+    model: Model,
+    dtype: DType,
+    known: Sequence[Generated],
+    seen: Differences,
+) -> None:
+    """Prompts in pieces beside decodes."""
+    section = replace(PLAIN, max_num_batched_tokens=13, max_num_seqs=8)
+    engine = model.engine(dtype, place.device, section)
+    got = engine.generate(model.prompts, model.params)
+    equal(report, "in chunks", dtype, got, known, seen)
+
+
+def _preempted(
+    place: Place,
+    report: Report,
+    model: Model,
+    dtype: DType,
+    known: Sequence[Generated],
+    seen: Differences,
+) -> None:
+    """Each request twice, and a cache that holds the longest one and little more."""
+    config = model.open().config
+    lengths = [len(prompt) + model.new_tokens for prompt in model.prompts]
+    blocks = -(-max(lengths) // 4) + 1
+    each = block_bytes(config, 4, getattr(torch, dtype))
+    section = replace(PLAIN, block_size_tokens=4, kv_cache_bytes=blocks * each)
+    engine = model.engine(dtype, place.device, section)
+    got = engine.generate([*model.prompts, *model.prompts], model.params)
+    equal(report, "preempted", dtype, got, [*known, *known], seen)
+    count = engine.engine.stats()["num_preemptions_total"]
+    report.check(count > 0, f"preempted {dtype}: nothing was")
+    engine.engine.check_integrity()
+
+
+def _cached(
+    place: Place,
+    report: Report,
+    model: Model,
+    dtype: DType,
+    known: Sequence[Generated],
+    seen: Differences,
+) -> None:
+    """The second time, prompts are in the prefix cache, but for those that are scored."""
+    section = replace(PLAIN, enable_prefix_caching=True)
+    engine = model.engine(dtype, place.device, section)
+    engine.generate(model.prompts, model.params)
+    before = engine.engine.stats()["prefix_cache_hits_total"]
+    unscored = SamplingParams(
+        max_tokens=model.new_tokens, temperature=0.0, ignore_eos=True, logprobs=2
+    )
+    got = engine.generate(model.prompts, unscored)
+    plain = [replace(other, prompt_logprobs=None) for other in known]
+    equal(report, "from the prefix cache", dtype, got, plain, seen)
+    hits = engine.engine.stats()["prefix_cache_hits_total"] - before
+    wanted = sum((len(prompt) - 1) // _BLOCK * _BLOCK for prompt in model.prompts)
+    report.check(hits >= wanted, f"prefix cache {dtype}: {hits:.0f} of {wanted} tokens found")
+
+
+WAYS = {"together": _plain, "chunks": _chunked, "preemption": _preempted, "prefix": _cached}
+"""By what is special about them."""
+
+
+def _cost(place: Place, report: Report, model: Model) -> None:
+    """Waits of the host, and kernels, of a step."""
+    engine = model.engine("bfloat16", place.device, PLAIN)
+    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    for i, prompt in enumerate(model.prompts):
+        engine.add_request(Request(request_id=f"r{i}", prompt=tuple(prompt), params=params))
+    with host_waits(place.device) as waits:
+        engine.step()
+    report.value("prefill step", {"waits": waits.total(), "places": dict(waits)})
+    steps(engine, 3)
+    report.value("decode step", cost_of_steps(engine, place.device, 4))
+
+
+def steps(engine: LocalEngine, number: int) -> None:
+    """Run some steps."""
+    for _ in islice(iter(engine.step, None), number):
+        pass
+
+
+def cost_of_steps(engine: LocalEngine, device: torch.device, number: int) -> dict[str, Any]:
+    """Waits of the host by place, and kernels, for each of some steps; ``top`` are shares."""
+    with host_waits(device) as waits:
+        steps(engine, number)
+    kernels = kernels_of(device, lambda: steps(engine, number))
+    return {
+        "waits": waits.total() / number,
+        "places": {place: count / number for place, count in waits.most_common()},
+        "kernels": kernels.count / number,
+        "busy_s": kernels.busy_s / number,
+        "top": kernels.top(20),
+    }

@@ -1,0 +1,94 @@
+"""All sections, in the order in which they run: the cheapest knowledge first."""
+
+from __future__ import annotations
+
+from benchmarks.gpu_check.section import Section
+
+_HERE = "benchmarks.gpu_check"
+
+
+def _operators(name: str, what: str, seconds: float = 30.0) -> Section:
+    return Section(
+        name=f"operators-{name}",
+        what=what,
+        function=f"{_HERE}.operators_{name}:run",
+        seconds=seconds,
+        least_s=10.0,
+        is_correctness=True,
+        needs_gpu=False,
+    )
+
+
+def _engine(name: str) -> Section:
+    return Section(
+        name=f"engine-{name}",
+        what=f"tokens and log-probabilities of {name}, against a CPU",
+        function=f"{_HERE}.engines:{name}",
+        seconds=40.0,
+        least_s=15.0,
+        is_correctness=True,
+        needs_gpu=False,
+    )
+
+
+SECTIONS = (
+    Section(
+        name="facts",
+        what="versions, the device, and the private functions of torch",
+        function=f"{_HERE}.facts:run",
+        seconds=60.0,
+        least_s=5.0,
+        is_correctness=True,
+        needs_gpu=False,
+    ),
+    Section(
+        name="ceilings",
+        what="what the device can do at most",
+        function=f"{_HERE}.ceilings:run",
+        seconds=25.0,
+        least_s=10.0,
+        needs_gpu=False,
+    ),
+    _operators("attention", "attention over the paged cache, against a CPU", 60.0),
+    _operators("experts", "sums over experts, against a CPU", 60.0),
+    _operators("layers", "norms, rotations and routers, against a CPU"),
+    _operators("sampling", "draws, against a CPU"),
+    _engine("olmoe"),
+    _engine("dots1"),
+    _engine("jetmoe"),
+    _engine("demo"),
+    Section(
+        name="sockets",
+        what="1 + 1 workers over sockets: equal to one process, and one is killed",
+        function=f"{_HERE}.workers:sockets",
+        seconds=40.0,
+        least_s=20.0,
+        is_correctness=True,
+        needs_gpu=False,
+    ),
+    Section(
+        name="collective",
+        what="1 + 1 workers over NCCL on one GPU: the same, and the survivor lives on",
+        function=f"{_HERE}.workers:collective",
+        seconds=140.0,
+        least_s=45.0,
+        is_correctness=True,
+        needs_gpu=False,
+    ),
+    Section(
+        name="speed",
+        what="OLMoE-1B-7B with random weights, beside what the device allows",
+        function=f"{_HERE}.speed:run",
+        seconds=120.0,
+        least_s=40.0,
+        needs_gpu=False,
+    ),
+    Section(
+        name="candidates",
+        what="kernels for experts and attention, side by side",
+        function=f"{_HERE}.candidates:run",
+        seconds=50.0,
+        least_s=20.0,
+        needs_gpu=False,
+    ),
+)

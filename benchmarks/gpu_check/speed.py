@@ -1,0 +1,186 @@
+"""How fast a model of OLMoE-1B-7B's shape is, beside what the device allows.
+
+Weights are random, and drawn on the device. The bound of a decode step is reading each weight that
+it needs, and the keys and values of its rows, once at the rate of a copy within the device, which
+is measured beside it; the bound of prefill is its products at the rate of a large one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.bounds import prefill_flops, step_weight_bytes
+from benchmarks.gpu_check.ceilings import copy_bandwidth, matrix_rate
+from benchmarks.gpu_check.device import synchronize
+from benchmarks.gpu_check.engines import cost_of_steps, steps
+from benchmarks.gpu_check.section import Place, Report
+from benchmarks.gpu_check.weights import RandomCheckpoint
+from benchmarks.prompts import random_prompts
+from benchmarks.random_checkpoint import TINY, RandomModel
+from cluster.config.cluster import EngineSection
+from tests.reference.local_engine import LocalEngine, block_bytes
+from workers.requests.request import Request, SamplingParams
+
+OLMOE = RandomModel(hidden=2048, layers=16, heads=16, ffn=1024)
+"""OLMoE-1B-7B."""
+BATCHES = (1, 64, 256)
+_PREFILL = (8, 2000)
+"""Prompts and their tokens."""
+_DTYPE = torch.bfloat16
+_MORE_TOKENS = 192
+"""Room for tokens of a sequence beside its prompt: decodes while others prefill, and measured
+steps."""
+_SPARE_BYTES = 12 << 30
+"""Of the device's memory, for what a step computes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What is measured on which engine."""
+
+    place: Place
+    model: RandomModel
+    engine: LocalEngine
+    context: int
+    copy_rate: float
+    matrix_rate: float
+
+    def kv_bytes(self, batch: int, tokens: int) -> int:
+        """Keys and values of a batch."""
+        return batch * tokens * block_bytes(self.engine.config, 1, _DTYPE)
+
+    def fits(self, batch: int) -> bool:
+        """Its keys and values have room."""
+        blocks = self.engine.engine.pool.num_blocks
+        return batch * -(-(self.context + _MORE_TOKENS) // 16) <= blocks
+
+
+def run(place: Place, report: Report) -> None:
+    """Prefill, then decode at each batch size."""
+    device = place.device
+    copy_rate = copy_bandwidth(device, place.size(2 << 30, 1 << 20))
+    rate = matrix_rate(device, place.size(8192, 64))
+    model = TINY if place.is_tiny else OLMOE
+    batches = BATCHES[: place.size(len(BATCHES), 1)]
+    context = place.size(1024, 24)
+    start = time.perf_counter()
+    engine = make_engine(place, model, context, max(batches))
+    synchronize(device)
+    report.value("load_s", time.perf_counter() - start)
+    given = Run(
+        place=place,
+        model=model,
+        engine=engine,
+        context=context,
+        copy_rate=copy_rate,
+        matrix_rate=rate,
+    )
+    report.value("copy_bytes_per_s", copy_rate)
+    report.value("bf16_flops", rate)
+    shares = {}
+    for batch in batches:
+        with report.part(f"decode {batch}"):
+            if not given.fits(batch):
+                report.value(f"decode {batch}", "not run: its keys and values have no room")
+                continue
+            found = decode(given, batch)
+            report.value(f"decode {batch}", found)
+            shares[batch] = found["share_of_bound"]
+            words = ", ".join(f"{share:.2f} (batch {b})" for b, share in shares.items())
+            report.say(f"decode {words} of the copy bound")
+    with report.part("prefill"):
+        report.value("prefill", prefill(given))
+
+
+def make_engine(place: Place, model: RandomModel, context: int, batch: int) -> LocalEngine:
+    """An engine whose cache has room for a batch, or for as much as the device has."""
+    checkpoint = RandomCheckpoint(model, place.device)
+    each = block_bytes(checkpoint.config, 16, _DTYPE)
+    wanted = batch * -(-(context + _MORE_TOKENS) // 16) * each
+    if place.is_gpu:
+        weights = int(2 * sum(torch.Size(shape).numel() for shape in model.shapes().values()))
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(place.device)[0] - weights - _SPARE_BYTES
+        wanted = max(min(wanted, free), 64 * each)
+    rows = place.size(8192, 64)
+    section = EngineSection(
+        kv_cache_bytes=wanted,
+        max_num_seqs=batch,
+        max_num_batched_tokens=rows,
+        enable_prefix_caching=False,
+    )
+    return LocalEngine(
+        checkpoint,
+        dtype="bfloat16",
+        device=str(place.device),
+        section=section,
+        max_model_len=max(context, place.size(_PREFILL[1], 0)) + _MORE_TOKENS,
+        kernels="torch",
+    )
+
+
+def decode(given: Run, batch: int) -> dict[str, Any]:
+    """Steps in which all of a batch decode."""
+    place, engine = given.place, given.engine
+    if place.is_gpu:
+        torch.cuda.reset_peak_memory_stats(place.device)
+    names, prefill_s = _fill(given, batch, given.context)
+    number = place.size(24, 2)
+    steps(engine, place.size(4, 1))
+    synchronize(place.device)
+    start = time.perf_counter()
+    steps(engine, number)
+    synchronize(place.device)
+    step_s = (time.perf_counter() - start) / number
+    cost = cost_of_steps(engine, place.device, place.size(4, 1))
+    for name in names:
+        engine.engine.abort(name)
+    read = step_weight_bytes(given.model, batch, _DTYPE.itemsize)
+    read += given.kv_bytes(batch, given.context)
+    found = {
+        "gpu_busy": cost["busy_s"] / step_s,
+        "tokens_per_s": batch / step_s,
+        "step_s": step_s,
+        "bound_tokens_per_s": batch * given.copy_rate / read,
+        "share_of_bound": read / given.copy_rate / step_s,
+        "prefill_s": prefill_s,
+        **cost,
+    }
+    if place.is_gpu:
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(place.device)
+    return found
+
+
+def prefill(given: Run) -> dict[str, Any]:
+    """Prompts up to their first tokens, the second time."""
+    number, tokens = _PREFILL if not given.place.is_tiny else (2, given.context)
+    took = 0.0
+    for _ in range(2):
+        names, took = _fill(given, number, tokens)
+        for name in names:
+            given.engine.engine.abort(name)
+    bound_s = number * prefill_flops(given.model, tokens) / given.matrix_rate
+    rate = number * tokens / took
+    return {"tokens_per_s": rate, "seconds": took, "share_of_bound": bound_s / took}
+
+
+def _fill(given: Run, batch: int, tokens: int) -> tuple[list[str], float]:
+    """Ask for a batch, and run steps until each sequence has a token: names, seconds."""
+    engine = given.engine
+    names = [f"{batch} x {tokens}, {i}" for i in range(batch)]
+    params = SamplingParams(max_tokens=_MORE_TOKENS, temperature=0.0, ignore_eos=True)
+    for name, prompt in zip(names, random_prompts("speed", batch, tokens), strict=True):
+        engine.add_request(Request(request_id=name, prompt=tuple(prompt), params=params))
+    synchronize(given.place.device)
+    start, waiting = time.perf_counter(), set(names)
+    while waiting:
+        for output in engine.step():
+            if output.error:
+                raise RuntimeError(output.error)
+            waiting.discard(output.request_id)
+    synchronize(given.place.device)
+    return names, time.perf_counter() - start

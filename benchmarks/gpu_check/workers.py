@@ -1,0 +1,396 @@
+"""1 + 1 workers on one device: equal to one process, and the survivor of a kill goes on.
+
+The attention worker has an engine, the expert worker its experts, both the transport of a cluster;
+the section stands in for the controller. The expert worker is killed in the middle of a step. Its
+successor joins the next generation, in which all requests are served to their ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check.engines import (
+    MAX_MODEL_LEN,
+    PLAIN,
+    Differences,
+    Model,
+    equal,
+    random_model,
+)
+from benchmarks.gpu_check.section import Place, Report
+from cluster.core.errors import PeerLostError
+from cluster.core.placement import BankShape, ExpertPlacement, contiguous
+from cluster.core.topology import Generation, Member
+from tests.reference.local_engine import Generated, LocalEngine, generated
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.expert_server import ExpertServer
+from workers.dispatch.remote import RemoteDispatcher
+from workers.engine.micro_batches import MicroBatchRule
+from workers.engine.prefill_cap import PrefillCap
+from workers.engine.step_channel import StepChannel
+from workers.experts.bank import ExpertBank
+from workers.experts.slots import ExpertSlots
+from workers.model.config import BankSpec
+from workers.native.experts import NativeSlots
+from workers.requests.request import Request, TokenOutput
+from workers.transport.collective import CollectiveTransport
+from workers.transport.frames import max_data_bytes
+from workers.transport.handshake import PeerIdentity
+from workers.transport.peer_connections import PeerConnections
+from workers.transport.sockets import SocketTransport
+
+TransportName = Literal["sockets", "collective"]
+DTYPE = torch.float32
+_KILLED_IN_STEP = 6
+_STEP_LIMIT_S = 60.0
+_ALIVE_S = 90.0
+"""Longer than any limit after which torch's watchdog of NCCL ends a process."""
+_START_S = 45.0
+"""What starting, connecting and ending may take of a section's time."""
+NCCL_ENVIRONMENT: Mapping[str, str] = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
+"""Keeps the survivor's process alive; before torch is imported."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What the workers of a section do."""
+
+    place: Place
+    transport: TransportName
+    killed_in_step: int
+    """Of the expert worker; 0: it is not killed."""
+    alive_s: float
+    """From the loss on, the survivor serves requests for so long."""
+
+
+def sockets(place: Place, report: Report) -> None:
+    """Over sockets, without a kill and with one."""
+    for step in (0, _KILLED_IN_STEP):
+        with report.part(f"killed in step {step}" if step else "nobody is killed"):
+            case = Case(place=place, transport="sockets", killed_in_step=step, alive_s=0.0)
+            run(case, report)
+
+
+def collective(place: Place, report: Report) -> None:
+    """Over NCCL between two processes on one device, of which one is killed; gloo on a CPU."""
+    if place.is_gpu:
+        os.environ.update(NCCL_ENVIRONMENT)
+    alive_s = 0.0 if place.is_tiny else max(0.0, min(_ALIVE_S, place.limit_s - _START_S))
+    case = Case(
+        place=place, transport="collective", killed_in_step=_KILLED_IN_STEP, alive_s=alive_s
+    )
+    run(case, report)
+
+
+def run(case: Case, report: Report) -> None:
+    """Serve requests, and compare them with those of one process."""
+    model = random_model(case.place, "olmoe")
+    local = _local(case.place, model).generate(model.prompts, model.params)
+    found = _Workers(case, report).run()
+    seen = Differences()
+    equal(report, case.transport, "float32", found["answers"], local, seen)
+    rounds = found["later"]
+    for other in rounds[:1] + rounds[-1:]:
+        equal(report, f"{case.transport}, new generation", "float32", other, local, seen)
+    times = found["times"]
+    name = case.transport + (", killed" if case.killed_in_step else "")
+    report.value(name, {**times, "rounds": len(rounds), **seen.found["float32"]})
+    if case.killed_in_step:
+        report.check("notice_s" in times, "no loss was noticed: the worker died too late")
+        report.check(times.get("alive_s", 0.0) >= case.alive_s, f"alive for {times} only")
+        report.say(
+            f"loss noticed in {times.get('notice_s', 0):.2f} s, served again after "
+            f"{times.get('served_s', 0):.2f} s, alive {times.get('alive_s', 0):.0f} s later"
+        )
+    else:
+        report.say("equal to one process")
+
+
+class _Workers:
+    """The processes of a case, and the controller's part."""
+
+    def __init__(self, case: Case, report: Report) -> None:
+        self._case = case
+        self._report = report
+        self._context = multiprocessing.get_context("spawn")
+        self._stack = ExitStack()
+
+    def run(self) -> dict[str, Any]:
+        """What the attention worker found. Raises ``RuntimeError`` for a worker that fails."""
+        names = ["attention-0", "expert-0", "expert-1"][: 3 if self._case.killed_in_step else 2]
+        with self._stack:
+            pipes = [self._start(name) for name in names]
+            members = [self._receive(pipe) for pipe in pipes]
+            home = pipes[0]
+            first = Generation(number=1, members=tuple(members[:2]))
+            for pipe in pipes[:2]:
+                pipe.send((first, 1))
+            found = self._receive(home)
+            if isinstance(found, int):
+                second = Generation(number=2, members=(members[0], members[2]))
+                for pipe in (home, pipes[2]):
+                    pipe.send((second, found))
+                found = self._receive(home)
+        result: dict[str, Any] = found
+        return result
+
+    def _start(self, name: str) -> Connection:
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, name, self._case), daemon=True)
+        process.start()
+        theirs.close()
+        self._stack.callback(process.join, 10.0)
+        self._stack.callback(process.kill)
+        self._stack.enter_context(mine)
+        return mine
+
+    def _receive(self, pipe: Connection) -> Any:
+        if not pipe.poll(self._case.place.limit_s):
+            raise RuntimeError("a worker does not answer")
+        try:
+            kind, value = pipe.recv()
+        except EOFError as err:
+            raise RuntimeError("a worker's process ended") from err
+        if kind == "failure":
+            raise RuntimeError(value)
+        return value
+
+
+def _work(pipe: Connection, name: str, case: Case) -> None:
+    """The process of a worker."""
+    os.environ["NCCL_HOSTID"] = name  # NCCL refuses a device that two ranks of one host have
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            worker = _Worker(name, case)
+            pipe.send(("member", worker.member))
+            (_serve_home if name == "attention-0" else _serve_experts)(worker, pipe)
+    except EOFError:
+        return  # it is not needed
+    except Exception as err:
+        pipe.send(("failure", f"{name}: {type(err).__name__}: {err}"))
+
+
+class _Worker:
+    """The data plane of a worker."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        self.case = case
+        self.model = random_model(case.place, "olmoe")
+        self.checkpoint = self.model.open()
+        self.banks: Sequence[BankSpec] = self.checkpoint.family.banks
+        device, is_home = case.place.device, name == "attention-0"
+        role: Literal["attention", "expert"] = "attention" if is_home else "expert"
+        rank = int(name.split("-")[1])
+        identity = PeerIdentity(name=name, role=role, rank=rank, checkpoint_id="c", config_hash="c")
+        limit = max_data_bytes(self.banks, PLAIN.max_num_batched_tokens, DTYPE.itemsize, "sum")
+        self.connections = PeerConnections(
+            identity,
+            "token",
+            max_data_bytes=limit,
+            connect_timeout_s=_STEP_LIMIT_S,
+            step_timeout_s=_STEP_LIMIT_S,
+        )
+        self.transport: SocketTransport | CollectiveTransport
+        store_address = ""
+        if case.transport == "sockets":
+            self.transport = SocketTransport(self.connections, combine_mode="sum", device=device)
+        else:
+            self.transport = CollectiveTransport(
+                self.connections,
+                backend="nccl" if case.place.is_gpu else "gloo",
+                device=device,
+                connect_timeout_s=_STEP_LIMIT_S,
+            )
+            store_address = self.transport.store_address
+        self.member = Member(
+            name=name,
+            role=role,
+            rank=rank,
+            device=-1 if is_home else 0,
+            data_address=self.connections.address,
+            store_address=store_address,
+        )
+        self.channel = StepChannel(
+            self.connections,
+            prefill_cap=PrefillCap.of(PLAIN),
+            micro_batches=MicroBatchRule(),
+        )
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """All experts on the only expert worker."""
+        shapes = [
+            BankShape(bank=b.bank, layer=b.layer, num_experts=b.num_experts) for b in self.banks
+        ]
+        return contiguous(shapes, 1)
+
+    def enter(self, pipe: Connection, owner: TokenDispatcher | ExpertServer) -> None:
+        """Wait for a generation and its first step, and take it as a worker's runtime does."""
+        generation, first_step = pipe.recv()
+        self.connections.apply_generation(generation)
+        self.transport.apply_generation(generation)
+        owner.set_placement(self.placement, generation)
+        self.channel.start_generation(first_step, self.placement.epoch)
+
+    def close(self) -> None:
+        self.transport.close()
+        self.connections.close()
+
+
+class _DyingBank:
+    """A bank of experts whose process is killed when it is asked in a certain step."""
+
+    def __init__(self, bank: ExpertBank, channel: StepChannel, step: int) -> None:
+        self._bank = bank
+        self._channel = channel
+        self._step = step
+
+    def native(self, exchange: int) -> NativeSlots | None:
+        return None
+
+    def compute(
+        self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
+    ) -> Tensor:
+        return self._bank.compute(exchange, inputs, pair_input, pair_slot)
+
+    def compute_rows(
+        self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        if self._channel.highest_step == self._step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._bank.compute_rows(exchange, inputs, slots, weights, dtype)
+
+
+def _serve_experts(worker: _Worker, pipe: Connection) -> None:
+    """Until the attention worker is gone."""
+    place, case = worker.case.place, worker.case
+    most = max(bank.num_experts for bank in worker.banks)
+    slots = ExpertSlots(worker.banks, most, DTYPE, place.device)
+    slots.load_all(worker.checkpoint)
+    dies_in = case.killed_in_step if worker.member.rank == 0 else 0
+    banks = [
+        _DyingBank(bank, worker.channel, dies_in) if bank.spec.index else bank
+        for bank in slots.banks
+    ]
+    server = ExpertServer(
+        worker.transport,
+        banks,
+        worker.banks,
+        device_index=0,
+        combine_mode="sum",
+        dtype=DTYPE,
+        device=place.device,
+    )
+    worker.enter(pipe, server)
+    try:
+        while (header := worker.channel.wait(case.place.limit_s)) is not None:
+            server.run_step(header)
+    except PeerLostError:
+        worker.close()  # the attention worker is done
+
+
+def _serve_home(worker: _Worker, pipe: Connection) -> None:
+    """Serve all requests to their ends, across a loss; then again until the time is over."""
+    place, model = worker.case.place, worker.model
+    remote = RemoteDispatcher(
+        worker.transport,
+        worker.banks,
+        rank=0,
+        combine_mode="sum",
+        dtype=DTYPE,
+        device=place.device,
+    )
+    engine = _local(place, model, lambda _: remote)
+    worker.enter(pipe, remote)
+    served, times = _Served(engine), {}
+    served.begin(model)
+    try:
+        served.finish(worker)
+    except PeerLostError:
+        lost_at = time.monotonic()
+        times["notice_s"] = lost_at - served.step_began
+        pipe.send(("found", worker.channel.highest_step + 1))
+        engine.engine.worker_died()
+        worker.enter(pipe, remote)
+        engine.engine.generation_runs()
+        times["entered_s"] = time.monotonic() - lost_at
+        served.step(worker)
+        times["served_s"] = time.monotonic() - lost_at
+        served.finish(worker)
+    answers = served.answers()
+    later: list[list[Generated]] = []
+    while times and (not later or time.monotonic() - lost_at < worker.case.alive_s):
+        served.begin(model)
+        served.finish(worker)
+        later.append(served.answers())
+        times["alive_s"] = time.monotonic() - lost_at
+    found = {"answers": answers, "later": later, "times": times}
+    pipe.send(("found", found))
+    worker.close()
+
+
+class _Served:
+    """Requests of an engine whose steps come from the step channel."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._engine = engine
+        self._outputs: dict[str, list[TokenOutput]] = {}
+        self.step_began = 0.0
+
+    def begin(self, model: Model) -> None:
+        """Ask for all prompts."""
+        self._outputs = {f"r{i}": [] for i in range(len(model.prompts))}
+        for name, prompt in zip(self._outputs, model.prompts, strict=True):
+            request = Request(request_id=name, prompt=tuple(prompt), params=model.params)
+            self._engine.add_request(request)
+
+    def finish(self, worker: _Worker) -> None:
+        """Run steps until all have ended."""
+        while self._engine.engine.has_work:
+            self.step(worker)
+
+    def step(self, worker: _Worker) -> None:
+        """Run one. Raises ``PeerLostError``."""
+        worker.channel.propose(self._engine.engine.wanted())
+        header = worker.channel.wait(_STEP_LIMIT_S)
+        assert header is not None, "a leader's header comes at once"
+        self.step_began = time.monotonic()
+        for output in self._engine.engine.step(header):
+            self._outputs[output.request_id].append(output)
+
+    def answers(self) -> list[Generated]:
+        """By prompt."""
+        return [generated(outputs) for outputs in self._outputs.values()]
+
+
+def _local(
+    place: Place,
+    model: Model,
+    wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
+) -> LocalEngine:
+    """An engine on the device; ``wrap`` gives it other experts."""
+    return LocalEngine(
+        model.open(),
+        dtype="float32",
+        device=str(place.device),
+        section=PLAIN,
+        max_model_len=MAX_MODEL_LEN,
+        kernels="torch",
+        wrap=wrap,
+    )

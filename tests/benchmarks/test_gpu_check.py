@@ -1,0 +1,318 @@
+"""The check of the GPU path: what runs its sections, and the sections on a CPU, tiny."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check.compare import Worst
+from benchmarks.gpu_check.device import covered, host_waits, kernels_of
+from benchmarks.gpu_check.engines import Differences, equal
+from benchmarks.gpu_check.runner import FILE, Settings, exit_code, limit_of, run, summary
+from benchmarks.gpu_check.section import Place, Report, Section
+from benchmarks.gpu_check.sections import SECTIONS
+from benchmarks.gpu_check.weights import RandomCheckpoint
+from benchmarks.random_checkpoint import TINY
+from tests.reference.local_engine import Generated
+from workers.requests.request import FinishReason, TokenLogprob
+
+CPU = torch.device("cpu")
+IN_PROCESSES = ("sockets", "collective")
+"""Sections that start workers."""
+
+
+def section(name: str, **changes: Any) -> Section:
+    """A section of ``gpu_check_sections``."""
+    own = Section(
+        name=name,
+        what="a test",
+        function=f"tests.benchmarks.gpu_check_sections:{name}",
+        seconds=10.0,
+        least_s=1.0,
+        is_correctness=True,
+        needs_gpu=False,
+    )
+    return replace(own, **changes)
+
+
+def settings(out: Path, budget_s: float = 600.0) -> Settings:
+    return Settings(budget_s=budget_s, out=out, device="cpu", is_tiny=True)
+
+
+def collected() -> tuple[Report, list[dict[str, Any]]]:
+    """A report, and what it writes."""
+    lines: list[dict[str, Any]] = []
+    return Report(lambda line: lines.append(json.loads(line))), lines
+
+
+def failures(lines: list[dict[str, Any]]) -> list[str]:
+    return [line["failure"] for line in lines if "failure" in line]
+
+
+# What runs the sections
+
+
+def test_every_section_is_reported_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = [
+        section("right"),
+        section("wrong"),
+        section("raises", is_correctness=False),
+        section("crashes"),
+        section("gpu", needs_gpu=True),
+        section("large", least_s=1e6),
+    ]
+    right, wrong, raises, crashes, gpu, large = outcomes = run(wanted, settings(tmp_path))
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == [s.name for s in wanted]
+    assert (right.status, right.failures, right.words) == ("ok", [], "all is well")
+    assert right.values["limit_s"] == pytest.approx(100.0, abs=0.1)  # six equal parts
+    assert right.values["not a number"] == ["nan", {"x": "inf"}]
+    assert not Path(right.values["folder"]).exists()
+    assert (tmp_path / "right.log").read_text() == "for the log\n"
+    assert wrong.status == "failed"
+    assert wrong.failures == ["2 is not 3", "division: ZeroDivisionError: division by zero"]
+    assert wrong.values["after"] == 1
+    assert raises.failures == ["section: ValueError: on purpose"]
+    assert (crashes.status, crashes.values) == ("failed", {"before": 1})
+    assert crashes.failures == ["its process ended: out of memory"]
+    assert (gpu.status, gpu.words) == ("skipped", "needs a GPU")
+    assert (large.status, large.words[:16]) == ("skipped", "needs 1000000 s,")
+    text = (tmp_path / FILE).read_text()
+    assert [json.loads(line)["section"] for line in text.splitlines()] == [s.name for s in wanted]
+    assert "nan" not in text.replace('"nan"', "").lower().replace("nanos", "")
+    assert len(summary(outcomes).splitlines()) == 1 + len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "code"),
+    [
+        ("right", {}, 0),
+        ("wrong", {}, 1),
+        ("wrong", {"is_correctness": False}, 0),
+        ("crashes", {}, 1),
+        ("right", {"needs_gpu": True}, 0),
+        ("right", {"least_s": 1e6}, 0),
+    ],
+)
+def test_the_exit_code_is_that_of_sections_about_correctness(
+    name: str, changes: dict[str, Any], code: int, tmp_path: Path
+) -> None:
+    assert exit_code(run([section(name, **changes)], settings(tmp_path))) == code
+
+
+def test_a_section_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    first, second = run([section("hangs", seconds=1.0), section("right")], settings(tmp_path, 88.0))
+    assert first.status == "timed out"
+    assert first.failures == ["not done within 8 s, see hangs.log"]
+    assert has_ended(first.values["child"])  # what it found before stays
+    assert second.status == "ok"
+    assert exit_code([first]) == 1
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has been killed; its parent may not have noticed."""
+    deadline = time.monotonic() + 60.0
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+    return True
+
+
+def test_a_section_has_its_part_of_what_is_left_and_no_less_than_its_least() -> None:
+    some = [section("a", seconds=30.0), section("b", seconds=60.0, least_s=70.0)]
+    assert limit_of(some, 180.0) == 60.0
+    assert limit_of(some[1:], 180.0) == 180.0
+    assert limit_of([some[1], some[0]], 90.0) == 70.0
+    assert limit_of([some[1], some[0]], 69.0) == 0.0
+
+
+def test_a_run_adds_to_the_file(tmp_path: Path) -> None:
+    for _ in range(2):
+        run([section("gpu", needs_gpu=True)], settings(tmp_path))
+    entries = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [entry["status"] for entry in entries] == ["skipped"] * 2
+
+
+# The command
+
+
+def test_names_choose_sections_in_their_own_order() -> None:
+    parse = command.make_parser().parse_args
+    names = [s.name for s in parse(["--only", "speed,operators,facts"]).only]
+    assert names[0] == "facts"
+    assert names[-1] == "speed"
+    assert len(names) == 6
+    assert len(parse([]).only) == len(SECTIONS)
+
+
+def test_an_unknown_section_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.make_parser().parse_args(["--only", "facts,oparators"])
+    assert "oparators is not one of facts, ceilings" in capsys.readouterr().err
+
+
+def test_the_command_runs_a_section_and_shows_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--only", "facts", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    assert command.main(words) == 0
+    captured = capsys.readouterr()
+    assert f"torch {torch.__version__}" in captured.out
+    assert "SECTION" in captured.out
+    entry = json.loads((tmp_path / FILE).read_text())
+    assert entry["values"]["packages"]["torch"] == torch.__version__
+    assert "tensors" in entry["values"]["signatures"]["send"]
+
+
+def test_the_sections_fit_into_the_budget() -> None:
+    assert sum(s.seconds for s in SECTIONS) <= 800  # parts, of which most need less
+    assert sum(s.least_s for s in SECTIONS) < 570
+    assert len({s.name for s in SECTIONS}) == len(SECTIONS)
+
+
+# The sections
+
+
+def run_section(name: str, folder: Path) -> list[dict[str, Any]]:
+    """On a CPU with tiny shapes, in this process; what it reports."""
+    (own,) = [s for s in SECTIONS if s.name == name]
+    module, function = own.function.split(":")
+    report, lines = collected()
+    place = Place(device_name="cpu", limit_s=300.0, folder=folder, is_tiny=True)
+    getattr(import_module(module), function)(place, report)
+    assert any("say" in line for line in lines)
+    return lines
+
+
+@pytest.mark.parametrize("name", [s.name for s in SECTIONS if s.name not in IN_PROCESSES])
+def test_a_section_finds_nothing_wrong_on_a_cpu(name: str, tmp_path: Path) -> None:
+    lines = run_section(name, tmp_path)
+    assert failures(lines) == []
+    assert any("value" in line for line in lines) or name == "operators-sampling"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", IN_PROCESSES)
+def test_workers_survive_a_kill_on_a_cpu(name: str, tmp_path: Path) -> None:
+    lines = run_section(name, tmp_path)
+    assert failures(lines) == []
+    values = dict(line["value"] for line in lines if "value" in line)
+    found = values[f"{name}, killed"]
+    assert found["rounds"] >= 1
+    assert found["notice_s"] > 0
+
+
+# What they are made of
+
+
+def test_a_tensor_that_is_off_is_a_failure() -> None:
+    report, lines = collected()
+    worst, want = Worst(), torch.ones(3, 4)
+    worst.compare(report, "same", want.clone(), want)
+    worst.compare(report, "near", want + 1e-6, want)
+    assert not failures(lines)
+    worst.compare(report, "far", want + 0.01, want)
+    worst.compare(report, "shape", want[:2], want)
+    worst.compare(report, "type", want.bfloat16(), want)
+    worst.compare(report, "none", torch.full_like(want, torch.nan), want)
+    assert [failure.split()[0] for failure in failures(lines)] == ["far", "shape", "type", "none"]
+    worst.compare(report, "rounded", want.bfloat16() + 0.01, want.bfloat16())
+    assert len(failures(lines)) == 4
+
+
+def answer(*entries: tuple[int, float, float]) -> Generated:
+    """Tokens with their log-probability and the margin to the next best."""
+    logprobs = tuple(
+        TokenLogprob(token_id=t, logprob=p, top=((t, p), (t + 1, p - margin)))
+        for t, p, margin in entries
+    )
+    return Generated(
+        token_ids=tuple(t for t, _, _ in entries),
+        logprobs=logprobs,
+        prompt_logprobs=None,
+        class_logits=(),
+        finish_reason=FinishReason.LENGTH,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mine", "found"),
+    [
+        (answer((1, -0.1, 2.0), (5, -0.2, 2.0), (7, -0.3, 2.0)), []),
+        (answer((1, -0.1, 2.0), (5, -0.2005, 2.0), (8, -0.3, 2.0)), ["token 2 of request 0"]),
+        (answer((1, -0.1, 2.0), (5, -0.21, 2.0), (7, -0.3, 2.0)), ["off by 1.0e-02"]),
+        (answer((2, -0.1, 2.0), (5, -0.2, 2.0)), ["token 0 of request 0", "0 of 3 tokens"]),
+    ],
+)
+def test_other_tokens_and_log_probabilities_are_failures(mine: Generated, found: list[str]) -> None:
+    want = answer((1, -0.1, 2.0), (5, -0.2, 2.0), (7, -0.3, 2.0))
+    report, lines = collected()
+    equal(report, "x", "float32", [mine], [want], Differences())
+    assert len(failures(lines)) == len(found)
+    for failure, words in zip(failures(lines), found, strict=True):
+        assert words in failure
+
+
+def test_nearly_equal_tokens_may_change_places() -> None:
+    want = answer((1, -0.1, 2.0), (5, -0.2, 2.0), (7, -0.7, 1e-4))
+    mine = answer((1, -0.1, 2.0), (5, -0.2, 2.0), (8, -0.7, 1e-4))
+    report, lines = collected()
+    equal(report, "x", "float32", [mine], [want], Differences())
+    assert not failures(lines)
+
+
+def test_waits_of_the_host_are_counted_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with host_waits(torch.device("cuda:0")) as waits:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert modes == ["warn", "default"]
+    ((place, count),) = waits.items()
+    assert place.startswith("tests/benchmarks/test_gpu_check.py:")
+    assert count == 3
+
+
+def test_kernels_are_counted() -> None:
+    x = torch.ones(4)
+
+    def call() -> None:
+        for _ in range(3):
+            x.add_(1.0)
+
+    found = kernels_of(CPU, call)
+    assert found.count == 3
+    assert found.top(1)[0] == ("aten::add_", 1.0)
+    assert found.busy_s > 0
+
+
+def test_spans_that_overlap_count_once() -> None:
+    assert covered([(0, 2), (1, 3), (1.5, 2.5), (5, 6)]) == 4
+    assert covered([]) == 0
+
+
+def test_random_weights_depend_on_their_names_alone() -> None:
+    first, second = (RandomCheckpoint(TINY, CPU) for _ in range(2))
+    parts = list(first.family.attention_tensors())
+    drawn = [first.read_stacked([part], torch.float32) for part in parts]
+    again = [second.read_stacked([part], torch.bfloat16) for part in reversed(parts)]
+    for one, other in zip(drawn, reversed(again), strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=0, atol=0)
+    equal_shapes = [x for x, part in zip(drawn, parts, strict=True) if part.shape == (64, 64)]
+    assert not torch.equal(equal_shapes[0], equal_shapes[1])
