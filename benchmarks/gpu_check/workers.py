@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -47,6 +47,7 @@ from workers.requests.request import Request, TokenOutput
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
+from workers.transport.nccl_environment import set_nccl_environment
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
 
@@ -58,12 +59,6 @@ _ALIVE_S = 90.0
 """Longer than any limit after which torch's watchdog of NCCL ends a process."""
 _START_S = 45.0
 """What starting, connecting and ending may take of a section's time."""
-NCCL_ENVIRONMENT: Mapping[str, str] = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-}
-"""Keeps the survivor's process alive; before torch is imported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +84,7 @@ def sockets(place: Place, report: Report) -> None:
 def collective(place: Place, report: Report) -> None:
     """Over NCCL between two processes on one device, of which one is killed; gloo on a CPU."""
     if place.is_gpu:
-        os.environ.update(NCCL_ENVIRONMENT)
+        set_nccl_environment()  # what is started from now on inherits it
     alive_s = 0.0 if place.is_tiny else max(0.0, min(_ALIVE_S, place.limit_s - _START_S))
     case = Case(
         place=place, transport="collective", killed_in_step=_KILLED_IN_STEP, alive_s=alive_s

@@ -161,16 +161,16 @@ def token_weights(t: Tensor) -> Tensor:
 
 def _floors(t: Tensor, how: NDArray[Any], numbers: _Numbers) -> Tensor | None:
     """[rows, 1]: tokens of a lower t are dropped; None: no row drops any."""
-    if (how["top_k"] > 0).any() or (how["top_p"] < 1).any():
-        return torch.maximum(numbers.floor, _truncations(t, how, numbers))
+    has_top_p = bool((how["top_p"] < 1).any())
+    if has_top_p or (how["top_k"] > 0).any():
+        return torch.maximum(numbers.floor, _truncations(t, how["top_k"], numbers, has_top_p))
     return None if np.isneginf(how["floor"]).all() else numbers.floor
 
 
-def _truncations(t: Tensor, how: NDArray[Any], numbers: _Numbers) -> Tensor:
+def _truncations(t: Tensor, top_k: NDArray[np.int64], numbers: _Numbers, has_top_p: bool) -> Tensor:
     """[rows, 1]: the lowest t that top_k, then top_p keep."""
     vocab_size = t.shape[1]
-    limits = how["top_k"][how["top_k"] < vocab_size]
-    has_top_p = bool((how["top_p"] < 1).any())
+    limits = top_k[top_k < vocab_size]
     is_off = numbers.top_p >= 1
     width = min(vocab_size, max([_FIRST_CANDIDATES if has_top_p else 1, *limits]))
     while True:
