@@ -211,7 +211,9 @@ class _PretendMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.log.launches[name] += 1
 
     @contextmanager
-    def capture(self, graph: PretendGraph, pool: Any = None) -> Iterator[None]:
+    def capture(
+        self, graph: PretendGraph, pool: Any = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
         """In place of ``torch.cuda.graph``."""
         graph.mode, self._capturing = self, graph
         try:

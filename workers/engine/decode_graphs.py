@@ -166,7 +166,8 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Threads beside this one load experts and lend blocks meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden, topk_ids = self._layers(numbers)
         return _Graph(columns, numbers, graph, hidden, topk_ids)
 
