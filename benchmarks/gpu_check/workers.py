@@ -256,6 +256,10 @@ class _DyingBank:
         self._channel = channel
         self._step = step
 
+    @property
+    def version(self) -> int:
+        return self._bank.version
+
     def native(self, exchange: int) -> NativeSlots | None:
         return None
 

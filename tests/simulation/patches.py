@@ -86,7 +86,11 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.runtime", "resolve_dtype", lambda *args: torch.float32),
     ("workers.process.runtime", "identify", _identify),
     ("workers.process.runtime", "collapse_weights", lambda *args: None),
-    ("workers.process.runtime", "ComputeThreads", SimpleNamespace(for_threads=ComputeThreads)),
+    (
+        "workers.process.runtime",
+        "ComputeThreads",
+        SimpleNamespace(for_threads=lambda count, device_type: ComputeThreads(count)),
+    ),
     ("workers.process.runtime", "start_kernels", lambda *args: Kernels(None, "")),
     ("workers.process.runtime", "thread_cpu_clock", lambda: float),
     ("workers.process.runtime", "os", SimpleNamespace(getpid=_getpid)),

@@ -86,6 +86,8 @@ class ModelRunner:
             self.dispatcher.begin_step(header, ())
             self.first_dispatch = time.monotonic()
             output = self.graphs.run(plan.rows)
+            if isinstance(self.dispatcher, LocalDispatcher):
+                self.dispatcher.activity.advance()
             order = list(range(len(plan.rows)))
             ids = [[Routed(own, None, len(order))] for own in output.topk_ids]
             return self._result(output.hidden, plan, order, ids, {})

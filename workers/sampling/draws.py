@@ -181,7 +181,8 @@ def _truncations(t: Tensor, top_k: NDArray[np.int64], numbers: _Numbers, has_top
             return by_k
         mass = token_weights(t).masked_fill_(t < by_k, 0).sum(-1, keepdim=True)
         reached = token_weights(best).cumsum_(-1).double() >= numbers.top_p * mass.double()
-        if bool((reached.any(-1, True) | is_off).all()):  # device-to-host sync
+        is_wide = width == vocab_size  # a row that is not finite never reaches its share
+        if is_wide or bool((reached.any(-1, True) | is_off).all()):  # device-to-host sync
             break
         width = min(vocab_size, width * 16)
     by_p = best.gather(1, reached.long().argmax(-1, keepdim=True))
