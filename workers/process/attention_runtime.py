@@ -119,7 +119,8 @@ class AttentionRuntime(WorkerRuntime):
         warm_attention(self.args, self.family, self.dtype, make_engine, self._dispatcher)
         section = section_for_gpu(self.args, self.family, self.dtype, self.transport)
         engine = make_engine(dispatcher=self._dispatcher, section=section)
-        engine.runner.capture_graphs(section.max_num_seqs)
+        if self.args.device.type == "cuda":
+            engine.runner.capture_graphs(section.max_num_seqs)
         self._lend_blocks(engine)
         self._engine = engine
         return {
