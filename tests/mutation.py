@@ -120,7 +120,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     "workers/sampling/draws.py": {
         '"top_k"] > 0': "speed: a row without limits keeps all tokens",
         '"top_p"] < 1': "speed: a row without limits keeps all tokens",
-        "top_p >= 1": "speed: all tokens together have a share of 1",
+        "numbers.top_p >= 1": "speed: all tokens together have a share of 1",
         " 16)": "speed: the width grows until it suffices",
         "1 << 18": "speed: a row's token is its own",
     },
