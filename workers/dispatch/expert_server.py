@@ -16,7 +16,7 @@ from cluster.core.topology import Generation
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.dispatcher import SlotBank
 from workers.dispatch.native_server import NativeExchange, NativeServer
-from workers.dispatch.slot_use import FilledSlots, UsedSlots, slot_use
+from workers.dispatch.slot_use import FilledSlots, UsedSlots, joined, slot_use
 from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import SAMPLE
@@ -266,9 +266,9 @@ class ExpertServer:
         batch = _Batch(
             ranks=ranks,
             counts=counts,
-            inputs=_joined(rows),
+            inputs=joined(rows),
             used=self._use.check(filled, ranks, slots, self._transport.reject),
-            weights=_joined(weights) if weights[0].shape[1] else None,
+            weights=joined(weights) if weights[0].shape[1] else None,
         )
         if self._exact:
             wanted = self._pairs_by_rank(batch) if exchange.per_slot_input else counts
@@ -335,8 +335,3 @@ class ExpertServer:
             return tuple(n * batch.slots.shape[1] for n in batch.counts)
         here = batch.slots >= 0
         return tuple(int(part.sum()) for part in torch.split_with_sizes(here, list(batch.counts)))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts of all ranks, one under the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -91,12 +91,12 @@ class HostSlotUse:
     def check(
         self, filled: FilledSlots, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
     ) -> UsedSlots:
-        joined = slots[0] if len(slots) == 1 else torch.cat(list(slots))
-        low, high = (int(x) for x in joined.aminmax()) if joined.numel() else (0, -1)
+        named = joined(slots)
+        low, high = (int(x) for x in named.aminmax()) if named.numel() else (0, -1)
         is_inside = low >= -1 and high < filled.table.shape[0] - 1
-        if not is_inside or (filled.has_free and not filled.table[joined].all()):
+        if not is_inside or (filled.has_free and not filled.table[named].all()):
             filled.blame(ranks, slots, reject)
-        return UsedSlots(joined, all_here=low >= 0, any_here=high >= 0)
+        return UsedSlots(named, all_here=low >= 0, any_here=high >= 0)
 
     def count(self, filled: FilledSlots, slots: Tensor) -> None:
         self._uncounted.append((filled.bank, slots))
@@ -137,13 +137,13 @@ class DeviceSlotUse:
     def check(
         self, filled: FilledSlots, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
     ) -> UsedSlots:
-        joined = slots[0] if len(slots) == 1 else torch.cat(list(slots))
+        named = joined(slots)
         num_slots = filled.table.shape[0] - 1
-        is_inside = (joined >= -1) & (joined < num_slots)
-        places = torch.where(is_inside, joined, -1)
+        is_inside = (named >= -1) & (named < num_slots)
+        places = torch.where(is_inside, named, -1)
         is_right = is_inside & filled.table[places.where(places >= 0, num_slots)]
         self._seen.append(_Seen(filled, tuple(ranks), tuple(slots), ~is_right.all()))
-        return UsedSlots(places.where(is_right, -1), all_here=False, any_here=joined.numel() > 0)
+        return UsedSlots(places.where(is_right, -1), all_here=False, any_here=named.numel() > 0)
 
     def count(self, filled: FilledSlots, slots: Tensor) -> None:
         flat = slots.flatten() + 1
@@ -166,6 +166,11 @@ class DeviceSlotUse:
             counts[bank][: len(own) - 1] += torch.from_numpy(own[1:].copy())
         for number in is_wrong.nonzero()[0].tolist():
             seen[number].filled.blame(seen[number].ranks, seen[number].slots, reject)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts of all ranks, one under the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def slot_use(device: torch.device) -> SlotUse:

@@ -18,7 +18,7 @@ class BlockTables:
         self.array: NDArray[np.int32] = np.zeros((num_seats, max_blocks), dtype=np.int32)
         """[num_seats, max_blocks]: what stands behind a sequence's blocks means nothing."""
         self._free = list(reversed(range(num_seats)))
-        self._changes: list[tuple[int, Sequence[int]]] | None = None
+        self._changes: dict[int, int] | None = None
 
     def take_seat(self) -> int:
         """A free row; there must be one."""
@@ -32,17 +32,17 @@ class BlockTables:
         """Write blocks from place ``first`` of a row on."""
         self.array[seat, first : first + len(blocks)] = blocks
         if self._changes is not None:
-            self._changes.append((seat * self.array.shape[1] + first, tuple(blocks)))
+            begin = seat * self.array.shape[1] + first
+            self._changes.update(enumerate(blocks, begin))
 
     def follow(self) -> None:
-        """Keep changes for ``take_changes``, which must be called now and then."""
-        self._changes = []
+        """Keep changes for ``take_changes``, of each place the last one."""
+        self._changes = {}
 
     def take_changes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """What was written since the last call: places in the flat array, each once, and blocks."""
-        changes, self._changes = self._changes or [], []
-        found = {begin + i: b for begin, blocks in changes for i, b in enumerate(blocks)}
-        return np.array(list(found), dtype=np.int64), np.array([*found.values()], dtype=np.int64)
+        found, self._changes = self._changes or {}, {}
+        return np.array([*found], dtype=np.int64), np.array([*found.values()], dtype=np.int64)
 
     def addresses(self, seats: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where rows begin in memory, for native kernels."""

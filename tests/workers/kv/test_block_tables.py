@@ -30,3 +30,14 @@ def test_a_table_longer_than_a_context_is_refused() -> None:
     tables = BlockTables(1, 2)
     with pytest.raises(ValueError, match="could not broadcast"):
         tables.put(0, 1, [4, 5])
+
+
+def test_changes_are_kept_once_for_each_place() -> None:
+    tables = BlockTables(2, 4)
+    tables.put(0, 0, [9])
+    tables.follow()
+    tables.put(1, 0, [7, 3])
+    tables.put(1, 1, [5, 6])
+    places, blocks = tables.take_changes()
+    assert dict(zip(places.tolist(), blocks.tolist(), strict=True)) == {4: 7, 5: 5, 6: 6}
+    assert not len(tables.take_changes()[0])
