@@ -2,10 +2,9 @@
 
 // One function for each number of rows: the compiler keeps all sums of a tile in registers.
 #define ROWS(NAME, DTYPE, COUNT)                                                                  \
-    static void NAME##_##COUNT(const void *const *x, const uint32_t *weights, long units,         \
-                               long num_panels, float *out, long out_stride,                     \
-                               const char *ahead) {                                               \
-        tiles(DTYPE, COUNT, x, weights, units, num_panels, out, out_stride, ahead);               \
+    static void NAME##_##COUNT(const void *const *x, const uint32_t *panel, long units,           \
+                               float *out, long out_stride, const struct fetched *fetched) {      \
+        tiles(DTYPE, COUNT, x, panel, units, out, out_stride, fetched);                           \
     }
 #define FEW_ROWS(NAME, DTYPE)                                                                     \
     ROWS(NAME, DTYPE, 1) ROWS(NAME, DTYPE, 2) ROWS(NAME, DTYPE, 3)                                \
@@ -24,27 +23,31 @@
 ALL_ROWS(float32, FLOAT32)
 ALL_ROWS(bf16, BFLOAT16)
 
-typedef void tile_rows(const void *const *x, const uint32_t *weights, long units, long num_panels,
-                       float *out, long out_stride, const char *ahead);
+typedef void tile_rows(const void *const *x, const uint32_t *panel, long units, float *out,
+                       long out_stride, const struct fetched *fetched);
 
 static tile_rows *const TILE_ROWS[2][MAX_TILE_ROWS] = {TABLE(float32), TABLE(bf16)};
 
 void panel_product(enum dtype dtype, long num_rows, const void *const *x, const uint32_t *weights,
                    long units, long num_panels, float *out, long out_stride, const void *next) {
-    // More rows take the panels one by one: each stays in the cache for all of its tiles, the first
-    // of which fetches the next one.
+    // More rows than a stream's: the panel stays in the cache for all of its tiles, the first of
+    // which fetches the next panel.
     int is_stream = num_rows <= STREAM_ROWS;
-    long at_once = is_stream ? num_panels : 1;
-    for (long panel = 0; panel < num_panels; panel += at_once) {
-        const uint32_t *first = panel_at(weights, units, panel);
-        const void *after = panel + 1 < num_panels ? panel_at(first, units, 1) : next;
-        const char *ahead = is_stream ? (const char *)first + PREFETCH_BYTES : after;
+    long turn = is_stream ? units - PREFETCH_BYTES / (PANEL * (long)sizeof *weights) : units;
+    for (long p = 0; p < num_panels; p++) {
+        const uint32_t *panel = panel_at(weights, units, p);
+        const char *after = p + 1 < num_panels ? (const char *)panel_at(panel, units, 1) : next;
+        struct fetched fetched = {
+            .now = is_stream && turn > 0 ? (const char *)panel + PREFETCH_BYTES : after,
+            .then = after,
+            .turn = turn,
+        };
         for (long row = 0; row < num_rows;) {
             long rows = num_rows - row < MAX_TILE_ROWS ? num_rows - row : MAX_TILE_ROWS;
-            float *to = out + row * out_stride + panel * PANEL;
-            TILE_ROWS[dtype][rows - 1](x + row, first, units, at_once, to, out_stride, ahead);
+            float *to = out + row * out_stride + p * PANEL;
+            TILE_ROWS[dtype][rows - 1](x + row, panel, units, to, out_stride, &fetched);
             row += rows;
-            ahead = (const char *)first;  // in the cache: nothing to fetch
+            fetched = (struct fetched){(const char *)panel, NULL, units};  // in the cache
         }
     }
 }

@@ -32,15 +32,20 @@ enum { MAX_TILE_ROWS = LANES == 16 ? 12 : 6 };
 // whole lines, one after the other.
 enum { STREAM_ROWS = LANES == 16 ? MAX_TILE_ROWS : 2 };
 
-// Vectors of outputs that a tile of so many rows computes. A chain waits for its last sum: few rows
-// take more vectors, as 8 chains keep the processor busy.
-#define TILE_VECTORS(ROWS)                                                                        \
-    (LANES == 8 ? (ROWS) <= STREAM_ROWS ? 4 : 2                                                   \
-                : (ROWS) <= MAX_TILE_ROWS / 4 ? 8 : (ROWS) <= MAX_TILE_ROWS / 2 ? 4 : 2)
+// Vectors of outputs that a tile of so many rows computes: a panel, or half of one where a panel's
+// sums take too many registers.
+#define TILE_VECTORS(ROWS) (LANES == 8 && (ROWS) <= STREAM_ROWS ? 4 : 2)
 
 // Bytes from a line that such a tile reads to the one that it fetches meanwhile. The processor's own
 // prefetching ends with each page.
 enum { PREFETCH_BYTES = 4096, CACHE_LINE_BYTES = 64 };
+
+// What a tile fetches while it reads a panel: what is from `now` on, and from unit `turn` of the
+// panel on what is from `then` on.
+struct fetched {
+    const char *now, *then;
+    long turn;
+};
 
 // Bytes of an element of rows that are multiplied with weights of a type.
 ALWAYS size_t row_element_bytes(enum dtype dtype) {
@@ -75,7 +80,7 @@ ALWAYS void fetch(const int rows, const char *line) {
                 v_add_product(&sums[r][v], w, values[r]);                                         \
         }                                                                                         \
     } else {                                                                                      \
-        vec w[8];                                                                                 \
+        vec w[4];                                                                                 \
         UNROLL for (int v = 0; v < vectors; v++) w[v] = WEIGHTS;                                  \
         UNROLL for (int r = 0; r < rows; r++) {                                                   \
             vec value = v_set(VALUE);                                                             \
@@ -84,23 +89,21 @@ ALWAYS void fetch(const int rows, const char *line) {
         }                                                                                         \
     }
 
-// One tile: `rows` x `vectors` * LANES outputs, those of whole panels from `panel` on or a part of
-// one. Of the panels from `ahead` on it fetches the same share.
+// One tile: `rows` x `vectors` * LANES outputs, a part of a panel. Of what it fetches it takes the
+// same part.
 ALWAYS void tile(enum dtype dtype, const int rows, const int vectors, const void *const *x,
                  const uint32_t *panel, long part, long units, float *out, long out_stride,
-                 const char *ahead) {
-    const int width = vectors * LANES < PANEL ? vectors * LANES : PANEL;  // of a line
-    const int num_panels = vectors * LANES / width, bytes = width * (int)sizeof *panel;
-    vec sums[MAX_TILE_ROWS][8];
+                 const struct fetched *fetched) {
+    const int width = vectors * LANES, bytes = width * (int)sizeof *panel;
+    const char *ahead = fetched->now + part * units * bytes;
+    vec sums[MAX_TILE_ROWS][4];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sums[r][v] = v_set(0.0f);
     panel += part * width;
-    ahead += part * units * bytes;
     for (long u = 0; u < units; u++, panel += PANEL, ahead += bytes) {
-        UNROLL for (int p = 0; p < num_panels; p++)
-            UNROLL for (int at = 0; at < bytes; at += CACHE_LINE_BYTES)
-                fetch(rows, ahead + p * units * bytes + at);
-#define LINE(V) (panel + (V) * LANES / width * units * PANEL + (V) * LANES % width)
+        if (u == fetched->turn) ahead = fetched->then;
+        UNROLL for (int at = 0; at < bytes; at += CACHE_LINE_BYTES) fetch(rows, ahead + at);
+#define LINE(V) (panel + (V) * LANES)
         if (dtype == FLOAT32) {
             ADD_PRODUCTS(v_bits(vi_load(LINE(v))), ((const float *)x[r])[u])
             continue;
@@ -123,22 +126,12 @@ ALWAYS void tile(enum dtype dtype, const int rows, const int vectors, const void
             v_store(out + r * out_stride + part * width + v * LANES, sums[r][v]);
 }
 
-// All tiles of `rows` rows, the number a constant.
-ALWAYS void tiles(enum dtype dtype, const int rows, const void *const *x, const uint32_t *weights,
-                  long units, long num_panels, float *out, long out_stride, const char *ahead) {
-    const int vectors = TILE_VECTORS(rows), whole = PANEL / LANES;
-    const int parts = vectors < whole ? whole / vectors : 1;
-    const int at_once = vectors > whole ? vectors / whole : 1;
-    const long panel_bytes = units * PANEL * (long)sizeof *weights;
-    long panel = 0;
-#define TILE(VECTORS, PART)                                                                       \
-    tile(dtype, rows, VECTORS, x, panel_at(weights, units, panel), PART, units,                   \
-         out + panel * PANEL, out_stride, ahead + panel * panel_bytes)
-    for (; panel + at_once <= num_panels; panel += at_once)
-        for (int part = 0; part < parts; part++) TILE(vectors, part);
-    if (at_once > 1)
-        for (; panel < num_panels; panel++) TILE(whole, 0);
-#undef TILE
+// All tiles of `rows` rows with a panel, the number a constant.
+ALWAYS void tiles(enum dtype dtype, const int rows, const void *const *x, const uint32_t *panel,
+                  long units, float *out, long out_stride, const struct fetched *fetched) {
+    const int vectors = TILE_VECTORS(rows);
+    for (int part = 0; part < PANEL / (vectors * LANES); part++)
+        tile(dtype, rows, vectors, x, panel, part, units, out, out_stride, fetched);
 }
 
 // out [num_rows, num_panels * PANEL] (rows `out_stride` apart) = rows x panels.
