@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
-from workers.transport.peer_connections import PeerConnections
+from workers.transport.peer_connections import SPIN_S, PeerConnections
 from workers.transport.sockets import SocketTransport
 from workers.transport.transport import DataTransport, Expected, Part, Tag
 
@@ -161,7 +162,11 @@ class Connected:
         limit = max_data_bytes(shape.banks, shape.max_rows, 4, "sum")
         self._meetings = meetings
         self._connections = PeerConnections(
-            identity, _SECRET, max_data_bytes=limit, port=ports[rank]
+            identity,
+            _SECRET,
+            max_data_bytes=limit,
+            port=ports[rank],
+            spin_s=SPIN_S if shape.size <= len(os.sched_getaffinity(0)) else 0.0,
         )
         self.transport: DataTransport
         if shape.transport == "sockets":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,8 +17,8 @@ from tests.reference.exact import exact, mixed_requests
 from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
 from tests.workers.native.builds import NAMES
-from workers.dispatch.native_home import NativeHome, NativeRows
-from workers.model.families.native_layers import LayersOutput, NativeLayers
+from workers.dispatch.native_home import NativeHome
+from workers.model.families.native_layers import Flow, NativeLayers
 from workers.native.exchange import HomeFields
 from workers.transport import peer_connections
 
@@ -33,17 +33,17 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
     found: Counter[bool] = Counter()
     run = NativeLayers.run
 
-    def spy(layers: NativeLayers, *arguments: Any) -> LayersOutput:
-        output = run(layers, *arguments)
-        if isinstance(arguments[2][0], HomeFields):
-            found[bool(output.stop)] += 1
-        return output
+    def spy(layers: NativeLayers, flows: Sequence[Flow], *arguments: Any) -> tuple[int, int]:
+        stop, turn = run(layers, flows, *arguments)
+        if flows[0].fields.homes:
+            found[bool(stop)] += 1
+        return stop, turn
 
     monkeypatch.setattr(NativeLayers, "run", spy)
     return found
 
 
-def check(of: Golden, layout: tuple[int, int]) -> None:
+def check(of: Golden, layout: tuple[int, int], num_micro_batches: int) -> None:
     """A cluster gives what each request gives alone in one process, to the bit."""
     section = EngineSection(enable_prefix_caching=False)
     engine = LocalEngine(of.path, dtype="bfloat16", section=section)
@@ -52,39 +52,50 @@ def check(of: Golden, layout: tuple[int, int]) -> None:
     for request in requests:
         ((key, outputs),) = engine.run([request]).items()
         expected[key[0]] = exact(outputs)
-    with serving(ThreadCluster(make_config(of.path, *layout, dtype="bfloat16"))) as cluster:
+    engine_section = {"num_micro_batches": num_micro_batches}
+    config = make_config(of.path, *layout, dtype="bfloat16", engine=engine_section)
+    with serving(ThreadCluster(config)) as cluster:
         answers = cluster.answers(requests)
         assert {name: exact(found.outputs) for name, found in answers.items()} == expected
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_answers_are_those_of_one_process(
-    golden: Callable[[str], Golden], variant: str, layout: tuple[int, int], ends: Counter[bool]
+    golden: Callable[[str], Golden],
+    variant: str,
+    layout: tuple[int, int],
+    num_micro_batches: int,
+    ends: Counter[bool],
 ) -> None:
-    check(golden(variant), layout)
+    check(golden(variant), layout, num_micro_batches)
     assert ends[False] > 0
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_go_on_where_native_code_has_stopped(
     golden: Callable[[str], Golden],
     variant: str,
     layout: tuple[int, int],
+    num_micro_batches: int,
     ends: Counter[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It does not wait at all for the experts."""
     monkeypatch.setattr(peer_connections, "LOOK_S", 0.0)
-    check(golden(variant), layout)
+    check(golden(variant), layout, num_micro_batches)
     assert ends[True] > 0
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_that_were_not_sent_are_kept(
     golden: Callable[[str], Golden],
     variant: str,
+    num_micro_batches: int,
     ends: Counter[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -96,27 +107,28 @@ def test_rows_that_were_not_sent_are_kept(
             pass
     prepare, stopped, run = NativeHome.prepare, NativeHome.stopped, NativeLayers.run
 
-    def spy_prepare(home: NativeHome, *arguments: Any) -> list[HomeFields] | None:
+    def spy_prepare(home: NativeHome, *arguments: Any) -> list[list[HomeFields]] | None:
         homes = prepare(home, *arguments)
         for frame in home._direct.frames if homes and home._direct else ():
             frame.socket = here.fileno()
         return homes
 
-    def spy_run(layers: NativeLayers, *arguments: Any) -> LayersOutput:
-        output = run(layers, *arguments)
-        for _ in range(8):
-            torch.full_like(output.hidden, torch.nan)
-        return output
+    def spy_run(layers: NativeLayers, flows: Sequence[Flow], *arguments: Any) -> tuple[int, int]:
+        found = run(layers, flows, *arguments)
+        for flow in flows:
+            for _ in range(8):
+                torch.full_like(flow.hidden, torch.nan)
+        return found
 
-    def spy_stopped(home: NativeHome, *arguments: Any) -> NativeRows:
+    def spy_stopped(home: NativeHome, result: int) -> None:
         assert home._direct is not None
         for frame, edge in zip(home._direct.frames, home._direct.edges, strict=True):
             frame.socket = edge.sock.fileno()
-        return stopped(home, *arguments)
+        stopped(home, result)
 
     monkeypatch.setattr(NativeHome, "prepare", spy_prepare)
     monkeypatch.setattr(NativeHome, "stopped", spy_stopped)
     monkeypatch.setattr(NativeLayers, "run", spy_run)
     with here, there:
-        check(golden(variant), (1, 1))
+        check(golden(variant), (1, 1), num_micro_batches)
     assert set(ends) == {True}

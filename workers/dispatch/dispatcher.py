@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.native.experts import NativeSlots
+from workers.native.layers import LayerEnds
 from workers.requests.step_header import StepHeader
 
 
@@ -101,6 +102,23 @@ class TimedDispatcher(ABC):
         outputs = self.gather(handle)
         self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
         return outputs
+
+    def note_layers(self, ends: Sequence[Iterable[LayerEnds]]) -> None:
+        """Time what native layers have done: ``ends`` by micro-batch and bank."""
+        if not self.timer.is_recording:
+            return
+        parts = sorted(
+            (end_ns, name, bank, micro_batch)
+            for micro_batch, of_banks in enumerate(ends)
+            for bank, found in zip(self._banks, of_banks, strict=True)
+            for name, _ in LayerEnds._fields_
+            if (end_ns := getattr(found, name))
+        )
+        for end_ns, name, bank, micro_batch in parts:
+            if name == "mlp":
+                self.timer.mark(end_ns)
+            else:
+                self.timer.passed({name: end_ns}, bank, 0, micro_batch)
 
     @abstractmethod
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> DispatchHandle:

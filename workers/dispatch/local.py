@@ -71,12 +71,7 @@ class LocalDispatcher(TimedDispatcher):
         self.timer.begin_step(header)
 
     def experts(self) -> list[LocalExperts] | None:
-        """The experts of all banks, for steps without exchanges; None: this step has some.
-
-        Where the step is timed, the laps are those of exchanges.
-        """
-        if self.timer.is_recording:
-            return None
+        """The experts of all banks, for native layers; None: this step has exchanges."""
         parts = zip(self._banks, self._slots, self._slot_of, strict=True)
         found = [
             LocalExperts(native.table, slot_of, spec.float32_weights)

@@ -93,36 +93,52 @@ class NativeHome:
         return NativeRows(home, names, weights, shape)
 
     def prepare(
-        self, banks: Sequence[BankSpec], slots: Sequence[Tensor], num_rows: int, by_pair: bool
-    ) -> list[HomeFields] | None:
-        """For native layers: the first exchange of each bank with so many rows, all that were
-        granted; None: native code has no part in the step.
+        self,
+        banks: Sequence[BankSpec],
+        slots: Sequence[Tensor],
+        num_rows: Sequence[int],
+        by_pair: bool,
+    ) -> list[list[HomeFields]] | None:
+        """For native layers: the first exchange of each bank, by micro-batch of so many rows, all
+        that were granted; None: native code has no part in the step.
 
         All banks have the same top-k. Raises as ``DataTransport.post``.
         """
         direct = self._direct
         if direct is None or not direct.are_clear():
             return None
-        homes = [self._home(bank, 0, 0, by_pair) for bank in banks]
         num_ranks, (top_k,) = slots[0].shape[0], {bank.top_k for bank in banks}
-        names = self._names(num_ranks, num_rows, top_k if by_pair else 2 * top_k, 0)
-        num_bytes = max(self._num_received(home, num_ranks, num_rows, top_k) for home in homes)
-        received = self._received.of(num_bytes)
-        for home, table in zip(homes, slots, strict=True):
-            home.slots, home.num_experts = table.data_ptr(), table.shape[1]
-            home.sent, home.received = names.data_ptr(), received
+        found = []
+        for micro_batch, count in enumerate(num_rows):
+            homes = [self._home(bank, 0, micro_batch, by_pair) for bank in banks]
+            names = self._names(num_ranks, count, top_k if by_pair else 2 * top_k, micro_batch)
+            for home, table in zip(homes, slots, strict=True):
+                home.slots, home.num_experts = table.data_ptr(), table.shape[1]
+                home.sent = names.data_ptr()
+            found.append(homes)
+        most = max(num_rows)  # outputs are added up before others are received
+        received = self._received.of(
+            max(self._num_received(home, num_ranks, most, top_k) for home in found[0])
+        )
+        for homes in found:
+            for home in homes:
+                home.received = received
         direct.sent()  # so that their paths are watched from now on
-        return homes
+        return found
 
-    def stopped(self, bank: BankSpec, result: int, weights: Tensor) -> NativeRows:
-        """Rows that native layers have sent before they stopped. Raises ``PeerLostError``."""
+    def stopped(self, result: int) -> None:
+        """Native layers have stopped. Raises ``PeerLostError``."""
         assert self._direct is not None
         if result == UNSENT:
             self._direct.keep_unsent()
         else:
             self._direct.give_back()
+
+    def waiting(self, bank: BankSpec, micro_batch: int, weights: Tensor) -> NativeRows:
+        """Rows that native layers have sent before they stopped; weights [T, k]."""
+        home, names = self._fields[bank.index, 0, micro_batch], self._sent[micro_batch]
         shape = (len(weights), bank.exchanges[0].out_width)
-        return NativeRows(self._fields[bank.index, 0, 0], self._sent[0], weights, shape)
+        return NativeRows(home, names, weights, shape)
 
     def gather(self, rows: NativeRows) -> Tensor | None:
         """The outputs of dispatched rows; None: they are still to be received.

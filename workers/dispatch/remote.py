@@ -171,30 +171,32 @@ class RemoteDispatcher(TimedDispatcher):
         with self.activity:
             return self._native.dispatch(bank, sent, slots, micro_batch, by_pair)
 
-    def homes(self, num_rows: int) -> list[HomeFields] | None:
-        """For native layers: the exchanges of a step; None: this step's rows are dispatched.
+    def homes(self, num_rows: Sequence[int]) -> list[list[HomeFields]] | None:
+        """For native layers: by micro-batch of so many rows and by bank, the exchanges of a step.
 
-        Where the step is timed, the laps are those of dispatches. Raises as ``dispatch``.
+        None: this step's rows are dispatched. Raises as ``dispatch``.
         """
         header, native = self._header, self._native
         assert header is not None, "begin_step comes first"
-        is_whole = header.num_micro_batches == 1 and header.rows(self._rank, 0) == num_rows
+        granted = [header.rows(self._rank, i) for i in range(header.num_micro_batches)]
         has_others = any(len(bank.exchanges) > 1 for bank in self._banks)
-        if native is None or not is_whole or has_others or self.timer.is_recording:
+        if native is None or granted != list(num_rows) or has_others:
             return None
         by_pair = self._banks[0].exchanges[0].returns_pairs(self._combine_mode)
         slots = [tables.decode_slots for tables in self._tables]
         return native.prepare(self._banks, slots, num_rows, by_pair)
 
-    def stopped(self, bank: int, result: int, weights: Tensor) -> DispatchHandle:
-        """The dispatch of native layers whose outputs are to be combined.
+    def stopped(self, result: int) -> None:
+        """Native layers have stopped; ``result`` says why. Raises as ``dispatch``."""
+        assert self._native is not None
+        self._native.stopped(result)
 
-        ``result`` says why they stopped; weights [T, k]. Raises as ``dispatch``.
-        """
+    def waiting(self, bank: int, micro_batch: int, weights: Tensor) -> DispatchHandle:
+        """A dispatch of native layers whose outputs are to be combined; weights [T, k]."""
         assert self._native is not None
         spec = self._banks[bank]
-        native = self._native.stopped(spec, result, weights)
-        return RemoteHandle(spec, 0, 0, len(weights), None, (), weights, native)
+        native = self._native.waiting(spec, micro_batch, weights)
+        return RemoteHandle(spec, 0, micro_batch, len(weights), None, (), weights, native)
 
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, RemoteHandle)

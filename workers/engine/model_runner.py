@@ -8,6 +8,7 @@ nothing but the KV of the rows it runs, which no step reads before this one is c
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,15 @@ from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
-from workers.model.families.native_layers import LayersOutput, NativeLayers, native_layers
-from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps, ModelInputs
-from workers.native.exchange import HomeFields
-from workers.native.experts import LocalExperts
+from workers.model.families.native_layers import Experts, Flow, NativeLayers, native_layers
+from workers.model.layers import (
+    AttentionModel,
+    Dispatch,
+    Layer,
+    LayerContext,
+    LayerSteps,
+    ModelInputs,
+)
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.best_tokens import finite_rows
@@ -143,12 +149,12 @@ class ModelRunner:
     def _run_whole(
         self, batches: Sequence[Batch], routed: list[list[Routed]]
     ) -> list[Tensor] | None:
-        """Run the micro-batches one after the other, all layers of each in one native call.
+        """Run all layers of the micro-batches in one native call.
 
         Where that stops in an exchange, the rest of the layers is run one by one. None: something
         looks between the layers.
         """
-        native = self._native()
+        native, dispatcher = self._native(), self.dispatcher
         inputs = [
             batch.inputs
             for batch in batches
@@ -156,38 +162,44 @@ class ModelRunner:
         ]
         if native is None or len(inputs) < len(batches):
             return None
-        dispatcher = self.dispatcher
-        experts: Sequence[LocalExperts] | Sequence[HomeFields] | None
-        if isinstance(dispatcher, LocalDispatcher):
-            experts = dispatcher.experts()
-        elif isinstance(dispatcher, RemoteDispatcher):
-            experts = dispatcher.homes(len(inputs[0].token_ids))
-        else:
+        if not isinstance(dispatcher, LocalDispatcher | RemoteDispatcher):
             return None
+        experts = _experts(dispatcher, [len(own.token_ids) for own in inputs])
         if experts is None:
             return None
+        caches = self.cache.layers
         self.first_dispatch = time.monotonic()
-        results = []
-        for batch, own in zip(batches, inputs, strict=True):
-            hidden, context = self.model.enter(own, self.cache.layers)
+        entered = [self.model.enter(own, caches) for own in inputs]
+        flows = []
+        for (hidden, context), own_experts in zip(entered, experts, strict=True):
             assert context.native is not None, "native layers are those of a native model"
-            advance = dispatcher.activity.advance
-            output = native.run(hidden, context.native, experts, advance, self.advance_s)
-            for spec, bank, ids in zip(self.banks, routed, output.topk_ids, strict=True):
-                if spec.layer < output.num_done:
+            flows.append(Flow(hidden, context.native, own_experts, native.top_k))
+        stop, turn = native.run(flows, dispatcher.activity.advance, self.advance_s)
+        dispatcher.note_layers([flow.ends for flow in flows])
+        handles: list[DispatchHandle | None] = [None] * len(flows)
+        if stop:
+            assert isinstance(dispatcher, RemoteDispatcher)
+            dispatcher.stopped(stop)
+            for i, flow in enumerate(flows):
+                if flow.is_waiting:
+                    index = native.bank_of(flow.num_begun - 1)
+                    handles[i] = dispatcher.waiting(index, i, flow.topk_weights)
+        rest = []
+        for batch, flow, (_, context) in zip(batches, flows, entered, strict=True):
+            for spec, bank, ids in zip(self.banks, routed, flow.topk_ids, strict=True):
+                if spec.layer < flow.num_begun:
                     bank.append(Routed(ids, None, batch.num_decodes))
-            if output.stop:
-                assert isinstance(dispatcher, RemoteDispatcher)
-                self._finish_layer(dispatcher, native.bank_of(output.num_done - 1), output)
-            rest = self.model.run_from(output.num_done, output.hidden, context, self.cache.layers)
-            results.extend(self._drive([batch.num_decodes], routed, [rest]))
-        return results
+            rest.append(self._rest(native, flow, context))
+        return self._drive([batch.num_decodes for batch in batches], routed, rest, handles, turn)
 
-    def _finish_layer(self, dispatcher: RemoteDispatcher, bank: int, output: LayersOutput) -> None:
-        """Add the outputs of the exchange in which native layers have stopped."""
-        handle = dispatcher.stopped(bank, output.stop, output.topk_weights)
-        outputs = dispatcher.combine(handle)
-        output.hidden.add_(outputs if output.others is None else outputs + output.others)
+    def _rest(self, native: NativeLayers, flow: Flow, context: LayerContext) -> LayerSteps:
+        """What native layers have left: at first the exchange in which they have stopped."""
+        if flow.is_waiting:
+            outputs = yield
+            others = flow.others if native.has_mlp(flow.num_begun - 1) else None
+            flow.hidden.add_(outputs if others is None else outputs + others)
+        rest = self.model.run_from(flow.num_begun, flow.hidden, context, self.cache.layers)
+        return (yield from rest)
 
     def _native(self) -> NativeLayers | None:
         """The model's layers for native calls, if such a call can run all of them."""
@@ -206,33 +218,41 @@ class ModelRunner:
         num_decodes: Sequence[int],
         routed: list[list[Routed]],
         flows: Sequence[LayerSteps],
+        handles: Sequence[DispatchHandle | None] = (),
+        first: int = 0,
     ) -> list[Tensor]:
         """Resume the micro-batches alternately until all have ended; returns their hidden states.
 
         With two, the experts work on one while the other is in attention here:
         dispatch(l, 0), dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), ..
+        ``handles`` of those that have dispatched rows already, whose flows take their outputs
+        first; ``first``: whose turn it is.
         """
-        handles: list[DispatchHandle | None] = [None] * len(flows)
-        results: list[Tensor] = []
-        while len(results) < len(flows):
-            for micro_batch, flow in enumerate(flows):
-                handle = handles[micro_batch]
-                try:
-                    if handle is None:
-                        sent = next(flow)
-                    else:
-                        sent = flow.send(self.dispatcher.combine(handle))
-                except StopIteration as stop:
-                    results.append(stop.value)
-                    continue
-                assert isinstance(sent, Dispatch), "a layer waits for rows that it did not send"
-                handles[micro_batch] = handle = self._dispatch(sent, micro_batch)
-                waits = next(flow) is None  # runs the layer's overlapped computation
-                assert waits, "a layer sends rows before it took the outputs of the last ones"
-                if sent.exchange == 0:
-                    chosen = Routed(sent.topk_ids, handle.copies, num_decodes[micro_batch])
-                    routed[sent.bank].append(chosen)
-        return results
+        under_way = dict(enumerate(handles or [None] * len(flows)))
+        for micro_batch, handle in under_way.items():
+            if handle is not None:
+                next(flows[micro_batch])
+        results: dict[int, Tensor] = {}
+        for turn in itertools.count(first):
+            if len(results) == len(flows):
+                break
+            micro_batch = turn % len(flows)
+            if micro_batch in results:
+                continue
+            flow, handle = flows[micro_batch], under_way[micro_batch]
+            try:
+                sent = next(flow) if handle is None else flow.send(self.dispatcher.combine(handle))
+            except StopIteration as stop:
+                results[micro_batch] = stop.value
+                continue
+            assert isinstance(sent, Dispatch), "a layer waits for rows that it did not send"
+            under_way[micro_batch] = handle = self._dispatch(sent, micro_batch)
+            waits = next(flow) is None  # runs the layer's overlapped computation
+            assert waits, "a layer sends rows before it took the outputs of the last ones"
+            if sent.exchange == 0:
+                chosen = Routed(sent.topk_ids, handle.copies, num_decodes[micro_batch])
+                routed[sent.bank].append(chosen)
+        return [results[micro_batch] for micro_batch in range(len(flows))]
 
     def _dispatch(self, sent: Dispatch, micro_batch: int) -> DispatchHandle:
         if self.first_dispatch is None:
@@ -259,6 +279,16 @@ class ModelRunner:
             routed=tuple(map(tuple, routed)),
             captures=captures,
         )
+
+
+def _experts(
+    dispatcher: LocalDispatcher | RemoteDispatcher, num_rows: Sequence[int]
+) -> Sequence[Experts] | None:
+    """For native layers: the experts by micro-batch of so many rows; None: rows are dispatched."""
+    if isinstance(dispatcher, RemoteDispatcher):
+        return dispatcher.homes(num_rows)
+    experts = dispatcher.experts()
+    return None if experts is None else [experts] * len(num_rows)
 
 
 def _idle(banks: Sequence[BankSpec], model: AttentionModel) -> LayerSteps:

@@ -52,10 +52,11 @@ class StepTimer:
         """A sink takes this step."""
         return bool(self._sinks)
 
-    def mark(self) -> None:
-        """Start a lap; the time since the last one is not recorded."""
+    def mark(self, now_ns: int | None = None) -> None:
+        """Start a lap, now or at a time of ``time.monotonic_ns``; the time since the last one is
+        not recorded."""
         if self._sinks:
-            self._last_ns = self._clock_ns()
+            self._last_ns = self._clock_ns() if now_ns is None else now_ns
 
     def lap(self, name: str, bank: BankSpec, exchange: int, micro_batch: int) -> None:
         """End a lap of one exchange and start the next one."""

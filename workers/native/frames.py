@@ -41,6 +41,7 @@ class WaitingFields(ctypes.Structure):
         ("epoll", ctypes.c_int64),
         ("wake", ctypes.c_int64),
         ("limit_ms", ctypes.c_int64),
+        ("spin_ns", ctypes.c_int64),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from workers.native.exchange import UNEXPECTED
 from workers.native.experts import CallFields
-from workers.native.half import BatchFields, HalfFields
+from workers.native.half import HalfFields
 from workers.native.team import Team, check
 
 NO_BANK = -1
@@ -24,44 +24,60 @@ class LayerFields(ctypes.Structure):
         ("half", HalfFields),
         ("cache", ctypes.c_void_p),
         ("bank", ctypes.c_int64),
-        ("experts", CallFields),
         ("mlp", CallFields),
-        ("home", ctypes.c_void_p),
     )
 
 
-class LayersRowsFields(ctypes.Structure):
-    """``struct layers_rows``."""
+class LayerEnds(ctypes.Structure):
+    """``struct layer_ends``: monotonic nanoseconds, 0 for a part that has not ended."""
 
     _fields_ = (
+        ("attention", ctypes.c_int64),
+        ("dispatch", ctypes.c_int64),
+        ("mlp", ctypes.c_int64),
+        ("combine", ctypes.c_int64),
+    )
+
+
+class FlowFields(ctypes.Structure):
+    """``struct flow``."""
+
+    _fields_ = (
+        ("batch", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("normed", ctypes.c_void_p),
         ("others", ctypes.c_void_p),
         ("topk_ids", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
         ("routed", ctypes.c_void_p),
+        ("experts", ctypes.c_void_p),
+        ("homes", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("next", ctypes.c_int64),
+        ("is_waiting", ctypes.c_int64),
     )
 
 
 def run_layers(
     team: Team,
     layers: ctypes.Array[LayerFields],
-    batch: BatchFields,
-    rows: LayersRowsFields,
+    flows: ctypes.Array[FlowFields],
     advance: Callable[[], None],
     advance_s: float,
 ) -> tuple[int, int]:
-    """Run layers; ``advance`` is called after the layer in which ``advance_s`` are over.
+    """Run the layers of all flows; ``advance`` is called after the layer in which ``advance_s`` are
+    over.
 
-    The layers that are done, all of them or up to that in whose exchange with other ranks native
-    code has stopped, and why: 0, ``UNSENT`` or ``UNEXPECTED`` (see ``workers.native.exchange``).
-    Raises ``IndexError`` for an empty expert slot, ``RuntimeError`` where there is no memory.
+    Where native code has stopped in an exchange with other ranks, why: ``UNSENT`` or ``UNEXPECTED``
+    (see ``workers.native.exchange``), else 0; and the flow whose turn it is. Raises ``IndexError``
+    for an empty expert slot, ``RuntimeError`` where there is no memory.
     """
-    run, done, result = team.library.functions.layers_run, ctypes.c_int64(), 0
-    fixed = [ctypes.byref(fields) for fields in (batch, rows)]
-    while done.value < len(layers) and not result:
-        result = run(team.pointer, layers, len(layers), *fixed, advance_s, ctypes.byref(done))
+    run, turn = team.library.functions.layers_run, ctypes.c_int64()
+    while True:
+        arguments = (layers, len(layers), flows, len(flows), advance_s)
+        result = run(team.pointer, *arguments, ctypes.byref(turn))
         if result < UNEXPECTED:
             check(result)
         advance()
-    return done.value, result
+        if result or all(flow.next == len(layers) and not flow.is_waiting for flow in flows):
+            return result, turn.value

@@ -35,7 +35,7 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "experts_compute": (_INT, (_POINTER, _POINTER)),
     "layers_run": (
         _INT,
-        (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, ctypes.c_double, _POINTER),
+        (_POINTER, _POINTER, _INT64, _POINTER, _INT64, ctypes.c_double, _POINTER),
     ),
     "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),

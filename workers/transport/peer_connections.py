@@ -29,6 +29,10 @@ from workers.transport.socket_io import WakePipe
 _EpollSelector = getattr(selectors, "EpollSelector", type(None))  # Linux has one
 _OPEN_SLICE_S = 0.1
 _DRAIN_ROUNDS = 100
+SPIN_S = 1e-3
+"""How long a worker with cores of its own looks for the frames of an exchange before it sleeps:
+waking up takes longer than most exchanges. A worker that shares a core would take it from the peer
+that it waits for."""
 _INBOX_FRAMES = 4
 """Largest data frames that may wait in an inbox, or to be sent, before the peer is held back."""
 
@@ -47,17 +51,19 @@ class PeerConnections:
         connect_timeout_s: float = 10.0,
         step_timeout_s: float = 60.0,
         path_limit_s: float = 2.0,
+        spin_s: float = 0.0,
     ) -> None:
         """Open the listener on ``host`` (the cluster interface), by default on a free port.
 
         ``max_data_bytes`` bounds a data frame (``frames.max_data_bytes``). A peer whose host
-        acknowledges nothing for ``path_limit_s`` is lost.
+        acknowledges nothing for ``path_limit_s`` is lost. ``spin_s``: see ``SPIN_S``.
         """
         self.me = me
         self.step_timeout_s = step_timeout_s
         self.generation = Generation(number=0, members=())
         self._max_data_bytes = max_data_bytes
         self._connect_timeout_s = connect_timeout_s
+        self._spin_s = spin_s
         self._members: dict[str, Member] = {}
         self._early: dict[str, Edge] = {}
         self._opening = False
@@ -207,6 +213,7 @@ class PeerConnections:
             epoll=self._selector.fileno(),
             wake=self._wakeup.fileno(),
             limit_ms=round(1000 * LOOK_S),
+            spin_ns=round(1e9 * self._spin_s),
         )
         return DirectEdges(self._table, edges, waiting, self._check_all)
 

@@ -16,9 +16,12 @@ from workers.model.families.decoder import DecoderLayer
 from workers.model.layers import Layer
 from workers.model.native_half import NativeHalf, NativeMlp
 from workers.native.exchange import HomeFields
-from workers.native.experts import LocalExperts
+from workers.native.experts import CallFields, LocalExperts
 from workers.native.half import BatchFields
-from workers.native.layers import NO_BANK, LayerFields, LayersRowsFields, run_layers
+from workers.native.layers import NO_BANK, FlowFields, LayerEnds, LayerFields, run_layers
+
+Experts = Sequence[LocalExperts] | Sequence[HomeFields]
+"""By ``BankSpec.index``: in this process, or the exchanges with other ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +32,64 @@ class _Parts:
     mlp: NativeMlp | None
 
 
-@dataclass(frozen=True, slots=True)
-class LayersOutput:
-    """What native layers leave."""
+class Flow:
+    """A micro-batch on its way through native layers."""
 
-    hidden: Tensor
-    """[T, H] after the layers that are done."""
-    topk_ids: Tensor
-    """[banks, T, k] int64; those of layers that are not done are not set."""
-    num_done: int
-    """Layers, the one included in whose exchange native code has stopped."""
-    stop: int
-    """Why: 0, or what ``run_layers`` returned. Then the last layer's rows have been dispatched."""
-    topk_weights: Tensor
-    """[T, k] float32 of the last layer."""
-    inputs: Tensor
-    """[T, H]: what it sends to its experts. Frames that were not sent whole point to it."""
-    others: Tensor | None
-    """[T, H]: what its MLP adds to the routed experts' outputs, if it has one."""
+    def __init__(self, hidden: Tensor, batch: BatchFields, experts: Experts, top_k: int) -> None:
+        """hidden [T, H] is changed. All experts are in one place."""
+        num_banks, (num_rows, width) = len(experts), hidden.shape
+        self.hidden = hidden.contiguous()
+        """[T, H]: the residual stream after the layers that are done."""
+        self.topk_ids = torch.empty((num_banks, num_rows, top_k), dtype=torch.int64)
+        """[banks, T, k]; those of layers that have not begun are not set."""
+        self.topk_weights = torch.empty((num_rows, top_k), dtype=torch.float32)
+        """[T, k] of the last layer that has begun."""
+        self.ends = (LayerEnds * num_banks)()
+        """By bank."""
+        self._memory = torch.empty((3, num_rows, width), dtype=hidden.dtype)
+        self._kept = batch, experts  # which C reads
+        part, memory = self.hidden.nbytes, self._memory.data_ptr()
+        self.fields = FlowFields(
+            batch=ctypes.addressof(batch),
+            hidden=self.hidden.data_ptr(),
+            normed=memory,
+            others=memory + part,
+            topk_ids=self.topk_ids.data_ptr(),
+            topk_weights=self.topk_weights.data_ptr(),
+            routed=memory + 2 * part,
+            ends=ctypes.addressof(self.ends),
+        )
+        """For C."""
+        homes = [own for own in experts if isinstance(own, HomeFields)]
+        calls = [_call(own) for own in experts if isinstance(own, LocalExperts)]
+        if homes:
+            self._homes = (ctypes.c_void_p * num_banks)(*map(ctypes.addressof, homes))
+            self.fields.homes = ctypes.addressof(self._homes)
+        else:
+            self._calls = (CallFields * num_banks)(*calls)
+            self.fields.experts = ctypes.addressof(self._calls)
+
+    @property
+    def num_begun(self) -> int:
+        """Layers that have begun."""
+        return int(self.fields.next)
+
+    @property
+    def is_waiting(self) -> bool:
+        """The last of them has dispatched its rows, whose outputs are still to be received."""
+        return bool(self.fields.is_waiting)
+
+    @property
+    def others(self) -> Tensor:
+        """[T, H]: what the MLP of that layer adds to the routed experts' outputs, if it has one."""
+        return self._memory[1]
+
+
+def _call(experts: LocalExperts) -> CallFields:
+    call, slot_of = CallFields.from_buffer_copy(experts.table.fields), experts.slot_of
+    call.slot_of = None if slot_of is None else slot_of.data_ptr()
+    call.rounds_products = not experts.float32_weights
+    return call
 
 
 class NativeLayers:
@@ -56,7 +99,8 @@ class NativeLayers:
         """``caches`` by layer; they must outlive this."""
         self._parts = parts  # whose memory ``_fields`` names
         self._team = parts[0].half.team
-        self._top_k = max(part.half.fields.router.routing.top_k for part in parts)
+        self.top_k = max(part.half.fields.router.routing.top_k for part in parts)
+        """Experts of a row."""
         self._fields = (LayerFields * len(parts))()
         for fields, part, cache in zip(self._fields, parts, caches, strict=True):
             routing = part.half.routing
@@ -69,42 +113,21 @@ class NativeLayers:
         """``BankSpec.index`` of a layer's routed experts."""
         return int(self._fields[layer].bank)
 
+    def has_mlp(self, layer: int) -> bool:
+        return self._parts[layer].mlp is not None
+
     def run(
-        self,
-        hidden: Tensor,
-        batch: BatchFields,
-        experts: Sequence[LocalExperts] | Sequence[HomeFields],
-        advance: Callable[[], None],
-        advance_s: float,
-    ) -> LayersOutput:
-        """Run all layers on hidden [T, H], which may be changed.
+        self, flows: Sequence[Flow], advance: Callable[[], None], advance_s: float
+    ) -> tuple[int, int]:
+        """Run all layers of the micro-batches in turns.
 
-        ``experts`` by ``BankSpec.index``, in this process or on other ranks. ``advance`` as for
-        ``run_layers``, which says what this raises, too.
+        ``advance`` and what this returns and raises: see ``run_layers``.
         """
-        for fields in self._fields:
-            if fields.bank != NO_BANK:
-                _set_experts(fields, experts[fields.bank])
-        hidden = hidden.contiguous()
-        normed, others, routed = (torch.empty_like(hidden) for _ in range(3))
-        ids = torch.empty((len(experts), len(hidden), self._top_k), dtype=torch.int64)
-        weights = torch.empty((len(hidden), self._top_k), dtype=torch.float32)
-        tensors = (hidden, normed, others, ids, weights, routed)
-        rows = LayersRowsFields(*(tensor.data_ptr() for tensor in tensors))
-        done, stop = run_layers(self._team, self._fields, batch, rows, advance, advance_s)
-        has_mlp = self._parts[done - 1].mlp is not None
-        return LayersOutput(hidden, ids, done, stop, weights, normed, others if has_mlp else None)
-
-
-def _set_experts(fields: LayerFields, experts: LocalExperts | HomeFields) -> None:
-    fields.home = None
-    if isinstance(experts, HomeFields):
-        fields.home = ctypes.addressof(experts)
-        return
-    fields.experts = experts.table.fields
-    call, slot_of = fields.experts, experts.slot_of
-    call.slot_of = None if slot_of is None else slot_of.data_ptr()
-    call.rounds_products = not experts.float32_weights
+        fields = (FlowFields * len(flows))(*(flow.fields for flow in flows))
+        found = run_layers(self._team, self._fields, fields, advance, advance_s)
+        for flow, after in zip(flows, fields, strict=True):
+            flow.fields = after
+        return found
 
 
 def native_layers(layers: Sequence[Layer], caches: Sequence[Tensor]) -> NativeLayers | None:

@@ -2,7 +2,8 @@
 #include "exchange.h"
 
 #include <string.h>
-#include <time.h>
+
+#include "clock.h"
 
 enum { ALIGNMENT = 64 };
 
@@ -143,12 +144,6 @@ int exchange_gather(struct exchange_home *home) {
 }
 
 // ---- expert ranks -------------------------------------------------------------------------------
-
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * (int64_t)1000000000 + now.tv_nsec;
-}
 
 static char *take(char *base, int64_t *used, int64_t num_bytes) {
     char *at = (char *)((uintptr_t)base + (uintptr_t)*used);

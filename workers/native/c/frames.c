@@ -2,10 +2,13 @@
 #include "frames.h"
 
 #include <errno.h>
+#include <immintrin.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+
+#include "clock.h"
 
 enum { MAX_EVENTS = 16 };
 
@@ -112,6 +115,7 @@ static int wait_for(const struct frame *frames, int64_t count, const struct wait
 int frames_receive(struct frame *frames, int64_t count, enum frame_kind kind,
                    const struct place *place, const struct waiting *waiting) {
     for (int64_t i = 0; i < count; i++) frames[i].done = frames[i].error = 0;
+    int64_t sleep_ns = now_ns() + waiting->spin_ns;
     for (;;) {
         int is_whole = 1, has_more = 0;
         for (struct frame *frame = frames; frame < frames + count; frame++) {
@@ -122,6 +126,8 @@ int frames_receive(struct frame *frames, int64_t count, enum frame_kind kind,
             has_more |= arrival == SOMETHING;
         }
         if (is_whole) return 1;
-        if (!has_more && !wait_for(frames, count, waiting)) return 0;
+        if (has_more) continue;
+        if (waiting->spin_ns && now_ns() < sleep_ns) _mm_pause();
+        else if (!wait_for(frames, count, waiting)) return 0;
     }
 }

@@ -37,6 +37,7 @@ struct waiting {
     int64_t epoll;  // watches the sockets for reading, and all else that ends the wait
     int64_t wake;   // one that it watches and that does not end the wait: it is read to its end
     int64_t limit_ms;
+    int64_t spin_ns;  // how long to look at the sockets again and again before that
 };
 
 // Send frames as far as the system takes them; 1: all of them, whole.

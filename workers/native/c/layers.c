@@ -1,121 +1,150 @@
 // Layers one after the other, for callers that look at nothing between them.
-#define _POSIX_C_SOURCE 199309L
-#include <time.h>
-
+#define _GNU_SOURCE
+#include "clock.h"
 #include "exchange.h"
 #include "half.h"
 
-// Mirrored by `LayerFields` in layers.py. Calls are complete but for rows.
+// Mirrored by `LayerFields` in layers.py, as all below. Calls are complete but for rows.
 struct layer {
     struct half half;
     void *cache;
-    int64_t bank;                 // of its routed experts; -1: none
-    struct experts_call experts;
-    struct experts_call mlp;      // as a single expert; num_slots 0: none
-    struct exchange_home *home;   // of routed experts on other ranks; NULL: they are `experts`
+    int64_t bank;             // of its routed experts; -1: none
+    struct experts_call mlp;  // as a single expert; num_slots 0: none
 };
 
-// Memory that all layers share, and what they choose.
-struct layers_rows {
+// When the parts of a layer with routed experts ended, see `now_ns`. Experts on this rank are
+// computed by their dispatch.
+struct layer_ends {
+    int64_t attention, dispatch, mlp, combine;
+};
+
+// A micro-batch on its way through the layers.
+struct flow {
+    const struct half_batch *batch;
     void *hidden;         // [num_rows, hidden_size]: the residual stream, before and after
     void *normed;         // [num_rows, hidden_size]
     void *others;         // [num_rows, hidden_size]: outputs of the MLP beside routed experts
     int64_t *topk_ids;    // [banks, num_rows, top_k]
-    float *topk_weights;  // [num_rows, top_k]
+    float *topk_weights;  // [num_rows, top_k], of its last layer
     void *routed;         // [num_rows, hidden_size]: outputs of experts on other ranks
+    const struct experts_call *experts;  // [banks]: on this rank
+    struct exchange_home *const *homes;  // [banks]: on other ranks; NULL: they are `experts`
+    struct layer_ends *ends;             // [banks]
+    int64_t next;        // layer that begins next
+    int64_t is_waiting;  // the outputs of the layer before are to be received
 };
 
-static double now_s(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
-
 // Outputs of experts, or with `weights` their sums, which are added to the residual stream.
-static int run_experts(struct team *team, struct experts_call call, int64_t num_rows,
-                       const struct layers_rows *rows, const float *weights) {
-    call.inputs = rows->normed;
-    call.num_inputs = call.num_rows = num_rows;
+static int run_experts(struct team *team, struct experts_call call, const struct flow *flow,
+                       const float *weights) {
+    call.inputs = flow->normed;
+    call.num_inputs = call.num_rows = flow->batch->num_rows;
     call.inputs_by = BY_ROW;
     call.weights = weights;
     call.sums_dtype = call.dtype;
     call.adds = 1;
-    call.out = weights ? rows->hidden : rows->others;
+    call.out = weights ? flow->hidden : flow->others;
     return experts_claimed(team, &call);
 }
 
 // An MLP alone, or beside routed experts. All rows read the same slot and weight.
-static int run_mlp(struct team *team, const struct layer *layer, int64_t num_rows,
-                   const struct layers_rows *rows) {
+static int run_mlp(struct team *team, const struct layer *layer, const struct flow *flow) {
     static const int64_t slot = 0;
     static const float weight = 1.0f;
     struct experts_call call = layer->mlp;
     call.slots = &slot;
     call.top_k = 1;
-    return run_experts(team, call, num_rows, rows, layer->bank < 0 ? &weight : NULL);
+    return run_experts(team, call, flow, layer->bank < 0 ? &weight : NULL);
 }
 
-// Experts on other ranks, which compute beside the MLP. UNSENT and UNEXPECTED after the MLP, with the
-// outputs still to be gathered.
-static int run_remote(struct team *team, const struct layer *layer, const struct half_rows *half,
-                      int64_t num_rows, const struct layers_rows *rows) {
-    struct exchange_home *home = layer->home;
-    enum dtype dtype = (enum dtype)layer->half.dtype;
-    int has_mlp = layer->mlp.num_slots > 0;
-    home->num_rows = num_rows;
-    home->ids = half->topk_ids;
-    home->weights = half->topk_weights;
+// Send rows to experts on other ranks, which compute beside the MLP. UNSENT after the MLP, with the
+// outputs still to be received.
+static int send_rows(struct team *team, const struct layer *layer, struct flow *flow,
+                const int64_t *topk_ids) {
+    struct exchange_home *home = flow->homes[layer->bank];
+    home->num_rows = flow->batch->num_rows;
+    home->ids = topk_ids;
+    home->weights = flow->topk_weights;
     home->weights_dtype = FLOAT32;
-    home->inputs = half->normed;
-    home->out = rows->routed;
+    home->inputs = flow->normed;
+    home->out = flow->routed;
     int sent = exchange_dispatch(home);
     if (sent != OK && sent != UNSENT) return sent;
-    int result = has_mlp ? run_mlp(team, layer, num_rows, rows) : OK;
-    if (result == OK) result = sent;
-    if (result == OK) result = exchange_gather(home);
+    flow->is_waiting = 1;
+    flow->ends[layer->bank].dispatch = now_ns();
+    int result = layer->mlp.num_slots ? run_mlp(team, layer, flow) : OK;
+    flow->ends[layer->bank].mlp = now_ns();
+    return result == OK ? sent : result;
+}
+
+// Receive what experts on other ranks return for the rows of a layer, and add it up.
+static int receive_outputs(const struct layer *layer, struct flow *flow) {
+    int result = exchange_gather(flow->homes[layer->bank]);
     if (result != OK) return result;
-    int64_t count = num_rows * layer->half.hidden_size;
+    enum dtype dtype = (enum dtype)layer->half.dtype;
+    int64_t count = flow->batch->num_rows * layer->half.hidden_size;
     for (int64_t i = 0; i < count; i += LANES) {
-        vec x = load_some(rows->routed, i, count - i, dtype);
-        if (has_mlp) x = v_round(v_add(x, load_some(rows->others, i, count - i, dtype)), dtype);
-        x = v_add(load_some(rows->hidden, i, count - i, dtype), x);
-        store_some(rows->hidden, i, x, count - i, dtype);
+        vec x = load_some(flow->routed, i, count - i, dtype);
+        if (layer->mlp.num_slots)
+            x = v_round(v_add(x, load_some(flow->others, i, count - i, dtype)), dtype);
+        x = v_add(load_some(flow->hidden, i, count - i, dtype), x);
+        store_some(flow->hidden, i, x, count - i, dtype);
     }
+    flow->is_waiting = 0;
+    flow->ends[layer->bank].combine = now_ns();
     return OK;
 }
 
-static int run_layer(struct team *team, const struct layer *layer, const struct half_batch *batch,
-                     const struct layers_rows *rows) {
-    int64_t num_rows = batch->num_rows, top_k = layer->half.router.routing.top_k;
+static int begin_layer(struct team *team, const struct layer *layer, struct flow *flow) {
+    int64_t num_rows = flow->batch->num_rows, top_k = layer->half.router.routing.top_k;
     struct half_rows half_rows = {
-        .hidden = rows->hidden,
+        .hidden = flow->hidden,
         .cache = layer->cache,
-        .normed = rows->normed,
-        .topk_ids = layer->bank < 0 ? NULL : rows->topk_ids + layer->bank * num_rows * top_k,
-        .topk_weights = rows->topk_weights,
+        .normed = flow->normed,
+        .topk_ids = layer->bank < 0 ? NULL : flow->topk_ids + layer->bank * num_rows * top_k,
+        .topk_weights = flow->topk_weights,
     };
-    int result = half_claimed(team, &layer->half, batch, &half_rows, ENTER | ATTEND | LEAVE);
-    if (result == OK && layer->bank >= 0 && layer->home)
-        return run_remote(team, layer, &half_rows, num_rows, rows);
-    if (result == OK && layer->mlp.num_slots) result = run_mlp(team, layer, num_rows, rows);
-    if (result != OK || layer->bank < 0) return result;
-    struct experts_call call = layer->experts;
+    int stages = ENTER | ATTEND | LEAVE, has_mlp = layer->mlp.num_slots > 0;
+    int result = half_claimed(team, &layer->half, flow->batch, &half_rows, stages);
+    if (result != OK) return result;
+    if (layer->bank < 0) return has_mlp ? run_mlp(team, layer, flow) : OK;
+    struct layer_ends *ends = &flow->ends[layer->bank];
+    ends->attention = now_ns();
+    if (flow->homes) return send_rows(team, layer, flow, half_rows.topk_ids);
+    if (has_mlp) result = run_mlp(team, layer, flow);
+    if (result != OK) return result;
+    struct experts_call call = flow->experts[layer->bank];
     call.slots = half_rows.topk_ids;
     call.top_k = call.slots_stride = call.weights_stride = top_k;
-    if (layer->mlp.num_slots) call.others = rows->others;
-    return run_experts(team, call, num_rows, rows, rows->topk_weights);
+    if (has_mlp) call.others = flow->others;
+    result = run_experts(team, call, flow, flow->topk_weights);
+    ends->dispatch = ends->mlp = ends->combine = now_ns();
+    return result;
 }
 
-// Run layers from `*next` on, which is advanced, until all are done or `limit_s` is over. Returns
-// an `enum result`, that of the last layer.
+// One flow as far as it goes without waiting for the others: to the next exchange, or to the end.
+static int advance(struct team *team, const struct layer *layers, int64_t num_layers,
+                   struct flow *flow) {
+    if (flow->is_waiting) {
+        int result = receive_outputs(&layers[flow->next - 1], flow);
+        if (result != OK) return result;
+    }
+    return flow->next < num_layers ? begin_layer(team, &layers[flow->next++], flow) : OK;
+}
+
+// Run all layers of the flows, in turns, until they are done or `limit_s` is over. Returns an
+// `enum result`, that of the last flow. `*turn`: the flow that goes on.
 int layers_run(struct team *team, const struct layer *layers, int64_t num_layers,
-               const struct half_batch *batch, const struct layers_rows *rows, double limit_s,
-               int64_t *next) {
+               struct flow *flows, int64_t num_flows, double limit_s, int64_t *turn) {
     if (!team_claim(team)) return BUSY;
-    double end_s = now_s() + limit_s;
+    int64_t end_ns = now_ns() + (int64_t)(limit_s * 1e9), num_ended = 0;
     int result;
-    do result = run_layer(team, &layers[(*next)++], batch, rows);
-    while (result == OK && *next < num_layers && now_s() < end_s);
+    do {
+        struct flow *flow = &flows[*turn];
+        result = advance(team, layers, num_layers, flow);
+        if (result != UNEXPECTED) *turn = (*turn + 1) % num_flows;  // else it receives once more
+        num_ended = flow->next == num_layers && !flow->is_waiting ? num_ended + 1 : 0;
+    } while (result == OK && num_ended < num_flows && now_ns() < end_ns);
     team_release(team);
     return result;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import LocalEngine
 from workers.dispatch.dispatcher import DispatchHandle
 from workers.dispatch.local import LocalDispatcher
-from workers.metrics.step_metrics import SAMPLE, StepMetrics
 from workers.metrics.step_timer import StepTimer
 from workers.model.layers import Dispatch
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.inspection import Inspection
 from workers.requests.request import SamplingParams
+from workers.requests.step_header import StepHeader
 
 SCORED = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
 PROMPTS = [tuple(range(3, 40)), (5, 9, 11), tuple(range(60, 40, -1)), (7,)]
@@ -99,7 +100,7 @@ def test_bits_are_those_of_one_layer_after_the_other(
         check(engine, expected)
 
 
-def test_micro_batches_run_one_after_the_other(golden: Callable[[str], Golden]) -> None:
+def test_micro_batches_take_turns(golden: Callable[[str], Golden]) -> None:
     expected, _ = open_engine(golden("dots1-groups"), OneByOne, num_micro_batches=2)
     engine, dispatcher = open_engine(golden("dots1-groups"), num_micro_batches=2)
     assert engine.generate(PROMPTS, SCORED) == expected.generate(PROMPTS, SCORED)
@@ -159,14 +160,41 @@ def test_other_layers_have_exchanges(golden: Callable[[str], Golden], variant: s
 
 
 def test_what_looks_between_layers_has_exchanges(golden: Callable[[str], Golden]) -> None:
-    """Inspected requests, and the steps that a timer measures."""
     engine, dispatcher = open_engine(golden("olmoe-base"))
     engine.inspect(PROMPTS[:1], Inspection(hidden_states=True))
     assert dispatcher.num_exchanges > 0
-    engine, dispatcher = open_engine(golden("olmoe-base"))
-    wanted = engine.generate(PROMPTS, SCORED)
-    engine, dispatcher = open_engine(golden("olmoe-base"))
-    dispatcher.timer = StepTimer(StepMetrics(wait=None))
-    assert engine.generate(PROMPTS, SCORED) == wanted
-    num_measured = int(engine.engine.stats()["steps_total"]) // SAMPLE
-    assert dispatcher.num_exchanges == num_measured * len(engine.banks) > 0
+
+
+class Laps:
+    """A ``TimingSink`` of all steps."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, int, int, int]] = []
+
+    def begin_step(self, header: StepHeader) -> bool:
+        return True
+
+    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
+        assert start_ns <= end_ns
+        self.found.append((name, place.get("layer", -1), place.get("micro_batch", -1), end_ns))
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("variant", ["olmoe-base", "dots1-groups"])
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_native_layers_are_timed(
+    golden: Callable[[str], Golden], variant: str, num_micro_batches: int
+) -> None:
+    """The laps of each layer and micro-batch, in the order of time."""
+    laps = []
+    for kind in (OneByOne, Counting):
+        engine, dispatcher = open_engine(golden(variant), kind, num_micro_batches=num_micro_batches)
+        dispatcher.timer = StepTimer(sink := Laps())
+        engine.generate(PROMPTS, SCORED)
+        ends_ns = [end_ns for *_, end_ns in sink.found]
+        assert ends_ns == sorted(ends_ns)
+        laps.append([place for *place, _ in sink.found])
+    assert sorted(laps[1]) == sorted(laps[0])
+    assert dispatcher.num_exchanges == 0
