@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,8 @@ class ModelRunner:
     """Monotonic seconds of the latest step's first dispatch, also when the step failed.
 
     Where there is none, the begin of its layers."""
+    on_compute: Callable[[], None] = lambda: None
+    """Called at that time."""
     advance_s: float = 0.1
     """Native layers report their progress after the one in which this time is over."""
     graphs: DecodeGraphs | None = None
@@ -90,7 +92,7 @@ class ModelRunner:
         if self._fits_graph(header, plan):
             assert self.graphs is not None
             self.dispatcher.begin_step(header, ())
-            self.first_dispatch = time.monotonic()
+            self._begin_compute()
             output = self.graphs.run(plan.rows)
             if isinstance(self.dispatcher, LocalDispatcher):
                 self.dispatcher.activity.advance()
@@ -168,12 +170,12 @@ class ModelRunner:
         if experts is None:
             return None
         caches = self.cache.layers
-        self.first_dispatch = time.monotonic()
         entered = [self.model.enter(own, caches) for own in inputs]
         flows = []
         for (hidden, context), own_experts in zip(entered, experts, strict=True):
             assert context.native is not None, "native layers are those of a native model"
             flows.append(Flow(hidden, context.native, own_experts, native.top_k))
+        self._begin_compute()
         stop, turn = native.run(flows, dispatcher.activity.advance, self.advance_s)
         dispatcher.note_layers([flow.ends for flow in flows])
         handles: list[DispatchHandle | None] = [None] * len(flows)
@@ -254,9 +256,13 @@ class ModelRunner:
                 routed[sent.bank].append(chosen)
         return [results[micro_batch] for micro_batch in range(len(flows))]
 
+    def _begin_compute(self) -> None:
+        self.first_dispatch = time.monotonic()
+        self.on_compute()
+
     def _dispatch(self, sent: Dispatch, micro_batch: int) -> DispatchHandle:
         if self.first_dispatch is None:
-            self.first_dispatch = time.monotonic()
+            self._begin_compute()
         return self.dispatcher.dispatch(sent, micro_batch)
 
     def _result(

@@ -77,6 +77,11 @@ class StepChannel:
         self._timed: tuple[StepHeader, float] | None = None  # the step under way, and its start
 
     @property
+    def has_header(self) -> bool:
+        """``wait`` returns at once."""
+        return bool(self._headers)
+
+    @property
     def is_leader(self) -> bool:
         """Whether this worker publishes the headers of the current generation."""
         return self._ranks.leader == self._connections.me.name

@@ -15,6 +15,7 @@ from cluster.core.errors import (
     PeerLostError,
     QueueFullError,
     RequestError,
+    TransportError,
 )
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import ExpertPlacement
@@ -122,6 +123,8 @@ class AttentionRuntime(WorkerRuntime):
         if self.args.device.type == "cuda":
             engine.runner.capture_graphs(section.max_num_seqs)
         self._lend_blocks(engine)
+        assert self._stream is not None, "it is open before the weights are loaded"
+        engine.runner.on_compute = self._stream.release
         self._engine = engine
         return {
             "max_model_len": engine.max_model_len,
@@ -221,6 +224,7 @@ class AttentionRuntime(WorkerRuntime):
         """Handle the gateways' commands, and send outputs that need no step."""
         engine = self._engine
         assert engine is not None, "the weights are loaded before the loop begins"
+        assert self._stream is not None
         self._kv_lender.answer()
         for command in self._take_commands():
             self._handle(engine, command)
@@ -233,6 +237,8 @@ class AttentionRuntime(WorkerRuntime):
                 self._refuse(done.command.gateway, done.command.request, done.error)
         self._emit(engine.poll())
         self._report_solo_steps(engine)
+        if not self.membership.runs:
+            self._stream.release()
 
     def _take_commands(self) -> list[Command]:
         """Commands of gateways since the last call."""
@@ -264,11 +270,24 @@ class AttentionRuntime(WorkerRuntime):
                 self._stream.publish(owner, solo_step)
 
     def _run_step(self) -> None:
+        """Run a step. Its outputs are sent while the next one computes, if one follows."""
+        assert self._stream is not None
+        try:
+            self._run_next_step(self._stream)
+        except TransportError:
+            self._stream.release()
+            raise
+        if not self._has_more:
+            self._stream.release()
+
+    def _run_next_step(self, stream: EngineServer) -> None:
         engine = self._engine
         assert engine is not None, "the weights are loaded before the loop begins"
         wanted = engine.wanted()
         self.activity.is_idle = not engine.has_work
         self.channel.propose(wanted, even_empty=self._needs_a_commit())
+        if not self.channel.has_header:
+            stream.release()
         header = self.channel.wait(self._compilations.wait_s(self._fetches.wait_s(self._idle_s())))
         if self.connections.is_settled:
             self.membership.confirm()
@@ -283,6 +302,8 @@ class AttentionRuntime(WorkerRuntime):
         outputs = self._step(engine, header)
         self.membership.committed(is_shared=bool(self.activity.rows) or not self.channel.is_leader)
         self._has_more = engine.has_work
+        stream.release()  # a step without rows has not computed
+        stream.hold()
         self._emit(outputs)
 
     def _check_overdue(self, wanted: RowsWanted) -> None:

@@ -15,7 +15,9 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import grpc
 import psutil
@@ -86,6 +88,8 @@ class EngineServer:
         self._admitted = 0
         self._fence = -1
         self._loop = asyncio.new_event_loop()
+        self._calls: deque[Callable[[], object]] = deque()
+        self._is_held = False
         self._started = threading.Event()
         self._port = 0
         self._thread = threading.Thread(target=self._run, name="engine-server", daemon=True)
@@ -98,12 +102,27 @@ class EngineServer:
             raise OSError(f"the engine stream could not be served on {self._host}")
         return f"{self._host}:{self._port}"
 
+    def hold(self) -> None:
+        """Keep what is published from now on until ``release``.
+
+        For an engine's thread that will soon compute without Python's lock: until then the server's
+        thread would take the lock from it. Order is kept.
+        """
+        self._is_held = True
+
+    def release(self) -> None:
+        """Send what is held, and what is published from now on (any thread)."""
+        self._is_held = False
+        if self._calls:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._run_calls)
+
     def publish(self, gateway: str, message: StepOutput | SoloStep | Queued) -> None:
         """Send a message to one gateway (any thread). A closed stream is ignored.
 
         The server's thread encodes it.
         """
-        self._call_soon(self._streams.send, gateway, message)
+        self._publish(self._streams.send, gateway, message)
 
     def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
         """Publish the cached blocks and the fetch cost to all gateways (any thread).
@@ -111,7 +130,7 @@ class EngineServer:
         A change of the cost alone is sent with the next blocks, and to new gateways.
         """
         if changes.stored or changes.removed or fetch_cost != self._kv.fetch_cost:
-            self._call_soon(self._tell_kv, changes, fetch_cost)
+            self._publish(self._tell_kv, changes, fetch_cost)
 
     def close_streams(self, fence: int) -> None:
         """Generations up to ``fence`` may no longer serve (any thread).
@@ -209,9 +228,18 @@ class EngineServer:
         if self._admitted <= self._fence:
             self._streams.close_all(_MAY_NOT_SERVE)
 
+    def _publish(self, function: Callable[..., object], *arguments: object) -> None:
+        self._calls.append(partial(function, *arguments))
+        if not self._is_held:
+            self.release()
+
     def _call_soon(self, function: Callable[..., object], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(function, *arguments)
+        self._calls.append(partial(function, *arguments))
+        self.release()
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
 
     def _run(self) -> None:
         try:
