@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from workers.requests.step_header import Grant, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
-from workers.transport.peer_connections import SPIN_S, PeerConnections
+from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
 from workers.transport.transport import DataTransport, Expected, Part, Tag
 
@@ -162,11 +161,7 @@ class Connected:
         limit = max_data_bytes(shape.banks, shape.max_rows, 4, "sum")
         self._meetings = meetings
         self._connections = PeerConnections(
-            identity,
-            _SECRET,
-            max_data_bytes=limit,
-            port=ports[rank],
-            spin_s=SPIN_S if shape.size <= len(os.sched_getaffinity(0)) else 0.0,
+            identity, _SECRET, max_data_bytes=limit, port=ports[rank]
         )
         self.transport: DataTransport
         if shape.transport == "sockets":

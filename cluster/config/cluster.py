@@ -133,11 +133,6 @@ class WorkersSection:
         check_each(self, "gpus_per_worker", lambda gpus: gpus <= 1, rule)
 
     @property
-    def has_own_cores(self) -> bool:
-        """Whether no worker shares a core with another one, as far as the shares are resolved."""
-        return self.device == "cuda" or self.cpus_per_worker is None or self.cpus_per_worker >= 1
-
-    @property
     def num_attention_ranks(self) -> int:
         """Workers that hold requests."""
         if self.num_attention_workers is not None:

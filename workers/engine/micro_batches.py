@@ -32,7 +32,7 @@ class MicroBatchRule:
         core alternate anyway: ``auto`` is 1 then. ``workers`` has its shares resolved.
         """
         setting = engine.num_micro_batches
-        if setting == "auto" and not (workers.mode == "disaggregated" and workers.has_own_cores):
+        if setting == "auto" and not _can_overlap(workers):
             setting = 1
         return cls(
             setting=setting,
@@ -50,3 +50,10 @@ class MicroBatchRule:
             return 1
         threshold = self.prefill_threshold if has_prefill else self.decode_threshold
         return 2 if self.setting == 2 or most >= threshold else 1
+
+
+def _can_overlap(workers: WorkersSection) -> bool:
+    """Whether attention and experts can compute at the same time."""
+    cpus = workers.cpus_per_worker
+    has_own_core = workers.device == "cuda" or cpus is None or cpus >= 1
+    return workers.mode == "disaggregated" and has_own_core

@@ -11,11 +11,13 @@ from workers.native.library import Found, Library, find_library
 
 logger = logging.getLogger(__name__)
 
-_SPINS = 16_000
-"""Pauses that an idle thread spins before it sleeps: half a millisecond on an AMD EPYC, longer than
-the Python between two calls of a step. Two of its cores in a virtual machine, tokens/s of the mini
-model with 2,000 / 8,000 / 30,000: batch 1 147 / 154 / 159, batch 8 368 / 394 / 424, batch 32 535 /
-590 / 654; over HTTP, where the gateway needs the cores too, no difference beyond the noise."""
+_SPINS = 1_000
+"""Pauses that an idle thread spins before it sleeps: some 30 microseconds on an AMD EPYC, longer
+than most barriers take. One that spins longer keeps a core from the gateway, and from a thread of
+its own team that waits for one. Two cores of a virtual machine, in turns, decode rate over HTTP of
+the mini model with 1,000 against 16,000: batch 1 / 8 / 32 1.38 / 1.17 / 1.19; against 200: 0.91 /
+0.89 / 0.99. The engine alone shows no difference beyond the noise there; on another such machine it
+was 1.05 to 1.10 times as fast with 8,000 as with 2,000."""
 _ERRORS = (
     "",
     "another thread computes with the team",

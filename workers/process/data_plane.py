@@ -12,7 +12,7 @@ from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
-from workers.transport.peer_connections import SPIN_S, PeerConnections
+from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
 
 
@@ -46,7 +46,7 @@ def open_connections(
         connect_timeout_s=transport.connect_timeout_s,
         step_timeout_s=transport.step_timeout_s,
         path_limit_s=transport.detection_limit_s,
-        spin_s=SPIN_S if args.config.workers.has_own_cores else 0.0,
+        num_threads=args.threads,
     )
 
 

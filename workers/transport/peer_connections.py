@@ -8,6 +8,7 @@ attention ranks); one TCP connection a pair carries step frames and data frames,
 
 from __future__ import annotations
 
+import os
 import selectors
 import socket
 import time
@@ -29,10 +30,11 @@ from workers.transport.socket_io import WakePipe
 _EpollSelector = getattr(selectors, "EpollSelector", type(None))  # Linux has one
 _OPEN_SLICE_S = 0.1
 _DRAIN_ROUNDS = 100
-SPIN_S = 1e-3
-"""How long a worker with cores of its own looks for the frames of an exchange before it sleeps:
-waking up takes longer than most exchanges. A worker that shares a core would take it from the peer
-that it waits for."""
+_SPIN_S = 1e-3
+"""How long a worker on a host with a spare core looks for the frames of an exchange before it
+sleeps. Dispatch and combine of one row between two processes take 40 us then, and 130 us with
+sleep, on two cores of an AMD EPYC that do nothing else. With the gateway on them, the decode rate
+over HTTP at batch 1 / 8 / 32 is 1.36 / 1.16 / 1.15 times as high without spinning."""
 _INBOX_FRAMES = 4
 """Largest data frames that may wait in an inbox, or to be sent, before the peer is held back."""
 
@@ -51,19 +53,20 @@ class PeerConnections:
         connect_timeout_s: float = 10.0,
         step_timeout_s: float = 60.0,
         path_limit_s: float = 2.0,
-        spin_s: float = 0.0,
+        num_threads: int = 1,
     ) -> None:
         """Open the listener on ``host`` (the cluster interface), by default on a free port.
 
         ``max_data_bytes`` bounds a data frame (``frames.max_data_bytes``). A peer whose host
-        acknowledges nothing for ``path_limit_s`` is lost. ``spin_s``: see ``SPIN_S``.
+        acknowledges nothing for ``path_limit_s`` is lost. ``num_threads``: with which each worker
+        of the host computes.
         """
         self.me = me
         self.step_timeout_s = step_timeout_s
         self.generation = Generation(number=0, members=())
         self._max_data_bytes = max_data_bytes
         self._connect_timeout_s = connect_timeout_s
-        self._spin_s = spin_s
+        self._num_threads = num_threads
         self._members: dict[str, Member] = {}
         self._early: dict[str, Edge] = {}
         self._opening = False
@@ -213,7 +216,7 @@ class PeerConnections:
             epoll=self._selector.fileno(),
             wake=self._wakeup.fileno(),
             limit_ms=round(1000 * LOOK_S),
-            spin_ns=round(1e9 * self._spin_s),
+            spin_ns=round(1e9 * _SPIN_S) if self._has_spare_core() else 0,
         )
         return DirectEdges(self._table, edges, waiting, self._check_all)
 
@@ -289,6 +292,15 @@ class PeerConnections:
         self._interrupts.close()
 
     # Edges.
+
+    def _has_spare_core(self) -> bool:
+        """This host has more cores than its workers compute with."""
+        host, *others = (
+            address.rpartition(":")[0]
+            for address in (self.address, *(m.data_address for m in self.generation.members))
+        )
+        num_here = others.count(host)
+        return num_here * self._num_threads < len(os.sched_getaffinity(0))
 
     def _shares_edge(self, member: Member) -> bool:
         has_attention = member.runs_attention or runs_attention(self.me.role)

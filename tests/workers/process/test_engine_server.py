@@ -43,6 +43,13 @@ class Case:
         self.came.clear()
         return self.inbox.take()
 
+    def still_unsent(self) -> None:
+        """Nothing has come back, although the server's thread is done with all it knew."""
+        done = threading.Event()
+        self.server._loop.call_soon_threadsafe(done.set)
+        assert done.wait(TIMEOUT_S)
+        assert self.server._calls
+
     def still_serves(self) -> None:
         """A request goes in, and its token comes back."""
         self.stream.send(REQUEST)
@@ -188,3 +195,28 @@ def test_a_request_comes_with_the_hashes_of_its_prompt(
     assert list(added.hashes) == (block_hashes(request, 16, None) if num_hashes else [])
     stream.close()
     server.stop()
+
+
+def test_held_outputs_are_sent_in_order_when_they_are_released(case: Case) -> None:
+    """What somebody else must tell at once takes them along."""
+    case.stream.send(REQUEST)
+    (added,) = case.commands()
+    assert isinstance(added, AddRequest)
+    outputs = [
+        TokenOutput(request_id="r", attempt=0, choice=0, index=i, token_ids=(i,)) for i in range(5)
+    ]
+
+    def publish(*indices: int) -> None:
+        for i in indices:
+            case.server.publish(added.gateway, StepOutput(outputs=(outputs[i],)))
+
+    case.server.hold()
+    publish(0, 1)
+    case.still_unsent()
+    case.server.release()
+    publish(2)
+    case.server.hold()
+    publish(3)
+    case.server.admit_streams(1)
+    publish(4)
+    assert [case.stream.next() for _ in outputs] == outputs

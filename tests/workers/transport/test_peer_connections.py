@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member, Role
 from tests.fakes import Wakeups
-from tests.workers.transport.mesh import MAX_ROWS, make_bank, make_connections
+from tests.workers.transport.mesh import MAX_ROWS, Mesh, make_bank, make_connections
 from workers.transport.acceptor import MAX_PENDING
 from workers.transport.frames import FrameHeader, FrameKind, max_data_bytes
 from workers.transport.peer_connections import PeerConnections
@@ -497,3 +497,20 @@ def test_a_generation_that_was_left_ends_all_waits_until_the_next(
     home.poll()
     home.leave(1)
     home.poll()
+
+
+@pytest.mark.parametrize(("num_cores", "spins"), [(2, False), (3, True)])
+def test_exchanges_spin_where_a_core_is_spare(
+    monkeypatch: pytest.MonkeyPatch, num_cores: int, spins: bool
+) -> None:
+    """Two workers with a thread each; the third one is on another host."""
+    with Mesh(1, 1, [make_bank()]) as mesh:
+        connections = mesh["attention-0"].connections
+        far = replace(mesh.generation.experts[0], name="far", data_address="10.0.0.9:1")
+        members = (*mesh.generation.members, far)
+        connections.generation = replace(mesh.generation, members=members)
+        cores = set(range(num_cores))
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: cores)
+        direct = connections.direct(["expert-0"])
+        assert direct is not None
+        assert bool(direct.waiting.spin_ns) is spins
