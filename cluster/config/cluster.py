@@ -200,7 +200,7 @@ class EngineSection:
     num_micro_batches: NumMicroBatches = "auto"
     """Parts of a step that are in flight at once: 1, 2, or ``auto``: 2 in steps that are large
     enough."""
-    micro_batch_decode_threshold: int = 128
+    micro_batch_decode_threshold: int = 64
     """Rows of the busiest attention rank from which ``auto`` splits a step of decodes only."""
     micro_batch_prefill_threshold: int = 256
     """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
