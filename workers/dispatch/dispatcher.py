@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -107,14 +108,14 @@ class TimedDispatcher(ABC):
         """Time what native layers have done: ``ends`` by micro-batch and bank."""
         if not self.timer.is_recording:
             return
-        parts = sorted(
+        parts = [
             (end_ns, name, bank, micro_batch)
             for micro_batch, of_banks in enumerate(ends)
             for bank, found in zip(self._banks, of_banks, strict=True)
             for name, _ in LayerEnds._fields_
             if (end_ns := getattr(found, name))
-        )
-        for end_ns, name, bank, micro_batch in parts:
+        ]
+        for end_ns, name, bank, micro_batch in sorted(parts, key=itemgetter(0)):
             if name == "mlp":
                 self.timer.mark(end_ns)
             else:
