@@ -1,7 +1,6 @@
 """Where the steps of the engine spend their time: ``python -m benchmarks.profile [MODEL]``.
 
 The timings are those that workers always take (``workers.metrics.step_timer``), of every step.
-So no step is a single call of compiled kernels, as those without timings are.
 """
 
 from __future__ import annotations
