@@ -238,8 +238,12 @@ class EngineServer:
         self.release()
 
     def _run_calls(self) -> None:
-        while self._calls:
-            self._calls.popleft()()
+        try:
+            while self._calls:
+                self._calls.popleft()()
+        finally:
+            if self._calls:  # one has failed: the others follow nevertheless
+                self._loop.call_soon(self._run_calls)
 
     def _run(self) -> None:
         try:

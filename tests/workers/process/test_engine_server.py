@@ -220,3 +220,19 @@ def test_held_outputs_are_sent_in_order_when_they_are_released(case: Case) -> No
     case.server.admit_streams(1)
     publish(4)
     assert [case.stream.next() for _ in outputs] == outputs
+
+
+def test_a_call_that_fails_keeps_no_other_from_the_loop(case: Case) -> None:
+    case.stream.send(REQUEST)
+    (added,) = case.commands()
+    assert isinstance(added, AddRequest)
+    output = TokenOutput(request_id="r", attempt=0, choice=0, index=0, token_ids=(5,))
+
+    def fail() -> None:
+        raise RuntimeError("on purpose")
+
+    case.server.hold()
+    case.server._publish(fail)
+    case.server.publish(added.gateway, StepOutput(outputs=(output,)))
+    case.server.release()
+    assert case.stream.next() == output

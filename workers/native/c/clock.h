@@ -1,4 +1,4 @@
-// Monotonic time. Whoever includes it defines _GNU_SOURCE first.
+// Monotonic time. _GNU_SOURCE must be defined before the first include.
 #ifndef CLOCK_H
 #define CLOCK_H
 
