@@ -178,20 +178,23 @@ class ModelRunner:
         self._begin_compute()
         stop, turn = native.run(flows, dispatcher.activity.advance, self.advance_s)
         dispatcher.note_layers([flow.ends for flow in flows])
-        handles: list[DispatchHandle | None] = [None] * len(flows)
-        if stop:
-            assert isinstance(dispatcher, RemoteDispatcher)
-            dispatcher.stopped(stop)
-            for i, flow in enumerate(flows):
-                if flow.is_waiting:
-                    index = native.bank_of(flow.num_begun - 1)
-                    handles[i] = dispatcher.waiting(index, i, flow.topk_weights)
-        rest = []
-        for batch, flow, (_, context) in zip(batches, flows, entered, strict=True):
+        for batch, flow in zip(batches, flows, strict=True):
             for spec, bank, ids in zip(self.banks, routed, flow.topk_ids, strict=True):
                 if spec.layer < flow.num_begun:
                     bank.append(Routed(ids, None, batch.num_decodes))
-            rest.append(self._rest(native, flow, context))
+        if not stop:
+            return [self.model.norm(flow.hidden) for flow in flows]
+        assert isinstance(dispatcher, RemoteDispatcher)
+        dispatcher.stopped(stop)
+        handles: list[DispatchHandle | None] = [None] * len(flows)
+        for i, flow in enumerate(flows):
+            if flow.is_waiting:
+                index = native.bank_of(flow.num_begun - 1)
+                handles[i] = dispatcher.waiting(index, i, flow.topk_weights)
+        rest = [
+            self._rest(native, flow, context)
+            for flow, (_, context) in zip(flows, entered, strict=True)
+        ]
         return self._drive([batch.num_decodes for batch in batches], routed, rest, handles, turn)
 
     def _rest(self, native: NativeLayers, flow: Flow, context: LayerContext) -> LayerSteps:
