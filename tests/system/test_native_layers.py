@@ -70,7 +70,8 @@ def test_answers_are_those_of_one_process(
     ends: Counter[bool],
 ) -> None:
     check(golden(variant), layout, num_micro_batches)
-    assert ends[False] > 0
+    # The proposal of another attention rank for the next step may end any wait of the leader.
+    assert (ends[False] if layout == (1, 1) else ends.total()) > 0
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
