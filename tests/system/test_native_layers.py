@@ -68,10 +68,12 @@ def test_answers_are_those_of_one_process(
     layout: tuple[int, int],
     num_micro_batches: int,
     ends: Counter[bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Native code stops in few steps, also where one expert rank is ahead of the other one."""
+    monkeypatch.setattr(peer_connections, "LOOK_S", 30.0)  # a slow machine is no reason to stop
     check(golden(variant), layout, num_micro_batches)
-    # The proposal of another attention rank for the next step may end any wait of the leader.
-    assert (ends[False] if layout == (1, 1) else ends.total()) > 0
+    assert ends[False] > ends[True]
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <immintrin.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -95,31 +96,52 @@ static enum arrival receive_some(struct frame *frame, enum frame_kind kind,
     return frame->done == size_of(frame) ? WHOLE : SOMETHING;
 }
 
+static int is_missing(const struct frame *frame) {
+    return is_there(frame) && frame->done < size_of(frame);
+}
+
+// Sleep for a millisecond at most, until there is something of the frames that are missing.
+static void wait_for_missing(const struct frame *frames, int64_t count) {
+    struct pollfd missing[count];
+    nfds_t num_missing = 0;
+    for (const struct frame *frame = frames; frame < frames + count; frame++)
+        if (is_missing(frame)) missing[num_missing++] = (struct pollfd){(int)frame->socket, POLLIN, 0};
+    poll(missing, num_missing, 1);
+}
+
 // Sleep until there is something to read; 0 unless it is from one of the frames' peers, or a wake-up,
-// which is for the time after the step.
-static int wait_for(const struct frame *frames, int64_t count, const struct waiting *waiting) {
+// which is for the time after the step. A peer whose frame came may have sent that of its next
+// micro-batch: `early_ms` counts the time in which this was all there is.
+static int wait_for(const struct frame *frames, int64_t count, const struct waiting *waiting,
+                    int64_t *early_ms) {
     struct epoll_event events[MAX_EVENTS];
     int ready = epoll_wait((int)waiting->epoll, events, MAX_EVENTS, (int)waiting->limit_ms);
+    int num_early = 0;
     for (int i = 0; i < ready; i++) {
-        char wakes[64];
-        int is_expected = events[i].data.fd == waiting->wake;
-        while (is_expected && recv(events[i].data.fd, wakes, sizeof wakes, MSG_DONTWAIT) > 0) {}
-        for (const struct frame *frame = frames; frame < frames + count; frame++)
-            is_expected |= is_there(frame) && frame->done < size_of(frame) &&
-                           frame->socket == events[i].data.fd;
-        if (!is_expected || events[i].events != EPOLLIN) return 0;
+        char bytes[64];
+        int fd = events[i].data.fd, is_expected = fd == waiting->wake, is_early = 0;
+        while (is_expected && recv(fd, bytes, sizeof bytes, MSG_DONTWAIT) > 0) {}
+        for (const struct frame *frame = frames; frame < frames + count; frame++) {
+            if (!is_there(frame) || frame->socket != fd) continue;
+            if (is_missing(frame)) is_expected = 1;
+            else is_early = recv(fd, bytes, 1, MSG_PEEK | MSG_DONTWAIT) > 0;  // else it has closed
+        }
+        if ((!is_expected && !is_early) || events[i].events != EPOLLIN) return 0;
+        num_early += is_early;
     }
-    return ready > 0;
+    if (ready < 1 || num_early < ready) return ready > 0;
+    wait_for_missing(frames, count);
+    return (*early_ms)++ < waiting->limit_ms;
 }
 
 int frames_receive(struct frame *frames, int64_t count, enum frame_kind kind,
                    const struct place *place, const struct waiting *waiting) {
     for (int64_t i = 0; i < count; i++) frames[i].done = frames[i].error = 0;
-    int64_t sleep_ns = now_ns() + waiting->spin_ns;
+    int64_t sleep_ns = now_ns() + waiting->spin_ns, early_ms = 0;
     for (;;) {
         int is_whole = 1, has_more = 0;
         for (struct frame *frame = frames; frame < frames + count; frame++) {
-            if (!is_there(frame) || frame->done == size_of(frame)) continue;
+            if (!is_missing(frame)) continue;
             enum arrival arrival = receive_some(frame, kind, place);
             if (arrival == UNEXPECTED) return 0;
             is_whole &= arrival == WHOLE;
@@ -128,6 +150,6 @@ int frames_receive(struct frame *frames, int64_t count, enum frame_kind kind,
         if (is_whole) return 1;
         if (has_more) continue;
         if (waiting->spin_ns && now_ns() < sleep_ns) _mm_pause();
-        else if (!wait_for(frames, count, waiting)) return 0;
+        else if (!wait_for(frames, count, waiting, &early_ms)) return 0;
     }
 }
