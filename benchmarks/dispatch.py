@@ -34,7 +34,7 @@ from cluster.cli.bench.document import document_of, shown, tell
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note, table
 from tests.distributed import run_ranks
-from workers.dispatch.dispatcher import BatchRows
+from tests.workers.transport.mesh import GivenRows
 from workers.metrics.step_timer import StepTimer
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
@@ -167,7 +167,7 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
             transport.receive(Tag(0, 0, 0, "outputs"), expected, sized=False)
             us["wire"].append(1e6 * (perf_counter() - start))
         keys = torch.arange(num_rows)
-        batch = BatchRows(is_prefill=torch.full((num_rows,), plan.is_prefill), row_key=keys)
+        batch = GivenRows(is_prefill=torch.full((num_rows,), plan.is_prefill), row_key=keys)
         for step in plan.steps(2 * size + 1):
             dispatcher.begin_step(shape.header(step, num_rows, plan.is_prefill), [batch])
             dispatch_s = combine_s = 0.0

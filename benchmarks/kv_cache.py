@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,9 +127,8 @@ def _stages(case: Case, team: Team) -> HalfStages:
 
 def _context(case: Case, tables: BlockTables, cache: Tensor) -> LayerContext:
     batch, place = case.batch, case.context_tokens - 1
-    addresses = tables.addresses(np.arange(batch))
-    places = [(row, 1, place, int(address)) for row, address in enumerate(addresses)]
-    chunks = RowChunks(torch.tensor(places), tables.array, case.context_tokens)
+    places = [(row, 1, place, tables.address(row)) for row in range(batch)]
+    chunks = RowChunks(batch, torch.tensor(places), tables.array, case.context_tokens)
     wave = torch.ones(batch, 1, case.head_dim, dtype=_DTYPE)
     none = torch.empty(0, dtype=torch.int64)
     rows = AttentionBatch(none, (), (), (), ComputeThreads(), chunks=chunks)

@@ -28,14 +28,16 @@ from workers.native.layers import LayerEnds
 from workers.requests.step_header import StepHeader
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRows:
+class BatchRows(Protocol):
     """The rows of one micro-batch, as far as a dispatcher needs them."""
 
-    is_prefill: Tensor
-    """[T] bool: the row belongs to a prompt."""
-    row_key: Tensor
-    """[T] int64: hash of (request, choice, position); picks the copy for prefill rows."""
+    @property
+    def is_prefill(self) -> Tensor:
+        """[T] bool: the row belongs to a prompt."""
+
+    @property
+    def row_key(self) -> Tensor:
+        """[T] int64: hash of (request, choice, position); picks the copy for prefill rows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
-from workers.native.experts import LocalExperts
+from workers.native.experts import BankExperts, LocalExperts
 from workers.requests.step_header import StepHeader
 
 
@@ -49,6 +49,9 @@ class LocalDispatcher(TimedDispatcher):
         """Advances with each exchange."""
         self._slot_of: list[Tensor | None] = [None] * len(self._banks)
         self._num_placements = 0
+        self._experts: LocalExperts | None = None
+        self._experts_state: Hashable = None
+        """In which they were made."""
 
     @property
     def state(self) -> Hashable:
@@ -70,15 +73,18 @@ class LocalDispatcher(TimedDispatcher):
         """There are no other ranks to serve."""
         self.timer.begin_step(header)
 
-    def experts(self) -> list[LocalExperts] | None:
+    def experts(self) -> LocalExperts | None:
         """The experts of all banks, for native layers; None: this step has exchanges."""
-        parts = zip(self._banks, self._slots, self._slot_of, strict=True)
-        found = [
-            LocalExperts(native.table, slot_of, spec.float32_weights)
-            for spec, bank, slot_of in parts
-            if len(spec.exchanges) == 1 and (native := bank.native(0)) is not None
-        ]
-        return found if len(found) == len(self._banks) else None
+        if (state := self.state) != self._experts_state:
+            parts = zip(self._banks, self._slots, self._slot_of, strict=True)
+            found = [
+                BankExperts(native.table, slot_of, spec.float32_weights)
+                for spec, bank, slot_of in parts
+                if len(spec.exchanges) == 1 and (native := bank.native(0)) is not None
+            ]
+            self._experts = LocalExperts(found) if len(found) == len(self._banks) else None
+            self._experts_state = state
+        return self._experts
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
         self.activity.advance()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.dispatch.dispatcher import BatchRows
 from workers.engine.step_plan import PlannedRows
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.block_tables import BlockTables
@@ -59,6 +59,33 @@ def split_rows(
     return first, second
 
 
+def num_decodes(planned: Sequence[PlannedRows]) -> int:
+    """Decode rows, which come first."""
+    return sum(rows.is_decode for rows in planned)
+
+
+class PlannedBatchRows:
+    """``BatchRows`` of planned rows, made when they are asked for: few steps do."""
+
+    def __init__(self, planned: Sequence[PlannedRows], device: torch.device) -> None:
+        """``planned`` in ``batch_order``."""
+        self._planned, self._device = planned, device
+
+    @cached_property
+    def is_prefill(self) -> Tensor:
+        """See ``BatchRows``."""
+        rows = np.arange(sum(rows.count for rows in self._planned))
+        return to_device(rows >= num_decodes(self._planned), self._device)
+
+    @cached_property
+    def row_key(self) -> Tensor:
+        """See ``BatchRows``."""
+        keys = [rows.sequence.key for rows in self._planned]
+        positions, by_row = _by_row(self._planned, keys)
+        named = by_row.view(np.uint64) ^ positions.view(np.uint64) * _KEY_STEP  # modulo 2 ** 64
+        return to_device((named & _KEY_MASK).view(np.int64), self._device)
+
+
 class Batch:
     """The tensors of one micro-batch, built on the CPU and moved to the device in one copy.
 
@@ -79,31 +106,26 @@ class Batch:
         is_native: bool = False,
     ) -> None:
         self._device = device
-        self.captures = _captures(planned)
+        self.captures = captures_of(planned)
         """By sequence, what inspections record."""
-        num_rows = sum(rows.count for rows in planned)
-        self.num_decodes = sum(rows.is_decode for rows in planned)
-        """Decode rows, which come first."""
-        staging = [*row_columns(planned, self.num_decodes, tables, cache.block_size)]
+        decode_rows = num_decodes(planned)
+        staging = [*row_columns(planned, tables, cache.block_size)]
         # Attention maps are made of chunks of prompts, by torch in any case.
         is_whole = is_native or cache.is_read_in_place
         in_pieces = () if is_whole and not self.captures else planned
-        groups = self._stage_decodes(in_pieces[: self.num_decodes], cache, tables, staging)
-        chunks = in_pieces[self.num_decodes :]
+        groups = self._stage_decodes(in_pieces[:decode_rows], cache, tables, staging)
+        chunks = in_pieces[decode_rows:]
         for rows in chunks:
             length = rows.first + rows.count
             staging.append(_array(rows.sequence.blocks[: -(-length // cache.block_size)]))
         tensors = _moved(staging, device)
-        tokens, positions, prompt_lengths, slots, keys = (next(tensors) for _ in range(5))
-        is_prefill = torch.arange(num_rows, device=device) >= self.num_decodes
-        self.rows = BatchRows(is_prefill=is_prefill, row_key=keys)
-        """What the dispatcher must know."""
+        tokens, positions, prompt_lengths, slots = (next(tensors) for _ in range(4))
         recorder = BatchRecorder([c for _, c in self.captures]) if self.captures else None
         self.inputs: ModelInputs | None = None
         """What the model reads; None without rows."""
-        if num_rows:
+        if planned:
             decodes = tuple(self._decode_group(g, tensors, cache.block_size) for g in groups)
-            prefills = tuple(self._chunks(chunks, self.num_decodes, tensors))
+            prefills = tuple(self._chunks(chunks, decode_rows, tensors))
             attention = AttentionBatch(
                 slots,
                 decodes,
@@ -111,10 +133,10 @@ class Batch:
                 cache.workspaces,
                 cache.compute_threads,
                 recorder,
-                _row_chunks(planned, tables) if is_native else None,
+                row_chunks(planned, tables) if is_native else None,
                 self._paged(planned, tables) if cache.is_read_in_place else None,
             )
-            given = tuple(_given_rows(planned, device))
+            given = tuple(given_rows(planned, device))
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)
 
     def _paged(self, planned: Sequence[PlannedRows], tables: BlockTables) -> PagedRows:
@@ -127,7 +149,7 @@ class Batch:
         numbers = np.concatenate(parts, dtype=np.int32)
         sizes = [len(part) for part in parts]
         moved = to_device(numbers, self._device).split_with_sizes(sizes)
-        decodes = self.num_decodes
+        decodes = num_decodes(planned)
         counts = [rows.count for rows in planned]
         spans = zip(ends, counts, lengths, strict=True)
         chunks = tuple((end - count, end, length) for end, count, length in spans)
@@ -172,21 +194,26 @@ class Batch:
             first_row = last_row
 
 
-def _row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks:
-    counts = _array([rows.count for rows in planned])
-    firsts = _array([rows.first for rows in planned])
-    seats = _array([rows.sequence.seat for rows in planned])
-    places = (np.cumsum(counts) - counts, counts, firsts, tables.addresses(seats))
+def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks:
+    """The rows for native kernels."""
+    num_rows = 0
+    places: list[int] = []
+    for rows in planned:
+        assert rows.sequence.seat is not None, "planned sequences run"
+        places += (num_rows, rows.count, rows.first, tables.address(rows.sequence.seat))
+        num_rows += rows.count
     return RowChunks(
-        places=torch.from_numpy(np.stack(places, axis=1)),
+        num_rows=num_rows,
+        places=torch.from_numpy(_array(places)).view(-1, 4),
         tables=tables.array,
-        max_length=int((firsts + counts).max()),
+        max_length=max(rows.first + rows.count for rows in planned),
     )
 
 
-def _given_rows(
+def given_rows(
     planned: Sequence[PlannedRows], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
+    """``ModelInputs.given``."""
     row = 0
     for rows in planned:
         embeds = rows.sequence.request.prompt_embeds
@@ -196,7 +223,7 @@ def _given_rows(
         row += rows.count
 
 
-def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:
+def captures_of(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:
     """One for each entry whose request inspects the inside of the model."""
     found: list[tuple[SequenceState, Capture]] = []
     row = 0
@@ -218,28 +245,37 @@ def _array(values: Sequence[int | None]) -> NDArray[np.int64]:
     return np.array(values, dtype=np.int64)
 
 
+def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
+    """Token ids of all rows."""
+    tokens: list[int] = []
+    for rows in planned:
+        if rows.is_decode:
+            tokens.append(rows.sequence.output[-1])
+        else:
+            tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
+    return _array(tokens)
+
+
 def row_columns(
-    planned: Sequence[PlannedRows], num_decodes: int, tables: BlockTables, block_size: int
+    planned: Sequence[PlannedRows], tables: BlockTables, block_size: int
 ) -> tuple[NDArray[np.int64], ...]:
-    """Token ids, positions, prompt lengths, cache slots and row keys of all rows."""
-    decodes, chunks = planned[:num_decodes], planned[num_decodes:]
-    tokens = [rows.sequence.output[-1] for rows in decodes]
-    for rows in chunks:
-        tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
-    sequences = [rows.sequence for rows in planned]
-    entries = [
-        [rows.first for rows in planned],
-        [sequence.seat for sequence in sequences],
-        [sequence.prompt_length for sequence in sequences],
-        [sequence.key for sequence in sequences],
-    ]
-    columns = np.array(entries, dtype=np.int64)
-    if chunks:  # else there is one row for each entry
-        counts = _array([rows.count for rows in planned])
-        columns = np.repeat(columns, counts, axis=1)
-        columns[0] += np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
-    positions, seats, prompt_lengths, keys = columns
+    """Token ids, positions, prompt lengths and cache slots of all rows."""
+    entries = (
+        [rows.sequence.seat for rows in planned],
+        [rows.sequence.prompt_length for rows in planned],
+    )
+    positions, seats, prompt_lengths = _by_row(planned, *entries)
     blocks, offsets = np.divmod(positions, block_size)
     slots = tables.array[seats, blocks].astype(np.int64) * block_size + offsets
-    named = keys.view(np.uint64) ^ positions.view(np.uint64) * _KEY_STEP  # modulo 2 ** 64
-    return (_array(tokens), positions, prompt_lengths, slots, (named & _KEY_MASK).view(np.int64))
+    return row_tokens(planned), positions, prompt_lengths, slots
+
+
+def _by_row(planned: Sequence[PlannedRows], *entries: Sequence[int | None]) -> NDArray[np.int64]:
+    """[1 + len(entries), T]: positions of all rows, and what each entry of the plan has."""
+    columns = np.array([[rows.first for rows in planned], *entries], dtype=np.int64)
+    if num_decodes(planned) < len(planned):  # else there is one row for each entry
+        counts = _array([rows.count for rows in planned])
+        firsts = np.cumsum(counts) - counts
+        columns = np.repeat(columns, counts, axis=1)
+        columns[0] += np.arange(columns.shape[1]) - np.repeat(firsts, counts)
+    return columns

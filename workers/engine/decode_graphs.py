@@ -143,8 +143,8 @@ class DecodeGraphs:
         """Write the numbers of a step; rows without a request have a token 0 of their own."""
         count = len(planned)
         if count:
-            columns = row_columns(planned, count, self._tables, self._cache.block_size)
-            staging[[_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS], :count] = columns[:4]
+            columns = row_columns(planned, self._tables, self._cache.block_size)
+            staging[[_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS], :count] = columns
             staging[_SEATS, :count] = np.array(
                 [rows.sequence.seat for rows in planned], dtype=np.int64
             )

@@ -19,23 +19,27 @@ from torch import Tensor
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.dispatch.remote import RemoteDispatcher
-from workers.engine.batch import Batch, batch_order, split_rows
+from workers.engine.batch import (
+    Batch,
+    PlannedBatchRows,
+    batch_order,
+    captures_of,
+    given_rows,
+    num_decodes,
+    row_chunks,
+    row_columns,
+    row_tokens,
+    split_rows,
+)
 from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.expert_load import Routed
-from workers.engine.step_plan import StepPlan
+from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
 from workers.model.families.native_layers import Experts, Flow, NativeLayers, native_layers
-from workers.model.layers import (
-    AttentionModel,
-    Dispatch,
-    Layer,
-    LayerContext,
-    LayerSteps,
-    ModelInputs,
-)
+from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps, ModelInputs
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.best_tokens import finite_rows
@@ -98,7 +102,7 @@ class ModelRunner:
                 self.dispatcher.activity.advance()
             order = list(range(len(plan.rows)))
             ids = [[Routed(own, None, len(order))] for own in output.topk_ids]
-            return self._result(output.hidden, plan, order, ids, {})
+            return self._result(output.hidden, None, plan, order, ids, {})
         if not header.grant(self.rank).num_rows:
             assert not plan.rows, "rows without a grant"
             self.dispatcher.sit_out(header)
@@ -106,24 +110,22 @@ class ModelRunner:
         order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
         planned = [plan.rows[i] for i in order]
         parts = split_rows(planned, header.rows(self.rank, 0))[: header.num_micro_batches]
-        model = self.model
-        batches = [
-            Batch(part, self.cache, self.tables, model.device, model.is_native) for part in parts
-        ]
-        self.dispatcher.begin_step(header, [b.rows for b in batches])
+        device = self.model.device
+        self.dispatcher.begin_step(header, [PlannedBatchRows(part, device) for part in parts])
         routed: list[list[Routed]] = [[] for _ in self.banks]
-        hidden = self._run_whole(batches, routed)
-        if hidden is None:
-            num_decodes = [batch.num_decodes for batch in batches]
-            hidden = self._drive(num_decodes, routed, [self._flow(batch) for batch in batches])
+        captures: dict[SequenceState, list[Capture]] = {}
+        whole = self._run_whole(parts, routed)
+        if whole is None:
+            batches = [self._batch(part) for part in parts]
+            flows = [self._flow(batch) for batch in batches]
+            whole = self._drive([num_decodes(part) for part in parts], routed, flows), None
+            for batch in batches:
+                for sequence, capture in batch.captures:
+                    captures.setdefault(sequence, []).append(capture)
+        hidden, finite = whole
         if not plan.rows:
             return None
-        joined = hidden[0] if len(hidden) == 1 else torch.cat([h for h in hidden if len(h)])
-        captures: dict[SequenceState, list[Capture]] = {}
-        for batch in batches:
-            for sequence, capture in batch.captures:
-                captures.setdefault(sequence, []).append(capture)
-        return self._result(joined, plan, order, routed, captures)
+        return self._result(_joined(hidden), finite, plan, order, routed, captures)
 
     @torch.inference_mode()
     def capture_graphs(self, max_rows: int) -> None:
@@ -149,41 +151,36 @@ class ModelRunner:
         return hidden, [own.topk_ids for (own,) in routed]
 
     def _run_whole(
-        self, batches: Sequence[Batch], routed: list[list[Routed]]
-    ) -> list[Tensor] | None:
+        self, parts: Sequence[Sequence[PlannedRows]], routed: list[list[Routed]]
+    ) -> tuple[list[Tensor], Tensor | None] | None:
         """Run all layers of the micro-batches in one native call.
 
-        Where that stops in an exchange, the rest of the layers is run one by one. None: something
-        looks between the layers.
+        Returns their hidden states, and which rows of all are finite. Where native code stops in an
+        exchange, the rest of the layers is run one by one, and nobody has looked at that. None:
+        something looks between the layers.
         """
         native, dispatcher = self._native(), self.dispatcher
-        inputs = [
-            batch.inputs
-            for batch in batches
-            if batch.inputs is not None and batch.inputs.attention.recorder is None
-        ]
-        if native is None or len(inputs) < len(batches):
+        if native is None or not all(parts) or any(map(captures_of, parts)):
             return None
         if not isinstance(dispatcher, LocalDispatcher | RemoteDispatcher):
             return None
-        experts = _experts(dispatcher, [len(own.token_ids) for own in inputs])
+        experts = _experts(dispatcher, [sum(rows.count for rows in part) for part in parts])
         if experts is None:
             return None
-        caches = self.cache.layers
-        entered = [self.model.enter(own, caches) for own in inputs]
-        flows = []
-        for (hidden, context), own_experts in zip(entered, experts, strict=True):
-            assert context.native is not None, "native layers are those of a native model"
-            flows.append(Flow(hidden, context.native, own_experts, native.top_k))
+        flows = [
+            self._native_flow(part, own, native.top_k)
+            for part, own in zip(parts, experts, strict=True)
+        ]
         self._begin_compute()
         stop, turn = native.run(flows, dispatcher.activity.advance, self.advance_s)
         dispatcher.note_layers([flow.ends for flow in flows])
-        for batch, flow in zip(batches, flows, strict=True):
+        decodes = [num_decodes(part) for part in parts]
+        for count, flow in zip(decodes, flows, strict=True):
             for spec, bank, ids in zip(self.banks, routed, flow.topk_ids, strict=True):
                 if spec.layer < flow.num_begun:
-                    bank.append(Routed(ids, None, batch.num_decodes))
+                    bank.append(Routed(ids, None, count))
         if not stop:
-            return [self.model.norm(flow.hidden) for flow in flows]
+            return [flow.hidden for flow in flows], _joined([flow.finite for flow in flows])
         assert isinstance(dispatcher, RemoteDispatcher)
         dispatcher.stopped(stop)
         handles: list[DispatchHandle | None] = [None] * len(flows)
@@ -191,14 +188,32 @@ class ModelRunner:
             if flow.is_waiting:
                 index = native.bank_of(flow.num_begun - 1)
                 handles[i] = dispatcher.waiting(index, i, flow.topk_weights)
-        rest = [
-            self._rest(native, flow, context)
-            for flow, (_, context) in zip(flows, entered, strict=True)
-        ]
-        return self._drive([batch.num_decodes for batch in batches], routed, rest, handles, turn)
+        rest = [self._rest(native, *found) for found in zip(flows, parts, strict=True)]
+        return self._drive(decodes, routed, rest, handles, turn), None
 
-    def _rest(self, native: NativeLayers, flow: Flow, context: LayerContext) -> LayerSteps:
+    def _native_flow(self, part: Sequence[PlannedRows], experts: Experts, top_k: int) -> Flow:
+        """A micro-batch at the begin of native layers."""
+        model, chunks = self.model, row_chunks(part, self.tables)
+        tokens = torch.from_numpy(row_tokens(part))
+        hidden = model.embed(tokens, given_rows(part, model.device))
+        is_by_position = model.rope.by_position is not None
+        cos, sin = model.rope.by_position or self._waves(part)
+        batch = chunks.fields(cos, sin, self.cache.layers[0], is_by_position)
+        return Flow(hidden, batch, experts, top_k, keeps=(chunks, cos, sin))
+
+    def _waves(self, part: Sequence[PlannedRows]) -> tuple[Tensor, Tensor]:
+        """``Rope.rows`` of a micro-batch on a CPU."""
+        columns = row_columns(part, self.tables, self.cache.block_size)
+        _, positions, prompt_lengths, _ = map(torch.from_numpy, columns)
+        return self.model.rope.rows(positions, prompt_lengths)
+
+    def _rest(self, native: NativeLayers, flow: Flow, part: Sequence[PlannedRows]) -> LayerSteps:
         """What native layers have left: at first the exchange in which they have stopped."""
+        if flow.is_done:
+            return flow.hidden
+        inputs = self._batch(part).inputs
+        assert inputs is not None, "there are rows"
+        _, context = self.model.enter(inputs, self.cache.layers)
         if flow.is_waiting:
             outputs = yield
             others = flow.others if native.has_mlp(flow.num_begun - 1) else None
@@ -210,8 +225,12 @@ class ModelRunner:
         """The model's layers for native calls, if such a call can run all of them."""
         if self._known_layers is not self.model.layers:
             self._known_layers = self.model.layers
-            self._native_layers = native_layers(self.model.layers, self.cache.layers)
+            self._native_layers = native_layers(self.model, self.cache.layers)
         return self._native_layers
+
+    def _batch(self, part: Sequence[PlannedRows]) -> Batch:
+        model = self.model
+        return Batch(part, self.cache, self.tables, model.device, model.is_native)
 
     def _flow(self, batch: Batch) -> LayerSteps:
         if batch.inputs is None:
@@ -220,7 +239,7 @@ class ModelRunner:
 
     def _drive(
         self,
-        num_decodes: Sequence[int],
+        decodes: Sequence[int],
         routed: list[list[Routed]],
         flows: Sequence[LayerSteps],
         handles: Sequence[DispatchHandle | None] = (),
@@ -230,8 +249,8 @@ class ModelRunner:
 
         With two, the experts work on one while the other is in attention here:
         dispatch(l, 0), dispatch(l, 1), combine(l, 0), dispatch(l+1, 0), combine(l, 1), ..
-        ``handles`` of those that have dispatched rows already, whose flows take their outputs
-        first; ``first``: whose turn it is.
+        ``decodes``: their decode rows. ``handles`` of those that have dispatched rows already,
+        whose flows take their outputs first; ``first``: whose turn it is.
         """
         under_way = dict(enumerate(handles or [None] * len(flows)))
         for micro_batch, handle in under_way.items():
@@ -255,7 +274,7 @@ class ModelRunner:
             waits = next(flow) is None  # runs the layer's overlapped computation
             assert waits, "a layer sends rows before it took the outputs of the last ones"
             if sent.exchange == 0:
-                chosen = Routed(sent.topk_ids, handle.copies, num_decodes[micro_batch])
+                chosen = Routed(sent.topk_ids, handle.copies, decodes[micro_batch])
                 routed[sent.bank].append(chosen)
         return [results[micro_batch] for micro_batch in range(len(flows))]
 
@@ -271,6 +290,7 @@ class ModelRunner:
     def _result(
         self,
         hidden: Tensor,
+        finite: Tensor | None,
         plan: StepPlan,
         order: Sequence[int],
         routed: list[list[Routed]],
@@ -284,10 +304,15 @@ class ModelRunner:
         return StepResult(
             hidden=hidden,
             first_row=tuple(first_row),
-            finite=finite_rows(hidden),
+            finite=finite_rows(hidden) if finite is None else finite,
             routed=tuple(map(tuple, routed)),
             captures=captures,
         )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all micro-batches; no copy of a single one's."""
+    return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if len(part)])
 
 
 def _experts(

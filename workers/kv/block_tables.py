@@ -17,6 +17,7 @@ class BlockTables:
     def __init__(self, num_seats: int, max_blocks: int) -> None:
         self.array: NDArray[np.int32] = np.zeros((num_seats, max_blocks), dtype=np.int32)
         """[num_seats, max_blocks]: what stands behind a sequence's blocks means nothing."""
+        self._address = self.array.ctypes.data
         self._free = list(reversed(range(num_seats)))
         self._changes: dict[int, int] | None = None
 
@@ -44,6 +45,6 @@ class BlockTables:
         found, self._changes = self._changes or {}, {}
         return np.array([*found], dtype=np.int64), np.array([*found.values()], dtype=np.int64)
 
-    def addresses(self, seats: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where rows begin in memory, for native kernels."""
-        return self.array.ctypes.data + seats * self.array.strides[0]
+    def address(self, seat: int) -> int:
+        """Where a row begins in memory, for native kernels."""
+        return self._address + seat * self.array.strides[0]

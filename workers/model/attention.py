@@ -147,6 +147,8 @@ class Recorder(Protocol):
 class RowChunks:
     """The rows of a batch for native kernels: neighbouring rows of a sequence are one chunk."""
 
+    num_rows: int
+    """In all chunks."""
     places: Tensor
     """[chunks, 4] int64: first row, rows, position of the first row in its sequence, address of the
     sequence's block table."""
@@ -155,13 +157,17 @@ class RowChunks:
     max_length: int
     """Keys of the longest sequence, those of its last row included."""
 
-    def fields(self, cos: Tensor, sin: Tensor, cache: Tensor) -> BatchFields:
-        """The batch in C. ``Rope.rows`` [T, 1, D]; ``cache`` is that of any layer."""
+    def fields(
+        self, cos: Tensor, sin: Tensor, cache: Tensor, waves_by_position: bool = False
+    ) -> BatchFields:
+        """The batch in C. ``Rope.rows`` [T, 1, D] or ``Rope.by_position``, which must outlive it,
+        as this must; ``cache`` is that of any layer."""
         return BatchFields(
-            num_rows=len(cos),
+            num_rows=self.num_rows,
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             wave_stride=cos.stride(0),
+            waves_by_position=waves_by_position,
             chunks=self.places.data_ptr(),
             num_chunks=len(self.places),
             max_length=self.max_length,

@@ -13,7 +13,7 @@ resuming two generators alternately.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -275,7 +275,11 @@ class AttentionModel:
         chunks = inputs.attention.chunks
         native = None if chunks is None else chunks.fields(cos, sin, caches[0])
         context = LayerContext(cos, sin, inputs.attention, windows, native)
-        hidden = self.embedding(inputs.token_ids)
-        for first, rows in inputs.given:
+        return self.embed(inputs.token_ids, inputs.given), context
+
+    def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
+        """[T, H], in memory of their own; ``given`` as in ``ModelInputs``."""
+        hidden = self.embedding(token_ids)
+        for first, rows in given:
             hidden[first : first + len(rows)] = rows
-        return hidden, context
+        return hidden

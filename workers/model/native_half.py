@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -65,6 +64,19 @@ class NativeLinear(Linear):
         return self.matrix.multiply(x)
 
 
+class NativeNorm:
+    """Root mean square norm of rows [T, H], in place."""
+
+    __slots__ = ("_team", "eps", "weight")
+
+    def __init__(self, team: Team, weight: Tensor, eps: float) -> None:
+        """weight [H], contiguous."""
+        self._team, self.weight, self.eps = team, weight, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return norm_rows(self._team, x, self.weight, self.eps)
+
+
 class NativeMlp:
     """``GatedMlp`` with silu, as the kernels' only expert; rounded as routed experts are."""
 
@@ -115,7 +127,7 @@ class NativeBlocks(BuildingBlocks):
         return NativeMlp(self._team, gate_up, down)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
-        return partial(norm_rows, self._team, weight=weight, eps=eps)
+        return NativeNorm(self._team, weight, eps)
 
     def half(self, half: AttentionHalf) -> Half:
         return NativeHalf(self._team, half)

@@ -179,6 +179,8 @@ class Rope:
         if config.rope_type != "dynamic":
             positions = torch.arange(max_positions, device=device)
             self._table = self._waves(positions, self._plain)
+        self.by_position = None if self._table is None else _split(self._table)
+        """``rows`` of all positions, in order; None where they depend on the request."""
 
     def rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines, each [T, 1, D], of positions [T] int64.
@@ -193,7 +195,7 @@ class Rope:
             size = 1 if self._row_by_row else max(len(positions), 1)
             rows = zip(torch.split(positions, size), torch.split(lengths, size), strict=True)
             waves = torch.cat([self._waves(p, self._dynamic(n)) for p, n in rows])
-        return waves[:, 0].unsqueeze(1), waves[:, 1].unsqueeze(1)
+        return _split(waves)
 
     def _dynamic(self, lengths: Tensor) -> Tensor:
         """[T, D/2] for request lengths [T]."""
@@ -211,6 +213,11 @@ class Rope:
         cos, sin = angles.cos(), angles.sin()
         waves = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
         return (waves * self._config.attention_factor).to(self._dtype)
+
+
+def _split(waves: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, D] of [T, 2, D]."""
+    return waves[:, 0].unsqueeze(1), waves[:, 1].unsqueeze(1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -133,8 +133,7 @@ class NativeSlots(NamedTuple):
     table: SlotTable
 
 
-@dataclass(frozen=True, slots=True)
-class LocalExperts:
+class BankExperts(NamedTuple):
     """The experts of a bank in this process."""
 
     table: SlotTable
@@ -142,6 +141,22 @@ class LocalExperts:
     """[experts] int64: the slot of each; None where expert e is in slot e."""
     float32_weights: bool
     """See ``BankSpec``."""
+
+
+class LocalExperts:
+    """The experts of all banks in this process, for native layers."""
+
+    def __init__(self, banks: Sequence[BankExperts]) -> None:
+        self.calls = (CallFields * len(banks))()
+        """By ``BankSpec.index``, without rows."""
+        self._banks = banks  # whose memory ``calls`` names
+        for i, (table, slot_of, float32_weights) in enumerate(banks):
+            self.calls[i] = table.fields
+            self.calls[i].slot_of = None if slot_of is None else slot_of.data_ptr()
+            self.calls[i].rounds_products = not float32_weights
+
+    def __len__(self) -> int:
+        return len(self._banks)
 
 
 def expert_pairs(

@@ -74,6 +74,7 @@ class BatchFields(ctypes.Structure):
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
         ("wave_stride", ctypes.c_int64),
+        ("waves_by_position", ctypes.c_int64),
         ("chunks", ctypes.c_void_p),
         ("num_chunks", ctypes.c_int64),
         ("max_length", ctypes.c_int64),

@@ -28,6 +28,17 @@ class LayerFields(ctypes.Structure):
     )
 
 
+class StackFields(ctypes.Structure):
+    """``struct stack``."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(LayerFields)),
+        ("num_layers", ctypes.c_int64),
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_double),
+    )
+
+
 class LayerEnds(ctypes.Structure):
     """``struct layer_ends``: monotonic nanoseconds, 0 for a part that has not ended."""
 
@@ -45,6 +56,7 @@ class FlowFields(ctypes.Structure):
     _fields_ = (
         ("batch", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
+        ("is_finite", ctypes.c_void_p),
         ("normed", ctypes.c_void_p),
         ("others", ctypes.c_void_p),
         ("topk_ids", ctypes.c_void_p),
@@ -55,29 +67,30 @@ class FlowFields(ctypes.Structure):
         ("ends", ctypes.c_void_p),
         ("next", ctypes.c_int64),
         ("is_waiting", ctypes.c_int64),
+        ("is_done", ctypes.c_int64),
     )
 
 
 def run_layers(
     team: Team,
-    layers: ctypes.Array[LayerFields],
+    stack: StackFields,
     flows: ctypes.Array[FlowFields],
     advance: Callable[[], None],
     advance_s: float,
 ) -> tuple[int, int]:
-    """Run the layers of all flows; ``advance`` is called after the layer in which ``advance_s`` are
-    over.
+    """Run the layers of all flows, and the norm behind them; ``advance`` is called after the layer
+    in which ``advance_s`` are over.
 
     Where native code has stopped in an exchange with other ranks, why: ``UNSENT`` or ``UNEXPECTED``
     (see ``workers.native.exchange``), else 0; and the flow whose turn it is. Raises ``IndexError``
     for an empty expert slot, ``RuntimeError`` where there is no memory.
     """
     run, turn = team.library.functions.layers_run, ctypes.c_int64()
+    arguments = (ctypes.byref(stack), flows, len(flows), advance_s, ctypes.byref(turn))
     while True:
-        arguments = (layers, len(layers), flows, len(flows), advance_s)
-        result = run(team.pointer, *arguments, ctypes.byref(turn))
+        result = run(team.pointer, *arguments)
         if result < UNEXPECTED:
             check(result)
         advance()
-        if result or all(flow.next == len(layers) and not flow.is_waiting for flow in flows):
+        if result or all(flow.is_done for flow in flows):
             return result, turn.value

@@ -35,11 +35,11 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "experts_compute": (_INT, (_POINTER, _POINTER)),
     "layers_run": (
         _INT,
-        (_POINTER, _POINTER, _INT64, _POINTER, _INT64, ctypes.c_double, _POINTER),
+        (_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_double, _POINTER),
     ),
     "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
-    "norm_rows": (None, (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_double, _INT)),
+    "norm_rows": (None, (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_double, _INT, _POINTER)),
     "draw_rows": (
         _INT,
         (_POINTER, _POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _POINTER),

@@ -15,6 +15,7 @@ from cluster.config.cluster import CombineMode
 from cluster.core.errors import ProtocolError
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from tests.workers.transport.mesh import (
+    GivenRows,
     Mesh,
     TransportName,
     decodes,
@@ -26,7 +27,7 @@ from tests.workers.transport.mesh import (
     make_rows,
     prefill,
 )
-from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TokenDispatcher
+from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.dispatch.expert_server import ExpertServer
 from workers.metrics.step_metrics import SAMPLE
 from workers.model.config import BankSpec
@@ -58,7 +59,7 @@ class Work:
         ]
         keys = prefill(total, seed=rank).row_key
         batches = [
-            BatchRows(
+            GivenRows(
                 is_prefill=torch.full_like(keys[part], self.header.exact, dtype=torch.bool),
                 row_key=keys[part],
             )

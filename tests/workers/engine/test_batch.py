@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tests.paths import DEMO
-from workers.engine.batch import Batch, batch_order, split_rows
+from workers.engine.batch import Batch, PlannedBatchRows, batch_order, row_chunks, split_rows
 from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
@@ -84,10 +85,25 @@ def check(batch: Batch, planned: list[PlannedRows]) -> None:
     assert inputs.positions.tolist() == [position for _, position in rows]
     assert inputs.prompt_lengths.tolist() == [len(s.request.prompt) for s, _ in rows]
     assert inputs.attention.slot_mapping.tolist() == slots
-    assert batch.rows.row_key.tolist() == keys
+    sent = PlannedBatchRows(planned, torch.device("cpu"))
+    assert sent.row_key.tolist() == keys
     num_decodes = sum(entry.is_decode for entry in planned)
-    assert batch.rows.is_prefill.tolist() == [i >= num_decodes for i in range(len(rows))]
+    assert sent.is_prefill.tolist() == [i >= num_decodes for i in range(len(rows))]
     check_tables(batch, planned)
+
+
+def check_native_rows(planned: list[PlannedRows], tables: BlockTables) -> None:
+    """Native kernels get the same tokens, and the places of all rows."""
+    chunks, row = row_chunks(planned, tables), 0
+    for place, entry in zip(chunks.places.tolist(), planned, strict=True):
+        sequence = entry.sequence
+        first_row, count, first_position, address = place
+        assert (first_row, count, first_position) == (row, entry.count, entry.first)
+        blocks = (ctypes.c_int32 * len(sequence.blocks)).from_address(address)
+        assert list(blocks) == sequence.blocks
+        row += count
+    assert chunks.num_rows == row
+    assert chunks.max_length == max(entry.first + entry.count for entry in planned)
 
 
 def check_tables(batch: Batch, planned: list[PlannedRows]) -> None:
@@ -116,6 +132,8 @@ def test_a_batch_has_the_rows_of_its_plan(cache: KVCache, seed: int) -> None:
     plans = Plans(seed)
     planned = plans.draw()
     check(Batch(planned, cache, plans.tables, torch.device("cpu")), planned)
+    if planned:
+        check_native_rows(planned, plans.tables)
     num_rows = sum(entry.count for entry in planned)
     parts = split_rows(planned, random.Random(seed).randint(0, num_rows))
     for part in parts:

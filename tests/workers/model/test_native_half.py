@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -225,13 +224,16 @@ def serve(
     )
     rope = Rope(config, 64, dtype, CPU)
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in LENGTHS]
-    for chunks in batches:
+    assert rope.by_position is not None
+    for turn, chunks in enumerate(batches):
         batch = make_batch(chunks, dtype, recorder)
         positions = torch.cat([torch.arange(first, last) for _, first, last in chunks])
         cos, sin = rope.rows(positions, positions)
         assert batch.chunks is not None
         windows = {} if case.window is None else {case.window: batch.within(case.window)}
-        context = LayerContext(cos, sin, batch, windows, batch.chunks.fields(cos, sin, cache))
+        waves = rope.by_position if turn % 2 else (cos, sin)
+        fields = batch.chunks.fields(*waves, cache, waves_by_position=bool(turn % 2))
+        context = LayerContext(cos, sin, batch, windows, fields)
         hidden = torch.cat([states[i][first:last] for i, first, last in chunks])
         output = run_experts(half.forward(hidden, cache, context))
         parts = [output.hidden, output.normed]
@@ -253,8 +255,7 @@ def make_batch(
         tables.put(seat, 0, blocks_of_one)
     for i, first, last in chunks:
         table = TABLES[i]
-        (address,) = tables.addresses(np.array([i]))
-        places.append((row, last - first, first, int(address)))
+        places.append((row, last - first, first, tables.address(i)))
         slots += [table[p // BLOCK] * BLOCK + p % BLOCK for p in range(first, last)]
         blocks = torch.tensor(table[: -(-last // BLOCK)])
         mask = chunk_mask(first, last - first, CPU)
@@ -267,7 +268,9 @@ def make_batch(
         workspaces=(Workspace(dtype, CPU),),
         compute_threads=ComputeThreads(),
         recorder=recorder,
-        chunks=RowChunks(torch.tensor(places), tables.array, max(last for _, _, last in chunks)),
+        chunks=RowChunks(
+            row, torch.tensor(places), tables.array, max(last for _, _, last in chunks)
+        ),
     )
 
 

@@ -350,14 +350,22 @@ def make_rows(
     return rows, ids, weights
 
 
+@dataclass(frozen=True, slots=True)
+class GivenRows:
+    """``BatchRows`` as given."""
+
+    is_prefill: Tensor
+    row_key: Tensor
+
+
 def decodes(num_rows: int) -> BatchRows:
     """Rows that are all decode rows (their keys do not matter)."""
     is_prefill = torch.zeros(num_rows, dtype=torch.bool)
-    return BatchRows(is_prefill=is_prefill, row_key=is_prefill.long())
+    return GivenRows(is_prefill=is_prefill, row_key=is_prefill.long())
 
 
 def prefill(num_rows: int, seed: int = 0) -> BatchRows:
     """Rows that are all prefill rows, with random keys."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randint(-(2**62), 2**62, (num_rows,), generator=generator)
-    return BatchRows(is_prefill=torch.ones(num_rows, dtype=torch.bool), row_key=keys)
+    return GivenRows(is_prefill=torch.ones(num_rows, dtype=torch.bool), row_key=keys)

@@ -1,6 +1,6 @@
-"""A step of all layers in one native call, where nobody looks between them.
+"""All layers of a step, and the norm behind them, in one native call: nobody looks between them.
 
-The layers' own ``forward`` is the reference, to the bit.
+The layers' own ``forward`` and ``AttentionModel.norm`` are the reference, to the bit.
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 
 from workers.model.families.decoder import DecoderLayer
-from workers.model.layers import Layer
-from workers.model.native_half import NativeHalf, NativeMlp
+from workers.model.layers import AttentionModel, Layer
+from workers.model.native_half import NativeHalf, NativeMlp, NativeNorm
 from workers.native.exchange import HomeFields
-from workers.native.experts import CallFields, LocalExperts
+from workers.native.experts import LocalExperts
 from workers.native.half import BatchFields
-from workers.native.layers import NO_BANK, FlowFields, LayerEnds, LayerFields, run_layers
+from workers.native.layers import (
+    NO_BANK,
+    FlowFields,
+    LayerEnds,
+    LayerFields,
+    StackFields,
+    run_layers,
+)
 
-Experts = Sequence[LocalExperts] | Sequence[HomeFields]
-"""By ``BankSpec.index``: in this process, or the exchanges with other ranks."""
+Experts = LocalExperts | Sequence[HomeFields]
+"""In this process, or by ``BankSpec.index`` the exchanges with other ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,15 @@ class _Parts:
 class Flow:
     """A micro-batch on its way through native layers."""
 
-    def __init__(self, hidden: Tensor, batch: BatchFields, experts: Experts, top_k: int) -> None:
-        """hidden [T, H] is changed. All experts are in one place."""
+    def __init__(
+        self, hidden: Tensor, batch: BatchFields, experts: Experts, top_k: int, keeps: object
+    ) -> None:
+        """hidden [T, H] is changed. ``keeps`` has the memory that ``batch`` names."""
         num_banks, (num_rows, width) = len(experts), hidden.shape
         self.hidden = hidden.contiguous()
-        """[T, H]: the residual stream after the layers that are done."""
+        """[T, H]: the residual stream after the layers that are done, at last normed."""
+        self.finite = torch.empty(num_rows, dtype=torch.bool)
+        """[T]: all numbers of a row are finite; not set before the flow is done."""
         self.topk_ids = torch.empty((num_banks, num_rows, top_k), dtype=torch.int64)
         """[banks, T, k]; those of layers that have not begun are not set."""
         self.topk_weights = torch.empty((num_rows, top_k), dtype=torch.float32)
@@ -47,11 +58,12 @@ class Flow:
         self.ends = (LayerEnds * num_banks)()
         """By bank."""
         self._memory = torch.empty((3, num_rows, width), dtype=hidden.dtype)
-        self._kept = batch, experts  # which C reads
+        self._kept = batch, experts, keeps  # which C reads
         part, memory = self.hidden.nbytes, self._memory.data_ptr()
         self.fields = FlowFields(
             batch=ctypes.addressof(batch),
             hidden=self.hidden.data_ptr(),
+            is_finite=self.finite.data_ptr(),
             normed=memory,
             others=memory + part,
             topk_ids=self.topk_ids.data_ptr(),
@@ -60,14 +72,11 @@ class Flow:
             ends=ctypes.addressof(self.ends),
         )
         """For C."""
-        homes = [own for own in experts if isinstance(own, HomeFields)]
-        calls = [_call(own) for own in experts if isinstance(own, LocalExperts)]
-        if homes:
-            self._homes = (ctypes.c_void_p * num_banks)(*map(ctypes.addressof, homes))
-            self.fields.homes = ctypes.addressof(self._homes)
+        if isinstance(experts, LocalExperts):
+            self.fields.experts = ctypes.addressof(experts.calls)
         else:
-            self._calls = (CallFields * num_banks)(*calls)
-            self.fields.experts = ctypes.addressof(self._calls)
+            self._homes = (ctypes.c_void_p * num_banks)(*map(ctypes.addressof, experts))
+            self.fields.homes = ctypes.addressof(self._homes)
 
     @property
     def num_begun(self) -> int:
@@ -80,24 +89,22 @@ class Flow:
         return bool(self.fields.is_waiting)
 
     @property
+    def is_done(self) -> bool:
+        """The rows are normed."""
+        return bool(self.fields.is_done)
+
+    @property
     def others(self) -> Tensor:
         """[T, H]: what the MLP of that layer adds to the routed experts' outputs, if it has one."""
         return self._memory[1]
 
 
-def _call(experts: LocalExperts) -> CallFields:
-    call, slot_of = CallFields.from_buffer_copy(experts.table.fields), experts.slot_of
-    call.slot_of = None if slot_of is None else slot_of.data_ptr()
-    call.rounds_products = not experts.float32_weights
-    return call
-
-
 class NativeLayers:
-    """The layers of a model in C, for one thread."""
+    """The layers of a model in C, and the norm behind them, for one thread."""
 
-    def __init__(self, parts: Sequence[_Parts], caches: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Sequence[_Parts], norm: NativeNorm, caches: Sequence[Tensor]) -> None:
         """``caches`` by layer; they must outlive this."""
-        self._parts = parts  # whose memory ``_fields`` names
+        self._parts, self._norm = parts, norm  # whose memory the fields name
         self._team = parts[0].half.team
         self.top_k = max(part.half.fields.router.routing.top_k for part in parts)
         """Experts of a row."""
@@ -108,6 +115,12 @@ class NativeLayers:
             fields.bank = NO_BANK if routing is None else routing.bank
             if part.mlp is not None:
                 fields.mlp = part.mlp.table.fields
+        self._stack = StackFields(
+            layers=self._fields,
+            num_layers=len(parts),
+            norm=norm.weight.data_ptr(),
+            eps=norm.eps,
+        )
 
     def bank_of(self, layer: int) -> int:
         """``BankSpec.index`` of a layer's routed experts."""
@@ -124,19 +137,20 @@ class NativeLayers:
         ``advance`` and what this returns and raises: see ``run_layers``.
         """
         fields = (FlowFields * len(flows))(*(flow.fields for flow in flows))
-        found = run_layers(self._team, self._fields, fields, advance, advance_s)
+        found = run_layers(self._team, self._stack, fields, advance, advance_s)
         for flow, after in zip(flows, fields, strict=True):
             flow.fields = after
         return found
 
 
-def native_layers(layers: Sequence[Layer], caches: Sequence[Tensor]) -> NativeLayers | None:
+def native_layers(model: AttentionModel, caches: Sequence[Tensor]) -> NativeLayers | None:
     """A model's layers for native calls; None where one has parts that such a call lacks."""
+    layers, norm = model.layers, model.norm
     parts = [found for layer in layers if (found := _parts(layer)) is not None]
     choices = {found.half.routing.top_k for found in parts if found.half.routing is not None}
     if not parts or len(parts) < len(layers) or len(choices) > 1:
         return None
-    return NativeLayers(parts, caches)
+    return NativeLayers(parts, norm, caches) if isinstance(norm, NativeNorm) else None
 
 
 def _parts(layer: Layer) -> _Parts | None:

@@ -148,9 +148,10 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
         for (int64_t i = 0; i < (heads + 2 * kv_heads) * dim; i++)
             qkv[i] = qkv[i] > clip ? clip : qkv[i] < -clip ? -clip : qkv[i];
     }
-    const void *cos = row_of(batch->cos, row, batch->wave_stride, dtype);
-    const void *sin = row_of(batch->sin, row, batch->wave_stride, dtype);
     int64_t position = chunk->first_position + row - chunk->first_row;
+    int64_t wave = batch->waves_by_position ? position : row;
+    const void *cos = row_of(batch->cos, wave, batch->wave_stride, dtype);
+    const void *sin = row_of(batch->sin, wave, batch->wave_stride, dtype);
     int64_t block = chunk->table[position / batch->block_size];
     int64_t offset = position % batch->block_size;
     float exact[dim];  // what an E4M3 cache gets, before it is rounded to it

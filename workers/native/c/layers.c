@@ -3,6 +3,7 @@
 #include "clock.h"
 #include "exchange.h"
 #include "half.h"
+#include "norm.h"
 
 // Mirrored by `LayerFields` in layers.py, as all below. Calls are complete but for rows.
 struct layer {
@@ -10,6 +11,14 @@ struct layer {
     void *cache;
     int64_t bank;             // of its routed experts; -1: none
     struct experts_call mlp;  // as a single expert; num_slots 0: none
+};
+
+// All layers of a model, and the norm behind them.
+struct stack {
+    const struct layer *layers;
+    int64_t num_layers;
+    const void *norm;  // [hidden_size]
+    double eps;
 };
 
 // When the parts of a layer with routed experts ended, see `now_ns`. Experts on this rank are
@@ -21,7 +30,8 @@ struct layer_ends {
 // A micro-batch on its way through the layers.
 struct flow {
     const struct half_batch *batch;
-    void *hidden;         // [num_rows, hidden_size]: the residual stream, before and after
+    void *hidden;         // [num_rows, hidden_size]: the residual stream, at last normalised
+    uint8_t *is_finite;   // [num_rows]: whether all numbers of a row are then
     void *normed;         // [num_rows, hidden_size]
     void *others;         // [num_rows, hidden_size]: outputs of the MLP beside routed experts
     int64_t *topk_ids;    // [banks, num_rows, top_k]
@@ -32,6 +42,7 @@ struct flow {
     struct layer_ends *ends;             // [banks]
     int64_t next;        // layer that begins next
     int64_t is_waiting;  // the outputs of the layer before are to be received
+    int64_t is_done;     // the rows are normalised
 };
 
 // Outputs of experts, or with `weights` their sums, which are added to the residual stream.
@@ -122,28 +133,38 @@ static int begin_layer(struct team *team, const struct layer *layer, struct flow
     return result;
 }
 
+// The norm behind the last layer.
+static void finish(const struct stack *stack, struct flow *flow) {
+    const struct half *half = &stack->layers[0].half;
+    norm_rows(flow->hidden, stack->norm, flow->batch->num_rows, half->hidden_size, stack->eps,
+              (int)half->dtype, flow->is_finite);
+    flow->is_done = 1;
+}
+
 // One flow as far as it goes without waiting for the others: to the next exchange, or to the end.
-static int advance(struct team *team, const struct layer *layers, int64_t num_layers,
-                   struct flow *flow) {
-    if (flow->is_waiting) {
-        int result = receive_outputs(&layers[flow->next - 1], flow);
-        if (result != OK) return result;
-    }
-    return flow->next < num_layers ? begin_layer(team, &layers[flow->next++], flow) : OK;
+static int advance(struct team *team, const struct stack *stack, struct flow *flow) {
+    const struct layer *layers = stack->layers;
+    int result = OK;
+    if (flow->is_waiting) result = receive_outputs(&layers[flow->next - 1], flow);
+    if (result == OK && flow->next < stack->num_layers)
+        result = begin_layer(team, &layers[flow->next++], flow);
+    if (result == OK && flow->next == stack->num_layers && !flow->is_waiting && !flow->is_done)
+        finish(stack, flow);
+    return result;
 }
 
 // Run all layers of the flows, in turns, until they are done or `limit_s` is over. Returns an
 // `enum result`, that of the last flow. `*turn`: the flow that goes on.
-int layers_run(struct team *team, const struct layer *layers, int64_t num_layers,
-               struct flow *flows, int64_t num_flows, double limit_s, int64_t *turn) {
+int layers_run(struct team *team, const struct stack *stack, struct flow *flows, int64_t num_flows,
+               double limit_s, int64_t *turn) {
     if (!team_claim(team)) return BUSY;
     int64_t end_ns = now_ns() + (int64_t)(limit_s * 1e9), num_ended = 0;
     int result;
     do {
         struct flow *flow = &flows[*turn];
-        result = advance(team, layers, num_layers, flow);
+        result = advance(team, stack, flow);
         if (result != UNEXPECTED) *turn = (*turn + 1) % num_flows;  // else it receives once more
-        num_ended = flow->next == num_layers && !flow->is_waiting ? num_ended + 1 : 0;
+        num_ended = flow->is_done ? num_ended + 1 : 0;
     } while (result == OK && num_ended < num_flows && now_ns() < end_ns);
     team_release(team);
     return result;

@@ -25,13 +25,23 @@ void rms_norm(float *x, const void *weight, int64_t size, float eps, enum dtype 
     }
 }
 
-// Rows x [num_rows, size], normalised in place.
-void norm_rows(void *x, const void *weight, long num_rows, long size, double eps, int dtype) {
+// Whether all floats are finite: their products with 0 are 0, but for infinity and NaN.
+static int all_finite(const float *x, int64_t size) {
+    vec sums[PARTS];
+    for (int part = 0; part < PARTS; part++) sums[part] = v_set(0.0f);
+    for (int64_t i = 0; i < size; i += LANES)
+        sums[0] = v_fma(load_some(x, i, size - i, FLOAT32), v_set(0.0f), sums[0]);
+    return wide_sum(sums) == 0.0f;
+}
+
+void norm_rows(void *x, const void *weight, long num_rows, long size, double eps, int dtype,
+               uint8_t *is_finite) {
     float row[size];
     for (long i = 0; i < num_rows; i++) {
         char *at = (char *)x + (size_t)(i * size) * dtype_bytes((enum dtype)dtype);
         convert(row, FLOAT32, at, (enum dtype)dtype, size);
         rms_norm(row, weight, size, (float)eps, (enum dtype)dtype);
         convert(at, (enum dtype)dtype, row, FLOAT32, size);
+        if (is_finite) is_finite[i] = (uint8_t)all_finite(row, size);
     }
 }
