@@ -55,10 +55,24 @@ class StepResult:
     """Row of ``hidden`` where each entry of ``plan.rows`` begins."""
     finite: Tensor
     """[num_rows] bool: no NaN or infinity in these rows of ``hidden``."""
+    logits: Tensor | None
+    """[num_rows, V] of these rows; None: the head has not run."""
     routed: tuple[tuple[Routed, ...], ...]
     """[bank][micro-batch]: the experts that were chosen."""
     captures: Mapping[SequenceState, Sequence[Capture]]
     """What was recorded for sequences whose requests inspect the inside of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """What the layers of a step have made."""
+
+    hidden: list[Tensor]
+    """[T, H] by micro-batch."""
+    finite: Tensor | None = None
+    """``StepResult.finite``; None: nobody has looked yet."""
+    logits: Tensor | None = None
+    """See ``StepResult``."""
 
 
 @dataclass(kw_only=True)
@@ -102,7 +116,7 @@ class ModelRunner:
                 self.dispatcher.activity.advance()
             order = list(range(len(plan.rows)))
             ids = [[Routed(own, None, len(order))] for own in output.topk_ids]
-            return self._result(output.hidden, None, plan, order, ids, {})
+            return self._result(_Outputs([output.hidden]), plan, order, ids, {})
         if not header.grant(self.rank).num_rows:
             assert not plan.rows, "rows without a grant"
             self.dispatcher.sit_out(header)
@@ -114,18 +128,18 @@ class ModelRunner:
         self.dispatcher.begin_step(header, [PlannedBatchRows(part, device) for part in parts])
         routed: list[list[Routed]] = [[] for _ in self.banks]
         captures: dict[SequenceState, list[Capture]] = {}
-        whole = self._run_whole(parts, routed)
-        if whole is None:
+        outputs = self._run_whole(parts, routed)
+        if outputs is None:
             batches = [self._batch(part) for part in parts]
             flows = [self._flow(batch) for batch in batches]
-            whole = self._drive([num_decodes(part) for part in parts], routed, flows), None
+            decodes = [num_decodes(part) for part in parts]
+            outputs = _Outputs(self._drive(decodes, routed, flows))
             for batch in batches:
                 for sequence, capture in batch.captures:
                     captures.setdefault(sequence, []).append(capture)
-        hidden, finite = whole
         if not plan.rows:
             return None
-        return self._result(_joined(hidden), finite, plan, order, routed, captures)
+        return self._result(outputs, plan, order, routed, captures)
 
     @torch.inference_mode()
     def capture_graphs(self, max_rows: int) -> None:
@@ -152,12 +166,12 @@ class ModelRunner:
 
     def _run_whole(
         self, parts: Sequence[Sequence[PlannedRows]], routed: list[list[Routed]]
-    ) -> tuple[list[Tensor], Tensor | None] | None:
+    ) -> _Outputs | None:
         """Run all layers of the micro-batches in one native call.
 
-        Returns their hidden states, and which rows of all are finite. Where native code stops in an
-        exchange, the rest of the layers is run one by one, and nobody has looked at that. None:
-        something looks between the layers.
+        A single micro-batch of decodes has its logits from there too. Where native code stops in an
+        exchange, the rest of the layers is run one by one. None: something looks between the
+        layers.
         """
         native, dispatcher = self._native(), self.dispatcher
         if native is None or not all(parts) or any(map(captures_of, parts)):
@@ -167,20 +181,23 @@ class ModelRunner:
         experts = _experts(dispatcher, [sum(rows.count for rows in part) for part in parts])
         if experts is None:
             return None
+        decodes = [num_decodes(part) for part in parts]
+        is_decode = len(parts) == 1 and decodes[0] == len(parts[0])
+        num_logits = native.num_logits if is_decode else 0
         flows = [
-            self._native_flow(part, own, native.top_k)
+            self._native_flow(part, own, native.top_k, num_logits)
             for part, own in zip(parts, experts, strict=True)
         ]
         self._begin_compute()
         stop, turn = native.run(flows, dispatcher.activity.advance, self.advance_s)
         dispatcher.note_layers([flow.ends for flow in flows])
-        decodes = [num_decodes(part) for part in parts]
         for count, flow in zip(decodes, flows, strict=True):
             for spec, bank, ids in zip(self.banks, routed, flow.topk_ids, strict=True):
                 if spec.layer < flow.num_begun:
                     bank.append(Routed(ids, None, count))
         if not stop:
-            return [flow.hidden for flow in flows], _joined([flow.finite for flow in flows])
+            finite = _joined([flow.finite for flow in flows])
+            return _Outputs([flow.hidden for flow in flows], finite, flows[0].logits)
         assert isinstance(dispatcher, RemoteDispatcher)
         dispatcher.stopped(stop)
         handles: list[DispatchHandle | None] = [None] * len(flows)
@@ -189,9 +206,11 @@ class ModelRunner:
                 index = native.bank_of(flow.num_begun - 1)
                 handles[i] = dispatcher.waiting(index, i, flow.topk_weights)
         rest = [self._rest(native, *found) for found in zip(flows, parts, strict=True)]
-        return self._drive(decodes, routed, rest, handles, turn), None
+        return _Outputs(self._drive(decodes, routed, rest, handles, turn))
 
-    def _native_flow(self, part: Sequence[PlannedRows], experts: Experts, top_k: int) -> Flow:
+    def _native_flow(
+        self, part: Sequence[PlannedRows], experts: Experts, top_k: int, num_logits: int
+    ) -> Flow:
         """A micro-batch at the begin of native layers."""
         model, chunks = self.model, row_chunks(part, self.tables)
         tokens = torch.from_numpy(row_tokens(part))
@@ -199,7 +218,7 @@ class ModelRunner:
         is_by_position = model.rope.by_position is not None
         cos, sin = model.rope.by_position or self._waves(part)
         batch = chunks.fields(cos, sin, self.cache.layers[0], is_by_position)
-        return Flow(hidden, batch, experts, top_k, keeps=(chunks, cos, sin))
+        return Flow(hidden, batch, experts, top_k, num_logits, keeps=(chunks, cos, sin))
 
     def _waves(self, part: Sequence[PlannedRows]) -> tuple[Tensor, Tensor]:
         """``Rope.rows`` of a micro-batch on a CPU."""
@@ -289,8 +308,7 @@ class ModelRunner:
 
     def _result(
         self,
-        hidden: Tensor,
-        finite: Tensor | None,
+        outputs: _Outputs,
         plan: StepPlan,
         order: Sequence[int],
         routed: list[list[Routed]],
@@ -301,10 +319,12 @@ class ModelRunner:
         for i in order:
             first_row[i] = row
             row += plan.rows[i].count
+        hidden, finite = _joined(outputs.hidden), outputs.finite
         return StepResult(
             hidden=hidden,
             first_row=tuple(first_row),
             finite=finite_rows(hidden) if finite is None else finite,
+            logits=outputs.logits,
             routed=tuple(map(tuple, routed)),
             captures=captures,
         )

@@ -160,17 +160,18 @@ class StepSampler:
 
         Tokens come to the host together with what is known of all rows: the step waits once.
         """
-        sampled = [s for s in tokens.complete if s.params.max_tokens]
+        complete = tokens.complete
+        sampled = [s for s in complete if s.params.max_tokens]
+        sampled.sort(key=complete.__getitem__)  # in the order of rows
         rows = [self._processors[sequence].row() for sequence in sampled]
         fetched = [result.finite]
         if sampled:
-            places = [tokens.complete[sequence] for sequence in sampled]
-            logits = self._logits(_some(result.hidden, places))
+            logits = self._logits_of([complete[sequence] for sequence in sampled], result)
             fetched.append(draw_tokens(logits, rows, self._team))
         is_finite, *ids = to_host(fetched)
         for planned, first in zip(plan.rows, result.first_row, strict=True):
             if not is_finite[first : first + planned.count].all():
-                tokens.complete.pop(planned.sequence, None)
+                complete.pop(planned.sequence, None)
                 tokens.failed[planned.sequence] = NOT_FINITE
         if not sampled:
             return
@@ -182,6 +183,12 @@ class StepSampler:
                 tokens.drawn[sequence] = drawn
             else:
                 self._fail(tokens, sequence, self._failure(sequence, drawn.failure))
+
+    def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
+        """[rows, V] of rows in ascending order."""
+        if result.logits is not None:
+            return _some(result.logits, rows)
+        return self._logits(_some(result.hidden, rows))
 
     def _classify(self, tokens: StepTokens, hidden: Tensor) -> None:
         """Logits by class of prompts at their ends."""
@@ -211,8 +218,8 @@ class StepSampler:
         tokens.failed[sequence] = failure
 
 
-def _some(hidden: Tensor, rows: Sequence[int]) -> Tensor:
-    """These rows of [rows, H]; no copy of all of them in their order."""
-    if rows == list(range(len(hidden))):
-        return hidden
-    return hidden[to_device(rows, hidden.device)]
+def _some(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows of x [T, ..]; no copy of all of them in their order."""
+    if rows == list(range(len(x))):
+        return x
+    return x[to_device(rows, x.device)]

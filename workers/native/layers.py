@@ -11,6 +11,7 @@ from collections.abc import Callable
 from workers.native.exchange import UNEXPECTED
 from workers.native.experts import CallFields
 from workers.native.half import HalfFields
+from workers.native.matrix import MatrixFields
 from workers.native.team import Team, check
 
 NO_BANK = -1
@@ -36,6 +37,7 @@ class StackFields(ctypes.Structure):
         ("num_layers", ctypes.c_int64),
         ("norm", ctypes.c_void_p),
         ("eps", ctypes.c_double),
+        ("head", MatrixFields),
     )
 
 
@@ -57,6 +59,7 @@ class FlowFields(ctypes.Structure):
         ("batch", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("is_finite", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
         ("normed", ctypes.c_void_p),
         ("others", ctypes.c_void_p),
         ("topk_ids", ctypes.c_void_p),
@@ -78,8 +81,8 @@ def run_layers(
     advance: Callable[[], None],
     advance_s: float,
 ) -> tuple[int, int]:
-    """Run the layers of all flows, and the norm behind them; ``advance`` is called after the layer
-    in which ``advance_s`` are over.
+    """Run the layers of all flows, and what stands behind them; ``advance`` is called after the
+    layer in which ``advance_s`` are over.
 
     Where native code has stopped in an exchange with other ranks, why: ``UNSENT`` or ``UNEXPECTED``
     (see ``workers.native.exchange``), else 0; and the flow whose turn it is. Raises ``IndexError``

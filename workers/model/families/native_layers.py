@@ -1,6 +1,6 @@
-"""All layers of a step, and the norm behind them, in one native call: nobody looks between them.
+"""A step from its embeddings to its logits in one native call, where nobody looks between.
 
-The layers' own ``forward`` and ``AttentionModel.norm`` are the reference, to the bit.
+The layers' own ``forward``, ``AttentionModel.norm`` and ``head`` are the reference, to the bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.model.families.decoder import DecoderLayer
 from workers.model.layers import AttentionModel, Layer
-from workers.model.native_half import NativeHalf, NativeMlp, NativeNorm
+from workers.model.native_half import NativeHalf, NativeLinear, NativeMlp, NativeNorm
 from workers.native.exchange import HomeFields
 from workers.native.experts import LocalExperts
 from workers.native.half import BatchFields
@@ -43,14 +43,25 @@ class Flow:
     """A micro-batch on its way through native layers."""
 
     def __init__(
-        self, hidden: Tensor, batch: BatchFields, experts: Experts, top_k: int, keeps: object
+        self,
+        hidden: Tensor,
+        batch: BatchFields,
+        experts: Experts,
+        top_k: int,
+        num_logits: int,
+        keeps: object,
     ) -> None:
-        """hidden [T, H] is changed. ``keeps`` has the memory that ``batch`` names."""
+        """hidden [T, H] is changed. ``keeps`` has the memory that ``batch`` names.
+
+        ``num_logits`` of each row are made.
+        """
         num_banks, (num_rows, width) = len(experts), hidden.shape
         self.hidden = hidden.contiguous()
         """[T, H]: the residual stream after the layers that are done, at last normed."""
         self.finite = torch.empty(num_rows, dtype=torch.bool)
         """[T]: all numbers of a row are finite; not set before the flow is done."""
+        self.logits = hidden.new_empty(num_rows, num_logits) if num_logits else None
+        """[T, V], not set before the flow is done; None: nobody reads them."""
         self.topk_ids = torch.empty((num_banks, num_rows, top_k), dtype=torch.int64)
         """[banks, T, k]; those of layers that have not begun are not set."""
         self.topk_weights = torch.empty((num_rows, top_k), dtype=torch.float32)
@@ -64,6 +75,7 @@ class Flow:
             batch=ctypes.addressof(batch),
             hidden=self.hidden.data_ptr(),
             is_finite=self.finite.data_ptr(),
+            logits=None if self.logits is None else self.logits.data_ptr(),
             normed=memory,
             others=memory + part,
             topk_ids=self.topk_ids.data_ptr(),
@@ -90,7 +102,7 @@ class Flow:
 
     @property
     def is_done(self) -> bool:
-        """The rows are normed."""
+        """The rows are normed, and have their logits."""
         return bool(self.fields.is_done)
 
     @property
@@ -100,14 +112,22 @@ class Flow:
 
 
 class NativeLayers:
-    """The layers of a model in C, and the norm behind them, for one thread."""
+    """The layers of a model in C, and what stands behind them, for one thread."""
 
-    def __init__(self, parts: Sequence[_Parts], norm: NativeNorm, caches: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[_Parts],
+        norm: NativeNorm,
+        head: NativeLinear,
+        caches: Sequence[Tensor],
+    ) -> None:
         """``caches`` by layer; they must outlive this."""
-        self._parts, self._norm = parts, norm  # whose memory the fields name
+        self._parts, self._norm, self._head = parts, norm, head  # whose memory the fields name
         self._team = parts[0].half.team
         self.top_k = max(part.half.fields.router.routing.top_k for part in parts)
         """Experts of a row."""
+        self.num_logits = head.matrix.shape[0]
+        """Of a row."""
         self._fields = (LayerFields * len(parts))()
         for fields, part, cache in zip(self._fields, parts, caches, strict=True):
             routing = part.half.routing
@@ -120,6 +140,7 @@ class NativeLayers:
             num_layers=len(parts),
             norm=norm.weight.data_ptr(),
             eps=norm.eps,
+            head=head.matrix.fields,
         )
 
     def bank_of(self, layer: int) -> int:
@@ -145,12 +166,14 @@ class NativeLayers:
 
 def native_layers(model: AttentionModel, caches: Sequence[Tensor]) -> NativeLayers | None:
     """A model's layers for native calls; None where one has parts that such a call lacks."""
-    layers, norm = model.layers, model.norm
+    layers, norm, head = model.layers, model.norm, model.head
     parts = [found for layer in layers if (found := _parts(layer)) is not None]
     choices = {found.half.routing.top_k for found in parts if found.half.routing is not None}
     if not parts or len(parts) < len(layers) or len(choices) > 1:
         return None
-    return NativeLayers(parts, norm, caches) if isinstance(norm, NativeNorm) else None
+    if not isinstance(norm, NativeNorm) or not isinstance(head, NativeLinear):
+        return None
+    return NativeLayers(parts, norm, head, caches)
 
 
 def _parts(layer: Layer) -> _Parts | None:

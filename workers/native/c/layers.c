@@ -3,6 +3,7 @@
 #include "clock.h"
 #include "exchange.h"
 #include "half.h"
+#include "linear.h"
 #include "norm.h"
 
 // Mirrored by `LayerFields` in layers.py, as all below. Calls are complete but for rows.
@@ -13,12 +14,13 @@ struct layer {
     struct experts_call mlp;  // as a single expert; num_slots 0: none
 };
 
-// All layers of a model, and the norm behind them.
+// All layers of a model, and the norm and the head behind them.
 struct stack {
     const struct layer *layers;
     int64_t num_layers;
     const void *norm;  // [hidden_size]
     double eps;
+    struct matrix head;
 };
 
 // When the parts of a layer with routed experts ended, see `now_ns`. Experts on this rank are
@@ -32,6 +34,7 @@ struct flow {
     const struct half_batch *batch;
     void *hidden;         // [num_rows, hidden_size]: the residual stream, at last normalised
     uint8_t *is_finite;   // [num_rows]: whether all numbers of a row are then
+    void *logits;         // [num_rows, outputs of the head]; NULL: nobody reads them
     void *normed;         // [num_rows, hidden_size]
     void *others;         // [num_rows, hidden_size]: outputs of the MLP beside routed experts
     int64_t *topk_ids;    // [banks, num_rows, top_k]
@@ -42,7 +45,7 @@ struct flow {
     struct layer_ends *ends;             // [banks]
     int64_t next;        // layer that begins next
     int64_t is_waiting;  // the outputs of the layer before are to be received
-    int64_t is_done;     // the rows are normalised
+    int64_t is_done;     // the rows are normalised, and have their logits
 };
 
 // Outputs of experts, or with `weights` their sums, which are added to the residual stream.
@@ -133,12 +136,15 @@ static int begin_layer(struct team *team, const struct layer *layer, struct flow
     return result;
 }
 
-// The norm behind the last layer.
-static void finish(const struct stack *stack, struct flow *flow) {
+// What stands behind the last layer.
+static int finish(struct team *team, const struct stack *stack, struct flow *flow) {
     const struct half *half = &stack->layers[0].half;
-    norm_rows(flow->hidden, stack->norm, flow->batch->num_rows, half->hidden_size, stack->eps,
-              (int)half->dtype, flow->is_finite);
+    int64_t num_rows = flow->batch->num_rows;
+    norm_rows(flow->hidden, stack->norm, num_rows, half->hidden_size, stack->eps, (int)half->dtype,
+              flow->is_finite);
     flow->is_done = 1;
+    if (!flow->logits) return OK;
+    return linear_claimed(team, &stack->head, flow->hidden, num_rows, flow->logits);
 }
 
 // One flow as far as it goes without waiting for the others: to the next exchange, or to the end.
@@ -149,7 +155,7 @@ static int advance(struct team *team, const struct stack *stack, struct flow *fl
     if (result == OK && flow->next < stack->num_layers)
         result = begin_layer(team, &layers[flow->next++], flow);
     if (result == OK && flow->next == stack->num_layers && !flow->is_waiting && !flow->is_done)
-        finish(stack, flow);
+        result = finish(team, stack, flow);
     return result;
 }
 

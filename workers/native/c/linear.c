@@ -1,8 +1,6 @@
-// A product of its own: x @ weight.T + bias.
-#include <stdatomic.h>
+#include "linear.h"
 
-#include "matrix.h"
-#include "team.h"
+#include <stdatomic.h>
 
 enum { ROWS = 8 * MAX_TILE_ROWS, GROUP = 4 };  // rows and panels of a piece of work, at most
 
@@ -67,8 +65,8 @@ static void task(void *argument, struct team *team, int thread, int count) {
                 panel_of(job, atomic_load(&job->next)));
 }
 
-static int run(struct team *team, const struct matrix *m, const void *x, int64_t num_rows,
-               void *out) {
+int linear_claimed(struct team *team, const struct matrix *m, const void *x, int64_t num_rows,
+                   void *out) {
     int64_t panels = padded_outputs(m) / PANEL, share = panels / team_size(team);
     struct job job = {
         .matrix = m,
@@ -87,11 +85,10 @@ static int run(struct team *team, const struct matrix *m, const void *x, int64_t
     return OK;
 }
 
-// x [num_rows, inputs] -> out [num_rows, outputs], in the matrix's type. Returns an `enum result`.
 int linear_run(struct team *team, const struct matrix *m, const void *x, int64_t num_rows,
                void *out) {
     if (!team_claim(team)) return BUSY;
-    int result = run(team, m, x, num_rows, out);
+    int result = linear_claimed(team, m, x, num_rows, out);
     team_release(team);
     return result;
 }
