@@ -185,7 +185,7 @@ class ModelRunner:
         is_decode = len(parts) == 1 and decodes[0] == len(parts[0])
         num_logits = native.num_logits if is_decode else 0
         flows = [
-            self._native_flow(part, own, native.top_k, num_logits)
+            self._native_flow(part, own, native, num_logits)
             for part, own in zip(parts, experts, strict=True)
         ]
         self._begin_compute()
@@ -209,16 +209,20 @@ class ModelRunner:
         return _Outputs(self._drive(decodes, routed, rest, handles, turn))
 
     def _native_flow(
-        self, part: Sequence[PlannedRows], experts: Experts, top_k: int, num_logits: int
+        self, part: Sequence[PlannedRows], experts: Experts, native: NativeLayers, num_logits: int
     ) -> Flow:
         """A micro-batch at the begin of native layers."""
         model, chunks = self.model, row_chunks(part, self.tables)
+        given = [*given_rows(part, model.device)]
         tokens = torch.from_numpy(row_tokens(part))
-        hidden = model.embed(tokens, given_rows(part, model.device))
+        is_embedded = bool(given) or not native.embeds
+        hidden = model.embed(tokens, given) if is_embedded else native.new_rows(len(tokens))
         is_by_position = model.rope.by_position is not None
         cos, sin = model.rope.by_position or self._waves(part)
         batch = chunks.fields(cos, sin, self.cache.layers[0], is_by_position)
-        return Flow(hidden, batch, experts, top_k, num_logits, keeps=(chunks, cos, sin))
+        keeps = chunks, cos, sin
+        asked = None if is_embedded else tokens
+        return Flow(hidden, asked, batch, experts, native.top_k, num_logits, keeps)
 
     def _waves(self, part: Sequence[PlannedRows]) -> tuple[Tensor, Tensor]:
         """``Rope.rows`` of a micro-batch on a CPU."""

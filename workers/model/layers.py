@@ -181,6 +181,21 @@ class Dispatch:
 
 Embedding = Callable[[Tensor], Tensor]
 """Token ids [T] int64 -> [T, H], in memory of their own."""
+
+
+class TableEmbedding:
+    """``Embedding`` of a table's rows."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: Tensor) -> None:
+        """table [V, H]."""
+        self.table = table
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        return functional.embedding(token_ids, self.table)
+
+
 Norm = Callable[[Tensor], Tensor]
 """[T, H] -> [T, H], perhaps in place."""
 LayerSteps = Generator[Any, Tensor, Tensor]

@@ -33,6 +33,8 @@ class StackFields(ctypes.Structure):
     """``struct stack``."""
 
     _fields_ = (
+        ("embedding", ctypes.c_void_p),
+        ("vocab_size", ctypes.c_int64),
         ("layers", ctypes.POINTER(LayerFields)),
         ("num_layers", ctypes.c_int64),
         ("norm", ctypes.c_void_p),
@@ -57,6 +59,7 @@ class FlowFields(ctypes.Structure):
 
     _fields_ = (
         ("batch", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("is_finite", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
@@ -86,7 +89,8 @@ def run_layers(
 
     Where native code has stopped in an exchange with other ranks, why: ``UNSENT`` or ``UNEXPECTED``
     (see ``workers.native.exchange``), else 0; and the flow whose turn it is. Raises ``IndexError``
-    for an empty expert slot, ``RuntimeError`` where there is no memory.
+    for an empty expert slot or a token without an embedding, ``RuntimeError`` where there is no
+    memory.
     """
     run, turn = team.library.functions.layers_run, ctypes.c_int64()
     arguments = (ctypes.byref(stack), flows, len(flows), advance_s, ctypes.byref(turn))

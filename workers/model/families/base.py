@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import (
@@ -21,7 +20,15 @@ from workers.model.config import (
     TensorPart,
 )
 from workers.model.families.parts import gated_expert, part
-from workers.model.layers import Attend, AttentionModel, Embedding, Layer, Linear, Mlp
+from workers.model.layers import (
+    Attend,
+    AttentionModel,
+    Embedding,
+    Layer,
+    Linear,
+    Mlp,
+    TableEmbedding,
+)
 
 
 class WeightReader(Protocol):
@@ -153,7 +160,7 @@ class Family(ABC):
         if not self.config.labels and self.config.tie_word_embeddings:
             return blocks.tied(outer.weight("embedding"))
         head = outer.linear("head")
-        return partial(functional.embedding, weight=outer.tensor("embedding")), head
+        return TableEmbedding(outer.tensor("embedding")), head
 
     def _outer_parts(self) -> dict[str, TensorPart]:
         """Tensors around the layers, by short name; ``head`` unless it is the embedding."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.model.families.decoder import DecoderLayer
-from workers.model.layers import AttentionModel, Layer
+from workers.model.layers import AttentionModel, Embedding, Layer, TableEmbedding
 from workers.model.native_half import NativeHalf, NativeLinear, NativeMlp, NativeNorm
 from workers.native.exchange import HomeFields
 from workers.native.experts import LocalExperts
@@ -45,15 +45,16 @@ class Flow:
     def __init__(
         self,
         hidden: Tensor,
+        tokens: Tensor | None,
         batch: BatchFields,
         experts: Experts,
         top_k: int,
         num_logits: int,
         keeps: object,
     ) -> None:
-        """hidden [T, H] is changed. ``keeps`` has the memory that ``batch`` names.
+        """hidden [T, H] is changed; it gets the embeddings of ``tokens`` [T] at first, if given.
 
-        ``num_logits`` of each row are made.
+        ``num_logits`` of each row are made. ``keeps`` has the memory that ``batch`` names.
         """
         num_banks, (num_rows, width) = len(experts), hidden.shape
         self.hidden = hidden.contiguous()
@@ -69,10 +70,11 @@ class Flow:
         self.ends = (LayerEnds * num_banks)()
         """By bank."""
         self._memory = torch.empty((3, num_rows, width), dtype=hidden.dtype)
-        self._kept = batch, experts, keeps  # which C reads
+        self._kept = tokens, batch, experts, keeps  # which C reads
         part, memory = self.hidden.nbytes, self._memory.data_ptr()
         self.fields = FlowFields(
             batch=ctypes.addressof(batch),
+            tokens=None if tokens is None else tokens.data_ptr(),
             hidden=self.hidden.data_ptr(),
             is_finite=self.finite.data_ptr(),
             logits=None if self.logits is None else self.logits.data_ptr(),
@@ -112,17 +114,19 @@ class Flow:
 
 
 class NativeLayers:
-    """The layers of a model in C, and what stands behind them, for one thread."""
+    """The layers of a model in C, with what stands around them, for one thread."""
 
     def __init__(
         self,
+        embedding: Embedding,
         parts: Sequence[_Parts],
         norm: NativeNorm,
         head: NativeLinear,
         caches: Sequence[Tensor],
     ) -> None:
         """``caches`` by layer; they must outlive this."""
-        self._parts, self._norm, self._head = parts, norm, head  # whose memory the fields name
+        self._kept = embedding, head  # whose memory the fields name, as that of these:
+        self._parts, self._norm = parts, norm
         self._team = parts[0].half.team
         self.top_k = max(part.half.fields.router.routing.top_k for part in parts)
         """Experts of a row."""
@@ -135,13 +139,22 @@ class NativeLayers:
             fields.bank = NO_BANK if routing is None else routing.bank
             if part.mlp is not None:
                 fields.mlp = part.mlp.table.fields
+        table = embedding.table if isinstance(embedding, TableEmbedding) else None
+        self.embeds = table is not None
+        """Flows may be given tokens."""
         self._stack = StackFields(
+            embedding=None if table is None else table.data_ptr(),
+            vocab_size=0 if table is None else len(table),
             layers=self._fields,
             num_layers=len(parts),
             norm=norm.weight.data_ptr(),
             eps=norm.eps,
             head=head.matrix.fields,
         )
+
+    def new_rows(self, num_rows: int) -> Tensor:
+        """[T, H] in the model's dtype, with undefined contents."""
+        return self._norm.weight.new_empty(num_rows, len(self._norm.weight))
 
     def bank_of(self, layer: int) -> int:
         """``BankSpec.index`` of a layer's routed experts."""
@@ -173,7 +186,7 @@ def native_layers(model: AttentionModel, caches: Sequence[Tensor]) -> NativeLaye
         return None
     if not isinstance(norm, NativeNorm) or not isinstance(head, NativeLinear):
         return None
-    return NativeLayers(parts, norm, head, caches)
+    return NativeLayers(model.embedding, parts, norm, head, caches)
 
 
 def _parts(layer: Layer) -> _Parts | None:

@@ -14,8 +14,10 @@ struct layer {
     struct experts_call mlp;  // as a single expert; num_slots 0: none
 };
 
-// All layers of a model, and the norm and the head behind them.
+// All layers of a model, and what stands before and behind them.
 struct stack {
+    const void *embedding;  // [vocab_size, hidden_size]; NULL: callers look rows up
+    int64_t vocab_size;
     const struct layer *layers;
     int64_t num_layers;
     const void *norm;  // [hidden_size]
@@ -32,6 +34,7 @@ struct layer_ends {
 // A micro-batch on its way through the layers.
 struct flow {
     const struct half_batch *batch;
+    const int64_t *tokens;  // [num_rows]: whose embeddings `hidden` gets first; NULL: it has them
     void *hidden;         // [num_rows, hidden_size]: the residual stream, at last normalised
     uint8_t *is_finite;   // [num_rows]: whether all numbers of a row are then
     void *logits;         // [num_rows, outputs of the head]; NULL: nobody reads them
@@ -136,6 +139,19 @@ static int begin_layer(struct team *team, const struct layer *layer, struct flow
     return result;
 }
 
+// Look the embeddings of a flow's tokens up.
+static int embed(const struct stack *stack, struct flow *flow) {
+    const struct half *half = &stack->layers[0].half;
+    size_t bytes = (size_t)half->hidden_size * dtype_bytes((enum dtype)half->dtype);
+    for (int64_t row = 0; row < flow->batch->num_rows; row++) {
+        int64_t token = flow->tokens[row];
+        if (token < 0 || token >= stack->vocab_size) return NO_INPUT;
+        const char *from = (const char *)stack->embedding + (size_t)token * bytes;
+        memcpy((char *)flow->hidden + (size_t)row * bytes, from, bytes);
+    }
+    return OK;
+}
+
 // What stands behind the last layer.
 static int finish(struct team *team, const struct stack *stack, struct flow *flow) {
     const struct half *half = &stack->layers[0].half;
@@ -150,7 +166,7 @@ static int finish(struct team *team, const struct stack *stack, struct flow *flo
 // One flow as far as it goes without waiting for the others: to the next exchange, or to the end.
 static int advance(struct team *team, const struct stack *stack, struct flow *flow) {
     const struct layer *layers = stack->layers;
-    int result = OK;
+    int result = flow->tokens && !flow->next ? embed(stack, flow) : OK;
     if (flow->is_waiting) result = receive_outputs(&layers[flow->next - 1], flow);
     if (result == OK && flow->next < stack->num_layers)
         result = begin_layer(team, &layers[flow->next++], flow);

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,12 +18,17 @@ from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import LocalEngine
 from workers.dispatch.dispatcher import DispatchHandle
 from workers.dispatch.local import LocalDispatcher
+from workers.engine.model_runner import StepResult
+from workers.engine.step_plan import StepPlan
 from workers.metrics.step_timer import StepTimer
+from workers.model.attention import RowChunks
+from workers.model.families.native_layers import Flow
 from workers.model.layers import Dispatch
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.inspection import Inspection
 from workers.requests.request import SamplingParams
 from workers.requests.step_header import StepHeader
+from workers.sampling.best_tokens import finite_rows
 
 SCORED = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
 PROMPTS = [tuple(range(3, 40)), (5, 9, 11), tuple(range(60, 40, -1)), (7,)]
@@ -140,6 +146,49 @@ def test_an_empty_slot_ends_the_step(golden: Callable[[str], Golden]) -> None:
         engine.slots.clear(1, slot)
     with pytest.raises(IndexError, match="missing or empty"):
         engine.generate(PROMPTS[:1], SCORED)
+
+
+def test_a_token_without_an_embedding_ends_the_step(golden: Callable[[str], Golden]) -> None:
+    """Requests with such a token are refused before; memory behind the table is not read."""
+    engine, dispatcher = open_engine(golden("olmoe-base"))
+    native = engine.engine.runner._native()
+    assert native is not None
+    assert native.embeds
+    experts = dispatcher.experts()
+    assert experts is not None
+    for token in (-1, engine.config.vocab_size):
+        tokens = torch.tensor([3, token])
+        wave = torch.ones(2, 1, engine.config.head_dim)
+        rows = RowChunks(2, torch.tensor([[0, 2, 0, 0]]), np.zeros((1, 1), np.int32), 2)
+        batch = rows.fields(wave, wave, engine.engine.cache.layers[0])
+        flow = Flow(native.new_rows(2), tokens, batch, experts, native.top_k, 0, (rows, wave))
+        with pytest.raises(IndexError, match="no input"):
+            native.run([flow], lambda: None, 1.0)
+        assert not flow.num_begun
+
+
+def test_decodes_have_their_logits_from_the_same_call(golden: Callable[[str], Golden]) -> None:
+    """Prompts have not: of all their rows one draws a token."""
+    engine, _ = open_engine(golden("olmoe-base"))
+    runner = engine.engine.runner
+    run, results = runner.run, []
+
+    def kept(header: StepHeader, plan: StepPlan) -> StepResult | None:
+        result = run(header, plan)
+        assert result is not None
+        results.append((plan, result))
+        return result
+
+    runner.run = kept  # type: ignore[method-assign]
+    engine.generate(PROMPTS, SCORED)
+    for plan, result in results:
+        is_decode = all(rows.is_decode for rows in plan.rows)
+        assert (result.logits is not None) == is_decode
+        assert torch.equal(result.finite, finite_rows(result.hidden))
+        if result.logits is not None:
+            assert torch.equal(result.logits, runner.model.head(result.hidden))
+    assert any(result.logits is not None for _, result in results)
+    assert any(result.logits is None for _, result in results)
 
 
 def test_progress_is_reported_between_layers(golden: Callable[[str], Golden]) -> None:
