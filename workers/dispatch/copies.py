@@ -99,18 +99,16 @@ class CopyTables:
         )
 
     def choose(
-        self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor, spread: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The copies that serve a batch's pairs: their slots, and their places.
 
-        topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. ``spread``
-        False says that no row is a prefill row. Slots [ranks, T, k] int32: on that rank, -1 where
-        the pair is not for it. Places [T, k] int64: that of the copy among its expert's, for
-        prefill rows only; None where no row had a choice.
+        topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. Slots [ranks, T, k] int32: on
+        that rank, -1 where the pair is not for it. Places [T, k] int64: that of the copy among its
+        expert's, for prefill rows only. Without prefill rows, or where ``has_choice`` is False, the
+        slots are ``decode_slots[:, topk_ids]``.
         """
         fixed = self.decode_slots[:, topk_ids]
-        if not (spread and self.has_choice):
-            return fixed, None
         share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)
         copy = (share.unsqueeze(2) >= self.thresholds[topk_ids]).sum(2)
         rank = self.copy_rank[topk_ids, copy]

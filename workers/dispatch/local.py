@@ -51,7 +51,7 @@ class LocalDispatcher(TimedDispatcher):
         self._num_placements = 0
         self._experts: LocalExperts | None = None
         self._experts_state: Hashable = None
-        """In which they were made."""
+        """``state`` when they were made."""
 
     @property
     def state(self) -> Hashable:
@@ -74,7 +74,10 @@ class LocalDispatcher(TimedDispatcher):
         self.timer.begin_step(header)
 
     def experts(self) -> LocalExperts | None:
-        """The experts of all banks, for native layers; None: this step has exchanges."""
+        """The experts of all banks, for native layers.
+
+        None: a bank has several exchanges, or torch computes it.
+        """
         if (state := self.state) != self._experts_state:
             parts = zip(self._banks, self._slots, self._slot_of, strict=True)
             found = [

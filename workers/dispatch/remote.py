@@ -228,11 +228,14 @@ class RemoteDispatcher(TimedDispatcher):
     ) -> tuple[Tensor, Tensor | None]:
         """[ranks, T, k] int32 slots, with weights [ranks, T, 2k]; see ``CopyTables.choose``."""
         assert self._header is not None, "begin_step comes first"
-        tables, spread = self._tables[sent.bank], self._header.exact
-        if self._team is not None and not (spread and tables.has_choice):
+        tables = self._tables[sent.bank]
+        has_choice = self._header.exact and tables.has_choice
+        if self._team is not None and not has_choice:
             library = self._team.library
             return sent_slots(library, tables.decode_slots, sent.topk_ids, weights), None
-        slots, copies = tables.choose(sent.topk_ids, batch.is_prefill, batch.row_key, spread=spread)
+        slots, copies = tables.decode_slots[:, sent.topk_ids], None
+        if has_choice:
+            slots, copies = tables.choose(sent.topk_ids, batch.is_prefill, batch.row_key)
         return slots if weights is None else _with_weights(slots, weights), copies
 
     def _pick_static(

@@ -106,7 +106,7 @@ class Batch:
         is_native: bool = False,
     ) -> None:
         self._device = device
-        self.captures = captures_of(planned)
+        self.captures = _captures(planned)
         """By sequence, what inspections record."""
         decode_rows = num_decodes(planned)
         staging = [*row_columns(planned, tables, cache.block_size)]
@@ -144,7 +144,7 @@ class Batch:
         ends = np.cumsum([rows.count for rows in planned]).tolist()
         lengths = [rows.first + rows.count for rows in planned]
         width = max(len(rows.sequence.blocks) for rows in planned)
-        seats = _array([rows.sequence.seat for rows in planned])
+        seats = _array(_seats(planned))
         parts = (tables.array[seats, :width].ravel(), lengths, [0, *ends])
         numbers = np.concatenate(parts, dtype=np.int32)
         sizes = [len(part) for part in parts]
@@ -166,7 +166,7 @@ class Batch:
         num_blocks = [len(rows.sequence.blocks) for rows in planned]
         sizes = [group_size(number) for number in num_blocks]
         groups = runs(sizes, cache.blocks_per_piece)
-        seats, held = _array([rows.sequence.seat for rows in planned]), _array(num_blocks)
+        seats, held = _array(_seats(planned)), _array(num_blocks)
         lengths = _array([rows.first + 1 for rows in planned])
         for first, last in groups:
             known = tables.array[seats[first:last], : sizes[first]]
@@ -223,7 +223,13 @@ def given_rows(
         row += rows.count
 
 
-def captures_of(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:
+def reads_inside(planned: Sequence[PlannedRows]) -> bool:
+    """Whether a request inspects the inside of the model."""
+    inspections = (rows.sequence.request.inspection for rows in planned)
+    return any(found is not None and found.reads_inside for found in inspections)
+
+
+def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:
     """One for each entry whose request inspects the inside of the model."""
     found: list[tuple[SequenceState, Capture]] = []
     row = 0
@@ -260,14 +266,23 @@ def row_columns(
     planned: Sequence[PlannedRows], tables: BlockTables, block_size: int
 ) -> tuple[NDArray[np.int64], ...]:
     """Token ids, positions, prompt lengths and cache slots of all rows."""
-    entries = (
-        [rows.sequence.seat for rows in planned],
-        [rows.sequence.prompt_length for rows in planned],
-    )
-    positions, seats, prompt_lengths = _by_row(planned, *entries)
+    positions, seats, prompt_lengths = _by_row(planned, _seats(planned), _prompt_lengths(planned))
     blocks, offsets = np.divmod(positions, block_size)
     slots = tables.array[seats, blocks].astype(np.int64) * block_size + offsets
     return row_tokens(planned), positions, prompt_lengths, slots
+
+
+def positions_and_lengths(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
+    """[2, T]: positions and prompt lengths of all rows."""
+    return _by_row(planned, _prompt_lengths(planned))
+
+
+def _seats(planned: Sequence[PlannedRows]) -> list[int | None]:
+    return [rows.sequence.seat for rows in planned]
+
+
+def _prompt_lengths(planned: Sequence[PlannedRows]) -> list[int]:
+    return [rows.sequence.prompt_length for rows in planned]
 
 
 def _by_row(planned: Sequence[PlannedRows], *entries: Sequence[int | None]) -> NDArray[np.int64]:

@@ -1,8 +1,8 @@
-"""One step of the model: from planned rows to the final hidden states of each of them.
+"""One step of the model: from planned rows to the final hidden states of each, or to logits.
 
 The runner drives one generator per micro-batch (see ``workers.model.layers``): it dispatches the
 exchanges that a layer yields, and resumes the layer with the combined outputs. Where nothing looks
-between the layers, native kernels run all of them in one call, with the exchanges. A step changes
+between the layers, native code runs all of them in one call, with the exchanges. A step changes
 nothing but the KV of the rows it runs, which no step reads before this one is committed.
 """
 
@@ -23,22 +23,19 @@ from workers.engine.batch import (
     Batch,
     PlannedBatchRows,
     batch_order,
-    captures_of,
-    given_rows,
     num_decodes,
-    row_chunks,
-    row_columns,
-    row_tokens,
+    reads_inside,
     split_rows,
 )
 from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.expert_load import Routed
+from workers.engine.native_step import NativeStep, native_step
 from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
-from workers.model.families.native_layers import Experts, Flow, NativeLayers, native_layers
+from workers.model.families.native_layers import Experts
 from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps, ModelInputs
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
@@ -56,7 +53,7 @@ class StepResult:
     finite: Tensor
     """[num_rows] bool: no NaN or infinity in these rows of ``hidden``."""
     logits: Tensor | None
-    """[num_rows, V] of these rows; None: the head has not run."""
+    """[num_rows, V] of all rows of ``hidden``; None: the head has not run."""
     routed: tuple[tuple[Routed, ...], ...]
     """[bank][micro-batch]: the experts that were chosen."""
     captures: Mapping[SequenceState, Sequence[Capture]]
@@ -70,7 +67,7 @@ class _Outputs:
     hidden: list[Tensor]
     """[T, H] by micro-batch."""
     finite: Tensor | None = None
-    """``StepResult.finite``; None: nobody has looked yet."""
+    """``StepResult.finite``; None: not computed."""
     logits: Tensor | None = None
     """See ``StepResult``."""
 
@@ -96,9 +93,9 @@ class ModelRunner:
     """Native layers report their progress after the one in which this time is over."""
     graphs: DecodeGraphs | None = None
     """Run decode steps on a GPU whose experts are all here."""
-    _known_layers: Sequence[Layer] = ()
-    _native_layers: NativeLayers | None = None
-    """Made of ``_known_layers``."""
+    _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
+    _native_step: NativeStep | None = None
+    """Made of the model and the layers in ``_known``."""
 
     def run(self, header: StepHeader, plan: StepPlan) -> StepResult | None:
         """Run a plan; None when it has no rows. Raises ``TransportError``.
@@ -174,23 +171,18 @@ class ModelRunner:
         layers.
         """
         native, dispatcher = self._native(), self.dispatcher
-        if native is None or not all(parts) or any(map(captures_of, parts)):
+        if native is None or not all(parts) or any(map(reads_inside, parts)):
             return None
         if not isinstance(dispatcher, LocalDispatcher | RemoteDispatcher):
             return None
         experts = _experts(dispatcher, [sum(rows.count for rows in part) for part in parts])
         if experts is None:
             return None
-        decodes = [num_decodes(part) for part in parts]
-        is_decode = len(parts) == 1 and decodes[0] == len(parts[0])
-        num_logits = native.num_logits if is_decode else 0
-        flows = [
-            self._native_flow(part, own, native, num_logits)
-            for part, own in zip(parts, experts, strict=True)
-        ]
+        flows = native.flows(parts, experts)
         self._begin_compute()
-        stop, turn = native.run(flows, dispatcher.activity.advance, self.advance_s)
+        stop, turn = native.layers.run(flows, dispatcher.activity.advance, self.advance_s)
         dispatcher.note_layers([flow.ends for flow in flows])
+        decodes = [num_decodes(part) for part in parts]
         for count, flow in zip(decodes, flows, strict=True):
             for spec, bank, ids in zip(self.banks, routed, flow.topk_ids, strict=True):
                 if spec.layer < flow.num_begun:
@@ -203,53 +195,18 @@ class ModelRunner:
         handles: list[DispatchHandle | None] = [None] * len(flows)
         for i, flow in enumerate(flows):
             if flow.is_waiting:
-                index = native.bank_of(flow.num_begun - 1)
+                index = native.layers.bank_of(flow.num_begun - 1)
                 handles[i] = dispatcher.waiting(index, i, flow.topk_weights)
-        rest = [self._rest(native, *found) for found in zip(flows, parts, strict=True)]
+        rest = [native.rest(*found) for found in zip(flows, parts, strict=True)]
         return _Outputs(self._drive(decodes, routed, rest, handles, turn))
 
-    def _native_flow(
-        self, part: Sequence[PlannedRows], experts: Experts, native: NativeLayers, num_logits: int
-    ) -> Flow:
-        """A micro-batch at the begin of native layers."""
-        model, chunks = self.model, row_chunks(part, self.tables)
-        given = [*given_rows(part, model.device)]
-        tokens = torch.from_numpy(row_tokens(part))
-        is_embedded = bool(given) or not native.embeds
-        hidden = model.embed(tokens, given) if is_embedded else native.new_rows(len(tokens))
-        is_by_position = model.rope.by_position is not None
-        cos, sin = model.rope.by_position or self._waves(part)
-        batch = chunks.fields(cos, sin, self.cache.layers[0], is_by_position)
-        keeps = chunks, cos, sin
-        asked = None if is_embedded else tokens
-        return Flow(hidden, asked, batch, experts, native.top_k, num_logits, keeps)
-
-    def _waves(self, part: Sequence[PlannedRows]) -> tuple[Tensor, Tensor]:
-        """``Rope.rows`` of a micro-batch on a CPU."""
-        columns = row_columns(part, self.tables, self.cache.block_size)
-        _, positions, prompt_lengths, _ = map(torch.from_numpy, columns)
-        return self.model.rope.rows(positions, prompt_lengths)
-
-    def _rest(self, native: NativeLayers, flow: Flow, part: Sequence[PlannedRows]) -> LayerSteps:
-        """What native layers have left: at first the exchange in which they have stopped."""
-        if flow.is_done:
-            return flow.hidden
-        inputs = self._batch(part).inputs
-        assert inputs is not None, "there are rows"
-        _, context = self.model.enter(inputs, self.cache.layers)
-        if flow.is_waiting:
-            outputs = yield
-            others = flow.others if native.has_mlp(flow.num_begun - 1) else None
-            flow.hidden.add_(outputs if others is None else outputs + others)
-        rest = self.model.run_from(flow.num_begun, flow.hidden, context, self.cache.layers)
-        return (yield from rest)
-
-    def _native(self) -> NativeLayers | None:
+    def _native(self) -> NativeStep | None:
         """The model's layers for native calls, if such a call can run all of them."""
-        if self._known_layers is not self.model.layers:
-            self._known_layers = self.model.layers
-            self._native_layers = native_layers(self.model, self.cache.layers)
-        return self._native_layers
+        known = self.model, self.model.layers
+        if any(new is not old for new, old in zip(known, self._known, strict=True)):
+            self._known = known
+            self._native_step = native_step(self.model, self.cache, self.tables)
+        return self._native_step
 
     def _batch(self, part: Sequence[PlannedRows]) -> Batch:
         model = self.model

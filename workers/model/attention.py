@@ -158,10 +158,11 @@ class RowChunks:
     """Keys of the longest sequence, those of its last row included."""
 
     def fields(
-        self, cos: Tensor, sin: Tensor, cache: Tensor, waves_by_position: bool = False
+        self, cos: Tensor, sin: Tensor, cache: Tensor, *, waves_by_position: bool = False
     ) -> BatchFields:
-        """The batch in C. ``Rope.rows`` [T, 1, D] or ``Rope.by_position``, which must outlive it,
-        as this must; ``cache`` is that of any layer."""
+        """The batch in C. ``Rope.rows`` [T, 1, D] or ``Rope.waves_by_position``, which must outlive
+        it, as this must; ``cache`` is that of any layer."""
+        assert len(cos) >= self.max_length or not waves_by_position, f"{len(cos)} positions"
         return BatchFields(
             num_rows=self.num_rows,
             cos=cos.data_ptr(),

@@ -266,7 +266,8 @@ class AttentionModel:
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
-        hidden, context = self.enter(inputs, caches)
+        context = self.context(inputs, caches)
+        hidden = self.embed(inputs.token_ids, inputs.given)
         return (yield from self.run_from(0, hidden, context, caches))
 
     def run_from(
@@ -283,17 +284,16 @@ class AttentionModel:
             recorder.hidden(hidden)
         return hidden
 
-    def enter(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> tuple[Tensor, LayerContext]:
-        """What the first layer gets: embeddings [T, H], in memory of their own, and the context."""
+    def context(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerContext:
+        """What all layers get."""
         cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
         windows = {width: inputs.attention.within(width) for width in self.windows}
         chunks = inputs.attention.chunks
         native = None if chunks is None else chunks.fields(cos, sin, caches[0])
-        context = LayerContext(cos, sin, inputs.attention, windows, native)
-        return self.embed(inputs.token_ids, inputs.given), context
+        return LayerContext(cos, sin, inputs.attention, windows, native)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """[T, H], in memory of their own; ``given`` as in ``ModelInputs``."""
+        """The first layer's input [T, H], in memory of its own; ``given`` as in ``ModelInputs``."""
         hidden = self.embedding(token_ids)
         for first, rows in given:
             hidden[first : first + len(rows)] = rows

@@ -179,7 +179,7 @@ class Rope:
         if config.rope_type != "dynamic":
             positions = torch.arange(max_positions, device=device)
             self._table = self._waves(positions, self._plain)
-        self.by_position = None if self._table is None else _split(self._table)
+        self.waves_by_position = None if self._table is None else _split(self._table)
         """``rows`` of all positions, in order; None where they depend on the request."""
 
     def rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:

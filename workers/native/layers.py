@@ -1,6 +1,7 @@
-"""Layers one after the other in one call (``c/layers.c``).
+"""All layers of a step, and what stands around them, in one call (``c/layers.c``).
 
-Reference: the same layers by ``half.run_half`` and ``experts.expert_rows``.
+Reference: the same layers by ``half.run_half`` and ``experts.expert_rows``, then ``norm.norm_rows``
+and ``matrix.Matrix.multiply``.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def run_layers(
     advance: Callable[[], None],
     advance_s: float,
 ) -> tuple[int, int]:
-    """Run the layers of all flows, and what stands behind them; ``advance`` is called after the
+    """Run the layers of all flows, and what stands around them; ``advance`` is called after the
     layer in which ``advance_s`` are over.
 
     Where native code has stopped in an exchange with other ranks, why: ``UNSENT`` or ``UNEXPECTED``

@@ -23,7 +23,7 @@ _ERRORS = (
     "another thread computes with the team",
     "there is no memory for the kernels' intermediate results",
     "a row names an expert slot that is missing or empty",
-    "a row has no input",
+    "a row has no input, or its token no embedding",
 )
 """By ``enum result``."""
 

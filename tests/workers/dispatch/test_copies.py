@@ -40,7 +40,8 @@ def test_decode_rows_take_the_copy_of_the_decode_table() -> None:
     tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
     ids = torch.tensor([[0, 1], [2, 0]])
     decode = torch.zeros(2, dtype=torch.bool)
-    slots = tables.choose(ids, decode, torch.zeros(2).long(), spread=True)[0]
+    slots = tables.choose(ids, decode, torch.zeros(2).long())[0]
+    assert torch.equal(slots, tables.decode_slots[:, ids])
     assert slots.tolist() == [
         [[-1, 1], [-1, -1]],
         [[1, -1], [-1, 1]],
@@ -49,18 +50,17 @@ def test_decode_rows_take_the_copy_of_the_decode_table() -> None:
     assert slots.is_contiguous()
 
 
-@pytest.mark.parametrize("spread", [True, False])
-def test_every_pair_goes_to_exactly_one_copy(spread: bool) -> None:
+def test_every_pair_goes_to_exactly_one_copy() -> None:
     tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
     ids = torch.randint(0, 3, (200, 4))
     prefill = torch.arange(200) % 2 == 0
     keys = torch.randint(-(2**62), 2**62, (200,))
-    slots = tables.choose(ids, prefill, keys, spread)[0]
-    assert torch.equal((slots >= 0).sum(0), torch.ones_like(ids))
     held = torch.tensor(make_placement().physical_to_logical)
-    for rank in range(3):
-        here = slots[rank] >= 0
-        assert torch.equal(held[rank][slots[rank][here].long()], ids[here])
+    for slots in (tables.choose(ids, prefill, keys)[0], tables.decode_slots[:, ids]):
+        assert torch.equal((slots >= 0).sum(0), torch.ones_like(ids))
+        for rank in range(3):
+            here = slots[rank] >= 0
+            assert torch.equal(held[rank][slots[rank][here].long()], ids[here])
 
 
 def test_prefill_shares_follow_the_split_within_sampling_error() -> None:
@@ -69,7 +69,7 @@ def test_prefill_shares_follow_the_split_within_sampling_error() -> None:
     num_rows = 40_000
     keys = mix64(torch.arange(num_rows))
     ids = torch.tensor([[0, 1]]).expand(num_rows, 2)
-    slots = tables.choose(ids, torch.ones(num_rows, dtype=torch.bool), keys, spread=True)[0]
+    slots = tables.choose(ids, torch.ones(num_rows, dtype=torch.bool), keys)[0]
     for expert in (0, 1):
         for device, slot in placement.logical_to_physical(expert):
             share = placement.split[device][slot]
@@ -83,11 +83,11 @@ def test_the_choice_depends_on_row_and_expert_alone() -> None:
     ids = torch.randint(0, 3, (50, 2))
     keys = torch.randint(-(2**62), 2**62, (50,))
     prefill = torch.ones(50, dtype=torch.bool)
-    whole = tables.choose(ids, prefill, keys, spread=True)[0]
+    whole = tables.choose(ids, prefill, keys)[0]
     order = torch.randperm(50)
-    again = tables.choose(ids[order], prefill, keys[order], spread=True)[0]
+    again = tables.choose(ids[order], prefill, keys[order])[0]
     assert torch.equal(whole[:, order], again)
-    swapped = tables.choose(ids.flip(1), prefill, keys, spread=True)[0]
+    swapped = tables.choose(ids.flip(1), prefill, keys)[0]
     assert torch.equal(whole.flip(2), swapped)
 
 
@@ -96,7 +96,7 @@ def test_devices_are_found_by_their_place_among_the_ranks() -> None:
     assert lost is not None
     tables = CopyTables.build(lost, {0: 0, 2: 1}, CPU)
     ids = torch.tensor([[0, 1, 2]])
-    slots = tables.choose(ids, torch.zeros(1).bool(), torch.zeros(1).long(), spread=False)[0]
+    slots = tables.decode_slots[:, ids]
     assert slots.tolist() == [[[0, 1, -1]], [[-1, -1, 0]]]
 
 
@@ -145,14 +145,7 @@ def test_a_hash_at_the_end_of_a_share_goes_to_the_next_copy(row_key: int) -> Non
             split=[[first], [1.0 - first]],
         )
         tables = CopyTables.build(placement, {0: 0, 1: 1}, CPU)
-        assert tables.choose(ids, prefill, key, spread=True)[1] == torch.tensor([[copy]])
-
-
-def test_without_prefill_rows_no_copy_is_chosen() -> None:
-    tables = CopyTables.build(make_placement(), {0: 0, 1: 1, 2: 2}, CPU)
-    ids, key = torch.tensor([[0, 1]]), torch.tensor([5])
-    assert tables.choose(ids, torch.tensor([False]), key, spread=False)[1] is None
-    assert tables.choose(ids, torch.tensor([False]), key, spread=True)[1] is not None
+        assert tables.choose(ids, prefill, key)[1] == torch.tensor([[copy]])
 
 
 def test_without_second_copies_there_is_no_choice() -> None:

@@ -36,7 +36,7 @@ def chosen_slots(profile: LoadProfile, topk_ids: torch.Tensor, is_prefill: bool)
     bank = mesh.plan(_seen(profile, topk_ids), _TOPOLOGY).placement.banks[0]
     tables = CopyTables.build(bank, {d: d for d in range(DEVICES)}, torch.device("cpu"))
     keys = mix64(torch.arange(ROWS))
-    return tables.choose(topk_ids, torch.full((ROWS,), is_prefill), keys, spread=is_prefill)[0]
+    return tables.choose(topk_ids, torch.full((ROWS,), is_prefill), keys)[0]
 
 
 _TOPOLOGY = PlannedTopology.uniform(DEVICES, num_redundant=2)

@@ -85,7 +85,6 @@ def test_every_pair_goes_to_the_copy_that_the_maps_name(
         torch.tensor(ids, dtype=torch.int64).view(num_rows, 3),
         torch.tensor(prefill, dtype=torch.bool),
         torch.tensor(keys, dtype=torch.int64),
-        spread=True,
     )
     expected = torch.full((num_devices, num_rows, 3), -1, dtype=torch.int32)
     for row in range(num_rows):

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from tests.paths import DEMO
-from workers.engine.batch import Batch, PlannedBatchRows, batch_order, row_chunks, split_rows
+from workers.engine.batch import (
+    Batch,
+    PlannedBatchRows,
+    batch_order,
+    positions_and_lengths,
+    row_chunks,
+    split_rows,
+)
 from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
@@ -84,6 +91,7 @@ def check(batch: Batch, planned: list[PlannedRows]) -> None:
     assert inputs.token_ids.tolist() == tokens
     assert inputs.positions.tolist() == [position for _, position in rows]
     assert inputs.prompt_lengths.tolist() == [len(s.request.prompt) for s, _ in rows]
+    assert (positions_and_lengths(planned) == [inputs.positions, inputs.prompt_lengths]).all()
     assert inputs.attention.slot_mapping.tolist() == slots
     sent = PlannedBatchRows(planned, torch.device("cpu"))
     assert sent.row_key.tolist() == keys
@@ -93,7 +101,7 @@ def check(batch: Batch, planned: list[PlannedRows]) -> None:
 
 
 def check_native_rows(planned: list[PlannedRows], tables: BlockTables) -> None:
-    """Native kernels get the same tokens, and the places of all rows."""
+    """Native kernels get the places of all rows."""
     chunks, row = row_chunks(planned, tables), 0
     for place, entry in zip(chunks.places.tolist(), planned, strict=True):
         sequence = entry.sequence

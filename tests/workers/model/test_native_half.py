@@ -224,14 +224,14 @@ def serve(
     )
     rope = Rope(config, 64, dtype, CPU)
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in LENGTHS]
-    assert rope.by_position is not None
+    assert rope.waves_by_position is not None
     for turn, chunks in enumerate(batches):
         batch = make_batch(chunks, dtype, recorder)
         positions = torch.cat([torch.arange(first, last) for _, first, last in chunks])
         cos, sin = rope.rows(positions, positions)
         assert batch.chunks is not None
         windows = {} if case.window is None else {case.window: batch.within(case.window)}
-        waves = rope.by_position if turn % 2 else (cos, sin)
+        waves = rope.waves_by_position if turn % 2 else (cos, sin)
         fields = batch.chunks.fields(*waves, cache, waves_by_position=bool(turn % 2))
         context = LayerContext(cos, sin, batch, windows, fields)
         hidden = torch.cat([states[i][first:last] for i, first, last in chunks])

@@ -1,6 +1,10 @@
-"""A step from its embeddings to its logits in one native call, where nobody looks between.
+"""All layers of a step in one native call, where nobody looks between them.
 
-The layers' own ``forward``, ``AttentionModel.norm`` and ``head`` are the reference, to the bit.
+With them go the embeddings where they are rows of a table, the final norm, and the head where all
+rows draw a token.
+
+The reference, to the bit: the layers' own ``forward``, and ``embedding``, ``norm`` and ``head`` of
+``AttentionModel``.
 """
 
 from __future__ import annotations
@@ -44,24 +48,25 @@ class Flow:
 
     def __init__(
         self,
+        *,
         hidden: Tensor,
         tokens: Tensor | None,
         batch: BatchFields,
         experts: Experts,
         top_k: int,
-        num_logits: int,
+        logits: Tensor | None,
         keeps: object,
     ) -> None:
-        """hidden [T, H] is changed; it gets the embeddings of ``tokens`` [T] at first, if given.
+        """hidden [T, H] is changed; it gets the embeddings of ``tokens`` [T] first, if given.
 
-        ``num_logits`` of each row are made. ``keeps`` has the memory that ``batch`` names.
+        ``logits`` [T, V] are written, if given. ``keeps`` has the memory that ``batch`` names.
         """
         num_banks, (num_rows, width) = len(experts), hidden.shape
         self.hidden = hidden.contiguous()
         """[T, H]: the residual stream after the layers that are done, at last normed."""
         self.finite = torch.empty(num_rows, dtype=torch.bool)
         """[T]: all numbers of a row are finite; not set before the flow is done."""
-        self.logits = hidden.new_empty(num_rows, num_logits) if num_logits else None
+        self.logits = logits
         """[T, V], not set before the flow is done; None: nobody reads them."""
         self.topk_ids = torch.empty((num_banks, num_rows, top_k), dtype=torch.int64)
         """[banks, T, k]; those of layers that have not begun are not set."""
@@ -104,7 +109,7 @@ class Flow:
 
     @property
     def is_done(self) -> bool:
-        """The rows are normed, and have their logits."""
+        """The rows are normed, and have their logits if any are asked for."""
         return bool(self.fields.is_done)
 
     @property
@@ -125,13 +130,10 @@ class NativeLayers:
         caches: Sequence[Tensor],
     ) -> None:
         """``caches`` by layer; they must outlive this."""
-        self._kept = embedding, head  # whose memory the fields name, as that of these:
-        self._parts, self._norm = parts, norm
+        self._parts, self._norm, self._head = parts, norm, head  # whose memory the fields name
         self._team = parts[0].half.team
         self.top_k = max(part.half.fields.router.routing.top_k for part in parts)
         """Experts of a row."""
-        self.num_logits = head.matrix.shape[0]
-        """Of a row."""
         self._fields = (LayerFields * len(parts))()
         for fields, part, cache in zip(self._fields, parts, caches, strict=True):
             routing = part.half.routing
@@ -139,9 +141,13 @@ class NativeLayers:
             fields.bank = NO_BANK if routing is None else routing.bank
             if part.mlp is not None:
                 fields.mlp = part.mlp.table.fields
-        table = embedding.table if isinstance(embedding, TableEmbedding) else None
-        self.embeds = table is not None
+        self._table = table = embedding.table if isinstance(embedding, TableEmbedding) else None
+        self.has_table = table is not None
         """Flows may be given tokens."""
+        width, dtype = head.matrix.shape[1], head.matrix.dtype
+        for weight in (norm.weight, *(() if table is None else (table,))):
+            assert weight.is_contiguous()
+            assert (weight.shape[-1], weight.dtype) == (width, dtype), f"{weight.dtype} weights"
         self._stack = StackFields(
             embedding=None if table is None else table.data_ptr(),
             vocab_size=0 if table is None else len(table),
@@ -155,6 +161,10 @@ class NativeLayers:
     def new_rows(self, num_rows: int) -> Tensor:
         """[T, H] in the model's dtype, with undefined contents."""
         return self._norm.weight.new_empty(num_rows, len(self._norm.weight))
+
+    def new_logits(self, num_rows: int) -> Tensor:
+        """[T, V] in the model's dtype, with undefined contents."""
+        return self._norm.weight.new_empty(num_rows, self._head.matrix.shape[0])
 
     def bank_of(self, layer: int) -> int:
         """``BankSpec.index`` of a layer's routed experts."""

@@ -32,8 +32,8 @@ struct half {
 // The rows of a micro-batch, for all layers.
 struct half_batch {
     int64_t num_rows;
-    const void *cos, *sin;   // [.., head_dim] model dtype, sines of the first half negated
-    int64_t wave_stride;     // elements from one to the next of both
+    const void *cos, *sin;      // [.., head_dim] model dtype, sines of the first half negated
+    int64_t wave_stride;        // elements from one to the next of both
     int64_t waves_by_position;  // they are those of all positions; 0: those of each row
     const struct chunk *chunks;
     int64_t num_chunks;

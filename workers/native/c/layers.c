@@ -1,5 +1,7 @@
-// Layers one after the other, for callers that look at nothing between them.
+// All layers of a step and what stands around them, for callers that look at nothing between.
 #define _GNU_SOURCE
+#include <string.h>
+
 #include "clock.h"
 #include "exchange.h"
 #include "half.h"
@@ -158,15 +160,17 @@ static int finish(struct team *team, const struct stack *stack, struct flow *flo
     int64_t num_rows = flow->batch->num_rows;
     norm_rows(flow->hidden, stack->norm, num_rows, half->hidden_size, stack->eps, (int)half->dtype,
               flow->is_finite);
-    flow->is_done = 1;
-    if (!flow->logits) return OK;
-    return linear_claimed(team, &stack->head, flow->hidden, num_rows, flow->logits);
+    int result = OK;
+    if (flow->logits)
+        result = linear_claimed(team, &stack->head, flow->hidden, num_rows, flow->logits);
+    flow->is_done = result == OK;
+    return result;
 }
 
 // One flow as far as it goes without waiting for the others: to the next exchange, or to the end.
 static int advance(struct team *team, const struct stack *stack, struct flow *flow) {
     const struct layer *layers = stack->layers;
-    int result = flow->tokens && !flow->next ? embed(stack, flow) : OK;
+    int result = OK;
     if (flow->is_waiting) result = receive_outputs(&layers[flow->next - 1], flow);
     if (result == OK && flow->next < stack->num_layers)
         result = begin_layer(team, &layers[flow->next++], flow);
@@ -175,19 +179,22 @@ static int advance(struct team *team, const struct stack *stack, struct flow *fl
     return result;
 }
 
-// Run all layers of the flows, in turns, until they are done or `limit_s` is over. Returns an
-// `enum result`, that of the last flow. `*turn`: the flow that goes on.
+// Run all layers of the flows and what stands around them, in turns, until they are done or `limit_s`
+// is over. Returns an `enum result`, that of the last flow. `*turn`: the flow that goes on.
 int layers_run(struct team *team, const struct stack *stack, struct flow *flows, int64_t num_flows,
                double limit_s, int64_t *turn) {
     if (!team_claim(team)) return BUSY;
     int64_t end_ns = now_ns() + (int64_t)(limit_s * 1e9), num_ended = 0;
-    int result;
-    do {
+    int result = OK;
+    for (int64_t i = 0; i < num_flows && result == OK; i++)  // before any flow may stop
+        if (flows[i].tokens && !flows[i].next) result = embed(stack, &flows[i]);
+    while (result == OK && num_ended < num_flows) {
         struct flow *flow = &flows[*turn];
         result = advance(team, stack, flow);
         if (result != UNEXPECTED) *turn = (*turn + 1) % num_flows;  // else it receives once more
         num_ended = flow->is_done ? num_ended + 1 : 0;
-    } while (result == OK && num_ended < num_flows && now_ns() < end_ns);
+        if (now_ns() >= end_ns) break;
+    }
     team_release(team);
     return result;
 }

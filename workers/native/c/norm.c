@@ -27,11 +27,11 @@ void rms_norm(float *x, const void *weight, int64_t size, float eps, enum dtype 
 
 // Whether all floats are finite: their products with 0 are 0, but for infinity and NaN.
 static int all_finite(const float *x, int64_t size) {
-    vec sums[PARTS];
-    for (int part = 0; part < PARTS; part++) sums[part] = v_set(0.0f);
+    vec zeros[PARTS] = {v_set(0.0f)};
+    for (int part = 1; part < PARTS; part++) zeros[part] = zeros[0];
     for (int64_t i = 0; i < size; i += LANES)
-        sums[0] = v_fma(load_some(x, i, size - i, FLOAT32), v_set(0.0f), sums[0]);
-    return wide_sum(sums) == 0.0f;
+        zeros[0] = v_fma(load_some(x, i, size - i, FLOAT32), v_set(0.0f), zeros[0]);
+    return wide_sum(zeros) == 0.0f;
 }
 
 void norm_rows(void *x, const void *weight, long num_rows, long size, double eps, int dtype,

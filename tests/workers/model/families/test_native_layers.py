@@ -151,9 +151,10 @@ def test_an_empty_slot_ends_the_step(golden: Callable[[str], Golden]) -> None:
 def test_a_token_without_an_embedding_ends_the_step(golden: Callable[[str], Golden]) -> None:
     """Requests with such a token are refused before; memory behind the table is not read."""
     engine, dispatcher = open_engine(golden("olmoe-base"))
-    native = engine.engine.runner._native()
-    assert native is not None
-    assert native.embeds
+    step = engine.engine.runner._native()
+    assert step is not None
+    native = step.layers
+    assert native.has_table
     experts = dispatcher.experts()
     assert experts is not None
     for token in (-1, engine.config.vocab_size):
@@ -161,7 +162,15 @@ def test_a_token_without_an_embedding_ends_the_step(golden: Callable[[str], Gold
         wave = torch.ones(2, 1, engine.config.head_dim)
         rows = RowChunks(2, torch.tensor([[0, 2, 0, 0]]), np.zeros((1, 1), np.int32), 2)
         batch = rows.fields(wave, wave, engine.engine.cache.layers[0])
-        flow = Flow(native.new_rows(2), tokens, batch, experts, native.top_k, 0, (rows, wave))
+        flow = Flow(
+            hidden=native.new_rows(2),
+            tokens=tokens,
+            batch=batch,
+            experts=experts,
+            top_k=native.top_k,
+            logits=None,
+            keeps=(rows, wave),
+        )
         with pytest.raises(IndexError, match="no input"):
             native.run([flow], lambda: None, 1.0)
         assert not flow.num_begun

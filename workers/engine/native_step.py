@@ -1,0 +1,82 @@
+"""Steps in native code: their micro-batches, and what is left of them where they stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from workers.engine.batch import (
+    Batch,
+    given_rows,
+    num_decodes,
+    positions_and_lengths,
+    row_chunks,
+    row_tokens,
+)
+from workers.engine.step_plan import PlannedRows
+from workers.kv.block_tables import BlockTables
+from workers.kv.cache import KVCache
+from workers.model.families.native_layers import Experts, Flow, NativeLayers, native_layers
+from workers.model.layers import AttentionModel, LayerSteps
+
+
+class NativeStep:
+    """Steps of one model in native code."""
+
+    def __init__(
+        self, model: AttentionModel, layers: NativeLayers, cache: KVCache, tables: BlockTables
+    ) -> None:
+        self.layers = layers
+        """Those of the model."""
+        self._model, self._cache, self._tables = model, cache, tables
+
+    def flows(
+        self, parts: Sequence[Sequence[PlannedRows]], experts: Sequence[Experts]
+    ) -> list[Flow]:
+        """The micro-batches of a step before its first layer, each with its experts.
+
+        A single one of decode rows gets logits: each of its rows draws a token.
+        """
+        has_logits = len(parts) == 1 and num_decodes(parts[0]) == len(parts[0])
+        pairs = zip(parts, experts, strict=True)
+        return [self._flow(part, own, has_logits) for part, own in pairs]
+
+    def _flow(self, part: Sequence[PlannedRows], experts: Experts, has_logits: bool) -> Flow:
+        model, layers = self._model, self.layers
+        chunks = row_chunks(part, self._tables)
+        waves = model.rope.waves_by_position
+        cos, sin = waves or model.rope.rows(*map(torch.from_numpy, positions_and_lengths(part)))
+        batch = chunks.fields(cos, sin, self._cache.layers[0], waves_by_position=waves is not None)
+        tokens, given = torch.from_numpy(row_tokens(part)), [*given_rows(part, model.device)]
+        looks_up = layers.has_table and not given
+        return Flow(
+            hidden=layers.new_rows(len(tokens)) if looks_up else model.embed(tokens, given),
+            tokens=tokens if looks_up else None,
+            batch=batch,
+            experts=experts,
+            top_k=layers.top_k,
+            logits=layers.new_logits(len(tokens)) if has_logits else None,
+            keeps=(chunks, cos, sin),
+        )
+
+    def rest(self, flow: Flow, part: Sequence[PlannedRows]) -> LayerSteps:
+        """What native layers have left of a micro-batch, which waits for outputs first if it has
+        sent rows."""
+        if flow.is_done:
+            return flow.hidden
+        model, caches = self._model, self._cache.layers
+        inputs = Batch(part, self._cache, self._tables, model.device, model.is_native).inputs
+        assert inputs is not None, "there are rows"
+        context = model.context(inputs, caches)
+        if flow.is_waiting:
+            outputs = yield
+            others = flow.others if self.layers.has_mlp(flow.num_begun - 1) else None
+            flow.hidden.add_(outputs if others is None else outputs + others)
+        return (yield from model.run_from(flow.num_begun, flow.hidden, context, caches))
+
+
+def native_step(model: AttentionModel, cache: KVCache, tables: BlockTables) -> NativeStep | None:
+    """None where a layer has parts that native calls lack."""
+    layers = native_layers(model, cache.layers)
+    return None if layers is None else NativeStep(model, layers, cache, tables)
