@@ -108,11 +108,11 @@ class FailingDispatcher:
     def __init__(self, inner: TokenDispatcher) -> None:
         self._inner = inner
         self.fail_at: int | None = None
-        """Calls (dispatch and combine) of a step before the peer is lost; None: never."""
+        """Calls (dispatch, combine and finish) of a step before the peer is lost; None: never."""
         self.num_failures = 0
         """Peers lost so far."""
         self.num_calls = 0
-        """Calls of dispatch and combine so far."""
+        """Such calls so far."""
         self._calls = 0
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
@@ -129,6 +129,10 @@ class FailingDispatcher:
     def combine(self, handle: DispatchHandle) -> Tensor:
         self._count()
         return self._inner.combine(handle)
+
+    def finish_step(self) -> None:
+        self._count()
+        self._inner.finish_step()
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         self._inner.set_placement(placement, generation)

@@ -108,12 +108,15 @@ class FailingTransport:
         self._fail(tag, "post", False)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
     ) -> list[tuple[Tensor, ...]]:
         self._fail(tag, "receive", True)
-        received = self._inner.receive(tag, expected, sized=sized)
+        received = self._inner.receive(tag, expected, sized=sized, is_read=is_read)
         self._fail(tag, "receive", False)
         return received
+
+    def finish_step(self) -> None:
+        self._inner.finish_step()
 
     def direct(self, ranks: Sequence[int]) -> None:
         """Faults are those of the calls above."""

@@ -35,6 +35,7 @@ class LoopbackTransport:
         self._own: dict[Tag, tuple[Tensor, ...]] = {}
         self.apply_generation = inner.apply_generation
         self.close = inner.close
+        self.finish_step = inner.finish_step
 
     def begin_step(self, header: StepHeader) -> None:
         """See ``DataTransport``; messages left from an abandoned step are dropped."""
@@ -54,10 +55,12 @@ class LoopbackTransport:
             self._inner.post(tag, others, sized=sized)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
     ) -> list[tuple[Tensor, ...]]:
+        """See ``DataTransport``."""
         others = [e for e in expected if e.rank != self._rank]
-        received = iter(self._inner.receive(tag, others, sized=sized) if others else ())
+        found = self._inner.receive(tag, others, sized=sized, is_read=is_read) if others else ()
+        received = iter(found)
         return [self._own.pop(tag) if e.rank == self._rank else next(received) for e in expected]
 
     def direct(self, ranks: Sequence[int]) -> None:
@@ -78,6 +81,7 @@ class ColocatedDispatcher:
         self._attention = attention
         self._server = server
         self.dispatch = attention.dispatch  # rows go out as from any attention worker
+        self.finish_step = attention.finish_step
         self._served = (-1, -1)
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:

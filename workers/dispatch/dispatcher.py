@@ -79,6 +79,11 @@ class TokenDispatcher(Protocol):
     def combine(self, handle: DispatchHandle) -> Tensor:
         """Outputs of a dispatch: [T, out_width] model dtype, [T, k, out_width] if not weighted."""
 
+    def finish_step(self) -> None:
+        """Wait for the outputs of all dispatches that were combined, before the host reads anything
+        that was computed of them. Raises as the waits do.
+        """
+
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the maps of an epoch, for the members of a generation."""
 

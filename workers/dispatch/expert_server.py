@@ -21,7 +21,7 @@ from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import SAMPLE
 from workers.metrics.step_timer import StepTimer
-from workers.model.config import BankSpec, ExchangeSpec
+from workers.model.config import BankSpec, ExchangeSpec, returns_pairs
 from workers.native.exchange import ServerFields
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
@@ -155,7 +155,7 @@ class ExpertServer:
             if served < len(places):
                 self._serve(*places[served])
                 served += 1
-        self._use.end(self.token_counts, self._transport.reject)
+        self._end_step()
 
     def _prepare_native(self, places: Sequence[tuple[BankSpec, int, int]]) -> None:
         """Let native code serve the exchanges of a step if all of them can be."""
@@ -198,6 +198,8 @@ class ExpertServer:
             self._transport.begin_step(header)
         self._exact = header.exact
         self._is_measured = header.step % SAMPLE == 0
+        finds_pairs = returns_pairs(self._banks, self._combine_mode)
+        self._reads_rows = self._exact or self._is_measured or finds_pairs
         self._granted = [
             {rank: n for rank, _ in header.grants if (n := header.rows(rank, micro_batch))}
             for micro_batch in range(header.num_micro_batches)
@@ -210,7 +212,13 @@ class ExpertServer:
                 self.timer.mark()
                 self._serve(self._banks[bank], exchange, micro_batch)
         if (bank, exchange) == (len(self._banks) - 1, len(self._banks[bank].exchanges) - 1):
-            self._use.end(self.token_counts, self._transport.reject)
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """All exchanges are served: count, and raise what was put off."""
+        with self._activity:
+            self._transport.finish_step()
+        self._use.end(self.token_counts, self._transport.reject)
 
     def _serve(self, bank: BankSpec, index: int, micro_batch: int) -> None:
         """Serve one exchange."""
@@ -223,7 +231,9 @@ class ExpertServer:
         place = (bank, exchange.index, micro_batch)
         tag = Tag(bank.index, exchange.index, micro_batch, "rows")
         with self._activity:
-            received = self._transport.receive(tag, expected, sized=self._exact)
+            received = self._transport.receive(
+                tag, expected, sized=self._exact, is_read=self._reads_rows
+            )
         self.num_bytes["dispatch"] += sum(part.nbytes for parts in received for part in parts)
         self.timer.lap("receive", *place)
         batch = self._join(bank, exchange, tuple(granted), received)

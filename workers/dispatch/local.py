@@ -73,6 +73,9 @@ class LocalDispatcher(TimedDispatcher):
         """There are no other ranks to serve."""
         self.timer.begin_step(header)
 
+    def finish_step(self) -> None:
+        """Outputs are there when they are computed."""
+
     def experts(self) -> LocalExperts | None:
         """The experts of all banks, for native layers.
 

@@ -27,7 +27,7 @@ from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TimedDispatch
 from workers.dispatch.native_home import NativeHome, NativeRows
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
-from workers.model.config import BankSpec
+from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
 from workers.model.weighting import weighted_sum
 from workers.native.exchange import HomeFields, sent_slots
@@ -93,6 +93,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables: list[CopyTables] = []
         self._header: StepHeader | None = None
         self._micro_batches: Sequence[BatchRows] = ()
+        self._reads_rows = False  # between layers: to pick those of a rank, or its pairs
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the maps of an epoch and drop those of an earlier generation.
@@ -121,6 +122,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables = self._epochs.begin_step(header)
         self.timer.begin_step(header)
         self._header = header
+        self._reads_rows = header.exact or returns_pairs(self._banks, self._combine_mode)
         self._micro_batches = micro_batches
         with self.activity:
             self._transport.begin_step(header)
@@ -198,6 +200,11 @@ class RemoteDispatcher(TimedDispatcher):
         native = self._native.waiting(spec, micro_batch, weights)
         return RemoteHandle(spec, 0, micro_batch, len(weights), None, (), weights, native)
 
+    def finish_step(self) -> None:
+        """See ``TokenDispatcher``."""
+        with self.activity:
+            self._transport.finish_step()
+
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, RemoteHandle)
         exchange = handle.bank.exchanges[handle.exchange]
@@ -213,7 +220,8 @@ class RemoteDispatcher(TimedDispatcher):
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
         with self.activity:
-            received = [parts[0] for parts in self._transport.receive(tag, expected, sized=False)]
+            found = self._transport.receive(tag, expected, sized=False, is_read=self._reads_rows)
+            received = [parts[0] for parts in found]
         if not by_pair:
             return self._add_partial_sums(handle, received, exchange.out_width)
         pairs = self._gather_pairs(handle, received, exchange.out_width)

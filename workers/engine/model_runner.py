@@ -54,6 +54,9 @@ class StepResult:
     """[num_rows] bool: no NaN or infinity in these rows of ``hidden``."""
     logits: Tensor | None
     """[num_rows, V] of all rows of ``hidden``; None: the head has not run."""
+    finish: Callable[[], None]
+    """Call it before the host reads a tensor of these, or one that was computed of them. Raises
+    ``TransportError``."""
     routed: tuple[tuple[Routed, ...], ...]
     """[bank][micro-batch]: the experts that were chosen."""
     captures: Mapping[SequenceState, Sequence[Capture]]
@@ -135,6 +138,7 @@ class ModelRunner:
                 for sequence, capture in batch.captures:
                     captures.setdefault(sequence, []).append(capture)
         if not plan.rows:
+            self.dispatcher.finish_step()
             return None
         return self._result(outputs, plan, order, routed, captures)
 
@@ -286,6 +290,7 @@ class ModelRunner:
             first_row=tuple(first_row),
             finite=finite_rows(hidden) if finite is None else finite,
             logits=outputs.logits,
+            finish=self.dispatcher.finish_step,
             routed=tuple(map(tuple, routed)),
             captures=captures,
         )

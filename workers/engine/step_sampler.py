@@ -116,6 +116,7 @@ class StepSampler:
     ) -> bool:
         """Score and inspect prompt rows; False where a state or a logit is NaN or infinity."""
         sequence = planned.sequence
+        result.finish()
         if not result.finite[first_row : first_row + planned.count].all():  # device-to-host sync
             return False
         if sequence.scores_prompt:
@@ -168,6 +169,7 @@ class StepSampler:
         if sampled:
             logits = self._logits_of([complete[sequence] for sequence in sampled], result)
             fetched.append(draw_tokens(logits, rows, self._team))
+        result.finish()
         is_finite, *ids = to_host(fetched)
         for planned, first in zip(plan.rows, result.first_row, strict=True):
             if not is_finite[first : first + planned.count].all():

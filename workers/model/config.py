@@ -7,6 +7,7 @@ order of operations of a step is: for layer; for (bank, exchange) in bank order;
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -80,6 +81,11 @@ class BankSpec:
     def matrices(self) -> list[tuple[int, int, tuple[int, int]]]:
         """(exchange, matrix, [out, in]) of all matrices of an expert, in the order of use."""
         return [(e.index, i, s) for e in self.exchanges for i, s in enumerate(e.matrix_shapes)]
+
+
+def returns_pairs(banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
+    """Whether any exchange does."""
+    return any(exchange.returns_pairs(combine_mode) for b in banks for exchange in b.exchanges)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

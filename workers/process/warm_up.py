@@ -54,6 +54,9 @@ class BlankDispatcher(TimedDispatcher):
     def sit_out(self, header: StepHeader) -> None:
         self.timer.begin_step(header)
 
+    def finish_step(self) -> None:
+        """Nothing is sent."""
+
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
         exchange, (num_rows, top_k) = bank.exchanges[sent.exchange], sent.topk_ids.shape
         slots = () if exchange.weighted else (top_k,)

@@ -66,6 +66,8 @@ class CollectiveTransport:
         self._peers: dict[int, int] = {}
         self._names: dict[int, str] = {}
         self._sends: deque[Transfers] = deque()
+        self._ordered: list[Transfers] = []
+        """Receives for which only the device has waited."""
         self._loss: PeerLostError | None = None
         self._store = (
             listen_store(host, store_port, connect_timeout_s)
@@ -162,6 +164,7 @@ class CollectiveTransport:
 
     def begin_step(self, header: StepHeader) -> None:
         """See ``DataTransport``. Waits for the sends of the last step, which end with it."""
+        self._ordered.clear()
         while self._sends:
             self._wait(self._sends.popleft())
 
@@ -182,8 +185,9 @@ class CollectiveTransport:
             self._sends += self._start(tag, True, items)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
     ) -> list[tuple[Tensor, ...]]:
+        """See ``DataTransport``."""
         counts = [item.counts for item in expected]
         if sized:
             counts = self._receive_counts(tag, expected)
@@ -201,8 +205,14 @@ class CollectiveTransport:
             if tensor.numel()
         ]
         if items:
-            self._receive(tag, items)
+            self._receive(tag, items, is_read)
         return received
+
+    def finish_step(self) -> None:
+        """See ``DataTransport``."""
+        ordered, self._ordered = self._ordered, []
+        for transfers in ordered:
+            self._wait(transfers)
 
     def direct(self, ranks: Sequence[int]) -> None:
         """See ``DataTransport``."""
@@ -219,6 +229,7 @@ class CollectiveTransport:
 
     def _abandon(self) -> None:
         self._sends.clear()
+        self._ordered.clear()
         if self._world is not None:
             self._world.abandon()
             self._world = None
@@ -229,7 +240,7 @@ class CollectiveTransport:
         ]
         pairs = zip(expected, tensors, strict=True)
         items = [self._item(e.rank, tag, _COUNTS, tensor) for e, tensor in pairs]
-        self._receive(tag, items)
+        self._receive(tag, items, is_read=True)
         counts = []
         for item, tensor in zip(expected, tensors, strict=True):
             numbers = tuple(int(n) for n in tensor.tolist())  # device-to-host sync
@@ -251,9 +262,12 @@ class CollectiveTransport:
         except RuntimeError as err:
             self._fail(items[0].rank, first_line(err))
 
-    def _receive(self, tag: Tag, items: Sequence[Item]) -> None:
+    def _receive(self, tag: Tag, items: Sequence[Item], is_read: bool) -> None:
         for transfers in self._start(tag, False, items):
-            self._wait(transfers)
+            if not is_read and self._live_world().order(transfers):
+                self._ordered.append(transfers)
+            else:
+                self._wait(transfers)
 
     def _drop_sent(self) -> None:
         """Let go of the memory of sends that are over, in the order in which they started."""

@@ -1,9 +1,10 @@
 """The world over NCCL, for GPUs.
 
 Transfers run on the stream of their group. It waits for what the current stream was given before
-they start, torch keeps their memory from being used again until it has passed them, and the current
-stream is ordered after those that ``is_over`` has found complete. Communicators are nonblocking
-(``config.blocking = 0``): one that connects, or waits for a peer that has died, can be aborted.
+they start, and torch keeps their memory from being used again until it has passed them. The current
+stream is ordered after them by ``order``, or when ``is_over`` has found them complete.
+Communicators are nonblocking (``config.blocking = 0``): one that connects, or waits for a peer that
+has died, can be aborted.
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ class NcclWorld(World):
                 transfers.num_done += 1
         except RuntimeError as err:
             transfers.error = first_line(err)
+        return True
+
+    def order(self, transfers: Transfers) -> bool:
+        """See ``World``. Their memory may be used again after what the stream was given so far."""
+        for transfer in transfers.items:
+            transfer.work.wait()  # does not block: the world has no blocking waits
+            transfer.tensor = None
         return True
 
     def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:

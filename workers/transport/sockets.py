@@ -76,8 +76,9 @@ class SocketTransport:
             self._connections.send(self._names[message.rank], header, buffers)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
     ) -> list[tuple[Tensor, ...]]:
+        """See ``DataTransport``; waits in any case."""
         deadline = time.monotonic() + self._connections.step_timeout_s
         want = self._header(tag)
         received = []
@@ -87,6 +88,9 @@ class SocketTransport:
             self._check(item, frame.header, sized)
             received.append(self._tensors(item, frame))
         return received
+
+    def finish_step(self) -> None:
+        """See ``DataTransport``; nothing is left to wait for."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         self._connections.reject(self._names[rank], reason)

@@ -83,9 +83,20 @@ class DataTransport(Protocol):
         """
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
     ) -> list[tuple[Tensor, ...]]:
-        """Wait for one message from each of the ranks; the parts are on the transport's device."""
+        """One message from each of the ranks; the parts are on the transport's device.
+
+        Waits for them where ``is_read``: the host reads what is computed of them before
+        ``finish_step``. Else it may return before they have come, with tensors that work on the
+        device finds filled.
+        """
+
+    def finish_step(self) -> None:
+        """Wait for all messages that were received in the step, before the host reads anything.
+
+        Raises as ``receive``: what was computed of them is not to be used then.
+        """
 
     def direct(self, ranks: Sequence[int]) -> DirectEdges | None:
         """The edges to some ranks, for native code in the step that has begun; None: there are

@@ -74,8 +74,8 @@ class Transfer:
     rank: int
     """Rank in the other pool."""
     work: Work
-    tensor: Tensor
-    """Kept alive until the end."""
+    tensor: Tensor | None
+    """Kept alive until the end, or until the device is ordered after it."""
 
 
 @dataclass(slots=True)
@@ -183,6 +183,13 @@ class World(ABC):
     @abstractmethod
     def is_over(self, transfers: Transfers) -> bool:
         """Whether all are complete, or one has failed (``error``). Does not wait."""
+
+    def order(self, transfers: Transfers) -> bool:
+        """Order what the device is given from now on after them, and do not wait.
+
+        False, and nothing has happened, where there is no such order.
+        """
+        return False
 
     @abstractmethod
     def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:

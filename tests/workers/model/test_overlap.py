@@ -41,6 +41,9 @@ class Diary:
         self.entries.append("combine")
         return self._inner.combine(handle)
 
+    def finish_step(self) -> None:
+        self._inner.finish_step()
+
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         self._inner.set_placement(placement, generation)
 

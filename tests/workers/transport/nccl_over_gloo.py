@@ -28,8 +28,9 @@ SUCCESS, COMM_ERROR = 0, 2
 class CoalescedWork:
     """The handle of some transfers."""
 
-    def __init__(self, works: list[Work]) -> None:
+    def __init__(self, works: list[Work], holds: bool) -> None:
         self.result = SUCCESS
+        self._holds = holds
         self.waited = 0
         self._works = works
         self.done = threading.Event()
@@ -45,7 +46,10 @@ class CoalescedWork:
         return future
 
     def wait(self) -> None:
+        """What follows finds the data; on a GPU the stream waits here, not the host."""
         self.waited += 1
+        if self._holds:
+            assert self.done.wait(LIMIT_S), "nothing has come"
 
     def fail(self) -> None:
         """NCCL has seen an error of the communicator."""
@@ -92,7 +96,7 @@ class NcclOverGloo:
 
     def _end_coalescing(self) -> CoalescedWork:
         assert self._started is not None
-        work, self._started = CoalescedWork(self._started), None
+        work, self._started = CoalescedWork(self._started, self._nccl.holds), None
         if self._is_new:
             self._nccl.num_connected += 1
             if not work.done.wait(LIMIT_S):
@@ -118,6 +122,8 @@ class FakeNccl:
     groups: list[NcclOverGloo] = field(default_factory=list)
     works: queue.SimpleQueue[CoalescedWork] = field(default_factory=queue.SimpleQueue)
     """Handles, in the order in which the transfers started."""
+    holds: bool = True
+    """The stream is the host: an order after transfers waits for them."""
     num_connected: int = 0
     """Transfers that had to connect first."""
     making: Callable[[], object] = lambda: None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from msgspec import structs
 from torch import Tensor
 
+from cluster.config.cluster import CombineMode
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from tests.workers.transport.mesh import (
     Mesh,
@@ -20,10 +22,12 @@ from tests.workers.transport.mesh import (
     make_bank,
     make_header,
     make_rows,
+    prefill,
 )
 from tests.workers.transport.nccl_over_gloo import FakeNccl, NcclOverGloo, nccl
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch
+from workers.transport.collective import CollectiveTransport
 from workers.transport.transport import Expected, Part, RowMessage, Tag
 
 __all__ = ["nccl"]
@@ -40,7 +44,9 @@ def run_steps(mesh: Mesh, num_attention: int, steps: Sequence[int]) -> None:
     def run(rank: int, dispatcher: TokenDispatcher) -> list[Tensor]:
         dispatcher.begin_step(header, [decodes(4)])
         sent = [Dispatch(b.index, 0, *make_rows(b, 4, rank)) for b in BANKS]
-        return [dispatcher.combine(dispatcher.dispatch(s)) for s in sent]
+        results = [dispatcher.combine(dispatcher.dispatch(s)) for s in sent]
+        dispatcher.finish_step()
+        return results
 
     for step in steps:
         header = make_header((4,) * num_attention, step=step, generation=mesh.generation.number)
@@ -138,7 +144,7 @@ def end_of(name: str) -> None:
 def test_an_error_of_nccl_is_a_lost_peer(nccl: FakeNccl) -> None:
     """Not an error of this worker, which would end it; also for all who use the world later.
 
-    ``Work.wait`` is not called: it would abort one group alone.
+    The step ends with it: only the device waits between layers.
     """
     with Mesh(1, 1, BANKS, transport="nccl") as mesh:
         while not nccl.works.empty():
@@ -151,12 +157,83 @@ def test_an_error_of_nccl_is_a_lost_peer(nccl: FakeNccl) -> None:
         nccl.works.get(timeout=LIMIT_S)
         outputs = nccl.works.get(timeout=LIMIT_S)
         outputs.fail()
+        waiting.result(LIMIT_S)
         with pytest.raises(PeerLostError, match="expert-0: NCCL reports an error"):
-            waiting.result(LIMIT_S)
-        assert outputs.waited == 0
+            dispatcher.finish_step()
         message = RowMessage(0, (torch.ones(1, 4),))
         with pytest.raises(PeerLostError, match="expert-0: NCCL reports an error"):
             transport.post(Tag(1, 0, 0, "rows"), [message], sized=False)
+
+
+TAG = Tag(0, 0, 0, "outputs")
+EXPECTED = [Expected(0, (Part(4, torch.float32),), (2,))]
+
+
+def test_only_the_device_waits_for_what_the_host_does_not_read(nccl: FakeNccl) -> None:
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        nccl.holds = False
+        sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport
+        ((got,),) = receiver.receive(TAG, EXPECTED, sized=False, is_read=False)
+        finishing = mesh.pool.submit(receiver.finish_step)
+        with pytest.raises(TimeoutError):
+            finishing.result(0.1)
+        sender.post(TAG, [RowMessage(0, (torch.ones(2, 4),))], sized=False)
+        finishing.result(LIMIT_S)
+        assert torch.equal(got, torch.ones(2, 4))
+        receiver.finish_step()  # nothing is left
+
+
+def test_the_end_of_a_step_does_not_wait_for_a_peer_that_is_lost(nccl: FakeNccl) -> None:
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        nccl.holds = False
+        receiver = mesh["attention-0"].transport
+        receiver.receive(TAG, EXPECTED, sized=False, is_read=False)
+        mesh["attention-0"].connections.interrupt(3)
+        with pytest.raises(GenerationChangedError):
+            receiver.finish_step()
+
+
+def test_memory_is_not_kept_for_the_end_of_the_step(nccl: FakeNccl) -> None:
+    """That is the outputs of all layers. On a GPU, torch knows when NCCL has written to it."""
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport
+        sender.post(TAG, [RowMessage(0, (torch.ones(2, 4),))], sized=False)
+        ((got,),) = receiver.receive(TAG, EXPECTED, sized=False, is_read=False)
+        kept = weakref.ref(got)
+        del got
+        while not nccl.works.empty():
+            nccl.works.get()
+        assert kept() is None
+        receiver.finish_step()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("combine_mode", ["sum", "per_slot"])
+def test_the_host_waits_between_layers_only_to_read(
+    nccl: FakeNccl, exact: bool, combine_mode: CombineMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of prompts, and pairs, are picked by the host; decode rows are all sent."""
+    reads: list[bool] = []
+    receive = CollectiveTransport.receive
+
+    def spy(*arguments: Any, is_read: bool, **others: Any) -> list[tuple[Tensor, ...]]:
+        reads.append(is_read)
+        return receive(*arguments, is_read=is_read, **others)
+
+    monkeypatch.setattr(CollectiveTransport, "receive", spy)
+    with Mesh(1, 1, BANKS, transport="nccl", combine_mode=combine_mode) as mesh:
+        header = make_header((4,), exact=exact)  # its step is not one that is measured
+
+        def run(rank: int, dispatcher: TokenDispatcher) -> None:
+            dispatcher.begin_step(header, [prefill(4) if exact else decodes(4)])
+            for bank in BANKS:
+                sent = Dispatch(bank.index, 0, *make_rows(bank, 4, rank))
+                dispatcher.combine(dispatcher.dispatch(sent))
+            dispatcher.finish_step()
+
+        mesh.step(header, run)
+    assert len(reads) == 2 * len(BANKS), "each layer's rows and outputs"
+    assert set(reads) == {exact or combine_mode == "per_slot"}
 
 
 @pytest.mark.parametrize("transport", KINDS)
@@ -175,5 +252,5 @@ def test_memory_of_sends_is_kept_no_longer_than_they_take(
             tag = Tag(len(sent), 0, 0, "outputs")
             sender.post(tag, [RowMessage(0, (rows,))], sized=False)
             del rows
-            ((got,),) = receiver.receive(tag, expected, sized=False)
+            ((got,),) = receiver.receive(tag, expected, sized=False, is_read=True)
             assert torch.equal(got, torch.ones(2, 4))
