@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
 from torch import Tensor
 
 from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
+from tests.reference.both_roles import take_both_roles
 from tests.reference.goldens import golden_path
 from tests.reference.local_engine import LocalEngine
 from workers.engine import decode_graphs
@@ -46,10 +47,16 @@ def on_cpu(variant: str) -> dict[str, list[int]]:
 class GpuRun:
     """The same requests on a pretended GPU, and the log of each decode step."""
 
-    def __init__(self, variant: str, log: DeviceLog) -> None:
+    def __init__(
+        self,
+        variant: str,
+        log: DeviceLog,
+        prepare: Callable[[LocalEngine], object] = lambda engine: None,
+    ) -> None:
         self.engine = LocalEngine(
             golden_path(variant, variant.split("-")[0]), dtype="float32", device=DEVICE
         )
+        prepare(self.engine)
         self.decodes: list[DeviceLog] = []
         found: dict[tuple[str, int], list[TokenOutput]] = {}
         for request in requests():
@@ -88,6 +95,15 @@ def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyP
     assert run.tokens == expected
     assert {step.launches["graph"] for step in run.decodes} == {0}
     assert {sum(step.waits.values()) for step in run.decodes} == {1}
+
+
+def test_with_both_roles_a_decode_step_waits_at_its_ends() -> None:
+    """Once for the flags and counts of the experts, once for the tokens, whatever the layers."""
+    expected = on_cpu(OLMOE)
+    with pretend_gpu() as log:
+        run = GpuRun(OLMOE, log, take_both_roles)
+    assert run.tokens == expected
+    assert {sum(step.waits.values()) for step in run.decodes} == {2}
 
 
 @pytest.mark.slow
