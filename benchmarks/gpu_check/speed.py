@@ -22,12 +22,14 @@ from benchmarks.gpu_check.weights import RandomCheckpoint
 from benchmarks.prompts import random_prompts
 from benchmarks.random_checkpoint import TINY, RandomModel
 from cluster.config.cluster import EngineSection
+from tests.reference.both_roles import take_both_roles
 from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.requests.request import Request, SamplingParams
 
 OLMOE = RandomModel(hidden=2048, layers=16, heads=16, ffn=1024)
 """OLMoE-1B-7B."""
 BATCHES = (1, 64, 256)
+_BOTH_ROLES_BATCH = 64
 _PREFILL = (8, 2000)
 """Prompts and their tokens."""
 _DTYPE = torch.bfloat16
@@ -94,6 +96,8 @@ def run(place: Place, report: Report) -> None:
             report.say(f"decode {words} of the copy bound")
     with report.part("prefill"):
         report.value("prefill", prefill(given))
+    with report.part("both roles"):
+        report.value("both roles", both_roles(given, place.size(_BOTH_ROLES_BATCH, 1)))
 
 
 def make_engine(place: Place, model: RandomModel, context: int, batch: int) -> LocalEngine:
@@ -166,6 +170,15 @@ def prefill(given: Run) -> dict[str, Any]:
     bound_s = number * prefill_flops(given.model, tokens) / given.matrix_rate
     rate = number * tokens / took
     return {"tokens_per_s": rate, "seconds": took, "share_of_bound": bound_s / took}
+
+
+def both_roles(given: Run, batch: int) -> dict[str, Any]:
+    """Decode steps with an attention and an expert role that exchange rows on the device, beside
+    those without an exchange. The engine keeps the roles."""
+    alone_s = decode(given, batch)["step_s"]
+    take_both_roles(given.engine)
+    found = decode(given, batch)
+    return {**found, "share_of_local": alone_s / found["step_s"]}
 
 
 def _fill(given: Run, batch: int, tokens: int) -> tuple[list[str], float]:
