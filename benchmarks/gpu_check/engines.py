@@ -16,6 +16,7 @@ from benchmarks.prompts import random_prompts
 from benchmarks.random_checkpoint import RandomModel
 from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
+from tests.reference.both_roles import take_both_roles
 from tests.reference.local_engine import Generated, LocalEngine, block_bytes
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Request, SamplingParams, TokenLogprob
@@ -220,6 +221,21 @@ def _plain(
     equal(report, "together", dtype, got, known, seen)
 
 
+def _both_roles(
+    place: Place,
+    report: Report,
+    model: Model,
+    dtype: DType,
+    known: Sequence[Generated],
+    seen: Differences,
+) -> None:
+    """Rows go to the experts as they go to those of another worker."""
+    engine = model.engine(dtype, place.device, PLAIN)
+    take_both_roles(engine)
+    got = engine.generate(model.prompts, model.params)
+    equal(report, "with both roles", dtype, got, known, seen)
+
+
 def _chunked(
     place: Place,
     report: Report,
@@ -281,7 +297,13 @@ def _cached(
     report.check(hits >= wanted, f"prefix cache {dtype}: {hits:.0f} of {wanted} tokens found")
 
 
-WAYS = {"together": _plain, "chunks": _chunked, "preemption": _preempted, "prefix": _cached}
+WAYS = {
+    "together": _plain,
+    "both roles": _both_roles,
+    "chunks": _chunked,
+    "preemption": _preempted,
+    "prefix": _cached,
+}
 """By what is special about them."""
 
 
