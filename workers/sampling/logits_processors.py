@@ -17,6 +17,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.model.host_copies import to_device
 from workers.requests.request import SamplingParams
 from workers.requests.sequence import SequenceState
 from workers.sampling.grammar import GrammarState
@@ -197,8 +198,8 @@ def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
         columns.append(column)
     if not places:
         return
-    place = torch.from_numpy(np.concatenate(places)).to(logits.device)
-    joined = torch.from_numpy(np.concatenate(columns, axis=1)).to(logits.device)
+    place = to_device(np.concatenate(places), logits.device)
+    joined = to_device(np.concatenate(columns, axis=1), logits.device)
     repetition, frequency, presence, counts = joined
     values = logits.view(-1)[place]
     values = torch.where(values > 0, values / repetition, values * repetition)
@@ -212,20 +213,21 @@ def _apply(row: SamplingRow, values: Tensor) -> None:
     params = row.params
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)
-        places = torch.tensor(ids, device=values.device)
-        values.index_add_(0, places, torch.tensor(bias, device=values.device))
+        change = to_device(np.array(bias, dtype=np.float32), values.device)
+        values.index_add_(0, to_device(ids, values.device), change)
     mask = None if row.grammar is None else row.grammar.mask()
     if mask is None or not mask.must_end:
         if params.allowed_token_ids:
             _keep_only(values, params.allowed_token_ids)
         if row.banned_tokens:
-            values[list(row.banned_tokens)] = _MASKED
+            values[to_device(row.banned_tokens, values.device)] = _MASKED
     if mask is not None:
-        values.masked_fill_(mask.allowed.logical_not().to(values.device), _MASKED)
+        is_banned = mask.allowed.logical_not().numpy()
+        values.masked_fill_(to_device(is_banned, values.device), _MASKED)
 
 
 def _keep_only(values: Tensor, tokens: Sequence[int]) -> None:
-    places = torch.tensor(tokens, device=values.device)
+    places = to_device(tokens, values.device)
     kept = values[places]
     values.fill_(_MASKED)
     values[places] = kept

@@ -17,7 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from torch import Tensor
 
-from workers.model.host_copies import to_device
+from workers.model.host_copies import to_device, to_host
 from workers.native.team import Team
 from workers.requests.request import TokenLogprob
 from workers.sampling.best_tokens import finite_rows
@@ -124,9 +124,13 @@ def logprob_entries(
     chosen = logits.gather(1, places)
     ranks = (logits > chosen).sum(-1) + 1
     best = logits.topk(min(max(num_top), logits.shape[1]), -1)
-    own = (chosen - normalizer).squeeze(1).tolist()  # device-to-host sync
-    top_logprobs = (best.values - normalizer).tolist()
-    top_ids, rank_list = best.indices.tolist(), ranks.tolist()
+    asked = {i: ids for i, ids in enumerate(named or ()) if ids}
+    others = [logits[i, to_device(ids, logits.device)] - normalizer[i] for i, ids in asked.items()]
+    fetched = [(chosen - normalizer).squeeze(1), ranks, best.indices, best.values - normalizer]
+    own, rank_list, top_ids, top_logprobs, *named_logprobs = (
+        values.tolist()
+        for values in to_host([*fetched, *others])  # device-to-host sync
+    )
     entries = [
         TokenLogprob(
             token_id=token,
@@ -136,10 +140,8 @@ def logprob_entries(
         )
         for i, (token, count) in enumerate(zip(tokens, num_top, strict=True))
     ]
-    for i, ids in enumerate(named or ()):
-        if ids:
-            values = logits[i, to_device(ids, logits.device)] - normalizer[i]
-            entries[i] = replace(entries[i], top=tuple(zip(ids, values.tolist(), strict=True)))
+    for (i, ids), values in zip(asked.items(), named_logprobs, strict=True):
+        entries[i] = replace(entries[i], top=tuple(zip(ids, values, strict=True)))
     return entries
 
 

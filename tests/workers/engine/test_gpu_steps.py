@@ -106,6 +106,48 @@ def test_with_both_roles_a_decode_step_waits_at_its_ends() -> None:
     assert {sum(step.waits.values()) for step in run.decodes} == {2}
 
 
+ASKED: dict[str, dict[str, Any]] = {
+    "penalties": {"presence_penalty": 1.0, "repetition_penalty": 1.3},
+    "bias": {"logit_bias": ((5, 3.0), (9, -2.0))},
+    "banned": {"min_tokens": 4, "stop_token_ids": (7,), "ignore_eos": False},
+    "allowed": {"allowed_token_ids": (3, 4, 5, 6)},
+    "min_p": {"temperature": 0.8, "min_p": 0.1, "seed": 1},
+}
+"""Sampling parameters by what they change."""
+READ: dict[str, dict[str, Any]] = {
+    "top_p": {"temperature": 0.8, "top_p": 0.9, "seed": 1},
+    "logprobs": {"logprobs": 3},
+    "named": {"logprobs": 3, "logprob_token_ids": (4, 5)},
+}
+"""Those of which the host reads another number."""
+
+
+def waits_of(params: Mapping[str, Any]) -> set[int]:
+    """Of the decode steps of a request with these parameters and a plain one."""
+    found = set()
+    with pretend_gpu() as log:
+        engine = LocalEngine(golden_path(OLMOE, "olmoe"), dtype="float32", device=DEVICE)
+        own = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, "ignore_eos": True, **params})
+        for name, asked in (("own", own), ("plain", GREEDY)):
+            engine.add_request(Request(request_id=name, prompt=(5, 6, 7), params=asked))
+        engine.step()
+        while engine.engine.has_work:
+            log.clear()
+            engine.step()
+            found.add(sum(log.waits.values()))
+    return found
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_processors_need_no_wait_of_their_own(name: str) -> None:
+    assert waits_of(ASKED[name]) == {1}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_else_the_host_reads_comes_in_one_copy(name: str) -> None:
+    assert waits_of(READ[name]) <= {1, 2}
+
+
 @pytest.mark.slow
 def test_new_memory_of_experts_is_captured_anew() -> None:
     with pretend_gpu() as log:
