@@ -40,6 +40,10 @@ from workers.transport.world import (
 _JOIN_S = 1.0
 _COUNTS = 2
 """Number of the message that carries the counts, after those of the two parts."""
+_MAX_AHEAD = 4
+"""Receives that the host does not wait for. By then it has given the device two to four layers,
+some hundred launches. A stream takes about a thousand. One that waits for a lost peer would take no
+more, and the host, held up in a launch, could not give up the world."""
 _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
 
@@ -66,8 +70,8 @@ class CollectiveTransport:
         self._peers: dict[int, int] = {}
         self._names: dict[int, str] = {}
         self._sends: deque[Transfers] = deque()
-        self._ordered: list[Transfers] = []
-        """Receives for which only the device has waited."""
+        self._ordered: deque[Transfers] = deque()
+        """Receives for which only the device waits so far."""
         self._loss: PeerLostError | None = None
         self._store = (
             listen_store(host, store_port, connect_timeout_s)
@@ -210,9 +214,8 @@ class CollectiveTransport:
 
     def finish_step(self) -> None:
         """See ``DataTransport``."""
-        ordered, self._ordered = self._ordered, []
-        for transfers in ordered:
-            self._wait(transfers)
+        while self._ordered:
+            self._wait(self._ordered.popleft())
 
     def direct(self, ranks: Sequence[int]) -> None:
         """See ``DataTransport``."""
@@ -264,10 +267,12 @@ class CollectiveTransport:
 
     def _receive(self, tag: Tag, items: Sequence[Item], is_read: bool) -> None:
         for transfers in self._start(tag, False, items):
-            if not is_read and self._live_world().order(transfers):
-                self._ordered.append(transfers)
-            else:
+            if is_read or not self._live_world().order(transfers):
                 self._wait(transfers)
+                continue
+            self._ordered.append(transfers)
+            while len(self._ordered) > _MAX_AHEAD:
+                self._wait(self._ordered.popleft())
 
     def _drop_sent(self) -> None:
         """Let go of the memory of sends that are over, in the order in which they started."""

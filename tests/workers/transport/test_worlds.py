@@ -27,7 +27,7 @@ from tests.workers.transport.mesh import (
 from tests.workers.transport.nccl_over_gloo import FakeNccl, NcclOverGloo, nccl
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch
-from workers.transport.collective import CollectiveTransport
+from workers.transport.collective import _MAX_AHEAD, CollectiveTransport
 from workers.transport.transport import Expected, Part, RowMessage, Tag
 
 __all__ = ["nccl"]
@@ -181,6 +181,28 @@ def test_only_the_device_waits_for_what_the_host_does_not_read(nccl: FakeNccl) -
         finishing.result(LIMIT_S)
         assert torch.equal(got, torch.ones(2, 4))
         receiver.finish_step()  # nothing is left
+
+
+def test_the_host_is_a_few_receives_ahead_and_no_more(nccl: FakeNccl) -> None:
+    """A stream that waits for a lost peer does not take any number of launches."""
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        nccl.holds = False
+        sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport
+
+        def receive(number: int) -> None:
+            receiver.receive(TAG._replace(bank=number), EXPECTED, sized=False, is_read=False)
+
+        for number in range(_MAX_AHEAD):
+            receive(number)
+        one_more = mesh.pool.submit(receive, _MAX_AHEAD)
+        with pytest.raises(TimeoutError):
+            one_more.result(0.1)
+        message = RowMessage(0, (torch.ones(2, 4),))
+        sender.post(TAG._replace(bank=0), [message], sized=False)
+        one_more.result(LIMIT_S)
+        for number in range(1, _MAX_AHEAD + 1):
+            sender.post(TAG._replace(bank=number), [message], sized=False)
+        receiver.finish_step()
 
 
 def test_the_end_of_a_step_does_not_wait_for_a_peer_that_is_lost(nccl: FakeNccl) -> None:
