@@ -245,6 +245,12 @@ class PretendStream:
     def wait_stream(self, other: PretendStream) -> None:
         """It has nothing to do."""
 
+    def record_event(self) -> None:
+        """It has nothing to do."""
+
+    def wait_event(self, event: None) -> None:
+        """It has nothing to do."""
+
     def synchronize(self) -> None:
         """Of a thread beside the steps: no step waits."""
 

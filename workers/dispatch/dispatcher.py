@@ -18,10 +18,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cluster.config.cluster import CombineMode
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
+from workers.metrics.step_metrics import SAMPLE
 from workers.metrics.step_timer import StepTimer
-from workers.model.config import BankSpec
+from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
 from workers.native.experts import NativeSlots
 from workers.native.layers import LayerEnds
@@ -86,6 +88,15 @@ class TokenDispatcher(Protocol):
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the maps of an epoch, for the members of a generation."""
+
+
+def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
+    """Whether the host reads rows between the layers of a step, on both sides of its exchanges.
+
+    It picks the prompt rows of a rank, finds pairs, and looks into the steps that are measured.
+    """
+    is_measured = header.step % SAMPLE == 0
+    return header.exact or is_measured or returns_pairs(banks, combine_mode)
 
 
 class TimedDispatcher(ABC):

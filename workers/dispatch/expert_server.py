@@ -14,14 +14,14 @@ from cluster.config.cluster import CombineMode
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import EpochTables
-from workers.dispatch.dispatcher import SlotBank
+from workers.dispatch.dispatcher import SlotBank, reads_rows
 from workers.dispatch.native_server import NativeExchange, NativeServer
 from workers.dispatch.slot_use import FilledSlots, UsedSlots, joined, slot_use
 from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import SAMPLE
 from workers.metrics.step_timer import StepTimer
-from workers.model.config import BankSpec, ExchangeSpec, returns_pairs
+from workers.model.config import BankSpec, ExchangeSpec
 from workers.native.exchange import ServerFields
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
@@ -198,8 +198,7 @@ class ExpertServer:
             self._transport.begin_step(header)
         self._exact = header.exact
         self._is_measured = header.step % SAMPLE == 0
-        finds_pairs = returns_pairs(self._banks, self._combine_mode)
-        self._reads_rows = self._exact or self._is_measured or finds_pairs
+        self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._granted = [
             {rank: n for rank, _ in header.grants if (n := header.rows(rank, micro_batch))}
             for micro_batch in range(header.num_micro_batches)

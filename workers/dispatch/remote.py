@@ -23,11 +23,11 @@ from cluster.config.cluster import CombineMode
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables, EpochTables
-from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TimedDispatcher
+from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TimedDispatcher, reads_rows
 from workers.dispatch.native_home import NativeHome, NativeRows
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
-from workers.model.config import BankSpec, returns_pairs
+from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.model.weighting import weighted_sum
 from workers.native.exchange import HomeFields, sent_slots
@@ -93,7 +93,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables: list[CopyTables] = []
         self._header: StepHeader | None = None
         self._micro_batches: Sequence[BatchRows] = ()
-        self._reads_rows = False  # between layers: to pick those of a rank, or its pairs
+        self._reads_rows = False
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the maps of an epoch and drop those of an earlier generation.
@@ -122,7 +122,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables = self._epochs.begin_step(header)
         self.timer.begin_step(header)
         self._header = header
-        self._reads_rows = header.exact or returns_pairs(self._banks, self._combine_mode)
+        self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._micro_batches = micro_batches
         with self.activity:
             self._transport.begin_step(header)

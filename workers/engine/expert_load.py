@@ -62,6 +62,7 @@ class LoadCounter:
 
     def add(self, epoch: int, num_rows: int, routed: Sequence[Sequence[Routed]]) -> None:
         """A step of an epoch is committed; ``routed`` is [bank][micro-batch]."""
+        self._side.note_steps()
         self._pending.append(_Step(epoch, num_rows, routed))
         self._pending_rows += num_rows
         if len(self._pending) >= _MAX_STEPS or self._pending_rows >= _MAX_ROWS:
@@ -72,7 +73,7 @@ class LoadCounter:
         with self._lock, self._side.work():
             self._pending_rows = 0
             steps = [self._pending.popleft() for _ in range(len(self._pending))]
-            self._side.follow()
+            self._side.follow_noted()
             for epoch, group in groupby(steps, key=lambda step: step.epoch):
                 self._count(epoch, tuple(group))
 

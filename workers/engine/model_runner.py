@@ -55,8 +55,8 @@ class StepResult:
     logits: Tensor | None
     """[num_rows, V] of all rows of ``hidden``; None: the head has not run."""
     finish: Callable[[], None]
-    """Call it before the host reads a tensor of these, or one that was computed of them. Raises
-    ``TransportError``."""
+    """Waits for the messages of the step. Comes before the host reads a tensor of these, or one
+    that was computed of them. Raises ``TransportError``."""
     routed: tuple[tuple[Routed, ...], ...]
     """[bank][micro-batch]: the experts that were chosen."""
     captures: Mapping[SequenceState, Sequence[Capture]]

@@ -165,17 +165,18 @@ class StepSampler:
         sampled = [s for s in complete if s.params.max_tokens]
         sampled.sort(key=complete.__getitem__)  # in the order of rows
         rows = [self._processors[sequence].row() for sequence in sampled]
+        places = [complete[sequence] for sequence in sampled]
+        logits = self._logits_of(places, result) if sampled else None
+        result.finish()  # a draw may read numbers of the device
         fetched = [result.finite]
-        if sampled:
-            logits = self._logits_of([complete[sequence] for sequence in sampled], result)
+        if logits is not None:
             fetched.append(draw_tokens(logits, rows, self._team))
-        result.finish()
         is_finite, *ids = to_host(fetched)
         for planned, first in zip(plan.rows, result.first_row, strict=True):
             if not is_finite[first : first + planned.count].all():
                 complete.pop(planned.sequence, None)
                 tokens.failed[planned.sequence] = NOT_FINITE
-        if not sampled:
+        if logits is None:
             return
         found = report_drawn(logits, rows, ids[0].tolist(), self._score)
         for sequence, drawn in zip(sampled, found, strict=True):

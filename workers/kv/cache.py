@@ -16,6 +16,7 @@ from workers.model import fp8
 from workers.model.attention import GPU_PIECE_BYTES, PIECE_BYTES, Workspace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
+from workers.model.host_copies import to_device
 from workers.model.side_stream import SideStream
 
 
@@ -92,10 +93,12 @@ class KVCache:
 
     def clear_slots(self, slots: Sequence[int]) -> None:
         """Zero single slots (block * block_size + offset), as ``clear`` does whole blocks."""
-        for layer in self.layers if slots else ():
-            layer.view(layer.shape[0], -1, layer.shape[3])[:, list(slots)] = 0
+        places = to_device(slots, self.layers[0].device) if slots else None
+        for layer in self.layers if places is not None else ():
+            layer.view(layer.shape[0], -1, layer.shape[3])[:, places] = 0
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""
-        for layer in self.layers if blocks else ():
-            layer[:, list(blocks)] = 0
+        places = to_device(blocks, self.layers[0].device) if blocks else None
+        for layer in self.layers if places is not None else ():
+            layer[:, places] = 0

@@ -24,6 +24,7 @@ class SideStream:
         self._device = device
         self._steps: torch.cuda.Stream | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._noted: torch.cuda.Event | None = None
         if _has_streams(device):
             self._steps = torch.cuda.current_stream(device)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -32,6 +33,16 @@ class SideStream:
         """Later work here comes after all that the steps' stream has been given (any thread)."""
         if self._stream is not None and self._steps is not None:
             self._stream.wait_stream(self._steps)
+
+    def note_steps(self) -> None:
+        """Remember what steps have been given so far; the host knows that it is nearly done."""
+        if self._steps is not None:
+            self._noted = self._steps.record_event()
+
+    def follow_noted(self) -> None:
+        """``follow`` up to the last ``note_steps``, whatever the step under way waits for."""
+        if self._stream is not None and self._noted is not None:
+            self._stream.wait_event(self._noted)
 
     def work(self) -> AbstractContextManager[None]:
         """What the block gives to the device is done when it is left (any thread)."""

@@ -214,13 +214,18 @@ class CollectiveTransport:
 
     def finish_step(self) -> None:
         """See ``DataTransport``."""
+        if not self._ordered:
+            return
         while self._ordered:
             self._wait(self._ordered.popleft())
+        self._connections.poll()
 
     def direct(self, ranks: Sequence[int]) -> None:
         """See ``DataTransport``."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
+        """See ``DataTransport``."""
+        self._abandon()
         self._connections.reject(self._names[rank], reason)
 
     def close(self) -> None:
@@ -258,7 +263,11 @@ class CollectiveTransport:
         return Item(rank, self._peers[rank], number, tensor)
 
     def _start(self, tag: Tag, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
-        self._connections.check()
+        try:
+            self._connections.check()
+        except BaseException:
+            self._abandon()  # the device may wait for what never comes
+            raise
         world = self._live_world()
         try:
             return world.start(tag.direction, is_send, items)
@@ -270,6 +279,7 @@ class CollectiveTransport:
             if is_read or not self._live_world().order(transfers):
                 self._wait(transfers)
                 continue
+            self._check(transfers)
             self._ordered.append(transfers)
             while len(self._ordered) > _MAX_AHEAD:
                 self._wait(self._ordered.popleft())

@@ -29,6 +29,7 @@ from workers.transport.world import WATCH_S, Item, Seat, Transfer, Transfers, Wo
 logger = logging.getLogger(__name__)
 
 _POLL_S = 50e-6
+_FAILED = "NCCL reports an error of the connection"
 
 
 class NcclWorld(World):
@@ -64,7 +65,7 @@ class NcclWorld(World):
                 if not work.is_completed():
                     return False
                 if has_failed(work):
-                    raise RuntimeError("NCCL reports an error of the connection")
+                    raise RuntimeError(_FAILED)
                 work.wait()  # orders the current CUDA stream after it; does not block
                 transfers.num_done += 1
         except RuntimeError as err:
@@ -73,9 +74,14 @@ class NcclWorld(World):
 
     def order(self, transfers: Transfers) -> bool:
         """See ``World``. Their memory may be used again after what the stream was given so far."""
-        for transfer in transfers.items:
-            transfer.work.wait()  # does not block: the world has no blocking waits
-            transfer.tensor = None
+        try:
+            for transfer in transfers.items:
+                if has_failed(transfer.work):
+                    raise RuntimeError(_FAILED)
+                transfer.work.wait()  # does not block: the world has no blocking waits
+                transfer.tensor = None
+        except RuntimeError as err:
+            transfers.error = first_line(err)
         return True
 
     def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:

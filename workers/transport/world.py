@@ -185,9 +185,9 @@ class World(ABC):
         """Whether all are complete, or one has failed (``error``). Does not wait."""
 
     def order(self, transfers: Transfers) -> bool:
-        """Order what the device is given from now on after them, and do not wait.
+        """Let the current stream of the device wait for them, but not the host.
 
-        False, and nothing has happened, where there is no such order.
+        False, and nothing has happened, where a device has no such order. ``error`` as ``is_over``.
         """
         return False
 

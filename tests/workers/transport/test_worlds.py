@@ -215,6 +215,22 @@ def test_the_end_of_a_step_does_not_wait_for_a_peer_that_is_lost(nccl: FakeNccl)
             receiver.finish_step()
 
 
+def test_a_step_that_ends_with_an_interrupt_frees_the_device(nccl: FakeNccl) -> None:
+    """It may wait for what never comes: whatever is given to it next would wait as well."""
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        nccl.holds = False
+        home = mesh["attention-0"]
+        home.transport.receive(TAG, EXPECTED, sized=False, is_read=False)
+        home.connections.interrupt(3)
+        with pytest.raises(GenerationChangedError):
+            home.transport.post(
+                TAG._replace(direction="rows"), [RowMessage(0, (torch.ones(2, 4),))], sized=False
+            )
+        for group in nccl.groups:
+            if group.rank == 0:
+                assert group.aborted.wait(LIMIT_S)
+
+
 def test_memory_is_not_kept_for_the_end_of_the_step(nccl: FakeNccl) -> None:
     """That is the outputs of all layers. On a GPU, torch knows when NCCL has written to it."""
     with Mesh(1, 1, BANKS, transport="nccl") as mesh:
