@@ -189,11 +189,11 @@ class NativeLayers:
 
 def native_layers(model: AttentionModel, caches: Sequence[Tensor]) -> NativeLayers | None:
     """A model's layers for native calls; None where one has parts that such a call lacks."""
-    layers, norm, head = model.layers, model.norm, model.head
-    parts = [found for layer in layers if (found := _parts(layer)) is not None]
+    parts = [found for layer in model.layers if (found := _parts(layer)) is not None]
     choices = {found.half.routing.top_k for found in parts if found.half.routing is not None}
-    if not parts or len(parts) < len(layers) or len(choices) > 1:
+    if not parts or len(parts) < len(model.layers) or len(choices) > 1:
         return None
+    norm, head = model.norm, model.head
     if not isinstance(norm, NativeNorm) or not isinstance(head, NativeLinear):
         return None
     return NativeLayers(model.embedding, parts, norm, head, caches)
