@@ -126,9 +126,10 @@ def compare(place: Place, report: Report, model: Model) -> None:
     seen = Differences(noise=mean_difference(by_type["bfloat16"], exact))
     report.value("bfloat16 off from float32 on a CPU", seen.noise)
     for dtype, known in by_type.items():
+        case = Case(place=place, report=report, model=model, dtype=dtype, known=known, seen=seen)
         for name, way in WAYS.items():
             with report.part(f"{name} {dtype}"):
-                way(place, report, model, dtype, known, seen)
+                way(case)
     report.value("log-probabilities", seen.found)
     with report.part("cost of a step"):
         _cost(place, report, model)
@@ -207,91 +208,73 @@ def margin(entry: TokenLogprob) -> float:
     return first - second
 
 
-def _plain(
-    place: Place,
-    report: Report,
-    model: Model,
-    dtype: DType,
-    known: Sequence[Generated],
-    seen: Differences,
-) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A model in one type, and what a CPU gives for its prompts."""
+
+    place: Place
+    report: Report
+    model: Model
+    dtype: DType
+    known: Sequence[Generated]
+    seen: Differences
+
+    def engine(self, section: EngineSection) -> LocalEngine:
+        """One on the device."""
+        return self.model.engine(self.dtype, self.place.device, section)
+
+    def serve(self, what: str, engine: LocalEngine) -> None:
+        """All requests at once."""
+        got = engine.generate(self.model.prompts, self.model.params)
+        equal(self.report, what, self.dtype, got, self.known, self.seen)
+
+
+def _plain(case: Case) -> None:
     """All requests at once."""
-    engine = model.engine(dtype, place.device, PLAIN)
-    got = engine.generate(model.prompts, model.params)
-    equal(report, "together", dtype, got, known, seen)
+    case.serve("together", case.engine(PLAIN))
 
 
-def _both_roles(
-    place: Place,
-    report: Report,
-    model: Model,
-    dtype: DType,
-    known: Sequence[Generated],
-    seen: Differences,
-) -> None:
+def _both_roles(case: Case) -> None:
     """Rows go to the experts as they go to those of another worker."""
-    engine = model.engine(dtype, place.device, PLAIN)
+    engine = case.engine(PLAIN)
     take_both_roles(engine)
-    got = engine.generate(model.prompts, model.params)
-    equal(report, "with both roles", dtype, got, known, seen)
+    case.serve("with both roles", engine)
 
 
-def _chunked(
-    place: Place,
-    report: Report,
-    model: Model,
-    dtype: DType,
-    known: Sequence[Generated],
-    seen: Differences,
-) -> None:
+def _chunked(case: Case) -> None:
     """Prompts in pieces beside decodes."""
     section = replace(PLAIN, max_num_batched_tokens=13, max_num_seqs=8)
-    engine = model.engine(dtype, place.device, section)
-    got = engine.generate(model.prompts, model.params)
-    equal(report, "in chunks", dtype, got, known, seen)
+    case.serve("in chunks", case.engine(section))
 
 
-def _preempted(
-    place: Place,
-    report: Report,
-    model: Model,
-    dtype: DType,
-    known: Sequence[Generated],
-    seen: Differences,
-) -> None:
+def _preempted(case: Case) -> None:
     """Each request twice, and a cache that holds the longest one and little more."""
+    model, report, dtype = case.model, case.report, case.dtype
     config = model.open().config
     lengths = [len(prompt) + model.new_tokens for prompt in model.prompts]
     blocks = -(-max(lengths) // 4) + 1
     each = block_bytes(config, 4, getattr(torch, dtype))
     section = replace(PLAIN, block_size_tokens=4, kv_cache_bytes=blocks * each)
-    engine = model.engine(dtype, place.device, section)
+    engine = case.engine(section)
     got = engine.generate([*model.prompts, *model.prompts], model.params)
-    equal(report, "preempted", dtype, got, [*known, *known], seen)
+    equal(report, "preempted", dtype, got, [*case.known, *case.known], case.seen)
     count = engine.engine.stats()["num_preemptions_total"]
     report.check(count > 0, f"preempted {dtype}: nothing was")
     engine.engine.check_integrity()
 
 
-def _cached(
-    place: Place,
-    report: Report,
-    model: Model,
-    dtype: DType,
-    known: Sequence[Generated],
-    seen: Differences,
-) -> None:
+def _cached(case: Case) -> None:
     """The second time, prompts are in the prefix cache, but for those that are scored."""
-    section = replace(PLAIN, enable_prefix_caching=True)
-    engine = model.engine(dtype, place.device, section)
+    model, report, dtype = case.model, case.report, case.dtype
+    engine = case.engine(replace(PLAIN, enable_prefix_caching=True))
     engine.generate(model.prompts, model.params)
     before = engine.engine.stats()["prefix_cache_hits_total"]
     unscored = SamplingParams(
         max_tokens=model.new_tokens, temperature=0.0, ignore_eos=True, logprobs=2
     )
     got = engine.generate(model.prompts, unscored)
-    plain = [replace(other, prompt_logprobs=None) for other in known]
-    equal(report, "from the prefix cache", dtype, got, plain, seen)
+    plain = [replace(other, prompt_logprobs=None) for other in case.known]
+    equal(report, "from the prefix cache", dtype, got, plain, case.seen)
     hits = engine.engine.stats()["prefix_cache_hits_total"] - before
     wanted = sum((len(prompt) - 1) // _BLOCK * _BLOCK for prompt in model.prompts)
     report.check(hits >= wanted, f"prefix cache {dtype}: {hits:.0f} of {wanted} tokens found")

@@ -83,7 +83,7 @@ def run(place: Place, report: Report) -> None:
     )
     report.value("copy_bytes_per_s", copy_rate)
     report.value("bf16_flops", rate)
-    shares = {}
+    shares, steps_s = {}, {}
     for batch in batches:
         with report.part(f"decode {batch}"):
             if not given.fits(batch):
@@ -91,13 +91,15 @@ def run(place: Place, report: Report) -> None:
                 continue
             found = decode(given, batch)
             report.value(f"decode {batch}", found)
-            shares[batch] = found["share_of_bound"]
+            shares[batch], steps_s[batch] = found["share_of_bound"], found["step_s"]
             words = ", ".join(f"{share:.2f} (batch {b})" for b, share in shares.items())
             report.say(f"decode {words} of the copy bound")
     with report.part("prefill"):
         report.value("prefill", prefill(given))
-    with report.part("both roles"):
-        report.value("both roles", both_roles(given, place.size(_BOTH_ROLES_BATCH, 1)))
+    batch = place.size(_BOTH_ROLES_BATCH, 1)
+    if batch in steps_s:
+        with report.part("both roles"):
+            report.value("both roles", both_roles(given, batch, steps_s[batch]))
 
 
 def make_engine(place: Place, model: RandomModel, context: int, batch: int) -> LocalEngine:
@@ -172,13 +174,12 @@ def prefill(given: Run) -> dict[str, Any]:
     return {"tokens_per_s": rate, "seconds": took, "share_of_bound": bound_s / took}
 
 
-def both_roles(given: Run, batch: int) -> dict[str, Any]:
+def both_roles(given: Run, batch: int, local_s: float) -> dict[str, Any]:
     """Decode steps with an attention and an expert role that exchange rows on the device, beside
-    those without an exchange. The engine keeps the roles."""
-    alone_s = decode(given, batch)["step_s"]
+    ``local_s`` of one without an exchange. The engine keeps the roles."""
     take_both_roles(given.engine)
     found = decode(given, batch)
-    return {**found, "share_of_local": alone_s / found["step_s"]}
+    return {**found, "share_of_local": local_s / found["step_s"]}
 
 
 def _fill(given: Run, batch: int, tokens: int) -> tuple[list[str], float]:

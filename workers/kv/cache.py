@@ -93,12 +93,14 @@ class KVCache:
 
     def clear_slots(self, slots: Sequence[int]) -> None:
         """Zero single slots (block * block_size + offset), as ``clear`` does whole blocks."""
-        places = to_device(slots, self.layers[0].device) if slots else None
-        for layer in self.layers if places is not None else ():
-            layer.view(layer.shape[0], -1, layer.shape[3])[:, places] = 0
+        if slots:
+            places = to_device(slots, self.layers[0].device)
+            for layer in self.layers:
+                layer.view(layer.shape[0], -1, layer.shape[3])[:, places] = 0
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that may hold NaN or infinity: a masked value still meets 0 * NaN."""
-        places = to_device(blocks, self.layers[0].device) if blocks else None
-        for layer in self.layers if places is not None else ():
-            layer[:, places] = 0
+        if blocks:
+            places = to_device(blocks, self.layers[0].device)
+            for layer in self.layers:
+                layer[:, places] = 0

@@ -19,6 +19,7 @@ from cluster.core.errors import first_line
 from workers.model.torch_private import (
     PrefixStore,
     Store,
+    Work,
     coalesced,
     connect_nccl_group,
     has_failed,
@@ -29,7 +30,6 @@ from workers.transport.world import WATCH_S, Item, Seat, Transfer, Transfers, Wo
 logger = logging.getLogger(__name__)
 
 _POLL_S = 50e-6
-_FAILED = "NCCL reports an error of the connection"
 
 
 class NcclWorld(World):
@@ -64,9 +64,7 @@ class NcclWorld(World):
                 work = transfers.items[transfers.num_done].work
                 if not work.is_completed():
                     return False
-                if has_failed(work):
-                    raise RuntimeError(_FAILED)
-                work.wait()  # orders the current CUDA stream after it; does not block
+                _order_after(work)
                 transfers.num_done += 1
         except RuntimeError as err:
             transfers.error = first_line(err)
@@ -76,9 +74,7 @@ class NcclWorld(World):
         """See ``World``. Their memory may be used again after what the stream was given so far."""
         try:
             for transfer in transfers.items:
-                if has_failed(transfer.work):
-                    raise RuntimeError(_FAILED)
-                transfer.work.wait()  # does not block: the world has no blocking waits
+                _order_after(transfer.work)
                 transfer.tensor = None
         except RuntimeError as err:
             transfers.error = first_line(err)
@@ -110,6 +106,13 @@ class NcclWorld(World):
         deadline = time.monotonic() + timeout_s
         for reaper in self._reapers:
             reaper.join(max(0.0, deadline - time.monotonic()))
+
+
+def _order_after(work: Work) -> None:
+    """Let the current CUDA stream wait, and not the host. Raises ``RuntimeError`` for a failure."""
+    if has_failed(work):
+        raise RuntimeError("NCCL reports an error of the connection")
+    work.wait()  # does not block: the world has no blocking waits
 
 
 def _abort(group: Any) -> None:
