@@ -11,13 +11,21 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from workers.model.attention import attend
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ModelConfig
 from workers.model.half import AttentionHalf, Half
-from workers.model.layers import Attend, Embedding, GatedMlp, Linear, Mlp, Norm, rms_norm
+from workers.model.layers import (
+    Attend,
+    Embedding,
+    GatedMlp,
+    Linear,
+    Mlp,
+    Norm,
+    TableEmbedding,
+    rms_norm,
+)
 from workers.model.rope import Rope, RopeConfig
 
 
@@ -36,7 +44,7 @@ class BuildingBlocks:
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
         """The embedding and the head that share a weight [V, H]."""
-        return partial(functional.embedding, weight=weight), self.linear(weight, may_pack=False)
+        return TableEmbedding(weight), self.linear(weight, may_pack=False)
 
     def mlp(
         self, gate_up: Callable[[], Tensor], down: Callable[[], Tensor], activation: Activation
