@@ -31,6 +31,7 @@ struct unit {
     int first_row, num_rows;    // within the chunk
     int first_head, num_heads;  // within the heads of the key head
     int begin, end;             // positions that any of the rows attends to
+    const struct unit *next;    // that the thread is likely to take afterwards, if any
 };
 
 // Where a thread is in the list of units.
@@ -45,7 +46,8 @@ struct scratch {
     int width, stride;
 };
 
-static int round_up(int x, int to) { return (x + to - 1) / to * to; }
+static int divide_up(int x, int by) { return (x + by - 1) / by; }
+static int round_up(int x, int to) { return divide_up(x, to) * to; }
 static int min_int(int a, int b) { return a < b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
 
@@ -83,17 +85,26 @@ ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int hal
            row_elements(a, dtype);
 }
 
-// Fetch the keys or values that will be read when `PREFETCH_BYTES` are, those of `count` positions
-// that far from `position`. A block's lie together, but the processor does not foresee the next
-// block.
-ALWAYS void prefetch_rows(const struct attention *a, const struct unit *unit, int half,
-                          int position, int count, enum dtype dtype) {
-    int row_bytes = (int)row_elements(a, dtype) * (int)dtype_bytes(dtype);
-    position += round_up(PREFETCH_BYTES / row_bytes, a->block_size);  // the same place in a block
-    if (position >= unit->end) return;
-    int64_t at = place(a, unit, half, position, dtype) * (int64_t)dtype_bytes(dtype);
+// Fetch the block that a thread reads PREFETCH_BYTES after that of a position: of keys, then of
+// values, then of the next unit. The rows of a block lie together, but the processor does not
+// foresee the next block. Into the second cache, which has more reads under way than the first one:
+// 160 positions of 32 sequences with 8 heads of 64, on one core of an AMD EPYC (Zen 4), are read at
+// 17 GB/s; at 9 into the first cache and at 11 without.
+ALWAYS void fetch_ahead(const struct attention *a, const struct unit *unit, int half, int position,
+                        enum dtype dtype) {
+    int row_bytes = (int)row_elements(a, dtype) * (int)dtype_bytes(dtype), size = a->block_size;
+    int block = position / size + divide_up(PREFETCH_BYTES, row_bytes * size);
+    while (block * size >= unit->end) {
+        block -= divide_up(unit->end, size);
+        if (half) unit = unit->next;
+        if (!unit) return;
+        half = !half;
+        block += unit->begin / size;
+    }
+    int count = min_int(unit->end - block * size, size);
+    int64_t at = place(a, unit, half, block * size, dtype) * (int64_t)dtype_bytes(dtype);
     const char *first = (const char *)a->cache + at;
-    for (int i = 0; i < count * row_bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_T0);
+    for (int i = 0; i < count * row_bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_T1);
 }
 
 // Last + 1 position of the block of a position.
@@ -156,7 +167,7 @@ ALWAYS void make_scores(const struct attention *a, const struct unit *unit,
                 } else {
                     at = place(a, unit, 0, p + j, dtype);
                     left = block_end(a, p + j) - (p + j);
-                    prefetch_rows(a, unit, 0, p + j, left, dtype);
+                    fetch_ahead(a, unit, 0, p + j, dtype);
                 }
                 left--;
             }
@@ -265,7 +276,7 @@ ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
         if (end < count) last = min_int(last, query_begin(a, unit, end));
         if (dtype == E4M3 || count <= QUERIES) {  // else sums take longer than the memory
             last = min_int(last, block_end(a, first));
-            prefetch_rows(a, unit, 1, first, last - first, dtype);
+            fetch_ahead(a, unit, 1, first, dtype);
         }
         if (dtype == E4M3) scale_weights(a, unit, s, first, last, begin, end);
         add_values(a, unit, s, first, last, begin, end, dtype);
@@ -380,9 +391,11 @@ size_t attention_scratch(const struct attention *a) {
 
 void attention_work(const struct attention *a, _Atomic int *next, void *memory) {
     struct scratch s = divide(a, memory);
-    struct cursor cursor = {0, 0};
-    struct unit unit;
+    struct cursor cursor = {0, 0}, ahead;
+    struct unit unit, following = {.next = NULL};
     while (find_unit(a, &cursor, atomic_fetch_add(next, 1), &unit)) {
+        ahead = cursor;
+        unit.next = find_unit(a, &ahead, atomic_load(next), &following) ? &following : NULL;
         if (a->cache_dtype == E4M3)
             compute_unit(a, &unit, &s, E4M3);
         else if (a->cache_dtype == BFLOAT16)
