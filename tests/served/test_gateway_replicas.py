@@ -30,6 +30,8 @@ from tests.served.server import WAIT_S, Served, parse_address, running_server
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NUM_TOKENS = 1000
+MANY_TOKENS = 3500
+"""Of streams that must outlast ``DETECTION_LIMIT_S``."""
 NUM_STREAMS = 6
 """Of each protocol."""
 MOST_CHANNELS = 60
@@ -135,11 +137,11 @@ def test_any_replica_reports_both_and_ends_requests_of_both(server: Served) -> N
             assert done == "data: [DONE]"
 
 
-def read_http(server: Served, stream: Stream) -> None:
+def read_http(server: Served, stream: Stream, num_tokens: int) -> None:
     """One completion over HTTP, on a connection of its own."""
     body = {
         "prompt": "ROMEO:",
-        "max_tokens": NUM_TOKENS,
+        "max_tokens": num_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -174,9 +176,9 @@ def take_event(stream: Stream, line: str) -> None:
         stream.began.set()
 
 
-def read_grpc(server: Served, stream: Stream) -> None:
+def read_grpc(server: Served, stream: Stream, num_tokens: int) -> None:
     """One generation over gRPC, on a connection of its own."""
-    wanted = {"max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True}
+    wanted = {"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
     options = (("grpc.use_local_subchannel_pool", 1),)
     try:
         with grpc.insecure_channel(server.grpc, options=options) as channel:
@@ -194,11 +196,14 @@ def read_grpc(server: Served, stream: Stream) -> None:
 class Clients:
     """Streams over both protocols, in threads."""
 
-    def __init__(self, server: Served, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, server: Served, pool: ThreadPoolExecutor, num_tokens: int = NUM_TOKENS
+    ) -> None:
         self.http: list[Stream] = []
         self.grpc: list[Stream] = []
         self._server = server
         self._pool = pool
+        self._num_tokens = num_tokens
         self._threads: list[Future[None]] = []
 
     def begin(self, pids: list[int]) -> None:
@@ -216,10 +221,10 @@ class Clients:
         for thread in self._threads:
             thread.result(WAIT_S)
 
-    def _open(self, read: Callable[[Served, Stream], None], streams: list[Stream]) -> None:
+    def _open(self, read: Callable[[Served, Stream, int], None], streams: list[Stream]) -> None:
         stream = Stream()
         streams.append(stream)
-        self._threads.append(self._pool.submit(read, self._server, stream))
+        self._threads.append(self._pool.submit(read, self._server, stream, self._num_tokens))
         assert stream.began.wait(WAIT_S)
 
 
@@ -235,13 +240,12 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-@pytest.fixture
-def expected(server: Served) -> list[int]:
+def calm_tokens(server: Served, num_tokens: int = NUM_TOKENS) -> list[int]:
     """What every stream says where nothing happens."""
     stream = Stream()
-    read_grpc(server, stream)
+    read_grpc(server, stream, num_tokens)
     assert stream.is_done
-    assert len(stream.tokens) == NUM_TOKENS
+    assert len(stream.tokens) == num_tokens
     return stream.tokens
 
 
@@ -259,8 +263,9 @@ def check(clients: Clients, expected: list[int]) -> int:
 
 
 def test_a_killed_replica_breaks_its_streams_and_no_others(
-    server: Served, pool: ThreadPoolExecutor, expected: list[int]
+    server: Served, pool: ThreadPoolExecutor
 ) -> None:
+    expected = calm_tokens(server)
     pids = wait_replicas(server)
     clients = Clients(server, pool)
     clients.begin(pids)
@@ -277,12 +282,11 @@ def test_a_killed_replica_breaks_its_streams_and_no_others(
     assert server.status()["generation"] == 1
 
 
-def test_a_frozen_replica_holds_up_no_other(
-    server: Served, pool: ThreadPoolExecutor, expected: list[int]
-) -> None:
+def test_a_frozen_replica_holds_up_no_other(server: Served, pool: ThreadPoolExecutor) -> None:
     """The engine gives its requests up; when it wakes up, it goes on with them, or is gone."""
+    expected = calm_tokens(server, MANY_TOKENS)
     pids = wait_replicas(server)
-    clients = Clients(server, pool)
+    clients = Clients(server, pool, MANY_TOKENS)
     before = server.engine()["choices_abort_total"]
     clients.begin(pids)
     with stopped(pids[0]):
