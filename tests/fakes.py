@@ -113,6 +113,8 @@ class FailingDispatcher:
         """Peers lost so far."""
         self.num_calls = 0
         """Such calls so far."""
+        self.leaves_out = False
+        """The next step to end has left rows out."""
         self._calls = 0
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
@@ -133,6 +135,14 @@ class FailingDispatcher:
     def finish_step(self) -> None:
         self._count()
         self._inner.finish_step()
+
+    def end_step(self) -> bool:
+        has_left_out, self.leaves_out = self.leaves_out, False
+        return self._inner.end_step() and not has_left_out
+
+    @property
+    def edge_share(self) -> int:
+        return self._inner.edge_share
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         self._inner.set_placement(placement, generation)

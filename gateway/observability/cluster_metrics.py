@@ -32,6 +32,7 @@ _TEXTS = {
     "prompt_tokens_cached_total": "Prompt tokens found in the prefix cache, each prompt once",
     "steps_total": "Steps that a worker has committed or served",
     "steps_abandoned_total": "Steps that were abandoned and run again",
+    "steps_repeated_total": "Steps that sent too few rows to an expert worker and ran again",
     "choices_stop_total": "Choices that ended at a stop string, stop token or end of sequence",
     "choices_length_total": "Choices that ended at their maximum length",
     "choices_abort_total": "Choices that were aborted",

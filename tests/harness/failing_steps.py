@@ -90,6 +90,7 @@ class FailingTransport:
 
     def __init__(self, inner: DataTransport, me: str, faults: Faults) -> None:
         self._inner = inner
+        self.sums_are_rounded = inner.sums_are_rounded
         self._me = me
         self._faults = faults
         self._members: tuple[Member, ...] = ()

@@ -25,6 +25,8 @@ from workers.transport.transport import Expected, RowMessage, Tag
 class Alone:
     """``DataTransport`` of a worker that has no peer: nothing is ever sent."""
 
+    sums_are_rounded = False
+
     def begin_step(self, header: StepHeader) -> None:
         """There is nothing to do."""
 

@@ -36,6 +36,7 @@ class LoopbackTransport:
         self.apply_generation = inner.apply_generation
         self.close = inner.close
         self.finish_step = inner.finish_step
+        self.sums_are_rounded = inner.sums_are_rounded
 
     def begin_step(self, header: StepHeader) -> None:
         """See ``DataTransport``; messages left from an abandoned step are dropped."""
@@ -82,7 +83,12 @@ class ColocatedDispatcher:
         self._server = server
         self.dispatch = attention.dispatch  # rows go out as from any attention worker
         self.finish_step = attention.finish_step
+        self.end_step = attention.end_step
         self._served = (-1, -1)
+
+    @property
+    def edge_share(self) -> int:
+        return self._attention.edge_share
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         self._attention.set_placement(placement, generation)

@@ -86,6 +86,17 @@ class TokenDispatcher(Protocol):
         that was computed of them. Raises as the waits do.
         """
 
+    def end_step(self) -> bool:
+        """Whether all rows that an expert rank needed were sent to it (``StepHeader.edge_limit``).
+
+        If not, the outputs are of no use and the step must run again, which sends them all. Comes
+        after ``finish_step``, when the host has read something that was computed of the outputs.
+        """
+
+    @property
+    def edge_share(self) -> int:
+        """See ``StepProposal``."""
+
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the maps of an epoch, for the members of a generation."""
 
@@ -121,6 +132,15 @@ class TimedDispatcher(ABC):
         outputs = self.gather(handle)
         self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
         return outputs
+
+    def end_step(self) -> bool:
+        """See ``TokenDispatcher``: no rows were left out."""
+        return True
+
+    @property
+    def edge_share(self) -> int:
+        """See ``StepProposal``: all rows go to all ranks."""
+        return 0
 
     def note_layers(self, ends: Sequence[Iterable[LayerEnds]]) -> None:
         """Time what native layers have done: ``ends`` by micro-batch and bank."""

@@ -84,6 +84,7 @@ class ExpertServer:
         self._device_index = device_index
         self._configured_mode = self._combine_mode = combine_mode
         self._dtype = dtype
+        self._sums_dtype = dtype if transport.sums_are_rounded else torch.float32
         self._device = device
         self._granted: list[dict[int, int]] = []
         self._native = NativeServer(dtype, self._activity.native_progress)
@@ -200,7 +201,7 @@ class ExpertServer:
         self._is_measured = header.step % SAMPLE == 0
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._granted = [
-            {rank: n for rank, _ in header.grants if (n := header.rows(rank, micro_batch))}
+            {rank: n for rank, _ in header.grants if (n := header.edge_rows(rank, micro_batch))}
             for micro_batch in range(header.num_micro_batches)
         ]
 
@@ -314,12 +315,13 @@ class ExpertServer:
         return self._slots[bank.index].compute(exchange.index, batch.inputs, pair_input, pair_slot)
 
     def _sum(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
-        """[rows, out_width] float32 weighted partial sums."""
+        """[rows, out_width] weighted partial sums."""
         assert batch.weights is not None
         if not batch.used.any_here:
-            return torch.zeros(batch.slots.shape[0], exchange.out_width, device=self._device)
+            shape = batch.slots.shape[0], exchange.out_width
+            return torch.zeros(shape, dtype=self._sums_dtype, device=self._device)
         return self._slots[bank.index].compute_rows(
-            exchange.index, batch.inputs, batch.slots, batch.weights, torch.float32
+            exchange.index, batch.inputs, batch.slots, batch.weights, self._sums_dtype
         )
 
     def _measure_padding(self, exchange: ExchangeSpec, batch: _Batch, by_pair: bool) -> None:

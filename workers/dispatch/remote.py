@@ -2,12 +2,14 @@
 
 The parts of a message to an expert rank:
 
-    static split    slots [n, k] for all n granted rows (-1: another rank), the rows as they are
+    static split    slots [n, k] for all n granted rows (-1: another rank), the rows as they are;
+                    where the header limits the rows of an edge, so many, needed ones first
     exact split     the same for the rows that have an expert there, counts first
 
-The reply in ``sum`` mode is one float32 partial sum for each row sent, else one output for each
-(row, slot) pair in row-major order. In ``sum`` mode the weights travel beside the slots, as the
-bits of float32 in the same int32 part.
+The reply in ``sum`` mode is one partial sum for each row sent, in float32 or rounded to the model's
+type (``DataTransport.sums_are_rounded``), else one output for each (row, slot) pair in row-major
+order. In ``sum`` mode the weights travel beside the slots, as the bits of float32 in the same int32
+part.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables, EpochTables
 from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TimedDispatcher, reads_rows
+from workers.dispatch.edge_rows import EdgeRows
 from workers.dispatch.native_home import NativeHome, NativeRows
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
-from workers.model.config import BankSpec
+from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
 from workers.model.weighting import weighted_sum
 from workers.native.exchange import HomeFields, sent_slots
@@ -94,6 +97,9 @@ class RemoteDispatcher(TimedDispatcher):
         self._header: StepHeader | None = None
         self._micro_batches: Sequence[BatchRows] = ()
         self._reads_rows = False
+        self._edge_rows = EdgeRows()
+        self._can_limit = False
+        self._sums_dtype = dtype if transport.sums_are_rounded else torch.float32
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the maps of an epoch and drop those of an earlier generation.
@@ -106,6 +112,13 @@ class RemoteDispatcher(TimedDispatcher):
         self._ranks = tuple(m.rank for m in members)
         self._combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
         self._epochs.add(generation.number, placement.epoch, tables)
+        self._edge_rows.forget()
+        self._can_limit = (
+            self._native is None
+            and not returns_pairs(self._banks, self._combine_mode)
+            and not any(e.per_slot_input for bank in self._banks for e in bank.exchanges)
+            and len(members) > max(bank.top_k for bank in self._banks)
+        )
 
     def _table(
         self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
@@ -124,14 +137,17 @@ class RemoteDispatcher(TimedDispatcher):
         self._header = header
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._micro_batches = micro_batches
+        self._edge_rows.begin_step()
         with self.activity:
             self._transport.begin_step(header)
         if self._native is not None:
-            self._native.begin_step(None if header.exact else self._transport.direct(self._ranks))
+            sends_all = not header.exact and not header.edge_limit
+            self._native.begin_step(self._transport.direct(self._ranks) if sends_all else None)
 
     def sit_out(self, header: StepHeader) -> None:
         """Drop old maps; an attention rank without rows takes no part in the exchanges."""
         self.timer.begin_step(header)
+        self._edge_rows.begin_step()
         self._epochs.forget(header.oldest_epoch)
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
@@ -153,7 +169,13 @@ class RemoteDispatcher(TimedDispatcher):
             if is_exact:
                 messages, by_rank = self._pick_exact(slots, meta, sent.rows, per_slot, pairs)
             else:
-                messages, by_rank = self._pick_static(slots, meta, sent.rows, per_slot, granted)
+                room = self._header.edge_rows(self._rank, micro_batch)
+                if self._can_limit:
+                    self._edge_rows.note((slots >= 0).any(2), room)
+                if room < granted:
+                    messages, by_rank = self._pick_needed(slots, meta, sent.rows, room)
+                else:
+                    messages, by_rank = self._pick_static(slots, meta, sent.rows, per_slot, granted)
             by_rank = pairs if by_pair else by_rank
             tag = Tag(sent.bank, sent.exchange, micro_batch, "rows")
             with self.activity:  # the buffers may be full
@@ -204,6 +226,16 @@ class RemoteDispatcher(TimedDispatcher):
         """See ``TokenDispatcher``."""
         with self.activity:
             self._transport.finish_step()
+        self._edge_rows.finish_step()
+
+    def end_step(self) -> bool:
+        """See ``TokenDispatcher``."""
+        return self._edge_rows.end_step()
+
+    @property
+    def edge_share(self) -> int:
+        """See ``StepProposal``."""
+        return self._edge_rows.share
 
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, RemoteHandle)
@@ -216,7 +248,7 @@ class RemoteDispatcher(TimedDispatcher):
             if outputs is not None:
                 return outputs
             handle = replace(handle, sent=self._sent_by(handle.native, by_pair))
-        part = Part(exchange.out_width, self._dtype if by_pair else torch.float32)
+        part = Part(exchange.out_width, self._dtype if by_pair else self._sums_dtype)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
         with self.activity:
@@ -259,6 +291,23 @@ class RemoteDispatcher(TimedDispatcher):
             rows = F.pad(rows, (0, 0, 0, missing * inputs))
         messages = [RowMessage(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
         return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
+
+    def _pick_needed(
+        self, slots: Tensor, meta: Tensor, rows: Tensor, room: int
+    ) -> tuple[list[RowMessage], tuple[Sent, ...]]:
+        """``room`` rows to every rank, those with an expert there first."""
+        is_needed = (slots >= 0).any(2)
+        order = is_needed.byte().argsort(dim=1, descending=True, stable=True)
+        places = order[:, :room]
+        chosen = meta.gather(1, places.unsqueeze(2).expand(-1, -1, meta.shape[2]))
+        inputs = rows[places]
+        missing = room - places.shape[1]
+        if missing:  # as in ``_pick_static``
+            chosen = F.pad(chosen, (0, 0, 0, missing), value=-1)
+            inputs = F.pad(inputs, (0, 0, 0, missing))
+        messages = [RowMessage(rank, (chosen[i], inputs[i])) for i, rank in enumerate(self._ranks)]
+        sent = [Sent(rank, places[i], room) for i, rank in enumerate(self._ranks)]
+        return messages, tuple(sent)
 
     def _pick_exact(
         self,
@@ -318,11 +367,11 @@ class RemoteDispatcher(TimedDispatcher):
         for sent, part in zip(handle.sent, received, strict=True):
             if sent.places is None:  # rows without a request come last
                 part = part if sent.count == handle.num_rows else part[: handle.num_rows]
-                total = part if total is None else total.add_(part)
+                total = part.float() if total is None else total.add_(part)
                 continue
             if total is None:
                 total = torch.zeros(handle.num_rows, width, device=self._device)
-            total.index_add_(0, sent.places, part)
+            total.index_add_(0, sent.places, part[: len(sent.places)].float())
         if total is None:
             total = torch.zeros(handle.num_rows, width, device=self._device)
         return total.to(self._dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -141,8 +142,9 @@ class Engine:
         self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []
         self._num_received = 0
-        names = ("steps_total", "steps_abandoned_total", "prompt_tokens_total")
-        self._counters = dict.fromkeys((*names, "generation_tokens_total"), 0)
+        steps = ("steps_total", "steps_abandoned_total", "steps_repeated_total")
+        tokens = ("prompt_tokens_total", "generation_tokens_total")
+        self._counters = dict.fromkeys((*steps, *tokens), 0)
         self._iteration_tokens = Histogram(TOKEN_BUCKETS)
         self._ended = dict.fromkeys(FinishReason, 0)
         self.load = LoadCounter(banks, self.cache.side)
@@ -227,7 +229,7 @@ class Engine:
 
     def _wanted(self, alone: str | None) -> RowsWanted:
         self._scheduler.restrict(self._isolation.suspects, alone)
-        return self._scheduler.wanted()
+        return replace(self._scheduler.wanted(), edge_share=self.runner.dispatcher.edge_share)
 
     def poll(self) -> list[TokenOutput]:
         """Outputs that need no step: choices past their deadline, or complete at receipt."""
@@ -254,18 +256,26 @@ class Engine:
             self._step_sampler.prepare(plan)
             result = self.runner.run(header, plan)
             tokens = None if result is None else self._step_sampler.draw(plan, result)
+            is_complete = self.runner.dispatcher.end_step()
         except BaseException:
-            # A broken step may have written NaN: the blocks' next holder must not read them.
-            self.cache.clear_slots(plan.cache_slots(self.cache.block_size))
-            self._scheduler.abandon(plan)
+            self._abandon(plan)
             isolation.give_up(plan.request_ids)
             self._counters["steps_abandoned_total"] += 1
             raise
         finally:
             self._note_dispatch(plan)
-        if result is not None and tokens is not None:
+        if not is_complete:
+            self._abandon(plan)
+            self._counters["steps_repeated_total"] += 1
+        elif result is not None and tokens is not None:
             self._commit(header.epoch, plan, result, tokens)
         return self.poll()
+
+    def _abandon(self, plan: StepPlan) -> None:
+        """Leave all sequences as they were before the step."""
+        # A broken step may have written NaN: the blocks' next holder must not read them.
+        self.cache.clear_slots(plan.cache_slots(self.cache.block_size))
+        self._scheduler.abandon(plan)
 
     def _commit(self, epoch: int, plan: StepPlan, result: StepResult, tokens: StepTokens) -> None:
         """Make the step count, and queue its outputs."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
 from workers.engine.micro_batches import MicroBatchRule
-from workers.requests.step_header import Grant, StepHeader, StepProposal
+from workers.requests.step_header import WHOLE, Grant, StepHeader, StepProposal
+
+_ROUNDING = 8
+"""Rows on an edge are multiples of it: few shapes, and buffers that can be used again."""
 
 
 def decide_header(
@@ -27,7 +31,8 @@ def decide_header(
     granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; among the ranks that
     want some, the first to be served rotates with the step number, so none starves. The rule
     ``micro_batches`` applies to the granted rows. A proposal that must be alone gets the step for
-    itself; among several, the choice rotates in the same way.
+    itself; among several, the choice rotates in the same way. Rows on an edge are limited where no
+    rank has prefill rows (``limit_edges``).
 
         4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
     """
@@ -51,13 +56,36 @@ def decide_header(
     )
     rows = [g.num_rows for _, g in grants]
     has_prefill = any(g.prefill_rows for _, g in grants)
+    num_micro_batches = micro_batches.choose(rows, has_prefill)
+    shares = [
+        (-(-count // num_micro_batches), proposals[rank].edge_share)
+        for rank, count in zip(order, rows, strict=True)
+    ]
     return StepHeader(
         generation=generation,
         step=step,
         epoch=epoch,
         oldest_epoch=oldest_epoch,
         grants=grants,
-        num_micro_batches=micro_batches.choose(rows, has_prefill),
+        num_micro_batches=num_micro_batches,
         exact=has_prefill,
+        edge_limit=0 if has_prefill else limit_edges(shares),
         is_alone=bool(alone),
     )
+
+
+def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
+    """Rows of a micro-batch to send each expert rank at most (``StepHeader.edge_limit``).
+
+    ``ranks``: rows in a micro-batch, and ``StepProposal.edge_share``, of each attention rank. What
+    an expert rank needs changes from step to step as sums of independent choices do, so two
+    standard deviations of a Poisson distribution come on top of the most of late. 0, for all, where
+    that saves less than a quarter, or a rank with rows does not know its share.
+    """
+    busy = [(rows, share) for rows, share in ranks if rows]
+    if not busy or not all(share for _, share in busy):
+        return 0
+    needed = max(-(-rows * share // WHOLE) for rows, share in busy)
+    limit = needed + math.ceil(2 * math.sqrt(needed))
+    limit = -(-limit // _ROUNDING) * _ROUNDING
+    return limit if limit <= max(rows for rows, _ in busy) * 3 // 4 else 0

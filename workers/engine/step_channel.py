@@ -138,6 +138,7 @@ class StepChannel:
             rank=connections.me.rank,
             decode_rows=wanted.decode_rows,
             prefill_rows=wanted.prefill_rows,
+            edge_share=wanted.edge_share,
             is_alone=wanted.is_alone,
         )
         if self.is_leader:

@@ -61,5 +61,7 @@ class RowsWanted:
     """One per decoding sequence."""
     prefill_rows: int
     """Prompt rows within the token budget."""
+    edge_share: int = 0
+    """See ``StepProposal``."""
     is_alone: bool = False
     """They are one request's, and no other's may be in the step on any rank."""

@@ -35,3 +35,9 @@ def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
         found.append(own.reshape(tensor.shape))
         first += len(part)
     return found
+
+
+def to_host_later(tensor: Tensor) -> Tensor:
+    """A copy in memory of the host: whole once the host has waited for something that the device
+    was given afterwards."""
+    return tensor.to("cpu", non_blocking=True)  # torch pins the memory

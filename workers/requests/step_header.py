@@ -16,6 +16,9 @@ MAX_ROWS = 1 << 24
 """Rows that one rank can name in a proposal or be granted; no worker sends more."""
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
+WHOLE = 1000
+"""Shares are in thousandths."""
+Share = Annotated[int, Meta(ge=0, le=WHOLE)]
 
 
 class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
@@ -28,6 +31,9 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     decode_rows: Rows
     """Rows of running sequences, one token each."""
     prefill_rows: Rows
+    edge_share: Share = 0
+    """Share of its decode rows that a single expert rank needed at most of late; 0: all of them go
+    to all expert ranks."""
     is_alone: bool = False
     """They are one request's, which must be in a step with no other."""
 
@@ -65,7 +71,11 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     num_micro_batches: Annotated[int, Meta(ge=1, le=2)] = 1
     """Micro-batch 0 of two takes the first ceil(n/2) rows of each rank."""
     exact: bool = False
-    """True: edges carry only the rows that are needed; False: every edge carries all rows."""
+    """True: edges carry only the rows that are needed; False: every edge carries all rows, or as
+    many as ``edge_limit`` says."""
+    edge_limit: Rows = 0
+    """Where ``exact`` is False: rows of a micro-batch on an edge at most, needed ones first; 0: no
+    limit."""
     is_alone: bool = False
     """The step has rows of one request only."""
 
@@ -105,6 +115,11 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         total = self.grant(rank).num_rows
         first = total if self.num_micro_batches == 1 else -(-total // 2)
         return first if micro_batch == 0 else total - first
+
+    def edge_rows(self, rank: int, micro_batch: int) -> int:
+        """Those of them that go to each expert rank; in an exact step at most."""
+        rows = self.rows(rank, micro_batch)
+        return min(rows, self.edge_limit) if self.edge_limit else rows
 
 
 PROPOSALS: Codec[StepProposal] = Codec(StepProposal, "a step proposal")

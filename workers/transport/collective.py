@@ -61,6 +61,8 @@ class CollectiveTransport:
         connect_timeout_s: float = 10.0,
     ) -> None:
         """Attention workers open a rendezvous store on ``host``, by default on a free port."""
+        self.sums_are_rounded = backend == "nccl"
+        """See ``DataTransport``."""
         self._connections = connections
         self._backend: Backend = backend
         self._device = device

@@ -28,6 +28,9 @@ _KINDS = {"rows": FrameKind.ROWS, "outputs": FrameKind.OUTPUTS}
 class SocketTransport:
     """Messages as frames on the peer connections. Tensors of a GPU go through host memory."""
 
+    sums_are_rounded = False
+    """See ``DataTransport``."""
+
     def __init__(
         self, connections: PeerConnections, *, combine_mode: CombineMode, device: torch.device
     ) -> None:

@@ -73,6 +73,10 @@ class DataTransport(Protocol):
     and ``GenerationChangedError``. Received tensors own their memory.
     """
 
+    sums_are_rounded: bool
+    """Partial sums travel in the model's type, not in float32: half the bytes, for another
+    rounding. The same on all workers of a cluster."""
+
     def begin_step(self, header: StepHeader) -> None:
         """Start a step, to which the messages that follow belong."""
 

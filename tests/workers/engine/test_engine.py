@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -183,6 +184,34 @@ def test_step_lost_at_any_layer_is_run_again_with_the_same_result(
         assert tuple(p for o in found for p in o.logprobs) == result.logprobs
     load, calm_load = load_of(engine), load_of(calm)
     assert all((load[key] == calm_load[key]).all() for key in calm_load)
+
+
+def test_step_that_left_rows_out_is_run_again_with_the_same_result(tiny_checkpoint: Path) -> None:
+    params = structs.replace(GREEDY, temperature=1.0, seed=5, frequency_penalty=0.5, logprobs=1)
+    section = EngineSection(max_num_batched_tokens=16, max_num_seqs=8, block_size_tokens=4)
+    expected = LocalEngine(tiny_checkpoint, section=section).generate(prompts(4), [params] * 4)
+    engine = LocalEngine(tiny_checkpoint, section=section, wrap=FailingDispatcher)
+    dispatcher = engine.dispatcher
+    assert isinstance(dispatcher, FailingDispatcher)
+    outputs: list[list[TokenOutput]] = [[] for _ in expected]
+    for i, prompt in enumerate(prompts(4)):
+        engine.engine.add_request(Request(request_id=f"{i}", prompt=prompt, params=params))
+    num_repeated = 0
+    for is_short in itertools.cycle([True, False, True, True, False, False]):
+        if not engine.engine.has_work:
+            break
+        dispatcher.leaves_out = is_short
+        found = engine.step()
+        assert not (is_short and found)
+        for output in found:
+            outputs[int(output.request_id)].append(output)
+        num_repeated += is_short
+        engine.engine.check_integrity()
+    assert engine.engine.stats()["steps_repeated_total"] == num_repeated > 5
+    assert engine.engine.stats()["steps_abandoned_total"] == 0
+    for result, own in zip(expected, outputs, strict=True):
+        assert tokens(own) == result.token_ids
+        assert tuple(p for o in own for p in o.logprobs) == result.logprobs
 
 
 def test_granted_rows_that_are_gone_still_take_part(tiny_checkpoint: Path) -> None:

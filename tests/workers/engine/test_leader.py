@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError
-from workers.engine.leader import decide_header
+from workers.engine.leader import decide_header, limit_edges
 from workers.engine.micro_batches import MicroBatchRule
 from workers.requests.step_header import (
     HEADERS,
@@ -222,3 +222,34 @@ def test_every_decided_header_survives_the_wire() -> None:
         header = decide(proposals(*wanted, step=step), step=step)
         if header is not None:
             assert HEADERS.decode(HEADERS.encode(header)) == header
+
+
+@pytest.mark.parametrize(
+    ("ranks", "limit"),
+    [
+        ([(64, 320)], 32),  # 21 rows, and 10
+        ([(256, 320), (10, 1000), (0, 0)], 104),  # a rank without rows has no say
+        ([(256, 320), (10, 0)], 0),  # rank 1 does not know
+        ([(256, 900)], 0),  # too little to save
+        ([(8, 500)], 0),
+        ([], 0),
+    ],
+)
+def test_edges_have_room_for_what_was_needed_and_two_deviations(
+    ranks: list[tuple[int, int]], limit: int
+) -> None:
+    assert limit_edges(ranks) == limit
+
+
+def test_edges_are_limited_in_steps_without_prompts() -> None:
+    known = {r: replace(p, edge_share=250) for r, p in proposals((64, 0), (40, 0)).items()}
+    header = decide(known)
+    assert header is not None
+    assert header.num_micro_batches == 2
+    assert header.edge_limit == 16  # of 32: 8 rows, and 6
+    assert [header.edge_rows(rank, 0) for rank in (0, 1)] == [16, 16]
+    assert [header.rows(rank, 0) for rank in (0, 1)] == [32, 20]
+    known[1] = replace(known[1], prefill_rows=3)
+    header = decide(known)
+    assert header is not None
+    assert (header.exact, header.edge_limit) == (True, 0)

@@ -44,6 +44,13 @@ class Diary:
     def finish_step(self) -> None:
         self._inner.finish_step()
 
+    def end_step(self) -> bool:
+        return self._inner.end_step()
+
+    @property
+    def edge_share(self) -> int:
+        return self._inner.edge_share
+
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         self._inner.set_placement(placement, generation)
 

@@ -1,0 +1,218 @@
+"""Edges that carry a fixed number of rows, fewer than a rank has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from cluster.core.topology import Generation, Member
+from tests.harness.pretend_gpu import DEVICE, pretend_gpu
+from tests.reference.both_roles import Alone
+from tests.workers.dispatch.test_dispatch import BANKS as MIXED_BANKS
+from tests.workers.dispatch.test_dispatch import Work
+from tests.workers.transport import mesh as meshes
+from tests.workers.transport.mesh import (
+    Mesh,
+    TransportName,
+    decodes,
+    local_dispatcher,
+    make_bank,
+    make_rows,
+)
+from tests.workers.transport.nccl_over_gloo import FakeNccl, nccl
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.edge_rows import EdgeRows
+from workers.dispatch.remote import RemoteDispatcher
+from workers.model.layers import Dispatch
+from workers.requests.step_header import WHOLE, StepHeader
+from workers.transport.transport import Expected, RowMessage, Tag
+
+__all__ = ["nccl"]
+
+BANKS = (make_bank(0, num_experts=12), make_bank(1, num_experts=10, width=24))
+"""Two experts a row."""
+ROWS = (12, 5)
+
+
+def make_header(rows: Sequence[int], limit: int, step: int, parts: int = 1) -> StepHeader:
+    header = meshes.make_header(rows, step=step, num_micro_batches=parts)
+    return replace(header, edge_limit=limit)
+
+
+def run(mesh: Mesh, work: Work) -> list[tuple[bool, bool]]:
+    """Whether each attention rank's step is complete, and whether its sums are right."""
+
+    def home(rank: int, dispatcher: TokenDispatcher) -> tuple[list[Tensor], bool]:
+        sums = work(rank, dispatcher)
+        dispatcher.finish_step()
+        return sums, dispatcher.end_step()
+
+    reference, found = local_dispatcher(mesh.banks), []
+    rtol, atol = (0.05, 0.05) if work.dtype == torch.bfloat16 else (1e-5, 1e-6)
+    for rank, (sums, is_complete) in enumerate(mesh.step(work.header, home)):
+        pairs = zip(sums, work(rank, reference), strict=True)
+        found.append((is_complete, all(torch.allclose(a, b, rtol, atol) for a, b in pairs)))
+    return found
+
+
+@pytest.mark.parametrize("transport", ["sockets", "collective", "nccl"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_complete_step_has_all_sums_and_an_incomplete_one_is_known(
+    nccl: FakeNccl, transport: TransportName, parts: int
+) -> None:
+    complete = []
+    with Mesh(2, 5, BANKS, transport=transport) as mesh:
+        for limit in range(1, 13):
+            found = run(mesh, Work(BANKS, ROWS, make_header(ROWS, limit, limit, parts)))
+            assert all(is_complete == is_right for is_complete, is_right in found)
+            complete.append(all(is_complete for is_complete, _ in found))
+    assert complete == sorted(complete)
+    assert complete.index(True) in range(2, 10)
+
+
+def test_an_edge_carries_so_many_rows_as_the_header_says() -> None:
+    with Mesh(2, 5, BANKS) as mesh:
+        sent = []
+        for step, limit in enumerate((0, 4), start=1):
+            server = mesh["expert-3"].server
+            assert server is not None
+            before = dict(server.num_bytes)
+            run(mesh, Work(BANKS, ROWS, make_header(ROWS, limit, step)))
+            sent.append({name: n - before[name] for name, n in server.num_bytes.items()})
+    row_bytes = 4 * (16 + 24)
+    assert [s["combine"] for s in sent] == [17 * row_bytes, 8 * row_bytes]
+    assert sent[1]["dispatch"] * 17 == sent[0]["dispatch"] * 8
+
+
+def test_requests_that_ended_leave_rows_without_a_request() -> None:
+    with Mesh(2, 5, BANKS) as mesh:
+        for step, rows in enumerate([(3, 0), (0, 0), (12, 1)], start=1):
+            header = make_header(ROWS, 9, step, parts=2)
+            assert run(mesh, Work(BANKS, rows, header)) == [(True, True)] * 2
+
+
+def test_colocated_workers() -> None:
+    rows = (12, 5, 0, 7)
+    with Mesh(0, 4, BANKS, colocated=True) as mesh:
+        for step, limit in enumerate((0, 2, 10), start=1):
+            found = run(mesh, Work(BANKS, rows, make_header(rows, limit, step)))
+            assert all(is_complete == is_right for is_complete, is_right in found)
+            assert found[0][0] == (limit != 2)
+
+
+def test_partial_sums_over_nccl_come_in_the_type_of_the_model(nccl: FakeNccl) -> None:
+    with Mesh(1, 3, BANKS, transport="nccl", dtype=torch.bfloat16) as mesh:
+        for step, limit in enumerate((0, 11), start=1):
+            work = Work(BANKS, (12,), make_header((12,), limit, step), torch.bfloat16)
+            assert run(mesh, work) == [(True, True)]
+        server = mesh["expert-0"].server
+        assert server is not None
+        assert server.num_bytes["combine"] == (12 + 11) * 2 * (16 + 24)
+
+
+@pytest.mark.parametrize("case", ["as many ranks as experts of a row", "inputs by slot"])
+def test_other_ranks_do_not_ask_for_a_limit(case: str) -> None:
+    is_few = case.startswith("as many")
+    banks, num_ranks = (BANKS, 2) if is_few else (MIXED_BANKS, 5)
+    with Mesh(2, num_ranks, banks) as mesh:
+        assert run(mesh, Work(banks, ROWS, make_header(ROWS, 0, 1))) == [(True, True)] * 2
+        dispatcher = mesh["attention-0"].dispatcher
+        assert dispatcher is not None
+        assert dispatcher.edge_share == 0
+
+
+def test_the_share_is_the_most_of_late_and_begins_anew_with_a_generation() -> None:
+    with Mesh(2, 5, BANKS) as mesh:
+        dispatcher = mesh["attention-0"].dispatcher
+        assert dispatcher is not None
+        assert dispatcher.edge_share == 0
+        run(mesh, Work(BANKS, ROWS, make_header(ROWS, 0, 1)))
+        share = dispatcher.edge_share
+        assert WHOLE // 5 < share < WHOLE
+        # All rows to one rank, and then as before.
+        run(mesh, Work(BANKS, ROWS, make_header(ROWS, 0, 2), change=lambda ids: ids.clamp(max=1)))
+        assert dispatcher.edge_share == WHOLE
+        run(mesh, Work(BANKS, ROWS, make_header(ROWS, 0, 3)))
+        assert share < dispatcher.edge_share < WHOLE
+        mesh.apply(replace(mesh.generation, number=2))
+        assert dispatcher.edge_share == 0
+
+
+class FarTransport(Alone):
+    """Sends nothing, and finds zeros."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, ...]] = []
+        """Rows on each edge, by dispatch."""
+
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
+        self.sent.append(tuple(len(part) for message in messages for part in message.parts))
+
+    def receive(
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+    ) -> list[tuple[Tensor, ...]]:
+        return [
+            tuple(
+                torch.zeros(count, part.width, dtype=part.dtype, device=DEVICE)
+                for part, count in zip(item.parts, item.counts, strict=True)
+            )
+            for item in expected
+        ]
+
+
+def test_the_host_does_not_wait_for_a_gpu_to_choose_the_rows() -> None:
+    placement, transport = meshes.make_placement(BANKS, 5), FarTransport()
+    members = [Member(name=f"{r}", role="expert", rank=r, device=r) for r in range(5)]
+    home = Member(name="a", role="attention", rank=0)
+    with pretend_gpu() as log:
+        dispatcher = RemoteDispatcher(
+            transport,
+            BANKS,
+            rank=0,
+            combine_mode="sum",
+            dtype=torch.float32,
+            device=torch.device(DEVICE),
+        )
+        dispatcher.set_placement(placement, Generation(number=1, members=(home, *members)))
+        work = [tuple(x.to(DEVICE) for x in make_rows(bank, 12, 0)) for bank in BANKS]
+        log.clear()
+        dispatcher.begin_step(make_header((12,), 4, 1), [decodes(12)])
+        for bank, (rows, ids, weights) in zip(BANKS, work, strict=True):
+            handle = dispatcher.dispatch(Dispatch(bank.index, 0, rows, ids, weights))
+            assert dispatcher.combine(handle).shape == rows.shape
+        dispatcher.finish_step()
+        assert not log.waits
+    assert transport.sent == [(4,) * 10] * 2
+    assert not dispatcher.end_step()
+
+
+def test_rows_that_did_not_fit_end_the_limit() -> None:
+    rows, needed = EdgeRows(), torch.tensor([[True] * 6 + [False] * 4, [False] * 10])
+
+    def step(num_sent: int) -> bool:
+        rows.begin_step()
+        rows.note(needed, num_sent)
+        rows.finish_step()
+        return rows.end_step()
+
+    assert step(10)
+    assert rows.share == 600
+    assert step(6)
+    assert not step(5)
+    assert rows.share == 0
+    assert step(10)
+    assert rows.share == 600
+
+
+def test_a_step_that_broke_leaves_nothing_behind() -> None:
+    rows = EdgeRows()
+    rows.begin_step()
+    rows.note(torch.ones(2, 8, dtype=torch.bool), 1)
+    rows.finish_step()
+    rows.begin_step()
+    assert rows.end_step()
+    assert rows.share == 0
