@@ -87,6 +87,5 @@ def take_both_roles(engine: LocalEngine) -> ColocatedDispatcher:
     member = Member(name="colocated-0", role="colocated", rank=0, device=0)
     generation = Generation(number=1, members=(member,))
     dispatcher.set_placement(ExpertPlacement(epoch=1, banks=tuple(maps)), generation)
-    engine.engine.runner.dispatcher = dispatcher
-    engine.engine.runner.graphs = None
+    engine.engine.use(dispatcher)
     return dispatcher

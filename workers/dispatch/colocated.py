@@ -12,17 +12,20 @@ process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NoReturn
 
+from msgspec.structs import replace
 from torch import Tensor
 
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
-from workers.dispatch.dispatcher import BatchRows, DispatchHandle
-from workers.dispatch.expert_server import ExpertServer
+from workers.dispatch.dispatcher import BatchRows, CapturedExchanges, DispatchHandle
+from workers.dispatch.expert_server import CapturedServes, ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
-from workers.requests.step_header import StepHeader
+from workers.requests.step_header import Grant, StepHeader
 from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
 
@@ -82,25 +85,31 @@ class ColocatedDispatcher:
         self._attention = attention
         self._server = server
         self.dispatch = attention.dispatch  # rows go out as from any attention worker
-        self.finish_step = attention.finish_step
-        self.end_step = attention.end_step
         self._served = (-1, -1)
+        self._header: StepHeader | None = None
+        self._is_alone = False
+        self._is_replayed = False
 
     @property
     def edge_share(self) -> int:
+        """See ``StepProposal``."""
         return self._attention.edge_share
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         self._attention.set_placement(placement, generation)
         self._server.set_placement(placement, generation)
+        self._is_alone = len(generation.members) == 1
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
+        self._header = header
+        self._is_replayed = False
         self._server.begin_step(header)
         self._attention.begin_step(header, micro_batches)
         self._served = (-1, -1)
 
     def sit_out(self, header: StepHeader) -> None:
         """Serve the rows of the other ranks."""
+        self._is_replayed = False
         self._attention.sit_out(header)
         self._server.run_step(header)
 
@@ -115,3 +124,56 @@ class ColocatedDispatcher:
         outputs = self._attention.gather(handle)
         timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
         return outputs
+
+    def finish_step(self) -> None:
+        """See ``TokenDispatcher``."""
+        self._attention.finish_step()
+
+    def end_step(self) -> bool:
+        """See ``TokenDispatcher``. Raises what the server of a replayed step has put off."""
+        if self._is_replayed:
+            self._is_replayed = False
+            self._server.end_replay()
+        return self._attention.end_step()
+
+    # ``CapturableDispatcher``
+
+    def can_capture(self, header: StepHeader) -> bool:
+        """See ``CapturableDispatcher``."""
+        return self._is_alone and not self._attention.reads_rows(header)
+
+    @property
+    def captured_state(self) -> Hashable:
+        """See ``CapturableDispatcher``."""
+        assert self._header is not None, "begin_step comes first"
+        return self._header.generation, self._header.epoch, self._server.state
+
+    @contextmanager
+    def capture(self, num_rows: int) -> Iterator[CapturedExchanges]:
+        """See ``CapturableDispatcher``."""
+        under_way = self._header
+        assert under_way is not None, "begin_step comes first"
+        grants = ((self._attention.rank, Grant(decode_rows=num_rows)),)
+        header = replace(under_way, grants=grants, num_micro_batches=1)
+        with self._server.capture(header) as captured:
+            self._attention.begin_step(header, ())
+            self._served = (-1, -1)
+            yield _Captured(self, captured)
+        self.begin_step(under_way, ())
+
+    def replayed(self, captured: CapturedServes) -> None:
+        """A captured step of this rank was replayed."""
+        self._is_replayed = True
+        self._server.replayed(captured)
+        self._attention.activity.advance()
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """See ``CapturedExchanges``."""
+
+    dispatcher: ColocatedDispatcher
+    served: CapturedServes
+
+    def replayed(self) -> None:
+        self.dispatcher.replayed(self.served)

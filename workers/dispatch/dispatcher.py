@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
@@ -99,6 +100,30 @@ class TokenDispatcher(Protocol):
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the maps of an epoch, for the members of a generation."""
+
+
+class CapturedExchanges(Protocol):
+    """The exchanges of a captured step."""
+
+    def replayed(self) -> None:
+        """The step was replayed; ``finish_step`` follows."""
+
+
+class CapturableDispatcher(TokenDispatcher, Protocol):
+    """A ``TokenDispatcher`` all of whose experts are on this device, so that CUDA graphs can hold
+    its exchanges."""
+
+    def can_capture(self, header: StepHeader) -> bool:
+        """Whether nothing looks between the layers of this step of decodes."""
+
+    @property
+    def captured_state(self) -> Hashable:
+        """Changes with everything that the step that has begun reads beside its rows, but the
+        weights."""
+
+    def capture(self, num_rows: int) -> AbstractContextManager[CapturedExchanges]:
+        """Within it, a step of so many decode rows is computed to be captured. A step that had
+        begun goes on afterwards."""
 
 
 def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:

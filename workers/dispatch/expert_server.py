@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +17,14 @@ from cluster.core.topology import Generation
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.dispatcher import SlotBank, reads_rows
 from workers.dispatch.native_server import NativeExchange, NativeServer
-from workers.dispatch.slot_use import FilledSlots, UsedSlots, joined, slot_use
+from workers.dispatch.slot_use import (
+    DeviceSlotUse,
+    FilledSlots,
+    SlotNotes,
+    UsedSlots,
+    joined,
+    slot_use,
+)
 from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import SAMPLE
@@ -56,6 +64,15 @@ class _Used(NamedTuple):
     num_pairs: int
 
 
+@dataclass(slots=True)
+class CapturedServes:
+    """A captured step of an expert rank on a GPU."""
+
+    notes: SlotNotes
+    num_bytes: dict[str, int]
+    """What each replay adds to those of the server."""
+
+
 class ExpertServer:
     """Serves the steps of one expert rank. Data thread only."""
 
@@ -93,6 +110,7 @@ class ExpertServer:
         self._filled: list[FilledSlots] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._use = slot_use(device)
+        self._is_captured = False
         self._is_measured = False
         self.padding = PaddingRatio()
         """Padding of the rows from and to the attention ranks, in one step of ``SAMPLE``."""
@@ -214,8 +232,42 @@ class ExpertServer:
         if (bank, exchange) == (len(self._banks) - 1, len(self._banks[bank].exchanges) - 1):
             self._end_step()
 
+    @property
+    def state(self) -> Hashable:
+        """Changes when the slots get other memory."""
+        return tuple(bank.version for bank in self._slots)
+
+    @contextmanager
+    def capture(self, header: StepHeader) -> Iterator[CapturedServes]:
+        """On a GPU: the step whose exchanges are served within it is captured, and not counted."""
+        assert isinstance(self._use, DeviceSlotUse)
+        before = dict(self.num_bytes)
+        self.begin_step(header)
+        captured = CapturedServes(self._use.notes, {})
+        self._is_captured = True
+        try:
+            yield captured
+        finally:
+            self._is_captured = False
+            captured.num_bytes |= {name: n - before[name] for name, n in self.num_bytes.items()}
+            self.num_bytes |= before
+
+    def replayed(self, captured: CapturedServes) -> None:
+        """A captured step was replayed; ``end_replay`` follows."""
+        assert isinstance(self._use, DeviceSlotUse)
+        self._use.notes = captured.notes
+        self._use.copy()
+        for name, count in captured.num_bytes.items():
+            self.num_bytes[name] += count
+
+    def end_replay(self) -> None:
+        """Count, and raise what was put off; the host has waited for what came after the replay."""
+        self._use.end(self.token_counts, self._transport.reject)
+
     def _end_step(self) -> None:
         """All exchanges are served: count, and raise what was put off."""
+        if self._is_captured:
+            return
         with self._activity:
             self._transport.finish_step()
         self._use.end(self.token_counts, self._transport.reject)

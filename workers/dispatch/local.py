@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables
-from workers.dispatch.dispatcher import BatchRows, DispatchHandle, SlotBank, TimedDispatcher
+from workers.dispatch.dispatcher import (
+    BatchRows,
+    CapturedExchanges,
+    DispatchHandle,
+    SlotBank,
+    TimedDispatcher,
+)
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
@@ -51,12 +58,25 @@ class LocalDispatcher(TimedDispatcher):
         self._num_placements = 0
         self._experts: LocalExperts | None = None
         self._experts_state: Hashable = None
-        """``state`` when they were made."""
+        """``captured_state`` when they were made."""
 
     @property
-    def state(self) -> Hashable:
-        """Changes with everything that a dispatch reads beside what is sent, but the weights."""
+    def captured_state(self) -> Hashable:
+        """See ``CapturableDispatcher``; of all steps."""
         return self._num_placements, *(bank.version for bank in self._slots)
+
+    def can_capture(self, header: StepHeader) -> bool:
+        """See ``CapturableDispatcher``."""
+        return True
+
+    @contextmanager
+    def capture(self, num_rows: int) -> Iterator[CapturedExchanges]:
+        """See ``CapturableDispatcher``."""
+        yield self
+
+    def replayed(self) -> None:
+        """See ``CapturedExchanges``."""
+        self.activity.advance()
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Take the slots of device 0 of the placement."""
@@ -81,7 +101,7 @@ class LocalDispatcher(TimedDispatcher):
 
         None: a bank has several exchanges, or torch computes it.
         """
-        if (state := self.state) != self._experts_state:
+        if (state := self.captured_state) != self._experts_state:
             parts = zip(self._banks, self._slots, self._slot_of, strict=True)
             found = [
                 BankExperts(native.table, slot_of, spec.float32_weights)

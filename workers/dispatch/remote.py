@@ -86,11 +86,12 @@ class RemoteDispatcher(TimedDispatcher):
         self._transport = transport
         self.activity = activity or Activity()
         """Advances with each exchange."""
-        self._rank = rank
+        self.rank = rank
+        """Of the attention worker."""
         self._configured_mode = self._combine_mode = combine_mode
         self._dtype = dtype
         self._device = device
-        self._ranks: tuple[int, ...] = ()
+        self.ranks: tuple[int, ...] = ()
         self._epochs = EpochTables[list[CopyTables]]()
         self._built: dict[int, tuple[BankPlacement, Mapping[int, int], CopyTables]] = {}
         self._tables: list[CopyTables] = []
@@ -109,7 +110,7 @@ class RemoteDispatcher(TimedDispatcher):
         members = generation.experts
         device_index = {m.device: i for i, m in enumerate(members)}
         tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
-        self._ranks = tuple(m.rank for m in members)
+        self.ranks = tuple(m.rank for m in members)
         self._combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
         self._epochs.add(generation.number, placement.epoch, tables)
         self._edge_rows.forget()
@@ -135,14 +136,18 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables = self._epochs.begin_step(header)
         self.timer.begin_step(header)
         self._header = header
-        self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
+        self._reads_rows = self.reads_rows(header)
         self._micro_batches = micro_batches
         self._edge_rows.begin_step()
         with self.activity:
             self._transport.begin_step(header)
         if self._native is not None:
             sends_all = not header.exact and not header.edge_limit
-            self._native.begin_step(self._transport.direct(self._ranks) if sends_all else None)
+            self._native.begin_step(self._transport.direct(self.ranks) if sends_all else None)
+
+    def reads_rows(self, header: StepHeader) -> bool:
+        """Whether the host reads rows between the layers of a step."""
+        return reads_rows(header, self._banks, self._combine_mode)
 
     def sit_out(self, header: StepHeader) -> None:
         """Drop old maps; an attention rank without rows takes no part in the exchanges."""
@@ -152,7 +157,7 @@ class RemoteDispatcher(TimedDispatcher):
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         assert self._header is not None, "begin_step comes first"
-        granted = self._header.rows(self._rank, micro_batch)
+        granted = self._header.rows(self.rank, micro_batch)
         num_rows = sent.topk_ids.shape[0]
         assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
         by_rank: tuple[Sent, ...] = ()
@@ -160,16 +165,15 @@ class RemoteDispatcher(TimedDispatcher):
         native = self._dispatch_natively(bank, sent, micro_batch) if num_rows == granted else None
         if granted and native is None:
             exchange, is_exact = bank.exchanges[sent.exchange], self._header.exact
-            batch = self._micro_batches[micro_batch]
             by_pair = exchange.returns_pairs(self._combine_mode)
-            meta, copies = self._choose(sent, batch, None if by_pair else sent.topk_weights)
+            meta, copies = self._choose(sent, micro_batch, None if by_pair else sent.topk_weights)
             slots = meta[:, :, : bank.top_k]
             per_slot = exchange.per_slot_input
             pairs = self._sent_pairs(slots) if by_pair or (is_exact and per_slot) else ()
             if is_exact:
                 messages, by_rank = self._pick_exact(slots, meta, sent.rows, per_slot, pairs)
             else:
-                room = self._header.edge_rows(self._rank, micro_batch)
+                room = self._header.edge_rows(self.rank, micro_batch)
                 if self._can_limit:
                     self._edge_rows.note((slots >= 0).any(2), room)
                 if room < granted:
@@ -202,7 +206,7 @@ class RemoteDispatcher(TimedDispatcher):
         """
         header, native = self._header, self._native
         assert header is not None, "begin_step comes first"
-        granted = [header.rows(self._rank, i) for i in range(header.num_micro_batches)]
+        granted = [header.rows(self.rank, i) for i in range(header.num_micro_batches)]
         has_others = any(len(bank.exchanges) > 1 for bank in self._banks)
         if native is None or granted != list(num_rows) or has_others:
             return None
@@ -264,7 +268,7 @@ class RemoteDispatcher(TimedDispatcher):
     # Dispatch: what goes to which rank.
 
     def _choose(
-        self, sent: Dispatch, batch: BatchRows, weights: Tensor | None
+        self, sent: Dispatch, micro_batch: int, weights: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """[ranks, T, k] int32 slots, with weights [ranks, T, 2k]; see ``CopyTables.choose``."""
         assert self._header is not None, "begin_step comes first"
@@ -275,6 +279,7 @@ class RemoteDispatcher(TimedDispatcher):
             return sent_slots(library, tables.decode_slots, sent.topk_ids, weights), None
         slots, copies = tables.decode_slots[:, sent.topk_ids], None
         if has_choice:
+            batch = self._micro_batches[micro_batch]
             slots, copies = tables.choose(sent.topk_ids, batch.is_prefill, batch.row_key)
         return slots if weights is None else _with_weights(slots, weights), copies
 
@@ -289,8 +294,8 @@ class RemoteDispatcher(TimedDispatcher):
             meta = F.pad(meta, (0, 0, 0, missing), value=-1)
             inputs = slots.shape[2] if per_slot_input else 1
             rows = F.pad(rows, (0, 0, 0, missing * inputs))
-        messages = [RowMessage(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
-        return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
+        messages = [RowMessage(r, (meta[i], rows)) for i, r in enumerate(self.ranks)]
+        return messages, tuple(Sent(rank, None, granted) for rank in self.ranks)
 
     def _pick_needed(
         self, slots: Tensor, meta: Tensor, rows: Tensor, room: int
@@ -305,8 +310,8 @@ class RemoteDispatcher(TimedDispatcher):
         if missing:  # as in ``_pick_static``
             chosen = F.pad(chosen, (0, 0, 0, missing), value=-1)
             inputs = F.pad(inputs, (0, 0, 0, missing))
-        messages = [RowMessage(rank, (chosen[i], inputs[i])) for i, rank in enumerate(self._ranks)]
-        sent = [Sent(rank, places[i], room) for i, rank in enumerate(self._ranks)]
+        messages = [RowMessage(rank, (chosen[i], inputs[i])) for i, rank in enumerate(self.ranks)]
+        sent = [Sent(rank, places[i], room) for i, rank in enumerate(self.ranks)]
         return messages, tuple(sent)
 
     def _pick_exact(
@@ -325,7 +330,7 @@ class RemoteDispatcher(TimedDispatcher):
         flat = rows.flatten(0, 1) if per_slot_input else rows
         own_pairs = {sent.rank: sent.places for sent in pairs}
         messages, sent_rows = [], []
-        for i, rank in enumerate(self._ranks):
+        for i, rank in enumerate(self.ranks):
             places = here[i].nonzero().squeeze(1)  # device-to-host sync
             count = len(places)
             is_all = count == len(here[i])
@@ -344,7 +349,7 @@ class RemoteDispatcher(TimedDispatcher):
     def _sent_pairs(self, slots: Tensor) -> tuple[Sent, ...]:
         """The pairs [T * k] that each rank computes; ranks without pairs are left out."""
         sent = []
-        for rank, mine in zip(self._ranks, slots, strict=True):
+        for rank, mine in zip(self.ranks, slots, strict=True):
             places = (mine.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
             count = len(places)
             if count:
@@ -355,7 +360,7 @@ class RemoteDispatcher(TimedDispatcher):
         """What native code has sent to each rank."""
         if by_pair:
             return self._sent_pairs(native.slots)
-        return tuple(Sent(rank, None, native.slots.shape[1]) for rank in self._ranks)
+        return tuple(Sent(rank, None, native.slots.shape[1]) for rank in self.ranks)
 
     # Combine: from the replies to the result.
 

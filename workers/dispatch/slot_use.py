@@ -8,14 +8,15 @@ step, when the counts come to the host in the same copy: the step waits once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.core.placement import FREE_SLOT
-from workers.model.host_copies import to_host
+from workers.model.host_copies import to_host, to_host_later
 
 Reject = Callable[[int, str], NoReturn]
 """``DataTransport.reject``."""
@@ -123,16 +124,34 @@ class _Seen:
     """[] bool: one of them has no expert."""
 
 
+@dataclass(slots=True)
+class SlotNotes:
+    """What a step has noted on the device."""
+
+    seen: list[_Seen] = field(default_factory=list)
+    bins: dict[int, Tensor] = field(default_factory=dict)
+    """By bank: pairs of slot -1 and of each slot, [slots + 1] int64."""
+
+    def joined(self) -> Tensor:
+        """Whether each of ``seen`` is wrong, and all bins, one after the other: int64."""
+        return torch.cat([torch.stack([s.is_wrong for s in self.seen]).long(), *self.bins.values()])
+
+
 class DeviceSlotUse:
     """``SlotUse`` on a GPU."""
 
     def __init__(self) -> None:
-        self._seen: list[_Seen] = []
-        self._bins: dict[int, Tensor] = {}
+        self.notes = SlotNotes()
+        """Of the step under way; those of a captured step are filled anew by each replay."""
+        self._copied: Tensor | None = None
 
     def begin(self, counts: Sequence[Tensor]) -> None:
         """What a broken step has computed is not counted."""
-        self._seen, self._bins = [], {}
+        self.notes, self._copied = SlotNotes(), None
+
+    def copy(self) -> None:
+        """Begin to copy the notes to the host: ``end`` need not wait, if the host has by then."""
+        self._copied = to_host_later(self.notes.joined())
 
     def check(
         self, filled: FilledSlots, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
@@ -142,30 +161,33 @@ class DeviceSlotUse:
         is_inside = (named >= -1) & (named < num_slots)
         places = torch.where(is_inside, named, -1)
         is_right = is_inside & filled.table[places.where(places >= 0, num_slots)]
-        self._seen.append(_Seen(filled, tuple(ranks), tuple(slots), ~is_right.all()))
+        self.notes.seen.append(_Seen(filled, tuple(ranks), tuple(slots), ~is_right.all()))
         return UsedSlots(places.where(is_right, -1), all_here=False, any_here=named.numel() > 0)
 
     def count(self, filled: FilledSlots, slots: Tensor) -> None:
         flat = slots.flatten() + 1
-        bins = self._bins.get(filled.bank)
+        bins = self.notes.bins.get(filled.bank)
         if bins is None:
             bins = torch.zeros(filled.table.shape[0], dtype=torch.int64, device=slots.device)
-            self._bins[filled.bank] = bins
+            self.notes.bins[filled.bank] = bins
         bins.index_add_(0, flat, torch.ones_like(flat))
 
     def flush(self, counts: Sequence[Tensor]) -> None:
         """Nothing yet: counts stay on the device to the end of the step."""
 
     def end(self, counts: Sequence[Tensor], reject: Reject) -> None:
-        seen, bins = self._seen, self._bins
+        notes, copied = self.notes, self._copied
         self.begin(counts)
-        if not seen:
+        if not notes.seen:
             return
-        is_wrong, *found = to_host([torch.stack([s.is_wrong for s in seen]), *bins.values()])
-        for bank, own in zip(bins, found, strict=True):
+        numbers = to_host([notes.joined()])[0] if copied is None else copied.numpy()
+        sizes = [len(notes.seen), *(len(own) for own in notes.bins.values())]
+        is_wrong, *found = np.split(numbers, np.cumsum(sizes)[:-1])
+        for bank, own in zip(notes.bins, found, strict=True):
             counts[bank][: len(own) - 1] += torch.from_numpy(own[1:].copy())
         for number in is_wrong.nonzero()[0].tolist():
-            seen[number].filled.blame(seen[number].ranks, seen[number].slots, reject)
+            seen = notes.seen[number]
+            seen.filled.blame(seen.ranks, seen.slots, reject)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

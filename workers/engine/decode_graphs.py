@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.dispatch.dispatcher import CapturableDispatcher, CapturedExchanges
 from workers.engine.batch import row_columns
 from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
@@ -26,6 +27,7 @@ from workers.kv.cache import KVCache
 from workers.model.attention import AttentionBatch, PagedRows
 from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
+from workers.requests.step_header import StepHeader
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of the graphs: at most half of them are padding. Reading the weights is the cost of a decode
@@ -56,14 +58,16 @@ class _Graph:
     hidden: Tensor
     topk_ids: Tensor
     """[sum of k over the banks, bucket] int64: the banks' transposed, one under the other."""
+    exchanges: CapturedExchanges
 
 
 class DecodeGraphs:
     """The graphs of one model and its KV cache. Data thread only.
 
     Args:
-        compute: all layers; may wait for nothing.
-        state: what it reads beside its inputs; where that changes, graphs are captured anew.
+        compute: all layers, with rows exchanged by the dispatcher; may wait for nothing.
+        model: what names the model; where that changes, graphs are captured anew.
+        dispatcher: of the engine.
         cache: where keys and values are; must be read in place.
         tables: the blocks of sequences.
         top_k: of each bank.
@@ -72,14 +76,16 @@ class DecodeGraphs:
     def __init__(
         self,
         compute: Compute,
-        state: Callable[[], Hashable],
+        model: Callable[[], Hashable],
+        dispatcher: CapturableDispatcher,
         cache: KVCache,
         tables: BlockTables,
         top_k: Sequence[int],
     ) -> None:
         assert cache.is_read_in_place, "block tables are read on the device"
         self._compute = compute
-        self._state = state
+        self._model = model
+        self._dispatcher = dispatcher
         self._captured: Hashable = None
         self._cache = cache
         self._tables = tables
@@ -94,10 +100,9 @@ class DecodeGraphs:
         )
         tables.follow()
 
-    @property
-    def max_rows(self) -> int:
-        """The most that ``run`` takes."""
-        return BUCKETS[-1]
+    def can_run(self, header: StepHeader, num_rows: int) -> bool:
+        """Whether ``run`` takes a step of so many decode rows."""
+        return 0 < num_rows <= BUCKETS[-1] and self._dispatcher.can_capture(header)
 
     def capture(self, max_rows: int) -> None:
         """Capture the graphs of up to so many rows; the others share the memory of the largest."""
@@ -107,7 +112,7 @@ class DecodeGraphs:
             self._graph(size)
 
     def run(self, planned: Sequence[PlannedRows]) -> DecodeOutput:
-        """Run decode rows, one to ``max_rows``."""
+        """Run decode rows, in a step that the dispatcher has begun."""
         size = next(size for size in BUCKETS if size >= len(planned))
         self._refresh_tables()
         self._check_state()
@@ -115,6 +120,7 @@ class DecodeGraphs:
         self._fill(graph.staging, planned)
         graph.numbers.copy_(torch.from_numpy(graph.staging), non_blocking=True)
         graph.graph.replay()
+        graph.exchanges.replayed()
         count = len(planned)
         # The next step overwrites them, and those of this one are counted later.
         ids = torch.split(graph.topk_ids[:, :count].clone(), self._top_k)
@@ -122,7 +128,7 @@ class DecodeGraphs:
 
     def _check_state(self) -> None:
         """Drop the graphs of another state."""
-        state = self._state()
+        state = self._model(), self._dispatcher.captured_state
         if state != self._captured:
             self._graphs.clear()
             self._captured = state
@@ -162,14 +168,16 @@ class DecodeGraphs:
         columns: NDArray[np.int64] = staging.numpy()
         self._fill(columns, ())
         numbers = staging.to(self._device, non_blocking=True)
-        self._layers(numbers)
+        with self._dispatcher.capture(size):
+            self._layers(numbers)
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         # Threads beside this one load experts and lend blocks meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        capturing = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with self._dispatcher.capture(size) as exchanges, capturing:
             hidden, topk_ids = self._layers(numbers)
-        return _Graph(columns, numbers, graph, hidden, topk_ids)
+        return _Graph(columns, numbers, graph, hidden, topk_ids, exchanges)
 
     def _layers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """``hidden`` and ``topk_ids`` of a graph."""

@@ -17,6 +17,7 @@ import torch
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import kv_vector_bytes
 from cluster.core.errors import RequestError
+from workers.dispatch.colocated import ColocatedDispatcher
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.engine.choices import open_choices
@@ -126,14 +127,6 @@ class Engine:
             dispatcher=dispatcher,
             rank=rank,
         )
-        if isinstance(dispatcher, LocalDispatcher) and self.cache.is_read_in_place:
-            self.runner.graphs = DecodeGraphs(
-                self.runner.compute,
-                lambda: (id(self.runner.model), dispatcher.state),
-                self.cache,
-                self._scheduler.tables,
-                [bank.top_k for bank in banks],
-            )
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
         self._deadlines = Deadlines()
@@ -149,6 +142,24 @@ class Engine:
         self._ended = dict.fromkeys(FinishReason, 0)
         self.load = LoadCounter(banks, self.cache.side)
         """Tokens by expert and copy, of committed steps."""
+        self.use(dispatcher)
+
+    def use(self, dispatcher: TokenDispatcher) -> None:
+        """Exchange rows through this dispatcher from now on; there must be no requests."""
+        assert not self._requests
+        self.runner.dispatcher = dispatcher
+        self.runner.graphs = None
+        if not self.cache.is_read_in_place:
+            return
+        if isinstance(dispatcher, LocalDispatcher | ColocatedDispatcher):
+            self.runner.graphs = DecodeGraphs(
+                self.runner.compute,
+                lambda: id(self.runner.model),
+                dispatcher,
+                self.cache,
+                self._scheduler.tables,
+                [bank.top_k for bank in self._banks],
+            )
 
     # Requests
 

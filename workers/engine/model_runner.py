@@ -95,7 +95,7 @@ class ModelRunner:
     advance_s: float = 0.1
     """Native layers report their progress after the one in which this time is over."""
     graphs: DecodeGraphs | None = None
-    """Run decode steps on a GPU whose experts are all here."""
+    """Run decode steps on a GPU whose experts are all here, over the dispatcher."""
     _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
     _native_step: NativeStep | None = None
     """Made of the model and the layers in ``_known``."""
@@ -112,8 +112,6 @@ class ModelRunner:
             self.dispatcher.begin_step(header, ())
             self._begin_compute()
             output = self.graphs.run(plan.rows)
-            if isinstance(self.dispatcher, LocalDispatcher):
-                self.dispatcher.activity.advance()
             order = list(range(len(plan.rows)))
             ids = [[Routed(own, None, len(order))] for own in output.topk_ids]
             return self._result(_Outputs([output.hidden]), plan, order, ids, {})
@@ -144,15 +142,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, max_rows: int) -> None:
-        """Capture what decode steps of up to so many rows replay, if they do."""
-        if self.graphs is not None:
+        """Capture what decode steps of up to so many rows replay, if that can be before a step."""
+        if self.graphs is not None and isinstance(self.dispatcher, LocalDispatcher):
             self.graphs.capture(max_rows)
 
     def _fits_graph(self, header: StepHeader, plan: StepPlan) -> bool:
         """All rows are decodes, and nothing looks between the layers."""
         return (
             self.graphs is not None
-            and 0 < len(plan.rows) <= self.graphs.max_rows
+            and self.graphs.can_run(header, len(plan.rows))
             and header.num_micro_batches == 1
             and all(rows.is_decode for rows in plan.rows)
             and not any(rows.sequence.request.inspection for rows in plan.rows)

@@ -97,13 +97,44 @@ def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyP
     assert {sum(step.waits.values()) for step in run.decodes} == {1}
 
 
-def test_with_both_roles_a_decode_step_waits_at_its_ends() -> None:
-    """Once for the flags and counts of the experts, once for the tokens, whatever the layers."""
+def test_with_both_roles_a_decode_step_is_a_graph_and_waits_once() -> None:
+    """Flags and counts of the experts come to the host while it waits for the tokens."""
     expected = on_cpu(OLMOE)
     with pretend_gpu() as log:
         run = GpuRun(OLMOE, log, take_both_roles)
     assert run.tokens == expected
-    assert {sum(step.waits.values()) for step in run.decodes} == {2}
+    assert {sum(step.waits.values()) for step in run.decodes} == {1}
+    assert {step.launches["graph"] for step in run.decodes} == {1}
+    assert max(sum(step.launches.values()) for step in run.decodes[1:]) <= 130
+
+
+@pytest.mark.parametrize("buckets", [(3,), (0,)], ids=["graphs", "no graphs"])
+def test_experts_count_what_they_computed(
+    monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, ...]
+) -> None:
+    """Each replay of a graph as a step, and its capture not at all."""
+    monkeypatch.setattr(decode_graphs, "BUCKETS", buckets)
+    dispatchers = []
+    with pretend_gpu() as log:
+        run = GpuRun(OLMOE, log, lambda engine: dispatchers.append(take_both_roles(engine)))
+    assert {step.launches["graph"] for step in run.decodes} == {int(buckets != (0,))}
+    assert {sum(step.waits.values()) for step in run.decodes} == {1 if buckets != (0,) else 2}
+    config, banks = run.engine.config, run.engine.banks
+    num_rows = sum(map(len, PROMPTS)) + len(PROMPTS) * (GREEDY.max_tokens - 1)
+    num_pairs = num_rows * sum(bank.top_k for bank in banks)
+    stats = dispatchers[0]._server.stats()
+    assert stats["expert_worker_tokens_total"] == num_pairs
+    sums = num_rows * len(banks) * config.hidden_size * 4
+    assert stats['dispatch_bytes_total{direction="combine"}'] == sums
+
+
+def test_steps_into_which_the_host_looks_are_not_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = on_cpu(OLMOE)
+    monkeypatch.setattr("workers.dispatch.dispatcher.SAMPLE", 2)
+    with pretend_gpu() as log:
+        run = GpuRun(OLMOE, log, take_both_roles)
+    assert run.tokens == expected
+    assert [step.launches["graph"] for step in run.decodes] == [0, 1, 0]
 
 
 ASKED: dict[str, dict[str, Any]] = {
