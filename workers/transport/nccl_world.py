@@ -30,6 +30,9 @@ from workers.transport.world import WATCH_S, Item, Seat, Transfer, Transfers, Wo
 logger = logging.getLogger(__name__)
 
 _POLL_S = 50e-6
+_HEAD_START_S = 0.1
+"""Of a group that must end first: NCCL sets the flag that ends its kernels before it waits for
+them."""
 
 
 class NcclWorld(World):
@@ -89,16 +92,18 @@ class NcclWorld(World):
                 next_watch = time.monotonic() + WATCH_S
 
     def _drop(self, groups: list[Any]) -> None:
-        """Abort all at the same time, each on a thread, where its destructor runs, too.
+        """Abort each on a thread, where its destructor runs, too, soon after those before it.
 
         One after another they may wait for each other for ever (pytorch#119797): an abort may wait
         for all kernels of the device, and those of the other communicators end only with theirs.
         NCCL's ``_group_start`` would not help: it holds for a thread, and ``abort`` has its own.
         """
+        earlier: list[threading.Thread] = []
         while groups:
             reaper = threading.Thread(
-                target=_abort, args=(groups.pop(),), daemon=True, name="nccl-abort"
+                target=_abort, args=(groups.pop(0), tuple(earlier)), daemon=True, name="nccl-abort"
             )
+            earlier.append(reaper)
             self._reapers.append(reaper)
             reaper.start()
 
@@ -115,7 +120,11 @@ def _order_after(work: Work) -> None:
     work.wait()  # does not block: the world has no blocking waits
 
 
-def _abort(group: Any) -> None:
+def _abort(group: Any, earlier: Sequence[threading.Thread]) -> None:
+    """Abort a group after those that are being aborted on threads, as far as they are quick."""
+    deadline = time.monotonic() + _HEAD_START_S
+    for reaper in earlier:
+        reaper.join(max(0.0, deadline - time.monotonic()))
     try:
         group.abort()
     except RuntimeError as err:

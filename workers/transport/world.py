@@ -201,13 +201,21 @@ class World(ABC):
         """Give up the world and its transfers under way; returns at once."""
         with self._lock:
             self._is_abandoned = True
-            groups = list({id(group): group for group in self._groups.values()}.values())
+            channels = sorted(self._groups, key=self._is_given_up_late)
+            groups = list({id(g): g for g in map(self._groups.__getitem__, channels)}.values())
             self._groups = {}
         self._drop(groups)
 
+    def _is_given_up_late(self, channel: Channel) -> tuple[bool, bool]:
+        """What is computed of rows that will not come any more must not be sent.
+
+        Channels on which this worker sends come first; if it does on all, those of outputs.
+        """
+        return channel[0] not in self.seat.sends, channel[0] == "rows"
+
     @abstractmethod
     def _drop(self, groups: list[Any]) -> None:
-        """End groups without waiting for them; takes them out of the list."""
+        """End groups, in this order, without waiting for them; takes them out of the list."""
 
     @abstractmethod
     def join(self, timeout_s: float) -> None:

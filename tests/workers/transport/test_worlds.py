@@ -93,6 +93,19 @@ def test_the_groups_of_a_world_are_aborted_at_the_same_time(nccl: FakeNccl) -> N
     assert not together.broken
 
 
+def test_the_group_that_sends_is_aborted_first(nccl: FakeNccl) -> None:
+    """Else an aborted receive would let the stream compute of memory, and send that."""
+    order: list[NcclOverGloo] = []
+    nccl.aborting = order.append
+    with Mesh(1, 1, BANKS, transport="nccl"):
+        pass
+    for group in nccl.groups:
+        assert group.aborted.wait(LIMIT_S)
+    for rank in (0, 1):
+        sends = [{sender for sender, _ in g.edges} == {rank} for g in order if g.rank == rank]
+        assert sends == [True, False]
+
+
 def test_giving_up_a_world_does_not_wait_for_its_groups(nccl: FakeNccl) -> None:
     may_abort = threading.Event()
     nccl.aborting = lambda group: may_abort.wait(LIMIT_S)
