@@ -28,6 +28,9 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
+_NOT_MEASURED = 1
+"""Number of a step that ``is_measured`` leaves out."""
+
 
 class LoopbackTransport:
     """``DataTransport`` that delivers a rank's messages to itself, and passes on all others."""
@@ -139,8 +142,8 @@ class ColocatedDispatcher:
     # ``CapturableDispatcher``
 
     def can_capture(self, header: StepHeader) -> bool:
-        """See ``CapturableDispatcher``."""
-        return self._is_alone and not self._attention.reads_rows(header)
+        """See ``CapturableDispatcher``. Nothing is measured of such a step but its end."""
+        return self._is_alone and not self._attention.picks_rows(header)
 
     @property
     def captured_state(self) -> Hashable:
@@ -154,7 +157,7 @@ class ColocatedDispatcher:
         under_way = self._header
         assert under_way is not None, "begin_step comes first"
         grants = ((self._attention.rank, Grant(decode_rows=num_rows)),)
-        header = replace(under_way, grants=grants, num_micro_batches=1)
+        header = replace(under_way, step=_NOT_MEASURED, grants=grants, num_micro_batches=1)
         with self._server.capture(header) as captured:
             self._attention.begin_step(header, ())
             self._served = (-1, -1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
-from workers.metrics.step_metrics import SAMPLE
+from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
@@ -126,13 +126,14 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
         begun goes on afterwards."""
 
 
-def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host reads rows between the layers of a step, on both sides of its exchanges.
+def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
+    """Whether the host reads which rows or pairs are whose, on both sides of all exchanges."""
+    return header.exact or returns_pairs(banks, combine_mode)
 
-    It picks the prompt rows of a rank, finds pairs, and looks into the steps that are measured.
-    """
-    is_measured = header.step % SAMPLE == 0
-    return header.exact or is_measured or returns_pairs(banks, combine_mode)
+
+def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
+    """Whether it reads rows between the layers of a step: there, or to measure padding."""
+    return picks_rows(header, banks, combine_mode) or is_measured(header)
 
 
 class TimedDispatcher(ABC):

@@ -27,7 +27,7 @@ from workers.dispatch.slot_use import (
 )
 from workers.metrics.activity import Activity
 from workers.metrics.padding import PaddingRatio
-from workers.metrics.step_metrics import SAMPLE
+from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.native.exchange import ServerFields
@@ -113,7 +113,7 @@ class ExpertServer:
         self._is_captured = False
         self._is_measured = False
         self.padding = PaddingRatio()
-        """Padding of the rows from and to the attention ranks, in one step of ``SAMPLE``."""
+        """Padding of the rows from and to the attention ranks, in the steps that are measured."""
         self.token_counts: list[Tensor] = []
         """By bank, [slots] int64 on the CPU: pairs that each expert slot has computed."""
 
@@ -216,7 +216,7 @@ class ExpertServer:
         with self._activity:
             self._transport.begin_step(header)
         self._exact = header.exact
-        self._is_measured = header.step % SAMPLE == 0
+        self._is_measured = is_measured(header)
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._granted = [
             {rank: n for rank, _ in header.grants if (n := header.edge_rows(rank, micro_batch))}

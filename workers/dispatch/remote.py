@@ -25,7 +25,13 @@ from cluster.config.cluster import CombineMode
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables, EpochTables
-from workers.dispatch.dispatcher import BatchRows, DispatchHandle, TimedDispatcher, reads_rows
+from workers.dispatch.dispatcher import (
+    BatchRows,
+    DispatchHandle,
+    TimedDispatcher,
+    picks_rows,
+    reads_rows,
+)
 from workers.dispatch.edge_rows import EdgeRows
 from workers.dispatch.native_home import NativeHome, NativeRows
 from workers.metrics.activity import Activity
@@ -136,7 +142,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables = self._epochs.begin_step(header)
         self.timer.begin_step(header)
         self._header = header
-        self._reads_rows = self.reads_rows(header)
+        self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._micro_batches = micro_batches
         self._edge_rows.begin_step()
         with self.activity:
@@ -145,9 +151,9 @@ class RemoteDispatcher(TimedDispatcher):
             sends_all = not header.exact and not header.edge_limit
             self._native.begin_step(self._transport.direct(self.ranks) if sends_all else None)
 
-    def reads_rows(self, header: StepHeader) -> bool:
-        """Whether the host reads rows between the layers of a step."""
-        return reads_rows(header, self._banks, self._combine_mode)
+    def picks_rows(self, header: StepHeader) -> bool:
+        """Whether the host reads which rows or pairs are whose in a step."""
+        return picks_rows(header, self._banks, self._combine_mode)
 
     def sit_out(self, header: StepHeader) -> None:
         """Drop old maps; an attention rank without rows takes no part in the exchanges."""

@@ -23,6 +23,11 @@ _HISTOGRAMS = {
 _BUBBLE = "bubble_seconds"
 
 
+def is_measured(header: StepHeader) -> bool:
+    """Whether a step is one of those, on all workers."""
+    return header.step % SAMPLE == 0
+
+
 class StepMetrics:
     """``TimingSink`` that keeps histograms. The data thread writes, any thread reads.
 
@@ -40,7 +45,7 @@ class StepMetrics:
     def begin_step(self, header: StepHeader) -> bool:
         self._phase = "prefill" if header.prefill_rows else "decode"
         self._bubble_ns = 0
-        return header.step % SAMPLE == 0
+        return is_measured(header)
 
     def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
         if name in _HISTOGRAMS:

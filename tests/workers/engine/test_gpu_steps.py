@@ -128,13 +128,12 @@ def test_experts_count_what_they_computed(
     assert stats['dispatch_bytes_total{direction="combine"}'] == sums
 
 
-def test_steps_into_which_the_host_looks_are_not_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = on_cpu(OLMOE)
-    monkeypatch.setattr("workers.dispatch.dispatcher.SAMPLE", 2)
+def test_steps_that_are_measured_are_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.metrics.step_metrics.SAMPLE", 2)
     with pretend_gpu() as log:
         run = GpuRun(OLMOE, log, take_both_roles)
-    assert run.tokens == expected
-    assert [step.launches["graph"] for step in run.decodes] == [0, 1, 0]
+    assert [step.launches["graph"] for step in run.decodes] == [1, 1, 1]
+    assert {sum(step.waits.values()) for step in run.decodes} == {1}
 
 
 ASKED: dict[str, dict[str, Any]] = {
