@@ -18,6 +18,7 @@ from tests.reference.local_engine import LocalEngine
 from workers.dispatch.colocated import ColocatedDispatcher, LoopbackTransport
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
+from workers.model.config import BankSpec
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import Expected, RowMessage, Tag
 
@@ -75,6 +76,13 @@ def take_both_roles(engine: LocalEngine) -> ColocatedDispatcher:
             device=place,
         ),
     )
+    dispatcher.set_placement(whole_placement(banks), generation_of(1))
+    engine.engine.use(dispatcher)
+    return dispatcher
+
+
+def whole_placement(banks: Sequence[BankSpec]) -> ExpertPlacement:
+    """All experts on device 0: expert e in slot e."""
     maps = [
         BankPlacement.from_maps(
             bank=bank.bank,
@@ -84,8 +92,13 @@ def take_both_roles(engine: LocalEngine) -> ColocatedDispatcher:
         )
         for bank in banks
     ]
-    member = Member(name="colocated-0", role="colocated", rank=0, device=0)
-    generation = Generation(number=1, members=(member,))
-    dispatcher.set_placement(ExpertPlacement(epoch=1, banks=tuple(maps)), generation)
-    engine.engine.use(dispatcher)
-    return dispatcher
+    return ExpertPlacement(epoch=1, banks=tuple(maps))
+
+
+def generation_of(num_workers: int) -> Generation:
+    """So many colocated workers; steps of such an engine are in generation 1."""
+    members = [
+        Member(name=f"colocated-{rank}", role="colocated", rank=rank, device=rank)
+        for rank in range(num_workers)
+    ]
+    return Generation(number=1, members=tuple(members))

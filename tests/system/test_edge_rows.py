@@ -79,5 +79,5 @@ def test_answers_are_those_of_one_process(
     for name, answer in answers.items():
         assert tokens(answer.outputs) == tokens(expected[name, 0]), name
     assert limited[True] > 10
-    assert (limited[False] > 0) == is_guessed_low
+    assert limited[False] > 0 or not is_guessed_low
     assert len(snapshot["history"]) == 1, "a worker was lost"

@@ -28,9 +28,6 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.requests.step_header import Grant, StepHeader
 from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
-_NOT_MEASURED = 1
-"""Number of a step that ``is_measured`` leaves out."""
-
 
 class LoopbackTransport:
     """``DataTransport`` that delivers a rank's messages to itself, and passes on all others."""
@@ -141,6 +138,11 @@ class ColocatedDispatcher:
 
     # ``CapturableDispatcher``
 
+    @property
+    def has_all_experts(self) -> bool:
+        """See ``CapturableDispatcher``."""
+        return self._is_alone
+
     def can_capture(self, header: StepHeader) -> bool:
         """See ``CapturableDispatcher``. Nothing is measured of such a step but its end."""
         return self._is_alone and not self._attention.picks_rows(header)
@@ -149,17 +151,17 @@ class ColocatedDispatcher:
     def captured_state(self) -> Hashable:
         """See ``CapturableDispatcher``."""
         assert self._header is not None, "begin_step comes first"
-        return self._header.generation, self._header.epoch, self._server.state
+        return self._header.generation, self._header.epoch, self._server.slots_version
 
     @contextmanager
-    def capture(self, num_rows: int) -> Iterator[CapturedExchanges]:
+    def capture(self, is_row: Tensor) -> Iterator[CapturedExchanges]:
         """See ``CapturableDispatcher``."""
         under_way = self._header
         assert under_way is not None, "begin_step comes first"
-        grants = ((self._attention.rank, Grant(decode_rows=num_rows)),)
-        header = replace(under_way, step=_NOT_MEASURED, grants=grants, num_micro_batches=1)
+        grants = ((self._attention.rank, Grant(decode_rows=len(is_row))),)
+        header = replace(under_way, grants=grants, num_micro_batches=1)
         with self._server.capture(header) as captured:
-            self._attention.begin_step(header, ())
+            self._attention.begin_captured(header, is_row)
             self._served = (-1, -1)
             yield _Captured(self, captured)
         self.begin_step(under_way, ())

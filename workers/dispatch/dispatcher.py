@@ -110,20 +110,26 @@ class CapturedExchanges(Protocol):
 
 
 class CapturableDispatcher(TokenDispatcher, Protocol):
-    """A ``TokenDispatcher`` all of whose experts are on this device, so that CUDA graphs can hold
-    its exchanges."""
+    """A ``TokenDispatcher`` whose exchanges CUDA graphs can hold, while all experts are on its
+    device."""
+
+    @property
+    def has_all_experts(self) -> bool:
+        """Whether they are."""
 
     def can_capture(self, header: StepHeader) -> bool:
-        """Whether nothing looks between the layers of this step of decodes."""
+        """Whether a step of decodes can be captured: nothing looks between its layers."""
 
     @property
     def captured_state(self) -> Hashable:
-        """Changes with everything that the step that has begun reads beside its rows, but the
-        weights."""
+        """Where this changes, captured steps are of no use: tables or slots are in other memory."""
 
-    def capture(self, num_rows: int) -> AbstractContextManager[CapturedExchanges]:
-        """Within it, a step of so many decode rows is computed to be captured. A step that had
-        begun goes on afterwards."""
+    def capture(self, is_row: Tensor) -> AbstractContextManager[CapturedExchanges]:
+        """Within it, a step of decode rows is computed to be captured.
+
+        is_row [T] int64, read by each replay: 0 for a row without a request. A step that has begun
+        goes on afterwards.
+        """
 
 
 def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:

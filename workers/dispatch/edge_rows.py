@@ -9,7 +9,8 @@ again with all rows: nothing counts before it is committed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ from workers.requests.step_header import WHOLE
 
 _DECAY = 1 / 128
 """Of the share, each step: a peak counts for some seconds."""
+_MIN_ROWS = 16
+"""Fewer rows are all sent, and say little of the share that an expert rank needs of many."""
+
+
+class _Noted(NamedTuple):
+    """One dispatch."""
+
+    needed: Tensor
+    """[] int64: the most rows that an expert rank needed."""
+    num_rows: int
+    num_sent: int
 
 
 class EdgeRows:
@@ -26,14 +38,13 @@ class EdgeRows:
 
     def __init__(self) -> None:
         self._share = 0.0
-        self._needed: list[Tensor] = []
-        self._sizes: list[tuple[int, int]] = []
+        self._noted: list[_Noted] = []
         self._found: Tensor | None = None
 
     @property
     def share(self) -> int:
         """``StepProposal.edge_share``."""
-        return min(WHOLE, -int(-self._share * WHOLE // 1))
+        return math.ceil(self._share * WHOLE)
 
     def forget(self) -> None:
         """Experts have moved, or a step did not fit: begin anew."""
@@ -41,29 +52,29 @@ class EdgeRows:
 
     def begin_step(self) -> None:
         """Drop what is left of a step that broke."""
-        self._needed, self._sizes, self._found = [], [], None
+        self._noted, self._found = [], None
 
     def note(self, is_needed: Tensor, num_sent: int) -> None:
         """A dispatch: [ranks, T] bool, whether a rank has an expert of a row; rows on each edge."""
-        if not is_needed.shape[1]:
-            return  # nothing may be computed of its outputs, for which the host waits
-        self._needed.append(is_needed.sum(1).max())
-        self._sizes.append((is_needed.shape[1], num_sent))
+        num_rows = is_needed.shape[1]
+        if num_rows >= _MIN_ROWS or num_sent < num_rows:
+            self._noted.append(_Noted(is_needed.sum(1).max(), num_rows, num_sent))
 
     def finish_step(self) -> None:
         """Begin to copy what was noted to the host, where ``end_step`` reads it."""
-        if self._needed:
-            self._found = to_host_later(torch.stack(self._needed))
+        if self._noted and self._found is None:
+            self._found = to_host_later(torch.stack([noted.needed for noted in self._noted]))
 
     def end_step(self) -> bool:
         """Whether all rows that were needed were sent; the host must have waited for the device."""
         if self._found is None:
             return True
-        needed: Sequence[int] = self._found.tolist()
-        pairs = list(zip(needed, self._sizes, strict=True))
-        shares = [most / num_rows for most, (num_rows, _) in pairs if num_rows]
-        self._share = max([self._share * (1 - _DECAY), *shares])
-        is_complete = all(most <= num_sent for most, (_, num_sent) in pairs)
+        is_complete, share = True, self._share * (1 - _DECAY)
+        for most, noted in zip(self._found.tolist(), self._noted, strict=True):
+            is_complete &= most <= noted.num_sent
+            if noted.num_rows >= _MIN_ROWS:
+                share = max(share, most / noted.num_rows)
+        self._share = share
         self.begin_step()
         if not is_complete:
             self.forget()

@@ -210,13 +210,16 @@ class ExpertServer:
 
         Raises ``ProtocolError`` for an unknown epoch.
         """
-        self._use.begin(self.token_counts)
-        self._filled = self._epochs.begin_step(header)
         self.timer.begin_step(header)
         with self._activity:
             self._transport.begin_step(header)
-        self._exact = header.exact
         self._is_measured = is_measured(header)
+        self._take(header)
+
+    def _take(self, header: StepHeader) -> None:
+        self._use.begin(self.token_counts)
+        self._filled = self._epochs.begin_step(header)
+        self._exact = header.exact
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._granted = [
             {rank: n for rank, _ in header.grants if (n := header.edge_rows(rank, micro_batch))}
@@ -233,7 +236,7 @@ class ExpertServer:
             self._end_step()
 
     @property
-    def state(self) -> Hashable:
+    def slots_version(self) -> Hashable:
         """Changes when the slots get other memory."""
         return tuple(bank.version for bank in self._slots)
 
@@ -241,16 +244,14 @@ class ExpertServer:
     def capture(self, header: StepHeader) -> Iterator[CapturedServes]:
         """On a GPU: the step whose exchanges are served within it is captured, and not counted."""
         assert isinstance(self._use, DeviceSlotUse)
-        before = dict(self.num_bytes)
-        self.begin_step(header)
-        captured = CapturedServes(self._use.notes, {})
-        self._is_captured = True
+        known, self.num_bytes = self.num_bytes, dict.fromkeys(self.num_bytes, 0)
+        self._take(header)
+        self._is_measured, self._is_captured = False, True
         try:
-            yield captured
+            yield CapturedServes(self._use.notes, self.num_bytes)
         finally:
             self._is_captured = False
-            captured.num_bytes |= {name: n - before[name] for name, n in self.num_bytes.items()}
-            self.num_bytes |= before
+            self.num_bytes = known
 
     def replayed(self, captured: CapturedServes) -> None:
         """A captured step was replayed; ``end_replay`` follows."""

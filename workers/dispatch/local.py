@@ -62,15 +62,20 @@ class LocalDispatcher(TimedDispatcher):
 
     @property
     def captured_state(self) -> Hashable:
-        """See ``CapturableDispatcher``; of all steps."""
+        """See ``CapturableDispatcher``."""
         return self._num_placements, *(bank.version for bank in self._slots)
+
+    @property
+    def has_all_experts(self) -> bool:
+        """See ``CapturableDispatcher``."""
+        return True
 
     def can_capture(self, header: StepHeader) -> bool:
         """See ``CapturableDispatcher``."""
         return True
 
     @contextmanager
-    def capture(self, num_rows: int) -> Iterator[CapturedExchanges]:
+    def capture(self, is_row: Tensor) -> Iterator[CapturedExchanges]:
         """See ``CapturableDispatcher``."""
         yield self
 

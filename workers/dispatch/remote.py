@@ -97,7 +97,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._configured_mode = self._combine_mode = combine_mode
         self._dtype = dtype
         self._device = device
-        self.ranks: tuple[int, ...] = ()
+        self._ranks: tuple[int, ...] = ()
         self._epochs = EpochTables[list[CopyTables]]()
         self._built: dict[int, tuple[BankPlacement, Mapping[int, int], CopyTables]] = {}
         self._tables: list[CopyTables] = []
@@ -105,6 +105,10 @@ class RemoteDispatcher(TimedDispatcher):
         self._micro_batches: Sequence[BatchRows] = ()
         self._reads_rows = False
         self._edge_rows = EdgeRows()
+        self._is_row: Tensor | None = None
+        """[T] int64 of a step that is captured: 0 for rows without a request."""
+        self._known_epoch = 0, 0
+        """Generation and epoch of the latest step."""
         self._can_limit = False
         self._sums_dtype = dtype if transport.sums_are_rounded else torch.float32
 
@@ -116,10 +120,9 @@ class RemoteDispatcher(TimedDispatcher):
         members = generation.experts
         device_index = {m.device: i for i, m in enumerate(members)}
         tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
-        self.ranks = tuple(m.rank for m in members)
+        self._ranks = tuple(m.rank for m in members)
         self._combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
         self._epochs.add(generation.number, placement.epoch, tables)
-        self._edge_rows.forget()
         self._can_limit = (
             self._native is None
             and not returns_pairs(self._banks, self._combine_mode)
@@ -139,17 +142,29 @@ class RemoteDispatcher(TimedDispatcher):
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         """See ``TokenDispatcher``. Raises ``ProtocolError`` for an epoch that is not known."""
-        self._tables = self._epochs.begin_step(header)
+        self._take(header)
         self.timer.begin_step(header)
-        self._header = header
-        self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._micro_batches = micro_batches
         self._edge_rows.begin_step()
+        if (header.generation, header.epoch) != self._known_epoch:
+            self._known_epoch = header.generation, header.epoch
+            self._edge_rows.forget()
         with self.activity:
             self._transport.begin_step(header)
         if self._native is not None:
             sends_all = not header.exact and not header.edge_limit
-            self._native.begin_step(self._transport.direct(self.ranks) if sends_all else None)
+            self._native.begin_step(self._transport.direct(self._ranks) if sends_all else None)
+
+    def begin_captured(self, header: StepHeader, is_row: Tensor) -> None:
+        """A step of decodes that is computed to be captured; see ``CapturableDispatcher``."""
+        self._take(header)
+        self._is_row = is_row
+
+    def _take(self, header: StepHeader) -> None:
+        self._tables = self._epochs.begin_step(header)
+        self._header = header
+        self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
+        self._is_row = None
 
     def picks_rows(self, header: StepHeader) -> bool:
         """Whether the host reads which rows or pairs are whose in a step."""
@@ -179,13 +194,14 @@ class RemoteDispatcher(TimedDispatcher):
             if is_exact:
                 messages, by_rank = self._pick_exact(slots, meta, sent.rows, per_slot, pairs)
             else:
-                room = self._header.edge_rows(self.rank, micro_batch)
-                if self._can_limit:
-                    self._edge_rows.note((slots >= 0).any(2), room)
-                if room < granted:
-                    messages, by_rank = self._pick_needed(slots, meta, sent.rows, room)
-                else:
-                    messages, by_rank = self._pick_static(slots, meta, sent.rows, per_slot, granted)
+                messages, by_rank = self._pick_static(
+                    slots,
+                    meta,
+                    sent.rows,
+                    per_slot,
+                    granted,
+                    self._header.edge_rows(self.rank, micro_batch),
+                )
             by_rank = pairs if by_pair else by_rank
             tag = Tag(sent.bank, sent.exchange, micro_batch, "rows")
             with self.activity:  # the buffers may be full
@@ -284,15 +300,29 @@ class RemoteDispatcher(TimedDispatcher):
             library = self._team.library
             return sent_slots(library, tables.decode_slots, sent.topk_ids, weights), None
         slots, copies = tables.decode_slots[:, sent.topk_ids], None
+        if self._is_row is not None:
+            slots = slots.where(self._is_row.unsqueeze(1) != 0, -1)
         if has_choice:
             batch = self._micro_batches[micro_batch]
             slots, copies = tables.choose(sent.topk_ids, batch.is_prefill, batch.row_key)
         return slots if weights is None else _with_weights(slots, weights), copies
 
     def _pick_static(
-        self, slots: Tensor, meta: Tensor, rows: Tensor, per_slot_input: bool, granted: int
+        self,
+        slots: Tensor,
+        meta: Tensor,
+        rows: Tensor,
+        per_slot_input: bool,
+        granted: int,
+        num_sent: int,
     ) -> tuple[list[RowMessage], tuple[Sent, ...]]:
-        """Every granted row to every rank: no sizes, and little to compute."""
+        """Every granted row to every rank, or those that it needs: sizes are known."""
+        if self._can_limit:
+            is_needed = (slots >= 0).any(2)
+            self._edge_rows.note(is_needed, num_sent)
+            if num_sent < granted:
+                return self._pick_needed(is_needed, meta, rows, num_sent)
+        assert num_sent == granted, "edges are limited that cannot be"
         missing = granted - slots.shape[1]
         if per_slot_input:
             rows = rows.flatten(0, 1)
@@ -300,24 +330,23 @@ class RemoteDispatcher(TimedDispatcher):
             meta = F.pad(meta, (0, 0, 0, missing), value=-1)
             inputs = slots.shape[2] if per_slot_input else 1
             rows = F.pad(rows, (0, 0, 0, missing * inputs))
-        messages = [RowMessage(r, (meta[i], rows)) for i, r in enumerate(self.ranks)]
-        return messages, tuple(Sent(rank, None, granted) for rank in self.ranks)
+        messages = [RowMessage(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
+        return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
 
     def _pick_needed(
-        self, slots: Tensor, meta: Tensor, rows: Tensor, room: int
+        self, is_needed: Tensor, meta: Tensor, rows: Tensor, num_sent: int
     ) -> tuple[list[RowMessage], tuple[Sent, ...]]:
-        """``room`` rows to every rank, those with an expert there first."""
-        is_needed = (slots >= 0).any(2)
+        """So many rows to every rank, those that it needs ([ranks, T] bool) first."""
         order = is_needed.byte().argsort(dim=1, descending=True, stable=True)
-        places = order[:, :room]
+        places = order[:, :num_sent]
         chosen = meta.gather(1, places.unsqueeze(2).expand(-1, -1, meta.shape[2]))
         inputs = rows[places]
-        missing = room - places.shape[1]
+        missing = num_sent - places.shape[1]
         if missing:  # as in ``_pick_static``
             chosen = F.pad(chosen, (0, 0, 0, missing), value=-1)
             inputs = F.pad(inputs, (0, 0, 0, missing))
-        messages = [RowMessage(rank, (chosen[i], inputs[i])) for i, rank in enumerate(self.ranks)]
-        sent = [Sent(rank, places[i], room) for i, rank in enumerate(self.ranks)]
+        messages = [RowMessage(rank, (chosen[i], inputs[i])) for i, rank in enumerate(self._ranks)]
+        sent = [Sent(rank, places[i], num_sent) for i, rank in enumerate(self._ranks)]
         return messages, tuple(sent)
 
     def _pick_exact(
@@ -336,7 +365,7 @@ class RemoteDispatcher(TimedDispatcher):
         flat = rows.flatten(0, 1) if per_slot_input else rows
         own_pairs = {sent.rank: sent.places for sent in pairs}
         messages, sent_rows = [], []
-        for i, rank in enumerate(self.ranks):
+        for i, rank in enumerate(self._ranks):
             places = here[i].nonzero().squeeze(1)  # device-to-host sync
             count = len(places)
             is_all = count == len(here[i])
@@ -355,7 +384,7 @@ class RemoteDispatcher(TimedDispatcher):
     def _sent_pairs(self, slots: Tensor) -> tuple[Sent, ...]:
         """The pairs [T * k] that each rank computes; ranks without pairs are left out."""
         sent = []
-        for rank, mine in zip(self.ranks, slots, strict=True):
+        for rank, mine in zip(self._ranks, slots, strict=True):
             places = (mine.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
             count = len(places)
             if count:
@@ -366,7 +395,7 @@ class RemoteDispatcher(TimedDispatcher):
         """What native code has sent to each rank."""
         if by_pair:
             return self._sent_pairs(native.slots)
-        return tuple(Sent(rank, None, native.slots.shape[1]) for rank in self.ranks)
+        return tuple(Sent(rank, None, native.slots.shape[1]) for rank in self._ranks)
 
     # Combine: from the replies to the result.
 

@@ -32,7 +32,7 @@ from workers.requests.step_header import StepHeader
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of the graphs: at most half of them are padding. Reading the weights is the cost of a decode
 step, so padding is nearly free, and each graph takes some memory."""
-_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _NUM_COLUMNS = range(7)
+_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _NUM_COLUMNS = range(8)
 
 Compute = Callable[[ModelInputs], tuple[Tensor, Sequence[Tensor]]]
 """All layers of a model: hidden states [T, H], and by bank the chosen experts [T, k] int64."""
@@ -94,14 +94,18 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
         self._pool: Any = None
         num_seats, max_blocks = tables.array.shape
-        self._scratch_seat = num_seats
-        self._blocks = torch.full(
-            (num_seats + 1, max_blocks), cache.scratch_block, dtype=torch.int32, device=self._device
-        )
-        tables.follow()
+        self._scratch_seat, self._max_blocks = num_seats, max_blocks
+        self._blocks: Tensor | None = None
+        """[num_seats + 1, max_blocks] int32 on the device: the tables, while graphs are in use."""
 
     def can_run(self, header: StepHeader, num_rows: int) -> bool:
-        """Whether ``run`` takes a step of so many decode rows."""
+        """Whether ``run`` takes a step of so many decode rows.
+
+        Where experts are elsewhere now, the graphs are dropped.
+        """
+        if not self._dispatcher.has_all_experts:
+            self._drop()
+            return False
         return 0 < num_rows <= BUCKETS[-1] and self._dispatcher.can_capture(header)
 
     def capture(self, max_rows: int) -> None:
@@ -114,8 +118,8 @@ class DecodeGraphs:
     def run(self, planned: Sequence[PlannedRows]) -> DecodeOutput:
         """Run decode rows, in a step that the dispatcher has begun."""
         size = next(size for size in BUCKETS if size >= len(planned))
-        self._refresh_tables()
         self._check_state()
+        self._refresh_tables()
         graph = self._graph(size)
         self._fill(graph.staging, planned)
         graph.numbers.copy_(torch.from_numpy(graph.staging), non_blocking=True)
@@ -125,6 +129,12 @@ class DecodeGraphs:
         # The next step overwrites them, and those of this one are counted later.
         ids = torch.split(graph.topk_ids[:, :count].clone(), self._top_k)
         return DecodeOutput(graph.hidden[:count], [own.t() for own in ids])
+
+    def _drop(self) -> None:
+        if self._blocks is not None:
+            self._graphs.clear()
+            self._pool = self._blocks = None
+            self._tables.forget_changes()
 
     def _check_state(self) -> None:
         """Drop the graphs of another state."""
@@ -139,11 +149,18 @@ class DecodeGraphs:
             graph = self._graphs[size] = self._capture(size)
         return graph
 
-    def _refresh_tables(self) -> None:
+    def _refresh_tables(self) -> Tensor:
+        """The block tables on the device, as they are now."""
+        if self._blocks is None:
+            scratch = np.full((1, self._max_blocks), self._cache.scratch_block, dtype=np.int32)
+            whole = np.concatenate([self._tables.array, scratch])
+            self._blocks = to_device(whole, self._device)
+            self._tables.follow()
         places, blocks = self._tables.take_changes()
         if len(places):
             columns = to_device(np.stack([places, blocks]), self._device)
             self._blocks.view(-1).index_copy_(0, columns[0], columns[1].int())
+        return self._blocks
 
     def _fill(self, staging: NDArray[np.int64], planned: Sequence[PlannedRows]) -> None:
         """Write the numbers of a step; rows without a request have a token 0 of their own."""
@@ -158,6 +175,7 @@ class DecodeGraphs:
         staging[:, count:] = 0
         staging[_SLOTS, count:] = self._cache.scratch_block * self._cache.block_size
         staging[_SEATS, count:] = self._scratch_seat
+        staging[_IS_ROW, :count] = 1
         staging[[_PROMPT_LENGTHS, _LENGTHS], count:] = 1
 
     def _capture(self, size: int) -> _Graph:
@@ -168,23 +186,24 @@ class DecodeGraphs:
         columns: NDArray[np.int64] = staging.numpy()
         self._fill(columns, ())
         numbers = staging.to(self._device, non_blocking=True)
-        with self._dispatcher.capture(size):
-            self._layers(numbers)
+        blocks = self._refresh_tables()
+        with self._dispatcher.capture(numbers[_IS_ROW]):
+            self._layers(numbers, blocks)
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         # Threads beside this one load experts and lend blocks meanwhile.
         capturing = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-        with self._dispatcher.capture(size) as exchanges, capturing:
-            hidden, topk_ids = self._layers(numbers)
+        with self._dispatcher.capture(numbers[_IS_ROW]) as exchanges, capturing:
+            hidden, topk_ids = self._layers(numbers, blocks)
         return _Graph(columns, numbers, graph, hidden, topk_ids, exchanges)
 
-    def _layers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def _layers(self, numbers: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """``hidden`` and ``topk_ids`` of a graph."""
         size, device = numbers.shape[1], self._device
-        tokens, positions, prompt_lengths, slots, seats, lengths = numbers
+        tokens, positions, prompt_lengths, slots, seats, lengths, _ = numbers
         paged = PagedRows(
-            tables=self._blocks.index_select(0, seats),
+            tables=blocks.index_select(0, seats),
             lengths=lengths.int(),
             first_rows=torch.arange(size + 1, dtype=torch.int32, device=device),
             num_decodes=size,

@@ -80,12 +80,11 @@ def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
     ``ranks``: rows in a micro-batch, and ``StepProposal.edge_share``, of each attention rank. What
     an expert rank needs changes from step to step as sums of independent choices do, so two
     standard deviations of a Poisson distribution come on top of the most of late. 0, for all, where
-    that saves less than a quarter, or a rank with rows does not know its share.
+    that saves less than a quarter, or limits a rank that does not know its share.
     """
-    busy = [(rows, share) for rows, share in ranks if rows]
-    if not busy or not all(share for _, share in busy):
-        return 0
-    needed = max(-(-rows * share // WHOLE) for rows, share in busy)
+    needed = max((-(-rows * share // WHOLE) for rows, share in ranks), default=0)
     limit = needed + math.ceil(2 * math.sqrt(needed))
     limit = -(-limit // _ROUNDING) * _ROUNDING
-    return limit if limit <= max(rows for rows, _ in busy) * 3 // 4 else 0
+    most = max((rows for rows, _ in ranks), default=0)
+    is_known = all(share or rows <= limit for rows, share in ranks)
+    return limit if is_known and limit <= most * 3 // 4 else 0

@@ -40,6 +40,10 @@ class BlockTables:
         """Keep changes for ``take_changes``, of each place the last one."""
         self._changes = {}
 
+    def forget_changes(self) -> None:
+        """Keep them no more."""
+        self._changes = None
+
     def take_changes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """What was written since the last call: places in the flat array, each once, and blocks."""
         found, self._changes = self._changes or {}, {}

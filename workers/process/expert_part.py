@@ -74,7 +74,7 @@ class ExpertPart:
         """
         assert args.placement is not None, "a worker with experts is started with a placement"
         slots.load_placement(args.placement, args.member.device, checkpoint)
-        warm_experts(args, slots)
+        warm_experts(args, slots, transport.sums_are_rounded)
         self.slots = slots
         self._args = args
         self._me = me

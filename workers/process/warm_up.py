@@ -127,17 +127,20 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
         )
 
 
-def warm_experts(args: WorkerArgs, slots: ExpertSlots) -> None:
-    """Every exchange of every bank, for one row and for a worker's largest step. Only on a GPU."""
+def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -> None:
+    """Every exchange of every bank, for one row and for a worker's largest step. Only on a GPU.
+
+    ``sums_are_rounded``: see ``DataTransport``.
+    """
     if args.device.type != "cuda":
         return
     with torch.inference_mode():
         for bank in slots.banks:
             for rows in (1, args.config.engine.max_num_batched_tokens):
-                _compute(bank, rows)
+                _compute(bank, rows, bank.dtype if sums_are_rounded else torch.float32)
 
 
-def _compute(bank: ExpertBank, rows: int) -> None:
+def _compute(bank: ExpertBank, rows: int, sums_dtype: torch.dtype) -> None:
     """Outputs of pairs, and their sums where the bank has them; all pairs are slot 0's."""
     top_k, device = bank.spec.top_k, bank.device
     ids = torch.zeros((rows, top_k), dtype=torch.int64, device=device)
@@ -149,6 +152,6 @@ def _compute(bank: ExpertBank, rows: int) -> None:
         found = [bank.compute(exchange.index, inputs, source, ids.flatten())]
         if exchange.weighted:
             weights = torch.ones(ids.shape, device=device)
-            found.append(bank.compute_rows(exchange.index, inputs, ids, weights, torch.float32))
+            found.append(bank.compute_rows(exchange.index, inputs, ids, weights, sums_dtype))
         for output in found:
             output[0, 0].item()  # device-to-host sync

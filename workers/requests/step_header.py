@@ -17,7 +17,7 @@ MAX_ROWS = 1 << 24
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
 WHOLE = 1000
-"""Shares are in thousandths."""
+"""The whole, for a share: shares are in thousandths."""
 Share = Annotated[int, Meta(ge=0, le=WHOLE)]
 
 
@@ -86,6 +86,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
             raise ValueError("grants must name at least one rank and be sorted by rank")
         if self.oldest_epoch > self.epoch:
             raise ValueError("oldest_epoch must not exceed epoch")
+        if self.exact and self.edge_limit:
+            raise ValueError("an exact step must have no edge_limit")
 
     def grant(self, rank: int) -> Grant:
         """Rows of one attention rank; none for a rank that the header does not name."""
@@ -117,7 +119,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         return first if micro_batch == 0 else total - first
 
     def edge_rows(self, rank: int, micro_batch: int) -> int:
-        """Those of them that go to each expert rank; in an exact step at most."""
+        """Rows of one attention rank in one micro-batch that go to each expert rank, or in an
+        exact step may."""
         rows = self.rows(rank, micro_batch)
         return min(rows, self.edge_limit) if self.edge_limit else rows
 

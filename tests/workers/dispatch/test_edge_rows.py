@@ -116,30 +116,32 @@ def test_partial_sums_over_nccl_come_in_the_type_of_the_model(nccl: FakeNccl) ->
 
 @pytest.mark.parametrize("case", ["as many ranks as experts of a row", "inputs by slot"])
 def test_other_ranks_do_not_ask_for_a_limit(case: str) -> None:
-    is_few = case.startswith("as many")
+    is_few, many = case.startswith("as many"), (24, 5)
     banks, num_ranks = (BANKS, 2) if is_few else (MIXED_BANKS, 5)
     with Mesh(2, num_ranks, banks) as mesh:
-        assert run(mesh, Work(banks, ROWS, make_header(ROWS, 0, 1))) == [(True, True)] * 2
+        assert run(mesh, Work(banks, many, make_header(many, 0, 1))) == [(True, True)] * 2
         dispatcher = mesh["attention-0"].dispatcher
         assert dispatcher is not None
         assert dispatcher.edge_share == 0
 
 
 def test_the_share_is_the_most_of_late_and_begins_anew_with_a_generation() -> None:
+    many = (24, 5)
     with Mesh(2, 5, BANKS) as mesh:
         dispatcher = mesh["attention-0"].dispatcher
         assert dispatcher is not None
         assert dispatcher.edge_share == 0
-        run(mesh, Work(BANKS, ROWS, make_header(ROWS, 0, 1)))
+        run(mesh, Work(BANKS, many, make_header(many, 0, 1)))
         share = dispatcher.edge_share
         assert WHOLE // 5 < share < WHOLE
         # All rows to one rank, and then as before.
-        run(mesh, Work(BANKS, ROWS, make_header(ROWS, 0, 2), change=lambda ids: ids.clamp(max=1)))
+        run(mesh, Work(BANKS, many, make_header(many, 0, 2), change=lambda ids: ids.clamp(max=1)))
         assert dispatcher.edge_share == WHOLE
-        run(mesh, Work(BANKS, ROWS, make_header(ROWS, 0, 3)))
+        run(mesh, Work(BANKS, many, make_header(many, 0, 3)))
         assert share < dispatcher.edge_share < WHOLE
         mesh.apply(replace(mesh.generation, number=2))
-        assert dispatcher.edge_share == 0
+        run(mesh, Work(BANKS, many, replace(make_header(many, 0, 4), generation=2)))
+        assert dispatcher.edge_share == share
 
 
 class FarTransport(Alone):
@@ -191,7 +193,7 @@ def test_the_host_does_not_wait_for_a_gpu_to_choose_the_rows() -> None:
 
 
 def test_rows_that_did_not_fit_end_the_limit() -> None:
-    rows, needed = EdgeRows(), torch.tensor([[True] * 6 + [False] * 4, [False] * 10])
+    rows, needed = EdgeRows(), torch.tensor([[True] * 12 + [False] * 8, [False] * 20])
 
     def step(num_sent: int) -> bool:
         rows.begin_step()
@@ -199,13 +201,23 @@ def test_rows_that_did_not_fit_end_the_limit() -> None:
         rows.finish_step()
         return rows.end_step()
 
-    assert step(10)
+    assert step(20)
     assert rows.share == 600
-    assert step(6)
-    assert not step(5)
+    assert step(12)
+    assert not step(11)
     assert rows.share == 0
-    assert step(10)
+    assert step(20)
     assert rows.share == 600
+
+
+def test_few_rows_say_nothing_of_the_share_of_many() -> None:
+    rows = EdgeRows()
+    for num_sent in (4, 3):
+        rows.begin_step()
+        rows.note(torch.ones(2, 4, dtype=torch.bool), num_sent)
+        rows.finish_step()
+        assert rows.end_step() == (num_sent == 4)
+    assert rows.share == 0
 
 
 def test_a_step_that_broke_leaves_nothing_behind() -> None:

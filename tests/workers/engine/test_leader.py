@@ -228,8 +228,9 @@ def test_every_decided_header_survives_the_wire() -> None:
     ("ranks", "limit"),
     [
         ([(64, 320)], 32),  # 21 rows, and 10
-        ([(256, 320), (10, 1000), (0, 0)], 104),  # a rank without rows has no say
-        ([(256, 320), (10, 0)], 0),  # rank 1 does not know
+        ([(256, 320), (10, 1000), (0, 0)], 104),
+        ([(256, 320), (104, 0)], 104),  # rank 1 does not know, but may send all that it has
+        ([(256, 320), (105, 0)], 0),
         ([(256, 900)], 0),  # too little to save
         ([(8, 500)], 0),
         ([], 0),

@@ -108,22 +108,30 @@ def test_experts_of_the_same_process_take_part(tiny_checkpoint: Path) -> None:
     assert warmed.engines[0].num_outputs == 3 * 5
 
 
+@pytest.mark.parametrize("sums_are_rounded", [False, True])
 def test_experts_compute_one_row_and_the_most_of_a_step(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, sums_are_rounded: bool
 ) -> None:
-    slots = ExpertSlots(Checkpoint(tiny_checkpoint).family.banks, 2, torch.float32, CPU)
-    seen: list[tuple[str, int]] = []
+    slots = ExpertSlots(Checkpoint(tiny_checkpoint).family.banks, 2, torch.bfloat16, CPU)
+    seen: list[tuple[str, int, torch.dtype]] = []
     for name in ("compute", "compute_rows"):
         monkeypatch.setattr(ExpertBank, name, _noting(name, getattr(ExpertBank, name), seen))
-    warm_experts(args_of("cuda"), slots)
-    each = [(name, rows) for rows in (1, 64) for name in ("compute", "compute_rows")]
+    warm_experts(args_of("cuda"), slots, sums_are_rounded)
+    kinds = {
+        "compute": torch.bfloat16,
+        "compute_rows": torch.bfloat16 if sums_are_rounded else torch.float32,
+    }
+    each = [(name, rows, kind) for rows in (1, 64) for name, kind in kinds.items()]
     assert seen == each * len(slots.banks)
 
 
-def _noting(name: str, whole: Callable[..., Tensor], seen: list[tuple[str, int]]) -> Any:
+def _noting(
+    name: str, whole: Callable[..., Tensor], seen: list[tuple[str, int, torch.dtype]]
+) -> Any:
     def noted(bank: ExpertBank, exchange: int, inputs: Tensor, *more: Any) -> Tensor:
-        seen.append((name, len(inputs)))
-        return whole(bank, exchange, inputs, *more)
+        outputs = whole(bank, exchange, inputs, *more)
+        seen.append((name, len(inputs), outputs.dtype))
+        return outputs
 
     return noted
 
@@ -132,4 +140,4 @@ def test_cpus_are_warm(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
     assert Warmed(tiny_checkpoint, args_of("cpu")).engines == []
     monkeypatch.setattr(ExpertBank, "compute", None)
     slots = ExpertSlots(Checkpoint(tiny_checkpoint).family.banks, 2, torch.float32, CPU)
-    warm_experts(args_of("cpu"), slots)
+    warm_experts(args_of("cpu"), slots, sums_are_rounded=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from cluster.core.errors import ProtocolError
 from workers.requests.step_header import HEADERS, Grant, StepHeader, StepProposal
@@ -39,6 +40,14 @@ def test_the_first_of_two_micro_batches_has_the_larger_half() -> None:
 def test_ranks_are_named_once_and_in_order(grants: tuple[tuple[int, Grant], ...]) -> None:
     with pytest.raises(ValueError, match="sorted by rank"):
         StepHeader(generation=1, step=9, epoch=5, oldest_epoch=5, grants=grants)
+
+
+def test_an_edge_limit_is_for_steps_whose_edges_carry_all_rows() -> None:
+    limited = structs.replace(header(num_micro_batches=2), edge_limit=3)
+    assert [limited.edge_rows(0, 0), limited.edge_rows(0, 1), limited.edge_rows(2, 0)] == [3, 3, 1]
+    assert header().edge_rows(0, 0) == 7
+    with pytest.raises(ValueError, match="an exact step must have no edge_limit"):
+        structs.replace(limited, exact=True)
 
 
 def test_a_step_runs_in_no_epoch_that_may_be_overwritten() -> None:
