@@ -1,4 +1,4 @@
-"""How fast a model of OLMoE-1B-7B's shape is, beside what the device allows.
+"""How fast a model of OLMoE-1B-7B's shape is, beside what the device allows and transformers does.
 
 Weights are random, and drawn on the device. The bound of a decode step is reading each weight that
 it needs, and the keys and values of its rows, once at the rate of a copy within the device, which
@@ -8,6 +8,7 @@ is measured beside it; the bound of prefill is its products at the rate of a lar
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.gpu_check.ceilings import copy_bandwidth, matrix_rate
 from benchmarks.gpu_check.device import synchronize
 from benchmarks.gpu_check.engines import cost_of_steps, steps
 from benchmarks.gpu_check.section import Place, Report
+from benchmarks.gpu_check.transformers_peer import TransformersPeer
 from benchmarks.gpu_check.weights import RandomCheckpoint
 from benchmarks.prompts import random_prompts
 from benchmarks.random_checkpoint import TINY, RandomModel
@@ -100,6 +102,23 @@ def run(place: Place, report: Report) -> None:
     if batch in steps_s:
         with report.part("both roles"):
             report.value("both roles", both_roles(given, batch, steps_s[batch]))
+    del given, engine
+    with report.part("transformers"):
+        report.value("transformers", beside_transformers(place, model, context, steps_s))
+
+
+def beside_transformers(
+    place: Place, model: RandomModel, context: int, steps_s: Mapping[int, float]
+) -> dict[str, Any]:
+    """By batch size: decode rate of ``generate``, and how many times as fast our steps are."""
+    if place.is_gpu:
+        torch.cuda.empty_cache()
+    peer = TransformersPeer(place, model)
+    found = {}
+    for batch, step_s in steps_s.items():
+        rate = peer.decode_rate(batch, context)
+        found[f"decode {batch}"] = {"tokens_per_s": rate, "times_as_fast": batch / step_s / rate}
+    return found
 
 
 def make_engine(place: Place, model: RandomModel, context: int, batch: int) -> LocalEngine:

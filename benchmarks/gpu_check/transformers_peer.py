@@ -1,0 +1,51 @@
+"""The same model in transformers: how fast its ``generate`` decodes on the device."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from benchmarks.gpu_check.device import synchronize
+from benchmarks.gpu_check.section import Place
+from benchmarks.prompts import random_prompts
+from benchmarks.random_checkpoint import RandomModel
+
+_FEW_TOKENS = 2
+_MORE_TOKENS = 18
+
+
+class TransformersPeer:
+    """A model with weights of its own, drawn on the device."""
+
+    def __init__(self, place: Place, model: RandomModel) -> None:
+        """Raises ``ImportError`` where transformers is not installed."""
+        from transformers import AutoConfig, AutoModelForCausalLM  # late: the others do without
+
+        self._place = place
+        config = AutoConfig.for_model(**model.config())
+        with torch.device(place.device):
+            made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        self._model = made.eval()
+
+    def decode_rate(self, batch: int, context: int) -> float:
+        """Tokens a second of a batch, between its first tokens and later ones."""
+        prompts = random_prompts("transformers", batch, context)
+        tokens = torch.tensor(prompts, device=self._place.device)
+        self._seconds(tokens, _FEW_TOKENS)
+        few, more = (self._seconds(tokens, number) for number in (_FEW_TOKENS, _MORE_TOKENS))
+        return batch * (_MORE_TOKENS - _FEW_TOKENS) / (more - few)
+
+    @torch.inference_mode()
+    def _seconds(self, tokens: torch.Tensor, number: int) -> float:
+        synchronize(self._place.device)
+        start = time.perf_counter()
+        self._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=number,
+            min_new_tokens=number,
+            do_sample=False,
+        )
+        synchronize(self._place.device)
+        return time.perf_counter() - start
