@@ -7,6 +7,7 @@ is measured beside it; the bound of prefill is its products at the rate of a lar
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,22 +104,23 @@ def run(place: Place, report: Report) -> None:
         with report.part("both roles"):
             report.value("both roles", both_roles(given, batch, steps_s[batch]))
     del given, engine
+    gc.collect()  # an engine and its graphs refer to each other
     with report.part("transformers"):
-        report.value("transformers", beside_transformers(place, model, context, steps_s))
+        beside_transformers(place, report, model, context, steps_s)
 
 
 def beside_transformers(
-    place: Place, model: RandomModel, context: int, steps_s: Mapping[int, float]
-) -> dict[str, Any]:
+    place: Place, report: Report, model: RandomModel, context: int, steps_s: Mapping[int, float]
+) -> None:
     """By batch size: decode rate of ``generate``, and how many times as fast our steps are."""
     if place.is_gpu:
         torch.cuda.empty_cache()
     peer = TransformersPeer(place, model)
-    found = {}
     for batch, step_s in steps_s.items():
-        rate = peer.decode_rate(batch, context)
-        found[f"decode {batch}"] = {"tokens_per_s": rate, "times_as_fast": batch / step_s / rate}
-    return found
+        with report.part(f"transformers {batch}"):
+            rate = peer.decode_rate(batch, context)
+            found = {"tokens_per_s": rate, "times_as_fast": batch / step_s / rate}
+            report.value(f"transformers {batch}", found)
 
 
 def make_engine(place: Place, model: RandomModel, context: int, batch: int) -> LocalEngine:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 MAX_MICRO_BATCHES = 2
 """What the engine can have in flight."""
 SUM_BYTES = 4
-"""Partial sums return in float32; that NCCL takes half of it is left out."""
+"""Partial sums count as float32; NCCL sends them in the model's type, half of it in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,10 +20,6 @@ class Seen:
     end_us: float
     args: dict[str, Any]
 
-    def overlap_us(self, other: Seen) -> float:
-        """Time in which both were under way."""
-        return min(self.end_us, other.end_us) - max(self.start_us, other.start_us)
-
 
 def events_of(file: Path) -> list[dict[str, Any]]:
     """All events of one file, whether its writer has ended or not."""

@@ -43,6 +43,8 @@ from workers.transport.transport import Tag
 
 Places = Mapping[int, Sequence[tuple[int, int]]]
 """Expert -> (rank, slot) of its copies; the first serves decodes."""
+_LEFT_OUT = 0.02
+"""Share of the steps in which an expert rank needed more rows than were sent to it."""
 
 
 def work(mean_s: float) -> None:
@@ -74,7 +76,9 @@ class ToyTransport(SocketTransport):
 
 
 class ToyDispatcher:
-    """In place of ``RemoteDispatcher``."""
+    """In place of ``RemoteDispatcher``. Some steps have left rows out, and must run again."""
+
+    edge_share = 0
 
     def __init__(self, transport: ToyTransport, rank: int, activity: Any, timer: Any) -> None:
         self._transport, self._rank, self._activity = transport, rank, activity
@@ -100,6 +104,11 @@ class ToyDispatcher:
     def sit_out(self, header: StepHeader) -> None:
         self._timer.begin_step(header)
         self._epochs.forget(header.oldest_epoch)
+
+    def end_step(self) -> bool:
+        kernel = Kernel.current
+        assert kernel is not None
+        return kernel.rng.random() >= _LEFT_OUT
 
     def exchange(self, bank: int, rows: Sequence[tuple[tuple[int, ...], int]]) -> list[list[int]]:
         """Values of the experts of each row; a row is (experts, its key, -1 for a decode)."""
@@ -142,15 +151,15 @@ class ToyRunner:
     first_dispatch: float | None = None
 
     def __init__(self, cache: ToyCache, dispatcher: ToyDispatcher, rank: int) -> None:
-        self._cache, self._dispatcher, self._rank = cache, dispatcher, rank
+        self._cache, self.dispatcher, self._rank = cache, dispatcher, rank
 
     def run(self, header: StepHeader, plan: StepPlan) -> ToyResult | None:
         self.first_dispatch = None
         if not header.grant(self._rank).num_rows:
             assert not plan.rows, "rows without a grant"
-            self._dispatcher.sit_out(header)
+            self.dispatcher.sit_out(header)
             return None
-        self._dispatcher.begin_step(header)
+        self.dispatcher.begin_step(header)
         rows = list(rows_of(plan.rows))
         contents: list[list[int]] = [[] for _ in rows]
         routed = []
@@ -161,7 +170,7 @@ class ToyRunner:
                 (chosen_experts(token, position, bank), -1 if p.is_decode else token + position)
                 for p, token, position in rows
             ]
-            for mine, values in zip(contents, self._dispatcher.exchange(bank, wanted), strict=True):
+            for mine, values in zip(contents, self.dispatcher.exchange(bank, wanted), strict=True):
                 mine += values
             ids = torch.from_numpy(np.array([experts for experts, _ in wanted]).reshape(-1, 2))
             num_decodes = sum(p.is_decode for p in plan.rows)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,7 @@ AnyGolden = Callable[[str], Golden]
 
 @pytest.fixture(scope="module")
 def spans(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
-    """What 1 + 1 worker processes write of a few requests, two micro-batches in each step.
-
-    There are enough steps for the workers to run at the same time in some, whatever else runs.
-    """
+    """What 1 + 1 worker processes write of a few requests, two micro-batches in each step."""
     folder = tmp_path_factory.mktemp("traces")
     config = make_config(
         bundled_checkpoint(),
@@ -35,7 +31,7 @@ def spans(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
         engine={"num_micro_batches": 2},
         observability={"trace_dir": str(folder)},
     )
-    params = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     asked = [
         Request(request_id=f"r{i}", prompt=tuple(range(10 + i, 40 + i)), params=params)
         for i in range(16)
@@ -47,30 +43,30 @@ def spans(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     return read_spans(folder)
 
 
-def by_step(spans: Sequence[Seen], name: str) -> dict[int, list[Seen]]:
-    found: defaultdict[int, list[Seen]] = defaultdict(list)
-    for span in spans:
-        if span.name == name:
-            found[span.args["step"]].append(span)
-    return found
-
-
 @pytest.mark.distributed
 def test_a_trace_shows_both_pools_busy_at_once(spans: list[Seen]) -> None:
-    """Experts at work on one micro-batch while the other worker is in the other's attention."""
-    attention, experts = by_step(spans, "attention"), by_step(spans, "experts")
+    """While the experts have one micro-batch, the other worker is in the other's attention.
+
+    Whether they run at the same moment is up to the machine; that neither waits is not.
+    """
     split = {s.args["step"] for s in spans if s.name == "step" and s.args["micro_batches"] == 2}
-    assert len(split) >= 150
-    overlapping: defaultdict[int, set[int]] = defaultdict(set)
-    for step in split:
-        for mine in experts[step]:
-            for other in attention[step]:
-                assert mine.worker != other.worker
-                differ = mine.args["micro_batch"] != other.args["micro_batch"]
-                if differ and mine.overlap_us(other) > 0:
-                    overlapping[mine.args["micro_batch"]].add(step)
-    assert overlapping[0], "experts on the first part, attention on the second"
-    assert overlapping[1], "experts on the second part, attention on the first"
+    assert len(split) >= 12
+    places = {
+        (s.name, s.args["step"], s.args["layer"], s.args["micro_batch"]): s
+        for s in spans
+        if s.args.get("step") in split and "micro_batch" in s.args
+    }
+    last = max(layer for _, _, layer, _ in places)
+    for (name, step, layer, part), mine in places.items():
+        if name != "experts":
+            continue
+        sent, back = (places[n, step, layer, part] for n in ("dispatch", "combine"))
+        assert sent.worker == back.worker != mine.worker
+        assert sent.start_us < mine.start_us < mine.end_us < back.end_us
+        if part == 1 and layer == last:
+            continue  # nothing is left to do
+        other = places["attention", step, layer + part, 1 - part]
+        assert sent.start_us < other.start_us < other.end_us < back.end_us
 
 
 @pytest.mark.distributed

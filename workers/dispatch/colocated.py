@@ -87,7 +87,7 @@ class ColocatedDispatcher:
         self.dispatch = attention.dispatch  # rows go out as from any attention worker
         self._served = (-1, -1)
         self._header: StepHeader | None = None
-        self._is_alone = False
+        self._is_only_member = False
         self._is_replayed = False
 
     @property
@@ -98,7 +98,7 @@ class ColocatedDispatcher:
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         self._attention.set_placement(placement, generation)
         self._server.set_placement(placement, generation)
-        self._is_alone = len(generation.members) == 1
+        self._is_only_member = len(generation.members) == 1
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         self._header = header
@@ -141,11 +141,11 @@ class ColocatedDispatcher:
     @property
     def has_all_experts(self) -> bool:
         """See ``CapturableDispatcher``."""
-        return self._is_alone
+        return self._is_only_member
 
     def can_capture(self, header: StepHeader) -> bool:
-        """See ``CapturableDispatcher``. Nothing is measured of such a step but its end."""
-        return self._is_alone and not self._attention.picks_rows(header)
+        """See ``CapturableDispatcher``. No timings are taken within such a step."""
+        return self._is_only_member and not self._attention.picks_rows(header)
 
     @property
     def captured_state(self) -> Hashable:

@@ -90,7 +90,8 @@ class TokenDispatcher(Protocol):
     def end_step(self) -> bool:
         """Whether all rows that an expert rank needed were sent to it (``StepHeader.edge_limit``).
 
-        If not, the outputs are of no use and the step must run again, which sends them all. Comes
+        If not, the outputs are of no use and the step must run again; this rank's next proposal
+        lets no row be left out. Comes
         after ``finish_step``, when the host has read something that was computed of the outputs.
         """
 
@@ -115,7 +116,7 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
 
     @property
     def has_all_experts(self) -> bool:
-        """Whether they are."""
+        """Whether every expert is on this dispatcher's device now."""
 
     def can_capture(self, header: StepHeader) -> bool:
         """Whether a step of decodes can be captured: nothing looks between its layers."""

@@ -4,7 +4,7 @@ With more expert ranks than experts of a row, most rows have nothing to do on mo
 ones have, the host could learn only by waiting for the device, and both ends must know the size of
 a message before. So the number of rows on an edge is fixed for a step, from what was needed of
 late, and the rows that are needed go first. Where they do not fit, the step is dropped and runs
-again with all rows: nothing counts before it is committed.
+again with all rows of this rank: nothing counts before it is committed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class EdgeRows:
         self._noted, self._found = [], None
 
     def note(self, is_needed: Tensor, num_sent: int) -> None:
-        """A dispatch: [ranks, T] bool, whether a rank has an expert of a row; rows on each edge."""
+        """Note a dispatch.
+
+        is_needed [ranks, T] bool: the rank has an expert of the row; num_sent: rows on each edge.
+        """
         num_rows = is_needed.shape[1]
         if num_rows >= _MIN_ROWS or num_sent < num_rows:
             self._noted.append(_Noted(is_needed.sum(1).max(), num_rows, num_sent))

@@ -111,6 +111,8 @@ class ExpertServer:
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._use = slot_use(device)
         self._is_captured = False
+        self._counted = self.num_bytes
+        """Where bytes are counted: elsewhere in a step that is captured."""
         self._is_measured = False
         self.padding = PaddingRatio()
         """Padding of the rows from and to the attention ranks, in the steps that are measured."""
@@ -214,9 +216,9 @@ class ExpertServer:
         with self._activity:
             self._transport.begin_step(header)
         self._is_measured = is_measured(header)
-        self._take(header)
+        self._begin_exchanges(header)
 
-    def _take(self, header: StepHeader) -> None:
+    def _begin_exchanges(self, header: StepHeader) -> None:
         self._use.begin(self.token_counts)
         self._filled = self._epochs.begin_step(header)
         self._exact = header.exact
@@ -244,14 +246,14 @@ class ExpertServer:
     def capture(self, header: StepHeader) -> Iterator[CapturedServes]:
         """On a GPU: the step whose exchanges are served within it is captured, and not counted."""
         assert isinstance(self._use, DeviceSlotUse)
-        known, self.num_bytes = self.num_bytes, dict.fromkeys(self.num_bytes, 0)
-        self._take(header)
-        self._is_measured, self._is_captured = False, True
+        num_bytes = dict.fromkeys(self.num_bytes, 0)
+        self._begin_exchanges(header)
+        self.timer.pause()
+        self._is_measured, self._is_captured, self._counted = False, True, num_bytes
         try:
-            yield CapturedServes(self._use.notes, self.num_bytes)
+            yield CapturedServes(self._use.notes, num_bytes)
         finally:
-            self._is_captured = False
-            self.num_bytes = known
+            self._is_captured, self._counted = False, self.num_bytes
 
     def replayed(self, captured: CapturedServes) -> None:
         """A captured step was replayed; ``end_replay`` follows."""
@@ -287,7 +289,7 @@ class ExpertServer:
             received = self._transport.receive(
                 tag, expected, sized=self._exact, is_read=self._reads_rows
             )
-        self.num_bytes["dispatch"] += sum(part.nbytes for parts in received for part in parts)
+        self._counted["dispatch"] += sum(part.nbytes for parts in received for part in parts)
         self.timer.lap("receive", *place)
         batch = self._join(bank, exchange, tuple(granted), received)
         if by_pair:
@@ -304,7 +306,7 @@ class ExpertServer:
         self.timer.lap("experts", *place)
         with self._activity:  # the buffers may be full
             self._transport.post(tag, replies, sized=False)
-        self.num_bytes["combine"] += sum(part.nbytes for m in replies for part in m.parts)
+        self._counted["combine"] += sum(part.nbytes for m in replies for part in m.parts)
         self.timer.lap("send", *place)
         self._use.count(self._filled[bank.index], batch.slots)
         if self._exact:  # the slots of many rows are not kept

@@ -3,7 +3,7 @@
 The parts of a message to an expert rank:
 
     static split    slots [n, k] for all n granted rows (-1: another rank), the rows as they are;
-                    where the header limits the rows of an edge, so many, needed ones first
+                    with an edge limit only so many rows, those with an expert there first
     exact split     the same for the rows that have an expert there, counts first
 
 The reply in ``sum`` mode is one partial sum for each row sent, in float32 or rounded to the model's
@@ -107,7 +107,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._edge_rows = EdgeRows()
         self._is_row: Tensor | None = None
         """[T] int64 of a step that is captured: 0 for rows without a request."""
-        self._known_epoch = 0, 0
+        self._placement_seen = 0, 0
         """Generation and epoch of the latest step."""
         self._can_limit = False
         self._sums_dtype = dtype if transport.sums_are_rounded else torch.float32
@@ -123,6 +123,8 @@ class RemoteDispatcher(TimedDispatcher):
         self._ranks = tuple(m.rank for m in members)
         self._combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
         self._epochs.add(generation.number, placement.epoch, tables)
+        if generation.number != self._placement_seen[0]:
+            self._edge_rows.forget()
         self._can_limit = (
             self._native is None
             and not returns_pairs(self._banks, self._combine_mode)
@@ -142,12 +144,12 @@ class RemoteDispatcher(TimedDispatcher):
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
         """See ``TokenDispatcher``. Raises ``ProtocolError`` for an epoch that is not known."""
-        self._take(header)
+        self._set_header(header)
         self.timer.begin_step(header)
         self._micro_batches = micro_batches
         self._edge_rows.begin_step()
-        if (header.generation, header.epoch) != self._known_epoch:
-            self._known_epoch = header.generation, header.epoch
+        if (header.generation, header.epoch) != self._placement_seen:
+            self._placement_seen = header.generation, header.epoch
             self._edge_rows.forget()
         with self.activity:
             self._transport.begin_step(header)
@@ -157,10 +159,11 @@ class RemoteDispatcher(TimedDispatcher):
 
     def begin_captured(self, header: StepHeader, is_row: Tensor) -> None:
         """A step of decodes that is computed to be captured; see ``CapturableDispatcher``."""
-        self._take(header)
+        self._set_header(header)
+        self.timer.pause()
         self._is_row = is_row
 
-    def _take(self, header: StepHeader) -> None:
+    def _set_header(self, header: StepHeader) -> None:
         self._tables = self._epochs.begin_step(header)
         self._header = header
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
@@ -261,7 +264,7 @@ class RemoteDispatcher(TimedDispatcher):
     @property
     def edge_share(self) -> int:
         """See ``StepProposal``."""
-        return self._edge_rows.share
+        return self._edge_rows.share if self._can_limit else 0
 
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, RemoteHandle)

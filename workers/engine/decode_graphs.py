@@ -99,14 +99,15 @@ class DecodeGraphs:
         """[num_seats + 1, max_blocks] int32 on the device: the tables, while graphs are in use."""
 
     def can_run(self, header: StepHeader, num_rows: int) -> bool:
-        """Whether ``run`` takes a step of so many decode rows.
-
-        Where experts are elsewhere now, the graphs are dropped.
-        """
-        if not self._dispatcher.has_all_experts:
-            self._drop()
-            return False
+        """Whether ``run`` takes a step of so many decode rows."""
         return 0 < num_rows <= BUCKETS[-1] and self._dispatcher.can_capture(header)
+
+    def drop_unusable(self) -> None:
+        """Give up the memory of all graphs if experts are on other workers now."""
+        if self._blocks is not None and not self._dispatcher.has_all_experts:
+            self._graphs.clear()
+            self._pool = self._blocks = None
+            self._tables.forget_changes()
 
     def capture(self, max_rows: int) -> None:
         """Capture the graphs of up to so many rows; the others share the memory of the largest."""
@@ -130,17 +131,12 @@ class DecodeGraphs:
         ids = torch.split(graph.topk_ids[:, :count].clone(), self._top_k)
         return DecodeOutput(graph.hidden[:count], [own.t() for own in ids])
 
-    def _drop(self) -> None:
-        if self._blocks is not None:
-            self._graphs.clear()
-            self._pool = self._blocks = None
-            self._tables.forget_changes()
-
     def _check_state(self) -> None:
         """Drop the graphs of another state."""
         state = self._model(), self._dispatcher.captured_state
         if state != self._captured:
             self._graphs.clear()
+            self._pool = None  # torch gives no memory to one whose graphs are all gone
             self._captured = state
 
     def _graph(self, size: int) -> _Graph:

@@ -147,6 +147,7 @@ class Engine:
     def use(self, dispatcher: TokenDispatcher) -> None:
         """Exchange rows through this dispatcher from now on; there must be no requests."""
         assert not self._requests
+        self._scheduler.tables.forget_changes()
         self.runner.dispatcher = dispatcher
         self.runner.graphs = None
         if not self.cache.is_read_in_place:

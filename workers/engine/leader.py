@@ -77,10 +77,10 @@ def decide_header(
 def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
     """Rows of a micro-batch to send each expert rank at most (``StepHeader.edge_limit``).
 
-    ``ranks``: rows in a micro-batch, and ``StepProposal.edge_share``, of each attention rank. What
-    an expert rank needs changes from step to step as sums of independent choices do, so two
-    standard deviations of a Poisson distribution come on top of the most of late. 0, for all, where
-    that saves less than a quarter, or limits a rank that does not know its share.
+    ``ranks``: rows in a micro-batch, and ``StepProposal.edge_share``, of each attention rank. Room
+    for the largest need of late and two standard deviations of a Poisson distribution, as the need
+    varies like a sum of independent choices. 0, no limit, where that saves less than a quarter of
+    the rows, or would limit a rank whose share is not known.
     """
     needed = max((-(-rows * share // WHOLE) for rows, share in ranks), default=0)
     limit = needed + math.ceil(2 * math.sqrt(needed))

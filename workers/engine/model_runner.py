@@ -107,6 +107,8 @@ class ModelRunner:
         fewer rows than granted, or none.
         """
         self.first_dispatch = None
+        if self.graphs is not None:
+            self.graphs.drop_unusable()
         if self._fits_graph(header, plan):
             assert self.graphs is not None
             self.dispatcher.begin_step(header, ())

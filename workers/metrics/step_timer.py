@@ -47,6 +47,10 @@ class StepTimer:
         self._sinks = tuple(sink for sink in self._all if sink.begin_step(header))
         self._begin_ns = self._last_ns = self._clock_ns()
 
+    def pause(self) -> None:
+        """Take no more timings until the next ``begin_step``."""
+        self._sinks = ()
+
     @property
     def is_recording(self) -> bool:
         """A sink takes this step."""

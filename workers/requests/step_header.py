@@ -17,7 +17,7 @@ MAX_ROWS = 1 << 24
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
 WHOLE = 1000
-"""The whole, for a share: shares are in thousandths."""
+"""Shares are in thousandths: this one is all rows."""
 Share = Annotated[int, Meta(ge=0, le=WHOLE)]
 
 
@@ -32,8 +32,8 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     """Rows of running sequences, one token each."""
     prefill_rows: Rows
     edge_share: Share = 0
-    """Share of its decode rows that a single expert rank needed at most of late; 0: all of them go
-    to all expert ranks."""
+    """Largest share of its decode rows, in thousandths, that one expert rank needed of late; 0: not
+    known, so none of its rows may be left out."""
     is_alone: bool = False
     """They are one request's, which must be in a step with no other."""
 
@@ -119,8 +119,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         return first if micro_batch == 0 else total - first
 
     def edge_rows(self, rank: int, micro_batch: int) -> int:
-        """Rows of one attention rank in one micro-batch that go to each expert rank, or in an
-        exact step may."""
+        """Rows of one micro-batch that an attention rank sends each expert rank; in an exact step,
+        the most that it may send."""
         rows = self.rows(rank, micro_batch)
         return min(rows, self.edge_limit) if self.edge_limit else rows
 

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 50e-6
 _HEAD_START_S = 0.1
-"""Of a group that must end first: NCCL sets the flag that ends its kernels before it waits for
-them."""
+"""Seconds at most that the abort of an earlier group is ahead: NCCL sets the flag that ends its
+kernels before it waits for them."""
 
 
 class NcclWorld(World):

@@ -201,16 +201,14 @@ class World(ABC):
         """Give up the world and its transfers under way; returns at once."""
         with self._lock:
             self._is_abandoned = True
-            channels = sorted(self._groups, key=self._is_given_up_late)
+            channels = sorted(self._groups, key=self._abort_order)
             groups = list({id(g): g for g in map(self._groups.__getitem__, channels)}.values())
             self._groups = {}
         self._drop(groups)
 
-    def _is_given_up_late(self, channel: Channel) -> tuple[bool, bool]:
-        """What is computed of rows that will not come any more must not be sent.
-
-        Channels on which this worker sends come first; if it does on all, those of outputs.
-        """
+    def _abort_order(self, channel: Channel) -> tuple[bool, bool]:
+        """Sort key: channels on which this worker sends come first, so that nothing is sent that
+        was computed of what never came; among those, outputs before rows."""
         return channel[0] not in self.seat.sends, channel[0] == "rows"
 
     @abstractmethod

@@ -140,6 +140,7 @@ def test_the_share_is_the_most_of_late_and_begins_anew_with_a_generation() -> No
         run(mesh, Work(BANKS, many, make_header(many, 0, 3)))
         assert share < dispatcher.edge_share < WHOLE
         mesh.apply(replace(mesh.generation, number=2))
+        assert dispatcher.edge_share == 0
         run(mesh, Work(BANKS, many, replace(make_header(many, 0, 4), generation=2)))
         assert dispatcher.edge_share == share
 
@@ -208,6 +209,20 @@ def test_rows_that_did_not_fit_end_the_limit() -> None:
     assert rows.share == 0
     assert step(20)
     assert rows.share == 600
+
+
+def test_a_share_is_not_proposed_where_edges_cannot_be_limited_any_more() -> None:
+    """The first proposal of a generation comes before its first step."""
+    many = (24, 5)
+    with Mesh(2, 5, BANKS) as mesh:
+        dispatcher = mesh["attention-0"].dispatcher
+        assert dispatcher is not None
+        run(mesh, Work(BANKS, many, make_header(many, 0, 1)))
+        assert dispatcher.edge_share > 0
+        members = [m for m in mesh.generation.members if m.device < 2]
+        left = Generation(number=2, members=tuple(members))
+        dispatcher.set_placement(meshes.make_placement(BANKS, 2), left)
+        assert dispatcher.edge_share == 0
 
 
 def test_few_rows_say_nothing_of_the_share_of_many() -> None:

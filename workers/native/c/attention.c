@@ -276,7 +276,8 @@ ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
         if (end < count) last = min_int(last, query_begin(a, unit, end));
         if (dtype == E4M3 || count <= QUERIES) {  // else sums take longer than the memory
             last = min_int(last, block_end(a, first));
-            fetch_ahead(a, unit, 1, first, dtype);
+            if (first == unit->begin || first % a->block_size == 0)
+                fetch_ahead(a, unit, 1, first, dtype);
         }
         if (dtype == E4M3) scale_weights(a, unit, s, first, last, begin, end);
         add_values(a, unit, s, first, last, begin, end, dtype);
