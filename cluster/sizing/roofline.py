@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 MAX_MICRO_BATCHES = 2
 """What the engine can have in flight."""
 SUM_BYTES = 4
-"""Partial sums count as float32; NCCL sends them in the model's type, half of it in bfloat16."""
+"""Of one number of a partial sum: float32. That NCCL sends the model's type is left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

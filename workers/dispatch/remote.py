@@ -326,13 +326,10 @@ class RemoteDispatcher(TimedDispatcher):
             if num_sent < granted:
                 return self._pick_needed(is_needed, meta, rows, num_sent)
         assert num_sent == granted, "edges are limited that cannot be"
-        missing = granted - slots.shape[1]
         if per_slot_input:
             rows = rows.flatten(0, 1)
-        if missing:  # a request ended between the proposal and the header
-            meta = F.pad(meta, (0, 0, 0, missing), value=-1)
-            inputs = slots.shape[2] if per_slot_input else 1
-            rows = F.pad(rows, (0, 0, 0, missing * inputs))
+        inputs = slots.shape[2] if per_slot_input else 1
+        meta, rows = _with_empty_rows(meta, rows, granted - slots.shape[1], inputs)
         messages = [RowMessage(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
         return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
 
@@ -343,11 +340,7 @@ class RemoteDispatcher(TimedDispatcher):
         order = is_needed.byte().argsort(dim=1, descending=True, stable=True)
         places = order[:, :num_sent]
         chosen = meta.gather(1, places.unsqueeze(2).expand(-1, -1, meta.shape[2]))
-        inputs = rows[places]
-        missing = num_sent - places.shape[1]
-        if missing:  # as in ``_pick_static``
-            chosen = F.pad(chosen, (0, 0, 0, missing), value=-1)
-            inputs = F.pad(inputs, (0, 0, 0, missing))
+        chosen, inputs = _with_empty_rows(chosen, rows[places], num_sent - places.shape[1])
         messages = [RowMessage(rank, (chosen[i], inputs[i])) for i, rank in enumerate(self._ranks)]
         sent = [Sent(rank, places[i], num_sent) for i, rank in enumerate(self._ranks)]
         return messages, tuple(sent)
@@ -443,3 +436,16 @@ def _with_weights(slots: Tensor, topk_weights: Tensor) -> Tensor:
     """[ranks, T, k] int32 slots and [T, k] weights -> [ranks, T, 2k] int32."""
     bits = topk_weights.float().contiguous().view(torch.int32)
     return torch.cat((slots, bits.expand(slots.shape)), dim=2)
+
+
+def _with_empty_rows(
+    meta: Tensor, rows: Tensor, count: int, inputs: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``count`` rows without a request behind the others, with so many inputs each.
+
+    A request ended between the proposal and the header. meta [ranks, n, m], its slots -1 there;
+    rows [.., n * inputs, width].
+    """
+    if not count:
+        return meta, rows
+    return F.pad(meta, (0, 0, 0, count), value=-1), F.pad(rows, (0, 0, 0, count * inputs))

@@ -132,7 +132,7 @@ class SlotNotes:
     bins: dict[int, Tensor] = field(default_factory=dict)
     """By bank: pairs of slot -1 and of each slot, [slots + 1] int64."""
 
-    def joined(self) -> Tensor:
+    def packed(self) -> Tensor:
         """Whether each of ``seen`` is wrong, and all bins, one after the other: int64."""
         return torch.cat([torch.stack([s.is_wrong for s in self.seen]).long(), *self.bins.values()])
 
@@ -151,7 +151,7 @@ class DeviceSlotUse:
 
     def copy(self) -> None:
         """Begin to copy the notes to the host: ``end`` need not wait, if the host has by then."""
-        self._copied = to_host_later(self.notes.joined())
+        self._copied = to_host_later(self.notes.packed())
 
     def check(
         self, filled: FilledSlots, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
@@ -180,7 +180,7 @@ class DeviceSlotUse:
         self.begin(counts)
         if not notes.seen:
             return
-        numbers = to_host([notes.joined()])[0] if copied is None else copied.numpy()
+        numbers = to_host([notes.packed()])[0] if copied is None else copied.numpy()
         sizes = [len(notes.seen), *(len(own) for own in notes.bins.values())]
         is_wrong, *found = np.split(numbers, np.cumsum(sizes)[:-1])
         for bank, own in zip(notes.bins, found, strict=True):

@@ -11,7 +11,7 @@ from workers.engine.micro_batches import MicroBatchRule
 from workers.requests.step_header import WHOLE, Grant, StepHeader, StepProposal
 
 _ROUNDING = 8
-"""Rows on an edge are multiples of it: few shapes, and buffers that can be used again."""
+"""The limit of an edge is a multiple of it, so that buffers have few sizes."""
 
 
 def decide_header(
@@ -56,22 +56,20 @@ def decide_header(
     )
     rows = [g.num_rows for _, g in grants]
     has_prefill = any(g.prefill_rows for _, g in grants)
-    num_micro_batches = micro_batches.choose(rows, has_prefill)
-    shares = [
-        (-(-count // num_micro_batches), proposals[rank].edge_share)
-        for rank, count in zip(order, rows, strict=True)
-    ]
-    return StepHeader(
+    header = StepHeader(
         generation=generation,
         step=step,
         epoch=epoch,
         oldest_epoch=oldest_epoch,
         grants=grants,
-        num_micro_batches=num_micro_batches,
+        num_micro_batches=micro_batches.choose(rows, has_prefill),
         exact=has_prefill,
-        edge_limit=0 if has_prefill else limit_edges(shares),
         is_alone=bool(alone),
     )
+    if has_prefill:
+        return header
+    limit = limit_edges([(header.rows(rank, 0), proposals[rank].edge_share) for rank in order])
+    return replace(header, edge_limit=limit) if limit else header
 
 
 def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:

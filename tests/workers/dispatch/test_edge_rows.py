@@ -36,11 +36,20 @@ __all__ = ["nccl"]
 BANKS = (make_bank(0, num_experts=12), make_bank(1, num_experts=10, width=24))
 """Two experts a row."""
 ROWS = (12, 5)
+MANY = (24, 5)
+"""Enough to learn a share from."""
 
 
 def make_header(rows: Sequence[int], limit: int, step: int, parts: int = 1) -> StepHeader:
     header = meshes.make_header(rows, step=step, num_micro_batches=parts)
     return replace(header, edge_limit=limit)
+
+
+def home_of(mesh: Mesh) -> TokenDispatcher:
+    """The dispatcher of attention rank 0."""
+    dispatcher = mesh["attention-0"].dispatcher
+    assert dispatcher is not None
+    return dispatcher
 
 
 def run(mesh: Mesh, work: Work) -> list[tuple[bool, bool]]:
@@ -116,32 +125,29 @@ def test_partial_sums_over_nccl_come_in_the_type_of_the_model(nccl: FakeNccl) ->
 
 @pytest.mark.parametrize("case", ["as many ranks as experts of a row", "inputs by slot"])
 def test_other_ranks_do_not_ask_for_a_limit(case: str) -> None:
-    is_few, many = case.startswith("as many"), (24, 5)
+    is_few = case.startswith("as many")
     banks, num_ranks = (BANKS, 2) if is_few else (MIXED_BANKS, 5)
     with Mesh(2, num_ranks, banks) as mesh:
-        assert run(mesh, Work(banks, many, make_header(many, 0, 1))) == [(True, True)] * 2
-        dispatcher = mesh["attention-0"].dispatcher
-        assert dispatcher is not None
+        assert run(mesh, Work(banks, MANY, make_header(MANY, 0, 1))) == [(True, True)] * 2
+        dispatcher = home_of(mesh)
         assert dispatcher.edge_share == 0
 
 
 def test_the_share_is_the_most_of_late_and_begins_anew_with_a_generation() -> None:
-    many = (24, 5)
     with Mesh(2, 5, BANKS) as mesh:
-        dispatcher = mesh["attention-0"].dispatcher
-        assert dispatcher is not None
+        dispatcher = home_of(mesh)
         assert dispatcher.edge_share == 0
-        run(mesh, Work(BANKS, many, make_header(many, 0, 1)))
+        run(mesh, Work(BANKS, MANY, make_header(MANY, 0, 1)))
         share = dispatcher.edge_share
         assert WHOLE // 5 < share < WHOLE
         # All rows to one rank, and then as before.
-        run(mesh, Work(BANKS, many, make_header(many, 0, 2), change=lambda ids: ids.clamp(max=1)))
+        run(mesh, Work(BANKS, MANY, make_header(MANY, 0, 2), change=lambda ids: ids.clamp(max=1)))
         assert dispatcher.edge_share == WHOLE
-        run(mesh, Work(BANKS, many, make_header(many, 0, 3)))
+        run(mesh, Work(BANKS, MANY, make_header(MANY, 0, 3)))
         assert share < dispatcher.edge_share < WHOLE
         mesh.apply(replace(mesh.generation, number=2))
         assert dispatcher.edge_share == 0
-        run(mesh, Work(BANKS, many, replace(make_header(many, 0, 4), generation=2)))
+        run(mesh, Work(BANKS, MANY, replace(make_header(MANY, 0, 4), generation=2)))
         assert dispatcher.edge_share == share
 
 
@@ -213,11 +219,9 @@ def test_rows_that_did_not_fit_end_the_limit() -> None:
 
 def test_a_share_is_not_proposed_where_edges_cannot_be_limited_any_more() -> None:
     """The first proposal of a generation comes before its first step."""
-    many = (24, 5)
     with Mesh(2, 5, BANKS) as mesh:
-        dispatcher = mesh["attention-0"].dispatcher
-        assert dispatcher is not None
-        run(mesh, Work(BANKS, many, make_header(many, 0, 1)))
+        dispatcher = home_of(mesh)
+        run(mesh, Work(BANKS, MANY, make_header(MANY, 0, 1)))
         assert dispatcher.edge_share > 0
         members = [m for m in mesh.generation.members if m.device < 2]
         left = Generation(number=2, members=tuple(members))

@@ -135,11 +135,8 @@ def test_graphs_are_dropped_while_there_is_another_worker() -> None:
     with pretend_gpu() as log:
         run = GpuRun(OLMOE, log, take_both_roles)
         runner = run.engine.engine.runner
-        dispatcher, graphs, placement = (
-            runner.dispatcher,
-            runner.graphs,
-            whole_placement(run.engine.banks),
-        )
+        dispatcher, graphs = runner.dispatcher, runner.graphs
+        placement = whole_placement(run.engine.banks)
         assert graphs is not None
         assert graphs._graphs
         header = StepHeader(generation=1, step=99, epoch=1, oldest_epoch=1, grants=((0, Grant()),))
