@@ -204,6 +204,8 @@ class EngineSection:
     """Rows of the busiest attention rank from which ``auto`` splits a step of decodes only."""
     micro_batch_prefill_threshold: int = 256
     """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
+    enforce_eager: bool = False
+    """Launch the kernels of decode steps on a GPU one by one, not as captured CUDA graphs."""
     seed: int = 0
     """Base of the seeds of requests without one."""
 

@@ -210,16 +210,9 @@ class _PretendMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self.log.launches[name] += 1
 
-    @contextmanager
-    def capture(
-        self, graph: PretendGraph, pool: Any = None, capture_error_mode: str = "global"
-    ) -> Iterator[None]:
-        """In place of ``torch.cuda.graph``."""
-        graph.mode, self._capturing = self, graph
-        try:
-            yield
-        finally:
-            self._capturing = None
+    def capture(self, graph: PretendGraph | None) -> None:
+        """Whose kernels follow; None: they are launched."""
+        self._capturing = graph
 
     def launch(self, kernel: Any, run: Callable[..., None], args: Any, kwargs: Any) -> None:
         """Launch a kernel of Triton in its interpreter."""
@@ -258,13 +251,18 @@ class PretendStream:
 class PretendGraph:
     """In place of ``torch.cuda.CUDAGraph``: the kernels that were launched, with their memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: _PretendMode) -> None:
         self.kernels: list[Callable[[], None]] = []
-        self.mode: _PretendMode | None = None
+        self._mode = mode
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        self._mode.capture(self)
+
+    def capture_end(self) -> None:
+        self._mode.capture(None)
 
     def replay(self) -> None:
-        assert self.mode is not None, "a graph was captured"
-        self.mode.log.launches["graph"] += 1
+        self._mode.log.launches["graph"] += 1
         with _disable_current_modes():
             for kernel in self.kernels:
                 kernel()
@@ -310,8 +308,7 @@ def pretend_gpu() -> Iterator[DeviceLog]:
     mode = _PretendMode(log)
     cuda = mock.patch.multiple(
         torch.cuda,
-        CUDAGraph=PretendGraph,
-        graph=mode.capture,
+        CUDAGraph=partial(PretendGraph, mode),
         graph_pool_handle=object,
         Stream=PretendStream,
         current_stream=PretendStream,

@@ -63,6 +63,7 @@ def take_both_roles(engine: LocalEngine) -> ColocatedDispatcher:
     place, banks = engine.slots.banks[0].device, engine.banks
     transport = LoopbackTransport(Alone(), rank=0)
     dispatcher = ColocatedDispatcher(
+        transport,
         RemoteDispatcher(
             transport, banks, rank=0, combine_mode="sum", dtype=engine.dtype, device=place
         ),

@@ -17,15 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
-from msgspec.structs import replace
+import torch
 from torch import Tensor
 
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.dispatcher import BatchRows, CapturedExchanges, DispatchHandle
 from workers.dispatch.expert_server import CapturedServes, ExpertServer
-from workers.dispatch.remote import RemoteDispatcher
-from workers.requests.step_header import Grant, StepHeader
+from workers.dispatch.recording import RecordingTransport
+from workers.dispatch.remote import CapturedRows, RemoteDispatcher
+from workers.metrics.activity import Activity
+from workers.model.step_graph import StepGraph
+from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 
 
@@ -67,6 +70,18 @@ class LoopbackTransport:
         received = iter(found)
         return [self._own.pop(tag) if e.rank == self._rank else next(received) for e in expected]
 
+    @contextmanager
+    def recording(
+        self, device: torch.device, activity: Activity, graph: StepGraph | None
+    ) -> Iterator[None]:
+        """Record the messages of and to other ranks; see ``RecordingTransport``."""
+        live = self._inner
+        self._inner = RecordingTransport(live, device, activity, graph)
+        try:
+            yield
+        finally:
+            self._inner = live
+
     def direct(self, ranks: Sequence[int]) -> None:
         """See ``DataTransport``."""
 
@@ -78,10 +93,13 @@ class LoopbackTransport:
 class ColocatedDispatcher:
     """``TokenDispatcher`` of a colocated worker: attention side and expert side.
 
-    Both sides must share one ``LoopbackTransport``. Data thread only.
+    Both sides must share ``transport``. Data thread only.
     """
 
-    def __init__(self, attention: RemoteDispatcher, server: ExpertServer) -> None:
+    def __init__(
+        self, transport: LoopbackTransport, attention: RemoteDispatcher, server: ExpertServer
+    ) -> None:
+        self._transport = transport
         self._attention = attention
         self._server = server
         self.dispatch = attention.dispatch  # rows go out as from any attention worker
@@ -138,39 +156,42 @@ class ColocatedDispatcher:
 
     # ``CapturableDispatcher``
 
-    @property
-    def has_all_experts(self) -> bool:
-        """See ``CapturableDispatcher``."""
-        return self._is_only_member
-
     def can_capture(self, header: StepHeader) -> bool:
         """See ``CapturableDispatcher``. No timings are taken within such a step."""
-        return self._is_only_member and not self._attention.picks_rows(header)
+        if self._is_only_member:  # what there is to read of its rows says nothing
+            return not self._attention.picks_rows(header)
+        return self._attention.can_capture(header)
 
     @property
     def captured_state(self) -> Hashable:
         """See ``CapturableDispatcher``."""
-        assert self._header is not None, "begin_step comes first"
-        return self._header.generation, self._header.epoch, self._server.slots_version
+        return self._attention.captured_state, self._server.captured_state
+
+    def captured_shape(self, header: StepHeader) -> Hashable:
+        """See ``CapturableDispatcher``: with the rows of the other ranks."""
+        own = self._attention.rank
+        others = tuple(served for served in self._server.captured_shape(header) if served[0] != own)
+        return self._attention.captured_shape(header), others
 
     @contextmanager
-    def capture(self, is_row: Tensor) -> Iterator[CapturedExchanges]:
+    def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
         """See ``CapturableDispatcher``."""
-        under_way = self._header
+        under_way, attention = self._header, self._attention
         assert under_way is not None, "begin_step comes first"
-        grants = ((self._attention.rank, Grant(decode_rows=len(is_row))),)
-        header = replace(under_way, grants=grants, num_micro_batches=1)
-        with self._server.capture(header) as captured:
-            self._attention.begin_captured(header, is_row)
+        header = attention.captured_header(under_way, len(is_row))
+        with (
+            self._transport.recording(is_row.device, attention.activity, graph),
+            self._server.captured(header) as served,
+            attention.captured(header, is_row) as rows,
+        ):
             self._served = (-1, -1)
-            yield _Captured(self, captured)
+            yield _Captured(self, served, rows)
         self.begin_step(under_way, ())
 
-    def replayed(self, captured: CapturedServes) -> None:
+    def replayed(self, served: CapturedServes) -> None:
         """A captured step of this rank was replayed."""
         self._is_replayed = True
-        self._server.replayed(captured)
-        self._attention.activity.advance()
+        self._server.replayed(served)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +200,8 @@ class _Captured:
 
     dispatcher: ColocatedDispatcher
     served: CapturedServes
+    rows: CapturedRows
 
     def replayed(self) -> None:
         self.dispatcher.replayed(self.served)
+        self.rows.replayed()

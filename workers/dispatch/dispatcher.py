@@ -26,6 +26,7 @@ from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
+from workers.model.step_graph import StepGraph
 from workers.native.experts import NativeSlots
 from workers.native.layers import LayerEnds
 from workers.requests.step_header import StepHeader
@@ -111,25 +112,26 @@ class CapturedExchanges(Protocol):
 
 
 class CapturableDispatcher(TokenDispatcher, Protocol):
-    """A ``TokenDispatcher`` whose exchanges CUDA graphs can hold, while all experts are on its
-    device."""
-
-    @property
-    def has_all_experts(self) -> bool:
-        """Whether every expert is on this dispatcher's device now."""
+    """A ``TokenDispatcher`` whose steps of decodes can be captured."""
 
     def can_capture(self, header: StepHeader) -> bool:
-        """Whether a step of decodes can be captured: nothing looks between its layers."""
+        """Whether a step of decodes can be: nothing looks between its layers, sizes are known."""
 
     @property
     def captured_state(self) -> Hashable:
         """Where this changes, captured steps are of no use: tables or slots are in other memory."""
 
-    def capture(self, is_row: Tensor) -> AbstractContextManager[CapturedExchanges]:
-        """Within it, a step of decode rows is computed to be captured.
+    def captured_shape(self, header: StepHeader) -> Hashable:
+        """What a captured step depends on beside the rows of this rank, which has begun it."""
 
-        is_row [T] int64, read by each replay: 0 for a row without a request. A step that has begun
-        goes on afterwards.
+    def capture(
+        self, is_row: Tensor, graph: StepGraph | None
+    ) -> AbstractContextManager[CapturedExchanges]:
+        """Within it, a step of decode rows is computed, and messages become parts of ``graph``.
+
+        is_row [T] int64, read by each replay: 0 for a row without a request. Micro-batches have
+        equally many rows. With no graph nothing is sent: kernels are compiled, memory is taken. The
+        step that has begun, which says how many micro-batches, goes on afterwards.
         """
 
 

@@ -10,6 +10,7 @@ again with all rows of this rank: nothing counts before it is committed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ class _Noted(NamedTuple):
     """[] int64: the most rows that an expert rank needed."""
     num_rows: int
     num_sent: int
+
+
+NeededRows = Sequence[_Noted]
+"""What a captured step notes: its replays fill the tensors anew."""
 
 
 class EdgeRows:
@@ -62,6 +67,16 @@ class EdgeRows:
         num_rows = is_needed.shape[1]
         if num_rows >= _MIN_ROWS or num_sent < num_rows:
             self._noted.append(_Noted(is_needed.sum(1).max(), num_rows, num_sent))
+
+    def take(self) -> NeededRows:
+        """What was noted in a step that is captured."""
+        found = tuple(self._noted)
+        self.begin_step()
+        return found
+
+    def replayed(self, needed: NeededRows) -> None:
+        """A captured step was replayed."""
+        self._noted = list(needed)
 
     def finish_step(self) -> None:
         """Begin to copy what was noted to the host, where ``end_step`` reads it."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from cluster.core.topology import Generation
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.dispatcher import SlotBank, reads_rows
 from workers.dispatch.native_server import NativeExchange, NativeServer
+from workers.dispatch.recording import FixedTables, RecordingTransport
 from workers.dispatch.slot_use import (
     DeviceSlotUse,
     FilledSlots,
@@ -30,6 +31,7 @@ from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
+from workers.model.step_graph import KeptSteps, StepGraph
 from workers.native.exchange import ServerFields
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
@@ -66,11 +68,17 @@ class _Used(NamedTuple):
 
 @dataclass(slots=True)
 class CapturedServes:
-    """A captured step of an expert rank on a GPU."""
+    """What a captured step of an expert rank on a GPU counts."""
 
     notes: SlotNotes
     num_bytes: dict[str, int]
     """What each replay adds to those of the server."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedStep:
+    graph: StepGraph
+    served: CapturedServes
 
 
 class ExpertServer:
@@ -88,8 +96,12 @@ class ExpertServer:
         device: torch.device,
         activity: Activity | None = None,
         timer: StepTimer | None = None,
+        has_graphs: bool = True,
     ) -> None:
-        """``slots`` by ``BankSpec.index``; ``device_index`` is this worker's ``Member.device``."""
+        """``slots`` by ``BankSpec.index``; ``device_index`` is this worker's ``Member.device``.
+
+        ``has_graphs``: on a GPU, steps are captured where the header has a bucket.
+        """
         self.timer = timer or StepTimer()
         """Times receive, experts and send."""
         self.num_bytes = {"dispatch": 0, "combine": 0}
@@ -110,6 +122,9 @@ class ExpertServer:
         self._filled: list[FilledSlots] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._use = slot_use(device)
+        self._has_graphs = has_graphs and device.type == "cuda"
+        self._fixed = FixedTables()
+        self._kept = KeptSteps[_CapturedStep]()
         self._is_captured = False
         self._counted = self.num_bytes
         """Where bytes are counted: elsewhere in a step that is captured."""
@@ -157,6 +172,9 @@ class ExpertServer:
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
         self.begin_step(header)
+        if self._has_graphs and header.bucket and not self._reads_rows:
+            self._replay(header)
+            return
         places = [
             (bank, exchange.index, micro_batch)
             for bank in self._banks
@@ -221,6 +239,10 @@ class ExpertServer:
     def _begin_exchanges(self, header: StepHeader) -> None:
         self._use.begin(self.token_counts)
         self._filled = self._epochs.begin_step(header)
+        if self._has_graphs:
+            tables = self._fixed.show([filled.table for filled in self._filled])
+            pairs = zip(self._filled, tables, strict=True)
+            self._filled = [replace(filled, table=table) for filled, table in pairs]
         self._exact = header.exact
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._granted = [
@@ -238,12 +260,47 @@ class ExpertServer:
             self._end_step()
 
     @property
-    def slots_version(self) -> Hashable:
-        """Changes when the slots get other memory."""
-        return tuple(bank.version for bank in self._slots)
+    def captured_state(self) -> Hashable:
+        """See ``CapturableDispatcher``."""
+        return self._fixed.version, *(bank.version for bank in self._slots)
+
+    def captured_shape(self, header: StepHeader) -> tuple[tuple[int, ...], ...]:
+        """Of all attention ranks: the rank, and its rows by micro-batch."""
+        parts = range(header.num_micro_batches)
+        return tuple((r, *(header.edge_rows(r, part) for part in parts)) for r, _ in header.grants)
+
+    def _replay(self, header: StepHeader) -> None:
+        """Serve a whole step as it was captured."""
+        self._kept.enter(self.captured_state)
+        shape = self.captured_shape(header)
+        step = self._kept.get(shape, lambda pool: self._capture(header, pool))
+        step.graph.replay()
+        self._count(step.served)
+        self._end_step()
+
+    def _capture(self, header: StepHeader, pool: Any) -> _CapturedStep:
+        """Capture a step, after one that compiles and allocates."""
+        self._compute_captured(header, None)
+        graph = StepGraph(self._device, pool)
+        with graph.capture():
+            served = self._compute_captured(header, graph)
+        self._begin_exchanges(header)
+        return _CapturedStep(graph, served)
+
+    def _compute_captured(self, header: StepHeader, graph: StepGraph | None) -> CapturedServes:
+        live = self._transport
+        self._transport = RecordingTransport(live, self._device, self._activity, graph)
+        try:
+            with self.captured(header) as served:
+                for bank in self._banks:
+                    for exchange in bank.exchanges:
+                        self.serve(bank.index, exchange.index)
+        finally:
+            self._transport = live
+        return served
 
     @contextmanager
-    def capture(self, header: StepHeader) -> Iterator[CapturedServes]:
+    def captured(self, header: StepHeader) -> Iterator[CapturedServes]:
         """On a GPU: the step whose exchanges are served within it is captured, and not counted."""
         assert isinstance(self._use, DeviceSlotUse)
         num_bytes = dict.fromkeys(self.num_bytes, 0)
@@ -257,11 +314,14 @@ class ExpertServer:
 
     def replayed(self, captured: CapturedServes) -> None:
         """A captured step was replayed; ``end_replay`` follows."""
+        self._count(captured).copy()
+
+    def _count(self, captured: CapturedServes) -> DeviceSlotUse:
         assert isinstance(self._use, DeviceSlotUse)
         self._use.notes = captured.notes
-        self._use.copy()
         for name, count in captured.num_bytes.items():
             self.num_bytes[name] += count
+        return self._use
 
     def end_replay(self) -> None:
         """Count, and raise what was put off; the host has waited for what came after the replay."""

@@ -23,6 +23,7 @@ from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
+from workers.model.step_graph import StepGraph
 from workers.native.experts import BankExperts, LocalExperts
 from workers.requests.step_header import StepHeader
 
@@ -65,17 +66,16 @@ class LocalDispatcher(TimedDispatcher):
         """See ``CapturableDispatcher``."""
         return self._num_placements, *(bank.version for bank in self._slots)
 
-    @property
-    def has_all_experts(self) -> bool:
-        """See ``CapturableDispatcher``."""
-        return True
-
     def can_capture(self, header: StepHeader) -> bool:
         """See ``CapturableDispatcher``."""
         return True
 
+    def captured_shape(self, header: StepHeader) -> Hashable:
+        """See ``CapturableDispatcher``."""
+        return None
+
     @contextmanager
-    def capture(self, is_row: Tensor) -> Iterator[CapturedExchanges]:
+    def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
         """See ``CapturableDispatcher``."""
         yield self
 

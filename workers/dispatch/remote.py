@@ -2,8 +2,9 @@
 
 The parts of a message to an expert rank:
 
-    static split    slots [n, k] for all n granted rows (-1: another rank), the rows as they are;
-                    with an edge limit only so many rows, those with an expert there first
+    static split    slots [n, k] for all n granted rows (-1: another rank), the rows as they are,
+                    filled up to the header's bucket; with an edge limit only so many rows, those
+                    with an expert there first
     exact split     the same for the rows that have an expert there, counts first
 
 The reply in ``sum`` mode is one partial sum for each row sent, in float32 or rounded to the model's
@@ -14,11 +15,13 @@ part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace as replace_fields
 from torch import Tensor
 
 from cluster.config.cluster import CombineMode
@@ -27,22 +30,25 @@ from cluster.core.topology import Generation
 from workers.dispatch.copies import CopyTables, EpochTables
 from workers.dispatch.dispatcher import (
     BatchRows,
+    CapturedExchanges,
     DispatchHandle,
     TimedDispatcher,
     picks_rows,
     reads_rows,
 )
-from workers.dispatch.edge_rows import EdgeRows
+from workers.dispatch.edge_rows import EdgeRows, NeededRows
 from workers.dispatch.native_home import NativeHome, NativeRows
+from workers.dispatch.recording import FixedTables, RecordingTransport
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
+from workers.model.step_graph import StepGraph
 from workers.model.weighting import weighted_sum
 from workers.native.exchange import HomeFields, sent_slots
 from workers.native.panels import DTYPES
 from workers.native.team import Team
-from workers.requests.step_header import StepHeader
+from workers.requests.step_header import Grant, StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
 
 
@@ -67,6 +73,18 @@ class RemoteHandle(DispatchHandle):
     topk_weights: Tensor
     """[T, k] as dispatched."""
     native: NativeRows | None = None
+
+
+class CapturedRows:
+    """The rows of a captured step of one attention rank."""
+
+    def __init__(self, dispatcher: RemoteDispatcher) -> None:
+        self.needed: NeededRows = ()
+        self._dispatcher = dispatcher
+
+    def replayed(self) -> None:
+        """See ``CapturedExchanges``."""
+        self._dispatcher.replayed(self)
 
 
 class RemoteDispatcher(TimedDispatcher):
@@ -106,7 +124,10 @@ class RemoteDispatcher(TimedDispatcher):
         self._reads_rows = False
         self._edge_rows = EdgeRows()
         self._is_row: Tensor | None = None
-        """[T] int64 of a step that is captured: 0 for rows without a request."""
+        """[micro-batches, T] int64 of a step that is captured: 0 for rows without a request."""
+        self._fixed = FixedTables()
+        self._decode_slots: Sequence[Tensor] = ()
+        """By bank, on a GPU: ``CopyTables.decode_slots`` where captured steps read them."""
         self._placement_seen = 0, 0
         """Generation and epoch of the latest step."""
         self._can_limit = False
@@ -154,20 +175,67 @@ class RemoteDispatcher(TimedDispatcher):
         with self.activity:
             self._transport.begin_step(header)
         if self._native is not None:
-            sends_all = not header.exact and not header.edge_limit
+            sends_all = not (header.exact or header.edge_limit or header.bucket)
             self._native.begin_step(self._transport.direct(self._ranks) if sends_all else None)
 
-    def begin_captured(self, header: StepHeader, is_row: Tensor) -> None:
-        """A step of decodes that is computed to be captured; see ``CapturableDispatcher``."""
+    # ``CapturableDispatcher``
+
+    def can_capture(self, header: StepHeader) -> bool:
+        """See ``CapturableDispatcher``."""
+        is_read = reads_rows(header, self._banks, self._combine_mode)
+        return header.bucket > 0 and not is_read
+
+    @property
+    def captured_state(self) -> Hashable:
+        """See ``CapturableDispatcher``."""
+        return self._ranks, self._combine_mode, self._fixed.version
+
+    def captured_shape(self, header: StepHeader) -> Hashable:
+        """See ``CapturableDispatcher``."""
+        return header.edge_limit
+
+    @contextmanager
+    def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
+        """See ``CapturableDispatcher``."""
+        under_way, live = self._header, self._transport
+        assert under_way is not None, "begin_step comes first"
+        self._transport = RecordingTransport(live, self._device, self.activity, graph)
+        try:
+            with self.captured(self.captured_header(under_way, len(is_row)), is_row) as rows:
+                yield rows
+        finally:
+            self._transport = live
+        self.begin_step(under_way, ())
+
+    def captured_header(self, header: StepHeader, num_rows: int) -> StepHeader:
+        """A step with so many decode rows of this rank, and those of the others as they are."""
+        own = Grant(decode_rows=num_rows)
+        grants = tuple((r, own if r == self.rank else grant) for r, grant in header.grants)
+        return replace_fields(header, grants=grants)
+
+    @contextmanager
+    def captured(self, header: StepHeader, is_row: Tensor) -> Iterator[CapturedRows]:
+        """``capture`` over the transport as it is; ``begin_step`` follows."""
         self._set_header(header)
+        self._edge_rows.begin_step()
         self.timer.pause()
-        self._is_row = is_row
+        self._is_row = is_row.view(header.num_micro_batches, -1)
+        rows = CapturedRows(self)
+        yield rows
+        rows.needed = self._edge_rows.take()
+
+    def replayed(self, rows: CapturedRows) -> None:
+        """A captured step of this rank was replayed."""
+        self._edge_rows.replayed(rows.needed)
+        self.activity.advance()
 
     def _set_header(self, header: StepHeader) -> None:
         self._tables = self._epochs.begin_step(header)
         self._header = header
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
         self._is_row = None
+        if self._device.type == "cuda":
+            self._decode_slots = self._fixed.show([own.decode_slots for own in self._tables])
 
     def picks_rows(self, header: StepHeader) -> bool:
         """Whether the host reads which rows or pairs are whose in a step."""
@@ -197,14 +265,8 @@ class RemoteDispatcher(TimedDispatcher):
             if is_exact:
                 messages, by_rank = self._pick_exact(slots, meta, sent.rows, per_slot, pairs)
             else:
-                messages, by_rank = self._pick_static(
-                    slots,
-                    meta,
-                    sent.rows,
-                    per_slot,
-                    granted,
-                    self._header.edge_rows(self.rank, micro_batch),
-                )
+                num_sent = self._header.edge_rows(self.rank, micro_batch)
+                messages, by_rank = self._pick_static(slots, meta, sent.rows, per_slot, num_sent)
             by_rank = pairs if by_pair else by_rank
             tag = Tag(sent.bank, sent.exchange, micro_batch, "rows")
             with self.activity:  # the buffers may be full
@@ -302,12 +364,15 @@ class RemoteDispatcher(TimedDispatcher):
         if self._team is not None and not has_choice:
             library = self._team.library
             return sent_slots(library, tables.decode_slots, sent.topk_ids, weights), None
-        slots, copies = tables.decode_slots[:, sent.topk_ids], None
-        if self._is_row is not None:
-            slots = slots.where(self._is_row.unsqueeze(1) != 0, -1)
+        copies = None
         if has_choice:
             batch = self._micro_batches[micro_batch]
             slots, copies = tables.choose(sent.topk_ids, batch.is_prefill, batch.row_key)
+        else:
+            fixed = self._decode_slots[sent.bank] if self._decode_slots else tables.decode_slots
+            slots = fixed[:, sent.topk_ids]
+        if self._is_row is not None:
+            slots = slots.where(self._is_row[micro_batch].unsqueeze(1) != 0, -1)
         return slots if weights is None else _with_weights(slots, weights), copies
 
     def _pick_static(
@@ -316,22 +381,22 @@ class RemoteDispatcher(TimedDispatcher):
         meta: Tensor,
         rows: Tensor,
         per_slot_input: bool,
-        granted: int,
         num_sent: int,
     ) -> tuple[list[RowMessage], tuple[Sent, ...]]:
-        """Every granted row to every rank, or those that it needs: sizes are known."""
+        """All rows to every rank, or those that it needs: as many as the header says."""
+        num_rows = slots.shape[1]
         if self._can_limit:
             is_needed = (slots >= 0).any(2)
             self._edge_rows.note(is_needed, num_sent)
-            if num_sent < granted:
+            if num_sent < num_rows:
                 return self._pick_needed(is_needed, meta, rows, num_sent)
-        assert num_sent == granted, "edges are limited that cannot be"
+        assert num_sent >= num_rows, "edges are limited that cannot be"
         if per_slot_input:
             rows = rows.flatten(0, 1)
         inputs = slots.shape[2] if per_slot_input else 1
-        meta, rows = _with_empty_rows(meta, rows, granted - slots.shape[1], inputs)
+        meta, rows = _with_empty_rows(meta, rows, num_sent - num_rows, inputs)
         messages = [RowMessage(r, (meta[i], rows)) for i, r in enumerate(self._ranks)]
-        return messages, tuple(Sent(rank, None, granted) for rank in self._ranks)
+        return messages, tuple(Sent(rank, None, num_sent) for rank in self._ranks)
 
     def _pick_needed(
         self, is_needed: Tensor, meta: Tensor, rows: Tensor, num_sent: int
@@ -443,8 +508,8 @@ def _with_empty_rows(
 ) -> tuple[Tensor, Tensor]:
     """``count`` rows without a request behind the others, with so many inputs each.
 
-    A request ended between the proposal and the header. meta [ranks, n, m], its slots -1 there;
-    rows [.., n * inputs, width].
+    A request ended between the proposal and the header, or a bucket is filled up. meta
+    [ranks, n, m], its slots -1 there; rows [.., n * inputs, width].
     """
     if not count:
         return meta, rows

@@ -1,16 +1,17 @@
 """Decode steps on a GPU as CUDA graphs: the host launches all kernels of a step at once.
 
 Launched one by one, the some hundred kernels of a step cost the host more than they cost the GPU. A
-graph is captured once for each of a few numbers of rows, its bucket, and replayed for every step
+step is captured once for each of a few numbers of rows, its bucket, and replayed for every step
 that fits; missing rows repeat nothing and write to a block of their own. What a step changes is at
-fixed addresses: its numbers come in one copy, and of the block tables what is new.
+fixed addresses: its numbers come in one copy, and of the block tables what is new. With experts on
+other workers a step is a graph for each piece between two exchanges (``StepGraph``).
 
-Source: "Getting started with CUDA graphs" (NVIDIA, 2019); buckets as in vLLM and SGLang.
+Source: buckets as in vLLM and SGLang.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +22,21 @@ from torch import Tensor
 
 from workers.dispatch.dispatcher import CapturableDispatcher, CapturedExchanges
 from workers.engine.batch import row_columns
+from workers.engine.buckets import bucket_of
 from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.attention import AttentionBatch, PagedRows
 from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
+from workers.model.step_graph import KeptSteps, StepGraph
 from workers.requests.step_header import StepHeader
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Rows of the graphs: at most half of them are padding. Reading the weights is the cost of a decode
-step, so padding is nearly free, and each graph takes some memory."""
 _TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _NUM_COLUMNS = range(8)
 
-Compute = Callable[[ModelInputs], tuple[Tensor, Sequence[Tensor]]]
-"""All layers of a model: hidden states [T, H], and by bank the chosen experts [T, k] int64."""
+Compute = Callable[[Sequence[ModelInputs]], tuple[Tensor, Sequence[Tensor]]]
+"""All layers of a model, for the rows of each micro-batch: hidden states [T, H] of all of them, and
+by bank the chosen experts [T, k] int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +50,17 @@ class DecodeOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
+class _CapturedStep:
+    """T: rows of all micro-batches, as many as the bucket has in each."""
+
     staging: NDArray[np.int64]
-    """[columns, bucket] in memory of the host that a copy may read later."""
+    """[columns, T] in memory of the host that a copy may read later."""
     numbers: Tensor
-    """[columns, bucket] int64 on the device."""
-    graph: Any
+    """[columns, T] int64 on the device."""
+    graph: StepGraph
     hidden: Tensor
     topk_ids: Tensor
-    """[sum of k over the banks, bucket] int64: the banks' transposed, one under the other."""
+    """[sum of k over the banks, T] int64: the banks' transposed, one under the other."""
     exchanges: CapturedExchanges
 
 
@@ -71,6 +74,8 @@ class DecodeGraphs:
         cache: where keys and values are; must be read in place.
         tables: the blocks of sequences.
         top_k: of each bank.
+        buckets: numbers of rows, ascending.
+        rank: of the attention worker.
     """
 
     def __init__(
@@ -81,69 +86,61 @@ class DecodeGraphs:
         cache: KVCache,
         tables: BlockTables,
         top_k: Sequence[int],
+        buckets: Sequence[int],
+        rank: int,
     ) -> None:
         assert cache.is_read_in_place, "block tables are read on the device"
         self._compute = compute
         self._model = model
         self._dispatcher = dispatcher
-        self._captured: Hashable = None
         self._cache = cache
         self._tables = tables
         self._top_k = list(top_k)
+        self._buckets = buckets
+        self._rank = rank
         self._device = cache.layers[0].device
-        self._graphs: dict[int, _Graph] = {}
-        self._pool: Any = None
+        self._kept = KeptSteps[_CapturedStep]()
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
         self._blocks: Tensor | None = None
         """[num_seats + 1, max_blocks] int32 on the device: the tables, while graphs are in use."""
 
     def can_run(self, header: StepHeader, num_rows: int) -> bool:
-        """Whether ``run`` takes a step of so many decode rows."""
-        return 0 < num_rows <= BUCKETS[-1] and self._dispatcher.can_capture(header)
+        """Whether ``run`` takes a step of so many decode rows of this rank."""
+        return num_rows > 0 and self._dispatcher.can_capture(header) and self._size(header) > 0
 
-    def drop_unusable(self) -> None:
-        """Give up the memory of all graphs if experts are on other workers now."""
-        if self._blocks is not None and not self._dispatcher.has_all_experts:
-            self._graphs.clear()
-            self._pool = self._blocks = None
-            self._tables.forget_changes()
+    def capture(self) -> None:
+        """Capture the steps of one micro-batch before there is any, with a ``LocalDispatcher``.
 
-    def capture(self, max_rows: int) -> None:
-        """Capture the graphs of up to so many rows; the others share the memory of the largest."""
-        self._check_state()
-        last = next((size for size in BUCKETS if size >= max_rows), BUCKETS[-1])
-        for size in reversed(BUCKETS[: BUCKETS.index(last) + 1]):
-            self._graph(size)
+        The others share the memory of the largest.
+        """
+        for size in reversed(self._buckets):
+            self._step(size, 1, None)
 
-    def run(self, planned: Sequence[PlannedRows]) -> DecodeOutput:
-        """Run decode rows, in a step that the dispatcher has begun."""
-        size = next(size for size in BUCKETS if size >= len(planned))
-        self._check_state()
+    def run(self, header: StepHeader, parts: Sequence[Sequence[PlannedRows]]) -> DecodeOutput:
+        """Run the decode rows of each micro-batch, in a step that the dispatcher has begun."""
         self._refresh_tables()
-        graph = self._graph(size)
-        self._fill(graph.staging, planned)
-        graph.numbers.copy_(torch.from_numpy(graph.staging), non_blocking=True)
-        graph.graph.replay()
-        graph.exchanges.replayed()
-        count = len(planned)
+        size = self._size(header)
+        step = self._step(size, len(parts), self._dispatcher.captured_shape(header))
+        for staging, part in zip(_split(step.staging, size), parts, strict=True):
+            self._fill(staging, part)
+        step.numbers.copy_(torch.from_numpy(step.staging), non_blocking=True)
+        step.graph.replay()
+        step.exchanges.replayed()
         # The next step overwrites them, and those of this one are counted later.
-        ids = torch.split(graph.topk_ids[:, :count].clone(), self._top_k)
-        return DecodeOutput(graph.hidden[:count], [own.t() for own in ids])
+        ids = _without_padding(step.topk_ids, size, parts).clone()
+        hidden = _without_padding(step.hidden.t(), size, parts).t()
+        return DecodeOutput(hidden, [own.t() for own in torch.split(ids, self._top_k)])
 
-    def _check_state(self) -> None:
-        """Drop the graphs of another state."""
-        state = self._model(), self._dispatcher.captured_state
-        if state != self._captured:
-            self._graphs.clear()
-            self._pool = None  # torch gives no memory to one whose graphs are all gone
-            self._captured = state
+    def _size(self, header: StepHeader) -> int:
+        """The bucket of a step; 0: it has more rows than any."""
+        return header.bucket or bucket_of(header.rows(self._rank, 0), self._buckets)
 
-    def _graph(self, size: int) -> _Graph:
-        graph = self._graphs.get(size)
-        if graph is None:
-            graph = self._graphs[size] = self._capture(size)
-        return graph
+    def _step(self, size: int, num_parts: int, shape: Hashable) -> _CapturedStep:
+        self._kept.enter((self._model(), self._dispatcher.captured_state))
+        return self._kept.get(
+            (size, num_parts, shape), lambda pool: self._capture(size, num_parts, pool)
+        )
 
     def _refresh_tables(self) -> Tensor:
         """The block tables on the device, as they are now."""
@@ -174,28 +171,30 @@ class DecodeGraphs:
         staging[_IS_ROW, :count] = 1
         staging[[_PROMPT_LENGTHS, _LENGTHS], count:] = 1
 
-    def _capture(self, size: int) -> _Graph:
-        """Capture the graph of a bucket, after a run that compiles and allocates."""
-        staging = torch.empty(_NUM_COLUMNS, size, dtype=torch.int64)
+    def _capture(self, size: int, num_parts: int, pool: Any) -> _CapturedStep:
+        """Capture a step, after one that compiles and allocates."""
+        memory = torch.empty(_NUM_COLUMNS, num_parts * size, dtype=torch.int64)
         if torch.cuda.is_available():
-            staging = staging.pin_memory()
-        columns: NDArray[np.int64] = staging.numpy()
-        self._fill(columns, ())
-        numbers = staging.to(self._device, non_blocking=True)
-        blocks = self._refresh_tables()
-        with self._dispatcher.capture(numbers[_IS_ROW]):
-            self._layers(numbers, blocks)
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        # Threads beside this one load experts and lend blocks meanwhile.
-        capturing = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-        with self._dispatcher.capture(numbers[_IS_ROW]) as exchanges, capturing:
-            hidden, topk_ids = self._layers(numbers, blocks)
-        return _Graph(columns, numbers, graph, hidden, topk_ids, exchanges)
+            memory = memory.pin_memory()
+        staging: NDArray[np.int64] = memory.numpy()
+        self._fill(staging, ())
+        numbers = memory.to(self._device, non_blocking=True)
+        blocks, is_row = self._refresh_tables(), numbers[_IS_ROW]
+        with self._dispatcher.capture(is_row, None):
+            self._layers(numbers, blocks, num_parts)
+        graph = StepGraph(self._device, pool)
+        with self._dispatcher.capture(is_row, graph) as exchanges, graph.capture():
+            hidden, topk_ids = self._layers(numbers, blocks, num_parts)
+        return _CapturedStep(staging, numbers, graph, hidden, topk_ids, exchanges)
 
-    def _layers(self, numbers: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """``hidden`` and ``topk_ids`` of a graph."""
+    def _layers(self, numbers: Tensor, blocks: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
+        """``hidden`` and ``topk_ids`` of a step."""
+        parts = torch.chunk(numbers, num_parts, dim=1)
+        hidden, ids = self._compute([self._inputs(part, blocks) for part in parts])
+        return hidden, torch.cat([own.t() for own in ids])
+
+    def _inputs(self, numbers: Tensor, blocks: Tensor) -> ModelInputs:
+        """Of one micro-batch: numbers [columns, bucket]."""
         size, device = numbers.shape[1], self._device
         tokens, positions, prompt_lengths, slots, seats, lengths, _ = numbers
         paged = PagedRows(
@@ -209,5 +208,16 @@ class DecodeGraphs:
         attention = AttentionBatch(
             slots, (), (), cache.workspaces, cache.compute_threads, paged=paged
         )
-        hidden, ids = self._compute(ModelInputs(tokens, positions, prompt_lengths, attention))
-        return hidden, torch.cat([own.t() for own in ids])
+        return ModelInputs(tokens, positions, prompt_lengths, attention)
+
+
+def _split(staging: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    """The columns of each micro-batch; they share the memory."""
+    for first in range(0, staging.shape[1], size):
+        yield staging[:, first : first + size]
+
+
+def _without_padding(columns: Tensor, size: int, parts: Sequence[Sequence[PlannedRows]]) -> Tensor:
+    """Of [.., T] the columns of rows with a request; ``size`` of each micro-batch."""
+    found = [columns[:, i * size : i * size + len(part)] for i, part in enumerate(parts)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)

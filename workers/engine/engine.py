@@ -20,6 +20,8 @@ from cluster.core.errors import RequestError
 from workers.dispatch.colocated import ColocatedDispatcher
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
+from workers.dispatch.remote import RemoteDispatcher
+from workers.engine.buckets import buckets_up_to
 from workers.engine.choices import open_choices
 from workers.engine.deadlines import Deadlines
 from workers.engine.decode_graphs import DecodeGraphs
@@ -142,25 +144,31 @@ class Engine:
         self._ended = dict.fromkeys(FinishReason, 0)
         self.load = LoadCounter(banks, self.cache.side)
         """Tokens by expert and copy, of committed steps."""
-        self.use(dispatcher)
+        self.runner.graphs = self._new_graphs(dispatcher)
 
     def use(self, dispatcher: TokenDispatcher) -> None:
         """Exchange rows through this dispatcher from now on; there must be no requests."""
         assert not self._requests
         self._scheduler.tables.forget_changes()
         self.runner.dispatcher = dispatcher
-        self.runner.graphs = None
-        if not self.cache.is_read_in_place:
-            return
-        if isinstance(dispatcher, LocalDispatcher | ColocatedDispatcher):
-            self.runner.graphs = DecodeGraphs(
-                self.runner.compute,
-                lambda: id(self.runner.model),
-                dispatcher,
-                self.cache,
-                self._scheduler.tables,
-                [bank.top_k for bank in self._banks],
-            )
+        self.runner.graphs = self._new_graphs(dispatcher)
+
+    def _new_graphs(self, dispatcher: TokenDispatcher) -> DecodeGraphs | None:
+        """Graphs over a dispatcher; None where steps cannot be captured."""
+        if self._section.enforce_eager or not self.cache.is_read_in_place:
+            return None
+        if not isinstance(dispatcher, LocalDispatcher | RemoteDispatcher | ColocatedDispatcher):
+            return None
+        return DecodeGraphs(
+            self.runner.compute,
+            lambda: id(self.runner.model),
+            dispatcher,
+            self.cache,
+            self._scheduler.tables,
+            [bank.top_k for bank in self._banks],
+            buckets_up_to(self._section.max_num_seqs),
+            self._rank,
+        )
 
     # Requests
 

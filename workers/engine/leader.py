@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
+from workers.engine.buckets import bucket_of
 from workers.engine.micro_batches import MicroBatchRule
 from workers.requests.step_header import WHOLE, Grant, StepHeader, StepProposal
 
@@ -23,6 +24,7 @@ def decide_header(
     oldest_epoch: int,
     max_prefill_rows: int,
     micro_batches: MicroBatchRule,
+    buckets: Sequence[int] = (),
     even_empty: bool = False,
 ) -> StepHeader | None:
     """The header of ``step``; None while there is nothing to run, unless ``even_empty``.
@@ -31,8 +33,8 @@ def decide_header(
     granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks; among the ranks that
     want some, the first to be served rotates with the step number, so none starves. The rule
     ``micro_batches`` applies to the granted rows. A proposal that must be alone gets the step for
-    itself; among several, the choice rotates in the same way. Rows on an edge are limited where no
-    rank has prefill rows (``limit_edges``).
+    itself; among several, the choice rotates in the same way. Where no rank has prefill rows, they
+    are filled up to one of ``buckets``, and rows on an edge are limited (``limit_edges``).
 
         4 ranks want 300 prefill rows each, cap 512, step 6: rank 2 gets 300, rank 3 gets 212
     """
@@ -68,7 +70,9 @@ def decide_header(
     )
     if has_prefill:
         return header
-    limit = limit_edges([(header.rows(rank, 0), proposals[rank].edge_share) for rank in order])
+    bucket = bucket_of(max(header.rows(rank, 0) for rank in order), buckets)
+    header = replace(header, bucket=bucket) if bucket else header
+    limit = limit_edges([(header.edge_rows(rank, 0), proposals[rank].edge_share) for rank in order])
     return replace(header, edge_limit=limit) if limit else header
 
 

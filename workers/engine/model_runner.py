@@ -95,7 +95,7 @@ class ModelRunner:
     advance_s: float = 0.1
     """Native layers report their progress after the one in which this time is over."""
     graphs: DecodeGraphs | None = None
-    """Run decode steps on a GPU whose experts are all here, over the dispatcher."""
+    """Run decode steps on a GPU, over the dispatcher."""
     _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
     _native_step: NativeStep | None = None
     """Made of the model and the layers in ``_known``."""
@@ -107,13 +107,12 @@ class ModelRunner:
         fewer rows than granted, or none.
         """
         self.first_dispatch = None
-        if self.graphs is not None:
-            self.graphs.drop_unusable()
         if self._fits_graph(header, plan):
             assert self.graphs is not None
             self.dispatcher.begin_step(header, ())
             self._begin_compute()
-            output = self.graphs.run(plan.rows)
+            halves = split_rows(plan.rows, header.rows(self.rank, 0))
+            output = self.graphs.run(header, halves[: header.num_micro_batches])
             order = list(range(len(plan.rows)))
             ids = [[Routed(own, None, len(order))] for own in output.topk_ids]
             return self._result(_Outputs([output.hidden]), plan, order, ids, {})
@@ -143,27 +142,30 @@ class ModelRunner:
         return self._result(outputs, plan, order, routed, captures)
 
     @torch.inference_mode()
-    def capture_graphs(self, max_rows: int) -> None:
-        """Capture what decode steps of up to so many rows replay, if that can be before a step."""
+    def capture_graphs(self) -> None:
+        """Capture what decode steps replay, if that can be before a step."""
         if self.graphs is not None and isinstance(self.dispatcher, LocalDispatcher):
-            self.graphs.capture(max_rows)
+            self.graphs.capture()
 
     def _fits_graph(self, header: StepHeader, plan: StepPlan) -> bool:
         """All rows are decodes, and nothing looks between the layers."""
         return (
             self.graphs is not None
             and self.graphs.can_run(header, len(plan.rows))
-            and header.num_micro_batches == 1
+            and header.rows(self.rank, header.num_micro_batches - 1) > 0
             and all(rows.is_decode for rows in plan.rows)
             and not any(rows.sequence.request.inspection for rows in plan.rows)
         )
 
-    def compute(self, inputs: ModelInputs) -> tuple[Tensor, list[Tensor]]:
-        """All layers for decode rows: hidden states [T, H], and by bank the experts [T, k]."""
+    def compute(self, inputs: Sequence[ModelInputs]) -> tuple[Tensor, list[Tensor]]:
+        """All layers for the decode rows of each micro-batch.
+
+        Hidden states [T, H] of all of them, and by bank the experts [T, k].
+        """
         routed: list[list[Routed]] = [[] for _ in self.banks]
-        flow = self.model.forward(inputs, self.cache.layers)
-        (hidden,) = self._drive([len(inputs.token_ids)], routed, [flow])
-        return hidden, [own.topk_ids for (own,) in routed]
+        flows = [self.model.forward(part, self.cache.layers) for part in inputs]
+        hidden = self._drive([len(part.token_ids) for part in inputs], routed, flows)
+        return _joined(hidden), [_joined([part.topk_ids for part in bank]) for bank in routed]
 
     def _run_whole(
         self, parts: Sequence[Sequence[PlannedRows]], routed: list[list[Routed]]

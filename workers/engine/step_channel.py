@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.core.errors import ProtocolError
@@ -54,13 +55,16 @@ class StepChannel:
         *,
         prefill_cap: PrefillCap,
         micro_batches: MicroBatchRule,
+        buckets: Sequence[int] = (),
     ) -> None:
         """The leader's policies: ``prefill_cap`` limits the prefill rows of a step over all ranks,
-        ``micro_batches`` decides on the split of a step.
+        ``micro_batches`` decides on the split of a step, and decode rows are filled up to one of
+        ``buckets``.
         """
         self._connections = connections
         self._prefill_cap = prefill_cap
         self._micro_batches = micro_batches
+        self._buckets = buckets
         self._known = _Ranks.of(connections.generation)
         self.highest_step = 0
         """Highest step of all headers received, in any generation."""
@@ -230,6 +234,7 @@ class StepChannel:
             oldest_epoch=self._oldest_epoch,
             max_prefill_rows=self._prefill_cap.rows(decode_rows, len(self._proposals)),
             micro_batches=self._micro_batches,
+            buckets=self._buckets,
             even_empty=even_empty or self._epoch != self._decided_epoch,
         )
         if header is None:

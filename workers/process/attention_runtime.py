@@ -121,7 +121,7 @@ class AttentionRuntime(WorkerRuntime):
         section = section_for_gpu(self.args, self.family, self.dtype, self.transport)
         engine = make_engine(dispatcher=self._dispatcher, section=section)
         if self.args.device.type == "cuda":
-            engine.runner.capture_graphs(section.max_num_seqs)
+            engine.runner.capture_graphs()
         self._lend_blocks(engine)
         assert self._stream is not None, "it is open before the weights are loaded"
         engine.runner.on_compute = self._stream.release

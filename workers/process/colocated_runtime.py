@@ -21,4 +21,4 @@ class ColocatedRuntime(AttentionRuntime):
         """Attention side and expert side over one transport."""
         transport = LoopbackTransport(self.transport, self.member.rank)
         server = self._load_experts(transport).server
-        return ColocatedDispatcher(self._remote_dispatcher(transport), server)
+        return ColocatedDispatcher(transport, self._remote_dispatcher(transport), server)

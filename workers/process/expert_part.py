@@ -90,6 +90,7 @@ class ExpertPart:
             device=args.device,
             activity=activity,
             timer=timer,
+            has_graphs=not args.config.engine.enforce_eager,
         )
         weights.start(ExpertLender(slots))
         sources: dict[str, OpenSource] = {CHECKPOINT: self._open_checkpoint, PEER: self._open_peer}

@@ -31,6 +31,7 @@ from cluster.core.frames import (
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
+from workers.engine.buckets import buckets_up_to
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
@@ -230,10 +231,12 @@ class WorkerRuntime(ABC):
         )
         self._cleanup.callback(connections.close)
         engine = self.config.engine
+        is_captured = self.args.device.type == "cuda" and not engine.enforce_eager
         self.channel = StepChannel(
             connections,
             prefill_cap=PrefillCap.of(engine),
             micro_batches=MicroBatchRule.of(engine, self.config.workers),
+            buckets=buckets_up_to(engine.max_num_seqs) if is_captured else (),
         )
         self.transport = self._open_transport()
         self._cleanup.callback(self.transport.close)

@@ -76,6 +76,9 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     edge_limit: Rows = 0
     """Where ``exact`` is False: rows of a micro-batch on an edge at most, needed ones first; 0: no
     limit."""
+    bucket: Rows = 0
+    """Where ``exact`` is False: a micro-batch with rows is filled up to so many on every rank, as
+    it is in captured steps; 0: it is not."""
     is_alone: bool = False
     """The step has rows of one request only."""
 
@@ -86,8 +89,10 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
             raise ValueError("grants must name at least one rank and be sorted by rank")
         if self.oldest_epoch > self.epoch:
             raise ValueError("oldest_epoch must not exceed epoch")
-        if self.exact and self.edge_limit:
-            raise ValueError("an exact step must have no edge_limit")
+        if self.exact and (self.edge_limit or self.bucket):
+            raise ValueError("an exact step must have no edge_limit and no bucket")
+        if self.bucket and any(self.rows(rank, 0) > self.bucket for rank in ranks):
+            raise ValueError("bucket must hold the rows of every rank")
 
     def grant(self, rank: int) -> Grant:
         """Rows of one attention rank; none for a rank that the header does not name."""
@@ -122,6 +127,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         """Rows of one micro-batch that an attention rank sends each expert rank; in an exact step,
         the most that it may send."""
         rows = self.rows(rank, micro_batch)
+        if rows and self.bucket:
+            rows = self.bucket
         return min(rows, self.edge_limit) if self.edge_limit else rows
 
 

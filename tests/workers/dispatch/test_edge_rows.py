@@ -113,6 +113,20 @@ def test_colocated_workers() -> None:
             assert found[0][0] == (limit != 2)
 
 
+@pytest.mark.parametrize("limit", [0, 9])
+def test_rows_are_filled_up_to_the_bucket(nccl: FakeNccl, limit: int) -> None:
+    with Mesh(2, 5, BANKS, transport="nccl") as mesh:
+        server = mesh["expert-3"].server
+        assert server is not None
+        for step, bucket in enumerate((12, 16), start=1):
+            before = server.num_bytes["combine"]
+            header = replace(make_header(ROWS, limit, step), bucket=bucket)
+            found = run(mesh, Work(BANKS, ROWS, header))
+            assert all(is_complete == is_right for is_complete, is_right in found)
+            rows = 2 * min(bucket, limit or bucket)
+            assert server.num_bytes["combine"] - before == rows * 4 * (16 + 24)
+
+
 def test_partial_sums_over_nccl_come_in_the_type_of_the_model(nccl: FakeNccl) -> None:
     with Mesh(1, 3, BANKS, transport="nccl", dtype=torch.bfloat16) as mesh:
         for step, limit in enumerate((0, 11), start=1):

@@ -9,13 +9,12 @@ import pytest
 from torch import Tensor
 
 from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
-from tests.reference.both_roles import generation_of, take_both_roles, whole_placement
+from tests.reference.both_roles import take_both_roles
 from tests.reference.goldens import golden_path
 from tests.reference.local_engine import LocalEngine
-from workers.engine import decode_graphs
+from workers.engine import engine
 from workers.experts.bank import ExpertBank
 from workers.requests.request import Request, SamplingParams, TokenOutput
-from workers.requests.step_header import Grant, StepHeader
 
 OLMOE = "olmoe-norm-gqa-clip"
 OTHERS = ["dots1-groups", "jetmoe-tied"]
@@ -52,7 +51,7 @@ class GpuRun:
         self,
         variant: str,
         log: DeviceLog,
-        prepare: Callable[[LocalEngine], object] = lambda engine: None,
+        prepare: Callable[[LocalEngine], object] = lambda _: None,
     ) -> None:
         self.engine = LocalEngine(
             golden_path(variant, variant.split("-")[0]), dtype="float32", device=DEVICE
@@ -90,7 +89,7 @@ def test_tokens_are_those_of_a_cpu_and_a_decode_step_waits_once(variant: str) ->
 
 def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = on_cpu(OLMOE)
-    monkeypatch.setattr(decode_graphs, "BUCKETS", (0,))
+    monkeypatch.setattr(engine, "buckets_up_to", lambda most: ())
     with pretend_gpu() as log:
         run = GpuRun(OLMOE, log)
     assert run.tokens == expected
@@ -109,46 +108,26 @@ def test_with_both_roles_a_decode_step_is_a_graph_and_waits_once() -> None:
     assert max(sum(step.launches.values()) for step in run.decodes[1:]) <= 130
 
 
-@pytest.mark.parametrize("buckets", [(3,), (8,), (0,)], ids=["graphs", "padding", "no graphs"])
+@pytest.mark.parametrize("buckets", [(3,), (8,), ()], ids=["graphs", "padding", "no graphs"])
 def test_experts_count_what_they_computed(
     monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, ...]
 ) -> None:
     """Each replay of a graph as a step, without rows of padding, and its capture not at all."""
-    monkeypatch.setattr(decode_graphs, "BUCKETS", buckets)
+    monkeypatch.setattr(engine, "buckets_up_to", lambda most: buckets)
     dispatchers = []
     with pretend_gpu() as log:
-        run = GpuRun(OLMOE, log, lambda engine: dispatchers.append(take_both_roles(engine)))
-    assert {step.launches["graph"] for step in run.decodes} == {int(buckets != (0,))}
-    assert {sum(step.waits.values()) for step in run.decodes} == {1 if buckets != (0,) else 2}
+        run = GpuRun(OLMOE, log, lambda own: dispatchers.append(take_both_roles(own)))
+    assert {step.launches["graph"] for step in run.decodes} == {len(buckets)}
+    assert {sum(step.waits.values()) for step in run.decodes} == {1 if buckets else 2}
     config, banks = run.engine.config, run.engine.banks
     num_rows = sum(map(len, PROMPTS)) + len(PROMPTS) * (GREEDY.max_tokens - 1)
     num_pairs = num_rows * sum(bank.top_k for bank in banks)
     stats = dispatchers[0]._server.stats()
     assert stats["expert_worker_tokens_total"] == num_pairs
     num_decodes = GREEDY.max_tokens - 1
-    num_rows += num_decodes * (max(buckets[0], len(PROMPTS)) - len(PROMPTS))
+    num_rows += num_decodes * (max((len(PROMPTS), *buckets)) - len(PROMPTS))
     sums = num_rows * len(banks) * config.hidden_size * 4
     assert stats['dispatch_bytes_total{direction="combine"}'] == sums
-
-
-def test_graphs_are_dropped_while_there_is_another_worker() -> None:
-    with pretend_gpu() as log:
-        run = GpuRun(OLMOE, log, take_both_roles)
-        runner = run.engine.engine.runner
-        dispatcher, graphs = runner.dispatcher, runner.graphs
-        placement = whole_placement(run.engine.banks)
-        assert graphs is not None
-        assert graphs._graphs
-        header = StepHeader(generation=1, step=99, epoch=1, oldest_epoch=1, grants=((0, Grant()),))
-        dispatcher.set_placement(placement, generation_of(2))
-        assert not graphs.can_run(header, 3)
-        graphs.drop_unusable()
-        assert not graphs._graphs
-        assert runner.tables._changes is None
-        dispatcher.set_placement(placement, generation_of(1))
-        again = run.engine.run(requests())
-    assert graphs._graphs
-    assert tokens(again) == run.tokens
 
 
 def test_steps_that_are_measured_are_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -31,7 +32,9 @@ def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal
     }
 
 
-def decide(known: dict[int, StepProposal], *, step: int = 5, cap: int = 512) -> StepHeader | None:
+def decide(
+    known: dict[int, StepProposal], *, step: int = 5, cap: int = 512, buckets: Sequence[int] = ()
+) -> StepHeader | None:
     """The policy with usual values."""
     return decide_header(
         known,
@@ -41,6 +44,7 @@ def decide(known: dict[int, StepProposal], *, step: int = 5, cap: int = 512) -> 
         oldest_epoch=6,
         max_prefill_rows=cap,
         micro_batches=MicroBatchRule(setting="auto", decode_threshold=4, prefill_threshold=8),
+        buckets=buckets,
     )
 
 
@@ -254,3 +258,26 @@ def test_edges_are_limited_in_steps_without_prompts() -> None:
     header = decide(known)
     assert header is not None
     assert (header.exact, header.edge_limit) == (True, 0)
+
+
+def test_decodes_of_all_ranks_are_filled_up_to_one_bucket() -> None:
+    buckets = (1, 4, 16)
+    header = decide(proposals((3, 0), (1, 0), (0, 0)), buckets=buckets)
+    assert header is not None
+    assert header.bucket == 4
+    assert [header.edge_rows(rank, 0) for rank in range(3)] == [4, 4, 0]
+    header = decide(proposals((22, 0), (1, 0)), buckets=buckets)
+    assert header is not None
+    assert (header.num_micro_batches, header.bucket) == (2, 16)
+    for other in (proposals((3, 1)), proposals((40, 0))):
+        header = decide(other, buckets=buckets)
+        assert header is not None
+        assert header.bucket == 0
+
+
+def test_edges_are_limited_as_rows_are_filled_up() -> None:
+    known = {0: replace(proposals((70, 0))[0], edge_share=250)}
+    header = decide(known, buckets=(96,))
+    assert header is not None
+    assert (header.bucket, header.edge_limit) == (96, 40)  # 24 rows, and 10
+    assert decide(known, buckets=()) != header

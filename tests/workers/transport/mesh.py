@@ -261,7 +261,7 @@ class Mesh:
         else:
             both = LoopbackTransport(transport, rank)
             server = self._expert_side(both, rank)
-            worker.dispatcher = ColocatedDispatcher(self._home_side(both, rank), server)
+            worker.dispatcher = ColocatedDispatcher(both, self._home_side(both, rank), server)
         member = Member(
             name=name,
             role=role,

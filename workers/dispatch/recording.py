@@ -1,0 +1,110 @@
+"""The messages of a captured step: each replay sends and receives them at the same places.
+
+Tensors are at fixed addresses. What is sent is read there, and what is received is copied there, so
+that the pieces of the step before and behind may be CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from workers.metrics.activity import Activity
+from workers.model.step_graph import StepGraph
+from workers.requests.step_header import StepHeader
+from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
+
+
+class RecordingTransport:
+    """``DataTransport`` that records a step. Nothing is sent, and zeros are received."""
+
+    def __init__(
+        self, live: DataTransport, device: torch.device, activity: Activity, graph: StepGraph | None
+    ) -> None:
+        """Replays of ``graph`` use the ``live`` transport; None: the step is only computed."""
+        self.sums_are_rounded = live.sums_are_rounded
+        self.apply_generation = live.apply_generation
+        self.close = live.close
+        self._live = live
+        self._device = device
+        self._activity = activity
+        self._graph = graph
+
+    def begin_step(self, header: StepHeader) -> None:
+        """A replay follows one of the live transport."""
+
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
+        """See ``DataTransport``."""
+        assert not sized, "captured messages have known sizes"
+
+        def send() -> None:
+            with self._activity:
+                self._live.post(tag, messages, sized=False)
+
+        if self._graph is not None:
+            self._graph.between(send)
+
+    def receive(
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+    ) -> list[tuple[Tensor, ...]]:
+        """See ``DataTransport``."""
+        assert not sized, "captured messages have known sizes"
+        assert not is_read, "the host reads nothing within a captured step"
+        places = [
+            tuple(
+                torch.zeros(count, part.width, dtype=part.dtype, device=self._device)
+                for part, count in zip(item.parts, item.counts, strict=True)
+            )
+            for item in expected
+        ]
+
+        def receive() -> None:
+            with self._activity:
+                found = self._live.receive(tag, expected, sized=False, is_read=False)
+            for place, parts in zip(places, found, strict=True):
+                for tensor, part in zip(place, parts, strict=True):
+                    tensor.copy_(part, non_blocking=True)
+
+        if self._graph is not None:
+            self._graph.between(receive)
+        return places
+
+    def finish_step(self) -> None:
+        """Nothing is under way."""
+
+    def direct(self, ranks: Sequence[int]) -> None:
+        """Native code takes no part."""
+
+    def reject(self, rank: int, reason: str) -> NoReturn:
+        """See ``DataTransport``."""
+        self._live.reject(rank, reason)
+
+
+class FixedTables:
+    """Tables at fixed addresses, where captured steps read those of the epoch that runs."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        """Changes when the tables are in other memory, which means other sizes."""
+        self._fixed: list[Tensor] = []
+        self._shown: Sequence[Tensor] = ()
+
+    def show(self, tables: Sequence[Tensor]) -> list[Tensor]:
+        """The contents of ``tables`` from now on, in the order of the stream."""
+        if len(tables) == len(self._shown) and all(map(_is_same, tables, self._shown)):
+            return self._fixed
+        self._shown = tables
+        if [t.shape for t in tables] == [t.shape for t in self._fixed]:
+            for fixed, table in zip(self._fixed, tables, strict=True):
+                fixed.copy_(table)
+        else:
+            self._fixed = [table.clone() for table in tables]
+            self.version += 1
+        return self._fixed
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one is other
