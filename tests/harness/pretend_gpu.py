@@ -56,6 +56,8 @@ class DeviceLog:
     """By operator: how often the host waited for the device."""
     launches: Counter[str] = field(default_factory=Counter)
     """By operator: kernels and copies."""
+    forms: set[tuple[object, ...]] = field(default_factory=set)
+    """What of the launched Triton kernels is compiled apart: name, types, numbers compiled in."""
 
     def clear(self) -> None:
         self.waits.clear()
@@ -217,6 +219,8 @@ class _PretendMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def launch(self, kernel: Any, run: Callable[..., None], args: Any, kwargs: Any) -> None:
         """Launch a kernel of Triton in its interpreter."""
         given, named = tree_map(_values, args), tree_map(_values, kwargs)
+        types = tuple(value.dtype for value in args if isinstance(value, Tensor))
+        self.log.forms.add((kernel.fn.__name__, types, *sorted(kwargs.items())))
 
         def again() -> None:
             with _disable_current_modes():

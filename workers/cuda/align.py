@@ -7,6 +7,7 @@ so nothing waits for the device, and a CUDA graph can hold it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -67,7 +68,7 @@ def align(slots: Tensor, num_slots: int, height: int) -> Blocks:
     return Blocks(order, table, height)
 
 
-@jit
+@partial(jit, any_alignment=["slots"])
 def _align(
     slots: tl.pointer_type,
     order: tl.pointer_type,

@@ -9,6 +9,8 @@ Source: "Flash-Decoding for long-context inference" (Dao et al., 2023).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -85,7 +87,7 @@ def decode(
         )
 
 
-@jit
+@partial(jit, any_alignment=["tables", "lengths"])
 def _decode(
     queries: tl.pointer_type,
     cache: tl.pointer_type,

@@ -9,6 +9,7 @@ roundings: gate and up, their product, a pair's output and, if asked, its produc
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -147,7 +148,7 @@ def _launch(
     return out
 
 
-@jit
+@partial(jit, any_alignment=["slots", "sources"])
 def _gate_up(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,
@@ -195,7 +196,7 @@ def _gate_up(
     _store(out, product, pairs, has_pair, columns, WIDTH)
 
 
-@jit
+@partial(jit, any_alignment=["slots", "sources"])
 def _multiply(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,
@@ -349,7 +350,7 @@ def _store(
     tl.store(address, values, mask=has_pair[:, None] & (columns < WIDTH)[None, :])
 
 
-@jit
+@partial(jit, any_alignment=["slots", "weights"])
 def _sum_rows(
     outputs: tl.pointer_type,
     slots: tl.pointer_type,

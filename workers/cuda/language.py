@@ -7,7 +7,7 @@ numbers, and numbers that are compiled in (``tl.constexpr``). What it computes w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
@@ -19,9 +19,17 @@ MIN_DOT = 16
 """Least side of a tile that tensor cores multiply."""
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` for type checkers: a kernel is launched as ``kernel[grid](..)``."""
-    return triton.jit(function)
+def jit(function: Callable[..., Any], any_alignment: Sequence[str] = ()) -> Any:
+    """``triton.jit`` for type checkers: a kernel is launched as ``kernel[grid](..)``.
+
+    Numbers have no forms of their own for 1 and multiples of 16, nor do the addresses named by
+    ``any_alignment``: a form that serving would meet first would be compiled in a step.
+    """
+    kinds = function.__annotations__
+    numbers = [name for name, kind in kinds.items() if kind == "tl.tensor" and name != "return"]
+    return triton.jit(
+        function, do_not_specialize=numbers, do_not_specialize_on_alignment=list(any_alignment)
+    )
 
 
 def power_of_two(number: int) -> int:

@@ -8,6 +8,8 @@ Source: "FlashAttention-2" (Dao, 2023), whose tiles of keys are blocks of the ca
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,7 +67,7 @@ def prefill(
     )
 
 
-@jit
+@partial(jit, any_alignment=["tables", "lengths", "first_rows"])
 def _prefill(
     queries: tl.pointer_type,
     cache: tl.pointer_type,

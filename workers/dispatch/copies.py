@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ def mix64(values: Tensor) -> Tensor:
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class ChosenCopies(NamedTuple):
+    """The copies that serve the pairs of prompt rows."""
+
+    places: Tensor
+    """[T, k] int64: place of the copy among its expert's."""
+    num_copies: int
+    """Places are below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +109,12 @@ class CopyTables:
 
     def choose(
         self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ChosenCopies]:
         """The copies that serve a batch's pairs: their slots, and their places.
 
         topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. Slots [ranks, T, k] int32: on
-        that rank, -1 where the pair is not for it. Places [T, k] int64: that of the copy among its
-        expert's, for prefill rows only. Without prefill rows, or where ``has_choice`` is False, the
-        slots are ``decode_slots[:, topk_ids]``.
+        that rank, -1 where the pair is not for it. Places are those of prefill rows only. Without
+        prefill rows, or where ``has_choice`` is False, the slots are ``decode_slots[:, topk_ids]``.
         """
         fixed = self.decode_slots[:, topk_ids]
         share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)
@@ -115,7 +123,8 @@ class CopyTables:
         slot = self.copy_slot[topk_ids, copy]
         ranks = torch.arange(len(fixed), dtype=torch.int32, device=fixed.device)
         chosen = torch.where(rank == ranks.view(-1, 1, 1), slot, -1)
-        return torch.where(is_prefill.view(1, -1, 1), chosen, fixed), copy
+        slots = torch.where(is_prefill.view(1, -1, 1), chosen, fixed)
+        return slots, ChosenCopies(copy, self.copy_rank.shape[1])
 
 
 class EpochTables(Generic[Tables]):

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
+from workers.dispatch.copies import ChosenCopies
 from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
@@ -53,8 +54,8 @@ class DispatchHandle:
     micro_batch: int
     num_rows: int
     """Rows [T] that were dispatched."""
-    copies: Tensor | None
-    """[T, k] int64: place of the copy that serves a prefill row; None: experts have one copy."""
+    copies: ChosenCopies | None
+    """The copies that serve prefill rows; None: experts have one copy."""
 
 
 class TokenDispatcher(Protocol):
@@ -111,6 +112,7 @@ class CapturedExchanges(Protocol):
         """The step was replayed; ``finish_step`` follows."""
 
 
+@runtime_checkable
 class CapturableDispatcher(TokenDispatcher, Protocol):
     """A ``TokenDispatcher`` whose steps of decodes can be captured."""
 

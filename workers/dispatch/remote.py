@@ -27,7 +27,7 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
-from workers.dispatch.copies import CopyTables, EpochTables
+from workers.dispatch.copies import ChosenCopies, CopyTables, EpochTables
 from workers.dispatch.dispatcher import (
     BatchRows,
     CapturedExchanges,
@@ -253,7 +253,7 @@ class RemoteDispatcher(TimedDispatcher):
         num_rows = sent.topk_ids.shape[0]
         assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
         by_rank: tuple[Sent, ...] = ()
-        copies: Tensor | None = None
+        copies: ChosenCopies | None = None
         native = self._dispatch_natively(bank, sent, micro_batch) if num_rows == granted else None
         if granted and native is None:
             exchange, is_exact = bank.exchanges[sent.exchange], self._header.exact
@@ -356,7 +356,7 @@ class RemoteDispatcher(TimedDispatcher):
 
     def _choose(
         self, sent: Dispatch, micro_batch: int, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ChosenCopies | None]:
         """[ranks, T, k] int32 slots, with weights [ranks, T, 2k]; see ``CopyTables.choose``."""
         assert self._header is not None, "begin_step comes first"
         tables = self._tables[sent.bank]

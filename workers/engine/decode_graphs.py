@@ -110,9 +110,9 @@ class DecodeGraphs:
         return num_rows > 0 and self._dispatcher.can_capture(header) and self._size(header) > 0
 
     def capture(self) -> None:
-        """Capture the steps of one micro-batch before there is any, with a ``LocalDispatcher``.
+        """Capture the steps of one micro-batch before there is any.
 
-        The others share the memory of the largest.
+        The dispatcher must not ask for one. The others share the memory of the largest.
         """
         for size in reversed(self._buckets):
             self._step(size, 1, None)

@@ -17,10 +17,7 @@ import torch
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import kv_vector_bytes
 from cluster.core.errors import RequestError
-from workers.dispatch.colocated import ColocatedDispatcher
-from workers.dispatch.dispatcher import TokenDispatcher
-from workers.dispatch.local import LocalDispatcher
-from workers.dispatch.remote import RemoteDispatcher
+from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
 from workers.engine.buckets import buckets_up_to
 from workers.engine.choices import open_choices
 from workers.engine.deadlines import Deadlines
@@ -157,7 +154,7 @@ class Engine:
         """Graphs over a dispatcher; None where steps cannot be captured."""
         if self._section.enforce_eager or not self.cache.is_read_in_place:
             return None
-        if not isinstance(dispatcher, LocalDispatcher | RemoteDispatcher | ColocatedDispatcher):
+        if not isinstance(dispatcher, CapturableDispatcher):
             return None
         return DecodeGraphs(
             self.runner.compute,

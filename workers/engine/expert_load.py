@@ -1,30 +1,35 @@
 """Expert load of an attention rank: what its routers chose in committed steps.
 
 A step only leaves its tensors here. They are counted in bulk, many steps in one operation for each
-bank, mostly by the thread that reports them, so the step itself spends almost no time on them.
-Padding is never counted, as routers do not see it, nor is a step that failed.
+bank, mostly by the thread that reports them, so the step itself spends almost no time on them. On a
+GPU the counts stay on the device until they are reported, and no step waits for them. Padding is
+never counted, as routers do not see it, nor is a step that failed.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.core.load_report import BankCounts, Counts, LoadReport, sum_by_copy
+from cluster.core.load_report import BankCounts, LoadReport, sum_by_copy
+from workers.dispatch.copies import ChosenCopies
 from workers.model.config import BankSpec
+from workers.model.host_copies import to_host
 from workers.model.side_stream import SideStream
 
 _MAX_STEPS = 256
-"""Pending steps from which on the data thread counts."""
+"""Steps from which on the data thread makes them counts."""
 _MAX_ROWS = 4096
-"""Pending rows from which on the data thread counts: 12 MB with 61 layers of top-6."""
+"""Rows from which on it does: 12 MB with 61 layers of top-6."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +38,8 @@ class Routed:
 
     topk_ids: Tensor
     """[rows, top_k] int64, never changed later."""
-    copies: Tensor | None
-    """[rows, top_k] int64: which copy of its expert serves a prompt row; None: the first."""
+    copies: ChosenCopies | None
+    """Which copy of its expert serves a prompt row; None: the first."""
     num_decodes: int
 
 
@@ -47,14 +52,26 @@ class _Step:
     routed: Sequence[Sequence[Routed]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Steps of an epoch, counted on their device."""
+
+    epoch: int
+    num_rows: int
+    decode: Sequence[Tensor]
+    """By bank: [experts] int64."""
+    prefill: Sequence[Tensor]
+    """By bank: [experts, copies] int64."""
+
+
 class LoadCounter:
     """Tokens by expert and copy. ``add`` belongs to the data thread; any thread may read."""
 
     def __init__(self, banks: Sequence[BankSpec], side: SideStream) -> None:
         self._banks = tuple(banks)
         self._side = side
-        self._pending: deque[_Step] = deque()
-        self._pending_rows = 0
+        self._pending: deque[_Step | _Counts] = deque()
+        self._num_steps = self._num_rows = 0
         self._lock = threading.Lock()
         self._counts = [BankCounts.zeros(b.num_experts) for b in banks]
         self._epoch = 0
@@ -64,18 +81,24 @@ class LoadCounter:
         """A step of an epoch is committed; ``routed`` is [bank][micro-batch]."""
         self._side.note_steps()
         self._pending.append(_Step(epoch, num_rows, routed))
-        self._pending_rows += num_rows
-        if len(self._pending) >= _MAX_STEPS or self._pending_rows >= _MAX_ROWS:
-            self.flush()
+        self._num_steps += 1
+        self._num_rows += num_rows
+        if self._num_steps >= _MAX_STEPS or self._num_rows >= _MAX_ROWS:
+            self._num_steps = self._num_rows = 0
+            counts = self._fold(self._take())
+            self._side.note_steps()
+            self._pending += counts
 
     def flush(self) -> None:
         """Count what was added so far."""
         with self._lock, self._side.work():
-            self._pending_rows = 0
-            steps = [self._pending.popleft() for _ in range(len(self._pending))]
+            found = self._take()
             self._side.follow_noted()
-            for epoch, group in groupby(steps, key=lambda step: step.epoch):
-                self._count(epoch, tuple(group))
+            folded = self._fold(found)
+            tensors = [own for counts in folded for own in (*counts.decode, *counts.prefill)]
+            arrays = iter(to_host(tensors) if tensors else ())
+            for counts in folded:
+                self._count(counts, arrays)
 
     def report(self) -> LoadReport:
         """All counts at this moment."""
@@ -88,9 +111,42 @@ class LoadCounter:
                 banks={(spec.bank, spec.layer): counts for spec, counts in banks},
             )
 
-    def _count(self, epoch: int, steps: Sequence[_Step]) -> None:
-        if epoch > self._epoch:
-            self._epoch = epoch
+    def _take(self) -> list[_Step | _Counts]:
+        """What is there; another thread may take, too."""
+        found = []
+        with suppress(IndexError):
+            while True:
+                found.append(self._pending.popleft())
+        return found
+
+    def _fold(self, found: Sequence[_Step | _Counts]) -> list[_Counts]:
+        """Make steps counts, without a wait; what is counted already stays as it is."""
+        folded: list[_Counts] = []
+        for (is_step, epoch), group in groupby(found, lambda x: (isinstance(x, _Step), x.epoch)):
+            members = tuple(group)
+            steps = [member for member in members if isinstance(member, _Step)]
+            if not is_step:
+                folded += [member for member in members if isinstance(member, _Counts)]
+                continue
+            routed = [
+                [part for step in steps for part in step.routed[bank]]
+                for bank in range(len(self._banks))
+            ]
+            sizes = [spec.num_experts for spec in self._banks]
+            folded.append(
+                _Counts(
+                    epoch,
+                    sum(step.num_rows for step in steps),
+                    [_tally_decodes(*own) for own in zip(routed, sizes, strict=True)],
+                    [_tally_copies(*own) for own in zip(routed, sizes, strict=True)],
+                )
+            )
+        return folded
+
+    def _count(self, counts: _Counts, arrays: Iterator[NDArray[np.int64]]) -> None:
+        """``arrays``: its tensors on the host, and those that follow."""
+        if counts.epoch > self._epoch:
+            self._epoch = counts.epoch
             self._counts = [
                 BankCounts(
                     prefill=old.prefill,
@@ -100,12 +156,11 @@ class LoadCounter:
                 )
                 for old in self._counts
             ]
-        self._rows += sum(step.num_rows for step in steps)
-        for bank, old in enumerate(self._counts):
-            routed = [part for step in steps for part in step.routed[bank]]
-            decodes = (r.topk_ids[: r.num_decodes] for r in routed if r.num_decodes)
-            decode = _tally(decodes, old.num_experts)
-            prefill = _tally_copies(routed, old.num_experts)
+        self._rows += counts.num_rows
+        decodes = [next(arrays) for _ in counts.decode]
+        prefills = [next(arrays) for _ in counts.prefill]
+        each = zip(self._counts, decodes, prefills, strict=True)
+        for bank, (old, decode, prefill) in enumerate(tuple(each)):
             # New arrays: reports keep the old ones.
             self._counts[bank] = BankCounts(
                 prefill=old.prefill + prefill.sum(1),
@@ -115,27 +170,32 @@ class LoadCounter:
             )
 
 
-def _tally_copies(routed: Sequence[Routed], num_experts: int) -> Counts:
-    """[num_experts, copies] prompt rows."""
-    prompts = [r for r in routed if r.num_decodes < len(r.topk_ids)]
-    if not prompts:
-        return np.zeros((num_experts, 1), dtype=np.int64)
-    highest = (int(r.copies[r.num_decodes :].max()) for r in prompts if r.copies is not None)
-    most = 1 + max(highest, default=0)
-    keys = (_prompt_keys(r, most) for r in prompts)
-    return _tally(keys, num_experts * most).reshape(num_experts, most)
+def _tally_decodes(routed: Sequence[Routed], num_experts: int) -> Tensor:
+    """[num_experts] int64 pairs of decode rows."""
+    return _tally([r.topk_ids[: r.num_decodes] for r in routed], num_experts)
+
+
+def _tally_copies(routed: Sequence[Routed], num_experts: int) -> Tensor:
+    """[num_experts, copies] int64 pairs of prompt rows."""
+    most = max((r.copies.num_copies for r in routed if r.copies is not None), default=1)
+    keys = [_prompt_keys(r, most) for r in routed]
+    return _tally(keys, num_experts * most).view(num_experts, most)
 
 
 def _prompt_keys(routed: Routed, num_copies: int) -> Tensor:
     """Expert times ``num_copies`` plus copy, of the prompt rows' pairs."""
     experts = routed.topk_ids[routed.num_decodes :] * num_copies
-    return experts if routed.copies is None else experts + routed.copies[routed.num_decodes :]
+    if routed.copies is None:
+        return experts
+    return experts + routed.copies.places[routed.num_decodes :]
 
 
-def _tally(parts: Iterable[Tensor], size: int) -> Counts:
-    """How often each number below ``size`` is in the tensors."""
-    found = list(parts)
-    if not found:
-        return np.zeros(size, dtype=np.int64)
-    joined = torch.cat(found).flatten().cpu().numpy()  # device-to-host sync
-    return np.bincount(joined, minlength=size).astype(np.int64)
+def _tally(parts: Sequence[Tensor], size: int) -> Tensor:
+    """[size] int64: how often each number is in the tensors."""
+    if not parts:
+        return torch.zeros(size, dtype=torch.int64)
+    joined = torch.cat([part.flatten() for part in parts])
+    if joined.is_cpu:
+        return torch.bincount(joined, minlength=size)
+    # Not ``bincount``, which waits for the device.
+    return joined.new_zeros(size).index_add_(0, joined, torch.ones_like(joined))

@@ -7,6 +7,8 @@ it only the form that keeps all scores in memory.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -44,6 +46,36 @@ def attend_in_place(
         assert batch.paged is not None
         _attend_paged(queries, keys, values, cache, batch.paged, out)
     return out.view(len(out), -1)
+
+
+def warm_kernels(cache: Tensor, num_heads: int, windows: Collection[int], max_length: int) -> None:
+    """Compile every form of the kernels: with splits for sequences of up to ``max_length`` tokens.
+
+    cache [2 * K, num_blocks, block_size, D] in the type of the queries; it is not written.
+    """
+    from workers.cuda.decode_attention import decode, num_splits
+    from workers.cuda.prefill_attention import prefill
+
+    queries = cache.new_zeros(1, num_heads, cache.shape[3])
+    out, blocks = torch.empty_like(queries), torch.zeros(2, dtype=torch.int32, device=cache.device)
+    tables, lengths = blocks[:1].view(1, 1), torch.ones_like(blocks[:1])
+    first_rows = torch.arange(2, dtype=torch.int32, device=cache.device)
+    most = num_splits(1, cache.shape[0] // 2, max_length)
+    for window in {None, *sorted(windows)[:1]}:
+        for power in range(most.bit_length()):
+            decode(queries, cache, tables, lengths, window, out, splits=1 << power)
+        for skips_whole in (False, True):
+            prefill(
+                queries,
+                cache,
+                tables,
+                lengths,
+                first_rows,
+                1,
+                window,
+                out,
+                skips_whole=skips_whole,
+            )
 
 
 def _attend_paged(

@@ -2,12 +2,14 @@
 
 The first step of each kind is slow on a GPU: kernels are loaded or compiled, libraries take their
 memory. In a generation that would look like a dead worker. So each role computes here what its
-steps compute, without the other workers: attention with experts that return zeros.
+steps compute, without the other workers: attention with experts that return zeros. What is compiled
+for a size, or for a way to divide the work, is compiled for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,6 +19,7 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.dispatcher import (
     BatchRows,
+    CapturedExchanges,
     DispatchHandle,
     TimedDispatcher,
     TokenDispatcher,
@@ -25,9 +28,11 @@ from workers.dispatch.local import LocalHandle
 from workers.engine.engine import Engine
 from workers.experts.bank import ExpertBank
 from workers.experts.slots import ExpertSlots
+from workers.model.attention_cuda import warm_kernels
 from workers.model.config import BankSpec
 from workers.model.families.base import Family
 from workers.model.layers import Dispatch
+from workers.model.step_graph import StepGraph
 from workers.process.gpu_room import block_bytes
 from workers.process.worker_args import WorkerArgs
 from workers.requests.request import Request, SamplingParams
@@ -57,6 +62,29 @@ class BlankDispatcher(TimedDispatcher):
     def finish_step(self) -> None:
         """Nothing is sent."""
 
+    # ``CapturableDispatcher``
+
+    def can_capture(self, header: StepHeader) -> bool:
+        """Nothing is in the way."""
+        return True
+
+    @property
+    def captured_state(self) -> Hashable:
+        """There is none."""
+        return None
+
+    def captured_shape(self, header: StepHeader) -> Hashable:
+        """There are no others."""
+        return None
+
+    @contextmanager
+    def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
+        """Zeros need no exchange."""
+        yield self
+
+    def replayed(self) -> None:
+        """See ``CapturedExchanges``."""
+
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
         exchange, (num_rows, top_k) = bank.exchanges[sent.exchange], sent.topk_ids.shape
         slots = () if exchange.weighted else (top_k,)
@@ -75,7 +103,8 @@ def warm_attention(
     make_engine: MakeEngine,
     dispatcher: TokenDispatcher,
 ) -> None:
-    """The largest step of prompts, decodes of as many sequences as there may be, and of one.
+    """The largest step of prompts, decodes of as many sequences as there may be, and of one; every
+    captured step, and every form of the attention kernels.
 
     Only on a GPU. ``dispatcher`` is used where it needs no other worker. The engine's memory is
     free again at the end, for the KV of the one that serves.
@@ -98,6 +127,14 @@ def warm_attention(
     engine = make_engine(section=own, dispatcher=experts)
     _run(engine, [_request(i, length) for i in range(most)])
     _run(engine, [_request(0, 1)])
+    runner = engine.runner
+    if isinstance(experts, BlankDispatcher) and runner.graphs is not None:
+        with torch.inference_mode():
+            runner.graphs.capture()
+    config, size = family.config, section.block_size_tokens
+    shape = (2 * config.num_kv_heads, 1, size, config.head_dim)
+    cache = torch.zeros(shape, dtype=dtype, device=runner.model.device)
+    warm_kernels(cache, config.num_heads, runner.model.windows, engine.max_model_len)
 
 
 def _request(number: int, length: int) -> Request:
@@ -128,15 +165,18 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
 
 
 def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -> None:
-    """Every exchange of every bank, for one row and for a worker's largest step. Only on a GPU.
+    """Every exchange of every bank, for one row, for twice as many as long as that is less than a
+    worker's largest step, and for that. Only on a GPU.
 
-    ``sums_are_rounded``: see ``DataTransport``.
+    So each height of a block of rows is met, as they double, too. ``sums_are_rounded``: see
+    ``DataTransport``.
     """
     if args.device.type != "cuda":
         return
     with torch.inference_mode():
         for bank in slots.banks:
-            for rows in (1, args.config.engine.max_num_batched_tokens):
+            most = args.config.engine.max_num_batched_tokens
+            for rows in (*(1 << i for i in range((most - 1).bit_length())), most):
                 _compute(bank, rows, bank.dtype if sums_are_rounded else torch.float32)
 
 

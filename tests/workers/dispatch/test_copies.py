@@ -145,7 +145,7 @@ def test_a_hash_at_the_end_of_a_share_goes_to_the_next_copy(row_key: int) -> Non
             split=[[first], [1.0 - first]],
         )
         tables = CopyTables.build(placement, {0: 0, 1: 1}, CPU)
-        assert tables.choose(ids, prefill, key)[1] == torch.tensor([[copy]])
+        assert tables.choose(ids, prefill, key)[1].places == torch.tensor([[copy]])
 
 
 def test_without_second_copies_there_is_no_choice() -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
+import pytest
 import torch
 
 from cluster.core.load_report import Counts
+from tests.harness.pretend_gpu import DEVICE, pretend_gpu
 from tests.workers.transport.mesh import make_bank
+from workers.dispatch.copies import ChosenCopies
 from workers.engine.expert_load import LoadCounter, Routed
 from workers.model.side_stream import SideStream
 
@@ -23,7 +27,11 @@ def decodes(*rows: Sequence[int]) -> Routed:
 
 
 def prompts(rows: Sequence[Sequence[int]], copies: Sequence[Sequence[int]] | None) -> Routed:
-    return Routed(torch.tensor(rows), None if copies is None else torch.tensor(copies), 0)
+    return Routed(torch.tensor(rows), None if copies is None else chosen(copies), 0)
+
+
+def chosen(copies: Sequence[Sequence[int]]) -> ChosenCopies:
+    return ChosenCopies(torch.tensor(copies), 1 + max(map(max, copies)))
 
 
 def step(*parts: Routed) -> list[list[Routed]]:
@@ -37,9 +45,8 @@ def counted(counts: Counts) -> dict[int, int]:
 
 def test_tokens_are_counted_by_expert_and_phase() -> None:
     load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
-    mixed = Routed(
-        torch.tensor([[0, 1], [2, 3], [0, 3]]), torch.tensor([[9, 9], [0, 1], [1, 0]]), 1
-    )
+    copies = ChosenCopies(torch.tensor([[9, 9], [0, 1], [1, 0]]), 2)
+    mixed = Routed(torch.tensor([[0, 1], [2, 3], [0, 3]]), copies, 1)
     load.add(1, 3, step(mixed))
     load.add(1, 1, step(decodes([3, 0])))
     report = load.report()
@@ -120,3 +127,29 @@ def test_reports_beside_a_running_engine_lose_nothing() -> None:
     report = load.report()
     assert report.rows == 3000
     assert counted(report.banks[KEY].decode) == {0: 3000, 1: 3000}
+
+
+def test_a_gpu_counts_without_a_wait_until_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.engine.expert_load._MAX_ROWS", 4)
+    expected = LoadCounter(BANKS, SideStream(torch.device("cpu")))
+    parts = [prompts([[0, 1], [2, 3]], [[1, 0], [0, 2]]), decodes([3, 0]), prompts([[1, 2]], None)]
+    with pretend_gpu() as log:
+        load = LoadCounter(BANKS, SideStream(torch.device(DEVICE)))
+        there = [on_device(part) for part in parts]
+        log.clear()
+        for _ in range(9):
+            load.add(1, 4, step(*there))
+            expected.add(1, 4, step(*parts))
+        assert not log.waits
+        found = load.report()
+        assert sum(log.waits.values()) == 1
+    for key, counts in expected.report().banks.items():
+        for name in ("prefill", "decode", "epoch_prefill", "epoch_decode"):
+            assert (getattr(found.banks[key], name) == getattr(counts, name)).all()
+
+
+def on_device(part: Routed) -> Routed:
+    copies = part.copies
+    if copies is not None:
+        copies = copies._replace(places=copies.places.to(DEVICE))
+    return replace(part, topk_ids=part.topk_ids.to(DEVICE), copies=copies)

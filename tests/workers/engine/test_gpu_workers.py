@@ -32,12 +32,13 @@ class Apart:
         buckets: Sequence[int] = buckets_up_to(64),
         parts: int = 1,
         limit: int = 0,
+        engine: LocalEngine | None = None,
     ) -> None:
         """``limit``: rows on an edge, once it is known how many an expert rank needs."""
         self.log = log
         self.buckets = buckets
         self.limit = limit
-        self.engine = LocalEngine(
+        self.engine = engine or LocalEngine(
             golden_path(OLMOE, "olmoe"),
             dtype="float32",
             device=DEVICE,

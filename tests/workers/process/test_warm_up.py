@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +22,11 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.core.topology import Member
+from tests.harness.pretend_gpu import DEVICE, pretend_gpu
+from tests.reference.goldens import golden_path
+from tests.reference.local_engine import LocalEngine
+from tests.workers.engine.test_gpu_steps import GREEDY, OLMOE
+from tests.workers.engine.test_gpu_workers import Apart
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.engine.engine import Engine
@@ -28,10 +36,11 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.checkpoint import Checkpoint, load_attention_model
 from workers.process.warm_up import BlankDispatcher, warm_attention, warm_experts
 from workers.process.worker_args import WorkerArgs
-from workers.requests.request import TokenOutput
+from workers.requests.request import Request, TokenOutput
 from workers.requests.step_header import StepHeader
 
 CPU = torch.device("cpu")
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 SECTION = EngineSection(max_num_seqs=4, max_num_batched_tokens=64, max_waiting=1)
 
 
@@ -81,7 +90,8 @@ class Warmed:
         self.local = LocalDispatcher(slots.banks, self.family.banks)
         self.engines: list[NotedEngine] = []
         self.dispatchers: list[TokenDispatcher] = []
-        warm_attention(args, self.family, torch.float32, self._make, self.local)
+        with mock.patch("workers.process.warm_up.warm_kernels"):
+            warm_attention(args, self.family, torch.float32, self._make, self.local)
 
     def _make(self, dispatcher: TokenDispatcher, section: EngineSection) -> Engine:
         self.dispatchers.append(dispatcher)
@@ -109,7 +119,7 @@ def test_experts_of_the_same_process_take_part(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("sums_are_rounded", [False, True])
-def test_experts_compute_one_row_and_the_most_of_a_step(
+def test_experts_compute_one_row_and_more_up_to_the_most_of_a_step(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, sums_are_rounded: bool
 ) -> None:
     slots = ExpertSlots(Checkpoint(tiny_checkpoint).family.banks, 2, torch.bfloat16, CPU)
@@ -121,7 +131,7 @@ def test_experts_compute_one_row_and_the_most_of_a_step(
         "compute": torch.bfloat16,
         "compute_rows": torch.bfloat16 if sums_are_rounded else torch.float32,
     }
-    each = [(name, rows, kind) for rows in (1, 64) for name, kind in kinds.items()]
+    each = [(name, rows, kind) for rows in ROWS for name, kind in kinds.items()]
     assert seen == each * len(slots.banks)
 
 
@@ -141,3 +151,34 @@ def test_cpus_are_warm(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ExpertBank, "compute", None)
     slots = ExpertSlots(Checkpoint(tiny_checkpoint).family.banks, 2, torch.float32, CPU)
     warm_experts(args_of("cpu"), slots, sums_are_rounded=False)
+
+
+@pytest.mark.parametrize("variant", [OLMOE, pytest.param("dots1-groups", marks=pytest.mark.slow)])
+def test_serving_needs_no_kernel_that_the_warm_up_did_not_compile(variant: str) -> None:
+    """Decodes of all sizes, chunks of prompts and prefixes from the cache, experts elsewhere."""
+    path = golden_path(variant, variant.split("-")[0])
+    section = EngineSection(max_num_seqs=4, max_num_batched_tokens=16, block_size_tokens=4)
+    config = replace(args_of("cuda").config, engine=section)
+    args = replace(args_of("cuda"), config=config)
+    checkpoint = Checkpoint(path)
+    with pretend_gpu() as log, torch.no_grad():
+        serving = LocalEngine(
+            checkpoint, dtype="float32", device=DEVICE, section=section, max_model_len=64
+        )
+        make = partial(
+            Engine,
+            model=serving._model,
+            config=serving.config,
+            banks=serving.banks,
+            max_model_len=64,
+        )
+        warm_attention(args, checkpoint.family, torch.float32, make, serving.dispatcher)
+        warm_experts(args, serving.slots, sums_are_rounded=False)
+        warm, log.forms = log.forms, set()
+        run = Apart(log, num_ranks=2, engine=serving)
+        for length in (3, 20):
+            prompt = (7, *range(3, 2 + length))
+            asked = [Request(request_id=str(i), prompt=prompt, params=GREEDY) for i in range(4)]
+            run.engine.run(asked)
+    assert log.forms
+    assert log.forms <= warm
