@@ -63,13 +63,24 @@ def kv_budget(
     return room
 
 
-def check_slots(num_workers: int, num_slots: int, num_bytes: int, free_bytes: int) -> None:
-    """Raise ``ConfigError`` where a GPU has no room for a worker's expert slots."""
+def check_slots(
+    num_workers: int,
+    num_slots: int,
+    num_bytes: int,
+    free_bytes: int,
+    reserves: Mapping[str, int],
+) -> None:
+    """Raise ``ConfigError`` where a GPU has no room for a worker's expert slots.
+
+    ``reserves`` as in ``kv_budget``.
+    """
+    kept = "".join(f", of which {_gib(size)} are for {what}" for what, size in reserves.items())
     rule = (
         f"must be more, or spare and recovery slots fewer: each holds {num_slots} expert slots a "
-        f"bank, {_gib(num_bytes)}, and its GPU has {_gib(free_bytes)} free"
+        f"bank, {_gib(num_bytes)}, and its GPU has {_gib(free_bytes)} free{kept}"
     )
-    check(num_bytes <= free_bytes, "num_expert_workers", num_workers, rule)
+    is_enough = num_bytes + sum(reserves.values()) <= free_bytes
+    check(is_enough, "num_expert_workers", num_workers, rule)
 
 
 def _gib(num_bytes: int) -> str:

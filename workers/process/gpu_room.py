@@ -10,6 +10,7 @@ import torch
 from cluster.config.cluster import EngineSection
 from cluster.config.gpu_memory import check_slots, kv_budget
 from cluster.config.kv_cache import kv_vector_bytes
+from workers.engine.buckets import buckets_up_to
 from workers.experts.transfer.peer_source import expert_num_bytes
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.cuda_device import gpu_memory
@@ -26,6 +27,8 @@ _LOGIT_BYTES = 32
 """For each logit: float32 copies of the sampler's stages, and sorted indices."""
 _ATTENTION_BYTES = 1 << 30
 """Blocks that attention gathers, and copies of them in float32."""
+_GRAPH_BYTES = 16 << 20
+"""Of one captured step beside its tensors: some hundred nodes, each with its arguments."""
 _NCCL_BYTES = 128 << 20
 """Buffers of NCCL for one peer: 16 channels of 4.5 MiB, and as much for the way back on some."""
 
@@ -36,6 +39,23 @@ def step_bytes(config: ModelConfig, banks: Sequence[BankSpec], section: EngineSe
     rows = section.max_num_batched_tokens * (_HIDDEN_ROWS + _PAIR_ROWS * top_k)
     logits = section.max_num_seqs * config.vocab_size
     return rows * config.hidden_size * 4 + logits * _LOGIT_BYTES + _ATTENTION_BYTES
+
+
+def expert_step_bytes(config: ModelConfig, banks: Sequence[BankSpec], num_rows: int) -> int:
+    """The same on an expert worker, for rows of all attention workers."""
+    top_k = max((bank.top_k for bank in banks), default=0)
+    return num_rows * (2 + _PAIR_ROWS * top_k) * config.hidden_size * 4
+
+
+def graph_bytes(
+    config: ModelConfig, banks: Sequence[BankSpec], section: EngineSection, num_peers: int
+) -> int:
+    """Of all captured steps: rows that are sent to each peer, and received, keep their memory."""
+    if section.enforce_eager:
+        return 0
+    buckets = buckets_up_to(section.max_num_seqs)
+    each = sum(buckets) * config.hidden_size * 4 * 2
+    return len(buckets) * _GRAPH_BYTES + each * len(banks) * num_peers
 
 
 def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype) -> int:
@@ -56,11 +76,13 @@ def section_for_gpu(
     if args.device.type != "cuda":
         return section
     is_nccl = isinstance(transport, CollectiveTransport)
+    num_peers = 0 if workers.mode == "local" else workers.num_expert_workers
     budget = kv_budget(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
         {
             "steps": step_bytes(config, family.banks, section),
-            "NCCL": workers.num_expert_workers * _NCCL_BYTES if is_nccl else 0,
+            "CUDA graphs": graph_bytes(config, family.banks, section, num_peers),
+            "NCCL": num_peers * _NCCL_BYTES if is_nccl else 0,
         },
         utilization=section.gpu_memory_utilization,
         asked_bytes=section.kv_cache_bytes,
@@ -69,10 +91,19 @@ def section_for_gpu(
     return replace(section, kv_cache_bytes=budget)
 
 
-def check_room_for_slots(args: WorkerArgs, banks: Sequence[BankSpec], dtype: torch.dtype) -> None:
+def check_room_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -> None:
     """Raise ``ConfigError`` where a GPU is too small for the worker's expert slots."""
     if args.device.type != "cuda":
         return
-    num_bytes = args.num_slots * sum(expert_num_bytes(bank, dtype) for bank in banks)
-    num_workers = args.config.workers.num_expert_workers
-    check_slots(num_workers, args.num_slots, num_bytes, gpu_memory(args.device).free_bytes)
+    section, workers, config = args.config.engine, args.config.workers, family.config
+    num_bytes = args.num_slots * sum(expert_num_bytes(bank, dtype) for bank in family.banks)
+    num_peers = workers.num_attention_ranks
+    reserves = {
+        "steps": expert_step_bytes(
+            config, family.banks, num_peers * section.max_num_batched_tokens
+        ),
+        "CUDA graphs": graph_bytes(config, family.banks, section, num_peers),
+        "NCCL": num_peers * _NCCL_BYTES if args.config.is_collective else 0,
+    }
+    free_bytes = gpu_memory(args.device).free_bytes
+    check_slots(workers.num_expert_workers, args.num_slots, num_bytes, free_bytes, reserves)

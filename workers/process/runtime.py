@@ -339,7 +339,7 @@ class WorkerRuntime(ABC):
         args, threads, team = self.args, self.compute_threads, self.kernels.team
         is_strict = self.config.engine.deterministic == "on"
         num, dtype, device = args.num_slots, self.dtype, args.device
-        check_room_for_slots(args, self.family.banks, dtype)
+        check_room_for_slots(args, self.family, dtype)
         return ExpertSlots(self.family.banks, num, dtype, device, threads, is_strict, team)
 
     def _die(self, reason: str) -> None:

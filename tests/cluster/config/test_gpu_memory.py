@@ -61,10 +61,10 @@ def test_a_gpu_without_room_for_kv_is_refused_by_its_numbers() -> None:
 
 
 def test_expert_slots_that_do_not_fit_are_refused_by_their_numbers() -> None:
-    check_slots(2, 40, 64 * GIB, 64 * GIB)
+    check_slots(2, 40, 63 * GIB, 64 * GIB, {"steps": GIB})
     with pytest.raises(ConfigError) as refused:
-        check_slots(2, 40, 65 * GIB, 64 * GIB)
+        check_slots(2, 40, 64 * GIB, 64 * GIB, {"steps": GIB})
     assert str(refused.value) == (
         "num_expert_workers (2) must be more, or spare and recovery slots fewer: each holds 40 "
-        "expert slots a bank, 65 GiB, and its GPU has 64 GiB free"
+        "expert slots a bank, 64 GiB, and its GPU has 64 GiB free, of which 1 GiB are for steps"
     )

@@ -13,11 +13,18 @@ from cluster.core.errors import ConfigError
 from cluster.core.topology import Member
 from tests.paths import DEMO
 from workers.model.loading.checkpoint import Checkpoint
-from workers.process.gpu_room import check_room_for_slots, section_for_gpu, step_bytes
+from workers.process.gpu_room import (
+    check_room_for_slots,
+    expert_step_bytes,
+    graph_bytes,
+    section_for_gpu,
+    step_bytes,
+)
 from workers.process.worker_args import WorkerArgs
 from workers.transport.collective import CollectiveTransport
 
 GIB = 1 << 30
+NCCL_BYTES = 128 << 20
 FAMILY = Checkpoint(DEMO).family
 
 
@@ -67,6 +74,7 @@ def test_kv_of_a_gpu_is_what_steps_leave(gpu: FakeGpu) -> None:
     args = args_of()
     found = sized(args)
     kept = step_bytes(FAMILY.config, FAMILY.banks, args.config.engine)
+    kept += graph_bytes(FAMILY.config, FAMILY.banks, args.config.engine, num_peers=2)
     assert found.kv_cache_bytes == int(0.9 * 24 * GIB) - 4 * GIB - kept
     assert gpu.calls == ["give back", "look"]
     assert replace(found, kv_cache_bytes=None) == args.config.engine
@@ -76,7 +84,7 @@ def test_nccl_takes_a_part_for_each_peer(gpu: FakeGpu) -> None:
     without = sized(args_of()).kv_cache_bytes
     with_nccl = sized(args_of(), CollectiveTransport.__new__(CollectiveTransport)).kv_cache_bytes
     assert without is not None
-    assert with_nccl == without - 2 * (128 << 20)
+    assert with_nccl == without - 2 * NCCL_BYTES
 
 
 def test_larger_steps_take_more() -> None:
@@ -100,13 +108,23 @@ def test_a_gpu_that_is_too_small_is_named_before_anything_is_allocated() -> None
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization \(0.1\) must leave room for KV"):
         sized(args_of(gpu_memory_utilization=0.1))
     each = sum(out * width for _, _, (out, width) in FAMILY.banks[0].matrices) * 2
-    room = 20 * GIB // (each * len(FAMILY.banks))
-    check_room_for_slots(args_of(num_slots=room), FAMILY.banks, torch.bfloat16)
+    section, peers = args_of().config.engine, args_of().config.workers.num_attention_ranks
+    kept = expert_step_bytes(FAMILY.config, FAMILY.banks, peers * section.max_num_batched_tokens)
+    kept += graph_bytes(FAMILY.config, FAMILY.banks, section, peers) + peers * NCCL_BYTES
+    room = (20 * GIB - kept) // (each * len(FAMILY.banks))
+    check_room_for_slots(args_of(num_slots=room), FAMILY, torch.bfloat16)
     with pytest.raises(ConfigError, match=r"num_expert_workers \(2\) must be more"):
-        check_room_for_slots(args_of(num_slots=room + 1), FAMILY.banks, torch.bfloat16)
+        check_room_for_slots(args_of(num_slots=room + 1), FAMILY, torch.bfloat16)
 
 
 def test_cpus_are_not_asked() -> None:
     args = args_of(device="cpu")
     assert sized(args) is args.config.engine
-    check_room_for_slots(args_of(device="cpu", num_slots=10**9), FAMILY.banks, torch.bfloat16)
+    check_room_for_slots(args_of(device="cpu", num_slots=10**9), FAMILY, torch.bfloat16)
+
+
+def test_captured_steps_take_memory_by_peer_unless_there_are_none() -> None:
+    config, banks = FAMILY.config, FAMILY.banks
+    one, two = (graph_bytes(config, banks, EngineSection(max_num_seqs=4), n) for n in (1, 2))
+    assert two - one == (1 + 2 + 4) * config.hidden_size * 4 * 2 * len(banks)
+    assert graph_bytes(config, banks, EngineSection(enforce_eager=True), 2) == 0

@@ -215,9 +215,9 @@ def live(
     ("phase", "victim"),
     [
         # The store of the first world is lost, too.
-        pytest.param("before building", "attention-0", marks=pytest.mark.slow),
-        pytest.param("building", "expert-1", marks=pytest.mark.slow),
-        pytest.param("between steps", "expert-2", marks=pytest.mark.slow),
+        ("before building", "attention-0"),
+        ("building", "expert-1"),
+        ("between steps", "expert-2"),
         ("dispatch", "attention-0"),
         ("combine", "expert-1"),
     ],
