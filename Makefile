@@ -13,6 +13,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Arguments for `make serve`, `make bench` and `make gpu-check`, for example ARGS="--port 8080".
 ARGS ?=
 PYTEST_ARGS ?=
+# The Python of `make gpu-check`; empty: one that is found.
+PYTHON_GPU ?=
 # Which part of `make test-long` to run: 1 to 8, or all of them.
 PART ?= all
 # Mutants of pure modules in part 8, of which 95% must fail the unit tests, and what draws them.
@@ -37,7 +39,7 @@ help:
 	@echo "make setup-clients  .venv-clients with clients of other projects and Redis, for parts 6 and 7"
 	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write benchmarks/RESULTS.md"
-	@echo "make gpu-check  check and measure the GPU path on one GPU (ARGS=\"--budget 570\")"
+	@echo "make gpu-check  check and measure the GPU path on one GPU (ARGS=\"--budget 570\"), offline"
 	@echo "make release  build and test wheel and image of the version"
 	@echo "make protos   generate the stubs in protos/"
 	@echo "make clean    remove .venv and caches"
@@ -121,8 +123,12 @@ audit:
 bench: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-gpu-check: $(VENV)/.stamp-test
-	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+# Installs nothing, and needs neither Ray nor a network: it runs with a Python that already has torch
+# (of CUDA), safetensors, numpy, msgspec and llguidance. That is PYTHON_GPU, or else the first of
+# .venv and python3 whose torch sees a GPU.
+gpu-check:
+	@python=$$(sh benchmarks/gpu_check/find-python.sh $(PYTHON_GPU)) && \
+		exec "$$python" -m benchmarks.gpu_check $(ARGS)
 
 release: $(VENV)/.stamp-test
 	$(BIN)/python .ci/release.py $(ARGS)

@@ -2,8 +2,8 @@
 
 Every section runs in a process of its own with a part of the budget, prints one line when it has
 ended, and appends what it found to ``DIR/gpu_check.jsonl``; what its process printed is in
-``DIR/SECTION.log``. The exit code is 1 where a section about correctness fails. Without a GPU, or
-with ``--device cpu``, the sections that need none run.
+``DIR/SECTION.log``. The exit code is 1 where a section about correctness fails, or the budget has
+no time for it. Without a GPU, or with ``--device cpu``, the sections that need none run.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _chosen(text: str) -> tuple[Section, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections; 1 where one about correctness fails."""
+    """Run the sections; 1 where one about correctness fails, or has no time."""
     args = make_parser().parse_args(arguments)
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:

@@ -1,4 +1,4 @@
-"""What is installed, what the device is, and whether torch has the private functions we use."""
+"""What is installed, what the device is, and whether torch has the functions that we call."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import importlib.metadata
 import inspect
 import platform
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.gpu_check.section import Place, Report
-from workers.model import torch_private
+from benchmarks.gpu_check.torch_needs import has_cuda_build, problems
+from workers.model.torch_private import check_version
 
-_PACKAGES = ("torch", "triton", "numpy", "msgspec", "safetensors", "flashinfer-python", "ray")
-_GROUP = ("_start_coalescing", "_end_coalescing", "abort", "send", "recv", "allreduce")
-_GROUP_MORE = ("eager_connect_single_device", "comm_split_count", "_get_backend_name")
-_OPTIONS = ("_timeout",)
+_PACKAGES = (
+    *("torch", "triton", "numpy", "msgspec", "safetensors", "llguidance"),
+    *("nvidia-ml-py", "flashinfer-python", "transformers", "ray"),
+)
+_SHOWN = ("__init__", "send", "recv", "abort", "_start_coalescing", "_end_coalescing")
+_SHOWN_MORE = ("eager_connect_single_device", "comm_split_count", "_get_backend_name")
 _CUDA_FACTS = (
     "name",
     "major",
@@ -38,14 +42,16 @@ def run(place: Place, report: Report) -> None:
     report.value("packages", {name: _version(name) for name in _PACKAGES})
     report.value("cuda", torch.version.cuda)
     report.value("oneDNN", torch._C._has_mkldnn)
-    with report.part("torch_private"):
-        for name in torch_private.__all__:
-            report.check(hasattr(torch_private, name), f"torch_private has no {name}")
+    with report.part("torch"):
+        check_version(torch.__version__)
+        for problem in problems():
+            report.check(False, problem)
+        report.value("names of CUDA builds", "checked" if has_cuda_build() else "not in this build")
     if place.is_gpu:
         with report.part("device"):
             _device(place, report)
     with report.part("process groups"):
-        _groups(place, report)
+        _groups(report)
     name = torch.cuda.get_device_name(place.device) if place.is_gpu else platform.machine()
     report.say(f"torch {torch.__version__}, {name}")
 
@@ -60,22 +66,17 @@ def _device(place: Place, report: Report) -> None:
     report.value("arch_list", torch.cuda.get_arch_list())
     capability = torch.cuda.get_device_capability(place.device)
     report.check(capability >= (8, 0), f"compute capability {capability} is below 8.0")
+    report.check(find_spec("triton") is not None, "triton is not installed")
 
 
-def _groups(place: Place, report: Report) -> None:
-    """Signatures of what ``workers/model/torch_private.py`` calls, as torch documents them."""
-    kind = "ProcessGroupNCCL" if place.is_gpu else "ProcessGroupGloo"
-    group: Any = getattr(dist, kind)
-    report.check(group is not None, f"torch has no {kind}")
-    found = {name: signature_of(group, name) for name in (*_GROUP, *_GROUP_MORE)}
-    report.value("signatures", found | {"__init__": signature_of(group, "__init__")})
-    for name in _GROUP:
-        report.check(bool(found[name]), f"{kind} has no {name}")
-    if place.is_gpu:
-        options = group.Options()
-        for name in _OPTIONS:
-            report.check(hasattr(options, name), f"{kind}.Options has no {name}")
-        config = getattr(options, "config", None)
+def _groups(report: Report) -> None:
+    """What torch says of the process groups of this build, for people to read."""
+    kind = "ProcessGroupNCCL" if has_cuda_build() else "ProcessGroupGloo"
+    group: Any = getattr(dist, kind, None)
+    names = (*_SHOWN, *_SHOWN_MORE)
+    report.value("signatures", {name: signature_of(group, name) for name in names})
+    if has_cuda_build():
+        config = group.Options().config
         report.value("nccl_config", [name for name in dir(config) if name[0] != "_"])
 
 

@@ -22,7 +22,9 @@ from cluster.cli.terminal.output import out_line, table
 
 FILE = "gpu_check.jsonl"
 """A line for each section of each run."""
-Status = Literal["ok", "failed", "timed out", "skipped"]
+Status = Literal["ok", "failed", "timed out", "skipped", "no time"]
+"""``skipped``: not for this device; ``no time``: too little of the budget was left for it."""
+_NOT_RUN: Sequence[Status] = ("skipped", "no time")
 _END_LIMIT_S = 10.0
 _LINE_CHARACTERS = 100
 
@@ -34,7 +36,7 @@ class Outcome:
     section: str
     status: Status = "ok"
     reason: str = ""
-    """Why it was skipped, or what it says in a few words."""
+    """Why it was not run, or what it says in a few words."""
     seconds: float = 0.0
     limit_s: float = 0.0
     is_correctness: bool = False
@@ -92,15 +94,15 @@ def limit_of(sections: Sequence[Section], left_s: float) -> float:
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:
-    """1 where a section about correctness failed, or did not end."""
-    bad = ("failed", "timed out")
-    return int(any(o.is_correctness and o.status in bad for o in outcomes))
+    """1 where a section about correctness failed, did not end, or had no time."""
+    good: Sequence[Status] = ("ok", "skipped")
+    return int(any(o.is_correctness and o.status not in good for o in outcomes))
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """The table that comes last."""
     rows = [
-        (o.section, o.status, "" if o.status == "skipped" else f"{o.seconds:.1f}", o.words)
+        (o.section, o.status, "" if o.status in _NOT_RUN else f"{o.seconds:.1f}", o.words)
         for o in outcomes
     ]
     return table(("SECTION", "RESULT", "SECONDS", "FOUND"), rows)
@@ -113,7 +115,7 @@ def _run_one(section: Section, limit_s: float, left_s: float, settings: Settings
     if section.needs_gpu and not settings.device.startswith("cuda"):
         outcome.status, outcome.reason = "skipped", "needs a GPU"
     elif not limit_s:
-        outcome.status = "skipped"
+        outcome.status = "no time"
         outcome.reason = f"needs {section.least_s:.0f} s, {max(left_s, 0.0):.0f} s are left"
     else:
         _follow(section, limit_s, settings, outcome)

@@ -30,7 +30,7 @@ class Section:
     least_s: float
     """With less it is not started."""
     is_correctness: bool = False
-    """The exit code depends on it."""
+    """The exit code depends on it, also where it has no time."""
     needs_gpu: bool = True
     """It is skipped without one."""
 

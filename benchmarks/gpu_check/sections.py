@@ -34,9 +34,9 @@ def _engine(name: str) -> Section:
 SECTIONS = (
     Section(
         name="facts",
-        what="versions, the device, and the private functions of torch",
+        what="versions, the device, and whether torch has what we call",
         function=f"{_HERE}.facts:run",
-        seconds=60.0,
+        seconds=30.0,
         least_s=5.0,
         is_correctness=True,
         needs_gpu=False,
@@ -68,9 +68,9 @@ SECTIONS = (
     ),
     Section(
         name="collective",
-        what="1 + 1 workers over NCCL on one GPU: the same, and the survivor lives on",
+        what="1 + 1 workers over NCCL on one GPU: the same, and the survivor lives on for 90 s",
         function=f"{_HERE}.workers:collective",
-        seconds=140.0,
+        seconds=170.0,
         least_s=45.0,
         is_correctness=True,
         needs_gpu=False,
@@ -85,7 +85,7 @@ SECTIONS = (
     ),
     Section(
         name="candidates",
-        what="kernels for experts and attention, side by side",
+        what="kernels for experts and attention side by side",
         function=f"{_HERE}.candidates:run",
         seconds=50.0,
         least_s=20.0,

@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -113,6 +114,9 @@ def beside_transformers(
     place: Place, report: Report, model: RandomModel, context: int, steps_s: Mapping[int, float]
 ) -> None:
     """By batch size: decode rate of ``generate``, and how many times as fast our steps are."""
+    if find_spec("transformers") is None:
+        report.value("transformers", "not installed")
+        return
     if place.is_gpu:
         torch.cuda.empty_cache()
     peer = TransformersPeer(place, model)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import subprocess
+import sys
 import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,24 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check.candidates_attention import (
+    FLASHINFER,
+    PREFILL,
+    attention_case,
+    prefill_case,
+)
+from benchmarks.gpu_check.candidates_measure import measure
 from benchmarks.gpu_check.compare import Worst
 from benchmarks.gpu_check.device import covered, host_waits, kernels_of
 from benchmarks.gpu_check.engines import Differences, equal
 from benchmarks.gpu_check.runner import FILE, Settings, exit_code, limit_of, run, summary
 from benchmarks.gpu_check.section import Place, Report, Section
 from benchmarks.gpu_check.sections import SECTIONS
+from benchmarks.gpu_check.torch_needs import Need, documented, problem_of
 from benchmarks.gpu_check.weights import RandomCheckpoint
+from benchmarks.gpu_check.workers import Case, survival, watch_s
 from benchmarks.random_checkpoint import TINY
+from tests.paths import ROOT
 from tests.reference.local_engine import Generated
 from workers.requests.request import FinishReason, TokenLogprob
 
@@ -89,11 +103,13 @@ def test_every_section_is_reported_and_written(
     assert (crashes.status, crashes.values) == ("failed", {"before": 1})
     assert crashes.failures == ["its process ended: out of memory"]
     assert (gpu.status, gpu.words) == ("skipped", "needs a GPU")
-    assert (large.status, large.words[:16]) == ("skipped", "needs 1000000 s,")
+    assert (large.status, large.words[:16]) == ("no time", "needs 1000000 s,")
     text = (tmp_path / FILE).read_text()
     assert [json.loads(line)["section"] for line in text.splitlines()] == [s.name for s in wanted]
     assert "nan" not in text.replace('"nan"', "").lower().replace("nanos", "")
-    assert len(summary(outcomes).splitlines()) == 1 + len(wanted)
+    _, *rows = summary(outcomes).splitlines()
+    assert len(rows) == len(wanted)
+    assert rows[-1].split()[:4] == ["large", "no", "time", "needs"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +120,8 @@ def test_every_section_is_reported_and_written(
         ("wrong", {"is_correctness": False}, 0),
         ("crashes", {}, 1),
         ("right", {"needs_gpu": True}, 0),
-        ("right", {"least_s": 1e6}, 0),
+        ("right", {"least_s": 1e6}, 1),
+        ("right", {"least_s": 1e6, "is_correctness": False}, 0),
     ],
 )
 def test_the_exit_code_is_that_of_sections_about_correctness(
@@ -185,6 +202,76 @@ def test_the_sections_fit_into_the_budget() -> None:
     assert len({s.name for s in SECTIONS}) == len(SECTIONS)
 
 
+# Where it runs
+
+
+_IMPORT_ALL = """
+import pkgutil, sys
+from importlib import import_module
+
+class Bar:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {barred}:
+            raise ModuleNotFoundError(f"{{name}} is not for gpu-check", name=name)
+
+sys.meta_path.insert(0, Bar())
+import benchmarks.gpu_check as package
+for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    import_module(module.name)
+"""
+BARRED = {
+    *("ray", "pydantic", "grpc", "google", "fastapi", "starlette", "uvicorn", "aiohttp", "yaml"),
+    *("prometheus_client", "opentelemetry", "psutil", "tokenizers", "huggingface_hub"),
+    *("transformers", "flashinfer", "triton", "pytest"),
+}
+
+
+def test_it_imports_neither_ray_nor_what_serving_and_tests_need() -> None:
+    script = _IMPORT_ALL.format(barred=BARRED)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def python_for(*candidates: object) -> subprocess.CompletedProcess[str]:
+    """What ``make gpu-check`` finds among some Pythons."""
+    script = str(ROOT / "benchmarks" / "gpu_check" / "find-python.sh")
+    command = ["sh", script, *map(str, candidates)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def program(path: Path, text: str) -> Path:
+    """A script in place of a Python."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_python_without_its_packages_is_refused_by_their_names(tmp_path: Path) -> None:
+    bare = program(tmp_path / "bare", f'exec "{sys.executable}" -S "$@"')
+    done = python_for(bare, tmp_path / "none")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"gpu-check: {bare} has no torch, no safetensors, no numpy, no msgspec, no llguidance\n"
+        f"gpu-check: {tmp_path}/none was not found\n"
+    )
+
+
+def test_a_python_whose_torch_sees_a_gpu_is_taken_before_others(tmp_path: Path) -> None:
+    other = program(tmp_path / "other", "echo cpu")
+    has_gpu = program(tmp_path / "has-gpu", "echo a warning >&2; echo cuda")
+    done = python_for(other, has_gpu)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{has_gpu}\n", "")
+    done = python_for(other)
+    assert (done.returncode, done.stdout) == (0, f"{other}\n")
+    assert done.stderr == f"gpu-check: {other} is taken: its torch sees no GPU\n"
+
+
+def test_this_python_has_all_that_it_needs() -> None:
+    assert python_for(sys.executable).stdout == f"{sys.executable}\n"
+
+
 # The sections
 
 
@@ -218,6 +305,120 @@ def test_workers_survive_a_kill_on_a_cpu(name: str, tmp_path: Path) -> None:
 
 
 # What they are made of
+
+
+@pytest.mark.parametrize(
+    ("need", "problem"),
+    [
+        (Need("cuda.CUDAGraph.capture_end"), ""),
+        (Need("nn.functional.no_such_function", 2), "is missing"),
+        (Need("nn.functional.grouped_mm", 2, ("ends",)), "2 without names, ends, but takes (mat_a"),
+        (Need("_C._distributed_c10d.Backend.send", 2), "takes (self, tensors, dstRank, tag)"),
+        (Need("_C._distributed_c10d.Backend._end_coalescing", 1), "but takes (self)"),
+        (Need("ops.mkldnn._linear_pointwise.default", 5), "is called with 5"),
+    ],
+)
+def test_what_torch_lacks_is_named(need: Need, problem: str) -> None:
+    found = problem_of(need)
+    assert problem in found
+    assert bool(found) == bool(problem)
+
+
+def test_a_missing_function_fails_the_section_with_the_version_of_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(torch.cuda.CUDAGraph, "capture_begin")
+    found = failures(run_section("facts", tmp_path))
+    assert found == [f"torch {torch.__version__}: torch.cuda.CUDAGraph.capture_begin is missing"]
+
+
+def test_signatures_of_compiled_functions_are_read_from_their_docstrings() -> None:
+    text = """make(*args, **kwargs)
+    Overloaded function.
+
+    1. make(self: a.B, sizes: tuple[int, int] = (1, 2), op: Op = <Op.SUM: 0>) -> None
+
+    Make it.
+
+    2. make(self: a.B, *, name: str = 'x') -> None
+    """
+    first, second = documented(inspect.cleandoc(text), "make")
+    assert [p.name for p in first.parameters.values()] == ["self", "sizes", "op"]
+    assert first.bind(None).args == (None,)
+    assert second.parameters["name"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_a_survivor_that_is_watched_too_briefly_is_marked(tmp_path: Path) -> None:
+    times = {"notice_s": 0.012, "served_s": 1.2, "alive_s": 55.4}
+    long, short = (
+        Place(device_name="cuda:0", limit_s=limit_s, folder=tmp_path) for limit_s in (140.0, 100.0)
+    )
+    assert (watch_s(long), watch_s(short)) == (90.0, 55.0)
+    case = Case(place=short, transport="collective", killed_in_step=6, alive_s=55.0, is_short=True)
+    words = "loss noticed in 0.01 s, served again after 1.20 s"
+    assert survival(case, times) == f"short: watched for 55 of 90 s; {words}"
+    assert survival(replace(case, is_short=False), times) == f"watched for 55 s; {words}"
+    assert survival(replace(case, is_short=False, alive_s=0.0), times) == words
+
+
+_FLASHINFER = """
+import torch
+
+
+class BatchDecodeWithPagedKVCacheWrapper:
+    def __init__(self, float_workspace_buffer, kv_layout="NHD", use_tensor_cores=False):
+        assert (float_workspace_buffer.dtype, kv_layout) == (torch.uint8, "HND")
+
+    def plan(
+        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size,
+        *, q_data_type="float16", kv_data_type=None,
+    ):
+        assert {x.dtype for x in (indptr, indices, last_page_len)} == {torch.int32}
+        assert q_data_type == kv_data_type == torch.bfloat16
+        assert len(indices) == indptr[-1]
+        self.given = indptr.tolist(), indices, last_page_len.tolist()
+        self.shape = num_kv_heads, page_size, head_dim
+
+    def run(self, q, paged_kv_cache):
+        keys, values = paged_kv_cache
+        assert keys.stride() == values.stride()
+        assert keys.shape[1:] == values.shape[1:] == self.shape
+        indptr, indices, last = self.given
+        rows = []
+        for i, query in enumerate(q):
+            pages = indices[indptr[i] : indptr[i + 1]].long()
+            length = (len(pages) - 1) * self.shape[1] + last[i]
+            k, v = (x[pages].transpose(0, 1).flatten(1, 2)[:, :length] for x in (keys, values))
+            rows.append(torch.nn.functional.scaled_dot_product_attention(query.unsqueeze(1), k, v))
+        return torch.stack(rows).squeeze(2)
+"""
+
+
+def test_flashinfer_is_given_our_cache_as_it_documents_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = Place(device_name="cpu", limit_s=60.0, folder=tmp_path, is_tiny=True)
+    case = attention_case(place, 5)
+    found = measure(place, FLASHINFER, case, "bytes", case.num_bytes)
+    assert found["FlashInfer"] == "not installed"
+    (tmp_path / "flashinfer.py").write_text(_FLASHINFER)
+    spec = spec_from_file_location("flashinfer", tmp_path / "flashinfer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    found = measure(place, FLASHINFER, case, "bytes", case.num_bytes)
+    assert found["FlashInfer"]["off"] < 0.05
+    assert found["FlashInfer"]["bytes_per_s"] > 0
+
+
+def test_attention_of_whole_prompts_in_one_call_is_that_of_a_server(tmp_path: Path) -> None:
+    place = Place(device_name="cpu", limit_s=60.0, folder=tmp_path, is_tiny=True)
+    case = prefill_case(place, 3, 20)
+    found = measure(place, PREFILL, case, "flops", case.flops)
+    assert found["SDPA"]["off"] < 0.05
+    assert found["our kernel"] == "needs a GPU"
 
 
 def test_a_tensor_that_is_off_is_a_failure() -> None:

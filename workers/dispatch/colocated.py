@@ -22,12 +22,12 @@ from torch import Tensor
 
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.dispatcher import BatchRows, CapturedExchanges, DispatchHandle
 from workers.dispatch.expert_server import CapturedServes, ExpertServer
 from workers.dispatch.recording import RecordingTransport
 from workers.dispatch.remote import CapturedRows, RemoteDispatcher
 from workers.metrics.activity import Activity
-from workers.model.step_graph import StepGraph
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.copies import ChosenCopies
 from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
-from workers.model.step_graph import StepGraph
 from workers.native.experts import NativeSlots
 from workers.native.layers import LayerEnds
 from workers.requests.step_header import StepHeader

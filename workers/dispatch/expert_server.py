@@ -14,6 +14,7 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
+from workers.cuda.step_graph import KeptSteps, StepGraph
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.dispatcher import SlotBank, reads_rows
 from workers.dispatch.native_server import NativeExchange, NativeServer
@@ -31,7 +32,6 @@ from workers.metrics.padding import PaddingRatio
 from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
-from workers.model.step_graph import KeptSteps, StepGraph
 from workers.native.exchange import ServerFields
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, Part, RowMessage, Tag
@@ -245,6 +245,7 @@ class ExpertServer:
             self._filled = [replace(filled, table=table) for filled, table in pairs]
         self._exact = header.exact
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
+        self._has_bucket = header.bucket > 0
         self._granted = [
             {rank: n for rank, _ in header.grants if (n := header.edge_rows(rank, micro_batch))}
             for micro_batch in range(header.num_micro_batches)
@@ -345,10 +346,9 @@ class ExpertServer:
         expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
         place = (bank, exchange.index, micro_batch)
         tag = Tag(bank.index, exchange.index, micro_batch, "rows")
+        is_read = self._reads_rows or (self._has_bucket and not self._is_captured)
         with self._activity:
-            received = self._transport.receive(
-                tag, expected, sized=self._exact, is_read=self._reads_rows
-            )
+            received = self._transport.receive(tag, expected, sized=self._exact, is_read=is_read)
         self._counted["dispatch"] += sum(part.nbytes for parts in received for part in parts)
         self.timer.lap("receive", *place)
         batch = self._join(bank, exchange, tuple(granted), received)

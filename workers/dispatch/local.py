@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.copies import CopyTables
 from workers.dispatch.dispatcher import (
     BatchRows,
@@ -23,7 +24,6 @@ from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
-from workers.model.step_graph import StepGraph
 from workers.native.experts import BankExperts, LocalExperts
 from workers.requests.step_header import StepHeader
 

@@ -12,8 +12,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from workers.cuda.step_graph import StepGraph
 from workers.metrics.activity import Activity
-from workers.model.step_graph import StepGraph
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, Expected, RowMessage, Tag
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from cluster.config.cluster import CombineMode
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.copies import ChosenCopies, CopyTables, EpochTables
 from workers.dispatch.dispatcher import (
     BatchRows,
@@ -43,7 +44,6 @@ from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
-from workers.model.step_graph import StepGraph
 from workers.model.weighting import weighted_sum
 from workers.native.exchange import HomeFields, sent_slots
 from workers.native.panels import DTYPES
@@ -121,7 +121,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables: list[CopyTables] = []
         self._header: StepHeader | None = None
         self._micro_batches: Sequence[BatchRows] = ()
-        self._reads_rows = False
+        self._reads_rows = self._has_bucket = False
         self._edge_rows = EdgeRows()
         self._is_row: Tensor | None = None
         """[micro-batches, T] int64 of a step that is captured: 0 for rows without a request."""
@@ -233,6 +233,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables = self._epochs.begin_step(header)
         self._header = header
         self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
+        self._has_bucket = header.bucket > 0
         self._is_row = None
         if self._device.type == "cuda":
             self._decode_slots = self._fixed.show([own.decode_slots for own in self._tables])
@@ -342,8 +343,9 @@ class RemoteDispatcher(TimedDispatcher):
         part = Part(exchange.out_width, self._dtype if by_pair else self._sums_dtype)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
+        is_read = self._reads_rows or (self._has_bucket and self._is_row is None)
         with self.activity:
-            found = self._transport.receive(tag, expected, sized=False, is_read=self._reads_rows)
+            found = self._transport.receive(tag, expected, sized=False, is_read=is_read)
             received = [parts[0] for parts in found]
         if not by_pair:
             return self._add_partial_sums(handle, received, exchange.out_width)

@@ -18,7 +18,6 @@ from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import kv_vector_bytes
 from cluster.core.errors import RequestError
 from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
-from workers.engine.buckets import buckets_up_to
 from workers.engine.choices import open_choices
 from workers.engine.deadlines import Deadlines
 from workers.engine.decode_graphs import DecodeGraphs
@@ -38,6 +37,7 @@ from workers.model.config import BankSpec, ModelConfig
 from workers.model.layers import AttentionModel
 from workers.native.team import Team
 from workers.requests.block_hash import BlockHash
+from workers.requests.buckets import buckets_up_to
 from workers.requests.classifier import pooled
 from workers.requests.request import FinishReason, Request, SoloStep, TokenOutput
 from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState

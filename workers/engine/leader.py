@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
-from workers.engine.buckets import bucket_of
 from workers.engine.micro_batches import MicroBatchRule
+from workers.requests.buckets import bucket_of
 from workers.requests.step_header import WHOLE, Grant, StepHeader, StepProposal
 
 _ROUNDING = 8

@@ -10,12 +10,12 @@ import torch
 from cluster.config.cluster import EngineSection
 from cluster.config.gpu_memory import check_slots, kv_budget
 from cluster.config.kv_cache import kv_vector_bytes
-from workers.engine.buckets import buckets_up_to
 from workers.experts.transfer.peer_source import expert_num_bytes
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.cuda_device import gpu_memory
 from workers.model.families.base import Family
 from workers.process.worker_args import WorkerArgs
+from workers.requests.buckets import buckets_up_to
 from workers.transport.collective import CollectiveTransport
 from workers.transport.transport import DataTransport
 

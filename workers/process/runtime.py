@@ -31,7 +31,6 @@ from cluster.core.frames import (
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
-from workers.engine.buckets import buckets_up_to
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
@@ -57,6 +56,7 @@ from workers.process.gpu_room import check_room_for_slots
 from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
 from workers.process.orders import Orders
 from workers.process.worker_args import WorkerArgs
+from workers.requests.buckets import buckets_up_to
 from workers.transport.collective import CollectiveTransport
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.peer_link import PeerServer
@@ -231,7 +231,8 @@ class WorkerRuntime(ABC):
         )
         self._cleanup.callback(connections.close)
         engine = self.config.engine
-        is_captured = self.args.device.type == "cuda" and not engine.enforce_eager
+        is_plain = engine.kv_cache_dtype != "fp8" and not engine.enforce_eager
+        is_captured = self.args.device.type == "cuda" and is_plain
         self.channel = StepChannel(
             connections,
             prefill_cap=PrefillCap.of(engine),

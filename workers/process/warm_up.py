@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.dispatcher import (
     BatchRows,
     CapturedExchanges,
@@ -32,7 +33,6 @@ from workers.model.attention_cuda import warm_kernels
 from workers.model.config import BankSpec
 from workers.model.families.base import Family
 from workers.model.layers import Dispatch
-from workers.model.step_graph import StepGraph
 from workers.process.gpu_room import block_bytes
 from workers.process.worker_args import WorkerArgs
 from workers.requests.request import Request, SamplingParams

@@ -40,10 +40,11 @@ from workers.transport.world import (
 _JOIN_S = 1.0
 _COUNTS = 2
 """Number of the message that carries the counts, after those of the two parts."""
-_MAX_AHEAD = 4
-"""Receives that the host does not wait for. By then it has given the device two to four layers,
-some hundred launches. A stream takes about a thousand. One that waits for a lost peer would take no
-more, and the host, held up in a launch, could not give up the world."""
+_MAX_AHEAD, _MAX_AHEAD_OF_GRAPHS = 4, 16
+"""Receives that the host does not wait for, without and with captured steps. By then it has given
+the device some hundred launches: two to four layers, or 16 of which each is a graph and copies of
+messages. A stream takes about a thousand. One that waits for a lost peer would take no more, and
+the host, held up in a launch, could not give up the world."""
 _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
 
@@ -74,6 +75,7 @@ class CollectiveTransport:
         self._sends: deque[Transfers] = deque()
         self._ordered: deque[Transfers] = deque()
         """Receives for which only the device waits so far."""
+        self._max_ahead = _MAX_AHEAD
         self._loss: PeerLostError | None = None
         self._store = (
             listen_store(host, store_port, connect_timeout_s)
@@ -171,6 +173,7 @@ class CollectiveTransport:
     def begin_step(self, header: StepHeader) -> None:
         """See ``DataTransport``. Waits for the sends of the last step, which end with it."""
         self._ordered.clear()
+        self._max_ahead = _MAX_AHEAD_OF_GRAPHS if header.bucket else _MAX_AHEAD
         while self._sends:
             self._wait(self._sends.popleft())
 
@@ -283,7 +286,7 @@ class CollectiveTransport:
                 continue
             self._check(transfers)
             self._ordered.append(transfers)
-            while len(self._ordered) > _MAX_AHEAD:
+            while len(self._ordered) > self._max_ahead:
                 self._wait(self._ordered.popleft())
 
     def _drop_sent(self) -> None:

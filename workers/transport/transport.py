@@ -92,8 +92,8 @@ class DataTransport(Protocol):
         """One message from each of the ranks; the parts are on the transport's device.
 
         Waits for them where ``is_read``: the host reads what is computed of them before
-        ``finish_step``. Else it may return before they have come, with tensors that work on the
-        device finds filled.
+        ``finish_step``, or the step has a bucket and is not captured. Else it may return before
+        they have come, with tensors that work on the device finds filled.
         """
 
     def finish_step(self) -> None:

@@ -13,7 +13,7 @@ from tests.reference.apart import ExpertsApart
 from tests.reference.goldens import golden_path
 from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_gpu_steps import OLMOE, on_cpu, requests, tokens
-from workers.engine.buckets import bucket_of, buckets_up_to
+from workers.requests.buckets import bucket_of, buckets_up_to
 from workers.requests.request import TokenOutput
 from workers.requests.step_header import StepHeader
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.engine.buckets import BUCKETS, bucket_of, buckets_up_to
+from workers.requests.buckets import BUCKETS, bucket_of, buckets_up_to
 
 
 @pytest.mark.parametrize(
