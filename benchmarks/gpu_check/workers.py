@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu_check.engines import (
     MAX_MODEL_LEN,
@@ -39,10 +38,9 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
-from workers.experts.bank import ExpertBank
 from workers.experts.slots import ExpertSlots
 from workers.model.config import BankSpec
-from workers.native.experts import NativeSlots
+from workers.requests.buckets import buckets_up_to
 from workers.requests.request import Request, TokenOutput
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
@@ -50,6 +48,7 @@ from workers.transport.handshake import PeerIdentity
 from workers.transport.nccl_environment import set_nccl_environment
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
+from workers.transport.transport import DataTransport, RowMessage, Tag
 
 TransportName = Literal["sockets", "collective"]
 DTYPE = torch.float32
@@ -250,6 +249,7 @@ class _Worker:
             self.connections,
             prefill_cap=PrefillCap.of(PLAIN),
             micro_batches=MicroBatchRule(),
+            buckets=buckets_up_to(PLAIN.max_num_seqs) if case.place.is_gpu else (),
         )
 
     @property
@@ -273,32 +273,21 @@ class _Worker:
         self.connections.close()
 
 
-class _DyingBank:
-    """A bank of experts whose process is killed when it is asked in a certain step."""
+class _Dying:
+    """A transport whose process is killed when it has outputs of a certain step."""
 
-    def __init__(self, bank: ExpertBank, channel: StepChannel, step: int) -> None:
-        self._bank = bank
+    def __init__(self, inner: DataTransport, channel: StepChannel, step: int) -> None:
+        self._inner = inner
         self._channel = channel
         self._step = step
 
-    @property
-    def version(self) -> int:
-        return self._bank.version
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
-    def native(self, exchange: int) -> NativeSlots | None:
-        return None
-
-    def compute(
-        self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
-    ) -> Tensor:
-        return self._bank.compute(exchange, inputs, pair_input, pair_slot)
-
-    def compute_rows(
-        self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        if self._channel.highest_step == self._step:
+    def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
+        if tag.bank and self._channel.highest_step == self._step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self._bank.compute_rows(exchange, inputs, slots, weights, dtype)
+        self._inner.post(tag, messages, sized=sized)
 
 
 def _serve_experts(worker: _Worker, pipe: Connection) -> None:
@@ -307,14 +296,12 @@ def _serve_experts(worker: _Worker, pipe: Connection) -> None:
     most = max(bank.num_experts for bank in worker.banks)
     slots = ExpertSlots(worker.banks, most, DTYPE, place.device)
     slots.load_all(worker.checkpoint)
-    dies_in = case.killed_in_step if worker.member.rank == 0 else 0
-    banks = [
-        _DyingBank(bank, worker.channel, dies_in) if bank.spec.index else bank
-        for bank in slots.banks
-    ]
+    transport: DataTransport = worker.transport
+    if case.killed_in_step and worker.member.rank == 0:
+        transport = cast(DataTransport, _Dying(transport, worker.channel, case.killed_in_step))
     server = ExpertServer(
-        worker.transport,
-        banks,
+        transport,
+        slots.banks,
         worker.banks,
         device_index=0,
         combine_mode="sum",
