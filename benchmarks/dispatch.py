@@ -164,7 +164,7 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
             transport.begin_step(shape.header(step, num_rows))
             start = perf_counter()
             transport.post(Tag(0, 0, 0, "rows"), messages, sized=False)
-            transport.receive(Tag(0, 0, 0, "outputs"), expected, sized=False, is_read=True)
+            transport.receive(Tag(0, 0, 0, "outputs"), expected, sized=False, must_wait=True)
             us["wire"].append(1e6 * (perf_counter() - start))
         keys = torch.arange(num_rows)
         batch = GivenRows(is_prefill=torch.full((num_rows,), plan.is_prefill), row_key=keys)
@@ -215,7 +215,7 @@ def _echo(transport: DataTransport, shape: Shape, num_rows: int) -> Callable[[in
 
     def step(number: int) -> None:
         transport.begin_step(shape.header(number, num_rows))
-        transport.receive(Tag(0, 0, 0, "rows"), expected, sized=False, is_read=True)
+        transport.receive(Tag(0, 0, 0, "rows"), expected, sized=False, must_wait=True)
         messages = [RowMessage(rank, (outputs,)) for rank in ranks]
         transport.post(Tag(0, 0, 0, "outputs"), messages, sized=False)
 

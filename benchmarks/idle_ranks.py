@@ -220,7 +220,7 @@ def wait_for_the_end(transport: DataTransport, shape: Shape, step: int) -> None:
     ]
     try:
         transport.begin_step(shape.header(step, 1))
-        transport.receive(Tag(0, 0, 0, "rows"), expected, sized=False, is_read=True)
+        transport.receive(Tag(0, 0, 0, "rows"), expected, sized=False, must_wait=True)
     except PeerLostError:
         return
     raise AssertionError("an attention rank went on")

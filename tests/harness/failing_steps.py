@@ -109,10 +109,10 @@ class FailingTransport:
         self._fail(tag, "post", False)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         self._fail(tag, "receive", True)
-        received = self._inner.receive(tag, expected, sized=sized, is_read=is_read)
+        received = self._inner.receive(tag, expected, sized=sized, must_wait=must_wait)
         self._fail(tag, "receive", False)
         return received
 

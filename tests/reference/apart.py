@@ -23,6 +23,7 @@ from workers.model.config import BankSpec
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import Expected, RowMessage, Tag
 
+MAX_KEPT_ROWS = 1000
 Key = tuple[str, int, Tag]
 """The direction, the expert rank at one end, and the place in the step."""
 
@@ -72,7 +73,7 @@ class TurnTransport:
             self._turns.messages[self._key(tag, message.rank)] = parts
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         keys = [self._key(tag, item.rank) for item in expected]
@@ -120,6 +121,7 @@ class ExpertsApart:
                 combine_mode="sum",
                 dtype=engine.dtype,
                 device=place,
+                max_kept_rows=MAX_KEPT_ROWS,
             )
             for rank in range(num_ranks)
         ]

@@ -36,7 +36,7 @@ class Alone:
         raise AssertionError(f"{tag} is for another worker")
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         raise AssertionError(f"{tag} is from another worker")

@@ -148,7 +148,7 @@ def _launch(
     return out
 
 
-@partial(jit, any_alignment=["slots", "sources"])
+@partial(jit, any_alignment=["slots", "order", "table", "sources"])
 def _gate_up(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,
@@ -196,7 +196,7 @@ def _gate_up(
     _store(out, product, pairs, has_pair, columns, WIDTH)
 
 
-@partial(jit, any_alignment=["slots", "sources"])
+@partial(jit, any_alignment=["slots", "order", "table", "sources"])
 def _multiply(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,

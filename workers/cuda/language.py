@@ -23,9 +23,9 @@ def jit(function: Callable[..., Any], any_alignment: Sequence[str] = ()) -> Any:
     """``triton.jit`` for type checkers: a kernel is launched as ``kernel[grid](..)``.
 
     Numbers have no forms of their own for 1 and multiples of 16, nor do the addresses named by
-    ``any_alignment``: a form that serving would meet first would be compiled in a step.
+    ``any_alignment``: else serving might meet a form that must be compiled within a step.
     """
-    kinds = function.__annotations__
+    kinds = function.__annotations__  # strings
     numbers = [name for name, kind in kinds.items() if kind == "tl.tensor" and name != "return"]
     return triton.jit(
         function, do_not_specialize=numbers, do_not_specialize_on_alignment=list(any_alignment)

@@ -11,17 +11,17 @@ attention.
 from __future__ import annotations
 
 import contextlib
-import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from functools import cache
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 Captured = TypeVar("Captured")
-_MAX_KEPT = 64
-"""Captured steps at once. Edges and ranks vary with the load: those unused for long are dropped."""
+MAX_KEPT = 32
+"""Captured steps of one kind at once."""
 warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # a piece may be
 
 
@@ -41,15 +41,14 @@ class StepGraph:
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Within it, kernels are captured and do not run."""
-        gc.collect()  # a graph that is freed within a capture would break it
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._begin()
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # it was that, most likely
+                with contextlib.suppress(RuntimeError):  # the capture has failed, most likely
                     self._piece.capture_end()
                 raise
             self._end()
@@ -75,32 +74,65 @@ class StepGraph:
         self._parts.append(self._piece.replay)
 
 
-class KeptSteps(Generic[Captured]):
-    """Captured steps of one kind, by what they depend on."""
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: torch shares memory between graphs of one stream only."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __init__(self) -> None:
+
+class _Kept(NamedTuple):
+    step: Any
+    num_rows: int
+
+
+class KeptSteps(Generic[Captured]):
+    """Captured steps of one kind, by what they depend on; those not used for long are dropped."""
+
+    def __init__(self, max_rows: int) -> None:
+        """``max_rows`` of all kept steps together, unless a single one has more."""
+        self._max_rows = max_rows
         self._state: Hashable = None
-        self._kept: dict[Hashable, Captured] = {}
+        self._kept: dict[Hashable, _Kept] = {}
         self._pool: Any = None
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def enter(self, state: Hashable) -> None:
+    def keep_only(self, state: Hashable) -> None:
         """Drop the steps of any other state of what they read and write."""
         if state != self._state:
-            self._kept.clear()
-            self._pool = None  # torch gives no memory to one whose graphs are all gone
+            self.clear()
             self._state = state
 
-    def get(self, key: Hashable, capture: Callable[[Any], Captured]) -> Captured:
-        """The step of a key, captured with a pool of memory where there is none yet."""
+    def clear(self) -> None:
+        self._kept.clear()
+        self._pool = None  # torch gives no memory to one whose graphs are all gone
+
+    def get(self, key: Hashable, num_rows: int, capture: Callable[[Any], Captured]) -> Captured:
+        """The step of a key, captured with a pool of memory where there is none yet.
+
+        It is captured once more if there was no memory for it beside the others.
+        """
         found = self._kept.pop(key, None)
         if found is None:
-            if len(self._kept) >= _MAX_KEPT:
-                del self._kept[next(iter(self._kept))]
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            found = capture(self._pool)
+            self._make_room(num_rows)
+            try:
+                step = capture(self._new_pool())
+            except torch.OutOfMemoryError:
+                self.clear()
+                step = capture(self._new_pool())
+            found = _Kept(step, num_rows)
         self._kept[key] = found  # the last used comes last
-        return found
+        captured: Captured = found.step
+        return captured
+
+    def _make_room(self, num_rows: int) -> None:
+        total = num_rows + sum(kept.num_rows for kept in self._kept.values())
+        while self._kept and (total > self._max_rows or len(self._kept) >= MAX_KEPT):
+            total -= self._kept.pop(next(iter(self._kept))).num_rows
+
+    def _new_pool(self) -> Any:
+        if self._pool is None or not self._kept:
+            torch.cuda.empty_cache()  # no memory that is free elsewhere can be used in a capture
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool

@@ -62,11 +62,11 @@ class LoopbackTransport:
             self._inner.post(tag, others, sized=sized)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         others = [e for e in expected if e.rank != self._rank]
-        found = self._inner.receive(tag, others, sized=sized, is_read=is_read) if others else ()
+        found = self._inner.receive(tag, others, sized=sized, must_wait=must_wait) if others else ()
         received = iter(found)
         return [self._own.pop(tag) if e.rank == self._rank else next(received) for e in expected]
 
@@ -181,8 +181,8 @@ class ColocatedDispatcher:
         header = attention.captured_header(under_way, len(is_row))
         with (
             self._transport.recording(is_row.device, attention.activity, graph),
-            self._server.captured(header) as served,
-            attention.captured(header, is_row) as rows,
+            self._server.counting_apart(header) as served,
+            attention.as_captured(header, is_row) as rows,
         ):
             self._served = (-1, -1)
             yield _Captured(self, served, rows)

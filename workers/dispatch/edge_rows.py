@@ -59,22 +59,22 @@ class EdgeRows:
         """Drop what is left of a step that broke."""
         self._noted, self._found = [], None
 
-    def note(self, is_needed: Tensor, num_sent: int) -> None:
+    def note(self, is_needed: Tensor, num_rows: int, num_sent: int) -> None:
         """Note a dispatch.
 
-        is_needed [ranks, T] bool: the rank has an expert of the row; num_sent: rows on each edge.
+        is_needed [ranks, T] bool: the rank has an expert of the row; num_rows: T, or the bucket up
+        to which the rows are filled; num_sent: rows on each edge.
         """
-        num_rows = is_needed.shape[1]
         if num_rows >= _MIN_ROWS or num_sent < num_rows:
             self._noted.append(_Noted(is_needed.sum(1).max(), num_rows, num_sent))
 
-    def take(self) -> NeededRows:
+    def take_noted(self) -> NeededRows:
         """What was noted in a step that is captured."""
         found = tuple(self._noted)
         self.begin_step()
         return found
 
-    def replayed(self, needed: NeededRows) -> None:
+    def put_noted(self, needed: NeededRows) -> None:
         """A captured step was replayed."""
         self._noted = list(needed)
 

@@ -96,11 +96,12 @@ class ExpertServer:
         device: torch.device,
         activity: Activity | None = None,
         timer: StepTimer | None = None,
-        has_graphs: bool = True,
+        max_kept_rows: int = 0,
     ) -> None:
         """``slots`` by ``BankSpec.index``; ``device_index`` is this worker's ``Member.device``.
 
-        ``has_graphs``: on a GPU, steps are captured where the header has a bucket.
+        ``max_kept_rows``: on a GPU, steps are captured where the header has a bucket, and so many
+        rows of them are kept; 0: of one step.
         """
         self.timer = timer or StepTimer()
         """Times receive, experts and send."""
@@ -122,9 +123,9 @@ class ExpertServer:
         self._filled: list[FilledSlots] = []
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._use = slot_use(device)
-        self._has_graphs = has_graphs and device.type == "cuda"
+        self._has_graphs = device.type == "cuda"
         self._fixed = FixedTables()
-        self._kept = KeptSteps[_CapturedStep]()
+        self._kept = KeptSteps[_CapturedStep](max_kept_rows)
         self._is_captured = False
         self._counted = self.num_bytes
         """Where bytes are counted: elsewhere in a step that is captured."""
@@ -240,7 +241,7 @@ class ExpertServer:
         self._use.begin(self.token_counts)
         self._filled = self._epochs.begin_step(header)
         if self._has_graphs:
-            tables = self._fixed.show([filled.table for filled in self._filled])
+            tables = self._fixed.copy_in([filled.table for filled in self._filled])
             pairs = zip(self._filled, tables, strict=True)
             self._filled = [replace(filled, table=table) for filled, table in pairs]
         self._exact = header.exact
@@ -262,7 +263,7 @@ class ExpertServer:
 
     @property
     def captured_state(self) -> Hashable:
-        """See ``CapturableDispatcher``."""
+        """Where this changes, captured steps are of no use."""
         return self._fixed.version, *(bank.version for bank in self._slots)
 
     def captured_shape(self, header: StepHeader) -> tuple[tuple[int, ...], ...]:
@@ -272,9 +273,10 @@ class ExpertServer:
 
     def _replay(self, header: StepHeader) -> None:
         """Serve a whole step as it was captured."""
-        self._kept.enter(self.captured_state)
+        self._kept.keep_only(self.captured_state)
         shape = self.captured_shape(header)
-        step = self._kept.get(shape, lambda pool: self._capture(header, pool))
+        num_rows = sum(sum(rows) for _, *rows in shape)
+        step = self._kept.get(shape, num_rows, lambda pool: self._capture(header, pool))
         step.graph.replay()
         self._count(step.served)
         self._end_step()
@@ -285,14 +287,13 @@ class ExpertServer:
         graph = StepGraph(self._device, pool)
         with graph.capture():
             served = self._compute_captured(header, graph)
-        self._begin_exchanges(header)
         return _CapturedStep(graph, served)
 
     def _compute_captured(self, header: StepHeader, graph: StepGraph | None) -> CapturedServes:
         live = self._transport
         self._transport = RecordingTransport(live, self._device, self._activity, graph)
         try:
-            with self.captured(header) as served:
+            with self.counting_apart(header) as served:
                 for bank in self._banks:
                     for exchange in bank.exchanges:
                         self.serve(bank.index, exchange.index)
@@ -301,7 +302,7 @@ class ExpertServer:
         return served
 
     @contextmanager
-    def captured(self, header: StepHeader) -> Iterator[CapturedServes]:
+    def counting_apart(self, header: StepHeader) -> Iterator[CapturedServes]:
         """On a GPU: the step whose exchanges are served within it is captured, and not counted."""
         assert isinstance(self._use, DeviceSlotUse)
         num_bytes = dict.fromkeys(self.num_bytes, 0)
@@ -346,9 +347,11 @@ class ExpertServer:
         expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
         place = (bank, exchange.index, micro_batch)
         tag = Tag(bank.index, exchange.index, micro_batch, "rows")
-        is_read = self._reads_rows or (self._has_bucket and not self._is_captured)
+        must_wait = self._reads_rows or (self._has_bucket and not self._is_captured)
         with self._activity:
-            received = self._transport.receive(tag, expected, sized=self._exact, is_read=is_read)
+            received = self._transport.receive(
+                tag, expected, sized=self._exact, must_wait=must_wait
+            )
         self._counted["dispatch"] += sum(part.nbytes for parts in received for part in parts)
         self.timer.lap("receive", *place)
         batch = self._join(bank, exchange, tuple(granted), received)

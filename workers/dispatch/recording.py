@@ -39,20 +39,22 @@ class RecordingTransport:
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``."""
         assert not sized, "captured messages have known sizes"
+        live, activity = self._live, self._activity
 
         def send() -> None:
-            with self._activity:
-                self._live.post(tag, messages, sized=False)
+            with activity:
+                live.post(tag, messages, sized=False)
 
         if self._graph is not None:
             self._graph.between(send)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         assert not sized, "captured messages have known sizes"
-        assert not is_read, "the host reads nothing within a captured step"
+        assert not must_wait, "the host reads nothing within a captured step"
+        live, activity = self._live, self._activity
         places = [
             tuple(
                 torch.zeros(count, part.width, dtype=part.dtype, device=self._device)
@@ -62,8 +64,8 @@ class RecordingTransport:
         ]
 
         def receive() -> None:
-            with self._activity:
-                found = self._live.receive(tag, expected, sized=False, is_read=False)
+            with activity:
+                found = live.receive(tag, expected, sized=False, must_wait=False)
             for place, parts in zip(places, found, strict=True):
                 for tensor, part in zip(place, parts, strict=True):
                     tensor.copy_(part, non_blocking=True)
@@ -92,8 +94,8 @@ class FixedTables:
         self._fixed: list[Tensor] = []
         self._shown: Sequence[Tensor] = ()
 
-    def show(self, tables: Sequence[Tensor]) -> list[Tensor]:
-        """The contents of ``tables`` from now on, in the order of the stream."""
+    def copy_in(self, tables: Sequence[Tensor]) -> list[Tensor]:
+        """They have the contents of ``tables`` from now on, in the order of the stream."""
         if len(tables) == len(self._shown) and all(map(_is_same, tables, self._shown)):
             return self._fixed
         self._shown = tables

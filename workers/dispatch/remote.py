@@ -182,8 +182,8 @@ class RemoteDispatcher(TimedDispatcher):
 
     def can_capture(self, header: StepHeader) -> bool:
         """See ``CapturableDispatcher``."""
-        is_read = reads_rows(header, self._banks, self._combine_mode)
-        return header.bucket > 0 and not is_read
+        reads = reads_rows(header, self._banks, self._combine_mode)
+        return header.bucket > 0 and not reads
 
     @property
     def captured_state(self) -> Hashable:
@@ -201,7 +201,7 @@ class RemoteDispatcher(TimedDispatcher):
         assert under_way is not None, "begin_step comes first"
         self._transport = RecordingTransport(live, self._device, self.activity, graph)
         try:
-            with self.captured(self.captured_header(under_way, len(is_row)), is_row) as rows:
+            with self.as_captured(self.captured_header(under_way, len(is_row)), is_row) as rows:
                 yield rows
         finally:
             self._transport = live
@@ -214,7 +214,7 @@ class RemoteDispatcher(TimedDispatcher):
         return replace_fields(header, grants=grants)
 
     @contextmanager
-    def captured(self, header: StepHeader, is_row: Tensor) -> Iterator[CapturedRows]:
+    def as_captured(self, header: StepHeader, is_row: Tensor) -> Iterator[CapturedRows]:
         """``capture`` over the transport as it is; ``begin_step`` follows."""
         self._set_header(header)
         self._edge_rows.begin_step()
@@ -222,11 +222,11 @@ class RemoteDispatcher(TimedDispatcher):
         self._is_row = is_row.view(header.num_micro_batches, -1)
         rows = CapturedRows(self)
         yield rows
-        rows.needed = self._edge_rows.take()
+        rows.needed = self._edge_rows.take_noted()
 
     def replayed(self, rows: CapturedRows) -> None:
         """A captured step of this rank was replayed."""
-        self._edge_rows.replayed(rows.needed)
+        self._edge_rows.put_noted(rows.needed)
         self.activity.advance()
 
     def _set_header(self, header: StepHeader) -> None:
@@ -236,7 +236,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._has_bucket = header.bucket > 0
         self._is_row = None
         if self._device.type == "cuda":
-            self._decode_slots = self._fixed.show([own.decode_slots for own in self._tables])
+            self._decode_slots = self._fixed.copy_in([own.decode_slots for own in self._tables])
 
     def picks_rows(self, header: StepHeader) -> bool:
         """Whether the host reads which rows or pairs are whose in a step."""
@@ -343,9 +343,9 @@ class RemoteDispatcher(TimedDispatcher):
         part = Part(exchange.out_width, self._dtype if by_pair else self._sums_dtype)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
-        is_read = self._reads_rows or (self._has_bucket and self._is_row is None)
+        must_wait = self._reads_rows or (self._has_bucket and self._is_row is None)
         with self.activity:
-            found = self._transport.receive(tag, expected, sized=False, is_read=is_read)
+            found = self._transport.receive(tag, expected, sized=False, must_wait=must_wait)
             received = [parts[0] for parts in found]
         if not by_pair:
             return self._add_partial_sums(handle, received, exchange.out_width)
@@ -389,7 +389,8 @@ class RemoteDispatcher(TimedDispatcher):
         num_rows = slots.shape[1]
         if self._can_limit:
             is_needed = (slots >= 0).any(2)
-            self._edge_rows.note(is_needed, num_sent)
+            assert self._header is not None
+            self._edge_rows.note(is_needed, max(self._header.bucket, num_rows), num_sent)
             if num_sent < num_rows:
                 return self._pick_needed(is_needed, meta, rows, num_sent)
         assert num_sent >= num_rows, "edges are limited that cannot be"

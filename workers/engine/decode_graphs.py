@@ -2,7 +2,7 @@
 
 Launched one by one, the some hundred kernels of a step cost the host more than they cost the GPU. A
 step is captured once for each of a few numbers of rows, its bucket, and replayed for every step
-that fits; missing rows repeat nothing and write to a block of their own. What a step changes is at
+that fits; missing rows are padding, which writes to a block of its own. What a step changes is at
 fixed addresses: its numbers come in one copy, and of the block tables what is new. With experts on
 other workers a step is a graph for each piece between two exchanges (``StepGraph``).
 
@@ -29,7 +29,7 @@ from workers.kv.cache import KVCache
 from workers.model.attention import AttentionBatch, PagedRows
 from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
-from workers.requests.buckets import bucket_of
+from workers.requests.buckets import bucket_of, kept_rows
 from workers.requests.step_header import StepHeader
 
 _TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _NUM_COLUMNS = range(8)
@@ -99,7 +99,7 @@ class DecodeGraphs:
         self._buckets = buckets
         self._rank = rank
         self._device = cache.layers[0].device
-        self._kept = KeptSteps[_CapturedStep]()
+        self._kept = KeptSteps[_CapturedStep](kept_rows(buckets))
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
         self._blocks: Tensor | None = None
@@ -110,9 +110,9 @@ class DecodeGraphs:
         return num_rows > 0 and self._dispatcher.can_capture(header) and self._size(header) > 0
 
     def capture(self) -> None:
-        """Capture the steps of one micro-batch before there is any.
+        """Capture the steps of one micro-batch, before the first step.
 
-        The dispatcher must not ask for one. The others share the memory of the largest.
+        The dispatcher must not need one under way. The others share the memory of the largest.
         """
         for size in reversed(self._buckets):
             self._step(size, 1, None)
@@ -128,8 +128,8 @@ class DecodeGraphs:
         step.graph.replay()
         step.exchanges.replayed()
         # The next step overwrites them, and those of this one are counted later.
-        ids = _without_padding(step.topk_ids, size, parts).clone()
-        hidden = _without_padding(step.hidden.t(), size, parts).t()
+        ids = _without_padding(step.topk_ids, 1, size, parts).clone()
+        hidden = _without_padding(step.hidden, 0, size, parts)
         return DecodeOutput(hidden, [own.t() for own in torch.split(ids, self._top_k)])
 
     def _size(self, header: StepHeader) -> int:
@@ -137,9 +137,11 @@ class DecodeGraphs:
         return header.bucket or bucket_of(header.rows(self._rank, 0), self._buckets)
 
     def _step(self, size: int, num_parts: int, shape: Hashable) -> _CapturedStep:
-        self._kept.enter((self._model(), self._dispatcher.captured_state))
+        self._kept.keep_only((self._model(), self._dispatcher.captured_state))
         return self._kept.get(
-            (size, num_parts, shape), lambda pool: self._capture(size, num_parts, pool)
+            (size, num_parts, shape),
+            size * num_parts,
+            lambda pool: self._capture(size, num_parts, pool),
         )
 
     def _refresh_tables(self) -> Tensor:
@@ -217,7 +219,9 @@ def _split(staging: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]
         yield staging[:, first : first + size]
 
 
-def _without_padding(columns: Tensor, size: int, parts: Sequence[Sequence[PlannedRows]]) -> Tensor:
-    """Of [.., T] the columns of rows with a request; ``size`` of each micro-batch."""
-    found = [columns[:, i * size : i * size + len(part)] for i, part in enumerate(parts)]
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+def _without_padding(
+    rows: Tensor, dim: int, size: int, parts: Sequence[Sequence[PlannedRows]]
+) -> Tensor:
+    """Of T rows along ``dim`` those with a request; ``size`` of each micro-batch."""
+    found = [rows.narrow(dim, i * size, len(part)) for i, part in enumerate(parts)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=dim)

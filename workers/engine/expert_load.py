@@ -13,10 +13,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -120,28 +122,28 @@ class LoadCounter:
         return found
 
     def _fold(self, found: Sequence[_Step | _Counts]) -> list[_Counts]:
-        """Make steps counts, without a wait; what is counted already stays as it is."""
-        folded: list[_Counts] = []
-        for (is_step, epoch), group in groupby(found, lambda x: (isinstance(x, _Step), x.epoch)):
-            members = tuple(group)
-            steps = [member for member in members if isinstance(member, _Step)]
-            if not is_step:
-                folded += [member for member in members if isinstance(member, _Counts)]
-                continue
+        """One for each epoch in a row, without a wait."""
+        return [self._sum(tuple(group)) for _, group in groupby(found, lambda each: each.epoch)]
+
+    def _sum(self, members: Sequence[_Step | _Counts]) -> _Counts:
+        """Of one epoch."""
+        counts = [member for member in members if isinstance(member, _Counts)]
+        steps = [member for member in members if isinstance(member, _Step)]
+        if steps:
+            sizes = [spec.num_experts for spec in self._banks]
             routed = [
                 [part for step in steps for part in step.routed[bank]]
                 for bank in range(len(self._banks))
             ]
-            sizes = [spec.num_experts for spec in self._banks]
-            folded.append(
+            counts.append(
                 _Counts(
-                    epoch,
+                    steps[0].epoch,
                     sum(step.num_rows for step in steps),
                     [_tally_decodes(*own) for own in zip(routed, sizes, strict=True)],
                     [_tally_copies(*own) for own in zip(routed, sizes, strict=True)],
                 )
             )
-        return folded
+        return reduce(_added, counts)
 
     def _count(self, counts: _Counts, arrays: Iterator[NDArray[np.int64]]) -> None:
         """``arrays``: its tensors on the host, and those that follow."""
@@ -156,6 +158,7 @@ class LoadCounter:
                 )
                 for old in self._counts
             ]
+        is_late = counts.epoch < self._epoch  # two threads took steps at once
         self._rows += counts.num_rows
         decodes = [next(arrays) for _ in counts.decode]
         prefills = [next(arrays) for _ in counts.prefill]
@@ -165,21 +168,40 @@ class LoadCounter:
             self._counts[bank] = BankCounts(
                 prefill=old.prefill + prefill.sum(1),
                 decode=old.decode + decode,
-                epoch_prefill=sum_by_copy(old.epoch_prefill, prefill),
-                epoch_decode=old.epoch_decode + decode,
+                epoch_prefill=old.epoch_prefill
+                if is_late
+                else sum_by_copy(old.epoch_prefill, prefill),
+                epoch_decode=old.epoch_decode if is_late else old.epoch_decode + decode,
             )
+
+
+def _added(one: _Counts, other: _Counts) -> _Counts:
+    return _Counts(
+        one.epoch,
+        one.num_rows + other.num_rows,
+        [a + b for a, b in zip(one.decode, other.decode, strict=True)],
+        [_wide_sum(a, b) for a, b in zip(one.prefill, other.prefill, strict=True)],
+    )
+
+
+def _wide_sum(one: Tensor, other: Tensor) -> Tensor:
+    """[experts, copies] with as many copies as the wider one."""
+    width = max(one.shape[1], other.shape[1])
+    return F.pad(one, (0, width - one.shape[1])) + F.pad(other, (0, width - other.shape[1]))
 
 
 def _tally_decodes(routed: Sequence[Routed], num_experts: int) -> Tensor:
     """[num_experts] int64 pairs of decode rows."""
-    return _tally([r.topk_ids[: r.num_decodes] for r in routed], num_experts)
+    found = [r.topk_ids[: r.num_decodes] for r in routed if r.num_decodes]
+    return _tally(found, num_experts, routed)
 
 
 def _tally_copies(routed: Sequence[Routed], num_experts: int) -> Tensor:
     """[num_experts, copies] int64 pairs of prompt rows."""
-    most = max((r.copies.num_copies for r in routed if r.copies is not None), default=1)
-    keys = [_prompt_keys(r, most) for r in routed]
-    return _tally(keys, num_experts * most).view(num_experts, most)
+    prompts = [r for r in routed if r.num_decodes < len(r.topk_ids)]
+    most = max((r.copies.num_copies for r in prompts if r.copies is not None), default=1)
+    keys = [_prompt_keys(r, most) for r in prompts]
+    return _tally(keys, num_experts * most, routed).view(num_experts, most)
 
 
 def _prompt_keys(routed: Routed, num_copies: int) -> Tensor:
@@ -190,10 +212,11 @@ def _prompt_keys(routed: Routed, num_copies: int) -> Tensor:
     return experts + routed.copies.places[routed.num_decodes :]
 
 
-def _tally(parts: Sequence[Tensor], size: int) -> Tensor:
-    """[size] int64: how often each number is in the tensors."""
+def _tally(parts: Sequence[Tensor], size: int, routed: Sequence[Routed]) -> Tensor:
+    """[size] int64, on the device of ``routed``: how often each number is in the tensors."""
     if not parts:
-        return torch.zeros(size, dtype=torch.int64)
+        device = routed[0].topk_ids.device if routed else None
+        return torch.zeros(size, dtype=torch.int64, device=device)
     joined = torch.cat([part.flatten() for part in parts])
     if joined.is_cpu:
         return torch.bincount(joined, minlength=size)

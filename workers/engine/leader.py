@@ -70,9 +70,12 @@ def decide_header(
     )
     if has_prefill:
         return header
-    bucket = bucket_of(max(header.rows(rank, 0) for rank in order), buckets)
+    most = max(header.rows(rank, 0) for rank in order)
+    bucket = bucket_of(most, buckets) if most else 0
     header = replace(header, bucket=bucket) if bucket else header
     limit = limit_edges([(header.edge_rows(rank, 0), proposals[rank].edge_share) for rank in order])
+    if bucket and limit:  # few sizes, as each is captured apart
+        limit = bucket_of(limit, buckets) % bucket
     return replace(header, edge_limit=limit) if limit else header
 
 

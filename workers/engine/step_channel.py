@@ -234,7 +234,7 @@ class StepChannel:
             oldest_epoch=self._oldest_epoch,
             max_prefill_rows=self._prefill_cap.rows(decode_rows, len(self._proposals)),
             micro_batches=self._micro_batches,
-            buckets=self._buckets,
+            buckets=() if generation.returns_slots else self._buckets,
             even_empty=even_empty or self._epoch != self._decided_epoch,
         )
         if header is None:

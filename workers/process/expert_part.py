@@ -39,8 +39,10 @@ from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.control.control_client import ControlClient
+from workers.process.gpu_room import captured_sizes
 from workers.process.warm_up import warm_experts
 from workers.process.worker_args import WorkerArgs
+from workers.requests.buckets import kept_rows
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import Peer, PeerClient, PeerServer
 from workers.transport.transport import DataTransport
@@ -90,7 +92,8 @@ class ExpertPart:
             device=args.device,
             activity=activity,
             timer=timer,
-            has_graphs=not args.config.engine.enforce_eager,
+            max_kept_rows=kept_rows(captured_sizes(args, checkpoint.family.banks))
+            * args.config.workers.num_attention_ranks,
         )
         weights.start(ExpertLender(slots))
         sources: dict[str, OpenSource] = {CHECKPOINT: self._open_checkpoint, PEER: self._open_peer}

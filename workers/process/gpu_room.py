@@ -10,12 +10,13 @@ import torch
 from cluster.config.cluster import EngineSection
 from cluster.config.gpu_memory import check_slots, kv_budget
 from cluster.config.kv_cache import kv_vector_bytes
+from workers.cuda.step_graph import MAX_KEPT
 from workers.experts.transfer.peer_source import expert_num_bytes
-from workers.model.config import BankSpec, ModelConfig
+from workers.model.config import BankSpec, ModelConfig, returns_pairs
 from workers.model.cuda_device import gpu_memory
 from workers.model.families.base import Family
 from workers.process.worker_args import WorkerArgs
-from workers.requests.buckets import buckets_up_to
+from workers.requests.buckets import buckets_up_to, kept_rows
 from workers.transport.collective import CollectiveTransport
 from workers.transport.transport import DataTransport
 
@@ -47,15 +48,23 @@ def expert_step_bytes(config: ModelConfig, banks: Sequence[BankSpec], num_rows: 
     return num_rows * (2 + _PAIR_ROWS * top_k) * config.hidden_size * 4
 
 
+def captured_sizes(args: WorkerArgs, banks: Sequence[BankSpec]) -> tuple[int, ...]:
+    """Rows of the steps that are captured on the cluster's GPUs; none where none can be."""
+    section = args.config.engine
+    is_read = args.config.workers.mode != "local" and returns_pairs(banks, section.combine_mode)
+    if args.device.type != "cuda" or section.enforce_eager or is_read:
+        return ()
+    return () if section.kv_cache_dtype == "fp8" else buckets_up_to(section.max_num_seqs)
+
+
 def graph_bytes(
-    config: ModelConfig, banks: Sequence[BankSpec], section: EngineSection, num_peers: int
+    config: ModelConfig, banks: Sequence[BankSpec], buckets: Sequence[int], num_peers: int
 ) -> int:
     """Of all captured steps: rows that are sent to each peer, and received, keep their memory."""
-    if section.enforce_eager:
+    if not buckets:
         return 0
-    buckets = buckets_up_to(section.max_num_seqs)
-    each = sum(buckets) * config.hidden_size * 4 * 2
-    return len(buckets) * _GRAPH_BYTES + each * len(banks) * num_peers
+    each = kept_rows(buckets) * config.hidden_size * 4 * 2
+    return MAX_KEPT * _GRAPH_BYTES + each * len(banks) * num_peers
 
 
 def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype) -> int:
@@ -81,7 +90,9 @@ def section_for_gpu(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
         {
             "steps": step_bytes(config, family.banks, section),
-            "CUDA graphs": graph_bytes(config, family.banks, section, num_peers),
+            "CUDA graphs": graph_bytes(
+                config, family.banks, captured_sizes(args, family.banks), num_peers
+            ),
             "NCCL": num_peers * _NCCL_BYTES if is_nccl else 0,
         },
         utilization=section.gpu_memory_utilization,
@@ -102,7 +113,9 @@ def check_room_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -
         "steps": expert_step_bytes(
             config, family.banks, num_peers * section.max_num_batched_tokens
         ),
-        "CUDA graphs": graph_bytes(config, family.banks, section, num_peers),
+        "CUDA graphs": graph_bytes(
+            config, family.banks, captured_sizes(args, family.banks), num_peers
+        ),
         "NCCL": num_peers * _NCCL_BYTES if args.config.is_collective else 0,
     }
     free_bytes = gpu_memory(args.device).free_bytes

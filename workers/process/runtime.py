@@ -52,11 +52,10 @@ from workers.process.control.reports import WorkerReports
 from workers.process.data_plane import identify, open_connections, open_transport
 from workers.process.exactness import Exactness
 from workers.process.expert_part import BanksOf, ExpertPart
-from workers.process.gpu_room import check_room_for_slots
+from workers.process.gpu_room import captured_sizes, check_room_for_slots
 from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
 from workers.process.orders import Orders
 from workers.process.worker_args import WorkerArgs
-from workers.requests.buckets import buckets_up_to
 from workers.transport.collective import CollectiveTransport
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.peer_link import PeerServer
@@ -231,13 +230,11 @@ class WorkerRuntime(ABC):
         )
         self._cleanup.callback(connections.close)
         engine = self.config.engine
-        is_plain = engine.kv_cache_dtype != "fp8" and not engine.enforce_eager
-        is_captured = self.args.device.type == "cuda" and is_plain
         self.channel = StepChannel(
             connections,
             prefill_cap=PrefillCap.of(engine),
             micro_batches=MicroBatchRule.of(engine, self.config.workers),
-            buckets=buckets_up_to(engine.max_num_seqs) if is_captured else (),
+            buckets=captured_sizes(self.args, self.family.banks),
         )
         self.transport = self._open_transport()
         self._cleanup.callback(self.transport.close)

@@ -135,6 +135,7 @@ def warm_attention(
     shape = (2 * config.num_kv_heads, 1, size, config.head_dim)
     cache = torch.zeros(shape, dtype=dtype, device=runner.model.device)
     warm_kernels(cache, config.num_heads, runner.model.windows, engine.max_model_len)
+    runner.graphs = None  # they and the engine refer to each other
 
 
 def _request(number: int, length: int) -> Request:

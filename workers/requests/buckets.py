@@ -18,3 +18,8 @@ def buckets_up_to(max_rows: int) -> tuple[int, ...]:
 def bucket_of(num_rows: int, buckets: Sequence[int]) -> int:
     """The smallest that holds so many rows; 0: none does."""
     return next((size for size in buckets if size >= num_rows), 0)
+
+
+def kept_rows(buckets: Sequence[int]) -> int:
+    """Rows of all captured steps that are kept: two of each bucket."""
+    return 2 * sum(buckets)

@@ -40,11 +40,11 @@ from workers.transport.world import (
 _JOIN_S = 1.0
 _COUNTS = 2
 """Number of the message that carries the counts, after those of the two parts."""
-_MAX_AHEAD, _MAX_AHEAD_OF_GRAPHS = 4, 16
-"""Receives that the host does not wait for, without and with captured steps. By then it has given
-the device some hundred launches: two to four layers, or 16 of which each is a graph and copies of
-messages. A stream takes about a thousand. One that waits for a lost peer would take no more, and
-the host, held up in a launch, could not give up the world."""
+_MAX_AHEAD, _MAX_MESSAGES_AHEAD = 4, 64
+"""Receives that the host does not wait for, and of captured steps their messages. By then it has
+given the device some hundred launches: two to four layers, or for each message of captured ones
+four copies and orders. A stream takes about a thousand. One that waits for a lost peer would take
+no more, and the host, held up in a launch, could not give up the world."""
 _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
 
@@ -75,7 +75,7 @@ class CollectiveTransport:
         self._sends: deque[Transfers] = deque()
         self._ordered: deque[Transfers] = deque()
         """Receives for which only the device waits so far."""
-        self._max_ahead = _MAX_AHEAD
+        self._may_be_captured = False
         self._loss: PeerLostError | None = None
         self._store = (
             listen_store(host, store_port, connect_timeout_s)
@@ -173,7 +173,7 @@ class CollectiveTransport:
     def begin_step(self, header: StepHeader) -> None:
         """See ``DataTransport``. Waits for the sends of the last step, which end with it."""
         self._ordered.clear()
-        self._max_ahead = _MAX_AHEAD_OF_GRAPHS if header.bucket else _MAX_AHEAD
+        self._may_be_captured = header.bucket > 0
         while self._sends:
             self._wait(self._sends.popleft())
 
@@ -194,7 +194,7 @@ class CollectiveTransport:
             self._sends += self._start(tag, True, items)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``."""
         counts = [item.counts for item in expected]
@@ -214,7 +214,7 @@ class CollectiveTransport:
             if tensor.numel()
         ]
         if items:
-            self._receive(tag, items, is_read)
+            self._receive(tag, items, must_wait)
         return received
 
     def finish_step(self) -> None:
@@ -253,7 +253,7 @@ class CollectiveTransport:
         ]
         pairs = zip(expected, tensors, strict=True)
         items = [self._item(e.rank, tag, _COUNTS, tensor) for e, tensor in pairs]
-        self._receive(tag, items, is_read=True)
+        self._receive(tag, items, must_wait=True)
         counts = []
         for item, tensor in zip(expected, tensors, strict=True):
             numbers = tuple(int(n) for n in tensor.tolist())  # device-to-host sync
@@ -279,15 +279,21 @@ class CollectiveTransport:
         except RuntimeError as err:
             self._fail(items[0].rank, first_line(err))
 
-    def _receive(self, tag: Tag, items: Sequence[Item], is_read: bool) -> None:
+    def _receive(self, tag: Tag, items: Sequence[Item], must_wait: bool) -> None:
         for transfers in self._start(tag, False, items):
-            if is_read or not self._live_world().order(transfers):
+            if must_wait or not self._live_world().order(transfers):
                 self._wait(transfers)
                 continue
             self._check(transfers)
             self._ordered.append(transfers)
-            while len(self._ordered) > self._max_ahead:
+            while self._is_far_ahead:
                 self._wait(self._ordered.popleft())
+
+    @property
+    def _is_far_ahead(self) -> bool:
+        if self._may_be_captured:  # others wait at once
+            return sum(len(each.items) for each in self._ordered) > _MAX_MESSAGES_AHEAD
+        return len(self._ordered) > _MAX_AHEAD
 
     def _drop_sent(self) -> None:
         """Let go of the memory of sends that are over, in the order in which they started."""

@@ -76,8 +76,10 @@ class NcclWorld(World):
     def order(self, transfers: Transfers) -> bool:
         """See ``World``. Their memory may be used again after what the stream was given so far."""
         try:
+            works = {id(transfer.work): transfer.work for transfer in transfers.items}
+            for work in works.values():  # those that started together have one
+                _order_after(work)
             for transfer in transfers.items:
-                _order_after(transfer.work)
                 transfer.tensor = None
         except RuntimeError as err:
             transfers.error = first_line(err)

@@ -79,7 +79,7 @@ class SocketTransport:
             self._connections.send(self._names[message.rank], header, buffers)
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """See ``DataTransport``; waits in any case."""
         deadline = time.monotonic() + self._connections.step_timeout_s

@@ -87,13 +87,13 @@ class DataTransport(Protocol):
         """
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         """One message from each of the ranks; the parts are on the transport's device.
 
-        Waits for them where ``is_read``: the host reads what is computed of them before
-        ``finish_step``, or the step has a bucket and is not captured. Else it may return before
-        they have come, with tensors that work on the device finds filled.
+        Waits for them where it ``must_wait``, as the host reads what is computed of them before
+        ``finish_step``. Else it may return before they have come, with tensors that work on the
+        device finds filled; where the header has a bucket, before many have come.
         """
 
     def finish_step(self) -> None:

@@ -176,7 +176,7 @@ class FarTransport(Alone):
         self.sent.append(tuple(len(part) for message in messages for part in message.parts))
 
     def receive(
-        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, is_read: bool
+        self, tag: Tag, expected: Sequence[Expected], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
         return [
             tuple(
@@ -218,7 +218,7 @@ def test_rows_that_did_not_fit_end_the_limit() -> None:
 
     def step(num_sent: int) -> bool:
         rows.begin_step()
-        rows.note(needed, num_sent)
+        rows.note(needed, 20, num_sent)
         rows.finish_step()
         return rows.end_step()
 
@@ -247,16 +247,25 @@ def test_few_rows_say_nothing_of_the_share_of_many() -> None:
     rows = EdgeRows()
     for num_sent in (4, 3):
         rows.begin_step()
-        rows.note(torch.ones(2, 4, dtype=torch.bool), num_sent)
+        rows.note(torch.ones(2, 4, dtype=torch.bool), 4, num_sent)
         rows.finish_step()
         assert rows.end_step() == (num_sent == 4)
     assert rows.share == 0
 
 
+def test_the_share_is_of_a_bucket_that_is_filled_up() -> None:
+    rows = EdgeRows()
+    rows.begin_step()
+    rows.note(torch.ones(2, 16, dtype=torch.bool), 32, 32)
+    rows.finish_step()
+    assert rows.end_step()
+    assert rows.share == 500
+
+
 def test_a_step_that_broke_leaves_nothing_behind() -> None:
     rows = EdgeRows()
     rows.begin_step()
-    rows.note(torch.ones(2, 8, dtype=torch.bool), 1)
+    rows.note(torch.ones(2, 8, dtype=torch.bool), 8, 1)
     rows.finish_step()
     rows.begin_step()
     assert rows.end_step()

@@ -33,7 +33,12 @@ def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal
 
 
 def decide(
-    known: dict[int, StepProposal], *, step: int = 5, cap: int = 512, buckets: Sequence[int] = ()
+    known: dict[int, StepProposal],
+    *,
+    step: int = 5,
+    cap: int = 512,
+    buckets: Sequence[int] = (),
+    even_empty: bool = False,
 ) -> StepHeader | None:
     """The policy with usual values."""
     return decide_header(
@@ -45,6 +50,7 @@ def decide(
         max_prefill_rows=cap,
         micro_batches=MicroBatchRule(setting="auto", decode_threshold=4, prefill_threshold=8),
         buckets=buckets,
+        even_empty=even_empty,
     )
 
 
@@ -277,7 +283,15 @@ def test_decodes_of_all_ranks_are_filled_up_to_one_bucket() -> None:
 
 def test_edges_are_limited_as_rows_are_filled_up() -> None:
     known = {0: replace(proposals((70, 0))[0], edge_share=250)}
+    header = decide(known, buckets=(48, 96))
+    assert header is not None
+    assert (header.bucket, header.edge_limit) == (96, 48)  # 24 rows, and 10, and a bucket
     header = decide(known, buckets=(96,))
     assert header is not None
-    assert (header.bucket, header.edge_limit) == (96, 40)  # 24 rows, and 10
-    assert decide(known, buckets=()) != header
+    assert (header.bucket, header.edge_limit) == (96, 0)
+
+
+def test_a_step_without_rows_has_no_bucket() -> None:
+    header = decide(proposals((0, 0)), buckets=(1, 2), even_empty=True)
+    assert header is not None
+    assert header.bucket == 0

@@ -14,6 +14,7 @@ from cluster.core.topology import Member
 from tests.paths import DEMO
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.gpu_room import (
+    captured_sizes,
     check_room_for_slots,
     expert_step_bytes,
     graph_bytes,
@@ -21,6 +22,7 @@ from workers.process.gpu_room import (
     step_bytes,
 )
 from workers.process.worker_args import WorkerArgs
+from workers.requests.buckets import buckets_up_to
 from workers.transport.collective import CollectiveTransport
 
 GIB = 1 << 30
@@ -74,7 +76,7 @@ def test_kv_of_a_gpu_is_what_steps_leave(gpu: FakeGpu) -> None:
     args = args_of()
     found = sized(args)
     kept = step_bytes(FAMILY.config, FAMILY.banks, args.config.engine)
-    kept += graph_bytes(FAMILY.config, FAMILY.banks, args.config.engine, num_peers=2)
+    kept += graph_bytes(FAMILY.config, FAMILY.banks, buckets_up_to(64), num_peers=2)
     assert found.kv_cache_bytes == int(0.9 * 24 * GIB) - 4 * GIB - kept
     assert gpu.calls == ["give back", "look"]
     assert replace(found, kv_cache_bytes=None) == args.config.engine
@@ -110,7 +112,8 @@ def test_a_gpu_that_is_too_small_is_named_before_anything_is_allocated() -> None
     each = sum(out * width for _, _, (out, width) in FAMILY.banks[0].matrices) * 2
     section, peers = args_of().config.engine, args_of().config.workers.num_attention_ranks
     kept = expert_step_bytes(FAMILY.config, FAMILY.banks, peers * section.max_num_batched_tokens)
-    kept += graph_bytes(FAMILY.config, FAMILY.banks, section, peers) + peers * NCCL_BYTES
+    kept += graph_bytes(FAMILY.config, FAMILY.banks, buckets_up_to(64), peers)
+    kept += peers * NCCL_BYTES
     room = (20 * GIB - kept) // (each * len(FAMILY.banks))
     check_room_for_slots(args_of(num_slots=room), FAMILY, torch.bfloat16)
     with pytest.raises(ConfigError, match=r"num_expert_workers \(2\) must be more"):
@@ -125,6 +128,13 @@ def test_cpus_are_not_asked() -> None:
 
 def test_captured_steps_take_memory_by_peer_unless_there_are_none() -> None:
     config, banks = FAMILY.config, FAMILY.banks
-    one, two = (graph_bytes(config, banks, EngineSection(max_num_seqs=4), n) for n in (1, 2))
-    assert two - one == (1 + 2 + 4) * config.hidden_size * 4 * 2 * len(banks)
-    assert graph_bytes(config, banks, EngineSection(enforce_eager=True), 2) == 0
+    one, two = (graph_bytes(config, banks, (1, 2, 4), n) for n in (1, 2))
+    assert two - one == 2 * (1 + 2 + 4) * config.hidden_size * 4 * 2 * len(banks)
+    assert graph_bytes(config, banks, (), 2) == 0
+
+
+def test_steps_have_buckets_where_they_can_be_captured() -> None:
+    assert captured_sizes(args_of(max_num_seqs=4), FAMILY.banks) == (1, 2, 4)
+    for other in ({"enforce_eager": True}, {"kv_cache_dtype": "fp8"}, {"combine_mode": "per_slot"}):
+        assert captured_sizes(args_of(**other), FAMILY.banks) == ()
+    assert captured_sizes(args_of(device="cpu"), FAMILY.banks) == ()

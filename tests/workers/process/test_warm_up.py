@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -172,7 +173,15 @@ def test_serving_needs_no_kernel_that_the_warm_up_did_not_compile(variant: str) 
             banks=serving.banks,
             max_model_len=64,
         )
-        warm_attention(args, checkpoint.family, torch.float32, make, serving.dispatcher)
+        made: list[weakref.ref[Engine]] = []
+
+        def noting(**more: Any) -> Engine:
+            engine = make(**more)
+            made.append(weakref.ref(engine))
+            return engine
+
+        warm_attention(args, checkpoint.family, torch.float32, noting, serving.dispatcher)
+        assert [engine() for engine in made] == [None], "its memory is for the one that serves"
         warm_experts(args, serving.slots, sums_are_rounded=False)
         warm, log.forms = log.forms, set()
         run = Apart(log, num_ranks=2, engine=serving)

@@ -186,7 +186,7 @@ def test_only_the_device_waits_for_what_the_host_does_not_read(nccl: FakeNccl) -
     with Mesh(1, 1, BANKS, transport="nccl") as mesh:
         nccl.holds = False
         sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport
-        ((got,),) = receiver.receive(TAG, EXPECTED, sized=False, is_read=False)
+        ((got,),) = receiver.receive(TAG, EXPECTED, sized=False, must_wait=False)
         finishing = mesh.pool.submit(receiver.finish_step)
         with pytest.raises(TimeoutError):
             finishing.result(0.1)
@@ -203,7 +203,7 @@ def test_the_host_is_a_few_receives_ahead_and_no_more(nccl: FakeNccl) -> None:
         sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport
 
         def receive(number: int) -> None:
-            receiver.receive(TAG._replace(bank=number), EXPECTED, sized=False, is_read=False)
+            receiver.receive(TAG._replace(bank=number), EXPECTED, sized=False, must_wait=False)
 
         for number in range(_MAX_AHEAD):
             receive(number)
@@ -222,7 +222,7 @@ def test_the_end_of_a_step_does_not_wait_for_a_peer_that_is_lost(nccl: FakeNccl)
     with Mesh(1, 1, BANKS, transport="nccl") as mesh:
         nccl.holds = False
         receiver = mesh["attention-0"].transport
-        receiver.receive(TAG, EXPECTED, sized=False, is_read=False)
+        receiver.receive(TAG, EXPECTED, sized=False, must_wait=False)
         mesh["attention-0"].connections.interrupt(3)
         with pytest.raises(GenerationChangedError):
             receiver.finish_step()
@@ -233,7 +233,7 @@ def test_a_step_that_ends_with_an_interrupt_frees_the_device(nccl: FakeNccl) -> 
     with Mesh(1, 1, BANKS, transport="nccl") as mesh:
         nccl.holds = False
         home = mesh["attention-0"]
-        home.transport.receive(TAG, EXPECTED, sized=False, is_read=False)
+        home.transport.receive(TAG, EXPECTED, sized=False, must_wait=False)
         home.connections.interrupt(3)
         with pytest.raises(GenerationChangedError):
             home.transport.post(
@@ -249,7 +249,7 @@ def test_memory_is_not_kept_for_the_end_of_the_step(nccl: FakeNccl) -> None:
     with Mesh(1, 1, BANKS, transport="nccl") as mesh:
         sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport
         sender.post(TAG, [RowMessage(0, (torch.ones(2, 4),))], sized=False)
-        ((got,),) = receiver.receive(TAG, EXPECTED, sized=False, is_read=False)
+        ((got,),) = receiver.receive(TAG, EXPECTED, sized=False, must_wait=False)
         kept = weakref.ref(got)
         del got
         while not nccl.works.empty():
@@ -267,9 +267,9 @@ def test_the_host_waits_between_layers_only_to_read(
     reads: list[bool] = []
     receive = CollectiveTransport.receive
 
-    def spy(*arguments: Any, is_read: bool, **others: Any) -> list[tuple[Tensor, ...]]:
-        reads.append(is_read)
-        return receive(*arguments, is_read=is_read, **others)
+    def spy(*arguments: Any, must_wait: bool, **others: Any) -> list[tuple[Tensor, ...]]:
+        reads.append(must_wait)
+        return receive(*arguments, must_wait=must_wait, **others)
 
     monkeypatch.setattr(CollectiveTransport, "receive", spy)
     with Mesh(1, 1, BANKS, transport="nccl", combine_mode=combine_mode) as mesh:
@@ -303,5 +303,5 @@ def test_memory_of_sends_is_kept_no_longer_than_they_take(
             tag = Tag(len(sent), 0, 0, "outputs")
             sender.post(tag, [RowMessage(0, (rows,))], sized=False)
             del rows
-            ((got,),) = receiver.receive(tag, expected, sized=False, is_read=True)
+            ((got,),) = receiver.receive(tag, expected, sized=False, must_wait=True)
             assert torch.equal(got, torch.ones(2, 4))
