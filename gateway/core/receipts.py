@@ -13,7 +13,7 @@ RECEIPTS: Final = "expertmesh.receipts"
 """Key in the scope's ``extensions``: receipts will come."""
 RECEIPT: Final = "expertmesh.receipt"
 """Type of a message with ``num_bytes``, the bytes that the client took since the last receipt."""
-STEP_BYTES: Final = 256 * 1024
-"""Bytes after which a receipt is sent: about a thousand tokens."""
-WINDOW_BYTES: Final = 1024 * 1024
+STEP_BYTES: Final = 64 * 1024
+"""Bytes after which a receipt is sent: some 250 tokens."""
+WINDOW_BYTES: Final = 256 * 1024
 """Bytes without a receipt after which a replica sends no more of a stream."""

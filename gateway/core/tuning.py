@@ -26,5 +26,8 @@ class GatewayTuning:
     max_unread_bytes: int = 4 * 1024 * 1024
     """Bytes of outputs that wait for the client of one stream, about 12,000 tokens; the stream of a
     client further behind ends."""
+    unread_limit_s: float = 60.0
+    """Time in which the client of a stream must take some of the outputs that wait for it; else the
+    stream ends."""
     max_inspection_bytes: int = 256 * 1024 * 1024
     """Bytes of the arrays of inspections that one replica holds at a time."""

@@ -237,7 +237,7 @@ class Gateway:
             call,
             call_id,
             created=int(time.time()),
-            queue=OutputQueue(self.tuning.max_unread_bytes),
+            queue=OutputQueue(self.tuning.max_unread_bytes, self.tuning.unread_limit_s),
             ticket=self._admit(call, facts, deadline_s),
             deadline_s=deadline_s,
             tokenizer=self.tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -24,10 +25,20 @@ class OutputQueue:
         max_bytes: memory of the outputs that may wait. Above it the call ends with
             ``SlowClientError``, and nothing waits any more. Log-probabilities of prompts and arrays
             come once, and do not count.
+        limit_s: time for which outputs may wait and none is taken; then it ends in the same way
+            when the next one comes.
+        clock: in seconds.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        limit_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._max_bytes = max_bytes
+        self._limit_s = limit_s
+        self._clock = clock
         self._num_bytes = 0
         self.on_overflow: Callable[[], None] = lambda: None
         """Called when the call has ended in this way."""
@@ -35,16 +46,19 @@ class OutputQueue:
         self._error: ExpertMeshError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.oldest_s = 0.0
-        """When the first output of the last ``take`` came (``time.monotonic``)."""
+        """When the first output of the last ``take`` came, on ``clock``."""
         self._first_s = 0.0
 
     def put(self, output: TokenOutput) -> None:
+        now = self._clock()
         if not self._outputs:
-            self._first_s = time.monotonic()
+            self._first_s = now
         self._num_bytes += _size(output)
-        if self._outputs and self._num_bytes > self._max_bytes:
+        is_full = self._num_bytes > self._max_bytes
+        if self._outputs and (is_full or now - self._first_s > self._limit_s):
             self._outputs.clear()
-            self.fail(SlowClientError("the client reads too slowly"))
+            why = "reads too slowly" if is_full else f"has read nothing for {self._limit_s:g} s"
+            self.fail(SlowClientError(f"the client {why}"))
             self.on_overflow()
             return
         self._outputs.append(output)

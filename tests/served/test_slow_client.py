@@ -15,16 +15,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unharmed")]
 NUM_CHOICES = 16
 
 
-def unread_stream(server: Served) -> socket.socket:
+def unread_stream(server: Served, logprobs: int | None = 5) -> socket.socket:
     """The connection of a stream that nobody has read, once the server has ended its requests."""
     with given_up(server, num_choices=NUM_CHOICES):
-        fields = {"prompt": "x", "n": NUM_CHOICES, "logprobs": 5, "stream": True}
+        fields = {"prompt": "x", "n": NUM_CHOICES, "logprobs": logprobs, "stream": True}
         return send(server, "/v1/completions", **fields)
 
 
-def test_a_stream_that_nobody_reads_ends_and_says_why(server: Served) -> None:
+@pytest.mark.parametrize("logprobs", [5, None])
+def test_a_stream_that_nobody_reads_ends_and_says_why(server: Served, logprobs: int | None) -> None:
     last = b""
-    with unread_stream(server) as connection:
+    with unread_stream(server, logprobs) as connection:
         while b"[DONE]" not in last:
             received = connection.recv(1 << 20)
             assert received, "the stream ends without its end"

@@ -50,6 +50,26 @@ def test_what_was_taken_makes_room() -> None:
     asyncio.run(work())
 
 
+def test_what_nobody_takes_for_long_ends_the_call() -> None:
+    async def work() -> None:
+        ends: list[None] = []
+        times = [0.0, 59.0, 60.0, 100.0, 160.0, 161.0]
+        queue = OutputQueue(350_000, limit_s=60.0, clock=iter(times).__next__)
+        queue.on_overflow = lambda: ends.append(None)
+        for _ in range(3):
+            queue.put(OUTPUT)
+        assert len(await queue.take(WAIT_S)) == 3
+        for _ in range(2):
+            queue.put(OUTPUT)
+        assert not ends, "the time before they came does not count"
+        queue.put(OUTPUT)
+        assert len(ends) == 1
+        with pytest.raises(SlowClientError, match="has read nothing for 60 s"):
+            await queue.take(WAIT_S)
+
+    asyncio.run(work())
+
+
 def test_one_output_of_any_size_has_room() -> None:
     async def work() -> list[TokenOutput]:
         queue = OutputQueue(1)

@@ -120,6 +120,41 @@ def test_a_stream_that_nobody_reads_ends_over_http(slow: Stack) -> None:
     check_ends_by_name(slow.run(work()))
 
 
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Stack]:
+    """A gateway whose clients must read soon, though there is room for all of their streams."""
+    with running_stack(tuning=GatewayTuning(unread_limit_s=0.2)) as stack:
+        complete(stack, prompt="x", max_tokens=3)
+        stack.engine.step_s = 0.002
+        yield stack
+
+
+def test_a_stream_of_which_nothing_is_read_for_long_ends(impatient: Stack) -> None:
+    async def work() -> bytes:
+        client = Client({"prompt": "x", "stream": True, **LONG})
+        calling = asyncio.create_task(client.call(build_http_app(impatient.gateway)))
+        while not aborted(impatient)():
+            await asyncio.sleep(0.01)
+        client.reads.set()
+        await calling
+        return client.content
+
+    content = impatient.run(work())
+    check_ends_by_name(content)
+    assert b"has read nothing for 0.2 s" in content
+    impatient.wait_no_requests()
+
+
+def test_a_stream_that_is_read_may_last_longer(impatient: Stack) -> None:
+    async def work() -> bytes:
+        client = Client({"prompt": "x", "stream": True, **LONG})
+        client.reads.set()
+        await client.call(build_http_app(impatient.gateway))
+        return client.content
+
+    assert impatient.run(work()).endswith(b"data: [DONE]\n\n")
+
+
 def test_a_stream_that_nobody_reads_ends_over_grpc(slow: Stack) -> None:
     slow.engine.step_s = 0.001  # else the queue is full before the first message is sent
     with grpc.insecure_channel(slow.grpc_target, options=SMALL_WINDOWS) as channel:
