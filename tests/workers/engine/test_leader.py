@@ -282,7 +282,7 @@ def test_decodes_of_all_ranks_are_filled_up_to_one_bucket() -> None:
 
 
 def test_edges_are_limited_as_rows_are_filled_up() -> None:
-    known = {0: replace(proposals((70, 0))[0], edge_share=250)}
+    known = {0: replace(proposals((140, 0))[0], edge_share=250)}
     header = decide(known, buckets=(48, 96))
     assert header is not None
     assert (header.bucket, header.edge_limit) == (96, 48)  # 24 rows, and 10, and a bucket
