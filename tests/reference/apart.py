@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation, Member
+from tests.reference.both_roles import Alone
 from tests.reference.local_engine import LocalEngine
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
@@ -54,17 +54,12 @@ class Turns:
                 serve.switch()
 
 
-class TurnTransport:
+class TurnTransport(Alone):
     """``DataTransport`` of one rank; ``own``: the expert rank, None at the attention rank."""
-
-    sums_are_rounded = False
 
     def __init__(self, turns: Turns, own: int | None) -> None:
         self._turns = turns
         self._own = own
-
-    def begin_step(self, header: StepHeader) -> None:
-        """There is nothing to do."""
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``."""
@@ -87,22 +82,6 @@ class TurnTransport:
 
     def _key(self, tag: Tag, rank: int) -> Key:
         return tag.direction, rank if self._own is None else self._own, tag
-
-    def finish_step(self) -> None:
-        """There is nothing to wait for."""
-
-    def direct(self, ranks: Sequence[int]) -> None:
-        """There are no edges."""
-
-    def reject(self, rank: int, reason: str) -> NoReturn:
-        """See ``DataTransport``."""
-        raise AssertionError(reason)
-
-    def apply_generation(self, generation: Generation) -> None:
-        """There is nothing to do."""
-
-    def close(self) -> None:
-        """There is nothing to do."""
 
 
 class ExpertsApart:

@@ -8,24 +8,15 @@ for a size, or for a way to divide the work, is compiled for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
-from workers.cuda.step_graph import StepGraph
-from workers.dispatch.dispatcher import (
-    BatchRows,
-    CapturedExchanges,
-    DispatchHandle,
-    TimedDispatcher,
-    TokenDispatcher,
-)
-from workers.dispatch.local import LocalHandle
+from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.local import LocalDispatcher, LocalHandle
 from workers.engine.engine import Engine
 from workers.experts.bank import ExpertBank
 from workers.experts.slots import ExpertSlots
@@ -44,56 +35,23 @@ _NUM_TOKENS = 3
 """Tokens of each sequence: two steps of decodes follow the prompts."""
 
 
-class BlankDispatcher(TimedDispatcher):
+class BlankDispatcher(LocalDispatcher):
     """``TokenDispatcher`` whose experts return zeros."""
 
     def __init__(self, banks: Sequence[BankSpec]) -> None:
-        super().__init__(banks, None)
+        super().__init__((), banks)
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Zeros have no place."""
 
-    def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        self.timer.begin_step(header)
-
-    def sit_out(self, header: StepHeader) -> None:
-        self.timer.begin_step(header)
-
-    def finish_step(self) -> None:
-        """Nothing is sent."""
-
-    # ``CapturableDispatcher``
-
-    def can_capture(self, header: StepHeader) -> bool:
-        """Nothing is in the way."""
-        return True
-
-    @property
-    def captured_state(self) -> Hashable:
-        """There is none."""
-        return None
-
-    def captured_shape(self, header: StepHeader) -> Hashable:
-        """There are no others."""
-        return None
-
-    @contextmanager
-    def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
-        """Zeros need no exchange."""
-        yield self
-
-    def replayed(self) -> None:
-        """See ``CapturedExchanges``."""
+    def experts(self) -> None:
+        """Native layers have none."""
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> LocalHandle:
         exchange, (num_rows, top_k) = bank.exchanges[sent.exchange], sent.topk_ids.shape
         slots = () if exchange.weighted else (top_k,)
         result = sent.rows.new_zeros((num_rows, *slots, exchange.out_width))
         return LocalHandle(bank, sent.exchange, micro_batch, num_rows, None, result)
-
-    def gather(self, handle: DispatchHandle) -> Tensor:
-        assert isinstance(handle, LocalHandle)
-        return handle.result
 
 
 def warm_attention(
@@ -128,9 +86,8 @@ def warm_attention(
     _run(engine, [_request(i, length) for i in range(most)])
     _run(engine, [_request(0, 1)])
     runner = engine.runner
-    if isinstance(experts, BlankDispatcher) and runner.graphs is not None:
-        with torch.inference_mode():
-            runner.graphs.capture()
+    if isinstance(experts, BlankDispatcher):  # else those that serve are captured before they do
+        runner.capture_graphs()
     config, size = family.config, section.block_size_tokens
     shape = (2 * config.num_kv_heads, 1, size, config.head_dim)
     cache = torch.zeros(shape, dtype=dtype, device=runner.model.device)
