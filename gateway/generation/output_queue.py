@@ -27,18 +27,18 @@ class OutputQueue:
             come once, and do not count.
         limit_s: time for which outputs may wait and none is taken; then it ends in the same way
             when the next one comes.
-        clock: in seconds.
+        clock: in seconds; None: ``time.monotonic``.
     """
 
     def __init__(
         self,
         max_bytes: int,
         limit_s: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._max_bytes = max_bytes
         self._limit_s = limit_s
-        self._clock = clock
+        self._clock = clock or time.monotonic
         self._num_bytes = 0
         self.on_overflow: Callable[[], None] = lambda: None
         """Called when the call has ended in this way."""
