@@ -80,8 +80,8 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-class _Kept(NamedTuple):
-    step: Any
+class _Kept(NamedTuple, Generic[Captured]):
+    step: Captured
     num_rows: int
 
 
@@ -92,7 +92,7 @@ class KeptSteps(Generic[Captured]):
         """``max_rows`` of all kept steps together, unless a single one has more."""
         self._max_rows = max_rows
         self._state: Hashable = None
-        self._kept: dict[Hashable, _Kept] = {}
+        self._kept: dict[Hashable, _Kept[Captured]] = {}
         self._pool: Any = None
 
     def __len__(self) -> int:
@@ -123,8 +123,7 @@ class KeptSteps(Generic[Captured]):
                 step = capture(self._new_pool())
             found = _Kept(step, num_rows)
         self._kept[key] = found  # the last used comes last
-        captured: Captured = found.step
-        return captured
+        return found.step
 
     def _make_room(self, num_rows: int) -> None:
         total = num_rows + sum(kept.num_rows for kept in self._kept.values())

@@ -93,8 +93,8 @@ class TokenDispatcher(Protocol):
         """Whether all rows that an expert rank needed were sent to it (``StepHeader.edge_limit``).
 
         If not, the outputs are of no use and the step must run again; this rank's next proposal
-        lets no row be left out. Comes
-        after ``finish_step``, when the host has read something that was computed of the outputs.
+        lets no row be left out. Comes after ``finish_step``, when the host has read something that
+        was computed of the outputs.
         """
 
     @property
@@ -145,6 +145,21 @@ def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: Comb
 def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
     """Whether it reads rows between the layers of a step: there, or to measure padding."""
     return picks_rows(header, banks, combine_mode) or is_measured(header)
+
+
+def has_known_sizes(
+    header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode
+) -> bool:
+    """Whether a step with experts on other workers can be captured."""
+    return header.bucket > 0 and not reads_rows(header, banks, combine_mode)
+
+
+def must_wait(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
+    """Whether the host waits for what it receives in a step that is not captured.
+
+    With a bucket it does, as transports let it get far ahead then, which is for captured steps.
+    """
+    return header.bucket > 0 or reads_rows(header, banks, combine_mode)
 
 
 class TimedDispatcher(ABC):

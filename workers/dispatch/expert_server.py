@@ -16,7 +16,7 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.cuda.step_graph import KeptSteps, StepGraph
 from workers.dispatch.copies import EpochTables
-from workers.dispatch.dispatcher import SlotBank, reads_rows
+from workers.dispatch.dispatcher import SlotBank, has_known_sizes, must_wait
 from workers.dispatch.native_server import NativeExchange, NativeServer
 from workers.dispatch.recording import FixedTables, RecordingTransport
 from workers.dispatch.slot_use import (
@@ -173,7 +173,7 @@ class ExpertServer:
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
         self.begin_step(header)
-        if self._has_graphs and header.bucket and not self._reads_rows:
+        if self._has_graphs and has_known_sizes(header, self._banks, self._combine_mode):
             self._replay(header)
             return
         places = [
@@ -245,8 +245,7 @@ class ExpertServer:
             pairs = zip(self._filled, tables, strict=True)
             self._filled = [replace(filled, table=table) for filled, table in pairs]
         self._exact = header.exact
-        self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
-        self._has_bucket = header.bucket > 0
+        self._must_wait = must_wait(header, self._banks, self._combine_mode)
         self._granted = [
             {rank: n for rank, _ in header.grants if (n := header.edge_rows(rank, micro_batch))}
             for micro_batch in range(header.num_micro_batches)
@@ -274,9 +273,10 @@ class ExpertServer:
     def _replay(self, header: StepHeader) -> None:
         """Serve a whole step as it was captured."""
         self._kept.keep_only(self.captured_state)
-        shape = self.captured_shape(header)
-        num_rows = sum(sum(rows) for _, *rows in shape)
-        step = self._kept.get(shape, num_rows, lambda pool: self._capture(header, pool))
+        num_rows = sum(sum(granted.values()) for granted in self._granted)
+        step = self._kept.get(
+            self.captured_shape(header), num_rows, lambda pool: self._capture(header, pool)
+        )
         step.graph.replay()
         self._count(step.served)
         self._end_step()
@@ -308,7 +308,8 @@ class ExpertServer:
         num_bytes = dict.fromkeys(self.num_bytes, 0)
         self._begin_exchanges(header)
         self.timer.pause()
-        self._is_measured, self._is_captured, self._counted = False, True, num_bytes
+        self._is_measured = self._must_wait = False
+        self._is_captured, self._counted = True, num_bytes
         try:
             yield CapturedServes(self._use.notes, num_bytes)
         finally:
@@ -347,10 +348,9 @@ class ExpertServer:
         expected = [Expected(r, parts, (n, n * inputs)) for r, n in granted.items()]
         place = (bank, exchange.index, micro_batch)
         tag = Tag(bank.index, exchange.index, micro_batch, "rows")
-        must_wait = self._reads_rows or (self._has_bucket and not self._is_captured)
         with self._activity:
             received = self._transport.receive(
-                tag, expected, sized=self._exact, must_wait=must_wait
+                tag, expected, sized=self._exact, must_wait=self._must_wait
             )
         self._counted["dispatch"] += sum(part.nbytes for parts in received for part in parts)
         self.timer.lap("receive", *place)

@@ -7,6 +7,7 @@ that the pieces of the step before and behind may be CUDA graphs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import NoReturn
 
 import torch
@@ -96,7 +97,7 @@ class FixedTables:
 
     def copy_in(self, tables: Sequence[Tensor]) -> list[Tensor]:
         """They have the contents of ``tables`` from now on, in the order of the stream."""
-        if len(tables) == len(self._shown) and all(map(_is_same, tables, self._shown)):
+        if len(tables) == len(self._shown) and all(map(is_, tables, self._shown)):
             return self._fixed
         self._shown = tables
         if [t.shape for t in tables] == [t.shape for t in self._fixed]:
@@ -106,7 +107,3 @@ class FixedTables:
             self._fixed = [table.clone() for table in tables]
             self.version += 1
         return self._fixed
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one is other

@@ -34,8 +34,9 @@ from workers.dispatch.dispatcher import (
     CapturedExchanges,
     DispatchHandle,
     TimedDispatcher,
+    has_known_sizes,
+    must_wait,
     picks_rows,
-    reads_rows,
 )
 from workers.dispatch.edge_rows import EdgeRows, NeededRows
 from workers.dispatch.native_home import NativeHome, NativeRows
@@ -121,7 +122,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._tables: list[CopyTables] = []
         self._header: StepHeader | None = None
         self._micro_batches: Sequence[BatchRows] = ()
-        self._reads_rows = self._has_bucket = False
+        self._must_wait = False
         self._edge_rows = EdgeRows()
         self._is_row: Tensor | None = None
         """[micro-batches, T] int64 of a step that is captured: 0 for rows without a request."""
@@ -182,8 +183,7 @@ class RemoteDispatcher(TimedDispatcher):
 
     def can_capture(self, header: StepHeader) -> bool:
         """See ``CapturableDispatcher``."""
-        reads = reads_rows(header, self._banks, self._combine_mode)
-        return header.bucket > 0 and not reads
+        return has_known_sizes(header, self._banks, self._combine_mode)
 
     @property
     def captured_state(self) -> Hashable:
@@ -219,6 +219,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._set_header(header)
         self._edge_rows.begin_step()
         self.timer.pause()
+        self._must_wait = False
         self._is_row = is_row.view(header.num_micro_batches, -1)
         rows = CapturedRows(self)
         yield rows
@@ -232,8 +233,7 @@ class RemoteDispatcher(TimedDispatcher):
     def _set_header(self, header: StepHeader) -> None:
         self._tables = self._epochs.begin_step(header)
         self._header = header
-        self._reads_rows = reads_rows(header, self._banks, self._combine_mode)
-        self._has_bucket = header.bucket > 0
+        self._must_wait = must_wait(header, self._banks, self._combine_mode)
         self._is_row = None
         if self._device.type == "cuda":
             self._decode_slots = self._fixed.copy_in([own.decode_slots for own in self._tables])
@@ -343,9 +343,8 @@ class RemoteDispatcher(TimedDispatcher):
         part = Part(exchange.out_width, self._dtype if by_pair else self._sums_dtype)
         tag = Tag(handle.bank.index, handle.exchange, handle.micro_batch, "outputs")
         expected = [Expected(s.rank, (part,), (s.count,)) for s in handle.sent]
-        must_wait = self._reads_rows or (self._has_bucket and self._is_row is None)
         with self.activity:
-            found = self._transport.receive(tag, expected, sized=False, must_wait=must_wait)
+            found = self._transport.receive(tag, expected, sized=False, must_wait=self._must_wait)
             received = [parts[0] for parts in found]
         if not by_pair:
             return self._add_partial_sums(handle, received, exchange.out_width)

@@ -11,7 +11,7 @@ Source: buckets as in vLLM and SGLang.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,8 @@ class DecodeGraphs:
         self._refresh_tables()
         size = self._size(header)
         step = self._step(size, len(parts), self._dispatcher.captured_shape(header))
-        for staging, part in zip(_split(step.staging, size), parts, strict=True):
+        columns = np.split(step.staging, len(parts), axis=1)  # which share the memory
+        for staging, part in zip(columns, parts, strict=True):
             self._fill(staging, part)
         step.numbers.copy_(torch.from_numpy(step.staging), non_blocking=True)
         step.graph.replay()
@@ -211,12 +212,6 @@ class DecodeGraphs:
             slots, (), (), cache.workspaces, cache.compute_threads, paged=paged
         )
         return ModelInputs(tokens, positions, prompt_lengths, attention)
-
-
-def _split(staging: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    """The columns of each micro-batch; they share the memory."""
-    for first in range(0, staging.shape[1], size):
-        yield staging[:, first : first + size]
 
 
 def _without_padding(

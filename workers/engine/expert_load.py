@@ -19,6 +19,7 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -150,29 +151,24 @@ class LoadCounter:
         if counts.epoch > self._epoch:
             self._epoch = counts.epoch
             self._counts = [
-                BankCounts(
-                    prefill=old.prefill,
-                    decode=old.decode,
-                    epoch_prefill=np.zeros((old.num_experts, 1), dtype=np.int64),
-                    epoch_decode=np.zeros(old.num_experts, dtype=np.int64),
-                )
+                replace(BankCounts.zeros(old.num_experts), prefill=old.prefill, decode=old.decode)
                 for old in self._counts
             ]
         is_late = counts.epoch < self._epoch  # two threads took steps at once
         self._rows += counts.num_rows
         decodes = [next(arrays) for _ in counts.decode]
         prefills = [next(arrays) for _ in counts.prefill]
-        each = zip(self._counts, decodes, prefills, strict=True)
-        for bank, (old, decode, prefill) in enumerate(tuple(each)):
+        for bank, (decode, prefill) in enumerate(zip(decodes, prefills, strict=True)):
+            old = self._counts[bank]
             # New arrays: reports keep the old ones.
-            self._counts[bank] = BankCounts(
-                prefill=old.prefill + prefill.sum(1),
-                decode=old.decode + decode,
-                epoch_prefill=old.epoch_prefill
-                if is_late
-                else sum_by_copy(old.epoch_prefill, prefill),
-                epoch_decode=old.epoch_decode if is_late else old.epoch_decode + decode,
-            )
+            new = replace(old, prefill=old.prefill + prefill.sum(1), decode=old.decode + decode)
+            if not is_late:
+                new = replace(
+                    new,
+                    epoch_prefill=sum_by_copy(old.epoch_prefill, prefill),
+                    epoch_decode=old.epoch_decode + decode,
+                )
+            self._counts[bank] = new
 
 
 def _added(one: _Counts, other: _Counts) -> _Counts:

@@ -12,7 +12,7 @@ from workers.requests.buckets import bucket_of
 from workers.requests.step_header import WHOLE, Grant, StepHeader, StepProposal
 
 _ROUNDING = 8
-"""The limit of an edge is a multiple of it, so that buffers have few sizes."""
+"""Limits of edges are multiples of it: buffers have few sizes then."""
 
 
 def decide_header(
@@ -75,7 +75,8 @@ def decide_header(
     header = replace(header, bucket=bucket) if bucket else header
     limit = limit_edges([(header.edge_rows(rank, 0), proposals[rank].edge_share) for rank in order])
     if bucket and limit:  # few sizes, as each is captured apart
-        limit = bucket_of(limit, buckets) % bucket
+        limit = bucket_of(limit, buckets)
+        limit = limit if limit < bucket else 0
     return replace(header, edge_limit=limit) if limit else header
 
 

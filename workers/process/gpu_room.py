@@ -88,18 +88,24 @@ def section_for_gpu(
     num_peers = 0 if workers.mode == "local" else workers.num_expert_workers
     budget = kv_budget(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
-        {
-            "steps": step_bytes(config, family.banks, section),
-            "CUDA graphs": graph_bytes(
-                config, family.banks, captured_sizes(args, family.banks), num_peers
-            ),
-            "NCCL": num_peers * _NCCL_BYTES if is_nccl else 0,
-        },
+        _reserves(args, family, step_bytes(config, family.banks, section), num_peers, is_nccl),
         utilization=section.gpu_memory_utilization,
         asked_bytes=section.kv_cache_bytes,
         block_bytes=block_bytes(section, config, dtype),
     )
     return replace(section, kv_cache_bytes=budget)
+
+
+def _reserves(
+    args: WorkerArgs, family: Family, steps: int, num_peers: int, is_nccl: bool
+) -> dict[str, int]:
+    """Bytes that are taken after the start, by what for; ``steps``: of one."""
+    buckets = captured_sizes(args, family.banks)
+    return {
+        "steps": steps,
+        "CUDA graphs": graph_bytes(family.config, family.banks, buckets, num_peers),
+        "NCCL": num_peers * _NCCL_BYTES if is_nccl else 0,
+    }
 
 
 def check_room_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -> None:
@@ -109,14 +115,8 @@ def check_room_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -
     section, workers, config = args.config.engine, args.config.workers, family.config
     num_bytes = args.num_slots * sum(expert_num_bytes(bank, dtype) for bank in family.banks)
     num_peers = workers.num_attention_ranks
-    reserves = {
-        "steps": expert_step_bytes(
-            config, family.banks, num_peers * section.max_num_batched_tokens
-        ),
-        "CUDA graphs": graph_bytes(
-            config, family.banks, captured_sizes(args, family.banks), num_peers
-        ),
-        "NCCL": num_peers * _NCCL_BYTES if args.config.is_collective else 0,
-    }
+    rows = num_peers * section.max_num_batched_tokens
+    steps = expert_step_bytes(config, family.banks, rows)
+    reserves = _reserves(args, family, steps, num_peers, args.config.is_collective)
     free_bytes = gpu_memory(args.device).free_bytes
     check_slots(workers.num_expert_workers, args.num_slots, num_bytes, free_bytes, reserves)
