@@ -93,6 +93,14 @@ def aborted(stack: Stack) -> Callable[[], bool]:
     return lambda: (stack.engine.requests[-1].request_id, ()) in stack.engine.aborts
 
 
+async def until_aborted(stack: Stack, client: Client, app: ASGIApp) -> asyncio.Task[None]:
+    """The call of a client that does not read, once its request was aborted."""
+    calling = asyncio.create_task(client.call(app))
+    while not aborted(stack)():
+        await asyncio.sleep(0.01)
+    return calling
+
+
 def disconnects(stack: Stack) -> float:
     """Clients that left, as the metrics count them."""
     (family,) = stack.gateway.metrics.client_disconnects.collect()
@@ -108,9 +116,7 @@ def check_ends_by_name(content: bytes) -> None:
 def test_a_stream_that_nobody_reads_ends_over_http(slow: Stack) -> None:
     async def work() -> bytes:
         client = Client({"prompt": "x", "stream": True, **LONG})
-        calling = asyncio.create_task(client.call(build_http_app(slow.gateway)))
-        while not aborted(slow)():
-            await asyncio.sleep(0.01)
+        calling = await until_aborted(slow, client, build_http_app(slow.gateway))
         assert slow.gateway.admission is not None
         assert slow.gateway.admission.num_requests == 0
         client.reads.set()
@@ -132,9 +138,7 @@ def impatient() -> Iterator[Stack]:
 def test_a_stream_of_which_nothing_is_read_for_long_ends(impatient: Stack) -> None:
     async def work() -> bytes:
         client = Client({"prompt": "x", "stream": True, **LONG})
-        calling = asyncio.create_task(client.call(build_http_app(impatient.gateway)))
-        while not aborted(impatient)():
-            await asyncio.sleep(0.01)
+        calling = await until_aborted(impatient, client, build_http_app(impatient.gateway))
         client.reads.set()
         await calling
         return client.content
@@ -172,9 +176,7 @@ def test_behind_serve_little_waits_for_a_client_that_does_not_read(slow: Stack) 
     async def work() -> tuple[bytes, int]:
         proxy = ServeQueues(build_http_app(slow.gateway))
         client = Client({"prompt": "x", "stream": True, "logprobs": 5, **LONG})
-        calling = asyncio.create_task(client.call(ReceiptSender(proxy)))
-        while not aborted(slow)():
-            await asyncio.sleep(0.01)
+        calling = await until_aborted(slow, client, ReceiptSender(proxy))
         waiting = proxy.num_waiting_bytes
         client.reads.set()
         await calling
@@ -190,9 +192,7 @@ def test_behind_serve_a_client_that_leaves_at_the_limits_leaves_nothing(slow: St
         before = asyncio.all_tasks()
         client = Client({"prompt": "x", "stream": True, "logprobs": 5, **LONG})
         proxy = ReceiptSender(ServeQueues(build_http_app(slow.gateway)))
-        calling = asyncio.create_task(client.call(proxy))
-        while not aborted(slow)():
-            await asyncio.sleep(0.01)
+        calling = await until_aborted(slow, client, proxy)
         client.leave()
         await calling
         while asyncio.all_tasks() - before:
