@@ -60,9 +60,10 @@ class Operation(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     REBALANCE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     kind: _builtins.str
-    """drain, rebalance"""
+    """drain, rebalance, scale"""
     target: _builtins.str
     """what it is about, for example a worker's name"""
     state: Global___Operation.State.ValueType
@@ -82,6 +83,8 @@ class Operation(_message.Message):
     def drain(self) -> Global___DrainResult: ...
     @_builtins.property
     def rebalance(self) -> Global___RebalanceResult: ...
+    @_builtins.property
+    def scale(self) -> Global___ScaleResult: ...
     def __init__(
         self,
         *,
@@ -97,12 +100,13 @@ class Operation(_message.Message):
         generation: _builtins.int = ...,
         drain: Global___DrainResult | None = ...,
         rebalance: Global___RebalanceResult | None = ...,
+        scale: Global___ScaleResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "rebalance", b"rebalance", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "rebalance", b"rebalance", "result", b"result", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "ended", b"ended", "generation", b"generation", "id", b"id", "kind", b"kind", "message", b"message", "phase", b"phase", "progress", b"progress", "rebalance", b"rebalance", "result", b"result", "started", b"started", "state", b"state", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "ended", b"ended", "generation", b"generation", "id", b"id", "kind", b"kind", "message", b"message", "phase", b"phase", "progress", b"progress", "rebalance", b"rebalance", "result", b"result", "scale", b"scale", "started", b"started", "state", b"state", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["drain", "rebalance"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["drain", "rebalance", "scale"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -137,6 +141,41 @@ class DrainResult(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResult: _TypeAlias = DrainResult  # noqa: Y015
+
+@_typing.final
+class ScaleResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    REQUESTS_MOVED_FIELD_NUMBER: _builtins.int
+    EXPERTS_COPIED_FIELD_NUMBER: _builtins.int
+    requests_moved: _builtins.int
+    """as in DrainResult, like the next one"""
+    experts_copied: _builtins.int
+    @_builtins.property
+    def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """workers that serve now"""
+
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """workers that are drained and gone"""
+
+    def __init__(
+        self,
+        *,
+        added: _abc.Iterable[_builtins.str] | None = ...,
+        removed: _abc.Iterable[_builtins.str] | None = ...,
+        requests_moved: _builtins.int = ...,
+        experts_copied: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "experts_copied", b"experts_copied", "removed", b"removed", "requests_moved", b"requests_moved"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleResult: _TypeAlias = ScaleResult  # noqa: Y015
 
 @_typing.final
 class RebalanceResult(_message.Message):
@@ -369,6 +408,51 @@ class RebalanceRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_epoch) -> _WhichOneofReturnType__expected_epoch | None: ...
 
 Global___RebalanceRequest: _TypeAlias = RebalanceRequest  # noqa: Y015
+
+@_typing.final
+class ScaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_EPOCH_FIELD_NUMBER: _builtins.int
+    attention: _builtins.int
+    """attention workers; unset: as many as there are"""
+    expert: _builtins.int
+    """expert workers, in colocated mode all workers"""
+    deadline_s: _builtins.float
+    """limit; 0: 300 s. New workers that do not serve by then go"""
+    request_id: _builtins.str
+    expected_epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        attention: _builtins.int | None = ...,
+        expert: _builtins.int | None = ...,
+        deadline_s: _builtins.float = ...,
+        request_id: _builtins.str = ...,
+        expected_epoch: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_expected_epoch", b"_expected_epoch", "_expert", b"_expert", "attention", b"attention", "expected_epoch", b"expected_epoch", "expert", b"expert"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_expected_epoch", b"_expected_epoch", "_expert", b"_expert", "attention", b"attention", "deadline_s", b"deadline_s", "expected_epoch", b"expected_epoch", "expert", b"expert", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__attention: _TypeAlias = _typing.Literal["attention"]  # noqa: Y015
+    _WhichOneofArgType__attention: _TypeAlias = _typing.Literal["_attention", b"_attention"]  # noqa: Y015
+    _WhichOneofReturnType__expected_epoch: _TypeAlias = _typing.Literal["expected_epoch"]  # noqa: Y015
+    _WhichOneofArgType__expected_epoch: _TypeAlias = _typing.Literal["_expected_epoch", b"_expected_epoch"]  # noqa: Y015
+    _WhichOneofReturnType__expert: _TypeAlias = _typing.Literal["expert"]  # noqa: Y015
+    _WhichOneofArgType__expert: _TypeAlias = _typing.Literal["_expert", b"_expert"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attention) -> _WhichOneofReturnType__attention | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_epoch) -> _WhichOneofReturnType__expected_epoch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expert) -> _WhichOneofReturnType__expert | None: ...
+
+Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
 
 @_typing.final
 class AbortRequestsRequest(_message.Message):

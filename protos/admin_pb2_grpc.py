@@ -64,6 +64,11 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.DrainGatewayRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.DrainGatewayResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/expertmesh.v1.Admin/Scale',
+                request_serializer=protos_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.Operation.FromString,
+                _registered_method=True)
         self.Rebalance = channel.unary_unary(
                 '/expertmesh.v1.Admin/Rebalance',
                 request_serializer=protos_dot_admin__pb2.RebalanceRequest.SerializeToString,
@@ -136,6 +141,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Add workers, or empty some and end them, while the others serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Rebalance(self, request, context):
         """Move experts to where the load is.
         """
@@ -200,6 +212,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.DrainGateway,
                     request_deserializer=protos_dot_admin__pb2.DrainGatewayRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.DrainGatewayResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=protos_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.Operation.SerializeToString,
             ),
             'Rebalance': grpc.unary_unary_rpc_method_handler(
                     servicer.Rebalance,
@@ -389,6 +406,33 @@ class Admin:
             '/expertmesh.v1.Admin/DrainGateway',
             protos_dot_admin__pb2.DrainGatewayRequest.SerializeToString,
             protos_dot_admin__pb2.DrainGatewayResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/Scale',
+            protos_dot_admin__pb2.ScaleRequest.SerializeToString,
+            protos_dot_admin__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,

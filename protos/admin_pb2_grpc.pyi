@@ -46,6 +46,8 @@ class AdminStub:
     """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
     Ask again for how much there is left.
     """
+    Scale: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]
+    """Add workers, or empty some and end them, while the others serve."""
     Rebalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.Operation]
     """Move experts to where the load is."""
     GetOperation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetOperationRequest, _admin_pb2.Operation]
@@ -70,6 +72,8 @@ class AdminAsyncStub(AdminStub):
     """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
     Ask again for how much there is left.
     """
+    Scale: _aio.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]  # type: ignore[assignment]
+    """Add workers, or empty some and end them, while the others serve."""
     Rebalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.Operation]  # type: ignore[assignment]
     """Move experts to where the load is."""
     GetOperation: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetOperationRequest, _admin_pb2.Operation]  # type: ignore[assignment]
@@ -127,6 +131,14 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
         Ask again for how much there is left.
         """
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _admin_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]:
+        """Add workers, or empty some and end them, while the others serve."""
 
     @_abc_1.abstractmethod
     def Rebalance(

@@ -20,6 +20,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.drains import DrainOrder
+from cluster.controller.parts.scales import ScaleOrder
 from cluster.controller.parts.workers import MODEL_FACTS
 from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.core.codec import from_plain
@@ -211,6 +212,15 @@ class ControllerActor:
         await self._background.wait(lambda: not plans.waits(operation.id), _PLAN_LIMIT_S)
         return operation.to_dict()
 
+    async def scale(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Begin to scale (fields of ``ScaleOrder``); the operation.
+
+        Raises ``ConflictError`` and ``RequestError``; nothing has changed then.
+        """
+        wanted = from_plain(order, ScaleOrder, RequestError)
+        controller = await self._serving_controller()
+        return self.runner.tell(partial(controller.scaling.begin, wanted)).to_dict()
+
     async def operation(self, operation_id: str) -> dict[str, Any]:
         """One operation. Raises ``UnknownNameError``."""
         controller = await self._serving_controller()
@@ -226,8 +236,7 @@ class ControllerActor:
         """Cancel an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
         controller = await self._serving_controller()
         operation = controller.cluster.operations.find(operation_id)
-        owner = controller.draining if operation.kind == "drain" else controller.rebalancing
-        self.runner.tell(partial(owner.cancel, operation))
+        self.runner.tell(partial(controller.cancel, operation))
         return operation.to_dict()
 
     async def stop(self) -> None:

@@ -21,7 +21,7 @@ from ray.experimental.internal_kv import (
 )
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from cluster.config.resources import NodeResources
+from cluster.config.resources import NodeResources, WorkerShare
 from cluster.core.node_labels import Place
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,9 @@ NAMESPACE = "expertmesh"
 HEAD_NODE = "node:__internal_head__"
 """Ray's own resource of the head node."""
 WORKERS_GROUP = "expertmesh-workers"
-"""Name of the placement group that reserves room for the workers."""
+"""Name of the placement group that reserves room for the workers of the start."""
+_ADDED = f"{WORKERS_GROUP}-"
+"""With a place: name of the placement group of a place that scaling has added."""
 _TERM = "term-"
 _NUM_TRIES = 20
 _PAUSE_S = 0.2
@@ -170,9 +172,34 @@ def free_reserved_room() -> None:
     The terms of that run are free again.
     """
     for group_id, entry in placement_group_table().items():
-        if entry["name"] == WORKERS_GROUP and entry["state"] != "REMOVED":
+        is_ours = entry["name"] == WORKERS_GROUP or entry["name"].startswith(_ADDED)
+        if is_ours and entry["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
     _internal_kv_del(_TERM, del_by_prefix=True, namespace=NAMESPACE)
+
+
+def name_of_added(place: str) -> str:
+    """Name of the placement group of a place that scaling has added."""
+    return f"{_ADDED}{place}"
+
+
+def added_room() -> dict[str, PlacementGroup]:
+    """The placement groups of the places that scaling has added. A remote call; use a thread."""
+    return {
+        entry["name"].removeprefix(_ADDED): ray.util.get_placement_group(entry["name"])
+        for entry in placement_group_table().values()
+        if entry["name"].startswith(_ADDED) and entry["state"] != "REMOVED"
+    }
+
+
+def has_free(share: WorkerShare, nodes: Sequence[NodeResources]) -> bool:
+    """Whether one of these nodes has a worker's CPUs and GPUs free. A remote call; use a thread."""
+    free = state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return any(
+        free.get(node.node_id, {}).get("CPU", 0.0) >= share.cpus
+        and free.get(node.node_id, {}).get("GPU", 0.0) >= share.gpus
+        for node in nodes
+    )
 
 
 def words_of(error: BaseException) -> str:

@@ -1,17 +1,25 @@
-"""Room for the workers: a placement group of Ray, with a bundle of resources for each."""
+"""Room for the workers: a placement group of Ray, with a bundle of resources for each.
+
+A place that scaling adds has a placement group of its own, for as long as it exists.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import ray_tools
 from cluster.config.cluster import WorkersSection
-from cluster.config.resources import NodeResources, WorkerShare, resolved_share
+from cluster.config.resources import NodeResources, WorkerShare, nodes_for, resolved_share
 from cluster.core.errors import StartError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
@@ -27,6 +35,8 @@ class Room:
     """Worker name -> id of the node on which ``reserve`` has found room for it; never those of
     workers that were found: their names may be given again."""
     _group: PlacementGroup | None = None
+    _added: dict[str, PlacementGroup] = field(default_factory=dict)
+    """By place, of those that scaling has added."""
     _bundles: dict[str, int] = field(default_factory=dict)
     """Worker name -> its bundle, of those of the start."""
     _roles: list[Role] = field(default_factory=list)
@@ -40,13 +50,11 @@ class Room:
         """
         ray_tools.free_reserved_room()
         share = resolved_share(workers)
-        wanted = {"CPU": share.cpus, "GPU": share.gpus}
-        bundle = {k: v for k, v in wanted.items() if v > 0} or {"memory": 1.0}
         roles = [role for role, count in workers.pools.items() for _ in range(count)]
         places = [node.place for node in ray_tools.cluster_nodes()]
         self._roles = roles if any(place.role for place in places) else []
         self._group = placement_group(
-            [bundle] * len(roles),
+            [_bundle(share)] * len(roles),
             strategy="SPREAD",
             name=ray_tools.WORKERS_GROUP,
             lifetime="detached",
@@ -69,6 +77,34 @@ class Room:
     def find(self) -> None:
         """Take the room that an earlier controller has reserved."""
         self._group = ray.util.get_placement_group(ray_tools.WORKERS_GROUP)
+        self._added = ray_tools.added_room()
+
+    def add(self, place: str, role: Role, workers: WorkersSection) -> WorkerShare:
+        """Reserve room for a place that scaling adds, once; what its workers may reserve there.
+
+        Ray finds it later where there is none yet. Equal shares by default leave no CPU free on
+        the nodes of the start: a worker reserves none where no node has a share.
+        """
+        share, nodes = resolved_share(workers), ray_tools.cluster_nodes()
+        group = self._added.get(place)
+        if group is not None:
+            return replace(share, cpus=float(group.bundle_specs[0].get("CPU", 0.0)))
+        if workers.has_equal_cpus and not ray_tools.has_free(share, nodes_for(role, nodes)):
+            share = replace(share, cpus=0.0)
+        selector = selector_for(role, [node.place for node in nodes])
+        self._added[place] = placement_group(
+            [_bundle(share)],
+            name=ray_tools.name_of_added(place),
+            lifetime="detached",
+            bundle_label_selector=[selector] if selector else None,
+        )
+        return share
+
+    def release(self, places: Collection[str]) -> None:
+        """Give back the room of places that scaling has added; others keep theirs."""
+        for place in places:
+            if (group := self._added.pop(place, None)) is not None:
+                remove_placement_group(group)
 
     def bundle_for(self, name: str, role: Role, taken: Collection[int]) -> int:
         """The reserved bundle of a worker, else a free one of its role; any bundle if the role does
@@ -77,14 +113,20 @@ class Room:
         free = [b for b, r in enumerate(self._roles) if r == role and b not in taken]
         return self._bundles.get(name, free[0] if free else ANY_BUNDLE)
 
-    def strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
-        """Places an actor in that bundle."""
-        assert self._group is not None, "there is room before a worker starts"
+    def strategy(self, place: str, bundle: int) -> PlacementGroupSchedulingStrategy:
+        """Places an actor in the room that was added for its place, else in that bundle."""
+        group = self._added.get(place, self._group)
+        assert group is not None, "there is room before a worker starts"
         return PlacementGroupSchedulingStrategy(
-            placement_group=self._group,
+            placement_group=group,
             placement_group_bundle_index=bundle,
             placement_group_capture_child_tasks=False,
         )
+
+
+def _bundle(share: WorkerShare) -> dict[str, float]:
+    wanted = {"CPU": share.cpus, "GPU": share.gpus}
+    return {kind: amount for kind, amount in wanted.items() if amount > 0} or {"memory": 1.0}
 
 
 def _member(role: Role, rank: int, node: NodeResources) -> Member:

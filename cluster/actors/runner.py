@@ -23,7 +23,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import TICK_S
-from cluster.controller.parts.effects import Effect, End, EndAll, Send, Start, Trace
+from cluster.controller.parts.effects import Effect, End, EndAll, Release, Send, Start, Trace
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
@@ -176,6 +176,8 @@ class Runner:
                     self.server.drop(worker)
                 end, ended = self.group.end, self.controller.draining.ended
                 self.background.spawn(self._end(partial(end, workers), partial(ended, workers)))
+            case Release(places):
+                self.background.spawn(self._release(places))
             case EndAll():
                 self.background.spawn(self._end(self.group.end_all, self.controller.all_ended))
             case Trace(name, seconds, attributes, error):
@@ -254,6 +256,14 @@ class Runner:
                 if self.controller is not None:
                     self.tell(ended)
                 break
+
+    async def _release(self, places: Sequence[str]) -> None:
+        try:
+            await self.group.release(places)
+        except SupersededError as err:
+            self.retire(str(err))
+        except Exception:  # any error of Ray: the room stays reserved until the cluster ends
+            logger.exception("room of %s is not given back", ", ".join(places))
 
     async def _tick_forever(self, controller: Controller) -> None:
         while self._leads(controller):

@@ -27,6 +27,7 @@ from cluster.config.resources import WorkerShare
 from cluster.core.errors import StartError, SupersededError
 from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
 from cluster.core.topology import Member, Role
+from cluster.policy.places import place_of
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 
 logger = logging.getLogger(__name__)
@@ -102,8 +103,9 @@ class WorkerGroup:
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
         """Create actors and call their ``start``. The caller undoes a failure by ``end_all``.
 
-        Those that have no reserved place get the room of a lost one, once that is free. Raises
-        ``StartError`` with the first failing worker's own words, and ``SupersededError``.
+        Those of places that were not there at the start get room of their own, others without a
+        reserved bundle that of a lost worker, once that is free. Raises ``StartError`` with the
+        first failing worker's own words, and ``SupersededError``.
         """
         await self.check_term()
         await _free_names([m.name for m in members])
@@ -113,9 +115,14 @@ class WorkerGroup:
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             async with self._placing:
-                taken = {a.bundle for a in self._actors.values()}
-                bundle = self.room.bundle_for(member.name, member.role, taken)
-                create: Any = remote.options(**self._options(member, plan.share, bundle)).remote
+                workers, share, bundle = plan.config.workers, plan.share, ANY_BUNDLE
+                if member.rank >= workers.pools.get(member.role, 0):
+                    place = place_of(member.name)
+                    share = await asyncio.to_thread(self.room.add, place, member.role, workers)
+                else:
+                    taken = {a.bundle for a in self._actors.values()}
+                    bundle = self.room.bundle_for(member.name, member.role, taken)
+                create: Any = remote.options(**self._options(member, share, bundle)).remote
                 await self.check_term()
                 facts: Any = plan.arguments(member, address)
                 handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
@@ -212,6 +219,11 @@ class WorkerGroup:
         await asyncio.gather(*self._ending)
         await _in_time(ray_tools.free_reserved_room)
 
+    async def release(self, places: Sequence[str]) -> None:
+        """Give back the room of places that scaling has removed. Raises ``SupersededError``."""
+        await self.check_term()
+        await _in_time(self.room.release, places)
+
     async def _find(self, name: str, limit_s: float) -> FoundWorker | None:
         try:
             async with asyncio.timeout(limit_s):
@@ -245,7 +257,7 @@ class WorkerGroup:
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": 4,  # ping and stop get through while another call is in progress
-            "scheduling_strategy": self.room.strategy(bundle),
+            "scheduling_strategy": self.room.strategy(place_of(member.name), bundle),
         }
 
     async def _bring_up(self, actor: _Actor) -> None:

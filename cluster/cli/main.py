@@ -10,7 +10,18 @@ import sys
 from collections.abc import Sequence
 
 from cluster.cli.bench import serve as bench
-from cluster.cli.cluster import down, drain, health, info, logs, node, operations, serve, top
+from cluster.cli.cluster import (
+    down,
+    drain,
+    health,
+    info,
+    logs,
+    node,
+    operations,
+    scale,
+    serve,
+    top,
+)
 from cluster.cli.cluster.front import Interrupted
 from cluster.cli.experts import load, placement, rebalance
 from cluster.cli.models import chat, generate, inspection, tokenize
@@ -23,7 +34,7 @@ from cluster.core.errors import ConfigError
 
 _DESCRIPTION = "Expert-parallel serving of mixture-of-experts language models."
 _GROUPS = {
-    "cluster": (serve, down, node, info, health, top, logs, drain, operations),
+    "cluster": (serve, down, node, info, health, top, logs, scale, drain, operations),
     "experts": (placement, load, rebalance),
     "models": (generate, chat, tokenize, inspection),
     "offline": (plan, config, doctor, version),

@@ -91,6 +91,8 @@ class WorkersSection:
     cpus_per_worker: float | None = None
     """CPUs that Ray sets aside for a worker, fractions allowed; by default equal shares. A worker
     computes with as many threads as it has whole CPUs, at least one."""
+    has_equal_cpus: bool = field(default=False, metadata=INTERNAL)
+    """``cpus_per_worker`` was not given: it is an equal share of all CPUs."""
     threads_per_worker: int = field(default=1, metadata=INTERNAL)
     """Compute threads of a worker, filled by ``cluster.sizing.start_plan.plan_start``."""
     gpus_per_worker: float | None = None

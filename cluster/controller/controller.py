@@ -16,10 +16,12 @@ from cluster.controller.failover import CollectedState, continue_with
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll
+from cluster.controller.parts.operations import Operation
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.scale import Scaling
 from cluster.core import frames
 from cluster.core.errors import ProtocolError
 from cluster.core.states import ClusterState, WorkerState
@@ -41,6 +43,7 @@ class Controller:
         self.recovery = Recovery(self.cluster, settings)
         self.rebalancing = Rebalancing(self.cluster, executor)
         self.draining = Draining(self.cluster, self.rebalancing)
+        self.scaling = Scaling(self.cluster, self.rebalancing, self.draining)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -141,6 +144,8 @@ class Controller:
                 cluster.send(frames.Shutdown(reason=f"declared lost: {reason}"), name)
             if cluster.drain is not None:
                 self.draining.lost(cluster.drain, fresh, now)
+            if cluster.scale is not None:
+                self.scaling.lost(cluster.scale, fresh)
             self.recovery.lost(fresh, now)
             cluster.effects.append(End(tuple(fresh)))
 
@@ -154,6 +159,10 @@ class Controller:
         """Time has passed: check all limits. Called several times a second."""
         self.detection.credit_own_pause(now)
         self.draining.tick(now)
+        if self.cluster.scale is not None:
+            self.lost(self.scaling.tick(self.cluster.scale, now), now)
+            if self.cluster.runs:
+                self.recovery.show_running()  # empty places may have gone
         if not self.cluster.is_up:
             return
         self.cluster.load.tick(now)
@@ -164,6 +173,16 @@ class Controller:
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
         self.recovery.tick(now)
+
+    def cancel(self, operation: Operation, now: float) -> None:
+        """Undo an operation. Raises ``ConflictError`` if it is too late."""
+        match operation.kind:
+            case "drain":
+                self.draining.cancel(operation, now)
+            case "scale":
+                self.scaling.cancel(operation, now)
+            case _:
+                self.rebalancing.cancel(operation, now)
 
     def stop(self, now: float, reason: str = "stopped") -> None:
         """End every worker. The state is STOPPED once they are gone."""
@@ -220,7 +239,8 @@ class Controller:
     def restore(self, collected: CollectedState, now: float) -> None:
         """Continue with running workers; the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
-        continue_with(collected, self.cluster, self.recovery, self.draining, now)
+        parts = (self.recovery, self.draining, self.scaling)
+        continue_with(collected, self.cluster, *parts, now)
 
     def _worker_ready(self, record: WorkerRecord, now: float) -> None:
         cluster = self.cluster

@@ -5,7 +5,7 @@
     MOVE    the workers take no new request; the gateways continue the running ones elsewhere
     LEAVE   a generation without them runs
     END     their processes end; new workers start in their places, after the drain of a node once
-            that node has left
+            that node has left, and never where the cluster is scaled down
 
 Up to LEAVE a drain can be undone. ``Draining`` decides the next step; the controller acts. A
 restarted controller continues the drain of an earlier one (``Memory``).
@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
-from cluster.controller.parts.effects import End
+from cluster.controller.parts.effects import End, Release
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
+from cluster.controller.parts.metrics import MoveReason
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.workers import WorkerRecord
 from cluster.controller.rebalance.loop import Rebalancing
@@ -26,7 +27,8 @@ from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame, Shutdown, StatusRequest
 from cluster.core.states import WorkerState
 from cluster.planner.stages import Stage
-from cluster.policy.coverage import describe_members, stage_on
+from cluster.policy.coverage import describe_members, stage_on, without_devices
+from cluster.policy.places import place_of
 
 SIGNAL_LIMIT_S = 120.0
 """Limit of a drain that a worker requested after SIGTERM."""
@@ -80,6 +82,17 @@ class Draining:
         before = self._cluster.operations.asked_before(order, self._cluster.placement.epoch)
         return before or self._begin(self._named(order), order, now)
 
+    def check_removal(self, names: Sequence[str]) -> None:
+        """Raise ``ConflictError`` if the cluster cannot do without these workers."""
+        self._stage_without(names)
+
+    def remove(
+        self, names: Sequence[str], operation: Operation, limit_s: float, now: float
+    ) -> None:
+        """Drain workers and remove their places, as the last part of an operation that runs."""
+        order = DrainOrder(limit_s=limit_s)
+        self._start(tuple(names), order, operation, now, removes_places=True)
+
     def requested(self, name: str, now: float) -> None:
         """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
         waits = now < self._not_before.get(name, now)
@@ -122,10 +135,15 @@ class Draining:
         if drain is None or drain.step is not DrainStep.END or not set(drain.names) <= set(names):
             return
         drain.operation.result["workers"] = list(drain.names)
-        if not drain.order.node:  # a node will be taken down
+        text = f"{drain.operation.target} is drained"
+        if drain.removes_places:
+            drain.operation.result["removed"] = list(drain.operation.result.pop("workers"))
+            text = f"scaled to {drain.operation.target}"
+            self._cluster.effects.append(Release(tuple(map(place_of, drain.names))))
+        elif not drain.order.node:  # a node will be taken down
             for name in drain.names:
                 self._cluster.places.reopen(name)
-        self._end(drain, OperationState.SUCCEEDED, f"{drain.operation.target} is drained", now)
+        self._end(drain, OperationState.SUCCEEDED, text, now)
 
     def tick(self, now: float) -> None:
         """Time has passed: take the next step if the last one is done."""
@@ -170,17 +188,29 @@ class Draining:
             raise ConflictError("the cluster is starting or ending")
         self._stage_without(names)
         operation = self._cluster.operations.begin("drain", " and ".join(names), order, now)
+        self._start(names, order, operation, now)
+        return operation
+
+    def _start(
+        self,
+        names: tuple[str, ...],
+        order: DrainOrder,
+        operation: Operation,
+        now: float,
+        *,
+        removes_places: bool = False,
+    ) -> None:
         drain = self._cluster.drain = Drain(
             operation=operation,
             names=names,
             order=order,
             deadline=now + order.limit_s,
             left_s=order.limit_s,
+            removes_places=removes_places,
         )
         drain.resume(DrainStep.SETTLE)
         self._cluster.remember()
         self._advance(drain, now)
-        return operation
 
     def _named(self, order: DrainOrder) -> tuple[str, ...]:
         """The workers that an order names. Raises ``UnknownNameError`` and ``ConflictError``."""
@@ -283,7 +313,8 @@ class Draining:
         self._change = None
         moved, took_s = len(change.stage.fills), now - change.began_at
         if change.state is ChangeState.DONE:
-            self._cluster.moved("drain", moved, change.num_bytes, took_s)
+            reason: MoveReason = "scale" if drain.removes_places else "drain"
+            self._cluster.moved(reason, moved, change.num_bytes, took_s)
             self._move(drain, now)
         elif change.generation.number != generation or not self._cluster.runs:
             self._enter(drain, DrainStep.SETTLE)
@@ -305,13 +336,19 @@ class Draining:
         if stage is not None and stage.fills:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
-        drain.enter(DrainStep.LEAVE)
         cluster, why = self._cluster, f"drained {' and '.join(drain.names)}"
-        members = [m for m in cluster.round.members if m.name not in drain.names]
         placement = stage.placement if stage is not None else cluster.placement
+        if drain.removes_places and stage is not None:
+            gone = {cluster.workers[name].member.device for name in drain.names}
+            cluster.desired = without_devices(gone, cluster.desired, cluster.room)
+            placement = placement.up_to(cluster.desired.num_devices)
+        drain.enter(DrainStep.LEAVE)
+        members = [m for m in cluster.round.members if m.name not in drain.names]
         for name in drain.names:
             cluster.workers[name].enter(WorkerState.DRAINED, why)
             cluster.places.cordon(name, drain.order.node)
+            if drain.removes_places:
+                cluster.places.remove([place_of(name)])
             cluster.round.drop_reports(name)
         cluster.remember()
         cluster.form(members, placement, now)

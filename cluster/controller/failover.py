@@ -22,6 +22,7 @@ from cluster.controller.parts.effects import End
 from cluster.controller.parts.memory import Memory
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.workers import WorkerTable
+from cluster.controller.scale import Scaling
 from cluster.core import frames
 from cluster.core.codec import from_plain
 from cluster.core.errors import NotReadyError, ProtocolError
@@ -207,10 +208,16 @@ class ReportCollector:
 
 
 def continue_with(
-    collected: CollectedState, cluster: Cluster, recovery: Recovery, draining: Draining, now: float
+    collected: CollectedState,
+    cluster: Cluster,
+    recovery: Recovery,
+    draining: Draining,
+    scaling: Scaling,
+    now: float,
 ) -> None:
     """Restore the state of a new controller, which then goes on."""
     memory = collected.memory
+    drain, scale = memory.drain, memory.scale
     cluster.history.restore(memory.history)
     _restore_workers(cluster.workers, collected)
     cluster.round = GenerationRound(collected.generation, now, answers=collected.answers)
@@ -221,14 +228,17 @@ def continue_with(
             record.enter(WorkerState.LOST, why)
             cluster.effects.append(End((record.name,)))
     gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
-    cluster.places.restore(memory.closed, gone, now)
+    new = scale.added if scale else ()
+    cluster.places.restore(memory.closed, gone, now, names=memory.places, new=new)
     members = {m.name for m in collected.generation.members}
     for record in cluster.workers.alive():
         record.started_with = None if record.name in members else cluster.desired
+    goes_on = {part.operation.id for part in (drain, scale) if part is not None}
+    cluster.operations.restore(memory.operations, now, goes_on)
+    if scale is not None:
+        scaling.restore(scale, now)
     _go_on(collected, cluster, recovery, now)
     recovery.ready(now)
-    drain = memory.drain
-    cluster.operations.restore(memory.operations, now, drain.operation.id if drain else None)
     if drain is not None:
         draining.restore(drain, now)
     for name, greeting in collected.greetings.items():

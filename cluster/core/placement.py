@@ -227,6 +227,18 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
         )
         return replace(self, banks=tuple(banks))
 
+    def up_to(self, num_devices: int) -> ExpertPlacement:
+        """The same maps without the rows of later devices, which hold nothing."""
+        banks = (
+            replace(
+                b,
+                physical_to_logical=b.physical_to_logical[:num_devices],
+                split=b.split[:num_devices],
+            )
+            for b in self.banks
+        )
+        return replace(self, banks=tuple(banks))
+
     def with_shares(self, other: ExpertPlacement) -> ExpertPlacement:
         """The same slots with the shares and decode devices of another placement."""
         by_key = {(b.bank, b.layer): b for b in other.banks}

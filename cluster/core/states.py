@@ -1,11 +1,12 @@
 """States of the cluster and of one worker, and which may follow which.
 
-    STARTING ──▶ SERVING ◀──▶ RECOVERING ◀──▶ DEGRADED
+    STARTING ──▶ SERVING ◀──▶ RECOVERING ◀──▶ DEGRADED ──▶ SERVING
         └──────────┴── any ──────┴───────────────┘
                      ▼
                  DRAINING ──▶ STOPPED
 
-A start is all or nothing: STARTING goes to SERVING or, through DRAINING, to STOPPED.
+A start is all or nothing: STARTING goes to SERVING or, through DRAINING, to STOPPED. A degraded
+cluster is whole again without another generation when scaling removes its empty places.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ class WorkerState(Enum):
 _NEXT: Transitions[Enum] = {
     ClusterState.STARTING: {ClusterState.SERVING, ClusterState.DRAINING},
     ClusterState.SERVING: {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING},
-    ClusterState.DEGRADED: {ClusterState.RECOVERING, ClusterState.DRAINING},
+    ClusterState.DEGRADED: {
+        ClusterState.RECOVERING,
+        ClusterState.SERVING,
+        ClusterState.DRAINING,
+    },
     ClusterState.RECOVERING: {ClusterState.SERVING, ClusterState.DEGRADED, ClusterState.DRAINING},
     ClusterState.DRAINING: {ClusterState.STOPPED},
     WorkerState.STARTING: {WorkerState.LOADING, WorkerState.LOST},

@@ -111,3 +111,5 @@ class Generation(Message, frozen=True, kw_only=True):
 
 ADDRESS_FIELDS = tuple(name for name in Member.__struct_fields__ if name.endswith("_address"))
 """Fields of the addresses that a worker itself reports."""
+NODE_FIELDS = ("domain", "link_class", "speed")
+"""Fields that follow from its node, which it reports where that was unknown at its start."""

@@ -22,7 +22,7 @@ from msgspec import structs
 
 from cluster.core.errors import ConflictError
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
-from cluster.core.topology import Member
+from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill, Stage
 
 
@@ -87,6 +87,17 @@ def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | Non
     return replace(stage, fills=tuple(fills))
 
 
+def without_devices(
+    gone: Collection[int], placement: ExpertPlacement, room: int | None
+) -> ExpertPlacement:
+    """A placement without these devices, and without the rows behind the last one that is left.
+
+    ``room`` as in ``Holdings``. Raises ``ConflictError`` if the others have not enough.
+    """
+    left = set(range(placement.num_devices)) - set(gone)
+    return stage_on(left, placement, room).placement.up_to(max(left, default=-1) + 1)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureDecision:
     """What to do after members left or joined; the controller carries it out."""
@@ -130,13 +141,16 @@ def describe_losses(lost: Mapping[str, str]) -> str:
 
 def describe_members(members: Sequence[Member]) -> str:
     """``1 attention and 2 expert workers``, ``2 colocated workers``."""
-    found = Counter(m.role for m in members)
-    if found["colocated"]:
-        return f"{found['colocated']} colocated worker{'' if found['colocated'] == 1 else 's'}"
-    experts = found["expert"]
-    return (
-        f"{found['attention']} attention and {experts} expert worker{'' if experts == 1 else 's'}"
-    )
+    return describe_pools(Counter(m.role for m in members))
+
+
+def describe_pools(pools: Mapping[Role, int]) -> str:
+    """The same, from workers by role."""
+    together, experts = pools.get("colocated", 0), pools.get("expert", 0)
+    plural = "" if (together or experts) == 1 else "s"
+    if together:
+        return f"{together} colocated worker{plural}"
+    return f"{pools.get('attention', 0)} attention and {experts} expert worker{plural}"
 
 
 class _Bank:
@@ -162,8 +176,10 @@ class _Bank:
         self._rows = [self._used(device, row, wanted) for device, row in enumerate(held)]
 
     def _held(self, holdings: Holdings, device: int, present: frozenset[int]) -> list[int]:
-        joined = holdings.joining.get(device)
-        row = list((joined or holdings.current).banks[self._index].physical_to_logical[device])
+        rows = (holdings.joining.get(device) or holdings.current).banks[self._index]
+        if device >= rows.num_devices:  # scaling has added it
+            return [FREE_SLOT] * len(self._desired.physical_to_logical[device])
+        row = list(rows.physical_to_logical[device])
         if device not in present:
             return [FREE_SLOT] * len(row)
         for load in holdings.failed:

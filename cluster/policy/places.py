@@ -1,26 +1,29 @@
 """Places of the cluster: which are empty, and when a new worker starts. Pure; time passed in.
 
-A place is a role and a rank that the cluster was started with. A lost worker leaves its place
-empty; a new worker starts there under a fresh name (``expert-1.2`` after ``expert-1``), with the
-same rank and device.
+A place is a role and a rank, which the cluster was started with or which scaling has added. A lost
+worker leaves its place empty; a new worker starts there under a fresh name (``expert-1.2`` after
+``expert-1``), with the same rank and device.
 
     FILLED ──▶ EMPTY ◀──▶ STARTING ──▶ FILLED
        │         ▲           │ └─────▶ LEFT_OUT ──▶ EMPTY
        └─────▶ CORDONED ◀────┘
+
+From each state but FILLED a place may be REMOVED; ``add`` makes it EMPTY again.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import cast
 
 from msgspec.structs import replace
 
 from cluster.core.codec import Message
 from cluster.core.states import next_state
-from cluster.core.topology import ADDRESS_FIELDS, Member
+from cluster.core.topology import ADDRESS_FIELDS, Member, Role, holds_experts
 
 NodeIds = Mapping[str, frozenset[str]]
 """Address of a host -> ids of its living nodes, among them one that has left unnoticed."""
@@ -49,19 +52,23 @@ class PlaceState(Enum):
     sooner if the cluster cannot run without."""
     CORDONED = "cordoned"
     """Its worker has left on purpose: no other starts before ``reopen``."""
+    REMOVED = "removed"
+    """Scaling has removed it from the cluster; its number of workers is kept for their names."""
 
 
 _NEXT = {
     PlaceState.FILLED: {PlaceState.EMPTY, PlaceState.CORDONED},
-    PlaceState.EMPTY: {PlaceState.STARTING},
+    PlaceState.EMPTY: {PlaceState.STARTING, PlaceState.REMOVED},
     PlaceState.STARTING: {
         PlaceState.FILLED,
         PlaceState.EMPTY,
         PlaceState.LEFT_OUT,
         PlaceState.CORDONED,
+        PlaceState.REMOVED,
     },
-    PlaceState.LEFT_OUT: {PlaceState.EMPTY},
-    PlaceState.CORDONED: {PlaceState.EMPTY},
+    PlaceState.LEFT_OUT: {PlaceState.EMPTY, PlaceState.REMOVED},
+    PlaceState.CORDONED: {PlaceState.EMPTY, PlaceState.REMOVED},
+    PlaceState.REMOVED: {PlaceState.EMPTY},
 }
 _CLOSED = (PlaceState.LEFT_OUT, PlaceState.CORDONED)
 _HELD = (PlaceState.FILLED, PlaceState.STARTING)
@@ -97,6 +104,12 @@ class _Place:
     """Monotonic times of the last losses."""
     closed: ClosedPlace | None = None
     """While it is left out or cordoned."""
+    is_new: bool = False
+    """Scaling adds it: its first worker has not been in a generation, and nobody misses it."""
+
+    @property
+    def name(self) -> str:
+        return place_name(self.member.role, self.member.rank)
 
     def enter(self, state: PlaceState) -> None:
         self.state, self.closed = next_state(self.state, state, _NEXT), None
@@ -113,7 +126,7 @@ class Places:
         """``members`` are all workers so far, including the newest of each place."""
         by_age = sorted(members, key=lambda m: _number_of(m.name))
         self._places = {
-            f"{m.role}-{m.rank}": _Place(member=m, number=_number_of(m.name)) for m in by_age
+            place_name(m.role, m.rank): _Place(member=m, number=_number_of(m.name)) for m in by_age
         }
         self._alive: NodeIds = {}
 
@@ -167,7 +180,7 @@ class Places:
             place = self._place_of(member.name)
             if place is not None and place.state is PlaceState.STARTING:
                 place.enter(PlaceState.FILLED)
-                place.start_deaths = 0
+                place.start_deaths, place.is_new = 0, False
 
     def take_due(self, now: float, is_stalled: bool = False) -> list[Member]:
         """New workers to start now; they report addresses and node themselves. A cluster that
@@ -182,7 +195,7 @@ class Places:
                 continue
             old = place.member
             place.number += 1
-            name = f"{old.role}-{old.rank}.{place.number}"
+            name = place.name if place.number == 1 else f"{place.name}.{place.number}"
             unknown = dict.fromkeys(ADDRESS_FIELDS, "")
             place.member = replace(old, name=name, node="", pid=0, **unknown)
             place.enter(PlaceState.STARTING)
@@ -190,14 +203,70 @@ class Places:
         return due
 
     def is_full(self, members: Iterable[Member]) -> bool:
-        """Whether these workers fill every place."""
+        """Whether these workers fill every place that is not new."""
         names = {m.name for m in members}
-        return all(p.member.name in names for p in self._places.values())
+        return all(p.member.name in names for p in self._present() if not p.is_new)
 
     @property
     def are_due(self) -> bool:
         """A worker will be started for some place, now or later."""
         return any(p.state is PlaceState.EMPTY for p in self._places.values())
+
+    # ---- scaling --------------------------------------------------------------------------
+
+    def names(self) -> tuple[str, ...]:
+        """``expert-1``: the places of the cluster, by role and rank."""
+        return tuple(p.name for p in self._present())
+
+    def pools(self) -> dict[Role, int]:
+        """Places by role."""
+        return dict(Counter(p.member.role for p in self._present()))
+
+    def devices(self) -> frozenset[int]:
+        """Where experts are when every place is filled."""
+        return frozenset(p.member.device for p in self._present() if p.member.holds_experts)
+
+    def workers_of(self, names: Collection[str]) -> dict[str, str]:
+        """Place -> its newest worker."""
+        return {name: self._places[name].member.name for name in names}
+
+    def is_new(self, name: str) -> bool:
+        """Scaling adds this place, and no worker of it has been in a generation that ran."""
+        return self._places[name].is_new
+
+    def to_add(self, role: Role, count: int) -> list[str]:
+        """The places that make ``count`` of a role: those of the lowest ranks that are free."""
+        taken = {p.member.rank for p in self._present() if p.member.role == role}
+        free = [rank for rank in range(count + len(taken)) if rank not in taken]
+        return [place_name(role, rank) for rank in free[: max(count - len(taken), 0)]]
+
+    def to_remove(self, role: Role, count: int) -> list[str]:
+        """The places that leave ``count`` of a role: those without a worker, then high ranks."""
+        own = [p for p in self._present() if p.member.role == role]
+        own.sort(key=lambda p: (p.state is not PlaceState.FILLED, p.member.rank))
+        return sorted(p.name for p in own[count:])
+
+    def add(self, names: Iterable[str]) -> None:
+        """Places that are part of the cluster from now on, and empty."""
+        for name in names:
+            place = self._places.get(name)
+            if place is None:
+                self._places[name] = place = _Place(
+                    member=_first_member(name), number=0, state=PlaceState.REMOVED
+                )
+            place.enter(PlaceState.EMPTY)
+            place.is_new, place.start_deaths, place.not_before = True, 0, 0.0
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Places that are no part of the cluster any more; none of them is filled."""
+        for name in names:
+            place = self._places[name]
+            place.enter(PlaceState.REMOVED)
+            place.is_new = False
+
+    def _present(self) -> list[_Place]:
+        found = [p for p in self._places.values() if p.state is not PlaceState.REMOVED]
+        return sorted(found, key=lambda p: (p.member.role, p.member.rank))
 
     @property
     def closed(self) -> dict[str, ClosedPlace]:
@@ -205,10 +274,27 @@ class Places:
         return {name: p.closed for name, p in self._places.items() if p.closed is not None}
 
     def restore(
-        self, closed: Mapping[str, ClosedPlace], gone: Mapping[str, str], now: float
+        self,
+        closed: Mapping[str, ClosedPlace],
+        gone: Mapping[str, str],
+        now: float,
+        *,
+        names: Collection[str] = (),
+        new: Collection[str] = (),
     ) -> None:
-        """Continue for an earlier controller; ``gone``: workers that left (name -> reason)."""
+        """Continue for an earlier controller; ``gone``: workers that left (name -> reason).
+
+        ``names`` are all places that it had, empty if it is not known, and ``new`` those that it
+        was adding.
+        """
+        self.add(name for name in names if name not in self._places)
         for name, place in self._places.items():
+            place.is_new = name in new
+            if place.is_new and place.state is PlaceState.FILLED and place.member.name not in gone:
+                place.state = PlaceState.STARTING  # restored, not a change
+            if names and name not in names:
+                place.state = PlaceState.REMOVED
+                continue
             if (known := closed.get(name)) is not None:
                 place.state, place.closed = known.state, known
                 if place.state is PlaceState.LEFT_OUT:
@@ -220,6 +306,23 @@ class Places:
     def _place_of(self, name: str) -> _Place | None:
         found = (p for p in self._places.values() if p.member.name == name)
         return next(found, None)
+
+
+def place_name(role: Role, rank: int) -> str:
+    """``expert-1``, which is the name of its first worker, too."""
+    return f"{role}-{rank}"
+
+
+def place_of(worker: str) -> str:
+    """``expert-1`` for the worker ``expert-1.2``."""
+    return worker.partition(".")[0]
+
+
+def _first_member(place: str) -> Member:
+    kind, _, rank = place.partition("-")
+    role = cast("Role", kind)
+    device = int(rank) if holds_experts(role) else -1
+    return Member(name=place, role=role, rank=int(rank), device=device)
 
 
 def _number_of(name: str) -> int:

@@ -93,6 +93,7 @@ def plan_start(
         config.workers,
         device=share.device,
         cpus_per_worker=share.cpus or None,
+        has_equal_cpus=config.workers.cpus_per_worker is None,
         gpus_per_worker=share.gpus,
         threads_per_worker=1 if needs_one else share.threads,
     )

@@ -21,6 +21,7 @@ from protos import admin_pb2 as pb
 
 SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Admin"]
 DEFAULT_DRAIN_LIMIT_S = 120.0
+DEFAULT_SCALE_LIMIT_S = 300.0
 CALL_LIMIT_S = 5.0
 """Time that the controller has to answer."""
 MAX_ABORTED = 1024
@@ -94,13 +95,10 @@ class AdminCalls:
         """Drain a worker, or all workers of a node."""
         if bool(request.worker) == bool(request.node):
             raise RequestError("one of worker and node is required", "worker")
-        limit_s = request.deadline_s or DEFAULT_DRAIN_LIMIT_S
-        if not 0 < limit_s < float("inf"):
-            raise RequestError(f"deadline_s ({limit_s}) must be above 0", "deadline_s")
         order = {
             "worker": request.worker,
             "node": request.node,
-            "limit_s": limit_s,
+            "limit_s": _limit_s(request, DEFAULT_DRAIN_LIMIT_S),
             "force": request.force,
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
@@ -111,6 +109,17 @@ class AdminCalls:
         """Drain this replica; the controller is not involved."""
         left = self._gateway.leave(time.monotonic())
         return pb.DrainGatewayResponse(gateway=self._gateway.name, requests=left)
+
+    async def Scale(self, request: pb.ScaleRequest) -> pb.Operation:
+        """Change how many workers there are."""
+        order = {
+            "attention": request.attention if request.HasField("attention") else None,
+            "expert": request.expert if request.HasField("expert") else None,
+            "limit_s": _limit_s(request, DEFAULT_SCALE_LIMIT_S),
+            "request_id": request.request_id,
+            "expected_epoch": _epoch(request),
+        }
+        return _operation(await self._ask("scale", order))
 
     async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
         """Rebalance, or with ``dry_run`` only report what would be done."""
@@ -141,8 +150,15 @@ class AdminCalls:
         return pb.AbortRequestsResponse(aborted=await self._gateway.abort_calls(names))
 
 
-def _epoch(request: pb.DrainWorkerRequest | pb.RebalanceRequest) -> int | None:
+def _epoch(request: pb.DrainWorkerRequest | pb.ScaleRequest | pb.RebalanceRequest) -> int | None:
     return request.expected_epoch if request.HasField("expected_epoch") else None
+
+
+def _limit_s(request: pb.DrainWorkerRequest | pb.ScaleRequest, default_s: float) -> float:
+    limit_s = request.deadline_s or default_s
+    if not 0 < limit_s < float("inf"):
+        raise RequestError(f"deadline_s ({limit_s}) must be above 0", "deadline_s")
+    return limit_s
 
 
 def _operation(found: Mapping[str, Any]) -> pb.Operation:

@@ -30,6 +30,7 @@ ROUTES = (
     ("POST", "/admin/v1/drain", "DrainWorker"),
     ("POST", "/admin/v1/gateway/drain", "DrainGateway"),
     ("POST", "/admin/v1/rebalance", "Rebalance"),
+    ("POST", "/admin/v1/scale", "Scale"),
     ("POST", "/admin/v1/requests/abort", "AbortRequests"),
     ("GET", "/admin/v1/operations", "ListOperations"),
     ("GET", "/admin/v1/operations/{id}", "GetOperation"),

@@ -40,6 +40,7 @@ ControllerCall = Literal[
     "load",
     "drain",
     "rebalance",
+    "scale",
     "operation",
     "operations",
     "cancel_operation",

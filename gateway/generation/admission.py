@@ -48,7 +48,7 @@ class Admission:
     """Engine requests (one per prompt) held at once."""
     max_tokens: int
     """Prompt and output tokens that they may need together."""
-    capacity: int
+    capacity: int = 0
     """Requests that the engines run at once; more of them wait. The drain rate is measured only
     while some wait or the queue is full: at other times requests leave as fast as they come."""
     max_prompt_bytes: int = 256 * 1024 * 1024

@@ -323,12 +323,13 @@ class Gateway:
 
     def _admit(self, call: GenerateCall, facts: ModelFacts, deadline_s: float) -> Ticket:
         if self.admission is None:
-            most, workers = self.limits.max_queue, self.config.workers.num_attention_ranks
+            most = self.limits.max_queue
             self.admission = Admission(
                 max_requests=most,
                 max_tokens=self.limits.max_queue_tokens or most * facts.max_model_len,
-                capacity=workers * self.config.engine.max_num_seqs,
             )
+        num_workers = len(self.engines.clients)  # of now: recovery and scaling change it
+        self.admission.capacity = num_workers * self.config.engine.max_num_seqs
         now_s = time.monotonic()
         if self.admission.queue_time_s() > deadline_s - now_s:
             self.metrics.admission_rejections.labels("deadline").inc()

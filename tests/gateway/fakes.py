@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from cluster.controller.parts.metrics import ControllerMetrics
-from cluster.core.errors import ConflictError, HandshakeError, UnknownNameError
+from cluster.core.errors import ConflictError, HandshakeError, RequestError, UnknownNameError
 from cluster.core.metric_families import PlainFamily
 from cluster.core.release import RELEASE
 from gateway.engines.submission import RequestStage
@@ -380,6 +380,7 @@ class FakeController:
         }
         self.known_operations: list[dict[str, Any]] = []
         self.drain_orders: list[dict[str, Any]] = []
+        self.scale_orders: list[dict[str, Any]] = []
         self.pauses: list[tuple[int, float]] = []
         self.error: Exception | None = None
         """Raised in place of the list of operations."""
@@ -463,6 +464,19 @@ class FakeController:
         if order["worker"] == "last":
             raise ConflictError("last is the last attention worker")
         operation = fake_operation(f"drain-1.{len(self.drain_orders)}", order["worker"])
+        self.known_operations.append(operation)
+        return operation
+
+    async def scale(self, order: dict[str, Any]) -> dict[str, Any]:
+        """See ``Controller``; takes every order but for more than 8 expert workers."""
+        if (order["expert"] or 0) > 8:
+            raise RequestError("expert (9) must not exceed the 8 experts of a bank", "expert")
+        self.scale_orders.append(order)
+        operation = {
+            **fake_operation("scale-1.1", "2 attention and 3 expert workers"),
+            "kind": "scale",
+            "result": {"added": ["attention-1"], "experts_copied": 2},
+        }
         self.known_operations.append(operation)
         return operation
 

@@ -107,6 +107,12 @@ class Actors:
         self._rooms[member.role, member.rank] = member.node
         self._nodes.add(member.node)
 
+    def find_room(self, member: Member, host: str) -> None:
+        """Room for a worker of a place that was not there at the start; no effect for others."""
+        if (member.role, member.rank) not in self._rooms:
+            self._rooms[member.role, member.rank] = host
+            self._nodes.add(host)
+
     def create(self, member: Member, arguments: WorkerArguments) -> SimActor:
         """A new actor, whose process starts where there is room."""
         actor = self.alive[member.name] = SimActor(member, arguments)

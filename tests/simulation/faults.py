@@ -55,7 +55,7 @@ LINK_FAULTS = (
     "isolate_restart",
     "lose_calls",
 )
-ORDERS = ("drain_worker", "drain_node", "rebalance")
+ORDERS = ("drain_worker", "drain_node", "rebalance", "scale", "scale")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
 _SLOWS_CALLS = {"pause_worker", "pause_thread", "pause_host", "slow_machine", *LINK_FAULTS} - {
@@ -93,6 +93,8 @@ class Faults:
         """Hosts that could not read the checkpoint: their workers may be left out for good."""
         self.bad_hosts: set[str] = set()
         """Hosts that a fault has touched: all their workers, later ones included, may end."""
+        self._least: dict[str, int] = {}
+        """Fewest workers of a role that were asked for."""
         world.ray.nodes.may_die = self._may_die
         world.ray.nodes.on_dead.append(self._node_dies)
         world.ray.nodes.on_end.append(self._node_ends)
@@ -384,6 +386,27 @@ class Faults:
 
     def rebalance(self, fault: Fault) -> None:
         self._order("rebalance", {})
+
+    def scale(self, fault: Fault) -> None:
+        """One or two workers more or less of each role than at the start, or as many."""
+        scenario = self._world.scenario
+        attention = max(scenario.num_attention + fault.where % 3 - 1, 1)
+        expert = max(scenario.num_experts + fault.other % 4 - 1, 1)
+        limit_s = 2.0 + 4.0 * fault.lasts_s
+        for role, count in (("attention", attention), ("expert", expert)):
+            self._least[role] = min(self._least.get(role, count), count)
+        self._order("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
+
+    def may_be_removed(self, name: str) -> bool:
+        """Scaling may end it: its rank is high, or it has not served yet in a place of another."""
+        place, _, number = name.partition(".")
+        role, _, rank = place.partition("-")
+        least = min(self._least.get(role, int(rank) + 1), self._initial(role))
+        return role in self._least and (bool(number) or int(rank) >= least)
+
+    def _initial(self, role: str) -> int:
+        scenario = self._world.scenario
+        return scenario.num_attention if role == "attention" else scenario.num_experts
 
     # ---- small things -------------------------------------------------------------------------
 

@@ -207,10 +207,15 @@ class SimGroup:
             ray.check_order(self._term, f"starts {member.name}")
             if member.name in ray.actors.alive:
                 raise StartError(member.name, "an actor of that name lives")
+            ray.actors.find_room(member, ray.host_of(member.role, member.rank))
             actor = ray.actors.create(member, plan.arguments(member, address))
             self._known[member.name] = actor
             created.append(actor)
         await asyncio.gather(*(self._bring_up(actor) for actor in created))
+
+    async def release(self, places: Sequence[str]) -> None:
+        await self.check_term()
+        self._ray.check_order(self._term, f"gives back the room of {places}")
 
     async def _bring_up(self, actor: SimActor) -> None:
         try:

@@ -271,7 +271,8 @@ class World:
 
     def _is_touched(self, name: str) -> bool:
         host = self.ray.actors.ever[name].process.host
-        return name in self.faults.guilty or host in self.faults.bad_hosts
+        is_bad = name in self.faults.guilty or host in self.faults.bad_hosts
+        return is_bad or self.faults.may_be_removed(name)
 
     def _serves(self, controller: SimController) -> bool:
         found = controller.actor.runner.controller

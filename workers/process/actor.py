@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
+from cluster.core.node_labels import Place
 from cluster.core.topology import Role
 from workers.transport.nccl_environment import set_nccl_environment
 
@@ -47,7 +48,8 @@ class WorkerActor(ABC):
         from workers.process.worker_args import WorkerArgs  # imports torch
 
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        args = WorkerArgs.from_plain(config, member, control_address, extra, host)
+        here = _on_this_node(member, host)
+        args = WorkerArgs.from_plain(config, here, control_address, extra, host)
         self._runtime = self._make_runtime(args, _die)
         signal.signal(signal.SIGTERM, self._on_sigterm)  # Ray's own handler ends the process
 
@@ -125,6 +127,16 @@ ACTOR_CLASSES: Final[Mapping[Role, type[WorkerActor]]] = {
     "colocated": ColocatedWorker,
 }
 """The classes that ``cluster.actors.worker_group.WorkerGroup`` starts, by role."""
+
+
+def _on_this_node(member: Mapping[str, Any], host: str) -> dict[str, Any]:
+    """A member with the labels of its node, if it was started before that was known."""
+    if member.get("node"):
+        return dict(member)
+    labels: Any = ray.get_runtime_context().get_node_labels()
+    place = Place.of(labels, host)
+    facts = {"domain": place.domain, "link_class": place.link_class, "speed": place.speed}
+    return {**member, **facts}
 
 
 def _die(reason: str) -> None:

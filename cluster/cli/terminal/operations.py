@@ -49,8 +49,8 @@ def _text(operation: Mapping[str, Any]) -> str:
     if operation["state"] != "SUCCEEDED":
         return text
     took = f"{operation['ended'] - operation['started']:.1f} s"
-    moved = operation.get("drain", {}).get("requests_moved", 0)
-    copied = operation.get("drain", {}).get("experts_copied", 0)
+    result = operation.get(operation["kind"], {})
+    moved, copied = result.get("requests_moved", 0), result.get("experts_copied", 0)
     facts = [f"{moved} requests moved"] if moved else []
     facts += [f"{copied} experts copied"] if copied else []
     return f"{text} ({', '.join([*facts, took])})"

@@ -33,8 +33,11 @@ class Orders:
 
     def drain(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Begin the operation of a ``DrainWorkerRequest`` with these fields."""
-        fields = {k: v for k, v in order.items() if k != "deadline_s"}
-        return self._call("drain", {**fields, "limit_s": order["deadline_s"]}, "drain", order)
+        return self._call("drain", _with_limit(order), "drain", order)
+
+    def scale(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin the operation of a ``ScaleRequest`` with these fields."""
+        return self._call("scale", _with_limit(order), "scale", order)
 
     def rebalance(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Begin the operation of a ``RebalanceRequest`` with these fields."""
@@ -64,6 +67,11 @@ class Orders:
         answer: dict[str, Any]
         answer = self._admin.get(url) if body is None else self._admin.post(url, dict(body))
         return answer
+
+
+def _with_limit(order: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as the controller calls them."""
+    return {"limit_s" if k == "deadline_s" else k: v for k, v in order.items()}
 
 
 def _quoted(operation_id: str) -> str:

@@ -12,7 +12,7 @@ A further loss before the end forms the next generation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -22,10 +22,11 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.drains import Drain
-from cluster.controller.parts.effects import Effect, Send, Trace
+from cluster.controller.parts.effects import Effect, Release, Send, Trace
 from cluster.controller.parts.memory import History, LostWorker, Memory
 from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
 from cluster.controller.parts.operations import Operations
+from cluster.controller.parts.scales import Scale
 from cluster.controller.parts.workers import WorkerTable
 from cluster.core.codec import to_plain
 from cluster.core.frames import (
@@ -202,6 +203,8 @@ class Cluster:
         self.operations = Operations(term, wall_time_offset_s, self.remember)
         self.drain: Drain | None = None
         """The drain under way."""
+        self.scale: Scale | None = None
+        """The scaling under way."""
         self.notes = notes or {}
 
     # ---- questions ------------------------------------------------------------------------
@@ -230,6 +233,19 @@ class Cluster:
     def is_forming(self) -> bool:
         """A generation is announced but does not run yet."""
         return self.round.phase is Phase.FORMING and self.is_up
+
+    @property
+    def new_workers(self) -> frozenset[str]:
+        """Workers that scaling adds and that have not been in a generation that ran."""
+        added = [p for p in (self.scale.added if self.scale else ()) if self.places.is_new(p)]
+        return frozenset(self.places.workers_of(added).values())
+
+    def unready_workers(self) -> list[str]:
+        """Those of the new workers that others still wait for."""
+        ready = (WorkerState.READY, WorkerState.SERVING)
+        table = self.workers
+        is_ready = {n for n in self.new_workers if n in table and table[n].state in ready}
+        return sorted(self.new_workers - is_ready)
 
     @property
     def profile(self) -> LoadProfile | None:
@@ -286,9 +302,11 @@ class Cluster:
             ),
             notes=dict(self.notes),
             desired=None if is_whole else self.desired,
+            places=self.places.names(),
             closed=self.places.closed,
             operations=tuple(self.operations.kept)[-_LEFT_OPERATIONS:],
             drain=self.drain,
+            scale=self.scale,
         )
 
     def nodes_alive(self, nodes: NodeIds, now: float) -> None:
@@ -297,6 +315,13 @@ class Cluster:
         if self.places.nodes_alive(nodes):
             self.remember()
 
+    def remove_places(self, places: Iterable[str]) -> None:
+        """Places without a serving worker are no part of the cluster any more."""
+        names = tuple(places)
+        self.places.remove(names)
+        self.effects.append(Release(names))
+        self.remember()
+
     def come_into_force(self, placement: ExpertPlacement) -> None:
         """A step of the running generation names the placement's epoch.
 
@@ -304,7 +329,7 @@ class Cluster:
         """
         self.placement = placement
         rows = [bank.physical_to_logical for bank in placement.banks]
-        devices = range(placement.num_devices)
+        devices = self.places.devices() or {0}  # local mode
         uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
         if uses_all and self.places.is_full(self.round.members):
             self.desired = placement

@@ -59,6 +59,8 @@ class Drain:
     """Monotonic time at which the drain is undone; of one controller only."""
     left_s: float
     """Time left until then, as no two hosts have one clock."""
+    removes_places: bool = False
+    """The cluster is scaled down: no workers start in the places of these."""
     step: DrainStep = DrainStep.SETTLE
     before: ExpertPlacement | None = None
     """The maps from before the drain; None if it has changed none."""

@@ -39,6 +39,13 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """Give back the room that was reserved for places that scaling had added."""
+
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EndAll:
     """End all workers, then call ``Controller.all_ended``."""
 
@@ -55,4 +62,4 @@ class Trace:
     """Kind of the error; empty if there was none."""
 
 
-Effect = Send | Start | End | EndAll | Trace
+Effect = Send | Start | End | Release | EndAll | Trace

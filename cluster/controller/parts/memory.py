@@ -14,6 +14,7 @@ from msgspec import field
 
 from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.operations import Operation
+from cluster.controller.parts.scales import Scale
 from cluster.core.codec import Message
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import WorkerState
@@ -111,9 +112,13 @@ class Memory(Message, frozen=True, kw_only=True):
     """What the cluster was started with, see ``ControllerActor``."""
     desired: ExpertPlacement | None = None
     """The placement of the whole cluster; None if it is the one in force."""
+    places: tuple[str, ...] = ()
+    """All places; those of the start are not all, once the cluster was scaled."""
     closed: dict[str, ClosedPlace] = field(default_factory=dict)
     """Places in which no worker starts."""
     operations: tuple[Operation, ...] = ()
     """The newest."""
     drain: Drain | None = None
     """The drain under way."""
+    scale: Scale | None = None
+    """The scaling under way."""

@@ -11,8 +11,9 @@ from prometheus_client import Counter, Histogram
 from cluster.core.metric_families import PlainFamily, new_registry, to_plain
 from cluster.core.topology import Role
 
-MoveReason = Literal["rebalance", "recovery", "drain"]
-"""The load asked for it; a lost worker's experts are loaded again; a worker is drained."""
+MoveReason = Literal["rebalance", "recovery", "drain", "scale"]
+"""The load asked for it; a lost worker's experts are loaded again; a worker is drained; workers
+are added or removed."""
 RebalanceOutcome = Literal["applied", "skipped_gain", "skipped_churn", "failed", "cancelled"]
 """How a decision to rebalance ends."""
 _OUTCOMES: tuple[RebalanceOutcome, ...] = get_args(RebalanceOutcome)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -36,9 +36,9 @@ class Operation:
     id: str
     """Permanent name: kind, the term of the controller, a number."""
     kind: str
-    """``drain`` or ``rebalance``."""
+    """``drain``, ``rebalance`` or ``scale``."""
     target: str
-    """The worker, node or gateway concerned."""
+    """The worker, node or gateway concerned; of a scaling, the pools that it leads to."""
     request_id: str
     """Id chosen by the client, so that a repeated request begins it once; may be empty."""
     asked: str = ""
@@ -160,11 +160,13 @@ class Operations:
         operation.end(state, message, self._time(now))
         self._on_change()
 
-    def restore(self, newest: Iterable[Operation], now: float, goes_on: str | None = None) -> None:
-        """Continue operations; of the running ones only ``goes_on`` (an id) continues."""
+    def restore(
+        self, newest: Iterable[Operation], now: float, goes_on: Collection[str] = ()
+    ) -> None:
+        """Continue operations; of the running ones only ``goes_on`` (ids) continue."""
         for operation in newest:
             self.kept.append(operation)
-            if operation.is_running and operation.id != goes_on:
+            if operation.is_running and operation.id not in goes_on:
                 why = "the controller was restarted"
                 operation.end(OperationState.FAILED, why, self._time(now))
 

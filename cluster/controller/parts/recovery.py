@@ -92,11 +92,16 @@ class Recovery:
             self._go_on(survivors, describe_losses(gone), now)
 
     def ready(self, now: float) -> None:
-        """Workers are ready: those outside the generation join, unless one is forming."""
+        """Workers are ready: those outside the generation join, unless one is forming.
+
+        Workers that scaling adds join together, when all of them are ready.
+        """
         if not self._cluster.takes_orders or self._cluster.round.phase is Phase.FORMING:
             return
         members = self._cluster.round.members
         known = {m.name for m in members}
+        if self._cluster.unready_workers():
+            known |= self._cluster.new_workers
         fresh = [
             r.member
             for r in self._cluster.workers.alive()

@@ -15,7 +15,7 @@ from cluster.core.errors import CalledAgainError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.release import Build, differing_item
 from cluster.core.states import WorkerState, next_state
-from cluster.core.topology import ADDRESS_FIELDS, Generation, Member
+from cluster.core.topology import ADDRESS_FIELDS, NODE_FIELDS, Generation, Member
 from cluster.policy.failure import Pulse
 from cluster.policy.silence import GapWindow
 
@@ -110,7 +110,8 @@ class WorkerRecord:
             raise ProtocolError(f"{self.name} registers as {claimed.name!r}")
         if self.state is not WorkerState.STARTING:
             raise CalledAgainError(f"{self.name} registers again ({self.state.value})")
-        facts = {key: getattr(claimed, key) for key in (*ADDRESS_FIELDS, "offer")}
+        own = (*ADDRESS_FIELDS, "offer", *(() if self.member.node else NODE_FIELDS))
+        facts = {key: getattr(claimed, key) for key in own}
         node = self.member.node or claimed.node
         self.member = replace(self.member, node=node, pid=claimed.pid, **facts)
         self.build = frame.build

@@ -72,6 +72,27 @@ def test_a_drain_is_ordered_and_followed_over_both(
     assert cancelled.json()["state"] == "CANCELLED"
 
 
+def test_a_scaling_is_ordered_over_both(
+    stack: Stack, admin: httpx.Client, stub: AdminStub
+) -> None:
+    body = {"attention": 2, "expert": 3, "deadline_s": 7, "request_id": "me-1"}
+    found = admin.post("/admin/v1/scale", json=body).json()
+    expected = {"attention": 2, "expert": 3, "limit_s": 7.0, "request_id": "me-1"}
+    assert stack.controller.scale_orders[-1] == {**expected, "expected_epoch": None}
+    assert (found["kind"], found["state"]) == ("scale", "RUNNING")
+    assert (found["scale"]["added"], found["scale"]["experts_copied"]) == (["attention-1"], 2)
+    assert stub.Scale(pb.ScaleRequest(attention=0)).scale.added == ["attention-1"]
+    order = stack.controller.scale_orders[-1]
+    assert (order["attention"], order["expert"], order["limit_s"]) == (0, None, 300.0)
+    refused = admin.post("/admin/v1/scale", json={"expert": 9})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "expert")
+    assert refusal(lambda: stub.Scale(pb.ScaleRequest(expert=9))) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "expert (9) must not exceed the 8 experts of a bank",
+    )
+    assert admin.post("/admin/v1/scale", json={"expert": -1}).status_code == 400
+
+
 def test_a_rebalancing_is_asked_for_over_both(
     stack: Stack, admin: httpx.Client, stub: AdminStub
 ) -> None:

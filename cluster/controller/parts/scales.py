@@ -1,0 +1,69 @@
+"""Scaling orders and their progress: plain values that a restarted controller can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from cluster.controller.parts.operations import Operation, OperationState, Order
+from cluster.core.placement import ExpertPlacement
+from cluster.core.states import next_state
+
+
+class ScaleOrder(Order, frozen=True, kw_only=True):
+    """How many workers there shall be."""
+
+    attention: int | None = None
+    """Attention workers; None leaves their number as it is."""
+    expert: int | None = None
+    """Expert workers, in colocated mode all workers; None leaves their number as it is."""
+    limit_s: float
+    """Time in which new workers must serve, and then again time in which others must have left."""
+
+    @property
+    def asked(self) -> str:
+        return f"attention {self.attention}, expert {self.expert}"
+
+
+class ScaleStep(Enum):
+    """What a scaling waits for before workers leave; the value is for people."""
+
+    SETTLE = "wait for a running generation"
+    START = "start workers"
+    JOIN = "form a generation with them"
+
+
+_NEXT = {
+    ScaleStep.SETTLE: {ScaleStep.START},
+    ScaleStep.START: {ScaleStep.JOIN},
+    ScaleStep.JOIN: {ScaleStep.START},  # a worker was lost, and the generation could not be formed
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Scale:
+    """A scaling that starts workers, as the workers keep it for the next controller."""
+
+    operation: Operation
+    order: ScaleOrder
+    deadline: float
+    """Monotonic time at which it is given up; of one controller only."""
+    left_s: float
+    """Time left until then, as no two hosts have one clock."""
+    step: ScaleStep = ScaleStep.SETTLE
+    added: tuple[str, ...] = ()
+    """Places that are new."""
+    before: ExpertPlacement | None = None
+    """The desired placement without them; None before they are added."""
+    outcome: tuple[OperationState, str] | None = None
+    """How and why it ends, once it is given up."""
+
+    def enter(self, step: ScaleStep) -> None:
+        """Begin the next step."""
+        self.resume(next_state(self.step, step, _NEXT))
+
+    def resume(self, step: ScaleStep) -> None:
+        """Begin, or go on for an earlier controller, with this step."""
+        self.step = step
+        self.operation.phase = step.value
+        self.operation.progress = list(ScaleStep).index(step) / (len(ScaleStep) + 1)

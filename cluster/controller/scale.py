@@ -1,0 +1,248 @@
+"""Scaling: workers are added or removed while the cluster serves, and no request fails.
+
+    SETTLE  a generation runs, and no weights are on the move
+    START   new places are part of the cluster; their workers start and load in the background
+    JOIN    once all of them are ready, one generation with them; new expert workers take over the
+            experts that they have loaded
+    then    workers that are to go are drained, and their places removed (``Draining.remove``)
+
+Up to the end of JOIN a scaling is given up where a new worker is lost, where it takes too long, and
+where a client cancels it: the new places go, and the others serve as before. ``Scaling`` decides
+the next step; the controller acts. A restarted controller continues the scaling of an earlier one
+(``Memory``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from cluster.controller.drain import Draining
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.operations import Operation, OperationState
+from cluster.controller.parts.scales import Scale, ScaleOrder, ScaleStep
+from cluster.controller.rebalance.loop import Rebalancing
+from cluster.core.errors import ConflictError, RequestError
+from cluster.core.states import WorkerState
+from cluster.core.topology import Role, holds_experts
+from cluster.planner.grow import grow
+from cluster.policy.coverage import describe_pools, without_devices
+from cluster.policy.places import place_of
+
+_TOLD_S = 1.0
+"""Precision with which the next controller knows the time that is left."""
+
+
+class Scaling:
+    """The scalings of a cluster, one after the other. Owned by the controller."""
+
+    def __init__(self, cluster: Cluster, rebalancing: Rebalancing, draining: Draining) -> None:
+        """No change of ``rebalancing`` begins while a scaling runs; ``draining`` empties workers
+        that are to go.
+        """
+        self._cluster = cluster
+        self._rebalancing = rebalancing
+        self._draining = draining
+
+    def restore(self, scale: Scale, now: float) -> None:
+        """Continue the scaling of an earlier controller."""
+        self._cluster.scale = scale
+        scale.operation = self._cluster.operations.find(scale.operation.id)
+        scale.deadline = now + scale.left_s
+
+    def begin(self, order: ScaleOrder, now: float) -> Operation:
+        """Begin to scale, or find the operation that the same request began.
+
+        Raises ``RequestError`` and ``ConflictError``; nothing has changed then.
+        """
+        cluster = self._cluster
+        before = cluster.operations.asked_before(order, cluster.placement.epoch)
+        if before is not None:
+            return before
+        wanted = self._wanted(order)
+        cluster.operations.check_free()
+        if not cluster.takes_orders:
+            raise ConflictError("the cluster is starting or ending")
+        leaving = self._leaving(wanted)
+        if leaving:
+            self._draining.check_removal(leaving)
+        operation = cluster.operations.begin("scale", describe_pools(wanted), order, now)
+        scale = cluster.scale = Scale(
+            operation=operation, order=order, deadline=now + order.limit_s, left_s=order.limit_s
+        )
+        scale.resume(ScaleStep.SETTLE)
+        cluster.remember()
+        return operation
+
+    def cancel(self, operation: Operation, now: float) -> None:
+        """Undo a scaling. Raises ``ConflictError`` if it is too late."""
+        scale = self._cluster.scale
+        if scale is not None and scale.operation is operation:
+            scale.outcome = scale.outcome or (OperationState.CANCELLED, "cancelled")
+        else:
+            self._draining.cancel(operation, now)
+
+    def lost(self, scale: Scale, reasons: Mapping[str, str]) -> None:
+        """Workers (name -> reason) are lost during a scaling; the table has recorded it already."""
+        if scale.step is ScaleStep.JOIN:  # others may serve already
+            return
+        gone = sorted(reasons.keys() & self._cluster.new_workers)
+        if gone:
+            text = f"{gone[0]} was lost before it served: {reasons[gone[0]]}"
+            scale.outcome = scale.outcome or (OperationState.FAILED, text)
+
+    def tick(self, scale: Scale, now: float) -> dict[str, str]:
+        """Time has passed: take the next step if the last one is done.
+
+        Returns workers (name -> reason) that are given up.
+        """
+        cluster = self._cluster
+        if not cluster.takes_orders:
+            return self._give_up(scale, OperationState.FAILED, "the cluster is ending", now)
+        if scale.step is ScaleStep.JOIN and cluster.runs and not cluster.new_workers:
+            return self._finish(scale, now)
+        if scale.outcome is not None:
+            return self._give_up(scale, *scale.outcome, now)
+        if now > scale.deadline:
+            what = " and ".join(cluster.unready_workers()) or "the cluster"
+            text = f"{what} could not {scale.step.value} within {scale.order.limit_s:g} s"
+            return self._give_up(scale, OperationState.FAILED, text, now)
+        if scale.left_s - (left_s := scale.deadline - now) >= _TOLD_S:
+            scale.left_s = left_s
+            cluster.remember()
+        if scale.step is ScaleStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
+            self._add_places(scale)
+        elif scale.step is ScaleStep.START and not cluster.unready_workers():
+            self._enter(scale, ScaleStep.JOIN)
+        elif scale.step is ScaleStep.JOIN and cluster.unready_workers():
+            self._enter(scale, ScaleStep.START)
+        return {}
+
+    # ---- how many -----------------------------------------------------------------------------
+
+    def _wanted(self, order: ScaleOrder) -> dict[Role, int]:
+        """Workers of each role after the order. Raises ``RequestError`` and ``ConflictError``."""
+        cluster, pools = self._cluster, self._cluster.places.pools()
+        if cluster.config.workers.mode == "local":
+            raise ConflictError("one worker holds everything (--mode local): it cannot be scaled")
+        if order.attention is None and order.expert is None:
+            raise RequestError("one of attention and expert is required", "attention")
+        wanted = dict(pools)
+        if "colocated" in pools:
+            if order.attention not in (None, order.expert):
+                rule = "must be left out or equal expert in colocated mode"
+                raise RequestError(f"attention ({order.attention}) {rule}", "attention")
+            asked: dict[Role, int | None] = {"colocated": order.expert}
+        else:
+            asked = {"attention": order.attention, "expert": order.expert}
+        most = min((b.num_experts for b in cluster.desired.banks), default=0)
+        for role, count in asked.items():
+            field = "attention" if role == "attention" else "expert"
+            if count is not None and count < 1:
+                raise RequestError(f"{field} ({count}) must be at least 1", field)
+            if count is not None and holds_experts(role) and count > most:
+                rule = f"must not exceed the {most} experts of a bank"
+                raise RequestError(f"{field} ({count}) {rule}", field)
+            wanted[role] = pools[role] if count is None else count
+        return wanted
+
+    def _going(self, wanted: Mapping[Role, int]) -> list[str]:
+        """Places that are to go."""
+        places = self._cluster.places
+        return [name for role, count in wanted.items() for name in places.to_remove(role, count)]
+
+    def _leaving(self, wanted: Mapping[Role, int]) -> list[str]:
+        """Workers that are to go, and that serve."""
+        workers = self._cluster.workers
+        newest = self._cluster.places.workers_of(self._going(wanted)).values()
+        serving = (WorkerState.SERVING, WorkerState.READY)
+        return sorted(n for n in newest if n in workers and workers[n].state in serving)
+
+    # ---- steps ----------------------------------------------------------------------------
+
+    def _add_places(self, scale: Scale) -> None:
+        """Their workers start at the next tick."""
+        cluster, places = self._cluster, self._cluster.places
+        wanted = self._wanted(scale.order)
+        scale.added = tuple(
+            name for role, count in wanted.items() for name in places.to_add(role, count)
+        )
+        before = places.devices()
+        places.add(scale.added)
+        if devices := places.devices() - before:
+            scale.before = cluster.desired
+            load = cluster.load.totals()
+            counts = {key: load.counts(key).tolist() for key in load.prefill}
+            num_slots = cluster.num_slots - cluster.config.workers.recovery_slots
+            cluster.desired = grow(cluster.desired, devices, counts, num_slots)
+        self._enter(scale, ScaleStep.START)
+
+    def _finish(self, scale: Scale, now: float) -> dict[str, str]:
+        """All new workers serve; now those leave that are to go.
+
+        Returns workers (name -> reason) that have not served yet and are to go.
+        """
+        cluster, operation = self._cluster, scale.operation
+        added = cluster.places.workers_of(scale.added).values()
+        operation.result["added"] = sorted(added)
+        operation.generation = cluster.generation.number
+        self._count_moves(scale, now)
+        cluster.scale = None
+        cluster.remember()
+        wanted = self._wanted(scale.order)
+        leaving = self._leaving(wanted)
+        try:
+            if leaving:
+                self._draining.check_removal(leaving)
+        except ConflictError as err:
+            cluster.operations.end(operation, OperationState.FAILED, str(err), now)
+            return {}
+        places = set(self._going(wanted)) - {place_of(name) for name in leaving}
+        ended = self._remove(places, "the cluster is scaled down")
+        if leaving:
+            self._draining.remove(leaving, operation, scale.order.limit_s, now)
+        else:
+            text = f"scaled to {operation.target}"
+            cluster.operations.end(operation, OperationState.SUCCEEDED, text, now)
+        return ended
+
+    def _count_moves(self, scale: Scale, now: float) -> None:
+        """The experts that new workers have loaded count as moved."""
+        table = self._cluster.workers
+        added = self._cluster.places.workers_of(scale.added).values()
+        holders = [r for n in added if n in table and (r := table[n]).member.holds_experts]
+        if not holders:
+            return
+        devices = {r.member.device for r in holders}
+        copies = (c for bank in self._cluster.placement.banks for c in bank.copies())
+        num_slots = sum(device in devices for device, _, _ in copies)
+        took_s = scale.order.limit_s - (scale.deadline - now)
+        num_bytes = sum(r.loaded_bytes for r in holders)
+        self._cluster.moved("scale", num_slots, num_bytes, took_s)
+
+    def _give_up(
+        self, scale: Scale, state: OperationState, text: str, now: float
+    ) -> dict[str, str]:
+        """Places go whose workers have not served; returns these workers (name -> reason)."""
+        cluster = self._cluster
+        new = [place for place in scale.added if cluster.places.is_new(place)]
+        if scale.before is not None and len(new) == len(scale.added):
+            cluster.desired = scale.before
+        cluster.scale = None
+        ended = self._remove(new, f"the scaling was given up: {text}")
+        cluster.operations.end(scale.operation, state, text, now)
+        return ended
+
+    def _remove(self, places: Collection[str], why: str) -> dict[str, str]:
+        """Remove places without a serving worker; those workers (name -> reason) are to end."""
+        cluster = self._cluster
+        newest = cluster.places.workers_of(places).values()
+        before = cluster.places.devices()
+        cluster.remove_places(places)
+        gone = before - cluster.places.devices()
+        if gone & set(range(cluster.desired.num_devices)):
+            cluster.desired = without_devices(gone, cluster.desired, cluster.room)
+        return {n: why for n in newest if n in cluster.workers and not cluster.workers[n].is_lost}
+
+    def _enter(self, scale: Scale, step: ScaleStep) -> None:
+        scale.enter(step)
+        self._cluster.remember()
