@@ -67,6 +67,8 @@ class AttentionEndpoint:
     """Its process: another pid is another worker."""
     engine: str = ""
     """Its index among the attention workers, as metrics name it."""
+    is_leaving: bool = field(default=False, compare=False)
+    """It is drained: its requests move elsewhere."""
 
 
 @dataclass(slots=True)
@@ -228,16 +230,17 @@ def living_workers(snapshot: Snapshot) -> frozenset[str]:
 
 
 def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
-    """Workers of the current generation that run attention and accept streams."""
+    """Workers of the current generation that run attention, drained ones among them."""
     return [
         AttentionEndpoint(
             name=worker["name"],
             address=worker["engine_address"],
             pid=int(worker.get("pid") or 0),
             engine=str(worker["rank"]),
+            is_leaving=worker["state"] == "DRAINING",
         )
         for worker in snapshot.get("workers", ())
         if runs_attention(worker["role"])
         and worker.get("engine_address")
-        and worker["state"] in ("READY", "SERVING")
+        and worker["state"] in ("READY", "SERVING", "DRAINING")
     ]

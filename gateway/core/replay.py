@@ -10,3 +10,5 @@ class ReplayCause(Enum):
     """Its worker was lost."""
     HANDED_BACK = "handed_back"
     """Its worker is drained, or had no room for it."""
+    MOVED = "moved"
+    """Its worker is drained, and another one had fetched its KV blocks before."""

@@ -35,6 +35,8 @@ from workers.requests.wire import (
     FromEngine,
     KvResync,
     Ping,
+    Prefetch,
+    Prefetched,
     ToEngine,
 )
 
@@ -87,6 +89,12 @@ class Owner(Protocol):
 
     def note_token(self, entry: Submission, now_s: float) -> None:
         """A worker has sent tokens of a request."""
+
+    def prefetched(self, client: EngineClient, message: Prefetched) -> None:
+        """A worker has fetched the KV blocks of a request that will move to it."""
+
+    def released(self, entry: Submission) -> None:
+        """A request has left its worker, or has ended."""
 
     def place_waiting(self) -> None:
         """A request that had to be sent alone is no longer on its way."""
@@ -143,6 +151,10 @@ class EngineClient:
         """Requests of this worker that are so far, as it has said."""
         return [entry for entry in self._submissions.values() if entry.stage is stage]
 
+    def submissions(self) -> list[Submission]:
+        """All requests of this worker."""
+        return list(self._submissions.values())
+
     def acquit(self, worker: str) -> None:
         """No request of this worker has caused the death of another one, which lives."""
         for entry in self._submissions.values():
@@ -157,6 +169,15 @@ class EngineClient:
         peer = entry.kv_peer
         request = replace(entry.request, kv_peer=peer) if peer else entry.request
         self._outgoing.put_nowait(request)
+
+    def prefetch(self, entry: Submission, source: str) -> None:
+        """Have the worker fetch the KV blocks of a request that decodes at another one."""
+        self._outgoing.put_nowait(Prefetch(request=replace(entry.so_far(), kv_peer=source)))
+
+    def give_up(self, entry: Submission) -> None:
+        """A request of this worker continues elsewhere."""
+        self._outgoing.put_nowait(Abort(request_id=entry.request.request_id))
+        self._release(entry)
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
         """End a request, or some of its choices, at once; never waits. Unknown ids are ignored."""
@@ -232,6 +253,7 @@ class EngineClient:
         self._end_prompt(entry)
         entry.stream, entry.last_worker = None, self.worker
         self._count(entry)
+        self._owner.released(entry)
 
     async def _read(self, call: _Call) -> None:
         if isinstance(data := await call.read(), bytes):
@@ -254,6 +276,8 @@ class EngineClient:
                 await asyncio.sleep(0)  # clients get these outputs before the next message
             case Queued():
                 self._note_queued(message)
+            case Prefetched():
+                self._owner.prefetched(self, message)
             case SoloStep():
                 self._note_solo_step(message)
             case KvEvents():
@@ -319,8 +343,7 @@ class EngineClient:
         is_gap = repeated < 0  # outputs were lost on the way
         if is_gap or entry.is_handed_back(output):
             reason = "outputs are missing" if is_gap else output.error or "the worker gave it up"
-            self._outgoing.put_nowait(Abort(request_id=output.request_id))
-            self._release(entry)
+            self.give_up(entry)
             entry.num_returns += 1
             self._owner.take_back(entry, reason)
             return

@@ -1,7 +1,8 @@
 """All streams of this replica: one to each attention worker of the current generation.
 
-The requests of a stream that ends continue at another worker, with their output so far. Without any
-worker they wait here, each up to its deadline: then its ``Generation`` ends it.
+The requests of a stream that ends continue at another worker, with their output so far. Those of a
+worker that is drained move before, with their KV blocks (``moves``). Without any worker they wait
+here, each up to its deadline: then its ``Generation`` ends it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from gateway.cluster.view import AttentionEndpoint
 from gateway.core.replay import ReplayCause
 from gateway.engines.engine_client import PING_S, SILENCE_LIMIT_S, EngineClient, StreamEnd
 from gateway.engines.kv_index import KvIndex
+from gateway.engines.moves import Moves
 from gateway.engines.pauses import Pauses
 from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
 from gateway.engines.submission import OutputSink, RequestStage, Submission
 from workers.requests.block_hash import KvEvents, prompt_hashes
 from workers.requests.request import Request
+from workers.requests.wire import Prefetched
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,9 @@ class EnginePool:
         """Which worker has which blocks."""
         self.pauses = Pauses()
         """How long streams stood still at changes of the generation."""
+        self._moves = Moves(self._pick_other, self._go_over)
+        self._leaving: frozenset[str] = frozenset()
+        """Workers that are drained: they get no requests any more."""
         self._waiting: list[Submission] = []
         self._accused: list[tuple[Submission, str]] = []
         """Requests whose last worker seems to have died of them, and why: they fail once it is
@@ -83,15 +89,23 @@ class EnginePool:
 
     @property
     def clients(self) -> list[EngineClient]:
-        """Streams that are open, by worker name."""
-        ready = (client for client in self._clients.values() if client.hello is not None)
-        return sorted(ready, key=lambda client: client.worker)
+        """Open streams to workers that take requests, by worker name."""
+        return sorted(
+            (
+                client
+                for client in self._clients.values()
+                if client.hello is not None and client.worker not in self._leaving
+            ),
+            key=lambda client: client.worker,
+        )
 
     def update(self, endpoints: Sequence[AttentionEndpoint], living: Collection[str] = ()) -> None:
         """Open streams to new workers, and drop the streams of workers that are no longer listed.
 
-        Those among them that are ``living`` count as leaving, not as dying.
+        Those among them that are ``living`` count as leaving, not as dying. Requests of workers
+        that are listed as leaving move to others.
         """
+        before, self._leaving = self._leaving, frozenset(e.name for e in endpoints if e.is_leaving)
         for gone in set(self._keepers) - set(endpoints):
             logger.info("%s left the generation: stream dropped", gone.name)
             self._keepers.pop(gone).cancel()
@@ -102,6 +116,13 @@ class EnginePool:
         for endpoint in endpoints:
             if endpoint not in self._keepers:
                 self._keepers[endpoint] = asyncio.create_task(self._keep(endpoint))
+        for worker in before - self._leaving:
+            self._moves.end(worker)
+        for worker in self._leaving - before:
+            if (client := self._clients.get(worker)) is not None:
+                self._moves.begin(client)
+        if before - self._leaving:
+            self.place_waiting()
 
     def assign(self, request: Request, sink: OutputSink, deadline_s: float) -> Submission | None:
         """Hand a request to a worker; None while no stream is open.
@@ -152,6 +173,30 @@ class EnginePool:
         self.kv.expect(choice.load.name, entry.prompt_hashes)
         return clients[choice.load.name]
 
+    def _pick_other(self, entry: Submission) -> EngineClient | None:
+        """The worker that a request moves to."""
+        ready = self.clients
+        return self._pick(entry, ready) if ready else None
+
+    def _go_over(self, entry: Submission, target: EngineClient | None, num_new: int) -> None:
+        """A request leaves its worker for another one, which has the KV blocks of all but its
+        newest tokens, or for any.
+        """
+        source = entry.stream
+        assert isinstance(source, EngineClient), "it moves while it has a worker"
+        source.give_up(entry)
+        entry.replay_cause = ReplayCause.HANDED_BACK if target is None else ReplayCause.MOVED
+        if target is None or target.worker in self._leaving:
+            self._waiting.append(entry)
+            self.place_waiting()
+            return
+        with self._isolate(entry):
+            entry.kv_peer, entry.missing_tokens = "", num_new
+            self.kv.expect(target.worker, entry.prompt_hashes)
+            entry.again(time.monotonic())
+            target.submit(entry)
+            self.on_resubmit(entry)
+
     def _num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
         """Tokens of a request without a worker; sets the hashes of its blocks."""
         tokens = entry.num_known_tokens
@@ -200,6 +245,7 @@ class EnginePool:
     def _lose(self, client: EngineClient, end: StreamEnd) -> None:
         """A stream is unusable: other workers continue its requests."""
         self.kv.drop(client.worker)
+        self._moves.end(client.worker)
         reason, lost = end.reason, client.take_submissions()
         has_suspect = any(entry.may_kill_on_receipt for entry in lost)
         for entry in lost:
@@ -243,6 +289,13 @@ class EnginePool:
         if entry.last_token_s:
             self.pauses.token(entry.last_token_s, now_s)
         entry.last_token_s = now_s
+        self._moves.note_token(entry)
+
+    def prefetched(self, client: EngineClient, message: Prefetched) -> None:
+        self._moves.prefetched(client, message)
+
+    def released(self, entry: Submission) -> None:
+        self._moves.drop(entry)
 
     def take_kv(self, worker: str, events: KvEvents) -> bool:
         return self.kv.apply(worker, events)

@@ -212,16 +212,22 @@ class Submission:
         is_refused = output.finish_reason is FinishReason.ERROR
         return is_refused and (is_full or output.error_code in _HANDED_BACK)
 
+    def so_far(self) -> Request:
+        """The current attempt with the output so far."""
+        closed = set(range(self.request.n)) - self.open_choices
+        return replace(
+            self.request,
+            output_so_far=tuple(map(tuple, self.outputs)),
+            closed_choices=tuple(sorted(closed)),
+        )
+
     def again(self, now_s: float) -> Request:
         """The next attempt, which becomes the current one."""
         self.replays_s.append(now_s)
         self.stage = RequestStage.SENT
-        closed = set(range(self.request.n)) - self.open_choices
         self.request = replace(
-            self.request,
+            self.so_far(),
             attempt=self.request.attempt + 1,
-            output_so_far=tuple(map(tuple, self.outputs)),
-            closed_choices=tuple(sorted(closed)),
             num_deaths=self.num_deaths,
             deadline_ms=max(1, int((self.deadline_s - now_s) * 1000)),
         )

@@ -37,6 +37,7 @@ from gateway.core.call import CallKind, GenerateCall, GenerateFields
 from gateway.core.errors import ErrorReport, report_error
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
+from gateway.core.replay import ReplayCause
 from gateway.core.request_id import REQUEST_ID
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
@@ -375,9 +376,10 @@ class Gateway:
             await self.engines.wait_change(min(_LOOK_S, deadline_s - now_s))
 
     def _observe_resubmitted(self, entry: Submission) -> None:
-        cause = entry.replay_cause.value
+        cause, is_moved = entry.replay_cause.value, entry.replay_cause is ReplayCause.MOVED
         self.metrics.requests_replayed.labels(cause).inc()
-        self.metrics.tokens_recomputed.labels(cause).inc(entry.num_known_tokens)
+        num_tokens = entry.missing_tokens if is_moved else entry.num_known_tokens
+        self.metrics.tokens_recomputed.labels(cause).inc(num_tokens)
 
 
 def new_call_id(kind: CallKind) -> str:

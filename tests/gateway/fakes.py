@@ -42,6 +42,8 @@ from workers.requests.wire import (
     EngineHello,
     FromEngine,
     Ping,
+    Prefetch,
+    Prefetched,
 )
 
 Outgoing: TypeAlias = asyncio.Queue[FromEngine | None]
@@ -127,6 +129,8 @@ class ScriptedEngine:
     num_cached_tokens: int = 0
     timings: Timings = TIMINGS
     answers_pings: bool = True
+    prefetches: list[Request] = field(default_factory=list)
+    answers_prefetches: bool = True
     reports: Callable[[Request, RequestStage], bool] = lambda request, stage: True
     """Whether it reports that a request is at a stage."""
     num_streams: int = 0
@@ -218,6 +222,11 @@ class ScriptedEngine:
                     queue.put_nowait(message)
             elif isinstance(message, SoloStep):
                 self.solo_steps.append(message.request_id)
+            elif isinstance(message, Prefetch):
+                self.prefetches.append(message.request)
+                if self.answers_prefetches:
+                    name, attempt = message.request.request_id, message.request.attempt
+                    queue.put_nowait(Prefetched(request_id=name, attempt=attempt))
             elif isinstance(message, Abort):
                 self._abort(message)
             elif isinstance(message, Request):

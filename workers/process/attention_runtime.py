@@ -32,7 +32,13 @@ from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
 from workers.process.gpu_room import section_for_gpu
-from workers.process.intake.commands import AddRequest, Command, GatewayGone, Inbox
+from workers.process.intake.commands import (
+    AddRequest,
+    Command,
+    GatewayGone,
+    Inbox,
+    PrefetchAsked,
+)
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
@@ -230,6 +236,8 @@ class AttentionRuntime(WorkerRuntime):
             self._handle(engine, command)
         for ready in self._fetches.take():
             self._prepare(engine, ready)
+        for gateway, prefetched in self._fetches.take_prefetched():
+            self._stream.publish(gateway, prefetched)
         for done in self._compilations.take():
             if done.error is None:
                 self._add(engine, done.command, done.compiled)
@@ -247,6 +255,8 @@ class AttentionRuntime(WorkerRuntime):
     def _handle(self, engine: Engine, command: Command) -> None:
         if isinstance(command, AddRequest):
             self._receive(engine, command)
+        elif isinstance(command, PrefetchAsked):
+            self._fetches.prefetch(command)
         elif isinstance(command, GatewayGone):
             self._drop_gateway(engine, command.gateway)
         elif isinstance(command.message, Abort):

@@ -33,7 +33,7 @@ from workers.process.gateway_streams import (
     GatewayStreams,
 )
 from workers.process.intake.commands import Inbox
-from workers.requests.block_hash import BlockHash, block_hashes
+from workers.requests.block_hash import BlockHash, block_hashes, sequence_hashes
 from workers.requests.request import Queued, Request, SoloStep, StepOutput
 from workers.requests.stream_handshake import WorkerHandshake
 from workers.requests.wire import (
@@ -44,6 +44,9 @@ from workers.requests.wire import (
     TO_ENGINE,
     EngineHello,
     KvResync,
+    Prefetch,
+    Prefetched,
+    ToEngine,
 )
 
 logger = logging.getLogger(__name__)
@@ -117,7 +120,7 @@ class EngineServer:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._run_calls)
 
-    def publish(self, gateway: str, message: StepOutput | SoloStep | Queued) -> None:
+    def publish(self, gateway: str, message: StepOutput | SoloStep | Queued | Prefetched) -> None:
         """Send a message to one gateway (any thread). A closed stream is ignored.
 
         The server's thread encodes it.
@@ -189,20 +192,25 @@ class EngineServer:
                 if isinstance(message, KvResync):
                     self._streams.put(stream.name, self._all_kv())
                 else:
-                    hashes = self._hashes(message) if isinstance(message, Request) else ()
-                    self._streams.take(message, stream, time.monotonic(), hashes)
+                    self._streams.take(message, stream, time.monotonic(), self._hashes(message))
         except ProtocolError as err:
             logger.warning("%s: %s: stream closed", stream.name, err)
             error = str(err)
         finally:
             stream.close(error)
 
-    def _hashes(self, request: Request) -> tuple[BlockHash, ...]:
-        """Of the full KV blocks of a prompt, so that the engine's thread need not make them."""
+    def _hashes(self, message: ToEngine) -> tuple[tuple[BlockHash, ...], ...]:
+        """For ``GatewayStreams.take``, so that the engine's thread need not make them."""
         facts = self._facts()
-        if not facts.kv_block_size or len(request.prompt) > facts.max_model_len:
-            return ()
-        return tuple(block_hashes(request, facts.kv_block_size, facts.kv_length_matters_above))
+        size, limit = facts.kv_block_size, facts.kv_length_matters_above
+        match message:
+            case Request() if size and len(message.prompt) <= facts.max_model_len:
+                return (tuple(block_hashes(message, size, limit)),)
+            case Prefetch() if size and message.request.output_so_far:
+                request = message.request
+                choices = set(range(request.n)) - set(request.closed_choices)
+                return tuple(sequence_hashes(request, c, size, limit) for c in sorted(choices))
+        return ()
 
     async def _watch_gateways(self) -> None:
         looked_at = time.monotonic()

@@ -16,10 +16,16 @@ import itertools
 import logging
 from collections.abc import Callable
 
-from workers.process.intake.commands import AddRequest, GatewayGone, Inbox, MessageTaken
+from workers.process.intake.commands import (
+    AddRequest,
+    GatewayGone,
+    Inbox,
+    MessageTaken,
+    PrefetchAsked,
+)
 from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
-from workers.requests.wire import FROM_ENGINE, Abort, FromEngine, Ping, ToEngine
+from workers.requests.wire import FROM_ENGINE, Abort, FromEngine, Ping, Prefetch, ToEngine
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +97,12 @@ class GatewayStreams:
         message: ToEngine,
         stream: GatewayStream,
         now: float,
-        hashes: tuple[BlockHash, ...] = (),
+        hashes: tuple[tuple[BlockHash, ...], ...] = (),
     ) -> None:
-        """A message of a gateway; a request comes with the ``hashes`` of its prompt's KV blocks.
+        """A message of a gateway.
+
+        A request comes with the ``hashes`` of its prompt's KV blocks, one to be prefetched with
+        those of each open choice.
 
         What a gateway sent before its stream ended, and was read after that, is for nobody.
         """
@@ -103,7 +112,9 @@ class GatewayStreams:
             stream.heard_at = now
         match message:
             case Request():
-                self._inbox.put(AddRequest(stream.name, message, now, hashes))
+                self._inbox.put(AddRequest(stream.name, message, now, *hashes[:1]))
+            case Prefetch():
+                self._inbox.put(PrefetchAsked(stream.name, message.request, hashes))
             case Abort() | SoloStep():
                 self._inbox.put(MessageTaken(stream.name, message))
             case Ping():

@@ -61,6 +61,22 @@ def block_hashes(
     return known
 
 
+def sequence_hashes(
+    request: Request, choice: int, block_size: int, length_matters_above: int | None
+) -> tuple[BlockHash, ...]:
+    """Hashes of the full blocks of a choice, prompt and output so far, but for its newest token.
+
+    That one has no keys and values yet.
+    """
+    known: list[BlockHash] = []
+    parent = request_root(request, length_matters_above)
+    tokens = (*request.prompt, *request.output_so_far[choice])
+    for last in range(block_size, len(tokens), block_size):
+        parent = chain_hash(parent, tokens[last - block_size : last])
+        known.append(parent)
+    return tuple(known)
+
+
 def prompt_hashes(
     request: Request, block_size: int, length_matters_above: int | None
 ) -> list[bytes]:

@@ -124,9 +124,10 @@ class SequenceState:
         return self.request.params
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """Smaller goes first: priority, arrival, choice."""
-        return (self.request.priority, self.arrival, self.choice)
+    def order(self) -> tuple[int, bool, int, int]:
+        """Smaller goes first: priority, output from another worker, arrival, choice."""
+        is_new = not any(self.request.output_so_far)
+        return (self.request.priority, is_new, self.arrival, self.choice)
 
     @property
     def num_tokens(self) -> int:

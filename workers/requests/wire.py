@@ -5,8 +5,8 @@ One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``clus
     gateway                                      attention worker
     (see ``workers.requests.stream_handshake``)
                                          <-      EngineHello (what requests may ask for)
-    Request, Abort, Ping, SoloStep, KvResync ->
-                                         <-      Queued, StepOutput, Ping, SoloStep, KvEvents
+    Request, Prefetch, Abort, Ping, SoloStep, KvResync ->
+                             <-      Queued, Prefetched, StepOutput, Ping, SoloStep, KvEvents
 
 Both ends are of one release.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from cluster.core.codec import Codec, Message
+from cluster.core.codec import Codec, Count, Message
 from cluster.core.errors import HandshakeError
 from workers.requests.block_hash import KvEvents
 from workers.requests.inspection import RouterShape
@@ -59,6 +59,23 @@ class EngineHello(Message, frozen=True, kw_only=True):
     """See ``ModelConfig.length_matters_above``."""
 
 
+class Prefetch(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """A request that decodes at its ``kv_peer`` will move here: fetch its KV blocks now.
+
+    The other worker goes on meanwhile. ``Prefetched`` is the answer.
+    """
+
+    request: Request
+    """With the output so far of all its choices."""
+
+
+class Prefetched(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """The blocks that a ``Prefetch`` asked for are here, as far as they could be fetched."""
+
+    request_id: str
+    attempt: Count
+
+
 class Abort(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Ends a request, or some of its choices."""
 
@@ -77,8 +94,8 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """A gateway missed ``KvEvents``: the worker answers with all blocks."""
 
 
-ToEngine: TypeAlias = Request | Abort | Ping | SoloStep | KvResync
-FromEngine: TypeAlias = Queued | StepOutput | Ping | SoloStep | KvEvents
+ToEngine: TypeAlias = Request | Prefetch | Abort | Ping | SoloStep | KvResync
+FromEngine: TypeAlias = Queued | Prefetched | StepOutput | Ping | SoloStep | KvEvents
 ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello", HandshakeError)
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")
 FROM_ENGINE: Codec[FromEngine] = Codec(FromEngine, "a message of an engine")

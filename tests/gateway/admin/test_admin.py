@@ -72,9 +72,7 @@ def test_a_drain_is_ordered_and_followed_over_both(
     assert cancelled.json()["state"] == "CANCELLED"
 
 
-def test_a_scaling_is_ordered_over_both(
-    stack: Stack, admin: httpx.Client, stub: AdminStub
-) -> None:
+def test_a_scaling_is_ordered_over_both(stack: Stack, admin: httpx.Client, stub: AdminStub) -> None:
     body = {"attention": 2, "expert": 3, "deadline_s": 7, "request_id": "me-1"}
     found = admin.post("/admin/v1/scale", json=body).json()
     expected = {"attention": 2, "expert": 3, "limit_s": 7.0, "request_id": "me-1"}

@@ -28,7 +28,7 @@ from workers.requests.request import (
     TokenOutput,
 )
 from workers.requests.stream_handshake import WorkerHandshake
-from workers.requests.wire import TO_ENGINE, Abort, ToEngine
+from workers.requests.wire import TO_ENGINE, Abort, Prefetched, ToEngine
 
 
 class ListSink:
@@ -66,6 +66,12 @@ class ListOwner:
         self.settled.append(entry.request.request_id)
 
     def note_token(self, entry: Submission, now_s: float) -> None:
+        pass
+
+    def prefetched(self, client: EngineClient, message: Prefetched) -> None:
+        pass
+
+    def released(self, entry: Submission) -> None:
         pass
 
     def place_waiting(self) -> None:

@@ -24,6 +24,16 @@ class AddRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchAsked:
+    """A gateway will move a request here, and wants its KV blocks to be here before."""
+
+    gateway: str
+    request: Request
+    chains: tuple[tuple[BlockHash, ...], ...]
+    """Hashes of the full KV blocks of each open choice; none where requests share no blocks."""
+
+
+@dataclass(frozen=True, slots=True)
 class MessageTaken:
     """A gateway aborts a request, or has noted which one runs the next step alone."""
 
@@ -38,7 +48,7 @@ class GatewayGone:
     gateway: str
 
 
-Command = AddRequest | MessageTaken | GatewayGone
+Command = AddRequest | PrefetchAsked | MessageTaken | GatewayGone
 
 
 class Inbox:

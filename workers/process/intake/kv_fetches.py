@@ -1,7 +1,8 @@
 """Requests that wait for KV blocks of their prompt from a peer, so that the engine never does.
 
 A few prefixes are fetched at a time, straight into blocks that are held for them. When a fetch
-fails or takes too long, the engine computes the missing blocks.
+fails or takes too long, the engine computes the missing blocks. Blocks of a request that still
+decodes at the peer can be fetched ahead of it (``prefetch``).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from workers.engine.engine import Engine
 from workers.kv.transfer.fetch_cost import FetchCost
 from workers.kv.transfer.store import Fetch
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
-from workers.process.intake.commands import AddRequest
+from workers.process.intake.commands import AddRequest, PrefetchAsked
 from workers.process.intake.waiting import Job, WaitingRequests
 from workers.requests.block_hash import BlockHash
+from workers.requests.wire import Prefetched
 from workers.transport.peer_link import MAX_ITEMS, Peer, PeerClient, view_bytes
 
 logger = logging.getLogger(__name__)
@@ -33,10 +35,21 @@ MAX_FETCHING = 4
 """Prefixes that are fetched at the same time; requests with other prefixes compute theirs."""
 
 
+@dataclass(slots=True, eq=False)
+class _Prefetch:
+    """A request whose blocks come ahead of it."""
+
+    asked: PrefetchAsked
+    num_begun: int = 0
+    """Chains that are fetched, or need not be."""
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Job(Job):
     fetch: Fetch
     transfer: Future[None]
+    ahead_of: _Prefetch | None = None
+    """The request for which it fetches, where none waits."""
 
     @property
     def is_late(self) -> bool:
@@ -68,6 +81,9 @@ class KvFetches(WaitingRequests):
         self._peers = peers
         self._limit_s = limit_s
         self._jobs: list[_Job] = []
+        self._prefetches: list[_Prefetch] = []
+        """Those that are not done, oldest first."""
+        self._prefetched: list[tuple[str, Prefetched]] = []
         self.cost = FetchCost()
         """What fetching costs, as measured."""
         self._seconds = Histogram(TRANSFER_BUCKETS)
@@ -109,8 +125,29 @@ class KvFetches(WaitingRequests):
                 continue
             found += job.waiting
             job.waiting, job.deadline_s = [], math.inf  # blocks stay held until the thread ends
+            job.ahead_of = None
         self._count()
+        self._go_on_ahead()
         return found
+
+    def prefetch(self, asked: PrefetchAsked) -> None:
+        """Fetch the blocks of a request that comes later; ``take_prefetched`` tells when."""
+        self._prefetches.append(_Prefetch(asked))
+        self._go_on_ahead()
+
+    def take_prefetched(self) -> list[tuple[str, Prefetched]]:
+        """(gateway, answer) of the requests whose blocks are here, as far as they could come."""
+        done, self._prefetched = self._prefetched, []
+        return done
+
+    def drop(self, request_id: str, choices: Sequence[int] = ()) -> None:
+        super().drop(request_id, choices)
+        if not choices:
+            self._keep_prefetches(lambda asked: asked.request.request_id != request_id)
+
+    def drop_gateway(self, gateway: str) -> None:
+        super().drop_gateway(gateway)
+        self._keep_prefetches(lambda asked: asked.gateway != gateway)
 
     def stats(self) -> dict[str, float]:
         """Counters by metric name without prefix. Any thread may call it."""
@@ -122,6 +159,39 @@ class KvFetches(WaitingRequests):
 
     def _all_jobs(self) -> list[_Job]:
         return self._jobs
+
+    def _keep_prefetches(self, is_wanted: Callable[[PrefetchAsked], bool]) -> None:
+        self._prefetches = [p for p in self._prefetches if is_wanted(p.asked)]
+
+    def _go_on_ahead(self) -> None:
+        """Begin the next fetches of requests that come later, the oldest first."""
+        for prefetch in tuple(self._prefetches):
+            if any(job.ahead_of is prefetch for job in self._jobs):
+                continue
+            if not self._begin_next(prefetch) and prefetch.num_begun == len(prefetch.asked.chains):
+                self._prefetches.remove(prefetch)
+                request = prefetch.asked.request
+                answer = Prefetched(request_id=request.request_id, attempt=request.attempt)
+                self._prefetched.append((prefetch.asked.gateway, answer))
+
+    def _begin_next(self, prefetch: _Prefetch) -> bool:
+        """Begin to fetch its next chain; False without a free thread, or where none is missing.
+
+        What fetching costs does not matter here: nobody waits for it. A chain for which there is
+        no room will be computed.
+        """
+        chains, request = prefetch.asked.chains, prefetch.asked.request
+        peer = self._peers(request.kv_peer) if self._limit_s else None
+        while len(self._jobs) < MAX_FETCHING and prefetch.num_begun < len(chains):
+            hashes = chains[prefetch.num_begun]
+            prefetch.num_begun += 1
+            found = self._engine.pool.find(hashes)
+            if peer is not None and len(found) < len(hashes):
+                job = self._begin(hashes[: len(found) + MAX_ITEMS], found, peer)
+                if job is not None:
+                    job.ahead_of = prefetch
+                    return True
+        return False
 
     def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int], peer: Peer) -> _Job | None:
         """Start to fetch what is missing of a prefix; None where there is no room."""

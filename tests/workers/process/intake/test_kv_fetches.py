@@ -19,9 +19,9 @@ from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, engine_of, request_of, serve
 from workers.engine.engine import Engine
 from workers.kv.transfer.store import KvLender
-from workers.process.intake.commands import AddRequest
+from workers.process.intake.commands import AddRequest, PrefetchAsked
 from workers.process.intake.kv_fetches import MAX_FETCHING, KvFetches
-from workers.requests.block_hash import HASH_BYTES, block_hashes
+from workers.requests.block_hash import HASH_BYTES, block_hashes, sequence_hashes
 from workers.requests.request import Request
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import MAX_ITEMS, Peer, PeerServer
@@ -69,7 +69,11 @@ class Fetching:
         return self._peer if name == self._peer.name else None
 
     def wait(self) -> None:
-        assert self._ended.acquire(timeout=TIMEOUT_S)
+        assert self.has_ended(TIMEOUT_S)
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Whether a fetch has ended within this time."""
+        return self._ended.acquire(timeout=timeout_s)
 
     def check_free(self) -> None:
         self.engine.check_integrity()
@@ -290,3 +294,92 @@ def test_blocks_of_another_cache_type_are_refused_by_name(
     assert "KV cache type of attention-1 is auto, attention-0 has fp8" in caplog.text
     found.check_free()
     assert serve(target, request_of("target"))[0].num_cached_tokens == 0
+
+
+def ahead(request: Request) -> PrefetchAsked:
+    """A prefetch as its stream delivers it."""
+    choices = range(request.n)
+    return PrefetchAsked(
+        "g", request, tuple(sequence_hashes(request, c, 16, None) for c in choices)
+    )
+
+
+def test_blocks_of_an_output_come_ahead_of_its_request(tiny_checkpoint: Path) -> None:
+    source = engine_of(tiny_checkpoint)
+    params = replace(request_of().params, max_tokens=40, temperature=1.0)
+    whole = source.run([replace(request_of("r", n=2), params=params)])
+    so_far = tuple(
+        tuple(t for output in whole["r", choice] for t in output.token_ids)[:30]
+        for choice in range(2)
+    )
+    moving = request_of("r", n=2, attempt=1, kv_peer="attention-0", output_so_far=so_far)
+    moving = replace(moving, params=params)
+    lender = KvLender(source.engine.kv_store, lambda: None)
+    server = PeerServer(
+        identity("attention-0"), TOKEN, host="127.0.0.1", what="kv-blocks", key_bytes=HASH_BYTES
+    )
+    server.start(lender)
+    target = engine_of(tiny_checkpoint)
+    found = Fetching(target.engine, server.address, TIMEOUT_S)
+    with closing(server), closing(found.fetches) as fetches:
+        fetches.prefetch(ahead(moving))
+        for _ in range(2):  # a choice after the other: they share the blocks of the prompt
+            assert fetches.take_prefetched() == []
+            while not found.has_ended(0.01):
+                lender.answer()
+            assert fetches.take() == []
+        ((gateway, answer),) = fetches.take_prefetched()
+        assert (gateway, answer.request_id, answer.attempt) == ("g", "r", 1)
+        fetches.prefetch(ahead(moving))
+        assert len(fetches.take_prefetched()) == 1, "all are here: nothing is to be fetched"
+    found.check_free()
+    moved = target.run([moving])
+    for choice in range(2):
+        rest = [t for output in moved["r", choice] for t in output.token_ids]
+        assert (*so_far[choice], *rest) == tuple(
+            t for output in whole["r", choice] for t in output.token_ids
+        )
+    num_blocks = (75 + 30 - 1) // 16
+    assert target.engine.stats()["prefix_cache_hits_total"] == 2 * 16 * num_blocks
+
+
+def test_a_prefetch_is_answered_when_its_peer_fails(tiny_checkpoint: Path, silent: Silent) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    request = request_of("r", kv_peer="attention-0", output_so_far=((1, 2),))
+    with closing(found.fetches) as fetches:
+        fetches.prefetch(ahead(request))
+        silent.hang_up()
+        found.wait()
+        fetches.take()
+        assert len(fetches.take_prefetched()) == 1
+        fetches.prefetch(ahead(replace(request, kv_peer="attention-7")))
+        assert len(fetches.take_prefetched()) == 1
+    found.check_free()
+
+
+def test_prefetches_wait_for_a_thread_and_can_be_dropped(
+    tiny_checkpoint: Path, silent: Silent
+) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    requests = [
+        replace(command(f"r{seed}", seed).request, output_so_far=((1,),))
+        for seed in range(MAX_FETCHING + 3)
+    ]
+    with closing(found.fetches) as fetches:
+        for request in requests:
+            fetches.prefetch(ahead(request))
+        fetches.drop(requests[-1].request_id)
+        fetches.drop(requests[0].request_id, (0,))  # other choices may go on
+        for _ in range(MAX_FETCHING + 2):
+            silent.hang_up()
+            found.wait()
+            fetches.take()
+        names = [answer.request_id for _, answer in fetches.take_prefetched()]
+        assert sorted(names) == sorted(r.request_id for r in requests[:-1])
+        fetches.prefetch(ahead(requests[0]))
+        fetches.drop_gateway("g")
+        silent.hang_up()
+        found.wait()
+        fetches.take()
+        assert fetches.take_prefetched() == []
+    found.check_free()

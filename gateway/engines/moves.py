@@ -1,0 +1,179 @@
+"""Requests that move to another worker while they decode, with their KV blocks.
+
+A worker that is drained keeps its stream until its requests have left:
+
+    Prefetch to another worker ─▶ it fetches the blocks, the first worker decodes on ─▶ Prefetched
+        ─▶ again, if many tokens came meanwhile ─▶ after the next token the request goes over
+
+The other worker finds all blocks but the last ones, and computes the few tokens behind them: the
+pause of a stream does not grow with its length. When either worker dies, or blocks do not come, the
+request continues as always, from its tokens. Source of the idea: Llumnix (OSDI 2024), section 4.2,
+which copies the last blocks while nobody decodes; here they are computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gateway.engines.engine_client import EngineClient
+from gateway.engines.submission import Submission
+from workers.requests.wire import Prefetched
+
+logger = logging.getLogger(__name__)
+
+MAX_MOVING = 4
+"""Requests of one worker that are on their way at the same time: each adds rows to a step of the
+other worker, and requests that go over together delay each other."""
+MAX_LEFT_TOKENS = 32
+"""Tokens since the last ``Prefetch`` up to which a request goes over."""
+MAX_ROUNDS = 4
+"""Prefetches of one move, however many tokens come meanwhile."""
+_ANSWER_LIMIT_S = 5.0
+"""Longest wait for ``Prefetched``."""
+_TOKEN_LIMIT_S = 0.2
+"""Longest wait for a token after which the request goes over."""
+_RETRY_S = 0.2
+"""Pause while there is no other worker."""
+
+
+@dataclass(slots=True, eq=False)
+class _Move:
+    """One request on its way."""
+
+    entry: Submission
+    source: EngineClient
+    target: EngineClient
+    num_tokens: int = 0
+    """Tokens that were known at the last ``Prefetch``."""
+    num_rounds: int = 0
+    is_ready: bool = False
+    """It goes over after its next token."""
+    timer: asyncio.TimerHandle | None = None
+
+
+class Moves:
+    """All moves of a gateway. Event loop only.
+
+    Args:
+        pick: the worker that a request should move to; None while there is none.
+        go_over: takes a request from its worker, and gives it to another one, which lacks so many
+            of its newest tokens; to any one, where that is None.
+    """
+
+    def __init__(
+        self,
+        pick: Callable[[Submission], EngineClient | None],
+        go_over: Callable[[Submission, EngineClient | None, int], None],
+    ) -> None:
+        self._pick = pick
+        self._go_over = go_over
+        self._waiting: dict[EngineClient, deque[Submission]] = {}
+        """By worker that is drained, its requests that have not begun to move."""
+        self._moves: dict[str, _Move] = {}
+        """By request id."""
+
+    def begin(self, source: EngineClient) -> None:
+        """Move all requests of a worker."""
+        self._waiting[source] = deque(source.submissions())
+        self._start_next(source)
+
+    def end(self, worker: str) -> None:
+        """A worker is not drained any more, or its stream has ended."""
+        for source in [s for s in self._waiting if s.worker == worker]:
+            del self._waiting[source]
+        for move in [m for m in self._moves.values() if m.source.worker == worker]:
+            self._forget(move)
+        for move in [m for m in self._moves.values() if m.target.worker == worker]:
+            self._begin_again(move)
+
+    def prefetched(self, target: EngineClient, message: Prefetched) -> None:
+        """A worker has fetched what it could."""
+        move = self._moves.get(message.request_id)
+        if move is None or move.target is not target or move.is_ready:
+            return
+        if message.attempt != move.entry.request.attempt or self._is_over(move):
+            return
+        num_new = move.entry.num_known_tokens - move.num_tokens
+        if num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
+            self._prefetch(move)
+            return
+        move.is_ready = True
+        self._set_timer(move, _TOKEN_LIMIT_S, self._finish)
+
+    def note_token(self, entry: Submission) -> None:
+        """A worker has sent a token of a request, which is about to be delivered."""
+        move = self._moves.get(entry.request.request_id)
+        if move is not None and move.is_ready:
+            self._set_timer(move, 0.0, self._finish)
+
+    def drop(self, entry: Submission) -> None:
+        """A request has ended, or left its worker."""
+        if (move := self._moves.get(entry.request.request_id)) is not None:
+            self._forget(move)
+            self._start_next(move.source)
+
+    def _start_next(self, source: EngineClient) -> None:
+        """Begin moves of a worker's requests, as many as may be on their way."""
+        waiting = self._waiting.get(source)
+        while waiting and self._num_moving(source) < MAX_MOVING:
+            entry = waiting.popleft()
+            if entry.stream is not source:
+                continue  # it has ended meanwhile
+            if not any(entry.outputs) or entry.request.prompt_embeds is not None:
+                self._go_over(entry, None, 0)  # nothing was computed yet, or too much would be sent
+                continue
+            target = self._pick(entry)
+            if target is None:
+                waiting.appendleft(entry)
+                asyncio.get_running_loop().call_later(_RETRY_S, self._start_next, source)
+                return
+            move = self._moves[entry.request.request_id] = _Move(entry, source, target)
+            self._prefetch(move)
+
+    def _prefetch(self, move: _Move) -> None:
+        move.num_rounds += 1
+        move.num_tokens = move.entry.num_known_tokens
+        move.target.prefetch(move.entry, move.source.worker)
+        self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
+
+    def _begin_again(self, move: _Move) -> None:
+        """Its other worker is gone."""
+        self._forget(move)
+        waiting = self._waiting.get(move.source)
+        if waiting is not None:
+            waiting.append(move.entry)
+            self._start_next(move.source)
+
+    def _finish(self, move: _Move) -> None:
+        """The request goes over; to any worker if its blocks are not known to be at this one."""
+        if self._is_over(move):
+            return
+        target = move.target if move.is_ready and move.target.hello is not None else None
+        self._forget(move)
+        num_new = move.entry.num_known_tokens - move.num_tokens
+        self._go_over(move.entry, target, num_new)
+        self._start_next(move.source)
+
+    def _is_over(self, move: _Move) -> bool:
+        """The request has ended meanwhile, or its worker was lost."""
+        is_over = move.entry.stream is not move.source
+        if is_over:
+            self.drop(move.entry)
+        return is_over
+
+    def _num_moving(self, source: EngineClient) -> int:
+        return sum(move.source is source for move in self._moves.values())
+
+    def _set_timer(self, move: _Move, delay_s: float, call: Callable[[_Move], None]) -> None:
+        if move.timer is not None:
+            move.timer.cancel()
+        move.timer = asyncio.get_running_loop().call_later(delay_s, call, move)
+
+    def _forget(self, move: _Move) -> None:
+        if move.timer is not None:
+            move.timer.cancel()
+        self._moves.pop(move.entry.request.request_id, None)

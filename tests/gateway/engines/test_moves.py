@@ -1,0 +1,167 @@
+"""A worker is drained: its requests move to another one while they decode."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from gateway.engines import moves
+from gateway.engines.moves import MAX_MOVING
+from tests.gateway.engines.test_resubmission import ALPHABET, Workers, start, workers
+from tests.gateway.fakes import ScriptedEngine
+from tests.gateway.stack import WAIT_S, complete
+from workers.requests.request import Request
+
+__all__ = ["workers"]
+TEXT = "0abcdefghijklmnopqrs"
+
+
+def running(
+    workers: Workers, num_requests: int = 1, pause_after: int | None = 5, **fields: Any
+) -> tuple[ScriptedEngine, list[Future[Any]]]:
+    """A worker that stands in the middle of requests; it goes on without ``pause_after``."""
+    source = workers.add(script=ALPHABET, pause_after=pause_after, step_s=0.005)
+    fields = {"prompt": "hello", "max_tokens": len(TEXT), **fields}
+    answers = [start(lambda: complete(workers.stack, **fields)) for _ in range(num_requests)]
+    num_stuck = num_requests if pause_after is not None else 0
+    workers.stack.wait_for(
+        lambda: len(source.stuck) == num_stuck and len(source.requests) == num_requests, "requests"
+    )
+    return source, answers
+
+
+def drain(workers: Workers, **states: str) -> None:
+    workers.publish("SERVING", **(states or {"attention_0": "DRAINING"}))
+
+
+def metric(workers: Workers, name: str, cause: str) -> float:
+    label = f'expertmesh:{name}{{cause="{cause}",model_name="tiny"}} '
+    lines = workers.stack.gateway.metrics.render().decode().splitlines()
+    (value,) = (line.removeprefix(label) for line in lines if line.startswith(label))
+    return float(value)
+
+
+def test_a_request_goes_over_once_its_blocks_are_there(workers: Workers) -> None:
+    source, (answer,) = running(workers)
+    target = workers.add(script=ALPHABET)
+    drain(workers)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    (prefetch,), (request,) = target.prefetches, target.requests
+    assert (prefetch.attempt, prefetch.kv_peer) == (0, "attention-0")
+    assert [len(ids) for ids in prefetch.output_so_far] == [5]
+    assert (request.attempt, request.kv_peer, request.num_deaths) == (1, "", 0)
+    assert request.output_so_far == prefetch.output_so_far
+    assert [name for name, _ in source.aborts] == [request.request_id]
+    assert metric(workers, "requests_replayed_total", "moved") == 1.0
+    assert metric(workers, "tokens_recomputed_total", "moved") == 0.0
+
+
+def test_it_decodes_on_until_its_blocks_are_there(workers: Workers) -> None:
+    source, (answer,) = running(workers, pause_after=None)
+    workers.add(script=ALPHABET, answers_prefetches=False)
+    drain(workers)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert source.aborts == []
+    assert workers.engines["attention-1"].requests == []
+    assert len(workers.engines["attention-1"].prefetches) == 1
+
+
+def test_choices_that_have_ended_do_not_move(workers: Workers) -> None:
+    def script(request: Request, choice: int) -> list[int]:
+        return ALPHABET(request, choice)[: 3 if choice else None]
+
+    source = workers.add(script=script, pause_after=5)
+    answer = start(lambda: complete(workers.stack, prompt="hello", max_tokens=20, n=2))
+    workers.stack.wait_for(lambda: len(source.stuck) == 1, "the middle")
+    target = workers.add(script=ALPHABET)
+    drain(workers)
+    answer.result(WAIT_S)
+    assert [request.closed_choices for request in target.prefetches] == [(1,)]
+
+
+def test_a_request_without_output_is_handed_over_at_once(workers: Workers) -> None:
+    _, (answer,) = running(workers, pause_after=0)
+    target = workers.add(script=ALPHABET)
+    drain(workers)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert target.prefetches == []
+    assert metric(workers, "requests_replayed_total", "handed_back") == 1.0
+
+
+def test_few_requests_of_a_worker_move_at_a_time(workers: Workers) -> None:
+    source, answers = running(workers, MAX_MOVING + 3)
+    target = workers.add(script=ALPHABET, answers_prefetches=False)
+    drain(workers)
+    workers.stack.wait_for(lambda: len(target.prefetches) == MAX_MOVING, "the first moves")
+    other = workers.add(script=ALPHABET)
+    drain(workers, attention_0="DRAINING", attention_1="LOST")
+    for answer in answers:
+        assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert len(other.prefetches) == MAX_MOVING + 3
+    assert len(source.aborts) == MAX_MOVING + 3
+
+
+def test_a_request_that_misses_its_blocks_moves_all_the_same(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "_ANSWER_LIMIT_S", 0.05)
+    _, (answer,) = running(workers)
+    target = workers.add(script=ALPHABET, answers_prefetches=False)
+    drain(workers)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert len(target.requests) == 1
+    assert metric(workers, "requests_replayed_total", "handed_back") == 1.0
+
+
+def test_blocks_of_many_new_tokens_are_fetched_again(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "MAX_LEFT_TOKENS", -1)
+    _, (answer,) = running(workers)
+    target = workers.add(script=ALPHABET)
+    drain(workers)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert len(target.prefetches) == moves.MAX_ROUNDS
+
+
+def test_a_lost_source_means_a_replay(workers: Workers) -> None:
+    source, (answer,) = running(workers)
+    target = workers.add(script=ALPHABET, answers_prefetches=False)
+    drain(workers)
+    workers.stack.wait_for(lambda: bool(target.prefetches), "the move")
+    workers.stop(source)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert metric(workers, "requests_replayed_total", "moved") == 0.0
+
+
+def test_a_request_stays_when_its_worker_does(workers: Workers) -> None:
+    source, (answer,) = running(workers)
+    target = workers.add(script=ALPHABET, answers_prefetches=False)
+    drain(workers)
+    workers.stack.wait_for(lambda: bool(target.prefetches), "the move")
+    drain(workers, attention_0="SERVING")
+    source.pause_after = None
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert source.aborts == []
+    assert target.requests == []
+
+
+def test_new_requests_go_to_the_others(workers: Workers) -> None:
+    source, (answer,) = running(workers)
+    target = workers.add(script=ALPHABET, answers_prefetches=False)
+    drain(workers)
+    assert complete(workers.stack, prompt="hello", max_tokens=3)["choices"][0]["text"] == "0ab"
+    assert (len(source.requests), len(target.requests)) == (1, 1)
+    source.pause_after = None
+    answer.result(WAIT_S)
+
+
+def test_requests_wait_at_their_worker_while_there_is_no_other(workers: Workers) -> None:
+    _, (answer,) = running(workers)
+    drain(workers)
+    target = workers.add(script=ALPHABET)
+    drain(workers)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert len(target.prefetches) == 1
