@@ -37,6 +37,7 @@ from workers.requests.wire import (
     Ping,
     Prefetch,
     Prefetched,
+    Relieve,
     ToEngine,
 )
 
@@ -92,6 +93,9 @@ class Owner(Protocol):
 
     def prefetched(self, client: EngineClient, message: Prefetched) -> None:
         """A worker has fetched the KV blocks of a request that will move to it."""
+
+    def relieve(self, client: EngineClient, entry: Submission) -> None:
+        """A worker runs out of KV blocks, and would preempt this request soon."""
 
     def released(self, entry: Submission) -> None:
         """A request has left its worker, or has ended."""
@@ -278,10 +282,16 @@ class EngineClient:
                 self._note_queued(message)
             case Prefetched():
                 self._owner.prefetched(self, message)
+            case Relieve():
+                entry = self._submissions.get(message.request_id)
+                if entry is not None and entry.request.attempt == message.attempt:
+                    self._owner.relieve(self, entry)
             case SoloStep():
                 self._note_solo_step(message)
             case KvEvents():
                 self.load.fetch_cost = message.fetch_cost
+                block_size = self.hello.kv_block_size if self.hello is not None else 0
+                self.load.free_tokens = message.num_free * block_size
                 if not self._owner.take_kv(self.worker, message):
                     self._outgoing.put_nowait(KvResync())
 

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 0.2
 _VERDICT_LIMIT_S = 10.0
 """Time for which a request waits to learn whether a worker lives."""
+ROOM_FACTOR = 4
+"""Room of a worker, in tokens of the request that moves there from one that runs out of it: much of
+it may be taken when the request arrives, and it must not move back soon."""
 _REFUSED_RETRY_S = 0.1
 """Time before a request that a worker handed back may go to the same worker again."""
 
@@ -293,6 +296,12 @@ class EnginePool:
 
     def prefetched(self, client: EngineClient, message: Prefetched) -> None:
         self._moves.prefetched(client, message)
+
+    def relieve(self, client: EngineClient, entry: Submission) -> None:
+        needed = ROOM_FACTOR * entry.num_known_tokens
+        others = [c for c in self.clients if c is not client and c.load.free_tokens >= needed]
+        if others:
+            self._moves.relieve(entry, client, max(others, key=lambda c: c.load.free_tokens))
 
     def released(self, entry: Submission) -> None:
         self._moves.drop(entry)

@@ -5,6 +5,8 @@ A worker that is drained keeps its stream until its requests have left:
     Prefetch to another worker ─▶ it fetches the blocks, the first worker decodes on ─▶ Prefetched
         ─▶ again, if many tokens came meanwhile ─▶ after the next token the request goes over
 
+So does a request that its worker would have to preempt, where another worker has room.
+
 The other worker finds all blocks but the last ones, and computes the few tokens behind them: the
 pause of a stream does not grow with its length. When either worker dies, or blocks do not come, the
 request continues as always, from its tokens. Source of the idea: Llumnix (OSDI 2024), section 4.2,
@@ -47,6 +49,8 @@ class _Move:
     entry: Submission
     source: EngineClient
     target: EngineClient
+    must_leave: bool = True
+    """Its worker is drained; else it stays where the move fails."""
     num_tokens: int = 0
     """Tokens that were known at the last ``Prefetch``."""
     num_rounds: int = 0
@@ -80,6 +84,14 @@ class Moves:
         """Move all requests of a worker."""
         self._waiting[source] = deque(source.submissions())
         self._start_next(source)
+
+    def relieve(self, entry: Submission, source: EngineClient, target: EngineClient) -> None:
+        """Move a request of a worker that runs out of blocks; one at a time."""
+        can_move = any(entry.outputs) and entry.request.prompt_embeds is None
+        if can_move and source not in self._waiting and not self._num_moving(source):
+            move = _Move(entry, source, target, must_leave=False)
+            self._moves[entry.request.request_id] = move
+            self._prefetch(move)
 
     def end(self, worker: str) -> None:
         """A worker is not drained any more, or its stream has ended."""
@@ -141,7 +153,7 @@ class Moves:
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
     def _begin_again(self, move: _Move) -> None:
-        """Its other worker is gone."""
+        """Its other worker is gone; where it may stay, it does."""
         self._forget(move)
         waiting = self._waiting.get(move.source)
         if waiting is not None:
@@ -154,6 +166,8 @@ class Moves:
             return
         target = move.target if move.is_ready and move.target.hello is not None else None
         self._forget(move)
+        if target is None and not move.must_leave:
+            return
         num_new = move.entry.num_known_tokens - move.num_tokens
         self._go_over(move.entry, target, num_new)
         self._start_next(move.source)

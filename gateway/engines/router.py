@@ -44,6 +44,8 @@ class WorkerLoad:
     """Sequences that decode."""
     fetch_cost: float = math.inf
     """Prompt tokens that it computes in the time in which it fetches one from a peer."""
+    free_tokens: int = 0
+    """Tokens for which it has room, as of its last message."""
 
 
 @dataclass(frozen=True, slots=True)

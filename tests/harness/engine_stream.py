@@ -14,7 +14,7 @@ from cluster.core.errors import HandshakeError
 from cluster.core.release import RELEASE
 from workers.requests.request import FinishReason, Request, StepOutput, TokenOutput
 from workers.requests.stream_handshake import GatewayHandshake
-from workers.requests.wire import FROM_ENGINE, PATH, TO_ENGINE, Abort
+from workers.requests.wire import FROM_ENGINE, PATH, TO_ENGINE, Abort, ToEngine
 
 TIMEOUT_S = 120.0
 """Longest wait for an output, on a machine that is busy with other work."""
@@ -44,9 +44,9 @@ class EngineStream:
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def send(self, request: Request) -> None:
-        """Hand a request over."""
-        self._outgoing.put(TO_ENGINE.encode(request))
+    def send(self, message: ToEngine) -> None:
+        """Hand a request over, or send another message."""
+        self._outgoing.put(TO_ENGINE.encode(message))
 
     def abort(self, request_id: str) -> None:
         """Give a request up."""

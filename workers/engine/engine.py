@@ -221,6 +221,11 @@ class Engine:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
         return self.kv_store.begin(hashes, found, num_spare=self._scheduler.num_running)
 
+    def under_pressure(self) -> Request | None:
+        """The request that would be preempted first, if that may be soon; else None."""
+        sequence = self._scheduler.under_pressure()
+        return None if sequence is None else sequence.request
+
     @property
     def has_work(self) -> bool:
         """Whether there are requests, or outputs that ``poll`` would return."""

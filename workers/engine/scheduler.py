@@ -19,6 +19,10 @@ from workers.kv.prefix_cache import PrefixCache
 from workers.requests.request import FinishReason
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
 
+_BLOCKS_AHEAD = 2
+"""Free blocks for each running sequence below which one may be preempted soon: it takes so many
+blocks of steps until they are gone."""
+
 
 class Scheduler:
     """Sequences, their blocks, and the plan of a step.
@@ -314,6 +318,12 @@ class Scheduler:
         held = len(sequence.blocks) if is_running else self._blocks(sequence.num_tokens)
         read = sequence.prompt_length + sequence.params.max_tokens - 1  # not the last one drawn
         return self._blocks(min(read, self._max_model_len)) > held
+
+    def under_pressure(self) -> SequenceState | None:
+        """The sequence that would be preempted first, if that may be soon; else None."""
+        others = self._running if self._alone is None else []
+        is_short = self._pool.num_free < _BLOCKS_AHEAD * len(others)
+        return others[-1] if is_short and len(others) > 1 else None
 
     def _preempt_last(self) -> None:
         """The last that does not run alone, if there is one."""

@@ -15,7 +15,8 @@ class KvFeed:
         self._known: dict[bytes, None] = {}
         self._number = 0
         self.fetch_cost = math.inf
-        """See ``KvEvents``; part of every message."""
+        """See ``KvEvents``; part of every message, like the next one."""
+        self.num_free = 0
 
     def change(self, changes: HashChanges) -> KvEvents:
         """The next message to all gateways that have the complete list."""
@@ -26,7 +27,11 @@ class KvFeed:
         self._known.update(dict.fromkeys(stored))
         self._number += 1
         return KvEvents(
-            number=self._number, stored=stored, removed=removed, fetch_cost=self.fetch_cost
+            number=self._number,
+            stored=stored,
+            removed=removed,
+            fetch_cost=self.fetch_cost,
+            num_free=self.num_free,
         )
 
     def whole(self) -> KvEvents:
@@ -36,4 +41,5 @@ class KvFeed:
             is_whole=True,
             stored=tuple(self._known),
             fetch_cost=self.fetch_cost,
+            num_free=self.num_free,
         )

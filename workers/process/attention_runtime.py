@@ -53,13 +53,15 @@ from workers.requests.request import (
 )
 from workers.requests.sequence import Failure, failed
 from workers.requests.step_header import StepHeader
-from workers.requests.wire import Abort, EngineHello
+from workers.requests.wire import Abort, EngineHello, Relieve
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.transport.path_watch import LOOK_S
 from workers.transport.peer_link import Peer
 from workers.transport.transport import DataTransport
 
+_RELIEF_PAUSE_S = 0.1
+"""Time between two requests that a worker asks to be moved."""
 _MEASURED_ROWS = 32
 """Prompt rows of a step from which on its time measures the speed of prefill."""
 _COMMIT_SHARE = 0.25
@@ -73,6 +75,8 @@ class AttentionRuntime(WorkerRuntime):
     _stream: EngineServer | None = None
     _has_more = False
     """Work was left after the last step."""
+    _relief_at = 0.0
+    """Monotonic time at which it last asked to have a request moved."""
 
     # ---- start and end ----------------------------------------------------------------------
 
@@ -315,6 +319,18 @@ class AttentionRuntime(WorkerRuntime):
         stream.release()  # a step without rows has not computed
         stream.hold()
         self._emit(outputs)
+        self._ask_for_relief(engine, stream)
+
+    def _ask_for_relief(self, engine: Engine, stream: EngineServer) -> None:
+        """Have a request move where another worker has room, before it must be preempted."""
+        pressed, now = engine.under_pressure(), time.monotonic()
+        if pressed is None or now < self._relief_at + _RELIEF_PAUSE_S:
+            return
+        owner = self._owners.get(pressed.request_id)
+        if owner is not None and len(self.membership.generation.attention) > 1:
+            self._relief_at = now
+            message = Relieve(request_id=pressed.request_id, attempt=pressed.attempt)
+            stream.publish(owner, message)
 
     def _check_overdue(self, wanted: RowsWanted) -> None:
         """Raises ``PeerLostError`` when no step has come for too long, although rows are wanted."""
@@ -397,7 +413,9 @@ class AttentionRuntime(WorkerRuntime):
         assert self._stream is not None
         assert self._engine is not None
         if self.config.engine.enable_prefix_caching:
-            self._stream.publish_kv(self._engine.pool.take_changes(), self._fetches.fetch_cost)
+            pool = self._engine.pool
+            changes, cost = pool.take_changes(), self._fetches.fetch_cost
+            self._stream.publish_kv(changes, cost, pool.num_free)
         for gateway, message in step_messages(outputs, self._owners):
             self._stream.publish(gateway, message)
         for output in outputs:

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from typing import TypeAlias
 
 import grpc
 import psutil
@@ -46,6 +47,7 @@ from workers.requests.wire import (
     KvResync,
     Prefetch,
     Prefetched,
+    Relieve,
     ToEngine,
 )
 
@@ -55,8 +57,12 @@ HELLO_TIMEOUT_S = 5.0
 """Limit for each message of the handshake."""
 START_TIMEOUT_S = 10.0
 """Time that the server thread has to come up or to end."""
+_FREE_SHARE = 0.25
+"""Change of the number of free blocks that gateways learn at once."""
 _ABORT_LIMIT_S = 1.0
 """Limit for sending a gateway that it is dropped; its connection may be blocked."""
+OneGateway: TypeAlias = StepOutput | SoloStep | Queued | Prefetched | Relieve
+"""Messages about requests of one gateway."""
 _MAY_NOT_SERVE = "this worker may not serve now"
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -120,20 +126,24 @@ class EngineServer:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._run_calls)
 
-    def publish(self, gateway: str, message: StepOutput | SoloStep | Queued | Prefetched) -> None:
+    def publish(self, gateway: str, message: OneGateway) -> None:
         """Send a message to one gateway (any thread). A closed stream is ignored.
 
         The server's thread encodes it.
         """
         self._publish(self._streams.send, gateway, message)
 
-    def publish_kv(self, changes: HashChanges, fetch_cost: float) -> None:
-        """Publish the cached blocks and the fetch cost to all gateways (any thread).
+    def publish_kv(self, changes: HashChanges, fetch_cost: float, num_free: int) -> None:
+        """Publish the cached blocks, the fetch cost and the free blocks to all gateways (any
+        thread).
 
-        A change of the cost alone is sent with the next blocks, and to new gateways.
+        A change of the others alone is sent with the next blocks, and to new gateways; one of the
+        free blocks by a quarter at once.
         """
-        if changes.stored or changes.removed or fetch_cost != self._kv.fetch_cost:
-            self._publish(self._tell_kv, changes, fetch_cost)
+        known = self._kv.num_free
+        is_news = abs(num_free - known) > _FREE_SHARE * max(num_free, known)
+        if changes.stored or changes.removed or is_news or fetch_cost != self._kv.fetch_cost:
+            self._publish(self._tell_kv, changes, fetch_cost, num_free, is_news)
 
     def close_streams(self, fence: int) -> None:
         """Generations up to ``fence`` may no longer serve (any thread).
@@ -223,9 +233,11 @@ class EngineServer:
     def _all_kv(self) -> bytes:
         return FROM_ENGINE.encode(self._kv.whole())
 
-    def _tell_kv(self, changes: HashChanges, fetch_cost: float) -> None:
-        self._kv.fetch_cost = fetch_cost
-        if changes.stored or changes.removed:
+    def _tell_kv(
+        self, changes: HashChanges, fetch_cost: float, num_free: int, is_news: bool
+    ) -> None:
+        self._kv.fetch_cost, self._kv.num_free = fetch_cost, num_free
+        if changes.stored or changes.removed or is_news:
             self._streams.put_all(FROM_ENGINE.encode(self._kv.change(changes)))
 
     def _admit(self, generation: int) -> None:

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from cluster.core.codec import Message
+from cluster.core.codec import Count, Message
 from workers.requests.request import Request
 
 BlockHash = bytes
@@ -99,3 +99,5 @@ class KvEvents(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     fetch_cost: float = math.inf
     """Prompt tokens that the worker computes in the time in which it fetches the blocks of one from
     a peer; infinite: it fetches none."""
+    num_free: Count = 0
+    """Blocks that it can give to requests, those of cached prefixes included."""

@@ -6,7 +6,8 @@ One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``clus
     (see ``workers.requests.stream_handshake``)
                                          <-      EngineHello (what requests may ask for)
     Request, Prefetch, Abort, Ping, SoloStep, KvResync ->
-                             <-      Queued, Prefetched, StepOutput, Ping, SoloStep, KvEvents
+                                         <-      Queued, StepOutput, Ping, SoloStep, KvEvents,
+                                                 Prefetched, Relieve
 
 Both ends are of one release.
 """
@@ -76,6 +77,16 @@ class Prefetched(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     attempt: Count
 
 
+class Relieve(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """The worker runs out of KV blocks, and would soon preempt this request.
+
+    It does so unless another worker has room, to which the gateway moves the request.
+    """
+
+    request_id: str
+    attempt: Count
+
+
 class Abort(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Ends a request, or some of its choices."""
 
@@ -95,7 +106,7 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 ToEngine: TypeAlias = Request | Prefetch | Abort | Ping | SoloStep | KvResync
-FromEngine: TypeAlias = Queued | Prefetched | StepOutput | Ping | SoloStep | KvEvents
+FromEngine: TypeAlias = Queued | Prefetched | Relieve | StepOutput | Ping | SoloStep | KvEvents
 ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello", HandshakeError)
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")
 FROM_ENGINE: Codec[FromEngine] = Codec(FromEngine, "a message of an engine")

@@ -71,6 +71,9 @@ class ListOwner:
     def prefetched(self, client: EngineClient, message: Prefetched) -> None:
         pass
 
+    def relieve(self, client: EngineClient, entry: Submission) -> None:
+        pass
+
     def released(self, entry: Submission) -> None:
         pass
 

@@ -165,3 +165,53 @@ def test_requests_wait_at_their_worker_while_there_is_no_other(workers: Workers)
     drain(workers)
     assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
     assert len(target.prefetches) == 1
+
+
+def press(workers: Workers, free_tokens: int) -> None:
+    """The first worker asks to have its requests moved; the second one has so much room."""
+    pool = workers.stack.engines
+
+    def call() -> None:
+        source, target = pool.clients
+        target.load.free_tokens = free_tokens
+        for entry in source.submissions():
+            pool.relieve(source, entry)
+
+    workers.stack.call(call)
+
+
+def test_a_worker_without_blocks_is_relieved_where_there_is_room(workers: Workers) -> None:
+    source, answers = running(workers, 3)
+    target = workers.add(script=ALPHABET)
+    press(workers, 1000)
+    workers.stack.wait_for(lambda: len(target.requests) == 1, "one request")
+    source.pause_after = None
+    for answer in answers:
+        assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert (len(target.prefetches), len(source.aborts)) == (1, 1), "one at a time"
+    assert metric(workers, "requests_replayed_total", "moved") == 1.0
+
+
+def test_a_worker_without_blocks_helps_itself_where_there_is_no_room(workers: Workers) -> None:
+    source, (answer,) = running(workers)
+    target = workers.add(script=ALPHABET)
+    press(workers, 8)
+    source.pause_after = None
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert (target.prefetches, target.requests, source.aborts) == ([], [], [])
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_request_that_may_stay_does_if_its_blocks_do_not_come(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    monkeypatch.setattr(moves, "_ANSWER_LIMIT_S", 0.05)
+    source, (answer,) = running(workers)
+    target = workers.add(script=ALPHABET, answers_prefetches=False)
+    press(workers, 1000)
+    workers.stack.wait_for(lambda: bool(target.prefetches), "the move")
+    if is_lost:
+        workers.stop(target)
+    source.pause_after = None
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert (target.requests, source.aborts) == ([], [])

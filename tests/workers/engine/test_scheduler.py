@@ -6,6 +6,7 @@ import math
 import random
 
 import pytest
+from msgspec.structs import replace
 
 from workers.engine.scheduler import Scheduler
 from workers.engine.step_plan import StepPlan
@@ -232,6 +233,37 @@ def test_lower_priority_gives_way_before_the_newer() -> None:
         desk.step()
     assert low.status is SequenceStatus.WAITING
     assert desk.scheduler.running == [old, new]
+
+
+def test_the_next_to_be_preempted_is_named_before_blocks_run_out() -> None:
+    desk = Desk(num_blocks=14)
+    (first,) = desk.add(8, SamplingParams(max_tokens=40))
+    desk.step()
+    assert desk.scheduler.under_pressure() is None
+    (last,) = desk.add(8, SamplingParams(max_tokens=40))
+    seen = []
+    while not desk.scheduler.num_preemptions:
+        desk.step()
+        seen.append((desk.scheduler.under_pressure(), desk.pool.num_free))
+    assert seen[0][0] is None
+    named = [(sequence, free) for sequence, free in seen if sequence is not None]
+    assert named[0] == (last, 3), "fewer than two blocks for each"
+    assert {sequence for sequence, _ in named} == {last}
+    assert desk.scheduler.running == [first]
+    assert desk.scheduler.under_pressure() is None, "one alone goes on to its end"
+
+
+def test_a_sequence_with_output_of_another_worker_goes_before_new_ones() -> None:
+    desk = Desk(max_num_seqs=1)
+    desk.add(4)
+    desk.step()
+    desk.add(4)
+    request = replace(desk.add(4)[0].request, request_id="moved", output_so_far=((50, 51),))
+    moved = SequenceState(request, 0, 99, math.inf, output=[50, 51])
+    desk.scheduler.add(moved)
+    while moved.status is SequenceStatus.WAITING:
+        desk.step()
+    assert desk.scheduler.running == [moved]
 
 
 def test_urgent_request_takes_the_seat_of_the_last_with_lower_priority() -> None:

@@ -17,11 +17,11 @@ from cluster.core.release import RELEASE
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream
 from tests.workers.process.test_gateway_silence import FACTS
 from workers.process.engine_server import EngineServer
-from workers.process.intake.commands import AddRequest, Command, Inbox
+from workers.process.intake.commands import AddRequest, Command, Inbox, PrefetchAsked
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request, SamplingParams, StepOutput, TokenOutput
 from workers.requests.stream_handshake import HELLO, Hello
-from workers.requests.wire import TO_ENGINE, Ping
+from workers.requests.wire import TO_ENGINE, Ping, Prefetch
 
 OPTIONS = (16, socket.TCP_USER_TIMEOUT)  # TCP_THIN_LINEAR_TIMEOUTS has no name in Python
 REQUEST = Request(request_id="r", prompt=(1, 2), params=SamplingParams())
@@ -195,6 +195,25 @@ def test_a_request_comes_with_the_hashes_of_its_prompt(
     assert list(added.hashes) == (block_hashes(request, 16, None) if num_hashes else [])
     stream.close()
     server.stop()
+
+
+def test_a_prefetch_comes_with_the_hashes_of_each_open_choice() -> None:
+    came = threading.Event()
+    inbox, facts = Inbox(came.set), structs.replace(FACTS, kv_block_size=16)
+    server = EngineServer("127.0.0.1", TOKEN, inbox, lambda: facts)
+    stream = EngineStream(server.start())
+    outputs = ((1,) * 12, (2,) * 13, (3,) * 30)
+    request = structs.replace(
+        REQUEST, prompt=tuple(range(20)), n=3, output_so_far=outputs, closed_choices=(2,)
+    )
+    stream.send(Prefetch(request=request))
+    assert came.wait(TIMEOUT_S)
+    (asked,) = inbox.take()
+    stream.close()
+    server.stop()
+    assert isinstance(asked, PrefetchAsked)
+    assert [len(chain) for chain in asked.chains] == [1, 2], "but for the newest token"
+    assert asked.chains[0][0] == asked.chains[1][0] == block_hashes(request, 16, None)[0]
 
 
 def test_held_outputs_are_sent_in_order_when_they_are_released(case: Case) -> None:
