@@ -38,6 +38,7 @@ NAMES = (
     "kv_cache",
     "kv_accuracy",
     "reliability",
+    "moves",
     "fuzz",
     "placement",
     "rebalancing",

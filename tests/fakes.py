@@ -166,6 +166,8 @@ class FakeWorkerGroup(WorkerGroup):
         """Newest term, and the controller that has claimed it."""
         self.on_leaving_nodes: list[str] = []
         self.has_ended_controller = False
+        self.released: list[str] = []
+        """Places whose room was given back."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -215,6 +217,9 @@ class FakeWorkerGroup(WorkerGroup):
 
     async def find(self, limit_s: float) -> tuple[FoundWorker, ...]:
         raise NotImplementedError
+
+    async def release(self, places: Sequence[str]) -> None:
+        self.released += places
 
     async def redirect(self, name: str, control_address: str) -> None:
         raise NotImplementedError

@@ -112,6 +112,11 @@ class ClusterGateway:
         return len(self._engines.clients) == len(expected) and self._gateway.facts is not None
 
     @property
+    def engines(self) -> EnginePool:
+        """The streams to attention workers; to be changed on the event loop only."""
+        return self._engines
+
+    @property
     def gateway(self) -> Gateway:
         """The gateway itself; only for coroutines that ``run`` runs."""
         return self._gateway

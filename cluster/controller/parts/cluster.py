@@ -317,10 +317,10 @@ class Cluster:
 
     def remove_places(self, places: Iterable[str]) -> None:
         """Places without a serving worker are no part of the cluster any more."""
-        names = tuple(places)
-        self.places.remove(names)
-        self.effects.append(Release(names))
-        self.remember()
+        if names := tuple(places):
+            self.places.remove(names)
+            self.effects.append(Release(names))
+            self.remember()
 
     def come_into_force(self, placement: ExpertPlacement) -> None:
         """A step of the running generation names the placement's epoch.

@@ -1,0 +1,157 @@
+"""The pause of a stream whose attention worker is drained, by the length of its context.
+
+2 attention workers and 1 expert worker on a private Ray. A stream decodes; its worker is drained
+(and another one starts in its place afterwards). The pause is the longest time between two tokens
+from the order on, and is shown beside the usual time between tokens and the longest one before the
+order. Without fetching (``kv_fetch_limit_s`` 0) the other worker computes the whole context again.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks.quiet import wait_until_quiet
+from benchmarks.random_checkpoint import RandomModel
+from benchmarks.results import table
+from benchmarks.serving import TINY, random_model
+from gateway.core.call import CallKind, GenerateFields
+from tests.harness.cluster_gateway import ClusterGateway, gateway_of
+from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
+
+_LIMIT_S = 120.0
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is measured."""
+
+    lengths: tuple[int, ...] = (250, 500, 1000, 2000, 3600)
+    """Tokens of the prompt."""
+    tokens_before: int = 60
+    """Tokens that come before the order."""
+    tokens_after: int = 240
+    """Tokens that come after it, while the worker leaves and another one starts."""
+    repeats: int = 5
+    """Drains of each length."""
+    patience_s: float = 10.0
+    """Longest wait for a quiet machine before a drain."""
+
+
+QUICK = Case(lengths=(40,), tokens_before=4, tokens_after=60, repeats=1, patience_s=0.0)
+"""Enough to see that everything runs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drained:
+    """Times of one stream between its tokens, in ms."""
+
+    usual_ms: float
+    """Median before the order."""
+    slowest_ms: float
+    """Longest before the order."""
+    pause_ms: float
+    """Longest after it, until the worker has left."""
+
+
+def section(quick: bool) -> str:
+    """The section of ``RESULTS.md``."""
+    case = QUICK if quick else Case()
+    with random_model(TINY if quick else RandomModel()) as checkpoint:
+        found = {
+            "blocks fetched ahead": dict(measure(checkpoint, case, 2.0)),
+            "computed again": dict(measure(checkpoint, case, 0.0)),
+        }
+    return f"{_words(case)}\n\n{report(case, found)}"
+
+
+def measure(
+    checkpoint: Path, case: Case, fetch_limit_s: float
+) -> Iterator[tuple[int, list[Drained]]]:
+    """Drains by length."""
+    engine = {"kv_cache_bytes": 256 << 20, "kv_fetch_limit_s": fetch_limit_s}
+    config = make_config(checkpoint, 2, 1, engine=engine)
+    with (
+        connected_ray(),
+        serving(RayCluster(config)) as cluster,
+        gateway_of(cluster) as gateway,
+    ):
+        assert isinstance(cluster, RayCluster)
+        for length in case.lengths:
+            runs = []
+            for repeat in range(case.repeats):
+                _wait_whole(cluster, gateway)
+                wait_until_quiet(case.patience_s)
+                runs.append(_drain(cluster, gateway, case, length, seed=1000 * length + repeat))
+            yield length, runs
+
+
+def _drain(
+    cluster: RayCluster, gateway: ClusterGateway, case: Case, length: int, seed: int
+) -> Drained:
+    """One stream, and the drain of its worker."""
+    rng = random.Random(seed)
+    call = GenerateFields(
+        kind=CallKind.COMPLETION,
+        prompts=(tuple(rng.randrange(4, 1000) for _ in range(length)),),
+        max_tokens=case.tokens_before + case.tokens_after,
+        ignore_eos=True,
+        token_ids_only=True,
+        seed=seed,
+    )
+    streams = gateway.stream([call], f"drained-{seed}")
+    streams.wait_tokens(case.tokens_before)
+    (worker,) = (c.worker for c in gateway.engines.clients if c.submissions())
+    ordered_at = time.monotonic()
+    begun = cluster.call("drain", {"worker": worker, "limit_s": _LIMIT_S})
+    while cluster.call("operation", begun["id"])["state"] == "RUNNING":
+        time.sleep(_POLL_S)
+    ended_at = time.monotonic()
+    (answer,) = streams.finish()
+    gaps = [(end, 1000 * (end - begin)) for begin, end in pairwise(answer.times)]
+    before = [gap for end, gap in gaps if end < ordered_at]
+    during = [gap for end, gap in gaps if ordered_at <= end and end - gap / 1000 <= ended_at]
+    return Drained(
+        usual_ms=statistics.median(before), slowest_ms=max(before), pause_ms=max(during)
+    )
+
+
+def _wait_whole(cluster: RayCluster, gateway: ClusterGateway) -> None:
+    """Wait until both attention workers serve, and the gateway has streams to them."""
+    cluster.wait(lambda s: s["state"] == "SERVING")
+    give_up = time.monotonic() + _LIMIT_S
+    while len(gateway.engines.clients) < 2:
+        if time.monotonic() > give_up:
+            raise TimeoutError("the gateway has no stream to the new worker")
+        time.sleep(_POLL_S)
+
+
+def report(case: Case, found: Mapping[str, Mapping[int, list[Drained]]]) -> str:
+    """A row for each length: medians and the worst of the repeats."""
+    rows = []
+    for length in case.lengths:
+        row = [str(length)]
+        for by_length in found.values():
+            runs = by_length[length]
+            row.append(f"{statistics.median(r.usual_ms for r in runs):.1f}")
+            row.append(f"{statistics.median(r.slowest_ms for r in runs):.1f}")
+            pauses = [r.pause_ms for r in runs]
+            row.append(f"{statistics.median(pauses):.1f} / {max(pauses):.1f}")
+        rows.append(row)
+    heads = ["prompt"]
+    for name in found:
+        heads += [f"{name}: usual", "slowest before", "pause, median / worst"]
+    return table(heads, rows)
+
+
+def _words(case: Case) -> str:
+    return (
+        "Time between two tokens of a stream in ms, before its attention worker is drained "
+        f"(2 + 1 workers, a core for two of them) and while it leaves; {case.repeats} drains each."
+    )
