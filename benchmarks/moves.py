@@ -117,9 +117,7 @@ def _drain(
     gaps = [(end, 1000 * (end - begin)) for begin, end in pairwise(answer.times)]
     before = [gap for end, gap in gaps if end < ordered_at]
     during = [gap for end, gap in gaps if ordered_at <= end and end - gap / 1000 <= ended_at]
-    return Drained(
-        usual_ms=statistics.median(before), slowest_ms=max(before), pause_ms=max(during)
-    )
+    return Drained(usual_ms=statistics.median(before), slowest_ms=max(before), pause_ms=max(during))
 
 
 def _wait_whole(cluster: RayCluster, gateway: ClusterGateway) -> None:

@@ -47,10 +47,16 @@ def serving_roles(cluster: ServingCluster) -> list[str]:
     return sorted(w["role"] for w in workers if w["state"] == "SERVING")
 
 
+def num_lost(cluster: ServingCluster) -> int:
+    """Losses in the history."""
+    return sum(e["cause"].startswith("lost") for e in cluster.snapshot()["history"])
+
+
 def go_through(cluster: ServingCluster, form: Form, orders: list[dict[str, int]]) -> None:
     """Scale under load, in this order; clients ask again and again, and notice nothing."""
     expected = undisturbed(form)
     calls = make_calls(form.num_streams, form.num_tokens)
+    lost_before = num_lost(cluster)
 
     def carry_out() -> list[dict[str, Any]]:
         return [scale(cluster, **order) for order in orders]
@@ -67,9 +73,8 @@ def go_through(cluster: ServingCluster, form: Form, orders: list[dict[str, int]]
         operations = done.result()
         check_answers(gateway.stream(calls, "after").finish(), expected)
     assert {operation["state"] for operation in operations} == {"SUCCEEDED"}, operations
-    snapshot = cluster.snapshot()
-    assert snapshot["state"] == "SERVING"
-    assert not [e for e in snapshot["history"] if e["cause"].startswith("lost")]
+    assert cluster.snapshot()["state"] == "SERVING"
+    assert num_lost(cluster) == lost_before
     assert cluster.blocks_in_use() == 0
 
 
