@@ -8,6 +8,7 @@ Either one key a line (empty lines and ``#`` comments left out), or YAML or JSON
         requests_per_minute: 600
         tokens_per_minute: 100000
         max_concurrent: 16
+        weight: 2                         # twice the share of others, where all want more
 
 A key may be given as ``sha256:`` and its digest in both forms.
 """
@@ -61,6 +62,8 @@ class KeyEntry:
     name: str = ""
     """For logs; empty without a name."""
     limits: KeyLimits = KeyLimits()
+    weight: float = 1.0
+    """Its share of the workers is in proportion to it, where keys compete."""
 
     @property
     def tenant(self) -> str:
@@ -115,7 +118,7 @@ def _load(text: str) -> Any:
 
 
 def _entry(found: Mapping[str, Any], what: str, path: str, setting: str) -> KeyEntry:
-    unknown = sorted(map(str, found.keys() - {"name", "key", "sha256", *_LIMITS}))
+    unknown = sorted(map(str, found.keys() - {"name", "key", "sha256", "weight", *_LIMITS}))
     if unknown:
         raise ConfigError(setting, path, f"{what}: {unknown[0][:64]} is not a known field")
     name = found.get("name", "")
@@ -131,7 +134,10 @@ def _entry(found: Mapping[str, Any], what: str, path: str, setting: str) -> KeyE
             raise ConfigError(setting, path, f"{what}: sha256 must be 64 hex digits")
     key = _check_key(key, path, setting, what)
     limits = {n: _limit(found[n], n, what, path, setting) for n in _LIMITS if n in found}
-    return KeyEntry(digest=stored_digest(hash_key(key)), name=name, limits=KeyLimits(**limits))
+    weight = _limit(found.get("weight"), "weight", what, path, setting) or 1.0
+    return KeyEntry(
+        digest=stored_digest(hash_key(key)), name=name, limits=KeyLimits(**limits), weight=weight
+    )
 
 
 def _check_key(key: object, path: str, setting: str, what: str = "a key") -> str:

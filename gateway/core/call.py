@@ -174,6 +174,10 @@ class GenerateCall:
     """At least one."""
     cache_salt: str = ""
     """Prefixes are shared with calls of the same salt only."""
+    tenant: str = ""
+    """Whose it is: the name of its key, empty without keys."""
+    weight: float = 1.0
+    """The tenant's share of the workers is in proportion to it."""
 
     @property
     def n(self) -> int:
@@ -209,6 +213,8 @@ class GenerateCall:
                 deadline_ms=deadline_ms,
                 priority=self.fields.priority or 0,
                 cache_salt=self.cache_salt,
+                tenant=self.tenant,
+                weight=self.weight,
                 inspection=prompt.inspection,
                 prompt_embeds=prompt.embeds,
             )

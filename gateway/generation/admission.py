@@ -5,7 +5,7 @@ Pure apart from its own counters; the time is passed in.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from cluster.core.errors import QueueFullError
@@ -28,6 +28,7 @@ class Ticket:
     num_tokens: int
     since_s: float
     num_bytes: int = 0
+    tenant: str = ""
     is_held: bool = True
 
     def retry_after_s(self) -> float:
@@ -60,6 +61,7 @@ class Admission:
     """Bytes of their prompts that are embeddings."""
 
     def __post_init__(self) -> None:
+        self._by_tenant: Counter[str] = Counter()  # requests held
         self._saturated_s = 0.0  # time with requests waiting or a full queue, in all
         self._since_s: float | None = None  # start of the present such time
         self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # on the saturated clock
@@ -70,16 +72,28 @@ class Admission:
         """Requests beyond what the engines run at once."""
         return max(0, self.num_requests - self.capacity)
 
-    def admit(self, num_requests: int, num_tokens: int, now_s: float, num_bytes: int = 0) -> Ticket:
-        """Take a place for one call. Raises ``QueueFullError`` with a retry time."""
+    def admit(
+        self,
+        num_requests: int,
+        num_tokens: int,
+        now_s: float,
+        num_bytes: int = 0,
+        tenant: str = "",
+    ) -> Ticket:
+        """Take a place for one call. Raises ``QueueFullError`` with a retry time.
+
+        In a full queue there is still room for a tenant that has far less than its share of it.
+        """
+        has_share = self._has_share(tenant, num_requests)
         over = self.num_requests + num_requests - self.max_requests
-        if over > 0:
+        if over > 0 and not has_share:
             raise QueueFullError(
                 f"the queue is full: {self.num_requests} requests, at most {self.max_requests} "
                 "(max_queue)",
                 self.retry_after_s(over),
             )
-        if self.num_requests and self.num_tokens + num_tokens > self.max_tokens:
+        is_long = self.num_tokens + num_tokens > self.max_tokens
+        if self.num_requests and is_long and not has_share:
             raise QueueFullError(
                 f"the queue is full: {self.num_tokens} tokens, and this request needs {num_tokens} "
                 f"more, at most {self.max_tokens} (max_queue_tokens)",
@@ -93,7 +107,15 @@ class Admission:
                 self.retry_after_s(1),
             )
         self._add(num_requests, num_tokens, num_bytes, now_s)
-        return Ticket(self, num_requests, num_tokens, now_s, num_bytes)
+        self._by_tenant[tenant] += num_requests
+        return Ticket(self, num_requests, num_tokens, now_s, num_bytes, tenant)
+
+    def _has_share(self, tenant: str, num_requests: int) -> bool:
+        """With these requests it holds at most half of an equal share: all tenants together may
+        exceed the limit by half."""
+        others = self._by_tenant.keys() - {tenant}
+        share = self.max_requests / (len(others) + 1)
+        return bool(others) and self._by_tenant[tenant] + num_requests <= share / 2
 
     def retry_after_s(self, num_requests: int) -> float:
         """Estimated time until ``num_requests`` have left."""
@@ -120,6 +142,9 @@ class Admission:
     def _release(self, ticket: Ticket, now_s: float) -> None:
         self._held_s.extend([now_s - ticket.since_s] * ticket.num_requests)
         was_saturated = self._since_s is not None
+        self._by_tenant[ticket.tenant] -= ticket.num_requests
+        if not self._by_tenant[ticket.tenant]:
+            del self._by_tenant[ticket.tenant]
         self._add(-ticket.num_requests, -ticket.num_tokens, -ticket.num_bytes, now_s)
         if was_saturated:
             self._finished_s.extend([self._saturated_s] * ticket.num_requests)

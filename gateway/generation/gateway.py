@@ -233,7 +233,9 @@ class Gateway:
         if caller is not None:
             caller.check_tokens(time.monotonic())
             # No other tenant finds, or can detect, the cached prefixes of this salt.
-            call = replace(call, cache_salt=f"{caller.entry.tenant}\0{call.cache_salt}")
+            tenant, weight = caller.entry.tenant, caller.entry.weight
+            salt = f"{tenant}\0{call.cache_salt}"
+            call = replace(call, cache_salt=salt, tenant=tenant, weight=weight)
         generation = Generation(
             call,
             call_id,
@@ -337,7 +339,7 @@ class Gateway:
             raise DeadlineExceededError("the queue is longer than the request's time", False)
         try:
             return self.admission.admit(
-                len(call.prompts), call.max_total_tokens, now_s, call.num_prompt_bytes
+                len(call.prompts), call.max_total_tokens, now_s, call.num_prompt_bytes, call.tenant
             )
         except QueueFullError as err:
             self.metrics.admission_rejections.labels(err.limit).inc()

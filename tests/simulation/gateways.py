@@ -198,8 +198,9 @@ class SimGateway:
         prompts = (CallPrompt(ids=ask.prompt, params=params),)
 
         async def make(facts: ModelFacts) -> GenerateCall:
+            salt = ask.cache_salt
             return GenerateCall(
-                fields=fields, model=facts.name, prompts=prompts, cache_salt=ask.cache_salt
+                fields=fields, model=facts.name, prompts=prompts, cache_salt=salt, tenant=salt
             )
 
         while True:

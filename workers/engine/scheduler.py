@@ -9,14 +9,16 @@ never changes a token.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 
+from workers.engine.fairness import ServedTokens
 from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.kv.block_tables import BlockTables
 from workers.kv.prefix_cache import PrefixCache
-from workers.requests.request import FinishReason
+from workers.requests.request import FinishReason, Request
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
 
 _BLOCKS_AHEAD = 2
@@ -27,15 +29,16 @@ blocks of steps until they are gone."""
 class Scheduler:
     """Sequences, their blocks, and the plan of a step.
 
-    Lower priority values go first, then earlier arrivals. At admission a sequence gets the blocks
+    Tenants take turns (``fairness``). Of one tenant lower priority values go first, then sequences
+    with output from another worker, then earlier arrivals. At admission a sequence gets the blocks
     of all tokens it has, so only decodes can run short of blocks later; blocks that the prefix
-    cache knows are computed already. When blocks run short, the last sequence of the order is
-    preempted: it waits again, without blocks, and recomputes from prompt and output what the cache
-    has lost by then. So the first of the order always continues, and every sequence ends.
+    cache knows are computed already. When blocks run short, the last sequence of the tenant with
+    the most is preempted: it waits again, without blocks, and recomputes from prompt and output
+    what the cache has lost by then. So the first one always continues, and every sequence ends.
 
     Admission leaves a free block for each running sequence that may still grow, so that a sequence
     is not preempted in the step after its admission. A waiting sequence that does not fit preempts
-    running ones only where their priority is lower, or if it must run alone.
+    running ones only where they are of its tenant with a lower priority, or if it must run alone.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Scheduler:
         """Finds tokens that were computed before. Other modules read its counters."""
         self.tables = BlockTables(max_num_seqs, self._blocks(max_model_len))
         """The blocks of running sequences, by ``SequenceState.seat``."""
+        self._served = ServedTokens()
         self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self.num_preemptions = 0
@@ -99,6 +103,7 @@ class Scheduler:
 
     def add(self, sequence: SequenceState) -> None:
         """Queue a sequence behind those of its priority."""
+        self._served.enter(sequence)
         self._enter(self._waiting, sequence, SequenceStatus.WAITING)
 
     def remove(self, sequence: SequenceState) -> None:
@@ -107,6 +112,7 @@ class Scheduler:
             return
         here = self._running if sequence.status is SequenceStatus.RUNNING else self._waiting
         here.remove(sequence)
+        self._served.leave(sequence)
         self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
@@ -147,8 +153,9 @@ class Scheduler:
         rows: list[PlannedRows] = []
         admissible: list[SequenceState] = []
         if prefill_rows > 0:
-            while self._first_in_need() is not None:
-                self._preempt_last()
+            while (first := self._first_in_need()) is not None:
+                lower = [s for s in self._running if _gives_way(s.request, first.request)]
+                self._preempt(lower[-1] if self._alone is None else self._last())
             admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
         decoding, prefilling = self._runnable()
         for sequence in decoding:
@@ -156,7 +163,8 @@ class Scheduler:
                 self._plan_decode(sequence, rows)
         left = min(prefill_rows, self._max_rows - len(rows))
         kept = (s for s in prefilling if s.status is SequenceStatus.RUNNING)
-        for sequence in sorted((*kept, *admissible), key=attrgetter("order")):
+        planned = sorted((*kept, *admissible), key=attrgetter("order"))
+        for sequence in self._served.in_turn(planned):
             if left > 0:
                 left -= self._plan_chunk(sequence, left, rows)
         return StepPlan(rows=tuple(rows))
@@ -213,6 +221,7 @@ class Scheduler:
         if planned.is_admitted:
             self.prefixes.count(sequence, planned.first)
         sequence.num_computed += planned.count
+        self._served.charge(sequence, planned.count)
         if has_failed:
             return Ending(reason=FinishReason.ERROR)
         self.prefixes.store(sequence, planned.first)
@@ -240,7 +249,7 @@ class Scheduler:
         missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
         if missing:  # most decodes go on in their last block
             while not self._pool.can_allocate(missing):
-                self._preempt_last()
+                self._preempt(self._last())
                 if sequence.status is not SequenceStatus.RUNNING:
                     return  # it was the last of the order itself
             self._extend(sequence, self._pool.allocate(missing))
@@ -265,7 +274,7 @@ class Scheduler:
             return
         free = self._pool.num_free - self._reserve(self._running)
         seats = self._max_num_seqs - len(self._running)
-        for sequence in self._waiting:
+        for sequence in self._served.in_turn(self._waiting):
             if seats <= 0 or max_rows <= 0:
                 return
             if not self._may_run(sequence):
@@ -323,12 +332,14 @@ class Scheduler:
         """The sequence that would be preempted first, if that may be soon; else None."""
         others = self._running if self._alone is None else []
         is_short = self._pool.num_free < _BLOCKS_AHEAD * len(others)
-        return others[-1] if is_short and len(others) > 1 else None
+        return _last_of_most(others) if is_short and len(others) > 1 else None
 
-    def _preempt_last(self) -> None:
-        """The last that does not run alone, if there is one."""
+    def _last(self) -> SequenceState:
+        """The running sequence to preempt: one that does not run alone, if there is one."""
         others = [s for s in self._running if self._alone is None or not self._may_run(s)]
-        victim = (others or self._running)[-1]
+        return _last_of_most(others or self._running)
+
+    def _preempt(self, victim: SequenceState) -> None:
         self._running.remove(victim)
         self._release(victim)
         self._enter(self._waiting, victim, SequenceStatus.WAITING)
@@ -339,14 +350,12 @@ class Scheduler:
         """The first waiting sequence, if it fits only once lower priorities are preempted, or for
         one that runs alone all others.
         """
-        able = (
-            s for s in self._waiting if self._may_run(s) and not self._waits_for_first_choice(s)
-        )
-        first = next(able, None)
+        able = (s for s in self._served.in_turn(self._waiting) if self._may_run(s))
+        first = next((s for s in able if not self._waits_for_first_choice(s)), None)
         if first is None:
             return None
         if self._alone is None:
-            stay = [s for s in self._running if s.request.priority <= first.request.priority]
+            stay = [s for s in self._running if not _gives_way(s.request, first.request)]
         else:
             stay = [s for s in self._running if self._may_run(s)]
         if len(stay) == len(self._running) or first in self._admissible(self._max_rows):
@@ -385,3 +394,15 @@ class Scheduler:
     def _enter(queue: list[SequenceState], sequence: SequenceState, status: SequenceStatus) -> None:
         sequence.status = status
         insort(queue, sequence, key=attrgetter("order"))
+
+
+def _gives_way(running: Request, waiting: Request) -> bool:
+    """A running request is preempted for a waiting one of the same tenant with higher priority."""
+    return running.tenant == waiting.tenant and running.priority > waiting.priority
+
+
+def _last_of_most(running: Sequence[SequenceState]) -> SequenceState:
+    """Of the tenant with the most sequences the last; of several tenants the last of all."""
+    counts = Counter(s.request.tenant for s in running)
+    most = max(counts.values())
+    return next(s for s in reversed(running) if counts[s.request.tenant] == most)

@@ -116,6 +116,10 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Internal values to return beside tokens; only with ``n`` 1 and ``max_tokens`` 0."""
     prompt_embeds: PromptEmbeds | None = None
     """What the model reads in place of the prompt's tokens, which are zeros then."""
+    tenant: str = ""
+    """Whose it is: tenants take turns, and ``priority`` orders the requests of one."""
+    weight: float = 1.0
+    """The tenant's share is in proportion to it."""
 
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):

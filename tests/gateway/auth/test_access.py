@@ -29,6 +29,7 @@ SELDOM = 0.01
 """A minute: nothing comes back while a test runs, however slowly."""
 KEYS = [
     {"name": "free", "key": "free"},
+    {"name": "heavy", "key": "heavy", "weight": 3},
     {"name": "slow", "key": "slow", "requests_per_minute": SELDOM},
     {"name": "slow-grpc", "key": "slow-grpc", "requests_per_minute": SELDOM},
     {"name": "single", "key": "single", "max_concurrent": 1},
@@ -72,6 +73,13 @@ def refused(response: httpx.Response) -> None:
     error = response.json()["error"]
     assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
     assert 1 <= int(response.headers["retry-after"]) <= 60
+
+
+def test_a_request_says_whose_it_is(keyed: Stack) -> None:
+    for key, weight in (("free", 1.0), ("heavy", 3.0)):
+        assert complete(keyed, key).status_code == 200
+        request = keyed.engine.requests[-1]
+        assert (request.tenant, request.weight) == (key, weight)
 
 
 def test_a_rate_is_kept_over_http(keyed: Stack) -> None:

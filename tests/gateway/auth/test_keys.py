@@ -89,6 +89,7 @@ def test_a_key_file_is_lines_or_yaml_or_json(tmp_path: Path) -> None:
         (f"keys: [{{key: s3cret, sha256: {HEX}}}]", "one of key and sha256"),
         ("keys: [{sha256: s3cret}]", "64 hex digits"),
         ("keys: [{key: s3cret, max_concurrent: 0}]", "max_concurrent must be a number above 0"),
+        ("keys: [{key: s3cret, weight: -1}]", "weight must be a number above 0"),
         ("keys: [{key: s3cret, max_concurrent: 1.5}]", "max_concurrent must be a number above 0"),
         ("keys: [{key: s3cret, tokens_per_minute: .inf}]", "tokens_per_minute must be a number"),
         ("keys: [{key: s3cret, requests_per_minute: yes}]", "requests_per_minute must be a number"),

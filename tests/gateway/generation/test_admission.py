@@ -87,3 +87,21 @@ def test_quiet_times_do_not_count_for_the_drain_rate() -> None:
     for _ in range(50):
         admission.admit(1, 1, 100_000.0)
     assert admission.queue_time_s() == 0.0
+
+
+def test_a_full_queue_has_room_for_a_tenant_with_little_in_it() -> None:
+    admission = Admission(max_requests=12, max_tokens=120)
+    greedy = [admission.admit(1, 10, 0.0, tenant="greedy") for _ in range(12)]
+    with pytest.raises(errors.QueueFullError, match="12 requests, at most 12"):
+        admission.admit(1, 10, 0.0, tenant="greedy")
+    modest = [admission.admit(1, 10, 0.0, tenant="modest") for _ in range(3)]
+    with pytest.raises(errors.QueueFullError, match="15 requests, at most 12"):
+        admission.admit(1, 10, 0.0, tenant="modest")
+    third = admission.admit(2, 20, 0.0, tenant="third")
+    for ticket in (*greedy, *modest, third):
+        ticket.release(1.0)
+    assert admission.num_requests == 0
+    alone = [admission.admit(1, 10, 2.0, tenant="modest") for _ in range(12)]
+    with pytest.raises(errors.QueueFullError):
+        admission.admit(1, 10, 2.0, tenant="modest")
+    assert len(alone) == 12
