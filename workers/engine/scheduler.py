@@ -249,7 +249,7 @@ class Scheduler:
         missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
         if missing:  # most decodes go on in their last block
             while not self._pool.can_allocate(missing):
-                self._preempt(self._last())
+                self._preempt(self._last(rows))
                 if sequence.status is not SequenceStatus.RUNNING:
                     return  # it was the last of the order itself
             self._extend(sequence, self._pool.allocate(missing))
@@ -334,10 +334,14 @@ class Scheduler:
         is_short = self._pool.num_free < _BLOCKS_AHEAD * len(others)
         return _last_of_most(others) if is_short and len(others) > 1 else None
 
-    def _last(self) -> SequenceState:
-        """The running sequence to preempt: one that does not run alone, if there is one."""
-        others = [s for s in self._running if self._alone is None or not self._may_run(s)]
-        return _last_of_most(others or self._running)
+    def _last(self, planned: Collection[PlannedRows] = ()) -> SequenceState:
+        """The running sequence to preempt, without those that have rows in the plan already: one
+        that does not run alone, if there is one.
+        """
+        taken = {id(rows.sequence) for rows in planned}
+        free = [s for s in self._running if id(s) not in taken]
+        others = [s for s in free if self._alone is None or not self._may_run(s)]
+        return _last_of_most(others or free)
 
     def _preempt(self, victim: SequenceState) -> None:
         self._running.remove(victim)

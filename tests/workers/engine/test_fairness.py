@@ -119,3 +119,16 @@ def test_blocks_are_taken_from_the_tenant_with_the_most() -> None:
         assert pressed is None or pressed.request.tenant == "many"
     assert one in desk.scheduler.running
     assert sum(s in desk.scheduler.running for s in many) == 2
+
+
+def test_no_sequence_is_preempted_that_is_planned_already() -> None:
+    desk = Desk(num_blocks=13)
+    for tenant, priority in (("many", 0), ("many", 0), ("many", 0), ("one", 9)):
+        ask(desk, tenant, 8, new=30, priority=priority)
+    desk.step()
+    while desk.scheduler.num_running:
+        plan = desk.plan()
+        running = desk.scheduler.running
+        assert all(planned.sequence in running for planned in plan.rows if planned.is_decode)
+        desk.commit(plan)
+    assert desk.scheduler.num_preemptions > 0
