@@ -122,7 +122,7 @@ def test_blocks_are_taken_from_the_tenant_with_the_most() -> None:
 
 
 def test_no_sequence_is_preempted_that_is_planned_already() -> None:
-    desk = Desk(num_blocks=13)
+    desk = Desk(num_blocks=15)
     for tenant, priority in (("many", 0), ("many", 0), ("many", 0), ("one", 9)):
         ask(desk, tenant, 8, new=30, priority=priority)
     desk.step()
