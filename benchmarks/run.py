@@ -39,6 +39,7 @@ NAMES = (
     "kv_accuracy",
     "reliability",
     "moves",
+    "overload",
     "fuzz",
     "placement",
     "rebalancing",
