@@ -366,8 +366,8 @@ async def run(server: Served, seed: int, minutes: float, every_s: float) -> list
 
 def _wait_calm(chaos: Chaos) -> list[str]:
     """Wait until the cluster is whole and idle; what it lacks at the end of the time."""
-    give_up = time.monotonic() + _CALM_S
-    while True:
+    give_up, lacking = time.monotonic() + _CALM_S, ["no gateway answers"]
+    while time.monotonic() < give_up:
         with suppress(httpx.HTTPError, AssertionError):
             snapshot = chaos.snapshot()
             workers = [w for w in snapshot["workers"] if w["state"] == "SERVING"]
@@ -377,11 +377,10 @@ def _wait_calm(chaos: Chaos) -> list[str]:
                 if w["kv_blocks_total"] and w["kv_blocks_free"] != w["kv_blocks_total"]
             ]
             state = [] if snapshot["state"] == "SERVING" else [f"the state is {snapshot['state']}"]
-            if not held and not state:
+            if not (lacking := held + state):
                 return []
-            if time.monotonic() > give_up:
-                return held + state
         time.sleep(0.5)
+    return lacking
 
 
 def _operations(chaos: Chaos) -> Counter[str]:

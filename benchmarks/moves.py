@@ -68,7 +68,7 @@ def section(quick: bool) -> str:
             "blocks fetched ahead": dict(measure(checkpoint, case, 2.0)),
             "computed again": dict(measure(checkpoint, case, 0.0)),
         }
-    return f"{_words(case)}\n\n{report(case, found)}"
+    return f"## Moved requests\n\n{_words(case)}\n\n{report(case, found)}"
 
 
 def measure(

@@ -21,7 +21,7 @@ from ray.experimental.internal_kv import (
 )
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from cluster.config.resources import NodeResources, WorkerShare
+from cluster.config.resources import NodeResources
 from cluster.core.node_labels import Place
 
 logger = logging.getLogger(__name__)
@@ -190,16 +190,6 @@ def added_room() -> dict[str, PlacementGroup]:
         for entry in placement_group_table().values()
         if entry["name"].startswith(_ADDED) and entry["state"] != "REMOVED"
     }
-
-
-def has_free(share: WorkerShare, nodes: Sequence[NodeResources]) -> bool:
-    """Whether one of these nodes has a worker's CPUs and GPUs free. A remote call; use a thread."""
-    free = state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    return any(
-        free.get(node.node_id, {}).get("CPU", 0.0) >= share.cpus
-        and free.get(node.node_id, {}).get("GPU", 0.0) >= share.gpus
-        for node in nodes
-    )
 
 
 def words_of(error: BaseException) -> str:

@@ -19,12 +19,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import ray_tools
 from cluster.config.cluster import WorkersSection
-from cluster.config.resources import NodeResources, WorkerShare, nodes_for, resolved_share
+from cluster.config.resources import NodeResources, WorkerShare, resolved_share
 from cluster.core.errors import StartError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
 
 ANY_BUNDLE = -1
+_FREE_SHARE_S = 2.0
+"""Time in which Ray finds a share of the CPUs, if one is free."""
 
 
 @dataclass(slots=True)
@@ -85,19 +87,16 @@ class Room:
         Ray finds it later where there is none yet. Equal shares by default leave no CPU free on
         the nodes of the start: a worker reserves none where no node has a share.
         """
-        share, nodes = resolved_share(workers), ray_tools.cluster_nodes()
+        share = resolved_share(workers)
         group = self._added.get(place)
         if group is not None:
             return replace(share, cpus=float(group.bundle_specs[0].get("CPU", 0.0)))
-        if workers.has_equal_cpus and not ray_tools.has_free(share, nodes_for(role, nodes)):
+        group = _added_group(place, role, share)
+        if workers.has_equal_cpus and not share.gpus and not group.wait(_FREE_SHARE_S):
+            remove_placement_group(group)
             share = replace(share, cpus=0.0)
-        selector = selector_for(role, [node.place for node in nodes])
-        self._added[place] = placement_group(
-            [_bundle(share)],
-            name=ray_tools.name_of_added(place),
-            lifetime="detached",
-            bundle_label_selector=[selector] if selector else None,
-        )
+            group = _added_group(place, role, share)
+        self._added[place] = group
         return share
 
     def release(self, places: Collection[str]) -> None:
@@ -122,6 +121,17 @@ class Room:
             placement_group_bundle_index=bundle,
             placement_group_capture_child_tasks=False,
         )
+
+
+def _added_group(place: str, role: Role, share: WorkerShare) -> PlacementGroup:
+    selector = selector_for(role, [node.place for node in ray_tools.cluster_nodes()])
+    group: PlacementGroup = placement_group(
+        [_bundle(share)],
+        name=ray_tools.name_of_added(place),
+        lifetime="detached",
+        bundle_label_selector=[selector] if selector else None,
+    )
+    return group
 
 
 def _bundle(share: WorkerShare) -> dict[str, float]:

@@ -66,6 +66,8 @@ class WorkerGroup:
     _identity: str = ""
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while an actor's bundle is chosen and the actor is created."""
+    _withdrawn: set[str] = field(default_factory=set)
+    """Workers that were to be ended before they were created."""
 
     # called by the controller actor, which tests run without Ray
     resources = staticmethod(ray_tools.cluster_nodes)
@@ -115,6 +117,7 @@ class WorkerGroup:
             kind = self.classes[member.role]
             remote = kind if hasattr(kind, "remote") else ray.remote(kind)
             async with self._placing:
+                self._check_wanted(member.name)
                 workers, share, bundle = plan.config.workers, plan.share, ANY_BUNDLE
                 if member.rank >= workers.pools.get(member.role, 0):
                     place = place_of(member.name)
@@ -127,6 +130,9 @@ class WorkerGroup:
                 facts: Any = plan.arguments(member, address)
                 handle = await asyncio.to_thread(create, *facts)  # registers the name at Ray's head
                 actor = self._actors[member.name] = _Actor(member.name, handle, node_id, bundle)
+            if member.name in self._withdrawn:
+                await self.end([member.name])
+                self._check_wanted(member.name)
             created.append(self._bring_up(actor))
         await _all_or_first_error(created)
 
@@ -203,6 +209,7 @@ class WorkerGroup:
 
         Raises ``SupersededError``, and ``TimeoutError`` if Ray does not say whether that is so.
         """
+        self._withdrawn.update(n for n in names if n not in self._actors)  # they may come yet
         actors = [self._actors.pop(n) for n in names if n in self._actors]
         tasks = [asyncio.ensure_future(self._end_process(a)) for a in actors]
         self._ending.update(tasks)
@@ -222,7 +229,13 @@ class WorkerGroup:
     async def release(self, places: Sequence[str]) -> None:
         """Give back the room of places that scaling has removed. Raises ``SupersededError``."""
         await self.check_term()
-        await _in_time(self.room.release, places)
+        async with self._placing:
+            await _in_time(self.room.release, places)
+
+    def _check_wanted(self, name: str) -> None:
+        """Raise ``StartError`` if the worker was to be ended before it was created."""
+        if name in self._withdrawn:
+            raise StartError(name, "it is not wanted any more")
 
     async def _find(self, name: str, limit_s: float) -> FoundWorker | None:
         try:

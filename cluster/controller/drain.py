@@ -68,7 +68,7 @@ class Draining:
         if states == {WorkerState.DRAINED}:
             drain.resume(DrainStep.LEAVE)
         elif states & {WorkerState.LOST, WorkerState.DRAINED}:
-            text = f"{drain.operation.target}: lost before they had left"
+            text = f"{' and '.join(drain.names)}: lost before they had left"
             self._end(drain, OperationState.FAILED, text, now)
         elif drain.step is not DrainStep.BACK:
             self._hold_back(drain, drain.step is DrainStep.MOVE)
@@ -108,7 +108,7 @@ class Draining:
         if drain.step is DrainStep.BACK:
             raise ConflictError(f"{operation.id} is being taken back already")
         if drain.step in (DrainStep.LEAVE, DrainStep.END):
-            raise ConflictError(f"{operation.target} has left already")
+            raise ConflictError(f"{' and '.join(drain.names)} has left already")
         self._undo(drain, OperationState.CANCELLED, "cancelled", now)
 
     # ---- events ---------------------------------------------------------------------------

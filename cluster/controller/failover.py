@@ -229,8 +229,8 @@ def continue_with(
             cluster.effects.append(End((record.name,)))
     gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
     new = scale.added if scale else ()
-    cluster.places.restore(memory.closed, gone, now, names=memory.places, new=new)
     members = {m.name for m in collected.generation.members}
+    cluster.places.restore(memory.closed, gone, now, names=memory.places, new=new, members=members)
     for record in cluster.workers.alive():
         record.started_with = None if record.name in members else cluster.desired
     goes_on = {part.operation.id for part in (drain, scale) if part is not None}
@@ -258,6 +258,7 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
     if not missing and collected.is_intact and not cluster.round.missing(cluster.placement):
         cluster.experts_complete = True
         cluster.round.enter(Phase.RUNNING)
+        cluster.places.joined(cluster.round.members)
         recovery.show_running()
         cluster.history.add(cluster.round.number, now, cause, "all members went on")
     elif missing:

@@ -6,15 +6,16 @@
             experts that they have loaded
     then    workers that are to go are drained, and their places removed (``Draining.remove``)
 
-Up to the end of JOIN a scaling is given up where a new worker is lost, where it takes too long, and
-where a client cancels it: the new places go, and the others serve as before. ``Scaling`` decides
-the next step; the controller acts. A restarted controller continues the scaling of an earlier one
-(``Memory``).
+A scaling is given up where a new worker is lost in START (in JOIN another one takes its place),
+where it takes too long, and where a client cancels it: new places whose workers have not served go,
+and the others serve as before. ``Scaling`` decides the next step; the controller acts. A restarted
+controller continues the scaling of an earlier one (``Memory``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 
 from cluster.controller.drain import Draining
 from cluster.controller.parts.cluster import Cluster
@@ -77,6 +78,8 @@ class Scaling:
         """Undo a scaling. Raises ``ConflictError`` if it is too late."""
         scale = self._cluster.scale
         if scale is not None and scale.operation is operation:
+            if self._all_serve(scale):
+                raise ConflictError(f"{operation.target}: the new workers serve already")
             scale.outcome = scale.outcome or (OperationState.CANCELLED, "cancelled")
         else:
             self._draining.cancel(operation, now)
@@ -98,7 +101,7 @@ class Scaling:
         cluster = self._cluster
         if not cluster.takes_orders:
             return self._give_up(scale, OperationState.FAILED, "the cluster is ending", now)
-        if scale.step is ScaleStep.JOIN and cluster.runs and not cluster.new_workers:
+        if self._all_serve(scale):
             return self._finish(scale, now)
         if scale.outcome is not None:
             return self._give_up(scale, *scale.outcome, now)
@@ -158,6 +161,11 @@ class Scaling:
         return sorted(n for n in newest if n in workers and workers[n].state in serving)
 
     # ---- steps ----------------------------------------------------------------------------
+
+    def _all_serve(self, scale: Scale) -> bool:
+        """All new workers take part in a generation that runs."""
+        cluster = self._cluster
+        return scale.step is ScaleStep.JOIN and cluster.runs and not cluster.new_workers
 
     def _add_places(self, scale: Scale) -> None:
         """Their workers start at the next tick."""
@@ -240,7 +248,8 @@ class Scaling:
         cluster.remove_places(places)
         gone = before - cluster.places.devices()
         if gone & set(range(cluster.desired.num_devices)):
-            cluster.desired = without_devices(gone, cluster.desired, cluster.room)
+            with suppress(ConflictError):  # no room: the next generation decides
+                cluster.desired = without_devices(gone, cluster.desired, cluster.room)
         return {n: why for n in newest if n in cluster.workers and not cluster.workers[n].is_lost}
 
     def _enter(self, scale: Scale, step: ScaleStep) -> None:

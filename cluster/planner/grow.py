@@ -55,7 +55,12 @@ class _GrowingBank:
         self._rows += [[] for _ in range(missing)]
         self._split += [[] for _ in range(missing)]
         self._burden += [0.0] * missing
-        room = {device: num_slots - len(self._held(device)) for device in devices}
+        for device in devices:  # one that comes back may have free slots
+            pairs = zip(self._rows[device], self._split[device], strict=True)
+            held = [(e, share) for e, share in pairs if e != FREE_SLOT]
+            self._rows[device] = [e for e, _ in held]
+            self._split[device] = [share for _, share in held]
+        room = {device: num_slots - len(self._rows[device]) for device in devices}
         while open_ := [device for device in devices if room[device] > 0]:
             taker = min(open_, key=lambda d: (self._burden[d], d))
             move = self._best_move(taker, devices)

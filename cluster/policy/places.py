@@ -281,16 +281,19 @@ class Places:
         *,
         names: Collection[str] = (),
         new: Collection[str] = (),
+        members: Collection[str] | None = None,
     ) -> None:
         """Continue for an earlier controller; ``gone``: workers that left (name -> reason).
 
         ``names`` are all places that it had, empty if it is not known, and ``new`` those that it
-        was adding.
+        was adding. ``members`` are the workers of its newest generation, None if it is not known.
         """
         self.add(name for name in names if name not in self._places)
         for name, place in self._places.items():
             place.is_new = name in new
-            if place.is_new and place.state is PlaceState.FILLED and place.member.name not in gone:
+            worker = place.member.name
+            is_member = not place.is_new and (members is None or worker in members)
+            if place.state is PlaceState.FILLED and not is_member and worker not in gone:
                 place.state = PlaceState.STARTING  # restored, not a change
             if names and name not in names:
                 place.state = PlaceState.REMOVED

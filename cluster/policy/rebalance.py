@@ -70,12 +70,14 @@ class RebalanceDecision:
     """Predicted seconds that the change costs."""
 
 
-def why_impossible(config: ClusterConfig) -> str:
-    """Why a cluster with this configuration can never rebalance; empty if it can."""
+def why_impossible(config: ClusterConfig, num_expert_workers: int) -> str:
+    """Why a cluster with this configuration and so many expert workers cannot rebalance; empty if
+    it can.
+    """
     workers = config.workers
     if workers.mode == "local":
         return "one worker holds all experts (--mode local)"
-    if workers.num_expert_workers < 2:
+    if num_expert_workers < 2:
         return "there is one expert worker (--num-expert-workers)"
     if not workers.num_redundant_experts + workers.recovery_slots:
         return "there are no spare expert slots (--num-redundant-experts)"

@@ -173,7 +173,6 @@ class EnginePool:
         self._num_routed += 1
         entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
         entry.kv_peer = choice.peer
-        self.kv.expect(choice.load.name, entry.prompt_hashes)
         return clients[choice.load.name]
 
     def _pick_other(self, entry: Submission) -> EngineClient | None:
@@ -347,6 +346,7 @@ class EnginePool:
                 if client is None:
                     self._waiting.append(entry)
                     continue
+                self.kv.expect(client.worker, entry.prompt_hashes)
                 has_lone_request = has_lone_request or entry.must_be_sent_alone
                 is_again = entry.was_sent
                 if is_again:

@@ -3,7 +3,8 @@
 A worker that is drained keeps its stream until its requests have left:
 
     Prefetch to another worker ─▶ it fetches the blocks, the first worker decodes on ─▶ Prefetched
-        ─▶ again, if many tokens came meanwhile ─▶ after the next token the request goes over
+        ─▶ again, if many tokens came meanwhile, and once more when a block has just become full
+        ─▶ after the next token the request goes over
 
 So does a request that its worker would have to preempt, where another worker has room.
 
@@ -20,6 +21,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.submission import Submission
@@ -34,12 +36,26 @@ MAX_LEFT_TOKENS = 32
 """Tokens since the last ``Prefetch`` up to which a request goes over."""
 MAX_ROUNDS = 4
 """Prefetches of one move, however many tokens come meanwhile."""
+FEW_TOKENS = 3
+"""Tokens that the other worker computes at once: each row reads experts of its own, so that a step
+with many takes long. Where more stand behind the last full block, a move waits for the next one."""
 _ANSWER_LIMIT_S = 5.0
 """Longest wait for ``Prefetched``."""
+_BLOCK_LIMIT_S = 2.0
+"""Longest wait for a full block."""
 _TOKEN_LIMIT_S = 0.2
 """Longest wait for a token after which the request goes over."""
 _RETRY_S = 0.2
 """Pause while there is no other worker."""
+
+
+class _Stage(Enum):
+    """What a move waits for."""
+
+    BLOCKS = "the blocks that were full when it began, and those that came meanwhile"
+    FULL_BLOCK = "a token that fills the next block"
+    LAST_BLOCK = "that block"
+    TOKEN = "the next token, after which the request goes over"
 
 
 @dataclass(slots=True, eq=False)
@@ -54,8 +70,7 @@ class _Move:
     num_tokens: int = 0
     """Tokens that were known at the last ``Prefetch``."""
     num_rounds: int = 0
-    is_ready: bool = False
-    """It goes over after its next token."""
+    stage: _Stage = _Stage.BLOCKS
     timer: asyncio.TimerHandle | None = None
 
 
@@ -82,7 +97,11 @@ class Moves:
 
     def begin(self, source: EngineClient) -> None:
         """Move all requests of a worker."""
-        self._waiting[source] = deque(source.submissions())
+        for move in self._moves.values():  # for relief: from now on it must leave
+            move.must_leave = move.must_leave or move.source is source
+        entries = source.submissions()
+        waiting = (e for e in entries if e.request.request_id not in self._moves)
+        self._waiting[source] = deque(waiting)
         self._start_next(source)
 
     def relieve(self, entry: Submission, source: EngineClient, target: EngineClient) -> None:
@@ -105,22 +124,29 @@ class Moves:
     def prefetched(self, target: EngineClient, message: Prefetched) -> None:
         """A worker has fetched what it could."""
         move = self._moves.get(message.request_id)
-        if move is None or move.target is not target or move.is_ready:
+        fetches = (_Stage.BLOCKS, _Stage.LAST_BLOCK)
+        if move is None or move.target is not target or move.stage not in fetches:
             return
         if message.attempt != move.entry.request.attempt or self._is_over(move):
             return
         num_new = move.entry.num_known_tokens - move.num_tokens
-        if num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
+        if move.stage is _Stage.LAST_BLOCK:
+            self._await_token(move)
+        elif num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
             self._prefetch(move)
-            return
-        move.is_ready = True
-        self._set_timer(move, _TOKEN_LIMIT_S, self._finish)
+        elif move.must_leave and _num_behind(move) > FEW_TOKENS:
+            move.stage = _Stage.FULL_BLOCK
+            self._set_timer(move, _BLOCK_LIMIT_S, self._await_token)
+        else:
+            self._await_token(move)
 
     def note_token(self, entry: Submission) -> None:
         """A worker has sent a token of a request, which is about to be delivered."""
         move = self._moves.get(entry.request.request_id)
-        if move is not None and move.is_ready:
+        if move is not None and move.stage is _Stage.TOKEN:
             self._set_timer(move, 0.0, self._finish)
+        elif move is not None and move.stage is _Stage.FULL_BLOCK:
+            asyncio.get_running_loop().call_soon(self._look_for_block, move)
 
     def drop(self, entry: Submission) -> None:
         """A request has ended, or left its worker."""
@@ -152,6 +178,17 @@ class Moves:
         move.target.prefetch(move.entry, move.source.worker)
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
+    def _look_for_block(self, move: _Move) -> None:
+        """Fetch the block that the last token has filled, if it has."""
+        is_waiting = move.stage is _Stage.FULL_BLOCK and not self._is_over(move)
+        if is_waiting and _num_behind(move) < FEW_TOKENS:
+            move.stage = _Stage.LAST_BLOCK
+            self._prefetch(move)
+
+    def _await_token(self, move: _Move) -> None:
+        move.stage = _Stage.TOKEN
+        self._set_timer(move, _TOKEN_LIMIT_S, self._finish)
+
     def _begin_again(self, move: _Move) -> None:
         """Its other worker is gone; where it may stay, it does."""
         self._forget(move)
@@ -164,7 +201,8 @@ class Moves:
         """The request goes over; to any worker if its blocks are not known to be at this one."""
         if self._is_over(move):
             return
-        target = move.target if move.is_ready and move.target.hello is not None else None
+        are_there = move.stage is not _Stage.BLOCKS and move.target.hello is not None
+        target = move.target if are_there else None
         self._forget(move)
         if target is None and not move.must_leave:
             return
@@ -173,7 +211,9 @@ class Moves:
         self._start_next(move.source)
 
     def _is_over(self, move: _Move) -> bool:
-        """The request has ended meanwhile, or its worker was lost."""
+        """It was given up, or the request has ended meanwhile, or its worker was lost."""
+        if self._moves.get(move.entry.request.request_id) is not move:
+            return True
         is_over = move.entry.stream is not move.source
         if is_over:
             self.drop(move.entry)
@@ -191,3 +231,11 @@ class Moves:
         if move.timer is not None:
             move.timer.cancel()
         self._moves.pop(move.entry.request.request_id, None)
+
+
+def _num_behind(move: _Move) -> int:
+    """Tokens that its other worker must compute, if it has all full blocks."""
+    hello, entry = move.target.hello, move.entry
+    size = hello.kv_block_size if hello is not None else 0
+    longest = max((len(entry.outputs[c]) for c in entry.open_choices), default=0)
+    return (len(entry.request.prompt) + longest - 1) % size + 1 if size else 0

@@ -62,6 +62,7 @@ class Admission:
 
     def __post_init__(self) -> None:
         self._by_tenant: Counter[str] = Counter()  # requests held
+        self._tokens_by_tenant: Counter[str] = Counter()  # that they may need
         self._saturated_s = 0.0  # time with requests waiting or a full queue, in all
         self._since_s: float | None = None  # start of the present such time
         self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # on the saturated clock
@@ -84,7 +85,7 @@ class Admission:
 
         In a full queue there is still room for a tenant that has far less than its share of it.
         """
-        has_share = self._has_share(tenant, num_requests)
+        has_share = self._has_share(tenant, num_requests, num_tokens)
         over = self.num_requests + num_requests - self.max_requests
         if over > 0 and not has_share:
             raise QueueFullError(
@@ -108,14 +109,22 @@ class Admission:
             )
         self._add(num_requests, num_tokens, num_bytes, now_s)
         self._by_tenant[tenant] += num_requests
+        self._tokens_by_tenant[tenant] += num_tokens
         return Ticket(self, num_requests, num_tokens, now_s, num_bytes, tenant)
 
-    def _has_share(self, tenant: str, num_requests: int) -> bool:
-        """With these requests it holds at most half of an equal share: all tenants together may
-        exceed the limit by half."""
+    def _has_share(self, tenant: str, num_requests: int, num_tokens: int) -> bool:
+        """With these it holds at most half of an equal share of the queue, which then exceeds its
+        limits by at most half.
+        """
         others = self._by_tenant.keys() - {tenant}
-        share = self.max_requests / (len(others) + 1)
-        return bool(others) and self._by_tenant[tenant] + num_requests <= share / 2
+        part = 0.5 / (len(others) + 1)
+        return (
+            bool(others)
+            and self._by_tenant[tenant] + num_requests <= part * self.max_requests
+            and self._tokens_by_tenant[tenant] + num_tokens <= part * self.max_tokens
+            and self.num_requests + num_requests <= 1.5 * self.max_requests
+            and self.num_tokens + num_tokens <= 1.5 * self.max_tokens
+        )
 
     def retry_after_s(self, num_requests: int) -> float:
         """Estimated time until ``num_requests`` have left."""
@@ -143,8 +152,9 @@ class Admission:
         self._held_s.extend([now_s - ticket.since_s] * ticket.num_requests)
         was_saturated = self._since_s is not None
         self._by_tenant[ticket.tenant] -= ticket.num_requests
+        self._tokens_by_tenant[ticket.tenant] -= ticket.num_tokens
         if not self._by_tenant[ticket.tenant]:
-            del self._by_tenant[ticket.tenant]
+            del self._by_tenant[ticket.tenant], self._tokens_by_tenant[ticket.tenant]
         self._add(-ticket.num_requests, -ticket.num_tokens, -ticket.num_bytes, now_s)
         if was_saturated:
             self._finished_s.extend([self._saturated_s] * ticket.num_requests)

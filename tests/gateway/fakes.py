@@ -131,6 +131,7 @@ class ScriptedEngine:
     answers_pings: bool = True
     prefetches: list[Request] = field(default_factory=list)
     answers_prefetches: bool = True
+    kv_block_size: int = 0
     reports: Callable[[Request, RequestStage], bool] = lambda request, stage: True
     """Whether it reports that a request is at a stage."""
     num_streams: int = 0
@@ -211,6 +212,7 @@ class ScriptedEngine:
             hidden_size=8,
             num_layers=2,
             num_heads=2,
+            kv_block_size=self.kv_block_size,
         )
 
     async def _read(self, messages: AsyncIterator[bytes], queue: Outgoing) -> None:

@@ -157,10 +157,10 @@ class Scheduler:
                 lower = [s for s in self._running if _gives_way(s.request, first.request)]
                 self._preempt(lower[-1] if self._alone is None else self._last())
             admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
+        self._make_room(decode_rows)
         decoding, prefilling = self._runnable()
-        for sequence in decoding:
-            if len(rows) < decode_rows:
-                self._plan_decode(sequence, rows)
+        for sequence in decoding[:decode_rows]:
+            self._plan_decode(sequence, rows)
         left = min(prefill_rows, self._max_rows - len(rows))
         kept = (s for s in prefilling if s.status is SequenceStatus.RUNNING)
         planned = sorted((*kept, *admissible), key=attrgetter("order"))
@@ -244,16 +244,22 @@ class Scheduler:
         return decoding, prefilling
 
     def _plan_decode(self, sequence: SequenceState, rows: list[PlannedRows]) -> None:
-        if sequence.status is not SequenceStatus.RUNNING:
-            return  # preempted for one before it
-        missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
+        missing = self._num_missing_blocks(sequence)
         if missing:  # most decodes go on in their last block
-            while not self._pool.can_allocate(missing):
-                self._preempt(self._last(rows))
-                if sequence.status is not SequenceStatus.RUNNING:
-                    return  # it was the last of the order itself
             self._extend(sequence, self._pool.allocate(missing))
         rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
+
+    def _make_room(self, decode_rows: int) -> None:
+        """Preempt sequences until the others have the blocks of their next rows."""
+        while True:
+            decoding, _ = self._runnable()
+            missing = sum(map(self._num_missing_blocks, decoding[:decode_rows]))
+            if self._pool.can_allocate(missing):
+                return
+            self._preempt(self._last())
+
+    def _num_missing_blocks(self, decoding: SequenceState) -> int:
+        return self._blocks(decoding.num_tokens) - len(decoding.blocks)
 
     def _plan_chunk(self, sequence: SequenceState, limit: int, rows: list[PlannedRows]) -> int:
         """Plan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
@@ -334,14 +340,10 @@ class Scheduler:
         is_short = self._pool.num_free < _BLOCKS_AHEAD * len(others)
         return _last_of_most(others) if is_short and len(others) > 1 else None
 
-    def _last(self, planned: Collection[PlannedRows] = ()) -> SequenceState:
-        """The running sequence to preempt, without those that have rows in the plan already: one
-        that does not run alone, if there is one.
-        """
-        taken = {id(rows.sequence) for rows in planned}
-        free = [s for s in self._running if id(s) not in taken]
-        others = [s for s in free if self._alone is None or not self._may_run(s)]
-        return _last_of_most(others or free)
+    def _last(self) -> SequenceState:
+        """The running sequence to preempt: one that does not run alone, if there is one."""
+        others = [s for s in self._running if self._alone is None or not self._may_run(s)]
+        return _last_of_most(others or self._running)
 
     def _preempt(self, victim: SequenceState) -> None:
         self._running.remove(victim)

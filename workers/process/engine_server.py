@@ -141,9 +141,9 @@ class EngineServer:
         free blocks by a quarter at once.
         """
         known = self._kv.num_free
-        is_news = abs(num_free - known) > _FREE_SHARE * max(num_free, known)
-        if changes.stored or changes.removed or is_news or fetch_cost != self._kv.fetch_cost:
-            self._publish(self._tell_kv, changes, fetch_cost, num_free, is_news)
+        has_changed = abs(num_free - known) > _FREE_SHARE * max(num_free, known)
+        if changes.stored or changes.removed or has_changed or fetch_cost != self._kv.fetch_cost:
+            self._publish(self._tell_kv, changes, fetch_cost, num_free, has_changed)
 
     def close_streams(self, fence: int) -> None:
         """Generations up to ``fence`` may no longer serve (any thread).
@@ -234,10 +234,10 @@ class EngineServer:
         return FROM_ENGINE.encode(self._kv.whole())
 
     def _tell_kv(
-        self, changes: HashChanges, fetch_cost: float, num_free: int, is_news: bool
+        self, changes: HashChanges, fetch_cost: float, num_free: int, has_changed: bool
     ) -> None:
         self._kv.fetch_cost, self._kv.num_free = fetch_cost, num_free
-        if changes.stored or changes.removed or is_news:
+        if changes.stored or changes.removed or has_changed:
             self._streams.put_all(FROM_ENGINE.encode(self._kv.change(changes)))
 
     def _admit(self, generation: int) -> None:

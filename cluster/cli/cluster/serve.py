@@ -167,7 +167,8 @@ def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str
 
 def _tell_rebalancing(plan: LaunchPlan) -> None:
     """Show why ``--enable-eplb`` has no effect, as ``status`` does for a running cluster."""
-    impossible = why_impossible(plan.config) if plan.config.rebalance.enable_eplb else ""
+    experts = plan.config.workers.num_expert_workers
+    impossible = why_impossible(plan.config, experts) if plan.config.rebalance.enable_eplb else ""
     if impossible:
         note(f"--enable-eplb: rebalancing is not possible: {impossible}")
 

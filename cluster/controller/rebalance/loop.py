@@ -65,8 +65,6 @@ class Rebalancing:
         self._section = cluster.config.rebalance
         self.plans = Plans(cluster, executor)
         """Decisions by operation id, and the shares of the stage under way."""
-        self.impossible = why_impossible(cluster.config)
-        """Why rebalancing is impossible in this cluster; empty if it is possible."""
         self._looked: tuple[float, LoadNow] | None = None  # rows at the last dry run, and its load
         self._job: RebalanceJob | None = None
         self._problem = ""
@@ -76,6 +74,11 @@ class Rebalancing:
         """Its effect is known, or there is none."""
         self._rested_at = cluster.began_at
         self._seen_windows = 0
+
+    @property
+    def impossible(self) -> str:
+        """Why rebalancing is impossible in this cluster; empty if it is possible."""
+        return why_impossible(self._cluster.config, len(self._cluster.places.devices()))
 
     # ---- orders ---------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import ray
 
 from cluster.actors import ray_tools, room, worker_group
 from cluster.actors.worker_group import WorkerGroup
+from cluster.config.cluster import WorkersSection
+from cluster.core.errors import StartError
 from cluster.core.placement import contiguous
 from cluster.core.process import ProcessIdentity
 from cluster.core.topology import Member
@@ -19,7 +22,8 @@ from cluster.sizing.start_plan import StartPlan
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG
 
 PROCESS = ProcessIdentity(pid=7, started_at=0.0)
-PLAN = StartPlan(config=CONFIG, placement=contiguous(BANKS, 1), num_slots=0)
+POOLS = WorkersSection(num_attention_workers=2)
+PLAN = StartPlan(config=replace(CONFIG, workers=POOLS), placement=contiguous(BANKS, 1), num_slots=0)
 
 
 class Handle:
@@ -89,6 +93,7 @@ def test_a_name_that_an_earlier_controller_had_used_takes_no_place_of_another_wo
     monkeypatch.setattr(ray.util, "get_placement_group", lambda name: object())
     bundles = {"bundles_to_node_id": {0: "a node", 1: "a node"}}
     monkeypatch.setattr(room, "placement_group_table", lambda group: bundles)
+    monkeypatch.setattr(ray_tools, "added_room", dict)
     head = SlowHead(1)
     group = WorkerGroup({"expert": head})
     member = Member(name="expert-1.2", role="expert", rank=1, device=1)
@@ -99,3 +104,20 @@ def test_a_name_that_an_earlier_controller_had_used_takes_no_place_of_another_wo
 
     asyncio.run(body())
     assert head.bundles == [-1]  # wherever there is room; bundle 0 is that of expert-0
+
+
+def test_a_worker_that_is_not_wanted_any_more_is_not_created() -> None:
+    """Its scaling was given up before Ray knew of it."""
+    head = SlowHead(1)
+    group = WorkerGroup({"attention": head})
+    group.room._group = object()  # type: ignore[assignment]
+    member = Member(name="attention-1", role="attention", rank=1, device=-1)
+
+    async def body() -> None:
+        await group.end(["attention-1"])
+        with pytest.raises(StartError, match="not wanted any more"):
+            await group.start([member], PLAN, "127.0.0.1:1")
+
+    asyncio.run(body())
+    assert head.bundles == []
+    assert group.names() == []

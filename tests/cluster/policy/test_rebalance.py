@@ -351,6 +351,7 @@ def test_a_stage_may_hold_more_than_is_planned() -> None:
     ],
 )
 def test_what_makes_it_impossible_is_said(workers: dict[str, object], reason: str) -> None:
-    found = why_impossible(make_config(**workers))
+    config = make_config(**workers)
+    found = why_impossible(config, config.workers.num_expert_workers)
     assert reason in found
     assert bool(found) is bool(reason)

@@ -215,3 +215,22 @@ def test_a_request_that_may_stay_does_if_its_blocks_do_not_come(
     source.pause_after = None
     assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
     assert (target.requests, source.aborts) == ([], [])
+
+
+def test_a_move_waits_for_a_full_block(workers: Workers) -> None:
+    source = workers.add(pause_after=5, step_s=0.005)
+    fields = {"prompt": "hello", "max_tokens": 60, "seed": 1}
+    answer = start(lambda: complete(workers.stack, **fields))
+    workers.stack.wait_for(lambda: len(source.stuck) == 1, "the middle")
+    target = workers.add(kv_block_size=16)
+    drain(workers)
+    workers.stack.wait_for(lambda: len(target.prefetches) == 1, "the first prefetch")
+    source.pause_after = None
+    assert answer.result(WAIT_S)["usage"]["completion_tokens"] == 60
+    lengths = [
+        len(request.prompt) + len(request.output_so_far[0])
+        for request in (*target.prefetches, *target.requests)
+    ]
+    assert len(lengths) == 3
+    assert (lengths[1] - 1) % 16 < moves.FEW_TOKENS, "a token has just filled a block"
+    assert lengths[2] > lengths[1]

@@ -132,3 +132,14 @@ def test_no_sequence_is_preempted_that_is_planned_already() -> None:
         assert all(planned.sequence in running for planned in plan.rows if planned.is_decode)
         desk.commit(plan)
     assert desk.scheduler.num_preemptions > 0
+
+
+def test_the_tenant_with_the_most_gives_way_whoever_needs_blocks() -> None:
+    for num_blocks in range(12, 20):
+        desk = Desk(num_blocks=num_blocks)
+        many = [ask(desk, "many", 8, new=30) for _ in range(3)]
+        (one,) = [ask(desk, "one", 8, new=30)]
+        while not desk.scheduler.num_preemptions:
+            desk.step()
+        assert one in desk.scheduler.running, num_blocks
+        assert sum(s in desk.scheduler.running for s in many) == 2

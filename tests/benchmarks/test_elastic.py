@@ -1,0 +1,28 @@
+"""The benchmarks of a cluster that changes while it serves run, and find nothing wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import chaos, moves, overload
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_a_short_chaos_harms_no_client(capsys: pytest.CaptureFixture[str]) -> None:
+    code = chaos.main(["--seed", "3", "--minutes", "0.7", "--every", "4"])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert " 0 lost, 0 altered, 0 things left." in printed
+
+
+def test_pauses_of_moves_are_measured() -> None:
+    text = moves.section(quick=True)
+    assert text.startswith("## Moved requests")
+    assert "blocks fetched ahead: usual" in text
+
+
+def test_overload_is_measured() -> None:
+    text = overload.section(quick=True)
+    assert "10 x the capacity" in text
+    assert "nan" not in text.splitlines()[4], "single requests get their first tokens"
