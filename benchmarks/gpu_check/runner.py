@@ -88,7 +88,7 @@ def limit_of(sections: Sequence[Section], left_s: float) -> float:
     with a least of 70: 70.
     """
     first = sections[0]
-    share = left_s * first.seconds / sum(section.seconds for section in sections)
+    share = left_s * (first.seconds / sum(section.seconds for section in sections))
     limit = max(share, first.least_s)
     return limit if limit <= left_s else 0.0
 

@@ -155,6 +155,7 @@ def test_a_section_has_its_part_of_what_is_left_and_no_less_than_its_least() -> 
     assert limit_of(some, 180.0) == 60.0
     assert limit_of(some[1:], 180.0) == 180.0
     assert limit_of([some[1], some[0]], 90.0) == 70.0
+    assert all(limit_of(some[1:], left / 7) == left / 7 for left in range(700, 5000)), "rounding"
     assert limit_of([some[1], some[0]], 69.0) == 0.0
 
 

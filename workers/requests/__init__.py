@@ -1,4 +1,4 @@
-"""A request, its outputs and the step header as plain data, and their form on the wire.
+"""Requests, their outputs and the step header as plain data, on the wire too; whose turn it is.
 
 Imports ``cluster.core`` and numpy; never torch.
 """

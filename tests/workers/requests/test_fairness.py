@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.workers.engine.test_scheduler import Desk
-from workers.engine.fairness import ServedTokens
+from workers.requests.fairness import ServedTokens
 from workers.requests.request import SamplingParams
 from workers.requests.sequence import SequenceState
 
