@@ -86,7 +86,7 @@ class Seen:
     """What the clients saw."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    """By kind of request and what came of it."""
+    """By kind of request and its outcome."""
     wrong: list[str] = field(default_factory=list)
     """Answers that differ, and calls that failed without a reason."""
     pauses_ms: list[float] = field(default_factory=list)
@@ -347,7 +347,10 @@ class Chaos:
 
 
 async def run(server: Served, seed: int, minutes: float, every_s: float) -> list[str]:
-    """All of it; the lines of the report. The last one begins with ``Result``."""
+    """Learn the answers, then let faults happen under load.
+
+    Returns the lines of the report; the last one begins with ``Result``.
+    """
     draw = random.Random(seed)
     clients = Clients(server, random.Random(seed + 1))
     await clients.learn()

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.fault_load import wait
+from benchmarks.fault_site import Site
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
@@ -23,9 +25,6 @@ from benchmarks.serving import TINY, random_model
 from gateway.core.call import CallKind, GenerateFields
 from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
-
-_LIMIT_S = 120.0
-_POLL_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,9 +108,7 @@ def _drain(
     streams.wait_tokens(case.tokens_before)
     (worker,) = (c.worker for c in gateway.engines.clients if c.submissions())
     ordered_at = time.monotonic()
-    begun = cluster.call("drain", {"worker": worker, "limit_s": _LIMIT_S})
-    while cluster.call("operation", begun["id"])["state"] == "RUNNING":
-        time.sleep(_POLL_S)
+    Site(cluster, rng).drain(worker)
     ended_at = time.monotonic()
     (answer,) = streams.finish()
     gaps = [(end, 1000 * (end - begin)) for begin, end in pairwise(answer.times)]
@@ -123,11 +120,7 @@ def _drain(
 def _wait_whole(cluster: RayCluster, gateway: ClusterGateway) -> None:
     """Wait until both attention workers serve, and the gateway has streams to them."""
     cluster.wait(lambda s: s["state"] == "SERVING")
-    give_up = time.monotonic() + _LIMIT_S
-    while len(gateway.engines.clients) < 2:
-        if time.monotonic() > give_up:
-            raise TimeoutError("the gateway has no stream to the new worker")
-        time.sleep(_POLL_S)
+    wait(lambda: len(gateway.engines.clients) == 2, "a stream to the new worker")
 
 
 def report(case: Case, found: Mapping[str, Mapping[int, list[Drained]]]) -> str:

@@ -23,6 +23,7 @@ from cluster.config.resources import NodeResources, WorkerShare, resolved_share
 from cluster.core.errors import StartError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
+from cluster.policy.places import place_name
 
 ANY_BUNDLE = -1
 _FREE_SHARE_S = 2.0
@@ -102,8 +103,9 @@ class Room:
     def release(self, places: Collection[str]) -> None:
         """Give back the room of places that scaling has added; others keep theirs."""
         for place in places:
-            if (group := self._added.pop(place, None)) is not None:
-                remove_placement_group(group)
+            if place in self._added:
+                remove_placement_group(self._added[place])
+                del self._added[place]
 
     def bundle_for(self, name: str, role: Role, taken: Collection[int]) -> int:
         """The reserved bundle of a worker, else a free one of its role; any bundle if the role does
@@ -141,7 +143,7 @@ def _bundle(share: WorkerShare) -> dict[str, float]:
 
 def _member(role: Role, rank: int, node: NodeResources) -> Member:
     return Member(
-        name=f"{role}-{rank}",
+        name=place_name(role, rank),
         role=role,
         rank=rank,
         device=rank if holds_experts(role) else -1,

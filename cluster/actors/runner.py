@@ -175,11 +175,11 @@ class Runner:
                 for worker in workers:
                     self.server.drop(worker)
                 end, ended = self.group.end, self.controller.draining.ended
-                self.background.spawn(self._end(partial(end, workers), partial(ended, workers)))
+                self.background.spawn(self._insist(partial(end, workers), partial(ended, workers)))
             case Release(places):
-                self.background.spawn(self._release(places))
+                self.background.spawn(self._insist(partial(self.group.release, places)))
             case EndAll():
-                self.background.spawn(self._end(self.group.end_all, self.controller.all_ended))
+                self.background.spawn(self._insist(self.group.end_all, self.controller.all_ended))
             case Trace(name, seconds, attributes, error):
                 if self.traces is not None:
                     self.traces.record(name, seconds, attributes, error)
@@ -240,30 +240,26 @@ class Runner:
         if self.controller is not None and name in self.controller.cluster.workers:
             self.tell(partial(self.controller.lost, {name: reason}))
 
-    async def _end(
-        self, end: Callable[[], Awaitable[None]], ended: Callable[[float], None]
+    async def _insist(
+        self,
+        order: Callable[[], Awaitable[None]],
+        event: Callable[[float], None] = lambda now: None,
     ) -> None:
-        """End workers, again after each error, until they have ended; then tell the controller."""
+        """Give an order to Ray, again after each error, until it is carried out; then tell the
+        controller of the event.
+        """
         while self.controller is not None:
             try:
-                await end()
+                await order()
             except SupersededError as err:
                 self.retire(str(err))
             except Exception:  # any error of Ray
-                logger.exception("workers could not be ended, trying again")
+                logger.exception("an order to end or release workers failed, trying again")
                 await asyncio.sleep(_END_AGAIN_S)
             else:
                 if self.controller is not None:
-                    self.tell(ended)
+                    self.tell(event)
                 break
-
-    async def _release(self, places: Sequence[str]) -> None:
-        try:
-            await self.group.release(places)
-        except SupersededError as err:
-            self.retire(str(err))
-        except Exception:  # any error of Ray: the room stays reserved until the cluster ends
-            logger.exception("room of %s is not given back", ", ".join(places))
 
     async def _tick_forever(self, controller: Controller) -> None:
         while self._leads(controller):

@@ -36,8 +36,6 @@ RETRY_S = 5.0
 """Pause after a drain that was refused or undone before its workers can request another."""
 GATHER_S = 0.3
 """Time in which signals to the workers of one node count as one drain."""
-_TOLD_S = 1.0
-"""Precision with which the next controller knows the time that is left."""
 _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
 """Steps after which a drain can no longer be undone."""
 
@@ -68,7 +66,7 @@ class Draining:
         if states == {WorkerState.DRAINED}:
             drain.resume(DrainStep.LEAVE)
         elif states & {WorkerState.LOST, WorkerState.DRAINED}:
-            text = f"{' and '.join(drain.names)}: lost before they had left"
+            text = f"{drain.workers}: lost before they had left"
             self._end(drain, OperationState.FAILED, text, now)
         elif drain.step is not DrainStep.BACK:
             self._hold_back(drain, drain.step is DrainStep.MOVE)
@@ -83,8 +81,9 @@ class Draining:
         return before or self._begin(self._named(order), order, now)
 
     def check_removal(self, names: Sequence[str]) -> None:
-        """Raise ``ConflictError`` if the cluster cannot do without these workers."""
-        self._stage_without(names)
+        """Raise ``ConflictError`` if the cluster cannot do without these workers, if any."""
+        if names:
+            self._stage_without(names)
 
     def remove(
         self, names: Sequence[str], operation: Operation, limit_s: float, now: float
@@ -108,7 +107,7 @@ class Draining:
         if drain.step is DrainStep.BACK:
             raise ConflictError(f"{operation.id} is being taken back already")
         if drain.step in (DrainStep.LEAVE, DrainStep.END):
-            raise ConflictError(f"{' and '.join(drain.names)} has left already")
+            raise ConflictError(f"{drain.workers} has left already")
         self._undo(drain, OperationState.CANCELLED, "cancelled", now)
 
     # ---- events ---------------------------------------------------------------------------
@@ -134,14 +133,15 @@ class Draining:
         drain = self._cluster.drain
         if drain is None or drain.step is not DrainStep.END or not set(drain.names) <= set(names):
             return
-        drain.operation.result["workers"] = list(drain.names)
-        text = f"{drain.operation.target} is drained"
+        operation = drain.operation
         if drain.removes_places:
-            drain.operation.result["removed"] = list(drain.operation.result.pop("workers"))
-            text = f"scaled to {drain.operation.target}"
+            operation.result["removed"] = list(drain.names)
+            text = f"scaled to {operation.target}"
             self._cluster.effects.append(Release(tuple(map(place_of, drain.names))))
-        elif not drain.order.node:  # a node will be taken down
-            for name in drain.names:
+        else:
+            operation.result["workers"] = list(drain.names)
+            text = f"{operation.target} is drained"
+            for name in () if drain.order.node else drain.names:  # a node will be taken down
                 self._cluster.places.reopen(name)
         self._end(drain, OperationState.SUCCEEDED, text, now)
 
@@ -155,8 +155,7 @@ class Draining:
         if not self._cluster.takes_orders:
             self._end(drain, OperationState.FAILED, "the cluster is ending", now)
             return
-        if drain.left_s - (left_s := max(drain.deadline - now, 0.0)) >= _TOLD_S:
-            drain.left_s = left_s
+        if drain.has_less(now):
             self._cluster.remember()
         self._advance(drain, now)
 
@@ -236,7 +235,7 @@ class Draining:
         cluster = self._cluster
         for name in names:
             record = cluster.workers[name]
-            if record.state not in (WorkerState.SERVING, WorkerState.READY):
+            if not record.is_ready:
                 raise ConflictError(f"{name} is {record.state.value}")
         members = cluster.generation.members
         if not any(m.runs_attention for m in members if m.name not in names):
@@ -336,7 +335,7 @@ class Draining:
         if stage is not None and stage.fills:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
-        cluster, why = self._cluster, f"drained {' and '.join(drain.names)}"
+        cluster, why = self._cluster, f"drained {drain.workers}"
         placement = stage.placement if stage is not None else cluster.placement
         if drain.removes_places and stage is not None:
             gone = {cluster.workers[name].member.device for name in drain.names}

@@ -23,14 +23,10 @@ from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.scales import Scale, ScaleOrder, ScaleStep
 from cluster.controller.rebalance.loop import Rebalancing
 from cluster.core.errors import ConflictError, RequestError
-from cluster.core.states import WorkerState
 from cluster.core.topology import Role, holds_experts
 from cluster.planner.grow import grow
 from cluster.policy.coverage import describe_pools, without_devices
 from cluster.policy.places import place_of
-
-_TOLD_S = 1.0
-"""Precision with which the next controller knows the time that is left."""
 
 
 class Scaling:
@@ -63,9 +59,7 @@ class Scaling:
         cluster.operations.check_free()
         if not cluster.takes_orders:
             raise ConflictError("the cluster is starting or ending")
-        leaving = self._leaving(wanted)
-        if leaving:
-            self._draining.check_removal(leaving)
+        self._draining.check_removal(self._leaving(wanted))
         operation = cluster.operations.begin("scale", describe_pools(wanted), order, now)
         scale = cluster.scale = Scale(
             operation=operation, order=order, deadline=now + order.limit_s, left_s=order.limit_s
@@ -109,8 +103,7 @@ class Scaling:
             what = " and ".join(cluster.unready_workers()) or "the cluster"
             text = f"{what} could not {scale.step.value} within {scale.order.limit_s:g} s"
             return self._give_up(scale, OperationState.FAILED, text, now)
-        if scale.left_s - (left_s := scale.deadline - now) >= _TOLD_S:
-            scale.left_s = left_s
+        if scale.has_less(now):
             cluster.remember()
         if scale.step is ScaleStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
             self._add_places(scale)
@@ -156,9 +149,8 @@ class Scaling:
     def _leaving(self, wanted: Mapping[Role, int]) -> list[str]:
         """Workers that are to go, and that serve."""
         workers = self._cluster.workers
-        newest = self._cluster.places.workers_of(self._going(wanted)).values()
-        serving = (WorkerState.SERVING, WorkerState.READY)
-        return sorted(n for n in newest if n in workers and workers[n].state in serving)
+        newest = self._cluster.places.workers_of(self._going(wanted))
+        return sorted(n for n in newest if n in workers and workers[n].is_ready)
 
     # ---- steps ----------------------------------------------------------------------------
 
@@ -190,8 +182,7 @@ class Scaling:
         Returns workers (name -> reason) that have not served yet and are to go.
         """
         cluster, operation = self._cluster, scale.operation
-        added = cluster.places.workers_of(scale.added).values()
-        operation.result["added"] = sorted(added)
+        operation.result["added"] = sorted(cluster.places.workers_of(scale.added))
         operation.generation = cluster.generation.number
         self._count_moves(scale, now)
         cluster.scale = None
@@ -199,8 +190,7 @@ class Scaling:
         wanted = self._wanted(scale.order)
         leaving = self._leaving(wanted)
         try:
-            if leaving:
-                self._draining.check_removal(leaving)
+            self._draining.check_removal(leaving)
         except ConflictError as err:
             cluster.operations.end(operation, OperationState.FAILED, str(err), now)
             return {}
@@ -216,7 +206,7 @@ class Scaling:
     def _count_moves(self, scale: Scale, now: float) -> None:
         """The experts that new workers have loaded count as moved."""
         table = self._cluster.workers
-        added = self._cluster.places.workers_of(scale.added).values()
+        added = self._cluster.places.workers_of(scale.added)
         holders = [r for n in added if n in table and (r := table[n]).member.holds_experts]
         if not holders:
             return
@@ -243,7 +233,7 @@ class Scaling:
     def _remove(self, places: Collection[str], why: str) -> dict[str, str]:
         """Remove places without a serving worker; those workers (name -> reason) are to end."""
         cluster = self._cluster
-        newest = cluster.places.workers_of(places).values()
+        newest = cluster.places.workers_of(places)
         before = cluster.places.devices()
         cluster.remove_places(places)
         gone = before - cluster.places.devices()

@@ -1,7 +1,7 @@
 """A placement for more devices: the new ones take experts over, and no other weight moves. Pure.
 
-Rebalancing finds better placements later. This one is there at once, and whoever held an expert
-before can serve it until its new device does.
+It is quick to compute, and the device that held an expert before can serve it until the new one
+does. Rebalancing finds better placements later.
 
 Example, one bank of 6 experts without load on 2 devices, and device 2 is new:
 

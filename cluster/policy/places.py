@@ -226,12 +226,12 @@ class Places:
         """Where experts are when every place is filled."""
         return frozenset(p.member.device for p in self._present() if p.member.holds_experts)
 
-    def workers_of(self, names: Collection[str]) -> dict[str, str]:
-        """Place -> its newest worker."""
-        return {name: self._places[name].member.name for name in names}
+    def workers_of(self, names: Iterable[str]) -> list[str]:
+        """The newest worker of each of these places."""
+        return [self._places[name].member.name for name in names]
 
     def is_new(self, name: str) -> bool:
-        """Scaling adds this place, and no worker of it has been in a generation that ran."""
+        """Scaling adds this place, and none of its workers has been in a generation that ran."""
         return self._places[name].is_new
 
     def to_add(self, role: Role, count: int) -> list[str]:

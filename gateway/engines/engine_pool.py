@@ -33,8 +33,9 @@ _RETRY_S = 0.2
 _VERDICT_LIMIT_S = 10.0
 """Time for which a request waits to learn whether a worker lives."""
 ROOM_FACTOR = 4
-"""Room of a worker, in tokens of the request that moves there from one that runs out of it: much of
-it may be taken when the request arrives, and it must not move back soon."""
+"""A worker takes a request from one that runs short of blocks if it has room for so many times the
+request's tokens: others may take much of the room before the request arrives, and it must not move
+back soon."""
 _REFUSED_RETRY_S = 0.1
 """Time before a request that a worker handed back may go to the same worker again."""
 

@@ -65,8 +65,6 @@ class _Move:
     entry: Submission
     source: EngineClient
     target: EngineClient
-    must_leave: bool = True
-    """Its worker is drained; else it stays where the move fails."""
     num_tokens: int = 0
     """Tokens that were known at the last ``Prefetch``."""
     num_rounds: int = 0
@@ -97,8 +95,6 @@ class Moves:
 
     def begin(self, source: EngineClient) -> None:
         """Move all requests of a worker."""
-        for move in self._moves.values():  # for relief: from now on it must leave
-            move.must_leave = move.must_leave or move.source is source
         entries = source.submissions()
         waiting = (e for e in entries if e.request.request_id not in self._moves)
         self._waiting[source] = deque(waiting)
@@ -108,7 +104,7 @@ class Moves:
         """Move a request of a worker that runs out of blocks; one at a time."""
         can_move = any(entry.outputs) and entry.request.prompt_embeds is None
         if can_move and source not in self._waiting and not self._num_moving(source):
-            move = _Move(entry, source, target, must_leave=False)
+            move = _Move(entry, source, target)
             self._moves[entry.request.request_id] = move
             self._prefetch(move)
 
@@ -134,7 +130,7 @@ class Moves:
             self._await_token(move)
         elif num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
             self._prefetch(move)
-        elif move.must_leave and _num_behind(move) > FEW_TOKENS:
+        elif self._must_leave(move) and _num_behind(move) > FEW_TOKENS:
             move.stage = _Stage.FULL_BLOCK
             self._set_timer(move, _BLOCK_LIMIT_S, self._await_token)
         else:
@@ -204,11 +200,15 @@ class Moves:
         are_there = move.stage is not _Stage.BLOCKS and move.target.hello is not None
         target = move.target if are_there else None
         self._forget(move)
-        if target is None and not move.must_leave:
+        if target is None and not self._must_leave(move):
             return
         num_new = move.entry.num_known_tokens - move.num_tokens
         self._go_over(move.entry, target, num_new)
         self._start_next(move.source)
+
+    def _must_leave(self, move: _Move) -> bool:
+        """Its worker is drained; else it stays where the move fails."""
+        return move.source in self._waiting
 
     def _is_over(self, move: _Move) -> bool:
         """It was given up, or the request has ended meanwhile, or its worker was lost."""

@@ -83,7 +83,7 @@ class Admission:
     ) -> Ticket:
         """Take a place for one call. Raises ``QueueFullError`` with a retry time.
 
-        In a full queue there is still room for a tenant that has far less than its share of it.
+        A full queue still takes a call of a tenant with at most half of its equal share.
         """
         has_share = self._has_share(tenant, num_requests, num_tokens)
         over = self.num_requests + num_requests - self.max_requests

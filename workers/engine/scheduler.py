@@ -157,9 +157,8 @@ class Scheduler:
                 lower = [s for s in self._running if _gives_way(s.request, first.request)]
                 self._preempt(lower[-1] if self._alone is None else self._last())
             admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
-        self._make_room(decode_rows)
-        decoding, prefilling = self._runnable()
-        for sequence in decoding[:decode_rows]:
+        decoding, prefilling = self._make_room(decode_rows)
+        for sequence in decoding:
             self._plan_decode(sequence, rows)
         left = min(prefill_rows, self._max_rows - len(rows))
         kept = (s for s in prefilling if s.status is SequenceStatus.RUNNING)
@@ -249,13 +248,17 @@ class Scheduler:
             self._extend(sequence, self._pool.allocate(missing))
         rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
 
-    def _make_room(self, decode_rows: int) -> None:
-        """Preempt sequences until the others have the blocks of their next rows."""
+    def _make_room(self, decode_rows: int) -> tuple[list[SequenceState], list[SequenceState]]:
+        """Preempt sequences until there are blocks for the next rows of those that decode.
+
+        Returns the first ``decode_rows`` of these, and those that do not decode.
+        """
         while True:
-            decoding, _ = self._runnable()
-            missing = sum(map(self._num_missing_blocks, decoding[:decode_rows]))
-            if self._pool.can_allocate(missing):
-                return
+            decoding, prefilling = self._runnable()
+            del decoding[decode_rows:]
+            has_enough = self._pool.can_allocate(len(decoding))  # each needs one block at most
+            if has_enough or self._pool.can_allocate(sum(map(self._num_missing_blocks, decoding))):
+                return decoding, prefilling
             self._preempt(self._last())
 
     def _num_missing_blocks(self, decoding: SequenceState) -> int:

@@ -237,15 +237,13 @@ class Cluster:
     @property
     def new_workers(self) -> frozenset[str]:
         """Workers that scaling adds and that have not been in a generation that ran."""
-        added = [p for p in (self.scale.added if self.scale else ()) if self.places.is_new(p)]
-        return frozenset(self.places.workers_of(added).values())
+        added = self.scale.added if self.scale else ()
+        return frozenset(self.places.workers_of(p for p in added if self.places.is_new(p)))
 
     def unready_workers(self) -> list[str]:
         """Those of the new workers that others still wait for."""
-        ready = (WorkerState.READY, WorkerState.SERVING)
         table = self.workers
-        is_ready = {n for n in self.new_workers if n in table and table[n].state in ready}
-        return sorted(self.new_workers - is_ready)
+        return sorted(n for n in self.new_workers if n not in table or not table[n].is_ready)
 
     @property
     def profile(self) -> LoadProfile | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.controller.parts.operations import Operation, OperationState, Order
+from cluster.controller.parts.operations import OperationState, Order, Timed
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import next_state
 from cluster.core.topology import Generation
@@ -49,16 +49,11 @@ _NEXT = {
 
 
 @dataclass(kw_only=True, slots=True)
-class Drain:
+class Drain(Timed):
     """A running drain, as the workers keep it for the next controller."""
 
-    operation: Operation
     names: tuple[str, ...]
     order: DrainOrder
-    deadline: float
-    """Monotonic time at which the drain is undone; of one controller only."""
-    left_s: float
-    """Time left until then, as no two hosts have one clock."""
     removes_places: bool = False
     """The cluster is scaled down: no workers start in the places of these."""
     step: DrainStep = DrainStep.SETTLE
@@ -68,6 +63,11 @@ class Drain:
     """Generation of those maps: until it ends the workers hold what they name."""
     outcome: tuple[OperationState, str] | None = None
     """How and why the drain ends once it is undone."""
+
+    @property
+    def workers(self) -> str:
+        """Its workers, for people."""
+        return " and ".join(self.names)
 
     def enter(self, step: DrainStep) -> None:
         """Begin the next step."""

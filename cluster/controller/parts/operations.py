@@ -77,6 +77,29 @@ class Operation:
         return {name: value for name, value in to_plain(self).items() if name not in hidden}
 
 
+_TOLD_S = 1.0
+"""Precision with which the next controller knows the time that is left."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Timed:
+    """What a running operation leaves to the next controller, with the time that it has left."""
+
+    operation: Operation
+    deadline: float
+    """Monotonic time of its limit; of one controller only."""
+    left_s: float
+    """Time left until then, as no two hosts have one clock."""
+
+    def has_less(self, now: float) -> bool:
+        """Note the time that is left; whether it is so much less that others should know."""
+        left_s = max(self.deadline - now, 0.0)
+        is_less = self.left_s - left_s >= _TOLD_S
+        if is_less:
+            self.left_s = left_s
+        return is_less
+
+
 class Order(Message, frozen=True, kw_only=True):
     """A client's order to begin an operation."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.controller.parts.operations import Operation, OperationState, Order
+from cluster.controller.parts.operations import OperationState, Order, Timed
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import next_state
 
@@ -41,15 +41,10 @@ _NEXT = {
 
 
 @dataclass(kw_only=True, slots=True)
-class Scale:
+class Scale(Timed):
     """A scaling that starts workers, as the workers keep it for the next controller."""
 
-    operation: Operation
     order: ScaleOrder
-    deadline: float
-    """Monotonic time at which it is given up; of one controller only."""
-    left_s: float
-    """Time left until then, as no two hosts have one clock."""
     step: ScaleStep = ScaleStep.SETTLE
     added: tuple[str, ...] = ()
     """Places that are new."""

@@ -85,6 +85,11 @@ class WorkerRecord:
         return self.is_coming and (self.has_process or self.state is WorkerState.LOADING)
 
     @property
+    def is_ready(self) -> bool:
+        """Its weights are in memory, and it lives; it may serve."""
+        return self.state in (WorkerState.READY, WorkerState.SERVING)
+
+    @property
     def is_lost(self) -> bool:
         """Lost or drained: the controller expects nothing more from it."""
         return self.state in (WorkerState.LOST, WorkerState.DRAINED)
