@@ -14,6 +14,7 @@ from tests.harness.fault_rows import (
     FULL,
     SMALL,
     Form,
+    blocks_held,
     check_answers,
     kill,
     quiet_config,
@@ -75,7 +76,7 @@ def go_through(cluster: ServingCluster, form: Form, orders: list[dict[str, int]]
     assert {operation["state"] for operation in operations} == {"SUCCEEDED"}, operations
     assert cluster.snapshot()["state"] == "SERVING"
     assert num_lost(cluster) == lost_before
-    assert cluster.blocks_in_use() == 0
+    cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)  # a fetch may still end
 
 
 TO_AND_FRO = [{"attention": 2, "expert": 3}, {"attention": 1, "expert": 1}, {"expert": 2}]
