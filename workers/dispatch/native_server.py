@@ -82,12 +82,12 @@ class NativeServer:
             return first
         library = self._exchanges[first].experts.team.library
         count, result = serve_exchanges(library, self._servers, first)
-        if result == UNEXPECTED:
-            direct.give_back()
         if result == UNSENT:
             direct.keep_unsent()
         elif count:
             direct.sent()
+        if result == UNEXPECTED:  # last, as it may lose an edge on which outputs were sent
+            direct.give_back()
         return first + count
 
     def _prepare(self, direct: DirectEdges, exchange: NativeExchange) -> ServerFields:

@@ -285,6 +285,18 @@ def test_a_peer_that_dies_in_mid_step_is_noticed_at_once() -> None:
             running.result(LIMIT_S)
 
 
+def test_a_peer_that_dies_between_two_exchanges_of_a_call_is_noticed() -> None:
+    """The expert worker has served an exchange in the same native call."""
+    with native_mesh(1, 1) as mesh:
+        dispatcher, server = sides(mesh)
+        header = make_header(ROWS[:1])
+        dispatch_first(dispatcher, header)
+        (edge,) = mesh["attention-0"].connections.edges.values()
+        edge.sock.shutdown(socket.SHUT_WR)
+        with pytest.raises(PeerLostError, match="attention-0: closed by the peer"):
+            server.run_step(header)
+
+
 def test_a_wake_up_ends_no_native_wait(calls: Calls) -> None:
     """It is for the time after the step, and is not lost."""
     with native_mesh(1, 1) as mesh:
