@@ -13,7 +13,7 @@ def test_a_short_chaos_harms_no_client(capsys: pytest.CaptureFixture[str]) -> No
     code = chaos.main(["--seed", "3", "--minutes", "0.7", "--every", "4"])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert " 0 lost, 0 altered, 0 things left." in printed
+    assert "tokens: 0 lost, 0 altered, 0 duplicated; left: nothing." in printed
 
 
 def test_pauses_of_moves_are_measured() -> None:
