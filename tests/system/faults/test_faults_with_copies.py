@@ -10,7 +10,9 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from tests.harness.fault_rows import (
     DETECTION_LIMIT_S,
     FORMS,
+    SMALL,
     Form,
     Played,
     check_gone,
@@ -186,3 +189,30 @@ def test_a_signal_to_a_worker_drains_it(cluster: ServingCluster, form: Form) -> 
     targets = " and ".join(operation["target"] for operation in ended)
     assert sorted(targets.split(" and ")) == names
     assert all(operation["generation"] > before for operation in ended)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["source", "target"])
+def test_a_worker_is_killed_while_requests_move(
+    cluster: ServingCluster, form: Form, end: int
+) -> None:
+    """The worker that they leave, or the one that they move to; the drain may fail."""
+    draw = random.Random(f"killed {end}")
+    num_killed = 0
+    for _ in range(1 if form is SMALL else 8):
+        whole(cluster)
+        ends = [serving_name(cluster, "attention", rank) for rank in draw.sample([0, 1], 2)]
+
+        def fault(ends: list[str] = ends) -> None:
+            nonlocal num_killed
+            pid = cluster.worker(ends[end])["pid"]
+            cluster.call("drain", {"worker": ends[0], "limit_s": 60.0})
+            time.sleep(draw.uniform(0.0, 0.25))  # anywhere in the moves of a few requests
+            with suppress(ProcessLookupError):  # all may have moved, and the worker be gone
+                os.kill(pid, signal.SIGKILL)
+                num_killed += 1
+
+        play(cluster, form, draw, fault)
+        for operation in cluster.call("operations"):
+            wait_operation(cluster, operation["id"])
+    assert num_killed, "no worker was killed while it had requests"
+    whole(cluster)
