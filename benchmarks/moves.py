@@ -22,9 +22,15 @@ from benchmarks.quiet import wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
+from benchmarks.svg import Line, line_chart
 from gateway.core.call import CallKind, GenerateFields
 from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
+
+PLOT = Path(__file__).resolve().parent.parent / "docs" / "moves.svg"
+"""Pauses by length, drawn by a full run."""
+LIMIT_MS = 20.0
+"""Asked for: the longest pause, or two decode steps if they take longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +73,8 @@ def section(quick: bool) -> str:
             "blocks fetched ahead": dict(measure(checkpoint, case, 2.0)),
             "computed again": dict(measure(checkpoint, case, 0.0)),
         }
+    if not quick:
+        PLOT.write_text(plot(found["blocks fetched ahead"]))
     return f"## Moved requests\n\n{_words(case)}\n\n{report(case, found)}"
 
 
@@ -139,6 +147,18 @@ def report(case: Case, found: Mapping[str, Mapping[int, list[Drained]]]) -> str:
     for name in found:
         heads += [f"{name}: usual", "slowest before", "pause, median / worst"]
     return table(heads, rows)
+
+
+def plot(found: Mapping[int, list[Drained]]) -> str:
+    """Median pauses of moved requests by length, beside what was asked for, as SVG."""
+    pauses = {length: statistics.median(r.pause_ms for r in runs) for length, runs in found.items()}
+    steps = {length: statistics.median(r.usual_ms for r in runs) for length, runs in found.items()}
+    lines = [
+        Line("pause of a move", tuple(pauses.items())),
+        Line("limit", tuple((n, max(LIMIT_MS, 2 * step)) for n, step in steps.items())),
+        Line("between two tokens", tuple(steps.items())),
+    ]
+    return line_chart(lines, x="tokens of the prompt", y="ms")
 
 
 def _words(case: Case) -> str:
