@@ -3,7 +3,7 @@
 Values are checked where they are built; a rule that is broken raises ``ConfigError`` with the
 field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. The
 gateway's section, the longest, is in ``cluster.config.gateway``, those of expert load and its
-balance in ``cluster.config.expert_load``.
+balance in ``cluster.config.expert_load``, that of pools by load in ``cluster.config.autoscale``.
 
 The options of ``serve`` are made from the fields: the docstring below a field is the help of its
 option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
+from cluster.config.autoscale import AutoscaleSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_cache import KvCacheDType
@@ -325,6 +326,8 @@ class ClusterConfig:
     """Expert load."""
     rebalance: RebalanceSection = field(default_factory=RebalanceSection)
     """Changes of the placement while serving."""
+    autoscale: AutoscaleSection = field(default_factory=AutoscaleSection)
+    """Pools that follow the load."""
     gateway: GatewaySection = field(default_factory=GatewaySection)
     """HTTP and gRPC."""
     cluster_token: str = field(default="", repr=False)
@@ -340,6 +343,7 @@ class ClusterConfig:
         is_refused = self.transport.transport == "collective" and 0 < gpus < 1
         rule = f"needs gpus_per_worker of at least 1, not {gpus:g}: NCCL takes one worker a GPU"
         check(not is_refused, "transport", self.transport.transport, rule)
+        self.autoscale.check_pools(self.workers.mode, self.workers.pools)
         requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
         check(
             self.workers.num_attention_ranks <= requests,

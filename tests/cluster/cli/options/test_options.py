@@ -87,6 +87,21 @@ def test_limits_and_the_latency_target_reach_their_section() -> None:
     assert caught.value.code == ExitCode.USAGE
 
 
+def test_autoscaling_has_options_of_its_own() -> None:
+    assert config_of().autoscale.autoscale == "off"
+    assert config_of("--autoscale", "--max-expert-workers", "3").autoscale.autoscale == "on"
+    section = config_of(
+        *("--autoscale", "dry-run", "--max-attention-workers", "5", "--min-expert-workers", "1"),
+        *("--autoscale-kv-target", "0.5", "--autoscale-queue-target", "3", "--autoscale-up-s", "9"),
+    ).autoscale
+    assert (section.autoscale, section.kv_target, section.queue_target) == ("dry-run", 0.5, 3.0)
+    assert (section.max_attention_workers, section.min_expert_workers) == (5, 1)
+    assert section.up_s == 9.0
+    with pytest.raises(CommandError, match=r"autoscale \(on\) must be off in local mode") as caught:
+        config_of("--autoscale", "on", "--mode", "local")
+    assert caught.value.code == ExitCode.USAGE
+
+
 def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
     environment = {"EXPERTMESH_PORT": "1234", "EXPERTMESH_NUM_EXPERT_WORKERS": "5"}
     config = config_of("--port", "4321", environment=environment)
