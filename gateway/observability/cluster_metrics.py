@@ -56,6 +56,7 @@ _TEXTS = {
     "expert_worker_tokens_total": "Pairs of token and expert computed",
     "expert_worker_slots": "Expert slots of a worker in its largest bank",
     "expert_worker_busy_seconds_total": "Time that an expert worker spent in steps",
+    "expert_worker_slot_seconds_total": "Time in which a worker computed activated expert slots",
     "expert_worker_up": "1 while a worker is ready or serves",
 }
 """Help texts by name of the metric; a histogram's samples share the name of their family."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -107,6 +108,8 @@ class ExpertServer:
         """Times receive, experts and send."""
         self.num_bytes = {"dispatch": 0, "combine": 0}
         """Bytes of the rows received, and of the outputs sent, since the start."""
+        self.slot_seconds = 0.0
+        """Time in which activated expert slots were computed; on a GPU kernels run behind it."""
         self._transport = transport
         self._activity = activity or Activity()
         self._slots = slots
@@ -163,6 +166,7 @@ class ExpertServer:
                 f'dispatch_bytes_total{{direction="{direction}"}}': float(count)
                 for direction, count in self.num_bytes.items()
             },
+            **({} if self._has_graphs else {"expert_worker_slot_seconds_total": self.slot_seconds}),
             **self.padding.stats(),
         }
 
@@ -219,6 +223,7 @@ class ExpertServer:
         """Count what native code has served."""
         self.num_bytes["dispatch"] += served.received_bytes
         self.num_bytes["combine"] += served.sent_bytes
+        self.slot_seconds += (served.computed_ns - served.received_ns) / 1e9
         ends_ns = {"receive": served.received_ns, "experts": served.computed_ns}
         self.timer.passed({**ends_ns, "send": served.sent_ns}, bank, exchange, micro_batch)
         if self._is_measured:
@@ -354,6 +359,7 @@ class ExpertServer:
             )
         self._counted["dispatch"] += sum(part.nbytes for parts in received for part in parts)
         self.timer.lap("receive", *place)
+        started = time.monotonic()
         batch = self._join(bank, exchange, tuple(granted), received)
         if by_pair:
             outputs, sizes = self._compute(bank, exchange, batch), self._pairs_by_rank(batch)
@@ -366,6 +372,7 @@ class ExpertServer:
             if size
         ]
         tag = Tag(bank.index, exchange.index, micro_batch, "outputs")
+        self.slot_seconds += time.monotonic() - started
         self.timer.lap("experts", *place)
         with self._activity:  # the buffers may be full
             self._transport.post(tag, replies, sized=False)

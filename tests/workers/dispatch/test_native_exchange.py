@@ -190,7 +190,9 @@ def test_steps_are_native_and_counted_as_those_of_python(mode: CombineMode, call
             run_step_ok(mesh, SAMPLE - 1)
             run_step_ok(mesh, SAMPLE)
             counts = [c.tolist() for c in server.token_counts]
-            found.append((server.num_bytes, server.stats(), counts, laps))
+            stats = server.stats()
+            assert stats.pop("expert_worker_slot_seconds_total") > 0.0
+            found.append((server.num_bytes, stats, counts, laps))
         assert (calls.gathered, calls.served) == (4 * NUM_EXCHANGES, 4 * NUM_EXCHANGES)
     assert found[0] == found[1]
     assert found[0][3] == ["receive", "experts", "send"] * 2 * NUM_EXCHANGES
