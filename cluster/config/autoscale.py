@@ -50,7 +50,7 @@ class AutoscaleSection:
     """Share of the time in which each expert worker is to compute activated expert slots."""
     up_s: float = field(default=30.0, metadata=flag("--autoscale-up-s"))
     """Time over which use is averaged before a pool grows for it."""
-    down_s: float = field(default=300.0, metadata=flag("--autoscale-down-s"))
+    down_s: float = field(default=180.0, metadata=flag("--autoscale-down-s"))
     """Time for which fewer workers must have sufficed before a pool shrinks."""
     limit_s: float = field(default=300.0, metadata=flag("--autoscale-limit-s"))
     """Limit for new workers to serve, after which a scaling is taken back."""

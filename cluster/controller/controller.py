@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any
 
+from cluster.controller.autoscale import Autoscaling
 from cluster.controller.drain import Draining
 from cluster.controller.failover import CollectedState, continue_with
 from cluster.controller.parts.cluster import Cluster
@@ -44,6 +45,7 @@ class Controller:
         self.rebalancing = Rebalancing(self.cluster, executor)
         self.draining = Draining(self.cluster, self.rebalancing)
         self.scaling = Scaling(self.cluster, self.rebalancing, self.draining)
+        self.autoscaling = Autoscaling(self.cluster, self.scaling)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -173,6 +175,7 @@ class Controller:
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
         self.recovery.tick(now)
+        self.autoscaling.tick(now)
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Undo an operation. Raises ``ConflictError`` if it is too late."""
@@ -230,6 +233,7 @@ class Controller:
             "results": cluster.generation.agreement.to_dict(),
             "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
+            "autoscale": self.autoscaling.to_dict(),
             "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],
             "problems": self.recovery.problems(self.detection.last_tick),
             "metrics": cluster.metrics.to_plain(),

@@ -59,10 +59,20 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
         lines.append(f"results     {how}")
     if status.get("rebalance"):
         lines.append(f"rebalance   {describe(status['rebalance'])}")
+    if (autoscale := status.get("autoscale") or {}).get("mode", "off") != "off":
+        lines.append(f"autoscale   {_autoscale_text(autoscale)}")
     if status.get("error"):
         lines.append(f"error       {status['error']}")
     lines += [f"problem     {problem}" for problem in status.get("problems") or ()]
     return "\n".join([*lines, "", _workers_text(status)])
+
+
+def _autoscale_text(autoscale: Mapping[str, Any]) -> str:
+    """``on: wants 2 attention and 3 expert workers (KV use 85%, target 70%)``."""
+    wanted = " and ".join(f"{count} {role}" for role, count in autoscale["wanted"].items())
+    text = f"{autoscale['mode']}: wants {wanted} workers" if wanted else autoscale["mode"]
+    text += f" ({autoscale['reason']})" if autoscale["reason"] else ""
+    return text + (f"; waits: {autoscale['waits_for']}" if autoscale["waits_for"] else "")
 
 
 def run_workers(args: argparse.Namespace) -> int:

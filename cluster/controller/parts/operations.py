@@ -173,14 +173,14 @@ class Operations:
             target=target,
             request_id=order.request_id,
             asked=order.asked,
-            started=self._time(now),
+            started=self.time_of_day(now),
         )
         self.kept.append(operation)
         self._on_change()
         return operation
 
     def end(self, operation: Operation, state: OperationState, message: str, now: float) -> None:
-        operation.end(state, message, self._time(now))
+        operation.end(state, message, self.time_of_day(now))
         self._on_change()
 
     def restore(
@@ -191,11 +191,12 @@ class Operations:
             self.kept.append(operation)
             if operation.is_running and operation.id not in goes_on:
                 why = "the controller was restarted"
-                operation.end(OperationState.FAILED, why, self._time(now))
+                operation.end(OperationState.FAILED, why, self.time_of_day(now))
 
     def to_list(self) -> list[dict[str, Any]]:
         """All that are kept, newest last, fit for JSON."""
         return [o.to_dict() for o in self.kept]
 
-    def _time(self, now: float) -> float:
+    def time_of_day(self, now: float) -> float:
+        """Seconds since 1970, as operations begin and end."""
         return round(now + self._offset_s, 3)

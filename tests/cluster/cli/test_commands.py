@@ -53,6 +53,20 @@ def test_status_says_whether_results_are_exact(
     assert f"results     {line}\n" in capsys.readouterr().out
 
 
+def test_status_says_what_autoscaling_wants(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted, reason = {"attention": 2, "expert": 3}, "expert: slot time 85%, target 60%, over 30 s"
+    found = {"mode": "on", "wanted": wanted, "reason": reason, "waits_for": "scale-1.1 runs"}
+    gateway.status = (200, {**STATUS, "autoscale": found})
+    assert main(["--url", gateway.url, "status"]) == ExitCode.OK
+    line = f"autoscale   on: wants 2 attention and 3 expert workers ({reason}); waits: scale-1.1"
+    assert line in capsys.readouterr().out
+    gateway.status = (200, {**STATUS, "autoscale": {**found, "mode": "off"}})
+    assert main(["--url", gateway.url, "status"]) == ExitCode.OK
+    assert "autoscale" not in capsys.readouterr().out
+
+
 def test_status_json_is_the_document_alone(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,15 +150,18 @@ class FakeCluster:
         config: ClusterConfig = CONFIG,
         executor: Executor | None = None,
         hosts: Mapping[str, str] | None = None,
+        pools: Mapping[Role, int] | None = None,
     ) -> None:
-        """``hosts``: the hosts of the workers by name; the controller is on ``head``."""
+        """``hosts``: the hosts of the workers by name; the controller is on ``head``. ``pools``:
+        others than the two.
+        """
         self.now = 100.0
         if not can_grow:
             config = dataclasses.replace(config, workers=WorkersSection(device="cuda"))
         self.link = FakeWorkerGroup()
         self.members = tuple(
             replace(member, node=(hosts or {}).get(member.name, ""))
-            for member in make_members(num_attention, num_experts)
+            for member in members_of(pools or {"attention": num_attention, "expert": num_experts})
         )
         self.placement: ExpertPlacement = contiguous(BANKS, num_experts, num_redundant)
         self.controller = Controller(
@@ -259,6 +262,7 @@ class FakeCluster:
         idle: bool = True,
         waiting: bool = False,
         behind: int = 0,
+        stats: Mapping[str, float] | None = None,
     ) -> None:
         """A worker's heartbeat; it is still in a generation ``behind`` the newest one."""
         self.send(
@@ -270,6 +274,7 @@ class FakeCluster:
                 generation=self.known.generation.number - behind,
                 running=self.known.runs,
                 epoch=self.known.placement.epoch,
+                stats=dict(stats or {}),
             ),
         )
 

@@ -1,0 +1,229 @@
+"""Autoscaling: the pools follow the load, by the orders that a client could give.
+
+``cluster.policy.autoscaling`` decides, from the numbers that workers report with their heartbeats.
+Its times begin anew whenever the cluster does not serve as a whole or an operation runs. After a
+scaling that failed or was cancelled the next one waits, twice as long after each further one; the
+operations of an earlier controller count, too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.config.autoscale import PoolLimits
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.operations import Operation, OperationState
+from cluster.controller.parts.scales import ScaleOrder
+from cluster.controller.parts.workers import WorkerRecord
+from cluster.controller.scale import Scaling
+from cluster.core.errors import ConflictError, RequestError
+from cluster.core.states import ClusterState, WorkerState
+from cluster.core.topology import Role, holds_experts, runs_attention
+from cluster.policy.autoscaling import AutoscaleDecision, PoolHistory, PoolSample, decide
+from cluster.policy.coverage import describe_pools
+
+logger = logging.getLogger(__name__)
+
+_WAITING = 'num_requests_waiting_by_reason{reason="capacity"}'
+_SLOT_SECONDS = "expert_worker_slot_seconds_total"
+_MOST_DOUBLINGS = 5
+
+
+class Autoscaling:
+    """Begins scalings by load, or records them only. Owned by the controller.
+
+    ``now`` is in monotonic seconds.
+    """
+
+    def __init__(self, cluster: Cluster, scaling: Scaling) -> None:
+        self._cluster = cluster
+        self._scaling = scaling
+        self._section = cluster.config.autoscale
+        self._limits = self._section.limits(cluster.config.workers.pools)
+        self._pools: dict[Role, PoolHistory] = {}
+        self._slot_seconds: dict[str, tuple[float, float]] = {}
+        """By worker: time of the last look, and its counter then."""
+        self._look_at = self._refused_until = cluster.began_at
+        self._decision: AutoscaleDecision | None = None
+        self._noted: Mapping[Role, int] | None = None
+        """What was wanted at the last entry in the history of a dry run."""
+        self._note_at = cluster.began_at
+        self._waits_for = ""
+        self._refusal = ""
+        """The last order that was refused, and why."""
+
+    @property
+    def is_on(self) -> bool:
+        """It decides, even if only for the history."""
+        return self._section.autoscale != "off"
+
+    def tick(self, now: float) -> None:
+        """Time has passed: look at the workers' numbers, and act on a decision."""
+        if not self.is_on or now < self._look_at:
+            return
+        self._look_at = now + self._section.sample_s
+        self._waits_for = self._obstacle()
+        if self._waits_for:
+            self._restart()
+            return
+        sizes = self._cluster.places.pools()
+        self._take(sizes, now)
+        self._decision = decide(self._pools, sizes)
+        self._waits_for = self._pause(now)
+        if self._section.autoscale == "dry-run":
+            self._note(self._decision, sizes, now)
+        elif self._decision.changes is not None and not self._waits_for:
+            self._begin(self._decision, now)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section of autoscaling in ``status``."""
+        decision = self._decision
+        limits = self._limits.items() if self.is_on else ()
+        return {
+            "mode": self._section.autoscale,
+            "wanted": dict(decision.wanted) if decision is not None else {},
+            "limits": {role: [found.least, found.most] for role, found in limits},
+            "reason": decision.reason if decision is not None else "",
+            "waits_for": self._waits_for,
+        }
+
+    # ---- numbers ----------------------------------------------------------------------------
+
+    def _take(self, sizes: Mapping[Role, int], now: float) -> None:
+        """Add what the workers of each pool reported."""
+        for role, size in sizes.items():
+            workers = [
+                r
+                for r in self._cluster.workers
+                if r.member.role == role and r.state is WorkerState.SERVING
+            ]
+            if role not in self._pools:
+                self._pools[role] = PoolHistory(self._section, self._allowed(role))
+            if len(workers) == size:
+                sample = self._sample(role, workers, now)
+                if sample is not None:
+                    self._pools[role].add(sample)
+
+    def _sample(self, role: Role, workers: Sequence[WorkerRecord], now: float) -> PoolSample | None:
+        """Their numbers; None while one of them has not reported."""
+        kv_use = seat_use = slot_time = None
+        running = waiting = 0.0
+        if runs_attention(role):
+            if any("num_requests_running" not in r.stats for r in workers):
+                return None
+            running = sum(r.stats["num_requests_running"] for r in workers)
+            waiting = sum(r.stats.get(_WAITING, 0.0) for r in workers)
+            uses = [r.stats.get("kv_cache_usage_perc", 0.0) for r in workers]
+            kv_use = sum(uses) / len(workers)
+            seat_use = running / len(workers) / self._cluster.config.engine.max_num_seqs
+        if holds_experts(role):
+            slot_time = self._slot_time(workers, now)
+        return PoolSample(
+            at_s=now,
+            num_workers=len(workers),
+            kv_use=kv_use,
+            seat_use=seat_use,
+            slot_time=slot_time,
+            num_running=running,
+            num_waiting=waiting,
+        )
+
+    def _slot_time(self, workers: Sequence[WorkerRecord], now: float) -> float | None:
+        """Mean share of the time since the last look; None while it is unknown of one of them."""
+        shares = [self._slot_share(record, now) for record in workers]
+        known = [share for share in shares if share is not None]
+        return sum(known) / len(known) if len(known) == len(shares) and known else None
+
+    def _slot_share(self, record: WorkerRecord, now: float) -> float | None:
+        counter = record.stats.get(_SLOT_SECONDS)
+        before = self._slot_seconds.pop(record.name, None)
+        if counter is None:
+            return None
+        self._slot_seconds[record.name] = now, counter
+        if before is None or now <= before[0]:
+            return None
+        return max(counter - before[1], 0.0) / (now - before[0])
+
+    def _allowed(self, role: Role) -> PoolLimits:
+        """The limits, of which no expert worker may exceed the experts of a bank."""
+        limits = self._limits[role]
+        most = min((b.num_experts for b in self._cluster.desired.banks), default=limits.most)
+        if not holds_experts(role) or most >= limits.most:
+            return limits
+        return PoolLimits(least=min(limits.least, most), most=most)
+
+    def _restart(self) -> None:
+        for history in self._pools.values():
+            history.restart()
+        self._slot_seconds.clear()
+
+    # ---- whether to act ---------------------------------------------------------------------
+
+    def _obstacle(self) -> str:
+        """Why the numbers of now do not count; empty if they do."""
+        running = self._cluster.operations.running
+        if running is not None:
+            return f"{running.id} is under way"
+        if self._cluster.state is not ClusterState.SERVING or not self._cluster.runs:
+            return f"the cluster is {self._cluster.state.value}"
+        return ""
+
+    def _pause(self, now: float) -> str:
+        """Why no scaling begins yet, after one that failed; empty if one may."""
+        if now < self._refused_until:
+            return f"{self._refused_until - now:.0f} s are left after a refusal"
+        failed = self._failed()
+        if not failed:
+            return ""
+        pause_s = self._section.retry_s * 2 ** min(len(failed) - 1, _MOST_DOUBLINGS)
+        left_s = failed[0].ended + pause_s - self._cluster.operations.time_of_day(now)
+        if left_s <= 0:
+            return ""
+        last = failed[0]
+        return f"{left_s:.0f} s are left after {last.id} {last.state.value}: {last.message}"
+
+    def _failed(self) -> list[Operation]:
+        """The scalings since the last one that succeeded, newest first."""
+        found: list[Operation] = []
+        for operation in reversed(self._cluster.operations.kept):
+            if operation.kind == "scale" and operation.state is OperationState.SUCCEEDED:
+                break
+            if operation.kind == "scale":
+                found.append(operation)
+        return found
+
+    # ---- acts -------------------------------------------------------------------------------
+
+    def _begin(self, decision: AutoscaleDecision, now: float) -> None:
+        wanted = decision.wanted
+        expert = wanted.get("expert", wanted.get("colocated"))
+        order = ScaleOrder(
+            attention=wanted.get("attention"), expert=expert, limit_s=self._section.limit_s
+        )
+        cause, effect = f"autoscaling: {decision.reason}", f"scale to {describe_pools(wanted)}"
+        try:
+            operation = self._scaling.begin(order, now)
+        except (ConflictError, RequestError) as err:
+            self._refused_until = now + self._section.retry_s
+            self._waits_for = str(err)
+            if self._refusal != f"{effect}: {err}":
+                self._refusal = f"{effect}: {err}"
+                self._cluster.note(cause, f"could not {self._refusal}", now)
+            return
+        logger.info("%s: %s: %s", operation.id, effect, decision.reason)
+        self._waits_for = f"{operation.id} is under way"
+        self._restart()
+        self._refusal = ""
+        self._cluster.note(cause, f"{effect} ({operation.id})", now)
+
+    def _note(self, decision: AutoscaleDecision, sizes: Mapping[Role, int], now: float) -> None:
+        """Record what a dry run would do, once it is something else."""
+        if decision.wanted == (self._noted or sizes) or now < self._note_at:
+            return
+        self._noted = decision.wanted
+        self._note_at = now + self._section.up_s
+        verb = "keep" if decision.changes is None else "scale to"
+        effect = f"would {verb} {describe_pools(decision.wanted)} (dry run)"
+        self._cluster.note(f"autoscaling: {decision.reason}", effect, now)
