@@ -10,7 +10,7 @@ from pathlib import Path
 
 BLOCK_TOKENS = 512
 """Tokens of a block."""
-_FILE = Path(__file__).parent / "data" / "mooncake_conversation.txt.gz"
+_FOLDER = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,32 @@ class TracedRequest:
 
 def conversations() -> list[TracedRequest]:
     """The Mooncake conversation trace, in the order of arrival."""
-    lines = gzip.decompress(_FILE.read_bytes()).decode().splitlines()
-    return [_request(*line.split(" ")) for line in lines]
+    return [_request(*line.split(" ")) for line in _lines("mooncake_conversation.txt.gz")]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request without its content."""
+
+    time_s: float
+    """Since the first one."""
+    prompt_tokens: int
+    output_tokens: int
+
+
+def mooncake_arrivals() -> list[Arrival]:
+    """The requests of ``conversations`` with the lengths of their outputs."""
+    outputs = map(int, _lines("mooncake_conversation_outputs.txt.gz"))
+    return [
+        Arrival(request.time_s, request.prompt_tokens, tokens)
+        for request, tokens in zip(conversations(), outputs, strict=True)
+    ]
+
+
+def azure_arrivals() -> list[Arrival]:
+    """The Azure conversation trace of 2023, in the order of arrival."""
+    rows = (map(int, line.split(" ")) for line in _lines("azure_conversation.txt.gz"))
+    return [Arrival(time_ms / 1000, prompt, output) for time_ms, prompt, output in rows]
 
 
 def multi_turn(
@@ -59,6 +83,10 @@ def multi_turn(
             blocks.pop()  # its last block was not full
             more = draw.randint(2, 5)
     return sorted(found, key=lambda request: request.time_s)[:num_requests]
+
+
+def _lines(name: str) -> list[str]:
+    return gzip.decompress((_FOLDER / name).read_bytes()).decode().splitlines()
 
 
 def _request(time_ms: str, tokens: str, *runs: str) -> TracedRequest:

@@ -45,6 +45,7 @@ NAMES = (
     "rebalancing",
     "routing",
     "kv_routing",
+    "autoscaling",
     "gateway_cost",
 )
 """Modules with a ``section``, in the order of the file."""
