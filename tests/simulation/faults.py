@@ -93,7 +93,8 @@ class Faults:
         """Hosts that could not read the checkpoint: their workers may be left out for good."""
         self.bad_hosts: set[str] = set()
         """Hosts that a fault has touched: all their workers, later ones included, may end."""
-        self._least: dict[str, int] = {}
+        autoscales = world.scenario.autoscales
+        self._least: dict[str, int] = {"attention": 1, "expert": 1} if autoscales else {}
         """Fewest workers of a role that were asked for."""
         world.ray.nodes.may_die = self._may_die
         world.ray.nodes.on_dead.append(self._node_dies)

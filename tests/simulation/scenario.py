@@ -56,6 +56,8 @@ class Scenario:
     num_redundant: int
     moves_experts: bool
     """The cluster rebalances by itself."""
+    autoscales: bool
+    """The pools follow the load."""
     num_banks: int
     hosts: Hosts
     num_gateways: int
@@ -87,6 +89,7 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
         num_experts=rng.choice((*3 * [MIN_EXPERTS], 4)),
         num_redundant=num_redundant,
         moves_experts=num_redundant > 0 and rng.random() < 0.5,
+        autoscales=_draw_autoscales(seed, kinds),
         num_banks=rng.choice((1, 1, 1, 2)),
         hosts=rng.choice(tuple(Hosts)),
         num_gateways=num_gateways,
@@ -101,6 +104,11 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
         node_limit_s=rng.choice(_NODE_LIMITS_S) * rng.uniform(0.8, 1.2),
         may_move=rng.random() < 0.5,
     )
+
+
+def _draw_autoscales(seed: int, kinds: tuple[str, ...]) -> bool:
+    """In a quarter of the scenarios that may scale, drawn apart from all else."""
+    return "scale" in kinds and random.Random(f"autoscale {seed}").random() < 0.25
 
 
 def _draw_asks(rng: random.Random, num_gateways: int) -> tuple[Ask, ...]:

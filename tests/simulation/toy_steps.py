@@ -249,7 +249,9 @@ class ToyExpertServer(ExpertServer):
         ranks = list(self._granted[micro_batch])
         with self._activity:
             received = self._transport.receive_bytes(Tag(bank.index, 0, 0, "rows"), ranks)
+        started = time.monotonic()
         work(0.005)
+        self.slot_seconds += time.monotonic() - started
         slots: ToyBank = self._slots[bank.index]
         contents, filled = slots.values, self._filled_slots(bank.index)
         for rank, (count, data) in zip(ranks, received, strict=True):

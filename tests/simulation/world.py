@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cluster.config.autoscale import AutoscaleSection
 from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.controller.parts.cluster import Phase
@@ -135,6 +136,28 @@ class World:
                 max_move_fraction=0.5,
                 slot_cost_pairs=0.0,
             ),
+            autoscale=self._autoscale(),
+        )
+
+    def _autoscale(self) -> AutoscaleSection:
+        """Times as short as the scenario, and targets that its load exceeds now and then."""
+        scenario = self.scenario
+        if not scenario.autoscales:
+            return AutoscaleSection()
+        return AutoscaleSection(
+            autoscale="on",
+            min_attention_workers=1,
+            max_attention_workers=scenario.num_attention + 1,
+            min_expert_workers=1,
+            max_expert_workers=scenario.num_experts + 2,
+            kv_target=0.3,
+            slot_time_target=0.2,
+            up_s=1.0,
+            down_s=2.0,
+            limit_s=5.0,
+            queue_s=0.5,
+            sample_s=0.25,
+            retry_s=1.0,
         )
 
     def _run_until(self, when: float, is_done: Callable[[], bool] = lambda: False) -> bool:
