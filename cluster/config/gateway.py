@@ -112,6 +112,9 @@ class GatewaySection:
     max_queue_tokens: int | None = None
     """Prompt and output tokens that these requests may need together, by default ``max_queue``
     contexts."""
+    max_queue_wait_s: float = 3.0
+    """Expected wait above which no more requests of a key are taken; 0 for no limit. Requests with
+    a priority above 0 wait as long as it takes."""
     request_timeout_s: float = 600.0
     """Longest life of a request, waiting included."""
     drain_lead_s: float = 5.0
@@ -142,8 +145,9 @@ class GatewaySection:
         counts = "max_queue max_queue_tokens num_gateway_replicas"
         check_each(self, counts, is_at_least_1, "must be at least 1")
         check_each(self, _LIMITS, is_positive, "must be above 0")
-        drain = "must not be negative or infinite"
-        check_each(self, "drain_lead_s drain_timeout_s", lambda s: 0 <= s < math.inf, drain)
+        waits = "drain_lead_s drain_timeout_s max_queue_wait_s"
+        rule = "must not be negative or infinite"
+        check_each(self, waits, lambda s: 0 <= s < math.inf, rule)
         for name in ("api_keys", "admin_keys"):
             check(all(getattr(self, name)), name, "", "must not be empty")
             object.__setattr__(self, name, tuple(map(hash_key, getattr(self, name))))

@@ -47,6 +47,8 @@ PING_S = 1.0
 """Time between two pings."""
 SILENCE_LIMIT_S = 5.0
 """Time without a message, answers to pings included, after which a worker is dropped."""
+_SHORT_OF_KV = 0.125
+"""Share of free KV blocks below which they bound what a worker runs, not its seats."""
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -229,6 +231,14 @@ class EngineClient:
                 call.cancel()
                 self._proof.put_nowait(None)  # gRPC's task that waits for messages ends
                 self._outgoing.put_nowait(None)
+
+    def num_places(self, max_num_seqs: int) -> int:
+        """Requests of this gateway that the worker runs at once, at most ``max_num_seqs``."""
+        hello, load = self.hello, self.load
+        if hello is None or not hello.kv_block_size or not load.num_decoding:
+            return max_num_seqs
+        is_short = load.free_tokens < hello.max_kv_tokens * _SHORT_OF_KV
+        return min(load.num_decoding, max_num_seqs) if is_short else max_num_seqs
 
     def take_submissions(self) -> list[Submission]:
         """The requests that were not finished, which are no longer this client's."""

@@ -103,6 +103,11 @@ class EnginePool:
             key=lambda client: client.worker,
         )
 
+    def num_places(self, max_num_seqs: int) -> int:
+        """Requests that all workers run at once: so many each, or where KV blocks run short as many
+        as decode now."""
+        return sum(client.num_places(max_num_seqs) for client in self.clients)
+
     def update(self, endpoints: Sequence[AttentionEndpoint], living: Collection[str] = ()) -> None:
         """Open streams to new workers, and drop the streams of workers that are no longer listed.
 

@@ -1,22 +1,39 @@
-"""Admission: bounds on requests and tokens, and retry times for refused requests.
+"""Admission: bounds on requests, tokens and waits, and retry times for refused requests.
 
 Pure apart from its own counters; the time is passed in.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.core.errors import QueueFullError
 from gateway.core.errors import clamp_retry_s
+from gateway.generation.drain_rate import DrainRate
+from gateway.generation.tenant_queues import TenantQueue, tokens_ahead
 
-_RATE_WINDOW = 64
-"""Finished requests over which the drain rate is measured."""
-_LEAST_FINISHED = 8
-"""Finished requests below which the rate is unknown."""
 _UNKNOWN_RATE_RETRY_S = 5.0
 """Before the first request has finished."""
+_BURST_S = 1.0
+"""Time for which a queue that has just formed takes requests whatever their wait: a batch that
+comes at once waits, it is not refused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """What a call needs, and whose it is."""
+
+    num_requests: int = 1
+    """Engine requests, one per prompt."""
+    num_tokens: int = 1
+    """Prompt and output tokens that they may need together."""
+    num_bytes: int = 0
+    """Of prompts that are embeddings."""
+    tenant: str = ""
+    weight: float = 1.0
+    """Of the tenant."""
+    priority: int = 0
+    """Of one tenant lower values go first."""
 
 
 @dataclass(slots=True)
@@ -24,21 +41,20 @@ class Ticket:
     """A place in the queue; give it back with ``release``, more than once does no harm."""
 
     admission: Admission
-    num_requests: int
-    num_tokens: int
+    ask: Ask
     since_s: float
-    num_bytes: int = 0
-    tenant: str = ""
     is_held: bool = True
 
     def retry_after_s(self) -> float:
         """Estimated time until there is room for another call of this size."""
-        return self.admission.retry_after_s(self.num_requests)
+        return self.admission.retry_after_s(self.ask.num_requests)
 
-    def release(self, now_s: float) -> None:
+    def release(self, now_s: float, was_served: bool = True) -> None:
+        """Not ``was_served``: it has left without using the engines, and says nothing of their
+        rate."""
         if self.is_held:
             self.is_held = False
-            self.admission._release(self, now_s)
+            self.admission._release(self, now_s, was_served)
 
 
 @dataclass(eq=False)
@@ -52,118 +68,132 @@ class Admission:
     capacity: int = 0
     """Requests that the engines run at once; more of them wait. The drain rate is measured only
     while some wait or the queue is full: at other times requests leave as fast as they come."""
+    max_wait_s: float = float("inf")
+    """Expected wait above which no more of a tenant's requests are taken; those with a priority
+    above 0 wait as long as it takes."""
     max_prompt_bytes: int = 256 * 1024 * 1024
     """Bytes of prompts that are embeddings, held at once."""
-    num_requests: int = 0
-    num_tokens: int = 0
+    num_requests: int = field(default=0, init=False)
+    num_tokens: int = field(default=0, init=False)
     """Tokens that they may need."""
-    num_bytes: int = 0
+    num_bytes: int = field(default=0, init=False)
     """Bytes of their prompts that are embeddings."""
 
     def __post_init__(self) -> None:
-        self._by_tenant: Counter[str] = Counter()  # requests held
-        self._tokens_by_tenant: Counter[str] = Counter()  # that they may need
-        self._saturated_s = 0.0  # time with requests waiting or a full queue, in all
-        self._since_s: float | None = None  # start of the present such time
-        self._finished_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # on the saturated clock
-        self._held_s: deque[float] = deque(maxlen=_RATE_WINDOW)  # by finished request
+        self._queues: dict[str, TenantQueue] = {}
+        self._rate = DrainRate()
 
     @property
     def num_waiting(self) -> int:
         """Requests beyond what the engines run at once."""
         return max(0, self.num_requests - self.capacity)
 
-    def admit(
-        self,
-        num_requests: int,
-        num_tokens: int,
-        now_s: float,
-        num_bytes: int = 0,
-        tenant: str = "",
-    ) -> Ticket:
+    def admit(self, ask: Ask, now_s: float) -> Ticket:
         """Take a place for one call. Raises ``QueueFullError`` with a retry time.
 
         A full queue still takes a call of a tenant with at most half of its equal share.
         """
-        has_share = self._has_share(tenant, num_requests, num_tokens)
-        over = self.num_requests + num_requests - self.max_requests
+        self.check(ask, now_s)
+        queue = self._queues.setdefault(ask.tenant, TenantQueue())
+        queue.weight = ask.weight
+        self._add(ask, 1, now_s)
+        return Ticket(self, ask, now_s)
+
+    def check(self, ask: Ask, now_s: float) -> None:
+        """Raise ``QueueFullError`` where ``admit`` would. A call of which little is known yet asks
+        for little."""
+        has_share = self._has_share(ask)
+        over = self.num_requests + ask.num_requests - self.max_requests
         if over > 0 and not has_share:
             raise QueueFullError(
                 f"the queue is full: {self.num_requests} requests, at most {self.max_requests} "
                 "(max_queue)",
                 self.retry_after_s(over),
             )
-        is_long = self.num_tokens + num_tokens > self.max_tokens
+        is_long = self.num_tokens + ask.num_tokens > self.max_tokens
         if self.num_requests and is_long and not has_share:
             raise QueueFullError(
-                f"the queue is full: {self.num_tokens} tokens, and this request needs {num_tokens} "
-                f"more, at most {self.max_tokens} (max_queue_tokens)",
+                f"the queue is full: {self.num_tokens} tokens, and this request needs "
+                f"{ask.num_tokens} more, at most {self.max_tokens} (max_queue_tokens)",
                 self.retry_after_s(1),
                 "queue_tokens",
             )
-        if self.num_bytes and self.num_bytes + num_bytes > self.max_prompt_bytes and num_bytes:
+        num_bytes = self.num_bytes + ask.num_bytes
+        if self.num_bytes and ask.num_bytes and num_bytes > self.max_prompt_bytes:
             raise QueueFullError(
                 f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
-                f"{num_bytes} more, at most {self.max_prompt_bytes}",
+                f"{ask.num_bytes} more, at most {self.max_prompt_bytes}",
                 self.retry_after_s(1),
             )
-        self._add(num_requests, num_tokens, num_bytes, now_s)
-        self._by_tenant[tenant] += num_requests
-        self._tokens_by_tenant[tenant] += num_tokens
-        return Ticket(self, num_requests, num_tokens, now_s, num_bytes, tenant)
+        self._check_wait(ask, now_s)
 
-    def _has_share(self, tenant: str, num_requests: int, num_tokens: int) -> bool:
+    def _check_wait(self, ask: Ask, now_s: float) -> None:
+        wait_s = self.queue_time_s(ask)
+        is_burst = self._rate.saturated_for_s(now_s) <= _BURST_S
+        if wait_s <= self.max_wait_s or ask.priority > 0 or is_burst:
+            return
+        raise QueueFullError(
+            f"the queue is full: requests would wait {wait_s:.1f} s, at most "
+            f"{self.max_wait_s:g} s (max_queue_wait_s)",
+            clamp_retry_s(wait_s - self.max_wait_s),
+            "queue_wait",
+        )
+
+    def _has_share(self, ask: Ask) -> bool:
         """With these it holds at most half of an equal share of the queue, which then exceeds its
         limits by at most half.
         """
-        others = self._by_tenant.keys() - {tenant}
-        part = 0.5 / (len(others) + 1)
+        own = self._queues.get(ask.tenant)
+        num_requests, num_tokens = (own.num_requests, own.num_tokens) if own else (0, 0)
+        num_others = len(self._queues) - bool(own)
+        part = 0.5 / (num_others + 1)
         return (
-            bool(others)
-            and self._by_tenant[tenant] + num_requests <= part * self.max_requests
-            and self._tokens_by_tenant[tenant] + num_tokens <= part * self.max_tokens
-            and self.num_requests + num_requests <= 1.5 * self.max_requests
-            and self.num_tokens + num_tokens <= 1.5 * self.max_tokens
+            num_others > 0
+            and num_requests + ask.num_requests <= part * self.max_requests
+            and num_tokens + ask.num_tokens <= part * self.max_tokens
+            and self.num_requests + ask.num_requests <= 1.5 * self.max_requests
+            and self.num_tokens + ask.num_tokens <= 1.5 * self.max_tokens
         )
 
     def retry_after_s(self, num_requests: int) -> float:
         """Estimated time until ``num_requests`` have left."""
-        rate = self._drain_rate() or self._usual_rate()
+        rate = self._rate.requests_per_s or self._usual_rate()
         return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
 
-    def queue_time_s(self) -> float:
-        """Time until a new request would run; 0 while it is not known."""
-        rate = self._drain_rate()
-        return self.num_waiting / rate if rate else 0.0
+    def queue_time_s(self, ask: Ask) -> float:
+        """Time until a new request would run; 0 while it is not known.
 
-    def _drain_rate(self) -> float | None:
-        """Requests finished per second while saturated; None while that is not known."""
-        if len(self._finished_s) < _LEAST_FINISHED:
-            return None
-        span_s = self._finished_s[-1] - self._finished_s[0]
-        return (len(self._finished_s) - 1) / span_s if span_s > 0 else None
+        The engines serve what waits at the rate at which tokens leave. Until that is measured they
+        are taken to be as fast as they were with fewer requests at once, which they never are.
+        """
+        if not self.num_waiting:
+            return 0.0
+        rate = self._rate.tokens_per_s
+        if rate is None:
+            rate = self.capacity * (self._rate.tokens_per_place_s or 0.0)
+        if not rate:
+            return 0.0
+        return tokens_ahead(self._queues, self.capacity, ask.tenant, ask.priority) / rate
 
     def _usual_rate(self) -> float | None:
         """Requests finished per second if those held now take as long as others before did."""
-        held_s = sum(self._held_s)
-        return self.num_requests * len(self._held_s) / held_s if held_s > 0 else None
+        held_s = self._rate.mean_held_s
+        return self.num_requests / held_s if held_s else None
 
-    def _release(self, ticket: Ticket, now_s: float) -> None:
-        self._held_s.extend([now_s - ticket.since_s] * ticket.num_requests)
-        was_saturated = self._since_s is not None
-        self._by_tenant[ticket.tenant] -= ticket.num_requests
-        self._tokens_by_tenant[ticket.tenant] -= ticket.num_tokens
-        if not self._by_tenant[ticket.tenant]:
-            del self._by_tenant[ticket.tenant], self._tokens_by_tenant[ticket.tenant]
-        self._add(-ticket.num_requests, -ticket.num_tokens, -ticket.num_bytes, now_s)
-        if was_saturated:
-            self._finished_s.extend([self._saturated_s] * ticket.num_requests)
+    def _release(self, ticket: Ticket, now_s: float, was_served: bool) -> None:
+        ask, was_saturated = ticket.ask, self._rate.is_running
+        self._add(ask, -1, now_s)
+        if was_served:
+            held_s = now_s - ticket.since_s
+            self._rate.note(ask.num_requests, ask.num_tokens, held_s, was_saturated)
 
-    def _add(self, num_requests: int, num_tokens: int, num_bytes: int, now_s: float) -> None:
-        if self._since_s is not None:
-            self._saturated_s += now_s - self._since_s
-        self.num_requests += num_requests
-        self.num_tokens += num_tokens
-        self.num_bytes += num_bytes
+    def _add(self, ask: Ask, sign: int, now_s: float) -> None:
+        queue = self._queues[ask.tenant]
+        queue.add(ask.priority, sign * ask.num_requests, sign * ask.num_tokens)
+        if not queue.by_priority:
+            del self._queues[ask.tenant]
+        self.num_requests += sign * ask.num_requests
+        self.num_tokens += sign * ask.num_tokens
+        self.num_bytes += sign * ask.num_bytes
         is_full = self.num_requests >= self.max_requests
-        self._since_s = now_s if self.num_waiting or is_full else None
+        self._rate.advance(now_s, self.num_waiting > 0 or is_full)

@@ -23,7 +23,6 @@ from cluster.core.errors import (
     KeyLimitError,
     ModelNotFoundError,
     NotReadyError,
-    QueueFullError,
 )
 from gateway.auth.auth import CALLER, make_key_rings
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
@@ -42,7 +41,8 @@ from gateway.core.request_id import REQUEST_ID
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
-from gateway.generation.admission import Admission, Ticket
+from gateway.generation.admission import Ask
+from gateway.generation.entrance import Entrance
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue, RunningCalls
 from gateway.generation.prompts import PromptMaker
@@ -126,8 +126,8 @@ class Gateway:
         self._reporter: asyncio.Task[None] | None = None
         self._leaves_since_s: float | None = None
         self._takes_calls = True
-        self.admission: Admission | None = None
-        """None before the first call."""
+        seats = config.engine.max_num_seqs
+        self.entrance = Entrance(config.gateway, seats, engines, self.metrics)
         self._hello: EngineHello | None = None
         self._facts: ModelFacts | None = None
         self._draw_seed = _seed_source(config.engine.seed, name)
@@ -158,7 +158,7 @@ class Gateway:
         """Never be ready again; returns the number of requests that still run here."""
         if self._leaves_since_s is None:
             self._leaves_since_s = now_s
-        return self.admission.num_requests if self.admission else 0
+        return self.entrance.num_requests
 
     def end(self, stage: EndStage, now_s: float) -> int:
         """End with the whole server, by stages; returns the number of requests that still run."""
@@ -228,20 +228,30 @@ class Gateway:
         started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(fields.timeout_s)
         self.check_model(fields.model)
-        facts = self.require_facts()
-        call, caller = await make(facts), CALLER.get()
+        facts, caller = self.require_facts(), CALLER.get()
+        ask = Ask(priority=fields.priority or 0)
+        if caller is not None:
+            ask = replace(ask, tenant=caller.entry.tenant, weight=caller.entry.weight)
+        # what cannot enter is refused before it costs a tokenization
+        self.entrance.require_room(ask, facts.max_model_len, deadline_s)
+        call = await make(facts)
         if caller is not None:
             caller.check_tokens(time.monotonic())
             # No other tenant finds, or can detect, the cached prefixes of this salt.
-            tenant, weight = caller.entry.tenant, caller.entry.weight
-            salt = f"{tenant}\0{call.cache_salt}"
-            call = replace(call, cache_salt=salt, tenant=tenant, weight=weight)
+            salt = f"{ask.tenant}\0{call.cache_salt}"
+            call = replace(call, cache_salt=salt, tenant=ask.tenant, weight=ask.weight)
+        ask = replace(
+            ask,
+            num_requests=len(call.prompts),
+            num_tokens=call.max_total_tokens,
+            num_bytes=call.num_prompt_bytes,
+        )
         generation = Generation(
             call,
             call_id,
             created=int(time.time()),
             queue=OutputQueue(self.tuning.max_unread_bytes, self.tuning.unread_limit_s),
-            ticket=self._admit(call, facts, deadline_s),
+            ticket=self.entrance.admit(ask, facts.max_model_len, deadline_s),
             deadline_s=deadline_s,
             tokenizer=self.tokenizer,
             eos_token_ids=facts.eos_token_ids,
@@ -323,27 +333,6 @@ class Gateway:
         if facts is None:
             raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
         return facts
-
-    def _admit(self, call: GenerateCall, facts: ModelFacts, deadline_s: float) -> Ticket:
-        if self.admission is None:
-            most = self.limits.max_queue
-            self.admission = Admission(
-                max_requests=most,
-                max_tokens=self.limits.max_queue_tokens or most * facts.max_model_len,
-            )
-        num_workers = len(self.engines.clients)  # of now: recovery and scaling change it
-        self.admission.capacity = num_workers * self.config.engine.max_num_seqs
-        now_s = time.monotonic()
-        if self.admission.queue_time_s() > deadline_s - now_s:
-            self.metrics.admission_rejections.labels("deadline").inc()
-            raise DeadlineExceededError("the queue is longer than the request's time", False)
-        try:
-            return self.admission.admit(
-                len(call.prompts), call.max_total_tokens, now_s, call.num_prompt_bytes, call.tenant
-            )
-        except QueueFullError as err:
-            self.metrics.admission_rejections.labels(err.limit).inc()
-            raise
 
     async def _hand_over(self, generation: Generation) -> None:
         budget_ms = max(1, int((generation.deadline_s - time.monotonic()) * 1000))

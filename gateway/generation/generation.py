@@ -186,7 +186,7 @@ class Generation(AbstractContextManager["Generation"]):
         for prompt in self._prompts.values():
             if prompt.submission is not None:
                 prompt.submission.abort()
-        self.ticket.release(self.closed_s)
+        self.ticket.release(self.closed_s, self._has_token or self.is_finished)
         self._pay(self.usage.completion_tokens)
 
     def _pay(self, num_tokens: int) -> None:

@@ -115,7 +115,7 @@ class Stack:
 
     def wait_no_requests(self) -> None:
         """Wait until every request has given its place in the queue back."""
-        admission = self.gateway.admission
+        admission = self.gateway.entrance.admission
         assert admission is not None
         self.wait_for(lambda: admission.num_requests == 0, "free places in the queue")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import pytest
 from cluster.config.gateway import GatewaySection
 from cluster.core.release import RELEASE
 from gateway.core.tuning import GatewayTuning
+from gateway.generation.admission import Ask
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import ScriptedEngine, attention_entry, tiny_backend
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
@@ -327,20 +329,23 @@ def test_a_gateway_that_stood_still_blames_no_worker() -> None:
 
 def test_a_queue_that_is_longer_than_the_time_refuses_at_once(moody: Stack) -> None:
     complete(moody, prompt="x", max_tokens=1)
-    admission = moody.gateway.admission
+    admission = moody.gateway.entrance.admission
     assert admission is not None
     waiting = []
 
     def fill() -> None:
         """More than run at once; one of them ends every second."""
+        admission.max_wait_s = math.inf
         now_s = time.monotonic()
         capacity = moody.config.workers.num_attention_ranks * moody.config.engine.max_num_seqs
-        waiting.append(admission.admit(capacity, 1, now_s - 10.0))
-        waiting.extend(admission.admit(1, 1, now_s - 10.0) for _ in range(12))
+        running = Ask(num_requests=capacity, num_tokens=capacity)
+        waiting.append(admission.admit(running, now_s - 10.0))
+        waiting.extend(admission.admit(Ask(), now_s - 10.0) for _ in range(12))
         for age_s in range(8):
             waiting.pop().release(now_s - 9.0 + age_s)
 
     def empty() -> None:
+        admission.max_wait_s = moody.config.gateway.max_queue_wait_s
         for ticket in waiting:
             ticket.release(time.monotonic())
 

@@ -14,7 +14,7 @@ from gateway.cluster.events import ClusterEvents
 from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
 from gateway.core.delta import Finish, Usage
 from gateway.engines.submission import Submission
-from gateway.generation.admission import Admission
+from gateway.generation.admission import Admission, Ask
 from gateway.generation.choices import Choice
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue
@@ -60,7 +60,7 @@ def generation_of(num_prompts: int, n: int) -> Generation:
         "cmpl-1",
         created=0,
         queue=OutputQueue(1 << 20),
-        ticket=Admission(99, 999, 99).admit(num_prompts, 2, 100.0),
+        ticket=Admission(99, 999, 99).admit(Ask(num_requests=num_prompts, num_tokens=2), 100.0),
         deadline_s=200.0,
         tokenizer=tiny_tokenizer(),
         eos_token_ids=(),

@@ -117,8 +117,8 @@ def test_a_stream_that_nobody_reads_ends_over_http(slow: Stack) -> None:
     async def work() -> bytes:
         client = Client({"prompt": "x", "stream": True, **LONG})
         calling = await until_aborted(slow, client, build_http_app(slow.gateway))
-        assert slow.gateway.admission is not None
-        assert slow.gateway.admission.num_requests == 0
+        assert slow.gateway.entrance.admission is not None
+        assert slow.gateway.entrance.admission.num_requests == 0
         client.reads.set()
         await calling
         return client.content

@@ -77,11 +77,11 @@ def test_flags_reach_their_section() -> None:
 def test_limits_and_the_latency_target_reach_their_section() -> None:
     config = config_of(
         *("--itl-target-ms", "37.5", "--max-waiting", "4", "--max-waiting-tokens", "500"),
-        *("--max-queue", "6", "--max-queue-tokens", "7000"),
+        *("--max-queue", "6", "--max-queue-tokens", "7000", "--max-queue-wait-s", "0"),
     )
     engine, gateway = config.engine, config.gateway
     assert (engine.itl_target_ms, engine.max_waiting, engine.max_waiting_tokens) == (37.5, 4, 500)
-    assert (gateway.max_queue, gateway.max_queue_tokens) == (6, 7000)
+    assert (gateway.max_queue, gateway.max_queue_tokens, gateway.max_queue_wait_s) == (6, 7000, 0)
     with pytest.raises(CommandError, match=r"itl_target_ms \(-1.0\) must be positive") as caught:
         config_of("--itl-target-ms", "-1")
     assert caught.value.code == ExitCode.USAGE

@@ -1,0 +1,77 @@
+"""Where calls enter a replica: its admission, with the places that the engines have now."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from cluster.config.gateway import GatewaySection
+from cluster.core.errors import DeadlineExceededError, QueueFullError
+from gateway.engines.engine_pool import EnginePool
+from gateway.generation.admission import Admission, Ask, Ticket
+from gateway.observability.metrics import GatewayMetrics
+
+
+class Entrance:
+    """Refuses calls for which there is no room, and counts them.
+
+    Args:
+        limits: of the queue.
+        max_num_seqs: of each engine.
+        engines: theirs.
+        metrics: of the replica.
+    """
+
+    def __init__(
+        self,
+        limits: GatewaySection,
+        max_num_seqs: int,
+        engines: EnginePool,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._limits = limits
+        self._max_num_seqs = max_num_seqs
+        self._engines = engines
+        self._metrics = metrics
+        self.admission: Admission | None = None
+        """None before the first call."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that the replica holds."""
+        return self.admission.num_requests if self.admission else 0
+
+    def admit(self, ask: Ask, max_model_len: int, deadline_s: float) -> Ticket:
+        """Take a place. Raises what ``require_room`` raises."""
+        return self.require_room(ask, max_model_len, deadline_s).admit(ask, time.monotonic())
+
+    def require_room(self, ask: Ask, max_model_len: int, deadline_s: float) -> Admission:
+        """Raise unless a call could enter now, and would run before its deadline.
+
+        Raises:
+            QueueFullError: it could not enter.
+            DeadlineExceededError: it would wait for too long.
+        """
+        admission, now_s = self._now(max_model_len), time.monotonic()
+        try:
+            admission.check(ask, now_s)
+        except QueueFullError as err:
+            self._metrics.admission_rejections.labels(err.limit).inc()
+            raise
+        if admission.queue_time_s(ask) > deadline_s - now_s:
+            self._metrics.admission_rejections.labels("deadline").inc()
+            raise DeadlineExceededError("the queue is longer than the request's time", False)
+        return admission
+
+    def _now(self, max_model_len: int) -> Admission:
+        """The admission; workers and their KV blocks, and so the capacity, change."""
+        limits = self._limits
+        if self.admission is None:
+            self.admission = Admission(
+                max_requests=limits.max_queue,
+                max_tokens=limits.max_queue_tokens or limits.max_queue * max_model_len,
+                max_wait_s=limits.max_queue_wait_s or math.inf,
+            )
+        share = -(-self._max_num_seqs // limits.num_gateway_replicas)
+        self.admission.capacity = self._engines.num_places(share)
+        return self.admission
