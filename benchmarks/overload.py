@@ -3,9 +3,10 @@
 python -m benchmarks.overload [--seconds 60]
 
 ``expertmesh serve`` with the bundled model and two keys. First the rate that clients without pauses
-reach. Then requests arrive at random (Poisson) at ten times that rate. Afterwards one request at a
-time again. Then the fairness: a modest key at 0.3 of the capacity, while another one asks for as
-much, and then for ten times the capacity.
+reach, and the latency at half of it. Then requests arrive at random (Poisson) at ten times that
+rate, a tenth of them over gRPC, and at half of it again: single short requests beside them show
+when the latency is as before. Then the fairness: a modest key at 0.3 of the capacity, while another
+one asks for as much, and then for ten times the capacity.
 """
 
 from __future__ import annotations
@@ -13,166 +14,120 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
 import psutil
 
+from benchmarks.overload_load import GREEDY, MAX_TOKENS, MODEST, Clients, Phase
 from benchmarks.processes import name_of
 from benchmarks.results import table
 from cluster.launch.orphans import find_by_files
 from tests.served.server import Served, running_server
 
-GREEDY, MODEST = "greedy", "modest"
 OVER = 10.0
 """Times the capacity."""
-_NUM_EAGER = 96
-"""Clients without pauses, by which the capacity is measured."""
+NORMAL = 1.5
+"""Times the latency before the overload, up to which it is normal."""
+_NUM_EAGER = 80
+"""Clients without pauses: more than run at once."""
+_HALF = 0.5
 _MODEST_SHARE = 0.3
 """Of the capacity."""
-_MAX_TOKENS = 160
-_LIMIT_S = 300.0
+_RAMP_S = 5.0
+"""Time until all places are taken."""
+_WINDOW_S = 1.0
+"""Of the median that must be normal."""
+_NUM_RETRIES = 10
+"""Refused requests that are sent again as they were told."""
+_GROWN_MIB = 8.0
 
 
 @dataclass(slots=True)
-class Phase:
-    """What clients saw for a while."""
+class Found:
+    """All phases, and what was seen beside them."""
 
-    name: str
-    seconds: float = 0.0
-    statuses: Counter[int] = field(default_factory=Counter)
-    num_tokens: int = 0
-    """Of answers that came within the time."""
-    refused_ms: list[float] = field(default_factory=list)
-    """From a request to its refusal."""
-    retry_s: list[float] = field(default_factory=list)
-    """``Retry-After`` of refusals."""
-    ttft_ms: dict[str, list[float]] = field(default_factory=lambda: {GREEDY: [], MODEST: []})
-    """By key, from a request to its first token."""
+    peak: Phase
+    before: Phase
+    """Single requests at half of the capacity, like ``after``."""
+    over: Phase
+    after: Phase
+    fair: Phase
+    unfair: Phase
+    retries: list[str]
+    most_waiting: int
+    grown: list[str]
+    """Processes that grew under overload."""
 
     @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.seconds
-
-    def median_ttft_ms(self, key: str) -> float:
-        return statistics.median(self.ttft_ms[key] or [float("nan")])
+    def capacity(self) -> float:
+        """Requests a second."""
+        return self.peak.tokens_per_s / MAX_TOKENS
 
 
-class Clients:
-    """They ask under one of two keys."""
+def normal_after(before_ms: float, after: Sequence[tuple[float, float]]) -> float | None:
+    """Seconds until the median of a window is normal; None if none is.
 
-    def __init__(self, server: Served, seed: int) -> None:
-        self._draw = random.Random(seed)
-        self._http = httpx.AsyncClient(
-            base_url=server.http, timeout=_LIMIT_S, limits=httpx.Limits(max_connections=None)
-        )
-
-    async def close(self) -> None:
-        """End all connections."""
-        await self._http.aclose()
-
-    async def ask(self, key: str, phase: Phase, end: float) -> None:
-        """One stream; its tokens count until ``end`` (monotonic seconds)."""
-        body: dict[str, Any] = {
-            "prompt": [self._draw.randrange(4, 1000) for _ in range(32)],
-            "max_tokens": _MAX_TOKENS,
-            "ignore_eos": True,
-            "stream": True,
-            "return_token_ids": True,
-        }
-        began, is_first = time.monotonic(), True
-        headers = {"authorization": f"Bearer {key}"}
-        post = self._http.stream("POST", "/v1/completions", json=body, headers=headers)
-        async with post as response:
-            phase.statuses[response.status_code] += 1
-            if response.status_code != 200:
-                phase.refused_ms.append(1000 * (time.monotonic() - began))
-                with suppress(KeyError):
-                    phase.retry_s.append(float(response.headers["retry-after"]))
-                return
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                now = time.monotonic()
-                if is_first:
-                    phase.ttft_ms[key].append(1000 * (now - began))
-                    is_first = False
-                if now < end:
-                    event = json.loads(line.removeprefix("data: "))
-                    choices = event.get("choices", ())
-                    phase.num_tokens += sum(len(c.get("token_ids") or ()) for c in choices)
-
-    async def eager(self, seconds: float) -> Phase:
-        """Clients that never wait, for so long."""
-        phase = Phase("clients without pauses", seconds)
-        end = time.monotonic() + seconds
-
-        async def client() -> None:
-            while time.monotonic() < end:
-                await self.ask(GREEDY, phase, end)
-
-        await asyncio.gather(*(client() for _ in range(_NUM_EAGER)))
-        return phase
-
-    async def poisson(self, name: str, rates: dict[str, float], seconds: float) -> Phase:
-        """Requests at random by key, for so long; then the clients leave."""
-        phase, end = Phase(name, seconds), time.monotonic() + seconds
-        running: set[asyncio.Task[None]] = set()
-
-        async def arrive(key: str, rate: float) -> None:
-            due = time.monotonic()
-            while (due := due + self._draw.expovariate(rate)) < end:
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
-                task = asyncio.create_task(self.ask(key, phase, end))
-                running.add(task)
-                task.add_done_callback(running.discard)
-
-        await asyncio.gather(*(arrive(key, rate) for key, rate in rates.items()))
-        left = list(running)
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-        return phase
-
-    async def one_by_one(self, count: int) -> Phase:
-        """Single requests."""
-        phase, began = Phase("one at a time"), time.monotonic()
-        for _ in range(count):
-            await self.ask(MODEST, phase, float("inf"))
-        phase.seconds = time.monotonic() - began
-        return phase
+    ``after``: seconds since the overload at which requests were sent, and their TTFT in ms.
+    """
+    for start_s, _ in after:
+        window = [ms for at_s, ms in after if start_s <= at_s < start_s + _WINDOW_S]
+        if statistics.median(window) <= NORMAL * before_ms:
+            return start_s
+    return None
 
 
-async def measure(server: Served, seconds: float) -> tuple[list[Phase], float, list[str]]:
-    """All phases, the capacity in requests a second, and what memory did."""
+async def measure(server: Served, seconds: float) -> Found:
+    """All phases."""
     clients = Clients(server, seed=1)
-    alone = await clients.one_by_one(8)
-    eager = await clients.eager(seconds / 3)
-    capacity = eager.tokens_per_s / _MAX_TOKENS
-    before = _memory(server)
-    over = await clients.poisson("10 x the capacity", {GREEDY: OVER * capacity}, seconds)
-    memory = [
-        f"{name}: {before[pid][1]:.0f} -> {mib:.0f} MiB"
-        for pid, (name, mib) in sorted(_memory(server).items())
-        if pid in before and mib > before[pid][1] + 8
-    ]
-    after = await clients.one_by_one(8)
+    ramp_s = min(_RAMP_S, seconds)
+    await clients.eager(_NUM_EAGER, 0.0, ramp_s)  # warm, and the rate is known
+    peak = await clients.eager(_NUM_EAGER, ramp_s, seconds / 2)
+    capacity = peak.tokens_per_s / MAX_TOKENS
+    half = {GREEDY: _HALF * capacity}
+
+    async def probed(name: str, probe_s: float) -> Phase:
+        load = asyncio.create_task(clients.poisson(name, half, 0.0, probe_s + 1.0))
+        phase = await clients.probe(name, GREEDY, probe_s)
+        await load
+        return phase
+
+    await clients.poisson("half", half, 0.0, ramp_s)
+    before = await probed("single ones at half the capacity, before", min(seconds, 20.0))
+    await clients.settle()
+    memory = _memory(server)
+    watcher = asyncio.create_task(clients.watch_queue())
+    over = await clients.poisson("10 x the capacity", {GREEDY: OVER * capacity}, ramp_s, seconds)
+    watcher.cancel()
+    last = over.refusals[-_NUM_RETRIES:]
+    retrying = asyncio.create_task(clients.retry(last))
+    after = await probed("single ones at half the capacity, after", min(seconds, 20.0))
+    retries = await retrying
+    await clients.settle()
+    grown = _grown(memory, _memory(server))
     rate = _MODEST_SHARE * capacity
-    fair = await clients.poisson("0.3 and 0.3", {GREEDY: rate, MODEST: rate}, seconds)
+    fair = await clients.poisson("0.3 and 0.3", {GREEDY: rate, MODEST: rate}, ramp_s, seconds)
+    await clients.settle()
     rates = {GREEDY: OVER * capacity, MODEST: rate}
-    unfair = await clients.poisson("10 and 0.3 (modest)", rates, seconds)
+    unfair = await clients.poisson("10 and 0.3 (modest)", rates, ramp_s, seconds)
+    await clients.settle()
     await clients.close()
-    return [alone, eager, over, after, fair, unfair], capacity, memory
+    return Found(
+        peak=peak,
+        before=before,
+        over=over,
+        after=after,
+        fair=fair,
+        unfair=unfair,
+        retries=retries,
+        most_waiting=clients.most_waiting,
+        grown=grown,
+    )
 
 
 def _memory(server: Served) -> dict[int, tuple[str, float]]:
@@ -185,27 +140,64 @@ def _memory(server: Served) -> dict[int, tuple[str, float]]:
     return found
 
 
-def report(phases: Sequence[Phase], capacity: float, memory: Sequence[str]) -> str:
-    """A row for each phase."""
+def _grown(before: dict[int, tuple[str, float]], after: dict[int, tuple[str, float]]) -> list[str]:
+    return [
+        f"{name} {before[pid][1]:.0f} -> {mib:.0f} MiB"
+        for pid, (name, mib) in sorted(after.items())
+        if pid in before and mib > before[pid][1] + _GROWN_MIB
+    ]
+
+
+def _asked(found: Found) -> list[list[str]]:
+    """What was asked for, and what was found."""
+    over, peak = found.over, found.peak
+    refused_ms = [refusal.took_ms for refusal in over.refusals]
+    retry_s = [refusal.retry_s for refusal in over.refusals if refusal.retry_s is not None]
+    before_ms = found.before.median_ttft_ms(GREEDY)
+    sent = [(at_s - over.end_s, ms) for at_s, ms in found.after.ttft_ms[GREEDY]]
+    normal_s = normal_after(before_ms, sent)
+    accepted = found.retries.count("200") + found.retries.count("OK")
+    ratio = found.unfair.median_ttft_ms(MODEST) / found.fair.median_ttft_ms(MODEST)
+    modest = f"{ratio:.2f}"
+    others = over.num_other + over.num_cut + len(over.refusals) - len(retry_s)
+    return [
+        ["tokens/s, of the peak", "at least 95%", f"{over.tokens_per_s / peak.tokens_per_s:.0%}"],
+        ["refusal, median", "under 50 ms", f"{_median(refused_ms):.0f} ms"],
+        ["answers but 200, 429, OK, RESOURCE_EXHAUSTED, cut, or no retry time", "0", f"{others}"],
+        ["retry time, median", "1 to 60 s", f"{_median(retry_s):.1f} s"],
+        [f"last {len(found.retries)} refused, sent again as told: accepted", "", f"{accepted}"],
+        ["sequences that waited at the worker, at most", "bounded", f"{found.most_waiting}"],
+        [f"processes that grew by over {_GROWN_MIB:.0f} MiB", "0", "; ".join(found.grown) or "0"],
+        ["TTFT normal again after", "5 s", "never" if normal_s is None else f"{normal_s:.1f} s"],
+        ["TTFT of the modest key, 10 / 0.3", "at most 1.5", modest],
+    ]
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else float("nan")
+
+
+def report(found: Found) -> str:
+    """What was asked for, and a row for each phase."""
+    phases = [found.peak, found.before, found.over, found.after, found.fair, found.unfair]
     rows = [
         [
             phase.name,
-            f"{phase.statuses[200]}",
-            f"{phase.statuses.total() - phase.statuses[200]}",
+            f"{phase.num_accepted}",
+            f"{phase.num_refused}",
             f"{phase.tokens_per_s:.0f}",
             *(f"{phase.median_ttft_ms(key):.0f}" for key in (GREEDY, MODEST)),
-            f"{statistics.median(phase.refused_ms):.0f}" if phase.refused_ms else "-",
-            f"{statistics.median(phase.retry_s):.0f}" if phase.retry_s else "-",
         ]
         for phase in phases
     ]
     head = ["requests", "accepted", "refused", "tokens/s"]
     head += [f"TTFT of {key}, ms" for key in (GREEDY, MODEST)]
-    head += ["ms to a refusal", "retry after, s"]
-    grown = "; ".join(memory) or "no process grew by over 8 MiB"
+    over = found.over.end_s - found.over.begin_s
     return (
-        f"The capacity is {capacity:.1f} requests a second of {_MAX_TOKENS} tokens. Medians.\n\n"
-        f"{table(head, rows)}\n\nUnder overload: {grown}."
+        f"The capacity is {found.capacity:.1f} requests a second of {MAX_TOKENS} tokens; "
+        f"{OVER:.0f} times as many for {over:.0f} s, after {min(_RAMP_S, over):.0f} s in which the "
+        f"places fill. Times are medians; normal is {NORMAL} times the latency before.\n\n"
+        f"{table(['', 'limit', 'found'], _asked(found))}\n\n{table(head, rows)}"
     )
 
 
@@ -216,7 +208,7 @@ def run(seconds: float) -> str:
         entries = [{"name": n, "key": n, "max_concurrent": 100_000} for n in (GREEDY, MODEST)]
         keys.write_text(json.dumps({"keys": entries}))
         with running_server(Path(folder), "--api-key-file", str(keys)) as server:
-            return report(*asyncio.run(measure(server, seconds)))
+            return report(asyncio.run(measure(server, seconds)))
 
 
 def section(quick: bool) -> str:
@@ -227,7 +219,7 @@ def section(quick: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each phase")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the overload")
     sys.stdout.write(f"{run(parser.parse_args(arguments).seconds)}\n")
 
 

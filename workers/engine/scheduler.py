@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 
+from workers.engine.seat_reserve import SeatReserve
 from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.kv.block_tables import BlockTables
@@ -70,6 +71,7 @@ class Scheduler:
         self.tables = BlockTables(max_num_seqs, self._blocks(max_model_len))
         """The blocks of running sequences, by ``SequenceState.seat``."""
         self._served = ServedTokens()
+        self._seats = SeatReserve(max_num_seqs)
         self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self.num_preemptions = 0
@@ -104,6 +106,7 @@ class Scheduler:
     def add(self, sequence: SequenceState) -> None:
         """Queue a sequence behind those of its priority."""
         self._served.enter(sequence)
+        self._seats.note(sequence)
         self._enter(self._waiting, sequence, SequenceStatus.WAITING)
 
     def remove(self, sequence: SequenceState) -> None:
@@ -113,6 +116,7 @@ class Scheduler:
         here = self._running if sequence.status is SequenceStatus.RUNNING else self._waiting
         here.remove(sequence)
         self._served.leave(sequence)
+        self._seats.note(sequence)
         self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
@@ -177,6 +181,7 @@ class Scheduler:
         end without a token, and the prefix cache never gets what they computed in this plan.
         """
         endings: dict[SequenceState, Ending] = {}
+        self._seats.count_step()
         for planned in plan.rows:
             sequence = planned.sequence
             ending = self._commit_rows(planned, drawn.get(sequence), sequence in failed)
@@ -277,25 +282,33 @@ class Scheduler:
         """Waiting sequences in order, as long as seats, free blocks and rows last.
 
         Known blocks without a holder count as taken from the free ones by each sequence that would
-        use them.
+        use them. A tenant above its share leaves seats free, and blocks for as many sequences.
         """
         if not self._waiting:
             return
         free = self._pool.num_free - self._reserve(self._running)
         seats = self._max_num_seqs - len(self._running)
+        left_free = self._seats.seats_left_free(self._running if self._alone is None else ())
+        held_back: set[str] = set()  # tenants
         for sequence in self._served.in_turn(self._waiting):
             if seats <= 0 or max_rows <= 0:
                 return
-            if not self._may_run(sequence):
+            num_left, tenant = left_free.of(sequence), sequence.request.tenant
+            if not self._may_run(sequence) or seats <= num_left or tenant in held_back:
                 continue
             found = self.prefixes.find(sequence)
             if self._waits_for_first_choice(sequence) and len(found) < self._num_shared(sequence):
                 continue
-            free -= self._blocks(sequence.num_tokens)
-            free += sum(not self._pool.is_free(block) for block in found)
+            blocks = self._blocks(sequence.num_tokens)
+            taken = blocks - sum(not self._pool.is_free(block) for block in found)
+            if num_left and free - taken < num_left * blocks:
+                held_back.add(tenant)
+                continue
+            free -= taken
             if free < 0:
                 return
             free -= self._reserve((sequence,))
+            left_free.take(sequence)
             seats -= 1
             max_rows -= sequence.num_tokens - len(found) * self._block_size
             yield sequence

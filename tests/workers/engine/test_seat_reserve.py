@@ -1,0 +1,110 @@
+"""Seats that a greedy tenant leaves free for others."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import count
+
+from workers.engine.scheduler import Scheduler
+from workers.kv.block_pool import BlockPool
+from workers.requests.request import Request, SamplingParams
+from workers.requests.sequence import SequenceState
+
+SEATS = 32
+"""Two of which are left free."""
+
+
+class Desk:
+    """A scheduler whose sequences have one prompt token each."""
+
+    def __init__(self, num_blocks: int = 10_000) -> None:
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks),
+            block_size=4,
+            max_num_seqs=SEATS,
+            max_num_batched_tokens=1000,
+            max_model_len=100,
+            eos_token_ids=(),
+            enable_prefix_caching=False,
+        )
+        self._numbers = count()
+
+    def add(self, tenant: str, number: int, weight: float = 1.0, prompt: int = 1) -> None:
+        params = SamplingParams(max_tokens=50)
+        for _ in range(number):
+            order = next(self._numbers)
+            request = Request(
+                request_id=f"r{order}",
+                prompt=(5,) * prompt,
+                params=params,
+                tenant=tenant,
+                weight=weight,
+            )
+            self.scheduler.add(SequenceState(request, 0, order, math.inf))
+
+    def step(self) -> Counter[str]:
+        """One step; running sequences by tenant."""
+        wanted = self.scheduler.wanted()
+        plan = self.scheduler.schedule(wanted.decode_rows, wanted.prefill_rows)
+        self.scheduler.commit(plan, {p.sequence: 7 for p in plan.rows if p.draws_token}, ())
+        self.scheduler.check_integrity()
+        return Counter(s.request.tenant for s in self.scheduler.running)
+
+    def end(self, tenant: str) -> None:
+        for sequence in self.scheduler.running:
+            if sequence.request.tenant == tenant:
+                self.scheduler.remove(sequence)
+
+
+def test_a_tenant_alone_has_all_seats() -> None:
+    desk = Desk()
+    desk.add("a", 100)
+    assert desk.step() == {"a": SEATS}
+
+
+def test_a_tenant_above_its_share_leaves_seats_for_others() -> None:
+    desk = Desk()
+    desk.add("b", 1)
+    desk.add("a", 100)
+    assert desk.step() == {"a": SEATS - 3, "b": 1}
+    desk.add("b", 2)  # at once, though nothing has ended
+    assert desk.step() == {"a": SEATS - 3, "b": 3}
+
+
+def test_the_seats_stay_free_for_a_while_after_the_other_has_gone() -> None:
+    desk = Desk()
+    desk.add("b", 1)
+    desk.add("a", 100)
+    desk.step()
+    desk.end("b")
+    assert desk.step() == {"a": SEATS - 2}
+    desk.end("a")
+    desk.add("a", 3000)
+    for _ in range(2500):
+        found = desk.step()
+        if found["a"] == SEATS:
+            return
+    raise AssertionError("the seats stay free for ever")
+
+
+def test_greedy_tenants_share_all_seats_by_weight() -> None:
+    desk = Desk()
+    desk.add("a", 100, weight=3.0)
+    desk.add("b", 100)
+    found = desk.step()
+    assert found.total() == SEATS
+    assert found["a"] > found["b"]
+
+
+def test_blocks_are_left_free_with_the_seats() -> None:
+    """24 prompts of a block each fit, of which one may need a second one soon."""
+    desk = Desk(num_blocks=24)
+    desk.add("b", 1)
+    desk.step()
+    desk.add("a", 100)
+    desk.step()
+    free = desk.scheduler.num_running
+    desk.add("b", 1)
+    assert desk.step()["b"] == 2
+    assert free < 24
