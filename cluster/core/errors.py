@@ -142,8 +142,8 @@ class KeyLimitError(LimitReachedError):
 class QueueFullError(LimitReachedError):
     """The queue is full; ``retry_after_s`` estimates when it will have drained.
 
-    The limits: queue_full (requests) or queue_tokens at a gateway, worker_queue_full at an
-    attention worker.
+    The limits: queue_full (requests), queue_tokens or queue_wait at a gateway, worker_queue_full
+    at an attention worker.
     """
 
     def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "queue_full") -> None:
