@@ -14,6 +14,7 @@ from gateway.generation.tenant_queues import TenantQueue, tokens_ahead
 
 _UNKNOWN_RATE_RETRY_S = 5.0
 """Before the first request has finished."""
+_MOST_HOLDS_S = 0.1
 _BURST_S = 1.0
 """Time for which a queue that has just formed takes requests whatever their wait: a batch that
 comes at once waits, it is not refused."""
@@ -154,6 +155,12 @@ class Admission:
             and self.num_requests + ask.num_requests <= 1.5 * self.max_requests
             and self.num_tokens + ask.num_tokens <= 1.5 * self.max_tokens
         )
+
+    @property
+    def holds_s(self) -> float:
+        """Time until the next request leaves, before which a refusal holds; a moment at most."""
+        rate = self._rate.requests_per_s
+        return min(_MOST_HOLDS_S, 1 / rate) if rate else _MOST_HOLDS_S
 
     def retry_after_s(self, num_requests: int) -> float:
         """Estimated time until ``num_requests`` have left."""

@@ -23,12 +23,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.core.errors import (
     DeadlineExceededError,
+    QueueFullError,
     RequestError,
     RequestTooLargeError,
     UnsupportedParameterError,
 )
 from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import Account
+from gateway.core.echoes import ECHOES, HOLDS
 from gateway.core.errors import ClientGoneError
 from gateway.core.expect import waits_to_send
 from gateway.core.receipts import RECEIPT, RECEIPTS, WINDOW_BYTES
@@ -150,6 +152,8 @@ class HttpMiddleware:
         tracing, trace = self.gateway.tracing, None
         if tracing is not None and scope["method"] == "POST":
             trace = tracing.begin(path, "http", request_id, headers.items())
+        extensions = scope.get("extensions", {})
+        self._count_echoes(extensions.get(ECHOES, ()), str(scope.get("root_path", "")))
         status = 0
         caller: Account | None = None
         try:
@@ -163,7 +167,7 @@ class HttpMiddleware:
             status = 499
             raise
         except Exception as err:
-            await self._answer_error(err, request_id, responder)
+            await self._answer_error(err, request_id, responder, ECHOES in extensions)
         finally:
             if caller is not None:
                 caller.leave(time.monotonic())
@@ -175,10 +179,23 @@ class HttpMiddleware:
             if trace is not None:
                 trace.end(CLIENT_GONE if status == 499 else "")
 
-    async def _answer_error(self, error: Exception, request_id: str, responder: Responder) -> None:
+    async def _answer_error(
+        self, error: Exception, request_id: str, responder: Responder, is_echoed: bool
+    ) -> None:
         report = self.gateway.report_error(error, request_id)
+        headers = report.headers()
+        is_only = self.gateway.limits.num_gateway_replicas == 1
+        if is_echoed and is_only and isinstance(error, QueueFullError) and error.holds_s:
+            headers[HOLDS] = f"{int(1000 * error.holds_s)} {error.limit}"
         if not responder.is_started:  # else too late: streams send their errors as events
-            await responder.json(report.body(), report.http_status, report.headers())
+            await responder.json(report.body(), report.http_status, headers)
+
+    def _count_echoes(self, echoes: Sequence[tuple[str, str, int]], root: str) -> None:
+        """Count the refusals that the proxy repeated."""
+        for path, reason, number in echoes:
+            route = self._names.of(path.removeprefix(root) or "/")
+            self.gateway.metrics.admission_rejections.labels(reason).inc(number)
+            self.gateway.metrics.http_requests.labels(route, "POST", "429").inc(number)
 
     def _with_headers(self, send: Send, request_id: str) -> Send:
         started_s = time.monotonic()

@@ -9,6 +9,7 @@ from gateway.serve_proxy.client_certificates import demand_client_certificates
 from gateway.serve_proxy.expect_continue import ExpectContinueGuard
 from gateway.serve_proxy.malloc_trim import start_returning
 from gateway.serve_proxy.receipt_sender import ReceiptSender
+from gateway.serve_proxy.refusal_echo import RefusalEcho
 from gateway.serve_proxy.request_id_guard import RequestIdGuard
 from gateway.serve_proxy.unserved_guard import UnservedGuard
 
@@ -21,5 +22,5 @@ def proxy_middlewares() -> list[Middleware]:
     demand_client_certificates()
     bound_headers()
     start_returning()
-    guards = (UnservedGuard, ExpectContinueGuard, RequestIdGuard, ReceiptSender)
+    guards = (UnservedGuard, RefusalEcho, ExpectContinueGuard, RequestIdGuard, ReceiptSender)
     return [Middleware(guard) for guard in guards]

@@ -26,7 +26,10 @@ def test_the_proxy_has_every_guard_and_patch() -> None:
         [sys.executable, "-c", _CALL], check=True, timeout=60, capture_output=True
     )
     guards, demands_certificates, protocol, threads = json.loads(done.stdout)
-    assert guards == ["UnservedGuard", "ExpectContinueGuard", "RequestIdGuard", "ReceiptSender"]
+    assert guards == [
+        *("UnservedGuard", "RefusalEcho", "ExpectContinueGuard", "RequestIdGuard"),
+        "ReceiptSender",
+    ]
     assert demands_certificates
     assert protocol == "gateway.serve_proxy.bounded_protocol:BoundedHttpProtocol"
     assert "freed-memory" in threads

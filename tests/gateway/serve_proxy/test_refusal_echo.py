@@ -1,0 +1,89 @@
+"""Refusals that Serve's proxy repeats for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from gateway.core.echoes import ECHOES, HOLDS
+from gateway.serve_proxy.refusal_echo import RefusalEcho
+
+BODY = b'{"error":{}}'
+
+
+class Full:
+    """A replica that refuses everything, for 100 ms at a time."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.told: list[Any] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        self.told.append(scope["extensions"][ECHOES])
+        self.bodies.append((await receive())["body"])
+        headers = {"retry-after": "2", HOLDS: "100 queue_wait", "x-request-id": "first"}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 429, "headers": raw})
+        await send({"type": "http.response.body", "body": BODY[:5], "more_body": True})
+        await send({"type": "http.response.body", "body": BODY[5:]})
+
+
+class Proxy:
+    """The echo, before a full replica, and a clock."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.replica = Full()
+        self._echo = RefusalEcho(self.replica, lambda: self.now_s)
+
+    def ask(
+        self, body: object = None, key: str = "a", path: str = "/v1/completions"
+    ) -> tuple[Headers, bytes]:
+        """Headers and body of a refusal."""
+        sent: list[Message] = []
+
+        async def take(message: Message) -> None:
+            sent.append(message)
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": json.dumps(body).encode()}
+
+        headers: Sequence[tuple[bytes, bytes]] = [
+            (b"authorization", key.encode()),
+            (b"x-request-id", b"mine"),
+        ]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        asyncio.run(self._echo(scope, receive, take))
+        assert sent[0]["status"] == 429
+        return Headers(scope=sent[0]), b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def test_a_refusal_is_repeated_while_it_holds() -> None:
+    proxy = Proxy()
+    headers, body = proxy.ask()
+    assert HOLDS not in headers
+    assert (headers["x-request-id"], body) == ("first", BODY)
+    for _ in range(3):
+        headers, body = proxy.ask({"prompt": "another"})
+        assert (headers["x-request-id"], headers["retry-after"], body) == ("mine", "2", BODY)
+    assert len(proxy.replica.bodies) == 1
+    proxy.now_s = 0.2
+    proxy.ask()
+    assert proxy.replica.told == [[], [("/v1/completions", "queue_wait", 3)]]
+    assert proxy.ask()[0]["x-request-id"] == "mine"
+
+
+def test_other_keys_paths_and_priorities_reach_the_replica() -> None:
+    proxy = Proxy()
+    proxy.ask()
+    proxy.ask(key="b")
+    proxy.ask(path="/v1/chat/completions")
+    proxy.ask({"priority": 1})
+    assert len(proxy.replica.bodies) == 4
+    assert json.loads(proxy.replica.bodies[-1]) == {"priority": 1}  # whole, though it was looked at
