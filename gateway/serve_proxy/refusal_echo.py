@@ -81,6 +81,7 @@ class RefusalEcho:
 
     def _watch(self, whose: _Whose, send: Send) -> Send:
         """``send`` that keeps a refusal which holds for a while."""
+        refusal: _Refusal | None = None
 
         async def forward(message: Message) -> None:
             nonlocal refusal
@@ -97,7 +98,6 @@ class RefusalEcho:
                 refusal.is_whole = not message.get("more_body", False)
             await send(message)
 
-        refusal: _Refusal | None = None
         return forward
 
     def _keep(self, whose: _Whose, refusal: _Refusal) -> None:
