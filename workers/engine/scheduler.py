@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 
-from workers.engine.seat_reserve import SeatReserve
 from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.kv.block_tables import BlockTables
 from workers.kv.prefix_cache import PrefixCache
 from workers.requests.fairness import ServedTokens
 from workers.requests.request import FinishReason, Request
+from workers.requests.seat_reserve import SeatReserve
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
 
 _BLOCKS_AHEAD = 2
