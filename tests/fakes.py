@@ -176,8 +176,11 @@ class FakeWorkerGroup(WorkerGroup):
     def resources(self) -> tuple[NodeResources, ...]:
         return (NodeResources(node_id="here", address="127.0.0.1", cpus=2.0),)
 
-    def leaving(self) -> list[str]:
-        return self.on_leaving_nodes
+    def draining_nodes(self) -> frozenset[str]:
+        return frozenset(f"node of {name}" for name in self.on_leaving_nodes)
+
+    def homes(self) -> dict[str, str]:
+        return {name: f"node of {name}" for name in self.names()}
 
     def address(self) -> str:
         return "127.0.0.1"

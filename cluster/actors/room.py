@@ -86,14 +86,16 @@ class Room:
         """Reserve room for a place that scaling adds, once; what its workers may reserve there.
 
         Ray finds it later where there is none yet. Equal shares by default leave no CPU free on
-        the nodes of the start: a worker reserves none where no node has a share.
+        the nodes of the start: a worker reserves none where no node has a share, unless the
+        cluster follows its nodes: it waits for another one then.
         """
         share = resolved_share(workers)
         group = self._added.get(place)
         if group is not None:
             return replace(share, cpus=float(group.bundle_specs[0].get("CPU", 0.0)))
         group = _added_group(place, role, share)
-        if workers.has_equal_cpus and not share.gpus and not group.wait(_FREE_SHARE_S):
+        may_share = workers.has_equal_cpus and not (share.gpus or workers.follow_nodes)
+        if may_share and not group.wait(_FREE_SHARE_S):
             remove_placement_group(group)
             share = replace(share, cpus=0.0)
             group = _added_group(place, role, share)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.tasks import Background
-from cluster.config.resources import ids_by_address
+from cluster.config.resources import ids_by_address, resolved_share
 from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
@@ -30,6 +30,7 @@ from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, S
 from cluster.core.frames import Alive, ControlFrame, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
+from cluster.policy.node_following import followed_nodes
 from cluster.sizing.start_plan import StartPlan
 from cluster.tracing.exporter import TraceExport, start_traces
 
@@ -272,19 +273,24 @@ class Runner:
                 self.note(f"{gateway} is gone: it no longer asks", "its requests end")
 
     async def _watch_nodes(self, controller: Controller) -> None:
-        """Drain the workers of nodes that will leave; fill their places afterwards."""
+        """Drain the workers of nodes that will leave; follow the nodes, or fill places again."""
+        workers = controller.cluster.config.workers
         while self._leads(controller):
             await asyncio.sleep(_NODES_S)
             try:
                 leaving, nodes = await asyncio.to_thread(
-                    lambda: (self.group.leaving(), self.group.resources())
+                    lambda: (self.group.draining_nodes(), self.group.resources())
                 )
             except Exception as err:  # any error of Ray: the next round asks again
                 logger.debug("the nodes cannot be listed: %s", err)
                 continue
-            for name in sorted(leaving):
-                self.tell(partial(controller.draining.requested, name))
+            homes = self.group.homes()
+            for name in sorted(n for n, home in homes.items() if home in leaving):
+                self.tell(partial(controller.draining.requested, name, node_leaves=True))
             self.tell(partial(controller.cluster.nodes_alive, ids_by_address(nodes)))
+            share = resolved_share(workers)
+            followed = followed_nodes(nodes, share, workers.pools, homes, leaving)
+            self.tell(partial(controller.following.observe, followed))
 
     def note(self, cause: str, effect: str) -> None:
         """Add to the history of the cluster, if there is one."""

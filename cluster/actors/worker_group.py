@@ -75,10 +75,11 @@ class WorkerGroup:
     was_restarted = staticmethod(ray_tools.this_actor_was_restarted)
     call_back = staticmethod(ray_tools.call_this_actor)
 
-    def leaving(self) -> list[str]:
-        """Workers on nodes that Ray drains. A remote call."""
-        nodes = ray_tools.draining_nodes()
-        return [name for name, actor in list(self._actors.items()) if actor.node_id in nodes]
+    draining_nodes = staticmethod(ray_tools.draining_nodes)
+
+    def homes(self) -> dict[str, str]:
+        """Workers and the ids of their nodes, as far as these are known."""
+        return {name: actor.node_id for name, actor in list(self._actors.items())}
 
     def end_this_process(self) -> None:
         os._exit(1)

@@ -103,6 +103,9 @@ class WorkersSection:
     """Placement to start with instead of the contiguous one."""
     load_profile: str | None = None
     """Load profile to plan the first placement for; with ``enable_eplb`` by default the model's."""
+    follow_nodes: bool = False
+    """Numbers of workers follow the nodes that are labelled for their role: a node that registers
+    gets as many as fit, and those of a node that leaves are drained, their places removed."""
     device_speed: DeviceSpeed = "given"
     """Speeds that expert load is in proportion to: ``given`` by labels of the workers' nodes, or
     ``measured`` by each worker when it has loaded."""
@@ -118,6 +121,10 @@ class WorkersSection:
         )
         for name, value in at_least_one:
             check(value >= 1, name, value, "must be at least 1")
+        is_one = self.mode == "local" and self.follow_nodes
+        check(
+            not is_one, "follow_nodes", True, "must not be given in local mode: one worker is all"
+        )
         counts = "num_redundant_experts recovery_slots"
         check_each(self, counts, is_not_negative, "must not be negative")
         only = "must not be given beside placement_file: that is a placement already"

@@ -70,6 +70,12 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
     )
 
 
+def room_on(node: NodeResources, share: WorkerShare) -> int:
+    """Workers of this share that fit on the node while nothing runs there; without a share, one."""
+    wanted = ((share.gpus, node.gpus), (share.cpus, node.cpus))
+    return min((_room([amount], each) for each, amount in wanted if each > 0), default=1)
+
+
 def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources, ...]:
     """Nodes that a role may run on: those labelled for it, else those that are labelled for none.
 

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.controller.autoscale import Autoscaling
 from cluster.controller.drain import Draining
 from cluster.controller.failover import CollectedState, continue_with
+from cluster.controller.follow import Following
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll
@@ -46,6 +47,7 @@ class Controller:
         self.draining = Draining(self.cluster, self.rebalancing)
         self.scaling = Scaling(self.cluster, self.rebalancing, self.draining)
         self.autoscaling = Autoscaling(self.cluster, self.scaling)
+        self.following = Following(self.cluster, self.scaling)
 
     # ---- events ---------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@
     MOVE    the workers take no new request; the gateways continue the running ones elsewhere
     LEAVE   a generation without them runs
     END     their processes end; new workers start in their places, after the drain of a node once
-            that node has left, and never where the cluster is scaled down
+            that node has left, and never where the cluster is scaled down. Where it follows its
+            nodes, the drain of a node removes the places, too
 
 Up to LEAVE a drain can be undone. ``Draining`` decides the next step; the controller acts. A
 restarted controller continues the drain of an earlier one (``Memory``).
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.drain_requests import DrainRequests
 from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
 from cluster.controller.parts.effects import End, Release
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
@@ -32,10 +34,6 @@ from cluster.policy.places import place_of
 
 SIGNAL_LIMIT_S = 120.0
 """Limit of a drain that a worker requested after SIGTERM."""
-RETRY_S = 5.0
-"""Pause after a drain that was refused or undone before its workers can request another."""
-GATHER_S = 0.3
-"""Time in which signals to the workers of one node count as one drain."""
 _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
 """Steps after which a drain can no longer be undone."""
 
@@ -49,8 +47,7 @@ class Draining:
         self._rebalancing = rebalancing
         self._change: EpochChange | None = None
         """The change of the maps that the drain has under way."""
-        self._requested: dict[str, float] = {}
-        self._not_before: dict[str, float] = {}
+        self._requests = DrainRequests(follow_nodes=cluster.config.workers.follow_nodes)
         self._refusal = ""
 
     def restore(self, drain: Drain, now: float) -> None:
@@ -92,12 +89,10 @@ class Draining:
         order = DrainOrder(limit_s=limit_s)
         self._start(tuple(names), order, operation, now, removes_places=True)
 
-    def requested(self, name: str, now: float) -> None:
+    def requested(self, name: str, now: float, *, node_leaves: bool = False) -> None:
         """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
-        waits = now < self._not_before.get(name, now)
-        leaves = self._cluster.drain is not None and name in self._cluster.drain.names
-        if not (waits or leaves or name in self._requested):
-            self._requested[name] = now
+        if self._cluster.drain is None or name not in self._cluster.drain.names or node_leaves:
+            self._requests.add(name, now, node_leaves=node_leaves)
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Undo a drain. Raises ``ConflictError`` if it is too late."""
@@ -134,14 +129,14 @@ class Draining:
         if drain is None or drain.step is not DrainStep.END or not set(drain.names) <= set(names):
             return
         operation = drain.operation
+        is_scaling = operation.kind == "scale"
+        operation.result["removed" if is_scaling else "workers"] = list(drain.names)
+        text = f"scaled to {operation.target}" if is_scaling else f"{operation.target} is drained"
         if drain.removes_places:
-            operation.result["removed"] = list(drain.names)
-            text = f"scaled to {operation.target}"
+            text += "" if is_scaling else ", and the cluster goes on without its place"
             self._cluster.effects.append(Release(tuple(map(place_of, drain.names))))
-        else:
-            operation.result["workers"] = list(drain.names)
-            text = f"{operation.target} is drained"
-            for name in () if drain.order.node else drain.names:  # a node will be taken down
+        elif not drain.order.node:  # a node will be taken down
+            for name in drain.names:
                 self._cluster.places.reopen(name)
         self._end(drain, OperationState.SUCCEEDED, text, now)
 
@@ -162,20 +157,18 @@ class Draining:
     # ---- which workers ----------------------------------------------------------------------
 
     def _begin_requested(self, now: float) -> None:
-        """Begin the next drain that workers requested, ``GATHER_S`` after the first request."""
-        if not self._requested or now - min(self._requested.values()) < GATHER_S:
-            return
+        """Begin the next drain that workers requested."""
         if self._cluster.operations.running is not None or not self._cluster.runs:
             return
-        alive = {r.name for r in self._cluster.workers.alive()}
-        names = tuple(sorted(alive & set(self._requested)))
-        self._requested.clear()
+        if not self._requests.are_due(now):
+            return
+        names = self._requests.take({r.name for r in self._cluster.workers.alive()})
         if not names:
             return
         try:
             self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
         except ConflictError as err:
-            self._not_before |= dict.fromkeys(names, now + RETRY_S)
+            self._requests.pause(names, now)
             cause, effect = f"{' and '.join(names)} got a signal to end", f"go on: {err}"
             if self._refusal != cause + effect:
                 self._cluster.note(cause, effect, now)
@@ -187,8 +180,14 @@ class Draining:
             raise ConflictError("the cluster is starting or ending")
         self._stage_without(names)
         operation = self._cluster.operations.begin("drain", " and ".join(names), order, now)
-        self._start(names, order, operation, now)
+        is_for_good = self._is_for_good(names, order)
+        self._start(names, order, operation, now, removes_places=is_for_good)
         return operation
+
+    def _is_for_good(self, names: Sequence[str], order: DrainOrder) -> bool:
+        """Whether a drain removes the places, as the numbers of workers follow the nodes."""
+        leaves = bool(order.node) or self._requests.leave_for_good(names)
+        return leaves and self._cluster.config.workers.follow_nodes
 
     def _start(
         self,
@@ -336,6 +335,7 @@ class Draining:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
         cluster, why = self._cluster, f"drained {drain.workers}"
+        drain.removes_places |= self._is_for_good(drain.names, drain.order)
         placement = stage.placement if stage is not None else cluster.placement
         if drain.removes_places and stage is not None:
             gone = {cluster.workers[name].member.device for name in drain.names}
@@ -392,5 +392,5 @@ class Draining:
 
     def _end(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         self._cluster.drain = self._change = None
-        self._not_before |= dict.fromkeys(drain.names, now + RETRY_S)
+        self._requests.pause(drain.names, now)
         self._cluster.operations.end(drain.operation, state, text, now)

@@ -223,6 +223,7 @@ def continue_with(
     cluster.round = GenerationRound(collected.generation, now, answers=collected.answers)
     cluster.highest_epoch = collected.highest_epoch
     cluster.desired = memory.desired or cluster.desired
+    cluster.known_nodes = memory.known_nodes
     for record in list(cluster.workers.alive()):  # before they meet the others
         if why := cluster.workers.misfit(record.name, collected.generation):
             record.enter(WorkerState.LOST, why)

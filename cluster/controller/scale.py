@@ -60,7 +60,8 @@ class Scaling:
         if not cluster.takes_orders:
             raise ConflictError("the cluster is starting or ending")
         self._draining.check_removal(self._leaving(wanted))
-        operation = cluster.operations.begin("scale", describe_pools(wanted), order, now)
+        target = describe_pools(wanted) + (f" ({order.cause})" if order.cause else "")
+        operation = cluster.operations.begin("scale", target, order, now)
         scale = cluster.scale = Scale(
             operation=operation, order=order, deadline=now + order.limit_s, left_s=order.limit_s
         )

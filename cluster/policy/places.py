@@ -218,6 +218,10 @@ class Places:
         """``expert-1``: the places of the cluster, by role and rank."""
         return tuple(p.name for p in self._present())
 
+    def roles(self) -> dict[str, Role]:
+        """The places of the cluster and the role of each."""
+        return {p.name: p.member.role for p in self._present()}
+
     def pools(self) -> dict[Role, int]:
         """Places by role."""
         return dict(Counter(p.member.role for p in self._present()))

@@ -12,8 +12,10 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare, plan_shares, resolved_share
+from cluster.core.checks import check
 from cluster.core.codec import to_plain
 from cluster.core.load_profile import BankLoad, LoadProfile
+from cluster.core.node_labels import ROLE
 from cluster.core.placement import ExpertPlacement, contiguous, load_placement
 from cluster.core.topology import Member
 from cluster.planner import mesh
@@ -82,6 +84,7 @@ def plan_start(
     ``StartPlan.on``. Raises ``ConfigError`` for what model or nodes cannot do. Nothing is created.
     """
     assert config.workers.mode != "auto", "the mode is decided before the start"
+    _check_labels(config, nodes)
     expected = expected_load(config, banks, profile)
     share = plan_shares(config.workers, nodes, free_cpus)
     somewhere = [PlannedDevice()] * config.workers.num_expert_workers
@@ -103,6 +106,14 @@ def plan_start(
         num_slots=slots + config.workers.recovery_slots,
         load=expected,
     )
+
+
+def _check_labels(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:
+    """Refuse to follow nodes that are not labelled: they would say no number of any role."""
+    labelled = {node.place.role for node in nodes}
+    for role in config.workers.pools if config.workers.follow_nodes else ():
+        rule = f"needs nodes that are labelled {ROLE}={role}, and there are none"
+        check(role in labelled, "follow_nodes", True, rule)
 
 
 def fits(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,8 @@ SCRIPT = Path(__file__).parent / "cluster.sh"
 TIMEOUT_S = 240.0
 NEEDED = ("unshare", "nsenter", "ip", "bridge")
 _POLL_S = 0.5
+_STARTS_RAY = re.compile(r"python\S* (-m ray\.scripts\.scripts|\S+/ray) start ")
+"""The command line of ``ray start --block``, under ``expertmesh node`` and in a container."""
 
 CLIENT = """
 import sys, urllib.request
@@ -202,6 +205,13 @@ class NodeHosts(Hosts):
             files = (self.folder / f"{host}.{end}" for end in ("out", "log"))
             text = "".join(path.read_text(errors="replace")[-3000:] for path in files)
             raise AssertionError(f"the program of {host} ended with {status}: {text}")
+
+    def stop(self, host: str) -> None:
+        """SIGTERM to the Ray of a host, as to a container; wait until its program has ended."""
+        lines = [line.split(maxsplit=1) for line in self.run("pids", host).splitlines()]
+        (pid,) = (int(pid) for pid, words in lines if _STARTS_RAY.search(words))
+        os.kill(pid, signal.SIGTERM)
+        self._programs[host].wait(TIMEOUT_S)
 
     def close(self) -> None:
         """End all that was started here."""

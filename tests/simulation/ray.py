@@ -162,9 +162,11 @@ class SimGroup:
             for node in self._ray.nodes.alive()
         )
 
-    def leaving(self) -> list[str]:
-        known = list(self._known.values())
-        return [a.name for a in known if a.node and a.node.is_alive and a.node.drains]
+    def draining_nodes(self) -> frozenset[str]:
+        return frozenset(node.node_id for node in self._ray.nodes.alive() if node.drains)
+
+    def homes(self) -> dict[str, str]:
+        return {a.name: a.node.node_id for a in self._known.values() if a.node is not None}
 
     def address(self) -> str:
         return self._process.host

@@ -173,6 +173,8 @@ class Cluster:
         """The controller's own."""
         self.nodes: NodeIds | None = None
         """The living nodes; None before the first look."""
+        self.known_nodes: frozenset[str] = frozenset()
+        """Ids of nodes that are accounted for, where the numbers of workers follow the nodes."""
         self.num_slots = num_slots
         """Expert slots per bank of each expert worker."""
         self.room = num_slots if config.workers.device == "cuda" else None
@@ -305,6 +307,7 @@ class Cluster:
             operations=tuple(self.operations.kept)[-_LEFT_OPERATIONS:],
             drain=self.drain,
             scale=self.scale,
+            known_nodes=self.known_nodes,
         )
 
     def nodes_alive(self, nodes: NodeIds, now: float) -> None:

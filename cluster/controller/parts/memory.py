@@ -122,3 +122,5 @@ class Memory(Message, frozen=True, kw_only=True):
     """The drain under way."""
     scale: Scale | None = None
     """The scaling under way."""
+    known_nodes: frozenset[str] = frozenset()
+    """Ids of nodes that are accounted for, where the numbers of workers follow the nodes."""

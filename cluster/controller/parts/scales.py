@@ -17,6 +17,8 @@ class ScaleOrder(Order, frozen=True, kw_only=True):
     """Attention workers; None leaves their number as it is."""
     expert: int | None = None
     """Expert workers, in colocated mode all workers; None leaves their number as it is."""
+    cause: str = ""
+    """Why the cluster scales itself; empty for a client's order."""
     limit_s: float
     """Time in which new workers must serve, and then again time in which others must have left."""
 

@@ -88,12 +88,12 @@ async def _leave(node: subprocess.Popen[bytes]) -> None:
     plan = _plan(1)
     members = group.reserve(plan.config.workers, LIMIT_S)
     await _start(group, members, plan)
-    assert group.leaving() == []
+    assert group.draining_nodes() == frozenset()
     node.send_signal(signal.SIGTERM)
     here = ray.get_runtime_context().get_node_id()
     (away,) = (name for name, node_id in group.room.nodes.items() if node_id != here)
     deadline = time.monotonic() + LIMIT_S
-    while group.leaving() != [away]:
+    while [n for n, node in group.homes().items() if node in group.draining_nodes()] != [away]:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.1)
     await group.end_all()

@@ -14,6 +14,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from cluster.config.cluster import ClusterConfig
 from cluster.controller.controller import Controller
 from cluster.controller.failover import ReportCollector
 from cluster.controller.parts.cluster import Cluster
@@ -226,8 +227,15 @@ class ModelWorker:
 class World:
     """Everything that lives, and a clock moved by hand."""
 
-    def __init__(self, num_attention: int, num_experts: int, num_redundant: int) -> None:
+    def __init__(
+        self,
+        num_attention: int,
+        num_experts: int,
+        num_redundant: int,
+        config: ClusterConfig = CONFIG,
+    ) -> None:
         self.now = 100.0
+        self._config = config
         self.members = make_members(num_attention, num_experts)
         self.placement = contiguous(BANKS, num_experts, num_redundant)
         self.workers = {m.name: ModelWorker(m).hold(self.placement) for m in self.members}
@@ -366,7 +374,7 @@ class World:
             Cluster(
                 collected.members,
                 collected.placement,
-                CONFIG,
+                self._config,
                 now=self.now,
                 term=self._count + 1,
                 identity=str(self._count),
@@ -539,7 +547,7 @@ class World:
             Cluster(
                 self.members,
                 self.placement,
-                CONFIG,
+                self._config,
                 now=self.now,
                 identity="0",
             ),

@@ -1,0 +1,130 @@
+"""Following the nodes: scalings that the cluster orders itself, as labelled nodes come and go.
+
+``NodeFollowing`` decides; ``Scaling`` carries out, as one operation like that of a client. Workers
+of nodes that leave are drained, and their places removed, by ``Draining``.
+
+A client's scaling sets the numbers, too: nodes that are there at its end do not change them any
+more, and the next node that registers adds to them. A restarted controller gets the nodes that are
+accounted for from the workers (``Memory.known_nodes``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.operations import Operation, OperationState
+from cluster.controller.parts.scales import ScaleOrder
+from cluster.controller.scale import Scaling
+from cluster.core.errors import ConflictError, RequestError
+from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowing
+
+LIMIT_S = 600.0
+"""Limit of a scaling that the cluster orders itself: as long as a new worker may take to load."""
+_OWN = "follow-nodes-"
+"""The ``request_id`` of such a scaling begins with it."""
+
+
+class Following:
+    """The numbers of workers follow the nodes. Owned by the controller."""
+
+    def __init__(self, cluster: Cluster, scaling: Scaling) -> None:
+        self._cluster = cluster
+        self._scaling = scaling
+        self._policy = NodeFollowing()
+        self._numbers = count(1)
+        self._operation: Operation | None = None
+        """The scaling under way that was ordered here."""
+        self._decision = FollowDecision(wanted={})
+        """What it is for; empty if an earlier controller ordered it."""
+        self._is_withdrawn = False
+        """It was cancelled here."""
+
+    def observe(self, nodes: Sequence[FollowedNode], now: float) -> None:
+        """These nodes live that are labelled for a role of workers. Called every half second."""
+        cluster = self._cluster
+        if not (cluster.config.workers.follow_nodes and cluster.takes_orders):
+            return
+        alive = {r.name for r in cluster.workers.alive()}
+        nodes = [replace(n, workers=tuple(w for w in n.workers if w in alive)) for n in nodes]
+        self._account(cluster.known_nodes & {n.node_id for n in nodes})
+        self._watch_operations(nodes, now)
+        if cluster.runs and cluster.operations.running is None:
+            self._follow(nodes, now)
+
+    def _watch_operations(self, nodes: Sequence[FollowedNode], now: float) -> None:
+        """Account for the nodes that operations are about."""
+        cluster, running = self._cluster, self._cluster.operations.running
+        if running is not None and running.request_id.startswith(_OWN):
+            self._operation = running
+        elif running is not None and running.kind == "scale":
+            self._account_for(n.node_id for n in nodes if not n.leaves)
+        if cluster.drain is not None and cluster.drain.removes_places:
+            drained = set(cluster.drain.names)
+            self._account_for(n.node_id for n in nodes if drained & set(n.workers))
+        if (own := self._operation) is None:
+            return
+        staying = {n.node_id for n in nodes if not n.leaves}
+        if own.is_running:
+            self._withdraw(own, staying, now)
+        else:
+            self._ended(own, staying, now)
+
+    def _withdraw(self, own: Operation, staying: set[str], now: float) -> None:
+        """Cancel a scaling for nodes that have left before their workers served."""
+        if self._cluster.scale is not None and self._decision.nodes - staying:
+            with suppress(ConflictError):
+                self._scaling.cancel(own, now)
+                self._is_withdrawn = True
+
+    def _ended(self, own: Operation, staying: set[str], now: float) -> None:
+        if own.state is OperationState.SUCCEEDED:
+            self._policy.succeeded()
+            self._account_for(self._decision.nodes & staying)
+        elif own.state is OperationState.FAILED:
+            self._policy.failed(now)
+        elif not self._is_withdrawn:  # a client does not want these workers
+            self._account_for(staying)
+        self._operation, self._decision = None, FollowDecision(wanted={})
+        self._is_withdrawn = False
+
+    def _follow(self, nodes: Sequence[FollowedNode], now: float) -> None:
+        cluster = self._cluster
+        most = min((b.num_experts for b in cluster.desired.banks), default=0)
+        roles = cluster.places.roles()
+        decision = self._policy.decide(nodes, roles, cluster.known_nodes, now, most)
+        if decision is not None and decision.wanted:
+            self._order(decision, now)
+        elif decision is not None:
+            for address in decision.too_small:
+                cluster.note(f"node {address} registered", "no worker fits there", now)
+            self._account_for(decision.nodes)
+
+    def _order(self, decision: FollowDecision, now: float) -> None:
+        cluster, wanted = self._cluster, decision.wanted
+        order = ScaleOrder(
+            attention=wanted.get("attention"),
+            expert=wanted.get("expert", wanted.get("colocated")),
+            limit_s=LIMIT_S,
+            request_id=f"{_OWN}{cluster.term}.{next(self._numbers)}",
+            cause=decision.reason,
+        )
+        try:
+            operation = self._scaling.begin(order, now)
+        except (ConflictError, RequestError) as err:
+            self._policy.failed(now)
+            cluster.note(decision.reason, f"go on: {err}", now)
+        else:
+            self._operation, self._decision = operation, decision
+            cluster.note(decision.reason, f"{operation.id} begins", now)
+
+    def _account_for(self, nodes: Iterable[str]) -> None:
+        self._account(self._cluster.known_nodes | set(nodes))
+
+    def _account(self, known: frozenset[str]) -> None:
+        if known != self._cluster.known_nodes:
+            self._cluster.known_nodes = known
+            self._cluster.remember()

@@ -1,0 +1,215 @@
+"""Following the nodes: how many workers there shall be, by the nodes that are labelled for a role.
+
+A node counts as new until it is settled and accounted for; then it changes no number any more, so
+an order to scale stays in force until other nodes register. Pure; time passed in.
+
+    new nodes, and no other for SETTLE_S     as many workers more as fit on them, less the places
+                                             that wait for room and that nodes already known lack
+    a node leaves                            its workers are drained and their places removed
+                                             (``Draining``); places of workers that were lost before
+                                             that are removed here
+    a node is lost                           its places wait for another one, for LOST_S
+
+Example, one expert worker a node: a node is lost and another one registers: the waiting worker
+starts there, and the numbers stay. Two register: one worker more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.config.resources import NodeResources, WorkerShare, room_on
+from cluster.core.topology import Role
+from cluster.policy.places import place_of
+
+SETTLE_S = 10.0
+"""Time without another new node after which new nodes are used: those that register together make
+one order, and one that leaves at once makes none."""
+MAX_SETTLE_S = 60.0
+"""Longest wait for new nodes to settle."""
+LOST_S = 300.0
+"""Time for which a place waits for a node in place of one that was lost."""
+RETRY_S = 30.0
+"""Pause after an order that failed; doubled each time."""
+MAX_RETRY_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FollowedNode:
+    """A living node that is labelled for a role of workers."""
+
+    node_id: str
+    """Ray's id: a host that comes back is another node."""
+    address: str
+    """For people."""
+    role: Role
+    room: int
+    """Workers that fit on the node while nothing runs there."""
+    workers: tuple[str, ...] = ()
+    """Workers that live there."""
+    leaves: bool = False
+    """Ray drains the node."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FollowDecision:
+    """What to do about the nodes; the controller does it."""
+
+    wanted: dict[Role, int]
+    """New numbers of workers, of the roles whose number changes."""
+    reason: str = ""
+    """Why, for people."""
+    nodes: frozenset[str] = frozenset()
+    """Ids of nodes that are accounted for once there are so many workers."""
+    too_small: tuple[str, ...] = ()
+    """Addresses of those among them on which no worker fits."""
+
+
+def followed_nodes(
+    nodes: Sequence[NodeResources],
+    share: WorkerShare,
+    roles: Collection[Role],
+    homes: Mapping[str, str],
+    leaving: Collection[str],
+) -> tuple[FollowedNode, ...]:
+    """The nodes that are labelled for one of these roles.
+
+    ``homes`` are the nodes of the workers (name -> id), ``leaving`` ids of nodes that Ray drains.
+    """
+    kinds: dict[str, Role] = {role: role for role in roles}
+    return tuple(
+        FollowedNode(
+            node_id=node.node_id,
+            address=node.address,
+            role=kinds[node.place.role],
+            room=room_on(node, share),
+            workers=tuple(sorted(w for w, home in homes.items() if home == node.node_id)),
+            leaves=node.node_id in leaving,
+        )
+        for node in nodes
+        if node.place.role in kinds
+    )
+
+
+@dataclass(slots=True)
+class NodeFollowing:
+    """Times of what was seen. Owned by the controller."""
+
+    _new_since: dict[str, float] = field(default_factory=dict)
+    """New nodes by id -> when they were first seen."""
+    _waits_since: dict[str, float] = field(default_factory=dict)
+    """Places without a worker on a node that stays -> since when."""
+    _departed: set[str] = field(default_factory=set)
+    """Places whose worker's node left on purpose."""
+    _not_before: float = 0.0
+    _retry_s: float = RETRY_S
+
+    def decide(
+        self,
+        nodes: Sequence[FollowedNode],
+        places: Mapping[str, Role],
+        known: Collection[str],
+        now: float,
+        most_experts: int = 0,
+    ) -> FollowDecision | None:
+        """The decision; None while there is nothing to do, or not yet.
+
+        ``places`` are those of the cluster, by name; ``known`` are ids of nodes that are accounted
+        for; there may be at most ``most_experts`` workers that hold experts, 0: any number.
+        """
+        self._look(nodes, places, known, now)
+        if now < self._not_before:
+            return None
+        new = frozenset(self._new_since) if self._are_settled(now) else frozenset()
+        wanted, reasons = dict[Role, int](), list[str]()
+        for role in sorted({node.role for node in nodes} | set(places.values())):
+            own = [n for n in nodes if n.role == role]
+            pool = _Pool.of(own, [p for p, r in places.items() if r == role], new, known)
+            most = most_experts if most_experts and role != "attention" else pool.size + pool.more
+            more = max(min(pool.more, most - pool.size), 0)
+            gone = min(pool.missing, len(self._given_up(pool.waiting, now)), pool.size - 1)
+            if more:
+                wanted[role] = pool.size + more
+                reasons += [f"node {a} registered" for a in pool.addresses]
+            elif gone > 0:
+                wanted[role] = pool.size - gone
+                reasons.append(f"no node is left for {gone} {role} worker{'s' * (gone > 1)}")
+        if not (wanted or new):
+            return None
+        small = tuple(n.address for n in nodes if n.node_id in new and n.room == 0)
+        return FollowDecision(wanted=wanted, reason=", ".join(reasons), nodes=new, too_small=small)
+
+    def succeeded(self) -> None:
+        """There are as many workers as the last decision wanted."""
+        self._not_before, self._retry_s = 0.0, RETRY_S
+
+    def failed(self, now: float) -> None:
+        """The order was refused, or failed: decide again after a pause."""
+        self._not_before = now + self._retry_s
+        self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
+
+    def _look(
+        self,
+        nodes: Sequence[FollowedNode],
+        places: Mapping[str, Role],
+        known: Collection[str],
+        now: float,
+    ) -> None:
+        new = [n.node_id for n in nodes if not (n.leaves or n.node_id in known)]
+        self._new_since = {n: self._new_since.get(n, now) for n in new}
+        held = {place_of(w) for n in nodes if not n.leaves for w in n.workers}
+        leaving = {place_of(w) for n in nodes if n.leaves for w in n.workers}
+        self._departed = (self._departed | leaving) & (places.keys() - held)
+        waiting = places.keys() - held - leaving
+        self._waits_since = {p: self._waits_since.get(p, now) for p in waiting}
+
+    def _are_settled(self, now: float) -> bool:
+        times = self._new_since.values()
+        return bool(times) and (now - max(times) >= SETTLE_S or now - min(times) >= MAX_SETTLE_S)
+
+    def _given_up(self, waiting: Iterable[str], now: float) -> list[str]:
+        """Those of the waiting places that no other node is expected for."""
+        limits = {p: SETTLE_S if p in self._departed else LOST_S for p in waiting}
+        return [p for p, limit_s in limits.items() if now - self._waits_since[p] >= limit_s]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pool:
+    """The nodes and places of one role."""
+
+    size: int
+    """Places."""
+    waiting: tuple[str, ...]
+    """Places without a worker, nor one on a node that leaves."""
+    more: int
+    """Workers that the new nodes have room for beyond the waiting places."""
+    missing: int
+    """Waiting places for which no node has room."""
+    addresses: tuple[str, ...]
+    """Of the new nodes with room."""
+
+    @classmethod
+    def of(
+        cls,
+        nodes: Sequence[FollowedNode],
+        places: Collection[str],
+        new: Collection[str],
+        known: Collection[str],
+    ) -> _Pool:
+        on_nodes = {place_of(w) for n in nodes for w in n.workers}
+        waiting = tuple(sorted(set(places) - on_nodes))
+        spare = {
+            n.node_id: max(n.room - sum(place_of(w) in places for w in n.workers), 0)
+            for n in nodes
+            if not n.leaves
+        }
+        on_known = sum(free for node, free in spare.items() if node in known)
+        on_new = sum(free for node, free in spare.items() if node in new)
+        return cls(
+            size=len(places),
+            waiting=waiting,
+            more=max(on_new - max(len(waiting) - on_known, 0), 0),
+            missing=max(len(waiting) - sum(spare.values()), 0),
+            addresses=tuple(n.address for n in nodes if n.node_id in new and n.room),
+        )
