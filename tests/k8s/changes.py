@@ -369,7 +369,10 @@ CHANGES: list[Row] = [
         "replicas of two hosts",
         lambda m: m.group("experts").spec.update(numOfHosts=2),
     ),
-    ("shape", MULTI, "room to scale", lambda m: m.group("experts").spec.update(maxReplicas=4)),
+    ("shape", MULTI, "no pod more", lambda m: m.group("experts").spec.update(maxReplicas=2)),
+    ("shape", MULTI, "no pod less", lambda m: m.group("experts").spec.update(minReplicas=2)),
+    ("shape", MULTI, "a gateway more", lambda m: m.group("gateway").spec.update(maxReplicas=3)),
+    ("shape", MULTI, "nodes not followed", lambda m: set_engine(m, follow_nodes=False)),
     (
         "shape",
         MULTI,

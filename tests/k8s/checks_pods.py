@@ -243,7 +243,7 @@ def confined(m: Manifests) -> Iterator[str]:
 
 
 def shape(m: Manifests) -> Iterator[str]:
-    """Head, gateway, attention, experts; one host a replica, fixed sizes, labels that say who."""
+    """Head, gateway, attention, experts; one host a replica, sizes, labels that say who."""
     spec = m.cluster["spec"]
     if tuple(g.name for g in m.groups) != GROUPS:
         yield f"groups are {[g.name for g in m.groups]}"
@@ -260,9 +260,7 @@ def shape(m: Manifests) -> Iterator[str]:
     for group in m.groups[1:]:
         if group.spec.get("numOfHosts") != 1:
             yield f"{group.name}: a lost host would take others along"
-        sizes = {group.spec.get(k) for k in ("replicas", "minReplicas", "maxReplicas")}
-        if len(sizes) != 1:
-            yield f"{group.name}: its size is not fixed: {sizes}"
+        yield from _size(group, m.engine.get("follow-nodes") is True and group.name != "gateway")
         has_both = group.name == "attention" and not has_experts
         if group.labels.get("expertmesh/role") != (None if has_both else ROLES[group.name]):
             yield f"{group.name}: is labelled for {group.labels}"
@@ -272,6 +270,15 @@ def shape(m: Manifests) -> Iterator[str]:
     job = m.kind("Job")
     if len(job) != 1 or job[0]["spec"]["template"]["spec"]["restartPolicy"] != "OnFailure":
         yield "the Job does not try again"
+
+
+def _size(group: Group, is_followed: bool) -> Iterator[str]:
+    """Where the cluster follows its nodes a group may be scaled, else its size is fixed."""
+    low, size, high = (group.spec[f"{k}eplicas"] for k in ("minR", "r", "maxR"))
+    if is_followed and not 1 == low <= size < high:
+        yield f"{group.name}: {size} of {low} to {high} pods, which is no room to scale"
+    if not is_followed and not low == size == high:
+        yield f"{group.name}: its size is not fixed: {low} to {high}"
 
 
 def options(m: Manifests) -> Iterator[str]:

@@ -140,6 +140,24 @@ def test_what_must_be_changed_is_in_one_file(overlay: str, tmp_path: Path) -> No
     assert "example.com" not in words
 
 
+def test_ray_s_autoscaler_may_be_added(tmp_path: Path) -> None:
+    """What it adds is all that differs: the account's token of the head, and pods that go."""
+    rendered("cpu-kind")
+    root = tmp_path / "k8s"
+    shutil.copytree(K8S, root)
+    overlay = root / "overlays" / "cpu-kind" / "kustomization.yaml"
+    before = "components:\n"
+    overlay.write_text(
+        overlay.read_text().replace(before, f"{before}- ../../components/ray-autoscaler\n")
+    )
+    m = Manifests.of("cpu-kind", root)
+    found = {name: list(check(m)) for name, check in CHECKS.items()}
+    assert {name: problems for name, problems in found.items() if problems} == {
+        "privileges": ["headgroup: has a service account's token"],
+        "shape": ["the operator may delete pods by itself"],
+    }
+
+
 def test_all_workers_of_one_node_are_in_one_pod() -> None:
     """NVLink needs one host, and every pod is a host of its own to NCCL."""
     m = rendered("gpu-single-node")
