@@ -195,6 +195,10 @@ class ConflictError(ExpertMeshError):
     """An order that the cluster's state does not allow; nothing was changed."""
 
 
+UNDER_WAY = "is under way"
+"""In the message of a ``ConflictError`` that only waits for another operation."""
+
+
 class UnknownNameError(ExpertMeshError):
     """No worker, node or operation has that name."""
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import time
 import uuid
+from typing import Any
 
 from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.operations import follow_operation
-from cluster.cli.terminal.orders import find_admin, orders_for
+from cluster.cli.terminal.orders import Orders, find_admin, orders_for
 from cluster.cli.terminal.output import show
+from cluster.core.errors import UNDER_WAY, ConflictError
 
 DEFAULT_LIMIT_S = 120.0
 _POLL_S = 0.1
@@ -32,6 +34,8 @@ def add_commands(commands: Commands) -> None:
             "--deadline", type=positive, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
         )
         parser.add_argument("--force", action="store_true", help="end it at the deadline instead")
+        text = "wait while another operation runs; the deadline counts from now all the same"
+        parser.add_argument("--in-turn", action="store_true", help=text)
         add_wait_option(parser, None, "the deadline and 10 more")
         add_address_option(parser)
         parser.set_defaults(what=what)
@@ -53,7 +57,24 @@ def run_drain(args: argparse.Namespace) -> int:
     }
     wait_s = args.deadline + _GRACE_S if args.wait is None else args.wait
     with orders_for(args) as orders:
-        return follow_operation(args, orders, orders.drain(order), wait_s)
+        return follow_operation(args, orders, _begin(orders, order, args.in_turn), wait_s)
+
+
+def _begin(orders: Orders, order: dict[str, Any], in_turn: bool) -> dict[str, Any]:
+    """Begin to drain, ``in_turn`` when other operations have ended: pods may go together.
+
+    Raises ``CommandError`` and ``ConflictError``.
+    """
+    give_up = time.monotonic() + order["deadline_s"]
+    while True:
+        try:
+            return orders.drain(order)
+        except (CommandError, ConflictError) as err:
+            left_s = give_up - time.monotonic() - _POLL_S
+            if not in_turn or left_s <= 0 or UNDER_WAY not in str(err):
+                raise
+        time.sleep(_POLL_S)
+        order = {**order, "deadline_s": left_s}
 
 
 def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from cluster.core.codec import Message, to_plain
-from cluster.core.errors import ConflictError, UnknownNameError
+from cluster.core.errors import UNDER_WAY, ConflictError, UnknownNameError
 from cluster.core.states import next_state
 
 _KEPT = 64
@@ -161,7 +161,7 @@ class Operations:
         running = self.running
         if running is not None:
             about = f"{running.id} ({running.kind} of {running.target})"
-            raise ConflictError(f"{about} is under way: one operation at a time")
+            raise ConflictError(f"{about} {UNDER_WAY}: one operation at a time")
 
     def begin(self, kind: str, target: str, order: Order, now: float) -> Operation:
         """A new one that runs. Raises ``ConflictError`` while another does."""

@@ -110,6 +110,17 @@ def test_a_drain_that_is_refused(
     assert capsys.readouterr().err == f"expertmesh: {words}\n"
 
 
+def test_a_drain_may_wait_for_its_turn(gateway: FakeGateway) -> None:
+    busy = 409, {"error": {"message": "drain-1.1 (drain of expert-1) is under way: one operation"}}
+    words = ["--url", gateway.url, "drain", "node", "10.0.0.7", "--deadline", "30"]
+    gateway.admin = [busy]
+    assert main(words) == ExitCode.REFUSED
+    gateway.admin = [busy, busy, (200, done())]
+    assert main([*words, "--in-turn"]) == ExitCode.OK
+    gateway.admin = [busy] * 20
+    assert main([*words, "--in-turn", "--deadline", "0.5"]) == ExitCode.REFUSED
+
+
 def test_a_cluster_without_admin_port(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
