@@ -30,6 +30,7 @@ from tests.pretend_hosts.hosts import (
     NodeHosts,
     address_of,
     stream,
+    wait_serving,
     wait_until,
     why_not,
 )
@@ -89,6 +90,22 @@ class Pods(NodeHosts):
         command = self.manifests.start_command(self.group(host).name, head)
         script = f"ulimit -n 65536; {' '.join(command)}"  # as the operator writes it
         self.begin(host, *self._environment(host), "bash", "-c", script)
+
+    def add_pod(self, group: str) -> str:
+        """One pod more in a group, as with more replicas; its host."""
+        self.groups.append(self.manifests.group(group))
+        host = self.names[-1]
+        self.run("boot", host)
+        self.begin_pod(host)
+        return host
+
+    def delete_pod(self, host: str) -> None:
+        """What Kubernetes does with a pod that is deleted: the hook, SIGTERM, the end."""
+        assert self.hook(
+            host, self.group(host).container["lifecycle"]["preStop"]["exec"]["command"]
+        )
+        self.stop(host)
+        self.kill(host)
 
     def replace(self, host: str) -> None:
         """A deleted pod's successor, with the same address."""
@@ -250,6 +267,31 @@ def test_a_pod_that_is_to_stop_drains_without_a_failed_request(
         pods.kill(host)
         pods.replace(host)
         wait_until(lambda: pods.is_ready(host), "its workers serve")
+
+
+@pytest.mark.parametrize("group", ["experts", "attention"])
+def test_more_replicas_are_used_and_fewer_are_not_missed(
+    pods: Pods, tmp_path: Path, group: str
+) -> None:
+    """The pods come and go while clients stream; the same streams come without and with them."""
+    log, url = tmp_path / "clients.log", gateway_url(pods)
+    wait_serving(lambda: pods.fetch("h0", f"{url}/cluster/v1/status"))
+    calm, count = stream(pods, url, log, FORM, lambda: None), len(worker_pids(pods))
+
+    def act() -> None:
+        host = pods.add_pod(group)
+        wait_until(lambda: pods.is_ready(host), "the new pod's worker serves")
+        assert len(worker_pids(pods)) == count + 1
+        pods.delete_pod(host)
+        pods.groups.pop()
+        wait_serving(lambda: pods.fetch("h0", f"{url}/cluster/v1/status"))
+        assert len(worker_pids(pods)) == count
+
+    with ThreadPoolExecutor() as pool:
+        acting = pool.submit(act)
+        while not acting.done():
+            assert stream(pods, url, log, FORM, lambda: None).tokens == calm.tokens
+        acting.result()
 
 
 def test_a_gateway_pod_that_is_to_stop_serves_what_it_has(pods: Pods, tmp_path: Path) -> None:

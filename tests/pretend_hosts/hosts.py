@@ -88,7 +88,7 @@ def host_of(address: str) -> str:
     return f"h{int(address.rpartition('.')[2]) - 10}"
 
 
-def wait_until(is_true: Callable[[], bool], what: str) -> None:
+def wait_until(is_true: Callable[[], object], what: str) -> None:
     """Ask until it is so; ``what`` is for the failure."""
     limit = Limit(TIMEOUT_S)
     while not is_true():

@@ -6,15 +6,16 @@ Clients stream all the time; what they get equals the streams of an undisturbed 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness.fault_rows import Form
-from tests.harness.stalls import Limit
 from tests.pretend_hosts.hosts import Streams, address_of, stream, wait_serving, wait_until
 from tests.pretend_hosts.role_hosts import ROLES, URL, RoleHosts, role_hosts
 
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 FORM = Form(num_streams=4, num_tokens=48)
 MORE = {"h5": "expert", "h6": "attention", "h7": "expert"}
 """Hosts that register later."""
-QUIET_S = 20.0
+QUIET_S = 15.0
 """Longer than new nodes take to settle."""
 RAY = ("python", "-m", "ray.scripts.scripts")
 
@@ -71,7 +72,7 @@ class FollowedHosts:
 
     def wait_used(self, *hosts: str) -> None:
         for host in hosts:
-            wait_until(lambda host=host: bool(self.serving_on(host)), f"{host} is used")
+            wait_until(partial(self.serving_on, host), f"{host} is used")
         wait_serving(self.hosts.status)
 
     def operations(self) -> list[dict[str, Any]]:
@@ -82,10 +83,10 @@ class FollowedHosts:
 
     def stay_quiet(self) -> None:
         """Nothing begins for a while."""
-        before, limit = self.operations(), Limit(QUIET_S)
-        while not limit.is_over():
-            assert self.operations() == before
+        before, until = self.operations(), time.monotonic() + QUIET_S
+        while time.monotonic() < until:
             assert self.hosts.status()["state"] == "SERVING"
+        assert self.operations() == before
 
 
 @pytest.fixture(scope="module")

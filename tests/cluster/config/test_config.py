@@ -30,6 +30,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("max_model_len", lambda: ModelSection(path="p", served_model_name="m", max_model_len=0)),
     ("num_attention_workers", lambda: WorkersSection(num_attention_workers=0)),
     ("num_attention_workers", lambda: WorkersSection(mode="local", num_attention_workers=2)),
+    ("follow_nodes", lambda: WorkersSection(mode="local", follow_nodes=True)),
     ("num_attention_workers", lambda: WorkersSection(mode="colocated", num_attention_workers=1)),
     ("num_expert_workers", lambda: WorkersSection(num_expert_workers=-1)),
     ("num_redundant_experts", lambda: WorkersSection(num_redundant_experts=-1)),

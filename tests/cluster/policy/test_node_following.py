@@ -84,7 +84,7 @@ def test_a_node_that_registers_gets_workers_once_it_is_settled() -> None:
     found = seen.wait(2)
     assert wanted(found) == {"expert": 3}
     assert found is not None
-    assert (found.reason, found.nodes) == ("node 10.0.0.d registered", {"d"})
+    assert (found.reason, set(found.nodes)) == ("node 10.0.0.d registered", {"d"})
 
 
 def test_nodes_that_register_together_make_one_order_for_both_roles() -> None:

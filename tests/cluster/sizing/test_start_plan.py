@@ -146,6 +146,21 @@ def test_a_speed_that_is_none_is_refused(text: str) -> None:
         Place.of({DEVICE_SPEED: text}, "n0")
 
 
+def test_only_labelled_nodes_can_be_followed() -> None:
+    config = ClusterConfig(
+        model=ModelSection(path="somewhere", served_model_name="demo"),
+        workers=WorkersSection(follow_nodes=True),
+    )
+    gateway, attention, expert = (
+        NodeResources(node_id=role, address=role, cpus=8.0, place=Place(role=role))
+        for role in ("gateway", "attention", "expert")
+    )
+    for nodes in (NODES, [gateway, attention, *NODES], [gateway, expert]):
+        with pytest.raises(ConfigError, match=r"follow_nodes .* needs nodes that are labelled"):
+            plan_start(config, BANKS, nodes)
+    assert plan_start(config, BANKS, [gateway, attention, expert]).config.workers.follow_nodes
+
+
 def test_a_placement_and_a_profile_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="beside placement_file"):
         WorkersSection(placement_file="a", load_profile="b")
