@@ -206,6 +206,10 @@ class NodeHosts(Hosts):
             text = "".join(path.read_text(errors="replace")[-3000:] for path in files)
             raise AssertionError(f"the program of {host} ended with {status}: {text}")
 
+    def has_ended(self, host: str) -> bool:
+        """Whether the program of a host has ended by itself."""
+        return self._programs[host].poll() is not None
+
     def stop(self, host: str) -> None:
         """SIGTERM to the Ray of a host, as to a container; wait until its program has ended."""
         lines = [line.split(maxsplit=1) for line in self.run("pids", host).splitlines()]

@@ -71,8 +71,16 @@ class FollowedHosts:
             self.hosts.begin_node(host)
 
     def wait_used(self, *hosts: str) -> None:
+        """Workers serve there. A host whose Ray gives its start up begins again, as a pod does."""
+
+        def is_used(host: str) -> bool:
+            if self.hosts.has_ended(host):
+                self.hosts.kill(host)
+                self.hosts.come_back(host)
+            return bool(self.serving_on(host))
+
         for host in hosts:
-            wait_until(partial(self.serving_on, host), f"{host} is used")
+            wait_until(partial(is_used, host), f"{host} is used")
         wait_serving(self.hosts.status)
 
     def operations(self) -> list[dict[str, Any]]:
