@@ -399,11 +399,15 @@ class Faults:
         self._order("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
 
     def may_be_removed(self, name: str) -> bool:
-        """Scaling may end it: its rank is high, or it has not served yet in a place of another."""
+        """Scaling may end it: its rank is high, or it has not served yet in a place of another.
+
+        A cluster that follows its hosts scales itself.
+        """
         place, _, number = name.partition(".")
         role, _, rank = place.partition("-")
         least = min(self._least.get(role, int(rank) + 1), self._initial(role))
-        return role in self._least and (bool(number) or int(rank) >= least)
+        scales = role in self._least or self._world.scenario.hosts.are_followed
+        return scales and (bool(number) or int(rank) >= least)
 
     def _initial(self, role: str) -> int:
         scenario = self._world.scenario

@@ -16,12 +16,13 @@ from cluster.actors.controller_actor import ControllerActor
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources
 from cluster.core.errors import StartError, SupersededError
+from cluster.core.node_labels import Place
 from cluster.core.topology import Member, Role, holds_experts
 from cluster.sizing.start_plan import FoundWorker, StartPlan
 from tests.simulation.actors import ActorLostError, Actors, SimActor, UnavailableError
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Network
-from tests.simulation.nodes import HEAD, Nodes
+from tests.simulation.nodes import HEAD, Node, Nodes
 
 if TYPE_CHECKING:
     from tests.simulation.scenario import Scenario
@@ -40,6 +41,11 @@ class Hosts(Enum):
     def has_workers_at_head(self) -> bool:
         """And some elsewhere."""
         return self in (Hosts.PAIR, Hosts.MIXED)
+
+    @property
+    def are_followed(self) -> bool:
+        """The numbers of workers follow the hosts."""
+        return self is Hosts.MANY
 
 
 _START_S = 0.3
@@ -89,6 +95,16 @@ class SimRay:
         if self._hosts is Hosts.ONE or (self._hosts.has_workers_at_head and number == 0):
             return HEAD
         return f"host-{number}" if are_two else f"{role}-{rank}"
+
+    def resources_of(self, node: Node) -> NodeResources:
+        """What a node has: where each worker has a host of its own, room for one, by its label."""
+        role = node.host.partition("-")[0] if self._hosts.are_followed and node.host != HEAD else ""
+        return NodeResources(
+            node_id=node.node_id,
+            address=node.host,
+            cpus=1.0 if role else 8.0,
+            place=Place(role=role),
+        )
 
     def claim(self) -> int:
         """A controller claims a term, above all others."""
@@ -157,10 +173,7 @@ class SimGroup:
         self._term, self._identity = 0, ""
 
     def resources(self) -> tuple[NodeResources, ...]:
-        return tuple(
-            NodeResources(node_id=node.node_id, address=node.host, cpus=8.0)
-            for node in self._ray.nodes.alive()
-        )
+        return tuple(self._ray.resources_of(node) for node in self._ray.nodes.alive())
 
     def draining_nodes(self) -> frozenset[str]:
         return frozenset(node.node_id for node in self._ray.nodes.alive() if node.drains)

@@ -120,6 +120,7 @@ class World:
                 num_expert_workers=scenario.num_experts,
                 num_redundant_experts=scenario.num_redundant,
                 cpus_per_worker=1.0,
+                follow_nodes=scenario.hosts.are_followed,
                 device="cpu",
             ),
             engine=EngineSection(
