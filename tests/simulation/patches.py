@@ -106,6 +106,9 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("gateway.generation.gateway", "OutputQueue", WatchedQueue),
     ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
     ("cluster.policy.silence", "WINDOW_S", 1.0),  # else starts would be remembered to the end
+    ("cluster.policy.node_following", "SETTLE_S", 0.5),  # else scenarios end before
+    ("cluster.policy.node_following", "RETRY_S", 1.0),
+    ("cluster.policy.node_following", "LOST_S", 3.0),
 ]
 """(module, name, replacement) of the model, the disk, the process, and a time."""
 
