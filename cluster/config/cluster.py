@@ -351,6 +351,9 @@ class ClusterConfig:
         rule = f"needs gpus_per_worker of at least 1, not {gpus:g}: NCCL takes one worker a GPU"
         check(not is_refused, "transport", self.transport.transport, rule)
         self.autoscale.check_pools(self.workers.mode, self.workers.pools)
+        rule = "must be off or dry-run with follow_nodes: the nodes decide the numbers"
+        is_refused = self.workers.follow_nodes and self.autoscale.autoscale == "on"
+        check(not is_refused, "autoscale", self.autoscale.autoscale, rule)
         requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
         check(
             self.workers.num_attention_ranks <= requests,

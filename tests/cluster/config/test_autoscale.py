@@ -74,6 +74,11 @@ def test_auto_is_checked_once_the_mode_is_chosen() -> None:
             {"num_expert_workers": 2},
             r"min_expert_workers (3) must not exceed num_expert_workers (2)",
         ),
+        (
+            {**ON, "max_expert_workers": 4},
+            {"follow_nodes": True},
+            r"autoscale (on) must be off or dry-run with follow_nodes",
+        ),
         (ON, {}, r"autoscale (on) needs a limit that differs from the number of the start"),
     ],
 )
