@@ -169,8 +169,8 @@ class Runner:
         match effect:
             case Send(frame, workers):
                 self.server.send(frame, *workers)
-            case Start(member, placement):
-                plan = replace(self.plan, placement=placement)
+            case Start(member, placement, holders):
+                plan = replace(self.plan, placement=placement, holders=holders)
                 self.background.spawn(self._bring_up([member], plan))
             case End(workers):
                 for worker in workers:

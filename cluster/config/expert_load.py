@@ -21,7 +21,7 @@ class RebalanceSection:
     max_move_fraction: float = field(default=0.1, metadata=flag("--rebalance-max-move-fraction"))
     """Share of all expert slots that one change may fill."""
     bytes_per_s: float = field(default=100e6, metadata=flag("--rebalance-bytes-per-s"))
-    """Rate at which each worker receives weights while it serves."""
+    """Rate at which each worker receives weights while the cluster serves."""
     limit_s: float = field(default=120.0, metadata=flag("--rebalance-limit-s"))
     """Limit for each stage of a change, after which the change is given up."""
     slot_cost_pairs: float | None = field(default=None, metadata=INTERNAL)

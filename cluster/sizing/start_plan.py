@@ -14,6 +14,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare, plan_shares, resolved_share
 from cluster.core.checks import check
 from cluster.core.codec import to_plain
+from cluster.core.holders import ExpertHolder
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.node_labels import ROLE
 from cluster.core.placement import ExpertPlacement, contiguous, load_placement
@@ -49,6 +50,8 @@ class StartPlan:
     """Expert slots per bank of each expert worker: the fullest planned one and the spare ones."""
     load: LoadProfile | None = None
     """Expected load; None when the workers run already."""
+    holders: tuple[ExpertHolder, ...] = ()
+    """Serving workers that hold experts of a new one."""
 
     @property
     def share(self) -> WorkerShare:
@@ -68,6 +71,7 @@ class StartPlan:
         extra: dict[str, Any] = {"threads": self.share.threads}
         if member.holds_experts or self.config.workers.mode == "local":
             extra |= {"placement": self.placement.to_dict(), "num_slots": self.num_slots}
+            extra["holders"] = to_plain(self.holders)
         return self.config.to_dict(), to_plain(member), control_address, extra
 
 

@@ -55,6 +55,7 @@ _TEXTS = {
     "gpu_utilization_perc": "Share of time that a worker's GPU was busy, 0 to 1",
     "expert_worker_tokens_total": "Pairs of token and expert computed",
     "expert_worker_slots": "Expert slots of a worker in its largest bank",
+    "expert_weights_read_bytes_total": "Bytes of experts that a worker has read, by source",
     "expert_worker_busy_seconds_total": "Time that an expert worker spent in steps",
     "expert_worker_slot_seconds_total": "Time in which a worker computed activated expert slots",
     "expert_worker_up": "1 while a worker is ready or serves",

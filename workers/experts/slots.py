@@ -160,15 +160,26 @@ class ExpertSlots:
 
     def load_all(self, checkpoint: Checkpoint) -> None:
         """Expert e of every bank into slot e (a single process)."""
-        self._load([list(range(b.spec.num_experts)) for b in self.banks], checkpoint)
+        rows = [list(range(b.spec.num_experts)) for b in self.banks]
+        self._load(rows, checkpoint, CheckpointSource(checkpoint))
 
     def load_placement(
-        self, placement: ExpertPlacement, device: int, checkpoint: Checkpoint
+        self,
+        placement: ExpertPlacement,
+        device: int,
+        checkpoint: Checkpoint,
+        source: ExpertSource | None = None,
     ) -> None:
-        """Load the experts that a placement gives one device. Raises ``CheckpointError``."""
-        self._load([bank.physical_to_logical[device] for bank in placement.banks], checkpoint)
+        """Load the experts that a placement gives one device, from the checkpoint by default.
 
-    def _load(self, by_bank: Sequence[Sequence[int]], checkpoint: Checkpoint) -> None:
+        The source is closed. Raises ``CheckpointError``.
+        """
+        rows = [bank.physical_to_logical[device] for bank in placement.banks]
+        self._load(rows, checkpoint, source or CheckpointSource(checkpoint))
+
+    def _load(
+        self, by_bank: Sequence[Sequence[int]], checkpoint: Checkpoint, source: ExpertSource
+    ) -> None:
         """``by_bank[bank][slot]`` is the logical expert."""
         work = [
             (bank, slot, expert)
@@ -182,7 +193,6 @@ class ExpertSlots:
         for bank, slots in enumerate(by_bank):
             if len(slots) > self.banks[bank].num_slots:
                 self.banks[bank].resize(len(slots))
-        source = CheckpointSource(checkpoint)
         try:
             for bank, slot, expert in work:
                 for _ in self.load_expert(bank, slot, expert, source, is_idle=True):

@@ -52,13 +52,9 @@ class CheckpointSource:
         """
         self._checkpoint = checkpoint
         self._take = take
-        self._first_bytes = checkpoint.loaded_bytes
-        self._buffers: dict[tuple[int, int], Tensor] = {}
-
-    @property
-    def num_bytes(self) -> int:
+        self.num_bytes = 0
         """See ``ExpertSource``; bytes on disk."""
-        return self._checkpoint.loaded_bytes - self._first_bytes
+        self._buffers: dict[tuple[int, int], Tensor] = {}
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
         family, tensors = self._checkpoint.family, self._checkpoint.tensors
@@ -67,6 +63,7 @@ class CheckpointSource:
             for i, matrix in enumerate(matrices):
                 out = self._buffer(matrix.shape, dtype)
                 weight = self._checkpoint.borrow(matrix.parts, dtype, out)
+                self.num_bytes += sum(map(self._checkpoint.num_bytes, matrix.parts))
                 self._take(weight.nbytes)
                 yield ExpertWeight(exchange.index, i, weight)
         self._checkpoint.confirm()

@@ -5,7 +5,9 @@ Expert workers and colocated workers have one each.
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +22,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource
 from workers.experts.speed import blank_bank, slots_per_second
+from workers.experts.transfer.faster_source import FasterSource, HoldersSource
 from workers.experts.transfer.loading import (
     CHECKPOINT,
     ExpertLoader,
@@ -37,6 +40,7 @@ from workers.experts.transfer.peer_source import (
 from workers.experts.transfer.rate_limit import RateLimit
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
+from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.control.control_client import ControlClient
 from workers.process.gpu_room import captured_sizes
@@ -46,6 +50,8 @@ from workers.requests.buckets import kept_rows
 from workers.transport.handshake import PeerIdentity
 from workers.transport.peer_link import Peer, PeerClient, PeerServer
 from workers.transport.transport import DataTransport
+
+logger = logging.getLogger(__name__)
 
 BanksOf = Callable[[ExpertSlots], Sequence[SlotBank]]
 """Makes the banks that compute steps from a worker's slots. The default is the slots themselves."""
@@ -75,13 +81,15 @@ class ExpertPart:
         Raises ``CheckpointError``.
         """
         assert args.placement is not None, "a worker with experts is started with a placement"
-        slots.load_placement(args.placement, args.member.device, checkpoint)
-        warm_experts(args, slots, transport.sums_are_rounded)
         self.slots = slots
         self._args = args
         self._me = me
         self._checkpoint = checkpoint
         self._given_up = threading.Event()
+        self._read_bytes = Counter({CHECKPOINT: 0, PEER: 0})
+        """By kind of the source."""
+        self._load(args.placement)
+        warm_experts(args, slots, transport.sums_are_rounded)
         self.server = ExpertServer(
             transport,
             banks_of(slots) if banks_of is not None else slots.banks,
@@ -150,12 +158,53 @@ class ExpertPart:
         """Gauges and counters for heartbeats; called on the control thread."""
         return {
             "expert_worker_slots": float(max((b.num_slots for b in self.slots.banks), default=0)),
+            **{
+                f'expert_weights_read_bytes_total{{source="{kind}"}}': float(num_bytes)
+                for kind, num_bytes in self._read_bytes.items()
+            },
             **self.server.stats(),
         }
 
     def close(self) -> None:
         self.give_up_moves()
         self._loader.close()
+
+    # ---- sources of the first experts -------------------------------------------------------
+
+    def _load(self, placement: ExpertPlacement) -> None:
+        """Load the first experts, from other workers where these are faster than the disk."""
+        own = CheckpointSource(self._checkpoint, self._counted(CHECKPOINT))
+        device, source = self._args.member.device, self._first_source(own)
+        self.slots.load_placement(placement, device, self._checkpoint, source)
+        if isinstance(source, FasterSource):
+            read = " and ".join(f"{n} bytes from {kind}" for kind, n in self._read_bytes.items())
+            rates = ", ".join(f"{kind} {rate / 1e6:.0f}" for kind, rate in source.rates.items())
+            logger.info("%s read %s (MB/s: %s)", self._args.member.name, read, rates)
+
+    def _first_source(self, checkpoint: ExpertSource) -> ExpertSource:
+        if not self._args.holders:
+            return checkpoint
+        rate = RateLimit(self._args.config.rebalance.bytes_per_s)
+        peers = HoldersSource(
+            self._args.holders,
+            lambda holder: self._peer_source(holder.name, holder.address, rate),
+            self._read_elsewhere,
+        )
+        return FasterSource({CHECKPOINT: checkpoint, PEER: peers})
+
+    def _read_elsewhere(self, bank: BankSpec, expert: int) -> None:
+        self._checkpoint.count(self._checkpoint.expert_bytes(bank, expert))
+
+    def _counted(
+        self, kind: str, take: Callable[[int], None] = lambda num_bytes: None
+    ) -> Callable[[int], None]:
+        """``take``, which counts the bytes that it gets."""
+
+        def counted(num_bytes: int) -> None:
+            self._read_bytes[kind] += num_bytes
+            take(num_bytes)
+
+        return counted
 
     # ---- sources of further experts ---------------------------------------------------------
 
@@ -169,16 +218,14 @@ class ExpertPart:
         )
 
     def _open_checkpoint(self, source: Mapping[str, Any]) -> ExpertSource:
-        return CheckpointSource(self._checkpoint.another(), self._rate(source).take)
+        take = self._counted(CHECKPOINT, self._rate(source).take)
+        return CheckpointSource(self._checkpoint.another(), take)
 
     def _open_peer(self, source: Mapping[str, Any]) -> ExpertSource:
-        rate = self._rate(source)
-        peer = Peer(
-            name=str(source["peer"]),
-            address=str(source["address"]),
-            me=self._me,
-            token=self._args.config.cluster_token,
-        )
+        return self._peer_source(str(source["peer"]), str(source["address"]), self._rate(source))
+
+    def _peer_source(self, name: str, address: str, rate: RateLimit) -> PeerSource:
+        peer = Peer(name=name, address=address, me=self._me, token=self._args.config.cluster_token)
         timeout_s = self._args.config.transport.connect_timeout_s
-        connect = partial(PeerClient, peer, timeout_s, before_chunk=rate.take)
-        return PeerSource(connect, rate)
+        take = self._counted(PEER, rate.take)
+        return PeerSource(partial(PeerClient, peer, timeout_s, before_chunk=take), rate)

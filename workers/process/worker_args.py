@@ -11,6 +11,7 @@ import torch
 
 from cluster.config.cluster import ClusterConfig
 from cluster.core.codec import from_plain
+from cluster.core.holders import ExpertHolder
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Member
 from workers.model.cuda_device import gpu_facts
@@ -32,6 +33,8 @@ class WorkerArgs:
     """First placement, where this worker holds experts."""
     num_slots: int = 0
     """Expert slots per bank, where this worker holds experts."""
+    holders: tuple[ExpertHolder, ...] = ()
+    """Serving workers that hold some of these experts; none at the start of a cluster."""
 
     @classmethod
     def from_plain(
@@ -52,6 +55,7 @@ class WorkerArgs:
             threads=int(extra.get("threads", 1)),
             placement=None if placement is None else ExpertPlacement.from_dict(placement),
             num_slots=int(extra.get("num_slots", 0)),
+            holders=from_plain(extra.get("holders", ()), tuple[ExpertHolder, ...]),
         )
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.frames import ControlFrame
+from cluster.core.holders import ExpertHolder
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Member
 
@@ -29,6 +30,8 @@ class Start:
 
     member: Member
     placement: ExpertPlacement
+    holders: tuple[ExpertHolder, ...] = ()
+    """Where it can read experts besides the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from cluster.controller.parts.effects import Start, Trace
 from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import ExpertsLoaded, GenerationReady
+from cluster.core.holders import expert_holders
 from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill
@@ -247,4 +248,10 @@ class Recovery:
             self._cluster.workers.add(member, now, self._cluster.desired)
             logger.info("start %s", member.name)
             self._cluster.touch()
-            self._cluster.effects.append(Start(member, self._cluster.desired))
+            holders = expert_holders(
+                self._cluster.round.members,
+                self._cluster.placement,
+                self._cluster.desired,
+                member.device,
+            )
+            self._cluster.effects.append(Start(member, self._cluster.desired, holders))

@@ -29,6 +29,7 @@ from cluster.core.frames import (
     WorkerReady,
     WorkerReport,
 )
+from cluster.core.holders import ExpertHolder
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
 from cluster.core.release import Build
 from cluster.core.topology import Member, Role, holds_experts
@@ -78,6 +79,7 @@ class FakeWorkerGroup:
         self.on_trace: Callable[[Trace], None] = lambda trace: None
         self._sent: defaultdict[str, list[ControlFrame]] = defaultdict(list)
         self._started: list[tuple[Member, ExpertPlacement]] = []
+        self._holders: list[tuple[ExpertHolder, ...]] = []
         self._ended: list[str] = []
         self._all_ended_asked = 0
 
@@ -86,6 +88,12 @@ class FakeWorkerGroup:
         """Frames by worker."""
         self._take()
         return self._sent
+
+    @property
+    def holders(self) -> list[tuple[ExpertHolder, ...]]:
+        """Where each of ``started`` can read its experts."""
+        self._take()
+        return self._holders
 
     @property
     def started(self) -> list[tuple[Member, ExpertPlacement]]:
@@ -109,8 +117,9 @@ class FakeWorkerGroup:
                 case Send(frame, workers):
                     for worker in workers:
                         self._sent[worker].append(frame)
-                case Start(member, placement):
+                case Start(member, placement, holders):
                     self._started.append((member, placement))
+                    self._holders.append(holders)
                 case End(workers):
                     self._ended += workers
                 case Trace():
@@ -202,7 +211,11 @@ class FakeCluster:
         self, worker: str, pid: int = 1, build: Build = BUILD, offer: Offer = OFFER
     ) -> None:
         """A worker calls for the first time."""
-        member = member_of(worker, pid=pid, data_address=f"10.0.0.1:{pid}", offer=offer)
+        address = f"10.0.0.1:{pid}"
+        weights = address if worker.startswith("expert") else ""
+        member = member_of(
+            worker, pid=pid, data_address=address, weights_address=weights, offer=offer
+        )
         self.send(worker, Register(member=member, build=build))
 
     def load_all(self, infos: Mapping[str, Mapping[str, object]] | None = None) -> None:

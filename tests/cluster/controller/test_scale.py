@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.scales import ScaleOrder
+from cluster.core.arithmetic import Offer
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConflictError, RequestError
 from cluster.core.frames import ExpertsLoaded, LoadExperts, NewGeneration, Shutdown
@@ -170,6 +171,33 @@ def test_a_worker_of_another_build_takes_the_scaling_back() -> None:
     assert operation.state is OperationState.FAILED
     assert "checkpoint of" in operation.message
     assert cluster.state == "SERVING"
+
+
+def test_a_worker_that_computes_otherwise_takes_the_scaling_back() -> None:
+    """As on a host with another CPU, where exact results are demanded."""
+    cluster = serving(1, 2, 0)
+    operation = scale(cluster, expert=3)
+    cluster.register("expert-2", offer=Offer(kernels=("another",), is_strict=True))
+    pass_time(cluster, 0.5)
+    assert operation.state is OperationState.FAILED
+    assert "expert-2 computes with another, the others with dot" in operation.message
+    assert cluster.state == "SERVING"
+    assert members(cluster) == {"attention-0", "expert-0", "expert-1"}
+    again = scale(cluster, expert=3)
+    cluster.bring_up("expert-2.2")
+    cluster.join_all()
+    cluster.tick(0.2)
+    assert again.state is OperationState.SUCCEEDED
+
+
+def test_a_new_worker_knows_who_holds_its_experts() -> None:
+    cluster = serving(1, 2, 0)
+    scale(cluster, expert=3)
+    (started,) = cluster.link.holders
+    assert [(h.name, h.experts) for h in started] == [
+        ("expert-0", ((0,), (0,))),
+        ("expert-1", ((4,), (4,))),
+    ]
 
 
 def test_no_room_within_the_limit_takes_the_scaling_back() -> None:

@@ -36,9 +36,9 @@ from workers.process.runtime import WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 
 
-def scale(cluster: ServingCluster, **counts: int) -> dict[str, Any]:
+def scale(cluster: ServingCluster, limit_s: float = 120.0, **counts: int) -> dict[str, Any]:
     """Order a scaling and wait for its end; the operation."""
-    begun = cluster.call("scale", {**counts, "limit_s": 120.0})
+    begun = cluster.call("scale", {**counts, "limit_s": limit_s})
     return wait_operation(cluster, begun["id"])
 
 

@@ -92,6 +92,12 @@ class Checkpoint:
         """Announce bytes that will be read, for the progress callback."""
         self._total_bytes += num_bytes
 
+    def count(self, num_bytes: int) -> None:
+        """Bytes that were announced are in memory, from here or from elsewhere."""
+        self.loaded_bytes += num_bytes
+        if self._progress is not None:
+            self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
+
     def num_bytes(self, part: TensorPart) -> int:
         """Bytes on disk of a part."""
         total = self._entry(part).num_bytes
@@ -124,7 +130,7 @@ class Checkpoint:
         if whole is None:
             return self._stack(parts, found, dtype, out)
         for part in parts:
-            self._count(part)
+            self.count(self.num_bytes(part))
         return whole
 
     def _stack(
@@ -141,7 +147,7 @@ class Checkpoint:
         for part, tensor in zip(parts, found, strict=True):
             last = first + part.part_shape[0]
             out[first:last].copy_(tensor)
-            self._count(part)
+            self.count(self.num_bytes(part))
             first = last
         return out
 
@@ -187,11 +193,6 @@ class Checkpoint:
             words = str(err).replace(str(entry.file), entry.file.name)
             raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {words}") from err
         return found
-
-    def _count(self, part: TensorPart) -> None:
-        self.loaded_bytes += self.num_bytes(part)
-        if self._progress is not None:
-            self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
 
     def _reader(self, file: Path) -> Any:
         """An open file. Header, size, time and samples must be those that were read at first."""

@@ -190,8 +190,8 @@ def test_help_groups_options_by_section_with_types_and_defaults(
         "--detection-limit-s SECONDS Time without progress and heartbeats after which a worker is "
         "declared lost, at the latest (default: 2)",
         "--max-body-bytes BYTES Largest HTTP body (default: 8M)",
-        "--rebalance-bytes-per-s BYTES Rate at which each worker receives weights while it serves "
-        "(default: 100000000)",
+        "--rebalance-bytes-per-s BYTES Rate at which each worker receives weights while the "
+        "cluster serves (default: 100000000)",
         "--num-micro-batches {auto,1,2} ",
         "--device-speed {given,measured} ",
         "--enable-prefix-caching, --no-enable-prefix-caching ",

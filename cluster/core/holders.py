@@ -1,0 +1,55 @@
+"""Workers from whose memory a new worker can read its experts. Pure.
+
+Example, one bank: experts 0 and 2 are to be on device 2, and ((0, 1), (2, 3, 0)) is in force:
+
+    expert-0 holds ((0,),)    expert-1 holds ((0, 2),)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.core.codec import Message
+from cluster.core.placement import FREE_SLOT, ExpertPlacement
+from cluster.core.topology import Member
+
+
+class ExpertHolder(Message, frozen=True, kw_only=True):
+    """A serving worker, and which of the experts that another one is to hold it has in memory."""
+
+    name: str
+    address: str
+    """``host:port`` where it gives out the weights of its experts."""
+    experts: tuple[tuple[int, ...], ...]
+    """``[bank]`` -> logical experts, rising."""
+
+
+def expert_holders(
+    members: Sequence[Member], current: ExpertPlacement, target: ExpertPlacement, device: int
+) -> tuple[ExpertHolder, ...]:
+    """Members that hold experts which ``target`` gives to ``device``.
+
+    ``current`` is the placement that the members run. What a worker holds may change after this.
+    """
+    wanted = _by_bank(target, device)
+    holders = []
+    for member in members:
+        if member.holds_experts and member.weights_address and member.device != device:
+            held = _by_bank(current, member.device)
+            experts = tuple(
+                tuple(sorted(own & asked)) for own, asked in zip(held, wanted, strict=True)
+            )
+            if any(experts):
+                address = member.weights_address
+                holders.append(ExpertHolder(name=member.name, address=address, experts=experts))
+    return tuple(holders)
+
+
+def _by_bank(placement: ExpertPlacement, device: int) -> list[set[int]]:
+    """``[bank]`` -> logical experts of a device."""
+    return [
+        set(bank.physical_to_logical[device]) - {FREE_SLOT}
+        if 0 <= device < bank.num_devices
+        else set()
+        for bank in placement.banks
+    ]

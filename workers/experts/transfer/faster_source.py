@@ -1,0 +1,153 @@
+"""Experts of a new worker, from whichever of its sources is faster: checkpoint or other workers.
+
+    FasterSource ──▶ CheckpointSource        the files, mapped
+                └──▶ HoldersSource ──▶ PeerSource   one for each worker that holds such experts
+
+No rule knows beforehand which is faster: files in the page cache are faster than any network, a
+cold network disk is slower than most. So each source gives ``NUM_TRIALS`` experts, and from then on
+each expert comes from the source that gave its last ones at the higher rate. A source that fails is
+tried last.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from cluster.core.errors import ExpertMeshError, ProtocolError
+from cluster.core.holders import ExpertHolder
+from workers.experts.sources import ExpertSource, ExpertWeight
+from workers.experts.transfer.peer_source import expert_num_bytes
+from workers.model.config import BankSpec
+
+logger = logging.getLogger(__name__)
+
+NUM_TRIALS = 2
+"""Experts that each source gives before the faster one goes on; the first one opens files and
+connections, so its time does not count."""
+_NUM_LAST = 4
+"""Experts over which a rate is measured."""
+
+
+class FasterSource:
+    """``ExpertSource`` over several ones, of which each could give every expert."""
+
+    def __init__(
+        self, sources: Mapping[str, ExpertSource], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``sources`` by name; the first one's error is raised if all fail."""
+        self._sources = dict(sources)
+        self._clock = clock
+        self._num_tried = dict.fromkeys(sources, 0)
+        self._last = {name: deque[tuple[int, float]](maxlen=_NUM_LAST) for name in sources}
+        """Bytes and seconds of the last experts."""
+        self._failed: set[str] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """See ``ExpertSource``."""
+        return sum(source.num_bytes for source in self._sources.values())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Bytes a second of each source, by its last experts; 0 where none counts."""
+        return {name: _rate(last) for name, last in self._last.items()}
+
+    def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
+        """See ``ExpertSource``; the matrices of a source that fails are given again by the next."""
+        errors = []
+        for name in self._in_order():
+            try:
+                yield from self._measured(name, bank, expert, dtype)
+            except ExpertMeshError as err:
+                logger.warning("expert %d of bank %d: %s", expert, bank.index, err)
+                self._failed.add(name)
+                errors.append((name, err))
+            else:
+                return
+        raise dict(errors)[next(iter(self._sources))]
+
+    def close(self) -> None:
+        for source in self._sources.values():
+            source.close()
+
+    def _measured(
+        self, name: str, bank: BankSpec, expert: int, dtype: torch.dtype
+    ) -> Iterator[ExpertWeight]:
+        """The time includes storing: a mapped file is read then."""
+        began = self._clock()
+        yield from self._sources[name].weights(bank, expert, dtype)
+        took_s = self._clock() - began
+        self._failed.discard(name)
+        self._num_tried[name] += 1
+        if self._num_tried[name] > 1:
+            self._last[name].append((expert_num_bytes(bank, dtype), took_s))
+
+    def _in_order(self) -> list[str]:
+        """Sources as they are to be tried for the next expert."""
+        rates = self.rates
+
+        def rank(name: str) -> tuple[bool, int, float]:
+            return name in self._failed, min(self._num_tried[name], NUM_TRIALS), -rates[name]
+
+        return sorted(self._sources, key=rank)
+
+
+class HoldersSource:
+    """``ExpertSource`` over workers that hold experts; one that fails is not asked again."""
+
+    def __init__(
+        self,
+        holders: Sequence[ExpertHolder],
+        connect: Callable[[ExpertHolder], ExpertSource],
+        on_read: Callable[[BankSpec, int], None] = lambda bank, expert: None,
+    ) -> None:
+        """``connect`` makes the source over one worker; ``on_read`` is called with each expert."""
+        self._holders = {holder.name: holder for holder in holders}
+        self._connect = connect
+        self._on_read = on_read
+        self._open: dict[str, ExpertSource] = {}
+        self._num_asked = dict.fromkeys(self._holders, 0)
+
+    @property
+    def num_bytes(self) -> int:
+        """See ``ExpertSource``."""
+        return sum(source.num_bytes for source in self._open.values())
+
+    def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
+        """See ``ExpertSource``. Raises ``ProtocolError`` when no worker can give the expert."""
+        reason = "no other worker holds it"
+        while (name := self._least_asked(bank, expert)) is not None:
+            self._num_asked[name] += 1
+            try:
+                yield from self._source(name).weights(bank, expert, dtype)
+            except ExpertMeshError as err:
+                reason = str(err)
+                del self._holders[name]
+            else:
+                self._on_read(bank, expert)
+                return
+        raise ProtocolError(f"expert {expert} of bank {bank.bank} layer {bank.layer}: {reason}")
+
+    def close(self) -> None:
+        for source in self._open.values():
+            source.close()
+
+    def _least_asked(self, bank: BankSpec, expert: int) -> str | None:
+        """The worker to ask next: all of them serve, so each is to lose little time."""
+        able = [n for n, h in self._holders.items() if expert in h.experts[bank.index]]
+        return min(able, key=lambda name: (self._num_asked[name], name), default=None)
+
+    def _source(self, name: str) -> ExpertSource:
+        if name not in self._open:
+            self._open[name] = self._connect(self._holders[name])
+        return self._open[name]
+
+
+def _rate(last: Sequence[tuple[int, float]]) -> float:
+    seconds = sum(took_s for _, took_s in last)
+    return sum(num_bytes for num_bytes, _ in last) / max(seconds, 1e-9) if last else 0.0
