@@ -99,6 +99,9 @@ def common_environment() -> dict[str, str]:
         "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source,
         "PYTHONUNBUFFERED": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # nobody reads what Ray's log monitor sends (``log_to_driver``), and it kept up to 200 files
+        # of ended workers open: four more with every scaling up and down
+        "RAY_LOG_MONITOR_MAX_OPEN_FILES": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # see gateway.serve_proxy.middlewares.PROXY_CALLBACK, whose import would take long
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": (

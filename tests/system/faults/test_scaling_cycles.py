@@ -1,0 +1,108 @@
+"""Scaling up and down again and again under load: the system says that nothing is left behind.
+
+Exact are descriptors, threads and listening sockets of every process that stays, the processes
+themselves, Ray's living actors, placement groups and files of shared memory, each time all requests
+have ended. Memory has a rule, since allocators keep some of it: from the tenth cycle to the last
+one, each process may grow by ``GROWTH_PER_CYCLE`` MiB a cycle, by a fitted line. A leaked worker,
+connection or buffer of one cycle is larger than that; Ray's gcs keeps a record of every actor that
+has died, some tens of KiB for the two of a cycle.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from benchmarks.fault_load import FaultLoad
+from tests.harness.census import Census, settled, unique_memory
+from tests.harness.cluster_gateway import ClusterGateway, gateway_of
+from tests.harness.fault_rows import blocks_held, quiet_config
+from tests.harness.mixed_calls import make_calls
+from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
+from tests.system.faults.test_scaling import scale
+
+logger = logging.getLogger(__name__)
+
+pytestmark = pytest.mark.ray
+
+WARM_UP = 1
+"""Cycles before the first census: what is made once is there then."""
+MEMORY_FROM = 10
+"""Cycles before memory is compared."""
+GROWTH_PER_CYCLE = 0.1
+"""MiB that a process may grow by in a cycle."""
+NUM_STREAMS = 4
+
+Memory = Mapping[tuple[int, str], float]
+
+
+def cycle(cluster: ServingCluster, gateway: ClusterGateway) -> None:
+    """1 + 2 workers, 2 + 3, 1 + 2; under a light load, of which all calls succeed."""
+    load = FaultLoad(gateway, make_calls(NUM_STREAMS, 64))
+    with load.running():
+        load.wait_deltas(2)
+        for counts in ({"attention": 2, "expert": 3}, {"attention": 1, "expert": 2}):
+            done = scale(cluster, **counts)
+            assert done["state"] == "SUCCEEDED", done
+        load.wait_deltas(2)
+    assert load.failures == []
+    cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
+
+
+def growth(seen: Sequence[Memory]) -> dict[str, float]:
+    """By process that was always there, MiB a cycle by a fitted line."""
+    series: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    for memory in seen:
+        for process, mib in memory.items():
+            series[process].append(mib)
+    return {
+        f"{name} ({pid})": statistics.linear_regression(range(len(mibs)), mibs).slope
+        for (pid, name), mibs in series.items()
+        if len(mibs) == len(seen)
+    }
+
+
+def go_through(num_cycles: int) -> tuple[list[str], list[Memory]]:
+    """What is left after the cycles that was not there after the first, and memory after each."""
+    with (
+        connected_ray(),
+        serving(RayCluster(quiet_config(1, 2))) as cluster,
+        gateway_of(cluster) as gateway,
+    ):
+        before: Census | None = None
+        seen = []
+        for number in range(WARM_UP + num_cycles):
+            cycle(cluster, gateway)
+            if number + 1 == WARM_UP:
+                before = settled()
+            seen.append(unique_memory())
+            logger.info("cycle %d of %d", number + 1, WARM_UP + num_cycles)
+        assert before is not None
+        for line in before.differences(settled(like=before)):
+            logger.warning("left: %s", line)
+        return before.differences(settled(like=before)), seen
+
+
+def test_a_few_cycles_leave_nothing_behind() -> None:
+    left, _ = go_through(2)
+    assert left == []
+
+
+@pytest.mark.slow
+def test_fifty_cycles_leave_nothing_behind() -> None:
+    left, seen = go_through(50)
+    grown = growth(seen[MEMORY_FROM:])
+    for name, mib in sorted(grown.items()):
+        logger.info("%s: %+.3f MiB a cycle", name, mib)
+    assert left == []
+    assert {name: mib for name, mib in grown.items() if mib > GROWTH_PER_CYCLE} == {}
+
+
+def test_growth_is_the_slope_of_those_that_stay() -> None:
+    seen = [{(1, "a"): 10.0 + i / 2, (2, "b"): 5.0} for i in range(4)]
+    seen[2][3, "c"] = 1.0
+    assert growth(seen) == {"a (1)": pytest.approx(0.5), "b (2)": pytest.approx(0.0)}
