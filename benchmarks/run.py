@@ -39,6 +39,7 @@ NAMES = (
     "kv_accuracy",
     "reliability",
     "moves",
+    "scaling",
     "overload",
     "fuzz",
     "placement",
