@@ -21,13 +21,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.fault_load import FaultLoad, wait
+from benchmarks.fault_load import FaultLoad, Load, wait
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.results import table
 from gateway.core.call import CallKind, GenerateFields
 from tests.harness.cluster_gateway import gateway_of
 from tests.harness.fault_rows import row_config
-from tests.harness.serving_cluster import RayCluster, connected_ray, serving
+from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
 
 ASKED_S = 0.5
 """Longest pause that is asked for."""
@@ -106,7 +106,7 @@ def calls(num_streams: int, max_tokens: int) -> list[GenerateFields]:
     return [replace(call, prompts=((i, *_PROMPT),), seed=i) for i in range(4, 4 + num_streams)]
 
 
-def _scale(cluster: RayCluster, load: FaultLoad, case: Case, counts: dict[str, int]) -> Scaled:
+def _scale(cluster: ServingCluster, load: FaultLoad, case: Case, counts: dict[str, int]) -> Scaled:
     time.sleep(case.before_s)
     known = cluster.snapshot()["generation"]
     ordered_at = time.monotonic()
@@ -131,7 +131,7 @@ def _scale(cluster: RayCluster, load: FaultLoad, case: Case, counts: dict[str, i
     )
 
 
-def gaps(load: FaultLoad, since: float, until: float) -> Iterator[float]:
+def gaps(load: Load, since: float, until: float) -> Iterator[float]:
     """Times between two tokens of one call, of those that ended between two times."""
     for line in load.lines:
         for times in list(line.calls):

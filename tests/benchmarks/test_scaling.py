@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks import scaling
@@ -21,7 +23,7 @@ def test_gaps_are_those_of_one_call_that_end_in_the_time() -> None:
 
 
 def test_the_longest_change_is_one_after_the_order() -> None:
-    history = [
+    history: list[dict[str, Any]] = [
         {"generation": 2, "took_s": 9.0},
         {"generation": 3, "took_s": 0.02},
         {"generation": 4, "took_s": None},

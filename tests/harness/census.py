@@ -80,7 +80,7 @@ def _is_same(name: str, before: Held | None, now: Held) -> bool:
 
 def take_census() -> Census:
     """Count now; Ray is the one that this process is connected to."""
-    alive = [a for a in state.actors().values() if a["State"] != "DEAD"]  # type: ignore[no-untyped-call]
+    alive = [a for a in state.actors().values() if a["State"] != "DEAD"]
     groups = placement_group_table().values()
     return Census(
         processes={(p.pid, name): held for p, name in own_processes() if (held := held_by(p))},

@@ -2,10 +2,11 @@
 
 Exact are descriptors, threads and listening sockets of every process that stays (but for the thread
 pools of Ray's own two, see ``census``), the processes themselves, Ray's living actors, placement
-groups and files of shared memory, each time all requests have ended. Memory has a rule, since allocators keep some of it: from the tenth cycle to the last
-one, each process may grow by ``GROWTH_PER_CYCLE`` MiB a cycle, by a fitted line. A leaked worker,
-connection or buffer of one cycle is larger than that; Ray's gcs keeps a record of every actor that
-has died, some tens of KiB for the two of a cycle.
+groups and files of shared memory, each time all requests have ended. Memory has a rule, since
+allocators keep some of it: from the tenth cycle to the last one, each process may grow by
+``GROWTH_PER_CYCLE`` MiB a cycle, by a fitted line. A leaked worker, connection or buffer of one
+cycle is larger than that; Ray's gcs keeps a record of every actor that has died, some tens of KiB
+for the two of a cycle.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def go_through(num_cycles: int) -> tuple[list[str], list[Memory]]:
         gateway_of(cluster) as gateway,
     ):
         before: Census | None = None
-        seen = []
+        seen: list[Memory] = []
         for number in range(WARM_UP + num_cycles):
             cycle(cluster, gateway)
             if number + 1 == WARM_UP:
