@@ -66,6 +66,8 @@ class WorkerGroup:
     _identity: str = ""
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while an actor's bundle is chosen and the actor is created."""
+    _remote_classes: dict[Role, Any] = field(default_factory=dict)
+    """Made once: Ray keeps each class that was made, here and in its gcs."""
     _withdrawn: set[str] = field(default_factory=set)
     """Workers that were to be ended before they were created."""
 
@@ -115,8 +117,7 @@ class WorkerGroup:
         created = []
         for member in members:
             node_id = self.room.nodes.get(member.name, "")
-            kind = self.classes[member.role]
-            remote = kind if hasattr(kind, "remote") else ray.remote(kind)
+            remote = self._remote_class(member.role)
             async with self._placing:
                 self._check_wanted(member.name)
                 workers, share, bundle = plan.config.workers, plan.share, ANY_BUNDLE
@@ -232,6 +233,12 @@ class WorkerGroup:
         await self.check_term()
         async with self._placing:
             await _in_time(self.room.release, places)
+
+    def _remote_class(self, role: Role) -> Any:
+        if role not in self._remote_classes:
+            kind = self.classes[role]
+            self._remote_classes[role] = kind if hasattr(kind, "remote") else ray.remote(kind)
+        return self._remote_classes[role]
 
     def _check_wanted(self, name: str) -> None:
         """Raise ``StartError`` if the worker was to be ended before it was created."""

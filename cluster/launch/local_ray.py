@@ -29,10 +29,16 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """No tensor goes through Ray; its smallest object store is 75 MiB."""
 START_ATTEMPTS = 3
-_SYSTEM_CONFIG = {"worker_niceness": 0, "task_events_report_interval_ms": 0}
+_SYSTEM_CONFIG = {
+    "worker_niceness": 0,
+    "task_events_report_interval_ms": 0,
+    "maximum_gcs_destroyed_actor_cached_count": 64,
+    "maximum_gcs_dead_worker_cached_count": 64,
+}
 """Ray's default niceness of workers is 15: other load on this host would stop the heartbeats.
 Ray also records every call of an actor by default: its gcs grew by 17% in half an hour of traffic
-(``benchmarks/soak.py``), and no part of expertmesh reads these records."""
+(``benchmarks/soak.py``), and no part of expertmesh reads these records. It keeps 100,000 actors and
+1,000 processes that have ended, of which only the newest are asked for."""
 _ALLOCATOR = {
     "RAY_JEMALLOC_PROFILE": "raylet",
     "RAY_JEMALLOC_CONF": "narenas:1,tcache:false",

@@ -122,9 +122,9 @@ def settled(like: Census | None = None) -> Census:
 
 
 def unique_memory() -> dict[tuple[int, str], float]:
-    """MiB of memory that each process has for itself."""
+    """MiB that each process below this one has for itself; this one remembers the test."""
     found = {}
-    for process, name in own_processes():
+    for process, name in own_processes()[1:]:
         with suppress(psutil.Error):
             found[process.pid, name] = process.memory_full_info().uss / 2**20
     return found
