@@ -82,7 +82,7 @@ class Seen:
     pauses_ms: list[float] = field(default_factory=list)
     """Longest time between two events of each stream."""
     broken_until: float = float("-inf")
-    """Monotonic time until which a lost gateway or proxy explains a broken call."""
+    """Monotonic time up to which calls begin that a lost gateway or proxy may break."""
 
     def may_break(self) -> None:
         """A gateway or Serve's proxy is lost now."""
@@ -97,19 +97,17 @@ class Seen:
             if mine.tokens == right.tokens and mine.text != right.text:
                 self.wrong.append(f"{kind}: the text is {mine.text!r}, not {right.text!r}")
 
-    def check_begun(
-        self, kind: str, how: str, got: Sequence[Choice], known: Sequence[Choice]
-    ) -> None:
+    def check_begun(self, kind: str, got: Sequence[Choice], known: Sequence[Choice]) -> None:
         """The beginning of an answer."""
-        self.outcomes[f"{kind}: {how}"] += 1
         for mine, right in zip(got, known, strict=True):
             self._compare(kind, mine, right)
             if not right.text.startswith(mine.text):
                 self.wrong.append(f"{kind}: {mine.text!r} is no beginning of {right.text!r}")
 
-    def broke(self, kind: str, why: str) -> None:
-        """A call failed; only the loss of a gateway or proxy is a reason."""
-        if time.monotonic() < self.broken_until:
+    def broke(self, kind: str, began: float, why: str) -> None:
+        """A call failed that began at that monotonic time; only the loss of a gateway or proxy is
+        a reason, which a slow reader may find late."""
+        if began < self.broken_until:
             self.outcomes[f"{kind}: lost with its gateway or proxy"] += 1
         else:
             self.outcomes[f"{kind}: failed"] += 1
@@ -126,6 +124,10 @@ class Seen:
         self.tokens["duplicated"] += max(len(mine.tokens) - len(right.tokens), 0)
         if altered or len(mine.tokens) > len(right.tokens):
             self.wrong.append(f"{kind}: the tokens are {mine.tokens}, not {right.tokens}"[:400])
+
+
+class _AnswerError(Exception):
+    """An answer that is none, as text."""
 
 
 class Clients:
@@ -173,19 +175,22 @@ class Clients:
         while not until():
             ((_, ask),) = draw.choices(kinds, [weight for weight, _ in kinds])
             number = draw.randrange(_NUM_CALLS)
-            name = ask.__name__.strip("_")
+            kind, began = ask.__name__.strip("_").replace("_", " "), time.monotonic()
             try:
                 await ask(number, random.Random(draw.random()))
             except (httpx.HTTPError, grpc.aio.AioRpcError) as err:
-                self.seen.broke(name, f"{type(err).__name__} {err}")
-                await asyncio.sleep(0.5)
+                self.seen.broke(kind, began, f"{type(err).__name__} {err}")
+            except _AnswerError as err:
+                self.seen.broke(kind, began, str(err))
+            else:
+                continue
+            await asyncio.sleep(0.5)
 
     async def _whole(self, number: int, draw: random.Random) -> None:
         answer = await self._http.post("/v1/completions", json=self._calls[number].body)
-        if answer.status_code == 200:
-            self.seen.check("whole", _choices(answer), self._known[number])
-        else:
-            self.seen.broke("whole", f"{answer.status_code} {answer.text}")
+        if answer.status_code != 200:
+            raise _AnswerError(f"{answer.status_code} {answer.text}")
+        self.seen.check("whole", _choices(answer), self._known[number])
 
     async def _stream(self, number: int, draw: random.Random) -> None:
         await self._read("stream", number)
@@ -194,40 +199,38 @@ class Clients:
         await self._read("leave", number, leave_after=draw.randint(1, 30))
 
     async def _read_slowly(self, number: int, draw: random.Random) -> None:
-        await self._read("slow reader", number, pause_s=0.05)
+        await self._read("read slowly", number, pause_s=0.05)
 
     async def _read(
         self, kind: str, number: int, leave_after: int | None = None, pause_s: float = 0.0
     ) -> None:
         """A stream over HTTP; what came of it is compared however it ends."""
-        known, how = self._known[number], "broke"
+        known, is_whole = self._known[number], False
         got, times = [Choice([], "") for _ in known], list[float]()
         body = {**self._calls[number].body, "stream": True}
         try:
             async with self._http.stream("POST", "/v1/completions", json=body) as response:
                 async for line in response.aiter_lines():
-                    if line == "data: [DONE]":
+                    if is_whole := line == "data: [DONE]":
                         self._note_pause(times)
-                        how = "whole"
                         return
                     if not line.startswith("data: "):
                         continue
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event or response.status_code != 200:
-                        self.seen.broke(kind, line)
-                        return
+                        raise _AnswerError(line)
                     _add(got, event)
                     times.append(time.monotonic())
                     if leave_after is not None and len(times) >= leave_after:
-                        how = "left"
+                        self.seen.outcomes[f"{kind}: left"] += 1
                         return
                     await asyncio.sleep(pause_s)
-            self.seen.broke(kind, "the stream ended without an end")
+            raise _AnswerError("the stream ended without an end")
         finally:
-            if how == "whole":
+            if is_whole:
                 self.seen.check(kind, got, known)
             else:
-                self.seen.check_begun(kind, how, got, known)
+                self.seen.check_begun(kind, got, known)
 
     async def _grpc(self, number: int, draw: random.Random) -> None:
         number = self._plain[number % len(self._plain)]
@@ -250,7 +253,7 @@ class Clients:
         elif answer.status_code in (408, 504):
             self.seen.outcomes["deadline: over"] += 1
         else:
-            self.seen.broke("deadline", f"{answer.status_code} {answer.text}")
+            raise _AnswerError(f"{answer.status_code} {answer.text}")
 
     def _note_pause(self, times: Sequence[float]) -> None:
         if len(times) > 1:

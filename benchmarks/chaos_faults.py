@@ -31,7 +31,9 @@ _MOST_WORKERS = 3
 _CALM_S = 90.0
 """Time after the last fault in which the cluster must be whole."""
 _LOST = re.compile(r"lost ([a-z]+-[0-9.]+): (.*)")
-_WORKER = re.compile(r"([a-z]+)-[0-9.]+")
+_NAME = re.compile(r"(attention|expert|gateway)-\w+(\.\d+)?")
+_ORDERED = ("the cluster is scaled down", "the scaling was given up")
+"""Reasons for which the controller itself ends new workers."""
 
 Worker = dict[str, Any]
 
@@ -85,12 +87,13 @@ class Chaos:
     def changes(self) -> Counter[str]:
         """Recoveries and other changes of the cluster, by their cause without numbers."""
         causes = (cause.partition(":")[0] for _, cause in self._events)
-        return Counter(_WORKER.sub(r"\1 worker", cause) for cause in causes)
+        return Counter(_NAME.sub(r"\1", cause) for cause in causes)
 
     def unexplained(self) -> list[str]:
         """Losses of workers that no fault has hit."""
         found = (_LOST.match(part) for _, cause in self._events for part in cause.split("; "))
-        return sorted(m.group() for m in found if m is not None and m[1] not in self._hit)
+        losses = [m for m in found if m is not None and m[1] not in self._hit]
+        return sorted(m.group() for m in losses if not m[2].startswith(_ORDERED))
 
     def wait_calm(self) -> list[str]:
         """Wait until the cluster is whole and idle; what it lacks at the end of the time."""
