@@ -16,8 +16,8 @@ _UNKNOWN_RATE_RETRY_S = 5.0
 """Before the first request has finished."""
 _MOST_HOLDS_S = 0.1
 _BURST_S = 1.0
-"""Time for which a queue that has just formed takes requests whatever their wait: a batch that
-comes at once waits, it is not refused."""
+"""Time for which a queue that forms after a calm time takes requests whatever their wait: a batch
+that comes at once waits, it is not refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 _WINDOW = 128
 """Requests over which the rate is measured."""
 _LEAST_LEFT = 8
 """Requests below which the rate is unknown."""
+_CALM_S = 30.0
+"""Time without anybody waiting that ends a saturated time. Requests that began together end
+together, and for a moment none waits."""
 
 
 class DrainRate:
@@ -20,6 +24,7 @@ class DrainRate:
         self._clock_s = 0.0
         self._since_s: float | None = None  # of the last event, while the clock runs
         self._began_s = 0.0
+        self._ended_s = -math.inf  # of the last saturated time
         self._left: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_WINDOW)
         self._num_tokens = 0  # of all in the window but the first
         self._held: deque[tuple[float, int]] = deque(
@@ -30,12 +35,13 @@ class DrainRate:
         """The clock has reached ``now_s``, and runs from now on while ``is_saturated``."""
         if self._since_s is not None:
             self._clock_s += now_s - self._since_s
-        elif is_saturated:
+            self._ended_s = now_s
+        elif is_saturated and now_s - self._ended_s > _CALM_S:
             self._began_s = now_s
         self._since_s = now_s if is_saturated else None
 
     def saturated_for_s(self, now_s: float) -> float:
-        """Time since others began to wait; 0 where none do."""
+        """Time since others began to wait, but for moments; 0 where none do."""
         return 0.0 if self._since_s is None else now_s - self._began_s
 
     def note(self, num_requests: int, num_tokens: int, held_s: float, was_saturated: bool) -> None:

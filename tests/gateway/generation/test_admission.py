@@ -154,6 +154,17 @@ def test_a_queue_that_has_just_formed_takes_a_batch() -> None:
         admission.admit(Ask(num_tokens=100), 101.5)
 
 
+def test_a_queue_that_was_empty_for_a_moment_takes_no_batch() -> None:
+    """Requests that began together end together."""
+    admission, tickets = _saturated(max_wait_s=1.0)
+    for ticket in tickets:
+        ticket.release(5.0)
+    for _ in range(10 + 13):  # 60 have left in 5 s: of 12 waiting ones the last waits for 1 s
+        admission.admit(Ask(num_tokens=100), 6.0)
+    with pytest.raises(errors.QueueFullError, match="max_queue_wait_s"):
+        admission.admit(Ask(num_tokens=100), 6.0)
+
+
 def test_a_greedy_tenant_makes_no_other_wait() -> None:
     admission, _ = _saturated(max_wait_s=3.0, tenant="greedy")
     with pytest.raises(errors.QueueFullError):
