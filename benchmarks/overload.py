@@ -27,6 +27,7 @@ import psutil
 from benchmarks.overload_load import GREEDY, MAX_TOKENS, MODEST, Clients, Phase
 from benchmarks.processes import name_of
 from benchmarks.results import table
+from cluster.config.gateway import GatewaySection
 from cluster.launch.orphans import find_by_files
 from tests.served.server import Served, running_server
 
@@ -207,7 +208,8 @@ def run(seconds: float) -> str:
         keys = Path(folder) / "keys.json"
         entries = [{"name": n, "key": n, "max_concurrent": 100_000} for n in (GREEDY, MODEST)]
         keys.write_text(json.dumps({"keys": entries}))
-        with running_server(Path(folder), "--api-key-file", str(keys)) as server:
+        limit = ("--max-queue-wait-s", f"{GatewaySection().max_queue_wait_s:g}")  # as shipped
+        with running_server(Path(folder), "--api-key-file", str(keys), *limit) as server:
             return report(asyncio.run(measure(server, seconds)))
 
 

@@ -30,6 +30,7 @@ from cluster.config.cluster import (
     TransportSection,
     WorkersSection,
 )
+from cluster.config.gateway import GatewaySection
 from cluster.controller.controller import Controller
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
@@ -78,6 +79,7 @@ def make_config(
         engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
         transport=TransportSection(**({"detection_limit_s": QUIET_S} | dict(transport or {}))),
         observability=ObservabilitySection(**(observability or {})),
+        gateway=GatewaySection(max_queue_wait_s=0.0),  # on a busy machine requests wait for longer
         cluster_token=TOKEN,
     )
 

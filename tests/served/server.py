@@ -38,6 +38,7 @@ WAIT_S = 120.0
 OPTIONS = (
     *("--port", "0", "--grpc-port", "0", "--dtype", "float32", "--drain-lead-s", "0"),
     *("--detection-limit-s", f"{QUIET_S:g}"),  # of silence, which a busy machine causes too
+    *("--max-queue-wait-s", "0"),  # and it makes requests wait
 )
 GOOD: Mapping[str, Any] = {
     "prompt": "ROMEO:",
