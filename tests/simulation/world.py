@@ -143,7 +143,7 @@ class World:
     def _autoscale(self) -> AutoscaleSection:
         """Times as short as the scenario, and targets that its load exceeds now and then."""
         scenario = self.scenario
-        if not scenario.autoscales:
+        if not scenario.autoscales or scenario.hosts.are_followed:
             return AutoscaleSection()
         return AutoscaleSection(
             autoscale="on",

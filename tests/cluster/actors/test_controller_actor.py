@@ -209,7 +209,8 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         assert group.plan is not None
         assert group.plan.config.workers.cpus_per_worker == 0.6666
         assert group.plan.config.workers.device == "cpu"
-        assert set(group.extra("expert-1")) == {"placement", "num_slots", "threads"}
+        given = {"placement", "num_slots", "threads", "holders"}
+        assert set(group.extra("expert-1")) == given
         report = await actor.placement()
         assert report["banks"][0]["load"] == [3] * 8
         assert report["banks"][0]["balancedness"] == {"predicted": 0.75, "achieved": 1.0}
