@@ -4,7 +4,7 @@
     ...
     assert before.differences(settled(like=before)) == []
 
-Memory is apart (``unique_memory``): it is never equal twice.
+Memory is apart (``own_memory``): it is never equal twice.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 from ray._private import state
 from ray.util.placement_group import placement_group_table
 
 from benchmarks.processes import name_of
+from tests.harness.worker_processes import sizes
 
 _SETTLE_S = 45.0
 """Longest time in which Ray and the kernel give back what has ended."""
@@ -28,9 +29,13 @@ _NOT_OURS = ("IDLE", "ray_process_reaper", "log_monitor")
 ended workers open, up to 200, where the launcher's environment does not forbid it."""
 
 
-_RAYS_OWN = ("gcs_server", "raylet")
+RAYS_OWN = ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "dashboard", "monitor")
+"""Processes with no code of ours."""
+_CALLS_RAY = (*RAYS_OWN, "ControllerActor")
+"""With this process itself, those in which Ray's own clients and servers work all the time."""
 _POOL_THREADS = 8
-"""Threads that the pools of gRPC in Ray's own processes may add: they follow its load, not ours."""
+_POOL_DESCRIPTORS = 4
+"""What pools of gRPC may add there in all: they follow its load. One of each cycle is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Census:
         found = [
             f"{name} ({pid}): {self.processes.get((pid, name))} -> {held}"
             for (pid, name), held in other.processes.items()
-            if not _is_same(name, self.processes.get((pid, name)), held)
+            if not _is_same(pid, name, self.processes.get((pid, name)), held)
         ]
         gone = self.processes.keys() - other.processes.keys()
         found += [f"{name} ({pid}) is gone" for pid, name in gone]
@@ -71,11 +76,14 @@ class Census:
         return found
 
 
-def _is_same(name: str, before: Held | None, now: Held) -> bool:
-    if before is None or name not in _RAYS_OWN:
+def _is_same(pid: int, name: str, before: Held | None, now: Held) -> bool:
+    if before is None or (name not in _CALLS_RAY and pid != os.getpid()):
         return before == now
-    added = now.threads - before.threads
-    return replace(before, threads=now.threads) == now and added <= _POOL_THREADS
+    return (
+        before.listening == now.listening
+        and now.threads - before.threads <= _POOL_THREADS
+        and now.descriptors - before.descriptors <= _POOL_DESCRIPTORS
+    )
 
 
 def take_census() -> Census:
@@ -121,10 +129,13 @@ def settled(like: Census | None = None) -> Census:
     return now
 
 
-def unique_memory() -> dict[tuple[int, str], float]:
-    """MiB that each process below this one has for itself; this one remembers the test."""
+def own_memory() -> dict[tuple[int, str], float]:
+    """MiB of anonymous memory of each process below this one; this one remembers the test.
+
+    The unique set size would not do: pages of libraries become a process's own when others end.
+    """
     found = {}
     for process, name in own_processes()[1:]:
-        with suppress(psutil.Error):
-            found[process.pid, name] = process.memory_full_info().uss / 2**20
+        with suppress(OSError):
+            found[process.pid, name] = sizes(process.pid)["RssAnon"] / 2**20
     return found
