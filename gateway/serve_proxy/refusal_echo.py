@@ -20,7 +20,7 @@ from gateway.core.headers import PRIORITY_HEADER
 from gateway.core.request_id import HEADER
 
 _MAX_KNOWN = 1024
-"""Keys whose refusals are kept."""
+"""Refusals that are kept; those that hold no more are not counted."""
 _WHOSE = ("authorization", "api-key", PRIORITY_HEADER, "content-type", "content-encoding")
 """Headers that decide with the path whether a request is refused like another one."""
 
@@ -101,9 +101,10 @@ class RefusalEcho:
         return forward
 
     def _keep(self, whose: _Whose, refusal: _Refusal) -> None:
-        if len(self._known) >= _MAX_KNOWN:
-            self._known.clear()
-        self._known[whose] = refusal
+        now = self._clock()
+        self._known = {w: known for w, known in self._known.items() if now < known.until_s}
+        if len(self._known) < _MAX_KNOWN:
+            self._known[whose] = refusal
 
 
 def _is_like_others(message: Message) -> bool:
