@@ -171,7 +171,7 @@ class Controller:
             return
         self.cluster.load.tick(now)
         self.rebalancing.tick(now)
-        if cause := self.detection.end_hold(now):
+        if cause := self.detection.end_hold(now) or self.detection.void_reports(now):
             self.cluster.reform(cause, now)
         self._lose_disconnected(now)
         for lost in self.detection.find_lost(now):

@@ -148,6 +148,15 @@ class Detection:
             return ""
         return f"most other hosts were silent for {silence:.1f} s"
 
+    def void_reports(self, now: float) -> str:
+        """Why all must form a generation again after a long pause of the controller, if they must.
+
+        What workers reported of each other in it may be over, and which end was silent is unknown.
+        """
+        if self._woke_at != now or not self._cluster.round.reports or self._held:
+            return ""
+        return "workers lost each other while the controller did not run"
+
     def find_lost(self, now: float) -> Iterator[Mapping[str, str]]:
         """Workers to declare lost (name -> reason), by one limit after the other.
 

@@ -686,6 +686,27 @@ def test_who_wakes_up_believes_no_report_before_it_has_heard_the_other_hosts(
     assert cluster.link.ended == []
 
 
+def test_reports_that_were_made_in_a_pause_of_the_controller_are_void() -> None:
+    """The path may be good again, and who was silent then is not known: all try it again."""
+    cluster = FakeCluster(1, 3, num_redundant=4)
+    cluster.serve()
+    cluster.beat_all()
+    cluster.tick(0.1)
+    cluster.now += 5.0
+    cluster.controller.tick(cluster.now)
+    cluster.beat_all()
+    cluster.send("attention-0", PeerLost(worker="expert-1", generation=1, reason="silent"))
+    cluster.tick(0.1)
+    assert (cluster.link.ended, cluster.known.generation.number) == ([], 2)
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+    cluster.send("attention-0", PeerLost(worker="expert-1", generation=2, reason="silent"))
+    for _ in range(3):
+        cluster.beat_all()
+        cluster.tick(0.1)
+    assert cluster.link.ended == ["expert-1"]
+
+
 def test_a_controller_that_is_often_late_believes_reports_all_the_same() -> None:
     cluster = FakeCluster(1, 3, num_redundant=4, hosts=HOSTS)
     cluster.serve()
