@@ -26,10 +26,13 @@ GROWS_S = 40.0
 
 
 def autoscaled(**more: Any) -> ClusterConfig:
-    """A cluster that runs one sequence at a time, and may get a second attention worker."""
+    """A cluster that runs one sequence at a time, and may get a second attention worker.
+
+    With a target of all its seats, no use alone makes it grow: only what waits does.
+    """
     config = row_config(1, 2, engine={"max_num_seqs": 1})
     section = AutoscaleSection(
-        autoscale="on", max_attention_workers=2, queue_s=2.0, sample_s=0.5, **more
+        autoscale="on", max_attention_workers=2, kv_target=1.0, queue_s=2.0, sample_s=0.5, **more
     )
     return dataclasses.replace(config, autoscale=section)
 
