@@ -12,7 +12,7 @@ from tests.simulation.bugs import BUGS
 
 NUM_SEEDS = 12
 """Seeds of each part."""
-MANY = range(1100, 1600, 100)
+MANY = range(1000, 1500, 100)
 """The first seeds of five hundreds."""
 FOUND_AT = {
     "blind_reload": 5,

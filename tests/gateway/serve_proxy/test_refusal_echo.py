@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.core.echoes import ECHOES, HOLDS
+from gateway.serve_proxy import refusal_echo
 from gateway.serve_proxy.refusal_echo import RefusalEcho
 
 BODY = b'{"error":{}}'
@@ -87,3 +89,16 @@ def test_other_keys_paths_and_priorities_reach_the_replica() -> None:
     proxy.ask({"priority": 1})
     assert len(proxy.replica.bodies) == 4
     assert json.loads(proxy.replica.bodies[-1]) == {"priority": 1}  # whole, though it was looked at
+
+
+def test_keys_whose_refusals_hold_no_more_leave_room_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(refusal_echo, "_MAX_KNOWN", 2)
+    proxy = Proxy()
+    for key in "abc":
+        proxy.ask(key=key)
+    assert proxy.ask(key="c")[0]["x-request-id"] == "first"  # no room
+    proxy.now_s = 0.2
+    proxy.ask(key="c")
+    assert proxy.ask(key="c")[0]["x-request-id"] == "mine"
