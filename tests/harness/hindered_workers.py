@@ -22,7 +22,7 @@ from workers.process.expert_runtime import ExpertRuntime
 from workers.process.runtime import OnDeath, WorkerRuntime
 from workers.process.worker_args import WorkerArgs
 
-_SLOW_READ_S = 0.03
+_SLOW_READ_S = 0.1
 _LOOK_S = 0.02
 _HELD_LIMIT_S = 60.0
 

@@ -5,8 +5,9 @@
 
 No rule knows beforehand which is faster: files in the page cache are faster than any network, a
 cold network disk is slower than most. So each source gives ``NUM_TRIALS`` experts, and from then on
-each expert comes from the source that gave its last ones at the higher rate. A source that fails is
-tried last.
+each expert comes from the source that gave its last ones at the higher rate. The slower one is
+measured anew once that takes little of the time since it gave its last: it may only have stood
+still for a moment. A source that fails is tried last.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ NUM_TRIALS = 2
 connections, so its time does not count."""
 _NUM_LAST = 4
 """Experts over which a rate is measured."""
+_RETRY_AFTER = 8
+"""A slower source is measured anew after this many times as long as it takes for an expert."""
 
 
 class FasterSource:
@@ -45,6 +48,7 @@ class FasterSource:
         self._num_tried = dict.fromkeys(sources, 0)
         self._last = {name: deque[tuple[int, float]](maxlen=_NUM_LAST) for name in sources}
         """Bytes and seconds of the last experts."""
+        self._gave_at = dict.fromkeys(sources, 0.0)
         self._failed: set[str] = set()
 
     @property
@@ -81,20 +85,30 @@ class FasterSource:
         """The time includes storing: a mapped file is read then."""
         began = self._clock()
         yield from self._sources[name].weights(bank, expert, dtype)
-        took_s = self._clock() - began
+        now = self._clock()
+        took_s = now - began
+        if self._is_due(name, began):
+            self._last[name].clear()
         self._failed.discard(name)
+        self._gave_at[name] = now
         self._num_tried[name] += 1
         if self._num_tried[name] > 1:
             self._last[name].append((expert_num_bytes(bank, dtype), took_s))
 
     def _in_order(self) -> list[str]:
         """Sources as they are to be tried for the next expert."""
-        rates = self.rates
+        rates, now = self.rates, self._clock()
 
-        def rank(name: str) -> tuple[bool, int, float]:
-            return name in self._failed, min(self._num_tried[name], NUM_TRIALS), -rates[name]
+        def rank(name: str) -> tuple[bool, int, bool, float]:
+            num_tried = min(self._num_tried[name], NUM_TRIALS)
+            return name in self._failed, num_tried, not self._is_due(name, now), -rates[name]
 
         return sorted(self._sources, key=rank)
+
+    def _is_due(self, name: str, now: float) -> bool:
+        """A source that has given nothing for long is to be measured anew."""
+        took = [took_s for _, took_s in self._last[name]]
+        return bool(took) and now - self._gave_at[name] > _RETRY_AFTER * max(took)
 
 
 class HoldersSource:

@@ -100,6 +100,17 @@ def test_a_source_that_becomes_slow_is_left_for_the_other() -> None:
     assert peers.given[-2:] == [6, 7]
 
 
+def test_a_source_that_stood_still_for_a_moment_is_measured_anew() -> None:
+    disk, peers, source = both(Clock(), 1.0, 0.1)
+    read(source, *range(5))
+    peers.takes_s = 6.0
+    read(source, 5)
+    peers.takes_s = 0.1
+    read(source, *range(6, 60))
+    assert disk.given == [0, 2, *range(6, 55)]  # 8 times 6 s
+    assert peers.given[-5:] == list(range(55, 60))
+
+
 @pytest.mark.parametrize("broken", ["checkpoint", "peer"])
 def test_the_other_source_gives_what_one_could_not(broken: str) -> None:
     disk, peers, source = both(Clock(), 1.0, 1.0)
