@@ -69,6 +69,7 @@ def test_a_pool_grows_with_its_queue_and_shrinks_without() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_actors_start_where_requests_wait() -> None:
     with connected_ray(), serving(RayCluster(autoscaled())) as cluster:
         grow(cluster)

@@ -146,6 +146,7 @@ def check_as_before(cluster: ServingCluster, failed: dict[str, Any], words: str)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_actors_that_cannot_come_leave_the_cluster_as_it_was(checkpoint: Path) -> None:
     """No room, a new worker killed while it loads; then it is tried again with a slow disk."""
     config = config_of(checkpoint, quiet_config(1, 2, workers={"cpus_per_worker": 0.5}))
