@@ -14,7 +14,6 @@ from unittest import mock
 from msgspec.structs import replace
 
 from cluster.controller.failover import CollectedState
-from cluster.controller.parts import detection
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.epoch_change import EpochChange
@@ -158,8 +157,8 @@ def _hasty_successor() -> AbstractContextManager[object]:
 
 
 def _hasty_belief() -> AbstractContextManager[object]:
-    """Reports are believed before the other hosts were heard after a pause."""
-    return mock.patch.object(detection, "unheard_hosts", return_value=frozenset())
+    """Reports that were made in a pause of the controller are believed after it."""
+    return mock.patch.object(Detection, "void_reports", return_value="")
 
 
 def _other_build() -> AbstractContextManager[object]:

@@ -56,6 +56,7 @@ def test_seeds_keep_every_promise(part: int) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("first", MANY)
 def test_many_seeds_keep_every_promise(first: int) -> None:
     jobs = str(len(os.sched_getaffinity(0)))

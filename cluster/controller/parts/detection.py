@@ -20,7 +20,6 @@ from cluster.policy.failure import (
     confirm_losses,
     find_silent,
     silent_hosts,
-    unheard_hosts,
 )
 from cluster.policy.silence import GapWindow
 
@@ -43,8 +42,8 @@ class Detection:
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
         """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
-        self._held = self._unheard = frozenset[str]()
-        """Who is silent with most other hosts, and who was not heard after a long pause of ours."""
+        self._held = frozenset[str]()
+        """Who is silent with most other hosts."""
         self._ran_at = self._busy_at = cluster.began_at
         """When nobody kept the others waiting, and when one of these had still to begin."""
 
@@ -128,7 +127,6 @@ class Detection:
         known = {m.name for m in cluster.round.members} - cluster.round.joins
         pulses = cluster.workers.pulses(False)
         members = [p for p in pulses if p.name in known]
-        self._unheard = unheard_hosts(members, cluster.host, self._woke_at)
         silent = silent_hosts(now, members, cluster.host, limit)
         silent |= {p.name for p in pulses if silent and now - p.heard_at > limit / 2}
         self._held = frozenset(
@@ -178,7 +176,7 @@ class Detection:
             return
         yield self._late_answers(now)
         yield self._late_joins(now)
-        if not self._unheard and self._woke_at <= now:
+        if self._woke_at <= now:
             yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
