@@ -295,6 +295,7 @@ def test_a_section_finds_nothing_wrong_on_a_cpu(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_PROCESSES)
 def test_workers_survive_a_kill_on_a_cpu(name: str, tmp_path: Path) -> None:
     lines = run_section(name, tmp_path)

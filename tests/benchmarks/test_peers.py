@@ -188,6 +188,7 @@ def test_the_tables_compare_the_best_types_and_name_what_is_absent() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ours_are_measured_over_http(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -103,14 +103,9 @@ def test_hadolint_finds_nothing() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize(
-    "has_packages",
-    [
-        pytest.param(True, id="packages that are there"),
-        pytest.param(False, id="from nothing", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("has_packages", [True, False], ids=["packages there", "from nothing"])
 def test_the_steps_run_in_a_clean_folder(has_packages: bool, tmp_path: Path) -> None:
     """Everything but the base image, whose place an environment takes.
 

@@ -102,6 +102,7 @@ def go_through(num_cycles: int, warm_up: int, **ray: Any) -> tuple[list[str], li
         return before.differences(settled(like=before)), seen
 
 
+@pytest.mark.slow
 def test_a_few_cycles_leave_nothing_behind() -> None:
     left, _ = go_through(2, warm_up=1)
     assert left == []

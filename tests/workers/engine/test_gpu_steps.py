@@ -108,7 +108,14 @@ def test_with_both_roles_a_decode_step_is_a_graph_and_waits_once() -> None:
     assert max(sum(step.launches.values()) for step in run.decodes[1:]) <= 130
 
 
-@pytest.mark.parametrize("buckets", [(3,), (8,), ()], ids=["graphs", "padding", "no graphs"])
+@pytest.mark.parametrize(
+    "buckets",
+    [
+        pytest.param((3,), id="graphs"),
+        pytest.param((8,), id="padding", marks=pytest.mark.slow),
+        pytest.param((), id="no graphs", marks=pytest.mark.slow),
+    ],
+)
 def test_experts_count_what_they_computed(
     monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, ...]
 ) -> None:
@@ -130,6 +137,7 @@ def test_experts_count_what_they_computed(
     assert stats['dispatch_bytes_total{direction="combine"}'] == sums
 
 
+@pytest.mark.slow
 def test_steps_that_are_measured_are_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.metrics.step_metrics.SAMPLE", 2)
     with pretend_gpu() as log:
@@ -154,13 +162,14 @@ READ: dict[str, dict[str, Any]] = {
 """Those of which the host reads another number."""
 
 
-def waits_of(params: Mapping[str, Any]) -> set[int]:
-    """Of the decode steps of a request with these parameters and a plain one."""
+def waits_of(params: Mapping[str, Mapping[str, Any]]) -> set[int]:
+    """Of the decode steps of requests with these parameters and a plain one."""
     found = set()
     with pretend_gpu() as log:
         engine = LocalEngine(golden_path(OLMOE, "olmoe"), dtype="float32", device=DEVICE)
-        own = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, "ignore_eos": True, **params})
-        for name, asked in (("own", own), ("plain", GREEDY)):
+        common = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+        sampling = {name: SamplingParams(**{**common, **own}) for name, own in params.items()}
+        for name, asked in {**sampling, "plain": GREEDY}.items():
             engine.add_request(Request(request_id=name, prompt=(5, 6, 7), params=asked))
         engine.step()
         while engine.engine.has_work:
@@ -170,14 +179,14 @@ def waits_of(params: Mapping[str, Any]) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_processors_need_no_wait_of_their_own(name: str) -> None:
-    assert waits_of(ASKED[name]) == {1}
+def test_processors_need_no_wait_of_their_own() -> None:
+    assert waits_of(ASKED) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ)
 def test_what_else_the_host_reads_comes_in_one_copy(name: str) -> None:
-    assert waits_of(READ[name]) <= {1, 2}
+    assert waits_of({name: READ[name]}) <= {1, 2}
 
 
 @pytest.mark.slow

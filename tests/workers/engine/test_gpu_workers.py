@@ -77,7 +77,7 @@ def log() -> Iterator[DeviceLog]:
         yield log
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_steps_are_graphs_and_each_rank_waits_once(log: DeviceLog, parts: int) -> None:
     run = Apart(log, parts=parts)
     assert run.tokens() == on_cpu(OLMOE)
@@ -101,6 +101,7 @@ def captured(run: Apart) -> list[int]:
     return [len(graphs._kept), *(len(server._kept) for server in run.apart.servers)]
 
 
+@pytest.mark.slow
 def test_a_new_epoch_needs_no_new_graphs(log: DeviceLog) -> None:
     run = Apart(log)
     expected = run.tokens()
@@ -114,6 +115,7 @@ def test_a_new_epoch_needs_no_new_graphs(log: DeviceLog) -> None:
     assert list(graphs._kept._kept.values()) == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "is_too_narrow"), [(1, True), (3, False)])
 def test_captured_steps_know_when_an_edge_was_too_narrow(
     log: DeviceLog, monkeypatch: pytest.MonkeyPatch, limit: int, is_too_narrow: bool

@@ -154,7 +154,8 @@ def test_cpus_are_warm(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
     warm_experts(args_of("cpu"), slots, sums_are_rounded=False)
 
 
-@pytest.mark.parametrize("variant", [OLMOE, pytest.param("dots1-groups", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [OLMOE, "dots1-groups"])
 def test_serving_needs_no_kernel_that_the_warm_up_did_not_compile(variant: str) -> None:
     """Decodes of all sizes, chunks of prompts and prefixes from the cache, experts elsewhere."""
     path = golden_path(variant, variant.split("-")[0])
