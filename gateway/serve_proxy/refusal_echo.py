@@ -3,10 +3,18 @@
 A refusal that goes through the proxy and a replica costs both about as much time as ten tokens of a
 stream; at ten times the sustainable rate that would take most of two cores from the workers.
 Upstream: Serve's own limit, ``max_queued_requests``, knows neither keys nor retry times.
+
+    refused                holds: until the replica expects the next request to leave
+    for _PACED_S then      one request passes for each half of that time, the others are refused
+    then, or never refused all pass
+
+The pace bounds the work of the replica when its answers come late: if all passed until the next
+refusal has come, a replica that is a second behind would get a second's requests, and stay behind.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +28,9 @@ from gateway.core.headers import PRIORITY_HEADER
 from gateway.core.request_id import HEADER
 
 _MAX_KNOWN = 1024
-"""Refusals that are kept; those that hold no more are not counted."""
+"""Refusals that are kept; those that no longer matter are not counted."""
+_PACED_S = 1.0
+"""Time after a refusal has ceased to hold in which requests pass one by one."""
 _WHOSE = ("authorization", "api-key", PRIORITY_HEADER, "content-type", "content-encoding")
 """Headers that decide with the path whether a request is refused like another one."""
 
@@ -32,10 +42,26 @@ class _Refusal:
     """An answer, and until when it holds."""
 
     until_s: float
+    pace_s: float
+    """Time between two requests that pass later."""
     reason: str
     start: Message
     body: bytes = b""
     is_whole: bool = False
+    passed_s: float = -math.inf
+    """Time at which the last request has passed."""
+
+    def repeats(self, now_s: float) -> bool:
+        """Whether a request is refused, too; else it counts as one that passes."""
+        if now_s < self.until_s or now_s < min(self.passed_s + self.pace_s, self.forgotten_s):
+            return True
+        self.passed_s = now_s
+        return False
+
+    @property
+    def forgotten_s(self) -> float:
+        """Time from which all pass."""
+        return self.until_s + _PACED_S
 
 
 class RefusalEcho:
@@ -59,9 +85,9 @@ class RefusalEcho:
         headers = Headers(scope=scope)
         whose = (scope["method"], scope["path"], *(headers.get(name) for name in _WHOSE))
         refusal = self._known.get(whose)
-        if refusal is not None and refusal.is_whole and self._clock() < refusal.until_s:
+        if refusal is not None and refusal.is_whole and self._clock() < refusal.forgotten_s:
             first = await receive()
-            if _is_like_others(first):
+            if _is_like_others(first) and refusal.repeats(self._clock()):
                 await self._repeat(refusal, scope["path"], headers.get(HEADER, ""), send)
                 return
             receive = _again(first, receive)
@@ -90,8 +116,9 @@ class RefusalEcho:
                 if (holds := headers.get(HOLDS)) is not None:
                     del headers[HOLDS]
                     holds_ms, reason = holds.split()
-                    until_s = self._clock() + int(holds_ms) / 1000
-                    refusal = _Refusal(until_s, reason, dict(message))
+                    holds_s = int(holds_ms) / 1000
+                    until_s = self._clock() + holds_s
+                    refusal = _Refusal(until_s, holds_s / 2, reason, dict(message))
                     self._keep(whose, refusal)
             elif refusal is not None:
                 refusal.body += message.get("body", b"")
@@ -102,7 +129,7 @@ class RefusalEcho:
 
     def _keep(self, whose: _Whose, refusal: _Refusal) -> None:
         now = self._clock()
-        self._known = {w: known for w, known in self._known.items() if now < known.until_s}
+        self._known = {w: known for w, known in self._known.items() if now < known.forgotten_s}
         if len(self._known) < _MAX_KNOWN:
             self._known[whose] = refusal
 
