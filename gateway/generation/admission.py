@@ -18,6 +18,11 @@ _MOST_HOLDS_S = 0.1
 _BURST_S = 1.0
 """Time for which a queue that forms after a calm time takes requests whatever their wait: a batch
 that comes at once waits, it is not refused."""
+_STANDING_SHARE = 1 / 3
+"""Of the longest wait, in a queue that has stood for longer than that wait. A burst is gone by
+then; what still stands is overload, in which a long queue serves no more requests than a short one,
+and delays all of them, for a while even when the overload is over. After Nichols and Jacobson,
+Controlling Queue Delay (ACM Queue, 2012), and Maurer, Fail at Scale (ACM Queue, 2015)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +75,8 @@ class Admission:
     """Requests that the engines run at once; more of them wait. The drain rate is measured only
     while some wait or the queue is full: at other times requests leave as fast as they come."""
     max_wait_s: float = float("inf")
-    """Expected wait above which no more of a tenant's requests are taken; those with a priority
-    above 0 wait as long as it takes."""
+    """Expected wait above which no more of a tenant's requests are taken, a third of it in a queue
+    that has stood for longer; those with a priority above 0 wait as long as it takes."""
     max_prompt_bytes: int = 256 * 1024 * 1024
     """Bytes of prompts that are embeddings, held at once."""
     num_requests: int = field(default=0, init=False)
@@ -131,12 +136,14 @@ class Admission:
     def _check_wait(self, ask: Ask, now_s: float) -> None:
         wait_s = self.queue_time_s(ask)
         is_burst = self._rate.saturated_for_s(now_s) <= _BURST_S
-        if wait_s <= self.max_wait_s or ask.priority > 0 or is_burst:
+        stands = self._rate.stands_for_s(now_s) > self.max_wait_s
+        limit_s = self.max_wait_s * (_STANDING_SHARE if stands else 1)
+        if wait_s <= limit_s or ask.priority > 0 or is_burst:
             return
         raise QueueFullError(
-            f"the queue is full: requests would wait {wait_s:.1f} s, at most "
-            f"{self.max_wait_s:g} s (max_queue_wait_s)",
-            clamp_retry_s(wait_s - self.max_wait_s),
+            f"the queue is full: requests would wait {wait_s:.1f} s, at most {limit_s:.3g} s "
+            f"({'a third of ' if stands else ''}max_queue_wait_s)",
+            clamp_retry_s(wait_s - limit_s),
             "queue_wait",
         )
 

@@ -12,6 +12,8 @@ _LEAST_LEFT = 8
 _CALM_S = 30.0
 """Time without anybody waiting that ends a saturated time. Requests that began together end
 together, and for a moment none waits."""
+_MOMENT_S = 1.0
+"""Such a moment: a queue that was empty for longer did not stand."""
 
 
 class DrainRate:
@@ -24,6 +26,7 @@ class DrainRate:
         self._clock_s = 0.0
         self._since_s: float | None = None  # of the last event, while the clock runs
         self._began_s = 0.0
+        self._stands_since_s = 0.0
         self._ended_s = -math.inf  # of the last saturated time
         self._left: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_WINDOW)
         self._num_tokens = 0  # of all in the window but the first
@@ -36,13 +39,20 @@ class DrainRate:
         if self._since_s is not None:
             self._clock_s += now_s - self._since_s
             self._ended_s = now_s
-        elif is_saturated and now_s - self._ended_s > _CALM_S:
-            self._began_s = now_s
+        elif is_saturated:
+            if now_s - self._ended_s > _CALM_S:
+                self._began_s = now_s
+            if now_s - self._ended_s > _MOMENT_S:
+                self._stands_since_s = now_s
         self._since_s = now_s if is_saturated else None
 
     def saturated_for_s(self, now_s: float) -> float:
         """Time since others began to wait, but for moments; 0 where none do."""
         return 0.0 if self._since_s is None else now_s - self._began_s
+
+    def stands_for_s(self, now_s: float) -> float:
+        """The same, where an earlier queue that was gone for over a second does not count."""
+        return 0.0 if self._since_s is None else now_s - self._stands_since_s
 
     def note(self, num_requests: int, num_tokens: int, held_s: float, was_saturated: bool) -> None:
         """Requests of a call have left that was held for so long."""

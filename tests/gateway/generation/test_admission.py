@@ -117,15 +117,33 @@ def _saturated(max_wait_s: float, tenant: str = "") -> tuple[Admission, list[Tic
 
 
 def test_the_expected_wait_is_bounded_and_the_retry_time_is_what_exceeds_it() -> None:
-    admission, tickets = _saturated(max_wait_s=3.0)
+    admission, tickets = _saturated(max_wait_s=6.0)
     assert admission.queue_time_s(Ask()) == pytest.approx(8.0)
-    with pytest.raises(errors.QueueFullError, match=r"wait 8.0 s, at most 3 s") as caught:
+    with pytest.raises(errors.QueueFullError, match=r"wait 8.0 s, at most 6 s") as caught:
         admission.admit(Ask(num_tokens=100), 4.0)
-    assert caught.value.retry_after_s == pytest.approx(5.0)
+    assert caught.value.retry_after_s == pytest.approx(2.0)
     assert caught.value.limit == "queue_wait"
-    for number in range(26):
+    for number in range(10):
         tickets.pop(0).release(4.0 + 0.2 * number)
-    admission.admit(Ask(num_tokens=100), 9.2)
+    admission.admit(Ask(num_tokens=100), 6.0)
+
+
+def test_a_queue_that_stands_is_kept_short() -> None:
+    admission, tickets = _saturated(max_wait_s=3.0)
+    with pytest.raises(
+        errors.QueueFullError, match=r"at most 1 s \(a third of max_queue_w"
+    ) as caught:
+        admission.admit(Ask(num_tokens=100), 4.0)
+    assert caught.value.retry_after_s == pytest.approx(7.0)
+    for number in range(35):
+        tickets.pop(0).release(4.0 + 0.2 * number)
+    admission.admit(Ask(num_tokens=100), 11.0)
+    for ticket in tickets:
+        ticket.release(12.0)
+    for _ in range(10 + 15):  # it was empty for over a second
+        admission.admit(Ask(num_tokens=100), 13.5)
+    with pytest.raises(errors.QueueFullError, match=r"at most 3 s"):
+        admission.admit(Ask(num_tokens=100), 13.5)
 
 
 def test_the_wait_counts_tokens() -> None:
@@ -160,9 +178,9 @@ def test_a_queue_that_was_empty_for_a_moment_takes_no_batch() -> None:
     for ticket in tickets:
         ticket.release(5.0)
     for _ in range(10 + 13):  # 60 have left in 5 s: of 12 waiting ones the last waits for 1 s
-        admission.admit(Ask(num_tokens=100), 6.0)
+        admission.admit(Ask(num_tokens=100), 6.5)
     with pytest.raises(errors.QueueFullError, match="max_queue_wait_s"):
-        admission.admit(Ask(num_tokens=100), 6.0)
+        admission.admit(Ask(num_tokens=100), 6.5)
 
 
 def test_a_greedy_tenant_makes_no_other_wait() -> None:
