@@ -139,6 +139,13 @@ def test_repeated_tokens_are_dropped() -> None:
     assert [entry.token_id for o in sink.outputs for entry in o.logprobs] == [5, 6, 7, 8]
 
 
+def test_first_tokens_are_handed_over_first() -> None:
+    client, sink = _client()
+    _step(client, _output(0, 0, 5))
+    _step(client, _output(0, 1, 6), _output(1, 0, 7), _output(1, 1, 8), _output(0, 2, 9))
+    assert [token for o in sink.outputs for token in o.token_ids] == [5, 7, 6, 8, 9]
+
+
 def test_a_gap_means_another_attempt() -> None:
     owner, sink = ListOwner(), ListSink()
     client = _new_client(owner)
