@@ -30,8 +30,10 @@ from tests.served.server import Served
 
 GREEDY, MODEST = "greedy", "modest"
 REFUSED = ("429", "RESOURCE_EXHAUSTED")
-MAX_TOKENS = 256
-"""Long enough that ten times the capacity is at most 100 requests a second."""
+MOST_REQUESTS_PER_S = 90
+"""At ten times the capacity: the requests are so long that there are no more."""
+_FIRST_MEAN = 256
+"""Tokens of a request in the mean, before the capacity is known."""
 _GRPC_SHARE = 0.1
 _PROMPT_TOKENS = 32
 _LIMIT_S = 300.0
@@ -151,6 +153,9 @@ class Clients:
         self._channel = grpc.aio.insecure_channel(server.grpc)
         self._stub: Any = InferenceStub(self._channel)
         self._running: set[asyncio.Task[str]] = set()
+        self.mean_tokens = _FIRST_MEAN
+        """Of a request. Each has between half and one and a half times as many: requests of one
+        length that begin together also end together, as those of users do not."""
         self.most_waiting = 0
         """Sequences that waited at the worker, at most."""
 
@@ -160,8 +165,10 @@ class Clients:
         await self._http.aclose()
         await self._channel.close(None)
 
-    async def ask(self, key: str, phase: Phase, max_tokens: int = MAX_TOKENS) -> str:
-        """One stream; its status."""
+    async def ask(self, key: str, phase: Phase, max_tokens: int | None = None) -> str:
+        """One stream; its status. Without ``max_tokens`` they are drawn."""
+        if max_tokens is None:
+            max_tokens = self._draw.randint(self.mean_tokens // 2, self.mean_tokens * 3 // 2)
         prompt = [self._draw.randrange(4, 1000) for _ in range(_PROMPT_TOKENS)]
         is_grpc = self._draw.random() < _GRPC_SHARE
         ask = self._ask_grpc if is_grpc else self._ask_http
