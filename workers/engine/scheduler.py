@@ -37,6 +37,9 @@ class Scheduler:
     the most is preempted: it waits again, without blocks, and recomputes from prompt and output
     what the cache has lost by then. So the first one always continues, and every sequence ends.
 
+    A tenant with more than its share that has most of the rows gives way to first tokens of others:
+    these run in a step without its decodes, which is short, so they do not wait for a long one.
+
     Admission leaves a free block for each running sequence that may still grow, so that a sequence
     is not preempted in the step after its admission. A waiting sequence that does not fit preempts
     running ones only where they are of its tenant with a lower priority, or if it must run alone.
@@ -79,6 +82,8 @@ class Scheduler:
         """Sequences that were preempted for the last plan."""
         self._held: Set[str] = frozenset()
         self._alone: str | None = None
+        self._giving_way: Set[str] = frozenset()  # tenants, in the next step
+        self._gave_way = False  # in the last one
 
     @property
     def running(self) -> list[SequenceState]:
@@ -143,10 +148,13 @@ class Scheduler:
         decoding, prefilling = self._runnable()
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
         limit = self._max_rows - decodes
-        missing += sum(map(self._num_to_compute, self._admissible(limit - missing)))
+        admissible = list(self._admissible(limit - missing))
+        missing += sum(map(self._num_to_compute, admissible))
         first = self._first_in_need()
         if first is not None:
             missing += self._num_to_compute(first)
+        self._giving_way = self._who_gives_way(decoding, [*prefilling, *admissible], missing)
+        decodes -= sum(s.request.tenant in self._giving_way for s in decoding)
         is_alone = self._alone is not None
         prefill_rows = min(missing, limit)
         return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
@@ -161,6 +169,7 @@ class Scheduler:
                 lower = [s for s in self._running if _gives_way(s.request, first.request)]
                 self._preempt(lower[-1] if self._alone is None else self._last())
             admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
+        self._giving_way = self._giving_way if prefill_rows > 0 else frozenset()
         decoding, prefilling = self._make_room(decode_rows)
         for sequence in decoding:
             self._plan_decode(sequence, rows)
@@ -182,6 +191,7 @@ class Scheduler:
         """
         endings: dict[SequenceState, Ending] = {}
         self._seats.count_step()
+        self._gave_way = bool(self._giving_way)
         for planned in plan.rows:
             sequence = planned.sequence
             ending = self._commit_rows(planned, drawn.get(sequence), sequence in failed)
@@ -247,6 +257,22 @@ class Scheduler:
                 (decoding if sequence.is_decoding else prefilling).append(sequence)
         return decoding, prefilling
 
+    def _who_gives_way(
+        self, decoding: Sequence[SequenceState], others: Sequence[SequenceState], num_missing: int
+    ) -> Set[str]:
+        """Tenants without decodes in the next step, so that it is short. Not in two steps in a row.
+
+        ``others``: sequences that would compute ``num_missing`` rows of prompts beside the decodes.
+        """
+        if self._gave_way or not others or self._alone is not None:
+            return frozenset()
+        above = self._seats.above_share(self._running)
+        if not any(s.request.tenant not in above and not s.output for s in others):
+            return frozenset()
+        num_held = sum(s.request.tenant in above for s in decoding)
+        is_shorter = 2 * num_held >= len(decoding) and num_missing <= num_held
+        return above if is_shorter else frozenset()
+
     def _plan_decode(self, sequence: SequenceState, rows: list[PlannedRows]) -> None:
         missing = self._num_missing_blocks(sequence)
         if missing:  # most decodes go on in their last block
@@ -260,6 +286,7 @@ class Scheduler:
         """
         while True:
             decoding, prefilling = self._runnable()
+            decoding = [s for s in decoding if s.request.tenant not in self._giving_way]
             del decoding[decode_rows:]
             has_enough = self._pool.can_allocate(len(decoding))  # each needs one block at most
             if has_enough or self._pool.can_allocate(sum(map(self._num_missing_blocks, decoding))):

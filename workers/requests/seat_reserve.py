@@ -39,9 +39,16 @@ class SeatReserve:
             oldest = self._step - _REMEMBERED_STEPS
             self._seen = {t: s for t, s in self._seen.items() if s[0] >= oldest}
 
+    def above_share(self, running: Iterable[SequenceState]) -> set[str]:
+        """Tenants that have more than their share of the sequences that run."""
+        if len(self._seen) < 2:
+            return set()
+        seats = self.seats_left_free(running)
+        return {tenant for tenant in self._seen if seats.is_above(tenant)}
+
     def seats_left_free(self, running: Iterable[SequenceState]) -> SeatsLeftFree:
         """For a plan, in which these sequences run already."""
-        has_others = self._num_free > 0 and len(self._seen) > 1
+        has_others = len(self._seen) > 1
         whole = sum(weight for _, weight in self._seen.values())
         shares = {tenant: weight / whole for tenant, (_, weight) in self._seen.items()}
         counts = Counter(s.request.tenant for s in running) if has_others else Counter[str]()
@@ -62,9 +69,12 @@ class SeatsLeftFree:
         Example: 64 seats, two tenants of equal weight: 4 for the one that has more, 0 for the
         other, and 0 where both have as many.
         """
-        tenant, num_seats = sequence.request.tenant, self._counts.total() + 1
-        is_above = self._counts[tenant] >= self._shares.get(tenant, 1.0) * num_seats
-        return self._num_free if is_above else 0
+        return self._num_free if self.is_above(sequence.request.tenant) else 0
+
+    def is_above(self, tenant: str) -> bool:
+        """Whether one more would be more than the tenant's share."""
+        num_seats = self._counts.total() + 1
+        return self._counts[tenant] >= self._shares.get(tenant, 1.0) * num_seats
 
     def take(self, sequence: SequenceState) -> None:
         """The sequence gets a seat."""

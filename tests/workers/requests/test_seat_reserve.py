@@ -45,11 +45,23 @@ class Desk:
 
     def step(self) -> Counter[str]:
         """One step; running sequences by tenant."""
+        self.rows()
+        return Counter(s.request.tenant for s in self.scheduler.running)
+
+    def rows(self, commits: bool = True) -> Counter[str]:
+        """One step; its rows by tenant."""
         wanted = self.scheduler.wanted()
         plan = self.scheduler.schedule(wanted.decode_rows, wanted.prefill_rows)
+        rows: Counter[str] = Counter()
+        for planned in plan.rows:
+            rows[planned.sequence.request.tenant] += planned.count
+        assert rows.total() == wanted.decode_rows + wanted.prefill_rows
+        if not commits:
+            self.scheduler.abandon(plan)
+            return rows
         self.scheduler.commit(plan, {p.sequence: 7 for p in plan.rows if p.draws_token}, ())
         self.scheduler.check_integrity()
-        return Counter(s.request.tenant for s in self.scheduler.running)
+        return rows
 
     def end(self, tenant: str) -> None:
         for sequence in self.scheduler.running:
@@ -108,3 +120,36 @@ def test_blocks_are_left_free_with_the_seats() -> None:
     desk.add("b", 1)
     assert desk.step()["b"] == 2
     assert free < 24
+
+
+def test_most_of_the_decodes_give_way_to_a_first_token_of_another_tenant() -> None:
+    desk = Desk()
+    desk.add("b", 1)
+    desk.add("a", 20)
+    desk.step()
+    desk.add("b", 1, prompt=12)
+    assert desk.rows(commits=False) == {"b": 13}
+    assert desk.rows() == {"b": 13}
+    desk.add("b", 1, prompt=12)
+    assert desk.rows() == {"a": 20, "b": 14}  # not twice in a row
+    assert desk.rows() == {"a": 20, "b": 3}
+
+
+def test_decodes_do_not_give_way_to_what_is_longer_than_they_are() -> None:
+    desk = Desk()
+    desk.add("b", 1)
+    desk.add("a", 20)
+    desk.step()
+    desk.add("b", 1, prompt=21)
+    assert desk.rows() == {"a": 20, "b": 22}
+    desk.add("a", 1, prompt=12)  # nor to their own tenant
+    assert desk.rows() == {"a": 32, "b": 2}
+
+
+def test_few_of_the_decodes_do_not_give_way() -> None:
+    desk = Desk()
+    for tenant, number in (("a", 5), ("b", 3), ("c", 3)):
+        desk.add(tenant, number)
+    desk.step()
+    desk.add("c", 1)
+    assert desk.rows() == {"a": 5, "b": 3, "c": 4}
