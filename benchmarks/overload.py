@@ -1,12 +1,13 @@
-"""Ten times more requests than can be served: what is accepted, what is refused, and how soon.
+"""Ten times the sustainable rate: what is accepted, what is refused, and how soon.
 
 python -m benchmarks.overload [--seconds 60]
 
-``expertmesh serve`` with the bundled model and two keys. First the rate that clients without pauses
-reach, and the latency at half of it. Then requests arrive at random (Poisson) at ten times that
-rate, a tenth of them over gRPC, and at half of it again: single short requests beside them show
-when the latency is as before. Then the fairness: a modest key at 0.3 of the capacity, while another
-one asks for as much, for all the rest, and for ten times the capacity.
+``expertmesh serve`` with the bundled model and two keys. First the peak, the rate that clients
+without pauses reach. Sustainable is 0.7 of it: latency at that rate is normal. Then requests arrive
+at random (Poisson) at ten times the sustainable rate, a tenth of them over gRPC, and at that rate
+again: single short requests beside them show when the latency is as before. Then the fairness: a
+modest key at 0.3 of the peak, while another one asks for as much, for what is left of the
+sustainable rate, for what is left of the peak, and for ten times the sustainable rate.
 """
 
 from __future__ import annotations
@@ -31,15 +32,18 @@ from cluster.config.gateway import GatewaySection
 from cluster.launch.orphans import find_by_files
 from tests.served.server import Served, running_server
 
-OVER = 10.0
-"""Times the capacity."""
+SUSTAINABLE = 0.7
+"""Of the peak."""
+OVER = 10 * SUSTAINABLE
+"""Of the peak."""
 NORMAL = 1.5
 """Times the latency before the overload, up to which it is normal."""
-_NUM_EAGER = 70
+_NUM_EAGER = 66
 """Clients without pauses: more than run at once, and too few to be refused."""
-_HALF = 0.5
-_MODEST_SHARE = 0.3
-"""Of the capacity."""
+MODEST_SHARE = 0.3
+"""Of the peak."""
+OTHERS = (MODEST_SHARE, SUSTAINABLE - MODEST_SHARE, 1 - MODEST_SHARE, OVER)
+"""Of the other key, beside the modest one."""
 _MOST_TOKENS = 640
 """Of a request in the mean: one and a half times as many fit into the context."""
 _RAMP_S = 5.0
@@ -56,14 +60,14 @@ class Found:
     """All phases, and what was seen beside them."""
 
     peak: Phase
+    peak_after: Phase
+    """After the overload: the machine's speed changes."""
     before: Phase
-    """Single requests at half of the capacity, like ``after``."""
+    """Single requests at the sustainable rate, like ``after``."""
     over: Phase
     after: Phase
-    fair: Phase
-    full: Phase
-    """A fair load, all of the capacity."""
-    unfair: Phase
+    beside: list[Phase]
+    """The modest key beside each of ``OTHERS``."""
     mean_tokens: int
     retries: list[str]
     most_waiting: int
@@ -71,9 +75,15 @@ class Found:
     """Processes that grew under overload."""
 
     @property
-    def capacity(self) -> float:
+    def peak_rate(self) -> float:
         """Requests a second."""
         return self.peak.tokens_per_s / self.mean_tokens
+
+    @property
+    def over_share(self) -> float:
+        """Tokens a second under overload, of the mean of both peaks."""
+        peaks = statistics.mean(phase.tokens_per_s for phase in (self.peak, self.peak_after))
+        return self.over.tokens_per_s / peaks
 
 
 def normal_after(before_ms: float, after: Sequence[tuple[float, float]]) -> float | None:
@@ -97,42 +107,38 @@ async def measure(server: Served, seconds: float) -> Found:
     mean = round(first.tokens_per_s * OVER / MOST_REQUESTS_PER_S)
     clients.mean_tokens = min(mean, _MOST_TOKENS)
     peak = await clients.eager(_NUM_EAGER, ramp_s, seconds / 2)
-    capacity = peak.tokens_per_s / clients.mean_tokens
-    half = {GREEDY: _HALF * capacity}
+    rate = peak.tokens_per_s / clients.mean_tokens
+    sustainable = {GREEDY: SUSTAINABLE * rate}
 
     async def probed(name: str, probe_s: float) -> Phase:
-        load = asyncio.create_task(clients.poisson(name, half, 0.0, probe_s + 1.0))
+        load = asyncio.create_task(clients.poisson(name, sustainable, 0.0, probe_s + 1.0))
         phase = await clients.probe(name, GREEDY, probe_s)
         await load
         return phase
 
-    await clients.poisson("half", half, 0.0, ramp_s)
-    before = await probed("single ones at half the capacity, before", min(seconds, 20.0))
+    await clients.poisson("ramp", sustainable, 0.0, 2 * ramp_s)
+    before = await probed("single ones at the sustainable rate, before", min(seconds, 20.0))
     await clients.settle()
     memory = _memory(server)
     watcher = asyncio.create_task(clients.watch_queue())
-    over = await clients.poisson("10 x the capacity", {GREEDY: OVER * capacity}, ramp_s, seconds)
+    over = await clients.poisson("10 times that", {GREEDY: OVER * rate}, ramp_s, seconds)
     watcher.cancel()
     last = over.refusals[-_NUM_RETRIES:]
     retrying = asyncio.create_task(clients.retry(last))
-    after = await probed("single ones at half the capacity, after", min(seconds, 20.0))
+    after = await probed("single ones at the sustainable rate, after", min(seconds, 20.0))
     retries = await retrying
     await clients.settle()
     grown = _grown(memory, _memory(server))
-    rate = _MODEST_SHARE * capacity
-    fair, full, unfair = [
-        await _beside(clients, share * capacity, rate, ramp_s, seconds / 2)
-        for share in (_MODEST_SHARE, 1 - _MODEST_SHARE, OVER)
-    ]
+    peak_after = await clients.eager(_NUM_EAGER, ramp_s, seconds / 2)
+    beside = [await _beside(clients, share, rate, ramp_s, seconds / 2) for share in OTHERS]
     await clients.close()
     return Found(
         peak=peak,
+        peak_after=peak_after,
         before=before,
         over=over,
         after=after,
-        fair=fair,
-        full=full,
-        unfair=unfair,
+        beside=beside,
         mean_tokens=clients.mean_tokens,
         retries=retries,
         most_waiting=clients.most_waiting,
@@ -141,11 +147,12 @@ async def measure(server: Served, seconds: float) -> Found:
 
 
 async def _beside(
-    clients: Clients, greedy: float, modest: float, ramp_s: float, seconds: float
+    clients: Clients, share: float, peak_rate: float, ramp_s: float, seconds: float
 ) -> Phase:
-    """Both keys at these rates, to the last answer."""
-    name = f"{greedy:.1f} and {modest:.1f} requests a second"
-    phase = await clients.poisson(name, {GREEDY: greedy, MODEST: modest}, ramp_s, seconds)
+    """The modest key beside the other one with a share of the peak, to the last answer."""
+    rates = {GREEDY: share * peak_rate, MODEST: MODEST_SHARE * peak_rate}
+    name = f"the other key at {share:.1f} of the peak"
+    phase = await clients.poisson(name, rates, ramp_s, seconds)
     await clients.settle()
     return phase
 
@@ -170,18 +177,17 @@ def _grown(before: dict[int, tuple[str, float]], after: dict[int, tuple[str, flo
 
 def _asked(found: Found) -> list[list[str]]:
     """What was asked for, and what was found."""
-    over, peak = found.over, found.peak
+    over = found.over
     refused_ms = [refusal.took_ms for refusal in over.refusals]
     retry_s = [refusal.retry_s for refusal in over.refusals if refusal.retry_s is not None]
     before_ms = found.before.median_ttft_ms(GREEDY)
     sent = [(at_s - over.end_s, ms) for at_s, ms in found.after.ttft_ms[GREEDY]]
     normal_s = normal_after(before_ms, sent)
     accepted = found.retries.count("200") + found.retries.count("OK")
-    modest_ms = found.unfair.median_ttft_ms(MODEST)
-    beside = [modest_ms / phase.median_ttft_ms(MODEST) for phase in (found.full, found.fair)]
+    *fair_ms, unfair_ms = [phase.median_ttft_ms(MODEST) for phase in found.beside]
     others = over.num_other + over.num_cut + len(over.refusals) - len(retry_s)
     return [
-        ["tokens/s, of the peak", "at least 95%", f"{over.tokens_per_s / peak.tokens_per_s:.0%}"],
+        ["tokens/s, of the peak", "at least 95%", f"{found.over_share:.0%}"],
         ["refusal, median", "under 50 ms", f"{_median(refused_ms):.0f} ms"],
         ["answers but 200, 429, OK, RESOURCE_EXHAUSTED, cut, or no retry time", "0", f"{others}"],
         ["retry time, median", "1 to 60 s", f"{_median(retry_s):.1f} s"],
@@ -189,8 +195,14 @@ def _asked(found: Found) -> list[list[str]]:
         ["sequences that waited at the worker, at most", "bounded", f"{found.most_waiting}"],
         [f"processes that grew by over {_GROWN_MIB:.0f} MiB", "0", "; ".join(found.grown) or "0"],
         ["TTFT normal again after", "5 s", "never" if normal_s is None else f"{normal_s:.1f} s"],
-        ["TTFT of the modest key, the other one at 10 / 0.7", "at most 1.5", f"{beside[0]:.2f}"],
-        ["TTFT of the modest key, the other one at 10 / 0.3", "at most 1.5", f"{beside[1]:.2f}"],
+        *(
+            [
+                f"TTFT of the modest key, the other one at {OVER:.1f} / {share:.1f} of the peak",
+                "at most 1.5",
+                f"{unfair_ms / ms:.2f}",
+            ]
+            for share, ms in zip(OTHERS, fair_ms, strict=False)
+        ),
     ]
 
 
@@ -200,8 +212,7 @@ def _median(values: Sequence[float]) -> float:
 
 def report(found: Found) -> str:
     """What was asked for, and a row for each phase."""
-    phases = [found.peak, found.before, found.over, found.after]
-    phases += [found.fair, found.full, found.unfair]
+    phases = [found.peak, found.before, found.over, found.after, found.peak_after, *found.beside]
     rows = [
         [
             phase.name,
@@ -216,10 +227,10 @@ def report(found: Found) -> str:
     head += [f"TTFT of {key}, ms" for key in (GREEDY, MODEST)]
     over = found.over.end_s - found.over.begin_s
     return (
-        f"The capacity is {found.capacity:.1f} requests a second of {found.mean_tokens} tokens in "
-        "the mean; "
-        f"{OVER:.0f} times as many for {over:.0f} s, after {min(_RAMP_S, over):.0f} s in which the "
-        f"places fill. Times are medians; normal is {NORMAL} times the latency before.\n\n"
+        f"The peak is {found.peak_rate:.1f} requests a second of {found.mean_tokens} tokens in the "
+        f"mean, the sustainable rate {SUSTAINABLE} of it; ten times that for {over:.0f} s, after "
+        f"{min(_RAMP_S, over):.0f} s in which the places fill. Times are medians; normal is up to "
+        f"{NORMAL} times the latency before.\n\n"
         f"{table(['', 'limit', 'found'], _asked(found))}\n\n{table(head, rows)}"
     )
 

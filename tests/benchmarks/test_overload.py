@@ -41,13 +41,12 @@ def test_the_report_has_a_limit_beside_each_number() -> None:
     over.statuses["429"] = 3
     over.refusals = [Refusal(1.0, ms, 2.0) for ms in (10.0, 20.0, 90.0)]
     found = Found(
-        peak=phase("peak", 1000, 60.0),
+        peak=phase("peak", 1010, 60.0),
+        peak_after=phase("peak", 990, 60.0),
         before=phase("before", 1, 50.0),
         over=over,
         after=phase("after", 1, 70.0),
-        fair=phase("fair", 1, 40.0, MODEST),
-        full=phase("full", 1, 45.0, MODEST),
-        unfair=phase("unfair", 1, 54.0, MODEST),
+        beside=[phase("", 1, ms, MODEST) for ms in (40.0, 45.0, 50.0, 54.0)],
         mean_tokens=256,
         retries=["200", "429"],
         most_waiting=30,
@@ -58,6 +57,6 @@ def test_the_report_has_a_limit_beside_each_number() -> None:
     assert "| refusal, median | under 50 ms | 20 ms |" in text
     assert "| last 2 refused, sent again as told: accepted |  | 1 |" in text
     assert "| TTFT normal again after | 5 s | 1.0 s |" in text
-    for other, ratio in (("0.7", "1.20"), ("0.3", "1.35")):
-        row = f"| TTFT of the modest key, the other one at 10 / {other} | at most 1.5 | {ratio} |"
-        assert row in text
+    for share, ratio in (("0.3", "1.35"), ("0.4", "1.20"), ("0.7", "1.08")):
+        row = f"| TTFT of the modest key, the other one at 7.0 / {share} of the peak | at most 1.5 "
+        assert f"{row}| {ratio} |" in text
