@@ -108,12 +108,13 @@ def test_with_both_roles_a_decode_step_is_a_graph_and_waits_once() -> None:
     assert max(sum(step.launches.values()) for step in run.decodes[1:]) <= 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "buckets",
     [
         pytest.param((3,), id="graphs"),
-        pytest.param((8,), id="padding", marks=pytest.mark.slow),
-        pytest.param((), id="no graphs", marks=pytest.mark.slow),
+        pytest.param((8,), id="padding"),
+        pytest.param((), id="no graphs"),
     ],
 )
 def test_experts_count_what_they_computed(
@@ -179,6 +180,7 @@ def waits_of(params: Mapping[str, Mapping[str, Any]]) -> set[int]:
     return found
 
 
+@pytest.mark.slow
 def test_processors_need_no_wait_of_their_own() -> None:
     assert waits_of(ASKED) == {1}
 
