@@ -169,7 +169,6 @@ class Scheduler:
                 lower = [s for s in self._running if _gives_way(s.request, first.request)]
                 self._preempt(lower[-1] if self._alone is None else self._last())
             admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
-        self._giving_way = self._giving_way if prefill_rows > 0 else frozenset()
         decoding, prefilling = self._make_room(decode_rows)
         for sequence in decoding:
             self._plan_decode(sequence, rows)

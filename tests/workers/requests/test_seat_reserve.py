@@ -135,6 +135,20 @@ def test_most_of_the_decodes_give_way_to_a_first_token_of_another_tenant() -> No
     assert desk.rows() == {"a": 20, "b": 3}
 
 
+def test_decodes_give_way_once_where_the_prompt_gets_no_rows() -> None:
+    desk = Desk()
+    desk.add("b", 1)
+    desk.add("a", 20)
+    desk.step()
+    desk.add("b", 1)
+    for num_decodes in (1, 21):
+        wanted = desk.scheduler.wanted()
+        assert wanted.decode_rows == num_decodes
+        plan = desk.scheduler.schedule(wanted.decode_rows, 0)
+        assert len(plan.rows) == num_decodes
+        desk.scheduler.commit(plan, {p.sequence: 7 for p in plan.rows}, ())
+
+
 def test_decodes_do_not_give_way_to_what_is_longer_than_they_are() -> None:
     desk = Desk()
     desk.add("b", 1)
