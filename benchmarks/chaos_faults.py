@@ -35,6 +35,15 @@ _NAME = re.compile(r"(attention|expert|gateway)-\w+(\.\d+)?")
 _ORDERED = ("the cluster is scaled down", "the scaling was given up")
 """Reasons for which the controller itself ends new workers."""
 
+_NOTHING_TO_HIT = (
+    httpx.HTTPError,
+    psutil.Error,
+    ProcessLookupError,
+    AssertionError,
+    LookupError,  # none to choose from
+    ValueError,  # fewer than two
+)
+
 Worker = dict[str, Any]
 
 
@@ -74,7 +83,7 @@ class Chaos:
         ((_, fault),) = self._draw.choices(self._faults, [weight for weight, _ in self._faults])
         try:
             fault()
-        except (httpx.HTTPError, psutil.Error, ProcessLookupError, AssertionError, LookupError):
+        except _NOTHING_TO_HIT:
             self.done[f"{fault.__name__.strip('_').replace('_', ' ')}: nothing to hit"] += 1
 
     def snapshot(self) -> dict[str, Any]:
@@ -155,11 +164,11 @@ class Chaos:
         self._signal("SIGTERM to an", self._draw.choice(self._serving()), signal.SIGTERM)
 
     def _kill_controller(self) -> None:
-        os.kill(self._server.pid_of("ControllerActor"), signal.SIGKILL)
+        os.kill(self._draw.choice(self._pids("ray::ControllerActor")), signal.SIGKILL)
         self.done["kill -9 of the controller"] += 1
 
     def _stop_controller(self) -> None:
-        self._stop(self._server.pid_of("ControllerActor"))
+        self._stop(self._draw.choice(self._pids("ray::ControllerActor")))
         self.done["SIGSTOP of the controller"] += 1
 
     def _kill_gateway(self) -> None:
