@@ -19,7 +19,7 @@ from workers.kv.block_tables import BlockTables
 from workers.kv.prefix_cache import PrefixCache
 from workers.requests.fairness import ServedTokens
 from workers.requests.request import FinishReason, Request
-from workers.requests.seat_reserve import SeatReserve
+from workers.requests.seat_reserve import RESERVED_ONE_IN, SeatReserve
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
 
 _BLOCKS_AHEAD = 2
@@ -153,7 +153,9 @@ class Scheduler:
         first = self._first_in_need()
         if first is not None:
             missing += self._num_to_compute(first)
-        self._giving_way = self._who_gives_way(decoding, [*prefilling, *admissible], missing)
+        self._giving_way = self._who_yields_to_priority(
+            decoding, [*prefilling, *admissible], missing
+        )
         decodes -= sum(s.request.tenant in self._giving_way for s in decoding)
         is_alone = self._alone is not None
         prefill_rows = min(missing, limit)
@@ -166,10 +168,11 @@ class Scheduler:
         admissible: list[SequenceState] = []
         if prefill_rows > 0:
             while (first := self._first_in_need()) is not None:
-                lower = [s for s in self._running if _gives_way(s.request, first.request)]
+                lower = [s for s in self._running if _yields_to_priority(s.request, first.request)]
                 self._preempt(lower[-1] if self._alone is None else self._last())
             admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
         decoding, prefilling = self._make_room(decode_rows)
+        self._gave_way = bool(self._giving_way)
         for sequence in decoding:
             self._plan_decode(sequence, rows)
         left = min(prefill_rows, self._max_rows - len(rows))
@@ -190,7 +193,6 @@ class Scheduler:
         """
         endings: dict[SequenceState, Ending] = {}
         self._seats.count_step()
-        self._gave_way = bool(self._giving_way)
         for planned in plan.rows:
             sequence = planned.sequence
             ending = self._commit_rows(planned, drawn.get(sequence), sequence in failed)
@@ -256,7 +258,7 @@ class Scheduler:
                 (decoding if sequence.is_decoding else prefilling).append(sequence)
         return decoding, prefilling
 
-    def _who_gives_way(
+    def _who_yields_to_priority(
         self, decoding: Sequence[SequenceState], others: Sequence[SequenceState], num_missing: int
     ) -> Set[str]:
         """Tenants without decodes in the next step, so that it is short. Not in two steps in a row.
@@ -285,7 +287,11 @@ class Scheduler:
         """
         while True:
             decoding, prefilling = self._runnable()
-            decoding = [s for s in decoding if s.request.tenant not in self._giving_way]
+            others = [s for s in decoding if s.request.tenant not in self._giving_way]
+            if decode_rows <= len(others):
+                decoding = others
+            else:  # granted before they were to give way
+                self._giving_way = frozenset()
             del decoding[decode_rows:]
             has_enough = self._pool.can_allocate(len(decoding))  # each needs one block at most
             if has_enough or self._pool.can_allocate(sum(map(self._num_missing_blocks, decoding))):
@@ -308,7 +314,8 @@ class Scheduler:
         """Waiting sequences in order, as long as seats, free blocks and rows last.
 
         Known blocks without a holder count as taken from the free ones by each sequence that would
-        use them. A tenant above its share leaves seats free, and blocks for as many sequences.
+        use them. A tenant above its share leaves seats free, and blocks for as many sequences,
+        at most the same part of all blocks.
         """
         if not self._waiting:
             return
@@ -327,7 +334,8 @@ class Scheduler:
                 continue
             blocks = self._blocks(sequence.num_tokens)
             taken = blocks - sum(not self._pool.is_free(block) for block in found)
-            if num_left and free - taken < num_left * blocks:
+            spare = min(num_left * blocks, self._pool.num_blocks // RESERVED_ONE_IN)
+            if num_left and free - taken < spare:
                 held_back.add(tenant)
                 continue
             free -= taken
@@ -403,7 +411,7 @@ class Scheduler:
         if first is None:
             return None
         if self._alone is None:
-            stay = [s for s in self._running if not _gives_way(s.request, first.request)]
+            stay = [s for s in self._running if not _yields_to_priority(s.request, first.request)]
         else:
             stay = [s for s in self._running if self._may_run(s)]
         if len(stay) == len(self._running) or first in self._admissible(self._max_rows):
@@ -444,7 +452,7 @@ class Scheduler:
         insort(queue, sequence, key=attrgetter("order"))
 
 
-def _gives_way(running: Request, waiting: Request) -> bool:
+def _yields_to_priority(running: Request, waiting: Request) -> bool:
     """A running request is preempted for a waiting one of the same tenant with higher priority."""
     return running.tenant == waiting.tenant and running.priority > waiting.priority
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 from workers.requests.sequence import SequenceState
 
-_ONE_IN = 16
-"""Part of the seats that is left free."""
+RESERVED_ONE_IN = 16
+"""Part of the seats, and at most of the blocks, that is left free."""
 _REMEMBERED_STEPS = 1000
 """Steps for which seats are left free for a tenant without sequences."""
 
@@ -22,7 +22,7 @@ class SeatReserve:
     """Which tenants have sequences, or had some lately."""
 
     def __init__(self, num_seats: int) -> None:
-        self._num_free = num_seats // _ONE_IN
+        self._num_free = num_seats // RESERVED_ONE_IN
         self._step = 0
         self._seen: dict[str, tuple[int, float]] = {}
         """By tenant the last step at which it had sequences, as far as known, and its weight."""
@@ -40,19 +40,23 @@ class SeatReserve:
             self._seen = {t: s for t, s in self._seen.items() if s[0] >= oldest}
 
     def above_share(self, running: Iterable[SequenceState]) -> set[str]:
-        """Tenants that have more than their share of the sequences that run."""
+        """Tenants that have more than one sequence, and more than their share of those that run."""
         if len(self._seen) < 2:
             return set()
-        seats = self.seats_left_free(running)
-        return {tenant for tenant in self._seen if seats.is_above(tenant)}
+        counts = Counter(s.request.tenant for s in running)
+        one_more = counts.total() + 1
+        shares = self._shares()
+        return {t for t, count in counts.items() if count > max(1.0, shares.get(t, 1.0) * one_more)}
+
+    def _shares(self) -> dict[str, float]:
+        whole = sum(weight for _, weight in self._seen.values())
+        return {tenant: weight / whole for tenant, (_, weight) in self._seen.items()}
 
     def seats_left_free(self, running: Iterable[SequenceState]) -> SeatsLeftFree:
         """For a plan, in which these sequences run already."""
-        has_others = len(self._seen) > 1
-        whole = sum(weight for _, weight in self._seen.values())
-        shares = {tenant: weight / whole for tenant, (_, weight) in self._seen.items()}
+        has_others = self._num_free > 0 and len(self._seen) > 1
         counts = Counter(s.request.tenant for s in running) if has_others else Counter[str]()
-        return SeatsLeftFree(self._num_free if has_others else 0, shares, counts)
+        return SeatsLeftFree(self._num_free if has_others else 0, self._shares(), counts)
 
 
 class SeatsLeftFree:
@@ -69,12 +73,9 @@ class SeatsLeftFree:
         Example: 64 seats, two tenants of equal weight: 4 for the one that has more, 0 for the
         other, and 0 where both have as many.
         """
-        return self._num_free if self.is_above(sequence.request.tenant) else 0
-
-    def is_above(self, tenant: str) -> bool:
-        """Whether one more would be more than the tenant's share."""
-        num_seats = self._counts.total() + 1
-        return self._counts[tenant] >= self._shares.get(tenant, 1.0) * num_seats
+        tenant, num_seats = sequence.request.tenant, self._counts.total() + 1
+        is_above = self._counts[tenant] >= self._shares.get(tenant, 1.0) * num_seats
+        return self._num_free if is_above else 0
 
     def take(self, sequence: SequenceState) -> None:
         """The sequence gets a seat."""

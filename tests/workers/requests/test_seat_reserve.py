@@ -48,7 +48,7 @@ class Desk:
         self.rows()
         return Counter(s.request.tenant for s in self.scheduler.running)
 
-    def rows(self, commits: bool = True) -> Counter[str]:
+    def rows(self) -> Counter[str]:
         """One step; its rows by tenant."""
         wanted = self.scheduler.wanted()
         plan = self.scheduler.schedule(wanted.decode_rows, wanted.prefill_rows)
@@ -56,9 +56,6 @@ class Desk:
         for planned in plan.rows:
             rows[planned.sequence.request.tenant] += planned.count
         assert rows.total() == wanted.decode_rows + wanted.prefill_rows
-        if not commits:
-            self.scheduler.abandon(plan)
-            return rows
         self.scheduler.commit(plan, {p.sequence: 7 for p in plan.rows if p.draws_token}, ())
         self.scheduler.check_integrity()
         return rows
@@ -110,8 +107,8 @@ def test_greedy_tenants_share_all_seats_by_weight() -> None:
 
 
 def test_blocks_are_left_free_with_the_seats() -> None:
-    """24 prompts of a block each fit, of which one may need a second one soon."""
-    desk = Desk(num_blocks=24)
+    """Each sequence has a block, and a free one beside it that it may need soon."""
+    desk = Desk(num_blocks=32)
     desk.add("b", 1)
     desk.step()
     desk.add("a", 100)
@@ -119,7 +116,17 @@ def test_blocks_are_left_free_with_the_seats() -> None:
     free = desk.scheduler.num_running
     desk.add("b", 1)
     assert desk.step()["b"] == 2
-    assert free < 24
+    assert free == 15  # alone it would have 16
+
+
+def test_no_more_than_that_part_of_the_blocks_is_left_free() -> None:
+    """Four long sequences fit; a reserve of two such would leave half of the blocks free."""
+    desk = Desk(num_blocks=24)
+    desk.add("b", 1)
+    desk.step()
+    desk.end("b")
+    desk.add("a", 10, prompt=16)
+    assert desk.step() == {"a": 4}
 
 
 def test_most_of_the_decodes_give_way_to_a_first_token_of_another_tenant() -> None:
@@ -128,7 +135,6 @@ def test_most_of_the_decodes_give_way_to_a_first_token_of_another_tenant() -> No
     desk.add("a", 20)
     desk.step()
     desk.add("b", 1, prompt=12)
-    assert desk.rows(commits=False) == {"b": 13}
     assert desk.rows() == {"b": 13}
     desk.add("b", 1, prompt=12)
     assert desk.rows() == {"a": 20, "b": 14}  # not twice in a row
@@ -140,13 +146,33 @@ def test_decodes_give_way_once_where_the_prompt_gets_no_rows() -> None:
     desk.add("b", 1)
     desk.add("a", 20)
     desk.step()
+    desk.end("b")
     desk.add("b", 1)
-    for num_decodes in (1, 21):
+    for num_decodes in (0, 20):  # the engine does not commit a plan without rows
         wanted = desk.scheduler.wanted()
         assert wanted.decode_rows == num_decodes
-        plan = desk.scheduler.schedule(wanted.decode_rows, 0)
-        assert len(plan.rows) == num_decodes
-        desk.scheduler.commit(plan, {p.sequence: 7 for p in plan.rows}, ())
+        assert len(desk.scheduler.schedule(wanted.decode_rows, 0).rows) == num_decodes
+
+
+def test_decodes_that_were_granted_before_do_not_give_way() -> None:
+    desk = Desk()
+    desk.add("b", 1)
+    desk.add("a", 20)
+    desk.step()
+    granted = desk.scheduler.wanted()
+    desk.add("b", 1)
+    assert desk.scheduler.wanted().decode_rows == 1
+    plan = desk.scheduler.schedule(granted.decode_rows, granted.prefill_rows)
+    assert len(plan.rows) == 21
+
+
+def test_equal_tenants_give_no_way() -> None:
+    desk = Desk()
+    desk.add("a", 10)
+    desk.add("b", 9)
+    desk.step()
+    desk.add("b", 1)
+    assert desk.rows() == {"a": 10, "b": 10}
 
 
 def test_decodes_do_not_give_way_to_what_is_longer_than_they_are() -> None:
