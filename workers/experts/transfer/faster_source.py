@@ -36,6 +36,10 @@ _RETRY_AFTER = 8
 """A slower source is measured anew after this many times as long as it takes for an expert."""
 
 
+class NotHeldError(ProtocolError):
+    """No worker holds an expert, which says nothing of the others."""
+
+
 class FasterSource:
     """``ExpertSource`` over several ones, of which each could give every expert."""
 
@@ -69,7 +73,8 @@ class FasterSource:
                 yield from self._measured(name, bank, expert, dtype)
             except ExpertMeshError as err:
                 logger.warning("expert %d of bank %d: %s", expert, bank.index, err)
-                self._failed.add(name)
+                if not isinstance(err, NotHeldError):
+                    self._failed.add(name)
                 errors.append((name, err))
             else:
                 return
@@ -133,8 +138,14 @@ class HoldersSource:
         return sum(source.num_bytes for source in self._open.values())
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """See ``ExpertSource``. Raises ``ProtocolError`` when no worker can give the expert."""
-        reason = "no other worker holds it"
+        """See ``ExpertSource``.
+
+        Raises:
+            NotHeldError: no worker that is still asked holds the expert.
+            ProtocolError: none of those that do can give it.
+        """
+        what = f"expert {expert} of bank {bank.bank} layer {bank.layer}"
+        reason = ""
         while (name := self._least_asked(bank, expert)) is not None:
             self._num_asked[name] += 1
             try:
@@ -145,7 +156,9 @@ class HoldersSource:
             else:
                 self._on_read(bank, expert)
                 return
-        raise ProtocolError(f"expert {expert} of bank {bank.bank} layer {bank.layer}: {reason}")
+        if not reason:
+            raise NotHeldError(f"{what}: no other worker holds it")
+        raise ProtocolError(f"{what}: {reason}")
 
     def close(self) -> None:
         for source in self._open.values():
