@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cluster.core.errors import QueueFullError
 from gateway.core.errors import clamp_retry_s
 from gateway.generation.drain_rate import DrainRate
-from gateway.generation.tenant_queues import TenantQueue, tokens_ahead
+from gateway.generation.tenant_queues import Ask, TenantQueue, tokens_ahead
 
 _UNKNOWN_RATE_RETRY_S = 5.0
 """Before the first request has finished."""
@@ -23,23 +23,6 @@ _STANDING_SHARE = 1 / 3
 then; what still stands is overload, in which a long queue serves no more requests than a short one,
 and delays all of them, for a while even when the overload is over. After Nichols and Jacobson,
 Controlling Queue Delay (ACM Queue, 2012), and Maurer, Fail at Scale (ACM Queue, 2015)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
-    """What a call needs, and whose it is."""
-
-    num_requests: int = 1
-    """Engine requests, one per prompt."""
-    num_tokens: int = 1
-    """Prompt and output tokens that they may need together."""
-    num_bytes: int = 0
-    """Of prompts that are embeddings."""
-    tenant: str = ""
-    weight: float = 1.0
-    """Of the tenant."""
-    priority: int = 0
-    """Of one tenant lower values go first."""
 
 
 @dataclass(slots=True)
@@ -72,14 +55,17 @@ class Admission:
     max_tokens: int
     """Prompt and output tokens that they may need together."""
     capacity: int = 0
-    """Requests that the engines run at once; more of them wait. The drain rate is measured only
-    while some wait or the queue is full: at other times requests leave as fast as they come."""
+    """Places: choices of requests that the engines run at once; more of them wait. The drain rate
+    is measured only while some wait or the queue is full: at other times requests leave as fast as
+    they come."""
     max_wait_s: float = float("inf")
     """Expected wait above which no more of a tenant's requests are taken, a third of it in a queue
     that has stood for longer; those with a priority above 0 wait as long as it takes."""
     max_prompt_bytes: int = 256 * 1024 * 1024
     """Bytes of prompts that are embeddings, held at once."""
     num_requests: int = field(default=0, init=False)
+    num_places: int = field(default=0, init=False)
+    """Places that they take at the engines, or wait for."""
     num_tokens: int = field(default=0, init=False)
     """Tokens that they may need."""
     num_bytes: int = field(default=0, init=False)
@@ -91,8 +77,8 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Requests beyond what the engines run at once."""
-        return max(0, self.num_requests - self.capacity)
+        """Choices beyond what the engines run at once."""
+        return max(0, self.num_places - self.capacity)
 
     def admit(self, ask: Ask, now_s: float) -> Ticket:
         """Take a place for one call. Raises ``QueueFullError`` with a retry time.
@@ -121,11 +107,12 @@ class Admission:
             raise QueueFullError(
                 f"the queue is full: {self.num_tokens} tokens, and this request needs "
                 f"{ask.num_tokens} more, at most {self.max_tokens} (max_queue_tokens)",
-                self.retry_after_s(1),
+                self._tokens_retry_s(self.num_tokens + ask.num_tokens - self.max_tokens),
                 "queue_tokens",
             )
         num_bytes = self.num_bytes + ask.num_bytes
-        if self.num_bytes and ask.num_bytes and num_bytes > self.max_prompt_bytes:
+        is_big = self.num_bytes and ask.num_bytes and num_bytes > self.max_prompt_bytes
+        if is_big and not has_share:
             raise QueueFullError(
                 f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
                 f"{ask.num_bytes} more, at most {self.max_prompt_bytes}",
@@ -152,15 +139,17 @@ class Admission:
         limits by at most half.
         """
         own = self._queues.get(ask.tenant)
-        num_requests, num_tokens = (own.num_requests, own.num_tokens) if own else (0, 0)
-        num_others = len(self._queues) - bool(own)
+        own = own or TenantQueue()
+        num_others = len(self._queues) - (ask.tenant in self._queues)
         part = 0.5 / (num_others + 1)
         return (
             num_others > 0
-            and num_requests + ask.num_requests <= part * self.max_requests
-            and num_tokens + ask.num_tokens <= part * self.max_tokens
+            and own.num_requests + ask.num_requests <= part * self.max_requests
+            and own.num_tokens + ask.num_tokens <= part * self.max_tokens
+            and own.num_bytes + ask.num_bytes <= part * self.max_prompt_bytes
             and self.num_requests + ask.num_requests <= 1.5 * self.max_requests
             and self.num_tokens + ask.num_tokens <= 1.5 * self.max_tokens
+            and self.num_bytes + ask.num_bytes <= 1.5 * self.max_prompt_bytes
         )
 
     @property
@@ -173,6 +162,11 @@ class Admission:
         """Estimated time until ``num_requests`` have left."""
         rate = self._rate.requests_per_s or self._usual_rate()
         return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
+
+    def _tokens_retry_s(self, num_tokens: int) -> float:
+        """Estimated time until requests that may need so many tokens have left."""
+        rate = self._rate.tokens_per_s
+        return clamp_retry_s(num_tokens / rate) if rate else self.retry_after_s(1)
 
     def queue_time_s(self, ask: Ask) -> float:
         """Time until a new request would run; 0 while it is not known.
@@ -199,14 +193,15 @@ class Admission:
         self._add(ask, -1, now_s)
         if was_served:
             held_s = now_s - ticket.since_s
-            self._rate.note(ask.num_requests, ask.num_tokens, held_s, was_saturated)
+            self._rate.note(ask, held_s, was_saturated)
 
     def _add(self, ask: Ask, sign: int, now_s: float) -> None:
         queue = self._queues[ask.tenant]
-        queue.add(ask.priority, sign * ask.num_requests, sign * ask.num_tokens)
+        queue.add(ask, sign)
         if not queue.by_priority:
             del self._queues[ask.tenant]
         self.num_requests += sign * ask.num_requests
+        self.num_places += sign * ask.num_places
         self.num_tokens += sign * ask.num_tokens
         self.num_bytes += sign * ask.num_bytes
         is_full = self.num_requests >= self.max_requests

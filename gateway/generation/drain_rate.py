@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from gateway.generation.tenant_queues import Ask
+
 _WINDOW = 128
 """Requests over which the rate is measured."""
 _LEAST_LEFT = 8
@@ -30,9 +32,8 @@ class DrainRate:
         self._ended_s = -math.inf  # of the last saturated time
         self._left: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_WINDOW)
         self._num_tokens = 0  # of all in the window but the first
-        self._held: deque[tuple[float, int]] = deque(
-            maxlen=_WINDOW
-        )  # seconds and tokens, by request
+        # seconds, places times seconds, and tokens, by request
+        self._held: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
 
     def advance(self, now_s: float, is_saturated: bool) -> None:
         """The clock has reached ``now_s``, and runs from now on while ``is_saturated``."""
@@ -54,13 +55,13 @@ class DrainRate:
         """The same, where an earlier queue that was gone for over a second does not count."""
         return 0.0 if self._since_s is None else now_s - self._stands_since_s
 
-    def note(self, num_requests: int, num_tokens: int, held_s: float, was_saturated: bool) -> None:
+    def note(self, ask: Ask, held_s: float, was_saturated: bool) -> None:
         """Requests of a call have left that was held for so long."""
-        each = num_tokens // num_requests
-        self._held.extend([(held_s, each)] * num_requests)
+        each = ask.num_tokens // ask.num_requests
+        self._held.extend([(held_s, held_s * ask.num_choices, each)] * ask.num_requests)
         if not was_saturated:
             return
-        for _ in range(num_requests):
+        for _ in range(ask.num_requests):
             if len(self._left) == _WINDOW:
                 self._num_tokens -= self._left[1][1]
             self._left.append((self._clock_s, each))
@@ -84,15 +85,15 @@ class DrainRate:
     @property
     def mean_held_s(self) -> float | None:
         """How long the last requests were held; None before the first has left."""
-        return sum(held_s for held_s, _ in self._held) / len(self._held) if self._held else None
+        return sum(held_s for held_s, _, _ in self._held) / len(self._held) if self._held else None
 
     @property
     def tokens_per_place_s(self) -> float | None:
-        """Tokens that one request at a time would let leave per second, were it no slower beside
-        others; None while that is not known."""
-        held_s = sum(held_s for held_s, _ in self._held)
-        tokens = sum(tokens for _, tokens in self._held)
-        return tokens / held_s if len(self._held) >= _LEAST_LEFT and held_s > 0 else None
+        """Tokens that one place would let leave per second, were it no slower beside others; None
+        while that is not known."""
+        place_s = sum(place_s for _, place_s, _ in self._held)
+        tokens = sum(tokens for _, _, tokens in self._held)
+        return tokens / place_s if len(self._held) >= _LEAST_LEFT and place_s > 0 else None
 
     def _per_s(self, count: int) -> float | None:
         span_s = self._clock_s - self._left[0][0]

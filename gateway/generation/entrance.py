@@ -8,7 +8,8 @@ import time
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import DeadlineExceededError, QueueFullError
 from gateway.engines.engine_pool import EnginePool
-from gateway.generation.admission import Admission, Ask, Ticket
+from gateway.generation.admission import Admission, Ticket
+from gateway.generation.tenant_queues import Ask
 from gateway.observability.metrics import GatewayMetrics
 
 

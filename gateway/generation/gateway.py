@@ -41,13 +41,13 @@ from gateway.core.request_id import REQUEST_ID
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
-from gateway.generation.admission import Ask
 from gateway.generation.entrance import Entrance
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue, RunningCalls
 from gateway.generation.prompts import PromptMaker
 from gateway.generation.readiness import check_serving, server_ends, unready_reasons
 from gateway.generation.request_trace import TRACE, note_error
+from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
@@ -243,6 +243,7 @@ class Gateway:
         ask = replace(
             ask,
             num_requests=len(call.prompts),
+            num_choices=call.n,
             num_tokens=call.max_total_tokens,
             num_bytes=call.num_prompt_bytes,
         )

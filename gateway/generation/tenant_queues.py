@@ -11,12 +11,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """What a call needs, and whose it is."""
+
+    num_requests: int = 1
+    """Engine requests, one per prompt."""
+    num_choices: int = 1
+    """Of each request: so many places at the engines."""
+    num_tokens: int = 1
+    """Prompt and output tokens that they may need together."""
+    num_bytes: int = 0
+    """Of prompts that are embeddings."""
+    tenant: str = ""
+    weight: float = 1.0
+    """Of the tenant."""
+    priority: int = 0
+    """Of one tenant lower values go first."""
+
+    @property
+    def num_places(self) -> int:
+        """At the engines."""
+        return self.num_requests * self.num_choices
+
+
 @dataclass(slots=True)
 class Held:
-    """Requests, and the tokens that they may need together."""
+    """Requests, their places at the engines, and what they may need together."""
 
     num_requests: int = 0
+    num_places: int = 0
     num_tokens: int = 0
+    num_bytes: int = 0
+
+    def add(self, ask: Ask, sign: int) -> None:
+        self.num_requests += sign * ask.num_requests
+        self.num_places += sign * ask.num_places
+        self.num_tokens += sign * ask.num_tokens
+        self.num_bytes += sign * ask.num_bytes
 
 
 @dataclass(slots=True)
@@ -31,16 +63,23 @@ class TenantQueue:
         return sum(held.num_requests for held in self.by_priority.values())
 
     @property
+    def num_places(self) -> int:
+        return sum(held.num_places for held in self.by_priority.values())
+
+    @property
     def num_tokens(self) -> int:
         return sum(held.num_tokens for held in self.by_priority.values())
 
-    def add(self, priority: int, num_requests: int, num_tokens: int) -> None:
-        """More of a priority; negative numbers: less."""
-        held = self.by_priority.setdefault(priority, Held())
-        held.num_requests += num_requests
-        held.num_tokens += num_tokens
+    @property
+    def num_bytes(self) -> int:
+        return sum(held.num_bytes for held in self.by_priority.values())
+
+    def add(self, ask: Ask, sign: int) -> None:
+        """One call more, or one less with a sign of -1."""
+        held = self.by_priority.setdefault(ask.priority, Held())
+        held.add(ask, sign)
         if not held.num_requests:
-            del self.by_priority[priority]
+            del self.by_priority[ask.priority]
 
     def waiting_tokens(self, num_running: float, priority: int | None = None) -> float:
         """Tokens of those that wait while the first ``num_running`` run, up to a priority."""
@@ -49,21 +88,21 @@ class TenantQueue:
             if priority is not None and value > priority:
                 break
             held = self.by_priority[value]
-            runs = min(num_running, held.num_requests)
+            runs = min(num_running, held.num_places)
             num_running -= runs
-            waiting += held.num_tokens * (1 - runs / held.num_requests)
+            waiting += held.num_tokens * (1 - runs / held.num_places)
         return waiting
 
 
 def share_places(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str, float]:
-    """Running requests of each tenant: equal shares by weight, what one leaves is for the others.
+    """Running places of each tenant: equal shares by weight, what one leaves is for the others.
 
-    Example: 64 places, a holds 8 requests, b 100 and c 100, weights 1: a 8, b 28, c 28.
+    Example: 64 places, a holds 8, b 100 and c 100, weights 1: a 8, b 28, c 28.
     """
     places: dict[str, float] = {}
     left, weights = capacity, sum(queue.weight for queue in queues.values())
-    for name, queue in sorted(queues.items(), key=lambda i: i[1].num_requests / i[1].weight):
-        places[name] = min(float(queue.num_requests), left * queue.weight / weights)
+    for name, queue in sorted(queues.items(), key=lambda i: i[1].num_places / i[1].weight):
+        places[name] = min(float(queue.num_places), left * queue.weight / weights)
         left -= places[name]
         weights -= queue.weight
     return places

@@ -31,8 +31,12 @@ _MAX_KNOWN = 1024
 """Refusals that are kept; those that no longer matter are not counted."""
 _PACED_S = 1.0
 """Time after a refusal has ceased to hold in which requests pass one by one."""
-_WHOSE = ("authorization", "api-key", PRIORITY_HEADER, "content-type", "content-encoding")
-"""Headers that decide with the path whether a request is refused like another one."""
+_WHOSE = (
+    *("authorization", "api-key", PRIORITY_HEADER),
+    *("content-type", "content-encoding", "origin"),
+)
+"""Headers that decide with the path whether a request is refused like another one, in an answer
+with the same headers."""
 
 _Whose = tuple[str | None, ...]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cluster.core import errors
-from gateway.generation.admission import Admission, Ask, Ticket
+from gateway.generation.admission import Admission, Ticket
+from gateway.generation.tenant_queues import Ask
 
 
 def test_admission_bounds_requests_and_gives_places_back_once() -> None:
@@ -202,3 +203,38 @@ def test_what_leaves_without_being_served_is_no_drain() -> None:
     for _ in range(20):
         tickets.pop().release(4.0, was_served=False)
     assert admission.queue_time_s(Ask()) == pytest.approx(before / 2)
+
+
+def test_each_choice_takes_a_place() -> None:
+    admission = Admission(100, 10**6, capacity=10, max_wait_s=3.0)
+    calls = [admission.admit(Ask(num_choices=5, num_tokens=100), 0.0) for _ in range(50)]
+    assert admission.num_waiting == 240
+    for number in range(10):
+        calls.pop(0).release(number + 1.0)
+    assert admission.queue_time_s(Ask()) == pytest.approx(38.0)  # two of 40 run
+    with pytest.raises(errors.QueueFullError, match="max_queue_wait_s"):
+        admission.admit(Ask(num_choices=5, num_tokens=100), 10.0)
+    for call in calls:
+        call.release(11.0)
+    assert not admission.num_places
+
+
+def test_a_tenant_with_little_may_send_embeddings_where_another_has_sent_all() -> None:
+    admission = Admission(100, 10**6, max_prompt_bytes=100)
+    for _ in range(2):
+        admission.admit(Ask(num_bytes=50, tenant="greedy"), 0.0)
+    with pytest.raises(errors.QueueFullError, match="100 bytes of embeddings"):
+        admission.admit(Ask(num_bytes=1, tenant="greedy"), 0.0)
+    admission.admit(Ask(num_bytes=25, tenant="modest"), 0.0)
+    with pytest.raises(errors.QueueFullError, match="125 bytes of embeddings"):
+        admission.admit(Ask(num_bytes=1, tenant="modest"), 0.0)
+
+
+def test_the_retry_time_of_a_long_request_is_that_of_as_many_tokens() -> None:
+    admission = Admission(1000, 5000, capacity=10)
+    calls = [admission.admit(Ask(num_tokens=100), 0.0) for _ in range(50)]
+    for number in range(10):
+        calls.pop(0).release(0.5 * (number + 1))  # 200 tokens a second
+    with pytest.raises(errors.QueueFullError) as caught:
+        admission.admit(Ask(num_tokens=3000), 5.0)
+    assert caught.value.retry_after_s == pytest.approx(10.0)

@@ -13,7 +13,7 @@ import pytest
 from cluster.config.gateway import GatewaySection
 from cluster.core.release import RELEASE
 from gateway.core.tuning import GatewayTuning
-from gateway.generation.admission import Ask
+from gateway.generation.tenant_queues import Ask
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import ScriptedEngine, attention_entry, tiny_backend
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack

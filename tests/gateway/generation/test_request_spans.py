@@ -14,11 +14,12 @@ from gateway.cluster.events import ClusterEvents
 from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
 from gateway.core.delta import Finish, Usage
 from gateway.engines.submission import Submission
-from gateway.generation.admission import Admission, Ask
+from gateway.generation.admission import Admission
 from gateway.generation.choices import Choice
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue
 from gateway.generation.request_trace import RequestTrace
+from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import MAX_PROMPTS, Tracing
 from gateway.observability.metrics import GatewayMetrics
 from tests.gateway.fakes import TIMINGS, expert_entry, tiny_tokenizer

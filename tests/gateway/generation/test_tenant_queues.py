@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.generation.tenant_queues import TenantQueue, share_places, tokens_ahead
+from gateway.generation.tenant_queues import Ask, TenantQueue, share_places, tokens_ahead
 
 
 def queue(num_requests: int, weight: float = 1.0, priority: int = 0) -> TenantQueue:
     """Requests of ten tokens each."""
     made = TenantQueue(weight)
-    made.add(priority, num_requests, 10 * num_requests)
+    made.add(Ask(num_requests=num_requests, num_tokens=10 * num_requests, priority=priority), 1)
     return made
 
 
@@ -35,8 +35,9 @@ def test_another_tenant_gets_as_much_meanwhile_by_weight() -> None:
 
 def test_lower_priority_values_run_and_go_first() -> None:
     own = queue(3)
-    own.add(5, 10, 100)
+    ask = Ask(num_requests=10, num_tokens=100, priority=5)
+    own.add(ask, 1)
     assert tokens_ahead({"a": own}, 4, "a", 0) == 0
     assert tokens_ahead({"a": own}, 4, "a", 5) == pytest.approx(90)
-    own.add(5, -10, -100)
+    own.add(ask, -1)
     assert own.by_priority.keys() == {0}
