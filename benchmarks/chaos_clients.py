@@ -93,7 +93,10 @@ class Seen:
         self.outcomes[f"{kind}: whole"] += 1
         for mine, right in zip(got, known, strict=True):
             self._compare(kind, mine, right)
-            self.tokens["lost"] += max(len(right.tokens) - len(mine.tokens), 0)
+            num_lost = max(len(right.tokens) - len(mine.tokens), 0)
+            self.tokens["lost"] += num_lost
+            if num_lost:
+                self.wrong.append(f"{kind}: {num_lost} tokens are missing at the end")
             if mine.tokens == right.tokens and mine.text != right.text:
                 self.wrong.append(f"{kind}: the text is {mine.text!r}, not {right.text!r}")
 
@@ -104,10 +107,11 @@ class Seen:
             if not right.text.startswith(mine.text):
                 self.wrong.append(f"{kind}: {mine.text!r} is no beginning of {right.text!r}")
 
-    def broke(self, kind: str, began: float, why: str) -> None:
-        """A call failed that began at that monotonic time; only the loss of a gateway or proxy is
-        a reason, which a slow reader may find late."""
-        if began < self.broken_until:
+    def broke(self, kind: str, began: float, why: str, is_lost: bool) -> None:
+        """A call failed that began at that monotonic time. Only the loss of a gateway or proxy is
+        a reason, which a slow reader may find late. ``is_lost``: it failed as then: without an end,
+        or unavailable."""
+        if is_lost and began < self.broken_until:
             self.outcomes[f"{kind}: lost with its gateway or proxy"] += 1
         else:
             self.outcomes[f"{kind}: failed"] += 1
@@ -127,7 +131,21 @@ class Seen:
 
 
 class _AnswerError(Exception):
-    """An answer that is none, as text."""
+    """An answer that is none, as text.
+
+    Args:
+        why: the text.
+        is_lost: it may be so where a gateway or proxy is lost.
+    """
+
+    def __init__(self, why: str, is_lost: bool) -> None:
+        super().__init__(why)
+        self.is_lost = is_lost
+
+    @classmethod
+    def of(cls, status: int, text: str) -> _AnswerError:
+        """Of an answer that is not 200."""
+        return cls(f"{status} {text}", status == 503)
 
 
 class Clients:
@@ -178,10 +196,13 @@ class Clients:
             kind, began = ask.__name__.strip("_").replace("_", " "), time.monotonic()
             try:
                 await ask(number, random.Random(draw.random()))
-            except (httpx.HTTPError, grpc.aio.AioRpcError) as err:
-                self.seen.broke(kind, began, f"{type(err).__name__} {err}")
+            except httpx.HTTPError as err:
+                self.seen.broke(kind, began, f"{type(err).__name__} {err}", True)
+            except grpc.aio.AioRpcError as err:
+                is_lost = err.code() is grpc.StatusCode.UNAVAILABLE
+                self.seen.broke(kind, began, f"{type(err).__name__} {err}", is_lost)
             except _AnswerError as err:
-                self.seen.broke(kind, began, str(err))
+                self.seen.broke(kind, began, str(err), err.is_lost)
             else:
                 continue
             await asyncio.sleep(0.5)
@@ -189,7 +210,7 @@ class Clients:
     async def _whole(self, number: int, draw: random.Random) -> None:
         answer = await self._http.post("/v1/completions", json=self._calls[number].body)
         if answer.status_code != 200:
-            raise _AnswerError(f"{answer.status_code} {answer.text}")
+            raise _AnswerError.of(answer.status_code, answer.text)
         self.seen.check("whole", _choices(answer), self._known[number])
 
     async def _stream(self, number: int, draw: random.Random) -> None:
@@ -210,6 +231,9 @@ class Clients:
         body = {**self._calls[number].body, "stream": True}
         try:
             async with self._http.stream("POST", "/v1/completions", json=body) as response:
+                if response.status_code != 200:
+                    text = (await response.aread()).decode()
+                    raise _AnswerError.of(response.status_code, text)
                 async for line in response.aiter_lines():
                     if is_whole := line == "data: [DONE]":
                         self._note_pause(times)
@@ -217,15 +241,15 @@ class Clients:
                     if not line.startswith("data: "):
                         continue
                     event = json.loads(line.removeprefix("data: "))
-                    if "error" in event or response.status_code != 200:
-                        raise _AnswerError(line)
+                    if "error" in event:
+                        raise _AnswerError(line, event["error"]["type"] == "service_unavailable")
                     _add(got, event)
                     times.append(time.monotonic())
                     if leave_after is not None and len(times) >= leave_after:
                         self.seen.outcomes[f"{kind}: left"] += 1
                         return
                     await asyncio.sleep(pause_s)
-            raise _AnswerError("the stream ended without an end")
+            raise _AnswerError("the stream ended without an end", True)
         finally:
             if is_whole:
                 self.seen.check(kind, got, known)
@@ -253,7 +277,7 @@ class Clients:
         elif answer.status_code in (408, 504):
             self.seen.outcomes["deadline: over"] += 1
         else:
-            raise _AnswerError(f"{answer.status_code} {answer.text}")
+            raise _AnswerError.of(answer.status_code, answer.text)
 
     def _note_pause(self, times: Sequence[float]) -> None:
         if len(times) > 1:

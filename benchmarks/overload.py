@@ -218,12 +218,13 @@ def report(found: Found) -> str:
             phase.name,
             f"{phase.num_accepted}",
             f"{phase.num_refused}",
+            f"{phase.num_refused_of(MODEST)}",
             f"{phase.tokens_per_s:.0f}",
             *(f"{phase.median_ttft_ms(key):.0f}" for key in (GREEDY, MODEST)),
         ]
         for phase in phases
     ]
-    head = ["requests", "accepted", "refused", "tokens/s"]
+    head = ["requests", "accepted", "refused", f"of {MODEST}", "tokens/s"]
     head += [f"TTFT of {key}, ms" for key in (GREEDY, MODEST)]
     over = found.over.end_s - found.over.begin_s
     return (

@@ -50,6 +50,7 @@ _RETRY = re.compile(rb"\r\nretry-after-ms: *(\d+)", re.IGNORECASE)
 class Refusal:
     """One refusal, seen by its client."""
 
+    key: str
     at_s: float
     """Monotonic time at which it came."""
     took_ms: float
@@ -93,6 +94,9 @@ class Phase:
     @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / (self.end_s - self.begin_s)
+
+    def num_refused_of(self, key: str) -> int:
+        return sum(refusal.key == key for refusal in self.refusals)
 
     def median_ttft_ms(self, key: str) -> float:
         return statistics.median([ms for _, ms in self.ttft_ms[key]] or [float("nan")])
@@ -174,11 +178,14 @@ class Clients:
         is_grpc = self._draw.random() < _GRPC_SHARE
         ask = self._ask_grpc if is_grpc else self._ask_http
         began, times = time.monotonic(), _Times(phase, key, max_tokens)
-        status, retry_s = await ask(prompt, max_tokens, times)
+        try:
+            status, retry_s = await ask(prompt, max_tokens, times)
+        except (OSError, EOFError) as err:  # a connection that broke
+            status, retry_s = type(err).__name__, None
         phase.statuses[status] += 1
         if status in REFUSED:
             now = time.monotonic()
-            phase.refusals.append(Refusal(now, 1000 * (now - began), retry_s))
+            phase.refusals.append(Refusal(key, now, 1000 * (now - began), retry_s))
         elif status in ("200", "OK"):
             phase.num_cut += times.num_left > 0
         return status

@@ -39,7 +39,7 @@ def test_a_retry_time_is_found_among_the_details() -> None:
 def test_the_report_has_a_limit_beside_each_number() -> None:
     over = phase("over", 980, 80.0)
     over.statuses["429"] = 3
-    over.refusals = [Refusal(1.0, ms, 2.0) for ms in (10.0, 20.0, 90.0)]
+    over.refusals = [Refusal(GREEDY, 1.0, ms, 2.0) for ms in (10.0, 20.0, 90.0)]
     found = Found(
         peak=phase("peak", 1010, 60.0),
         peak_after=phase("peak", 990, 60.0),
