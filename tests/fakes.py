@@ -168,6 +168,8 @@ class FakeWorkerGroup(WorkerGroup):
         self.has_ended_controller = False
         self.released: list[str] = []
         """Places whose room was given back."""
+        self.reserved: set[str] = set()
+        """Places that were added and have room."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -175,6 +177,9 @@ class FakeWorkerGroup(WorkerGroup):
 
     def resources(self) -> tuple[NodeResources, ...]:
         return (NodeResources(node_id="here", address="127.0.0.1", cpus=2.0),)
+
+    def added_places(self) -> set[str]:
+        return self.reserved
 
     def draining_nodes(self) -> frozenset[str]:
         return frozenset(f"node of {name}" for name in self.on_leaving_nodes)

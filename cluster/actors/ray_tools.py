@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -22,6 +23,7 @@ from ray.experimental.internal_kv import (
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.config.resources import NodeResources
+from cluster.core.errors import ConfigError
 from cluster.core.node_labels import Place
 
 logger = logging.getLogger(__name__)
@@ -40,24 +42,40 @@ _PAUSE_S = 0.2
 _CALL_LIMIT_S = 10.0
 
 
-def cluster_nodes() -> tuple[NodeResources, ...]:
+def cluster_nodes(*, is_strict: bool = False) -> tuple[NodeResources, ...]:
     """Live nodes of the connected Ray cluster, by address.
 
-    Raises ``ConfigError`` for an invalid label of ours.
+    A node with an invalid label of ours is left out, and named in the log; if ``is_strict``,
+    ``ConfigError`` is raised instead.
     """
     found = cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
-    nodes = [
-        NodeResources(
-            node_id=str(n["NodeID"]),
-            address=str(n["NodeManagerAddress"]),
-            cpus=float(n["Resources"].get("CPU", 0.0)),
-            gpus=float(n["Resources"].get("GPU", 0.0)),
-            place=Place.of(n.get("Labels") or {}, str(n["NodeManagerAddress"])),
-        )
-        for n in found
-        if n["Alive"]
-    ]
+    nodes = []
+    for entry in found:
+        if not entry["Alive"]:
+            continue
+        try:
+            nodes.append(_node_of(entry))
+        except ConfigError as err:
+            if is_strict:
+                raise
+            _warn_once(f"a node is not used: {err}")
     return tuple(sorted(nodes, key=lambda n: (n.address, n.node_id)))
+
+
+def _node_of(entry: Mapping[str, Any]) -> NodeResources:
+    address = str(entry["NodeManagerAddress"])
+    return NodeResources(
+        node_id=str(entry["NodeID"]),
+        address=address,
+        cpus=float(entry["Resources"].get("CPU", 0.0)),
+        gpus=float(entry["Resources"].get("GPU", 0.0)),
+        place=Place.of(entry.get("Labels") or {}, address),
+    )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def draining_nodes() -> frozenset[str]:

@@ -54,7 +54,7 @@ class Room:
         ray_tools.free_reserved_room()
         share = resolved_share(workers)
         roles = [role for role, count in workers.pools.items() for _ in range(count)]
-        places = [node.place for node in ray_tools.cluster_nodes()]
+        places = [node.place for node in ray_tools.cluster_nodes(is_strict=True)]
         self._roles = roles if any(place.role for place in places) else []
         self._group = placement_group(
             [_bundle(share)] * len(roles),
@@ -108,6 +108,9 @@ class Room:
             if place in self._added:
                 remove_placement_group(self._added[place])
                 del self._added[place]
+
+    def added_places(self) -> set[str]:
+        return set(self._added)
 
     def bundle_for(self, name: str, role: Role, taken: Collection[int]) -> int:
         """The reserved bundle of a worker, else a free one of its role; any bundle if the role does

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.tasks import Background
-from cluster.config.resources import ids_by_address, resolved_share
+from cluster.config.resources import NodeResources, ids_by_address, resolved_share
 from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.cluster import Cluster
@@ -99,6 +99,8 @@ class Runner:
         alive = {r.name for r in controller.cluster.workers.alive()}
         self._run(controller, plan)
         self._carry_out(End(tuple(name for name in self.group.names() if name not in alive)))
+        if gone := self.group.added_places() - set(controller.cluster.places.names()):
+            self._carry_out(Release(tuple(sorted(gone))))
         logger.info("term %d: %d workers found", term, len(collected.greetings))
 
     async def stop(self) -> None:
@@ -274,7 +276,6 @@ class Runner:
 
     async def _watch_nodes(self, controller: Controller) -> None:
         """Drain the workers of nodes that will leave; follow the nodes, or fill places again."""
-        workers = controller.cluster.config.workers
         while self._leads(controller):
             await asyncio.sleep(_NODES_S)
             try:
@@ -284,13 +285,21 @@ class Runner:
             except Exception as err:  # any error of Ray: the next round asks again
                 logger.debug("the nodes cannot be listed: %s", err)
                 continue
-            homes = self.group.homes()
-            for name in sorted(n for n, home in homes.items() if home in leaving):
-                self.tell(partial(controller.draining.requested, name, node_leaves=True))
-            self.tell(partial(controller.cluster.nodes_alive, ids_by_address(nodes)))
-            share = resolved_share(workers)
-            followed = followed_nodes(nodes, share, workers.pools, homes, leaving)
-            self.tell(partial(controller.following.observe, followed))
+            try:
+                self._saw_nodes(controller, leaving, nodes)
+            except Exception:  # the next round looks again
+                logger.exception("the nodes could not be followed")
+
+    def _saw_nodes(
+        self, controller: Controller, leaving: Collection[str], nodes: Sequence[NodeResources]
+    ) -> None:
+        homes, workers = self.group.homes(), controller.cluster.config.workers
+        for name in sorted(n for n, home in homes.items() if home in leaving):
+            self.tell(partial(controller.draining.requested, name, node_leaves=True))
+        self.tell(partial(controller.cluster.nodes_alive, ids_by_address(nodes)))
+        share = resolved_share(workers)
+        followed = followed_nodes(nodes, share, workers.pools, homes, leaving)
+        self.tell(partial(controller.following.observe, followed))
 
     def note(self, cause: str, effect: str) -> None:
         """Add to the history of the cluster, if there is one."""

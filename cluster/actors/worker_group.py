@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.actors import ray_tools
 from cluster.actors.room import ANY_BUNDLE, Room
 from cluster.config.cluster import ClusterConfig, WorkersSection
-from cluster.config.resources import WorkerShare
+from cluster.config.resources import NodeResources, WorkerShare
 from cluster.core.errors import StartError, SupersededError
 from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
 from cluster.core.topology import Member, Role
@@ -72,7 +72,6 @@ class WorkerGroup:
     """Workers that were to be ended before they were created."""
 
     # called by the controller actor, which tests run without Ray
-    resources = staticmethod(ray_tools.cluster_nodes)
     address = staticmethod(ray_tools.node_address)
     was_restarted = staticmethod(ray_tools.this_actor_was_restarted)
     call_back = staticmethod(ray_tools.call_this_actor)
@@ -82,6 +81,14 @@ class WorkerGroup:
     def homes(self) -> dict[str, str]:
         """Workers and the ids of their nodes, as far as these are known."""
         return {name: actor.node_id for name, actor in list(self._actors.items())}
+
+    def resources(self) -> tuple[NodeResources, ...]:
+        """The live nodes; a remote call, use a thread."""
+        return ray_tools.cluster_nodes()
+
+    def added_places(self) -> set[str]:
+        """Places that scaling has added and that have room reserved."""
+        return self.room.added_places()
 
     def end_this_process(self) -> None:
         os._exit(1)

@@ -639,12 +639,14 @@ def test_a_drain_ends_once_the_worker_has_ended(monkeypatch: pytest.MonkeyPatch)
 def test_workers_that_nobody_knows_are_ended_in_spite_of_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The controller before had created one that has never called."""
+    """The controller before had created one that has never called, and had not given back the room
+    of a place that it had removed."""
     monkeypatch.setattr(runner, "_END_AGAIN_S", 0.0)
 
     async def body() -> None:
         group = UnwillingGroup(TimeoutError())
         group.workers["expert-1.2"] = ThreadWorker({"name": "expert-1.2"}, "127.0.0.1:1", "")
+        group.reserved = {"expert-7"}
         config = ClusterConfig.from_dict(_config())
         plan = plan_start(config, BANKS, group.resources())
         collected = CollectedState(
@@ -657,9 +659,10 @@ def test_workers_that_nobody_knows_are_ended_in_spite_of_an_error(
         await restarted.open_server("secret")
         restarted.go_on(plan, collected, 2)
         async with asyncio.timeout(LIMIT_S):
-            while not group.ended:
+            while not (group.ended and group.released):
                 await asyncio.sleep(0.02)
         assert (group.errors, group.ended) == ([], ["expert-1.2"])
+        assert group.released == ["expert-7"]
         await restarted.stop()
 
     asyncio.run(body())
