@@ -45,7 +45,9 @@ class Autoscaling:
         self._pools: dict[Role, PoolHistory] = {}
         self._slot_seconds: dict[str, tuple[float, float]] = {}
         """By worker: time of the last look, and its counter then."""
-        self._look_at = self._refused_until = cluster.began_at
+        self._look_at = cluster.began_at
+        self._refused_until: dict[tuple[Role, bool], float] = {}
+        """By the pool that was to change, and whether it was to grow."""
         self._decision: AutoscaleDecision | None = None
         self._noted: Mapping[Role, int] | None = None
         """What was wanted at the last entry in the history of a dry run."""
@@ -71,11 +73,12 @@ class Autoscaling:
         sizes = self._cluster.places.pools()
         self._take(sizes, now)
         self._decision = decide(self._pools, sizes)
-        self._waits_for = self._pause(now)
+        change = self._change(self._decision, sizes)
+        self._waits_for = self._pause(change, now)
         if self._section.autoscale == "dry-run":
             self._note(self._decision, sizes, now)
-        elif self._decision.changes is not None and not self._waits_for:
-            self._begin(self._decision, now)
+        elif change is not None and not self._waits_for:
+            self._begin(self._decision, change, now)
 
     def to_dict(self) -> dict[str, Any]:
         """The section of autoscaling in ``status``."""
@@ -170,10 +173,19 @@ class Autoscaling:
             return f"the cluster is {self._cluster.state.value}"
         return ""
 
-    def _pause(self, now: float) -> str:
-        """Why no scaling begins yet, after one that failed; empty if one may."""
-        if now < self._refused_until:
-            return f"{self._refused_until - now:.0f} s are left after a refusal"
+    def _change(
+        self, decision: AutoscaleDecision, sizes: Mapping[Role, int]
+    ) -> tuple[Role, bool] | None:
+        """The pool that is to change, and whether it is to grow."""
+        role = decision.changes
+        return None if role is None else (role, decision.wanted[role] > sizes[role])
+
+    def _pause(self, change: tuple[Role, bool] | None, now: float) -> str:
+        """Why no scaling begins yet, after one that failed; empty if one may. A refusal holds for
+        the same change only."""
+        left_s = self._refused_until.get(change, now) - now if change is not None else 0.0
+        if left_s > 0:
+            return f"{left_s:.0f} s are left after a refusal"
         failed = self._failed()
         if not failed:
             return ""
@@ -196,7 +208,7 @@ class Autoscaling:
 
     # ---- acts -------------------------------------------------------------------------------
 
-    def _begin(self, decision: AutoscaleDecision, now: float) -> None:
+    def _begin(self, decision: AutoscaleDecision, change: tuple[Role, bool], now: float) -> None:
         wanted = decision.wanted
         expert = wanted.get("expert", wanted.get("colocated"))
         order = ScaleOrder(
@@ -206,7 +218,7 @@ class Autoscaling:
         try:
             operation = self._scaling.begin(order, now)
         except (ConflictError, RequestError) as err:
-            self._refused_until = now + self._section.retry_s
+            self._refused_until[change] = now + self._section.retry_s
             self._waits_for = str(err)
             if self._refusal != f"{effect}: {err}":
                 self._refusal = f"{effect}: {err}"

@@ -35,7 +35,7 @@ from cluster.policy.places import place_of
 SIGNAL_LIMIT_S = 120.0
 """Limit of a drain that a worker requested after SIGTERM."""
 _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
-"""Steps after which a drain can no longer be undone."""
+"""Steps in which a drain can no longer be undone, or is being undone."""
 
 
 class Draining:
@@ -165,6 +165,10 @@ class Draining:
         names = self._requests.take({r.name for r in self._cluster.workers.alive()})
         if not names:
             return
+        ready = tuple(name for name in names if self._cluster.workers[name].is_ready)
+        if ready:  # the others do not hold them up
+            self._requests.pause(set(names) - set(ready), now)
+            names = ready
         try:
             self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
         except ConflictError as err:

@@ -38,10 +38,12 @@ class Following:
         self._numbers = count(1)
         self._operation: Operation | None = None
         """The scaling under way that was ordered here."""
-        self._decision = FollowDecision(wanted={})
-        """What it is for; empty if an earlier controller ordered it."""
+        self._nodes: frozenset[str] = frozenset()
+        """Those that it is for."""
         self._is_withdrawn = False
         """It was cancelled here."""
+        self._of_client: Operation | None = None
+        """A client's scaling under way."""
 
     def observe(self, nodes: Sequence[FollowedNode], now: float) -> None:
         """These nodes live that are labelled for a role of workers. Called every half second."""
@@ -60,14 +62,20 @@ class Following:
         cluster, running = self._cluster, self._cluster.operations.running
         if running is not None and running.request_id.startswith(_OWN):
             self._operation = running
+            if cluster.scale is not None:
+                self._nodes = cluster.scale.order.nodes
         elif running is not None and running.kind == "scale":
-            self._account_for(n.node_id for n in nodes if not n.leaves)
+            self._of_client = running
         if cluster.drain is not None and cluster.drain.removes_places:
             drained = set(cluster.drain.names)
             self._account_for(n.node_id for n in nodes if drained & set(n.workers))
+        staying = {n.node_id for n in nodes if not n.leaves}
+        if self._of_client is not None and not self._of_client.is_running:
+            if self._of_client.state is not OperationState.FAILED:
+                self._account_for(staying)
+            self._of_client = None
         if (own := self._operation) is None:
             return
-        staying = {n.node_id for n in nodes if not n.leaves}
         if own.is_running:
             self._withdraw(own, staying, now)
         else:
@@ -75,7 +83,7 @@ class Following:
 
     def _withdraw(self, own: Operation, staying: set[str], now: float) -> None:
         """Cancel a scaling for nodes that have left before their workers served."""
-        if self._cluster.scale is not None and self._decision.nodes - staying:
+        if self._cluster.scale is not None and self._nodes - staying:
             with suppress(ConflictError):
                 self._scaling.cancel(own, now)
                 self._is_withdrawn = True
@@ -83,13 +91,12 @@ class Following:
     def _ended(self, own: Operation, staying: set[str], now: float) -> None:
         if own.state is OperationState.SUCCEEDED:
             self._policy.succeeded()
-            self._account_for(self._decision.nodes & staying)
+            self._account_for(self._nodes & staying)
         elif own.state is OperationState.FAILED:
             self._policy.failed(now)
         elif not self._is_withdrawn:  # a client does not want these workers
             self._account_for(staying)
-        self._operation, self._decision = None, FollowDecision(wanted={})
-        self._is_withdrawn = False
+        self._operation, self._nodes, self._is_withdrawn = None, frozenset(), False
 
     def _follow(self, nodes: Sequence[FollowedNode], now: float) -> None:
         cluster = self._cluster
@@ -111,6 +118,7 @@ class Following:
             limit_s=LIMIT_S,
             request_id=f"{_OWN}{cluster.term}.{next(self._numbers)}",
             cause=decision.reason,
+            nodes=decision.nodes,
         )
         try:
             operation = self._scaling.begin(order, now)
@@ -118,7 +126,7 @@ class Following:
             self._policy.failed(now)
             cluster.note(decision.reason, f"go on: {err}", now)
         else:
-            self._operation, self._decision = operation, decision
+            self._operation, self._nodes = operation, decision.nodes
             cluster.note(decision.reason, f"{operation.id} begins", now)
 
     def _account_for(self, nodes: Iterable[str]) -> None:

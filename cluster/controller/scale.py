@@ -188,6 +188,9 @@ class Scaling:
         self._count_moves(scale, now)
         cluster.scale = None
         cluster.remember()
+        if scale.outcome is not None:  # cancelled at the last moment: nobody leaves
+            cluster.operations.end(operation, *scale.outcome, now)
+            return {}
         wanted = self._wanted(scale.order)
         leaving = self._leaving(wanted)
         try:

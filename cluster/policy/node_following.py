@@ -125,7 +125,9 @@ class NodeFollowing:
         wanted, reasons = dict[Role, int](), list[str]()
         for role in sorted({node.role for node in nodes} | set(places.values())):
             own = [n for n in nodes if n.role == role]
-            pool = _Pool.of(own, [p for p, r in places.items() if r == role], new, known)
+            ours = [p for p, r in places.items() if r == role]
+            on_nodes = {place_of(w) for n in nodes for w in n.workers}
+            pool = _Pool.of(own, ours, set(ours) - on_nodes, new, known)
             most = most_experts if most_experts and role != "attention" else pool.size + pool.more
             more = max(min(pool.more, most - pool.size), 0)
             gone = min(pool.missing, len(self._given_up(pool.waiting, now)), pool.size - 1)
@@ -194,11 +196,10 @@ class _Pool:
         cls,
         nodes: Sequence[FollowedNode],
         places: Collection[str],
+        waiting: Collection[str],
         new: Collection[str],
         known: Collection[str],
     ) -> _Pool:
-        on_nodes = {place_of(w) for n in nodes for w in n.workers}
-        waiting = tuple(sorted(set(places) - on_nodes))
         spare = {
             n.node_id: max(n.room - sum(place_of(w) in places for w in n.workers), 0)
             for n in nodes
@@ -208,7 +209,7 @@ class _Pool:
         on_new = sum(free for node, free in spare.items() if node in new)
         return cls(
             size=len(places),
-            waiting=waiting,
+            waiting=tuple(sorted(waiting)),
             more=max(on_new - max(len(waiting) - on_known, 0), 0),
             missing=max(len(waiting) - sum(spare.values()), 0),
             addresses=tuple(n.address for n in nodes if n.node_id in new and n.room),

@@ -153,7 +153,7 @@ class Detection:
         """
         if self._woke_at != now or not self._cluster.round.reports or self._held:
             return ""
-        return "workers lost each other while the controller did not run"
+        return "reports that workers made of each other while the controller did not run are void"
 
     def find_lost(self, now: float) -> Iterator[Mapping[str, str]]:
         """Workers to declare lost (name -> reason), by one limit after the other.

@@ -19,6 +19,8 @@ class ScaleOrder(Order, frozen=True, kw_only=True):
     """Expert workers, in colocated mode all workers; None leaves their number as it is."""
     cause: str = ""
     """Why the cluster scales itself; empty for a client's order."""
+    nodes: frozenset[str] = frozenset()
+    """Ids of the nodes that it is for, where the cluster scales itself as they come."""
     limit_s: float
     """Time in which new workers must serve, and then again time in which others must have left."""
 

@@ -227,7 +227,7 @@ class Rebalancing:
     def _watch(self, job: RebalanceJob, now: float) -> None:
         """Check whether the change is in time, or must be abandoned."""
         running = self._cluster.operations.running
-        if running is not None and running.kind == "drain":
+        if running is not None and running.kind in ("drain", "scale"):
             reason = f"{running.id} goes first"
             if self._give_up(job, reason):
                 self._end(job, "failed", reason, now)

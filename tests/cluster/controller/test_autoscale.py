@@ -239,3 +239,13 @@ def test_colocated_workers_are_one_pool(use: float) -> None:
             break
     (operation,) = cluster.known.operations.kept
     assert operation.target == ("3 colocated workers" if use > 0.5 else "1 colocated worker")
+
+
+def test_a_refusal_to_shrink_does_not_hold_up_what_grows() -> None:
+    load = Load()
+    load.cluster.known.room = load.cluster.known.num_slots  # as on GPUs: banks cannot grow
+    load.last(62, slot_time=0.01, **CALM)
+    assert "left after a refusal" in load.status["waits_for"]
+    load.last(8, slot_time=0.01, **QUEUED)
+    assert load.operation is not None
+    assert load.operation.target == "2 attention and 2 expert workers"

@@ -472,3 +472,19 @@ def test_the_end_of_the_cluster_ends_a_drain() -> None:
     cluster.tick(0.1)
     assert operation.state is OperationState.FAILED
     assert operation.message == "the cluster is ending"
+
+
+def test_a_worker_that_loads_does_not_hold_up_the_others_of_its_node() -> None:
+    cluster = serving(3, 3)
+    cluster.controller.lost({"attention-2": "closed"}, cluster.now)
+    cluster.join_all()
+    cluster.tick(0.5)
+    (newest,) = cluster.started()
+    assert newest == "attention-2.2"
+    for name in ("attention-1", newest):
+        cluster.controller.draining.requested(name, cluster.now, node_leaves=True)
+    for _ in range(2):
+        cluster.beat_all(newest)
+        cluster.tick(0.5)
+    (operation,) = cluster.controller.cluster.operations.to_list()
+    assert operation["target"] == "attention-1"

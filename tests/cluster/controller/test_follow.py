@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 from msgspec.structs import replace
@@ -265,7 +266,8 @@ def test_nothing_begins_while_another_operation_runs() -> None:
     assert [o.kind for o in nodes.operations] == ["drain"]
 
 
-def test_the_next_controller_knows_the_nodes_and_goes_on() -> None:
+def _world_that_follows() -> tuple[World, dict[str, FollowedNode], Callable[[float], None]]:
+    """A cluster on nodes with room for one worker each, the nodes, and what passes time."""
     world = World(2, 2, 4, FOLLOWING)
     nodes = {
         name: FollowedNode(
@@ -287,6 +289,11 @@ def test_the_next_controller_knows_the_nodes_and_goes_on() -> None:
             take_all(world)
 
     wait(SETTLE_S + 2)
+    return world, nodes, wait
+
+
+def test_the_next_controller_knows_the_nodes_and_goes_on() -> None:
+    world, nodes, wait = _world_that_follows()
     nodes["new"] = FollowedNode(node_id="new", address="new", role="expert", room=1)
     wait(SETTLE_S + 2)
     restart(world)
@@ -300,4 +307,31 @@ def test_the_next_controller_knows_the_nodes_and_goes_on() -> None:
     nodes["new"] = dataclasses.replace(nodes["new"], workers=("expert-2",))
     wait(SETTLE_S + 2)
     assert [o.state for o in found.operations.kept] == [OperationState.SUCCEEDED]
+    found = running(world).cluster
     assert found.known_nodes == nodes.keys()
+
+
+def test_the_next_controller_takes_an_order_back_whose_node_leaves() -> None:
+    world, nodes, wait = _world_that_follows()
+    nodes["new"] = FollowedNode(node_id="new", address="new", role="expert", room=1)
+    wait(SETTLE_S + 2)
+    restart(world)
+    wait(1)
+    del nodes["new"]
+    wait(1)
+    (operation,) = running(world).cluster.operations.kept
+    assert operation.state is OperationState.CANCELLED
+
+
+def test_a_node_that_registers_while_a_client_s_scaling_fails_is_used() -> None:
+    nodes = Nodes()
+    cluster = nodes.cluster
+    order = from_plain({"expert": 3, "limit_s": 300.0}, ScaleOrder)
+    failed = cluster.controller.scaling.begin(order, cluster.now)
+    nodes.wait(1)
+    nodes.register("n-new")
+    nodes.wait(1)
+    cluster.controller.lost({"expert-2": "killed"}, cluster.now)
+    nodes.wait(SETTLE_S + 5)
+    assert failed.state is OperationState.FAILED
+    assert nodes.operations[-1].target.endswith("3 expert workers (node n-new registered)")

@@ -318,3 +318,17 @@ def test_the_spare_copies_of_a_new_worker_keep_their_shares() -> None:
         for expert, device in enumerate(bank.decode_device):
             assert expert in bank.physical_to_logical[device]
     assert replace(placement, epoch=7).num_devices == 3
+
+
+def test_one_that_is_cancelled_at_the_last_moment_drains_nobody() -> None:
+    cluster = serving(2, 2, 0)
+    operation = scale(cluster, attention=1, expert=3)
+    cluster.bring_up("expert-2")
+    pass_time(cluster, 0.5)
+    assert operation.phase == "form a generation with them"
+    cluster.controller.scaling.cancel(operation, cluster.now)
+    cluster.join_all()
+    pass_time(cluster, 0.5)
+    assert operation.state is OperationState.CANCELLED
+    assert cluster.known.drain is None
+    assert members(cluster) >= {"attention-0", "attention-1", "expert-2"}

@@ -233,3 +233,11 @@ def test_as_many_workers_fit_as_their_share_says(share: WorkerShare, room: int) 
         ("attention", room, (), True),
         ("expert", room, ("expert-0", "expert-1"), False),
     ]
+
+
+def test_workers_on_nodes_of_another_role_do_not_wait() -> None:
+    """Ray chose so, for example after a restart of the controller."""
+    seen = Seen()
+    for node, worker in (("a", "expert-0"), ("b", "attention-0")):
+        seen.nodes[node] = dataclasses.replace(seen.nodes[node], workers=(worker,))
+    assert seen.wait(LOST_S + 1) is None
