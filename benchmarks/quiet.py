@@ -13,6 +13,10 @@ QUIET_CORES = 0.15
 _LOOK_S = 0.5
 
 
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+"""Times in which a core computes, of those of the machine."""
+
+
 @dataclass(frozen=True, slots=True)
 class CpuClock:
     """CPU seconds used so far."""
@@ -28,8 +32,8 @@ class CpuClock:
     def now(cls) -> CpuClock:
         """Read the clocks."""
         times = psutil.cpu_times()
-        busy = sum(times) - times.idle - getattr(times, "iowait", 0.0)
-        busy -= getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # in user, nice
+        # guest and guest_nice are in user and nice
+        busy = sum(getattr(times, name, 0.0) for name in _BUSY)
         own = 0.0
         me = psutil.Process()
         for process in (me, *me.children(recursive=True)):
