@@ -51,6 +51,6 @@ def _text(operation: Mapping[str, Any]) -> str:
     took = f"{operation['ended'] - operation['started']:.1f} s"
     result = operation.get(operation["kind"], {})
     moved, copied = result.get("requests_moved", 0), result.get("experts_copied", 0)
-    facts = [f"{moved} requests moved"] if moved else []
-    facts += [f"{copied} experts copied"] if copied else []
+    facts = [f"{moved} request{'s' * (moved > 1)} moved"] if moved else []
+    facts += [f"{copied} expert{'s' * (copied > 1)} copied"] if copied else []
     return f"{text} ({', '.join([*facts, took])})"
