@@ -79,11 +79,14 @@ def examine(plan: LaunchPlan, address: str) -> JoinedRay:
 
 
 def wait_nodes(count: int, limit_s: float) -> tuple[NodeResources, ...]:
-    """The live nodes, once there are ``count``. Raises ``StartError`` after the limit."""
+    """The live nodes, once there are ``count``.
+
+    Raises ``StartError`` after the limit, and ``ConfigError`` for an invalid label of ours.
+    """
     from cluster.actors.ray_tools import cluster_nodes
 
     deadline = time.monotonic() + limit_s
-    while len(nodes := cluster_nodes()) < count:
+    while len(nodes := cluster_nodes(is_strict=True)) < count:
         if time.monotonic() > deadline:
             raise StartError("ray", f"has {len(nodes)} of {count} nodes after {limit_s:g} s")
         time.sleep(_POLL_S)

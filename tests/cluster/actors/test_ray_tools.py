@@ -9,6 +9,7 @@ import ray
 
 from cluster.actors import ray_tools
 from cluster.core.errors import ConfigError
+from cluster.launch.joining import wait_nodes
 
 
 def node(number: int, **labels: str) -> dict[str, Any]:
@@ -33,3 +34,5 @@ def test_a_node_with_an_invalid_label_is_left_out_and_named_once(
     assert "expertmesh/role of node 10.0.0.2" in record.getMessage()
     with pytest.raises(ConfigError, match=r"node 10\.0\.0\.2"):
         ray_tools.cluster_nodes(is_strict=True)
+    with pytest.raises(ConfigError, match=r"node 10\.0\.0\.2"):
+        wait_nodes(1, 0.0)  # a start names it at once
