@@ -126,8 +126,7 @@ class NodeFollowing:
         for role in sorted({node.role for node in nodes} | set(places.values())):
             own = [n for n in nodes if n.role == role]
             ours = [p for p, r in places.items() if r == role]
-            on_nodes = {place_of(w) for n in nodes for w in n.workers}
-            pool = _Pool.of(own, ours, set(ours) - on_nodes, new, known)
+            pool = _Pool.of(own, ours, self._waits_since.keys() & ours, new, known)
             most = most_experts if most_experts and role != "attention" else pool.size + pool.more
             more = max(min(pool.more, most - pool.size), 0)
             gone = min(pool.missing, len(self._given_up(pool.waiting, now)), pool.size - 1)
