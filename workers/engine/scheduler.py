@@ -153,9 +153,7 @@ class Scheduler:
         first = self._first_in_need()
         if first is not None:
             missing += self._num_to_compute(first)
-        self._giving_way = self._who_yields_to_priority(
-            decoding, [*prefilling, *admissible], missing
-        )
+        self._giving_way = self._who_gives_way(decoding, [*prefilling, *admissible], missing)
         decodes -= sum(s.request.tenant in self._giving_way for s in decoding)
         is_alone = self._alone is not None
         prefill_rows = min(missing, limit)
@@ -258,7 +256,7 @@ class Scheduler:
                 (decoding if sequence.is_decoding else prefilling).append(sequence)
         return decoding, prefilling
 
-    def _who_yields_to_priority(
+    def _who_gives_way(
         self, decoding: Sequence[SequenceState], others: Sequence[SequenceState], num_missing: int
     ) -> Set[str]:
         """Tenants without decodes in the next step, so that it is short. Not in two steps in a row.

@@ -66,6 +66,15 @@ class Desk:
                 self.scheduler.remove(sequence)
 
 
+def mostly_a() -> Desk:
+    """21 sequences decode, one of them of tenant b."""
+    desk = Desk()
+    desk.add("b", 1)
+    desk.add("a", 20)
+    desk.step()
+    return desk
+
+
 def test_a_tenant_alone_has_all_seats() -> None:
     desk = Desk()
     desk.add("a", 100)
@@ -130,10 +139,7 @@ def test_no_more_than_that_part_of_the_blocks_is_left_free() -> None:
 
 
 def test_most_of_the_decodes_give_way_to_a_first_token_of_another_tenant() -> None:
-    desk = Desk()
-    desk.add("b", 1)
-    desk.add("a", 20)
-    desk.step()
+    desk = mostly_a()
     desk.add("b", 1, prompt=12)
     assert desk.rows() == {"b": 13}
     desk.add("b", 1, prompt=12)
@@ -142,10 +148,7 @@ def test_most_of_the_decodes_give_way_to_a_first_token_of_another_tenant() -> No
 
 
 def test_decodes_give_way_once_where_the_prompt_gets_no_rows() -> None:
-    desk = Desk()
-    desk.add("b", 1)
-    desk.add("a", 20)
-    desk.step()
+    desk = mostly_a()
     desk.end("b")
     desk.add("b", 1)
     for num_decodes in (0, 20):  # the engine does not commit a plan without rows
@@ -155,10 +158,7 @@ def test_decodes_give_way_once_where_the_prompt_gets_no_rows() -> None:
 
 
 def test_decodes_that_were_granted_before_do_not_give_way() -> None:
-    desk = Desk()
-    desk.add("b", 1)
-    desk.add("a", 20)
-    desk.step()
+    desk = mostly_a()
     granted = desk.scheduler.wanted()
     desk.add("b", 1)
     assert desk.scheduler.wanted().decode_rows == 1
@@ -176,10 +176,7 @@ def test_equal_tenants_give_no_way() -> None:
 
 
 def test_decodes_do_not_give_way_to_what_is_longer_than_they_are() -> None:
-    desk = Desk()
-    desk.add("b", 1)
-    desk.add("a", 20)
-    desk.step()
+    desk = mostly_a()
     desk.add("b", 1, prompt=21)
     assert desk.rows() == {"a": 20, "b": 22}
     desk.add("a", 1, prompt=12)  # nor to their own tenant
