@@ -3,7 +3,7 @@
 python -m benchmarks.overload [--seconds 60]
 
 ``expertmesh serve`` with the bundled model and two keys. First the peak, the rate that clients
-without pauses reach. Sustainable is 0.7 of it: latency at that rate is normal. Then requests arrive
+without pauses reach. The sustainable rate is 0.7 of it; its latency is normal. Then requests arrive
 at random (Poisson) at ten times the sustainable rate, a tenth of them over gRPC, and at that rate
 again: single short requests beside them show when the latency is as before. Then the fairness: a
 modest key at 0.3 of the peak, while another one asks for as much, for what is left of the
@@ -201,7 +201,7 @@ def _asked(found: Found) -> list[list[str]]:
                 "at most 1.5",
                 f"{unfair_ms / ms:.2f}",
             ]
-            for share, ms in zip(OTHERS, fair_ms, strict=False)
+            for share, ms in zip(OTHERS[:-1], fair_ms, strict=True)
         ),
     ]
 
@@ -229,9 +229,9 @@ def report(found: Found) -> str:
     over = found.over.end_s - found.over.begin_s
     return (
         f"The peak is {found.peak_rate:.1f} requests a second of {found.mean_tokens} tokens in the "
-        f"mean, the sustainable rate {SUSTAINABLE} of it; ten times that for {over:.0f} s, after "
-        f"{min(_RAMP_S, over):.0f} s in which the places fill. Times are medians; normal is up to "
-        f"{NORMAL} times the latency before.\n\n"
+        f"mean. The sustainable rate is {SUSTAINABLE} of it, and the overload is ten times that "
+        f"rate for {over:.0f} s, after {min(_RAMP_S, over):.0f} s in which the places fill. Times "
+        f"are medians; latency is normal up to {NORMAL} times that before.\n\n"
         f"{table(['', 'limit', 'found'], _asked(found))}\n\n{table(head, rows)}"
     )
 

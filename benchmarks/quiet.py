@@ -11,10 +11,8 @@ import psutil
 QUIET_CORES = 0.15
 """Other processes that use less than this are no disturbance."""
 _LOOK_S = 0.5
-
-
 _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
-"""Times in which a core computes, of those of the machine."""
+"""Times of the machine in which a core computes; those of guests are in user and nice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,6 @@ class CpuClock:
     def now(cls) -> CpuClock:
         """Read the clocks."""
         times = psutil.cpu_times()
-        # guest and guest_nice are in user and nice
         busy = sum(getattr(times, name, 0.0) for name in _BUSY)
         own = 0.0
         me = psutil.Process()

@@ -113,8 +113,9 @@ class GatewaySection:
     """Prompt and output tokens that these requests may need together, by default ``max_queue``
     contexts."""
     max_queue_wait_s: float = 3.0
-    """Expected wait above which no more requests of a key are taken, a third of it while a queue
-    stands for longer; 0 for no limit. Requests with a priority above 0 wait as long as it takes."""
+    """Expected wait above which no more requests of a key are taken; 0 for no limit. Once a queue
+    has stood for longer than that, a third of it is the limit. Requests with a priority above 0
+    wait as long as it takes."""
     request_timeout_s: float = 600.0
     """Longest life of a request, waiting included."""
     drain_lead_s: float = 5.0

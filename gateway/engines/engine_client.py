@@ -349,8 +349,10 @@ class EngineClient:
             self._owner.place_waiting()
 
     def take_step(self, step: StepOutput) -> None:
-        """Hand the outputs of a step to their sinks, first tokens before others: whoever waits for
-        one does not wait until all running streams have got theirs."""
+        """Hand the outputs of a step to their sinks.
+
+        First tokens go before others, so that they do not wait for all running streams.
+        """
         now_s = time.monotonic()
         for output in sorted(step.outputs, key=lambda output: output.index > 0):
             entry = self._submissions.get(output.request_id)

@@ -59,8 +59,9 @@ class Admission:
     is measured only while some wait or the queue is full: at other times requests leave as fast as
     they come."""
     max_wait_s: float = float("inf")
-    """Expected wait above which no more of a tenant's requests are taken, a third of it in a queue
-    that has stood for longer; those with a priority above 0 wait as long as it takes."""
+    """Expected wait above which no more of a tenant's requests are taken. Once a queue has stood
+    for longer than that, a third of it is the limit. Requests with a priority above 0 wait as long
+    as it takes."""
     max_prompt_bytes: int = 256 * 1024 * 1024
     """Bytes of prompts that are embeddings, held at once."""
     num_requests: int = field(default=0, init=False)
@@ -138,8 +139,7 @@ class Admission:
         """With these it holds at most half of an equal share of the queue, which then exceeds its
         limits by at most half.
         """
-        own = self._queues.get(ask.tenant)
-        own = own or TenantQueue()
+        own = self._queues.get(ask.tenant, TenantQueue())
         num_others = len(self._queues) - (ask.tenant in self._queues)
         part = 0.5 / (num_others + 1)
         return (

@@ -32,11 +32,14 @@ _MAX_KNOWN = 1024
 _PACED_S = 1.0
 """Time after a refusal has ceased to hold in which requests pass one by one."""
 _WHOSE = (
-    *("authorization", "api-key", PRIORITY_HEADER),
-    *("content-type", "content-encoding", "origin"),
+    "authorization",
+    "api-key",
+    PRIORITY_HEADER,
+    "content-type",
+    "content-encoding",
+    "origin",  # the answer names it
 )
-"""Headers that decide with the path whether a request is refused like another one, in an answer
-with the same headers."""
+"""Headers that decide with the path whether a request is refused like another one."""
 
 _Whose = tuple[str | None, ...]
 
