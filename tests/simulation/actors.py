@@ -7,12 +7,13 @@ its host is cut off.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
 from cluster.core.errors import ExpertMeshError
 from cluster.core.topology import Member, Role
+from cluster.policy.places import place_of
 from cluster.sizing.start_plan import WorkerArguments
 from tests.simulation.kernel import Fiber, Kernel, Process
 from tests.simulation.network import Network, Pipe
@@ -85,6 +86,8 @@ class Actors:
         self._may_move = may_move
         self._rooms: dict[tuple[Role, int], str] = {}
         """The host with the room that is reserved for a role and rank."""
+        self.added: set[str] = set()
+        """Places that scaling has added, and whose room nobody has given back."""
         self.alive: dict[str, SimActor] = {}
         """By name, those that live to Ray's head."""
         self.workers: dict[str, SimWorker] = {}
@@ -112,6 +115,13 @@ class Actors:
         if (member.role, member.rank) not in self._rooms:
             self._rooms[member.role, member.rank] = host
             self._nodes.add(host)
+            self.added.add(place_of(member.name))
+
+    def give_back(self, places: Collection[str]) -> None:
+        """Room of places that scaling has added is free again."""
+        for key in [k for k in self._rooms if f"{k[0]}-{k[1]}" in self.added.intersection(places)]:
+            del self._rooms[key]
+        self.added.difference_update(places)
 
     def create(self, member: Member, arguments: WorkerArguments) -> SimActor:
         """A new actor, whose process starts where there is room."""

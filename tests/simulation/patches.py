@@ -8,6 +8,7 @@ import logging
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -128,6 +129,19 @@ class _Remembered:
         return found[1]
 
 
+class _Slips(logging.Handler):
+    """Programming errors that product code logs, and survives, are failures."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(logging.WARNING)
+        self._kernel = kernel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, AssertionError | AttributeError | LookupError | NameError | TypeError):
+            self._kernel.failures.append("".join(traceback.format_exception(error)))
+
+
 @contextmanager
 def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
     """Product code runs on the simulation inside."""
@@ -141,7 +155,10 @@ def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
             stack.callback(_swap_defaults, function, kernel.monotonic, monotonic)
         Kernel.current, Network.current = kernel, net
         level = logging.root.manager.disable
-        logging.disable(logging.CRITICAL if kernel.on_log is None else logging.NOTSET)
+        logging.disable(logging.INFO if kernel.on_log is None else logging.NOTSET)
+        slips = _Slips(kernel)
+        logging.root.addHandler(slips)
+        stack.callback(logging.root.removeHandler, slips)
         gc.freeze()
         gc.disable()  # what it ends would run, and draw random numbers, at any time
         try:

@@ -231,6 +231,10 @@ class SimGroup:
     async def release(self, places: Sequence[str]) -> None:
         await self.check_term()
         self._ray.check_order(self._term, f"gives back the room of {places}")
+        self._ray.actors.give_back(places)
+
+    def added_places(self) -> set[str]:
+        return set(self._ray.actors.added)
 
     async def _bring_up(self, actor: SimActor) -> None:
         try:
