@@ -1,9 +1,10 @@
 """The pause of a stream whose attention worker is drained, by the length of its context.
 
 2 attention workers and 1 expert worker on a private Ray. A stream decodes; its worker is drained
-(and another one starts in its place afterwards). The pause is the longest time between two tokens
-from the order on, and is shown beside the usual time between tokens and the longest one before the
-order. Without fetching (``kv_fetch_limit_s`` 0) the other worker computes the whole context again.
+(and another one starts in its place afterwards). The pause is the time between the two tokens
+between which the stream goes over, and is shown beside the usual time between tokens, the longest
+one before the order, and the longest one after it. Without fetching (``kv_fetch_limit_s`` 0) the
+other worker computes the whole context again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +26,7 @@ from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
 from benchmarks.svg import Line, line_chart
 from gateway.core.call import CallKind, GenerateFields
+from gateway.engines.submission import Submission
 from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
 
@@ -62,7 +65,9 @@ class Drained:
     slowest_ms: float
     """Longest before the order."""
     pause_ms: float
-    """Longest after it, until the worker has left."""
+    """Of the token before which the stream went over."""
+    longest_ms: float
+    """Longest after the order, until the worker has left the generation."""
 
 
 def section(quick: bool) -> str:
@@ -115,14 +120,36 @@ def _drain(
     streams = gateway.stream([call], f"drained-{seed}")
     streams.wait_tokens(case.tokens_before)
     (worker,) = (c.worker for c in gateway.engines.clients if c.submissions())
-    ordered_at = time.monotonic()
-    Site(cluster, rng).drain(worker)
-    ended_at = time.monotonic()
-    (answer,) = streams.finish()
+    with _resubmissions(gateway) as moved_at:
+        ordered_at = time.monotonic()
+        Site(cluster, rng).drain(worker)
+        ended_at = time.monotonic()
+        (answer,) = streams.finish()
     gaps = [(end, 1000 * (end - begin)) for begin, end in pairwise(answer.times)]
     before = [gap for end, gap in gaps if end < ordered_at]
     during = [gap for end, gap in gaps if ordered_at <= end and end - gap / 1000 <= ended_at]
-    return Drained(usual_ms=statistics.median(before), slowest_ms=max(before), pause_ms=max(during))
+    (pause,) = (gap for end, gap in gaps if end - gap / 1000 <= moved_at[0] < end)
+    return Drained(
+        usual_ms=statistics.median(before),
+        slowest_ms=max(before),
+        pause_ms=pause,
+        longest_ms=max(during),
+    )
+
+
+@contextmanager
+def _resubmissions(gateway: ClusterGateway) -> Iterator[list[float]]:
+    """Gets the ``time.monotonic`` at which requests go to another worker."""
+    times: list[float] = []
+    count = gateway.engines.on_resubmit
+
+    def note(entry: Submission) -> None:
+        times.append(time.monotonic())
+        count(entry)
+
+    gateway.engines.on_resubmit = note
+    yield times
+    gateway.engines.on_resubmit = count
 
 
 def _wait_whole(cluster: RayCluster, gateway: ClusterGateway) -> None:
@@ -142,10 +169,11 @@ def report(case: Case, found: Mapping[str, Mapping[int, list[Drained]]]) -> str:
             row.append(f"{statistics.median(r.slowest_ms for r in runs):.1f}")
             pauses = [r.pause_ms for r in runs]
             row.append(f"{statistics.median(pauses):.1f} / {max(pauses):.1f}")
+            row.append(f"{statistics.median(r.longest_ms for r in runs):.1f}")
         rows.append(row)
     heads = ["prompt"]
     for name in found:
-        heads += [f"{name}: usual", "slowest before", "pause, median / worst"]
+        heads += [f"{name}: usual", "slowest before", "pause, median / worst", "slowest until left"]
     return table(heads, rows)
 
 

@@ -34,6 +34,8 @@ from workers.requests.wire import (
     EngineHello,
     FromEngine,
     KvResync,
+    Pause,
+    Paused,
     Ping,
     Prefetch,
     Prefetched,
@@ -95,6 +97,9 @@ class Owner(Protocol):
 
     def prefetched(self, client: EngineClient, message: Prefetched) -> None:
         """A worker has fetched the KV blocks of a request that will move to it."""
+
+    def paused(self, client: EngineClient, message: Paused) -> None:
+        """A worker computes no more of a request that is about to leave it."""
 
     def relieve(self, client: EngineClient, entry: Submission) -> None:
         """A worker runs out of KV blocks, and would preempt this request soon."""
@@ -179,6 +184,11 @@ class EngineClient:
     def prefetch(self, entry: Submission, source: str) -> None:
         """Have the worker fetch the KV blocks of a request that decodes at another one."""
         self._outgoing.put_nowait(Prefetch(request=replace(entry.so_far(), kv_peer=source)))
+
+    def pause(self, entry: Submission, *, is_over: bool = False) -> None:
+        """Have a request of this worker stand still before it leaves; ``is_over``: it stays."""
+        name = entry.request.request_id
+        self._outgoing.put_nowait(Pause(request_id=name, is_over=is_over))
 
     def give_up(self, entry: Submission) -> None:
         """A request of this worker continues elsewhere."""
@@ -292,6 +302,8 @@ class EngineClient:
                 self._note_queued(message)
             case Prefetched():
                 self._owner.prefetched(self, message)
+            case Paused():
+                self._owner.paused(self, message)
             case Relieve():
                 entry = self._submissions.get(message.request_id)
                 if entry is not None and entry.request.attempt == message.attempt:

@@ -25,7 +25,7 @@ from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
 from gateway.engines.submission import OutputSink, RequestStage, Submission
 from workers.requests.block_hash import KvEvents, prompt_hashes
 from workers.requests.request import Request
-from workers.requests.wire import Prefetched
+from workers.requests.wire import Paused, Prefetched
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +301,9 @@ class EnginePool:
 
     def prefetched(self, client: EngineClient, message: Prefetched) -> None:
         self._moves.prefetched(client, message)
+
+    def paused(self, client: EngineClient, message: Paused) -> None:
+        self._moves.paused(client, message)
 
     def relieve(self, client: EngineClient, entry: Submission) -> None:
         needed = ROOM_FACTOR * entry.num_known_tokens

@@ -3,15 +3,18 @@
 A worker that is drained keeps its stream until its requests have left:
 
     Prefetch to another worker ─▶ it fetches the blocks, the first worker decodes on ─▶ Prefetched
-        ─▶ again, if many tokens came meanwhile, and once more when a block has just become full
-        ─▶ after the next token the request goes over
+        ─▶ again, if many tokens came meanwhile
+        ─▶ once more for the block that becomes full in the step in progress,
+           and Pause to the first worker, which ends that step ─▶ Paused ─▶ the request goes over
 
 So does a request that its worker would have to preempt, where another worker has room.
 
-The other worker finds all blocks but the last ones, and computes the few tokens behind them: the
-pause of a stream does not grow with its length. When either worker dies, or blocks do not come, the
-request continues as always, from its tokens. Source of the idea: Llumnix (OSDI 2024), section 4.2,
-which copies the last blocks while nobody decodes; here they are computed.
+The other worker computes only the newest token, while nobody else does: the pause of a stream does
+not grow with its length. A request that leaves a worker without blocks does not wait for a full
+one, and the other worker computes the tokens behind the last full one, too. When either worker
+dies, or blocks do not come, the request continues as always, from its tokens. Source of the idea:
+Llumnix (OSDI 2024), section 4.2, which copies the last blocks while nobody decodes; here they are
+computed.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from enum import Enum
 
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.submission import Submission
-from workers.requests.wire import Prefetched
+from workers.requests.wire import Paused, Prefetched
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +39,12 @@ MAX_LEFT_TOKENS = 32
 """Tokens since the last ``Prefetch`` up to which a request goes over."""
 MAX_ROUNDS = 4
 """Prefetches of one move, however many tokens come meanwhile."""
-FEW_TOKENS = 3
-"""Tokens that the other worker computes at once: each row reads experts of its own, so that a step
-with many takes long. Where more stand behind the last full block, a move waits for the next one."""
 _ANSWER_LIMIT_S = 5.0
 """Longest wait for ``Prefetched``."""
 _BLOCK_LIMIT_S = 2.0
 """Longest wait for a full block."""
-_TOKEN_LIMIT_S = 0.2
-"""Longest wait for a token after which the request goes over."""
+_PAUSE_LIMIT_S = 0.2
+"""Longest wait for ``Paused``; then the request goes over all the same."""
 _RETRY_S = 0.2
 """Pause while there is no other worker."""
 
@@ -53,9 +53,8 @@ class _Stage(Enum):
     """What a move waits for."""
 
     BLOCKS = "the blocks that were full when it began, and those that came meanwhile"
-    FULL_BLOCK = "a token that fills the next block"
-    LAST_BLOCK = "that block"
-    TOKEN = "the next token, after which the request goes over"
+    FULL_BLOCK = "the last token of a block, whose keys and values the step in progress computes"
+    PAUSED = "that its worker computes no more of it; then the request goes over"
 
 
 @dataclass(slots=True, eq=False)
@@ -113,35 +112,37 @@ class Moves:
         for source in [s for s in self._waiting if s.worker == worker]:
             del self._waiting[source]
         for move in [m for m in self._moves.values() if m.source.worker == worker]:
-            self._forget(move)
+            self._stay(move)
         for move in [m for m in self._moves.values() if m.target.worker == worker]:
             self._begin_again(move)
 
     def prefetched(self, target: EngineClient, message: Prefetched) -> None:
         """A worker has fetched what it could."""
         move = self._moves.get(message.request_id)
-        fetches = (_Stage.BLOCKS, _Stage.LAST_BLOCK)
-        if move is None or move.target is not target or move.stage not in fetches:
+        if move is None or move.target is not target or move.stage is not _Stage.BLOCKS:
             return
         if message.attempt != move.entry.request.attempt or self._is_over(move):
             return
         num_new = move.entry.num_known_tokens - move.num_tokens
-        if move.stage is _Stage.LAST_BLOCK:
-            self._await_token(move)
-        elif num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
+        if num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
             self._prefetch(move)
-        elif self._must_leave(move) and _num_behind(move) > FEW_TOKENS:
+        elif self._must_leave(move) and _block_size(target):
             move.stage = _Stage.FULL_BLOCK
-            self._set_timer(move, _BLOCK_LIMIT_S, self._await_token)
+            self._set_timer(move, _BLOCK_LIMIT_S, self._pause)
+            self._look_for_block(move)
         else:
-            self._await_token(move)
+            self._pause(move)
+
+    def paused(self, source: EngineClient, message: Paused) -> None:
+        """A worker computes no more of a request, whose outputs have all been delivered."""
+        move = self._moves.get(message.request_id)
+        if move is not None and move.source is source and move.stage is _Stage.PAUSED:
+            self._finish(move)
 
     def note_token(self, entry: Submission) -> None:
         """A worker has sent a token of a request, which is about to be delivered."""
         move = self._moves.get(entry.request.request_id)
-        if move is not None and move.stage is _Stage.TOKEN:
-            self._set_timer(move, 0.0, self._finish)
-        elif move is not None and move.stage is _Stage.FULL_BLOCK:
+        if move is not None and move.stage is _Stage.FULL_BLOCK:
             asyncio.get_running_loop().call_soon(self._look_for_block, move)
 
     def drop(self, entry: Submission) -> None:
@@ -175,19 +176,28 @@ class Moves:
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
     def _look_for_block(self, move: _Move) -> None:
-        """Fetch the block that the last token has filled, if it has."""
-        is_waiting = move.stage is _Stage.FULL_BLOCK and not self._is_over(move)
-        if is_waiting and _num_behind(move) < FEW_TOKENS:
-            move.stage = _Stage.LAST_BLOCK
-            self._prefetch(move)
+        """Let the request go over if its newest token completes a block."""
+        if move.stage is _Stage.FULL_BLOCK and not self._is_over(move):
+            size = _block_size(move.target)
+            if size and _length(move.entry) % size == 0:
+                self._prefetch(move)
+                self._pause(move)
 
-    def _await_token(self, move: _Move) -> None:
-        move.stage = _Stage.TOKEN
-        self._set_timer(move, _TOKEN_LIMIT_S, self._finish)
+    def _pause(self, move: _Move) -> None:
+        if not self._is_over(move):
+            move.stage = _Stage.PAUSED
+            move.source.pause(move.entry)
+            self._set_timer(move, _PAUSE_LIMIT_S, self._finish)
+
+    def _stay(self, move: _Move) -> None:
+        """Give a move up; its worker goes on with the request."""
+        self._forget(move)
+        if move.stage is _Stage.PAUSED:
+            move.source.pause(move.entry, is_over=True)
 
     def _begin_again(self, move: _Move) -> None:
         """Its other worker is gone; where it may stay, it does."""
-        self._forget(move)
+        self._stay(move)
         waiting = self._waiting.get(move.source)
         if waiting is not None:
             waiting.append(move.entry)
@@ -199,9 +209,10 @@ class Moves:
             return
         are_there = move.stage is not _Stage.BLOCKS and move.target.hello is not None
         target = move.target if are_there else None
-        self._forget(move)
         if target is None and not self._must_leave(move):
+            self._stay(move)
             return
+        self._forget(move)
         num_new = move.entry.num_known_tokens - move.num_tokens
         self._go_over(move.entry, target, num_new)
         self._start_next(move.source)
@@ -233,9 +244,12 @@ class Moves:
         self._moves.pop(move.entry.request.request_id, None)
 
 
-def _num_behind(move: _Move) -> int:
-    """Tokens that its other worker must compute, if it has all full blocks."""
-    hello, entry = move.target.hello, move.entry
-    size = hello.kv_block_size if hello is not None else 0
+def _length(entry: Submission) -> int:
+    """Tokens of its longest choice that goes on, with the prompt."""
     longest = max((len(entry.outputs[c]) for c in entry.open_choices), default=0)
-    return (len(entry.request.prompt) + longest - 1) % size + 1 if size else 0
+    return len(entry.request.prompt) + longest
+
+
+def _block_size(client: EngineClient) -> int:
+    """Tokens of a KV block; 0 without a prefix cache, or before the hello."""
+    return client.hello.kv_block_size if client.hello is not None else 0

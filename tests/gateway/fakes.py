@@ -41,6 +41,8 @@ from workers.requests.wire import (
     Abort,
     EngineHello,
     FromEngine,
+    Pause,
+    Paused,
     Ping,
     Prefetch,
     Prefetched,
@@ -122,6 +124,8 @@ class ScriptedEngine:
     error_timings: Timings | None = None
     requests: list[Request] = field(default_factory=list)
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    pauses: list[tuple[str, bool]] = field(default_factory=list)
+    standing: set[str] = field(default_factory=set)
     running: dict[str, set[int]] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
     solo_steps: list[str] = field(default_factory=list)
@@ -131,6 +135,7 @@ class ScriptedEngine:
     answers_pings: bool = True
     prefetches: list[Request] = field(default_factory=list)
     answers_prefetches: bool = True
+    answers_pauses: bool = True
     kv_block_size: int = 0
     reports: Callable[[Request, RequestStage], bool] = lambda request, stage: True
     """Whether it reports that a request is at a stage."""
@@ -229,6 +234,8 @@ class ScriptedEngine:
                 if self.answers_prefetches:
                     name, attempt = message.request.request_id, message.request.attempt
                     queue.put_nowait(Prefetched(request_id=name, attempt=attempt))
+            elif isinstance(message, Pause):
+                self._pause(message, queue)
             elif isinstance(message, Abort):
                 self._abort(message)
             elif isinstance(message, Request):
@@ -242,6 +249,14 @@ class ScriptedEngine:
                 task = asyncio.create_task(self._run(request, queue))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+
+    def _pause(self, pause: Pause, queue: Outgoing) -> None:
+        self.pauses.append((pause.request_id, pause.is_over))
+        if pause.is_over:
+            self.standing.discard(pause.request_id)
+        elif pause.request_id in self.running and self.answers_pauses:
+            self.standing.add(pause.request_id)
+            queue.put_nowait(Paused(request_id=pause.request_id))
 
     def _abort(self, abort: Abort) -> None:
         self.aborts.append((abort.request_id, abort.choices))
@@ -260,7 +275,8 @@ class ScriptedEngine:
             await asyncio.sleep(self.step_s)
             if num_steps == self.pause_after:
                 self.stuck.add(request.request_id)
-            if self.is_paused or num_steps == self.pause_after:
+            is_standing = request.request_id in self.standing
+            if self.is_paused or is_standing or num_steps == self.pause_after:
                 await asyncio.sleep(0.01)
                 continue
             outputs, num_steps = [], num_steps + 1

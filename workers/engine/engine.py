@@ -131,6 +131,8 @@ class Engine:
         self._deadlines = Deadlines()
         self._step_sampler = StepSampler(config, banks, model.head, is_exact, team)
         self._isolation = Isolation()
+        self._paused: set[str] = set()
+        """Request ids."""
         self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []
         self._num_received = 0
@@ -217,6 +219,20 @@ class Engine:
         """Whether a choice of this request waits or runs."""
         return request_id in self._requests
 
+    def pause(self, request_id: str) -> bool:
+        """Plan no rows of a request from now on; it keeps its blocks, unless it is preempted.
+
+        False if it is not here, or may be about to run alone, and goes on.
+        """
+        if request_id not in self._requests or request_id in self._isolation.suspects:
+            return False
+        self._paused.add(request_id)
+        return True
+
+    def resume(self, request_id: str) -> None:
+        """Plan rows of a paused request again."""
+        self._paused.discard(request_id)
+
     def begin_fetch(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> Fetch | None:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
         return self.kv_store.begin(hashes, found, num_spare=self._scheduler.num_running)
@@ -250,8 +266,11 @@ class Engine:
         return self._wanted(self._isolation.alone)
 
     def _wanted(self, alone: str | None) -> RowsWanted:
-        self._scheduler.restrict(self._isolation.suspects, alone)
+        self._restrict(alone)
         return replace(self._scheduler.wanted(), edge_share=self.runner.dispatcher.edge_share)
+
+    def _restrict(self, alone: str | None) -> None:
+        self._scheduler.restrict(self._isolation.suspects | self._paused, alone)
 
     def poll(self) -> list[TokenOutput]:
         """Outputs that need no step: choices past their deadline, or complete at receipt."""
@@ -272,7 +291,7 @@ class Engine:
         """
         grant = header.grant(self._rank)
         isolation = self._isolation
-        self._scheduler.restrict(isolation.suspects, isolation.alone if header.is_alone else None)
+        self._restrict(isolation.alone if header.is_alone else None)
         plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
         try:
             self._step_sampler.prepare(plan)
@@ -397,6 +416,7 @@ class Engine:
         if not left:
             del self._requests[request_id]
             self._isolation.forget(request_id)
+            self._paused.discard(request_id)
 
     # Numbers
 

@@ -149,14 +149,17 @@ class Scheduler:
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
         limit = self._max_rows - decodes
         admissible = list(self._admissible(limit - missing))
+        ready = [s for s in admissible if self._would_decode(s)]
+        admissible = [s for s in admissible if s not in ready] if ready else admissible
         missing += sum(map(self._num_to_compute, admissible))
         first = self._first_in_need()
         if first is not None:
             missing += self._num_to_compute(first)
         self._giving_way = self._who_gives_way(decoding, [*prefilling, *admissible], missing)
+        decodes += sum(s.request.tenant not in self._giving_way for s in ready)
+        prefill_rows = min(missing, self._max_rows - decodes)
         decodes -= sum(s.request.tenant in self._giving_way for s in decoding)
         is_alone = self._alone is not None
-        prefill_rows = min(missing, limit)
         return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
 
     def schedule(self, decode_rows: int, prefill_rows: int) -> StepPlan:
@@ -164,6 +167,7 @@ class Scheduler:
         self.preempted.clear()
         rows: list[PlannedRows] = []
         admissible: list[SequenceState] = []
+        ready = self._admit_ready(decode_rows) if self._waiting else ()
         if prefill_rows > 0:
             while (first := self._first_in_need()) is not None:
                 lower = [s for s in self._running if _yields_to_priority(s.request, first.request)]
@@ -172,7 +176,7 @@ class Scheduler:
         decoding, prefilling = self._make_room(decode_rows)
         self._gave_way = bool(self._giving_way)
         for sequence in decoding:
-            self._plan_decode(sequence, rows)
+            self._plan_decode(sequence, rows, is_admitted=sequence in ready)
         left = min(prefill_rows, self._max_rows - len(rows))
         kept = (s for s in prefilling if s.status is SequenceStatus.RUNNING)
         planned = sorted((*kept, *admissible), key=attrgetter("order"))
@@ -231,7 +235,7 @@ class Scheduler:
     ) -> Ending | None:
         """Returns how the sequence ended, if it did."""
         sequence = planned.sequence
-        if planned.is_admitted:
+        if sequence.num_cached_tokens is None:
             self.prefixes.count(sequence, planned.first)
         sequence.num_computed += planned.count
         self._served.charge(sequence, planned.count)
@@ -272,11 +276,13 @@ class Scheduler:
         is_shorter = 2 * num_held >= len(decoding) and num_missing <= num_held
         return above if is_shorter else frozenset()
 
-    def _plan_decode(self, sequence: SequenceState, rows: list[PlannedRows]) -> None:
+    def _plan_decode(
+        self, sequence: SequenceState, rows: list[PlannedRows], *, is_admitted: bool
+    ) -> None:
         missing = self._num_missing_blocks(sequence)
         if missing:  # most decodes go on in their last block
             self._extend(sequence, self._pool.allocate(missing))
-        rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, False))
+        rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, is_admitted))
 
     def _make_room(self, decode_rows: int) -> tuple[list[SequenceState], list[SequenceState]]:
         """Preempt sequences until there are blocks for the next rows of those that decode.
@@ -344,6 +350,22 @@ class Scheduler:
             seats -= 1
             max_rows -= sequence.num_tokens - len(found) * self._block_size
             yield sequence
+
+    def _would_decode(self, waiting: SequenceState) -> bool:
+        """All but its newest output token are known: it came from another worker."""
+        return bool(waiting.output) and self._num_to_compute(waiting) == 1
+
+    def _admit_ready(self, decode_rows: int) -> list[SequenceState]:
+        """Admit sequences that would decode, as many as were granted beside the running ones."""
+        decoding, _ = self._runnable()
+        spare = decode_rows - sum(s.request.tenant not in self._giving_way for s in decoding)
+        if spare <= 0:
+            return []
+        able = (s for s in self._admissible(self._max_rows) if self._would_decode(s))
+        ready = [s for s in able if s.request.tenant not in self._giving_way][:spare]
+        for sequence in ready:
+            self._admit(sequence)
+        return ready
 
     def _admit(self, sequence: SequenceState) -> int:
         """Move to running with blocks for all its tokens; returns how many were allocated."""

@@ -58,7 +58,7 @@ class RowsWanted:
     """What the next step could run, for the proposal to the leader."""
 
     decode_rows: int
-    """One per decoding sequence."""
+    """One per sequence of which only the newest output token is not computed."""
     prefill_rows: int
     """Prompt rows within the token budget."""
     edge_share: int = 0

@@ -53,7 +53,7 @@ from workers.requests.request import (
 )
 from workers.requests.sequence import Failure, failed
 from workers.requests.step_header import StepHeader
-from workers.requests.wire import Abort, EngineHello, Relieve
+from workers.requests.wire import Abort, EngineHello, Pause, Paused, Relieve
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.transport.path_watch import LOOK_S
@@ -265,7 +265,11 @@ class AttentionRuntime(WorkerRuntime):
             self._drop_gateway(engine, command.gateway)
         elif isinstance(command.message, Abort):
             self._abort(engine, command.gateway, command.message)
-        elif self._owners.get(command.message.request_id) == command.gateway:
+        elif self._owners.get(command.message.request_id) != command.gateway:
+            return  # it has ended
+        elif isinstance(command.message, Pause):
+            self._pause(engine, command.gateway, command.message)
+        else:
             engine.begin_solo_step(command.message)
 
     def _abort(self, engine: Engine, gateway: str, abort: Abort) -> None:
@@ -275,6 +279,15 @@ class AttentionRuntime(WorkerRuntime):
         if self._owners.get(abort.request_id) == gateway:
             engine.abort(abort.request_id, abort.choices)
             self._forget_ended(engine, abort.request_id)
+
+    def _pause(self, engine: Engine, gateway: str, pause: Pause) -> None:
+        """Keep a request out of further steps, and say so behind its last output."""
+        assert self._stream is not None
+        if pause.is_over:
+            engine.resume(pause.request_id)
+        elif engine.pause(pause.request_id):
+            self._stream.publish(gateway, Paused(request_id=pause.request_id))
+            self._stream.release()
 
     def _report_solo_steps(self, engine: Engine) -> None:
         """Report requests that run a step alone to their gateways, before and after."""
@@ -369,7 +382,6 @@ class AttentionRuntime(WorkerRuntime):
     def _receive(self, engine: Engine, command: AddRequest) -> None:
         """Hand a request to the engine, or let it wait for KV blocks, then for its grammar."""
         self._compilations.drop(command.request.request_id)
-        self._fetches.drop(command.request.request_id)
         if not self._fetches.put(command):
             self._prepare(engine, command)
 

@@ -45,6 +45,7 @@ from workers.requests.wire import (
     TO_ENGINE,
     EngineHello,
     KvResync,
+    Paused,
     Prefetch,
     Prefetched,
     Relieve,
@@ -61,7 +62,7 @@ _FREE_SHARE = 0.25
 """Change of the number of free blocks that gateways learn at once."""
 _ABORT_LIMIT_S = 1.0
 """Limit for sending a gateway that it is dropped; its connection may be blocked."""
-OneGateway: TypeAlias = StepOutput | SoloStep | Queued | Prefetched | Relieve
+OneGateway: TypeAlias = StepOutput | SoloStep | Queued | Prefetched | Paused | Relieve
 """Messages about requests of one gateway."""
 _MAY_NOT_SERVE = "this worker may not serve now"
 _Context = grpc.aio.ServicerContext[bytes, bytes]

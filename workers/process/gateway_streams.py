@@ -25,7 +25,7 @@ from workers.process.intake.commands import (
 )
 from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
-from workers.requests.wire import FROM_ENGINE, Abort, FromEngine, Ping, Prefetch, ToEngine
+from workers.requests.wire import FROM_ENGINE, Abort, FromEngine, Pause, Ping, Prefetch, ToEngine
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class GatewayStreams:
                 self._inbox.put(AddRequest(stream.name, message, now, *hashes[:1]))
             case Prefetch():
                 self._inbox.put(PrefetchAsked(stream.name, message.request, hashes))
-            case Abort() | SoloStep():
+            case Abort() | Pause() | SoloStep():
                 self._inbox.put(MessageTaken(stream.name, message))
             case Ping():
                 self.send(stream.name, message)

@@ -64,14 +64,14 @@ def block_hashes(
 def sequence_hashes(
     request: Request, choice: int, block_size: int, length_matters_above: int | None
 ) -> tuple[BlockHash, ...]:
-    """Hashes of the full blocks of a choice, prompt and output so far, but for its newest token.
+    """Hashes of the full blocks of a choice, prompt and output so far.
 
-    That one has no keys and values yet.
+    Its newest token has keys and values only once the step has ended that draws the next one.
     """
     known: list[BlockHash] = []
     parent = request_root(request, length_matters_above)
     tokens = (*request.prompt, *request.output_so_far[choice])
-    for last in range(block_size, len(tokens), block_size):
+    for last in range(block_size, len(tokens) + 1, block_size):
         parent = chain_hash(parent, tokens[last - block_size : last])
         known.append(parent)
     return tuple(known)

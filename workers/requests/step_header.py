@@ -29,7 +29,7 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     """A later proposal of a rank for the same step replaces the earlier one."""
     rank: Count
     decode_rows: Rows
-    """Rows of running sequences, one token each."""
+    """Rows of sequences that lack only their newest output token."""
     prefill_rows: Rows
     edge_share: Share = 0
     """Largest share of its decode rows, in thousandths, that one expert rank needed of late; 0: not

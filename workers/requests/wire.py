@@ -5,9 +5,10 @@ One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``clus
     gateway                                      attention worker
     (see ``workers.requests.stream_handshake``)
                                          <-      EngineHello (what requests may ask for)
-    Request, Prefetch, Abort, Ping, SoloStep, KvResync ->
+    Request, Prefetch, Pause, Abort, Ping,
+    SoloStep, KvResync                   ->
                                          <-      Queued, StepOutput, Ping, SoloStep, KvEvents,
-                                                 Prefetched, Relieve
+                                                 Prefetched, Paused, Relieve
 
 Both ends are of one release.
 """
@@ -77,6 +78,24 @@ class Prefetched(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     attempt: Count
 
 
+class Pause(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """A request is about to leave for another worker: no further step runs rows of it.
+
+    ``Paused`` is the answer, after the last of its outputs. So the other worker need not compute a
+    token that is already being computed here.
+    """
+
+    request_id: str
+    is_over: bool = False
+    """It stays after all, and goes on; without an answer."""
+
+
+class Paused(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """All outputs of the request were sent, and no step computes more."""
+
+    request_id: str
+
+
 class Relieve(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """The worker runs out of KV blocks, and would soon preempt this request.
 
@@ -105,8 +124,10 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """A gateway missed ``KvEvents``: the worker answers with all blocks."""
 
 
-ToEngine: TypeAlias = Request | Prefetch | Abort | Ping | SoloStep | KvResync
-FromEngine: TypeAlias = Queued | Prefetched | Relieve | StepOutput | Ping | SoloStep | KvEvents
+ToEngine: TypeAlias = Request | Prefetch | Pause | Abort | Ping | SoloStep | KvResync
+FromEngine: TypeAlias = (
+    Queued | Prefetched | Paused | Relieve | StepOutput | Ping | SoloStep | KvEvents
+)
 ENGINE_HELLO: Codec[EngineHello] = Codec(EngineHello, "an engine's hello", HandshakeError)
 TO_ENGINE: Codec[ToEngine] = Codec(ToEngine, "a message to an engine")
 FROM_ENGINE: Codec[FromEngine] = Codec(FromEngine, "a message of an engine")

@@ -28,7 +28,7 @@ from workers.requests.request import (
     TokenOutput,
 )
 from workers.requests.stream_handshake import WorkerHandshake
-from workers.requests.wire import TO_ENGINE, Abort, Prefetched, ToEngine
+from workers.requests.wire import TO_ENGINE, Abort, Paused, Prefetched, ToEngine
 
 
 class ListSink:
@@ -69,6 +69,9 @@ class ListOwner:
         pass
 
     def prefetched(self, client: EngineClient, message: Prefetched) -> None:
+        pass
+
+    def paused(self, client: EngineClient, message: Paused) -> None:
         pass
 
     def relieve(self, client: EngineClient, entry: Submission) -> None:

@@ -53,6 +53,7 @@ def test_a_request_goes_over_once_its_blocks_are_there(workers: Workers) -> None
     assert [len(ids) for ids in prefetch.output_so_far] == [5]
     assert (request.attempt, request.kv_peer, request.num_deaths) == (1, "", 0)
     assert request.output_so_far == prefetch.output_so_far
+    assert source.pauses == [(request.request_id, False)]
     assert [name for name, _ in source.aborts] == [request.request_id]
     assert metric(workers, "requests_replayed_total", "moved") == 1.0
     assert metric(workers, "tokens_recomputed_total", "moved") == 0.0
@@ -148,6 +149,39 @@ def test_a_request_stays_when_its_worker_does(workers: Workers) -> None:
     assert target.requests == []
 
 
+def test_a_worker_that_does_not_pause_is_left_all_the_same(workers: Workers) -> None:
+    source, (answer,) = running(workers)
+    source.answers_pauses = False
+    target = workers.add(script=ALPHABET)
+    drain(workers)
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert (len(source.pauses), len(target.requests)) == (1, 1)
+    assert metric(workers, "requests_replayed_total", "moved") == 1.0
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["the worker stays", "the other is lost"])
+def test_a_paused_request_that_stays_goes_on(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    monkeypatch.setattr(moves, "_PAUSE_LIMIT_S", WAIT_S)
+    source, (answer,) = running(workers)
+    source.answers_pauses = False
+    target = workers.add(script=ALPHABET)
+    drain(workers)
+    workers.stack.wait_for(lambda: bool(source.pauses), "the pause")
+    if is_lost:
+        workers.stop(target)
+        workers.stack.wait_for(lambda: len(workers.stack.engines.clients) == 0, "its loss")
+    else:
+        drain(workers, attention_0="SERVING")
+    workers.stack.wait_for(lambda: len(source.pauses) == 2, "the end of the pause")
+    (name, is_over), (same, is_over_now) = source.pauses
+    assert (name, is_over, is_over_now) == (same, False, True)
+    source.pause_after = None
+    assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert (source.aborts, target.requests) == ([], [])
+
+
 def test_new_requests_go_to_the_others(workers: Workers) -> None:
     source, (answer,) = running(workers)
     target = workers.add(script=ALPHABET, answers_prefetches=False)
@@ -232,5 +266,5 @@ def test_a_move_waits_for_a_full_block(workers: Workers) -> None:
         for request in (*target.prefetches, *target.requests)
     ]
     assert len(lengths) == 3
-    assert (lengths[1] - 1) % 16 < moves.FEW_TOKENS, "a token has just filled a block"
-    assert lengths[2] > lengths[1]
+    assert lengths[1] % 16 == 0, "a token has just completed a block"
+    assert lengths[2] >= lengths[1]

@@ -25,6 +25,7 @@ from cluster.core.errors import (
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import LocalEngine, block_bytes
+from workers.engine.step_plan import RowsWanted
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
 
@@ -385,6 +386,44 @@ def test_abort_of_one_choice_and_of_all(tiny_checkpoint: Path) -> None:
     assert not engine.engine.has_work
     assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
     assert engine.engine.stats()["choices_abort_total"] == 3
+
+
+def test_a_paused_request_stands_still_and_goes_on(tiny_checkpoint: Path) -> None:
+    engine = LocalEngine(tiny_checkpoint)
+    request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY, n=2)
+    expected = engine.run([request])
+    engine.engine.add_request(request)
+    engine.engine.add_request(structs.replace(request, request_id="b", n=1))
+    first = engine.step()
+    assert engine.engine.pause("a")
+    assert not engine.engine.pause("unknown")
+    assert {o.request_id for o in engine.step()} == {"b"}
+    engine.engine.abort("b")
+    assert engine.engine.wanted() == RowsWanted(decode_rows=0, prefill_rows=0)
+    assert engine.engine.has_work
+    engine.engine.resume("a")
+    found = [o for o in first if o.request_id == "a"]
+    while engine.engine.has_work:
+        found += engine.step()
+    for choice in range(2):
+        outputs = [o for o in found if o.choice == choice]
+        assert tokens(outputs) == tokens(expected["a", choice])
+
+
+def test_a_newer_attempt_is_not_paused(tiny_checkpoint: Path) -> None:
+    engine = LocalEngine(tiny_checkpoint)
+    request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY)
+    engine.engine.add_request(request)
+    assert engine.engine.pause("a")
+    outputs = engine.run([structs.replace(request, attempt=1)])
+    assert len(tokens(outputs["a", 0])) == 12
+
+
+def test_a_request_that_may_run_alone_is_not_paused(tiny_checkpoint: Path) -> None:
+    engine = LocalEngine(tiny_checkpoint)
+    request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY, num_deaths=2)
+    engine.engine.add_request(request)
+    assert not engine.engine.pause("a")
 
 
 def test_not_a_number_fails_that_request_alone(tmp_path: Path) -> None:

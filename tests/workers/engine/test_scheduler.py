@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from workers.engine.scheduler import Scheduler
-from workers.engine.step_plan import StepPlan
+from workers.engine.step_plan import RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import FinishReason, Request, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
@@ -475,6 +475,28 @@ def test_resubmitted_output_is_prefilled_with_the_prompt() -> None:
     assert desk.step() == {sequence: FinishReason.LENGTH}
 
 
+def test_a_sequence_that_lacks_one_token_is_admitted_as_a_decode() -> None:
+    desk = Desk()
+    (old,) = desk.add(6)
+    for _ in range(3):
+        desk.step()
+    (moved,) = desk.add(6, first_token=10, output=tuple(old.output))
+    assert desk.scheduler.wanted() == RowsWanted(decode_rows=2, prefill_rows=0)
+    assert rows(desk.scheduler.schedule(1, 0)) == [("r0", 8, 1, True)], "less was granted"
+    assert moved.status is SequenceStatus.WAITING
+    plan = desk.plan()
+    assert rows(plan) == [("r0", 8, 1, True), ("r1", 8, 1, True)]
+    desk.scheduler.abandon(plan)
+    desk.scheduler.check_integrity()
+    assert moved.status is SequenceStatus.WAITING
+    desk.add(5)
+    plan = desk.plan()
+    assert rows(plan) == [("r0", 8, 1, True), ("r1", 8, 1, True), ("r2", 0, 5, False)]
+    desk.commit(plan)
+    assert moved.output == old.output
+    assert moved.num_cached_tokens == 6
+
+
 def test_tokens_of_any_range() -> None:
     desk = Desk()
     (sequence,) = desk.add(3, output=(60, 61, 62))
@@ -495,6 +517,11 @@ def test_random_life_ends_with_everything_done_and_free(seed: int) -> None:
             alive += desk.add(
                 rng.randint(1, 24), params, priority=rng.randint(0, 1), n=rng.choice((1, 1, 3))
             )
+        if alive and turn < 300 and rng.random() < 0.1:
+            other = rng.choice(alive)  # it comes again with what it has
+            first, output = other.request.prompt[0], tuple(other.output)
+            params = SamplingParams(max_tokens=len(output) + 2)
+            alive += desk.add(other.prompt_length, params, first_token=first, output=output)
         if alive and rng.random() < 0.05:
             desk.scheduler.remove(rng.choice(alive))
         wanted = desk.scheduler.wanted()

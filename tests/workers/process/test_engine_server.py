@@ -202,7 +202,7 @@ def test_a_prefetch_comes_with_the_hashes_of_each_open_choice() -> None:
     inbox, facts = Inbox(came.set), structs.replace(FACTS, kv_block_size=16)
     server = EngineServer("127.0.0.1", TOKEN, inbox, lambda: facts)
     stream = EngineStream(server.start())
-    outputs = ((1,) * 12, (2,) * 13, (3,) * 30)
+    outputs = ((1,) * 11, (2,) * 12, (3,) * 30)
     request = structs.replace(
         REQUEST, prompt=tuple(range(20)), n=3, output_so_far=outputs, closed_choices=(2,)
     )
@@ -212,7 +212,7 @@ def test_a_prefetch_comes_with_the_hashes_of_each_open_choice() -> None:
     stream.close()
     server.stop()
     assert isinstance(asked, PrefetchAsked)
-    assert [len(chain) for chain in asked.chains] == [1, 2], "but for the newest token"
+    assert [len(chain) for chain in asked.chains] == [1, 2], "the newest token completes one"
     assert asked.chains[0][0] == asked.chains[1][0] == block_hashes(request, 16, None)[0]
 
 

@@ -34,6 +34,8 @@ from workers.requests.wire import (
     EngineHello,
     FromEngine,
     KvResync,
+    Pause,
+    Paused,
     Ping,
     ToEngine,
 )
@@ -159,6 +161,8 @@ def test_kv_events_survive_the_wire() -> None:
         Abort(request_id="r"),
         Abort(request_id="r", choices=(0, 2)),
         Ping(number=7),
+        Pause(request_id="r"),
+        Pause(request_id="r", is_over=True),
         KvResync(),
         SoloStep(request_id="r", attempt=1, is_over=True),
     ],
@@ -174,6 +178,7 @@ def test_a_gateways_small_messages_survive_the_wire(message: ToEngine) -> None:
         Ping(number=7),
         SoloStep(request_id="r", attempt=1),
         Queued(request_id="r", attempt=1),
+        Paused(request_id="r"),
     ],
     ids=repr,
 )

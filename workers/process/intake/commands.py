@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
-from workers.requests.wire import Abort
+from workers.requests.wire import Abort, Pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class PrefetchAsked:
 
 @dataclass(frozen=True, slots=True)
 class MessageTaken:
-    """A gateway aborts a request, or has noted which one runs the next step alone."""
+    """A gateway aborts or pauses a request, or has noted which one runs the next step alone."""
 
     gateway: str
-    message: Abort | SoloStep
+    message: Abort | Pause | SoloStep
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 A few prefixes are fetched at a time, straight into blocks that are held for them. When a fetch
 fails or takes too long, the engine computes the missing blocks. Blocks of a request that still
-decodes at the peer can be fetched ahead of it (``prefetch``).
+decodes at the peer can be fetched ahead of it (``prefetch``); if it comes before they are here, it
+waits for them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
 from workers.process.intake.commands import AddRequest, PrefetchAsked
 from workers.process.intake.waiting import Job, WaitingRequests
 from workers.requests.block_hash import BlockHash
+from workers.requests.request import Request
 from workers.requests.wire import Prefetched
 from workers.transport.peer_link import MAX_ITEMS, Peer, PeerClient, view_bytes
 
@@ -35,9 +37,9 @@ MAX_FETCHING = 4
 """Prefixes that are fetched at the same time; requests with other prefixes compute theirs."""
 
 
-@dataclass(slots=True, eq=False)
-class _Prefetch:
-    """A request whose blocks come ahead of it."""
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Prefetch(Job):
+    """A request whose blocks come ahead of it; it may have come meanwhile, and wait."""
 
     asked: PrefetchAsked
     num_begun: int = 0
@@ -83,6 +85,8 @@ class KvFetches(WaitingRequests):
         self._jobs: list[_Job] = []
         self._prefetches: list[_Prefetch] = []
         """Those that are not done, oldest first."""
+        self._ready: list[AddRequest] = []
+        """Requests whose prefetches are done."""
         self._prefetched: list[tuple[str, Prefetched]] = []
         self.cost = FetchCost()
         """What fetching costs, as measured."""
@@ -95,8 +99,17 @@ class KvFetches(WaitingRequests):
         return self.cost.ratio(self._clock()) if self._limit_s else math.inf
 
     def put(self, command: AddRequest) -> bool:
-        """Let a request wait for blocks; False where there is nothing to wait for."""
+        """Let a request wait for blocks; False where there is nothing to wait for.
+
+        It replaces an older attempt that waits here.
+        """
         request = command.request
+        self._keep(lambda waiting: waiting.request.request_id != request.request_id)
+        if (prefetch := self._prefetch_of(request)) is not None:
+            prefetch.waiting.append(command)
+            prefetch.deadline_s = self._clock() + self._limit_s
+            self._count()
+            return True
         peer = self._peers(request.kv_peer) if self.fetch_cost < 1 else None
         if peer is None:
             return False
@@ -126,17 +139,23 @@ class KvFetches(WaitingRequests):
             found += job.waiting
             job.waiting, job.deadline_s = [], math.inf  # blocks stay held until the thread ends
             job.ahead_of = None
-        self._count()
+        for prefetch in [p for p in self._prefetches if now >= p.deadline_s]:
+            self._prefetches.remove(prefetch)
+            found += prefetch.waiting
         self._go_on_ahead()
+        found += self._ready
+        self._ready = []
+        self._count()
         return found
 
     def prefetch(self, asked: PrefetchAsked) -> None:
         """Fetch the blocks of a request that comes later; ``take_prefetched`` tells when."""
-        self._prefetches.append(_Prefetch(asked))
+        self._prefetches.append(_Prefetch(asked=asked))
         self._go_on_ahead()
 
     def take_prefetched(self) -> list[tuple[str, Prefetched]]:
-        """(gateway, answer) of the requests whose blocks are here, as far as they could come."""
+        """(gateway, answer) of the requests whose blocks are here, as far as they could come, and
+        that have not come before."""
         done, self._prefetched = self._prefetched, []
         return done
 
@@ -157,8 +176,20 @@ class KvFetches(WaitingRequests):
             'kv_migration_failures_total{reason="prefix"}': float(self._num_failed),
         }
 
-    def _all_jobs(self) -> list[_Job]:
-        return self._jobs
+    def _all_jobs(self) -> list[Job]:
+        return [*self._jobs, *self._prefetches]
+
+    def _prefetch_of(self, request: Request) -> _Prefetch | None:
+        """The prefetch of a request that has just come; those of older attempts are given up."""
+        found = None
+        for prefetch in tuple(self._prefetches):
+            asked = prefetch.asked.request
+            if asked.request_id == request.request_id:
+                if asked.attempt + 1 == request.attempt:
+                    found = prefetch
+                else:
+                    self._prefetches.remove(prefetch)
+        return found
 
     def _keep_prefetches(self, is_wanted: Callable[[PrefetchAsked], bool]) -> None:
         self._prefetches = [p for p in self._prefetches if is_wanted(p.asked)]
@@ -170,6 +201,9 @@ class KvFetches(WaitingRequests):
                 continue
             if not self._begin_next(prefetch) and prefetch.num_begun == len(prefetch.asked.chains):
                 self._prefetches.remove(prefetch)
+                self._ready += prefetch.waiting
+                if prefetch.waiting:
+                    continue
                 request = prefetch.asked.request
                 answer = Prefetched(request_id=request.request_id, attempt=request.attempt)
                 self._prefetched.append((prefetch.asked.gateway, answer))

@@ -357,6 +357,57 @@ def test_a_prefetch_is_answered_when_its_peer_fails(tiny_checkpoint: Path, silen
     found.check_free()
 
 
+def test_a_request_waits_for_blocks_that_come_ahead_of_it(
+    tiny_checkpoint: Path, silent: Silent
+) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    moving = request_of("r", kv_peer="attention-0", output_so_far=((1, 2),))
+    come = add(replace(moving, attempt=1, kv_peer=""))
+    with closing(found.fetches) as fetches:
+        fetches.prefetch(ahead(moving))
+        assert fetches.put(come)
+        assert (fetches.num_waiting, fetches.owner("r")) == (1, "g")
+        silent.hang_up()
+        found.wait()
+        assert fetches.take() == [come]
+        assert fetches.take_prefetched() == [], "who has sent it need not know"
+        assert fetches.num_waiting == 0
+
+        fetches.prefetch(ahead(moving))
+        assert fetches.put(come)
+        found.late_s = 2 * TIMEOUT_S
+        assert fetches.take() == [come], "it has waited long enough"
+        found.late_s = 0.0
+        assert fetches.wait_s(60.0) == 60.0
+        silent.hang_up()
+        found.wait()
+        assert fetches.take() == []
+
+        fetches.prefetch(ahead(moving))
+        assert fetches.put(come)
+        fetches.drop("r")
+        silent.hang_up()
+        found.wait()
+        assert fetches.take() == []
+        assert fetches.take_prefetched() == []
+    found.check_free()
+
+
+def test_an_attempt_does_not_wait_for_blocks_of_an_older_one(
+    tiny_checkpoint: Path, silent: Silent
+) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    moving = request_of("r", kv_peer="attention-0", output_so_far=((1, 2),))
+    with closing(found.fetches) as fetches:
+        fetches.prefetch(ahead(moving))
+        assert not fetches.put(add(replace(moving, attempt=2, kv_peer="")))
+        silent.hang_up()
+        found.wait()
+        assert fetches.take() == []
+        assert fetches.take_prefetched() == []
+    found.check_free()
+
+
 def test_prefetches_wait_for_a_thread_and_can_be_dropped(
     tiny_checkpoint: Path, silent: Silent
 ) -> None:
