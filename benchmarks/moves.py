@@ -148,8 +148,10 @@ def _resubmissions(gateway: ClusterGateway) -> Iterator[list[float]]:
         count(entry)
 
     gateway.engines.on_resubmit = note
-    yield times
-    gateway.engines.on_resubmit = count
+    try:
+        yield times
+    finally:
+        gateway.engines.on_resubmit = count
 
 
 def _wait_whole(cluster: RayCluster, gateway: ClusterGateway) -> None:

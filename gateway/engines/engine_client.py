@@ -158,6 +158,11 @@ class EngineClient:
         """Tokens that this worker's requests may still need."""
         return sum(entry.outstanding_tokens for entry in self._submissions.values())
 
+    @property
+    def num_requests(self) -> int:
+        """Requests of this worker."""
+        return len(self._submissions)
+
     def requests_at(self, stage: RequestStage) -> list[Submission]:
         """Requests of this worker that are so far, as it has said."""
         return [entry for entry in self._submissions.values() if entry.stage is stage]
@@ -185,10 +190,16 @@ class EngineClient:
         """Have the worker fetch the KV blocks of a request that decodes at another one."""
         self._outgoing.put_nowait(Prefetch(request=replace(entry.so_far(), kv_peer=source)))
 
-    def pause(self, entry: Submission, *, is_over: bool = False) -> None:
-        """Have a request of this worker stand still before it leaves; ``is_over``: it stays."""
+    def pause(self, entry: Submission, num_tokens: int) -> None:
+        """Have a request of this worker stand still before it leaves, once each of its choices has
+        so many tokens with the prompt.
+        """
         name = entry.request.request_id
-        self._outgoing.put_nowait(Pause(request_id=name, is_over=is_over))
+        self._outgoing.put_nowait(Pause(request_id=name, num_tokens=num_tokens))
+
+    def resume(self, entry: Submission) -> None:
+        """Have a paused request of this worker go on."""
+        self._outgoing.put_nowait(Pause(request_id=entry.request.request_id, is_over=True))
 
     def give_up(self, entry: Submission) -> None:
         """A request of this worker continues elsewhere."""

@@ -4,17 +4,18 @@ A worker that is drained keeps its stream until its requests have left:
 
     Prefetch to another worker ─▶ it fetches the blocks, the first worker decodes on ─▶ Prefetched
         ─▶ again, if many tokens came meanwhile
-        ─▶ once more for the block that becomes full in the step in progress,
-           and Pause to the first worker, which ends that step ─▶ Paused ─▶ the request goes over
+        ─▶ once more for the block that the step in progress completes
+        ─▶ Pause to the first worker, which ends its step ─▶ Paused ─▶ the request goes over
 
 So does a request that its worker would have to preempt, where another worker has room.
 
-The other worker computes only the newest token, while nobody else does: the pause of a stream does
-not grow with its length. A request that leaves a worker without blocks does not wait for a full
-one, and the other worker computes the tokens behind the last full one, too. When either worker
+The other worker computes the few tokens behind that block: the pause of a stream does not grow with
+its length. Where the two workers have nothing else to do, the pause begins with the block, which
+comes at once: a single token is left then. Where they have, they answer only between steps, and the
+request decodes on until the block is there. A request of a worker that runs out of blocks waits for
+no full one. When either worker
 dies, or blocks do not come, the request continues as always, from its tokens. Source of the idea:
-Llumnix (OSDI 2024), section 4.2, which copies the last blocks while nobody decodes; here they are
-computed.
+Llumnix (OSDI 2024), section 4.2, which copies the last blocks while nobody decodes.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ MAX_MOVING = 4
 """Requests of one worker that are on their way at the same time: each adds rows to a step of the
 other worker, and requests that go over together delay each other."""
 MAX_LEFT_TOKENS = 32
-"""Tokens since the last ``Prefetch`` up to which a request goes over."""
+"""Tokens since the last ``Prefetch`` up to which a move goes on to its last block."""
 MAX_ROUNDS = 4
 """Prefetches of one move, however many tokens come meanwhile."""
 _ANSWER_LIMIT_S = 5.0
 """Longest wait for ``Prefetched``."""
 _BLOCK_LIMIT_S = 2.0
 """Longest wait for a full block."""
-_PAUSE_LIMIT_S = 0.2
-"""Longest wait for ``Paused``; then the request goes over all the same."""
+_PAUSE_LIMIT_S = 2.0
+"""Longest wait for ``Paused``, for a step or two; then the request goes over all the same."""
 _RETRY_S = 0.2
 """Pause while there is no other worker."""
 
@@ -54,6 +55,7 @@ class _Stage(Enum):
 
     BLOCKS = "the blocks that were full when it began, and those that came meanwhile"
     FULL_BLOCK = "the last token of a block, whose keys and values the step in progress computes"
+    LAST_BLOCK = "that block"
     PAUSED = "that its worker computes no more of it; then the request goes over"
 
 
@@ -119,12 +121,15 @@ class Moves:
     def prefetched(self, target: EngineClient, message: Prefetched) -> None:
         """A worker has fetched what it could."""
         move = self._moves.get(message.request_id)
-        if move is None or move.target is not target or move.stage is not _Stage.BLOCKS:
+        fetches = (_Stage.BLOCKS, _Stage.LAST_BLOCK)
+        if move is None or move.target is not target or move.stage not in fetches:
             return
         if message.attempt != move.entry.request.attempt or self._is_over(move):
             return
         num_new = move.entry.num_known_tokens - move.num_tokens
-        if num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
+        if move.stage is _Stage.LAST_BLOCK:
+            self._pause(move)
+        elif num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
             self._prefetch(move)
         elif self._must_leave(move) and _block_size(target):
             move.stage = _Stage.FULL_BLOCK
@@ -178,22 +183,24 @@ class Moves:
     def _look_for_block(self, move: _Move) -> None:
         """Let the request go over if its newest token completes a block."""
         if move.stage is _Stage.FULL_BLOCK and not self._is_over(move):
-            size = _block_size(move.target)
-            if size and _length(move.entry) % size == 0:
+            size, length = _block_size(move.target), _length(move.entry)
+            if size and length % size == 0:
+                move.stage = _Stage.LAST_BLOCK
                 self._prefetch(move)
-                self._pause(move)
+                if _are_idle(move):
+                    self._pause(move, length + 1)
 
-    def _pause(self, move: _Move) -> None:
+    def _pause(self, move: _Move, num_tokens: int = 0) -> None:
         if not self._is_over(move):
             move.stage = _Stage.PAUSED
-            move.source.pause(move.entry)
+            move.source.pause(move.entry, num_tokens)
             self._set_timer(move, _PAUSE_LIMIT_S, self._finish)
 
     def _stay(self, move: _Move) -> None:
         """Give a move up; its worker goes on with the request."""
         self._forget(move)
         if move.stage is _Stage.PAUSED:
-            move.source.pause(move.entry, is_over=True)
+            move.source.resume(move.entry)
 
     def _begin_again(self, move: _Move) -> None:
         """Its other worker is gone; where it may stay, it does."""
@@ -244,10 +251,15 @@ class Moves:
         self._moves.pop(move.entry.request.request_id, None)
 
 
+def _are_idle(move: _Move) -> bool:
+    """Neither worker has another request of this gateway: they begin no step meanwhile."""
+    return move.source.num_requests + move.target.num_requests == 1
+
+
 def _length(entry: Submission) -> int:
-    """Tokens of its longest choice that goes on, with the prompt."""
-    longest = max((len(entry.outputs[c]) for c in entry.open_choices), default=0)
-    return len(entry.request.prompt) + longest
+    """Tokens of its shortest choice that goes on, with the prompt."""
+    shortest = min((len(entry.outputs[c]) for c in entry.open_choices), default=0)
+    return len(entry.request.prompt) + shortest
 
 
 def _block_size(client: EngineClient) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import math
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -124,8 +125,10 @@ class ScriptedEngine:
     error_timings: Timings | None = None
     requests: list[Request] = field(default_factory=list)
     aborts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    pauses: list[tuple[str, bool]] = field(default_factory=list)
-    standing: set[str] = field(default_factory=set)
+    pauses: list[Pause] = field(default_factory=list)
+    to_pause: dict[str, int] = field(default_factory=dict)
+    """Tokens that a request must have, by request id."""
+    paused: set[str] = field(default_factory=set)
     running: dict[str, set[int]] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
     solo_steps: list[str] = field(default_factory=list)
@@ -235,7 +238,7 @@ class ScriptedEngine:
                     name, attempt = message.request.request_id, message.request.attempt
                     queue.put_nowait(Prefetched(request_id=name, attempt=attempt))
             elif isinstance(message, Pause):
-                self._pause(message, queue)
+                self._pause(message)
             elif isinstance(message, Abort):
                 self._abort(message)
             elif isinstance(message, Request):
@@ -250,13 +253,12 @@ class ScriptedEngine:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    def _pause(self, pause: Pause, queue: Outgoing) -> None:
-        self.pauses.append((pause.request_id, pause.is_over))
+    def _pause(self, pause: Pause) -> None:
+        self.pauses.append(pause)
         if pause.is_over:
-            self.standing.discard(pause.request_id)
-        elif pause.request_id in self.running and self.answers_pauses:
-            self.standing.add(pause.request_id)
-            queue.put_nowait(Paused(request_id=pause.request_id))
+            self.paused.discard(pause.request_id)
+        elif self.answers_pauses:
+            self.to_pause[pause.request_id] = pause.num_tokens
 
     def _abort(self, abort: Abort) -> None:
         self.aborts.append((abort.request_id, abort.choices))
@@ -275,8 +277,13 @@ class ScriptedEngine:
             await asyncio.sleep(self.step_s)
             if num_steps == self.pause_after:
                 self.stuck.add(request.request_id)
-            is_standing = request.request_id in self.standing
-            if self.is_paused or is_standing or num_steps == self.pause_after:
+            length = len(request.prompt) + min(at[choice] for choice in open_choices)
+            if length >= self.to_pause.get(request.request_id, sys.maxsize):
+                del self.to_pause[request.request_id]
+                self.paused.add(request.request_id)
+                queue.put_nowait(Paused(request_id=request.request_id))
+            is_paused = self.is_paused or request.request_id in self.paused
+            if is_paused or num_steps == self.pause_after:
                 await asyncio.sleep(0.01)
                 continue
             outputs, num_steps = [], num_steps + 1

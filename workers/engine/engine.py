@@ -131,8 +131,9 @@ class Engine:
         self._deadlines = Deadlines()
         self._step_sampler = StepSampler(config, banks, model.head, is_exact, team)
         self._isolation = Isolation()
+        self._to_pause: dict[str, int] = {}
+        """Request id -> tokens that each of its choices must have before."""
         self._paused: set[str] = set()
-        """Request ids."""
         self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []
         self._num_received = 0
@@ -219,19 +220,27 @@ class Engine:
         """Whether a choice of this request waits or runs."""
         return request_id in self._requests
 
-    def pause(self, request_id: str) -> bool:
-        """Plan no rows of a request from now on; it keeps its blocks, unless it is preempted.
-
-        False if it is not here, or may be about to run alone, and goes on.
+    def pause(self, request_id: str, num_tokens: int = 0) -> None:
+        """Plan no rows of a request any more, once each of its choices has so many tokens with the
+        prompt; it keeps its blocks, unless it is preempted. Unknown ids are ignored.
         """
-        if request_id not in self._requests or request_id in self._isolation.suspects:
-            return False
-        self._paused.add(request_id)
-        return True
+        if request_id in self._requests:
+            self._to_pause[request_id] = num_tokens
 
     def resume(self, request_id: str) -> None:
         """Plan rows of a paused request again."""
+        self._to_pause.pop(request_id, None)
         self._paused.discard(request_id)
+
+    def take_paused(self) -> list[str]:
+        """Requests that are paused from now on; none that may be about to run alone."""
+        found = []
+        for name in self._to_pause.keys() - self._isolation.suspects:
+            if min(s.num_tokens for s in self._requests[name]) >= self._to_pause[name]:
+                del self._to_pause[name]
+                found.append(name)
+        self._paused.update(found)
+        return found
 
     def begin_fetch(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> Fetch | None:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
@@ -416,7 +425,7 @@ class Engine:
         if not left:
             del self._requests[request_id]
             self._isolation.forget(request_id)
-            self._paused.discard(request_id)
+            self.resume(request_id)
 
     # Numbers
 

@@ -148,17 +148,16 @@ class Scheduler:
         decoding, prefilling = self._runnable()
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
         limit = self._max_rows - decodes
-        admissible = list(self._admissible(limit - missing))
-        ready = [s for s in admissible if self._would_decode(s)]
-        admissible = [s for s in admissible if s not in ready] if ready else admissible
+        ready = self._ready(limit)
+        admissible = [s for s in self._admissible(limit - missing) if s not in ready]
         missing += sum(map(self._num_to_compute, admissible))
         first = self._first_in_need()
         if first is not None:
             missing += self._num_to_compute(first)
         self._giving_way = self._who_gives_way(decoding, [*prefilling, *admissible], missing)
-        decodes += sum(s.request.tenant not in self._giving_way for s in ready)
+        decodes += sum(not self._gives_way(s) for s in ready)
         prefill_rows = min(missing, self._max_rows - decodes)
-        decodes -= sum(s.request.tenant in self._giving_way for s in decoding)
+        decodes -= sum(map(self._gives_way, decoding))
         is_alone = self._alone is not None
         return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
 
@@ -172,7 +171,9 @@ class Scheduler:
             while (first := self._first_in_need()) is not None:
                 lower = [s for s in self._running if _yields_to_priority(s.request, first.request)]
                 self._preempt(lower[-1] if self._alone is None else self._last())
-            admissible += self._admissible(prefill_rows)  # decodes leave them blocks: see _reserve
+            # Decodes leave them blocks: see _reserve.
+            able = self._admissible(prefill_rows)
+            admissible += (s for s in able if not (self._gives_way(s) and self._would_decode(s)))
         decoding, prefilling = self._make_room(decode_rows)
         self._gave_way = bool(self._giving_way)
         for sequence in decoding:
@@ -291,10 +292,10 @@ class Scheduler:
         """
         while True:
             decoding, prefilling = self._runnable()
-            others = [s for s in decoding if s.request.tenant not in self._giving_way]
+            others = [s for s in decoding if not self._gives_way(s)]
             if decode_rows <= len(others):
                 decoding = others
-            else:  # granted before they were to give way
+            else:  # more is granted: it was before they were to give way
                 self._giving_way = frozenset()
             del decoding[decode_rows:]
             has_enough = self._pool.can_allocate(len(decoding))  # each needs one block at most
@@ -351,18 +352,27 @@ class Scheduler:
             max_rows -= sequence.num_tokens - len(found) * self._block_size
             yield sequence
 
+    def _gives_way(self, sequence: SequenceState) -> bool:
+        """It runs no decode in the next step: see ``_who_gives_way``."""
+        return sequence.request.tenant in self._giving_way
+
+    def _ready(self, max_rows: int) -> list[SequenceState]:
+        """Waiting sequences that would decode, once admitted."""
+        if not any(s.output for s in self._waiting):
+            return []
+        return [s for s in self._admissible(max_rows) if self._would_decode(s)]
+
     def _would_decode(self, waiting: SequenceState) -> bool:
-        """All but its newest output token are known: it came from another worker."""
+        """All but its newest output token are known: it comes from another worker, as a rule."""
         return bool(waiting.output) and self._num_to_compute(waiting) == 1
 
     def _admit_ready(self, decode_rows: int) -> list[SequenceState]:
         """Admit sequences that would decode, as many as were granted beside the running ones."""
         decoding, _ = self._runnable()
-        spare = decode_rows - sum(s.request.tenant not in self._giving_way for s in decoding)
+        spare = decode_rows - sum(not self._gives_way(s) for s in decoding)
         if spare <= 0:
             return []
-        able = (s for s in self._admissible(self._max_rows) if self._would_decode(s))
-        ready = [s for s in able if s.request.tenant not in self._giving_way][:spare]
+        ready = [s for s in self._ready(self._max_rows) if not self._gives_way(s)][:spare]
         for sequence in ready:
             self._admit(sequence)
         return ready

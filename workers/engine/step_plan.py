@@ -18,7 +18,7 @@ class PlannedRows(Struct, frozen=True):
     is_decode: bool
     """One row that continues an output."""
     num_new_blocks: int
-    """Blocks at the end of the block table that this plan allocated."""
+    """Blocks at the end of the block table that this plan allocated after the admission."""
     is_admitted: bool
     """The sequence was waiting before this plan."""
 

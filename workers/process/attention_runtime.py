@@ -249,6 +249,7 @@ class AttentionRuntime(WorkerRuntime):
                 self._refuse(done.command.gateway, done.command.request, done.error)
         self._emit(engine.poll())
         self._report_solo_steps(engine)
+        self._report_paused(engine)
         if not self.membership.runs:
             self._stream.release()
 
@@ -266,9 +267,9 @@ class AttentionRuntime(WorkerRuntime):
         elif isinstance(command.message, Abort):
             self._abort(engine, command.gateway, command.message)
         elif self._owners.get(command.message.request_id) != command.gateway:
-            return  # it has ended
+            return  # it is not in the engine any more, or not yet
         elif isinstance(command.message, Pause):
-            self._pause(engine, command.gateway, command.message)
+            self._pause(engine, command.message)
         else:
             engine.begin_solo_step(command.message)
 
@@ -280,13 +281,17 @@ class AttentionRuntime(WorkerRuntime):
             engine.abort(abort.request_id, abort.choices)
             self._forget_ended(engine, abort.request_id)
 
-    def _pause(self, engine: Engine, gateway: str, pause: Pause) -> None:
-        """Keep a request out of further steps, and say so behind its last output."""
-        assert self._stream is not None
+    def _pause(self, engine: Engine, pause: Pause) -> None:
         if pause.is_over:
             engine.resume(pause.request_id)
-        elif engine.pause(pause.request_id):
-            self._stream.publish(gateway, Paused(request_id=pause.request_id))
+        else:
+            engine.pause(pause.request_id, pause.num_tokens)
+
+    def _report_paused(self, engine: Engine) -> None:
+        """Tell gateways which requests stand still, behind their last outputs."""
+        assert self._stream is not None
+        for request_id in engine.take_paused():
+            self._stream.publish(self._owners[request_id], Paused(request_id=request_id))
             self._stream.release()
 
     def _report_solo_steps(self, engine: Engine) -> None:

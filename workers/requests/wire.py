@@ -79,13 +79,17 @@ class Prefetched(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Pause(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A request is about to leave for another worker: no further step runs rows of it.
+    """A request is about to leave for another worker: no further step runs rows of it, once each of
+    its choices has so many tokens.
 
     ``Paused`` is the answer, after the last of its outputs. So the other worker need not compute a
-    token that is already being computed here.
+    token that is already being computed here. A request that may be about to run alone goes on,
+    without an answer.
     """
 
     request_id: str
+    num_tokens: Count = 0
+    """With the prompt."""
     is_over: bool = False
     """It stays after all, and goes on; without an answer."""
 

@@ -53,7 +53,7 @@ def test_a_request_goes_over_once_its_blocks_are_there(workers: Workers) -> None
     assert [len(ids) for ids in prefetch.output_so_far] == [5]
     assert (request.attempt, request.kv_peer, request.num_deaths) == (1, "", 0)
     assert request.output_so_far == prefetch.output_so_far
-    assert source.pauses == [(request.request_id, False)]
+    assert [(p.request_id, p.is_over) for p in source.pauses] == [(request.request_id, False)]
     assert [name for name, _ in source.aborts] == [request.request_id]
     assert metric(workers, "requests_replayed_total", "moved") == 1.0
     assert metric(workers, "tokens_recomputed_total", "moved") == 0.0
@@ -149,7 +149,10 @@ def test_a_request_stays_when_its_worker_does(workers: Workers) -> None:
     assert target.requests == []
 
 
-def test_a_worker_that_does_not_pause_is_left_all_the_same(workers: Workers) -> None:
+def test_a_worker_that_does_not_pause_is_left_all_the_same(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "_PAUSE_LIMIT_S", 0.05)
     source, (answer,) = running(workers)
     source.answers_pauses = False
     target = workers.add(script=ALPHABET)
@@ -175,8 +178,7 @@ def test_a_paused_request_that_stays_goes_on(
     else:
         drain(workers, attention_0="SERVING")
     workers.stack.wait_for(lambda: len(source.pauses) == 2, "the end of the pause")
-    (name, is_over), (same, is_over_now) = source.pauses
-    assert (name, is_over, is_over_now) == (same, False, True)
+    assert [p.is_over for p in source.pauses] == [False, True]
     source.pause_after = None
     assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
     assert (source.aborts, target.requests) == ([], [])
@@ -251,20 +253,44 @@ def test_a_request_that_may_stay_does_if_its_blocks_do_not_come(
     assert (target.requests, source.aborts) == ([], [])
 
 
-def test_a_move_waits_for_a_full_block(workers: Workers) -> None:
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+def test_a_move_waits_for_a_full_block(workers: Workers, is_busy: bool) -> None:
+    """The pause begins with that block between idle workers, else once it has come."""
     source = workers.add(pause_after=5, step_s=0.005)
     fields = {"prompt": "hello", "max_tokens": 60, "seed": 1}
     answer = start(lambda: complete(workers.stack, **fields))
     workers.stack.wait_for(lambda: len(source.stuck) == 1, "the middle")
-    target = workers.add(kv_block_size=16)
+    target = workers.add(kv_block_size=16, step_s=0.005)
+    if is_busy:
+        start(lambda: complete(workers.stack, **{**fields, "max_tokens": 400}))
+        workers.stack.wait_for(lambda: len(target.requests) == 1, "another one")
+        target.requests.clear()
     drain(workers)
     workers.stack.wait_for(lambda: len(target.prefetches) == 1, "the first prefetch")
     source.pause_after = None
     assert answer.result(WAIT_S)["usage"]["completion_tokens"] == 60
-    lengths = [
+    _, last, moved = [
         len(request.prompt) + len(request.output_so_far[0])
         for request in (*target.prefetches, *target.requests)
     ]
-    assert len(lengths) == 3
-    assert lengths[1] % 16 == 0, "a token has just completed a block"
-    assert lengths[2] >= lengths[1]
+    assert last % 16 == 0, "a token has just completed a block"
+    assert [p.num_tokens for p in source.pauses] == [0 if is_busy else last + 1]
+    assert moved >= last if is_busy else moved == last + 1
+
+
+def test_the_shortest_choice_completes_the_block(workers: Workers) -> None:
+    def script(request: Request, choice: int) -> list[int]:
+        return [5 + choice] * 60
+
+    source = workers.add(script=script, pause_after=5, step_s=0.005)
+    fields = {"prompt": "hello", "max_tokens": 60, "n": 2}
+    answer = start(lambda: complete(workers.stack, **fields))
+    workers.stack.wait_for(lambda: len(source.stuck) == 1, "the middle")
+    target = workers.add(script=script, kv_block_size=16)
+    drain(workers)
+    workers.stack.wait_for(lambda: len(target.prefetches) == 1, "the first prefetch")
+    source.pause_after = None
+    assert answer.result(WAIT_S)["usage"]["completion_tokens"] == 120
+    (moved,) = target.requests
+    shortest = min(map(len, moved.output_so_far))
+    assert (len(moved.prompt) + shortest) % 16 == 1

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness.cluster_gateway import gateway_of
+from gateway.engines import moves
+from tests.harness.cluster_gateway import LIMIT_S, gateway_of
 from tests.harness.fault_rows import (
     FULL,
     SMALL,
@@ -29,6 +30,8 @@ from tests.harness.serving_cluster import (
     connected_ray,
     serving,
 )
+from workers.engine.scheduler import Scheduler
+from workers.requests.sequence import SequenceState
 
 
 def begin_drain(cluster: ServingCluster, worker: str, limit_s: float = 120.0) -> dict[str, Any]:
@@ -66,6 +69,37 @@ def test_drained_workers_leave_no_trace_in_the_answers() -> None:
         assert not [c for c in causes if c.startswith("lost")]
         assert isinstance(cluster, ThreadCluster)
         assert not {"attention-0", "expert-1"} & set(cluster.group.runtimes)
+
+
+def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its worker stands still with the last block, and the other one goes on with a decode."""
+    admitted: list[SequenceState] = []
+    admit_ready = Scheduler._admit_ready
+
+    def spy(scheduler: Scheduler, decode_rows: int) -> list[SequenceState]:
+        ready = admit_ready(scheduler, decode_rows)
+        admitted.extend(ready)
+        return ready
+
+    monkeypatch.setattr(Scheduler, "_admit_ready", spy)
+    monkeypatch.setattr(moves, "_PAUSE_LIMIT_S", LIMIT_S)
+    calls = make_calls(1, 400)
+    with (
+        serving(ThreadCluster(quiet_config(2, 1))) as cluster,
+        gateway_of(cluster) as gateway,
+    ):
+        expected = gateway.answer(calls)
+        streams = gateway.stream(calls, "moved")
+        streams.wait_tokens(1)
+        (worker,) = (c.worker for c in gateway.engines.clients if c.submissions())
+        drain(cluster, worker)
+        check_answers(streams.finish(), expected)
+    (moved,) = admitted
+    assert moved.request.attempt == 1
+    known = len(moved.request.prompt) + len(moved.request.output_so_far[0])
+    assert known % quiet_config(2, 1).engine.block_size_tokens == 1
 
 
 @pytest.mark.slow

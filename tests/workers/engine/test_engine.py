@@ -395,8 +395,13 @@ def test_a_paused_request_stands_still_and_goes_on(tiny_checkpoint: Path) -> Non
     engine.engine.add_request(request)
     engine.engine.add_request(structs.replace(request, request_id="b", n=1))
     first = engine.step()
-    assert engine.engine.pause("a")
-    assert not engine.engine.pause("unknown")
+    engine.engine.pause("a", 3 + 3)
+    engine.engine.pause("unknown")
+    first += engine.step()
+    assert engine.engine.take_paused() == [], "5 tokens"
+    first += engine.step()
+    assert engine.engine.take_paused() == ["a"]
+    assert engine.engine.take_paused() == []
     assert {o.request_id for o in engine.step()} == {"b"}
     engine.engine.abort("b")
     assert engine.engine.wanted() == RowsWanted(decode_rows=0, prefill_rows=0)
@@ -414,8 +419,11 @@ def test_a_newer_attempt_is_not_paused(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint)
     request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY)
     engine.engine.add_request(request)
-    assert engine.engine.pause("a")
+    engine.engine.pause("a")
+    assert engine.engine.take_paused() == ["a"]
+    engine.engine.pause("a")
     outputs = engine.run([structs.replace(request, attempt=1)])
+    assert engine.engine.take_paused() == []
     assert len(tokens(outputs["a", 0])) == 12
 
 
@@ -423,7 +431,8 @@ def test_a_request_that_may_run_alone_is_not_paused(tiny_checkpoint: Path) -> No
     engine = LocalEngine(tiny_checkpoint)
     request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY, num_deaths=2)
     engine.engine.add_request(request)
-    assert not engine.engine.pause("a")
+    engine.engine.pause("a")
+    assert engine.engine.take_paused() == []
 
 
 def test_not_a_number_fails_that_request_alone(tmp_path: Path) -> None:

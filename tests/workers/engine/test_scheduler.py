@@ -497,6 +497,19 @@ def test_a_sequence_that_lacks_one_token_is_admitted_as_a_decode() -> None:
     assert moved.num_cached_tokens == 6
 
 
+def test_a_prompt_that_takes_all_rows_does_not_keep_a_decode_waiting() -> None:
+    desk = Desk(max_rows=8)
+    (old,) = desk.add(6)
+    for _ in range(3):
+        desk.step()
+    desk.scheduler.remove(old)
+    desk.add(40)
+    desk.step()
+    desk.add(6, first_token=10, output=tuple(old.output))
+    assert desk.scheduler.wanted() == RowsWanted(decode_rows=1, prefill_rows=7)
+    assert rows(desk.plan()) == [("r2", 8, 1, True), ("r1", 8, 7, False)]
+
+
 def test_tokens_of_any_range() -> None:
     desk = Desk()
     (sequence,) = desk.add(3, output=(60, 61, 62))

@@ -137,7 +137,7 @@ def test_a_sequence_that_gave_way_resumes_from_its_blocks(max_tokens: int, kept:
     while older.status is SequenceStatus.RUNNING or not desk.scheduler.num_preemptions:
         desk.step(60 + len(older.output))
     assert newest.output == [60, 61]
-    assert rows(desk.plan()) == [("r1", kept, 13 - kept, False)]
+    assert rows(desk.plan()) == [("r1", kept, 13 - kept, kept == 12)]
     prefixes = desk.scheduler.prefixes
     assert (prefixes.num_queried_tokens, prefixes.num_hit_tokens) == (19, 0)  # first admissions
 
@@ -204,7 +204,7 @@ def test_a_choice_that_starts_late_has_the_hashes_of_its_own_output() -> None:
             desk.step(token)
     for number, token in enumerate((60, 70), 1):
         (again,) = desk.add(4, first_token=100, output=(*[token] * 4, 1))
-        assert rows(desk.plan()) == [(f"r{number}", 8, 1, False)]
+        assert rows(desk.plan()) == [(f"r{number}", 8, 1, True)]
         desk.scheduler.remove(again)
 
 

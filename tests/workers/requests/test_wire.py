@@ -161,7 +161,7 @@ def test_kv_events_survive_the_wire() -> None:
         Abort(request_id="r"),
         Abort(request_id="r", choices=(0, 2)),
         Ping(number=7),
-        Pause(request_id="r"),
+        Pause(request_id="r", num_tokens=17),
         Pause(request_id="r", is_over=True),
         KvResync(),
         SoloStep(request_id="r", attempt=1, is_over=True),

@@ -180,19 +180,22 @@ class KvFetches(WaitingRequests):
         return [*self._jobs, *self._prefetches]
 
     def _prefetch_of(self, request: Request) -> _Prefetch | None:
-        """The prefetch of a request that has just come; those of older attempts are given up."""
+        """The prefetch of a request that has just come; older attempts' are given up, and those
+        from workers that are gone.
+        """
         found = None
         for prefetch in tuple(self._prefetches):
             asked = prefetch.asked.request
             if asked.request_id == request.request_id:
-                if asked.attempt + 1 == request.attempt:
+                is_near = self._peers(asked.kv_peer) is not None
+                if asked.attempt + 1 == request.attempt and is_near:
                     found = prefetch
                 else:
                     self._prefetches.remove(prefetch)
         return found
 
     def _keep_prefetches(self, is_wanted: Callable[[PrefetchAsked], bool]) -> None:
-        self._prefetches = [p for p in self._prefetches if is_wanted(p.asked)]
+        self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.asked)]
 
     def _go_on_ahead(self) -> None:
         """Begin the next fetches of requests that come later, the oldest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import threading
 import time
@@ -59,6 +60,7 @@ class Fetching:
             name="attention-0", address=address, me=identity("attention-1"), token=TOKEN
         )
         self._ended = threading.Semaphore(0)
+        self.is_peer_gone = False
         self.late_s = 0.0
         """What the clock of the fetches is ahead of time."""
         self.fetches = KvFetches(
@@ -66,7 +68,7 @@ class Fetching:
         )
 
     def _find(self, name: str) -> Peer | None:
-        return self._peer if name == self._peer.name else None
+        return self._peer if name == self._peer.name and not self.is_peer_gone else None
 
     def wait(self) -> None:
         assert self.has_ended(TIMEOUT_S)
@@ -401,10 +403,31 @@ def test_an_attempt_does_not_wait_for_blocks_of_an_older_one(
     with closing(found.fetches) as fetches:
         fetches.prefetch(ahead(moving))
         assert not fetches.put(add(replace(moving, attempt=2, kv_peer="")))
+        fetches.prefetch(ahead(replace(moving, kv_peer="attention-0")))
+        found.is_peer_gone = True
+        assert not fetches.put(add(replace(moving, attempt=1, kv_peer=""))), "nothing will come"
+        silent.hang_up()
+        found.wait()
         silent.hang_up()
         found.wait()
         assert fetches.take() == []
         assert fetches.take_prefetched() == []
+    found.check_free()
+
+
+def test_a_request_of_another_gateway_waits_on_when_the_one_that_asked_goes(
+    tiny_checkpoint: Path, silent: Silent
+) -> None:
+    found = Fetching(engine_of(tiny_checkpoint).engine, silent.address, TIMEOUT_S)
+    moving = request_of("r", kv_peer="attention-0", output_so_far=((1, 2),))
+    come = dataclasses.replace(add(replace(moving, attempt=1, kv_peer="")), gateway="g2")
+    with closing(found.fetches) as fetches:
+        fetches.prefetch(ahead(moving))
+        assert fetches.put(come)
+        fetches.drop_gateway("g")
+        silent.hang_up()
+        found.wait()
+        assert fetches.take() == [come]
     found.check_free()
 
 
