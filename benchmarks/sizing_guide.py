@@ -141,8 +141,9 @@ Each row is the split that fits and has the most tokens a second.
   expect less, and prompts take a share of the time.
 
 For another model or hardware run
-`expertmesh plan size MODEL --workers 16 --bandwidth-gb-s 2000`, which also says whether one pool
-(colocated) is faster. Separate pools give elasticity and failure isolation, not always speed."""
+`expertmesh plan size MODEL --workers 16 --device cuda --bandwidth-gb-s 2000`, which also says
+whether one pool (colocated) is faster. Separate pools give elasticity and failure isolation, not
+always speed."""
 _COST = """\
 ## Cost
 

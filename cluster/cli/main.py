@@ -85,7 +85,7 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
         type=positive,
         default=absent,
         metavar="SECONDS",
-        help="limit of one HTTP or gRPC call",
+        help="longest wait for the answer to one HTTP or gRPC call",
     )
     for flags, text in (
         (["--json"], "one JSON document on stdout"),

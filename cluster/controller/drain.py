@@ -245,7 +245,9 @@ class Draining:
             last = [n for n in names if cluster.workers[n].member.runs_attention]
             if not last:
                 raise ConflictError("no attention worker is left: nothing runs without it")
-            raise ConflictError(f"{last[0]} is the last attention worker: start another one first")
+            more = 1 + sum(m.runs_attention for m in members)
+            first = f"add another one first: expertmesh scale --attention {more}"
+            raise ConflictError(f"{last[0]} is the last attention worker: {first}")
         others = {m.device for m in cluster.generation.experts if m.name not in names}
         if len(others) == len(cluster.generation.experts):
             return None

@@ -92,7 +92,9 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     except RecursionError as err:
         raise _too_deep(max_depth) from err
     except ValueError as err:  # also undecodable bytes, lone surrogates, integers without end
-        reason = getattr(err, "msg", "not readable")
+        reason = "not readable"
+        if isinstance(err, json.JSONDecodeError):
+            reason = f"{err.msg} at line {err.lineno}, column {err.colno}"
         raise RequestError(f"the body is not valid JSON: {reason}", code="json_invalid") from err
     if not isinstance(data, dict):
         raise RequestError("the body must be a JSON object", code="json_invalid")

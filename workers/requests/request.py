@@ -72,7 +72,7 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     ignore_eos: bool = False
     """Do not end at the model's eos."""
     seed: int = 0
-    """Always set by the time a request reaches the engine: drawn at admission if need be."""
+    """Drawn at admission where the client gave none, so that the engine always has one."""
     logprobs: Count | None = None
     """Alternatives to report per new token; None reports nothing, 0 the drawn token only."""
     prompt_logprobs: Count | None = None

@@ -78,7 +78,8 @@ def _text(document: Mapping[str, Any], view: str, top: int) -> str:
     legend = (
         "BUSIEST: expert, and its part of the bank's tokens; an even load would be the last number."
         "\nPREFILL, DECODE: balancedness of the expert workers in this placement epoch, mean over "
-        "maximum load;\n1 is ideal. EXPECTED: of the load profile that the cluster started with."
+        "maximum load;\n1 is ideal. EXPECTED: the balancedness that the load profile of the start "
+        "would have (--load-profile)."
     )
     return f"{table(header, rows)}\n\n{legend}"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.cli.terminal.arguments import Commands
@@ -32,12 +33,19 @@ def _text(client: Client, document: Mapping[str, Any]) -> str:
     workers = client.get("/cluster/v1/status")["workers"]
     holders = {w["rank"]: w["name"] for w in workers if w.get("slots") is not None}
     rows = [
-        (bank["layer"], bank["bank"], holders.get(device, "-"), " ".join(map(_slot, slots)))
+        (bank["layer"], bank["bank"], holders.get(device, "-"), " ".join(row))
         for bank in document["banks"]
-        for device, slots in enumerate(bank["physical_to_logical"])
+        for device, row in enumerate(_marked(bank["physical_to_logical"]))
     ]
-    return table(("LAYER", "BANK", "WORKER", "EXPERTS BY SLOT"), rows)
+    legend = "12*: expert 12, which has other copies. -: an empty slot."
+    return f"{table(('LAYER', 'BANK', 'WORKER', 'EXPERTS BY SLOT'), rows)}\n\n{legend}"
 
 
-def _slot(expert: int) -> str:
-    return "-" if expert < 0 else str(expert)
+def _marked(devices: Sequence[Sequence[int]]) -> list[list[str]]:
+    """Text of each slot of each device."""
+    copies = Counter(expert for slots in devices for expert in slots)
+
+    def text(expert: int) -> str:
+        return "-" if expert < 0 else f"{expert}*" if copies[expert] > 1 else str(expert)
+
+    return [[text(expert) for expert in slots] for slots in devices]

@@ -41,6 +41,8 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Print the text as it comes; with ``--json`` one document at the end."""
     prompt = sys.stdin.read() if args.text == "-" else args.text
+    if not prompt:
+        raise CommandError(ExitCode.USAGE, "the prompt is empty: at least one character is needed")
     body = {"prompt": prompt, **sampling_of(args)}
     answer = {"schema": 1, **stream_text(Client(args), "/v1/completions", body, not args.json)}
     if args.json:

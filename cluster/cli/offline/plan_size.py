@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
@@ -45,11 +45,13 @@ def add_size(kinds: Commands) -> None:
     parser.add_argument("--profile", type=Path, help="load profile, for experts of unequal load")
     parser.add_argument("--balancedness", type=float, default=1.0, help="of the placement")
     hardware = parser.add_argument_group("hardware of a worker")
-    hardware.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of a worker")
+    text = "of a worker; by default CUDA with --gpu or where this host has a GPU, else CPU"
+    hardware.add_argument("--device", choices=("cpu", "cuda"), help=text)
     hardware.add_argument(
         "--gpu",
         metavar="NAME",
-        help="of a CUDA worker: A100, H100, H200, B200, L40S, L4; by default this host's, or H100",
+        help="of a CUDA worker: A100, H100, H200, B200, L40S, L4; by default this host's; without "
+        "one H100",
     )
     hardware.add_argument("--cores", type=float, default=1.0, help="cores of a CPU worker")
     hardware.add_argument("--nodes", type=int, default=1, help="hosts; above 1 the network counts")
@@ -72,7 +74,9 @@ def run_size(args: argparse.Namespace) -> int:
     except CheckpointError as err:
         raise CommandError(ExitCode.FAILED, str(err)) from err
     gpu = gpu_numbers(args.gpu) if args.gpu else gpu_numbers(facts.gpu, facts.gpu_bandwidth_bytes_s)
-    share = WorkerShare(cpus=args.cores, gpus=1.0, device=args.device)
+    has_gpu = bool(args.gpu or facts.gpu)
+    kind: Literal["cpu", "cuda"] = args.device or ("cuda" if has_gpu else "cpu")
+    share = WorkerShare(cpus=args.cores, gpus=1.0 if kind == "cuda" else 0.0, device=kind)
     device = replace(worker_numbers(share, args.nodes, gpu), **changes)
     found = size_pools(
         facts.size("auto", load_profile(args.profile) if args.profile is not None else None),

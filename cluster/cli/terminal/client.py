@@ -109,6 +109,11 @@ class Client:
         if isinstance(err, TimeoutError) or isinstance(reason, TimeoutError):
             message = f"{self.url} did not answer within {self._timeout_s:g} s"
             return CommandError(ExitCode.NOT_READY, message)
+        for record in state_file.all_records():
+            if record.http == self.url and record.state == "starting" and record.is_alive:
+                logs = f"expertmesh logs --name {record.name} --follow"
+                message = f"cluster {record.name} is starting at {self.url}: {logs}"
+                return CommandError(ExitCode.NOT_READY, message)
         return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.url}: {reason}")
 
 

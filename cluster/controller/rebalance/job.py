@@ -82,7 +82,8 @@ class RebalanceJob:
         return (
             f"filled {self.num_moved} slots in {self.num_stages} epochs ({self.num_bytes} bytes, "
             f"{now - self.began_at:.1f} s){whole}; balancedness "
-            f"{percent(decision.balancedness_now)}, predicted {percent(decision.balancedness_then)}"
+            f"{percent(decision.balancedness_now)} before, {percent(decision.balancedness_then)} "
+            "predicted after it"
         )
 
     def report(self, outcome: str, text: str, epoch: int, now: float) -> dict[str, Any]:
@@ -132,18 +133,19 @@ def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
 
 def describe(decision: RebalanceDecision) -> str:
     """Description of a decision, for people."""
-    moves = f"{decision.num_moves} slots ({decision.num_bytes} bytes)"
-    what = moves if decision.action == "move" else "shares and decode devices only"
+    moves = f"move {decision.num_moves} slots ({decision.num_bytes} bytes)"
+    what = moves if decision.action == "move" else "change shares and decode devices only"
     return (
-        f"{what}, balancedness {percent(decision.balancedness_now)} to "
-        f"{percent(decision.balancedness_then)}"
+        f"{what}; balancedness {percent(decision.balancedness_now)} now, "
+        f"{percent(decision.balancedness_then)} predicted after it"
     )
 
 
 def answer(decision: RebalanceDecision, asked: Question) -> str:
     """The outcome of an order that changes nothing, for people."""
-    nothing = f"nothing {'would be' if asked.dry_run else 'is'} done"
-    text = nothing if decision.action == "none" else describe(decision)
+    would = "a dry run, nothing has changed: would" if asked.dry_run else "not done: would"
+    text = f"nothing {'would be' if asked.dry_run else 'is'} done"
+    text = text if decision.action == "none" else f"{would} {describe(decision)}"
     return f"{text}: {decision.reason}, {by_load(asked.load.profile)}"
 
 

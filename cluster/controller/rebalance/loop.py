@@ -319,6 +319,9 @@ class Rebalancing:
             return  # the placement changed again before a window ended
         found = balancedness_of(list(achieved_loads(placement, self._cluster.load).values()))
         last["balancedness"]["achieved"] = found
-        predicted = last["balancedness"]["predicted"]
-        effect = f"balancedness {percent(found)}, predicted {percent(predicted)}"
-        self._cluster.note(f"epoch {placement.epoch} had a window of load", effect, now)
+        before, predicted = (last["balancedness"][name] for name in ("before", "predicted"))
+        effect = (
+            f"balancedness {percent(found)} in the first window of load of epoch "
+            f"{placement.epoch}; {percent(before)} before, {percent(predicted)} predicted"
+        )
+        self._cluster.note("rebalance measured", effect, now)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.launch import state_file
 from cluster.launch.plan import count_cpus
 from tests.cluster.cli.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway
+from tests.cluster.launch.test_state_file import record
 
 pytestmark = pytest.mark.usefixtures("state_home")
 
@@ -140,6 +143,23 @@ def test_an_unknown_cluster_name() -> None:
     assert main(["--name", "nobody", "status"]) == ExitCode.UNREACHABLE
 
 
+def test_a_cluster_that_is_starting_is_not_unreachable(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    state_file.write_record(replace(record("mine"), state="starting", http=url))
+    assert main(["--url", url, "status"]) == ExitCode.NOT_READY
+    assert "cluster mine is starting" in capsys.readouterr().err
+
+
+def test_lost_workers_have_a_reason(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {**STATUS["workers"][1], "state": "LOST", "reason": "its process died"}
+    gateway.status = (200, {**STATUS, "workers": [STATUS["workers"][0], lost]})
+    assert main(["--url", gateway.url, "workers"]) == ExitCode.OK
+    assert capsys.readouterr().out.splitlines()[2].endswith("its process died")
+
+
 def test_events_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--url", gateway.url, "events"]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
@@ -162,8 +182,9 @@ def test_workers_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str])
 def test_placement_of_one_layer(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--url", gateway.url, "placement", "--layer", "1"]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    assert lines[1].split() == ["1", "mlp", "expert-0", "0", "1", "-"]
+    assert lines[1].split() == ["1", "mlp", "expert-0", "0*", "1", "-"]
+    assert lines[2].split()[3:] == ["2", "3", "0*"]
+    assert lines[3:] == ["", "12*: expert 12, which has other copies. -: an empty slot."]
     assert main(["--url", gateway.url, "placement", "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out) == PLACEMENT
 
@@ -208,6 +229,12 @@ def test_generate_reads_stdin(gateway: FakeGateway, monkeypatch: pytest.MonkeyPa
     gateway.events = [chunk("x", "stop")]
     assert main(["--url", gateway.url, "generate", "-"]) == ExitCode.OK
     assert gateway.bodies[0]["prompt"] == "from a pipe"
+
+
+def test_generate_needs_a_prompt(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", gateway.url, "generate", ""]) == ExitCode.USAGE
+    assert "the prompt is empty" in capsys.readouterr().err
+    assert gateway.bodies == []
 
 
 def test_generate_reports_an_error_in_the_stream(

@@ -323,6 +323,7 @@ def test_message_fields_that_are_not_built(data: dict[str, Any], name: str) -> N
         (b"[1]", "object"),
         (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "deep"),
         (b"[" * 100_000, "deep"),
+        (b'{"a": 1,\n"b" 2}', "line 2, column 5"),
     ],
 )
 def test_what_is_no_json_object(raw: bytes, reason: str) -> None:

@@ -141,7 +141,9 @@ def test_a_skewed_window_is_answered_and_proved_by_the_next_one() -> None:
     assert status(cluster)["last"]["balancedness"]["achieved"] is None
     window(cluster, SKEWED)
     assert status(cluster)["last"]["balancedness"]["achieved"] is not None
-    assert "had a window of load" in cluster.controller.snapshot()["history"][-1]["cause"]
+    measured = cluster.controller.snapshot()["history"][-1]
+    assert measured["cause"] == "rebalance measured"
+    assert "in the first window of load of epoch" in measured["effect"]
 
 
 def test_an_even_load_is_not_worth_it() -> None:
