@@ -7,7 +7,9 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -16,14 +18,15 @@ from google.protobuf.message_factory import GetMessageClass
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import PermissionDeniedError, RequestError, StartError
 from gateway.admin.calls import SERVICE, AdminCalls
 from gateway.auth.tls import uvicorn_options
+from gateway.dashboard import http as dashboard
 from gateway.generation.gateway import Gateway
 from gateway.http.api import route_error
-from gateway.http.middleware import HttpMiddleware, dump_json, read_json
+from gateway.http.middleware import OPEN_PATHS, HttpMiddleware, dump_json, read_json
 from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
 
 ROUTES = (
@@ -52,12 +55,22 @@ def build_admin_app(gateway: Gateway) -> FastAPI:
         exception_handlers={HTTPException: route_error},
     )
     calls = AdminCalls(gateway)
-    routes = [
+    routes: list[BaseRoute] = [
         Route(path, _Endpoint(gateway, calls, name).serve, methods=[method])
         for method, path, name in ROUTES
     ]
-    app.router.routes.extend([*routes, Route("/health", _health, methods=["GET"])])
-    app.add_middleware(HttpMiddleware, gateway=gateway, keys=gateway.admin_keys, routes=routes)
+    routes += [
+        *dashboard.routes(gateway, is_admin=True),
+        Route("/health", _health, methods=["GET"]),
+    ]
+    app.router.routes.extend(routes)
+    app.add_middleware(
+        HttpMiddleware,
+        gateway=gateway,
+        keys=gateway.admin_keys,
+        routes=routes,
+        open_paths=OPEN_PATHS | dashboard.open_paths(),
+    )
     return app
 
 
@@ -69,7 +82,7 @@ class _Endpoint:
 
     async def serve(self, request: Request) -> Response:
         """One call: JSON to the procedure's message, and its answer back."""
-        _check_no_web_page(request)
+        _check_no_web_page(request, self.gateway.limits.asks_for_admin_keys)
         fields: dict[str, Any] = {**request.query_params, **request.path_params}
         if request.method == "POST" and _has_body(request):
             if "content-type" not in request.headers:  # what a browser may send across sites
@@ -90,15 +103,31 @@ class _Endpoint:
         return Response(content, headers={"content-type": "application/json"})
 
 
-def _check_no_web_page(request: Request) -> None:
-    """Raise ``PermissionDeniedError`` for a request that a browser sends on behalf of a page.
+def _check_no_web_page(request: Request, has_keys: bool) -> None:
+    """Raise ``PermissionDeniedError`` for a request of a web page but our own.
 
     Without a key any page that an operator opens could send orders to loopback: a POST without a
-    body needs no consent, and a page whose name points to loopback may send anything.
+    body needs no consent, and a page whose name points to loopback may send anything. So without
+    keys our page counts only under an address, which no other page can have, or as ``localhost``.
     """
     headers = request.headers
-    if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
-        raise PermissionDeniedError("web pages may not use the admin port")
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    if origin is None and site == "none":
+        return
+    host = headers.get("host", "")
+    is_own = site in ("same-origin", "none") and (origin is None or urlsplit(origin).netloc == host)
+    if not (is_own and (has_keys or _is_address(host))):
+        raise PermissionDeniedError("web pages but the dashboard may not use the admin port")
+
+
+def _is_address(host: str) -> bool:
+    """``host:port`` by address, or as localhost."""
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        ip_address(name)
+    except ValueError:
+        return name == "localhost"
+    return True
 
 
 def _has_body(request: Request) -> bool:

@@ -21,6 +21,7 @@ from gateway.core.field_checks import check_stream, given_one
 from gateway.core.headers import PRIORITY_HEADER, with_headers
 from gateway.core.request_id import HEADER as REQUEST_ID
 from gateway.core.request_id import check_request_id
+from gateway.dashboard import http as dashboard
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
 from gateway.generation.request_trace import note_response_id
@@ -78,13 +79,14 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
     )
     routes = api.routes()
     app.router.routes.extend(routes)
+    public = frozenset({"/metrics"} if gateway.limits.public_metrics else ())
     app.add_middleware(
         HttpMiddleware,
         gateway=gateway,
         keys=gateway.keys,
         routes=routes,
         adds_request_id=adds_request_id,
-        open_paths=OPEN_PATHS | {"/metrics"} if gateway.limits.public_metrics else OPEN_PATHS,
+        open_paths=OPEN_PATHS | dashboard.open_paths() | public,
     )
     if gateway.limits.cors_origins:  # outermost: a browser's preflight has no key
         app.add_middleware(
@@ -126,6 +128,7 @@ class HttpApi:
             Route("/cluster/v1/load", self.load, methods=["GET"]),
             Route("/cluster/v1/events", self.events, methods=["GET"]),
             Route(openapi.PATH, self.openapi, methods=["GET"]),
+            *dashboard.routes(self._gateway, is_admin=False),
         ]
 
     async def list_models(self, request: Request) -> Response:

@@ -151,8 +151,10 @@ def test_a_body_of_no_declared_kind_is_refused(admin: httpx.Client) -> None:
         {"origin": "https://page.example"},
         {"origin": "null"},
         {"host": "page.example", "origin": "http://page.example"},  # its name points to loopback
+        {"host": "page.example", "sec-fetch-site": "same-origin"},
+        {"origin": "http://127.0.0.1:9"},  # another server of this host
         {"sec-fetch-site": "cross-site"},
-        {"sec-fetch-site": "same-origin"},
+        {"sec-fetch-site": "same-site"},
     ],
 )
 def test_web_pages_give_no_orders(
@@ -167,8 +169,10 @@ def test_web_pages_give_no_orders(
         assert answer.status_code == 403
         assert answer.json()["error"]["code"] == "permission_denied"
     assert len(stack.controller.drain_orders) == before
-    typed = {"sec-fetch-site": "none"}
-    assert admin.get("/admin/v1/workers", headers=typed).status_code == 200
+    own = {"sec-fetch-site": "same-origin", "origin": f"http://{stack.admin.http}"}
+    for allowed in ({"sec-fetch-site": "none"}, {"sec-fetch-site": "same-origin"}, own):
+        assert admin.get("/admin/v1/workers", headers=allowed).status_code == 200
+    assert admin.post("/admin/v1/drain", json={"worker": "last"}, headers=own).status_code == 409
 
 
 def test_messages_that_cannot_be_decoded_are_refused(stack: Stack) -> None:

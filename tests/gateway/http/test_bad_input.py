@@ -315,7 +315,8 @@ def test_unknown_models(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/responses", "/v1/messages", "/v1/completions/", "/docs", "/%ff"]
+    "path",
+    ["/dashboard/", "/v1", "/v1/responses", "/v1/messages", "/v1/completions/", "/docs", "/%ff"],
 )
 def test_unknown_paths(stack: Stack, path: str) -> None:
     for response in (stack.http.get(path), post(stack, path)):

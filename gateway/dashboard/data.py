@@ -1,0 +1,113 @@
+"""What the web page shows, as plain data: the cluster's state, and the replicas' counts.
+
+Rates and percentiles are left to the page: it has two answers to compare, this process has one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cluster.core.errors import NotReadyError, RequestError
+from cluster.core.metric_families import PlainFamily
+from gateway.generation.gateway import Gateway
+
+COUNTERS = ("prompt_tokens_total", "generation_tokens_total")
+"""Counts of the gateway that the page shows as rates."""
+HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds")
+"""Histograms of the gateway that the page shows as percentiles."""
+_LEFT_OUT = ("metrics", "version")
+"""Parts of the status that the page has no use for."""
+
+
+async def state(gateway: Gateway) -> dict[str, Any]:
+    """The cluster's state (as ``status --json``), and what all replicas have counted."""
+    status, replicas = await asyncio.gather(gateway.status(), gateway.replicas.ask("metrics"))
+    shown = {name: part for name, part in status.items() if name not in _LEFT_OUT}
+    families = [family for counted in replicas.values() for family in counted]
+    return {
+        "schema": 1,
+        "time": time.time(),
+        "status": shown,
+        "counters": {name: _total(families, name) for name in COUNTERS},
+        "histograms": {name: _buckets(families, name) for name in HISTOGRAMS},
+    }
+
+
+async def bank_load(gateway: Gateway, number: int) -> dict[str, Any]:
+    """The load of one expert bank, by worker and expert, and the balance of all.
+
+    Args:
+        gateway: asks the controller.
+        number: of the bank, counted from the first.
+
+    Raises:
+        RequestError: there is no such bank.
+        NotReadyError: the controller does not answer.
+    """
+    load, placement = await asyncio.gather(
+        gateway.cluster.ask("load"), gateway.cluster.ask("placement")
+    )
+    if load["epoch"] != placement["epoch"]:
+        raise NotReadyError("the placement has just changed", "not_ready", 1.0)
+    banks = load["banks"]
+    if not 0 <= number < len(banks):
+        raise RequestError(f"bank ({number}) must be from 0 to {len(banks) - 1}", "bank")
+    bank, holders = banks[number], placement["banks"][number]["physical_to_logical"]
+    return {
+        "schema": 1,
+        "epoch": load["epoch"],
+        "tokens": load["tokens"],
+        "workers": load["workers"],
+        "balancedness": load["balancedness"],
+        "banks": [
+            {"layer": b["layer"], "bank": b["bank"], "balancedness": b["balancedness"]}
+            for b in banks
+        ],
+        "number": number,
+        "layer": bank["layer"],
+        "bank": bank["bank"],
+        "counts": bank["counts"],
+        "copies": bank["copies"],
+        "cells": _cells(holders, bank["slots"]),
+    }
+
+
+def _cells(
+    holders: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]] | None
+) -> list[list[list[int]]]:
+    """Of each device ``[expert, tokens in this epoch]`` of each slot that is in use."""
+    return [
+        [
+            [expert, tokens[device][slot] if tokens is not None else 0]
+            for slot, expert in enumerate(slots)
+            if expert >= 0
+        ]
+        for device, slots in enumerate(holders)
+    ]
+
+
+def _total(families: Iterable[PlainFamily], name: str) -> float:
+    """Sum of a counter's samples."""
+    return sum(value for _, value in _samples(families, name))
+
+
+def _buckets(families: Iterable[PlainFamily], name: str) -> list[tuple[float | None, float]]:
+    """Upper bound (None: none) and cumulative count of each bucket, all series added up."""
+    counts: dict[float, float] = {}
+    for labels, value in _samples(families, f"{name}_bucket"):
+        bound = float(labels["le"])
+        counts[bound] = counts.get(bound, 0.0) + value
+    return [(None if math.isinf(bound) else bound, counts[bound]) for bound in sorted(counts)]
+
+
+def _samples(
+    families: Iterable[PlainFamily], name: str
+) -> Iterable[tuple[Mapping[str, str], float]]:
+    for family in families:
+        for sample, labels, value in family["samples"]:
+            if sample == name:
+                yield labels, value

@@ -1,0 +1,54 @@
+// Requests to the server that this page came from. The key lives in the tab's session storage.
+
+const STORED = "expertmesh-key";
+
+export class KeyNeededError extends Error {}
+
+export function setKey(key) {
+  sessionStorage.setItem(STORED, key);
+}
+
+function headers() {
+  const key = sessionStorage.getItem(STORED);
+  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
+}
+
+async function checked(answer) {
+  if (answer.ok) return answer;
+  let message = `HTTP status ${answer.status}`;
+  try {
+    message = (await answer.json()).error.message;
+  } catch {
+    // no error object: the status says it
+  }
+  if (answer.status === 401 || answer.status === 403) throw new KeyNeededError(message);
+  throw new Error(message);
+}
+
+export async function get(path, limitMs = 5000) {
+  const signal = AbortSignal.timeout(limitMs);
+  return (await checked(await fetch(path, { headers: headers(), signal }))).json();
+}
+
+export async function post(path, body) {
+  const options = { method: "POST", headers: headers(), body: JSON.stringify(body) };
+  return (await checked(await fetch(path, options))).json();
+}
+
+// The events of a streamed answer, as they come.
+export async function* stream(path, body) {
+  const options = { method: "POST", headers: headers(), body: JSON.stringify(body) };
+  const answer = await checked(await fetch(path, options));
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    text += part.value;
+    const events = text.split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      if (event.startsWith("data: ")) yield JSON.parse(data);
+    }
+  }
+}

@@ -1,0 +1,35 @@
+// Small helpers for text and elements.
+
+export function count(value) {
+  return Number(value).toLocaleString("en", { maximumFractionDigits: 0 });
+}
+
+export function percent(share) {
+  return share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)}%`;
+}
+
+export function clock(seconds) {
+  return new Date(1000 * seconds).toLocaleTimeString("en-GB");
+}
+
+// An element with properties and children; texts become text nodes, never markup.
+export function element(name, properties = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(properties)) {
+    if (key in made && typeof value !== "string") made[key] = value;
+    else made.setAttribute(key === "className" ? "class" : key, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+// Replaces the children only where the text has changed, so that a reader is not disturbed.
+export function fill(parent, children) {
+  const draft = document.createElement("div");
+  draft.append(...children);
+  if (draft.innerHTML !== parent.innerHTML) parent.replaceChildren(...draft.childNodes);
+}
+
+export function byId(id) {
+  return document.getElementById(id);
+}

@@ -1,0 +1,118 @@
+// A prompt to try: its tokens, and for each the experts that it visited, and on which workers.
+
+import { get, post, stream } from "./api.js";
+import { byId, element } from "./format.js";
+
+export class Playground {
+  #names = [];
+
+  constructor() {
+    byId("try-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#run(event.submitter);
+    });
+  }
+
+  // Names of the workers that hold experts, by device.
+  setNames(names) {
+    this.#names = names;
+  }
+
+  async #run(button) {
+    const problem = byId("try-problem");
+    problem.textContent = "";
+    byId("visited").replaceChildren();
+    byId("tokens").replaceChildren();
+    button.disabled = true;
+    try {
+      await this.#inspect(await this.#generate());
+    } catch (error) {
+      problem.textContent = error.message;
+    } finally {
+      button.disabled = false;
+    }
+  }
+
+  async #generate() {
+    const body = {
+      prompt: byId("prompt").value,
+      max_tokens: Number(byId("max-tokens").value),
+      temperature: Number(byId("temperature").value),
+      return_token_ids: true,
+      logprobs: 0,
+      echo: true,
+      stream: true,
+    };
+    let prompt = [];
+    const output = [];
+    const words = [];
+    const chances = [];
+    for await (const event of stream("v1/completions", body)) {
+      if (event.error) throw new Error(event.error.message);
+      for (const choice of event.choices) {
+        prompt = choice.prompt_token_ids ?? prompt;
+        output.push(...(choice.token_ids ?? []));
+        words.push(...(choice.logprobs?.tokens ?? []));
+        chances.push(...(choice.logprobs?.token_logprobs ?? []));
+        byId("tokens").append(choice.text);
+      }
+    }
+    return { ids: [...prompt, ...output], numPrompt: prompt.length, words, chances };
+  }
+
+  async #inspect({ ids, numPrompt, words, chances }) {
+    const [seen, placement] = await Promise.all([
+      post("v1/inspect", { token_ids: ids, outputs: ["routes"] }),
+      get("cluster/v1/placement"),
+    ]);
+    const { routes } = seen.data[0];
+    const buttons = ids.map((id, place) => {
+      const word = words[place] || `#${id}`;
+      const known = chances[place] !== null && chances[place] !== undefined;
+      const chance = known ? `, log-probability ${chances[place].toFixed(2)}` : "";
+      const button = element("button", {
+        type: "button",
+        className: place < numPrompt ? "prompt" : "",
+        title: `token ${id}${chance}`,
+        "aria-pressed": "false",
+      });
+      button.textContent = word.replaceAll("\n", "⏎");
+      button.addEventListener("click", () => {
+        for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+        this.#show(word, chance, place, routes, placement.banks);
+      });
+      return button;
+    });
+    byId("tokens").replaceChildren(...buttons);
+    buttons[numPrompt]?.click();
+  }
+
+  #show(word, chance, place, routes, banks) {
+    const rows = routes.map((route) => {
+      const bank = banks.find((b) => b.layer === route.layer && b.bank === route.bank);
+      const experts = route.topk_ids[place].map((expert, rank) => {
+        const weight = route.topk_weights[place][rank];
+        return `${expert} (${weight.toFixed(2)}, ${this.#holders(bank, expert)})`;
+      });
+      return element(
+        "tr",
+        {},
+        element("th", { scope: "row" }, `${route.layer} (${route.bank})`),
+        element("td", {}, experts.join(" · ")),
+      );
+    });
+    const table = element("table", {}, element("caption", {}, `“${word}”${chance}`));
+    const head = element("tr", {}, element("th", { scope: "col" }, "Layer"));
+    head.append(element("th", { scope: "col" }, "Experts (weight, workers with a copy)"));
+    table.append(element("thead", {}, head), element("tbody", {}, ...rows));
+    byId("visited").replaceChildren(table);
+  }
+
+  #holders(bank, expert) {
+    const found = [];
+    bank?.physical_to_logical.forEach((slots, device) => {
+      if (slots.includes(expert)) found.push(this.#names[device] ?? `device ${device}`);
+    });
+    return found.join(" or ") || "no worker";
+  }
+}

@@ -1,0 +1,109 @@
+"""The web page's files and data; ``test_browser`` has it in a real browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import gateway.dashboard
+from cluster.config.gateway import GatewaySection
+from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
+
+STATIC = Path(gateway.dashboard.__file__).parent / "static"
+FILES = [p.relative_to(STATIC).as_posix() for p in STATIC.rglob("*.*")]
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[Stack]:
+    section = GatewaySection(api_keys=("secret",), admin_keys=("root",), request_timeout_s=WAIT_S)
+    with running_stack(section) as stack:
+        yield stack
+
+
+def admin_client(stack: Stack) -> httpx.Client:
+    return httpx.Client(base_url=f"http://{stack.admin.http}", timeout=WAIT_S)
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard"])
+def test_the_page_needs_no_key_and_runs_no_inline_code(keyed: Stack, path: str) -> None:
+    answer = keyed.http.get(path)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert 'data-port="public"' in answer.text
+    assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son[a-z]+=", answer.text)
+    assert not re.search(r"(src|href)=\"(https?:)?//", answer.text), "all files are our own"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_is_served_without_a_key(keyed: Stack, name: str) -> None:
+    answer = keyed.http.get(f"/dashboard/static/{name}")
+    assert answer.status_code == 200
+    assert answer.content == (STATIC / name).read_bytes()
+    again = keyed.http.get(
+        f"/dashboard/static/{name}", headers={"if-none-match": answer.headers["etag"]}
+    )
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_the_licence_of_the_chart_library_is_kept() -> None:
+    assert "Leon Sorokin" in (STATIC / "uplot" / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("path", ["/dashboard/api/state", "/dashboard/api/load"])
+def test_the_data_needs_the_key_of_its_port(keyed: Stack, path: str) -> None:
+    with admin_client(keyed) as admin:
+        for client, key in ((keyed.http, "secret"), (admin, "root")):
+            assert client.get(path).status_code == 401
+            headers = {"authorization": f"Bearer {key}"}
+            assert client.get(path, headers=headers).status_code == 200
+
+
+def test_the_state_has_what_all_replicas_counted(stack: Stack) -> None:
+    before = stack.http.get("/dashboard/api/state").json()
+    complete(stack, prompt="hello", max_tokens=7)
+    after = stack.http.get("/dashboard/api/state").json()
+    name = "generation_tokens_total"
+    assert after["counters"][name] - before["counters"][name] == 7
+    assert after["time"] > before["time"]
+    assert after["status"]["state"] == "SERVING"
+    assert "metrics" not in after["status"]
+
+    def count(state: dict[str, dict[str, list[list[float]]]]) -> float:
+        return state["histograms"]["time_to_first_token_seconds"][-1][1]
+
+    assert count(after) - count(before) == 1
+    bounds = [bound for bound, _ in after["histograms"]["inter_token_latency_seconds"]]
+    assert bounds[-1] is None, "the last bucket has no bound"
+    assert bounds[:-1] == sorted(bounds[:-1])
+
+
+def test_the_load_of_a_bank_has_a_cell_for_each_copy(stack: Stack) -> None:
+    document = stack.http.get("/dashboard/api/load?bank=0").json()
+    assert document["cells"] == [[[0, 1], [1, 2]], [[2, 3], [3, 4]]]
+    assert document["workers"] == ["expert-0", "expert-1"]
+    assert document["copies"] == [1, 1, 1, 2]
+    assert document["banks"] == [
+        {"layer": 0, "bank": "mlp", "balancedness": {"predicted": 1.0, "achieved": 0.5}}
+    ]
+
+
+@pytest.mark.parametrize("bank", ["1", "-1", "x", "", "9" * 99])
+def test_a_bank_that_is_none(stack: Stack, bank: str) -> None:
+    answer = stack.http.get("/dashboard/api/load", params={"bank": bank})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "bank"
+
+
+def test_the_page_of_the_admin_port_has_the_buttons(stack: Stack) -> None:
+    with admin_client(stack) as admin:
+        answer = admin.get("/dashboard")
+        assert answer.status_code == 200
+        assert 'data-port="admin"' in answer.text
+        assert admin.get("/dashboard/static/main.js").status_code == 200
