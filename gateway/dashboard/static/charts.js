@@ -1,5 +1,7 @@
 // Time series of the last minutes, with the cluster's events on the same axis.
 
+import { clock } from "./format.js";
+
 const POINTS = 600;
 const COLOURS = ["#3b82d6", "#e08a1e", "#2fa36b", "#c2479b", "#8a63d2", "#d64545", "#3aa6b9", "#93a01f"];
 const SYNC = "expertmesh";
@@ -13,7 +15,7 @@ export class Chart {
   #values = new Map();
   #marks = () => [];
 
-  // marks: a function that gives the [time, colour] of events to draw.
+  // marks: a function that gives [time, name of a colour's variable] of each event to draw.
   constructor(place, unit, marks) {
     this.#place = place;
     this.#unit = unit;
@@ -70,9 +72,9 @@ export class Chart {
       height: 180,
       cursor: { sync: { key: SYNC } },
       scales: { y: { range: (plot, low, high) => [0, Math.max(high ?? 0, 1) * 1.1] } },
-      axes: [axis, { ...axis, size: 55 }],
+      axes: [{ ...axis, values: (plot, times) => times.map(clock) }, { ...axis, size: 55 }],
       series: [
-        { value: (plot, value) => (value === null ? "" : new Date(1000 * value).toLocaleTimeString("en-GB")) },
+        { label: "at", value: (plot, value) => (value === null ? "" : clock(value)) },
         ...names.map((name, place) => ({
           label: name,
           stroke: COLOURS[place % COLOURS.length],
@@ -88,11 +90,12 @@ export class Chart {
   #drawMarks(plot) {
     const { left, top, width, height } = plot.bbox;
     const context = plot.ctx;
+    const style = getComputedStyle(document.documentElement);
     context.save();
-    for (const [time, colour] of this.#marks()) {
+    for (const [time, variable] of this.#marks()) {
       const x = plot.valToPos(time, "x", true);
       if (x < left || x > left + width) continue;
-      context.strokeStyle = colour;
+      context.strokeStyle = style.getPropertyValue(variable);
       context.lineWidth = 1.5 * devicePixelRatio;
       context.setLineDash([4 * devicePixelRatio, 3 * devicePixelRatio]);
       context.beginPath();

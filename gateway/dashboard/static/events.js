@@ -12,6 +12,7 @@ const VARIABLES = { failure: "--bad", rebalance: "--accent", drain: "--warn", sc
 const SHOWN = 100;
 
 let marks = [];
+let shown = "";
 
 export function kindOf(cause) {
   return KINDS.find(([, pattern]) => pattern.test(cause))?.[0] ?? "other";
@@ -19,6 +20,9 @@ export function kindOf(cause) {
 
 export function showEvents(history) {
   const newest = history.slice(-SHOWN).reverse();
+  const now = JSON.stringify(newest[0] ?? null) + newest.length;
+  if (now === shown) return;
+  shown = now;
   const rows = newest.map((event) =>
     element(
       "tr",
@@ -30,11 +34,10 @@ export function showEvents(history) {
     ),
   );
   fill(byId("events").tBodies[0], rows);
-  const style = getComputedStyle(document.documentElement);
-  marks = newest.map((event) => [event.time, style.getPropertyValue(VARIABLES[kindOf(event.cause)])]);
+  marks = newest.map((event) => [event.time, VARIABLES[kindOf(event.cause)]]);
 }
 
-// [time, colour] of each event.
+// [time, name of the colour's variable] of each event.
 export function eventMarks() {
   return marks;
 }

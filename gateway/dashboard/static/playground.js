@@ -65,7 +65,7 @@ export class Playground {
       post("v1/inspect", { token_ids: ids, outputs: ["routes"] }),
       get("cluster/v1/placement"),
     ]);
-    const { routes } = seen.data[0];
+    const routes = seen.data[0].routes ?? [];
     const buttons = ids.map((id, place) => {
       const word = words[place] || `#${id}`;
       const known = chances[place] !== null && chances[place] !== undefined;

@@ -36,7 +36,7 @@ function details(worker) {
   if (worker.total_bytes && worker.loaded_bytes < worker.total_bytes) {
     parts.push(`loaded ${Math.floor((100 * worker.loaded_bytes) / worker.total_bytes)}%`);
   }
-  if (worker.slots !== null) parts.push(`${count(worker.slots)} expert slots`);
+  if (worker.slots != null) parts.push(`${count(worker.slots)} expert slots`);
   if (worker.kv_blocks_total) {
     parts.push(`${count(stats.num_requests_running ?? 0)} run, ${count(stats.num_requests_waiting ?? 0)} wait`);
     parts.push(`${count(worker.kv_blocks_free)} of ${count(worker.kv_blocks_total)} KV blocks free`);

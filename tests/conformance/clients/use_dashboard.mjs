@@ -1,0 +1,140 @@
+// Drives the web page in a headless Chromium. Prints JSON lines, reads lines from stdin.
+//
+//   node use_dashboard.mjs tour PAGE_URL ADMIN_URL [SCREENSHOT_FOLDER]
+//   node use_dashboard.mjs endure PAGE_URL NUM_UPDATES
+
+import readline from "node:readline";
+
+import chromium from "@sparticuz/chromium";
+import { chromium as driver } from "playwright-core";
+
+const LIMIT_MS = 120_000;
+// One process cannot close a page and open another; and the page must live with web security.
+const LEFT_OUT = ["--single-process", "--no-zygote", "--disable-web-security"];
+
+const [mode, url, ...rest] = process.argv.slice(2);
+const errors = [];
+const lines = readline.createInterface({ input: process.stdin })[Symbol.asyncIterator]();
+
+function say(found) {
+  console.log(JSON.stringify(found));
+}
+
+async function open(browser, address, options = {}) {
+  const context = await browser.newContext({ locale: "en-GB", ...options });
+  const page = await context.newPage();
+  page.setDefaultTimeout(LIMIT_MS);
+  page.on("console", (message) => {
+    if (message.type() === "error") errors.push(message.text());
+  });
+  page.on("pageerror", (error) => errors.push(String(error.stack)));
+  if (options.script) await page.addInitScript(options.script);
+  await page.goto(address);
+  return page;
+}
+
+async function tour(browser, adminUrl, folder) {
+  const page = await open(browser, url);
+  await page.waitForFunction(() => document.querySelector("#state").textContent === "SERVING");
+  await page.waitForFunction(() => {
+    const label = document.querySelector("#chart-tokens").getAttribute("aria-label") ?? "";
+    return /output [1-9]/.test(label);
+  });
+  await page.fill("#prompt", "To be, or not");
+  await page.fill("#max-tokens", "5");
+  await page.click("#try-form button");
+  await page.waitForSelector("#visited tbody tr");
+  const tried = await page.evaluate(() => ({
+    problem: document.querySelector("#try-problem").textContent,
+    tokens: document.querySelectorAll("#tokens button").length,
+    prompt: document.querySelectorAll("#tokens button.prompt").length,
+    layers: document.querySelectorAll("#visited tbody tr").length,
+    visited: document.querySelector("#visited tbody td").textContent,
+    chosen: document.querySelector("#tokens button[aria-pressed=true]").title,
+    hottest: document.querySelectorAll("#hottest tbody tr").length,
+  }));
+  await page.focus("#heatmap");
+  await page.keyboard.press("ArrowRight");
+  say({ step: "tried", ...tried, cell: await page.textContent("#cell") });
+
+  const { value: killed } = await lines.next();
+  const began = Date.now();
+  await page.waitForSelector(`[data-worker="${killed}"].bad`);
+  say({ step: "killed", shown_ms: Date.now() - began, text: await page.textContent(`[data-worker="${killed}"]`) });
+
+  const admin = await open(browser, adminUrl);
+  await admin.click("#rebalance-dry");
+  await admin.waitForFunction(() => /SUCCEEDED|FAILED|rebalanc/.test(document.querySelector("#order-result").textContent));
+  say({ step: "ordered", result: await admin.textContent("#order-result") });
+
+  const phone = await open(browser, url, { viewport: { width: 390, height: 844 } });
+  await phone.waitForSelector("[data-worker]");
+  const wide = await phone.evaluate(() => document.documentElement.scrollWidth);
+  say({ step: "phone", width: wide });
+  for (const [name, options] of folder ? views() : []) {
+    const shown = await open(browser, url, options);
+    await shown.waitForTimeout(20_000);
+    await shown.screenshot({ path: `${folder}/dashboard-${name}.png`, fullPage: name !== "phone" });
+  }
+}
+
+function views() {
+  const desk = { viewport: { width: 1280, height: 900 } };
+  return [
+    ["light", { ...desk, colorScheme: "light" }],
+    ["dark", { ...desk, colorScheme: "dark" }],
+    ["phone", { viewport: { width: 390, height: 844 }, colorScheme: "light" }],
+  ];
+}
+
+// As many updates as asked, without pauses and without a server: memory must not grow.
+async function endure(browser, numUpdates) {
+  const page = await open(browser, url);
+  await page.waitForFunction(() => document.querySelector("#state").textContent === "SERVING");
+  const documents = await page.evaluate(async () => ({
+    state: await (await fetch("dashboard/api/state")).json(),
+    load: await (await fetch("dashboard/api/load")).json(),
+  }));
+  await page.context().close();
+  const script = `
+    const documents = ${JSON.stringify(documents)};
+    window.updates = 0;
+    window.fetch = async (path) => {
+      const isState = String(path).includes("state");
+      const found = documents[isState ? "state" : "load"];
+      if (isState) {
+        window.updates += 1;
+        found.time += 1;
+        found.counters.generation_tokens_total += window.updates % 50;
+        if (window.updates % 100 === 0) {
+          const event = { time: found.time, generation: 1, cause: "lost expert-1", effect: "go on" };
+          found.status.history = [...found.status.history, event].slice(-100);
+        }
+      }
+      return { ok: true, json: async () => structuredClone(found) };
+    };
+    const later = window.setTimeout.bind(window);
+    window.setTimeout = (call, pause) => later(call, pause >= 1000 ? 0 : pause);
+  `;
+  const busy = await open(browser, url, { script });
+  const session = await busy.context().newCDPSession(busy);
+  const heap = async (count) => {
+    await busy.waitForFunction((least) => window.updates >= least, count, { timeout: 1_000_000, polling: 200 });
+    await session.send("HeapProfiler.collectGarbage");
+    const { usedSize } = await session.send("Runtime.getHeapUsage");
+    const nodes = await busy.evaluate(() => document.querySelectorAll("*").length);
+    return { updates: await busy.evaluate(() => window.updates), bytes: usedSize, nodes };
+  };
+  const before = await heap(Math.min(2000, Math.floor(numUpdates / 2)));
+  say({ step: "endured", before, after: await heap(numUpdates) });
+}
+
+const args = chromium.args.filter((arg) => !LEFT_OUT.includes(arg));
+const browser = await driver.launch({ executablePath: await chromium.executablePath(), args, headless: true });
+try {
+  await (mode === "tour" ? tour(browser, ...rest) : endure(browser, Number(rest[0])));
+  say({ step: "end", errors });
+} finally {
+  await browser.close();
+}
+process.exit(0);
