@@ -127,6 +127,8 @@ class GatewaySection:
     """Count the tokens of every expert in ``/metrics``, not only of the busiest of each layer."""
     metrics_prefix: str = "expertmesh:"
     """Prefix of the names in ``/metrics``."""
+    vllm_metric_names: bool = False
+    """Give ``/metrics`` what vLLM has too, under vLLM's names as well, for its dashboards."""
 
     def __post_init__(self) -> None:
         taken: dict[int, str] = {}

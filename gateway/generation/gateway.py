@@ -110,6 +110,7 @@ class Gateway:
             lambda: self.cluster.known_load,
             config.gateway.metrics_all_experts,
             config.gateway.metrics_prefix,
+            config.gateway.vllm_metric_names,
         )
         self.answers = ReplicaAnswers(
             name,

@@ -6,7 +6,7 @@ a request id, a key or a user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from prometheus_client import Counter, Histogram, generate_latest
 from cluster.core.metric_families import MergedFamilies, PlainFamily, new_registry, to_plain
 from gateway.cluster.view import Snapshot
 from gateway.core.replay import ReplayCause
+from gateway.observability import vllm_names
 from gateway.observability.cluster_metrics import cluster_families
 from gateway.observability.load_metrics import load_families
 from workers.requests.request import Timings
@@ -43,6 +44,7 @@ class GatewayMetrics:
         load: gives the experts' load when a scrape comes, None while it is not known.
         all_experts: a series for each expert, not only for the busiest.
         prefix: in front of every name.
+        has_vllm_names: what vLLM has too comes under its names as well.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class GatewayMetrics:
         load: Callable[[], Mapping[str, Any] | None] = lambda: None,
         all_experts: bool = False,
         prefix: str = PREFIX,
+        has_vllm_names: bool = False,
     ) -> None:
         self._model_name = model_name
         self._prefix = prefix
+        self._has_vllm_names = has_vllm_names
         self._snapshot, self._load = snapshot, load
         self._cache_config, self._all_experts = cache_config or {}, all_experts
         self._registry = registry = new_registry()
@@ -111,20 +115,35 @@ class GatewayMetrics:
         ``replicas`` are the ``own_families`` of several, which get the label ``gateway``; None:
         this one is alone.
         """
-        own = MergedFamilies(self._prefix)
+        model = {"model_name": self._model_name}
+        parts = [
+            (families, {**model, "gateway": name}) for name, families in (replicas or {}).items()
+        ]
         if replicas is None:
-            own.add(self.own_families(), model_name=self._model_name)
-        for name, families in (replicas or {}).items():
-            own.add(families, model_name=self._model_name, gateway=name)
-        return generate_latest(own) + generate_latest(self._cluster_families())
+            parts = [(self.own_families(), model)]
+        parts.append((self._cluster_families(), model))
+        return b"".join(generate_latest(merged) for merged in self._merged(parts))
 
-    def _cluster_families(self) -> MergedFamilies:
-        families, model = MergedFamilies(self._prefix), self._model_name
+    def _merged(
+        self, parts: Sequence[tuple[list[PlainFamily], Mapping[str, str]]]
+    ) -> Iterator[MergedFamilies]:
+        """All parts under our names, then what vLLM has too, under its names."""
+        merged = MergedFamilies(self._prefix)
+        for families, labels in parts:
+            merged.add(families, **labels)
+        yield merged
+        if self._has_vllm_names:
+            merged = MergedFamilies(vllm_names.PREFIX)
+            for families, labels in parts:
+                merged.add(vllm_names.as_vllm(families), **labels)
+            yield merged
+
+    def _cluster_families(self) -> list[PlainFamily]:
+        families: list[PlainFamily] = []
         if (snapshot := self._snapshot()) is not None:
-            found = cluster_families(snapshot, self._own, self._cache_config)
-            families.add(found, model_name=model)
+            families += cluster_families(snapshot, self._own, self._cache_config)
         if (load := self._load()) is not None:
-            families.add(load_families(load, self._all_experts), model_name=model)
+            families += load_families(load, self._all_experts)
         return families
 
 

@@ -8,8 +8,10 @@ import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.config.gateway import GatewaySection
 from cluster.controller.parts.metrics import ControllerMetrics
 from gateway.observability.metrics import GatewayMetrics
+from gateway.observability.vllm_names import OLDER, SAME
 from tests.gateway.fakes import FakeController
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
@@ -307,3 +309,24 @@ def test_routes_are_counted_by_their_pattern(stack: Stack) -> None:
         num_before = _value(before, "http_requests", "_total", **of)
         assert _value(after, "http_requests", "_total", **of) == num_before + 1
     assert "unknown" not in {s.labels["route"] for s in after["http_requests"].samples}
+
+
+def test_what_vllm_has_too_comes_under_its_names_on_request() -> None:
+    section = GatewaySection(vllm_metric_names=True, request_timeout_s=WAIT_S)
+    with running_stack(section) as stack:
+        complete(stack, prompt="hello", max_tokens=3)
+        text = stack.http.get("/metrics").text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    known = {name for name in SAME if f"expertmesh:{name}" in families}
+    assert known >= {*OF_CALLS, *OLDER.keys()} - {"prefix_cache_queries"}
+    for name in known:
+        theirs, ours = families[f"vllm:{name}"], families[f"expertmesh:{name}"]
+        assert theirs.type == ours.type
+        assert [(s.labels, s.value) for s in theirs.samples] == [
+            (s.labels, s.value) for s in ours.samples
+        ]
+    for name, older in ((n, o) for n, o in OLDER.items() if n in known):
+        counts = [sum(s.value for s in families[f"vllm:{n}"].samples) for n in (name, older)]
+        assert counts[0] == counts[1], older
+    assert "vllm:expert_tokens" not in families
+    assert families["vllm:generation_tokens"].samples[0].value == 3.0
