@@ -19,6 +19,7 @@ from ray import serve
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import EndStage
+from cluster.core import logs
 from gateway.admin.service import AdminApi
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import Question
@@ -59,6 +60,7 @@ class GatewayReplica:
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ClusterConfig.from_dict(config)
         name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
+        logs.set_up(name, settings.observability.log_format)
         tokenizer = await asyncio.to_thread(
             load_tokenizer, settings.model.path, settings.model.chat_template
         )

@@ -23,6 +23,7 @@ from cluster.controller.parts.drains import DrainOrder
 from cluster.controller.parts.scales import ScaleOrder
 from cluster.controller.parts.workers import MODEL_FACTS
 from cluster.controller.rebalance.job import RebalanceOrder
+from cluster.core import logs
 from cluster.core.codec import from_plain
 from cluster.core.errors import (
     ConflictError,
@@ -101,6 +102,7 @@ class ControllerActor:
             if self.runner.controller is None:
                 nodes = await asyncio.to_thread(self._group.resources)
                 known = ClusterConfig.from_dict(config)
+                logs.set_up("controller", known.observability.log_format)
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
                 assert plan.load is not None, "the workers do not run yet"
                 notes = {"profile": profile, "top_k": plan.load.top_k, "asked": asked}

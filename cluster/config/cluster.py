@@ -33,6 +33,7 @@ from cluster.core.checks import (
     is_not_negative,
     is_positive,
 )
+from cluster.core.logs import LogForm
 from cluster.core.topology import Role
 
 Mode = Literal["disaggregated", "colocated", "local", "auto"]
@@ -294,8 +295,10 @@ class TransportSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObservabilitySection:
-    """Traces of steps and of requests."""
+    """Traces of steps and of requests, and logs."""
 
+    log_format: LogForm = "text"
+    """Form of log records; ``json`` is an object a line, with the request and the generation."""
     trace_dir: str | None = None
     """Folder, on each worker's own host, for a timeline of its steps, for Perfetto."""
     trace_max_bytes: int = 64 * 1024 * 1024
@@ -328,7 +331,7 @@ class ClusterConfig:
     transport: TransportSection = field(default_factory=TransportSection)
     """Data plane and failure detection."""
     observability: ObservabilitySection = field(default_factory=ObservabilitySection)
-    """Traces of steps and of requests."""
+    """Traces of steps and of requests, and logs."""
     load: LoadSection = field(default_factory=LoadSection)
     """Expert load."""
     rebalance: RebalanceSection = field(default_factory=RebalanceSection)

@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import EndStage
+from cluster.core import logs
 from cluster.core.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -41,6 +42,7 @@ from gateway.core.request_id import REQUEST_ID
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
+from gateway.generation import request_log
 from gateway.generation.entrance import Entrance
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue, RunningCalls
@@ -95,6 +97,7 @@ class Gateway:
         self.name = name
         self.tuning = tuning or GatewayTuning()
         self.keys, self.admin_keys = make_key_rings(config.gateway)
+        logs.CONTEXT.request_id = REQUEST_ID.get
         self.model_name = config.model.served_model_name
         self.created = int(time.time())
         self.addresses: dict[str, Any] = {}
@@ -266,6 +269,8 @@ class Gateway:
         )
         if (trace := TRACE.get()) is not None:
             trace.generation = generation
+        if (line := request_log.CURRENT.get()) is not None:
+            line.generation = generation
         for name in filter(None, (call_id, REQUEST_ID.get())):
             self.running.add(name, generation.queue)
         try:
@@ -309,6 +314,7 @@ class Gateway:
         return self.metrics.render(replicas)
 
     def _follow(self, snapshot: Snapshot) -> None:
+        logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
             self.metrics.engine(endpoint.engine)  # shows as 0 from the start

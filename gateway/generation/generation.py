@@ -104,6 +104,12 @@ class Generation(AbstractContextManager["Generation"]):
         return self._num_open == 0
 
     @property
+    def first_token_s(self) -> float | None:
+        """When its first token came; None before."""
+        times = [c.first_token_s for c in self._all_choices() if c.first_token_s is not None]
+        return min(times, default=None)
+
+    @property
     def usage(self) -> Usage:
         completion = sum(choice.text.num_tokens for choice in self._all_choices())
         cached = sum(prompt.cached_tokens or 0 for prompt in self._prompts.values())

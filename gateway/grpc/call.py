@@ -18,6 +18,7 @@ from gateway.core.delta import Usage
 from gateway.core.headers import PRIORITY_HEADER, with_headers
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.generation.gateway import Gateway
+from gateway.generation.request_log import RequestLog
 from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -52,6 +53,7 @@ class GrpcCall:
         metadata = self.context.invocation_metadata() or ()
         self._metadata = text_metadata(metadata)
         self.request_id = choose_request_id(wanted_id or self._metadata.get(HEADER, ""))
+        self._line = RequestLog("grpc", self.method)
         if self.gateway.tracing is not None:
             begin = self.gateway.tracing.begin
             self._trace = begin(self.method, "grpc", self.request_id, metadata)
@@ -101,6 +103,7 @@ class GrpcCall:
             requests.labels(self.service, self.method, code).inc()
             if self._trace is not None:
                 self._trace.end(unsent_error)
+            self._line.end(code)
 
     async def send_id(self) -> None:
         """Send the request's id as initial metadata, once, before any token."""

@@ -37,6 +37,7 @@ from gateway.core.receipts import RECEIPT, RECEIPTS, WINDOW_BYTES
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.core.tuning import GatewayTuning
 from gateway.generation.gateway import Gateway
+from gateway.generation.request_log import RequestLog
 from gateway.generation.request_trace import CLIENT_GONE
 from gateway.http.parse import parse_json
 
@@ -149,6 +150,7 @@ class HttpMiddleware:
         REQUEST_ID.set(request_id)
         responder = Responder(scope, self._with_headers(send, request_id))
         path = _path(scope)
+        line = RequestLog("http", self._names.of(path)) if scope["method"] == "POST" else None
         tracing, trace = self.gateway.tracing, None
         if tracing is not None and scope["method"] == "POST":
             trace = tracing.begin(path, "http", request_id, headers.items())
@@ -178,6 +180,8 @@ class HttpMiddleware:
             self.gateway.metrics.http_requests.labels(route, scope["method"], str(status)).inc()
             if trace is not None:
                 trace.end(CLIENT_GONE if status == 499 else "")
+            if line is not None:
+                line.end(str(status))
 
     async def _answer_error(
         self, error: Exception, request_id: str, responder: Responder, is_echoed: bool

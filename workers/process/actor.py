@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
+from cluster.core import logs
 from cluster.core.node_labels import Place
 from cluster.core.topology import Role
 from workers.transport.nccl_environment import set_nccl_environment
@@ -50,6 +51,7 @@ class WorkerActor(ABC):
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         here = _on_this_node(member, host)
         args = WorkerArgs.from_plain(config, here, control_address, extra, host)
+        logs.set_up(args.member.name, args.config.observability.log_format)
         self._runtime = self._make_runtime(args, _die)
         signal.signal(signal.SIGTERM, self._on_sigterm)  # Ray's own handler ends the process
 

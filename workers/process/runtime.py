@@ -18,6 +18,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from cluster.core import logs
 from cluster.core.errors import GenerationChangedError, NotReadyError, PeerLostError
 from cluster.core.frames import (
     ControlFrame,
@@ -131,7 +132,10 @@ class WorkerRuntime(ABC):
 
     def _begin_steps(self) -> None:
         """A generation runs: begin steps and accept clients."""
-        logger.debug("%s runs generation %d", self.member.name, self.membership.generation.number)
+        generation = self.membership.generation
+        logs.CONTEXT.generation = generation.number
+        names = ", ".join(m.name for m in generation.members)
+        logger.info("%s runs generation %d: %s", self.member.name, generation.number, names)
 
     def _lose_members(self, names: Set[str]) -> None:
         """Members of the last generation died; the last step was given up."""
@@ -201,6 +205,8 @@ class WorkerRuntime(ABC):
             device = self.args.device.type
             collapse_weights(device, self.checkpoint.loaded_bytes, self.activity.advance)
             self.control.send(WorkerReady(info=info))
+            loaded = self.checkpoint.loaded_bytes
+            logger.info("%s has loaded %d MB of weights", self.member.name, loaded // 10**6)
             while self._obey():
                 self._between_steps()
                 self._guarded_step()

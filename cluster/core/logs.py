@@ -1,0 +1,130 @@
+"""Log records of every process: one form, with the request and the generation that they are about.
+
+Records go to stderr, which Ray writes to a file of the process, and the newest ones stay in memory,
+from where ``expertmesh logs`` reads them on any host. Of other libraries only warnings are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal, TextIO
+
+LogForm = Literal["text", "json"]
+PACKAGES = ("cluster", "workers", "gateway")
+"""Whose records of level INFO are kept."""
+MAX_LINES = 2000
+"""Newest lines that stay in memory."""
+MAX_LINE_CHARACTERS = 4000
+"""Of a record; what is longer is cut."""
+_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+"""Attributes of any record; others are fields of ours."""
+
+
+class Context:
+    """What all records of this process have in common."""
+
+    def __init__(self) -> None:
+        self.process = ""
+        """Name of the worker, the gateway or the controller."""
+        self.generation = 0
+        """The one that runs; 0: none yet."""
+        self.request_id: Callable[[], str] = lambda: ""
+        """Id of the request that the running code serves."""
+
+
+CONTEXT = Context()
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """A record as plain data, with the ``extra`` fields of its call; ``ts``: seconds since 1970."""
+    found: dict[str, Any] = {
+        "ts": round(record.created, 6),
+        "level": record.levelname,
+        "process": CONTEXT.process,
+        "logger": record.name,
+        "generation": CONTEXT.generation,
+        "request_id": CONTEXT.request_id(),
+        "message": record.getMessage(),
+    }
+    found |= {name: value for name, value in vars(record).items() if name not in _PLAIN}
+    if record.exc_info and record.exc_info[1] is not None:
+        found["exception"] = logging.Formatter().formatException(record.exc_info)
+    return found
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object in a line for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(fields_of(record), default=str, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """``12:01:02.345 WARNING expert-0 g3 req-1 lost attention-0 cause=killed``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found = fields_of(record)
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        head = [f"{clock}.{int(record.msecs):03d}", found["level"], found["process"] or "-"]
+        head += [f"g{found['generation']}"] if found["generation"] else []
+        head += [found["request_id"]] if found["request_id"] else []
+        known = ("ts", "level", "process", "logger", "generation", "request_id", "message")
+        more = [f"{k}={v}" for k, v in found.items() if k not in (*known, "exception")]
+        text = " ".join([*head, found["message"], *more])
+        return f"{text}\n{found['exception']}" if "exception" in found else text
+
+
+class RecentLines(logging.Handler):
+    """The newest lines of this process. Any thread."""
+
+    def __init__(self, size: int = MAX_LINES) -> None:
+        super().__init__(logging.INFO)
+        self._lines: deque[str] = deque(maxlen=size)
+        self._number = 0
+        self._guard = threading.Lock()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)[:MAX_LINE_CHARACTERS]
+        with self._guard:
+            self._number += 1
+            self._lines.append(line)
+
+    def since(self, number: int, at_most: int = MAX_LINES) -> tuple[int, list[str]]:
+        """The newest lines after the first ``number`` ones, and how many there were in all."""
+        with self._guard:
+            wanted = min(self._number - number, len(self._lines), at_most)
+            return self._number, list(self._lines)[len(self._lines) - max(wanted, 0) :]
+
+
+RECENT = RecentLines()
+"""Of this process."""
+_handlers: list[logging.Handler] = []
+"""Those of the last ``set_up``."""
+
+
+def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -> None:
+    """Give the records of this process their form; a later call replaces an earlier one.
+
+    Args:
+        process: its name.
+        form: JSON for machines.
+        stream: None: stderr.
+    """
+    CONTEXT.process = process
+    formatter = JsonFormatter() if form == "json" else TextFormatter()
+    root = logging.getLogger()
+    for handler in _handlers:
+        root.removeHandler(handler)
+    _handlers[:] = (logging.StreamHandler(stream or sys.stderr), RECENT)
+    for handler in _handlers:
+        handler.setFormatter(formatter)
+        root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO)

@@ -1,0 +1,52 @@
+"""A line in the log for each request that has ended: what it was, how it ended, what it cost.
+
+``HttpMiddleware`` and ``GrpcCall`` begin and end it; ``Gateway`` notes the calls that it made.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextvars import ContextVar
+from typing import Any, Literal
+
+from gateway.generation.generation import Generation
+
+logger = logging.getLogger(__name__)
+
+
+class RequestLog:
+    """One request, from its receipt on. Its line has no text of the client's but the request id."""
+
+    def __init__(self, port: Literal["http", "grpc"], name: str) -> None:
+        """``name``: the route or the procedure."""
+        self._port, self._name = port, name
+        self._began_s = time.monotonic()
+        self.generation: Generation | None = None
+        """What it made the engines do; None where it was refused, or asks for no text."""
+        CURRENT.set(self)
+
+    def end(self, status: str) -> None:
+        """Write the line; ``status`` is that of HTTP or gRPC."""
+        if not logger.isEnabledFor(logging.INFO):
+            return
+        now_s = time.monotonic()
+        fields: dict[str, Any] = {"port": self._port, "route": self._name, "status": status}
+        fields["ms"] = _ms(now_s - self._began_s)
+        if (generation := self.generation) is not None:
+            usage = generation.usage
+            fields["prompt_tokens"] = usage.prompt_tokens
+            fields["output_tokens"] = usage.completion_tokens
+            if usage.cached_tokens is not None:
+                fields["cached_tokens"] = usage.cached_tokens
+            if (first_s := generation.first_token_s) is not None:
+                fields["ttft_ms"] = _ms(first_s - generation.started_s)
+        logger.info("request ended", extra=fields)
+
+
+CURRENT: ContextVar[RequestLog | None] = ContextVar("CURRENT", default=None)
+"""The request that the running task serves."""
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 1)
