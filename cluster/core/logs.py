@@ -52,7 +52,8 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
         "request_id": CONTEXT.request_id(),
         "message": record.getMessage(),
     }
-    found |= {name: value for name, value in vars(record).items() if name not in _PLAIN}
+    own = {name: value for name, value in vars(record).items() if name not in _PLAIN}
+    found |= {name: value for name, value in own.items() if not name.startswith("_")}  # Ray's
     if record.exc_info and record.exc_info[1] is not None:
         found["exception"] = logging.Formatter().formatException(record.exc_info)
     return found
