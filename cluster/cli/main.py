@@ -25,7 +25,7 @@ from cluster.cli.cluster import (
 from cluster.cli.cluster.front import Interrupted
 from cluster.cli.experts import load, placement, rebalance
 from cluster.cli.models import chat, generate, inspection, tokenize
-from cluster.cli.offline import config, doctor, plan, version
+from cluster.cli.offline import completion, config, doctor, plan, version
 from cluster.cli.options.serve_options import spell_out
 from cluster.cli.terminal.arguments import Commands, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
@@ -37,7 +37,7 @@ _GROUPS = {
     "cluster": (serve, down, node, info, health, top, logs, scale, drain, operations),
     "experts": (placement, load, rebalance),
     "models": (generate, chat, tokenize, inspection),
-    "offline": (plan, config, doctor, version),
+    "offline": (plan, config, doctor, version, completion),
     "measuring": (bench,),
 }
 """Modules that register commands, under the headings of the help."""
@@ -62,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
             module.add_commands(commands)
         lines += [f"\n{heading}:", *commands.lines]
     parser.description = "\n".join(lines)
+    parser.set_defaults(whole=parser)
     return parser
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
+_SHADES = (236, 17, 18, 19, 20, 26, 32, 38)
+"""Of 256 colours, from grey to light blue."""
 _CODES = {"red": 31, "green": 32, "yellow": 33, "dim": 2}
 
 
@@ -63,11 +65,20 @@ def note(text: str) -> None:
     sys.stderr.flush()
 
 
+def has_colours(allowed: bool) -> bool:
+    """Stdout is a terminal, ``NO_COLOR`` is not set, and the command line has not ruled it out."""
+    return allowed and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
+
+
 def colour(text: str, name: str, allowed: bool) -> str:
-    """``text`` in a colour when stdout is a terminal, unless ``NO_COLOR`` is set."""
-    if not allowed or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
-        return text
-    return f"\x1b[{_CODES[name]}m{text}\x1b[0m"
+    """``text`` in a colour where there are any."""
+    return f"\x1b[{_CODES[name]}m{text}\x1b[0m" if has_colours(allowed) else text
+
+
+def shade(text: str, share: float) -> str:
+    """``text`` on a ground that is the stronger, the larger its share (0 to 1) is."""
+    ground = _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
+    return f"\x1b[38;5;231;48;5;{ground}m{text}\x1b[0m"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -55,7 +55,12 @@ PLACEMENT: dict[str, Any] = {
     "schema": 1,
     "epoch": 1,
     "banks": [
-        {"bank": "mlp", "layer": layer, "physical_to_logical": [[0, 1, -1], [2, 3, 0]]}
+        {
+            "bank": "mlp",
+            "layer": layer,
+            "physical_to_logical": [[0, 1, -1], [2, 3, 0]],
+            "load": [20, 1, 0, 40],
+        }
         for layer in (0, 1)
     ],
 }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -187,6 +188,20 @@ def test_placement_of_one_layer(gateway: FakeGateway, capsys: pytest.CaptureFixt
     assert lines[3:] == ["", "12*: expert 12, which has other copies. -: an empty slot."]
     assert main(["--url", gateway.url, "placement", "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out) == PLACEMENT
+
+
+def test_placement_shades_experts_by_load_on_a_terminal(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shades = {}
+    for words in ([], ["--no-color"]):
+        assert main(["--url", gateway.url, *words, "placement", "--layer", "0"]) == ExitCode.OK
+        shades[bool(words)] = re.findall(r"48;5;(\d+)m(\d+\*?)", capsys.readouterr().out)
+    assert shades[True] == []
+    ground = {name: int(shade) for shade, name in shades[False]}
+    assert ground == {"0*": 18, "1": 236, "2": 236, "3": 38}, "of the tokens of a copy"
 
 
 def test_placement_of_a_layer_without_experts(gateway: FakeGateway) -> None:

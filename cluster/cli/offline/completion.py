@@ -1,0 +1,32 @@
+"""``completion``: a script with which a shell completes commands and options."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.output import out
+
+SHELLS = ("bash", "zsh", "tcsh")
+_DESCRIPTION = """\
+bash: expertmesh completion bash > ~/.local/share/bash-completion/completions/expertmesh
+zsh:  expertmesh completion zsh > "${fpath[1]}/_expertmesh\""""
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add("completion", run, "a shell's script that completes commands and options")
+    parser.add_argument("shell", choices=SHELLS, help="shell")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _DESCRIPTION
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the script, made from the whole command line."""
+    import shtab  # only here: every command would wait for it
+
+    for action in args.whole._actions:
+        if action.help == argparse.SUPPRESS:  # the list of commands, which the help has by heading
+            action.help = None
+    out(f"{shtab.complete(args.whole, args.shell)}\n")
+    return ExitCode.OK
