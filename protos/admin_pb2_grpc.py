@@ -89,6 +89,11 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.CancelOperationRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.Operation.FromString,
                 _registered_method=True)
+        self.GetLog = channel.unary_unary(
+                '/expertmesh.v1.Admin/GetLog',
+                request_serializer=protos_dot_admin__pb2.GetLogRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.GetLogResponse.FromString,
+                _registered_method=True)
         self.AbortRequests = channel.unary_unary(
                 '/expertmesh.v1.Admin/AbortRequests',
                 request_serializer=protos_dot_admin__pb2.AbortRequestsRequest.SerializeToString,
@@ -173,6 +178,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLog(self, request, context):
+        """The newest lines that a worker or the controller has logged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AbortRequests(self, request, context):
         """End requests of clients by id.
         """
@@ -237,6 +249,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.CancelOperation,
                     request_deserializer=protos_dot_admin__pb2.CancelOperationRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.Operation.SerializeToString,
+            ),
+            'GetLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLog,
+                    request_deserializer=protos_dot_admin__pb2.GetLogRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.GetLogResponse.SerializeToString,
             ),
             'AbortRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.AbortRequests,
@@ -541,6 +558,33 @@ class Admin:
             '/expertmesh.v1.Admin/CancelOperation',
             protos_dot_admin__pb2.CancelOperationRequest.SerializeToString,
             protos_dot_admin__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/GetLog',
+            protos_dot_admin__pb2.GetLogRequest.SerializeToString,
+            protos_dot_admin__pb2.GetLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,8 @@ class AdminStub:
     GetOperation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetOperationRequest, _admin_pb2.Operation]
     ListOperations: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListOperationsRequest, _admin_pb2.ListOperationsResponse]
     CancelOperation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CancelOperationRequest, _admin_pb2.Operation]
+    GetLog: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetLogRequest, _admin_pb2.GetLogResponse]
+    """The newest lines that a worker or the controller has logged."""
     AbortRequests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestsRequest, _admin_pb2.AbortRequestsResponse]
     """End requests of clients by id."""
 
@@ -79,6 +81,8 @@ class AdminAsyncStub(AdminStub):
     GetOperation: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetOperationRequest, _admin_pb2.Operation]  # type: ignore[assignment]
     ListOperations: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListOperationsRequest, _admin_pb2.ListOperationsResponse]  # type: ignore[assignment]
     CancelOperation: _aio.UnaryUnaryMultiCallable[_admin_pb2.CancelOperationRequest, _admin_pb2.Operation]  # type: ignore[assignment]
+    GetLog: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetLogRequest, _admin_pb2.GetLogResponse]  # type: ignore[assignment]
+    """The newest lines that a worker or the controller has logged."""
     AbortRequests: _aio.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestsRequest, _admin_pb2.AbortRequestsResponse]  # type: ignore[assignment]
     """End requests of clients by id."""
 
@@ -168,6 +172,14 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.CancelOperationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]: ...
+
+    @_abc_1.abstractmethod
+    def GetLog(
+        self,
+        request: _admin_pb2.GetLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetLogResponse, _abc.Awaitable[_admin_pb2.GetLogResponse]]:
+        """The newest lines that a worker or the controller has logged."""
 
     @_abc_1.abstractmethod
     def AbortRequests(

@@ -223,6 +223,18 @@ class ControllerActor:
         controller = await self._serving_controller()
         return self.runner.tell(partial(controller.scaling.begin, wanted)).to_dict()
 
+    async def log(self, process: str, after: int) -> dict[str, Any]:
+        """The newest lines that a worker has logged, or ``controller``; with their ``number``.
+
+        Raises ``UnknownNameError`` and ``NotReadyError``.
+        """
+        await self.restore()
+        if process == "controller":
+            number, lines = logs.RECENT.since(after)
+        else:
+            number, lines = await self._group.log(process, after)
+        return {"number": number, "lines": lines}
+
     async def operation(self, operation_id: str) -> dict[str, Any]:
         """One operation. Raises ``UnknownNameError``."""
         controller = await self._serving_controller()

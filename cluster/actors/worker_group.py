@@ -24,7 +24,7 @@ from cluster.actors import ray_tools
 from cluster.actors.room import ANY_BUNDLE, Room
 from cluster.config.cluster import ClusterConfig, WorkersSection
 from cluster.config.resources import NodeResources, WorkerShare
-from cluster.core.errors import StartError, SupersededError
+from cluster.core.errors import NotReadyError, StartError, SupersededError, UnknownNameError
 from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
 from cluster.core.topology import Member, Role
 from cluster.policy.places import place_of
@@ -195,6 +195,20 @@ class WorkerGroup:
     def names(self) -> list[str]:
         """Workers that were started or found, answering or not, and not ended."""
         return list(self._actors)
+
+    async def log(self, name: str, after: int) -> tuple[int, list[str]]:
+        """The newest lines of a worker's log; see ``RecentLines.since``.
+
+        Raises ``UnknownNameError``, and ``NotReadyError`` where it does not answer.
+        """
+        if name not in self._actors:
+            raise UnknownNameError(f"no worker {name[:64]!r} runs")
+        try:
+            call = self._actors[name].handle.log.remote(after)
+            found: tuple[int, list[str]] = await asyncio.wait_for(call, _CALL_LIMIT_S)
+        except (RayError, TimeoutError) as err:
+            raise NotReadyError(f"{name} does not answer", "not_ready", 1.0) from err
+        return found
 
     async def redirect(self, name: str, control_address: str) -> None:
         """Send a found worker the controller's new address.

@@ -141,6 +141,11 @@ class AdminCalls:
         """Cancel an operation that can still be undone."""
         return _operation(await self._ask("cancel_operation", request.id))
 
+    async def GetLog(self, request: pb.GetLogRequest) -> pb.GetLogResponse:
+        """What a worker or the controller has logged."""
+        found = await self._ask("log", request.process, request.after)
+        return pb.GetLogResponse(number=found["number"], lines=found["lines"])
+
     async def AbortRequests(self, request: pb.AbortRequestsRequest) -> pb.AbortRequestsResponse:
         """Abort requests of clients by id, on every replica."""
         names = list(request.request_ids)

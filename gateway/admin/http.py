@@ -38,6 +38,7 @@ ROUTES = (
     ("GET", "/admin/v1/operations", "ListOperations"),
     ("GET", "/admin/v1/operations/{id}", "GetOperation"),
     ("POST", "/admin/v1/operations/{id}/cancel", "CancelOperation"),
+    ("GET", "/admin/v1/log", "GetLog"),
     ("GET", "/admin/v1/workers", "ListWorkers"),
     ("GET", "/admin/v1/placement", "GetPlacement"),
     ("GET", "/admin/v1/load", "GetExpertLoad"),

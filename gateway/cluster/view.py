@@ -44,6 +44,7 @@ ControllerCall = Literal[
     "operation",
     "operations",
     "cancel_operation",
+    "log",
 ]
 """Methods of ``cluster.actors.controller_actor.ControllerActor`` that a gateway calls."""
 

@@ -492,6 +492,12 @@ class FakeController:
             "banks": [bank],
         }
 
+    async def log(self, process: str, after: int) -> dict[str, Any]:
+        """See ``Controller``."""
+        if process != "expert-0":
+            raise UnknownNameError(f"no worker {process!r} runs")
+        return {"number": 2, "lines": ["one", "two"][after:]}
+
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """See ``Controller``; takes every order but for a worker called ``last``."""
         self.drain_orders.append(order)

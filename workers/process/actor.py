@@ -73,6 +73,10 @@ class WorkerActor(ABC):
         facts = {"config": args.config.to_dict(), "num_slots": args.num_slots}
         return {**facts, "has_called": self._runtime.has_called}
 
+    def log(self, after: int) -> tuple[int, list[str]]:
+        """The newest lines of this process's log; see ``RecentLines.since``."""
+        return logs.RECENT.since(after)
+
     def redirect(self, control_address: str, term: int, controller: str) -> None:
         """Connect to a restarted controller.
 

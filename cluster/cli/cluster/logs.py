@@ -1,38 +1,91 @@
-"""``logs``: what a worker of this host has written, or the launcher of a cluster."""
+"""``logs``: what workers have logged, on any host, or the launcher of a cluster.
+
+Processes that run keep their newest lines in memory, and the admin port or Ray fetches them. Of a
+worker that has ended its files are read, on its host.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import Commands, add_address_option
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.orders import Orders, orders_for
 from cluster.cli.terminal.output import out, out_json
+from cluster.core.states import WorkerState
 from cluster.launch import state_file
 
 DEFAULT_LINES = 100
 JOINED_RAY = Path("/tmp/ray")
 """Default folder of a Ray that we have joined."""
 _TICK_S = 0.25
+_POLL_S = 0.5
+_GONE = (WorkerState.LOST.value, WorkerState.DRAINED.value)
 
 
 def add_commands(commands: Commands) -> None:
-    parser = commands.add("logs", run, "what a worker of this host, or the launcher, has written")
+    parser = commands.add("logs", run, "what workers of any host, or the launcher, have logged")
     parser.add_argument(
-        "worker", nargs="?", metavar="WORKER", help="as in workers (default: the launcher)"
+        "worker", nargs="*", metavar="WORKER", help="as in workers, or controller; none: launcher"
     )
-    parser.add_argument("--tail", type=int, default=DEFAULT_LINES, help="lines")
+    parser.add_argument("--all", action="store_true", help="the controller and all workers")
+    parser.add_argument("--tail", type=int, default=DEFAULT_LINES, help="lines of each")
     parser.add_argument("--follow", action="store_true", help="go on until interrupted")
+    add_address_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the last lines."""
-    files = _worker_files(args) if args.worker else _launcher_file(args)
+    if not (args.worker or args.all):
+        return _show_files(args, _launcher_file(args))
+    try:
+        with orders_for(args) as orders:
+            return _show_processes(args, orders)
+    except CommandError as err:
+        if len(args.worker) != 1 or err.code is ExitCode.UNAUTHORISED:
+            raise
+        return _show_files(args, _worker_files(args))  # it is lost, or there is no admin port
+
+
+def _show_processes(args: argparse.Namespace, orders: Orders) -> int:
+    """The newest lines that each process has in its memory, wherever it runs."""
+    seen: dict[str, int] = {}
+    found = {}
+    for name in _processes(args):
+        seen[name], lines = orders.log(name, 0)
+        found[name] = lines[-args.tail :] if args.tail > 0 else []
+    if args.json:
+        logs = [{"process": name, "lines": lines} for name, lines in found.items()]
+        out_json({"schema": 1, "logs": logs})
+        return ExitCode.OK
+    for name, lines in found.items():
+        out(f"==> {name} <==\n" if len(found) > 1 else "")
+        out("".join(f"{line}\n" for line in lines))
+    while args.follow:
+        time.sleep(_POLL_S)
+        for name in _processes(args):
+            with contextlib.suppress(CommandError):  # it has just ended, or is slow
+                seen[name], lines = orders.log(name, seen.get(name, 0))
+                out("".join(f"{line}\n" for line in lines))
+    return ExitCode.OK
+
+
+def _processes(args: argparse.Namespace) -> list[str]:
+    """The names that were given, or all that run now."""
+    if not args.all:
+        return list(args.worker)
+    workers = Client(args).get("/cluster/v1/status")["workers"]
+    return ["controller", *(w["name"] for w in workers if w["state"] not in _GONE)]
+
+
+def _show_files(args: argparse.Namespace, files: list[Path]) -> int:
     texts = {path: path.read_text(errors="replace") for path in files}
     lines = {path: text.splitlines()[-args.tail :] for path, text in texts.items()}
     if args.json:
@@ -75,10 +128,11 @@ def _launcher_file(args: argparse.Namespace) -> list[Path]:
 def _worker_files(args: argparse.Namespace) -> list[Path]:
     """Raises ``CommandError`` for a worker that is unknown, or of another host."""
     workers: list[Mapping[str, Any]] = Client(args).get("/cluster/v1/status")["workers"]
-    found = [w for w in workers if w["name"] == args.worker]
+    (name,) = args.worker
+    found = [w for w in workers if w["name"] == name]
     if not found:
         names = ", ".join(w["name"] for w in workers)
-        raise CommandError(ExitCode.REFUSED, f"there is no {args.worker}, but {names}")
+        raise CommandError(ExitCode.REFUSED, f"there is no {name}, but {names}")
     folders = [Path(r.temp_dir) / "ray" for r in state_file.all_records() if r.temp_dir]
     pid = found[0]["pid"]
     files = [
@@ -89,6 +143,6 @@ def _worker_files(args: argparse.Namespace) -> list[Path]:
     ]
     if not files:
         rule = f"ask there, or: ray logs worker-*-{pid}.err --node-ip {found[0]['node']}"
-        message = f"{args.worker} writes on {found[0]['node']}: {rule}"
+        message = f"{name} writes on {found[0]['node']}: {rule}"
         raise CommandError(ExitCode.REFUSED, message)
     return files

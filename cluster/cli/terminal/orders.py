@@ -57,6 +57,15 @@ class Orders:
         found: list[dict[str, Any]] = self._admin.get("/admin/v1/operations")["operations"]
         return found
 
+    def log(self, process: str, after: int) -> tuple[int, list[str]]:
+        """How many lines a process has logged, and the newest after the first ``after`` ones."""
+        if self._admin is None:
+            found = _ask("log", process, after)
+        else:
+            query = urllib.parse.urlencode({"process": process, "after": after})
+            found = self._admin.get(f"/admin/v1/log?{query}")
+        return int(found["number"]), list(found["lines"])
+
     def _call(
         self, method: str, argument: Any, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:

@@ -139,6 +139,14 @@ def test_bodies_that_are_no_order_are_refused(admin: httpx.Client, body: Any) ->
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_log_is_read_on_over_both(admin: httpx.Client, stub: AdminStub) -> None:
+    answer = admin.get("/admin/v1/log?process=expert-0&after=1")
+    assert answer.json() == {"schema": 1, "number": "2", "lines": ["two"]}
+    found = stub.GetLog(pb.GetLogRequest(process="expert-0"))
+    assert (found.number, list(found.lines)) == (2, ["one", "two"])
+    assert admin.get("/admin/v1/log?process=nobody").status_code == 404
+
+
 def test_a_body_of_no_declared_kind_is_refused(admin: httpx.Client) -> None:
     answer = admin.post("/admin/v1/drain", content=b'{"worker": "expert-1"}')
     assert answer.status_code == 400

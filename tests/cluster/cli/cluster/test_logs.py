@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from cluster.cli.cluster import logs
 from cluster.cli.cluster.logs import appended
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
@@ -92,3 +95,40 @@ def test_logs_go_on(tmp_path: Path) -> None:
 
     found = appended({path: len("before\n")}, write)
     assert list(itertools.islice(found, 2)) == ["later\n", "last\n"]
+
+
+def test_logs_of_processes_on_any_host(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.open_admin()
+    gateway.admin = [(200, {"number": 3, "lines": ["one", "two", "three"]})]
+    assert main(["--url", gateway.url, "logs", "expert-0", "--tail", "2"]) == ExitCode.OK
+    assert capsys.readouterr().out == "two\nthree\n"
+    assert gateway.admin_paths == ["/admin/v1/log?process=expert-0&after=0"]
+
+    names = ["controller", "attention-0", "expert-0"]
+    gateway.admin = [(200, {"number": 1, "lines": [f"from {name}"]}) for name in names]
+    assert main(["--url", gateway.url, "logs", "--all", "--json"]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)["logs"]
+    assert found == [{"process": name, "lines": [f"from {name}"]} for name in names]
+
+
+def test_logs_of_processes_go_on(
+    gateway: FakeGateway,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway.open_admin()
+    refusal = (404, {"error": {"message": "no worker 'expert-0' runs"}})
+    lines: list[tuple[int, Any]] = [(200, {"number": n, "lines": [f"{n}"]}) for n in (1, 2)]
+    gateway.admin = [lines[0], refusal, lines[1]]
+
+    def wait(seconds: float) -> None:
+        if not gateway.admin:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=wait))
+    words = ["--url", gateway.url, "logs", "expert-0", "--follow"]
+    assert main(words) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().out == "1\n2\n"
+    assert [path.partition("after=")[2] for path in gateway.admin_paths] == ["0", "1", "1"]
