@@ -19,7 +19,7 @@ from ray import serve
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import EndStage
-from cluster.core import logs
+from cluster.tracing import logs
 from gateway.admin.service import AdminApi
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import Question

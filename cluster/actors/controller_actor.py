@@ -23,7 +23,6 @@ from cluster.controller.parts.drains import DrainOrder
 from cluster.controller.parts.scales import ScaleOrder
 from cluster.controller.parts.workers import MODEL_FACTS
 from cluster.controller.rebalance.job import RebalanceOrder
-from cluster.core import logs
 from cluster.core.codec import from_plain
 from cluster.core.errors import (
     ConflictError,
@@ -37,6 +36,7 @@ from cluster.core.states import ClusterState
 from cluster.core.watchdog import BEAT_S, start_watchdog
 from cluster.load.view import load_document, placement_report
 from cluster.sizing.start_plan import plan_start
+from cluster.tracing import logs
 
 if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # which imports Ray

@@ -19,9 +19,9 @@ from cluster.actors.control_server import ControlServer
 from cluster.actors.runner import Runner
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
-from cluster.core import logs
 from cluster.core.errors import NotReadyError, SupersededError
 from cluster.sizing.start_plan import FoundWorker, StartPlan
+from cluster.tracing import logs
 
 logger = logging.getLogger(__name__)
 

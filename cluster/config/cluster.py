@@ -33,7 +33,6 @@ from cluster.core.checks import (
     is_not_negative,
     is_positive,
 )
-from cluster.core.logs import LogForm
 from cluster.core.topology import Role
 
 Mode = Literal["disaggregated", "colocated", "local", "auto"]
@@ -297,7 +296,7 @@ class TransportSection:
 class ObservabilitySection:
     """Traces of steps and of requests, and logs."""
 
-    log_format: LogForm = "text"
+    log_format: Literal["text", "json"] = "text"
     """Form of log records; ``json`` is an object a line, with the request and the generation."""
     trace_dir: str | None = None
     """Folder, on each worker's own host, for a timeline of its steps, for Perfetto."""

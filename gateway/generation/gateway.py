@@ -17,7 +17,6 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import EndStage
-from cluster.core import logs
 from cluster.core.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -25,6 +24,7 @@ from cluster.core.errors import (
     ModelNotFoundError,
     NotReadyError,
 )
+from cluster.tracing import logs
 from gateway.auth.auth import CALLER, make_key_rings
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
 from gateway.cluster.view import (

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
-from cluster.core import logs
 from cluster.core.node_labels import Place
 from cluster.core.topology import Role
+from cluster.tracing import logs
 from workers.transport.nccl_environment import set_nccl_environment
 
 if TYPE_CHECKING:

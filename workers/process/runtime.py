@@ -18,7 +18,6 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.core import logs
 from cluster.core.errors import GenerationChangedError, NotReadyError, PeerLostError
 from cluster.core.frames import (
     ControlFrame,
@@ -32,6 +31,7 @@ from cluster.core.frames import (
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
+from cluster.tracing import logs
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel

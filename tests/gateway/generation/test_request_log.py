@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.core import logs
+from cluster.tracing import logs
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.stack import Stack, post

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.core import logs
+from cluster.tracing import logs
 
 
 @pytest.fixture(autouse=True)
