@@ -1,4 +1,4 @@
-"""Spans of requests and of cluster changes, and log records. Only this folder imports OpenTelemetry.
+"""Spans of requests and of cluster changes, and log records. Nobody else imports OpenTelemetry.
 
 Imports ``cluster.core``.
 """

@@ -97,7 +97,7 @@ def test_a_tour_of_the_page(tmp_path: Path) -> None:
     """Charts that move, a prompt with its experts, a killed worker, an order, a phone."""
     node_modules()
     with (
-        running_server(tmp_path, "--admin-port", "0") as server,
+        running_server(tmp_path, "--admin-port", "0", "--num-redundant-experts", "8") as server,
         load(server),
         browser(tmp_path, "tour", server.http, admin_url(server)) as page,
     ):

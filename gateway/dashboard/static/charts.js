@@ -72,7 +72,7 @@ export class Chart {
       height: 180,
       cursor: { sync: { key: SYNC } },
       scales: { y: { range: (plot, low, high) => [0, Math.max(high ?? 0, 1) * 1.1] } },
-      axes: [{ ...axis, values: (plot, times) => times.map(clock) }, { ...axis, size: 55 }],
+      axes: [{ ...axis, space: 80, values: (plot, times) => times.map(clock) }, { ...axis, size: 55 }],
       series: [
         { label: "at", value: (plot, value) => (value === null ? "" : clock(value)) },
         ...names.map((name, place) => ({
