@@ -37,6 +37,7 @@ def main(function: str, device: str, limit_s: str, is_tiny: str, folder: str) ->
             is_tiny=is_tiny == "True",
         )
         run(place, report)
+    sys.stdout.flush()  # this process may be ended as soon as it is done
     write(DONE)
 
 

@@ -39,7 +39,8 @@ def run(place: Place, report: Report) -> None:
     """All facts; what our own code needs of torch is a check."""
     report.value("python", sys.version)
     report.value("machine", f"{platform.platform()} {platform.machine()}")
-    report.value("packages", {name: _version(name) for name in _PACKAGES})
+    packages = {name: _version(name) for name in _PACKAGES}
+    report.value("packages", {**packages, "torch": torch.__version__})  # with its build
     report.value("cuda", torch.version.cuda)
     report.value("oneDNN", torch._C._has_mkldnn)
     with report.part("torch"):

@@ -77,7 +77,7 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
         redirect_slashes=False,
         exception_handlers={HTTPException: route_error},
     )
-    routes = api.routes()
+    routes = [*api.routes(), *dashboard.routes(gateway, is_admin=False)]
     app.router.routes.extend(routes)
     public = frozenset({"/metrics"} if gateway.limits.public_metrics else ())
     app.add_middleware(
@@ -128,7 +128,6 @@ class HttpApi:
             Route("/cluster/v1/load", self.load, methods=["GET"]),
             Route("/cluster/v1/events", self.events, methods=["GET"]),
             Route(openapi.PATH, self.openapi, methods=["GET"]),
-            *dashboard.routes(self._gateway, is_admin=False),
         ]
 
     async def list_models(self, request: Request) -> Response:

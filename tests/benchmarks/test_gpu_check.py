@@ -329,9 +329,9 @@ def test_what_torch_lacks_is_named(need: Need, problem: str) -> None:
 def test_a_missing_function_fails_the_section_with_the_version_of_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delattr(torch.cuda.CUDAGraph, "capture_begin")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)  # a class of C++ keeps its methods
     found = failures(run_section("facts", tmp_path))
-    assert found == [f"torch {torch.__version__}: torch.cuda.CUDAGraph.capture_begin is missing"]
+    assert f"torch {torch.__version__}: torch.cuda.CUDAGraph.capture_begin is missing" in found
 
 
 def test_signatures_of_compiled_functions_are_read_from_their_docstrings() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
@@ -100,7 +101,7 @@ def test_the_command_reads_a_bare_config(
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = ["plan", "size", str(tmp_path), "--workers", "4", "--batch", "2,64"]
-    assert main([*command, "--json", "--link-gb-s", "2"]) == ExitCode.OK
+    assert main([*command, "--json", "--link-gb-s", "2", "--device", "cuda"]) == ExitCode.OK
     found = json.loads(capsys.readouterr().out)
     assert [b["batch"] for b in found["batches"]] == [2, 64]
     assert found["device"]["link_bytes_s"] == 2e9
@@ -111,6 +112,9 @@ def test_the_command_reads_a_bare_config(
         assert entry["tokens_per_s"] == pytest.approx(
             entry["batch"] / entry[entry["mode"]]["step_s"]
         )
+    assert main([*command, "--json"]) == ExitCode.OK
+    device = json.loads(capsys.readouterr().out)["device"]["name"]
+    assert ("CPU" in device) is not torch.cuda.is_available(), "what this host has"
     assert main([*command, "--device", "cpu"]) == ExitCode.OK
     text = capsys.readouterr()
     assert "EXPERTS TOUCHED" in text.out

@@ -14,6 +14,7 @@ import pytest
 from starlette.routing import Route
 
 from cluster.config.gateway import GatewaySection
+from gateway.dashboard import http as dashboard
 from gateway.http.api import build_http_app
 from gateway.http.middleware import OPEN_PATHS
 from protos import admin_pb2
@@ -188,7 +189,8 @@ def test_every_route_and_procedure_asks_for_a_key(keyed: Stack) -> None:
     for path, methods in routes.items():
         for method in (*methods, "OPTIONS", "TRACE", "PATCH"):
             status = keyed.http.request(method, path).status_code
-            assert status in ((200, 405) if path in OPEN_PATHS else (401,)), path
+            is_open = path in OPEN_PATHS | dashboard.open_paths()
+            assert status in ((200, 405) if is_open else (401,)), path
     for target, service in (
         (keyed.grpc_target, pb.DESCRIPTOR.services_by_name["Inference"]),
         (keyed.admin.grpc, admin_pb2.DESCRIPTOR.services_by_name["Admin"]),

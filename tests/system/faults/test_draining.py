@@ -85,7 +85,7 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
 
     monkeypatch.setattr(Scheduler, "_admit_ready", spy)
     monkeypatch.setattr(moves, "_PAUSE_LIMIT_S", LIMIT_S)
-    calls = make_calls(1, 400)
+    calls = make_calls(1, 1500)  # so that it runs on while the order goes its way
     with (
         serving(ThreadCluster(quiet_config(2, 1))) as cluster,
         gateway_of(cluster) as gateway,
