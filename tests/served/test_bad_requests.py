@@ -169,7 +169,9 @@ def test_malformed_json(server: Served, raw: bytes) -> None:
         check_error(response, 400, "json_invalid", None)
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/responses", "/v1/completions/x", "/-", "/%00"])
+@pytest.mark.parametrize(
+    "path", ["/dashboard/", "/v1", "/v1/responses", "/v1/completions/x", "/-", "/%00"]
+)
 def test_unknown_paths(server: Served, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
         check_error(server.client.request(method, path), 404, "not_found", None)
