@@ -63,13 +63,16 @@ class ControllerActor:
         group: WorkerGroup,
         status_limit_s: float = STATUS_LIMIT_S,
         *,
-        is_watched: bool = False,
+        has_process: bool = False,
     ) -> None:
-        """``is_watched``: a watchdog kills this process if its event loop hangs."""
+        """``has_process``: this process is its own, logs in its name, and is killed by a watchdog
+        if its event loop hangs.
+        """
         self._group = group
         self._status_limit_s = status_limit_s
         self._background = Background()
-        self._wants_watchdog = is_watched
+        self._has_process = self._wants_watchdog = has_process
+        self._set_up_log()
         self.runner = Runner(group, self._background)
         self._starting = asyncio.Lock()
         self._may_restore = self._restores = group.was_restarted()
@@ -102,7 +105,7 @@ class ControllerActor:
             if self.runner.controller is None:
                 nodes = await asyncio.to_thread(self._group.resources)
                 known = ClusterConfig.from_dict(config)
-                logs.set_up("controller", known.observability.log_format)
+                self._set_up_log(known.observability.log_format)
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
                 assert plan.load is not None, "the workers do not run yet"
                 notes = {"profile": profile, "top_k": plan.load.top_k, "asked": asked}
@@ -273,6 +276,8 @@ class ControllerActor:
                     began_at = began_at or time.monotonic()
                     await hand_off(self.runner, term, began_at)
                 self._restores = False
+                if (controller := self.runner.controller) is not None:
+                    self._set_up_log(controller.cluster.config.observability.log_format)
             except SupersededError as err:
                 self.runner.retire(str(err))
                 self._restores = False
@@ -285,6 +290,10 @@ class ControllerActor:
             if self._restores:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _MAX_RESTORE_PAUSE_S)
+
+    def _set_up_log(self, form: logs.LogForm = "text") -> None:
+        if self._has_process:
+            logs.set_up("controller", form)
 
     async def _fresh_cluster(self) -> Cluster | None:
         """The cluster with the current numbers of every worker; None before the start."""

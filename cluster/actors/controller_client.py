@@ -44,7 +44,7 @@ def create_controller(
         num_cpus=0,
         max_restarts=-1,
         **where,
-    ).remote(group, limit_s, is_watched=True)
+    ).remote(group, limit_s, has_process=True)
 
 
 def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:

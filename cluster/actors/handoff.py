@@ -21,7 +21,6 @@ from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, SupersededError
 from cluster.sizing.start_plan import FoundWorker, StartPlan
-from cluster.tracing import logs
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,6 @@ async def hand_off(runner: Runner, term: int, began_at: float) -> None:
     unheard = collected.unheard(group.address(), set(group.names()) - lost)
     if unheard and time.monotonic() - began_at < ControllerSettings().hold_limit_s:
         raise NotReadyError(f"most other hosts are silent: {', '.join(sorted(unheard))}")
-    logs.set_up("controller", found[0].config.observability.log_format)
     num_slots = max(f.num_slots for f in found)
     plan = StartPlan(config=found[0].config, placement=collected.placement, num_slots=num_slots)
     runner.go_on(plan, collected, term)

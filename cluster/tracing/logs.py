@@ -81,20 +81,26 @@ class TextFormatter(logging.Formatter):
         return f"{text}\n{found['exception']}" if "exception" in found else text
 
 
-class RecentLines(logging.Handler):
-    """The newest lines of this process. Any thread."""
+class RecentLines(logging.StreamHandler[TextIO]):
+    """Writes each record, and keeps the newest lines. Any thread."""
 
-    def __init__(self, size: int = MAX_LINES) -> None:
-        super().__init__(logging.INFO)
+    def __init__(self, size: int = MAX_LINES, stream: TextIO | None = None) -> None:
+        """``stream`` None: stderr."""
+        super().__init__(stream or sys.stderr)
         self._lines: deque[str] = deque(maxlen=size)
         self._number = 0
         self._guard = threading.Lock()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)[:MAX_LINE_CHARACTERS]
+        line = self.format(record)
         with self._guard:
             self._number += 1
-            self._lines.append(line)
+            self._lines.append(line[:MAX_LINE_CHARACTERS])
+        try:
+            self.stream.write(f"{line}{self.terminator}")
+            self.flush()
+        except Exception:  # as in logging's own handlers: a full disk stops nobody
+            self.handleError(record)
 
     def since(self, number: int, at_most: int = MAX_LINES) -> tuple[int, list[str]]:
         """The newest lines after the first ``number`` ones, and how many there were in all."""
@@ -105,8 +111,6 @@ class RecentLines(logging.Handler):
 
 RECENT = RecentLines()
 """Of this process."""
-_handlers: list[logging.Handler] = []
-"""Those of the last ``set_up``."""
 
 
 def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -> None:
@@ -118,14 +122,10 @@ def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -
         stream: None: stderr.
     """
     CONTEXT.process = process
-    formatter = JsonFormatter() if form == "json" else TextFormatter()
+    RECENT.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    RECENT.setStream(stream or sys.stderr)
     root = logging.getLogger()
-    for handler in _handlers:
-        root.removeHandler(handler)
-    _handlers[:] = (logging.StreamHandler(stream or sys.stderr), RECENT)
-    for handler in _handlers:
-        handler.setFormatter(formatter)
-        root.addHandler(handler)
+    root.addHandler(RECENT)
     root.setLevel(logging.WARNING)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
