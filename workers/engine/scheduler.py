@@ -166,7 +166,7 @@ class Scheduler:
         self.preempted.clear()
         rows: list[PlannedRows] = []
         admissible: list[SequenceState] = []
-        ready = self._admit_ready(decode_rows) if self._waiting else ()
+        ready = self._admit_ready(decode_rows)
         if prefill_rows > 0:
             while (first := self._first_in_need()) is not None:
                 lower = [s for s in self._running if _yields_to_priority(s.request, first.request)]
@@ -368,11 +368,11 @@ class Scheduler:
 
     def _admit_ready(self, decode_rows: int) -> list[SequenceState]:
         """Admit sequences that would decode, as many as were granted beside the running ones."""
-        decoding, _ = self._runnable()
-        spare = decode_rows - sum(not self._gives_way(s) for s in decoding)
-        if spare <= 0:
-            return []
-        ready = [s for s in self._ready(self._max_rows) if not self._gives_way(s)][:spare]
+        ready = [s for s in self._ready(self._max_rows) if not self._gives_way(s)]
+        if ready:
+            decoding, _ = self._runnable()
+            spare = decode_rows - sum(not self._gives_way(s) for s in decoding)
+            del ready[max(spare, 0) :]
         for sequence in ready:
             self._admit(sequence)
         return ready
