@@ -56,6 +56,8 @@ class WorkerState(Enum):
     """It was emptied and ended on purpose; it never comes back under this name."""
 
 
+GONE = frozenset({WorkerState.LOST, WorkerState.DRAINED})
+"""States of workers that never come back under their names."""
 _NEXT: Transitions[Enum] = {
     ClusterState.STARTING: {ClusterState.SERVING, ClusterState.DRAINING},
     ClusterState.SERVING: {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING},
@@ -82,3 +84,8 @@ def next_state(old: StateT, new: StateT, allowed: Transitions[StateT] | None = N
     if new not in (_NEXT if allowed is None else allowed).get(old, ()):
         raise IllegalTransitionError(f"{type(old).__name__}: {old.value} -> {new.value}")
     return new
+
+
+def is_gone(state: str) -> bool:
+    """Whether a worker whose state is shown so never comes back under its name."""
+    return any(state == gone.value for gone in GONE)

@@ -10,9 +10,7 @@ from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import show
-from cluster.core.states import WorkerState
-
-_GONE = (WorkerState.LOST.value, WorkerState.DRAINED.value)
+from cluster.core.states import WorkerState, is_gone
 
 
 def add_commands(commands: Commands) -> None:
@@ -43,7 +41,7 @@ def why_not(node: str, workers: Sequence[Mapping[str, Any]]) -> list[str]:
     A worker that is ``SERVING`` has its weights, and takes part in the running generation and so in
     the placement epoch that its leader goes by.
     """
-    mine = [w for w in workers if w["node"] == node and w["state"] not in _GONE]
+    mine = [w for w in workers if w["node"] == node and not is_gone(w["state"])]
     if not mine:
         return [f"no worker runs on {node}"]
     waiting = [w for w in mine if w["state"] != WorkerState.SERVING.value]

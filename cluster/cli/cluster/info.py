@@ -12,7 +12,7 @@ from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import colour, note, show, table, time_of_day
-from cluster.core.states import WorkerState
+from cluster.core.states import is_gone
 
 WATCH_INTERVAL_S = 1.0
 _COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "STOPPED": "red"}
@@ -96,7 +96,7 @@ def _workers_text(status: Mapping[str, Any]) -> str:
 
 
 def _holds(worker: Mapping[str, Any]) -> str:
-    if worker["state"] in (WorkerState.LOST.value, WorkerState.DRAINED.value):
+    if is_gone(worker["state"]):
         return str(worker.get("reason") or "")
     free, total, slots = (worker.get(k) for k in ("kv_blocks_free", "kv_blocks_total", "slots"))
     held = [f"{slots} expert slots"] if slots is not None else []

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.orders import Orders, orders_for
 from cluster.cli.terminal.output import out, out_json
-from cluster.core.states import WorkerState
+from cluster.core.states import is_gone
 from cluster.launch import state_file
 
 DEFAULT_LINES = 100
@@ -27,7 +27,6 @@ JOINED_RAY = Path("/tmp/ray")
 """Default folder of a Ray that we have joined."""
 _TICK_S = 0.25
 _POLL_S = 0.5
-_GONE = (WorkerState.LOST.value, WorkerState.DRAINED.value)
 
 
 def add_commands(commands: Commands) -> None:
@@ -61,20 +60,28 @@ def _show_processes(args: argparse.Namespace, orders: Orders) -> int:
     for name in _processes(args):
         seen[name], lines = orders.log(name, 0)
         found[name] = lines[-args.tail :] if args.tail > 0 else []
-    if args.json:
-        logs = [{"process": name, "lines": lines} for name, lines in found.items()]
-        out_json({"schema": 1, "logs": logs})
-        return ExitCode.OK
-    for name, lines in found.items():
-        out(f"==> {name} <==\n" if len(found) > 1 else "")
-        out("".join(f"{line}\n" for line in lines))
-    while args.follow:
+    _print(args, "process", found)
+    while args.follow and not args.json:
         time.sleep(_POLL_S)
         for name in _processes(args):
             with contextlib.suppress(CommandError):  # it has just ended, or is slow
                 seen[name], lines = orders.log(name, seen.get(name, 0))
-                out("".join(f"{line}\n" for line in lines))
+                _print_lines(lines)
     return ExitCode.OK
+
+
+def _print(args: argparse.Namespace, kind: str, found: Mapping[str, Sequence[str]]) -> None:
+    """Lines by the name of their ``process`` or ``file``."""
+    if args.json:
+        out_json({"schema": 1, "logs": [{kind: name, "lines": found[name]} for name in found]})
+        return
+    for name, lines in found.items():
+        out(f"==> {name} <==\n" if len(found) > 1 else "")
+        _print_lines(lines)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    out("".join(f"{line}\n" for line in lines))
 
 
 def _processes(args: argparse.Namespace) -> list[str]:
@@ -82,20 +89,14 @@ def _processes(args: argparse.Namespace) -> list[str]:
     if not args.all:
         return list(args.worker)
     workers = Client(args).get("/cluster/v1/status")["workers"]
-    return ["controller", *(w["name"] for w in workers if w["state"] not in _GONE)]
+    return ["controller", *(w["name"] for w in workers if not is_gone(w["state"]))]
 
 
 def _show_files(args: argparse.Namespace, files: list[Path]) -> int:
     texts = {path: path.read_text(errors="replace") for path in files}
-    lines = {path: text.splitlines()[-args.tail :] for path, text in texts.items()}
-    if args.json:
-        logs = [{"file": str(path), "lines": found} for path, found in lines.items()]
-        out_json({"schema": 1, "logs": logs})
-        return ExitCode.OK
-    for path, found in lines.items():
-        out(f"==> {path} <==\n" if len(lines) > 1 else "")
-        out("".join(f"{line}\n" for line in found))
-    if args.follow:
+    lines = {str(path): text.splitlines()[-args.tail :] for path, text in texts.items()}
+    _print(args, "file", lines)
+    if args.follow and not args.json:
         for more in appended({path: len(text.encode()) for path, text in texts.items()}):
             out(more)
     return ExitCode.OK

@@ -14,7 +14,7 @@ from cluster.core import frames
 from cluster.core.errors import CalledAgainError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.release import Build, differing_item
-from cluster.core.states import WorkerState, next_state
+from cluster.core.states import GONE, WorkerState, next_state
 from cluster.core.topology import ADDRESS_FIELDS, NODE_FIELDS, Generation, Member
 from cluster.policy.failure import Pulse
 from cluster.policy.silence import GapWindow
@@ -92,7 +92,7 @@ class WorkerRecord:
     @property
     def is_lost(self) -> bool:
         """Lost or drained: the controller expects nothing more from it."""
-        return self.state in (WorkerState.LOST, WorkerState.DRAINED)
+        return self.state in GONE
 
     @property
     def num_requests(self) -> int | None:
