@@ -13,9 +13,9 @@ The other worker computes the few tokens behind that block: the pause of a strea
 its length. Where the two workers have nothing else to do, the pause begins with the block, which
 comes at once: a single token is left then. Where they have, they answer only between steps, and the
 request decodes on until the block is there. A request of a worker that runs out of blocks waits for
-no full one. When either worker
-dies, or blocks do not come, the request continues as always, from its tokens. Source of the idea:
-Llumnix (OSDI 2024), section 4.2, which copies the last blocks while nobody decodes.
+no full one. When either worker dies, or blocks do not come, the request continues as always, from
+its tokens. Source of the idea: Llumnix (OSDI 2024), section 4.2, which copies the last blocks while
+nobody decodes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Stage(Enum):
     BLOCKS = "the blocks that were full when it began, and those that came meanwhile"
     FULL_BLOCK = "the last token of a block, whose keys and values the step in progress computes"
     LAST_BLOCK = "that block"
-    PAUSED = "that its worker computes no more of it; then the request goes over"
+    PAUSED = "the end of its worker's last step with it; then the request goes over"
 
 
 @dataclass(slots=True, eq=False)

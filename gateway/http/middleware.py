@@ -150,7 +150,8 @@ class HttpMiddleware:
         REQUEST_ID.set(request_id)
         responder = Responder(scope, self._with_headers(send, request_id))
         path = _path(scope)
-        line = RequestLog("http", self._names.of(path)) if scope["method"] == "POST" else None
+        route = self._names.of(path)
+        line = RequestLog("http", route) if scope["method"] == "POST" else None
         tracing, trace = self.gateway.tracing, None
         if tracing is not None and scope["method"] == "POST":
             trace = tracing.begin(path, "http", request_id, headers.items())
@@ -176,7 +177,6 @@ class HttpMiddleware:
             status = status or responder.status or 500
             if status == 499:
                 self.gateway.metrics.client_disconnects.inc()
-            route = self._names.of(path)
             self.gateway.metrics.http_requests.labels(route, scope["method"], str(status)).inc()
             if trace is not None:
                 trace.end(CLIENT_GONE if status == 499 else "")

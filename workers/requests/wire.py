@@ -79,8 +79,8 @@ class Prefetched(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Pause(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A request is about to leave for another worker: no further step runs rows of it, once each of
-    its choices has so many tokens.
+    """A request is about to leave for another worker. Once each of its choices has ``num_tokens``,
+    no further step runs rows of it.
 
     ``Paused`` is the answer, after the last of its outputs. So the other worker need not compute a
     token that is already being computed here. A request that may be about to run alone goes on,

@@ -2,8 +2,8 @@
 
 A few prefixes are fetched at a time, straight into blocks that are held for them. When a fetch
 fails or takes too long, the engine computes the missing blocks. Blocks of a request that still
-decodes at the peer can be fetched ahead of it (``prefetch``); if it comes before they are here, it
-waits for them.
+decodes at the peer can be fetched ahead of it (``prefetch``); a request that comes before they are
+here waits for them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_FETCHING = 4
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Prefetch(Job):
-    """A request whose blocks come ahead of it; it may have come meanwhile, and wait."""
+    """Blocks that are fetched ahead of their request, which waits here once it has come."""
 
     asked: PrefetchAsked
     num_begun: int = 0
@@ -154,8 +154,9 @@ class KvFetches(WaitingRequests):
         self._go_on_ahead()
 
     def take_prefetched(self) -> list[tuple[str, Prefetched]]:
-        """(gateway, answer) of the requests whose blocks are here, as far as they could come, and
-        that have not come before."""
+        """(gateway, answer) of the requests whose blocks are here, as far as they could come; none
+        for requests that have come themselves.
+        """
         done, self._prefetched = self._prefetched, []
         return done
 
