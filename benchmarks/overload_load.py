@@ -30,10 +30,9 @@ from tests.served.server import Served
 
 GREEDY, MODEST = "greedy", "modest"
 REFUSED = ("429", "RESOURCE_EXHAUSTED")
-MOST_REQUESTS_PER_S = 40
-"""Under overload, of requests of some 600 tokens, as long as the context allows. Each that is
-refused costs the clients and the server some 3 ms, on the cores that compute: with 100 a second of
-260 tokens an eighth of both."""
+MOST_REQUESTS_PER_S = 100
+"""Under overload: the requests are so long that there are no more. Each that is refused costs the
+clients and the server some 3 ms, on the cores that compute."""
 _FIRST_MEAN = 256
 """Tokens of a request in the mean, before the capacity is known."""
 _GRPC_SHARE = 0.1
