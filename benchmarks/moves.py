@@ -24,7 +24,7 @@ from benchmarks.quiet import wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
-from benchmarks.svg import Line, line_chart
+from cluster.cli.bench.svg import Line, line_chart
 from gateway.core.call import CallKind, GenerateFields
 from gateway.engines.submission import Submission
 from tests.harness.cluster_gateway import ClusterGateway, gateway_of

@@ -24,7 +24,7 @@ from benchmarks.domain_checkpoint import DomainModel, write
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.ray_serving import FOLDER_VARIABLE
 from benchmarks.results import table
-from benchmarks.svg import Line, Mark, line_chart
+from cluster.cli.bench.svg import Line, Mark, line_chart
 from cluster.core.load_profile import LoadProfile
 from cluster.launch.local_ray import make_temp_dir, private_environment
 from cluster.planner import mesh

@@ -32,7 +32,7 @@ import psutil
 
 from benchmarks.processes import name_of
 from benchmarks.results import table
-from benchmarks.svg import Line, line_chart
+from cluster.cli.bench.svg import Line, line_chart
 from cluster.launch.orphans import find_by_files
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub

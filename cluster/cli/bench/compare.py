@@ -1,16 +1,20 @@
-"""``bench compare``: two saved documents of one command, number by number."""
+"""``bench compare``: two saved documents of one command, or two servers, number by number."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.bench.document import numbers_of
+from cluster.cli.bench.load_options import add_load_options
+from cluster.cli.bench.report import add_report, write_report
+from cluster.cli.bench.side_by_side import measure_both
+from cluster.cli.terminal.arguments import Commands, count
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show, table
 
@@ -55,11 +59,16 @@ class Change:
 
 
 def add_command(kinds: Commands) -> None:
-    parser = kinds.add("compare", run, "two saved documents; exits with 1 if the second is worse")
-    parser.add_argument("before", type=Path, metavar="A.json", help="of --save or --json")
-    parser.add_argument("after", type=Path, metavar="B.json", help="of the same command")
+    text = "two saved documents, or two servers under the same load; exits with 1 if B is worse"
+    parser = kinds.add("compare", run, text)
+    for name, what in (("A", "of --save or --json, or a server"), ("B", "of the same kind")):
+        parser.add_argument(f"{name.lower()}", metavar=f"{name}.json|URL", help=what)
     text = "ratio from which a number counts as worse"
     parser.add_argument("--threshold", type=_ratio, default=1.05, metavar="NUMBER", help=text)
+    add_report(parser)
+    text = "parts of the load on two servers, which take turns; A and B begin by turns"
+    parser.add_argument("--rounds", type=count, default=2, help=text)
+    add_load_options(parser)
 
 
 def _ratio(text: str) -> float:
@@ -71,34 +80,39 @@ def _ratio(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Print every number's ratio; exits with 1 if one got worse by more than the threshold."""
-    before, after = _read(args.before), _read(args.after)
-    if before["command"] != after["command"]:
-        message = f"{before['command']} and {after['command']} are not the same command"
-        raise CommandError(ExitCode.REFUSED, message)
-    _note_differences(before["options"], after["options"])
+    are_servers = [_is_url(name) for name in (args.a, args.b)]
+    if any(are_servers) != all(are_servers):
+        raise CommandError(ExitCode.USAGE, "give two files or two URLs")
+    before, after = measure_both(args) if all(are_servers) else _read_both(args)
     found = changes(before["results"], after["results"])
     worse = [change.name for change in found if change.is_worse(args.threshold)]
     document = _document(before["command"], found, args.threshold)
     show(args, document, _text(found, args.threshold))
+    write_report(args, {"A": before, "B": after})
     if not args.json:
         note(f"worse by more than {args.threshold:g}: {', '.join(worse) or 'nothing'}")
     return ExitCode.FAILED if worse else ExitCode.OK
 
 
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def _read_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    before, after = _read(Path(args.a)), _read(Path(args.b))
+    if before["command"] != after["command"]:
+        message = f"{before['command']} and {after['command']} are not the same command"
+        raise CommandError(ExitCode.REFUSED, message)
+    _note_differences(before["options"], after["options"])
+    return before, after
+
+
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """All numbers of both documents; a number that one of them lacks counts as 0 there."""
-    old, new = dict(_numbers(before)), dict(_numbers(after))
+    old, new = dict(numbers_of(before)), dict(numbers_of(after))
     counter = "failures."  # by code: a missing one is 0
     shared = [n for n in {**old, **new} if n.startswith(counter) or (n in old and n in new)]
     return [Change(name, old.get(name, 0.0), new.get(name, 0.0)) for name in shared]
-
-
-def _numbers(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{inside}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{inside}{key}", float(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ def tell(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> No
     show(args, document, text)
     if args.save is not None:
         save(args.save, json.dumps(document, indent=1) + "\n")
+
+
+def numbers_of(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in a document's results, by their names with dots."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from numbers_of(value, f"{inside}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{inside}{key}", float(value)
 
 
 def shown(value: float | None, digits: int = 2) -> str:

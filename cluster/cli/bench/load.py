@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from cluster.cli.bench.arrivals import Arrival
 from cluster.cli.bench.tally import Answer, Tally
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
@@ -41,37 +40,44 @@ class Target(Protocol):
 class Load:
     """What is sent."""
 
-    num_prompts: int
-    request_rate: float
-    """Mean requests a second, infinity sends all at once. Gaps are exponential."""
-    max_concurrency: int
-    """Requests under way; more wait here, and their time does not count."""
-    input_len: int
-    """Tokens of each prompt."""
-    output_len: int
-    """Tokens of each answer."""
+    arrivals: Sequence[Arrival]
+    """In order of time."""
+    max_concurrency: int | None
+    """Requests under way; more wait in the client, and are late. None: no limit (an open loop)."""
     vocab_size: int
     """Prompts are drawn from these tokens."""
     seed: int
-    """Same seed, same prompts and gaps."""
+    """Same seed, same prompts."""
     timeout_s: float
     """Limit of one request."""
+    first: int = 0
+    """Number of the first request in the load that this is a part of."""
 
     def prompt(self, number: int) -> list[int]:
-        """Tokens of one request; -1 is the warm-up."""
-        draw = random.Random(f"{self.seed} {number}")
-        return draw.choices(range(self.vocab_size), k=self.input_len)
+        """Tokens of the request of this index in ``arrivals``."""
+        return self.arrivals[number].prompt(self.vocab_size, f"{self.seed} {self.first + number}")
 
-    def arrival_gaps_s(self) -> random.Random:
-        """Where the gaps come from."""
-        return random.Random(f"{self.seed} gaps")
+    def warm_up_prompt(self) -> list[int]:
+        """As long as the first prompt, and another one."""
+        return replace(self.arrivals[0], blocks=()).prompt(self.vocab_size, f"{self.seed} -1")
+
+    def parts(self, number: int) -> list[Load]:
+        """At most so many loads of about as many requests, one behind another in time."""
+        size = -(-len(self.arrivals) // number)
+        found = []
+        for first in range(0, len(self.arrivals), size):
+            chosen = self.arrivals[first : first + size]
+            begin_s = chosen[0].due_s
+            moved = [replace(a, due_s=a.due_s - begin_s) for a in chosen]
+            found.append(replace(self, arrivals=moved, first=self.first + first))
+        return found
 
 
 async def warm_up(load: Load, target: Target) -> None:
     """One request that does not count. Raises ``RequestFailed``: nothing can be measured."""
     try:
         async with asyncio.timeout(load.timeout_s):
-            await target.complete(load.prompt(-1), load.output_len, lambda: None)
+            await target.complete(load.warm_up_prompt(), load.arrivals[0].output_len, lambda: None)
     except TimeoutError as err:
         message = f"no answer within {load.timeout_s:g} s"
         raise RequestFailed("timeout", message, ExitCode.NOT_READY) from err
@@ -79,37 +85,45 @@ async def warm_up(load: Load, target: Target) -> None:
         raise RequestFailed("connection", str(err), ExitCode.UNREACHABLE) from err
 
 
-async def run_load(load: Load, target: Target, tally: Tally, tick: Callable[[], None]) -> None:
-    """Send everything and wait for its end; ``tick`` is called after each request."""
-    seats = asyncio.Semaphore(load.max_concurrency)
-    draw = load.arrival_gaps_s()
+async def run_load(
+    load: Load, target: Target, tally: Tally, tick: Callable[[], None], begun_s: float = 0.0
+) -> None:
+    """Send everything and wait for its end; ``tick`` is called after each request.
+
+    Times of a request begin when it is sent; ``Tally.late_ms`` has how late that was.
+
+    Args:
+        begun_s: how long earlier parts of the load took.
+    """
+    seats = asyncio.Semaphore(load.max_concurrency or len(load.arrivals))
     clock = asyncio.get_running_loop().time
-    due = clock()
+    start = clock()
 
     def leave(task: asyncio.Task[None]) -> None:
         seats.release()
         tick()
 
     async with asyncio.TaskGroup() as group:
-        for number in range(load.num_prompts):
-            await asyncio.sleep(max(0.0, due - clock()))
+        for number, arrival in enumerate(load.arrivals):
+            prompt = load.prompt(number)
+            await asyncio.sleep(max(0.0, start + arrival.due_s - clock()))
             await seats.acquire()
-            task = group.create_task(_one(load, number, target, tally))
-            task.add_done_callback(leave)
-            if math.isfinite(load.request_rate):
-                due += draw.expovariate(load.request_rate)
+            sent_s = clock() - start
+            tally.begin(sent_s - arrival.due_s)
+            request = _one(load, arrival.output_len, prompt, target, tally, begun_s + sent_s)
+            group.create_task(request).add_done_callback(leave)
 
 
-async def _one(load: Load, number: int, target: Target, tally: Tally) -> None:
+async def _one(
+    load: Load, output_len: int, prompt: list[int], target: Target, tally: Tally, sent_s: float
+) -> None:
     clock = asyncio.get_running_loop().time
-    prompt = load.prompt(number)
     pieces: list[float] = []
-    tally.begin()
     start = clock()
     try:
         async with asyncio.timeout(load.timeout_s):
             tokens = await target.complete(
-                prompt, load.output_len, lambda: pieces.append(clock() - start)
+                prompt, output_len, lambda: pieces.append(clock() - start)
             )
     except RequestFailed as err:
         tally.fail(err.reason)
@@ -119,6 +133,6 @@ async def _one(load: Load, number: int, target: Target, tally: Tally) -> None:
         tally.fail("connection")
     else:
         if pieces:
-            tally.take(Answer(pieces, clock() - start, len(prompt), tokens))
+            tally.take(Answer(pieces, clock() - start, len(prompt), tokens, sent_s))
         else:
             tally.fail("empty")

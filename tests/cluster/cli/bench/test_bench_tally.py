@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 
-from cluster.cli.bench.load import Load
 from cluster.cli.bench.tally import Answer, Distribution, Tally
 
 
@@ -18,7 +17,11 @@ def test_quantiles_to_half_a_percent() -> None:
     assert summary["mean"] == 500.5
     assert summary["median"] == pytest.approx(500, rel=0.006)
     assert summary["p99"] == pytest.approx(990, rel=0.006)
-    assert Distribution().summary() == {"mean": None, "median": None, "p99": None}
+    assert summary["p90"] == pytest.approx(900, rel=0.006)
+    assert set(Distribution().summary().values()) == {None}
+    curve = found.curve()
+    assert curve == sorted(curve)
+    assert curve[-1][1] == 1.0
 
 
 def test_memory_does_not_grow_with_the_load() -> None:
@@ -65,19 +68,12 @@ def test_every_request_is_counted_once() -> None:
     assert results["good_requests_per_s"] is None
 
 
-def test_gaps_have_the_rate_as_their_mean() -> None:
-    load = Load(
-        num_prompts=1,
-        request_rate=50.0,
-        max_concurrency=1,
-        input_len=4,
-        output_len=1,
-        vocab_size=10,
-        seed=1,
-        timeout_s=1.0,
-    )
-    draw = load.arrival_gaps_s()
-    gaps = [draw.expovariate(load.request_rate) for _ in range(5000)]
-    assert sum(gaps) / len(gaps) == pytest.approx(1 / 50, rel=0.1)
-    assert load.prompt(0) == load.prompt(0) != load.prompt(1)
-    assert set(load.prompt(2)) <= set(range(10))
+def test_tokens_are_counted_when_they_came() -> None:
+    tally = Tally({})
+    tally.begin(0.25)
+    tally.take(Answer([0.5, 1.0], 1.0, prompt_tokens=3, output_tokens=4, sent_s=1.0))
+    series = tally.curves()["series"]
+    per_s = [round(series["bin_s"] * rate, 6) for rate in series["output_tokens_per_s"]]
+    assert {i * series["bin_s"]: n for i, n in enumerate(per_s) if n} == {1.5: 2, 2.0: 2}
+    assert series["ttft_ms"][int(1.0 / series["bin_s"])] == 500.0
+    assert tally.results(2.0)["sent_late_ms"]["mean"] == 250.0

@@ -1,0 +1,113 @@
+"""Options that describe a load, and the load that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from cluster.cli.bench.arrivals import Arrival, poisson, read_trace
+from cluster.cli.bench.load import Load
+from cluster.cli.bench.tally import MEASURES
+from cluster.cli.terminal.arguments import add_model_option, count, positive
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+
+LIMIT_S = 600.0
+"""Limit of one request without ``--timeout``."""
+_NUM_PROMPTS = 100
+_AT_ONCE = 256
+"""Requests under way where all are due at the beginning: a server has a limit for each key."""
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """What is sent and when; ``load_of`` reads it."""
+    add_model_option(parser)
+    text = f"requests (default: {_NUM_PROMPTS}, or those of the trace)"
+    parser.add_argument("--num-prompts", type=count, help=text)
+    text = "mean requests a second, Poisson arrivals; inf sends all at once"
+    parser.add_argument(
+        "--request-rate", type=positive, default=math.inf, metavar="NUMBER", help=text
+    )
+    text = "arrivals and lengths of this file: JSON lines as Mooncake's, or .csv as Azure's"
+    parser.add_argument("--trace", type=Path, metavar="FILE", help=text)
+    for name, text in (
+        ("speed", "so many times as fast as the trace"),
+        ("length", "factor of the trace's numbers of tokens"),
+    ):
+        parser.add_argument(
+            f"--trace-{name}", type=positive, default=1.0, metavar="NUMBER", help=text
+        )
+    text = f"requests at once (default: {_AT_ONCE} if all are sent at once, else no limit)"
+    parser.add_argument("--max-concurrency", type=count, help=text)
+    for name, default, what in (("input", 128, "prompt"), ("output", 64, "answer")):
+        text = f"tokens of each {what}"
+        parser.add_argument(f"--random-{name}-len", type=count, default=default, help=text)
+    text = "tokens to draw prompts from (default: those that the server reports)"
+    parser.add_argument("--vocab-size", type=count, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and gaps")
+    parser.add_argument(
+        "--goodput",
+        nargs="+",
+        type=_goal,
+        default=[],
+        metavar="NAME:MS",
+        help=f"good requests a second, by {', '.join(MEASURES)}; itl: no gap is longer",
+    )
+
+
+def _goal(text: str) -> tuple[str, float]:
+    name, _, value = text.partition(":")
+    try:
+        goal = float(value)
+    except ValueError:
+        goal = 0.0
+    if name not in MEASURES or not goal > 0:
+        raise argparse.ArgumentTypeError(f"must be {'|'.join(MEASURES)}:MS")
+    return name, goal
+
+
+def load_of(args: argparse.Namespace, vocab_size: int) -> Load:
+    """The load, with prompts of these tokens. Raises ``CommandError`` for a bad trace."""
+    is_at_once = args.trace is None and not math.isfinite(args.request_rate)
+    return Load(
+        arrivals=_arrivals(args),
+        max_concurrency=args.max_concurrency or (_AT_ONCE if is_at_once else None),
+        vocab_size=vocab_size,
+        seed=args.seed,
+        timeout_s=args.timeout or LIMIT_S,
+    )
+
+
+def _arrivals(args: argparse.Namespace) -> list[Arrival]:
+    if args.trace is None:
+        lengths = args.random_input_len, args.random_output_len
+        number = args.num_prompts or _NUM_PROMPTS
+        return poisson(number, args.request_rate, *lengths, args.seed)
+    if math.isfinite(args.request_rate):
+        raise CommandError(ExitCode.USAGE, "give --request-rate or --trace, not both")
+    try:
+        return read_trace(
+            args.trace, args.num_prompts, speed=args.trace_speed, length=args.trace_length
+        )
+    except (OSError, ValueError) as err:
+        reason = err.strerror if isinstance(err, OSError) else str(err)
+        raise CommandError(ExitCode.USAGE, f"cannot read {args.trace}: {reason}") from err
+
+
+def options_of(args: argparse.Namespace, load: Load) -> dict[str, Any]:
+    """The settings that a document names."""
+    settings: dict[str, Any] = {
+        "num_prompts": len(load.arrivals),
+        "max_concurrency": load.max_concurrency,
+        "vocab_size": load.vocab_size,
+        "seed": load.seed,
+        "timeout_s": load.timeout_s,
+        "goodput_ms": dict(args.goodput),
+    }
+    if args.trace is not None:
+        speed, length = args.trace_speed, args.trace_length
+        return {**settings, "trace": args.trace.name, "speed": speed, "length": length}
+    rate = args.request_rate if math.isfinite(args.request_rate) else None
+    lengths = {"input_len": args.random_input_len, "output_len": args.random_output_len}
+    return {**settings, "request_rate": rate, **lengths}

@@ -1,0 +1,56 @@
+"""What a load found at one server: complete, or cut by an interrupt."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from cluster.cli.bench.document import document_of
+from cluster.cli.bench.load import Load, Target, run_load
+from cluster.cli.bench.load_options import options_of
+from cluster.cli.bench.tally import Tally
+from cluster.cli.terminal.progress import Progress
+
+_TICK_S = 0.2
+
+
+class Measurement:
+    """Sums over the parts of a load that have run."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.tally = Tally(dict(args.goodput))
+        self.load: Load | None = None
+        """The whole load; None before its first part."""
+        self.is_interrupted = False
+        self._args = args
+        self._duration_s = 0.0
+        self._shown_at = 0.0
+
+    async def run(self, load: Load, part: Load, target: Target, progress: Progress) -> None:
+        """Run a part of the load. A bar shows how many of all its requests have ended."""
+
+        def tick() -> None:
+            if time.monotonic() - self._shown_at >= _TICK_S:
+                self._shown_at = time.monotonic()
+                progress.update(f"{self.tally.ended} of {len(load.arrivals)} requests")
+
+        self.load = load
+        earlier_s, began = self._duration_s, time.monotonic()
+        try:
+            await run_load(part, target, self.tally, tick, earlier_s)
+        finally:
+            self._duration_s = earlier_s + time.monotonic() - began
+
+    def document(self, url: str) -> dict[str, Any]:
+        """As ``bench serve`` prints it, once a part has begun."""
+        assert self.load is not None
+        protocol = "http" if getattr(self._args, "grpc", None) is None else "grpc"
+        return document_of(
+            "bench serve",
+            {**options_of(self._args, self.load), "protocol": protocol},
+            self.tally.results(self._duration_s),
+            url=url,
+            interrupted=self.is_interrupted,
+            **self.tally.curves(),
+        )

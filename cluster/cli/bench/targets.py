@@ -1,0 +1,75 @@
+"""The server that a load goes to, and the tokens of its model."""
+
+from __future__ import annotations
+
+import argparse
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.cli.bench.load import RequestFailed, Target
+from cluster.cli.bench.load_options import LIMIT_S
+from cluster.cli.terminal.client import Client, tls_files
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+
+
+def http_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:
+    """A server with OpenAI's protocol, and its vocabulary: given, or as expertmesh reports it.
+
+    Called in the event loop of the requests. Raises ``CommandError``.
+    """
+    from cluster.cli.bench.http_target import HttpTarget  # slow to import
+
+    vocab_size = args.vocab_size or _vocab_size(client)
+    return HttpTarget(client, args.model, _new_salt()), vocab_size
+
+
+async def grpc_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:
+    """expertmesh's own protocol, at the address of ``--grpc`` or the one that HTTP reports.
+
+    Raises ``CommandError``.
+    """
+    from cluster.cli.bench.grpc_target import GrpcTarget  # slow to import
+
+    files = tls_files(args)
+    target = GrpcTarget(
+        args.grpc or _reported_address(client),
+        headers=client.headers,
+        tls_files=files if client.tls or any(files.values()) else None,
+        model=args.model,
+        cache_salt=_new_salt(),
+        timeout_s=args.timeout or LIMIT_S,
+    )
+    try:
+        return target, args.vocab_size or await target.vocab_size()
+    except RequestFailed:
+        await target.close()
+        raise
+
+
+def _new_salt() -> str:
+    """The same prompts as in an earlier run must be computed anew."""
+    return f"bench-{uuid.uuid4().hex}"
+
+
+def _reported_address(client: Client) -> str:
+    status = client.get("/cluster/v1/status")
+    found = [each["grpc"] for each in status.get("gateway", ()) if "grpc" in each]
+    if not found:
+        raise CommandError(ExitCode.REFUSED, "the server has no gRPC address: give one with --grpc")
+    return str(found[0])
+
+
+def _vocab_size(client: Client) -> int:
+    try:
+        status: Mapping[str, Any] = client.get("/cluster/v1/status")
+    except CommandError as err:
+        if err.code == ExitCode.UNREACHABLE:
+            raise
+        message = f"{client.url} does not report its vocabulary ({err}): give --vocab-size"
+        raise CommandError(ExitCode(err.code), message) from err
+    try:
+        return int(status["model"]["vocab_size"])
+    except (KeyError, TypeError) as err:
+        message = f"the cluster is {status.get('state', 'no cluster')}: its model is not known yet"
+        raise CommandError(ExitCode.NOT_READY, message) from err
