@@ -64,9 +64,14 @@ def make_temp_dir() -> Path:
 
     Ray opens its own folder to every user, therefore it gets ``ray`` inside this one.
     """
+    return Path(tempfile.mkdtemp(prefix="em-", dir=temp_base()))
+
+
+def temp_base() -> str:
+    """Where such folders are. Raises ``StartError``."""
     for base in ("/tmp", tempfile.gettempdir()):
         if os.access(base, os.W_OK) and len(base) + _RAY_PATH_CHARS < _SOCKET_PATH_LIMIT:
-            return Path(tempfile.mkdtemp(prefix="em-", dir=base))
+            return base
     raise StartError("ray", f"no writable folder with a short path (tried {base})")
 
 

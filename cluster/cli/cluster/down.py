@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.cli.terminal.arguments import Commands, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json
+from cluster.cli.terminal.progress import Progress
 from cluster.core.process import is_running, kill_process
 from cluster.launch import local_ray, state_file
 from cluster.launch.orphans import sweep
@@ -84,13 +85,9 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
     """Ask the launcher to stop, wait, and end what is left. Raises ``CommandError``."""
     if record.is_alive:
         os.kill(record.launcher.pid, signal.SIGTERM)
-        deadline = time.monotonic() + limit_s
-        while is_running(record.launcher):
-            if time.monotonic() > deadline:
-                note(f"{record.name} does not end by itself: killing it")
-                kill_process(record.launcher)
-                break
-            time.sleep(_POLL_S)
+        if not _wait_for_end(record, limit_s):
+            note(f"{record.name} does not end by itself: killing it")
+            kill_process(record.launcher)
     if state_file.read_record(record.name) is None:
         return
     if record.joined:
@@ -103,6 +100,17 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
     elif record.temp_dir:
         sweep(Path(record.temp_dir), record.processes)
     state_file.remove_record(record.name)
+
+
+def _wait_for_end(record: state_file.ClusterRecord, limit_s: float) -> bool:
+    """Whether the launcher ended within that time."""
+    progress = Progress(lines=False)
+    deadline = time.monotonic() + limit_s
+    while is_running(record.launcher) and time.monotonic() < deadline:
+        progress.update(f"ending {record.name}")
+        time.sleep(_POLL_S)
+    progress.clear()
+    return not is_running(record.launcher)
 
 
 def end_by_name(address: str) -> list[str]:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from cluster.cli.offline.finding import Finding, finding
+from cluster.cli.offline.host_limits import (
+    examine_disk,
+    examine_files,
+    examine_huge_pages,
+    examine_threads,
+)
 from cluster.cli.offline.version import versions
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import colour, note, show
+from cluster.cli.terminal.progress import Progress
 from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources, plan_shares
 from cluster.core.errors import CheckpointError, ConfigError, StartError
@@ -24,25 +35,16 @@ from cluster.launch.local_ray import OBJECT_STORE_BYTES, make_temp_dir
 from cluster.launch.model_source import bundled_checkpoint
 from cluster.launch.plan import check_ports, count_cpus, count_gpus
 
-Verdict = Literal["ok", "warn", "bad"]
 MIN_MEMORY_BYTES = 3 << 30
 DEFAULT_PORTS = {"port": 8000, "grpc_port": 50051}
+NOT_USABLE = "torch cannot use them: it is a build for CPUs, or the driver is missing or too old"
+_PROBE_S = 120.0
 _TORCH_PROBE = """
-import torch
-print(torch.cuda.is_available(), torch.version.cuda, torch.cuda.nccl.version())
+import json, torch
+has_cuda = torch.cuda.is_available()
+nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_cuda else None
+print(json.dumps({"cuda": has_cuda, "cuda_version": torch.version.cuda, "nccl": nccl}))
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One line of the examination."""
-
-    what: str
-    """What was looked at."""
-    verdict: Verdict
-    """``bad``: ``serve`` would not work."""
-    text: str
-    """What was found, and what helps."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -51,40 +53,41 @@ def add_commands(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; ``FAILED`` when one is bad."""
-    findings = [examine() for examine in EXAMINATIONS]
+    progress = Progress(lines=False)
+    findings = []
+    for place, examine in enumerate(EXAMINATIONS, 1):
+        progress.update(f"examination {place} of {len(EXAMINATIONS)}")
+        findings.append(examine())
+    progress.clear()
     is_fine = all(f.verdict != "bad" for f in findings)
     document = {"schema": 1, "ok": is_fine, "findings": [asdict(f) for f in findings]}
     show(args, document, "\n".join(_line(f, not args.no_color) for f in findings))
     return ExitCode.OK if is_fine else ExitCode.FAILED
 
 
-def _line(finding: Finding, colours: bool) -> str:
-    name = {"ok": "green", "warn": "yellow", "bad": "red"}[finding.verdict]
-    mark = colour(finding.verdict.ljust(4), name, colours)
-    return f"{mark} {finding.what.ljust(12)} {finding.text}"
-
-
-def _finding(what: str, is_ok: bool, text: str, otherwise: Verdict = "bad") -> Finding:
-    return Finding(what=what, verdict="ok" if is_ok else otherwise, text=text)
+def _line(found: Finding, colours: bool) -> str:
+    name = {"ok": "green", "warn": "yellow", "bad": "red"}[found.verdict]
+    mark = colour(found.verdict.ljust(4), name, colours)
+    return f"{mark} {found.what.ljust(12)} {found.text}"
 
 
 def examine_python() -> Finding:
     text = f"{sys.version.split()[0]} at {sys.executable}"
-    return _finding("python", sys.version_info >= (3, 11), text)
+    return finding("python", sys.version_info >= (3, 11), text, "install Python 3.11 or newer")
 
 
 def examine_packages() -> Finding:
     found = versions()
     missing = [name for name, number in found.items() if number is None]
     text = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
-    return _finding("packages", not missing, text if not missing else f"{text}: run make setup")
+    return finding("packages", not missing, text, "run make setup")
 
 
 def examine_model() -> Finding:
     try:
-        return _finding("model", True, f"bundled checkpoint in {bundled_checkpoint()}")
+        return finding("model", True, f"bundled checkpoint in {bundled_checkpoint()}")
     except CheckpointError as err:
-        return _finding("model", False, str(err), otherwise="warn")
+        return finding("model", False, str(err), otherwise="warn")
 
 
 def examine_cpu() -> Finding:
@@ -98,7 +101,8 @@ def examine_cpu() -> Finding:
         f"{cores} cores for this process; compute threads: {default} in each of the default's "
         f"{WorkersSection().num_workers} workers, {local} in the one of --mode local"
     )
-    return _finding("cpu", cores >= 2, text, otherwise="warn")
+    fix = "--mode local fits one core best"
+    return finding("cpu", cores >= 2, text, fix, otherwise="warn")
 
 
 def examine_kernels() -> Finding:
@@ -109,7 +113,7 @@ def examine_kernels() -> Finding:
     if not is_built() and compilers():
         note("building the CPU kernels, which may take a minute")
     found = find_library()
-    return _finding("kernels", found.library is not None and not found.reason, found.words, "warn")
+    return finding("kernels", found.library is not None and not found.reason, found.words, "warn")
 
 
 def examine_memory() -> Finding:
@@ -117,40 +121,63 @@ def examine_memory() -> Finding:
 
     free = int(psutil.virtual_memory().available)
     text = f"{free / 1e9:.1f} GB available, the demo takes about {MIN_MEMORY_BYTES / 1e9:.0f}"
-    return _finding("memory", free >= MIN_MEMORY_BYTES, text, otherwise="warn")
+    fix = "end other programs, or serve with --mode local"
+    return finding("memory", free >= MIN_MEMORY_BYTES, text, fix, otherwise="warn")
 
 
 def examine_shm() -> Finding:
     shm = Path("/dev/shm")
     if not shm.is_dir():
-        return _finding("shm", False, "no /dev/shm: Ray uses files instead", otherwise="warn")
+        return finding("shm", False, "no /dev/shm: Ray uses files instead", otherwise="warn")
     free = shutil.disk_usage(shm).free
     text = f"{free / 1e6:.0f} MB free in {shm}"
-    return _finding("shm", free >= OBJECT_STORE_BYTES, text, otherwise="warn")
+    fix = f"{OBJECT_STORE_BYTES / 1e6:.0f} MB are needed (docker run --shm-size 1g)"
+    return finding("shm", free >= OBJECT_STORE_BYTES, text, fix, otherwise="warn")
 
 
 def examine_ports() -> Finding:
     try:
         check_ports("127.0.0.1", DEFAULT_PORTS)
     except ConfigError as err:
-        return _finding("ports", False, f"{err}: say --port and --grpc-port", otherwise="warn")
-    return _finding("ports", True, " and ".join(map(str, DEFAULT_PORTS.values())) + " are free")
+        return finding("ports", False, f"{err}: say --port and --grpc-port", otherwise="warn")
+    return finding("ports", True, " and ".join(map(str, DEFAULT_PORTS.values())) + " are free")
 
 
 def examine_gpu() -> Finding:
+    """Devices, and what torch makes of them."""
     count = count_gpus()
     if count == 0:
-        return _finding("gpu", True, "no NVIDIA GPU: the CPU path is used")
+        return finding("gpu", True, "no NVIDIA GPU: the CPU path is used")
+    found, problem = _probe_torch()
+    if not found.get("cuda"):
+        fix = "run make clean setup on this host, which chooses torch's build by nvidia-smi"
+        return finding("gpu", False, f"{count} GPUs, {problem or NOT_USABLE}", fix, "warn")
+    return finding("gpu", True, f"{count} GPUs; torch is built with CUDA {found['cuda_version']}")
+
+
+def examine_nccl() -> Finding:
+    """What workers on GPUs exchange tokens over; its variables change how."""
+    if count_gpus() == 0:
+        return finding("nccl", True, "not needed: workers on CPUs exchange tokens over sockets")
+    found, problem = _probe_torch()
+    given = sorted(name for name in os.environ if name.startswith("NCCL_"))
+    text = f"{found.get('nccl') or 'none'}; set here: {', '.join(given) or 'nothing'}"
+    fix = f"{problem or NOT_USABLE}: torch's builds with CUDA bring NCCL"
+    return finding("nccl", bool(found.get("nccl")), text, fix, "warn")
+
+
+@cache
+def _probe_torch() -> tuple[dict[str, Any], str]:
+    """What torch finds, or why it says nothing; in a child, since importing it takes seconds."""
+    command = [sys.executable, "-c", _TORCH_PROBE]
     try:
-        probe = subprocess.run(
-            [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=120
-        )
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S)
+        return json.loads(probe.stdout), ""
     except subprocess.TimeoutExpired:
-        return _finding("gpu", False, "torch does not answer within 120 s", otherwise="warn")
-    is_usable = probe.stdout.startswith("True")
-    words = f"torch sees CUDA and NCCL ({probe.stdout.strip()})"
-    text = words if is_usable else "torch cannot use them: a CPU build, or no driver"
-    return _finding("gpu", is_usable, f"{count} GPUs, {text}", otherwise="warn")
+        return {}, f"torch does not answer within {_PROBE_S:g} s"
+    except ValueError:
+        last = probe.stderr.strip().splitlines()[-1:]
+        return {}, f"torch cannot be imported ({' '.join(last)})"
 
 
 def examine_permissions() -> Finding:
@@ -160,8 +187,8 @@ def examine_permissions() -> Finding:
         with tempfile.TemporaryFile(dir=state_file.state_dir()):
             pass
     except (OSError, StartError) as err:
-        return _finding("permissions", False, str(err))
-    return _finding(
+        return finding("permissions", False, str(err))
+    return finding(
         "permissions", True, f"can write to {folder.parent} and {state_file.state_dir()}"
     )
 
@@ -169,7 +196,7 @@ def examine_permissions() -> Finding:
 def examine_leftovers() -> Finding:
     dead = [r.name for r in state_file.all_records() if not r.is_alive]
     text = f"left by a killed start: {', '.join(dead)}; the next start cleans up"
-    return _finding("leftovers", not dead, text if dead else "none", otherwise="warn")
+    return finding("leftovers", not dead, text if dead else "none", otherwise="warn")
 
 
 EXAMINATIONS: tuple[Callable[[], Finding], ...] = (
@@ -178,10 +205,15 @@ EXAMINATIONS: tuple[Callable[[], Finding], ...] = (
     examine_model,
     examine_cpu,
     examine_kernels,
+    examine_huge_pages,
     examine_memory,
     examine_shm,
+    examine_disk,
+    examine_threads,
+    examine_files,
     examine_ports,
     examine_gpu,
+    examine_nccl,
     examine_permissions,
     examine_leftovers,
 )

@@ -10,6 +10,7 @@ from statistics import mean
 
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.output import show, table
+from cluster.cli.terminal.progress import Progress
 from cluster.planner.base import PlannedTopology
 from cluster.sizing.replay import POLICIES, Policy, SimulatedWindow, StepCost, load_trace, simulate
 
@@ -58,7 +59,12 @@ def run_simulate(args: argparse.Namespace) -> int:
     trace = load_trace(args.trace)
     topology = PlannedTopology.uniform(args.devices, args.redundant, args.nodes)
     policies: Sequence[Policy] = (args.policy,) if args.policy else POLICIES
-    found = {p: simulate(trace, topology, p, step, args.max_move_fraction) for p in policies}
+    progress = Progress(lines=False)
+    found = {}
+    for place, policy in enumerate(policies, 1):
+        progress.update(f"policy {policy}, {place} of {len(policies)}")
+        found[policy] = simulate(trace, topology, policy, step, args.max_move_fraction)
+    progress.clear()
     windows = {name: [asdict(w) for w in each] for name, each in found.items()}
     document = {"schema": 1, "devices": args.devices, "policies": windows}
     heading = (

@@ -10,6 +10,7 @@ from typing import Any
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.orders import Orders
 from cluster.cli.terminal.output import note, show
+from cluster.cli.terminal.progress import Progress
 
 POLL_S = 0.1
 
@@ -22,17 +23,24 @@ def follow_operation(
     Raises ``CommandError`` past that time.
     """
     give_up = time.monotonic() + wait_s
+    progress = Progress(lines=False)
     phase = ""
-    while operation["state"] == "RUNNING" and wait_s:
-        if operation["phase"] != phase:
-            phase = operation["phase"]
-            note(f"{operation['id']} {operation['target']}: {phase}")
-        if time.monotonic() > give_up:
-            late = f"{operation['id']} has not ended within {wait_s:g} s"
-            more = f"expertmesh operations wait {operation['id']}"
-            raise CommandError(ExitCode.NOT_READY, f"{late}: {more}")
-        time.sleep(POLL_S)
-        operation = orders.operation(operation["id"])
+    try:
+        while operation["state"] == "RUNNING" and wait_s:
+            text = f"{operation['id']} {operation['target']}: {operation['phase']}"
+            if operation["phase"] != phase:
+                phase = operation["phase"]
+                progress.clear()
+                note(text)
+            progress.update(text)
+            if time.monotonic() > give_up:
+                late = f"{operation['id']} has not ended within {wait_s:g} s"
+                more = f"expertmesh operations wait {operation['id']}"
+                raise CommandError(ExitCode.NOT_READY, f"{late}: {more}")
+            time.sleep(POLL_S)
+            operation = orders.operation(operation["id"])
+    finally:
+        progress.clear()
     return show_operation(args, operation)
 
 

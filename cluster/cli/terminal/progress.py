@@ -1,4 +1,4 @@
-"""Progress of a start: a bar on a terminal, elsewhere a line every few seconds. On stderr."""
+"""Progress of what takes time: a bar on a terminal, elsewhere a line now and then. On stderr."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ class Progress:
     """Shows one stage at a time."""
 
     def __init__(
-        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        lines: bool = True,
     ) -> None:
+        """``lines`` False: nothing off a terminal."""
         self._stream = stream or sys.stderr
         self._clock = clock
         self._bar = self._stream.isatty()
+        self._lines = lines
         self._began = clock()
         self._shown_at = self._began
         self._text = ""
@@ -44,7 +50,7 @@ class Progress:
         now = self._clock()
         if self._bar:
             self._draw(f"{self._text}, {now - self._began:.0f} s")
-        elif now - self._shown_at >= INTERVAL_S:
+        elif self._lines and now - self._shown_at >= INTERVAL_S:
             self._shown_at = now
             self._stream.write(f"expertmesh: {self._text}, {now - self._began:.0f} s\n")
             self._stream.flush()

@@ -14,6 +14,7 @@ export class Chart {
   #times = [];
   #values = new Map();
   #marks = () => [];
+  #frame = null;
 
   // marks: a function that gives [time, name of a colour's variable] of each event to draw.
   constructor(place, unit, marks) {
@@ -38,7 +39,7 @@ export class Chart {
     for (const [name, kept] of this.#values) {
       if (!(name in values) && kept.every((value) => value === null)) this.#values.delete(name);
     }
-    this.#draw();
+    this.#frame ??= requestAnimationFrame(() => this.#draw());
     const latest = Object.entries(values).map(([name, value]) => `${name} ${this.#text(value)}`);
     this.#place.setAttribute("role", "img");
     this.#place.setAttribute("aria-label", latest.join(", ") || "no data");
@@ -48,7 +49,9 @@ export class Chart {
     return value === null || value === undefined ? "none" : `${value.toFixed(1)}${this.#unit}`;
   }
 
+  // At most once a frame, and not where nobody looks.
   #draw() {
+    this.#frame = null;
     const names = [...this.#values.keys()];
     if (!this.#plot || names.join() !== this.#names.join()) {
       this.#plot?.destroy();

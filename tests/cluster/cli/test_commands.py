@@ -284,7 +284,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_looks_at_everything(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == ExitCode.OK
     findings = {f["what"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
-    assert set(findings) >= {"python", "packages", "model", "cpu", "memory", "shm", "ports", "gpu"}
+    process = {"python", "packages", "model", "permissions", "leftovers", "ports"}
+    system = {"cpu", "kernels", "huge pages", "memory", "shm", "disk", "threads", "open files"}
+    assert set(findings) == process | system | {"gpu", "nccl"}
     assert findings["python"]["verdict"] == "ok"
     assert f"{count_cpus()} in the one of --mode local" in findings["cpu"]["text"]
     assert str(state_home) in findings["permissions"]["text"]

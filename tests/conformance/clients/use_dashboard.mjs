@@ -114,7 +114,11 @@ async function endure(browser, numUpdates) {
       return { ok: true, json: async () => structuredClone(found) };
     };
     const later = window.setTimeout.bind(window);
-    window.setTimeout = (call, pause) => later(call, pause >= 1000 ? 0 : pause);
+    const { port1, port2 } = new MessageChannel();  // without the 4 ms of timers in timers
+    const due = [];
+    port1.onmessage = () => due.shift()();
+    const atOnce = (call) => { due.push(call); port2.postMessage(null); };
+    window.setTimeout = (call, pause) => (pause >= 1000 ? atOnce(call) : later(call, pause));
   `;
   const busy = await open(browser, url, { script });
   const session = await busy.context().newCDPSession(busy);

@@ -33,6 +33,16 @@ def test_without_a_terminal_a_line_comes_every_few_seconds() -> None:
     progress.clear()
 
 
+def test_without_a_terminal_there_may_be_nothing() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, clock, lines=False)
+    progress.update("drain-1.1 attention-1: moving its requests")
+    clock.now = 2 * INTERVAL_S
+    progress.tick()
+    progress.clear()
+    assert stream.getvalue() == ""
+
+
 def test_on_a_terminal_there_is_a_bar() -> None:
     stream, clock = Terminal(), Clock()
     progress = Progress(stream, clock)

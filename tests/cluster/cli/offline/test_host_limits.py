@@ -1,0 +1,70 @@
+"""What ``doctor`` says about the limits of a host, and how to mend it."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from cluster.cli.offline.host_limits import (
+    MIN_FILES,
+    MIN_THREADS,
+    examine_disk,
+    examine_files,
+    examine_huge_pages,
+    examine_threads,
+)
+
+
+def write(root: Path, name: str, text: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_least_limit_of_threads_counts(tmp_path: Path) -> None:
+    write(tmp_path, "proc/sys/kernel/threads-max", str(10**9))
+    write(tmp_path, "sys/fs/cgroup/pids.max", "1")
+    found = examine_threads(tmp_path)
+    assert found.verdict == "warn"
+    assert "0 more may start (pids.max of the control group is 1): raise" in found.text
+    write(tmp_path, "sys/fs/cgroup/pids.max", "max\n")
+    assert "pids.max" not in examine_threads(tmp_path).text
+
+
+def test_this_host_has_threads() -> None:
+    found = examine_threads()
+    assert (found.verdict == "ok") == (": raise" not in found.text)
+    assert MIN_THREADS > 0
+
+
+def test_few_open_files() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_FILES - 1, limits[1]))
+    try:
+        found = examine_files()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found.verdict == "warn"
+    assert found.text.startswith(f"{MIN_FILES - 1} for each process: run ulimit -n ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "verdict", "text"),
+    [
+        ("always [madvise] never", "ok", "transparent huge pages: madvise"),
+        ("always madvise [never]", "warn", "echo madvise > /sys/"),
+        (None, "ok", "this system has none"),
+    ],
+)
+def test_huge_pages(tmp_path: Path, setting: str | None, verdict: str, text: str) -> None:
+    if setting is not None:
+        write(tmp_path, "sys/kernel/mm/transparent_hugepage/enabled", setting)
+    found = examine_huge_pages(tmp_path)
+    assert found.verdict == verdict
+    assert text in found.text
+
+
+def test_the_disk_of_the_logs() -> None:
+    assert " GB free in /tmp" in examine_disk().text
