@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     found = changes(before["results"], after["results"])
     worse = [change.name for change in found if change.is_worse(args.threshold)]
     document = _document(before["command"], found, args.threshold)
-    show(args, document, _text(found, args.threshold))
+    heads = ("A", "B") if all(are_servers) else ("BEFORE", "AFTER")
+    show(args, document, _text(found, args.threshold, heads))
     write_report(args, {"A": before, "B": after})
     if not args.json:
         note(f"worse by more than {args.threshold:g}: {', '.join(worse) or 'nothing'}")
@@ -160,7 +161,7 @@ def _document(command: str, found: list[Change], threshold: float) -> dict[str, 
     }
 
 
-def _text(found: list[Change], threshold: float) -> str:
+def _text(found: list[Change], threshold: float, heads: tuple[str, str]) -> str:
     rows = [
         (
             change.name,
@@ -172,4 +173,4 @@ def _text(found: list[Change], threshold: float) -> str:
         )
         for change in found
     ]
-    return table(("NUMBER", "BEFORE", "AFTER", "RATIO", "BETTER IS", ""), rows)
+    return table(("NUMBER", *heads, "RATIO", "BETTER IS", ""), rows)

@@ -58,7 +58,7 @@ def report(runs: Mapping[str, Document]) -> str:
         _table("Results", names, [dict(numbers_of(run["results"])) for run in runs.values()]),
         *_over_time(runs),
         *_distributions(runs),
-        _table("Settings", names, [run["options"] for run in runs.values()]),
+        _table("Settings", names, [{"url": run["url"], **run["options"]} for run in runs.values()]),
     ]
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", escape(title))
     return page.replace("{{body}}", "\n".join(body))
