@@ -27,7 +27,7 @@ CLIENT_INPUTS := $(addprefix tests/conformance/clients/,requirements.txt constra
 INSTALL = python=$$(sh .ci/find-python.sh) && \
 	"$$python" .ci/setup.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
-.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench gpu-check release protos clean
+.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench gpu-check docs release protos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write benchmarks/RESULTS.md"
 	@echo "make gpu-check  check and measure the GPU path on one GPU (ARGS=\"--budget 570\"), offline"
+	@echo "make docs     build the documents as a site in build/docs; a warning is an error"
 	@echo "make release  build and test wheel and image of the version"
 	@echo "make protos   generate the stubs in protos/"
 	@echo "make clean    remove .venv and caches"
@@ -129,6 +130,10 @@ bench: $(VENV)/.stamp-test
 gpu-check:
 	@python=$$(sh benchmarks/gpu_check/find-python.sh $(PYTHON_GPU)) && \
 		exec "$$python" -m benchmarks.gpu_check $(ARGS)
+
+docs: $(VENV)/.stamp-test
+	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 release: $(VENV)/.stamp-test
 	$(BIN)/python .ci/release.py $(ARGS)

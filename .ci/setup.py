@@ -34,7 +34,7 @@ CLIENTS = ROOT / "tests" / "conformance" / "clients"
 NODE_PACKAGES = (CLIENTS / "package.json", ROOT / "docs" / "node-client" / "package.json")
 INDEX_TIMEOUT_S = 3.0
 # Megabytes of the pinned wheels for Linux on x86-64, without torch.
-PACKAGES_MB = {"run": 160, "test": 440, "clients": 330}
+PACKAGES_MB = {"run": 160, "test": 460, "clients": 330}
 TORCH_CPU_MB = 190
 TORCH_CUDA_MB = 2720
 ZIG_MB = 100
@@ -203,7 +203,8 @@ def requirements(extra: str) -> list[str]:
     project = tomllib.loads(text)
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     if extra == "test":
-        wanted += project["project"]["optional-dependencies"]["test"]
+        optional = project["project"]["optional-dependencies"]
+        wanted += [*optional["test"], *optional["docs"]]
     return wanted
 
 

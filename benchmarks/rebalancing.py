@@ -30,7 +30,7 @@ from cluster.launch.local_ray import make_temp_dir, private_environment
 from cluster.planner import mesh
 from cluster.planner.base import PlannedTopology, PlanOptions
 
-PLOT = Path(__file__).resolve().parent.parent / "docs" / "rebalancing.svg"
+PLOT = Path(__file__).resolve().parent.parent / "docs" / "explanation" / "rebalancing.svg"
 """Throughput over time, drawn by a full run."""
 _BIN_S = 1.0
 _LIMIT_S = 400.0

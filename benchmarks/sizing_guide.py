@@ -1,4 +1,4 @@
-"""``python -m benchmarks.sizing_guide`` writes ``docs/sizing.md``: GPUs for three models."""
+"""``python -m benchmarks.sizing_guide`` writes ``docs/reference/sizing.md``: GPUs for models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.roofline import ModelSize
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "sizing.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reference" / "sizing.md"
 MODELS = Path(__file__).with_name("models")
 """``NAME/config.json`` of public checkpoints: their shapes, no weights."""
 NODES = (A100_NODE, H100_NODE, H200_NODE)

@@ -1,6 +1,6 @@
 """Whether anything grows: mixed traffic at a share of the capacity, and every process watched.
 
-python -m benchmarks.soak [--minutes 30] [--share 0.8] [--plot docs/soak.svg]
+python -m benchmarks.soak [--minutes 30] [--share 0.8] [--plot docs/reference/soak.svg]
 
 ``expertmesh serve`` with the bundled model. First its capacity for this traffic is measured with
 clients that never wait; then requests arrive at random (Poisson) at a share of that rate: chats,

@@ -936,7 +936,7 @@ class ArrayPiece(_message.Message):
     index: _builtins.int
     """prompt"""
     name: _builtins.str
-    """as in docs/outputs.md"""
+    """as in docs/reference/outputs.md"""
     dtype: _builtins.str
     """float32 or int32, little-endian"""
     offset: _builtins.int

@@ -212,7 +212,9 @@ class Scores(PoolingHead):
     data: list[Score]
 
 
-BankRoutes = TypedDict("BankRoutes", {"bank": str, "layer": Count})  # open: docs/outputs.md
+BankRoutes = TypedDict(
+    "BankRoutes", {"bank": str, "layer": Count}
+)  # open: docs/reference/outputs.md
 RouterLogits = TypedDict("RouterLogits", {"bank": str, "layer": Count, "logits": list[Any]})
 
 
@@ -237,7 +239,7 @@ class Inspection(TypedDict):
     aux_loss: NotRequired[dict[str, float]]
 
 
-ClusterView = TypedDict("ClusterView", {"schema": Literal[1]})  # open: docs/operations.md
+ClusterView = TypedDict("ClusterView", {"schema": Literal[1]})  # open: docs/reference/processes.md
 Readiness = TypedDict("Readiness", {"ready": bool, "reasons": list[str]})
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/conformance.md, made of the code and of what clients were seen to send.
+"""Tables of docs/reference/conformance.md, made of the code and of what clients were seen to send.
 
 ``python -m tests.conformance.table`` writes them into the document.
 """
@@ -21,7 +21,7 @@ from gateway.http.schema import (
 from gateway.http.unsupported import UNBUILT
 from tests.paths import ROOT
 
-DOCUMENT = ROOT / "docs" / "conformance.md"
+DOCUMENT = ROOT / "docs" / "reference" / "conformance.md"
 SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"
 """Fields by client and route; ``test_clients.py`` compares it with what they send."""
 BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"

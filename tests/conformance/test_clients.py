@@ -1,9 +1,9 @@
-"""Clients of other projects, unchanged, against ``expertmesh serve``: see docs/conformance.md.
+"""Clients of other projects, unchanged, against a server: see docs/reference/conformance.md.
 
 They live in an environment of their own, see ``tests/harness/clients.py``. What is not there is
 skipped. A recorder between them and the server notes what they send, for the table in
-docs/conformance.md; with ``EXPERTMESH_WRITE_FIELDS`` set it is written anew. ``EXPERTMESH_URL``
-takes a server that runs already, whose chat template must have tools.
+docs/reference/conformance.md; with ``EXPERTMESH_WRITE_FIELDS`` set it is written anew.
+``EXPERTMESH_URL`` takes a server that runs already, whose chat template must have tools.
 """
 
 from __future__ import annotations

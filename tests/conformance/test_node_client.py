@@ -1,4 +1,4 @@
-"""The client that docs/grpc.md generates for Node.js works as it is written there."""
+"""The client that docs/reference/grpc.md generates for Node.js works as it is written there."""
 
 from __future__ import annotations
 

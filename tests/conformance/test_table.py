@@ -1,4 +1,4 @@
-"""docs/conformance.md is what the code does."""
+"""docs/reference/conformance.md is what the code does."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import yaml
 from tests.k8s import checks_network, checks_pods, checks_sizes, checks_wiring, validator
 from tests.k8s.changes import CHANGES
 from tests.k8s.kuberay import GROUPS, K8S, OVERLAYS, Manifests, NoKubectl, matches
+from tests.paths import ROOT
 
 Check = Callable[[Manifests], Iterator[str]]
 _WORDS = {"expertmesh", "public", "gateways", "monitoring", "nvidia", "Never"}
@@ -87,7 +88,7 @@ def test_every_check_has_a_change_that_it_sees() -> None:
 
 @pytest.mark.parametrize("overlay", ["cpu-kind", "gpu-multi-node"])
 def test_a_second_cluster_has_objects_of_its_own(overlay: str, tmp_path: Path) -> None:
-    """Blue and green, as in the README: only what clients use is the same."""
+    """Blue and green, as in how-to/kubernetes.md: only what clients use is the same."""
     first = rendered(overlay)
     second = _renamed(overlay, tmp_path / "beside", {"cluster": "expertmesh-b"})
     same = {(d["kind"], d["metadata"]["name"]) for d in first.objects}
@@ -168,9 +169,9 @@ def test_all_workers_of_one_node_are_in_one_pod() -> None:
     assert [g.name for g in m.groups if g.name in GROUPS[2:] and g.replicas] == ["attention"]
 
 
-def test_the_table_of_the_readme_has_every_check() -> None:
-    readme = (K8S / "README.md").read_text()
-    _, _, rows = readme.partition("| Check | cpu-kind | gpu-single-node | gpu-multi-node |")
+def test_the_table_of_the_page_has_every_check() -> None:
+    page = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text()
+    _, _, rows = page.partition("| Check | cpu-kind | gpu-single-node | gpu-multi-node |")
     named = re.findall(r"^\| ([a-z ]+) \|", rows.partition("\n\n")[0], re.M)
     assert named == list(CHECKS)
 

@@ -1,4 +1,4 @@
-"""Five pretend hosts with labels of roles, and a cluster started as in ``docs/multi-host.md``.
+"""Five pretend hosts with labels of roles, and a cluster as in ``docs/how-to/multi-host.md``.
 
 h0 is Ray's head and runs nothing of ours, h1 the gateway and the controller, h2 attention, h3 and
 h4 experts. Ray asks for a token.

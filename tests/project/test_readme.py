@@ -1,4 +1,4 @@
-"""Calls and commands that README and docs/models.md show."""
+"""Calls and commands that README and docs/tutorial/models.md show."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.harness.served_stack import stack_over
 from tests.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray
 from tests.paths import ROOT
 
-MODELS = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+MODELS = (ROOT / "docs" / "tutorial" / "models.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = README + MODELS
 CALLS = {

@@ -1,4 +1,4 @@
-"""The tests that ``docs/security.md`` names."""
+"""The tests that ``docs/reference/security.md`` names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.paths import ROOT
 
 def rows() -> list[list[str]]:
     """Cells of the threat table."""
-    text = (ROOT / "docs" / "security.md").read_text()
+    text = (ROOT / "docs" / "reference" / "security.md").read_text()
     table = text.partition("## Threats")[2].partition("\n## ")[0]
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.paths import ROOT
 
-SCRIPT = ROOT / "docs" / "examples" / "slurm.sh"
+SCRIPT = ROOT / "docs" / "how-to" / "examples" / "slurm.sh"
 STAND_INS = {
     "scontrol": 'printf "n1\\nn2\\nn3\\nn4\\n"',
     # The words after the options, on the node of -w.

@@ -1,4 +1,4 @@
-"""A fourth model family, made as ``docs/adding-a-model.md`` shows.
+"""A fourth model family, made as ``docs/how-to/adding-a-model.md`` shows.
 
 Plain attention, experts by a softmax of the best logits. Nothing but its registry line knows it.
 """

@@ -45,7 +45,7 @@ class Grammar(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
-    """How tokens are drawn. Values are already validated; docs/sampling.md has the order."""
+    """How tokens are drawn, in the order of docs/reference/sampling.md. Values are validated."""
 
     max_tokens: Count = 16
     """New tokens at most; 0 scores the prompt only."""

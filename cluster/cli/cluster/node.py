@@ -68,7 +68,7 @@ def add_commands(commands: Commands) -> None:
         text = f"{kind.upper()[:-1]}s to use (default: all)"
         node.add_argument(f"--num-{kind}", type=float, metavar="N", help=text)
     node.add_argument(
-        "--token-file", metavar="FILE", help="token of the cluster, see docs/multi-host.md"
+        "--token-file", metavar="FILE", help="token of the cluster, see docs/how-to/multi-host.md"
     )
     node.add_argument("--background", action="store_true", help="return when it is up")
 

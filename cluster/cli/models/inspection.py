@@ -25,7 +25,8 @@ SHOWN = ("logprobs", "loss", "routes")
 def add_commands(commands: Commands) -> None:
     parser = commands.add("inspect", run, "look inside for given tokens")
     add_text_or_ids(parser)
-    text = f"output in the document of --json, see docs/outputs.md (default: {', '.join(SHOWN)})"
+    shown = ", ".join(SHOWN)
+    text = f"output in the document of --json, see docs/reference/outputs.md (default: {shown})"
     parser.add_argument("--output", action="append", metavar="NAME", help=text)
     text = "bank whose experts are shown (default: the first)"
     parser.add_argument("--bank", metavar="mlp:0", help=text)

@@ -455,7 +455,7 @@ def test_a_wrong_command_line_is_a_usage_error(words: list[str], capsys: Any) ->
 
 def test_every_command_is_in_the_help_and_the_docs() -> None:
     parser = make_parser()
-    page = (ROOT / "docs" / "operations.md").read_text()
+    page = (ROOT / "docs" / "reference" / "commands.md").read_text()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     for name in commands.choices:
         assert f"\n  {name} " in parser.format_help(), name
@@ -464,7 +464,7 @@ def test_every_command_is_in_the_help_and_the_docs() -> None:
 
 def test_every_option_of_serve_is_in_the_readme_or_the_docs() -> None:
     root = ROOT
-    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     text = "\n".join(page.read_text() for page in pages)
     commands = next(
         action

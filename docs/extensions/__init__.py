@@ -1,0 +1,1 @@
+"""Extensions of Sphinx for the site. May import Sphinx and the standard library only."""
