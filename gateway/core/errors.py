@@ -115,7 +115,7 @@ class ErrorReport:
 
 _INVALID = "invalid_request_error"
 _CODES = grpc.StatusCode
-_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...] = (
+ERROR_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...] = (
     # exception, HTTP status, type, code unless the exception brings its own, gRPC status
     (UnsupportedParameterError, 400, _INVALID, "", _CODES.UNIMPLEMENTED),
     (ContextLengthError, 400, _INVALID, "", _CODES.INVALID_ARGUMENT),
@@ -137,11 +137,12 @@ _TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode], ...]
     (RouteError, 404, _INVALID, "", _CODES.UNIMPLEMENTED),
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
+"""The first row whose exception is the raised one, or a base of it, holds."""
 
 
 def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     """``error`` as the client sees it."""
-    row = next((row for row in _TABLE if isinstance(error, row[0])), None)
+    row = next((row for row in ERROR_TABLE if isinstance(error, row[0])), None)
     if row is None:
         return report_error(RequestFailedError(f"internal error in request {request_id}"))
     _, status, type_, code, grpc_code = row

@@ -18,7 +18,7 @@ _HISTOGRAM = re.compile("(.+)_(?:bucket|count|sum)")
 """A number that belongs to a histogram of the first group's name."""
 _GAUGES = frozenset({"kv_blocks_total"})
 """Gauges whose names end like those of counters."""
-_TEXTS = {
+WORKER_TEXTS = {
     "num_requests_running": "Sequences in the running batch of a worker",
     "num_requests_waiting": "Sequences waiting at a worker",
     "num_requests_waiting_by_reason": "Sequences waiting at a worker, by reason",
@@ -132,13 +132,13 @@ def _family(name: str) -> PlainFamily:
     if histogram := _HISTOGRAM.fullmatch(name):
         return {
             "name": histogram[1],
-            "text": _TEXTS.get(histogram[1], histogram[1]),
+            "text": WORKER_TEXTS.get(histogram[1], histogram[1]),
             "type": "histogram",
         }
     is_counter = name.endswith("_total") and name not in _GAUGES
     family = name.removesuffix("_total") if is_counter else name
     return {
         "name": family,
-        "text": _TEXTS.get(name, name),
+        "text": WORKER_TEXTS.get(name, name),
         "type": "counter" if is_counter else "gauge",
     }

@@ -8,7 +8,7 @@ import re
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.observability.cluster_metrics import _TEXTS
+from gateway.observability.cluster_metrics import WORKER_TEXTS
 from tests.gateway.stack import complete, running_stack
 from tests.paths import ROOT
 
@@ -30,7 +30,7 @@ def exported() -> set[str]:
     found = {
         f"{name}{suffix}" for name, kind in families.items() for suffix in suffixes.get(kind, ("",))
     }
-    return found | {f"{name}{suffix}" for name in _TEXTS for suffix in ("", *_OF_HISTOGRAMS)}
+    return found | {f"{name}{suffix}" for name in WORKER_TEXTS for suffix in ("", *_OF_HISTOGRAMS)}
 
 
 def expressions() -> list[str]:

@@ -14,13 +14,15 @@ SAMPLE = 8
 """Steps of which one is measured."""
 BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Upper bounds, seconds."""
-_HISTOGRAMS = {
+HISTOGRAMS = {
     "attention": "attention_compute_seconds",
     "dispatch": "dispatch_seconds",
     "combine": "combine_seconds",
     "experts": "expert_compute_seconds",
 }
-_BUBBLE = "bubble_seconds"
+"""Names of the histograms by timing; all have the label ``phase``."""
+BUBBLE = "bubble_seconds"
+"""Histogram of the waits for other workers; it has the label, too."""
 
 
 def is_measured(header: StepHeader) -> bool:
@@ -48,14 +50,14 @@ class StepMetrics:
         return is_measured(header)
 
     def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
-        if name in _HISTOGRAMS:
-            self._observe(_HISTOGRAMS[name], end_ns - start_ns)
+        if name in HISTOGRAMS:
+            self._observe(HISTOGRAMS[name], end_ns - start_ns)
         if name == self._wait:
             self._bubble_ns += end_ns - start_ns
 
     def flush(self) -> None:
         if self._wait:
-            self._observe(_BUBBLE, self._bubble_ns)
+            self._observe(BUBBLE, self._bubble_ns)
 
     def stats(self) -> dict[str, float]:
         """All histograms by name and phase, for the worker's table of stats."""
