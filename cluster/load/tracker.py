@@ -93,8 +93,13 @@ class LoadTracker:
         self.watched: dict[BankKey, tuple[int, ...]] = {}
         """The busiest experts of a bank, chosen again at each placement epoch.
 
-        Between epochs they stay the same, so that the metrics' counters never fall."""
+        Between epochs they stay the same."""
         self._watched_epoch: int | None = None
+        self._own: dict[BankKey, Floats] = {}
+        """[num_experts] by bank: tokens that came while an expert was watched, up to the latest
+        choice."""
+        self._chosen_at: dict[BankKey, Floats] = {}
+        """[num_experts] by bank: all tokens at the latest choice."""
         self.num_windows = 0
         """Windows with load that have ended so far."""
         self.windows: deque[LoadWindow] = deque(maxlen=section.num_windows)
@@ -173,12 +178,37 @@ class LoadTracker:
         )
         return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)
 
+    def watched_tokens(self, key: BankKey, counts: Floats) -> tuple[list[int], int]:
+        """Tokens of each watched expert of a bank, and of the rest: counters that never fall.
+
+        Tokens of an expert that is not watched count for the rest. For example, expert 5 has 70
+        tokens when it is chosen: they stay with the rest, and its own begin at 0. They stop when
+        another expert is chosen in its place, and go on if it is chosen again.
+
+        Args:
+            key: the bank.
+            counts: [num_experts], all its tokens so far.
+        """
+        own = self._own_tokens(key, counts)
+        watched = own[list(self.watched.get(key, ()))]
+        return [round(tokens) for tokens in watched.tolist()], round(float((counts - own).sum()))
+
+    def _own_tokens(self, key: BankKey, counts: Floats) -> Floats:
+        """[num_experts]: the tokens that came while an expert was watched."""
+        if key not in self.watched:
+            return np.zeros_like(counts)
+        own, watched = self._own[key].copy(), list(self.watched[key])
+        own[watched] += (counts - self._chosen_at[key])[watched]
+        return own
+
     def _watch(self, totals: LoadSums, epoch: int) -> None:
         if epoch == self._watched_epoch:
             return
         self._watched_epoch = epoch
         for key in totals.prefill:
-            order = np.argsort(-totals.counts(key), kind="stable")
+            counts = totals.counts(key)
+            order = np.argsort(-counts, kind="stable")
+            self._own[key], self._chosen_at[key] = self._own_tokens(key, counts), counts
             self.watched[key] = tuple(sorted(int(e) for e in order[:TOP_EXPERTS]))
 
 

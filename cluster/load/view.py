@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cluster.core.load_profile import LoadProfile, device_loads
 from cluster.core.load_report import BankKey
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
@@ -117,7 +119,8 @@ def load_document(
     Of each bank: ``prefill`` and ``decode`` are the parts of ``counts``; ``window`` and
     ``average`` the same over the newest window and as exponential average; ``slots`` the tokens of
     this epoch by device and expert slot, None until there are any; ``watched`` the busiest
-    experts; ``copies`` of each expert. ``load``, ``balancedness``: as in ``placement_report``.
+    experts, ``watched_tokens`` and ``rest_tokens`` as in ``LoadTracker.watched_tokens``; ``copies``
+    of each expert. ``load``, ``balancedness``: as in ``placement_report``.
     """
     totals, window, average = (load.sums(s) for s in ("total", "window", "average"))
     copies = load.copies(placement.epoch)
@@ -127,7 +130,9 @@ def load_document(
     for bank in placement.banks:
         key = (bank.bank, bank.layer)
         has_load = key in totals.prefill
-        counts = _numbers(totals.counts(key)) if has_load else [0] * bank.num_experts
+        sums = totals.counts(key) if has_load else np.zeros(bank.num_experts)
+        counts = _numbers(sums)
+        own, rest = load.watched_tokens(key, sums)
         banks.append(
             {
                 "bank": bank.bank,
@@ -140,6 +145,8 @@ def load_document(
                 "average": _numbers(average.counts(key)) if key in average.prefill else None,
                 "slots": slot_tokens(bank, copies[key]) if key in copies else None,
                 "watched": list(load.watched.get(key, ())),
+                "watched_tokens": own,
+                "rest_tokens": rest,
                 "copies": list(bank.replica_count),
                 "balancedness": both[key],
                 "phases": {phase: found[key] for phase, found in by_phase.items()},

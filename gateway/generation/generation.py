@@ -17,11 +17,12 @@ from cluster.core.errors import (
     ExpertMeshError,
     NotReadyError,
     QueueFullError,
+    RequestAbortedError,
 )
 from gateway.auth.key_limits import Account
 from gateway.core.call import CallPrompt, GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
-from gateway.core.errors import error_from_engine
+from gateway.core.errors import SlowClientError, error_from_engine
 from gateway.engines.submission import Submission
 from gateway.generation.admission import Ticket
 from gateway.generation.choices import Choice, Found, Prompt
@@ -78,6 +79,8 @@ class Generation(AbstractContextManager["Generation"]):
         self.queue.on_overflow = self.close
         self._tokenizer = None if call.fields.token_ids_only else tokenizer
         self._has_token = False
+        self._is_counted = False
+        self._cut_off = FinishReason.ABORT  # why choices end that the engines do not finish
         self._changed: dict[Choice, None] = {}
         self._prompts = {
             f"{self.call_id}-{place}": self._make_prompt(place, prompt)
@@ -131,13 +134,15 @@ class Generation(AbstractContextManager["Generation"]):
 
     def handed_over(self) -> None:
         """Count what was asked for, once all requests are assigned."""
+        self._is_counted = True
         prompts = list(self._prompts.values())
         self._engine(prompts[0]).observe("request_params_n", self.call.n)
         for prompt in prompts:
             engine, num_tokens = self._engine(prompt), len(prompt.prompt.ids)
             engine.count("prompt_tokens", num_tokens)
             engine.observe("request_prompt_tokens", num_tokens)
-            engine.observe("request_params_max_tokens", prompt.prompt.params.max_tokens)
+            if max_tokens := prompt.prompt.params.max_tokens:  # else it is only read
+                engine.observe("request_params_max_tokens", max_tokens)
 
     async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
         """The next pieces of the choices, at least one; empty after ``timeout_s``.
@@ -156,13 +161,21 @@ class Generation(AbstractContextManager["Generation"]):
             if give_up_s is not None and now_s >= give_up_s:
                 break
             wake_s = deadline_s if give_up_s is None else min(give_up_s, deadline_s)
-            outputs = await self.queue.take(wake_s - now_s)
-            for output in outputs:
-                self._take(output)
+            await self._take_all(wake_s - now_s)
             deltas = self._deltas()
             if deltas:
                 return deltas
         return []
+
+    async def _take_all(self, timeout_s: float) -> None:
+        try:
+            for output in await self.queue.take(timeout_s):
+                self._take(output)
+        except (RequestAbortedError, SlowClientError):
+            raise
+        except ExpertMeshError:
+            self._cut_off = FinishReason.ERROR
+            raise
 
     def _awaits_verdict(self) -> bool:
         """Whether all requests are at workers, which alone know whether they have begun."""
@@ -193,6 +206,7 @@ class Generation(AbstractContextManager["Generation"]):
             if prompt.submission is not None:
                 prompt.submission.abort()
         self.ticket.release(self.closed_s, self._has_token or self.is_finished)
+        self._observe_cut_off()
         self._pay(self.usage.completion_tokens)
 
     def _pay(self, num_tokens: int) -> None:
@@ -224,8 +238,9 @@ class Generation(AbstractContextManager["Generation"]):
             self._changed.update(dict.fromkeys(prompt.choices))
         choice = prompt.choices[output.choice]
         is_first = not (choice.number or output.index)  # not what another worker found later
-        if self.caches_prefixes and output.num_cached_tokens and is_first:
-            prompt.cached_tokens = output.num_cached_tokens
+        if is_first and not prompt.cached_tokens and self.caches_prefixes:
+            prompt.cached_tokens = num_cached = output.num_cached_tokens or 0
+            self._engine(prompt).count("prompt_tokens_cached", num_cached)
         if choice.finish is not None:
             return  # overshoot after a stop string
         if output.finish_reason is FinishReason.ERROR:
@@ -235,7 +250,9 @@ class Generation(AbstractContextManager["Generation"]):
             prompt.found = Found(output.arrays, output.class_logits)
         self._changed[choice] = None
         self._observe_tokens(choice, output)
+        num_before = choice.text.num_tokens
         stopped = self._feed(choice, output)
+        self._engine(prompt).count("generation_tokens", choice.text.num_tokens - num_before)
         if stopped is not None:
             self._finish(choice, FinishReason.STOP, stopped, None)
             if prompt.submission is not None:
@@ -356,13 +373,18 @@ class Generation(AbstractContextManager["Generation"]):
     def _observe_choice(self, choice: Choice, finish: Finish) -> None:
         engine, tokens = self._engine(choice.prompt), choice.text.num_tokens
         engine.add_success(finish.reason.value)
-        engine.count("generation_tokens", tokens)
         engine.observe("request_generation_tokens", tokens)
         if finish.timings is not None:
             engine.observe_timings(finish.timings)
         if tokens > 1 and choice.first_token_s is not None and choice.last_token_s is not None:
             mean_s = (choice.last_token_s - choice.first_token_s) / (tokens - 1)
             engine.observe("request_time_per_output_token_seconds", mean_s)
+
+    def _observe_cut_off(self) -> None:
+        """Count choices that end now, without an end of their own."""
+        for choice in self._all_choices() if self._is_counted else ():
+            if choice.finish is None:
+                self._engine(choice.prompt).add_success(self._cut_off.value)
 
     def _observe_call(self) -> None:
         engine = self._engine(next(iter(self._prompts.values())))

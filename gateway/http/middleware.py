@@ -44,6 +44,10 @@ from gateway.http.parse import parse_json
 OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 MAX_TIMEOUT_MS = 99_999_999_999
 """Longest time that a client can ask for; the server's own limit is shorter."""
+_METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
+)
+"""Counted by name; any other counts as ``other``. Source: RFC 9110, section 9; RFC 5789."""
 _DRAIN_FACTOR = 8
 """A body above the limit is read up to this many times the limit, so that its sender can see the
 answer, and is cut off beyond."""
@@ -177,7 +181,8 @@ class HttpMiddleware:
             status = status or responder.status or 500
             if status == 499:
                 self.gateway.metrics.client_disconnects.inc()
-            self.gateway.metrics.http_requests.labels(route, scope["method"], str(status)).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.gateway.metrics.http_requests.labels(route, method, str(status)).inc()
             if trace is not None:
                 trace.end(CLIENT_GONE if status == 499 else "")
             if line is not None:

@@ -29,7 +29,6 @@ WORKER_TEXTS = {
     "num_preemptions_total": "Preempted sequences",
     "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache, for every choice",
     "prefix_cache_hits_total": "Prompt tokens found in the prefix cache, for every choice",
-    "prompt_tokens_cached_total": "Prompt tokens found in the prefix cache, each prompt once",
     "steps_total": "Steps that a worker has committed or served",
     "steps_abandoned_total": "Steps that were abandoned and run again",
     "steps_repeated_total": "Steps that sent too few rows to an expert worker and ran again",

@@ -22,7 +22,7 @@ def load_families(document: Mapping[str, Any], all_experts: bool) -> Iterator[Pl
     banks = document["banks"]
     yield {
         "name": "expert_tokens",
-        "text": "Tokens routed to a logical expert in committed steps",
+        "text": "Tokens routed to a logical expert, or to the rest, in committed steps",
         "type": "counter",
         "samples": [
             ["expert_tokens_total", {**_labels(bank), "expert": expert}, tokens]
@@ -58,8 +58,8 @@ def _tokens(bank: Mapping[str, Any], all_experts: bool) -> dict[str, int]:
     counts = bank["counts"]
     if all_experts:
         return {str(expert): count for expert, count in enumerate(counts)}
-    watched = {str(expert): counts[expert] for expert in bank["watched"]}
-    return {**watched, REST: sum(counts) - sum(watched.values())}
+    watched = zip(map(str, bank["watched"]), bank["watched_tokens"], strict=True)
+    return {**dict(watched), REST: bank["rest_tokens"]}
 
 
 def _gauge(name: str, text: str, values: list[tuple[dict[str, str], float]]) -> PlainFamily:

@@ -18,9 +18,14 @@ from gateway.core.replay import ReplayCause
 from gateway.observability import vllm_names
 from gateway.observability.cluster_metrics import cluster_families
 from gateway.observability.load_metrics import load_families
-from workers.requests.request import Timings
+from workers.requests.request import FinishReason, Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+REJECTIONS = (
+    *("queue_full", "queue_tokens", "queue_wait", "worker_queue_full", "deadline"),
+    *("key_requests", "key_tokens", "key_concurrency"),
+)
+"""Reasons of ``admission_rejections``, see ``cluster.core.errors``."""
 PREFIX = "expertmesh:"
 """Default prefix of every name."""
 
@@ -65,7 +70,7 @@ class GatewayMetrics:
         self._registry = registry = new_registry()
         count, labels = partial(Counter, registry=registry), ("engine",)
         success = count(
-            "request_success", "Choices that finished, by reason", (*labels, "finished_reason")
+            "request_success", "Choices that ended, by reason", (*labels, "finished_reason")
         )
         counters = {name: count(name, text, labels) for name, text in _ENGINE_COUNTERS.items()}
         histograms = {
@@ -92,7 +97,9 @@ class GatewayMetrics:
             "Prompt and output tokens recomputed for replayed requests",
             ("cause",),
         )
-        for cause in ReplayCause:  # counters begin at 0
+        for reason in REJECTIONS:  # counters begin at 0
+            self.admission_rejections.labels(reason)
+        for cause in ReplayCause:
             self.requests_replayed.labels(cause.value)
             self.tokens_recomputed.labels(cause.value)
         self.stream_lag = Histogram(
@@ -149,7 +156,8 @@ class GatewayMetrics:
 
 _ENGINE_COUNTERS = {
     "prompt_tokens": "Prompt tokens of accepted requests",
-    "generation_tokens": "Generated tokens",
+    "prompt_tokens_cached": "Those that were found in the prefix cache, each prompt once",
+    "generation_tokens": "Generated tokens, as they reach the gateway",
 }
 _ENGINE_HISTOGRAMS = {
     "request_prompt_tokens": ("Tokens per prompt", _TOKEN_BUCKETS),
@@ -194,7 +202,7 @@ class EngineMetrics:
         histograms: Mapping[str, Histogram],
         engine: str,
     ) -> None:
-        self._success, self._engine = success, engine
+        self._success = {r.value: success.labels(engine, r.value) for r in FinishReason}
         self._counters = {name: family.labels(engine) for name, family in counters.items()}
         self._histograms = {name: family.labels(engine) for name, family in histograms.items()}
 
@@ -207,7 +215,7 @@ class EngineMetrics:
         self._histograms[name].observe(value)
 
     def add_success(self, reason: str) -> None:
-        self._success.labels(self._engine, reason).inc()
+        self._success[reason].inc()
 
     def observe_timings(self, timings: Timings) -> None:
         begins_s, first_s = timings.first_dispatch_s, timings.first_token_s

@@ -473,6 +473,8 @@ class FakeController:
             "average": None,
             "slots": [[1, 2], [3, 4]],
             "watched": [2, 3],
+            "watched_tokens": [3, 4],
+            "rest_tokens": 3,
             "copies": [1, 1, 1, 2],
             "at_risk": 3,
             "balancedness": both,

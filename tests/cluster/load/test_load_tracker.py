@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cluster.config.expert_load import LoadSection
@@ -138,6 +140,29 @@ def test_watched_experts_change_only_with_the_epoch() -> None:
     load.take("a", make_report(100, [99, *range(1, 10), 1], epoch=2))
     load.tick(30.0)
     assert load.watched[KEY] == (0, 3, 4, 5, 6, 7, 8, 9)
+
+
+def test_counters_of_watched_experts_and_of_the_rest_never_fall() -> None:
+    load = make_tracker()
+
+    def counters(*reported: Any, epoch: int = 1) -> tuple[dict[int, int], int]:
+        load.take("a", make_report(*reported, epoch=epoch))
+        counts = load.totals().counts(KEY)
+        tokens, rest = load.watched_tokens(KEY, counts)
+        assert len(tokens) == len(load.watched.get(KEY, ()))
+        return dict(zip(load.watched.get(KEY, ()), tokens, strict=True)), rest
+
+    assert counters(9, [*range(10), 0]) == ({}, 45)
+    load.tick(10.0)
+    assert counters(10, [*range(10), 0]) == (dict.fromkeys(range(2, 10), 0), 45)
+    tokens, rest = counters(99, [99, 1, 5, *range(3, 10), 0], epoch=2)
+    assert (tokens[2], tokens[3], rest) == (3, 0, 45 + 99)
+    load.tick(20.0)
+    assert load.watched[KEY] == (0, 2, 4, 5, 6, 7, 8, 9)  # 0 in place of 3
+    tokens, rest_then = counters(100, [100, 1, 5, *range(3, 10), 0], epoch=2)
+    assert tokens[0] == 1
+    assert rest_then == rest
+    assert sum(tokens.values()) + rest_then == 100 + 1 + 5 + sum(range(3, 10))
 
 
 @pytest.mark.parametrize("name", ["report_s", "window_s", "half_life_s", "num_windows"])

@@ -109,6 +109,8 @@ def test_the_load_document_is_a_profile_with_more_beside_it() -> None:
     assert bank["average"] == [5, 10, 13]
     assert bank["slots"] == [[7, 1], [13, 9], [0, 0]]
     assert bank["watched"] == [0, 1, 2]
+    assert bank["watched_tokens"] == [2, 0, 0]  # since they were chosen
+    assert bank["rest_tokens"] == 5 + 10 + 13
     assert bank["copies"] == [1, 2, 1]
     assert document["window_tokens"] == document["average_tokens"] == 9
     # the newest window's devices took 4 and 12 tokens of prompts, 2 and 10 of decodes

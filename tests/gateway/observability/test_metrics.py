@@ -256,7 +256,8 @@ def test_names_have_the_prefix_that_is_wanted() -> None:
 
 def test_a_large_model_has_few_series_unless_asked() -> None:
     load = asyncio.run(FakeController().load())
-    bank = load["banks"][0] | {"counts": [1] * 128, "watched": list(range(8)), "copies": [2] * 128}
+    bank = load["banks"][0] | {"counts": [1] * 128, "copies": [2] * 128}
+    bank |= {"watched": list(range(8)), "watched_tokens": [1] * 8, "rest_tokens": 120}
     load["banks"] = [bank | {"layer": layer} for layer in range(62)]
     metrics = GatewayMetrics("dots", lambda: None, None, lambda: load)
     families = text_string_to_metric_families(metrics.render().decode())
