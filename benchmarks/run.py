@@ -48,6 +48,7 @@ NAMES = (
     "kv_routing",
     "autoscaling",
     "gateway_cost",
+    "watching",
 )
 """Modules with a ``section``, in the order of the file."""
 

@@ -182,18 +182,12 @@ class ControllerActor:
 
     async def load(self) -> dict[str, Any]:
         """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
+        return self._load(await self._fresh_cluster())
+
+    async def numbers(self) -> dict[str, Any]:
+        """``snapshot`` and ``load``, with the current numbers of every worker."""
         cluster = await self._fresh_cluster()
-        if cluster is None:
-            return {**_NO_BANKS, "model": None, "top_k": 0, "tokens": 0}
-        model = str(cluster.workers.model.get("name"))
-        document = load_document(
-            cluster.placement, cluster.load, cluster.profile, model, cluster.top_k
-        )
-        holders = cluster.workers.by_device(cluster.placement.num_devices)
-        domains = [r.member.domain or r.member.node if r else "" for r in holders]
-        for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
-            entry["at_risk"] = bank.num_at_risk(domains)
-        return {**document, "workers": [r.name if r and not r.is_lost else None for r in holders]}
+        return {"snapshot": self._snapshot(), "load": self._load(cluster)}
 
     async def drain(self, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to drain (fields of ``DrainOrder``); the operation.
@@ -311,6 +305,19 @@ class ControllerActor:
         if self.runner.controller is None:
             raise ConflictError(self.runner.failure or "the cluster has not been started")
         return self.runner.controller
+
+    def _load(self, cluster: Cluster | None) -> dict[str, Any]:
+        if cluster is None:
+            return {**_NO_BANKS, "model": None, "top_k": 0, "tokens": 0}
+        model = str(cluster.workers.model.get("name"))
+        document = load_document(
+            cluster.placement, cluster.load, cluster.profile, model, cluster.top_k
+        )
+        holders = cluster.workers.by_device(cluster.placement.num_devices)
+        domains = [r.member.domain or r.member.node if r else "" for r in holders]
+        for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
+            entry["at_risk"] = bank.num_at_risk(domains)
+        return {**document, "workers": [r.name if r and not r.is_lost else None for r in holders]}
 
     def _snapshot(self) -> dict[str, Any]:
         mine: dict[str, Any] = {"controller_pid": os.getpid(), "release": RELEASE}

@@ -6,15 +6,17 @@ It imports ``prometheus_client``; nothing else in this folder does.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 PlainFamily = dict[str, Any]
 """``name``, ``text`` (help), ``type`` and ``samples``: [name, labels, value]."""
+_MOST_SERIES = 16_384
+"""Series whose text is kept: more than a cluster has, unless it shows every expert."""
 
 
 def new_registry() -> CollectorRegistry:
@@ -36,21 +38,46 @@ def to_plain(registry: CollectorRegistry) -> list[PlainFamily]:
     ]
 
 
-class MergedFamilies(Collector):
+class MergedFamilies:
     """Plain families of several processes, each family once; all names get ``prefix``."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._families: dict[str, Metric] = {}
+        self._families: dict[str, list[str]] = {}
 
     def add(self, added: Iterable[PlainFamily], **labels: str) -> None:
         """Add families of one process, whose samples get more labels."""
         for found in added:
             name = self._prefix + found["name"]
-            family = self._families.setdefault(name, Metric(name, found["text"], found["type"]))
+            if (lines := self._families.get(name)) is None:
+                lines = self._families[name] = [_head(name, found["text"], found["type"])]
             for sample, own_labels, value in found["samples"]:
-                family.add_sample(self._prefix + sample, {**own_labels, **labels}, value)
+                series = _series(self._prefix + sample, *own_labels.items(), *labels.items())
+                shown = floatToGoString(value)  # type: ignore[no-untyped-call]
+                lines.append(f"{series} {shown}\n")
 
-    def collect(self) -> Iterable[Metric]:
-        """In the order in which they were added."""
-        return self._families.values()
+    def render(self) -> bytes:
+        """The families in the order in which they were added, in Prometheus' text format.
+
+        ``prometheus_client.generate_latest`` checks and escapes each name and label of each scrape
+        again, and takes five times as long, in the gateway's event loop.
+        """
+        return "".join(line for lines in self._families.values() for line in lines).encode()
+
+
+def _head(name: str, text: str, kind: str) -> str:
+    """The lines before a family's samples."""
+    shown = f"{name}_total" if kind == "counter" else name
+    escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
+    return f"# HELP {shown} {escaped}\n# TYPE {shown} {kind}\n"
+
+
+@lru_cache(maxsize=_MOST_SERIES)
+def _series(name: str, *labels: tuple[str, str]) -> str:
+    """A sample's name and labels, sorted."""
+    escaped = (f'{label}="{_escaped(value)}"' for label, value in sorted(labels))
+    return f"{name}{{{','.join(escaped)}}}" if labels else name
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
-Question = Literal["describe", "metrics", "abort"]
+Question = Literal["describe", "metrics", "summary", "abort"]
+"""``summary`` is both of those before it."""
 
 
 class ServeReplicas(Protocol):

@@ -38,6 +38,7 @@ ControllerCall = Literal[
     "streams_paused",
     "placement",
     "load",
+    "numbers",
     "drain",
     "rebalance",
     "scale",
@@ -133,17 +134,24 @@ class ClusterView:
 
     async def fresh(self) -> Snapshot | None:
         """The state now, or the last known one if the controller does not answer."""
-        snapshot = await self._try("snapshot", True)
+        self._take_fresh(await self._try("snapshot", True))
+        return self.snapshot
+
+    async def refresh(self) -> None:
+        """Update ``snapshot`` and ``known_load``, unless the controller does not answer.
+
+        One question for both: the controller asks all workers for their numbers.
+        """
+        if (numbers := await self._try("numbers")) is not None:
+            self.known_load = numbers["load"]
+            self._take_fresh(numbers["snapshot"])
+
+    def _take_fresh(self, snapshot: Snapshot | None) -> None:
         try:
             if snapshot is not None:
                 self._accept(snapshot)
         except NotReadyError as err:
             logger.log(self._level(), "no fresh snapshot: %s", err)
-        return self.snapshot
-
-    async def load(self) -> None:
-        """Update ``known_load``; it stays as it is if the controller does not answer."""
-        self.known_load = await self._try("load") or self.known_load
 
     async def ask(
         self, call: ControllerCall, *details: Any, limit_s: float = CALL_TIMEOUT_S

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.core.errors import NotReadyError, RequestError
 from cluster.core.metric_families import PlainFamily
+from gateway.dashboard.recent import Recent
 from gateway.generation.gateway import Gateway
 
 COUNTERS = ("prompt_tokens_total", "generation_tokens_total")
@@ -21,38 +22,57 @@ HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds")
 """Histograms of the gateway that the page shows as percentiles."""
 _LEFT_OUT = ("metrics", "version")
 """Parts of the status that the page has no use for."""
+_AGE_S = 1.0
+"""For how long pages share what the controller has answered, which asks all workers for it."""
 
 
-async def state(gateway: Gateway) -> dict[str, Any]:
-    """The cluster's state (as ``status --json``), and what all replicas have counted."""
-    status, replicas = await asyncio.gather(gateway.status(), gateway.replicas.ask("metrics"))
-    shown = {name: part for name, part in status.items() if name not in _LEFT_OUT}
-    families = [family for counted in replicas.values() for family in counted]
-    return {
-        "schema": 1,
-        "time": time.time(),
-        "status": shown,
-        "counters": {name: _total(families, name) for name in COUNTERS},
-        "histograms": {name: _buckets(families, name) for name in HISTOGRAMS},
-    }
+class PageData:
+    """What the pages of one port show."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._snapshot = Recent(gateway.cluster.fresh, _AGE_S)
+        self._load = Recent(self._ask_load, _AGE_S)
+
+    async def state(self) -> dict[str, Any]:
+        """The cluster's state (as ``status --json``), and what all replicas have counted."""
+        snapshot, replicas = await asyncio.gather(
+            self._snapshot.get(), self._gateway.replicas.ask("summary")
+        )
+        described = [one["describe"] for one in replicas.values()]
+        status = self._gateway.status_of(snapshot, described)
+        families = [family for one in replicas.values() for family in one["metrics"]]
+        return {
+            "schema": 1,
+            "time": time.time(),
+            "status": {name: part for name, part in status.items() if name not in _LEFT_OUT},
+            "counters": {name: _total(families, name) for name in COUNTERS},
+            "histograms": {name: _buckets(families, name) for name in HISTOGRAMS},
+        }
+
+    async def bank_load(self, number: int) -> dict[str, Any]:
+        """The load of one expert bank, by worker and expert, and the balance of all.
+
+        Args:
+            number: of the bank, counted from the first.
+
+        Raises:
+            RequestError: there is no such bank.
+            NotReadyError: the controller does not answer.
+        """
+        load, placement = await self._load.get()
+        return _bank(load, placement, number)
+
+    async def _ask_load(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Load and placement of the same epoch."""
+        ask = self._gateway.cluster.ask
+        load, placement = await asyncio.gather(ask("load"), ask("placement"))
+        if load["epoch"] != placement["epoch"]:
+            raise NotReadyError("the placement has just changed", "not_ready", 1.0)
+        return load, placement
 
 
-async def bank_load(gateway: Gateway, number: int) -> dict[str, Any]:
-    """The load of one expert bank, by worker and expert, and the balance of all.
-
-    Args:
-        gateway: asks the controller.
-        number: of the bank, counted from the first.
-
-    Raises:
-        RequestError: there is no such bank.
-        NotReadyError: the controller does not answer.
-    """
-    load, placement = await asyncio.gather(
-        gateway.cluster.ask("load"), gateway.cluster.ask("placement")
-    )
-    if load["epoch"] != placement["epoch"]:
-        raise NotReadyError("the placement has just changed", "not_ready", 1.0)
+def _bank(load: Mapping[str, Any], placement: Mapping[str, Any], number: int) -> dict[str, Any]:
     banks = load["banks"]
     if not 0 <= number < len(banks):
         raise RequestError(f"bank ({number}) must be from 0 to {len(banks) - 1}", "bank")

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError
-from gateway.dashboard.data import bank_load, state
+from gateway.dashboard.data import PageData
 from gateway.generation.gateway import Gateway
 
 PAGES = ("/", "/dashboard")
@@ -70,7 +70,7 @@ def open_paths() -> frozenset[str]:
 
 def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
     """The page, its files and its data. ``is_admin``: it has buttons that give orders."""
-    page = _files()["index.html"]
+    data, page = PageData(gateway), _files()["index.html"]
     if is_admin:
         page = _file(page.content.replace(_PUBLIC_PORT, _ADMIN_PORT), ".html")
     files = [
@@ -81,10 +81,10 @@ def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
         number = request.query_params.get("bank", "0")
         if not (number.isascii() and number.isdecimal() and len(number) < 9):
             raise RequestError(f"bank ({number[:32]!r}) must be a whole number", "bank")
-        return await bank_load(gateway, int(number))
+        return await data.bank_load(int(number))
 
     async def whole(request: Request) -> Any:
-        return await state(gateway)
+        return await data.state()
 
     return [
         *(Route(path, _serve(page), methods=["GET"]) for path in PAGES),

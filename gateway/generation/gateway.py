@@ -11,7 +11,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -120,6 +120,7 @@ class Gateway:
             {
                 "describe": self.describe,
                 "metrics": self.metrics.own_families,
+                "summary": self._summary,
                 "abort": self.running.abort,
             },
         )
@@ -293,10 +294,14 @@ class Gateway:
     async def status(self) -> dict[str, Any]:
         """The cluster's state with all replicas in it, as ``status --json`` prints it."""
         found, replicas = await asyncio.gather(self.cluster.fresh(), self.replicas.ask("describe"))
-        snapshot = dict(found or {"state": "STARTING"})
-        snapshot["schema"] = 1
-        snapshot["gateway"] = list(replicas.values())
-        return snapshot
+        return self.status_of(found, replicas.values())
+
+    def status_of(
+        self, snapshot: Snapshot | None, replicas: Iterable[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The status, of a snapshot and of what replicas answered to ``describe``."""
+        known = snapshot or {"state": "STARTING"}
+        return {**known, "schema": 1, "gateway": list(replicas)}
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
         """End calls of any replica by their clients' names; returns the names that were found."""
@@ -306,11 +311,9 @@ class Gateway:
     async def render_metrics(self) -> bytes:
         """The exposition of all replicas and workers: each number once."""
         if self.limits.num_gateway_replicas == 1:
-            await asyncio.gather(self.cluster.fresh(), self.cluster.load())
+            await self.cluster.refresh()
             return self.metrics.render()
-        replicas, _, _ = await asyncio.gather(
-            self.replicas.ask("metrics"), self.cluster.fresh(), self.cluster.load()
-        )
+        replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.cluster.refresh())
         return self.metrics.render(replicas)
 
     def _follow(self, snapshot: Snapshot) -> None:
@@ -331,6 +334,9 @@ class Gateway:
     def describe(self) -> dict[str, Any]:
         """This replica's entry in the status; ``app`` fills in process id and addresses."""
         return {"name": self.name, **self.addresses}
+
+    def _summary(self) -> dict[str, Any]:
+        return {"describe": self.describe(), "metrics": self.metrics.own_families()}
 
     def require_facts(self) -> ModelFacts:
         """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""

@@ -237,15 +237,13 @@ class Generation(AbstractContextManager["Generation"]):
             prompt.logprobs = output.prompt_logprobs
             self._changed.update(dict.fromkeys(prompt.choices))
         choice = prompt.choices[output.choice]
-        is_first = not (choice.number or output.index)  # not what another worker found later
-        if is_first and not prompt.cached_tokens and self.caches_prefixes:
-            prompt.cached_tokens = num_cached = output.num_cached_tokens or 0
-            self._engine(prompt).count("prompt_tokens_cached", num_cached)
         if choice.finish is not None:
             return  # overshoot after a stop string
         if output.finish_reason is FinishReason.ERROR:
             message = output.error or "the engine could not finish the request"
             raise self._engine_error(message, output)
+        if not (choice.number or output.index):  # not what another worker found later
+            self._take_prompt(prompt, output.num_cached_tokens or 0)
         if output.arrays or output.class_logits:
             prompt.found = Found(output.arrays, output.class_logits)
         self._changed[choice] = None
@@ -260,6 +258,14 @@ class Generation(AbstractContextManager["Generation"]):
         elif output.finish_reason is not None:
             choice.text.finish()
             self._finish(choice, output.finish_reason, output.stop_token_id, output.timings)
+
+    def _take_prompt(self, prompt: Prompt, num_cached: int) -> None:
+        """The engine has computed a prompt, but for what it found in its cache."""
+        if self.caches_prefixes:
+            prompt.cached_tokens = num_cached
+        num_computed, engine = len(prompt.prompt.ids) - num_cached, self._engine(prompt)
+        engine.count("prompt_tokens_cached", num_cached)
+        engine.observe("request_prefill_kv_computed_tokens", num_computed)
 
     def _engine_error(self, message: str, output: TokenOutput) -> ExpertMeshError:
         code, param = output.error_code, output.error_param

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cluster.core.metric_families import PlainFamily
@@ -16,6 +18,8 @@ _LEGAL_NAME = re.compile(rf"([a-zA-Z_][a-zA-Z0-9_]*)(?:\{{({_LABEL}(?:,{_LABEL})
 """The name of a worker's number, with or without labels."""
 _HISTOGRAM = re.compile("(.+)_(?:bucket|count|sum)")
 """A number that belongs to a histogram of the first group's name."""
+_MOST_NUMBERS = 4096
+"""Names of workers' numbers that are kept: all workers have the same."""
 _GAUGES = frozenset({"kv_blocks_total"})
 """Gauges whose names end like those of counters."""
 WORKER_TEXTS = {
@@ -87,10 +91,9 @@ def cluster_families(
     for worker in snapshot.get("workers", ()):
         labels = _labels(worker)
         for key, value in _numbers(worker, epoch, cache_config).items():
-            match = _LEGAL_NAME.fullmatch(key)
-            if match is not None and match[1] not in taken:
-                samples = [[match[1], labels | _labels_of(match[2] or ""), value]]
-                yield {**_family(match[1]), "samples": samples}
+            if (number := _parse(key)) is not None and number.name not in taken:
+                samples = [[number.name, {**labels, **number.labels}, value]]
+                yield {**number.family, "samples": samples}
 
 
 def _numbers(
@@ -118,6 +121,23 @@ def _labels(worker: Mapping[str, Any]) -> dict[str, str]:
         "worker": str(worker["name"]),
         "node": str(worker.get("node") or ""),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """What the name of a worker's number says."""
+
+    name: str
+    labels: Mapping[str, str]
+    family: PlainFamily
+
+
+@lru_cache(maxsize=_MOST_NUMBERS)
+def _parse(key: str) -> _Number | None:
+    """None for what is no name: workers of another release may send anything."""
+    if (match := _LEGAL_NAME.fullmatch(key)) is None:
+        return None
+    return _Number(match[1], _labels_of(match[2] or ""), _family(match[1]))
 
 
 def _labels_of(text: str) -> dict[str, str]:

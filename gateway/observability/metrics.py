@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
-from prometheus_client import Counter, Histogram, generate_latest
+from prometheus_client import Counter, Histogram
 
 from cluster.core.metric_families import MergedFamilies, PlainFamily, new_registry, to_plain
 from gateway.cluster.view import Snapshot
@@ -129,7 +129,7 @@ class GatewayMetrics:
         if replicas is None:
             parts = [(self.own_families(), model)]
         parts.append((self._cluster_families(), model))
-        return b"".join(generate_latest(merged) for merged in self._merged(parts))
+        return b"".join(merged.render() for merged in self._merged(parts))
 
     def _merged(
         self, parts: Sequence[tuple[list[PlainFamily], Mapping[str, str]]]
@@ -140,10 +140,12 @@ class GatewayMetrics:
             merged.add(families, **labels)
         yield merged
         if self._has_vllm_names:
-            merged = MergedFamilies(vllm_names.PREFIX)
+            merged, unprefixed = MergedFamilies(vllm_names.PREFIX), MergedFamilies("")
             for families, labels in parts:
                 merged.add(vllm_names.as_vllm(families), **labels)
+                unprefixed.add(vllm_names.http_requests(families), **labels)
             yield merged
+            yield unprefixed
 
     def _cluster_families(self) -> list[PlainFamily]:
         families: list[PlainFamily] = []
@@ -162,6 +164,10 @@ _ENGINE_COUNTERS = {
 _ENGINE_HISTOGRAMS = {
     "request_prompt_tokens": ("Tokens per prompt", _TOKEN_BUCKETS),
     "request_generation_tokens": ("Generated tokens per choice", _TOKEN_BUCKETS),
+    "request_prefill_kv_computed_tokens": (
+        "Tokens of a prompt that were not found in the prefix cache",
+        _TOKEN_BUCKETS,
+    ),
     "request_max_num_generation_tokens": (
         "Generated tokens of the longest choice of a request",
         _TOKEN_BUCKETS,

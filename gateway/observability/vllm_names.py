@@ -1,12 +1,14 @@
 """The metrics that vLLM has too, under vLLM's names, so that its dashboards show this cluster.
 
 Meanings are the same, and so are labels, but for more of them here (``worker``, ``node``). Names as
-of vLLM 0.11 (``vllm/v1/metrics/loggers.py``), with those of older releases that dashboards ask for.
+of vLLM 0.32 (``vllm/v1/metrics/loggers.py``), with those of older releases that dashboards ask for.
+vLLM counts HTTP requests with prometheus-fastapi-instrumentator, under names without a prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from cluster.core.metric_families import PlainFamily
 
@@ -24,6 +26,7 @@ SAME = frozenset(
         "prompt_tokens_cached",
         "generation_tokens",
         "request_success",
+        "admission_rejections",
         "cache_config_info",
         "iteration_tokens_total",
         "request_prompt_tokens",
@@ -31,6 +34,7 @@ SAME = frozenset(
         "request_max_num_generation_tokens",
         "request_params_n",
         "request_params_max_tokens",
+        "request_prefill_kv_computed_tokens",
         "time_to_first_token_seconds",
         "inter_token_latency_seconds",
         "request_time_per_output_token_seconds",
@@ -49,9 +53,21 @@ OLDER = {
     "inter_token_latency_seconds": "time_per_output_token_seconds",
 }
 """Older names of the same numbers."""
+BY_SOURCE = "prompt_tokens_by_source"
+"""Prompt tokens by where their KV comes from. A prefix that a worker fetches from another one
+counts as found, for it is in the cache when the prompt begins."""
+_SOURCES = {
+    "local_compute": (
+        "request_prefill_kv_computed_tokens",
+        "request_prefill_kv_computed_tokens_sum",
+    ),
+    "local_cache_hit": ("prompt_tokens_cached", "prompt_tokens_cached_total"),
+}
+"""Family and sample of each source. Source: vLLM's ``PromptTokenStats``."""
+HTTP_REQUESTS = "http_requests"
 
 
-def as_vllm(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:
+def as_vllm(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
     """The families that vLLM has, also under their older names."""
     for family in families:
         if (name := family["name"]) in SAME:
@@ -62,3 +78,35 @@ def as_vllm(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:
                     for sample, labels, value in family["samples"]
                 ]
                 yield {**family, "name": older, "samples": samples}
+    yield from _by_source({family["name"]: family for family in families})
+
+
+def http_requests(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
+    """The HTTP requests as vLLM's server counts them: ``handler``, ``method``, ``status`` 2xx."""
+    for family in families:
+        if family["name"] == HTTP_REQUESTS:
+            counts: Counter[tuple[str, str, str]] = Counter()
+            for _, labels, value in family["samples"]:
+                counts[labels["route"], labels["method"], f"{labels['status'][0]}xx"] += value
+            samples = [
+                [
+                    f"{HTTP_REQUESTS}_total",
+                    {"handler": route, "method": method, "status": status},
+                    value,
+                ]
+                for (route, method, status), value in counts.items()
+            ]
+            yield {**family, "samples": samples}
+
+
+def _by_source(families: Mapping[str, PlainFamily]) -> Iterator[PlainFamily]:
+    """What was computed and what was found, of each engine."""
+    samples = [
+        [f"{BY_SOURCE}_total", {**labels, "source": source}, value]
+        for source, (name, sample_name) in _SOURCES.items()
+        for sample, labels, value in families.get(name, {}).get("samples", ())
+        if sample == sample_name
+    ]
+    if samples:
+        text = "Prompt tokens by source of their KV, once a prompt is computed"
+        yield {"name": BY_SOURCE, "text": text, "type": "counter", "samples": samples}

@@ -27,6 +27,7 @@ from benchmarks import (
     serving,
     soak,
     step_cost,
+    watching,
 )
 from benchmarks.quiet import CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
@@ -304,3 +305,17 @@ def test_growth_and_leaks_are_seen() -> None:
 @pytest.mark.slow
 def test_the_cost_of_the_gateway_is_measured() -> None:
     assert "HAProxy mode: HTTP" in gateway_cost.section(quick=True)
+
+
+def test_being_watched_is_compared_with_the_turns_beside_it() -> None:
+    found = {w.name: [0.98, 1.0, 0.99, 0.5] for w in watching.WATCHERS}
+    text = watching.report({**found, "nobody": [100.0, 102.0, 101.0]}, watching.Size())
+    assert "| nobody | 101 tokens/s |" in text
+    assert "| 4 scrapers, each second | 0.985 | 0.980 to 1.000 | at least 0.99 |" in text
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_served_cluster_is_watched() -> None:
+    text = watching.section(quick=True)
+    assert all(f"| {watcher.name} | " in text for watcher in watching.WATCHERS)

@@ -458,6 +458,10 @@ class FakeController:
         }
         return {"schema": 1, "epoch": 3, "banks": [bank]}
 
+    async def numbers(self) -> dict[str, Any]:
+        """See ``Controller``."""
+        return {"snapshot": await self.snapshot(True), "load": await self.load()}
+
     async def load(self) -> dict[str, Any]:
         """See ``Controller``."""
         both = {"predicted": 1.0, "achieved": 0.5}

@@ -57,8 +57,10 @@ class ControllerMetrics:
             self._decisions.labels(outcome)
         for role in roles:
             self._recoveries.labels(f"{role}_worker")
-        for moved in (self._bytes, self._slots):
-            moved.labels("rebalance")
+            self._stalls.labels(f"{role}_worker")
+        for reason in get_args(MoveReason):
+            for moved in (self._bytes, self._slots, self._seconds):
+                moved.labels(reason)
 
     def decided(self, outcome: RebalanceOutcome) -> None:
         """A decision to rebalance has ended."""

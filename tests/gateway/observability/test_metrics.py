@@ -170,7 +170,11 @@ def test_losses_are_counted_from_0_on() -> None:
     snapshot = {"state": "SERVING", "workers": workers, "metrics": counted}
     text = GatewayMetrics("tiny", lambda: snapshot).render().decode()
     for cause in ("attention_worker", "expert_worker"):
-        assert f'expertmesh:recoveries_total{{cause="{cause}",model_name="tiny"}} 0.0' in text
+        for name in ("recoveries_total", "recovery_stall_seconds_count"):
+            assert f'expertmesh:{name}{{cause="{cause}",model_name="tiny"}} 0.0' in text
+    for reason in ("rebalance", "recovery", "drain", "scale"):
+        for name in ("migration_bytes_total", "migration_seconds_count"):
+            assert f'expertmesh:{name}{{model_name="tiny",reason="{reason}"}} 0.0' in text
     for name in ("requests_replayed", "tokens_recomputed"):
         for cause in ("attention_worker", "handed_back"):
             assert f'{name}_total{{cause="{cause}",model_name="tiny"}} 0.0' in text
