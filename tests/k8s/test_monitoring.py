@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
+import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.observability.cluster_metrics import WORKER_TEXTS
 from tests.gateway.stack import complete, running_stack
-from tests.paths import ROOT
+from tests.k8s import checks_wiring, validator
+from tests.k8s.kuberay import K8S, OVERLAYS, Manifests, NoKubectl
 
-FOLDER = ROOT / "k8s" / "monitoring"
+FOLDER = K8S / "monitoring"
 _NAME = re.compile(r"\bexpertmesh:([a-z_]+)")
 _OF_HISTOGRAMS = ("_bucket", "_count", "_sum")
 
@@ -61,3 +65,43 @@ def test_scrapes_of_several_gateways_are_never_added_up() -> None:
     for expression in expressions():
         if "sum" in expression:
             assert "max without" in expression, expression
+
+
+def test_the_operator_s_rules_are_those_of_prometheus() -> None:
+    rules = yaml.safe_load((FOLDER / "alerts.yaml").read_text())
+    resource = yaml.safe_load((FOLDER / "prometheusrule.alerts.yaml").read_text())
+    assert resource["spec"] == rules
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_with_monitoring(overlay: str, tmp_path: Path) -> None:
+    """What it adds is valid, and is found by Prometheus' operator and Grafana's sidecar."""
+    root = tmp_path / "k8s"
+    shutil.copytree(K8S, root)
+    file = root / "overlays" / overlay / "kustomization.yaml"
+    whole = yaml.safe_load(file.read_text())
+    whole["components"].insert(0, "../../monitoring")
+    file.write_text(yaml.safe_dump(whole))
+    try:
+        before, after = Manifests.of(overlay), Manifests.of(overlay, root)
+    except NoKubectl as err:
+        pytest.skip(str(err))
+    assert list(validator.problems(after.objects)) == []
+    assert list(checks_wiring.labels(after)) == []
+    known = {(o["kind"], o["metadata"]["name"]) for o in before.objects}
+    new = [o for o in after.objects if (o["kind"], o["metadata"]["name"]) not in known]
+    assert sorted(o["kind"] for o in new) == ["ConfigMap", "PrometheusRule"]
+    dashboard = after.named("ConfigMap", "expertmesh-dashboard")
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(dashboard["data"]["expertmesh.json"]) == json.loads(
+        (FOLDER / "dashboard.json").read_text()
+    )
+
+
+def test_a_rule_that_the_operator_refuses_is_seen() -> None:
+    resource = yaml.safe_load((FOLDER / "prometheusrule.alerts.yaml").read_text())
+    assert validator.problems([resource]) == []
+    rule = resource["spec"]["groups"][0]["rules"][0]
+    for wrong in ({"for": "soon"}, {"severity": "critical"}, {"expr": None}):
+        changed = {**resource, "spec": {"groups": [{"name": "x", "rules": [{**rule, **wrong}]}]}}
+        assert validator.problems([changed]) != [], wrong
