@@ -6,7 +6,8 @@ endif
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Clients of other projects and Redis, for parts 6 and 7 of `make test-long`, with their own versions.
+# Clients of other projects, Redis and Prometheus, for parts 6 and 7 of `make test-long`, with their
+# own versions.
 CLIENTS := .venv-clients
 # Where the CPU build of torch comes from on a machine without an NVIDIA GPU, when it answers.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -36,7 +37,7 @@ help:
 	@echo "make check    ruff, import contracts, mypy, tests without processes (minutes)"
 	@echo "make test     make check, and tests with processes (PYTEST_ARGS=\"-k name\")"
 	@echo "make test-long  everything but GPU tests, for hours, or a part of it (PART=1)"
-	@echo "make setup-clients  .venv-clients with clients of other projects and Redis, for parts 6 and 7"
+	@echo "make setup-clients  .venv-clients with clients of other projects, Redis and Prometheus, for parts 6 and 7"
 	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write benchmarks/RESULTS.md"
 	@echo "make gpu-check  check and measure the GPU path on one GPU (ARGS=\"--budget 570\"), offline"

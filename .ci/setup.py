@@ -3,7 +3,8 @@
 Standard library only. Installs the pinned packages of constraints.txt with pip, the CPU build of
 torch where there is no NVIDIA GPU, and expertmesh itself in editable form. A stamp file is written
 last, so that a failed or interrupted run is simply begun again. ``clients`` makes the environment
-of the programs that tests/conformance drives against a server, npm packages included.
+of the programs that tests/conformance drives against a server, npm packages and Prometheus
+included.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ PACKAGES_MB = {"run": 160, "test": 460, "clients": 330}
 TORCH_CPU_MB = 190
 TORCH_CUDA_MB = 2720
 ZIG_MB = 100
+PROMETHEUS = ("prometheus", "promtool")
+PROMETHEUS_MB = 20
 LOG_LINES_ON_FAILURE = 15
 LOG_CHARACTERS = 400
 
@@ -188,7 +191,8 @@ def inputs(extra: str) -> tuple[Path, Path]:
 
 def digest(extra: str) -> str:
     """What the stamp of a finished installation holds."""
-    content = hashlib.sha256(f"{extra} {ROOT}".encode())
+    more = PROMETHEUS if extra == "clients" else ()
+    content = hashlib.sha256(" ".join((extra, str(ROOT), *more)).encode())
     for path in (*inputs(extra), *(NODE_PACKAGES if extra == "clients" else ())):
         content.update(path.read_bytes())
     return content.hexdigest()
@@ -228,6 +232,7 @@ def install(extra: str, venv: Path, index: str) -> None:
     run_pip(pip, ["--constraint", str(constraints), *requirements(extra)], venv)
     if extra == "clients":
         install_npm(venv)
+        install_prometheus(venv / "bin")
     else:
         run_pip(
             pip, ["--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv
@@ -265,6 +270,36 @@ def install_npm(folder: Path) -> None:
     if done.returncode != 0:
         last = "\n".join(done.stderr.splitlines()[-LOG_LINES_ON_FAILURE:])
         raise SetupError(f"{last}\nnpm failed, see above")
+
+
+def install_prometheus(folder: Path) -> None:
+    """Take Prometheus out of Debian's package, unless it is here; no registry of pip or npm has it.
+
+    The machine stays as it is, and nobody needs to be root. Elsewhere than on Debian and its
+    relatives it must be installed by hand, and until then its tests are skipped.
+    """
+    if all(shutil.which(name) for name in PROMETHEUS):
+        return
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        say("prometheus and promtool are not on PATH: install them for the tests of alerts")
+        return
+    say(f"taking Prometheus out of its Debian package, about {PROMETHEUS_MB} MB")
+    with tempfile.TemporaryDirectory() as text:
+        place = Path(text)
+        place.chmod(0o755)  # apt-get downloads as a user of its own
+        _run(["apt-get", "--quiet", "download", "prometheus"], place)
+        (package,) = place.glob("prometheus_*.deb")
+        _run(["dpkg-deb", "--extract", str(package), str(place)], place)
+        for name in PROMETHEUS:
+            shutil.move(place / "usr" / "bin" / name, folder / name)
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = "\n".join(done.stderr.splitlines()[-LOG_LINES_ON_FAILURE:])
+        hint = " (run apt-get update first)" if command[0] == "apt-get" else ""
+        raise SetupError(f"{last}\n{' '.join(command)} failed, see above{hint}")
 
 
 def main() -> int:

@@ -51,4 +51,12 @@ def redis_server() -> str:
     return shutil.which("redis-server") or next(map(str, packaged), "")
 
 
+def prometheus_tool(name: str) -> str:
+    """Path of ``prometheus`` or ``promtool``, of the machine or of ours; skips without it."""
+    found = shutil.which(name) or shutil.which(name, path=str(HOME / "bin"))
+    if found is None:
+        pytest.skip(f"there is no {name}: {HINT}")
+    return found
+
+
 NO_REDIS = f"there is no redis-server: {HINT}"

@@ -277,3 +277,48 @@ def test_make_says_what_it_can_do() -> None:
         env=environment,
     )
     assert "expertmesh serve --port 1" in dry.stdout
+
+
+def fake_program(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!{SHELL}\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all of PATH, but for what shell scripts need."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def test_prometheus_comes_out_of_its_debian_package(tmp_path: Path, programs: Path) -> None:
+    fake_program(programs, "apt-get", "echo the package > prometheus_1.0_amd64.deb")
+    unpack = (
+        'set -e; read what < "$2"; /bin/mkdir -p "$3/usr/bin"; for n in prometheus promtool; do'
+    )
+    fake_program(programs, "dpkg-deb", f'{unpack} echo "$n of $what" > "$3/usr/bin/$n"; done')
+    into = tmp_path / "bin"
+    into.mkdir()
+    setup.install_prometheus(into)
+    found = {path.name: path.read_text() for path in into.iterdir()}
+    assert found == {n: f"{n} of the package\n" for n in ("prometheus", "promtool")}
+
+
+def test_an_installed_prometheus_is_taken(tmp_path: Path, programs: Path) -> None:
+    for name in ("prometheus", "promtool"):
+        fake_program(programs, name, "")
+    setup.install_prometheus(tmp_path / "nowhere")
+
+
+def test_without_apt_the_user_reads_what_is_missing(
+    tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup.install_prometheus(tmp_path / "nowhere")
+    assert "prometheus and promtool are not on PATH: install them" in capsys.readouterr().err
+    fake_program(programs, "apt-get", "echo no such package >&2; exit 100")
+    fake_program(programs, "dpkg-deb", "exit 1")
+    with pytest.raises(setup.SetupError, match=r"no such package\napt-get .*run apt-get update"):
+        setup.install_prometheus(tmp_path / "nowhere")
