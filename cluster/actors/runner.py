@@ -183,9 +183,9 @@ class Runner:
                 self.background.spawn(self._insist(partial(self.group.release, places)))
             case EndAll():
                 self.background.spawn(self._insist(self.group.end_all, self.controller.all_ended))
-            case Trace(name, seconds, attributes, error):
+            case Trace(name, seconds, attributes, error, place):
                 if self.traces is not None:
-                    self.traces.record(name, seconds, attributes, error)
+                    self.traces.record(name, seconds, attributes, error, place)
 
     # ---- events of the sockets (``ControlEvents``) -------------------------------------------
 

@@ -240,6 +240,7 @@ class Controller:
             "problems": self.recovery.problems(self.detection.last_tick),
             "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),
+            "traces": cluster.traces.to_list(),
         }
 
     def restore(self, collected: CollectedState, now: float) -> None:

@@ -9,13 +9,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.context import Context
 from opentelemetry.trace import (
+    NonRecordingSpan,
     Span,
+    SpanContext,
     SpanKind,
     StatusCode,
+    TraceFlags,
     Tracer,
     set_span_in_context,
 )
@@ -28,6 +34,7 @@ from cluster.tracing.names import ERROR_TYPE, PROVIDER
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 __all__ = ["AttributeValue", "Context", "Span", "SpanKind", "Tracer", "set_span_in_context"]
 """What other folders use of OpenTelemetry's API."""
@@ -35,35 +42,121 @@ __all__ = ["AttributeValue", "Context", "Span", "SpanKind", "Tracer", "set_span_
 logger = logging.getLogger(__name__)
 
 _STOP_S = 1.0
+_TRACE_ID_BYTES = 16
+_CHOSEN: ContextVar[SpanPlace | None] = ContextVar("_CHOSEN", default=None)
+"""Ids of the next span, where others have to know them before it is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanPlace:
+    """The ids of a span that is sampled, which others may name before, or after, it is made.
+
+    Its form between processes is 24 bytes: trace id, span id.
+    """
+
+    trace_id: int
+    span_id: int
+
+    @classmethod
+    def of(cls, span: Span) -> SpanPlace:
+        context = span.get_span_context()
+        return cls(context.trace_id, context.span_id)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SpanPlace:
+        head, tail = data[:_TRACE_ID_BYTES], data[_TRACE_ID_BYTES:]
+        return cls(int.from_bytes(head, "big"), int.from_bytes(tail, "big"))
+
+    def to_bytes(self) -> bytes:
+        return self.trace_id.to_bytes(_TRACE_ID_BYTES, "big") + self.span_id.to_bytes(8, "big")
+
+    @property
+    def context(self) -> SpanContext:
+        return SpanContext(
+            self.trace_id, self.span_id, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
+        )
 
 
 class TraceExport:
     """A tracer whose spans a thread of the SDK exports: ending a span never waits.
 
     Args:
-        provider: the SDK's.
+        provider: the SDK's. Its ids become those of this class.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
+        provider.id_generator = _chosen_ids()
         self.tracer = provider.get_tracer(PROVIDER, RELEASE)
         self._provider = provider
 
+    def new_place(self, span: Span) -> SpanPlace:
+        """A place in the trace of ``span`` for a later span."""
+        trace_id = span.get_span_context().trace_id
+        return SpanPlace(trace_id, self._provider.id_generator.generate_span_id())
+
+    def start_at(self, place: SpanPlace, name: str, parent: Context, **options: Any) -> Span:
+        """A span with the ids of ``place``; options as in ``Tracer.start_span``."""
+        token = _CHOSEN.set(place)
+        try:
+            return self.tracer.start_span(name, parent, **options)
+        finally:
+            _CHOSEN.reset(token)
+
     def record(
-        self, name: str, seconds: float, attributes: Mapping[str, Any], error: str = ""
+        self,
+        name: str,
+        seconds: float,
+        attributes: Mapping[str, Any],
+        error: str = "",
+        place: bytes = b"",
     ) -> None:
-        """Record what has ended just now as a trace of its own. Attributes of None are unknown."""
+        """Record what has ended just now as a trace of its own. Attributes of None are unknown.
+
+        ``place`` has its ids; empty: new ones.
+        """
         now_ns = time.time_ns()
         known = {name: value for name, value in attributes.items() if value is not None}
         began_ns = now_ns - round(seconds * 1e9)
-        span = self.tracer.start_span(name, Context(), attributes=known, start_time=began_ns)
+        start = self.tracer.start_span
+        if place:
+            start = partial(self.start_at, SpanPlace.from_bytes(place))
+        span = start(name, Context(), attributes=known, start_time=began_ns)
         set_error(span, error)
         span.end(now_ns)
+
+    def record_below(
+        self, place: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
+    ) -> None:
+        """Record a span below one of another process; times are of ``time.monotonic_ns``."""
+        day_ns = time.time_ns() - time.monotonic_ns()
+        above = NonRecordingSpan(SpanPlace.from_bytes(place).context)
+        parent = set_span_in_context(above, Context())
+        span = self.tracer.start_span(
+            name, parent, attributes=dict(found), start_time=day_ns + began_ns
+        )
+        span.end(day_ns + ended_ns)
 
     def stop(self) -> None:
         """Export what is left, for a second at most; later spans are dropped."""
         stopper = threading.Thread(target=self._provider.shutdown, daemon=True)
         stopper.start()
         stopper.join(_STOP_S)
+
+
+def _chosen_ids() -> RandomIdGenerator:
+    """Ids of ``_CHOSEN`` where it has some, else random ones."""
+    from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+
+    class ChosenIds(RandomIdGenerator):
+        def generate_trace_id(self) -> int:
+            chosen = _CHOSEN.get()
+            return super().generate_trace_id() if chosen is None else chosen.trace_id
+
+        def generate_span_id(self) -> int:
+            chosen = _CHOSEN.get()
+            return super().generate_span_id() if chosen is None else chosen.span_id
+
+    return ChosenIds()
 
 
 def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
@@ -115,6 +208,11 @@ def parent_of(headers: Mapping[str, Sequence[str]]) -> Context:
     if len(headers.get("traceparent", ())) != 1:
         return Context()
     return TraceContextTextMapPropagator().extract(headers, Context())
+
+
+def add_link(span: Span, place: bytes, attributes: Mapping[str, AttributeValue]) -> None:
+    """Link a span to one of another process."""
+    span.add_link(SpanPlace.from_bytes(place).context, attributes)
 
 
 def set_error(span: Span, error: str) -> None:

@@ -1,9 +1,14 @@
-"""Changes of the cluster while requests ran, which are events in their traces. Pure."""
+"""Changes of the cluster while requests ran: events in their traces, or traces that they link to.
+
+Pure.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cluster.core.topology import holds_experts
@@ -20,6 +25,18 @@ class Event(NamedTuple):
     attributes: Mapping[str, str | int] | None = None
 
 
+@dataclass(slots=True)
+class Change:
+    """A change of the cluster that the controller traces; times are of ``time.monotonic``."""
+
+    name: str
+    """Of its span."""
+    place: bytes
+    """Ids of its trace and span."""
+    began_s: float
+    ended_s: float = math.inf
+
+
 class ClusterEvents:
     """The latest ones, seen in the controller's snapshots."""
 
@@ -27,6 +44,7 @@ class ClusterEvents:
         self._events: deque[Event] = deque(maxlen=_KEPT)
         self._epochs: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=_KEPT)
         self._living: frozenset[str] = frozenset()
+        self._changes: dict[str, Change] = {}
 
     def take(self, snapshot: Mapping[str, Any], now_s: float) -> None:
         epoch = int(snapshot.get("placement_epoch") or 0)
@@ -38,11 +56,30 @@ class ClusterEvents:
         for name in sorted(self._living & lost):
             self._events.append(Event(now_s, names.EXPERT_WORKER_LOST, {names.WORKER: name}))
         self._living = frozenset(w["name"] for w in workers) - lost
+        self._take_changes(snapshot.get("traces", ()), now_s)
+
+    def _take_changes(self, traces: Iterable[Mapping[str, Any]], now_s: float) -> None:
+        """A change that goes on ends when its length is known, or when it is left out."""
+        known, self._changes = self._changes, {}
+        for trace in traces:
+            place, seconds = str(trace["place"]), trace["seconds"]
+            found = known.pop(place, None) or Change(trace["name"], bytes.fromhex(place), now_s)
+            if seconds is not None and found.ended_s == math.inf:
+                found.began_s, found.ended_s = min(found.began_s, now_s - seconds), now_s
+            self._changes[place] = found
 
     def epoch_at(self, when_s: float) -> int:
         """Epoch of the placement in force then, by the snapshots received."""
         known = (epoch for since_s, epoch in reversed(self._epochs) if since_s <= when_s)
         return next(known, self._epochs[0][1])
+
+    def changes(self, began_s: float, ended_s: float) -> Iterator[Change]:
+        """Traced changes that went on in a part of this time."""
+        return (
+            change
+            for change in self._changes.values()
+            if change.began_s <= ended_s and change.ended_s >= began_s
+        )
 
     def between(self, began_s: float, ended_s: float) -> Iterator[Event]:
         return (event for event in self._events if began_s <= event.when_s <= ended_s)

@@ -48,7 +48,7 @@ from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue, RunningCalls
 from gateway.generation.prompts import PromptMaker
 from gateway.generation.readiness import check_serving, server_ends, unready_reasons
-from gateway.generation.request_trace import TRACE, note_error
+from gateway.generation.request_trace import TRACE, note_error, traced
 from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
@@ -351,7 +351,7 @@ class Gateway:
     async def _hand_over(self, generation: Generation) -> None:
         budget_ms = max(1, int((generation.deadline_s - time.monotonic()) * 1000))
         for request in generation.call.requests(generation.call_id, budget_ms):
-            await self._assign(request, generation)
+            await self._assign(traced(request), generation)
         for _ in range(_PASSES_TO_SEND):
             await asyncio.sleep(0)
         generation.handed_over()

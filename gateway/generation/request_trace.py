@@ -9,8 +9,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
+from msgspec.structs import replace
+
+from cluster.tracing.exporter import Span, SpanPlace
 from gateway.core.call import GenerateFields
 from gateway.generation.generation import Generation
+from workers.requests.request import Request
+from workers.requests.traced import RequestPlaces
 
 CLIENT_GONE = "client_closed_request"
 """Error of a request whose client left."""
@@ -38,6 +43,14 @@ class RequestTrace:
     """``code`` of the error in the answer; empty: none."""
     began_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
+    day_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
+    """The time of day at 0.0 s of ``time.monotonic``."""
+    on_prompt: Callable[[RequestTrace], RequestPlaces | None] = lambda trace: None
+    """Called with each prompt that goes to an engine, in order; None: it is not sampled."""
+    span: Span | None = None
+    """The request's, from its first prompt on, as workers make spans below it."""
+    decodes: list[SpanPlace] = field(default_factory=list)
+    """By prompt, the ids that the span of its decode will have."""
 
     def end(self, error: str = "") -> None:
         """The request is over and its generation closed; ``error`` is one that has no answer.
@@ -51,6 +64,13 @@ class RequestTrace:
 
 TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
 """Trace of the request that the running task serves; None without a trace."""
+
+
+def traced(request: Request) -> Request:
+    """The request of a prompt, with where the spans of its steps belong, if they have any."""
+    trace = TRACE.get()
+    places = None if trace is None else trace.on_prompt(trace)
+    return request if places is None else replace(request, places=places)
 
 
 def note_error(code: str) -> None:

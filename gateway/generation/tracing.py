@@ -1,15 +1,20 @@
 """Traces of requests: kept while a request runs, made into spans once it is over.
 
 ``HttpMiddleware`` and ``GrpcCall`` begin a ``RequestTrace`` and end it; ``Gateway`` adds the call's
-fields and its ``Generation``. The spans are made of times that are measured anyway, and nothing is
-computed for them before the first token is sent. Without tracing a request costs one check.
+fields and its ``Generation``. The spans are made of times that are measured anyway, once the
+request is over. Only the request's own span begins before its first prompt goes to an engine:
+workers make spans of their steps below it. Without tracing a request costs one check.
 
 chat tiny                    the whole request, as its client knows it
   expertmesh.tokenize        prompts to tokens
   expertmesh.queue           of each prompt: until its first rows went to the experts
   expertmesh.prefill         of each chunk of a prompt
+  expertmesh.step            of a step with rows of a prompt: one by each worker that computed it
   expertmesh.decode          from a prompt's first token to its last
+    expertmesh.step          the same of the 1st, 2nd, 4th, 8th, .. decode step
   expertmesh.detokenize      from the last output of the engines to the end
+
+The request's span links to the traces of changes of the cluster that went on meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -27,8 +33,11 @@ from cluster.tracing import names
 from cluster.tracing.exporter import (
     AttributeValue,
     Context,
+    Span,
     SpanKind,
+    SpanPlace,
     TraceExport,
+    add_link,
     load_exporter,
     parent_of,
     set_error,
@@ -39,6 +48,7 @@ from gateway.core.call import CallKind, GenerateFields
 from gateway.generation.choices import Choice, Prompt
 from gateway.generation.generation import Generation
 from gateway.generation.request_trace import TRACE, Port, RequestTrace
+from workers.requests.traced import RequestPlaces
 
 logger = logging.getLogger(__name__)
 
@@ -95,39 +105,62 @@ class Tracing:
             if header in _HEADERS and isinstance(value, str):
                 parent.setdefault(header, []).append(value)
         trace = RequestTrace(operation, port, request_id, parent, self._record)
+        trace.on_prompt = self._places
         TRACE.set(trace)
         return trace
 
     def see(self, snapshot: Mapping[str, Any]) -> None:
         self.cluster_events.take(snapshot, time.monotonic())
 
+    def places(self, trace: RequestTrace) -> RequestPlaces | None:
+        """Where the spans of the steps of the next prompt belong; None: it has none."""
+        trace.span = trace.span or self._start(trace)
+        if not trace.span.is_recording() or len(trace.decodes) == MAX_PROMPTS:
+            return None
+        decode = self.export.new_place(trace.span)
+        trace.decodes.append(decode)
+        request = SpanPlace.of(trace.span)
+        return RequestPlaces(prefill=request.to_bytes(), decode=decode.to_bytes())
+
     def record(self, trace: RequestTrace) -> None:
-        """Make the span of a request that has ended, and its children."""
-        operation, generation = _operation(trace), trace.generation
+        """Complete the span of a request that has ended, and make its children."""
+        root, generation = trace.span or self._start(trace), trace.generation
+        if not root.is_recording():
+            return  # not sampled
+        if generation is not None:
+            root.set_attributes(_answered(generation, self.model, trace.response_id))
+            if self.decode is not None:
+                root.set_attributes(_content(trace.fields, generation, self.decode))
+            for change in self.cluster_events.changes(generation.admitted_s, trace.ended_s):
+                add_link(root, change.place, {names.CHANGE: change.name})
+        set_error(root, trace.error)
+        if generation is not None:
+            _Children(self, set_span_in_context(root), trace.day_ns).record(trace, generation)
+        root.end(trace.day_ns + round(trace.ended_s * 1e9))
+
+    def _start(self, trace: RequestTrace) -> Span:
+        operation = _operation(trace)
         attributes = {
             names.OPERATION_NAME: operation,
             names.PROVIDER_NAME: names.PROVIDER,
             **_server(str(self.addresses().get(trace.port, ""))),
             **_requested(trace.fields),
         }
-        if generation is not None:
-            attributes |= _answered(generation, self.model, trace.response_id)
-            if self.decode is not None:
-                attributes |= _content(trace.fields, generation, self.decode)
-        day_ns = time.time_ns() - time.monotonic_ns()
-        root = self.export.tracer.start_span(
+        return self.export.tracer.start_span(
             f"{operation} {self.model}",
             parent_of(trace.headers),
             SpanKind.SERVER,
             attributes,
-            start_time=day_ns + round(trace.began_s * 1e9),
+            start_time=trace.day_ns + round(trace.began_s * 1e9),
         )
-        if not root.is_recording():
-            return  # not sampled
-        set_error(root, trace.error)
-        if generation is not None:
-            _Children(self, set_span_in_context(root), day_ns).record(trace, generation)
-        root.end(day_ns + round(trace.ended_s * 1e9))
+
+    def _places(self, trace: RequestTrace) -> RequestPlaces | None:
+        """Log every error and raise none."""
+        try:
+            return self.places(trace)
+        except Exception:
+            logger.exception("steps of request %s have no spans", trace.request_id)
+            return None
 
     def _record(self, trace: RequestTrace) -> None:
         """Log every error and raise none."""
@@ -169,13 +202,19 @@ class _Children:
         closed_s = generation.closed_s or trace.ended_s
         request: Attributes = {names.REQUEST_ID: trace.request_id}
         self._span(names.TOKENIZE, generation.started_s, admitted_s, request)
-        for prompt in islice(generation.prompts, MAX_PROMPTS):
-            self._record_prompt(prompt, admitted_s, closed_s, request)
+        for index, prompt in enumerate(islice(generation.prompts, MAX_PROMPTS)):
+            place = trace.decodes[index] if index < len(trace.decodes) else None
+            self._record_prompt(prompt, admitted_s, closed_s, request, place)
         if generation.makes_text and heard_s and not trace.error:
             self._span(names.DETOKENIZE, heard_s, closed_s, request)
 
     def _record_prompt(
-        self, prompt: Prompt, admitted_s: float, closed_s: float, request: Attributes
+        self,
+        prompt: Prompt,
+        admitted_s: float,
+        closed_s: float,
+        request: Attributes,
+        place: SpanPlace | None,
     ) -> None:
         attributes = {
             **request,
@@ -189,10 +228,15 @@ class _Children:
             self._span(names.PREFILL, *chunk, attributes | cached)
         begins_s = [c.first_token_s for c in prompt.choices if c.first_token_s is not None]
         if begins_s:
-            self._record_decode(prompt, min(begins_s), closed_s, attributes)
+            self._record_decode(prompt, min(begins_s), closed_s, attributes, place)
 
     def _record_decode(
-        self, prompt: Prompt, began_s: float, closed_s: float, attributes: Attributes
+        self,
+        prompt: Prompt,
+        began_s: float,
+        closed_s: float,
+        attributes: Attributes,
+        place: SpanPlace | None,
     ) -> None:
         is_over = all(choice.finish is not None for choice in prompt.choices)
         last_s = max(choice.last_token_s or 0.0 for choice in prompt.choices)
@@ -206,7 +250,7 @@ class _Children:
             *self.tracing.cluster_events.between(began_s, ended_s),
         ]
         preemptions = {names.PREEMPTIONS: len(preempted_s)}
-        self._span(names.DECODE, began_s, ended_s, attributes | preemptions, events)
+        self._span(names.DECODE, began_s, ended_s, attributes | preemptions, events, place)
 
     def _span(
         self,
@@ -215,10 +259,11 @@ class _Children:
         ended_s: float,
         attributes: Attributes,
         events: Iterable[Event] = (),
+        place: SpanPlace | None = None,
     ) -> None:
-        span = self.tracing.export.tracer.start_span(
-            name, self.parent, attributes=attributes, start_time=self._ns(began_s)
-        )
+        export, began_ns = self.tracing.export, self._ns(began_s)
+        start = export.tracer.start_span if place is None else partial(export.start_at, place)
+        span = start(name, self.parent, attributes=attributes, start_time=began_ns)
         for event in sorted(events, key=lambda event: event.when_s):
             span.add_event(event.name, event.attributes, self._ns(event.when_s))
         span.end(self._ns(max(began_s, ended_s)))

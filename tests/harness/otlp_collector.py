@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,6 +66,12 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
             self._changed.wait_for(lambda: bool(found()), WAIT_S)
             (span,) = found()
             return span
+
+    def wait_for(self, is_enough: Callable[[list[Span]], bool], what: str) -> None:
+        """Wait until enough spans have come."""
+        with self._changed:
+            came = self._changed.wait_for(lambda: is_enough(self.spans), WAIT_S)
+        assert came, f"no {what}"
 
     def _has_root(self, trace_id: str) -> bool:
         return any(s.trace_id.hex() == trace_id and s.kind == SERVER for s in self.spans)

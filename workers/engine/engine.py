@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -32,6 +33,7 @@ from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
 from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
+from workers.metrics.traced_steps import TracedRequests
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.layers import AttentionModel
@@ -136,6 +138,7 @@ class Engine:
         self._paused: set[str] = set()
         self._solo_steps: list[SoloStep] = []
         self._pending: list[TokenOutput] = []
+        self._traced = TracedRequests()
         self._num_received = 0
         steps = ("steps_total", "steps_abandoned_total", "steps_repeated_total")
         tokens = ("prompt_tokens_total", "generation_tokens_total")
@@ -198,6 +201,7 @@ class Engine:
         self.abort(request.request_id)
         self._requests[request.request_id] = list(grammars)
         self._isolation.enter(request.request_id, request.num_deaths)
+        self._traced.enter(request)
         self._num_received += 1
         self._counters["prompt_tokens_total"] += len(request.prompt)
         for sequence, state in grammars.items():
@@ -276,7 +280,10 @@ class Engine:
 
     def _wanted(self, alone: str | None) -> RowsWanted:
         self._restrict(alone)
-        return replace(self._scheduler.wanted(), edge_share=self.runner.dispatcher.edge_share)
+        wanted = replace(self._scheduler.wanted(), edge_share=self.runner.dispatcher.edge_share)
+        if not self._traced:
+            return wanted
+        return replace(wanted, places=self._traced.places(chain(*self._scheduler.expected)))
 
     def _restrict(self, alone: str | None) -> None:
         self._scheduler.restrict(self._isolation.suspects | self._paused, alone)
@@ -314,6 +321,8 @@ class Engine:
             raise
         finally:
             self._note_dispatch(plan)
+            if header.places:
+                self._traced.ran(header, self._rank, (r.sequence for r in plan.rows))
         if not is_complete:
             self._abandon(plan)
             self._counters["steps_repeated_total"] += 1
@@ -424,6 +433,7 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._requests[request_id]
+            self._traced.forget(request_id)
             self._isolation.forget(request_id)
             self.resume(request_id)
 

@@ -67,6 +67,7 @@ def decide_header(
         num_micro_batches=micro_batches.choose(rows, has_prefill),
         exact=has_prefill,
         is_alone=bool(alone),
+        places=tuple((r, p) for r, g in grants if g.num_rows and (p := proposals[r].places)),
     )
     if has_prefill:
         return header

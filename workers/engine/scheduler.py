@@ -84,6 +84,8 @@ class Scheduler:
         self._alone: str | None = None
         self._giving_way: Set[str] = frozenset()  # tenants, in the next step
         self._gave_way = False  # in the last one
+        self.expected: tuple[Sequence[SequenceState], ...] = ()
+        """Sequences that the rows last wanted are of: those that decode, and others."""
 
     @property
     def running(self) -> list[SequenceState]:
@@ -159,6 +161,7 @@ class Scheduler:
         prefill_rows = min(missing, self._max_rows - decodes)
         decodes -= sum(map(self._gives_way, decoding))
         is_alone = self._alone is not None
+        self.expected = decoding, prefilling, ready, admissible
         return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
 
     def schedule(self, decode_rows: int, prefill_rows: int) -> StepPlan:

@@ -32,6 +32,7 @@ from cluster.core.load_report import LoadReport
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
 from cluster.tracing import logs
+from cluster.tracing.exporter import start_traces
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
@@ -41,6 +42,7 @@ from workers.metrics.activity import Activity, thread_cpu_clock
 from workers.metrics.step_metrics import StepMetrics
 from workers.metrics.step_timer import StepTimer, TimingSink
 from workers.metrics.step_trace import StepTrace
+from workers.metrics.traced_steps import StepSpans
 from workers.model.compute_threads import ComputeThreads
 from workers.model.cuda_device import gpu_stats
 from workers.model.huge_pages import collapse_weights
@@ -249,6 +251,8 @@ class WorkerRuntime(ABC):
         if (trace := StepTrace.of(self.config.observability, self.member.name)) is not None:
             self._cleanup.callback(trace.close)
             self._timing_sinks.append(trace)
+        if (spans := self._open_spans()) is not None:
+            self._timing_sinks.append(spans)
         self.member = replace(self.member, data_address=connections.address)
         if self.member.holds_experts:
             self._weights = self._peer_server("weights", KEY.size)
@@ -335,6 +339,16 @@ class WorkerRuntime(ABC):
         self._cleanup.callback(part.close)
         self._experts = part
         return part
+
+    def _open_spans(self) -> StepSpans | None:
+        """Spans of steps, where the configuration names a collector."""
+        name = self.member.name
+        traces = start_traces(self.config.observability.otlp_endpoint, name)
+        if traces is None:
+            return None
+        self._cleanup.callback(traces.stop)
+        rank = None if self.member.holds_experts else self.member.rank
+        return StepSpans(traces.record_below, name, rank)
 
     def _new_timer(self) -> StepTimer:
         return StepTimer(*self._timing_sinks)

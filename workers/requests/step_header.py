@@ -11,6 +11,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from cluster.core.codec import Codec, Count, Message
+from workers.requests.traced import Places
 
 MAX_ROWS = 1 << 24
 """Rows that one rank can name in a proposal or be granted; no worker sends more."""
@@ -36,6 +37,8 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     known, so none of its rows may be left out."""
     is_alone: bool = False
     """They are one request's, which must be in a step with no other."""
+    places: Places = ()
+    """Where spans of the step belong: requests with rows in it are traced."""
 
     @property
     def num_rows(self) -> int:
@@ -81,6 +84,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     it is in captured steps; 0: it is not."""
     is_alone: bool = False
     """The step has rows of one request only."""
+    places: tuple[tuple[Count, Places], ...] = ()
+    """(attention rank, where spans of its part belong) of the ranks that asked for spans."""
 
     def __post_init__(self) -> None:
         """Raises ``ValueError``, which the codec reports as a ``ProtocolError``."""

@@ -22,11 +22,12 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.drains import Drain
-from cluster.controller.parts.effects import Effect, Release, Send, Trace
+from cluster.controller.parts.effects import Effect, Release, Send
 from cluster.controller.parts.memory import History, LostWorker, Memory
 from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
 from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.scales import Scale
+from cluster.controller.parts.traces import ChangeTraces, OpenTrace
 from cluster.controller.parts.workers import WorkerTable
 from cluster.core.codec import to_plain
 from cluster.core.frames import (
@@ -207,6 +208,7 @@ class Cluster:
         """The drain under way."""
         self.scale: Scale | None = None
         """The scaling under way."""
+        self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
         self.notes = notes or {}
 
     # ---- questions ------------------------------------------------------------------------
@@ -340,7 +342,19 @@ class Cluster:
         """Weights have moved, see ``ControllerMetrics.moved``."""
         self.metrics.moved(reason, num_slots, num_bytes, seconds)
         attributes = {names.REASON: reason, names.SLOTS: num_slots, names.BYTES: num_bytes}
-        self.effects.append(Trace(names.MIGRATION, seconds, attributes))
+        self.end_trace(self.begin_trace(names.MIGRATION), seconds, attributes)
+
+    def begin_trace(self, name: str) -> OpenTrace:
+        """The trace of a change that begins now."""
+        self.touch()
+        return self.traces.begin(name)
+
+    def end_trace(
+        self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
+    ) -> None:
+        """The change has ended just now; ``seconds``, ``attributes``, ``error``: see ``Trace``."""
+        self.touch()
+        self.effects.append(self.traces.end(opened, seconds, attributes, error))
 
     # ---- effects --------------------------------------------------------------------------
 

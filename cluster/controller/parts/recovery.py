@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from cluster.controller.parts.cluster import Cluster, Phase
-from cluster.controller.parts.effects import Start, Trace
+from cluster.controller.parts.effects import Start
 from cluster.controller.parts.load_orders import LoadOrder, LoadOrders
 from cluster.controller.parts.settings import ControllerSettings
+from cluster.controller.parts.traces import OpenTrace
 from cluster.core.frames import ExpertsLoaded, GenerationReady
 from cluster.core.holders import expert_holders
 from cluster.core.states import ClusterState, WorkerState
@@ -51,6 +52,8 @@ class Recovery:
         self._lost: dict[str, Role] = {}
         """Members that were lost since a generation ran."""
         self._lost_at = 0.0
+        self._trace: OpenTrace | None = None
+        """Of the recovery under way."""
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
         self.reloads = LoadOrders(cluster)
@@ -86,6 +89,7 @@ class Recovery:
             self._cluster.note(describe_losses(others), left_out or "start another one", now)
         if gone:
             self._lost_at = self._lost_at if self._lost else now
+            self._trace = self._trace or self._cluster.begin_trace(RECOVERY)
             self._lost |= {m.name: m.role for m in members if m.name in gone}
             survivors = [m for m in members if m.name not in gone]
             if self._cluster.round.before is not None and gone.keys() <= self._cluster.round.joins:
@@ -205,7 +209,9 @@ class Recovery:
         if self._lost:  # steps run again after their loss
             took_s, lost = now - self._lost_at, sorted(self._lost)
             cluster.metrics.recovered(set(self._lost.values()), took_s)
-            cluster.effects.append(Trace(RECOVERY, took_s, {LOST_WORKERS: lost}))
+            opened, self._trace = self._trace, None
+            assert opened is not None, "it begins with the first loss"
+            cluster.end_trace(opened, took_s, {LOST_WORKERS: lost})
             self._lost.clear()
         self._barred.clear()
         self._retry_s = self._limits.retry_s

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.controller.parts.effects import Trace
 from cluster.controller.parts.epoch_change import ChangeState, EpochChange
 from cluster.controller.parts.operations import Operation, Order
+from cluster.controller.parts.traces import OpenTrace
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
 from cluster.planner.stages import is_reached
@@ -45,6 +45,8 @@ class RebalanceJob:
     asked: Question
     began_at: float
     """Monotonic seconds."""
+    opened: OpenTrace
+    """Its trace."""
     change: EpochChange | None = None
     """The stage under way."""
     num_stages: int = 0
@@ -102,9 +104,9 @@ class RebalanceJob:
             },
         }
 
-    def trace(self, report: Mapping[str, Any]) -> Trace:
-        """The trace of the ended change; ``report`` as above."""
-        attributes = {
+    def attributes(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the trace of the ended change; ``report`` as above."""
+        return {
             names.OUTCOME: report["outcome"],
             names.PLACEMENT_EPOCH: report["epoch"],
             names.SLOTS: self.num_moved,
@@ -112,8 +114,6 @@ class RebalanceJob:
             names.BALANCEDNESS_BEFORE: self.decision.balancedness_now,
             names.BALANCEDNESS_PREDICTED: self.decision.balancedness_then,
         }
-        error = "failed" if report["outcome"] == "failed" else ""
-        return Trace(names.REBALANCE, report["seconds"], attributes, error)
 
 
 def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from cluster.policy.rebalance import (
     decide_placement,
     why_impossible,
 )
+from cluster.tracing.names import REBALANCE
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,9 @@ class Rebalancing:
         elif asked.operation is None and now - self._rested_at < self._section.interval_s:
             self._cluster.metrics.decided("skipped_churn")
         else:
-            job = self._job = RebalanceJob(decision=decision, asked=asked, began_at=now)
+            opened = self._cluster.begin_trace(REBALANCE)
+            job = RebalanceJob(decision=decision, asked=asked, began_at=now, opened=opened)
+            self._job = job
             logger.info("rebalance: %s", describe(decision))
             self._next(job, now)
             return True
@@ -301,7 +304,9 @@ class Rebalancing:
         self._cluster.metrics.decided(outcome)
         self._cluster.moved("rebalance", job.num_moved, job.num_bytes, now - job.began_at)
         self._last = job.report(outcome, text, self._cluster.placement.epoch, now)
-        self._cluster.effects.append(job.trace(self._last))
+        error = "failed" if outcome == "failed" else ""
+        found = job.attributes(self._last)
+        self._cluster.end_trace(job.opened, self._last["seconds"], found, error)
         effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
         self._cluster.note("rebalance", effect, now)
         if job.asked.operation is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
+from cluster.config.cluster import ObservabilitySection
 from cluster.tracing.exporter import start_traces
-from tests.cluster.controller.fakes_cluster import FakeCluster
+from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.rebalance.test_rebalancing import SKEWED, make, obey, status, window
 from tests.cluster.controller.test_controller_recovery import lose
 from tests.harness.kept_spans import KeptSpans, times_ns
@@ -18,7 +20,9 @@ from tests.harness.kept_spans import KeptSpans, times_ns
 def followed(cluster: FakeCluster) -> KeptSpans:
     """The spans of what happens from now on."""
     kept = KeptSpans()
-    cluster.link.on_trace = lambda t: kept.export.record(t.name, t.seconds, t.attributes, t.error)
+    cluster.link.on_trace = lambda t: kept.export.record(
+        t.name, t.seconds, t.attributes, t.error, t.place
+    )
     return kept
 
 
@@ -79,6 +83,33 @@ def test_a_recovery_lasts_from_the_loss_until_steps_run_again() -> None:
     assert recovery.name == "expertmesh.recovery"
     assert recovery.attributes == {"expertmesh.lost_workers": ("expert-1",)}
     assert length_ns(recovery) == 500_000_000
+
+
+def test_gateways_know_the_trace_of_a_recovery_while_it_goes_on() -> None:
+    observability = ObservabilitySection(otlp_endpoint="http://127.0.0.1:4317")
+    cluster = FakeCluster(1, 3, config=replace(CONFIG, observability=observability))
+    cluster.serve()
+    kept = followed(cluster)
+    lose(cluster, "expert-1")
+    (known,) = cluster.controller.snapshot()["traces"]
+    assert (known["name"], known["seconds"]) == ("expertmesh.recovery", None)
+    cluster.join_all(highest_step=6)
+    cluster.now += 0.5
+    cluster.answer_loads("expert-0")
+    cluster.answer_loads("expert-2")
+    assert cluster.link.ended == ["expert-1"]
+    ended, *_ = cluster.controller.snapshot()["traces"]
+    assert ended == {**known, "seconds": 0.5}
+    context = kept.spans[-1].context
+    assert context is not None
+    assert known["place"] == f"{context.trace_id:032x}{context.span_id:016x}"
+
+
+def test_without_a_collector_gateways_are_told_of_no_traces() -> None:
+    cluster = FakeCluster(1, 3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    assert cluster.controller.snapshot()["traces"] == []
 
 
 def test_a_trace_that_fails_leaves_no_span() -> None:

@@ -199,3 +199,64 @@ def test_a_trace_that_fails_does_not_harm_its_request(caplog: pytest.LogCaptureF
 
     asyncio.run(end())
     assert "request r has no trace" in caplog.text
+
+
+def place(number: int) -> bytes:
+    """Ids of a trace and a span."""
+    return bytes([number]) * 24
+
+
+def test_a_request_links_to_the_changes_that_went_on_meanwhile() -> None:
+    kept, seen = KeptSpans(), ClusterEvents()
+    before, whole, during = (
+        {"name": f"expertmesh.{name}", "place": place(i).hex(), "seconds": None}
+        for i, name in enumerate(("migration", "recovery", "rebalance"), 1)
+    )
+    seen.take({"traces": [before, whole]}, 90.0)
+    seen.take({"traces": [{**before, "seconds": 9.0}, whole]}, 99.0)
+    seen.take({"traces": [whole, {**during, "seconds": 0.5}]}, 103.0)
+    generation = generation_of(1, 1)
+    answer(generation)
+    tracing = Tracing(kept.export, "tiny", dict, None, seen)
+    tracing.record(trace_of(generation))
+    found = {
+        link.context.trace_id.to_bytes(16, "big") + link.context.span_id.to_bytes(8, "big"): dict(
+            link.attributes or {}
+        )
+        for link in kept.spans[-1].links
+    }
+    assert found == {
+        place(2): {"expertmesh.change": "expertmesh.recovery"},
+        place(3): {"expertmesh.change": "expertmesh.rebalance"},
+    }
+
+
+def test_workers_make_spans_below_the_request_and_its_decode() -> None:
+    kept = KeptSpans()
+    tracing = Tracing(kept.export, "tiny", dict, None)
+    generation = generation_of(MAX_PROMPTS + 1, 1)
+    answer(generation)
+    trace = trace_of(generation)
+    places = [tracing.places(trace) for _ in generation.prompts]
+    assert places[-1] is None, "it is one prompt too many"
+    tracing.record(trace)
+    *children, root = kept.spans
+    decodes = [span for span in children if span.name == "expertmesh.decode"]
+    assert root.context is not None
+    for found, decode in zip(places, decodes, strict=False):
+        assert found is not None
+        assert decode.context is not None
+        for own, span in ((found.prefill, root), (found.decode, decode)):
+            assert span.context is not None
+            ids = span.context.trace_id.to_bytes(16, "big"), span.context.span_id.to_bytes(8, "big")
+            assert own == b"".join(ids)
+
+
+def test_the_steps_of_a_request_that_is_not_sampled_have_no_spans() -> None:
+    kept = KeptSpans()
+    tracing = Tracing(kept.export, "tiny", dict, None)
+    trace = trace_of(generation_of(1, 1))
+    trace.headers = {"traceparent": [f"00-{'1' * 32}-{'2' * 16}-00"]}
+    assert tracing.places(trace) is None
+    tracing.record(trace)
+    assert not kept.spans

@@ -20,6 +20,7 @@ from workers.requests.step_header import (
     StepHeader,
     StepProposal,
 )
+from workers.requests.traced import MAX_TRACED
 
 
 def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal]:
@@ -76,7 +77,26 @@ def test_proposal_survives_the_wire() -> None:
     alone = replace(proposal, is_alone=True)
     assert PROPOSALS.decode(PROPOSALS.encode(alone)) == alone
     with pytest.raises(ProtocolError, match=r"not a step proposal: .*bool"):
-        PROPOSALS.decode(PROPOSALS.encode(alone)[:-1] + b"\2")
+        PROPOSALS.decode(PROPOSALS.encode(alone)[:-2] + b"\2\x90")
+
+
+def test_places_of_spans_survive_the_wire_and_have_their_size() -> None:
+    proposal = StepProposal(
+        generation=1, step=1, rank=0, decode_rows=1, prefill_rows=0, places=(b"a" * 24,)
+    )
+    assert PROPOSALS.decode(PROPOSALS.encode(proposal)) == proposal
+    for wrong in ((b"a" * 23,), (b"a" * 24,) * (MAX_TRACED + 1)):
+        with pytest.raises(ProtocolError, match="not a step proposal"):
+            PROPOSALS.decode(PROPOSALS.encode(replace(proposal, places=wrong)))
+
+
+def test_the_header_has_the_places_of_ranks_that_run_rows() -> None:
+    known = proposals((1, 0), (0, 0), (1, 0))
+    known = {rank: replace(p, places=(bytes([rank]) * 24,)) for rank, p in known.items()}
+    header = decide(known)
+    assert header is not None
+    assert header.places == ((0, (b"\0" * 24,)), (2, (b"\2" * 24,)))
+    assert HEADERS.decode(HEADERS.encode(header)) == header
 
 
 def test_a_proposal_that_must_be_alone_gets_the_step_for_itself() -> None:

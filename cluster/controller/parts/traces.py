@@ -1,0 +1,68 @@
+"""Traces of changes of the cluster, under names that gateways know while a change goes on.
+
+Gateways link the requests that ran meanwhile to them: see ``traces`` in the snapshot. Pure.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import count
+from typing import Any
+
+from cluster.controller.parts.effects import Trace
+
+_KEPT = 16
+"""Newest changes that gateways are told of."""
+_PLACE_BYTES = 24
+"""Trace id and span id, as in ``workers.requests.traced``."""
+
+
+@dataclass(slots=True)
+class OpenTrace:
+    """A change under way, or one that has ended."""
+
+    name: str
+    """Of its span."""
+    place: bytes
+    """Ids of its trace and span."""
+    seconds: float | None = None
+    """How long it took; None while it goes on."""
+
+
+class ChangeTraces:
+    """Those of one controller.
+
+    Args:
+        identity: distinguishes it from all other controllers: ids of traces are made of it.
+        is_on: traces are exported; else gateways are told of none.
+    """
+
+    def __init__(self, identity: str, is_on: bool) -> None:
+        self._identity = identity
+        self._is_on = is_on
+        self._numbers = count()
+        self._newest: deque[OpenTrace] = deque(maxlen=_KEPT)
+
+    def begin(self, name: str) -> OpenTrace:
+        number = f"{self._identity}/{next(self._numbers)}".encode()
+        place = blake2b(number, digest_size=_PLACE_BYTES, person=b"change").digest()
+        opened = OpenTrace(name, place)
+        self._newest.append(opened)
+        return opened
+
+    def end(
+        self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
+    ) -> Trace:
+        """The effect that records it."""
+        opened.seconds = seconds
+        return Trace(opened.name, seconds, attributes, error, opened.place)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """For the snapshot, oldest first."""
+        return [
+            {"name": t.name, "place": t.place.hex(), "seconds": t.seconds}
+            for t in (self._newest if self._is_on else ())
+        ]

@@ -1,0 +1,143 @@
+"""Spans of the steps of requests that are traced: which steps have them, and what is in them.
+
+    step of a request                     has spans
+    rows of its prompt                    every one
+    its 1st, 2nd, 4th, 8th, .. decode     yes, so that a long answer has few of them all over
+    more than ``MAX_STEPS`` in all        no
+
+An attention worker proposes, and the step's header names, where the spans belong. Then every worker
+of experts, and the attention worker itself, records one span of its part. Where no request is
+traced, a step costs two looks at empty containers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from cluster.tracing import names
+from workers.requests.request import Request
+from workers.requests.sequence import SequenceState
+from workers.requests.step_header import StepHeader
+from workers.requests.traced import MAX_TRACED, SpanPlace
+
+MAX_STEPS = 32
+"""Steps of a request, at one worker, that have spans."""
+
+
+class TracedRequests:
+    """The traced requests of an engine, and how many of their steps may still have spans."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def enter(self, request: Request) -> None:
+        if request.places is not None:
+            self._left[request.request_id] = MAX_STEPS
+
+    def forget(self, request_id: str) -> None:
+        self._left.pop(request_id, None)
+
+    def places(self, expected: Iterable[SequenceState]) -> tuple[SpanPlace, ...]:
+        """Where spans of a step with these sequences belong; ``MAX_TRACED`` at most."""
+        found: dict[SpanPlace, None] = {}
+        for sequence in expected:
+            if self._left.get(sequence.request.request_id) and _has_spans(sequence):
+                found[_place(sequence)] = None
+                if len(found) == MAX_TRACED:
+                    break
+        return tuple(found)
+
+    def ran(self, header: StepHeader, rank: int, planned: Iterable[SequenceState]) -> None:
+        """A step has run with these sequences on this rank."""
+        places = places_of(header, rank)
+        if places:
+            for name in {s.request.request_id for s in planned if _is_named(s, places)}:
+                self._left[name] -= 1
+
+
+class RecordSpan(Protocol):
+    """``TraceExport.record_below``; times are those of ``time.monotonic_ns``."""
+
+    def __call__(
+        self, place: SpanPlace, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
+    ) -> None: ...
+
+
+class StepSpans:
+    """``TimingSink`` that makes spans of the steps whose header asks for them. Data thread only.
+
+    Args:
+        record: takes the spans.
+        worker: name of this one.
+        rank: the attention rank whose requests' steps it has spans of; None: all ranks', as a
+            worker that holds experts computes for all.
+    """
+
+    def __init__(self, record: RecordSpan, worker: str, rank: int | None) -> None:
+        self._record = record
+        self._worker = worker
+        self._rank = rank
+        self._places: tuple[SpanPlace, ...] = ()
+        self._header: StepHeader | None = None
+        self._ns: Counter[str] = Counter()
+        self._step_ns = 0, 0
+
+    def begin_step(self, header: StepHeader) -> bool:
+        if not header.places:
+            return False
+        self._header, self._places = header, places_of(header, self._rank)
+        self._ns.clear()
+        return bool(self._places)
+
+    def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
+        if name == "step":
+            self._step_ns = start_ns, end_ns
+        else:
+            self._ns[name] += end_ns - start_ns
+
+    def flush(self) -> None:
+        header = self._header
+        assert header is not None, "begin_step comes first"
+        seconds = {f"{names.SECONDS}.{name}": ns / 1e9 for name, ns in self._ns.items()}
+        found = {
+            names.WORKER: self._worker,
+            names.STEP: header.step,
+            names.GENERATION: header.generation,
+            names.PLACEMENT_EPOCH: header.epoch,
+            names.PREFILL_ROWS: header.prefill_rows,
+            names.DECODE_ROWS: header.decode_rows,
+            **seconds,
+        }
+        for place in self._places:
+            self._record(place, names.STEP_SPAN, *self._step_ns, found)
+
+
+def places_of(header: StepHeader, rank: int | None) -> tuple[SpanPlace, ...]:
+    """Where spans of the step of one attention rank belong; None: of all ranks."""
+    return tuple(
+        place
+        for asking, places in header.places
+        if rank is None or asking == rank
+        for place in places
+    )
+
+
+def _has_spans(sequence: SequenceState) -> bool:
+    count = len(sequence.output)
+    return not count or sequence.num_missing != 1 or count & (count - 1) == 0
+
+
+def _place(sequence: SequenceState) -> SpanPlace:
+    places = sequence.request.places
+    assert places is not None, "only traced requests are looked at"
+    return places.decode if sequence.output and sequence.num_missing == 1 else places.prefill
+
+
+def _is_named(sequence: SequenceState, places: Iterable[SpanPlace]) -> bool:
+    own = sequence.request.places
+    return own is not None and (own.prefill in places or own.decode in places)
