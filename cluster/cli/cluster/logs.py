@@ -59,7 +59,7 @@ def _show_processes(args: argparse.Namespace, orders: Orders) -> int:
     found = {}
     for name in _processes(args):
         seen[name], lines = orders.log(name, 0)
-        found[name] = lines[-args.tail :] if args.tail > 0 else []
+        found[name] = _last(lines, args.tail)
     _print(args, "process", found)
     while args.follow and not args.json:
         time.sleep(_POLL_S)
@@ -68,6 +68,10 @@ def _show_processes(args: argparse.Namespace, orders: Orders) -> int:
                 seen[name], lines = orders.log(name, seen.get(name, 0))
                 _print_lines(lines)
     return ExitCode.OK
+
+
+def _last(lines: Sequence[str], count: int) -> Sequence[str]:
+    return lines[-count:] if count > 0 else ()
 
 
 def _print(args: argparse.Namespace, kind: str, found: Mapping[str, Sequence[str]]) -> None:
@@ -94,7 +98,7 @@ def _processes(args: argparse.Namespace) -> list[str]:
 
 def _show_files(args: argparse.Namespace, files: list[Path]) -> int:
     texts = {path: path.read_text(errors="replace") for path in files}
-    lines = {str(path): text.splitlines()[-args.tail :] for path, text in texts.items()}
+    lines = {str(path): _last(text.splitlines(), args.tail) for path, text in texts.items()}
     _print(args, "file", lines)
     if args.follow and not args.json:
         for more in appended({path: len(text.encode()) for path, text in texts.items()}):

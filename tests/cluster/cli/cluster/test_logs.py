@@ -62,6 +62,9 @@ def test_logs_of_a_worker(
     assert main([*words, "--json"]) == ExitCode.OK
     document = json.loads(capsys.readouterr().out)
     assert [x["lines"] for x in document["logs"]] == [["two", "three"], ["four"]]
+    assert main([*words[:-1], "0", "--json"]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert [x["lines"] for x in document["logs"]] == [[], []]
 
 
 def test_logs_that_are_elsewhere(gateway: FakeGateway) -> None:
