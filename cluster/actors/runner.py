@@ -32,6 +32,8 @@ from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.policy.node_following import followed_nodes
 from cluster.sizing.start_plan import StartPlan
+from cluster.tracing import logs
+from cluster.tracing.disks import DiskWatch
 from cluster.tracing.exporter import TraceExport, start_traces
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class Runner:
         """With the configuration; None before the start."""
         self.polls = GatewayPolls()
         self.traces: TraceExport | None = None
+        self._disks = DiskWatch(lambda: [logs.OUTPUT.folder])
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
     # ---- begin and end --------------------------------------------------------------------
@@ -267,6 +270,7 @@ class Runner:
     async def _tick_forever(self, controller: Controller) -> None:
         while self._leads(controller):
             await asyncio.sleep(TICK_S)
+            controller.cluster.host_has(self._disks.low(time.monotonic()))
             try:
                 self.tell(controller.tick)
             except Exception:  # detection must continue

@@ -18,6 +18,7 @@ from cluster.controller.follow import Following
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll
+from cluster.controller.parts.host_disks import describe_low
 from cluster.controller.parts.operations import Operation
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
@@ -61,6 +62,8 @@ class Controller:
         self.detection.heard(record, now)
         match frame:
             case frames.Heartbeat():
+                if frame.low_disks != record.low_disks:
+                    cluster.touch()
                 record.beat(frame, now)
                 cluster.load.take(name, frame.expert_load)
                 term, identity = cluster.term, cluster.identity
@@ -237,7 +240,10 @@ class Controller:
             "rebalance": self.rebalancing.to_dict(),
             "autoscale": self.autoscaling.to_dict(),
             "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],
-            "problems": self.recovery.problems(self.detection.last_tick),
+            "problems": [
+                *self.recovery.problems(self.detection.last_tick),
+                *describe_low(cluster.low_disks()),
+            ],
             "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),
             "traces": cluster.traces.to_list(),

@@ -87,6 +87,13 @@ class WorkerFailed(ControlFrame, frozen=True, kw_only=True):
     reason: str
 
 
+class LowDisk(Message, frozen=True, kw_only=True):
+    """A folder on a disk that is nearly full."""
+
+    folder: str
+    free_bytes: int
+
+
 class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Worker -> controller, every ``heartbeat_s``."""
 
@@ -110,6 +117,8 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Gauges and counters by metric name; attention workers: kv_blocks_free, kv_blocks_total."""
     expert_load: LoadReport | None = None
     """Attention workers, now and then."""
+    low_disks: tuple[LowDisk, ...] = ()
+    """Of its host."""
 
 
 class Alive(ControlFrame, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ from cluster.core.addresses import split_address
 from cluster.core.errors import StartError, first_line
 from cluster.core.process import ProcessIdentity
 from cluster.launch.orphans import end_all, find_by_files, sweep
+from cluster.tracing.output_files import LIMIT_VARIABLE, MAX_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,10 @@ def make_temp_dir() -> Path:
 
 def temp_base() -> str:
     """Where such folders are. Raises ``StartError``."""
-    for base in ("/tmp", tempfile.gettempdir()):
+    for base in (tempfile.gettempdir(), "/tmp"):
         if os.access(base, os.W_OK) and len(base) + _RAY_PATH_CHARS < _SOCKET_PATH_LIMIT:
             return base
-    raise StartError("ray", f"no writable folder with a short path (tried {base})")
+    raise StartError("ray", f"no writable folder with a short path (tried TMPDIR and {base})")
 
 
 def private_environment(folder: Path) -> dict[str, str]:
@@ -114,6 +115,9 @@ def common_environment() -> dict[str, str]:
         # of ended workers open: four more with every scaling up and down
         "RAY_LOG_MONITOR_MAX_OPEN_FILES": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # Ray's own files grow without end otherwise: it writes numbers there every minute
+        "RAY_ROTATION_BACKUP_COUNT": "1",
+        LIMIT_VARIABLE: os.environ.get(LIMIT_VARIABLE, str(MAX_BYTES)),
         # see gateway.serve_proxy.middlewares.PROXY_CALLBACK, whose import would take long
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": (
             "gateway.serve_proxy.middlewares.proxy_middlewares"
@@ -127,6 +131,8 @@ def common_environment() -> dict[str, str]:
         # items of a Ray generator each made an object reference and crossed threads, and one stream
         # on two cores was a fifth slower (``benchmarks/peers.py``)
         "RAY_SERVE_PROXY_USE_GRPC": "1",
+        # a replica whose loop was busy for 0.1 s, as at its start, was left out, with a warning
+        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         # the gateway runs in its replica's event loop: with two loops, gRPC wakes both for each
         # event, and each HTTP message changes threads

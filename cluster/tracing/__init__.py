@@ -1,4 +1,4 @@
-"""Spans of requests and of cluster changes, and log records. Nobody else imports OpenTelemetry.
+"""Spans of requests and of cluster changes, log records, and the files and disks that they fill.
 
-Imports ``cluster.core``.
+Nobody else imports OpenTelemetry. Imports ``cluster.core``.
 """

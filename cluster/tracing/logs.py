@@ -1,6 +1,6 @@
 """Log records of every process: one form, with the request and the generation that they are about.
 
-Records go to stderr, which Ray writes to a file of the process, and the newest ones stay in memory,
+Records go to stderr, which Ray leads to a file of the process, and the newest ones stay in memory,
 from where ``expertmesh logs`` reads them on any host. Of other libraries only warnings are kept.
 """
 
@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal, TextIO
+
+from cluster.tracing.output_files import OutputFiles
 
 LogForm = Literal["text", "json"]
 PACKAGES = ("cluster", "workers", "gateway")
@@ -90,6 +92,8 @@ class RecentLines(logging.StreamHandler[TextIO]):
         self._lines: deque[str] = deque(maxlen=size)
         self._number = 0
         self._guard = threading.Lock()
+        self.output = OutputFiles()
+        """Where the lines go, if these are files of Ray's: they are rotated."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
@@ -97,6 +101,7 @@ class RecentLines(logging.StreamHandler[TextIO]):
             self._number += 1
             self._lines.append(line[:MAX_LINE_CHARACTERS])
         try:
+            self.output.rotate()
             self.stream.write(f"{line}{self.terminator}")
             self.flush()
         except Exception:  # as in logging's own handlers: a full disk stops nobody
@@ -111,6 +116,7 @@ class RecentLines(logging.StreamHandler[TextIO]):
 
 RECENT = RecentLines()
 """Of this process."""
+OUTPUT = RECENT.output
 
 
 def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -> None:
@@ -123,6 +129,8 @@ def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -
     """
     CONTEXT.process = process
     RECENT.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    if stream is None:
+        OUTPUT.take()
     RECENT.setStream(stream or sys.stderr)
     root = logging.getLogger()
     root.addHandler(RECENT)

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -172,15 +172,24 @@ def _plain_listeners(what: str, pid: int) -> dict[str, Address]:
 
 
 @contextlib.contextmanager
-def running_server(state_home: Path, *words: str) -> Iterator[Served]:
-    """Serve for the length of a ``with`` block; the end must be clean and leave nothing."""
+def running_server(
+    state_home: Path,
+    *words: str,
+    before: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Served]:
+    """Serve for the length of a ``with`` block; the end must be clean and leave nothing.
+
+    ``before``: a command that becomes the one of the words behind it; ``variables``: further ones
+    of the environment.
+    """
     log = state_home / "stderr"
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            command("serve", *OPTIONS, *words),
+            [*before, *command("serve", *OPTIONS, *words)],
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=environment(state_home),
+            env={**environment(state_home), **(variables or {})},
         )
     server: Served | None = None
     try:

@@ -32,6 +32,7 @@ from cluster.core.load_report import LoadReport
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
 from cluster.tracing import logs
+from cluster.tracing.disks import DiskWatch
 from cluster.tracing.exporter import start_traces
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
@@ -110,6 +111,8 @@ class WorkerRuntime(ABC):
             interrupt=self._interrupt,
         )
         self.activity = Activity()
+        trace_dir = args.config.observability.trace_dir
+        timelines = None if trace_dir is None else Path(trace_dir)
         self._reports = WorkerReports(
             membership=self.membership,
             activity=self.activity,
@@ -117,6 +120,7 @@ class WorkerRuntime(ABC):
             load=self._load_report,
             load_every_s=self.config.load.report_s,
             send=self._send,
+            disks=DiskWatch(lambda: [logs.OUTPUT.folder, timelines]),
         )
         self._control: ControlClient | None = None
         self.lifetime = Lifetime()

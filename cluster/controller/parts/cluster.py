@@ -34,6 +34,7 @@ from cluster.core.frames import (
     ControlFrame,
     ControllerSnapshot,
     GenerationReady,
+    LowDisk,
     NewGeneration,
     RunGeneration,
 )
@@ -208,6 +209,7 @@ class Cluster:
         """The drain under way."""
         self.scale: Scale | None = None
         """The scaling under way."""
+        self._own_low_disks: tuple[LowDisk, ...] = ()
         self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
         self.notes = notes or {}
 
@@ -243,6 +245,11 @@ class Cluster:
         """Workers that scaling adds and that have not been in a generation that ran."""
         added = self.scale.added if self.scale else ()
         return frozenset(self.places.workers_of(p for p in added if self.places.is_new(p)))
+
+    def low_disks(self) -> list[tuple[str, LowDisk]]:
+        """(host, disk) of all hosts, as often as somebody there reports it."""
+        own = [(self.host, disk) for disk in self._own_low_disks]
+        return own + [(r.member.node, d) for r in self.workers.alive() for d in r.low_disks]
 
     def unready_workers(self) -> list[str]:
         """Those of the new workers that others still wait for."""
@@ -283,6 +290,12 @@ class Cluster:
         """A gateway's streams stood still for this time when the generation formed."""
         self.history.paused(generation, pause_s)
         self.touch()
+
+    def host_has(self, low_disks: tuple[LowDisk, ...]) -> None:
+        """The disks of the controller's host that are nearly full."""
+        if low_disks != self._own_low_disks:
+            self._own_low_disks = low_disks
+            self.touch()
 
     def remember(self) -> None:
         """Make the workers keep the state that a restarted controller needs, before they get any

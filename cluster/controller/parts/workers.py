@@ -68,6 +68,8 @@ class WorkerRecord:
     """Monotonic time until which a disconnected worker may call again."""
     is_waiting: bool = False
     """It waited for a peer within a step at its last heartbeat."""
+    low_disks: tuple[frames.LowDisk, ...] = ()
+    """Of its host, by its last heartbeat."""
     _progress: int = -1
 
     @property
@@ -144,6 +146,7 @@ class WorkerRecord:
         self._progress = frame.progress
         self.is_waiting = frame.waiting
         self.generation = frame.generation
+        self.low_disks = frame.low_disks
         self.take_numbers(frame)
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cluster.core.frames import ControlFrame, Heartbeat, LoadProgress, StatusReply
 from cluster.core.load_report import LoadReport
+from cluster.tracing.disks import DiskWatch
 from workers.metrics.activity import Activity
 from workers.process.control.membership import Membership
 
@@ -28,6 +29,8 @@ class WorkerReports:
     load_every_s: float
     """Least time between two heartbeats with a load report."""
     send: Callable[[ControlFrame], None]
+    disks: DiskWatch
+    """Of this host."""
     _progress_sent_at: float = 0.0
     _load_sent_at: float = 0.0
     _rows_sent: int = 0
@@ -56,6 +59,7 @@ class WorkerReports:
             fenced=membership.is_fenced,
             stats={**self.stats(), "placement_epoch": epoch},
             expert_load=self._new_load() if due else None,
+            low_disks=self.disks.low(now),
         )
 
     def status(self) -> StatusReply:

@@ -1,0 +1,37 @@
+"""What the status says of disks that are nearly full."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from cluster.controller.parts.host_disks import describe_low
+from cluster.core.frames import Heartbeat, LowDisk
+from tests.cluster.controller.fakes_cluster import FakeCluster
+
+HEARTBEAT = Heartbeat(progress=1, idle=True, generation=1, running=True)
+
+
+def test_a_folder_that_several_workers_report_is_named_once() -> None:
+    found = [("b", LowDisk(folder="/logs", free_bytes=9))]
+    found += [("a", LowDisk(folder="/logs", free_bytes=n)) for n in (5, 3, 4)]
+    assert describe_low(found) == [
+        "the disk of /logs on a is nearly full: 3 bytes are free",
+        "the disk of /logs on b is nearly full: 9 bytes are free",
+    ]
+
+
+def test_the_status_has_what_workers_and_the_controller_report_last() -> None:
+    cluster = FakeCluster(1, 2)
+    cluster.serve()
+    version = cluster.known.version
+    low = LowDisk(folder="/logs", free_bytes=3)
+    cluster.send("expert-0", replace(HEARTBEAT, low_disks=(low,)))
+    cluster.known.host_has((LowDisk(folder="/logs", free_bytes=2),))
+    assert cluster.known.version > version, "gateways learn of it"
+    assert cluster.controller.snapshot()["problems"] == [
+        "the disk of /logs on  is nearly full: 3 bytes are free",
+        "the disk of /logs on head is nearly full: 2 bytes are free",
+    ]
+    cluster.send("expert-0", HEARTBEAT)
+    cluster.known.host_has(())
+    assert cluster.controller.snapshot()["problems"] == []

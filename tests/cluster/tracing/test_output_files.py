@@ -1,0 +1,103 @@
+"""The files behind a process's output, as Ray opens them: they are rotated, and a full disk ends
+nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.tracing.output_files import LIMIT_VARIABLE, previous
+from tests.paths import ROOT
+
+LIMIT = 4000
+_OPEN = """
+import logging, os, sys
+from cluster.tracing import logs
+name = f"{folder}/worker-ab-01-{os.getpid()}"
+files = [os.open(name + end, os.O_WRONLY | os.O_CREAT, 0o644) for end in (".out", ".err")]
+"""
+_FILES = _OPEN + "[os.dup2(file, i) for i, file in enumerate(files, 1)]\n"
+_PIPES = _OPEN + "[os.dup2(os.pipe()[1], i) for i in (1, 2)]\n"
+"""As Ray does where it is to rotate them: its thread, which has the files, is left out."""
+_LOG = """
+logs.set_up("expert-0")
+for number in range(100):
+    logging.getLogger("workers").info("line %d %s", number, "x" * 60)
+os.write(2, b"the end")
+os.kill(os.getpid(), 9)
+"""
+
+
+def run(folder: Path, code: str) -> dict[str, str]:
+    """What a process leaves in its files, by the ends of their names."""
+    child = subprocess.run(
+        [sys.executable, "-c", f"folder = {str(folder)!r}\n{code}"],
+        cwd=ROOT,
+        env={**os.environ, LIMIT_VARIABLE: str(LIMIT)},
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=60,
+    )
+    assert child.returncode == -9, child.stderr
+    found = sorted(folder.iterdir())
+    return {"".join(path.suffixes): path.read_text() for path in found}
+
+
+@pytest.mark.parametrize("streams", [_FILES, _PIPES])
+def test_two_files_of_a_bounded_size_have_the_newest_lines(tmp_path: Path, streams: str) -> None:
+    found = run(tmp_path, streams + _LOG)
+    assert found.keys() == {".out", ".err", ".1.err"}
+    assert found[".out"] == ""
+    assert all(len(text) < LIMIT + 200 for text in found.values())
+    text = found[".1.err"] + found[".err"]
+    *lines, end = text.splitlines()
+    assert end == "the end", "what is written last is not lost with the process"
+    assert [int(line.split("line ")[1].split()[0]) for line in lines][-40:] == list(range(60, 100))
+
+
+def test_streams_that_are_not_of_ray_are_left_alone(tmp_path: Path) -> None:
+    code = "import os, sys\nfrom cluster.tracing import logs\nlogs.set_up('x')\n"
+    code += "assert logs.OUTPUT.folder is None\nos.kill(os.getpid(), 9)"
+    assert run(tmp_path, code) == {}
+
+
+def test_where_no_file_can_begin_the_old_one_goes_on(tmp_path: Path) -> None:
+    """A folder with the name of the next file stands for a full disk."""
+    block = "os.mkdir(name + '.1.err')\n"
+    found = run_with_folder(tmp_path, _FILES + block + _LOG)
+    assert found.count("line ") == 100
+
+
+def run_with_folder(folder: Path, code: str) -> str:
+    """What is left in the one file of standard error."""
+    with pytest.raises(IsADirectoryError):
+        run(folder, code)
+    (path,) = (path for path in folder.glob("*.err") if path.is_file())
+    assert previous(path).is_dir()
+    return path.read_text()
+
+
+def test_a_process_whose_standard_error_is_on_a_full_disk_goes_on() -> None:
+    code = """
+import faulthandler, logging, threading, warnings
+from cluster.tracing import logs
+logs.set_up("expert-0")
+logging.getLogger("workers").info("a line")
+logging.getLogger("other").error("and one of a library", exc_info=ValueError("x"))
+warnings.warn("a warning")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+faulthandler.dump_traceback()
+print(len(logs.RECENT.since(0)[1]))
+"""
+    with Path("/dev/full").open("wb") as full:
+        child = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, timeout=60
+        )
+    assert (child.returncode, child.stdout) == (0, b"2\n")
