@@ -107,14 +107,21 @@ def _show_files(args: argparse.Namespace, files: list[Path]) -> int:
 
 
 def appended(sizes: dict[Path, int], sleep: Callable[[float], None] = time.sleep) -> Iterator[str]:
-    """Text added to files after these sizes in bytes, without end."""
+    """Text added to files after these sizes in bytes, without end.
+
+    A file that is shorter than it was is a new one: the old one was rotated.
+    """
     while True:
         sleep(_TICK_S)
         for path, size in sizes.items():
-            with path.open("rb") as file:
-                file.seek(size)
-                more = file.read()
-            sizes[path] += len(more)
+            try:
+                with path.open("rb") as file:
+                    began = size if file.seek(0, os.SEEK_END) >= size else 0
+                    file.seek(began)
+                    more = file.read()
+            except FileNotFoundError:
+                continue  # the new one is about to come
+            sizes[path] = began + len(more)
             if more:
                 yield more.decode(errors="replace")
 

@@ -100,6 +100,20 @@ def test_logs_go_on(tmp_path: Path) -> None:
     assert list(itertools.islice(found, 2)) == ["later\n", "last\n"]
 
 
+def test_a_file_that_is_rotated_goes_on_from_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "worker.err"
+    path.write_text("a long line before\n")
+    pauses = itertools.count()
+
+    def rotate(pause_s: float) -> None:
+        if next(pauses) == 0:
+            path.unlink()
+        else:
+            path.write_text("new\n")
+
+    assert next(appended({path: path.stat().st_size}, rotate)) == "new\n"
+
+
 def test_logs_of_processes_on_any_host(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
