@@ -58,7 +58,8 @@ def of_registry(registry: CollectorRegistry) -> Iterator[Row]:
 def of_experts() -> Iterator[Row]:
     """The metrics of the load document, by a document with everything in it."""
     phases = {"prefill": {"achieved": 1.0, "predicted": 1.0}}
-    bank = {"layer": 0, "bank": 0, "counts": [1], "watched": [0], "copies": [1], "at_risk": 0}
+    watched = {"watched": [0], "watched_tokens": [1], "rest_tokens": 0}
+    bank = {"layer": 0, "bank": 0, "counts": [1], **watched, "copies": [1], "at_risk": 0}
     document = {"banks": [{**bank, "phases": phases}], "phases": phases}
     return map(_row_of, load_families(document, all_experts=False))
 
