@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from cluster.core.metric_families import PlainFamily
-from cluster.core.states import ClusterState
+from cluster.core.states import GONE, ClusterState, WorkerState
 from cluster.core.topology import holds_experts, runs_attention
 from gateway.cluster.view import Snapshot
 
@@ -99,12 +99,14 @@ def cluster_families(
 def _numbers(
     worker: Mapping[str, Any], epoch: int, cache_config: Mapping[str, str]
 ) -> dict[str, float]:
+    if (state := WorkerState(worker["state"])) in GONE:  # its last numbers are true no more
+        is_missed = state is WorkerState.LOST and holds_experts(worker["role"])
+        return {"expert_worker_up": 0.0} if is_missed else {}
     numbers = {name: float(value) for name, value in (worker.get("stats") or {}).items()}
     own = numbers.setdefault("placement_epoch", epoch)
     numbers["placement_epoch_lag"] = max(epoch - own, 0.0)
     if holds_experts(worker["role"]):
-        is_up = worker["state"] in ("READY", "SERVING")
-        numbers["expert_worker_up"] = float(is_up)
+        numbers["expert_worker_up"] = float(state in (WorkerState.READY, WorkerState.SERVING))
         numbers["expert_worker_slots"] = float(worker.get("slots") or 0)
     if runs_attention(worker["role"]) and cache_config:
         config = {**cache_config, "num_blocks": worker.get("kv_blocks_total") or 0}

@@ -161,6 +161,30 @@ def test_a_number_of_blocks_is_no_counter() -> None:
     assert kinds["expertmesh:steps"] == "counter"
 
 
+def test_a_worker_that_is_gone_has_no_numbers_any_more() -> None:
+    """Else its requests would run for ever, at a placement that falls behind."""
+    stats = {"num_requests_running": 3.0, "placement_epoch": 1.0, "expert_worker_tokens_total": 9.0}
+    workers = [
+        {"name": f"{role}-{state}", "role": role, "rank": 0, "state": state, "stats": stats}
+        for role in ("attention", "expert", "colocated")
+        for state in ("SERVING", "LOST", "DRAINED")
+    ]
+    snapshot = {"state": "SERVING", "workers": workers, "placement_epoch": 4}
+    text = GatewayMetrics("tiny", lambda: snapshot, {"a": "b"}).render().decode()
+    families = text_string_to_metric_families(text)
+    found = {
+        (s.labels["worker"], s.name, s.value)
+        for f in families
+        for s in f.samples
+        if "worker" in s.labels
+    }
+    gone = {one for one in found if not one[0].endswith("SERVING")}
+    assert gone == {
+        (f"{role}-LOST", "expertmesh:expert_worker_up", 0.0) for role in ("expert", "colocated")
+    }
+    assert ("attention-SERVING", "expertmesh:placement_epoch_lag", 3.0) in found
+
+
 def test_losses_are_counted_from_0_on() -> None:
     workers = [
         {"name": role, "role": role, "rank": 0, "state": "SERVING"}
