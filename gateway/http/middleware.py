@@ -161,7 +161,7 @@ class HttpMiddleware:
             trace = tracing.begin(path, "http", request_id, headers.items())
         extensions = scope.get("extensions", {})
         self._count_echoes(extensions.get(ECHOES, ()), str(scope.get("root_path", "")))
-        status = 0
+        status, began_s = 0, time.monotonic()
         caller: Account | None = None
         try:
             if path not in self.open_paths:
@@ -182,7 +182,9 @@ class HttpMiddleware:
             if status == 499:
                 self.gateway.metrics.client_disconnects.inc()
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self.gateway.metrics.http_requests.labels(route, method, str(status)).inc()
+            metrics = self.gateway.metrics
+            metrics.http_requests.labels(route, method, str(status)).inc()
+            metrics.http_durations.labels(route, method).observe(time.monotonic() - began_s)
             if trace is not None:
                 trace.end(CLIENT_GONE if status == 499 else "")
             if line is not None:

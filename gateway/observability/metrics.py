@@ -34,8 +34,14 @@ _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
 )
-_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0)
+_ITL_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
+    *(1.0, 2.5, 5.0),
+)
+"""With the limits that vLLM's dashboard offers for a time per token."""
 _TIME_BUCKETS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_HTTP_BUCKETS = (0.1, 0.5, 1.0)
+"""Few, as there are many routes: those of prometheus-fastapi-instrumentator, which vLLM uses."""
 _COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
@@ -81,6 +87,13 @@ class GatewayMetrics:
         self.engine: Callable[[str], EngineMetrics] = cache(make_engine)
         """What is counted of one engine: the index of an attention worker, "" before any has it."""
         self.http_requests = count("http_requests", "HTTP requests", ("route", "method", "status"))
+        self.http_durations = Histogram(
+            "http_request_duration_seconds",
+            "Time from an HTTP request to the end of its response",
+            ("route", "method"),
+            registry=registry,
+            buckets=_HTTP_BUCKETS,
+        )
         self.grpc_requests = count("grpc_requests", "gRPC requests", ("service", "method", "code"))
         self.client_disconnects = count(
             "client_disconnects", "Clients that disconnected before the response ended"
@@ -143,7 +156,7 @@ class GatewayMetrics:
             merged, unprefixed = MergedFamilies(vllm_names.PREFIX), MergedFamilies("")
             for families, labels in parts:
                 merged.add(vllm_names.as_vllm(families), **labels)
-                unprefixed.add(vllm_names.http_requests(families), **labels)
+                unprefixed.add(vllm_names.as_instrumentator(families), **labels)
             yield merged
             yield unprefixed
 

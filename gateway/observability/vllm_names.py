@@ -64,7 +64,9 @@ _SOURCES = {
     "local_cache_hit": ("prompt_tokens_cached", "prompt_tokens_cached_total"),
 }
 """Family and sample of each source. Source: vLLM's ``PromptTokenStats``."""
-HTTP_REQUESTS = "http_requests"
+_OF_HTTP = frozenset({"http_requests", "http_request_duration_seconds"})
+_PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
+"""vLLM leaves out paths like these. Source: its dashboard ``vllm_overview.json`` says so."""
 
 
 def as_vllm(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
@@ -81,22 +83,27 @@ def as_vllm(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
     yield from _by_source({family["name"]: family for family in families})
 
 
-def http_requests(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
-    """The HTTP requests as vLLM's server counts them: ``handler``, ``method``, ``status`` 2xx."""
+def as_instrumentator(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
+    """Number and duration of HTTP requests as vLLM's server has them.
+
+    Labels are ``handler``, ``method`` and, of the number, ``status`` as 2xx. Probes do not count.
+    """
     for family in families:
-        if family["name"] == HTTP_REQUESTS:
-            counts: Counter[tuple[str, str, str]] = Counter()
-            for _, labels, value in family["samples"]:
-                counts[labels["route"], labels["method"], f"{labels['status'][0]}xx"] += value
-            samples = [
-                [
-                    f"{HTTP_REQUESTS}_total",
-                    {"handler": route, "method": method, "status": status},
-                    value,
-                ]
-                for (route, method, status), value in counts.items()
-            ]
-            yield {**family, "samples": samples}
+        if family["name"] not in _OF_HTTP:
+            continue
+        values: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        for sample, labels, value in family["samples"]:
+            if labels["route"] not in _PROBES:
+                values[sample, tuple(_http_labels(labels).items())] += value
+        samples = [[sample, dict(labels), value] for (sample, labels), value in values.items()]
+        yield {**family, "samples": samples}
+
+
+def _http_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    theirs = {"handler": labels["route"], "method": labels["method"]}
+    if "status" in labels:
+        theirs["status"] = f"{labels['status'][0]}xx"
+    return theirs | {name: value for name, value in labels.items() if name == "le"}
 
 
 def _by_source(families: Mapping[str, PlainFamily]) -> Iterator[PlainFamily]:

@@ -103,12 +103,34 @@ the last of the plain ones are from releases before 0.11.
 """
 
 
+VLLM_LIMITS = {
+    "time_to_first_token_seconds": ("0.1", "0.25", "0.5", "0.75", "1.0", "2.5", "5.0", "10.0"),
+    "request_time_per_output_token_seconds": (
+        *("0.025", "0.05", "0.075", "0.1", "0.15", "0.2", "0.3", "0.5"),
+    ),
+}
+"""Bounds of buckets that ``vllm_overview.json`` offers as limits."""
+_HTTP_MEAN = (
+    "sum by (handler) (rate(http_request_duration_seconds_sum[$__rate_interval])) / "
+    "(sum by (handler) (rate(http_request_duration_seconds_count[$__rate_interval])) > 0)"
+)
+VLLM_HTTP = (
+    'sum by (status) (rate(http_requests_total{status="2xx"}[$__rate_interval]))',
+    'sum by (handler) (rate(http_requests_total{handler="/v1/completions"}[$__rate_interval]))',
+    _HTTP_MEAN,
+)
+
+
 def vllm_queries(model: str) -> Iterator[str]:
     """Queries as vLLM's dashboards send them for a model, all engines of it and all instances."""
     for form, names in VLLM_FORMS.items():
         for name in names:
             yield as_sent(form.format(name, _MODEL), model)
             yield as_sent(form.format(name, _ENGINE).replace("$model_name", model))
+    for name, limits in VLLM_LIMITS.items():
+        for limit in limits:
+            yield as_sent(f'rate(vllm:{name}_bucket{{le="{limit}"}}[$__rate_interval])')
+    yield from map(as_sent, VLLM_HTTP)
     both = "sum by(finished_reason) (increase(vllm:request_success_total{{{}}}[$__rate_interval]))"
     yield as_sent(both.format(_MODEL), model)
     waiting = 'sum(vllm:num_requests_waiting_by_reason{{{}, reason="{}"}})'

@@ -17,6 +17,7 @@ from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
 
 MOST_SERIES = 1500
+COMPLETIONS = "/v1/completions"
 COUNTERS = [
     "prompt_tokens",
     "generation_tokens",
@@ -344,6 +345,8 @@ def test_what_vllm_has_too_comes_under_its_names_on_request() -> None:
     section = GatewaySection(vllm_metric_names=True, request_timeout_s=WAIT_S)
     with running_stack(section) as stack:
         complete(stack, prompt="hello", max_tokens=3)
+        stack.wait_no_requests()
+        stack.http.get("/health")
         text = stack.http.get("/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     known = {name for name in SAME if f"expertmesh:{name}" in families}
@@ -359,3 +362,11 @@ def test_what_vllm_has_too_comes_under_its_names_on_request() -> None:
         assert counts[0] == counts[1], older
     assert "vllm:expert_tokens" not in families
     assert families["vllm:generation_tokens"].samples[0].value == 3.0
+    (good,) = (s for s in families["http_requests"].samples if s.labels["handler"] == COMPLETIONS)
+    assert (good.labels["status"], good.labels["method"], good.value) == ("2xx", "POST", 1.0)
+    durations = families["http_request_duration_seconds"]
+    assert {s.labels["handler"] for s in durations.samples} == {COMPLETIONS}
+    sources = {
+        s.labels["source"]: s.value for s in families["vllm:prompt_tokens_by_source"].samples
+    }
+    assert sources == {"local_compute": 1.0, "local_cache_hit": 0.0}
