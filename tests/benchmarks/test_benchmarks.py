@@ -309,9 +309,11 @@ def test_the_cost_of_the_gateway_is_measured() -> None:
 
 def test_being_watched_is_compared_with_the_turns_beside_it() -> None:
     found = {w.name: [0.98, 1.0, 0.99, 0.5] for w in watching.WATCHERS}
-    text = watching.report({**found, "nobody": [100.0, 102.0, 101.0]}, watching.Size())
+    costs_ms = {"/metrics": 4.04}
+    text = watching.report({**found, "nobody": [100.0, 102.0, 101.0]}, costs_ms, watching.Size())
     assert "| nobody | 101 tokens/s |" in text
     assert "| 4 scrapers, each second | 0.985 | 0.980 to 1.000 | at least 0.99 |" in text
+    assert "| /metrics | 4.0 |" in text
 
 
 @pytest.mark.ray
