@@ -59,14 +59,22 @@ class ClusterEvents:
         self._take_changes(snapshot.get("traces", ()), now_s)
 
     def _take_changes(self, traces: Iterable[Mapping[str, Any]], now_s: float) -> None:
-        """A change that goes on ends when its length is known, or when it is left out."""
-        known, self._changes = self._changes, {}
+        """A change ends when its length is known, or with the controller that does not name it."""
+        going_on = {place for place, change in self._changes.items() if change.ended_s == math.inf}
         for trace in traces:
             place, seconds = str(trace["place"]), trace["seconds"]
-            found = known.pop(place, None) or Change(trace["name"], bytes.fromhex(place), now_s)
-            if seconds is not None and found.ended_s == math.inf:
-                found.began_s, found.ended_s = min(found.began_s, now_s - seconds), now_s
-            self._changes[place] = found
+            if place not in self._changes:
+                self._changes[place] = Change(trace["name"], bytes.fromhex(place), now_s)
+                going_on.add(place)
+            change = self._changes[place]
+            if seconds is None:
+                going_on.discard(place)
+            elif place in going_on:
+                change.began_s = min(change.began_s, now_s - seconds)
+        for place in going_on:
+            self._changes[place].ended_s = now_s
+        while len(self._changes) > _KEPT:
+            del self._changes[next(iter(self._changes))]
 
     def epoch_at(self, when_s: float) -> int:
         """Epoch of the placement in force then, by the snapshots received."""

@@ -5,7 +5,6 @@ Gateways link the requests that ran meanwhile to them: see ``traces`` in the sna
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -44,13 +43,16 @@ class ChangeTraces:
         self._identity = identity
         self._is_on = is_on
         self._numbers = count()
-        self._newest: deque[OpenTrace] = deque(maxlen=_KEPT)
+        self._newest: list[OpenTrace] = []
 
     def begin(self, name: str) -> OpenTrace:
         number = f"{self._identity}/{next(self._numbers)}".encode()
         place = blake2b(number, digest_size=_PLACE_BYTES, person=b"change").digest()
         opened = OpenTrace(name, place)
         self._newest.append(opened)
+        if len(self._newest) > _KEPT:
+            ended = (old for old in self._newest if old.seconds is not None)
+            self._newest.remove(next(ended, self._newest[0]))
         return opened
 
     def end(
