@@ -38,7 +38,7 @@ LABELS = [" Ay.", " Nay."]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A checkpoint as the README's command makes it, with the words of another family."""
     (line,) = re.findall(
-        r"^ +\.venv/bin/python (-m benchmarks\.random_checkpoint .+)$", MODELS, re.M
+        r"^ *\.venv/bin/python (-m benchmarks\.random_checkpoint .+)$", MODELS, re.M
     )
     words = line.partition("#")[0].split()
 
@@ -93,7 +93,7 @@ def test_every_family_answers(
     path = made(family)
     with stack_over(path, load_tokenizer(str(path)), ThreadCluster) as stack:
         check_calls(stack)
-        (line,) = re.findall(r"^ +\.venv/bin/expertmesh (inspect) \"(.+)\"$", MODELS, re.M)
+        (line,) = re.findall(r"^ *\.venv/bin/expertmesh (inspect) \"(.+)\"$", MODELS, re.M)
         assert main(["--url", stack.url, "--timeout", "240", *line]) == ExitCode.OK
         shown = capsys.readouterr().out.splitlines()
     kind = "attention:0" if family == "jetmoe" else "mlp:1" if family == "dots1" else "mlp:0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -19,6 +20,8 @@ PAGES = sorted(
     str(page.relative_to(DOCS)) for page in DOCS.glob("*/*.md") if page.name not in GENERATED
 )
 RUNBOOKS = ("how-to/runbooks.md", "how-to/upgrade.md")
+_ENDS = {">", "|", "&&", "||"}
+"""Words of the shell that end a command."""
 SLURM = DOCS / "how-to" / "examples" / "slurm.sh"
 
 
@@ -31,9 +34,10 @@ def commands_in(text: str) -> list[list[str]]:
     blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.M | re.S)
     inline = [" ".join(c.split()) for c in re.findall(r"(?<!`)`(expertmesh [^`]+)`", text)]
     lines = [*"\n".join(blocks).replace("\\\n", " ").splitlines(), *inline]
-    return [
+    split = (
         shlex.split(line, comments=True)[1:] for line in lines if line.startswith("expertmesh ")
-    ]
+    )
+    return [list(itertools.takewhile(lambda word: word not in _ENDS, words)) for words in split]
 
 
 def is_whole(words: list[str]) -> bool:
