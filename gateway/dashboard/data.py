@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.core.errors import NotReadyError, RequestError
 from cluster.core.metric_families import PlainFamily
+from gateway.core.replay import ReplayCause
 from gateway.dashboard.recent import Recent
 from gateway.generation.gateway import Gateway
 
@@ -47,6 +48,7 @@ class PageData:
             "time": time.time(),
             "status": {name: part for name, part in status.items() if name not in _LEFT_OUT},
             "counters": {name: _total(families, name) for name in COUNTERS},
+            "replayed": _by_cause(families),
             "histograms": {name: _buckets(families, name) for name in HISTOGRAMS},
         }
 
@@ -113,6 +115,14 @@ def _cells(
 def _total(families: Iterable[PlainFamily], name: str) -> float:
     """Sum of a counter's samples."""
     return sum(value for _, value in _samples(families, name))
+
+
+def _by_cause(families: Iterable[PlainFamily]) -> dict[str, float]:
+    """Requests that went on at another worker, by ``ReplayCause``."""
+    causes = {cause.value: 0.0 for cause in ReplayCause}
+    for labels, value in _samples(families, "requests_replayed_total"):
+        causes[labels["cause"]] += value
+    return causes
 
 
 def _buckets(families: Iterable[PlainFamily], name: str) -> list[tuple[float | None, float]]:

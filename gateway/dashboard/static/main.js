@@ -20,7 +20,7 @@ const rates = new Rates();
 const heatmap = new Heatmap();
 const playground = new Playground();
 const charts = Object.fromEntries(
-  [["tokens", ""], ["ttft", " ms"], ["itl", " ms"], ["queue", ""], ["kv", "%"], ["balance", "%"]].map(
+  [["tokens", ""], ["ttft", " ms"], ["itl", " ms"], ["queue", ""], ["kv", "%"], ["balance", "%"], ["moves", ""]].map(
     ([name, unit]) => [name, new Chart(byId(`chart-${name}`), unit, eventMarks)],
   ),
 );
@@ -38,6 +38,7 @@ function show(state) {
     charts.ttft.add(state.time, { median: found.ttft[0], "95%": found.ttft[1] });
     charts.itl.add(state.time, { median: found.itl[0], "99%": found.itl[1] });
   }
+  charts.moves.add(state.time, { "with their KV": found?.moved ?? 0, "computed again": found?.again ?? 0 });
   const attention = (status.workers ?? []).filter((w) => w.kv_blocks_total && w.state !== "LOST");
   const each = (value) => Object.fromEntries(attention.map((w) => [w.name, value(w)]));
   charts.queue.add(state.time, each((w) => w.stats?.num_requests_waiting ?? 0));

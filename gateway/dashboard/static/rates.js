@@ -3,7 +3,8 @@
 export class Rates {
   #before = null;
 
-  // What happened since the last state: tokens a second, and percentiles in ms (null: no sample).
+  // What happened since the last state: tokens a second, requests that went on at another worker with
+  // their KV or were computed again there, and percentiles in ms (null: no sample).
   since(state) {
     const before = this.#before;
     this.#before = state;
@@ -11,11 +12,15 @@ export class Rates {
     const seconds = state.time - before.time;
     const rate = (name) => Math.max(0, state.counters[name] - before.counters[name]) / seconds;
     const histogram = (name) => difference(state.histograms[name], before.histograms[name]);
+    const replays = (causes) =>
+      causes.reduce((sum, cause) => sum + Math.max(0, state.replayed[cause] - before.replayed[cause]), 0);
     const ttft = histogram("time_to_first_token_seconds");
     const itl = histogram("inter_token_latency_seconds");
     return {
       output: rate("generation_tokens_total"),
       prompt: rate("prompt_tokens_total"),
+      moved: replays(["moved"]),
+      again: replays(["attention_worker", "handed_back"]),
       ttft: [percentile(ttft, 0.5), percentile(ttft, 0.95)],
       itl: [percentile(itl, 0.5), percentile(itl, 0.99)],
     };

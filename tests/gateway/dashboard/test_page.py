@@ -72,6 +72,7 @@ def test_the_state_has_what_all_replicas_counted(stack: Stack) -> None:
     name = "generation_tokens_total"
     assert after["counters"][name] - before["counters"][name] == 7
     assert after["time"] > before["time"]
+    assert after["replayed"] == {"attention_worker": 0, "handed_back": 0, "moved": 0}
     assert after["status"]["state"] == "SERVING"
     assert "metrics" not in after["status"]
 
