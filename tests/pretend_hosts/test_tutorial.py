@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,14 +26,14 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     for name in (".venv", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "home").mkdir()
-    environment = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "HOME": str(tmp_path / "home")}
     shell = Shell(tmp_path, environment)
     yield shell
     shell.close()
-    for state in tmp_path.glob("*/hosts"):  # where a command has failed before
-        ending = Shell(tmp_path, {**environment, "NETSIM_STATE": str(state)})
-        ending.run("tests/pretend_hosts/cluster.sh down", LIMIT_S)
-        ending.close()
+    if (state := tmp_path / "build" / "hosts").exists():  # a command has failed before
+        script = str(ROOT / "tests" / "pretend_hosts" / "cluster.sh")
+        ending = {**environment, "NETSIM_STATE": str(state)}
+        subprocess.run([script, "down"], env=ending, timeout=LIMIT_S, check=True)
 
 
 @pytest.mark.timeout(1800)
