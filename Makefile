@@ -92,12 +92,12 @@ test: $(VENV)/.stamp-test
 
 # The long tier: all tests but those for a GPU, and a skip fails. Each part takes under 30 minutes
 # on two cores: units; layouts; other clusters of threads; clusters of processes;
-# served clusters and the command line; real clients; pretended hosts and pods; mutants of units.
+# served clusters and the command line; real clients; pretended hosts, pods and tutorials; mutants.
 LONG := $(PYTEST) --no-skips --hypothesis-profile=long
 TWO := -n 2 --dist worksteal
 LAYOUTS := $(addprefix tests/system/,test_deterministic.py test_family_pairs.py test_layouts.py)
 CLIENT_TESTS := tests/conformance
-HOSTS := tests/pretend_hosts tests/k8s/test_pretend_pods.py
+HOSTS := tests/pretend_hosts tests/k8s/test_pretend_pods.py tests/project/test_tutorial.py
 NOT_FOREIGN := $(addprefix --ignore=,$(CLIENT_TESTS) $(HOSTS))
 PART_1 := $(TWO) -m "not gpu and not ray and not distributed" $(NOT_FOREIGN)
 PART_2 := $(TWO) -m "not gpu and not ray" $(LAYOUTS)

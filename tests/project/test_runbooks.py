@@ -72,6 +72,16 @@ def test_every_runbook_names_a_test_that_there_is(page: str) -> None:
         assert f"def {test or 'test_'}" in source, (path, test)
 
 
+def test_every_drill_names_a_test_that_there_is() -> None:
+    text = text_of("how-to/failure-drills.md").partition("\n## Chaos")[0]
+    drills, _, tests = text.partition("Each drill is a test")
+    names = re.findall(r"^\| ([a-z][^|]+?) \|", drills, re.M)
+    rows = re.findall(r"^\| ([a-z][^|]+?) \| (`.+`) \|$", tests, re.M)
+    assert names == [drill for drill, _ in rows]
+    for path, test in re.findall(r"`([\w/.]+)::(\w+)`", " ".join(cell for _, cell in rows)):
+        assert f"def {test}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), test
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_is_one(page: str) -> None:
     for words in filter(is_whole, commands_in(text_of(page))):
