@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.run import available
 from docs.extensions.repository_pages import DOCS
 from tests.paths import ROOT
 
 PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+TEXTS = (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
 LITERAL = {
     "tutorial/first-cluster.md": "tests/project/test_tutorial.py",
     "tutorial/three-hosts.md": "tests/pretend_hosts/test_tutorial.py",
@@ -60,3 +62,16 @@ def test_no_commands_are_outside_of_blocks(page: str) -> None:
 def test_a_literal_page_is_run(page: str) -> None:
     source = (ROOT / LITERAL[page]).read_text(encoding="utf-8")
     assert f'"{Path(page).name}"' in source
+
+
+@pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for p in TEXTS])
+def test_modules_and_targets_that_are_named_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for module in re.findall(r"python\s+-m\s+((?:benchmarks|tests|docs)[\w.]*)", text):
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for target in re.findall(r"(?:`|^ *\$? ?|^ {4})make ([a-z][a-z-]*)", text, re.M):
+        assert re.search(rf"^{target}[ :]", makefile, re.M), target
+    for section in re.findall(r"benchmarks\.run\s+--only\s+(\w+)", text):
+        assert section in available(), section
