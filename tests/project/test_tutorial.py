@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,8 @@ LIMIT_S = 900.0
 """Of one command; the installation is the longest."""
 FREE_PORTS = (8000, 50051)
 """The page shows them, so they must not be in use."""
+_OF_NETWORK = re.compile(r"PIP_|SSL_CERT_|\w+_proxy$", re.IGNORECASE)
+"""Variables with which pip reaches its packages."""
 
 
 def copy_of_sources(folder: Path) -> Path:
@@ -37,7 +40,7 @@ def newcomers_environment(home: Path) -> dict[str, str]:
     """An empty home, and no environment that is active; pip's packages come from where they do."""
     active = os.environ.get("VIRTUAL_ENV", str(ROOT / ".venv"))
     path = os.environ["PATH"].split(os.pathsep)
-    environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    environment = {name: text for name, text in os.environ.items() if _OF_NETWORK.match(name)}
     configured = Path.home() / ".config" / "pip" / "pip.conf"
     if configured.exists():
         environment.setdefault("PIP_CONFIG_FILE", str(configured))
