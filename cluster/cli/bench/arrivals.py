@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import heapq
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+MAX_TOKENS = 10_000_000
+"""Of a prompt or an answer in a trace: more than any model takes."""
 BLOCK_TOKENS = 512
 """Tokens of a block in ``hash_ids``. Source: README of Mooncake's open traces."""
 
@@ -36,13 +40,22 @@ class Arrival:
         shared = [
             token
             for block in self.blocks
-            for token in _tokens(f"{vocab_size} {block}", vocab_size, self.block_len)
+            for token in _block_tokens(block, vocab_size, self.block_len)
         ][: self.input_len]
         return shared + _tokens(seed, vocab_size, self.input_len - len(shared))
 
 
+def _block_tokens(block: int, vocab_size: int, number: int) -> list[int]:
+    return _tokens(f"{vocab_size} {block}", vocab_size, number)
+
+
 def _tokens(seed: str, vocab_size: int, number: int) -> list[int]:
-    return random.Random(seed).choices(range(vocab_size), k=number)
+    """Drawn by numpy: a request's tokens cost the streams under way no time that would count."""
+    import numpy as np  # slow to import
+
+    draw = np.random.default_rng(list(seed.encode()))
+    found: list[int] = draw.integers(0, vocab_size, number).tolist()
+    return found
 
 
 def poisson(
@@ -67,19 +80,17 @@ def read_trace(
         path: JSON lines with ``timestamp`` (milliseconds), ``input_length``, ``output_length`` and
             perhaps ``hash_ids``, as Mooncake publishes them; or, where the name ends in ``.csv``,
             ``TIMESTAMP,ContextTokens,GeneratedTokens``, as Azure does.
-        number: take only so many; None: all.
+        number: take only so many, the first ones in time; None: all.
         speed: how many times as fast as it was recorded.
         length: factor of all numbers of tokens, each of which stays above 0.
 
-    Raises ``ValueError`` with the line, and ``OSError``.
+    Raises ``ValueError`` with the number of the request, and ``OSError``.
     """
-    parse = _azure if path.suffix == ".csv" else _mooncake
     with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file) if path.suffix == ".csv" else filter(str.strip, file)
-        found = [_parsed(parse, row, place) for place, row in enumerate(rows, 1)]
+        rows = _azure_rows(file) if path.suffix == ".csv" else _mooncake_rows(file)
+        found = _first(rows, number)
     if not found:
         raise ValueError("it has no request")
-    found = sorted(found, key=lambda a: a.due_s)[:number]
     first_s = found[0].due_s
     return [
         replace(
@@ -93,28 +104,56 @@ def read_trace(
     ]
 
 
+def _first(rows: Iterator[Arrival], number: int | None) -> list[Arrival]:
+    """In order of time; no more are held in memory than are wanted."""
+    if number is None:
+        return sorted(rows, key=_due_s)
+    return heapq.nsmallest(number, rows, key=_due_s)
+
+
+def _due_s(arrival: Arrival) -> float:
+    return arrival.due_s
+
+
 def _scaled(tokens: int, factor: float) -> int:
     return max(1, round(tokens * factor))
 
 
-def _parsed(parse: Callable[[Any], Arrival], row: Any, place: int) -> Arrival:
+def _mooncake_rows(file: Iterable[str]) -> Iterator[Arrival]:
+    for place, line in enumerate(filter(str.strip, file), 1):
+        with _names_request(place):
+            row = json.loads(line)
+            lengths = _length(row, "input_length"), _length(row, "output_length")
+            due_s = float(row["timestamp"]) / 1000
+            if not math.isfinite(due_s):
+                raise ValueError("timestamp must be a number")
+            yield Arrival(due_s, *lengths, tuple(row.get("hash_ids") or ()))
+
+
+def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
+    """A few of its requests have generated nothing: they ask for one token."""
+    for place, row in enumerate(csv.DictReader(file), 1):
+        with _names_request(place):
+            when = datetime.fromisoformat(row["TIMESTAMP"])
+            due_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+            output = max(int(row["GeneratedTokens"]), 1)
+            lengths = {"ContextTokens": int(row["ContextTokens"])}
+            yield Arrival(due_s, _length(lengths, "ContextTokens"), output)
+
+
+def _length(row: Mapping[str, Any], name: str) -> int:
+    """A number of tokens. Raises ``ValueError``."""
+    value = row[name]
+    if type(value) is not int or not 0 < value <= MAX_TOKENS:
+        raise ValueError(f"{name} ({value}) must be a whole number from 1 to {MAX_TOKENS}")
+    return value
+
+
+@contextmanager
+def _names_request(place: int) -> Iterator[None]:
+    """Errors of reading a request become a ``ValueError`` with its number."""
     try:
-        found = parse(row)
-        if min(found.input_len, found.output_len) < 1 or not math.isfinite(found.due_s):
-            raise ValueError("lengths must be above 0")
-    except (ValueError, KeyError, TypeError, OverflowError) as err:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as err:
         reason = f"{err} is missing" if isinstance(err, KeyError) else str(err)
         raise ValueError(f"request {place}: {reason}") from err
-    return found
-
-
-def _mooncake(line: str) -> Arrival:
-    row = json.loads(line)
-    lengths = int(row["input_length"]), int(row["output_length"])
-    return Arrival(float(row["timestamp"]) / 1000, *lengths, tuple(row.get("hash_ids", ())))
-
-
-def _azure(row: dict[str, str]) -> Arrival:
-    clock, _, fraction = row["TIMESTAMP"].partition(".")
-    due_s = datetime.fromisoformat(f"{clock}+00:00").timestamp() + float(f"0.{fraction or 0}")
-    return Arrival(due_s, int(row["ContextTokens"]), max(int(row["GeneratedTokens"]), 1))

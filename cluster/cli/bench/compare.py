@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.bench.document import numbers_of
+from cluster.cli.bench.document import numbers_of, require_folders
 from cluster.cli.bench.load_options import add_load_options
 from cluster.cli.bench.report import add_report, write_report
 from cluster.cli.bench.side_by_side import measure_both
@@ -37,6 +37,8 @@ class Change:
     @property
     def better(self) -> str:
         """``higher``, ``lower``, or neither: by the innermost name that says so."""
+        if self.name.startswith("sent_late_ms."):  # of the client
+            return "neither"
         for name in reversed(self.name.split(".")):
             if name.endswith(_HIGHER):
                 return "higher"
@@ -62,12 +64,14 @@ def add_command(kinds: Commands) -> None:
     text = "two saved documents, or two servers under the same load; exits with 1 if B is worse"
     parser = kinds.add("compare", run, text)
     for name, what in (("A", "of --save or --json, or a server"), ("B", "of the same kind")):
-        parser.add_argument(f"{name.lower()}", metavar=f"{name}.json|URL", help=what)
+        parser.add_argument(name.lower(), metavar=f"{name}.json|URL", help=what)
     text = "ratio from which a number counts as worse"
     parser.add_argument("--threshold", type=_ratio, default=1.05, metavar="NUMBER", help=text)
     add_report(parser)
     text = "parts of the load on two servers, which take turns; A and B begin by turns"
     parser.add_argument("--rounds", type=count, default=2, help=text)
+    parser.add_argument("--b-api-key", metavar="TEXT", help="key of B, which gets no other")
+    parser.add_argument("--b-model", metavar="NAME", help="served model of B (default: as of A)")
     add_load_options(parser)
 
 
@@ -80,6 +84,7 @@ def _ratio(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Print every number's ratio; exits with 1 if one got worse by more than the threshold."""
+    require_folders(args.report)
     are_servers = [_is_url(name) for name in (args.a, args.b)]
     if any(are_servers) != all(are_servers):
         raise CommandError(ExitCode.USAGE, "give two files or two URLs")
@@ -90,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     heads = ("A", "B") if all(are_servers) else ("BEFORE", "AFTER")
     show(args, document, _text(found, args.threshold, heads))
     write_report(args, {"A": before, "B": after})
+    if before.get("interrupted"):
+        return ExitCode.INTERRUPTED
     if not args.json:
         note(f"worse by more than {args.threshold:g}: {', '.join(worse) or 'nothing'}")
     return ExitCode.FAILED if worse else ExitCode.OK

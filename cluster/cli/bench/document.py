@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import save, show
 
 
@@ -27,6 +29,13 @@ def document_of(
         "options": dict(options),
         "results": _rounded(results),
     }
+
+
+def require_folders(*files: Path | None) -> None:
+    """Raise ``CommandError`` for a file that could not be written after the measurement."""
+    for file in files:
+        if file is not None and not os.access(file.parent, os.W_OK):
+            raise CommandError(ExitCode.USAGE, f"cannot write {file}: no such folder to write in")
 
 
 def tell(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.bench.document import document_of
 from cluster.cli.bench.load import Load, Target, run_load
 from cluster.cli.bench.load_options import options_of
 from cluster.cli.bench.tally import Tally
+from cluster.cli.terminal.output import note
 from cluster.cli.terminal.progress import Progress
 
 _TICK_S = 0.2
+_LATE_MS = 10.0
+"""A tenth of the requests sent later than this is worth a warning."""
 
 
 class Measurement:
@@ -53,4 +57,15 @@ class Measurement:
             url=url,
             interrupted=self.is_interrupted,
             **self.tally.curves(),
+        )
+
+
+def warn_if_late(document: Mapping[str, Any]) -> None:
+    """Say so where requests were not sent when they were due."""
+    late_ms = document["results"]["sent_late_ms"]["p90"]
+    is_open = document["options"].get("request_rate") or "trace" in document["options"]
+    if is_open and late_ms is not None and late_ms > _LATE_MS:
+        note(
+            f"expertmesh: a tenth of the requests was sent over {late_ms:.0f} ms late, which no "
+            f"latency includes: raise --max-concurrency, or give this client more CPU time"
         )

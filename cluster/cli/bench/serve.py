@@ -8,23 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.bench import compare
-from cluster.cli.bench.document import add_save, shown, tell
+from cluster.cli.bench.document import add_save, require_folders, shown, tell
 from cluster.cli.bench.load import warm_up
 from cluster.cli.bench.load_options import add_load_options, load_of
-from cluster.cli.bench.measurement import Measurement
+from cluster.cli.bench.measurement import Measurement, warn_if_late
 from cluster.cli.bench.report import add_report, write_report
 from cluster.cli.bench.tally import MEASURES
 from cluster.cli.bench.targets import grpc_target, http_target
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
-from cluster.cli.terminal.output import note, table
+from cluster.cli.terminal.output import table
 from cluster.cli.terminal.progress import Progress
 
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E latency"}
 _COLUMNS = ("mean", "median", "p90", "p99")
-_LATE_MS = 10.0
-"""A tenth of the requests sent later than this is worth a warning."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -44,6 +42,7 @@ def add_command(kinds: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; exits with 1 if a request failed, with 130 after a ctrl-C."""
+    require_folders(args.save, args.report)
     found = Measurement(args)
     progress = Progress()
     try:
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if found.load is not None:
         document = found.document(args.grpc or Client(args).url)
         tell(args, document, _text(document))
-        _warn_if_late(document)
+        warn_if_late(document)
         write_report(args, {document["url"]: document})
     if found.is_interrupted:
         return ExitCode.INTERRUPTED
@@ -73,16 +72,6 @@ async def _measure(args: argparse.Namespace, found: Measurement, progress: Progr
         await found.run(load, load, target, progress)
     finally:
         await target.close()
-
-
-def _warn_if_late(document: Mapping[str, Any]) -> None:
-    late_ms = document["results"]["sent_late_ms"]["p90"]
-    is_open = document["options"].get("request_rate") or "trace" in document["options"]
-    if is_open and late_ms > _LATE_MS:
-        note(
-            f"expertmesh: a tenth of the requests was sent over {late_ms:.0f} ms late, which no "
-            f"latency includes: raise --max-concurrency, or give this client more CPU time"
-        )
 
 
 def _text(document: Mapping[str, Any]) -> str:

@@ -9,44 +9,61 @@ from typing import Any
 
 from cluster.cli.bench.load import warm_up
 from cluster.cli.bench.load_options import load_of
-from cluster.cli.bench.measurement import Measurement
+from cluster.cli.bench.measurement import Measurement, warn_if_late
 from cluster.cli.bench.targets import http_target
-from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.client import NO_KEY, Client
 from cluster.cli.terminal.progress import Progress
 
 
 def measure_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Documents of ``bench serve`` for the servers ``args.a`` and ``args.b``.
 
-    Raises ``CommandError``, also where a server does not answer at all.
+    After a ctrl-C they have what was found so far, if each server had a turn. Raises
+    ``CommandError``, also where a server does not answer at all.
     """
-    clients = [Client(argparse.Namespace(**{**vars(args), "url": url})) for url in (args.a, args.b)]
-    found = [Measurement(args) for _ in clients]
+    settings = [_settings(args, url=args.a), _settings(args, url=args.b, **_of_b(args))]
+    found = [Measurement(each) for each in settings]
     progress = Progress()
     try:
-        asyncio.run(_measure(args, clients, found, progress))
+        asyncio.run(_measure(settings, found, progress, args.rounds))
+    except KeyboardInterrupt:
+        if any(one.load is None for one in found):
+            raise
+        for one in found:
+            one.is_interrupted = True
     finally:
         progress.clear()
-    a, b = (m.document(client.url) for m, client in zip(found, clients, strict=True))
+    a, b = (one.document(each.url) for one, each in zip(found, settings, strict=True))
+    for document in (a, b):
+        warn_if_late(document)
     return a, b
 
 
+def _settings(args: argparse.Namespace, **others: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **others})
+
+
+def _of_b(args: argparse.Namespace) -> dict[str, Any]:
+    """What B gets in place of what A gets: never the key of A, from a variable either."""
+    return {"api_key": args.b_api_key or NO_KEY, "model": args.b_model or args.model}
+
+
 async def _measure(
-    args: argparse.Namespace,
-    clients: list[Client],
+    settings: list[argparse.Namespace],
     found: list[Measurement],
     progress: Progress,
+    rounds: int,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         opened = []
-        for client in clients:
-            opened.append(http_target(args, client))
+        for each in settings:
+            opened.append(http_target(each, Client(each)))
             stack.push_async_callback(opened[-1][0].close)
         # Both get the same prompts, which must be tokens of both models.
-        load = load_of(args, min(vocab_size for _, vocab_size in opened))
+        load = load_of(settings[0], min(vocab_size for _, vocab_size in opened))
         for target, _ in opened:
             progress.update("warming up")
             await warm_up(load, target)
-        for turn, part in enumerate(load.parts(args.rounds)):
+        for turn, part in enumerate(load.parts(rounds)):
             for place in (0, 1) if turn % 2 == 0 else (1, 0):
                 await found[place].run(load, part, opened[place][0], progress)

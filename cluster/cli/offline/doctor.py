@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.cli.offline.finding import Finding, finding
 from cluster.cli.offline.host_limits import (
@@ -34,6 +34,9 @@ from cluster.launch import state_file
 from cluster.launch.local_ray import OBJECT_STORE_BYTES, make_temp_dir
 from cluster.launch.model_source import bundled_checkpoint
 from cluster.launch.plan import check_ports, count_cpus, count_gpus
+
+if TYPE_CHECKING:
+    from workers.native.library import Found
 
 MIN_MEMORY_BYTES = 3 << 30
 DEFAULT_PORTS = {"port": 8000, "grpc_port": 50051}
@@ -73,14 +76,14 @@ def _line(found: Finding, colours: bool) -> str:
 
 def examine_python() -> Finding:
     text = f"{sys.version.split()[0]} at {sys.executable}"
-    return finding("python", sys.version_info >= (3, 11), text, "install Python 3.11 or newer")
+    return finding("python", sys.version_info >= (3, 11), text, fix="install Python 3.11 or newer")
 
 
 def examine_packages() -> Finding:
     found = versions()
     missing = [name for name, number in found.items() if number is None]
     text = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
-    return finding("packages", not missing, text, "run make setup")
+    return finding("packages", not missing, text, fix="run make setup")
 
 
 def examine_model() -> Finding:
@@ -102,7 +105,7 @@ def examine_cpu() -> Finding:
         f"{WorkersSection().num_workers} workers, {local} in the one of --mode local"
     )
     fix = "--mode local fits one core best"
-    return finding("cpu", cores >= 2, text, fix, otherwise="warn")
+    return finding("cpu", cores >= 2, text, fix=fix, otherwise="warn")
 
 
 def examine_kernels() -> Finding:
@@ -112,8 +115,13 @@ def examine_kernels() -> Finding:
 
     if not is_built() and compilers():
         note("building the CPU kernels, which may take a minute")
-    found = find_library()
-    return finding("kernels", found.library is not None and not found.reason, found.words, "warn")
+    return kernels_finding(find_library())
+
+
+def kernels_finding(found: Found) -> Finding:
+    """Without kernels torch computes, more slowly."""
+    is_best = found.library is not None and not found.reason
+    return finding("kernels", is_best, found.words, otherwise="warn")
 
 
 def examine_memory() -> Finding:
@@ -122,7 +130,7 @@ def examine_memory() -> Finding:
     free = int(psutil.virtual_memory().available)
     text = f"{free / 1e9:.1f} GB available, the demo takes about {MIN_MEMORY_BYTES / 1e9:.0f}"
     fix = "end other programs, or serve with --mode local"
-    return finding("memory", free >= MIN_MEMORY_BYTES, text, fix, otherwise="warn")
+    return finding("memory", free >= MIN_MEMORY_BYTES, text, fix=fix, otherwise="warn")
 
 
 def examine_shm() -> Finding:
@@ -132,7 +140,7 @@ def examine_shm() -> Finding:
     free = shutil.disk_usage(shm).free
     text = f"{free / 1e6:.0f} MB free in {shm}"
     fix = f"{OBJECT_STORE_BYTES / 1e6:.0f} MB are needed (docker run --shm-size 1g)"
-    return finding("shm", free >= OBJECT_STORE_BYTES, text, fix, otherwise="warn")
+    return finding("shm", free >= OBJECT_STORE_BYTES, text, fix=fix, otherwise="warn")
 
 
 def examine_ports() -> Finding:
@@ -151,7 +159,8 @@ def examine_gpu() -> Finding:
     found, problem = _probe_torch()
     if not found.get("cuda"):
         fix = "run make clean setup on this host, which chooses torch's build by nvidia-smi"
-        return finding("gpu", False, f"{count} GPUs, {problem or NOT_USABLE}", fix, "warn")
+        text = f"{count} GPUs, {problem or NOT_USABLE}"
+        return finding("gpu", False, text, fix=fix, otherwise="warn")
     return finding("gpu", True, f"{count} GPUs; torch is built with CUDA {found['cuda_version']}")
 
 
@@ -163,7 +172,7 @@ def examine_nccl() -> Finding:
     given = sorted(name for name in os.environ if name.startswith("NCCL_"))
     text = f"{found.get('nccl') or 'none'}; set here: {', '.join(given) or 'nothing'}"
     fix = f"{problem or NOT_USABLE}: torch's builds with CUDA bring NCCL"
-    return finding("nccl", bool(found.get("nccl")), text, fix, "warn")
+    return finding("nccl", bool(found.get("nccl")), text, fix=fix, otherwise="warn")
 
 
 @cache

@@ -21,7 +21,7 @@ class Finding:
 
 
 def finding(
-    what: str, is_ok: bool, text: str, fix: str = "", otherwise: Verdict = "bad"
+    what: str, is_ok: bool, text: str, *, fix: str = "", otherwise: Verdict = "bad"
 ) -> Finding:
     """What was looked at; ``fix`` follows the text where it is not ok."""
     if is_ok:

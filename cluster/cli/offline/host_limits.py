@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.cli.offline.finding import Finding, finding
@@ -21,23 +23,66 @@ _HUGE_PAGES = Path("sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def examine_threads(root: Path = Path("/")) -> Finding:
-    """The least of what the user, the kernel and the control group may still start."""
+    """The fewest that the kernel, the user's limit and the control groups still allow."""
+    free = {
+        "/proc/sys/kernel/threads-max": _kernel_threads(root),
+        "ulimit -u": _user_threads(),
+        "pids.max of the control group": _group_threads(root),
+    }
+    known = {name: number for name, number in free.items() if number is not None}
+    if not known:
+        return finding("threads", True, "no limit")
+    name, number = min(known.items(), key=lambda pair: pair[1])
+    text = f"{max(number, 0)} more may start, by {name}"
+    fix = f"raise {name} (docker run --pids-limit, or systemd's TasksMax)"
+    return finding("threads", number >= MIN_THREADS, text, fix=fix, otherwise="warn")
+
+
+def _kernel_threads(root: Path) -> int | None:
+    limit = _number(root / "proc/sys/kernel/threads-max")
+    return None if limit is None else limit - sum(number for _, number in _threads())
+
+
+def _user_threads() -> int | None:
+    """It counts all threads of this user; root has no limit."""
+    limit, user = resource.getrlimit(resource.RLIMIT_NPROC)[0], os.getuid()
+    if user == 0 or limit == resource.RLIM_INFINITY:
+        return None
+    return limit - sum(number for owner, number in _threads() if owner == user)
+
+
+def _threads() -> Iterator[tuple[int, int]]:
+    """User and number of threads of each process that this one sees."""
     import psutil
 
-    used = sum(p.info["num_threads"] or 0 for p in psutil.process_iter(["num_threads"]))
-    limits = {
-        "ulimit -u": resource.getrlimit(resource.RLIMIT_NPROC)[0],
-        "/proc/sys/kernel/threads-max": _number(root / "proc/sys/kernel/threads-max"),
-        "pids.max of the control group": _number(root / "sys/fs/cgroup/pids.max"),
-    }
-    known = {name: limit for name, limit in limits.items() if limit is not None and limit >= 0}
-    if not known:
-        return finding("threads", True, f"{used} run, no limit")
-    name, limit = min(known.items(), key=lambda pair: pair[1])
-    free = limit - used
-    text = f"{max(free, 0)} more may start ({name} is {limit})"
-    fix = f"raise {name} (docker run --pids-limit, or systemd's TasksMax)"
-    return finding("threads", free >= MIN_THREADS, text, fix, "warn")
+    for process in psutil.process_iter(["num_threads", "uids"]):
+        if process.info["num_threads"] and process.info["uids"]:
+            yield process.info["uids"].real, process.info["num_threads"]
+
+
+def _group_threads(root: Path) -> int | None:
+    """Of all groups from this process's own up to the root. Source: cgroups(7), pids controller."""
+    free = []
+    for folder in _groups(root):
+        limit, used = _number(folder / "pids.max"), _number(folder / "pids.current")
+        if limit is not None and used is not None:
+            free.append(limit - used)
+    return min(free, default=None)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders of the control groups that count this process, of either version."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "pids" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("pids" if controllers else "")
+        own = top / path.lstrip("/")
+        yield from (own, *(parent for parent in own.parents if parent.is_relative_to(top)))
 
 
 def _number(path: Path) -> int | None:
@@ -55,7 +100,7 @@ def examine_files() -> Finding:
     is_ok = soft == resource.RLIM_INFINITY or soft >= MIN_FILES
     most = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
     fix = f"run ulimit -n {max(MIN_FILES, 65536)} before the start (at most {most} here)"
-    return finding("open files", is_ok, text, fix, "warn")
+    return finding("open files", is_ok, text, fix=fix, otherwise="warn")
 
 
 def examine_huge_pages(root: Path = Path("/")) -> Finding:
@@ -69,7 +114,9 @@ def examine_huge_pages(root: Path = Path("/")) -> Finding:
         return finding("huge pages", True, "this system has none: small batches are slower")
     is_on = found[1] != "never"
     fix = f"decode steps of small batches are slower; as root: echo madvise > /{_HUGE_PAGES}"
-    return finding("huge pages", is_on, f"transparent huge pages: {found[1]}", fix, "warn")
+    return finding(
+        "huge pages", is_on, f"transparent huge pages: {found[1]}", fix=fix, otherwise="warn"
+    )
 
 
 def examine_disk() -> Finding:
@@ -80,4 +127,5 @@ def examine_disk() -> Finding:
     usage = shutil.disk_usage(folder)
     text = f"{usage.free / 1e9:.1f} GB free in {folder}, where Ray has its logs and objects"
     is_ok = usage.free >= MIN_FREE_SHARE * usage.total
-    return finding("disk", is_ok, text, f"free {MIN_FREE_SHARE:.0%} of the disk", "warn")
+    fix = f"free {MIN_FREE_SHARE:.0%} of the disk"
+    return finding("disk", is_ok, text, fix=fix, otherwise="warn")

@@ -18,6 +18,8 @@ from cluster.launch import state_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 10.0
+NO_KEY = "\0"
+"""As ``args.api_key``: none, whatever the environment says."""
 
 
 def find_url(args: argparse.Namespace) -> str:
@@ -41,7 +43,8 @@ class Client:
         """``admin_url`` where it is an admin port, not the gateway that ``args`` name."""
         self.url = _checked(admin_url or find_url(args))
         self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
-        self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
+        given = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
+        self._key = "" if given == NO_KEY else given
         if admin_url:
             self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
         self.tls = _tls_context(args) if self.url.startswith("https:") else None

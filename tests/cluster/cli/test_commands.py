@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 
 from cluster.cli.main import main
+from cluster.cli.offline.doctor import kernels_finding
+from cluster.cli.offline.finding import Finding
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.launch import state_file
 from cluster.launch.plan import count_cpus
 from tests.cluster.cli.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway
 from tests.cluster.launch.test_state_file import record
+from workers.native.library import Found
 
 pytestmark = pytest.mark.usefixtures("state_home")
 
@@ -290,6 +293,12 @@ def test_doctor_looks_at_everything(state_home: Path, capsys: pytest.CaptureFixt
     assert findings["python"]["verdict"] == "ok"
     assert f"{count_cpus()} in the one of --mode local" in findings["cpu"]["text"]
     assert str(state_home) in findings["permissions"]["text"]
+
+
+def test_doctor_warns_of_a_host_without_kernels() -> None:
+    """Torch computes there: it is no reason to fail."""
+    found = kernels_finding(Found(None, "no compiler"))
+    assert found == Finding(what="kernels", verdict="warn", text="torch (no compiler)")
 
 
 def test_reading_commands_import_neither_ray_nor_torch() -> None:

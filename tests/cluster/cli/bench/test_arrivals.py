@@ -52,6 +52,21 @@ def test_a_trace_of_azure(tmp_path: Path) -> None:
     assert second.output_len == 1
 
 
+def test_a_trace_of_azure_with_a_time_zone(tmp_path: Path) -> None:
+    """As the traces of 2024 have it."""
+    rows = ("2024-05-10 00:00:00.009930+00:00,20,3", "2024-05-10 00:00:01+00:00,21,4")
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows)
+    _, second = read_trace(trace(tmp_path, text, "trace.csv"), None)
+    assert second.due_s == pytest.approx(0.99007)
+
+
+@pytest.mark.parametrize("row", ["20,3", "2024-05-10,x,3", "never,20,3"])
+def test_a_bad_row_of_azure(tmp_path: Path, row: str) -> None:
+    text = f"ContextTokens,GeneratedTokens,TIMESTAMP\n{row}"
+    with pytest.raises(ValueError, match="request 1: "):
+        read_trace(trace(tmp_path, text, "trace.csv"), None)
+
+
 def test_a_trace_is_faster_and_shorter(tmp_path: Path) -> None:
     path = trace(tmp_path, MOONCAKE)
     assert len(read_trace(path, 1)) == 1
@@ -66,8 +81,12 @@ def test_a_trace_is_faster_and_shorter(tmp_path: Path) -> None:
     [
         ("", "no request"),
         ('{"timestamp": 0, "input_length": 5}', "request 1: 'output_length' is missing"),
-        ('{"timestamp": 0, "input_length": 0, "output_length": 1}', "above 0"),
+        ('{"timestamp": 0, "input_length": 0, "output_length": 1}', "input_length .0. must be"),
         ("[]", "request 1"),
+        ('{"timestamp": NaN, "input_length": 5, "output_length": 1}', "timestamp must be"),
+        ('{"timestamp": 0, "input_length": true, "output_length": 1}', "whole number"),
+        ('{"timestamp": 0, "input_length": 2.9, "output_length": 1}', "whole number"),
+        ('{"timestamp": 0, "input_length": 10000000000, "output_length": 1}', "whole number"),
         ("rubbish", "request 1: Expecting value"),
     ],
 )

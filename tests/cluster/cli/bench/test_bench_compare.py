@@ -42,6 +42,7 @@ def write(path: Path, command: str = "bench serve", **results: Any) -> str:
         ("unfinished", "lower"),
         ("peak_concurrency", "neither"),
         ("output_tokens", "neither"),
+        ("sent_late_ms.p90", "neither"),
     ],
 )
 def test_which_direction_is_better(name: str, better: str) -> None:

@@ -108,7 +108,9 @@ def test_a_table_and_a_file(
     assert json.loads(path.read_text())["options"]["request_rate"] == 1000
     compare = ["bench", "compare", str(path), str(path)]
     assert main(compare) == ExitCode.OK
-    assert main([*asked[:-1], str(tmp_path / "none" / "a.json")]) == ExitCode.FAILED
+    stack.engine.requests.clear()
+    assert main([*asked[:-1], str(tmp_path / "none" / "a.json")]) == ExitCode.USAGE
+    assert stack.engine.requests == [], "before the load, not after it"
 
 
 def test_the_arrivals_of_a_trace(
@@ -162,12 +164,22 @@ def test_two_servers_under_the_same_load(
 def test_a_server_of_another_kind(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
     """Its vocabulary must be given."""
     gateway.status = (404, {"error": {"message": "Not Found"}})
-    asked = ["--api-key", "k", "bench", "compare", gateway.url, gateway.url, "--num-prompts", "1"]
-    assert main(asked) == ExitCode.REFUSED
-    assert "give --vocab-size" in capsys.readouterr().err
     choice = {"text": "x", "finish_reason": "length"}
     gateway.events = [{"choices": [choice], "usage": {"completion_tokens": 1}}]
+    asked = ["bench", "compare", gateway.url, gateway.url, "--num-prompts", "1"]
+    assert main(asked) == ExitCode.REFUSED
+    assert "give --vocab-size" in capsys.readouterr().err
     assert main([*asked, "--vocab-size", "9", "--threshold", "1000"]) == ExitCode.OK
+
+
+@pytest.mark.parametrize("given", [[], ["--b-api-key", "other"]])
+def test_a_server_gets_its_own_key_only(gateway: FakeGateway, given: list[str]) -> None:
+    gateway.status = (200, {**STATUS, "model": {"vocab_size": 9}})
+    choice = {"text": "x", "finish_reason": "length"}
+    gateway.events = [{"choices": [choice], "usage": {"completion_tokens": 1}}]
+    asked = ["bench", "compare", gateway.url, gateway.url, "--num-prompts", "1"]
+    assert main(["--api-key", "k", *asked, *given, "--threshold", "1000"]) == ExitCode.OK
+    assert gateway.keys == ["Bearer k", "Bearer other" if given else None]
 
 
 def test_a_file_and_a_server(tmp_path: Path) -> None:

@@ -23,20 +23,26 @@ def write(root: Path, name: str, text: str) -> None:
     path.write_text(text)
 
 
-def test_the_least_limit_of_threads_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("groups", "folder"),
+    [("0::/a/b\n", "sys/fs/cgroup/a"), ("3:cpu:/x\n2:pids:/a/b\n", "sys/fs/cgroup/pids/a/b")],
+    ids=["version 2, a group above", "version 1"],
+)
+def test_the_control_group_counts(tmp_path: Path, groups: str, folder: str) -> None:
     write(tmp_path, "proc/sys/kernel/threads-max", str(10**9))
-    write(tmp_path, "sys/fs/cgroup/pids.max", "1")
+    write(tmp_path, "proc/self/cgroup", groups)
+    write(tmp_path, f"{folder}/pids.current", "30")
+    write(tmp_path, f"{folder}/pids.max", "50")
     found = examine_threads(tmp_path)
     assert found.verdict == "warn"
-    assert "0 more may start (pids.max of the control group is 1): raise" in found.text
-    write(tmp_path, "sys/fs/cgroup/pids.max", "max\n")
+    assert "20 more may start, by pids.max of the control group: raise" in found.text
+    write(tmp_path, f"{folder}/pids.max", "max\n")
     assert "pids.max" not in examine_threads(tmp_path).text
 
 
-def test_this_host_has_threads() -> None:
-    found = examine_threads()
-    assert (found.verdict == "ok") == (": raise" not in found.text)
-    assert MIN_THREADS > 0
+def test_the_kernel_has_a_limit(tmp_path: Path) -> None:
+    write(tmp_path, "proc/sys/kernel/threads-max", str(MIN_THREADS))
+    assert examine_threads(tmp_path).verdict == "warn"
 
 
 def test_few_open_files() -> None:
