@@ -369,9 +369,8 @@ class Gateway:
                     generation.assigned(request.request_id, entry)
                     return
             if now_s >= deadline_s:
-                if can_go:
-                    raise DeadlineExceededError("the request's time is over", False)
-                raise NotReadyError("the cluster is recovering", "not_ready", 2.0)
+                waited = "" if can_go else ": the cluster is recovering"
+                raise DeadlineExceededError(f"the request's time is over{waited}", False)
             if not can_go:
                 await self.cluster.wait_change(min(_LOOK_S, deadline_s - now_s))
                 continue

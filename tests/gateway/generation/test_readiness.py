@@ -151,8 +151,10 @@ def test_requests_wait_no_longer_than_their_time(moody: Stack) -> None:
     _change(moody, state="RECOVERING")
     headers = {"x-request-timeout-ms": "200"}
     response = moody.http.post("/v1/completions", json={"prompt": "x"}, headers=headers)
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "not_ready"
+    assert response.status_code == 408
+    error = response.json()["error"]
+    assert error["code"] == "deadline_exceeded"
+    assert error["message"] == "the request's time is over: the cluster is recovering"
 
 
 def test_running_requests_go_on_through_a_recovery(moody: Stack) -> None:
