@@ -41,6 +41,7 @@ TORCH_CUDA_MB = 2720
 ZIG_MB = 100
 PROMETHEUS = ("prometheus", "promtool")
 PROMETHEUS_MB = 20
+PROMETHEUS_BY_HAND = "install them, and put them on PATH, for the tests of alerts"
 LOG_LINES_ON_FAILURE = 15
 LOG_CHARACTERS = 400
 
@@ -275,23 +276,39 @@ def install_npm(folder: Path) -> None:
 def install_prometheus(folder: Path) -> None:
     """Take Prometheus out of Debian's package, unless it is here; no registry of pip or npm has it.
 
-    The machine stays as it is, and nobody needs to be root. Elsewhere than on Debian and its
-    relatives it must be installed by hand, and until then its tests are skipped.
+    The machine stays as it is, and nobody needs to be root. Where there is no apt, or apt has no
+    package (offline, or with old lists), Prometheus must be installed by hand, and until then its
+    tests are skipped.
     """
     if all(shutil.which(name) for name in PROMETHEUS):
         return
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        say("prometheus and promtool are not on PATH: install them for the tests of alerts")
+        say(f"prometheus and promtool are not on PATH: {PROMETHEUS_BY_HAND}")
         return
     say(f"taking Prometheus out of its Debian package, about {PROMETHEUS_MB} MB")
     with tempfile.TemporaryDirectory() as text:
-        place = Path(text)
-        place.chmod(0o755)  # apt-get downloads as a user of its own
-        _run(["apt-get", "--quiet", "download", "prometheus"], place)
-        (package,) = place.glob("prometheus_*.deb")
-        _run(["dpkg-deb", "--extract", str(package), str(place)], place)
-        for name in PROMETHEUS:
-            shutil.move(place / "usr" / "bin" / name, folder / name)
+        try:
+            _unpack_prometheus(Path(text), folder)
+        except SetupError as err:
+            say(f"{err}\nprometheus and promtool are missing: {PROMETHEUS_BY_HAND}")
+
+
+def _unpack_prometheus(place: Path, folder: Path) -> None:
+    """Download and unpack the package in ``place``, an empty folder; its programs go to ``folder``.
+
+    Raises ``SetupError``.
+    """
+    place.chmod(0o755)  # apt-get downloads as a user of its own
+    _run(["apt-get", "--quiet", "download", "prometheus"], place)
+    packages = sorted(place.glob("prometheus_*.deb"))
+    if len(packages) != 1:
+        raise SetupError(f"apt-get left {len(packages)} packages of Prometheus, not one")
+    _run(["dpkg-deb", "--extract", str(packages[0]), str(place)], place)
+    found = [place / "usr" / "bin" / name for name in PROMETHEUS]
+    if missing := [path.name for path in found if not path.is_file()]:
+        raise SetupError(f"{packages[0].name} has no {' and no '.join(missing)}")
+    for path in found:
+        shutil.move(path, folder / path.name)
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
