@@ -46,7 +46,7 @@ class MergedFamilies:
         self._families: dict[str, list[str]] = {}
 
     def add(self, added: Iterable[PlainFamily], **labels: str) -> None:
-        """Add families of one process, whose samples get more labels."""
+        """Add families of one process, whose samples get more labels, or others of these names."""
         for found in added:
             name = self._prefix + found["name"]
             if (lines := self._families.get(name)) is None:
@@ -74,8 +74,9 @@ def _head(name: str, text: str, kind: str) -> str:
 
 @lru_cache(maxsize=_MOST_SERIES)
 def _series(name: str, *labels: tuple[str, str]) -> str:
-    """A sample's name and labels, sorted."""
-    escaped = (f'{label}="{_escaped(value)}"' for label, value in sorted(labels))
+    """A sample's name and labels, sorted; of two labels with one name the last counts."""
+    distinct = sorted(dict(labels).items())
+    escaped = (f'{label}="{_escaped(value)}"' for label, value in distinct)
     return f"{name}{{{','.join(escaped)}}}" if labels else name
 
 

@@ -157,6 +157,7 @@ class Generation(AbstractContextManager["Generation"]):
             now_s = time.monotonic()
             deadline_s = self.deadline_s + (_VERDICT_S if self._awaits_verdict() else 0.0)
             if now_s >= deadline_s:
+                self._cut_off = FinishReason.ERROR
                 raise self._too_late()
             if give_up_s is not None and now_s >= give_up_s:
                 break

@@ -46,7 +46,7 @@ class TracedRequests:
         """Where spans of a step with these sequences belong; ``MAX_TRACED`` at most."""
         found: dict[SpanPlace, None] = {}
         for sequence in expected:
-            if self._left.get(sequence.request.request_id) and _has_spans(sequence):
+            if self._left.get(sequence.request.request_id, 0) > 0 and _has_spans(sequence):
                 found[_place(sequence)] = None
                 if len(found) == MAX_TRACED:
                     break

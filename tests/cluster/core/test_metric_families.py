@@ -42,5 +42,14 @@ def test_families_of_several_processes_are_merged() -> None:
     ]
 
 
+def test_a_label_of_the_process_replaces_one_of_its_sample() -> None:
+    """Prometheus refuses a whole scrape in which a sample has a label twice."""
+    registry = new_registry()
+    Gauge("level", "A level", ["gateway"], registry=registry).labels("other").set(1)
+    merged = MergedFamilies("p:")
+    merged.add(to_plain(registry), gateway="a")
+    assert merged.render().splitlines()[-1] == b'p:level{gateway="a"} 1.0'
+
+
 def test_nothing_is_an_empty_text() -> None:
     assert MergedFamilies("p:").render() == b""

@@ -53,6 +53,19 @@ def test_a_failed_choice_counts_as_an_error(stack: Stack) -> None:
     assert after.since(before, "request_success_total") == 1
 
 
+def test_a_choice_whose_time_is_over_counts_as_an_error(stack: Stack) -> None:
+    """No worker reports that it is over: the gateway notices."""
+    before = scrape(stack)
+    stack.engine.is_paused = True
+    headers = {"x-request-timeout-ms": "50"}
+    answer = stack.http.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+    stack.engine.is_paused = False
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    after = scrape(stack)
+    assert after.since(before, "request_success_total", finished_reason="error") == 1
+    assert after.since(before, "request_success_total") == 1
+
+
 def test_what_is_refused_counts_no_tokens(stack: Stack) -> None:
     before = scrape(stack)
     for fields in ({"prompt": ""}, {"prompt": "x", "n": -1}, {"prompt": "x", "model": "none"}):

@@ -79,6 +79,17 @@ def test_a_request_has_a_bounded_number_of_steps_with_spans() -> None:
     assert not traced
 
 
+def test_steps_of_another_prompt_do_not_give_a_request_more_spans() -> None:
+    """Prompts of a batch have the same span above their prefill, and so count each other's."""
+    first, second = sequence_of("first"), sequence_of("second")
+    traced = traced_of(first, second)
+    header = replace(header_of(1), places=((0, (PLACES.prefill,)),))
+    for _ in range(MAX_STEPS + 1):
+        traced.ran(header, 0, [first])
+    assert not traced.places([first])
+    assert traced.places([second])
+
+
 class Kept:
     """``RecordSpan``."""
 
