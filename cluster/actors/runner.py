@@ -186,9 +186,9 @@ class Runner:
                 self.background.spawn(self._insist(partial(self.group.release, places)))
             case EndAll():
                 self.background.spawn(self._insist(self.group.end_all, self.controller.all_ended))
-            case Trace(name, seconds, attributes, error, place):
+            case Trace(name, seconds, attributes, error, span_id):
                 if self.traces is not None:
-                    self.traces.record(name, seconds, attributes, error, place)
+                    self.traces.record(name, seconds, attributes, error, span_id)
 
     # ---- events of the sockets (``ControlEvents``) -------------------------------------------
 

@@ -246,7 +246,7 @@ class Controller:
             ],
             "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),
-            "traces": cluster.traces.to_list(),
+            "changes": cluster.traces.to_list(),
         }
 
     def restore(self, collected: CollectedState, now: float) -> None:

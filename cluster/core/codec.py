@@ -24,6 +24,10 @@ from cluster.core.errors import ConfigError, ProtocolError
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 """A number that a peer must not send negative."""
+TRACE_ID_BYTES = 16
+SPAN_ID_BYTES = TRACE_ID_BYTES + 8
+"""Between processes the id of a span is that of its trace and its own (W3C Trace Context)."""
+SpanIdBytes = Annotated[bytes, msgspec.Meta(min_length=SPAN_ID_BYTES, max_length=SPAN_ID_BYTES)]
 _MISFITS = (msgspec.MsgspecError, ValueError, LookupError, RecursionError)
 """What a decoder says of bad data."""
 _INTEGERS = ("u1", "u2", "u4", "u8")

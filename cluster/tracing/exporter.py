@@ -28,6 +28,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from cluster.core.codec import SPAN_ID_BYTES, TRACE_ID_BYTES
 from cluster.core.errors import ConfigError
 from cluster.core.release import RELEASE
 from cluster.tracing.names import ERROR_TYPE, PROVIDER
@@ -42,38 +43,40 @@ __all__ = ["AttributeValue", "Context", "Span", "SpanKind", "Tracer", "set_span_
 logger = logging.getLogger(__name__)
 
 _STOP_S = 1.0
-_TRACE_ID_BYTES = 16
-_CHOSEN: ContextVar[SpanPlace | None] = ContextVar("_CHOSEN", default=None)
+_CHOSEN: ContextVar[SpanId | None] = ContextVar("_CHOSEN", default=None)
 """Ids of the next span, where others have to know them before it is made."""
 
 
 @dataclass(frozen=True, slots=True)
-class SpanPlace:
-    """The ids of a span that is sampled, which others may name before, or after, it is made.
+class SpanId:
+    """The ids of a span that is sampled: others may name it before, or after, it is made.
 
-    Its form between processes is 24 bytes: trace id, span id.
+    Between processes it is ``SPAN_ID_BYTES`` bytes.
     """
 
     trace_id: int
-    span_id: int
+    number: int
+    """The span's own id."""
 
     @classmethod
-    def of(cls, span: Span) -> SpanPlace:
+    def of(cls, span: Span) -> SpanId:
         context = span.get_span_context()
         return cls(context.trace_id, context.span_id)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> SpanPlace:
-        head, tail = data[:_TRACE_ID_BYTES], data[_TRACE_ID_BYTES:]
+    def from_bytes(cls, data: bytes) -> SpanId:
+        head, tail = data[:TRACE_ID_BYTES], data[TRACE_ID_BYTES:]
         return cls(int.from_bytes(head, "big"), int.from_bytes(tail, "big"))
 
     def to_bytes(self) -> bytes:
-        return self.trace_id.to_bytes(_TRACE_ID_BYTES, "big") + self.span_id.to_bytes(8, "big")
+        own_bytes = SPAN_ID_BYTES - TRACE_ID_BYTES
+        head = self.trace_id.to_bytes(TRACE_ID_BYTES, "big")
+        return head + self.number.to_bytes(own_bytes, "big")
 
     @property
     def context(self) -> SpanContext:
         return SpanContext(
-            self.trace_id, self.span_id, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
+            self.trace_id, self.number, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
         )
 
 
@@ -89,14 +92,14 @@ class TraceExport:
         self.tracer = provider.get_tracer(PROVIDER, RELEASE)
         self._provider = provider
 
-    def new_place(self, span: Span) -> SpanPlace:
-        """A place in the trace of ``span`` for a later span."""
+    def new_id(self, span: Span) -> SpanId:
+        """The id of a later span in the trace of ``span``."""
         trace_id = span.get_span_context().trace_id
-        return SpanPlace(trace_id, self._provider.id_generator.generate_span_id())
+        return SpanId(trace_id, self._provider.id_generator.generate_span_id())
 
-    def start_at(self, place: SpanPlace, name: str, parent: Context, **options: Any) -> Span:
-        """A span with the ids of ``place``; options as in ``Tracer.start_span``."""
-        token = _CHOSEN.set(place)
+    def start_as(self, span_id: SpanId, name: str, parent: Context, **options: Any) -> Span:
+        """A span with this id; options as in ``Tracer.start_span``."""
+        token = _CHOSEN.set(span_id)
         try:
             return self.tracer.start_span(name, parent, **options)
         finally:
@@ -108,31 +111,33 @@ class TraceExport:
         seconds: float,
         attributes: Mapping[str, Any],
         error: str = "",
-        place: bytes = b"",
+        span_id: bytes = b"",
     ) -> None:
         """Record what has ended just now as a trace of its own. Attributes of None are unknown.
 
-        ``place`` has its ids; empty: new ones.
+        ``span_id`` empty: a new one.
         """
         now_ns = time.time_ns()
         known = {name: value for name, value in attributes.items() if value is not None}
         began_ns = now_ns - round(seconds * 1e9)
         start = self.tracer.start_span
-        if place:
-            start = partial(self.start_at, SpanPlace.from_bytes(place))
+        if span_id:
+            start = partial(self.start_as, SpanId.from_bytes(span_id))
         span = start(name, Context(), attributes=known, start_time=began_ns)
         set_error(span, error)
         span.end(now_ns)
 
     def record_below(
-        self, place: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
+        self, parent: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
     ) -> None:
         """Record a span below one of another process; times are of ``time.monotonic_ns``."""
         day_ns = time.time_ns() - time.monotonic_ns()
-        above = NonRecordingSpan(SpanPlace.from_bytes(place).context)
-        parent = set_span_in_context(above, Context())
+        above = NonRecordingSpan(SpanId.from_bytes(parent).context)
         span = self.tracer.start_span(
-            name, parent, attributes=dict(found), start_time=day_ns + began_ns
+            name,
+            set_span_in_context(above, Context()),
+            attributes=dict(found),
+            start_time=day_ns + began_ns,
         )
         span.end(day_ns + ended_ns)
 
@@ -154,7 +159,7 @@ def _chosen_ids() -> RandomIdGenerator:
 
         def generate_span_id(self) -> int:
             chosen = _CHOSEN.get()
-            return super().generate_span_id() if chosen is None else chosen.span_id
+            return super().generate_span_id() if chosen is None else chosen.number
 
     return ChosenIds()
 
@@ -210,9 +215,9 @@ def parent_of(headers: Mapping[str, Sequence[str]]) -> Context:
     return TraceContextTextMapPropagator().extract(headers, Context())
 
 
-def add_link(span: Span, place: bytes, attributes: Mapping[str, AttributeValue]) -> None:
+def add_link(span: Span, span_id: bytes, attributes: Mapping[str, AttributeValue]) -> None:
     """Link a span to one of another process."""
-    span.add_link(SpanPlace.from_bytes(place).context, attributes)
+    span.add_link(SpanId.from_bytes(span_id).context, attributes)
 
 
 def set_error(span: Span, error: str) -> None:

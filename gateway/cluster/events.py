@@ -31,8 +31,7 @@ class Change:
 
     name: str
     """Of its span."""
-    place: bytes
-    """Ids of its trace and span."""
+    span_id: bytes
     began_s: float
     ended_s: float = math.inf
 
@@ -56,23 +55,25 @@ class ClusterEvents:
         for name in sorted(self._living & lost):
             self._events.append(Event(now_s, names.EXPERT_WORKER_LOST, {names.WORKER: name}))
         self._living = frozenset(w["name"] for w in workers) - lost
-        self._take_changes(snapshot.get("traces", ()), now_s)
+        self._take_changes(snapshot.get("changes", ()), now_s)
 
-    def _take_changes(self, traces: Iterable[Mapping[str, Any]], now_s: float) -> None:
+    def _take_changes(self, told: Iterable[Mapping[str, Any]], now_s: float) -> None:
         """A change ends when its length is known, or with the controller that does not name it."""
-        going_on = {place for place, change in self._changes.items() if change.ended_s == math.inf}
-        for trace in traces:
-            place, seconds = str(trace["place"]), trace["seconds"]
-            if place not in self._changes:
-                self._changes[place] = Change(trace["name"], bytes.fromhex(place), now_s)
-                going_on.add(place)
-            change = self._changes[place]
+        going_on = {
+            span_id for span_id, change in self._changes.items() if change.ended_s == math.inf
+        }
+        for change in told:
+            span_id, seconds = str(change["span_id"]), change["seconds"]
+            if span_id not in self._changes:
+                self._changes[span_id] = Change(change["name"], bytes.fromhex(span_id), now_s)
+                going_on.add(span_id)
+            known = self._changes[span_id]
             if seconds is None:
-                going_on.discard(place)
-            elif place in going_on:
-                change.began_s = min(change.began_s, now_s - seconds)
-        for place in going_on:
-            self._changes[place].ended_s = now_s
+                going_on.discard(span_id)
+            elif span_id in going_on:
+                known.began_s = min(known.began_s, now_s - seconds)
+        for span_id in going_on:
+            self._changes[span_id].ended_s = now_s
         while len(self._changes) > _KEPT:
             del self._changes[next(iter(self._changes))]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 Question = Literal["describe", "metrics", "summary", "abort"]
-"""``summary`` is both of those before it."""
+"""What a replica is asked for; ``summary`` asks for what ``describe`` and ``metrics`` do."""
 
 
 class ServeReplicas(Protocol):

@@ -11,11 +11,11 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from cluster.tracing.exporter import Span, SpanPlace
+from cluster.tracing.exporter import Span, SpanId
 from gateway.core.call import GenerateFields
 from gateway.generation.generation import Generation
 from workers.requests.request import Request
-from workers.requests.traced import RequestPlaces
+from workers.requests.traced import StepParents
 
 CLIENT_GONE = "client_closed_request"
 """Error of a request whose client left."""
@@ -33,7 +33,10 @@ class RequestTrace:
     request_id: str
     headers: Mapping[str, Sequence[str]]
     """``traceparent`` and ``tracestate``, each with every value that came."""
+    on_prompt: Callable[[RequestTrace], StepParents | None]
+    """Called with each prompt that goes to an engine, in order; None: it is not sampled."""
     on_end: Callable[[RequestTrace], None]
+    """Called once it is over."""
     fields: GenerateFields | None = None
     """What was asked for, once it is known to be within its limits; None for embeddings."""
     generation: Generation | None = None
@@ -45,11 +48,9 @@ class RequestTrace:
     ended_s: float = 0.0
     day_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
     """The time of day at 0.0 s of ``time.monotonic``."""
-    on_prompt: Callable[[RequestTrace], RequestPlaces | None] = lambda trace: None
-    """Called with each prompt that goes to an engine, in order; None: it is not sampled."""
     span: Span | None = None
     """The request's, from its first prompt on, as workers make spans below it."""
-    decodes: list[SpanPlace] = field(default_factory=list)
+    decodes: list[SpanId] = field(default_factory=list)
     """By prompt, the ids that the span of its decode will have."""
 
     def end(self, error: str = "") -> None:
@@ -67,10 +68,10 @@ TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
 
 
 def traced(request: Request) -> Request:
-    """The request of a prompt, with where the spans of its steps belong, if they have any."""
+    """The request of a prompt, with the spans above those of its steps, if they have any."""
     trace = TRACE.get()
-    places = None if trace is None else trace.on_prompt(trace)
-    return request if places is None else replace(request, places=places)
+    parents = None if trace is None else trace.on_prompt(trace)
+    return request if parents is None else replace(request, step_parents=parents)
 
 
 def note_error(code: str) -> None:

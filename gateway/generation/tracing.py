@@ -34,8 +34,8 @@ from cluster.tracing.exporter import (
     AttributeValue,
     Context,
     Span,
+    SpanId,
     SpanKind,
-    SpanPlace,
     TraceExport,
     add_link,
     load_exporter,
@@ -48,7 +48,7 @@ from gateway.core.call import CallKind, GenerateFields
 from gateway.generation.choices import Choice, Prompt
 from gateway.generation.generation import Generation
 from gateway.generation.request_trace import TRACE, Port, RequestTrace
-from workers.requests.traced import RequestPlaces
+from workers.requests.traced import StepParents
 
 logger = logging.getLogger(__name__)
 
@@ -104,23 +104,24 @@ class Tracing:
         for header, value in headers:
             if header in _HEADERS and isinstance(value, str):
                 parent.setdefault(header, []).append(value)
-        trace = RequestTrace(operation, port, request_id, parent, self._record)
-        trace.on_prompt = self._places
+        trace = RequestTrace(
+            operation, port, request_id, parent, on_prompt=self._parents, on_end=self._record
+        )
         TRACE.set(trace)
         return trace
 
     def see(self, snapshot: Mapping[str, Any]) -> None:
         self.cluster_events.take(snapshot, time.monotonic())
 
-    def places(self, trace: RequestTrace) -> RequestPlaces | None:
-        """Where the spans of the steps of the next prompt belong; None: it has none."""
+    def parents(self, trace: RequestTrace) -> StepParents | None:
+        """The spans above those of the steps of the next prompt; None: it has none."""
         trace.span = trace.span or self._start(trace)
         if not trace.span.is_recording() or len(trace.decodes) == MAX_PROMPTS:
             return None
-        decode = self.export.new_place(trace.span)
+        decode = self.export.new_id(trace.span)
         trace.decodes.append(decode)
-        request = SpanPlace.of(trace.span)
-        return RequestPlaces(prefill=request.to_bytes(), decode=decode.to_bytes())
+        request = SpanId.of(trace.span)
+        return StepParents(prefill=request.to_bytes(), decode=decode.to_bytes())
 
     def record(self, trace: RequestTrace) -> None:
         """Complete the span of a request that has ended, and make its children."""
@@ -132,7 +133,7 @@ class Tracing:
             if self.decode is not None:
                 root.set_attributes(_content(trace.fields, generation, self.decode))
             for change in self.cluster_events.changes(generation.admitted_s, trace.ended_s):
-                add_link(root, change.place, {names.CHANGE: change.name})
+                add_link(root, change.span_id, {names.CHANGE: change.name})
         set_error(root, trace.error)
         if generation is not None:
             _Children(self, set_span_in_context(root), trace.day_ns).record(trace, generation)
@@ -154,10 +155,10 @@ class Tracing:
             start_time=trace.day_ns + round(trace.began_s * 1e9),
         )
 
-    def _places(self, trace: RequestTrace) -> RequestPlaces | None:
+    def _parents(self, trace: RequestTrace) -> StepParents | None:
         """Log every error and raise none."""
         try:
-            return self.places(trace)
+            return self.parents(trace)
         except Exception:
             logger.exception("steps of request %s have no spans", trace.request_id)
             return None
@@ -203,8 +204,8 @@ class _Children:
         request: Attributes = {names.REQUEST_ID: trace.request_id}
         self._span(names.TOKENIZE, generation.started_s, admitted_s, request)
         for index, prompt in enumerate(islice(generation.prompts, MAX_PROMPTS)):
-            place = trace.decodes[index] if index < len(trace.decodes) else None
-            self._record_prompt(prompt, admitted_s, closed_s, request, place)
+            span_id = trace.decodes[index] if index < len(trace.decodes) else None
+            self._record_prompt(prompt, admitted_s, closed_s, request, span_id)
         if generation.makes_text and heard_s and not trace.error:
             self._span(names.DETOKENIZE, heard_s, closed_s, request)
 
@@ -214,7 +215,7 @@ class _Children:
         admitted_s: float,
         closed_s: float,
         request: Attributes,
-        place: SpanPlace | None,
+        span_id: SpanId | None,
     ) -> None:
         attributes = {
             **request,
@@ -228,7 +229,7 @@ class _Children:
             self._span(names.PREFILL, *chunk, attributes | cached)
         begins_s = [c.first_token_s for c in prompt.choices if c.first_token_s is not None]
         if begins_s:
-            self._record_decode(prompt, min(begins_s), closed_s, attributes, place)
+            self._record_decode(prompt, min(begins_s), closed_s, attributes, span_id)
 
     def _record_decode(
         self,
@@ -236,7 +237,7 @@ class _Children:
         began_s: float,
         closed_s: float,
         attributes: Attributes,
-        place: SpanPlace | None,
+        span_id: SpanId | None,
     ) -> None:
         is_over = all(choice.finish is not None for choice in prompt.choices)
         last_s = max(choice.last_token_s or 0.0 for choice in prompt.choices)
@@ -250,7 +251,7 @@ class _Children:
             *self.tracing.cluster_events.between(began_s, ended_s),
         ]
         preemptions = {names.PREEMPTIONS: len(preempted_s)}
-        self._span(names.DECODE, began_s, ended_s, attributes | preemptions, events, place)
+        self._span(names.DECODE, began_s, ended_s, attributes | preemptions, events, span_id)
 
     def _span(
         self,
@@ -259,10 +260,10 @@ class _Children:
         ended_s: float,
         attributes: Attributes,
         events: Iterable[Event] = (),
-        place: SpanPlace | None = None,
+        span_id: SpanId | None = None,
     ) -> None:
         export, began_ns = self.tracing.export, self._ns(began_s)
-        start = export.tracer.start_span if place is None else partial(export.start_at, place)
+        start = export.tracer.start_span if span_id is None else partial(export.start_as, span_id)
         span = start(name, self.parent, attributes=attributes, start_time=began_ns)
         for event in sorted(events, key=lambda event: event.when_s):
             span.add_event(event.name, event.attributes, self._ns(event.when_s))

@@ -38,7 +38,7 @@ _ITL_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
     *(1.0, 2.5, 5.0),
 )
-"""With the limits that vLLM's dashboard offers for a time per token."""
+"""These contain all limits that vLLM's dashboard offers for a time per token."""
 _TIME_BUCKETS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _HTTP_BUCKETS = (0.1, 0.5, 1.0)
 """Few, as there are many routes: those of prometheus-fastapi-instrumentator, which vLLM uses."""

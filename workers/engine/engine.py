@@ -283,7 +283,7 @@ class Engine:
         wanted = replace(self._scheduler.wanted(), edge_share=self.runner.dispatcher.edge_share)
         if not self._traced:
             return wanted
-        return replace(wanted, places=self._traced.places(chain(*self._scheduler.expected)))
+        return replace(wanted, parents=self._traced.parents(chain(*self._scheduler.expected)))
 
     def _restrict(self, alone: str | None) -> None:
         self._scheduler.restrict(self._isolation.suspects | self._paused, alone)
@@ -321,7 +321,7 @@ class Engine:
             raise
         finally:
             self._note_dispatch(plan)
-            if header.places:
+            if header.parents:
                 self._traced.ran(header, self._rank, (r.sequence for r in plan.rows))
         if not is_complete:
             self._abandon(plan)

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from workers.engine.micro_batches import MicroBatchRule
 from workers.requests.buckets import bucket_of
 from workers.requests.step_header import WHOLE, Grant, StepHeader, StepProposal
+from workers.requests.traced import MAX_TRACED, Parents
 
 _ROUNDING = 8
 """Limits of edges are multiples of it: buffers have few sizes then."""
@@ -67,7 +68,7 @@ def decide_header(
         num_micro_batches=micro_batches.choose(rows, has_prefill),
         exact=has_prefill,
         is_alone=bool(alone),
-        places=tuple((r, p) for r, g in grants if g.num_rows and (p := proposals[r].places)),
+        parents=_share_spans([(r, proposals[r].parents) for r, g in grants if g.num_rows], step),
     )
     if has_prefill:
         return header
@@ -79,6 +80,24 @@ def decide_header(
         limit = bucket_of(limit, buckets)
         limit = limit if limit < bucket else 0
     return replace(header, edge_limit=limit) if limit else header
+
+
+def _share_spans(
+    asked: Sequence[tuple[int, Parents]], step: int
+) -> tuple[tuple[int, Parents], ...]:
+    """Of the spans that ranks ask for those that the step has: ``MAX_TRACED`` over all ranks.
+
+    A worker of experts makes all of them. Every rank has its first before any has its second; the
+    rank that begins rotates with the step number.
+    """
+    in_turn = sorted(
+        (turn, (number - step) % len(asked), rank, parent)
+        for number, (rank, parents) in enumerate(asked)
+        for turn, parent in enumerate(parents)
+    )
+    chosen = {(rank, parent) for *_, rank, parent in in_turn[:MAX_TRACED]}
+    shared = ((r, tuple(p for p in parents if (r, p) in chosen)) for r, parents in asked)
+    return tuple((rank, parents) for rank, parents in shared if parents)
 
 
 def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:

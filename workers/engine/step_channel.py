@@ -144,7 +144,7 @@ class StepChannel:
             prefill_rows=wanted.prefill_rows,
             edge_share=wanted.edge_share,
             is_alone=wanted.is_alone,
-            places=wanted.places,
+            parents=wanted.parents,
         )
         if self.is_leader:
             self._proposals[connections.me.rank] = proposal

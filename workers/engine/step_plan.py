@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from workers.requests.sequence import SequenceState
-from workers.requests.traced import Places
+from workers.requests.traced import Parents
 
 
 class PlannedRows(Struct, frozen=True):
@@ -66,5 +66,5 @@ class RowsWanted:
     """See ``StepProposal``."""
     is_alone: bool = False
     """They are one request's, and no other's may be in the step on any rank."""
-    places: Places = ()
+    parents: Parents = ()
     """See ``StepProposal``."""

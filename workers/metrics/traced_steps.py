@@ -5,7 +5,8 @@
     its 1st, 2nd, 4th, 8th, .. decode     yes, so that a long answer has few of them all over
     more than ``MAX_STEPS`` in all        no
 
-An attention worker proposes, and the step's header names, where the spans belong. Then every worker
+An attention worker proposes, and the step's header names, the spans of requests below
+which those of the step are. Then every worker
 of experts, and the attention worker itself, records one span of its part. Where no request is
 traced, a step costs two looks at empty containers.
 """
@@ -16,11 +17,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from cluster.core.codec import SpanIdBytes
 from cluster.tracing import names
 from workers.requests.request import Request
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
-from workers.requests.traced import MAX_TRACED, SpanPlace
+from workers.requests.traced import MAX_TRACED
 
 MAX_STEPS = 32
 """Steps of a request, at one worker, that have spans."""
@@ -36,27 +38,27 @@ class TracedRequests:
         return bool(self._left)
 
     def enter(self, request: Request) -> None:
-        if request.places is not None:
+        if request.step_parents is not None:
             self._left[request.request_id] = MAX_STEPS
 
     def forget(self, request_id: str) -> None:
         self._left.pop(request_id, None)
 
-    def places(self, expected: Iterable[SequenceState]) -> tuple[SpanPlace, ...]:
-        """Where spans of a step with these sequences belong; ``MAX_TRACED`` at most."""
-        found: dict[SpanPlace, None] = {}
+    def parents(self, expected: Iterable[SequenceState]) -> tuple[SpanIdBytes, ...]:
+        """The spans above those of a step with these sequences; ``MAX_TRACED`` at most."""
+        found: dict[SpanIdBytes, None] = {}
         for sequence in expected:
             if self._left.get(sequence.request.request_id, 0) > 0 and _has_spans(sequence):
-                found[_place(sequence)] = None
+                found[_parent(sequence)] = None
                 if len(found) == MAX_TRACED:
                     break
         return tuple(found)
 
     def ran(self, header: StepHeader, rank: int, planned: Iterable[SequenceState]) -> None:
         """A step has run with these sequences on this rank."""
-        places = places_of(header, rank)
-        if places:
-            for name in {s.request.request_id for s in planned if _is_named(s, places)}:
+        parents = parents_of(header, rank)
+        if parents:
+            for name in {s.request.request_id for s in planned if _is_named(s, parents)}:
                 self._left[name] -= 1
 
 
@@ -64,7 +66,7 @@ class RecordSpan(Protocol):
     """``TraceExport.record_below``; times are those of ``time.monotonic_ns``."""
 
     def __call__(
-        self, place: SpanPlace, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
+        self, parent: SpanIdBytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
     ) -> None: ...
 
 
@@ -82,17 +84,17 @@ class StepSpans:
         self._record = record
         self._worker = worker
         self._rank = rank
-        self._places: tuple[SpanPlace, ...] = ()
+        self._parents: tuple[SpanIdBytes, ...] = ()
         self._header: StepHeader | None = None
         self._ns: Counter[str] = Counter()
         self._step_ns = 0, 0
 
     def begin_step(self, header: StepHeader) -> bool:
-        if not header.places:
+        if not header.parents:
             return False
-        self._header, self._places = header, places_of(header, self._rank)
+        self._header, self._parents = header, parents_of(header, self._rank)
         self._ns.clear()
-        return bool(self._places)
+        return bool(self._parents)
 
     def add(self, name: str, start_ns: int, end_ns: int, place: dict[str, Any]) -> None:
         if name == "step":
@@ -113,17 +115,17 @@ class StepSpans:
             names.DECODE_ROWS: header.decode_rows,
             **seconds,
         }
-        for place in self._places:
-            self._record(place, names.STEP_SPAN, *self._step_ns, found)
+        for parent in self._parents:
+            self._record(parent, names.STEP_SPAN, *self._step_ns, found)
 
 
-def places_of(header: StepHeader, rank: int | None) -> tuple[SpanPlace, ...]:
-    """Where spans of the step of one attention rank belong; None: of all ranks."""
+def parents_of(header: StepHeader, rank: int | None) -> tuple[SpanIdBytes, ...]:
+    """The spans above those of one attention rank's part of the step; None: of all ranks'."""
     return tuple(
-        place
-        for asking, places in header.places
+        parent
+        for asking, parents in header.parents
         if rank is None or asking == rank
-        for place in places
+        for parent in parents
     )
 
 
@@ -132,12 +134,12 @@ def _has_spans(sequence: SequenceState) -> bool:
     return not count or sequence.num_missing != 1 or count & (count - 1) == 0
 
 
-def _place(sequence: SequenceState) -> SpanPlace:
-    places = sequence.request.places
-    assert places is not None, "only traced requests are looked at"
-    return places.decode if sequence.output and sequence.num_missing == 1 else places.prefill
+def _parent(sequence: SequenceState) -> SpanIdBytes:
+    parents = sequence.request.step_parents
+    assert parents is not None, "only traced requests are looked at"
+    return parents.decode if sequence.output and sequence.num_missing == 1 else parents.prefill
 
 
-def _is_named(sequence: SequenceState, places: Iterable[SpanPlace]) -> bool:
-    own = sequence.request.places
-    return own is not None and (own.prefill in places or own.decode in places)
+def _is_named(sequence: SequenceState, parents: Iterable[SpanIdBytes]) -> bool:
+    own = sequence.request.step_parents
+    return own is not None and (own.prefill in parents or own.decode in parents)

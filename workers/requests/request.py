@@ -11,7 +11,7 @@ from enum import Enum
 from cluster.core.codec import Count, Message
 from workers.requests.inspection import Inspection, NamedArray
 from workers.requests.prompt_embeds import PromptEmbeds
-from workers.requests.traced import RequestPlaces
+from workers.requests.traced import StepParents
 
 MAX_DEATHS = 2
 """Deaths of workers with a request after which it runs alone."""
@@ -121,8 +121,8 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Whose it is: tenants take turns, and ``priority`` orders the requests of one."""
     weight: float = 1.0
     """The tenant's share is in proportion to it."""
-    places: RequestPlaces | None = None
-    """Where the spans of its steps belong; None: it is not traced."""
+    step_parents: StepParents | None = None
+    """The spans above those of its steps; None: it is not traced."""
 
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -11,7 +11,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from cluster.core.codec import Codec, Count, Message
-from workers.requests.traced import Places
+from workers.requests.traced import MAX_TRACED, Parents
 
 MAX_ROWS = 1 << 24
 """Rows that one rank can name in a proposal or be granted; no worker sends more."""
@@ -37,8 +37,8 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     known, so none of its rows may be left out."""
     is_alone: bool = False
     """They are one request's, which must be in a step with no other."""
-    places: Places = ()
-    """Where spans of the step belong: requests with rows in it are traced."""
+    parents: Parents = ()
+    """Spans of the traced requests with rows in the step, below which its spans are."""
 
     @property
     def num_rows(self) -> int:
@@ -84,8 +84,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     it is in captured steps; 0: it is not."""
     is_alone: bool = False
     """The step has rows of one request only."""
-    places: tuple[tuple[Count, Places], ...] = ()
-    """(attention rank, where spans of its part belong) of the ranks that asked for spans."""
+    parents: tuple[tuple[Count, Parents], ...] = ()
+    """(attention rank, spans below which those of its part are) of ranks that asked for spans."""
 
     def __post_init__(self) -> None:
         """Raises ``ValueError``, which the codec reports as a ``ProtocolError``."""
@@ -98,6 +98,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
             raise ValueError("an exact step must have no edge_limit and no bucket")
         if self.bucket and any(self.rows(rank, 0) > self.bucket for rank in ranks):
             raise ValueError("bucket must hold the rows of every rank")
+        if self.parents and sum(len(parents) for _, parents in self.parents) > MAX_TRACED:
+            raise ValueError(f"parents must be at most {MAX_TRACED}")
 
     def grant(self, rank: int) -> Grant:
         """Rows of one attention rank; none for a rank that the header does not name."""

@@ -1,7 +1,6 @@
-"""Where the spans of a request's steps belong: sent with a sampled request, and with a step.
+"""Below which spans those of a request's steps are: sent with a sampled request, and with a step.
 
-A ``SpanPlace`` is the 16 bytes of a trace's id and the 8 bytes of the id of the span above; both
-ids are those of W3C Trace Context, as bytes. What is not sampled has none.
+What is not sampled has none.
 """
 
 from __future__ import annotations
@@ -10,22 +9,18 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from cluster.core.codec import Message
+from cluster.core.codec import Message, SpanIdBytes
 
-_TRACE_ID_BYTES, _SPAN_ID_BYTES = 16, 8
-SpanPlace = Annotated[
-    bytes,
-    Meta(min_length=_TRACE_ID_BYTES + _SPAN_ID_BYTES, max_length=_TRACE_ID_BYTES + _SPAN_ID_BYTES),
-]
 MAX_TRACED = 4
-"""Requests of a rank whose spans one step has."""
-Places = Annotated[tuple[SpanPlace, ...], Meta(max_length=MAX_TRACED)]
+"""Requests whose spans one step has, over all ranks."""
+Parents = Annotated[tuple[SpanIdBytes, ...], Meta(max_length=MAX_TRACED)]
+"""Spans of requests, below which the spans of a step are."""
 
 
-class RequestPlaces(Message, frozen=True, array_like=True):
-    """Of one request."""
+class StepParents(Message, frozen=True, array_like=True):
+    """The spans of one request below which those of its steps are."""
 
-    prefill: SpanPlace
+    prefill: SpanIdBytes
     """Of the steps that run rows of its prompt."""
-    decode: SpanPlace
+    decode: SpanIdBytes
     """Of its other steps."""

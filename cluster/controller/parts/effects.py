@@ -63,8 +63,8 @@ class Trace:
     """Those with the value None are unknown."""
     error: str = ""
     """Kind of the error; empty if there was none."""
-    place: bytes = b""
-    """Ids of its trace and span; see ``ChangeTraces``."""
+    span_id: bytes = b""
+    """See ``ChangeTraces``."""
 
 
 Effect = Send | Start | End | Release | EndAll | Trace

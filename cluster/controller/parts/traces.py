@@ -1,6 +1,6 @@
 """Traces of changes of the cluster, under names that gateways know while a change goes on.
 
-Gateways link the requests that ran meanwhile to them: see ``traces`` in the snapshot. Pure.
+Gateways link the requests that ran meanwhile to them: see ``changes`` in the snapshot. Pure.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from itertools import count
 from typing import Any
 
 from cluster.controller.parts.effects import Trace
+from cluster.core.codec import SPAN_ID_BYTES
 
 _KEPT = 16
 """Newest changes that gateways are told of."""
-_PLACE_BYTES = 24
-"""Trace id and span id, as in ``workers.requests.traced``."""
 
 
 @dataclass(slots=True)
@@ -25,14 +24,13 @@ class OpenTrace:
 
     name: str
     """Of its span."""
-    place: bytes
-    """Ids of its trace and span."""
+    span_id: bytes
     seconds: float | None = None
     """How long it took; None while it goes on."""
 
 
 class ChangeTraces:
-    """Those of one controller.
+    """The traces of the changes that one controller makes.
 
     Args:
         identity: distinguishes it from all other controllers: ids of traces are made of it.
@@ -47,8 +45,8 @@ class ChangeTraces:
 
     def begin(self, name: str) -> OpenTrace:
         number = f"{self._identity}/{next(self._numbers)}".encode()
-        place = blake2b(number, digest_size=_PLACE_BYTES, person=b"change").digest()
-        opened = OpenTrace(name, place)
+        span_id = blake2b(number, digest_size=SPAN_ID_BYTES, person=b"change").digest()
+        opened = OpenTrace(name, span_id)
         self._newest.append(opened)
         if len(self._newest) > _KEPT:
             ended = (old for old in self._newest if old.seconds is not None)
@@ -60,11 +58,11 @@ class ChangeTraces:
     ) -> Trace:
         """The effect that records it."""
         opened.seconds = seconds
-        return Trace(opened.name, seconds, attributes, error, opened.place)
+        return Trace(opened.name, seconds, attributes, error, opened.span_id)
 
     def to_list(self) -> list[dict[str, Any]]:
         """For the snapshot, oldest first."""
         return [
-            {"name": t.name, "place": t.place.hex(), "seconds": t.seconds}
+            {"name": t.name, "span_id": t.span_id.hex(), "seconds": t.seconds}
             for t in (self._newest if self._is_on else ())
         ]

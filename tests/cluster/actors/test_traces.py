@@ -21,7 +21,7 @@ def followed(cluster: FakeCluster) -> KeptSpans:
     """The spans of what happens from now on."""
     kept = KeptSpans()
     cluster.link.on_trace = lambda t: kept.export.record(
-        t.name, t.seconds, t.attributes, t.error, t.place
+        t.name, t.seconds, t.attributes, t.error, t.span_id
     )
     return kept
 
@@ -91,25 +91,25 @@ def test_gateways_know_the_trace_of_a_recovery_while_it_goes_on() -> None:
     cluster.serve()
     kept = followed(cluster)
     lose(cluster, "expert-1")
-    (known,) = cluster.controller.snapshot()["traces"]
+    (known,) = cluster.controller.snapshot()["changes"]
     assert (known["name"], known["seconds"]) == ("expertmesh.recovery", None)
     cluster.join_all(highest_step=6)
     cluster.now += 0.5
     cluster.answer_loads("expert-0")
     cluster.answer_loads("expert-2")
     assert cluster.link.ended == ["expert-1"]
-    ended, *_ = cluster.controller.snapshot()["traces"]
+    ended, *_ = cluster.controller.snapshot()["changes"]
     assert ended == {**known, "seconds": 0.5}
     context = kept.spans[-1].context
     assert context is not None
-    assert known["place"] == f"{context.trace_id:032x}{context.span_id:016x}"
+    assert known["span_id"] == f"{context.trace_id:032x}{context.span_id:016x}"
 
 
 def test_without_a_collector_gateways_are_told_of_no_traces() -> None:
     cluster = FakeCluster(1, 3)
     cluster.serve()
     lose(cluster, "expert-1")
-    assert cluster.controller.snapshot()["traces"] == []
+    assert cluster.controller.snapshot()["changes"] == []
 
 
 def test_a_trace_that_fails_leaves_no_span() -> None:

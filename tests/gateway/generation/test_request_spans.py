@@ -79,7 +79,7 @@ def generation_of(num_prompts: int, n: int) -> Generation:
 
 def trace_of(generation: Generation, error: str = "") -> RequestTrace:
     """A request that began at 100 s and ended at 105 s."""
-    trace = RequestTrace("text_completion", "http", "r", {}, lambda trace: None)
+    trace = RequestTrace("text_completion", "http", "r", {}, lambda trace: None, lambda trace: None)
     trace.generation, trace.error = generation, error
     trace.began_s, trace.ended_s = 100.0, 105.0
     return trace
@@ -201,20 +201,19 @@ def test_a_trace_that_fails_does_not_harm_its_request(caplog: pytest.LogCaptureF
     assert "request r has no trace" in caplog.text
 
 
-def place(number: int) -> bytes:
-    """Ids of a trace and a span."""
+def span_id(number: int) -> bytes:
     return bytes([number]) * 24
 
 
 def test_a_request_links_to_the_changes_that_went_on_meanwhile() -> None:
     kept, seen = KeptSpans(), ClusterEvents()
     before, whole, during = (
-        {"name": f"expertmesh.{name}", "place": place(i).hex(), "seconds": None}
+        {"name": f"expertmesh.{name}", "span_id": span_id(i).hex(), "seconds": None}
         for i, name in enumerate(("migration", "recovery", "rebalance"), 1)
     )
-    seen.take({"traces": [before, whole]}, 90.0)
-    seen.take({"traces": [{**before, "seconds": 9.0}, whole]}, 99.0)
-    seen.take({"traces": [whole, {**during, "seconds": 0.5}]}, 103.0)
+    seen.take({"changes": [before, whole]}, 90.0)
+    seen.take({"changes": [{**before, "seconds": 9.0}, whole]}, 99.0)
+    seen.take({"changes": [whole, {**during, "seconds": 0.5}]}, 103.0)
     generation = generation_of(1, 1)
     answer(generation)
     tracing = Tracing(kept.export, "tiny", dict, None, seen)
@@ -226,8 +225,8 @@ def test_a_request_links_to_the_changes_that_went_on_meanwhile() -> None:
         for link in kept.spans[-1].links
     }
     assert found == {
-        place(2): {"expertmesh.change": "expertmesh.recovery"},
-        place(3): {"expertmesh.change": "expertmesh.rebalance"},
+        span_id(2): {"expertmesh.change": "expertmesh.recovery"},
+        span_id(3): {"expertmesh.change": "expertmesh.rebalance"},
     }
 
 
@@ -237,13 +236,13 @@ def test_workers_make_spans_below_the_request_and_its_decode() -> None:
     generation = generation_of(MAX_PROMPTS + 1, 1)
     answer(generation)
     trace = trace_of(generation)
-    places = [tracing.places(trace) for _ in generation.prompts]
-    assert places[-1] is None, "it is one prompt too many"
+    parents = [tracing.parents(trace) for _ in generation.prompts]
+    assert parents[-1] is None, "it is one prompt too many"
     tracing.record(trace)
     *children, root = kept.spans
     decodes = [span for span in children if span.name == "expertmesh.decode"]
     assert root.context is not None
-    for found, decode in zip(places, decodes, strict=False):
+    for found, decode in zip(parents, decodes, strict=False):
         assert found is not None
         assert decode.context is not None
         for own, span in ((found.prefill, root), (found.decode, decode)):
@@ -257,6 +256,6 @@ def test_the_steps_of_a_request_that_is_not_sampled_have_no_spans() -> None:
     tracing = Tracing(kept.export, "tiny", dict, None)
     trace = trace_of(generation_of(1, 1))
     trace.headers = {"traceparent": [f"00-{'1' * 32}-{'2' * 16}-00"]}
-    assert tracing.places(trace) is None
+    assert tracing.parents(trace) is None
     tracing.record(trace)
     assert not kept.spans

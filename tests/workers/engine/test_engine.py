@@ -28,7 +28,7 @@ from tests.reference.local_engine import LocalEngine, block_bytes
 from workers.engine.step_plan import RowsWanted
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
-from workers.requests.traced import RequestPlaces
+from workers.requests.traced import StepParents
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
@@ -585,16 +585,16 @@ def test_priority_goes_first(tiny_checkpoint: Path) -> None:
 
 
 def test_an_engine_asks_for_spans_of_steps_of_traced_requests(tiny_checkpoint: Path) -> None:
-    places = RequestPlaces(prefill=b"p" * 24, decode=b"d" * 24)
+    parents = StepParents(prefill=b"p" * 24, decode=b"d" * 24)
     params = SamplingParams(max_tokens=6, ignore_eos=True)
-    traced = Request(request_id="a", prompt=(1, 2, 3), params=params, places=places)
+    traced = Request(request_id="a", prompt=(1, 2, 3), params=params, step_parents=parents)
     engine = LocalEngine(tiny_checkpoint).engine
     engine.add_request(traced)
     engine.add_request(Request(request_id="b", prompt=(1, 2), params=params))
     asked = []
     while engine.has_work:
         wanted = engine.wanted()
-        asked.append(wanted.places)
+        asked.append(wanted.parents)
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
         header = StepHeader(
             generation=1,
@@ -602,8 +602,8 @@ def test_an_engine_asks_for_spans_of_steps_of_traced_requests(tiny_checkpoint: P
             epoch=1,
             oldest_epoch=1,
             grants=((0, grant),),
-            places=((0, wanted.places),) if wanted.places else (),
+            parents=((0, wanted.parents),) if wanted.parents else (),
         )
         engine.step(header)
-    prefill, decode = (places.prefill,), (places.decode,)
+    prefill, decode = (parents.prefill,), (parents.decode,)
     assert asked == [prefill, decode, decode, (), decode, ()]

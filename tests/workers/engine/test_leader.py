@@ -80,23 +80,46 @@ def test_proposal_survives_the_wire() -> None:
         PROPOSALS.decode(PROPOSALS.encode(alone)[:-2] + b"\2\x90")
 
 
-def test_places_of_spans_survive_the_wire_and_have_their_size() -> None:
+def test_ids_of_spans_survive_the_wire_and_have_their_size() -> None:
     proposal = StepProposal(
-        generation=1, step=1, rank=0, decode_rows=1, prefill_rows=0, places=(b"a" * 24,)
+        generation=1, step=1, rank=0, decode_rows=1, prefill_rows=0, parents=(b"a" * 24,)
     )
     assert PROPOSALS.decode(PROPOSALS.encode(proposal)) == proposal
     for wrong in ((b"a" * 23,), (b"a" * 24,) * (MAX_TRACED + 1)):
         with pytest.raises(ProtocolError, match="not a step proposal"):
-            PROPOSALS.decode(PROPOSALS.encode(replace(proposal, places=wrong)))
+            PROPOSALS.decode(PROPOSALS.encode(replace(proposal, parents=wrong)))
 
 
-def test_the_header_has_the_places_of_ranks_that_run_rows() -> None:
+def test_the_header_has_the_spans_of_ranks_that_run_rows() -> None:
     known = proposals((1, 0), (0, 0), (1, 0))
-    known = {rank: replace(p, places=(bytes([rank]) * 24,)) for rank, p in known.items()}
+    known = {rank: replace(p, parents=(bytes([rank]) * 24,)) for rank, p in known.items()}
     header = decide(known)
     assert header is not None
-    assert header.places == ((0, (b"\0" * 24,)), (2, (b"\2" * 24,)))
+    assert header.parents == ((0, (b"\0" * 24,)), (2, (b"\2" * 24,)))
     assert HEADERS.decode(HEADERS.encode(header)) == header
+
+
+def test_a_step_has_few_spans_however_many_ranks_ask() -> None:
+    known = proposals(*[(1, 0)] * 3)
+    known = {
+        rank: replace(p, parents=tuple(bytes([rank, i]) * 12 for i in range(MAX_TRACED)))
+        for rank, p in known.items()
+    }
+    found = []
+    for step in range(3):
+        header = decide(known, step=step)
+        assert header is not None
+        assert all(
+            parents == known[rank].parents[: len(parents)] for rank, parents in header.parents
+        )
+        found.append([len(parents) for _, parents in header.parents])
+    assert found == [[2, 1, 1], [1, 2, 1], [1, 1, 2]]
+
+
+def test_a_header_with_more_spans_than_a_step_has_is_refused() -> None:
+    parents = (bytes(24),) * MAX_TRACED
+    with pytest.raises(ValueError, match="parents must be at most"):
+        make_header(parents=((0, parents), (1, parents[:1])))
 
 
 def test_a_proposal_that_must_be_alone_gets_the_step_for_itself() -> None:

@@ -232,7 +232,7 @@ def send(
 
 def make_proposal(**changes: int) -> StepProposal:
     values = {"generation": 1, "step": 1, "rank": 1, "decode_rows": 1, "prefill_rows": 0}
-    return StepProposal(**{**values, **changes}, is_alone=False, places=())
+    return StepProposal(**{**values, **changes}, is_alone=False, parents=())
 
 
 @pytest.mark.parametrize(

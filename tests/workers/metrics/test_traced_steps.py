@@ -12,15 +12,15 @@ from workers.metrics.traced_steps import MAX_STEPS, StepSpans, TracedRequests
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
-from workers.requests.traced import MAX_TRACED, RequestPlaces
+from workers.requests.traced import MAX_TRACED, StepParents
 
-PLACES = RequestPlaces(prefill=b"p" * 24, decode=b"d" * 24)
+PARENTS = StepParents(prefill=b"p" * 24, decode=b"d" * 24)
 MS = 1_000_000
 
 
-def sequence_of(name: str = "r", places: RequestPlaces | None = PLACES) -> SequenceState:
+def sequence_of(name: str = "r", parents: StepParents | None = PARENTS) -> SequenceState:
     """One whose prompt is not computed."""
-    request = Request(request_id=name, prompt=(1, 2), params=SamplingParams(), places=places)
+    request = Request(request_id=name, prompt=(1, 2), params=SamplingParams(), step_parents=parents)
     return SequenceState(request, choice=0, arrival=0, deadline=1.0)
 
 
@@ -40,41 +40,41 @@ def traced_of(*sequences: SequenceState) -> TracedRequests:
 
 
 def test_a_request_that_is_not_traced_asks_for_nothing() -> None:
-    sequence = sequence_of(places=None)
+    sequence = sequence_of(parents=None)
     traced = traced_of(sequence)
     assert not traced
-    assert traced.places([sequence]) == ()
+    assert traced.parents([sequence]) == ()
 
 
 def test_all_steps_of_the_prompt_have_spans_and_fewer_and_fewer_decodes() -> None:
     traced = traced_of(sequence_of())
-    assert traced.places([sequence_of()]) == (PLACES.prefill,)
-    asked = [n for n in range(1, 40) if traced.places([decoding(n)]) == (PLACES.decode,)]
+    assert traced.parents([sequence_of()]) == (PARENTS.prefill,)
+    asked = [n for n in range(1, 40) if traced.parents([decoding(n)]) == (PARENTS.decode,)]
     assert asked == [1, 2, 4, 8, 16, 32]
 
 
 def test_output_that_is_computed_again_belongs_to_the_prompt() -> None:
     replayed = decoding(3)
     replayed.num_computed = 0
-    assert traced_of(replayed).places([replayed]) == (PLACES.prefill,)
+    assert traced_of(replayed).parents([replayed]) == (PARENTS.prefill,)
 
 
 def test_a_step_has_spans_of_few_requests() -> None:
-    places = [RequestPlaces(prefill=bytes([i]) * 24, decode=b"d" * 24) for i in range(9)]
-    sequences = [sequence_of(str(i), own) for i, own in enumerate(places)]
-    found = traced_of(*sequences).places([*sequences, *sequences])
-    assert found == tuple(own.prefill for own in places[:MAX_TRACED])
+    parents = [StepParents(prefill=bytes([i]) * 24, decode=b"d" * 24) for i in range(9)]
+    sequences = [sequence_of(str(i), own) for i, own in enumerate(parents)]
+    found = traced_of(*sequences).parents([*sequences, *sequences])
+    assert found == tuple(own.prefill for own in parents[:MAX_TRACED])
 
 
 def test_a_request_has_a_bounded_number_of_steps_with_spans() -> None:
     sequence = sequence_of()
     traced = traced_of(sequence)
-    header = replace(header_of(1), places=((0, (PLACES.prefill,)),))
+    header = replace(header_of(1), parents=((0, (PARENTS.prefill,)),))
     traced.ran(header, 1, [sequence])  # it was another rank's
     for _ in range(MAX_STEPS):
-        assert traced.places([sequence])
+        assert traced.parents([sequence])
         traced.ran(header, 0, [sequence])
-    assert not traced.places([sequence])
+    assert not traced.parents([sequence])
     traced.forget("r")
     assert not traced
 
@@ -83,11 +83,11 @@ def test_steps_of_another_prompt_do_not_give_a_request_more_spans() -> None:
     """Prompts of a batch have the same span above their prefill, and so count each other's."""
     first, second = sequence_of("first"), sequence_of("second")
     traced = traced_of(first, second)
-    header = replace(header_of(1), places=((0, (PLACES.prefill,)),))
+    header = replace(header_of(1), parents=((0, (PARENTS.prefill,)),))
     for _ in range(MAX_STEPS + 1):
         traced.ran(header, 0, [first])
-    assert not traced.places([first])
-    assert traced.places([second])
+    assert not traced.parents([first])
+    assert traced.parents([second])
 
 
 class Kept:
@@ -97,12 +97,12 @@ class Kept:
         self.spans: list[tuple[bytes, str, int, int, Mapping[str, Any]]] = []
 
     def __call__(
-        self, place: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
+        self, parent: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
     ) -> None:
-        self.spans.append((place, name, began_ns, ended_ns, found))
+        self.spans.append((parent, name, began_ns, ended_ns, found))
 
 
-HEADER = replace(header_of(7, prefill_rows=5), places=((0, (b"a" * 24,)), (1, (b"b" * 24,))))
+HEADER = replace(header_of(7, prefill_rows=5), parents=((0, (b"a" * 24,)), (1, (b"b" * 24,))))
 
 
 def run(spans: StepSpans, header: StepHeader) -> bool:
@@ -131,7 +131,7 @@ def test_a_worker_of_experts_has_spans_of_all_ranks() -> None:
         "expertmesh.seconds.experts": 0.006,
     }
     assert kept.spans == [
-        (place, "expertmesh.step", 10, 20 * MS, attributes) for place in (b"a" * 24, b"b" * 24)
+        (parent, "expertmesh.step", 10, 20 * MS, attributes) for parent in (b"a" * 24, b"b" * 24)
     ]
 
 
@@ -139,8 +139,8 @@ def test_an_attention_worker_has_spans_of_its_own_requests() -> None:
     kept = Kept()
     spans = StepSpans(kept, "attention-1", 1)
     assert run(spans, HEADER)
-    assert [place for place, *_ in kept.spans] == [b"b" * 24]
-    assert not run(spans, replace(HEADER, places=((0, (b"a" * 24,)),)))
+    assert [parent for parent, *_ in kept.spans] == [b"b" * 24]
+    assert not run(spans, replace(HEADER, parents=((0, (b"a" * 24,)),)))
 
 
 def test_a_step_without_traced_rows_is_not_timed() -> None:
