@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.cluster.followed_files import FollowedFile
 from cluster.cli.terminal.arguments import Commands, add_address_option
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
@@ -21,6 +22,7 @@ from cluster.cli.terminal.orders import Orders, orders_for
 from cluster.cli.terminal.output import out, out_json
 from cluster.core.states import is_gone
 from cluster.launch import state_file
+from cluster.tracing.output_files import previous
 
 DEFAULT_LINES = 100
 JOINED_RAY = Path("/tmp/ray")
@@ -96,37 +98,30 @@ def _processes(args: argparse.Namespace) -> list[str]:
     return ["controller", *(w["name"] for w in workers if not is_gone(w["state"]))]
 
 
-def _show_files(args: argparse.Namespace, files: list[Path]) -> int:
-    texts = {path: path.read_text(errors="replace") for path in files}
-    lines = {str(path): _last(text.splitlines(), args.tail) for path, text in texts.items()}
-    _print(args, "file", lines)
-    if args.follow and not args.json:
-        for more in appended({path: len(text.encode()) for path, text in texts.items()}):
-            out(more)
+def _show_files(args: argparse.Namespace, files: Mapping[Path, str]) -> int:
+    """``files`` with the text that is older than what is in them."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(FollowedFile(path)) for path in files]
+        texts = {str(p): files[p] + file.read() for p, file in zip(files, opened, strict=True)}
+        _print(args, "file", {p: _last(t.splitlines(), args.tail) for p, t in texts.items()})
+        if args.follow and not args.json:
+            for more in appended(opened):
+                out(more)
     return ExitCode.OK
 
 
-def appended(sizes: dict[Path, int], sleep: Callable[[float], None] = time.sleep) -> Iterator[str]:
-    """Text added to files after these sizes in bytes, without end.
-
-    A file that is shorter than it was is a new one: the old one was rotated.
-    """
+def appended(
+    files: Sequence[FollowedFile], sleep: Callable[[float], None] = time.sleep
+) -> Iterator[str]:
+    """Text added to files from now on, without end."""
     while True:
         sleep(_TICK_S)
-        for path, size in sizes.items():
-            try:
-                with path.open("rb") as file:
-                    began = size if file.seek(0, os.SEEK_END) >= size else 0
-                    file.seek(began)
-                    more = file.read()
-            except FileNotFoundError:
-                continue  # the new one is about to come
-            sizes[path] = began + len(more)
-            if more:
-                yield more.decode(errors="replace")
+        for file in files:
+            if more := file.read():
+                yield more
 
 
-def _launcher_file(args: argparse.Namespace) -> list[Path]:
+def _launcher_file(args: argparse.Namespace) -> dict[Path, str]:
     names = [record.name for record in state_file.all_records()]
     only = names[0] if len(names) == 1 else state_file.DEFAULT_NAME
     name = args.name or os.environ.get("EXPERTMESH_NAME") or only
@@ -134,11 +129,14 @@ def _launcher_file(args: argparse.Namespace) -> list[Path]:
     if not path.exists():
         message = f"no cluster called {name} was started on this host"
         raise CommandError(ExitCode.UNREACHABLE, message)
-    return [path]
+    return {path: ""}
 
 
-def _worker_files(args: argparse.Namespace) -> list[Path]:
-    """Raises ``CommandError`` for a worker that is unknown, or of another host."""
+def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
+    """Each with the text of the rotated one before it.
+
+    Raises ``CommandError`` for a worker that is unknown, or of another host.
+    """
     workers: list[Mapping[str, Any]] = Client(args).get("/cluster/v1/status")["workers"]
     (name,) = args.worker
     found = [w for w in workers if w["name"] == name]
@@ -150,11 +148,17 @@ def _worker_files(args: argparse.Namespace) -> list[Path]:
     files = [
         path
         for folder in (*folders, JOINED_RAY)
-        for path in sorted(folder.glob(f"session_latest/logs/worker-*-{pid}.*"))
-        if path.suffix in (".out", ".err")
+        for suffix in (".err", ".out")
+        for path in sorted(folder.glob(f"session_latest/logs/worker-*-{pid}{suffix}"))
     ]
     if not files:
         rule = f"ask there, or: ray logs worker-*-{pid}.err --node-ip {found[0]['node']}"
         message = f"{name} writes on {found[0]['node']}: {rule}"
         raise CommandError(ExitCode.REFUSED, message)
-    return files
+    return {path: _text(previous(path)) for path in files}
+
+
+def _text(path: Path) -> str:
+    """All of a file; nothing where there is none."""
+    with FollowedFile(path) as file:
+        return file.read()

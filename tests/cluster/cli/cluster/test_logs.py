@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from cluster.cli.cluster import logs
-from cluster.cli.cluster.logs import appended
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.process import describe_self
@@ -67,6 +66,30 @@ def test_logs_of_a_worker(
     assert [x["lines"] for x in document["logs"]] == [[], []]
 
 
+def test_logs_that_were_rotated_come_before_the_newer_ones(
+    gateway: FakeGateway,
+    ray_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older, newer = ray_folder / "worker-ab-01-11.1.err", ray_folder / "worker-ab-01-11.err"
+    older.write_text("one\ntwo\n")
+    newer.write_text("three\n")
+
+    def rotate(seconds: float) -> None:
+        """The second pause ends the command."""
+        if newer.read_text() == "five\n":
+            raise KeyboardInterrupt
+        newer.write_text("three\nfour\n")
+        newer.replace(older)
+        newer.write_text("five\n")
+
+    monkeypatch.setattr(logs, "appended", partial(logs.appended, sleep=rotate))
+    words = ["--url", gateway.url, "logs", "attention-0", "--tail", "2", "--follow"]
+    assert main(words) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().out == "two\nthree\nfour\nfive\n"
+
+
 def test_logs_that_are_elsewhere(gateway: FakeGateway) -> None:
     code, status = gateway.status
     above_all_pids = 2**22 + 1
@@ -85,33 +108,6 @@ def test_logs_of_the_launcher(
     assert main(["logs", "--name", "yours"]) == ExitCode.UNREACHABLE
     monkeypatch.setenv("EXPERTMESH_NAME", "yours")
     assert main(["logs"]) == ExitCode.UNREACHABLE
-
-
-def test_logs_go_on(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    path.write_text("before\n")
-    written = iter(["later\n", "", "last\n"])
-
-    def write(seconds: float) -> None:
-        with path.open("a") as file:
-            file.write(next(written))
-
-    found = appended({path: len("before\n")}, write)
-    assert list(itertools.islice(found, 2)) == ["later\n", "last\n"]
-
-
-def test_a_file_that_is_rotated_goes_on_from_its_beginning(tmp_path: Path) -> None:
-    path = tmp_path / "worker.err"
-    path.write_text("a long line before\n")
-    pauses = itertools.count()
-
-    def rotate(pause_s: float) -> None:
-        if next(pauses) == 0:
-            path.unlink()
-        else:
-            path.write_text("new\n")
-
-    assert next(appended({path: path.stat().st_size}, rotate)) == "new\n"
 
 
 def test_logs_of_processes_on_any_host(
