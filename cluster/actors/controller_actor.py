@@ -350,7 +350,7 @@ def _snapshot_before_start() -> dict[str, Any]:
 
 async def _beat() -> None:
     """Show the watchdog that the event loop runs; it ends with this task."""
-    watchdog = start_watchdog()
+    watchdog = start_watchdog(log=logs.OUTPUT.of_errors)
     beats = watchdog.stdin
     assert beats is not None
     os.set_blocking(beats.fileno(), False)

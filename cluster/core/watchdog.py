@@ -7,25 +7,39 @@ this file, run as a script, reads them. It ends with the pipe, so with the contr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 BEAT_S = 1.0
 MAX_MISSING = 10
 """Beats that may be missing in a row. Counted, not timed: a pause of the host is one beat."""
 
 
-def start_watchdog(beat_s: float = BEAT_S) -> subprocess.Popen[bytes]:
-    """Start the watchdog of the calling process, which must write to its ``stdin``, unbuffered."""
+def start_watchdog(beat_s: float = BEAT_S, log: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start the watchdog of the calling process, which must write to its ``stdin``, unbuffered.
+
+    It appends what it has to say to the file ``log``, which it opens only then: that may be another
+    one by then, as log files are rotated. None: its standard error is the caller's.
+    """
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(beat_s)]
+    sink = None if log is None else subprocess.DEVNULL
     # a session of its own: a signal to the controller's group is not for it
-    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+    return subprocess.Popen(
+        [*command, *([] if log is None else [str(log)])],
+        stdin=subprocess.PIPE,
+        stdout=sink,
+        stderr=sink,
+        bufsize=0,
+        start_new_session=True,
+    )
 
 
-def _watch(pid: int, beat_s: float) -> None:
+def _watch(pid: int, beat_s: float, log: str = "") -> None:
     """Read beats from stdin until it closes; kill the parent ``pid`` when too many are missing."""
     num_missing = 0
     while num_missing < MAX_MISSING:
@@ -36,9 +50,18 @@ def _watch(pid: int, beat_s: float) -> None:
         else:
             return
     if os.getppid() == pid:
-        sys.stderr.write(f"the controller (process {pid}) stands still: it is killed\n")
         os.kill(pid, signal.SIGKILL)
+        _say(f"the controller (process {pid}) stood still: it was killed\n", log)
+
+
+def _say(line: str, log: str) -> None:
+    """Write a line to standard error, or append it to a file; where that fails it is lost."""
+    with contextlib.suppress(OSError):
+        if log:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            os.dup2(os.open(log, flags, 0o644), sys.stderr.fileno())
+        os.write(sys.stderr.fileno(), line.encode())
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]), float(sys.argv[2]))
+    _watch(int(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:])

@@ -130,7 +130,7 @@ def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -
     CONTEXT.process = process
     RECENT.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     if stream is None:
-        OUTPUT.take()
+        OUTPUT.redirect_streams()
     RECENT.setStream(stream or sys.stderr)
     root = logging.getLogger()
     root.addHandler(RECENT)

@@ -2,8 +2,8 @@
 
 Ray gives every process of its own two files. Where it is to rotate them
 (``RAY_ROTATION_MAX_BYTES``) it puts a pipe and a thread of the same process before them, and what
-is in the pipe is lost when the process is killed or crashes. So here the streams are led to their
-files again.
+is in the pipe is lost when the process is killed or crashes. So here the streams are redirected to
+their files again.
 """
 
 from __future__ import annotations
@@ -16,44 +16,52 @@ from pathlib import Path
 MAX_BYTES = 16 * 1024 * 1024
 """Size at which a new file begins; the one before is kept."""
 LIMIT_VARIABLE = "RAY_ROTATION_MAX_BYTES"
-"""Ray's own: sets another size."""
+"""Ray's own variable: it sets another size; 0, or less, is no rotation."""
+_OPEN = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+"""Everybody may write to a folder of Ray's in ``/tmp``: a link there must lead nowhere."""
 _STREAMS = {1: ".out", 2: ".err"}
 """Descriptors of the streams, and how Ray ends the names of their files."""
-_OPEN = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _DESCRIPTORS = Path("/proc/self/fd")
 
 
 class OutputFiles:
-    """Those of this process. Call it from one thread at a time."""
+    """The files of this process's streams. One thread at a time may call it."""
 
     def __init__(self) -> None:
         self._paths: dict[int, Path] = {}
-        self._max_bytes = MAX_BYTES
+        self._max_bytes: int | None = MAX_BYTES
 
     @property
     def folder(self) -> Path | None:
         """Where they are; None where the streams are no files of Ray's."""
         return next((path.parent for path in self._paths.values()), None)
 
-    def take(self) -> None:
-        """Lead the streams to the files that Ray has opened for them, if it has."""
-        self._max_bytes = int(os.environ.get(LIMIT_VARIABLE) or 0) or MAX_BYTES
+    @property
+    def of_errors(self) -> Path | None:
+        """The file of standard error; None where it is none of Ray's."""
+        return self._paths.get(2)
+
+    def redirect_streams(self) -> None:
+        """Redirect the streams to the files that Ray has opened for this process, if any."""
+        self._max_bytes = _limit(os.environ.get(LIMIT_VARIABLE, ""))
         for stream, suffix in _STREAMS.items():
-            path = _file_of(stream, suffix)
-            if path is not None:
-                with contextlib.suppress(OSError):
-                    _lead(stream, path)
+            with contextlib.suppress(OSError):
+                if (path := _file_of(stream, suffix)) is not None:
+                    _redirect(stream, path)
                     self._paths[stream] = path
 
     def rotate(self) -> None:
-        """Begin new files in place of those that have reached their size.
+        """Start new files in place of those that have reached their size.
 
-        On a full disk the old ones go on.
+        On a full disk the old ones go on. A log record is what causes a look at both files: one
+        that other code fills grows until then.
         """
+        if self._max_bytes is None:
+            return
         for stream, path in self._paths.items():
-            if os.fstat(stream).st_size >= self._max_bytes:
-                with contextlib.suppress(OSError):
-                    _begin(stream, path)
+            with contextlib.suppress(OSError):
+                if os.fstat(stream).st_size >= self._max_bytes:
+                    _start_new_file(stream, path)
 
 
 def previous(path: Path) -> Path:
@@ -61,16 +69,35 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.1{path.suffix}")
 
 
-def _begin(stream: int, path: Path) -> None:
-    path.replace(previous(path))
+def _limit(text: str) -> int | None:
+    """Bytes of a file, by the value of ``LIMIT_VARIABLE``; None: no limit, by Ray's rule.
+
+    What is no number counts as unset: Ray's own processes refuse to start with it.
+    """
     try:
-        _lead(stream, path)
+        num_bytes = int(text)
+    except ValueError:
+        return MAX_BYTES
+    return num_bytes if num_bytes > 0 else None
+
+
+def _start_new_file(stream: int, path: Path) -> None:
+    """Raises ``OSError``, with all files as they were: the new one is made before the old goes."""
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    file = os.open(new, _OPEN | os.O_EXCL, 0o644)
+    try:
+        path.replace(previous(path))
+        new.replace(path)
+        os.dup2(file, stream)
     except OSError:
-        previous(path).replace(path)
+        new.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(file)
 
 
-def _lead(stream: int, path: Path) -> None:
+def _redirect(stream: int, path: Path) -> None:
     file = os.open(path, _OPEN, 0o644)
     try:
         os.dup2(file, stream)
@@ -79,7 +106,10 @@ def _lead(stream: int, path: Path) -> None:
 
 
 def _file_of(stream: int, suffix: str) -> Path | None:
-    """The file behind a stream: its own, or the one that Ray's thread writes."""
+    """The file behind a stream: its own, or the one that Ray's thread writes.
+
+    Raises ``OSError`` where the stream is closed, or where there is no ``/proc``.
+    """
     own = f"-{os.getpid()}{suffix}"
     is_file = stat.S_ISREG(os.fstat(stream).st_mode)
     candidates = [_DESCRIPTORS / str(stream)] if is_file else list(_DESCRIPTORS.iterdir())

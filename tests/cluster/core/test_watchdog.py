@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,8 +17,10 @@ pytestmark = pytest.mark.distributed
 LIMIT_S = 120.0
 _WATCHED = """
 import os, signal, sys, time
+from pathlib import Path
 from cluster.core.watchdog import MAX_MISSING, start_watchdog
-watchdog = start_watchdog(0.02)
+log = Path({log!r}) if {log!r} else None
+watchdog = start_watchdog(0.02, log)
 print(watchdog.pid, flush=True)
 for _ in range(3 * MAX_MISSING):
     watchdog.stdin.write(b".")
@@ -26,9 +29,9 @@ for _ in range(3 * MAX_MISSING):
 """
 
 
-def _watched(end: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+def _watched(end: str, log: str = "") -> tuple[subprocess.Popen[str], psutil.Process]:
     """A process that beats for a while, and its watchdog."""
-    command = [sys.executable, "-c", _WATCHED.format(end=end)]
+    command = [sys.executable, "-c", _WATCHED.format(end=end, log=log)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout:
@@ -42,6 +45,19 @@ def test_a_process_that_stands_still_is_killed(end: str) -> None:
     process, watchdog = _watched(end)
     assert process.wait(LIMIT_S) == -signal.SIGKILL
     wait_until(lambda: not watchdog.is_running(), "the end of the watchdog")
+
+
+def test_a_watchdog_writes_to_the_log_file_that_is_there_at_the_end(tmp_path: Path) -> None:
+    """It keeps none open that was rotated since its beginning."""
+    log = tmp_path / "worker-ab-01-11.err"
+    log.write_text("a line\n")
+    process, watchdog = _watched(
+        f"os.rename({str(log)!r}, {str(log)!r} + '.1'); time.sleep(3600)", str(log)
+    )
+    assert {file.path for file in watchdog.open_files()} == set()
+    process.wait(LIMIT_S)
+    wait_until(lambda: not watchdog.is_running(), "the end of the watchdog")
+    assert log.read_text() == f"the controller (process {process.pid}) stood still: it was killed\n"
 
 
 def test_a_watchdog_ends_with_its_process() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tracing.output_files import LIMIT_VARIABLE, previous
+from cluster.tracing.output_files import LIMIT_VARIABLE
 from tests.paths import ROOT
 
 LIMIT = 4000
@@ -33,12 +33,12 @@ os.kill(os.getpid(), 9)
 """
 
 
-def run(folder: Path, code: str) -> dict[str, str]:
+def run(folder: Path, code: str, limit: str = str(LIMIT)) -> dict[str, str]:
     """What a process leaves in its files, by the ends of their names."""
     child = subprocess.run(
         [sys.executable, "-c", f"folder = {str(folder)!r}\n{code}"],
         cwd=ROOT,
-        env={**os.environ, LIMIT_VARIABLE: str(LIMIT)},
+        env={**os.environ, LIMIT_VARIABLE: limit},
         stderr=subprocess.PIPE,
         check=False,
         timeout=60,
@@ -66,20 +66,47 @@ def test_streams_that_are_not_of_ray_are_left_alone(tmp_path: Path) -> None:
     assert run(tmp_path, code) == {}
 
 
-def test_where_no_file_can_begin_the_old_one_goes_on(tmp_path: Path) -> None:
-    """A folder with the name of the next file stands for a full disk."""
-    block = "os.mkdir(name + '.1.err')\n"
-    found = run_with_folder(tmp_path, _FILES + block + _LOG)
-    assert found.count("line ") == 100
-
-
-def run_with_folder(folder: Path, code: str) -> str:
-    """What is left in the one file of standard error."""
+@pytest.mark.parametrize("block", [".1.err", ".err.new"])
+def test_where_no_file_can_begin_the_old_ones_stay(tmp_path: Path, block: str) -> None:
+    """A folder with the name of a file that is to come stands for a full disk."""
+    before = "open(name + '.1.err', 'w').write('older') if '.1.err' != BLOCK else None\n"
+    code = f"BLOCK = {block!r}\n{_FILES}os.mkdir(name + BLOCK)\n{before}{_LOG}"
     with pytest.raises(IsADirectoryError):
-        run(folder, code)
-    (path,) = (path for path in folder.glob("*.err") if path.is_file())
-    assert previous(path).is_dir()
-    return path.read_text()
+        run(tmp_path, code)
+    texts = {p.name.partition(".")[2]: p.read_text() for p in tmp_path.iterdir() if p.is_file()}
+    assert texts.pop("err").count("line ") == 100
+    assert texts == {"out": "", **({"1.err": "older"} if block != ".1.err" else {})}
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "16MB"])
+def test_limits_are_read_as_ray_does(tmp_path: Path, limit: str) -> None:
+    """Below 1 is no limit; what is no number counts as unset, and 16 MiB are not written here."""
+    found = run(tmp_path, _FILES + _LOG, limit)
+    assert found.keys() == {".out", ".err"}
+    assert found[".err"].count("line ") == 100
+
+
+def test_a_link_in_place_of_a_new_file_is_not_followed(tmp_path: Path) -> None:
+    """Everybody may write to a folder of Ray's in /tmp."""
+    target, folder = tmp_path / "target", tmp_path / "logs"
+    target.write_text("of another user")
+    folder.mkdir()
+    found = run(folder, f"{_FILES}os.symlink({str(target)!r}, name + '.err.new')\n{_LOG}")
+    assert found.keys() == {".out", ".err", ".1.err"}
+    assert target.read_text() == "of another user"
+
+
+@pytest.mark.parametrize("close", ["os.close(1)", "os.close(2)", "os.close(1); os.close(2)"])
+def test_a_process_without_a_stream_logs_on(tmp_path: Path, close: str) -> None:
+    code = f"import os\nfrom cluster.tracing import logs\n{close}\nlogs.set_up('x')\n"
+    code += "import logging\nlogging.getLogger('workers').info('x')\n"
+    code += "assert len(logs.RECENT.since(0)[1]) == 1\nos.kill(os.getpid(), 9)"
+    assert run(tmp_path, code) == {}
+
+
+def test_a_line_is_written_although_the_other_stream_was_closed(tmp_path: Path) -> None:
+    found = run(tmp_path, _FILES + _LOG.replace("\nfor", "\nos.close(1)\nfor"), "0x")
+    assert found[".err"].count("line ") == 100
 
 
 def test_a_process_whose_standard_error_is_on_a_full_disk_goes_on() -> None:
