@@ -270,8 +270,8 @@ class Runner:
     async def _tick_forever(self, controller: Controller) -> None:
         while self._leads(controller):
             await asyncio.sleep(TICK_S)
-            controller.cluster.host_has(self._disks.low(time.monotonic()))
             try:
+                controller.cluster.host_has(self._disks.low(time.monotonic()))
                 self.tell(controller.tick)
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")

@@ -18,7 +18,7 @@ from cluster.controller.follow import Following
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.detection import Detection
 from cluster.controller.parts.effects import End, EndAll
-from cluster.controller.parts.host_disks import describe_low
+from cluster.controller.parts.host_disks import describe_low, differ
 from cluster.controller.parts.operations import Operation
 from cluster.controller.parts.recovery import Recovery
 from cluster.controller.parts.settings import ControllerSettings
@@ -62,7 +62,7 @@ class Controller:
         self.detection.heard(record, now)
         match frame:
             case frames.Heartbeat():
-                if frame.low_disks != record.low_disks:
+                if differ(record.low_disks, frame.low_disks):
                     cluster.touch()
                 record.beat(frame, now)
                 cluster.load.take(name, frame.expert_load)

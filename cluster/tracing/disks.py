@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -10,26 +12,9 @@ from cluster.core.frames import LowDisk
 
 LOW_BYTES = 64 * 1024 * 1024
 LOW_PART = 20
-"""A disk with fewer free bytes than ``LOW_BYTES``, and than one in ``LOW_PART``, is nearly full."""
+"""A disk is nearly full when less than 64 MiB and less than 5% (one in 20) of it are free."""
 LOOK_S = 2.0
 """Least time between two looks."""
-
-
-class DiskWatch:
-    """Looks at the disks of some folders, now and then; a look costs a system call a folder."""
-
-    def __init__(self, folders: Callable[[], Iterable[Path | None]]) -> None:
-        """``folders`` as they are at a look; None: there is no such folder."""
-        self._folders = folders
-        self._found: tuple[LowDisk, ...] = ()
-        self._look_at = 0.0
-
-    def low(self, now: float) -> tuple[LowDisk, ...]:
-        """Those that are nearly full, as of the last look; ``now`` in monotonic seconds."""
-        if now >= self._look_at:
-            self._look_at = now + LOOK_S
-            self._found = low_disks(sorted({f for f in self._folders() if f is not None}))
-        return self._found
 
 
 def low_disks(
@@ -46,3 +31,41 @@ def low_disks(
         if free_bytes < min(LOW_BYTES, num_bytes // LOW_PART):
             found.append(LowDisk(folder=str(folder), free_bytes=free_bytes))
     return tuple(found)
+
+
+class DiskWatch:
+    """Looks at the disks of some folders, now and then. One thread asks, and never waits.
+
+    A look at a disk whose server has gone (NFS) may never end, so each one has a thread of its own,
+    and the next one begins once it has ended.
+    """
+
+    def __init__(
+        self,
+        folders: Callable[[], Iterable[Path | None]],
+        look: Callable[[Sequence[Path]], tuple[LowDisk, ...]] = low_disks,
+    ) -> None:
+        """``folders`` as they are at a look; None: there is no such folder."""
+        self._folders = folders
+        self._look = look
+        self._found: tuple[LowDisk, ...] = ()
+        self._look_at = 0.0
+        self._looking: threading.Thread | None = None
+
+    def low(self, now: float) -> tuple[LowDisk, ...]:
+        """Those that are nearly full, as of the last look that has ended; it may begin another one.
+
+        ``now`` is in monotonic seconds.
+        """
+        if now >= self._look_at and (self._looking is None or not self._looking.is_alive()):
+            self._look_at = now + LOOK_S
+            folders = sorted({folder for folder in self._folders() if folder is not None})
+            self._looking = threading.Thread(
+                target=self._look_once, args=(folders,), name="disks", daemon=True
+            )
+            with contextlib.suppress(RuntimeError):  # the process has as many threads as it may
+                self._looking.start()
+        return self._found
+
+    def _look_once(self, folders: Sequence[Path]) -> None:
+        self._found = self._look(folders)

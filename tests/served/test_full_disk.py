@@ -85,7 +85,7 @@ def test_a_full_disk_is_said_and_stops_no_stream(tmp_path: Path, disk: Path) -> 
         assert streams(server) == ["length"] * NUM_STREAMS
         wait_until(lambda: said(server, disk), "the status to say that the disk is full")
         (problem,) = said(server, disk)
-        assert problem.endswith("is nearly full: 0 bytes are free")
+        assert problem.endswith("is nearly full: 0 MiB are free")
         words = command("status", "--url", server.http)
         shown = subprocess.run(
             words, env=environment(tmp_path), capture_output=True, text=True, check=False

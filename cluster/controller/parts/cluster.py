@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.effects import Effect, Release, Send
+from cluster.controller.parts.host_disks import differ
 from cluster.controller.parts.memory import History, LostWorker, Memory
 from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
 from cluster.controller.parts.operations import Operations
@@ -293,9 +294,9 @@ class Cluster:
 
     def host_has(self, low_disks: tuple[LowDisk, ...]) -> None:
         """The disks of the controller's host that are nearly full."""
-        if low_disks != self._own_low_disks:
-            self._own_low_disks = low_disks
+        if differ(self._own_low_disks, low_disks):
             self.touch()
+        self._own_low_disks = low_disks
 
     def remember(self) -> None:
         """Make the workers keep the state that a restarted controller needs, before they get any

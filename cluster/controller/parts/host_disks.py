@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cluster.controller.parts.recovery import Problem
 from cluster.core.frames import LowDisk
+
+NEARLY_FULL = "is nearly full"
+"""The problem of a disk, as the status says it."""
+
+
+def differ(before: Iterable[LowDisk], now: Iterable[LowDisk]) -> bool:
+    """Whether these are disks of different folders.
+
+    What is free on them changes all the time: gateways need not hear of that.
+    """
+    return {disk.folder for disk in before} != {disk.folder for disk in now}
 
 
 def describe_low(disks: Iterable[tuple[str, LowDisk]]) -> list[str]:
     """For people, of (host, disk); a folder that several workers of a host report is in once."""
     least: dict[tuple[str, str], int] = {}
     for host, disk in disks:
-        place = host, disk.folder
-        least[place] = min(disk.free_bytes, least.get(place, disk.free_bytes))
+        where = host, disk.folder
+        least[where] = min(disk.free_bytes, least.get(where, disk.free_bytes))
     return [
-        f"the disk of {folder} on {host} {Problem.NEARLY_FULL}: {free_bytes} bytes are free"
+        f"the disk of {folder} on {host} {NEARLY_FULL}: {free_bytes >> 20} MiB are free"
         for (host, folder), free_bytes in sorted(least.items())
     ]

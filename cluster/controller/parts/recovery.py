@@ -33,12 +33,11 @@ _MAX_RETRY_S = 60.0
 
 
 class Problem(StrEnum):
-    """What keeps a cluster from being whole; follows the name of a worker, a place or a disk."""
+    """What keeps a cluster from being whole; follows the name of a worker or a place."""
 
     CANNOT_LOAD = "cannot load experts"
     LEFT_OUT = "is left out"
     WAITS_FOR_ROOM = "waits for room"
-    NEARLY_FULL = "is nearly full"
 
 
 class Recovery:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from cluster.core.frames import LowDisk
-from cluster.tracing import disks
 from cluster.tracing.disks import LOOK_S, LOW_BYTES, DiskWatch, low_disks
+from tests.harness.stalls import wait_until
 
 LOGS = Path("/logs")
+WAIT_S = 60.0
 
 
 def disk(num_bytes: int, free_bytes: int) -> Callable[[Path], os.statvfs_result]:
@@ -43,15 +46,35 @@ def test_a_folder_that_is_gone_is_left_out(tmp_path: Path) -> None:
     assert low_disks([tmp_path / "gone"]) == ()
 
 
-def test_disks_are_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[Sequence[Path]] = []
+LOW = LowDisk(folder="/logs", free_bytes=3)
+
+
+def test_disks_are_looked_at_now_and_then() -> None:
+    looks: queue.SimpleQueue[Sequence[Path]] = queue.SimpleQueue()
+
+    def look(folders: Sequence[Path]) -> tuple[LowDisk, ...]:
+        looks.put(folders)
+        return (LOW,)
+
+    watch = DiskWatch(lambda: [None, LOGS, LOGS], look)
+    watch.low(10.0)
+    assert looks.get(timeout=WAIT_S) == [LOGS]
+    wait_until(lambda: watch.low(10.1) == (LOW,), "the end of the look")
+    assert looks.empty(), "it was too early for another one"
+    wait_until(lambda: watch.low(10.0 + LOOK_S) and not looks.empty(), "another look")
+
+
+def test_nobody_waits_for_a_disk_that_hangs() -> None:
+    is_back, looks = threading.Event(), []
 
     def look(folders: Sequence[Path]) -> tuple[LowDisk, ...]:
         looks.append(folders)
-        return ()
+        assert is_back.wait(WAIT_S)
+        return (LOW,)
 
-    monkeypatch.setattr(disks, "low_disks", look)
-    watch = DiskWatch(lambda: [None, LOGS, LOGS])
-    for now in (10.0, 10.1, 10.0 + LOOK_S, 10.1 + LOOK_S):
-        watch.low(now)
-    assert looks == [[LOGS]] * 2
+    watch = DiskWatch(lambda: [LOGS], look)
+    for number in range(20):
+        assert watch.low(number * LOOK_S) == ()
+    is_back.set()
+    assert len(looks) <= 1, "the first look has not ended"
+    wait_until(lambda: watch.low(20 * LOOK_S) == (LOW,), "the end of the look")

@@ -12,11 +12,11 @@ HEARTBEAT = Heartbeat(progress=1, idle=True, generation=1, running=True)
 
 
 def test_a_folder_that_several_workers_report_is_named_once() -> None:
-    found = [("b", LowDisk(folder="/logs", free_bytes=9))]
-    found += [("a", LowDisk(folder="/logs", free_bytes=n)) for n in (5, 3, 4)]
+    found = [("b", LowDisk(folder="/logs", free_bytes=9 << 20))]
+    found += [("a", LowDisk(folder="/logs", free_bytes=n << 20)) for n in (5, 3, 4)]
     assert describe_low(found) == [
-        "the disk of /logs on a is nearly full: 3 bytes are free",
-        "the disk of /logs on b is nearly full: 9 bytes are free",
+        "the disk of /logs on a is nearly full: 3 MiB are free",
+        "the disk of /logs on b is nearly full: 9 MiB are free",
     ]
 
 
@@ -24,14 +24,30 @@ def test_the_status_has_what_workers_and_the_controller_report_last() -> None:
     cluster = FakeCluster(1, 2)
     cluster.serve()
     version = cluster.known.version
-    low = LowDisk(folder="/logs", free_bytes=3)
+    low = LowDisk(folder="/logs", free_bytes=3 << 20)
     cluster.send("expert-0", replace(HEARTBEAT, low_disks=(low,)))
     cluster.known.host_has((LowDisk(folder="/logs", free_bytes=2),))
     assert cluster.known.version > version, "gateways learn of it"
     assert cluster.controller.snapshot()["problems"] == [
-        "the disk of /logs on  is nearly full: 3 bytes are free",
-        "the disk of /logs on head is nearly full: 2 bytes are free",
+        "the disk of /logs on  is nearly full: 3 MiB are free",
+        "the disk of /logs on head is nearly full: 0 MiB are free",
     ]
     cluster.send("expert-0", HEARTBEAT)
     cluster.known.host_has(())
     assert cluster.controller.snapshot()["problems"] == []
+
+
+def test_gateways_do_not_hear_of_each_file_that_is_written() -> None:
+    cluster = FakeCluster(1, 2)
+    cluster.serve()
+
+    def report(free_bytes: int) -> None:
+        low = LowDisk(folder="/logs", free_bytes=free_bytes)
+        cluster.send("expert-0", replace(HEARTBEAT, low_disks=(low,)))
+        cluster.known.host_has((low,))
+
+    report(5 << 20)
+    version = cluster.known.version
+    report(3 << 20)
+    assert cluster.known.version == version
+    assert all("3 MiB" in problem for problem in cluster.controller.snapshot()["problems"])
