@@ -271,8 +271,8 @@ class Runner:
         while self._leads(controller):
             await asyncio.sleep(TICK_S)
             try:
-                controller.cluster.host_has(self._disks.low(time.monotonic()))
                 self.tell(controller.tick)
+                controller.cluster.host_has(self._disks.low(time.monotonic()))
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
             for gateway in self.polls.take_gone(time.monotonic()):

@@ -44,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 _STOP_S = 1.0
 _CHOSEN: ContextVar[SpanId | None] = ContextVar("_CHOSEN", default=None)
-"""Ids of the next span, where others have to know them before it is made."""
+"""Id of the next span, where others have to know it before it is made."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpanId:
-    """The ids of a span that is sampled: others may name it before, or after, it is made.
+    """The id of a sampled span, in all traces: others may name it before, or after, it is made.
 
     Between processes it is ``SPAN_ID_BYTES`` bytes.
     """

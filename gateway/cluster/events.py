@@ -30,7 +30,7 @@ class Change:
     """A change of the cluster that the controller traces; times are of ``time.monotonic``."""
 
     name: str
-    """Of its span."""
+    """The one of its span."""
     span_id: bytes
     began_s: float
     ended_s: float = math.inf

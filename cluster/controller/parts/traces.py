@@ -23,7 +23,7 @@ class OpenTrace:
     """A change under way, or one that has ended."""
 
     name: str
-    """Of its span."""
+    """The one of its span."""
     span_id: bytes
     seconds: float | None = None
     """How long it took; None while it goes on."""

@@ -35,6 +35,7 @@ from cluster.core.frames import (
     ControlFrame,
     GenerationReady,
     Heartbeat,
+    LowDisk,
     NewGeneration,
     Register,
     RunGeneration,
@@ -46,7 +47,8 @@ from cluster.core.frames import (
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.topology import Generation, Member
 from cluster.sizing.start_plan import FoundWorker, StartPlan, plan_start
-from tests.cluster.controller.fakes_cluster import slots_of
+from cluster.tracing.disks import DiskWatch
+from tests.cluster.controller.fakes_cluster import FakeCluster, slots_of
 from tests.cluster.controller.load_reports import load_of
 from tests.fakes import FakeWorkerGroup
 from tests.harness.members import member_of
@@ -536,6 +538,35 @@ def test_a_controller_that_collects_reports_lets_go_when_a_worker_follows_anothe
         restarted.on_frame("expert-0", Superseded(term=4))
         assert group.has_ended_controller
         assert restarted.failure == "expert-0 follows another controller, of term 4"
+
+    asyncio.run(body())
+
+
+class BrokenDisks(DiskWatch):
+    """No look succeeds, not even to begin."""
+
+    def low(self, now: float) -> tuple[LowDisk, ...]:
+        raise OSError("no look")
+
+
+def test_time_passes_for_a_controller_that_cannot_look_at_its_disks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner, "DiskWatch", BrokenDisks)
+    cluster = FakeCluster(1, 1)
+    cluster.serve()
+
+    async def body() -> None:
+        running = runner.Runner(LateGroup(), Background())
+        running.controller = cluster.controller
+        ticks = asyncio.create_task(running._tick_forever(cluster.controller))
+        ticks_at = set[float]()
+        async with asyncio.timeout(LIMIT_S):
+            while len(ticks_at) < 3 and not ticks.done():
+                await asyncio.sleep(0.01)
+                ticks_at.add(cluster.controller.detection.last_tick)
+        assert not ticks.done()
+        ticks.cancel()
 
     asyncio.run(body())
 
