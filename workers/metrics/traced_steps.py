@@ -5,10 +5,10 @@
     its 1st, 2nd, 4th, 8th, .. decode     yes, so that a long answer has few of them all over
     more than ``MAX_STEPS`` in all        no
 
-An attention worker proposes, and the step's header names, the spans of requests below
-which those of the step are. Then every worker
-of experts, and the attention worker itself, records one span of its part. Where no request is
-traced, a step costs two looks at empty containers.
+An attention worker proposes, and the step's header names, the parents: spans of requests below
+which those of the step are. Then every worker of experts, and the attention worker itself, records
+one span of its part below each. Where no request is traced, a step costs two looks at empty
+containers.
 """
 
 from __future__ import annotations
