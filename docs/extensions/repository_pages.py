@@ -21,7 +21,8 @@ SHOWN = {
     "repository/results": ROOT / "benchmarks" / "RESULTS.md",
 }
 """The file that each of these pages shows."""
-_LINK = re.compile(r"(?<!!)\[([^]\n]+(?:\n[^]\n]+)?)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"(!?)\[([^]\n]+(?:\n[^]\n]+)?)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+"""A link or an image."""
 
 
 def site_text(text: str, written_in: Path, shown_in: Path) -> str:
@@ -29,12 +30,12 @@ def site_text(text: str, written_in: Path, shown_in: Path) -> str:
     pages = {file: DOCS / f"{name}.md" for name, file in SHOWN.items()}
 
     def link(found: re.Match[str]) -> str:
-        label, target, anchor = found[1], found[2], found[3] or ""
+        mark, label, target, anchor = found[1], found[2], found[3], found[4] or ""
         file = (written_in.parent / target).resolve()
         if file.is_dir():
             return label
         path = os.path.relpath(pages.get(file, file), shown_in.parent)
-        return f"[{label}]({path}{anchor})"
+        return f"{mark}[{label}]({path}{anchor})"
 
     return _LINK.sub(link, text)
 
