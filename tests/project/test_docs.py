@@ -72,7 +72,7 @@ def test_links_of_a_shown_file_lead_to_pages() -> None:
     page, readme = DOCS / "repository" / "readme.md", SHOWN["repository/readme"]
     text = "[a](docs/index.md), [b](CHANGELOG.md#top), [c](k8s), [d](https://e), ![f](g.svg)"
     assert site_text(text, readme, page) == (
-        "[a](../index.md), [b](changes.md#top), c, [d](https://e), ![f](g.svg)"
+        "[a](../index.md), [b](changes.md#top), c, [d](https://e), ![f](../../g.svg)"
     )
 
 
