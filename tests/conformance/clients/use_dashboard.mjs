@@ -120,7 +120,8 @@ async function endure(browser, numUpdates) {
     const atOnce = (call) => { due.push(call); port2.postMessage(null); };
     window.setTimeout = (call, pause) => (pause >= 1000 ? atOnce(call) : later(call, pause));
   `;
-  const busy = await open(browser, url, { script });
+  // Nobody looks: painting in software would take most of the time.
+  const busy = await open(browser, url, { script, viewport: { width: 320, height: 200 } });
   const session = await busy.context().newCDPSession(busy);
   const heap = async (count) => {
     await busy.waitForFunction((least) => window.updates >= least, count, { timeout: 1_000_000, polling: 200 });
