@@ -49,6 +49,8 @@ class Draining:
         """The change of the maps that the drain has under way."""
         self._requests = DrainRequests(follow_nodes=cluster.config.workers.follow_nodes)
         self._refusal = ""
+        self._asked = 0
+        """Token of the questions for numbers since the workers take no new request."""
 
     def restore(self, drain: Drain, now: float) -> None:
         """Continue the drain of an earlier controller; the table has all workers already.
@@ -274,10 +276,11 @@ class Draining:
         elif drain.step is DrainStep.COPY:
             self._watch_copies(drain, now)
         elif drain.step is DrainStep.MOVE:
-            if cluster.runs and all(r.num_requests == 0 for r in self._attention(drain)):
+            self._count_moved(drain)
+            if cluster.runs and all(self._is_empty(r) for r in self._attention(drain)):
                 self._leave(drain, now)
             else:
-                cluster.send(StatusRequest(token=0), *drain.names)
+                cluster.send(StatusRequest(token=self._asked), *drain.names)
         elif drain.step is DrainStep.BACK:
             self._watch_return(drain, now)
         elif drain.step is DrainStep.LEAVE and cluster.runs:
@@ -327,12 +330,21 @@ class Draining:
             self._undo(drain, OperationState.FAILED, text, now)
 
     def _move(self, drain: Drain, now: float) -> None:
-        held = self._attention(drain)
-        drain.operation.result["requests_moved"] = sum(r.num_requests or 0 for r in held)
-        for record in held:
-            record.stats.clear()  # only later numbers count
+        drain.operation.result.setdefault("requests_moved", 0)
+        self._count_moved(drain)
+        self._asked = next(self._cluster.order_numbers)
         self._hold_back(drain, True)
         self._enter(drain, DrainStep.MOVE)
+
+    def _count_moved(self, drain: Drain) -> None:
+        """The most that its workers had, of what they have said so far."""
+        found, result = self._attention(drain), drain.operation.result
+        held = sum(record.num_requests or 0 for record in found)
+        result["requests_moved"] = max(result["requests_moved"], held)
+
+    def _is_empty(self, record: WorkerRecord) -> bool:
+        """By an answer to a question since it takes no new request: a heartbeat may be older."""
+        return record.answered >= self._asked and record.num_requests == 0
 
     def _leave(self, drain: Drain, now: float) -> None:
         """Form a generation without the workers; their places wait for the end of the drain."""

@@ -56,6 +56,8 @@ class WorkerRecord:
     """Numbers of its last heartbeat or status reply."""
     asked: int | None = None
     """Token of the request for its numbers that it has not answered."""
+    answered: int = 0
+    """Token of the newest such request that it has answered."""
     mismatch: tuple[int, float] | None = None
     """Generation in which its heartbeats differ from what the controller knows, and since when."""
     generation: int = 0
@@ -151,8 +153,10 @@ class WorkerRecord:
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
         """Keep the finite numbers of a heartbeat, or of a status reply even if it is late."""
-        if isinstance(frame, frames.StatusReply) and frame.token == self.asked:
-            self.asked = None
+        if isinstance(frame, frames.StatusReply):
+            self.answered = max(self.answered, frame.token)
+            if frame.token == self.asked:
+                self.asked = None
         self.stats = {
             name: value
             for name, value in frame.stats.items()

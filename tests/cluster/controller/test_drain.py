@@ -50,8 +50,11 @@ def pass_time(cluster: FakeCluster, seconds: float) -> None:
 
 
 def say_requests(cluster: FakeCluster, worker: str, running: float) -> None:
+    """It answers the question that a drain asks at every tick."""
+    cluster.tick(0.1)
     stats = {"num_requests_running": running, "num_requests_waiting": 0.0}
-    cluster.send(worker, StatusReply(token=0, stats=stats))
+    asked = cluster.link.last(worker, StatusRequest)
+    cluster.send(worker, StatusReply(token=asked.token if asked else 0, stats=stats))
 
 
 def state_of(cluster: FakeCluster, worker: str) -> str:
@@ -255,11 +258,19 @@ def test_an_attention_worker_leaves_when_its_requests_have() -> None:
 
 
 def test_numbers_from_before_the_drain_do_not_count() -> None:
+    """Nor do those of a heartbeat that was under way when it began."""
     cluster = serving()
     say_requests(cluster, "attention-1", 0)
     drain(cluster, "attention-1")
     cluster.tick(0.1)
     assert cluster.state == "SERVING"
+    late = StatusReply(token=0, stats={"num_requests_running": 0.0, "num_requests_waiting": 0.0})
+    cluster.send("attention-1", late)
+    cluster.tick(0.1)
+    assert cluster.state == "SERVING"
+    say_requests(cluster, "attention-1", 0)
+    cluster.tick(0.1)
+    assert state_of(cluster, "attention-1") == "DRAINED"
 
 
 def test_an_expert_worker_leaves_its_work_to_the_copies() -> None:
