@@ -127,4 +127,5 @@ print(len(logs.RECENT.since(0)[1]))
         child = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, timeout=60
         )
-    assert (child.returncode, child.stdout) == (0, b"2\n")
+    assert child.stdout == b"2\n"
+    assert child.returncode in (0, 120), "120: Python could not write the rest at its end"

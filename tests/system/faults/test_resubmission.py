@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.core.errors import DeadlineExceededError, NotReadyError
+from cluster.core.errors import DeadlineExceededError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from gateway.core.call import CallKind, GenerateFields
@@ -228,7 +228,7 @@ async def recover_slowly(gateway: Gateway, cluster: ThreadCluster, group: HeldGr
     for generation in hasty:
         with generation, pytest.raises(DeadlineExceededError):
             await collect(generation)
-    with pytest.raises(NotReadyError, match="recovering"):
+    with pytest.raises(DeadlineExceededError, match="recovering"):
         await gateway.start(_timed(fields[0], 0.3), "new")
     while await num_requests(cluster) != len(patient):
         await asyncio.sleep(0.01)
