@@ -134,7 +134,7 @@ async def measure(url: str, size: Size) -> dict[str, list[float]]:
 
 
 def cpu_ms(server: Served, path: str, num_questions: int) -> float:
-    """CPU time of all processes for one question, beyond what they take when nobody asks."""
+    """CPU time that one question costs all processes, less what they use anyway."""
     processes = [psutil.Process(found.pid) for found in find_by_files(server.folder)]
     began_s, before_s = time.monotonic(), _cpu_s(processes)
     for _ in range(num_questions):

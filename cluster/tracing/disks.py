@@ -12,7 +12,7 @@ from cluster.core.frames import LowDisk
 
 LOW_BYTES = 64 * 1024 * 1024
 LOW_PART = 20
-"""A disk is nearly full when less than 64 MiB and less than 5% (one in 20) of it are free."""
+"""A disk is nearly full with less than 64 MiB and less than 5% (one part in 20) of free space."""
 LOOK_S = 2.0
 """Least time between two looks."""
 

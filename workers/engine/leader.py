@@ -90,6 +90,8 @@ def _share_spans(
     A worker of experts makes all of them. Every rank has its first before any has its second; the
     rank that begins rotates with the step number.
     """
+    if not any(parents for _, parents in asked):
+        return ()
     in_turn = sorted(
         (turn, (number - step) % len(asked), rank, parent)
         for number, (rank, parents) in enumerate(asked)

@@ -7,7 +7,7 @@ import heapq
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -40,17 +40,13 @@ class Arrival:
         shared = [
             token
             for block in self.blocks
-            for token in _block_tokens(block, vocab_size, self.block_len)
+            for token in _tokens(f"{vocab_size} {block}", vocab_size, self.block_len)
         ][: self.input_len]
         return shared + _tokens(seed, vocab_size, self.input_len - len(shared))
 
 
-def _block_tokens(block: int, vocab_size: int, number: int) -> list[int]:
-    return _tokens(f"{vocab_size} {block}", vocab_size, number)
-
-
 def _tokens(seed: str, vocab_size: int, number: int) -> list[int]:
-    """Drawn by numpy: a request's tokens cost the streams under way no time that would count."""
+    """By numpy: the event loop that draws them also takes the times of the streams under way."""
     import numpy as np  # slow to import
 
     draw = np.random.default_rng(list(seed.encode()))
@@ -123,11 +119,11 @@ def _mooncake_rows(file: Iterable[str]) -> Iterator[Arrival]:
     for place, line in enumerate(filter(str.strip, file), 1):
         with _names_request(place):
             row = json.loads(line)
-            lengths = _length(row, "input_length"), _length(row, "output_length")
+            prompt, output = (_length(n, row[n]) for n in ("input_length", "output_length"))
             due_s = float(row["timestamp"]) / 1000
             if not math.isfinite(due_s):
                 raise ValueError("timestamp must be a number")
-            yield Arrival(due_s, *lengths, tuple(row.get("hash_ids") or ()))
+            yield Arrival(due_s, prompt, output, tuple(row.get("hash_ids") or ()))
 
 
 def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
@@ -136,14 +132,12 @@ def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
         with _names_request(place):
             when = datetime.fromisoformat(row["TIMESTAMP"])
             due_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-            output = max(int(row["GeneratedTokens"]), 1)
-            lengths = {"ContextTokens": int(row["ContextTokens"])}
-            yield Arrival(due_s, _length(lengths, "ContextTokens"), output)
+            prompt = _length("ContextTokens", int(row["ContextTokens"]))
+            yield Arrival(due_s, prompt, max(int(row["GeneratedTokens"]), 1))
 
 
-def _length(row: Mapping[str, Any], name: str) -> int:
-    """A number of tokens. Raises ``ValueError``."""
-    value = row[name]
+def _length(name: str, value: Any) -> int:
+    """A number of tokens, called ``name`` in the trace. Raises ``ValueError``."""
     if type(value) is not int or not 0 < value <= MAX_TOKENS:
         raise ValueError(f"{name} ({value}) must be a whole number from 1 to {MAX_TOKENS}")
     return value

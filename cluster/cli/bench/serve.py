@@ -44,13 +44,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; exits with 1 if a request failed, with 130 after a ctrl-C."""
     require_folders(args.save, args.report)
     found = Measurement(args)
-    progress = Progress()
     try:
-        asyncio.run(_measure(args, found, progress))
+        with Progress() as progress:
+            asyncio.run(_measure(args, found, progress))
     except KeyboardInterrupt:
         found.is_interrupted = True
-    finally:
-        progress.clear()
     if found.load is not None:
         document = found.document(args.grpc or Client(args).url)
         tell(args, document, _text(document))

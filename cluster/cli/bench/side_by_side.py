@@ -11,7 +11,7 @@ from cluster.cli.bench.load import warm_up
 from cluster.cli.bench.load_options import load_of
 from cluster.cli.bench.measurement import Measurement, warn_if_late
 from cluster.cli.bench.targets import http_target
-from cluster.cli.terminal.client import NO_KEY, Client
+from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.progress import Progress
 
 
@@ -21,19 +21,22 @@ def measure_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     After a ctrl-C they have what was found so far, if each server had a turn. Raises
     ``CommandError``, also where a server does not answer at all.
     """
-    settings = [_settings(args, url=args.a), _settings(args, url=args.b, **_of_b(args))]
-    found = [Measurement(each) for each in settings]
-    progress = Progress()
+    a_args = _settings(args, url=args.a)
+    b_args = _settings(args, url=args.b, model=args.b_model or args.model)
+    servers = [
+        (a_args, Client(a_args)),
+        (b_args, Client(b_args, key=args.b_api_key or "")),  # never the key of A
+    ]
+    found = [Measurement(each) for each, _ in servers]
     try:
-        asyncio.run(_measure(settings, found, progress, args.rounds))
+        with Progress() as progress:
+            asyncio.run(_measure(servers, found, progress, args.rounds))
     except KeyboardInterrupt:
         if any(one.load is None for one in found):
             raise
         for one in found:
             one.is_interrupted = True
-    finally:
-        progress.clear()
-    a, b = (one.document(each.url) for one, each in zip(found, settings, strict=True))
+    a, b = (one.document(each.url) for one, (each, _) in zip(found, servers, strict=True))
     for document in (a, b):
         warn_if_late(document)
     return a, b
@@ -43,24 +46,19 @@ def _settings(args: argparse.Namespace, **others: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **others})
 
 
-def _of_b(args: argparse.Namespace) -> dict[str, Any]:
-    """What B gets in place of what A gets: never the key of A, from a variable either."""
-    return {"api_key": args.b_api_key or NO_KEY, "model": args.b_model or args.model}
-
-
 async def _measure(
-    settings: list[argparse.Namespace],
+    servers: list[tuple[argparse.Namespace, Client]],
     found: list[Measurement],
     progress: Progress,
     rounds: int,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         opened = []
-        for each in settings:
-            opened.append(http_target(each, Client(each)))
+        for each, client in servers:
+            opened.append(http_target(each, client))
             stack.push_async_callback(opened[-1][0].close)
         # Both get the same prompts, which must be tokens of both models.
-        load = load_of(settings[0], min(vocab_size for _, vocab_size in opened))
+        load = load_of(servers[0][0], min(vocab_size for _, vocab_size in opened))
         for target, _ in opened:
             progress.update("warming up")
             await warm_up(load, target)

@@ -104,12 +104,11 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
 
 def _wait_for_end(record: state_file.ClusterRecord, limit_s: float) -> bool:
     """Whether the launcher ended within that time."""
-    progress = Progress(lines=False)
     deadline = time.monotonic() + limit_s
-    while is_running(record.launcher) and time.monotonic() < deadline:
-        progress.update(f"ending {record.name}")
-        time.sleep(_POLL_S)
-    progress.clear()
+    with Progress(lines=False) as progress:
+        while is_running(record.launcher) and time.monotonic() < deadline:
+            progress.update(f"ending {record.name}")
+            time.sleep(_POLL_S)
     return not is_running(record.launcher)
 
 

@@ -56,12 +56,11 @@ def add_commands(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; ``FAILED`` when one is bad."""
-    progress = Progress(lines=False)
     findings = []
-    for place, examine in enumerate(EXAMINATIONS, 1):
-        progress.update(f"examination {place} of {len(EXAMINATIONS)}")
-        findings.append(examine())
-    progress.clear()
+    with Progress(lines=False) as progress:
+        for place, examine in enumerate(EXAMINATIONS, 1):
+            progress.update(f"examination {place} of {len(EXAMINATIONS)}")
+            findings.append(examine())
     is_fine = all(f.verdict != "bad" for f in findings)
     document = {"schema": 1, "ok": is_fine, "findings": [asdict(f) for f in findings]}
     show(args, document, "\n".join(_line(f, not args.no_color) for f in findings))

@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cluster.cli.offline.finding import Finding, finding
@@ -24,9 +24,10 @@ _HUGE_PAGES = Path("sys/kernel/mm/transparent_hugepage/enabled")
 
 def examine_threads(root: Path = Path("/")) -> Finding:
     """The fewest that the kernel, the user's limit and the control groups still allow."""
+    running = list(_threads())
     free = {
-        "/proc/sys/kernel/threads-max": _kernel_threads(root),
-        "ulimit -u": _user_threads(),
+        "/proc/sys/kernel/threads-max": _kernel_threads(root, running),
+        "ulimit -u": _user_threads(running),
         "pids.max of the control group": _group_threads(root),
     }
     known = {name: number for name, number in free.items() if number is not None}
@@ -38,17 +39,17 @@ def examine_threads(root: Path = Path("/")) -> Finding:
     return finding("threads", number >= MIN_THREADS, text, fix=fix, otherwise="warn")
 
 
-def _kernel_threads(root: Path) -> int | None:
+def _kernel_threads(root: Path, running: Iterable[tuple[int, int]]) -> int | None:
     limit = _number(root / "proc/sys/kernel/threads-max")
-    return None if limit is None else limit - sum(number for _, number in _threads())
+    return None if limit is None else limit - sum(number for _, number in running)
 
 
-def _user_threads() -> int | None:
+def _user_threads(running: Iterable[tuple[int, int]]) -> int | None:
     """It counts all threads of this user; root has no limit."""
     limit, user = resource.getrlimit(resource.RLIMIT_NPROC)[0], os.getuid()
     if user == 0 or limit == resource.RLIM_INFINITY:
         return None
-    return limit - sum(number for owner, number in _threads() if owner == user)
+    return limit - sum(number for owner, number in running if owner == user)
 
 
 def _threads() -> Iterator[tuple[int, int]]:

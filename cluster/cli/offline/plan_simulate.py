@@ -59,12 +59,11 @@ def run_simulate(args: argparse.Namespace) -> int:
     trace = load_trace(args.trace)
     topology = PlannedTopology.uniform(args.devices, args.redundant, args.nodes)
     policies: Sequence[Policy] = (args.policy,) if args.policy else POLICIES
-    progress = Progress(lines=False)
     found = {}
-    for place, policy in enumerate(policies, 1):
-        progress.update(f"policy {policy}, {place} of {len(policies)}")
-        found[policy] = simulate(trace, topology, policy, step, args.max_move_fraction)
-    progress.clear()
+    with Progress(lines=False) as progress:
+        for place, policy in enumerate(policies, 1):
+            progress.update(f"policy {policy}, {place} of {len(policies)}")
+            found[policy] = simulate(trace, topology, policy, step, args.max_move_fraction)
     windows = {name: [asdict(w) for w in each] for name, each in found.items()}
     document = {"schema": 1, "devices": args.devices, "policies": windows}
     heading = (

@@ -18,8 +18,6 @@ from cluster.launch import state_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 10.0
-NO_KEY = "\0"
-"""As ``args.api_key``: none, whatever the environment says."""
 
 
 def find_url(args: argparse.Namespace) -> str:
@@ -39,14 +37,18 @@ def find_url(args: argparse.Namespace) -> str:
 class Client:
     """Requests to one URL. Errors become ``CommandError`` with the fitting exit code."""
 
-    def __init__(self, args: argparse.Namespace, admin_url: str = "") -> None:
-        """``admin_url`` where it is an admin port, not the gateway that ``args`` name."""
+    def __init__(
+        self, args: argparse.Namespace, admin_url: str = "", *, key: str | None = None
+    ) -> None:
+        """``admin_url`` where it is an admin port, not the gateway that ``args`` name. ``key`` in
+        place of what ``args`` or the environment name; empty: none."""
         self.url = _checked(admin_url or find_url(args))
         self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
-        given = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
-        self._key = "" if given == NO_KEY else given
+        self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
         if admin_url:
             self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
+        if key is not None:
+            self._key = key
         self.tls = _tls_context(args) if self.url.startswith("https:") else None
         """What https needs; None without it."""
 

@@ -23,9 +23,8 @@ def follow_operation(
     Raises ``CommandError`` past that time.
     """
     give_up = time.monotonic() + wait_s
-    progress = Progress(lines=False)
     phase = ""
-    try:
+    with Progress(lines=False) as progress:
         while operation["state"] == "RUNNING" and wait_s:
             text = f"{operation['id']} {operation['target']}: {operation['phase']}"
             if operation["phase"] != phase:
@@ -39,8 +38,6 @@ def follow_operation(
                 raise CommandError(ExitCode.NOT_READY, f"{late}: {more}")
             time.sleep(POLL_S)
             operation = orders.operation(operation["id"])
-    finally:
-        progress.clear()
     return show_operation(args, operation)
 
 

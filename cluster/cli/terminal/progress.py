@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TextIO
 
 INTERVAL_S = 5.0
@@ -18,8 +19,8 @@ _STAGES = {
 }
 
 
-class Progress:
-    """Shows one stage at a time."""
+class Progress(AbstractContextManager["Progress"]):
+    """Shows one stage at a time; ``with`` clears it at the end."""
 
     def __init__(
         self,
@@ -37,6 +38,9 @@ class Progress:
         self._shown_at = self._began
         self._text = ""
         self._width = 0
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
 
     def update(self, stage: str, done: int = 0, total: int = 0) -> None:
         """Show another stage, or how much of the stage is done."""

@@ -15,7 +15,7 @@ from cluster.controller.parts.effects import Trace
 from cluster.core.codec import SPAN_ID_BYTES
 
 _KEPT = 16
-"""Newest changes that gateways are told of."""
+"""Newest changes that the snapshot names."""
 
 
 @dataclass(slots=True)
@@ -33,8 +33,8 @@ class ChangeTraces:
     """The traces of the changes that one controller makes.
 
     Args:
-        identity: distinguishes it from all other controllers: ids of traces are made of it.
-        is_on: traces are exported; else gateways are told of none.
+        identity: the controller's own, from which ids of traces derive.
+        is_on: traces are exported; otherwise the snapshot names no change.
     """
 
     def __init__(self, identity: str, is_on: bool) -> None:
