@@ -64,7 +64,7 @@ def report(rows: Sequence[FaultRow], found: Mapping[str, Found]) -> str:
 
 
 def page_rows(rows: Sequence[FaultRow], found: Mapping[str, Found]) -> str:
-    """The same as rows of the table in ``docs/reference/recovery-times.md``."""
+    """The same as rows of the table in ``docs/reference/reliability.md``."""
     measured = [row for row in rows if row.name in found and found[row.name].stalls_s]
     return "\n".join(
         f"| {row.text} | {row.limit} | {' / '.join(_pause(found[row.name]))} s |"

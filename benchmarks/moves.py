@@ -30,7 +30,7 @@ from gateway.engines.submission import Submission
 from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
 
-PLOT = Path(__file__).resolve().parent.parent / "docs" / "how-to" / "moves.svg"
+PLOT = Path(__file__).resolve().parent.parent / "docs" / "reference" / "moves.svg"
 """Pauses by length, drawn by a full run."""
 LIMIT_MS = 20.0
 """Asked for: the longest pause, or two decode steps if they take longer."""

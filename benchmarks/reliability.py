@@ -162,7 +162,7 @@ def describe(size: Size, found: Mapping[str, Found]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the section or some rows, and the rows for ``docs/reference/recovery-times.md``."""
+    """Print the section or some rows, and the rows for ``docs/reference/reliability.md``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability")
     known = {row.name: row for row in ROWS}
     parser.add_argument("--rows", default=",".join(known), help=f"of {', '.join(known)}")

@@ -254,7 +254,7 @@ def _one(row: HostRow, site: HostSite, size: Size, draw: random.Random, found: F
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, and the rows for ``docs/reference/recovery-times.md``."""
+    """Print the table, and the rows for ``docs/reference/reliability.md``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability_hosts")
     known = {row.name: row for row in ROWS}
     parser.add_argument("--rows", default=",".join(known), help=f"of {', '.join(known)}")
