@@ -20,6 +20,7 @@ from ray import serve
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import EndStage
 from cluster.tracing import logs
+from cluster.tracing.disks import DiskWatch
 from gateway.admin.service import AdminApi
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import Question
@@ -64,7 +65,11 @@ class GatewayReplica:
         tokenizer = await asyncio.to_thread(
             load_tokenizer, settings.model.path, settings.model.chat_template
         )
-        self._cluster = ClusterView(find_controller, name)
+        node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        disks = DiskWatch(lambda: [logs.OUTPUT.folder])
+        self._cluster = ClusterView(
+            find_controller, name, host=node, low_disks=lambda: disks.low(time.monotonic())
+        )
         policy = RoutingPolicy(settings.gateway.routing_policy)
         self._engines = EnginePool(settings.cluster_token, name, policy)
         self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
@@ -75,9 +80,7 @@ class GatewayReplica:
         grpc_port = await self._grpc.start()
         self._admin = AdminApi(self._gateway, section)
         await self._admin.start()
-        host = section.host
-        if host in ("0.0.0.0", "::"):
-            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        host = node if section.host in ("0.0.0.0", "::") else section.host
         self._gateway.addresses = {
             "pid": os.getpid(),
             "http": f"{host}:{section.port}",

@@ -31,6 +31,7 @@ from cluster.core.errors import (
     StartError,
     SupersededError,
 )
+from cluster.core.frames import LowDisk
 from cluster.core.release import RELEASE
 from cluster.core.states import ClusterState
 from cluster.core.watchdog import BEAT_S, start_watchdog
@@ -146,16 +147,24 @@ class ControllerActor:
         return self._snapshot()
 
     async def wait_snapshot(
-        self, known_version: int, timeout_s: float, gateway: str = ""
+        self,
+        known_version: int,
+        timeout_s: float,
+        gateway: str = "",
+        host: str = "",
+        low_disks: tuple[LowDisk, ...] = (),
     ) -> dict[str, Any]:
         """The state once its version differs from ``known_version``, or after the time limit.
 
-        ``gateway`` is the caller's name if it is one, which asks again at once.
+        ``gateway`` is the caller's name if it is one, which asks again at once; ``low_disks`` are
+        the disks of its host that are nearly full.
         """
         await self.restore()
         polls = self.runner.polls
         if gateway and polls.begin(gateway):
             self.runner.note(f"{gateway} is back", "it serves again")
+        if gateway:
+            self.runner.host_has(low_disks, host, gateway)
         try:
             await self._background.wait(lambda: self._version() != known_version, timeout_s)
         finally:
@@ -165,6 +174,7 @@ class ControllerActor:
     async def gateway_leaves(self, gateway: str) -> None:
         """A gateway ends in order."""
         if self.runner.polls.leave(gateway):
+            self.runner.host_has((), "", gateway)
             self.runner.note(f"{gateway} has left", "its requests have ended")
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:

@@ -27,7 +27,7 @@ from cluster.controller.parts.effects import Effect, End, EndAll, Release, Send,
 from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
-from cluster.core.frames import Alive, ControlFrame, Superseded
+from cluster.core.frames import Alive, ControlFrame, LowDisk, Superseded
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.policy.node_following import followed_nodes
@@ -272,10 +272,11 @@ class Runner:
             await asyncio.sleep(TICK_S)
             try:
                 self.tell(controller.tick)
-                controller.cluster.host_has(self._disks.low(time.monotonic()))
+                self.host_has(self._disks.low(time.monotonic()))
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
             for gateway in self.polls.take_gone(time.monotonic()):
+                self.host_has((), "", gateway)
                 self.note(f"{gateway} is gone: it no longer asks", "its requests end")
 
     async def _watch_nodes(self, controller: Controller) -> None:
@@ -309,6 +310,12 @@ class Runner:
         """Add to the history of the cluster, if there is one."""
         if self.controller is not None:
             self.tell(partial(self.controller.cluster.note, cause, effect))
+
+    def host_has(self, low_disks: tuple[LowDisk, ...], host: str = "", reporter: str = "") -> None:
+        """See ``Cluster.host_has``."""
+        if self.controller is not None:
+            self.controller.cluster.host_has(low_disks, host, reporter)
+            self.background.notify()
 
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED

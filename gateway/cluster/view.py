@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from cluster.core.errors import ExpertMeshError, HandshakeError, NotReadyError
+from cluster.core.frames import LowDisk
 from cluster.core.release import RELEASE, check_release
 from cluster.core.topology import runs_attention
 
@@ -81,11 +82,15 @@ class ClusterView:
         find: finds the controller; called again after each loss. Raises if there is none.
         name: of this gateway; the controller records when it stops asking. Empty: it does not.
         release: of this gateway; snapshots of a controller of another one are refused.
+        host: of this gateway, and ``low_disks`` its disks that are nearly full; the controller
+            hears of them with each question.
     """
 
     find: Callable[[], Awaitable[ControllerCalls]]
     name: str = ""
     release: str = RELEASE
+    host: str = ""
+    low_disks: Callable[[], tuple[LowDisk, ...]] = tuple
     snapshot: Snapshot | None = None
     """The latest known state; None before the first."""
     known_load: Mapping[str, Any] | None = None
@@ -185,7 +190,10 @@ class ClusterView:
                     self._controller = await self._find()
                 version = -1 if self.snapshot is None else int(self.snapshot["version"])
                 snapshot = await asyncio.wait_for(
-                    self._controller.ask("wait_snapshot", version, POLL_TIMEOUT_S, self.name),
+                    self._controller.ask(
+                        *("wait_snapshot", version, POLL_TIMEOUT_S),
+                        *(self.name, self.host, self.low_disks()),
+                    ),
                     POLL_TIMEOUT_S + CALL_TIMEOUT_S,
                 )
                 self._accept(snapshot)

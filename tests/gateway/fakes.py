@@ -435,7 +435,7 @@ class FakeController:
         return copy.deepcopy(self.state)
 
     async def wait_snapshot(
-        self, known_version: int, timeout_s: float, gateway: str = ""
+        self, known_version: int, timeout_s: float, *gateway: Any
     ) -> dict[str, Any]:
         """See ``Controller``."""
         if known_version == self.state["version"]:

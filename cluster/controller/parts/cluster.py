@@ -210,7 +210,8 @@ class Cluster:
         """The drain under way."""
         self.scale: Scale | None = None
         """The scaling under way."""
-        self._own_low_disks: tuple[LowDisk, ...] = ()
+        self._low_disks: dict[str, list[tuple[str, LowDisk]]] = {}
+        """(host, disk) by who reports them: the controller's process and gateways."""
         self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
         self.notes = notes or {}
 
@@ -249,8 +250,8 @@ class Cluster:
 
     def low_disks(self) -> list[tuple[str, LowDisk]]:
         """(host, disk) of all hosts, as often as somebody there reports it."""
-        own = [(self.host, disk) for disk in self._own_low_disks]
-        return own + [(r.member.node, d) for r in self.workers.alive() for d in r.low_disks]
+        others = [found for disks in self._low_disks.values() for found in disks]
+        return others + [(r.member.node, d) for r in self.workers.alive() for d in r.low_disks]
 
     def unready_workers(self) -> list[str]:
         """Those of the new workers that others still wait for."""
@@ -292,11 +293,13 @@ class Cluster:
         self.history.paused(generation, pause_s)
         self.touch()
 
-    def host_has(self, low_disks: tuple[LowDisk, ...]) -> None:
-        """The disks of the controller's host that are nearly full."""
-        if differ(self._own_low_disks, low_disks):
+    def host_has(self, low_disks: tuple[LowDisk, ...], host: str = "", reporter: str = "") -> None:
+        """The nearly full disks of a host, by a gateway; by default those of the controller's."""
+        before = self._low_disks.pop(reporter, [])
+        if differ((disk for _, disk in before), low_disks):
             self.touch()
-        self._own_low_disks = low_disks
+        if low_disks:
+            self._low_disks[reporter] = [(host or self.host, disk) for disk in low_disks]
 
     def remember(self) -> None:
         """Make the workers keep the state that a restarted controller needs, before they get any

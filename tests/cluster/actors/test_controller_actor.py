@@ -222,9 +222,13 @@ def test_a_cluster_starts_answers_and_stops() -> None:
         origin = await actor.origin()
         assert origin["asked"] == {"--port": "1"}
         assert origin["config"]["cluster_token"] == "secret"
-        await actor.wait_snapshot(-1, 0.0, "gateway-7")
+        low = (LowDisk(folder="/logs", free_bytes=2 << 20),)
+        told = await actor.wait_snapshot(-1, 0.0, "gateway-7", "10.0.0.9", low)
+        said = "the disk of /logs on 10.0.0.9 is nearly full: 2 MiB are free"
+        assert told["problems"] == [said]
         await actor.gateway_leaves("gateway-7")
         await actor.gateway_leaves("gateway-8")  # it has never asked
+        assert (await actor.snapshot())["problems"] == []
         causes = [entry["cause"] for entry in (await actor.snapshot())["history"]]
         assert [cause for cause in causes if "gateway" in cause] == ["gateway-7 has left"]
         await actor.stop()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import NotReadyError
+from cluster.core.frames import LowDisk
 from cluster.core.release import RELEASE
 from gateway.cluster import view
 from gateway.cluster.view import POLL_TIMEOUT_S, ClusterView, ControllerCalls
@@ -85,10 +86,12 @@ def test_it_asks_under_its_name_and_says_when_it_leaves() -> None:
         async def find() -> ControllerCalls:
             return Controller()
 
-        found = ClusterView(find, "gateway-7")
+        low = (LowDisk(folder="/logs", free_bytes=1),)
+        found = ClusterView(find, "gateway-7", host="10.0.0.9", low_disks=lambda: low)
         found.start()
         await is_asked.wait()
-        assert asked == [("wait_snapshot", (-1, POLL_TIMEOUT_S, "gateway-7"))]
+        details = (-1, POLL_TIMEOUT_S, "gateway-7", "10.0.0.9", low)
+        assert asked == [("wait_snapshot", details)]
         await found.leave()
         assert asked[1:] == [("gateway_leaves", ("gateway-7",))]
 

@@ -37,6 +37,20 @@ def test_the_status_has_what_workers_and_the_controller_report_last() -> None:
     assert cluster.controller.snapshot()["problems"] == []
 
 
+def test_a_gateways_host_is_named_until_the_gateway_says_otherwise() -> None:
+    cluster = FakeCluster(1, 2)
+    cluster.serve()
+    low = (LowDisk(folder="/logs", free_bytes=3 << 20),)
+    cluster.known.host_has(low, "10.0.0.9", "gateway-7")
+    cluster.known.host_has(())
+    said = ["the disk of /logs on 10.0.0.9 is nearly full: 3 MiB are free"]
+    assert cluster.controller.snapshot()["problems"] == said
+    version = cluster.known.version
+    cluster.known.host_has((), "10.0.0.9", "gateway-7")
+    assert cluster.known.version > version
+    assert cluster.controller.snapshot()["problems"] == []
+
+
 def test_gateways_do_not_hear_of_each_file_that_is_written() -> None:
     cluster = FakeCluster(1, 2)
     cluster.serve()
