@@ -31,11 +31,13 @@ from cluster.launch.state_file import (
     ClusterRecord,
     RecordState,
     log_path,
+    remove_log,
     remove_record,
     write_record,
 )
+from cluster.tracing import logs
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cluster.launch.launch")  # its __name__ is "__main__"
 
 DETACH = "detach"
 """Word on stdin after which the launcher survives its front process."""
@@ -167,7 +169,7 @@ class Launcher:
         if not self._leaves:
             remove_record(self._plan.name)
         if status == 0:
-            log_path(self._plan.name).unlink(missing_ok=True)
+            remove_log(self._plan.name)
         self._events.send("stopped")
 
     def _progress(self, stage: str, done: int, total: int) -> None:
@@ -236,12 +238,15 @@ def main(
 ) -> NoReturn:
     """Entry point of the launcher process."""
     events = EventSink(_take_stdout())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logs.set_up("launcher")
     warm_up()
     line = sys.stdin.readline()
     if not line:
         sys.exit(0)  # refused or killed before anything was started
-    launcher = Launcher(from_plain(json.loads(line), LaunchPlan), events, make_parts)
+    plan = from_plain(json.loads(line), LaunchPlan)
+    logs.set_up("launcher", plan.config.observability.log_format)
+    logs.OUTPUT.take(log_path(plan.name))
+    launcher = Launcher(plan, events, make_parts)
     threading.Thread(target=_follow_front, args=(sys.stdin, launcher), daemon=True).start()
     status = launcher.run()
     logging.shutdown()

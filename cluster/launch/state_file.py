@@ -19,6 +19,7 @@ from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, ProtocolError
 from cluster.core.process import ProcessIdentity, is_running
 from cluster.launch.orphans import host_id, sweep
+from cluster.tracing.output_files import previous
 
 DEFAULT_NAME = "default"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -95,6 +96,12 @@ def log_path(name: str) -> Path:
     return record_path(name).with_suffix(".log")
 
 
+def remove_log(name: str) -> None:
+    """Remove the launcher's log, and what was rotated."""
+    for path in (log_path(name), previous(log_path(name))):
+        path.unlink(missing_ok=True)
+
+
 def write_record(record: ClusterRecord) -> None:
     """Write the record atomically, readable by its owner only."""
     path = record_path(record.name)
@@ -133,6 +140,6 @@ def clean_up_dead() -> list[str]:
             continue
         ended = sweep(Path(record.temp_dir), record.processes) if record.temp_dir else 0
         remove_record(record.name)
-        log_path(record.name).unlink(missing_ok=True)
+        remove_log(record.name)
         lines.append(f"cleaned up after {record.name}: {ended} processes left by a killed start")
     return lines

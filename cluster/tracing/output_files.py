@@ -1,9 +1,9 @@
 """The files behind this process's standard output and error: they are rotated.
 
-Ray gives every process of its own two files. Where it is to rotate them
-(``RAY_ROTATION_MAX_BYTES``) it puts a pipe and a thread of the same process before them, and what
-is in the pipe is lost when the process is killed or crashes. So here the streams are redirected to
-their files again.
+The launcher has one for both streams. Ray gives every process of its own two files. Where it is to
+rotate them (``RAY_ROTATION_MAX_BYTES``) it puts a pipe and a thread of the same process before
+them, and what is in the pipe is lost when the process is killed or crashes. So here the streams are
+redirected to their files again.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class OutputFiles:
     """The files of this process's streams. One thread at a time may call it."""
 
     def __init__(self) -> None:
-        self._paths: dict[int, Path] = {}
+        self._streams: dict[Path, tuple[int, ...]] = {}
         self._max_bytes: int | None = MAX_BYTES
 
     @property
     def folder(self) -> Path | None:
-        """Where they are; None where the streams are no files of Ray's."""
-        return next((path.parent for path in self._paths.values()), None)
+        """Where they are; None where the streams are no files that it knows."""
+        return next((path.parent for path in self._streams), None)
 
     @property
     def of_errors(self) -> Path | None:
-        """The file of standard error; None where it is none of Ray's."""
-        return self._paths.get(2)
+        """The file of standard error; None where it is none that it knows."""
+        return next((path for path, streams in self._streams.items() if 2 in streams), None)
 
     def redirect_streams(self) -> None:
         """Redirect the streams to the files that Ray has opened for this process, if any."""
@@ -48,7 +48,13 @@ class OutputFiles:
             with contextlib.suppress(OSError):
                 if (path := _file_of(stream, suffix)) is not None:
                     _redirect(stream, path)
-                    self._paths[stream] = path
+                    self._streams[path] = (stream,)
+
+    def take(self, path: Path) -> None:
+        """Rotate this file of ours, if both streams lead there."""
+        with contextlib.suppress(OSError):
+            if all(os.path.samestat(os.fstat(stream), path.stat()) for stream in _STREAMS):
+                self._streams[path] = tuple(_STREAMS)
 
     def rotate(self) -> None:
         """Start new files in place of those that have reached their size.
@@ -58,15 +64,17 @@ class OutputFiles:
         """
         if self._max_bytes is None:
             return
-        for stream, path in self._paths.items():
+        for path, streams in self._streams.items():
             with contextlib.suppress(OSError):
-                if os.fstat(stream).st_size >= self._max_bytes:
-                    _start_new_file(stream, path)
+                if os.fstat(streams[0]).st_size >= self._max_bytes:
+                    _start_new_file(streams, path)
 
 
 def previous(path: Path) -> Path:
-    """Name of the file before one, as Ray gives it."""
-    return path.with_name(f"{path.stem}.1{path.suffix}")
+    """Name of the file before one; of a file of Ray's, as Ray gives it."""
+    if path.suffix in _STREAMS.values():
+        return path.with_name(f"{path.stem}.1{path.suffix}")
+    return path.with_name(f"{path.name}.1")
 
 
 def _limit(text: str) -> int | None:
@@ -81,7 +89,7 @@ def _limit(text: str) -> int | None:
     return num_bytes if num_bytes > 0 else None
 
 
-def _start_new_file(stream: int, path: Path) -> None:
+def _start_new_file(streams: tuple[int, ...], path: Path) -> None:
     """Raises ``OSError``, with all files as they were: the new one is made before the old goes."""
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
@@ -89,7 +97,8 @@ def _start_new_file(stream: int, path: Path) -> None:
     try:
         path.replace(previous(path))
         new.replace(path)
-        os.dup2(file, stream)
+        for stream in streams:
+            os.dup2(file, stream)
     except OSError:
         new.unlink(missing_ok=True)
         raise

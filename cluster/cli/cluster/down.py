@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         was_up = True
         _confirm(args, f"{name} ({record.http})")
         end_cluster(record, args.wait)
-        state_file.log_path(name).unlink(missing_ok=True)
+        state_file.remove_log(name)
         note(f"{name} is down")
     if args.json:
         out_json({"schema": 1, "name": name, "was_up": was_up})

@@ -167,7 +167,7 @@ class Front:
             if record is None or not record.is_on_its_own:
                 state_file.remove_record(self._plan.name)
         if self._signal_count:
-            self._log.unlink(missing_ok=True)
+            state_file.remove_log(self._plan.name)
             is_clean_end = self._first_signal != signal.SIGINT and self._was_ready
             return ExitCode.OK if is_clean_end else ExitCode.INTERRUPTED
         message = f"the launcher ended unexpectedly, see {self._log}"

@@ -129,7 +129,7 @@ def _launcher_file(args: argparse.Namespace) -> dict[Path, str]:
     if not path.exists():
         message = f"no cluster called {name} was started on this host"
         raise CommandError(ExitCode.UNREACHABLE, message)
-    return {path: ""}
+    return {path: _text(previous(path))}
 
 
 def _worker_files(args: argparse.Namespace) -> dict[Path, str]:

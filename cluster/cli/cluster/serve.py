@@ -121,6 +121,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
 
         front = None
         if not args.dry_run:  # the launcher imports while the checkpoint is looked at
+            state_file.remove_log(name)  # of a start that failed
             undo.callback(log.unlink, missing_ok=True)
             front = Front(log, environment, lambda http, grpc: _ready(args, plan, http, grpc))
             undo.callback(front.cancel)

@@ -129,3 +129,29 @@ print(len(logs.RECENT.since(0)[1]))
         )
     assert child.stdout == b"2\n"
     assert child.returncode in (0, 120), "120: Python could not write the rest at its end"
+
+
+_ONE_FILE = """
+import logging, os, sys
+from pathlib import Path
+from cluster.tracing import logs
+path = Path(folder) / "mine.log"
+file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+[os.dup2(file, stream) for stream in (1, 2)]
+logs.set_up("launcher")
+logs.OUTPUT.take(path)
+logs.OUTPUT.take(Path(folder) / "other.log")
+"""
+
+
+def test_a_file_of_ours_for_both_streams_is_rotated(tmp_path: Path) -> None:
+    found = run(tmp_path, _ONE_FILE + _LOG.replace("os.write(2", "os.write(1"))
+    assert found.keys() == {".log", ".log.1"}
+    assert all(len(text) < LIMIT + 200 for text in found.values())
+    assert found[".log"].endswith("the end"), "standard output follows"
+    assert found[".log.1"].count("line") > 10
+
+
+def test_a_file_is_left_alone_that_one_stream_alone_writes(tmp_path: Path) -> None:
+    code = _ONE_FILE.replace("in (1, 2)", "in (2,)")
+    assert run(tmp_path, code + _LOG).keys() == {".log"}

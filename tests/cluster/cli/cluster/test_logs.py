@@ -16,6 +16,7 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.process import describe_self
 from cluster.launch import state_file
 from cluster.launch.orphans import host_id
+from cluster.tracing.output_files import previous
 from tests.cluster.cli.fake_gateway import FakeGateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
@@ -105,6 +106,11 @@ def test_logs_of_the_launcher(
     state_file.log_path("mine").write_text("begins\nends\n")
     assert main(["logs", "--tail", "1"]) == ExitCode.OK
     assert capsys.readouterr().out == "ends\n"
+    previous(state_file.log_path("mine")).write_text("before the rotation\n")
+    assert main(["logs", "--tail", "3"]) == ExitCode.OK
+    assert capsys.readouterr().out == "before the rotation\nbegins\nends\n"
+    state_file.remove_log("mine")
+    assert [path.name for path in state_file.state_dir().iterdir()] == ["mine.json"]
     assert main(["logs", "--name", "yours"]) == ExitCode.UNREACHABLE
     monkeypatch.setenv("EXPERTMESH_NAME", "yours")
     assert main(["logs"]) == ExitCode.UNREACHABLE
