@@ -30,7 +30,7 @@ from tests.served.server import Served
 
 GREEDY, MODEST = "greedy", "modest"
 REFUSED = ("429", "RESOURCE_EXHAUSTED")
-MOST_REQUESTS_PER_S = 50
+MOST_REQUESTS_PER_S = 100
 """Under overload: the requests are so long that there are no more. Each that is refused costs the
 clients and the server some 3 ms, on the cores that compute: 100 a second are 15% of two cores."""
 _FIRST_MEAN = 256
