@@ -33,6 +33,8 @@ from workers.process.actor import ACTOR_CLASSES, WorkerActor
 DETECTION_LIMIT_S = 2.0
 FREEZE_S = 3.5
 """A frozen controller stands still for so long: longer than the detection limit."""
+_ORDER_AGAIN_S = 5.0
+"""After a rebalancing was ordered in which the controller should have died."""
 _FORGET_S = 3 * WINDOW_S
 """Time after which a start and the gaps of its time count no more."""
 _AFTER_S = 2.0
@@ -155,8 +157,19 @@ def _restart_at(frame: type[ControlFrame], *, is_sent: bool = False) -> Fault:
     def fault(site: Site) -> None:
         before = site.snapshot()["term"]
         site.arm(frame.__name__, is_sent)
-        site.rebalance()
-        wait(lambda: site.snapshot()["term"] > before, f"a restart at {frame.__name__}")
+        ordered_at = 0.0
+
+        def has_restarted() -> bool:
+            """A rebalancing that only frees copies, or moves none in the end, has no such frame."""
+            nonlocal ordered_at
+            if site.snapshot()["term"] > before:
+                return True
+            if time.monotonic() >= ordered_at + _ORDER_AGAIN_S:
+                site.rebalance()
+                ordered_at = time.monotonic()
+            return False
+
+        wait(has_restarted, f"a restart at {frame.__name__}")
 
     return fault
 

@@ -52,7 +52,7 @@ class Case:
     """Longest wait for a quiet machine before a drain."""
 
 
-QUICK = Case(lengths=(40,), tokens_before=4, tokens_after=60, repeats=1, patience_s=0.0)
+QUICK = Case(lengths=(40,), tokens_before=4, tokens_after=600, repeats=1, patience_s=0.0)
 """Enough to see that everything runs."""
 
 
