@@ -64,7 +64,23 @@ JETMOE_VARIANTS = (
     "jetmoe-gelu-yarn-fp16",
     "jetmoe-relu-dynamic",
 )
-OTHER_VARIANTS = DOTS1_VARIANTS + JETMOE_VARIANTS
+QWEN3_VARIANTS = (
+    "qwen3moe-base",
+    "qwen3moe-official-like",
+    "qwen3moe-dense-layers",
+    "qwen3moe-window-bias-tied",
+    "qwen3moe-fused-bf16",
+    "qwen3moe-yarn-gelu",
+)
+GLM4_VARIANTS = (
+    "glm4moe-base",
+    "glm4moe-official-like",
+    "glm4moe-norms-groups",
+    "glm4moe-quarter-tied",
+    "glm4moe-yarn-fused-bf16",
+    "glm4moe-dynamic-fp16",
+)
+OTHER_VARIANTS = DOTS1_VARIANTS + JETMOE_VARIANTS + QWEN3_VARIANTS + GLM4_VARIANTS
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
 """All language models."""
@@ -85,6 +101,10 @@ BF16_VARIANTS = (
     "dots1-fused-bf16",
     "jetmoe-tied",
     "jetmoe-bf16",
+    "qwen3moe-base",
+    "qwen3moe-fused-bf16",
+    "glm4moe-base",
+    "glm4moe-yarn-fused-bf16",
 )
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8

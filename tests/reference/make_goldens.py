@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tiny random checkpoints of OLMoE, dots.llm1 and JetMoE, with golden outputs.
+"""Tiny random checkpoints of all families, with golden outputs.
 
     python reference/make_goldens.py OUT_DIR                     # write every variant
     python reference/make_goldens.py OUT_DIR --only olmoe dots1  # name prefixes
@@ -111,6 +111,71 @@ _DOTS = {
     "pad_token_id": PAD,
     "bos_token_id": None,
     "eos_token_id": EOS,
+}
+
+_QWEN3 = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+_GLM = {
+    "model_type": "glm4_moe",
+    "architectures": ["Glm4MoeForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "use_qk_norm": False,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": PAD,
+    "eos_token_id": [EOS, 3],
 }
 
 _JET = {
@@ -442,6 +507,181 @@ VARIANTS: dict[str, dict] = {
             "torch_dtype": "float16",
         },
     },
+    # weights scaled to sum 1, heads that are wider than hidden_size / heads; in several shards
+    "qwen3moe-base": {"seed": 601, "bf16": True, "max_shard_size": "300KB", "config": _QWEN3},
+    # as the public config.json is written: transformers-4 keys
+    "qwen3moe-official-like": {
+        "seed": 602,
+        "legacy_config": True,
+        "config": {k: v for k, v in _QWEN3.items() if k != "pad_token_id"}
+        | {
+            "max_window_layers": 48,
+            "torch_dtype": "float32",
+            "transformers_version": "4.51.0",
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "attention_dropout": 0.0,
+        },
+    },
+    # dense layers by both keys: of six, 1, 3 and 5 are sparse, and 3 is not
+    "qwen3moe-dense-layers": {
+        "seed": 603,
+        "config": _QWEN3
+        | {
+            "num_hidden_layers": 6,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+        },
+    },
+    # a window in every layer, biases, tied embeddings, one key head, no head_dim
+    "qwen3moe-window-bias-tied": {
+        "seed": 604,
+        "embed_std": 0.5,
+        "config": {k: v for k, v in _QWEN3.items() if k != "head_dim"}
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 1,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 2,
+        },
+    },
+    "qwen3moe-fused-bf16": {
+        "seed": 605,
+        "fused": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "legacy_config": True,
+        "config": _QWEN3
+        | {
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 2,
+            "torch_dtype": "bfloat16",
+        },
+    },
+    # as the model cards say for long contexts
+    "qwen3moe-yarn-gelu": {
+        "seed": 606,
+        "shards": 2,
+        "legacy_config": True,
+        "config": _QWEN3
+        | {
+            "num_experts": 16,
+            "num_experts_per_tok": 1,
+            "num_hidden_layers": 2,
+            "hidden_act": "gelu",
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    },
+    # half of each head rotated, biases without one on o, no norms of heads
+    "glm4moe-base": {
+        "seed": 701,
+        "bf16": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _GLM,
+    },
+    # as the public config.json of GLM-4.5-Air is written, with the layer that predicts ahead
+    "glm4moe-official-like": {
+        "seed": 702,
+        "legacy_config": True,
+        "ahead": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _GLM
+        | {
+            "torch_dtype": "float32",
+            "transformers_version": "4.54.0",
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "attention_dropout": 0.0,
+        },
+    },
+    # norms of heads as in GLM-4.5 and 4.6, groups, more dense layers and shared experts
+    "glm4moe-norms-groups": {
+        "seed": 703,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _GLM
+        | {
+            "use_qk_norm": True,
+            "num_hidden_layers": 4,
+            "first_k_dense_replace": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "n_shared_experts": 2,
+        },
+    },
+    # no dense layer, no biases, tied embeddings, weights not scaled, a quarter of 24 rotated
+    "glm4moe-quarter-tied": {
+        "seed": 724,
+        "embed_std": 0.5,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": {
+            k: v
+            for k, v in _GLM.items()
+            if k not in ("rope_theta", "rope_scaling", "partial_rotary_factor")
+        }
+        | {
+            "head_dim": 24,
+            "first_k_dense_replace": 0,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "num_hidden_layers": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 20000.0,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    },
+    "glm4moe-yarn-fused-bf16": {
+        "seed": 705,
+        "fused": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _GLM
+        | {
+            "num_hidden_layers": 2,
+            "use_qk_norm": True,
+            "torch_dtype": "bfloat16",
+            "rope_theta": 10000.0,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    },
+    "glm4moe-dynamic-fp16": {
+        "seed": 706,
+        "alone": True,
+        "store": "float16",
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _GLM
+        | {
+            "num_hidden_layers": 2,
+            "hidden_act": "gelu",
+            "max_position_embeddings": 48,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+            "torch_dtype": "float16",
+        },
+    },
     # tied embeddings, 2 kv heads x top-2 = 4 query heads
     "jetmoe-tied": {"seed": 21, "config": _JET, "bf16": True},
     # untied, top-3 of 6, kv_channels * num_key_value_heads != hidden_size, and a final-norm
@@ -559,6 +799,8 @@ VARIANTS: dict[str, dict] = {
 CLASSES = {
     "OlmoeForCausalLM": "OlmoeForCausalLM",
     "Dots1ForCausalLM": "Dots1ForCausalLM",
+    "Qwen3MoeForCausalLM": "Qwen3MoeForCausalLM",
+    "Glm4MoeForCausalLM": "Glm4MoeForCausalLM",
     "JetMoeForCausalLM": "JetMoeForCausalLM",
     "JetMoEForCausalLM": "JetMoeForCausalLM",
     "JetMoeForSequenceClassification": "JetMoeForSequenceClassification",
@@ -613,11 +855,12 @@ def tensor_specs(cfg: dict):
         a = f"{p}.self_attn"
         for name, rows in (("q", A * D), ("k", KV * D), ("v", KV * D), ("o", H)):
             yield f"{a}.{name}_proj.weight", (rows, A * D if name == "o" else H), "linear"
-            if cfg["attention_bias"]:
+            if cfg["attention_bias"] and not (name == "o" and cfg["model_type"] == "glm4_moe"):
                 yield f"{a}.{name}_proj.bias", (rows,), "bias"
         whole = cfg["model_type"] == "olmoe"  # norm over all heads at once, or per head
-        yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
-        yield f"{a}.k_norm.weight", (KV * D if whole else D,), "norm"
+        if cfg.get("use_qk_norm", True):
+            yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
+            yield f"{a}.k_norm.weight", (KV * D if whole else D,), "norm"
 
         def mlp(prefix, inter):
             yield f"{prefix}.gate_proj.weight", (inter, H), "linear"
@@ -628,6 +871,14 @@ def tensor_specs(cfg: dict):
             yield f"{p}.mlp.gate.weight", (cfg["num_experts"], H), "router"
             for e in range(cfg["num_experts"]):
                 yield from mlp(f"{p}.mlp.experts.{e}", cfg["intermediate_size"])
+        elif cfg["model_type"] == "qwen3_moe":
+            is_sparse = (i + 1) % cfg["decoder_sparse_step"] == 0
+            if i in cfg["mlp_only_layers"] or not is_sparse:
+                yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
+                continue
+            yield f"{p}.mlp.gate.weight", (cfg["num_experts"], H), "router"
+            for e in range(cfg["num_experts"]):
+                yield from mlp(f"{p}.mlp.experts.{e}", cfg["moe_intermediate_size"])
         elif i < cfg["first_k_dense_replace"]:
             yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
         else:
@@ -666,7 +917,7 @@ def draw(seed: int, name: str, shape, mean: float, std: float) -> torch.Tensor:
 
 def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
     cfg, seed, out = variant["config"], variant["seed"], {}
-    router_gain = 1.0 if cfg["model_type"] == "dots1" else 2.0
+    router_gain = 1.0 if cfg["model_type"] in ("dots1", "glm4_moe") else 2.0
     for name, shape, kind in tensor_specs(cfg):
         fan_in = shape[-1]
         if kind == "norm":
@@ -689,6 +940,10 @@ def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
         if kind != "correction":
             t = t.to(getattr(torch, variant.get("store", "float32")))
         out[name] = t
+    if variant.get("ahead"):  # of the layer that predicts the token after the next one
+        name = f"model.layers.{cfg['num_hidden_layers']}.eh_proj.weight"
+        width = cfg["hidden_size"]
+        out[name] = draw(seed, name, (width, 2 * width), 0.0, 1.0)
     return fuse_experts(out) if variant.get("fused") else out
 
 
@@ -890,9 +1145,9 @@ class RouterRecorder:
         self.cfg, self.layers, self.logits, self.gap = cfg, {}, {}, float("inf")
         for name, mod in model.named_modules():
             kind = type(mod).__name__
-            if kind == "OlmoeTopKRouter":
+            if kind in ("OlmoeTopKRouter", "Qwen3MoeTopKRouter"):
                 mod.register_forward_hook(self._olmoe(name))
-            elif kind == "Dots1TopkRouter":
+            elif kind in ("Dots1TopkRouter", "Glm4MoeTopkRouter"):
                 mod.register_forward_hook(self._dots(name))
             elif kind == "JetMoeTopKGating":
                 mod.register_forward_hook(self._jetmoe(name))

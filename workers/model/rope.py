@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cluster.core.errors import CheckpointError
 
@@ -29,7 +30,10 @@ class RopeConfig:
     theta: float = 10000.0
     """Base of the frequencies."""
     head_dim: int
-    """D: elements that are rotated, all of a head."""
+    """D: elements of a head."""
+    rotary_dim: int
+    """R: elements of a head that are rotated. Where R < D the others have the frequency 0, and
+    heads are in the order of ``rotation_order``."""
     max_position_embeddings: int
     """Context of the model in tokens."""
     original_max_position_embeddings: int
@@ -50,8 +54,12 @@ class RopeConfig:
     """llama3: wavelengths below original context / this are kept."""
 
 
-def parse_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
+def parse_rope(
+    config: Mapping[str, Any], head_dim: int, max_positions: int, rotary_share: float | None = None
+) -> RopeConfig:
     """Read both spellings: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+
+    ``rotary_share`` is the family's default of ``partial_rotary_factor``; None: it has no such key.
 
     Raises ``CheckpointError`` for a type that is not supported, longrope by name.
     """
@@ -59,12 +67,14 @@ def parse_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> 
     if not isinstance(params, Mapping):
         raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
     for key, value in params.items():
-        if isinstance(value, Mapping) or (
-            key == "partial_rotary_factor" and value not in (None, 1)
-        ):
+        is_unknown = key == "partial_rotary_factor" and rotary_share is None
+        if isinstance(value, Mapping) or (is_unknown and value not in (None, 1)):
             raise CheckpointError(
                 f"config.json: {key} {value!r} of rope_parameters is not supported"
             )
+    rotary_dim = head_dim
+    if rotary_share is not None:
+        rotary_dim = _rotary_dim(config, params, head_dim, rotary_share)
     theta = params.get("rope_theta") or config.get("rope_theta") or 10000.0
     name = params.get("rope_type") or params.get("type") or "default"
     if name not in get_args(RopeType):
@@ -84,6 +94,7 @@ def parse_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> 
         rope_type=cast(RopeType, name),
         theta=float(theta),
         head_dim=head_dim,
+        rotary_dim=rotary_dim,
         max_position_embeddings=max_positions,
         original_max_position_embeddings=int(original),
         factor=float(factor),
@@ -94,6 +105,36 @@ def parse_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> 
         low_freq_factor=float(params.get("low_freq_factor", 1.0)),
         high_freq_factor=float(params.get("high_freq_factor", 4.0)),
     )
+
+
+def _rotary_dim(
+    config: Mapping[str, Any], params: Mapping[str, Any], head_dim: int, default: float
+) -> int:
+    share = params.get("partial_rotary_factor")
+    if share is None:
+        share = config.get("partial_rotary_factor")
+    share = default if share is None else share
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    dim = int(head_dim * share) if is_number else 0
+    if not 0 < dim <= head_dim or dim % 2:
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor {share!r} must leave an even number of the "
+            f"{head_dim} elements of a head to rotate"
+        )
+    return dim
+
+
+def rotation_order(config: RopeConfig) -> Tensor:
+    """[D] int64: the element of a checkpoint's head that is at each place of ours.
+
+    Checkpoints rotate the first R elements, i with i + R/2, and leave the others. Here i is rotated
+    with i + D/2, as in a head that is rotated whole: the pairs that are left alone come behind
+    those that are not. Queries and keys have the same order, so that their products are the same.
+    """
+    dim, half = config.rotary_dim, config.rotary_dim // 2
+    rotated, others = torch.arange(dim), torch.arange(dim, config.head_dim)
+    first, second = others.chunk(2) if len(others) else (others, others)
+    return torch.cat((rotated[:half], first, rotated[half:], second))
 
 
 def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
@@ -110,6 +151,11 @@ def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
     """[D/2] float32 of every type but the scaled part of ``dynamic``, on the CPU."""
+    return _padded(config, _rotated_frequencies(config))
+
+
+def _rotated_frequencies(config: RopeConfig) -> Tensor:
+    """[R/2]."""
     plain = 1.0 / _powers(config)
     match config.rope_type:
         case "default" | "dynamic":
@@ -122,13 +168,18 @@ def inverse_frequencies(config: RopeConfig) -> Tensor:
             return _llama3(config, plain)
 
 
+def _padded(config: RopeConfig, frequencies: Tensor) -> Tensor:
+    """[.., R/2] with zeros to [.., D/2]."""
+    return pad(frequencies, (0, (config.head_dim - config.rotary_dim) // 2))
+
+
 def _powers(config: RopeConfig) -> Tensor:
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     return torch.pow(config.theta, exponents)
 
 
 def _yarn(config: RopeConfig) -> Tensor:
-    dim = config.head_dim
+    dim = config.rotary_dim
 
     def dimension(rotations: float) -> float:
         context = config.original_max_position_embeddings
@@ -175,6 +226,7 @@ class Rope:
         self._dtype = dtype
         self._row_by_row = row_by_row
         self._plain = inverse_frequencies(config).to(device)
+        self._factors = _attention_factors(config).to(device)
         self._table: Tensor | None = None
         if config.rope_type != "dynamic":
             positions = torch.arange(max_positions, device=device)
@@ -200,11 +252,11 @@ class Rope:
     def _dynamic(self, lengths: Tensor) -> Tensor:
         """[T, D/2] for request lengths [T]."""
         config = self._config
-        dim, context, factor = config.head_dim, config.max_position_embeddings, config.factor
+        dim, context, factor = config.rotary_dim, config.max_position_embeddings, config.factor
         n = lengths.clamp(min=context).double()
         theta = config.theta * (factor * n / context - (factor - 1)) ** (dim / (dim - 2))
         steps = torch.arange(0, dim, 2, device=lengths.device) / dim
-        scaled = (1.0 / theta.float().unsqueeze(1) ** steps).float()
+        scaled = _padded(config, (1.0 / theta.float().unsqueeze(1) ** steps).float())
         return torch.where((lengths > context).unsqueeze(1), scaled, self._plain)
 
     def _waves(self, positions: Tensor, inverse: Tensor) -> Tensor:
@@ -212,7 +264,14 @@ class Rope:
         angles = positions.float().unsqueeze(1) * inverse
         cos, sin = angles.cos(), angles.sin()
         waves = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
-        return (waves * self._config.attention_factor).to(self._dtype)
+        return (waves * self._factors).to(self._dtype)
+
+
+def _attention_factors(config: RopeConfig) -> Tensor:
+    """[D] float32: those of cosines and sines; 1 where nothing is rotated."""
+    rotated = torch.full((config.rotary_dim // 2,), config.attention_factor)
+    half = pad(rotated, (0, (config.head_dim - config.rotary_dim) // 2), value=1.0)
+    return torch.cat((half, half))
 
 
 def _split(waves: Tensor) -> tuple[Tensor, Tensor]:

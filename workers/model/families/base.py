@@ -65,11 +65,19 @@ class Loader:
             return self.tensor(*names)
         return self.reader.borrow([self.parts[name] for name in names], self.dtype)
 
-    def linear(self, *names: str) -> Linear:
-        """One product for all these matrices, with their biases where there are any."""
+    def linear(self, *names: str, order: Tensor | None = None) -> Linear:
+        """One product for all these matrices, with their biases where there are any.
+
+        order [rows] int64: of the matrices' rows, if it is another one.
+        """
         biases = [f"{name}_bias" for name in names]
         bias = self.tensor(*biases) if biases[0] in self.parts else None
-        return self.blocks.linear(self.weight(*names), bias)
+        weight = self.weight(*names)
+        if order is not None:
+            order = order.to(weight.device)
+            weight = weight.index_select(0, order)
+            bias = None if bias is None else bias.index_select(0, order.to(bias.device))
+        return self.blocks.linear(weight, bias)
 
     def float32_linear(self, name: str) -> Linear:
         """A product in float32, without a bias; the matrix is rounded to the model dtype before."""

@@ -6,8 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+import torch
+from torch import Tensor
+
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.half import AttentionShape
+from workers.model.rope import rotation_order
 
 
 def part(name: str, *shape: int, index: int | None = None) -> TensorPart:
@@ -45,8 +49,13 @@ def attention_shape(
     )
 
 
-def projection_parts(prefix: str, config: ModelConfig, has_bias: bool) -> dict[str, TensorPart]:
-    """``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on where there are any."""
+def projection_parts(
+    prefix: str, config: ModelConfig, has_bias: bool, has_output_bias: bool | None = None
+) -> dict[str, TensorPart]:
+    """``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on where there are any.
+
+    ``has_output_bias`` is of ``o``; None: as the others.
+    """
     width = config.hidden_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     parts = {}
@@ -57,9 +66,39 @@ def projection_parts(prefix: str, config: ModelConfig, has_bias: bool) -> dict[s
         ("o", width, q),
     ):
         parts[name] = part(f"{prefix}.{name}_proj.weight", rows, columns)
-        if has_bias:
+        if has_output_bias if name == "o" and has_output_bias is not None else has_bias:
             parts[f"{name}_bias"] = part(f"{prefix}.{name}_proj.bias", rows)
     return parts
+
+
+def head_norm_parts(prefix: str, config: ModelConfig) -> dict[str, TensorPart]:
+    """``q_norm`` and ``k_norm`` [D] of a layer, each for all its heads."""
+    names = ("q_norm", "k_norm")
+    return {name: part(f"{prefix}.{name}.weight", config.head_dim) for name in names}
+
+
+def rotation_rows(config: ModelConfig) -> Tensor | None:
+    """[(A + 2K) * D] int64: the order of the rows of q, k and v in which heads are rotated whole.
+
+    None: the checkpoint's own order.
+    """
+    rope, dim = config.rope, config.head_dim
+    if rope.rotary_dim == dim:
+        return None
+    num_rotated = config.num_heads + config.num_kv_heads
+    heads = torch.arange(num_rotated).unsqueeze(1) * dim + rotation_order(rope)
+    values = num_rotated * dim + torch.arange(config.num_kv_heads * dim)
+    return torch.cat((heads.flatten(), values))
+
+
+def head_norms(config: ModelConfig, queries: Tensor, keys: Tensor) -> Tensor:
+    """[A + K, D]: the one weight [D] of all query heads, and that of all key heads, repeated.
+
+    In the order of ``rotation_rows``.
+    """
+    heads = queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1)
+    order = rotation_order(config.rope).to(queries.device)
+    return torch.cat(heads).index_select(1, order)
 
 
 def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:

@@ -12,6 +12,8 @@ from workers.model.families.base import Family
 FAMILIES = {
     "olmoe": "workers.model.families.olmoe",
     "dots1": "workers.model.families.dots1",
+    "qwen3_moe": "workers.model.families.qwen3_moe",
+    "glm4_moe": "workers.model.families.glm4_moe",
     "jetmoe": "workers.model.families.jetmoe",
 }
 """``model_type`` of the config -> module with a ``family(config) -> Family`` function."""

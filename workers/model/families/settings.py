@@ -170,6 +170,8 @@ class Defaults:
     max_positions: int
     """``max_position_embeddings``."""
     rms_norm_eps: float
+    rotary_share: float | None = None
+    """``partial_rotary_factor``; None: the family has no such key."""
     tied: bool = False
     """``tie_word_embeddings``."""
     eos: tuple[int, ...] = ()
@@ -229,6 +231,8 @@ def model_config(
     )
     for key in ("rope_theta", "rope_scaling", "rope_parameters"):
         settings.value(key)
+    if defaults.rotary_share is not None:
+        settings.value("partial_rotary_factor")
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -243,7 +247,7 @@ def model_config(
         tie_word_embeddings=settings.flag("tie_word_embeddings", defaults.tied),
         eos_token_ids=settings.token_ids("eos_token_id", defaults.eos, vocab_size),
         dtype=str(settings.value("dtype", "torch_dtype") or "float32").removeprefix("torch."),
-        rope=parse_rope(settings.raw, heads.head_dim, max_positions),
+        rope=parse_rope(settings.raw, heads.head_dim, max_positions, defaults.rotary_share),
         activation=settings.activation(*activation_keys),
         pad_token_id=pad[0] if pad else None,
         labels=settings.labels() if is_classifier else (),

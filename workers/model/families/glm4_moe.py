@@ -1,0 +1,111 @@
+"""GLM-4.5 to 4.7: a sigmoid router in groups, a part of each head rotated, dense first layers.
+
+The layers behind the last one, which predict more tokens than the next one, are not loaded.
+
+Source: checkpoint layout and math as in transformers ``models/glm4_moe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from workers.model.config import ModelConfig, TensorPart
+from workers.model.families.base import Family, Loader
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import (
+    attention_shape,
+    head_norm_parts,
+    head_norms,
+    part,
+    projection_parts,
+    rotation_rows,
+)
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.sigmoid_experts import SigmoidExperts
+from workers.model.half import AttentionHalf, DenseProjections
+
+_DEFAULTS = Defaults(
+    vocab_size=151552,
+    hidden_size=4096,
+    num_layers=46,
+    max_positions=131072,
+    rms_norm_eps=1e-5,
+    rotary_share=0.5,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Glm4MoeConfig:
+    """The numbers that GLM-4.5 adds to ``ModelConfig``."""
+
+    experts: SigmoidExperts
+    attention_bias: bool
+    """Biases on q, k and v."""
+    use_qk_norm: bool
+    """Queries and keys are normalised, each head by itself."""
+
+
+def family(config: Mapping[str, Any]) -> Glm4MoeFamily:
+    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    settings = Settings(config)
+    settings.architecture("Glm4MoeForCausalLM")
+    experts = SigmoidExperts(
+        num_experts=settings.integer("n_routed_experts", "num_local_experts", default=128),
+        top_k=settings.integer("num_experts_per_tok", default=8),
+        expert_width=settings.integer("moe_intermediate_size", default=1408),
+        num_shared_experts=settings.integer("n_shared_experts", default=1),
+        dense_width=settings.integer("intermediate_size", default=10944),
+        num_dense_layers=settings.integer("first_k_dense_replace", default=1, least=0),
+        num_groups=settings.integer("n_group", default=1),
+        top_groups=settings.integer("topk_group", default=1),
+        norm_topk_prob=settings.flag("norm_topk_prob", True),
+        scaling_factor=settings.real("routed_scaling_factor", 1.0),
+    )
+    own = Glm4MoeConfig(
+        experts=experts,
+        attention_bias=settings.flag("attention_bias", False),
+        use_qk_norm=settings.flag("use_qk_norm", False),
+    )
+    experts.check(settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers))
+    heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=96)
+    shared = model_config(settings, model_type="glm4_moe", heads=heads, defaults=_DEFAULTS)
+    return Glm4MoeFamily(shared, own)
+
+
+class Glm4MoeFamily(Family):
+    def __init__(self, config: ModelConfig, glm: Glm4MoeConfig) -> None:
+        super().__init__(config, glm.experts.banks(config))
+        self.glm = glm
+
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        """See ``Family``. gate, up and down: the dense MLP, or the shared experts."""
+        config, own, prefix = self.config, self.glm, f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
+        return {
+            "norm1": part(f"{prefix}.input_layernorm.weight", config.hidden_size),
+            "norm2": part(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+            **(head_norm_parts(attention, config) if own.use_qk_norm else {}),
+            **projection_parts(attention, config, own.attention_bias, has_output_bias=False),
+            **own.experts.parts(layer, config.hidden_size),
+        }
+
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
+        own, norms = self.glm, None
+        if own.use_qk_norm:
+            norms = head_norms(self.config, loader.tensor("q_norm"), loader.tensor("k_norm"))
+        half = AttentionHalf(
+            shape=attention_shape(self.config),
+            norm1=loader.tensor("norm1"),
+            projections=DenseProjections(
+                qkv=loader.linear("q", "k", "v", order=rotation_rows(self.config)),
+                output=loader.linear("o"),
+            ),
+            qk_norm=norms,
+            norm2=loader.tensor("norm2"),
+            router=own.experts.router(layer, loader),
+            attend=loader.attend,
+        )
+        mlp = loader.mlp("gate", "up", "down", self.config.activation)
+        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)

@@ -1,0 +1,156 @@
+"""Qwen3-MoE: norms of each query and key head, a softmax router, dense layers among sparse ones.
+
+Source: checkpoint layout and math as in transformers ``models/qwen3_moe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.families.base import Family, Loader
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import (
+    attention_shape,
+    head_norm_parts,
+    head_norms,
+    mlp_exchange,
+    mlp_parts,
+    part,
+    projection_parts,
+)
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.routing import Router, Routing
+
+_DEFAULTS = Defaults(
+    vocab_size=151936, hidden_size=2048, num_layers=24, max_positions=32768, rms_norm_eps=1e-6
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Qwen3MoeConfig:
+    """The numbers that Qwen3-MoE adds to ``ModelConfig``."""
+
+    num_experts: int
+    """E: routed experts of a layer."""
+    top_k: int
+    expert_width: int
+    """I: inner width of an expert."""
+    dense_width: int
+    """Inner width of the MLP of a dense layer."""
+    sparse_layers: tuple[int, ...]
+    """Layers with experts; the others are dense."""
+    norm_topk_prob: bool
+    """Weights of the chosen experts are scaled to sum 1."""
+    attention_bias: bool
+    """Biases on q, k, v and o."""
+    window: int | None
+    """Positions that a token looks at in every layer; None: all."""
+
+
+def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
+    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    settings = Settings(config)
+    settings.architecture("Qwen3MoeForCausalLM")
+    width = settings.integer("sliding_window", default=4096)
+    own = Qwen3MoeConfig(
+        num_experts=settings.integer("num_experts", "num_local_experts", default=128),
+        top_k=settings.integer("num_experts_per_tok", default=8),
+        expert_width=settings.integer("moe_intermediate_size", default=768),
+        dense_width=settings.integer("intermediate_size", default=6144),
+        sparse_layers=_sparse_layers(settings),
+        norm_topk_prob=settings.flag("norm_topk_prob", False),
+        attention_bias=settings.flag("attention_bias", False),
+        window=width if settings.flag("use_sliding_window", False) else None,
+    )
+    if own.top_k > own.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {own.top_k} exceeds num_experts {own.num_experts}"
+        )
+    heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
+    shared = model_config(settings, model_type="qwen3_moe", heads=heads, defaults=_DEFAULTS)
+    return Qwen3MoeFamily(shared, own)
+
+
+def _sparse_layers(settings: Settings) -> tuple[int, ...]:
+    """Every ``decoder_sparse_step``-th layer, but for ``mlp_only_layers``."""
+    num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
+    step = settings.integer("decoder_sparse_step", default=1)
+    dense = settings.value("mlp_only_layers", default=[])
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise CheckpointError(f"config.json: mlp_only_layers {dense!r} must be a list of layers")
+    found = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
+    if not found:
+        raise CheckpointError(
+            f"config.json: mlp_only_layers {dense!r} and decoder_sparse_step {step} leave no layer "
+            f"with experts of num_hidden_layers {num_layers}"
+        )
+    return found
+
+
+class Qwen3MoeFamily(Family):
+    def __init__(self, config: ModelConfig, qwen3: Qwen3MoeConfig) -> None:
+        exchange = mlp_exchange(config, qwen3.expert_width)
+        banks = tuple(
+            BankSpec(
+                index=index,
+                bank="mlp",
+                layer=layer,
+                num_experts=qwen3.num_experts,
+                top_k=qwen3.top_k,
+                exchanges=(exchange,),
+                aux_copies=1,
+            )
+            for index, layer in enumerate(qwen3.sparse_layers)
+        )
+        super().__init__(config, banks)
+        self.qwen3 = qwen3
+        self.windows = frozenset(() if qwen3.window is None else (qwen3.window,))
+
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        """See ``Family``. gate, up and down: the MLP of a dense layer."""
+        config, own, prefix = self.config, self.qwen3, f"model.layers.{layer}"
+        width = config.hidden_size
+        parts = {
+            "norm1": part(f"{prefix}.input_layernorm.weight", width),
+            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            **head_norm_parts(f"{prefix}.self_attn", config),
+            **projection_parts(f"{prefix}.self_attn", config, own.attention_bias),
+        }
+        if layer not in own.sparse_layers:
+            return parts | mlp_parts(f"{prefix}.mlp", width, own.dense_width)
+        return parts | {"router": part(f"{prefix}.mlp.gate.weight", own.num_experts, width)}
+
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
+        own, mlp = self.qwen3, None
+        if layer not in own.sparse_layers:
+            mlp = loader.mlp("gate", "up", "down", self.config.activation)
+        half = AttentionHalf(
+            shape=attention_shape(self.config, window=own.window),
+            norm1=loader.tensor("norm1"),
+            projections=DenseProjections(
+                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
+            ),
+            qk_norm=head_norms(self.config, loader.tensor("q_norm"), loader.tensor("k_norm")),
+            norm2=loader.tensor("norm2"),
+            router=self._router(layer, loader),
+            attend=loader.attend,
+        )
+        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)
+
+    def _router(self, layer: int, loader: Loader) -> Router | None:
+        own = self.qwen3
+        if layer not in own.sparse_layers:
+            return None
+        routing = Routing(
+            bank=own.sparse_layers.index(layer),
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            scoring="softmax",
+            is_normed=own.norm_topk_prob,
+        )
+        return Router(routing=routing, linear=loader.linear("router"))
