@@ -1,8 +1,9 @@
-"""The three model families at one size, against transformers.
+"""The model families at one size, against transformers.
 
-OLMoE is in ``serving`` too. All three have the hidden size, layers and vocabulary of its random
-model, and experts as their public checkpoints have them, in small: dots.llm1 six of 128 and two
-shared ones, JetMoE two of 8 in attention and MLP.
+OLMoE is in ``serving`` too. All have the hidden size, layers and vocabulary of its random model,
+and experts as their public checkpoints have them, in small: dots.llm1 six of 128 and two shared
+ones, JetMoE two of 8 in attention and MLP, Qwen3-MoE eight of 128, GLM-4.5 eight of 128 and a
+shared one.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ MODELS = {
     "OLMoE": RandomModel(),
     "dots.llm1": RandomModel(family="dots1", experts=128, top_k=6, ffn=176),
     "JetMoE": RandomModel(family="jetmoe", experts=8, top_k=2, ffn=1408),
+    "Qwen3-MoE": RandomModel(family="qwen3_moe", experts=128, ffn=192),
+    "GLM-4.5": RandomModel(family="glm4_moe", experts=128, ffn=176),
 }
 """By name."""
 TINY_MODELS = {
     "dots.llm1": replace(TINY, family="dots1"),
     "JetMoE": replace(TINY, family="jetmoe"),
+    "Qwen3-MoE": replace(TINY, family="qwen3_moe"),
+    "GLM-4.5": replace(TINY, family="glm4_moe"),
 }
 """For a quick run."""
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.launch.model_source import bundled_checkpoint
-from workers.model.families.registry import load_family
+from workers.model.families.registry import FAMILIES, load_family
 
 MAX_SHARD_BYTES = 512 * 1024 * 1024
 """Files are closed at this size."""
@@ -32,7 +32,7 @@ MAX_SHARD_BYTES = 512 * 1024 * 1024
 class RandomModel:
     """Size of a random model; the defaults are those of ``make bench``."""
 
-    family: Literal["olmoe", "dots1", "jetmoe"] = "olmoe"
+    family: Literal["olmoe", "dots1", "jetmoe", "qwen3_moe", "glm4_moe"] = "olmoe"
     """``model_type``."""
     hidden: int = 512
     """Width of the model."""
@@ -57,7 +57,13 @@ class RandomModel:
 
     def config(self) -> dict[str, object]:
         """Content of ``config.json``."""
-        own = {"olmoe": self._olmoe, "dots1": self._dots1, "jetmoe": self._jetmoe}[self.family]()
+        makers = {
+            "olmoe": self._olmoe,
+            "dots1": self._dots1,
+            "jetmoe": self._jetmoe,
+            "qwen3_moe": self._qwen3_moe,
+            "glm4_moe": self._glm4_moe,
+        }
         return {
             "model_type": self.family,
             "vocab_size": self.vocab,
@@ -71,7 +77,7 @@ class RandomModel:
             "pad_token_id": 1,
             "eos_token_id": None,
             "torch_dtype": "bfloat16",
-            **own,
+            **makers[self.family](),
         }
 
     def _olmoe(self) -> dict[str, object]:
@@ -100,6 +106,34 @@ class RandomModel:
             "norm_topk_prob": True,
             "routed_scaling_factor": 2.5,
             "sliding_window": None,
+        }
+
+    def _qwen3_moe(self) -> dict[str, object]:
+        """A key head for each four query heads, if there are as many."""
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "moe_intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": max(self.heads // 4, 1),
+            "head_dim": self.hidden // self.heads,
+            "num_experts": self.experts,
+            "norm_topk_prob": True,
+        }
+
+    def _glm4_moe(self) -> dict[str, object]:
+        """One shared expert, and a dense first layer as wide as all experts of a token."""
+        return {
+            "architectures": ["Glm4MoeForCausalLM"],
+            "intermediate_size": self.ffn * (self.top_k + 1),
+            "moe_intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": max(self.heads // 4, 1),
+            "head_dim": self.hidden // self.heads,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+            "n_routed_experts": self.experts,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
         }
 
     def _jetmoe(self) -> dict[str, object]:
@@ -177,7 +211,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--family", choices=("olmoe", "dots1", "jetmoe"), default="olmoe")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="olmoe")
     parser.add_argument("--tiny", action="store_true", help="the smallest of everything")
     names = ("hidden", "layers", "heads", "experts", "top_k", "ffn", "vocab", "labels")
     for name in names:

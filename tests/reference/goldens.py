@@ -88,7 +88,7 @@ NUM_RANDOM = 3
 """Random variants of each family."""
 RANDOM_VARIANTS = tuple(
     f"{family}-random-{number}"
-    for family in ("olmoe", "dots1", "jetmoe")
+    for family in ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe")
     for number in range(NUM_RANDOM)
 )
 """Language models of random configs, see ``reference/random_variants.py``."""

@@ -872,12 +872,13 @@ def tensor_specs(cfg: dict):
             for e in range(cfg["num_experts"]):
                 yield from mlp(f"{p}.mlp.experts.{e}", cfg["intermediate_size"])
         elif cfg["model_type"] == "qwen3_moe":
+            experts = cfg.get("num_experts") or cfg["num_local_experts"]
             is_sparse = (i + 1) % cfg["decoder_sparse_step"] == 0
             if i in cfg["mlp_only_layers"] or not is_sparse:
                 yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
                 continue
-            yield f"{p}.mlp.gate.weight", (cfg["num_experts"], H), "router"
-            for e in range(cfg["num_experts"]):
+            yield f"{p}.mlp.gate.weight", (experts, H), "router"
+            for e in range(experts):
                 yield from mlp(f"{p}.mlp.experts.{e}", cfg["moe_intermediate_size"])
         elif i < cfg["first_k_dense_replace"]:
             yield from mlp(f"{p}.mlp", cfg["intermediate_size"])

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from tests.reference import make_goldens
 
-FAMILIES = ("olmoe", "dots1", "jetmoe")
+FAMILIES = ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe")
+MODEL_TYPES = {"qwen3moe": "qwen3_moe", "glm4moe": "glm4_moe"}
+"""Where they differ."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 MIN_MARGIN = 1e-3
 """Best logit minus the second: below it the next weights are tried."""
@@ -28,10 +30,17 @@ MAX_TRIES = 8
 def make_variant(family: str, number: int) -> dict:
     """What ``make_goldens.VARIANTS`` has, drawn by ``number``; the same on every machine."""
     rng = random.Random(f"{family}-{number}")
-    config, extra = {"olmoe": _olmoe, "dots1": _dots1, "jetmoe": _jetmoe}[family](rng)
+    makers = {
+        "olmoe": _olmoe,
+        "dots1": _dots1,
+        "jetmoe": _jetmoe,
+        "qwen3moe": _qwen3,
+        "glm4moe": _glm4,
+    }
+    config, extra = makers[family](rng)
     layers = rng.randint(1, 3)
     config |= {
-        "model_type": family,
+        "model_type": MODEL_TYPES.get(family, family),
         "vocab_size": make_goldens.VOCAB,
         "num_hidden_layers": layers,
         "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-3, 0.05]),
@@ -48,6 +57,12 @@ def make_variant(family: str, number: int) -> dict:
     store = rng.choice(["float32", "float32", "bfloat16", "float16"])
     if family == "dots1":
         _dots1_layers(rng, config, layers)
+    if family == "qwen3moe":
+        _qwen3_layers(rng, config, layers)
+    if family == "glm4moe":
+        config["first_k_dense_replace"] = rng.randint(0, layers - 1)
+        share = rng.choice([None, 0.25, 0.5, 0.75, 1.0])  # None: the class's half
+        rope |= {} if share is None else {"partial_rotary_factor": share}
     return {
         "seed": 5000 + 100 * number + FAMILIES.index(family),
         "config": config | rope,
@@ -111,6 +126,43 @@ def _dots1_layers(rng: random.Random, config: dict, layers: int) -> None:
     if config["sliding_window"] and rng.random() < 0.5:
         kinds = ("sliding_attention", "full_attention")
         config["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
+
+
+def _qwen3(rng: random.Random) -> tuple[dict, dict]:
+    heads, experts = rng.choice([2, 4, 6]), rng.randint(2, 24)
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": rng.choice([32, 48, 64]),
+        "intermediate_size": rng.choice([40, 96]),
+        "moe_intermediate_size": rng.choice([8, 24]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([k for k in (1, 2, 4, 6) if heads % k == 0]),
+        "head_dim": rng.choice([8, 16, 20]),
+        rng.choice(["num_experts", "num_local_experts"]): experts,
+        "num_experts_per_tok": rng.choice([1, 2, experts, rng.randint(1, experts)]),
+        "norm_topk_prob": rng.random() < 0.7,
+        "attention_bias": rng.random() < 0.5,
+        "hidden_act": rng.choice(ACTIVATIONS),
+    }, {}
+
+
+def _qwen3_layers(rng: random.Random, config: dict, layers: int) -> None:
+    """Which layers are dense, one at least not, and whether there is a window."""
+    config["decoder_sparse_step"] = rng.choice([1, 1, min(2, layers)])
+    sparse = range(config["decoder_sparse_step"] - 1, layers, config["decoder_sparse_step"])
+    config["mlp_only_layers"] = sorted(rng.sample(sparse, rng.randint(0, len(sparse) - 1)))
+    config["use_sliding_window"] = rng.random() < 0.4
+    config["sliding_window"] = rng.choice([2, 5, 30])
+
+
+def _glm4(rng: random.Random) -> tuple[dict, dict]:
+    config, extra = _dots1(rng)
+    config |= {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "use_qk_norm": rng.random() < 0.5,
+        "head_dim": rng.choice([8, 16, 24]),
+    }
+    return config, extra
 
 
 def _jetmoe(rng: random.Random) -> tuple[dict, dict]:

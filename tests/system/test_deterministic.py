@@ -17,7 +17,7 @@ from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_co
 from tests.reference.exact import exact, follow_ups, mixed_requests
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import LocalEngine
-from tests.workers.inspection.test_inspection import everything
+from tests.workers.inspection.test_inspection import everything, has_aux
 from workers.requests.request import Request, SamplingParams
 
 AnyGolden = Callable[[str], Golden]
@@ -150,10 +150,15 @@ def test_a_layout_changes_no_bit(golden: AnyGolden, alone: Alone, layout: Layout
 
 NUM_OTHER = 12
 """Requests of each other family."""
-OTHER_VARIANTS = ("dots1-swa", "dots1-groups", "jetmoe-untied-top3-eps", "jetmoe-tied")
+OTHER_VARIANTS = (
+    *("dots1-swa", "dots1-groups", "jetmoe-untied-top3-eps", "jetmoe-tied"),
+    *("qwen3moe-dense-layers", "glm4moe-norms-groups"),
+)
 OTHER_QUICK = {
     ("dots1-swa", "2x3-bfloat16-2"),
     ("jetmoe-untied-top3-eps", "2-float32-1"),
+    ("qwen3moe-dense-layers", "2x3-bfloat16-2"),
+    ("glm4moe-norms-groups", "2-float32-1"),
 }
 """Both dtypes, one and two micro-batches, two pools and colocated workers."""
 
@@ -203,6 +208,8 @@ def pool_bytes(golden: Golden, dtype: str, num_tokens: int) -> int:
         ("olmoe-base", Layout(attention=2, experts=3, dtype="float32", micro_batches=2)),
         ("dots1-swa", Layout(attention=0, experts=2, dtype="bfloat16", micro_batches=2)),
         ("jetmoe-tied", Layout(attention=2, experts=2, dtype="float32", micro_batches=1)),
+        ("qwen3moe-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=1)),
+        ("glm4moe-base", Layout(attention=0, experts=2, dtype="float32", micro_batches=2)),
     ],
     ids=str,
 )
@@ -215,9 +222,7 @@ def test_a_layout_changes_no_bit_of_inspections(
             request_id=f"i{i}",
             prompt=prompt,
             params=SamplingParams(max_tokens=0),
-            inspection=replace(
-                everything(prompt, not variant.startswith("dots1")), attentions=False
-            ),
+            inspection=replace(everything(prompt, has_aux(variant)), attentions=False),
         )
         for i, prompt in enumerate(expected.prompts)
     ]

@@ -178,7 +178,9 @@ def test_a_peer_that_died_does_no_harm(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["olmoe-base", "dots1-groups", "jetmoe-tied"])
+@pytest.mark.parametrize(
+    "variant", ["olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "glm4moe-base"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_families_fetch_the_same_bits(
     golden: Callable[[str], Golden], variant: str, dtype: str

@@ -32,7 +32,10 @@ AnyGolden = Callable[[str], Golden]
 @pytest.mark.slow
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"])
+@pytest.mark.parametrize(
+    "variant",
+    ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "glm4moe-base"],
+)
 def test_float32_tokens_in_every_layout(
     golden: AnyGolden, variant: str, layout: tuple[int, int], num_micro_batches: int
 ) -> None:
@@ -53,6 +56,8 @@ def test_float32_tokens_in_every_layout(
     [
         "jetmoe-untied-top3-eps",
         pytest.param("dots1-swa", marks=pytest.mark.slow),
+        pytest.param("qwen3moe-dense-layers", marks=pytest.mark.slow),
+        pytest.param("glm4moe-norms-groups", marks=pytest.mark.slow),
         pytest.param("olmoe-norm-gqa-clip", marks=pytest.mark.slow),
     ],
 )

@@ -42,8 +42,17 @@ VARIANTS = (
     "dots1-relu-dynamic-fp16",
     "jetmoe-tied",
     "jetmoe-relu-dynamic",
+    "qwen3moe-dense-layers",
+    "qwen3moe-window-bias-tied",
+    "glm4moe-norms-groups",
+    "glm4moe-dynamic-fp16",
 )
 CHUNKED = EngineSection(max_num_seqs=3, max_num_batched_tokens=7, block_size_tokens=4)
+
+
+def has_aux(variant: str) -> bool:
+    """Whether the family has an auxiliary loss."""
+    return not variant.startswith(("dots1", "glm4moe"))
 
 
 def everything(prompt: tuple[int, ...], aux: bool) -> Inspection:
@@ -78,7 +87,7 @@ def test_equals_golden_in_chunks_beside_others(
         max_model_len=MAX_MODEL_LEN,
         num_micro_batches=num_micro_batches,
     )
-    aux = not variant.startswith("dots1")
+    aux = has_aux(variant)
     found = engine.inspect(expected.prompts, [everything(p, aux) for p in expected.prompts])
     for i, (prompt, arrays) in enumerate(zip(expected.prompts, found, strict=True)):
         tensors, length = expected.tensors, len(prompt)
@@ -161,7 +170,7 @@ def test_deterministic_inspections_have_the_same_bits_in_any_company(
     golden: Callable[[str], Golden], variant: str, dtype: str
 ) -> None:
     expected = golden(variant)
-    prompts, aux = expected.prompts, not variant.startswith("dots1")
+    prompts, aux = expected.prompts, has_aux(variant)
 
     def engine(section: EngineSection, num_micro_batches: int = 1) -> LocalEngine:
         return LocalEngine(

@@ -39,6 +39,8 @@ VARIANTS = (
     "dots1-swa",
     "jetmoe-untied-top3-eps",
     "jetmoe-gelu-yarn-fp16",
+    "qwen3moe-window-bias-tied",
+    "glm4moe-quarter-tied",
 )
 QUICK = {
     ("dots1-groups", "float32", "short chunks"),

@@ -220,7 +220,10 @@ def serve(
     if cache is None:
         cache = torch.zeros(2 * case.num_kv_heads, NUM_BLOCKS, BLOCK, case.head_dim, dtype=dtype)
     config = RopeConfig(
-        head_dim=case.head_dim, max_position_embeddings=64, original_max_position_embeddings=64
+        head_dim=case.head_dim,
+        rotary_dim=case.head_dim,
+        max_position_embeddings=64,
+        original_max_position_embeddings=64,
     )
     rope = Rope(config, 64, dtype, CPU)
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in LENGTHS]

@@ -89,6 +89,7 @@ def note_overlapped(engine: LocalEngine, diary: Diary) -> int:
     ("variant", "layer"),
     [
         ("dots1-groups", ["dispatch", "compute", "combine"]),
+        ("glm4moe-official-like", ["dispatch", "compute", "combine"]),
         ("jetmoe-tied", ["dispatch", "compute", "combine", *["dispatch", "combine"] * 2]),
     ],
 )

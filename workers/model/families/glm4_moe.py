@@ -69,7 +69,9 @@ def family(config: Mapping[str, Any]) -> Glm4MoeFamily:
         use_qk_norm=settings.flag("use_qk_norm", False),
     )
     experts.check(settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers))
-    heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=96)
+    heads = Heads.read(
+        settings, default_hidden=_DEFAULTS.hidden_size, default_heads=96, default_kv_heads=8
+    )
     shared = model_config(settings, model_type="glm4_moe", heads=heads, defaults=_DEFAULTS)
     return Glm4MoeFamily(shared, own)
 

@@ -71,7 +71,9 @@ def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
         raise CheckpointError(
             f"config.json: num_experts_per_tok {own.top_k} exceeds num_experts {own.num_experts}"
         )
-    heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
+    heads = Heads.read(
+        settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=4
+    )
     shared = model_config(settings, model_type="qwen3_moe", heads=heads, defaults=_DEFAULTS)
     return Qwen3MoeFamily(shared, own)
 

@@ -189,13 +189,23 @@ class Heads:
     """See ``ModelConfig.has_tiled_heads``."""
 
     @classmethod
-    def read(cls, settings: Settings, *, default_hidden: int, default_heads: int) -> Heads:
-        """The usual keys; without ``head_dim`` the heads share the hidden size."""
+    def read(
+        cls,
+        settings: Settings,
+        *,
+        default_hidden: int,
+        default_heads: int,
+        default_kv_heads: int | None = None,
+    ) -> Heads:
+        """The usual keys; without ``head_dim`` the heads share the hidden size.
+
+        ``default_kv_heads`` None: as many as there are query heads.
+        """
         hidden = settings.integer("hidden_size", default=default_hidden)
         heads = settings.integer("num_attention_heads", default=default_heads)
         return cls(
             num_heads=heads,
-            num_kv_heads=settings.integer("num_key_value_heads", default=heads),
+            num_kv_heads=settings.integer("num_key_value_heads", default=default_kv_heads or heads),
             head_dim=settings.integer("head_dim", default=max(hidden // heads, 1)),
         )
 

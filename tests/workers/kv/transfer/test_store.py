@@ -78,7 +78,9 @@ def source(tiny_checkpoint: Path) -> LocalEngine:
     return engine
 
 
-@pytest.mark.parametrize("variant", ["olmoe-base", "dots1-groups", "jetmoe-tied"])
+@pytest.mark.parametrize(
+    "variant", ["olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "glm4moe-base"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copied_blocks_give_the_bits_that_computing_gives(
     golden: Callable[[str], Golden], variant: str, dtype: str

@@ -32,7 +32,11 @@ from workers.sampling.best_tokens import finite_rows
 
 SCORED = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
 PROMPTS = [tuple(range(3, 40)), (5, 9, 11), tuple(range(60, 40, -1)), (7,)]
-VARIANTS = ["olmoe-base", "olmoe-norm-gqa-clip", "dots1-groups", "dots1-swa", "dots1-dense2-yarn"]
+VARIANTS = [
+    *("olmoe-base", "olmoe-norm-gqa-clip", "dots1-groups", "dots1-swa", "dots1-dense2-yarn"),
+    *("qwen3moe-base", "qwen3moe-dense-layers", "qwen3moe-window-bias-tied"),
+    *("glm4moe-base", "glm4moe-norms-groups", "glm4moe-quarter-tied"),
+]
 
 
 class Counting(LocalDispatcher):

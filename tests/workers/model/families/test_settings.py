@@ -33,7 +33,15 @@ DOTS1: Mapping[str, Any] = {
     "sliding_window": None,
 }
 JETMOE: Mapping[str, Any] = {"model_type": "jetmoe", "num_hidden_layers": 2}
-FAMILIES = {"olmoe": TINY_CONFIG, "dots1": DOTS1, "jetmoe": JETMOE}
+QWEN3: Mapping[str, Any] = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "head_dim": 16}
+GLM4: Mapping[str, Any] = {"model_type": "glm4_moe", "num_hidden_layers": 4, "head_dim": 16}
+FAMILIES = {
+    "olmoe": TINY_CONFIG,
+    "dots1": DOTS1,
+    "jetmoe": JETMOE,
+    "qwen3_moe": QWEN3,
+    "glm4_moe": GLM4,
+}
 
 
 def test_classes_defaults_of_an_empty_file() -> None:
@@ -54,10 +62,13 @@ def test_classes_defaults_of_an_empty_file() -> None:
 )
 def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
     """All defaults of a class written out mean the same as none of them."""
-    needed = {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4}
+    dots1 = {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4}
+    reported = {"glm4_moe": ("num_nextn_predict_layers",)}  # they are not loaded
+    needed = {"dots1": dots1, "glm4_moe": {"head_dim": 128}}  # half of 4096 / 96 is odd
     code = (
         "import json, transformers as t\n"
-        f"made = [t.OlmoeConfig(), t.Dots1Config(**{needed}), t.JetMoeConfig()]\n"
+        f"made = [t.OlmoeConfig(), t.Dots1Config(**{dots1}), t.JetMoeConfig(), "
+        "t.Qwen3MoeConfig(), t.Glm4MoeConfig(head_dim=128)]\n"
         "print(json.dumps([one.to_dict() for one in made]))\n"
     )
     done = subprocess.run(
@@ -65,11 +76,11 @@ def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
     )
     for full in json.loads(done.stdout):
         name = full["model_type"]
-        short = {"model_type": name, **(needed if name == "dots1" else {})}
+        short = {"model_type": name, **needed.get(name, {})}
         ours, theirs = load_family(short), load_family({**full, "architectures": None})
         assert theirs.config == replace(ours.config, ignored_keys=theirs.config.ignored_keys)
         assert theirs.banks == ours.banks
-        assert theirs.config.ignored_keys == ()
+        assert theirs.config.ignored_keys == reported.get(name, ())
         assert list(theirs.attention_tensors()) == list(ours.attention_tensors())
 
 
@@ -129,6 +140,23 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("dots1", {"layer_types": ["full_attention"]}, "layer_types must list all 4 layers"),
         ("dots1", {"layer_types": ["chunked_attention"] * 4}, "'chunked_attention' is not"),
         ("dots1", {"layer_types": ["sliding_attention"] * 4}, "sliding_window is null"),
+        ("qwen3_moe", {"num_experts_per_tok": 129}, "num_experts_per_tok 129 exceeds num_experts"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "leave no layer with experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 5}, "decoder_sparse_step 5 leave no layer"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0 must be a positive"),
+        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers 3 must be a list of layers"),
+        ("qwen3_moe", {"n_shared_experts": 1}, "n_shared_experts 1 is not supported for qwen3_moe"),
+        ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not"),
+        ("glm4_moe", {"n_group": 3}, "n_routed_experts 128 must be a multiple of n_group 3"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "leaves no layer with experts"),
+        (
+            "glm4_moe",
+            {"partial_rotary_factor": 0.2},
+            "partial_rotary_factor 0.2 must leave an even",
+        ),
+        ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 must leave"),
+        ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": "half"}}, "'half' must leave"),
+        ("glm4_moe", {"sliding_window": 8}, "sliding_window 8 is not supported for glm4_moe"),
         ("jetmoe", {"activation_function": "gelu_new"}, "activation_function 'gelu_new'"),
         ("jetmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("jetmoe", {"attention_bias": True}, "attention_bias True is not supported for jetmoe"),
