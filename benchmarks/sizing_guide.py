@@ -33,6 +33,11 @@ _CHOICES = (
     ("OLMoE-1B-7B-0924", "OLMoE-1B-7B", 1),
     ("jetmoe-8b", "JetMoE-8B", 1),
     ("dots.llm1.inst", "dots.llm1", 3),
+    ("Qwen3-30B-A3B", "Qwen3-30B-A3B", 1),
+    ("Qwen3-235B-A22B", "Qwen3-235B-A22B", 3),
+    ("Qwen3-Coder-480B-A35B", "Qwen3-Coder-480B-A35B", 4),
+    ("GLM-4.5-Air", "GLM-4.5-Air", 1),
+    ("GLM-4.5", "GLM-4.5", 3),
 )
 """Folder of the config, name, nodes."""
 _HEADER = (
@@ -124,7 +129,7 @@ _INTRODUCTION = f"""\
 # Sizing guide
 
 `python -m benchmarks.sizing_guide` writes this page; a test compares both. The tables show groups
-of GPUs for three models on nodes of {GPUS_PER_NODE} GPUs, in bfloat16. A worker has one GPU;
+of GPUs for models on nodes of {GPUS_PER_NODE} GPUs, in bfloat16. A worker has one GPU;
 `8 x 2 pods` is a group of two pods with 8 GPUs each. A cluster also has a head (4 CPUs, 16 GiB)
 and two gateways (4 CPUs, 8 GiB), without GPUs. On one node every split with at least two workers
 per pool was compared; on several nodes a pool consists of whole nodes, two of them for experts.

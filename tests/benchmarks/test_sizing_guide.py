@@ -107,6 +107,8 @@ def test_the_numbers_of_the_document_add_up() -> None:
             section,
         )
         assert facts is not None, name
+        (nodes,) = re.findall(r"^On (\w+) nodes? of 8 GPUs:", section, re.MULTILINE)
+        num_nodes = 1 if nodes == "one" else int(nodes)
         billions, expert_gb, attention_gb, token_kb = map(float, facts.groups())
         assert billions == pytest.approx((expert_gb + attention_gb) / 2, rel=0.01), name
         rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "B | " in line]
@@ -116,7 +118,7 @@ def test_the_numbers_of_the_document_add_up() -> None:
                 float(number.removesuffix("k")) for number in numbers
             )
             pools = [math.prod(map(int, re.findall(r"\d+", x))) for x in (attention, experts)]
-            assert sum(pools) == (24 if "pods" in experts else 8)
+            assert sum(pools) == 8 * num_nodes
             room_gb = 0.9 * MEMORY_GB[node]
             assert attention_on_gpu == attention_gb
             kv_gb = kv_thousands * token_kb / 1000

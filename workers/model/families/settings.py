@@ -48,7 +48,7 @@ _HARMLESS_WORDS = """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha aux_loss_coef bos_token_id chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id finetuning_task forced_bos_token_id forced_eos_token_id id2label
-    initializer_range is_decoder label2id model_type moe_layer_freq num_labels
+    initializer_range is_decoder label2id max_window_layers model_type moe_layer_freq num_labels
     original_max_position_embeddings output_attentions output_hidden_states output_router_logits
     pad_token_id prefix pretraining_tp problem_type pruned_heads return_dict router_aux_loss_coef
     scoring_func sep_token_id seq_aux task_specific_params tie_encoder_decoder tokenizer_class
