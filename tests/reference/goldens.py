@@ -71,6 +71,7 @@ QWEN3_VARIANTS = (
     "qwen3moe-window-bias-tied",
     "qwen3moe-fused-bf16",
     "qwen3moe-yarn-gelu",
+    "qwen3moe-fp8",
 )
 GLM4_VARIANTS = (
     "glm4moe-base",

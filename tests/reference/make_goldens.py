@@ -566,6 +566,28 @@ VARIANTS: dict[str, dict] = {
             "torch_dtype": "bfloat16",
         },
     },
+    # float8 with a scale for each block of 8 x 16; public checkpoints have one of 128 x 128
+    "qwen3moe-fp8": {
+        "seed": 607,
+        "scaled_block": (8, 16),
+        "store": "bfloat16",
+        "legacy_config": True,
+        "config": _QWEN3
+        | {
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 32,
+            "head_dim": 16,
+            "torch_dtype": "bfloat16",
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [8, 16],
+                "modules_to_not_convert": ["lm_head"],
+            },
+        },
+    },
     # as the model cards say for long contexts
     "qwen3moe-yarn-gelu": {
         "seed": 606,
@@ -916,6 +938,14 @@ def draw(seed: int, name: str, shape, mean: float, std: float) -> torch.Tensor:
     return torch.from_numpy((mean + std * rng.standard_normal(shape)).astype(np.float32))
 
 
+def scaled(matrix: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8 and the scale of each block, whose largest value becomes float8's."""
+    blocks = matrix.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).transpose(1, 2)
+    scales = blocks.abs().amax((2, 3)) / 448.0
+    small = (blocks / scales[:, :, None, None]).to(torch.float8_e4m3fn)
+    return small.transpose(1, 2).reshape(matrix.shape).contiguous(), scales
+
+
 def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
     cfg, seed, out = variant["config"], variant["seed"], {}
     router_gain = 1.0 if cfg["model_type"] in ("dots1", "glm4_moe") else 2.0
@@ -940,6 +970,8 @@ def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
         t = draw(seed, name, shape, mean, std)
         if kind != "correction":
             t = t.to(getattr(torch, variant.get("store", "float32")))
+        if kind == "linear" and "scaled_block" in variant:
+            t, out[f"{name}_scale_inv"] = scaled(t.float(), *variant["scaled_block"])
         out[name] = t
     if variant.get("ahead"):  # of the layer that predicts the token after the next one
         name = f"model.layers.{cfg['num_hidden_layers']}.eh_proj.weight"
@@ -1114,9 +1146,26 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     return out
 
 
+def write_plain(path: Path, out: Path) -> None:
+    """The same model without scales, in float32: transformers needs one more package for them."""
+    tensors = read_checkpoint(path)
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+    config = json.loads((path / "config.json").read_text())
+    block = torch.ones(config.pop("quantization_config")["weight_block_size"])
+    for name, found in scales.items():
+        name = name.removesuffix("_scale_inv")
+        tensors[name] = tensors[name].float() * torch.kron(found, block)
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
 def load_model(path: Path, cfg: dict, dtype=torch.float32):
     cls = model_class(cfg)
     kwargs = {}
+    if "quantization_config" in cfg:
+        with tempfile.TemporaryDirectory() as plain:
+            write_plain(path, Path(plain))
+            return cls.from_pretrained(plain, dtype=dtype).eval()
     if V4:
         # config.json written by version 5 has rope_parameters, which version 4 does not read
         config = cls.config_class.from_pretrained(path)

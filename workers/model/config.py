@@ -146,6 +146,8 @@ class ModelConfig:
     """Classes of a sequence classifier, which has no lm_head; empty for a language model."""
     problem_type: str | None = None
     """Kind of classifier, if the checkpoint names it."""
+    scaled_block: tuple[int, int] | None = None
+    """Rows and columns of a block with one scale, where matrices are stored in float8."""
     has_tiled_heads: bool = False
     """Query head h uses key head h mod ``num_kv_heads``; else neighbours share one."""
     ignored_keys: tuple[str, ...] = ()

@@ -28,6 +28,7 @@ from workers.model.cuda_blocks import CudaBlocks
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
+from workers.model.loading import scaled_blocks
 from workers.model.loading.file_stamp import FileStamp, size_and_change
 from workers.model.loading.mapped import joined
 from workers.model.native_half import NativeBlocks
@@ -37,7 +38,12 @@ from workers.native.team import Team
 Progress = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in total) after each tensor."""
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    scaled_blocks.DTYPE: torch.float8_e4m3fn,
+}
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 """Endings of checkpoints that are not opened."""
@@ -99,8 +105,11 @@ class Checkpoint:
             self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
 
     def num_bytes(self, part: TensorPart) -> int:
-        """Bytes on disk of a part."""
-        total = self._entry(part).num_bytes
+        """Bytes on disk of a part, with its scales if it has any."""
+        entry = self._entry(part)
+        total = entry.num_bytes
+        if entry.dtype == scaled_blocks.DTYPE:
+            total += self._entry(self._scales(part)[0]).num_bytes
         return total if part.index is None else total // max(part.shape[0], 1)
 
     def expert_bytes(self, bank: BankSpec, expert: int) -> int:
@@ -181,7 +190,25 @@ class Checkpoint:
             )
         return entry
 
+    def _scales(self, part: TensorPart) -> tuple[TensorPart, tuple[int, int]]:
+        """Of a float8 matrix, and the size of a block with one scale."""
+        block = self.config.scaled_block
+        if block is None or len(part.part_shape) != 2:
+            raise CheckpointError(
+                f"tensor {part.name} has dtype {scaled_blocks.DTYPE}, which needs a matrix, and "
+                "weight_block_size in quantization_config"
+            )
+        return scaled_blocks.scales_of(part, block), block
+
     def _mapped(self, part: TensorPart) -> Tensor:
+        """The mapped file's own memory, or new memory for what is stored in blocks with scales."""
+        stored = self._stored(part)
+        if self._entry(part).dtype != scaled_blocks.DTYPE:
+            return stored
+        scales, block = self._scales(part)
+        return scaled_blocks.unscaled(stored, self._stored(scales), block)
+
+    def _stored(self, part: TensorPart) -> Tensor:
         entry = self._entry(part)
         try:
             reader = self._reader(entry.file)

@@ -147,6 +147,16 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers 3 must be a list of layers"),
         ("qwen3_moe", {"n_shared_experts": 1}, "n_shared_experts 1 is not supported for qwen3_moe"),
         ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not"),
+        ("qwen3_moe", {"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
+        ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size None"),
+        ("qwen3_moe", {"quantization_config": {"bits": 4}}, "bits 4 is not supported"),
+        ("qwen3_moe", {"quantization_config": {"fmt": "e5m2"}}, "fmt 'e5m2' is not supported"),
+        ("qwen3_moe", {"quantization_config": {}}, "quant_method is missing"),
+        (
+            "qwen3_moe",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
+            r"weight_block_size \[128, 0\] must be two positive sizes",
+        ),
         ("glm4_moe", {"n_group": 3}, "n_routed_experts 128 must be a multiple of n_group 3"),
         ("glm4_moe", {"first_k_dense_replace": 4}, "leaves no layer with experts"),
         (

@@ -1,0 +1,30 @@
+"""Weights that are stored as 8-bit floats with a scale for each block of a matrix.
+
+Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 3.3; the tensors are as
+transformers writes them: ``NAME`` in float8 E4M3 beside ``NAME_scale_inv``, the scales to multiply
+by. They are read as float32, where the product of both is exact but for its last bit.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from workers.model.config import TensorPart
+
+DTYPE = "F8_E4M3"
+"""Of these weights, in safetensors spelling."""
+
+
+def scales_of(part: TensorPart, block: tuple[int, int]) -> TensorPart:
+    """Where the scales of a stored matrix are: one for each block, cut off at its edges."""
+    *outer, rows, columns = part.shape
+    counts = -(-rows // block[0]), -(-columns // block[1])
+    return TensorPart(name=f"{part.name}_scale_inv", shape=(*outer, *counts), index=part.index)
+
+
+def unscaled(stored: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """stored [.., rows, columns] float8 times the scale of each element's block, float32."""
+    rows, columns = stored.shape[-2:]
+    by_row = scales.float().repeat_interleave(block[0], -2)[..., :rows, :]
+    by_element = by_row.repeat_interleave(block[1], -1)[..., :columns]
+    return stored.float().mul_(by_element)
