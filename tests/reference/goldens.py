@@ -81,7 +81,16 @@ GLM4_VARIANTS = (
     "glm4moe-yarn-fused-bf16",
     "glm4moe-dynamic-fp16",
 )
-OTHER_VARIANTS = DOTS1_VARIANTS + JETMOE_VARIANTS + QWEN3_VARIANTS + GLM4_VARIANTS
+MIXTRAL_VARIANTS = (
+    "mixtral-base",
+    "mixtral-official-like",
+    "mixtral-window-tied",
+    "mixtral-llama3-gelu-fp16",
+)
+OTHER_VARIANTS = (
+    *(*DOTS1_VARIANTS, *JETMOE_VARIANTS),
+    *(*QWEN3_VARIANTS, *GLM4_VARIANTS, *MIXTRAL_VARIANTS),
+)
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
 """All language models."""
@@ -89,7 +98,7 @@ NUM_RANDOM = 3
 """Random variants of each family."""
 RANDOM_VARIANTS = tuple(
     f"{family}-random-{number}"
-    for family in ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe")
+    for family in ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral")
     for number in range(NUM_RANDOM)
 )
 """Language models of random configs, see ``reference/random_variants.py``."""
@@ -106,6 +115,8 @@ BF16_VARIANTS = (
     "qwen3moe-fused-bf16",
     "glm4moe-base",
     "glm4moe-yarn-fused-bf16",
+    "mixtral-base",
+    "mixtral-official-like",
 )
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8

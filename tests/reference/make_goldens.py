@@ -178,6 +178,30 @@ _GLM = {
     "eos_token_id": [EOS, 3],
 }
 
+_MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "rope_theta": 1000000.0,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.02,
+}
+
 _JET = {
     "model_type": "jetmoe",
     "architectures": ["JetMoeForCausalLM"],
@@ -704,6 +728,58 @@ VARIANTS: dict[str, dict] = {
             "torch_dtype": "float16",
         },
     },
+    "mixtral-base": {"seed": 801, "bf16": True, "max_shard_size": "300KB", "config": _MIXTRAL},
+    # as the public config.json of 8x7B is written, bfloat16 on disk
+    "mixtral-official-like": {
+        "seed": 802,
+        "legacy_config": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "config": {k: v for k, v in _MIXTRAL.items() if k != "pad_token_id"}
+        | {
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.36.0.dev0",
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "attention_dropout": 0.0,
+        },
+    },
+    # a window in every layer, tied embeddings, top-3 of 6, head_dim given, no rope_theta
+    "mixtral-window-tied": {
+        "seed": 803,
+        "embed_std": 0.5,
+        "legacy_config": True,
+        "config": {k: v for k, v in _MIXTRAL.items() if k != "rope_theta"}
+        | {
+            "sliding_window": 12,
+            "tie_word_embeddings": True,
+            "num_experts_per_tok": 3,
+            "num_local_experts": 6,
+            "head_dim": 24,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 2,
+        },
+    },
+    "mixtral-llama3-gelu-fp16": {
+        "seed": 804,
+        "legacy_config": True,
+        "store": "float16",
+        "shards": 2,
+        "config": _MIXTRAL
+        | {
+            "hidden_act": "gelu",
+            "num_experts_per_tok": 1,
+            "num_hidden_layers": 2,
+            "torch_dtype": "float16",
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    },
     # tied embeddings, 2 kv heads x top-2 = 4 query heads
     "jetmoe-tied": {"seed": 21, "config": _JET, "bf16": True},
     # untied, top-3 of 6, kv_channels * num_key_value_heads != hidden_size, and a final-norm
@@ -823,6 +899,7 @@ CLASSES = {
     "Dots1ForCausalLM": "Dots1ForCausalLM",
     "Qwen3MoeForCausalLM": "Qwen3MoeForCausalLM",
     "Glm4MoeForCausalLM": "Glm4MoeForCausalLM",
+    "MixtralForCausalLM": "MixtralForCausalLM",
     "JetMoeForCausalLM": "JetMoeForCausalLM",
     "JetMoEForCausalLM": "JetMoeForCausalLM",
     "JetMoeForSequenceClassification": "JetMoeForSequenceClassification",
@@ -877,10 +954,10 @@ def tensor_specs(cfg: dict):
         a = f"{p}.self_attn"
         for name, rows in (("q", A * D), ("k", KV * D), ("v", KV * D), ("o", H)):
             yield f"{a}.{name}_proj.weight", (rows, A * D if name == "o" else H), "linear"
-            if cfg["attention_bias"] and not (name == "o" and cfg["model_type"] == "glm4_moe"):
+            if cfg.get("attention_bias") and not (name == "o" and cfg["model_type"] == "glm4_moe"):
                 yield f"{a}.{name}_proj.bias", (rows,), "bias"
         whole = cfg["model_type"] == "olmoe"  # norm over all heads at once, or per head
-        if cfg.get("use_qk_norm", True):
+        if cfg.get("use_qk_norm", cfg["model_type"] != "mixtral"):
             yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
             yield f"{a}.k_norm.weight", (KV * D if whole else D,), "norm"
 
@@ -889,7 +966,14 @@ def tensor_specs(cfg: dict):
             yield f"{prefix}.up_proj.weight", (inter, H), "linear"
             yield f"{prefix}.down_proj.weight", (H, inter), "linear"
 
-        if cfg["model_type"] == "olmoe":
+        if cfg["model_type"] == "mixtral":
+            b, inter = f"{p}.block_sparse_moe", cfg["intermediate_size"]
+            yield f"{b}.gate.weight", (cfg["num_local_experts"], H), "router"
+            for e in range(cfg["num_local_experts"]):
+                yield f"{b}.experts.{e}.w1.weight", (inter, H), "linear"
+                yield f"{b}.experts.{e}.w2.weight", (H, inter), "linear"
+                yield f"{b}.experts.{e}.w3.weight", (inter, H), "linear"
+        elif cfg["model_type"] == "olmoe":
             yield f"{p}.mlp.gate.weight", (cfg["num_experts"], H), "router"
             for e in range(cfg["num_experts"]):
                 yield from mlp(f"{p}.mlp.experts.{e}", cfg["intermediate_size"])
@@ -1195,7 +1279,7 @@ class RouterRecorder:
         self.cfg, self.layers, self.logits, self.gap = cfg, {}, {}, float("inf")
         for name, mod in model.named_modules():
             kind = type(mod).__name__
-            if kind in ("OlmoeTopKRouter", "Qwen3MoeTopKRouter"):
+            if kind in ("OlmoeTopKRouter", "Qwen3MoeTopKRouter", "MixtralTopKRouter"):
                 mod.register_forward_hook(self._olmoe(name))
             elif kind in ("Dots1TopkRouter", "Glm4MoeTopkRouter"):
                 mod.register_forward_hook(self._dots(name))

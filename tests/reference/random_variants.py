@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.reference import make_goldens
 
-FAMILIES = ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe")
+FAMILIES = ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral")
 MODEL_TYPES = {"qwen3moe": "qwen3_moe", "glm4moe": "glm4_moe"}
 """Where they differ."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -36,6 +36,7 @@ def make_variant(family: str, number: int) -> dict:
         "jetmoe": _jetmoe,
         "qwen3moe": _qwen3,
         "glm4moe": _glm4,
+        "mixtral": _mixtral,
     }
     config, extra = makers[family](rng)
     layers = rng.randint(1, 3)
@@ -70,7 +71,7 @@ def make_variant(family: str, number: int) -> dict:
         "alone": is_dynamic,
         "store": store,
         "shards": rng.choice([1, 1, 3]),
-        "fused": family != "jetmoe" and rng.random() < 0.4,
+        "fused": family not in ("jetmoe", "mixtral") and rng.random() < 0.4,
         "embed_std": 0.5 if config["tie_word_embeddings"] else 1.0,
         **extra,
     }
@@ -163,6 +164,22 @@ def _glm4(rng: random.Random) -> tuple[dict, dict]:
         "head_dim": rng.choice([8, 16, 24]),
     }
     return config, extra
+
+
+def _mixtral(rng: random.Random) -> tuple[dict, dict]:
+    heads, experts = rng.choice([2, 4, 6]), rng.randint(2, 9)
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": rng.choice([32, 48, 64]),
+        "intermediate_size": rng.choice([8, 24]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([k for k in (1, 2, 4, 6) if heads % k == 0]),
+        "head_dim": rng.choice([8, 16, 20]),
+        "num_local_experts": experts,
+        "num_experts_per_tok": rng.choice([1, 2, experts, rng.randint(1, experts)]),
+        "sliding_window": rng.choice([None, None, 2, 5, 30]),
+        "hidden_act": rng.choice(ACTIVATIONS),
+    }, {}
 
 
 def _jetmoe(rng: random.Random) -> tuple[dict, dict]:

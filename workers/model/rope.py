@@ -55,7 +55,12 @@ class RopeConfig:
 
 
 def parse_rope(
-    config: Mapping[str, Any], head_dim: int, max_positions: int, rotary_share: float | None = None
+    config: Mapping[str, Any],
+    head_dim: int,
+    max_positions: int,
+    *,
+    rotary_share: float | None = None,
+    default_theta: float = 10000.0,
 ) -> RopeConfig:
     """Read both spellings: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
 
@@ -75,7 +80,7 @@ def parse_rope(
     rotary_dim = head_dim
     if rotary_share is not None:
         rotary_dim = _rotary_dim(config, params, head_dim, rotary_share)
-    theta = params.get("rope_theta") or config.get("rope_theta") or 10000.0
+    theta = params.get("rope_theta") or config.get("rope_theta") or default_theta
     name = params.get("rope_type") or params.get("type") or "default"
     if name not in get_args(RopeType):
         known = ", ".join(get_args(RopeType))

@@ -14,6 +14,7 @@ FAMILIES = {
     "dots1": "workers.model.families.dots1",
     "qwen3_moe": "workers.model.families.qwen3_moe",
     "glm4_moe": "workers.model.families.glm4_moe",
+    "mixtral": "workers.model.families.mixtral",
     "jetmoe": "workers.model.families.jetmoe",
 }
 """``model_type`` of the config -> module with a ``family(config) -> Family`` function."""

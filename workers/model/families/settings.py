@@ -62,8 +62,9 @@ _HARMLESS_WORDS = """
     initializer_range is_decoder label2id max_window_layers model_type moe_layer_freq num_labels
     original_max_position_embeddings output_attentions output_hidden_states output_router_logits
     pad_token_id prefix pretraining_tp problem_type pruned_heads return_dict router_aux_loss_coef
-    scoring_func sep_token_id seq_aux task_specific_params tie_encoder_decoder tokenizer_class
-    topk_method torchscript transformers_version use_bfloat16 use_cache use_sliding_window
+    router_jitter_noise scoring_func sep_token_id seq_aux task_specific_params tie_encoder_decoder
+    tokenizer_class topk_method torchscript transformers_version use_bfloat16 use_cache
+    use_sliding_window
 
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size exponential_decay_length_penalty length_penalty max_length
@@ -203,6 +204,7 @@ class Defaults:
     max_positions: int
     """``max_position_embeddings``."""
     rms_norm_eps: float
+    rope_theta: float = 10000.0
     rotary_share: float | None = None
     """``partial_rotary_factor``; None: the family has no such key."""
     tied: bool = False
@@ -290,7 +292,13 @@ def model_config(
         tie_word_embeddings=settings.flag("tie_word_embeddings", defaults.tied),
         eos_token_ids=settings.token_ids("eos_token_id", defaults.eos, vocab_size),
         dtype=str(settings.value("dtype", "torch_dtype") or "float32").removeprefix("torch."),
-        rope=parse_rope(settings.raw, heads.head_dim, max_positions, defaults.rotary_share),
+        rope=parse_rope(
+            settings.raw,
+            heads.head_dim,
+            max_positions,
+            rotary_share=defaults.rotary_share,
+            default_theta=defaults.rope_theta,
+        ),
         activation=settings.activation(*activation_keys),
         scaled_block=settings.scaled_block(),
         pad_token_id=pad[0] if pad else None,

@@ -1,0 +1,128 @@
+"""Mixtral: no norms of heads, a softmax among the chosen experts, an optional window.
+
+Source: checkpoint layout and math as in transformers ``models/mixtral``. There the experts' weights
+stay float32 in a bfloat16 model; here they are rounded, as those of the other softmax routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
+from workers.model.families.base import Family, Loader
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import attention_shape, mlp_exchange, part, projection_parts
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.routing import Router, Routing
+
+_DEFAULTS = Defaults(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_layers=32,
+    max_positions=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    eos=(2,),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtralConfig:
+    """The numbers that Mixtral adds to ``ModelConfig``."""
+
+    num_experts: int
+    """E: routed experts of a layer."""
+    top_k: int
+    expert_width: int
+    """I: inner width of an expert."""
+    window: int | None
+    """Positions that a token looks at in every layer; None: all."""
+
+
+def family(config: Mapping[str, Any]) -> MixtralFamily:
+    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    settings = Settings(config)
+    settings.architecture("MixtralForCausalLM")
+    has_window = settings.value("sliding_window") is not None
+    own = MixtralConfig(
+        num_experts=settings.integer("num_local_experts", "num_experts", default=8),
+        top_k=settings.integer("num_experts_per_tok", default=2),
+        expert_width=settings.integer("intermediate_size", default=14336),
+        window=settings.integer("sliding_window") if has_window else None,
+    )
+    if own.top_k > own.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {own.top_k} exceeds num_local_experts "
+            f"{own.num_experts}"
+        )
+    heads = Heads.read(
+        settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=8
+    )
+    shared = model_config(settings, model_type="mixtral", heads=heads, defaults=_DEFAULTS)
+    return MixtralFamily(shared, own)
+
+
+class MixtralFamily(Family):
+    def __init__(self, config: ModelConfig, mixtral: MixtralConfig) -> None:
+        exchange = mlp_exchange(config, mixtral.expert_width)
+        banks = tuple(
+            BankSpec(
+                index=layer,
+                bank="mlp",
+                layer=layer,
+                num_experts=mixtral.num_experts,
+                top_k=mixtral.top_k,
+                exchanges=(exchange,),
+                aux_copies=1,
+            )
+            for layer in range(config.num_layers)
+        )
+        super().__init__(config, banks)
+        self.mixtral = mixtral
+        self.windows = frozenset(() if mixtral.window is None else (mixtral.window,))
+
+    def expert_matrices(
+        self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
+    ) -> tuple[ExpertMatrix, ...]:
+        """See ``Family``: w1 is the gate, w3 goes up and w2 down."""
+        width, inner = self.config.hidden_size, self.mixtral.expert_width
+        prefix = f"model.layers.{bank.layer}.block_sparse_moe.experts.{expert}"
+        gate, up = (part(f"{prefix}.{name}.weight", inner, width) for name in ("w1", "w3"))
+        down = part(f"{prefix}.w2.weight", width, inner)
+        return (
+            ExpertMatrix(shape=(2 * inner, width), parts=(gate, up)),
+            ExpertMatrix(shape=(width, inner), parts=(down,)),
+        )
+
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        config, prefix = self.config, f"model.layers.{layer}"
+        width, experts = config.hidden_size, self.mixtral.num_experts
+        return {
+            "norm1": part(f"{prefix}.input_layernorm.weight", width),
+            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            "router": part(f"{prefix}.block_sparse_moe.gate.weight", experts, width),
+        } | projection_parts(f"{prefix}.self_attn", config, has_bias=False)
+
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
+        own = self.mixtral
+        routing = Routing(
+            bank=layer,
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            scoring="softmax_of_best",
+        )
+        half = AttentionHalf(
+            shape=attention_shape(self.config, window=own.window),
+            norm1=loader.tensor("norm1"),
+            projections=DenseProjections(
+                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
+            ),
+            norm2=loader.tensor("norm2"),
+            router=Router(routing=routing, linear=loader.linear("router")),
+            attend=loader.attend,
+        )
+        return DecoderLayer(half=loader.blocks.half(half))
