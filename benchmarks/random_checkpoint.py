@@ -32,7 +32,7 @@ MAX_SHARD_BYTES = 512 * 1024 * 1024
 class RandomModel:
     """Size of a random model; the defaults are those of ``make bench``."""
 
-    family: Literal["olmoe", "dots1", "jetmoe", "qwen3_moe", "glm4_moe"] = "olmoe"
+    family: Literal["olmoe", "dots1", "jetmoe", "qwen3_moe", "glm4_moe", "mixtral"] = "olmoe"
     """``model_type``."""
     hidden: int = 512
     """Width of the model."""
@@ -63,6 +63,7 @@ class RandomModel:
             "jetmoe": self._jetmoe,
             "qwen3_moe": self._qwen3_moe,
             "glm4_moe": self._glm4_moe,
+            "mixtral": self._mixtral,
         }
         return {
             "model_type": self.family,
@@ -134,6 +135,15 @@ class RandomModel:
             "n_routed_experts": self.experts,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
+        }
+
+    def _mixtral(self) -> dict[str, object]:
+        return {
+            "architectures": ["MixtralForCausalLM"],
+            "intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": max(self.heads // 4, 1),
+            "num_local_experts": self.experts,
         }
 
     def _jetmoe(self) -> dict[str, object]:

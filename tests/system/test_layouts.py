@@ -34,7 +34,10 @@ AnyGolden = Callable[[str], Golden]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "variant",
-    ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "glm4moe-base"],
+    [
+        *("olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"),
+        *("qwen3moe-base", "glm4moe-base", "mixtral-base"),
+    ],
 )
 def test_float32_tokens_in_every_layout(
     golden: AnyGolden, variant: str, layout: tuple[int, int], num_micro_batches: int
@@ -58,6 +61,7 @@ def test_float32_tokens_in_every_layout(
         pytest.param("dots1-swa", marks=pytest.mark.slow),
         pytest.param("qwen3moe-dense-layers", marks=pytest.mark.slow),
         pytest.param("glm4moe-norms-groups", marks=pytest.mark.slow),
+        pytest.param("mixtral-window-tied", marks=pytest.mark.slow),
         pytest.param("olmoe-norm-gqa-clip", marks=pytest.mark.slow),
     ],
 )

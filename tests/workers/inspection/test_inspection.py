@@ -46,6 +46,7 @@ VARIANTS = (
     "qwen3moe-window-bias-tied",
     "glm4moe-norms-groups",
     "glm4moe-dynamic-fp16",
+    "mixtral-window-tied",
 )
 CHUNKED = EngineSection(max_num_seqs=3, max_num_batched_tokens=7, block_size_tokens=4)
 

@@ -41,6 +41,7 @@ VARIANTS = (
     "jetmoe-gelu-yarn-fp16",
     "qwen3moe-window-bias-tied",
     "glm4moe-quarter-tied",
+    "mixtral-window-tied",
 )
 QUICK = {
     ("dots1-groups", "float32", "short chunks"),

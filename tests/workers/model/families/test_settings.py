@@ -35,12 +35,14 @@ DOTS1: Mapping[str, Any] = {
 JETMOE: Mapping[str, Any] = {"model_type": "jetmoe", "num_hidden_layers": 2}
 QWEN3: Mapping[str, Any] = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "head_dim": 16}
 GLM4: Mapping[str, Any] = {"model_type": "glm4_moe", "num_hidden_layers": 4, "head_dim": 16}
+MIXTRAL: Mapping[str, Any] = {"model_type": "mixtral", "num_hidden_layers": 2}
 FAMILIES = {
     "olmoe": TINY_CONFIG,
     "dots1": DOTS1,
     "jetmoe": JETMOE,
     "qwen3_moe": QWEN3,
     "glm4_moe": GLM4,
+    "mixtral": MIXTRAL,
 }
 
 
@@ -68,7 +70,7 @@ def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
     code = (
         "import json, transformers as t\n"
         f"made = [t.OlmoeConfig(), t.Dots1Config(**{dots1}), t.JetMoeConfig(), "
-        "t.Qwen3MoeConfig(), t.Glm4MoeConfig(head_dim=128)]\n"
+        "t.Qwen3MoeConfig(), t.Glm4MoeConfig(head_dim=128), t.MixtralConfig()]\n"
         "print(json.dumps([one.to_dict() for one in made]))\n"
     )
     done = subprocess.run(
@@ -167,6 +169,9 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 must leave"),
         ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": "half"}}, "'half' must leave"),
         ("glm4_moe", {"sliding_window": 8}, "sliding_window 8 is not supported for glm4_moe"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
+        ("mixtral", {"attention_bias": True}, "attention_bias True is not supported for mixtral"),
+        ("mixtral", {"sliding_window": 0}, "sliding_window 0 must be a positive integer"),
         ("jetmoe", {"activation_function": "gelu_new"}, "activation_function 'gelu_new'"),
         ("jetmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("jetmoe", {"attention_bias": True}, "attention_bias True is not supported for jetmoe"),
