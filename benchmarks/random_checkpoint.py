@@ -32,7 +32,9 @@ MAX_SHARD_BYTES = 512 * 1024 * 1024
 class RandomModel:
     """Size of a random model; the defaults are those of ``make bench``."""
 
-    family: Literal["olmoe", "dots1", "jetmoe", "qwen3_moe", "glm4_moe", "mixtral"] = "olmoe"
+    family: Literal[
+        "olmoe", "dots1", "jetmoe", "qwen3_moe", "glm4_moe", "mixtral", "minimax_m2"
+    ] = "olmoe"
     """``model_type``."""
     hidden: int = 512
     """Width of the model."""
@@ -64,6 +66,7 @@ class RandomModel:
             "qwen3_moe": self._qwen3_moe,
             "glm4_moe": self._glm4_moe,
             "mixtral": self._mixtral,
+            "minimax_m2": self._minimax_m2,
         }
         return {
             "model_type": self.family,
@@ -144,6 +147,13 @@ class RandomModel:
             "num_attention_heads": self.heads,
             "num_key_value_heads": max(self.heads // 4, 1),
             "num_local_experts": self.experts,
+        }
+
+    def _minimax_m2(self) -> dict[str, object]:
+        return self._mixtral() | {
+            "architectures": ["MiniMaxM2ForCausalLM"],
+            "head_dim": self.hidden // self.heads,
+            "rotary_dim": self.hidden // self.heads // 2,
         }
 
     def _jetmoe(self) -> dict[str, object]:

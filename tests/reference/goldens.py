@@ -87,9 +87,10 @@ MIXTRAL_VARIANTS = (
     "mixtral-window-tied",
     "mixtral-llama3-gelu-fp16",
 )
+MINIMAX_VARIANTS = ("minimaxm2-official-like", "minimaxm2-fp8-whole", "minimaxm2-dynamic")
 OTHER_VARIANTS = (
     *(*DOTS1_VARIANTS, *JETMOE_VARIANTS),
-    *(*QWEN3_VARIANTS, *GLM4_VARIANTS, *MIXTRAL_VARIANTS),
+    *(*QWEN3_VARIANTS, *GLM4_VARIANTS, *MIXTRAL_VARIANTS, *MINIMAX_VARIANTS),
 )
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
@@ -98,7 +99,7 @@ NUM_RANDOM = 3
 """Random variants of each family."""
 RANDOM_VARIANTS = tuple(
     f"{family}-random-{number}"
-    for family in ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral")
+    for family in ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2")
     for number in range(NUM_RANDOM)
 )
 """Language models of random configs, see ``reference/random_variants.py``."""
@@ -117,6 +118,7 @@ BF16_VARIANTS = (
     "glm4moe-yarn-fused-bf16",
     "mixtral-base",
     "mixtral-official-like",
+    "minimaxm2-official-like",
 )
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8

@@ -202,6 +202,30 @@ _MIXTRAL = {
     "router_aux_loss_coef": 0.02,
 }
 
+_MINIMAX = {
+    "model_type": "minimax_m2",
+    "architectures": ["MiniMaxM2ForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rotary_dim": 8,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 5000000.0,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "output_router_logits": False,
+}
+
 _JET = {
     "model_type": "jetmoe",
     "architectures": ["JetMoeForCausalLM"],
@@ -780,6 +804,67 @@ VARIANTS: dict[str, dict] = {
             },
         },
     },
+    # as the public config.json is written, with keys that other programs read
+    "minimaxm2-official-like": {
+        "seed": 901,
+        "legacy_config": True,
+        "bf16": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _MINIMAX
+        | {
+            "attn_type_list": [1, 1, 1],
+            "use_qk_norm": True,
+            "qk_norm_type": "per_layer",
+            "use_routing_bias": True,
+            "scoring_func": "sigmoid",
+            "shared_intermediate_size": 0,
+            "use_mtp": True,
+            "num_mtp_modules": 3,
+            "mtp_transformer_layers": 1,
+            "torch_dtype": "float32",
+            "transformers_version": "4.46.1",
+        },
+    },
+    # whole heads rotated, tied embeddings, one key head, float8 in blocks
+    "minimaxm2-fp8-whole": {
+        "seed": 902,
+        "legacy_config": True,
+        "scaled_block": (8, 16),
+        "store": "bfloat16",
+        "embed_std": 0.5,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": {k: v for k, v in _MINIMAX.items() if k != "rotary_dim"}
+        | {
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "float8_e4m3fn",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [8, 16],
+                "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+            },
+        },
+    },
+    "minimaxm2-dynamic": {
+        "seed": 903,
+        "alone": True,
+        "legacy_config": True,
+        "correction_bias": ("normal", -1.5, 0.15),
+        "config": _MINIMAX
+        | {
+            "num_hidden_layers": 2,
+            "hidden_act": "relu",
+            "max_position_embeddings": 48,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        },
+    },
     # tied embeddings, 2 kv heads x top-2 = 4 query heads
     "jetmoe-tied": {"seed": 21, "config": _JET, "bf16": True},
     # untied, top-3 of 6, kv_channels * num_key_value_heads != hidden_size, and a final-norm
@@ -900,6 +985,7 @@ CLASSES = {
     "Qwen3MoeForCausalLM": "Qwen3MoeForCausalLM",
     "Glm4MoeForCausalLM": "Glm4MoeForCausalLM",
     "MixtralForCausalLM": "MixtralForCausalLM",
+    "MiniMaxM2ForCausalLM": "MiniMaxM2ForCausalLM",
     "JetMoeForCausalLM": "JetMoeForCausalLM",
     "JetMoEForCausalLM": "JetMoeForCausalLM",
     "JetMoeForSequenceClassification": "JetMoeForSequenceClassification",
@@ -956,7 +1042,7 @@ def tensor_specs(cfg: dict):
             yield f"{a}.{name}_proj.weight", (rows, A * D if name == "o" else H), "linear"
             if cfg.get("attention_bias") and not (name == "o" and cfg["model_type"] == "glm4_moe"):
                 yield f"{a}.{name}_proj.bias", (rows,), "bias"
-        whole = cfg["model_type"] == "olmoe"  # norm over all heads at once, or per head
+        whole = cfg["model_type"] in ("olmoe", "minimax_m2")  # all heads at once, or per head
         if cfg.get("use_qk_norm", cfg["model_type"] != "mixtral"):
             yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
             yield f"{a}.k_norm.weight", (KV * D if whole else D,), "norm"
@@ -966,9 +1052,11 @@ def tensor_specs(cfg: dict):
             yield f"{prefix}.up_proj.weight", (inter, H), "linear"
             yield f"{prefix}.down_proj.weight", (H, inter), "linear"
 
-        if cfg["model_type"] == "mixtral":
+        if cfg["model_type"] in ("mixtral", "minimax_m2"):
             b, inter = f"{p}.block_sparse_moe", cfg["intermediate_size"]
             yield f"{b}.gate.weight", (cfg["num_local_experts"], H), "router"
+            if cfg["model_type"] == "minimax_m2":
+                yield f"{b}.e_score_correction_bias", (cfg["num_local_experts"],), "correction"
             for e in range(cfg["num_local_experts"]):
                 yield f"{b}.experts.{e}.w1.weight", (inter, H), "linear"
                 yield f"{b}.experts.{e}.w2.weight", (H, inter), "linear"
@@ -1032,7 +1120,7 @@ def scaled(matrix: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor,
 
 def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
     cfg, seed, out = variant["config"], variant["seed"], {}
-    router_gain = 1.0 if cfg["model_type"] in ("dots1", "glm4_moe") else 2.0
+    router_gain = 1.0 if "correction_bias" in variant else 2.0
     for name, shape, kind in tensor_specs(cfg):
         fan_in = shape[-1]
         if kind == "norm":
@@ -1281,7 +1369,7 @@ class RouterRecorder:
             kind = type(mod).__name__
             if kind in ("OlmoeTopKRouter", "Qwen3MoeTopKRouter", "MixtralTopKRouter"):
                 mod.register_forward_hook(self._olmoe(name))
-            elif kind in ("Dots1TopkRouter", "Glm4MoeTopkRouter"):
+            elif kind in ("Dots1TopkRouter", "Glm4MoeTopkRouter", "MiniMaxM2TopKRouter"):
                 mod.register_forward_hook(self._dots(name))
             elif kind == "JetMoeTopKGating":
                 mod.register_forward_hook(self._jetmoe(name))
@@ -1312,7 +1400,8 @@ class RouterRecorder:
             if not isinstance(out, tuple) or len(out) != 3:  # version 4 returns (ids, weights)
                 return
             logits, weights, ids = out
-            choice = logits.sigmoid() + mod.e_score_correction_bias
+            given = args[1] if len(args) > 1 else mod.e_score_correction_bias
+            choice = logits.sigmoid() + given
             groups = self.cfg.get("n_group") or 1
             keep = self.cfg.get("topk_group") or 1
             if groups > keep:

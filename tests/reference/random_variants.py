@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tests.reference import make_goldens
 
-FAMILIES = ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral")
-MODEL_TYPES = {"qwen3moe": "qwen3_moe", "glm4moe": "glm4_moe"}
+FAMILIES = ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2")
+MODEL_TYPES = {"qwen3moe": "qwen3_moe", "glm4moe": "glm4_moe", "minimaxm2": "minimax_m2"}
 """Where they differ."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 MIN_MARGIN = 1e-3
@@ -37,6 +37,7 @@ def make_variant(family: str, number: int) -> dict:
         "qwen3moe": _qwen3,
         "glm4moe": _glm4,
         "mixtral": _mixtral,
+        "minimaxm2": _minimax,
     }
     config, extra = makers[family](rng)
     layers = rng.randint(1, 3)
@@ -71,7 +72,7 @@ def make_variant(family: str, number: int) -> dict:
         "alone": is_dynamic,
         "store": store,
         "shards": rng.choice([1, 1, 3]),
-        "fused": family not in ("jetmoe", "mixtral") and rng.random() < 0.4,
+        "fused": family not in ("jetmoe", "mixtral", "minimaxm2") and rng.random() < 0.4,
         "embed_std": 0.5 if config["tie_word_embeddings"] else 1.0,
         **extra,
     }
@@ -180,6 +181,17 @@ def _mixtral(rng: random.Random) -> tuple[dict, dict]:
         "sliding_window": rng.choice([None, None, 2, 5, 30]),
         "hidden_act": rng.choice(ACTIVATIONS),
     }, {}
+
+
+def _minimax(rng: random.Random) -> tuple[dict, dict]:
+    config, _ = _mixtral(rng)
+    del config["sliding_window"]
+    config |= {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "head_dim": rng.choice([8, 16, 24]),
+        "rotary_dim": rng.choice([4, 8]),
+    }
+    return config, {"correction_bias": ("normal", rng.choice([0.0, -1.5]), 0.15)}
 
 
 def _jetmoe(rng: random.Random) -> tuple[dict, dict]:

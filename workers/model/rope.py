@@ -118,6 +118,8 @@ def _rotary_dim(
     share = params.get("partial_rotary_factor")
     if share is None:
         share = config.get("partial_rotary_factor")
+    if share is None and isinstance(config.get("rotary_dim"), int):
+        share = config["rotary_dim"] / head_dim
     share = default if share is None else share
     is_number = isinstance(share, int | float) and not isinstance(share, bool)
     dim = int(head_dim * share) if is_number else 0

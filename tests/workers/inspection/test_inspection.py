@@ -47,13 +47,14 @@ VARIANTS = (
     "glm4moe-norms-groups",
     "glm4moe-dynamic-fp16",
     "mixtral-window-tied",
+    "minimaxm2-official-like",
 )
 CHUNKED = EngineSection(max_num_seqs=3, max_num_batched_tokens=7, block_size_tokens=4)
 
 
 def has_aux(variant: str) -> bool:
     """Whether the family has an auxiliary loss."""
-    return not variant.startswith(("dots1", "glm4moe"))
+    return not variant.startswith(("dots1", "glm4moe", "minimaxm2"))
 
 
 def everything(prompt: tuple[int, ...], aux: bool) -> Inspection:

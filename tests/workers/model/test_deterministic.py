@@ -42,6 +42,7 @@ VARIANTS = (
     "qwen3moe-window-bias-tied",
     "glm4moe-quarter-tied",
     "mixtral-window-tied",
+    "minimaxm2-official-like",
 )
 QUICK = {
     ("dots1-groups", "float32", "short chunks"),

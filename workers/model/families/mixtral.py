@@ -14,7 +14,13 @@ from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer
-from workers.model.families.parts import attention_shape, mlp_exchange, part, projection_parts
+from workers.model.families.parts import (
+    attention_shape,
+    block_sparse_expert,
+    mlp_exchange,
+    part,
+    projection_parts,
+)
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
 from workers.model.half import AttentionHalf, DenseProjections
 from workers.model.routing import Router, Routing
@@ -88,15 +94,8 @@ class MixtralFamily(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """See ``Family``: w1 is the gate, w3 goes up and w2 down."""
-        width, inner = self.config.hidden_size, self.mixtral.expert_width
-        prefix = f"model.layers.{bank.layer}.block_sparse_moe.experts.{expert}"
-        gate, up = (part(f"{prefix}.{name}.weight", inner, width) for name in ("w1", "w3"))
-        down = part(f"{prefix}.w2.weight", width, inner)
-        return (
-            ExpertMatrix(shape=(2 * inner, width), parts=(gate, up)),
-            ExpertMatrix(shape=(width, inner), parts=(down,)),
-        )
+        """See ``Family``."""
+        return block_sparse_expert(bank, expert)
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
         config, prefix = self.config, f"model.layers.{layer}"

@@ -128,3 +128,16 @@ def gated_expert(
         ExpertMatrix(shape=(2 * inner, width), parts=up),
         ExpertMatrix(shape=(width, inner), parts=(down,)),
     )
+
+
+def block_sparse_expert(bank: BankSpec, expert: int) -> tuple[ExpertMatrix, ...]:
+    """The same in Mixtral's names: w1 is the gate, w3 goes up and w2 down."""
+    (exchange,) = bank.exchanges
+    width, inner = exchange.in_width, exchange.expert_width
+    prefix = f"model.layers.{bank.layer}.block_sparse_moe.experts.{expert}"
+    gate, up = (part(f"{prefix}.{name}.weight", inner, width) for name in ("w1", "w3"))
+    down = part(f"{prefix}.w2.weight", width, inner)
+    return (
+        ExpertMatrix(shape=(2 * inner, width), parts=(gate, up)),
+        ExpertMatrix(shape=(width, inner), parts=(down,)),
+    )

@@ -27,6 +27,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "partial_rotary_factor": (1, 1.0),
+    "rotary_dim": (),
+    "attn_type_list": (),
+    "qk_norm_type": ("per_layer",),
+    "shared_intermediate_size": (0,),
+    "use_routing_bias": (True,),
     "num_shared_experts": (0,),
     "n_shared_experts": (0,),
     "n_group": (1,),
@@ -46,7 +51,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Keys that would change results, with the values (and null) that do not."""
 _FP8_WORDS: Mapping[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
-    "fmt": ("e4m3", None),
+    "fmt": ("e4m3", "float8_e4m3fn", None),
     "activation_scheme": ("dynamic", None),
     "scale_fmt": ("float", None),
     "expert_dtype": ("fp8", None),
@@ -231,17 +236,21 @@ class Heads:
         default_hidden: int,
         default_heads: int,
         default_kv_heads: int | None = None,
+        default_head_dim: int | None = None,
     ) -> Heads:
-        """The usual keys; without ``head_dim`` the heads share the hidden size.
+        """The usual keys.
 
-        ``default_kv_heads`` None: as many as there are query heads.
+        ``default_kv_heads`` None: as many as there are query heads; ``default_head_dim`` None: the
+        heads share the hidden size.
         """
         hidden = settings.integer("hidden_size", default=default_hidden)
         heads = settings.integer("num_attention_heads", default=default_heads)
         return cls(
             num_heads=heads,
             num_kv_heads=settings.integer("num_key_value_heads", default=default_kv_heads or heads),
-            head_dim=settings.integer("head_dim", default=max(hidden // heads, 1)),
+            head_dim=settings.integer(
+                "head_dim", default=default_head_dim or max(hidden // heads, 1)
+            ),
         )
 
     def check(self) -> None:
@@ -278,6 +287,7 @@ def model_config(
         settings.value(key)
     if defaults.rotary_share is not None:
         settings.value("partial_rotary_factor")
+        settings.value("rotary_dim")
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,

@@ -36,7 +36,7 @@ VARIANTS = [
     *("olmoe-base", "olmoe-norm-gqa-clip", "dots1-groups", "dots1-swa", "dots1-dense2-yarn"),
     *("qwen3moe-base", "qwen3moe-dense-layers", "qwen3moe-window-bias-tied"),
     *("glm4moe-base", "glm4moe-norms-groups", "glm4moe-quarter-tied"),
-    *("mixtral-base", "mixtral-window-tied"),
+    *("mixtral-base", "mixtral-window-tied", "minimaxm2-official-like"),
 ]
 
 

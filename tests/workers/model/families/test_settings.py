@@ -36,6 +36,7 @@ JETMOE: Mapping[str, Any] = {"model_type": "jetmoe", "num_hidden_layers": 2}
 QWEN3: Mapping[str, Any] = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "head_dim": 16}
 GLM4: Mapping[str, Any] = {"model_type": "glm4_moe", "num_hidden_layers": 4, "head_dim": 16}
 MIXTRAL: Mapping[str, Any] = {"model_type": "mixtral", "num_hidden_layers": 2}
+MINIMAX: Mapping[str, Any] = {"model_type": "minimax_m2", "num_hidden_layers": 2}
 FAMILIES = {
     "olmoe": TINY_CONFIG,
     "dots1": DOTS1,
@@ -43,6 +44,7 @@ FAMILIES = {
     "qwen3_moe": QWEN3,
     "glm4_moe": GLM4,
     "mixtral": MIXTRAL,
+    "minimax_m2": MINIMAX,
 }
 
 
@@ -70,7 +72,8 @@ def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
     code = (
         "import json, transformers as t\n"
         f"made = [t.OlmoeConfig(), t.Dots1Config(**{dots1}), t.JetMoeConfig(), "
-        "t.Qwen3MoeConfig(), t.Glm4MoeConfig(head_dim=128), t.MixtralConfig()]\n"
+        "t.Qwen3MoeConfig(), t.Glm4MoeConfig(head_dim=128), t.MixtralConfig(), "
+        "t.MiniMaxM2Config()]\n"
         "print(json.dumps([one.to_dict() for one in made]))\n"
     )
     done = subprocess.run(
@@ -172,6 +175,11 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("mixtral", {"attention_bias": True}, "attention_bias True is not supported for mixtral"),
         ("mixtral", {"sliding_window": 0}, "sliding_window 0 must be a positive integer"),
+        ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list of minimax_m2 must be 1"),
+        ("minimax_m2", {"rotary_dim": 192}, "must leave an even number of the 128 elements"),
+        ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size 8 is not"),
+        ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm False is not supported"),
+        ("mixtral", {"rotary_dim": 64}, "rotary_dim 64 is not supported for mixtral"),
         ("jetmoe", {"activation_function": "gelu_new"}, "activation_function 'gelu_new'"),
         ("jetmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("jetmoe", {"attention_bias": True}, "attention_bias True is not supported for jetmoe"),

@@ -1,0 +1,154 @@
+"""MiniMax-M2: norms over all heads at once, a part of each head rotated, a sigmoid router.
+
+The layers that predict more tokens than the next one are not loaded.
+
+Source: checkpoint layout and math as in transformers ``models/minimax_m2``. There the router's
+product is in the model's dtype; here it is float32, as those of the other sigmoid routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
+from workers.model.families.base import Family, Loader
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import (
+    attention_shape,
+    block_sparse_expert,
+    mlp_exchange,
+    part,
+    projection_parts,
+    rotation_rows,
+)
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.routing import Router, Routing
+
+_DEFAULTS = Defaults(
+    vocab_size=200064,
+    hidden_size=3072,
+    num_layers=62,
+    max_positions=196608,
+    rms_norm_eps=1e-6,
+    rope_theta=5e6,
+    rotary_share=1.0,
+    eos=(200020,),
+)
+_HEAD_DIM = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MiniMaxM2Config:
+    """The numbers that MiniMax-M2 adds to ``ModelConfig``."""
+
+    num_experts: int
+    """E: routed experts of a layer."""
+    top_k: int
+    expert_width: int
+    """I: inner width of an expert."""
+
+
+def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
+    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    settings = Settings(config)
+    settings.architecture("MiniMaxM2ForCausalLM")
+    own = MiniMaxM2Config(
+        num_experts=settings.integer("num_local_experts", "num_experts", default=256),
+        top_k=settings.integer("num_experts_per_tok", default=8),
+        expert_width=settings.integer("intermediate_size", default=1536),
+    )
+    if own.top_k > own.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {own.top_k} exceeds num_local_experts "
+            f"{own.num_experts}"
+        )
+    if any(kind != 1 for kind in settings.value("attn_type_list") or ()):
+        raise CheckpointError("config.json: attn_type_list of minimax_m2 must be 1 in every layer")
+    heads = Heads.read(
+        settings,
+        default_hidden=_DEFAULTS.hidden_size,
+        default_heads=48,
+        default_kv_heads=8,
+        default_head_dim=_HEAD_DIM,
+    )
+    shared = model_config(settings, model_type="minimax_m2", heads=heads, defaults=_DEFAULTS)
+    return MiniMaxM2Family(shared, own)
+
+
+class MiniMaxM2Family(Family):
+    def __init__(self, config: ModelConfig, minimax: MiniMaxM2Config) -> None:
+        exchange = mlp_exchange(config, minimax.expert_width)
+        banks = tuple(
+            BankSpec(
+                index=layer,
+                bank="mlp",
+                layer=layer,
+                num_experts=minimax.num_experts,
+                top_k=minimax.top_k,
+                exchanges=(exchange,),
+                float32_weights=True,
+            )
+            for layer in range(config.num_layers)
+        )
+        super().__init__(config, banks)
+        self.minimax = minimax
+
+    def expert_matrices(
+        self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
+    ) -> tuple[ExpertMatrix, ...]:
+        """See ``Family``."""
+        return block_sparse_expert(bank, expert)
+
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        config, prefix = self.config, f"model.layers.{layer}"
+        width, experts = config.hidden_size, self.minimax.num_experts
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        return {
+            "norm1": part(f"{prefix}.input_layernorm.weight", width),
+            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            "q_norm": part(f"{prefix}.self_attn.q_norm.weight", q),
+            "k_norm": part(f"{prefix}.self_attn.k_norm.weight", kv),
+            "router": part(f"{prefix}.block_sparse_moe.gate.weight", experts, width),
+            "correction": part(f"{prefix}.block_sparse_moe.e_score_correction_bias", experts),
+        } | projection_parts(f"{prefix}.self_attn", config, has_bias=False)
+
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
+        own, order = self.minimax, rotation_rows(self.config)
+        routing = Routing(
+            bank=layer,
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            scoring="sigmoid",
+            is_normed=True,
+        )
+        router = Router(
+            routing=routing,
+            linear=loader.float32_linear("router"),
+            correction=loader.tensor("correction", dtype=torch.float32),
+        )
+        half = AttentionHalf(
+            shape=attention_shape(self.config),
+            norm1=loader.tensor("norm1"),
+            projections=DenseProjections(
+                qkv=loader.linear("q", "k", "v", order=order), output=loader.linear("o")
+            ),
+            qk_norm=_in_order(loader.tensor("q_norm", "k_norm"), order),
+            norm2=loader.tensor("norm2"),
+            router=router,
+            attend=loader.attend,
+        )
+        return DecoderLayer(half=loader.blocks.half(half))
+
+
+def _in_order(norms: Tensor, order: Tensor | None) -> Tensor:
+    """[(A + K) * D] in the order of the rows of q and k."""
+    if order is None:
+        return norms
+    return norms.index_select(0, order[: len(norms)].to(norms.device))
