@@ -54,7 +54,7 @@ CHUNKED = EngineSection(max_num_seqs=3, max_num_batched_tokens=7, block_size_tok
 
 def has_aux(variant: str) -> bool:
     """Whether the family has an auxiliary loss."""
-    return not variant.startswith(("dots1", "glm4moe", "minimaxm2"))
+    return not variant.startswith(("dots1", "glm4moe"))
 
 
 def everything(prompt: tuple[int, ...], aux: bool) -> Inspection:

@@ -94,6 +94,7 @@ class MiniMaxM2Family(Family):
                 top_k=minimax.top_k,
                 exchanges=(exchange,),
                 float32_weights=True,
+                aux_copies=1,
             )
             for layer in range(config.num_layers)
         )
