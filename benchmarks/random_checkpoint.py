@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -32,9 +31,7 @@ MAX_SHARD_BYTES = 512 * 1024 * 1024
 class RandomModel:
     """Size of a random model; the defaults are those of ``make bench``."""
 
-    family: Literal[
-        "olmoe", "dots1", "jetmoe", "qwen3_moe", "glm4_moe", "mixtral", "minimax_m2"
-    ] = "olmoe"
+    family: str = "olmoe"
     """``model_type``."""
     hidden: int = 512
     """Width of the model."""
@@ -67,6 +64,7 @@ class RandomModel:
             "glm4_moe": self._glm4_moe,
             "mixtral": self._mixtral,
             "minimax_m2": self._minimax_m2,
+            "ernie4_5_moe": self._ernie4_5_moe,
         }
         return {
             "model_type": self.family,
@@ -154,6 +152,18 @@ class RandomModel:
             "architectures": ["MiniMaxM2ForCausalLM"],
             "head_dim": self.hidden // self.heads,
             "rotary_dim": self.hidden // self.heads // 2,
+        }
+
+    def _ernie4_5_moe(self) -> dict[str, object]:
+        """Two shared experts, and a dense first layer as wide as all experts of a token."""
+        return {
+            "architectures": ["Ernie4_5_MoeForCausalLM"],
+            "intermediate_size": self.ffn * (self.top_k + 2),
+            "moe_intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": max(self.heads // 4, 1),
+            "moe_num_experts": self.experts,
+            "moe_num_shared_experts": 2,
         }
 
     def _jetmoe(self) -> dict[str, object]:

@@ -88,9 +88,11 @@ MIXTRAL_VARIANTS = (
     "mixtral-llama3-gelu-fp16",
 )
 MINIMAX_VARIANTS = ("minimaxm2-official-like", "minimaxm2-fp8-whole", "minimaxm2-dynamic")
+ERNIE_VARIANTS = ("ernie45-official-like", "ernie45-layers", "ernie45-headdim-linear")
 OTHER_VARIANTS = (
     *(*DOTS1_VARIANTS, *JETMOE_VARIANTS),
     *(*QWEN3_VARIANTS, *GLM4_VARIANTS, *MIXTRAL_VARIANTS, *MINIMAX_VARIANTS),
+    *ERNIE_VARIANTS,
 )
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
@@ -99,7 +101,16 @@ NUM_RANDOM = 3
 """Random variants of each family."""
 RANDOM_VARIANTS = tuple(
     f"{family}-random-{number}"
-    for family in ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2")
+    for family in (
+        "olmoe",
+        "dots1",
+        "jetmoe",
+        "qwen3moe",
+        "glm4moe",
+        "mixtral",
+        "minimaxm2",
+        "ernie45",
+    )
     for number in range(NUM_RANDOM)
 )
 """Language models of random configs, see ``reference/random_variants.py``."""
@@ -119,6 +130,7 @@ BF16_VARIANTS = (
     "mixtral-base",
     "mixtral-official-like",
     "minimaxm2-official-like",
+    "ernie45-official-like",
 )
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8

@@ -226,6 +226,34 @@ _MINIMAX = {
     "output_router_logits": False,
 }
 
+_ERNIE = {
+    "model_type": "ernie4_5_moe",
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "moe_num_experts": 32,
+    "moe_num_shared_experts": 2,
+    "moe_k": 6,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 500000.0,
+    "use_bias": False,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "output_router_logits": False,
+}
+
 _JET = {
     "model_type": "jetmoe",
     "architectures": ["JetMoeForCausalLM"],
@@ -865,6 +893,59 @@ VARIANTS: dict[str, dict] = {
             "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
         },
     },
+    # as the public config.json of 21B-A3B is written, bfloat16 on disk but for the router
+    "ernie45-official-like": {
+        "seed": 951,
+        "legacy_config": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "embed_std": 0.5,
+        "correction_bias": ("normal", 0.0, 0.02),
+        "config": _ERNIE
+        | {
+            "moe_capacity": [64, 64, 64],
+            "moe_gate": "topk",
+            "moe_use_aux_free": True,
+            "num_nextn_predict_layers": 1,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+        },
+    },
+    # of six layers 1, 3 and 5 are at the interval, and 5 is behind the end; no shared experts
+    "ernie45-layers": {
+        "seed": 952,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.05),
+        "config": _ERNIE
+        | {
+            "num_hidden_layers": 6,
+            "moe_layer_interval": 2,
+            "moe_layer_end_index": 4,
+            "moe_num_shared_experts": 0,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_norm_min": 0.6,
+            "tie_word_embeddings": False,
+        },
+    },
+    # another head_dim, one key head, no dense layer
+    "ernie45-headdim-linear": {
+        "seed": 953,
+        "legacy_config": True,
+        "embed_std": 0.5,
+        "correction_bias": ("normal", 0.0, 0.05),
+        "config": _ERNIE
+        | {
+            "head_dim": 24,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 2,
+            "moe_layer_start_index": 0,
+            "moe_num_experts": 8,
+            "moe_k": 8,
+            "hidden_act": "gelu",
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    },
     # tied embeddings, 2 kv heads x top-2 = 4 query heads
     "jetmoe-tied": {"seed": 21, "config": _JET, "bf16": True},
     # untied, top-3 of 6, kv_channels * num_key_value_heads != hidden_size, and a final-norm
@@ -985,6 +1066,7 @@ CLASSES = {
     "Qwen3MoeForCausalLM": "Qwen3MoeForCausalLM",
     "Glm4MoeForCausalLM": "Glm4MoeForCausalLM",
     "MixtralForCausalLM": "MixtralForCausalLM",
+    "Ernie4_5_MoeForCausalLM": "Ernie4_5_MoeForCausalLM",
     "MiniMaxM2ForCausalLM": "MiniMaxM2ForCausalLM",
     "JetMoeForCausalLM": "JetMoeForCausalLM",
     "JetMoEForCausalLM": "JetMoeForCausalLM",
@@ -1043,7 +1125,7 @@ def tensor_specs(cfg: dict):
             if cfg.get("attention_bias") and not (name == "o" and cfg["model_type"] == "glm4_moe"):
                 yield f"{a}.{name}_proj.bias", (rows,), "bias"
         whole = cfg["model_type"] in ("olmoe", "minimax_m2")  # all heads at once, or per head
-        if cfg.get("use_qk_norm", cfg["model_type"] != "mixtral"):
+        if cfg.get("use_qk_norm", cfg["model_type"] not in ("mixtral", "ernie4_5_moe")):
             yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
             yield f"{a}.k_norm.weight", (KV * D if whole else D,), "norm"
 
@@ -1074,6 +1156,19 @@ def tensor_specs(cfg: dict):
             yield f"{p}.mlp.gate.weight", (experts, H), "router"
             for e in range(experts):
                 yield from mlp(f"{p}.mlp.experts.{e}", cfg["moe_intermediate_size"])
+        elif cfg["model_type"] == "ernie4_5_moe":
+            last, inter = cfg["moe_layer_end_index"], cfg["moe_intermediate_size"]
+            inside = cfg["moe_layer_start_index"] <= i <= (L - 1 if last == -1 else last)
+            if not inside or (i + 1) % cfg["moe_layer_interval"]:
+                yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
+                continue
+            yield f"{p}.mlp.gate.weight", (cfg["moe_num_experts"], H), "float32 router"
+            statics = f"{p}.mlp.moe_statics.e_score_correction_bias"
+            yield statics, (1, cfg["moe_num_experts"]), "correction"
+            for e in range(cfg["moe_num_experts"]):
+                yield from mlp(f"{p}.mlp.experts.{e}", inter)
+            if cfg["moe_num_shared_experts"]:
+                yield from mlp(f"{p}.mlp.shared_experts", inter * cfg["moe_num_shared_experts"])
         elif i < cfg["first_k_dense_replace"]:
             yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
         else:
@@ -1120,7 +1215,8 @@ def scaled(matrix: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor,
 
 def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
     cfg, seed, out = variant["config"], variant["seed"], {}
-    router_gain = 1.0 if "correction_bias" in variant else 2.0
+    is_softmax = cfg["model_type"] == "ernie4_5_moe"
+    router_gain = 1.0 if "correction_bias" in variant and not is_softmax else 2.0
     for name, shape, kind in tensor_specs(cfg):
         fan_in = shape[-1]
         if kind == "norm":
@@ -1133,14 +1229,14 @@ def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
             mean, std = 0.0, variant.get("embed_std", 1.0)
         elif kind == "head":
             mean, std = 0.0, 1.0
-        elif kind == "router":
+        elif kind in ("router", "float32 router"):
             mean, std = 0.0, router_gain / fan_in**0.5
         elif kind == "query":
             mean, std = 0.0, 1.5 / fan_in**0.5
         else:
             mean, std = 0.0, 1.4 / fan_in**0.5
         t = draw(seed, name, shape, mean, std)
-        if kind != "correction":
+        if kind not in ("correction", "float32 router"):
             t = t.to(getattr(torch, variant.get("store", "float32")))
         if kind == "linear" and "scaled_block" in variant:
             t, out[f"{name}_scale_inv"] = scaled(t.float(), *variant["scaled_block"])
@@ -1371,6 +1467,8 @@ class RouterRecorder:
                 mod.register_forward_hook(self._olmoe(name))
             elif kind in ("Dots1TopkRouter", "Glm4MoeTopkRouter", "MiniMaxM2TopKRouter"):
                 mod.register_forward_hook(self._dots(name))
+            elif kind == "Ernie4_5_MoeTopKRouter":
+                mod.register_forward_hook(self._ernie(name))
             elif kind == "JetMoeTopKGating":
                 mod.register_forward_hook(self._jetmoe(name))
 
@@ -1411,6 +1509,14 @@ class RouterRecorder:
                 self.gap = min(self.gap, (top[:, keep - 1] - top[:, keep]).min().item())
                 mask = torch.zeros_like(score).scatter_(1, idx[:, :keep], 1.0).bool()
                 choice = per.masked_fill(~mask.unsqueeze(-1), float("-inf")).flatten(1)
+            self._put(name, ids, weights, choice, logits)
+
+        return hook
+
+    def _ernie(self, name):
+        def hook(mod, args, out):
+            logits, weights, ids = out
+            choice = logits.softmax(-1) + mod.moe_statics.e_score_correction_bias.squeeze()
             self._put(name, ids, weights, choice, logits)
 
         return hook

@@ -16,8 +16,13 @@ from pathlib import Path
 
 from tests.reference import make_goldens
 
-FAMILIES = ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2")
-MODEL_TYPES = {"qwen3moe": "qwen3_moe", "glm4moe": "glm4_moe", "minimaxm2": "minimax_m2"}
+FAMILIES = ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2", "ernie45")
+MODEL_TYPES = {
+    "qwen3moe": "qwen3_moe",
+    "glm4moe": "glm4_moe",
+    "minimaxm2": "minimax_m2",
+    "ernie45": "ernie4_5_moe",
+}
 """Where they differ."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 MIN_MARGIN = 1e-3
@@ -38,6 +43,7 @@ def make_variant(family: str, number: int) -> dict:
         "glm4moe": _glm4,
         "mixtral": _mixtral,
         "minimaxm2": _minimax,
+        "ernie45": _ernie,
     }
     config, extra = makers[family](rng)
     layers = rng.randint(1, 3)
@@ -59,6 +65,8 @@ def make_variant(family: str, number: int) -> dict:
     store = rng.choice(["float32", "float32", "bfloat16", "float16"])
     if family == "dots1":
         _dots1_layers(rng, config, layers)
+    if family == "ernie45":
+        config["moe_layer_start_index"] = rng.randint(0, layers - 1)
     if family == "qwen3moe":
         _qwen3_layers(rng, config, layers)
     if family == "glm4moe":
@@ -192,6 +200,28 @@ def _minimax(rng: random.Random) -> tuple[dict, dict]:
         "rotary_dim": rng.choice([4, 8]),
     }
     return config, {"correction_bias": ("normal", rng.choice([0.0, -1.5]), 0.15)}
+
+
+def _ernie(rng: random.Random) -> tuple[dict, dict]:
+    heads, experts = rng.choice([2, 4, 6]), rng.randint(2, 24)
+    config = {
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "hidden_size": rng.choice([32, 48, 64]),
+        "intermediate_size": rng.choice([40, 96]),
+        "moe_intermediate_size": rng.choice([8, 24]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([k for k in (1, 2, 4, 6) if heads % k == 0]),
+        "head_dim": rng.choice([8, 16, 20]),
+        "moe_num_experts": experts,
+        "moe_num_shared_experts": rng.randint(0, 2),
+        "moe_k": rng.choice([1, 2, experts, rng.randint(1, experts)]),
+        "moe_norm_min": rng.choice([1e-12, 0.3]),
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": 1,
+        "hidden_act": rng.choice(ACTIVATIONS),
+    }
+    return config, {"correction_bias": ("normal", 0.0, 0.05)}
 
 
 def _jetmoe(rng: random.Random) -> tuple[dict, dict]:

@@ -153,7 +153,7 @@ NUM_OTHER = 12
 OTHER_VARIANTS = (
     *("dots1-swa", "dots1-groups", "jetmoe-untied-top3-eps", "jetmoe-tied"),
     *("qwen3moe-dense-layers", "glm4moe-norms-groups", "mixtral-window-tied"),
-    "minimaxm2-official-like",
+    *("minimaxm2-official-like", "ernie45-layers"),
 )
 OTHER_QUICK = {
     ("dots1-swa", "2x3-bfloat16-2"),

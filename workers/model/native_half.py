@@ -227,7 +227,7 @@ class NativeHalf:
         if (recorder := context.attention.recorder) is None:
             self._run(context, rows, stages)
         else:
-            dtype = torch.float32 if routing.scoring == "sigmoid" else normed.dtype
+            dtype = torch.float32 if routing.has_float32_logits else normed.dtype
             logits = torch.empty(count, routing.num_experts, dtype=dtype)
             rows.logits = logits.data_ptr()
             self._run(context, rows, stages)
@@ -297,6 +297,8 @@ def routing_fields(routing: Routing, correction: Tensor | None) -> RoutingFields
         top_k=routing.top_k,
         scoring=SCORINGS.index(routing.scoring),
         is_normed=routing.is_normed,
+        float32_product=routing.has_float32_logits,
+        least_sum=routing.least_sum,
         num_groups=routing.num_groups,
         top_groups=routing.top_groups,
         scale=routing.scale,

@@ -34,6 +34,8 @@ class RopeConfig:
     rotary_dim: int
     """R: elements of a head that are rotated. Where R < D the others have the frequency 0, and
     heads are in the order of ``rotation_order``."""
+    has_neighbours: bool = False
+    """The checkpoint rotates element 2i with 2i + 1, not i with i + R/2."""
     max_position_embeddings: int
     """Context of the model in tokens."""
     original_max_position_embeddings: int
@@ -61,6 +63,7 @@ def parse_rope(
     *,
     rotary_share: float | None = None,
     default_theta: float = 10000.0,
+    has_neighbours: bool = False,
 ) -> RopeConfig:
     """Read both spellings: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
 
@@ -100,6 +103,7 @@ def parse_rope(
         theta=float(theta),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
+        has_neighbours=has_neighbours,
         max_position_embeddings=max_positions,
         original_max_position_embeddings=int(original),
         factor=float(factor),
@@ -134,14 +138,19 @@ def _rotary_dim(
 def rotation_order(config: RopeConfig) -> Tensor:
     """[D] int64: the element of a checkpoint's head that is at each place of ours.
 
-    Checkpoints rotate the first R elements, i with i + R/2, and leave the others. Here i is rotated
-    with i + D/2, as in a head that is rotated whole: the pairs that are left alone come behind
-    those that are not. Queries and keys have the same order, so that their products are the same.
+    Checkpoints rotate the first R elements, i with i + R/2 or neighbours, and leave the others.
+    Here i is rotated with i + D/2, as in a head that is rotated whole: the pairs that are left
+    alone come behind those that are not. Queries and keys have the same order, so that their
+    products are the same.
     """
-    dim, half = config.rotary_dim, config.rotary_dim // 2
-    rotated, others = torch.arange(dim), torch.arange(dim, config.head_dim)
-    first, second = others.chunk(2) if len(others) else (others, others)
-    return torch.cat((rotated[:half], first, rotated[half:], second))
+    rotated, others = (
+        torch.arange(config.rotary_dim),
+        torch.arange(config.rotary_dim, config.head_dim),
+    )
+    if config.has_neighbours:
+        rotated = torch.cat((rotated[0::2], rotated[1::2]))
+    halves = (*rotated.chunk(2), *(others.chunk(2) if len(others) else (others, others)))
+    return torch.cat((halves[0], halves[2], halves[1], halves[3]))
 
 
 def _attention_factor(params: Mapping[str, Any], factor: float) -> float:

@@ -32,14 +32,22 @@ class Routing:
     top_k: int
     """k: experts of a row."""
     scoring: Scoring
+    float32_product: bool = False
+    """The logits are float32, as always those of ``sigmoid``."""
     is_normed: bool = False
     """Weights of the chosen experts are scaled to sum 1."""
+    least_sum: float = 0.0
+    """Weights with a smaller sum are divided by this (softmax)."""
     scale: float = 1.0
     """Multiplies the weights last (sigmoid)."""
     num_groups: int = 1
     """Groups of neighbouring experts (sigmoid)."""
     top_groups: int = 1
     """Groups that a row's experts come from: those with the highest sums of their two best."""
+
+    @property
+    def has_float32_logits(self) -> bool:
+        return self.float32_product or self.scoring == "sigmoid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +70,19 @@ class Router:
     linear: Linear
     """H -> E."""
     correction: Tensor | None = None
-    """[E] float32: added to sigmoid's scores for the choice, not for the weights."""
+    """[E] float32: added to scores (of softmax and sigmoid) for the choice, not for the weights."""
 
     def route(self, rows: Tensor, recorder: Recorder | None) -> Routes:
         """rows [T, H] in the model dtype."""
         routing = self.routing
         is_sigmoid = routing.scoring == "sigmoid"
-        logits = self.linear(rows.float() if is_sigmoid else rows)
+        logits = self.linear(rows.float() if routing.has_float32_logits else rows)
         match routing.scoring:
             case "softmax":
-                probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-                weights, ids = probabilities.topk(routing.top_k, dim=-1)
+                scores = torch.softmax(logits, -1, dtype=torch.float32)
+                choice = scores if self.correction is None else scores + self.correction
+                ids = choice.topk(routing.top_k, dim=-1).indices
+                weights = scores.gather(1, ids)
             case "softmax_of_best":
                 best, ids = logits.float().topk(routing.top_k, dim=-1)
                 weights = torch.softmax(best, -1)
@@ -82,8 +92,9 @@ class Router:
                 ids = self._within_groups(choice).topk(routing.top_k, dim=-1).indices
                 weights = scores.gather(1, ids)
         if routing.is_normed:
-            least = 1e-20 if is_sigmoid else 0.0  # sigmoids may all be 0
-            weights = weights / (weights.sum(-1, keepdim=True) + least)
+            sums = weights.sum(-1, keepdim=True)
+            # Sigmoids may all be 0.
+            weights = weights / (sums + 1e-20 if is_sigmoid else sums.clamp(min=routing.least_sum))
         weights = weights * routing.scale if is_sigmoid else weights.to(rows.dtype)
         if recorder is not None:
             recorder.router(routing.bank, logits, ids, weights)

@@ -30,9 +30,11 @@ class RoutingFields(ctypes.Structure):
         ("top_k", ctypes.c_int32),
         ("scoring", ctypes.c_int32),
         ("is_normed", ctypes.c_int32),
+        ("float32_product", ctypes.c_int32),
         ("num_groups", ctypes.c_int32),
         ("top_groups", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("least_sum", ctypes.c_float),
         ("correction", ctypes.c_void_p),
     )
 

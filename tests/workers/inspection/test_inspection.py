@@ -48,6 +48,7 @@ VARIANTS = (
     "glm4moe-dynamic-fp16",
     "mixtral-window-tied",
     "minimaxm2-official-like",
+    "ernie45-layers",
 )
 CHUNKED = EngineSection(max_num_seqs=3, max_num_batched_tokens=7, block_size_tokens=4)
 

@@ -43,6 +43,7 @@ VARIANTS = (
     "glm4moe-quarter-tied",
     "mixtral-window-tied",
     "minimaxm2-official-like",
+    "ernie45-headdim-linear",
 )
 QUICK = {
     ("dots1-groups", "float32", "short chunks"),

@@ -95,6 +95,31 @@ def test_softmax_takes_the_best_of_all_probabilities(
 
 
 @WAYS
+@given(data=st.data(), num_experts=st.integers(1, 24), least_sum=st.sampled_from([0.0, 1e-12, 0.5]))
+def test_a_correction_changes_softmaxs_choice_and_no_weight(
+    choose: Choose, data: st.DataObject, num_experts: int, least_sum: float
+) -> None:
+    logits = data.draw(st.lists(LOGITS, min_size=num_experts, max_size=num_experts))
+    noise = st.floats(-0.5, 0.5, width=32)
+    biases = data.draw(st.lists(noise, min_size=num_experts, max_size=num_experts))
+    top_k = data.draw(st.integers(1, num_experts))
+    total = sum(math.exp(x) for x in logits)
+    probabilities = [math.exp(x) / total for x in logits]
+    ids = best([p + b for p, b in zip(probabilities, biases, strict=True)], top_k)
+    scale = max(sum(probabilities[i] for i in ids), least_sum)
+    routing = Routing(
+        bank=0,
+        num_experts=num_experts,
+        top_k=top_k,
+        scoring="softmax",
+        is_normed=True,
+        least_sum=least_sum,
+    )
+    found = chosen(choose, routing, logits, biases)
+    assert_weights(found, {i: probabilities[i] / scale for i in ids})
+
+
+@WAYS
 @given(data=st.data(), num_experts=st.integers(1, 16))
 def test_softmax_of_best_weighs_the_chosen_alone(
     choose: Choose, data: st.DataObject, num_experts: int

@@ -79,9 +79,13 @@ class Loader:
             bias = None if bias is None else bias.index_select(0, order.to(bias.device))
         return self.blocks.linear(weight, bias)
 
-    def float32_linear(self, name: str) -> Linear:
-        """A product in float32, without a bias; the matrix is rounded to the model dtype before."""
-        return self.blocks.linear(self.tensor(name).float(), None)
+    def float32_linear(self, name: str, *, rounds: bool = True) -> Linear:
+        """A product in float32, without a bias.
+
+        ``rounds``: the matrix is rounded to the model dtype before.
+        """
+        weight = self.tensor(name, dtype=self.dtype if rounds else torch.float32)
+        return self.blocks.linear(weight.float(), None)
 
     def mlp(self, gate: str, up: str, down: str, activation: Activation) -> Mlp:
         """A gated MLP without biases."""

@@ -83,7 +83,7 @@ def rotation_rows(config: ModelConfig) -> Tensor | None:
     None: the checkpoint's own order.
     """
     rope, dim = config.rope, config.head_dim
-    if rope.rotary_dim == dim:
+    if rope.rotary_dim == dim and not rope.has_neighbours:
         return None
     num_rotated = config.num_heads + config.num_kv_heads
     heads = torch.arange(num_rotated).unsqueeze(1) * dim + rotation_order(rope)

@@ -14,6 +14,7 @@ FAMILIES = {
     "dots1": "workers.model.families.dots1",
     "qwen3_moe": "workers.model.families.qwen3_moe",
     "glm4_moe": "workers.model.families.glm4_moe",
+    "ernie4_5_moe": "workers.model.families.ernie4_5_moe",
     "minimax_m2": "workers.model.families.minimax_m2",
     "mixtral": "workers.model.families.mixtral",
     "jetmoe": "workers.model.families.jetmoe",

@@ -29,6 +29,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0),
     "rotary_dim": (),
     "attn_type_list": (),
+    "use_bias": (False,),
     "qk_norm_type": ("per_layer",),
     "shared_intermediate_size": (0,),
     "use_routing_bias": (True,),
@@ -210,6 +211,8 @@ class Defaults:
     """``max_position_embeddings``."""
     rms_norm_eps: float
     rope_theta: float = 10000.0
+    rotates_neighbours: bool = False
+    """See ``RopeConfig.has_neighbours``."""
     rotary_share: float | None = None
     """``partial_rotary_factor``; None: the family has no such key."""
     tied: bool = False
@@ -308,6 +311,7 @@ def model_config(
             max_positions,
             rotary_share=defaults.rotary_share,
             default_theta=defaults.rope_theta,
+            has_neighbours=defaults.rotates_neighbours,
         ),
         activation=settings.activation(*activation_keys),
         scaled_block=settings.scaled_block(),

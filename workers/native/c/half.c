@@ -97,7 +97,8 @@ static void route(struct member *m, const struct router *router, int64_t first, 
     const struct matrix *matrix = &router->matrix;
     const struct routing *routing = &router->routing;
     const struct half_rows *rows = m->job->rows;
-    enum dtype dtype = routing->scoring == SIGMOID ? FLOAT32 : (enum dtype)m->job->half->dtype;
+    enum dtype model = (enum dtype)m->job->half->dtype;
+    enum dtype dtype = routing->float32_product ? FLOAT32 : model;
     float *logits = m->job->sums + (row - first) * padded_outputs(matrix);
     for (int64_t i = 0; i < matrix->outputs; i += LANES) {
         vec x = v_round(with_bias(matrix, logits, i), dtype);
@@ -111,7 +112,8 @@ static void route(struct member *m, const struct router *router, int64_t first, 
     float *weights = rows->topk_weights + row * top_k;
     routing_choose(routing, logits, rows->topk_ids + row * top_k, weights, m->scratch);
     for (int64_t i = 0; i < top_k; i += LANES) {
-        vec x = v_round(load_some(weights, i, top_k - i, FLOAT32), dtype);
+        vec x = load_some(weights, i, top_k - i, FLOAT32);
+        if (routing->scoring != SIGMOID) x = v_round(x, model);
         store_some(weights, i, x, top_k - i, FLOAT32);
     }
 }

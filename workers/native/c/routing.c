@@ -65,20 +65,25 @@ void routing_choose(const struct routing *routing, float *logits, int64_t *ids, 
             close_groups(routing, logits, is_taken, rest);
         best(logits, size, top_k, is_taken, ids);
         for (int32_t j = 0; j < top_k; j++) weights[j] = scores[ids[j]];
+    } else if (routing->scoring == SOFTMAX) {
+        if (!routing->correction) best(logits, size, top_k, is_taken, ids);
+        total = numbers_softmax(logits, size);
+        if (routing->correction) {
+            for (int32_t i = 0; i < size; i++)
+                scores[i] = logits[i] / total + routing->correction[i];
+            best(scores, size, top_k, is_taken, ids);
+        }
+        for (int32_t j = 0; j < top_k; j++) weights[j] = logits[ids[j]];
     } else {
         best(logits, size, top_k, is_taken, ids);
-        if (routing->scoring == SOFTMAX) {
-            total = numbers_softmax(logits, size);
-            for (int32_t j = 0; j < top_k; j++) weights[j] = logits[ids[j]];
-        } else {
-            for (int32_t j = 0; j < top_k; j++) weights[j] = logits[ids[j]];
-            total = numbers_softmax(weights, top_k);
-        }
+        for (int32_t j = 0; j < top_k; j++) weights[j] = logits[ids[j]];
+        total = numbers_softmax(weights, top_k);
     }
     for (int32_t j = 0; j < top_k; j++) weights[j] /= total;
     if (routing->is_normed) {
         total = routing->scoring == SIGMOID ? 1e-20f : 0.0f;  // sigmoids may all be 0
         for (int32_t j = 0; j < top_k; j++) total += weights[j];
+        if (routing->scoring != SIGMOID && total < routing->least_sum) total = routing->least_sum;
         for (int32_t j = 0; j < top_k; j++) weights[j] /= total;
     }
     if (routing->scoring == SIGMOID)

@@ -10,9 +10,12 @@ struct routing {
     int32_t num_experts, top_k;
     int32_t scoring;     // enum scoring
     int32_t is_normed;   // weights of the chosen are scaled to sum 1
+    int32_t float32_product;  // logits are float32, not of the model's type
     int32_t num_groups, top_groups;  // groups of neighbours, and those that may be chosen from
     float scale;         // multiplies sigmoid's weights
-    const float *correction;  // [num_experts], added to sigmoid's scores for the choice; or NULL
+    float least_sum;     // of softmax's weights that are scaled to sum 1: a smaller one counts as it
+    const float *correction;  // [num_experts], added to scores for the choice; or NULL; not of
+                              // SOFTMAX_OF_BEST
 };
 
 // Floats of scratch memory that a row needs.

@@ -37,6 +37,7 @@ QWEN3: Mapping[str, Any] = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "
 GLM4: Mapping[str, Any] = {"model_type": "glm4_moe", "num_hidden_layers": 4, "head_dim": 16}
 MIXTRAL: Mapping[str, Any] = {"model_type": "mixtral", "num_hidden_layers": 2}
 MINIMAX: Mapping[str, Any] = {"model_type": "minimax_m2", "num_hidden_layers": 2}
+ERNIE: Mapping[str, Any] = {"model_type": "ernie4_5_moe", "num_hidden_layers": 4}
 FAMILIES = {
     "olmoe": TINY_CONFIG,
     "dots1": DOTS1,
@@ -45,6 +46,7 @@ FAMILIES = {
     "glm4_moe": GLM4,
     "mixtral": MIXTRAL,
     "minimax_m2": MINIMAX,
+    "ernie4_5_moe": ERNIE,
 }
 
 
@@ -73,7 +75,7 @@ def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
         "import json, transformers as t\n"
         f"made = [t.OlmoeConfig(), t.Dots1Config(**{dots1}), t.JetMoeConfig(), "
         "t.Qwen3MoeConfig(), t.Glm4MoeConfig(head_dim=128), t.MixtralConfig(), "
-        "t.MiniMaxM2Config()]\n"
+        "t.MiniMaxM2Config(), t.Ernie4_5_MoeConfig()]\n"
         "print(json.dumps([one.to_dict() for one in made]))\n"
     )
     done = subprocess.run(
@@ -180,6 +182,10 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size 8 is not"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm False is not supported"),
         ("mixtral", {"rotary_dim": 64}, "rotary_dim 64 is not supported for mixtral"),
+        ("ernie4_5_moe", {"moe_k": 65}, "moe_k 65 exceeds moe_num_experts 64"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias True is not supported for ernie4_5_moe"),
+        ("ernie4_5_moe", {"moe_layer_start_index": 4}, "leave no layer with experts"),
+        ("ernie4_5_moe", {"moe_num_experts": [64, 64]}, "moe_num_experts .* positive integer"),
         ("jetmoe", {"activation_function": "gelu_new"}, "activation_function 'gelu_new'"),
         ("jetmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("jetmoe", {"attention_bias": True}, "attention_bias True is not supported for jetmoe"),

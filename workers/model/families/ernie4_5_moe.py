@@ -1,0 +1,177 @@
+"""ERNIE 4.5: neighbours rotated, a softmax router with a correction, shared experts, dense layers.
+
+Source: checkpoint layout and math as in transformers ``models/ernie4_5_moe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.families.base import Family, Loader
+from workers.model.families.decoder import DecoderLayer
+from workers.model.families.parts import (
+    attention_shape,
+    mlp_exchange,
+    mlp_parts,
+    part,
+    projection_parts,
+    rotation_rows,
+)
+from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.routing import Router, Routing
+
+_DEFAULTS = Defaults(
+    vocab_size=103424,
+    hidden_size=2560,
+    num_layers=28,
+    max_positions=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    rotates_neighbours=True,
+    tied=True,
+    eos=(2,),
+    pad=0,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ernie45MoeConfig:
+    """The numbers that ERNIE 4.5 adds to ``ModelConfig``."""
+
+    num_experts: int
+    """E: routed experts of a layer."""
+    top_k: int
+    expert_width: int
+    """I: inner width of an expert."""
+    num_shared_experts: int
+    """Experts that see every token; they are one MLP of so many times the width."""
+    dense_width: int
+    """Inner width of the MLP of a dense layer."""
+    sparse_layers: tuple[int, ...]
+    """Layers with experts; the others are dense."""
+    least_sum: float
+    """See ``Routing``."""
+
+
+def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
+    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    settings = Settings(config)
+    settings.architecture("Ernie4_5_MoeForCausalLM")
+    own = Ernie45MoeConfig(
+        num_experts=settings.integer("moe_num_experts", "num_experts", default=64),
+        top_k=settings.integer("moe_k", "num_experts_per_tok", default=6),
+        expert_width=settings.integer("moe_intermediate_size", default=1536),
+        num_shared_experts=settings.integer("moe_num_shared_experts", default=2, least=0),
+        dense_width=settings.integer("intermediate_size", default=12288),
+        sparse_layers=_sparse_layers(settings),
+        least_sum=settings.real("moe_norm_min", 1e-12),
+    )
+    if own.top_k > own.num_experts:
+        raise CheckpointError(
+            f"config.json: moe_k {own.top_k} exceeds moe_num_experts {own.num_experts}"
+        )
+    heads = Heads.read(
+        settings, default_hidden=_DEFAULTS.hidden_size, default_heads=20, default_kv_heads=4
+    )
+    shared = model_config(settings, model_type="ernie4_5_moe", heads=heads, defaults=_DEFAULTS)
+    return Ernie45MoeFamily(shared, own)
+
+
+def _sparse_layers(settings: Settings) -> tuple[int, ...]:
+    """Every ``moe_layer_interval``-th layer from the start index to the end index, inclusive."""
+    num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
+    interval = settings.integer("moe_layer_interval", default=1)
+    first = settings.integer("moe_layer_start_index", default=1, least=0)
+    last = settings.integer("moe_layer_end_index", default=-1, least=-1)
+    last = num_layers - 1 if last == -1 else last
+    found = tuple(i for i in range(num_layers) if first <= i <= last and (i + 1) % interval == 0)
+    if not found:
+        raise CheckpointError(
+            f"config.json: moe_layer_start_index {first}, moe_layer_end_index {last} and "
+            f"moe_layer_interval {interval} leave no layer with experts of num_hidden_layers "
+            f"{num_layers}"
+        )
+    return found
+
+
+class Ernie45MoeFamily(Family):
+    def __init__(self, config: ModelConfig, ernie: Ernie45MoeConfig) -> None:
+        exchange = mlp_exchange(config, ernie.expert_width)
+        banks = tuple(
+            BankSpec(
+                index=index,
+                bank="mlp",
+                layer=layer,
+                num_experts=ernie.num_experts,
+                top_k=ernie.top_k,
+                exchanges=(exchange,),
+                aux_copies=1,
+            )
+            for index, layer in enumerate(ernie.sparse_layers)
+        )
+        super().__init__(config, banks)
+        self.ernie = ernie
+
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        """See ``Family``. gate, up and down: the MLP of a dense layer, or the shared experts."""
+        config, own, prefix = self.config, self.ernie, f"model.layers.{layer}"
+        width = config.hidden_size
+        parts = {
+            "norm1": part(f"{prefix}.input_layernorm.weight", width),
+            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            **projection_parts(f"{prefix}.self_attn", config, has_bias=False),
+        }
+        if layer not in own.sparse_layers:
+            return parts | mlp_parts(f"{prefix}.mlp", width, own.dense_width)
+        parts |= {
+            "router": part(f"{prefix}.mlp.gate.weight", own.num_experts, width),
+            "correction": part(
+                f"{prefix}.mlp.moe_statics.e_score_correction_bias", 1, own.num_experts
+            ),
+        }
+        if not own.num_shared_experts:
+            return parts
+        shared = own.expert_width * own.num_shared_experts
+        return parts | mlp_parts(f"{prefix}.mlp.shared_experts", width, shared)
+
+    def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
+        half = AttentionHalf(
+            shape=attention_shape(self.config),
+            norm1=loader.tensor("norm1"),
+            projections=DenseProjections(
+                qkv=loader.linear("q", "k", "v", order=rotation_rows(self.config)),
+                output=loader.linear("o"),
+            ),
+            norm2=loader.tensor("norm2"),
+            router=self._router(layer, loader),
+            attend=loader.attend,
+        )
+        has_mlp = "gate" in loader.parts
+        mlp = loader.mlp("gate", "up", "down", self.config.activation) if has_mlp else None
+        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)
+
+    def _router(self, layer: int, loader: Loader) -> Router | None:
+        own = self.ernie
+        if layer not in own.sparse_layers:
+            return None
+        routing = Routing(
+            bank=own.sparse_layers.index(layer),
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            scoring="softmax",
+            float32_product=True,
+            is_normed=True,
+            least_sum=own.least_sum,
+        )
+        return Router(
+            routing=routing,
+            linear=loader.float32_linear("router", rounds=False),
+            correction=loader.tensor("correction", dtype=torch.float32).flatten(),
+        )
