@@ -855,7 +855,7 @@ VARIANTS: dict[str, dict] = {
     },
     # whole heads rotated, tied embeddings, one key head, float8 in blocks
     "minimaxm2-fp8-whole": {
-        "seed": 902,
+        "seed": 1902,
         "legacy_config": True,
         "scaled_block": (8, 16),
         "store": "bfloat16",
@@ -880,7 +880,7 @@ VARIANTS: dict[str, dict] = {
         },
     },
     "minimaxm2-dynamic": {
-        "seed": 903,
+        "seed": 3903,
         "alone": True,
         "legacy_config": True,
         "correction_bias": ("normal", -1.5, 0.15),
@@ -895,7 +895,7 @@ VARIANTS: dict[str, dict] = {
     },
     # as the public config.json of 21B-A3B is written, bfloat16 on disk but for the router
     "ernie45-official-like": {
-        "seed": 951,
+        "seed": 5951,
         "legacy_config": True,
         "store": "bfloat16",
         "bf16": True,
@@ -913,7 +913,7 @@ VARIANTS: dict[str, dict] = {
     },
     # of six layers 1, 3 and 5 are at the interval, and 5 is behind the end; no shared experts
     "ernie45-layers": {
-        "seed": 952,
+        "seed": 1952,
         "legacy_config": True,
         "correction_bias": ("normal", 0.0, 0.05),
         "config": _ERNIE
