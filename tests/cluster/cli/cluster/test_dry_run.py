@@ -12,10 +12,12 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.launch.plan import count_cpus
 from cluster.launch.state_file import log_path
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.usefixtures("state_home"), pytest.mark.distributed]
 """The checkpoint is read by a process of its own."""
 PORTS = ("--port", "0", "--grpc-port", "0")
+MODELS = ROOT / "benchmarks" / "models"
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +143,39 @@ def test_a_config_without_weights_is_planned(
     assert [bank["layer"] for bank in banks] == list(range(1, 62))
     assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.OK
     assert "expert-0     expert     23.2 GB  11 expert slots a bank" in capsys.readouterr().out
+
+
+BILLIONS = {
+    "OLMoE-1B-7B-0924": 6.9,
+    "jetmoe-8b": 8.5,
+    "dots.llm1.inst": 143,
+    "Qwen3-30B-A3B": 30.5,
+    "Qwen3-235B-A22B": 235,
+    "Qwen3-Coder-480B-A35B": 480,
+    "GLM-4.5-Air": 107,
+    "GLM-4.5": 353,
+    "Mixtral-8x7B": 46.7,
+    "Mixtral-8x22B": 141,
+    "MiniMax-M2": 229,
+    "ERNIE-4.5-21B-A3B": 21.8,
+    "ERNIE-4.5-300B-A47B": 299,
+}
+"""Weights, as the model cards say; layers that predict more than the next token do not count."""
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_public_checkpoints_are_planned(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    words = (str(MODELS / name), "--num-expert-workers", "8", "--cpus-per-worker", "0.1")
+    kv = ("--kv-cache-bytes", str(64 << 30))
+    assert main(["serve", "--dry-run", "--json", *PORTS, *words, *kv]) == ExitCode.OK
+    workers = json.loads(capsys.readouterr().out)["workers"]
+    assert len(workers) == 9
+    weights = sum(worker["weight_bytes"] for worker in workers) / 2  # bfloat16
+    assert weights / 1e9 == pytest.approx(BILLIONS[name], rel=0.005)
+
+
+def test_names_are_those_of_the_configs_that_are_there() -> None:
+    assert BILLIONS.keys() == {path.name for path in MODELS.iterdir()}
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(
