@@ -19,7 +19,7 @@ from workers.model.families.parts import (
     attention_shape,
     head_norm_parts,
     head_norms,
-    part,
+    norm_parts,
     projection_parts,
 )
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
@@ -102,8 +102,7 @@ class Dots1Family(Family):
         """See ``Family``. gate, up and down: the dense MLP, or the shared experts."""
         config, prefix = self.config, f"model.layers.{layer}"
         return {
-            "norm1": part(f"{prefix}.input_layernorm.weight", config.hidden_size),
-            "norm2": part(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+            **norm_parts(prefix, config),
             **head_norm_parts(f"{prefix}.self_attn", config),
             **projection_parts(f"{prefix}.self_attn", config, self.dots1.attention_bias),
             **self.dots1.experts.parts(layer, config.hidden_size),

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from cluster.core.errors import CheckpointError
-from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import (
     attention_shape,
-    mlp_exchange,
+    mlp_banks,
     mlp_parts,
+    norm_parts,
     part,
     projection_parts,
     rotation_rows,
@@ -103,18 +104,13 @@ def _sparse_layers(settings: Settings) -> tuple[int, ...]:
 
 class Ernie45MoeFamily(Family):
     def __init__(self, config: ModelConfig, ernie: Ernie45MoeConfig) -> None:
-        exchange = mlp_exchange(config, ernie.expert_width)
-        banks = tuple(
-            BankSpec(
-                index=index,
-                bank="mlp",
-                layer=layer,
-                num_experts=ernie.num_experts,
-                top_k=ernie.top_k,
-                exchanges=(exchange,),
-                aux_copies=1,
-            )
-            for index, layer in enumerate(ernie.sparse_layers)
+        banks = mlp_banks(
+            config,
+            ernie.sparse_layers,
+            num_experts=ernie.num_experts,
+            top_k=ernie.top_k,
+            expert_width=ernie.expert_width,
+            aux_copies=1,
         )
         super().__init__(config, banks)
         self.ernie = ernie
@@ -124,8 +120,7 @@ class Ernie45MoeFamily(Family):
         config, own, prefix = self.config, self.ernie, f"model.layers.{layer}"
         width = config.hidden_size
         parts = {
-            "norm1": part(f"{prefix}.input_layernorm.weight", width),
-            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            **norm_parts(prefix, config),
             **projection_parts(f"{prefix}.self_attn", config, has_bias=False),
         }
         if layer not in own.sparse_layers:

@@ -18,7 +18,7 @@ from workers.model.families.parts import (
     attention_shape,
     head_norm_parts,
     head_norms,
-    part,
+    norm_parts,
     projection_parts,
     rotation_rows,
 )
@@ -86,8 +86,7 @@ class Glm4MoeFamily(Family):
         config, own, prefix = self.config, self.glm, f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
         return {
-            "norm1": part(f"{prefix}.input_layernorm.weight", config.hidden_size),
-            "norm2": part(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+            **norm_parts(prefix, config),
             **(head_norm_parts(attention, config) if own.use_qk_norm else {}),
             **projection_parts(attention, config, own.attention_bias, has_output_bias=False),
             **own.experts.parts(layer, config.hidden_size),

@@ -22,7 +22,8 @@ from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import (
     attention_shape,
     block_sparse_expert,
-    mlp_exchange,
+    mlp_banks,
+    norm_parts,
     part,
     projection_parts,
     rotation_rows,
@@ -84,19 +85,14 @@ def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
 
 class MiniMaxM2Family(Family):
     def __init__(self, config: ModelConfig, minimax: MiniMaxM2Config) -> None:
-        exchange = mlp_exchange(config, minimax.expert_width)
-        banks = tuple(
-            BankSpec(
-                index=layer,
-                bank="mlp",
-                layer=layer,
-                num_experts=minimax.num_experts,
-                top_k=minimax.top_k,
-                exchanges=(exchange,),
-                float32_weights=True,
-                aux_copies=1,
-            )
-            for layer in range(config.num_layers)
+        banks = mlp_banks(
+            config,
+            range(config.num_layers),
+            num_experts=minimax.num_experts,
+            top_k=minimax.top_k,
+            expert_width=minimax.expert_width,
+            float32_weights=True,
+            aux_copies=1,
         )
         super().__init__(config, banks)
         self.minimax = minimax
@@ -112,8 +108,7 @@ class MiniMaxM2Family(Family):
         width, experts = config.hidden_size, self.minimax.num_experts
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         return {
-            "norm1": part(f"{prefix}.input_layernorm.weight", width),
-            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            **norm_parts(prefix, config),
             "q_norm": part(f"{prefix}.self_attn.q_norm.weight", q),
             "k_norm": part(f"{prefix}.self_attn.k_norm.weight", kv),
             "router": part(f"{prefix}.block_sparse_moe.gate.weight", experts, width),

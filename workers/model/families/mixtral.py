@@ -17,7 +17,8 @@ from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import (
     attention_shape,
     block_sparse_expert,
-    mlp_exchange,
+    mlp_banks,
+    norm_parts,
     part,
     projection_parts,
 )
@@ -74,18 +75,13 @@ def family(config: Mapping[str, Any]) -> MixtralFamily:
 
 class MixtralFamily(Family):
     def __init__(self, config: ModelConfig, mixtral: MixtralConfig) -> None:
-        exchange = mlp_exchange(config, mixtral.expert_width)
-        banks = tuple(
-            BankSpec(
-                index=layer,
-                bank="mlp",
-                layer=layer,
-                num_experts=mixtral.num_experts,
-                top_k=mixtral.top_k,
-                exchanges=(exchange,),
-                aux_copies=1,
-            )
-            for layer in range(config.num_layers)
+        banks = mlp_banks(
+            config,
+            range(config.num_layers),
+            num_experts=mixtral.num_experts,
+            top_k=mixtral.top_k,
+            expert_width=mixtral.expert_width,
+            aux_copies=1,
         )
         super().__init__(config, banks)
         self.mixtral = mixtral
@@ -101,8 +97,7 @@ class MixtralFamily(Family):
         config, prefix = self.config, f"model.layers.{layer}"
         width, experts = config.hidden_size, self.mixtral.num_experts
         return {
-            "norm1": part(f"{prefix}.input_layernorm.weight", width),
-            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            **norm_parts(prefix, config),
             "router": part(f"{prefix}.block_sparse_moe.gate.weight", experts, width),
         } | projection_parts(f"{prefix}.self_attn", config, has_bias=False)
 

@@ -10,10 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.errors import CheckpointError
-from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer
-from workers.model.families.parts import attention_shape, mlp_exchange, part, projection_parts
+from workers.model.families.parts import (
+    attention_shape,
+    mlp_banks,
+    norm_parts,
+    part,
+    projection_parts,
+)
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
 from workers.model.half import AttentionHalf, DenseProjections
 from workers.model.routing import Router, Routing
@@ -81,18 +87,13 @@ def _heads(settings: Settings) -> Heads:
 
 class OlmoeFamily(Family):
     def __init__(self, config: ModelConfig, olmoe: OlmoeConfig) -> None:
-        exchange = mlp_exchange(config, olmoe.expert_width)
-        banks = tuple(
-            BankSpec(
-                index=layer,
-                bank="mlp",
-                layer=layer,
-                num_experts=olmoe.num_experts,
-                top_k=olmoe.top_k,
-                exchanges=(exchange,),
-                aux_copies=1,
-            )
-            for layer in range(config.num_layers)
+        banks = mlp_banks(
+            config,
+            range(config.num_layers),
+            num_experts=olmoe.num_experts,
+            top_k=olmoe.top_k,
+            expert_width=olmoe.expert_width,
+            aux_copies=1,
         )
         super().__init__(config, banks)
         self.olmoe = olmoe
@@ -102,8 +103,7 @@ class OlmoeFamily(Family):
         width = config.hidden_size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         return {
-            "norm1": part(f"{prefix}.input_layernorm.weight", width),
-            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            **norm_parts(prefix, config),
             "q_norm": part(f"{prefix}.self_attn.q_norm.weight", q),
             "k_norm": part(f"{prefix}.self_attn.k_norm.weight", kv),
             "router": part(f"{prefix}.mlp.gate.weight", self.olmoe.num_experts, width),

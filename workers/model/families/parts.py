@@ -4,7 +4,7 @@ of an MLP bank.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,39 @@ def mlp_exchange(config: ModelConfig, expert_width: int) -> ExchangeSpec:
         expert_width=expert_width,
         activation=config.activation,
     )
+
+
+def mlp_banks(
+    config: ModelConfig,
+    layers: Iterable[int],
+    *,
+    num_experts: int,
+    top_k: int,
+    expert_width: int,
+    float32_weights: bool = False,
+    aux_copies: int = 0,
+) -> tuple[BankSpec, ...]:
+    """A bank of gated MLPs in each of these layers; see ``BankSpec``."""
+    exchange = mlp_exchange(config, expert_width)
+    return tuple(
+        BankSpec(
+            index=index,
+            bank="mlp",
+            layer=layer,
+            num_experts=num_experts,
+            top_k=top_k,
+            exchanges=(exchange,),
+            float32_weights=float32_weights,
+            aux_copies=aux_copies,
+        )
+        for index, layer in enumerate(layers)
+    )
+
+
+def norm_parts(prefix: str, config: ModelConfig) -> dict[str, TensorPart]:
+    """``norm1`` and ``norm2`` of a layer: before attention, and before experts or MLP."""
+    names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+    return {k: part(f"{prefix}.{name}.weight", config.hidden_size) for k, name in names.items()}
 
 
 def attention_shape(

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.errors import CheckpointError
-from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import (
     attention_shape,
     head_norm_parts,
     head_norms,
-    mlp_exchange,
+    mlp_banks,
     mlp_parts,
+    norm_parts,
     part,
     projection_parts,
 )
@@ -96,18 +97,13 @@ def _sparse_layers(settings: Settings) -> tuple[int, ...]:
 
 class Qwen3MoeFamily(Family):
     def __init__(self, config: ModelConfig, qwen3: Qwen3MoeConfig) -> None:
-        exchange = mlp_exchange(config, qwen3.expert_width)
-        banks = tuple(
-            BankSpec(
-                index=index,
-                bank="mlp",
-                layer=layer,
-                num_experts=qwen3.num_experts,
-                top_k=qwen3.top_k,
-                exchanges=(exchange,),
-                aux_copies=1,
-            )
-            for index, layer in enumerate(qwen3.sparse_layers)
+        banks = mlp_banks(
+            config,
+            qwen3.sparse_layers,
+            num_experts=qwen3.num_experts,
+            top_k=qwen3.top_k,
+            expert_width=qwen3.expert_width,
+            aux_copies=1,
         )
         super().__init__(config, banks)
         self.qwen3 = qwen3
@@ -118,8 +114,7 @@ class Qwen3MoeFamily(Family):
         config, own, prefix = self.config, self.qwen3, f"model.layers.{layer}"
         width = config.hidden_size
         parts = {
-            "norm1": part(f"{prefix}.input_layernorm.weight", width),
-            "norm2": part(f"{prefix}.post_attention_layernorm.weight", width),
+            **norm_parts(prefix, config),
             **head_norm_parts(f"{prefix}.self_attn", config),
             **projection_parts(f"{prefix}.self_attn", config, own.attention_bias),
         }

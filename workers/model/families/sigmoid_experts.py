@@ -14,7 +14,7 @@ import torch
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ModelConfig, TensorPart
 from workers.model.families.base import Loader
-from workers.model.families.parts import mlp_exchange, mlp_parts, part
+from workers.model.families.parts import mlp_banks, mlp_parts, part
 from workers.model.routing import Router, Routing
 
 
@@ -69,18 +69,13 @@ class SigmoidExperts:
 
     def banks(self, config: ModelConfig) -> tuple[BankSpec, ...]:
         """One for each layer that is not dense."""
-        exchange = mlp_exchange(config, self.expert_width)
-        return tuple(
-            BankSpec(
-                index=index,
-                bank="mlp",
-                layer=layer,
-                num_experts=self.num_experts,
-                top_k=self.top_k,
-                exchanges=(exchange,),
-                float32_weights=True,
-            )
-            for index, layer in enumerate(range(self.num_dense_layers, config.num_layers))
+        return mlp_banks(
+            config,
+            range(self.num_dense_layers, config.num_layers),
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            expert_width=self.expert_width,
+            float32_weights=True,
         )
 
     def parts(self, layer: int, width: int) -> dict[str, TensorPart]:
