@@ -93,7 +93,7 @@ def _wrong_shape(place: Place) -> list[str]:
 
 
 def _other_architecture(place: Place) -> list[str]:
-    _change_config(place, model_type="mixtral", architectures=["MixtralForCausalLM"])
+    _change_config(place, model_type="llama", architectures=["LlamaForCausalLM"])
     return [str(place.folder)]
 
 
@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Words, int, str]] = {
     "no safetensors file": (_no_header, 5, "or not a safetensors file"),
     "a missing shard": (_missing_shard, 5, "names model-00002-of-00002.safetensors, which is not"),
     "a wrong shape": (_wrong_shape, 5, "tensor model.embed_tokens.weight has shape [1024, 128]"),
-    "another architecture": (_other_architecture, 5, "model_type 'mixtral' is not supported"),
+    "another architecture": (_other_architecture, 5, "model_type 'llama' is not supported"),
     "too few slots": (_few_slots, 5, "num_expert_slots (5) must be at least num_experts (64)"),
     "too little KV memory": (lambda _: ["--kv-cache-bytes", "10"], 5, "kv_cache_bytes (10) must"),
     "too many attention workers": (
