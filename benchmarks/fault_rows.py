@@ -160,7 +160,7 @@ def _restart_at(frame: type[ControlFrame], *, is_sent: bool = False) -> Fault:
         ordered_at = 0.0
 
         def has_restarted() -> bool:
-            """A rebalancing that only frees copies, or moves none in the end, has no such frame."""
+            """A rebalancing may turn out to move nothing: it has no such frame."""
             nonlocal ordered_at
             if site.snapshot()["term"] > before:
                 return True

@@ -78,11 +78,15 @@ class Site:
                 ray.get(actor.arm.remote(frame, is_sent, snapshot["controller_pid"]))
 
     def rebalance(self) -> None:
-        """Order rebalancings until one has something to move; the controller may die in it."""
+        """Order a rebalancing as soon as one has experts to move; the controller may die in it."""
         with contextlib.suppress(RayError):
             wait(self._rebalances, "a rebalancing that moves experts")
 
     def _rebalances(self) -> bool:
+        """Others would change how copies share their load, and leave nothing to move."""
+        plan = ray.get(self.cluster.actor.rebalance.remote({"dry_run": True}))
+        if plan["result"]["action"] != "move":
+            return False
         begun = ray.get(self.cluster.actor.rebalance.remote({}))
         return bool(begun["state"] == "RUNNING")
 
