@@ -143,14 +143,10 @@ def rotation_order(config: RopeConfig) -> Tensor:
     alone come behind those that are not. Queries and keys have the same order, so that their
     products are the same.
     """
-    rotated, others = (
-        torch.arange(config.rotary_dim),
-        torch.arange(config.rotary_dim, config.head_dim),
-    )
-    if config.has_neighbours:
-        rotated = torch.cat((rotated[0::2], rotated[1::2]))
-    halves = (*rotated.chunk(2), *(others.chunk(2) if len(others) else (others, others)))
-    return torch.cat((halves[0], halves[2], halves[1], halves[3]))
+    dim = config.rotary_dim
+    rotated, others = torch.arange(dim), torch.arange(dim, config.head_dim)
+    pairs = rotated.view(-1, 2).T if config.has_neighbours else rotated.view(2, -1)
+    return torch.cat((pairs, others.view(2, -1)), 1).flatten()
 
 
 def _attention_factor(params: Mapping[str, Any], factor: float) -> float:

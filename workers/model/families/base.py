@@ -76,7 +76,7 @@ class Loader:
         if order is not None:
             order = order.to(weight.device)
             weight = weight.index_select(0, order)
-            bias = None if bias is None else bias.index_select(0, order.to(bias.device))
+            bias = None if bias is None else bias.index_select(0, order)
         return self.blocks.linear(weight, bias)
 
     def float32_linear(self, name: str, *, rounds: bool = True) -> Linear:

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from workers.model.half import Half
+from workers.model.config import ModelConfig
+from workers.model.families.base import Loader
+from workers.model.families.parts import attention_shape, rotation_rows
+from workers.model.half import AttentionHalf, DenseProjections, Half
 from workers.model.layers import Dispatch, LayerContext, LayerSteps, Mlp
+from workers.model.routing import Router
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,3 +35,37 @@ class DecoderLayer:
         other = self.bias if self.mlp is None else self.mlp(half.normed)
         routed = yield
         return half.hidden.add_(routed if other is None else routed + other)
+
+
+def dense_attention_layer(
+    config: ModelConfig,
+    loader: Loader,
+    *,
+    router: Router | None,
+    qk_norm: Tensor | None = None,
+    clip: float | None = None,
+    window: int | None = None,
+) -> DecoderLayer:
+    """A layer whose projections all rows share, of the usual short names of its tensors.
+
+    ``gate``, ``up`` and ``down``, if they are there, are its MLP; ``router`` None: it has no
+    experts. ``qk_norm`` is that of ``AttentionHalf``, in the checkpoint's order of rows.
+    """
+    order = rotation_rows(config)
+    if qk_norm is not None and order is not None:
+        rows = order[: qk_norm.numel()].to(qk_norm.device)
+        qk_norm = qk_norm.flatten().index_select(0, rows).view_as(qk_norm)
+    half = AttentionHalf(
+        shape=attention_shape(config, clip=clip, window=window),
+        norm1=loader.tensor("norm1"),
+        projections=DenseProjections(
+            qkv=loader.linear("q", "k", "v", order=order), output=loader.linear("o")
+        ),
+        qk_norm=qk_norm,
+        norm2=loader.tensor("norm2"),
+        router=router,
+        attend=loader.attend,
+    )
+    has_mlp = "gate" in loader.parts
+    mlp = loader.mlp("gate", "up", "down", config.activation) if has_mlp else None
+    return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)

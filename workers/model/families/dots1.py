@@ -14,9 +14,8 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.decoder import DecoderLayer
+from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    attention_shape,
     head_norm_parts,
     head_norms,
     norm_parts,
@@ -24,7 +23,6 @@ from workers.model.families.parts import (
 )
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
 from workers.model.families.sigmoid_experts import SigmoidExperts
-from workers.model.half import AttentionHalf, DenseProjections
 
 _DEFAULTS = Defaults(
     vocab_size=152064, hidden_size=4608, num_layers=62, max_positions=2048, rms_norm_eps=1e-6
@@ -110,16 +108,10 @@ class Dots1Family(Family):
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
         own = self.dots1
-        half = AttentionHalf(
-            shape=attention_shape(self.config, window=own.windows[layer]),
-            norm1=loader.tensor("norm1"),
-            projections=DenseProjections(
-                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
-            ),
-            qk_norm=head_norms(self.config, loader.tensor("q_norm"), loader.tensor("k_norm")),
-            norm2=loader.tensor("norm2"),
+        return dense_attention_layer(
+            self.config,
+            loader,
             router=own.experts.router(layer, loader),
-            attend=loader.attend,
+            qk_norm=head_norms(self.config, loader.tensor("q_norm"), loader.tensor("k_norm")),
+            window=own.windows[layer],
         )
-        mlp = loader.mlp("gate", "up", "down", self.config.activation)
-        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)

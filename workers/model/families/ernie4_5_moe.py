@@ -14,18 +14,15 @@ import torch
 from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.decoder import DecoderLayer
+from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    attention_shape,
     mlp_banks,
     mlp_parts,
     norm_parts,
     part,
     projection_parts,
-    rotation_rows,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
 from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
@@ -74,10 +71,7 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
         sparse_layers=_sparse_layers(settings),
         least_sum=settings.real("moe_norm_min", 1e-12),
     )
-    if own.top_k > own.num_experts:
-        raise CheckpointError(
-            f"config.json: moe_k {own.top_k} exceeds moe_num_experts {own.num_experts}"
-        )
+    check_top_k("moe_k", own.top_k, "moe_num_experts", own.num_experts)
     heads = Heads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=20, default_kv_heads=4
     )
@@ -137,20 +131,7 @@ class Ernie45MoeFamily(Family):
         return parts | mlp_parts(f"{prefix}.mlp.shared_experts", width, shared)
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
-        half = AttentionHalf(
-            shape=attention_shape(self.config),
-            norm1=loader.tensor("norm1"),
-            projections=DenseProjections(
-                qkv=loader.linear("q", "k", "v", order=rotation_rows(self.config)),
-                output=loader.linear("o"),
-            ),
-            norm2=loader.tensor("norm2"),
-            router=self._router(layer, loader),
-            attend=loader.attend,
-        )
-        has_mlp = "gate" in loader.parts
-        mlp = loader.mlp("gate", "up", "down", self.config.activation) if has_mlp else None
-        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)
+        return dense_attention_layer(self.config, loader, router=self._router(layer, loader))
 
     def _router(self, layer: int, loader: Loader) -> Router | None:
         own = self.ernie

@@ -13,18 +13,15 @@ from typing import Any
 
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.decoder import DecoderLayer
+from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    attention_shape,
     head_norm_parts,
     head_norms,
     norm_parts,
     projection_parts,
-    rotation_rows,
 )
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
 from workers.model.families.sigmoid_experts import SigmoidExperts
-from workers.model.half import AttentionHalf, DenseProjections
 
 _DEFAULTS = Defaults(
     vocab_size=151552,
@@ -96,17 +93,5 @@ class Glm4MoeFamily(Family):
         own, norms = self.glm, None
         if own.use_qk_norm:
             norms = head_norms(self.config, loader.tensor("q_norm"), loader.tensor("k_norm"))
-        half = AttentionHalf(
-            shape=attention_shape(self.config),
-            norm1=loader.tensor("norm1"),
-            projections=DenseProjections(
-                qkv=loader.linear("q", "k", "v", order=rotation_rows(self.config)),
-                output=loader.linear("o"),
-            ),
-            qk_norm=norms,
-            norm2=loader.tensor("norm2"),
-            router=own.experts.router(layer, loader),
-            attend=loader.attend,
-        )
-        mlp = loader.mlp("gate", "up", "down", self.config.activation)
-        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)
+        router = own.experts.router(layer, loader)
+        return dense_attention_layer(self.config, loader, router=router, qk_norm=norms)

@@ -12,12 +12,11 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer
 from workers.model.families.parts import attention_shape, mlp_exchange, part
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
+from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
 from workers.model.half import (
     OUTPUT_EXCHANGE,
     QUERY_EXCHANGE,
@@ -61,11 +60,7 @@ def family(config: Mapping[str, Any]) -> JetMoeFamily:
         top_k=settings.integer("num_experts_per_tok", default=2),
         expert_width=settings.integer("intermediate_size", default=5632),
     )
-    if own.top_k > own.num_experts:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok {own.top_k} exceeds "
-            f"num_local_experts {own.num_experts}"
-        )
+    check_top_k("num_experts_per_tok", own.top_k, "num_local_experts", own.num_experts)
     num_kv_heads = settings.integer("num_key_value_heads", default=16)
     settings.value("num_attention_heads")  # known, but computed from the two values above
     shared = model_config(

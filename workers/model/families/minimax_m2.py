@@ -13,23 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.decoder import DecoderLayer
+from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    attention_shape,
     block_sparse_expert,
     mlp_banks,
     norm_parts,
     part,
     projection_parts,
-    rotation_rows,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
 from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
@@ -65,11 +61,7 @@ def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
         top_k=settings.integer("num_experts_per_tok", default=8),
         expert_width=settings.integer("intermediate_size", default=1536),
     )
-    if own.top_k > own.num_experts:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok {own.top_k} exceeds num_local_experts "
-            f"{own.num_experts}"
-        )
+    check_top_k("num_experts_per_tok", own.top_k, "num_local_experts", own.num_experts)
     if any(kind != 1 for kind in settings.value("attn_type_list") or ()):
         raise CheckpointError("config.json: attn_type_list of minimax_m2 must be 1 in every layer")
     heads = Heads.read(
@@ -116,7 +108,7 @@ class MiniMaxM2Family(Family):
         } | projection_parts(f"{prefix}.self_attn", config, has_bias=False)
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
-        own, order = self.minimax, rotation_rows(self.config)
+        own = self.minimax
         routing = Routing(
             bank=layer,
             num_experts=own.num_experts,
@@ -129,22 +121,9 @@ class MiniMaxM2Family(Family):
             linear=loader.float32_linear("router"),
             correction=loader.tensor("correction", dtype=torch.float32),
         )
-        half = AttentionHalf(
-            shape=attention_shape(self.config),
-            norm1=loader.tensor("norm1"),
-            projections=DenseProjections(
-                qkv=loader.linear("q", "k", "v", order=order), output=loader.linear("o")
-            ),
-            qk_norm=_in_order(loader.tensor("q_norm", "k_norm"), order),
-            norm2=loader.tensor("norm2"),
+        return dense_attention_layer(
+            self.config,
+            loader,
             router=router,
-            attend=loader.attend,
+            qk_norm=loader.tensor("q_norm", "k_norm"),
         )
-        return DecoderLayer(half=loader.blocks.half(half))
-
-
-def _in_order(norms: Tensor, order: Tensor | None) -> Tensor:
-    """[(A + K) * D] in the order of the rows of q and k."""
-    if order is None:
-        return norms
-    return norms.index_select(0, order[: len(norms)].to(norms.device))

@@ -10,20 +10,17 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.core.errors import CheckpointError
 from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.decoder import DecoderLayer
+from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    attention_shape,
     block_sparse_expert,
     mlp_banks,
     norm_parts,
     part,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
 from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
@@ -61,11 +58,7 @@ def family(config: Mapping[str, Any]) -> MixtralFamily:
         expert_width=settings.integer("intermediate_size", default=14336),
         window=settings.integer("sliding_window") if has_window else None,
     )
-    if own.top_k > own.num_experts:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok {own.top_k} exceeds num_local_experts "
-            f"{own.num_experts}"
-        )
+    check_top_k("num_experts_per_tok", own.top_k, "num_local_experts", own.num_experts)
     heads = Heads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=8
     )
@@ -109,14 +102,9 @@ class MixtralFamily(Family):
             top_k=own.top_k,
             scoring="softmax_of_best",
         )
-        half = AttentionHalf(
-            shape=attention_shape(self.config, window=own.window),
-            norm1=loader.tensor("norm1"),
-            projections=DenseProjections(
-                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
-            ),
-            norm2=loader.tensor("norm2"),
+        return dense_attention_layer(
+            self.config,
+            loader,
             router=Router(routing=routing, linear=loader.linear("router")),
-            attend=loader.attend,
+            window=own.window,
         )
-        return DecoderLayer(half=loader.blocks.half(half))

@@ -12,16 +12,14 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.decoder import DecoderLayer
+from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    attention_shape,
     mlp_banks,
     norm_parts,
     part,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
 from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
@@ -64,10 +62,7 @@ def family(config: Mapping[str, Any]) -> OlmoeFamily:
         attention_bias=settings.flag("attention_bias", False),
         clip_qkv=None if config.get("clip_qkv") is None else settings.real("clip_qkv", 1.0),
     )
-    if own.top_k > own.num_experts:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok {own.top_k} exceeds num_experts {own.num_experts}"
-        )
+    check_top_k("num_experts_per_tok", own.top_k, "num_experts", own.num_experts)
     if any(kind != "full_attention" for kind in settings.value("layer_types") or ()):
         raise CheckpointError("config.json: layer_types of olmoe must all be full_attention")
     shared = model_config(settings, model_type="olmoe", heads=_heads(settings), defaults=_DEFAULTS)
@@ -118,15 +113,10 @@ class OlmoeFamily(Family):
             scoring="softmax",
             is_normed=own.norm_topk_prob,
         )
-        half = AttentionHalf(
-            shape=attention_shape(self.config, clip=own.clip_qkv),
-            norm1=loader.tensor("norm1"),
-            projections=DenseProjections(
-                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
-            ),
-            qk_norm=loader.tensor("q_norm", "k_norm"),
-            norm2=loader.tensor("norm2"),
+        return dense_attention_layer(
+            self.config,
+            loader,
             router=Router(routing=routing, linear=loader.linear("router")),
-            attend=loader.attend,
+            qk_norm=loader.tensor("q_norm", "k_norm"),
+            clip=own.clip_qkv,
         )
-        return DecoderLayer(half=loader.blocks.half(half))

@@ -125,13 +125,9 @@ def rotation_rows(config: ModelConfig) -> Tensor | None:
 
 
 def head_norms(config: ModelConfig, queries: Tensor, keys: Tensor) -> Tensor:
-    """[A + K, D]: the one weight [D] of all query heads, and that of all key heads, repeated.
-
-    In the order of ``rotation_rows``.
-    """
+    """[A + K, D]: the one weight [D] of all query heads, and that of all key heads, repeated."""
     heads = queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1)
-    order = rotation_order(config.rope).to(queries.device)
-    return torch.cat(heads).index_select(1, order)
+    return torch.cat(heads)
 
 
 def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:

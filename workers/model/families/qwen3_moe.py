@@ -12,9 +12,8 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
-from workers.model.families.decoder import DecoderLayer
+from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import (
-    attention_shape,
     head_norm_parts,
     head_norms,
     mlp_banks,
@@ -23,8 +22,7 @@ from workers.model.families.parts import (
     part,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.half import AttentionHalf, DenseProjections
+from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
 from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
@@ -68,10 +66,7 @@ def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
         attention_bias=settings.flag("attention_bias", False),
         window=width if settings.flag("use_sliding_window", False) else None,
     )
-    if own.top_k > own.num_experts:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok {own.top_k} exceeds num_experts {own.num_experts}"
-        )
+    check_top_k("num_experts_per_tok", own.top_k, "num_experts", own.num_experts)
     heads = Heads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32, default_kv_heads=4
     )
@@ -123,21 +118,13 @@ class Qwen3MoeFamily(Family):
         return parts | {"router": part(f"{prefix}.mlp.gate.weight", own.num_experts, width)}
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
-        own, mlp = self.qwen3, None
-        if layer not in own.sparse_layers:
-            mlp = loader.mlp("gate", "up", "down", self.config.activation)
-        half = AttentionHalf(
-            shape=attention_shape(self.config, window=own.window),
-            norm1=loader.tensor("norm1"),
-            projections=DenseProjections(
-                qkv=loader.linear("q", "k", "v"), output=loader.linear("o")
-            ),
-            qk_norm=head_norms(self.config, loader.tensor("q_norm"), loader.tensor("k_norm")),
-            norm2=loader.tensor("norm2"),
+        return dense_attention_layer(
+            self.config,
+            loader,
             router=self._router(layer, loader),
-            attend=loader.attend,
+            qk_norm=head_norms(self.config, loader.tensor("q_norm"), loader.tensor("k_norm")),
+            window=self.qwen3.window,
         )
-        return DecoderLayer(half=loader.blocks.half(half), mlp=mlp)
 
     def _router(self, layer: int, loader: Loader) -> Router | None:
         own = self.qwen3

@@ -267,6 +267,12 @@ class Heads:
             raise CheckpointError(f"config.json: head_dim {self.head_dim} must be even")
 
 
+def check_top_k(key: str, top_k: int, of_key: str, num_experts: int) -> None:
+    """Raise ``CheckpointError`` where a token has more experts than there are."""
+    if top_k > num_experts:
+        raise CheckpointError(f"config.json: {key} {top_k} exceeds {of_key} {num_experts}")
+
+
 def model_config(
     settings: Settings,
     *,
