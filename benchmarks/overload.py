@@ -228,8 +228,8 @@ def report(found: Found) -> str:
     head += [f"TTFT of {key}, ms" for key in (GREEDY, MODEST)]
     over = found.over.end_s - found.over.begin_s
     return (
-        f"The peak is {found.peak_rate:.1f} requests a second of {found.mean_tokens} tokens in the "
-        f"mean. The sustainable rate is {SUSTAINABLE} of it, and the overload is ten times that "
+        f"The peak is {found.peak_rate:.1f} requests a second, with {found.mean_tokens} tokens on "
+        f"average. The sustainable rate is {SUSTAINABLE} of it, and the overload is ten times that "
         f"rate for {over:.0f} s, after {min(_RAMP_S, over):.0f} s in which the places fill. Times "
         f"are medians; latency is normal up to {NORMAL} times that before.\n\n"
         f"{table(['', 'limit', 'found'], _asked(found))}\n\n{table(head, rows)}"
