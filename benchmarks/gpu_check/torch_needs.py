@@ -52,7 +52,6 @@ NEEDS = (
     Need("cuda.CUDAGraph.capture_begin", 0, ("pool", "capture_error_mode")),
     Need("cuda.CUDAGraph.capture_end"),
     Need("cuda.CUDAGraph.replay"),
-    Need("nn.functional.grouped_mm", 2, ("offs",)),
     Need("nn.functional.scaled_dot_product_attention", 3, ("is_causal", "enable_gqa")),
 )
 CUDA_NEEDS = (

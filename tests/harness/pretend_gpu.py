@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -306,7 +307,8 @@ def _device_guard() -> Iterator[None]:
 def pretend_gpu() -> Iterator[DeviceLog]:
     """Within it, tensors may be on ``DEVICE``."""
     log = DeviceLog()
-    capability = mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))
+    found = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    properties = mock.patch.object(torch.cuda, "get_device_properties", return_value=found)
     # Views of such tensors cannot be made in inference mode.
     no_grad = mock.patch.object(torch._C, "_InferenceMode", side_effect=lambda _: torch.no_grad())
     mode = _PretendMode(log)
@@ -318,7 +320,7 @@ def pretend_gpu() -> Iterator[DeviceLog]:
         current_stream=PretendStream,
         stream=nullcontext,
     )
-    with capability, no_grad, cuda, _triton(mode), _device_guard(), FakeTensorMode(), mode:
+    with properties, no_grad, cuda, _triton(mode), _device_guard(), FakeTensorMode(), mode:
         yield log
 
 

@@ -1,9 +1,10 @@
-"""Experts of few rows: each program multiplies a block of pairs by a piece of their slot's weights.
+"""Experts: each program multiplies a block of pairs by a piece of their slot's weights.
 
-Such products take as long as it takes to read the weights, so a block may have few rows, and
-outputs go to memory for each pair: a sum over a row's pairs in their order is then the same each
-time. Reference: ``workers.experts.kernels_cpu`` and ``workers.model.weighting``, with the same
-roundings: gate and up, their product, a pair's output and, if asked, its product with the weight.
+With few rows, products take as long as it takes to read the weights, so a block may have few rows.
+With many it is as high as pays for tensor cores. Outputs go to memory for each pair: a sum over a
+row's pairs in their order is then the same each time. Reference: ``workers.experts.kernels_cpu``
+and ``workers.model.weighting``, with the same roundings: gate and up, their product, a pair's
+output and, if asked, its product with the weight.
 """
 
 from __future__ import annotations
@@ -25,12 +26,37 @@ Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 _UNSORTED_PAIRS = 32
 """Up to so many, each is a block by itself: what a kernel saves that sorts them is less than its
 launch, as 32 of 64 slots are 26 different ones on average, and the L2 cache has the others."""
-_TALLEST_BLOCK = 64
-_ROW_BYTES = 256
-"""Bytes of a row of weights that a program reads at a time."""
-_GATE_ROWS, _ROWS = 32, 64
-"""Rows of weights that a program multiplies: of gate and up each, and of other matrices."""
 _SUM_WIDTH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a program's work is cut for blocks of a height."""
+
+    gate_rows: int
+    """Rows of weights that a program multiplies, of gate and up each."""
+    rows: int
+    """The same of other matrices."""
+    row_bytes: int
+    """Bytes of a row of weights that it reads at a time."""
+    warps: int
+    stages: int
+    """Reads under way at once, where shared memory has room for them."""
+
+
+_LOW = Tile(gate_rows=32, rows=64, row_bytes=256, warps=4, stages=4)
+_TILES = {
+    64: Tile(gate_rows=64, rows=128, row_bytes=128, warps=4, stages=3),
+    128: Tile(gate_rows=128, rows=256, row_bytes=128, warps=8, stages=4),
+}
+"""By height of half types; lower blocks have ``_LOW``, as have all of float32. Fastest of 38 forms
+each on an H100 for 64 experts of 2,048 x 1,024 in bfloat16. Products of 32,768 pairs: 506 and 477
+TFLOPS, where ``torch.nn.functional.grouped_mm`` (2.11) makes 350 to 400 and its pairs have to be
+sorted and put back, which takes as long again."""
+_TALLEST_BLOCK = {2: 128, 4: 64}
+"""By bytes of a number."""
+_INTERPRETED_SHARED_BYTES = 227 << 10
+"""Of an H100, for the interpreter and for compiling without a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +86,14 @@ class Pairs:
         return replace(self, sources=None, per_row=1)
 
 
-def make_pairs(slots: Tensor, num_slots: int, sources: Tensor | None, per_row: int) -> Pairs:
-    """Sort pairs, see ``Pairs``, for products with ``num_slots`` matrices."""
+def make_pairs(
+    slots: Tensor, num_slots: int, sources: Tensor | None, per_row: int, dtype: torch.dtype
+) -> Pairs:
+    """Sort pairs, see ``Pairs``, for products with ``num_slots`` matrices of a type."""
     if slots.numel() <= _UNSORTED_PAIRS:
         return Pairs(slots, None, sources, per_row)
     height = MIN_DOT
-    while height < _TALLEST_BLOCK and slots.numel() > height * num_slots:
+    while height < _TALLEST_BLOCK[dtype.itemsize] and slots.numel() > height * num_slots:
         height *= 2
     return Pairs(slots, align(slots, num_slots, height), sources, per_row)
 
@@ -76,13 +104,14 @@ def gate_up(inputs: Tensor, weights: Tensor, pairs: Pairs, activation: Activatio
     inputs [N, in], weights [slots, 2 * inner, in] with the gate's rows first -> [P, inner], where
     rows of pairs without a slot hold anything. All contiguous, float32 or a half type.
     """
-    inner = weights.shape[1] // 2
-    return _launch(_gate_up, inputs, weights, pairs, inner, _GATE_ROWS, ACTIVATION=activation)
+    inner, rows = weights.shape[1] // 2, _tile(pairs, weights).gate_rows
+    return _launch(_gate_up, inputs, weights, pairs, inner, rows, 2 * rows, ACTIVATION=activation)
 
 
 def multiply(inputs: Tensor, weights: Tensor, pairs: Pairs) -> Tensor:
     """The product of each pair: inputs [N, in], weights [slots, out, in] -> [P, out]."""
-    return _launch(_multiply, inputs, weights, pairs, weights.shape[1], _ROWS)
+    rows = _tile(pairs, weights).rows
+    return _launch(_multiply, inputs, weights, pairs, weights.shape[1], rows, rows)
 
 
 def sum_rows(
@@ -113,11 +142,35 @@ def sum_rows(
     return out
 
 
+def _tile(pairs: Pairs, weights: Tensor) -> Tile:
+    is_half = weights.itemsize == 2
+    return _TILES.get(pairs.height, _LOW) if is_half else _LOW
+
+
+def shared_bytes(device: torch.device) -> int:
+    """What a program can have of shared memory."""
+    if device.type != "cuda":
+        return _INTERPRETED_SHARED_BYTES
+    properties: Any = torch.cuda.get_device_properties(device)
+    found: int = properties.shared_memory_per_block_optin
+    return found
+
+
 def _launch(
-    kernel: Any, inputs: Tensor, weights: Tensor, pairs: Pairs, width: int, rows: int, **more: str
+    kernel: Any,
+    inputs: Tensor,
+    weights: Tensor,
+    pairs: Pairs,
+    width: int,
+    rows: int,
+    rows_read: int,
+    **more: str,
 ) -> Tensor:
+    """``rows``: of outputs of a program; ``rows_read``: of weights for them."""
     assert inputs.dtype == weights.dtype
     assert inputs.is_contiguous()
+    tile = _tile(pairs, weights)
+    stage_bytes = (pairs.height + rows_read) * tile.row_bytes
     num_slots, _, depth = weights.shape
     slots, blocks, sources = pairs.slots, pairs.blocks, pairs.sources
     out = inputs.new_empty(slots.numel(), width)
@@ -140,9 +193,9 @@ def _launch(
         WIDTH=width,
         HEIGHT=pairs.height,
         ROWS=rows,
-        STEP=_ROW_BYTES // inputs.itemsize,
-        num_warps=4,
-        num_stages=4,
+        STEP=tile.row_bytes // inputs.itemsize,
+        num_warps=tile.warps,
+        num_stages=min(tile.stages, shared_bytes(weights.device) // stage_bytes),
         **more,
     )
     return out

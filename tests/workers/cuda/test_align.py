@@ -44,6 +44,16 @@ def test_blocks_have_all_pairs_of_their_slot_in_order(
     assert found_blocks(blocks) == plain(slots.flatten().tolist(), num_slots, height)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_rows", "num_slots"), [(600, 6), (1100, 70), (9000, 2)])
+def test_many_pairs_are_counted_tile_by_tile(num_rows: int, num_slots: int) -> None:
+    """9,000 rows: more tiles than are added up at a time."""
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.randint(-1, num_slots, (num_rows, 2), generator=generator)
+    blocks = align(slots.to(DEVICE), num_slots, 64)
+    assert found_blocks(blocks) == plain(slots.flatten().tolist(), num_slots, 64)
+
+
 def test_one_slot_may_have_all_pairs_or_none() -> None:
     slots = torch.full((70, 2), 3, device=DEVICE)
     assert found_blocks(align(slots, 8, 16)) == plain([3] * 140, 8, 16)
