@@ -27,15 +27,21 @@ from workers.model.attention import (
 def attend_in_place(
     queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """What ``attention.attend`` does, with the same arguments, up to rounding.
+    """What ``attention.attend`` does, with the same arguments, up to rounding."""
+    write_rows(keys, values, cache, batch.slot_mapping)
+    return attend_written(queries.contiguous(), keys, values, cache, batch)
+
+
+def attend_written(
+    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
+) -> Tensor:
+    """The same where the rows' keys and values are in the cache; queries are contiguous.
 
     An fp8 cache is decoded a piece at a time, so that the batch has ``decodes`` and ``prefills``
     for it; for other caches it has ``paged``.
     """
-    write_rows(keys, values, cache, batch.slot_mapping)
     if batch.recorder is not None:
         batch.recorder.attending(queries, cache, batch)
-    queries = queries.contiguous()
     out = torch.empty_like(queries)
     if cache.dtype == fp8.ROW_DTYPE:
         pieces: tuple[DecodeGroup | PrefillChunk, ...] = (*batch.decodes, *batch.prefills)

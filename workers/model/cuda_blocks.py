@@ -7,11 +7,16 @@ import torch
 from workers.model.attention_cuda import attend_in_place
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import ModelConfig
+from workers.model.cuda_half import CudaHalf
+from workers.model.half import AttentionHalf, Half
 from workers.model.layers import Attend
 
 
 class CudaBlocks(BuildingBlocks):
-    """The parts of torch, but for attention that reads the cache in place."""
+    """The parts of torch, but for the attention half of a layer."""
+
+    def half(self, half: AttentionHalf) -> Half:
+        return CudaHalf(half)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
         return attend_in_place

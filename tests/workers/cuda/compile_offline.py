@@ -15,9 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.workers.cuda.device import SHARED_BYTES
+from workers.cuda import experts
 from workers.cuda.decode_attention import decode
 from workers.cuda.experts import gate_up, make_pairs, multiply, sum_rows
+from workers.cuda.heads import prepare_heads
+from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.prefill_attention import prefill
+from workers.cuda.routing import Choice, Scoring, choose
 
 SLOTS, TOP_K, HIDDEN, INNER = 64, 8, 2048, 1024
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -64,7 +69,7 @@ def weights(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 def compile_experts(dtype: torch.dtype, num_rows: int, activation: Any) -> None:
     slots, factors = torch.zeros(num_rows, TOP_K, dtype=torch.int64), torch.ones(num_rows, TOP_K)
-    pairs = make_pairs(slots, SLOTS, None, TOP_K)
+    pairs = make_pairs(slots, SLOTS, None, TOP_K, dtype)
     inputs = torch.empty(num_rows, HIDDEN, dtype=dtype)
     rows = gate_up(inputs, weights((2 * INNER, HIDDEN), dtype), pairs, activation)
     outputs = multiply(rows, weights((HIDDEN, INNER), dtype), pairs.of_outputs())
@@ -81,19 +86,41 @@ def compile_attention(dtype: torch.dtype, shape: tuple[int, int, int], window: i
     prefill(queries, cache, tables, lengths, first_rows, 512, window, out, True)
 
 
+def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    dim, num_heads, num_kv_heads = shape
+    num_rows, width = 3, (num_heads + num_kv_heads) * dim
+    rows = torch.empty(num_rows, width + num_kv_heads * dim, dtype=dtype)
+    waves = torch.empty(num_rows, 1, dim, dtype=dtype), torch.empty(num_rows, 1, dim, dtype=dtype)
+    cache = torch.empty(2 * num_kv_heads, 16, 16, dim, dtype=dtype)
+    slots = torch.zeros(num_rows, dtype=torch.int64)
+    for weight in (None, torch.empty(width, dtype=dtype), torch.empty(width // dim, dim)):
+        own = None if weight is None else weight.to(dtype)
+        prepare_heads(rows, num_heads, own, 1e-5, None, waves, cache, slots)
+    hidden, scale = torch.empty(num_rows, HIDDEN, dtype=dtype), torch.empty(HIDDEN, dtype=dtype)
+    norm(hidden, scale, 1e-5)
+    sum_and_norm(hidden, hidden, scale, 1e-5)
+    scorings: tuple[Scoring, ...] = ("softmax", "softmax_of_best", "sigmoid")
+    for scoring in scorings:
+        choice = Choice(top_k=TOP_K, scoring=scoring, is_normed=True, least_sum=0.0, scale=1.0)
+        choose(torch.empty(num_rows, SLOTS, dtype=dtype), choice, None, dtype)
+
+
 def main() -> None:
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     is_whole = "all" in sys.argv
     driver.set_active(Offline(capability))
+    experts.shared_bytes = lambda device: SHARED_BYTES[capability]
     JITFunction.__getitem__ = lambda kernel, grid: Compiled(kernel, grid)
-    for num_rows in (1, 64, 300) if is_whole else (1, 64):
+    for num_rows in (1, 64, 300, 1100) if is_whole else (1, 1100):
         compile_experts(dtype, num_rows, "silu")
     for activation in ACTIVATIONS[1:] if is_whole else ():
         compile_experts(dtype, 1, activation)
     compile_attention(dtype, (128, 16, 16), None)
+    compile_half(dtype, (128, 16, 16))
     for shape in ((64, 32, 8), (256, 8, 4), (24, 4, 2)) if is_whole else ():
         compile_attention(dtype, shape, None)
         compile_attention(dtype, shape, 77)
+        compile_half(dtype, shape)
 
 
 if __name__ == "__main__":

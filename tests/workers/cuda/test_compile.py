@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.paths import ROOT
+from tests.workers.cuda.device import SHARED_BYTES
 
-pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-
-KERNELS = {"_align", "_gate_up", "_multiply", "_sum_rows", "_decode", "_combine", "_prefill"}
+KERNELS = {
+    *("_align", "_count", "_sum_tiles", "_gate_up", "_multiply", "_sum_rows"),
+    *("_decode", "_combine", "_prefill", "_prepare", "_norm", "_choose"),
+}
 PRODUCTS = {"_gate_up", "_multiply", "_decode", "_prefill"}
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
-"""Shared memory that a block of threads can have (CUDA C++ Programming Guide)."""
 
 
 def compiled(capability: int, dtype: str, folder: Path, *more: str) -> list[dict[str, object]]:

@@ -1,0 +1,99 @@
+"""The attention half of a layer on a GPU, with kernels that do several of its operators at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.model import fp8
+from workers.model.attention import write_rows
+from workers.model.attention_cuda import attend_written
+from workers.model.half import (
+    AttentionHalf,
+    HalfOutput,
+    HalfSteps,
+    RoutedProjections,
+    routed_steps,
+)
+from workers.model.layers import LayerContext
+from workers.model.routing import Router, Routes
+
+
+class CudaHalf:
+    """See ``AttentionHalf``, which is its reference: the same up to the order of sums."""
+
+    def __init__(self, half: AttentionHalf) -> None:
+        self._half = half
+
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
+        """See ``Half``."""
+        from workers.cuda.norms import norm
+
+        half, parts = self._half, self._half.projections
+        if isinstance(parts, RoutedProjections):
+            return (yield from routed_steps(self, half.shape, parts, hidden, cache, context))
+        rows = parts.qkv(norm(hidden, half.norm1, half.shape.eps))
+        projected = parts.output(self.attend_rows(rows, cache, context))
+        return self.leave(hidden, projected, context)
+
+    def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
+        """See ``HalfStages``."""
+        from workers.cuda.norms import norm
+
+        parts = self._half.projections
+        assert isinstance(parts, RoutedProjections)
+        normed = norm(hidden, self._half.norm1, self._half.shape.eps)
+        return normed, _route(parts.router, normed, context)
+
+    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """See ``HalfStages``."""
+        from workers.cuda.heads import prepare_heads
+
+        shape, batch = self._half.shape, context.within(self._half.shape.window)
+        is_fp8 = cache.dtype == fp8.ROW_DTYPE
+        heads = prepare_heads(
+            rows,
+            shape.num_heads,
+            self._half.qk_norm,
+            shape.eps,
+            shape.clip,
+            (context.cos, context.sin),
+            None if is_fp8 else cache,
+            batch.slot_mapping,
+        )
+        keys, values = torch.split(heads.keys_values, shape.num_kv_heads, 1)
+        if is_fp8:
+            write_rows(keys, values, cache, batch.slot_mapping)
+        return attend_written(heads.queries, keys, values, cache, batch)
+
+    def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
+        """See ``HalfStages``."""
+        from workers.cuda.norms import sum_and_norm
+
+        half = self._half
+        hidden, normed = sum_and_norm(hidden, projected, half.norm2, half.shape.eps)
+        routes = None if half.router is None else _route(half.router, normed, context)
+        return HalfOutput(hidden, normed, routes)
+
+
+def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:
+    """``Router.route``, which is taken for groups of experts."""
+    from workers.cuda.routing import Choice, choose
+
+    routing, recorder = router.routing, context.attention.recorder
+    if routing.top_groups != routing.num_groups:
+        return router.route(rows, recorder)
+    logits = router.linear(rows.float() if routing.has_float32_logits else rows)
+    is_sigmoid = routing.scoring == "sigmoid"
+    choice = Choice(
+        top_k=routing.top_k,
+        scoring=routing.scoring,
+        is_normed=routing.is_normed,
+        least_sum=routing.least_sum,
+        scale=routing.scale if is_sigmoid else 1.0,
+    )
+    dtype = torch.float32 if is_sigmoid else rows.dtype
+    ids, weights = choose(logits, choice, router.correction, dtype)
+    if recorder is not None:
+        recorder.router(routing.bank, logits, ids, weights)
+    return Routes(routing.bank, ids, weights)
