@@ -84,6 +84,8 @@ def _varlen(case: AttentionCase) -> Call:
     """torch's attention with a block table, from 2.13 on."""
     from torch.nn.attention.varlen import varlen_attn
 
+    if "block_table" not in inspect.signature(varlen_attn).parameters:
+        raise Unfit("this release of torch has no block table for it")
     paged, heads = case.paged, case.shape.num_kv_heads
     layer, num_rows = paged.cache.layers[0], len(paged.tables)
     keys, values = layer[:heads].permute(1, 2, 0, 3), layer[heads:].permute(1, 2, 0, 3)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu_check.candidates_measure import DTYPE, Call, Unfit
+from benchmarks.gpu_check.device import synchronize
 from benchmarks.gpu_check.section import Place
 from workers.experts.bank import ExpertBank
 from workers.model.config import BankSpec, ExchangeSpec
@@ -127,6 +128,7 @@ def expert_case(place: Place, num_rows: int) -> ExpertCase:
         slots=torch.rand(num_rows, num_experts, device=device).topk(top_k, dim=1).indices,
         weights=torch.rand(num_rows, top_k, device=device) / top_k,
     )
+    synchronize(device)  # the bank reads them on a stream of its own
     for expert in range(num_experts):
         bank.store(expert, 0, 0, case.gate_up[expert])
         bank.store(expert, 0, 1, case.down[expert])

@@ -20,8 +20,9 @@ from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model import fp8
+from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
-from workers.model.loading.checkpoint import load_attention_model
+from workers.model.cuda_blocks import CudaBlocks
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
 
@@ -110,9 +111,8 @@ class Paged:
         kind: Any = "auto",
     ) -> None:
         checkpoint = shape.checkpoint()
-        model = load_attention_model(checkpoint, dtype, device, 64)
-        layer: Any = model.layers[0]
-        self._attend = layer.half.attend
+        blocks = CudaBlocks() if device.type == "cuda" else BuildingBlocks()
+        self._attend = blocks.attention(checkpoint.config, dtype)
         num_blocks = sum(-(-n // BLOCK) for n, _ in wanted) + 3
         self.cache = KVCache(
             config=checkpoint.config,
@@ -141,8 +141,8 @@ class Paged:
     def attend(self, window: int | None = None) -> Tensor:
         """[T, A * D]."""
         batch = self.batch if window is None else self.batch.within(window)
-        found: Tensor = self._attend(*self.rows, self.cache.layers[0], batch)
-        return found
+        queries, keys, values = self.rows
+        return self._attend(queries, keys, values, self.cache.layers[0], batch)
 
     def _fill(self, num_blocks: int, shape: Shape, dtype: torch.dtype) -> None:
         """The same numbers in every cache, but for the null block."""

@@ -122,7 +122,11 @@ def beside_transformers(
     peer = TransformersPeer(place, model)
     for batch, step_s in steps_s.items():
         with report.part(f"transformers {batch}"):
-            rate = peer.decode_rate(batch, context)
+            try:
+                rate = peer.decode_rate(batch, context)
+            except torch.OutOfMemoryError:
+                report.value(f"transformers {batch}", "not run: it does not fit into memory")
+                continue
             found = {"tokens_per_s": rate, "times_as_fast": batch / step_s / rate}
             report.value(f"transformers {batch}", found)
 
