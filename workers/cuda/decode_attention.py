@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cuda.language import MIN_DOT, cast, dot, jit, power_of_two
+from workers.cuda.language import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
 
-_LOG2_E = 1.4426950408889634
 _ENOUGH_PROGRAMS = 528
 """Four for each multiprocessor of an H100."""
 _MIN_SPLIT_KEYS, _MAX_SPLITS = 256, 64
@@ -39,13 +38,15 @@ def decode(
     window: int | None,
     out: Tensor,
     splits: int | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attend with one row per sequence.
 
     queries, out [rows, A, D]; cache [2 * K, num_blocks, block_size, D], keys before values; tables
     [rows, max_blocks] int32; lengths [rows] int32: keys of each row, its own included. A row
     without keys becomes zeros. ``window``: the last keys of a row that it sees; None: all.
-    ``splits`` None: see ``num_splits``. All contiguous, but a row of ``tables`` may be part of a
+    ``splits`` None: see ``num_splits``. sinks [A] float32: a score of nothing, which takes its
+    weight. All contiguous, but a row of ``tables`` may be part of a
     longer one.
     """
     num_rows, num_heads, dim = queries.shape
@@ -65,11 +66,13 @@ def decode(
         lengths,
         parts,
         marks,
-        dim**-0.5 * _LOG2_E,
+        lengths if sinks is None else sinks,
+        dim**-0.5 * LOG2_E.value,
         cache.shape[1] * block_size,
         tables.stride(0),
         window or 0,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_TILE=max(power_of_two(group), MIN_DOT),
@@ -87,7 +90,7 @@ def decode(
         )
 
 
-@partial(jit, any_alignment=["tables", "lengths"])
+@partial(jit, any_alignment=["tables", "lengths", "sinks"])
 def _decode(
     queries: tl.pointer_type,
     cache: tl.pointer_type,
@@ -95,11 +98,13 @@ def _decode(
     lengths: tl.pointer_type,
     out: tl.pointer_type,
     marks: tl.pointer_type,
+    sinks: tl.pointer_type,
     scale: tl.tensor,
     num_slots: tl.tensor,
     table_stride: tl.tensor,
     window: tl.tensor,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_TILE: tl.constexpr,
@@ -133,6 +138,11 @@ def _decode(
     highest = tl.full([GROUP_TILE], float("-inf"), dtype=tl.float32)
     weight = tl.zeros([GROUP_TILE], dtype=tl.float32)
     total = tl.zeros([GROUP_TILE, DIM_TILE], dtype=tl.float32)
+    if HAS_SINKS:
+        # It has a weight in the first split alone.
+        sink = tl.load(sinks + head * GROUP + members, mask=is_member, other=0.0)
+        highest = tl.where(split == 0, sink * LOG2_E, highest)
+        weight = tl.where(split == 0, 1.0, weight)
     for start in range(begin, end, KEYS):
         own = start + tl.arange(0, KEYS)
         has_key = own < end

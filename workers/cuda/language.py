@@ -15,6 +15,8 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter runs the kernels, which cannot multiply bfloat16."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Exponentials of base 2 are what GPUs have."""
 MIN_DOT = 16
 """Least side of a tile that tensor cores multiply."""
 

@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cuda.language import MIN_DOT, cast, dot, jit, power_of_two
-
-_LOG2_E = 1.4426950408889634
+from workers.cuda.language import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
 
 
 def prefill(
@@ -29,6 +27,7 @@ def prefill(
     window: int | None,
     out: Tensor,
     skips_whole: bool = False,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attend with the last rows of sequences; each sees the keys up to its own.
 
@@ -37,6 +36,7 @@ def prefill(
     its rows included; first_rows [n + 1] int32: where the rows of each begin; ``max_rows``: the
     most that one has. ``window``: the last keys that a row sees, its own included; None: all.
     ``skips_whole``: nothing is written for sequences that have no other keys than their rows'.
+    sinks [A] float32: a score of nothing, which takes its weight.
     """
     num_heads, dim = queries.shape[1:]
     num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
@@ -49,11 +49,13 @@ def prefill(
         lengths,
         first_rows,
         out,
-        dim**-0.5 * _LOG2_E,
+        lengths if sinks is None else sinks,
+        dim**-0.5 * LOG2_E.value,
         cache.shape[1] * block_size,
         tables.stride(0),
         window or 0,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
         SKIPS_WHOLE=skips_whole,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
@@ -67,7 +69,7 @@ def prefill(
     )
 
 
-@partial(jit, any_alignment=["tables", "lengths", "first_rows"])
+@partial(jit, any_alignment=["tables", "lengths", "first_rows", "sinks"])
 def _prefill(
     queries: tl.pointer_type,
     cache: tl.pointer_type,
@@ -75,11 +77,13 @@ def _prefill(
     lengths: tl.pointer_type,
     first_rows: tl.pointer_type,
     out: tl.pointer_type,
+    sinks: tl.pointer_type,
     scale: tl.tensor,
     num_slots: tl.tensor,
     table_stride: tl.tensor,
     window: tl.tensor,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SKIPS_WHOLE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -120,6 +124,9 @@ def _prefill(
     highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     weight = tl.zeros([ROWS], dtype=tl.float32)
     total = tl.zeros([ROWS, DIM_TILE], dtype=tl.float32)
+    if HAS_SINKS:
+        highest = tl.zeros([ROWS], dtype=tl.float32) + tl.load(sinks + head) * LOG2_E
+        weight += 1.0
     for start in range(begin, end, KEYS):
         own = start + tl.arange(0, KEYS)
         has_key = own < end

@@ -214,6 +214,8 @@ class AttentionBatch:
     """The same rows for native kernels, which read neither ``decodes`` nor ``prefills``."""
     paged: PagedRows | None = None
     """The same rows for kernels on a GPU, which read neither ``decodes`` nor ``prefills``."""
+    sinks: Tensor | None = None
+    """[A] float32: of a layer whose rows also attend to nothing, with this score; None: not."""
 
     def within(self, window: int) -> AttentionBatch:
         """The same rows in a layer where each attends to ``window`` positions, its own included."""
@@ -251,10 +253,11 @@ def attend(
         batch.recorder.attending(queries, cache, batch)
     pieces: tuple[DecodeGroup | PrefillChunk, ...] = (*batch.decodes, *batch.prefills)
     if len(pieces) == 1:
-        return _attend_piece(queries, cache, pieces[0], batch.workspaces[0])
+        return _attend_piece(queries, cache, pieces[0], batch.workspaces[0], batch.sinks)
 
     def attend_to(first: int, last: int, space: Workspace) -> list[Tensor]:
-        return [_attend_piece(queries, cache, piece, space) for piece in pieces[first:last]]
+        own = pieces[first:last]
+        return [_attend_piece(queries, cache, piece, space, batch.sinks) for piece in own]
 
     shares = batch.compute_threads.split([float(piece.cost) for piece in pieces])
     tasks = [partial(attend_to, *share, batch.workspaces[i]) for i, share in enumerate(shares)]
@@ -263,10 +266,16 @@ def attend(
 
 
 def _attend_piece(
-    queries: Tensor, cache: Tensor, piece: DecodeGroup | PrefillChunk, space: Workspace
+    queries: Tensor,
+    cache: Tensor,
+    piece: DecodeGroup | PrefillChunk,
+    space: Workspace,
+    sinks: Tensor | None,
 ) -> Tensor:
     if isinstance(piece, DecodeGroup):
-        return _decode(queries, cache, piece, space)
+        return _decode(queries, cache, piece, space, sinks)
+    if sinks is not None:
+        return _prefill_with_sinks(queries, cache, piece, space, sinks)
     return _prefill(queries, cache, piece, space)
 
 
@@ -280,7 +289,9 @@ def write_rows(keys: Tensor, values: Tensor, cache: Tensor, slot_mapping: Tensor
     slots[num_kv_heads:].index_copy_(1, slot_mapping, values.transpose(0, 1))
 
 
-def _decode(queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace) -> Tensor:
+def _decode(
+    queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, sinks: Tensor | None
+) -> Tensor:
     """[rows, A * D]. Scores and softmax in float32, the weights rounded to the model dtype."""
     rows = group.last - group.first
     num_kv_heads, head_dim = cache.shape[0] // 2, queries.shape[-1]
@@ -289,8 +300,9 @@ def _decode(queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace
     heads = by_head.transpose(0, 1).reshape(num_kv_heads * rows, -1, head_dim)
     scores = torch.bmm(heads.float() * head_dim**-0.5, space.float32(found[0]).transpose(1, 2))
     masked = ~group.visible.view(1, rows, 1, -1)
-    scores.view(num_kv_heads, rows, -1, scores.shape[-1]).masked_fill_(masked, float("-inf"))
-    weights = torch.softmax(scores, -1).to(found.dtype)
+    by_row = scores.view(num_kv_heads, rows, -1, scores.shape[-1])
+    by_row.masked_fill_(masked, float("-inf"))
+    weights = softmax(by_row, sinks).view_as(scores).to(found.dtype)
     output = torch.bmm(weights, found[1]).view(num_kv_heads, rows, -1, head_dim)
     return output.transpose(0, 1).reshape(rows, -1)
 
@@ -312,10 +324,50 @@ def _prefill(queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspa
     return output.squeeze(0).transpose(0, 1).reshape(rows, -1)
 
 
-def attention_map(queries: Tensor, cache: Tensor, chunk: PrefillChunk) -> Tensor:
+_SCORES = 1 << 22
+"""Of prompt rows that attend to nothing, too: in memory at a time."""
+
+
+def _prefill_with_sinks(
+    queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, sinks: Tensor
+) -> Tensor:
+    """[rows, A * D]. SDPA has no such scores."""
+    num_kv_heads, (num_heads, head_dim) = cache.shape[0] // 2, queries.shape[1:]
+    found = space.gather(cache, chunk.blocks).view(2, num_kv_heads, 1, -1, head_dim)
+    keys, values = found[:, :, :, : chunk.length]
+    height = max(_SCORES // (num_heads * chunk.length), 1)
+    visible = chunk.visible
+    if visible is None:
+        size = (chunk.last - chunk.first, chunk.length)
+        visible = torch.ones(size, dtype=torch.bool, device=queries.device).tril()
+    parts = []
+    own = queries[chunk.first : chunk.last]
+    pieces = zip(torch.split(own, height), torch.split(visible, height), strict=True)
+    for rows, mask in pieces:
+        heads = rows.view(len(rows), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        scores = heads.float() @ keys.float().transpose(2, 3) * head_dim**-0.5
+        scores.masked_fill_(~mask, float("-inf"))
+        # The query heads of a key head come after the rows there.
+        weights = softmax(scores.transpose(1, 2), sinks).transpose(1, 2).to(values.dtype)
+        parts.append((weights @ values).permute(2, 0, 1, 3).reshape(len(rows), -1))
+    return torch.cat(parts)
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights of scores [K, rows, A / K, keys] float32, beside those of nothing where it has a
+    score, see ``AttentionBatch.sinks``."""
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    own = sinks.view(len(scores), 1, -1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat((scores, own), -1), -1)[..., :-1]
+
+
+def attention_map(
+    queries: Tensor, cache: Tensor, chunk: PrefillChunk, sinks: Tensor | None = None
+) -> Tensor:
     """Softmax of a chunk's scores: [K, A / K, rows, length] float32, 0 where a row does not attend.
 
-    queries [T, A, D]; the keys are in the cache.
+    queries [T, A, D]; the keys are in the cache; ``sinks``: see ``AttentionBatch``.
     """
     num_kv_heads, head_dim = cache.shape[0] // 2, queries.shape[-1]
     found = cache[:num_kv_heads].index_select(1, chunk.blocks)
@@ -329,7 +381,8 @@ def attention_map(queries: Tensor, cache: Tensor, chunk: PrefillChunk) -> Tensor
     visible = chunk.visible
     if visible is None:
         visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-    return torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    return softmax(scores.transpose(1, 2), sinks).transpose(1, 2)
 
 
 def group_size(num_blocks: int) -> int:

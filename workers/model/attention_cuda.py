@@ -47,17 +47,21 @@ def attend_written(
         pieces: tuple[DecodeGroup | PrefillChunk, ...] = (*batch.decodes, *batch.prefills)
         for piece in pieces:
             rows = slice(piece.first, piece.last)
-            _attend_piece(queries[rows], cache, piece, batch.workspaces[0], out[rows])
+            space = batch.workspaces[0]
+            _attend_piece(queries[rows], cache, piece, space, batch.sinks, out[rows])
     else:
         assert batch.paged is not None
-        _attend_paged(queries, keys, values, cache, batch.paged, out)
+        _attend_paged(queries, keys, values, cache, batch.paged, batch.sinks, out)
     return out.view(len(out), -1)
 
 
-def warm_kernels(cache: Tensor, num_heads: int, windows: Collection[int], max_length: int) -> None:
+def warm_kernels(
+    cache: Tensor, num_heads: int, windows: Collection[int], max_length: int, has_sinks: bool
+) -> None:
     """Compile every form of the kernels: with splits for sequences of up to ``max_length`` tokens.
 
     cache [2 * K, num_blocks, block_size, D] in the type of the queries; it is not written.
+    ``has_sinks``: see ``AttentionBatch.sinks``.
     """
     from workers.cuda.decode_attention import decode, num_splits
     from workers.cuda.prefill_attention import prefill
@@ -66,10 +70,11 @@ def warm_kernels(cache: Tensor, num_heads: int, windows: Collection[int], max_le
     out, blocks = torch.empty_like(queries), torch.zeros(2, dtype=torch.int32, device=cache.device)
     tables, lengths = blocks[:1].view(1, 1), torch.ones_like(blocks[:1])
     first_rows = torch.arange(2, dtype=torch.int32, device=cache.device)
+    sinks = torch.zeros(num_heads, device=cache.device) if has_sinks else None
     most = num_splits(1, cache.shape[0] // 2, max_length)
     for window in {None, *sorted(windows)[:1]}:
         for power in range(most.bit_length()):
-            decode(queries, cache, tables, lengths, window, out, splits=1 << power)
+            decode(queries, cache, tables, lengths, window, out, splits=1 << power, sinks=sinks)
         for skips_whole in (False, True):
             prefill(
                 queries,
@@ -81,11 +86,18 @@ def warm_kernels(cache: Tensor, num_heads: int, windows: Collection[int], max_le
                 window,
                 out,
                 skips_whole=skips_whole,
+                sinks=sinks,
             )
 
 
 def _attend_paged(
-    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, paged: PagedRows, out: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cache: Tensor,
+    paged: PagedRows,
+    sinks: Tensor | None,
+    out: Tensor,
 ) -> None:
     from workers.cuda.decode_attention import decode
     from workers.cuda.prefill_attention import prefill
@@ -93,8 +105,10 @@ def _attend_paged(
     window, num_decodes = paged.window, paged.num_decodes
     if num_decodes:
         tables, lengths = paged.tables[:num_decodes], paged.lengths[:num_decodes]
-        decode(queries[:num_decodes], cache, tables, lengths, window, out[:num_decodes])
-    may_be_plain = window is None and queries.dtype != torch.float32
+        decode(
+            queries[:num_decodes], cache, tables, lengths, window, out[:num_decodes], sinks=sinks
+        )
+    may_be_plain = window is None and sinks is None and queries.dtype != torch.float32
     plain = [(a, b) for a, b, length in paged.chunks if may_be_plain and length == b - a]
     for rows in (slice(*chunk) for chunk in plain):
         out[rows] = _plain_causal(queries[rows], keys[rows], values[rows])
@@ -109,6 +123,7 @@ def _attend_paged(
             window,
             out,
             skips_whole=may_be_plain,
+            sinks=sinks,
         )
 
 
@@ -125,6 +140,7 @@ def _attend_piece(
     cache: Tensor,
     piece: DecodeGroup | PrefillChunk,
     space: Workspace,
+    sinks: Tensor | None,
     out: Tensor,
 ) -> None:
     """The rows of a piece over its blocks, gathered to a cache of their own."""
@@ -135,10 +151,11 @@ def _attend_piece(
     blocks = torch.arange(own.shape[1], dtype=torch.int32, device=own.device)
     if isinstance(piece, DecodeGroup):
         tables = blocks.view(len(queries), -1)
-        decode(queries, own, tables, piece.lengths.int(), piece.window, out)
+        decode(queries, own, tables, piece.lengths.int(), piece.window, out, sinks=sinks)
     else:
         rows = len(queries)
         lengths = torch.full_like(blocks[:1], piece.length)
         first_rows = torch.arange(0, rows + 1, rows, dtype=torch.int32, device=own.device)
         tables = blocks.unsqueeze(0)
-        prefill(queries, own, tables, lengths, first_rows, rows, piece.window, out)
+        window = piece.window
+        prefill(queries, own, tables, lengths, first_rows, rows, window, out, sinks=sinks)

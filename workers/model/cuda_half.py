@@ -49,7 +49,7 @@ class CudaHalf:
         """See ``HalfStages``."""
         from workers.cuda.heads import prepare_heads
 
-        shape, batch = self._half.shape, context.within(self._half.shape.window)
+        shape, batch = self._half.shape, self._half.batch(context)
         is_fp8 = cache.dtype == fp8.ROW_DTYPE
         heads = prepare_heads(
             rows,

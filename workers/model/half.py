@@ -11,12 +11,13 @@ for all families, and computes it with torch. Where attention itself is a mixtur
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from workers.model.attention import AttentionBatch
 from workers.model.layers import Attend, Dispatch, LayerContext, Linear, rms_norm
 from workers.model.rope import rotate
 from workers.model.routing import Router, Routes
@@ -149,6 +150,8 @@ class AttentionHalf:
     router: Router | None
     """None in a layer without routed experts."""
     attend: Attend
+    sinks: Tensor | None = None
+    """[A] float32: see ``AttentionBatch.sinks``."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
         """See ``Half``."""
@@ -186,8 +189,13 @@ class AttentionHalf:
             heads[:, shape.num_heads :],
             values.view(len(rows), -1, shape.head_dim),
             cache,
-            context.within(shape.window),
+            self.batch(context),
         )
+
+    def batch(self, context: LayerContext) -> AttentionBatch:
+        """What the layer's rows attend to."""
+        batch = context.within(self.shape.window)
+        return batch if self.sinks is None else replace(batch, sinks=self.sinks)
 
     def _normed(self, rows: Tensor) -> Tensor:
         """Queries and keys [T, (A + K) * D] -> [T, A + K, D]."""

@@ -246,7 +246,7 @@ class NativeHalf:
     def _report(self, queries: Tensor | None, cache: Tensor, context: LayerContext) -> None:
         """Let the recorder make attention maps, beside the kernel's result."""
         if queries is not None and (recorder := context.attention.recorder) is not None:
-            recorder.attending(queries, cache, context.within(self._half.shape.window))
+            recorder.attending(queries, cache, self._half.batch(context))
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
         assert context.native is not None
@@ -271,6 +271,7 @@ def _half_fields(half: AttentionHalf) -> HalfFields:
         qk_norm=qk_norm,
         eps=shape.eps,
         clip=math.inf if shape.clip is None else shape.clip,
+        sinks=None if half.sinks is None else half.sinks.data_ptr(),
         norm1=half.norm1.data_ptr(),
         norm2=half.norm2.data_ptr(),
         qk_norm_weights=None if half.qk_norm is None else half.qk_norm.data_ptr(),

@@ -58,6 +58,7 @@ class HalfFields(ctypes.Structure):
         ("qk_norm", ctypes.c_int64),
         ("eps", ctypes.c_double),
         ("clip", ctypes.c_double),
+        ("sinks", ctypes.c_void_p),
         ("norm1", ctypes.c_void_p),
         ("norm2", ctypes.c_void_p),
         ("qk_norm_weights", ctypes.c_void_p),

@@ -91,7 +91,8 @@ def warm_attention(
     config, size = family.config, section.block_size_tokens
     shape = (2 * config.num_kv_heads, 1, size, config.head_dim)
     cache = torch.zeros(shape, dtype=dtype, device=runner.model.device)
-    warm_kernels(cache, config.num_heads, runner.model.windows, engine.max_model_len)
+    windows, has_sinks = runner.model.windows, family.has_sinks
+    warm_kernels(cache, config.num_heads, windows, engine.max_model_len, has_sinks)
     runner.graphs = None  # they and the engine refer to each other
 
 

@@ -53,18 +53,25 @@ def fill(lengths: list[int], dim: int, num_kv_heads: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("window", [None, 5, pytest.param(100, marks=SLOW)])
 @pytest.mark.parametrize("splits", [1, 4, pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize("has_sinks", [False, True])
 def test_decodes_equal_plain_attention(
-    splits: int, window: int | None, shape: tuple[int, int, int], dtype: torch.dtype
+    has_sinks: bool,
+    splits: int,
+    window: int | None,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
 ) -> None:
     dim, num_heads, num_kv_heads = shape
     lengths = [150, 9, 1, 0]
     has = fill(lengths, dim, num_kv_heads, dtype)
     queries = torch.randn(4, num_heads, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     out = torch.full_like(queries, torch.nan, device=DEVICE)
-    decode(queries.to(DEVICE), has.cache, has.tables, has.lengths, window, out, splits)
+    sinks = torch.randn(num_heads) if has_sinks else None
+    own = None if sinks is None else sinks.to(DEVICE)
+    decode(queries.to(DEVICE), has.cache, has.tables, has.lengths, window, out, splits, own)
     found = out.cpu().view(4, -1).double()
     for i in range(3):
-        expected = plain(queries[i : i + 1], has.keys[i], has.values[i], window)
+        expected = plain(queries[i : i + 1], has.keys[i], has.values[i], window, sinks)
         assert (found[i] - expected).abs().max() < LIMITS[dtype]
     assert not found[3].any(), "a row without keys is zeros"
 
@@ -72,9 +79,15 @@ def test_decodes_equal_plain_attention(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("window", [None, 5, pytest.param(100, marks=SLOW)])
-@pytest.mark.parametrize("skips_whole", [False, True])
+@pytest.mark.parametrize(
+    ("skips_whole", "has_sinks"), [(False, False), (True, False), (False, True)]
+)
 def test_chunks_equal_plain_attention(
-    skips_whole: bool, window: int | None, shape: tuple[int, int, int], dtype: torch.dtype
+    skips_whole: bool,
+    has_sinks: bool,
+    window: int | None,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
 ) -> None:
     """With keys of earlier steps, without, none at all, and a single row."""
     dim, num_heads, num_kv_heads = shape
@@ -85,6 +98,8 @@ def test_chunks_equal_plain_attention(
     queries = torch.randn(83, num_heads, dim, generator=generator).to(dtype)
     out = torch.full_like(queries, 7.0, device=DEVICE)
     firsts = torch.tensor(first_rows, dtype=torch.int32, device=DEVICE)
+    sinks = torch.randn(num_heads) if has_sinks else None
+    own = None if sinks is None else sinks.to(DEVICE)
     prefill(
         queries.to(DEVICE),
         has.cache,
@@ -95,6 +110,7 @@ def test_chunks_equal_plain_attention(
         window,
         out,
         skips_whole,
+        own,
     )
     found = out.cpu().view(83, -1).double()
     assert (found[:3] == 7).all()
@@ -103,7 +119,7 @@ def test_chunks_equal_plain_attention(
         if skips_whole and count == lengths[i]:
             assert (found[rows] == 7).all()
         elif count:
-            expected = plain(queries[rows], has.keys[i], has.values[i], window)
+            expected = plain(queries[rows], has.keys[i], has.values[i], window, sinks)
             assert (found[rows] - expected).abs().max() < LIMITS[dtype]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,8 +27,17 @@ CPU = torch.device("cpu")
 BLOCK, DIM = 4, 8
 
 
-def plain(queries: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
-    """Queries [n, A, D] at the last n positions of keys and values [m, K, D], in double."""
+def plain(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Queries [n, A, D] at the last n positions of keys and values [m, K, D], in double.
+
+    sinks [A]: a key's score without a value, for each head.
+    """
     n, num_heads, dim = queries.shape
     m, num_kv_heads = keys.shape[:2]
     outputs = torch.zeros(n, num_heads, dim, dtype=torch.float64)
@@ -37,16 +47,25 @@ def plain(queries: Tensor, keys: Tensor, values: Tensor, window: int | None = No
         for head in range(num_heads):
             kv_head = head // (num_heads // num_kv_heads)
             scores = keys[visible, kv_head].double() @ queries[row, head].double() / math.sqrt(dim)
-            outputs[row, head] = torch.softmax(scores, 0) @ values[visible, kv_head].double()
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[head : head + 1].double()))
+            weights = torch.softmax(scores, 0)[: end - visible.start]
+            outputs[row, head] = weights @ values[visible, kv_head].double()
     return outputs.view(n, -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 10, 100])
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("function", [attend, attend_tiles], ids=["fast", "tiles"])
 def test_mixed_batch_equals_plain_attention(
-    dtype: torch.dtype, num_heads: int, num_kv_heads: int, window: int | None, function: Attend
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int | None,
+    function: Attend,
+    has_sinks: bool,
 ) -> None:
     """Two decodes (13 and 9 tokens), a chunk in the middle of a prompt, and a whole prompt."""
     generator = torch.Generator().manual_seed(0)
@@ -84,9 +103,11 @@ def test_mixed_batch_equals_plain_attention(
     new_values = torch.cat([v[-n:] for v, n in zip(values, counts, strict=True)])
     if window is not None:
         batch = batch.within(window)
+    sinks = torch.randn(num_heads, generator=generator) if has_sinks else None
+    batch = replace(batch, sinks=sinks)
     found = function(torch.cat(queries), new_keys, new_values, cache, batch)
     expected = torch.cat(
-        [plain(q, k, v, window) for q, k, v in zip(queries, keys, values, strict=True)]
+        [plain(q, k, v, window, sinks) for q, k, v in zip(queries, keys, values, strict=True)]
     )
     limit = 1e-5 if dtype == torch.float32 else 0.03
     assert found.dtype == dtype

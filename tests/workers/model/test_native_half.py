@@ -63,6 +63,7 @@ class Case:
     is_normed: bool = False
     num_groups: int = 1
     is_routed: bool = False
+    has_sinks: bool = False
 
 
 CASES = {
@@ -83,6 +84,7 @@ CASES = {
         num_groups=4,
     ),
     "window of one": Case(num_heads=6, num_kv_heads=2, head_dim=36, window=1),
+    "sinks": Case(num_heads=20, num_kv_heads=2, head_dim=16, window=9, has_sinks=True),
     "dense layer": Case(num_heads=2, num_kv_heads=1, head_dim=6, scoring=None),
     "jetmoe": Case(
         num_heads=6, num_kv_heads=3, head_dim=16, scoring="softmax_of_best", is_routed=True
@@ -154,6 +156,7 @@ def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> Half:
             norm2=norm(HIDDEN),
             router=None if case.scoring is None else router(1, case.scoring),
             attend=attend,
+            sinks=torch.randn(heads, generator=generator) if case.has_sinks else None,
         )
     )
 
@@ -175,7 +178,7 @@ class Notes:
 
     def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
         self.queries.append(queries.float())
-        self.maps += [attention_map(queries, cache, chunk) for chunk in batch.prefills]
+        self.maps += [attention_map(queries, cache, c, batch.sinks) for c in batch.prefills]
 
 
 Chunk = tuple[int, int, int]

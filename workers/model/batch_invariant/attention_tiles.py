@@ -37,22 +37,28 @@ def attend_tiles(
     # [T, K, A / K, D]: the query heads of each key head.
     space = batch.workspaces[0]
     scaled = (queries.float() * head_dim**-0.5).view(len(queries), num_kv_heads, -1, head_dim)
-    parts = [_decode(scaled, cache, group, space) for group in batch.decodes]
+    sinks = batch.sinks
+    parts = [_decode(scaled, cache, group, space, sinks) for group in batch.decodes]
     for chunk in batch.prefills:
-        parts += _prefill(scaled, cache, chunk, space)
+        parts += _prefill(scaled, cache, chunk, space, sinks)
     return torch.cat(parts).flatten(1).to(queries.dtype)
 
 
-def _decode(scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace) -> Tensor:
+def _decode(
+    scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, sinks: Tensor | None
+) -> Tensor:
     """[rows, K, A / K, D] float32."""
     rows = group.last - group.first
     found = _gather(cache, group.blocks.view(rows, -1), space)
     heads = scaled[group.first : group.last].transpose(0, 1)
     lengths = group.lengths.view(rows, 1).expand(rows, heads.shape[2])
-    return _attend(heads, found, lengths, group.window).transpose(0, 1)
+    own = None if sinks is None else sinks.view(len(heads), -1)
+    return _attend(heads, found, lengths, group.window, own).transpose(0, 1)
 
 
-def _prefill(scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace) -> list[Tensor]:
+def _prefill(
+    scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, sinks: Tensor | None
+) -> list[Tensor]:
     """[rows, K, A / K, D] float32 in pieces, as memory allows."""
     found = _gather(cache, chunk.blocks.view(1, -1), space)
     num_kv_heads, group_size, head_dim = scaled.shape[1:]
@@ -68,7 +74,9 @@ def _prefill(scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspac
         lengths = torch.arange(end - (last - first) + 1, end + 1, device=cache.device)
         lengths = lengths.repeat_interleave(group_size).view(1, -1)
         tiles = found[:, :, :, : -(-end // TILE)]
-        output = _attend(heads.reshape(num_kv_heads, 1, -1, head_dim), tiles, lengths, chunk.window)
+        own = None if sinks is None else sinks.view(num_kv_heads, -1).repeat(1, last - first)
+        heads = heads.reshape(num_kv_heads, 1, -1, head_dim)
+        output = _attend(heads, tiles, lengths, chunk.window, own)
         parts.append(output.view(shape).transpose(0, 1))
     return parts
 
@@ -83,17 +91,20 @@ def _gather(cache: Tensor, tables: Tensor, space: Workspace) -> Tensor:
     return found.view(2, cache.shape[0] // 2, len(tables), -1, TILE, found.shape[-1])
 
 
-def _attend(heads: Tensor, found: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+def _attend(
+    heads: Tensor, found: Tensor, lengths: Tensor, window: int | None, sinks: Tensor | None
+) -> Tensor:
     """heads [K, rows, M, D] float32 over ``found`` [2, K, rows, tiles, TILE, D] -> like heads.
 
     lengths [rows, M]: positions from 0 on to which a query attends, at least one; with a ``window``
-    the last so many of them.
+    the last so many of them. sinks [K, M]: see ``AttentionBatch``.
     """
     num_kv_heads, rows, num_queries, head_dim = heads.shape
     missing = _MIN_QUERIES - num_queries
     if missing > 0:
         heads = functional.pad(heads, (0, 0, 0, missing))
         lengths = functional.pad(lengths, (0, missing), value=1)
+        sinks = None if sinks is None else functional.pad(sinks, (0, missing))
     height, tiles = heads.shape[2], found.shape[3]
     shape = (num_kv_heads, rows, tiles, height)
     repeated = heads.unsqueeze(2).expand(*shape, head_dim).reshape(-1, height, head_dim)
@@ -104,11 +115,17 @@ def _attend(heads: Tensor, found: Tensor, lengths: Tensor, window: int | None) -
     scores.masked_fill_(positions >= ends, float("-inf"))
     if window is not None:
         scores.masked_fill_(positions < ends - window, float("-inf"))
-    weights = scores.sub_(scores.amax((2, 4), keepdim=True)).exp_()
+    best = scores.amax((2, 4), keepdim=True)
+    if sinks is not None:
+        sinks = sinks.view(num_kv_heads, 1, 1, height, 1)
+        best = torch.maximum(best, sinks)
+    weights = scores.sub_(best).exp_()
     outputs = torch.bmm(weights.view(-1, height, TILE), values).view(*shape, head_dim)
     sums = weights.sum(-1, keepdim=True)
     total = torch.zeros_like(heads)
     norm = total.new_zeros((*heads.shape[:3], 1))
+    if sinks is not None:
+        norm += (sinks - best).exp_().squeeze(2)
     for tile in range(tiles):
         total += outputs[:, :, tile]
         norm += sums[:, :, tile]

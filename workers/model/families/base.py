@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -101,6 +101,8 @@ class Family(ABC):
 
     windows: frozenset[int] = frozenset()
     """Widths of the sliding windows in use, in tokens."""
+    has_sinks: ClassVar[bool] = False
+    """Rows attend to nothing, too: see ``AttentionBatch.sinks``."""
 
     def __init__(self, config: ModelConfig, banks: tuple[BankSpec, ...]) -> None:
         self.config = config

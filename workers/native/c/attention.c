@@ -285,12 +285,15 @@ ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
     }
 }
 
+static int query_head(const struct attention *a, const struct unit *unit, int query) {
+    int group = a->num_heads / a->num_kv_heads;
+    return unit->kv_head * group + unit->first_head + query % unit->num_heads;
+}
+
 // First element of a query, and of its output.
 static int64_t query_place(const struct attention *a, const struct unit *unit, int query) {
     int64_t row = unit->chunk->first_row + unit->first_row + query / unit->num_heads;
-    int group = a->num_heads / a->num_kv_heads;
-    int head = unit->kv_head * group + unit->first_head + query % unit->num_heads;
-    return (row * a->num_heads + head) * a->head_dim;
+    return (row * a->num_heads + query_head(a, unit, query)) * a->head_dim;
 }
 
 static void scale_queries(const struct attention *a, const struct unit *unit,
@@ -329,6 +332,8 @@ ALWAYS void compute_unit(const struct attention *a, const struct unit *unit,
     for (int query = 0; query < count; query++) {
         int begin = query_begin(a, unit, query), length = query_end(unit, query) - begin;
         float *scores = s->weights + (int64_t)query * s->stride + (begin - unit->begin);
+        // The score of nothing comes last: what is behind the row's keys belongs to other rows.
+        if (a->sinks) scores[length++] = a->sinks[query_head(a, unit, query)];
         totals[query] = numbers_softmax(scores, length);
     }
     memset(s->outputs, 0, (size_t)count * (size_t)s->width * sizeof *s->outputs);

@@ -14,6 +14,7 @@ struct chunk {
 struct attention {
     int num_heads, num_kv_heads;  // query heads of one key head are side by side
     int head_dim;
+    const float *sinks;  // [num_heads]: a score of nothing, which takes its weight; NULL for none
     int window;   // positions that a row attends to, its own included; INT_MAX for all
     enum dtype dtype;  // of queries; outputs are rounded to it
     enum dtype cache_dtype;  // the same, or E4M3: rows of fp8.h

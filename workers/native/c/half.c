@@ -303,6 +303,7 @@ static struct attention attention_of(const struct half *half, const struct half_
         .num_heads = (int)half->num_heads,
         .num_kv_heads = (int)half->num_kv_heads,
         .head_dim = (int)half->head_dim,
+        .sinks = half->sinks,
         .window = (int)min_of(half->window, INT_MAX / 2),
         .dtype = (enum dtype)half->dtype,
         .cache_dtype = (enum dtype)batch->cache_dtype,

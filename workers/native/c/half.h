@@ -22,6 +22,7 @@ struct half {
     int64_t qk_norm;  // enum qk_norm
     double eps;
     double clip;  // limit of queries, keys and values; infinity for none
+    const float *sinks;  // [num_heads]: see attention.h; NULL for none
     const void *norm1, *norm2;    // [hidden_size]
     const void *qk_norm_weights;  // [num_heads + num_kv_heads, head_dim]
     struct matrix qkv, output;    // panels NULL where projections are routed
