@@ -98,20 +98,42 @@ def make_pairs(
     return Pairs(slots, align(slots, num_slots, height), sources, per_row)
 
 
-def gate_up(inputs: Tensor, weights: Tensor, pairs: Pairs, activation: Activation) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class GateActivation:
+    """What becomes of a gate and its up."""
+
+    name: Activation | Literal["clamped_swiglu"]
+    alpha: float = 1.0
+    limit: float = 0.0
+    """Of ``clamped_swiglu``: gate * sigmoid(alpha * gate) * (up + 1), within limits."""
+
+
+def gate_up(
+    inputs: Tensor,
+    weights: Tensor,
+    biases: Tensor | None,
+    pairs: Pairs,
+    activation: GateActivation,
+) -> Tensor:
     """activation(gate x) * up x of each pair.
 
-    inputs [N, in], weights [slots, 2 * inner, in] with the gate's rows first -> [P, inner], where
-    rows of pairs without a slot hold anything. All contiguous, float32 or a half type.
+    inputs [N, in], weights [slots, 2 * inner, in] with the gate's rows first, biases [slots,
+    2 * inner, 1] -> [P, inner], where rows of pairs without a slot hold anything. All contiguous,
+    float32 or a half type.
     """
     inner, rows = weights.shape[1] // 2, _tile(pairs, weights).gate_rows
-    return _launch(_gate_up, inputs, weights, pairs, inner, rows, 2 * rows, ACTIVATION=activation)
+    numbers = activation.alpha, activation.limit
+    names = {"ACTIVATION": activation.name}
+    return _launch(
+        _gate_up, inputs, weights, biases, pairs, numbers, inner, rows, 2 * rows, **names
+    )
 
 
-def multiply(inputs: Tensor, weights: Tensor, pairs: Pairs) -> Tensor:
-    """The product of each pair: inputs [N, in], weights [slots, out, in] -> [P, out]."""
+def multiply(inputs: Tensor, weights: Tensor, biases: Tensor | None, pairs: Pairs) -> Tensor:
+    """The product of each pair: inputs [N, in], weights [slots, out, in], biases [slots, out, 1]
+    -> [P, out]."""
     rows = _tile(pairs, weights).rows
-    return _launch(_multiply, inputs, weights, pairs, weights.shape[1], rows, rows)
+    return _launch(_multiply, inputs, weights, biases, pairs, (), weights.shape[1], rows, rows)
 
 
 def sum_rows(
@@ -160,7 +182,9 @@ def _launch(
     kernel: Any,
     inputs: Tensor,
     weights: Tensor,
+    biases: Tensor | None,
     pairs: Pairs,
+    numbers: tuple[float, ...],
     width: int,
     rows: int,
     rows_read: int,
@@ -177,6 +201,7 @@ def _launch(
     kernel[(pairs.num_blocks * triton.cdiv(width, rows),)](
         inputs,
         weights,
+        weights if biases is None else biases,
         out,
         slots,
         slots if blocks is None else blocks.order,
@@ -185,7 +210,9 @@ def _launch(
         num_slots,
         pairs.num_blocks,
         slots.stride(0),
+        *numbers,
         TOP_K=slots.shape[1],
+        HAS_BIAS=biases is not None,
         IS_SORTED=blocks is not None,
         HAS_SOURCES=sources is not None,
         PER_ROW=pairs.per_row,
@@ -201,10 +228,11 @@ def _launch(
     return out
 
 
-@partial(jit, any_alignment=["slots", "order", "table", "sources"])
+@partial(jit, any_alignment=["biases", "slots", "order", "table", "sources"])
 def _gate_up(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,
+    biases: tl.pointer_type,
     out: tl.pointer_type,
     slots: tl.pointer_type,
     order: tl.pointer_type,
@@ -213,7 +241,10 @@ def _gate_up(
     num_slots: tl.tensor,
     num_blocks: tl.tensor,
     slots_stride: tl.tensor,
+    alpha: tl.tensor,
+    limit: tl.tensor,
     TOP_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     IS_SORTED: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -244,15 +275,27 @@ def _gate_up(
         gates = dot(x, _weights_tile(gate, is_column, place, DEPTH, STEP), gates)
         ups = dot(x, _weights_tile(up, is_column, place, DEPTH, STEP), ups)
     dtype = out.dtype.element_ty
-    active = rounded(_activated(rounded(gates, dtype), ACTIVATION), dtype)
-    product = cast(active * rounded(ups, dtype), dtype)
+    if HAS_BIAS:
+        own = biases + slot * (2 * WIDTH) + columns
+        gates += tl.load(own, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        ups += tl.load(own + WIDTH, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    gates, ups = rounded(gates, dtype), rounded(ups, dtype)
+    if ACTIVATION == "clamped_swiglu":
+        gates = tl.where(gates > limit, limit, gates)  # NaN stays
+        ups = tl.where(ups > limit, limit, tl.where(ups < -limit, -limit, ups))
+        active = gates / (1.0 + tl.exp(-alpha * gates))
+        ups = ups + 1.0
+    else:
+        active = _activated(gates, ACTIVATION)
+    product = cast(rounded(active, dtype) * rounded(ups, dtype), dtype)
     _store(out, product, pairs, has_pair, columns, WIDTH)
 
 
-@partial(jit, any_alignment=["slots", "order", "table", "sources"])
+@partial(jit, any_alignment=["biases", "slots", "order", "table", "sources"])
 def _multiply(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,
+    biases: tl.pointer_type,
     out: tl.pointer_type,
     slots: tl.pointer_type,
     order: tl.pointer_type,
@@ -262,6 +305,7 @@ def _multiply(
     num_blocks: tl.tensor,
     slots_stride: tl.tensor,
     TOP_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     IS_SORTED: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -287,6 +331,9 @@ def _multiply(
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
         total = dot(x, _weights_tile(matrix, is_column, place, DEPTH, STEP), total)
+    if HAS_BIAS:
+        own = biases + slot * WIDTH + columns
+        total += tl.load(own, mask=is_column, other=0.0).to(tl.float32)[None, :]
     _store(out, cast(total, out.dtype.element_ty), pairs, has_pair, columns, WIDTH)
 
 

@@ -53,6 +53,7 @@ class PackedExperts:
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
     ) -> None:
         shapes = exchange.matrix_shapes
+        self._num_products = len(exchange.product_shapes)
         self._compute_threads = compute_threads
         self._activate = gated_activation(exchange.activation)
         self._dtype = dtype
@@ -67,7 +68,8 @@ class PackedExperts:
         ]
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        self._weights[matrix][slot] = pack(weight) if self._is_packed else weight.clone()
+        is_packed = self._is_packed and matrix < self._num_products
+        self._weights[matrix][slot] = pack(weight) if is_packed else weight.clone()
 
     def read(self, slot: int, matrix: int) -> Tensor:
         weight = self._weights[matrix][slot]
@@ -78,7 +80,13 @@ class PackedExperts:
             weights[slot] = torch.empty(0, dtype=self._dtype)
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
-        products = _Products(self._weights, self._activate, self._is_packed, self._compute_threads)
+        products = _Products(
+            weights=self._weights[: self._num_products],
+            biases=self._weights[self._num_products :],
+            activate=self._activate,
+            is_packed=self._is_packed,
+            compute_threads=self._compute_threads,
+        )
         if len(pair_slot) <= _FEW_PAIRS and len(set(slots := pair_slot.tolist())) == len(slots):
             return products.of_pairs(inputs.index_select(0, pair_input), slots)
         order = pair_slot.argsort(stable=True)
@@ -103,7 +111,13 @@ class PaddedExperts(StackedWeights):
         used = counts.nonzero().squeeze(1)
         height = int(counts.max())
         if len(used) * height > _MAX_PADDING * max(len(order), len(counts)):
-            products = _Products(weights, self._activate, False, self._compute_threads)
+            products = _Products(
+                weights=weights[: self._num_products],
+                biases=weights[self._num_products :],
+                activate=self._activate,
+                is_packed=False,
+                compute_threads=self._compute_threads,
+            )
             return products.of_slots(inputs, pair_input, order, counts)
         rows = inputs.index_select(0, pair_input[order])
         rows = self._padded(weights, rows, pair_slot[order], counts, used, height)
@@ -112,7 +126,8 @@ class PaddedExperts(StackedWeights):
     def _gathered(self, weights: Sequence[Tensor], rows: Tensor, slots: Tensor) -> Tensor:
         """rows [P, in] -> [P, out]: weights are gathered for each pair, nothing is sorted."""
         gathered = (weight.index_select(0, slots) for weight in weights)
-        return batched_products(rows.unsqueeze(1), gathered, self._activate).squeeze(1)
+        blocks = batched_products(rows.unsqueeze(1), gathered, self._num_products, self._activate)
+        return blocks.squeeze(1)
 
     def _padded(
         self,
@@ -133,18 +148,20 @@ class PaddedExperts(StackedWeights):
         padded = rows.new_zeros(len(weights[0]) * height, rows.shape[1])
         padded[place] = rows
         padded = padded.view(len(weights[0]), height, -1)
-        padded = batched_products(padded, weights, self._activate)
+        padded = batched_products(padded, weights, self._num_products, self._activate)
         return padded.view(-1, padded.shape[2])[place]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Products:
     """Products with the weights of one slot each, shared between the compute threads."""
 
     weights: Sequence[Sequence[Tensor] | Tensor]
-    """[matrix][slot]."""
+    """[product][slot]."""
+    biases: Sequence[Sequence[Tensor] | Tensor]
+    """The same; empty: there are none."""
     activate: GatedActivation
-    """Between the first matrix and the second."""
+    """Between the first product and the second."""
     is_packed: bool
     compute_threads: ComputeThreads
 
@@ -182,8 +199,9 @@ class _Products:
 
     def _multiply(self, rows: Tensor, slots: list[int], sizes: list[int]) -> Tensor:
         """rows [R, in]: ``sizes[0]`` of ``slots[0]``, and so on -> [R, out]."""
-        for matrix, weights in enumerate(self.weights):
+        for i, weights in enumerate(self.weights):
             own = [weights[slot] for slot in slots]
-            rows = self.activate(rows) if matrix else rows
-            rows = expert_products(rows, sizes, own, self.is_packed)
+            biases = [self.biases[i][slot] for slot in slots] if self.biases else []
+            rows = self.activate(rows) if i else rows
+            rows = expert_products(rows, sizes, own, biases, self.is_packed)
         return rows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.experts.stacked import StackedWeights
-from workers.model.config import ExchangeSpec
+from workers.model.config import ClampedSwiglu, ExchangeSpec
 from workers.model.side_stream import SideStream
 
 
@@ -21,7 +21,7 @@ class CudaExperts(StackedWeights):
         side: SideStream | None = None,
     ) -> None:
         super().__init__(exchange, dtype, device, side)
-        self._activation = exchange.activation
+        self._exchange = exchange
         self._per_slot_input = exchange.per_slot_input
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
@@ -50,11 +50,17 @@ class CudaExperts(StackedWeights):
     ) -> Tensor:
         """Outputs [T * k, out] for slots [T, k], anything where a slot is -1. Pair p has the input
         row ``sources[p]``, or p // ``per_row``."""
-        from workers.cuda.experts import gate_up, make_pairs, multiply
+        from workers.cuda.experts import GateActivation, gate_up, make_pairs, multiply
 
-        rows, matrices = inputs.contiguous(), self._weights
-        pairs = make_pairs(slots, len(matrices[0]), sources, per_row, rows.dtype)
-        if len(matrices) > 1:
-            rows = gate_up(rows, matrices[0], pairs, self._activation)
+        rows, matrices, own = inputs.contiguous(), self._weights, self._exchange.activation
+        weights, biases = matrices[: self._num_products], matrices[self._num_products :]
+        pairs = make_pairs(slots, len(weights[0]), sources, per_row, rows.dtype)
+        if len(weights) > 1:
+            activation = (
+                GateActivation("clamped_swiglu", own.alpha, own.limit)
+                if isinstance(own, ClampedSwiglu)
+                else GateActivation(own)
+            )
+            rows = gate_up(rows, weights[0], biases[0] if biases else None, pairs, activation)
             pairs = pairs.of_outputs()
-        return multiply(rows, matrices[-1], pairs)
+        return multiply(rows, weights[-1], biases[-1] if biases else None, pairs)

@@ -57,7 +57,7 @@ class BlockExperts(StackedWeights):
         blocks[places] = inputs[pair_input[order]]
         blocks = blocks.view(len(owners), height, -1)
         weights = (weight.index_select(0, owners) for weight in self._weights)
-        blocks = batched_products(blocks, weights, self._activate)
+        blocks = batched_products(blocks, weights, self._num_products, self._activate)
         rows = blocks.view(-1, blocks.shape[2])[places]
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
@@ -68,29 +68,40 @@ class LoopExperts:
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device, *, form: Form
     ) -> None:
-        shapes = exchange.matrix_shapes
+        shapes = exchange.product_shapes
         self._activate = gated_activation(exchange.activation)
         self._form = form
         self._compute_threads = ComputeThreads()
         self._width = shapes[-1][0]
         self._products: list[list[RowInvariantLinear | None]] = [[] for _ in shapes]
+        self._biases: list[list[Tensor | None]] = [[] for _ in shapes if exchange.has_bias]
 
     def resize(self, num_slots: int) -> None:
         """See ``ExpertKernel``; empty slots take no memory."""
         for products in self._products:
             products += [None] * (num_slots - len(products))
+        for biases in self._biases:
+            biases += [None] * (num_slots - len(biases))
 
     def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+        if matrix >= len(self._products):
+            self._biases[matrix - len(self._products)][slot] = weight.clone()
+            return
         product = RowInvariantLinear(weight.clone(), None, self._form, self._compute_threads)
         self._products[matrix][slot] = product
 
     def read(self, slot: int, matrix: int) -> Tensor:
+        if matrix >= len(self._products):
+            bias = self._biases[matrix - len(self._products)][slot]
+            return torch.empty(0) if bias is None else bias.clone()
         product = self._products[matrix][slot]
         return torch.empty(0) if product is None else product.weight()
 
     def clear(self, slot: int) -> None:
         for products in self._products:
             products[slot] = None
+        for biases in self._biases:
+            biases[slot] = None
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         outputs = inputs.new_empty(len(pair_slot), self._width)
@@ -103,6 +114,8 @@ class LoopExperts:
                     product = products[slot]
                     assert product is not None, f"slot {slot} is empty"
                     rows = product(self._activate(rows) if matrix else rows)
+                    bias = self._biases[matrix][slot] if self._biases else None
+                    rows = rows if bias is None else rows + bias.flatten()
                 outputs[places] = rows
         return outputs
 

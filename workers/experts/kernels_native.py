@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.model.config import ExchangeSpec
+from workers.model.config import ClampedSwiglu, ExchangeSpec
 from workers.native.experts import (
     ExpertShape,
     InputsBy,
@@ -29,7 +29,8 @@ def what_is_missing(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
     """
     if dtype not in DTYPES:
         return str(dtype).removeprefix("torch.")
-    if exchange.expert_kind == "gated" and exchange.activation != "silu":
+    is_known = exchange.activation == "silu" or isinstance(exchange.activation, ClampedSwiglu)
+    if exchange.expert_kind == "gated" and not is_known:
         return f"the activation {exchange.activation}"
     return ""
 
@@ -39,7 +40,15 @@ class NativeExperts:
 
     def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, team: Team) -> None:
         inner = exchange.expert_width if exchange.expert_kind == "gated" else 0
-        self._shape = ExpertShape(exchange.in_width, inner, exchange.out_width, dtype)
+        clamped = exchange.activation if isinstance(exchange.activation, ClampedSwiglu) else None
+        self._shape = ExpertShape(
+            in_width=exchange.in_width,
+            inner=inner,
+            out_width=exchange.out_width,
+            dtype=dtype,
+            has_bias=exchange.has_bias,
+            clamped=None if clamped is None else (clamped.alpha, clamped.limit),
+        )
         assert self._shape.matrices == exchange.matrix_shapes
         self._per_slot_input = exchange.per_slot_input
         self._team = team
@@ -57,13 +66,15 @@ class NativeExperts:
     def store(self, slot: int, matrix: int, weight: Tensor, is_idle: bool = False) -> None:
         """See ``ExpertKernel``. ``is_idle``: nothing computes, so that the whole team packs."""
         team = self._team if is_idle else None
-        packed = pack(self._team.library, weight, self._is_gated(matrix), team)
+        weight = weight.to(self._shape.stored_as(matrix))
+        packed = pack(self._team.library, weight, self._shape.is_gated(matrix), team)
         self._slots.put(slot, matrix, packed)
 
     def read(self, slot: int, matrix: int) -> Tensor:
-        shape, is_gated = self._shape.matrices[matrix], self._is_gated(matrix)
-        packed = self._slots.get(slot, matrix)
-        return unpack(self._team.library, packed, shape, self._shape.dtype, is_gated)
+        shape, is_gated = self._shape.matrices[matrix], self._shape.is_gated(matrix)
+        packed, stored_as = self._slots.get(slot, matrix), self._shape.stored_as(matrix)
+        found = unpack(self._team.library, packed, shape, stored_as, is_gated)
+        return found.to(self._shape.dtype)
 
     def clear(self, slot: int) -> None:
         self._slots.clear(slot)
@@ -92,6 +103,3 @@ class NativeExperts:
             rounds_products=not float32_weights,
             dtype=dtype,
         )
-
-    def _is_gated(self, matrix: int) -> bool:
-        return self._shape.inner > 0 and matrix == 0

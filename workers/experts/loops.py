@@ -35,11 +35,12 @@ def _scripted(function: F) -> F:
 
 @_scripted
 def expert_products(
-    rows: Tensor, sizes: list[int], weights: list[Tensor], is_packed: bool
+    rows: Tensor, sizes: list[int], weights: list[Tensor], biases: list[Tensor], is_packed: bool
 ) -> Tensor:
     """rows [R, in], the first ``sizes[0]`` times the first weight, and so on -> [R, out].
 
-    The weights are [out, in], or in oneDNN's layout (see ``torch_private.pack``).
+    The weights are [out, in], or in oneDNN's layout (see ``torch_private.pack``); biases [out, 1],
+    or there are none.
     """
     products: list[Tensor] = []
     for i, part in enumerate(torch.split(rows, sizes)):
@@ -47,4 +48,6 @@ def expert_products(
             products.append(scriptable_packed_linear(part, weights[i]))
         else:
             products.append(functional.linear(part, weights[i]))
+        if len(biases) > 0:
+            products[i] = products[i] + biases[i].flatten()
     return products[0] if len(products) == 1 else torch.cat(products)

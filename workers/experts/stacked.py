@@ -25,6 +25,7 @@ class StackedWeights:
         """``side`` is for threads that store and read; by default one of these weights' own."""
         self._side = side or SideStream(device)
         shapes = exchange.matrix_shapes
+        self._num_products = len(exchange.product_shapes)
         self._activate = gated_activation(exchange.activation)
         self._weights = [torch.zeros((0, *s), dtype=dtype, device=device) for s in shapes]
 
@@ -48,12 +49,16 @@ class StackedWeights:
 
 
 def batched_products(
-    blocks: Tensor, weights: Iterable[Tensor], activate: GatedActivation
+    blocks: Tensor, matrices: Iterable[Tensor], num_products: int, activate: GatedActivation
 ) -> Tensor:
-    """blocks [B, rows, in], for each matrix of an expert its weights [B, out, in] of each block
-    -> [B, rows, out]."""
-    for matrix, weight in enumerate(weights):
-        blocks = torch.bmm(activate(blocks) if matrix else blocks, weight.transpose(1, 2))
+    """blocks [B, rows, in], and for each matrix of an expert, see ``ExchangeSpec.matrix_shapes``,
+    those of each block [B, out, in] -> [B, rows, out]."""
+    known = list(matrices)
+    weights, biases = known[:num_products], known[num_products:]
+    for i, weight in enumerate(weights):
+        blocks = torch.bmm(activate(blocks) if i else blocks, weight.transpose(1, 2))
+        if biases:
+            blocks += biases[i].transpose(1, 2)
     return blocks
 
 

@@ -21,6 +21,17 @@ Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 """Activation of a gated expert or MLP, in the words of ``hidden_act``."""
 
 
+@dataclass(frozen=True, slots=True)
+class ClampedSwiglu:
+    """(up + 1) * gate * sigmoid(alpha * gate), gate at most ``limit`` and up within +-``limit``.
+
+    Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025), and the model's reference code.
+    """
+
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeSpec:
     """One round trip of a bank: dispatch of rows to the experts, combine of their outputs."""
@@ -40,20 +51,31 @@ class ExchangeSpec:
     """What an expert computes in this exchange."""
     expert_width: int = 0
     """Inner width of a gated expert; 0 for a linear one."""
-    activation: Activation = "silu"
+    activation: Activation | ClampedSwiglu = "silu"
     """Activation of a gated expert."""
+    has_bias: bool = False
+    """Each product has a bias."""
 
     def returns_pairs(self, combine_mode: CombineMode) -> bool:
         """Whether an output returns for every (row, slot) pair, not a sum for every row."""
         return combine_mode == "per_slot" or not self.weighted
 
     @property
-    def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
-        """[out, in] of an expert's matrices in the order of ``Family.expert_matrices``."""
+    def product_shapes(self) -> tuple[tuple[int, int], ...]:
+        """[out, in] of the matrices that rows are multiplied by, one after the other."""
         if self.expert_kind == "linear":
             return ((self.out_width, self.in_width),)
         inner = self.expert_width
         return ((2 * inner, self.in_width), (self.out_width, inner))
+
+    @property
+    def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
+        """[out, in] of all matrices of an expert, in the order of ``Family.expert_matrices``.
+
+        Biases, each a matrix [out, 1], come after those of the products.
+        """
+        products = self.product_shapes
+        return products + (tuple((out, 1) for out, _ in products) if self.has_bias else ())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

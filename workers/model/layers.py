@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from workers.model.attention import AttentionBatch
 from workers.model.compute_threads import ComputeThreads
-from workers.model.config import Activation
+from workers.model.config import Activation, ClampedSwiglu
 from workers.model.rope import Rope
 from workers.model.torch_private import pack, packed_linear, supports_packing, unpack
 from workers.native.half import BatchFields
@@ -129,7 +129,10 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def gated_activation(activation: Activation) -> GatedActivation:
+def gated_activation(activation: Activation | ClampedSwiglu) -> GatedActivation:
+    """The function of gates and ups that an activation makes."""
+    if isinstance(activation, ClampedSwiglu):
+        return partial(_clamped, alpha=activation.alpha, limit=activation.limit)
     activate = _ACTIVATIONS[activation]
 
     def apply(gate_up: Tensor) -> Tensor:
@@ -137,6 +140,13 @@ def gated_activation(activation: Activation) -> GatedActivation:
         return activate(gate).mul_(up)
 
     return apply
+
+
+def _clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """See ``ClampedSwiglu``: gate * sigmoid(alpha * gate) is silu(alpha * gate) / alpha."""
+    gate, up = gate_up.chunk(2, -1)
+    activated = functional.silu(gate.clamp(max=limit).mul_(alpha)).div_(alpha)
+    return activated.mul_(up.clamp(-limit, limit).add_(1))
 
 
 Mlp = Callable[[Tensor], Tensor]

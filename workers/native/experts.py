@@ -24,21 +24,39 @@ _INPUTS_BY: tuple[InputsBy, ...] = ("row", "place", "pair")
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Experts of equal size: ``second(silu(gate) * up)`` where ``inner`` is not 0, else one product
-    ``first``."""
+    """Experts of equal size: ``second(activation(gate, up))`` where ``inner`` is not 0, else one
+    product ``first``."""
 
     in_width: int
     inner: int
     """Width between the matrices; the first one has twice as many rows."""
     out_width: int
     dtype: torch.dtype
+    has_bias: bool = False
+    """After the matrices come their biases, each [out, 1]."""
+    clamped: tuple[float, float] | None = None
+    """Alpha and limit of the clamped SwiGLU; None: silu(gate) * up."""
+
+    @property
+    def num_products(self) -> int:
+        return 2 if self.inner else 1
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
         """[out, in] of each matrix."""
+        products = [(2 * self.inner, self.in_width), (self.out_width, self.inner)]
         if not self.inner:
-            return ((self.out_width, self.in_width),)
-        return ((2 * self.inner, self.in_width), (self.out_width, self.inner))
+            products = [(self.out_width, self.in_width)]
+        biases = [(out, 1) for out, _ in products] if self.has_bias else []
+        return (*products, *biases)
+
+    def is_gated(self, matrix: int) -> bool:
+        """Whether a matrix has the rows of gates, and then those of ups."""
+        return self.inner > 0 and matrix % self.num_products == 0
+
+    def stored_as(self, matrix: int) -> torch.dtype:
+        """Type in which a matrix is packed: biases are float32."""
+        return self.dtype if matrix < self.num_products else torch.float32
 
 
 class CallFields(ctypes.Structure):
@@ -53,6 +71,11 @@ class CallFields(ctypes.Structure):
         ("num_slots", ctypes.c_int64),
         ("first", ctypes.c_void_p),
         ("second", ctypes.c_void_p),
+        ("first_bias", ctypes.c_void_p),
+        ("second_bias", ctypes.c_void_p),
+        ("activation", ctypes.c_int64),
+        ("alpha", ctypes.c_double),
+        ("limit", ctypes.c_double),
         ("inputs", ctypes.c_void_p),
         ("num_inputs", ctypes.c_int64),
         ("inputs_by", ctypes.c_int64),
@@ -82,6 +105,8 @@ class SlotTable:
         self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)
         self._num_slots = num_slots
         pointers = [row.data_ptr() for row in self._addresses]
+        biases = pointers[shape.num_products :]
+        alpha, limit = shape.clamped or (1.0, 0.0)
         self.fields = CallFields(
             dtype=DTYPES.index(shape.dtype),
             is_gated=shape.inner > 0,
@@ -91,6 +116,11 @@ class SlotTable:
             num_slots=num_slots,
             first=pointers[0],
             second=pointers[1] if shape.inner else None,
+            first_bias=biases[0] if biases else None,
+            second_bias=biases[-1] if biases else None,
+            activation=shape.clamped is not None,
+            alpha=alpha,
+            limit=limit,
         )
         """For C: what all calls with these slots share; valid as long as this table."""
         for matrix in range(len(shape.matrices)):
@@ -112,8 +142,8 @@ class SlotTable:
 
     def put(self, slot: int, matrix: int, packed: Tensor) -> None:
         """Keep a packed matrix, see ``panels.pack``."""
-        shape = self.shape.matrices[matrix]
-        expected = packed_bytes(shape, self.shape.dtype, bool(self.shape.inner) and not matrix)
+        shape, is_gated = self.shape.matrices[matrix], self.shape.is_gated(matrix)
+        expected = packed_bytes(shape, self.shape.stored_as(matrix), is_gated)
         assert packed.nbytes == expected, f"{packed.nbytes} bytes: must be {expected}"
         assert packed.is_contiguous()
         self._packed[matrix][slot] = packed

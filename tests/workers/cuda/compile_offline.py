@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from tests.workers.cuda.device import SHARED_BYTES
 from workers.cuda import experts
 from workers.cuda.decode_attention import decode
-from workers.cuda.experts import gate_up, make_pairs, multiply, sum_rows
+from workers.cuda.experts import GateActivation, gate_up, make_pairs, multiply, sum_rows
 from workers.cuda.heads import prepare_heads
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.prefill_attention import prefill
@@ -67,12 +67,16 @@ def weights(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype).expand(SLOTS, *shape)
 
 
-def compile_experts(dtype: torch.dtype, num_rows: int, activation: Any) -> None:
+def compile_experts(
+    dtype: torch.dtype, num_rows: int, activation: Any, has_bias: bool = False
+) -> None:
     slots, factors = torch.zeros(num_rows, TOP_K, dtype=torch.int64), torch.ones(num_rows, TOP_K)
     pairs = make_pairs(slots, SLOTS, None, TOP_K, dtype)
     inputs = torch.empty(num_rows, HIDDEN, dtype=dtype)
-    rows = gate_up(inputs, weights((2 * INNER, HIDDEN), dtype), pairs, activation)
-    outputs = multiply(rows, weights((HIDDEN, INNER), dtype), pairs.of_outputs())
+    biases = torch.empty(SLOTS, 2 * INNER, 1, dtype=dtype) if has_bias else None
+    own = GateActivation(activation, 1.702, 7.0)
+    rows = gate_up(inputs, weights((2 * INNER, HIDDEN), dtype), biases, pairs, own)
+    outputs = multiply(rows, weights((HIDDEN, INNER), dtype), biases, pairs.of_outputs())
     sum_rows(outputs, slots, factors, True, dtype)
 
 
@@ -84,6 +88,9 @@ def compile_attention(dtype: torch.dtype, shape: tuple[int, int, int], window: i
     out, first_rows = torch.empty_like(queries), torch.zeros(5, dtype=torch.int32)
     decode(queries, cache, tables, lengths, window, out)
     prefill(queries, cache, tables, lengths, first_rows, 512, window, out, True)
+    sinks = torch.zeros(num_heads)
+    decode(queries, cache, tables, lengths, window, out, sinks=sinks)
+    prefill(queries, cache, tables, lengths, first_rows, 512, window, out, sinks=sinks)
 
 
 def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
@@ -115,6 +122,7 @@ def main() -> None:
         compile_experts(dtype, num_rows, "silu")
     for activation in ACTIVATIONS[1:] if is_whole else ():
         compile_experts(dtype, 1, activation)
+    compile_experts(dtype, 1, "clamped_swiglu", has_bias=True)
     compile_attention(dtype, (128, 16, 16), None)
     compile_half(dtype, (128, 16, 16))
     for shape in ((64, 32, 8), (256, 8, 4), (24, 4, 2)) if is_whole else ():

@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from workers.model.config import Activation, ExchangeSpec
+from workers.model.config import Activation, ClampedSwiglu, ExchangeSpec
 
 SWIGLU = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=16)
 GELU, TANH, RELU = (
     replace(SWIGLU, activation=name) for name in ("gelu", "gelu_pytorch_tanh", "relu")
 )
+CLAMPED = replace(SWIGLU, activation=ClampedSwiglu(1.702, 0.9), has_bias=True)
 LINEAR = ExchangeSpec(index=0, name="q", in_width=24, out_width=40, expert_kind="linear")
 
 
@@ -45,17 +46,26 @@ def reference(
     pair_input: Tensor,
     pair_slot: Tensor,
     matrices: list[list[Tensor]],
-    activation: Activation = "silu",
+    activation: Activation | ClampedSwiglu = "silu",
 ) -> Tensor:
-    """One pair at a time in double precision."""
-    activate = ACTIVATIONS[activation]
+    """One pair at a time in double precision; without biases, but for a clamped SwiGLU."""
     outputs = []
     for source, slot in zip(pair_input.tolist(), pair_slot.tolist(), strict=True):
         row = inputs[source].double()
         first, *rest = (m.double() for m in matrices[slot])
         row = first @ row
+        if isinstance(activation, ClampedSwiglu):
+            second, first_bias, second_bias = rest
+            gate, up = (row + first_bias.flatten()).chunk(2)
+            gate, up = (
+                gate.clamp(max=activation.limit),
+                up.clamp(-activation.limit, activation.limit),
+            )
+            row = second @ (gate / (1 + torch.exp(-activation.alpha * gate)) * (up + 1))
+            outputs.append(row + second_bias.flatten())
+            continue
         for matrix in rest:
             gate, up = row.chunk(2)
-            row = matrix @ (activate(gate) * up)
+            row = matrix @ (ACTIVATIONS[activation](gate) * up)
         outputs.append(row)
     return torch.stack(outputs)

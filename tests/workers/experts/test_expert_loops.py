@@ -15,7 +15,10 @@ def test_each_expert_takes_its_own_rows() -> None:
     sizes = [2, 6, 1]
     pieces = zip(torch.split(rows, sizes), weights, strict=True)
     expected = torch.cat([piece @ weight.T for piece, weight in pieces])
-    torch.testing.assert_close(expert_products(rows, sizes, weights, False), expected)
+    torch.testing.assert_close(expert_products(rows, sizes, weights, [], False), expected)
+    biases = [torch.randn(len(weight), 1) for weight in weights]
+    expected += torch.cat([b.T.expand(n, -1) for b, n in zip(biases, sizes, strict=True)])
+    torch.testing.assert_close(expert_products(rows, sizes, weights, biases, False), expected)
 
 
 def test_packed_weights_give_what_a_call_each_gives() -> None:
@@ -25,4 +28,4 @@ def test_packed_weights_give_what_a_call_each_gives() -> None:
     rows, sizes = torch.randn(9, 256), [2, 6, 1]
     pieces = zip(torch.split(rows, sizes), packed, strict=True)
     expected = torch.cat([packed_linear(piece, weight) for piece, weight in pieces])
-    assert torch.equal(expert_products(rows, sizes, packed, True), expected)
+    assert torch.equal(expert_products(rows, sizes, packed, [], True), expected)

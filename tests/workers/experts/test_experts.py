@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from cluster.core.placement import BankShape, contiguous
-from tests.workers.experts.plain import GELU, LINEAR, RELU, SWIGLU, TANH, reference, weights
+from tests.workers.experts.plain import (
+    CLAMPED,
+    GELU,
+    LINEAR,
+    RELU,
+    SWIGLU,
+    TANH,
+    reference,
+    weights,
+)
 from tests.workers.native.builds import NAMES, team
 from workers.experts.bank import ExpertBank, ExpertKernel, make_kernel
 from workers.experts.kernels_cpu import PackedExperts, PaddedExperts
@@ -41,8 +50,8 @@ def make(kind: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "exchange",
-    [SWIGLU, GELU, TANH, RELU, LINEAR],
-    ids=["silu", "gelu", "gelu_pytorch_tanh", "relu", "linear"],
+    [SWIGLU, GELU, TANH, RELU, LINEAR, CLAMPED],
+    ids=["silu", "gelu", "gelu_pytorch_tanh", "relu", "linear", "clamped"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("load", ["one row", "spread", "one expert", "skewed", "wide"])
@@ -59,6 +68,7 @@ def test_kernel_equals_plain_products(
     for slot, own in enumerate(matrices):
         for i, matrix in enumerate(own):
             kernel.store(slot, i, matrix.clone())
+            assert torch.equal(kernel.read(slot, i), matrix)
     generator = torch.Generator().manual_seed(2)
     num_rows, pair_slot = {
         "one row": (1, torch.tensor([6, 1])),

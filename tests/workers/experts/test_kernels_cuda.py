@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from tests.workers.cuda.device import DEVICE
-from tests.workers.experts.plain import GELU, LINEAR, RELU, SWIGLU, TANH, reference, weights
+from tests.workers.experts.plain import (
+    CLAMPED,
+    GELU,
+    LINEAR,
+    RELU,
+    SWIGLU,
+    TANH,
+    reference,
+    weights,
+)
 from workers.cuda.experts import sum_rows
 from workers.experts.bank import ExpertBank
 from workers.experts.kernels_cuda import CudaExperts
@@ -64,7 +73,7 @@ def check_products(
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("exchange", [SWIGLU, LINEAR], ids=["gated", "linear"])
+@pytest.mark.parametrize("exchange", [SWIGLU, LINEAR, CLAMPED], ids=["gated", "linear", "clamped"])
 @pytest.mark.parametrize(
     "load",
     ["one row", "spread", *(pytest.param(x, marks=SLOW) for x in ("one expert", "skewed", "wide"))],

@@ -1,8 +1,9 @@
 // The routed experts of one layer: rows through the weights of their expert slots.
 //
 // Rows are grouped by slot, so that a step reads a slot's weights once for CHUNK_ROWS rows. An expert is
-// `second(silu(gate) * up)`, gate and up being halves of `first`, or `first` alone. What goes from
-// the first matrix to the second, and what a slot returns, is rounded to the rows' type.
+// `second(activation(gate, up))`, gate and up being halves of `first`, or `first` alone, each with its
+// bias if there is one. What goes from the first matrix to the second, and what a slot returns, is
+// rounded to the rows' type.
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -96,13 +97,32 @@ static void copy_inputs(struct job *job) {
 
 // ---- products -----------------------------------------------------------------------------------
 
+ALWAYS vec activated(const struct experts_call *call, vec gate, vec up) {
+    if (call->activation == SILU) return v_mul(v_silu(gate), up);
+    vec limit = v_set((float)call->limit), least = v_set(-(float)call->limit);
+    gate = v_min(limit, gate);  // the second operand stays where it is not a number
+    up = v_min(limit, v_max(least, up));
+    vec scaled = v_silu(v_mul(gate, v_set((float)call->alpha)));
+    return v_mul(v_div(scaled, v_set((float)call->alpha)), v_add(up, v_set(1.0f)));
+}
+
+// The biases of a slot from a panel on, or zeros.
+static const float *biases_at(const float *const *biases, int32_t slot, long panel) {
+    static const float zeros[GROUP * PANEL];
+    return biases ? biases[slot] + panel * PANEL : zeros;
+}
+
 static void store_hidden(const struct job *job, const struct chunk *chunk, long panel,
                          long num_panels, const float *sums) {
+    const float *biases = biases_at(job->call->first_bias, chunk->slot, panel);
     for (long i = 0; i < chunk->count; i++) {
         char *row = job->hidden + (size_t)(chunk->first + i) * job->hidden_stride;
         for (long p = 0; p < num_panels; p++, sums += PANEL)
             for (long c = 0; c < HALF; c += LANES) {
-                vec value = v_mul(v_silu(v_load(sums + c)), v_load(sums + HALF + c));
+                const float *own = biases + p * PANEL + c;
+                vec gate = v_add(v_load(sums + c), v_load(own));
+                vec up = v_add(v_load(sums + HALF + c), v_load(own + HALF));
+                vec value = activated(job->call, gate, up);
                 store_for_product(job->dtype, row, (panel + p) * HALF + c, value);
             }
     }
@@ -111,11 +131,14 @@ static void store_hidden(const struct job *job, const struct chunk *chunk, long 
 static void store_outputs(const struct job *job, const struct chunk *chunk, long panel,
                           long num_panels, const float *sums) {
     long width = job->call->out_width;
+    const struct experts_call *call = job->call;
+    const float *const *own = call->is_gated ? call->second_bias : call->first_bias;
+    const float *biases = biases_at(own, chunk->slot, panel);
     for (long i = 0; i < chunk->count; i++) {
         char *row = job->outputs + (size_t)job->sorted_pair[chunk->first + i] * job->output_stride;
         for (long c = 0; c < num_panels * PANEL; c += LANES, sums += LANES) {
             long column = panel * PANEL + c;
-            store_lanes(job->dtype, row, column, width - column, v_load(sums));
+            store_lanes(job->dtype, row, column, width - column, v_add(v_load(sums), v_load(biases + c)));
         }
     }
 }

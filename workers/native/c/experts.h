@@ -8,11 +8,20 @@
 
 enum inputs { BY_ROW = 0, BY_PLACE = 1, BY_PAIR = 2 };
 
+enum activation {
+    SILU = 0,           // silu(gate) * up
+    CLAMPED_SWIGLU = 1  // gate * sigmoid(alpha * gate) * (up + 1), within limits
+};
+
 // Mirrored by `CallFields` in experts.py. A place is an element of `slots`, a pair a place that has a
 // slot; pairs are counted in the order of places.
 struct experts_call {
     int64_t dtype, is_gated, in_width, inner_width, out_width, num_slots;
     const void *const *first, *const *second;  // [num_slots] packed; NULL: empty, or not gated
+    // [num_slots] of each matrix's outputs, as packed rows of one float; NULL: there are none
+    const float *const *first_bias, *const *second_bias;
+    int64_t activation;       // enum activation
+    double alpha, limit;      // of CLAMPED_SWIGLU
     const void *inputs;                        // [num_inputs, in_width]
     int64_t num_inputs, inputs_by;             // enum inputs
     const int64_t *input_of;                   // [places]: input of each; NULL: as inputs_by says
