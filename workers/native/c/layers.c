@@ -167,13 +167,17 @@ static int finish(struct team *team, const struct stack *stack, struct flow *flo
     return result;
 }
 
-// One flow as far as it goes without waiting for the others: to the next exchange, or to the end.
+// One flow as far as it goes without waiting for the others: over layers without routed experts to
+// the next exchange, or to the end. Else messages would have another order where callers go on.
 static int advance(struct team *team, const struct stack *stack, struct flow *flow) {
     const struct layer *layers = stack->layers;
-    int result = OK;
+    int result = OK, has_bank = 0;
     if (flow->is_waiting) result = receive_outputs(&layers[flow->next - 1], flow);
-    if (result == OK && flow->next < stack->num_layers)
-        result = begin_layer(team, &layers[flow->next++], flow);
+    while (result == OK && !has_bank && flow->next < stack->num_layers) {
+        const struct layer *layer = &layers[flow->next++];
+        has_bank = layer->bank >= 0;
+        result = begin_layer(team, layer, flow);
+    }
     if (result == OK && flow->next == stack->num_layers && !flow->is_waiting && !flow->is_done)
         result = finish(team, stack, flow);
     return result;
