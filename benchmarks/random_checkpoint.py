@@ -65,6 +65,7 @@ class RandomModel:
             "mixtral": self._mixtral,
             "minimax_m2": self._minimax_m2,
             "ernie4_5_moe": self._ernie4_5_moe,
+            "gpt_oss": self._gpt_oss,
         }
         return {
             "model_type": self.family,
@@ -164,6 +165,14 @@ class RandomModel:
             "num_key_value_heads": max(self.heads // 4, 1),
             "moe_num_experts": self.experts,
             "moe_num_shared_experts": 2,
+        }
+
+    def _gpt_oss(self) -> dict[str, object]:
+        """A window in every other layer."""
+        return self._mixtral() | {
+            "architectures": ["GptOssForCausalLM"],
+            "head_dim": self.hidden // self.heads,
+            "sliding_window": 128,
         }
 
     def _jetmoe(self) -> dict[str, object]:

@@ -53,7 +53,9 @@ class RandomCheckpoint(Checkpoint):
     ) -> Tensor:
         """See ``Checkpoint``, but on the device where weights are drawn."""
         found = torch.cat([self._draw(part, dtype) for part in parts])
-        return found if out is None or out.device != found.device else out.copy_(found)
+        if out is None or out.device != found.device:
+            return found
+        return out.copy_(found.reshape(out.shape))  # a bias may be wanted as a matrix
 
     def borrow(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
@@ -65,7 +67,7 @@ class RandomCheckpoint(Checkpoint):
         if len(shape) == 1:
             is_bias = part.name.endswith("bias")
             return torch.full(shape, 0.0 if is_bias else 1.0, dtype=dtype, device=device)
-        self._generator.manual_seed(crc32(f"{part.name} {part.index}".encode()))
+        self._generator.manual_seed(crc32(f"{part.name} {part.index} {part.rows}".encode()))
         numbers = torch.randn(shape, device=device, generator=self._generator)
         if "embed_tokens" not in part.name:
             gain = self._head_gain if "lm_head" in part.name else 1.0

@@ -88,11 +88,17 @@ MIXTRAL_VARIANTS = (
     "mixtral-llama3-gelu-fp16",
 )
 MINIMAX_VARIANTS = ("minimaxm2-official-like", "minimaxm2-fp8-whole", "minimaxm2-dynamic")
+GPT_OSS_VARIANTS = (
+    "gptoss-base",
+    "gptoss-official-like",
+    "gptoss-layers-tied",
+    "gptoss-default-rope",
+)
 ERNIE_VARIANTS = ("ernie45-official-like", "ernie45-layers", "ernie45-headdim-linear")
 OTHER_VARIANTS = (
     *(*DOTS1_VARIANTS, *JETMOE_VARIANTS),
     *(*QWEN3_VARIANTS, *GLM4_VARIANTS, *MIXTRAL_VARIANTS, *MINIMAX_VARIANTS),
-    *ERNIE_VARIANTS,
+    *(*ERNIE_VARIANTS, *GPT_OSS_VARIANTS),
 )
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
@@ -110,6 +116,7 @@ RANDOM_VARIANTS = tuple(
         "mixtral",
         "minimaxm2",
         "ernie45",
+        "gptoss",
     )
     for number in range(NUM_RANDOM)
 )
@@ -131,6 +138,8 @@ BF16_VARIANTS = (
     "mixtral-official-like",
     "minimaxm2-official-like",
     "ernie45-official-like",
+    "gptoss-base",
+    "gptoss-official-like",
 )
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8

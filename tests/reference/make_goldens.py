@@ -202,6 +202,38 @@ _MIXTRAL = {
     "router_aux_loss_coef": 0.02,
 }
 
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 4,
+    "sliding_window": 12,
+    "swiglu_limit": 2.0,
+    "attention_bias": True,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
+    "pad_token_id": PAD,
+    "eos_token_id": [EOS, 3],
+    "output_router_logits": False,
+}
+
 _MINIMAX = {
     "model_type": "minimax_m2",
     "architectures": ["MiniMaxM2ForCausalLM"],
@@ -832,6 +864,66 @@ VARIANTS: dict[str, dict] = {
             },
         },
     },
+    "gptoss-base": {"seed": 1101, "bf16": True, "max_shard_size": "300KB", "config": _GPT_OSS},
+    # as the public config.json is written, experts in MXFP4
+    "gptoss-official-like": {
+        "seed": 1112,
+        "legacy_config": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "mxfp4": True,
+        "config": _GPT_OSS
+        | {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "swiglu_limit": 7.0,
+            "experts_per_token": 4,
+            "initial_context_length": 64,
+            "hidden_act": "silu",
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "transformers_version": "4.55.0.dev0",
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "attention_dropout": 0.0,
+            "router_aux_loss_coef": 0.9,
+            "quantization_config": {
+                "quant_method": "mxfp4",
+                "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+            },
+        },
+    },
+    # layers of both kinds in another order, another slope, one key head, no biases of projections
+    "gptoss-layers-tied": {
+        "seed": 1103,
+        "embed_std": 0.5,
+        "legacy_config": True,
+        "shards": 2,
+        "config": _GPT_OSS
+        | {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 1,
+            "head_dim": 20,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "num_experts_per_tok": 1,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.7,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    },
+    # no scaling given: the class has its own
+    "gptoss-default-rope": {
+        "seed": 1104,
+        "legacy_config": True,
+        "config": {
+            k: v
+            for k, v in _GPT_OSS.items()
+            if k not in ("rope_scaling", "rope_theta", "sliding_window", "swiglu_limit")
+        }
+        | {"num_hidden_layers": 2, "max_position_embeddings": 131072},
+    },
     # as the public config.json is written, with keys that other programs read
     "minimaxm2-official-like": {
         "seed": 901,
@@ -1066,6 +1158,7 @@ CLASSES = {
     "Qwen3MoeForCausalLM": "Qwen3MoeForCausalLM",
     "Glm4MoeForCausalLM": "Glm4MoeForCausalLM",
     "MixtralForCausalLM": "MixtralForCausalLM",
+    "GptOssForCausalLM": "GptOssForCausalLM",
     "Ernie4_5_MoeForCausalLM": "Ernie4_5_MoeForCausalLM",
     "MiniMaxM2ForCausalLM": "MiniMaxM2ForCausalLM",
     "JetMoeForCausalLM": "JetMoeForCausalLM",
@@ -1125,7 +1218,8 @@ def tensor_specs(cfg: dict):
             if cfg.get("attention_bias") and not (name == "o" and cfg["model_type"] == "glm4_moe"):
                 yield f"{a}.{name}_proj.bias", (rows,), "bias"
         whole = cfg["model_type"] in ("olmoe", "minimax_m2")  # all heads at once, or per head
-        if cfg.get("use_qk_norm", cfg["model_type"] not in ("mixtral", "ernie4_5_moe")):
+        plain = ("mixtral", "ernie4_5_moe", "gpt_oss")
+        if cfg.get("use_qk_norm", cfg["model_type"] not in plain):
             yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
             yield f"{a}.k_norm.weight", (KV * D if whole else D,), "norm"
 
@@ -1134,7 +1228,16 @@ def tensor_specs(cfg: dict):
             yield f"{prefix}.up_proj.weight", (inter, H), "linear"
             yield f"{prefix}.down_proj.weight", (H, inter), "linear"
 
-        if cfg["model_type"] in ("mixtral", "minimax_m2"):
+        if cfg["model_type"] == "gpt_oss":
+            E, W = cfg["num_local_experts"], cfg["intermediate_size"]
+            yield f"{a}.sinks", (A,), "sink"
+            yield f"{p}.mlp.router.weight", (E, H), "router"
+            yield f"{p}.mlp.router.bias", (E,), "bias"
+            yield f"{p}.mlp.experts.gate_up_proj", (E, H, 2 * W), "transposed"
+            yield f"{p}.mlp.experts.gate_up_proj_bias", (E, 2 * W), "bias"
+            yield f"{p}.mlp.experts.down_proj", (E, W, H), "transposed"
+            yield f"{p}.mlp.experts.down_proj_bias", (E, H), "bias"
+        elif cfg["model_type"] in ("mixtral", "minimax_m2"):
             b, inter = f"{p}.block_sparse_moe", cfg["intermediate_size"]
             yield f"{b}.gate.weight", (cfg["num_local_experts"], H), "router"
             if cfg["model_type"] == "minimax_m2":
@@ -1213,6 +1316,26 @@ def scaled(matrix: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor,
     return small.transpose(1, 2).reshape(matrix.shape).contiguous(), scales
 
 
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def microscaled(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MXFP4 of [.., columns]: blocks [.., columns / 32, 16] and scales [.., columns / 32]."""
+    blocks = matrix.unflatten(-1, (-1, 32))
+    exponents = torch.floor(torch.log2(blocks.abs().amax(-1, keepdim=True))) - 2
+    small = blocks / 2.0**exponents
+    codes = (small.abs().unsqueeze(-1) - _E2M1).abs().argmin(-1) + 8 * (small < 0)
+    pairs = codes[..., 0::2] + 16 * codes[..., 1::2]
+    return pairs.to(torch.uint8), (exponents.squeeze(-1) + 127).to(torch.uint8)
+
+
+def from_microscaled(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The numbers that are stored, float32."""
+    signed = torch.cat((_E2M1, -_E2M1))
+    codes = torch.stack((blocks % 16, blocks // 16), -1).flatten(-2).long()
+    return (signed[codes] * 2.0 ** (scales.float() - 127).unsqueeze(-1)).flatten(-2)
+
+
 def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
     cfg, seed, out = variant["config"], variant["seed"], {}
     is_softmax = cfg["model_type"] == "ernie4_5_moe"
@@ -1223,6 +1346,10 @@ def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
             mean, std = 1.0, 0.2
         elif kind == "bias":
             mean, std = 0.0, 0.2
+        elif kind == "sink":
+            mean, std = 0.0, 1.5
+        elif kind == "transposed":
+            mean, std = 0.0, 1.4 / shape[-2] ** 0.5
         elif kind == "correction":
             _, mean, std = variant["correction_bias"]
         elif kind == "embed":
@@ -1240,6 +1367,9 @@ def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
             t = t.to(getattr(torch, variant.get("store", "float32")))
         if kind == "linear" and "scaled_block" in variant:
             t, out[f"{name}_scale_inv"] = scaled(t.float(), *variant["scaled_block"])
+        if kind == "transposed" and "mxfp4" in variant:
+            out[f"{name}_blocks"], out[f"{name}_scales"] = microscaled(t.float().transpose(1, 2))
+            continue
         out[name] = t
     if variant.get("ahead"):  # of the layer that predicts the token after the next one
         name = f"model.layers.{cfg['num_hidden_layers']}.eh_proj.weight"
@@ -1417,13 +1547,18 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 def write_plain(path: Path, out: Path) -> None:
     """The same model without scales, in float32: transformers needs one more package for them."""
     tensors = read_checkpoint(path)
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        plain = name.removesuffix("_blocks")
+        found = from_microscaled(tensors.pop(name), tensors.pop(f"{plain}_scales"))
+        tensors[plain] = found.transpose(1, 2)
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
     config = json.loads((path / "config.json").read_text())
-    block = torch.ones(config.pop("quantization_config")["weight_block_size"])
+    block = torch.ones(config.pop("quantization_config").get("weight_block_size", [1, 1]))
     for name, found in scales.items():
         name = name.removesuffix("_scale_inv")
         tensors[name] = tensors[name].float() * torch.kron(found, block)
     (out / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -1463,7 +1598,9 @@ class RouterRecorder:
         self.cfg, self.layers, self.logits, self.gap = cfg, {}, {}, float("inf")
         for name, mod in model.named_modules():
             kind = type(mod).__name__
-            if kind in ("OlmoeTopKRouter", "Qwen3MoeTopKRouter", "MixtralTopKRouter"):
+            if kind == "GptOssTopKRouter":
+                mod.register_forward_hook(self._gpt_oss(name))
+            elif kind in ("OlmoeTopKRouter", "Qwen3MoeTopKRouter", "MixtralTopKRouter"):
                 mod.register_forward_hook(self._olmoe(name))
             elif kind in ("Dots1TopkRouter", "Glm4MoeTopkRouter", "MiniMaxM2TopKRouter"):
                 mod.register_forward_hook(self._dots(name))
@@ -1510,6 +1647,13 @@ class RouterRecorder:
                 mask = torch.zeros_like(score).scatter_(1, idx[:, :keep], 1.0).bool()
                 choice = per.masked_fill(~mask.unsqueeze(-1), float("-inf")).flatten(1)
             self._put(name, ids, weights, choice, logits)
+
+        return hook
+
+    def _gpt_oss(self, name):
+        def hook(mod, args, out):
+            logits, weights, ids = out
+            self._put(name, ids, weights, logits, logits)
 
         return hook
 

@@ -16,12 +16,16 @@ from pathlib import Path
 
 from tests.reference import make_goldens
 
-FAMILIES = ("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2", "ernie45")
+FAMILIES = (
+    *("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2", "ernie45"),
+    "gptoss",
+)
 MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
     "glm4moe": "glm4_moe",
     "minimaxm2": "minimax_m2",
     "ernie45": "ernie4_5_moe",
+    "gptoss": "gpt_oss",
 }
 """Where they differ."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -44,6 +48,7 @@ def make_variant(family: str, number: int) -> dict:
         "mixtral": _mixtral,
         "minimaxm2": _minimax,
         "ernie45": _ernie,
+        "gptoss": _gpt_oss,
     }
     config, extra = makers[family](rng)
     layers = rng.randint(1, 3)
@@ -69,6 +74,9 @@ def make_variant(family: str, number: int) -> dict:
         config["moe_layer_start_index"] = rng.randint(0, layers - 1)
     if family == "qwen3moe":
         _qwen3_layers(rng, config, layers)
+    if family == "gptoss" and rng.random() < 0.6:
+        kinds = ("sliding_attention", "full_attention")
+        config["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
     if family == "glm4moe":
         config["first_k_dense_replace"] = rng.randint(0, layers - 1)
         share = rng.choice([None, 0.25, 0.5, 0.75, 1.0])  # None: the class's half
@@ -80,7 +88,7 @@ def make_variant(family: str, number: int) -> dict:
         "alone": is_dynamic,
         "store": store,
         "shards": rng.choice([1, 1, 3]),
-        "fused": family not in ("jetmoe", "mixtral", "minimaxm2") and rng.random() < 0.4,
+        "fused": family not in ("jetmoe", "mixtral", "minimaxm2", "gptoss") and rng.random() < 0.4,
         "embed_std": 0.5 if config["tie_word_embeddings"] else 1.0,
         **extra,
     }
@@ -126,6 +134,24 @@ def _dots1(rng: random.Random) -> tuple[dict, dict]:
         "hidden_act": rng.choice(ACTIVATIONS),
     }
     return config, {"correction_bias": ("normal", rng.choice([0.0, -1.5]), 0.15)}
+
+
+def _gpt_oss(rng: random.Random) -> tuple[dict, dict]:
+    heads, experts = rng.choice([2, 4, 6]), rng.randint(2, 12)
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "hidden_size": rng.choice([32, 48, 64]),
+        "intermediate_size": rng.choice([16, 40, 64]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([k for k in (1, 2, 4, 6) if heads % k == 0]),
+        "head_dim": rng.choice([8, 16, 20]),
+        "num_local_experts": experts,
+        "num_experts_per_tok": rng.choice([1, 2, experts, rng.randint(1, experts)]),
+        "sliding_window": rng.choice([2, 5, 30]),
+        "swiglu_alpha": rng.choice([1.0, 1.702]),
+        "swiglu_limit": rng.choice([0.5, 2.0, 7.0]),
+        "attention_bias": rng.random() < 0.7,
+    }, {}
 
 
 def _dots1_layers(rng: random.Random, config: dict, layers: int) -> None:

@@ -23,7 +23,7 @@ from workers.native.exchange import HomeFields
 from workers.transport import peer_connections
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="no compiled kernels on this machine")
-VARIANTS = ["olmoe-norm-gqa-clip", "dots1-groups", "qwen3moe-dense-layers", "glm4moe-base"]
+VARIANTS = ["olmoe-norm-gqa-clip", "dots1-groups", "qwen3moe-dense-layers", "gptoss-base"]
 LAYOUTS = [(1, 1), (2, 2)]
 
 

@@ -62,7 +62,7 @@ class CheckpointSource:
             matrices = family.expert_matrices(bank, exchange.index, expert, tensors)
             for i, matrix in enumerate(matrices):
                 out = self._buffer(matrix.shape, dtype)
-                weight = self._checkpoint.borrow(matrix.parts, dtype, out)
+                weight = self._checkpoint.borrow(matrix.parts, dtype, out).view(matrix.shape)
                 self.num_bytes += sum(map(self._checkpoint.num_bytes, matrix.parts))
                 self._take(weight.nbytes)
                 yield ExpertWeight(exchange.index, i, weight)

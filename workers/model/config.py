@@ -120,10 +120,22 @@ class TensorPart:
     """Shape of the whole tensor on disk."""
     index: int | None = None
     """Entry of the first dimension that is meant; None is the whole tensor."""
+    is_transposed: bool = False
+    """The matrix that is meant is [columns, rows] on disk."""
+    rows: tuple[int, int] | None = None
+    """The first row that is meant, and how far the next one is; None: all rows."""
+    is_mxfp4: bool = False
+    """It is stored in blocks, see ``workers.model.loading.mxfp4``; ``shape`` is that of the
+    numbers."""
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        return self.shape if self.index is None else self.shape[1:]
+        """Of what is meant."""
+        shape = self.shape if self.index is None else self.shape[1:]
+        shape = shape[::-1] if self.is_transposed else shape
+        if self.rows is None:
+            return shape
+        return (len(range(shape[0])[slice(self.rows[0], None, self.rows[1])]), *shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

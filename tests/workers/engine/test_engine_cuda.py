@@ -22,6 +22,7 @@ from workers.model.cuda_blocks import CudaBlocks
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
 from workers.requests.request import SamplingParams
 
+GPU_VARIANTS = ("dots1-groups", "jetmoe-tied", "gptoss-base", "glm4moe-base")
 SECTION = EngineSection(max_num_batched_tokens=16, max_num_seqs=8, block_size_tokens=4)
 """Prompts are cut into chunks, which attend to keys of earlier ones."""
 
@@ -56,7 +57,7 @@ def gpu_engine(path: Path, section: EngineSection) -> LocalEngine:
     ("variant", "num_tokens"),
     [
         ("olmoe-norm-gqa-clip", 2),
-        *(pytest.param(x, 8, marks=pytest.mark.slow) for x in ("dots1-groups", "jetmoe-tied")),
+        *(pytest.param(x, 8, marks=pytest.mark.slow) for x in GPU_VARIANTS),
     ],
 )
 def test_greedy_tokens_are_those_of_transformers(

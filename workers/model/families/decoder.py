@@ -45,6 +45,7 @@ def dense_attention_layer(
     qk_norm: Tensor | None = None,
     clip: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> DecoderLayer:
     """A layer whose projections all rows share, of the usual short names of its tensors.
 
@@ -65,6 +66,7 @@ def dense_attention_layer(
         norm2=loader.tensor("norm2"),
         router=router,
         attend=loader.attend,
+        sinks=sinks,
     )
     has_mlp = "gate" in loader.parts
     mlp = loader.mlp("gate", "up", "down", config.activation) if has_mlp else None

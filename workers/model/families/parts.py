@@ -9,7 +9,14 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor
 
-from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
+from workers.model.config import (
+    BankSpec,
+    ClampedSwiglu,
+    ExchangeSpec,
+    ExpertMatrix,
+    ModelConfig,
+    TensorPart,
+)
 from workers.model.half import AttentionShape
 from workers.model.rope import rotation_order
 
@@ -19,15 +26,24 @@ def part(name: str, *shape: int, index: int | None = None) -> TensorPart:
     return TensorPart(name=name, shape=shape, index=index)
 
 
-def mlp_exchange(config: ModelConfig, expert_width: int) -> ExchangeSpec:
-    """The one exchange of a bank of gated MLPs: hidden states in, hidden states out."""
+def mlp_exchange(
+    config: ModelConfig,
+    expert_width: int,
+    activation: ClampedSwiglu | None = None,
+    has_bias: bool = False,
+) -> ExchangeSpec:
+    """The one exchange of a bank of gated MLPs: hidden states in, hidden states out.
+
+    ``activation`` None: that of ``config``.
+    """
     return ExchangeSpec(
         index=0,
         name="mlp",
         in_width=config.hidden_size,
         out_width=config.hidden_size,
         expert_width=expert_width,
-        activation=config.activation,
+        activation=activation or config.activation,
+        has_bias=has_bias,
     )
 
 
@@ -40,9 +56,11 @@ def mlp_banks(
     expert_width: int,
     float32_weights: bool = False,
     aux_copies: int = 0,
+    activation: ClampedSwiglu | None = None,
+    has_bias: bool = False,
 ) -> tuple[BankSpec, ...]:
-    """A bank of gated MLPs in each of these layers; see ``BankSpec``."""
-    exchange = mlp_exchange(config, expert_width)
+    """A bank of gated MLPs in each of these layers; see ``BankSpec`` and ``mlp_exchange``."""
+    exchange = mlp_exchange(config, expert_width, activation, has_bias)
     return tuple(
         BankSpec(
             index=index,

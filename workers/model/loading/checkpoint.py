@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from workers.model.cuda_blocks import CudaBlocks
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
-from workers.model.loading import scaled_blocks
+from workers.model.loading import mxfp4, scaled_blocks
 from workers.model.loading.file_stamp import FileStamp, size_and_change
 from workers.model.loading.mapped import joined
 from workers.model.native_half import NativeBlocks
@@ -44,6 +44,8 @@ _DTYPES = {
     "F16": torch.float16,
     scaled_blocks.DTYPE: torch.float8_e4m3fn,
 }
+_BLOCK_DTYPES = {mxfp4.DTYPE: torch.uint8}
+"""Of numbers in blocks of MXFP4."""
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 """Endings of checkpoints that are not opened."""
@@ -61,7 +63,7 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         """Size of its data; 0 for a dtype that we do not read."""
-        known = _DTYPES.get(self.dtype)
+        known = (_DTYPES | _BLOCK_DTYPES).get(self.dtype)
         return math.prod(self.shape) * known.itemsize if known is not None else 0
 
 
@@ -106,11 +108,19 @@ class Checkpoint:
 
     def num_bytes(self, part: TensorPart) -> int:
         """Bytes on disk of a part, with its scales if it has any."""
+        total = sum(entry.num_bytes for entry in self._entries(part))
+        if part.index is not None:
+            total //= max(part.shape[0], 1)
+        return total if part.rows is None else total // part.rows[1]
+
+    def _entries(self, part: TensorPart) -> list[TensorEntry]:
+        """The tensors on disk that make up a part."""
+        if part.is_mxfp4:
+            return [self._entry(own, _BLOCK_DTYPES) for own in mxfp4.stored_parts(part)]
         entry = self._entry(part)
-        total = entry.num_bytes
         if entry.dtype == scaled_blocks.DTYPE:
-            total += self._entry(self._scales(part)[0]).num_bytes
-        return total if part.index is None else total // max(part.shape[0], 1)
+            return [entry, self._entry(self._scales(part)[0])]
+        return [entry]
 
     def expert_bytes(self, bank: BankSpec, expert: int) -> int:
         """Bytes on disk of one expert in all exchanges of its bank."""
@@ -155,7 +165,8 @@ class Checkpoint:
         first = 0
         for part, tensor in zip(parts, found, strict=True):
             last = first + part.part_shape[0]
-            out[first:last].copy_(tensor)
+            target = out[first:last]
+            target.copy_(tensor.reshape(target.shape))  # a bias may be wanted as a matrix
             self.count(self.num_bytes(part))
             first = last
         return out
@@ -173,7 +184,7 @@ class Checkpoint:
         """Unmap all files; a later read opens them again."""
         self._readers.clear()
 
-    def _entry(self, part: TensorPart) -> TensorEntry:
+    def _entry(self, part: TensorPart, known: Collection[str] = tuple(_DTYPES)) -> TensorEntry:
         entry = self.tensors.get(part.name)
         if entry is None:
             raise CheckpointError(
@@ -184,9 +195,9 @@ class Checkpoint:
                 f"tensor {part.name} has shape {list(entry.shape)} on disk, "
                 f"the config asks for {list(part.shape)}"
             )
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in known:
             raise CheckpointError(
-                f"tensor {part.name} has dtype {entry.dtype}, supported are {', '.join(_DTYPES)}"
+                f"tensor {part.name} has dtype {entry.dtype}, supported are {', '.join(known)}"
             )
         return entry
 
@@ -202,14 +213,17 @@ class Checkpoint:
 
     def _mapped(self, part: TensorPart) -> Tensor:
         """The mapped file's own memory, or new memory for what is stored in blocks with scales."""
+        if part.is_mxfp4:
+            parts = mxfp4.stored_parts(part)
+            return mxfp4.decoded(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
         stored = self._stored(part)
         if self._entry(part).dtype != scaled_blocks.DTYPE:
             return stored
         scales, block = self._scales(part)
         return scaled_blocks.unscaled(stored, self._stored(scales), block)
 
-    def _stored(self, part: TensorPart) -> Tensor:
-        entry = self._entry(part)
+    def _stored(self, part: TensorPart, known: Collection[str] = tuple(_DTYPES)) -> Tensor:
+        entry = self._entry(part, known)
         try:
             reader = self._reader(entry.file)
             if part.index is None:
@@ -219,7 +233,8 @@ class Checkpoint:
         except (OSError, SafetensorError) as err:
             words = str(err).replace(str(entry.file), entry.file.name)
             raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {words}") from err
-        return found
+        found = found.T if part.is_transposed else found
+        return found if part.rows is None else found[part.rows[0] :: part.rows[1]]
 
     def _reader(self, file: Path) -> Any:
         """An open file. Header, size, time and samples must be those that were read at first."""

@@ -13,10 +13,12 @@ from torch import Tensor
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     """CPU tensors [rows_i, ..] of one type as [sum of rows_i, ..] in the same memory.
 
-    None where they do not follow each other there. Libraries write the tensors of a file by name:
-    ``gate_proj`` of an expert, and then its ``up_proj``.
+    None where they do not follow each other there, row after row. Libraries write the tensors of a
+    file by name: ``gate_proj`` of an expert, and then its ``up_proj``.
     """
     first = tensors[0]
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return None
     if len(tensors) == 1:
         return first
     if any(a.data_ptr() + a.nbytes != b.data_ptr() for a, b in pairwise(tensors)):

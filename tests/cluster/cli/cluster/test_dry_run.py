@@ -155,6 +155,8 @@ BILLIONS = {
     "GLM-4.5-Air": 107,
     "GLM-4.5": 353,
     "Mixtral-8x7B": 46.7,
+    "gpt-oss-20b": 20.9,
+    "gpt-oss-120b": 116.8,
     "Mixtral-8x22B": 141,
     "MiniMax-M2": 229,
     "ERNIE-4.5-21B-A3B": 21.8,

@@ -79,7 +79,7 @@ def source(tiny_checkpoint: Path) -> LocalEngine:
 
 
 @pytest.mark.parametrize(
-    "variant", ["olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "glm4moe-base"]
+    "variant", ["olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "gptoss-base"]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copied_blocks_give_the_bits_that_computing_gives(

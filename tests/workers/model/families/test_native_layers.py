@@ -37,7 +37,7 @@ VARIANTS = [
     *("qwen3moe-base", "qwen3moe-dense-layers", "qwen3moe-window-bias-tied"),
     *("glm4moe-base", "glm4moe-norms-groups", "glm4moe-quarter-tied"),
     *("mixtral-base", "mixtral-window-tied", "minimaxm2-official-like"),
-    *("ernie45-official-like", "ernie45-layers"),
+    *("ernie45-official-like", "ernie45-layers", "gptoss-base", "gptoss-layers-tied"),
 ]
 
 

@@ -38,6 +38,7 @@ GLM4: Mapping[str, Any] = {"model_type": "glm4_moe", "num_hidden_layers": 4, "he
 MIXTRAL: Mapping[str, Any] = {"model_type": "mixtral", "num_hidden_layers": 2}
 MINIMAX: Mapping[str, Any] = {"model_type": "minimax_m2", "num_hidden_layers": 2}
 ERNIE: Mapping[str, Any] = {"model_type": "ernie4_5_moe", "num_hidden_layers": 4}
+GPT_OSS: Mapping[str, Any] = {"model_type": "gpt_oss", "num_hidden_layers": 2}
 FAMILIES = {
     "olmoe": TINY_CONFIG,
     "dots1": DOTS1,
@@ -47,6 +48,7 @@ FAMILIES = {
     "mixtral": MIXTRAL,
     "minimax_m2": MINIMAX,
     "ernie4_5_moe": ERNIE,
+    "gpt_oss": GPT_OSS,
 }
 
 
@@ -186,6 +188,18 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("ernie4_5_moe", {"use_bias": True}, "use_bias True is not supported for ernie4_5_moe"),
         ("ernie4_5_moe", {"moe_layer_start_index": 4}, "leave no layer with experts"),
         ("ernie4_5_moe", {"moe_num_experts": [64, 64]}, "moe_num_experts .* positive integer"),
+        ("gpt_oss", {"num_experts_per_tok": 129}, "129 exceeds num_local_experts 128"),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "for each of the 2 layers"),
+        ("gpt_oss", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit 0 must be a positive number"),
+        ("gpt_oss", {"swiglu_alpha": True}, "swiglu_alpha True must be a positive number"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, "must be 'mxfp4'"),
+        ("gpt_oss", {"quantization_config": 4}, "quantization_config 4 must be an object"),
+        (
+            "gpt_oss",
+            {"quantization_config": {"quant_method": "mxfp4", "bits": 4}},
+            "bits 4 is not supported for gpt_oss",
+        ),
         ("jetmoe", {"activation_function": "gelu_new"}, "activation_function 'gelu_new'"),
         ("jetmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("jetmoe", {"attention_bias": True}, "attention_bias True is not supported for jetmoe"),
