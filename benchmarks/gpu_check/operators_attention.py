@@ -22,7 +22,7 @@ from workers.kv.cache import KVCache
 from workers.model import fp8
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
-from workers.model.cuda_blocks import CudaBlocks
+from workers.model.cuda.blocks import CudaBlocks
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
 

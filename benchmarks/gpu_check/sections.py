@@ -19,7 +19,7 @@ def _operators(name: str, what: str, seconds: float = 30.0) -> Section:
     )
 
 
-def _engine(name: str, seconds: float = 40.0) -> Section:
+def _engine(name: str, seconds: float = 30.0) -> Section:
     return Section(
         name=f"engine-{name}",
         what=f"tokens and log-probabilities of {name}, against a CPU",
@@ -57,7 +57,7 @@ SECTIONS = (
     _engine("dots1"),
     _engine("jetmoe"),
     _engine("demo"),
-    _engine("others", 80.0),
+    _engine("others", 50.0),
     Section(
         name="sockets",
         what="1 + 1 workers over sockets: equal to one process, and one is killed",

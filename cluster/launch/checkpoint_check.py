@@ -122,7 +122,7 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
     """
     import torch
 
-    from workers.model.cuda_device import gpu_facts
+    from workers.model.cuda.device import gpu_facts
     from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
 
     is_bare = allow_bare and not any(folder.glob("*.safetensors*"))

@@ -13,7 +13,7 @@ from cluster.config.kv_cache import kv_vector_bytes
 from workers.cuda.step_graph import MAX_KEPT
 from workers.experts.transfer.peer_source import expert_num_bytes
 from workers.model.config import BankSpec, ModelConfig, returns_pairs
-from workers.model.cuda_device import gpu_memory
+from workers.model.cuda.device import gpu_memory
 from workers.model.families.base import Family
 from workers.process.worker_args import WorkerArgs
 from workers.requests.buckets import buckets_up_to, kept_rows

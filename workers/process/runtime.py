@@ -45,7 +45,7 @@ from workers.metrics.step_timer import StepTimer, TimingSink
 from workers.metrics.step_trace import StepTrace
 from workers.metrics.traced_steps import StepSpans
 from workers.model.compute_threads import ComputeThreads
-from workers.model.cuda_device import gpu_stats
+from workers.model.cuda.device import gpu_stats
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
 from workers.native.team import start_kernels

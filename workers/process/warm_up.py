@@ -20,8 +20,8 @@ from workers.dispatch.local import LocalDispatcher, LocalHandle
 from workers.engine.engine import Engine
 from workers.experts.bank import ExpertBank
 from workers.experts.slots import ExpertSlots
-from workers.model.attention_cuda import warm_kernels
 from workers.model.config import BankSpec
+from workers.model.cuda.attention import warm_kernels
 from workers.model.families.base import Family
 from workers.model.layers import Dispatch
 from workers.process.gpu_room import block_bytes

@@ -14,7 +14,7 @@ from cluster.core.codec import from_plain
 from cluster.core.holders import ExpertHolder
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Member
-from workers.model.cuda_device import gpu_facts
+from workers.model.cuda.device import gpu_facts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.workers.cuda.device import DEVICE
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.routing import Choice, choose
-from workers.model.cuda_half import CudaHalf
+from workers.model.cuda.half import CudaHalf
 from workers.model.half import AttentionHalf, AttentionShape, DenseProjections
 from workers.model.layers import Linear, rms_norm
 from workers.model.routing import Router, Routing
@@ -78,7 +78,7 @@ def test_heads_are_those_of_torch_and_in_the_cache(
     seen: list[tuple[Tensor, ...]] = []
     described = half(shape, qk_norm, seen)
     described.attend_rows(rows, cache, context)
-    monkeypatch.setattr("workers.model.cuda_half.attend_written", described.attend)
+    monkeypatch.setattr("workers.model.cuda.half.attend_written", described.attend)
     CudaHalf(described).attend_rows(rows, cache, context)
     for want, got in zip(*seen, strict=True):
         assert got.shape == want.shape

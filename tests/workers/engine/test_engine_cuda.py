@@ -18,7 +18,7 @@ from workers.dispatch.local import LocalDispatcher
 from workers.experts.bank import ExpertBank
 from workers.experts.kernels_cuda import CudaExperts
 from workers.experts.slots import ExpertSlots
-from workers.model.cuda_blocks import CudaBlocks
+from workers.model.cuda.blocks import CudaBlocks
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
 from workers.requests.request import SamplingParams
 

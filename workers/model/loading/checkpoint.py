@@ -24,7 +24,7 @@ from workers.model.batch_invariant.invariant import RowInvariantBlocks
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig, TensorPart
-from workers.model.cuda_blocks import CudaBlocks
+from workers.model.cuda.blocks import CudaBlocks
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel

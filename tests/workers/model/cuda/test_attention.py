@@ -20,8 +20,8 @@ from workers.model.attention import (
     chunk_mask,
     decode_mask,
 )
-from workers.model.attention_cuda import attend_in_place
 from workers.model.compute_threads import ComputeThreads
+from workers.model.cuda.attention import attend_in_place
 
 LENGTHS, COUNTS = [13, 9, 21, 6], [1, 1, 5, 6]
 """Two decodes, a chunk in the middle of a prompt, and a whole prompt."""

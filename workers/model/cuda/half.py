@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workers.model import fp8
 from workers.model.attention import write_rows
-from workers.model.attention_cuda import attend_written
+from workers.model.cuda.attention import attend_written
 from workers.model.half import (
     AttentionHalf,
     HalfOutput,

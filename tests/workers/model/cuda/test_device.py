@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from workers.model import cuda_device
-from workers.model.cuda_device import gpu_facts, gpu_stats
+from workers.model.cuda import device as cuda_device
+from workers.model.cuda.device import gpu_facts, gpu_stats
 
 GPU = torch.device("cuda:0")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from workers.model.attention_cuda import attend_in_place
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import ModelConfig
-from workers.model.cuda_half import CudaHalf
+from workers.model.cuda.attention import attend_in_place
+from workers.model.cuda.half import CudaHalf
 from workers.model.half import AttentionHalf, Half
 from workers.model.layers import Attend
 

@@ -1,0 +1,1 @@
+"""A model on a GPU: attention, attention halves, and the device itself."""
