@@ -92,18 +92,19 @@ test: $(VENV)/.stamp-test
 
 # The long tier: all tests but those for a GPU, and a skip fails. Each part takes under 30 minutes
 # on two cores: units; layouts; other clusters of threads; clusters of processes;
-# served clusters and the command line; real clients; pretended hosts, pods and tutorials; mutants.
+# served clusters and the command line; real clients; pretended hosts, pods and tutorials; mutants, and faults of each family.
 LONG := $(PYTEST) --no-skips --hypothesis-profile=long
 TWO := -n 2 --dist worksteal
 LAYOUTS := $(addprefix tests/system/,test_deterministic.py test_family_pairs.py test_layouts.py)
 CLIENT_TESTS := tests/conformance
 HOSTS := tests/pretend_hosts tests/k8s/test_pretend_pods.py tests/project/test_tutorial.py
+FAMILY_FAULTS := tests/system/faults/test_faults_of_families.py
 NOT_FOREIGN := $(addprefix --ignore=,$(CLIENT_TESTS) $(HOSTS))
 PART_1 := $(TWO) -m "not gpu and not ray and not distributed" $(NOT_FOREIGN)
 PART_2 := $(TWO) -m "not gpu and not ray" $(LAYOUTS)
 PART_3 := $(TWO) -m "distributed and not gpu and not ray" $(addprefix --ignore=,$(LAYOUTS)) \
 	$(NOT_FOREIGN)
-PART_4 := -m "ray and not gpu" tests/system
+PART_4 := -m "ray and not gpu" tests/system --ignore=$(FAMILY_FAULTS)
 PART_5 := -m "ray and not gpu" --ignore=tests/system $(NOT_FOREIGN)
 PART_6 := -m "not gpu" $(CLIENT_TESTS)
 PART_7 := -m "not gpu" $(HOSTS)
@@ -112,6 +113,7 @@ test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8,$(P
 
 test-long-8: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.mutation --num $(MUTANTS) --seed $(SEED)
+	$(LONG) -m "ray and not gpu" $(FAMILY_FAULTS) $(PYTEST_ARGS)
 
 # Redis, in which pretended heads keep Ray's state, comes with the clients.
 test-long-6 test-long-7: $(CLIENTS)/.stamp-clients

@@ -38,6 +38,7 @@ _CHOICES = (
     ("Qwen3-Coder-480B-A35B", "Qwen3-Coder-480B-A35B", 4),
     ("GLM-4.5-Air", "GLM-4.5-Air", 1),
     ("GLM-4.5", "GLM-4.5", 3),
+    ("gpt-oss-120b", "gpt-oss-120b", 1),
 )
 """Folder of the config, name, nodes."""
 _HEADER = (

@@ -20,8 +20,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -113,23 +114,34 @@ quiet_config = partial(row_config, detection_limit_s=QUIET_S)
 """For clusters of threads, where one stall silences all workers, and faults that are no silence."""
 
 
+def with_model(config: ClusterConfig, model: Path) -> ClusterConfig:
+    """The same with another model."""
+    return replace(config, model=replace(config.model, path=str(model)))
+
+
 @cache
-def undisturbed(form: Form) -> tuple[Answer, ...]:
-    """What the calls of a form get where nothing happens."""
-    cluster = ThreadCluster(quiet_config(1, 1))
+def undisturbed(form: Form, model: Path | None = None) -> tuple[Answer, ...]:
+    """What the calls of a form get where nothing happens; of the bundled model unless given."""
+    config = quiet_config(1, 1)
+    cluster = ThreadCluster(config if model is None else with_model(config, model))
     with serving(cluster), gateway_of(cluster) as gateway:
         return tuple(gateway.answer(make_calls(form.num_streams, form.num_tokens)))
 
 
 def play(
-    cluster: ServingCluster, form: Form, draw: random.Random, fault: Callable[[], object]
+    cluster: ServingCluster,
+    form: Form,
+    draw: random.Random,
+    fault: Callable[[], object],
+    model: Path | None = None,
 ) -> Played:
     """See the module. ``cluster`` serves already, and stays; ``fault`` is called from this thread.
+    ``model``: the cluster's, if it is not the bundled one.
 
     Fails when an answer differs, a call fails, a stream stalls for too long, or a worker that
     lives holds KV blocks afterwards.
     """
-    expected = undisturbed(form)
+    expected = undisturbed(form, model)
     before, began, shown = num_abandoned(cluster), time.monotonic(), [cluster.snapshot()]
     with gateway_of(cluster) as gateway:
         streams = gateway.stream(make_calls(form.num_streams, form.num_tokens))
@@ -166,6 +178,7 @@ def play_until(
     draw: random.Random,
     fault: Callable[[], object],
     is_hit: Callable[[Played], bool],
+    model: Path | None = None,
 ) -> None:
     """``play``, again when the fault disturbed nothing: it fell between two steps, or this process
     did not run before the streams had ended.
@@ -174,7 +187,7 @@ def play_until(
     """
     for _ in range(_NUM_TRIES):
         whole(cluster)
-        if is_hit(play(cluster, form, draw, fault)):
+        if is_hit(play(cluster, form, draw, fault, model)):
             return
     raise AssertionError("the fault disturbed nothing")
 
