@@ -15,6 +15,9 @@ class ToolForm(Enum):
     """``<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`` (Qwen, Hermes)."""
     MISTRAL = "[TOOL_CALLS]"
     """``[TOOL_CALLS][{"name": "f", "arguments": {}}]``, a list of all calls (Mistral)."""
+    HARMONY = "<|channel|>"
+    """``<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>`` (gpt-oss);
+    answers without calls have channels, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,9 @@ from itertools import groupby
 
 from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta
+from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
+from gateway.text.harmony import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_calls import ParsedPiece, ToolParser
 from workers.requests.request import TokenLogprob
@@ -63,14 +65,20 @@ class TextFormat:
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
         self.call = call
         self._tokenizer = tokenizer
-        self._parsers: dict[int, ToolParser] = {}
+        self._parsers: dict[int, ToolParser | HarmonyParser] = {}
 
     def _parse(self, delta: ChoiceDelta) -> tuple[ParsedPiece, bool]:
         """Text and calls in a piece of a choice, and whether the choice ends with calls."""
         form, tools = self.call.fields.tool_form, self.call.fields.tools
-        if form is None or tools is None:
+        if form is None or (tools is None and form is not ToolForm.HARMONY):
             return ParsedPiece(delta.text), False
-        parser = self._parsers.setdefault(delta.index, ToolParser(form, tools.must_call))
+        parser = self._parsers.get(delta.index)
+        if parser is None:
+            if tools is None or form is ToolForm.HARMONY:
+                parser = HarmonyParser()
+            else:
+                parser = ToolParser(form, tools.must_call)
+            self._parsers[delta.index] = parser
         parsed = parser.feed(delta.text, is_last=delta.finish is not None)
         return parsed, parser.has_calls
 

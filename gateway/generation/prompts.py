@@ -17,7 +17,7 @@ from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer
-from gateway.text.tools import tool_grammar
+from gateway.text.tools import harmony_grammar, tool_grammar
 
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
@@ -107,10 +107,20 @@ class PromptMaker:
         return found.text or "", form
 
     def _with_tools(self, fields: GenerateFields, form: ToolForm) -> GenerateFields:
-        """The same fields, with the grammar that calls of their tools follow."""
-        if (use := fields.tools) is None:
+        """The same fields, with the form of the model's answers, and the grammar that calls of
+        their tools follow."""
+        use = fields.tools
+        if use is None and form is not ToolForm.HARMONY:
             return fields
         special_ids = self.require_tokenizer("tools").special_ids
+        if form is ToolForm.HARMONY:
+            return replace(
+                fields,
+                grammar=harmony_grammar(use, special_ids, fields.grammar),
+                tool_form=form,
+                skip_special_tokens=False,
+            )
+        assert use is not None, "other forms are of tools"
         return replace(
             fields,
             grammar=tool_grammar(use, form, special_ids, fields.grammar),

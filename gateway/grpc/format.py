@@ -57,6 +57,7 @@ class GrpcFormat(TextFormat):
                 )
                 for call in parsed.joined().calls
             ],
+            reasoning=parsed.reasoning,
         )
 
     def chunk(self, delta: ChoiceDelta) -> pb.GenerateChunk:
@@ -72,6 +73,7 @@ class GrpcFormat(TextFormat):
                 )
                 for call in parsed.calls
             ],
+            reasoning=parsed.reasoning,
             logprobs=self._logprobs((*delta.echo_tokens, *delta.tokens)),
             finish_info=finish_message(delta.finish, is_call),
             prompt_token_ids=self._prompt_ids() if delta.is_first else (),

@@ -209,6 +209,8 @@ class ChatFormat(AnswerFormat):
         parsed, is_call = self._parse(choice)
         content = parsed.content
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if parsed.reasoning:
+            message["reasoning_content"] = parsed.reasoning
         if parsed.calls:
             named = [_named_call(call) for call in parsed.joined().calls]
             message |= {"content": content or None, "tool_calls": named}
@@ -266,6 +268,8 @@ def pooling_usage(usage: Usage) -> dict[str, Any]:
 
 def _tool_delta(parsed: ParsedPiece) -> dict[str, Any]:
     delta: dict[str, Any] = {"content": parsed.content} if parsed.content else {}
+    if parsed.reasoning:
+        delta["reasoning_content"] = parsed.reasoning
     if parsed.calls:
         delta["tool_calls"] = [
             {"index": call.index, "function": {"arguments": call.arguments}}

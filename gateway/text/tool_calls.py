@@ -33,6 +33,8 @@ class ParsedPiece:
 
     content: str
     calls: tuple[CallDelta, ...] = ()
+    reasoning: str = ""
+    """What the model says to itself, where its form tells that apart."""
 
     def joined(self) -> ParsedPiece:
         """The same of a whole answer, with one piece for each call."""
@@ -40,7 +42,7 @@ class ParsedPiece:
         for _, pieces in groupby(self.calls, key=lambda call: call.index):
             first, *rest = pieces
             calls.append(replace(first, arguments="".join(piece.arguments for piece in rest)))
-        return ParsedPiece(self.content, tuple(calls))
+        return replace(self, calls=tuple(calls))
 
 
 class _State(Enum):

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_length, is_deeper, require
 from gateway.core.tool_use import Tool, ToolForm, ToolUse
+from gateway.text.harmony import CALL, CHANNEL, CONSTRAIN, END, FUNCTIONS, MESSAGE, START
 from gateway.text.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 from workers.requests.request import Grammar, GrammarKind
 
@@ -106,6 +107,61 @@ def tool_grammar(
     rule = f"have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
     require(size <= MAX_GRAMMAR_BYTES, "tools", rule)
     return Grammar(kind=GrammarKind.LARK, text=text, field="tools")
+
+
+def harmony_grammar(
+    use: ToolUse | None, special_ids: Mapping[str, int], answer: Grammar | None
+) -> Grammar | None:
+    """What an answer in the Harmony format must follow; None: anything.
+
+    Reasoning and words before calls may come first. Marks are special tokens, which text cannot
+    hold; a vocabulary without them has no grammar but ``answer``.
+
+    Args:
+        use: what may be called; None: there are no tools.
+        special_ids: special tokens by text.
+        answer: what the answer must follow where it is not a call.
+
+    Raises:
+        RequestError: the tools are too large, or ``answer`` cannot go with tools.
+    """
+    marks = (CHANNEL, MESSAGE, CONSTRAIN, START, END, CALL)
+    if use is None and (answer is None or answer.kind is not GrammarKind.JSON_SCHEMA):
+        return answer
+    if not all(mark in special_ids for mark in marks):
+        require(use is None or not use.must_call, "tool_choice", "needs a model with its own marks")
+        return answer if use is None else None
+    if use is not None and answer is not None and answer.kind is not GrammarKind.JSON_SCHEMA:
+        raise RequestError(f"{answer.field} cannot go with tools", answer.field)
+    channel, message, constrain, start, end, call = (_mark(m, special_ids) for m in marks)
+    must_call = use is not None and use.must_call
+    ends = [] if must_call else ["final"]
+    lines = []
+    if use is not None:
+        ends.append("tool")
+        called = [tool for tool in use.tools if use.only in (None, tool.name)]
+        names = (f"call_{place}" for place in range(len(called)))
+        lines.append(f"tool: {' | '.join(names)}")
+        for place, tool in enumerate(called):
+            to = json.dumps(f"commentary to={FUNCTIONS}{tool.name} ")
+            schema = {"type": "object", **_closed(tool.parameters)}
+            rule = f'{channel} {to} {constrain} "json" {message} args_{place} {call}'
+            lines += [f"call_{place}: {rule}", f"args_{place}: {_json(schema)}"]
+    schema_text = None if must_call or answer is None else answer.text
+    body = "TEXT" if schema_text is None else "answer"
+    if not must_call:
+        lines.append(f'final: {channel} "final" {message} {body}')
+    if schema_text is not None:
+        lines.append(f"answer: {_json(json.loads(schema_text))}")
+    before = f'{channel} ("analysis" | "commentary") {message} TEXT {end} {start} "assistant"'
+    text = "\n".join(
+        [f"start: before* ({' | '.join(ends)})", f"before: {before}", *lines, f"TEXT: {_ANY_TEXT}"]
+    )
+    size = len(text.encode("utf-8", "surrogatepass"))
+    rule = f"have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
+    require(size <= MAX_GRAMMAR_BYTES, "tools", rule)
+    field = "tools" if use is not None or answer is None else answer.field
+    return Grammar(kind=GrammarKind.LARK, text=f"{text}\n", field=field)
 
 
 def _start(use: ToolUse, form: ToolForm, special_ids: Mapping[str, int], schema: str | None) -> str:
