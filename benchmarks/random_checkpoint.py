@@ -66,6 +66,7 @@ class RandomModel:
             "minimax_m2": self._minimax_m2,
             "ernie4_5_moe": self._ernie4_5_moe,
             "gpt_oss": self._gpt_oss,
+            "flex_olmo": self._flex_olmo,
         }
         return {
             "model_type": self.family,
@@ -166,6 +167,9 @@ class RandomModel:
             "moe_num_experts": self.experts,
             "moe_num_shared_experts": 2,
         }
+
+    def _flex_olmo(self) -> dict[str, object]:
+        return self._olmoe() | {"architectures": ["FlexOlmoForCausalLM"]}
 
     def _gpt_oss(self) -> dict[str, object]:
         """A window in every other layer."""

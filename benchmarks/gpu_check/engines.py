@@ -313,7 +313,7 @@ WAYS = {
 }
 """By what is special about them."""
 SHORT_WAYS = ("together", "both roles", "chunks")
-OTHERS = ("qwen3_moe", "glm4_moe", "mixtral", "minimax_m2", "ernie4_5_moe", "gpt_oss")
+OTHERS = ("qwen3_moe", "glm4_moe", "mixtral", "minimax_m2", "ernie4_5_moe", "gpt_oss", "flex_olmo")
 """Families that ``others`` compares."""
 
 

@@ -94,11 +94,12 @@ GPT_OSS_VARIANTS = (
     "gptoss-layers-tied",
     "gptoss-default-rope",
 )
+FLEX_OLMO_VARIANTS = ("flexolmo-base", "flexolmo-official-like", "flexolmo-bias-gqa-tied")
 ERNIE_VARIANTS = ("ernie45-official-like", "ernie45-layers", "ernie45-headdim-linear")
 OTHER_VARIANTS = (
     *(*DOTS1_VARIANTS, *JETMOE_VARIANTS),
     *(*QWEN3_VARIANTS, *GLM4_VARIANTS, *MIXTRAL_VARIANTS, *MINIMAX_VARIANTS),
-    *(*ERNIE_VARIANTS, *GPT_OSS_VARIANTS),
+    *(*ERNIE_VARIANTS, *GPT_OSS_VARIANTS, *FLEX_OLMO_VARIANTS),
 )
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
@@ -117,6 +118,7 @@ RANDOM_VARIANTS = tuple(
         "minimaxm2",
         "ernie45",
         "gptoss",
+        "flexolmo",
     )
     for number in range(NUM_RANDOM)
 )
@@ -140,6 +142,8 @@ BF16_VARIANTS = (
     "ernie45-official-like",
     "gptoss-base",
     "gptoss-official-like",
+    "flexolmo-base",
+    "flexolmo-official-like",
 )
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8

@@ -202,6 +202,30 @@ _MIXTRAL = {
     "router_aux_loss_coef": 0.02,
 }
 
+_FLEX_OLMO = {
+    "model_type": "flex_olmo",
+    "architectures": ["FlexOlmoForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 7,
+    "num_experts_per_tok": 5,
+    "norm_topk_prob": False,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "rope_theta": 500000.0,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.01,
+}
+
 _GPT_OSS = {
     "model_type": "gpt_oss",
     "architectures": ["GptOssForCausalLM"],
@@ -864,6 +888,47 @@ VARIANTS: dict[str, dict] = {
             },
         },
     },
+    "flexolmo-base": {"seed": 1201, "bf16": True, "max_shard_size": "300KB", "config": _FLEX_OLMO},
+    # as the public config.json is written, bfloat16 on disk
+    "flexolmo-official-like": {
+        "seed": 1202,
+        "legacy_config": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "config": _FLEX_OLMO
+        | {
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.53.0.dev0",
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "attention_dropout": 0.0,
+            "rope_scaling": None,
+            "bos_token_id": None,
+        },
+    },
+    # biases, two key heads, renormalised gates, tied embeddings, fused experts, yarn
+    "flexolmo-bias-gqa-tied": {
+        "seed": 1203,
+        "embed_std": 0.5,
+        "legacy_config": True,
+        "fused": True,
+        "config": _FLEX_OLMO
+        | {
+            "attention_bias": True,
+            "num_key_value_heads": 2,
+            "norm_topk_prob": True,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-3,
+            "tie_word_embeddings": True,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    },
     "gptoss-base": {"seed": 1101, "bf16": True, "max_shard_size": "300KB", "config": _GPT_OSS},
     # as the public config.json is written, experts in MXFP4
     "gptoss-official-like": {
@@ -1159,6 +1224,7 @@ CLASSES = {
     "Glm4MoeForCausalLM": "Glm4MoeForCausalLM",
     "MixtralForCausalLM": "MixtralForCausalLM",
     "GptOssForCausalLM": "GptOssForCausalLM",
+    "FlexOlmoForCausalLM": "FlexOlmoForCausalLM",
     "Ernie4_5_MoeForCausalLM": "Ernie4_5_MoeForCausalLM",
     "MiniMaxM2ForCausalLM": "MiniMaxM2ForCausalLM",
     "JetMoeForCausalLM": "JetMoeForCausalLM",
@@ -1190,7 +1256,8 @@ def tensor_specs(cfg: dict):
 
     for i in range(L):
         p = f"model.layers.{i}"
-        yield f"{p}.input_layernorm.weight", (H,), "norm"
+        is_behind = cfg["model_type"] == "flex_olmo"  # norms come after attention and experts
+        yield f"{p}.{'post_feedforward' if is_behind else 'input'}_layernorm.weight", (H,), "norm"
         yield f"{p}.post_attention_layernorm.weight", (H,), "norm"
         if cfg["model_type"] == "jetmoe":
             E, KV, D, W = (
@@ -1217,7 +1284,8 @@ def tensor_specs(cfg: dict):
             yield f"{a}.{name}_proj.weight", (rows, A * D if name == "o" else H), "linear"
             if cfg.get("attention_bias") and not (name == "o" and cfg["model_type"] == "glm4_moe"):
                 yield f"{a}.{name}_proj.bias", (rows,), "bias"
-        whole = cfg["model_type"] in ("olmoe", "minimax_m2")  # all heads at once, or per head
+        # Norms are of all heads at once, or per head.
+        whole = cfg["model_type"] in ("olmoe", "flex_olmo", "minimax_m2")
         plain = ("mixtral", "ernie4_5_moe", "gpt_oss")
         if cfg.get("use_qk_norm", cfg["model_type"] not in plain):
             yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
@@ -1246,7 +1314,7 @@ def tensor_specs(cfg: dict):
                 yield f"{b}.experts.{e}.w1.weight", (inter, H), "linear"
                 yield f"{b}.experts.{e}.w2.weight", (H, inter), "linear"
                 yield f"{b}.experts.{e}.w3.weight", (inter, H), "linear"
-        elif cfg["model_type"] == "olmoe":
+        elif cfg["model_type"] in ("olmoe", "flex_olmo"):
             yield f"{p}.mlp.gate.weight", (cfg["num_experts"], H), "router"
             for e in range(cfg["num_experts"]):
                 yield from mlp(f"{p}.mlp.experts.{e}", cfg["intermediate_size"])
@@ -1600,7 +1668,10 @@ class RouterRecorder:
             kind = type(mod).__name__
             if kind == "GptOssTopKRouter":
                 mod.register_forward_hook(self._gpt_oss(name))
-            elif kind in ("OlmoeTopKRouter", "Qwen3MoeTopKRouter", "MixtralTopKRouter"):
+            elif kind in (
+                *("OlmoeTopKRouter", "Qwen3MoeTopKRouter", "MixtralTopKRouter"),
+                "FlexOlmoTopKRouter",
+            ):
                 mod.register_forward_hook(self._olmoe(name))
             elif kind in ("Dots1TopkRouter", "Glm4MoeTopkRouter", "MiniMaxM2TopKRouter"):
                 mod.register_forward_hook(self._dots(name))

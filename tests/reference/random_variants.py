@@ -18,7 +18,7 @@ from tests.reference import make_goldens
 
 FAMILIES = (
     *("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2", "ernie45"),
-    "gptoss",
+    *("gptoss", "flexolmo"),
 )
 MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
@@ -26,6 +26,7 @@ MODEL_TYPES = {
     "minimaxm2": "minimax_m2",
     "ernie45": "ernie4_5_moe",
     "gptoss": "gpt_oss",
+    "flexolmo": "flex_olmo",
 }
 """Where they differ."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -49,6 +50,7 @@ def make_variant(family: str, number: int) -> dict:
         "minimaxm2": _minimax,
         "ernie45": _ernie,
         "gptoss": _gpt_oss,
+        "flexolmo": _flex_olmo,
     }
     config, extra = makers[family](rng)
     layers = rng.randint(1, 3)
@@ -152,6 +154,12 @@ def _gpt_oss(rng: random.Random) -> tuple[dict, dict]:
         "swiglu_limit": rng.choice([0.5, 2.0, 7.0]),
         "attention_bias": rng.random() < 0.7,
     }, {}
+
+
+def _flex_olmo(rng: random.Random) -> tuple[dict, dict]:
+    config, extra = _olmoe(rng)
+    del config["clip_qkv"]
+    return config | {"architectures": ["FlexOlmoForCausalLM"]}, extra
 
 
 def _dots1_layers(rng: random.Random, config: dict, layers: int) -> None:

@@ -211,6 +211,7 @@ def pool_bytes(golden: Golden, dtype: str, num_tokens: int) -> int:
         ("jetmoe-tied", Layout(attention=2, experts=2, dtype="float32", micro_batches=1)),
         ("qwen3moe-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=1)),
         ("glm4moe-base", Layout(attention=0, experts=2, dtype="float32", micro_batches=2)),
+        ("flexolmo-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=2)),
         ("gptoss-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=2)),
     ],
     ids=str,

@@ -37,7 +37,7 @@ AnyGolden = Callable[[str], Golden]
     [
         *("olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"),
         *("qwen3moe-base", "glm4moe-base", "mixtral-base", "minimaxm2-official-like"),
-        *("ernie45-official-like", "gptoss-base"),
+        *("ernie45-official-like", "gptoss-base", "flexolmo-base"),
     ],
 )
 def test_float32_tokens_in_every_layout(

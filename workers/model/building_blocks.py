@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.model.attention import attend
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ModelConfig
-from workers.model.half import AttentionHalf, Half
+from workers.model.half import AttentionHalf, StagedHalf
 from workers.model.layers import (
     Attend,
     Embedding,
@@ -57,7 +57,7 @@ class BuildingBlocks:
         """The norm behind the layers, with a weight [H]."""
         return partial(rms_norm, weight=weight, eps=eps)
 
-    def half(self, half: AttentionHalf) -> Half:
+    def half(self, half: AttentionHalf) -> StagedHalf:
         """The attention half of a layer, made of products of these blocks."""
         return half
 

@@ -107,6 +107,10 @@ class HalfStages(Protocol):
         """Residual stream and projected outputs of attention, each [T, H], to the half's output."""
 
 
+class StagedHalf(Half, HalfStages, Protocol):
+    """A half as a whole, and in parts."""
+
+
 def routed_steps(
     stages: HalfStages,
     shape: AttentionShape,
@@ -141,7 +145,8 @@ class AttentionHalf:
     shape: AttentionShape
     norm1: Tensor
     """[H]."""
-    projections: DenseProjections | RoutedProjections
+    projections: DenseProjections | RoutedProjections | None
+    """None: the layer has its own, and takes ``attend_rows`` alone."""
     qk_norm: Tensor | None = None
     """[A + K, D]: each head is normalised by itself; [(A + K) * D]: queries over all their heads,
     and keys over theirs; None: they are not normalised."""
@@ -158,6 +163,7 @@ class AttentionHalf:
         parts = self.projections
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, self.shape, parts, hidden, cache, context))
+        assert parts is not None, "the layer has its own"
         rows = parts.qkv(rms_norm(hidden, self.norm1, self.shape.eps))
         projected = parts.output(self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)

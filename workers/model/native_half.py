@@ -18,10 +18,10 @@ from workers.model.config import Activation
 from workers.model.half import (
     AttentionHalf,
     DenseProjections,
-    Half,
     HalfOutput,
     HalfSteps,
     RoutedProjections,
+    StagedHalf,
     routed_steps,
 )
 from workers.model.layers import Embedding, LayerContext, Linear, Mlp, Norm
@@ -129,7 +129,7 @@ class NativeBlocks(BuildingBlocks):
     def norm(self, weight: Tensor, eps: float) -> Norm:
         return NativeNorm(self._team, weight, eps)
 
-    def half(self, half: AttentionHalf) -> Half:
+    def half(self, half: AttentionHalf) -> StagedHalf:
         return NativeHalf(self._team, half)
 
     def rope(
@@ -184,6 +184,8 @@ class NativeHalf:
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
         """See ``HalfStages``."""
         shape = self._half.shape
+        if context.native is None:
+            return self._half.attend_rows(rows, cache, context)
         attended = rows.new_empty(rows.shape[0], shape.num_heads * shape.head_dim)
         fields = RowsFields(
             projected=rows.data_ptr(), cache=cache.data_ptr(), attended=attended.data_ptr()
@@ -278,7 +280,7 @@ def _half_fields(half: AttentionHalf) -> HalfFields:
     )
     if isinstance(parts, DenseProjections):
         fields.qkv, fields.output = _matrix(parts.qkv), _matrix(parts.output)
-    else:
+    elif parts is not None:
         fields.query_router = _router_fields(parts.router)
     if half.router is not None:
         fields.router = _router_fields(half.router)

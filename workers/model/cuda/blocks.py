@@ -8,14 +8,14 @@ from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import ModelConfig
 from workers.model.cuda.attention import attend_in_place
 from workers.model.cuda.half import CudaHalf
-from workers.model.half import AttentionHalf, Half
+from workers.model.half import AttentionHalf, StagedHalf
 from workers.model.layers import Attend
 
 
 class CudaBlocks(BuildingBlocks):
     """The parts of torch, but for the attention half of a layer."""
 
-    def half(self, half: AttentionHalf) -> Half:
+    def half(self, half: AttentionHalf) -> StagedHalf:
         return CudaHalf(half)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:

@@ -32,6 +32,7 @@ class CudaHalf:
         half, parts = self._half, self._half.projections
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, half.shape, parts, hidden, cache, context))
+        assert parts is not None, "the layer has its own"
         rows = parts.qkv(norm(hidden, half.norm1, half.shape.eps))
         projected = parts.output(self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)

@@ -13,6 +13,7 @@ FAMILIES = {
     "olmoe": "workers.model.families.olmoe",
     "dots1": "workers.model.families.dots1",
     "qwen3_moe": "workers.model.families.qwen3_moe",
+    "flex_olmo": "workers.model.families.flex_olmo",
     "gpt_oss": "workers.model.families.gpt_oss",
     "glm4_moe": "workers.model.families.glm4_moe",
     "ernie4_5_moe": "workers.model.families.ernie4_5_moe",

@@ -39,6 +39,7 @@ MIXTRAL: Mapping[str, Any] = {"model_type": "mixtral", "num_hidden_layers": 2}
 MINIMAX: Mapping[str, Any] = {"model_type": "minimax_m2", "num_hidden_layers": 2}
 ERNIE: Mapping[str, Any] = {"model_type": "ernie4_5_moe", "num_hidden_layers": 4}
 GPT_OSS: Mapping[str, Any] = {"model_type": "gpt_oss", "num_hidden_layers": 2}
+FLEX_OLMO: Mapping[str, Any] = {"model_type": "flex_olmo", "num_hidden_layers": 2}
 FAMILIES = {
     "olmoe": TINY_CONFIG,
     "dots1": DOTS1,
@@ -49,6 +50,7 @@ FAMILIES = {
     "minimax_m2": MINIMAX,
     "ernie4_5_moe": ERNIE,
     "gpt_oss": GPT_OSS,
+    "flex_olmo": FLEX_OLMO,
 }
 
 
@@ -188,6 +190,8 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("ernie4_5_moe", {"use_bias": True}, "use_bias True is not supported for ernie4_5_moe"),
         ("ernie4_5_moe", {"moe_layer_start_index": 4}, "leave no layer with experts"),
         ("ernie4_5_moe", {"moe_num_experts": [64, 64]}, "moe_num_experts .* positive integer"),
+        ("flex_olmo", {"num_experts_per_tok": 8}, "num_experts_per_tok 8 exceeds num_experts 7"),
+        ("flex_olmo", {"clip_qkv": 3.0}, "clip_qkv 3.0 is not supported for flex_olmo"),
         ("gpt_oss", {"num_experts_per_tok": 129}, "129 exceeds num_local_experts 128"),
         ("gpt_oss", {"layer_types": ["full_attention"]}, "for each of the 2 layers"),
         ("gpt_oss", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),

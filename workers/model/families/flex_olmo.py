@@ -1,0 +1,139 @@
+"""FlexOlmo: norms behind attention and experts, and none before them; norms of q and k as OLMoE's.
+
+Source: checkpoint layout and math as in transformers ``models/flex_olmo``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from workers.model.config import ModelConfig, TensorPart
+from workers.model.families.base import Family, Loader
+from workers.model.families.parts import attention_shape, mlp_banks, part, projection_parts
+from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
+from workers.model.half import AttentionHalf, HalfStages
+from workers.model.layers import Dispatch, LayerContext, LayerSteps, Linear, Norm
+from workers.model.routing import Router, Routing
+
+_DEFAULTS = Defaults(
+    vocab_size=100352,
+    hidden_size=4096,
+    num_layers=32,
+    max_positions=4096,
+    rms_norm_eps=1e-6,
+    rope_theta=500000.0,
+    eos=(100257,),
+    pad=100277,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlexOlmoConfig:
+    """The numbers that FlexOlmo adds to ``ModelConfig``."""
+
+    num_experts: int
+    """E: routed experts of a layer."""
+    top_k: int
+    expert_width: int
+    """I: inner width of an expert."""
+    norm_topk_prob: bool
+    """Weights of the chosen experts are scaled to sum 1."""
+    attention_bias: bool
+    """Biases on q, k, v and o."""
+
+
+def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
+    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    settings = Settings(config)
+    settings.architecture("FlexOlmoForCausalLM")
+    own = FlexOlmoConfig(
+        num_experts=settings.integer("num_experts", "num_local_experts", default=7),
+        top_k=settings.integer("num_experts_per_tok", default=5),
+        expert_width=settings.integer("intermediate_size", default=11008),
+        norm_topk_prob=settings.flag("norm_topk_prob", False),
+        attention_bias=settings.flag("attention_bias", False),
+    )
+    check_top_k("num_experts_per_tok", own.top_k, "num_experts", own.num_experts)
+    heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
+    shared = model_config(settings, model_type="flex_olmo", heads=heads, defaults=_DEFAULTS)
+    return FlexOlmoFamily(shared, own)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PostNormLayer:
+    """h + norm1(attention(h)), then + norm2(experts(.))."""
+
+    half: HalfStages
+    """Of which only ``attend_rows`` is used."""
+    qkv: Linear
+    output: Linear
+    norm1: Norm
+    norm2: Norm
+    router: Router
+
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
+        """See ``Layer``."""
+        attended = self.half.attend_rows(self.qkv(hidden), cache, context)
+        hidden = hidden + self.norm1(self.output(attended))
+        routes = self.router.route(hidden, context.attention.recorder)
+        yield Dispatch(routes.bank, 0, hidden, routes.topk_ids, routes.topk_weights)
+        routed = yield
+        return hidden + self.norm2(routed)
+
+
+class FlexOlmoFamily(Family):
+    def __init__(self, config: ModelConfig, flex_olmo: FlexOlmoConfig) -> None:
+        banks = mlp_banks(
+            config,
+            range(config.num_layers),
+            num_experts=flex_olmo.num_experts,
+            top_k=flex_olmo.top_k,
+            expert_width=flex_olmo.expert_width,
+            aux_copies=1,
+        )
+        super().__init__(config, banks)
+        self.flex_olmo = flex_olmo
+
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        config, prefix = self.config, f"model.layers.{layer}"
+        width, attention = config.hidden_size, f"{prefix}.self_attn"
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        return {
+            "norm1": part(f"{prefix}.post_attention_layernorm.weight", width),
+            "norm2": part(f"{prefix}.post_feedforward_layernorm.weight", width),
+            "q_norm": part(f"{attention}.q_norm.weight", q),
+            "k_norm": part(f"{attention}.k_norm.weight", kv),
+            "router": part(f"{prefix}.mlp.gate.weight", self.flex_olmo.num_experts, width),
+        } | projection_parts(attention, config, self.flex_olmo.attention_bias)
+
+    def make_layer(self, layer: int, loader: Loader) -> PostNormLayer:
+        own, eps = self.flex_olmo, self.config.rms_norm_eps
+        routing = Routing(
+            bank=layer,
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            scoring="softmax",
+            is_normed=own.norm_topk_prob,
+        )
+        norm1, norm2 = loader.tensor("norm1"), loader.tensor("norm2")
+        half = AttentionHalf(
+            shape=attention_shape(self.config),
+            norm1=norm1,
+            projections=None,
+            qk_norm=loader.tensor("q_norm", "k_norm"),
+            norm2=norm2,
+            router=None,
+            attend=loader.attend,
+        )
+        return PostNormLayer(
+            half=loader.blocks.half(half),
+            qkv=loader.linear("q", "k", "v"),
+            output=loader.linear("o"),
+            norm1=loader.blocks.norm(norm1, eps),
+            norm2=loader.blocks.norm(norm2, eps),
+            router=Router(routing=routing, linear=loader.linear("router")),
+        )
