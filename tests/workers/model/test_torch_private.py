@@ -63,7 +63,7 @@ from workers.model.layers import Linear, can_pack
 weight, rows = torch.randn(512, 512), torch.randn(3, 512)
 assert not can_pack(weight)
 torch.testing.assert_close(Linear(weight)(rows), rows @ weight.T)
-torch.testing.assert_close(expert_products(rows, [3], [weight], False), rows @ weight.T)
+torch.testing.assert_close(expert_products(rows, [3], [weight], [], False), rows @ weight.T)
 """
 
 
