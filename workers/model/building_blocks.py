@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.model.attention import attend
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ModelConfig
-from workers.model.half import AttentionHalf, StagedHalf
+from workers.model.half import AttendsRows, AttentionHalf, HeadAttention, StagedHalf
 from workers.model.layers import (
     Attend,
     Embedding,
@@ -60,6 +60,10 @@ class BuildingBlocks:
     def half(self, half: AttentionHalf) -> StagedHalf:
         """The attention half of a layer, made of products of these blocks."""
         return half
+
+    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
+        """Attention of a layer that is not a half; ``dtype`` of the model."""
+        return attention
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
         """The attention of all layers."""

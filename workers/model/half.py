@@ -45,6 +45,54 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadAttention:
+    """From queries, keys and values to what each row has attended to: norms of heads, clip,
+    rotation, attention.
+    """
+
+    shape: AttentionShape
+    qk_norm: Tensor | None = None
+    """[A + K, D]: each head is normalised by itself; [(A + K) * D]: queries over all their heads,
+    and keys over theirs; None: they are not normalised."""
+    attend: Attend
+    sinks: Tensor | None = None
+    """[A] float32: see ``AttentionBatch.sinks``."""
+
+    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """See ``AttendsRows``."""
+        shape, limit = self.shape, self.shape.clip
+        width = (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+        heads, values = self._normed(rows[:, :width]), rows[:, width:]
+        if limit is not None:
+            heads, values = heads.clamp(-limit, limit), values.clamp(-limit, limit)
+        heads = rotate(heads, context.cos, context.sin)
+        return self.attend(
+            heads[:, : shape.num_heads],
+            heads[:, shape.num_heads :],
+            values.view(len(rows), -1, shape.head_dim),
+            cache,
+            self.batch(context),
+        )
+
+    def batch(self, context: LayerContext) -> AttentionBatch:
+        """What the layer's rows attend to."""
+        batch = context.within(self.shape.window)
+        return batch if self.sinks is None else replace(batch, sinks=self.sinks)
+
+    def _normed(self, rows: Tensor) -> Tensor:
+        """Queries and keys [T, (A + K) * D] -> [T, A + K, D]."""
+        shape, weight = self.shape, self.qk_norm
+        if weight is not None and weight.dim() == 1:
+            widths = [n * shape.head_dim for n in (shape.num_heads, shape.num_kv_heads)]
+            parts = zip(torch.split(rows, widths, 1), torch.split(weight, widths), strict=True)
+            rows = torch.cat([rms_norm(part, w, shape.eps) for part, w in parts], 1)
+        heads = rows.view(len(rows), -1, shape.head_dim)
+        if weight is not None and weight.dim() == 2:
+            heads = rms_norm(heads, weight, shape.eps)
+        return heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DenseProjections:
     """Projections that all rows share."""
 
@@ -94,14 +142,18 @@ class Half(Protocol):
         """hidden [T, H], which may be changed; cache is this layer's part of ``KVCache``."""
 
 
-class HalfStages(Protocol):
+class AttendsRows(Protocol):
+    """``HeadAttention``, however it is computed."""
+
+    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D]."""
+
+
+class HalfStages(AttendsRows, Protocol):
     """The parts of a half with routed projections that lie between its exchanges."""
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
         """The first norm [T, H], and the experts of the projections."""
-
-    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D]."""
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
         """Residual stream and projected outputs of attention, each [T, H], to the half's output."""
@@ -139,31 +191,22 @@ def routed_steps(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionHalf:
+class AttentionHalf(HeadAttention):
     """The attention half of one layer, described, and computed with torch."""
 
-    shape: AttentionShape
     norm1: Tensor
     """[H]."""
-    projections: DenseProjections | RoutedProjections | None
-    """None: the layer has its own, and takes ``attend_rows`` alone."""
-    qk_norm: Tensor | None = None
-    """[A + K, D]: each head is normalised by itself; [(A + K) * D]: queries over all their heads,
-    and keys over theirs; None: they are not normalised."""
+    projections: DenseProjections | RoutedProjections
     norm2: Tensor
     """[H]."""
     router: Router | None
     """None in a layer without routed experts."""
-    attend: Attend
-    sinks: Tensor | None = None
-    """[A] float32: see ``AttentionBatch.sinks``."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
         """See ``Half``."""
         parts = self.projections
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, self.shape, parts, hidden, cache, context))
-        assert parts is not None, "the layer has its own"
         rows = parts.qkv(rms_norm(hidden, self.norm1, self.shape.eps))
         projected = parts.output(self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)
@@ -181,36 +224,3 @@ class AttentionHalf:
         recorder = context.attention.recorder
         routes = None if self.router is None else self.router.route(normed, recorder)
         return HalfOutput(hidden, normed, routes)
-
-    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``HalfStages``."""
-        shape, limit = self.shape, self.shape.clip
-        width = (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-        heads, values = self._normed(rows[:, :width]), rows[:, width:]
-        if limit is not None:
-            heads, values = heads.clamp(-limit, limit), values.clamp(-limit, limit)
-        heads = rotate(heads, context.cos, context.sin)
-        return self.attend(
-            heads[:, : shape.num_heads],
-            heads[:, shape.num_heads :],
-            values.view(len(rows), -1, shape.head_dim),
-            cache,
-            self.batch(context),
-        )
-
-    def batch(self, context: LayerContext) -> AttentionBatch:
-        """What the layer's rows attend to."""
-        batch = context.within(self.shape.window)
-        return batch if self.sinks is None else replace(batch, sinks=self.sinks)
-
-    def _normed(self, rows: Tensor) -> Tensor:
-        """Queries and keys [T, (A + K) * D] -> [T, A + K, D]."""
-        shape, weight = self.shape, self.qk_norm
-        if weight is not None and weight.dim() == 1:
-            widths = [n * shape.head_dim for n in (shape.num_heads, shape.num_kv_heads)]
-            parts = zip(torch.split(rows, widths, 1), torch.split(weight, widths), strict=True)
-            rows = torch.cat([rms_norm(part, w, shape.eps) for part, w in parts], 1)
-        heads = rows.view(len(rows), -1, shape.head_dim)
-        if weight is not None and weight.dim() == 2:
-            heads = rms_norm(heads, weight, shape.eps)
-        return heads

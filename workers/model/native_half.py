@@ -16,10 +16,12 @@ from torch import Tensor
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import Activation
 from workers.model.half import (
+    AttendsRows,
     AttentionHalf,
     DenseProjections,
     HalfOutput,
     HalfSteps,
+    HeadAttention,
     RoutedProjections,
     StagedHalf,
     routed_steps,
@@ -132,6 +134,9 @@ class NativeBlocks(BuildingBlocks):
     def half(self, half: AttentionHalf) -> StagedHalf:
         return NativeHalf(self._team, half)
 
+    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
+        return NativeAttention(self._team, attention, dtype)
+
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> Rope:
@@ -139,15 +144,58 @@ class NativeBlocks(BuildingBlocks):
         return Rope(config, max_positions, dtype, device, row_by_row=True)
 
 
-class NativeHalf:
+class NativeAttention:
+    """``HeadAttention`` in one native call."""
+
+    def __init__(self, team: Team, attention: HeadAttention, dtype: torch.dtype) -> None:
+        """``dtype`` of the model."""
+        self.team = team
+        """Computes it."""
+        self.fields = _attention_fields(attention, dtype)
+        """Its description in C; valid as long as this object."""
+        self._attention = attention
+        self._dtype = dtype
+
+    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """See ``AttendsRows``."""
+        shape = self._attention.shape
+        if context.native is None:
+            return self._attention.attend_rows(rows, cache, context)
+        attended = rows.new_empty(rows.shape[0], shape.num_heads * shape.head_dim)
+        fields = RowsFields(
+            projected=rows.data_ptr(), cache=cache.data_ptr(), attended=attended.data_ptr()
+        )
+        queries = self._queries(fields, rows.shape[0], context)
+        self._run(context, fields, ATTEND)
+        self._report(queries, cache, context)
+        return attended
+
+    def _queries(self, rows: RowsFields, count: int, context: LayerContext) -> Tensor | None:
+        """Memory for the rotated queries [count, A, D], where a recorder reads them."""
+        if context.attention.recorder is None:
+            return None
+        shape = self._attention.shape
+        queries = torch.empty(count, shape.num_heads, shape.head_dim, dtype=self._dtype)
+        rows.queries = queries.data_ptr()
+        return queries
+
+    def _report(self, queries: Tensor | None, cache: Tensor, context: LayerContext) -> None:
+        """Let the recorder make attention maps, beside the kernel's result."""
+        if queries is not None and (recorder := context.attention.recorder) is not None:
+            recorder.attending(queries, cache, self._attention.batch(context))
+
+    def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
+        assert context.native is not None
+        run_half(self.team, self.fields, context.native, rows, stages)
+
+
+class NativeHalf(NativeAttention):
     """``AttentionHalf`` in one native call, or in three around the exchanges of projections."""
 
     def __init__(self, team: Team, half: AttentionHalf) -> None:
         """``half`` has native products."""
-        self.team = team
-        """Computes it."""
-        self.fields = _half_fields(half)
-        """Its description in C; valid as long as this half."""
+        super().__init__(team, half, half.norm1.dtype)
+        _add_half(self.fields, half)
         self._half = half
 
     @property
@@ -180,20 +228,6 @@ class NativeHalf:
         normed = torch.empty_like(hidden)
         rows = RowsFields(hidden=hidden.data_ptr(), normed=normed.data_ptr())
         return normed, self._routed(self._half.projections.router, normed, rows, ENTER, context)
-
-    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``HalfStages``."""
-        shape = self._half.shape
-        if context.native is None:
-            return self._half.attend_rows(rows, cache, context)
-        attended = rows.new_empty(rows.shape[0], shape.num_heads * shape.head_dim)
-        fields = RowsFields(
-            projected=rows.data_ptr(), cache=cache.data_ptr(), attended=attended.data_ptr()
-        )
-        queries = self._queries(fields, rows.shape[0], context)
-        self._run(context, fields, ATTEND)
-        self._report(queries, cache, context)
-        return attended
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
         """See ``HalfStages``."""
@@ -236,36 +270,16 @@ class NativeHalf:
             recorder.router(routing.bank, logits, ids, weights)
         return Routes(routing.bank, ids, weights)
 
-    def _queries(self, rows: RowsFields, count: int, context: LayerContext) -> Tensor | None:
-        """Memory for the rotated queries [count, A, D], where a recorder reads them."""
-        if context.attention.recorder is None:
-            return None
-        shape = self._half.shape
-        queries = self._half.norm1.new_empty(count, shape.num_heads, shape.head_dim)
-        rows.queries = queries.data_ptr()
-        return queries
 
-    def _report(self, queries: Tensor | None, cache: Tensor, context: LayerContext) -> None:
-        """Let the recorder make attention maps, beside the kernel's result."""
-        if queries is not None and (recorder := context.attention.recorder) is not None:
-            recorder.attending(queries, cache, self._half.batch(context))
-
-    def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
-        assert context.native is not None
-        run_half(self.team, self.fields, context.native, rows, stages)
-
-
-def _half_fields(half: AttentionHalf) -> HalfFields:
-    """The description of a half in C; its memory is that of ``half``."""
-    shape, parts = half.shape, half.projections
-    norms = [w for w in (half.norm1, half.norm2, half.qk_norm) if w is not None]
-    assert all(w.is_contiguous() for w in norms)
+def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> HalfFields:
+    """The description in C of what attends; its memory is that of ``attention``."""
+    shape, norm, sinks = attention.shape, attention.qk_norm, attention.sinks
     qk_norm = NO_NORM
-    if half.qk_norm is not None:
-        qk_norm = NORM_HEADS if half.qk_norm.dim() == 2 else NORM_WIDTH
-    fields = HalfFields(
-        dtype=DTYPES.index(half.norm1.dtype),
-        hidden_size=len(half.norm1),
+    if norm is not None:
+        assert norm.is_contiguous()
+        qk_norm = NORM_HEADS if norm.dim() == 2 else NORM_WIDTH
+    return HalfFields(
+        dtype=DTYPES.index(dtype),
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
@@ -273,18 +287,24 @@ def _half_fields(half: AttentionHalf) -> HalfFields:
         qk_norm=qk_norm,
         eps=shape.eps,
         clip=math.inf if shape.clip is None else shape.clip,
-        sinks=None if half.sinks is None else half.sinks.data_ptr(),
-        norm1=half.norm1.data_ptr(),
-        norm2=half.norm2.data_ptr(),
-        qk_norm_weights=None if half.qk_norm is None else half.qk_norm.data_ptr(),
+        sinks=None if sinks is None else sinks.data_ptr(),
+        qk_norm_weights=None if norm is None else norm.data_ptr(),
     )
+
+
+def _add_half(fields: HalfFields, half: AttentionHalf) -> None:
+    """Add what stands around attention in a half, whose memory it is."""
+    norm1, norm2, parts = half.norm1, half.norm2, half.projections
+    assert norm1.is_contiguous()
+    assert norm2.is_contiguous()
+    fields.hidden_size = len(norm1)
+    fields.norm1, fields.norm2 = norm1.data_ptr(), norm2.data_ptr()
     if isinstance(parts, DenseProjections):
         fields.qkv, fields.output = _matrix(parts.qkv), _matrix(parts.output)
-    elif parts is not None:
+    else:
         fields.query_router = _router_fields(parts.router)
     if half.router is not None:
         fields.router = _router_fields(half.router)
-    return fields
 
 
 def _router_fields(router: Router) -> RouterFields:

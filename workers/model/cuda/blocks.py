@@ -7,8 +7,8 @@ import torch
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import ModelConfig
 from workers.model.cuda.attention import attend_in_place
-from workers.model.cuda.half import CudaHalf
-from workers.model.half import AttentionHalf, StagedHalf
+from workers.model.cuda.half import CudaAttention, CudaHalf
+from workers.model.half import AttendsRows, AttentionHalf, HeadAttention, StagedHalf
 from workers.model.layers import Attend
 
 
@@ -17,6 +17,9 @@ class CudaBlocks(BuildingBlocks):
 
     def half(self, half: AttentionHalf) -> StagedHalf:
         return CudaHalf(half)
+
+    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
+        return CudaAttention(attention)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
         return attend_in_place

@@ -12,6 +12,7 @@ from workers.model.half import (
     AttentionHalf,
     HalfOutput,
     HalfSteps,
+    HeadAttention,
     RoutedProjections,
     routed_steps,
 )
@@ -19,10 +20,39 @@ from workers.model.layers import LayerContext
 from workers.model.routing import Router, Routes
 
 
-class CudaHalf:
+class CudaAttention:
+    """See ``HeadAttention``, which is its reference: the same up to the order of sums."""
+
+    def __init__(self, attention: HeadAttention) -> None:
+        self._attention = attention
+
+    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """See ``AttendsRows``."""
+        from workers.cuda.heads import prepare_heads
+
+        shape, batch = self._attention.shape, self._attention.batch(context)
+        is_fp8 = cache.dtype == fp8.ROW_DTYPE
+        heads = prepare_heads(
+            rows,
+            shape.num_heads,
+            self._attention.qk_norm,
+            shape.eps,
+            shape.clip,
+            (context.cos, context.sin),
+            None if is_fp8 else cache,
+            batch.slot_mapping,
+        )
+        keys, values = torch.split(heads.keys_values, shape.num_kv_heads, 1)
+        if is_fp8:
+            write_rows(keys, values, cache, batch.slot_mapping)
+        return attend_written(heads.queries, keys, values, cache, batch)
+
+
+class CudaHalf(CudaAttention):
     """See ``AttentionHalf``, which is its reference: the same up to the order of sums."""
 
     def __init__(self, half: AttentionHalf) -> None:
+        super().__init__(half)
         self._half = half
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
@@ -32,7 +62,6 @@ class CudaHalf:
         half, parts = self._half, self._half.projections
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, half.shape, parts, hidden, cache, context))
-        assert parts is not None, "the layer has its own"
         rows = parts.qkv(norm(hidden, half.norm1, half.shape.eps))
         projected = parts.output(self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)
@@ -45,27 +74,6 @@ class CudaHalf:
         assert isinstance(parts, RoutedProjections)
         normed = norm(hidden, self._half.norm1, self._half.shape.eps)
         return normed, _route(parts.router, normed, context)
-
-    def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """See ``HalfStages``."""
-        from workers.cuda.heads import prepare_heads
-
-        shape, batch = self._half.shape, self._half.batch(context)
-        is_fp8 = cache.dtype == fp8.ROW_DTYPE
-        heads = prepare_heads(
-            rows,
-            shape.num_heads,
-            self._half.qk_norm,
-            shape.eps,
-            shape.clip,
-            (context.cos, context.sin),
-            None if is_fp8 else cache,
-            batch.slot_mapping,
-        )
-        keys, values = torch.split(heads.keys_values, shape.num_kv_heads, 1)
-        if is_fp8:
-            write_rows(keys, values, cache, batch.slot_mapping)
-        return attend_written(heads.queries, keys, values, cache, batch)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> HalfOutput:
         """See ``HalfStages``."""

@@ -102,7 +102,7 @@ class Family(ABC):
     windows: frozenset[int] = frozenset()
     """Widths of the sliding windows in use, in tokens."""
     has_sinks: ClassVar[bool] = False
-    """Rows attend to nothing, too: see ``AttentionBatch.sinks``."""
+    """There are attention sinks: see ``AttentionBatch.sinks``."""
 
     def __init__(self, config: ModelConfig, banks: tuple[BankSpec, ...]) -> None:
         self.config = config

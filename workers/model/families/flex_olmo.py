@@ -15,7 +15,7 @@ from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.parts import attention_shape, mlp_banks, part, projection_parts
 from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
-from workers.model.half import AttentionHalf, HalfStages
+from workers.model.half import AttendsRows, HeadAttention
 from workers.model.layers import Dispatch, LayerContext, LayerSteps, Linear, Norm
 from workers.model.routing import Router, Routing
 
@@ -67,8 +67,7 @@ def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
 class PostNormLayer:
     """h + norm1(attention(h)), then + norm2(experts(.))."""
 
-    half: HalfStages
-    """Of which only ``attend_rows`` is used."""
+    heads: AttendsRows
     qkv: Linear
     output: Linear
     norm1: Norm
@@ -77,7 +76,7 @@ class PostNormLayer:
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
         """See ``Layer``."""
-        attended = self.half.attend_rows(self.qkv(hidden), cache, context)
+        attended = self.heads.attend_rows(self.qkv(hidden), cache, context)
         hidden = hidden + self.norm1(self.output(attended))
         routes = self.router.route(hidden, context.attention.recorder)
         yield Dispatch(routes.bank, 0, hidden, routes.topk_ids, routes.topk_weights)
@@ -119,21 +118,16 @@ class FlexOlmoFamily(Family):
             scoring="softmax",
             is_normed=own.norm_topk_prob,
         )
-        norm1, norm2 = loader.tensor("norm1"), loader.tensor("norm2")
-        half = AttentionHalf(
+        heads = HeadAttention(
             shape=attention_shape(self.config),
-            norm1=norm1,
-            projections=None,
             qk_norm=loader.tensor("q_norm", "k_norm"),
-            norm2=norm2,
-            router=None,
             attend=loader.attend,
         )
         return PostNormLayer(
-            half=loader.blocks.half(half),
+            heads=loader.blocks.heads(heads, loader.dtype),
             qkv=loader.linear("q", "k", "v"),
             output=loader.linear("o"),
-            norm1=loader.blocks.norm(norm1, eps),
-            norm2=loader.blocks.norm(norm2, eps),
+            norm1=loader.blocks.norm(loader.tensor("norm1"), eps),
+            norm2=loader.blocks.norm(loader.tensor("norm2"), eps),
             router=Router(routing=routing, linear=loader.linear("router")),
         )

@@ -1,5 +1,5 @@
-"""gpt-oss: attention that may attend to nothing, windows in every other layer, experts with biases
-and a clamped SwiGLU, weights of experts in MXFP4.
+"""gpt-oss: attention sinks, windows in every other layer, experts with biases and a clamped SwiGLU,
+weights of experts in MXFP4.
 
 Source: checkpoint layout and math as in transformers ``models/gpt_oss``. There, norms multiply by
 their weight before they round to bfloat16; here they round first, as those of all families.
