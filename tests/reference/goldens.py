@@ -95,11 +95,23 @@ GPT_OSS_VARIANTS = (
     "gptoss-default-rope",
 )
 FLEX_OLMO_VARIANTS = ("flexolmo-base", "flexolmo-official-like", "flexolmo-bias-gqa-tied")
+LATENT_VARIANTS = (
+    "deepseekv3-base",
+    "deepseekv3-official-like",
+    "deepseekv3-plain-tied",
+    "deepseekv3-dynamic-fp16",
+    "kimik2-official-like",
+    "deepseekv2-official-like",
+    "deepseekv2-lite",
+    "deepseekv2-bias-tied-bf16",
+    "glm4lite-official-like",
+    "glm4lite-layers-tied",
+)
 ERNIE_VARIANTS = ("ernie45-official-like", "ernie45-layers", "ernie45-headdim-linear")
 OTHER_VARIANTS = (
     *(*DOTS1_VARIANTS, *JETMOE_VARIANTS),
     *(*QWEN3_VARIANTS, *GLM4_VARIANTS, *MIXTRAL_VARIANTS, *MINIMAX_VARIANTS),
-    *(*ERNIE_VARIANTS, *GPT_OSS_VARIANTS, *FLEX_OLMO_VARIANTS),
+    *(*ERNIE_VARIANTS, *GPT_OSS_VARIANTS, *FLEX_OLMO_VARIANTS, *LATENT_VARIANTS),
 )
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
@@ -144,6 +156,11 @@ BF16_VARIANTS = (
     "gptoss-official-like",
     "flexolmo-base",
     "flexolmo-official-like",
+    "deepseekv3-base",
+    "deepseekv3-official-like",
+    "deepseekv2-official-like",
+    "deepseekv2-bias-tied-bf16",
+    "glm4lite-official-like",
 )
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8

@@ -178,6 +178,63 @@ _GLM = {
     "eos_token_id": [EOS, 3],
 }
 
+_DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_DEEPSEEK2 = {
+    **_DEEPSEEK,
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "topk_method": "group_limited_greedy",
+    "norm_topk_prob": False,
+    "n_shared_experts": 2,
+}
+_FLASH = {
+    **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"},
+    "model_type": "glm4_moe_lite",
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 32,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "eos_token_id": [EOS, 3],
+}
+
 _MIXTRAL = {
     "model_type": "mixtral",
     "architectures": ["MixtralForCausalLM"],
@@ -836,6 +893,215 @@ VARIANTS: dict[str, dict] = {
             "torch_dtype": "float16",
         },
     },
+    # queries by a vector of their own, groups of experts, neighbours rotated
+    "deepseekv3-base": {
+        "seed": 1201,
+        "bf16": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DEEPSEEK,
+    },
+    # as the public config.json is written: float8 in blocks, YaRN with mscale, a layer that
+    # predicts ahead
+    "deepseekv3-official-like": {
+        "seed": 1242,
+        "legacy_config": True,
+        "ahead": True,
+        "scaled_block": (8, 8),
+        "store": "bfloat16",
+        "bf16": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DEEPSEEK
+        | {
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.33.1",
+            "ep_size": 1,
+            "moe_layer_freq": 1,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "num_nextn_predict_layers": 1,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "attention_dropout": 0.0,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 40.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 64,
+            },
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [8, 8],
+            },
+        },
+    },
+    # queries of the hidden state itself, halves rotated, biases, no group, no dense layer, tied
+    "deepseekv3-plain-tied": {
+        "seed": 1203,
+        "fused": True,
+        "embed_std": 0.5,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": {k: v for k, v in _DEEPSEEK.items() if k not in ("rope_theta", "rope_scaling")}
+        | {
+            "q_lora_rank": None,
+            "attention_bias": True,
+            "rope_interleave": False,
+            "first_k_dense_replace": 0,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-3,
+            "num_hidden_layers": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 20000.0,
+                "factor": 8.0,
+                "mscale": 0.8,
+                "mscale_all_dim": 0.6,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    },
+    "deepseekv3-dynamic-fp16": {
+        "seed": 1204,
+        "alone": True,
+        "store": "float16",
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DEEPSEEK
+        | {
+            "num_hidden_layers": 2,
+            "n_shared_experts": 2,
+            "attention_bias": True,
+            "hidden_act": "gelu",
+            "max_position_embeddings": 48,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+            "torch_dtype": "float16",
+        },
+    },
+    # as Kimi K2's public config.json is written: one group, one dense layer
+    "kimik2-official-like": {
+        "seed": 1225,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _DEEPSEEK
+        | {
+            "model_type": "kimi_k2",
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.827,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "num_nextn_predict_layers": 0,
+            "torch_dtype": "float32",
+            "rope_theta": 50000.0,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 1.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    },
+    # softmax in groups, as the public config.json of DeepSeek-V2 is written
+    "deepseekv2-official-like": {
+        "seed": 1301,
+        "legacy_config": True,
+        "bf16": True,
+        "config": _DEEPSEEK2
+        | {
+            "torch_dtype": "float32",
+            "moe_layer_freq": 1,
+            "scoring_func": "softmax",
+            "routed_scaling_factor": 4.0,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 40,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    },
+    # as DeepSeek-V2-Lite: queries of the hidden state itself, no groups
+    "deepseekv2-lite": {
+        "seed": 1302,
+        "max_shard_size": "300KB",
+        "config": _DEEPSEEK2
+        | {
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+        },
+    },
+    "deepseekv2-bias-tied-bf16": {
+        "seed": 1303,
+        "fused": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "embed_std": 0.5,
+        "legacy_config": True,
+        "config": _DEEPSEEK2
+        | {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "first_k_dense_replace": 0,
+            "num_hidden_layers": 2,
+            "topk_group": 1,
+            "hidden_act": "gelu_pytorch_tanh",
+            "torch_dtype": "bfloat16",
+        },
+    },
+    # as the public config.json of GLM-4.7-Flash is written, with the layer that predicts ahead
+    "glm4lite-official-like": {
+        "seed": 1431,
+        "legacy_config": True,
+        "ahead": True,
+        "bf16": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _FLASH
+        | {
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+            "partial_rotary_factor": 1.0,
+            "topk_method": "noaux_tc",
+            "torch_dtype": "float32",
+        },
+    },
+    # dense layers anywhere, groups, biases, halves rotated, tied
+    "glm4lite-layers-tied": {
+        "seed": 1412,
+        "embed_std": 0.5,
+        "legacy_config": True,
+        "correction_bias": ("normal", 0.0, 0.15),
+        "config": _FLASH
+        | {
+            "num_hidden_layers": 4,
+            "mlp_layer_types": ["sparse", "dense", "sparse", "dense"],
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            "rope_interleave": False,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+        },
+    },
     "mixtral-base": {"seed": 801, "bf16": True, "max_shard_size": "300KB", "config": _MIXTRAL},
     # as the public config.json of 8x7B is written, bfloat16 on disk
     "mixtral-official-like": {
@@ -891,7 +1157,7 @@ VARIANTS: dict[str, dict] = {
     "flexolmo-base": {"seed": 1201, "bf16": True, "max_shard_size": "300KB", "config": _FLEX_OLMO},
     # as the public config.json is written, bfloat16 on disk
     "flexolmo-official-like": {
-        "seed": 1202,
+        "seed": 1242,
         "legacy_config": True,
         "store": "bfloat16",
         "bf16": True,
@@ -1222,6 +1488,9 @@ CLASSES = {
     "Dots1ForCausalLM": "Dots1ForCausalLM",
     "Qwen3MoeForCausalLM": "Qwen3MoeForCausalLM",
     "Glm4MoeForCausalLM": "Glm4MoeForCausalLM",
+    "DeepseekV2ForCausalLM": "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": "DeepseekV3ForCausalLM",
+    "Glm4MoeLiteForCausalLM": "Glm4MoeLiteForCausalLM",
     "MixtralForCausalLM": "MixtralForCausalLM",
     "GptOssForCausalLM": "GptOssForCausalLM",
     "FlexOlmoForCausalLM": "FlexOlmoForCausalLM",
@@ -1280,13 +1549,17 @@ def tensor_specs(cfg: dict):
         A, KV = cfg["num_attention_heads"], cfg["num_key_value_heads"]
         D = cfg.get("head_dim") or H // A
         a = f"{p}.self_attn"
+        if "kv_lora_rank" in cfg:
+            yield from latent_specs(cfg, a)
         for name, rows in (("q", A * D), ("k", KV * D), ("v", KV * D), ("o", H)):
+            if "kv_lora_rank" in cfg:
+                break
             yield f"{a}.{name}_proj.weight", (rows, A * D if name == "o" else H), "linear"
             if cfg.get("attention_bias") and not (name == "o" and cfg["model_type"] == "glm4_moe"):
                 yield f"{a}.{name}_proj.bias", (rows,), "bias"
         # Norms are of all heads at once, or per head.
         whole = cfg["model_type"] in ("olmoe", "flex_olmo", "minimax_m2")
-        plain = ("mixtral", "ernie4_5_moe", "gpt_oss")
+        plain = ("mixtral", "ernie4_5_moe", "gpt_oss", *LATENT)
         if cfg.get("use_qk_norm", cfg["model_type"] not in plain):
             yield f"{a}.q_norm.weight", (A * D if whole else D,), "norm"
             yield f"{a}.k_norm.weight", (KV * D if whole else D,), "norm"
@@ -1340,16 +1613,50 @@ def tensor_specs(cfg: dict):
                 yield from mlp(f"{p}.mlp.experts.{e}", inter)
             if cfg["moe_num_shared_experts"]:
                 yield from mlp(f"{p}.mlp.shared_experts", inter * cfg["moe_num_shared_experts"])
-        elif i < cfg["first_k_dense_replace"]:
+        elif is_dense(cfg, i):
             yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
         else:
             yield f"{p}.mlp.gate.weight", (cfg["n_routed_experts"], H), "router"
-            yield f"{p}.mlp.gate.e_score_correction_bias", (cfg["n_routed_experts"],), "correction"
+            correction = f"{p}.mlp.gate.e_score_correction_bias"
+            if cfg["model_type"] != "deepseek_v2":
+                yield correction, (cfg["n_routed_experts"],), "correction"
             for e in range(cfg["n_routed_experts"]):
                 yield from mlp(f"{p}.mlp.experts.{e}", cfg["moe_intermediate_size"])
             yield from mlp(
                 f"{p}.mlp.shared_experts", cfg["moe_intermediate_size"] * cfg["n_shared_experts"]
             )
+
+
+LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
+
+
+def is_dense(cfg: dict, layer: int) -> bool:
+    kinds = cfg.get("mlp_layer_types")
+    if kinds:
+        return kinds[layer] == "dense"
+    return layer < cfg.get("first_k_dense_replace", 1)
+
+
+def latent_specs(cfg: dict, a: str):
+    """Attention whose keys and values are made of a latent vector."""
+    H, A, rank = cfg["hidden_size"], cfg["num_attention_heads"], cfg["kv_lora_rank"]
+    plain, turned, V = cfg["qk_nope_head_dim"], cfg["qk_rope_head_dim"], cfg["v_head_dim"]
+    has_bias = cfg.get("attention_bias")
+    if cfg["q_lora_rank"] is None:
+        yield f"{a}.q_proj.weight", (A * (plain + turned), H), "linear"
+    else:
+        yield f"{a}.q_a_proj.weight", (cfg["q_lora_rank"], H), "linear"
+        if has_bias:
+            yield f"{a}.q_a_proj.bias", (cfg["q_lora_rank"],), "bias"
+        yield f"{a}.q_a_layernorm.weight", (cfg["q_lora_rank"],), "norm"
+        yield f"{a}.q_b_proj.weight", (A * (plain + turned), cfg["q_lora_rank"]), "linear"
+    yield f"{a}.kv_a_proj_with_mqa.weight", (rank + turned, H), "linear"
+    yield f"{a}.kv_a_layernorm.weight", (rank,), "norm"
+    yield f"{a}.kv_b_proj.weight", (A * (plain + V), rank), "linear"
+    yield f"{a}.o_proj.weight", (H, A * V), "linear"
+    if has_bias:
+        yield f"{a}.kv_a_proj_with_mqa.bias", (rank + turned,), "bias"
+        yield f"{a}.o_proj.bias", (H,), "bias"
 
 
 def fuse_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -1633,6 +1940,13 @@ def write_plain(path: Path, out: Path) -> None:
 def load_model(path: Path, cfg: dict, dtype=torch.float32):
     cls = model_class(cfg)
     kwargs = {}
+    if cfg["model_type"] == "kimi_k2":  # transformers knows its math by another name
+        known = cfg | {"model_type": "deepseek_v3"}
+        with tempfile.TemporaryDirectory() as plain:
+            for file in path.glob("model*"):
+                (Path(plain) / file.name).symlink_to(file.resolve())
+            (Path(plain) / "config.json").write_text(json.dumps(known))
+            return load_model(Path(plain), known, dtype)
     if "quantization_config" in cfg:
         with tempfile.TemporaryDirectory() as plain:
             write_plain(path, Path(plain))
@@ -1673,8 +1987,13 @@ class RouterRecorder:
                 "FlexOlmoTopKRouter",
             ):
                 mod.register_forward_hook(self._olmoe(name))
-            elif kind in ("Dots1TopkRouter", "Glm4MoeTopkRouter", "MiniMaxM2TopKRouter"):
+            elif kind in (
+                *("Dots1TopkRouter", "Glm4MoeTopkRouter", "MiniMaxM2TopKRouter"),
+                *("DeepseekV3TopkRouter", "Glm4MoeLiteTopkRouter"),
+            ):
                 mod.register_forward_hook(self._dots(name))
+            elif kind == "DeepseekV2TopkRouter":
+                mod.register_forward_hook(self._deepseek2(name))
             elif kind == "Ernie4_5_MoeTopKRouter":
                 mod.register_forward_hook(self._ernie(name))
             elif kind == "JetMoeTopKGating":
@@ -1716,6 +2035,20 @@ class RouterRecorder:
                 top, idx = score.topk(keep + 1, dim=-1)
                 self.gap = min(self.gap, (top[:, keep - 1] - top[:, keep]).min().item())
                 mask = torch.zeros_like(score).scatter_(1, idx[:, :keep], 1.0).bool()
+                choice = per.masked_fill(~mask.unsqueeze(-1), float("-inf")).flatten(1)
+            self._put(name, ids, weights, choice, logits)
+
+        return hook
+
+    def _deepseek2(self, name):
+        def hook(mod, args, out):
+            logits, weights, ids = out
+            choice, keep = logits, mod.topk_group or 1
+            if mod.topk_method == "group_limited_greedy" and mod.num_group > keep:
+                per = logits.view(len(logits), mod.num_group, -1)
+                top, idx = per.amax(-1).topk(keep + 1, dim=-1)
+                self.gap = min(self.gap, (top[:, keep - 1] - top[:, keep]).min().item())
+                mask = torch.zeros(per.shape[:2]).scatter_(1, idx[:, :keep], 1.0).bool()
                 choice = per.masked_fill(~mask.unsqueeze(-1), float("-inf")).flatten(1)
             self._put(name, ids, weights, choice, logits)
 

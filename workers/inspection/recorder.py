@@ -74,6 +74,4 @@ class BatchRecorder:
         wanted = {c.row: c for c in self._captures if c.inspection.attentions}
         for chunk in batch.prefills:
             if chunk.first in wanted:
-                wanted[chunk.first].maps.append(
-                    attention_map(queries, cache, chunk, batch.sinks).cpu()
-                )
+                wanted[chunk.first].maps.append(attention_map(queries, cache, chunk, batch).cpu())

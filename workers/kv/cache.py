@@ -47,16 +47,17 @@ class KVCache:
         """Rows without a request write here, on a GPU; elsewhere there are none."""
         self.layers: tuple[Tensor, ...] = tuple(
             torch.zeros(
-                (2 * config.num_kv_heads, num_blocks + num_spare, block_size, row_size),
+                (config.kv_vectors_per_layer, num_blocks + num_spare, block_size, row_size),
                 dtype=fp8.ROW_DTYPE if is_fp8 else dtype,
                 device=device,
             )
             for _ in range(config.num_layers)
         )
-        """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values; in an
-        fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
+        """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values, or one
+        latent vector; in an fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
         self._dtype = dtype
-        self.is_read_in_place = device.type == "cuda" and not is_fp8
+        is_plain = not is_fp8 and config.latent_rank is None
+        self.is_read_in_place = device.type == "cuda" and is_plain
         """Kernels on a GPU attend to blocks where they are; see ``AttentionBatch.paged``."""
         self.compute_threads = compute_threads
         self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))
@@ -71,7 +72,7 @@ class KVCache:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one block's data: [layers, 2 * num_kv_heads, block_size, row]."""
+        """Shape of one block's data: [layers, vectors of a token, block_size, row]."""
         layer = self.layers[0]
         return (len(self.layers), layer.shape[0], self.block_size, layer.shape[3])
 

@@ -1,7 +1,9 @@
 """Attention over paged keys and values: SDPA for prompt chunks, batched products for decodes.
 
 A layer's cache is [2 * num_kv_heads, num_blocks, block_size, D], keys before values; one of
-``fp8.ROW_DTYPE`` has rows of ``workers.model.fp8`` in place of the D elements. Gathering
+``fp8.ROW_DTYPE`` has rows of ``workers.model.fp8`` in place of the D elements. A latent cache
+(``AttentionBatch.latent_rank``) is [1, num_blocks, block_size, D]: keys, which begin with the
+values. Gathering
 blocks along its second dim leaves each head's keys of each sequence in one piece, which is what
 makes the batched products fast. The blocks of a few sequences at a time are gathered into a
 workspace: in fresh memory, page faults cost more than the products. For 32 sequences of 192 tokens,
@@ -215,7 +217,29 @@ class AttentionBatch:
     paged: PagedRows | None = None
     """The same rows for kernels on a GPU, which read neither ``decodes`` nor ``prefills``."""
     sinks: Tensor | None = None
-    """[A] float32: of a layer whose rows also attend to nothing, with this score; None: not."""
+    """[A] float32: attention sinks of a layer, scores without a value, which take their share of
+    the weights; None: it has none."""
+    scale: float | None = None
+    """Of a layer's scores; None: D ** -0.5."""
+    latent_rank: int | None = None
+    """A layer's only key head has its values in the first so many elements of the keys; None: they
+    are apart."""
+
+    def scale_of(self, dim: int) -> float:
+        """Of the scores of queries with D elements."""
+        return dim**-0.5 if self.scale is None else self.scale
+
+    def num_kv_heads(self, cache: Tensor) -> int:
+        """K: key heads of a layer's cache."""
+        return cache.shape[0] // 2 if self.latent_rank is None else 1
+
+    def keys_values(self, found: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+        """Gathered blocks of a cache as keys of a shape [.., D], and values like them."""
+        if self.latent_rank is None:
+            keys, values = found.view(2, *shape)
+            return keys, values
+        keys = found.view(shape)
+        return keys, keys[..., : self.latent_rank]
 
     def within(self, window: int) -> AttentionBatch:
         """The same rows in a layer where each attends to ``window`` positions, its own included."""
@@ -241,23 +265,23 @@ def chunk_mask(start: int, num_rows: int, device: torch.device) -> Tensor | None
 
 
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
+    queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """Write the rows' keys and values, and attend: queries [T, A, D] -> [T, A * D].
+    """Write the rows' keys and values, and attend: queries [T, A, D] -> [T, A * V].
 
-    keys and values [T, K, D]; A is a multiple of K, key head j serves query heads
-    j * (A / K) .. (j + 1) * (A / K) - 1. The scale is D ** -0.5.
+    keys [T, K, D] and values [T, K, V], with V = D but in a latent cache, where there are no values
+    to write; A is a multiple of K, key head j serves query heads j * (A / K) .. (j + 1) * (A / K)
+    - 1.
     """
     write_rows(keys, values, cache, batch.slot_mapping)
     if batch.recorder is not None:
         batch.recorder.attending(queries, cache, batch)
     pieces: tuple[DecodeGroup | PrefillChunk, ...] = (*batch.decodes, *batch.prefills)
     if len(pieces) == 1:
-        return _attend_piece(queries, cache, pieces[0], batch.workspaces[0], batch.sinks)
+        return _attend_piece(queries, cache, pieces[0], batch.workspaces[0], batch)
 
     def attend_to(first: int, last: int, space: Workspace) -> list[Tensor]:
-        own = pieces[first:last]
-        return [_attend_piece(queries, cache, piece, space, batch.sinks) for piece in own]
+        return [_attend_piece(queries, cache, piece, space, batch) for piece in pieces[first:last]]
 
     shares = batch.compute_threads.split([float(piece.cost) for piece in pieces])
     tasks = [partial(attend_to, *share, batch.workspaces[i]) for i, share in enumerate(shares)]
@@ -270,86 +294,94 @@ def _attend_piece(
     cache: Tensor,
     piece: DecodeGroup | PrefillChunk,
     space: Workspace,
-    sinks: Tensor | None,
+    batch: AttentionBatch,
 ) -> Tensor:
     if isinstance(piece, DecodeGroup):
-        return _decode(queries, cache, piece, space, sinks)
-    if sinks is not None:
-        return _prefill_with_sinks(queries, cache, piece, space, sinks)
-    return _prefill(queries, cache, piece, space)
+        return _decode(queries, cache, piece, space, batch)
+    if batch.sinks is None and batch.latent_rank is None:
+        return _prefill(queries, cache, piece, space, batch)
+    return _prefill_by_scores(queries, cache, piece, space, batch)
 
 
-def write_rows(keys: Tensor, values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Put keys and values [T, K, D] into their cache slots [T]."""
-    if cache.dtype == fp8.ROW_DTYPE:
-        keys, values = fp8.encode(keys), fp8.encode(values)
-    num_kv_heads, row_size = keys.shape[1:]
-    slots = cache.view(2 * num_kv_heads, -1, row_size)
-    slots[:num_kv_heads].index_copy_(1, slot_mapping, keys.transpose(0, 1))
-    slots[num_kv_heads:].index_copy_(1, slot_mapping, values.transpose(0, 1))
+def write_rows(keys: Tensor, values: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Put keys and values [T, K, D], or keys alone, into their cache slots [T]."""
+    slots, num_kv_heads = cache.view(len(cache), -1, cache.shape[3]), keys.shape[1]
+    for rows, place in ((keys, slots[:num_kv_heads]), (values, slots[num_kv_heads:])):
+        if rows is not None:
+            stored = fp8.encode(rows) if cache.dtype == fp8.ROW_DTYPE else rows
+            place.index_copy_(1, slot_mapping, stored.transpose(0, 1))
 
 
 def _decode(
-    queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, sinks: Tensor | None
+    queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """[rows, A * D]. Scores and softmax in float32, the weights rounded to the model dtype."""
+    """[rows, A * V]. Scores and softmax in float32, the weights rounded to the model dtype."""
     rows = group.last - group.first
-    num_kv_heads, head_dim = cache.shape[0] // 2, queries.shape[-1]
-    found = space.gather(cache, group.blocks).view(2, num_kv_heads * rows, -1, head_dim)
+    num_kv_heads, head_dim = batch.num_kv_heads(cache), queries.shape[-1]
+    found = space.gather(cache, group.blocks)
+    keys, values = batch.keys_values(found, num_kv_heads * rows, -1, head_dim)
     by_head = queries[group.first : group.last].view(rows, num_kv_heads, -1, head_dim)
     heads = by_head.transpose(0, 1).reshape(num_kv_heads * rows, -1, head_dim)
-    scores = torch.bmm(heads.float() * head_dim**-0.5, space.float32(found[0]).transpose(1, 2))
+    scaled = heads.float() * batch.scale_of(head_dim)
+    scores = torch.bmm(scaled, space.float32(keys).transpose(1, 2))
     masked = ~group.visible.view(1, rows, 1, -1)
     by_row = scores.view(num_kv_heads, rows, -1, scores.shape[-1])
     by_row.masked_fill_(masked, float("-inf"))
-    weights = softmax(by_row, sinks).view_as(scores).to(found.dtype)
-    output = torch.bmm(weights, found[1]).view(num_kv_heads, rows, -1, head_dim)
+    weights = softmax(by_row, batch.sinks).view_as(scores).to(values.dtype)
+    output = torch.bmm(weights, values).view(num_kv_heads, rows, -1, values.shape[-1])
     return output.transpose(0, 1).reshape(rows, -1)
 
 
-def _prefill(queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace) -> Tensor:
+def _prefill(
+    queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
+) -> Tensor:
     """[rows, A * D]."""
     rows = chunk.last - chunk.first
-    two_kv_heads, head_dim = cache.shape[0], queries.shape[-1]
-    found = space.gather(cache, chunk.blocks).view(2, 1, two_kv_heads // 2, -1, head_dim)
-    keys, values = found[0, :, :, : chunk.length], found[1, :, :, : chunk.length]
+    num_kv_heads, (num_heads, head_dim) = batch.num_kv_heads(cache), queries.shape[1:]
+    found = space.gather(cache, chunk.blocks)
+    keys, values = batch.keys_values(found, 1, num_kv_heads, -1, head_dim)
     output = functional.scaled_dot_product_attention(
         queries[chunk.first : chunk.last].transpose(0, 1).unsqueeze(0),
-        keys,
-        values,
+        keys[:, :, : chunk.length],
+        values[:, :, : chunk.length],
         attn_mask=chunk.visible,
         is_causal=chunk.visible is None,
-        enable_gqa=queries.shape[1] != two_kv_heads // 2,
+        scale=batch.scale,
+        enable_gqa=num_heads != num_kv_heads,
     )
     return output.squeeze(0).transpose(0, 1).reshape(rows, -1)
 
 
 _SCORES = 1 << 22
-"""Of prompt rows that attend to nothing, too: in memory at a time."""
+"""Of prompt rows for which SDPA has no form: in memory at a time."""
 
 
-def _prefill_with_sinks(
-    queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, sinks: Tensor
+def _prefill_by_scores(
+    queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """[rows, A * D]. SDPA has no such scores."""
-    num_kv_heads, (num_heads, head_dim) = cache.shape[0] // 2, queries.shape[1:]
-    found = space.gather(cache, chunk.blocks).view(2, num_kv_heads, 1, -1, head_dim)
-    keys, values = found[:, :, :, : chunk.length]
-    height = max(_SCORES // (num_heads * chunk.length), 1)
+    """[rows, A * V]: SDPA has neither sinks nor values that are narrower than keys."""
+    num_kv_heads, (num_heads, head_dim) = batch.num_kv_heads(cache), queries.shape[1:]
+    found = space.gather(cache, chunk.blocks)
+    keys, values = batch.keys_values(found, num_kv_heads, -1, head_dim)
+    exact = space.float32(keys)[:, : chunk.length].transpose(1, 2)
+    values = values[:, : chunk.length]
     visible = chunk.visible
     if visible is None:
         size = (chunk.last - chunk.first, chunk.length)
         visible = torch.ones(size, dtype=torch.bool, device=queries.device).tril()
-    parts = []
+    height = max(_SCORES // (num_heads * chunk.length), 1)
     own = queries[chunk.first : chunk.last]
+    parts = []
     pieces = zip(torch.split(own, height), torch.split(visible, height), strict=True)
     for rows, mask in pieces:
-        heads = rows.view(len(rows), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        scores = heads.float() @ keys.float().transpose(2, 3) * head_dim**-0.5
-        scores.masked_fill_(~mask, float("-inf"))
-        # The query heads of a key head come after the rows there.
-        weights = softmax(scores.transpose(1, 2), sinks).transpose(1, 2).to(values.dtype)
-        parts.append((weights @ values).permute(2, 0, 1, 3).reshape(len(rows), -1))
+        # The query heads of a key head are rows of one product.
+        by_head = rows.view(len(rows), num_kv_heads, -1, head_dim).transpose(0, 1)
+        heads = by_head.reshape(num_kv_heads, -1, head_dim).float() * batch.scale_of(head_dim)
+        scores = torch.bmm(heads, exact).view(num_kv_heads, len(rows), -1, chunk.length)
+        scores.masked_fill_(~mask.unsqueeze(1), float("-inf"))
+        weights = softmax(scores, batch.sinks).flatten(1, 2).to(values.dtype)
+        output = torch.bmm(weights, values).view(num_kv_heads, len(rows), -1, values.shape[-1])
+        parts.append(output.transpose(0, 1).reshape(len(rows), -1))
     return torch.cat(parts)
 
 
@@ -363,13 +395,13 @@ def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def attention_map(
-    queries: Tensor, cache: Tensor, chunk: PrefillChunk, sinks: Tensor | None = None
+    queries: Tensor, cache: Tensor, chunk: PrefillChunk, batch: AttentionBatch
 ) -> Tensor:
     """Softmax of a chunk's scores: [K, A / K, rows, length] float32, 0 where a row does not attend.
 
-    queries [T, A, D]; the keys are in the cache; ``sinks``: see ``AttentionBatch``.
+    queries [T, A, D]; the keys are in the cache; ``batch`` is that of the layer.
     """
-    num_kv_heads, head_dim = cache.shape[0] // 2, queries.shape[-1]
+    num_kv_heads, head_dim = batch.num_kv_heads(cache), queries.shape[-1]
     found = cache[:num_kv_heads].index_select(1, chunk.blocks)
     if cache.dtype == fp8.ROW_DTYPE:
         found = fp8.decode(found, queries.dtype)
@@ -377,12 +409,12 @@ def attention_map(
     rows = queries[chunk.first : chunk.last].view(
         chunk.last - chunk.first, num_kv_heads, -1, head_dim
     )
-    scores = rows.permute(1, 2, 0, 3).float() @ keys.transpose(2, 3) * head_dim**-0.5
+    scores = rows.permute(1, 2, 0, 3).float() @ keys.transpose(2, 3) * batch.scale_of(head_dim)
     visible = chunk.visible
     if visible is None:
         visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
     scores = scores.masked_fill(~visible, float("-inf"))
-    return softmax(scores.transpose(1, 2), sinks).transpose(1, 2)
+    return softmax(scores.transpose(1, 2), batch.sinks).transpose(1, 2)
 
 
 def group_size(num_blocks: int) -> int:

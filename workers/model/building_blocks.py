@@ -16,6 +16,7 @@ from workers.model.attention import attend
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ModelConfig
 from workers.model.half import AttendsRows, AttentionHalf, HeadAttention, StagedHalf
+from workers.model.latent import HeadProducts, TorchHeadProducts
 from workers.model.layers import (
     Attend,
     Embedding,
@@ -34,6 +35,8 @@ class BuildingBlocks:
 
     are_native: ClassVar[bool] = False
     """Layers read ``AttentionBatch.chunks``."""
+    are_exact: ClassVar[bool] = False
+    """A row's bits depend neither on other rows nor on how a prompt is cut."""
 
     def __init__(self, compute_threads: ComputeThreads | None = None) -> None:
         """``compute_threads`` share large products; None: the calling thread does them alone."""
@@ -52,6 +55,10 @@ class BuildingBlocks:
         """An MLP of weights [2 * inner, H], the gate's rows first, and [H, inner], which are read
         one after the other."""
         return GatedMlp(self.linear(gate_up()), self.linear(down()), activation)
+
+    def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
+        """Of a weight [A, N + V, R], whose heads begin with the N rows that make keys."""
+        return TorchHeadProducts(weight, plain_dim)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         """The norm behind the layers, with a weight [H]."""

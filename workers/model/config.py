@@ -184,12 +184,20 @@ class ModelConfig:
     """Rows and columns of a block with one scale, where matrices are stored in float8."""
     has_tiled_heads: bool = False
     """Query head h uses key head h mod ``num_kv_heads``; else neighbours share one."""
+    latent_rank: int | None = None
+    """Elements of the latent vector from which all heads have their keys and values. It is kept in
+    their place, the first elements of a single key; None: there is none."""
     ignored_keys: tuple[str, ...] = ()
 
     @property
+    def kv_vectors_per_layer(self) -> int:
+        """Keys and values of one token in a layer's cache: vectors of ``head_dim``."""
+        return 2 * self.num_kv_heads if self.latent_rank is None else 1
+
+    @property
     def kv_vectors_per_token(self) -> int:
-        """Keys and values of one token, over all layers and heads: vectors of ``head_dim``."""
-        return 2 * self.num_layers * self.num_kv_heads
+        """The same over all layers."""
+        return self.num_layers * self.kv_vectors_per_layer
 
     @property
     def length_matters_above(self) -> int | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from workers.model.attention import AttentionBatch
+from workers.model.latent import LatentProjections, rotate_end
 from workers.model.layers import Attend, Dispatch, LayerContext, Linear, rms_norm
 from workers.model.rope import rotate
 from workers.model.routing import Router, Routes
@@ -42,6 +43,16 @@ class AttentionShape:
     """Limit of the absolute value of queries, keys (after their norms) and values."""
     window: int | None = None
     """Positions that a row attends to, its own and those before it; None: all."""
+    scale: float | None = None
+    """Of scores; None: D ** -0.5."""
+    latent_rank: int | None = None
+    """The only key has its value in the first so many elements, and the others are rotated; None:
+    values are apart, and heads are rotated whole."""
+
+    @property
+    def value_dim(self) -> int:
+        """V: elements of a head's values."""
+        return self.head_dim if self.latent_rank is None else self.latent_rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +71,11 @@ class HeadAttention:
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
         """See ``AttendsRows``."""
-        shape, limit = self.shape, self.shape.clip
+        shape, limit, batch = self.shape, self.shape.clip, self.batch(context)
+        if shape.latent_rank is not None:
+            heads = rows.view(len(rows), -1, shape.head_dim)
+            heads = rotate_end(heads, shape.latent_rank, context.cos, context.sin)
+            return self.attend(heads[:, :-1], heads[:, -1:], None, cache, batch)
         width = (shape.num_heads + shape.num_kv_heads) * shape.head_dim
         heads, values = self._normed(rows[:, :width]), rows[:, width:]
         if limit is not None:
@@ -71,13 +86,16 @@ class HeadAttention:
             heads[:, shape.num_heads :],
             values.view(len(rows), -1, shape.head_dim),
             cache,
-            self.batch(context),
+            batch,
         )
 
     def batch(self, context: LayerContext) -> AttentionBatch:
         """What the layer's rows attend to."""
-        batch = context.within(self.shape.window)
-        return batch if self.sinks is None else replace(batch, sinks=self.sinks)
+        batch, shape = context.within(self.shape.window), self.shape
+        own = self.sinks, shape.scale, shape.latent_rank
+        if own == (None, None, None):
+            return batch
+        return replace(batch, sinks=self.sinks, scale=shape.scale, latent_rank=shape.latent_rank)
 
     def _normed(self, rows: Tensor) -> Tensor:
         """Queries and keys [T, (A + K) * D] -> [T, A + K, D]."""
@@ -146,11 +164,14 @@ class AttendsRows(Protocol):
     """``HeadAttention``, however it is computed."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D]."""
+        """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D].
+
+        With ``latent_rank``: queries and the key [T, (A + 1) * D] -> [T, A * V].
+        """
 
 
 class HalfStages(AttendsRows, Protocol):
-    """The parts of a half with routed projections that lie between its exchanges."""
+    """The parts of a half whose projections are routed or latent."""
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
         """The first norm [T, H], and the experts of the projections."""
@@ -196,7 +217,7 @@ class AttentionHalf(HeadAttention):
 
     norm1: Tensor
     """[H]."""
-    projections: DenseProjections | RoutedProjections
+    projections: DenseProjections | RoutedProjections | LatentProjections
     norm2: Tensor
     """[H]."""
     router: Router | None
@@ -207,6 +228,9 @@ class AttentionHalf(HeadAttention):
         parts = self.projections
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, self.shape, parts, hidden, cache, context))
+        if isinstance(parts, LatentProjections):
+            projected = parts.project(self.attend_rows, hidden, cache, context)
+            return self.leave(hidden, projected, context)
         rows = parts.qkv(rms_norm(hidden, self.norm1, self.shape.eps))
         projected = parts.output(self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)

@@ -169,7 +169,7 @@ class GatedMlp:
         return self._down(self._activate(self._gate_up(x)))
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionBatch], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor | None, Tensor, AttentionBatch], Tensor]
 """A function like ``attention.attend``."""
 
 

@@ -7,7 +7,7 @@ A row's bits depend neither on other rows nor on the number of threads, so these
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from workers.model.half import (
     StagedHalf,
     routed_steps,
 )
+from workers.model.latent import HeadProducts, LatentProjections
 from workers.model.layers import Embedding, LayerContext, Linear, Mlp, Norm
 from workers.model.rope import Rope, RopeConfig
 from workers.model.routing import Router, Routes, Routing
@@ -103,10 +104,46 @@ class NativeMlp:
         return expert_pairs(self._team, self.table, x, torch.arange(len(x)), slots)
 
 
+class NativeHeadProducts:
+    """``HeadProducts``: a head's matrices are an expert's, and its rows are that expert's rows."""
+
+    def __init__(self, team: Team, weight: Tensor, plain_dim: int) -> None:
+        """weight [A, N + V, R]."""
+        self._team, self._num_heads = team, len(weight)
+        self._keys = self._table([head[:plain_dim].T.contiguous() for head in weight])
+        self._values = self._table([head[plain_dim:].contiguous() for head in weight])
+
+    def absorb(self, queries: Tensor) -> Tensor:
+        """See ``HeadProducts``."""
+        return self._multiply(self._keys, queries)
+
+    def values(self, attended: Tensor) -> Tensor:
+        """See ``HeadProducts``."""
+        return self._multiply(self._values, attended).flatten(1)
+
+    def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
+        raise AssertionError("exact rows are absorbed")
+
+    def _table(self, matrices: Sequence[Tensor]) -> SlotTable:
+        out, width = matrices[0].shape
+        table = SlotTable(ExpertShape(width, 0, out, matrices[0].dtype), len(matrices))
+        for head, matrix in enumerate(matrices):
+            table.put(head, 0, pack(self._team.library, matrix, team=self._team))
+        return table
+
+    def _multiply(self, table: SlotTable, rows: Tensor) -> Tensor:
+        """[T, A, in] -> [T, A, out]."""
+        inputs = rows.reshape(-1, rows.shape[2]).contiguous()
+        heads = torch.arange(self._num_heads).repeat(len(rows))
+        found = expert_pairs(self._team, table, inputs, torch.arange(len(inputs)), heads)
+        return found.view(len(rows), self._num_heads, -1)
+
+
 class NativeBlocks(BuildingBlocks):
     """Building blocks over a team of threads, for models on a CPU."""
 
     are_native: ClassVar[bool] = True
+    are_exact: ClassVar[bool] = True
 
     def __init__(self, team: Team) -> None:
         super().__init__()
@@ -127,6 +164,9 @@ class NativeBlocks(BuildingBlocks):
         if activation != "silu":
             return super().mlp(gate_up, down, activation)
         return NativeMlp(self._team, gate_up, down)
+
+    def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
+        return NativeHeadProducts(self._team, weight, plain_dim)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         return NativeNorm(self._team, weight, eps)
@@ -161,7 +201,7 @@ class NativeAttention:
         shape = self._attention.shape
         if context.native is None:
             return self._attention.attend_rows(rows, cache, context)
-        attended = rows.new_empty(rows.shape[0], shape.num_heads * shape.head_dim)
+        attended = rows.new_empty(rows.shape[0], shape.num_heads * shape.value_dim)
         fields = RowsFields(
             projected=rows.data_ptr(), cache=cache.data_ptr(), attended=attended.data_ptr()
         )
@@ -215,6 +255,9 @@ class NativeHalf(NativeAttention):
         shape, parts = self._half.shape, self._half.projections
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, shape, parts, hidden, cache, context))
+        if isinstance(parts, LatentProjections):
+            projected = parts.project(self.attend_rows, hidden, cache, context)
+            return self.leave(hidden, projected, context)
         rows = RowsFields(cache=cache.data_ptr())
         queries = self._queries(rows, hidden.shape[0], context)
         output = self._leave(hidden, rows, ENTER | ATTEND | LEAVE, context)
@@ -285,7 +328,9 @@ def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> HalfField
         head_dim=shape.head_dim,
         window=NO_WINDOW if shape.window is None else shape.window,
         qk_norm=qk_norm,
+        latent_rank=shape.latent_rank or 0,
         eps=shape.eps,
+        scale=shape.head_dim**-0.5 if shape.scale is None else shape.scale,
         clip=math.inf if shape.clip is None else shape.clip,
         sinks=None if sinks is None else sinks.data_ptr(),
         qk_norm_weights=None if norm is None else norm.data_ptr(),
@@ -301,7 +346,7 @@ def _add_half(fields: HalfFields, half: AttentionHalf) -> None:
     fields.norm1, fields.norm2 = norm1.data_ptr(), norm2.data_ptr()
     if isinstance(parts, DenseProjections):
         fields.qkv, fields.output = _matrix(parts.qkv), _matrix(parts.output)
-    else:
+    elif isinstance(parts, RoutedProjections):
         fields.query_router = _router_fields(parts.router)
     if half.router is not None:
         fields.router = _router_fields(half.router)

@@ -15,10 +15,11 @@ from torch import Tensor
 from workers.model.attention import Recorder
 from workers.model.layers import Linear, row_sigmoid
 
-Scoring = Literal["softmax", "softmax_of_best", "sigmoid"]
+Scoring = Literal["softmax", "softmax_of_best", "sigmoid", "float32_softmax"]
 """How logits become weights. ``softmax``: probabilities among all experts. ``softmax_of_best``:
-probabilities among the chosen ones alone. ``sigmoid``: each expert's own; the product, the weights
-and everything between are float32, and not in the model dtype at either end."""
+probabilities among the chosen ones alone. ``sigmoid``: each expert's own. ``float32_softmax``: as
+softmax, but the product, the weights and everything between are float32, as for ``sigmoid``, and
+not in the model dtype at either end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,15 +40,20 @@ class Routing:
     least_sum: float = 0.0
     """Weights with a smaller sum are divided by this (softmax)."""
     scale: float = 1.0
-    """Multiplies the weights last (sigmoid)."""
+    """Multiplies the weights last, where they are float32."""
     num_groups: int = 1
-    """Groups of neighbouring experts (sigmoid)."""
+    """Groups of neighbouring experts, where weights are float32."""
     top_groups: int = 1
-    """Groups that a row's experts come from: those with the highest sums of their two best."""
+    """Groups that a row's experts come from: those with the highest sums of their two best
+    (sigmoid), or with the best experts."""
+
+    @property
+    def has_float32_weights(self) -> bool:
+        return self.scoring in ("sigmoid", "float32_softmax")
 
     @property
     def has_float32_logits(self) -> bool:
-        return self.float32_product or self.scoring == "sigmoid"
+        return self.float32_product or self.has_float32_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class Routes:
     topk_ids: Tensor
     """[T, k] int64 logical experts, the best first."""
     topk_weights: Tensor
-    """[T, k] model dtype; float32 for ``sigmoid``."""
+    """[T, k] model dtype, or float32; see ``Scoring``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,30 +81,31 @@ class Router:
     def route(self, rows: Tensor, recorder: Recorder | None) -> Routes:
         """rows [T, H] in the model dtype."""
         routing = self.routing
-        is_sigmoid = routing.scoring == "sigmoid"
         logits = self.linear(rows.float() if routing.has_float32_logits else rows)
         match routing.scoring:
-            case "softmax":
+            case "softmax" | "float32_softmax":
                 scores = torch.softmax(logits, -1, dtype=torch.float32)
-                choice = scores if self.correction is None else scores + self.correction
-                ids = choice.topk(routing.top_k, dim=-1).indices
-                weights = scores.gather(1, ids)
+                ids, weights = self._best_of(scores)
             case "softmax_of_best":
-                best, ids = logits.float().topk(routing.top_k, dim=-1)
+                ids, best = self._best_of(logits.float())
                 weights = torch.softmax(best, -1)
             case "sigmoid":
-                scores = row_sigmoid(logits)
-                choice = scores if self.correction is None else scores + self.correction
-                ids = self._within_groups(choice).topk(routing.top_k, dim=-1).indices
-                weights = scores.gather(1, ids)
+                ids, weights = self._best_of(row_sigmoid(logits))
         if routing.is_normed:
             sums = weights.sum(-1, keepdim=True)
-            # Sigmoids may all be 0.
+            is_sigmoid = routing.scoring == "sigmoid"  # which may all be 0
             weights = weights / (sums + 1e-20 if is_sigmoid else sums.clamp(min=routing.least_sum))
-        weights = weights * routing.scale if is_sigmoid else weights.to(rows.dtype)
+        is_exact = routing.has_float32_weights
+        weights = weights * routing.scale if is_exact else weights.to(rows.dtype)
         if recorder is not None:
             recorder.router(routing.bank, logits, ids, weights)
         return Routes(routing.bank, ids, weights)
+
+    def _best_of(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [T, k] of the best of scores [T, E], and their scores."""
+        choice = scores if self.correction is None else scores + self.correction
+        ids = self._within_groups(choice).topk(self.routing.top_k, dim=-1).indices
+        return ids, scores.gather(1, ids)
 
     def _within_groups(self, choice: Tensor) -> Tensor:
         """[T, E], -inf outside of the groups that a row may use."""
@@ -106,7 +113,9 @@ class Router:
         if routing.top_groups == routing.num_groups:
             return choice
         grouped = choice.view(len(choice), routing.num_groups, -1)
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(routing.top_groups, dim=-1).indices
+        num_counted = 2 if routing.scoring == "sigmoid" else 1
+        sums = grouped.topk(num_counted, dim=-1).values.sum(-1)
+        best = sums.topk(routing.top_groups, dim=-1).indices
         is_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device)
         is_out.scatter_(1, best, False)
         return grouped.masked_fill(is_out.unsqueeze(-1), float("-inf")).flatten(1)

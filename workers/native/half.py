@@ -10,7 +10,7 @@ import ctypes
 from workers.native.matrix import MatrixFields
 from workers.native.team import Team, check
 
-SCORINGS = ("softmax", "softmax_of_best", "sigmoid")
+SCORINGS = ("softmax", "softmax_of_best", "sigmoid", "float32_softmax")
 """By ``enum scoring``."""
 NO_NORM, NORM_HEADS, NORM_WIDTH = range(3)
 """``enum qk_norm``."""
@@ -56,7 +56,9 @@ class HalfFields(ctypes.Structure):
         ("head_dim", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("qk_norm", ctypes.c_int64),
+        ("latent_rank", ctypes.c_int64),
         ("eps", ctypes.c_double),
+        ("scale", ctypes.c_double),
         ("clip", ctypes.c_double),
         ("sinks", ctypes.c_void_p),
         ("norm1", ctypes.c_void_p),

@@ -100,7 +100,7 @@ class ExpertPart:
             device=args.device,
             activity=activity,
             timer=timer,
-            max_kept_rows=kept_rows(captured_sizes(args, checkpoint.family.banks))
+            max_kept_rows=kept_rows(captured_sizes(args, checkpoint.family))
             * args.config.workers.num_attention_ranks,
         )
         weights.start(ExpertLender(slots))

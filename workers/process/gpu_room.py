@@ -48,13 +48,15 @@ def expert_step_bytes(config: ModelConfig, banks: Sequence[BankSpec], num_rows: 
     return num_rows * (2 + _PAIR_ROWS * top_k) * config.hidden_size * 4
 
 
-def captured_sizes(args: WorkerArgs, banks: Sequence[BankSpec]) -> tuple[int, ...]:
+def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
     """Rows of the steps that are captured on the cluster's GPUs; none where none can be."""
     section = args.config.engine
-    is_read = args.config.workers.mode != "local" and returns_pairs(banks, section.combine_mode)
-    if args.device.type != "cuda" or section.enforce_eager or is_read:
+    is_local = args.config.workers.mode == "local"
+    is_read = not is_local and returns_pairs(family.banks, section.combine_mode)
+    is_kv_plain = section.kv_cache_dtype != "fp8" and family.config.latent_rank is None
+    if args.device.type != "cuda" or section.enforce_eager or is_read or not is_kv_plain:
         return ()
-    return () if section.kv_cache_dtype == "fp8" else buckets_up_to(section.max_num_seqs)
+    return buckets_up_to(section.max_num_seqs)
 
 
 def graph_bytes(
@@ -100,7 +102,7 @@ def _reserves(
     args: WorkerArgs, family: Family, steps: int, num_peers: int, is_nccl: bool
 ) -> dict[str, int]:
     """Bytes that are taken after the start, by what for; ``steps``: of one."""
-    buckets = captured_sizes(args, family.banks)
+    buckets = captured_sizes(args, family)
     return {
         "steps": steps,
         "CUDA graphs": graph_bytes(family.config, family.banks, buckets, num_peers),

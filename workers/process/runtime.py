@@ -246,7 +246,7 @@ class WorkerRuntime(ABC):
             connections,
             prefill_cap=PrefillCap.of(engine),
             micro_batches=MicroBatchRule.of(engine, self.config.workers),
-            buckets=captured_sizes(self.args, self.family.banks),
+            buckets=captured_sizes(self.args, self.family),
         )
         self.transport = self._open_transport()
         self._cleanup.callback(self.transport.close)

@@ -88,12 +88,18 @@ def warm_attention(
     runner = engine.runner
     if isinstance(experts, BlankDispatcher):  # else those that serve are captured before they do
         runner.capture_graphs()
-    config, size = family.config, section.block_size_tokens
-    shape = (2 * config.num_kv_heads, 1, size, config.head_dim)
-    cache = torch.zeros(shape, dtype=dtype, device=runner.model.device)
-    windows, has_sinks = runner.model.windows, family.has_sinks
-    warm_kernels(cache, config.num_heads, windows, engine.max_model_len, has_sinks)
+    _warm_attention(engine, family, section.block_size_tokens)
     runner.graphs = None  # they and the engine refer to each other
+
+
+def _warm_attention(engine: Engine, family: Family, block_size: int) -> None:
+    """Every form of the kernels, which read no latent cache."""
+    config, model = family.config, engine.runner.model
+    if config.latent_rank is not None:
+        return
+    shape = (config.kv_vectors_per_layer, 1, block_size, config.head_dim)
+    cache = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    warm_kernels(cache, config.num_heads, model.windows, engine.max_model_len, family.has_sinks)
 
 
 def _request(number: int, length: int) -> Request:

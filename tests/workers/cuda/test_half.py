@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.workers.cuda.device import DEVICE
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.routing import Choice, choose
-from workers.model.cuda.half import CudaHalf
+from workers.model.cuda.half import CudaHalf, choice_of
 from workers.model.half import AttentionHalf, AttentionShape, DenseProjections
 from workers.model.layers import Linear, rms_norm
 from workers.model.routing import Router, Routing
@@ -35,7 +35,8 @@ def half(
     width = shape.num_heads * shape.head_dim
     nothing = torch.zeros(1, 1)
 
-    def attend(queries: Tensor, keys: Tensor, values: Tensor, *_: object) -> Tensor:
+    def attend(queries: Tensor, keys: Tensor, values: Tensor | None, *_: object) -> Tensor:
+        assert values is not None
         seen.append((queries.clone(), keys.clone(), values.clone()))
         return queries.reshape(-1, width)
 
@@ -108,6 +109,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "of best": {"scoring": "softmax_of_best"},
     "normed": {"is_normed": True, "least_sum": 0.5},
     "sigmoid": {"scoring": "sigmoid", "is_normed": True, "scale": 2.5},
+    "float32_softmax": {"scoring": "float32_softmax", "scale": 16.0},
     "one": {"top_k": 1},
 }
 
@@ -126,14 +128,9 @@ def test_experts_are_those_of_torch(kind: str, has_correction: bool, dtype: torc
     kind_of = torch.float32 if routing.has_float32_logits else dtype
     linear = Linear(weight.to(kind_of), may_pack=False)
     want = Router(routing=routing, linear=linear, correction=correction).route(rows, None)
-    choice = Choice(
-        top_k=routing.top_k,
-        scoring=routing.scoring,
-        is_normed=routing.is_normed,
-        least_sum=routing.least_sum,
-        scale=routing.scale,
+    ids, weights = choose(
+        linear(rows.to(kind_of)), choice_of(routing), correction, want.topk_weights.dtype
     )
-    ids, weights = choose(linear(rows.to(kind_of)), choice, correction, want.topk_weights.dtype)
     if dtype == torch.float32:  # bfloat16 has equal logits, of which either may come first
         assert torch.equal(ids, want.topk_ids)
     assert weights.dtype == want.topk_weights.dtype

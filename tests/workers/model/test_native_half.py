@@ -178,7 +178,7 @@ class Notes:
 
     def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
         self.queries.append(queries.float())
-        self.maps += [attention_map(queries, cache, c, batch.sinks) for c in batch.prefills]
+        self.maps += [attention_map(queries, cache, c, batch) for c in batch.prefills]
 
 
 Chunk = tuple[int, int, int]

@@ -182,7 +182,42 @@ def test_sigmoid_chooses_within_its_best_groups(
     )
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "softmax_of_best", "sigmoid"])
+@WAYS
+@given(
+    data=st.data(),
+    num_groups=st.integers(1, 6),
+    group_size=st.integers(2, 6),
+    scale=st.sampled_from([1.0, 16.0]),
+)
+def test_float32_softmax_chooses_within_the_groups_of_the_best(
+    choose: Choose, data: st.DataObject, num_groups: int, group_size: int, scale: float
+) -> None:
+    num_experts = num_groups * group_size
+    logits = data.draw(st.lists(LOGITS, min_size=num_experts, max_size=num_experts))
+    top_groups = data.draw(st.integers(1, num_groups))
+    top_k = data.draw(st.integers(1, top_groups * group_size))
+    groups = [range(g * group_size, (g + 1) * group_size) for g in range(num_groups)]
+    kept = {
+        i
+        for g in best([max(logits[i] for i in group) for group in groups], top_groups)
+        for i in groups[g]
+    }
+    ids = best([x if i in kept else -100.0 for i, x in enumerate(logits)], top_k)
+    total = sum(math.exp(x) for x in logits)
+    routing = Routing(
+        bank=0,
+        num_experts=num_experts,
+        top_k=top_k,
+        scoring="float32_softmax",
+        scale=scale,
+        num_groups=num_groups,
+        top_groups=top_groups,
+    )
+    found = chosen(choose, routing, logits, [])
+    assert_weights(found, {i: math.exp(logits[i]) / total * scale for i in ids})
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "softmax_of_best", "sigmoid", "float32_softmax"])
 def test_logits_that_are_no_numbers_choose_valid_experts(scoring: Scoring) -> None:
     """The weights are no numbers, which fails the request; the ids must not break the exchange."""
     routing = Routing(bank=0, num_experts=6, top_k=4, scoring=scoring, num_groups=3, top_groups=2)

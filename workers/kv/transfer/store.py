@@ -3,7 +3,7 @@
 ``KvTransferStore`` belongs to the engine's thread, like the pool. ``KvLender`` serves the threads
 of the KV server: they ask, and the engine's thread holds the blocks between two steps. A held block
 that has a hash does not change. An item of the transfer (``workers.transport.peer_link``) is one
-block: its keys and values [2 * num_kv_heads, block_size, D], layer by layer, in the model's dtype.
+block: its part of each layer's cache, layer by layer.
 Its key is the hash, which covers tokens and tenant: a worker that does not know it gets no block.
 """
 

@@ -27,7 +27,7 @@ _PIECE_ELEMENTS = 1 << 20
 
 
 def attend_tiles(
-    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
+    queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
     """What ``attention.attend`` does, with the same arguments, up to rounding."""
     write_rows(keys, values, cache, batch.slot_mapping)
@@ -36,20 +36,20 @@ def attend_tiles(
     num_kv_heads, head_dim = keys.shape[1:]
     # [T, K, A / K, D]: the query heads of each key head.
     space = batch.workspaces[0]
-    scaled = (queries.float() * head_dim**-0.5).view(len(queries), num_kv_heads, -1, head_dim)
-    sinks = batch.sinks
-    parts = [_decode(scaled, cache, group, space, sinks) for group in batch.decodes]
+    scaled = queries.float() * batch.scale_of(head_dim)
+    scaled = scaled.view(len(queries), num_kv_heads, -1, head_dim)
+    parts = [_decode(scaled, cache, group, space, batch) for group in batch.decodes]
     for chunk in batch.prefills:
-        parts += _prefill(scaled, cache, chunk, space, sinks)
+        parts += _prefill(scaled, cache, chunk, space, batch)
     return torch.cat(parts).flatten(1).to(queries.dtype)
 
 
 def _decode(
-    scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, sinks: Tensor | None
+    scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """[rows, K, A / K, D] float32."""
-    rows = group.last - group.first
-    found = _gather(cache, group.blocks.view(rows, -1), space)
+    """[rows, K, A / K, V] float32."""
+    rows, sinks = group.last - group.first, batch.sinks
+    found = _gather(cache, group.blocks.view(rows, -1), space, batch)
     heads = scaled[group.first : group.last].transpose(0, 1)
     lengths = group.lengths.view(rows, 1).expand(rows, heads.shape[2])
     own = None if sinks is None else sinks.view(len(heads), -1)
@@ -57,23 +57,25 @@ def _decode(
 
 
 def _prefill(
-    scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, sinks: Tensor | None
+    scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> list[Tensor]:
-    """[rows, K, A / K, D] float32 in pieces, as memory allows."""
-    found = _gather(cache, chunk.blocks.view(1, -1), space)
+    """[rows, K, A / K, V] float32 in pieces, as memory allows."""
+    keys, values = _gather(cache, chunk.blocks.view(1, -1), space, batch)
     num_kv_heads, group_size, head_dim = scaled.shape[1:]
-    per_row = num_kv_heads * group_size * found.shape[3] * (2 * head_dim + TILE)
+    per_row = num_kv_heads * group_size * keys.shape[2] * (2 * head_dim + TILE)
+    sinks = batch.sinks
     height = min(max(_MIN_QUERIES, _PIECE_ELEMENTS // per_row), MAX_ROWS)
     start = chunk.length - (chunk.last - chunk.first)
     parts = []
     for first in range(chunk.first, chunk.last, height):
         last = min(first + height, chunk.last)
-        shape = (num_kv_heads, last - first, group_size, head_dim)
+        shape = (num_kv_heads, last - first, group_size, values.shape[-1])
         heads = scaled[first:last].transpose(0, 1)
         end = start + last - chunk.first
         lengths = torch.arange(end - (last - first) + 1, end + 1, device=cache.device)
         lengths = lengths.repeat_interleave(group_size).view(1, -1)
-        tiles = found[:, :, :, : -(-end // TILE)]
+        count = -(-end // TILE)
+        tiles = keys[:, :, :count], values[:, :, :count]
         own = None if sinks is None else sinks.view(num_kv_heads, -1).repeat(1, last - first)
         heads = heads.reshape(num_kv_heads, 1, -1, head_dim)
         output = _attend(heads, tiles, lengths, chunk.window, own)
@@ -81,20 +83,27 @@ def _prefill(
     return parts
 
 
-def _gather(cache: Tensor, tables: Tensor, space: Workspace) -> Tensor:
-    """[2, K, rows, tiles, TILE, D] float32 of block tables [rows, blocks]."""
+def _gather(
+    cache: Tensor, tables: Tensor, space: Workspace, batch: AttentionBatch
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [K, rows, tiles, TILE, D or V] float32 of block tables [rows, blocks]."""
     num_blocks, block_size = cache.shape[1:3]
     per_tiles = math.lcm(block_size, TILE) // block_size
     # The last block of the cache is the null block: zeros.
     tables = functional.pad(tables, (0, -tables.shape[1] % per_tiles), value=num_blocks - 1)
     found = space.float32(space.gather(cache, tables.reshape(-1)))
-    return found.view(2, cache.shape[0] // 2, len(tables), -1, TILE, found.shape[-1])
+    shape = batch.num_kv_heads(cache), len(tables), -1, TILE, found.shape[-1]
+    return batch.keys_values(found, *shape)
 
 
 def _attend(
-    heads: Tensor, found: Tensor, lengths: Tensor, window: int | None, sinks: Tensor | None
+    heads: Tensor,
+    found: tuple[Tensor, Tensor],
+    lengths: Tensor,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """heads [K, rows, M, D] float32 over ``found`` [2, K, rows, tiles, TILE, D] -> like heads.
+    """heads [K, rows, M, D] float32 over ``found``, see ``_gather`` -> [K, rows, M, V].
 
     lengths [rows, M]: positions from 0 on to which a query attends, at least one; with a ``window``
     the last so many of them. sinks [K, M]: see ``AttentionBatch``.
@@ -105,10 +114,10 @@ def _attend(
         heads = functional.pad(heads, (0, 0, 0, missing))
         lengths = functional.pad(lengths, (0, missing), value=1)
         sinks = None if sinks is None else functional.pad(sinks, (0, missing))
-    height, tiles = heads.shape[2], found.shape[3]
+    height, tiles = heads.shape[2], found[0].shape[2]
     shape = (num_kv_heads, rows, tiles, height)
     repeated = heads.unsqueeze(2).expand(*shape, head_dim).reshape(-1, height, head_dim)
-    keys, values = found.reshape(2, -1, TILE, head_dim)
+    keys, values = (part.reshape(-1, TILE, part.shape[-1]) for part in found)
     scores = torch.bmm(repeated, keys.transpose(1, 2)).view(*shape, TILE)
     positions = torch.arange(tiles * TILE, device=heads.device).view(tiles, 1, TILE)
     ends = lengths.reshape(rows, 1, height, 1)
@@ -120,9 +129,9 @@ def _attend(
         sinks = sinks.view(num_kv_heads, 1, 1, height, 1)
         best = torch.maximum(best, sinks)
     weights = scores.sub_(best).exp_()
-    outputs = torch.bmm(weights.view(-1, height, TILE), values).view(*shape, head_dim)
+    outputs = torch.bmm(weights.view(-1, height, TILE), values).view(*shape, -1)
     sums = weights.sum(-1, keepdim=True)
-    total = torch.zeros_like(heads)
+    total = heads.new_zeros((*heads.shape[:3], values.shape[-1]))
     norm = total.new_zeros((*heads.shape[:3], 1))
     if sinks is not None:
         norm += (sinks - best).exp_().squeeze(2)

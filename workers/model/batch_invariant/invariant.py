@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from workers.model.batch_invariant.row_invariance import (
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
+from workers.model.latent import HeadProducts, LinearHeadProducts
 from workers.model.layers import Attend, Linear, rms_norm
 from workers.model.rope import Rope, RopeConfig
 
@@ -91,6 +93,8 @@ class RowInvariantLinear(Linear):
 class RowInvariantBlocks(BuildingBlocks):
     """Building blocks in the first form that proved batch-invariant, by shape."""
 
+    are_exact: ClassVar[bool] = True
+
     def __init__(self, device: torch.device, agree: Agree = rows_agree) -> None:
         """``agree`` tries a form. Raises ``ConfigError`` for a device that was not tested."""
         check_device(device)
@@ -112,6 +116,10 @@ class RowInvariantBlocks(BuildingBlocks):
                     return linear
         raise refusal(f"the product with a {weight.dtype} matrix {list(weight.shape)}")
 
+    def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
+        """A product for each head. Raises ``ConfigError``."""
+        return LinearHeadProducts(weight, plain_dim, self.linear)
+
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
         """Attention over tiles. Raises ``ConfigError``."""
         norm = random_rows(config.hidden_size, dtype=dtype)
@@ -120,7 +128,8 @@ class RowInvariantBlocks(BuildingBlocks):
             raise refusal("the norm")
         if not self._agree(lambda x: torch.softmax(x, -1, dtype=torch.float32), rows):
             raise refusal("the softmax")
-        if not tiles_agree(config.num_heads, config.num_kv_heads, config.head_dim, dtype):
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        if not tiles_agree(*heads, dtype, config.latent_rank):
             raise refusal("attention")
         return attend_tiles
 
@@ -137,9 +146,15 @@ def check_device(device: torch.device) -> None:
         raise ConfigError("deterministic", True, f"needs device cpu (is {device.type})")
 
 
-def tiles_agree(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+def tiles_agree(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    latent_rank: int | None = None,
+) -> bool:
     """Whether positions of a sequence have the same bits whole, in chunks and as decodes."""
-    trial = _AttentionTrial(num_heads, num_kv_heads, head_dim, dtype)
+    trial = _AttentionTrial(num_heads, num_kv_heads, head_dim, dtype, latent_rank)
     whole = trial.prefill(0, trial.length)
     for bounds in ((0, 1, 2, 5, 12, 64, 65, 130), (0, 3, 67, 130), (0, 129, 130)):
         parts = [trial.prefill(a, b) for a, b in pairwise(bounds)]
@@ -158,10 +173,17 @@ class _AttentionTrial:
     _block_size = 16
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        latent_rank: int | None,
     ) -> None:
+        self._latent_rank = latent_rank
         self._num_blocks = -(-self.length // self._block_size)
-        shape = (2 * num_kv_heads, self._num_blocks + 1, self._block_size, head_dim)
+        num_vectors = 2 * num_kv_heads if latent_rank is None else 1
+        shape = (num_vectors, self._num_blocks + 1, self._block_size, head_dim)
         self._cache = random_rows(*shape, dtype=dtype)
         self._cache[:, -1] = 0
         self._queries = random_rows(self.length, num_heads, head_dim, dtype=dtype)
@@ -191,6 +213,13 @@ class _AttentionTrial:
         decodes: tuple[DecodeGroup, ...],
         prefills: tuple[PrefillChunk, ...],
     ) -> Tensor:
-        batch = AttentionBatch(rows, decodes, prefills, (self._workspace,), self._compute_threads)
-        keys, values = self._keys[rows], self._values[rows]
-        return attend_tiles(self._queries[rows], keys, values, self._cache, batch)
+        batch = AttentionBatch(
+            rows,
+            decodes,
+            prefills,
+            (self._workspace,),
+            self._compute_threads,
+            latent_rank=self._latent_rank,
+        )
+        values = self._values[rows] if self._latent_rank is None else None
+        return attend_tiles(self._queries[rows], self._keys[rows], values, self._cache, batch)

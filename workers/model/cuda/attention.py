@@ -25,9 +25,13 @@ from workers.model.attention import (
 
 
 def attend_in_place(
-    queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
+    queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """What ``attention.attend`` does, with the same arguments, up to rounding."""
+    """What ``attention.attend`` does, with the same arguments, up to rounding.
+
+    Latent caches have no kernel.
+    """
+    assert values is not None, "a latent cache"
     write_rows(keys, values, cache, batch.slot_mapping)
     return attend_written(queries.contiguous(), keys, values, cache, batch)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from workers.model.attention import attend
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import ModelConfig
 from workers.model.cuda.attention import attend_in_place
@@ -22,4 +23,4 @@ class CudaBlocks(BuildingBlocks):
         return CudaAttention(attention)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
-        return attend_in_place
+        return attend_in_place if config.latent_rank is None else attend

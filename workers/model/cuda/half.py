@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,12 @@ from workers.model.half import (
     RoutedProjections,
     routed_steps,
 )
+from workers.model.latent import LatentProjections
 from workers.model.layers import LayerContext
-from workers.model.routing import Router, Routes
+from workers.model.routing import Router, Routes, Routing
+
+if TYPE_CHECKING:
+    from workers.cuda.routing import Choice
 
 
 class CudaAttention:
@@ -31,6 +37,8 @@ class CudaAttention:
         from workers.cuda.heads import prepare_heads
 
         shape, batch = self._attention.shape, self._attention.batch(context)
+        if shape.latent_rank is not None:
+            return self._attention.attend_rows(rows, cache, context)
         is_fp8 = cache.dtype == fp8.ROW_DTYPE
         heads = prepare_heads(
             rows,
@@ -62,6 +70,9 @@ class CudaHalf(CudaAttention):
         half, parts = self._half, self._half.projections
         if isinstance(parts, RoutedProjections):
             return (yield from routed_steps(self, half.shape, parts, hidden, cache, context))
+        if isinstance(parts, LatentProjections):
+            projected = parts.project(self.attend_rows, hidden, cache, context)
+            return self.leave(hidden, projected, context)
         rows = parts.qkv(norm(hidden, half.norm1, half.shape.eps))
         projected = parts.output(self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)
@@ -87,22 +98,27 @@ class CudaHalf(CudaAttention):
 
 def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:
     """``Router.route``, which is taken for groups of experts."""
-    from workers.cuda.routing import Choice, choose
+    from workers.cuda.routing import choose
 
     routing, recorder = router.routing, context.attention.recorder
     if routing.top_groups != routing.num_groups:
         return router.route(rows, recorder)
     logits = router.linear(rows.float() if routing.has_float32_logits else rows)
-    is_sigmoid = routing.scoring == "sigmoid"
-    choice = Choice(
-        top_k=routing.top_k,
-        scoring=routing.scoring,
-        is_normed=routing.is_normed,
-        least_sum=routing.least_sum,
-        scale=routing.scale if is_sigmoid else 1.0,
-    )
-    dtype = torch.float32 if is_sigmoid else rows.dtype
-    ids, weights = choose(logits, choice, router.correction, dtype)
+    dtype = torch.float32 if routing.has_float32_weights else rows.dtype
+    ids, weights = choose(logits, choice_of(routing), router.correction, dtype)
     if recorder is not None:
         recorder.router(routing.bank, logits, ids, weights)
     return Routes(routing.bank, ids, weights)
+
+
+def choice_of(routing: Routing) -> Choice:
+    """The same for a kernel, without groups."""
+    from workers.cuda.routing import Choice
+
+    return Choice(
+        top_k=routing.top_k,
+        scoring="softmax" if routing.scoring == "float32_softmax" else routing.scoring,
+        is_normed=routing.is_normed,
+        least_sum=routing.least_sum,
+        scale=routing.scale if routing.has_float32_weights else 1.0,
+    )

@@ -15,6 +15,7 @@ from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
+from workers.model.families.grouped_experts import GroupDefaults, GroupedExperts
 from workers.model.families.parts import (
     head_norm_parts,
     head_norms,
@@ -22,7 +23,6 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.families.sigmoid_experts import SigmoidExperts
 
 _DEFAULTS = Defaults(
     vocab_size=152064, hidden_size=4608, num_layers=62, max_positions=2048, rms_norm_eps=1e-6
@@ -34,7 +34,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 class Dots1Config:
     """The numbers that dots.llm1 adds to ``ModelConfig``."""
 
-    experts: SigmoidExperts
+    experts: GroupedExperts
     attention_bias: bool
     """Biases on q, k, v and o."""
     windows: tuple[int | None, ...]
@@ -45,24 +45,12 @@ def family(config: Mapping[str, Any]) -> Dots1Family:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
     settings = Settings(config)
     settings.architecture("Dots1ForCausalLM")
-    experts = SigmoidExperts(
-        num_experts=settings.integer("n_routed_experts", "num_local_experts"),
-        top_k=settings.integer("num_experts_per_tok"),
-        expert_width=settings.integer("moe_intermediate_size", default=1408),
-        num_shared_experts=settings.integer("n_shared_experts"),
-        dense_width=settings.integer("intermediate_size", default=10944),
-        num_dense_layers=settings.integer("first_k_dense_replace", default=0, least=0),
-        num_groups=settings.integer("n_group", default=1),
-        top_groups=settings.integer("topk_group", default=1),
-        norm_topk_prob=settings.flag("norm_topk_prob", False),
-        scaling_factor=settings.real("routed_scaling_factor", 1.0),
-    )
+    windows = _windows(settings)
     own = Dots1Config(
-        experts=experts,
+        experts=GroupedExperts.read(settings, GroupDefaults(), len(windows)),
         attention_bias=settings.flag("attention_bias", False),
-        windows=_windows(settings),
+        windows=windows,
     )
-    experts.check(len(own.windows))
     heads = Heads.read(settings, default_hidden=_DEFAULTS.hidden_size, default_heads=32)
     shared = model_config(settings, model_type="dots1", heads=heads, defaults=_DEFAULTS)
     return Dots1Family(shared, own)

@@ -14,6 +14,7 @@ from typing import Any
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
+from workers.model.families.grouped_experts import GroupDefaults, GroupedExperts
 from workers.model.families.parts import (
     head_norm_parts,
     head_norms,
@@ -21,7 +22,6 @@ from workers.model.families.parts import (
     projection_parts,
 )
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
-from workers.model.families.sigmoid_experts import SigmoidExperts
 
 _DEFAULTS = Defaults(
     vocab_size=151552,
@@ -31,13 +31,16 @@ _DEFAULTS = Defaults(
     rms_norm_eps=1e-5,
     rotary_share=0.5,
 )
+_EXPERTS = GroupDefaults(
+    num_experts=128, top_k=8, num_shared_experts=1, num_dense_layers=1, norm_topk_prob=True
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Glm4MoeConfig:
     """The numbers that GLM-4.5 adds to ``ModelConfig``."""
 
-    experts: SigmoidExperts
+    experts: GroupedExperts
     attention_bias: bool
     """Biases on q, k and v."""
     use_qk_norm: bool
@@ -48,24 +51,12 @@ def family(config: Mapping[str, Any]) -> Glm4MoeFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
     settings = Settings(config)
     settings.architecture("Glm4MoeForCausalLM")
-    experts = SigmoidExperts(
-        num_experts=settings.integer("n_routed_experts", "num_local_experts", default=128),
-        top_k=settings.integer("num_experts_per_tok", default=8),
-        expert_width=settings.integer("moe_intermediate_size", default=1408),
-        num_shared_experts=settings.integer("n_shared_experts", default=1),
-        dense_width=settings.integer("intermediate_size", default=10944),
-        num_dense_layers=settings.integer("first_k_dense_replace", default=1, least=0),
-        num_groups=settings.integer("n_group", default=1),
-        top_groups=settings.integer("topk_group", default=1),
-        norm_topk_prob=settings.flag("norm_topk_prob", True),
-        scaling_factor=settings.real("routed_scaling_factor", 1.0),
-    )
+    num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     own = Glm4MoeConfig(
-        experts=experts,
+        experts=GroupedExperts.read(settings, _EXPERTS, num_layers),
         attention_bias=settings.flag("attention_bias", False),
         use_qk_norm=settings.flag("use_qk_norm", False),
     )
-    experts.check(settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers))
     heads = Heads.read(
         settings, default_hidden=_DEFAULTS.hidden_size, default_heads=96, default_kv_heads=8
     )

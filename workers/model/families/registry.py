@@ -19,6 +19,10 @@ FAMILIES = {
     "ernie4_5_moe": "workers.model.families.ernie4_5_moe",
     "minimax_m2": "workers.model.families.minimax_m2",
     "mixtral": "workers.model.families.mixtral",
+    "deepseek_v2": "workers.model.families.latent.deepseek_v2",
+    "deepseek_v3": "workers.model.families.latent.deepseek_v3",
+    "kimi_k2": "workers.model.families.latent.deepseek_v3",
+    "glm4_moe_lite": "workers.model.families.latent.glm4_moe_lite",
     "jetmoe": "workers.model.families.jetmoe",
 }
 """``model_type`` of the config -> module with a ``family(config) -> Family`` function."""

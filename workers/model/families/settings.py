@@ -40,6 +40,10 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "first_k_dense_replace": (0,),
     "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,),
+    "moe_layer_freq": (1,),
+    "q_lora_rank": (),
+    "kv_lora_rank": (),
+    "mlp_layer_types": (),
     "final_logit_softcapping": (),
     "attn_logit_softcapping": (),
     "query_pre_attn_scalar": (),
@@ -65,7 +69,7 @@ _HARMLESS_WORDS = """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha aux_loss_coef bos_token_id chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id finetuning_task forced_bos_token_id forced_eos_token_id id2label
-    initializer_range is_decoder label2id max_window_layers model_type moe_layer_freq num_labels
+    initializer_range is_decoder label2id max_window_layers model_type num_labels
     original_max_position_embeddings output_attentions output_hidden_states output_router_logits
     pad_token_id prefix pretraining_tp problem_type pruned_heads return_dict router_aux_loss_coef
     router_jitter_noise scoring_func sep_token_id seq_aux task_specific_params tie_encoder_decoder
@@ -116,6 +120,13 @@ class Settings:
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {key} {value!r} must be true or false")
         return value
+
+    def only(self, key: str, *values: Any) -> None:
+        """Raise ``CheckpointError`` for a key that is there with another value than these."""
+        value = self.value(key)
+        if value is not None and value not in values:
+            known = " or ".join(repr(v) for v in values)
+            raise CheckpointError(f"config.json: {key} {value!r} is not supported: must be {known}")
 
     def activation(self, *keys: str) -> Activation:
         """``hidden_act`` under the family's names for it."""
@@ -281,8 +292,11 @@ def model_config(
     defaults: Defaults,
     activation_keys: Sequence[str] = ("hidden_act",),
     is_classifier: bool = False,
+    latent_rank: int | None = None,
 ) -> ModelConfig:
     """The numbers that all families share. Call it last: the rest of the file is checked here.
+
+    ``latent_rank``: see ``ModelConfig``; what is behind it in a head is rotated.
 
     Raises ``CheckpointError`` naming key, value and rule.
     """
@@ -313,7 +327,7 @@ def model_config(
         dtype=str(settings.value("dtype", "torch_dtype") or "float32").removeprefix("torch."),
         rope=parse_rope(
             settings.raw,
-            heads.head_dim,
+            heads.head_dim - (latent_rank or 0),
             max_positions,
             rotary_share=defaults.rotary_share,
             default_theta=defaults.rope_theta,
@@ -324,5 +338,6 @@ def model_config(
         pad_token_id=pad[0] if pad else None,
         labels=settings.labels() if is_classifier else (),
         problem_type=settings.value("problem_type") if is_classifier else None,
+        latent_rank=latent_rank,
         ignored_keys=settings.check_rest(model_type),
     )

@@ -80,7 +80,7 @@ ALWAYS int64_t row_elements(const struct attention *a, enum dtype dtype) {
 ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int half, int position,
                      enum dtype dtype) {
     int64_t block = unit->chunk->table[position / a->block_size];
-    int64_t head = (int64_t)half * a->num_kv_heads + unit->kv_head;
+    int64_t head = a->is_latent ? 0 : (int64_t)half * a->num_kv_heads + unit->kv_head;
     return ((head * a->num_blocks + block) * a->block_size + position % a->block_size) *
            row_elements(a, dtype);
 }
@@ -222,13 +222,13 @@ ALWAYS void add_queries(const struct attention *a, const struct unit *unit, cons
                         int first, int last, int query, int count, enum dtype dtype) {
     int column = 0;
     const int many = CHAINS / count > COLUMNS ? CHAINS / count : COLUMNS;
-    for (; column + many * LANES <= a->head_dim; column += many * LANES)
+    for (; column + many * LANES <= a->value_dim; column += many * LANES)
         add_columns(a, unit, s, first, last, query, column, count, many, dtype);
-    for (; column + COLUMNS * LANES <= a->head_dim; column += COLUMNS * LANES)
+    for (; column + COLUMNS * LANES <= a->value_dim; column += COLUMNS * LANES)
         add_columns(a, unit, s, first, last, query, column, count, COLUMNS, dtype);
-    for (; column + LANES <= a->head_dim; column += LANES)
+    for (; column + LANES <= a->value_dim; column += LANES)
         add_columns(a, unit, s, first, last, query, column, count, 1, dtype);
-    for (; column < a->head_dim; column++)
+    for (; column < a->value_dim; column++)
         for (int q = query; q < query + count; q++) {
             float *sum = s->outputs + (int64_t)q * s->width + column;
             const float *weights = s->weights + (int64_t)q * s->stride - unit->begin;
@@ -290,21 +290,20 @@ static int query_head(const struct attention *a, const struct unit *unit, int qu
     return unit->kv_head * group + unit->first_head + query % unit->num_heads;
 }
 
-// First element of a query, and of its output.
-static int64_t query_place(const struct attention *a, const struct unit *unit, int query) {
+// Number of a query among those of all rows.
+static int64_t query_number(const struct attention *a, const struct unit *unit, int query) {
     int64_t row = unit->chunk->first_row + unit->first_row + query / unit->num_heads;
-    return (row * a->num_heads + query_head(a, unit, query)) * a->head_dim;
+    return row * a->num_heads + query_head(a, unit, query);
 }
 
 static void scale_queries(const struct attention *a, const struct unit *unit,
                           const struct scratch *s) {
     int dim = a->head_dim;
-    float scale = 1.0f / sqrtf((float)dim);
     for (int query = 0; query < num_queries(unit); query++) {
         float *q = s->queries + (int64_t)query * s->width;
-        int64_t at = query_place(a, unit, query) * (int64_t)dtype_bytes(a->dtype);
+        int64_t at = query_number(a, unit, query) * dim * (int64_t)dtype_bytes(a->dtype);
         convert(q, FLOAT32, (const char *)a->queries + at, a->dtype, dim);
-        for (int d = 0; d < dim; d++) q[d] *= scale;
+        for (int d = 0; d < dim; d++) q[d] *= a->scale;
         memset(q + dim, 0, (size_t)(s->width - dim) * sizeof *q);
     }
 }
@@ -312,10 +311,10 @@ static void scale_queries(const struct attention *a, const struct unit *unit,
 // Divide outputs by the sums of their weights.
 static void store_outputs(const struct attention *a, const struct unit *unit,
                           const struct scratch *s, const float *totals) {
-    int dim = a->head_dim;
+    int dim = a->value_dim;
     for (int query = 0; query < num_queries(unit); query++) {
         float *output = s->outputs + (int64_t)query * s->width;
-        int64_t at = query_place(a, unit, query);
+        int64_t at = query_number(a, unit, query) * dim;
         for (int d = 0; d < dim; d += LANES) {
             vec x = v_round(v_div(v_load(output + d), v_set(totals[query])), a->dtype);
             store_some(a->out, at + d, x, dim - d, a->out_dtype);

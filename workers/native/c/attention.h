@@ -13,17 +13,20 @@ struct chunk {
 
 struct attention {
     int num_heads, num_kv_heads;  // query heads of one key head are side by side
-    int head_dim;
+    int head_dim;   // of queries and keys
+    int value_dim;  // head_dim; in a latent cache the first elements of a key, which are its value
+    int is_latent;
+    float scale;    // of scores
     const float *sinks;  // [num_heads]: a score of nothing, which takes its weight; NULL for none
     int window;   // positions that a row attends to, its own included; INT_MAX for all
     enum dtype dtype;  // of queries; outputs are rounded to it
     enum dtype cache_dtype;  // the same, or E4M3: rows of fp8.h
     const void *queries;  // [rows, num_heads, head_dim]
-    const void *cache;    // [2 * num_kv_heads, num_blocks, block_size, head_dim], keys first;
-                          // E4M3: head_dim + 1 bytes
+    const void *cache;    // [2 * num_kv_heads, num_blocks, block_size, head_dim], keys first, or
+                          // [1, ..] if it is latent; E4M3: head_dim + 1 bytes
     int64_t num_blocks;
     int block_size;
-    void *out;  // [rows, num_heads * head_dim]
+    void *out;  // [rows, num_heads * value_dim]
     enum dtype out_dtype;
     const struct chunk *chunks;
     int num_chunks;

@@ -75,6 +75,11 @@ static const struct matrix *entry_of(const struct half *half) {
 }
 
 // Rows of a block are counted from `first` on where the block has memory of its own.
+// Queries, keys and values of a row, in heads.
+ALWAYS int64_t row_heads(const struct half *half) {
+    return half->num_heads + (half->latent_rank ? 1 : 2 * half->num_kv_heads);
+}
+
 typedef void row_work(struct member *m, int64_t first, int64_t row);
 
 static void norm1(struct member *m, int64_t first, int64_t row) {
@@ -113,7 +118,7 @@ static void route(struct member *m, const struct router *router, int64_t first, 
     routing_choose(routing, logits, rows->topk_ids + row * top_k, weights, m->scratch);
     for (int64_t i = 0; i < top_k; i += LANES) {
         vec x = load_some(weights, i, top_k - i, FLOAT32);
-        if (routing->scoring != SIGMOID) x = v_round(x, model);
+        if (!routing_is_float32(routing)) x = v_round(x, model);
         store_some(weights, i, x, top_k - i, FLOAT32);
     }
 }
@@ -133,6 +138,7 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
     const struct half_batch *batch = job->batch;
     enum dtype dtype = (enum dtype)half->dtype;
     int64_t dim = half->head_dim, heads = half->num_heads, kv_heads = half->num_kv_heads;
+    int64_t all_heads = row_heads(half);
     float eps = (float)half->eps;
     if (half->qk_norm == NORM_WIDTH) {
         rms_norm(qkv, half->qk_norm_weights, heads * dim, eps, dtype);
@@ -147,7 +153,7 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
     if (isfinite(half->clip)) {
         float clip = (float)half->clip;
         // Not a number stays what it is.
-        for (int64_t i = 0; i < (heads + 2 * kv_heads) * dim; i++)
+        for (int64_t i = 0; i < all_heads * dim; i++)
             qkv[i] = qkv[i] > clip ? clip : qkv[i] < -clip ? -clip : qkv[i];
     }
     int64_t position = chunk->first_position + row - chunk->first_row;
@@ -157,7 +163,8 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
     int64_t block = chunk->table[position / batch->block_size];
     int64_t offset = position % batch->block_size;
     float exact[dim];  // what an E4M3 cache gets, before it is rounded to it
-    for (int64_t h = 0; h < heads + 2 * kv_heads; h++) {
+    int64_t plain = half->latent_rank, turned = (dim - plain) / 2;
+    for (int64_t h = 0; h < all_heads; h++) {
         const float *x = qkv + h * dim;
         int64_t slot = ((h - heads) * batch->num_blocks + block) * batch->block_size + offset;
         int is_e4m3 = h >= heads && batch->cache_dtype == E4M3;
@@ -165,16 +172,18 @@ static void place_row(const struct job *job, float *qkv, int64_t row, const stru
                     : is_e4m3 ? (void *)exact
                               : (void *)row_of(job->rows->cache, slot, dim, dtype);
         enum dtype out_dtype = is_e4m3 ? FLOAT32 : dtype;
-        if (h >= heads + kv_heads) convert(out, out_dtype, x, FLOAT32, dim);
-        for (int64_t side = 0; side < 2 && h < heads + kv_heads; side++) {  // each element with that half a head away
-            int64_t from = side * dim / 2, other = dim / 2 - from;
-            for (int64_t i = 0; i < dim / 2; i += LANES) {
-                int64_t left = dim / 2 - i;
+        convert(out, out_dtype, x, FLOAT32, h >= heads + kv_heads ? dim : plain);
+        for (int64_t side = 0; side < 2 && h < heads + kv_heads; side++) {
+            // Each element with that half of the rotated ones away.
+            int64_t from = side * turned, other = turned - from;
+            for (int64_t i = 0; i < turned; i += LANES) {
+                int64_t left = turned - i;
                 vec c = load_some(cos, from + i, left, dtype);
                 vec s = load_some(sin, from + i, left, dtype);
-                vec a = v_round(v_mul(load_some(x, from + i, left, FLOAT32), c), dtype);
-                vec b = v_round(v_mul(load_some(x, other + i, left, FLOAT32), s), dtype);
-                store_some(out, from + i, v_round(v_add(a, b), dtype), left, out_dtype);
+                vec a = v_mul(load_some(x, plain + from + i, left, FLOAT32), c);
+                vec b = v_mul(load_some(x, plain + other + i, left, FLOAT32), s);
+                vec sum = v_round(v_add(v_round(a, dtype), v_round(b, dtype)), dtype);
+                store_some(out, plain + from + i, sum, left, out_dtype);
             }
         }
         if (!is_e4m3) continue;
@@ -189,7 +198,7 @@ static void place(struct member *m, int64_t first, int64_t row) {
     const struct half *half = job->half;
     const struct matrix *matrix = &half->qkv;
     enum dtype dtype = (enum dtype)half->dtype;
-    int64_t width = (half->num_heads + 2 * half->num_kv_heads) * half->head_dim;
+    int64_t width = row_heads(half) * half->head_dim;
     float *qkv = m->scratch;
     if (matrix->panels) {
         qkv = job->sums + (row - first) * padded_outputs(matrix);
@@ -303,6 +312,9 @@ static struct attention attention_of(const struct half *half, const struct half_
         .num_heads = (int)half->num_heads,
         .num_kv_heads = (int)half->num_kv_heads,
         .head_dim = (int)half->head_dim,
+        .value_dim = (int)(half->latent_rank ? half->latent_rank : half->head_dim),
+        .is_latent = half->latent_rank != 0,
+        .scale = (float)half->scale,
         .sinks = half->sinks,
         .window = (int)min_of(half->window, INT_MAX / 2),
         .dtype = (enum dtype)half->dtype,
@@ -332,7 +344,7 @@ int half_claimed(struct team *team, const struct half *half, const struct half_b
             size_t bytes = row_bytes(matrices[i]);
             if (bytes > form && matrices[i] != &half->output) form = bytes;
         }
-    width = max_of(width, (half->num_heads + 2 * half->num_kv_heads) * half->head_dim);
+    width = max_of(width, row_heads(half) * half->head_dim);
     width = max_of(width, ROUTING_SCRATCH * half->router.routing.num_experts);
     width = max_of(width, ROUTING_SCRATCH * half->query_router.routing.num_experts);
     size_t form_bytes = aligned((size_t)block * form);

@@ -20,7 +20,10 @@ struct half {
     int64_t hidden_size, num_heads, num_kv_heads, head_dim;
     int64_t window;   // positions that a row attends to; a large number for all
     int64_t qk_norm;  // enum qk_norm
+    int64_t latent_rank;  // if not 0, the cache is latent: see attention.h; what is behind it in
+                          // queries and keys is rotated
     double eps;
+    double scale;  // of scores
     double clip;  // limit of queries, keys and values; infinity for none
     const float *sinks;  // [num_heads]: see attention.h; NULL for none
     const void *norm1, *norm2;    // [hidden_size]
@@ -33,7 +36,8 @@ struct half {
 // The rows of a micro-batch, for all layers.
 struct half_batch {
     int64_t num_rows;
-    const void *cos, *sin;      // [.., head_dim] model dtype, sines of the first half negated
+    const void *cos, *sin;      // [.., what is rotated of a head] model dtype, sines of the first
+                                // half negated
     int64_t wave_stride;        // elements from one to the next of both
     int64_t waves_by_position;  // they are those of all positions; 0: those of each row
     const struct chunk *chunks;
@@ -50,7 +54,7 @@ struct half_rows {
     void *normed;            // [num_rows, hidden_size]: after the first or second norm
     const void *projected;   // queries, keys and values [num_rows, ...] of routed projections
     void *queries;           // [num_rows, num_heads, head_dim] rotated; NULL: nobody reads them
-    void *attended;          // [num_rows, num_heads * head_dim] of routed projections
+    void *attended;          // [num_rows, num_heads * value_dim] of routed projections
     const void *mixed;       // [num_rows, hidden_size]: projected outputs of attention
     void *logits;            // [num_rows, num_experts], float for sigmoid; NULL: nobody reads them
     int64_t *topk_ids;       // [num_rows, top_k]

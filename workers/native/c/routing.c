@@ -16,7 +16,8 @@ static void best(const float *scores, int32_t size, int32_t count, float *is_tak
     }
 }
 
-// Take all experts outside of the groups with the highest sums of their two best ones.
+// Take all experts outside of the groups with the highest sums of their two best ones (SIGMOID), or
+// with the best ones.
 static void close_groups(const struct routing *routing, const float *scores, float *is_taken,
                          float *scratch) {
     int32_t groups = routing->num_groups, size = routing->num_experts / groups;
@@ -29,7 +30,7 @@ static void close_groups(const struct routing *routing, const float *scores, flo
             second = x > first ? first : x > second ? x : second;
             first = x > first ? x : first;
         }
-        sums[g] = first + second;
+        sums[g] = routing->scoring == SIGMOID ? first + second : first;
         is_open[g] = 0.0f;
     }
     for (int32_t place = 0; place < routing->top_groups; place++) {
@@ -51,31 +52,38 @@ static void sigmoid(float *scores, const float *logits, int32_t size) {
     }
 }
 
+// The best experts by `choice`, of those that may be chosen.
+static void choose(const struct routing *routing, const float *choice, int64_t *ids,
+                   float *scratch) {
+    float *is_taken = scratch;
+    memset(is_taken, 0, (size_t)routing->num_experts * sizeof *is_taken);
+    if (routing->top_groups < routing->num_groups)
+        close_groups(routing, choice, is_taken, scratch + routing->num_experts);
+    best(choice, routing->num_experts, routing->top_k, is_taken, ids);
+}
+
 void routing_choose(const struct routing *routing, float *logits, int64_t *ids, float *weights,
             float *scratch) {
     int32_t size = routing->num_experts, top_k = routing->top_k;
-    float *is_taken = scratch, *scores = scratch + size, *rest = scratch + 2 * size;
-    memset(is_taken, 0, (size_t)size * sizeof *is_taken);
+    float *scores = scratch, *rest = scratch + size;
     float total = 1.0f;  // by which weights are divided
     if (routing->scoring == SIGMOID) {
         sigmoid(scores, logits, size);
         for (int32_t i = 0; i < size; i++)
             logits[i] = scores[i] + (routing->correction ? routing->correction[i] : 0.0f);
-        if (routing->top_groups < routing->num_groups)
-            close_groups(routing, logits, is_taken, rest);
-        best(logits, size, top_k, is_taken, ids);
+        choose(routing, logits, ids, rest);
         for (int32_t j = 0; j < top_k; j++) weights[j] = scores[ids[j]];
-    } else if (routing->scoring == SOFTMAX) {
-        if (!routing->correction) best(logits, size, top_k, is_taken, ids);
+    } else if (routing->scoring != SOFTMAX_OF_BEST) {
+        if (!routing->correction) choose(routing, logits, ids, rest);
         total = numbers_softmax(logits, size);
         if (routing->correction) {
             for (int32_t i = 0; i < size; i++)
                 scores[i] = logits[i] / total + routing->correction[i];
-            best(scores, size, top_k, is_taken, ids);
+            choose(routing, scores, ids, rest);
         }
         for (int32_t j = 0; j < top_k; j++) weights[j] = logits[ids[j]];
     } else {
-        best(logits, size, top_k, is_taken, ids);
+        choose(routing, logits, ids, rest);
         for (int32_t j = 0; j < top_k; j++) weights[j] = logits[ids[j]];
         total = numbers_softmax(weights, top_k);
     }
@@ -86,6 +94,6 @@ void routing_choose(const struct routing *routing, float *logits, int64_t *ids, 
         if (routing->scoring != SIGMOID && total < routing->least_sum) total = routing->least_sum;
         for (int32_t j = 0; j < top_k; j++) weights[j] /= total;
     }
-    if (routing->scoring == SIGMOID)
+    if (routing_is_float32(routing))
         for (int32_t j = 0; j < top_k; j++) weights[j] *= routing->scale;
 }

@@ -138,6 +138,11 @@ def test_attention_has_the_same_bits_whole_in_chunks_and_as_decodes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_latent_attention_has_the_same_bits_too(dtype: torch.dtype) -> None:
+    assert tiles_agree(4, 1, 40, dtype, latent_rank=32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [3, 16, 48])
 def test_attention_equals_plain_attention(block: int, dtype: torch.dtype) -> None:
     """A decode of 150 tokens, one of 5, and a chunk of 70 at the end of 140; blocks in disorder."""

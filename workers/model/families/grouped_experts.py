@@ -1,0 +1,177 @@
+"""Routed experts in groups, beside shared experts that see every token, and dense layers.
+
+Shared experts and dense layers belong to the attention worker, routed experts to the banks.
+
+Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.1.2, and "DeepSeek-V2" (2024),
+section 2.2; as in dots.llm1 and GLM-4.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.families.base import Loader
+from workers.model.families.parts import mlp_banks, mlp_parts, part
+from workers.model.families.settings import Settings
+from workers.model.routing import Router, Routing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupDefaults:
+    """Defaults of a family's class; None: the key must be in the file."""
+
+    num_experts: int | None = None
+    top_k: int | None = None
+    num_shared_experts: int | None = None
+    expert_width: int = 1408
+    dense_width: int = 10944
+    num_dense_layers: int = 0
+    num_groups: int = 1
+    top_groups: int = 1
+    norm_topk_prob: bool = False
+    scaling_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupedExperts:
+    """The experts and MLPs of all layers, as ``config.json`` describes them."""
+
+    num_experts: int
+    """E: routed experts of a layer."""
+    top_k: int
+    expert_width: int
+    """I: inner width of a routed expert."""
+    num_shared_experts: int
+    """Experts that see every token; they are one MLP of so many times the width."""
+    dense_width: int
+    """Inner width of the MLP of a dense layer."""
+    sparse_layers: tuple[int, ...]
+    """Layers with experts; the others are dense."""
+    num_groups: int
+    """Groups of neighbouring experts."""
+    top_groups: int
+    """Groups that a token's experts come from."""
+    norm_topk_prob: bool
+    """Weights of the chosen experts are scaled to sum 1."""
+    scaling_factor: float
+    """Multiplies the weights last."""
+    scoring: Literal["sigmoid", "float32_softmax"] = "sigmoid"
+    """See ``Routing``; the choice by sigmoid is corrected by a bias of each expert."""
+
+    @classmethod
+    def read(
+        cls,
+        settings: Settings,
+        defaults: GroupDefaults,
+        num_layers: int,
+        *,
+        sparse_layers: tuple[int, ...] | None = None,
+        scoring: Literal["sigmoid", "float32_softmax"] = "sigmoid",
+    ) -> GroupedExperts:
+        """The usual keys. ``sparse_layers`` None: those behind ``first_k_dense_replace``.
+
+        Raises ``CheckpointError`` naming the key we cannot serve.
+        """
+        if sparse_layers is None:
+            sparse_layers = _layers_behind_dense(settings, defaults.num_dense_layers, num_layers)
+        found = cls(
+            num_experts=settings.integer(
+                "n_routed_experts", "num_local_experts", default=defaults.num_experts
+            ),
+            top_k=settings.integer("num_experts_per_tok", default=defaults.top_k),
+            expert_width=settings.integer("moe_intermediate_size", default=defaults.expert_width),
+            num_shared_experts=settings.integer(
+                "n_shared_experts", default=defaults.num_shared_experts
+            ),
+            dense_width=settings.integer("intermediate_size", default=defaults.dense_width),
+            sparse_layers=sparse_layers,
+            num_groups=settings.integer("n_group", default=defaults.num_groups),
+            top_groups=settings.integer("topk_group", default=defaults.top_groups),
+            norm_topk_prob=settings.flag("norm_topk_prob", defaults.norm_topk_prob),
+            scaling_factor=settings.real("routed_scaling_factor", defaults.scaling_factor),
+            scoring=scoring,
+        )
+        found._check()
+        return found
+
+    def banks(self, config: ModelConfig) -> tuple[BankSpec, ...]:
+        """One for each layer that is not dense."""
+        return mlp_banks(
+            config,
+            self.sparse_layers,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            expert_width=self.expert_width,
+            float32_weights=True,
+        )
+
+    def parts(self, layer: int, width: int) -> dict[str, TensorPart]:
+        """Tensors of a layer's router, and of the dense MLP or the shared experts: ``gate``, ``up``
+        and ``down``.
+        """
+        prefix = f"model.layers.{layer}.mlp"
+        if layer not in self.sparse_layers:
+            return mlp_parts(prefix, width, self.dense_width)
+        shared = self.expert_width * self.num_shared_experts
+        parts = {
+            "router": part(f"{prefix}.gate.weight", self.num_experts, width),
+            **mlp_parts(f"{prefix}.shared_experts", width, shared),
+        }
+        if self.scoring == "sigmoid":
+            name = f"{prefix}.gate.e_score_correction_bias"
+            parts["correction"] = part(name, self.num_experts)
+        return parts
+
+    def router(self, layer: int, loader: Loader) -> Router | None:
+        """None for a dense layer."""
+        if layer not in self.sparse_layers:
+            return None
+        routing = Routing(
+            bank=self.sparse_layers.index(layer),
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            scoring=self.scoring,
+            is_normed=self.norm_topk_prob,
+            scale=self.scaling_factor,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+        )
+        has_correction = "correction" in loader.parts
+        return Router(
+            routing=routing,
+            linear=loader.float32_linear("router"),
+            correction=loader.tensor("correction", dtype=torch.float32) if has_correction else None,
+        )
+
+    def _check(self) -> None:
+        """Every token finds its experts in the groups it may use."""
+        size = self.num_experts // self.num_groups
+        if self.num_experts % self.num_groups or (self.num_groups > 1 and size < 2):
+            raise CheckpointError(
+                f"config.json: n_routed_experts {self.num_experts} must be a multiple of "
+                f"n_group {self.num_groups}, with at least 2 experts in a group"
+            )
+        if self.top_groups > self.num_groups:
+            raise CheckpointError(
+                f"config.json: topk_group {self.top_groups} exceeds n_group {self.num_groups}"
+            )
+        if self.top_k > self.top_groups * size:
+            raise CheckpointError(
+                f"config.json: num_experts_per_tok {self.top_k} exceeds the "
+                f"{self.top_groups * size} experts of topk_group {self.top_groups} groups"
+            )
+
+
+def _layers_behind_dense(settings: Settings, default: int, num_layers: int) -> tuple[int, ...]:
+    num_dense = settings.integer("first_k_dense_replace", default=default, least=0)
+    if num_dense >= num_layers:
+        raise CheckpointError(
+            f"config.json: first_k_dense_replace {num_dense} leaves no layer with experts of "
+            f"num_hidden_layers {num_layers}"
+        )
+    return tuple(range(num_dense, num_layers))

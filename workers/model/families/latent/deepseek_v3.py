@@ -1,0 +1,54 @@
+"""DeepSeek-V3, R1 and Kimi K2: latent attention, a sigmoid router in groups, dense first layers.
+
+The layers behind the last one, which predict more tokens than the next one, are not loaded.
+
+Source: checkpoint layout and math as in transformers ``models/deepseek_v3``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from workers.model.families.grouped_experts import GroupDefaults, GroupedExperts
+from workers.model.families.latent.attention import LatentAttention, LatentDefaults
+from workers.model.families.latent.family import LatentFamily
+from workers.model.families.settings import Defaults, Settings
+
+_DEFAULTS = Defaults(
+    vocab_size=129280,
+    hidden_size=7168,
+    num_layers=61,
+    max_positions=4096,
+    rms_norm_eps=1e-6,
+    eos=(1,),
+)
+_ATTENTION = LatentDefaults(num_heads=128)
+_EXPERTS = GroupDefaults(
+    num_experts=256,
+    top_k=8,
+    num_shared_experts=1,
+    expert_width=2048,
+    dense_width=18432,
+    num_dense_layers=3,
+    num_groups=8,
+    top_groups=4,
+    norm_topk_prob=True,
+    scaling_factor=2.5,
+)
+
+
+def family(config: Mapping[str, Any]) -> LatentFamily:
+    """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
+    settings = Settings(config)
+    settings.architecture("DeepseekV3ForCausalLM")
+    settings.only("scoring_func", "sigmoid")
+    settings.only("topk_method", "noaux_tc")
+    num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
+    experts = GroupedExperts.read(settings, _EXPERTS, num_layers)
+    attention = LatentAttention.read(settings, _ATTENTION)
+    has_neighbours = settings.flag("rope_interleave", True)
+    defaults = replace(_DEFAULTS, rotates_neighbours=has_neighbours)
+    shared = attention.config(settings, str(config["model_type"]), defaults)
+    return LatentFamily(shared, attention, experts)

@@ -1,0 +1,254 @@
+"""Multi-head latent attention: all heads have their keys and values from one latent vector.
+
+A token's latent vector [R] and one rotated key [P] are all that a layer's cache keeps of it. There
+are two forms of the same attention:
+
+- absorbed: each head's queries are multiplied with the matrix that would make its keys, so that
+  heads attend to the latent vectors themselves, as to one key head of R + P elements, and the
+  values are made of what they attended to. It reads least, and decodes take it.
+- expanded: keys and values of all heads are made of the latent vectors. Each pair of a query and a
+  key then costs about a third, so long chunks of prompts take it.
+
+Where rows must not depend on how a prompt is cut, all are absorbed.
+
+Source: DeepSeek-AI, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language
+Model" (2024), section 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.model.attention import AttentionBatch, PrefillChunk, write_rows
+from workers.model.layers import LayerContext, Linear, Norm
+from workers.model.rope import rotate
+
+_EXPANDED_HEADS = 16
+"""Heads whose keys and values are in memory at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentShape:
+    """Widths of the parts of queries, keys and values."""
+
+    num_heads: int
+    """A."""
+    rank: int
+    """R: elements of the latent vector."""
+    plain_dim: int
+    """N: elements of a head's queries and keys that are not rotated."""
+    rotated_dim: int
+    """P: those that are, whose key all heads share."""
+    value_dim: int
+    """V: elements of a head's values."""
+    scale: float
+    """Of scores."""
+
+    @property
+    def query_dim(self) -> int:
+        return self.plain_dim + self.rotated_dim
+
+    @property
+    def cached_dim(self) -> int:
+        return self.rank + self.rotated_dim
+
+    @property
+    def least_expanded_rows(self) -> int:
+        """Rows of a chunk from which on making keys and values costs less than it saves."""
+        made = self.rank * (self.plain_dim + self.value_dim)
+        absorbed, expanded = self.cached_dim + self.rank, self.query_dim + self.value_dim
+        return made // max(absorbed - expanded, 1) + 1
+
+
+class HeadProducts(Protocol):
+    """Products of each head with its part of the matrix [A, N + V, R] that makes keys and values
+    of latent vectors."""
+
+    def absorb(self, queries: Tensor) -> Tensor:
+        """[T, A, N] -> [T, A, R]: what the latent vectors are multiplied by for scores."""
+
+    def values(self, attended: Tensor) -> Tensor:
+        """[T, A, R] -> [T, A * V]."""
+
+    def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
+        """[L, R] -> [L, heads, N + V]: keys and values of heads first .. last - 1."""
+
+
+class TorchHeadProducts:
+    """``HeadProducts`` of one weight."""
+
+    def __init__(self, weight: Tensor, plain_dim: int) -> None:
+        """weight [A, N + V, R]."""
+        self._weight = weight
+        self._keys, self._values = weight[:, :plain_dim], weight[:, plain_dim:]
+
+    def absorb(self, queries: Tensor) -> Tensor:
+        """See ``HeadProducts``."""
+        return torch.bmm(queries.transpose(0, 1), self._keys).transpose(0, 1)
+
+    def values(self, attended: Tensor) -> Tensor:
+        """See ``HeadProducts``."""
+        products = torch.bmm(attended.transpose(0, 1), self._values.transpose(1, 2))
+        return products.transpose(0, 1).reshape(len(attended), -1)
+
+    def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
+        """See ``HeadProducts``."""
+        rows = functional.linear(latents, self._weight[first:last].flatten(0, 1))
+        return rows.view(len(latents), last - first, -1)
+
+
+class LinearHeadProducts:
+    """``HeadProducts`` of a ``Linear`` for each head, for blocks whose rows are exact."""
+
+    def __init__(self, weight: Tensor, plain_dim: int, linear: Callable[[Tensor], Linear]) -> None:
+        """weight [A, N + V, R]."""
+        self._keys = [linear(head[:plain_dim].T.contiguous()) for head in weight]
+        self._values = [linear(head[plain_dim:].contiguous()) for head in weight]
+
+    def absorb(self, queries: Tensor) -> Tensor:
+        """See ``HeadProducts``."""
+        heads = zip(self._keys, queries.unbind(1), strict=True)
+        return torch.stack([product(x.contiguous()) for product, x in heads], 1)
+
+    def values(self, attended: Tensor) -> Tensor:
+        """See ``HeadProducts``."""
+        heads = zip(self._values, attended.unbind(1), strict=True)
+        return torch.cat([product(x.contiguous()) for product, x in heads], 1)
+
+    def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
+        raise AssertionError("exact rows are absorbed")
+
+
+AttendRows = Callable[[Tensor, Tensor, LayerContext], Tensor]
+"""``AttendsRows.attend_rows`` of absorbed queries and latent vectors [T, (A + 1) * (R + P)]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentProjections:
+    """Everything between the residual stream before attention and what is added to it."""
+
+    shape: LatentShape
+    norm1: Norm
+    """The first norm of the layer."""
+    queries: Callable[[Tensor], Tensor]
+    """H -> A * (N + P)."""
+    latents: Linear
+    """H -> R + P."""
+    latent_norm: Norm
+    """Of the latent vector [T, R]."""
+    heads: HeadProducts
+    can_expand: bool
+    """Rows may depend on how a prompt is cut."""
+    output: Linear
+    """A * V -> H."""
+
+    def project(
+        self, attend_rows: AttendRows, hidden: Tensor, cache: Tensor, context: LayerContext
+    ) -> Tensor:
+        """Residual stream [T, H] to the projected outputs of attention [T, H]."""
+        normed = self.norm1(hidden.clone())
+        queries = self.queries(normed).view(len(hidden), -1, self.shape.query_dim)
+        latents = self._latents(normed)
+        batch = context.attention
+        expanded = batch.prefills if self._expands(batch) else ()
+        if not expanded:
+            return self.output(self._absorbed(attend_rows, queries, latents, cache, context))
+        first, parts = expanded[0].first, []
+        if first:
+            own = replace(batch, slot_mapping=batch.slot_mapping[:first], prefills=())
+            decodes = replace(
+                context, cos=context.cos[:first], sin=context.sin[:first], attention=own
+            )
+            rows = queries[:first], latents[:first]
+            parts.append(self._absorbed(attend_rows, *rows, cache, decodes))
+        prompts = replace(
+            context,
+            cos=context.cos[first:],
+            sin=context.sin[first:],
+            attention=replace(batch, slot_mapping=batch.slot_mapping[first:]),
+        )
+        parts.append(self._expanded(queries[first:], latents[first:], cache, prompts))
+        return self.output(torch.cat(parts))
+
+    def _expands(self, batch: AttentionBatch) -> bool:
+        """Whether the rows of prompts are expanded. A recorder needs absorbed queries."""
+        num_rows = sum(chunk.last - chunk.first for chunk in batch.prefills)
+        is_long = num_rows >= self.shape.least_expanded_rows * len(batch.prefills)
+        return self.can_expand and batch.recorder is None and is_long
+
+    def _latents(self, normed: Tensor) -> Tensor:
+        """[T, R + P], the last P not yet rotated."""
+        rows = self.latents(normed)
+        latents, key = torch.split(rows, [self.shape.rank, self.shape.rotated_dim], 1)
+        return torch.cat((self.latent_norm(latents.contiguous()), key), 1)
+
+    def _absorbed(
+        self,
+        attend_rows: AttendRows,
+        queries: Tensor,
+        latents: Tensor,
+        cache: Tensor,
+        context: LayerContext,
+    ) -> Tensor:
+        """[T, A * V]."""
+        shape, num_rows = self.shape, len(queries)
+        rows = queries.new_empty(num_rows, shape.num_heads + 1, shape.cached_dim)
+        plain, rotated = torch.split(queries, [shape.plain_dim, shape.rotated_dim], 2)
+        rows[:, :-1, : shape.rank] = self.heads.absorb(plain)
+        rows[:, :-1, shape.rank :] = rotated
+        rows[:, -1] = latents
+        attended = attend_rows(rows.view(num_rows, -1), cache, context)
+        return self.heads.values(attended.view(num_rows, shape.num_heads, shape.rank))
+
+    def _expanded(
+        self, queries: Tensor, latents: Tensor, cache: Tensor, context: LayerContext
+    ) -> Tensor:
+        """[n, A * V] of the rows of all chunks of prompts."""
+        shape, batch = self.shape, context.attention
+        rows = latents.unsqueeze(1)
+        keys = rotate_end(rows, shape.rank, context.cos, context.sin)
+        write_rows(keys, None, cache, batch.slot_mapping)
+        queries = rotate_end(queries, shape.plain_dim, context.cos, context.sin)
+        first = batch.prefills[0].first
+        return torch.cat(
+            [
+                self._attend_expanded(queries[c.first - first : c.last - first], cache, c, batch)
+                for c in batch.prefills
+            ]
+        )
+
+    def _attend_expanded(
+        self, queries: Tensor, cache: Tensor, chunk: PrefillChunk, batch: AttentionBatch
+    ) -> Tensor:
+        """[rows, A * V] of a chunk's queries [rows, A, N + P]."""
+        shape = self.shape
+        found = batch.workspaces[0].gather(cache, chunk.blocks)
+        cached = found.view(-1, shape.cached_dim)[: chunk.length]
+        latents, rotated = cached[:, : shape.rank], cached[:, shape.rank :].unsqueeze(1)
+        parts = []
+        for first in range(0, shape.num_heads, _EXPANDED_HEADS):
+            last = min(first + _EXPANDED_HEADS, shape.num_heads)
+            made = self.heads.expand(latents, first, last)
+            plain, values = torch.split(made, [shape.plain_dim, shape.value_dim], 2)
+            keys = torch.cat((plain, rotated.expand(-1, last - first, -1)), 2)
+            output = functional.scaled_dot_product_attention(
+                queries[:, first:last].transpose(0, 1).unsqueeze(0),
+                keys.transpose(0, 1).unsqueeze(0),
+                values.transpose(0, 1).unsqueeze(0),
+                attn_mask=chunk.visible,
+                is_causal=chunk.visible is None,
+                scale=shape.scale,
+            )
+            parts.append(output.squeeze(0).transpose(0, 1))
+        return torch.cat(parts, 1).flatten(1)
+
+
+def rotate_end(heads: Tensor, first: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [T, heads, D] with the elements from ``first`` on rotated."""
+    return torch.cat((heads[..., :first], rotate(heads[..., first:], cos, sin)), -1)
