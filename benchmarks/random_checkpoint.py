@@ -67,6 +67,10 @@ class RandomModel:
             "ernie4_5_moe": self._ernie4_5_moe,
             "gpt_oss": self._gpt_oss,
             "flex_olmo": self._flex_olmo,
+            "deepseek_v2": self._deepseek_v2,
+            "deepseek_v3": self._deepseek_v3,
+            "kimi_k2": self._deepseek_v3,
+            "glm4_moe_lite": self._glm4_moe_lite,
         }
         return {
             "model_type": self.family,
@@ -177,6 +181,39 @@ class RandomModel:
             "architectures": ["GptOssForCausalLM"],
             "head_dim": self.hidden // self.heads,
             "sliding_window": 128,
+        }
+
+    def _deepseek_v3(self) -> dict[str, object]:
+        """The latent vector has half of the hidden size, and a head twice its share of it."""
+        head = self.hidden // self.heads
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "intermediate_size": self.ffn * (self.top_k + 1),
+            "moe_intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "q_lora_rank": self.hidden // 2,
+            "kv_lora_rank": self.hidden // 2,
+            "qk_nope_head_dim": head,
+            "qk_rope_head_dim": head // 2,
+            "v_head_dim": head,
+            "n_routed_experts": self.experts,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        }
+
+    def _deepseek_v2(self) -> dict[str, object]:
+        return self._deepseek_v3() | {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "topk_method": "group_limited_greedy",
+        }
+
+    def _glm4_moe_lite(self) -> dict[str, object]:
+        return self._deepseek_v3() | {
+            "architectures": ["Glm4MoeLiteForCausalLM"],
+            "n_group": 1,
         }
 
     def _jetmoe(self) -> dict[str, object]:

@@ -313,7 +313,10 @@ WAYS = {
 }
 """By what is special about them."""
 SHORT_WAYS = ("together", "both roles", "chunks")
-OTHERS = ("qwen3_moe", "glm4_moe", "mixtral", "minimax_m2", "ernie4_5_moe", "gpt_oss", "flex_olmo")
+OTHERS = (
+    *("qwen3_moe", "glm4_moe", "mixtral", "minimax_m2", "ernie4_5_moe", "gpt_oss", "flex_olmo"),
+    *("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+)
 """Families that ``others`` compares."""
 
 

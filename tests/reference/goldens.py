@@ -131,6 +131,9 @@ RANDOM_VARIANTS = tuple(
         "ernie45",
         "gptoss",
         "flexolmo",
+        "deepseekv3",
+        "deepseekv2",
+        "glm4lite",
     )
     for number in range(NUM_RANDOM)
 )

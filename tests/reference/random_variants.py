@@ -18,8 +18,9 @@ from tests.reference import make_goldens
 
 FAMILIES = (
     *("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2", "ernie45"),
-    *("gptoss", "flexolmo"),
+    *("gptoss", "flexolmo", "deepseekv3", "deepseekv2", "glm4lite"),
 )
+LATENT = ("deepseekv3", "deepseekv2", "glm4lite")
 MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
     "glm4moe": "glm4_moe",
@@ -27,6 +28,9 @@ MODEL_TYPES = {
     "ernie45": "ernie4_5_moe",
     "gptoss": "gpt_oss",
     "flexolmo": "flex_olmo",
+    "deepseekv3": "deepseek_v3",
+    "deepseekv2": "deepseek_v2",
+    "glm4lite": "glm4_moe_lite",
 }
 """Where they differ."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -51,6 +55,9 @@ def make_variant(family: str, number: int) -> dict:
         "ernie45": _ernie,
         "gptoss": _gpt_oss,
         "flexolmo": _flex_olmo,
+        "deepseekv3": _deepseek3,
+        "deepseekv2": _deepseek2,
+        "glm4lite": _glm4_lite,
     }
     config, extra = makers[family](rng)
     layers = rng.randint(1, 3)
@@ -65,7 +72,7 @@ def make_variant(family: str, number: int) -> dict:
         rng.choice(["torch_dtype", "dtype"]): rng.choice(["float32", "bfloat16"]),
         "output_router_logits": False,
     }
-    head_dim = config.get("head_dim") or config.get("kv_channels")
+    head_dim = config.get("head_dim") or config.get("kv_channels") or config.get("qk_rope_head_dim")
     rope, is_dynamic = _rope(
         rng, head_dim or config["hidden_size"] // config["num_attention_heads"]
     )
@@ -79,6 +86,11 @@ def make_variant(family: str, number: int) -> dict:
     if family == "gptoss" and rng.random() < 0.6:
         kinds = ("sliding_attention", "full_attention")
         config["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
+    if family in LATENT[:2]:
+        config["first_k_dense_replace"] = rng.randint(0, layers - 1)
+    if family == "glm4lite":
+        kinds = [rng.choice(["dense", "sparse"]) for _ in range(layers)]
+        config["mlp_layer_types"] = [*kinds[1:], "sparse"]
     if family == "glm4moe":
         config["first_k_dense_replace"] = rng.randint(0, layers - 1)
         share = rng.choice([None, 0.25, 0.5, 0.75, 1.0])  # None: the class's half
@@ -207,6 +219,40 @@ def _glm4(rng: random.Random) -> tuple[dict, dict]:
         "head_dim": rng.choice([8, 16, 24]),
     }
     return config, extra
+
+
+def _deepseek3(rng: random.Random) -> tuple[dict, dict]:
+    config, extra = _dots1(rng)
+    del config["head_dim"]
+    config |= {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": config["num_attention_heads"],
+        "q_lora_rank": rng.choice([None, 12, 40]),
+        "kv_lora_rank": rng.choice([10, 24, 33]),
+        "qk_nope_head_dim": rng.choice([5, 8, 16]),
+        "qk_rope_head_dim": rng.choice([4, 8, 12]),
+        "v_head_dim": rng.choice([7, 8, 20]),
+        "rope_interleave": rng.random() < 0.7,
+    }
+    return config, extra
+
+
+def _deepseek2(rng: random.Random) -> tuple[dict, dict]:
+    config, _ = _deepseek3(rng)
+    del config["rope_interleave"]
+    return config | {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "norm_topk_prob": False,
+        # transformers rotates views of pairs, which must begin at even places.
+        "kv_lora_rank": rng.choice([10, 24, 34]),
+        "qk_nope_head_dim": rng.choice([6, 8, 16]),
+        "topk_method": rng.choice(["greedy", "group_limited_greedy"]),
+    }, {}
+
+
+def _glm4_lite(rng: random.Random) -> tuple[dict, dict]:
+    config, extra = _deepseek3(rng)
+    return config | {"architectures": ["Glm4MoeLiteForCausalLM"]}, extra
 
 
 def _mixtral(rng: random.Random) -> tuple[dict, dict]:

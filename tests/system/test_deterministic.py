@@ -154,12 +154,14 @@ OTHER_VARIANTS = (
     *("dots1-swa", "dots1-groups", "jetmoe-untied-top3-eps", "jetmoe-tied"),
     *("qwen3moe-dense-layers", "glm4moe-norms-groups", "mixtral-window-tied"),
     *("minimaxm2-official-like", "ernie45-layers"),
+    *("deepseekv3-base", "deepseekv2-official-like", "glm4lite-layers-tied"),
 )
 OTHER_QUICK = {
     ("dots1-swa", "2x3-bfloat16-2"),
     ("jetmoe-untied-top3-eps", "2-float32-1"),
     ("qwen3moe-dense-layers", "2x3-bfloat16-2"),
     ("glm4moe-norms-groups", "2-float32-1"),
+    ("deepseekv3-base", "2x3-bfloat16-2"),
 }
 """Both dtypes, one and two micro-batches, two pools and colocated workers."""
 
@@ -199,7 +201,7 @@ def test_a_layout_changes_no_bit_of_other_families(
 def pool_bytes(golden: Golden, dtype: str, num_tokens: int) -> int:
     """Memory for the keys and values of this number of tokens."""
     config = LocalEngine(golden.path).config
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    per_token = config.kv_vectors_per_token * config.head_dim
     return num_tokens * per_token * (4 if dtype == "float32" else 2)
 
 
@@ -213,6 +215,7 @@ def pool_bytes(golden: Golden, dtype: str, num_tokens: int) -> int:
         ("glm4moe-base", Layout(attention=0, experts=2, dtype="float32", micro_batches=2)),
         ("flexolmo-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=2)),
         ("gptoss-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=2)),
+        ("deepseekv3-base", Layout(attention=2, experts=2, dtype="float32", micro_batches=2)),
     ],
     ids=str,
 )

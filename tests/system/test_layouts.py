@@ -38,6 +38,7 @@ AnyGolden = Callable[[str], Golden]
         *("olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"),
         *("qwen3moe-base", "glm4moe-base", "mixtral-base", "minimaxm2-official-like"),
         *("ernie45-official-like", "gptoss-base", "flexolmo-base"),
+        *("deepseekv3-base", "deepseekv2-official-like", "glm4lite-official-like"),
     ],
 )
 def test_float32_tokens_in_every_layout(
@@ -65,6 +66,7 @@ def test_float32_tokens_in_every_layout(
         pytest.param("mixtral-window-tied", marks=pytest.mark.slow),
         pytest.param("minimaxm2-official-like", marks=pytest.mark.slow),
         pytest.param("ernie45-layers", marks=pytest.mark.slow),
+        pytest.param("deepseekv3-official-like", marks=pytest.mark.slow),
         pytest.param("olmoe-norm-gqa-clip", marks=pytest.mark.slow),
     ],
 )

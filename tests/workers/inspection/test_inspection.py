@@ -49,13 +49,16 @@ VARIANTS = (
     "mixtral-window-tied",
     "minimaxm2-official-like",
     "ernie45-layers",
+    "deepseekv3-base",
+    "deepseekv2-official-like",
+    "glm4lite-layers-tied",
 )
 CHUNKED = EngineSection(max_num_seqs=3, max_num_batched_tokens=7, block_size_tokens=4)
 
 
 def has_aux(variant: str) -> bool:
     """Whether the family has an auxiliary loss."""
-    return not variant.startswith(("dots1", "glm4moe"))
+    return not variant.startswith(("dots1", "glm4", "deepseek"))
 
 
 def everything(prompt: tuple[int, ...], aux: bool) -> Inspection:
@@ -194,6 +197,7 @@ def test_deterministic_inspections_have_the_same_bits_in_any_company(
     [
         pytest.param("olmoe-norm-gqa-clip", marks=pytest.mark.slow),
         pytest.param("dots1-swa", marks=pytest.mark.slow),
+        pytest.param("deepseekv3-base", marks=pytest.mark.slow),
         "jetmoe-tied",
     ],
 )

@@ -44,10 +44,13 @@ VARIANTS = (
     "mixtral-window-tied",
     "minimaxm2-official-like",
     "ernie45-headdim-linear",
+    "deepseekv3-plain-tied",
+    "deepseekv2-official-like",
 )
 QUICK = {
     ("dots1-groups", "float32", "short chunks"),
     ("jetmoe-untied-top3-eps", "bfloat16", "preempted"),
+    ("deepseekv3-plain-tied", "bfloat16", "preempted"),
 }
 
 
@@ -85,7 +88,7 @@ def alone(golden: AnyGolden) -> Callable[[str, str], Bits]:
 
 def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str) -> int:
     """Memory for the keys and values of this number of tokens."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    per_token = config.kv_vectors_per_token * config.head_dim
     return num_tokens * per_token * (4 if dtype == "float32" else 2)
 
 

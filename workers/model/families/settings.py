@@ -68,7 +68,7 @@ _FP8_KEYS = ("weight_block_size", "modules_to_not_convert", "ignored_layers", "d
 _HARMLESS_WORDS = """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha aux_loss_coef bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    decoder_start_token_id ep_size finetuning_task forced_bos_token_id forced_eos_token_id id2label
     initializer_range is_decoder label2id max_window_layers model_type num_labels
     original_max_position_embeddings output_attentions output_hidden_states output_router_logits
     pad_token_id prefix pretraining_tp problem_type pruned_heads return_dict router_aux_loss_coef
@@ -300,7 +300,8 @@ def model_config(
 
     Raises ``CheckpointError`` naming key, value and rule.
     """
-    heads.check()
+    if latent_rank is None:
+        heads.check()
     vocab_size = settings.integer("vocab_size", default=defaults.vocab_size)
     max_positions = settings.integer("max_position_embeddings", default=defaults.max_positions)
     pad = settings.token_ids(

@@ -162,6 +162,11 @@ BILLIONS = {
     "MiniMax-M2": 229,
     "ERNIE-4.5-21B-A3B": 21.8,
     "ERNIE-4.5-300B-A47B": 299,
+    "DeepSeek-V2-Lite": 15.7,
+    "DeepSeek-V2": 236,
+    "DeepSeek-V3": 671,
+    "Kimi-K2-Instruct": 1026,
+    "GLM-4.7-Flash": 30,
 }
 """Weights, as the model cards say; layers that predict more than the next token do not count."""
 

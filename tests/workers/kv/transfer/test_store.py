@@ -79,7 +79,15 @@ def source(tiny_checkpoint: Path) -> LocalEngine:
 
 
 @pytest.mark.parametrize(
-    "variant", ["olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "gptoss-base"]
+    "variant",
+    [
+        "olmoe-base",
+        "dots1-groups",
+        "jetmoe-tied",
+        "qwen3moe-base",
+        "gptoss-base",
+        "glm4lite-official-like",
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copied_blocks_give_the_bits_that_computing_gives(

@@ -40,6 +40,13 @@ MINIMAX: Mapping[str, Any] = {"model_type": "minimax_m2", "num_hidden_layers": 2
 ERNIE: Mapping[str, Any] = {"model_type": "ernie4_5_moe", "num_hidden_layers": 4}
 GPT_OSS: Mapping[str, Any] = {"model_type": "gpt_oss", "num_hidden_layers": 2}
 FLEX_OLMO: Mapping[str, Any] = {"model_type": "flex_olmo", "num_hidden_layers": 2}
+DEEPSEEK: Mapping[str, Any] = {"model_type": "deepseek_v3", "num_hidden_layers": 4}
+DEEPSEEK2: Mapping[str, Any] = {
+    "model_type": "deepseek_v2",
+    "num_hidden_layers": 4,
+    "num_experts_per_tok": 6,
+}
+FLASH: Mapping[str, Any] = {"model_type": "glm4_moe_lite", "num_hidden_layers": 4}
 FAMILIES = {
     "olmoe": TINY_CONFIG,
     "dots1": DOTS1,
@@ -51,6 +58,10 @@ FAMILIES = {
     "ernie4_5_moe": ERNIE,
     "gpt_oss": GPT_OSS,
     "flex_olmo": FLEX_OLMO,
+    "deepseek_v2": DEEPSEEK2,
+    "deepseek_v3": DEEPSEEK,
+    "kimi_k2": {**DEEPSEEK, "model_type": "kimi_k2"},
+    "glm4_moe_lite": FLASH,
 }
 
 
@@ -73,13 +84,19 @@ def test_classes_defaults_of_an_empty_file() -> None:
 def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
     """All defaults of a class written out mean the same as none of them."""
     dots1 = {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4}
-    reported = {"glm4_moe": ("num_nextn_predict_layers",)}  # they are not loaded
-    needed = {"dots1": dots1, "glm4_moe": {"head_dim": 128}}  # half of 4096 / 96 is odd
+    ahead = ("num_nextn_predict_layers",)  # they are not loaded
+    reported = {"glm4_moe": ahead, "deepseek_v3": ("num_mtp_layers",)}
+    needed = {
+        "dots1": dots1,
+        "glm4_moe": {"head_dim": 128},  # half of 4096 / 96 is odd
+        "deepseek_v2": {"num_experts_per_tok": 6},
+    }
     code = (
         "import json, transformers as t\n"
         f"made = [t.OlmoeConfig(), t.Dots1Config(**{dots1}), t.JetMoeConfig(), "
         "t.Qwen3MoeConfig(), t.Glm4MoeConfig(head_dim=128), t.MixtralConfig(), "
-        "t.MiniMaxM2Config(), t.Ernie4_5_MoeConfig()]\n"
+        "t.MiniMaxM2Config(), t.Ernie4_5_MoeConfig(), t.Glm4MoeLiteConfig(), "
+        "t.DeepseekV3Config(), t.DeepseekV2Config(num_experts_per_tok=6)]\n"
         "print(json.dumps([one.to_dict() for one in made]))\n"
     )
     done = subprocess.run(
@@ -204,6 +221,25 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
             {"quantization_config": {"quant_method": "mxfp4", "bits": 4}},
             "bits 4 is not supported for gpt_oss",
         ),
+        ("deepseek_v3", {"n_group": 3}, "n_routed_experts 256 must be a multiple of n_group 3"),
+        (
+            "deepseek_v3",
+            {"scoring_func": "softmax"},
+            "scoring_func 'softmax' .*: must be 'sigmoid'",
+        ),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy' .* 'noaux_tc'"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported"),
+        ("deepseek_v3", {"num_key_value_heads": 8}, "must be num_attention_heads 128"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim 7 must be even"),
+        ("deepseek_v3", {"rope_scaling": {"mscale_all_dim": "x", "type": "linear"}}, "needs a fac"),
+        ("kimi_k2", {"first_k_dense_replace": 4}, "leaves no layer with experts"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "'greedy' or 'group_limited_greedy'"),
+        ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"] * 4}, "leaves no layer with experts"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse"]}, "for each of the 4 layers"),
+        ("glm4_moe_lite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not"),
+        ("olmoe", {"kv_lora_rank": 512}, "kv_lora_rank 512 is not supported for olmoe"),
         ("jetmoe", {"activation_function": "gelu_new"}, "activation_function 'gelu_new'"),
         ("jetmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("jetmoe", {"attention_bias": True}, "attention_bias True is not supported for jetmoe"),
