@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.tool_use import ToolForm
+from gateway.text.messages import with_reasoning
 
 _RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -98,7 +99,7 @@ class ChatTemplate:
         values = {**self.variables, **(variables or {}), "documents": None, "tools": tools}
         values["add_generation_prompt"] = add_generation_prompt
         try:
-            text = self._template.render(values, messages=[dict(message) for message in messages])
+            text = self._template.render(values, messages=[with_reasoning(m) for m in messages])
         except _RENDER_ERRORS as err:
             raise self._misfit(err) from err
         for place, message in enumerate(messages):
