@@ -17,6 +17,7 @@ from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
 from gateway.text.harmony.grammar import harmony_grammar
 from gateway.text.harmony.marks import open_message
+from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tools import tool_grammar
@@ -220,7 +221,9 @@ class PromptMaker:
             check_context(at_least, 0, facts, param)
 
 
-def _check_tools(chat: ChatInput, template: ChatTemplate | TemplateAnswer) -> ToolForm:
+def _check_tools(
+    chat: ChatInput, template: ChatTemplate | HarmonyTemplate | TemplateAnswer
+) -> ToolForm:
     """How the template's model calls tools (any form where the conversation has none).
 
     Raises:

@@ -7,13 +7,19 @@ from typing import Any
 
 import grpc
 import pytest
+import tokenizers
+from tokenizers import decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
 
 from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
+from gateway.text.harmony.marks import MARKS
+from gateway.text.harmony.template import HarmonyTemplate
+from gateway.text.tokenizer import Tokenizer
 from protos import types_pb2
 from protos.inference_pb2 import GenerateChoice
 from protos.inference_pb2_grpc import InferenceStub
-from tests.gateway.fakes import BACKEND, saying, tiny_tokenizer
+from tests.gateway.fakes import BACKEND, EOS, EOS_ID, saying, tiny_tokenizer
 from tests.gateway.grpc.test_grpc import request_of
 from tests.gateway.sse_client import by_choice, parse_events
 from tests.gateway.stack import WAIT_S, Stack, post, running_stack
@@ -30,6 +36,7 @@ WORDS = WORDS_BEFORE_CALL.splitlines()[0]
 ANSWER = PLAN.replace(WORDS_BEFORE_CALL, WORDS)
 """Short enough for the context of the tests' model."""
 OFFERED = [*TOOLS, {"type": "function", "function": {"name": "generate_file"}}]
+HIGH = {"reasoning_effort": "high"}
 FINISH = types_pb2.FinishReason
 
 
@@ -153,3 +160,79 @@ def test_tools_are_refused_where_the_template_takes_none() -> None:
         stack.engine.script = saying(SUM)
         message, _ = ask_http(stack)
         assert message["content"] == "2 + 2 = 4."
+
+
+# ---- prompts of our own ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Stack]:
+    """A gateway whose model has the format's marks, and prompts of our own template.
+
+    The marks are in the place of the merges of the tests' vocabulary.
+    """
+    vocab = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([*MARKS, EOS])
+    assert backend.get_vocab()[EOS] == EOS_ID
+    with running_stack(tokenizer=Tokenizer(backend, HarmonyTemplate())) as stack:
+        yield stack
+
+
+SAID = {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+CALLED = {"name": "now", "arguments": "{ }"}
+
+
+def prompt_of(stack: Stack) -> str:
+    """The last prompt."""
+    known = stack.gateway.prompts.require_tokenizer("messages")
+    return known.decode(stack.engine.requests[-1].prompt, skip_special_tokens=False)
+
+
+def test_both_codecs_send_effort_and_reasoning(own: Stack) -> None:
+    own.engine.script = saying(b"")
+    called = {**SAID, "tool_calls": [{"id": "1", "type": "function", "function": CALLED}]}
+    result = {"role": "tool", "content": "8", "tool_call_id": "1"}
+    expected = (
+        "<|start|>user<|message|>hi<|end|><|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.now <|constrain|>json<|message|>{ }"
+        "<|call|><|start|>functions.now to=assistant<|channel|>commentary<|message|>8<|end|>"
+        "<|start|>assistant"
+    )
+    for effort in ({"reasoning_effort": "high"}, {"chat_template_kwargs": HIGH}):
+        assert post(own, CHAT, messages=[*USER, called, result], **effort).status_code == 200
+        assert "\nReasoning: high\n" in prompt_of(own)
+        assert prompt_of(own).endswith(f"<|end|>{expected}")
+    prompt = prompt_of(own)
+    messages = [
+        *USER,
+        {"role": "assistant", "reasoning": "Hm.", "tool_calls": [{"id": "1", **CALLED}]},
+        result,
+    ]
+    request = request_of(messages={"messages": messages, "chat_template_kwargs": HIGH})
+    with grpc.insecure_channel(own.grpc_target) as channel:
+        InferenceStub(channel).Generate(request, timeout=WAIT_S)
+    assert prompt_of(own) == prompt
+
+
+def test_the_grammar_and_the_answer_go_on_within_the_prompt(own: Stack) -> None:
+    own.engine.script = saying(b" it is")
+    messages = [*USER, {"role": "assistant", "content": "So"}]
+    body = {
+        "messages": messages,
+        "continue_final_message": True,
+        "structured_outputs": {"regex": " .*"},
+    }
+    (choice,) = post(own, CHAT, **body).json()["choices"]
+    assert choice["message"]["content"] == " it is"
+    assert prompt_of(own).endswith("<|channel|>final<|message|>So")
+    grammar = own.engine.requests[-1].params.grammar
+    assert grammar is not None
+    assert grammar.text.startswith("start: body\n")
+
+
+def test_an_unknown_effort_names_its_field(own: Stack) -> None:
+    error = post(own, CHAT, messages=USER, reasoning_effort="max").json()["error"]
+    assert error["param"] == "reasoning_effort"
