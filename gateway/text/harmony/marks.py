@@ -29,7 +29,7 @@ _CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _ROLE_WORD = re.compile(r"[\w.:-]*")
 _BEHIND_ROLE = re.compile(rf"\s*(?:to=|{re.escape(CHANNEL)}|{re.escape(CONSTRAIN)})")
-_ONE_WORD = re.compile(r"[\w.-]*")
+_ONE_WORD = re.compile(r"[\w.-]{0,64}")
 _TO = r"\s*(?:to=[^\s<]*|to?\Z)?\s*"
 _WORDS = re.compile(
     rf"{_TO}(?:{re.escape(CHANNEL)}\s*(\w*))?{_TO}(?:{re.escape(CONSTRAIN)}\s*\w*)?\s*"

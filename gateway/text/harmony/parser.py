@@ -28,8 +28,11 @@ from gateway.text.harmony.marks import (
 )
 from gateway.text.tool_calls import CallDelta, ParsedPiece
 
+MAX_HEADER_CHARS = 256
+"""What is longer without a mark is text, so that no client waits for its end."""
 _TEXT_ENDS = (*ENDS, START)
 _HEADER_ENDS = (MESSAGE, *_TEXT_ENDS)
+_WINDOW_CHARS = MAX_HEADER_CHARS + max(map(len, _HEADER_ENDS))
 _FIRST_WORDS = (*MARKS, "to=")
 """How a header behind its role can begin."""
 
@@ -40,6 +43,10 @@ class _State(Enum):
     REASONING = auto()
     CONTENT = auto()
     ARGUMENTS = auto()
+
+
+def _text_state(header: Header) -> _State:
+    return _State.CONTENT if header.is_content else _State.REASONING
 
 
 class HarmonyParser:
@@ -69,8 +76,7 @@ class HarmonyParser:
         """Calls whose arguments are all there."""
         if opened.endswith(MESSAGE):
             self._waiting = ""
-            is_content = read_header(opened).is_content
-            self._state = _State.CONTENT if is_content else _State.REASONING
+            self._state = _text_state(read_header(opened))
 
     @property
     def has_calls(self) -> bool:
@@ -104,11 +110,12 @@ class HarmonyParser:
             if mark == START:
                 self._expect_header(has_role=True)
             return True
-        behind_role = text.removeprefix(ROLE)
+        behind_role = text[:MAX_HEADER_CHARS].removeprefix(ROLE)
         if _begins_header(behind_role):
-            self._expect_header(has_role=behind_role != text)
+            self._expect_header(has_role=text.startswith(ROLE))
             return True
-        if not text or (not is_last and (ROLE.startswith(text) or _may_begin(behind_role))):
+        may_begin = ROLE.startswith(text) or _may_begin(behind_role)
+        if not text or (may_begin and not is_last and len(text) <= MAX_HEADER_CHARS):
             return False
         self._state = _State.CONTENT
         return True
@@ -121,17 +128,20 @@ class HarmonyParser:
         if self._may_be_text and not _may_begin(self._waiting):
             self._state = _State.CONTENT
             return True
-        header, mark, rest = _cut(self._waiting, _HEADER_ENDS)
-        if not mark and not is_last:
+        window = self._waiting[:_WINDOW_CHARS]
+        header, mark, _ = _cut(window, _HEADER_ENDS)
+        if not mark and not is_last and len(window) < _WINDOW_CHARS:
             return False
-        self._waiting = rest
-        self._take_from_header(header, mark == MESSAGE, found)
-        self._state = _State.BETWEEN
+        if not mark:
+            header = window[:MAX_HEADER_CHARS]
+        self._waiting = self._waiting[len(header) + len(mark) :]
+        state = self._take_from_header(header, mark == MESSAGE, found)
+        self._state = _State.BETWEEN if mark else state
         if mark == START:
             self._expect_header(has_role=True)
         elif mark == MESSAGE:
             self._begin(read_header(header), found)
-        return bool(mark)
+        return True
 
     def _begin(self, header: Header, found: _Found) -> None:
         name = header.recipient.removeprefix(FUNCTIONS)
@@ -142,15 +152,16 @@ class HarmonyParser:
             self._arguments = []
             self._state = _State.ARGUMENTS
         else:
-            self._state = _State.CONTENT if header.is_content else _State.REASONING
+            self._state = _text_state(header)
 
-    def _take_from_header(self, header: str, is_whole: bool, found: _Found) -> None:
-        """Give what is text in a header."""
+    def _take_from_header(self, header: str, is_whole: bool, found: _Found) -> _State:
+        """Give what is text in a header; which text that is."""
         has_marks = is_whole or CHANNEL in header or CONSTRAIN in header
         is_text = self._may_be_text and not has_marks
         text = header if is_text else text_in_header(header, self._has_role, is_whole)
-        is_content = is_text or read_header(header).is_content
-        (found.content if is_content else found.reasoning).append(text)
+        state = _State.CONTENT if is_text else _text_state(read_header(header))
+        (found.content if state is _State.CONTENT else found.reasoning).append(text)
+        return state
 
     def _read_text(self, found: _Found, is_last: bool) -> bool:
         """Text of the message that is certain; whether the message ends there."""

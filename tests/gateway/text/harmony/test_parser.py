@@ -19,7 +19,7 @@ from gateway.text.harmony.marks import (
     RETURN,
     START,
 )
-from gateway.text.harmony.parser import HarmonyParser
+from gateway.text.harmony.parser import MAX_HEADER_CHARS, HarmonyParser
 from gateway.text.tool_calls import ParsedPiece
 from tests.gateway.text.harmony.examples import (
     PLAN,
@@ -125,6 +125,25 @@ def test_broken_and_cut_headers_lose_no_text(text: str, reasoning: str, content:
         assert parsed(pieces_of(text, size)) == (reasoning, content, []), size
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f" to={'word ' * 200}", f" to={'word ' * 200}"),
+        (" " * 1000, " " * 1000),
+        (f"<|channel|>final {'word ' * 200}", "word " * 200),
+        (f"<|channel|>final<|message|>a<|end|>{' ' * 1000}", f"a{' ' * 1000}"),
+        (f"{' ' * 230}<|channel|>final<|message|>a", "a"),
+        (f"{' ' * 257}<|channel|>final<|message|>a", f"{' ' * 257}<|channel|>final<|message|>a"),
+    ],
+)
+def test_no_text_waits_for_long_for_the_end_of_a_header(text: str, shown: str) -> None:
+    for size in (1, 2, 7, 2000):
+        assert parsed(pieces_of(text, size)) == ("", shown, []), size
+    parser = HarmonyParser()
+    before_end = [parser.feed(piece).content for piece in text]
+    assert len(shown) - len("".join(before_end)) < 2 * MAX_HEADER_CHARS
+
+
 @pytest.mark.parametrize("names", [(), ("now",)])
 def test_what_was_not_offered_is_not_a_call(names: tuple[str, ...]) -> None:
     found = parsed([WEATHER], names=names)
@@ -227,7 +246,7 @@ def broken(draw: random.Random, text: str) -> str:
 
 def test_any_answer_is_the_same_in_pieces_and_loses_no_word() -> None:
     draw = random.Random(0)
-    for _ in range(400):
+    for _ in range(250):
         text = random_answer(draw)
         whole = parsed([text])
         for cut in range(len(text) + 1):
