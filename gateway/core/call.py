@@ -118,6 +118,8 @@ class GenerateFields:
     """The client's own limit for the whole request."""
     tool_form: ToolForm | None = None
     """The form of calls in the output; set once the model's chat template is known."""
+    open_message: str = ""
+    """Header of the message that the prompt leaves open (Harmony); set once it is rendered."""
 
     @property
     def tools(self) -> ToolUse | None:

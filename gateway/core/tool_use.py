@@ -9,15 +9,26 @@ from typing import Any
 
 
 class ToolForm(Enum):
-    """How a model writes a call; the value is the text before the first call."""
+    """How a model writes a call; the value is text by which a chat template shows the form."""
 
     HERMES = "<tool_call>"
-    """``<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`` (Qwen, Hermes)."""
+    """``<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`` (Qwen, Hermes). The value is
+    the text before a call."""
     MISTRAL = "[TOOL_CALLS]"
-    """``[TOOL_CALLS][{"name": "f", "arguments": {}}]``, a list of all calls (Mistral)."""
+    """``[TOOL_CALLS][{"name": "f", "arguments": {}}]``, a list of all calls (Mistral). The value is
+    the text before the list."""
     HARMONY = "<|channel|>"
-    """``<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>`` (gpt-oss);
-    answers without calls have channels, too."""
+    """``<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>`` (gpt-oss).
+    Messages that are no calls have a channel, too, so that every answer is read by this form."""
+
+
+class CallArguments(dict[str, Any]):
+    """Arguments of an earlier call: templates read the object, Harmony prompts its JSON text."""
+
+    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+        super().__init__(value)
+        self.text = text
+        """As the client sent it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +60,11 @@ class ToolUse:
     only: str | None = None
     """Name of the only tool that may be called."""
     is_parallel: bool = True
+
+    @property
+    def allowed(self) -> tuple[Tool, ...]:
+        """Tools that the answer may call."""
+        return tuple(tool for tool in self.tools if self.only in (None, tool.name))
 
     def for_template(self) -> list[dict[str, Any]]:
         """All tools as chat templates read them."""

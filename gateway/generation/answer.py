@@ -11,7 +11,7 @@ from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta
 from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
-from gateway.text.harmony import HarmonyParser
+from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_calls import ParsedPiece, ToolParser
 from workers.requests.request import TokenLogprob
@@ -65,22 +65,26 @@ class TextFormat:
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
         self.call = call
         self._tokenizer = tokenizer
-        self._parsers: dict[int, ToolParser | HarmonyParser] = {}
+        self._parsers: dict[int, ToolParser | HarmonyParser | None] = {}
 
     def _parse(self, delta: ChoiceDelta) -> tuple[ParsedPiece, bool]:
         """Text and calls in a piece of a choice, and whether the choice ends with calls."""
-        form, tools = self.call.fields.tool_form, self.call.fields.tools
-        if form is None or (tools is None and form is not ToolForm.HARMONY):
-            return ParsedPiece(delta.text), False
-        parser = self._parsers.get(delta.index)
+        if delta.index not in self._parsers:
+            self._parsers[delta.index] = self._make_parser()
+        parser = self._parsers[delta.index]
         if parser is None:
-            if tools is None or form is ToolForm.HARMONY:
-                parser = HarmonyParser()
-            else:
-                parser = ToolParser(form, tools.must_call)
-            self._parsers[delta.index] = parser
+            return ParsedPiece(delta.text), False
         parsed = parser.feed(delta.text, is_last=delta.finish is not None)
         return parsed, parser.has_calls
+
+    def _make_parser(self) -> ToolParser | HarmonyParser | None:
+        """What reads the text of one choice; None: all of it is content."""
+        fields = self.call.fields
+        form, tools = fields.tool_form, fields.tools
+        if form is ToolForm.HARMONY:
+            names = [tool.name for tool in tools.allowed] if tools else []
+            return HarmonyParser(names, fields.open_message)
+        return None if form is None or tools is None else ToolParser(form, tools.must_call)
 
     def _text(self, token_id: int) -> str:
         """A token for people to read."""

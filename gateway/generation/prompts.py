@@ -15,9 +15,12 @@ from gateway.core.tool_use import ToolForm
 from gateway.generation.validate import check_context, check_token_ids, truncate
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
+from gateway.text.harmony.grammar import harmony_grammar
+from gateway.text.harmony.marks import open_message
+from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer
-from gateway.text.tools import harmony_grammar, tool_grammar
+from gateway.text.tools import tool_grammar
 
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
@@ -40,7 +43,7 @@ class PromptMaker:
     def has_tools(self) -> bool:
         """The model's chat template takes tools, in a form that is known."""
         template = self.tokenizer.chat_template if self.tokenizer else None
-        return template is not None and template.tool_form is not None
+        return template is not None and template.has_tools and template.tool_form is not None
 
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises ``RequestError`` without one."""
@@ -106,18 +109,20 @@ class PromptMaker:
             raise found.error
         return found.text or "", form
 
-    def _with_tools(self, fields: GenerateFields, form: ToolForm) -> GenerateFields:
-        """The same fields, with the form of the model's answers, and the grammar that calls of
-        their tools follow."""
+    def _with_form(self, fields: GenerateFields, form: ToolForm, prompt: str) -> GenerateFields:
+        """The same fields, with the form of the model's answers, and the grammar that they
+        follow."""
         use = fields.tools
         if use is None and form is not ToolForm.HARMONY:
             return fields
         special_ids = self.require_tokenizer("tools").special_ids
         if form is ToolForm.HARMONY:
+            opened = open_message(prompt)
             return replace(
                 fields,
-                grammar=harmony_grammar(use, special_ids, fields.grammar),
+                grammar=harmony_grammar(use, special_ids, fields.grammar, opened),
                 tool_form=form,
+                open_message=opened,
                 skip_special_tokens=False,
             )
         assert use is not None, "other forms are of tools"
@@ -165,7 +170,7 @@ class PromptMaker:
         encoded = await self.encode(text, bool(fields.add_special_tokens))
         if fields.chat.template is not None and not encoded:
             raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
-        fields = self._with_tools(fields, form)
+        fields = self._with_form(fields, form, text)
         return fields, [(None, truncate(encoded, fields, facts))]
 
     async def _make_all(
@@ -216,14 +221,16 @@ class PromptMaker:
             check_context(at_least, 0, facts, param)
 
 
-def _check_tools(chat: ChatInput, template: ChatTemplate | TemplateAnswer) -> ToolForm:
+def _check_tools(
+    chat: ChatInput, template: ChatTemplate | HarmonyTemplate | TemplateAnswer
+) -> ToolForm:
     """How the template's model calls tools (any form where the conversation has none).
 
     Raises:
         UnsupportedParameterError: the conversation has tools, and the template none.
     """
     form = template.tool_form
-    if chat.tools is not None and form is None:
+    if chat.tools is not None and (form is None or not template.has_tools):
         takes = "tools in no known form" if template.has_tools else "no tools"
         reason = f"tools is not supported: the model's chat template takes {takes}"
         raise UnsupportedParameterError(reason, "tools")

@@ -117,6 +117,8 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
     for name in ("name", "tool_call_id"):
         if message.HasField(name):
             fields[name] = getattr(message, name)
+    if message.HasField("reasoning"):
+        fields["reasoning_content"] = message.reasoning
     if message.tool_calls:
         path = f"messages[{place}].tool_calls"
         fields["tool_calls"] = [

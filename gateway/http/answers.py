@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 Count = Annotated[int, Field(ge=0)]
 Logprob = Annotated[float, Field(ge=-9999.0, le=0.0)]
+Reasoning = Annotated[str, Field(description="what the model says to itself (gpt-oss)")]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 ErrorReason = TypedDict(
@@ -129,14 +130,14 @@ class AssistantMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning_content: NotRequired[str]
+    reasoning_content: NotRequired[Reasoning]
     tool_calls: NotRequired[list[ToolCall]]
 
 
 class MessageDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
-    reasoning_content: NotRequired[str]
+    reasoning_content: NotRequired[Reasoning]
     tool_calls: NotRequired[list[ToolCallDelta]]
 
 

@@ -23,6 +23,8 @@ from gateway.text.structured import make_grammar
 from gateway.text.tools import make_tool_use, template_call
 from workers.requests.request import Grammar
 
+_OPTIONAL_FIELDS = ("name", "tool_call_id", "reasoning_content")
+
 
 def completion_fields(body: CompletionBody) -> GenerateFields:
     prompts = prompt_list(body.prompt)
@@ -53,9 +55,15 @@ def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template=body.chat_template,
-        template_kwargs=body.chat_template_kwargs or {},
+        template_kwargs=_template_kwargs(body),
         tools=_body_tools(body),
     )
+
+
+def _template_kwargs(body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    effort = body.reasoning_effort
+    named = {} if effort is None else {"reasoning_effort": effort}
+    return {**named, **(body.chat_template_kwargs or {})}
 
 
 def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:
@@ -136,7 +144,7 @@ def _template_message(message: Message, place: int) -> dict[str, Any]:
     for name in ("function_call", "audio"):
         if extra.get(name):
             raise UnsupportedParameterError(f"{path}.{name} is not supported", f"{path}.{name}")
-    named = {**extra, "name": message.name, "tool_call_id": message.tool_call_id}
+    named = {name: getattr(message, name) for name in _OPTIONAL_FIELDS} | extra
     fields = {name: value for name, value in named.items() if value is not None}
     if message.tool_calls:
         fields["tool_calls"] = [

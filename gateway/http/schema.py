@@ -71,6 +71,9 @@ class Message(StrictBody):
     name: str | None = None
     tool_calls: Items[MessageCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = Field(
+        default=None, description="of an assistant's message: what the model said to itself"
+    )
 
 
 class StreamOptions(StrictBody):
@@ -148,6 +151,9 @@ class ConversationBody(StrictBody):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(
+        default=None, description="sets that variable of the template; gpt-oss: low, medium, high"
+    )
     tools: Items[ToolBody] | None = None
 
 

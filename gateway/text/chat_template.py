@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.tool_use import ToolForm
+from gateway.text.messages import with_reasoning
 
 _RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -78,7 +79,7 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         """Special tokens by name."""
         self.has_tools = "tools" in names
-        self.tool_form = next((f for f in ToolForm if self.has_tools and f.value in source), None)
+        self.tool_form = self._find_form()
         """How the model calls them; None where it has none, or the form is not known."""
 
     def render(
@@ -98,7 +99,7 @@ class ChatTemplate:
         values = {**self.variables, **(variables or {}), "documents": None, "tools": tools}
         values["add_generation_prompt"] = add_generation_prompt
         try:
-            text = self._template.render(values, messages=[dict(message) for message in messages])
+            text = self._template.render(values, messages=[with_reasoning(m) for m in messages])
         except _RENDER_ERRORS as err:
             raise self._misfit(err) from err
         for place, message in enumerate(messages):
@@ -106,6 +107,11 @@ class ChatTemplate:
                 role = str(message.get("role"))[:_MOST_SHOWN]
                 raise self._misfit(f"it has no role {role!r} (messages[{place}])")
         return _cut_at_end_of(text, messages[-1]) if continue_final_message else text
+
+    def _find_form(self) -> ToolForm | None:
+        """Harmony is the form of all answers, also where the template takes no tools."""
+        shown = (form for form in ToolForm if form.value in self._source)
+        return next((f for f in shown if self.has_tools or f is ToolForm.HARMONY), None)
 
     def _knows_role(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
         """Whether the template has this role; a template may also refuse it itself.

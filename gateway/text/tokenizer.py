@@ -7,7 +7,7 @@ Text to ids, ids to text, and the exact bytes that each token stands for. The ch
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 import tokenizers
 
 from cluster.core.errors import CheckpointError
+from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
+from gateway.text.harmony.marks import MARKS
+from gateway.text.harmony.template import HarmonyTemplate
 
 _NORMALIZER_SHRINK = 4
 """A normalizer may shorten text (NFC); the quick length check leaves this much room for it."""
@@ -32,7 +35,9 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: ChatTemplate | HarmonyTemplate | None = None,
     ) -> None:
         self._backend = backend
         self.chat_template = chat_template
@@ -114,17 +119,31 @@ def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer |
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as err:  # the library raises bare Exception
         raise CheckpointError(f"tokenizer.json cannot be read: {err}") from err
-    return Tokenizer(backend, _load_template(Path(folder), chat_template))
+    tokenizer = Tokenizer(backend)
+    tokenizer.chat_template = _load_template(Path(folder), chat_template, tokenizer.special_ids)
+    return tokenizer
 
 
-def _load_template(folder: Path, override: str | None) -> ChatTemplate | None:
+def _load_template(
+    folder: Path, override: str | None, special_ids: Mapping[str, int]
+) -> ChatTemplate | HarmonyTemplate | None:
+    """The override; else our own for a model of the Harmony format; else the checkpoint's."""
     config = _read_config(folder / "tokenizer_config.json")
-    source = override or _template_source(folder, config)
-    if source is None:
-        return None
+    variables = _special_texts(config)
+    if override:
+        return ChatTemplate(override, variables)
+    source = _template_source(folder, config)
+    found = None if source is None else ChatTemplate(source, variables)
+    is_harmony = found is None or found.tool_form is ToolForm.HARMONY
+    if is_harmony and all(mark in special_ids for mark in MARKS):
+        return HarmonyTemplate(variables)
+    return found
+
+
+def _special_texts(config: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by the names that templates have for them."""
     names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-    variables = {name: text for name in names if (text := _token_text(config.get(name)))}
-    return ChatTemplate(source, variables)
+    return {name: text for name in names if (text := _token_text(config.get(name)))}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

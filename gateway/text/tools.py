@@ -14,21 +14,20 @@ from typing import Any
 
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_length, is_deeper, require
-from gateway.core.tool_use import Tool, ToolForm, ToolUse
-from gateway.text.harmony import CALL, CHANNEL, CONSTRAIN, END, FUNCTIONS, MESSAGE, START
-from gateway.text.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
+from gateway.core.tool_use import CallArguments, Tool, ToolForm, ToolUse
+from gateway.text.call_grammar import (
+    ANY_TEXT,
+    FIELD,
+    call_rules,
+    check_goes_with_tools,
+    json_rule,
+    mark,
+)
+from gateway.text.structured import MAX_SCHEMA_DEPTH
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_OPTIONS = "x-guidance"
-_COMPACT = {"whitespace_pattern": " "}
-"""White space between the parts of arguments: small models may otherwise write nothing else."""
-_OPENING = frozenset(
-    {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
-)
-"""Parts of a schema that may allow arguments which ``properties`` does not name."""
-_ANY_TEXT = r"/(.|\n)*/"
 
 
 def make_tool_use(
@@ -97,126 +96,38 @@ def tool_grammar(
     Raises:
         RequestError: the tools are too large, or ``answer`` cannot go with tools.
     """
-    if answer is not None and answer.kind is not GrammarKind.JSON_SCHEMA:
-        raise RequestError(f"{answer.field} cannot go with tools", answer.field)
-    called = [tool for tool in use.tools if use.only in (None, tool.name)]
+    check_goes_with_tools(answer)
     schema = None if use.must_call or answer is None else answer.text
-    lines = [_start(use, form, special_ids, schema), *_calls(called)]
-    text = "\n".join(lines) + "\n"
-    size = len(text.encode("utf-8", "surrogatepass"))
-    rule = f"have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
-    require(size <= MAX_GRAMMAR_BYTES, "tools", rule)
-    return Grammar(kind=GrammarKind.LARK, text=text, field="tools")
-
-
-def harmony_grammar(
-    use: ToolUse | None, special_ids: Mapping[str, int], answer: Grammar | None
-) -> Grammar | None:
-    """What an answer in the Harmony format must follow; None: anything.
-
-    Reasoning and words before calls may come first. Marks are special tokens, which text cannot
-    hold; a vocabulary without them has no grammar but ``answer``.
-
-    Args:
-        use: what may be called; None: there are no tools.
-        special_ids: special tokens by text.
-        answer: what the answer must follow where it is not a call.
-
-    Raises:
-        RequestError: the tools are too large, or ``answer`` cannot go with tools.
-    """
-    marks = (CHANNEL, MESSAGE, CONSTRAIN, START, END, CALL)
-    if use is None and (answer is None or answer.kind is not GrammarKind.JSON_SCHEMA):
-        return answer
-    if not all(mark in special_ids for mark in marks):
-        require(use is None or not use.must_call, "tool_choice", "needs a model with its own marks")
-        return answer if use is None else None
-    if use is not None and answer is not None and answer.kind is not GrammarKind.JSON_SCHEMA:
-        raise RequestError(f"{answer.field} cannot go with tools", answer.field)
-    channel, message, constrain, start, end, call = (_mark(m, special_ids) for m in marks)
-    must_call = use is not None and use.must_call
-    ends = [] if must_call else ["final"]
-    lines = []
-    if use is not None:
-        ends.append("tool")
-        called = [tool for tool in use.tools if use.only in (None, tool.name)]
-        names = (f"call_{place}" for place in range(len(called)))
-        lines.append(f"tool: {' | '.join(names)}")
-        for place, tool in enumerate(called):
-            to = json.dumps(f"commentary to={FUNCTIONS}{tool.name} ")
-            schema = {"type": "object", **_closed(tool.parameters)}
-            rule = f'{channel} {to} {constrain} "json" {message} args_{place} {call}'
-            lines += [f"call_{place}: {rule}", f"args_{place}: {_json(schema)}"]
-    schema_text = None if must_call or answer is None else answer.text
-    body = "TEXT" if schema_text is None else "answer"
-    if not must_call:
-        lines.append(f'final: {channel} "final" {message} {body}')
-    if schema_text is not None:
-        lines.append(f"answer: {_json(json.loads(schema_text))}")
-    before = f'{channel} ("analysis" | "commentary") {message} TEXT {end} {start} "assistant"'
-    text = "\n".join(
-        [f"start: before* ({' | '.join(ends)})", f"before: {before}", *lines, f"TEXT: {_ANY_TEXT}"]
-    )
-    size = len(text.encode("utf-8", "surrogatepass"))
-    rule = f"have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
-    require(size <= MAX_GRAMMAR_BYTES, "tools", rule)
-    field = "tools" if use is not None or answer is None else answer.field
-    return Grammar(kind=GrammarKind.LARK, text=f"{text}\n", field=field)
+    opening = {tool.name: f'{{"name": "{tool.name}", "arguments": ' for tool in use.allowed}
+    around = {name: (json.dumps(text), '"}"') for name, text in opening.items()}
+    lines = [_start(use, form, special_ids, schema), *call_rules(use.allowed, around)]
+    return Grammar(kind=GrammarKind.LARK, text="\n".join(lines) + "\n", field=FIELD)
 
 
 def _start(use: ToolUse, form: ToolForm, special_ids: Mapping[str, int], schema: str | None) -> str:
-    mark = _mark(form.value, special_ids)
+    begin = mark(form.value, special_ids)
     if form is ToolForm.HERMES:
-        end = _mark("</tool_call>", special_ids)
-        body, more = rf'"\n" call "\n" {end}', rf'("\n" {mark} "\n" call "\n" {end})*'
+        end = mark("</tool_call>", special_ids)
+        body, more = rf'"\n" call "\n" {end}', rf'("\n" {begin} "\n" call "\n" {end})*'
     else:
         repeated = '(", " call)*' if use.is_parallel else ""
         body, more = f'" "? "[" call {repeated} "]"', ""
     if not use.is_parallel:
         more = ""
     if use.must_call:
-        return f"start: {mark} {body} {more}"
+        return f"start: {begin} {body} {more}"
     if schema is not None:
-        return f"start: answer | {mark} {body} {more}\nanswer: {_json(json.loads(schema))}"
+        return f"start: answer | {begin} {body} {more}\nanswer: {json_rule(json.loads(schema))}"
     if form.value in special_ids:  # the text can never hold the mark
-        return f"start: TEXT | TEXT {mark} {body} {more}\nTEXT: {_ANY_TEXT}"
-    head = f"head[lazy]: {_ANY_TEXT} {mark}"
-    return f"start: TEXT | head {body} {more}\n{head}\nTEXT: {_ANY_TEXT}"
-
-
-def _mark(text: str, special_ids: Mapping[str, int]) -> str:
-    """A special token by its number, any other text as it is."""
-    return f"<[{special_ids[text]}]>" if text in special_ids else json.dumps(text)
-
-
-def _calls(tools: Sequence[Tool]) -> list[str]:
-    names = (f"call_{place}" for place in range(len(tools)))
-    lines = [f"call: {' | '.join(names)}"]
-    for place, tool in enumerate(tools):
-        opening = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
-        lines.append(f'call_{place}: {opening} args_{place} "}}"')
-        lines.append(f"args_{place}: {_json({'type': 'object', **_closed(tool.parameters)})}")
-    return lines
-
-
-def _closed(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """A schema without arguments that it does not name, unless it says otherwise itself.
-
-    JSON schema allows any others, and small models make use of that without end.
-    """
-    schema = {"properties": {}} if parameters is None else parameters
-    is_open = "properties" not in schema or not _OPENING.isdisjoint(schema)
-    return schema if is_open else {**schema, "additionalProperties": False}
-
-
-def _json(schema: Mapping[str, Any]) -> str:
-    plain = {**schema, _OPTIONS: _COMPACT}
-    return "%json " + json.dumps(plain, ensure_ascii=False, allow_nan=False)
+        return f"start: TEXT | TEXT {begin} {body} {more}\nTEXT: {ANY_TEXT}"
+    head = f"head[lazy]: {ANY_TEXT} {begin}"
+    return f"start: TEXT | head {body} {more}\n{head}\nTEXT: {ANY_TEXT}"
 
 
 def template_call(call_id: str | None, name: str, arguments: str, path: str) -> dict[str, Any]:
     """A call of an earlier answer; templates read its arguments as an object."""
-    function = {"name": name, "arguments": json_object(arguments, f"{path}.function.arguments")}
+    value = json_object(arguments, f"{path}.function.arguments")
+    function = {"name": name, "arguments": CallArguments(value, arguments)}
     named = {} if call_id is None else {"id": call_id}
     return {**named, "type": "function", "function": function}
 

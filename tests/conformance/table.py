@@ -25,7 +25,7 @@ DOCUMENT = ROOT / "docs" / "reference" / "conformance.md"
 SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"
 """Fields by client and route; ``test_clients.py`` compares it with what they send."""
 BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
-NO_EFFECT = ("user", "metadata", "store", "service_tier", "reasoning_effort")
+NO_EFFECT = ("user", "metadata", "store", "service_tier")
 """Known fields that are taken and change nothing; so are all unknown fields."""
 _OF_POOLING = frozenset(UNBUILT["pooling"])
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {

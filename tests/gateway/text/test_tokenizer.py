@@ -10,6 +10,8 @@ import pytest
 
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.text.chat_template import ChatTemplate
+from gateway.text.harmony.marks import MARKS
+from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.tokenizer import load_tokenizer
 from tests.gateway.fakes import CHAT_TEMPLATE, EOS, tiny_backend, tiny_tokenizer
 
@@ -73,6 +75,43 @@ def test_a_template_file_and_an_override_come_first(tmp_path: Path) -> None:
     assert by_override is not None
     assert by_override.chat_template is not None
     assert by_override.chat_template.render(MESSAGES) == "override"
+
+
+@pytest.mark.parametrize(
+    ("num_marks", "own", "override", "is_ours"),
+    [
+        (len(MARKS), None, None, True),
+        (len(MARKS), "<|start|>{{ tools }}<|channel|>", None, True),
+        (len(MARKS), "<|start|><|channel|>", None, True),
+        (len(MARKS), "{{ messages[0].content }}", None, False),
+        (len(MARKS), None, "<|start|><|channel|>", False),
+        (len(MARKS) - 1, "<|start|><|channel|>", None, False),
+        (len(MARKS) - 1, None, None, None),
+    ],
+)
+def test_models_of_the_harmony_format_have_our_template(
+    tmp_path: Path, num_marks: int, own: str | None, override: str | None, is_ours: bool | None
+) -> None:
+    """Unless the operator gives another, or the checkpoint has one for another format."""
+    folder = _checkpoint(tmp_path, {} if own is None else {"chat_template": own})
+    backend = tiny_backend()
+    backend.add_special_tokens(list(MARKS[:num_marks]))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder, override)
+    assert tokenizer is not None
+    template = tokenizer.chat_template
+    assert (None if template is None else isinstance(template, HarmonyTemplate)) is is_ours
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking"])
+def test_templates_find_reasoning_under_each_name(name: str) -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.reasoning_content }}-{{ m.thinking }};{% endfor %}"
+    )
+    said = {"role": "assistant", "content": "a", name: "Hm."}
+    assert template.render([said, *MESSAGES]) == "Hm.-Hm.;-;"
+    both = {"role": "assistant", "content": "a", "reasoning_content": "r", "thinking": "t"}
+    assert template.render([both, *MESSAGES]) == "r-t;-;"
 
 
 def test_templates_have_the_usual_helpers() -> None:

@@ -1,0 +1,145 @@
+"""What an answer in the Harmony format must follow.
+
+Reasoning and words before calls may always come first; tools limit the calls, and structured output
+limits the text of the channel ``final``. Marks are special tokens, which text cannot hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from cluster.core.errors import RequestError
+from gateway.core.field_checks import require
+from gateway.core.tool_use import ToolUse
+from gateway.text.call_grammar import (
+    ANY_TEXT,
+    FIELD,
+    call_rules,
+    check_goes_with_tools,
+    json_rule,
+    mark,
+)
+from gateway.text.harmony.marks import (
+    ANALYSIS,
+    CALL,
+    CHANNEL,
+    COMMENTARY,
+    CONSTRAIN,
+    END,
+    FINAL,
+    FUNCTIONS,
+    MESSAGE,
+    OPENED,
+    ROLE,
+    START,
+    read_header,
+)
+from workers.requests.request import Grammar, GrammarKind
+
+_NEEDED = (CHANNEL, MESSAGE, CONSTRAIN, START, END, CALL)
+
+
+def harmony_grammar(
+    use: ToolUse | None,
+    special_ids: Mapping[str, int],
+    answer: Grammar | None,
+    opened: str = OPENED,
+) -> Grammar | None:
+    """The grammar of an answer; None: anything. It allows one call at most, the last message.
+
+    A vocabulary without the marks has no grammar but ``answer``.
+
+    Args:
+        use: what may be called; None: there are no tools.
+        special_ids: special tokens by text.
+        answer: what the text of the channel ``final`` must follow.
+        opened: the prompt's open message, as ``HarmonyParser`` takes it.
+
+    Raises:
+        RequestError: the tools are too large, or cannot go with ``answer`` or this vocabulary.
+    """
+    if use is not None:
+        check_goes_with_tools(answer)
+    if not all(one in special_ids for one in _NEEDED):
+        return _without_marks(use, answer)
+    if use is None and answer is None:
+        return None
+    lines = _start(use, special_ids, opened) + _messages(special_ids)
+    lines.append(_body(None if use is not None and use.must_call else answer))
+    if use is not None:
+        lines += _calls(use, special_ids)
+    field = FIELD if use is not None or answer is None else answer.field
+    return Grammar(kind=GrammarKind.LARK, text="\n".join(lines) + "\n", field=field)
+
+
+def _without_marks(use: ToolUse | None, answer: Grammar | None) -> Grammar | None:
+    if use is None:
+        return answer
+    reason = "needs a model with the marks of its format"
+    require(not use.must_call, "tool_choice", reason)
+    if answer is not None:
+        raise RequestError(f"{answer.field} with tools {reason}", answer.field)
+    return None
+
+
+def _start(use: ToolUse | None, special_ids: Mapping[str, int], opened: str) -> list[str]:
+    """Where an answer begins: with a header, its ``<|start|>``, or within a message's text."""
+    must_call = use is not None and use.must_call
+    ends = ["final"] * (not must_call) + ["call"] * (use is not None)
+    turn = f"turn: before* ({' | '.join(ends)})"
+    if not opened:
+        return ["start: next turn", turn]
+    if not opened.endswith(MESSAGE):
+        return ["start: turn", turn]
+    if not read_header(opened).is_content or must_call:
+        return ["start: TEXT end next turn", turn]
+    return ["start: body" if use is None else "start: body | TEXT end next before* call"]
+
+
+def _messages(special_ids: Mapping[str, int]) -> list[str]:
+    channel, message, start, end = (mark(m, special_ids) for m in (CHANNEL, MESSAGE, START, END))
+    return [
+        f'next: {start} "{ROLE}"',
+        f"end: {end}",
+        f'before: {channel} ("{ANALYSIS}" | "{COMMENTARY}") {message} TEXT end next',
+        f'final: {channel} "{FINAL}" {message} body',
+        f"TEXT: {ANY_TEXT}",
+    ]
+
+
+def _body(answer: Grammar | None) -> str:
+    """The rule for the text of the channel ``final``."""
+    if answer is None:
+        return "body: TEXT"
+    match answer.kind:
+        case GrammarKind.JSON_SCHEMA:
+            return f"body: {json_rule(json.loads(answer.text))}"
+        case GrammarKind.CHOICE:
+            return f"body: {' | '.join(map(json.dumps, json.loads(answer.text)))}"
+        case GrammarKind.REGEX:
+            return f"body: /{_escape_slashes(answer.text)}/"
+        case GrammarKind.LARK:
+            return f"body: %lark {{\n{answer.text}\n}}"
+
+
+def _escape_slashes(regex: str) -> str:
+    """A regular expression as it stands between slashes: ``a/b`` is ``a\\/b``."""
+    parts: list[str] = []
+    is_escaped = False
+    for char in regex:
+        slash = "/" if is_escaped else "\\/"
+        parts.append({"/": slash, "\n": "n" if is_escaped else "\\n"}.get(char, char))
+        is_escaped = char == "\\" and not is_escaped
+    return "".join(parts)
+
+
+def _calls(use: ToolUse, special_ids: Mapping[str, int]) -> list[str]:
+    channel, constrain, message, call = (
+        mark(m, special_ids) for m in (CHANNEL, CONSTRAIN, MESSAGE, CALL)
+    )
+    around: dict[str, tuple[str, str]] = {}
+    for tool in use.allowed:
+        to = json.dumps(f"{COMMENTARY} to={FUNCTIONS}{tool.name} ")
+        around[tool.name] = f'{channel} {to} {constrain} "json" {message}', call
+    return call_rules(use.allowed, around)

@@ -1,0 +1,237 @@
+"""From an answer in the Harmony format to what the client gets of it, as the text comes in.
+
+An answer is a row of messages, ``<|channel|>NAME<|message|>TEXT<|end|><|start|>assistant``, and the
+last one ends with ``<|return|>`` or ``<|call|>``. Text on the channel ``analysis`` is reasoning; a
+message to an offered function is a call; any other text for the user is content.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Collection
+from enum import Enum, auto
+
+from gateway.text.harmony.marks import (
+    CHANNEL,
+    CONSTRAIN,
+    ENDS,
+    FUNCTIONS,
+    MARKS,
+    MESSAGE,
+    OPENED,
+    ROLE,
+    START,
+    Header,
+    read_header,
+    text_in_header,
+)
+from gateway.text.tool_calls import CallDelta, ParsedPiece
+
+MAX_HEADER_CHARS = 256
+"""What is longer without a mark is text, so that no client waits for its end."""
+_TEXT_ENDS = (*ENDS, START)
+_HEADER_ENDS = (MESSAGE, *_TEXT_ENDS)
+_WINDOW_CHARS = MAX_HEADER_CHARS + max(map(len, _HEADER_ENDS))
+_FIRST_WORDS = (*MARKS, "to=")
+"""How a header behind its role can begin."""
+
+
+class _State(Enum):
+    BETWEEN = auto()
+    HEADER = auto()
+    REASONING = auto()
+    CONTENT = auto()
+    ARGUMENTS = auto()
+
+
+def _text_state(header: Header) -> _State:
+    return _State.CONTENT if header.is_content else _State.REASONING
+
+
+class HarmonyParser:
+    """Reads one answer. The result does not depend on how the text was cut into pieces.
+
+    ``<|channel|>analysis<|message|>Look.<|end|><|start|>assistant<|channel|>final<|message|>Yes.``
+    is the reasoning ``Look.`` and the content ``Yes.`` No text is lost: what no mark or header
+    explains is content, and so is an answer without marks.
+
+    Args:
+        names: functions that may be called. A message to any other is reasoning.
+        opened: the prompt's open message (``marks.open_message``), which the answer goes on with.
+    """
+
+    def __init__(self, names: Collection[str] = (), opened: str = OPENED) -> None:
+        self._names = frozenset(names)
+        self._waiting = opened.removeprefix(OPENED).removeprefix(START)
+        self._state = _State.HEADER if opened else _State.BETWEEN
+        self._has_role = not opened.startswith(OPENED)
+        """The header that is read begins with a role."""
+        self._may_be_text = opened == OPENED
+        """What comes is a header, or an answer without any."""
+        self._arguments: list[str] = []
+        self.num_begun = 0
+        """Calls whose name is known."""
+        self.num_complete = 0
+        """Calls whose arguments are all there."""
+        if opened.endswith(MESSAGE):
+            self._waiting = ""
+            self._state = _text_state(read_header(opened))
+
+    @property
+    def has_calls(self) -> bool:
+        """There are calls, and the last one is complete."""
+        return 0 < self.num_complete == self.num_begun
+
+    def feed(self, text: str, is_last: bool = False) -> ParsedPiece:
+        """What is certain after ``text``; with ``is_last`` nothing waits any more."""
+        self._waiting += text
+        found = _Found()
+        while self._step(found, is_last):
+            pass
+        if is_last and self._state is _State.ARGUMENTS:
+            self.num_complete += _is_json("".join(self._arguments))
+            self._state = _State.BETWEEN
+        return found.piece()
+
+    def _step(self, found: _Found, is_last: bool) -> bool:
+        """Read on; whether there may be more."""
+        if self._state is _State.BETWEEN:
+            return self._read_between(is_last)
+        if self._state is _State.HEADER:
+            return self._read_header(found, is_last)
+        return self._read_text(found, is_last)
+
+    def _read_between(self, is_last: bool) -> bool:
+        """Up to the next header, or to text that has none."""
+        text = self._waiting
+        if mark := next((mark for mark in _TEXT_ENDS if text.startswith(mark)), ""):
+            self._waiting = text[len(mark) :]
+            if mark == START:
+                self._expect_header(has_role=True)
+            return True
+        behind_role = text[:MAX_HEADER_CHARS].removeprefix(ROLE)
+        if _begins_header(behind_role):
+            self._expect_header(has_role=text.startswith(ROLE))
+            return True
+        may_begin = ROLE.startswith(text) or _may_begin(behind_role)
+        if not text or (may_begin and not is_last and len(text) <= MAX_HEADER_CHARS):
+            return False
+        self._state = _State.CONTENT
+        return True
+
+    def _expect_header(self, has_role: bool) -> None:
+        self._state, self._has_role, self._may_be_text = _State.HEADER, has_role, False
+
+    def _read_header(self, found: _Found, is_last: bool) -> bool:
+        """Up to the text of a message."""
+        if self._may_be_text and not _may_begin(self._waiting):
+            self._state = _State.CONTENT
+            return True
+        window = self._waiting[:_WINDOW_CHARS]
+        header, mark, _ = _cut(window, _HEADER_ENDS)
+        if not mark and not is_last and len(window) < _WINDOW_CHARS:
+            return False
+        if not mark:
+            header = window[:MAX_HEADER_CHARS]
+        self._waiting = self._waiting[len(header) + len(mark) :]
+        state = self._take_from_header(header, mark == MESSAGE, found)
+        self._state = _State.BETWEEN if mark else state
+        if mark == START:
+            self._expect_header(has_role=True)
+        elif mark == MESSAGE:
+            self._begin(read_header(header), found)
+        return True
+
+    def _begin(self, header: Header, found: _Found) -> None:
+        name = header.recipient.removeprefix(FUNCTIONS)
+        if name != header.recipient and name in self._names:
+            call_id = f"call_{uuid.uuid4().hex[:24]}"
+            found.calls.append(CallDelta(self.num_begun, "", call_id, name))
+            self.num_begun += 1
+            self._arguments = []
+            self._state = _State.ARGUMENTS
+        else:
+            self._state = _text_state(header)
+
+    def _take_from_header(self, header: str, is_whole: bool, found: _Found) -> _State:
+        """Give what is text in a header; which text that is."""
+        has_marks = is_whole or CHANNEL in header or CONSTRAIN in header
+        is_text = self._may_be_text and not has_marks
+        text = header if is_text else text_in_header(header, self._has_role, is_whole)
+        state = _State.CONTENT if is_text else _text_state(read_header(header))
+        (found.content if state is _State.CONTENT else found.reasoning).append(text)
+        return state
+
+    def _read_text(self, found: _Found, is_last: bool) -> bool:
+        """Text of the message that is certain; whether the message ends there."""
+        text, mark, rest = _cut(self._waiting, _TEXT_ENDS)
+        if not mark and not is_last and (kept := _overlap(text)):
+            text, rest = text[:-kept], text[-kept:]
+        self._waiting = rest
+        if text:
+            self._take(text, found)
+        if mark:
+            self.num_complete += self._state is _State.ARGUMENTS
+            self._state = _State.BETWEEN
+        if mark == START:
+            self._expect_header(has_role=True)
+        return bool(mark)
+
+    def _take(self, text: str, found: _Found) -> None:
+        match self._state:
+            case _State.REASONING:
+                found.reasoning.append(text)
+            case _State.ARGUMENTS:
+                self._arguments.append(text)
+                found.calls.append(CallDelta(self.num_begun - 1, text))
+            case _:
+                found.content.append(text)
+
+
+class _Found:
+    """What one piece of text turned out to be."""
+
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[CallDelta] = []
+
+    def piece(self) -> ParsedPiece:
+        content, reasoning = "".join(self.content), "".join(self.reasoning)
+        return ParsedPiece(content, tuple(self.calls), reasoning)
+
+
+def _cut(text: str, marks: tuple[str, ...]) -> tuple[str, str, str]:
+    """The text before the first of some marks, the mark, and the rest; all is text without one."""
+    places = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
+    if not places:
+        return text, "", ""
+    place, mark = min(places)
+    return text[:place], mark, text[place + len(mark) :]
+
+
+def _begins_header(text: str) -> bool:
+    """Whether a header, behind its role, begins so for certain."""
+    return text.lstrip().startswith(_FIRST_WORDS)
+
+
+def _may_begin(text: str) -> bool:
+    """Whether a header, behind its role, may begin so."""
+    words = text.lstrip()
+    return any(words.startswith(first) or first.startswith(words) for first in _FIRST_WORDS)
+
+
+def _overlap(text: str) -> int:
+    """Characters at the end of a text that may begin a mark."""
+    most = max(map(len, _TEXT_ENDS)) - 1
+    sizes = range(min(most, len(text)), 0, -1)
+    return next((n for n in sizes if any(end.startswith(text[-n:]) for end in _TEXT_ENDS)), 0)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
