@@ -4,7 +4,8 @@ With few rows, products take as long as it takes to read the weights, so a block
 With many it is as high as pays for tensor cores. Outputs go to memory for each pair: a sum over a
 row's pairs in their order is then the same each time. Reference: ``workers.experts.kernels_cpu``
 and ``workers.model.weighting``, with the same roundings: gate and up, their product, a pair's
-output and, if asked, its product with the weight.
+output and, if asked, its product with the weight. Where there are biases, a sum is rounded once
+they are added, not before, and a clamped SwiGLU at its end alone.
 """
 
 from __future__ import annotations

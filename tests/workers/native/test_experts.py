@@ -251,6 +251,20 @@ def test_missing_slots_and_inputs_are_errors(source: int, slot: int) -> None:
     assert usable.shape == (1, 32)
 
 
+@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "linear"])
+def test_a_slot_without_its_biases_is_an_error(is_gated: bool) -> None:
+    shape = ExpertShape(32, 16 if is_gated else 0, 32, torch.float32, has_bias=True)
+    table, one = SlotTable(shape, 2), torch.ones(1, dtype=torch.int64)
+    for i, size in enumerate(shape.matrices):
+        gated = shape.is_gated(i)
+        for slot in range(2 if i < len(shape.matrices) - 1 else 1):
+            table.put(slot, i, pack(library(NAMES[0]), torch.ones(size), gated))
+    rows = torch.ones(1, 32)
+    assert expert_pairs(team(NAMES[0]), table, rows, one * 0, one * 0).isfinite().all()
+    with pytest.raises(IndexError):
+        expert_pairs(team(NAMES[0]), table, rows, one * 0, one)
+
+
 def test_tensors_of_another_type_or_shape_are_refused() -> None:
     experts = make(NAMES[0], ExpertShape(32, 16, 32, torch.float32))
     one = torch.ones(1, dtype=torch.int64)

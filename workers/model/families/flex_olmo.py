@@ -1,6 +1,8 @@
 """FlexOlmo: norms behind attention and experts, and none before them; norms of q and k as OLMoE's.
 
-Source: checkpoint layout and math as in transformers ``models/flex_olmo``.
+Source: checkpoint layout and math as in transformers ``models/flex_olmo``. There, norms multiply by
+their weight, and heads are rotated, in float32 before they are rounded to bfloat16; here each step
+is rounded, as in all families.
 """
 
 from __future__ import annotations

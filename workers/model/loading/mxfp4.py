@@ -19,7 +19,7 @@ from workers.model.config import TensorPart
 DTYPE = "U8"
 """Of both tensors, in safetensors spelling."""
 BLOCK = 32
-_SCALE_BIAS = 127
+_SCALE_BIAS, _NAN_SCALE = 127, 255
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -33,11 +33,15 @@ def stored_parts(part: TensorPart) -> tuple[TensorPart, TensorPart]:
 
 
 def decoded(blocks: Tensor, scales: Tensor) -> Tensor:
-    """blocks [rows, n, 16] and scales [rows, n], both uint8 -> [rows, 32 n] bfloat16."""
+    """blocks [rows, n, 16] and scales [rows, n], both uint8 -> [rows, 32 n] bfloat16.
+
+    A scale of 255 is not a number, and so is its block.
+    """
     pairs = _pairs().index_select(0, blocks.flatten().int())
     numbers = pairs.view(torch.bfloat16).view(*scales.shape, BLOCK)
-    exponents = scales.int() - _SCALE_BIAS
-    return torch.ldexp(numbers, exponents.unsqueeze(-1)).flatten(1).to(torch.bfloat16)
+    exponents = (scales.int() - _SCALE_BIAS).unsqueeze(-1)
+    found = torch.ldexp(numbers, exponents).to(torch.bfloat16)
+    return found.masked_fill_((scales == _NAN_SCALE).unsqueeze(-1), torch.nan).flatten(1)
 
 
 @cache

@@ -240,6 +240,13 @@ static float factor(const struct job *job, int64_t row, int64_t k) {
     return lanes[0];
 }
 
+// Whether a slot has all its matrices and biases.
+static int is_filled(const struct experts_call *call, int64_t slot) {
+    return call->first[slot] && (!call->is_gated || call->second[slot]) &&
+           (!call->first_bias || call->first_bias[slot]) &&
+           (!call->second_bias || call->second_bias[slot]);
+}
+
 // Find the pairs of a pass. `num_before`: pairs of the call before it.
 static enum result find_pairs(struct job *job, int64_t num_before) {
     const struct experts_call *call = job->call;
@@ -251,8 +258,7 @@ static enum result find_pairs(struct job *job, int64_t num_before) {
             int64_t slot = call->slots[at * call->slots_stride + k], place = at * call->top_k + k;
             if (slot == -1) continue;
             if (call->slot_of) slot = call->slot_of[slot];
-            if (slot < 0 || slot >= call->num_slots || !call->first[slot]) return NO_EXPERT;
-            if (call->is_gated && !call->second[slot]) return NO_EXPERT;
+            if (slot < 0 || slot >= call->num_slots || !is_filled(call, slot)) return NO_EXPERT;
             int64_t input = call->input_of               ? call->input_of[place]
                             : call->inputs_by == BY_ROW   ? at
                             : call->inputs_by == BY_PLACE ? place

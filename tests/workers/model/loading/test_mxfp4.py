@@ -49,6 +49,12 @@ def test_all_codes_and_extreme_scales_are_exact() -> None:
         assert found.double().tolist() == expected
 
 
+def test_a_block_whose_scale_is_not_a_number_is_not_either() -> None:
+    scales = torch.tensor([[127, 255]], dtype=torch.uint8)
+    found = decoded(torch.zeros(1, 2, 16, dtype=torch.uint8), scales)
+    assert found.isnan().tolist() == [[False] * 32 + [True] * 32]
+
+
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     """A checkpoint of one file that a test may change."""
