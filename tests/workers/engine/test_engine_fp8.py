@@ -19,7 +19,7 @@ from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, copy, reque
 from workers.requests.inspection import Inspection
 from workers.requests.request import Request, SamplingParams
 
-FAMILIES = ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied"]
+FAMILIES = ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied", "deepseekv3-base"]
 KERNELS: tuple[Kernels, ...] = ("auto", "torch")
 KINDS: tuple[KvCacheDType, ...] = ("auto", "fp8")
 FP8 = EngineSection(kv_cache_dtype="fp8")

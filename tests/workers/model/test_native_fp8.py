@@ -34,7 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def empty_cache(case: Case) -> Tensor:
-    shape = (2 * case.num_kv_heads, NUM_BLOCKS, BLOCK, fp8.row_bytes(case.head_dim))
+    shape = (case.num_vectors, NUM_BLOCKS, BLOCK, fp8.row_bytes(case.head_dim))
     return torch.zeros(shape, dtype=fp8.ROW_DTYPE)
 
 
@@ -44,12 +44,12 @@ def empty_cache(case: Case) -> Tensor:
 def test_rows_are_those_of_torch(name: str, dtype: torch.dtype, case: Case) -> None:
     """The first layer's keys and values do not depend on the type of the cache."""
     half = make(case, dtype, NativeBlocks(team(name)))
-    exact = torch.zeros(2 * case.num_kv_heads, NUM_BLOCKS, BLOCK, case.head_dim, dtype=dtype)
+    exact = torch.zeros(case.num_vectors, NUM_BLOCKS, BLOCK, case.head_dim, dtype=dtype)
     serve(half, case, dtype, WHOLE, cache=exact)
     found = empty_cache(case)
     serve(half, case, dtype, WHOLE, cache=found)
     written = found[..., -1] != 0
-    assert written.sum() == 2 * case.num_kv_heads * sum(LENGTHS)
+    assert written.sum() == case.num_vectors * sum(LENGTHS)
     assert torch.equal(found[written], fp8.encode(exact)[written])
     assert not found[~written].any()
 

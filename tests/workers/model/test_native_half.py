@@ -32,6 +32,7 @@ from workers.model.half import (
     HalfSteps,
     RoutedProjections,
 )
+from workers.model.latent import LatentProjections, LatentShape
 from workers.model.layers import Dispatch, LayerContext
 from workers.model.native_half import NativeBlocks
 from workers.model.rope import Rope, RopeConfig
@@ -64,6 +65,29 @@ class Case:
     num_groups: int = 1
     is_routed: bool = False
     has_sinks: bool = False
+    latent_rank: int | None = None
+
+    @property
+    def num_vectors(self) -> int:
+        """In the cache, of a token."""
+        return 2 * self.num_kv_heads if self.latent_rank is None else 1
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.head_dim - (self.latent_rank or 0)
+
+    @property
+    def latent(self) -> LatentShape:
+        """The parts of heads where they are made of a latent vector."""
+        assert self.latent_rank is not None
+        return LatentShape(
+            num_heads=self.num_heads,
+            rank=self.latent_rank,
+            plain_dim=14,
+            rotated_dim=self.rotated_dim,
+            value_dim=11,
+            scale=0.3,
+        )
 
 
 CASES = {
@@ -86,6 +110,8 @@ CASES = {
     "window of one": Case(num_heads=6, num_kv_heads=2, head_dim=36, window=1),
     "sinks": Case(num_heads=20, num_kv_heads=2, head_dim=16, window=9, has_sinks=True),
     "dense layer": Case(num_heads=2, num_kv_heads=1, head_dim=6, scoring=None),
+    "latent": Case(num_heads=12, num_kv_heads=1, head_dim=72, latent_rank=64, scoring="sigmoid"),
+    "odd latent": Case(num_heads=3, num_kv_heads=1, head_dim=39, latent_rank=33),
     "jetmoe": Case(
         num_heads=6, num_kv_heads=3, head_dim=16, scoring="softmax_of_best", is_routed=True
     ),
@@ -122,8 +148,21 @@ def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> Half:
         )
 
     dim, heads, kv_heads = case.head_dim, case.num_heads, case.num_kv_heads
-    projections: DenseProjections | RoutedProjections
-    if case.is_routed:
+    projections: DenseProjections | RoutedProjections | LatentProjections
+    if case.latent_rank is not None:
+        shape = case.latent
+        made = weight(heads, shape.plain_dim + shape.value_dim, shape.rank)
+        projections = LatentProjections(
+            shape=shape,
+            norm1=blocks.norm(norm(HIDDEN), 1e-5),
+            queries=blocks.linear(weight(heads * shape.query_dim, HIDDEN)),
+            latents=blocks.linear(weight(dim, HIDDEN)),
+            latent_norm=blocks.norm(norm(shape.rank), 1e-6),
+            heads=blocks.head_products(made, shape.plain_dim),
+            can_expand=not blocks.are_exact,
+            output=blocks.linear(weight(HIDDEN, heads * shape.value_dim)),
+        )
+    elif case.is_routed:
         projections = RoutedProjections(
             router=router(0, "softmax_of_best"),
             kv=blocks.linear(weight(2 * kv_heads * dim, HIDDEN)),
@@ -149,6 +188,8 @@ def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> Half:
                 eps=1e-5,
                 clip=case.clip,
                 window=case.window,
+                scale=None if case.latent_rank is None else case.latent.scale,
+                latent_rank=case.latent_rank,
             ),
             norm1=norm(HIDDEN),
             projections=projections,
@@ -221,10 +262,10 @@ def serve(
     generator = torch.Generator().manual_seed(2)
     states = [torch.randn(n, HIDDEN, generator=generator).to(dtype) for n in LENGTHS]
     if cache is None:
-        cache = torch.zeros(2 * case.num_kv_heads, NUM_BLOCKS, BLOCK, case.head_dim, dtype=dtype)
+        cache = torch.zeros(case.num_vectors, NUM_BLOCKS, BLOCK, case.head_dim, dtype=dtype)
     config = RopeConfig(
-        head_dim=case.head_dim,
-        rotary_dim=case.head_dim,
+        head_dim=case.rotated_dim,
+        rotary_dim=case.rotated_dim,
         max_position_embeddings=64,
         original_max_position_embeddings=64,
     )

@@ -231,7 +231,11 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported"),
         ("deepseek_v3", {"num_key_value_heads": 8}, "must be num_attention_heads 128"),
         ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim 7 must be even"),
-        ("deepseek_v3", {"rope_scaling": {"mscale_all_dim": "x", "type": "linear"}}, "must be numbers"),
+        (
+            "deepseek_v3",
+            {"rope_scaling": {"mscale_all_dim": "x", "type": "linear"}},
+            "must be numbers",
+        ),
         ("kimi_k2", {"first_k_dense_replace": 4}, "leaves no layer with experts"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "'greedy' or 'group_limited_greedy'"),
