@@ -3,7 +3,7 @@
 OLMoE is in ``serving`` too. All have the hidden size, layers and vocabulary of its random model,
 and experts as their public checkpoints have them, in small: dots.llm1 six of 128 and two shared
 ones, JetMoE two of 8 in attention and MLP, Qwen3-MoE eight of 128, GLM-4.5 eight of 128 and a
-shared one, Mixtral two of 8.
+shared one, Mixtral two of 8, DeepSeek-V3 eight of 256, a shared one and latent attention.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MODELS = {
     "Qwen3-MoE": RandomModel(family="qwen3_moe", experts=128, ffn=192),
     "GLM-4.5": RandomModel(family="glm4_moe", experts=128, ffn=176),
     "Mixtral": RandomModel(family="mixtral", experts=8, top_k=2, ffn=1792),
+    "DeepSeek-V3": RandomModel(family="deepseek_v3", experts=256, ffn=144),
 }
 """By name."""
 TINY_MODELS = {
@@ -30,6 +31,7 @@ TINY_MODELS = {
     "Qwen3-MoE": replace(TINY, family="qwen3_moe"),
     "GLM-4.5": replace(TINY, family="glm4_moe"),
     "Mixtral": replace(TINY, family="mixtral"),
+    "DeepSeek-V3": replace(TINY, family="deepseek_v3"),
 }
 """For a quick run."""
 

@@ -35,10 +35,12 @@ class Counting(TorchHeadProducts):
         return super().expand(latents, first, last)
 
 
-def projections_of(half: object) -> LatentProjections:
+def made(blocks: BuildingBlocks) -> tuple[AttentionHalf, LatentProjections]:
+    """The half, and its projections."""
+    half = make(CASE, torch.float32, blocks)
     assert isinstance(half, AttentionHalf)
     assert isinstance(half.projections, LatentProjections)
-    return half.projections
+    return half, half.projections
 
 
 class CountingBlocks(BuildingBlocks):
@@ -52,8 +54,7 @@ def test_expanded_rows_are_those_that_are_absorbed(
     monkeypatch: pytest.MonkeyPatch, batches: Sequence[Sequence[Chunk]], num_heads_at_once: int
 ) -> None:
     monkeypatch.setattr(latent, "_EXPANDED_HEADS", num_heads_at_once)
-    half = make(CASE, torch.float32, CountingBlocks())
-    parts = projections_of(half)
+    half, parts = made(CountingBlocks())
     assert isinstance(parts.heads, Counting)
     found = serve(half, CASE, torch.float32, batches)
     long = [last for batch in batches for _, first, last in batch if last - first >= 17]
