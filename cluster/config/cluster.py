@@ -198,6 +198,9 @@ class EngineSection:
     """Prompt tokens of one attention worker that may wait, by default without limit."""
     enable_prefix_caching: bool = True
     """Keep the KV of past requests for others that begin with the same tokens."""
+    num_cached_states: int = 32
+    """Recurrent states that are kept for prompts with a known beginning, beside three for each of
+    ``max_num_seqs``; of models with such states only."""
     kv_fetch_limit_s: float = 2.0
     """Longest time that a request waits for KV blocks of another attention worker; 0 fetches
     none."""
@@ -236,7 +239,7 @@ class EngineSection:
             self.max_num_batched_tokens,
             f"must be at least max_num_seqs ({self.max_num_seqs})",
         )
-        check_each(self, "kv_fetch_limit_s", is_not_negative, "must not be negative")
+        check_each(self, "kv_fetch_limit_s num_cached_states", is_not_negative, "must not be negative")
         share = self.gpu_memory_utilization
         rule = "must be above 0 and at most 1"
         check(0 < share <= 1, "gpu_memory_utilization", share, rule)

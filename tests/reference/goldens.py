@@ -107,11 +107,19 @@ LATENT_VARIANTS = (
     "glm4lite-official-like",
     "glm4lite-layers-tied",
 )
+QWEN3_NEXT_VARIANTS = (
+    "qwen3next-base",
+    "qwen3next-official-like",
+    "qwen3next-layers-bias-tied",
+    "qwen3next-yarn-fused-fp16",
+)
+QWEN35_VARIANTS = ("qwen35moe-base", "qwen35moe-official-like")
 ERNIE_VARIANTS = ("ernie45-official-like", "ernie45-layers", "ernie45-headdim-linear")
 OTHER_VARIANTS = (
     *(*DOTS1_VARIANTS, *JETMOE_VARIANTS),
     *(*QWEN3_VARIANTS, *GLM4_VARIANTS, *MIXTRAL_VARIANTS, *MINIMAX_VARIANTS),
     *(*ERNIE_VARIANTS, *GPT_OSS_VARIANTS, *FLEX_OLMO_VARIANTS, *LATENT_VARIANTS),
+    *(*QWEN3_NEXT_VARIANTS, *QWEN35_VARIANTS),
 )
 """Of all families but the first."""
 ALL_VARIANTS = OLMOE_VARIANTS + OTHER_VARIANTS
@@ -164,6 +172,10 @@ BF16_VARIANTS = (
     "deepseekv2-official-like",
     "deepseekv2-bias-tied-bf16",
     "glm4lite-official-like",
+    "qwen3next-base",
+    "qwen3next-official-like",
+    "qwen35moe-base",
+    "qwen35moe-official-like",
 )
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8

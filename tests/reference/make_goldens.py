@@ -367,6 +367,59 @@ _ERNIE = {
     "output_router_logits": False,
 }
 
+_QWEN3_NEXT = {
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000000.0,
+    "rope_scaling": None,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+_NOT_IN_QWEN35 = (
+    *("intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
+    *("rope_theta", "rope_scaling", "partial_rotary_factor"),
+)
+_QWEN35_TEXT = {k: v for k, v in _QWEN3_NEXT.items() if k not in _NOT_IN_QWEN35} | {
+    "model_type": "qwen3_5_moe_text",
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+    },
+}
+
 _JET = {
     "model_type": "jetmoe",
     "architectures": ["JetMoeForCausalLM"],
@@ -1403,6 +1456,107 @@ VARIANTS: dict[str, dict] = {
             "use_cache": True,
         },
     },
+    "qwen3next-base": {"seed": 401, "bf16": True, "config": _QWEN3_NEXT},
+    # as the official config.json is written, with a tensor of the layer that predicts ahead
+    "qwen3next-official-like": {
+        "seed": 402,
+        "legacy_config": True,
+        "shards": 2,
+        "store": "bfloat16",
+        "bf16": True,
+        "extra": "mtp.fc.weight",
+        "config": _QWEN3_NEXT
+        | {
+            "full_attention_interval": 2,
+            "num_hidden_layers": 3,
+            "linear_num_value_heads": 2,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.57.0.dev0",
+            "use_cache": True,
+            "use_sliding_window": False,
+        },
+    },
+    # kinds of layers by name, dense ones among them, weights that are not scaled to sum 1, biases
+    "qwen3next-layers-bias-tied": {
+        "seed": 403,
+        "embed_std": 0.5,
+        "config": _QWEN3_NEXT
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": [
+                *("full_attention", "linear_attention", "linear_attention", "full_attention"),
+            ],
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 3,
+        },
+    },
+    # a convolution over two positions, fused experts, values wider than keys, half of heads rotated
+    "qwen3next-yarn-fused-fp16": {
+        "seed": 404,
+        "fused": True,
+        "store": "float16",
+        "config": _QWEN3_NEXT
+        | {
+            "full_attention_interval": 3,
+            "num_hidden_layers": 3,
+            "linear_conv_kernel_dim": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 40,
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    },
+    "qwen35moe-base": {"seed": 411, "bf16": True, "config": _QWEN35_TEXT},
+    # as the official config.json is written: the text model inside of one that sees images
+    "qwen35moe-official-like": {
+        "seed": 412,
+        "legacy_config": True,
+        "fused": True,
+        "store": "bfloat16",
+        "bf16": True,
+        "extra": "mtp.fc.weight",
+        "config": {
+            "model_type": "qwen3_5_moe",
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+            "image_token_id": 500,
+            "video_token_id": 501,
+            "vision_start_token_id": 502,
+            "vision_end_token_id": 503,
+            "tie_word_embeddings": False,
+            "transformers_version": "4.57.0.dev0",
+            "text_config": {k: v for k, v in _QWEN35_TEXT.items() if k != "architectures"}
+            | {
+                "attn_output_gate": True,
+                "dtype": "bfloat16",
+                "full_attention_interval": 4,
+                "layer_types": [*["linear_attention"] * 3, "full_attention"],
+                "linear_num_key_heads": 4,
+                "mamba_ssm_dtype": "float32",
+                "mtp_num_hidden_layers": 1,
+                "mtp_use_dedicated_embeddings": False,
+            },
+            "vision_config": {
+                "model_type": "qwen3_5_moe",
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "num_position_embeddings": 16,
+                "out_hidden_size": 64,
+            },
+        },
+    },
     # one expert per token: the gates are all 1; linear rope
     "jetmoe-top1-linear": {
         "seed": 25,
@@ -1496,6 +1650,9 @@ CLASSES = {
     "FlexOlmoForCausalLM": "FlexOlmoForCausalLM",
     "Ernie4_5_MoeForCausalLM": "Ernie4_5_MoeForCausalLM",
     "MiniMaxM2ForCausalLM": "MiniMaxM2ForCausalLM",
+    "Qwen3NextForCausalLM": "Qwen3NextForCausalLM",
+    "Qwen3_5MoeForCausalLM": "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForConditionalGeneration",
     "JetMoeForCausalLM": "JetMoeForCausalLM",
     "JetMoEForCausalLM": "JetMoeForCausalLM",
     "JetMoeForSequenceClassification": "JetMoeForSequenceClassification",
@@ -1511,8 +1668,78 @@ def model_class(cfg: dict):
 # --------------------------------------------------------------------------------------
 
 
+HYBRID = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe")
+
+
+def hybrid_specs(cfg: dict):
+    """``tensor_specs`` of families with Gated DeltaNet."""
+    is_next, p = cfg["model_type"] == "qwen3_next", "model"
+    if "text_config" in cfg:
+        cfg, p = cfg["text_config"] | {"tie_word_embeddings": cfg["tie_word_embeddings"]}, (
+            "model.language_model"
+        )
+    H, L, V = cfg["hidden_size"], cfg["num_hidden_layers"], cfg["vocab_size"]
+    yield f"{p}.embed_tokens.weight", (V, H), "embed"
+    yield f"{p}.norm.weight", (H,), "centred norm"
+    if not cfg["tie_word_embeddings"]:
+        yield "lm_head.weight", (V, H), "head"
+    A, KV, D = cfg["num_attention_heads"], cfg["num_key_value_heads"], cfg["head_dim"]
+    G, VH = cfg["linear_num_key_heads"], cfg["linear_num_value_heads"]
+    keys, values = G * cfg["linear_key_head_dim"], VH * cfg["linear_value_head_dim"]
+    every = cfg.get("full_attention_interval", 4)
+    kinds = cfg.get("layer_types") or [
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(L)
+    ]
+
+    def mlp(prefix, inter):
+        yield f"{prefix}.gate_proj.weight", (inter, H), "linear"
+        yield f"{prefix}.up_proj.weight", (inter, H), "linear"
+        yield f"{prefix}.down_proj.weight", (H, inter), "linear"
+
+    for i in range(L):
+        own = f"{p}.layers.{i}"
+        yield f"{own}.input_layernorm.weight", (H,), "centred norm"
+        yield f"{own}.post_attention_layernorm.weight", (H,), "centred norm"
+        if kinds[i] == "full_attention":
+            a = f"{own}.self_attn"
+            for name, rows in (("q", 2 * A * D), ("k", KV * D), ("v", KV * D), ("o", H)):
+                yield f"{a}.{name}_proj.weight", (rows, A * D if name == "o" else H), "linear"
+                if cfg["attention_bias"]:
+                    yield f"{a}.{name}_proj.bias", (rows,), "bias"
+            yield f"{a}.q_norm.weight", (D,), "centred norm"
+            yield f"{a}.k_norm.weight", (D,), "centred norm"
+        else:
+            a = f"{own}.linear_attn"
+            if is_next:
+                yield f"{a}.in_proj_qkvz.weight", (2 * keys + 2 * values, H), "linear"
+                yield f"{a}.in_proj_ba.weight", (2 * VH, H), "linear"
+            else:
+                yield f"{a}.in_proj_qkv.weight", (2 * keys + values, H), "linear"
+                yield f"{a}.in_proj_z.weight", (values, H), "linear"
+                yield f"{a}.in_proj_b.weight", (VH, H), "linear"
+                yield f"{a}.in_proj_a.weight", (VH, H), "linear"
+            kernel = cfg["linear_conv_kernel_dim"]
+            yield f"{a}.conv1d.weight", (2 * keys + values, 1, kernel), "conv"
+            yield f"{a}.A_log", (VH,), "rate"
+            yield f"{a}.dt_bias", (VH,), "bias"
+            yield f"{a}.norm.weight", (cfg["linear_value_head_dim"],), "norm"
+            yield f"{a}.out_proj.weight", (H, values), "linear"
+        is_sparse = (i + 1) % cfg.get("decoder_sparse_step", 1) == 0
+        if i in cfg.get("mlp_only_layers", ()) or not is_sparse:
+            yield from mlp(f"{own}.mlp", cfg["intermediate_size"])
+            continue
+        yield f"{own}.mlp.gate.weight", (cfg["num_experts"], H), "router"
+        for e in range(cfg["num_experts"]):
+            yield from mlp(f"{own}.mlp.experts.{e}", cfg["moe_intermediate_size"])
+        yield from mlp(f"{own}.mlp.shared_expert", cfg["shared_expert_intermediate_size"])
+        yield f"{own}.mlp.shared_expert_gate.weight", (1, H), "linear"
+
+
 def tensor_specs(cfg: dict):
     """Yield (name, shape, kind) for one checkpoint, one tensor per expert projection."""
+    if cfg["model_type"] in HYBRID:
+        yield from hybrid_specs(cfg)
+        return
     H, V, L = cfg["hidden_size"], cfg["vocab_size"], cfg["num_hidden_layers"]
     yield "model.embed_tokens.weight", (V, H), "embed"
     yield "model.norm.weight", (H,), "norm"
@@ -1719,8 +1946,12 @@ def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
         fan_in = shape[-1]
         if kind == "norm":
             mean, std = 1.0, 0.2
-        elif kind == "bias":
+        elif kind in ("bias", "centred norm"):
             mean, std = 0.0, 0.2
+        elif kind == "rate":
+            mean, std = -1.5, 1.0
+        elif kind == "conv":
+            mean, std = 0.0, 1.4 / fan_in**0.5
         elif kind == "sink":
             mean, std = 0.0, 1.5
         elif kind == "transposed":
@@ -1750,6 +1981,8 @@ def make_state_dict(variant: dict) -> dict[str, torch.Tensor]:
         name = f"model.layers.{cfg['num_hidden_layers']}.eh_proj.weight"
         width = cfg["hidden_size"]
         out[name] = draw(seed, name, (width, 2 * width), 0.0, 1.0)
+    if "extra" in variant:
+        out[variant["extra"]] = draw(seed, variant["extra"], (64, 128), 0.0, 1.0)
     return fuse_experts(out) if variant.get("fused") else out
 
 
@@ -1984,7 +2217,7 @@ class RouterRecorder:
                 mod.register_forward_hook(self._gpt_oss(name))
             elif kind in (
                 *("OlmoeTopKRouter", "Qwen3MoeTopKRouter", "MixtralTopKRouter"),
-                "FlexOlmoTopKRouter",
+                *("FlexOlmoTopKRouter", "Qwen3NextTopKRouter", "Qwen3_5MoeTopKRouter"),
             ):
                 mod.register_forward_hook(self._olmoe(name))
             elif kind in (

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.engine.state_rows import state_rows
 from workers.engine.step_plan import PlannedRows
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.block_tables import BlockTables
@@ -135,6 +136,7 @@ class Batch:
                 recorder,
                 row_chunks(planned, tables) if is_native else None,
                 self._paged(planned, tables) if cache.is_read_in_place else None,
+                states=state_rows(planned, decode_rows, device),
             )
             given = tuple(given_rows(planned, device))
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)

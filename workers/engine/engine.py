@@ -31,6 +31,7 @@ from workers.engine.step_plan import RowsWanted, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
+from workers.kv.state_slots import StateSlots
 from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
 from workers.metrics.traced_steps import TracedRequests
@@ -97,6 +98,8 @@ class Engine:
             hidden_size=config.hidden_size,
             is_classifier=bool(config.labels),
         )
+        self.states = _state_slots(config, section)
+        """Which recurrent states are free; None: the model has none."""
         self.cache = KVCache(
             config=config,
             num_blocks=num_blocks,
@@ -105,6 +108,7 @@ class Engine:
             device=model.device,
             compute_threads=compute_threads or ComputeThreads(),
             kv_cache_dtype=kind,
+            num_states=0 if self.states is None else self.states.num_slots,
         )
         self.pool = BlockPool(num_blocks)
         """Which KV blocks are free, and what the others hold."""
@@ -117,6 +121,7 @@ class Engine:
             eos_token_ids=config.eos_token_ids,
             enable_prefix_caching=section.enable_prefix_caching,
             length_matters_above=config.length_matters_above,
+            states=self.states,
         )
         self.kv_store = KvTransferStore(self.pool, self.cache)
         """Blocks that other workers fetch, and that are fetched from them."""
@@ -158,7 +163,8 @@ class Engine:
 
     def _new_graphs(self, dispatcher: TokenDispatcher) -> DecodeGraphs | None:
         """Graphs over a dispatcher; None where steps cannot be captured."""
-        if self._section.enforce_eager or not self.cache.is_read_in_place:
+        is_eager = self._section.enforce_eager or self.states is not None
+        if is_eager or not self.cache.is_read_in_place:
             return None
         if not isinstance(dispatcher, CapturableDispatcher):
             return None
@@ -342,6 +348,9 @@ class Engine:
         broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
         dirty = {block for sequence in broken for block in sequence.blocks}
         self.pool.forget(dirty)
+        if self.states is not None:
+            for sequence in broken:
+                self.states.forget(sequence.block_hashes)
         new = {sequence: drawn.token for sequence, drawn in tokens.drawn.items()}
         endings = self._scheduler.commit(plan, new, tokens.failed.keys())
         # Blocks may hold NaN: their next holder must not read them.
@@ -464,3 +473,9 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that block accounting is exact; for tests."""
         self._scheduler.check_integrity(self.kv_store.tables)
+
+
+def _state_slots(config: ModelConfig, section: EngineSection) -> StateSlots | None:
+    if config.delta_net is None:
+        return None
+    return StateSlots(section.max_num_seqs, section.num_cached_states)

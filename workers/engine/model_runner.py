@@ -163,7 +163,7 @@ class ModelRunner:
         Hidden states [T, H] of all of them, and by bank the experts [T, k].
         """
         routed: list[list[Routed]] = [[] for _ in self.banks]
-        flows = [self.model.forward(part, self.cache.layers) for part in inputs]
+        flows = [self.model.forward(part, self.cache.by_layer) for part in inputs]
         hidden = self._drive([len(part.token_ids) for part in inputs], routed, flows)
         return _joined(hidden), [_joined([part.topk_ids for part in bank]) for bank in routed]
 
@@ -221,7 +221,7 @@ class ModelRunner:
     def _flow(self, batch: Batch) -> LayerSteps:
         if batch.inputs is None:
             return _idle(self.banks, self.model)
-        return self.model.forward(batch.inputs, self.cache.layers)
+        return self.model.forward(batch.inputs, self.cache.by_layer)
 
     def _drive(
         self,

@@ -17,6 +17,8 @@ from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.kv.block_tables import BlockTables
 from workers.kv.prefix_cache import PrefixCache
+from workers.kv.sequence_states import SequenceStates
+from workers.kv.state_slots import StateMove, StateSlots
 from workers.requests.fairness import ServedTokens
 from workers.requests.request import FinishReason, Request
 from workers.requests.seat_reserve import RESERVED_ONE_IN, SeatReserve
@@ -56,8 +58,10 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         enable_prefix_caching: bool = True,
         length_matters_above: int | None = None,
+        states: StateSlots | None = None,
     ) -> None:
-        """``length_matters_above``: see ``ModelConfig.length_matters_above``."""
+        """``length_matters_above``: see ``ModelConfig.length_matters_above``; ``states``: of a model
+        with recurrent states."""
         self._pool = pool
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
@@ -69,8 +73,10 @@ class Scheduler:
             block_size=block_size,
             is_enabled=enable_prefix_caching,
             length_matters_above=length_matters_above,
+            states=states,
         )
         """Finds tokens that were computed before. Other modules read its counters."""
+        self._states = None if states is None else SequenceStates(states, self.prefixes)
         self.tables = BlockTables(max_num_seqs, self._blocks(max_model_len))
         """The blocks of running sequences, by ``SequenceState.seat``."""
         self._served = ServedTokens()
@@ -211,6 +217,8 @@ class Scheduler:
         """The plan did not run: free its blocks, and let the sequences it admitted wait again."""
         for planned in plan.rows:
             sequence = planned.sequence
+            if self._states is not None and planned.states is not None:
+                self._states.abandon(planned.states)
             if planned.is_admitted:
                 self._running.remove(sequence)
                 self._release(sequence)
@@ -233,6 +241,10 @@ class Scheduler:
             assert not sequence.blocks
             assert sequence.seat is None
             assert not sequence.num_computed
+            assert sequence.state is None
+        if self._states is not None:
+            states = [s.state for s in self._running if s.state is not None]
+            self._states.slots.check_integrity(states)
 
     def _commit_rows(
         self, planned: PlannedRows, token: int | None, has_failed: bool
@@ -243,6 +255,8 @@ class Scheduler:
             self.prefixes.count(sequence, planned.first)
         sequence.num_computed += planned.count
         self._served.charge(sequence, planned.count)
+        if self._states is not None and planned.states is not None:
+            self._states.commit(sequence, planned.states, has_failed=has_failed)
         if has_failed:
             return Ending(reason=FinishReason.ERROR)
         self.prefixes.store(sequence, planned.first)
@@ -286,7 +300,12 @@ class Scheduler:
         missing = self._num_missing_blocks(sequence)
         if missing:  # most decodes go on in their last block
             self._extend(sequence, self._pool.allocate(missing))
-        rows.append(PlannedRows(sequence, sequence.num_computed, 1, True, missing, is_admitted))
+        first = sequence.num_computed
+        states = self._moved(sequence, first, 1)
+        rows.append(PlannedRows(sequence, first, 1, True, missing, is_admitted, states))
+
+    def _moved(self, sequence: SequenceState, first: int, count: int) -> StateMove | None:
+        return None if self._states is None else self._states.plan(sequence, first, count)
 
     def _make_room(self, decode_rows: int) -> tuple[list[SequenceState], list[SequenceState]]:
         """Preempt sequences until there are blocks for the next rows of those that decode.
@@ -312,10 +331,13 @@ class Scheduler:
     def _plan_chunk(self, sequence: SequenceState, limit: int, rows: list[PlannedRows]) -> int:
         """Plan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
         is_admitted = sequence.status is SequenceStatus.WAITING
+        if is_admitted and not self._pool.can_allocate(self._num_to_take(sequence)):
+            return 0  # what it would have found is gone since: a recurrent state
         new_blocks = self._admit(sequence) if is_admitted else 0
         count = min(limit, sequence.num_missing)
         first = sequence.num_computed
-        rows.append(PlannedRows(sequence, first, count, False, new_blocks, is_admitted))
+        states = self._moved(sequence, first, count)
+        rows.append(PlannedRows(sequence, first, count, False, new_blocks, is_admitted, states))
         return count
 
     def _admissible(self, max_rows: int) -> Iterator[SequenceState]:
@@ -385,6 +407,8 @@ class Scheduler:
         sequence.seat = self.tables.take_seat()
         self._extend(sequence, self.prefixes.find(sequence))
         self._pool.share(sequence.blocks)
+        if self._states is not None:
+            self._states.admit(sequence)
         sequence.num_computed = len(sequence.blocks) * self._block_size
         missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
         self._extend(sequence, self._pool.allocate(missing))
@@ -406,6 +430,12 @@ class Scheduler:
     def _num_to_compute(self, waiting: SequenceState) -> int:
         """Rows that it would run if it were admitted now."""
         return waiting.num_tokens - len(self.prefixes.find(waiting)) * self._block_size
+
+    def _num_to_take(self, waiting: SequenceState) -> int:
+        """Free blocks that it would take if it were admitted now."""
+        found = self.prefixes.find(waiting)
+        held = sum(not self._pool.is_free(block) for block in found)
+        return self._blocks(waiting.num_tokens) - held
 
     def _reserve(self, sequences: Iterable[SequenceState]) -> int:
         """Blocks to leave free at an admission: one for each sequence that may need another."""
@@ -458,6 +488,8 @@ class Scheduler:
         self._pool.release(sequence.blocks)
         sequence.blocks.clear()
         sequence.num_computed = 0
+        if self._states is not None:
+            self._states.release(sequence)
         if sequence.seat is not None:
             self.tables.free_seat(sequence.seat)
             sequence.seat = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
+from workers.kv.state_slots import StateMove
 from workers.requests.sequence import SequenceState
 from workers.requests.traced import Parents
 
@@ -22,6 +23,8 @@ class PlannedRows(Struct, frozen=True):
     """Blocks at the end of the block table that this plan allocated after the admission."""
     is_admitted: bool
     """The sequence was waiting before this plan."""
+    states: StateMove | None = None
+    """Its recurrent states; None: the model has none."""
 
     @property
     def draws_token(self) -> bool:

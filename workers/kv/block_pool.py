@@ -107,6 +107,11 @@ class BlockPool:
         """The hash by which a block can be found."""
         return self._hashes[block]
 
+    def was_found(self, block: int) -> bool:
+        """Whether a block with a hash was shared since it got it."""
+        block_hash = self._hashes[block]
+        return block_hash is not None and self._order.was_found(block_hash)
+
     def store(self, block: int, block_hash: BlockHash, parent: BlockHash | None = None) -> None:
         """A held block's contents are final: it can be found from now on.
 

@@ -15,13 +15,16 @@ from cluster.config.kv_cache import KvCacheDType
 from workers.model import fp8
 from workers.model.attention import GPU_PIECE_BYTES, PIECE_BYTES, Workspace
 from workers.model.compute_threads import ComputeThreads
-from workers.model.config import ModelConfig
+from workers.model.config import DeltaNetSpec, ModelConfig
 from workers.model.host_copies import to_device
 from workers.model.side_stream import SideStream
 
 
 class KVCache:
-    """Keys and values of all layers. One block more than the pool knows, always zero: null."""
+    """Keys and values of all layers, and the recurrent states of those that have them instead.
+
+    One block more than the pool knows, always zero: null. One state more, too: before any token.
+    """
 
     def __init__(
         self,
@@ -33,8 +36,12 @@ class KVCache:
         device: torch.device,
         compute_threads: ComputeThreads,
         kv_cache_dtype: KvCacheDType = "auto",
+        num_states: int = 0,
     ) -> None:
-        """``dtype`` is that of the model; see ``EngineSection.kv_cache_dtype``."""
+        """``dtype`` is that of the model; see ``EngineSection.kv_cache_dtype``.
+
+        ``num_states``: slots of a model with recurrent states.
+        """
         self.side = SideStream(device)
         """For threads that read and write blocks."""
         is_fp8 = kv_cache_dtype == "fp8"
@@ -51,10 +58,15 @@ class KVCache:
                 dtype=fp8.ROW_DTYPE if is_fp8 else dtype,
                 device=device,
             )
-            for _ in range(config.num_layers)
+            for _ in config.kv_layers
         )
-        """By layer: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values, or one
-        latent vector; in an fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
+        """By layer with a KV cache: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before
+        values, or one latent vector; in an fp8 cache rows of ``workers.model.fp8`` in place of D
+        elements."""
+        self.states = _states(config.delta_net, num_states, device)
+        """By layer with a recurrent state: [num_states + 1, values] float32, the last one zero."""
+        self.by_layer = _in_order(config, self.layers, self.states)
+        """What each layer of the model gets: its part of ``layers`` or of ``states``."""
         self._dtype = dtype
         is_plain = not is_fp8 and config.latent_rank is None
         self.is_read_in_place = device.type == "cuda" and is_plain
@@ -81,6 +93,22 @@ class KVCache:
         """Type of a block's data."""
         return self.layers[0].dtype
 
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """Shape of one state's data: [layers with a state, values], float32."""
+        return (len(self.states), self.states[0].shape[1]) if self.states else (0, 0)
+
+    def read_state(self, slot: int) -> Tensor:
+        """A copy of a state in CPU memory (any thread, while the slot has a holder)."""
+        with self.side.work():
+            return self.side.to_host(torch.stack([layer[slot] for layer in self.states]))
+
+    def write_state(self, slot: int, data: Tensor) -> None:
+        """Fill a slot (any thread that holds it, before it can be found)."""
+        with self.side.work():
+            for layer, part in zip(self.states, self.side.to_device(data), strict=True):
+                layer[slot] = part
+
     def read_block(self, block: int) -> Tensor:
         """A copy of a block's data in CPU memory (any thread, while the block has a holder)."""
         with self.side.work():
@@ -105,3 +133,23 @@ class KVCache:
             places = to_device(blocks, self.layers[0].device)
             for layer in self.layers:
                 layer[:, places] = 0
+
+
+def _states(
+    spec: DeltaNetSpec | None, num_states: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    if spec is None:
+        return ()
+    shape = (num_states + 1, spec.layer_values)
+    return tuple(torch.zeros(shape, dtype=torch.float32, device=device) for _ in spec.layers)
+
+
+def _in_order(
+    config: ModelConfig, layers: Sequence[Tensor], states: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The parts of all layers of the model."""
+    if config.delta_net is None:
+        return tuple(layers)
+    found = dict(zip(config.kv_layers, layers, strict=True))
+    found |= zip(config.delta_net.layers, states, strict=True)
+    return tuple(found[layer] for layer in range(config.num_layers))

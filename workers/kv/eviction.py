@@ -69,6 +69,10 @@ class EvictionOrder:
         self._was_found.add(name)
         self._is_lent.discard(name)
 
+    def was_found(self, name: bytes) -> bool:
+        """Whether a block was found since it has these contents."""
+        return name in self._was_found
+
     def hold(self, name: bytes) -> None:
         """A block has a holder now: it cannot be evicted."""
         for queue in (self._new, self._used, self._lent):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.kv.block_pool import BlockPool
+from workers.kv.state_slots import StateSlots
 from workers.requests.block_hash import BlockHash, chain_hash, request_root
 from workers.requests.sequence import SequenceState
 
@@ -23,6 +24,8 @@ class PrefixCache:
     is_enabled: bool
     length_matters_above: int | None = None
     """See ``ModelConfig.length_matters_above``."""
+    states: StateSlots | None = None
+    """Of a model with recurrent states: blocks are of use up to a state that is known."""
     num_queried_tokens: int = 0
     """Tokens of sequences at their first admission."""
     num_hit_tokens: int = 0
@@ -31,12 +34,20 @@ class PrefixCache:
     """Prompt tokens that were found, counted once a request."""
 
     def find(self, sequence: SequenceState) -> list[int]:
-        """Known blocks from its first token on. Changes nothing.
+        """Known blocks from its first token on, as far as it can go on from. Changes nothing.
 
         Leaves out tokens that it must compute itself: see ``SequenceState.num_reusable``.
         """
-        count = min(sequence.num_reusable // self.block_size, self._num_shared(sequence))
-        return self.pool.find(self._hashes(sequence, count))
+        hashes = self._reusable(sequence)
+        found = self.pool.find(hashes)
+        if self.states is not None:
+            del found[self.states.num_known(hashes[: len(found)]) :]
+        return found
+
+    def known_hashes(self, sequence: SequenceState) -> list[BlockHash]:
+        """Hashes of its known blocks, with a known state behind them or without."""
+        hashes = self._reusable(sequence)
+        return hashes[: len(self.pool.find(hashes))]
 
     def store(self, sequence: SequenceState, first: int) -> None:
         """Positions ``first`` to ``num_computed`` - 1 were committed: their full blocks are known.
@@ -46,8 +57,8 @@ class PrefixCache:
         begin, end = first // self.block_size, sequence.num_computed // self.block_size
         if begin == end:
             return  # most decodes
-        end = min(end, self._num_shared(sequence))
-        hashes = self._hashes(sequence, end)
+        end = min(end, self.num_shared(sequence))
+        hashes = self.hashes(sequence, end)
         for block in range(begin, end):
             parent = hashes[block - 1] if block else None
             self.pool.store(sequence.blocks[block], hashes[block], parent)
@@ -71,16 +82,21 @@ class PrefixCache:
             known = self.pool.hash_of(block)
             if known is not None:
                 assert (place + 1) * self.block_size <= sequence.num_computed
-                assert known == self._hashes(sequence, place + 1)[place]
+                assert known == self.hashes(sequence, place + 1)[place]
 
-    def _num_shared(self, sequence: SequenceState) -> int:
+    def _reusable(self, sequence: SequenceState) -> list[BlockHash]:
+        """Hashes of the blocks that it need not compute if they are known."""
+        count = min(sequence.num_reusable // self.block_size, self.num_shared(sequence))
+        return self.hashes(sequence, count)
+
+    def num_shared(self, sequence: SequenceState) -> int:
         """Full blocks from the first on that others may share."""
         if not self.is_enabled and sequence.request.n == 1:
             return 0
         tokens = sequence.num_tokens if self.is_enabled else sequence.prompt_length
         return tokens // self.block_size
 
-    def _hashes(self, sequence: SequenceState, count: int) -> list[BlockHash]:
+    def hashes(self, sequence: SequenceState, count: int) -> list[BlockHash]:
         """Hashes of the first ``count`` blocks; cached, as known tokens never change."""
         known, size = sequence.block_hashes, self.block_size
         if not known and sequence.first_choice is not None:

@@ -199,6 +199,33 @@ class PagedRows:
 
 
 @dataclass(frozen=True, slots=True)
+class StateRun:
+    """Neighbouring rows of one sequence, between two of its recurrent states."""
+
+    first: int
+    last: int
+    """One past the last row."""
+    read: int
+    """Slot of the state before the first row."""
+    write: int
+    """Slot of the state after the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """Which recurrent states the rows of a batch read and write, in the layers that have them.
+
+    Runs are in the order of rows. A run may read what one before it has written.
+    """
+
+    runs: tuple[StateRun, ...]
+    num_decodes: int
+    """The first runs, of a single row and of different sequences."""
+    decode_slots: Tensor
+    """[2, num_decodes] int64 on the model's device: slots that they read, and that they write."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where the rows of a batch write, and what they read."""
 
@@ -224,6 +251,8 @@ class AttentionBatch:
     latent_rank: int | None = None
     """A layer's only key head has its values in the first so many elements of the keys; None: they
     are apart."""
+    states: StateRows | None = None
+    """The same rows in layers with a recurrent state; None: the model has no such layers."""
 
     def scale_of(self, dim: int) -> float:
         """Of the scores of queries with D elements."""

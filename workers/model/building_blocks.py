@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.model.attention import attend
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ModelConfig
+from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
 from workers.model.half import AttendsRows, AttentionHalf, HeadAttention, StagedHalf
 from workers.model.latent import HeadProducts, TorchHeadProducts
 from workers.model.layers import (
@@ -71,6 +72,10 @@ class BuildingBlocks:
     def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
         """Attention of a layer that is not a half; ``dtype`` of the model."""
         return attention
+
+    def delta_net(self, net: DeltaNet) -> Mix:
+        """What a layer with a recurrent state computes between its projections."""
+        return TorchDeltaNet(net, row_by_row=False)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
         """The attention of all layers."""

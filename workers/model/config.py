@@ -149,6 +149,47 @@ class ExpertMatrix:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DeltaNetSpec:
+    """Layers with a recurrent state in place of keys and values, and the numbers of each.
+
+    Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024).
+    """
+
+    layers: tuple[int, ...]
+    """In ascending order."""
+    num_key_heads: int
+    """G: heads of queries and keys."""
+    num_value_heads: int
+    """V: heads of values; a multiple. Neighbours share a key head."""
+    key_dim: int
+    """K: elements of a query or key head."""
+    value_dim: int
+    """D: elements of a value head."""
+    kernel: int
+    """Positions under the convolution, a row's own included."""
+
+    @property
+    def conv_width(self) -> int:
+        """C: channels of the convolution: queries, keys, values."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def conv_values(self) -> int:
+        """Numbers of a state that are earlier inputs of the convolution."""
+        return (self.kernel - 1) * self.conv_width
+
+    @property
+    def layer_values(self) -> int:
+        """Numbers of one layer's state: earlier inputs [kernel - 1, C], then [V, K, D]."""
+        return self.conv_values + self.num_value_heads * self.key_dim * self.value_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the float32 state of one sequence, in all layers."""
+        return 4 * len(self.layers) * self.layer_values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The numbers of ``config.json`` that all families share; a family adds its own."""
 
@@ -187,6 +228,8 @@ class ModelConfig:
     latent_rank: int | None = None
     """Elements of the latent vector from which all heads have their keys and values. It is kept in
     their place, the first elements of a single key; None: there is none."""
+    delta_net: DeltaNetSpec | None = None
+    """Layers with a recurrent state; None: there are none."""
     ignored_keys: tuple[str, ...] = ()
 
     @property
@@ -195,9 +238,20 @@ class ModelConfig:
         return 2 * self.num_kv_heads if self.latent_rank is None else 1
 
     @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """Layers with keys and values."""
+        others = () if self.delta_net is None else self.delta_net.layers
+        return tuple(layer for layer in range(self.num_layers) if layer not in others)
+
+    @property
     def kv_vectors_per_token(self) -> int:
         """The same over all layers."""
-        return self.num_layers * self.kv_vectors_per_layer
+        return len(self.kv_layers) * self.kv_vectors_per_layer
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence's recurrent state; 0 without one."""
+        return 0 if self.delta_net is None else self.delta_net.state_bytes
 
     @property
     def length_matters_above(self) -> int | None:

@@ -45,14 +45,21 @@ _VECTORS = 32
 """A multiple of the float32 elements that torch computes at a time; a rest is computed singly."""
 
 
-def row_sigmoid(x: Tensor) -> Tensor:
-    """Sigmoid of [rows, n] that is independent of batch composition, to the last bit.
+def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of each element of [rows, n], independent of batch composition, to the last bit.
 
     torch computes the last few elements of a tensor with another function, so padding takes their
     place.
     """
     missing = -x.shape[-1] % _VECTORS
-    return functional.pad(x, (0, missing)).sigmoid()[:, : x.shape[-1]] if missing else x.sigmoid()
+    if missing:
+        return function(functional.pad(x, (0, missing)))[:, : x.shape[-1]]
+    return function(x.contiguous())
+
+
+def row_sigmoid(x: Tensor) -> Tensor:
+    """Sigmoid of [rows, n]; see ``row_wise``."""
+    return row_wise(torch.sigmoid, x)
 
 
 _SPLIT_MIN_ELEMENTS = 4 * 1024 * 1024
@@ -273,6 +280,8 @@ class AttentionModel:
     rope: Rope
     windows: Collection[int] = ()
     """Widths that layers use."""
+    kv_layer: int = 0
+    """The first layer with keys and values."""
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
@@ -299,7 +308,7 @@ class AttentionModel:
         cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
         windows = {width: inputs.attention.within(width) for width in self.windows}
         chunks = inputs.attention.chunks
-        native = None if chunks is None else chunks.fields(cos, sin, caches[0])
+        native = None if chunks is None else chunks.fields(cos, sin, caches[self.kv_layer])
         return LayerContext(cos, sin, inputs.attention, windows, native)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:

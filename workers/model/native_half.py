@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import Activation
+from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
 from workers.model.half import (
     AttendsRows,
     AttentionHalf,
@@ -176,6 +177,10 @@ class NativeBlocks(BuildingBlocks):
 
     def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
         return NativeAttention(self._team, attention, dtype)
+
+    def delta_net(self, net: DeltaNet) -> Mix:
+        """Row by row."""
+        return TorchDeltaNet(net, row_by_row=True)
 
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device

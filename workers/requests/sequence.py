@@ -89,6 +89,13 @@ class SequenceState:
     """Positions from 0 on that have keys and values in the cache."""
     blocks: list[int] = field(default_factory=list)
     """Block table; this sequence is one holder of each block."""
+    state: int | None = None
+    """Slot of its recurrent state after ``num_computed`` tokens; None: no tokens, or no such
+    model."""
+    branch: int = 0
+    """Tokens in blocks that were known at its admission, if the state behind them was not."""
+    latest_state: bytes | None = None
+    """Hash of the block behind which its latest state was kept; None: it need not be replaced."""
     seat: int | None = None
     """Row of ``BlockTables`` with the same blocks; None while it does not run."""
     status: SequenceStatus = SequenceStatus.WAITING

@@ -36,6 +36,7 @@ from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.latent import HeadProducts, LinearHeadProducts
+from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
 from workers.model.layers import Attend, Linear, rms_norm
 from workers.model.rope import Rope, RopeConfig
 
@@ -119,6 +120,10 @@ class RowInvariantBlocks(BuildingBlocks):
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
         """A product for each head. Raises ``ConfigError``."""
         return LinearHeadProducts(weight, plain_dim, self.linear)
+
+    def delta_net(self, net: DeltaNet) -> Mix:
+        """Row by row."""
+        return TorchDeltaNet(net, row_by_row=True)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
         """Attention over tiles. Raises ``ConfigError``."""

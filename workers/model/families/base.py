@@ -27,6 +27,7 @@ from workers.model.layers import (
     Layer,
     Linear,
     Mlp,
+    Norm,
     TableEmbedding,
 )
 
@@ -101,6 +102,8 @@ class Family(ABC):
 
     windows: frozenset[int] = frozenset()
     """Widths of the sliding windows in use, in tokens."""
+    prefix: str = "model"
+    """Of the names of all tensors but the head's."""
     has_sinks: ClassVar[bool] = False
     """There are attention sinks: see ``AttentionBatch.sinks``."""
 
@@ -124,7 +127,7 @@ class Family(ABC):
 
         ``names`` (all tensor names) decides between one tensor per expert and fused ones.
         """
-        return gated_expert(f"model.layers.{bank.layer}.mlp.experts", bank, expert, names)
+        return gated_expert(f"{self.prefix}.layers.{bank.layer}.mlp.experts", bank, expert, names)
 
     def attention_tensors(self) -> Iterator[TensorPart]:
         """All tensors of an attention worker: everything but the routed experts."""
@@ -159,11 +162,16 @@ class Family(ABC):
             device=device,
             is_native=blocks.are_native,
             layers=layers,
-            norm=blocks.norm(outer.tensor("norm"), config.rms_norm_eps),
+            norm=self.final_norm(outer),
             head=head,
             rope=blocks.rope(config.rope, limit, dtype, device),
             windows=self.windows,
+            kv_layer=config.kv_layers[0],
         )
+
+    def final_norm(self, outer: Loader) -> Norm:
+        """The norm behind the layers."""
+        return outer.blocks.norm(outer.tensor("norm"), self.config.rms_norm_eps)
 
     def _ends(self, outer: Loader, blocks: BuildingBlocks) -> tuple[Embedding, Linear]:
         """The embedding and the head, before the layers.
@@ -181,8 +189,8 @@ class Family(ABC):
         config = self.config
         width = config.hidden_size
         parts = {
-            "embedding": part("model.embed_tokens.weight", config.vocab_size, width),
-            "norm": part("model.norm.weight", width),
+            "embedding": part(f"{self.prefix}.embed_tokens.weight", config.vocab_size, width),
+            "norm": part(f"{self.prefix}.norm.weight", width),
         }
         if config.labels:
             parts["head"] = part("score.weight", len(config.labels), width)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.core.errors import CheckpointError
 from workers.model.config import ModelConfig, TensorPart
 from workers.model.families.base import Family, Loader
 from workers.model.families.decoder import DecoderLayer, dense_attention_layer
@@ -22,7 +21,14 @@ from workers.model.families.parts import (
     part,
     projection_parts,
 )
-from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
+from workers.model.families.settings import (
+    Defaults,
+    Heads,
+    Settings,
+    check_top_k,
+    model_config,
+    sparse_layers,
+)
 from workers.model.routing import Router, Routing
 
 _DEFAULTS = Defaults(
@@ -61,7 +67,9 @@ def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
         top_k=settings.integer("num_experts_per_tok", default=8),
         expert_width=settings.integer("moe_intermediate_size", default=768),
         dense_width=settings.integer("intermediate_size", default=6144),
-        sparse_layers=_sparse_layers(settings),
+        sparse_layers=sparse_layers(
+            settings, settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
+        ),
         norm_topk_prob=settings.flag("norm_topk_prob", False),
         attention_bias=settings.flag("attention_bias", False),
         window=width if settings.flag("use_sliding_window", False) else None,
@@ -72,22 +80,6 @@ def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
     )
     shared = model_config(settings, model_type="qwen3_moe", heads=heads, defaults=_DEFAULTS)
     return Qwen3MoeFamily(shared, own)
-
-
-def _sparse_layers(settings: Settings) -> tuple[int, ...]:
-    """Every ``decoder_sparse_step``-th layer, but for ``mlp_only_layers``."""
-    num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
-    step = settings.integer("decoder_sparse_step", default=1)
-    dense = settings.value("mlp_only_layers", default=[])
-    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
-        raise CheckpointError(f"config.json: mlp_only_layers {dense!r} must be a list of layers")
-    found = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
-    if not found:
-        raise CheckpointError(
-            f"config.json: mlp_only_layers {dense!r} and decoder_sparse_step {step} leave no layer "
-            f"with experts of num_hidden_layers {num_layers}"
-        )
-    return found
 
 
 class Qwen3MoeFamily(Family):

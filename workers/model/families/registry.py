@@ -23,6 +23,9 @@ FAMILIES = {
     "deepseek_v3": "workers.model.families.latent.deepseek_v3",
     "kimi_k2": "workers.model.families.latent.deepseek_v3",
     "glm4_moe_lite": "workers.model.families.latent.glm4_moe_lite",
+    "qwen3_next": "workers.model.families.hybrid.qwen3_next",
+    "qwen3_5_moe": "workers.model.families.hybrid.qwen3_5_moe",
+    "qwen3_5_moe_text": "workers.model.families.hybrid.qwen3_5_moe",
     "jetmoe": "workers.model.families.jetmoe",
 }
 """``model_type`` of the config -> module with a ``family(config) -> Family`` function."""

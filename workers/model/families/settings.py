@@ -38,6 +38,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n_group": (1,),
     "routed_scaling_factor": (1, 1.0),
     "first_k_dense_replace": (0,),
+    "attn_output_gate": (True,),
+    "mamba_ssm_dtype": ("float32",),
     "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,),
     "moe_layer_freq": (1,),
@@ -282,6 +284,21 @@ def check_top_k(key: str, top_k: int, of_key: str, num_experts: int) -> None:
     """Raise ``CheckpointError`` where a token has more experts than there are."""
     if top_k > num_experts:
         raise CheckpointError(f"config.json: {key} {top_k} exceeds {of_key} {num_experts}")
+
+
+def sparse_layers(settings: Settings, num_layers: int) -> tuple[int, ...]:
+    """Every ``decoder_sparse_step``-th layer, but for ``mlp_only_layers``."""
+    step = settings.integer("decoder_sparse_step", default=1)
+    dense = settings.value("mlp_only_layers", default=[])
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise CheckpointError(f"config.json: mlp_only_layers {dense!r} must be a list of layers")
+    found = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
+    if not found:
+        raise CheckpointError(
+            f"config.json: mlp_only_layers {dense!r} and decoder_sparse_step {step} leave no layer "
+            f"with experts of num_hidden_layers {num_layers}"
+        )
+    return found
 
 
 def model_config(

@@ -1,0 +1,92 @@
+"""Which recurrent states running sequences read, write and leave for others. Pure.
+
+A state is kept where a later prompt can go on from it: behind the last full block that a prompt like
+this one would reuse, behind the last full block of each chunk and of an output so far, and where
+the known blocks of a prompt ended but no state was known: another prompt is likely to branch off
+there. Of one sequence, a state that is kept because it is the latest replaces the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.kv.prefix_cache import PrefixCache
+from workers.kv.state_slots import StateMove, StateSlots
+from workers.requests.sequence import SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStates:
+    """See the module. ``prefixes`` knows the same slots."""
+
+    slots: StateSlots
+    prefixes: PrefixCache
+
+    def admit(self, sequence: SequenceState) -> None:
+        """It has the blocks that were found, and goes on from the state behind them."""
+        num_found = len(sequence.blocks)
+        hashes = self.prefixes.known_hashes(sequence)
+        sequence.state = self.slots.take(hashes[num_found - 1]) if num_found else None
+        num_known = len(hashes)
+        sequence.branch = num_known * self.prefixes.block_size if num_known > num_found else 0
+
+    def plan(self, sequence: SequenceState, first: int, count: int) -> StateMove:
+        """Slots for rows ``first`` to ``first`` + ``count`` - 1, which come next."""
+        last, kept = first + count, []
+        for tokens in sorted(self._wanted(sequence, first, last)):
+            slot = self.slots.allocate_extra() if tokens < last else None
+            if slot is not None:
+                kept.append((tokens, slot))
+        read = self.slots.zero if sequence.state is None else sequence.state
+        return StateMove(first, read, last, self.slots.allocate(), tuple(kept))
+
+    def commit(self, sequence: SequenceState, move: StateMove, *, has_failed: bool) -> None:
+        """The rows ran. What a failed sequence computed must not be found."""
+        if sequence.state is not None:
+            self.slots.release(sequence.state)
+        sequence.state = move.write
+        if not has_failed:
+            self._store(sequence, move)
+        for _, slot in move.kept:
+            self.slots.release_extra(slot)
+
+    def abandon(self, move: StateMove) -> None:
+        """The rows did not run."""
+        self.slots.release(move.write)
+        for _, slot in move.kept:
+            self.slots.release_extra(slot)
+
+    def release(self, sequence: SequenceState) -> None:
+        """It does not run any more."""
+        if sequence.state is not None:
+            self.slots.release(sequence.state)
+        sequence.state = None
+        sequence.branch = 0
+
+    def _wanted(self, sequence: SequenceState, first: int, last: int) -> set[int]:
+        """Tokens behind which a state is kept, if it may be found there."""
+        size = self.prefixes.block_size
+        if last // size == first // size:
+            return set()  # most decodes
+        found = {last // size * size, sequence.branch}
+        if last >= sequence.prompt_length:
+            found.add(self._prompt_end(sequence))
+        limit = self.prefixes.num_shared(sequence) * size
+        return {tokens for tokens in found if first < tokens <= min(last, limit)}
+
+    def _prompt_end(self, sequence: SequenceState) -> int:
+        """Tokens that a prompt like this one need not compute."""
+        size = self.prefixes.block_size
+        return (sequence.prompt_length - 1) // size * size
+
+    def _store(self, sequence: SequenceState, move: StateMove) -> None:
+        size, slots = self.prefixes.block_size, dict(move.kept)
+        slots[move.last] = move.write
+        for tokens in sorted(self._wanted(sequence, move.first, move.last) & slots.keys()):
+            name = self.prefixes.hashes(sequence, tokens // size)[-1]
+            is_new = self.slots.store(slots[tokens], name)
+            if tokens in (sequence.branch, self._prompt_end(sequence)):
+                continue
+            if sequence.latest_state is not None and sequence.latest_state != name:
+                self.slots.drop(sequence.latest_state)
+            sequence.latest_state = name if is_new else None

@@ -1,0 +1,225 @@
+"""Gated DeltaNet: what a layer with a recurrent state computes between its projections.
+
+    convolution over the last rows, silu, q/k norms, gated delta rule, gated norm
+
+Of each value head the state is a matrix S [K, D]. A row with query q, key k, value v, decay a and
+strength b changes it, and reads it:
+
+    S = a S;  S = S + k (b (v - k S));  output = q S
+
+Two forms compute the same up to rounding. Row by row, the bits of a row do not depend on how its
+sequence was cut into chunks. In chunks of 64 positions most of the work is in products of matrices.
+
+Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024), section 3; the
+rounding is that of transformers ``models/qwen3_next``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.model.attention import StateRows, StateRun
+from workers.model.config import DeltaNetSpec
+from workers.model.layers import rms_norm, row_sigmoid, row_wise
+
+CHUNK = 64
+"""Positions that the chunked form computes at a time."""
+NORM_EPS = 1e-6
+"""Added to the squares of a query's or key's elements."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeltaNet:
+    """The weights of one layer between its projections."""
+
+    spec: DeltaNetSpec
+    conv: Tensor
+    """[kernel, C] float32: the oldest position first."""
+    rate: Tensor
+    """[V] float32, negative: a row's decay is exp(rate * softplus(its input + bias))."""
+    bias: Tensor
+    """[V] float32."""
+    norm: Tensor
+    """[D] model dtype, for each value head."""
+    eps: float
+    """Of this norm."""
+
+    @property
+    def row_width(self) -> int:
+        """Elements of a projected row: the convolution's inputs [C], gates of the output [V * D],
+        strengths [V] and decays [V]."""
+        spec = self.spec
+        return spec.conv_width + spec.num_value_heads * (spec.value_dim + 2)
+
+
+Mix = Callable[[Tensor, Tensor, StateRows], Tensor]
+"""Projected rows [T, row_width], this layer's states [slots, layer_values] and the rows' runs to
+[T, V * D]. Writes the states after the runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Inputs of the delta rule: [.., V, _] float32, normalised and scaled."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    strengths: Tensor
+    """[.., V]."""
+    log_decays: Tensor
+    """[.., V]."""
+
+
+class TorchDeltaNet:
+    """``Mix`` with torch."""
+
+    def __init__(self, net: DeltaNet, *, row_by_row: bool) -> None:
+        """``row_by_row``: the bits of a row depend neither on other rows nor on chunks."""
+        self._net = net
+        self._row_by_row = row_by_row
+
+    def __call__(self, rows: Tensor, cache: Tensor, states: StateRows) -> Tensor:
+        spec = self._net.spec
+        shape = (len(rows), spec.num_value_heads, spec.value_dim)
+        mixed = torch.empty(shape, dtype=torch.float32, device=rows.device)
+        num_decodes = 0 if self._row_by_row else states.num_decodes
+        if num_decodes:
+            mixed[:num_decodes] = self._decode(rows[:num_decodes], cache, states.decode_slots)
+        for run in states.runs[num_decodes:]:
+            mixed[run.first : run.last] = self._run(rows[run.first : run.last], cache, run)
+        return self._gated(mixed, rows)
+
+    def _decode(self, rows: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+        """One row of each sequence."""
+        read, write = slots.unbind()
+        earlier, matrices = self._parts(cache.index_select(0, read))
+        window = torch.cat((earlier, self._inputs(rows).unsqueeze(1)), 1)
+        found = self._prepared(self._convolved(window)[:, 0], rows)
+        outputs, matrices = _step(found, matrices)
+        cache.index_copy_(0, write, torch.cat((window[:, 1:].flatten(1), matrices.flatten(1)), 1))
+        return outputs
+
+    def _run(self, rows: Tensor, cache: Tensor, run: StateRun) -> Tensor:
+        earlier, matrices = self._parts(cache[run.read])
+        window = torch.cat((earlier, self._inputs(rows)))
+        convolved = self._convolved(window)
+        if self._row_by_row or len(rows) == 1:
+            parts = []
+            for i in range(len(rows)):
+                output, matrices = _step(self._prepared(convolved[i], rows[i]), matrices)
+                parts.append(output)
+            outputs = torch.stack(parts)
+        else:
+            outputs, matrices = _by_chunks(self._prepared(convolved, rows), matrices)
+        cache[run.write] = torch.cat((window[len(rows) :].flatten(), matrices.flatten()))
+        return outputs
+
+    def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Earlier inputs [.., kernel - 1, C] and matrices [.., V, K, D] of states."""
+        spec = self._net.spec
+        inputs, matrices = states.split((spec.conv_values, states.shape[-1] - spec.conv_values), -1)
+        return (
+            inputs.unflatten(-1, (spec.kernel - 1, spec.conv_width)),
+            matrices.unflatten(-1, (spec.num_value_heads, spec.key_dim, spec.value_dim)),
+        )
+
+    def _inputs(self, rows: Tensor) -> Tensor:
+        """[T, C] float32."""
+        return rows[:, : self._net.spec.conv_width].float()
+
+    def _convolved(self, window: Tensor) -> Tensor:
+        """[.., T + kernel - 1, C] to silu of [.., T, C], rounded to the model dtype."""
+        conv, dtype = self._net.conv, self._net.norm.dtype
+        length = window.shape[-2] - len(conv) + 1
+        total = window[..., :length, :] * conv[0]
+        for place in range(1, len(conv)):
+            total = total + window[..., place : place + length, :] * conv[place]
+        flat = total.to(dtype).flatten(0, -2)
+        return row_wise(functional.silu, flat).float().view_as(total)
+
+    def _prepared(self, convolved: Tensor, rows: Tensor) -> _Rows:
+        """convolved [.., C] of projected rows [.., row_width]."""
+        spec, net = self._net.spec, self._net
+        heads, num_values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
+        each = spec.num_key_heads * spec.key_dim
+        queries, keys, values = convolved.split((each, each, num_values), -1)
+        gates = rows[..., spec.conv_width + num_values :]
+        strengths, decays = gates.view(-1, 2 * heads).split(heads, 1)
+        softened = row_wise(functional.softplus, decays.float() + net.bias)
+        shape = (*convolved.shape[:-1], heads)
+        share = heads // spec.num_key_heads
+        return _Rows(
+            queries=_unit(queries.unflatten(-1, (-1, spec.key_dim)), share) * spec.key_dim**-0.5,
+            keys=_unit(keys.unflatten(-1, (-1, spec.key_dim)), share),
+            values=values.unflatten(-1, (heads, -1)),
+            strengths=row_sigmoid(strengths).float().view(shape),
+            log_decays=(net.rate * softened).view(shape),
+        )
+
+    def _gated(self, mixed: Tensor, rows: Tensor) -> Tensor:
+        """The norm of each head of [T, V, D], times silu of its gate: [T, V * D]."""
+        spec, net = self._net.spec, self._net
+        normed = rms_norm(mixed.to(net.norm.dtype).flatten(0, 1), net.norm, net.eps)
+        begin, width = spec.conv_width, spec.num_value_heads * spec.value_dim
+        gates = row_wise(functional.silu, rows[:, begin : begin + width].float())
+        return (normed.view(len(rows), -1).float() * gates).to(net.norm.dtype)
+
+
+def _unit(heads: Tensor, share: int) -> Tensor:
+    """Heads [.., G, K] of length 1, each repeated for the value heads that share it."""
+    squares = (heads * heads).sum(-1, keepdim=True)
+    return (heads * torch.rsqrt(squares + NORM_EPS)).repeat_interleave(share, -2)
+
+
+def _step(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """One row [.., V, _] of each sequence: outputs [.., V, D] and matrices [.., V, K, D]."""
+    decays = row_wise(torch.exp, rows.log_decays.view(-1, rows.log_decays.shape[-1]))
+    matrices = matrices * decays.view(rows.log_decays.shape)[..., None, None]
+    known = (matrices * rows.keys.unsqueeze(-1)).sum(-2)
+    change = (rows.values - known) * rows.strengths.unsqueeze(-1)
+    matrices = matrices + rows.keys.unsqueeze(-1) * change.unsqueeze(-2)
+    return (matrices * rows.queries.unsqueeze(-1)).sum(-2), matrices
+
+
+def _by_chunks(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [T, V, _] of one sequence: outputs [T, V, D] and matrices [V, K, D].
+
+    Within a chunk, the changes of its rows solve a triangular system, so that only the chunks come
+    one after the other.
+    """
+    count = len(rows.queries)
+
+    def chunked(x: Tensor) -> Tensor:
+        """[T, V, ..] to [V, chunks, CHUNK, ..]; rows of zeros at the end change nothing."""
+        padded = functional.pad(x, (*(0, 0) * (x.dim() - 1), 0, -count % CHUNK))
+        return padded.transpose(0, 1).unflatten(1, (-1, CHUNK))
+
+    queries, keys, values = chunked(rows.queries), chunked(rows.keys), chunked(rows.values)
+    strengths = chunked(rows.strengths).unsqueeze(-1)
+    total = chunked(rows.log_decays).cumsum(2)
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=total.device).triu(1)
+    between = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(later, float("-inf")).exp()
+    since_begin = total.exp().unsqueeze(-1)
+    system = (keys * strengths) @ keys.transpose(2, 3) * between
+    solved = torch.linalg.solve_triangular(
+        system,
+        torch.cat((values * strengths, keys * strengths * since_begin), -1),
+        upper=False,
+        unitriangular=True,
+    )
+    changes, from_begin = solved.split((values.shape[-1], keys.shape[-1]), -1)
+    scores = queries @ keys.transpose(2, 3) * between
+    queries = queries * since_begin
+    keys = keys * (total[..., -1:] - total).exp().unsqueeze(-1)
+    whole = total[..., -1].exp()[..., None, None]
+    outputs = []
+    for i in range(total.shape[1]):
+        new = changes[:, i] - from_begin[:, i] @ matrices
+        outputs.append(queries[:, i] @ matrices + scores[:, i] @ new)
+        matrices = matrices * whole[:, i] + keys[:, i].transpose(1, 2) @ new
+    return torch.cat(outputs, 1)[:, :count].transpose(0, 1), matrices

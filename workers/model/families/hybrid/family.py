@@ -1,0 +1,179 @@
+"""What hybrid families have in common: banks, names of tensors, layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from workers.model.config import DeltaNetSpec, ModelConfig, TensorPart
+from workers.model.delta_net import DeltaNet
+from workers.model.families.base import Family, Loader
+from workers.model.families.hybrid.layers import (
+    Float32Norm,
+    GatedAttention,
+    HybridLayer,
+    Mixer,
+    RecurrentMixer,
+)
+from workers.model.families.hybrid.settings import HybridExperts
+from workers.model.families.parts import (
+    attention_shape,
+    head_norm_parts,
+    mlp_banks,
+    mlp_parts,
+    norm_parts,
+    part,
+)
+from workers.model.half import HeadAttention
+from workers.model.layers import Norm
+from workers.model.rope import rotation_order
+from workers.model.routing import Router, Routing
+
+
+class HybridFamily(Family):
+    def __init__(self, config: ModelConfig, experts: HybridExperts, has_bias: bool) -> None:
+        """``has_bias``: q, k, v and o have biases."""
+        banks = mlp_banks(
+            config,
+            experts.sparse_layers,
+            num_experts=experts.num_experts,
+            top_k=experts.top_k,
+            expert_width=experts.expert_width,
+            aux_copies=1,
+        )
+        super().__init__(config, banks)
+        self.experts = experts
+        self._has_bias = has_bias
+
+    @abstractmethod
+    def delta_parts(self, prefix: str, spec: DeltaNetSpec) -> dict[str, TensorPart]:
+        """The input projections of Gated DeltaNet by short name, in the order of their rows."""
+
+    def delta_order(self, spec: DeltaNetSpec) -> Tensor | None:
+        """The order of their rows in which a projected row is that of ``DeltaNet``; None: it is."""
+        return None
+
+    def layer_parts(self, layer: int) -> dict[str, TensorPart]:
+        """See ``Family``. gate, up and down: the shared expert, or the MLP of a dense layer."""
+        config, own = self.config, self.experts
+        prefix, width = f"{self.prefix}.layers.{layer}", config.hidden_size
+        parts = norm_parts(prefix, config) | self._mixer_parts(prefix, layer)
+        if layer not in own.sparse_layers:
+            return parts | mlp_parts(f"{prefix}.mlp", width, own.dense_width)
+        return {
+            **parts,
+            **mlp_parts(f"{prefix}.mlp.shared_expert", width, own.shared_width),
+            "shared_gate": part(f"{prefix}.mlp.shared_expert_gate.weight", 1, width),
+            "router": part(f"{prefix}.mlp.gate.weight", own.num_experts, width),
+        }
+
+    def make_layer(self, layer: int, loader: Loader) -> HybridLayer:
+        spec = self.config.delta_net
+        is_recurrent = spec is not None and layer in spec.layers
+        is_sparse = layer in self.experts.sparse_layers
+        return HybridLayer(
+            mixer=self._recurrent(loader) if is_recurrent else self._attention(loader),
+            norm1=self._norm(loader, "norm1"),
+            norm2=self._norm(loader, "norm2"),
+            mlp=loader.mlp("gate", "up", "down", self.config.activation),
+            gate=loader.linear("shared_gate") if is_sparse else None,
+            router=self._router(layer, loader) if is_sparse else None,
+        )
+
+    def final_norm(self, outer: Loader) -> Norm:
+        return self._norm(outer, "norm")
+
+    def _mixer_parts(self, prefix: str, layer: int) -> dict[str, TensorPart]:
+        """``q`` has the rows of queries and gates, head by head."""
+        config, spec = self.config, self.config.delta_net
+        width = config.hidden_size
+        if spec is not None and layer in spec.layers:
+            name = f"{prefix}.linear_attn"
+            heads, values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
+            return {
+                **self.delta_parts(name, spec),
+                "conv": part(f"{name}.conv1d.weight", spec.conv_width, 1, spec.kernel),
+                "rate": part(f"{name}.A_log", heads),
+                "time": part(f"{name}.dt_bias", heads),
+                "inner_norm": part(f"{name}.norm.weight", spec.value_dim),
+                "o": part(f"{name}.out_proj.weight", width, values),
+            }
+        name = f"{prefix}.self_attn"
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = head_norm_parts(name, config)
+        for short, rows, columns in (
+            ("q", 2 * queries, width),
+            ("k", keys, width),
+            ("v", keys, width),
+            ("o", width, queries),
+        ):
+            parts[short] = part(f"{name}.{short}_proj.weight", rows, columns)
+            if self._has_bias:
+                parts[f"{short}_bias"] = part(f"{name}.{short}_proj.bias", rows)
+        return parts
+
+    def _attention(self, loader: Loader) -> Mixer:
+        config = self.config
+        shape = attention_shape(config)
+        heads = HeadAttention(shape=shape, attend=loader.attend)
+        places = rotation_order(config.rope)
+        return GatedAttention(
+            heads=loader.blocks.heads(heads, loader.dtype),
+            shape=shape,
+            project=loader.linear("q", "k", "v", order=_gated_order(config)),
+            q_norm=self._norm(loader, "q_norm", places),
+            k_norm=self._norm(loader, "k_norm", places),
+            output=loader.linear("o"),
+        )
+
+    def _recurrent(self, loader: Loader) -> Mixer:
+        spec = self.config.delta_net
+        assert spec is not None
+        names = tuple(self.delta_parts("", spec))
+        net = DeltaNet(
+            spec=spec,
+            conv=loader.tensor("conv").squeeze(1).float().T.contiguous(),
+            rate=-loader.tensor("rate", dtype=torch.float32).exp(),
+            bias=loader.tensor("time", dtype=torch.float32),
+            norm=loader.tensor("inner_norm"),
+            eps=self.config.rms_norm_eps,
+        )
+        return RecurrentMixer(
+            project=loader.linear(*names, order=self.delta_order(spec)),
+            mix=loader.blocks.delta_net(net),
+            output=loader.linear("o"),
+        )
+
+    def _router(self, layer: int, loader: Loader) -> Router:
+        own = self.experts
+        routing = Routing(
+            bank=own.sparse_layers.index(layer),
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            scoring="softmax",
+            is_normed=own.norm_topk_prob,
+        )
+        return Router(routing=routing, linear=loader.linear("router"))
+
+    def _norm(self, loader: Loader, name: str, order: Tensor | None = None) -> Norm:
+        """In float32, with the stored weight and 1; ``order``: of its elements."""
+        weight = 1 + loader.tensor(name).float()
+        if order is not None:
+            weight = weight.index_select(0, order.to(weight.device))
+        return Float32Norm(loader.blocks.norm(weight, self.config.rms_norm_eps))
+
+
+def _gated_order(config: ModelConfig) -> Tensor:
+    """[(2A + 2K) * D] int64: rows of q_proj, k_proj and v_proj as queries, keys, values, gates.
+
+    q_proj has each head's query before its gate; heads are rotated whole here.
+    """
+    dim, places = config.head_dim, rotation_order(config.rope)
+    queries = torch.arange(config.num_heads).unsqueeze(1) * 2 * dim
+    keys = 2 * config.num_heads * dim + torch.arange(config.num_kv_heads).unsqueeze(1) * dim
+    values = keys + config.num_kv_heads * dim + torch.arange(dim)
+    gates = queries + dim + torch.arange(dim)
+    parts = (queries + places, keys + places, values, gates)
+    return torch.cat([rows.flatten() for rows in parts])

@@ -1,0 +1,116 @@
+"""Layers of hybrid families: gated attention or Gated DeltaNet, then experts beside a gated MLP.
+
+All norms but the one in Gated DeltaNet are computed in float32, with weights that are stored less 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.model.delta_net import Mix
+from workers.model.half import AttendsRows, AttentionShape
+from workers.model.layers import (
+    Dispatch,
+    LayerContext,
+    LayerSteps,
+    Linear,
+    Mlp,
+    Norm,
+    row_sigmoid,
+)
+from workers.model.routing import Router
+
+Mixer = Callable[[Tensor, Tensor, LayerContext], Tensor]
+"""Normed rows [T, H], this layer's part of the cache, and the context to [T, H]."""
+
+
+class Float32Norm:
+    """A norm of rows in the model dtype that is computed in float32, and rounded once."""
+
+    __slots__ = ("_norm",)
+
+    def __init__(self, norm: Norm) -> None:
+        """``norm`` with a float32 weight."""
+        self._norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[.., width]; leaves x as it is."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
+        return self._norm(rows).to(x.dtype).view(x.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatedAttention:
+    """Attention whose values are multiplied by a sigmoid before the output projection."""
+
+    heads: AttendsRows
+    shape: AttentionShape
+    project: Linear
+    """H -> (2A + 2K) * D: rows of q, k, v, then gates [A * D]."""
+    q_norm: Norm
+    """Of each head."""
+    k_norm: Norm
+    output: Linear
+    """A * D -> H."""
+
+    def __call__(self, normed: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """See ``Mixer``."""
+        shape = self.shape
+        queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        widths = (queries, values, values, queries)
+        q, k, v, gates = self.project(normed).split(widths, 1)
+        normed_heads = (
+            norm(part.reshape(len(normed), -1, shape.head_dim)).flatten(1)
+            for norm, part in ((self.q_norm, q), (self.k_norm, k))
+        )
+        attended = self.heads.attend_rows(torch.cat((*normed_heads, v), 1), cache, context)
+        return self.output(attended * row_sigmoid(gates))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecurrentMixer:
+    """Gated DeltaNet with its projections."""
+
+    project: Linear
+    """H -> ``DeltaNet.row_width``."""
+    mix: Mix
+    output: Linear
+    """V * D -> H."""
+
+    def __call__(self, normed: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
+        """See ``Mixer``."""
+        states = context.attention.states
+        assert states is not None, "the model has recurrent states"
+        return self.output(self.mix(self.project(normed), cache, states))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridLayer:
+    """h + mixer(norm1(h)), then + experts(norm2(.)) + gate(.) * mlp(.), or + mlp(norm2(.))."""
+
+    mixer: Mixer
+    norm1: Norm
+    norm2: Norm
+    mlp: Mlp
+    """The shared expert, or the MLP of a layer without routed ones."""
+    gate: Linear | None
+    """H -> 1, of the shared expert."""
+    router: Router | None
+    """None in a layer without routed experts."""
+
+    def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
+        """See ``Layer``. The shared expert is computed while the routed ones work."""
+        hidden = hidden + self.mixer(self.norm1(hidden), cache, context)
+        normed = self.norm2(hidden)
+        if self.router is None:
+            return hidden.add_(self.mlp(normed))
+        routes = self.router.route(normed, context.attention.recorder)
+        yield Dispatch(routes.bank, 0, normed, routes.topk_ids, routes.topk_weights)
+        assert self.gate is not None, "a layer with experts has a shared one"
+        shared = self.mlp(normed) * row_sigmoid(self.gate(normed))
+        routed = yield
+        return hidden.add_(routed + shared)

@@ -1,0 +1,98 @@
+"""What ``config.json`` says of hybrid layers: their kinds, Gated DeltaNet, experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import DeltaNetSpec, ModelConfig
+from workers.model.families.settings import Settings, check_top_k
+
+LINEAR, FULL = "linear_attention", "full_attention"
+"""Kinds of layers in ``layer_types``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridExperts:
+    """The routed and the shared experts of a layer, and the MLP of one without experts."""
+
+    sparse_layers: tuple[int, ...]
+    """Layers with experts; the others are dense."""
+    num_experts: int
+    """E: routed experts of a layer."""
+    top_k: int
+    expert_width: int
+    """I: inner width of a routed expert."""
+    shared_width: int
+    """Inner width of the shared expert, which sees every token."""
+    dense_width: int
+    """Inner width of the MLP of a dense layer."""
+    norm_topk_prob: bool
+    """Weights of the chosen experts are scaled to sum 1."""
+
+
+def read_experts(
+    settings: Settings,
+    *,
+    sparse_layers: tuple[int, ...],
+    num_experts: int,
+    top_k: int,
+    dense_width: int,
+    norm_topk_prob: bool,
+) -> HybridExperts:
+    """The keys that the families share; the arguments but the layers are defaults, or fixed."""
+    experts = HybridExperts(
+        sparse_layers=sparse_layers,
+        num_experts=settings.integer("num_experts", default=num_experts),
+        top_k=settings.integer("num_experts_per_tok", default=top_k),
+        expert_width=settings.integer("moe_intermediate_size", default=512),
+        shared_width=settings.integer("shared_expert_intermediate_size", default=512),
+        dense_width=dense_width,
+        norm_topk_prob=norm_topk_prob,
+    )
+    check_top_k("num_experts_per_tok", experts.top_k, "num_experts", experts.num_experts)
+    return experts
+
+
+def read_delta_net(settings: Settings, num_layers: int) -> DeltaNetSpec | None:
+    """The layers with a recurrent state; None: there are none."""
+    layers = tuple(i for i, kind in enumerate(_kinds(settings, num_layers)) if kind == LINEAR)
+    spec = DeltaNetSpec(
+        layers=layers,
+        num_key_heads=settings.integer("linear_num_key_heads", default=16),
+        num_value_heads=settings.integer("linear_num_value_heads", default=32),
+        key_dim=settings.integer("linear_key_head_dim", default=128),
+        value_dim=settings.integer("linear_value_head_dim", default=128),
+        kernel=settings.integer("linear_conv_kernel_dim", default=4),
+    )
+    if spec.num_value_heads % spec.num_key_heads:
+        raise CheckpointError(
+            f"config.json: linear_num_value_heads {spec.num_value_heads} must be a multiple of "
+            f"linear_num_key_heads {spec.num_key_heads}"
+        )
+    return spec if layers else None
+
+
+def _kinds(settings: Settings, num_layers: int) -> list[str]:
+    """``layer_types``, or every ``full_attention_interval``-th layer with attention."""
+    interval = settings.integer("full_attention_interval", default=4)
+    kinds = settings.value("layer_types")
+    if kinds is None:
+        kinds = [FULL if (i + 1) % interval == 0 else LINEAR for i in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not {*kinds} <= {LINEAR, FULL}:
+        raise CheckpointError(
+            f"config.json: layer_types {kinds!r} must name {num_layers} layers, each {LINEAR} or "
+            f"{FULL}"
+        )
+    if FULL not in kinds:
+        raise CheckpointError(f"config.json: layer_types has no layer with {FULL}")
+    return kinds
+
+
+def check_activation(config: ModelConfig) -> None:
+    """Raise ``CheckpointError`` for an activation that Gated DeltaNet does not have here."""
+    if config.activation != "silu":
+        raise CheckpointError(
+            f"config.json: hidden_act {config.activation!r} is not supported for "
+            f"{config.model_type}: must be 'silu'"
+        )
