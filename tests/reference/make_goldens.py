@@ -392,7 +392,7 @@ _QWEN3_NEXT = {
     "mlp_only_layers": [],
     "hidden_act": "silu",
     "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
+    "rms_norm_eps": 1e-4,
     "attention_bias": False,
     "tie_word_embeddings": False,
     "rope_theta": 10000000.0,
@@ -1456,7 +1456,7 @@ VARIANTS: dict[str, dict] = {
             "use_cache": True,
         },
     },
-    "qwen3next-base": {"seed": 401, "bf16": True, "config": _QWEN3_NEXT},
+    "qwen3next-base": {"seed": 421, "bf16": True, "config": _QWEN3_NEXT},
     # as the official config.json is written, with a tensor of the layer that predicts ahead
     "qwen3next-official-like": {
         "seed": 402,
@@ -1470,6 +1470,7 @@ VARIANTS: dict[str, dict] = {
             "full_attention_interval": 2,
             "num_hidden_layers": 3,
             "linear_num_value_heads": 2,
+            "rms_norm_eps": 1e-6,
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
             "torch_dtype": "bfloat16",
@@ -1480,7 +1481,7 @@ VARIANTS: dict[str, dict] = {
     },
     # kinds of layers by name, dense ones among them, weights that are not scaled to sum 1, biases
     "qwen3next-layers-bias-tied": {
-        "seed": 403,
+        "seed": 423,
         "embed_std": 0.5,
         "config": _QWEN3_NEXT
         | {
@@ -1517,7 +1518,7 @@ VARIANTS: dict[str, dict] = {
             },
         },
     },
-    "qwen35moe-base": {"seed": 411, "bf16": True, "config": _QWEN35_TEXT},
+    "qwen35moe-base": {"seed": 431, "bf16": True, "config": _QWEN35_TEXT},
     # as the official config.json is written: the text model inside of one that sees images
     "qwen35moe-official-like": {
         "seed": 412,
