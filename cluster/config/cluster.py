@@ -239,7 +239,9 @@ class EngineSection:
             self.max_num_batched_tokens,
             f"must be at least max_num_seqs ({self.max_num_seqs})",
         )
-        check_each(self, "kv_fetch_limit_s num_cached_states", is_not_negative, "must not be negative")
+        check_each(
+            self, "kv_fetch_limit_s num_cached_states", is_not_negative, "must not be negative"
+        )
         share = self.gpu_memory_utilization
         rule = "must be above 0 and at most 1"
         check(0 < share <= 1, "gpu_memory_utilization", share, rule)

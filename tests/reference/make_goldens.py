@@ -1676,8 +1676,9 @@ def hybrid_specs(cfg: dict):
     """``tensor_specs`` of families with Gated DeltaNet."""
     is_next, p = cfg["model_type"] == "qwen3_next", "model"
     if "text_config" in cfg:
-        cfg, p = cfg["text_config"] | {"tie_word_embeddings": cfg["tie_word_embeddings"]}, (
-            "model.language_model"
+        cfg, p = (
+            cfg["text_config"] | {"tie_word_embeddings": cfg["tie_word_embeddings"]},
+            ("model.language_model"),
         )
     H, L, V = cfg["hidden_size"], cfg["num_hidden_layers"], cfg["vocab_size"]
     yield f"{p}.embed_tokens.weight", (V, H), "embed"

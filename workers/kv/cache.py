@@ -135,9 +135,7 @@ class KVCache:
                 layer[:, places] = 0
 
 
-def _states(
-    spec: DeltaNetSpec | None, num_states: int, device: torch.device
-) -> tuple[Tensor, ...]:
+def _states(spec: DeltaNetSpec | None, num_states: int, device: torch.device) -> tuple[Tensor, ...]:
     if spec is None:
         return ()
     shape = (num_states + 1, spec.layer_values)

@@ -122,7 +122,8 @@ class TorchDeltaNet:
     def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Earlier inputs [.., kernel - 1, C] and matrices [.., V, K, D] of states."""
         spec = self._net.spec
-        inputs, matrices = states.split((spec.conv_values, states.shape[-1] - spec.conv_values), -1)
+        sizes = (spec.conv_values, states.shape[-1] - spec.conv_values)
+        inputs, matrices = torch.split(states, sizes, -1)
         return (
             inputs.unflatten(-1, (spec.kernel - 1, spec.conv_width)),
             matrices.unflatten(-1, (spec.num_value_heads, spec.key_dim, spec.value_dim)),
@@ -147,9 +148,9 @@ class TorchDeltaNet:
         spec, net = self._net.spec, self._net
         heads, num_values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
         each = spec.num_key_heads * spec.key_dim
-        queries, keys, values = convolved.split((each, each, num_values), -1)
+        queries, keys, values = torch.split(convolved, (each, each, num_values), -1)
         gates = rows[..., spec.conv_width + num_values :]
-        strengths, decays = gates.view(-1, 2 * heads).split(heads, 1)
+        strengths, decays = torch.split(gates.view(-1, 2 * heads), heads, 1)
         softened = row_wise(functional.softplus, decays.float() + net.bias)
         shape = (*convolved.shape[:-1], heads)
         share = heads // spec.num_key_heads
@@ -197,7 +198,8 @@ def _by_chunks(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
     def chunked(x: Tensor) -> Tensor:
         """[T, V, ..] to [V, chunks, CHUNK, ..]; rows of zeros at the end change nothing."""
         padded = functional.pad(x, (*(0, 0) * (x.dim() - 1), 0, -count % CHUNK))
-        return padded.transpose(0, 1).unflatten(1, (-1, CHUNK))
+        heads_first = padded.transpose(0, 1)
+        return heads_first.reshape(len(heads_first), -1, CHUNK, *x.shape[2:])
 
     queries, keys, values = chunked(rows.queries), chunked(rows.keys), chunked(rows.values)
     strengths = chunked(rows.strengths).unsqueeze(-1)
@@ -212,7 +214,7 @@ def _by_chunks(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
         upper=False,
         unitriangular=True,
     )
-    changes, from_begin = solved.split((values.shape[-1], keys.shape[-1]), -1)
+    changes, from_begin = torch.split(solved, (values.shape[-1], keys.shape[-1]), -1)
     scores = queries @ keys.transpose(2, 3) * between
     queries = queries * since_begin
     keys = keys * (total[..., -1:] - total).exp().unsqueeze(-1)

@@ -1,6 +1,6 @@
 """Layers of hybrid families: gated attention or Gated DeltaNet, then experts beside a gated MLP.
 
-All norms but the one in Gated DeltaNet are computed in float32, with weights that are stored less 1.
+All norms but that in Gated DeltaNet are computed in float32, with weights that are stored less 1.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class GatedAttention:
         shape = self.shape
         queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         widths = (queries, values, values, queries)
-        q, k, v, gates = self.project(normed).split(widths, 1)
+        q, k, v, gates = torch.split(self.project(normed), widths, 1)
         normed_heads = (
             norm(part.reshape(len(normed), -1, shape.head_dim)).flatten(1)
             for norm, part in ((self.q_norm, q), (self.k_norm, k))

@@ -78,5 +78,5 @@ class Qwen3NextFamily(HybridFamily):
         widths = (spec.key_dim, spec.key_dim, share * spec.value_dim, share * spec.value_dim)
         rows = torch.arange(spec.num_key_heads * sum(widths)).view(spec.num_key_heads, -1)
         gates = rows.numel() + torch.arange(2 * spec.num_value_heads).view(spec.num_key_heads, -1)
-        parts = (*rows.split(widths, 1), *gates.split((share, share), 1))
+        parts = (*torch.split(rows, widths, 1), *torch.split(gates, share, 1))
         return torch.cat([own.flatten() for own in parts])
