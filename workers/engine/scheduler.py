@@ -60,8 +60,10 @@ class Scheduler:
         length_matters_above: int | None = None,
         states: StateSlots | None = None,
     ) -> None:
-        """``length_matters_above``: see ``ModelConfig.length_matters_above``; ``states``: of a model
-        with recurrent states."""
+        """``length_matters_above``: see ``ModelConfig.length_matters_above``.
+
+        ``states``: slots of a model with recurrent states.
+        """
         self._pool = pool
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs

@@ -1,9 +1,9 @@
 """Which recurrent states running sequences read, write and leave for others. Pure.
 
-A state is kept where a later prompt can go on from it: behind the last full block that a prompt like
-this one would reuse, behind the last full block of each chunk and of an output so far, and where
-the known blocks of a prompt ended but no state was known: another prompt is likely to branch off
-there. Of one sequence, a state that is kept because it is the latest replaces the one before.
+A state is kept where a later prompt can go on from it: behind the last full block that a prompt
+like this one would reuse, behind the last full block of each chunk and of an output so far, and
+where the known blocks of a prompt ended but no state was known: other prompts are likely to branch
+off there. Of one sequence, a state that is kept because it is the latest replaces the one before.
 """
 
 from __future__ import annotations

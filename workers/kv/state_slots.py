@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from workers.kv.block_pool import BlockPool
 from workers.requests.block_hash import BlockHash
@@ -48,7 +49,7 @@ class StateMove:
         """
         slots = {self.first: self.read, **dict(self.kept), self.last: self.write}
         cuts = [first, *(p for p in slots if first < p < last), last]
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in pairwise(cuts):
             yield begin, end, slots.get(begin, self.write), slots.get(end, self.write)
 
 

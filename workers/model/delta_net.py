@@ -122,11 +122,12 @@ class TorchDeltaNet:
     def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Earlier inputs [.., kernel - 1, C] and matrices [.., V, K, D] of states."""
         spec = self._net.spec
-        sizes = (spec.conv_values, states.shape[-1] - spec.conv_values)
+        sizes = [spec.conv_values, states.shape[-1] - spec.conv_values]
         inputs, matrices = torch.split(states, sizes, -1)
+        whole = states.shape[:-1]
         return (
-            inputs.unflatten(-1, (spec.kernel - 1, spec.conv_width)),
-            matrices.unflatten(-1, (spec.num_value_heads, spec.key_dim, spec.value_dim)),
+            inputs.reshape(*whole, spec.kernel - 1, spec.conv_width),
+            matrices.reshape(*whole, spec.num_value_heads, spec.key_dim, spec.value_dim),
         )
 
     def _inputs(self, rows: Tensor) -> Tensor:
@@ -148,16 +149,20 @@ class TorchDeltaNet:
         spec, net = self._net.spec, self._net
         heads, num_values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
         each = spec.num_key_heads * spec.key_dim
-        queries, keys, values = torch.split(convolved, (each, each, num_values), -1)
+        queries, keys, values = torch.split(convolved, [each, each, num_values], -1)
         gates = rows[..., spec.conv_width + num_values :]
         strengths, decays = torch.split(gates.view(-1, 2 * heads), heads, 1)
         softened = row_wise(functional.softplus, decays.float() + net.bias)
         shape = (*convolved.shape[:-1], heads)
         share = heads // spec.num_key_heads
+
+        def by_head(x: Tensor, dim: int) -> Tensor:
+            return x.reshape(*x.shape[:-1], -1, dim)
+
         return _Rows(
-            queries=_unit(queries.unflatten(-1, (-1, spec.key_dim)), share) * spec.key_dim**-0.5,
-            keys=_unit(keys.unflatten(-1, (-1, spec.key_dim)), share),
-            values=values.unflatten(-1, (heads, -1)),
+            queries=_unit(by_head(queries, spec.key_dim), share) * spec.key_dim**-0.5,
+            keys=_unit(by_head(keys, spec.key_dim), share),
+            values=by_head(values, spec.value_dim),
             strengths=row_sigmoid(strengths).float().view(shape),
             log_decays=(net.rate * softened).view(shape),
         )
@@ -214,7 +219,7 @@ def _by_chunks(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
         upper=False,
         unitriangular=True,
     )
-    changes, from_begin = torch.split(solved, (values.shape[-1], keys.shape[-1]), -1)
+    changes, from_begin = torch.split(solved, [values.shape[-1], keys.shape[-1]], -1)
     scores = queries @ keys.transpose(2, 3) * between
     queries = queries * since_begin
     keys = keys * (total[..., -1:] - total).exp().unsqueeze(-1)

@@ -61,7 +61,7 @@ class GatedAttention:
         """See ``Mixer``."""
         shape = self.shape
         queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        widths = (queries, values, values, queries)
+        widths = [queries, values, values, queries]
         q, k, v, gates = torch.split(self.project(normed), widths, 1)
         normed_heads = (
             norm(part.reshape(len(normed), -1, shape.head_dim)).flatten(1)

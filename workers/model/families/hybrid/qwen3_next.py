@@ -75,7 +75,7 @@ class Qwen3NextFamily(HybridFamily):
     def delta_order(self, spec: DeltaNetSpec) -> Tensor:
         """Both projections have their rows by key head: q, k, v, z; then strengths, decays."""
         share = spec.num_value_heads // spec.num_key_heads
-        widths = (spec.key_dim, spec.key_dim, share * spec.value_dim, share * spec.value_dim)
+        widths = [spec.key_dim, spec.key_dim, share * spec.value_dim, share * spec.value_dim]
         rows = torch.arange(spec.num_key_heads * sum(widths)).view(spec.num_key_heads, -1)
         gates = rows.numel() + torch.arange(2 * spec.num_value_heads).view(spec.num_key_heads, -1)
         parts = (*torch.split(rows, widths, 1), *torch.split(gates, share, 1))
