@@ -219,6 +219,10 @@ class StateRows:
     """
 
     runs: tuple[StateRun, ...]
+    places: Tensor
+    """[runs, 4] int64 on the CPU: the same numbers, for native kernels."""
+    chains: Tensor
+    """[sequences + 1] int64 on the CPU: where the runs of each sequence begin."""
     num_decodes: int
     """The first runs, of a single row and of different sequences."""
     decode_slots: Tensor

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.attention import StateRows, StateRun
+from workers.model.attention import GPU_PIECE_BYTES, PIECE_BYTES, StateRows, StateRun
 from workers.model.config import DeltaNetSpec
 from workers.model.layers import rms_norm, row_sigmoid, row_wise
 
@@ -88,11 +88,22 @@ class TorchDeltaNet:
         shape = (len(rows), spec.num_value_heads, spec.value_dim)
         mixed = torch.empty(shape, dtype=torch.float32, device=rows.device)
         num_decodes = 0 if self._row_by_row else states.num_decodes
-        if num_decodes:
-            mixed[:num_decodes] = self._decode(rows[:num_decodes], cache, states.decode_slots)
+        size = max(self._piece_bytes(rows.device) // (cache.shape[1] * cache.itemsize), 1)
+        for first in range(0, num_decodes, size):
+            last = min(first + size, num_decodes)
+            slots = states.decode_slots[:, first:last]
+            mixed[first:last] = self._decode(rows[first:last], cache, slots)
         for run in states.runs[num_decodes:]:
             mixed[run.first : run.last] = self._run(rows[run.first : run.last], cache, run)
         return self._gated(mixed, rows)
+
+    def _piece_bytes(self, device: torch.device) -> int:
+        """States of decode rows that are changed together.
+
+        AMD EPYC, torch 2.13, 1 thread, 32 states of 2 MiB in float32: all of them 213 ms, one by
+        one 20 ms.
+        """
+        return PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES
 
     def _decode(self, rows: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
         """One row of each sequence."""

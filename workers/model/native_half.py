@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import Activation
-from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
+from workers.model.delta_net import DeltaNet, Mix
 from workers.model.half import (
     AttendsRows,
     AttentionHalf,
@@ -29,6 +29,7 @@ from workers.model.half import (
 )
 from workers.model.latent import HeadProducts, LatentProjections
 from workers.model.layers import Embedding, LayerContext, Linear, Mlp, Norm
+from workers.model.native_delta_net import NativeDeltaNet
 from workers.model.rope import Rope, RopeConfig
 from workers.model.routing import Router, Routes, Routing
 from workers.native.experts import ExpertShape, SlotTable, expert_pairs
@@ -179,8 +180,7 @@ class NativeBlocks(BuildingBlocks):
         return NativeAttention(self._team, attention, dtype)
 
     def delta_net(self, net: DeltaNet) -> Mix:
-        """Row by row."""
-        return TorchDeltaNet(net, row_by_row=True)
+        return NativeDeltaNet(self._team, net)
 
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device

@@ -39,6 +39,7 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     ),
     "linear_run": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "half_run": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _INT)),
+    "delta_net_run": (_INT, (_POINTER, _POINTER, _POINTER)),
     "norm_rows": (None, (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_double, _INT, _POINTER)),
     "draw_rows": (
         _INT,

@@ -49,7 +49,8 @@ def prompts(count: int, seed: int = 3) -> list[tuple[int, ...]]:
     """Prompts of which each begins with a part of ``SYSTEM``."""
     rng = random.Random(seed)
     return [
-        SYSTEM[: rng.choice([0, 8, 17, 33])] + tuple(rng.choices(range(6, 512), k=rng.randint(1, 9)))
+        SYSTEM[: rng.choice([0, 8, 17, 33])]
+        + tuple(rng.choices(range(6, 512), k=rng.randint(1, 9)))
         for _ in range(count)
     ]
 
