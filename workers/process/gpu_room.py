@@ -54,7 +54,8 @@ def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
     is_local = args.config.workers.mode == "local"
     is_read = not is_local and returns_pairs(family.banks, section.combine_mode)
     is_kv_plain = section.kv_cache_dtype != "fp8" and family.config.latent_rank is None
-    if args.device.type != "cuda" or section.enforce_eager or is_read or not is_kv_plain:
+    is_capturable = is_kv_plain and family.config.delta_net is None
+    if args.device.type != "cuda" or section.enforce_eager or is_read or not is_capturable:
         return ()
     return buckets_up_to(section.max_num_seqs)
 

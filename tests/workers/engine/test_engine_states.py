@@ -63,7 +63,7 @@ def requests(name: str, count: int = 10, **more: object) -> list[Request]:
     ]
 
 
-def run(engine: LocalEngine, wanted: Sequence[Request]) -> list[list[object]]:
+def run(engine: LocalEngine, wanted: Sequence[Request]) -> list[tuple[object, ...]]:
     """What clients get of each choice, with the accounts checked after each step."""
     for request in wanted:
         engine.engine.add_request(request)
@@ -77,12 +77,12 @@ def run(engine: LocalEngine, wanted: Sequence[Request]) -> list[list[object]]:
     return [exact(outputs) for outputs in found.values()]
 
 
-def alone(engine: LocalEngine, wanted: Sequence[Request]) -> list[list[object]]:
+def alone(engine: LocalEngine, wanted: Sequence[Request]) -> list[tuple[object, ...]]:
     return [own for request in wanted for own in run(engine, [request])]
 
 
 @pytest.fixture
-def expected(make: MakeEngine) -> list[list[object]]:
+def expected(make: MakeEngine) -> list[tuple[object, ...]]:
     """Each request alone, in one chunk and without the prefix cache."""
     section = replace(SECTION, max_num_batched_tokens=256, enable_prefix_caching=False)
     return alone(make(section), requests("a"))
@@ -91,7 +91,7 @@ def expected(make: MakeEngine) -> list[list[object]]:
 @pytest.mark.parametrize("rows", [6, 7, 24, 64])
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 def test_rows_do_not_depend_on_how_they_are_cut(
-    make: MakeEngine, expected: list[list[object]], rows: int, num_micro_batches: int
+    make: MakeEngine, expected: list[tuple[object, ...]], rows: int, num_micro_batches: int
 ) -> None:
     section = replace(SECTION, max_num_batched_tokens=rows)
     engine = make(section, num_micro_batches=num_micro_batches)
@@ -102,7 +102,7 @@ def test_rows_do_not_depend_on_how_they_are_cut(
 
 @pytest.mark.parametrize("num_cached_states", [0, 2, 32])
 def test_preempted_sequences_go_on_with_the_same_bits(
-    make: MakeEngine, expected: list[list[object]], num_cached_states: int
+    make: MakeEngine, expected: list[tuple[object, ...]], num_cached_states: int
 ) -> None:
     each = block_bytes(make().config, BLOCK, make().dtype)
     section = replace(SECTION, kv_cache_bytes=26 * each, num_cached_states=num_cached_states)
@@ -112,7 +112,7 @@ def test_preempted_sequences_go_on_with_the_same_bits(
 
 
 def test_abandoned_steps_leave_all_states_as_they_were(
-    make: MakeEngine, expected: list[list[object]]
+    make: MakeEngine, expected: list[tuple[object, ...]]
 ) -> None:
     engine = make(wrap=FailingDispatcher)
     dispatcher, rng = engine.dispatcher, random.Random(5)

@@ -133,10 +133,9 @@ def test_a_run_may_change_its_own_slot(spec: DeltaNetSpec) -> None:
     """Rows of a sequence in two micro-batches: the second one goes on in the slot written."""
     net = weights(spec, torch.float32)
     rows = inputs(net, 5, 7)
-    for mix in (
-        TorchDeltaNet(net, row_by_row=True),
-        *(NativeDeltaNet(team(n), net) for n in NAMES),
-    ):
+    mixes: list[Mix] = [TorchDeltaNet(net, row_by_row=True)]
+    mixes += [NativeDeltaNet(team(name), net) for name in NAMES]
+    for mix in mixes:
         expected, last = whole(mix, net, rows)
         cache = zeros(spec)
         parts = [mix(rows[:3], cache, states_of([(3, 5, 0)]))]

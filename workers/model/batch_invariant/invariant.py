@@ -35,8 +35,8 @@ from workers.model.batch_invariant.row_invariance import (
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
-from workers.model.latent import HeadProducts, LinearHeadProducts
 from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
+from workers.model.latent import HeadProducts, LinearHeadProducts
 from workers.model.layers import Attend, Linear, rms_norm
 from workers.model.rope import Rope, RopeConfig
 
