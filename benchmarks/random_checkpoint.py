@@ -71,6 +71,9 @@ class RandomModel:
             "deepseek_v3": self._deepseek_v3,
             "kimi_k2": self._deepseek_v3,
             "glm4_moe_lite": self._glm4_moe_lite,
+            "qwen3_next": self._qwen3_next,
+            "qwen3_5_moe_text": self._qwen3_5_moe_text,
+            "qwen3_5_moe": self._qwen3_5_moe,
         }
         return {
             "model_type": self.family,
@@ -174,6 +177,30 @@ class RandomModel:
 
     def _flex_olmo(self) -> dict[str, object]:
         return self._olmoe() | {"architectures": ["FlexOlmoForCausalLM"]}
+
+    def _qwen3_next(self) -> dict[str, object]:
+        """Attention in every fourth layer, two value heads for each key head."""
+        dim = self.hidden // self.heads
+        return self._qwen3_moe() | {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "full_attention_interval": min(4, self.layers),
+            "linear_num_key_heads": max(self.heads // 2, 1),
+            "linear_num_value_heads": self.heads,
+            "linear_key_head_dim": dim,
+            "linear_value_head_dim": dim,
+            "shared_expert_intermediate_size": self.ffn,
+        }
+
+    def _qwen3_5_moe_text(self) -> dict[str, object]:
+        found = self._qwen3_next() | {"architectures": ["Qwen3_5MoeForCausalLM"]}
+        del found["norm_topk_prob"]
+        return found
+
+    def _qwen3_5_moe(self) -> dict[str, object]:
+        text = self._qwen3_5_moe_text()
+        del text["architectures"]
+        names = ["Qwen3_5MoeForConditionalGeneration"]
+        return {"architectures": names, "text_config": text}
 
     def _gpt_oss(self) -> dict[str, object]:
         """A window in every other layer."""

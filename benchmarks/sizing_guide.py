@@ -73,6 +73,7 @@ def known_model(folder: str) -> SizedModel:
         banks=bank_sizes(facts.banks, None),
         attention_values=facts.attention_values,
         kv_bytes_per_token=facts.kv_bytes_per_token("bfloat16"),
+        state_bytes=facts.state_bytes,
         itemsize=BFLOAT16,
     )
     return SizedModel(size=size, attention_weights=facts.attention_weights)
@@ -83,11 +84,12 @@ def _section(name: str, model: SizedModel, layouts: list[tuple[NodeKind, Layout]
     experts = sum(b.num_experts * b.expert_values for b in size.banks)
     num_nodes = layouts[0][1].num_nodes
     nodes = "one node" if num_nodes == 1 else f"{num_nodes} nodes"
+    states = f", {size.state_bytes / 1e6:.0f} MB a recurrent state" if size.state_bytes else ""
     facts = (
         f"{(experts + model.attention_weights) / 1e9:.1f} billion weights: "
         f"{experts * size.itemsize / 1e9:.1f} GB of experts, "
         f"{model.attention_weights * size.itemsize / 1e9:.1f} GB on every attention GPU, "
-        f"{size.kv_bytes_per_token / 1e3:.0f} kB of KV a token.\n"
+        f"{size.kv_bytes_per_token / 1e3:.0f} kB of KV a token{states}.\n"
         f"On {nodes} of {GPUS_PER_NODE} GPUs:"
     )
     rows = [_HEADER, tuple("---" for _ in _HEADER), *(_row(*pair) for pair in layouts)]

@@ -28,6 +28,8 @@ CONTEXT_TOKENS = 2048
 """Mean context of a sequence."""
 MAX_SEQS = 64
 """Sequences for each GPU of the cluster, as far as their KV fits."""
+_STATES = 3
+"""Recurrent states for each sequence, of models that have such: ``EngineSection.num_states``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,9 +146,13 @@ def _layout(model: SizedModel, node: NodeKind, num_nodes: int, num_attention: in
     spare = max(0, min(spare, int(room // slot_bytes) - own))
     attention_bytes = float(model.attention_weights * size.itemsize)
     kv_tokens = int(max(room - attention_bytes, 0.0) // size.kv_bytes_per_token)
+    # Of KV that has the size of a sequence's recurrent states.
+    state_tokens = math.ceil(_STATES * size.state_bytes / size.kv_bytes_per_token)
     num_seqs = min(
-        MAX_SEQS * num_nodes * GPUS_PER_NODE, num_attention * kv_tokens // CONTEXT_TOKENS
+        MAX_SEQS * num_nodes * GPUS_PER_NODE,
+        num_attention * kv_tokens // (CONTEXT_TOKENS + state_tokens),
     )
+    kv_tokens -= math.ceil(num_seqs / num_attention) * state_tokens
     decode = disaggregated_step(
         size,
         max(num_seqs, 1),

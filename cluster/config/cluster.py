@@ -248,6 +248,13 @@ class EngineSection:
         limits = "itl_target_ms max_waiting_tokens kv_cache_bytes"
         check_each(self, limits, is_positive, "must be positive")
 
+    @property
+    def num_states(self) -> int:
+        """Recurrent states of one attention worker whose model has them: of each sequence what a
+        step reads and writes, and what is kept behind its last full block; and those of prefixes.
+        """
+        return 3 * self.max_num_seqs + self.num_cached_states
+
     def num_kv_blocks(self, bytes_per_token: int, max_model_len: int) -> int:
         """KV blocks of one attention worker, with the default of CPUs.
 

@@ -39,6 +39,8 @@ class CheckpointFacts:
     """Keys and values that the KV cache keeps of one token, over all layers and heads."""
     head_dim: int
     """Numbers of each of them."""
+    state_bytes: int = 0
+    """Of a sequence's recurrent state, over all layers that have one; 0: there are none."""
     attention_values: int
     """Weights that an attention rank reads in each step."""
     attention_weights: int
@@ -72,6 +74,7 @@ class CheckpointFacts:
             banks=bank_sizes(self.banks, profile),
             attention_values=self.attention_values,
             kv_bytes_per_token=self.kv_bytes_per_token(dtype, kv_cache_dtype),
+            state_bytes=self.state_bytes,
             itemsize=self.itemsize(dtype),
         )
 
@@ -137,6 +140,7 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
         context_tokens=family.config.context_tokens,
         kv_vectors_per_token=family.config.kv_vectors_per_token,
         head_dim=family.config.head_dim,
+        state_bytes=family.config.state_bytes,
         attention_values=summary.attention_values,
         attention_weights=summary.attention_weights,
         banks=tuple(

@@ -78,6 +78,8 @@ class ModelSize:
     """Weights that an attention rank reads in each step: all but the experts and the embedding."""
     kv_bytes_per_token: int
     """Bytes of the keys and values of one token, over all layers."""
+    state_bytes: int = 0
+    """Of a sequence's recurrent state, which each step reads and writes."""
     itemsize: int
     """Bytes of a weight and of a dispatched row's element."""
 
@@ -141,7 +143,8 @@ def attention_step(
 ) -> float:
     """Seconds of everything but experts for ``batch`` rows of one rank, over all layers."""
     kv_bytes = batch * context_tokens * model.kv_bytes_per_token
-    return (model.attention_values * model.itemsize + kv_bytes) / device.bandwidth_bytes_s
+    read_bytes = model.attention_values * model.itemsize + kv_bytes + 2 * batch * model.state_bytes
+    return read_bytes / device.bandwidth_bytes_s
 
 
 def disaggregated_step(

@@ -478,4 +478,4 @@ class Engine:
 def _state_slots(config: ModelConfig, section: EngineSection) -> StateSlots | None:
     if config.delta_net is None:
         return None
-    return StateSlots(section.max_num_seqs, section.num_cached_states)
+    return StateSlots(section.num_states, section.max_num_seqs)

@@ -17,13 +17,6 @@ from workers.requests.block_hash import BlockHash
 
 _IN_A_STEP = 2
 """Slots of a running sequence: what a step reads, and what it writes."""
-_PER_SEQUENCE = 3
-"""Slots in all: one more, for the state behind the last full block of each running sequence."""
-
-
-def num_state_slots(max_num_seqs: int, num_cached_states: int) -> int:
-    """Slots of one attention worker whose model has recurrent states."""
-    return _PER_SEQUENCE * max_num_seqs + num_cached_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +53,10 @@ class StateSlots:
     that are left: there may be none.
     """
 
-    def __init__(self, max_num_seqs: int, num_cached_states: int) -> None:
-        self.num_slots = num_state_slots(max_num_seqs, num_cached_states)
+    def __init__(self, num_slots: int, max_num_seqs: int) -> None:
+        """At least two slots for each of ``max_num_seqs`` sequences."""
+        assert num_slots >= _IN_A_STEP * max_num_seqs
+        self.num_slots = num_slots
         self.zero = self.num_slots
         """Slot of the state before any token; never written."""
         self._pool = BlockPool(self.num_slots)

@@ -91,12 +91,18 @@ def section_for_gpu(
     num_peers = 0 if workers.mode == "local" else workers.num_expert_workers
     budget = kv_budget(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
-        _reserves(args, family, step_bytes(config, family.banks, section), num_peers, is_nccl),
+        _states(section, config)
+        | _reserves(args, family, step_bytes(config, family.banks, section), num_peers, is_nccl),
         utilization=section.gpu_memory_utilization,
         asked_bytes=section.kv_cache_bytes,
         block_bytes=block_bytes(section, config, dtype),
     )
     return replace(section, kv_cache_bytes=budget)
+
+
+def _states(section: EngineSection, config: ModelConfig) -> dict[str, int]:
+    num_bytes = section.num_states * config.state_bytes
+    return {"recurrent states": num_bytes} if num_bytes else {}
 
 
 def _reserves(

@@ -78,6 +78,7 @@ def warm_attention(
     own = replace(
         section,
         kv_cache_bytes=most * blocks * block_bytes(section, family.config, dtype),
+        num_cached_states=0,
         enable_prefix_caching=False,
         max_waiting=most,
         max_waiting_tokens=None,

@@ -48,6 +48,8 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
         "threads_per_worker": start.share.threads if start else None,
         "kv_cache_tokens": None if is_measured else blocks * plan.config.engine.block_size_tokens,
         "kv_cache_dtype": kind,
+        "num_states": plan.config.engine.num_states if facts.state_bytes else 0,
+        "state_bytes": facts.state_bytes,
         "kv_bytes_per_token": facts.kv_bytes_per_token(plan.config.model.dtype, kind),
         "workers": [
             {
@@ -95,6 +97,9 @@ def text(document: Mapping[str, Any], address: str) -> str:
         f"shares   {shares}",
         f"kv       {tokens} tokens of {each} bytes{kind} in each attention worker",
     ]
+    if document["num_states"]:
+        each_state = f"{document['state_bytes'] / 1e6:.3g} MB"
+        lines.append(f"states   {document['num_states']} of {each_state} in each attention worker")
     rows = [
         (w["name"], w["role"], _gigabytes(w["weight_bytes"]), _holds(w["slots"]))
         for w in document["workers"]

@@ -161,6 +161,8 @@ BILLIONS = {
     "Mixtral-8x22B": 141,
     "MiniMax-M2": 229,
     "ERNIE-4.5-21B-A3B": 21.8,
+    "Qwen3-Next-80B-A3B-Instruct": 79.7,
+    "Qwen3.5-35B-A3B": 34.7,
     "ERNIE-4.5-300B-A47B": 299,
     "DeepSeek-V2-Lite": 15.7,
     "DeepSeek-V2": 236,
