@@ -179,7 +179,11 @@ def test_a_peer_that_died_does_no_harm(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variant", ["olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "gptoss-base"]
+    "variant",
+    [
+        *("olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "gptoss-base"),
+        "qwen3next-base",
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_families_fetch_the_same_bits(

@@ -123,7 +123,7 @@ class Engine:
             length_matters_above=config.length_matters_above,
             states=self.states,
         )
-        self.kv_store = KvTransferStore(self.pool, self.cache)
+        self.kv_store = KvTransferStore(self.pool, self.cache, self.states)
         """Blocks that other workers fetch, and that are fetched from them."""
         self.runner = ModelRunner(
             model=model,

@@ -38,6 +38,14 @@ def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     return blake2b(data, digest_size=HASH_BYTES, person=b"kv block").digest()
 
 
+def state_key(block_hash: BlockHash) -> bytes:
+    """Name of the recurrent state behind a block, for workers that exchange both; its own inverse.
+
+    Another hash of the same size: that it is also one of a block is as unlikely as a collision.
+    """
+    return bytes((block_hash[0] ^ 0xFF,)) + block_hash[1:]
+
+
 def request_root(request: Request, length_matters_above: int | None, owner: str = "") -> BlockHash:
     """The root of a request's blocks.
 

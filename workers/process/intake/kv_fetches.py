@@ -26,7 +26,7 @@ from workers.kv.transfer.store import Fetch
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
 from workers.process.intake.commands import AddRequest, PrefetchAsked
 from workers.process.intake.waiting import Job, WaitingRequests
-from workers.requests.block_hash import BlockHash
+from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.request import Request
 from workers.requests.wire import Prefetched
 from workers.transport.peer_link import MAX_ITEMS, Peer, PeerClient, view_bytes
@@ -248,14 +248,28 @@ class KvFetches(WaitingRequests):
         """Fill the blocks of a fetch, in a thread of the executor."""
         cache, began_s = self._engine.kv_store.cache, self._clock()
         buffer = torch.empty(cache.block_shape, dtype=cache.dtype)
+        state = torch.empty(cache.state_shape)
 
         def keep(place: int) -> None:
             cache.write_block(fetch.blocks[place], buffer)
             fetch.num_filled = place + 1
 
+        def fetch_state(client: PeerClient) -> None:
+            """The state behind the last block for which the peer has one, if it is not here."""
+            if fetch.state is None or fetch.num_before_state:
+                return
+            for count in fetch.states:
+                key = state_key(fetch.hashes[count - 1])
+                if client.fetch("a recurrent state", [key], [view_bytes(state)]):
+                    cache.write_state(fetch.state, state)
+                    fetch.num_before_state = count
+                    return
+
         try:
             with closing(PeerClient(peer, deadline_s - began_s, deadline_s=deadline_s)) as client:
+                fetch_state(client)  # first: a worker that goes on replaces it
                 client.fetch("a KV block", fetch.wanted, [view_bytes(buffer)], keep)
+                fetch_state(client)
         except TransportError as err:
             self._num_failed += 1
             logger.warning("KV blocks of %s are computed instead: %s", peer.name, err)
@@ -265,4 +279,5 @@ class KvFetches(WaitingRequests):
         took_s = self._clock() - began_s
         self._seconds.observe(took_s)
         self._num_bytes += fetch.num_filled * buffer.nbytes
+        self._num_bytes += state.nbytes if fetch.num_before_state else 0
         self.cost.observe_fetch(fetch.num_filled * cache.block_size, took_s, self._clock())

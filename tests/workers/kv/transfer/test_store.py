@@ -17,7 +17,7 @@ from tests.reference.local_engine import LocalEngine
 from workers.engine.engine import Engine
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
 from workers.kv.transfer.store import Fetch, KvLender
-from workers.requests.block_hash import block_hashes
+from workers.requests.block_hash import block_hashes, state_key
 from workers.requests.inspection import Inspection
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
@@ -59,6 +59,14 @@ def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
     for place, block in enumerate(blocks):
         taker.cache.write_block(fetch.blocks[place], lender.cache.read_block(block))
     fetch.num_filled = len(blocks)
+    for count in fetch.states if fetch.state is not None else ():
+        if state := lender.lend([state_key(fetch.hashes[count - 1])]):
+            (data,) = KvLender(lender, lambda: None).read(state[0])
+            taker.cache.write_state(fetch.state or 0, data)
+            fetch.num_before_state = count
+            source.engine.check_integrity()
+            lender.end_loan(state, 1)
+            break
     for engine in (source, target):
         engine.engine.check_integrity()
     taker.end(fetch)
@@ -87,6 +95,8 @@ def source(tiny_checkpoint: Path) -> LocalEngine:
         "qwen3moe-base",
         "gptoss-base",
         "glm4lite-official-like",
+        *("olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "gptoss-base"),
+        "qwen3next-base",
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -100,6 +110,34 @@ def test_copied_blocks_give_the_bits_that_computing_gives(
     outputs = serve(other, request_of())
     assert outputs[0].num_cached_tokens == NUM_BLOCKS * 16
     assert exact(outputs) == expected
+
+
+def test_blocks_without_their_state_are_computed_again(golden: Callable[[str], Golden]) -> None:
+    path = golden("qwen3next-base").path
+    one, other = engine_of(path), engine_of(path)
+    expected = exact(serve(one, request_of()))
+    states = one.engine.states
+    assert states is not None
+    states.forget(block_hashes(request_of(), 16, None))
+    assert copy(one, other, request_of()) == NUM_BLOCKS
+    outputs = serve(other, request_of())
+    assert outputs[0].num_cached_tokens == 0
+    assert exact(outputs) == expected
+    again = serve(other, request_of("again"))
+    assert again[0].num_cached_tokens == NUM_BLOCKS * 16
+    assert exact(again) == expected
+
+
+def test_states_are_fetched_into_slots_that_are_left(golden: Callable[[str], Golden]) -> None:
+    path = golden("qwen3next-base").path
+    section = EngineSection(deterministic="on", max_num_seqs=1, num_cached_states=0)
+    engine = LocalEngine(path, section=section, max_model_len=128).engine
+    fetch = begin(engine, request_of())
+    assert fetch is not None
+    assert begin(engine, request_of(cache_salt="x")) is None, "one sequence needs the other two"
+    engine.kv_store.end(fetch)
+    engine.check_integrity()
+    assert begin(engine, request_of(cache_salt="x")) is not None
 
 
 def test_only_what_is_missing_is_asked_for(source: LocalEngine, tiny_checkpoint: Path) -> None:
