@@ -162,6 +162,7 @@ OTHER_QUICK = {
     ("qwen3moe-dense-layers", "2x3-bfloat16-2"),
     ("glm4moe-norms-groups", "2-float32-1"),
     ("deepseekv3-base", "2x3-bfloat16-2"),
+    ("qwen3next-official-like", "2x2-bfloat16-2"),
 }
 """Both dtypes, one and two micro-batches, two pools and colocated workers."""
 
@@ -213,6 +214,7 @@ def pool_bytes(golden: Golden, dtype: str, num_tokens: int) -> int:
         ("jetmoe-tied", Layout(attention=2, experts=2, dtype="float32", micro_batches=1)),
         ("qwen3moe-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=1)),
         ("glm4moe-base", Layout(attention=0, experts=2, dtype="float32", micro_batches=2)),
+        ("qwen3next-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=2)),
         ("flexolmo-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=2)),
         ("gptoss-base", Layout(attention=2, experts=2, dtype="bfloat16", micro_batches=2)),
         ("deepseekv3-base", Layout(attention=2, experts=2, dtype="float32", micro_batches=2)),

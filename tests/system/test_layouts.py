@@ -39,6 +39,7 @@ AnyGolden = Callable[[str], Golden]
         *("qwen3moe-base", "glm4moe-base", "mixtral-base", "minimaxm2-official-like"),
         *("ernie45-official-like", "gptoss-base", "flexolmo-base"),
         *("deepseekv3-base", "deepseekv2-official-like", "glm4lite-official-like"),
+        *("ernie45-official-like", "gptoss-base", "flexolmo-base", "qwen3next-layers-bias-tied"),
     ],
 )
 def test_float32_tokens_in_every_layout(
@@ -67,6 +68,7 @@ def test_float32_tokens_in_every_layout(
         pytest.param("minimaxm2-official-like", marks=pytest.mark.slow),
         pytest.param("ernie45-layers", marks=pytest.mark.slow),
         pytest.param("deepseekv3-official-like", marks=pytest.mark.slow),
+        pytest.param("qwen35moe-official-like", marks=pytest.mark.slow),
         pytest.param("olmoe-norm-gqa-clip", marks=pytest.mark.slow),
     ],
 )

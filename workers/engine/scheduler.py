@@ -229,9 +229,14 @@ class Scheduler:
                 self._pool.release(sequence.blocks[-planned.num_new_blocks :])
                 del sequence.blocks[-planned.num_new_blocks :]
 
-    def check_integrity(self, others: Iterable[list[int]] = ()) -> None:
+    def check_integrity(
+        self, others: Iterable[list[int]] = (), plan: StepPlan | None = None
+    ) -> None:
         """Assert that the pool's holders are exactly the block tables of all running sequences and
-        of ``others``, and that the prefix cache has the right hashes of their blocks."""
+        of ``others``, and that the prefix cache has the right hashes of their blocks.
+
+        ``plan``: one that is neither committed nor abandoned.
+        """
         self._pool.check_integrity([*(s.blocks for s in self._running), *others])
         for sequence in self._running:
             assert sequence.num_computed <= len(sequence.blocks) * self._block_size
@@ -246,6 +251,8 @@ class Scheduler:
             assert sequence.state is None
         if self._states is not None:
             states = [s.state for s in self._running if s.state is not None]
+            planned = () if plan is None else plan.rows
+            states += [rows.states.write for rows in planned if rows.states is not None]
             self._states.slots.check_integrity(states)
 
     def _commit_rows(

@@ -46,11 +46,14 @@ VARIANTS = (
     "ernie45-headdim-linear",
     "deepseekv3-plain-tied",
     "deepseekv2-official-like",
+    "qwen3next-layers-bias-tied",
+    "qwen35moe-base",
 )
 QUICK = {
     ("dots1-groups", "float32", "short chunks"),
     ("jetmoe-untied-top3-eps", "bfloat16", "preempted"),
     ("deepseekv3-plain-tied", "bfloat16", "preempted"),
+    ("qwen3next-layers-bias-tied", "bfloat16", "preempted"),
 }
 
 

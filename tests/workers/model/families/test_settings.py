@@ -47,6 +47,9 @@ DEEPSEEK2: Mapping[str, Any] = {
     "num_experts_per_tok": 6,
 }
 FLASH: Mapping[str, Any] = {"model_type": "glm4_moe_lite", "num_hidden_layers": 4}
+QWEN3_NEXT: Mapping[str, Any] = {"model_type": "qwen3_next", "num_hidden_layers": 4}
+QWEN35_TEXT: Mapping[str, Any] = {"model_type": "qwen3_5_moe_text", "num_hidden_layers": 4}
+QWEN35: Mapping[str, Any] = {"model_type": "qwen3_5_moe", "text_config": QWEN35_TEXT}
 FAMILIES = {
     "olmoe": TINY_CONFIG,
     "dots1": DOTS1,
@@ -62,6 +65,9 @@ FAMILIES = {
     "deepseek_v3": DEEPSEEK,
     "kimi_k2": {**DEEPSEEK, "model_type": "kimi_k2"},
     "glm4_moe_lite": FLASH,
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_moe_text": QWEN35_TEXT,
+    "qwen3_5_moe": QWEN35,
 }
 
 
@@ -209,6 +215,34 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("ernie4_5_moe", {"moe_num_experts": [64, 64]}, "moe_num_experts .* positive integer"),
         ("flex_olmo", {"num_experts_per_tok": 8}, "num_experts_per_tok 8 exceeds num_experts 7"),
         ("flex_olmo", {"clip_qkv": 3.0}, "clip_qkv 3.0 is not supported for flex_olmo"),
+        ("qwen3_next", {"num_experts_per_tok": 513}, "513 exceeds num_experts 512"),
+        ("qwen3_next", {"num_experts": 0}, "num_experts 0 must be a positive integer"),
+        ("qwen3_next", {"layer_types": ["full_attention"]}, "layer_types .* must name 4 layers"),
+        ("qwen3_next", {"layer_types": ["chunked_attention"] * 4}, "each linear_attention or"),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 4}, "no layer with full_attention"),
+        ("qwen3_next", {"full_attention_interval": 5}, "no layer with full_attention"),
+        ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval 0 must be a pos"),
+        ("qwen3_next", {"linear_num_key_heads": 5}, "linear_num_value_heads 32 must be a multiple"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim 0 must be a posit"),
+        ("qwen3_next", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported for qwen3_next"),
+        ("qwen3_next", {"mlp_only_layers": [0, 1, 2, 3]}, "leave no layer with experts"),
+        ("qwen3_next", {"sliding_window": 8}, "sliding_window 8 is not supported for qwen3_next"),
+        ("qwen3_next", {"n_shared_experts": 1}, "n_shared_experts 1 is not supported"),
+        ("qwen3_5_moe_text", {"attn_output_gate": False}, "attn_output_gate False is not"),
+        ("qwen3_5_moe_text", {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype 'bfloat16' is not"),
+        ("qwen3_5_moe_text", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] is not supported"),
+        ("qwen3_5_moe_text", {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+        ("qwen3_5_moe", {"text_config": None}, "text_config None must be an object"),
+        (
+            "qwen3_5_moe",
+            {"architectures": ["Qwen3_5MoeForCausalLM"]},
+            "is not supported: it is not",
+        ),
+        (
+            "qwen3_5_moe",
+            {"text_config": {**QWEN35_TEXT, "tie_word_embeddings": True}},
+            "tie_word_embeddings of text_config is true",
+        ),
         ("gpt_oss", {"num_experts_per_tok": 129}, "129 exceeds num_local_experts 128"),
         ("gpt_oss", {"layer_types": ["full_attention"]}, "for each of the 2 layers"),
         ("gpt_oss", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
@@ -290,3 +324,28 @@ def test_unknown_keys_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         LocalEngine(tmp_path)
     assert [r.getMessage() for r in caplog.records] == ["config.json: ignored, not known: colour"]
+
+
+def test_a_text_model_inside_of_another_has_its_keys_and_those_beside_it() -> None:
+    text = {**QWEN35_TEXT, "num_experts": 32, "dtype": None, "eos_token_id": 7}
+    outer = {**QWEN35, "text_config": text, "tie_word_embeddings": True, "dtype": "bfloat16"}
+    family = load_family({**outer, "eos_token_id": 8, "vision_config": {"depth": 2}})
+    config = family.config
+    assert (config.dtype, config.eos_token_ids) == ("bfloat16", (7,))
+    assert config.tie_word_embeddings
+    assert config.ignored_keys == ("vision_config",)
+    assert {bank.num_experts for bank in family.banks} == {32}
+    names = {part.name for part in family.attention_tensors()}
+    assert "model.language_model.layers.3.self_attn.q_proj.weight" in names
+    assert all(name.startswith("model.language_model.") for name in names)
+
+
+def test_layers_with_a_recurrent_state() -> None:
+    config = load_family({**QWEN3_NEXT, "num_hidden_layers": 8}).config
+    assert config.kv_layers == (3, 7)
+    assert config.kv_vectors_per_token == 2 * 2 * 2
+    assert config.delta_net is not None
+    assert config.delta_net.layers == (0, 1, 2, 4, 5, 6)
+    assert config.state_bytes == 6 * 4 * (3 * 8192 + 32 * 128 * 128)
+    attention = load_family({**QWEN3_NEXT, "layer_types": ["full_attention"] * 4}).config
+    assert (attention.delta_net, attention.state_bytes) == (None, 0)
