@@ -219,6 +219,7 @@ class ScriptedEngine:
             model_type="olmoe",
             hidden_size=8,
             num_layers=2,
+            num_attention_layers=2,
             num_heads=2,
             kv_block_size=self.kv_block_size,
         )

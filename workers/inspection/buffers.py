@@ -24,6 +24,7 @@ def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
     return ModelShape(
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
+        num_attention_layers=len(config.kv_layers),
         num_heads=config.num_heads,
         vocab_size=config.vocab_size,
         num_labels=len(config.labels),
@@ -119,7 +120,7 @@ class InspectionBuffers:
             self._array("hidden_states", *wide)[:, own] = states
         if capture.maps:
             maps = torch.stack([self._by_head(m) for m in capture.maps])[:, :, skip:].numpy()
-            shape = (config.num_layers, config.num_heads, length, length)
+            shape = (len(config.kv_layers), config.num_heads, length, length)
             self._array("attentions", *shape)[:, :, own, :end] = maps[..., :end]
         for index, rows in capture.routers.items():
             self._add_router(self._banks[index], rows, skip, own)

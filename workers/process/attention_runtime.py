@@ -203,6 +203,7 @@ class AttentionRuntime(WorkerRuntime):
             model_type=config.model_type,
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
+            num_attention_layers=len(config.kv_layers),
             num_heads=config.num_heads,
             labels=config.labels,
             pad_token_id=config.pad_token_id,

@@ -97,6 +97,8 @@ class ModelShape:
 
     hidden_size: int
     num_layers: int
+    num_attention_layers: int
+    """Layers that have attention: others have no maps of it."""
     num_heads: int
     """A: query heads."""
     vocab_size: int
@@ -127,7 +129,7 @@ def _elements(inspection: Inspection, length: int, shape: ModelShape) -> Iterato
     if inspection.hidden_states:
         yield (shape.num_layers + 1) * length * shape.hidden_size
     if inspection.attentions:
-        yield shape.num_layers * shape.num_heads * length * length
+        yield shape.num_attention_layers * shape.num_heads * length * length
     for bank in shape.banks:
         yield length * bank.num_experts * inspection.router_logits
         yield length * 2 * bank.top_k * inspection.routes

@@ -48,6 +48,8 @@ class EngineHello(Message, frozen=True, kw_only=True):
     model_type: str
     hidden_size: int
     num_layers: int
+    num_attention_layers: int
+    """See ``ModelShape``."""
     num_heads: int
     labels: tuple[str, ...] = ()
     pad_token_id: int | None = None

@@ -52,6 +52,8 @@ VARIANTS = (
     "deepseekv3-base",
     "deepseekv2-official-like",
     "glm4lite-layers-tied",
+    "qwen3next-layers-bias-tied",
+    "qwen35moe-official-like",
 )
 CHUNKED = EngineSection(max_num_seqs=3, max_num_batched_tokens=7, block_size_tokens=4)
 
@@ -365,11 +367,17 @@ def test_sizes_are_bounded_together(tiny_checkpoint: Path) -> None:
 
 def test_sizes() -> None:
     shape = ModelShape(
-        hidden_size=10, num_layers=2, num_heads=4, vocab_size=96, num_labels=0, banks=()
+        hidden_size=10,
+        num_layers=2,
+        num_attention_layers=1,
+        num_heads=4,
+        vocab_size=96,
+        num_labels=0,
+        banks=(),
     )
     assert num_bytes(Inspection(logits=(1, 2), labels=(1,) * 7), 7, shape) == 4 * (2 * 96 + 7)
     assert num_bytes(Inspection(hidden_states=True), 7, shape) == 4 * 3 * 7 * 10
-    assert num_bytes(Inspection(attentions=True), 7, shape) == 4 * 2 * 4 * 49
+    assert num_bytes(Inspection(attentions=True), 7, shape) == 4 * 1 * 4 * 49
 
 
 def _request(

@@ -28,6 +28,7 @@ FACTS = EngineHello(
     model_type="olmoe",
     hidden_size=8,
     num_layers=1,
+    num_attention_layers=1,
     num_heads=1,
     labels=(),
     pad_token_id=None,
