@@ -112,6 +112,7 @@ QWEN3_NEXT_VARIANTS = (
     "qwen3next-official-like",
     "qwen3next-layers-bias-tied",
     "qwen3next-yarn-fused-fp16",
+    "qwen3next-fp8",
 )
 QWEN35_VARIANTS = ("qwen35moe-base", "qwen35moe-official-like")
 ERNIE_VARIANTS = ("ernie45-official-like", "ernie45-layers", "ernie45-headdim-linear")
@@ -139,6 +140,8 @@ RANDOM_VARIANTS = tuple(
         "ernie45",
         "gptoss",
         "flexolmo",
+        "qwen3next",
+        "qwen35moe",
         "deepseekv3",
         "deepseekv2",
         "glm4lite",

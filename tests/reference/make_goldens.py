@@ -1518,10 +1518,32 @@ VARIANTS: dict[str, dict] = {
             },
         },
     },
-    "qwen35moe-base": {"seed": 431, "bf16": True, "config": _QWEN35_TEXT},
+    "qwen3next-fp8": {
+        "seed": 405,
+        "scaled_block": (8, 16),
+        "store": "bfloat16",
+        "legacy_config": True,
+        "config": _QWEN3_NEXT
+        | {
+            "full_attention_interval": 2,
+            "num_hidden_layers": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "linear_value_head_dim": 24,
+            "torch_dtype": "bfloat16",
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [8, 16],
+                "modules_to_not_convert": ["lm_head"],
+            },
+        },
+    },
+    "qwen35moe-base": {"seed": 451, "bf16": True, "config": _QWEN35_TEXT},
     # as the official config.json is written: the text model inside of one that sees images
     "qwen35moe-official-like": {
-        "seed": 412,
+        "seed": 442,
         "legacy_config": True,
         "fused": True,
         "store": "bfloat16",
@@ -1546,6 +1568,7 @@ VARIANTS: dict[str, dict] = {
                 "mamba_ssm_dtype": "float32",
                 "mtp_num_hidden_layers": 1,
                 "mtp_use_dedicated_embeddings": False,
+                "rms_norm_eps": 1e-3,
             },
             "vision_config": {
                 "model_type": "qwen3_5_moe",
@@ -1734,7 +1757,7 @@ def hybrid_specs(cfg: dict):
         for e in range(cfg["num_experts"]):
             yield from mlp(f"{own}.mlp.experts.{e}", cfg["moe_intermediate_size"])
         yield from mlp(f"{own}.mlp.shared_expert", cfg["shared_expert_intermediate_size"])
-        yield f"{own}.mlp.shared_expert_gate.weight", (1, H), "linear"
+        yield f"{own}.mlp.shared_expert_gate.weight", (1, H), "router"
 
 
 def tensor_specs(cfg: dict):

@@ -18,8 +18,9 @@ from tests.reference import make_goldens
 
 FAMILIES = (
     *("olmoe", "dots1", "jetmoe", "qwen3moe", "glm4moe", "mixtral", "minimaxm2", "ernie45"),
-    *("gptoss", "flexolmo", "deepseekv3", "deepseekv2", "glm4lite"),
+    *("gptoss", "flexolmo", "deepseekv3", "deepseekv2", "glm4lite", "qwen3next", "qwen35moe"),
 )
+HYBRID = ("qwen3next", "qwen35moe")
 LATENT = ("deepseekv3", "deepseekv2", "glm4lite")
 MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
@@ -31,6 +32,8 @@ MODEL_TYPES = {
     "deepseekv3": "deepseek_v3",
     "deepseekv2": "deepseek_v2",
     "glm4lite": "glm4_moe_lite",
+    "qwen3next": "qwen3_next",
+    "qwen35moe": "qwen3_5_moe_text",
 }
 """Where they differ."""
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -58,6 +61,8 @@ def make_variant(family: str, number: int) -> dict:
         "deepseekv3": _deepseek3,
         "deepseekv2": _deepseek2,
         "glm4lite": _glm4_lite,
+        "qwen3next": _qwen3_next,
+        "qwen35moe": _qwen35,
     }
     config, extra = makers[family](rng)
     layers = rng.randint(1, 3)
@@ -83,6 +88,11 @@ def make_variant(family: str, number: int) -> dict:
         config["moe_layer_start_index"] = rng.randint(0, layers - 1)
     if family == "qwen3moe":
         _qwen3_layers(rng, config, layers)
+    if family in HYBRID:
+        _hybrid_layers(rng, config, layers)
+    if family == "qwen3next":
+        _qwen3_layers(rng, config, layers)
+        del config["use_sliding_window"], config["sliding_window"]
     if family == "gptoss" and rng.random() < 0.6:
         kinds = ("sliding_attention", "full_attention")
         config["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
@@ -93,6 +103,7 @@ def make_variant(family: str, number: int) -> dict:
         config["mlp_layer_types"] = [*kinds[1:], "sparse"]
     if family == "glm4moe":
         config["first_k_dense_replace"] = rng.randint(0, layers - 1)
+    if family == "glm4moe" or family in HYBRID:
         share = rng.choice([None, 0.25, 0.5, 0.75, 1.0])  # None: the class's half
         rope |= {} if share is None else {"partial_rotary_factor": share}
     return {
@@ -209,6 +220,41 @@ def _qwen3_layers(rng: random.Random, config: dict, layers: int) -> None:
     config["mlp_only_layers"] = sorted(rng.sample(sparse, rng.randint(0, len(sparse) - 1)))
     config["use_sliding_window"] = rng.random() < 0.4
     config["sliding_window"] = rng.choice([2, 5, 30])
+
+
+def _qwen3_next(rng: random.Random) -> tuple[dict, dict]:
+    config, extra = _qwen3(rng)
+    keys = rng.randint(1, 3)
+    experts = config.pop("num_experts", None) or config.pop("num_local_experts")
+    return config | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "head_dim": rng.choice([8, 16, 24]),
+        "hidden_act": "silu",
+        "num_experts": experts,
+        "shared_expert_intermediate_size": rng.choice([8, 24]),
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": keys * rng.randint(1, 3),
+        "linear_key_head_dim": rng.choice([4, 12, 16]),
+        "linear_value_head_dim": rng.choice([8, 12, 20]),
+        "linear_conv_kernel_dim": rng.randint(1, 5),
+    }, extra
+
+
+def _qwen35(rng: random.Random) -> tuple[dict, dict]:
+    config, extra = _qwen3_next(rng)
+    del config["intermediate_size"], config["norm_topk_prob"]
+    return config | {"architectures": ["Qwen3_5MoeForCausalLM"]}, extra
+
+
+def _hybrid_layers(rng: random.Random, config: dict, layers: int) -> None:
+    """Which layers have a recurrent state. A small epsilon makes differences larger by far."""
+    config["rms_norm_eps"] = rng.choice([1e-4, 1e-3, 0.05])
+    if rng.random() < 0.5:
+        config["full_attention_interval"] = rng.randint(1, layers)
+        return
+    kinds = [rng.choice(["linear_attention", "full_attention"]) for _ in range(layers)]
+    kinds[rng.randrange(layers)] = "full_attention"
+    config["layer_types"] = kinds
 
 
 def _glm4(rng: random.Random) -> tuple[dict, dict]:

@@ -103,6 +103,10 @@ class BlockPool:
             found.append(block)
         return found
 
+    def is_known(self, block_hash: BlockHash) -> bool:
+        """Whether a block can be found by this hash."""
+        return block_hash in self._by_hash
+
     def hash_of(self, block: int) -> BlockHash | None:
         """The hash by which a block can be found."""
         return self._hashes[block]

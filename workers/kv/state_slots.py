@@ -113,17 +113,15 @@ class StateSlots:
 
     def num_known(self, hashes: Sequence[BlockHash]) -> int:
         """Blocks of a prefix up to the last one whose state is known; 0: none is."""
-        for count in range(len(hashes), 0, -1):
-            if self._pool.find(hashes[count - 1 : count]):
-                return count
-        return 0
+        counts = range(len(hashes), 0, -1)
+        return next((count for count in counts if self._pool.is_known(hashes[count - 1])), 0)
 
     def store(self, slot: int, block_hash: BlockHash) -> bool:
         """A held slot has the state behind a block: it can be found from now on.
 
         False where another slot has the same state.
         """
-        is_new = not self._pool.find((block_hash,))
+        is_new = not self._pool.is_known(block_hash)
         self._pool.store(slot, block_hash)
         return is_new
 

@@ -22,7 +22,7 @@ from workers.model.cuda.blocks import CudaBlocks
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
 from workers.requests.request import SamplingParams
 
-GPU_VARIANTS = ("dots1-groups", "jetmoe-tied", "gptoss-base", "flexolmo-base")
+GPU_VARIANTS = ("dots1-groups", "jetmoe-tied", "gptoss-base", "flexolmo-base", "qwen3next-base")
 SECTION = EngineSection(max_num_batched_tokens=16, max_num_seqs=8, block_size_tokens=4)
 """Prompts are cut into chunks, which attend to keys of earlier ones."""
 

@@ -95,7 +95,6 @@ def source(tiny_checkpoint: Path) -> LocalEngine:
         "qwen3moe-base",
         "gptoss-base",
         "glm4lite-official-like",
-        *("olmoe-base", "dots1-groups", "jetmoe-tied", "qwen3moe-base", "gptoss-base"),
         "qwen3next-base",
     ],
 )

@@ -279,7 +279,7 @@ def test_tensor_that_is_not_floating(tmp_path: Path) -> None:
             {"model_type": "llama"},
             "model_type 'llama' is not supported: it is not deepseek_v2, deepseek_v3, dots1, "
             "ernie4_5_moe, flex_olmo, glm4_moe, glm4_moe_lite, gpt_oss, jetmoe, kimi_k2, "
-            "minimax_m2, mixtral, olmoe, qwen3_moe",
+            "minimax_m2, mixtral, olmoe, qwen3_5_moe, qwen3_5_moe_text, qwen3_moe, qwen3_next",
         ),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "swish"}, "hidden_act 'swish' is not supported: it is not silu, gelu"),
