@@ -36,6 +36,7 @@ _CHOICES = (
     ("Qwen3-30B-A3B", "Qwen3-30B-A3B", 1),
     ("Qwen3-235B-A22B", "Qwen3-235B-A22B", 3),
     ("Qwen3-Coder-480B-A35B", "Qwen3-Coder-480B-A35B", 4),
+    ("Qwen3-Next-80B-A3B-Instruct", "Qwen3-Next-80B-A3B", 1),
     ("GLM-4.5-Air", "GLM-4.5-Air", 1),
     ("GLM-4.5", "GLM-4.5", 3),
     ("gpt-oss-120b", "gpt-oss-120b", 1),
