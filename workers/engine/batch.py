@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.engine.state_rows import state_rows
 from workers.engine.step_plan import PlannedRows
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.block_tables import BlockTables
@@ -23,6 +23,8 @@ from workers.model.attention import (
     PagedRows,
     PrefillChunk,
     RowChunks,
+    StateRows,
+    StateRun,
     chunk_mask,
     decode_mask,
     group_size,
@@ -210,6 +212,31 @@ def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks
         tables=tables.array,
         max_length=max(rows.first + rows.count for rows in planned),
     )
+
+
+def state_rows(
+    planned: Sequence[PlannedRows], num_decodes: int, device: torch.device
+) -> StateRows | None:
+    """The runs between recurrent states, the decodes first; None: the model has no states."""
+    if not planned or planned[0].states is None:
+        return None
+    by_sequence = [*_state_runs(planned)]
+    runs = tuple(run for own in by_sequence for run in own)
+    places = torch.tensor([(run.first, run.last, run.read, run.write) for run in runs])
+    chains = torch.tensor([0, *accumulate(map(len, by_sequence))])
+    slots = places[:num_decodes, 2:].T.contiguous()
+    return StateRows(runs, places, chains, num_decodes, to_device(slots.numpy(), device))
+
+
+def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
+    """Those of each sequence."""
+    begin = 0
+    for rows in planned:
+        assert rows.states is not None, "all sequences have states, or none"
+        offset = begin - rows.first
+        found = rows.states.runs(rows.first, rows.first + rows.count)
+        yield [StateRun(a + offset, b + offset, read, write) for a, b, read, write in found]
+        begin += rows.count
 
 
 def given_rows(
