@@ -25,7 +25,10 @@ from workers.model.families.registry import FAMILIES
 MODELS = (ROOT / "docs" / "tutorial" / "models.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = README + MODELS
-DENSE_FIRST = ("dots1", "glm4_moe", "ernie4_5_moe")
+DENSE_FIRST = (
+    *("dots1", "glm4_moe", "ernie4_5_moe"),
+    *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"),
+)
 """Families whose first layer has no experts here."""
 CALLS = {
     path: json.loads(body)

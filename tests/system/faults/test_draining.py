@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.random_checkpoint import TINY, write
 from gateway.engines import moves
 from tests.harness.cluster_gateway import LIMIT_S, gateway_of
 from tests.harness.fault_rows import (
@@ -22,6 +25,7 @@ from tests.harness.fault_rows import (
     row_config,
     undisturbed,
     wait_operation,
+    with_model,
 )
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import (
@@ -51,6 +55,12 @@ def drain(cluster: ServingCluster, worker: str) -> dict[str, Any]:
     return operation
 
 
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose streams have recurrent states, with the bundled tokenizer."""
+    return write(replace(TINY, family="qwen3_next", layers=4), tmp_path_factory.mktemp("recurrent"))
+
+
 def test_drained_workers_leave_no_trace_in_the_answers() -> None:
     """One of each pool, under load, one after the other."""
     with serving(ThreadCluster(quiet_config(2, 3, num_redundant=22))) as cluster:
@@ -73,8 +83,9 @@ def test_drained_workers_leave_no_trace_in_the_answers() -> None:
         assert not {"attention-0", "expert-1"} & set(cluster.group.runtimes)
 
 
+@pytest.mark.parametrize("has_states", [False, True])
 def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, recurrent: Path, has_states: bool
 ) -> None:
     """Its worker stands still with the last block, and the other one goes on with a decode."""
     admitted: list[SequenceState] = []
@@ -89,8 +100,9 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
     for limit in ("_ANSWER_LIMIT_S", "_BLOCK_LIMIT_S", "_PAUSE_LIMIT_S"):  # on a busy machine, too
         monkeypatch.setattr(moves, limit, LIMIT_S)
     calls = make_calls(1, 1500)  # so that it runs on while the order goes its way
+    config = quiet_config(2, 1)
     with (
-        serving(ThreadCluster(quiet_config(2, 1))) as cluster,
+        serving(ThreadCluster(with_model(config, recurrent) if has_states else config)) as cluster,
         gateway_of(cluster) as gateway,
     ):
         expected = gateway.answer(calls)
@@ -105,7 +117,19 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
     (moved,) = admitted
     assert moved.request.attempt == 1
     known = len(moved.request.prompt) + len(moved.request.output_so_far[0])
-    assert known % quiet_config(2, 1).engine.block_size_tokens == 1
+    assert known % config.engine.block_size_tokens == 1
+
+
+def test_streams_with_recurrent_states_move(recurrent: Path) -> None:
+    config = with_model(quiet_config(2, 1), recurrent)
+    with serving(ThreadCluster(config)) as cluster:
+        done: list[dict[str, Any]] = []
+
+        def fault() -> None:
+            done.append(drain(cluster, "attention-0"))
+
+        play(cluster, SMALL, random.Random(6), fault, recurrent)
+        assert done[0]["result"]["requests_moved"] > 0
 
 
 @pytest.mark.slow
