@@ -315,7 +315,7 @@ WAYS = {
 SHORT_WAYS = ("together", "both roles", "chunks")
 OTHERS = (
     *("qwen3_moe", "glm4_moe", "mixtral", "minimax_m2", "ernie4_5_moe", "gpt_oss", "flex_olmo"),
-    *("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "qwen3_next"),
 )
 """Families that ``others`` compares."""
 
