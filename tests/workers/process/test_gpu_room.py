@@ -12,6 +12,7 @@ from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, W
 from cluster.core.errors import ConfigError
 from cluster.core.topology import Member
 from tests.paths import DEMO
+from workers.model.families.registry import load_family
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.gpu_room import (
     captured_sizes,
@@ -56,6 +57,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return fake
 
 
+NO_TRANSPORT: Any = None
+
+
 def args_of(device: Any = "cuda", num_slots: int = 4, **engine: Any) -> WorkerArgs:
     config = ClusterConfig(
         model=ModelSection(path="p", served_model_name="m"),
@@ -97,6 +101,19 @@ def test_larger_steps_take_more() -> None:
     rows = 4096 - 512
     top_k = FAMILY.banks[0].top_k
     assert large - small >= rows * top_k * FAMILY.config.hidden_size * 4
+
+
+def test_recurrent_states_come_before_kv(gpu: FakeGpu) -> None:
+    family = load_family({"model_type": "qwen3_next", "num_hidden_layers": 4})
+    args = args_of(max_num_seqs=4, num_cached_states=2, enforce_eager=True)
+    with_states = section_for_gpu(args, family, torch.bfloat16, NO_TRANSPORT).kv_cache_bytes
+    attention = load_family(
+        {"model_type": "qwen3_next", "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    )
+    without = section_for_gpu(args, attention, torch.bfloat16, NO_TRANSPORT).kv_cache_bytes
+    assert without is not None
+    assert with_states == without - (3 * 4 + 2) * family.config.state_bytes
+    assert captured_sizes(args_of(max_num_seqs=4), family) == ()
 
 
 def test_a_given_size_wins(gpu: FakeGpu) -> None:

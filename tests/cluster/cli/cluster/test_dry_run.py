@@ -184,6 +184,18 @@ def test_public_checkpoints_are_planned(capsys: pytest.CaptureFixture[str], name
     assert weights / 1e9 == pytest.approx(BILLIONS[name], rel=0.005)
 
 
+def test_recurrent_states_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (str(MODELS / "Qwen3-Next-80B-A3B-Instruct"), "--num-expert-workers", "7")
+    more = ("--cpus-per-worker", "0.1", "--max-num-seqs", "16", "--num-cached-states", "8")
+    assert main(["serve", "--dry-run", "--json", *PORTS, *words, *more]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert document["num_states"] == 3 * 16 + 8
+    assert document["state_bytes"] == 36 * 4 * (3 * 8192 + 32 * 128 * 128)
+    assert document["kv_bytes_per_token"] == 12 * 2 * 2 * 256 * 2  # of a quarter of the layers
+    assert main(["serve", "--dry-run", *PORTS, *words, *more]) == ExitCode.OK
+    assert "states   56 of 79 MB in each attention worker" in capsys.readouterr().out
+
+
 def test_names_are_those_of_the_configs_that_are_there() -> None:
     assert BILLIONS.keys() == {path.name for path in MODELS.iterdir()}
 
