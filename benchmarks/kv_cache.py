@@ -19,11 +19,12 @@ from benchmarks.results import table
 from cluster.config.kv_cache import KvCacheDType, kv_vector_bytes
 from workers.kv.block_tables import BlockTables
 from workers.model import fp8
-from workers.model.attention import AttentionBatch, RowChunks, attend
+from workers.model.attention import attend
+from workers.model.attention_batch import AttentionBatch, RowChunks
 from workers.model.compute_threads import ComputeThreads
 from workers.model.half import AttentionHalf, AttentionShape, HalfStages, RoutedProjections
 from workers.model.layers import LayerContext
-from workers.model.native_half import NativeBlocks
+from workers.model.native.blocks import NativeBlocks
 from workers.model.routing import Router, Routing
 from workers.native.team import Team, start_kernels
 

@@ -11,9 +11,9 @@ from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta
 from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
+from gateway.text.forms.tool_calls import ParsedPiece, ToolParser
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
-from gateway.text.tool_calls import ParsedPiece, ToolParser
 from workers.requests.request import TokenLogprob
 
 LOWEST_LOGPROB = -9999.0

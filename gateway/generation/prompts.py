@@ -15,12 +15,12 @@ from gateway.core.tool_use import ToolForm
 from gateway.generation.validate import check_context, check_token_ids, truncate
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
+from gateway.text.forms.tools import tool_grammar
 from gateway.text.harmony.grammar import harmony_grammar
 from gateway.text.harmony.marks import open_message
 from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer
-from gateway.text.tools import tool_grammar
 
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""

@@ -19,8 +19,8 @@ from gateway.http.schema import (
     TokenizeBody,
     ToolChoiceBody,
 )
-from gateway.text.structured import make_grammar
-from gateway.text.tools import make_tool_use, template_call
+from gateway.text.forms.structured import make_grammar
+from gateway.text.forms.tools import make_tool_use, template_call
 from workers.requests.request import Grammar
 
 _OPTIONAL_FIELDS = ("name", "tool_call_id", "reasoning_content")

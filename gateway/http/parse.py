@@ -20,7 +20,7 @@ from gateway.core.field_checks import (
     check_messages,
     is_deeper,
 )
-from gateway.text.tools import MAX_TOOLS
+from gateway.text.forms.tools import MAX_TOOLS
 
 Body = TypeVar("Body", bound=BaseModel)
 

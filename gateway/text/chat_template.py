@@ -18,8 +18,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.core.errors import CheckpointError, RequestError
+from gateway.core.messages import with_reasoning
 from gateway.core.tool_use import ToolForm
-from gateway.text.messages import with_reasoning
 
 _RENDER_ERRORS = (
     jinja2.TemplateError,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.reference.goldens import NUM_NEW_TOKENS, Golden
 from tests.reference.local_engine import LocalEngine
-from workers.model.attention import AttentionBatch, Recorder
+from workers.model.attention_batch import AttentionBatch, Recorder
 from workers.model.layers import AttentionModel, Layer, LayerSteps, ModelInputs
 from workers.requests.request import SamplingParams
 

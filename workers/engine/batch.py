@@ -17,7 +17,7 @@ from workers.engine.step_plan import PlannedRows
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
-from workers.model.attention import (
+from workers.model.attention_batch import (
     AttentionBatch,
     DecodeGroup,
     PagedRows,

@@ -26,7 +26,7 @@ from workers.engine.batch import row_columns
 from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
-from workers.model.attention import AttentionBatch, PagedRows
+from workers.model.attention_batch import AttentionBatch, PagedRows
 from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
 from workers.requests.buckets import bucket_of, kept_rows

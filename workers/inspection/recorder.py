@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workers.model.attention import AttentionBatch, attention_map
+from workers.model.attention import attention_map
+from workers.model.attention_batch import AttentionBatch
 from workers.requests.inspection import Inspection
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cluster.config.kv_cache import KvCacheDType
 from workers.model import fp8
-from workers.model.attention import GPU_PIECE_BYTES, PIECE_BYTES, Workspace
+from workers.model.attention_batch import GPU_PIECE_BYTES, PIECE_BYTES, Workspace
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import DeltaNetSpec, ModelConfig
 from workers.model.host_copies import to_device

@@ -1,6 +1,7 @@
 """Makes the parts of a model in one of several ways.
 
-``BuildingBlocks`` makes the fast ones of torch, ``batch_invariant`` and ``native_half`` others.
+``BuildingBlocks`` makes the fast ones of torch; ``batch_invariant``, ``native`` and ``cuda`` make
+others.
 """
 
 from __future__ import annotations

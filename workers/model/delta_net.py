@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.attention import GPU_PIECE_BYTES, PIECE_BYTES, StateRows, StateRun
+from workers.model.attention_batch import GPU_PIECE_BYTES, PIECE_BYTES, StateRows, StateRun
 from workers.model.config import DeltaNetSpec
 from workers.model.layers import rms_norm, row_sigmoid, row_wise
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from workers.model.attention import AttentionBatch
+from workers.model.attention_batch import AttentionBatch
 from workers.model.latent import LatentProjections, rotate_end
 from workers.model.layers import Attend, Dispatch, LayerContext, Linear, rms_norm
 from workers.model.rope import rotate

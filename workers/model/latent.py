@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.attention import AttentionBatch, PrefillChunk, write_rows
+from workers.model.attention import write_rows
+from workers.model.attention_batch import AttentionBatch, PrefillChunk
 from workers.model.layers import LayerContext, Linear, Norm
 from workers.model.rope import rotate
 

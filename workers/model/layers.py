@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.attention import AttentionBatch
+from workers.model.attention_batch import AttentionBatch
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ClampedSwiglu
 from workers.model.rope import Rope

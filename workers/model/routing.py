@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.model.attention import Recorder
+from workers.model.attention_batch import Recorder
 from workers.model.layers import Linear, row_sigmoid
 
 Scoring = Literal["softmax", "softmax_of_best", "sigmoid", "float32_softmax"]

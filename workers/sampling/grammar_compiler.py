@@ -1,6 +1,6 @@
 """Compiles the grammars of requests.
 
-The size of a grammar is bounded by the gateway (``gateway/text/structured.py``). llguidance
+The size of a grammar is bounded by the gateway (``gateway/text/forms/structured.py``). llguidance
 counts its own work and gives up beyond a limit, in compiling as in masking, so that no grammar runs
 without end. ``workers/process/intake/grammar_compilations.py`` runs it outside the engine's thread.
 """

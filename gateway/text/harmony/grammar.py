@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import ToolUse
-from gateway.text.call_grammar import (
+from gateway.text.forms.call_grammar import (
     ANY_TEXT,
     FIELD,
     call_rules,

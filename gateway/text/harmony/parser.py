@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Collection
 from enum import Enum, auto
 
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
 from gateway.text.harmony.marks import (
     CHANNEL,
     CONSTRAIN,
@@ -26,7 +27,6 @@ from gateway.text.harmony.marks import (
     read_header,
     text_in_header,
 )
-from gateway.text.tool_calls import CallDelta, ParsedPiece
 
 MAX_HEADER_CHARS = 256
 """What is longer without a mark is text, so that no client waits for its end."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.field_checks import require
+from gateway.core.messages import REASONING_NAMES
 from gateway.core.tool_use import CallArguments, ToolForm
 from gateway.text.harmony.declarations import declare_functions
 from gateway.text.harmony.marks import (
@@ -34,7 +35,6 @@ from gateway.text.harmony.marks import (
     ROLE,
     START,
 )
-from gateway.text.messages import REASONING_NAMES
 
 EFFORTS = ("low", "medium", "high")
 _EFFORT = "reasoning_effort"

@@ -21,7 +21,7 @@ from gateway.http.parse import NoCollections, parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
 from gateway.http.unsupported import check_unbuilt
-from gateway.text.tools import MAX_TOOLS
+from gateway.text.forms.tools import MAX_TOOLS
 from protos import inference_pb2 as pb
 
 SAMPLING: dict[str, Any] = {

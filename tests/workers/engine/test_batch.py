@@ -21,7 +21,7 @@ from workers.engine.batch import (
 from workers.engine.step_plan import PlannedRows
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
-from workers.model.attention import group_size
+from workers.model.attention_batch import group_size
 from workers.model.compute_threads import ComputeThreads
 from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Request, SamplingParams

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.model.attention import (
+from workers.model.attention import attend
+from workers.model.attention_batch import (
     AttentionBatch,
     DecodeGroup,
     PrefillChunk,
     Workspace,
-    attend,
     chunk_mask,
     group_size,
     runs,

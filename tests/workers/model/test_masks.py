@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.model.attention import DecodeGroup, PrefillChunk, chunk_mask, decode_mask
+from workers.model.attention_batch import DecodeGroup, PrefillChunk, chunk_mask, decode_mask
 
 CPU = torch.device("cpu")
 WINDOWS = st.one_of(st.none(), st.integers(1, 40))

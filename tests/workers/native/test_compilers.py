@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tests.paths import ROOT
-from tests.workers.model.test_native_half import CASES, WHOLE, make, serve
+from tests.workers.model.native.test_half import CASES, WHOLE, make, serve
 from tests.workers.native.builds import NAMES, library
-from workers.model.native_half import NativeBlocks
+from workers.model.native.blocks import NativeBlocks
 from workers.native.build import ZIG_ARGUMENTS, InstructionSet
 from workers.native.experts import ExpertShape, SlotTable, expert_rows
 from workers.native.library import Library, load_library, runnable

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.workers.native.builds import NAMES, team
-from workers.model.attention import StateRows, StateRun
+from workers.model.attention_batch import StateRows, StateRun
 from workers.model.config import DeltaNetSpec
 from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
-from workers.model.native_delta_net import NativeDeltaNet
+from workers.model.native.delta_net import NativeDeltaNet
 
 SPECS = [
     DeltaNetSpec(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.attention import AttentionBatch, DecodeGroup, PrefillChunk, Workspace, write_rows
+from workers.model.attention import write_rows
+from workers.model.attention_batch import AttentionBatch, DecodeGroup, PrefillChunk, Workspace
 from workers.model.batch_invariant.row_invariance import MAX_ROWS
 
 TILE = 64

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster.core.errors import ConfigError
-from workers.model.attention import (
+from workers.model.attention_batch import (
     AttentionBatch,
     DecodeGroup,
     PrefillChunk,

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.model import fp8
-from workers.model.attention import (
+from workers.model.attention import write_rows
+from workers.model.attention_batch import (
     AttentionBatch,
     DecodeGroup,
     PagedRows,
     PrefillChunk,
     Workspace,
-    write_rows,
 )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from workers.model.families.decoder import DecoderLayer
 from workers.model.layers import AttentionModel, Embedding, Layer, TableEmbedding
-from workers.model.native_half import NativeHalf, NativeLinear, NativeMlp, NativeNorm
+from workers.model.native.half import NativeHalf
+from workers.model.native.products import NativeLinear, NativeMlp, NativeNorm
 from workers.native.exchange import HomeFields
 from workers.native.experts import LocalExperts
 from workers.native.half import BatchFields

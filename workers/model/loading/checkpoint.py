@@ -31,7 +31,7 @@ from workers.model.layers import AttentionModel
 from workers.model.loading import mxfp4, scaled_blocks
 from workers.model.loading.file_stamp import FileStamp, size_and_change
 from workers.model.loading.mapped import joined
-from workers.model.native_half import NativeBlocks
+from workers.model.native.blocks import NativeBlocks
 from workers.native import memory
 from workers.native.team import Team
 

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from gateway.text.forms.tool_calls import ParsedPiece
 from gateway.text.harmony.marks import (
     CALL,
     CHANNEL,
@@ -20,7 +21,6 @@ from gateway.text.harmony.marks import (
     START,
 )
 from gateway.text.harmony.parser import MAX_HEADER_CHARS, HarmonyParser
-from gateway.text.tool_calls import ParsedPiece
 from tests.gateway.text.harmony.examples import (
     PLAN,
     PLAN_ARGUMENTS,

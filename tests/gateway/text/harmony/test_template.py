@@ -8,10 +8,10 @@ import pytest
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.tool_use import Tool
+from gateway.text.forms.tools import template_call
 from gateway.text.harmony.marks import OPENED, open_message
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.harmony.template import HarmonyTemplate
-from gateway.text.tools import template_call
 from tests.gateway.text.harmony.examples import (
     CONVERSATION,
     DECLARED,

@@ -20,7 +20,13 @@ from workers.experts.kernels_invariant import (
     LoopExperts,
     pairs_agree,
 )
-from workers.model.attention import AttentionBatch, DecodeGroup, PrefillChunk, Workspace, chunk_mask
+from workers.model.attention_batch import (
+    AttentionBatch,
+    DecodeGroup,
+    PrefillChunk,
+    Workspace,
+    chunk_mask,
+)
 from workers.model.batch_invariant.attention_tiles import attend_tiles
 from workers.model.batch_invariant.invariant import (
     LINEAR_FORMS,

@@ -10,13 +10,13 @@ from tests.workers.cuda.device import DEVICE
 from tests.workers.cuda.test_attention_kernels import BLOCK, LIMITS, fill
 from tests.workers.model.test_attention import plain
 from workers.model import fp8
-from workers.model.attention import (
+from workers.model.attention import attend
+from workers.model.attention_batch import (
     AttentionBatch,
     DecodeGroup,
     PagedRows,
     PrefillChunk,
     Workspace,
-    attend,
     chunk_mask,
     decode_mask,
 )

@@ -21,7 +21,7 @@ from workers.dispatch.local import LocalDispatcher
 from workers.engine.model_runner import StepResult
 from workers.engine.step_plan import StepPlan
 from workers.metrics.step_timer import StepTimer
-from workers.model.attention import RowChunks
+from workers.model.attention_batch import RowChunks
 from workers.model.families.native_layers import Flow
 from workers.model.layers import Dispatch
 from workers.model.loading.checkpoint import Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workers.model.attention import StateRows
+from workers.model.attention_batch import StateRows
 from workers.model.delta_net import DeltaNet
 from workers.native.delta_net import DeltaNetFields, run_delta_net
 from workers.native.panels import DTYPES

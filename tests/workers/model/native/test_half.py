@@ -11,14 +11,13 @@ from torch import Tensor
 
 from tests.workers.native.builds import NAMES, team
 from workers.kv.block_tables import BlockTables
-from workers.model.attention import (
+from workers.model.attention import attend, attention_map
+from workers.model.attention_batch import (
     AttentionBatch,
     PrefillChunk,
     Recorder,
     RowChunks,
     Workspace,
-    attend,
-    attention_map,
     chunk_mask,
 )
 from workers.model.building_blocks import BuildingBlocks
@@ -34,7 +33,7 @@ from workers.model.half import (
 )
 from workers.model.latent import LatentProjections, LatentShape
 from workers.model.layers import Dispatch, LayerContext
-from workers.model.native_half import NativeBlocks
+from workers.model.native.blocks import NativeBlocks
 from workers.model.rope import Rope, RopeConfig
 from workers.model.routing import Router, Routing, Scoring
 

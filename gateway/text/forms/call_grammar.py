@@ -9,7 +9,7 @@ from typing import Any
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool
-from gateway.text.structured import MAX_GRAMMAR_BYTES
+from gateway.text.forms.structured import MAX_GRAMMAR_BYTES
 from workers.requests.request import Grammar, GrammarKind
 
 FIELD = "tools"

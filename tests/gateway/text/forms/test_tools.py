@@ -14,8 +14,8 @@ import pytest
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool, ToolForm, ToolUse
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.tool_calls import ParsedPiece, ToolParser
-from gateway.text.tools import make_tool_use, tool_grammar
+from gateway.text.forms.tool_calls import ParsedPiece, ToolParser
+from gateway.text.forms.tools import make_tool_use, tool_grammar
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub

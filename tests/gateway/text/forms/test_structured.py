@@ -12,7 +12,7 @@ from gateway.http.convert import completion_fields
 from gateway.http.parse import parse_body
 from gateway.http.schema import CompletionBody
 from gateway.http.unsupported import check_unbuilt
-from gateway.text.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
+from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 from workers.requests.request import Grammar, GrammarKind
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"const": "é"}}}

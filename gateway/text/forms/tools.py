@@ -15,7 +15,7 @@ from typing import Any
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_length, is_deeper, require
 from gateway.core.tool_use import CallArguments, Tool, ToolForm, ToolUse
-from gateway.text.call_grammar import (
+from gateway.text.forms.call_grammar import (
     ANY_TEXT,
     FIELD,
     call_rules,
@@ -23,7 +23,7 @@ from gateway.text.call_grammar import (
     json_rule,
     mark,
 )
-from gateway.text.structured import MAX_SCHEMA_DEPTH
+from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_TOOLS = 128

@@ -1,38 +1,28 @@
-"""Building blocks that compute with native kernels (``workers.native``).
+"""The attention half of a layer with native kernels.
 
-A row's bits depend neither on other rows nor on the number of threads, so these blocks serve with
-``--deterministic`` and without.
+A row's bits depend neither on other rows nor on the number of threads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from workers.model.building_blocks import BuildingBlocks
-from workers.model.config import Activation
-from workers.model.delta_net import DeltaNet, Mix
 from workers.model.half import (
-    AttendsRows,
     AttentionHalf,
     DenseProjections,
     HalfOutput,
     HalfSteps,
     HeadAttention,
     RoutedProjections,
-    StagedHalf,
     routed_steps,
 )
-from workers.model.latent import HeadProducts, LatentProjections
-from workers.model.layers import Embedding, LayerContext, Linear, Mlp, Norm
-from workers.model.native_delta_net import NativeDeltaNet
-from workers.model.rope import Rope, RopeConfig
+from workers.model.latent import LatentProjections
+from workers.model.layers import LayerContext, Linear
+from workers.model.native.products import NativeLinear
 from workers.model.routing import Router, Routes, Routing
-from workers.native.experts import ExpertShape, SlotTable, expert_pairs
 from workers.native.half import (
     ATTEND,
     ENTER,
@@ -48,145 +38,9 @@ from workers.native.half import (
     RowsFields,
     run_half,
 )
-from workers.native.matrix import Matrix, MatrixFields
-from workers.native.norm import norm_rows
-from workers.native.panels import DTYPES, pack
+from workers.native.matrix import MatrixFields
+from workers.native.panels import DTYPES
 from workers.native.team import Team
-
-
-class NativeLinear(Linear):
-    """``Linear`` with a packed weight."""
-
-    __slots__ = ("matrix",)
-
-    def __init__(self, team: Team, weight: Tensor, bias: Tensor | None) -> None:
-        self.matrix = Matrix(team, weight, bias)
-
-    def weight(self) -> Tensor:
-        return self.matrix.weight()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.matrix.multiply(x)
-
-
-class NativeNorm:
-    """Root mean square norm of rows [T, H], in place."""
-
-    __slots__ = ("_team", "eps", "weight")
-
-    def __init__(self, team: Team, weight: Tensor, eps: float) -> None:
-        """weight [H], contiguous."""
-        self._team, self.weight, self.eps = team, weight, eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return norm_rows(self._team, x, self.weight, self.eps)
-
-
-class NativeMlp:
-    """``GatedMlp`` with silu, as the kernels' only expert; rounded as routed experts are."""
-
-    __slots__ = ("_team", "table")
-
-    def __init__(
-        self, team: Team, gate_up: Callable[[], Tensor], down: Callable[[], Tensor]
-    ) -> None:
-        """Reads and packs one weight after the other; see ``BuildingBlocks.mlp``."""
-        self._team = team
-        weight = gate_up()
-        shape = ExpertShape(weight.shape[1], len(weight) // 2, weight.shape[1], weight.dtype)
-        self.table = SlotTable(shape, 1)
-        """Its packed weights."""
-        self.table.put(0, 0, pack(team.library, weight, is_gated=True, team=team))
-        del weight
-        self.table.put(0, 1, pack(team.library, down(), team=team))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, H] -> [rows, H]."""
-        slots = torch.zeros(len(x), dtype=torch.int64)
-        return expert_pairs(self._team, self.table, x, torch.arange(len(x)), slots)
-
-
-class NativeHeadProducts:
-    """``HeadProducts``: a head's matrices are an expert's, and its rows are that expert's rows."""
-
-    def __init__(self, team: Team, weight: Tensor, plain_dim: int) -> None:
-        """weight [A, N + V, R]."""
-        self._team, self._num_heads = team, len(weight)
-        self._keys = self._table([head[:plain_dim].T.contiguous() for head in weight])
-        self._values = self._table([head[plain_dim:].contiguous() for head in weight])
-
-    def absorb(self, queries: Tensor) -> Tensor:
-        """See ``HeadProducts``."""
-        return self._multiply(self._keys, queries)
-
-    def values(self, attended: Tensor) -> Tensor:
-        """See ``HeadProducts``."""
-        return self._multiply(self._values, attended).flatten(1)
-
-    def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
-        raise AssertionError("exact rows are absorbed")
-
-    def _table(self, matrices: Sequence[Tensor]) -> SlotTable:
-        out, width = matrices[0].shape
-        table = SlotTable(ExpertShape(width, 0, out, matrices[0].dtype), len(matrices))
-        for head, matrix in enumerate(matrices):
-            table.put(head, 0, pack(self._team.library, matrix, team=self._team))
-        return table
-
-    def _multiply(self, table: SlotTable, rows: Tensor) -> Tensor:
-        """[T, A, in] -> [T, A, out]."""
-        inputs = rows.reshape(-1, rows.shape[2]).contiguous()
-        heads = torch.arange(self._num_heads).repeat(len(rows))
-        found = expert_pairs(self._team, table, inputs, torch.arange(len(inputs)), heads)
-        return found.view(len(rows), self._num_heads, -1)
-
-
-class NativeBlocks(BuildingBlocks):
-    """Building blocks over a team of threads, for models on a CPU."""
-
-    are_native: ClassVar[bool] = True
-    are_exact: ClassVar[bool] = True
-
-    def __init__(self, team: Team) -> None:
-        super().__init__()
-        self._team = team
-
-    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
-        """A native product. A weight that is used elsewhere is copied."""
-        return NativeLinear(self._team, weight, bias)
-
-    def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        """Both read the packed weight."""
-        linear = NativeLinear(self._team, weight, None)
-        return linear.matrix.rows, linear
-
-    def mlp(
-        self, gate_up: Callable[[], Tensor], down: Callable[[], Tensor], activation: Activation
-    ) -> Mlp:
-        if activation != "silu":
-            return super().mlp(gate_up, down, activation)
-        return NativeMlp(self._team, gate_up, down)
-
-    def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
-        return NativeHeadProducts(self._team, weight, plain_dim)
-
-    def norm(self, weight: Tensor, eps: float) -> Norm:
-        return NativeNorm(self._team, weight, eps)
-
-    def half(self, half: AttentionHalf) -> StagedHalf:
-        return NativeHalf(self._team, half)
-
-    def heads(self, attention: HeadAttention, dtype: torch.dtype) -> AttendsRows:
-        return NativeAttention(self._team, attention, dtype)
-
-    def delta_net(self, net: DeltaNet) -> Mix:
-        return NativeDeltaNet(self._team, net)
-
-    def rope(
-        self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
-    ) -> Rope:
-        """Rotations; those that are computed in the step, row by row."""
-        return Rope(config, max_positions, dtype, device, row_by_row=True)
 
 
 class NativeAttention:

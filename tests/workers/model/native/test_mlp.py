@@ -9,7 +9,8 @@ from torch import Tensor
 from tests.workers.native.builds import NAMES, team
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.layers import GatedMlp, Mlp
-from workers.model.native_half import NativeBlocks, NativeMlp
+from workers.model.native.blocks import NativeBlocks
+from workers.model.native.products import NativeMlp
 
 WIDTHS = [(48, 40), (33, 17), (256, 704)]
 """Outer and inner; the second is no multiple of anything."""

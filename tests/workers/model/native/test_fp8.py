@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.model.test_native_half import (
+from tests.workers.model.native.test_half import (
     BLOCK,
     CASES,
     LENGTHS,
@@ -28,7 +28,7 @@ from workers.model import fp8
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.half import HalfStages
 from workers.model.layers import LayerContext
-from workers.model.native_half import NativeBlocks
+from workers.model.native.blocks import NativeBlocks
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -1,0 +1,4 @@
+"""The forms that answers take: grammars that clients ask for, and calls of tools.
+
+May import ``gateway.core``.
+"""

@@ -1,0 +1,308 @@
+"""What the rows of a micro-batch write and attend to: places in the caches of keys and states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.model import fp8
+from workers.model.compute_threads import ComputeThreads
+from workers.native.half import E4M3, BatchFields
+from workers.native.panels import DTYPES
+
+PIECE_BYTES = 3 * 1024 * 1024
+"""Keys and values that decode rows on a CPU gather at a time."""
+GPU_PIECE_BYTES = 256 * 1024 * 1024
+"""The same on a GPU, where a cache cannot be read in place: with the rows' keys in float32 it has
+three times as much."""
+
+
+class Workspace:
+    """Scratch memory of one thread that grows to the largest request and is kept."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._gathered = torch.empty(0, dtype=dtype, device=device)
+        self._keys = torch.empty(0, dtype=torch.float32, device=device)
+
+    def gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
+        """``cache.index_select(1, blocks)``, decoded; valid until the next call."""
+        if cache.dtype == fp8.ROW_DTYPE:
+            return fp8.decode(cache.index_select(1, blocks), self._dtype)
+        shape = (cache.shape[0], len(blocks), *cache.shape[2:])
+        numel = math.prod(shape)
+        if self._gathered.numel() < numel:
+            self._gathered = cache.new_empty(numel)
+        return torch.index_select(cache, 1, blocks, out=self._gathered[:numel].view(shape))
+
+    def float32(self, keys: Tensor) -> Tensor:
+        """``keys.float()``, valid until the next call."""
+        if keys.dtype == torch.float32:
+            return keys
+        if self._keys.numel() < keys.numel():
+            self._keys = torch.empty(keys.numel(), dtype=torch.float32, device=keys.device)
+        return self._keys[: keys.numel()].view(keys.shape).copy_(keys)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Neighbouring decode rows whose sequences have about the same length."""
+
+    first: int
+    last: int
+    """One past the last row."""
+    blocks: Tensor
+    """[rows * blocks_per_row] int64: block tables, padded with the null block."""
+    visible: Tensor
+    """[rows, blocks_per_row * block_size] bool: True where a row attends; see ``decode_mask``."""
+    window: int | None = None
+    """Positions to which a row attends, its own and those before it; None: all."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[rows] int64: keys up to each row's own."""
+        if self.window is None:
+            return self.visible.sum(1)
+        ends = torch.arange(1, self.visible.shape[1] + 1, device=self.visible.device)
+        return (self.visible * ends).amax(1)
+
+    def within(self, window: int) -> DecodeGroup:
+        """The same rows in a layer with a sliding window."""
+        positions = torch.arange(self.visible.shape[1], device=self.visible.device)
+        is_inside = positions >= self.lengths.unsqueeze(1) - window
+        return replace(self, visible=self.visible & is_inside, window=window)
+
+    @property
+    def cost(self) -> int:
+        """Pairs of rows and keys."""
+        return self.visible.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Neighbouring rows of one sequence."""
+
+    first: int
+    last: int
+    """One past the last row."""
+    length: int
+    """Keys that the chunk's last row attends to, its own included."""
+    blocks: Tensor
+    """[num_blocks] int64 that hold them."""
+    visible: Tensor | None
+    """[rows, length] bool: True where a row attends; None: the chunk begins its sequence, plain
+    causal. See ``chunk_mask``."""
+    window: int | None = None
+    """Positions to which a row attends, its own and those before it; None: all."""
+
+    def within(self, window: int) -> PrefillChunk:
+        """The same rows in a layer with a sliding window."""
+        if self.length <= window:
+            return replace(self, window=window)
+        start, device = self.length - (self.last - self.first), self.blocks.device
+        own = torch.arange(start, self.length, device=device).unsqueeze(1)
+        positions = torch.arange(self.length, device=device)
+        visible = (positions <= own) & (positions > own - window)
+        return replace(self, visible=visible, window=window)
+
+    @property
+    def cost(self) -> int:
+        """Pairs of rows and keys."""
+        return (self.last - self.first) * self.length
+
+
+class Recorder(Protocol):
+    """Observes the inside of a forward pass."""
+
+    def hidden(self, state: Tensor) -> None:
+        """Embeddings, then after each layer but the last, then after the final norm: [T, H]."""
+
+    def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """A bank's router: logits [T, E], topk_ids [T, k], topk_weights [T, k]."""
+
+    def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
+        """A layer's queries [T, A, D]; the rows' keys and values are in the layer's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowChunks:
+    """The rows of a batch for native kernels: neighbouring rows of a sequence are one chunk."""
+
+    num_rows: int
+    """In all chunks."""
+    places: Tensor
+    """[chunks, 4] int64: first row, rows, position of the first row in its sequence, address of the
+    sequence's block table."""
+    tables: NDArray[np.int32]
+    """The memory of the block tables, which must not change while the batch is used."""
+    max_length: int
+    """Keys of the longest sequence, those of its last row included."""
+
+    def fields(
+        self, cos: Tensor, sin: Tensor, cache: Tensor, *, waves_by_position: bool = False
+    ) -> BatchFields:
+        """The batch in C. ``Rope.rows`` [T, 1, D] or ``Rope.waves_by_position``, which must outlive
+        it, as this must; ``cache`` is that of any layer."""
+        assert len(cos) >= self.max_length or not waves_by_position, f"{len(cos)} positions"
+        return BatchFields(
+            num_rows=self.num_rows,
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            wave_stride=cos.stride(0),
+            waves_by_position=waves_by_position,
+            chunks=self.places.data_ptr(),
+            num_chunks=len(self.places),
+            max_length=self.max_length,
+            num_blocks=cache.shape[1],
+            block_size=cache.shape[2],
+            cache_dtype=E4M3 if cache.dtype == fp8.ROW_DTYPE else DTYPES.index(cache.dtype),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """The rows of a batch for kernels on a GPU that read the cache in place: decodes come first."""
+
+    tables: Tensor
+    """[sequences, max_blocks] int32: what stands behind a sequence's blocks is not read."""
+    lengths: Tensor
+    """[sequences] int32: keys up to the last row of each, its own included."""
+    first_rows: Tensor
+    """[sequences + 1] int32: where the rows of each begin."""
+    num_decodes: int
+    """Sequences of a single row."""
+    chunks: tuple[tuple[int, int, int], ...]
+    """(first row, one past the last, keys up to it) of the other sequences."""
+    window: int | None = None
+    """Positions to which a row attends, its own and those before it; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateRun:
+    """Neighbouring rows of one sequence, between two of its recurrent states."""
+
+    first: int
+    last: int
+    """One past the last row."""
+    read: int
+    """Slot of the state before the first row."""
+    write: int
+    """Slot of the state after the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """Which recurrent states the rows of a batch read and write, in the layers that have them.
+
+    Runs are in the order of rows. A run may read what one before it has written.
+    """
+
+    runs: tuple[StateRun, ...]
+    places: Tensor
+    """[runs, 4] int64 on the CPU: the same numbers, for native kernels."""
+    chains: Tensor
+    """[sequences + 1] int64 on the CPU: where the runs of each sequence begin."""
+    num_decodes: int
+    """The first runs, of a single row and of different sequences."""
+    decode_slots: Tensor
+    """[2, num_decodes] int64 on the model's device: slots that they read, and that they write."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the rows of a batch write, and what they read."""
+
+    slot_mapping: Tensor
+    """[T] int64: cache slot (block * block_size + offset) of each row."""
+    decodes: tuple[DecodeGroup, ...]
+    """Rows [0, d) of the batch."""
+    prefills: tuple[PrefillChunk, ...]
+    """Rows [d, T)."""
+    workspaces: tuple[Workspace, ...]
+    """Scratch memory of each compute thread."""
+    compute_threads: ComputeThreads
+    recorder: Recorder | None = None
+    chunks: RowChunks | None = None
+    """The same rows for native kernels, which read neither ``decodes`` nor ``prefills``."""
+    paged: PagedRows | None = None
+    """The same rows for kernels on a GPU, which read neither ``decodes`` nor ``prefills``."""
+    sinks: Tensor | None = None
+    """[A] float32: attention sinks of a layer, scores without a value, which take their share of
+    the weights; None: it has none."""
+    scale: float | None = None
+    """Of a layer's scores; None: D ** -0.5."""
+    latent_rank: int | None = None
+    """A layer's only key head has its values in the first so many elements of the keys; None: they
+    are apart."""
+    states: StateRows | None = None
+    """The same rows in layers with a recurrent state; None: the model has no such layers."""
+
+    def scale_of(self, dim: int) -> float:
+        """Of the scores of queries with D elements."""
+        return dim**-0.5 if self.scale is None else self.scale
+
+    def num_kv_heads(self, cache: Tensor) -> int:
+        """K: key heads of a layer's cache."""
+        return cache.shape[0] // 2 if self.latent_rank is None else 1
+
+    def keys_values(self, found: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+        """Gathered blocks of a cache as keys of a shape [.., D], and values like them."""
+        if self.latent_rank is None:
+            keys, values = found.view(2, *shape)
+            return keys, values
+        keys = found.view(shape)
+        return keys, keys[..., : self.latent_rank]
+
+    def within(self, window: int) -> AttentionBatch:
+        """The same rows in a layer where each attends to ``window`` positions, its own included."""
+        return replace(
+            self,
+            decodes=tuple(group.within(window) for group in self.decodes),
+            prefills=tuple(chunk.within(window) for chunk in self.prefills),
+            paged=None if self.paged is None else replace(self.paged, window=window),
+        )
+
+
+def decode_mask(lengths: Tensor, width: int) -> Tensor:
+    """``DecodeGroup.visible`` of rows with [rows] int64 keys each, padded to ``width``."""
+    return torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def chunk_mask(start: int, num_rows: int, device: torch.device) -> Tensor | None:
+    """``PrefillChunk.visible`` of rows start .. start + num_rows - 1 of a sequence."""
+    if start == 0:
+        return None
+    rows = torch.arange(start, start + num_rows, device=device)
+    return torch.arange(start + num_rows, device=device) <= rows.unsqueeze(1)
+
+
+def group_size(num_blocks: int) -> int:
+    """Blocks that a decode row of ``num_blocks`` is padded to: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..
+
+    It depends on the row alone, so the shape of a row's products does not depend on the batch.
+    """
+    power = 1 << max(num_blocks - 1, 0).bit_length()
+    middle = power * 3 // 4
+    return middle if num_blocks <= middle and power >= 4 else power
+
+
+def runs(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """(first, last) of runs of equal neighbours that sum to at most ``limit``, or of a single one.
+
+    sizes [8, 8, 8, 12], limit 20 -> [(0, 2), (2, 3), (3, 4)]
+    """
+    found: list[tuple[int, int]] = []
+    first = 0
+    for i in range(1, len(sizes) + 1):
+        is_same = i < len(sizes) and sizes[i] == sizes[first]
+        if not is_same or (i - first + 1) * sizes[first] > limit:
+            found.append((first, i))
+            first = i
+    return found if sizes else []
