@@ -40,6 +40,8 @@ _CHOICES = (
     ("GLM-4.5-Air", "GLM-4.5-Air", 1),
     ("GLM-4.5", "GLM-4.5", 3),
     ("gpt-oss-120b", "gpt-oss-120b", 1),
+    ("GLM-4.7-Flash", "GLM-4.7-Flash", 1),
+    ("DeepSeek-V3", "DeepSeek-V3", 4),
 )
 """Folder of the config, name, nodes."""
 _HEADER = (
