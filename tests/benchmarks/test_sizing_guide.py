@@ -103,13 +103,14 @@ def test_the_numbers_of_the_document_add_up() -> None:
         name = section.partition("\n")[0]
         facts = re.search(
             r"([\d.]+) billion weights: ([\d.]+) GB of experts, "
-            r"([\d.]+) GB on every attention GPU, (\d+) kB",
+            r"([\d.]+) GB on every attention GPU, (\d+) kB of KV a token"
+            r"(?:, (\d+) MB a recurrent state)?",
             section,
         )
         assert facts is not None, name
         (nodes,) = re.findall(r"^On (\w+) nodes? of 8 GPUs:", section, re.MULTILINE)
         num_nodes = 1 if nodes == "one" else int(nodes)
-        billions, expert_gb, attention_gb, token_kb = map(float, facts.groups())
+        billions, expert_gb, attention_gb, token_kb, state_mb = map(float, facts.groups("0"))
         assert billions == pytest.approx((expert_gb + attention_gb) / 2, rel=0.01), name
         rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "B | " in line]
         assert [row[0] for row in rows] == list(MEMORY_GB)
@@ -122,7 +123,8 @@ def test_the_numbers_of_the_document_add_up() -> None:
             room_gb = 0.9 * MEMORY_GB[node]
             assert attention_on_gpu == attention_gb
             kv_gb = kv_thousands * token_kb / 1000
-            assert attention_gb + kv_gb == pytest.approx(room_gb, rel=0.02)
+            states_gb = 3 * math.ceil(seqs / pools[0]) * state_mb / 1000
+            assert attention_gb + kv_gb + states_gb == pytest.approx(room_gb, rel=0.02)
             assert expert_gb / pools[1] <= experts_on_gpu <= room_gb
             assert (experts_on_gpu > 1.01 * expert_gb / pools[1]) is (int(spare) > 0)
             assert seqs * 2.048 <= pools[0] * kv_thousands + 10
