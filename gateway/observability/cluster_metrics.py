@@ -20,7 +20,7 @@ _HISTOGRAM = re.compile("(.+)_(?:bucket|count|sum)")
 """A number that belongs to a histogram of the first group's name."""
 _MOST_NUMBERS = 4096
 """Names of workers' numbers that are kept: all workers have the same."""
-_GAUGES = frozenset({"kv_blocks_total"})
+_GAUGES = frozenset({"kv_blocks_total", "recurrent_states_total"})
 """Gauges whose names end like those of counters."""
 WORKER_TEXTS = {
     "num_requests_running": "Sequences in the running batch of a worker",
@@ -30,6 +30,8 @@ WORKER_TEXTS = {
     "kv_cache_usage_perc": "Share of KV blocks in use, 0 to 1",
     "kv_blocks_free": "Free KV blocks",
     "kv_blocks_total": "KV blocks of a worker",
+    "recurrent_states_free": "Recurrent states without a holder, those of cached prefixes included",
+    "recurrent_states_total": "Recurrent states of a worker whose model has such",
     "num_preemptions_total": "Preempted sequences",
     "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache, for every choice",
     "prefix_cache_hits_total": "Prompt tokens found in the prefix cache, for every choice",

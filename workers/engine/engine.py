@@ -462,12 +462,22 @@ class Engine:
             "kv_cache_usage_perc": 1 - free / total,
             "kv_blocks_free": float(free),
             "kv_blocks_total": float(total),
+            **self._state_stats(),
             "num_preemptions_total": float(self._scheduler.num_preemptions),
             "prefix_cache_queries_total": float(prefixes.num_queried_tokens),
             "prefix_cache_hits_total": float(prefixes.num_hit_tokens),
             "prompt_tokens_cached_total": float(prefixes.num_cached_prompt_tokens),
             **{name: float(count) for name, count in self._counters.items()},
             **{f"choices_{r.value}_total": float(n) for r, n in self._ended.items()},
+        }
+
+    def _state_stats(self) -> dict[str, float]:
+        states = self.states
+        if states is None:
+            return {}
+        return {
+            "recurrent_states_free": float(states.num_free),
+            "recurrent_states_total": float(states.num_slots),
         }
 
     def check_integrity(self) -> None:

@@ -169,5 +169,7 @@ def test_the_third_prompt_with_the_same_beginning_reuses_it(make: MakeEngine) ->
         request = Request(request_id=str(i), prompt=prompt, params=GREEDY)
         (outputs,) = engine.run([request]).values()
         cached.append(outputs[0].num_cached_tokens)
+    stats = engine.engine.stats()
+    assert stats["recurrent_states_free"] == stats["recurrent_states_total"] == SECTION.num_states
     assert cached[0] == 0
     assert cached[2] == len(SYSTEM) // BLOCK * BLOCK
