@@ -186,7 +186,7 @@ NUM_NEW_TOKENS = 32
 MAX_MODEL_LEN = 192
 """Holds the longest prompt and its output; also the stretched context of dynamic rope, 4 x 48."""
 
-_MAKER = Path(__file__).with_name("make_goldens.py")
+_MAKER = "tests.reference.make_goldens"
 _RANDOM_MAKER = Path(__file__).with_name("random_variants.py")
 _LIMIT_S = 540.0
 
@@ -254,7 +254,10 @@ def _random() -> str:
 
 def _cache_folder() -> Path:
     """One folder for each state of the maker, its libraries and the kind of processor."""
-    digest = hashlib.sha256(_MAKER.read_bytes())
+    folder = Path(__file__).parent
+    digest = hashlib.sha256((folder / "make_goldens.py").read_bytes())
+    for path in sorted((folder / "variants").glob("*.py")):
+        digest.update(path.read_bytes())
     for package in ("torch", "transformers", "safetensors", "numpy"):
         try:
             version = importlib.metadata.version(package)
@@ -274,7 +277,7 @@ def _make(folder: Path, family: str) -> None:
         if family == _random():
             make_random(scratch, 0, NUM_RANDOM)
         else:
-            _run([sys.executable, str(_MAKER), str(scratch), "--only", family], _LIMIT_S)
+            _run([sys.executable, "-m", _MAKER, str(scratch), "--only", family], _LIMIT_S)
         (scratch / "complete").touch()
         if not (folder / "complete").is_file():
             shutil.rmtree(folder, ignore_errors=True)
