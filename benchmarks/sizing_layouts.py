@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from cluster.config.cluster import EngineSection
 from cluster.core.errors import ConfigError
 from cluster.sizing.devices import GPU_NETWORK_BYTES_S
 from cluster.sizing.gpus import A100, H100, H200
@@ -28,8 +29,9 @@ CONTEXT_TOKENS = 2048
 """Mean context of a sequence."""
 MAX_SEQS = 64
 """Sequences for each GPU of the cluster, as far as their KV fits."""
-_STATES = 3
-"""Recurrent states for each sequence, of models that have such: ``EngineSection.num_states``."""
+_STATES, _CACHED_STATES = 3, EngineSection().num_cached_states
+"""Recurrent states of models that have such, for each sequence and for each GPU: see
+``EngineSection.num_states``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +150,7 @@ def _layout(model: SizedModel, node: NodeKind, num_nodes: int, num_attention: in
     kv_tokens = int(max(room - attention_bytes, 0.0) // size.kv_bytes_per_token)
     # Of KV that has the size of a sequence's recurrent states.
     state_tokens = math.ceil(_STATES * size.state_bytes / size.kv_bytes_per_token)
+    kv_tokens -= math.ceil(_CACHED_STATES * size.state_bytes / size.kv_bytes_per_token)
     num_seqs = min(
         MAX_SEQS * num_nodes * GPUS_PER_NODE,
         num_attention * kv_tokens // (CONTEXT_TOKENS + state_tokens),

@@ -251,9 +251,10 @@ class EngineSection:
     @property
     def num_states(self) -> int:
         """Recurrent states of one attention worker whose model has them: of each sequence what a
-        step reads and writes, and what is kept behind its last full block; and those of prefixes.
+        step reads and writes and, with prefix caching, what is kept behind its last full block; and
+        those of prefixes.
         """
-        return 3 * self.max_num_seqs + self.num_cached_states
+        return (3 if self.enable_prefix_caching else 2) * self.max_num_seqs + self.num_cached_states
 
     def num_kv_blocks(self, bytes_per_token: int, max_model_len: int) -> int:
         """KV blocks of one attention worker, with the default of CPUs.

@@ -39,18 +39,24 @@ def kv_budget(
     utilization: float,
     asked_bytes: int | None,
     block_bytes: int,
+    state_bytes: int = 0,
 ) -> int:
     """Bytes for keys and values, at least those of one block; ``asked_bytes`` where they fit.
 
-    ``reserves``: bytes by what they are for, which steps take later. Raises ``ConfigError``.
+    ``reserves``: bytes by what they are for, which steps take later. ``state_bytes``: of recurrent
+    states, which are taken beside KV. Raises ``ConfigError``.
 
     Example: 80 GB, 16 of them used, 4 reserved, utilization 0.9: 72 - 16 - 4 = 52 GB.
     """
     if asked_bytes is not None:
         rule = f"must fit into the {_gib(memory.free_bytes)} that are free on the GPU"
         rule += f" of {_gib(memory.total_bytes)}"
-        check(asked_bytes <= memory.free_bytes, "kv_cache_bytes", _gib(asked_bytes), rule)
+        rule += f", beside {_gib(state_bytes)} of recurrent states" if state_bytes else ""
+        has_room = asked_bytes + state_bytes <= memory.free_bytes
+        check(has_room, "kv_cache_bytes", _gib(asked_bytes), rule)
         return asked_bytes
+    if state_bytes:
+        reserves = {"recurrent states": state_bytes, **reserves}
     limit = int(utilization * memory.share * memory.total_bytes)
     room = min(limit - memory.used_bytes, memory.free_bytes) - sum(reserves.values())
     share = "" if memory.share == 1.0 else f", a share of {memory.share:g}"

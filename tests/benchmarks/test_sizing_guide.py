@@ -124,7 +124,8 @@ def test_the_numbers_of_the_document_add_up() -> None:
             assert attention_on_gpu == attention_gb
             kv_gb = kv_thousands * token_kb / 1000
             states_gb = seqs / pools[0] * state_mb / 1000
-            assert attention_gb + kv_gb + 3 * states_gb == pytest.approx(room_gb, rel=0.02)
+            taken_gb = attention_gb + kv_gb + 3 * states_gb + 32 * state_mb / 1000
+            assert taken_gb == pytest.approx(room_gb, rel=0.02)
             assert expert_gb / pools[1] <= experts_on_gpu <= room_gb
             assert (experts_on_gpu > 1.01 * expert_gb / pools[1]) is (int(spare) > 0)
             assert seqs * 2.048 <= pools[0] * kv_thousands + 10

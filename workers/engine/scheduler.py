@@ -340,8 +340,8 @@ class Scheduler:
     def _plan_chunk(self, sequence: SequenceState, limit: int, rows: list[PlannedRows]) -> int:
         """Plan up to ``limit`` rows of a prompt (or of a recomputation); returns how many."""
         is_admitted = sequence.status is SequenceStatus.WAITING
-        if is_admitted and not self._pool.can_allocate(self._num_to_take(sequence)):
-            return 0  # what it would have found is gone since: a recurrent state
+        if is_admitted and not self._still_fits(sequence):
+            return 0
         new_blocks = self._admit(sequence) if is_admitted else 0
         count = min(limit, sequence.num_missing)
         first = sequence.num_computed
@@ -440,11 +440,15 @@ class Scheduler:
         """Rows that it would run if it were admitted now."""
         return waiting.num_tokens - len(self.prefixes.find(waiting)) * self._block_size
 
-    def _num_to_take(self, waiting: SequenceState) -> int:
-        """Free blocks that it would take if it were admitted now."""
-        found = self.prefixes.find(waiting)
-        held = sum(not self._pool.is_free(block) for block in found)
-        return self._blocks(waiting.num_tokens) - held
+    def _still_fits(self, admissible: SequenceState) -> bool:
+        """Whether there are blocks for it though a recurrent state may be gone since it was found
+        admissible, so that it takes more of them.
+        """
+        if self._states is None:
+            return True
+        held = sum(not self._pool.is_free(block) for block in self.prefixes.find(admissible))
+        missing = self._blocks(admissible.num_tokens) - held
+        return self._pool.can_allocate(missing + self._reserve(self._running))
 
     def _reserve(self, sequences: Iterable[SequenceState]) -> int:
         """Blocks to leave free at an admission: one for each sequence that may need another."""

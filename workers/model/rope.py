@@ -71,9 +71,7 @@ def parse_rope(
 
     Raises ``CheckpointError`` for a type that is not supported, longrope by name.
     """
-    params: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(params, Mapping):
-        raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
+    params = rope_parameters(config)
     for key, value in params.items():
         is_unknown = key == "partial_rotary_factor" and rotary_share is None
         if isinstance(value, Mapping) or (is_unknown and value not in (None, 1)):
@@ -149,16 +147,30 @@ def rotation_order(config: RopeConfig) -> Tensor:
     return torch.cat((pairs, others.view(2, -1)), 1).flatten()
 
 
-def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
-    def scale(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+def context_scale(factor: float, mscale: float) -> float:
+    """What a context that is ``factor`` times as long multiplies queries and keys by.
 
+    Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023),
+    section 3.4.
+    """
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``rope_parameters`` of a ``config.json`` in either spelling. Raises ``CheckpointError``."""
+    params = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(params, Mapping):
+        raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
+    return params
+
+
+def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
     if params.get("attention_factor") is not None:
         return float(params["attention_factor"])
     mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
     if mscale and all_dim:
-        return scale(float(mscale)) / scale(float(all_dim))
-    return scale(1.0)
+        return context_scale(factor, float(mscale)) / context_scale(factor, float(all_dim))
+    return context_scale(factor, 1.0)
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:

@@ -31,7 +31,7 @@ from workers.kv.transfer.store import KvLender
 from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
-from workers.process.gpu_room import section_for_gpu
+from workers.process.gpu_room import check_room_for_states, section_for_gpu
 from workers.process.intake.commands import (
     AddRequest,
     Command,
@@ -127,6 +127,7 @@ class AttentionRuntime(WorkerRuntime):
             team=self.kernels.team,
             is_exact=bool(self.member.offer.kernels),
         )
+        check_room_for_states(self.args, self.family)
         warm_attention(self.args, self.family, self.dtype, make_engine, self._dispatcher)
         section = section_for_gpu(self.args, self.family, self.dtype, self.transport)
         engine = make_engine(dispatcher=self._dispatcher, section=section)

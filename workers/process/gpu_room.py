@@ -10,6 +10,7 @@ import torch
 from cluster.config.cluster import EngineSection
 from cluster.config.gpu_memory import check_slots, kv_budget
 from cluster.config.kv_cache import kv_vector_bytes
+from cluster.core.checks import check
 from workers.cuda.step_graph import MAX_KEPT
 from workers.experts.transfer.peer_source import expert_num_bytes
 from workers.model.config import BankSpec, ModelConfig, returns_pairs
@@ -91,18 +92,29 @@ def section_for_gpu(
     num_peers = 0 if workers.mode == "local" else workers.num_expert_workers
     budget = kv_budget(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
-        _states(section, config)
-        | _reserves(args, family, step_bytes(config, family.banks, section), num_peers, is_nccl),
+        _reserves(args, family, step_bytes(config, family.banks, section), num_peers, is_nccl),
         utilization=section.gpu_memory_utilization,
         asked_bytes=section.kv_cache_bytes,
         block_bytes=block_bytes(section, config, dtype),
+        state_bytes=_state_bytes(section, config),
     )
     return replace(section, kv_cache_bytes=budget)
 
 
-def _states(section: EngineSection, config: ModelConfig) -> dict[str, int]:
-    num_bytes = section.num_states * config.state_bytes
-    return {"recurrent states": num_bytes} if num_bytes else {}
+def check_room_for_states(args: WorkerArgs, family: Family) -> None:
+    """Raise ``ConfigError`` where a GPU is too small for the recurrent states of all sequences."""
+    if args.device.type != "cuda":
+        return
+    section, workers = args.config.engine, args.config.workers
+    num_bytes = _state_bytes(section, family.config)
+    free = gpu_memory(args.device, workers.gpus_per_worker or 1.0).free_bytes
+    rule = f"must be less: recurrent states take {num_bytes} bytes, and {free} are free on the GPU"
+    check(num_bytes <= free, "max_num_seqs", section.max_num_seqs, rule)
+
+
+def _state_bytes(section: EngineSection, config: ModelConfig) -> int:
+    """Of all slots, and of the state before any token."""
+    return (section.num_states + 1) * config.state_bytes
 
 
 def _reserves(

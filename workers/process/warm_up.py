@@ -86,6 +86,8 @@ def warm_attention(
     engine = make_engine(section=own, dispatcher=experts)
     _run(engine, [_request(i, length) for i in range(most)])
     _run(engine, [_request(0, 1)])
+    if family.config.latent_rank is not None:  # long chunks take another form of attention
+        _run(engine, [_request(0, max(1, min(section.max_num_batched_tokens, longest)))])
     runner = engine.runner
     if isinstance(experts, BlankDispatcher):  # else those that serve are captured before they do
         runner.capture_graphs()

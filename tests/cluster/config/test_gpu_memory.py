@@ -48,6 +48,19 @@ def test_a_given_size_wins_where_it_fits() -> None:
     )
 
 
+def test_recurrent_states_are_taken_beside_kv() -> None:
+    assert budget(state_bytes=5 * GIB) == budget() - 5 * GIB
+    assert budget(asked=59 * GIB, state_bytes=5 * GIB) == 59 * GIB
+    with pytest.raises(ConfigError) as refused:
+        budget(asked=60 * GIB, state_bytes=5 * GIB)
+    assert str(refused.value) == (
+        "kv_cache_bytes (60 GiB) must fit into the 64 GiB that are free on the GPU of 80 GiB, "
+        "beside 5 GiB of recurrent states"
+    )
+    with pytest.raises(ConfigError, match=r"16 GiB are in use, 52 GiB for recurrent states, 3 GiB"):
+        budget(state_bytes=52 * GIB)
+
+
 def test_a_gpu_without_room_for_kv_is_refused_by_its_numbers() -> None:
     assert budget(utilization=21 / 80) == GIB
     with pytest.raises(ConfigError) as refused:

@@ -48,19 +48,21 @@ class CountingBlocks(BuildingBlocks):
         return Counting(weight, plain_dim)
 
 
-@pytest.mark.parametrize("num_heads_at_once", [5, 16])
+@pytest.mark.parametrize("piece_bytes", [40_000, 3_000_000])
 @pytest.mark.parametrize("batches", [WHOLE, in_chunks(18), [[(0, 0, 37), (2, 0, 20)], [(1, 0, 9)]]])
 def test_expanded_rows_are_those_that_are_absorbed(
-    monkeypatch: pytest.MonkeyPatch, batches: Sequence[Sequence[Chunk]], num_heads_at_once: int
+    monkeypatch: pytest.MonkeyPatch, batches: Sequence[Sequence[Chunk]], piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(latent, "_EXPANDED_HEADS", num_heads_at_once)
+    monkeypatch.setattr(latent, "PIECE_BYTES", piece_bytes)
     half, parts = made(CountingBlocks())
     assert isinstance(parts.heads, Counting)
     found = serve(half, CASE, torch.float32, batches)
     long = [last for batch in batches for _, first, last in batch if last - first >= 17]
-    groups = -(-CASE.num_heads // num_heads_at_once)
-    assert [n for n, _ in parts.heads.expanded] == [n for n in long for _ in range(groups)]
-    assert sum(heads for _, heads in parts.heads.expanded) == len(long) * CASE.num_heads
+    heads_of: dict[int, int] = {}
+    for length, num_heads in parts.heads.expanded:
+        assert num_heads == 1 or length * num_heads * (2 * 14 + 8 + 11) * 4 <= piece_bytes
+        heads_of[length] = heads_of.get(length, 0) + num_heads
+    assert heads_of == dict.fromkeys(long, CASE.num_heads)
     absorbed = replace(half, projections=replace(parts, can_expand=False))
     expected = serve(absorbed, CASE, torch.float32, batches)
     for own, other in zip(found, expected, strict=True):

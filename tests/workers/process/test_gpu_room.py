@@ -17,6 +17,7 @@ from workers.model.loading.checkpoint import Checkpoint
 from workers.process.gpu_room import (
     captured_sizes,
     check_room_for_slots,
+    check_room_for_states,
     expert_step_bytes,
     graph_bytes,
     section_for_gpu,
@@ -112,7 +113,18 @@ def test_recurrent_states_come_before_kv(gpu: FakeGpu) -> None:
     )
     without = section_for_gpu(args, attention, torch.bfloat16, NO_TRANSPORT).kv_cache_bytes
     assert without is not None
-    assert with_states == without - (3 * 4 + 2) * family.config.state_bytes
+    assert with_states == without - (3 * 4 + 2 + 1) * family.config.state_bytes
+
+
+def test_states_of_too_many_sequences_are_refused_before_the_warm_up(gpu: FakeGpu) -> None:
+    family = load_family({"model_type": "qwen3_next"})
+    check_room_for_states(args_of(max_num_seqs=64), family)
+    many = 20 * GIB // family.config.state_bytes // 3
+    with pytest.raises(ConfigError, match=rf"max_num_seqs \({many}\) must be less: recurrent"):
+        check_room_for_states(args_of(max_num_seqs=many), family)
+    unshared = {"max_num_seqs": many, "enable_prefix_caching": False, "num_cached_states": 0}
+    check_room_for_states(args_of(**unshared), family)  # two for each sequence
+    check_room_for_states(args_of("cpu", max_num_seqs=many), family)
     assert captured_sizes(args_of(max_num_seqs=4), family) == ()
 
 

@@ -44,6 +44,8 @@ def attend_written(
     An fp8 cache is decoded a piece at a time, so that the batch has ``decodes`` and ``prefills``
     for it; for other caches it has ``paged``.
     """
+    assert batch.scale is None, "the kernels have a scale of their own"
+    assert batch.latent_rank is None, "latent caches have no kernel"
     if batch.recorder is not None:
         batch.recorder.attending(queries, cache, batch)
     out = torch.empty_like(queries)

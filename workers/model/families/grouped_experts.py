@@ -26,6 +26,8 @@ class GroupDefaults:
     """Defaults of a family's class; None: the key must be in the file."""
 
     num_experts: int | None = None
+    num_experts_key: str = "num_local_experts"
+    """Another name of ``n_routed_experts``."""
     top_k: int | None = None
     num_shared_experts: int | None = None
     expert_width: int = 1408
@@ -81,7 +83,7 @@ class GroupedExperts:
             sparse_layers = _layers_behind_dense(settings, defaults.num_dense_layers, num_layers)
         found = cls(
             num_experts=settings.integer(
-                "n_routed_experts", "num_local_experts", default=defaults.num_experts
+                "n_routed_experts", defaults.num_experts_key, default=defaults.num_experts
             ),
             top_k=settings.integer("num_experts_per_tok", default=defaults.top_k),
             expert_width=settings.integer("moe_intermediate_size", default=defaults.expert_width),
@@ -92,7 +94,7 @@ class GroupedExperts:
             sparse_layers=sparse_layers,
             num_groups=settings.integer("n_group", default=defaults.num_groups),
             top_groups=settings.integer("topk_group", default=defaults.top_groups),
-            norm_topk_prob=settings.flag("norm_topk_prob", defaults.norm_topk_prob),
+            norm_topk_prob=settings.flag("norm_topk_prob", defaults.norm_topk_prob, null=False),
             scaling_factor=settings.real("routed_scaling_factor", defaults.scaling_factor),
             scoring=scoring,
         )

@@ -117,8 +117,10 @@ class Settings:
             raise CheckpointError(f"config.json: {key} {value!r} must be a positive number")
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.value(key, default=default)
+    def flag(self, key: str, default: bool, *, null: bool | None = None) -> bool:
+        """``null``: what that means, where it is not the default."""
+        is_null = key in self.raw and self.raw[key] is None
+        value = self.value(key, default=null if is_null and null is not None else default)
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {key} {value!r} must be true or false")
         return value

@@ -19,6 +19,7 @@ from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
 from tests.reference.local_engine import LocalEngine
 from workers.model.families.dots1 import Dots1Family
 from workers.model.families.jetmoe import JetMoeFamily
+from workers.model.families.latent.family import LatentFamily
 from workers.model.families.olmoe import OlmoeFamily
 from workers.model.families.registry import load_family
 
@@ -131,6 +132,18 @@ def test_null_is_absent_but_for_token_ids_and_the_window() -> None:
     dots1 = load_family({**absent, "max_window_layers": 3})
     assert isinstance(dots1, Dots1Family)
     assert dots1.dots1.windows == (None, None, None, 4096)
+
+
+def test_null_flags_of_deepseek_are_false_as_in_transformers() -> None:
+    null = load_family({**DEEPSEEK, "norm_topk_prob": None, "rope_interleave": None})
+    assert isinstance(null, LatentFamily)
+    assert not null.experts.norm_topk_prob
+    assert not null.config.rope.has_neighbours
+    absent = load_family(DEEPSEEK)
+    assert isinstance(absent, LatentFamily)
+    assert absent.experts.norm_topk_prob
+    assert absent.config.rope.has_neighbours
+    assert load_family({**DEEPSEEK2, "num_experts": 32}).banks[0].num_experts == 32
 
 
 def test_both_spellings_mean_the_same() -> None:
@@ -270,6 +283,8 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
             {"rope_scaling": {"mscale_all_dim": "x", "type": "linear"}},
             "must be numbers",
         ),
+        ("deepseek_v3", {"head_dim": 128}, "head_dim 128 is not supported: must be 64"),
+        ("deepseek_v3", {"qk_head_dim": 128}, "qk_head_dim 128 is not supported: must be 192"),
         ("kimi_k2", {"first_k_dense_replace": 4}, "leaves no layer with experts"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "'greedy' or 'group_limited_greedy'"),

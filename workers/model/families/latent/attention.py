@@ -5,7 +5,6 @@ Source: checkpoint layout and math as in transformers ``models/deepseek_v3``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from workers.model.families.parts import part
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
 from workers.model.latent import LatentProjections, LatentShape
 from workers.model.layers import Linear, Norm
-from workers.model.rope import rotation_order
+from workers.model.rope import context_scale, rope_parameters, rotation_order
 
 _NORM_EPS = 1e-6
 """Of the norms of latent vectors, whatever ``rms_norm_eps`` is."""
@@ -61,8 +60,8 @@ class LatentAttention:
             )
         plain_dim = settings.integer("qk_nope_head_dim", default=defaults.plain_dim)
         rotated_dim = settings.integer("qk_rope_head_dim", default=defaults.rotated_dim)
-        for key in ("head_dim", "qk_head_dim"):
-            settings.value(key)  # computed from these two
+        settings.only("head_dim", rotated_dim)  # as transformers names it
+        settings.only("qk_head_dim", plain_dim + rotated_dim)
         if rotated_dim % 2:
             raise CheckpointError(f"config.json: qk_rope_head_dim {rotated_dim} must be even")
         shape = LatentShape(
@@ -151,8 +150,8 @@ def _ends_ordered(order: Tensor, num_heads: int, first: int) -> Tensor:
 
 
 def _scale_of_context(config: Mapping[str, Any]) -> float:
-    """What a longer context multiplies queries and keys by, beside the rotation's own factor."""
-    params = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    """See ``context_scale``: beside the rotation's own factor."""
+    params = rope_parameters(config)
     kind = params.get("rope_type") or params.get("type") or "default"
     mscale, factor = params.get("mscale_all_dim"), params.get("factor")
     if kind == "default" or not mscale:
@@ -162,4 +161,4 @@ def _scale_of_context(config: Mapping[str, Any]) -> float:
             f"config.json: mscale_all_dim {mscale!r} and factor {factor!r} of rope_scaling must be "
             "numbers"
         )
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+    return context_scale(factor, mscale)

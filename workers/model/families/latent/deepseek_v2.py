@@ -24,7 +24,13 @@ _DEFAULTS = Defaults(
     eos=(2,),
 )
 _ATTENTION = LatentDefaults(num_heads=32)
-_EXPERTS = GroupDefaults(num_experts=64, num_shared_experts=2, expert_width=1407, dense_width=11008)
+_EXPERTS = GroupDefaults(
+    num_experts=64,
+    num_experts_key="num_experts",
+    num_shared_experts=2,
+    expert_width=1407,
+    dense_width=11008,
+)
 
 
 def family(config: Mapping[str, Any]) -> LatentFamily:

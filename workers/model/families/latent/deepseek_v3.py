@@ -48,7 +48,7 @@ def family(config: Mapping[str, Any]) -> LatentFamily:
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     experts = GroupedExperts.read(settings, _EXPERTS, num_layers)
     attention = LatentAttention.read(settings, _ATTENTION)
-    has_neighbours = settings.flag("rope_interleave", True)
+    has_neighbours = settings.flag("rope_interleave", True, null=False)
     defaults = replace(_DEFAULTS, rotates_neighbours=has_neighbours)
     shared = attention.config(settings, str(config["model_type"]), defaults)
     return LatentFamily(shared, attention, experts)

@@ -48,7 +48,7 @@ def family(config: Mapping[str, Any]) -> LatentFamily:
     sparse = _sparse_layers(settings, num_layers)
     experts = GroupedExperts.read(settings, _EXPERTS, num_layers, sparse_layers=sparse)
     attention = LatentAttention.read(settings, _ATTENTION)
-    has_neighbours = settings.flag("rope_interleave", True)
+    has_neighbours = settings.flag("rope_interleave", True, null=False)
     defaults = replace(_DEFAULTS, rotates_neighbours=has_neighbours)
     shared = attention.config(settings, "glm4_moe_lite", defaults)
     return LatentFamily(shared, attention, experts)
