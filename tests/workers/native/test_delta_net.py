@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.workers.native.builds import NAMES, team
-from workers.model.attention_batch import StateRows, StateRun
+from workers.model.attention_batch import StateRows
 from workers.model.config import DeltaNetSpec
 from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
 from workers.model.native.delta_net import NativeDeltaNet
+from workers.model.state_runs import StateRun
 
 SPECS = [
     DeltaNetSpec(
