@@ -24,7 +24,6 @@ from workers.model.attention_batch import (
     PrefillChunk,
     RowChunks,
     StateRows,
-    StateRun,
     chunk_mask,
     decode_mask,
     group_size,
@@ -32,6 +31,7 @@ from workers.model.attention_batch import (
 )
 from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
+from workers.model.state_runs import StateRun
 from workers.requests.sequence import SequenceState
 
 _KEY_STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -221,11 +221,11 @@ def state_rows(
     if not planned or planned[0].states is None:
         return None
     by_sequence = [*_state_runs(planned)]
-    runs = tuple(run for own in by_sequence for run in own)
-    places = torch.tensor([(run.first, run.last, run.read, run.write) for run in runs])
+    in_order = tuple(run for own in by_sequence for run in own)
+    places = torch.tensor([(run.first, run.last, run.read, run.write) for run in in_order])
     chains = torch.tensor([0, *accumulate(map(len, by_sequence))])
     slots = places[:num_decodes, 2:].T.contiguous()
-    return StateRows(runs, places, chains, num_decodes, to_device(slots.numpy(), device))
+    return StateRows(in_order, places, chains, num_decodes, to_device(slots.numpy(), device))
 
 
 def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
@@ -233,9 +233,8 @@ def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
     begin = 0
     for rows in planned:
         assert rows.states is not None, "all sequences have states, or none"
-        offset = begin - rows.first
         found = rows.states.runs(rows.first, rows.first + rows.count)
-        yield [StateRun(a + offset, b + offset, read, write) for a, b, read, write in found]
+        yield [run.moved(begin - rows.first) for run in found]
         begin += rows.count
 
 

@@ -65,7 +65,7 @@ class NativeStep:
         sent rows."""
         if flow.is_done:
             return flow.hidden
-        model, caches = self._model, self._cache.layers
+        model, caches = self._model, self._cache.by_layer
         inputs = Batch(part, self._cache, self._tables, model.device, model.is_native).inputs
         assert inputs is not None, "there are rows"
         context = model.context(inputs, caches)
@@ -78,5 +78,5 @@ class NativeStep:
 
 def native_step(model: AttentionModel, cache: KVCache, tables: BlockTables) -> NativeStep | None:
     """None where a layer has parts that native calls lack."""
-    layers = native_layers(model, cache.layers)
+    layers = native_layers(model, cache.by_layer)
     return None if layers is None else NativeStep(model, layers, cache, tables)

@@ -60,9 +60,9 @@ class KVCache:
             )
             for _ in config.kv_layers
         )
-        """By layer with a KV cache: [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before
-        values, or one latent vector; in an fp8 cache rows of ``workers.model.fp8`` in place of D
-        elements."""
+        """By layer with keys and values, not by layer of the model (see ``by_layer``):
+        [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values, or one latent vector;
+        in an fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
         self.states = _states(config.delta_net, num_states, device)
         """By layer with a recurrent state: [num_states + 1, values] float32, the last one zero."""
         self.by_layer = _in_order(config, self.layers, self.states)

@@ -17,10 +17,11 @@ from workers.requests.sequence import SequenceState
 
 @dataclass(frozen=True, slots=True)
 class SequenceStates:
-    """See the module. ``prefixes`` knows the same slots."""
+    """See the module."""
 
     slots: StateSlots
     prefixes: PrefixCache
+    """Finds blocks up to a state in the same ``slots``."""
 
     def admit(self, sequence: SequenceState) -> None:
         """It has the blocks that were found, and goes on from the state behind them."""

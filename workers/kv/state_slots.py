@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from workers.kv.block_pool import BlockPool
+from workers.model.state_runs import StateRun
 from workers.requests.block_hash import BlockHash
 
 _IN_A_STEP = 2
@@ -34,8 +35,8 @@ class StateMove:
     kept: tuple[tuple[int, int], ...] = ()
     """(tokens, slot) of states between the two, ascending, held for this step."""
 
-    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first, last, read, write) of the rows at positions ``first`` to ``last`` - 1.
+    def runs(self, first: int, last: int) -> Iterator[StateRun]:
+        """The runs of the rows at positions ``first`` to ``last`` - 1, counted by position.
 
         Rows may be cut anywhere, for two micro-batches: the state there is in the slot that is
         written in the end.
@@ -43,7 +44,8 @@ class StateMove:
         slots = {self.first: self.read, **dict(self.kept), self.last: self.write}
         cuts = [first, *(p for p in slots if first < p < last), last]
         for begin, end in pairwise(cuts):
-            yield begin, end, slots.get(begin, self.write), slots.get(end, self.write)
+            read, write = (slots.get(place, self.write) for place in (begin, end))
+            yield StateRun(begin, end, read, write)
 
 
 class StateSlots:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workers.model import fp8
 from workers.model.compute_threads import ComputeThreads
+from workers.model.state_runs import StateRun
 from workers.native.half import E4M3, BatchFields
 from workers.native.panels import DTYPES
 
@@ -148,8 +149,11 @@ class RowChunks:
     def fields(
         self, cos: Tensor, sin: Tensor, cache: Tensor, *, waves_by_position: bool = False
     ) -> BatchFields:
-        """The batch in C. ``Rope.rows`` [T, 1, D] or ``Rope.waves_by_position``, which must outlive
-        it, as this must; ``cache`` is that of any layer."""
+        """The batch in C, which points into this one and into ``cos`` and ``sin``.
+
+        These are ``Rope.rows`` [T, 1, D] or ``Rope.waves_by_position``; ``cache`` is that of any
+        layer with keys and values.
+        """
         assert len(cos) >= self.max_length or not waves_by_position, f"{len(cos)} positions"
         return BatchFields(
             num_rows=self.num_rows,
@@ -182,19 +186,6 @@ class PagedRows:
     """(first row, one past the last, keys up to it) of the other sequences."""
     window: int | None = None
     """Positions to which a row attends, its own and those before it; None: all."""
-
-
-@dataclass(frozen=True, slots=True)
-class StateRun:
-    """Neighbouring rows of one sequence, between two of its recurrent states."""
-
-    first: int
-    last: int
-    """One past the last row."""
-    read: int
-    """Slot of the state before the first row."""
-    write: int
-    """Slot of the state after the last one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.attention_batch import GPU_PIECE_BYTES, PIECE_BYTES, StateRows, StateRun
+from workers.model.attention_batch import GPU_PIECE_BYTES, PIECE_BYTES, StateRows
 from workers.model.config import DeltaNetSpec
 from workers.model.layers import rms_norm, row_sigmoid, row_wise
+from workers.model.state_runs import StateRun
 
 CHUNK = 64
 """Positions that the chunked form computes at a time."""
@@ -171,8 +172,8 @@ class TorchDeltaNet:
             return x.reshape(*x.shape[:-1], -1, dim)
 
         return _Rows(
-            queries=_unit(by_head(queries, spec.key_dim), share) * spec.key_dim**-0.5,
-            keys=_unit(by_head(keys, spec.key_dim), share),
+            queries=_normalised(by_head(queries, spec.key_dim), share) * spec.key_dim**-0.5,
+            keys=_normalised(by_head(keys, spec.key_dim), share),
             values=by_head(values, spec.value_dim),
             strengths=row_sigmoid(strengths).float().view(shape),
             log_decays=(net.rate * softened).view(shape),
@@ -187,7 +188,7 @@ class TorchDeltaNet:
         return (normed.view(len(rows), -1).float() * gates).to(net.norm.dtype)
 
 
-def _unit(heads: Tensor, share: int) -> Tensor:
+def _normalised(heads: Tensor, share: int) -> Tensor:
     """Heads [.., G, K] of length 1, each repeated for the value heads that share it."""
     squares = (heads * heads).sum(-1, keepdim=True)
     return (heads * torch.rsqrt(squares + NORM_EPS)).repeat_interleave(share, -2)

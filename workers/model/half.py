@@ -161,17 +161,23 @@ class Half(Protocol):
 
 
 class AttendsRows(Protocol):
-    """``HeadAttention``, however it is computed."""
+    """Attention from projected rows to what they have attended to: ``HeadAttention`` with torch,
+    or another implementation."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
         """Queries, keys and values [T, (A + 2K) * D] -> [T, A * D].
 
-        With ``latent_rank``: queries and the key [T, (A + 1) * D] -> [T, A * V].
+        Where the shape has a ``latent_rank``: queries and the key [T, (A + 1) * D] -> [T, A * V].
+        Writes keys and values to ``cache``, this layer's part of ``KVCache``.
         """
 
 
 class HalfStages(AttendsRows, Protocol):
-    """The parts of a half whose projections are routed or latent."""
+    """The parts of a half that are computed one by one, as its projections are routed or latent.
+
+    Routed: ``enter``, an exchange, ``attend_rows``, an exchange, ``leave``. Latent: a latent
+    projection, which calls ``attend_rows``, then ``leave``.
+    """
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
         """The first norm [T, H], and the experts of the projections."""

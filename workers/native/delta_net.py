@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
 from torch import Tensor
 
+from workers.native.panels import DTYPES
 from workers.native.team import Team, check
 
 
@@ -25,6 +27,22 @@ class DeltaNetFields(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
     )
+
+    @property
+    def conv_width(self) -> int:
+        """Channels of the convolution."""
+        return int(2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim)
+
+    @property
+    def row_width(self) -> int:
+        """Elements of a projected row."""
+        return self.conv_width + int(self.num_value_heads * (self.value_dim + 2))
+
+    @property
+    def state_width(self) -> int:
+        """Values of a state."""
+        matrices = self.num_value_heads * self.key_dim * self.value_dim
+        return int((self.kernel - 1) * self.conv_width + matrices)
 
 
 class DeltaRowsFields(ctypes.Structure):
@@ -53,8 +71,14 @@ def run_delta_net(
 
     ``runs`` and ``chains``: see ``StateRows``.
     """
-    assert rows.is_contiguous()
-    assert states.is_contiguous()
+    dtype = DTYPES[net.dtype]
+    _check(rows, dtype, net.row_width)
+    _check(out, dtype, net.num_value_heads * net.value_dim)
+    _check(states, torch.float32, net.state_width)
+    _check(runs, torch.int64, 4)
+    assert len(out) == len(rows), f"{len(out)} outputs of {len(rows)} rows"
+    assert chains.dtype == torch.int64, f"{chains.dtype} chains"
+    assert chains.is_contiguous()
     fields = DeltaRowsFields(
         projected=rows.data_ptr(),
         out=out.data_ptr(),
@@ -65,3 +89,10 @@ def run_delta_net(
     )
     run = team.library.functions.delta_net_run
     check(run(team.pointer, ctypes.byref(net), ctypes.byref(fields)))
+
+
+def _check(found: Tensor, dtype: torch.dtype, width: int) -> None:
+    """Assert what the kernel cannot see: contiguous [.., width] of this type."""
+    assert found.dtype == dtype, f"{found.dtype} where {dtype} is read"
+    assert found.shape[1] == width, f"{found.shape[1]} columns where {width} are read"
+    assert found.is_contiguous()

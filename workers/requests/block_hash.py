@@ -39,9 +39,10 @@ def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
 
 
 def state_key(block_hash: BlockHash) -> bytes:
-    """Name of the recurrent state behind a block, for workers that exchange both; its own inverse.
+    """Name of the recurrent state behind a block, where workers exchange blocks and states.
 
-    Another hash of the same size: that it is also one of a block is as unlikely as a collision.
+    It has the size of a block's hash and equals one only by a collision. Of such a name the
+    function returns the hash again.
     """
     return bytes((block_hash[0] ^ 0xFF,)) + block_hash[1:]
 

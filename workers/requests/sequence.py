@@ -95,7 +95,8 @@ class SequenceState:
     branch: int = 0
     """Tokens in blocks that were known at its admission, if the state behind them was not."""
     latest_state: bytes | None = None
-    """Hash of the block behind which its latest state was kept; None: it need not be replaced."""
+    """Hash of the block whose state was kept as this sequence's latest; its next one replaces it.
+    None: there is none to replace, as none was kept, or another sequence had kept the same."""
     seat: int | None = None
     """Row of ``BlockTables`` with the same blocks; None while it does not run."""
     status: SequenceStatus = SequenceStatus.WAITING

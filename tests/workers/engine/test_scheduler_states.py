@@ -86,12 +86,12 @@ class Desk:
 
     def _run_rows(self, planned: PlannedRows, first: int, last: int) -> None:
         assert planned.states is not None
-        for begin, end, source, target in planned.states.runs(first, last):
-            tokens = tuple(planned.sequence.tokens(0, end))
-            assert self.contents[source] == tokens[:begin], "the state of other tokens"
-            assert target != self.states.zero
-            self.contents[target] = tokens
-            self.num_computed += end - begin
+        for run in planned.states.runs(first, last):
+            tokens = tuple(planned.sequence.tokens(0, run.last))
+            assert self.contents[run.read] == tokens[: run.first], "the state of other tokens"
+            assert run.write != self.states.zero
+            self.contents[run.write] = tokens
+            self.num_computed += run.last - run.first
 
     def commit(
         self, plan: StepPlan, token: int = 50, failed: tuple[SequenceState, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from workers.kv.state_slots import StateMove, StateSlots
+from workers.model.state_runs import StateRun
 from workers.requests.block_hash import chain_hash, root_hash, state_key
 
 HASHES = [root_hash("s")]
@@ -15,12 +16,16 @@ HASHES = HASHES[1:]
 
 def test_rows_are_cut_at_kept_states_and_wherever_a_batch_ends() -> None:
     move = StateMove(first=3, read=9, last=20, write=1, kept=((8, 5), (16, 6)))
-    assert list(move.runs(3, 20)) == [(3, 8, 9, 5), (8, 16, 5, 6), (16, 20, 6, 1)]
-    assert list(move.runs(3, 10)) == [(3, 8, 9, 5), (8, 10, 5, 1)]
-    assert list(move.runs(10, 20)) == [(10, 16, 1, 6), (16, 20, 6, 1)]
-    assert list(move.runs(3, 8)) == [(3, 8, 9, 5)]
-    assert list(move.runs(8, 20)) == [(8, 16, 5, 6), (16, 20, 6, 1)]
-    assert list(StateMove(7, 2, 8, 3).runs(7, 8)) == [(7, 8, 2, 3)]
+    assert list(move.runs(3, 20)) == [
+        StateRun(3, 8, 9, 5),
+        StateRun(8, 16, 5, 6),
+        StateRun(16, 20, 6, 1),
+    ]
+    assert list(move.runs(3, 10)) == [StateRun(3, 8, 9, 5), StateRun(8, 10, 5, 1)]
+    assert list(move.runs(10, 20)) == [StateRun(10, 16, 1, 6), StateRun(16, 20, 6, 1)]
+    assert list(move.runs(3, 8)) == [StateRun(3, 8, 9, 5)]
+    assert list(move.runs(8, 20)) == [StateRun(8, 16, 5, 6), StateRun(16, 20, 6, 1)]
+    assert list(StateMove(7, 2, 8, 3).runs(7, 8)) == [StateRun(7, 8, 2, 3)]
 
 
 def test_running_sequences_always_get_what_a_step_needs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tests.workers.native.builds import NAMES, team
-from workers.model.attention_batch import StateRows, StateRun
+from workers.model.attention_batch import StateRows
 from workers.model.config import DeltaNetSpec
 from workers.model.delta_net import DeltaNet, Mix, TorchDeltaNet
 from workers.model.native.delta_net import NativeDeltaNet
+from workers.model.state_runs import StateRun
 
 SPECS = [
     DeltaNetSpec(
@@ -154,3 +156,24 @@ def test_decodes_together_are_near_those_alone() -> None:
         expected = mix(rows[i : i + 1], alone, states_of([(1, i, 3 + i)]))
         assert torch.allclose(found[i : i + 1], expected, atol=1e-4)
     assert torch.allclose(cache, alone, atol=1e-4)
+
+
+def test_the_kernel_gets_only_what_it_reads() -> None:
+    if not NAMES:
+        pytest.skip("no kernels for this processor")
+    net = weights(SPECS[0], torch.bfloat16)
+    mix = NativeDeltaNet(team(NAMES[0]), net)
+    rows, states, cache = inputs(net, 3, 10), states_of([(3, 5, 0)]), zeros(SPECS[0])
+    mix(rows, cache, states)
+    with pytest.raises(AssertionError, match=r"float32 where torch\.bfloat16 is read"):
+        mix(rows.float(), cache, states)
+    with pytest.raises(AssertionError, match="columns where"):
+        mix(rows[:, 1:].contiguous(), cache, states)
+    with pytest.raises(AssertionError, match=r"bfloat16 where torch\.float32 is read"):
+        mix(rows, cache.bfloat16(), states)
+    with pytest.raises(AssertionError, match="columns where"):
+        mix(rows, cache[:, 1:].contiguous(), states)
+    with pytest.raises(AssertionError, match=r"int32 where torch\.int64 is read"):
+        mix(rows, cache, replace(states, places=states.places.int()))
+    with pytest.raises(AssertionError, match="int32 chains"):
+        mix(rows, cache, replace(states, chains=states.chains.int()))

@@ -4,18 +4,22 @@
 of the KV server: they ask, and the engine's thread holds the blocks between two steps. A held block
 that has a hash does not change. An item of the transfer (``workers.transport.peer_link``) is one
 block: its part of each layer's cache, layer by layer. Its key is the hash, which covers tokens and
-tenant: a worker that does not know it gets no block. The recurrent state behind a block is an item
-of its own, [layers, values] in float32, by its ``state_key``: blocks are of use up to a state that
-is known.
+tenant: a worker that does not know it gets no block.
+
+Blocks of a model with recurrent states are of use up to a state that is known. A worker asks for a
+state first, by the ``state_key`` of each block behind which one would help, and gets the last of
+these states that the peer has: one item, whose data is the place of its key, int64, and the state,
+[layers, values] in float32. Then it asks for the blocks up to that state.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from workers.kv.block_pool import BlockPool
@@ -27,6 +31,20 @@ from workers.requests.sequence import num_reusable
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
+class StateFetch:
+    """A recurrent state on its way in."""
+
+    slot: int
+    """Slot to fill, held meanwhile."""
+    num_known: int
+    """Blocks of the prefix up to the last one whose state was here at the beginning; 0: none was.
+    A state that helps is behind a later one."""
+    num_before: int = 0
+    """Blocks of the prefix up to the state that came, 0: none has come; written by the thread that
+    fills the slot."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
 class Fetch:
     """Blocks on their way in. They are held, and cannot be found before the end."""
 
@@ -34,27 +52,52 @@ class Fetch:
     """Hashes of the prefix, from the first block of the sequence on."""
     found: list[int]
     """Blocks that are here already, held meanwhile."""
+    num_usable: int
+    """Blocks of ``found`` that were of use at the beginning: all, or those up to a known state."""
     blocks: list[int]
-    """Blocks to fill with the rest of the prefix."""
+    """Blocks for the rest of the prefix."""
     num_filled: int = 0
     """How many of ``blocks`` are filled, in order; written by the thread that fills them."""
-    state: int | None = None
-    """Slot to fill with a recurrent state; None: the model has none."""
-    num_before_state: int = 0
-    """Blocks of the prefix up to the state that is filled in, 0 for none; written by this thread
-    too."""
+    state: StateFetch | None = None
+    """None: the model has no states, or that behind the whole prefix is here."""
+
+    def lacks(self, block_hash: BlockHash) -> bool:
+        """Whether a block of the prefix was of no use at the beginning."""
+        return block_hash in self.hashes[self.num_usable :]
 
     @property
-    def wanted(self) -> tuple[BlockHash, ...]:
+    def missing(self) -> tuple[BlockHash, ...]:
+        """Blocks of the prefix that were not here at the beginning."""
         return self.hashes[len(self.found) :]
 
     @property
-    def states(self) -> Iterator[int]:
-        """Blocks of the prefix behind which a state would help: whose end is, or is about to be,
-        computed by a worker that goes on with it."""
-        num_filled = len(self.found) + self.num_filled
-        counts = dict.fromkeys((len(self.hashes), len(self.hashes) - 1, num_filled, num_filled - 1))
-        return (count for count in counts if count > 0)
+    def wanted(self) -> tuple[BlockHash, ...]:
+        """Those of them that are of use: all, or those up to a state that is here or has come."""
+        if self.state is None:
+            return self.missing
+        return self.hashes[len(self.found) : max(self.state.num_known, self.state.num_before)]
+
+    @property
+    def num_gained(self) -> int:
+        """Blocks that need not be computed because of what has come."""
+        if self.state is None:
+            return self.num_filled
+        num_here = len(self.found) + self.num_filled
+        ends = (self.num_usable, self.state.num_known, self.state.num_before)
+        return max(end for end in ends if end <= num_here) - self.num_usable
+
+
+@dataclass(frozen=True, slots=True)
+class LentState:
+    """A recurrent state that another worker copies."""
+
+    slot: int
+    place: int
+    """Of its key among those that were asked for."""
+
+
+LentItem = int | LentState
+"""A block, or a state."""
 
 
 @dataclass(slots=True)
@@ -68,17 +111,9 @@ class KvTransferStore:
     tables: list[list[int]] = field(default_factory=list)
     """Blocks that are held here."""
 
-    def lend(self, keys: Sequence[bytes]) -> list[int]:
-        """Hold the blocks of the longest known run from the first key on, or one state: -1 - slot.
-
-        A state is asked for alone.
-        """
+    def lend(self, keys: Sequence[BlockHash]) -> list[int]:
+        """Hold the blocks of the longest known run from the first key on."""
         blocks = self.pool.find(keys)
-        if not blocks and len(keys) == 1 and self.states is not None:
-            slot = self.states.hold_extra(state_key(keys[0]))
-            if slot is not None:
-                self.cache.side.follow()
-                return [-1 - slot]
         if blocks:
             self.pool.hold(blocks)
             self.tables.append(blocks)
@@ -87,39 +122,67 @@ class KvTransferStore:
 
     def end_loan(self, blocks: list[int], num_kept: int) -> None:
         """Release what was lent; another worker has copies of the first ``num_kept`` now."""
-        if blocks[0] < 0:
-            assert self.states is not None, "a state was lent"
-            if num_kept:
-                self.states.lend(-1 - blocks[0])
-            self.states.release_extra(-1 - blocks[0])
-            return
         self.pool.lend(blocks[:num_kept])
         self._release(blocks)
         broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
         self.cache.clear(broken)  # forgotten while on loan: they may hold NaN
 
+    def lend_state(self, keys: Sequence[bytes]) -> LentState | None:
+        """Hold the last of these states that is known; None: none is, or no slot is left."""
+        if self.states is None:
+            return None
+        hashes = [*map(state_key, keys)]
+        count = self.states.num_known(hashes)
+        slot = self.states.hold_extra(hashes[count - 1]) if count else None
+        if slot is None:
+            return None
+        self.cache.side.follow()
+        return LentState(slot, count - 1)
+
+    def end_state_loan(self, state: LentState, *, is_kept: bool) -> None:
+        """Release a state that was lent; ``is_kept``: another worker has a copy of it now."""
+        assert self.states is not None, "a state was lent"
+        if is_kept:
+            self.states.lend(state.slot)
+        self.states.release_extra(state.slot)
+
     def usable(self, request: Request, hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
         """Those of the hashes of a prompt's full blocks that it need not compute."""
         return hashes[: max(num_reusable(request), 0) // self.cache.block_size]
+
+    def num_usable(self, hashes: Sequence[BlockHash], num_found: int) -> int:
+        """Of the first ``num_found`` blocks of a prefix, which are here, those that are of use."""
+        return num_found if self.states is None else self.states.num_known(hashes[:num_found])
 
     def begin(
         self, hashes: Sequence[BlockHash], found: Sequence[int], num_spare: int
     ) -> Fetch | None:
         """Hold the blocks of a prefix that are ``found`` here, and blocks for the rest.
 
-        None where no block is missing, or fewer blocks are free than the fetch needs with
+        None where nothing is missing, or fewer blocks are free than the fetch needs with
         ``num_spare`` left to other requests, or no slot for a state.
         """
-        count = len(hashes) - len(found)
+        num_usable = self.num_usable(hashes, len(found))
+        num_missing = len(hashes) - len(found)
         num_kept = sum(self.pool.is_free(block) for block in found)
-        if not count or not self.pool.can_allocate(count + num_kept + num_spare):
+        if num_usable == len(hashes):
             return None
-        state = None if self.states is None else self.states.allocate_extra()
-        if state is None and self.states is not None:
+        if not self.pool.can_allocate(num_missing + num_kept + num_spare):
             return None
+        state = None
+        if self.states is not None and (num_known := self.states.num_known(hashes)) < len(hashes):
+            slot = self.states.allocate_extra()
+            if slot is None:
+                return None
+            state = StateFetch(slot=slot, num_known=num_known)
         self.pool.hold(found)
-        blocks = self.pool.allocate(count)
-        fetch = Fetch(hashes=tuple(hashes), found=list(found), blocks=blocks, state=state)
+        fetch = Fetch(
+            hashes=tuple(hashes),
+            found=list(found),
+            num_usable=num_usable,
+            blocks=self.pool.allocate(num_missing),
+            state=state,
+        )
         self.tables += [fetch.found, fetch.blocks]
         self.cache.side.follow()
         return fetch
@@ -128,18 +191,18 @@ class KvTransferStore:
         """Publish the filled blocks under their hashes, and release all."""
         parents = (None, *fetch.hashes)[len(fetch.found) :]
         filled = fetch.blocks[: fetch.num_filled]
-        for block, name, parent in zip(filled, fetch.wanted, parents, strict=False):
+        for block, name, parent in zip(filled, fetch.missing, parents, strict=False):
             self.pool.store(block, name, parent)
-        if fetch.state is not None and self.states is not None:
-            if fetch.num_before_state:
-                self.states.store(fetch.state, fetch.hashes[fetch.num_before_state - 1])
-            self.states.release_extra(fetch.state)
+        state = fetch.state
+        if state is not None and self.states is not None:
+            if state.num_before:
+                self.states.store(state.slot, fetch.hashes[state.num_before - 1])
+            self.states.release_extra(state.slot)
         self._release(fetch.blocks)
         self._release(fetch.found)
 
     def _release(self, blocks: list[int]) -> None:
-        place = next(i for i, table in enumerate(self.tables) if table is blocks)
-        del self.tables[place]
+        self.tables.remove(blocks)
         self.pool.release(blocks)
 
 
@@ -152,24 +215,26 @@ class KvLender:
     """Called when the engine's thread should answer."""
     timeout_s: float = 10.0
     """Longest wait for the engine's thread: a step may be long."""
-    _asked: deque[tuple[Sequence[BlockHash], Future[list[int]]]] = field(default_factory=deque)
-    _returned: deque[tuple[list[int], int]] = field(default_factory=deque)
+    _asked: deque[tuple[Sequence[bytes], Future[list[LentItem]]]] = field(default_factory=deque)
+    _returned: deque[tuple[list[LentItem], int]] = field(default_factory=deque)
 
-    def borrow(self, keys: Sequence[BlockHash]) -> list[int]:
-        """See ``Lender``; nothing where the engine's thread does not answer in time."""
-        blocks: Future[list[int]] = Future()
-        self._asked.append((keys, blocks))
+    def borrow(self, keys: Sequence[bytes]) -> list[LentItem]:
+        """Blocks, or one state; nothing where the engine's thread does not answer in time."""
+        items: Future[list[LentItem]] = Future()
+        self._asked.append((keys, items))
         self.wake()
         try:
-            return blocks.result(self.timeout_s)
+            return items.result(self.timeout_s)
         except TimeoutError:
-            return [] if blocks.cancel() else blocks.result()
+            return [] if items.cancel() else items.result()
 
-    def read(self, item: int) -> tuple[Tensor]:
+    def read(self, item: LentItem) -> tuple[Tensor, ...]:
         cache = self.store.cache
-        return (cache.read_block(item) if item >= 0 else cache.read_state(-1 - item),)
+        if isinstance(item, LentState):
+            return torch.tensor([item.place]), cache.read_state(item.slot)
+        return (cache.read_block(item),)
 
-    def give_back(self, items: list[int], num_kept: int) -> None:
+    def give_back(self, items: list[LentItem], num_kept: int) -> None:
         if items:
             self._returned.append((items, num_kept))
             self.wake()
@@ -177,8 +242,22 @@ class KvLender:
     def answer(self) -> None:
         """Take back what was returned, and lend what was asked for."""
         while self._returned:
-            self.store.end_loan(*self._returned.popleft())
+            self._end(*self._returned.popleft())
         while self._asked:
-            keys, blocks = self._asked.popleft()
-            if blocks.set_running_or_notify_cancel():
-                blocks.set_result(self.store.lend(keys))
+            keys, items = self._asked.popleft()
+            if items.set_running_or_notify_cancel():
+                items.set_result(self._lend(keys))
+
+    def _lend(self, keys: Sequence[bytes]) -> list[LentItem]:
+        if blocks := self.store.lend(keys):
+            return [*blocks]
+        state = self.store.lend_state(keys)
+        return [] if state is None else [state]
+
+    def _end(self, items: list[LentItem], num_kept: int) -> None:
+        blocks = [item for item in items if not isinstance(item, LentState)]
+        if blocks:
+            self.store.end_loan(blocks, num_kept)
+        for item in items:
+            if isinstance(item, LentState):
+                self.store.end_state_loan(item, is_kept=num_kept > 0)

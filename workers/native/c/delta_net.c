@@ -10,7 +10,7 @@ enum {
                 // first cache while they change it
     COLUMNS = 4,  // vectors of columns of such a part
 };
-#define UNIT_EPS 1e-6f
+#define NORM_EPS 1e-6f
 
 struct job {
     const struct delta_net *net;
@@ -94,7 +94,7 @@ static void convolve(const struct job *job, const struct state_run *run, const f
 }
 
 // Scale a head to length 1, and by `factor`.
-static void to_unit(float *head, int64_t size, float factor) {
+static void normalise(float *head, int64_t size, float factor) {
     vec squares[PARTS];
     for (int part = 0; part < PARTS; part++) squares[part] = v_set(0.0f);
     for (int64_t i = 0; i < size; i += WIDE)
@@ -104,7 +104,7 @@ static void to_unit(float *head, int64_t size, float factor) {
             vec value = load_some(head, at, size - at, FLOAT32);
             squares[part] = v_fma(value, value, squares[part]);
         }
-    vec scale = v_set(1.0f / sqrtf(wide_sum(squares) + UNIT_EPS)), after = v_set(factor);
+    vec scale = v_set(1.0f / sqrtf(wide_sum(squares) + NORM_EPS)), after = v_set(factor);
     for (int64_t i = 0; i < size; i += LANES) {
         vec value = v_mul(load_some(head, i, size - i, FLOAT32), scale);
         store_some(head, i, v_mul(value, after), size - i, FLOAT32);
@@ -122,8 +122,8 @@ static void prepare(const struct job *job, const struct state_run *run, const fl
     convolve(job, run, earlier, row, first_key + unit->head * key, key, keys);
     convolve(job, run, earlier, row, first_value + unit->head * width, width,
              unit->values + place * width);
-    to_unit(queries, key, 1.0f / sqrtf((float)key));
-    to_unit(keys, key, 1.0f);
+    normalise(queries, key, 1.0f / sqrtf((float)key));
+    normalise(keys, key, 1.0f);
     int64_t at = (run->first + row) * row_width(net) + channels(net) +
                  net->num_value_heads * net->value_dim;
     for (int64_t i = 0; i < unit->share; i++) {
@@ -152,9 +152,11 @@ ALWAYS void change(const int vectors, const float *from, float *to, const float 
     for (int64_t i = 0; i < lines; i++) {
         vec k = v_set(keys[i]);
         if (i % 2) {
-            UNROLL for (int v = 0; v < vectors; v++) known[1][v] = v_fma(LINE(from, v), k, known[1][v]);
+            UNROLL for (int v = 0; v < vectors; v++)
+                known[1][v] = v_fma(LINE(from, v), k, known[1][v]);
         } else {
-            UNROLL for (int v = 0; v < vectors; v++) known[0][v] = v_fma(LINE(from, v), k, known[0][v]);
+            UNROLL for (int v = 0; v < vectors; v++)
+                known[0][v] = v_fma(LINE(from, v), k, known[0][v]);
         }
     }
     UNROLL for (int v = 0; v < vectors; v++) {

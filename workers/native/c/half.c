@@ -74,12 +74,12 @@ static const struct matrix *entry_of(const struct half *half) {
     return half->qkv.panels ? &half->qkv : &half->query_router.matrix;
 }
 
-// Rows of a block are counted from `first` on where the block has memory of its own.
 // Queries, keys and values of a row, in heads.
 ALWAYS int64_t row_heads(const struct half *half) {
     return half->num_heads + (half->latent_rank ? 1 : 2 * half->num_kv_heads);
 }
 
+// Rows of a block are counted from `first` on where the block has memory of its own.
 typedef void row_work(struct member *m, int64_t first, int64_t row);
 
 static void norm1(struct member *m, int64_t first, int64_t row) {

@@ -19,10 +19,11 @@ from functools import partial
 
 import torch
 
-from cluster.core.errors import TransportError
+from cluster.core.errors import ProtocolError, TransportError
 from workers.engine.engine import Engine
+from workers.kv.cache import KVCache
 from workers.kv.transfer.fetch_cost import FetchCost
-from workers.kv.transfer.store import Fetch
+from workers.kv.transfer.store import Fetch, StateFetch
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
 from workers.process.intake.commands import AddRequest, PrefetchAsked
 from workers.process.intake.waiting import Job, WaitingRequests
@@ -115,12 +116,13 @@ class KvFetches(WaitingRequests):
             return False
         hashes = self._engine.kv_store.usable(request, command.hashes)
         found = self._engine.pool.find(hashes)
-        if len(found) == len(hashes):
+        num_usable = self._engine.kv_store.num_usable(hashes, len(found))
+        if num_usable == len(hashes):
             return False
-        first = hashes[len(found)]
-        job = next((job for job in self._jobs if first in job.fetch.wanted), None)
+        first = hashes[num_usable]
+        job = next((job for job in self._jobs if job.fetch.lacks(first)), None)
         if job is None:
-            job = self._begin(hashes[: len(found) + MAX_ITEMS], found, peer)
+            job = self._begin(hashes, found, peer)
         if job is None or job.is_late:
             return False
         job.waiting.append(command)
@@ -224,18 +226,18 @@ class KvFetches(WaitingRequests):
             hashes = chains[prefetch.num_begun]
             prefetch.num_begun += 1
             found = self._engine.pool.find(hashes)
-            if peer is not None and len(found) < len(hashes):
-                job = self._begin(hashes[: len(found) + MAX_ITEMS], found, peer)
-                if job is not None:
-                    job.ahead_of = prefetch
-                    return True
+            job = None if peer is None else self._begin(hashes, found, peer)
+            if job is not None:
+                job.ahead_of = prefetch
+                return True
         return False
 
     def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int], peer: Peer) -> _Job | None:
-        """Start to fetch what is missing of a prefix; None where there is no room."""
+        """Start to fetch what is missing of a prefix; None where nothing is, or without room."""
         if len(self._jobs) >= MAX_FETCHING:
             return None
-        fetch = self._engine.begin_fetch(hashes, found)
+        end = self._engine.kv_store.num_usable(hashes, len(found)) + MAX_ITEMS
+        fetch = self._engine.begin_fetch(hashes[:end], found[:end])
         if fetch is None:
             return None
         deadline_s = self._clock() + self._limit_s
@@ -248,28 +250,17 @@ class KvFetches(WaitingRequests):
         """Fill the blocks of a fetch, in a thread of the executor."""
         cache, began_s = self._engine.kv_store.cache, self._clock()
         buffer = torch.empty(cache.block_shape, dtype=cache.dtype)
-        state = torch.empty(cache.state_shape)
 
         def keep(place: int) -> None:
             cache.write_block(fetch.blocks[place], buffer)
             fetch.num_filled = place + 1
 
-        def fetch_state(client: PeerClient) -> None:
-            """The state behind the last block for which the peer has one, if it is not here."""
-            if fetch.state is None or fetch.num_before_state:
-                return
-            for count in fetch.states:
-                key = state_key(fetch.hashes[count - 1])
-                if client.fetch("a recurrent state", [key], [view_bytes(state)]):
-                    cache.write_state(fetch.state, state)
-                    fetch.num_before_state = count
-                    return
-
         try:
             with closing(PeerClient(peer, deadline_s - began_s, deadline_s=deadline_s)) as client:
-                fetch_state(client)  # first: a worker that goes on replaces it
-                client.fetch("a KV block", fetch.wanted, [view_bytes(buffer)], keep)
-                fetch_state(client)
+                if fetch.state is not None:  # before the blocks: it decides how many are of use
+                    self._num_bytes += _receive_state(client, fetch, fetch.state, cache)
+                if fetch.wanted:
+                    client.fetch("a KV block", fetch.wanted, [view_bytes(buffer)], keep)
         except TransportError as err:
             self._num_failed += 1
             logger.warning("KV blocks of %s are computed instead: %s", peer.name, err)
@@ -279,5 +270,22 @@ class KvFetches(WaitingRequests):
         took_s = self._clock() - began_s
         self._seconds.observe(took_s)
         self._num_bytes += fetch.num_filled * buffer.nbytes
-        self._num_bytes += state.nbytes if fetch.num_before_state else 0
-        self.cost.observe_fetch(fetch.num_filled * cache.block_size, took_s, self._clock())
+        self.cost.observe_fetch(fetch.num_gained * cache.block_size, took_s, self._clock())
+
+
+def _receive_state(client: PeerClient, fetch: Fetch, state: StateFetch, cache: KVCache) -> int:
+    """Ask for the last state of a prefix that the peer has, and fill the slot with it.
+
+    Returns the bytes of the state, 0 where none came.
+    """
+    place, data = torch.zeros(1, dtype=torch.int64), torch.empty(cache.state_shape)
+    keys = [*map(state_key, fetch.hashes[state.num_known :])]
+    if not client.fetch("a recurrent state", keys, [view_bytes(place), view_bytes(data)]):
+        return 0
+    if not 0 <= int(place) < len(keys):
+        raise ProtocolError(
+            f"a recurrent state from {client.peer} has place {int(place)} among {len(keys)} keys"
+        )
+    cache.write_state(state.slot, data)
+    state.num_before = state.num_known + int(place) + 1
+    return data.nbytes

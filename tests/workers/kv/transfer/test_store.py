@@ -16,7 +16,7 @@ from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
 from workers.engine.engine import Engine
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
-from workers.kv.transfer.store import Fetch, KvLender
+from workers.kv.transfer.store import Fetch, KvLender, LentItem, LentState, StateFetch
 from workers.requests.block_hash import block_hashes, state_key
 from workers.requests.inspection import Inspection
 from workers.requests.request import Request, SamplingParams, TokenOutput
@@ -55,18 +55,12 @@ def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
     lender, taker = source.engine.kv_store, target.engine.kv_store
     fetch = begin(target.engine, request)
     assert fetch is not None
+    if fetch.state is not None:
+        copy_state(source, target, fetch, fetch.state)
     blocks = lender.lend(fetch.wanted)
     for place, block in enumerate(blocks):
         taker.cache.write_block(fetch.blocks[place], lender.cache.read_block(block))
     fetch.num_filled = len(blocks)
-    for count in fetch.states if fetch.state is not None else ():
-        if state := lender.lend([state_key(fetch.hashes[count - 1])]):
-            (data,) = KvLender(lender, lambda: None).read(state[0])
-            taker.cache.write_state(fetch.state or 0, data)
-            fetch.num_before_state = count
-            source.engine.check_integrity()
-            lender.end_loan(state, 1)
-            break
     for engine in (source, target):
         engine.engine.check_integrity()
     taker.end(fetch)
@@ -76,6 +70,18 @@ def copy(source: LocalEngine, target: LocalEngine, request: Request) -> int:
         engine.engine.check_integrity()
         assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
     return len(blocks)
+
+
+def copy_state(source: LocalEngine, target: LocalEngine, fetch: Fetch, state: StateFetch) -> None:
+    """The last state of the prefix that the source has."""
+    lender = source.engine.kv_store
+    lent = lender.lend_state([state_key(h) for h in fetch.hashes[state.num_known :]])
+    if lent is not None:
+        place, data = KvLender(lender, lambda: None).read(lent)
+        target.engine.kv_store.cache.write_state(state.slot, data)
+        state.num_before = state.num_known + int(place) + 1
+        source.engine.check_integrity()
+        lender.end_state_loan(lent, is_kept=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,20 +117,81 @@ def test_copied_blocks_give_the_bits_that_computing_gives(
     assert exact(outputs) == expected
 
 
-def test_blocks_without_their_state_are_computed_again(golden: Callable[[str], Golden]) -> None:
+def test_blocks_without_their_state_are_not_fetched(golden: Callable[[str], Golden]) -> None:
     path = golden("qwen3next-base").path
     one, other = engine_of(path), engine_of(path)
     expected = exact(serve(one, request_of()))
-    states = one.engine.states
-    assert states is not None
-    states.forget(block_hashes(request_of(), 16, None))
-    assert copy(one, other, request_of()) == NUM_BLOCKS
+    forget_states(one)
+    assert copy(one, other, request_of()) == 0
     outputs = serve(other, request_of())
     assert outputs[0].num_cached_tokens == 0
     assert exact(outputs) == expected
     again = serve(other, request_of("again"))
     assert again[0].num_cached_tokens == NUM_BLOCKS * 16
     assert exact(again) == expected
+
+
+def test_a_state_is_fetched_alone_where_its_blocks_are_here(
+    golden: Callable[[str], Golden],
+) -> None:
+    path = golden("qwen3next-base").path
+    one, other = engine_of(path), engine_of(path)
+    expected = [exact(serve(engine, request_of())) for engine in (one, other)]
+    forget_states(other)
+    assert copy(one, other, request_of()) == 0
+    outputs = serve(other, request_of("again"))
+    assert outputs[0].num_cached_tokens == NUM_BLOCKS * 16
+    assert exact(outputs) == expected[0] == expected[1]
+
+
+def test_blocks_are_fetched_up_to_the_last_state_of_the_peer(
+    golden: Callable[[str], Golden],
+) -> None:
+    path = golden("qwen3next-base").path
+    one, other = engine_of(path), engine_of(path)
+    serve(one, replace(request_of("short"), prompt=PROMPT[:40]))  # its state is behind 2 blocks
+    serve(one, request_of())
+    forget_states(one, first=2)
+    assert copy(one, other, request_of()) == 2
+    assert serve(other, request_of())[0].num_cached_tokens == 32
+
+
+def test_blocks_are_fetched_up_to_a_state_that_is_here(golden: Callable[[str], Golden]) -> None:
+    path = golden("qwen3next-base").path
+    one, other = engine_of(path), engine_of(path)
+    for engine in (one, other):
+        serve(engine, request_of())
+    forget_states(one)
+    hashes = block_hashes(request_of(), 16, None)
+    pool = other.engine.pool
+    pool.forget(pool.find(hashes)[1:])
+    assert copy(one, other, request_of()) == NUM_BLOCKS - 1
+    assert serve(other, request_of("again"))[0].num_cached_tokens == NUM_BLOCKS * 16
+    assert begin(other.engine, request_of()) is None, "nothing is missing"
+
+
+def forget_states(engine: LocalEngine, first: int = 0) -> None:
+    """Those behind the blocks of the prompt from the first of these on."""
+    states = engine.engine.states
+    assert states is not None
+    states.forget(block_hashes(request_of(), 16, None)[first:])
+
+
+def test_a_fetch_knows_what_has_become_of_use() -> None:
+    hashes = tuple(bytes([i]) * 32 for i in range(6))
+    state = StateFetch(slot=0, num_known=1)
+    fetch = Fetch(hashes=hashes, found=[0, 1], num_usable=1, blocks=[2, 3, 4, 5], state=state)
+    assert (fetch.wanted, fetch.num_gained) == ((), 0)
+    assert fetch.lacks(hashes[1])
+    assert not fetch.lacks(hashes[0])
+    state.num_before = 5
+    assert fetch.wanted == hashes[2:5]
+    assert fetch.num_gained == 0
+    fetch.num_filled = 3
+    assert fetch.num_gained == 4
+    state.num_before = 2
+    assert fetch.wanted == ()
+    assert fetch.num_gained == 1
 
 
 def test_states_are_fetched_into_slots_that_are_left(golden: Callable[[str], Golden]) -> None:
@@ -203,7 +270,7 @@ def test_threads_borrow_between_two_turns(source: LocalEngine, tiny_checkpoint: 
     asked = threading.Event()
     lender = KvLender(source.engine.kv_store, asked.set, timeout_s=TIMEOUT_S)
     hashes = _wanted(engine_of(tiny_checkpoint)).hashes
-    found: list[list[int]] = []
+    found: list[list[LentItem]] = []
     thread = threading.Thread(target=lambda: found.append(lender.borrow(hashes)), daemon=True)
     thread.start()
     assert asked.wait(TIMEOUT_S)
@@ -223,6 +290,31 @@ def test_a_borrower_without_an_answer_in_time_gets_nothing(source: LocalEngine) 
     assert lender.borrow([bytes(32)]) == []
     lender.answer()
     source.engine.check_integrity()
+
+
+def test_a_state_is_lent_after_the_last_key_that_is_known(golden: Callable[[str], Golden]) -> None:
+    engine = engine_of(golden("qwen3next-base").path)
+    serve(engine, request_of())
+    states = engine.engine.states
+    assert states is not None
+    hashes = [*block_hashes(request_of(), 16, None), bytes(32)]
+    assert states.num_known(hashes) == NUM_BLOCKS
+    lender = KvLender(engine.engine.kv_store, lambda: None, timeout_s=TIMEOUT_S)
+    found: list[list[LentItem]] = []
+    keys = [*map(state_key, hashes[1:])]
+    thread = threading.Thread(target=lambda: found.append(lender.borrow(keys)), daemon=True)
+    thread.start()
+    while not found:
+        lender.answer()
+    ((lent,),) = found
+    assert isinstance(lent, LentState)
+    assert lent.place == NUM_BLOCKS - 2
+    engine.engine.check_integrity()
+    assert lent.slot in states.extra
+    lender.give_back([lent], 1)
+    lender.answer()
+    assert not states.extra
+    engine.engine.check_integrity()
 
 
 def test_the_cost_is_measured_and_a_slow_link_is_tried_again() -> None:

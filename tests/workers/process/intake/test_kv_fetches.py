@@ -6,20 +6,23 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from msgspec.structs import replace
 from torch import Tensor
 
 from cluster.config.cluster import EngineSection
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN
+from tests.reference.exact import exact
+from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, engine_of, request_of, serve
 from workers.engine.engine import Engine
-from workers.kv.transfer.store import KvLender
+from workers.kv.transfer.store import KvLender, LentItem
 from workers.process.intake.commands import AddRequest, PrefetchAsked
 from workers.process.intake.kv_fetches import MAX_FETCHING, KvFetches
 from workers.requests.block_hash import HASH_BYTES, block_hashes, sequence_hashes
@@ -294,6 +297,101 @@ def test_blocks_of_another_cache_type_are_refused_by_name(
         assert fetches.take() == [wanted]
         assert failures(fetches) == 1
     assert "KV cache type of attention-1 is auto, attention-0 has fp8" in caplog.text
+    found.check_free()
+    assert serve(target, request_of("target"))[0].num_cached_tokens == 0
+
+
+class Asked(KvLender):
+    """Counts the keys of each question, and answers it."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        super().__init__(engine.engine.kv_store, lambda: None)
+        self.num_keys: list[int] = []
+
+    def borrow(self, keys: Sequence[bytes]) -> list[LentItem]:
+        self.num_keys.append(len(keys))
+        return super().borrow(keys)
+
+
+def fetch_prompt(source: LocalEngine, target: LocalEngine) -> list[int]:
+    """Let a request wait for the blocks of its prompt; the questions that were asked for them."""
+    lender = Asked(source)
+    server = PeerServer(
+        identity("attention-0"), TOKEN, host="127.0.0.1", what="kv-blocks", key_bytes=HASH_BYTES
+    )
+    server.start(lender)
+    found = Fetching(target.engine, server.address, TIMEOUT_S)
+    with closing(server), closing(found.fetches) as fetches:
+        wanted = add(request_of("target", kv_peer="attention-0"))
+        assert fetches.put(wanted)
+        while not found.has_ended(0.01):
+            lender.answer()
+        assert fetches.take() == [wanted]
+        assert failures(fetches) == 0
+    found.check_free()
+    return lender.num_keys
+
+
+def forget_states(engine: LocalEngine) -> None:
+    """Those of the prompt."""
+    states = engine.engine.states
+    assert states is not None
+    states.forget(block_hashes(request_of(), 16, None))
+
+
+@pytest.mark.parametrize("place", ["both", "blocks", "source", "none"])
+def test_one_question_decides_which_blocks_come(
+    golden: Callable[[str], Golden], place: str
+) -> None:
+    """Where states are, and blocks."""
+    source, target = (engine_of(golden("qwen3next-base").path) for _ in range(2))
+    expected = exact(serve(source, request_of()))
+    if place == "source":  # the target has the blocks alone
+        serve(target, request_of())
+        forget_states(target)
+    if place == "blocks":  # the source has the blocks alone
+        forget_states(source)
+    if place == "none":  # both have the blocks alone
+        serve(target, request_of())
+        forget_states(source)
+        forget_states(target)
+    asked = fetch_prompt(source, target)
+    assert asked == ([NUM_BLOCKS] * 2 if place == "both" else [NUM_BLOCKS])
+    outputs = serve(target, request_of())
+    comes = place in ("both", "source")
+    assert outputs[0].num_cached_tokens == (NUM_BLOCKS * 16 if comes else 0)
+    assert exact(outputs) == expected
+
+
+@pytest.mark.parametrize("place", [NUM_BLOCKS, -1])
+def test_a_state_of_none_of_the_keys_is_refused(
+    golden: Callable[[str], Golden], place: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = engine_of(golden("qwen3next-base").path)
+    shape = target.engine.kv_store.cache.state_shape
+
+    class Wrong:
+        def borrow(self, keys: Sequence[bytes]) -> list[int]:
+            return [0]
+
+        def read(self, item: int) -> Sequence[Tensor]:
+            return torch.tensor([place]), torch.zeros(shape)
+
+        def give_back(self, items: list[int], num_kept: int) -> None:
+            pass
+
+    server = PeerServer(
+        identity("attention-0"), TOKEN, host="127.0.0.1", what="kv-blocks", key_bytes=HASH_BYTES
+    )
+    server.start(Wrong())
+    found = Fetching(target.engine, server.address, TIMEOUT_S)
+    with closing(server), closing(found.fetches) as fetches:
+        wanted = add(request_of("target", kv_peer="attention-0"))
+        assert fetches.put(wanted)
+        found.wait()
+        assert fetches.take() == [wanted]
+        assert failures(fetches) == 1
+    assert f"has place {place} among {NUM_BLOCKS} keys" in caplog.text
     found.check_free()
     assert serve(target, request_of("target"))[0].num_cached_tokens == 0
 
