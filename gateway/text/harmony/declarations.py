@@ -22,7 +22,7 @@ def declare_functions(tools: Sequence[Mapping[str, Any]]) -> str:
     """The section ``# Tools`` of a developer message; ``tools`` are in OpenAI's form."""
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
     for function in (tool["function"] for tool in tools):
-        lines += _comment(function.get("description"))
+        lines += comment(function.get("description"))
         arguments = _arguments(Schema.of(function.get("parameters") or {}))
         lines += [f"type {function['name']} = ({arguments}) => any;", ""]
     return "\n".join([*lines, "} // namespace functions"])
@@ -36,7 +36,7 @@ def _arguments(schema: Schema) -> str:
 
 def _described(schema: Schema, shown: str) -> str:
     """A type, below the description of an object."""
-    lines = _comment(schema.get("description")) if schema.has_properties else []
+    lines = comment(schema.get("description")) if schema.has_properties else []
     return "\n".join([*lines, shown])
 
 
@@ -84,8 +84,8 @@ def _object(schema: Schema, indent: str) -> str:
 
 def _property(key: str, schema: Schema, indent: str) -> list[str]:
     """The lines of one property, without the indent of their beginnings."""
-    lines = [*_comment(schema.get("title")), "//"] if schema.get("title") else []
-    lines += _comment(schema.get("description"))
+    lines = [*comment(schema.get("title")), "//"] if schema.get("title") else []
+    lines += comment(schema.get("description"))
     if examples := schema.entries("examples"):
         lines += ["// Examples:", *(f"// - {_json(example)}" for example in examples)]
     default = _default(schema)
@@ -114,7 +114,8 @@ def _default(schema: Schema) -> str:
     return f"default: {value if is_word else _json(value)}"
 
 
-def _comment(text: object) -> list[str]:
+def comment(text: object) -> list[str]:
+    """The lines of a text as comments."""
     return [f"// {line}".rstrip() for line in str(text).splitlines()] if text else []
 
 
