@@ -86,15 +86,18 @@ class Tokenizer:
             found = [self._plain.encode(one, add_special_tokens=False) for one in texts]
         else:
             found = self._plain.encode_batch(texts, add_special_tokens=False)
-        encode, encoded = self._backend.encode, iter(found)
+        marks = {part: self._mark(part) for part in text.marks}
+        encoded = iter(found)
         all_parts = [
-            encode(part, add_special_tokens=False) if isinstance(part, Mark) else next(encoded)
-            for part in text.parts
+            marks[part] if isinstance(part, Mark) else next(encoded) for part in text.parts
         ]
         if not add_special_tokens:
             return tuple(number for one in all_parts for number in one.ids)
         whole = tokenizers.Encoding.merge(all_parts, growing_offsets=True)
         return tuple(self._backend.post_process(whole, add_special_tokens=True).ids)
+
+    def _mark(self, mark: Mark) -> tokenizers.Encoding:
+        return self._backend.encode(mark, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole list of ids; ids without a token are left out."""

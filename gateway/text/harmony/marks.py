@@ -57,6 +57,11 @@ class MarkedText(str):
         made.parts = whole
         return made
 
+    @property
+    def marks(self) -> frozenset[Mark]:
+        """Those that it has."""
+        return frozenset(part for part in self.parts if isinstance(part, Mark))
+
 
 @dataclass(frozen=True, slots=True)
 class Header:

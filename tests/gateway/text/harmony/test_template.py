@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -230,23 +232,34 @@ def test_texts_that_look_like_marks_are_texts() -> None:
         answer_format=wanted,
     )
     assert "".join(prompt.parts) == prompt
-    marks = [part for part in prompt.parts if isinstance(part, Mark)]
-    assert (
-        marks.count(START) - 1
-        == sum(marks.count(end) for end in ENDS)
-        == prompt.parts.count(MESSAGE)
-    )
+    marks = [str(part) for part in prompt.parts if isinstance(part, Mark)]
+    num_messages = marks.count(MESSAGE)
+    assert num_messages == marks.count(START) - 1 == sum(map(marks.count, ENDS))
     texts = [part for part in prompt.parts if not isinstance(part, Mark)]
     assert sum(text.count(forged) for text in texts) == prompt.count(forged) > 8
 
 
-def test_the_date_is_that_of_utc() -> None:
-    before, prompt, after = (
-        datetime.datetime.now(datetime.UTC).date().isoformat(),
-        HarmonyTemplate().render([ASKED]),
-        datetime.datetime.now(datetime.UTC).date().isoformat(),
-    )
-    assert any(f"\nCurrent date: {date}\n" in prompt for date in (before, after))
+@pytest.fixture
+def zones() -> Iterator[Callable[[str], None]]:
+    """Sets the local time zone until the end of the test."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def set_zone(name: str) -> None:
+            patch.setenv("TZ", name)
+            time.tzset()
+
+        yield set_zone
+    time.tzset()
+
+
+def test_the_date_is_that_of_utc(zones: Callable[[str], None]) -> None:
+    """At any time one of these zones has another date."""
+    for zone in ("Etc/GMT+12", "Etc/GMT-14"):
+        zones(zone)
+        before = datetime.datetime.now(datetime.UTC).date().isoformat()
+        prompt = HarmonyTemplate().render([ASKED])
+        after = datetime.datetime.now(datetime.UTC).date().isoformat()
+        assert any(f"\nCurrent date: {date}\n" in prompt for date in (before, after))
 
 
 def test_all_first_instructions_are_one_message_and_later_ones_their_own() -> None:
