@@ -543,7 +543,7 @@ class JsonSchema(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """no effect"""
+    """gpt-oss: shown to the model with the schema"""
     schema: _builtins.str
     """JSON text: the order of properties matters"""
     def __init__(

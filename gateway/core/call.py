@@ -25,6 +25,16 @@ class CallKind(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerFormat:
+    """A JSON schema that an answer follows, as prompts may show it."""
+
+    schema: str
+    """JSON text."""
+    name: str | None = None
+    description: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChatInput:
     """A conversation and how to render it."""
 
@@ -37,8 +47,12 @@ class ChatInput:
     template: str | None = None
     """Jinja text in place of the model's template; None is the model's."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_effort: str | None = None
+    """The template's variable of this name, unless ``template_kwargs`` has it."""
     tools: ToolUse | None = None
     """Tools that the model may call; None offers none."""
+    answer_format: AnswerFormat | None = None
+    """What ``response_format`` asks for, where that is a schema."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

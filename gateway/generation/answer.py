@@ -8,13 +8,13 @@ from dataclasses import replace
 from itertools import groupby
 
 from gateway.core.call import GenerateCall
-from gateway.core.delta import ChoiceDelta
+from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
 from gateway.text.forms.tool_calls import ParsedPiece, ToolParser
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
-from workers.requests.request import TokenLogprob
+from workers.requests.request import FinishReason, TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot express."""
@@ -39,6 +39,11 @@ def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
         tokens=tuple(token for piece in pieces for token in piece.tokens),
         finish=pieces[-1].finish,
     )
+
+
+def _is_at_eos(finish: Finish | None) -> bool:
+    """The model ended the text itself, with a token that is not in it."""
+    return finish is not None and finish.reason is FinishReason.STOP and finish.stop_reason is None
 
 
 def _keep_best(choices: Sequence[ChoiceDelta], count: int) -> list[ChoiceDelta]:
@@ -74,7 +79,11 @@ class TextFormat:
         parser = self._parsers[delta.index]
         if parser is None:
             return ParsedPiece(delta.text), False
-        parsed = parser.feed(delta.text, is_last=delta.finish is not None)
+        is_last = delta.finish is not None
+        if isinstance(parser, HarmonyParser):
+            parsed = parser.feed(delta.text, is_last, ends_with_mark=_is_at_eos(delta.finish))
+        else:
+            parsed = parser.feed(delta.text, is_last)
         return parsed, parser.has_calls
 
     def _make_parser(self) -> ToolParser | HarmonyParser | None:

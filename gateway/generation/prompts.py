@@ -17,7 +17,7 @@ from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
 from gateway.text.forms.tools import tool_grammar
 from gateway.text.harmony.grammar import harmony_grammar
-from gateway.text.harmony.marks import open_message
+from gateway.text.harmony.marks import ENDS, MESSAGE, START, open_header, open_message
 from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer
@@ -80,16 +80,20 @@ class PromptMaker:
             if opens_turn is None
             else opens_turn,
             "continue_final_message": bool(chat.continue_final_message),
-            "variables": chat.template_kwargs,
             "tools": None if chat.tools is None else chat.tools.for_template(),
         }
         own = self.require_tokenizer("messages").chat_template
         if chat.template is not None:
             variables = {} if own is None else own.variables
+            options["variables"] = _variables(chat, chat.reasoning_effort)
             return await self._render_foreign(chat, chat.template, variables, options)
         if own is None:
             raise RequestError("the model has no chat template: use completions", "messages")
-        form = _check_tools(chat, own)
+        form, effort = _check_tools(chat, own), chat.reasoning_effort
+        if isinstance(own, HarmonyTemplate):
+            options["answer_format"] = chat.answer_format
+            effort = effort if own.knows_effort(effort) else None
+        options["variables"] = _variables(chat, effort)
         text = await asyncio.to_thread(own.render, chat.messages, **options)
         return text, form
 
@@ -109,15 +113,17 @@ class PromptMaker:
             raise found.error
         return found.text or "", form
 
-    def _with_form(self, fields: GenerateFields, form: ToolForm, prompt: str) -> GenerateFields:
-        """The same fields, with the form of the model's answers, and the grammar that they
-        follow."""
+    def _with_form(self, fields: GenerateFields, form: ToolForm, opened: str) -> GenerateFields:
+        """The same fields, with the form of the model's answers, and the grammar that they follow.
+
+        Args:
+            opened: the message that the prompt leaves open (Harmony).
+        """
         use = fields.tools
         if use is None and form is not ToolForm.HARMONY:
             return fields
         special_ids = self.require_tokenizer("tools").special_ids
         if form is ToolForm.HARMONY:
-            opened = open_message(prompt)
             return replace(
                 fields,
                 grammar=harmony_grammar(use, special_ids, fields.grammar, opened),
@@ -132,6 +138,20 @@ class PromptMaker:
             tool_form=form,
             skip_special_tokens=False,
         )
+
+    def _open_message(self, text: str, ids: tuple[int, ...], is_cut: bool) -> str:
+        """The message that a prompt in the Harmony format leaves open.
+
+        Args:
+            text: the whole prompt.
+            ids: its tokens, or those that are left of them.
+            is_cut: some are not.
+        """
+        tokenizer = self.require_tokenizer("messages")
+        special_ids = tokenizer.special_ids
+        if all(mark in special_ids for mark in (START, MESSAGE, *ENDS)):
+            return tokenizer.decode(open_header(ids, special_ids), skip_special_tokens=False)
+        return open_message(tokenizer.decode(ids, skip_special_tokens=False) if is_cut else text)
 
     async def decode(self, ids: Sequence[int], facts: ModelFacts) -> str:
         """Text of token ids. Raises ``RequestError`` for one outside the vocabulary."""
@@ -170,8 +190,11 @@ class PromptMaker:
         encoded = await self.encode(text, bool(fields.add_special_tokens))
         if fields.chat.template is not None and not encoded:
             raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
-        fields = self._with_form(fields, form, text)
-        return fields, [(None, truncate(encoded, fields, facts))]
+        ids, opened = truncate(encoded, fields, facts), ""
+        if form is ToolForm.HARMONY:
+            is_cut = len(ids) < len(encoded)
+            opened = await asyncio.to_thread(self._open_message, text, ids, is_cut)
+        return self._with_form(fields, form, opened), [(None, ids)]
 
     async def _make_all(
         self, fields: GenerateFields, facts: ModelFacts
@@ -219,6 +242,14 @@ class PromptMaker:
         if tokenizer.is_surely_longer_than(text, facts.context_tokens):
             at_least = len(text) // tokenizer.max_token_chars
             check_context(at_least, 0, facts, param)
+
+
+def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
+    """Those of the template; ``reasoning_effort`` is also a field of its own."""
+    given = chat.template_kwargs
+    if effort is None or given.get("reasoning_effort") is not None:
+        return given
+    return {**given, "reasoning_effort": effort}
 
 
 def _check_tools(

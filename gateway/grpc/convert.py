@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -10,7 +11,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
 from gateway.core.field_checks import MAX_MESSAGES, check_length, check_messages
 from gateway.core.tool_use import Tool, ToolUse
-from gateway.text.forms.structured import make_grammar
+from gateway.text.forms.structured import make_answer_format, make_grammar
 from gateway.text.forms.tools import MAX_TOOLS, json_object, make_tool_use, template_call
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -31,15 +32,22 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
     fields["logit_bias"] = tuple(sorted(sampling.logit_bias.items()))
     if sampling.HasField("allowed_token_ids"):
         fields["allowed_token_ids"] = tuple(sampling.allowed_token_ids.ids)
+    grammar = _grpc_grammar(sampling)
     return GenerateFields(
         kind=CallKind.CHAT if is_chat else CallKind.COMPLETION,
         prompt_name=source,
         prompts=_grpc_prompts(request, source) if embeds is None else ((0,) * embeds.num_tokens,),
         embeds=embeds,
-        chat=grpc_chat_input(request.messages) if is_chat else None,
-        grammar=_grpc_grammar(sampling),
+        chat=_grpc_chat(request, grammar) if is_chat else None,
+        grammar=grammar,
         **fields,
     )
+
+
+def _grpc_chat(request: pb.GenerateRequest, grammar: Grammar | None) -> ChatInput:
+    name = request.sampling_params.response_format.json_schema.name or None
+    answer = make_answer_format(grammar, name)
+    return replace(grpc_chat_input(request.messages), answer_format=answer)
 
 
 def grpc_chat_input(chat: types_pb2.ChatMessages) -> ChatInput:

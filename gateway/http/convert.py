@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
+from gateway.core.messages import REASONING_NAMES
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.http.schema import (
     CallBody,
@@ -19,11 +21,11 @@ from gateway.http.schema import (
     TokenizeBody,
     ToolChoiceBody,
 )
-from gateway.text.forms.structured import make_grammar
+from gateway.text.forms.structured import make_answer_format, make_grammar
 from gateway.text.forms.tools import make_tool_use, template_call
 from workers.requests.request import Grammar
 
-_OPTIONAL_FIELDS = ("name", "tool_call_id", "reasoning_content")
+_OPTIONAL_FIELDS = ("name", "tool_call_id", *REASONING_NAMES)
 
 
 def completion_fields(body: CompletionBody) -> GenerateFields:
@@ -35,9 +37,10 @@ def chat_fields(body: ChatBody) -> GenerateFields:
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     fields = {**_common_fields(body), "logprobs": _chat_logprobs(body)}
-    return GenerateFields(
-        kind=CallKind.CHAT, chat=chat_input(body), logprobs_name="top_logprobs", **fields
-    )
+    schema = body.response_format and body.response_format.json_schema
+    named = (schema.name, schema.description) if schema else (None, None)
+    chat = replace(chat_input(body), answer_format=make_answer_format(fields["grammar"], *named))
+    return GenerateFields(kind=CallKind.CHAT, chat=chat, logprobs_name="top_logprobs", **fields)
 
 
 def _chat_logprobs(body: ChatBody) -> int | None:
@@ -48,6 +51,7 @@ def _chat_logprobs(body: ChatBody) -> int | None:
 
 def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
     """The conversation of a body with ``messages``."""
+    effort = body.reasoning_effort
     return ChatInput(
         messages=tuple(
             _template_message(message, place) for place, message in enumerate(body.messages or ())
@@ -55,15 +59,10 @@ def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template=body.chat_template,
-        template_kwargs=_template_kwargs(body),
+        template_kwargs=body.chat_template_kwargs or {},
+        reasoning_effort=effort if isinstance(effort, str) else None,
         tools=_body_tools(body),
     )
-
-
-def _template_kwargs(body: ChatBody | TokenizeBody) -> dict[str, Any]:
-    effort = body.reasoning_effort
-    named = {} if effort is None else {"reasoning_effort": effort}
-    return {**named, **(body.chat_template_kwargs or {})}
 
 
 def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:

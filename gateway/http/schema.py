@@ -71,9 +71,11 @@ class Message(StrictBody):
     name: str | None = None
     tool_calls: Items[MessageCall] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = Field(
+    reasoning_content: Any = Field(
         default=None, description="of an assistant's message: what the model said to itself"
     )
+    reasoning: Any = Field(default=None, description="another name of `reasoning_content`")
+    thinking: Any = Field(default=None, description="another name of `reasoning_content`")
 
 
 class StreamOptions(StrictBody):
@@ -86,6 +88,8 @@ class StreamOptions(StrictBody):
 class JsonSchemaBody(StrictBody):
     """``response_format.json_schema``."""
 
+    name: Any = Field(default=None, description="gpt-oss: shown with the schema")
+    description: Any = Field(default=None, description="gpt-oss: shown with the schema")
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
 
 
@@ -151,8 +155,9 @@ class ConversationBody(StrictBody):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = Field(
-        default=None, description="sets that variable of the template; gpt-oss: low, medium, high"
+    reasoning_effort: Any = Field(
+        default=None,
+        description="a text sets that variable of the template; gpt-oss: low, medium, high",
     )
     tools: Items[ToolBody] | None = None
 

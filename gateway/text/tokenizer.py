@@ -7,8 +7,9 @@ Text to ids, ids to text, and the exact bytes that each token stands for. The ch
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ import tokenizers
 from cluster.core.errors import CheckpointError
 from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.harmony.marks import MARKS
+from gateway.text.harmony.marks import MARKS, Mark, MarkedText
 from gateway.text.harmony.template import HarmonyTemplate
 
+logger = logging.getLogger(__name__)
 _NORMALIZER_SHRINK = 4
 """A normalizer may shorten text (NFC); the quick length check leaves this much room for it."""
+_REPLACED = (
+    "prompts of chats are written in the Harmony format by this server, not by the checkpoint's "
+    "chat template; --chat-template with its file takes that template"
+)
 _SHORT_CHARS = 2048
 """Longer texts and lists go the library's way for batches, the only one that releases the lock."""
 
@@ -54,11 +60,44 @@ class Tokenizer:
         """Special tokens by their text."""
         return {self._added[number]: number for number in self._special}
 
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same, for texts whose special tokens are text like any other.
+
+        It is a second tokenizer, since the library's switch is for all threads at once.
+        """
+        made = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        made.encode_special_tokens = True
+        return made
+
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids; special tokens in a text are special, but for those that it calls text."""
+        if isinstance(text, MarkedText):
+            return self._encode_marked(text, add_special_tokens)
         if len(text) <= _SHORT_CHARS:
             return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         found = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(found[0].ids)
+
+    def _encode_marked(self, text: MarkedText, add_special_tokens: bool) -> tuple[int, ...]:
+        """Marks are special tokens, texts hold none."""
+        texts = [part for part in text.parts if not isinstance(part, Mark)]
+        if len(text) <= _SHORT_CHARS:
+            found = [self._plain.encode(one, add_special_tokens=False) for one in texts]
+        else:
+            found = self._plain.encode_batch(texts, add_special_tokens=False)
+        marks = {part: self._mark(part) for part in text.marks}
+        encoded = iter(found)
+        all_parts = [
+            marks[part] if isinstance(part, Mark) else next(encoded) for part in text.parts
+        ]
+        if not add_special_tokens:
+            return tuple(number for one in all_parts for number in one.ids)
+        whole = tokenizers.Encoding.merge(all_parts, growing_offsets=True)
+        return tuple(self._backend.post_process(whole, add_special_tokens=True).ids)
+
+    def _mark(self, mark: Mark) -> tokenizers.Encoding:
+        return self._backend.encode(mark, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole list of ids; ids without a token are left out."""
@@ -121,6 +160,8 @@ def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer |
         raise CheckpointError(f"tokenizer.json cannot be read: {err}") from err
     tokenizer = Tokenizer(backend)
     tokenizer.chat_template = _load_template(Path(folder), chat_template, tokenizer.special_ids)
+    if isinstance(tokenizer.chat_template, HarmonyTemplate):
+        tokenizer.encode(tokenizer.chat_template.render([]))  # the first takes a second
     return tokenizer
 
 
@@ -136,6 +177,8 @@ def _load_template(
     found = None if source is None else ChatTemplate(source, variables)
     is_harmony = found is None or found.tool_form is ToolForm.HARMONY
     if is_harmony and all(mark in special_ids for mark in MARKS):
+        if found is not None:
+            logger.info(_REPLACED)
         return HarmonyTemplate(variables)
     return found
 

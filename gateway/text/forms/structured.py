@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import check_length, is_deeper, require
 from workers.requests.request import Grammar, GrammarKind
 
@@ -19,6 +20,7 @@ MAX_GRAMMAR_BYTES = 64 * 1024
 """UTF-8 bytes of a schema (as compact JSON), regular expression, list of choices or grammar."""
 MAX_SCHEMA_DEPTH = 32
 """Levels of objects and lists in a JSON schema."""
+_FORMAT_SCHEMA = "response_format.json_schema.schema"
 _ANY_OBJECT = '{"type":"object"}'
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -45,6 +47,22 @@ def make_grammar(
     return found or formatted
 
 
+def make_answer_format(
+    grammar: Grammar | None, name: object, description: object = None
+) -> AnswerFormat | None:
+    """What a prompt may show of ``response_format``; None where that has no schema.
+
+    Args:
+        grammar: of ``make_grammar``.
+        name: of ``response_format.json_schema``, like ``description``; no effect if not a text.
+        description: of what is wanted.
+    """
+    if grammar is None or grammar.field != _FORMAT_SCHEMA:
+        return None
+    texts = [text if isinstance(text, str) else None for text in (name, description)]
+    return AnswerFormat(schema=grammar.text, name=texts[0], description=texts[1])
+
+
 def _from_format(kind: str, schema: Any) -> Grammar | None:
     name = "response_format"
     if kind == "text":
@@ -52,11 +70,10 @@ def _from_format(kind: str, schema: Any) -> Grammar | None:
     if kind == "json_object":
         return Grammar(kind=GrammarKind.JSON_SCHEMA, text=_ANY_OBJECT, field=name)
     if kind == "json_schema":
-        field = f"{name}.json_schema.schema"
         if schema is None:
-            message = f"{field} is required for type json_schema"
-            raise RequestError(message, field, "missing_required_parameter")
-        return _schema(schema, field)
+            message = f"{_FORMAT_SCHEMA} is required for type json_schema"
+            raise RequestError(message, _FORMAT_SCHEMA, "missing_required_parameter")
+        return _schema(schema, _FORMAT_SCHEMA)
     if kind == "structural_tag":
         raise UnsupportedParameterError(f"{name} of type structural_tag is not supported", name)
     rule = "must be text, json_object or json_schema"

@@ -27,6 +27,7 @@ from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_TOOLS = 128
+NAME_RULE = "must be 1 to 64 letters, digits, _, . or -"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -68,9 +69,7 @@ def _check(tools: Sequence[Tool]) -> None:
     seen: set[str] = set()
     for place, tool in enumerate(tools):
         path = f"tools[{place}].function"
-        rule = "must be 1 to 64 letters, digits, _, . or -"
-        fits = _NAME.fullmatch(tool.name) is not None
-        require(fits, f"{path}.name", f"({tool.name[:64]!r}) {rule}")
+        require(is_name(tool.name), f"{path}.name", f"({tool.name[:64]!r}) {NAME_RULE}")
         if tool.name in seen:
             raise RequestError(f"tools has {tool.name!r} twice", f"{path}.name")
         seen.add(tool.name)
@@ -80,6 +79,11 @@ def _check(tools: Sequence[Tool]) -> None:
         require(kind == "object", name, "must be a JSON schema of an object")
         deep = is_deeper(schema, MAX_SCHEMA_DEPTH)
         require(not deep, name, f"is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels")
+
+
+def is_name(text: str) -> bool:
+    """Whether a function may be called so."""
+    return _NAME.fullmatch(text) is not None
 
 
 def tool_grammar(

@@ -2,8 +2,8 @@
 
 Source: "Harmony response format" (OpenAI, 2025), docs/format.md and the examples of functions in
 test-data of https://github.com/openai/harmony. Unlike the library there, every line of a
-description is a comment, ``anyOf`` is declared as ``oneOf`` is, and lists of choices have
-parentheses.
+description is a comment, ``anyOf`` is declared as ``oneOf`` is, references are resolved, and lists
+of choices have parentheses.
 """
 
 from __future__ import annotations
@@ -12,125 +12,110 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_Schema = Mapping[str, Any]
+from gateway.text.harmony.schemas import ANY, ARRAY, NULL, OBJECT, Schema
+
 _INDENT = " " * 4
-_PLAIN = {"integer": "number"} | {n: n for n in ("string", "number", "boolean", "null", "object")}
+_PLAIN = {"integer": "number"} | {n: n for n in ("string", "number", "boolean", NULL, OBJECT)}
 
 
 def declare_functions(tools: Sequence[Mapping[str, Any]]) -> str:
     """The section ``# Tools`` of a developer message; ``tools`` are in OpenAI's form."""
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
     for function in (tool["function"] for tool in tools):
-        lines += _comment(function.get("description"))
-        arguments = _arguments(function.get("parameters") or {})
+        lines += comment(function.get("description"))
+        arguments = _arguments(Schema.of(function.get("parameters") or {}))
         lines += [f"type {function['name']} = ({arguments}) => any;", ""]
     return "\n".join([*lines, "} // namespace functions"])
 
 
-def _arguments(schema: _Schema) -> str:
+def _arguments(schema: Schema) -> str:
     """What stands between the parentheses; nothing where a function takes no arguments."""
-    has_any = bool(_properties(schema) or _variants(schema))
-    return f"_: {_described_type(schema, '')}" if has_any else ""
+    has_any = schema.has_properties or schema.has_variants
+    return f"_: {_described(schema, _type(schema, ''))}" if has_any else ""
 
 
-def _described_type(schema: _Schema, indent: str) -> str:
+def _described(schema: Schema, shown: str) -> str:
     """A type, below the description of an object."""
-    lines = _comment(schema.get("description")) if _properties(schema) else []
-    return "\n".join([*lines, _type(schema, indent)])
+    lines = comment(schema.get("description")) if schema.has_properties else []
+    return "\n".join([*lines, shown])
 
 
-def _type(schema: _Schema, indent: str) -> str:
-    if choices := _choices(schema, indent):
-        return " | ".join(dict.fromkeys(choices))
-    if schema.get("type") == "array" or "items" in schema:
-        return _array(schema, indent)
-    if _properties(schema):
-        return _object(schema, indent)
-    return _PLAIN.get(str(schema.get("type")), "any")
+def _type(schema: Schema, indent: str) -> str:
+    return " | ".join(_choices(schema, indent))
 
 
-def _choices(schema: _Schema, indent: str) -> list[str]:
-    """The types of which a value has one; empty where the schema names one type."""
-    if values := _entries(schema, "enum") or ([schema["const"]] if "const" in schema else []):
+def _choices(schema: Schema, indent: str) -> list[str]:
+    """The types of which a value has one, each once; at least one."""
+    if values := schema.values:
         types = [_json(value) for value in values]
-    elif variants := _variants(schema):
+    elif variants := schema.variants:
         types = [_type(variant, indent) for variant in variants]
-    elif kinds := _entries(schema, "type"):
-        types = [_type({**schema, "type": kind}, indent) for kind in kinds]
     else:
-        types = []
-    if schema.get("nullable") is True:
-        types = types or [_type({**schema, "nullable": False}, indent)]
-        return [*types, "null"]
-    return types
+        types = [_of_kind(kind, schema, indent) for kind in schema.kinds] or [ANY]
+    return list(dict.fromkeys([*types, NULL] if schema.may_be_null else types))
 
 
-def _variants(schema: _Schema) -> list[_Schema]:
-    found = _entries(schema, "oneOf") or _entries(schema, "anyOf")
-    return [variant for variant in found if isinstance(variant, Mapping)]
+def _of_kind(kind: str, schema: Schema, indent: str) -> str:
+    """The type of the values of one kind."""
+    if kind == ARRAY:
+        return _array(schema, indent)
+    if kind == OBJECT and schema.has_properties:
+        return _object(schema, indent)
+    return _PLAIN.get(kind, ANY)
 
 
-def _entries(schema: _Schema, name: str) -> list[Any]:
-    """A list in a schema; empty where there is none, as in a schema that is wrong."""
-    found = schema.get(name)
-    return found if isinstance(found, list) else []
-
-
-def _properties(schema: _Schema) -> Mapping[str, Any]:
-    found = schema.get("properties")
-    return found if isinstance(found, Mapping) else {}
-
-
-def _array(schema: _Schema, indent: str) -> str:
-    items = schema.get("items")
-    if not isinstance(items, Mapping):
+def _array(schema: Schema, indent: str) -> str:
+    item = schema.item
+    if item is None:
         return "Array<any>"
-    item = _described_type(items, indent)
-    return f"({item})[]" if len(_choices(items, indent)) > 1 else f"{item}[]"
+    choices = _choices(item, indent)
+    shown = _described(item, " | ".join(choices))
+    return f"({shown})[]" if len(choices) > 1 else f"{shown}[]"
 
 
-def _object(schema: _Schema, indent: str) -> str:
-    required = _entries(schema, "required")
+def _object(schema: Schema, indent: str) -> str:
+    required = schema.entries("required")
     lines = ["{"]
-    for name, value in _properties(schema).items():
+    for name, value in schema.properties.items():
         key = name if name in required else f"{name}?"
-        inner = value if isinstance(value, Mapping) else {}
-        lines += [f"{indent}{line}" for line in _property(key, inner, indent)]
+        lines += [f"{indent}{line}" for line in _property(key, value, indent)]
     return "\n".join([*lines, f"{indent}}}"])
 
 
-def _property(key: str, schema: _Schema, indent: str) -> list[str]:
+def _property(key: str, schema: Schema, indent: str) -> list[str]:
     """The lines of one property, without the indent of their beginnings."""
-    lines = [*_comment(schema["title"]), "//"] if schema.get("title") else []
-    lines += _comment(schema.get("description"))
-    if examples := _entries(schema, "examples"):
+    lines = [*comment(schema.get("title")), "//"] if schema.get("title") else []
+    lines += comment(schema.get("description"))
+    if examples := schema.entries("examples"):
         lines += ["// Examples:", *(f"// - {_json(example)}" for example in examples)]
     default = _default(schema)
-    if variants := _variants(schema):
-        types = (_variant(one, schema, indent) for one in variants)
+    if schema.has_variants and not schema.values:
+        types = [_variant(one, schema, indent) for one in schema.variants]
+        types += [f" | {NULL}"] * schema.may_be_null
         above = [f"// {default}"] if default else []
         return [*lines, *above, f"{key}:", *types, ","]
     note = f" // {default}" if default else ""
     return [*lines, f"{key}: {_type(schema, indent + _INDENT)},{note}"]
 
 
-def _variant(variant: _Schema, owner: _Schema, indent: str) -> str:
+def _variant(variant: Schema, owner: Schema, indent: str) -> str:
     description = str(variant.get("description") or "").replace("\n", " ")
     shown = "" if description == owner.get("description") else description
     note = " ".join(filter(None, [shown, _default(variant)]))
     return f" | {_type(variant, indent + _INDENT)}" + (f" // {note}" if note else "")
 
 
-def _default(schema: _Schema) -> str:
+def _default(schema: Schema) -> str:
     """A note of the default; empty without one. A choice of an ``enum`` has no quotes."""
-    if "default" not in schema:
+    if "default" not in schema.data:
         return ""
-    value = schema["default"]
-    is_word = isinstance(value, str) and "enum" in schema
+    value = schema.data["default"]
+    is_word = isinstance(value, str) and "enum" in schema.data
     return f"default: {value if is_word else _json(value)}"
 
 
-def _comment(text: object) -> list[str]:
+def comment(text: object) -> list[str]:
+    """The lines of a text as comments."""
     return [f"// {line}".rstrip() for line in str(text).splitlines()] if text else []
 
 

@@ -57,7 +57,8 @@ def harmony_grammar(
         opened: the prompt's open message, as ``HarmonyParser`` takes it.
 
     Raises:
-        RequestError: the tools are too large, or cannot go with ``answer`` or this vocabulary.
+        RequestError: the tools are too large, or cannot go with ``answer`` or this vocabulary;
+            or the prompt ends within a header.
     """
     if use is not None:
         check_goes_with_tools(answer)
@@ -65,6 +66,9 @@ def harmony_grammar(
         return _without_marks(use, answer)
     if use is None and answer is None:
         return None
+    if opened not in ("", OPENED) and not opened.endswith(MESSAGE):
+        field = FIELD if answer is None else answer.field
+        raise RequestError(f"{field} cannot go with a prompt that ends within a header", field)
     lines = _start(use, special_ids, opened) + _messages(special_ids)
     lines.append(_body(None if use is not None and use.must_call else answer))
     if use is not None:

@@ -9,12 +9,20 @@ Source: "Harmony response format" (OpenAI, 2025), https://github.com/openai/harm
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-CHANNEL, MESSAGE, CONSTRAIN = "<|channel|>", "<|message|>", "<|constrain|>"
-START, END, RETURN, CALL = "<|start|>", "<|end|>", "<|return|>", "<|call|>"
-ENDS = (END, RETURN, CALL)
-MARKS = (CHANNEL, MESSAGE, CONSTRAIN, START, *ENDS)
+
+class Mark(str):
+    """A special token of the format; the same letters in a plain text are none."""
+
+    __slots__ = ()
+
+
+CHANNEL, MESSAGE, CONSTRAIN = Mark("<|channel|>"), Mark("<|message|>"), Mark("<|constrain|>")
+START, END, RETURN, CALL = Mark("<|start|>"), Mark("<|end|>"), Mark("<|return|>"), Mark("<|call|>")
+ENDS: tuple[str, ...] = (END, RETURN, CALL)
+MARKS: tuple[str, ...] = (CHANNEL, MESSAGE, CONSTRAIN, START, *ENDS)
 ANALYSIS, COMMENTARY, FINAL = "analysis", "commentary", "final"
 CHANNELS = (ANALYSIS, COMMENTARY, FINAL)
 """What the model says to itself; calls, and words for the user before them; its answer."""
@@ -35,6 +43,24 @@ _WORDS = re.compile(
     rf"{_TO}(?:{re.escape(CHANNEL)}\s*(\w*))?{_TO}(?:{re.escape(CONSTRAIN)}\s*\w*)?\s*"
 )
 """What a header says behind its role, in the usual order, perhaps cut off; the group: channel."""
+
+
+class MarkedText(str):
+    """A prompt that tells its marks from texts of clients that look like marks."""
+
+    parts: tuple[str, ...]
+    """Marks and texts in their order."""
+
+    def __new__(cls, parts: Iterable[str]) -> MarkedText:
+        whole = tuple(parts)
+        made = super().__new__(cls, "".join(whole))
+        made.parts = whole
+        return made
+
+    @property
+    def marks(self) -> frozenset[Mark]:
+        """Those that it has."""
+        return frozenset(part for part in self.parts if isinstance(part, Mark))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +128,21 @@ def open_message(prompt: str) -> str:
         return ""
     header, mark, _ = prompt[place:].partition(MESSAGE)
     return header + mark
+
+
+def open_header(ids: Sequence[int], special_ids: Mapping[str, int]) -> Sequence[int]:
+    """The same of a prompt's tokens, where marks are tokens and texts that look like them are not.
+
+    Args:
+        ids: the prompt.
+        special_ids: special tokens by text, the marks among them.
+    """
+    ends = {special_ids[end] for end in ENDS}
+    place = len(ids) - 1
+    while place >= 0 and ids[place] != special_ids[START]:
+        if ids[place] in ends:
+            return ()
+        place -= 1
+    header = ids[place:] if place >= 0 else ()
+    message = special_ids[MESSAGE]
+    return header[: header.index(message) + 1] if message in header else header

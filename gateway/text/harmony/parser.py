@@ -30,6 +30,8 @@ from gateway.text.harmony.marks import (
 
 MAX_HEADER_CHARS = 256
 """What is longer without a mark is text, so that no client waits for its end."""
+_PIECE_CHARS = 4096
+"""Read at a time, so that the work is in proportion to the text, however many messages it has."""
 _TEXT_ENDS = (*ENDS, START)
 _HEADER_ENDS = (MESSAGE, *_TEXT_ENDS)
 _WINDOW_CHARS = MAX_HEADER_CHARS + max(map(len, _HEADER_ENDS))
@@ -53,8 +55,8 @@ class HarmonyParser:
     """Reads one answer. The result does not depend on how the text was cut into pieces.
 
     ``<|channel|>analysis<|message|>Look.<|end|><|start|>assistant<|channel|>final<|message|>Yes.``
-    is the reasoning ``Look.`` and the content ``Yes.`` No text is lost: what no mark or header
-    explains is content, and so is an answer without marks.
+    is the reasoning ``Look.`` and the content ``Yes.`` No text is lost but for words that a header
+    may hold: what no mark or header explains is content, and so is an answer without marks.
 
     Args:
         names: functions that may be called. A message to any other is reasoning.
@@ -83,16 +85,27 @@ class HarmonyParser:
         """There are calls, and the last one is complete."""
         return 0 < self.num_complete == self.num_begun
 
-    def feed(self, text: str, is_last: bool = False) -> ParsedPiece:
-        """What is certain after ``text``; with ``is_last`` nothing waits any more."""
-        self._waiting += text
+    def feed(self, text: str, is_last: bool = False, ends_with_mark: bool = False) -> ParsedPiece:
+        """What is certain after ``text``.
+
+        Args:
+            text: the next piece.
+            is_last: nothing waits any more.
+            ends_with_mark: the model ended the answer with a mark, which is not in the text.
+        """
         found = _Found()
-        while self._step(found, is_last):
-            pass
+        for start in range(0, max(len(text), 1), _PIECE_CHARS):
+            piece = text[start : start + _PIECE_CHARS]
+            self._read(piece, found, is_last and start + len(piece) == len(text))
         if is_last and self._state is _State.ARGUMENTS:
-            self.num_complete += _is_json("".join(self._arguments))
+            self._end_call(found, ends_with_mark)
             self._state = _State.BETWEEN
         return found.piece()
+
+    def _read(self, piece: str, found: _Found, is_last: bool) -> None:
+        self._waiting += piece
+        while self._step(found, is_last):
+            pass
 
     def _step(self, found: _Found, is_last: bool) -> bool:
         """Read on; whether there may be more."""
@@ -172,11 +185,18 @@ class HarmonyParser:
         if text:
             self._take(text, found)
         if mark:
-            self.num_complete += self._state is _State.ARGUMENTS
+            if self._state is _State.ARGUMENTS:
+                self._end_call(found, has_mark=mark != START)
             self._state = _State.BETWEEN
         if mark == START:
             self._expect_header(has_role=True)
         return bool(mark)
+
+    def _end_call(self, found: _Found, has_mark: bool) -> None:
+        """A call with its mark is complete; without it, if its arguments are."""
+        if has_mark and not "".join(self._arguments).strip():
+            self._take("{}", found)
+        self.num_complete += has_mark or _is_object("".join(self._arguments))
 
     def _take(self, text: str, found: _Found) -> None:
         match self._state:
@@ -229,9 +249,9 @@ def _overlap(text: str) -> int:
     return next((n for n in sizes if any(end.startswith(text[-n:]) for end in _TEXT_ENDS)), 0)
 
 
-def _is_json(text: str) -> bool:
+def _is_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
     try:
-        json.loads(text)
+        return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
-    return True

@@ -5,6 +5,8 @@ messages are instructions in a developer message, which also declares the tools.
 repeated until the model's next answer on the channel ``final``, since its calls are part of it.
 Calls are written as the model writes them, with the client's own JSON text.
 
+The prompt tells its marks from the texts of clients: no text becomes a message of its own.
+
 Source: "Harmony response format" (OpenAI, 2025), https://github.com/openai/harmony.
 """
 
@@ -16,10 +18,12 @@ from itertools import takewhile
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import require
 from gateway.core.messages import REASONING_NAMES
 from gateway.core.tool_use import CallArguments, ToolForm
-from gateway.text.harmony.declarations import declare_functions
+from gateway.text.forms.tools import NAME_RULE, is_name
+from gateway.text.harmony.declarations import comment, declare_functions
 from gateway.text.harmony.marks import (
     ANALYSIS,
     CALL,
@@ -31,12 +35,20 @@ from gateway.text.harmony.marks import (
     FINAL,
     FUNCTIONS,
     MESSAGE,
-    OPENED,
     ROLE,
     START,
+    MarkedText,
 )
 
-EFFORTS = ("low", "medium", "high")
+_EFFORTS = {
+    "none": "low",
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+}
+"""The model's efforts by OpenAI's."""
 _EFFORT = "reasoning_effort"
 _DEFAULTS = {
     "model_identity": "You are ChatGPT, a large language model trained by OpenAI.",
@@ -44,13 +56,17 @@ _DEFAULTS = {
     _EFFORT: "medium",
 }
 _DATE = "conversation_start_date"
+_KWARGS = "chat_template_kwargs"
 _INSTRUCTIONS = "# Instructions"
+_UNNAMED = "response"
 _INSTRUCTING = ("system", "developer")
 _Message = Mapping[str, Any]
+_Parts = list[str]
+"""A message of the prompt: marks and texts in their order, the last two its text and its end."""
 
 
 def _today() -> str:
-    return datetime.date.today().isoformat()
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 class HarmonyTemplate:
@@ -58,7 +74,7 @@ class HarmonyTemplate:
 
     Args:
         variables: special tokens by name, for templates of clients.
-        today: the date in prompts.
+        today: the date in prompts; by default that of UTC.
     """
 
     has_tools = True
@@ -78,25 +94,33 @@ class HarmonyTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> str:
+        answer_format: AnswerFormat | None = None,
+    ) -> MarkedText:
         """The prompt of a conversation.
 
         Args:
-            variables: ``reasoning_effort`` (low, medium, high), ``model_identity``,
-                ``knowledge_cutoff`` and ``conversation_start_date``; an empty text leaves out the
+            variables: ``reasoning_effort``, ``model_identity``, ``knowledge_cutoff`` and
+                ``conversation_start_date``; None is as if absent, and an empty text leaves out the
                 line.
+            answer_format: what is shown of ``response_format``.
 
         Raises:
             RequestError: a message or variable does not fit the format.
         """
-        values = {**_DEFAULTS, _DATE: self._today(), **(variables or {})}
-        parts = [_system(values, bool(tools)), *_developer(messages, tools or ())]
+        given = {name: value for name, value in (variables or {}).items() if value is not None}
+        values = {**_DEFAULTS, _DATE: self._today(), **given}
+        before = [_system(values, bool(tools)), *_developer(messages, tools or (), answer_format)]
         last = len(messages) - (not add_generation_prompt)
         answers = [place for place in range(last) if _is_answer(messages[place])]
-        parts += _Turns(kept_from=max(answers, default=-1) + 1).render(messages)
+        turns = _Turns(kept_from=max(answers, default=-1) + 1).render(messages)
         if continue_final_message:
-            parts[-1] = _left_open(parts[-1])
-        return "".join(parts) + (OPENED if add_generation_prompt else "")
+            turns = _left_open(turns)
+        parts = [part for message in [*before, *turns] for part in message]
+        return MarkedText([*parts, START, ROLE] if add_generation_prompt else parts)
+
+    @staticmethod
+    def knows_effort(effort: str | None) -> bool:
+        return effort in _EFFORTS
 
 
 class _Turns:
@@ -111,53 +135,62 @@ class _Turns:
         self._names: dict[str, str] = {}
         self._last_name = ""
 
-    def render(self, messages: Sequence[_Message]) -> list[str]:
-        parts: list[str] = []
-        for place, message in enumerate(messages):
-            if place >= _num_instructions(messages):
-                parts += self._one(message, place)
-        return parts
+    def render(self, messages: Sequence[_Message]) -> list[_Parts]:
+        found: list[_Parts] = []
+        for place in range(_num_instructions(messages), len(messages)):
+            found += self._one(messages[place], place)
+        return found
 
-    def _one(self, message: _Message, place: int) -> list[str]:
+    def _one(self, message: _Message, place: int) -> list[_Parts]:
         role, content = str(message.get("role")), str(message.get("content") or "")
         if role == ROLE:
             return self._assistant(message, content, place)
         if role in _INSTRUCTING:
-            return [_message("developer", f"{_INSTRUCTIONS}\n\n{content}")]
+            return [_message(["developer"], f"{_INSTRUCTIONS}\n\n{content}")]
         if role == "user":
-            return [_message("user", content)]
+            return [_message(["user"], content)]
         if role not in ("tool", "function"):
             raise _misfit(f"it has no role {role[:64]!r} (messages[{place}])")
-        header = f"{FUNCTIONS}{self._function(message, place)} to={ROLE}{CHANNEL}{COMMENTARY}"
+        header = [f"{FUNCTIONS}{self._function(message, place)} to={ROLE}", CHANNEL, COMMENTARY]
         return [_message(header, content)]
 
-    def _assistant(self, message: _Message, content: str, place: int) -> list[str]:
+    def _assistant(self, message: _Message, content: str, place: int) -> list[_Parts]:
         reasoning, calls = _reasoning(message, place), message.get("tool_calls") or ()
         parts = []
         if reasoning and place >= self._kept_from:
-            parts.append(_message(f"{ROLE}{CHANNEL}{ANALYSIS}", reasoning))
+            parts.append(_message([ROLE, CHANNEL, ANALYSIS], reasoning))
         if content or not (reasoning or calls):
-            parts.append(_message(f"{ROLE}{CHANNEL}{COMMENTARY if calls else FINAL}", content))
-        return parts + [self._call(call) for call in calls]
+            parts.append(_message([ROLE, CHANNEL, COMMENTARY if calls else FINAL], content))
+        return parts + [self._call(call, place) for call in calls]
 
-    def _call(self, call: Mapping[str, Any]) -> str:
+    def _call(self, call: Mapping[str, Any], place: int) -> _Parts:
         function = call["function"]
-        self._last_name = self._names[str(call.get("id"))] = function["name"]
-        to = f"to={FUNCTIONS}{function['name']} {CONSTRAIN}json"
+        self._last_name = name = _checked_name(function["name"], place)
+        if call_id := call.get("id"):
+            self._names[call_id] = name
         arguments: CallArguments = function["arguments"]
-        header = f"{ROLE}{CHANNEL}{COMMENTARY} {to}"
+        header = [ROLE, CHANNEL, f"{COMMENTARY} to={FUNCTIONS}{name} ", CONSTRAIN, "json"]
         return _message(header, arguments.text.strip() or "{}", CALL)
 
     def _function(self, message: _Message, place: int) -> str:
         """Whose result a message is: of the call that it names, else of the last call."""
-        known = self._names.get(str(message.get("tool_call_id")))
-        name = known or str(message.get("name") or "") or self._last_name
+        known = self._names.get(message.get("tool_call_id") or "")
+        given = str(message.get("name") or "")
+        name = known or (_checked_name(given, place) if given else self._last_name)
         if not name:
             raise _misfit(f"messages[{place}] is the result of no call")
-        return name.removeprefix(FUNCTIONS)
+        return name
 
 
-def _system(values: Mapping[str, Any], has_tools: bool) -> str:
+def _checked_name(name: str, place: int) -> str:
+    """A function's name as headers have it."""
+    plain = name.removeprefix(FUNCTIONS)
+    if not is_name(plain):
+        raise _misfit(f"the function's name in messages[{place}] {NAME_RULE}")
+    return plain
+
+
+def _system(values: Mapping[str, Any], has_tools: bool) -> _Parts:
     _check(values)
     about = [
         values["model_identity"],
@@ -167,30 +200,39 @@ def _system(values: Mapping[str, Any], has_tools: bool) -> str:
     rule = f"# Valid channels: {', '.join(CHANNELS)}. Channel must be included for every message."
     if has_tools:
         rule += "\nCalls to these tools must go to the commentary channel: 'functions'."
-    sections = ["\n".join(filter(None, about)), f"Reasoning: {values[_EFFORT]}", rule]
-    return _message("system", "\n\n".join(sections))
+    sections = ["\n".join(filter(None, about)), f"Reasoning: {_EFFORTS[values[_EFFORT]]}", rule]
+    return _message(["system"], "\n\n".join(sections))
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    field = "chat_template_kwargs"
     for name in (*_DEFAULTS, _DATE):
-        require(isinstance(values[name], str), field, f"must have a text for {name}")
+        require(isinstance(values[name], str), _KWARGS, f"must have a text for {name}")
     effort = values[_EFFORT]
-    rule = f"({effort[:32]!r}) must be {', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}"
-    require(effort in EFFORTS, _EFFORT, rule)
+    rule = f"must have one of {', '.join(_EFFORTS)} for {_EFFORT}, not {effort[:32]!r}"
+    require(effort in _EFFORTS, _KWARGS, rule)
     if values.get("builtin_tools"):
-        raise UnsupportedParameterError(f"{field}.builtin_tools is not supported", field)
+        raise UnsupportedParameterError(f"{_KWARGS}.builtin_tools is not supported", _KWARGS)
 
 
 def _developer(
-    messages: Sequence[_Message], tools: Sequence[Mapping[str, Any]]
-) -> tuple[str] | tuple[()]:
-    """The message of the first instructions and the tools, if there are any."""
+    messages: Sequence[_Message],
+    tools: Sequence[Mapping[str, Any]],
+    answer_format: AnswerFormat | None,
+) -> tuple[_Parts, ...]:
+    """The message of the first instructions, the tools and the answer's format, if any is there."""
     texts = [str(message["content"]) for message in messages[: _num_instructions(messages)]]
     sections = [_INSTRUCTIONS, *texts] if any(texts) else []
     if tools:
         sections.append(declare_functions(tools))
-    return (_message("developer", "\n\n".join(sections)),) if sections else ()
+    if answer_format is not None:
+        sections += _format_sections(answer_format)
+    return (_message(["developer"], "\n\n".join(sections)),) if sections else ()
+
+
+def _format_sections(wanted: AnswerFormat) -> list[str]:
+    name = wanted.name if wanted.name and is_name(wanted.name) else _UNNAMED
+    shown = "\n".join([*comment(wanted.description), wanted.schema])
+    return ["# Response Formats", f"## {name}", shown]
 
 
 def _num_instructions(messages: Sequence[_Message]) -> int:
@@ -205,21 +247,26 @@ def _is_answer(message: _Message) -> bool:
 
 
 def _reasoning(message: _Message, place: int) -> str:
+    """A text, or the texts of a list of parts, as ``content`` has them."""
     found = next(filter(None, map(message.get, REASONING_NAMES)), "")
-    if not isinstance(found, str):
+    parts = found if isinstance(found, list) else [{"type": "text", "text": found}]
+    found = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) != len(parts):
         raise _misfit(f"the reasoning of messages[{place}] must be a text")
-    return found
+    return "\n".join(texts)
 
 
-def _message(header: str, text: str, end: str = END) -> str:
-    return f"{START}{header}{MESSAGE}{text}{end}"
+def _message(header: Sequence[str], text: str, end: str = END) -> _Parts:
+    return [START, *header, MESSAGE, text, end]
 
 
-def _left_open(part: str) -> str:
-    text = part.removesuffix(END)
-    has_text = text != part and not text.endswith(MESSAGE)
+def _left_open(turns: list[_Parts]) -> list[_Parts]:
+    """The turns without the end of the last one."""
+    *before, last = turns or [[""]]
+    has_text = last[-1] == END and bool(last[-2])
     require(has_text, "continue_final_message", "needs a final message with content")
-    return text
+    return [*before, last[:-1]]
 
 
 def _misfit(reason: str) -> RequestError:

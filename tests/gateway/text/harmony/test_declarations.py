@@ -119,6 +119,18 @@ def test_functions_are_declared_as_documented() -> None:
         ({"type": "array", "items": {"enum": ["a", "b"]}}, 'x?: ("a" | "b")[],'),
         ({"type": "object"}, "x?: object,"),
         ({"$ref": "#/$defs/y"}, "x?: any,"),
+        ({"type": ["array", "null"], "items": {"type": "string"}}, "x?: string[] | null,"),
+        ({"type": ["string", "array"], "items": {"type": "string"}}, "x?: string | string[],"),
+        ({"type": ["array", "array"], "items": {}}, "x?: any[],"),
+        ({"type": "string", "items": {"type": "string"}}, "x?: string,"),
+        ({"type": "null", "properties": {"y": {}}}, "x?: null,"),
+        ({"type": ["object", "null"]}, "x?: object | null,"),
+        (
+            {"type": ["object", "null"], "properties": {"y": {}}},
+            "x?: {\n    y?: any,\n    } | null,",
+        ),
+        ({"items": {}, "nullable": True}, "x?: any[] | null,"),
+        ({"type": ["string", "null"], "nullable": True}, "x?: string | null,"),
     ],
 )
 def test_each_type_has_its_name(schema: dict[str, Any], line: str) -> None:
@@ -144,6 +156,63 @@ def test_choices_are_lines_with_their_notes() -> None:
     assert declared(anyOf=choices, description="same") == expected
 
 
+def test_variants_of_an_object_leave_its_properties() -> None:
+    """They say which of the properties go together."""
+    for name in ("anyOf", "oneOf"):
+        schema = {"properties": {"y": {"type": "string"}}, name: [{"required": ["y"]}]}
+        assert "x?: {\n    y?: string,\n    }," in declared(**schema)
+        text = declare_functions([{"function": {"name": "f", "parameters": schema}}])
+        assert "type f = (_: {\ny?: string,\n}) => any;" in text
+
+
+def with_definitions(schema: dict[str, Any], **definitions: Any) -> str:
+    """How a function with one argument ``x`` is declared, by definitions of its schema."""
+    parameters = {"properties": {"x": schema}, "$defs": definitions}
+    text = declare_functions([{"function": {"name": "f", "parameters": parameters}}])
+    return text.partition("(_: {\n")[2].partition("\n}) =>")[0]
+
+
+def test_references_are_resolved() -> None:
+    y = {"$ref": "#/$defs/y"}
+    text, number = {"type": "string", "description": "A y"}, {"type": "number"}
+    assert with_definitions(y, y=text) == "// A y\nx?: string,"
+    assert with_definitions({**y, "description": "An x"}, y=text) == "// An x\nx?: string,"
+    assert with_definitions({"type": "array", "items": y}, y=number) == "x?: number[],"
+    assert with_definitions({"anyOf": [y, {"type": "null"}]}, y=number).count("\n | ") == 2
+    assert with_definitions(y, y={"$ref": "#/$defs/a~1b"}, **{"a/b": number}) == "x?: number,"
+    for other in ("#", "#/$defs/z", "#/$defs/y/type", "https://example.com", "", "y"):
+        assert with_definitions({"$ref": other}, y=number) == "x?: any,"
+
+
+def test_references_to_themselves_are_of_any_type() -> None:
+    y = {"$ref": "#/$defs/y"}
+    assert with_definitions(y, y=y) == "x?: any,"
+    node = {"properties": {"next": y, "all": {"type": "array", "items": y}}}
+    expected = "x?: {\n    next?: any,\n    all?: any[],\n    },"
+    assert with_definitions(y, y=node) == expected
+
+
+def test_deep_schemas_are_declared_once() -> None:
+    """Each part is, so that a declaration is about as long as its schema."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(30):
+        schema = {"type": ["array", "null"], "items": schema, "nullable": True}
+    assert declared(**schema).count(" | null") == 30
+    for _ in range(30):
+        schema = {"type": ["object", "array", "null"], "items": {}, "properties": {"y": schema}}
+    assert len(declared(**schema)) < 20_000
+    schema = {"type": "string"}
+    for _ in range(30):
+        schema = {"type": ["array", "object"], "items": schema, "properties": {}}
+    assert declared(**schema).count("object") == 30
+
+
+def test_definitions_that_repeat_each_other_are_bounded() -> None:
+    refs = [{"$ref": f"#/$defs/d{n}"} for n in range(30)]
+    pairs = {f"d{n}": {"properties": {"a": refs[n + 1], "b": refs[n + 1]}} for n in range(29)}
+    assert len(with_definitions(refs[0], **pairs)) < 1_000_000
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -151,6 +220,8 @@ def test_choices_are_lines_with_their_notes() -> None:
         {"type": 1},
         {"oneOf": 1, "enum": "a", "required": 2, "examples": 3},
         {"properties": 4},
+        {"type": [{}, 1]},
+        {"$ref": {}},
         {"properties": {"y": True}, "required": None},
         {"items": [{}], "description": 5, "title": {}},
     ],

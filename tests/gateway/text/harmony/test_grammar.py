@@ -156,6 +156,16 @@ def test_answers_begin_where_the_prompt_ends(
     assert [text for text in bad if accepts(backend, compiler, grammar, text)] == []
 
 
+@pytest.mark.parametrize("opened", [START, f"{OPENED}{CHANNEL}", f"{OPENED}{CHANNEL}final"])
+def test_a_prompt_that_ends_within_a_header_has_no_grammar(opened: str) -> None:
+    marks = dict.fromkeys(MARKS, 1)
+    assert harmony_grammar(None, marks, None, opened) is None
+    for use, answer, field in ((TOOLS, None, "tools"), (None, NUMBER, NUMBER.field)):
+        with pytest.raises(RequestError, match="a prompt that ends within a header") as caught:
+            harmony_grammar(use, marks, answer, opened)
+        assert caught.value.param == field
+
+
 def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
     return {mark: backend.get_vocab()[mark] for mark in MARKS}
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.text.harmony.marks import OPENED, Header, open_message, read_header
+from gateway.text.harmony.marks import (
+    MARKS,
+    OPENED,
+    Header,
+    open_header,
+    open_message,
+    read_header,
+)
+from tests.gateway.fakes import tiny_backend
 
 
 @pytest.mark.parametrize(
@@ -42,3 +50,8 @@ def test_headers_have_channel_and_recipient_in_any_order(
 )
 def test_the_open_message_is_the_last_one_without_an_end(prompt: str, opened: str) -> None:
     assert open_message(prompt) == opened
+    backend = tiny_backend()
+    backend.add_special_tokens([*MARKS])
+    ids = backend.encode(prompt).ids
+    found = open_header(ids, backend.get_vocab())
+    assert backend.decode(list(found), skip_special_tokens=False) == opened

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from typing import Any
 
 import pytest
 
@@ -185,6 +186,11 @@ def test_an_answer_goes_on_where_the_prompt_ends(
         (WEATHER.replace(WEATHER_ARGUMENTS, ""), True),
         (WEATHER.replace(f"{WEATHER_ARGUMENTS}{CALL}", ""), False),
         (f"{WEATHER}{OPENED}<|channel|>commentary to=functions.f<|message|>{{", False),
+        (WEATHER.replace(f"{WEATHER_ARGUMENTS}{CALL}", "17"), False),
+        (WEATHER.replace(f"{WEATHER_ARGUMENTS}{CALL}", "[]"), False),
+        (WEATHER.replace(WEATHER_ARGUMENTS, "17"), True),
+        (WEATHER.replace(CALL, START), True),
+        (WEATHER.replace(f"{WEATHER_ARGUMENTS}{CALL}", START), False),
     ],
 )
 def test_a_call_is_complete_at_its_mark_or_with_its_json(text: str, is_complete: bool) -> None:
@@ -192,6 +198,37 @@ def test_a_call_is_complete_at_its_mark_or_with_its_json(text: str, is_complete:
     parser.feed(text, is_last=True)
     assert parser.num_begun > 0
     assert parser.has_calls is is_complete
+
+
+@pytest.mark.parametrize("arguments", ["", " \n", "{", WEATHER_ARGUMENTS])
+def test_a_mark_makes_a_call_complete(arguments: str) -> None:
+    """Also one that is not in the text, since the model stops at it."""
+    shown = arguments if arguments.strip() else f"{arguments}{{}}"
+    text = WEATHER.replace(WEATHER_ARGUMENTS, arguments)
+    for one in (text, text.removesuffix(CALL)):
+        parser = HarmonyParser(NAMES)
+        (call,) = parser.feed(one, is_last=True, ends_with_mark=True).joined().calls
+        assert (call.arguments, parser.has_calls) == (shown, True)
+
+
+class CountingParser(HarmonyParser):
+    """Counts the characters that its steps look at."""
+
+    num_chars = 0
+
+    def _step(self, found: Any, is_last: bool) -> bool:
+        self.num_chars += len(self._waiting)
+        return super()._step(found, is_last)
+
+
+def test_the_work_is_in_proportion_to_the_text() -> None:
+    for message in ("<|channel|>analysis<|message|>a<|end|><|start|>assistant", "<|end|>", "a" * 9):
+        work = []
+        for count in (500, 2000):
+            parser = CountingParser()
+            parser.feed(message * count, is_last=True)
+            work.append(parser.num_chars)
+        assert work[1] < 8 * work[0]
 
 
 def pieces_of(text: str, size: int) -> list[str]:
