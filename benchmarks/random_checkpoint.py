@@ -211,7 +211,7 @@ class RandomModel:
         }
 
     def _deepseek_v3(self) -> dict[str, object]:
-        """The latent vector has half of the hidden size, and a head twice its share of it."""
+        """The latent vector has half of the hidden size."""
         head = self.hidden // self.heads
         return {
             "architectures": ["DeepseekV3ForCausalLM"],

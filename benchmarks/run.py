@@ -37,6 +37,7 @@ NAMES = (
     "step_cost",
     "kv_cache",
     "kv_accuracy",
+    "delta_net",
     "reliability",
     "moves",
     "scaling",

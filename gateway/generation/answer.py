@@ -87,7 +87,7 @@ class TextFormat:
         return parsed, parser.has_calls
 
     def _make_parser(self) -> ToolParser | HarmonyParser | None:
-        """What reads the text of one choice; None: all of it is content."""
+        """What reads the text of one choice; None: the whole text is content."""
         fields = self.call.fields
         form, tools = fields.tool_form, fields.tools
         if form is ToolForm.HARMONY:

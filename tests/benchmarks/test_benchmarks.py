@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import (
     colocated,
+    delta_net,
     deterministic,
     families,
     gateway_cost,
@@ -265,6 +266,13 @@ def test_caches_of_both_types_are_measured() -> None:
     plain_us, fp8_us, _, blocks = (float(cell) for cell in row.strip("|").split("|")[3:])
     assert plain_us > 0 < fp8_us
     assert blocks == pytest.approx(32 / 17, abs=0.01)
+
+
+def test_forms_of_gated_delta_net_are_measured() -> None:
+    text = delta_net.section(quick=True)
+    assert text.startswith("## Gated DeltaNet")
+    (row,) = [line for line in text.splitlines() if line.startswith("| 2 x 3 |")]
+    assert all(float(cell) >= 0 for cell in row.strip("|").split("|")[1:])
 
 
 def test_answers_with_caches_of_both_types_are_compared() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from docs.extensions.repository_pages import DOCS, SHOWN, site_text
 from tests.paths import ROOT
+from workers.model.families.registry import FAMILIES
 
 OURS = sorted(DOCS.rglob("*.md"))
 PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "k8s" / "README.md", *OURS)
@@ -79,3 +80,14 @@ def test_links_of_a_shown_file_lead_to_pages() -> None:
 def _anchors(text: str) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_family_is_listed_with_the_lines_of_its_file() -> None:
+    text = (DOCS / "reference" / "models.md").read_text(encoding="utf-8")
+    families = ROOT / "workers" / "model" / "families"
+    said = re.findall(r"`([\w/]+\.py)`, (\d+) lines", text)
+    found = [(name, str(len((families / name).read_text().splitlines()))) for name, _ in said]
+    assert said == found
+    modules = {module.removeprefix("workers.model.families.") for module in FAMILIES.values()}
+    assert {name.removesuffix(".py").replace("/", ".") for name, _ in said} == modules
+    assert [name for name in FAMILIES if f"`{name}`" not in text] == []

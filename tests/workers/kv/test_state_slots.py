@@ -1,4 +1,4 @@
-"""Slots of recurrent states: enough for those that run, the rest for whoever comes first."""
+"""Slots of recurrent states: enough for sequences that run, the rest by turns."""
 
 from __future__ import annotations
 

@@ -227,5 +227,5 @@ def test_definitions_that_repeat_each_other_are_bounded() -> None:
     ],
 )
 def test_a_wrong_schema_is_declared_without_its_wrong_parts(schema: dict[str, Any]) -> None:
-    """Its error is that of the grammar that is made of it."""
+    """The grammar that is made of the schema has the same error."""
     assert "x?: " in declared(**schema)
