@@ -82,7 +82,7 @@ def test_blocks_are_counted_in_bytes_that_are_taken(tiny_checkpoint: Path, dtype
 
 
 @pytest.mark.parametrize("is_torch_exact", [False, True], ids=["native", "torch deterministic"])
-@pytest.mark.parametrize("variant", ["olmoe-base", *FAMILIES[1:]])
+@pytest.mark.parametrize("variant", ["olmoe-base", *FAMILIES[1:], "qwen3next-base"])
 def test_bits_depend_neither_on_the_batch_nor_on_a_prefix_hit_nor_on_a_copy(
     golden: Callable[[str], Golden], variant: str, is_torch_exact: bool
 ) -> None:
