@@ -231,8 +231,9 @@ def golden_path(variant: str, family: str = "olmoe") -> Path:
 
 def load_golden(variant: str) -> Golden:
     """Read a variant; see ``golden_path``."""
+    family, *_, number = variant.split("-")
     is_random = variant in RANDOM_VARIANTS
-    return read_golden(golden_path(variant, _random() if is_random else variant.split("-")[0]))
+    return read_golden(golden_path(variant, _random(int(number)) if is_random else family))
 
 
 def read_golden(path: Path) -> Golden:
@@ -247,9 +248,10 @@ def make_random(folder: Path, first: int, count: int) -> list[Golden]:
     return [read_golden(path) for path in sorted(folder.iterdir())]
 
 
-def _random() -> str:
-    """Name of the folder of ``RANDOM_VARIANTS``, another for each state of their maker."""
-    return f"random-{hashlib.sha256(_RANDOM_MAKER.read_bytes()).hexdigest()[:8]}"
+def _random(number: int) -> str:
+    """Name of the folder of ``RANDOM_VARIANTS`` of this number, another for each state of their
+    maker."""
+    return f"random-{number}-{hashlib.sha256(_RANDOM_MAKER.read_bytes()).hexdigest()[:8]}"
 
 
 def _cache_folder() -> Path:
@@ -274,8 +276,8 @@ def _make(folder: Path, family: str) -> None:
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        if family == _random():
-            make_random(scratch, 0, NUM_RANDOM)
+        if family in map(_random, range(NUM_RANDOM)):
+            make_random(scratch, int(family.split("-")[1]), 1)
         else:
             _run([sys.executable, "-m", _MAKER, str(scratch), "--only", family], _LIMIT_S)
         (scratch / "complete").touch()
