@@ -200,7 +200,7 @@ class EngineSection:
     """Keep the KV of past requests for others that begin with the same tokens."""
     num_cached_states: int = 32
     """Recurrent states that are kept for prompts with a known beginning, beside three for each of
-    ``max_num_seqs``; of models with such states only."""
+    ``max_num_seqs`` (two without prefix caching); of models with such states only."""
     kv_fetch_limit_s: float = 2.0
     """Longest time that a request waits for KV blocks of another attention worker; 0 fetches
     none."""
