@@ -92,8 +92,7 @@ class HeadAttention:
     def batch(self, context: LayerContext) -> AttentionBatch:
         """What the layer's rows attend to."""
         batch, shape = context.within(self.shape.window), self.shape
-        own = self.sinks, shape.scale, shape.latent_rank
-        if own == (None, None, None):
+        if self.sinks is None and shape.scale is None and shape.latent_rank is None:
             return batch
         return replace(batch, sinks=self.sinks, scale=shape.scale, latent_rank=shape.latent_rank)
 
