@@ -98,7 +98,7 @@ class ModelShape:
     hidden_size: int
     num_layers: int
     num_attention_layers: int
-    """Layers that have attention: others have no maps of it."""
+    """Layers that have attention, and so attention maps."""
     num_heads: int
     """A: query heads."""
     vocab_size: int

@@ -1,4 +1,4 @@
-"""From an answer in the Harmony format to what the client gets of it, as the text comes in.
+"""Divides an answer in the Harmony format into content, reasoning and calls, as the text comes in.
 
 An answer is a row of messages, ``<|channel|>NAME<|message|>TEXT<|end|><|start|>assistant``, and the
 last one ends with ``<|return|>`` or ``<|call|>``. Text on the channel ``analysis`` is reasoning; a

@@ -1,7 +1,7 @@
 """JSON schemas of arguments, as declarations read them: one kind at a time, references resolved.
 
-What is declared is bounded whatever a schema says: a reference to itself, and what lies deeper than
-a schema may be or repeats too much of it, is of any type.
+What is declared is bounded whatever a schema says: a reference to itself is of any type, and so is
+what lies deeper than a schema may be, or repeats too much text.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The prompt begins with a system message about the model. The client's ``system`` and ``developer``
 messages are instructions in a developer message, which also declares the tools. Reasoning is
-repeated until the model's next answer on the channel ``final``, since its calls are part of it.
+repeated until the model's next answer on the channel ``final``, since calls belong to it.
 Calls are written as the model writes them, with the client's own JSON text.
 
 The prompt tells its marks from the texts of clients: no text becomes a message of its own.

@@ -101,17 +101,23 @@ def attention_shape(
 
 
 def projection_parts(
-    prefix: str, config: ModelConfig, has_bias: bool, has_output_bias: bool | None = None
+    prefix: str,
+    config: ModelConfig,
+    has_bias: bool,
+    has_output_bias: bool | None = None,
+    *,
+    has_gates: bool = False,
 ) -> dict[str, TensorPart]:
     """``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on where there are any.
 
-    ``has_output_bias`` is of ``o``; None: as the others.
+    ``has_output_bias`` is of ``o``; None: as the others. ``has_gates``: ``q`` has the rows of
+    gates, too, as many as of queries.
     """
     width = config.hidden_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     parts = {}
     for name, rows, columns in (
-        ("q", q, width),
+        ("q", 2 * q if has_gates else q, width),
         ("k", kv, width),
         ("v", kv, width),
         ("o", width, q),

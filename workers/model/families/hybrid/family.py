@@ -25,6 +25,7 @@ from workers.model.families.parts import (
     mlp_parts,
     norm_parts,
     part,
+    projection_parts,
 )
 from workers.model.half import HeadAttention
 from workers.model.layers import Norm
@@ -101,18 +102,8 @@ class HybridFamily(Family):
                 "o": part(f"{name}.out_proj.weight", width, values),
             }
         name = f"{prefix}.self_attn"
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        parts = head_norm_parts(name, config)
-        for short, rows, columns in (
-            ("q", 2 * queries, width),
-            ("k", keys, width),
-            ("v", keys, width),
-            ("o", width, queries),
-        ):
-            parts[short] = part(f"{name}.{short}_proj.weight", rows, columns)
-            if self._has_bias:
-                parts[f"{short}_bias"] = part(f"{name}.{short}_proj.bias", rows)
-        return parts
+        projections = projection_parts(name, config, self._has_bias, has_gates=True)
+        return head_norm_parts(name, config) | projections
 
     def _attention(self, loader: Loader) -> Mixer:
         config = self.config

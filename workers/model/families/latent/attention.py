@@ -114,13 +114,14 @@ class LatentAttention:
                 parts["query_latent_bias"] = part(f"{prefix}.q_a_proj.bias", rank)
         return parts
 
-    def projections(self, config: ModelConfig, loader: Loader) -> LatentProjections:
+    def projections(self, config: ModelConfig, loader: Loader, norm1: Tensor) -> LatentProjections:
+        """``norm1`` [H]: the weight of the layer's first norm."""
         shape, blocks = self.shape, loader.blocks
         order = rotation_order(config.rope)
         weight = loader.weight("heads").view(-1, shape.plain_dim + shape.value_dim, shape.rank)
         return LatentProjections(
             shape=shape,
-            norm1=blocks.norm(loader.tensor("norm1"), config.rms_norm_eps),
+            norm1=blocks.norm(norm1, config.rms_norm_eps),
             queries=self._queries(order, loader),
             latents=loader.linear("latent", order=_ends_ordered(order, 1, shape.rank)),
             latent_norm=blocks.norm(loader.tensor("latent_norm"), _NORM_EPS),

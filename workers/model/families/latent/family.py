@@ -31,7 +31,7 @@ class LatentFamily(Family):
         }
 
     def make_layer(self, layer: int, loader: Loader) -> DecoderLayer:
-        config = self.config
+        config, norm1 = self.config, loader.tensor("norm1")
         half = AttentionHalf(
             shape=AttentionShape(
                 num_heads=config.num_heads,
@@ -41,8 +41,8 @@ class LatentFamily(Family):
                 scale=self.attention.shape.scale,
                 latent_rank=config.latent_rank,
             ),
-            norm1=loader.tensor("norm1"),
-            projections=self.attention.projections(config, loader),
+            norm1=norm1,
+            projections=self.attention.projections(config, loader, norm1),
             norm2=loader.tensor("norm2"),
             router=self.experts.router(layer, loader),
             attend=loader.attend,
