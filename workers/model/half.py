@@ -189,7 +189,22 @@ class StagedHalf(Half, HalfStages, Protocol):
     """A half as a whole, and in parts."""
 
 
-def routed_steps(
+def staged_steps(
+    stages: HalfStages,
+    shape: AttentionShape,
+    parts: RoutedProjections | LatentProjections,
+    hidden: Tensor,
+    cache: Tensor,
+    context: LayerContext,
+) -> HalfSteps:
+    """A half whose projections are routed or latent, stage after stage."""
+    if isinstance(parts, LatentProjections):
+        projected = parts.project(stages.attend_rows, hidden, cache, context)
+        return stages.leave(hidden, projected, context)
+    return (yield from _routed_steps(stages, shape, parts, hidden, cache, context))
+
+
+def _routed_steps(
     stages: HalfStages,
     shape: AttentionShape,
     parts: RoutedProjections,
@@ -231,11 +246,8 @@ class AttentionHalf(HeadAttention):
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> HalfSteps:
         """See ``Half``."""
         parts = self.projections
-        if isinstance(parts, RoutedProjections):
-            return (yield from routed_steps(self, self.shape, parts, hidden, cache, context))
-        if isinstance(parts, LatentProjections):
-            projected = parts.project(self.attend_rows, hidden, cache, context)
-            return self.leave(hidden, projected, context)
+        if not isinstance(parts, DenseProjections):
+            return (yield from staged_steps(self, self.shape, parts, hidden, cache, context))
         rows = parts.qkv(rms_norm(hidden, self.norm1, self.shape.eps))
         projected = parts.output(self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)

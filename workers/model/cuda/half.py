@@ -12,13 +12,13 @@ from workers.model.attention import write_rows
 from workers.model.cuda.attention import attend_written
 from workers.model.half import (
     AttentionHalf,
+    DenseProjections,
     HalfOutput,
     HalfSteps,
     HeadAttention,
     RoutedProjections,
-    routed_steps,
+    staged_steps,
 )
-from workers.model.latent import LatentProjections
 from workers.model.layers import LayerContext
 from workers.model.routing import Router, Routes, Routing
 
@@ -68,11 +68,8 @@ class CudaHalf(CudaAttention):
         from workers.cuda.norms import norm
 
         half, parts = self._half, self._half.projections
-        if isinstance(parts, RoutedProjections):
-            return (yield from routed_steps(self, half.shape, parts, hidden, cache, context))
-        if isinstance(parts, LatentProjections):
-            projected = parts.project(self.attend_rows, hidden, cache, context)
-            return self.leave(hidden, projected, context)
+        if not isinstance(parts, DenseProjections):
+            return (yield from staged_steps(self, half.shape, parts, hidden, cache, context))
         rows = parts.qkv(norm(hidden, half.norm1, half.shape.eps))
         projected = parts.output(self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)

@@ -17,9 +17,8 @@ from workers.model.half import (
     HalfSteps,
     HeadAttention,
     RoutedProjections,
-    routed_steps,
+    staged_steps,
 )
-from workers.model.latent import LatentProjections
 from workers.model.layers import LayerContext, Linear
 from workers.model.native.products import NativeLinear
 from workers.model.routing import Router, Routes, Routing
@@ -112,11 +111,8 @@ class NativeHalf(NativeAttention):
         if context.native is None:
             return (yield from self._half.forward(hidden, cache, context))
         shape, parts = self._half.shape, self._half.projections
-        if isinstance(parts, RoutedProjections):
-            return (yield from routed_steps(self, shape, parts, hidden, cache, context))
-        if isinstance(parts, LatentProjections):
-            projected = parts.project(self.attend_rows, hidden, cache, context)
-            return self.leave(hidden, projected, context)
+        if not isinstance(parts, DenseProjections):
+            return (yield from staged_steps(self, shape, parts, hidden, cache, context))
         rows = RowsFields(cache=cache.data_ptr())
         queries = self._queries(rows, hidden.shape[0], context)
         output = self._leave(hidden, rows, ENTER | ATTEND | LEAVE, context)
