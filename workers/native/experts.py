@@ -14,8 +14,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.native.panels import DTYPES, packed_bytes
+from workers.native.panels import DTYPES
+from workers.native.quantized import FormFields, form_fields, weight_bytes
 from workers.native.team import Team, check
+from workers.quantization.formats import WeightFormat
 
 InputsBy = Literal["row", "place", "pair"]
 """An input for each row, for each (row, place of the top-k), or for each of those with a slot."""
@@ -36,6 +38,8 @@ class ExpertShape:
     """After the matrices come their biases, each [out, 1]."""
     clamped: tuple[float, float] | None = None
     """Alpha and limit of the clamped SwiGLU; None: silu(gate) * up."""
+    form: WeightFormat | None = None
+    """In which the matrices are quantized, biases aside; their widths are even."""
 
     @property
     def num_products(self) -> int:
@@ -55,8 +59,17 @@ class ExpertShape:
         return self.inner > 0 and matrix % self.num_products == 0
 
     def stored_as(self, matrix: int) -> torch.dtype:
-        """Type in which a matrix is packed: biases are float32."""
+        """Type in which a matrix that is not quantized is packed: biases are float32."""
         return self.dtype if matrix < self.num_products else torch.float32
+
+    def form_of(self, matrix: int) -> WeightFormat | None:
+        """In which a matrix is quantized."""
+        return self.form if matrix < self.num_products else None
+
+    def num_bytes(self, matrix: int) -> int:
+        """Of a packed matrix."""
+        form, is_gated = self.form_of(matrix), self.is_gated(matrix)
+        return weight_bytes(self.matrices[matrix], self.stored_as(matrix), form, is_gated)
 
 
 class CallFields(ctypes.Structure):
@@ -69,6 +82,7 @@ class CallFields(ctypes.Structure):
         ("inner_width", ctypes.c_int64),
         ("out_width", ctypes.c_int64),
         ("num_slots", ctypes.c_int64),
+        ("form", FormFields),
         ("first", ctypes.c_void_p),
         ("second", ctypes.c_void_p),
         ("first_bias", ctypes.c_void_p),
@@ -114,6 +128,7 @@ class SlotTable:
             inner_width=shape.inner,
             out_width=shape.out_width,
             num_slots=num_slots,
+            form=form_fields(shape.form),
             first=pointers[0],
             second=pointers[1] if shape.inner else None,
             first_bias=biases[0] if biases else None,
@@ -141,9 +156,8 @@ class SlotTable:
         return packed
 
     def put(self, slot: int, matrix: int, packed: Tensor) -> None:
-        """Keep a packed matrix, see ``panels.pack``."""
-        shape, is_gated = self.shape.matrices[matrix], self.shape.is_gated(matrix)
-        expected = packed_bytes(shape, self.shape.stored_as(matrix), is_gated)
+        """Keep a packed matrix, see ``quantized.pack_weight``."""
+        expected = self.shape.num_bytes(matrix)
         assert packed.nbytes == expected, f"{packed.nbytes} bytes: must be {expected}"
         assert packed.is_contiguous()
         self._packed[matrix][slot] = packed

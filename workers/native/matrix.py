@@ -7,8 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from workers.native.panels import DTYPES, PANEL, pack, unpack
+from workers.native.panels import DTYPES, PANEL, unpack
+from workers.native.quantized import FormFields, form_fields, pack_weight, unpack_quantized
 from workers.native.team import Team, check
+from workers.quantization.matrix import QuantizedMatrix, Weight
 
 
 class MatrixFields(ctypes.Structure):
@@ -20,38 +22,55 @@ class MatrixFields(ctypes.Structure):
         ("outputs", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
+        ("form", FormFields),
     )
 
 
 class Matrix:
     """x @ weight.T + bias, every output a single chain of sums: a row's bits are its own."""
 
-    def __init__(self, team: Team, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight [out, in], bias [out] of one of ``panels.DTYPES``; both are copied.
+    def __init__(
+        self,
+        team: Team,
+        weight: Weight,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """weight [out, in] of one of ``panels.DTYPES``, or quantized, with the ``dtype`` of rows;
+        bias [out]. Both are copied.
 
         The team computes nothing meanwhile.
         """
         self._team = team
         self.shape = (weight.shape[0], weight.shape[1])
         """[out, in]."""
-        self.dtype = weight.dtype
-        self._packed = pack(team.library, weight, team=team)
+        self.form = weight.format if isinstance(weight, QuantizedMatrix) else None
+        """In which the weight is quantized; None: it is not."""
+        self.dtype = weight.dtype if isinstance(weight, Tensor) else dtype or torch.float32
+        """Of rows."""
+        self._packed = pack_weight(team.library, weight, team=team)
         self._bias = None if bias is None else bias.to(torch.float32, copy=True)
         self.fields = MatrixFields(
             panels=self._packed.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             outputs=weight.shape[0],
             inputs=weight.shape[1],
-            dtype=DTYPES.index(weight.dtype),
+            dtype=DTYPES.index(self.dtype),
+            form=form_fields(self.form),
         )
         """For C; valid as long as this matrix."""
 
     def weight(self) -> Tensor:
-        """A copy of the weight [out, in]."""
-        return unpack(self._team.library, self._packed, self.shape, self.dtype)
+        """A copy of the weight [out, in]; one that is quantized as it is computed with, rounded."""
+        library = self._team.library
+        if self.form is None:
+            return unpack(library, self._packed, self.shape, self.dtype)
+        found = unpack_quantized(library, self._packed, self.form, self.shape)
+        return found.dequantized().to(self.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Rows [n, in] of the weight, by indices [n] int64."""
+        """Rows [n, in] of a weight that is not quantized, by indices [n] int64."""
+        assert self.form is None, "rows of a quantized matrix"
         found = self._packed[indices // PANEL, :, indices % PANEL]
         return found.contiguous().view(self.dtype)[:, : self.shape[1]]
 

@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def packed_bytes(shape: tuple[int, int], dtype: torch.dtype, is_gated: bool = False) -> int:
     """Bytes of a packed matrix [out, in]."""
-    return _num_panels(shape[0], is_gated) * PANEL * _row_units(shape[1], dtype) * 4
+    return num_panels(shape[0], is_gated) * PANEL * _row_units(shape[1], dtype) * 4
 
 
 def pack(
@@ -37,10 +37,8 @@ def pack(
     if weight.dtype == torch.bfloat16 and width % 2:
         weight = functional.pad(weight, (0, 1))
     weight = weight.contiguous()
-    packed = memory.empty((_num_panels(rows, is_gated), units, PANEL), torch.int32)
-    run = (library if team is None else team.library).functions.panels_pack
-    addresses = packed.data_ptr(), weight.data_ptr()
-    check(run(None if team is None else team.pointer, *addresses, rows, units, is_gated))
+    packed = memory.empty((num_panels(rows, is_gated), units, PANEL), torch.int32)
+    pack_rows(library, packed, weight, units, is_gated, team)
     return packed
 
 
@@ -56,13 +54,39 @@ def unpack(
     units = _row_units(width, dtype)
     assert packed.dtype == torch.int32
     assert packed.is_contiguous()
-    assert packed.shape == (_num_panels(rows, is_gated), units, PANEL), tuple(packed.shape)
+    assert packed.shape == (num_panels(rows, is_gated), units, PANEL), tuple(packed.shape)
     weight = torch.empty(rows, units * 4 // dtype.itemsize, dtype=dtype)
-    library.functions.panels_unpack(weight.data_ptr(), packed.data_ptr(), rows, units, is_gated)
+    unpack_rows(library, packed, weight, units, is_gated)
     return weight[:, :width].contiguous()
 
 
-def _num_panels(rows: int, is_gated: bool) -> int:
+def pack_rows(
+    library: Library,
+    packed: Tensor,
+    rows: Tensor,
+    units: int,
+    is_gated: bool,
+    team: Team | None = None,
+) -> None:
+    """rows [rows, ..] of ``units`` times 4 bytes -> packed [panels, units, 32] int32, whose panels
+    may be farther apart."""
+    run = (library if team is None else team.library).functions.panels_pack
+    pointer = None if team is None else team.pointer
+    addresses = packed.data_ptr(), rows.data_ptr()
+    check(run(pointer, *addresses, rows.shape[0], units, packed.stride(0), is_gated))
+
+
+def unpack_rows(
+    library: Library, packed: Tensor, rows: Tensor, units: int, is_gated: bool
+) -> None:
+    """The other way round."""
+    run = library.functions.panels_unpack
+    addresses = rows.data_ptr(), packed.data_ptr()
+    run(*addresses, rows.shape[0], units, packed.stride(0), is_gated)
+
+
+def num_panels(rows: int, is_gated: bool) -> int:
+    """Of a matrix with so many rows."""
     return -(-rows // 2 // (PANEL // 2)) if is_gated else -(-rows // PANEL)
 
 

@@ -29,7 +29,8 @@ struct job {
     const struct experts_call *call;
     enum dtype dtype;
     int copies_inputs;
-    long first_units, second_units, first_panels, second_panels;
+    struct layout first, second;
+    long first_panels, second_panels;
     const char *inputs;  // as the products read them
     size_t input_stride, hidden_stride, output_stride;  // bytes of a row
     char *hidden;        // [pairs], sorted: between the matrices
@@ -88,7 +89,7 @@ static void copy_inputs(struct job *job) {
         long column = 0;
         for (; column + LANES <= width; column += LANES)
             v_store((float *)to + column, v_load_bf16(from + column));
-        for (; column < job->first_units * 2; column++) {
+        for (; column < job->first.units * 2; column++) {
             uint32_t bits = column < width ? (uint32_t)from[column] << 16 : 0;
             memcpy((float *)to + column, &bits, sizeof bits);
         }
@@ -144,14 +145,14 @@ static void store_outputs(const struct job *job, const struct chunk *chunk, long
 }
 
 // The first panel of a piece of work; that of the last one where there is no such piece.
-static const uint32_t *item_panels(const struct job *job, int is_second, long item) {
+static const char *item_panels(const struct job *job, int is_second, long item) {
     long num_groups = divide_up(is_second ? job->second_panels : job->first_panels, GROUP);
     long last = job->num_chunks * num_groups - 1;
     if (item > last) item = last;
     int32_t slot = job->chunks[item / num_groups].slot;
     const void *weights = is_second ? job->call->second[slot] : job->call->first[slot];
-    long units = is_second ? job->second_units : job->first_units;
-    return panel_at(weights, units, item % num_groups * GROUP);
+    const struct layout *layout = is_second ? &job->second : &job->first;
+    return panel_at(weights, layout, item % num_groups * GROUP);
 }
 
 // The products of all chunks with one of their matrices, shared between the threads.
@@ -159,7 +160,7 @@ static void products(struct job *job, int is_second) {
     float sums[CHUNK_ROWS * GROUP * PANEL] __attribute__((aligned(ALIGNMENT)));
     const void *rows[CHUNK_ROWS];
     long num_panels = is_second ? job->second_panels : job->first_panels;
-    long units = is_second ? job->second_units : job->first_units;
+    const struct layout *layout = is_second ? &job->second : &job->first;
     long num_groups = divide_up(num_panels, GROUP);
     _Atomic long *next = is_second ? &job->next_second : &job->next_first;
     for (long item; (item = atomic_fetch_add(next, 1)) < job->num_chunks * num_groups;) {
@@ -171,9 +172,9 @@ static void products(struct job *job, int is_second) {
                 ? job->hidden + (size_t)i * job->hidden_stride
                 : job->inputs + (size_t)job->sorted_input[i] * job->input_stride;
         // What this thread takes next, unless another one is faster.
-        const uint32_t *after = item_panels(job, is_second, atomic_load(next));
-        panel_product(job->dtype, chunk->count, rows, item_panels(job, is_second, item), units,
-                      count, sums, count * PANEL, after);
+        const char *after = item_panels(job, is_second, atomic_load(next));
+        panel_product(layout, chunk->count, rows, item_panels(job, is_second, item), count, sums,
+                      count * PANEL, after);
         if (job->call->is_gated && !is_second) store_hidden(job, chunk, panel, count, sums);
         else store_outputs(job, chunk, panel, count, sums);
     }
@@ -333,14 +334,14 @@ int experts_claimed(struct team *team, const struct experts_call *call) {
         .dtype = dtype,
         .copies_inputs = dtype == BFLOAT16 && (!ROWS_ARE_BF16 || call->in_width % 2),
         .inputs = call->inputs,
-        .first_units = row_units(dtype, call->in_width),
+        .first = layout_of(dtype, call->form, call->in_width),
         .first_panels = divide_up(first_out, call->is_gated ? HALF : PANEL),
-        .second_units = row_units(dtype, call->inner_width),
+        .second = layout_of(dtype, call->form, call->inner_width),
         .second_panels = divide_up(call->out_width, PANEL),
     };
     size_t unit_elements = dtype == BFLOAT16 ? 2 : 1, row_bytes = row_element_bytes(dtype);
     size_t element = dtype == BFLOAT16 ? 2 : 4;
-    job.input_stride = job.copies_inputs ? (size_t)job.first_units * unit_elements * row_bytes
+    job.input_stride = job.copies_inputs ? (size_t)row_units(dtype, call->in_width) * unit_elements * row_bytes
                                          : (size_t)call->in_width * element;
     job.hidden_stride = (size_t)job.first_panels * HALF * row_bytes;
     // Rows that are summed are read in whole vectors.
@@ -352,8 +353,8 @@ int experts_claimed(struct team *team, const struct experts_call *call) {
     if (!scratch) return NO_MEMORY;
     divide_scratch(&job, scratch, max_rows);
     if (job.copies_inputs && !copies_together(&job)) copy_inputs(&job);
-    int64_t elements = job.first_units * job.first_panels * PANEL;
-    if (call->is_gated) elements += job.second_units * job.second_panels * PANEL;
+    int64_t elements = job.first.units * job.first_panels * PANEL;
+    if (call->is_gated) elements += job.second.units * job.second_panels * PANEL;
     int64_t num_before = 0;
     for (; job.first_row < call->num_rows; job.first_row += max_rows) {
         int64_t left = call->num_rows - job.first_row;

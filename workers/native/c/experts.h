@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "layout.h"
 #include "team.h"
 
 enum inputs { BY_ROW = 0, BY_PLACE = 1, BY_PAIR = 2 };
@@ -17,6 +18,7 @@ enum activation {
 // slot; pairs are counted in the order of places.
 struct experts_call {
     int64_t dtype, is_gated, in_width, inner_width, out_width, num_slots;
+    struct form form;                          // of both matrices
     const void *const *first, *const *second;  // [num_slots] packed; NULL: empty, or not gated
     // [num_slots] of each matrix's outputs, as packed rows of one float; NULL: there are none
     const float *const *first_bias, *const *second_bias;

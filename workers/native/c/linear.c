@@ -6,6 +6,7 @@ enum { ROWS = 8 * MAX_TILE_ROWS, GROUP = 4 };  // rows and panels of a piece of 
 
 struct job {
     const struct matrix *matrix;
+    struct layout layout;
     const char *x;
     char *out;
     int64_t num_rows, row_blocks, num_groups, group;  // panels of a group
@@ -42,9 +43,9 @@ static void compute(const struct job *job, int64_t first_row, int64_t panel, int
     const char *from = job->rows ? job->rows : job->x;
     for (int64_t i = 0; i < num_rows; i++)
         rows[i] = from + (size_t)(first_row + i) * row_bytes(m);
-    long units = row_units(dtype, (long)m->inputs);
-    panel_product(dtype, (long)num_rows, rows, panel_at(m->panels, units, (long)panel), units,
-                  (long)panels, sums, (long)width, panel_at(m->panels, units, (long)next));
+    panel_product(&job->layout, (long)num_rows, rows,
+                  panel_at(m->panels, &job->layout, (long)panel), (long)panels, sums, (long)width,
+                  panel_at(m->panels, &job->layout, (long)next));
     for (int64_t i = 0; i < num_rows; i++) {
         char *out = job->out + (size_t)((first_row + i) * m->outputs) * dtype_bytes(dtype);
         const float *of_row = sums + i * width - first;
@@ -70,6 +71,7 @@ int linear_claimed(struct team *team, const struct matrix *m, const void *x, int
     int64_t panels = padded_outputs(m) / PANEL, share = panels / team_size(team);
     struct job job = {
         .matrix = m,
+        .layout = layout_of_matrix(m),
         .x = x,
         .out = out,
         .num_rows = num_rows,

@@ -7,8 +7,7 @@ enum { POINTERS = 8 * MAX_TILE_ROWS };  // rows of one call of panel_product
 // Rows [first, last) times panels [begin, end).
 static void multiply(const struct matrix *m, const void *rows, int64_t first, int64_t last,
                      int64_t begin, int64_t end, float *out) {
-    enum dtype dtype = (enum dtype)m->dtype;
-    long units = row_units(dtype, (long)m->inputs);
+    struct layout layout = layout_of_matrix(m);
     size_t bytes = row_bytes(m);
     int64_t stride = padded_outputs(m);
     const void *pointers[POINTERS];
@@ -20,9 +19,9 @@ static void multiply(const struct matrix *m, const void *rows, int64_t first, in
             int64_t left = last - row < POINTERS ? last - row : POINTERS;
             for (int64_t i = 0; i < left; i++)
                 pointers[i] = (const char *)rows + (size_t)(row + i) * bytes;
-            panel_product(dtype, (long)left, pointers, panel_at(m->panels, units, (long)panel),
-                          units, (long)at_once, out + row * stride + panel * PANEL, (long)stride,
-                          panel_at(m->panels, units, (long)(panel + at_once)));
+            panel_product(&layout, (long)left, pointers, panel_at(m->panels, &layout, (long)panel),
+                          (long)at_once, out + row * stride + panel * PANEL, (long)stride,
+                          panel_at(m->panels, &layout, (long)(panel + at_once)));
         }
 }
 

@@ -5,11 +5,16 @@
 #include "numbers.h"
 
 struct matrix {
-    const uint32_t *panels;
+    const char *panels;
     const float *bias;  // [outputs], or NULL
     int64_t outputs, inputs;
-    int64_t dtype;  // enum dtype
+    int64_t dtype;  // enum dtype, of rows
+    struct form form;
 };
+
+ALWAYS struct layout layout_of_matrix(const struct matrix *m) {
+    return layout_of((enum dtype)m->dtype, m->form, (long)m->inputs);
+}
 
 // Outputs in whole panels.
 ALWAYS int64_t padded_outputs(const struct matrix *m) {

@@ -64,7 +64,7 @@ static void pack_panel(uint32_t *packed, const char *const *rows, long units) {
 struct job {
     uint32_t *packed;
     const char *rows;
-    long num_rows, units;
+    long num_rows, units, stride;
     int is_gated;
     _Atomic long next;  // panel
 };
@@ -79,15 +79,15 @@ static void pack_some(void *argument, struct team *team, int thread, int count) 
             long row = row_of(panel, lane, job->num_rows, job->is_gated);
             rows[lane] = row < 0 ? NULL : job->rows + row * job->units * UNIT;
         }
-        pack_panel(job->packed + panel * job->units * PANEL, rows, job->units);
+        pack_panel(job->packed + panel * job->stride, rows, job->units);
     }
 }
 
-// rows [num_rows, units], which need no alignment, -> packed [panels, units, PANEL]. A team that is
-// NULL is the caller alone. Returns an `enum result`.
+// rows [num_rows, units], which need no alignment, -> packed [panels, units, PANEL], panels `stride`
+// words apart. A team that is NULL is the caller alone. Returns an `enum result`.
 int panels_pack(struct team *team, uint32_t *packed, const char *rows, long num_rows, long units,
-                int is_gated) {
-    struct job job = {packed, rows, num_rows, units, is_gated, 0};
+                long stride, int is_gated) {
+    struct job job = {packed, rows, num_rows, units, stride, is_gated, 0};
     if (!team) {
         pack_some(&job, NULL, 0, 1);
         return OK;
@@ -98,15 +98,15 @@ int panels_pack(struct team *team, uint32_t *packed, const char *rows, long num_
     return OK;
 }
 
-// packed [panels, units, PANEL] -> rows [num_rows, units].
+// packed [panels, units, PANEL], panels `stride` words apart -> rows [num_rows, units].
 void panels_unpack(uint32_t *rows, const uint32_t *packed, long num_rows, long units,
-                   int is_gated) {
+                   long stride, int is_gated) {
     for (long panel = 0; panel < num_panels(num_rows, is_gated); panel++)
         for (long begin = 0; begin < units; begin += UNPACKED) {
             long end = begin + UNPACKED < units ? begin + UNPACKED : units;
             for (long lane = 0; lane < PANEL; lane++) {
                 long row = row_of(panel, lane, num_rows, is_gated);
-                const uint32_t *from = packed + panel * units * PANEL + lane;
+                const uint32_t *from = packed + panel * stride + lane;
                 for (long u = begin; row >= 0 && u < end; u++)
                     rows[row * units + u] = from[u * PANEL];
             }

@@ -1,4 +1,4 @@
-#include "product.h"
+#include "quantized.h"
 
 // One function for each number of rows: the compiler keeps all sums of a tile in registers.
 #define ROWS(NAME, DTYPE, COUNT)                                                                  \
@@ -28,26 +28,32 @@ typedef void tile_rows(const void *const *x, const uint32_t *panel, long units, 
 
 static tile_rows *const TILE_ROWS[2][MAX_TILE_ROWS] = {TABLE(float32), TABLE(bf16)};
 
-void panel_product(enum dtype dtype, long num_rows, const void *const *x, const uint32_t *weights,
-                   long units, long num_panels, float *out, long out_stride, const void *next) {
+void panel_product(const struct layout *layout, long num_rows, const void *const *x,
+                   const char *weights, long num_panels, float *out, long out_stride,
+                   const char *next) {
+    if (layout->form.codes != PLAIN) {
+        quantized_product(layout, num_rows, x, weights, num_panels, out, out_stride, next);
+        return;
+    }
     // More rows than a stream's: the panel stays in the cache for all of its tiles, the first of
     // which fetches the next panel.
     int is_stream = num_rows <= STREAM_ROWS;
-    long turn = is_stream ? units - PREFETCH_BYTES / (PANEL * (long)sizeof *weights) : units;
+    long units = layout->units, turn = is_stream ? units - PREFETCH_BYTES / (PANEL * 4) : units;
     for (long p = 0; p < num_panels; p++) {
-        const uint32_t *panel = panel_at(weights, units, p);
-        const char *after = p + 1 < num_panels ? (const char *)panel_at(panel, units, 1) : next;
+        const char *panel = panel_at(weights, layout, p);
+        const char *after = p + 1 < num_panels ? panel_at(panel, layout, 1) : next;
         struct fetched fetched = {
-            .now = is_stream && turn > 0 ? (const char *)panel + PREFETCH_BYTES : after,
+            .now = is_stream && turn > 0 ? panel + PREFETCH_BYTES : after,
             .then = after,
             .turn = turn,
         };
         for (long row = 0; row < num_rows;) {
             long rows = num_rows - row < MAX_TILE_ROWS ? num_rows - row : MAX_TILE_ROWS;
             float *to = out + row * out_stride + p * PANEL;
-            TILE_ROWS[dtype][rows - 1](x + row, panel, units, to, out_stride, &fetched);
+            const uint32_t *lines = (const uint32_t *)panel;
+            TILE_ROWS[layout->dtype][rows - 1](x + row, lines, units, to, out_stride, &fetched);
             row += rows;
-            fetched = (struct fetched){(const char *)panel, NULL, units};  // in the cache
+            fetched = (struct fetched){panel, NULL, units};  // in the cache
         }
     }
 }

@@ -1,21 +1,16 @@
 // Products of rows with packed weights.
 //
-// Packed weights are panels of 32 outputs. A panel has a line of 128 bytes for each unit of the
-// row: one float of every output, or two bfloat16 that follow each other in the row, the order of
-// vdpbf16ps. So a panel is read once from its first byte to its last.
+// Packed weights are panels of 32 outputs; quantized.h describes those with codes. Others have a
+// line of 128 bytes for each unit of the row: one float of every output, or two bfloat16 that follow
+// each other in the row, the order of vdpbf16ps. So a panel is read once from its first byte to its
+// last.
 //
 // Every output is a single chain of fused sums in the order of the row, in a lane of its own.
 // Its bits depend on its row and its weights alone: not on other rows, tiles or threads.
 #ifndef PRODUCT_H
 #define PRODUCT_H
 
-#include <stddef.h>
-
-#include "vector.h"
-
-enum { PANEL = 32 };  // outputs
-
-enum dtype { FLOAT32 = 0, BFLOAT16 = 1, E4M3 = 2 };  // E4M3: KV caches alone, see fp8.h
+#include "layout.h"
 
 // Elements of rows as the products read them: bfloat16 where the processor multiplies them.
 #ifdef __AVX512BF16__
@@ -50,15 +45,6 @@ struct fetched {
 // Bytes of an element of rows that are multiplied with weights of a type.
 ALWAYS size_t row_element_bytes(enum dtype dtype) {
     return dtype == BFLOAT16 && ROWS_ARE_BF16 ? 2 : 4;
-}
-
-// Units of a packed row of `width` elements; an odd bfloat16 row has a zero at its end.
-ALWAYS long row_units(enum dtype dtype, long width) {
-    return dtype == BFLOAT16 ? (width + 1) / 2 : width;
-}
-
-ALWAYS const uint32_t *panel_at(const void *packed, long units, long panel) {
-    return (const uint32_t *)packed + panel * units * PANEL;
 }
 
 // Fetch a line of weights. For one row, which waits for the memory alone, into the second cache: it
@@ -138,9 +124,10 @@ ALWAYS void tiles(enum dtype dtype, const int rows, const void *const *x, const 
 
 // out [num_rows, num_panels * PANEL] (rows `out_stride` apart) = rows x panels.
 //
-// x: pointers to rows of `units` units in the form of row_element_bytes. weights: first panel.
-// next: what the caller is likely to read afterwards, fetched while the last panel is computed.
-void panel_product(enum dtype dtype, long num_rows, const void *const *x, const uint32_t *weights,
-                   long units, long num_panels, float *out, long out_stride, const void *next);
+// x: pointers to rows in the form of row_element_bytes. weights: first panel. next: what the caller
+// is likely to read afterwards, fetched while the last panel is computed.
+void panel_product(const struct layout *layout, long num_rows, const void *const *x,
+                   const char *weights, long num_panels, float *out, long out_stride,
+                   const char *next);
 
 #endif

@@ -32,6 +32,7 @@ ALWAYS vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 ALWAYS vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS void v_add_product(vec *sum, vec a, vec b) { *sum = v_fma(a, b, *sum); }
 ALWAYS veci vi_load(const void *x) { return _mm512_loadu_si512(x); }
+ALWAYS void vi_store(void *to, veci x) { _mm512_storeu_si512(to, x); }
 ALWAYS veci vi_set(int x) { return _mm512_set1_epi32(x); }
 ALWAYS veci vi_add(veci a, veci b) { return _mm512_add_epi32(a, b); }
 ALWAYS veci vi_and(veci a, veci b) { return _mm512_and_si512(a, b); }
@@ -49,6 +50,10 @@ ALWAYS veci vi_load16(const uint16_t *x) {
 }
 ALWAYS void vi_store16(uint16_t *to, veci x) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(x));
+}
+// Numbers of 16 bits in float16.
+ALWAYS vec v_load_fp16(const uint16_t *x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
 }
 // Numbers of 8 bits in e4m3, divided by 256: shifted by 7 bits, with the sign in front of a zero,
 // they are float16, subnormal ones too.
@@ -80,6 +85,7 @@ ALWAYS void v_add_product(vec *sum, vec a, vec b) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
 }
 ALWAYS veci vi_load(const void *x) { return _mm256_loadu_si256(x); }
+ALWAYS void vi_store(void *to, veci x) { _mm256_storeu_si256((__m256i *)to, x); }
 ALWAYS veci vi_set(int x) { return _mm256_set1_epi32(x); }
 ALWAYS veci vi_add(veci a, veci b) { return _mm256_add_epi32(a, b); }
 ALWAYS veci vi_and(veci a, veci b) { return _mm256_and_si256(a, b); }
@@ -97,6 +103,9 @@ ALWAYS veci vi_load16(const uint16_t *x) {
 ALWAYS void vi_store16(uint16_t *to, veci x) {
     __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
     _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(low, high));
+}
+ALWAYS vec v_load_fp16(const uint16_t *x) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
 }
 ALWAYS vec v_load_e4m3(const uint8_t *x) {
     __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)x));

@@ -10,7 +10,6 @@ enum { WEIGHT_BITS = 40 };  // the weight of the best token is 2**40: room for 2
 #ifdef __AVX512F__
 
 ALWAYS veci vi_add64(veci a, veci b) { return _mm512_add_epi64(a, b); }
-ALWAYS void vi_store(void *to, veci x) { _mm512_storeu_si512(to, x); }
 // A bit for each lane where a >= b.
 ALWAYS uint32_t v_at_least(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 // x where t >= floor, else 0.
@@ -26,7 +25,6 @@ ALWAYS void v_to_int64(vec x, veci *low, veci *high) {
 #else
 
 ALWAYS veci vi_add64(veci a, veci b) { return _mm256_add_epi64(a, b); }
-ALWAYS void vi_store(void *to, veci x) { _mm256_storeu_si256((__m256i *)to, x); }
 ALWAYS uint32_t v_at_least(vec a, vec b) {
     return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ));
 }

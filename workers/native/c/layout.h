@@ -1,0 +1,61 @@
+// How the weights of a matrix lie in its panels, see product.h and quantized.h.
+#ifndef LAYOUT_H
+#define LAYOUT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "vector.h"
+
+enum { PANEL = 32 };  // outputs
+
+enum dtype { FLOAT32 = 0, BFLOAT16 = 1, E4M3 = 2 };  // E4M3: KV caches alone, see fp8.h
+
+enum codes { PLAIN = 0, INT8 = 1, FLOAT8 = 2, INT4 = 3, FLOAT4 = 4 };  // PLAIN: none
+
+enum scales { SCALES_FLOAT32 = 0, SCALES_BFLOAT16 = 1, SCALES_FLOAT16 = 2, SCALES_E8M0 = 3 };
+
+// Mirrored by `FormFields` in panels.py. All 0: weights are in the type of the rows.
+struct form {
+    int64_t codes, scales, has_zeros;
+    int64_t group;  // elements of a row with one scale; a multiple of 8, or the whole row
+};
+
+struct layout {
+    enum dtype dtype;  // of rows; of weights too where these are PLAIN
+    struct form form;
+    long units;  // of a row: floats; pairs of bfloat16, or of codes
+    long num_groups;
+    size_t header_bytes, panel_bytes;  // scales and zero points; the whole panel
+};
+
+// Units of a row of `width` elements; an odd bfloat16 row has a zero at its end.
+ALWAYS long row_units(enum dtype dtype, long width) {
+    return dtype == BFLOAT16 ? (width + 1) / 2 : width;
+}
+
+ALWAYS size_t scale_bytes(struct form form) {
+    return form.scales == SCALES_FLOAT32 ? 4 : form.scales == SCALES_E8M0 ? 1 : 2;
+}
+
+// The layout of a matrix with `width` inputs; an even number of them where there are codes.
+ALWAYS struct layout layout_of(enum dtype dtype, struct form form, long width) {
+    struct layout layout = {.dtype = dtype, .form = form, .units = row_units(dtype, width)};
+    if (form.codes == PLAIN) {
+        layout.panel_bytes = (size_t)layout.units * PANEL * 4;
+        return layout;
+    }
+    long in_word = form.codes == INT8 || form.codes == FLOAT8 ? 4 : 8;
+    layout.units = width / 2;
+    layout.num_groups = (long)((width + form.group - 1) / form.group);
+    size_t header = (size_t)layout.num_groups * PANEL * (scale_bytes(form) + (form.has_zeros ? 1 : 0));
+    layout.header_bytes = (header + 63) / 64 * 64;
+    layout.panel_bytes = layout.header_bytes + (size_t)((width + in_word - 1) / in_word) * PANEL * 4;
+    return layout;
+}
+
+ALWAYS const char *panel_at(const void *packed, const struct layout *layout, long panel) {
+    return (const char *)packed + (size_t)panel * layout->panel_bytes;
+}
+
+#endif

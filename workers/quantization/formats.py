@@ -1,0 +1,58 @@
+"""What is known of a quantized matrix without its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Codes = Literal["int8", "e4m3", "int4", "e2m1"]
+"""A number of a matrix: two's complement, or a float of 8 bits (4 of exponent, 3 of mantissa) or 4
+bits (2 and 1)."""
+ScaleDType = Literal["float32", "bfloat16", "float16", "e8m0"]
+"""Of scales; ``e8m0``: 8 bits, a power of two from 2**-127 on."""
+_SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
+GROUP_MULTIPLE = 8
+"""Groups begin where the codes of neighbours fill whole words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFormat:
+    """How matrices [out, in] are stored: codes, and scales of groups of neighbours in a row.
+
+    A weight is scale * (code - zero point). Source of the 8-bit and 4-bit floats: Micikevicius et
+    al., "FP8 formats for deep learning" (2022); Open Compute Project, "OCP Microscaling Formats
+    (MX) Specification" 1.0 (2023).
+    """
+
+    codes: Codes
+    group: int | None
+    """Neighbours in a row that share a scale, a multiple of 8; None: the whole row."""
+    scales: ScaleDType = "float32"
+    has_zeros: bool = False
+    """Each group has a zero point, an int8; of integer codes."""
+
+    @property
+    def code_bits(self) -> int:
+        return 8 if self.codes in ("int8", "e4m3") else 4
+
+    @property
+    def scale_bytes(self) -> int:
+        return _SCALE_BYTES[self.scales]
+
+    def num_groups(self, width: int) -> int:
+        """Of a row; the last group may be shorter."""
+        return 1 if self.group is None else -(-width // self.group)
+
+    def row_bytes(self, width: int) -> int:
+        """Of a row's codes. An even width fills them."""
+        return -(-width * self.code_bits // 8)
+
+    def num_bytes(self, shape: tuple[int, int]) -> int:
+        """Of a matrix [out, in]: codes, scales and zero points."""
+        rows, width = shape
+        per_group = self.scale_bytes + self.has_zeros
+        return rows * (self.row_bytes(width) + self.num_groups(width) * per_group)
+
+    def __str__(self) -> str:
+        """For people: ``int4 in groups of 32``."""
+        return f"{self.codes} in {'rows' if self.group is None else f'groups of {self.group}'}"

@@ -1,0 +1,112 @@
+"""A quantized matrix, and the matrix that it stands for: the reference of all kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from workers.quantization.formats import Codes, WeightFormat
+
+_SCALE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "e8m0": torch.uint8,
+}
+_E8M0_BIAS, _E8M0_NAN = 127, 255
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class QuantizedMatrix:
+    """A matrix [out, in] on the CPU."""
+
+    format: WeightFormat
+    shape: tuple[int, int]
+    """[out, in]."""
+    codes: Tensor
+    """[out, in] uint8; of 4 bits [out, in / 2], the lower half of a byte first."""
+    scales: Tensor
+    """[out, groups] of the format's type; of ``e8m0`` uint8."""
+    zeros: Tensor | None = None
+    """[out, groups] int8."""
+
+    @classmethod
+    def empty(cls, form: WeightFormat, shape: tuple[int, int]) -> QuantizedMatrix:
+        """Undefined numbers, to be filled in."""
+        rows, width = shape
+        groups = form.num_groups(width)
+        return cls(
+            format=form,
+            shape=shape,
+            codes=torch.empty(rows, form.row_bytes(width), dtype=torch.uint8),
+            scales=torch.empty(rows, groups, dtype=scale_dtype(form)),
+            zeros=torch.empty(rows, groups, dtype=torch.int8) if form.has_zeros else None,
+        )
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All its memory: codes, scales, zero points."""
+        return (self.codes, self.scales, *(() if self.zeros is None else (self.zeros,)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def dequantized(self) -> Tensor:
+        """The matrix [out, in] float32."""
+        rows, width = self.shape
+        group = self.format.group or width
+        numbers = numbers_of(self.codes, self.format.codes)[:, :width]
+        if self.zeros is not None:
+            numbers = numbers - _by_element(self.zeros.float(), group, width)
+        return numbers * _by_element(self.float_scales(), group, width)
+
+    def float_scales(self) -> Tensor:
+        """[out, groups] float32."""
+        if self.format.scales != "e8m0":
+            return self.scales.float()
+        exponents = self.scales.int() - _E8M0_BIAS
+        found = torch.ldexp(torch.ones_like(self.scales, dtype=torch.float32), exponents)
+        return found.masked_fill_(self.scales == _E8M0_NAN, torch.nan)
+
+
+Weight = Tensor | QuantizedMatrix
+"""A matrix of a model, in its dtype or quantized."""
+
+
+def scale_dtype(form: WeightFormat) -> torch.dtype:
+    """In which scales are kept."""
+    return _SCALE_DTYPES[form.scales]
+
+
+def numbers_of(codes: Tensor, kind: Codes) -> Tensor:
+    """codes [.., bytes] uint8 -> the numbers that they stand for, float32: of 4 bits two a byte."""
+    if kind == "int8":
+        return codes.view(torch.int8).float()
+    if kind == "e4m3":
+        return codes.view(torch.float8_e4m3fn).float()
+    pairs = _pairs(kind).index_select(0, codes.flatten().int())
+    return pairs.view(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """codes [.., n] uint8 of 4 bits each -> [.., n / 2], the first of two in the lower half."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def _by_element(of_groups: Tensor, group: int, width: int) -> Tensor:
+    """[rows, groups] -> [rows, width]."""
+    return of_groups.repeat_interleave(group, 1)[:, :width]
+
+
+@cache
+def _pairs(kind: Codes) -> Tensor:
+    """[256, 2] float32: the two numbers of each byte of 4-bit codes."""
+    signed = [*range(8), *range(-8, 0)]
+    numbers = torch.tensor(signed if kind == "int4" else [*_E2M1, *(-x for x in _E2M1)])
+    byte = torch.arange(256)
+    return torch.stack((numbers[byte % 16], numbers[byte // 16]), 1).float()
