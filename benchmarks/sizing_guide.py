@@ -84,13 +84,15 @@ def known_model(folder: str) -> SizedModel:
 
 def _section(name: str, model: SizedModel, layouts: list[tuple[NodeKind, Layout]]) -> str:
     size = model.size
-    experts = sum(b.num_experts * b.expert_values for b in size.banks)
+    values = sum(b.num_experts * b.expert_values for b in size.banks)
+    kept_bytes = sum(b.num_experts * b.kept_bytes(size.itemsize) for b in size.banks)
     num_nodes = layouts[0][1].num_nodes
     nodes = "one node" if num_nodes == 1 else f"{num_nodes} nodes"
     states = f", {size.state_bytes / 1e6:.0f} MB a recurrent state" if size.state_bytes else ""
     facts = (
-        f"{(experts + model.attention_weights) / 1e9:.1f} billion weights: "
-        f"{experts * size.itemsize / 1e9:.1f} GB of experts, "
+        f"{(values + model.attention_weights) / 1e9:.1f} billion weights: "
+        f"{kept_bytes / 1e9:.1f} GB of experts"
+        f"{f' ({8 * kept_bytes / values:.2f} bits a weight)' if kept_bytes < 2 * values else ''}, "
         f"{model.attention_weights * size.itemsize / 1e9:.1f} GB on every attention GPU, "
         f"{size.kv_bytes_per_token / 1e3:.0f} kB of KV a token{states}.\n"
         f"On {nodes} of {GPUS_PER_NODE} GPUs:"
@@ -135,7 +137,8 @@ _INTRODUCTION = f"""\
 # Sizing guide
 
 `python -m benchmarks.sizing_guide` writes this page; a test compares both. The tables show groups
-of GPUs for models on nodes of {GPUS_PER_NODE} GPUs, in bfloat16. A worker has one GPU;
+of GPUs for models on nodes of {GPUS_PER_NODE} GPUs, in bfloat16, experts as the
+checkpoint stores them. A worker has one GPU;
 `8 x 2 pods` is a group of two pods with 8 GPUs each. A cluster also has a head (4 CPUs, 16 GiB)
 and two gateways (4 CPUs, 8 GiB), without GPUs. On one node every split with at least two workers
 per pool was compared; on several nodes a pool consists of whole nodes, two of them for experts.

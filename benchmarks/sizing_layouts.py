@@ -143,7 +143,7 @@ def _layout(model: SizedModel, node: NodeKind, num_nodes: int, num_attention: in
     # A whole copy on either of two hosts or more; on one host only room to rebalance.
     several = num_experts > GPUS_PER_NODE
     spare = own if several else math.ceil(SPARE_SHARE * own)
-    slot_bytes = sum(bank.expert_values for bank in size.banks) * size.itemsize
+    slot_bytes = sum(bank.kept_bytes(size.itemsize) for bank in size.banks)
     room = MEMORY_SHARE * node.memory_bytes
     spare = max(0, min(spare, int(room // slot_bytes) - own))
     attention_bytes = float(model.attention_weights * size.itemsize)

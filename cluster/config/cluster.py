@@ -40,6 +40,8 @@ Device = Literal["auto", "cpu", "cuda"]
 DeviceSpeed = Literal["given", "measured"]
 Kernels = Literal["auto", "torch"]
 DType = Literal["auto", "float32", "bfloat16"]
+Quantize = Literal["auto", "none", "int8", "int4"]
+QuantizeLayers = Literal["experts", "all"]
 Transport = Literal["auto", "sockets", "collective"]
 CombineMode = Literal["sum", "per_slot"]
 Deterministic = Literal["auto", "on", "off"]
@@ -56,6 +58,11 @@ class ModelSection:
     """Name that clients use, by default that of the checkpoint's folder or hub id."""
     dtype: DType = "auto"
     """Compute type; ``auto`` takes the checkpoint's own."""
+    quantize: Quantize = "auto"
+    """How workers keep routed experts: ``auto`` as the checkpoint stores them, ``none`` in the
+    compute type, ``int8`` and ``int4`` quantized while they are loaded."""
+    quantize_layers: QuantizeLayers = "experts"
+    """What ``quantize`` ``int8`` and ``int4`` are for: routed experts, or all products."""
     max_model_len: int | None = None
     """Context limit in tokens, by default the checkpoint's own."""
     chat_template: str | None = None
@@ -63,6 +70,14 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DType)
+        check_choice("quantize", self.quantize, Quantize)
+        check_choice("quantize_layers", self.quantize_layers, QuantizeLayers)
+        check(
+            self.quantize_layers == "experts" or self.quantize in ("int8", "int4"),
+            "quantize_layers",
+            self.quantize_layers,
+            f"must be 'experts' while quantize is {self.quantize!r}",
+        )
         check(bool(self.served_model_name), "served_model_name", "", "must not be empty")
         check_each(self, "max_model_len", is_at_least_1, "must be at least 1")
 
@@ -407,6 +422,8 @@ class ClusterConfig:
         shared = {
             "engine": dataclasses.asdict(self.engine),
             "dtype": self.model.dtype,
+            "quantize": self.model.quantize,
+            "quantize_layers": self.model.quantize_layers,
             "transport": self.transport.transport,
             "mode": self.workers.mode,
         }

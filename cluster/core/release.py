@@ -39,12 +39,15 @@ class Build(Message, frozen=True, kw_only=True):
     kv_cache_dtype: str = ""
     """``EngineSection.kv_cache_dtype``: blocks move between attention workers as they are. It is
     part of the configuration, and named before it."""
+    expert_form: str = ""
+    """How the worker keeps experts; empty: in the model dtype. They move as they are."""
 
 
 _BUILD_ITEMS = {
     "release": "release",
     "checkpoint": "checkpoint_id",
     "KV cache type": "kv_cache_dtype",
+    "form of experts": "expert_form",
     "configuration": "config_hash",
 }
 

@@ -7,6 +7,7 @@ JSON object.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,15 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.config.cluster import Quantize
 from cluster.config.kv_cache import KvCacheDType, kv_vector_bytes
 from cluster.core.codec import from_plain
-from cluster.core.errors import CheckpointError
+from cluster.core.errors import CheckpointError, ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.roofline import ModelSize
 
 CHECK_LIMIT_S = 120.0
+_ITEMSIZES = {"float32": 4, "bfloat16": 2}
 _ALLOW_BARE = "--allow-bare"
+_QUANTIZE = "--quantize"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +63,7 @@ class CheckpointFacts:
 
     def itemsize(self, dtype: str) -> int:
         """Bytes of a number in a compute dtype; ``auto`` is the checkpoint's own."""
-        return 4 if (self.dtype if dtype == "auto" else dtype) == "float32" else 2
+        return _ITEMSIZES[self.dtype if dtype == "auto" else dtype]
 
     def kv_bytes_per_token(self, dtype: str, kv_cache_dtype: KvCacheDType = "auto") -> int:
         """Bytes that the KV cache keeps of one token."""
@@ -83,10 +87,15 @@ class CheckpointCheck:
     """A running check; begun early so that it overlaps with other work."""
 
     def __init__(
-        self, folder: Path, environment: Mapping[str, str], allow_bare: bool = False
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        allow_bare: bool = False,
+        quantize: Quantize = "auto",
     ) -> None:
-        """``allow_bare``: a folder without weights is enough, for a plan."""
-        words = [str(folder), *([_ALLOW_BARE] if allow_bare else [])]
+        """``allow_bare``: a folder without weights is enough, for a plan; ``quantize`` as in
+        ``ModelSection``."""
+        words = [str(folder), _QUANTIZE, quantize, *([_ALLOW_BARE] if allow_bare else [])]
         self._child = subprocess.Popen(
             [sys.executable, "-m", "cluster.launch.checkpoint_check", *words],
             env=dict(environment),
@@ -118,10 +127,11 @@ class CheckpointCheck:
         self._child.communicate()
 
 
-def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
+def check(folder: Path, allow_bare: bool = False, quantize: Quantize = "auto") -> CheckpointFacts:
     """Read config and headers, and compare every tensor with the model.
 
-    ``allow_bare``: a folder without any weights is enough. Raises ``CheckpointError``.
+    ``allow_bare``: a folder without any weights is enough; ``quantize`` as in ``ModelSection``.
+    Raises ``CheckpointError``, and ``ConfigError`` where the model cannot be quantized.
     """
     import torch
 
@@ -129,14 +139,15 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
     from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
 
     is_bare = allow_bare and not any(folder.glob("*.safetensors*"))
-    summary = plan_checkpoint(folder) if is_bare else check_checkpoint(folder)
+    summary = (plan_checkpoint if is_bare else check_checkpoint)(folder, quantize)
     family = summary.family
+    dtype = auto_dtype(family.config)
     gpu, bandwidth_bytes_s = "", 0.0
     if torch.cuda.is_available():
         gpu, bandwidth_bytes_s = gpu_facts(torch.device("cuda:0"))
     return CheckpointFacts(
         model_type=family.config.model_type,
-        dtype=auto_dtype(family.config),
+        dtype=dtype,
         context_tokens=family.config.context_tokens,
         kv_vectors_per_token=family.config.kv_vectors_per_token,
         head_dim=family.config.head_dim,
@@ -150,6 +161,9 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
                 "num_experts": bank.num_experts,
                 "top_k": bank.top_k,
                 "expert_values": values,
+                "expert_bytes": (
+                    bank.num_bytes(_ITEMSIZES[dtype]) if bank.exchanges[0].form is not None else 0
+                ),
                 "num_exchanges": len(bank.exchanges),
                 "in_values": sum(
                     e.in_width * (bank.top_k if e.per_slot_input else 1) for e in bank.exchanges
@@ -170,8 +184,13 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
 def main() -> None:
     """Entry point of the check's process."""
     try:
-        answer = asdict(check(Path(sys.argv[1]), allow_bare=_ALLOW_BARE in sys.argv))
-    except CheckpointError as err:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("folder", type=Path)
+        parser.add_argument(_ALLOW_BARE, action="store_true")
+        parser.add_argument(_QUANTIZE, default="auto")
+        args = parser.parse_args()
+        answer = asdict(check(args.folder, args.allow_bare, args.quantize))
+    except (CheckpointError, ConfigError) as err:
         answer = {"error": str(err)}
     sys.stdout.write(json.dumps(answer) + "\n")
 

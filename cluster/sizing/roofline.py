@@ -60,8 +60,14 @@ class BankSize:
     """Elements of a row on the way to the experts, over all exchanges."""
     out_values: int
     """Elements on the way back."""
+    expert_bytes: int = 0
+    """Of one expert that is kept quantized; 0: all values have the size of a weight."""
     activation: tuple[float, ...] = ()
     """``[expert]`` -> share of the rows that choose it, sums to ``top_k``; empty: all alike."""
+
+    def kept_bytes(self, itemsize: int) -> int:
+        """Of one expert in a worker's memory; ``itemsize`` is that of the model dtype."""
+        return self.expert_bytes or self.expert_values * itemsize
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -133,7 +139,7 @@ def expert_step(
 ) -> float:
     """Seconds of one bank for ``batch`` rows of all ranks, on the most loaded of the devices."""
     touched = touched_experts(bank.probabilities, batch)
-    read_s = touched * bank.expert_values * itemsize / device.bandwidth_bytes_s
+    read_s = touched * bank.kept_bytes(itemsize) / device.bandwidth_bytes_s
     compute_s = 2.0 * batch * bank.top_k * bank.expert_values / device.flops_s
     return max(read_s, compute_s) / num_devices / balancedness
 

@@ -102,7 +102,7 @@ def test_the_numbers_of_the_document_add_up() -> None:
     for section in sections:
         name = section.partition("\n")[0]
         facts = re.search(
-            r"([\d.]+) billion weights: ([\d.]+) GB of experts, "
+            r"([\d.]+) billion weights: ([\d.]+) GB of experts(?: \(([\d.]+) bits a weight\))?, "
             r"([\d.]+) GB on every attention GPU, (\d+) kB of KV a token"
             r"(?:, (\d+) MB a recurrent state)?",
             section,
@@ -110,8 +110,9 @@ def test_the_numbers_of_the_document_add_up() -> None:
         assert facts is not None, name
         (nodes,) = re.findall(r"^On (\w+) nodes? of 8 GPUs:", section, re.MULTILINE)
         num_nodes = 1 if nodes == "one" else int(nodes)
-        billions, expert_gb, attention_gb, token_kb, state_mb = map(float, facts.groups("0"))
-        assert billions == pytest.approx((expert_gb + attention_gb) / 2, rel=0.01), name
+        billions, expert_gb, bits, attention_gb, token_kb, state_mb = map(float, facts.groups("0"))
+        weights = 8 * expert_gb / (bits or 16) + attention_gb / 2
+        assert billions == pytest.approx(weights, rel=0.01), name
         rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "B | " in line]
         assert [row[0] for row in rows] == list(MEMORY_GB)
         for node, attention, experts, spare, *numbers in rows:

@@ -30,6 +30,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "transport": ("sockets", "collective"),
     "dtype": ("float32", "bfloat16"),
     "kv_cache_dtype": ("auto", "fp8"),
+    "quantize": ("auto", "int8", "int4 all"),
     "num_attention_workers": (1, 2),
     "num_expert_workers": (1, 2),
     "itl_target_ms": (None, 5.0),
@@ -96,6 +97,7 @@ def describe(choice: Choice) -> str:
         choice["combine_mode"],
         f"mb{choice['num_micro_batches']}",
         *(["fp8"] if choice["kv_cache_dtype"] == "fp8" else []),
+        *([choice["quantize"].replace(" ", "-")] if choice["quantize"] != "auto" else []),
         *(["caching"] if choice["enable_prefix_caching"] else []),
         f"deterministic-{choice['deterministic']}",
     ]
@@ -110,10 +112,17 @@ def config_of(choice: Choice, checkpoint: Path) -> ClusterConfig:
         choice["num_attention_workers"],
         choice["num_expert_workers"],
         dtype=choice["dtype"],
+        **quantize_settings(choice),
         workers={"mode": choice["mode"]},
         engine={name: choice[name] for name in (*engine.split(), "itl_target_ms")},
         transport={"transport": choice["transport"]},
     )
+
+
+def quantize_settings(choice: Choice) -> dict[str, Any]:
+    """Settings of the model's section."""
+    quantize, _, layers = choice["quantize"].partition(" ")
+    return {"quantize": quantize, "quantize_layers": layers or "experts"}
 
 
 def requests(vocab_size: int) -> list[list[Request]]:
@@ -131,13 +140,18 @@ def requests(vocab_size: int) -> list[list[Request]]:
 
 @cache
 def expected(
-    checkpoint: Path, dtype: str, kv_cache_dtype: KvCacheDType, deterministic: Deterministic
+    checkpoint: Path,
+    dtype: str,
+    kv_cache_dtype: KvCacheDType,
+    deterministic: Deterministic,
+    quantize: str,
 ) -> dict[str, list[TokenOutput]]:
     """What each request gives alone in one process, by name."""
     section = EngineSection(
         deterministic=deterministic, kv_cache_dtype=kv_cache_dtype, enable_prefix_caching=False
     )
-    engine = LocalEngine(checkpoint, dtype=dtype, section=section)
+    settings = quantize_settings({"quantize": quantize})
+    engine = LocalEngine(checkpoint, dtype=dtype, section=section, **settings)
     found: dict[str, list[TokenOutput]] = {}
     for wave in requests(engine.config.vocab_size):
         for request in wave:
@@ -148,7 +162,8 @@ def expected(
 
 def check(choice: Choice, checkpoint: Path) -> None:
     """Serve all requests in a cluster of threads. Raises ``AssertionError`` on a wrong answer."""
-    known = expected(checkpoint, choice["dtype"], choice["kv_cache_dtype"], choice["deterministic"])
+    names = ("dtype", "kv_cache_dtype", "deterministic", "quantize")
+    known = expected(checkpoint, *(choice[name] for name in names))
     with serving(ThreadCluster(config_of(choice, checkpoint))) as cluster:
         snapshot = cluster.snapshot()
         vocab_size, is_exact = snapshot["model"]["vocab_size"], snapshot["results"]["exact"]

@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from cluster.config.cluster import EngineSection, Kernels
+from cluster.config.cluster import EngineSection, Kernels, Quantize, QuantizeLayers
 from cluster.core.errors import RequestFailedError
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
@@ -26,6 +26,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, load_attention_model, resolve_dtype
+from workers.model.loading.expert_form import rounded_form
 from workers.native.team import start_kernels
 from workers.requests.inspection import Inspection, NamedArray
 from workers.requests.request import (
@@ -71,6 +72,8 @@ class LocalEngine:
         num_micro_batches: int = 1,
         num_threads: int | None = None,
         kernels: Kernels = "auto",
+        quantize: Quantize = "auto",
+        quantize_layers: QuantizeLayers = "experts",
         wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -78,22 +81,26 @@ class LocalEngine:
 
         ``num_threads`` sets the threads of the kernels, and those of torch in this process, which
         are divided among compute threads; None: one of the kernels, and those of torch as they
-        are; an exact engine always sets one of torch. ``kernels`` as in ``WorkersSection``.
+        are; an exact engine always sets one of torch. ``kernels`` as in ``WorkersSection``,
+        ``quantize`` and ``quantize_layers`` as in ``ModelSection``, of a checkpoint by its folder.
         ``wrap`` may replace the engine's dispatcher.
         """
         section = section or EngineSection()
         is_strict = section.deterministic == "on"
-        checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
         place = torch.device(device)
+        is_native = kernels == "auto" and place.type == "cpu"
+        self.team = team = start_kernels(num_threads or 1).team if is_native else None
+        """Threads of its kernels; None: torch computes."""
+        kept_as = "none" if quantize == "auto" and team is None else quantize
+        checkpoint = (
+            source if isinstance(source, Checkpoint) else Checkpoint(source, quantize=kept_as)
+        )
         kind = resolve_dtype(dtype, checkpoint.config)
         banks = checkpoint.family.banks
         if checkpoint.config.ignored_keys:
             logger.warning(
                 "config.json: ignored, not known: %s", ", ".join(checkpoint.config.ignored_keys)
             )
-        is_native = kernels == "auto" and place.type == "cpu"
-        self.team = team = start_kernels(num_threads or 1).team if is_native else None
-        """Threads of its kernels; None: torch computes."""
         can_be_exact = team is not None and not torch_experts(banks, kind)
         self.is_exact = is_strict or (section.deterministic == "auto" and can_be_exact)
         """Results depend on the request alone, to the last bit."""
@@ -103,8 +110,9 @@ class LocalEngine:
             if torch_threads is None
             else ComputeThreads.for_threads(torch_threads, place.type)
         )
+        form = rounded_form(quantize, ()) if quantize_layers == "all" else None
         model = load_attention_model(
-            checkpoint, kind, place, max_model_len, compute_threads, is_strict, team
+            checkpoint, kind, place, max_model_len, compute_threads, is_strict, team, form
         )
         self._model = model
         self.config = checkpoint.config

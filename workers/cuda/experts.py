@@ -10,6 +10,7 @@ they are added, not before, and a clamped SwiGLU at its end alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cuda.align import Blocks, align
+from workers.cuda.codes import numbers_tile, power_of
 from workers.cuda.language import MIN_DOT, cast, dot, jit, rounded
+from workers.quantization.formats import WeightFormat
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 
@@ -100,6 +103,27 @@ def make_pairs(
 
 
 @dataclass(frozen=True, slots=True)
+class Matrices:
+    """One matrix of each slot, as it is or quantized (``workers.quantization``)."""
+
+    weights: Tensor
+    """[slots, out, in], or codes [slots, out, bytes] uint8."""
+    width: int
+    """Columns of a matrix: in."""
+    form: WeightFormat | None = None
+    """Of codes."""
+    scales: Tensor | None = None
+    """[slots, out, groups] of codes."""
+    zeros: Tensor | None = None
+    """[slots, out, groups] int8 of codes."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor], form: WeightFormat | None, width: int) -> Matrices:
+        """``parts``: the weights, or codes, scales and zero points if there are any."""
+        return cls(parts[0], width, form, *parts[1:])
+
+
+@dataclass(frozen=True, slots=True)
 class GateActivation:
     """What becomes of a gate and its up."""
 
@@ -111,7 +135,7 @@ class GateActivation:
 
 def gate_up(
     inputs: Tensor,
-    weights: Tensor,
+    weights: Matrices,
     biases: Tensor | None,
     pairs: Pairs,
     activation: GateActivation,
@@ -120,9 +144,9 @@ def gate_up(
 
     inputs [N, in], weights [slots, 2 * inner, in] with the gate's rows first, biases [slots,
     2 * inner, 1] -> [P, inner], where rows of pairs without a slot hold anything. All contiguous,
-    float32 or a half type.
+    float32 or a half type, in which the numbers of codes are rounded, too.
     """
-    inner, rows = weights.shape[1] // 2, _tile(pairs, weights).gate_rows
+    inner, rows = weights.weights.shape[1] // 2, _tile(pairs, inputs).gate_rows
     numbers = activation.alpha, activation.limit
     names = {"ACTIVATION": activation.name}
     return _launch(
@@ -130,11 +154,11 @@ def gate_up(
     )
 
 
-def multiply(inputs: Tensor, weights: Tensor, biases: Tensor | None, pairs: Pairs) -> Tensor:
+def multiply(inputs: Tensor, weights: Matrices, biases: Tensor | None, pairs: Pairs) -> Tensor:
     """The product of each pair: inputs [N, in], weights [slots, out, in], biases [slots, out, 1]
     -> [P, out]."""
-    rows = _tile(pairs, weights).rows
-    return _launch(_multiply, inputs, weights, biases, pairs, (), weights.shape[1], rows, rows)
+    rows, width = _tile(pairs, inputs).rows, weights.weights.shape[1]
+    return _launch(_multiply, inputs, weights, biases, pairs, (), width, rows, rows)
 
 
 def sum_rows(
@@ -165,8 +189,8 @@ def sum_rows(
     return out
 
 
-def _tile(pairs: Pairs, weights: Tensor) -> Tile:
-    is_half = weights.itemsize == 2
+def _tile(pairs: Pairs, inputs: Tensor) -> Tile:
+    is_half = inputs.itemsize == 2
     return _TILES.get(pairs.height, _LOW) if is_half else _LOW
 
 
@@ -182,7 +206,7 @@ def shared_bytes(device: torch.device) -> int:
 def _launch(
     kernel: Any,
     inputs: Tensor,
-    weights: Tensor,
+    matrices: Matrices,
     biases: Tensor | None,
     pairs: Pairs,
     numbers: tuple[float, ...],
@@ -192,17 +216,20 @@ def _launch(
     **more: str,
 ) -> Tensor:
     """``rows``: of outputs of a program; ``rows_read``: of weights for them."""
-    assert inputs.dtype == weights.dtype
+    weights, form = matrices.weights, matrices.form
+    assert form is not None or inputs.dtype == weights.dtype
     assert inputs.is_contiguous()
-    tile = _tile(pairs, weights)
+    tile = _tile(pairs, inputs)
     stage_bytes = (pairs.height + rows_read) * tile.row_bytes
-    num_slots, _, depth = weights.shape
+    num_slots = weights.shape[0]
     slots, blocks, sources = pairs.slots, pairs.blocks, pairs.sources
     out = inputs.new_empty(slots.numel(), width)
     kernel[(pairs.num_blocks * triton.cdiv(width, rows),)](
         inputs,
         weights,
         weights if biases is None else biases,
+        weights if matrices.scales is None else matrices.scales,
+        weights if matrices.zeros is None else matrices.zeros,
         out,
         slots,
         slots if blocks is None else blocks.order,
@@ -217,7 +244,11 @@ def _launch(
         IS_SORTED=blocks is not None,
         HAS_SOURCES=sources is not None,
         PER_ROW=pairs.per_row,
-        DEPTH=depth,
+        CODES="" if form is None else form.codes,
+        HAS_E8M0=form is not None and form.scales == "e8m0",
+        HAS_ZEROS=matrices.zeros is not None,
+        GROUP=(form and form.group) or matrices.width,
+        DEPTH=matrices.width,
         WIDTH=width,
         HEIGHT=pairs.height,
         ROWS=rows,
@@ -229,11 +260,13 @@ def _launch(
     return out
 
 
-@partial(jit, any_alignment=["biases", "slots", "order", "table", "sources"])
+@partial(jit, any_alignment=["biases", "scales", "zeros", "slots", "order", "table", "sources"])
 def _gate_up(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,
     biases: tl.pointer_type,
+    scales: tl.pointer_type,
+    zeros: tl.pointer_type,
     out: tl.pointer_type,
     slots: tl.pointer_type,
     order: tl.pointer_type,
@@ -249,6 +282,10 @@ def _gate_up(
     IS_SORTED: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
+    CODES: tl.constexpr,
+    HAS_E8M0: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -265,16 +302,51 @@ def _gate_up(
     pairs, has_pair = _pairs_of(block, order, table, num_blocks, IS_SORTED, HEIGHT)
     rows = _sources_of(pairs, has_pair, sources, HAS_SOURCES, PER_ROW)
     columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    gate = weights + (slot.to(tl.int64) * (2 * WIDTH) + columns) * DEPTH
-    up = gate + WIDTH * DEPTH
+    gate = slot.to(tl.int64) * (2 * WIDTH) + columns
     is_column = columns < WIDTH
     gates = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     ups = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        gates = dot(x, _weights_tile(gate, is_column, place, DEPTH, STEP), gates)
-        ups = dot(x, _weights_tile(up, is_column, place, DEPTH, STEP), ups)
+        gates = dot(
+            x,
+            _weights_tile(
+                weights,
+                scales,
+                zeros,
+                gate,
+                is_column,
+                place,
+                inputs.dtype.element_ty,
+                CODES,
+                HAS_E8M0,
+                HAS_ZEROS,
+                GROUP,
+                DEPTH,
+                STEP,
+            ),
+            gates,
+        )
+        ups = dot(
+            x,
+            _weights_tile(
+                weights,
+                scales,
+                zeros,
+                gate + WIDTH,
+                is_column,
+                place,
+                inputs.dtype.element_ty,
+                CODES,
+                HAS_E8M0,
+                HAS_ZEROS,
+                GROUP,
+                DEPTH,
+                STEP,
+            ),
+            ups,
+        )
     dtype = out.dtype.element_ty
     if HAS_BIAS:
         own = biases + slot * (2 * WIDTH) + columns
@@ -292,11 +364,13 @@ def _gate_up(
     _store(out, product, pairs, has_pair, columns, WIDTH)
 
 
-@partial(jit, any_alignment=["biases", "slots", "order", "table", "sources"])
+@partial(jit, any_alignment=["biases", "scales", "zeros", "slots", "order", "table", "sources"])
 def _multiply(
     inputs: tl.pointer_type,
     weights: tl.pointer_type,
     biases: tl.pointer_type,
+    scales: tl.pointer_type,
+    zeros: tl.pointer_type,
     out: tl.pointer_type,
     slots: tl.pointer_type,
     order: tl.pointer_type,
@@ -310,6 +384,10 @@ def _multiply(
     IS_SORTED: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
+    CODES: tl.constexpr,
+    HAS_E8M0: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -325,13 +403,31 @@ def _multiply(
     pairs, has_pair = _pairs_of(block, order, table, num_blocks, IS_SORTED, HEIGHT)
     rows = _sources_of(pairs, has_pair, sources, HAS_SOURCES, PER_ROW)
     columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    matrix = weights + (slot.to(tl.int64) * WIDTH + columns) * DEPTH
+    matrix = slot.to(tl.int64) * WIDTH + columns
     is_column = columns < WIDTH
     total = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        total = dot(x, _weights_tile(matrix, is_column, place, DEPTH, STEP), total)
+        total = dot(
+            x,
+            _weights_tile(
+                weights,
+                scales,
+                zeros,
+                matrix,
+                is_column,
+                place,
+                inputs.dtype.element_ty,
+                CODES,
+                HAS_E8M0,
+                HAS_ZEROS,
+                GROUP,
+                DEPTH,
+                STEP,
+            ),
+            total,
+        )
     if HAS_BIAS:
         own = biases + slot * WIDTH + columns
         total += tl.load(own, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -412,14 +508,39 @@ def _rows_tile(
 
 @jit
 def _weights_tile(
-    matrix: tl.tensor, is_row: tl.tensor, place: tl.tensor, DEPTH: tl.constexpr, STEP: tl.constexpr
+    weights: tl.pointer_type,
+    scales: tl.pointer_type,
+    zeros: tl.pointer_type,
+    rows: tl.tensor,
+    is_row: tl.tensor,
+    place: tl.tensor,
+    dtype: tl.constexpr,
+    CODES: tl.constexpr,
+    HAS_E8M0: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEP: tl.constexpr,
 ) -> tl.tensor:
-    """[STEP, ROWS] of rows whose addresses are ``matrix`` [ROWS]."""
-    address = matrix[None, :] + place[:, None]
+    """[STEP, ROWS] of ``dtype``: of rows [ROWS], counted over all slots, the columns ``place``."""
     mask = is_row[None, :]
     if DEPTH % STEP != 0:
         mask = mask & (place < DEPTH)[:, None]
-    return tl.load(address, mask=mask, other=0.0)
+    if CODES == "":
+        found = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0.0)
+    else:
+        numbers = numbers_tile(weights, rows, place, mask, CODES, DEPTH)
+        groups: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
+        at = rows[None, :] * groups + (place // GROUP)[:, None]
+        if HAS_ZEROS:
+            numbers -= tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
+        scale = tl.load(scales + at, mask=mask, other=0)
+        if HAS_E8M0:
+            numbers *= power_of(scale)
+        else:
+            numbers *= scale.to(tl.float32)
+        found = cast(numbers, dtype)
+    return found
 
 
 @jit

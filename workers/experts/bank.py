@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workers.experts.kernels_cpu import PACKED_MIN_ELEMENTS, PackedExperts, PaddedExperts
 from workers.experts.kernels_cuda import CudaExperts
+from workers.experts.kernels_dequantizing import DequantizingExperts
 from workers.experts.kernels_native import NativeExperts, what_is_missing
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ExchangeSpec
@@ -17,6 +18,7 @@ from workers.model.side_stream import SideStream
 from workers.model.weighting import sum_of_pairs
 from workers.native.experts import NativeSlots
 from workers.native.team import Team
+from workers.quantization.matrix import Weight
 
 
 class ExpertKernel(Protocol):
@@ -29,10 +31,10 @@ class ExpertKernel(Protocol):
     def resize(self, num_slots: int) -> None:
         """Change the number of slots; slots that stay keep their contents."""
 
-    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        """Copy one matrix [out, in] of one expert from the CPU."""
+    def store(self, slot: int, matrix: int, weight: Weight) -> None:
+        """Copy one matrix [out, in] of one expert from the CPU, in ``ExchangeSpec.form_of``."""
 
-    def read(self, slot: int, matrix: int) -> Tensor:
+    def read(self, slot: int, matrix: int) -> Weight:
         """A copy of one stored matrix [out, in] of one expert, on the CPU."""
 
     def clear(self, slot: int) -> None:
@@ -64,6 +66,8 @@ def make_kernel(
         return CudaExperts(exchange, dtype, device, side)
     if team is not None and not what_is_missing(exchange, dtype):
         return NativeExperts(exchange, dtype, team)
+    if exchange.form is not None:  # on a CPU
+        return DequantizingExperts(exchange, dtype)
     if make_other is not None:
         return make_other(exchange, dtype, device)
     out, width = exchange.matrix_shapes[0]
@@ -102,7 +106,7 @@ class ExpertBank:
         self.version += 1
 
     def store(
-        self, slot: int, exchange: int, matrix: int, weight: Tensor, is_idle: bool = False
+        self, slot: int, exchange: int, matrix: int, weight: Weight, is_idle: bool = False
     ) -> None:
         """Copy one matrix [out, in] of the expert in ``slot``.
 
@@ -115,7 +119,7 @@ class ExpertBank:
         else:
             kernel.store(slot, matrix, weight)
 
-    def read(self, slot: int, exchange: int, matrix: int) -> Tensor:
+    def read(self, slot: int, exchange: int, matrix: int) -> Weight:
         """A copy of one matrix [out, in] of the expert in ``slot``, on the CPU.
 
         Raises ``IndexError`` where another thread has given the slot back.

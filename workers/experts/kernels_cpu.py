@@ -31,6 +31,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ExchangeSpec
 from workers.model.layers import GatedActivation, can_pack, gated_activation
 from workers.model.torch_private import pack, unpack
+from workers.quantization.matrix import Weight, plain
 
 PACKED_MIN_ELEMENTS = 64 * 1024
 """Elements of an exchange's first matrix from which on a call per expert pays."""
@@ -67,9 +68,9 @@ class PackedExperts:
             old[:num_slots] + [empty] * (num_slots - len(old)) for old in self._weights
         ]
 
-    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
-        is_packed = self._is_packed and matrix < self._num_products
-        self._weights[matrix][slot] = pack(weight) if is_packed else weight.clone()
+    def store(self, slot: int, matrix: int, weight: Weight) -> None:
+        is_packed, found = self._is_packed and matrix < self._num_products, plain(weight)
+        self._weights[matrix][slot] = pack(found) if is_packed else found.clone()
 
     def read(self, slot: int, matrix: int) -> Tensor:
         weight = self._weights[matrix][slot]

@@ -21,7 +21,6 @@ class CudaExperts(StackedWeights):
         side: SideStream | None = None,
     ) -> None:
         super().__init__(exchange, dtype, device, side)
-        self._exchange = exchange
         self._per_slot_input = exchange.per_slot_input
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
@@ -50,11 +49,16 @@ class CudaExperts(StackedWeights):
     ) -> Tensor:
         """Outputs [T * k, out] for slots [T, k], anything where a slot is -1. Pair p has the input
         row ``sources[p]``, or p // ``per_row``."""
-        from workers.cuda.experts import GateActivation, gate_up, make_pairs, multiply
+        from workers.cuda.experts import GateActivation, Matrices, gate_up, make_pairs, multiply
 
-        rows, matrices, own = inputs.contiguous(), self._weights, self._exchange.activation
-        weights, biases = matrices[: self._num_products], matrices[self._num_products :]
-        pairs = make_pairs(slots, len(weights[0]), sources, per_row, rows.dtype)
+        rows, parts, own = inputs.contiguous(), self._parts, self._exchange.activation
+        products = self._exchange.product_shapes
+        weights = [
+            Matrices.of(own_parts, self._exchange.form, width)
+            for own_parts, (_, width) in zip(parts, products, strict=False)
+        ]
+        biases = [own_parts[0] for own_parts in parts[len(products) :]]
+        pairs = make_pairs(slots, len(parts[0][0]), sources, per_row, rows.dtype)
         if len(weights) > 1:
             activation = (
                 GateActivation("clamped_swiglu", own.alpha, own.limit)

@@ -27,6 +27,7 @@ from workers.model.batch_invariant.row_invariance import NUM_TRIED_ROWS, random_
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ExchangeSpec
 from workers.model.layers import gated_activation
+from workers.quantization.matrix import Weight, plain
 
 Agree = Callable[[MakeKernel, ExchangeSpec, torch.dtype, torch.device], bool]
 """Tries a kernel; see ``pairs_agree``."""
@@ -83,11 +84,11 @@ class LoopExperts:
         for biases in self._biases:
             biases += [None] * (num_slots - len(biases))
 
-    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+    def store(self, slot: int, matrix: int, weight: Weight) -> None:
         if matrix >= len(self._products):
-            self._biases[matrix - len(self._products)][slot] = weight.clone()
+            self._biases[matrix - len(self._products)][slot] = plain(weight).clone()
             return
-        product = RowInvariantLinear(weight.clone(), None, self._form, self._compute_threads)
+        product = RowInvariantLinear(plain(weight).clone(), None, self._form, self._compute_threads)
         self._products[matrix][slot] = product
 
     def read(self, slot: int, matrix: int) -> Tensor:

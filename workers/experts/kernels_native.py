@@ -18,20 +18,24 @@ from workers.native.experts import (
     expert_pairs,
     expert_rows,
 )
-from workers.native.panels import DTYPES, pack, unpack
+from workers.native.panels import DTYPES, unpack
+from workers.native.quantized import pack_weight, unpack_quantized
 from workers.native.team import Team
+from workers.quantization.matrix import Weight
 
 
 def what_is_missing(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
     """What of the exchange's experts the kernels do not have, so that torch computes; else empty.
 
-    Every width is possible.
+    Every width is possible, and every even one of quantized weights.
     """
     if dtype not in DTYPES:
         return str(dtype).removeprefix("torch.")
     is_known = exchange.activation == "silu" or isinstance(exchange.activation, ClampedSwiglu)
     if exchange.expert_kind == "gated" and not is_known:
         return f"the activation {exchange.activation}"
+    if exchange.form is not None and any(width % 2 for _, width in exchange.product_shapes):
+        return "quantized weights of an odd width"
     return ""
 
 
@@ -48,6 +52,7 @@ class NativeExperts:
             dtype=dtype,
             has_bias=exchange.has_bias,
             clamped=None if clamped is None else (clamped.alpha, clamped.limit),
+            form=exchange.form,
         )
         assert self._shape.matrices == exchange.matrix_shapes
         self._per_slot_input = exchange.per_slot_input
@@ -63,16 +68,19 @@ class NativeExperts:
         """See ``ExpertKernel``; new slots are empty and take no memory."""
         self._slots = SlotTable(self._shape, num_slots, self._slots)
 
-    def store(self, slot: int, matrix: int, weight: Tensor, is_idle: bool = False) -> None:
+    def store(self, slot: int, matrix: int, weight: Weight, is_idle: bool = False) -> None:
         """See ``ExpertKernel``. ``is_idle``: nothing computes, so that the whole team packs."""
         team = self._team if is_idle else None
-        weight = weight.to(self._shape.stored_as(matrix))
-        packed = pack(self._team.library, weight, self._shape.is_gated(matrix), team)
+        if isinstance(weight, Tensor):
+            weight = weight.to(self._shape.stored_as(matrix))
+        packed = pack_weight(self._team.library, weight, self._shape.is_gated(matrix), team)
         self._slots.put(slot, matrix, packed)
 
-    def read(self, slot: int, matrix: int) -> Tensor:
+    def read(self, slot: int, matrix: int) -> Weight:
         shape, is_gated = self._shape.matrices[matrix], self._shape.is_gated(matrix)
         packed, stored_as = self._slots.get(slot, matrix), self._shape.stored_as(matrix)
+        if (form := self._shape.form_of(matrix)) is not None:
+            return unpack_quantized(self._team.library, packed, form, shape, is_gated)
         found = unpack(self._team.library, packed, shape, stored_as, is_gated)
         return found.to(self._shape.dtype)
 

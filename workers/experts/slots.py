@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from workers.experts.bank import ExpertBank, make_kernel
@@ -19,6 +18,7 @@ from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.side_stream import SideStream
 from workers.native.team import Team
+from workers.quantization.matrix import Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +76,7 @@ class ExpertSlots:
             found.append(tuple(held.get(slot, FREE_SLOT) for slot in range(num_slots)))
         return tuple(found)
 
-    def read_expert(self, bank: int, expert: int) -> list[Tensor] | None:
+    def read_expert(self, bank: int, expert: int) -> list[Weight] | None:
         """Copies of an expert's matrices, exchange by exchange; None when no slot holds it.
 
         Any thread may call it. A store to the slot meanwhile makes it None, never a mixture.

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
+from workers.quantization.matrix import Weight
+from workers.quantization.rounding import quantize
 
 
 class ExpertWeight(NamedTuple):
@@ -19,8 +21,8 @@ class ExpertWeight(NamedTuple):
     """Exchange of the bank that uses the matrix."""
     matrix: int
     """Its place in ``ExchangeSpec.matrix_shapes``."""
-    weight: Tensor
-    """[out, in] on the CPU, valid until the next matrix is read."""
+    weight: Weight
+    """[out, in] on the CPU, in ``ExchangeSpec.form_of``; valid until the next one is read."""
 
 
 class ExpertSource(Protocol):
@@ -31,7 +33,7 @@ class ExpertSource(Protocol):
         """Bytes read so far."""
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """All matrices of a logical expert, in ``dtype``.
+        """All matrices of a logical expert; those that are not quantized in ``dtype``.
 
         The iterator raises an ``ExpertMeshError`` that says what is missing.
         """
@@ -61,8 +63,15 @@ class CheckpointSource:
         for exchange in bank.exchanges:
             matrices = family.expert_matrices(bank, exchange.index, expert, tensors)
             for i, matrix in enumerate(matrices):
-                out = self._buffer(matrix.shape, dtype)
-                weight = self._checkpoint.borrow(matrix.parts, dtype, out).view(matrix.shape)
+                form = exchange.form_of(i)
+                weight: Weight
+                if form is not None and self._checkpoint.is_stored_quantized:
+                    weight = self._checkpoint.read_quantized(matrix, form)
+                else:
+                    read_as = dtype if form is None else torch.float32
+                    out = self._buffer(matrix.shape, read_as)
+                    weight = self._checkpoint.borrow(matrix.parts, read_as, out).view(matrix.shape)
+                    weight = weight if form is None else quantize(weight, form)
                 self.num_bytes += sum(map(self._checkpoint.num_bytes, matrix.parts))
                 self._take(weight.nbytes)
                 yield ExpertWeight(exchange.index, i, weight)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workers.experts.bank import ExpertBank
 from workers.model.config import BankSpec
+from workers.quantization.matrix import empty_weight, parts_of
 
 _RUNS = 9
 _GRAIN = 1.1
@@ -53,7 +54,11 @@ def blank_bank(like: ExpertBank) -> ExpertBank:
     """A bank of one slot whose expert is all zeros, for a device without experts."""
     bank = ExpertBank(like.spec, 1, like.dtype, like.device, like.make)
     for exchange, matrix, shape in like.spec.matrices:
-        bank.store(0, exchange, matrix, torch.zeros(shape, dtype=like.dtype))
+        form = like.spec.exchanges[exchange].form_of(matrix)
+        weight = empty_weight(form, shape, like.dtype)
+        for part in parts_of(weight):
+            part.zero_()
+        bank.store(0, exchange, matrix, weight)
     return bank
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from workers.model.config import ExchangeSpec
 from workers.model.layers import GatedActivation, gated_activation
 from workers.model.side_stream import SideStream
+from workers.quantization.matrix import QuantizedMatrix, Weight, empty_weight, parts_of
 
 
 class StackedWeights:
@@ -25,27 +26,43 @@ class StackedWeights:
         """``side`` is for threads that store and read; by default one of these weights' own."""
         self._side = side or SideStream(device)
         shapes = exchange.matrix_shapes
+        self._exchange = exchange
         self._num_products = len(exchange.product_shapes)
         self._activate = gated_activation(exchange.activation)
-        self._weights = [torch.zeros((0, *s), dtype=dtype, device=device) for s in shapes]
+        with torch.device("meta"):
+            likes = [empty_weight(exchange.form_of(i), s, dtype) for i, s in enumerate(shapes)]
+        self._parts = [
+            [torch.zeros((0, *p.shape), dtype=p.dtype, device=device) for p in parts_of(like)]
+            for like in likes
+        ]
+        """Of each matrix: itself, or codes, scales and zero points; all [slots, ..]."""
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        """Matrices, or their codes."""
+        return [parts[0] for parts in self._parts]
 
     def resize(self, num_slots: int) -> None:
         """See ``ExpertKernel``; new slots hold zeros, whose pages are given out when written."""
-        self._weights = [_resized(old, num_slots) for old in self._weights]
+        self._parts = [[_resized(old, num_slots) for old in parts] for parts in self._parts]
         self._side.follow()
 
-    def store(self, slot: int, matrix: int, weight: Tensor) -> None:
+    def store(self, slot: int, matrix: int, weight: Weight) -> None:
         with self._side.work():
-            self._weights[matrix][slot].copy_(self._side.to_device(weight))
+            for own, part in zip(self._parts[matrix], parts_of(weight), strict=True):
+                own[slot].copy_(self._side.to_device(part))
 
-    def read(self, slot: int, matrix: int) -> Tensor:
+    def read(self, slot: int, matrix: int) -> Weight:
         with self._side.work():
-            return self._side.to_host(self._weights[matrix][slot].clone())
+            parts = [self._side.to_host(own[slot].clone()) for own in self._parts[matrix]]
+        form, shape = self._exchange.form_of(matrix), self._exchange.matrix_shapes[matrix]
+        return parts[0] if form is None else QuantizedMatrix.of_parts(form, shape, parts)
 
     def clear(self, slot: int) -> None:
         with self._side.work():
-            for weights in self._weights:
-                weights[slot].zero_()
+            for parts in self._parts:
+                for own in parts:
+                    own[slot].zero_()
 
 
 def batched_products(

@@ -44,7 +44,14 @@ class BuildingBlocks:
         """``compute_threads`` share large products; None: the calling thread does them alone."""
         self._compute_threads = compute_threads or ComputeThreads()
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
+    def linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        may_pack: bool = True,
+        may_quantize: bool = True,
+    ) -> Linear:
+        """``may_quantize``: it is no router, which must choose as the model does."""
         return Linear(weight, bias, may_pack, self._compute_threads)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:

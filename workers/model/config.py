@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from workers.quantization.formats import WeightFormat
+
 if TYPE_CHECKING:
     from cluster.config.cluster import CombineMode
     from workers.model.rope import RopeConfig
@@ -55,6 +57,8 @@ class ExchangeSpec:
     """Activation of a gated expert."""
     has_bias: bool = False
     """Each product has a bias."""
+    form: WeightFormat | None = None
+    """In which workers keep the matrices, biases aside; None: in the model dtype."""
 
     def returns_pairs(self, combine_mode: CombineMode) -> bool:
         """Whether an output returns for every (row, slot) pair, not a sum for every row."""
@@ -76,6 +80,10 @@ class ExchangeSpec:
         """
         products = self.product_shapes
         return products + (tuple((out, 1) for out, _ in products) if self.has_bias else ())
+
+    def form_of(self, matrix: int) -> WeightFormat | None:
+        """In which a matrix is kept; None: in the model dtype, as biases always are."""
+        return self.form if matrix < len(self.product_shapes) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +111,14 @@ class BankSpec:
     def matrices(self) -> list[tuple[int, int, tuple[int, int]]]:
         """(exchange, matrix, [out, in]) of all matrices of an expert, in the order of use."""
         return [(e.index, i, s) for e in self.exchanges for i, s in enumerate(e.matrix_shapes)]
+
+    def num_bytes(self, itemsize: int) -> int:
+        """Of an expert as workers keep and move it; ``itemsize`` is that of the model dtype."""
+        total = 0
+        for exchange, matrix, (out, width) in self.matrices:
+            form = self.exchanges[exchange].form_of(matrix)
+            total += form.num_bytes((out, width)) if form is not None else out * width * itemsize
+        return total
 
 
 def returns_pairs(banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:

@@ -76,9 +76,7 @@ def pack_rows(
     check(run(pointer, *addresses, rows.shape[0], units, packed.stride(0), is_gated))
 
 
-def unpack_rows(
-    library: Library, packed: Tensor, rows: Tensor, units: int, is_gated: bool
-) -> None:
+def unpack_rows(library: Library, packed: Tensor, rows: Tensor, units: int, is_gated: bool) -> None:
     """The other way round."""
     run = library.functions.panels_unpack
     addresses = rows.data_ptr(), packed.data_ptr()

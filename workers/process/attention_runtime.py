@@ -106,6 +106,7 @@ class AttentionRuntime(WorkerRuntime):
             self.compute_threads,
             self.config.engine.deterministic == "on",
             self.kernels.team,
+            self._form_of_products(),
         )
         self._timer = self._new_timer()
         self._dispatcher = self._open_dispatcher()

@@ -25,7 +25,14 @@ def identify(args: WorkerArgs, checkpoint: Checkpoint) -> PeerIdentity:
         checkpoint_id=checkpoint.checkpoint_id,
         config_hash=args.config.fingerprint(),
         kv_cache_dtype=args.config.engine.kv_cache_dtype,
+        expert_form=expert_form(checkpoint),
     )
+
+
+def expert_form(checkpoint: Checkpoint) -> str:
+    """How experts are kept, for people; empty: in the model dtype."""
+    forms = {e.form for bank in checkpoint.family.banks for e in bank.exchanges} - {None}
+    return ", ".join(sorted(map(str, forms)))
 
 
 def open_connections(

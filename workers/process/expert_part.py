@@ -35,7 +35,6 @@ from workers.experts.transfer.peer_source import (
     PEER,
     ExpertLender,
     PeerSource,
-    expert_num_bytes,
 )
 from workers.experts.transfer.rate_limit import RateLimit
 from workers.metrics.activity import Activity
@@ -138,7 +137,7 @@ class ExpertPart:
 
     def facts(self) -> dict[str, float]:
         """For ``WorkerReady``: slots, bytes of an expert of the largest bank, speed if measured."""
-        sizes = (expert_num_bytes(b.spec, b.dtype) for b in self.slots.banks)
+        sizes = (b.spec.num_bytes(b.dtype.itemsize) for b in self.slots.banks)
         found: dict[str, float] = {
             "num_slots": self._args.num_slots,
             "expert_bytes": max(sizes, default=0),

@@ -12,7 +12,6 @@ from cluster.config.gpu_memory import check_slots, kv_budget
 from cluster.config.kv_cache import kv_vector_bytes
 from cluster.core.checks import check
 from workers.cuda.step_graph import MAX_KEPT
-from workers.experts.transfer.peer_source import expert_num_bytes
 from workers.model.config import BankSpec, ModelConfig, returns_pairs
 from workers.model.cuda.device import gpu_memory
 from workers.model.families.base import Family
@@ -134,7 +133,7 @@ def check_room_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype) -
     if args.device.type != "cuda":
         return
     section, workers, config = args.config.engine, args.config.workers, family.config
-    num_bytes = args.num_slots * sum(expert_num_bytes(bank, dtype) for bank in family.banks)
+    num_bytes = args.num_slots * sum(bank.num_bytes(dtype.itemsize) for bank in family.banks)
     num_peers = workers.num_attention_ranks
     rows = num_peers * section.max_num_batched_tokens
     steps = expert_step_bytes(config, family.banks, rows)

@@ -18,6 +18,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from cluster.config.cluster import Quantize
+from cluster.core.checks import check
 from cluster.core.errors import GenerationChangedError, NotReadyError, PeerLostError
 from cluster.core.frames import (
     ControlFrame,
@@ -48,6 +50,7 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.cuda.device import gpu_stats
 from workers.model.huge_pages import collapse_weights
 from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
+from workers.model.loading.expert_form import rounded_form
 from workers.native.team import start_kernels
 from workers.process.control.control_client import ControlClient
 from workers.process.control.lease import Lease
@@ -60,6 +63,7 @@ from workers.process.gpu_room import captured_sizes, check_room_for_slots
 from workers.process.lifetime import STOP_TIMEOUT_S, Lifetime
 from workers.process.orders import Orders
 from workers.process.worker_args import WorkerArgs
+from workers.quantization.formats import WeightFormat
 from workers.transport.collective import CollectiveTransport
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.peer_link import PeerServer
@@ -229,7 +233,9 @@ class WorkerRuntime(ABC):
         """Reach the controller, read the checkpoint's headers, open the listeners, register."""
         self._control = self._open_control()
         self._cleanup.callback(self._control.close)
-        self.checkpoint = Checkpoint(Path(self.config.model.path), self._reports.loading)
+        self.checkpoint = Checkpoint(
+            Path(self.config.model.path), self._reports.loading, self._quantize()
+        )
         self.family = self.checkpoint.family
         self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
         self._exactness = Exactness.of(self.args, self.kernels, self.family.banks, self.dtype)
@@ -356,6 +362,22 @@ class WorkerRuntime(ABC):
 
     def _new_timer(self) -> StepTimer:
         return StepTimer(*self._timing_sinks)
+
+    def _quantize(self) -> Quantize:
+        """How experts are kept: as they are stored where kernels of ours compute them."""
+        setting = self.config.model.quantize
+        has_kernels = self.args.device.type == "cuda" or self.kernels.team is not None
+        return setting if has_kernels or setting != "auto" else "none"
+
+    def _form_of_products(self) -> WeightFormat | None:
+        """In which products that are no experts are quantized; None: in the model dtype."""
+        section = self.config.model
+        if section.quantize_layers == "experts":
+            return None
+        has_kernels = self.kernels.team is not None
+        rule = f"needs compiled kernels, this worker has {self.kernels.words}"
+        check(has_kernels, "quantize_layers", section.quantize_layers, rule)
+        return rounded_form(section.quantize, ())
 
     def _expert_slots(self) -> ExpertSlots:
         args, threads, team = self.args, self.compute_threads, self.kernels.team

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,6 +48,16 @@ class QuantizedMatrix:
             zeros=torch.empty(rows, groups, dtype=torch.int8) if form.has_zeros else None,
         )
 
+    @classmethod
+    def of_parts(
+        cls, form: WeightFormat, shape: tuple[int, int], parts: Sequence[Tensor]
+    ) -> QuantizedMatrix:
+        """Of all its memory, see ``parts``."""
+        codes, scales, *zeros = parts
+        return cls(
+            format=form, shape=shape, codes=codes, scales=scales, zeros=zeros[0] if zeros else None
+        )
+
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """All its memory: codes, scales, zero points."""
@@ -58,7 +69,7 @@ class QuantizedMatrix:
 
     def dequantized(self) -> Tensor:
         """The matrix [out, in] float32."""
-        rows, width = self.shape
+        width = self.shape[1]
         group = self.format.group or width
         numbers = numbers_of(self.codes, self.format.codes)[:, :width]
         if self.zeros is not None:
@@ -76,6 +87,22 @@ class QuantizedMatrix:
 
 Weight = Tensor | QuantizedMatrix
 """A matrix of a model, in its dtype or quantized."""
+
+
+def empty_weight(form: WeightFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> Weight:
+    """A matrix with undefined numbers; ``form`` None: in ``dtype``."""
+    return torch.empty(shape, dtype=dtype) if form is None else QuantizedMatrix.empty(form, shape)
+
+
+def plain(weight: Weight) -> Tensor:
+    """A matrix that is known not to be quantized."""
+    assert isinstance(weight, Tensor), f"{weight.format} weights"
+    return weight
+
+
+def parts_of(weight: Weight) -> tuple[Tensor, ...]:
+    """All memory of a matrix."""
+    return (weight,) if isinstance(weight, Tensor) else weight.parts
 
 
 def scale_dtype(form: WeightFormat) -> torch.dtype:

@@ -57,7 +57,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
                 "role": role,
                 "rank": rank,
                 "slots": start.num_slots if start and holds_experts(role) else None,
-                "weight_bytes": _weights(role, rank, start, facts) * size if start else None,
+                "weight_bytes": _weights(role, rank, start, facts, size) if start else None,
             }
             for role, number in ({} if is_open else workers.pools).items()
             for rank in range(number)
@@ -66,15 +66,16 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
     }
 
 
-def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts) -> int:
-    """Numbers that a worker loads: everything but experts, the experts of its slots, or both."""
+def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, itemsize: int) -> int:
+    """Bytes that a worker keeps: everything but experts, the experts of its slots, or both."""
     mode = start.config.workers.mode
     held = 0
     if holds_experts(role) or mode == "local":
         for bank, placed in zip(facts.banks, start.placement.banks, strict=True):
             slots = placed.physical_to_logical[rank]
-            held += bank["expert_values"] * sum(expert != FREE_SLOT for expert in slots)
-    return held + (0 if role == "expert" else facts.attention_weights)
+            each = bank["expert_bytes"] or bank["expert_values"] * itemsize
+            held += each * sum(expert != FREE_SLOT for expert in slots)
+    return held + (0 if role == "expert" else facts.attention_weights * itemsize)
 
 
 def text(document: Mapping[str, Any], address: str) -> str:

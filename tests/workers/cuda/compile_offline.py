@@ -10,19 +10,21 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tests.workers.cuda.device import SHARED_BYTES
+from tests.workers.quantization.random import FORMATS
 from workers.cuda import experts
 from workers.cuda.decode_attention import decode
-from workers.cuda.experts import GateActivation, gate_up, make_pairs, multiply, sum_rows
+from workers.cuda.experts import GateActivation, Matrices, gate_up, make_pairs, multiply, sum_rows
 from workers.cuda.heads import prepare_heads
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.prefill_attention import prefill
 from workers.cuda.routing import Choice, Scoring, choose
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import empty_weight, parts_of
 
 SLOTS, TOP_K, HIDDEN, INNER = 64, 8, 2048, 1024
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -62,21 +64,26 @@ class Compiled:
         sys.stdout.write(json.dumps(found) + "\n")
 
 
-def weights(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def weights(shape: tuple[int, int], dtype: torch.dtype, form: WeightFormat | None) -> Matrices:
     """Of all slots, in the memory of one."""
-    return torch.empty(shape, dtype=dtype).expand(SLOTS, *shape)
+    parts = parts_of(empty_weight(form, shape, dtype))
+    return Matrices.of([part.expand(SLOTS, *part.shape) for part in parts], form, shape[1])
 
 
 def compile_experts(
-    dtype: torch.dtype, num_rows: int, activation: Any, has_bias: bool = False
+    dtype: torch.dtype,
+    num_rows: int,
+    activation: Any,
+    has_bias: bool = False,
+    form: WeightFormat | None = None,
 ) -> None:
     slots, factors = torch.zeros(num_rows, TOP_K, dtype=torch.int64), torch.ones(num_rows, TOP_K)
     pairs = make_pairs(slots, SLOTS, None, TOP_K, dtype)
     inputs = torch.empty(num_rows, HIDDEN, dtype=dtype)
     biases = torch.empty(SLOTS, 2 * INNER, 1, dtype=dtype) if has_bias else None
     own = GateActivation(activation, 1.702, 7.0)
-    rows = gate_up(inputs, weights((2 * INNER, HIDDEN), dtype), biases, pairs, own)
-    outputs = multiply(rows, weights((HIDDEN, INNER), dtype), biases, pairs.of_outputs())
+    rows = gate_up(inputs, weights((2 * INNER, HIDDEN), dtype, form), biases, pairs, own)
+    outputs = multiply(rows, weights((HIDDEN, INNER), dtype, form), biases, pairs.of_outputs())
     sum_rows(outputs, slots, factors, True, dtype)
 
 
@@ -123,6 +130,8 @@ def main() -> None:
     for activation in ACTIVATIONS[1:] if is_whole else ():
         compile_experts(dtype, 1, activation)
     compile_experts(dtype, 1, "clamped_swiglu", has_bias=True)
+    for form in FORMATS if is_whole else (FORMATS[0], FORMATS[-1]):
+        compile_experts(dtype, 1100 if is_whole else 1, "silu", form=form)
     compile_attention(dtype, (128, 16, 16), None)
     compile_half(dtype, (128, 16, 16))
     for shape in ((64, 32, 8), (256, 8, 4), (24, 4, 2)) if is_whole else ():

@@ -22,7 +22,6 @@ import torch
 from cluster.core.errors import ExpertMeshError, ProtocolError
 from cluster.core.holders import ExpertHolder
 from workers.experts.sources import ExpertSource, ExpertWeight
-from workers.experts.transfer.peer_source import expert_num_bytes
 from workers.model.config import BankSpec
 
 logger = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ class FasterSource:
         self._gave_at[name] = now
         self._num_tried[name] += 1
         if self._num_tried[name] > 1:
-            self._last[name].append((expert_num_bytes(bank, dtype), took_s))
+            self._last[name].append((bank.num_bytes(dtype.itemsize), took_s))
 
     def _in_order(self) -> list[str]:
         """Sources as they are to be tried for the next expert."""

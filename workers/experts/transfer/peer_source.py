@@ -1,7 +1,8 @@
 """Experts from the memory of another worker.
 
-An item of the transfer (``workers.transport.peer_link``) is one expert: its matrices [out, in] in
-the model's dtype, row-major, exchange by exchange. Its key is bank and expert.
+An item of the transfer (``workers.transport.peer_link``) is one expert: its matrices [out, in]
+row-major, exchange by exchange, in the model's dtype, or each as codes, scales and zero points. Its
+key is bank and expert.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from workers.experts.slots import ExpertSlots
 from workers.experts.sources import ExpertWeight
 from workers.experts.transfer.rate_limit import RateLimit
 from workers.model.config import BankSpec
+from workers.quantization.matrix import empty_weight, parts_of
 from workers.transport.peer_link import PeerClient, view_bytes
 
 PEER = "peer"
@@ -26,10 +28,6 @@ GIVE_UP = "give up"
 """Kind of an order that loads nothing and gives up unfinished moves."""
 KEY: Final = struct.Struct("!HH")
 """Bank and expert."""
-
-
-def expert_num_bytes(bank: BankSpec, dtype: torch.dtype) -> int:
-    return sum(out * width for _, _, (out, width) in bank.matrices) * dtype.itemsize
 
 
 class ExpertLender:
@@ -45,7 +43,11 @@ class ExpertLender:
     def borrow(self, keys: Sequence[bytes]) -> list[list[Tensor]]:
         """See ``Lender``; one expert at a time, as every copy takes memory."""
         found = [self._slots.read_expert(*KEY.unpack(key)) for key in keys[:1]]
-        return [matrices for matrices in found if matrices is not None]
+        return [
+            [part for matrix in matrices for part in parts_of(matrix)]
+            for matrices in found
+            if matrices is not None
+        ]
 
     def read(self, item: list[Tensor]) -> list[Tensor]:
         return item
@@ -73,12 +75,15 @@ class PeerSource:
         if self._client is None:
             self._rate.take(0)
             self._client = self._connect()
-        matrices = [torch.empty(shape, dtype=dtype) for _, _, shape in bank.matrices]
+        matrices = [
+            empty_weight(bank.exchanges[exchange].form_of(matrix), shape, dtype)
+            for exchange, matrix, shape in bank.matrices
+        ]
         what = f"expert {expert} of bank {bank.bank} layer {bank.layer}"
-        parts = [view_bytes(matrix) for matrix in matrices]
+        parts = [view_bytes(part) for matrix in matrices for part in parts_of(matrix)]
         if not self._client.fetch(what, [KEY.pack(bank.index, expert)], parts):
             raise ProtocolError(f"{self._client.peer} does not hold {what}")
-        self.num_bytes += expert_num_bytes(bank, dtype)
+        self.num_bytes += bank.num_bytes(dtype.itemsize)
         for (exchange, matrix, _), weight in zip(bank.matrices, matrices, strict=True):
             yield ExpertWeight(exchange, matrix, weight)
 

@@ -103,7 +103,13 @@ class RowInvariantBlocks(BuildingBlocks):
         self._agree = agree
         self._forms: dict[tuple[object, ...], Form] = {}
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
+    def linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        may_pack: bool = True,
+        may_quantize: bool = True,
+    ) -> Linear:
         """A linear product in the first form that is row-invariant. Raises ``ConfigError``."""
         key = (weight.shape, weight.dtype, bias is None, may_pack)
         if key in self._forms:

@@ -66,10 +66,11 @@ class Loader:
             return self.tensor(*names)
         return self.reader.borrow([self.parts[name] for name in names], self.dtype)
 
-    def linear(self, *names: str, order: Tensor | None = None) -> Linear:
+    def linear(self, *names: str, order: Tensor | None = None, may_quantize: bool = True) -> Linear:
         """One product for all these matrices, with their biases where there are any.
 
-        order [rows] int64: of the matrices' rows, if it is another one.
+        order [rows] int64: of the matrices' rows, if it is another one. ``may_quantize`` as in
+        ``BuildingBlocks.linear``.
         """
         biases = [f"{name}_bias" for name in names]
         bias = self.tensor(*biases) if biases[0] in self.parts else None
@@ -78,7 +79,11 @@ class Loader:
             order = order.to(weight.device)
             weight = weight.index_select(0, order)
             bias = None if bias is None else bias.index_select(0, order)
-        return self.blocks.linear(weight, bias)
+        return self.blocks.linear(weight, bias, may_quantize=may_quantize)
+
+    def router(self, name: str) -> Linear:
+        """The product of a router or gate, with its bias where there is one."""
+        return self.linear(name, may_quantize=False)
 
     def float32_linear(self, name: str, *, rounds: bool = True) -> Linear:
         """A product in float32, without a bias.
@@ -86,7 +91,7 @@ class Loader:
         ``rounds``: the matrix is rounded to the model dtype before.
         """
         weight = self.tensor(name, dtype=self.dtype if rounds else torch.float32)
-        return self.blocks.linear(weight.float(), None)
+        return self.blocks.linear(weight.float(), None, may_quantize=False)
 
     def mlp(self, gate: str, up: str, down: str, activation: Activation) -> Mlp:
         """A gated MLP without biases."""

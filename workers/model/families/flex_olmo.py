@@ -131,5 +131,5 @@ class FlexOlmoFamily(Family):
             output=loader.linear("o"),
             norm1=loader.blocks.norm(loader.tensor("norm1"), eps),
             norm2=loader.blocks.norm(loader.tensor("norm2"), eps),
-            router=Router(routing=routing, linear=loader.linear("router")),
+            router=Router(routing=routing, linear=loader.router("router")),
         )

@@ -54,6 +54,8 @@ class GptOssConfig:
     swiglu: ClampedSwiglu
     windows: tuple[int | None, ...]
     """By layer: positions that a token looks at; None: all."""
+    is_quantized: bool
+    """Experts are stored in MXFP4, as ``quantization_config`` says."""
 
 
 def family(config: Mapping[str, Any]) -> GptOssFamily:
@@ -76,6 +78,7 @@ def family(config: Mapping[str, Any]) -> GptOssFamily:
             alpha=settings.real("swiglu_alpha", 1.702), limit=settings.real("swiglu_limit", 7.0)
         ),
         windows=_windows(settings),
+        is_quantized=config.get("quantization_config") is not None,
     )
     check_top_k("num_experts_per_tok", own.top_k, "num_local_experts", own.num_experts)
     heads = Heads.read(
@@ -145,7 +148,8 @@ class GptOssFamily(Family):
         (spec,) = bank.exchanges
         width, inner = spec.in_width, spec.expert_width
         prefix = f"model.layers.{bank.layer}.mlp.experts"
-        is_packed = f"{prefix}.gate_up_proj_blocks" in names
+        is_planned = not names and self.gpt_oss.is_quantized  # nothing is on disk
+        is_packed = is_planned or f"{prefix}.gate_up_proj_blocks" in names
 
         def matrix(name: str, out: int, columns: int, rows: tuple[int, int] | None) -> TensorPart:
             shape = (out, columns) if is_packed else (columns, out)
@@ -196,7 +200,7 @@ class GptOssFamily(Family):
         return dense_attention_layer(
             self.config,
             loader,
-            router=Router(routing=routing, linear=loader.linear("router")),
+            router=Router(routing=routing, linear=loader.router("router")),
             window=own.windows[layer],
             sinks=loader.tensor("sinks").float(),
         )

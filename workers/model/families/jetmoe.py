@@ -150,7 +150,7 @@ class JetMoeFamily(Family):
         routing = Routing(
             bank=bank, num_experts=own.num_experts, top_k=own.top_k, scoring="softmax_of_best"
         )
-        return Router(routing=routing, linear=loader.linear(name))
+        return Router(routing=routing, linear=loader.router(name))
 
 
 def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:

@@ -105,6 +105,6 @@ class MixtralFamily(Family):
         return dense_attention_layer(
             self.config,
             loader,
-            router=Router(routing=routing, linear=loader.linear("router")),
+            router=Router(routing=routing, linear=loader.router("router")),
             window=own.window,
         )

@@ -116,7 +116,7 @@ class OlmoeFamily(Family):
         return dense_attention_layer(
             self.config,
             loader,
-            router=Router(routing=routing, linear=loader.linear("router")),
+            router=Router(routing=routing, linear=loader.router("router")),
             qk_norm=loader.tensor("q_norm", "k_norm"),
             clip=own.clip_qkv,
         )

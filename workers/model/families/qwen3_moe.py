@@ -129,4 +129,4 @@ class Qwen3MoeFamily(Family):
             scoring="softmax",
             is_normed=own.norm_topk_prob,
         )
-        return Router(routing=routing, linear=loader.linear("router"))
+        return Router(routing=routing, linear=loader.router("router"))

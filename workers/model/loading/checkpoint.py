@@ -19,21 +19,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cluster.config.cluster import Quantize
 from cluster.core.errors import CheckpointError, ConfigError
 from workers.model.batch_invariant.invariant import RowInvariantBlocks
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.compute_threads import ComputeThreads
-from workers.model.config import BankSpec, ModelConfig, TensorPart
+from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.cuda.blocks import CudaBlocks
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
 from workers.model.loading import mxfp4, scaled_blocks
+from workers.model.loading.expert_form import (
+    expert_products,
+    rounded_form,
+    stored_form,
+    with_form,
+)
 from workers.model.loading.file_stamp import FileStamp, size_and_change
 from workers.model.loading.mapped import joined
 from workers.model.native.blocks import NativeBlocks
 from workers.native import memory
 from workers.native.team import Team
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix
 
 Progress = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in total) after each tensor."""
@@ -70,8 +79,14 @@ class TensorEntry:
 class Checkpoint:
     """An opened checkpoint: the parsed config and the header of each file, no tensor data."""
 
-    def __init__(self, path: Path | str, progress: Progress | None = None) -> None:
-        """Read config and headers. Raises ``CheckpointError`` naming what is wrong."""
+    def __init__(
+        self, path: Path | str, progress: Progress | None = None, quantize: Quantize = "none"
+    ) -> None:
+        """Read config and headers. ``quantize`` as in ``ModelSection``.
+
+        Raises ``CheckpointError`` naming what is wrong, and ``ConfigError`` where the model cannot
+        be quantized.
+        """
         self.path = Path(path)
         self.family = load_family(read_config(self.path))
         self.config = self.family.config
@@ -86,6 +101,13 @@ class Checkpoint:
         """Open files, each with ``size_and_change`` before anything was read from it."""
         self._progress = progress
         self._total_bytes = 0
+        form = rounded_form(quantize, self.family.banks)
+        self.is_stored_quantized = False
+        """The experts' form (``ExchangeSpec.form``) is that in which they are stored."""
+        if quantize == "auto":
+            form = self._stored_form()
+            self.is_stored_quantized = form is not None
+        self.family.banks = with_form(self.family.banks, form)
 
     def another(self) -> Checkpoint:
         """The same checkpoint for another thread: the headers are shared, nothing else is.
@@ -130,6 +152,37 @@ class Checkpoint:
         for exchange in bank.exchanges:
             for matrix in self.family.expert_matrices(bank, exchange.index, expert, self.tensors):
                 yield from matrix.parts
+
+    def _stored_form(self) -> WeightFormat | None:
+        """In which all experts are stored; None: it is not one that is computed with."""
+        parts = list(expert_products(self.family, self.tensors))
+        found = (self.tensors.get(part.name) for part in parts)
+        dtypes = (entry.dtype for entry in found if entry is not None)
+        return stored_form(parts, dtypes, self.config.scaled_block)
+
+    def read_quantized(self, matrix: ExpertMatrix, form: WeightFormat) -> QuantizedMatrix:
+        """One matrix of an expert as it is stored, in a form that ``is_stored_quantized``.
+
+        Its memory may be the mapped file's own, valid until the checkpoint is closed.
+        """
+        found = [self._quantized(part, form) for part in matrix.parts]
+        for part in matrix.parts:
+            self.count(self.num_bytes(part))
+        if len(found) == 1:
+            return found[0]
+        return QuantizedMatrix(
+            format=form,
+            shape=matrix.shape,
+            codes=torch.cat([part.codes for part in found]),
+            scales=torch.cat([part.scales for part in found]),
+        )
+
+    def _quantized(self, part: TensorPart, form: WeightFormat) -> QuantizedMatrix:
+        if part.is_mxfp4:
+            parts = mxfp4.stored_parts(part)
+            return mxfp4.as_stored(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
+        scales, block = self._scales(part)
+        return scaled_blocks.as_stored(self._stored(part), self._stored(scales), block, form)
 
     def read_stacked(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
@@ -260,12 +313,13 @@ def load_attention_model(
     compute_threads: ComputeThreads | None = None,
     deterministic: bool = False,
     team: Team | None = None,
+    form: WeightFormat | None = None,
 ) -> AttentionModel:
     """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
 
     With a ``team``, native kernels compute, on the CPU. Else ``compute_threads`` share the large
     products; None: the calling thread does them alone, as always where it is ``deterministic`` or
-    on a GPU.
+    on a GPU. ``form``: see ``NativeBlocks``; it needs a team.
 
     Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
     """
@@ -273,7 +327,7 @@ def load_attention_model(
     checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
     try:
         if team is not None and device.type == "cpu":
-            blocks: BuildingBlocks = NativeBlocks(team)
+            blocks: BuildingBlocks = NativeBlocks(team, form)
         elif deterministic:
             blocks = RowInvariantBlocks(device)
         elif device.type == "cuda":
@@ -305,12 +359,13 @@ class CheckpointSummary:
     """By bank, weights of one expert."""
 
 
-def check_checkpoint(path: Path | str) -> CheckpointSummary:
+def check_checkpoint(path: Path | str, quantize: Quantize = "none") -> CheckpointSummary:
     """Read config and headers only, and check every tensor's presence, shape and dtype.
 
-    Raises ``CheckpointError`` naming the first thing that is wrong.
+    Raises ``CheckpointError`` naming the first thing that is wrong, and ``ConfigError`` where the
+    model cannot be quantized.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, quantize=quantize)
     family = checkpoint.family
     return replace(
         _summary_of(family),
@@ -324,12 +379,17 @@ def check_checkpoint(path: Path | str) -> CheckpointSummary:
     )
 
 
-def plan_checkpoint(path: Path | str) -> CheckpointSummary:
-    """The same numbers from ``config.json`` alone: nothing is on disk. Raises ``CheckpointError``.
+def plan_checkpoint(path: Path | str, quantize: Quantize = "none") -> CheckpointSummary:
+    """The same numbers from ``config.json`` alone: nothing is on disk. Raises as the other.
 
     For plans of models without their weights.
     """
-    return _summary_of(load_family(read_config(Path(path))))
+    family = load_family(read_config(Path(path)))
+    form = rounded_form(quantize, family.banks)
+    if quantize == "auto":
+        form = stored_form(expert_products(family, ()), (), family.config.scaled_block)
+    family.banks = with_form(family.banks, form)
+    return _summary_of(family)
 
 
 def _summary_of(family: Family) -> CheckpointSummary:

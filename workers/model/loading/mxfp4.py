@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from workers.model.config import TensorPart
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix
 
 DTYPE = "U8"
 """Of both tensors, in safetensors spelling."""
 BLOCK = 32
+FORMAT = WeightFormat(codes="e2m1", group=BLOCK, scales="e8m0")
 _SCALE_BIAS, _NAN_SCALE = 127, 255
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -30,6 +33,12 @@ def stored_parts(part: TensorPart) -> tuple[TensorPart, TensorPart]:
     blocks = replace(part, name=f"{part.name}_blocks", shape=(*counts, BLOCK // 2), is_mxfp4=False)
     scales = replace(part, name=f"{part.name}_scales", shape=counts, is_mxfp4=False)
     return blocks, scales
+
+
+def as_stored(blocks: Tensor, scales: Tensor) -> QuantizedMatrix:
+    """blocks [rows, n, 16] and scales [rows, n], both uint8 -> the same matrix [rows, 32 n]."""
+    shape = (scales.shape[0], BLOCK * scales.shape[1])
+    return QuantizedMatrix(format=FORMAT, shape=shape, codes=blocks.flatten(1), scales=scales)
 
 
 def decoded(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -7,9 +7,12 @@ by. They are read as float32, where the product of both is exact but for its las
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from workers.model.config import TensorPart
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix
 
 DTYPE = "F8_E4M3"
 """Of these weights, in safetensors spelling."""
@@ -20,6 +23,16 @@ def scales_of(part: TensorPart, block: tuple[int, int]) -> TensorPart:
     *outer, rows, columns = part.shape
     counts = -(-rows // block[0]), -(-columns // block[1])
     return TensorPart(name=f"{part.name}_scale_inv", shape=(*outer, *counts), index=part.index)
+
+
+def as_stored(
+    stored: Tensor, scales: Tensor, block: tuple[int, int], form: WeightFormat
+) -> QuantizedMatrix:
+    """stored [rows, columns] float8 and its scales -> the same matrix, with scales for each row."""
+    rows, columns = stored.shape
+    by_row = scales.float().repeat_interleave(block[0], 0)[:rows]
+    codes = stored.view(torch.uint8)
+    return QuantizedMatrix(format=form, shape=(rows, columns), codes=codes, scales=by_row)
 
 
 def unscaled(stored: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:

@@ -22,12 +22,13 @@ from workers.model.half import (
     StagedHalf,
 )
 from workers.model.latent import HeadProducts
-from workers.model.layers import Embedding, Linear, Mlp, Norm
+from workers.model.layers import Embedding, Linear, Mlp, Norm, TableEmbedding
 from workers.model.native.delta_net import NativeDeltaNet
 from workers.model.native.half import NativeAttention, NativeHalf
 from workers.model.native.products import NativeHeadProducts, NativeLinear, NativeMlp, NativeNorm
 from workers.model.rope import Rope, RopeConfig
 from workers.native.team import Team
+from workers.quantization.formats import WeightFormat
 
 
 class NativeBlocks(BuildingBlocks):
@@ -36,17 +37,27 @@ class NativeBlocks(BuildingBlocks):
     are_native: ClassVar[bool] = True
     are_exact: ClassVar[bool] = True
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: Team, form: WeightFormat | None = None) -> None:
+        """``form``: in which products are quantized, but for routers and those of single heads."""
         super().__init__()
         self._team = team
+        self._form = form
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = True) -> Linear:
+    def linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        may_pack: bool = True,
+        may_quantize: bool = True,
+    ) -> Linear:
         """A native product. A weight that is used elsewhere is copied."""
-        return NativeLinear(self._team, weight, bias)
+        return NativeLinear(self._team, weight, bias, self._form if may_quantize else None)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        """Both read the packed weight."""
-        linear = NativeLinear(self._team, weight, None)
+        """Both read the packed weight; a head that is quantized has one of its own."""
+        linear = NativeLinear(self._team, weight, None, self._form)
+        if linear.matrix.form is not None:
+            return TableEmbedding(weight.clone()), linear
         return linear.matrix.rows, linear
 
     def mlp(
@@ -54,7 +65,7 @@ class NativeBlocks(BuildingBlocks):
     ) -> Mlp:
         if activation != "silu":
             return super().mlp(gate_up, down, activation)
-        return NativeMlp(self._team, gate_up, down)
+        return NativeMlp(self._team, gate_up, down, self._form)
 
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
         return NativeHeadProducts(self._team, weight, plain_dim)

@@ -12,7 +12,16 @@ from workers.native.experts import ExpertShape, SlotTable, expert_pairs
 from workers.native.matrix import Matrix
 from workers.native.norm import norm_rows
 from workers.native.panels import pack
+from workers.native.quantized import pack_weight
 from workers.native.team import Team
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import Weight
+from workers.quantization.rounding import quantize
+
+
+def _in_form(weight: Tensor, form: WeightFormat | None) -> Weight:
+    """A matrix in a format that the kernels have for its width, or as it is."""
+    return weight if form is None or weight.shape[1] % 2 else quantize(weight, form)
 
 
 class NativeLinear(Linear):
@@ -20,8 +29,11 @@ class NativeLinear(Linear):
 
     __slots__ = ("matrix",)
 
-    def __init__(self, team: Team, weight: Tensor, bias: Tensor | None) -> None:
-        self.matrix = Matrix(team, weight, bias)
+    def __init__(
+        self, team: Team, weight: Tensor, bias: Tensor | None, form: WeightFormat | None = None
+    ) -> None:
+        """``form``: in which the weight is quantized, if its width is even."""
+        self.matrix = Matrix(team, _in_form(weight, form), bias, weight.dtype)
 
     def weight(self) -> Tensor:
         return self.matrix.weight()
@@ -49,17 +61,26 @@ class NativeMlp:
     __slots__ = ("_team", "table")
 
     def __init__(
-        self, team: Team, gate_up: Callable[[], Tensor], down: Callable[[], Tensor]
+        self,
+        team: Team,
+        gate_up: Callable[[], Tensor],
+        down: Callable[[], Tensor],
+        form: WeightFormat | None = None,
     ) -> None:
-        """Reads and packs one weight after the other; see ``BuildingBlocks.mlp``."""
+        """Reads and packs one weight after the other; see ``BuildingBlocks.mlp``.
+
+        ``form``: in which the weights are quantized, if their widths are even.
+        """
         self._team = team
         weight = gate_up()
-        shape = ExpertShape(weight.shape[1], len(weight) // 2, weight.shape[1], weight.dtype)
-        self.table = SlotTable(shape, 1)
+        width, inner = weight.shape[1], len(weight) // 2
+        form = form if (width | inner) % 2 == 0 else None
+        self.table = SlotTable(ExpertShape(width, inner, width, weight.dtype, form=form), 1)
         """Its packed weights."""
-        self.table.put(0, 0, pack(team.library, weight, is_gated=True, team=team))
+        packed = pack_weight(team.library, _in_form(weight, form), is_gated=True, team=team)
+        self.table.put(0, 0, packed)
         del weight
-        self.table.put(0, 1, pack(team.library, down(), team=team))
+        self.table.put(0, 1, pack_weight(team.library, _in_form(down(), form), team=team))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] -> [rows, H]."""

@@ -176,12 +176,43 @@ BILLIONS = {
 @pytest.mark.parametrize("name", BILLIONS)
 def test_public_checkpoints_are_planned(capsys: pytest.CaptureFixture[str], name: str) -> None:
     words = (str(MODELS / name), "--num-expert-workers", "7", "--cpus-per-worker", "0.1")
-    kv = ("--kv-cache-bytes", str(64 << 30))
-    assert main(["serve", "--dry-run", "--json", *PORTS, *words, *kv]) == ExitCode.OK
+    more = ("--kv-cache-bytes", str(64 << 30), "--quantize", "none")
+    assert main(["serve", "--dry-run", "--json", *PORTS, *words, *more]) == ExitCode.OK
     workers = json.loads(capsys.readouterr().out)["workers"]
     assert len(workers) == 8
     weights = sum(worker["weight_bytes"] for worker in workers) / 2  # bfloat16
     assert weights / 1e9 == pytest.approx(BILLIONS[name], rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize", "bits"),
+    [
+        ("DeepSeek-V3", "auto", 8 + 32 / 128),
+        ("gpt-oss-120b", "auto", 4 + 8 / 32),
+        ("OLMoE-1B-7B-0924", "auto", 16),
+        ("OLMoE-1B-7B-0924", "int8", 8 + 16 / 128),
+        ("OLMoE-1B-7B-0924", "int4", 4 + 16 / 32),
+    ],
+)
+def test_experts_are_planned_with_the_bytes_that_they_are_kept_in(
+    capsys: pytest.CaptureFixture[str], name: str, quantize: str, bits: float
+) -> None:
+    words = (str(MODELS / name), "--num-expert-workers", "7", "--cpus-per-worker", "0.1")
+    more = ("--kv-cache-bytes", str(64 << 30), "--quantize")
+    found = []
+    for setting in ("none", quantize):
+        assert main(["serve", "--dry-run", "--json", *PORTS, *words, *more, setting]) == 0
+        workers = json.loads(capsys.readouterr().out)["workers"]
+        found.append(sum(w["weight_bytes"] for w in workers if w["role"] == "expert"))
+    assert found[1] / found[0] == pytest.approx(bits / 16, rel=0.002)
+
+
+def test_quantizing_all_products_needs_a_number_of_bits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = (str(MODELS / "OLMoE-1B-7B-0924"), "--quantize-layers", "all")
+    assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.REFUSED
+    assert "must be 'experts' while quantize is 'auto'" in capsys.readouterr().err
 
 
 def test_recurrent_states_are_planned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from tests.simulation.toy_model import BANKS
 from workers.experts.sources import ExpertWeight
 from workers.experts.transfer.faster_source import NUM_TRIALS, FasterSource, HoldersSource
 from workers.model.config import BankSpec
+from workers.quantization.matrix import plain
 
 BANK = BANKS[0]
 DTYPE = torch.float32
@@ -56,7 +57,7 @@ def read(source: FasterSource | HoldersSource, *experts: int) -> None:
         matrices = list(source.weights(BANK, expert, DTYPE))
         whole = matrices[-len(BANK.matrices) :]  # what a source that failed gave comes before
         assert [(m.exchange, m.matrix) for m in whole] == [(e, i) for e, i, _ in BANK.matrices]
-        assert all(float(m.weight.flatten()[0]) == expert for m in whole)
+        assert all(float(plain(m.weight).flatten()[0]) == expert for m in whole)
 
 
 def both(

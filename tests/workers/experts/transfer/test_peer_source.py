@@ -24,11 +24,11 @@ from workers.experts.transfer.peer_source import (
     KEY,
     ExpertLender,
     PeerSource,
-    expert_num_bytes,
 )
 from workers.experts.transfer.rate_limit import RateLimit
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
+from workers.quantization.matrix import plain
 from workers.transport.handshake import ListenerHandshake, PeerIdentity
 from workers.transport.peer_link import (
     ANSWER,
@@ -87,7 +87,7 @@ def connect(
 
 
 def fetch(source: PeerSource, bank: BankSpec, expert: int) -> list[Tensor]:
-    return [matrix.weight for matrix in source.weights(bank, expert, torch.float32)]
+    return [plain(matrix.weight) for matrix in source.weights(bank, expert, torch.float32)]
 
 
 def test_experts_arrive_bit_for_bit(
@@ -100,8 +100,10 @@ def test_experts_arrive_bit_for_bit(
                 matrices = fetch(client, bank, expert)
                 expected = slots.read_expert(bank.index, expert)
                 assert expected is not None
-                assert all(torch.equal(a, b) for a, b in zip(matrices, expected, strict=True))
-    total = sum(8 * expert_num_bytes(b, torch.float32) for b in banks)
+                assert all(
+                    torch.equal(a, plain(b)) for a, b in zip(matrices, expected, strict=True)
+                )
+    total = sum(8 * b.num_bytes(4) for b in banks)
     assert client.num_bytes == total
 
 
@@ -115,12 +117,12 @@ def test_a_source_hands_out_what_arrived(
             for _ in received.load_expert(1, 7 - expert, expert, source):
                 assert 7 - expert not in received.contents(1)
     assert received.contents(1) == {7 - e: e for e in range(8)}
-    assert source.num_bytes == 8 * expert_num_bytes(checkpoint.family.banks[1], torch.float32)
+    assert source.num_bytes == 8 * checkpoint.family.banks[1].num_bytes(4)
     for expert in range(8):
         found, expected = received.read_expert(1, expert), slots.read_expert(1, expert)
         assert found is not None
         assert expected is not None
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(plain(a), plain(b)) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_expert_whose_slot_is_given_back_meanwhile_is_not_held(slots: ExpertSlots) -> None:
@@ -150,7 +152,7 @@ def test_what_is_not_held_is_refused_and_the_connection_goes_on(
         for wrong in (replace(bank, index=9), bank):
             with pytest.raises(ProtocolError, match="expert-0 does not hold expert 5"):
                 fetch(client, wrong, 5)
-        assert torch.equal(fetch(client, bank, 6)[0], kept[0])
+        assert torch.equal(fetch(client, bank, 6)[0], plain(kept[0]))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def lies(slots: ExpertSlots, kind: str) -> Callable[[socket.socket, int, int], N
     def answer(sock: socket.socket, bank: int, expert: int) -> None:
         matrices = slots.read_expert(bank, expert)
         assert matrices is not None
-        parts = [view_bytes(m) for m in matrices]
+        parts = [view_bytes(plain(m)) for m in matrices]
         length = sum(len(p) for p in parts)
         digest = checksum(KEY.pack(bank, expert), parts)
         if kind == "flipped bit":
@@ -224,7 +226,7 @@ def lies(slots: ExpertSlots, kind: str) -> Callable[[socket.socket, int, int], N
         elif kind == "another expert":
             other = slots.read_expert(bank, expert + 1)
             assert other is not None
-            parts = [view_bytes(m) for m in other]
+            parts = [view_bytes(plain(m)) for m in other]
             digest = checksum(KEY.pack(bank, expert + 1), parts)
         elif kind == "too long":
             length += 4
@@ -319,7 +321,7 @@ def test_any_source_keeps_to_the_rate(checkpoint: Checkpoint) -> None:
     paced = CheckpointSource(checkpoint, RateLimit(1e12, limit_s=TIMEOUT_S).take)
     with closing(paced):
         assert len(list(paced.weights(bank, 1, torch.float32))) == 2
-        assert paced.num_bytes == expert_num_bytes(bank, torch.float32)
+        assert paced.num_bytes == bank.num_bytes(4)
     given_up = CheckpointSource(checkpoint, RateLimit(1.0, limit_s=0.01).take)
     with closing(given_up), pytest.raises(MoveGivenUpError):
         list(given_up.weights(bank, 1, torch.float32))

@@ -79,7 +79,7 @@ class HybridFamily(Family):
             norm1=self._norm(loader, "norm1"),
             norm2=self._norm(loader, "norm2"),
             mlp=loader.mlp("gate", "up", "down", self.config.activation),
-            gate=loader.linear("shared_gate") if is_sparse else None,
+            gate=loader.router("shared_gate") if is_sparse else None,
             router=self._router(layer, loader) if is_sparse else None,
         )
 
@@ -146,7 +146,7 @@ class HybridFamily(Family):
             scoring="softmax",
             is_normed=own.norm_topk_prob,
         )
-        return Router(routing=routing, linear=loader.linear("router"))
+        return Router(routing=routing, linear=loader.router("router"))
 
     def _norm(self, loader: Loader, name: str, order: Tensor | None = None) -> Norm:
         """In float32, with the stored weight and 1; ``order``: of its elements."""

@@ -1,0 +1,65 @@
+"""Matrices that are quantized when they are loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from workers.quantization.formats import WeightFormat
+from workers.quantization.rounding import FORMATS, quantize
+
+ALL = [
+    *FORMATS.values(),
+    WeightFormat(codes="int4", group=64, scales="bfloat16", has_zeros=True),
+    WeightFormat(codes="int8", group=None, scales="float16", has_zeros=True),
+]
+
+
+@pytest.mark.parametrize("form", ALL, ids=str)
+@pytest.mark.parametrize("shape", [(5, 256), (3, 70), (1, 2)])
+def test_a_number_is_off_by_half_a_step_and_the_scales_rounding(
+    form: WeightFormat, shape: tuple[int, int]
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    matrix = quantize(weight, form)
+    assert matrix.format == form
+    assert matrix.nbytes == form.num_bytes(shape)
+    steps = matrix.float_scales().repeat_interleave(form.group or shape[1], 1)[:, : shape[1]]
+    # A scale of bfloat16 that was rounded down, or a zero point, moves the ends of the codes.
+    limit = 0.5 + 2**-9 * 128 + 0.5 * form.has_zeros
+    assert ((matrix.dequantized() - weight).abs() <= limit * steps).all()
+    assert (matrix.dequantized() - weight).square().mean() <= steps.square().mean() / 11
+
+
+def test_the_error_is_that_of_the_bits() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    errors = {
+        name: (quantize(weight, form).dequantized() - weight).square().mean().sqrt()
+        for name, form in FORMATS.items()
+    }
+    assert 0.003 < errors["int8"] < 0.008
+    assert 0.06 < errors["int4"] < 0.10
+
+
+@pytest.mark.parametrize("form", ALL, ids=str)
+def test_zeros_stay_zeros(form: WeightFormat) -> None:
+    weight = torch.zeros(2, 256)
+    weight[0, 3] = 5.0
+    matrix = quantize(weight, form).dequantized()
+    assert matrix[1].tolist() == [0.0] * 256
+    assert matrix[0, 3] == pytest.approx(5.0, rel=0.01)
+    assert matrix.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("form", ALL, ids=str)
+def test_what_is_no_number_stays_none(form: WeightFormat) -> None:
+    weight = torch.ones(2, 64)
+    weight[1, 5] = torch.nan
+    assert quantize(weight, form).dequantized()[1].isnan().any()
+
+
+def test_what_is_quantized_again_is_the_same() -> None:
+    for form in FORMATS.values():
+        once = quantize(torch.randn(4, 128), form)
+        again = quantize(once.dequantized(), form)
+        assert torch.equal(again.dequantized(), once.dequantized())
