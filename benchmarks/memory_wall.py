@@ -21,14 +21,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks import results, wall_engine, wall_workers
+from benchmarks import results, wall_engine, wall_quantized, wall_workers
 from benchmarks.run import terminate
 from benchmarks.wall_rows import MINI, Bench, Row, report
 from cluster.cli.terminal.arguments import count
 
 logger = logging.getLogger(__name__)
 
-ROWS = {**wall_engine.ROWS, **wall_workers.ROWS}
+ROWS = {**wall_engine.ROWS, **wall_quantized.ROWS, **wall_workers.ROWS}
 """By the names of ``--rows``, in the order of the table."""
 _BY_DEFAULT = tuple(name for name in ROWS if name != "whole")
 

@@ -13,6 +13,7 @@ from typing import Any, cast, get_args
 from cluster.core.errors import CheckpointError
 from workers.model.config import Activation, ModelConfig
 from workers.model.rope import parse_rope
+from workers.quantization.stored import StoredAs, stored_as
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -56,17 +57,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention_multiplier": (),
 }
 """Keys that would change results, with the values (and null) that do not."""
-_FP8_WORDS: Mapping[str, tuple[Any, ...]] = {
-    "quant_method": ("fp8",),
-    "fmt": ("e4m3", "float8_e4m3fn", None),
-    "activation_scheme": ("dynamic", None),
-    "scale_fmt": ("float", None),
-    "expert_dtype": ("fp8", None),
-    "modules_to_convert": (None, []),
-}
-"""Keys of ``quantization_config``, with the values that we read."""
-_FP8_KEYS = ("weight_block_size", "modules_to_not_convert", "ignored_layers", "dequantize")
-"""The others that may be there: which tensors are float8 is in the files' headers."""
 _HARMLESS_WORDS = """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha aux_loss_coef bos_token_id chunk_size_feed_forward cross_attention_hidden_size
@@ -176,27 +166,9 @@ class Settings:
                 f"config.json: id2label {names!r} must name the classes 0, 1, .."
             ) from err
 
-    def scaled_block(self) -> tuple[int, int] | None:
+    def stored_as(self) -> StoredAs | None:
         """See ``ModelConfig``; of ``quantization_config``."""
-        found = self.value("quantization_config")
-        if found is None:
-            return None
-        name = "config.json: quantization_config"
-        if not isinstance(found, Mapping):
-            raise CheckpointError(f"{name} {found!r} must be an object")
-        for key, value in found.items():
-            if key in _FP8_WORDS and value not in _FP8_WORDS[key]:
-                known = " or ".join(repr(v) for v in _FP8_WORDS[key])
-                raise CheckpointError(f"{name}: {key} {value!r} is not supported: must be {known}")
-            if key not in (*_FP8_WORDS, *_FP8_KEYS):
-                raise CheckpointError(f"{name}: {key} {value!r} is not supported")
-        if found.get("quant_method") is None:
-            raise CheckpointError(f"{name}: quant_method is missing")
-        block = found.get("weight_block_size")
-        sizes = block if isinstance(block, list) else []
-        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-            raise CheckpointError(f"{name}: weight_block_size {block!r} must be two positive sizes")
-        return sizes[0], sizes[1]
+        return stored_as(self.value("quantization_config"))
 
     def check_rest(self, model_type: str) -> tuple[str, ...]:
         """Unknown keys that no family has read, sorted.
@@ -354,7 +326,7 @@ def model_config(
             has_neighbours=defaults.rotates_neighbours,
         ),
         activation=settings.activation(*activation_keys),
-        scaled_block=settings.scaled_block(),
+        stored=settings.stored_as(),
         pad_token_id=pad[0] if pad else None,
         labels=settings.labels() if is_classifier else (),
         problem_type=settings.value("problem_type") if is_classifier else None,

@@ -29,7 +29,7 @@ from workers.model.cuda.blocks import CudaBlocks
 from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
-from workers.model.loading import mxfp4, scaled_blocks
+from workers.model.loading import mxfp4, packed_integers, scaled_blocks
 from workers.model.loading.expert_form import (
     expert_products,
     rounded_form,
@@ -55,6 +55,8 @@ _DTYPES = {
 }
 _BLOCK_DTYPES = {mxfp4.DTYPE: torch.uint8}
 """Of numbers in blocks of MXFP4."""
+_PACKED_DTYPES = {**_DTYPES, "I32": torch.int32}
+"""Of packed integers, their scales and zero points."""
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 """Endings of checkpoints that are not opened."""
@@ -72,7 +74,7 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         """Size of its data; 0 for a dtype that we do not read."""
-        known = (_DTYPES | _BLOCK_DTYPES).get(self.dtype)
+        known = (_PACKED_DTYPES | _BLOCK_DTYPES).get(self.dtype)
         return math.prod(self.shape) * known.itemsize if known is not None else 0
 
 
@@ -139,10 +141,21 @@ class Checkpoint:
         """The tensors on disk that make up a part."""
         if part.is_mxfp4:
             return [self._entry(own, _BLOCK_DTYPES) for own in mxfp4.stored_parts(part)]
+        if (packed := self._packed_parts(part)) is not None:
+            return [self._entry(own, _PACKED_DTYPES) for own in packed]
         entry = self._entry(part)
         if entry.dtype == scaled_blocks.DTYPE:
             return [entry, self._entry(self._scales(part)[0])]
         return [entry]
+
+    def _packed_parts(self, part: TensorPart) -> list[TensorPart] | None:
+        """The tensors of a matrix that is stored as packed integers; None: it is not."""
+        stored = self.config.stored
+        if stored is None or part.name in self.tensors:
+            return None
+        if packed_integers.codes_name(part.name, stored) not in self.tensors:
+            return None
+        return packed_integers.stored_parts(part, stored)
 
     def expert_bytes(self, bank: BankSpec, expert: int) -> int:
         """Bytes on disk of one expert in all exchanges of its bank."""
@@ -156,9 +169,8 @@ class Checkpoint:
     def _stored_form(self) -> WeightFormat | None:
         """In which all experts are stored; None: it is not one that is computed with."""
         parts = list(expert_products(self.family, self.tensors))
-        found = (self.tensors.get(part.name) for part in parts)
-        dtypes = (entry.dtype for entry in found if entry is not None)
-        return stored_form(parts, dtypes, self.config.scaled_block)
+        dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
+        return stored_form(parts, self.config.stored, dtypes)
 
     def read_quantized(self, matrix: ExpertMatrix, form: WeightFormat) -> QuantizedMatrix:
         """One matrix of an expert as it is stored, in a form that ``is_stored_quantized``.
@@ -170,19 +182,28 @@ class Checkpoint:
             self.count(self.num_bytes(part))
         if len(found) == 1:
             return found[0]
-        return QuantizedMatrix(
-            format=form,
-            shape=matrix.shape,
-            codes=torch.cat([part.codes for part in found]),
-            scales=torch.cat([part.scales for part in found]),
-        )
+        whole = [torch.cat(parts) for parts in zip(*(m.parts for m in found), strict=True)]
+        return QuantizedMatrix.of_parts(form, matrix.shape, whole)
 
     def _quantized(self, part: TensorPart, form: WeightFormat) -> QuantizedMatrix:
         if part.is_mxfp4:
             parts = mxfp4.stored_parts(part)
             return mxfp4.as_stored(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
+        if (packed := self._packed_parts(part)) is not None:
+            return self._unpacked(part, packed)
         scales, block = self._scales(part)
         return scaled_blocks.as_stored(self._stored(part), self._stored(scales), block, form)
+
+    def _unpacked(self, part: TensorPart, packed: Sequence[TensorPart]) -> QuantizedMatrix:
+        """A matrix that is stored as packed integers."""
+        stored = self.config.stored
+        assert stored is not None
+        tensors = [self._stored(own, _PACKED_DTYPES) for own in packed]
+        name, groups = packed_integers.groups_name(part.name), None
+        if name in self.tensors:
+            shape = (part.shape[1],)
+            groups = self._stored(TensorPart(name=name, shape=shape), _PACKED_DTYPES)
+        return packed_integers.as_stored(part, stored, tensors, groups)
 
     def read_stacked(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
@@ -256,19 +277,21 @@ class Checkpoint:
 
     def _scales(self, part: TensorPart) -> tuple[TensorPart, tuple[int, int]]:
         """Of a float8 matrix, and the size of a block with one scale."""
-        block = self.config.scaled_block
-        if block is None or len(part.part_shape) != 2:
+        stored = self.config.stored
+        if stored is None or stored.method != "fp8" or len(part.part_shape) != 2:
             raise CheckpointError(
                 f"tensor {part.name} has dtype {scaled_blocks.DTYPE}, which needs a matrix, and "
                 "weight_block_size in quantization_config"
             )
-        return scaled_blocks.scales_of(part, block), block
+        return scaled_blocks.scales_of(part, stored.block), stored.block
 
     def _mapped(self, part: TensorPart) -> Tensor:
         """The mapped file's own memory, or new memory for what is stored in blocks with scales."""
         if part.is_mxfp4:
             parts = mxfp4.stored_parts(part)
             return mxfp4.decoded(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
+        if (packed := self._packed_parts(part)) is not None:
+            return self._unpacked(part, packed).dequantized()
         stored = self._stored(part)
         if self._entry(part).dtype != scaled_blocks.DTYPE:
             return stored
@@ -387,7 +410,7 @@ def plan_checkpoint(path: Path | str, quantize: Quantize = "none") -> Checkpoint
     family = load_family(read_config(Path(path)))
     form = rounded_form(quantize, family.banks)
     if quantize == "auto":
-        form = stored_form(expert_products(family, ()), (), family.config.scaled_block)
+        form = stored_form(expert_products(family, ()), family.config.stored, {})
     family.banks = with_form(family.banks, form)
     return _summary_of(family)
 

@@ -6,7 +6,7 @@ model dtype, or quantized while they are loaded (``--quantize``).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from cluster.config.cluster import Quantize
@@ -14,8 +14,10 @@ from cluster.core.errors import ConfigError
 from workers.model.config import BankSpec, TensorPart
 from workers.model.families.base import Family
 from workers.model.loading import mxfp4, scaled_blocks
+from workers.model.loading.packed_integers import codes_name
 from workers.quantization.formats import GROUP_MULTIPLE, WeightFormat
 from workers.quantization.rounding import FORMATS
+from workers.quantization.stored import StoredAs
 
 
 def with_form(banks: Sequence[BankSpec], form: WeightFormat | None) -> tuple[BankSpec, ...]:
@@ -54,16 +56,22 @@ def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat |
 
 
 def stored_form(
-    parts: Iterable[TensorPart], dtypes: Iterable[str], block: tuple[int, int] | None
+    parts: Iterable[TensorPart], stored: StoredAs | None, dtypes: Mapping[str, str]
 ) -> WeightFormat | None:
-    """Of matrices with these parts, whose tensors have these dtypes in safetensors spelling; None:
-    they are not all stored in a format that is computed with."""
+    """Of matrices with these parts; None: they are not all stored in a format of kernels.
+
+    ``dtypes`` of all tensors by name, in safetensors spelling; empty: nothing is on disk, and the
+    config is believed.
+    """
     found = list(parts)
     if found and all(part.is_mxfp4 for part in found):
         return mxfp4.FORMAT
-    is_scaled = block is not None and all(dtype == scaled_blocks.DTYPE for dtype in dtypes)
-    if not is_scaled or block is None or block[1] % GROUP_MULTIPLE:
+    if stored is None or (stored.form.group or GROUP_MULTIPLE) % GROUP_MULTIPLE:
         return None
     if any(part.is_transposed or part.part_shape[1] % 2 for part in found):
         return None
-    return WeightFormat(codes="e4m3", group=block[1])
+    if stored.method == "fp8":
+        is_stored = all(dtypes.get(p.name) == scaled_blocks.DTYPE for p in found)
+    else:
+        is_stored = all(codes_name(part.name, stored) in dtypes for part in found)
+    return stored.form if is_stored or not dtypes else None

@@ -194,10 +194,14 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers 3 must be a list of layers"),
         ("qwen3_moe", {"n_shared_experts": 1}, "n_shared_experts 1 is not supported for qwen3_moe"),
         ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not"),
-        ("qwen3_moe", {"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
+        ("qwen3_moe", {"quantization_config": {"quant_method": "hqq"}}, "quant_method 'hqq'"),
         ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size None"),
-        ("qwen3_moe", {"quantization_config": {"bits": 4}}, "bits 4 is not supported"),
-        ("qwen3_moe", {"quantization_config": {"fmt": "e5m2"}}, "fmt 'e5m2' is not supported"),
+        ("qwen3_moe", {"quantization_config": {"quant_method": "fp8", "bits": 4}}, "bits 4 is not"),
+        (
+            "qwen3_moe",
+            {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
+            "fmt 'e5m2' is",
+        ),
         ("qwen3_moe", {"quantization_config": {}}, "quant_method is missing"),
         (
             "qwen3_moe",

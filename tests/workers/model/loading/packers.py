@@ -1,0 +1,103 @@
+"""Writes matrices in the layouts of GPTQ, AWQ and compressed-tensors, number by number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from workers.quantization.matrix import QuantizedMatrix, numbers_of
+from workers.quantization.rounding import quantize
+from workers.quantization.stored import stored_as
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Neighbours from the lowest bits of an int32 on."""
+
+
+def unsigned(matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] and zero points [groups, out], both int64 from 0 on."""
+    middle = 1 << (matrix.format.code_bits - 1)
+    codes = numbers_of(matrix.codes, matrix.format.codes).long() + middle
+    zeros = torch.zeros_like(matrix.scales).long() if matrix.zeros is None else matrix.zeros.long()
+    return codes, (zeros + middle).T
+
+
+def along_rows(numbers: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """[n, m] -> [n, m * bits / 32] int32."""
+    each = 32 // bits
+    rows = []
+    for row in numbers.tolist():
+        words = []
+        for first in range(0, len(row), each):
+            word = 0
+            for place, own in enumerate(order or range(each)):
+                word |= row[first + own] << (bits * place)
+            words.append(word - (1 << 32) if word >= 1 << 31 else word)
+        rows.append(words)
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def gptq(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    codes, zeros = unsigned(matrix)
+    bits, (_, width) = matrix.format.code_bits, matrix.shape
+    return {
+        f"{name}.qweight": along_rows(codes, bits).T.contiguous(),
+        f"{name}.qzeros": along_rows((zeros - 1) % (1 << bits), bits),
+        f"{name}.scales": matrix.scales.T.half().contiguous(),
+        f"{name}.g_idx": torch.arange(width, dtype=torch.int32) // (matrix.format.group or width),
+    }
+
+
+def awq(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    codes, zeros = unsigned(matrix)
+    return {
+        f"{name}.qweight": along_rows(codes.T, 4, AWQ_ORDER),
+        f"{name}.qzeros": along_rows(zeros, 4, AWQ_ORDER),
+        f"{name}.scales": matrix.scales.T.half().contiguous(),
+    }
+
+
+def compressed_tensors(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    codes, zeros = unsigned(matrix)
+    bits = matrix.format.code_bits
+    found = {
+        f"{name}.weight_packed": along_rows(codes, bits),
+        f"{name}.weight_scale": matrix.scales.bfloat16(),
+        f"{name}.weight_shape": torch.tensor(matrix.shape),
+    }
+    if matrix.zeros is not None:
+        found[f"{name}.weight_zero_point"] = along_rows(zeros, bits).T.contiguous()
+    return found
+
+
+PACKERS: Mapping[str, Callable[[str, QuantizedMatrix], dict[str, Tensor]]] = {
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed_tensors,
+}
+
+
+def pack_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, QuantizedMatrix]:
+    """Store the matrices of a checkpoint's layers as ``quantization_config`` says, but for routers.
+
+    Returns them by name.
+    """
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    stored = stored_as(settings)
+    assert stored is not None
+    found, tensors = {}, load_file(path / "model.safetensors")
+    for name, tensor in list(tensors.items()):
+        if tensor.dim() == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
+            matrix = quantize(tensors.pop(name).float(), stored.form)
+            # The layouts have scales of 16 bits.
+            matrix.scales.copy_(matrix.scales.half().bfloat16())
+            found[name] = matrix
+            tensors |= PACKERS[stored.method](name.removesuffix(".weight"), matrix)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return found

@@ -1,0 +1,139 @@
+"""Matrices that are stored as integers of 4 or 8 bits, several in an int32.
+
+Of a matrix ``X.weight`` [out, in] in groups of neighbours in a row there are, in the words of
+
+- GPTQ: ``X.qweight`` [in / 8, out], ``X.qzeros`` [groups, out / 8], ``X.scales`` [groups, out];
+  ``X.g_idx`` [in], the group of each column, which may be left out;
+- AWQ: ``X.qweight`` [in, out / 8], ``X.qzeros`` [groups, out / 8], ``X.scales`` [groups, out];
+  eight neighbours are in another order;
+- compressed-tensors: ``X.weight_packed`` [out, in / 8], ``X.weight_scale`` [out, groups], and
+  ``X.weight_zero_point`` [out / 8, groups] where zero points are not all alike;
+
+with a quarter in place of an eighth for 8 bits. Codes are unsigned and become signed by
+subtracting 8 or 128, as do zero points. The first element is in the lowest bits.
+
+Source: the layouts that AutoGPTQ, AutoAWQ and compressed-tensors write, as vLLM's and
+transformers' loaders read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import TensorPart
+from workers.quantization.matrix import QuantizedMatrix, pack_nibbles
+from workers.quantization.stored import Method, StoredAs
+
+_WEIGHT: Final = ".weight"
+_SUFFIXES: Final[Mapping[Method, tuple[str, str, str]]] = {
+    "gptq": (".qweight", ".scales", ".qzeros"),
+    "awq": (".qweight", ".scales", ".qzeros"),
+    "compressed-tensors": (".weight_packed", ".weight_scale", ".weight_zero_point"),
+}
+"""Of codes, scales and zero points."""
+_AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where each of eight neighbours is."""
+_INT32_BITS: Final = 32
+
+
+def codes_name(name: str, stored: StoredAs) -> str:
+    """The tensor that has the codes of a matrix; empty where there can be none."""
+    if stored.method not in _SUFFIXES or not name.endswith(_WEIGHT):
+        return ""
+    return name.removesuffix(_WEIGHT) + _SUFFIXES[stored.method][0]
+
+
+def groups_name(name: str) -> str:
+    """The tensor that may have the group of each column of a matrix."""
+    return f"{name.removesuffix(_WEIGHT)}.g_idx"
+
+
+def stored_parts(part: TensorPart, stored: StoredAs) -> list[TensorPart]:
+    """Codes, scales, and zero points where they are stored. Raises ``CheckpointError``."""
+    if len(part.shape) != 2 or part.rows is not None or part.is_transposed:
+        raise CheckpointError(
+            f"tensor {part.name} {list(part.shape)} is missing: only whole matrices may be stored "
+            f"as {stored.method} says"
+        )
+    form, (rows, columns) = stored.form, part.shape
+    each, groups = _INT32_BITS // form.code_bits, form.num_groups(columns)
+    shapes = {
+        "gptq": ((columns // each, rows), (groups, rows), (groups, rows // each)),
+        "awq": ((columns, rows // each), (groups, rows), (groups, rows // each)),
+        "compressed-tensors": ((rows, columns // each), (rows, groups), (rows // each, groups)),
+    }[stored.method]
+    prefix = part.name.removesuffix(_WEIGHT)
+    found = [
+        TensorPart(name=prefix + suffix, shape=shape)
+        for suffix, shape in zip(_SUFFIXES[stored.method], shapes, strict=True)
+    ]
+    return found if form.has_zeros or stored.method == "gptq" else found[:2]
+
+
+def as_stored(
+    part: TensorPart, stored: StoredAs, tensors: list[Tensor], groups: Tensor | None
+) -> QuantizedMatrix:
+    """The same matrix of ``stored_parts``; ``groups`` [in]: ``X.g_idx``, if there is one.
+
+    Raises ``CheckpointError`` for groups that are not neighbours, and for zero points that
+    ``quantization_config`` does not name.
+    """
+    form, columns = stored.form, part.shape[1]
+    if groups is not None:
+        _check_groups(part.name, groups, form.group or columns)
+    codes, scales, *packed_zeros = tensors
+    is_by_row = stored.method == "compressed-tensors"
+    zeros = None
+    if packed_zeros:
+        numbers = _integers(packed_zeros[0].T if is_by_row else packed_zeros[0], stored)
+        whole = (numbers.int() + stored.zero_offset) & ((1 << form.code_bits) - 1)
+        zeros = (whole - (1 << (form.code_bits - 1))).T
+    if zeros is not None and not form.has_zeros:
+        if zeros.count_nonzero():
+            raise CheckpointError(
+                f"tensor {part.name}: its zero points differ, though quantization_config says sym"
+            )
+        zeros = None
+    return QuantizedMatrix(
+        format=form,
+        shape=(part.shape[0], columns),
+        codes=_codes(codes, stored),
+        scales=(scales if is_by_row else scales.T).float().contiguous(),
+        zeros=None if zeros is None else zeros.to(torch.int8).contiguous(),
+    )
+
+
+def _codes(packed: Tensor, stored: StoredAs) -> Tensor:
+    """[out, bytes] uint8, signed."""
+    form = stored.form
+    if stored.method == "awq":
+        unsigned = _integers(packed, stored).T.contiguous()
+        found = pack_nibbles(unsigned)
+    else:
+        by_row = packed if stored.method == "compressed-tensors" else packed.T
+        found = by_row.contiguous().view(torch.uint8)
+    return found ^ (0x88 if form.code_bits == 4 else 0x80)
+
+
+def _integers(packed: Tensor, stored: StoredAs) -> Tensor:
+    """[n, m / 8] int32 -> [n, m] uint8, unsigned."""
+    bits = stored.form.code_bits
+    shifts = torch.arange(0, _INT32_BITS, bits, dtype=torch.int32)
+    found = (packed.unsqueeze(2) >> shifts) & ((1 << bits) - 1)
+    if stored.method == "awq":
+        found = found[:, :, list(_AWQ_PLACES)]
+    return found.flatten(1).to(torch.uint8)
+
+
+def _check_groups(name: str, groups: Tensor, group: int) -> None:
+    expected = torch.arange(len(groups)) // group
+    if not torch.equal(groups.long(), expected):
+        raise CheckpointError(
+            f"tensor {groups_name(name)}: columns of a group must be neighbours "
+            "(desc_act is not supported)"
+        )
