@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.config.cluster import ClusterConfig, TransportSection
+from cluster.config.cluster import ClusterConfig, Quantize, QuantizeLayers, TransportSection
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.mixed_calls import make_calls
@@ -119,10 +119,23 @@ def with_model(config: ClusterConfig, model: Path) -> ClusterConfig:
     return replace(config, model=replace(config.model, path=str(model)))
 
 
+def with_quantized(
+    config: ClusterConfig, quantize: Quantize, layers: QuantizeLayers = "experts"
+) -> ClusterConfig:
+    """The same with quantized weights, as in ``ModelSection``."""
+    model = replace(config.model, quantize=quantize, quantize_layers=layers)
+    return replace(config, model=model)
+
+
 @cache
-def undisturbed(form: Form, model: Path | None = None) -> tuple[Answer, ...]:
+def undisturbed(
+    form: Form,
+    model: Path | None = None,
+    quantize: Quantize = "auto",
+    layers: QuantizeLayers = "experts",
+) -> tuple[Answer, ...]:
     """What the calls of a form get where nothing happens; of the bundled model unless given."""
-    config = quiet_config(1, 1)
+    config = with_quantized(quiet_config(1, 1), quantize, layers)
     cluster = ThreadCluster(config if model is None else with_model(config, model))
     with serving(cluster), gateway_of(cluster) as gateway:
         return tuple(gateway.answer(make_calls(form.num_streams, form.num_tokens)))
@@ -141,7 +154,8 @@ def play(
     Fails when an answer differs, a call fails, a stream stalls for too long, or a worker that
     lives holds KV blocks afterwards.
     """
-    expected = undisturbed(form, model)
+    own = cluster.config.model
+    expected = undisturbed(form, model, own.quantize, own.quantize_layers)
     before, began, shown = num_abandoned(cluster), time.monotonic(), [cluster.snapshot()]
     with gateway_of(cluster) as gateway:
         streams = gateway.stream(make_calls(form.num_streams, form.num_tokens))

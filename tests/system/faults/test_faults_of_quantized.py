@@ -1,0 +1,51 @@
+"""Workers of each kind die while weights are quantized: codes move, and answers stay."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.harness.fault_rows import (
+    FORMS,
+    SMALL,
+    Form,
+    entries_since,
+    kill_any,
+    play,
+    play_until,
+    quiet_config,
+    row_config,
+    was_retried,
+    whole,
+    with_quantized,
+)
+from tests.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray, serving
+
+
+@pytest.mark.parametrize("role", ["attention", "expert", "colocated"])
+def test_a_worker_of_threads(role: str) -> None:
+    mode = "colocated" if role == "colocated" else "disaggregated"
+    config = quiet_config(2, 3, mode=mode, num_redundant=22)
+    cluster = ThreadCluster(with_quantized(config, "int4", "all"))
+    with serving(cluster):
+        before, victim = cluster.snapshot(), cluster.group.runtimes[f"{role}-1"]
+        play(cluster, SMALL, random.Random(2), victim.stop)
+        assert entries_since(before, whole(cluster))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_workers_of_both_pools(form: Form) -> None:
+    draw = random.Random(1)
+    config = with_quantized(row_config(2, 2), "int8")
+    with connected_ray(), serving(RayCluster(config)) as cluster:
+        play_until(cluster, form, draw, lambda: kill_any(cluster, "expert", draw), was_retried)
+        play_until(
+            cluster,
+            form,
+            draw,
+            lambda: kill_any(cluster, "attention", draw),
+            lambda played: played.num_resubmitted > 0,
+        )
+        whole(cluster)
