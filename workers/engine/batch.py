@@ -167,7 +167,7 @@ class Batch:
         staging: list[NDArray[np.int64]],
     ) -> list[tuple[int, int]]:
         """Add each group's padded block tables and lengths; returns the groups' row ranges."""
-        num_blocks = [len(rows.sequence.blocks) for rows in planned]
+        num_blocks = [rows.first // cache.block_size + 1 for rows in planned]
         sizes = [group_size(number) for number in num_blocks]
         groups = runs(sizes, cache.blocks_per_piece)
         seats, held = _array(_seats(planned)), _array(num_blocks)
@@ -204,7 +204,10 @@ def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks
     places: list[int] = []
     for rows in planned:
         assert rows.sequence.seat is not None, "planned sequences run"
-        places += (num_rows, rows.count, rows.first, tables.address(rows.sequence.seat))
+        if rows.drafts and num_rows:  # it goes on with the chunk before, of the same sequence
+            places[-3] += rows.count
+        else:
+            places += (num_rows, rows.count, rows.first, tables.address(rows.sequence.seat))
         num_rows += rows.count
     return RowChunks(
         num_rows=num_rows,
@@ -284,7 +287,7 @@ def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
     tokens: list[int] = []
     for rows in planned:
         if rows.is_decode:
-            tokens.append(rows.sequence.output[-1])
+            tokens.append(rows.drafts[0] if rows.drafts else rows.sequence.output[-1])
         else:
             tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
     return _array(tokens)

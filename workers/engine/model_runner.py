@@ -30,7 +30,7 @@ from workers.engine.batch import (
 from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.expert_load import Routed
 from workers.engine.native_step import NativeStep, native_step
-from workers.engine.step_plan import PlannedRows, StepPlan
+from workers.engine.step_plan import PlannedRows, StepPlan, single_rows
 from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
@@ -111,17 +111,17 @@ class ModelRunner:
             assert self.graphs is not None
             self.dispatcher.begin_step(header, ())
             self._begin_compute()
-            halves = split_rows(plan.rows, header.rows(self.rank, 0))
+            halves = split_rows(single_rows(plan.rows), header.rows(self.rank, 0))
             output = self.graphs.run(header, halves[: header.num_micro_batches])
             order = list(range(len(plan.rows)))
-            ids = [[Routed(own, None, len(order))] for own in output.topk_ids]
+            ids = [[Routed(own, None, plan.num_rows)] for own in output.topk_ids]
             return self._result(_Outputs([output.hidden]), plan, order, ids, {})
         if not header.grant(self.rank).num_rows:
             assert not plan.rows, "rows without a grant"
             self.dispatcher.sit_out(header)
             return None
         order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
-        planned = [plan.rows[i] for i in order]
+        planned = single_rows([plan.rows[i] for i in order])
         parts = split_rows(planned, header.rows(self.rank, 0))[: header.num_micro_batches]
         device = self.model.device
         self.dispatcher.begin_step(header, [PlannedBatchRows(part, device) for part in parts])
@@ -151,7 +151,7 @@ class ModelRunner:
         """All rows are decodes, and nothing looks between the layers."""
         return (
             self.graphs is not None
-            and self.graphs.can_run(header, len(plan.rows))
+            and self.graphs.can_run(header, plan.num_rows)
             and header.rows(self.rank, header.num_micro_batches - 1) > 0
             and all(rows.is_decode for rows in plan.rows)
             and not any(rows.sequence.request.inspection for rows in plan.rows)
