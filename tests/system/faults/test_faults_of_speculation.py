@@ -1,0 +1,102 @@
+"""Workers of each kind die amid streams with drafts: answers are those of a server without."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from cluster.config.cluster import ClusterConfig
+from cluster.config.speculation import SpeculationSection
+from tests.harness.fault_rows import (
+    FORMS,
+    FULL,
+    SMALL,
+    Form,
+    kill_any,
+    play,
+    play_until,
+    quiet_config,
+    row_config,
+    was_retried,
+    whole,
+)
+from tests.harness.serving_cluster import (
+    RayCluster,
+    ServingCluster,
+    ThreadCluster,
+    connected_ray,
+    serving,
+)
+from workers.speculation.acceptance import Acceptance
+
+NGRAM = SpeculationSection(
+    speculative_method="ngram", num_speculative_tokens=5, ngram_min=1, ngram_max=4
+)
+
+
+def with_drafts(config: ClusterConfig) -> ClusterConfig:
+    return replace(config, speculation=NGRAM)
+
+
+def num_drafted(cluster: ServingCluster) -> float:
+    """Tokens of drafts that living workers have run."""
+    name = "spec_decode_num_draft_tokens_total"
+    return sum(float(w["stats"].get(name, 0)) for w in cluster.snapshot(fresh=True)["workers"])
+
+
+@pytest.mark.parametrize("role", ["attention", "expert", "colocated"])
+def test_a_worker_of_threads(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every guess run, whatever it costs."""
+    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    mode = "colocated" if role == "colocated" else "disaggregated"
+    config = quiet_config(2, 3, mode=mode, num_redundant=22)
+    cluster = ThreadCluster(with_drafts(config))
+    with serving(cluster):
+        victim = cluster.group.runtimes[f"{role}-1"]
+        played = play(cluster, SMALL, random.Random(2), victim.stop)
+        assert played.num_resubmitted > 0 or played.num_retried > 0
+        assert num_drafted(cluster) > 0
+        whole(cluster)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ServingCluster]:
+    with connected_ray(), serving(RayCluster(with_drafts(row_config(2, 2)))) as made:
+        yield made
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_an_expert_worker(cluster: ServingCluster, form: Form) -> None:
+    draw = random.Random(1)
+    play_until(cluster, form, draw, lambda: kill_any(cluster, "expert", draw), was_retried)
+    assert num_drafted(cluster) > 0
+    whole(cluster)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_an_attention_worker(cluster: ServingCluster, form: Form) -> None:
+    draw = random.Random(2)
+
+    def fault() -> None:
+        kill_any(cluster, "attention", draw)
+
+    play_until(cluster, form, draw, fault, lambda played: played.num_resubmitted > 0)
+    assert num_drafted(cluster) > 0
+    whole(cluster)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["sockets", "collective"])
+def test_a_colocated_worker(transport: str) -> None:
+    config = with_drafts(row_config(0, 3, mode="colocated", transport=transport))
+    draw = random.Random(3)
+    with connected_ray(), serving(RayCluster(config)) as cluster:
+        play_until(cluster, FULL, draw, lambda: kill_any(cluster, "colocated", draw), was_retried)
+        assert num_drafted(cluster) > 0
+        whole(cluster)
