@@ -7,7 +7,7 @@ from typing import Literal
 
 from cluster.core.checks import check, check_choice, check_each, is_at_least_1
 
-SpeculativeMethod = Literal["none", "ngram"]
+SpeculativeMethod = Literal["none", "ngram", "mtp"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,10 +15,11 @@ class SpeculationSection:
     """Whether steps run guesses at the next tokens, which are kept where they are right."""
 
     speculative_method: SpeculativeMethod = "none"
-    """``ngram`` guesses that a text goes on as after the same tokens earlier in prompt or output.
-    Tokens are those of ``none``; rows of guesses are run only where that is faster."""
+    """``ngram`` guesses that a text goes on as after the same tokens earlier in prompt or output,
+    ``mtp`` with the layer of the checkpoint that predicts further tokens. Tokens are those of
+    ``none``; rows of guesses are run only where that is faster."""
     num_speculative_tokens: int = 8
-    """Guessed tokens of a sequence in a step, at most."""
+    """Guessed tokens of a sequence in a step, at most; ``mtp`` guesses one."""
     ngram_min: int = 2
     """Last tokens that must have stood together before for ``ngram`` to guess, at least."""
     ngram_max: int = 5
@@ -33,6 +34,11 @@ class SpeculationSection:
     @property
     def is_on(self) -> bool:
         return self.speculative_method != "none"
+
+    @property
+    def has_predictor(self) -> bool:
+        """The model is loaded with its layer that predicts further tokens."""
+        return self.speculative_method == "mtp"
 
     @property
     def max_draft_rows(self) -> int:

@@ -24,6 +24,7 @@ from cluster.sizing.roofline import ModelSize
 
 CHECK_LIMIT_S = 120.0
 _ALLOW_BARE = "--allow-bare"
+_HAS_PREDICTOR = "--has-predictor"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +84,17 @@ class CheckpointCheck:
     """A running check; begun early so that it overlaps with other work."""
 
     def __init__(
-        self, folder: Path, environment: Mapping[str, str], allow_bare: bool = False
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        allow_bare: bool = False,
+        has_predictor: bool = False,
     ) -> None:
-        """``allow_bare``: a folder without weights is enough, for a plan."""
-        words = [str(folder), *([_ALLOW_BARE] if allow_bare else [])]
+        """``allow_bare``: a folder without weights is enough, for a plan; ``has_predictor``: the
+        model is served with the layer that predicts further tokens.
+        """
+        flags = {_ALLOW_BARE: allow_bare, _HAS_PREDICTOR: has_predictor}
+        words = [str(folder), *(flag for flag, is_set in flags.items() if is_set)]
         self._child = subprocess.Popen(
             [sys.executable, "-m", "cluster.launch.checkpoint_check", *words],
             env=dict(environment),
@@ -118,10 +126,11 @@ class CheckpointCheck:
         self._child.communicate()
 
 
-def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
+def check(folder: Path, allow_bare: bool = False, has_predictor: bool = False) -> CheckpointFacts:
     """Read config and headers, and compare every tensor with the model.
 
-    ``allow_bare``: a folder without any weights is enough. Raises ``CheckpointError``.
+    ``allow_bare``: a folder without any weights is enough; ``has_predictor``: see
+    ``CheckpointCheck``. Raises ``CheckpointError``.
     """
     import torch
 
@@ -129,7 +138,8 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
     from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
 
     is_bare = allow_bare and not any(folder.glob("*.safetensors*"))
-    summary = plan_checkpoint(folder) if is_bare else check_checkpoint(folder)
+    summarize = plan_checkpoint if is_bare else check_checkpoint
+    summary = summarize(folder, has_predictor=has_predictor)
     family = summary.family
     gpu, bandwidth_bytes_s = "", 0.0
     if torch.cuda.is_available():
@@ -170,7 +180,8 @@ def check(folder: Path, allow_bare: bool = False) -> CheckpointFacts:
 def main() -> None:
     """Entry point of the check's process."""
     try:
-        answer = asdict(check(Path(sys.argv[1]), allow_bare=_ALLOW_BARE in sys.argv))
+        flags = _ALLOW_BARE in sys.argv, _HAS_PREDICTOR in sys.argv
+        answer = asdict(check(Path(sys.argv[1]), *flags))
     except CheckpointError as err:
         answer = {"error": str(err)}
     sys.stdout.write(json.dumps(answer) + "\n")

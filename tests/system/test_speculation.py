@@ -6,21 +6,25 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from benchmarks.random_checkpoint import TINY, RandomModel, write
 from cluster.config.cluster import ClusterConfig
 from cluster.config.speculation import SpeculationSection
 from tests.harness.fault_rows import SMALL, play, quiet_config
 from tests.harness.golden_clusters import check_greedy, colocated_config, float32_config
-from tests.harness.serving_cluster import ServingCluster, ThreadCluster, serving
+from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from tests.reference.goldens import Golden
+from tests.reference.local_engine import LocalEngine, generated
 from workers.requests.request import Request, SamplingParams
 from workers.speculation.acceptance import Acceptance
 
 NGRAM = SpeculationSection(
     speculative_method="ngram", num_speculative_tokens=4, ngram_min=1, ngram_max=3
 )
+MTP = SpeculationSection(speculative_method="mtp")
 TEXT = (11, 12, 13, 14, 15, 16, 17) * 6
 AnyGolden = Callable[[str], Golden]
 
@@ -31,8 +35,8 @@ def _every_guess_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
 
 
-def with_drafts(config: ClusterConfig) -> ClusterConfig:
-    return replace(config, speculation=NGRAM)
+def with_drafts(config: ClusterConfig, speculation: SpeculationSection = NGRAM) -> ClusterConfig:
+    return replace(config, speculation=speculation)
 
 
 def total(cluster: ServingCluster, name: str) -> float:
@@ -65,6 +69,44 @@ def test_families_with_other_layers(golden: AnyGolden, variant: str) -> None:
     with serving(ThreadCluster(with_drafts(float32_config(expected, 1, 2)))) as cluster:
         check_greedy(cluster, expected)
         assert total(cluster, "spec_decode_num_draft_tokens_total") > 0
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("layout", "num_micro_batches"), [((1, 2), 1), ((2, 2), 2), ((2,), 1), ((3,), 2)]
+)
+def test_predictions_in_every_layout(
+    tmp_path: Path, family: str, layout: tuple[int, ...], num_micro_batches: int
+) -> None:
+    """The predictor's bank is exchanged when tokens are drawn, by ranks without rows, too."""
+    path = write(random_checkpoint(family), tmp_path / "model")
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    requests = [
+        Request(request_id=f"{i}", prompt=TEXT[i : 3 * i + 5], params=params) for i in range(7)
+    ]
+    expected = LocalEngine(path, dtype="float32").run(requests)
+    mode = "disaggregated" if len(layout) == 2 else "colocated"
+    config = make_config(
+        path,
+        layout[0],
+        layout[-1],
+        dtype="float32",
+        workers={"mode": mode},
+        engine={"num_micro_batches": num_micro_batches, "max_num_batched_tokens": 64},
+    )
+    with serving(ThreadCluster(with_drafts(config, MTP))) as cluster:
+        for _ in range(2):
+            results = cluster.answers(requests)
+            for (name, _), outputs in expected.items():
+                assert tuple(results[name].tokens[0]) == generated(outputs).token_ids
+        assert total(cluster, "spec_decode_num_draft_tokens_total") > 0
+        load = cluster.call("load")
+    assert [bank["layer"] for bank in load["banks"]][-1] == random_checkpoint(family).layers
+    assert len({sum(bank["decode"]) for bank in load["banks"]}) == 1
+
+
+def random_checkpoint(family: str) -> RandomModel:
+    return replace(TINY, family=family, prediction_layers=1)
 
 
 def test_clients_see_the_answers_of_a_server_without_drafts() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.engine.step_plan import PlannedRows
+from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
@@ -291,6 +291,23 @@ def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
         else:
             tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
     return _array(tokens)
+
+
+def next_tokens(
+    planned: StepPlan, first_row: Sequence[int], drawn: Mapping[SequenceState, Sequence[int]]
+) -> NDArray[np.int64]:
+    """[num_rows]: the token behind each row's own, 0 where none is known.
+
+    ``first_row`` by entry of the plan; ``drawn``: of the newest token's row, and of drafts.
+    """
+    found = np.zeros(planned.num_rows, dtype=np.int64)
+    for rows, row in zip(planned.rows, first_row, strict=False):
+        sequence, new = rows.sequence, drawn.get(rows.sequence, ())
+        first = rows.first + 1
+        known = sequence.tokens(first, min(first + rows.count, sequence.num_tokens))
+        tokens = [*known, *new][: rows.count]
+        found[row : row + len(tokens)] = tokens
+    return found
 
 
 def row_columns(

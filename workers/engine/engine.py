@@ -22,6 +22,7 @@ from cluster.config.speculation import SpeculationSection
 from cluster.core.checks import check
 from cluster.core.errors import RequestError
 from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
+from workers.engine.batch import next_tokens
 from workers.engine.choices import open_choices
 from workers.engine.deadlines import Deadlines
 from workers.engine.decode_graphs import DecodeGraphs
@@ -30,7 +31,7 @@ from workers.engine.isolation import Isolation
 from workers.engine.model_runner import ModelRunner, StepResult
 from workers.engine.request_checks import RequestLimits, check_request, check_room
 from workers.engine.scheduler import Scheduler
-from workers.engine.step_plan import RowsWanted, StepPlan
+from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
@@ -86,6 +87,7 @@ class Engine:
         """
         self._section = section
         self._pad = config.pad_token_id
+        self._has_predictor = config.has_predictor
         self._rank = rank
         self._clock = clock
         self.max_model_len = max_model_len or config.context_tokens
@@ -174,6 +176,7 @@ class Engine:
     def _new_graphs(self, dispatcher: TokenDispatcher) -> DecodeGraphs | None:
         """Graphs over a dispatcher; None where steps cannot be captured."""
         is_eager = self._section.enforce_eager or self.states is not None
+        is_eager = is_eager or self._has_predictor
         if is_eager or not self.cache.is_read_in_place:
             return None
         if not isinstance(dispatcher, CapturableDispatcher):
@@ -329,6 +332,8 @@ class Engine:
             self._step_sampler.prepare(plan)
             result = self.runner.run(header, plan)
             tokens = None if result is None else self._step_sampler.draw(plan, result)
+            if self._has_predictor and grant.num_rows:
+                result = self._predict(plan, result, tokens)
             is_complete = self.runner.dispatcher.end_step()
         except BaseException:
             self._abandon(plan)
@@ -349,6 +354,19 @@ class Engine:
                 self._speculator.observe_step(rows, own, self._clock() - begin)
         return self.poll()
 
+    def _predict(
+        self, plan: StepPlan, result: StepResult | None, tokens: StepTokens | None
+    ) -> StepResult | None:
+        """Run the predictor on all rows of a step, for drafts of the next one."""
+        drawn = {} if tokens is None else tokens.drawn
+        ids = {s: [one.token for one in found] for s, found in drawn.items()}
+        first_row = () if result is None else result.first_row
+        predicted = self.runner.predict(result, next_tokens(plan, first_row, ids))
+        if predicted is None or result is None or tokens is None:
+            return result
+        tokens.foretold.update(self._step_sampler.foretell(plan, result, predicted.hidden, ids))
+        return replace(result, routed=predicted.routed)
+
     def _abandon(self, plan: StepPlan) -> None:
         """Leave all sequences as they were before the step."""
         # A broken step may have written NaN: the blocks' next holder must not read them.
@@ -365,7 +383,7 @@ class Engine:
             for sequence in broken:
                 self.states.forget(sequence.block_hashes)
         new = {s: tuple(one.token for one in drawn) for s, drawn in tokens.drawn.items()}
-        self._clear_rejected(plan, result, new)
+        self._clear_rejected(tokens.broken, new)
         endings = self._scheduler.commit(plan, new, tokens.failed.keys())
         # Blocks may hold NaN: their next holder must not read them.
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])
@@ -379,6 +397,8 @@ class Engine:
             for planned in plan.rows:
                 if (own := new.get(planned.sequence)) is not None:
                     self._speculator.commit(planned.sequence, planned.drafts, own)
+            for sequence, token in tokens.foretold.items():
+                self._speculator.foretell(sequence, token)
         for sequence, entries in tokens.scored.items():
             sequence.prompt_logprobs += entries
         for sequence, rows_found in tokens.inspected.items():
@@ -390,15 +410,12 @@ class Engine:
             self._fail(sequence, failure, now)
 
     def _clear_rejected(
-        self, plan: StepPlan, result: StepResult, new: Mapping[SequenceState, Sequence[int]]
+        self, broken: Sequence[PlannedRows], new: Mapping[SequenceState, Sequence[int]]
     ) -> None:
         """Clear what rejected drafts wrote, where it may be NaN: later rows meet it masked."""
-        drafted = [rows for rows in plan.rows if rows.drafts]
-        if not drafted or bool(result.finite.all()):
-            return
         rejected = [
             replace_rows(rows, first=rows.first + kept, count=rows.count - kept)
-            for rows in drafted
+            for rows in broken
             if (kept := max(len(new.get(rows.sequence, ())), 1)) < rows.count
         ]
         self.cache.clear_slots(StepPlan(tuple(rejected)).cache_slots(self.cache.block_size))

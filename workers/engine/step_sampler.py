@@ -22,6 +22,7 @@ from workers.model.host_copies import to_device, to_host
 from workers.native.team import Team
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import NOT_FINITE, Failure, SequenceState
+from workers.sampling.best_tokens import best_tokens
 from workers.sampling.grammar import GrammarState
 from workers.sampling.logits_processors import LogitsProcessors, SamplingRow
 from workers.sampling.sampler import (
@@ -52,6 +53,10 @@ class StepTokens:
     classes: dict[SequenceState, tuple[float, ...]] = field(default_factory=dict)
     """Logits by class, of prompts whose last row was in the step of a classifier."""
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
+    broken: list[PlannedRows] = field(default_factory=list)
+    """Entries with drafts of which a row, perhaps of a rejected one, has NaN or infinity."""
+    foretold: dict[SequenceState, int] = field(default_factory=dict)
+    """The token that the predictor expects behind those drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,29 @@ class StepSampler:
         self._classify(tokens, result.hidden)
         return tokens
 
+    def foretell(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        predicted: Tensor,
+        drawn: Mapping[SequenceState, Sequence[int]],
+    ) -> dict[SequenceState, int]:
+        """The best token of the predictor behind the last token drawn of each sequence.
+
+        predicted [num_rows, H]: its hidden states, in the order of ``result.hidden``.
+        """
+        places = {}
+        for planned, first_row in zip(plan.rows, result.first_row, strict=True):
+            if new := drawn.get(planned.sequence):
+                newest = first_row + planned.count - len(planned.drafts) - 1
+                places[planned.sequence] = newest + len(new) - 1
+        if not places:
+            return {}
+        ordered = sorted(places, key=places.__getitem__)
+        rows = [places[sequence] for sequence in ordered]
+        (ids,) = to_host([best_tokens(self._logits(_some(predicted, rows)))])
+        return dict(zip(ordered, ids.tolist(), strict=True))
+
     def _read(
         self, tokens: StepTokens, planned: PlannedRows, first_row: int, result: StepResult
     ) -> bool:
@@ -201,6 +229,8 @@ class StepSampler:
             if not is_finite[first:last].all():
                 tokens.complete.pop(planned.sequence, None)
                 tokens.failed[planned.sequence] = NOT_FINITE
+            if planned.drafts and not is_finite[first : first + planned.count].all():
+                tokens.broken.append(planned)
         if logits is None:
             return
         drawn, kept = ids[0].tolist(), []

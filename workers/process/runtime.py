@@ -229,7 +229,11 @@ class WorkerRuntime(ABC):
         """Reach the controller, read the checkpoint's headers, open the listeners, register."""
         self._control = self._open_control()
         self._cleanup.callback(self._control.close)
-        self.checkpoint = Checkpoint(Path(self.config.model.path), self._reports.loading)
+        self.checkpoint = Checkpoint(
+            Path(self.config.model.path),
+            self._reports.loading,
+            has_predictor=self.config.speculation.has_predictor,
+        )
         self.family = self.checkpoint.family
         self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)
         self._exactness = Exactness.of(self.args, self.kernels, self.family.banks, self.dtype)

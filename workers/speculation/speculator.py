@@ -80,6 +80,13 @@ class Speculator:
             followed.acceptance.note(int(is_right), int(not is_right))
             self._num_withheld += 1
 
+    def foretell(self, sequence: SequenceState, token: int) -> None:
+        """The model itself expects this token behind the output."""
+        followed = self._find(sequence)
+        if followed is not None:
+            followed.guess = self._cut(sequence, (token,))
+            followed.guessed_after = len(sequence.output)
+
     def observe_step(self, num_rows: int, num_own: int, seconds: float) -> None:
         """A step of decodes took so long: ``num_rows`` of all ranks, of which these are its own."""
         self._rows_elsewhere = num_rows - num_own
@@ -113,6 +120,13 @@ class Speculator:
 
     def _follow(self, sequence: SequenceState) -> _Followed | None:
         """With a guess at what follows its output; None: its request has no guesses."""
+        followed = self._find(sequence)
+        if followed is not None and followed.guessed_after != len(sequence.output):
+            followed.guessed_after = len(sequence.output)
+            followed.guess = self._guess(sequence, followed.index)
+        return followed
+
+    def _find(self, sequence: SequenceState) -> _Followed | None:
         followed = self._followed.get(sequence)
         if followed is None:
             reason = unsupported(sequence.request)
@@ -122,18 +136,23 @@ class Speculator:
             section = self._section
             followed = _Followed(NgramIndex(section.ngram_min, section.ngram_max))
             self._followed[sequence] = followed
-        if followed.guessed_after != len(sequence.output):
-            followed.guessed_after = len(sequence.output)
-            followed.guess = self._guess(sequence, followed.index)
         return followed
 
     def _guess(self, sequence: SequenceState, index: NgramIndex) -> tuple[int, ...]:
+        """By its n-grams, if those are used."""
+        if self._section.has_predictor:
+            return ()
         first, last = len(index), sequence.num_tokens
         index.extend(sequence.tokens(first, min(last, first + _INDEXED_AT_ONCE)))
         if len(index) < last:
             return ()
-        left = min(sequence.params.max_tokens - len(sequence.output), self._max_model_len - last)
-        guess = index.guess(min(self._section.num_speculative_tokens, left - 1))
+        return self._cut(sequence, index.guess(self._section.num_speculative_tokens))
+
+    def _cut(self, sequence: SequenceState, guess: tuple[int, ...]) -> tuple[int, ...]:
+        """Up to where the output must end."""
+        left = sequence.params.max_tokens - len(sequence.output)
+        left = min(left, self._max_model_len - sequence.num_tokens)
+        guess = guess[: max(left - 1, 0)]
         ends = self._eos.union(sequence.params.stop_token_ids)
         stop = next((place for place, token in enumerate(guess) if token in ends), None)
         return guess[:stop]  # the output would end there: no row has to follow

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from benchmarks.random_checkpoint import TINY, write
 from cluster.config.cluster import ClusterConfig
 from cluster.config.speculation import SpeculationSection
 from tests.harness.fault_rows import (
@@ -15,6 +17,8 @@ from tests.harness.fault_rows import (
     FULL,
     SMALL,
     Form,
+    Played,
+    entries_since,
     kill_any,
     play,
     play_until,
@@ -22,6 +26,7 @@ from tests.harness.fault_rows import (
     row_config,
     was_retried,
     whole,
+    with_model,
 )
 from tests.harness.serving_cluster import (
     RayCluster,
@@ -37,8 +42,22 @@ NGRAM = SpeculationSection(
 )
 
 
+MTP = SpeculationSection(speculative_method="mtp")
+
+
 def with_drafts(config: ClusterConfig) -> ClusterConfig:
     return replace(config, speculation=NGRAM)
+
+
+@pytest.fixture(scope="module")
+def predicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a predictor."""
+    sizes = replace(TINY, family="glm4_moe", prediction_layers=1)
+    return write(sizes, tmp_path_factory.mktemp("predicting"))
+
+
+def with_predictions(config: ClusterConfig, model: Path) -> ClusterConfig:
+    return replace(with_model(config, model), speculation=MTP)
 
 
 def num_drafted(cluster: ServingCluster) -> float:
@@ -55,11 +74,26 @@ def test_a_worker_of_threads(role: str, monkeypatch: pytest.MonkeyPatch) -> None
     config = quiet_config(2, 3, mode=mode, num_redundant=22)
     cluster = ThreadCluster(with_drafts(config))
     with serving(cluster):
-        victim = cluster.group.runtimes[f"{role}-1"]
-        played = play(cluster, SMALL, random.Random(2), victim.stop)
-        assert played.num_resubmitted > 0 or played.num_retried > 0
+        before, victim = cluster.snapshot(), cluster.group.runtimes[f"{role}-1"]
+        play(cluster, SMALL, random.Random(2), victim.stop)
         assert num_drafted(cluster) > 0
-        whole(cluster)
+        assert entries_since(before, whole(cluster))
+
+
+@pytest.mark.parametrize("role", ["attention", "expert", "colocated"])
+def test_a_worker_of_threads_that_predicts(
+    role: str, predicting: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictor's bank is exchanged when tokens are drawn already."""
+    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    mode = "colocated" if role == "colocated" else "disaggregated"
+    config = quiet_config(2, 3, mode=mode, num_redundant=2)
+    cluster = ThreadCluster(with_predictions(config, predicting))
+    with serving(cluster):
+        before, victim = cluster.snapshot(), cluster.group.runtimes[f"{role}-1"]
+        play(cluster, SMALL, random.Random(2), victim.stop, predicting)
+        assert num_drafted(cluster) > 0
+        assert entries_since(before, whole(cluster))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +122,24 @@ def test_an_attention_worker(cluster: ServingCluster, form: Form) -> None:
     play_until(cluster, form, draw, fault, lambda played: played.num_resubmitted > 0)
     assert num_drafted(cluster) > 0
     whole(cluster)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["attention", "expert"])
+def test_a_worker_that_predicts(role: str, predicting: Path) -> None:
+    config = with_predictions(row_config(2, 2), predicting)
+    draw = random.Random(4)
+    with connected_ray(), serving(RayCluster(config)) as cluster:
+
+        def fault() -> None:
+            kill_any(cluster, role, draw)
+
+        def is_hit(played: Played) -> bool:
+            return played.num_resubmitted > 0 if role == "attention" else was_retried(played)
+
+        play_until(cluster, FULL, draw, fault, is_hit, predicting)
+        whole(cluster)
 
 
 @pytest.mark.ray

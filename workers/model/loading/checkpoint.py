@@ -70,10 +70,15 @@ class TensorEntry:
 class Checkpoint:
     """An opened checkpoint: the parsed config and the header of each file, no tensor data."""
 
-    def __init__(self, path: Path | str, progress: Progress | None = None) -> None:
-        """Read config and headers. Raises ``CheckpointError`` naming what is wrong."""
+    def __init__(
+        self, path: Path | str, progress: Progress | None = None, *, has_predictor: bool = False
+    ) -> None:
+        """Read config and headers. Raises ``CheckpointError`` naming what is wrong.
+
+        ``has_predictor``: see ``Family.with_predictor``.
+        """
         self.path = Path(path)
-        self.family = load_family(read_config(self.path))
+        self.family = _family(self.path, has_predictor)
         self.config = self.family.config
         self._stamps = {file: FileStamp.of(file) for file in _weight_files(self.path)}
         self.tensors, self.checkpoint_id = _read_headers(self.path, self._stamps)
@@ -305,12 +310,17 @@ class CheckpointSummary:
     """By bank, weights of one expert."""
 
 
-def check_checkpoint(path: Path | str) -> CheckpointSummary:
+def _family(path: Path, has_predictor: bool) -> Family:
+    family = load_family(read_config(path))
+    return family.with_predictor() if has_predictor else family
+
+
+def check_checkpoint(path: Path | str, *, has_predictor: bool = False) -> CheckpointSummary:
     """Read config and headers only, and check every tensor's presence, shape and dtype.
 
     Raises ``CheckpointError`` naming the first thing that is wrong.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, has_predictor=has_predictor)
     family = checkpoint.family
     return replace(
         _summary_of(family),
@@ -324,12 +334,12 @@ def check_checkpoint(path: Path | str) -> CheckpointSummary:
     )
 
 
-def plan_checkpoint(path: Path | str) -> CheckpointSummary:
+def plan_checkpoint(path: Path | str, *, has_predictor: bool = False) -> CheckpointSummary:
     """The same numbers from ``config.json`` alone: nothing is on disk. Raises ``CheckpointError``.
 
     For plans of models without their weights.
     """
-    return _summary_of(load_family(read_config(Path(path))))
+    return _summary_of(_family(Path(path), has_predictor))
 
 
 def _summary_of(family: Family) -> CheckpointSummary:
