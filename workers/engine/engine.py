@@ -364,7 +364,9 @@ class Engine:
         predicted = self.runner.predict(result, next_tokens(plan, first_row, ids))
         if predicted is None or result is None or tokens is None:
             return result
-        tokens.foretold.update(self._step_sampler.foretell(plan, result, predicted.hidden, ids))
+        speculator = self._speculator
+        asked = {s: new for s, new in ids.items() if speculator and speculator.is_curious(s)}
+        tokens.foretold.update(self._step_sampler.foretell(plan, result, predicted.hidden, asked))
         return replace(result, routed=predicted.routed)
 
     def _abandon(self, plan: StepPlan) -> None:

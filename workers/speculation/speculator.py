@@ -1,7 +1,7 @@
 """Guesses for the sequences of one engine: which to run, and what became of them. Pure.
 
-A guess costs nothing to know, so it is compared with the token drawn also where it was not run: a
-sequence whose guesses did not pay gets rows again as soon as they would.
+A guess costs next to nothing to know, so it is compared with the token drawn also where it was not
+run: a sequence whose guesses did not pay gets rows again as soon as they would.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 _INDEXED_AT_ONCE = 4096
 """Tokens of a sequence that a step adds to its index, about a millisecond."""
+
+
+_COMPARED_ONE_IN = 8
+"""Of a prediction layer's guesses those that are made for a sequence whose guesses do not pay."""
 
 
 @dataclass(slots=True)
@@ -79,6 +83,16 @@ class Speculator:
             is_right = followed.guess[0] == tokens[0]
             followed.acceptance.note(int(is_right), int(not is_right))
             self._num_withheld += 1
+
+    def is_curious(self, sequence: SequenceState) -> bool:
+        """Whether it is worth the model's head to know what the model expects behind its output:
+        it would be run, or a few are compared in case that is about to change.
+        """
+        followed = self._find(sequence)
+        if followed is None:
+            return False
+        is_probe = len(sequence.output) % _COMPARED_ONE_IN == 0
+        return is_probe or followed.acceptance.num_worth(self._price, 1) > 0
 
     def foretell(self, sequence: SequenceState, token: int) -> None:
         """The model itself expects this token behind the output."""

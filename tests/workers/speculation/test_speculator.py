@@ -115,6 +115,31 @@ def test_drafts_end_before_the_end_of_text() -> None:
     assert speculator_of().draft(sequence) == (13,)
 
 
+def test_few_predictions_are_made_where_none_would_be_run() -> None:
+    section = SpeculationSection(speculative_method="mtp")
+    params = SamplingParams(max_tokens=500)
+    speculator, sequence = speculator_of(section), sequence_of(params=params, output=(11,))
+    for size in (1, 2) * 200:
+        speculator.observe_step(size, size, 1.0 * size)  # a row costs as much as a step
+    speculator.plan_step(1)
+    asked = 0
+    for _ in range(64):
+        if speculator.is_curious(sequence):
+            asked += 1
+            speculator.foretell(sequence, 12)
+        assert decode(speculator, sequence, 99) == ()
+    assert asked == 8
+    for size in (1, 2) * 200:
+        speculator.observe_step(size, size, 1.0)
+    speculator.plan_step(1)
+    for _ in range(64):
+        speculator.foretell(sequence, 12)
+        decode(speculator, sequence, 12)
+    assert speculator.is_curious(sequence)
+    speculator.foretell(sequence, 12)
+    assert speculator.draft(sequence) == (12,)
+
+
 def test_request_with_a_grammar_has_none(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     grammar = Grammar(kind=GrammarKind.REGEX, text="a*")
