@@ -324,7 +324,8 @@ class Engine:
         Takes part in the exchanges of a grant also when there is nothing left to run. Raises
         ``TransportError`` with the plan abandoned and all sequences as they were.
         """
-        begin, grant = self._clock(), header.grant(self._rank)
+        grant = header.grant(self._rank)
+        begin = 0.0 if self._speculator is None else self._clock()
         isolation = self._isolation
         self._restrict(isolation.alone if header.is_alone else None)
         plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)

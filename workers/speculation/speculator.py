@@ -66,7 +66,7 @@ class Speculator:
         pay. The same until its output grows, or the next call of ``plan_step``.
         """
         followed = self._follow(sequence)
-        if followed is None:
+        if followed is None or not followed.guess:
             return ()
         guess = followed.guess
         return guess[: followed.acceptance.num_worth(self._price, len(guess))]
@@ -160,7 +160,8 @@ class Speculator:
         index.extend(sequence.tokens(first, min(last, first + _INDEXED_AT_ONCE)))
         if len(index) < last:
             return ()
-        return self._cut(sequence, index.guess(self._section.num_speculative_tokens))
+        guess = index.guess(self._section.num_speculative_tokens)
+        return self._cut(sequence, guess) if guess else ()
 
     def _cut(self, sequence: SequenceState, guess: tuple[int, ...]) -> tuple[int, ...]:
         """Up to where the output must end."""
