@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,32 +95,20 @@ def test_a_worker_of_threads_that_predicts(
         assert entries_since(before, whole(cluster))
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[ServingCluster]:
-    with connected_ray(), serving(RayCluster(with_drafts(row_config(2, 2)))) as made:
-        yield made
-
-
 @pytest.mark.ray
 @pytest.mark.parametrize("form", FORMS)
-def test_an_expert_worker(cluster: ServingCluster, form: Form) -> None:
+def test_workers_of_both_pools(form: Form) -> None:
     draw = random.Random(1)
-    play_until(cluster, form, draw, lambda: kill_any(cluster, "expert", draw), was_retried)
-    assert num_drafted(cluster) > 0
-    whole(cluster)
+    with connected_ray(), serving(RayCluster(with_drafts(row_config(2, 2)))) as cluster:
+        play_until(cluster, form, draw, lambda: kill_any(cluster, "expert", draw), was_retried)
+        play_until(cluster, form, draw, lambda: kill_any(cluster, "attention", draw), was_moved)
+        assert num_drafted(cluster) > 0
+        whole(cluster)
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("form", FORMS)
-def test_an_attention_worker(cluster: ServingCluster, form: Form) -> None:
-    draw = random.Random(2)
-
-    def fault() -> None:
-        kill_any(cluster, "attention", draw)
-
-    play_until(cluster, form, draw, fault, lambda played: played.num_resubmitted > 0)
-    assert num_drafted(cluster) > 0
-    whole(cluster)
+def was_moved(played: Played) -> bool:
+    """A request went on at another worker."""
+    return played.num_resubmitted > 0
 
 
 @pytest.mark.ray
@@ -135,9 +122,7 @@ def test_a_worker_that_predicts(role: str, predicting: Path) -> None:
         def fault() -> None:
             kill_any(cluster, role, draw)
 
-        def is_hit(played: Played) -> bool:
-            return played.num_resubmitted > 0 if role == "attention" else was_retried(played)
-
+        is_hit = was_moved if role == "attention" else was_retried
         play_until(cluster, FULL, draw, fault, is_hit, predicting)
         whole(cluster)
 
