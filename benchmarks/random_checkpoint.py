@@ -51,6 +51,8 @@ class RandomModel:
     """Context."""
     labels: int = 0
     """Classes of a JetMoE with a classification head; 0: a language model."""
+    prediction_layers: int = 0
+    """1: there is a layer that predicts the token after the next; of families with such layers."""
     seed: int = 0
     """Of the weights."""
 
@@ -88,6 +90,7 @@ class RandomModel:
             "pad_token_id": 1,
             "eos_token_id": None,
             "torch_dtype": "bfloat16",
+            **({"num_nextn_predict_layers": 1} if self.prediction_layers else {}),
             **makers[self.family](),
         }
 
@@ -257,6 +260,8 @@ class RandomModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by name, one tensor for each expert where a family has that."""
         family = load_family(self.config())
+        if self.prediction_layers:
+            family = family.with_predictor()
         shapes = {part.name: part.shape for part in family.attention_tensors()}
         for bank in family.banks:
             for exchange, expert in product(bank.exchanges, range(bank.num_experts)):

@@ -29,6 +29,7 @@ NAMES = (
     "colocated",
     "micro_batches",
     "prefix_cache",
+    "speculation",
     "itl_target",
     "deterministic",
     "dispatch",

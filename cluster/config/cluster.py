@@ -3,7 +3,8 @@
 Values are checked where they are built; a rule that is broken raises ``ConfigError`` with the
 field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. The
 gateway's section, the longest, is in ``cluster.config.gateway``, those of expert load and its
-balance in ``cluster.config.expert_load``, that of pools by load in ``cluster.config.autoscale``.
+balance in ``cluster.config.expert_load``, that of pools by load in ``cluster.config.autoscale``,
+that of speculative decoding in ``cluster.config.speculation``.
 
 The options of ``serve`` are made from the fields: the docstring below a field is the help of its
 option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
@@ -25,6 +26,7 @@ from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_cache import KvCacheDType
 from cluster.config.option_metadata import INTERNAL
+from cluster.config.speculation import SpeculationSection
 from cluster.core.checks import (
     check,
     check_choice,
@@ -355,6 +357,8 @@ class ClusterConfig:
     """Pools."""
     engine: EngineSection = field(default_factory=EngineSection)
     """Engine of each attention worker."""
+    speculation: SpeculationSection = field(default_factory=SpeculationSection)
+    """Speculative decoding."""
     transport: TransportSection = field(default_factory=TransportSection)
     """Data plane and failure detection."""
     observability: ObservabilitySection = field(default_factory=ObservabilitySection)
@@ -394,6 +398,11 @@ class ClusterConfig:
         )
 
     @property
+    def max_decode_rows(self) -> int:
+        """Decode rows in a step of one attention worker, those of guesses included."""
+        return self.engine.max_num_seqs + self.speculation.max_draft_rows
+
+    @property
     def is_collective(self) -> bool:
         """Whether torch.distributed carries the data, where device and shares are resolved."""
         gpus = self.workers.gpus_per_worker or 0.0
@@ -421,6 +430,7 @@ class ClusterConfig:
         """Hash of all that must be equal on every worker (12 hex digits)."""
         shared = {
             "engine": dataclasses.asdict(self.engine),
+            "speculation": dataclasses.asdict(self.speculation),
             "dtype": self.model.dtype,
             "quantize": self.model.quantize,
             "quantize_layers": self.model.quantize_layers,

@@ -28,6 +28,7 @@ CHECK_LIMIT_S = 120.0
 _ITEMSIZES = {"float32": 4, "bfloat16": 2}
 _ALLOW_BARE = "--allow-bare"
 _QUANTIZE = "--quantize"
+_HAS_PREDICTOR = "--has-predictor"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +93,15 @@ class CheckpointCheck:
         environment: Mapping[str, str],
         allow_bare: bool = False,
         quantize: Quantize = "auto",
+        has_predictor: bool = False,
     ) -> None:
         """``allow_bare``: a folder without weights is enough, for a plan; ``quantize`` as in
-        ``ModelSection``."""
-        words = [str(folder), _QUANTIZE, quantize, *([_ALLOW_BARE] if allow_bare else [])]
+        ``ModelSection``; ``has_predictor``: the model is served with the layer that predicts
+        further tokens.
+        """
+        flags = {_ALLOW_BARE: allow_bare, _HAS_PREDICTOR: has_predictor}
+        given = (flag for flag, is_set in flags.items() if is_set)
+        words = [str(folder), _QUANTIZE, quantize, *given]
         self._child = subprocess.Popen(
             [sys.executable, "-m", "cluster.launch.checkpoint_check", *words],
             env=dict(environment),
@@ -127,11 +133,17 @@ class CheckpointCheck:
         self._child.communicate()
 
 
-def check(folder: Path, allow_bare: bool = False, quantize: Quantize = "auto") -> CheckpointFacts:
+def check(
+    folder: Path,
+    allow_bare: bool = False,
+    quantize: Quantize = "auto",
+    has_predictor: bool = False,
+) -> CheckpointFacts:
     """Read config and headers, and compare every tensor with the model.
 
-    ``allow_bare``: a folder without any weights is enough; ``quantize`` as in ``ModelSection``.
-    Raises ``CheckpointError``, and ``ConfigError`` where the model cannot be quantized.
+    ``allow_bare``: a folder without any weights is enough; ``quantize`` as in ``ModelSection``;
+    ``has_predictor``: see ``CheckpointCheck``. Raises ``CheckpointError``, and ``ConfigError``
+    where the model cannot be quantized.
     """
     import torch
 
@@ -139,7 +151,8 @@ def check(folder: Path, allow_bare: bool = False, quantize: Quantize = "auto") -
     from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
 
     is_bare = allow_bare and not any(folder.glob("*.safetensors*"))
-    summary = (plan_checkpoint if is_bare else check_checkpoint)(folder, quantize)
+    summarize = plan_checkpoint if is_bare else check_checkpoint
+    summary = summarize(folder, quantize, has_predictor=has_predictor)
     family = summary.family
     dtype = auto_dtype(family.config)
     gpu, bandwidth_bytes_s = "", 0.0
@@ -188,8 +201,9 @@ def main() -> None:
         parser.add_argument("folder", type=Path)
         parser.add_argument(_ALLOW_BARE, action="store_true")
         parser.add_argument(_QUANTIZE, default="auto")
+        parser.add_argument(_HAS_PREDICTOR, action="store_true")
         args = parser.parse_args()
-        answer = asdict(check(args.folder, args.allow_bare, args.quantize))
+        answer = asdict(check(args.folder, args.allow_bare, args.quantize, args.has_predictor))
     except (CheckpointError, ConfigError) as err:
         answer = {"error": str(err)}
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -27,6 +27,7 @@ from benchmarks import (
     run,
     serving,
     soak,
+    speculation,
     step_cost,
     watching,
 )
@@ -173,6 +174,21 @@ def test_the_prefix_cache_is_measured_on_and_off() -> None:
     lines = list(prefix_cache.rows_of("tiny", found))
     assert [line[0] for line in lines] == ["tiny, off", "tiny, on", "tiny, on / off"]
     assert {len(line) for line in lines} == {6}
+
+
+def test_drafts_are_measured_where_text_repeats_and_where_not() -> None:
+    with speculation.chain_model(TINY) as checkpoint:
+        found = speculation.measure(checkpoint, replace(speculation.QUICK, repeats=2))
+    copied, others = found.values()
+    for runs in (copied.drafts, copied.without, others.drafts, others.without):
+        assert len(runs) == 2
+        assert all(one.tokens_per_s > 0 for one in runs)
+    for one, other in zip(copied.drafts, copied.without, strict=True):
+        assert 0 < one.num_accepted == one.num_drafted
+        assert one.num_steps < other.num_steps
+        assert other.num_drafted == 0
+    lines = speculation.report(found).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["copy", "nothing repeats"]
 
 
 def test_the_latency_target_has_a_row_on_and_off() -> None:

@@ -96,9 +96,11 @@ class ServingCluster(ABC):
 
     def start(self) -> None:
         """Start all workers and wait until they serve. Raises ``RuntimeError`` with the error."""
+        has_predictor = self.config.speculation.has_predictor
+        checkpoint = Checkpoint(Path(self.config.model.path), has_predictor=has_predictor)
         banks = [
             {"bank": b.bank, "layer": b.layer, "num_experts": b.num_experts}
-            for b in Checkpoint(Path(self.config.model.path)).family.banks
+            for b in checkpoint.family.banks
         ]
         self.call("start", self.config.to_dict(), banks)
         self.wait(lambda s: s["state"] in ("SERVING", "STOPPED"))

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from cluster.config.cluster import EngineSection, Kernels, Quantize, QuantizeLayers
+from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import RequestFailedError
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher
@@ -68,6 +69,7 @@ class LocalEngine:
         dtype: str = "auto",
         device: str = "cpu",
         section: EngineSection | None = None,
+        speculation: SpeculationSection | None = None,
         max_model_len: int | None = None,
         num_micro_batches: int = 1,
         num_threads: int | None = None,
@@ -144,6 +146,7 @@ class LocalEngine:
             banks=banks,
             dispatcher=self.dispatcher,
             section=section,
+            speculation=speculation,
             max_model_len=max_model_len,
             compute_threads=compute_threads,
             team=team,

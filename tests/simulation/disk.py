@@ -198,7 +198,10 @@ def size_and_change(path: Path) -> tuple[int, int]:
 class ToyCheckpoint(Checkpoint):
     """The checkpoint of the toy model."""
 
-    def __init__(self, path: Path | str, progress: Any = None) -> None:
+    def __init__(
+        self, path: Path | str, progress: Any = None, *, has_predictor: bool = False
+    ) -> None:
+        assert not has_predictor
         self.path = Path(path)
         self.family: Any = ToyFamily()
         self.config = CONFIG

@@ -220,7 +220,7 @@ class ToySampler:
             if planned.draws_token:
                 token = next_token(state, sequence.params.seed, len(sequence.output))
                 tokens.complete[sequence] = 0
-                tokens.drawn[sequence] = Drawn(token)
+                tokens.drawn[sequence] = [Drawn(token)]
         return tokens
 
 

@@ -79,8 +79,10 @@ class EdgeRows:
         self._noted = list(needed)
 
     def finish_step(self) -> None:
-        """Begin to copy what was noted to the host, where ``end_step`` reads it."""
-        if self._noted and self._found is None:
+        """Begin to copy what was noted to the host, where ``end_step`` reads it. Comes again after
+        further dispatches.
+        """
+        if self._noted and (self._found is None or len(self._found) < len(self._noted)):
             self._found = to_host_later(torch.stack([noted.needed for noted in self._noted]))
 
     def end_step(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.engine.step_plan import PlannedRows
+from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
@@ -167,7 +167,7 @@ class Batch:
         staging: list[NDArray[np.int64]],
     ) -> list[tuple[int, int]]:
         """Add each group's padded block tables and lengths; returns the groups' row ranges."""
-        num_blocks = [len(rows.sequence.blocks) for rows in planned]
+        num_blocks = [rows.first // cache.block_size + 1 for rows in planned]
         sizes = [group_size(number) for number in num_blocks]
         groups = runs(sizes, cache.blocks_per_piece)
         seats, held = _array(_seats(planned)), _array(num_blocks)
@@ -204,7 +204,10 @@ def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks
     places: list[int] = []
     for rows in planned:
         assert rows.sequence.seat is not None, "planned sequences run"
-        places += (num_rows, rows.count, rows.first, tables.address(rows.sequence.seat))
+        if rows.drafts and num_rows:  # it goes on with the chunk before, of the same sequence
+            places[-3] += rows.count
+        else:
+            places += (num_rows, rows.count, rows.first, tables.address(rows.sequence.seat))
         num_rows += rows.count
     return RowChunks(
         num_rows=num_rows,
@@ -284,10 +287,27 @@ def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
     tokens: list[int] = []
     for rows in planned:
         if rows.is_decode:
-            tokens.append(rows.sequence.output[-1])
+            tokens.append(rows.drafts[0] if rows.drafts else rows.sequence.output[-1])
         else:
             tokens += rows.sequence.tokens(rows.first, rows.first + rows.count)
     return _array(tokens)
+
+
+def next_tokens(
+    planned: StepPlan, first_row: Sequence[int], drawn: Mapping[SequenceState, Sequence[int]]
+) -> NDArray[np.int64]:
+    """[num_rows]: the token behind each row's own, 0 where none is known.
+
+    ``first_row`` by entry of the plan; ``drawn``: of the newest token's row, and of drafts.
+    """
+    found = np.zeros(planned.num_rows, dtype=np.int64)
+    for rows, row in zip(planned.rows, first_row, strict=False):
+        sequence, new = rows.sequence, drawn.get(rows.sequence, ())
+        first = rows.first + 1
+        known = sequence.tokens(first, min(first + rows.count, sequence.num_tokens))
+        tokens = [*known, *new][: rows.count]
+        found[row : row + len(tokens)] = tokens
+    return found
 
 
 def row_columns(

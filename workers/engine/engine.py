@@ -9,16 +9,20 @@ blocks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
 import torch
+from msgspec.structs import replace as replace_rows
 
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import kv_vector_bytes
+from cluster.config.speculation import SpeculationSection
+from cluster.core.checks import check
 from cluster.core.errors import RequestError
 from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
+from workers.engine.batch import next_tokens
 from workers.engine.choices import open_choices
 from workers.engine.deadlines import Deadlines
 from workers.engine.decode_graphs import DecodeGraphs
@@ -27,7 +31,7 @@ from workers.engine.isolation import Isolation
 from workers.engine.model_runner import ModelRunner, StepResult
 from workers.engine.request_checks import RequestLimits, check_request, check_room
 from workers.engine.scheduler import Scheduler
-from workers.engine.step_plan import RowsWanted, StepPlan
+from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
@@ -47,6 +51,7 @@ from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.sampler import Drawn
+from workers.speculation.speculator import Speculator
 
 _POISONOUS = Failure(
     "a third worker in a row was lost with this request, which was alone in its step",
@@ -66,6 +71,7 @@ class Engine:
         banks: Sequence[BankSpec],
         dispatcher: TokenDispatcher,
         section: EngineSection,
+        speculation: SpeculationSection | None = None,
         max_model_len: int | None = None,
         rank: int = 0,
         compute_threads: ComputeThreads | None = None,
@@ -81,6 +87,7 @@ class Engine:
         """
         self._section = section
         self._pad = config.pad_token_id
+        self._has_predictor = config.has_predictor
         self._rank = rank
         self._clock = clock
         self.max_model_len = max_model_len or config.context_tokens
@@ -112,6 +119,9 @@ class Engine:
         )
         self.pool = BlockPool(num_blocks)
         """Which KV blocks are free, and what the others hold."""
+        speculation = speculation or SpeculationSection()
+        self._speculator = _speculator(config, speculation, self.max_model_len)
+        self._max_decode_rows = section.max_num_seqs + speculation.max_draft_rows
         self._scheduler = Scheduler(
             self.pool,
             block_size=block_size,
@@ -122,6 +132,8 @@ class Engine:
             enable_prefix_caching=section.enable_prefix_caching,
             length_matters_above=config.length_matters_above,
             states=self.states,
+            speculator=self._speculator,
+            max_draft_rows=speculation.max_draft_rows,
         )
         self.kv_store = KvTransferStore(self.pool, self.cache, self.states)
         """Blocks that other workers fetch, and that are fetched from them."""
@@ -164,6 +176,7 @@ class Engine:
     def _new_graphs(self, dispatcher: TokenDispatcher) -> DecodeGraphs | None:
         """Graphs over a dispatcher; None where steps cannot be captured."""
         is_eager = self._section.enforce_eager or self.states is not None
+        is_eager = is_eager or self._has_predictor
         if is_eager or not self.cache.is_read_in_place:
             return None
         if not isinstance(dispatcher, CapturableDispatcher):
@@ -175,7 +188,7 @@ class Engine:
             self.cache,
             self._scheduler.tables,
             [bank.top_k for bank in self._banks],
-            buckets_up_to(self._section.max_num_seqs),
+            buckets_up_to(self._max_decode_rows),
             self._rank,
         )
 
@@ -312,6 +325,7 @@ class Engine:
         ``TransportError`` with the plan abandoned and all sequences as they were.
         """
         grant = header.grant(self._rank)
+        begin = 0.0 if self._speculator is None else self._clock()
         isolation = self._isolation
         self._restrict(isolation.alone if header.is_alone else None)
         plan = self._scheduler.schedule(grant.decode_rows, grant.prefill_rows)
@@ -319,6 +333,8 @@ class Engine:
             self._step_sampler.prepare(plan)
             result = self.runner.run(header, plan)
             tokens = None if result is None else self._step_sampler.draw(plan, result)
+            if self._has_predictor and grant.num_rows:
+                result = self._predict(plan, result, tokens)
             is_complete = self.runner.dispatcher.end_step()
         except BaseException:
             self._abandon(plan)
@@ -334,7 +350,25 @@ class Engine:
             self._counters["steps_repeated_total"] += 1
         elif result is not None and tokens is not None:
             self._commit(header.epoch, plan, result, tokens)
+            if self._speculator is not None and not header.prefill_rows:
+                rows, own = header.decode_rows, grant.decode_rows
+                self._speculator.observe_step(rows, own, self._clock() - begin)
         return self.poll()
+
+    def _predict(
+        self, plan: StepPlan, result: StepResult | None, tokens: StepTokens | None
+    ) -> StepResult | None:
+        """Run the predictor on all rows of a step, for drafts of the next one."""
+        drawn = {} if tokens is None else tokens.drawn
+        ids = {s: [one.token for one in found] for s, found in drawn.items()}
+        first_row = () if result is None else result.first_row
+        predicted = self.runner.predict(result, next_tokens(plan, first_row, ids))
+        if predicted is None or result is None or tokens is None:
+            return result
+        speculator = self._speculator
+        asked = {s: new for s, new in ids.items() if speculator and speculator.is_curious(s)}
+        tokens.foretold.update(self._step_sampler.foretell(plan, result, predicted.hidden, asked))
+        return replace(result, routed=predicted.routed)
 
     def _abandon(self, plan: StepPlan) -> None:
         """Leave all sequences as they were before the step."""
@@ -351,7 +385,8 @@ class Engine:
         if self.states is not None:
             for sequence in broken:
                 self.states.forget(sequence.block_hashes)
-        new = {sequence: drawn.token for sequence, drawn in tokens.drawn.items()}
+        new = {s: tuple(one.token for one in drawn) for s, drawn in tokens.drawn.items()}
+        self._clear_rejected(tokens.broken, new)
         endings = self._scheduler.commit(plan, new, tokens.failed.keys())
         # Blocks may hold NaN: their next holder must not read them.
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])
@@ -360,16 +395,33 @@ class Engine:
             self._solo_steps.append(self._solo_step(done, is_over=True))
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(plan.num_rows)
-        self._counters["generation_tokens_total"] += len(new)
+        self._counters["generation_tokens_total"] += sum(map(len, new.values()))
+        if self._speculator is not None:
+            for planned in plan.rows:
+                if (own := new.get(planned.sequence)) is not None:
+                    self._speculator.commit(planned.sequence, planned.drafts, own)
+            for sequence, token in tokens.foretold.items():
+                self._speculator.foretell(sequence, token)
         for sequence, entries in tokens.scored.items():
             sequence.prompt_logprobs += entries
         for sequence, rows_found in tokens.inspected.items():
             self._step_sampler.inspector.add(sequence, rows_found)
         for sequence in tokens.complete:
-            drawn, classes = tokens.drawn.get(sequence), tokens.classes.get(sequence, ())
+            drawn, classes = tokens.drawn.get(sequence, ()), tokens.classes.get(sequence, ())
             self._emit(sequence, endings.get(sequence), now, drawn, classes)
         for sequence, failure in tokens.failed.items():
             self._fail(sequence, failure, now)
+
+    def _clear_rejected(
+        self, broken: Sequence[PlannedRows], new: Mapping[SequenceState, Sequence[int]]
+    ) -> None:
+        """Clear what rejected drafts wrote, where it may be NaN: later rows meet it masked."""
+        rejected = [
+            replace_rows(rows, first=rows.first + kept, count=rows.count - kept)
+            for rows in broken
+            if (kept := max(len(new.get(rows.sequence, ())), 1)) < rows.count
+        ]
+        self.cache.clear_slots(StepPlan(tuple(rejected)).cache_slots(self.cache.block_size))
 
     def _note_dispatch(self, plan: StepPlan) -> None:
         for sequence in self._scheduler.preempted:
@@ -421,12 +473,13 @@ class Engine:
         sequence: SequenceState,
         ending: Ending | None,
         now: float,
-        drawn: Drawn | None = None,
+        drawn: Sequence[Drawn] = (),
         classes: tuple[float, ...] = (),
     ) -> None:
-        token, logprob = (None, None) if drawn is None else (drawn.token, drawn.logprob)
+        new = tuple(one.token for one in drawn)
+        logprobs = tuple(one.logprob for one in drawn if one.logprob is not None)
         arrays = self._step_sampler.inspector.arrays(sequence) if ending else ()
-        self._pending.append(sequence.take_output(now, ending, token, logprob, classes, arrays))
+        self._pending.append(sequence.take_output(now, ending, new, logprobs, classes, arrays))
         if ending is not None:
             self._forget(sequence, ending.reason)
 
@@ -437,6 +490,8 @@ class Engine:
     def _forget(self, sequence: SequenceState, reason: FinishReason) -> None:
         self._ended[reason] += 1
         self._step_sampler.end(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
         request_id = sequence.request.request_id
         left = self._requests[request_id]
         left.remove(sequence)
@@ -463,6 +518,7 @@ class Engine:
             "kv_blocks_free": float(free),
             "kv_blocks_total": float(total),
             **self._state_stats(),
+            **({} if self._speculator is None else self._speculator.stats()),
             "num_preemptions_total": float(self._scheduler.num_preemptions),
             "prefix_cache_queries_total": float(prefixes.num_queried_tokens),
             "prefix_cache_hits_total": float(prefixes.num_hit_tokens),
@@ -483,6 +539,17 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that block accounting is exact; for tests."""
         self._scheduler.check_integrity(self.kv_store.tables)
+
+
+def _speculator(
+    config: ModelConfig, section: SpeculationSection, max_model_len: int
+) -> Speculator | None:
+    """None where nothing guesses. Raises ``ConfigError`` for a model without a way back."""
+    if not section.is_on:
+        return None
+    rule = "must be none: the model has recurrent states, which rejected tokens would change"
+    check(config.delta_net is None, "speculative_method", section.speculative_method, rule)
+    return Speculator(section, max_model_len, config.eos_token_ids)
 
 
 def _state_slots(config: ModelConfig, section: EngineSection) -> StateSlots | None:

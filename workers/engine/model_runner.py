@@ -11,9 +11,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
@@ -30,12 +32,13 @@ from workers.engine.batch import (
 from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.expert_load import Routed
 from workers.engine.native_step import NativeStep, native_step
-from workers.engine.step_plan import PlannedRows, StepPlan
+from workers.engine.step_plan import PlannedRows, StepPlan, single_rows
 from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.config import BankSpec
 from workers.model.families.native_layers import Experts
+from workers.model.host_copies import to_device
 from workers.model.layers import AttentionModel, Dispatch, Layer, LayerSteps, ModelInputs
 from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
@@ -61,6 +64,16 @@ class StepResult:
     """[bank][micro-batch]: the experts that were chosen."""
     captures: Mapping[SequenceState, Sequence[Capture]]
     """What was recorded for sequences whose requests inspect the inside of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What the predictor made of the rows of a plan."""
+
+    hidden: Tensor
+    """[num_rows, hidden_size] for the head, in the order of ``StepResult.hidden``."""
+    routed: tuple[tuple[Routed, ...], ...]
+    """``StepResult.routed`` with its bank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +109,8 @@ class ModelRunner:
     """Native layers report their progress after the one in which this time is over."""
     graphs: DecodeGraphs | None = None
     """Run decode steps on a GPU, over the dispatcher."""
+    _parts: Sequence[Sequence[PlannedRows]] = ()
+    """Rows of the latest step by micro-batch."""
     _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
     _native_step: NativeStep | None = None
     """Made of the model and the layers in ``_known``."""
@@ -111,18 +126,19 @@ class ModelRunner:
             assert self.graphs is not None
             self.dispatcher.begin_step(header, ())
             self._begin_compute()
-            halves = split_rows(plan.rows, header.rows(self.rank, 0))
+            halves = split_rows(single_rows(plan.rows), header.rows(self.rank, 0))
             output = self.graphs.run(header, halves[: header.num_micro_batches])
             order = list(range(len(plan.rows)))
-            ids = [[Routed(own, None, len(order))] for own in output.topk_ids]
+            ids = [[Routed(own, None, plan.num_rows)] for own in output.topk_ids]
             return self._result(_Outputs([output.hidden]), plan, order, ids, {})
         if not header.grant(self.rank).num_rows:
             assert not plan.rows, "rows without a grant"
             self.dispatcher.sit_out(header)
             return None
         order = sorted(range(len(plan.rows)), key=lambda i: batch_order(plan.rows[i]))
-        planned = [plan.rows[i] for i in order]
+        planned = single_rows([plan.rows[i] for i in order])
         parts = split_rows(planned, header.rows(self.rank, 0))[: header.num_micro_batches]
+        self._parts = parts
         device = self.model.device
         self.dispatcher.begin_step(header, [PlannedBatchRows(part, device) for part in parts])
         routed: list[list[Routed]] = [[] for _ in self.banks]
@@ -141,6 +157,50 @@ class ModelRunner:
             return None
         return self._result(outputs, plan, order, routed, captures)
 
+    def predict(
+        self, result: StepResult | None, next_tokens: NDArray[np.int64]
+    ) -> Predicted | None:
+        """Run the predictor behind the layers of the latest step, which had rows granted.
+
+        next_tokens [num_rows]: the token behind each row's own, in the order of rows. None where
+        the plan has no rows: like the others, this rank takes part in the exchanges. Raises
+        ``TransportError``.
+        """
+        banks = [bank for bank in self.banks if self._is_predictors(bank)]
+        routed: list[list[Routed]] = [[] for _ in self.banks]
+        flows, row = [], 0
+        for part in self._parts:
+            count = sum(rows.count for rows in part)
+            if not count or result is None:
+                flows.append(_idle(banks, self.model))
+                continue
+            hidden, tokens = result.hidden[row : row + count], next_tokens[row : row + count]
+            flows.append(self._prediction(part, hidden, torch.from_numpy(tokens)))
+            row += count
+        found = self._drive([num_decodes(part) for part in self._parts], routed, flows)
+        self.dispatcher.finish_step()
+        if result is None:
+            return None
+        known = ((*a, *b) for a, b in zip(result.routed, routed, strict=True))
+        return Predicted(_joined(found), tuple(known))
+
+    def _prediction(
+        self, part: Sequence[PlannedRows], hidden: Tensor, tokens: Tensor
+    ) -> LayerSteps:
+        """Of the rows of a micro-batch."""
+        model, cache = self.model, self.cache.predictor
+        inputs = self._batch(part).inputs
+        assert inputs is not None, "there are rows"
+        assert model.predictor is not None
+        assert cache is not None
+        attention = replace(inputs.attention, recorder=None)
+        context = model.context(replace(inputs, attention=attention), self.cache.by_layer)
+        embedded = model.embedding(to_device(tokens.numpy(), model.device))
+        return model.predictor.forward(embedded, hidden, cache, context)
+
+    def _is_predictors(self, bank: BankSpec) -> bool:
+        return bank.layer >= len(self.model.layers)
+
     @torch.inference_mode()
     def capture_graphs(self) -> None:
         """Capture what decode steps replay, if that can be before a step."""
@@ -151,7 +211,7 @@ class ModelRunner:
         """All rows are decodes, and nothing looks between the layers."""
         return (
             self.graphs is not None
-            and self.graphs.can_run(header, len(plan.rows))
+            and self.graphs.can_run(header, plan.num_rows)
             and header.rows(self.rank, header.num_micro_batches - 1) > 0
             and all(rows.is_decode for rows in plan.rows)
             and not any(rows.sequence.request.inspection for rows in plan.rows)
@@ -220,7 +280,8 @@ class ModelRunner:
 
     def _flow(self, batch: Batch) -> LayerSteps:
         if batch.inputs is None:
-            return _idle(self.banks, self.model)
+            banks = [bank for bank in self.banks if not self._is_predictors(bank)]
+            return _idle(banks, self.model)
         return self.model.forward(batch.inputs, self.cache.by_layer)
 
     def _drive(

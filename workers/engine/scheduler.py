@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 
+from msgspec.structs import replace
+
 from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.kv.block_tables import BlockTables
@@ -23,6 +25,7 @@ from workers.requests.fairness import ServedTokens
 from workers.requests.request import FinishReason, Request
 from workers.requests.seat_reserve import RESERVED_ONE_IN, SeatReserve
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
+from workers.speculation.speculator import Speculator
 
 _BLOCKS_AHEAD = 2
 """Free blocks for each running sequence below which one may be preempted soon: it takes so many
@@ -59,15 +62,20 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         length_matters_above: int | None = None,
         states: StateSlots | None = None,
+        speculator: Speculator | None = None,
+        max_draft_rows: int = 0,
     ) -> None:
         """``length_matters_above``: see ``ModelConfig.length_matters_above``.
 
-        ``states``: slots of a model with recurrent states.
+        ``states``: slots of a model with recurrent states. ``speculator`` names drafts for decodes,
+        ``max_draft_rows`` of them beside ``max_num_seqs`` rows.
         """
         self._pool = pool
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_num_batched_tokens
+        self._max_decode_rows = min(max_num_seqs + max_draft_rows, max_num_batched_tokens)
+        self._speculator = speculator
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
         self.prefixes = PrefixCache(
@@ -168,6 +176,7 @@ class Scheduler:
         decodes += sum(not self._gives_way(s) for s in ready)
         prefill_rows = min(missing, self._max_rows - decodes)
         decodes -= sum(map(self._gives_way, decoding))
+        decodes += self._num_drafts(decoding, decodes, prefill_rows)
         is_alone = self._alone is not None
         self.expected = decoding, prefilling, ready, admissible
         return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
@@ -195,12 +204,17 @@ class Scheduler:
         for sequence in self._served.in_turn(planned):
             if left > 0:
                 left -= self._plan_chunk(sequence, left, rows)
+        self._add_drafts(rows[: len(decoding)], decode_rows, rows)
         return StepPlan(rows=tuple(rows))
 
     def commit(
-        self, plan: StepPlan, drawn: Mapping[SequenceState, int], failed: Collection[SequenceState]
+        self,
+        plan: StepPlan,
+        drawn: Mapping[SequenceState, Sequence[int]],
+        failed: Collection[SequenceState],
     ) -> dict[SequenceState, Ending]:
-        """The plan ran. ``drawn`` has the token of each sequence that drew one.
+        """The plan ran. ``drawn`` has the token of each sequence that drew one; several, if its
+        drafts but for the last of them are the first of these tokens. Only the last may end it.
 
         Returns the sequences that ended, with the reason; their blocks are free. ``failed`` ones
         end without a token, and the prefix cache never gets what they computed in this plan.
@@ -209,7 +223,7 @@ class Scheduler:
         self._seats.count_step()
         for planned in plan.rows:
             sequence = planned.sequence
-            ending = self._commit_rows(planned, drawn.get(sequence), sequence in failed)
+            ending = self._commit_rows(planned, drawn.get(sequence, ()), sequence in failed)
             if ending is not None:
                 endings[sequence] = ending
                 self.remove(sequence)
@@ -256,24 +270,32 @@ class Scheduler:
             self._states.slots.check_integrity(states)
 
     def _commit_rows(
-        self, planned: PlannedRows, token: int | None, has_failed: bool
+        self, planned: PlannedRows, tokens: Sequence[int], has_failed: bool
     ) -> Ending | None:
         """Returns how the sequence ended, if it did."""
-        sequence = planned.sequence
+        sequence, draws_token = planned.sequence, planned.draws_token
         if sequence.num_cached_tokens is None:
             self.prefixes.count(sequence, planned.first)
-        sequence.num_computed += planned.count
-        self._served.charge(sequence, planned.count)
+        num_accepted = max(len(tokens) - 1, 0)
+        count = planned.count - len(planned.drafts) + num_accepted
+        sequence.num_computed += count
+        self._served.charge(sequence, count)
         if self._states is not None and planned.states is not None:
             self._states.commit(sequence, planned.states, has_failed=has_failed)
         if has_failed:
             return Ending(reason=FinishReason.ERROR)
-        self.prefixes.store(sequence, planned.first)
-        if not planned.draws_token:
-            return None
-        if token is not None:
+        for token in tokens if draws_token else ():
             sequence.append(token)
-        return self.ending(sequence)
+        if planned.drafts:
+            self._take_back(sequence)
+        self.prefixes.store(sequence, planned.first)
+        return self.ending(sequence) if draws_token else None
+
+    def _take_back(self, sequence: SequenceState) -> None:
+        """Free the blocks that only rejected drafts needed."""
+        needed = self._blocks(sequence.num_computed)
+        self._pool.release(sequence.blocks[needed:])
+        del sequence.blocks[needed:]
 
     # Planning
 
@@ -312,6 +334,52 @@ class Scheduler:
         first = sequence.num_computed
         states = self._moved(sequence, first, 1)
         rows.append(PlannedRows(sequence, first, 1, True, missing, is_admitted, states))
+
+    # Drafts
+
+    def _num_drafts(
+        self, decoding: Sequence[SequenceState], num_decodes: int, prefill_rows: int
+    ) -> int:
+        """Rows of drafts to ask for beside others. None where a tenant gives way: its step is to
+        be short.
+        """
+        speculator = self._speculator
+        if speculator is None or not decoding or self._giving_way:
+            return 0
+        speculator.plan_step(len(decoding))
+        room = min(self._max_decode_rows, self._max_rows - prefill_rows) - num_decodes
+        return max(min(sum(len(speculator.draft(s)) for s in decoding), room), 0)
+
+    def _add_drafts(
+        self, decodes: Sequence[PlannedRows], decode_rows: int, rows: list[PlannedRows]
+    ) -> None:
+        """Give ``decodes``, the first of ``rows``, drafts: as many rows as are left of those
+        granted and of the budget, in blocks that are free. They preempt nothing.
+        """
+        if self._speculator is None:
+            return
+        left = min(decode_rows - len(decodes), self._max_rows - sum(r.count for r in rows))
+        for place, planned in enumerate(decodes):
+            if left <= 0:
+                return
+            sequence = planned.sequence
+            most = (len(sequence.blocks) + self._pool.num_free) * self._block_size
+            drafts = self._speculator.draft(sequence)[: min(left, most - sequence.num_tokens)]
+            if drafts:
+                rows[place] = self._with_drafts(planned, drafts)
+                left -= len(drafts)
+
+    def _with_drafts(self, planned: PlannedRows, drafts: tuple[int, ...]) -> PlannedRows:
+        sequence = planned.sequence
+        missing = self._blocks(sequence.num_tokens + len(drafts)) - len(sequence.blocks)
+        if missing > 0:
+            self._extend(sequence, self._pool.allocate(missing))
+        return replace(
+            planned,
+            count=1 + len(drafts),
+            num_new_blocks=planned.num_new_blocks + max(missing, 0),
+            drafts=drafts,
+        )
 
     def _moved(self, sequence: SequenceState, first: int, count: int) -> StateMove | None:
         return None if self._states is None else self._states.plan(sequence, first, count)

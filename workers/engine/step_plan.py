@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from msgspec import Struct
@@ -18,18 +19,34 @@ class PlannedRows(Struct, frozen=True):
     first: int
     count: int
     is_decode: bool
-    """One row that continues an output."""
+    """A row that continues an output, and rows of ``drafts``."""
     num_new_blocks: int
     """Blocks at the end of the block table that this plan allocated after the admission."""
     is_admitted: bool
     """The sequence was waiting before this plan."""
     states: StateMove | None = None
     """Its recurrent states; None: the model has none."""
+    drafts: tuple[int, ...] = ()
+    """Guesses at the tokens behind the newest one: those of the last rows."""
 
     @property
     def draws_token(self) -> bool:
-        """The last row is the newest token: its logits give the next one."""
-        return self.first + self.count == self.sequence.num_tokens
+        """The last row but ``drafts`` is the newest token: its logits give the next one."""
+        return self.first + self.count - len(self.drafts) == self.sequence.num_tokens
+
+    def one_by_one(self) -> Iterator[PlannedRows]:
+        """Decode rows, each as an entry of its own: to the model every one is a decode."""
+        for row in range(self.count):
+            first = row + len(self.drafts) - self.count
+            drafts = self.drafts[first : first + 1] if first >= 0 else ()
+            yield PlannedRows(self.sequence, self.first + row, 1, True, 0, False, drafts=drafts)
+
+
+def single_rows(planned: Sequence[PlannedRows]) -> Sequence[PlannedRows]:
+    """Entries for the model: those with drafts are taken apart, in place."""
+    if not any(rows.drafts for rows in planned):
+        return planned
+    return [one for rows in planned for one in (rows.one_by_one() if rows.drafts else (rows,))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,8 @@ class RowsWanted:
     """What the next step could run, for the proposal to the leader."""
 
     decode_rows: int
-    """One per sequence of which only the newest output token is not computed."""
+    """One per sequence of which only the newest output token is not computed, and those of
+    drafts."""
     prefill_rows: int
     """Prompt rows within the token budget."""
     edge_share: int = 0

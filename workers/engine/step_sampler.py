@@ -6,9 +6,10 @@ Nothing here changes a sequence: the engine commits the results, or drops them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -21,8 +22,9 @@ from workers.model.host_copies import to_device, to_host
 from workers.native.team import Team
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import NOT_FINITE, Failure, SequenceState
+from workers.sampling.best_tokens import best_tokens
 from workers.sampling.grammar import GrammarState
-from workers.sampling.logits_processors import LogitsProcessors
+from workers.sampling.logits_processors import LogitsProcessors, SamplingRow
 from workers.sampling.sampler import (
     DrawFailure,
     Drawn,
@@ -43,13 +45,42 @@ class StepTokens:
 
     complete: dict[SequenceState, int] = field(default_factory=dict)
     """Sequences whose newest token was in the step, and its row: they draw one, or are scored."""
-    drawn: dict[SequenceState, Drawn] = field(default_factory=dict)
+    drawn: dict[SequenceState, list[Drawn]] = field(default_factory=dict)
+    """One token, and those behind drafts that equal the tokens before."""
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[SequenceState, Failure] = field(default_factory=dict)
     """Sequences that cannot go on; no other field has them."""
     classes: dict[SequenceState, tuple[float, ...]] = field(default_factory=dict)
     """Logits by class, of prompts whose last row was in the step of a classifier."""
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
+    broken: list[PlannedRows] = field(default_factory=list)
+    """Entries with drafts of which a row, perhaps of a rejected one, has NaN or infinity."""
+    foretold: dict[SequenceState, int] = field(default_factory=dict)
+    """The token that the predictor expects behind those drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class _SampledRows:
+    """Neighbouring rows that tokens of one sequence are drawn from."""
+
+    sequence: SequenceState
+    first: int
+    """Row of its newest token."""
+    drafts: tuple[int, ...]
+
+    @property
+    def places(self) -> list[int]:
+        """Rows of the newest token and of the drafts."""
+        return list(range(self.first, self.first + 1 + len(self.drafts)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of logits, how tokens are drawn from them, and what was drawn."""
+
+    logits: Tensor
+    rows: Sequence[SamplingRow]
+    tokens: Sequence[int]
 
 
 class StepSampler:
@@ -106,10 +137,33 @@ class StepSampler:
             if reads and not self._read(tokens, planned, first_row, result):
                 tokens.failed[sequence] = NOT_FINITE
             elif planned.is_decode or planned.draws_token:
-                tokens.complete[sequence] = first_row + planned.count - 1
+                tokens.complete[sequence] = first_row + planned.count - len(planned.drafts) - 1
         self._draw(tokens, plan, result)
         self._classify(tokens, result.hidden)
         return tokens
+
+    def foretell(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        predicted: Tensor,
+        drawn: Mapping[SequenceState, Sequence[int]],
+    ) -> dict[SequenceState, int]:
+        """The best token of the predictor behind the last token drawn of each sequence.
+
+        predicted [num_rows, H]: its hidden states, in the order of ``result.hidden``.
+        """
+        places = {}
+        for planned, first_row in zip(plan.rows, result.first_row, strict=True):
+            if new := drawn.get(planned.sequence):
+                newest = first_row + planned.count - len(planned.drafts) - 1
+                places[planned.sequence] = newest + len(new) - 1
+        if not places:
+            return {}
+        ordered = sorted(places, key=places.__getitem__)
+        rows = [places[sequence] for sequence in ordered]
+        (ids,) = to_host([best_tokens(self._logits(_some(predicted, rows)))])
+        return dict(zip(ordered, ids.tolist(), strict=True))
 
     def _read(
         self, tokens: StepTokens, planned: PlannedRows, first_row: int, result: StepResult
@@ -161,11 +215,9 @@ class StepSampler:
 
         Tokens come to the host together with what is known of all rows: the step waits once.
         """
-        complete = tokens.complete
-        sampled = [s for s in complete if s.params.max_tokens]
-        sampled.sort(key=complete.__getitem__)  # in the order of rows
-        rows = [self._processors[sequence].row() for sequence in sampled]
-        places = [complete[sequence] for sequence in sampled]
+        sampled = self._sampled(tokens.complete, plan)
+        rows = [row for one in sampled for row in self._processors[one.sequence].rows(one.drafts)]
+        places = [place for one in sampled for place in one.places]
         logits = self._logits_of(places, result) if sampled else None
         result.finish()  # a draw may read numbers of the device
         fetched = [result.finite]
@@ -173,19 +225,52 @@ class StepSampler:
             fetched.append(draw_tokens(logits, rows, self._team))
         is_finite, *ids = to_host(fetched)
         for planned, first in zip(plan.rows, result.first_row, strict=True):
-            if not is_finite[first : first + planned.count].all():
-                complete.pop(planned.sequence, None)
+            last = first + planned.count - len(planned.drafts)
+            if not is_finite[first:last].all():
+                tokens.complete.pop(planned.sequence, None)
                 tokens.failed[planned.sequence] = NOT_FINITE
+            if planned.drafts and not is_finite[first : first + planned.count].all():
+                tokens.broken.append(planned)
         if logits is None:
             return
-        found = report_drawn(logits, rows, ids[0].tolist(), self._score)
-        for sequence, drawn in zip(sampled, found, strict=True):
+        drawn, kept = ids[0].tolist(), []
+        begin = 0
+        for one in sampled:
+            end = begin + len(one.places)
+            accepted = num_accepted(one.drafts, drawn[begin:end], is_finite[one.places].tolist())
+            kept.append(range(begin, begin + 1 + accepted))
+            begin = end
+        self._report(tokens, sampled, kept, _Rows(logits, rows, drawn))
+
+    def _sampled(self, complete: Mapping[SequenceState, int], plan: StepPlan) -> list[_SampledRows]:
+        """The rows that tokens are drawn from, in the order of rows."""
+        found = [
+            _SampledRows(planned.sequence, complete[planned.sequence], planned.drafts)
+            for planned in plan.rows
+            if planned.sequence in complete and planned.sequence.params.max_tokens
+        ]
+        return sorted(found, key=attrgetter("first"))
+
+    def _report(
+        self,
+        tokens: StepTokens,
+        sampled: Sequence[_SampledRows],
+        kept: Sequence[range],
+        drawn: _Rows,
+    ) -> None:
+        """Take the ``kept`` tokens of each sequence, with logprobs where they are asked for."""
+        places = [place for own in kept for place in own]
+        rows, ids = [drawn.rows[place] for place in places], [drawn.tokens[p] for p in places]
+        found = iter(report_drawn(_some(drawn.logits, places), rows, ids, self._score))
+        for one, own in zip(sampled, kept, strict=True):
+            tokens_of = [next(found) for _ in own]
+            sequence, failure = one.sequence, tokens_of[0].failure
             if sequence in tokens.failed:
                 continue
-            if drawn.failure is None:
-                tokens.drawn[sequence] = drawn
+            if failure is None:
+                tokens.drawn[sequence] = tokens_of
             else:
-                self._fail(tokens, sequence, self._failure(sequence, drawn.failure))
+                self._fail(tokens, sequence, self._failure(sequence, failure))
 
     def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
         """[rows, V] of rows in ascending order."""
@@ -219,6 +304,24 @@ class StepSampler:
     def _fail(self, tokens: StepTokens, sequence: SequenceState, failure: Failure) -> None:
         del tokens.complete[sequence]
         tokens.failed[sequence] = failure
+
+
+def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequence[bool]) -> int:
+    """Drafts that are the tokens drawn before them, up to the first that is not.
+
+    ``drawn`` has a token, or a failure, of the newest token's row and of each draft's. A draft
+    whose own row gave no token is run again as a newest token. So tokens and errors are those that
+    steps of one row would give.
+
+        drafts 5 6 7, drawn 5 6 9 4: two are accepted, and the step gives 5 6 9
+    """
+    count = 0
+    for place, draft in enumerate(drafts):
+        has_token = drawn[place + 1] >= 0 and is_finite[place + 1]
+        if drawn[place] != draft or not has_token:
+            break
+        count += 1
+    return count
 
 
 def _some(x: Tensor, rows: Sequence[int]) -> Tensor:

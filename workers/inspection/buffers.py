@@ -20,7 +20,7 @@ from workers.requests.inspection import Inspection, ModelShape, NamedArray, Pool
 
 
 def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
-    """The numbers that the sizes of results depend on."""
+    """The numbers that the sizes of results depend on; a predictor's bank has no part in them."""
     return ModelShape(
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
@@ -36,6 +36,7 @@ def shape_of(config: ModelConfig, banks: Sequence[BankSpec]) -> ModelShape:
                 aux_copies=bank.aux_copies,
             )
             for bank in banks
+            if bank.layer < config.num_layers
         ),
     )
 

@@ -58,15 +58,18 @@ class KVCache:
                 dtype=fp8.ROW_DTYPE if is_fp8 else dtype,
                 device=device,
             )
-            for _ in config.kv_layers
+            for _ in range(config.num_kv_caches)
         )
-        """By layer with keys and values, not by layer of the model (see ``by_layer``):
+        """By layer with keys and values, not by layer of the model (see ``by_layer``), the
+        predictor's last:
         [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values, or one latent vector;
         in an fp8 cache rows of ``workers.model.fp8`` in place of D elements."""
         self.states = _states(config.delta_net, num_states, device)
         """By layer with a recurrent state: [num_states + 1, values] float32, the last one zero."""
         self.by_layer = _in_order(config, self.layers, self.states)
         """What each layer of the model gets: its part of ``layers`` or of ``states``."""
+        self.predictor = self.layers[-1] if config.has_predictor else None
+        """What its predictor gets."""
         self._dtype = dtype
         is_plain = not is_fp8 and config.latent_rank is None
         self.is_read_in_place = device.type == "cuda" and is_plain
@@ -147,7 +150,7 @@ def _in_order(
 ) -> tuple[Tensor, ...]:
     """The parts of all layers of the model."""
     if config.delta_net is None:
-        return tuple(layers)
+        return tuple(layers[: config.num_layers])
     found = dict(zip(config.kv_layers, layers, strict=True))
     found |= zip(config.delta_net.layers, states, strict=True)
     return tuple(found[layer] for layer in range(config.num_layers))

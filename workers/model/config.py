@@ -247,6 +247,10 @@ class ModelConfig:
     their place, the first elements of a single key; None: there is none."""
     delta_net: DeltaNetSpec | None = None
     """Layers with a recurrent state; None: there are none."""
+    num_prediction_layers: int = 0
+    """Layers behind the last one that predict further tokens, in the checkpoint."""
+    has_predictor: bool = False
+    """The first of these is computed, too; ``num_layers`` does not count it."""
     ignored_keys: tuple[str, ...] = ()
 
     @property
@@ -256,14 +260,19 @@ class ModelConfig:
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
-        """Layers with keys and values."""
+        """Layers with keys and values, without the predictor."""
         others = () if self.delta_net is None else self.delta_net.layers
         return tuple(layer for layer in range(self.num_layers) if layer not in others)
 
     @property
+    def num_kv_caches(self) -> int:
+        """Of those layers, and of the predictor if there is one."""
+        return len(self.kv_layers) + self.has_predictor
+
+    @property
     def kv_vectors_per_token(self) -> int:
-        """The same over all layers."""
-        return len(self.kv_layers) * self.kv_vectors_per_layer
+        """Keys and values of one token in all caches."""
+        return self.num_kv_caches * self.kv_vectors_per_layer
 
     @property
     def state_bytes(self) -> int:

@@ -263,6 +263,19 @@ class Layer(Protocol):
         """hidden [T, H] -> [T, H]; cache is this layer's part of ``KVCache``."""
 
 
+class TokenPredictor(Protocol):
+    """Predicts the token after the next."""
+
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, cache: Tensor, context: LayerContext
+    ) -> LayerSteps:
+        """Hidden states [T, H] for the head.
+
+        embedded [T, H]: embeddings of the token behind each row's own, not used afterwards; hidden
+        [T, H]: final hidden states of the rows; cache: the predictor's part of ``KVCache``.
+        """
+
+
 @dataclass(kw_only=True)
 class AttentionModel:
     """Everything but the routed experts: embedding, layers, final norm, head."""
@@ -282,6 +295,7 @@ class AttentionModel:
     """Widths that layers use."""
     kv_layer: int = 0
     """The first layer with keys and values."""
+    predictor: TokenPredictor | None = None
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""

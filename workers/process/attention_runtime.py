@@ -122,6 +122,7 @@ class AttentionRuntime(WorkerRuntime):
             model=model,
             config=config,
             banks=self.family.banks,
+            speculation=self.config.speculation,
             max_model_len=model_len,
             rank=self.member.rank,
             compute_threads=self.compute_threads,

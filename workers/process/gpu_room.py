@@ -34,11 +34,16 @@ _NCCL_BYTES = 128 << 20
 """Buffers of NCCL for one peer: 16 channels of 4.5 MiB, and as much for the way back on some."""
 
 
-def step_bytes(config: ModelConfig, banks: Sequence[BankSpec], section: EngineSection) -> int:
+def step_bytes(
+    config: ModelConfig,
+    banks: Sequence[BankSpec],
+    section: EngineSection,
+    max_draft_rows: int = 0,
+) -> int:
     """Most memory that a step takes for a time; a bound, in round numbers."""
     top_k = max((bank.top_k for bank in banks), default=0)
     rows = section.max_num_batched_tokens * (_HIDDEN_ROWS + _PAIR_ROWS * top_k)
-    logits = section.max_num_seqs * config.vocab_size
+    logits = (section.max_num_seqs + max_draft_rows) * config.vocab_size
     return rows * config.hidden_size * 4 + logits * _LOGIT_BYTES + _ATTENTION_BYTES
 
 
@@ -50,14 +55,14 @@ def expert_step_bytes(config: ModelConfig, banks: Sequence[BankSpec], num_rows: 
 
 def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
     """Rows of the steps that are captured on the cluster's GPUs; none where none can be."""
-    section = args.config.engine
+    section, config = args.config.engine, family.config
     is_local = args.config.workers.mode == "local"
     is_read = not is_local and returns_pairs(family.banks, section.combine_mode)
-    is_kv_plain = section.kv_cache_dtype != "fp8" and family.config.latent_rank is None
-    is_capturable = is_kv_plain and family.config.delta_net is None
+    is_kv_plain = section.kv_cache_dtype != "fp8" and config.latent_rank is None
+    is_capturable = is_kv_plain and config.delta_net is None and not config.has_predictor
     if args.device.type != "cuda" or section.enforce_eager or is_read or not is_capturable:
         return ()
-    return buckets_up_to(section.max_num_seqs)
+    return buckets_up_to(args.config.max_decode_rows)
 
 
 def graph_bytes(
@@ -89,9 +94,10 @@ def section_for_gpu(
         return section
     is_nccl = isinstance(transport, CollectiveTransport)
     num_peers = 0 if workers.mode == "local" else workers.num_expert_workers
+    steps = step_bytes(config, family.banks, section, args.config.speculation.max_draft_rows)
     budget = kv_budget(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
-        _reserves(args, family, step_bytes(config, family.banks, section), num_peers, is_nccl),
+        _reserves(args, family, steps, num_peers, is_nccl),
         utilization=section.gpu_memory_utilization,
         asked_bytes=section.kv_cache_bytes,
         block_bytes=block_bytes(section, config, dtype),

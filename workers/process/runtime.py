@@ -234,7 +234,10 @@ class WorkerRuntime(ABC):
         self._control = self._open_control()
         self._cleanup.callback(self._control.close)
         self.checkpoint = Checkpoint(
-            Path(self.config.model.path), self._reports.loading, self._quantize()
+            Path(self.config.model.path),
+            self._reports.loading,
+            self._quantize(),
+            has_predictor=self.config.speculation.has_predictor,
         )
         self.family = self.checkpoint.family
         self.dtype = resolve_dtype(self.config.model.dtype, self.family.config)

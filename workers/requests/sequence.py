@@ -191,12 +191,12 @@ class SequenceState:
         self,
         now: float,
         ending: Ending | None,
-        token: int | None = None,
-        logprob: TokenLogprob | None = None,
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
         class_logits: tuple[float, ...] = (),
         arrays: tuple[NamedArray, ...] = (),
     ) -> TokenOutput:
-        """What the client gets after a commit; ``output`` has the new token already, if any."""
+        """What the client gets after a commit; ``output`` has the new tokens already."""
         is_first = self.first_token is None
         if is_first:
             self.first_token = now
@@ -205,9 +205,9 @@ class SequenceState:
             request_id=self.request.request_id,
             attempt=self.request.attempt,
             choice=self.choice,
-            index=len(self.output) - (token is not None),
-            token_ids=() if token is None else (token,),
-            logprobs=() if logprob is None else (logprob,),
+            index=len(self.output) - len(tokens),
+            token_ids=tokens,
+            logprobs=logprobs,
             prompt_logprobs=tuple(self.prompt_logprobs) if has_scores else None,
             num_cached_tokens=self.num_cached_tokens if is_first else None,
             class_logits=class_logits,

@@ -55,12 +55,29 @@ class TokenCounts:
         self._tokens[place] = token
         self._in_output[place] += 1
 
-    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The tokens, each once, and how often each is in the output; not to be kept."""
+    def arrays(self, drafted: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The tokens, each once, and how often each is in the output; not to be kept.
+
+        ``drafted``: tokens that may follow it, and count too.
+        """
         for token in self._output[self._num_counted :]:
             self._count(token)
         self._num_counted = len(self._output)
-        return self._tokens[: len(self._place)], self._in_output[: len(self._place)]
+        tokens, in_output = self._tokens[: len(self._place)], self._in_output[: len(self._place)]
+        return self._with(drafted, tokens, in_output) if drafted else (tokens, in_output)
+
+    def _with(
+        self, drafted: Sequence[int], tokens: NDArray[np.int64], in_output: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Copies of the arrays, with more tokens."""
+        new = [token for token in dict.fromkeys(drafted) if token not in self._place]
+        place = self._place | dict(
+            zip(new, range(len(tokens), len(tokens) + len(new)), strict=True)
+        )
+        counts = np.concatenate([in_output, np.zeros(len(new), dtype=np.float32)])
+        for token in drafted:
+            counts[place[token]] += 1
+        return np.concatenate([tokens, np.array(new, dtype=np.int64)]), counts
 
 
 class BadWords:
@@ -102,6 +119,8 @@ class SamplingRow(Struct, frozen=True):
     banned_tokens: tuple[int, ...] = ()
     """Tokens that must not be drawn now (``min_tokens``, ``bad_words``)."""
     grammar: GrammarState | None = None
+    drafted: tuple[int, ...] = ()
+    """Tokens between the output and the new one, which is drawn as if they were accepted."""
 
     @property
     def is_greedy(self) -> bool:
@@ -146,16 +165,21 @@ class LogitsProcessors:
         self.grammar = grammar
         """State after the output; None without a grammar."""
 
-    def row(self) -> SamplingRow:
-        """How the sequence's next token is drawn."""
+    def rows(self, drafts: tuple[int, ...]) -> list[SamplingRow]:
+        """How the next token is drawn, and those behind each of ``drafts``; with no grammar."""
+        assert not drafts or self.grammar is None, "a grammar does not follow drafts"
+        return [self.row(drafts[:count]) for count in range(len(drafts) + 1)]
+
+    def row(self, drafted: tuple[int, ...] = ()) -> SamplingRow:
+        """How the token behind the output and ``drafted`` is drawn."""
         sequence = self._sequence
-        index = len(sequence.output)
-        banned = self._banned(index)
+        index = len(sequence.output) + len(drafted)
+        banned = self._banned(index, drafted)
         return SamplingRow(
-            sequence.params, sequence.choice, index, self._counts, banned, self.grammar
+            sequence.params, sequence.choice, index, self._counts, banned, self.grammar, drafted
         )
 
-    def _banned(self, index: int) -> tuple[int, ...]:
+    def _banned(self, index: int, drafted: tuple[int, ...]) -> tuple[int, ...]:
         params = self._sequence.params
         banned: tuple[int, ...] = ()
         if index < params.min_tokens:
@@ -163,7 +187,8 @@ class LogitsProcessors:
         if params.ignore_eos and self.grammar is not None:
             banned += self._eos  # only a grammar that is complete may end it
         if self._bad_words is not None:
-            banned += self._bad_words.banned(self._sequence.output)
+            output = self._sequence.output
+            banned += self._bad_words.banned([*output, *drafted] if drafted else output)
         return banned
 
 
@@ -189,7 +214,7 @@ def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     for number, row in enumerate(rows):
         if row.counts is None:
             continue
-        tokens, in_output = row.counts.arrays()
+        tokens, in_output = row.counts.arrays(row.drafted)
         params = row.params
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         column = np.empty((4, len(tokens)), dtype=np.float32)

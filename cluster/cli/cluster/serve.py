@@ -125,7 +125,13 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
             undo.callback(log.unlink, missing_ok=True)
             front = Front(log, environment, lambda http, grpc: _ready(args, plan, http, grpc))
             undo.callback(front.cancel)
-        check = CheckpointCheck(model.folder, environment, args.dry_run, config.model.quantize)
+        check = CheckpointCheck(
+            model.folder,
+            environment,
+            args.dry_run,
+            config.model.quantize,
+            config.speculation.has_predictor,
+        )
         undo.callback(check.cancel)
         progress.update("check")
         facts = check.result()

@@ -85,7 +85,7 @@ class Desk:
         return plan
 
     def commit(self, plan: StepPlan, token: int = 50) -> dict[SequenceState, FinishReason]:
-        drawn = {p.sequence: token for p in plan.rows if p.draws_token}
+        drawn = {p.sequence: (token,) for p in plan.rows if p.draws_token}
         endings = self.scheduler.commit(plan, drawn, ())
         self.scheduler.check_integrity()
         return {s: e.reason for s, e in endings.items()}
@@ -548,7 +548,9 @@ def test_random_life_ends_with_everything_done_and_free(seed: int) -> None:
             desk.scheduler.abandon(plan)
         else:
             drawn = {
-                p.sequence: 50 for p in plan.rows if p.draws_token and p.sequence.params.max_tokens
+                p.sequence: (50,)
+                for p in plan.rows
+                if p.draws_token and p.sequence.params.max_tokens
             }
             desk.scheduler.commit(plan, drawn, ())
         desk.scheduler.check_integrity()

@@ -96,7 +96,9 @@ class Desk:
     def commit(
         self, plan: StepPlan, token: int = 50, failed: tuple[SequenceState, ...] = ()
     ) -> None:
-        drawn = {p.sequence: token for p in plan.rows if p.draws_token and p.sequence not in failed}
+        drawn = {
+            p.sequence: (token,) for p in plan.rows if p.draws_token and p.sequence not in failed
+        }
         self.scheduler.commit(plan, drawn, failed)
         self.scheduler.check_integrity()
         for slot, tokens in self.contents.items():

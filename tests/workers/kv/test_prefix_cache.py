@@ -248,7 +248,7 @@ def test_random_life_on_few_prefixes_keeps_accounts(seed: int) -> None:
         else:
             failed = [p.sequence for p in plan.rows if rng.random() < 0.03]
             drawn = {
-                p.sequence: 50
+                p.sequence: (50,)
                 for p in plan.rows
                 if p.draws_token and p.sequence.params.max_tokens and p.sequence not in failed
             }

@@ -56,7 +56,7 @@ class Desk:
         for planned in plan.rows:
             rows[planned.sequence.request.tenant] += planned.count
         assert rows.total() == wanted.decode_rows + wanted.prefill_rows
-        self.scheduler.commit(plan, {p.sequence: 7 for p in plan.rows if p.draws_token}, ())
+        self.scheduler.commit(plan, {p.sequence: (7,) for p in plan.rows if p.draws_token}, ())
         self.scheduler.check_integrity()
         return rows
 

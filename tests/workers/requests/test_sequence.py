@@ -55,7 +55,7 @@ def test_times_are_noted_until_the_first_token_and_not_without_limit() -> None:
     assert sequence.prefills == sequence.preemptions == list(range(MAX_NOTED))
     sequence = make_sequence()
     sequence.note_dispatch(101.0)
-    sequence.take_output(102.0, None, token=20)
+    sequence.take_output(102.0, None, tokens=(20,))
     sequence.note_dispatch(103.0)
     assert sequence.prefills == [101.0]
 
@@ -64,12 +64,12 @@ def test_an_output_has_its_place_and_the_first_one_what_belongs_to_the_prompt() 
     sequence = make_sequence(SCORING, num_cached_tokens=2)
     logprob = TokenLogprob(token_id=20, logprob=-0.5, rank=1, top=())
     sequence.append(20)
-    first = sequence.take_output(102.0, None, token=20, logprob=logprob)
+    first = sequence.take_output(102.0, None, tokens=(20,), logprobs=(logprob,))
     assert (first.index, first.token_ids, first.logprobs) == (0, (20,), (logprob,))
     assert (first.num_cached_tokens, first.prompt_logprobs) == (2, (None,))
     assert first.timings is not None
     sequence.append(21)
-    second = sequence.take_output(103.0, None, token=21)
+    second = sequence.take_output(103.0, None, tokens=(21,))
     assert (second.index, second.token_ids, second.logprobs) == (1, (21,), ())
     assert (second.num_cached_tokens, second.prompt_logprobs, second.timings) == (None,) * 3
     last = sequence.take_output(104.0, Ending(reason=FinishReason.ABORT))
@@ -79,7 +79,7 @@ def test_an_output_has_its_place_and_the_first_one_what_belongs_to_the_prompt() 
 
 def test_only_a_request_that_asks_for_scores_gets_them() -> None:
     sequence = make_sequence()
-    assert sequence.take_output(102.0, None, token=20).prompt_logprobs is None
+    assert sequence.take_output(102.0, None, tokens=(20,)).prompt_logprobs is None
 
 
 def test_times_count_from_receipt() -> None:
@@ -87,8 +87,8 @@ def test_times_count_from_receipt() -> None:
     sequence.note_dispatch(101.0)
     sequence.note_dispatch(102.0)
     sequence.note_preemption(104.0)
-    sequence.take_output(103.0, None, token=20)
-    timings = sequence.take_output(108.0, Ending(reason=FinishReason.STOP), token=21).timings
+    sequence.take_output(103.0, None, tokens=(20,))
+    timings = sequence.take_output(108.0, Ending(reason=FinishReason.STOP), tokens=(21,)).timings
     assert timings is not None
     assert (timings.first_dispatch_s, timings.first_token_s, timings.finished_s) == (1.0, 3.0, 8.0)
     assert (timings.prefill_s, timings.preempted_s) == ((1.0, 2.0), (4.0,))

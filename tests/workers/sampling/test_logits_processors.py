@@ -42,11 +42,18 @@ def logits_of(seed: int, vocab_size: int = VOCAB) -> Tensor:
     return torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * 1.5
 
 
+def processors_of(
+    params: SamplingParams, output: tuple[int, ...] = OUTPUT, grammar: GrammarState | None = None
+) -> LogitsProcessors:
+    """Those of a sequence with ``PROMPT`` and an output."""
+    request = Request(request_id="r", prompt=PROMPT, params=params)
+    sequence = SequenceState(request, choice=0, arrival=0, deadline=0.0, output=list(output))
+    return LogitsProcessors(sequence, EOS, grammar)
+
+
 def row_of(params: SamplingParams, grammar: GrammarState | None = None) -> SamplingRow:
     """What the engine would draw the next token with, after ``PROMPT`` and ``OUTPUT``."""
-    request = Request(request_id="r", prompt=PROMPT, params=params)
-    sequence = SequenceState(request, choice=0, arrival=0, deadline=0.0, output=list(OUTPUT))
-    return LogitsProcessors(sequence, EOS, grammar).row()
+    return processors_of(params, grammar=grammar).row()
 
 
 def draws(logits: Tensor, row: SamplingRow) -> list[int]:
@@ -97,6 +104,19 @@ def test_draws_follow_the_reference(name: str) -> None:
     expected = penalized(logits.tolist(), params, PROMPT, OUTPUT)
     expected = masked(expected, params, OUTPUT, EOS)
     assert_drawn_from(draws(logits, row_of(params)), distribution(expected, params))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_behind_drafts_are_those_of_an_output_with_them(name: str) -> None:
+    params, drafts = CASES[name], (6, 8, 6, 0, 11)
+    rows = processors_of(params).rows(drafts)
+    logits = logits_of(3).expand(len(rows), -1)
+    found = apply_processors(logits, rows)
+    assert len(rows) == len(drafts) + 1
+    for count, values in enumerate(found):
+        alone = processors_of(params, (*OUTPUT, *drafts[:count])).row()
+        assert rows[count].index == alone.index
+        assert torch.equal(values, apply_processors(logits[:1], [alone])[0].float())
 
 
 @pytest.mark.parametrize("seed", range(20))

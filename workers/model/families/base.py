@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from cluster.core.errors import CheckpointError
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.config import (
     Activation,
@@ -20,6 +21,7 @@ from workers.model.config import (
     TensorPart,
 )
 from workers.model.families.parts import gated_expert, part
+from workers.model.families.predictor import Predictor, predictor_parts
 from workers.model.layers import (
     Attend,
     AttentionModel,
@@ -125,6 +127,16 @@ class Family(ABC):
     def make_layer(self, layer: int, loader: Loader) -> Layer:
         """A layer of the tensors that ``layer_parts`` names."""
 
+    def with_predictor(self) -> Family:
+        """The same with the layer that predicts the token after the next.
+
+        Raises ``CheckpointError`` where there is none, as in most families.
+        """
+        name = self.config.model_type
+        raise CheckpointError(
+            f"model_type {name} has no layer for speculative_method mtp that is supported"
+        )
+
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
@@ -139,6 +151,8 @@ class Family(ABC):
         yield from self._outer_parts().values()
         for layer in range(self.config.num_layers):
             yield from self.layer_parts(layer).values()
+        if self.config.has_predictor:
+            yield from self._predictor_parts().values()
 
     def attention_model(
         self,
@@ -172,7 +186,27 @@ class Family(ABC):
             rope=blocks.rope(config.rope, limit, dtype, device),
             windows=self.windows,
             kv_layer=config.kv_layers[0],
+            predictor=self._predictor(outer) if config.has_predictor else None,
         )
+
+    def _predictor(self, outer: Loader) -> Predictor:
+        config = self.config
+        loader = replace(outer, parts=self._predictor_parts())
+        names = ("token_norm", "state_norm", "predicted_norm")
+        eps = config.rms_norm_eps
+        norms = {name: loader.blocks.norm(loader.tensor(name), eps) for name in names}
+        return Predictor(
+            token_norm=norms["token_norm"],
+            state_norm=norms["state_norm"],
+            projection=loader.linear("projection"),
+            layer=self.make_layer(config.num_layers, loader),
+            norm=norms["predicted_norm"],
+        )
+
+    def _predictor_parts(self) -> dict[str, TensorPart]:
+        layer = self.config.num_layers
+        around = predictor_parts(self.config, f"{self.prefix}.layers.{layer}")
+        return {**self.layer_parts(layer), **around}
 
     def final_norm(self, outer: Loader) -> Norm:
         """The norm behind the layers."""

@@ -1,6 +1,7 @@
 """GLM-4.5 to 4.7: a sigmoid router in groups, a part of each head rotated, dense first layers.
 
-The layers behind the last one, which predict more tokens than the next one, are not loaded.
+Of the layers behind the last one, which predict more tokens than the next one, the first is loaded
+where that is asked for.
 
 Source: checkpoint layout and math as in transformers ``models/glm4_moe``.
 """
@@ -8,7 +9,7 @@ Source: checkpoint layout and math as in transformers ``models/glm4_moe``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from workers.model.config import ModelConfig, TensorPart
@@ -21,6 +22,7 @@ from workers.model.families.parts import (
     norm_parts,
     projection_parts,
 )
+from workers.model.families.predictor import predicting
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
 
 _DEFAULTS = Defaults(
@@ -68,6 +70,11 @@ class Glm4MoeFamily(Family):
     def __init__(self, config: ModelConfig, glm: Glm4MoeConfig) -> None:
         super().__init__(config, glm.experts.banks(config))
         self.glm = glm
+
+    def with_predictor(self) -> Glm4MoeFamily:
+        config = predicting(self.config)
+        experts = self.glm.experts.with_layer(config.num_layers)
+        return Glm4MoeFamily(config, replace(self.glm, experts=experts))
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
         """See ``Family``. gate, up and down: the dense MLP, or the shared experts."""

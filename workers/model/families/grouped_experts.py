@@ -8,7 +8,7 @@ section 2.2; as in dots.llm1 and GLM-4.5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -100,6 +100,10 @@ class GroupedExperts:
         )
         found._check()
         return found
+
+    def with_layer(self, layer: int) -> GroupedExperts:
+        """The same with experts in one more layer, behind the others."""
+        return replace(self, sparse_layers=(*self.sparse_layers, layer))
 
     def banks(self, config: ModelConfig) -> tuple[BankSpec, ...]:
         """One for each layer that is not dense."""

@@ -275,6 +275,12 @@ def sparse_layers(settings: Settings, num_layers: int) -> tuple[int, ...]:
     return found
 
 
+def _prediction_layers(settings: Settings) -> int:
+    """They matter to those who ask for a predictor only, so no number is refused."""
+    count = settings.raw.get("num_nextn_predict_layers")
+    return count if isinstance(count, int) and count > 0 else 0
+
+
 def model_config(
     settings: Settings,
     *,
@@ -331,5 +337,6 @@ def model_config(
         labels=settings.labels() if is_classifier else (),
         problem_type=settings.value("problem_type") if is_classifier else None,
         latent_rank=latent_rank,
+        num_prediction_layers=_prediction_layers(settings),
         ignored_keys=settings.check_rest(model_type),
     )

@@ -82,15 +82,21 @@ class Checkpoint:
     """An opened checkpoint: the parsed config and the header of each file, no tensor data."""
 
     def __init__(
-        self, path: Path | str, progress: Progress | None = None, quantize: Quantize = "none"
+        self,
+        path: Path | str,
+        progress: Progress | None = None,
+        quantize: Quantize = "none",
+        *,
+        has_predictor: bool = False,
     ) -> None:
-        """Read config and headers. ``quantize`` as in ``ModelSection``.
+        """Read config and headers. ``quantize`` as in ``ModelSection``; ``has_predictor``: see
+        ``Family.with_predictor``.
 
         Raises ``CheckpointError`` naming what is wrong, and ``ConfigError`` where the model cannot
         be quantized.
         """
         self.path = Path(path)
-        self.family = load_family(read_config(self.path))
+        self.family = _family(self.path, has_predictor)
         self.config = self.family.config
         self._stamps = {file: FileStamp.of(file) for file in _weight_files(self.path)}
         self.tensors, self.checkpoint_id = _read_headers(self.path, self._stamps)
@@ -382,13 +388,20 @@ class CheckpointSummary:
     """By bank, weights of one expert."""
 
 
-def check_checkpoint(path: Path | str, quantize: Quantize = "none") -> CheckpointSummary:
+def _family(path: Path, has_predictor: bool) -> Family:
+    family = load_family(read_config(path))
+    return family.with_predictor() if has_predictor else family
+
+
+def check_checkpoint(
+    path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
+) -> CheckpointSummary:
     """Read config and headers only, and check every tensor's presence, shape and dtype.
 
     Raises ``CheckpointError`` naming the first thing that is wrong, and ``ConfigError`` where the
     model cannot be quantized.
     """
-    checkpoint = Checkpoint(path, quantize=quantize)
+    checkpoint = Checkpoint(path, quantize=quantize, has_predictor=has_predictor)
     family = checkpoint.family
     return replace(
         _summary_of(family),
@@ -402,12 +415,14 @@ def check_checkpoint(path: Path | str, quantize: Quantize = "none") -> Checkpoin
     )
 
 
-def plan_checkpoint(path: Path | str, quantize: Quantize = "none") -> CheckpointSummary:
+def plan_checkpoint(
+    path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
+) -> CheckpointSummary:
     """The same numbers from ``config.json`` alone: nothing is on disk. Raises as the other.
 
     For plans of models without their weights.
     """
-    family = load_family(read_config(Path(path)))
+    family = _family(Path(path), has_predictor)
     form = rounded_form(quantize, family.banks)
     if quantize == "auto":
         form = stored_form(expert_products(family, ()), family.config.stored, {})

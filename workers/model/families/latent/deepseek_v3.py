@@ -1,6 +1,7 @@
 """DeepSeek-V3, R1 and Kimi K2: latent attention, a sigmoid router in groups, dense first layers.
 
-The layers behind the last one, which predict more tokens than the next one, are not loaded.
+Of the layers behind the last one, which predict more tokens than the next one, the first is loaded
+where that is asked for.
 
 Source: checkpoint layout and math as in transformers ``models/deepseek_v3``.
 """

@@ -8,6 +8,7 @@ from workers.model.families.decoder import DecoderLayer
 from workers.model.families.grouped_experts import GroupedExperts
 from workers.model.families.latent.attention import LatentAttention
 from workers.model.families.parts import norm_parts
+from workers.model.families.predictor import predicting
 from workers.model.half import AttentionHalf, AttentionShape
 
 
@@ -20,6 +21,10 @@ class LatentFamily(Family):
         super().__init__(config, experts.banks(config))
         self.attention = attention
         self.experts = experts
+
+    def with_predictor(self) -> LatentFamily:
+        config = predicting(self.config)
+        return LatentFamily(config, self.attention, self.experts.with_layer(config.num_layers))
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
         """See ``Family``. gate, up and down: the dense MLP, or the shared experts."""

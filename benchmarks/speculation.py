@@ -1,0 +1,269 @@
+"""What speculative decoding gains where a text repeats itself, and costs where nothing does.
+
+The local engine with drafts and without, both loaded in one process, alternating. The model is a
+random one whose attention outputs are zero: its next token follows from the last one alone, so
+greedy decoding goes along a chain of tokens. A prompt that has the chain already is copied, and one
+with other tokens here and there is copied with corrections, as an edited text is. Every step
+computes all that it would with other weights, attention included; tokens of the chain differ, and
+so do their experts. Where nothing repeats, tokens are drawn at temperature 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from msgspec import structs
+from safetensors.torch import load_file, save_file
+
+from benchmarks import random_checkpoint
+from benchmarks.quiet import CpuClock, wait_until_quiet
+from benchmarks.random_checkpoint import TINY, RandomModel
+from benchmarks.results import table
+from benchmarks.timing import decode_interval_of
+from cluster.config.cluster import EngineSection
+from cluster.config.speculation import SpeculationSection
+from tests.reference.local_engine import LocalEngine
+from workers.requests.request import Request, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+MODEL = RandomModel(hidden=2048, layers=4, heads=16, ffn=1024)
+"""Four layers of OLMoE-1B-7B in full width."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """What is generated."""
+
+    label: str
+    """In tables."""
+    batch: int = 1
+    """Requests at once."""
+    edited_one_in: int = 0
+    """One token in so many of the prompt is another than the one generated; 0: none is."""
+    repeats: bool = True
+    """The prompt has what is generated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is measured."""
+
+    texts: tuple[Text, ...] = (
+        Text(label="copy"),
+        Text(label="copy, 1 token in 16 edited", edited_one_in=16),
+        Text(label="copy, 1 token in 4 edited", edited_one_in=4),
+        Text(label="nothing repeats", repeats=False),
+        Text(label="copy", batch=4),
+        Text(label="copy, 1 token in 16 edited", batch=16, edited_one_in=16),
+        Text(label="nothing repeats", batch=16, repeats=False),
+    )
+    num_tokens: int = 128
+    """Tokens of a prompt, and as many new ones."""
+    repeats: int = 5
+    """Runs of each engine."""
+    num_threads: int | None = 2
+    """Compute threads; None leaves them as they are."""
+    patience_s: float = 5.0
+    """While others use the machine, longest wait before a run."""
+
+
+QUICK = Case(
+    texts=(Text(label="copy"), Text(label="nothing repeats", batch=2, repeats=False)),
+    num_tokens=12,
+    repeats=1,
+    num_threads=None,
+    patience_s=0.0,
+)
+"""Enough to see that everything runs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Numbers of one run."""
+
+    tokens_per_s: float
+    """While all requests decode."""
+    num_drafted: float = 0.0
+    """Tokens of drafts that were run."""
+    num_accepted: float = 0.0
+    """Those that were accepted."""
+    num_steps: float = 0.0
+    """Of prompts too."""
+    others_cores: float = 0.0
+    """CPU cores that other processes used meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Runs of one text, in turns."""
+
+    without: list[Run]
+    drafts: list[Run]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios within a repeat."""
+        pairs = zip(self.drafts, self.without, strict=True)
+        return statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
+
+
+def section(quick: bool) -> str:
+    """The section of ``RESULTS.md``."""
+    case, model = (QUICK, TINY) if quick else (Case(), MODEL)
+    with chain_model(model) as checkpoint:
+        found = measure(checkpoint, case)
+    return f"{_words(case, model)}\n\n{report(found)}"
+
+
+@contextmanager
+def chain_model(model: RandomModel) -> Iterator[Path]:
+    """A random checkpoint without outputs of attention, removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = random_checkpoint.write(model, Path(folder) / "checkpoint")
+        for shard in path.glob("*.safetensors"):
+            tensors = load_file(shard)
+            for name, tensor in tensors.items():
+                if name.endswith("o_proj.weight"):
+                    tensor.zero_()
+            save_file(tensors, shard, metadata={"format": "pt"})
+        yield path
+
+
+def measure(checkpoint: Path, case: Case) -> dict[Text, Pair]:
+    """Runs with drafts and without, of each text."""
+    sections = (SpeculationSection(), SpeculationSection(speculative_method="ngram"))
+    without, drafts = (
+        LocalEngine(
+            checkpoint,
+            dtype="bfloat16",
+            section=EngineSection(enable_prefix_caching=False),
+            speculation=section,
+            num_threads=case.num_threads,
+        )
+        for section in sections
+    )
+    found = {text: Pair([], []) for text in case.texts}
+    chains = chains_of(without, max(text.batch for text in case.texts), case.num_tokens)
+    numbers = itertools.count()
+    for text, pair in found.items():
+        for engine in (without, drafts):  # warm: it knows the times of its steps
+            run_once(engine, requests(chains, text, next(numbers)))
+        for _ in range(case.repeats):
+            asked = requests(chains, text, next(numbers))
+            for engine, runs in ((without, pair.without), (drafts, pair.drafts)):
+                wait_until_quiet(time.monotonic() + case.patience_s)
+                before = CpuClock.now()
+                run = run_once(engine, asked)
+                runs.append(replace(run, others_cores=before.others(CpuClock.now())))
+        logger.info("%s, batch %d: %.2f", text.label, text.batch, pair.ratio)
+    return found
+
+
+def requests(chains: Sequence[Sequence[int]], text: Text, number: int) -> list[Request]:
+    """Those of a run."""
+    length = len(chains[0])
+    greedy = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
+    found = []
+    for place, chain in enumerate(chains[: text.batch]):
+        prompt, params = [*chain, chain[0]], greedy
+        if text.edited_one_in:
+            for edited in range(text.edited_one_in // 2, length, text.edited_one_in):
+                prompt[edited] = 1
+        if not text.repeats:
+            params = structs.replace(greedy, temperature=1.0, seed=64 * number + place)
+        found.append(Request(request_id=f"{number}-{place}", prompt=tuple(prompt), params=params))
+    return found
+
+
+def chains_of(engine: LocalEngine, count: int, num_tokens: int) -> list[tuple[int, ...]]:
+    """So many chains of different tokens."""
+    params = SamplingParams(max_tokens=num_tokens - 1, temperature=0.0, ignore_eos=True)
+    found: list[tuple[int, ...]] = []
+    for begin in itertools.count(3, count):
+        firsts = range(begin, begin + count)
+        results = engine.generate([(first,) for first in firsts], params)
+        chains = [(f, *result.token_ids) for f, result in zip(firsts, results, strict=True)]
+        found += [chain for chain in chains if len(set(chain)) == num_tokens]
+        if len(found) >= count:
+            return found[:count]
+    raise AssertionError("unreachable")
+
+
+def run_once(engine: LocalEngine, asked: Sequence[Request]) -> Run:
+    """Serve requests together."""
+    before = engine.engine.stats()
+    for request in asked:
+        engine.add_request(request)
+    times: dict[str, list[float]] = {request.request_id: [] for request in asked}
+    begin = time.perf_counter()
+    while engine.engine.has_work:
+        outputs = engine.step()
+        now = time.perf_counter() - begin
+        for output in outputs:
+            times[output.request_id] += [now] * len(output.token_ids)
+    after = engine.engine.stats()
+
+    def grown(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    rate = decode_interval_of(list(times.values())).tokens_per_s
+    assert rate is not None, "something was decoded"
+    return Run(
+        tokens_per_s=rate,
+        num_drafted=grown("spec_decode_num_draft_tokens_total"),
+        num_accepted=grown("spec_decode_num_accepted_tokens_total"),
+        num_steps=grown("steps_total"),
+    )
+
+
+def report(found: dict[Text, Pair]) -> str:
+    """One row for each text."""
+    head = ["text", "batch", "without: tokens/s", "with: tokens/s", "with / without"]
+    head += ["drafted", "accepted", "steps / without", "others"]
+    rows = []
+    for text, pair in found.items():
+        drafted = sum(run.num_drafted for run in pair.drafts)
+        accepted = sum(run.num_accepted for run in pair.drafts)
+        steps = [sum(run.num_steps for run in runs) for runs in (pair.drafts, pair.without)]
+        others = statistics.median(run.others_cores for run in (*pair.without, *pair.drafts))
+        rows.append(
+            [
+                *(text.label, str(text.batch)),
+                *(
+                    f"{statistics.median(run.tokens_per_s for run in runs):.1f}"
+                    for runs in (pair.without, pair.drafts)
+                ),
+                *(f"{pair.ratio:.2f}", f"{drafted / len(pair.drafts):.0f}"),
+                f"{accepted / drafted:.0%}" if drafted else "",
+                *(f"{steps[0] / steps[1]:.2f}", f"{others:.1f}"),
+            ]
+        )
+    return table(head, rows)
+
+
+def _words(case: Case, model: RandomModel) -> str:
+    return (
+        "## Speculative decoding\n\nn-gram lookup with its defaults, in one process "
+        f"(`--mode local`). {model.layers} layers of a random OLMoE, bf16, hidden {model.hidden}, "
+        f"{model.experts} experts, ffn {model.ffn}, vocabulary {model.vocab}. Outputs of attention "
+        "are zero, so that a chain of different tokens is generated, and a prompt that has it is "
+        f"copied. Prompts and answers of {case.num_tokens} tokens; tokens/s while all requests "
+        f"decode. Medians of {case.repeats} runs; ratios are medians of the ratios within a run. "
+        "`drafted`: tokens of drafts in a run, `accepted`: their share that was right, `others`: "
+        "cores that other processes used meanwhile."
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.stdout.write(section(quick="--quick" in sys.argv[1:]) + "\n")

@@ -1,0 +1,179 @@
+"""Which guesses are run for a sequence, and what is learned from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from cluster.config.speculation import SpeculationSection
+from cluster.core.errors import ConfigError
+from workers.requests.request import Grammar, GrammarKind, Request, SamplingParams
+from workers.requests.sequence import SequenceState
+from workers.speculation.speculator import Speculator
+
+EOS = 2
+SECTION = SpeculationSection(speculative_method="ngram", num_speculative_tokens=4)
+LOOP = (11, 12, 13, 14, 15, 16) * 2
+
+
+def speculator_of(section: SpeculationSection = SECTION, max_len: int = 1000) -> Speculator:
+    speculator = Speculator(section, max_len, (EOS,))
+    for _ in range(20):  # rows are nearly free
+        for size in (1, 5):
+            speculator.observe_step(size, size, 1.0 + 0.01 * size)
+    speculator.plan_step(1)
+    return speculator
+
+
+def sequence_of(
+    prompt: Sequence[int] = LOOP,
+    params: SamplingParams | None = None,
+    output: Sequence[int] = (),
+) -> SequenceState:
+    request = Request(
+        request_id="r", prompt=tuple(prompt), params=params or SamplingParams(max_tokens=100)
+    )
+    return SequenceState(request, 0, 0, math.inf, output=list(output))
+
+
+def decode(speculator: Speculator, sequence: SequenceState, *tokens: int) -> tuple[int, ...]:
+    """A step that draws these tokens; returns the drafts that it had."""
+    drafts = speculator.draft(sequence)
+    sequence.output += tokens
+    speculator.commit(sequence, drafts, tokens)
+    return drafts
+
+
+def test_drafts_are_what_followed_before() -> None:
+    speculator, sequence = speculator_of(), sequence_of(output=(11, 12))
+    assert speculator.draft(sequence) == (13, 14, 15, 16)
+    assert speculator.draft(sequence) == (13, 14, 15, 16)
+    assert decode(speculator, sequence, 13, 14, 15, 16, 11) == (13, 14, 15, 16)
+    assert speculator.draft(sequence) == (12, 13, 14, 15)
+
+
+def test_counters_follow_what_was_accepted() -> None:
+    speculator, sequence = speculator_of(), sequence_of(output=(11, 12))
+    decode(speculator, sequence, 13, 14, 99)
+    stats = speculator.stats()
+    assert stats["spec_decode_num_drafts_total"] == 1
+    assert stats["spec_decode_num_draft_tokens_total"] == 4
+    assert stats["spec_decode_num_accepted_tokens_total"] == 2
+    name = "spec_decode_num_accepted_tokens_per_pos_total"
+    assert [stats[f'{name}{{position="{i}"}}'] for i in range(4)] == [1, 1, 0, 0]
+
+
+def test_wrong_guesses_switch_it_off_and_right_ones_on_again() -> None:
+    """Guesses that are not run are compared, too."""
+    speculator, sequence = speculator_of(), sequence_of(LOOP * 40, output=(11, 12))
+    for size in (1, 5) * 20:
+        speculator.observe_step(size, size, 1.0 + 0.5 * size)
+    speculator.plan_step(1)
+    while speculator.draft(sequence):
+        decode(speculator, sequence, 99)
+        sequence.output += (11, 12)
+    num_withheld = speculator.stats()["spec_decode_num_withheld_drafts_total"]
+    cycle = [13, 14, 15, 16, 11, 12]
+    for place in range(40):
+        if decode(speculator, sequence, cycle[place % 6]):
+            break
+    assert 0 < place < 30
+    assert speculator.stats()["spec_decode_num_withheld_drafts_total"] == num_withheld + place
+
+
+def test_dear_rows_are_not_used() -> None:
+    speculator, sequence = speculator_of(), sequence_of(output=(11, 12))
+    speculator.plan_step(32)
+    for size in (32, 36) * 50:
+        speculator.observe_step(size, size, 0.01 * size)
+    speculator.plan_step(32)
+    assert speculator.stats()["spec_decode_row_price"] > 0.8
+    assert speculator.draft(sequence) == ()
+
+
+@pytest.mark.parametrize(
+    ("params", "max_len", "expected"),
+    [
+        (SamplingParams(max_tokens=5), 1000, (13, 14)),
+        (SamplingParams(max_tokens=3), 1000, ()),
+        (SamplingParams(max_tokens=100), len(LOOP) + 5, (13, 14)),
+        (SamplingParams(max_tokens=100, stop_token_ids=(15,)), 1000, (13, 14)),
+    ],
+)
+def test_drafts_end_before_the_output_must(
+    params: SamplingParams, max_len: int, expected: tuple[int, ...]
+) -> None:
+    """So only the last token of a step may end an output."""
+    sequence = sequence_of(params=params, output=(11, 12))
+    assert speculator_of(max_len=max_len).draft(sequence) == expected
+
+
+def test_drafts_end_before_the_end_of_text() -> None:
+    sequence = sequence_of((11, 12, 13, EOS, 14), output=(11, 12))
+    assert speculator_of().draft(sequence) == (13,)
+
+
+def test_few_predictions_are_made_where_none_would_be_run() -> None:
+    section = SpeculationSection(speculative_method="mtp")
+    params = SamplingParams(max_tokens=500)
+    speculator, sequence = speculator_of(section), sequence_of(params=params, output=(11,))
+    for size in (1, 2) * 200:
+        speculator.observe_step(size, size, 1.0 * size)  # a row costs as much as a step
+    speculator.plan_step(1)
+    asked = 0
+    for _ in range(64):
+        if speculator.is_curious(sequence):
+            asked += 1
+            speculator.foretell(sequence, 12)
+        assert decode(speculator, sequence, 99) == ()
+    assert asked == 8
+    for size in (1, 2) * 200:
+        speculator.observe_step(size, size, 1.0)
+    speculator.plan_step(1)
+    for _ in range(64):
+        speculator.foretell(sequence, 12)
+        decode(speculator, sequence, 12)
+    assert speculator.is_curious(sequence)
+    speculator.foretell(sequence, 12)
+    assert speculator.draft(sequence) == (12,)
+
+
+def test_request_with_a_grammar_has_none(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    grammar = Grammar(kind=GrammarKind.REGEX, text="a*")
+    speculator = speculator_of()
+    for _ in range(2):
+        sequence = sequence_of(params=SamplingParams(grammar=grammar), output=(11, 12))
+        assert speculator.draft(sequence) == ()
+    assert caplog.messages == ["no speculative decoding for requests with a grammar"]
+
+
+def test_long_prompt_is_indexed_over_several_steps() -> None:
+    speculator = speculator_of(max_len=20_000)
+    sequence = sequence_of(tuple(range(10, 9010)) + LOOP, output=(11, 12))
+    found = []
+    for _ in range(4):
+        found.append(bool(speculator.draft(sequence)))
+        sequence.output += (13, 14, 15, 16, 11, 12)
+    assert found == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"speculative_method": "eagle"}, "speculative_method"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
+        ({"ngram_min": 0}, "ngram_min"),
+        ({"ngram_min": 4, "ngram_max": 3}, "ngram_max"),
+    ],
+)
+def test_bad_settings_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SpeculationSection(**fields)  # type: ignore[arg-type]
+
+
+def test_rows_of_drafts_are_none_without_a_method() -> None:
+    assert SpeculationSection().max_draft_rows == 0
+    assert SECTION.max_draft_rows == 4

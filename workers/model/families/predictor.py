@@ -1,0 +1,64 @@
+"""The layer behind the last one that predicts the token after the next (multi-token prediction).
+
+From the final hidden state of a position and the token that follows it, it computes another hidden
+state, of which the head makes logits of the token after that. It is a decoder layer with keys and
+values of its own, and its routed experts are one more bank. Embedding and head are the model's.
+
+Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.2; checkpoint layout of
+DeepSeek-V3 and GLM-4.5, whose copies of embedding and head are not read. The hidden state is taken
+behind the final norm, as in vLLM. Of several such layers the first is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import CheckpointError
+from workers.model.config import ModelConfig, TensorPart
+from workers.model.families.parts import part
+from workers.model.layers import Layer, LayerContext, LayerSteps, Linear, Norm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictor:
+    """See the module. A ``TokenPredictor``."""
+
+    token_norm: Norm
+    state_norm: Norm
+    projection: Linear
+    """[T, 2H] -> [T, H]: of the embedding, then the hidden state."""
+    layer: Layer
+    norm: Norm
+
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, cache: Tensor, context: LayerContext
+    ) -> LayerSteps:
+        """See ``TokenPredictor``."""
+        normed = self.token_norm(embedded), self.state_norm(hidden.clone())
+        joined = self.projection(torch.cat(normed, 1))
+        return self.norm((yield from self.layer.forward(joined, cache, context)))
+
+
+def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
+    """Tensors around its decoder layer, by short name; ``prefix`` is that of the layer."""
+    width = config.hidden_size
+    return {
+        "token_norm": part(f"{prefix}.enorm.weight", width),
+        "state_norm": part(f"{prefix}.hnorm.weight", width),
+        "projection": part(f"{prefix}.eh_proj.weight", width, 2 * width),
+        "predicted_norm": part(f"{prefix}.shared_head.norm.weight", width),
+    }
+
+
+def predicting(config: ModelConfig) -> ModelConfig:
+    """The numbers of a model with its predictor. Raises ``CheckpointError`` where there is none."""
+    if not config.num_prediction_layers:
+        raise CheckpointError(
+            "config.json: num_nextn_predict_layers must be at least 1 for speculative_method mtp: "
+            "the checkpoint has no layer that predicts further tokens"
+        )
+    ignored = tuple(key for key in config.ignored_keys if key != "num_nextn_predict_layers")
+    return replace(config, has_predictor=True, ignored_keys=ignored)

@@ -1,0 +1,187 @@
+"""Guesses for the sequences of one engine: which to run, and what became of them. Pure.
+
+A guess costs next to nothing to know, so it is compared with the token drawn also where it was not
+run: a sequence whose guesses did not pay gets rows again as soon as they would.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from cluster.config.speculation import SpeculationSection
+from workers.requests.request import Request
+from workers.requests.sequence import SequenceState
+from workers.speculation.acceptance import Acceptance
+from workers.speculation.ngram import NgramIndex
+from workers.speculation.step_cost import StepCosts
+
+logger = logging.getLogger(__name__)
+
+_INDEXED_AT_ONCE = 4096
+"""Tokens of a sequence that a step adds to its index, about a millisecond."""
+
+
+_COMPARED_ONE_IN = 8
+"""Of a prediction layer's guesses those that are made for a sequence whose guesses do not pay."""
+
+
+@dataclass(slots=True)
+class _Followed:
+    """What is known of a sequence."""
+
+    index: NgramIndex
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    guess: tuple[int, ...] = ()
+    """Next tokens after an output of ``guessed_after`` tokens."""
+    guessed_after: int = -1
+
+
+class Speculator:
+    """Belongs to the engine's thread; other threads may read ``stats``."""
+
+    def __init__(
+        self, section: SpeculationSection, max_model_len: int, eos_token_ids: Collection[int]
+    ) -> None:
+        self._section = section
+        self._max_model_len = max_model_len
+        self._eos = frozenset(eos_token_ids)
+        self._followed: dict[SequenceState, _Followed] = {}
+        self._costs = StepCosts()
+        self._num_sequences = 1
+        self._price = self._costs.of(1).price(1)
+        self._rows_elsewhere = 0
+        self._reported: set[str] = set()  # reasons why requests have no guesses
+        self._num_drafts = self._num_tokens = self._num_withheld = 0
+        self._accepted = [0] * section.num_speculative_tokens  # by place in the draft
+
+    def plan_step(self, num_sequences: int) -> None:
+        """The next step has decodes of so many sequences, one at least."""
+        self._num_sequences = count = num_sequences + self._rows_elsewhere
+        self._price = self._costs.of(count).price(count)
+
+    def draft(self, sequence: SequenceState) -> tuple[int, ...]:
+        """Tokens to run behind its newest one, as they are likely to follow; none if that does not
+        pay. The same until its output grows, or the next call of ``plan_step``.
+        """
+        followed = self._follow(sequence)
+        if followed is None or not followed.guess:
+            return ()
+        guess = followed.guess
+        return guess[: followed.acceptance.num_worth(self._price, len(guess))]
+
+    def commit(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
+        """A decode with these ``drafts`` gave ``tokens``; call it when the output has them."""
+        followed = self._followed.get(sequence)
+        if followed is None:
+            return
+        num_before = len(sequence.output) - len(tokens)
+        if drafts:
+            self._count(followed, len(drafts), len(tokens) - 1)
+        elif followed.guess and tokens and followed.guessed_after == num_before:
+            is_right = followed.guess[0] == tokens[0]
+            followed.acceptance.note(int(is_right), int(not is_right))
+            self._num_withheld += 1
+
+    def is_curious(self, sequence: SequenceState) -> bool:
+        """Whether it is worth the model's head to know what the model expects behind its output:
+        it would be run, or a few are compared in case that is about to change.
+        """
+        followed = self._find(sequence)
+        if followed is None:
+            return False
+        is_probe = len(sequence.output) % _COMPARED_ONE_IN == 0
+        return is_probe or followed.acceptance.num_worth(self._price, 1) > 0
+
+    def foretell(self, sequence: SequenceState, token: int) -> None:
+        """The model itself expects this token behind the output."""
+        followed = self._find(sequence)
+        if followed is not None:
+            followed.guess = self._cut(sequence, (token,))
+            followed.guessed_after = len(sequence.output)
+
+    def observe_step(self, num_rows: int, num_own: int, seconds: float) -> None:
+        """A step of decodes took so long: ``num_rows`` of all ranks, of which these are its own."""
+        self._rows_elsewhere = num_rows - num_own
+        self._costs.of(self._num_sequences).observe(num_rows, seconds)
+
+    def forget(self, sequence: SequenceState) -> None:
+        """The sequence has ended."""
+        self._followed.pop(sequence, None)
+
+    def stats(self) -> dict[str, float]:
+        """Counters and a gauge by metric name, without prefix."""
+        by_place = {
+            f'spec_decode_num_accepted_tokens_per_pos_total{{position="{place}"}}': float(count)
+            for place, count in enumerate(self._accepted)
+        }
+        return {
+            "spec_decode_num_drafts_total": float(self._num_drafts),
+            "spec_decode_num_draft_tokens_total": float(self._num_tokens),
+            "spec_decode_num_accepted_tokens_total": float(sum(self._accepted)),
+            **by_place,
+            "spec_decode_num_withheld_drafts_total": float(self._num_withheld),
+            "spec_decode_row_price": self._price,
+        }
+
+    def _count(self, followed: _Followed, num_drafted: int, num_accepted: int) -> None:
+        self._num_drafts += 1
+        self._num_tokens += num_drafted
+        for place in range(num_accepted):
+            self._accepted[place] += 1
+        followed.acceptance.note(num_accepted, int(num_accepted < num_drafted))
+
+    def _follow(self, sequence: SequenceState) -> _Followed | None:
+        """With a guess at what follows its output; None: its request has no guesses."""
+        followed = self._find(sequence)
+        if followed is not None and followed.guessed_after != len(sequence.output):
+            followed.guessed_after = len(sequence.output)
+            followed.guess = self._guess(sequence, followed.index)
+        return followed
+
+    def _find(self, sequence: SequenceState) -> _Followed | None:
+        followed = self._followed.get(sequence)
+        if followed is None:
+            reason = unsupported(sequence.request)
+            if reason:
+                self._report(reason)
+                return None
+            section = self._section
+            followed = _Followed(NgramIndex(section.ngram_min, section.ngram_max))
+            self._followed[sequence] = followed
+        return followed
+
+    def _guess(self, sequence: SequenceState, index: NgramIndex) -> tuple[int, ...]:
+        """By its n-grams, if those are used."""
+        if self._section.has_predictor:
+            return ()
+        first, last = len(index), sequence.num_tokens
+        index.extend(sequence.tokens(first, min(last, first + _INDEXED_AT_ONCE)))
+        if len(index) < last:
+            return ()
+        guess = index.guess(self._section.num_speculative_tokens)
+        return self._cut(sequence, guess) if guess else ()
+
+    def _cut(self, sequence: SequenceState, guess: tuple[int, ...]) -> tuple[int, ...]:
+        """Up to where the output must end."""
+        left = sequence.params.max_tokens - len(sequence.output)
+        left = min(left, self._max_model_len - sequence.num_tokens)
+        guess = guess[: max(left - 1, 0)]
+        ends = self._eos.union(sequence.params.stop_token_ids)
+        stop = next((place for place, token in enumerate(guess) if token in ends), None)
+        return guess[:stop]  # the output would end there: no row has to follow
+
+    def _report(self, reason: str) -> None:
+        if reason not in self._reported:
+            self._reported.add(reason)
+            logger.info("no speculative decoding for requests with %s", reason)
+
+
+def unsupported(request: Request) -> str:
+    """What of a request rules out guesses; empty for nothing."""
+    if request.params.grammar is not None:
+        return "a grammar"
+    if request.prompt_embeds is not None:
+        return "embeddings as a prompt"
+    return ""

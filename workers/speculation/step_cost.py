@@ -1,0 +1,75 @@
+"""What one more row costs a decode step, in tokens. Pure: times are passed in.
+
+The time of a step is taken for a straight line over its rows, a + b * rows, fitted to the latest
+steps. n sequences without guesses give n tokens in a + b * n seconds. A further row takes b
+seconds, in which they would have given b * n / (a + b * n) tokens: that is its price. A guess pays
+where its chance to be right is higher. So it pays with few sequences, where a step mostly reads
+weights, and ceases to pay where rows are what takes the time. No line fits few and many sequences
+at once, so there is one for each size of a batch: 1, 2, 3 .. 4, 5 .. 8 sequences and so on.
+
+The rows of all sequences are alike in this, so the rule raises the tokens a second of a whole
+batch, not only those of the sequence with guesses.
+"""
+
+from __future__ import annotations
+
+_MEMORY = 0.98
+"""Weight of earlier steps for each new one: about the last 50 count."""
+_FIRST_PRICE = 0.3
+"""What is assumed where no steps of different sizes are known. They are forgotten after a while, so
+rows that did not pay are tried again now and then."""
+_FIRST_WEIGHT = 8.0
+"""Of that assumption, in squares of rows: as much as eight steps with a row more than others have,
+or two with two more."""
+_LEAST_PRICE = 0.02
+_MOST_TIMES = 1.5
+"""Limit of a step's time in multiples of the expected one: one slow step is not a trend."""
+
+
+class StepCosts:
+    """The lines of one engine."""
+
+    def __init__(self) -> None:
+        self._by_size: dict[int, StepCost] = {}
+
+    def of(self, num_sequences: int) -> StepCost:
+        """That of steps with so many sequences."""
+        return self._by_size.setdefault(max(num_sequences - 1, 0).bit_length(), StepCost())
+
+
+class StepCost:
+    """One line, from sums over the steps, which decay."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._rows = self._seconds = 0.0
+        self._rows_rows = self._rows_seconds = 0.0
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """A step of ``num_rows`` decode rows of all ranks, and no others, took so long."""
+        if self._seconds:
+            begin, slope = self._line()
+            seconds = min(seconds, _MOST_TIMES * (begin + slope * num_rows))
+        self._weight = _MEMORY * self._weight + 1
+        self._rows = _MEMORY * self._rows + num_rows
+        self._seconds = _MEMORY * self._seconds + seconds
+        self._rows_rows = _MEMORY * self._rows_rows + num_rows * num_rows
+        self._rows_seconds = _MEMORY * self._rows_seconds + num_rows * seconds
+
+    def price(self, num_sequences: int) -> float:
+        """Tokens that a row more must give, with so many sequences (at least one): 0.02 to 1."""
+        if not self._seconds:
+            return _FIRST_PRICE
+        begin, slope = self._line()
+        price = slope * num_sequences / (begin + slope * num_sequences)
+        return min(max(price, _LEAST_PRICE), 1.0)
+
+    def _line(self) -> tuple[float, float]:
+        """Seconds of no row, and of each row; both at least 0."""
+        rows, seconds = self._rows / self._weight, self._seconds / self._weight
+        squares = max(self._rows_rows - self._rows * rows, 0.0)
+        products = self._rows_seconds - self._rows * seconds
+        first = _FIRST_PRICE * seconds / rows
+        slope = (products + _FIRST_WEIGHT * first) / (squares + _FIRST_WEIGHT)
+        slope = min(max(slope, 0.0), seconds / rows)
+        return seconds - slope * rows, slope
