@@ -31,18 +31,37 @@ class Matrix:
 
         The team computes nothing meanwhile.
         """
-        self._team = team
-        self.shape = (weight.shape[0], weight.shape[1])
+        packed = pack(team.library, weight, team=team)
+        self._hold(team, packed, (weight.shape[0], weight.shape[1]), weight.dtype, bias)
+
+    @classmethod
+    def of_panels(
+        cls, team: Team, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Matrix:
+        """The same of panels that are kept elsewhere, see ``panels.pack``."""
+        found = cls.__new__(cls)
+        found._hold(team, packed, shape, dtype, None)
+        return found
+
+    def _hold(
+        self,
+        team: Team,
+        packed: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: Tensor | None,
+    ) -> None:
+        self._team, self._packed = team, packed
+        self.shape = shape
         """[out, in]."""
-        self.dtype = weight.dtype
-        self._packed = pack(team.library, weight, team=team)
+        self.dtype = dtype
         self._bias = None if bias is None else bias.to(torch.float32, copy=True)
         self.fields = MatrixFields(
-            panels=self._packed.data_ptr(),
+            panels=packed.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
-            outputs=weight.shape[0],
-            inputs=weight.shape[1],
-            dtype=DTYPES.index(weight.dtype),
+            outputs=shape[0],
+            inputs=shape[1],
+            dtype=DTYPES.index(dtype),
         )
         """For C; valid as long as this matrix."""
 
