@@ -17,7 +17,8 @@ import torch
 
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import kv_vector_bytes
-from cluster.core.errors import RequestError
+from cluster.config.lora import LoraSection
+from cluster.core.errors import ModelNotFoundError, RequestError
 from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
 from workers.engine.choices import open_choices
 from workers.engine.deadlines import Deadlines
@@ -33,6 +34,7 @@ from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
 from workers.kv.state_slots import StateSlots
 from workers.kv.transfer.store import Fetch, KvTransferStore
+from workers.lora.loaded import LoadedAdapters
 from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
 from workers.metrics.traced_steps import TracedRequests
 from workers.model.compute_threads import ComputeThreads
@@ -72,6 +74,7 @@ class Engine:
         team: Team | None = None,
         clock: Callable[[], float] = time.monotonic,
         is_exact: bool = False,
+        lora: LoraSection | None = None,
     ) -> None:
         """Allocates the KV cache on the model's device. Raises ``ConfigError``.
 
@@ -125,8 +128,11 @@ class Engine:
         )
         self.kv_store = KvTransferStore(self.pool, self.cache, self.states)
         """Blocks that other workers fetch, and that are fetched from them."""
+        self.adapters = LoadedAdapters(model, lora or LoraSection())
+        """Those that requests may name."""
         self.runner = ModelRunner(
             model=model,
+            adapters=self.adapters,
             cache=self.cache,
             tables=self._scheduler.tables,
             banks=banks,
@@ -196,6 +202,8 @@ class Engine:
         when too much waits; then nothing has changed.
         """
         check_request(request, self._limits)
+        if request.adapter and request.adapter not in self.adapters:
+            raise ModelNotFoundError("the adapter of the request is not loaded any more")
         if self._limits.is_classifier and request.inspection is None:
             request, whole = pooled(request, self._pad), request
             hashes = hashes if request is whole else ()
@@ -225,6 +233,16 @@ class Engine:
             if not choices or sequence.choice in choices:
                 self._scheduler.remove(sequence)
                 self._forget(sequence, FinishReason.ABORT)
+
+    def drop_adapter(self, key: str) -> None:
+        """Forget an adapter; requests that still have it fail."""
+        failure = Failure("the adapter of the request was unloaded", "model_not_found", "model")
+        for sequences in tuple(self._requests.values()):
+            for sequence in tuple(sequences):
+                if sequence.request.adapter == key:
+                    self._scheduler.remove(sequence)
+                    self._fail(sequence, failure, self._clock())
+        self.adapters.remove(key)
 
     def has_request(self, request_id: str) -> bool:
         """Whether a choice of this request waits or runs."""
