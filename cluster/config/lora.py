@@ -18,7 +18,7 @@ class LoraSection:
     """Low-rank adapters (LoRA) of the model."""
 
     lora_modules: tuple[str, ...] = ()
-    """Adapters to load at the start: NAME=FOLDER, with blanks or commas between them."""
+    """Adapters to load at the start, several with commas or as words of their own."""
     max_loras: int = 8
     """Adapters that may be loaded at once; 0 loads none."""
     max_lora_rank: int = 64

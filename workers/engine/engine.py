@@ -9,6 +9,7 @@ blocks.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -141,6 +142,8 @@ class Engine:
         )
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
+        self._adapter_uses: Counter[str] = Counter()
+        """Requests by adapter."""
         self._deadlines = Deadlines()
         self._step_sampler = StepSampler(config, banks, model.head, is_exact, team)
         self._isolation = Isolation()
@@ -214,6 +217,7 @@ class Engine:
         next(iter(grammars)).block_hashes += hashes  # other choices have them from the first
         self.abort(request.request_id)
         self._requests[request.request_id] = list(grammars)
+        self._adapter_uses[request.adapter] += 1
         self._isolation.enter(request.request_id, request.num_deaths)
         self._traced.enter(request)
         self._num_received += 1
@@ -243,6 +247,16 @@ class Engine:
                     self._scheduler.remove(sequence)
                     self._fail(sequence, failure, self._clock())
         self.adapters.remove(key)
+
+    @property
+    def adapters_in_use(self) -> tuple[str, ...]:
+        """Keys of those that requests have. Any thread may ask."""
+        return tuple(key for key in tuple(self._adapter_uses) if key)
+
+    def _stop_using(self, adapter: str) -> None:
+        self._adapter_uses[adapter] -= 1
+        if not self._adapter_uses[adapter]:
+            del self._adapter_uses[adapter]
 
     def has_request(self, request_id: str) -> bool:
         """Whether a choice of this request waits or runs."""
@@ -460,6 +474,7 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._requests[request_id]
+            self._stop_using(sequence.request.adapter)
             self._traced.forget(request_id)
             self._isolation.forget(request_id)
             self.resume(request_id)

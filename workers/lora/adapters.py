@@ -9,14 +9,13 @@ building blocks: where rows do not depend on each other to the last bit, adapted
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cluster.core.errors import CheckpointError, ConfigError
-from workers.lora.catalog import Target, targets_of
 from workers.lora.folder import AdapterFolder, ModuleMatrices
 from workers.model.host_copies import to_device
 from workers.model.layers import AttentionModel, LayerProduct, Linear, Mlp
@@ -53,83 +52,86 @@ class Adapter:
     """Of its matrices."""
 
 
-class AdapterMaker:
-    """Makes adapters for one model."""
+@dataclass(frozen=True, slots=True)
+class JoinedMatrices:
+    """What an adapter adds to a product, before the product is made."""
 
-    def __init__(self, model: AttentionModel) -> None:
-        self._model = model
-        self.targets: Mapping[str, Target] = targets_of(model.products)
-        """Modules that adapters may change."""
+    product: Linear | Mlp
+    is_down: bool
+    """Of an MLP, to its second product."""
+    down: Tensor
+    """[ranks, in]."""
+    up: Tensor
+    """[out, ranks], with the scale."""
 
-    def num_bytes(self, folder: AdapterFolder) -> int:
-        """What ``make`` takes, but for what it needs meanwhile."""
-        size = self._model.dtype.itemsize
-        by_product = _by_product(folder)
-        return sum(_num_values(own) * size for own in by_product.values())
-
-    def make(self, folder: AdapterFolder) -> Adapter:
-        """Raises ``CheckpointError``."""
-        linears: dict[Linear, Delta] = {}
-        mlps: dict[Mlp, MlpDelta] = {}
-        try:
-            for (_, stage), own in _by_product(folder).items():
-                product = own[0].target.product
-                delta = self._delta(product, stage, own)
-                if isinstance(product.product, Linear):
-                    linears[product.product] = delta
-                    continue
-                known = mlps.get(product.product, MlpDelta(None, None))
-                is_down = stage == _DOWN
-                mlps[product.product] = MlpDelta(
-                    known.gate_up if is_down else delta, delta if is_down else known.down
-                )
-        except ConfigError as err:  # products here that could not be exact
-            raise CheckpointError(str(err)) from err
-        return Adapter(linears, mlps, self.num_bytes(folder))
-
-    def _delta(self, product: LayerProduct, stage: str, own: Sequence[ModuleMatrices]) -> Delta:
-        dtype, device = self._model.dtype, self._model.device
-        names = [n for n in product.parts if _stage(product, n) == stage]
-        rows = [product.parts[n].shape[0] for n in names]
-        ranks = [len(m.down) for m in own]
-        up = torch.zeros(sum(rows), sum(ranks))
-        for place, matrices in enumerate(own):
-            index, column = names.index(matrices.target.name), sum(ranks[:place])
-            first = sum(rows[:index])
-            scaled = matrices.up.float() * matrices.scale
-            up[first : first + rows[index], column : column + ranks[place]] = scaled
-        if product.order is not None:
-            up = up.index_select(0, product.order.cpu())
-        down = torch.cat([m.down.float() for m in own])
-        make = self._model.linear
-        return Delta(make(down.to(device, dtype)), make(up.to(device, dtype)))
+    @property
+    def num_bytes(self) -> int:
+        return self.down.nbytes + self.up.nbytes
 
 
-_DOWN, _ONLY = "down", "all"
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """A checked adapter, in memory on the CPU."""
+
+    digest: str
+    """Of its folder."""
+    matrices: tuple[JoinedMatrices, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(own.num_bytes for own in self.matrices)
 
 
-def _stage(product: LayerProduct, name: str) -> str:
-    """Which of the two products of an MLP a matrix is in; a linear product has one."""
-    if isinstance(product.product, Linear):
-        return _ONLY
-    return _DOWN if name == _DOWN else "gate_up"
-
-
-def _by_product(folder: AdapterFolder) -> dict[tuple[int, str], list[ModuleMatrices]]:
-    """The matrices of each product, in the order of the model."""
-    found: dict[tuple[int, str], list[ModuleMatrices]] = {}
+def prepare(folder: AdapterFolder, dtype: torch.dtype) -> PreparedAdapter:
+    """Join the matrices of each product."""
+    by_product: dict[tuple[int, bool], list[ModuleMatrices]] = {}
     for matrices in folder.modules:
-        product = matrices.target.product
-        key = id(product), _stage(product, matrices.target.name)
-        found.setdefault(key, []).append(matrices)
-    return found
+        target = matrices.target
+        key = id(target.product), _is_down(target.product, target.name)
+        by_product.setdefault(key, []).append(matrices)
+    return PreparedAdapter(folder.digest, tuple(_join(own, dtype) for own in by_product.values()))
 
 
-def _num_values(own: Sequence[ModuleMatrices]) -> int:
-    product, name = own[0].target.product, own[0].target.name
-    stage, rank = _stage(product, name), sum(len(m.down) for m in own)
-    rows = sum(p.shape[0] for n, p in product.parts.items() if _stage(product, n) == stage)
-    return rank * (rows + own[0].down.shape[1])
+def _is_down(product: LayerProduct, name: str) -> bool:
+    return name == "down" and not isinstance(product.product, Linear)
+
+
+def _join(own: Sequence[ModuleMatrices], dtype: torch.dtype) -> JoinedMatrices:
+    product = own[0].target.product
+    is_down = _is_down(product, own[0].target.name)
+    names = [n for n in product.parts if _is_down(product, n) is is_down]
+    rows = [product.parts[n].shape[0] for n in names]
+    up = torch.zeros(sum(rows), sum(len(m.down) for m in own))
+    column = 0
+    for matrices in own:
+        place, rank = names.index(matrices.target.name), len(matrices.down)
+        first = sum(rows[:place])
+        scaled = matrices.up.float() * matrices.scale
+        up[first : first + rows[place], column : column + rank] = scaled
+        column += rank
+    if product.order is not None:
+        up = up.index_select(0, product.order.cpu())
+    down = torch.cat([m.down.float() for m in own])
+    return JoinedMatrices(product.product, is_down, down.to(dtype), up.to(dtype))
+
+
+def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, None, Adapter]:
+    """Make the products, with a pause after each. Raises ``CheckpointError``."""
+    linears: dict[Linear, Delta] = {}
+    mlps: dict[Mlp, MlpDelta] = {}
+    for own in prepared.matrices:
+        try:
+            down, up = (model.linear(m.to(model.device)) for m in (own.down, own.up))
+        except ConfigError as err:  # such products could not be exact here
+            raise CheckpointError(str(err)) from err
+        if isinstance(own.product, Linear):
+            linears[own.product] = Delta(down, up)
+        else:
+            known = mlps.get(own.product, MlpDelta(None, None))
+            place = "down" if own.is_down else "gate_up"
+            mlps[own.product] = replace(known, **{place: Delta(down, up)})
+        yield
+    return Adapter(linears, mlps, prepared.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)

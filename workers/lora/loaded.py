@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
 
 from cluster.config.lora import LoraSection
 from cluster.core.errors import CheckpointError
-from workers.lora.adapters import Adapter, AdapterMaker, BatchAdapters
-from workers.lora.folder import AdapterFolder, read_folder
+from workers.lora.adapters import Adapter, BatchAdapters, PreparedAdapter, make, prepare
+from workers.lora.catalog import targets_of
+from workers.lora.folder import read_folder
 from workers.model.layers import AttentionModel
 
 
@@ -18,45 +19,38 @@ class LoadedAdapters:
     """Adapters of one model. All methods but ``read`` belong to the engine's thread."""
 
     def __init__(self, model: AttentionModel, section: LoraSection) -> None:
-        self._maker = AdapterMaker(model)
-        self._device = model.device
+        self._model = model
+        self._targets = targets_of(model.products)
         self._section = section
         self._adapters: dict[str, Adapter] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._adapters
 
-    def __len__(self) -> int:
-        return len(self._adapters)
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Any thread may ask."""
+        return tuple(self._adapters)
 
     @property
     def num_bytes(self) -> int:
-        """Of the matrices of all adapters."""
+        """Of the matrices of all adapters. Any thread may ask."""
         return sum(adapter.num_bytes for adapter in tuple(self._adapters.values()))
 
-    def read(self, path: Path) -> AdapterFolder:
+    def read(self, path: Path) -> PreparedAdapter:
         """Check and read a folder. Any thread; raises ``CheckpointError``."""
-        return read_folder(path, self._maker.targets, self._section.max_lora_rank)
+        found = read_folder(path, self._targets, self._section.max_lora_rank)
+        return prepare(found, self._model.dtype)
 
-    @torch.inference_mode()
-    def put(self, key: str, folder: AdapterFolder) -> None:
+    def put(self, key: str, prepared: PreparedAdapter) -> None:
         """Make an adapter ready for rows. Raises ``CheckpointError`` where there is no room."""
-        if key in self._adapters:
-            return
-        limit = self._section.max_loras
-        if len(self._adapters) >= limit:
-            raise CheckpointError(
-                f"{limit} adapters are loaded, at most {limit} (max_loras) may be"
-            )
-        needed = self._maker.num_bytes(folder)
-        if self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
-            if 2 * needed > free:  # it is copied once
-                raise CheckpointError(
-                    f"the adapter needs {2 * needed} bytes of the GPU while it is loaded, and "
-                    f"{free} are free"
-                )
-        self._adapters[key] = self._maker.make(folder)
+        for _ in self.build(key, prepared):
+            pass
+
+    def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
+        """``put`` in steps, none of which takes long."""
+        self._check_room(prepared)
+        self._adapters[key] = yield from make(prepared, self._model)
 
     def remove(self, key: str) -> None:
         """Give an adapter's memory back, if it is loaded."""
@@ -70,4 +64,18 @@ class LoadedAdapters:
         if not any(key for key, _ in owners):
             return None
         found = [(self._adapters[key] if key else None, count) for key, count in owners]
-        return BatchAdapters(found, self._device)
+        return BatchAdapters(found, self._model.device)
+
+    def _check_room(self, prepared: PreparedAdapter) -> None:
+        limit = self._section.max_loras
+        if len(self._adapters) >= limit:
+            raise CheckpointError(
+                f"{limit} adapters are loaded, at most {limit} (max_loras) may be"
+            )
+        if self._model.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._model.device)
+            needed = prepared.num_bytes
+            if needed > free:
+                raise CheckpointError(
+                    f"the adapter needs {needed} bytes of the GPU, and {free} are free"
+                )
