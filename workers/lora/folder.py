@@ -1,31 +1,34 @@
 """Adapters in folders, as PEFT writes them: ``adapter_config.json`` and safetensors.
 
-The header of the file is checked against the model before any number is read.
+The header of the file is checked against the model before the rest is read, and of that no more
+than the header names.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
+from cluster.core.codec import Count, Message
 from cluster.core.errors import CheckpointError
 from workers.lora.catalog import Target, why_not
 from workers.lora.settings import AdapterSettings, read_settings
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_DTYPES = ("F32", "BF16", "F16")
-_MAX_SPARE_BYTES = 16 * 1024 * 1024
-"""Header of a file, and room between its tensors."""
-_PIECE_BYTES = 1024 * 1024
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,20 @@ class AdapterFolder:
     """Hash of both files: 32 hex digits."""
 
 
+class _Entry(Message, frozen=True, kw_only=True):
+    """A tensor in the header of a file."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[int, int]
+    """Checked by the library."""
+
+
+_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ENTRY = msgspec.json.Decoder(_Entry)
+_METADATA = "__metadata__"
+
+
 def read_folder(path: Path, targets: Mapping[str, Target], max_rank: int) -> AdapterFolder:
     """Check and read a folder. Raises ``CheckpointError`` naming what is wrong.
 
@@ -63,53 +80,67 @@ def read_folder(path: Path, targets: Mapping[str, Target], max_rank: int) -> Ada
     if not file.is_file():
         raise CheckpointError(f"{path.name}: there is no {WEIGHTS_FILE} in the folder")
     try:
-        with safe_open(file, framework="pt") as reader:
-            shapes = dict(_shapes(reader))
-            found = _checked(shapes, settings, targets, max_rank)
-            num_bytes = file.stat().st_size
-            _check_size(num_bytes, shapes)
-            digest = _digest(config, file)
-            modules = tuple(
-                ModuleMatrices(
-                    target,
-                    reader.get_tensor(names["A"]).clone(),
-                    reader.get_tensor(names["B"]).clone(),
-                    settings.scale_of(module),
-                )
-                for module, (target, names) in found.items()
-            )
+        with file.open("rb") as opened:
+            header, entries = _read_header(opened)
+            found = _checked(entries, settings, targets, max_rank)
+            num_bytes = sum(_num_bytes(entry) for entry in entries.values())
+            data = header + opened.read(num_bytes + 1)  # as it is now: it may be replaced meanwhile
+        stored = {name: tensor["data"] for name, tensor in deserialize(data)}
     except SafetensorError as err:
-        raise CheckpointError(
-            f"{WEIGHTS_FILE} is truncated, damaged, or not a safetensors file: {err}"
-        ) from err
+        raise _damaged(str(err)) from err
     except OSError as err:
         raise CheckpointError(f"{WEIGHTS_FILE} cannot be read: {err.strerror}") from err
+
+    def tensor(name: str) -> Tensor:
+        entry = entries[name]
+        kind = _DTYPES[entry.dtype]
+        return torch.frombuffer(bytearray(stored[name]), dtype=kind).view(entry.shape)
+
+    modules = tuple(
+        ModuleMatrices(target, tensor(names["A"]), tensor(names["B"]), settings.scale_of(module))
+        for module, (target, names) in found.items()
+    )
     for matrices in modules:
         _check_finite(matrices)
-    return AdapterFolder(modules, max(len(m.down) for m in modules), digest)
+    digest = hashlib.blake2b(config, digest_size=16)
+    digest.update(data)
+    return AdapterFolder(modules, max(len(m.down) for m in modules), digest.hexdigest())
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    dtype: str
-    shape: tuple[int, ...]
+def _read_header(opened: BinaryIO) -> tuple[bytes, dict[str, _Entry]]:
+    """The bytes of the header with its length, and the tensors in it."""
+    length = opened.read(_LENGTH_BYTES)
+    num_bytes = int.from_bytes(length, "little")
+    if len(length) < _LENGTH_BYTES or num_bytes > _MAX_HEADER_BYTES:
+        raise _damaged(f"its header has {num_bytes} bytes, at most {_MAX_HEADER_BYTES} may be")
+    text = opened.read(num_bytes)
+    try:
+        known = _HEADER.decode(text)
+        entries = {name: _ENTRY.decode(raw) for name, raw in known.items() if name != _METADATA}
+    except (msgspec.MsgspecError, ValueError, RecursionError) as err:
+        raise _damaged(str(err)) from err
+    return length + text, entries
 
 
-def _shapes(reader: Any) -> Iterator[tuple[str, _Shape]]:
-    for name in reader.keys():  # noqa: SIM118
-        part = reader.get_slice(name)
-        yield name, _Shape(part.get_dtype(), tuple(part.get_shape()))
+def _num_bytes(entry: _Entry) -> int:
+    return _DTYPES[entry.dtype].itemsize * math.prod(entry.shape)
+
+
+def _damaged(reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{WEIGHTS_FILE} is truncated, damaged, or not a safetensors file: {reason}"
+    )
 
 
 def _checked(
-    shapes: Mapping[str, _Shape],
+    entries: Mapping[str, _Entry],
     settings: AdapterSettings,
     targets: Mapping[str, Target],
     max_rank: int,
 ) -> dict[str, tuple[Target, dict[str, str]]]:
     """By module in the order of the model, the names of its two tensors."""
     by_module: dict[str, dict[str, str]] = {}
-    for name, found in shapes.items():
+    for name, found in entries.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
@@ -131,7 +162,7 @@ def _checked(
             raise CheckpointError(f"{module} has tensors, and is not among target_modules")
         if missing := {"A", "B"} - names.keys():
             raise CheckpointError(f"{module} has no tensor lora_{missing.pop()}.weight")
-        _check_shapes(module, names, shapes, settings, targets[module], max_rank)
+        _check_shapes(module, names, entries, settings, targets[module], max_rank)
     return {m: (target, by_module[m]) for m, target in targets.items() if m in by_module}
 
 
@@ -149,7 +180,7 @@ def _reason(name: str) -> str:
 def _check_shapes(
     module: str,
     names: Mapping[str, str],
-    shapes: Mapping[str, _Shape],
+    entries: Mapping[str, _Entry],
     settings: AdapterSettings,
     target: Target,
     max_rank: int,
@@ -159,28 +190,12 @@ def _check_shapes(
         raise CheckpointError(f"{module}: rank {rank} must not exceed max_lora_rank ({max_rank})")
     out, width = target.part.shape
     for side, expected in (("A", (rank, width)), ("B", (out, rank))):
-        shape = shapes[names[side]].shape
+        shape = entries[names[side]].shape
         if shape != expected:
             raise CheckpointError(
                 f"tensor {names[side]} has shape {list(shape)}, the model and rank {rank} ask for "
                 f"{list(expected)}"
             )
-
-
-def _check_size(num_bytes: int, shapes: Mapping[str, _Shape]) -> None:
-    """A file is hashed whole: what it has beside the tensors is bounded."""
-    widths = {"F32": 4, "BF16": 2, "F16": 2}
-    needed = sum(widths[s.dtype] * torch.Size(s.shape).numel() for s in shapes.values())
-    if num_bytes > needed + _MAX_SPARE_BYTES:
-        raise CheckpointError(f"{WEIGHTS_FILE} has {num_bytes} bytes, its tensors have {needed}")
-
-
-def _digest(config: bytes, file: Path) -> str:
-    digest = hashlib.blake2b(config, digest_size=16)
-    with file.open("rb") as data:
-        while piece := data.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _check_finite(matrices: ModuleMatrices) -> None:

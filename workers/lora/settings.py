@@ -102,11 +102,11 @@ class AdapterSettings:
 def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
     """The settings of a folder, and the bytes they were read from. Raises ``CheckpointError``."""
     file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder.name}: there is no {CONFIG_FILE} in the folder")
     try:
         with file.open("rb") as opened:
             data = opened.read(_MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError as err:
-        raise CheckpointError(f"{folder.name}: there is no {CONFIG_FILE} in the folder") from err
     except OSError as err:
         raise CheckpointError(f"{CONFIG_FILE} cannot be read: {err.strerror}") from err
     if len(data) > _MAX_CONFIG_BYTES:

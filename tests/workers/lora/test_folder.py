@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,9 +118,40 @@ def test_pickles_are_never_opened(tiny_checkpoint: Path, tmp_path: Path) -> None
         read(tiny_checkpoint, folder)
     with pytest.raises(CheckpointError, match="no such folder"):
         read(tiny_checkpoint, tmp_path / "missing")
-    (folder / "adapter_model.safetensors").write_bytes(b"12345678" * 10)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: b"12345678" * 10,
+        lambda data: b"",
+        lambda data: data[:-1],
+        lambda data: data + b"x",
+        lambda data: data[:8] + b"[" * (len(data) - 8),
+        lambda data: (1 << 40).to_bytes(8, "little") + data[8:],
+        lambda data: data.replace(b'"shape":[4,32]', b'"shape":[4,-1]'),
+        lambda data: data.replace(b'"data_offsets":[0', b'"data_offsets":[9'),
+    ],
+    ids=["text", "empty", "short", "long", "deep", "length", "negative", "offsets"],
+)
+def test_damaged_files(
+    tiny_checkpoint: Path, tmp_path: Path, spoil: Callable[[bytes], bytes]
+) -> None:
+    file = write(tmp_path / "a", GOOD) / "adapter_model.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(spoil(good))
+    assert file.read_bytes() != good
     with pytest.raises(CheckpointError, match="truncated, damaged, or not a safetensors"):
-        read(tiny_checkpoint, folder)
+        read(tiny_checkpoint, file.parent)
+
+
+def test_what_is_no_file_is_not_opened(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", GOOD)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(CheckpointError, match=f"there is no {name}"):
+            read(tiny_checkpoint, folder)
 
 
 @pytest.mark.parametrize("variant", ["jetmoe-tied", "deepseekv3-base", "qwen3next-base"])
