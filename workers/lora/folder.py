@@ -85,7 +85,7 @@ def read_folder(path: Path, targets: Mapping[str, Target], max_rank: int) -> Ada
             found = _checked(entries, settings, targets, max_rank)
             num_bytes = sum(_num_bytes(entry) for entry in entries.values())
             data = header + opened.read(num_bytes + 1)  # as it is now: it may be replaced meanwhile
-        stored = {name: tensor["data"] for name, tensor in deserialize(data)}
+        stored = {name: tensor["data"] for name, tensor in deserialize(data)}  # type: ignore[no-untyped-call]
     except SafetensorError as err:
         raise _damaged(str(err)) from err
     except OSError as err:
