@@ -62,10 +62,10 @@ def load(engine: LocalEngine, key: str, adapter: RandomAdapter, folder: Path) ->
     adapters.put(key, adapters.read(adapter.write(folder)))
 
 
-def make(path: Path, kernels: Kernels = "auto", **section: object) -> LocalEngine:
-    settings = EngineSection(max_num_batched_tokens=64, **section)  # type: ignore[arg-type]
+def make(path: Path, kernels: Kernels = "auto", dtype: str = "float32") -> LocalEngine:
+    section = EngineSection(max_num_batched_tokens=64)
     return LocalEngine(
-        path, dtype="float32", max_model_len=MAX_MODEL_LEN, kernels=kernels, section=settings
+        path, dtype=dtype, max_model_len=MAX_MODEL_LEN, kernels=kernels, section=section
     )
 
 
@@ -102,3 +102,26 @@ def test_equals_merged_weights(
     for place in (0, 4):
         assert found[place].token_ids == plain[place].token_ids
     engine.engine.check_integrity()
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_bfloat16_is_as_near_as_merged_weights_are(
+    golden: Callable[[str], Golden], kernels: Kernels, tmp_path: Path
+) -> None:
+    """To float32 with merged weights: both round, each in its way."""
+    expected = golden("dots1-groups")
+    adapter = random_adapter(target_shapes(expected.path), 1)
+    merged = write_merged(expected.path, adapter, tmp_path / "merged")
+    prompts = [tuple(prompt) for prompt in expected.prompts[1:7]]
+    engine = make(expected.path, kernels, "bfloat16")
+    load(engine, "a", adapter, tmp_path / "a")
+
+    def prompt_scores(served: LocalEngine, key: str) -> torch.Tensor:
+        found = serve(served, prompts, [key] * 6)
+        pairs = zip(found, prompts, strict=True)
+        return torch.cat([scores(own)[: len(prompt) - 1] for own, prompt in pairs])
+
+    exact = prompt_scores(make(merged, kernels), "")
+    adapted = (prompt_scores(engine, "a") - exact).abs().median()
+    rounded = (prompt_scores(make(merged, kernels, "bfloat16"), "") - exact).abs().median()
+    assert adapted < 1.5 * rounded + 0.01, f"{adapted} and {rounded}"
