@@ -27,6 +27,7 @@ from workers.lora.settings import AdapterSettings, read_settings
 WEIGHTS_FILE = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TEXT, _WHOLE = "model.", "model.language_model."
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 16 * 1024 * 1024
 
@@ -138,14 +139,14 @@ def _checked(
     targets: Mapping[str, Target],
     max_rank: int,
 ) -> dict[str, tuple[Target, dict[str, str]]]:
-    """By module in the order of the model, the names of its two tensors."""
+    """By the adapter's name of a module, in the order of the model: the names of its tensors."""
     by_module: dict[str, dict[str, str]] = {}
     for name, found in entries.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
                 f"tensor {name} is not supported: it must be lora_A.weight or lora_B.weight of a "
-                f"module, and {_reason(name)}"
+                f"module, and {_reason(name, targets)}"
             )
         if found.dtype not in _DTYPES:
             known = ", ".join(_DTYPES)
@@ -153,8 +154,11 @@ def _checked(
         by_module.setdefault(match["module"], {})[match["side"]] = name
     if not by_module:
         raise CheckpointError(f"{WEIGHTS_FILE} has no tensors")
+    found_targets: dict[str, tuple[Target, dict[str, str]]] = {}
+    places = {id(target): place for place, target in enumerate(targets.values())}
     for module, names in by_module.items():
-        if module not in targets:
+        target = _target(module, targets)
+        if target is None:
             raise CheckpointError(
                 f"tensor {next(iter(names.values()))}: {module} {why_not(module)}"
             )
@@ -162,19 +166,30 @@ def _checked(
             raise CheckpointError(f"{module} has tensors, and is not among target_modules")
         if missing := {"A", "B"} - names.keys():
             raise CheckpointError(f"{module} has no tensor lora_{missing.pop()}.weight")
-        _check_shapes(module, names, entries, settings, targets[module], max_rank)
-    return {m: (target, by_module[m]) for m, target in targets.items() if m in by_module}
+        _check_shapes(module, names, entries, settings, target, max_rank)
+        found_targets[module] = target, names
+    if len({id(target) for target, _ in found_targets.values()}) < len(found_targets):
+        raise CheckpointError(f"{WEIGHTS_FILE} names a module twice, with {_WHOLE} and without")
+    return dict(sorted(found_targets.items(), key=lambda item: places[id(item[1][0])]))
 
 
-def _reason(name: str) -> str:
+def _target(module: str, targets: Mapping[str, Target]) -> Target | None:
+    """A module by its name; a model of texts may be a part of one of texts and images, and an
+    adapter may have been made for either."""
+    names = [module]
+    if module.startswith(_WHOLE):
+        names.append(module.replace(_WHOLE, _TEXT, 1))
+    elif module.startswith(_TEXT):
+        names.append(module.replace(_TEXT, _WHOLE, 1))
+    return next((targets[name] for name in names if name in targets), None)
+
+
+def _reason(name: str, targets: Mapping[str, Target]) -> str:
     """What is said of a tensor of another kind."""
     module = name.removeprefix("base_model.model.")
     module = re.sub(r"\.(lora_\w+|base_layer|modules_to_save)\b.*|\.(weight|bias)$", "", module)
-    return (
-        f"{module} {why_not(module)}"
-        if not module.startswith("model.layers")
-        else (f"{module} is changed in another way")
-    )
+    is_target = _target(module, targets) is not None
+    return f"{module} {'is changed in another way' if is_target else why_not(module)}"
 
 
 def _check_shapes(

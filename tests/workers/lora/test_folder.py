@@ -38,6 +38,10 @@ def read(checkpoint: Path, folder: Path, max_rank: int = 64) -> AdapterFolder:
     return read_folder(folder, targets_of(model.products), max_rank)
 
 
+def clones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 def write(folder: Path, tensors: dict[str, Tensor], **config: object) -> Path:
     return RandomAdapter(config={**CONFIG, **config}, tensors=tensors).write(folder)
 
@@ -152,6 +156,23 @@ def test_what_is_no_file_is_not_opened(tiny_checkpoint: Path, tmp_path: Path) ->
         os.mkfifo(folder / name)
         with pytest.raises(CheckpointError, match=f"there is no {name}"):
             read(tiny_checkpoint, folder)
+
+
+def test_an_adapter_of_the_text_part_fits_the_whole_model(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    whole = {k.replace(".model.layers", ".model.language_model.layers"): v for k, v in GOOD.items()}
+    folder = write(tmp_path / "whole", whole)
+    assert len(read(tiny_checkpoint, folder).modules) == 1
+    with pytest.raises(CheckpointError, match="names a module twice"):
+        read(tiny_checkpoint, write(tmp_path / "both", clones({**GOOD, **whole})))
+    opened = Checkpoint(tiny_checkpoint)
+    model = load_attention_model(opened, torch.float32, torch.device("cpu"))
+    apart = {
+        name.replace("model.", "model.language_model.", 1): target
+        for name, target in targets_of(model.products).items()
+    }
+    assert len(read_folder(write(tmp_path / "text", GOOD), apart, 64).modules) == 1
 
 
 @pytest.mark.parametrize("variant", ["jetmoe-tied", "deepseekv3-base", "qwen3next-base"])
