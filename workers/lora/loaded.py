@@ -20,7 +20,6 @@ class LoadedAdapters:
 
     def __init__(self, model: AttentionModel, section: LoraSection) -> None:
         self._model = model
-        self._targets = targets_of(model.products)
         self._section = section
         self._adapters: dict[str, Adapter] = {}
 
@@ -39,7 +38,8 @@ class LoadedAdapters:
 
     def read(self, path: Path) -> PreparedAdapter:
         """Check and read a folder. Any thread; raises ``CheckpointError``."""
-        found = read_folder(path, self._targets, self._section.max_lora_rank)
+        targets = targets_of(self._model.products)
+        found = read_folder(path, targets, self._section.max_lora_rank)
         return prepare(found, self._model.dtype)
 
     def put(self, key: str, prepared: PreparedAdapter) -> None:
