@@ -99,6 +99,21 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.AbortRequestsRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.AbortRequestsResponse.FromString,
                 _registered_method=True)
+        self.LoadLoraAdapter = channel.unary_unary(
+                '/expertmesh.v1.Admin/LoadLoraAdapter',
+                request_serializer=protos_dot_admin__pb2.LoadLoraAdapterRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.LoraAdapter.FromString,
+                _registered_method=True)
+        self.UnloadLoraAdapter = channel.unary_unary(
+                '/expertmesh.v1.Admin/UnloadLoraAdapter',
+                request_serializer=protos_dot_admin__pb2.UnloadLoraAdapterRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.UnloadLoraAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListLoraAdapters = channel.unary_unary(
+                '/expertmesh.v1.Admin/ListLoraAdapters',
+                request_serializer=protos_dot_admin__pb2.ListLoraAdaptersRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ListLoraAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -192,6 +207,26 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadLoraAdapter(self, request, context):
+        """Load an adapter into all workers. Returns once requests may name it as their model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadLoraAdapter(self, request, context):
+        """Refuse new requests that name an adapter; those that have it end as ever, then it is freed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLoraAdapters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -259,6 +294,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.AbortRequests,
                     request_deserializer=protos_dot_admin__pb2.AbortRequestsRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.AbortRequestsResponse.SerializeToString,
+            ),
+            'LoadLoraAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadLoraAdapter,
+                    request_deserializer=protos_dot_admin__pb2.LoadLoraAdapterRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.LoraAdapter.SerializeToString,
+            ),
+            'UnloadLoraAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadLoraAdapter,
+                    request_deserializer=protos_dot_admin__pb2.UnloadLoraAdapterRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.UnloadLoraAdapterResponse.SerializeToString,
+            ),
+            'ListLoraAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLoraAdapters,
+                    request_deserializer=protos_dot_admin__pb2.ListLoraAdaptersRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ListLoraAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -612,6 +662,87 @@ class Admin:
             '/expertmesh.v1.Admin/AbortRequests',
             protos_dot_admin__pb2.AbortRequestsRequest.SerializeToString,
             protos_dot_admin__pb2.AbortRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadLoraAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/LoadLoraAdapter',
+            protos_dot_admin__pb2.LoadLoraAdapterRequest.SerializeToString,
+            protos_dot_admin__pb2.LoraAdapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadLoraAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/UnloadLoraAdapter',
+            protos_dot_admin__pb2.UnloadLoraAdapterRequest.SerializeToString,
+            protos_dot_admin__pb2.UnloadLoraAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLoraAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/ListLoraAdapters',
+            protos_dot_admin__pb2.ListLoraAdaptersRequest.SerializeToString,
+            protos_dot_admin__pb2.ListLoraAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

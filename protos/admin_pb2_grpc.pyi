@@ -57,6 +57,11 @@ class AdminStub:
     """The newest lines that a worker or the controller has logged."""
     AbortRequests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestsRequest, _admin_pb2.AbortRequestsResponse]
     """End requests of clients by id."""
+    LoadLoraAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadLoraAdapterRequest, _admin_pb2.LoraAdapter]
+    """Load an adapter into all workers. Returns once requests may name it as their model."""
+    UnloadLoraAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadLoraAdapterRequest, _admin_pb2.UnloadLoraAdapterResponse]
+    """Refuse new requests that name an adapter; those that have it end as ever, then it is freed."""
+    ListLoraAdapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListLoraAdaptersRequest, _admin_pb2.ListLoraAdaptersResponse]
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -85,6 +90,11 @@ class AdminAsyncStub(AdminStub):
     """The newest lines that a worker or the controller has logged."""
     AbortRequests: _aio.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestsRequest, _admin_pb2.AbortRequestsResponse]  # type: ignore[assignment]
     """End requests of clients by id."""
+    LoadLoraAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadLoraAdapterRequest, _admin_pb2.LoraAdapter]  # type: ignore[assignment]
+    """Load an adapter into all workers. Returns once requests may name it as their model."""
+    UnloadLoraAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadLoraAdapterRequest, _admin_pb2.UnloadLoraAdapterResponse]  # type: ignore[assignment]
+    """Refuse new requests that name an adapter; those that have it end as ever, then it is freed."""
+    ListLoraAdapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListLoraAdaptersRequest, _admin_pb2.ListLoraAdaptersResponse]  # type: ignore[assignment]
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -188,5 +198,28 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.AbortRequestsResponse, _abc.Awaitable[_admin_pb2.AbortRequestsResponse]]:
         """End requests of clients by id."""
+
+    @_abc_1.abstractmethod
+    def LoadLoraAdapter(
+        self,
+        request: _admin_pb2.LoadLoraAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.LoraAdapter, _abc.Awaitable[_admin_pb2.LoraAdapter]]:
+        """Load an adapter into all workers. Returns once requests may name it as their model."""
+
+    @_abc_1.abstractmethod
+    def UnloadLoraAdapter(
+        self,
+        request: _admin_pb2.UnloadLoraAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UnloadLoraAdapterResponse, _abc.Awaitable[_admin_pb2.UnloadLoraAdapterResponse]]:
+        """Refuse new requests that name an adapter; those that have it end as ever, then it is freed."""
+
+    @_abc_1.abstractmethod
+    def ListLoraAdapters(
+        self,
+        request: _admin_pb2.ListLoraAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListLoraAdaptersResponse, _abc.Awaitable[_admin_pb2.ListLoraAdaptersResponse]]: ...
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -861,6 +861,7 @@ class ModelInfo(_message.Message):
     HAS_TOKENIZER_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     HAS_TOOLS_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     owned_by: _builtins.str
     created: _builtins.int
@@ -873,6 +874,8 @@ class ModelInfo(_message.Message):
     has_chat_template: _builtins.bool
     has_tools: _builtins.bool
     """the chat template takes tools"""
+    parent: _builtins.str
+    """of an adapter: the model that it belongs to"""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -890,10 +893,11 @@ class ModelInfo(_message.Message):
         has_tokenizer: _builtins.bool = ...,
         has_chat_template: _builtins.bool = ...,
         has_tools: _builtins.bool = ...,
+        parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "has_tokenizer", b"has_tokenizer", "has_tools", b"has_tools", "id", b"id", "max_model_len", b"max_model_len", "model_type", b"model_type", "owned_by", b"owned_by", "root", b"root", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "has_tokenizer", b"has_tokenizer", "has_tools", b"has_tools", "id", b"id", "max_model_len", b"max_model_len", "model_type", b"model_type", "owned_by", b"owned_by", "parent", b"parent", "root", b"root", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

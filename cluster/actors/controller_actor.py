@@ -17,6 +17,7 @@ from cluster.actors.handoff import hand_off
 from cluster.actors.runner import Runner
 from cluster.actors.tasks import Background
 from cluster.config.cluster import ClusterConfig
+from cluster.controller.adapters import LOAD_LIMIT_S, LoadOrder
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.drains import DrainOrder
@@ -51,6 +52,7 @@ _PLAN_LIMIT_S = 20.0
 STATUS_LIMIT_S = 1.0
 """Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
+_ADAPTER_LIMIT_S = LOAD_LIMIT_S + 10.0
 _RESTORE_LIMIT_S = 60.0
 _RESTORE_PAUSE_S = 1.0
 _MAX_RESTORE_PAUSE_S = 10.0
@@ -229,6 +231,29 @@ class ControllerActor:
         wanted = from_plain(order, ScaleOrder, RequestError)
         controller = await self._serving_controller()
         return self.runner.tell(partial(controller.scaling.begin, wanted)).to_dict()
+
+    async def load_adapter(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Load an adapter (fields of ``LoadOrder``) into all workers that run attention.
+
+        Returns once requests may name it: its name, key, path and state. Raises ``RequestError``
+        and ``ConflictError``; nothing has changed then.
+        """
+        wanted = from_plain(order, LoadOrder, RequestError)
+        controller = await self._serving_controller()
+        adapters = controller.adapters
+        key = self.runner.tell(partial(adapters.load, wanted))
+        await self._background.wait(lambda: adapters.is_settled(key), _ADAPTER_LIMIT_S)
+        if error := adapters.error(key):
+            raise RequestError(f"lora_path: {error}", "lora_path")
+        return next((a for a in adapters.to_list() if a["key"] == key), {})
+
+    async def unload_adapter(self, name: str) -> None:
+        """No new request may name an adapter; it is freed once no request has it.
+
+        Raises ``ModelNotFoundError`` and ``ConflictError``.
+        """
+        controller = await self._serving_controller()
+        self.runner.tell(partial(controller.adapters.unload, name))
 
     async def log(self, process: str, after: int) -> dict[str, Any]:
         """The newest lines that a worker has logged, or ``controller``; with their ``number``.

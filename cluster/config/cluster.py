@@ -4,7 +4,8 @@ Values are checked where they are built; a rule that is broken raises ``ConfigEr
 field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. The
 gateway's section, the longest, is in ``cluster.config.gateway``, those of expert load and its
 balance in ``cluster.config.expert_load``, that of pools by load in ``cluster.config.autoscale``,
-that of speculative decoding in ``cluster.config.speculation``.
+those of speculative decoding and adapters in ``cluster.config.speculation`` and
+``cluster.config.lora``.
 
 The options of ``serve`` are made from the fields: the docstring below a field is the help of its
 option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
@@ -25,6 +26,7 @@ from cluster.config.autoscale import AutoscaleSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_cache import KvCacheDType
+from cluster.config.lora import LoraSection
 from cluster.config.option_metadata import INTERNAL
 from cluster.config.speculation import SpeculationSection
 from cluster.core.checks import (
@@ -369,6 +371,8 @@ class ClusterConfig:
     """Changes of the placement while serving."""
     autoscale: AutoscaleSection = field(default_factory=AutoscaleSection)
     """Pools that follow the load."""
+    lora: LoraSection = field(default_factory=LoraSection)
+    """Adapters."""
     gateway: GatewaySection = field(default_factory=GatewaySection)
     """HTTP and gRPC."""
     cluster_token: str = field(default="", repr=False)
@@ -388,6 +392,9 @@ class ClusterConfig:
         rule = "must be off or dry-run with follow_nodes: the nodes decide the numbers"
         is_refused = self.workers.follow_nodes and self.autoscale.autoscale == "on"
         check(not is_refused, "autoscale", self.autoscale.autoscale, rule)
+        name = self.model.served_model_name
+        is_refused = any(name == adapter for adapter, _ in self.lora.modules)
+        check(not is_refused, "lora_modules", name, "must not name an adapter as the model")
         requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
         check(
             self.workers.num_attention_ranks <= requests,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any
 
+from cluster.controller.adapters import Adapters
 from cluster.controller.autoscale import Autoscaling
 from cluster.controller.drain import Draining
 from cluster.controller.failover import CollectedState, continue_with
@@ -49,6 +50,7 @@ class Controller:
         self.scaling = Scaling(self.cluster, self.rebalancing, self.draining)
         self.autoscaling = Autoscaling(self.cluster, self.scaling)
         self.following = Following(self.cluster, self.scaling)
+        self.adapters = Adapters(self.cluster)
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -86,6 +88,8 @@ class Controller:
                 cluster.touch()
                 if why := cluster.workers.misfit(name, cluster.generation):
                     self.lost({name: why}, now)
+                else:
+                    self.adapters.registered(record)
             case frames.LoadProgress():
                 record.load(frame)
                 cluster.touch()
@@ -105,6 +109,8 @@ class Controller:
             case frames.ExpertsLoaded() | frames.EpochReady() | frames.EpochSwitched():
                 if not self.draining.frame(name, frame, now):
                     self.rebalancing.frame(name, frame, now)
+            case frames.AdaptersKept():
+                self._adapters_kept(record, frame, now)
             case frames.DrainRequest():
                 self.draining.requested(name, now)
             case _:
@@ -179,6 +185,7 @@ class Controller:
         self._lose_disconnected(now)
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
+        self.lost(self.adapters.tick(now), now)
         self.recovery.tick(now)
         self.autoscaling.tick(now)
 
@@ -239,6 +246,7 @@ class Controller:
             "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
             "autoscale": self.autoscaling.to_dict(),
+            "adapters": self.adapters.to_list(),
             "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],
             "problems": [
                 *self.recovery.problems(self.detection.last_tick),
@@ -252,16 +260,28 @@ class Controller:
     def restore(self, collected: CollectedState, now: float) -> None:
         """Continue with running workers; the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
-        parts = (self.recovery, self.draining, self.scaling)
+        parts = (self.recovery, self.draining, self.scaling, self.adapters)
         continue_with(collected, self.cluster, *parts, now)
 
     def _worker_ready(self, record: WorkerRecord, now: float) -> None:
         cluster = self.cluster
         cluster.touch()
         cluster.workers.learn_model(record)
+        self._may_join(now)
+
+    def _adapters_kept(self, record: WorkerRecord, frame: frames.AdaptersKept, now: float) -> None:
+        error = self.adapters.answered(record, frame, now)
+        if error and self.cluster.state is ClusterState.STARTING:
+            self.lost({record.name: error}, now)
+        else:
+            self._may_join(now)
+
+    def _may_join(self, now: float) -> None:
+        """A worker may be ready for a generation."""
+        cluster = self.cluster
         if cluster.state is not ClusterState.STARTING:
             self.recovery.ready(now)
-        elif all(r.state is WorkerState.READY for r in cluster.workers):
+        elif all(r.state is WorkerState.READY and r.may_join for r in cluster.workers):
             members = tuple(r.member for r in cluster.workers)
             cluster.history.add(1, now, "start", f"serve with {describe_members(members)}")
             cluster.form(members, cluster.placement, now)

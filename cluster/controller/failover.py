@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from cluster.controller.adapters import Adapters
 from cluster.controller.drain import Draining
 from cluster.controller.parts.cluster import Cluster, GenerationRound, Phase
 from cluster.controller.parts.effects import End
@@ -213,6 +214,7 @@ def continue_with(
     recovery: Recovery,
     draining: Draining,
     scaling: Scaling,
+    adapters: Adapters,
     now: float,
 ) -> None:
     """Restore the state of a new controller, which then goes on."""
@@ -224,6 +226,8 @@ def continue_with(
     cluster.highest_epoch = collected.highest_epoch
     cluster.desired = memory.desired or cluster.desired
     cluster.known_nodes = memory.known_nodes
+    cluster.adapters = {kept.adapter.key: kept for kept in memory.adapters}
+    cluster.has_ordered_adapters = memory.has_ordered_adapters
     for record in list(cluster.workers.alive()):  # before they meet the others
         if why := cluster.workers.misfit(record.name, collected.generation):
             record.enter(WorkerState.LOST, why)
@@ -238,6 +242,7 @@ def continue_with(
     cluster.operations.restore(memory.operations, now, goes_on)
     if scale is not None:
         scaling.restore(scale, now)
+    adapters.restore(now)
     _go_on(collected, cluster, recovery, now)
     recovery.ready(now)
     if drain is not None:

@@ -27,6 +27,19 @@ SlotContents = tuple[tuple[int, ...], ...]
 """``[bank][expert slot]``: the logical expert that is complete there, or ``FREE_SLOT``."""
 
 
+class Adapter(Message, frozen=True, kw_only=True):
+    """One load of an adapter."""
+
+    key: str
+    """Names this load: requests name it, and cached prefixes belong to it."""
+    name: str
+    """Name that clients use."""
+    path: str
+    """Folder on the workers' hosts."""
+    digest: str = ""
+    """Hash of its files; empty before the first worker has read them."""
+
+
 class ControlFrame(Message, frozen=True, kw_only=True, tag_field="kind", tag=True):
     """Base of all control messages."""
 
@@ -119,6 +132,8 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Attention workers, now and then."""
     low_disks: tuple[LowDisk, ...] = ()
     """Of its host."""
+    adapters: tuple[str, ...] = ()
+    """Keys of those that requests here have."""
 
 
 class Alive(ControlFrame, frozen=True, kw_only=True):
@@ -257,6 +272,27 @@ class ExpertsLoaded(ControlFrame, frozen=True, kw_only=True):
     """Why it cannot be carried out; empty when all experts are in their slots."""
     num_bytes: int = 0
     """Bytes that were read."""
+
+
+class KeepAdapters(ControlFrame, frozen=True, kw_only=True):
+    """Controller -> worker that runs attention: have these adapters, and no others.
+
+    A newer order replaces an older one, which is not answered then.
+    """
+
+    number: int
+    """Number of the order; ``AdaptersKept`` repeats it."""
+    adapters: tuple[Adapter, ...]
+
+
+class AdaptersKept(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: an order is carried out, as far as it can be."""
+
+    number: int
+    digests: dict[str, str]
+    """By key, of adapters that are ready for requests."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """By key, why others cannot be loaded."""
 
 
 class DrainRequest(ControlFrame, frozen=True, kw_only=True):

@@ -56,6 +56,17 @@ class WorkerState(Enum):
     """It was emptied and ended on purpose; it never comes back under this name."""
 
 
+class AdapterState(Enum):
+    """What happens to an adapter."""
+
+    LOADING = "LOADING"
+    """Workers read it; no request may name it."""
+    READY = "READY"
+    """Requests may name it."""
+    UNLOADING = "UNLOADING"
+    """No new request may name it; those that have it go on."""
+
+
 GONE = frozenset({WorkerState.LOST, WorkerState.DRAINED})
 """States of workers that never come back under their names."""
 _NEXT: Transitions[Enum] = {
@@ -72,6 +83,8 @@ _NEXT: Transitions[Enum] = {
     WorkerState.LOADING: {WorkerState.READY, WorkerState.LOST},
     WorkerState.READY: {WorkerState.SERVING, WorkerState.LOST, WorkerState.DRAINED},
     WorkerState.SERVING: {WorkerState.READY, WorkerState.LOST, WorkerState.DRAINED},
+    AdapterState.LOADING: {AdapterState.READY},
+    AdapterState.READY: {AdapterState.UNLOADING},
 }
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
-from cluster.core.errors import NotReadyError, RequestError
+from cluster.core.errors import ConflictError, NotReadyError, RequestError
 from gateway.generation.gateway import Gateway
 from protos import admin_pb2 as pb
 
@@ -26,6 +26,10 @@ CALL_LIMIT_S = 5.0
 """Time that the controller has to answer."""
 MAX_ABORTED = 1024
 """Requests that one call may end."""
+LORA_LIMIT_S = 140.0
+"""The same for an adapter that all workers load."""
+_MAX_LOOKS = 40
+_LOOK_S = 0.05
 _WATCH_S = 10.0
 _RETRY_S = 0.2
 
@@ -153,6 +157,47 @@ class AdminCalls:
             rule = f"request_ids ({len(names)} of them) must be 1 to {MAX_ABORTED}"
             raise RequestError(rule, "request_ids")
         return pb.AbortRequestsResponse(aborted=await self._gateway.abort_calls(names))
+
+    # ---- adapters -------------------------------------------------------------------------
+
+    async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest) -> pb.LoraAdapter:
+        """Load an adapter; every replica takes requests that name it then."""
+        order = {"name": request.lora_name, "path": request.lora_path}
+        found = await self._ask("load_adapter", order, limit_s=LORA_LIMIT_S)
+        if not found:
+            raise ConflictError(f"the adapter {request.lora_name} was unloaded meanwhile")
+        await self._wait_replicas(lambda keys: found["key"] in keys)
+        return _adapter(found)
+
+    async def UnloadLoraAdapter(
+        self, request: pb.UnloadLoraAdapterRequest
+    ) -> pb.UnloadLoraAdapterResponse:
+        """Unload an adapter; no replica takes requests that name it then."""
+        key = self._gateway.adapters.get(request.lora_name)
+        await self._ask("unload_adapter", request.lora_name)
+        await self._wait_replicas(lambda keys: key not in keys)
+        return pb.UnloadLoraAdapterResponse()
+
+    async def ListLoraAdapters(
+        self, request: pb.ListLoraAdaptersRequest
+    ) -> pb.ListLoraAdaptersResponse:
+        """All of them, those that are on their way in or out among them."""
+        snapshot = await self._ask("snapshot")
+        return pb.ListLoraAdaptersResponse(adapters=map(_adapter, snapshot.get("adapters", ())))
+
+    async def _wait_replicas(self, knows: Callable[[list[str]], bool]) -> None:
+        """Until every replica knows; it is not worth an error if one does not say so."""
+        for _ in range(_MAX_LOOKS):
+            answers = (await self._gateway.replicas.ask("adapters")).values()
+            if all(map(knows, answers)):
+                return
+            await asyncio.sleep(_LOOK_S)
+
+
+def _adapter(found: Mapping[str, Any]) -> pb.LoraAdapter:
+    return pb.LoraAdapter(
+        lora_name=found["name"], lora_path=found["path"], state=found["state"], key=found["key"]
+    )
 
 
 def _epoch(request: pb.DrainWorkerRequest | pb.ScaleRequest | pb.RebalanceRequest) -> int | None:

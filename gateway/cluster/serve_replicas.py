@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
-Question = Literal["describe", "metrics", "summary", "abort"]
-"""What a replica is asked for; ``summary`` asks for what ``describe`` and ``metrics`` do."""
+Question = Literal["describe", "metrics", "summary", "abort", "adapters"]
+"""What a replica is asked for; ``summary`` asks for what ``describe`` and ``metrics`` do,
+``adapters`` for the keys of those that requests may name.
+"""
 
 
 class ServeReplicas(Protocol):

@@ -46,6 +46,8 @@ ControllerCall = Literal[
     "operation",
     "operations",
     "cancel_operation",
+    "load_adapter",
+    "unload_adapter",
     "log",
 ]
 """Methods of ``cluster.actors.controller_actor.ControllerActor`` that a gateway calls."""

@@ -61,7 +61,7 @@ class GenerateFields:
 
     kind: CallKind
     model: str | None = None
-    """Model by name; None is the served one."""
+    """Model or adapter by name; None is the served model."""
     prompts: tuple[str | tuple[int, ...], ...] = ()
     """Texts or token ids (completion)."""
     chat: ChatInput | None = None
@@ -194,6 +194,8 @@ class GenerateCall:
     """Whose it is: the name of its key, empty without keys."""
     weight: float = 1.0
     """The tenant's share of the workers is in proportion to it."""
+    adapter: str = ""
+    """Key of the adapter that ``model`` names; empty: it is the served model itself."""
 
     @property
     def n(self) -> int:
@@ -233,6 +235,7 @@ class GenerateCall:
                 weight=self.weight,
                 inspection=prompt.inspection,
                 prompt_embeds=prompt.embeds,
+                adapter=self.adapter,
             )
             for place, prompt in enumerate(self.prompts)
         )

@@ -174,6 +174,8 @@ def error_from_engine(
         return RequestError(message, param, code)
     if code == "unsupported_parameter":
         return UnsupportedParameterError(message, param)
+    if code == "model_not_found":
+        return ModelNotFoundError(message)
     if code == "queue_full":
         return QueueFullError(message)
     if code in ("not_ready", "draining", "experts_unavailable"):

@@ -99,6 +99,8 @@ class Gateway:
         self.keys, self.admin_keys = make_key_rings(config.gateway)
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model_name = config.model.served_model_name
+        self.adapters: Mapping[str, str] = {}
+        """Keys of the adapters that requests may name, by name."""
         self.created = int(time.time())
         self.addresses: dict[str, Any] = {}
         self.running = RunningCalls()
@@ -122,6 +124,7 @@ class Gateway:
                 "metrics": self.metrics.own_families,
                 "summary": self._summary,
                 "abort": self.running.abort,
+                "adapters": lambda: list(self.adapters.values()),
             },
         )
         self.replicas: ServeReplicas = self.answers
@@ -189,9 +192,20 @@ class Gateway:
         return reasons
 
     def check_model(self, name: str | None) -> None:
-        """Raise ``ModelNotFoundError`` unless the name (None: any) is the served model's."""
-        if name is not None and name != self.model_name:
+        """Raise ``ModelNotFoundError`` unless the name (None: any) is the served model's, or an
+        adapter's."""
+        self.adapter_of(name)
+
+    def adapter_of(self, name: str | None) -> str:
+        """Key of the adapter that a request names as its model; empty for the served model.
+
+        Raises ``ModelNotFoundError``.
+        """
+        if name is None or name == self.model_name:
+            return ""
+        if name not in self.adapters:
             raise ModelNotFoundError(f"the model {name[:128]!r} does not exist")
+        return self.adapters[name]
 
     def timeout_s(self, wanted_s: float | None) -> float:
         most = self.limits.request_timeout_s
@@ -232,14 +246,14 @@ class Gateway:
         """Hand a call to the engines that ``make`` validates. Raises what ``start`` raises."""
         started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(fields.timeout_s)
-        self.check_model(fields.model)
+        adapter = self.adapter_of(fields.model)
         facts, caller = self.require_facts(), CALLER.get()
         ask = Ask(priority=fields.priority or 0)
         if caller is not None:
             ask = replace(ask, tenant=caller.entry.tenant, weight=caller.entry.weight)
         # what cannot enter is refused before it costs a tokenization
         self.entrance.require_room(ask, facts.max_model_len, deadline_s)
-        call = await make(facts)
+        call = replace(await make(facts), adapter=adapter)
         if caller is not None:
             caller.check_tokens(time.monotonic())
             # No other tenant finds, or can detect, the cached prefixes of this salt.
@@ -318,6 +332,8 @@ class Gateway:
 
     def _follow(self, snapshot: Snapshot) -> None:
         logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
+        adapters = snapshot.get("adapters", ())
+        self.adapters = {a["name"]: a["key"] for a in adapters if a["state"] == "READY"}
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
             self.metrics.engine(endpoint.engine)  # shows as 0 from the start

@@ -73,13 +73,14 @@ class InferenceProcedures(PoolingProcedures):
         self, request: pb.GetModelInfoRequest, call: GrpcCall
     ) -> types_pb2.ModelInfo:
         self._gateway.check_model(request.model or None)
-        return self._model()
+        return self._model(request.model or self._gateway.model_name)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, call: GrpcCall
     ) -> pb.ListModelsResponse:
-        """All models: the one that is served."""
-        return pb.ListModelsResponse(models=[self._model()])
+        """The served model first, then its adapters."""
+        names = [self._gateway.model_name, *self._gateway.adapters]
+        return pb.ListModelsResponse(models=map(self._model, names))
 
     async def _start(
         self, request: pb.GenerateRequest, call: GrpcCall, streams: bool = False
@@ -89,14 +90,15 @@ class InferenceProcedures(PoolingProcedures):
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))
 
-    def _model(self) -> types_pb2.ModelInfo:
+    def _model(self, name: str) -> types_pb2.ModelInfo:
         gateway = self._gateway
         facts, tokenizer = gateway.facts, gateway.tokenizer
         info = types_pb2.ModelInfo(
-            id=gateway.model_name,
+            id=name,
             owned_by="expertmesh",
             created=gateway.created,
             root=gateway.model_name,
+            parent="" if name == gateway.model_name else gateway.model_name,
             has_tokenizer=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
             has_tools=gateway.prompts.has_tools,

@@ -38,7 +38,7 @@ class Model(TypedDict):
     created: int
     owned_by: Literal["expertmesh"]
     root: str
-    parent: None
+    parent: str | None
     max_model_len: Count | None
     embedding_pooling: list[Literal["last", "mean"]]
 

@@ -59,6 +59,8 @@ _EXPOSED_HEADERS = (
     *("openai-version", "x-expertmesh-placement-epoch", "x-expertmesh-replica"),
 )
 """Headers of an answer that a web page may read."""
+_ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""Ends of paths that other servers have beside these."""
 
 
 def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
@@ -131,11 +133,14 @@ class HttpApi:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        return _answer({"object": "list", "data": [self._model()]})
+        """The served model first, then its adapters."""
+        names = [self._gateway.model_name, *self._gateway.adapters]
+        return _answer({"object": "list", "data": [*map(self._model, names)]})
 
     async def get_model(self, request: Request) -> Response:
-        self._gateway.check_model(request.path_params["model"])
-        return _answer(self._model())
+        name = request.path_params["model"]
+        self._gateway.check_model(name)
+        return _answer(self._model(name))
 
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
@@ -210,17 +215,17 @@ class HttpApi:
         """This interface, for machines."""
         return _answer(openapi.document(str(request.scope.get("root_path") or "")))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         gateway = self._gateway
         facts = gateway.facts
         known = (gateway.cluster.snapshot or {}).get("model") or {}
         return {
-            "id": gateway.model_name,
+            "id": name,
             "object": "model",
             "created": gateway.created,
             "owned_by": "expertmesh",
             "root": gateway.model_name,
-            "parent": None,
+            "parent": None if name == gateway.model_name else gateway.model_name,
             "max_model_len": facts.max_model_len if facts else known.get("max_model_len"),
             "embedding_pooling": [kind.value for kind in Pooling],
         }
@@ -292,6 +297,8 @@ async def route_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} is not allowed for {path}"
     else:
         message = f"{request.method} {path} does not exist"
+        if path.endswith(_ADMIN_PATHS):
+            message += " here: the admin port has it"
     report = report_error(RouteError(message, error.status_code))
     headers = {**report.headers(), **(error.headers or {})}
     return _answer(report.body(), report.http_status, headers)

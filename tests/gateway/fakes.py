@@ -17,7 +17,13 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from cluster.controller.parts.metrics import ControllerMetrics
-from cluster.core.errors import ConflictError, HandshakeError, RequestError, UnknownNameError
+from cluster.core.errors import (
+    ConflictError,
+    HandshakeError,
+    ModelNotFoundError,
+    RequestError,
+    UnknownNameError,
+)
 from cluster.core.metric_families import PlainFamily
 from cluster.core.release import RELEASE
 from gateway.engines.submission import RequestStage
@@ -407,6 +413,7 @@ class FakeController:
             "placement_epoch": 3,
             "experts_complete": True,
             "model": {"name": "tiny", "max_model_len": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE},
+            "adapters": [],
             "workers": [],
             "gateway": [],
             "rebalance": REBALANCE,
@@ -443,6 +450,25 @@ class FakeController:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
         return copy.deepcopy(self.state)
+
+    async def load_adapter(self, order: dict[str, Any]) -> dict[str, Any]:
+        """See ``ControllerActor``; folders are there whose path begins with ``/adapters``."""
+        if not order["path"].startswith("/adapters"):
+            raise RequestError("lora_path: no such folder", "lora_path")
+        number = len(self.state["adapters"])
+        key = f"{order['name']}@{number}"
+        found = {"name": order["name"], "key": key, "path": order["path"], "state": "READY"}
+        self.change(adapters=[*self.state["adapters"], found])
+        return found
+
+    async def unload_adapter(self, name: str) -> None:
+        """See ``ControllerActor``."""
+        if name not in [a["name"] for a in self.state["adapters"]]:
+            raise ModelNotFoundError(f"the adapter {name!r} does not exist", "lora_name")
+        known = self.state["adapters"]
+        self.change(
+            adapters=[a | {"state": "UNLOADING"} if a["name"] == name else a for a in known]
+        )
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
         """See ``Controller``."""

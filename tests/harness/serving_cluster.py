@@ -31,6 +31,7 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.config.gateway import GatewaySection
+from cluster.config.lora import LoraSection
 from cluster.controller.controller import Controller
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray
@@ -64,6 +65,7 @@ def make_config(
     engine: Mapping[str, Any] | None = None,
     transport: Mapping[str, Any] | None = None,
     observability: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
     **model: Any,
 ) -> ClusterConfig:
     """A configuration with sections overridden by name.
@@ -79,6 +81,7 @@ def make_config(
         engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
         transport=TransportSection(**({"detection_limit_s": QUIET_S} | dict(transport or {}))),
         observability=ObservabilitySection(**(observability or {})),
+        lora=LoraSection(**(lora or {})),
         gateway=GatewaySection(max_queue_wait_s=0.0),  # on a busy machine requests wait for longer
         cluster_token=TOKEN,
     )

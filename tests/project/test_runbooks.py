@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from cluster.cli.main import make_parser
+from cluster.cli.options.serve_options import spell_out
 from cluster.controller.parts.host_disks import NEARLY_FULL
 from cluster.controller.parts.recovery import Problem
 from cluster.core.states import ClusterState
@@ -90,7 +91,7 @@ def test_every_command_of_a_page_is_one(page: str) -> None:
             with pytest.raises(SystemExit, match=r"^0$"):
                 make_parser().parse_args([*words, "--help"])
             continue
-        make_parser().parse_args(["1" if word == "N" else word for word in words])
+        make_parser().parse_args(spell_out(["1" if word == "N" else word for word in words]))
 
 
 def test_the_slurm_script_is_one() -> None:

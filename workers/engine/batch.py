@@ -17,6 +17,7 @@ from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.recorder import BatchRecorder, Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
+from workers.lora.loaded import LoadedAdapters
 from workers.model.attention_batch import (
     AttentionBatch,
     DecodeGroup,
@@ -98,6 +99,7 @@ class Batch:
         tables: the blocks of their sequences.
         device: where the model is.
         is_native: native kernels read it; see ``AttentionBatch.chunks``.
+        adapters: those of its rows, and others.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Batch:
         tables: BlockTables,
         device: torch.device,
         is_native: bool = False,
+        adapters: LoadedAdapters | None = None,
     ) -> None:
         self._device = device
         self.captures = _captures(planned)
@@ -141,7 +144,9 @@ class Batch:
                 states=state_rows(planned, decode_rows, device),
             )
             given = tuple(given_rows(planned, device))
-            self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given)
+            owners = [(rows.sequence.request.adapter, rows.count) for rows in planned]
+            own = None if adapters is None else adapters.batch(owners)
+            self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given, own)
 
     def _paged(self, planned: Sequence[PlannedRows], tables: BlockTables) -> PagedRows:
         """The block tables, lengths and first rows of all sequences, moved in one copy."""
@@ -258,6 +263,11 @@ def reads_inside(planned: Sequence[PlannedRows]) -> bool:
     """Whether a request inspects the inside of the model."""
     inspections = (rows.sequence.request.inspection for rows in planned)
     return any(found is not None and found.reads_inside for found in inspections)
+
+
+def has_adapters(planned: Sequence[PlannedRows]) -> bool:
+    """Whether a row has an adapter."""
+    return any(rows.sequence.request.adapter for rows in planned)
 
 
 def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Capture]]:

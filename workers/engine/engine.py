@@ -9,6 +9,7 @@ blocks.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -18,9 +19,10 @@ from msgspec.structs import replace as replace_rows
 
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import kv_vector_bytes
+from cluster.config.lora import LoraSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.checks import check
-from cluster.core.errors import RequestError
+from cluster.core.errors import ModelNotFoundError, RequestError
 from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
 from workers.engine.batch import next_tokens
 from workers.engine.choices import open_choices
@@ -37,6 +39,7 @@ from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
 from workers.kv.state_slots import StateSlots
 from workers.kv.transfer.store import Fetch, KvTransferStore
+from workers.lora.loaded import LoadedAdapters
 from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
 from workers.metrics.traced_steps import TracedRequests
 from workers.model.compute_threads import ComputeThreads
@@ -78,6 +81,7 @@ class Engine:
         team: Team | None = None,
         clock: Callable[[], float] = time.monotonic,
         is_exact: bool = False,
+        lora: LoraSection | None = None,
     ) -> None:
         """Allocates the KV cache on the model's device. Raises ``ConfigError``.
 
@@ -137,8 +141,11 @@ class Engine:
         )
         self.kv_store = KvTransferStore(self.pool, self.cache, self.states)
         """Blocks that other workers fetch, and that are fetched from them."""
+        self.adapters = LoadedAdapters(model, lora or LoraSection())
+        """Those that requests may name."""
         self.runner = ModelRunner(
             model=model,
+            adapters=self.adapters,
             cache=self.cache,
             tables=self._scheduler.tables,
             banks=banks,
@@ -147,6 +154,8 @@ class Engine:
         )
         self._banks = tuple(banks)
         self._requests: dict[str, list[SequenceState]] = {}
+        self._adapter_uses: Counter[str] = Counter()
+        """Requests by adapter."""
         self._deadlines = Deadlines()
         self._step_sampler = StepSampler(config, banks, model.head, is_exact, team)
         self._isolation = Isolation()
@@ -209,6 +218,8 @@ class Engine:
         when too much waits; then nothing has changed.
         """
         check_request(request, self._limits)
+        if request.adapter and request.adapter not in self.adapters:
+            raise ModelNotFoundError("the adapter of the request is not loaded any more")
         if self._limits.is_classifier and request.inspection is None:
             request, whole = pooled(request, self._pad), request
             hashes = hashes if request is whole else ()
@@ -219,6 +230,7 @@ class Engine:
         next(iter(grammars)).block_hashes += hashes  # other choices have them from the first
         self.abort(request.request_id)
         self._requests[request.request_id] = list(grammars)
+        self._adapter_uses[request.adapter] += 1
         self._isolation.enter(request.request_id, request.num_deaths)
         self._traced.enter(request)
         self._num_received += 1
@@ -238,6 +250,26 @@ class Engine:
             if not choices or sequence.choice in choices:
                 self._scheduler.remove(sequence)
                 self._forget(sequence, FinishReason.ABORT)
+
+    def drop_adapter(self, key: str) -> None:
+        """Forget an adapter; requests that still have it fail."""
+        failure = Failure("the adapter of the request was unloaded", "model_not_found", "model")
+        for sequences in tuple(self._requests.values()):
+            for sequence in tuple(sequences):
+                if sequence.request.adapter == key:
+                    self._scheduler.remove(sequence)
+                    self._fail(sequence, failure, self._clock())
+        self.adapters.remove(key)
+
+    @property
+    def adapters_in_use(self) -> tuple[str, ...]:
+        """Keys of those that requests have. Any thread may ask."""
+        return tuple(key for key in tuple(self._adapter_uses) if key)
+
+    def _stop_using(self, adapter: str) -> None:
+        self._adapter_uses[adapter] -= 1
+        if not self._adapter_uses[adapter]:
+            del self._adapter_uses[adapter]
 
     def has_request(self, request_id: str) -> bool:
         """Whether a choice of this request waits or runs."""
@@ -497,6 +529,7 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._requests[request_id]
+            self._stop_using(sequence.request.adapter)
             self._traced.forget(request_id)
             self._isolation.forget(request_id)
             self.resume(request_id)

@@ -25,6 +25,7 @@ from workers.engine.batch import (
     Batch,
     PlannedBatchRows,
     batch_order,
+    has_adapters,
     num_decodes,
     reads_inside,
     split_rows,
@@ -36,6 +37,7 @@ from workers.engine.step_plan import PlannedRows, StepPlan, single_rows
 from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
+from workers.lora.loaded import LoadedAdapters
 from workers.model.config import BankSpec
 from workers.model.families.native_layers import Experts
 from workers.model.host_copies import to_device
@@ -109,6 +111,8 @@ class ModelRunner:
     """Native layers report their progress after the one in which this time is over."""
     graphs: DecodeGraphs | None = None
     """Run decode steps on a GPU, over the dispatcher."""
+    adapters: LoadedAdapters | None = None
+    """Those that rows may have."""
     _parts: Sequence[Sequence[PlannedRows]] = ()
     """Rows of the latest step by micro-batch."""
     _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
@@ -215,6 +219,7 @@ class ModelRunner:
             and header.rows(self.rank, header.num_micro_batches - 1) > 0
             and all(rows.is_decode for rows in plan.rows)
             and not any(rows.sequence.request.inspection for rows in plan.rows)
+            and not has_adapters(plan.rows)
         )
 
     def compute(self, inputs: Sequence[ModelInputs]) -> tuple[Tensor, list[Tensor]]:
@@ -238,6 +243,8 @@ class ModelRunner:
         """
         native, dispatcher = self._native(), self.dispatcher
         if native is None or not all(parts) or any(map(reads_inside, parts)):
+            return None
+        if any(map(has_adapters, parts)):
             return None
         if not isinstance(dispatcher, LocalDispatcher | RemoteDispatcher):
             return None
@@ -276,7 +283,7 @@ class ModelRunner:
 
     def _batch(self, part: Sequence[PlannedRows]) -> Batch:
         model = self.model
-        return Batch(part, self.cache, self.tables, model.device, model.is_native)
+        return Batch(part, self.cache, self.tables, model.device, model.is_native, self.adapters)
 
     def _flow(self, batch: Batch) -> LayerSteps:
         if batch.inputs is None:

@@ -221,7 +221,7 @@ def _routed_steps(
     normed, routes = stages.enter(hidden, context)
     ids, weights = routes.topk_ids, routes.topk_weights
     yield Dispatch(routes.bank, QUERY_EXCHANGE, normed, ids, weights)
-    keys_values = parts.kv(normed)
+    keys_values = context.multiply(parts.kv, normed)
     queries = yield
     by_head = queries.view(*ids.shape, kv_heads, dim).transpose(1, 2).flatten(1)
     attended = stages.attend_rows(torch.cat((by_head, keys_values), 1), cache, context)
@@ -248,8 +248,8 @@ class AttentionHalf(HeadAttention):
         parts = self.projections
         if not isinstance(parts, DenseProjections):
             return (yield from staged_steps(self, self.shape, parts, hidden, cache, context))
-        rows = parts.qkv(rms_norm(hidden, self.norm1, self.shape.eps))
-        projected = parts.output(self.attend_rows(rows, cache, context))
+        rows = context.multiply(parts.qkv, rms_norm(hidden, self.norm1, self.shape.eps))
+        projected = context.multiply(parts.output, self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:

@@ -140,7 +140,7 @@ class LatentProjections:
     shape: LatentShape
     norm1: Norm
     """The first norm of the layer."""
-    queries: Callable[[Tensor], Tensor]
+    queries: Callable[[Tensor, LayerContext], Tensor]
     """H -> A * (N + P)."""
     latents: Linear
     """H -> R + P."""
@@ -157,12 +157,13 @@ class LatentProjections:
     ) -> Tensor:
         """Residual stream [T, H] to the projected outputs of attention [T, H]."""
         normed = self.norm1(hidden.clone())
-        queries = self.queries(normed).view(len(hidden), -1, self.shape.query_dim)
-        latents = self._latents(normed)
+        queries = self.queries(normed, context).view(len(hidden), -1, self.shape.query_dim)
+        latents = self._latents(normed, context)
         batch = context.attention
         expanded = batch.prefills if self._expands(batch) else ()
         if not expanded:
-            return self.output(self._absorbed(attend_rows, queries, latents, cache, context))
+            attended = self._absorbed(attend_rows, queries, latents, cache, context)
+            return context.multiply(self.output, attended)
         first, parts = expanded[0].first, []
         if first:
             own = replace(batch, slot_mapping=batch.slot_mapping[:first], prefills=())
@@ -178,7 +179,7 @@ class LatentProjections:
             attention=replace(batch, slot_mapping=batch.slot_mapping[first:]),
         )
         parts.append(self._expanded(queries[first:], latents[first:], cache, prompts))
-        return self.output(torch.cat(parts))
+        return context.multiply(self.output, torch.cat(parts))
 
     def _expands(self, batch: AttentionBatch) -> bool:
         """Whether the rows of prompts are expanded. A recorder needs absorbed queries."""
@@ -186,9 +187,9 @@ class LatentProjections:
         is_long = num_rows >= self.shape.least_expanded_rows * len(batch.prefills)
         return self.can_expand and batch.recorder is None and is_long
 
-    def _latents(self, normed: Tensor) -> Tensor:
+    def _latents(self, normed: Tensor, context: LayerContext) -> Tensor:
         """[T, R + P], the last P not yet rotated."""
-        rows = self.latents(normed)
+        rows = context.multiply(self.latents, normed)
         latents, key = torch.split(rows, [self.shape.rank, self.shape.rotated_dim], 1)
         return torch.cat((self.latent_norm(latents.contiguous()), key), 1)
 

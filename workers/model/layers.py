@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from workers.model.attention_batch import AttentionBatch
 from workers.model.compute_threads import ComputeThreads
-from workers.model.config import Activation, ClampedSwiglu
+from workers.model.config import Activation, ClampedSwiglu, TensorPart
 from workers.model.rope import Rope
 from workers.model.torch_private import pack, packed_linear, supports_packing, unpack
 from workers.native.half import BatchFields
@@ -156,24 +156,58 @@ def _clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     return activated.mul_(up.clamp(-limit, limit).add_(1))
 
 
-Mlp = Callable[[Tensor], Tensor]
-"""[rows, H] -> [rows, H]."""
+class Mlp(Protocol):
+    """An MLP whose products can be computed one by one."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, H] -> [rows, H]."""
+
+    def gate_up(self, x: Tensor) -> Tensor:
+        """[rows, H] -> [rows, 2 * inner], the gate first."""
+
+    def activate(self, gate_up: Tensor) -> Tensor:
+        """[rows, 2 * inner] -> [rows, inner]."""
+
+    def down(self, x: Tensor) -> Tensor:
+        """[rows, inner] -> [rows, H]."""
 
 
 class GatedMlp:
     """A dense MLP: down(activation(gate x) * up x)."""
 
-    __slots__ = ("_activate", "_down", "_gate_up")
+    __slots__ = ("activate", "down", "gate_up")
 
     def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
         """gate_up [2 * inner, H], the gate's rows first; down [H, inner]."""
-        self._gate_up = gate_up
-        self._activate = gated_activation(activation)
-        self._down = down
+        self.gate_up = gate_up
+        self.activate = gated_activation(activation)
+        self.down = down
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] -> [rows, H]."""
-        return self._down(self._activate(self._gate_up(x)))
+        return self.down(self.activate(self.gate_up(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProduct:
+    """A product of a layer, and the tensors of the checkpoint that it is made of."""
+
+    product: Linear | Mlp
+    """Of an MLP, all of it."""
+    parts: Mapping[str, TensorPart]
+    """Matrices by short name, in the order of their rows; an MLP has ``gate``, ``up``, ``down``."""
+    order: Tensor | None = None
+    """[rows] int64: of the matrices' rows in the product, if it is another one."""
+
+
+class RowAdapters(Protocol):
+    """What low-rank adapters add to the products of the rows of a micro-batch."""
+
+    def multiply(self, linear: Linear, x: Tensor) -> Tensor:
+        """``linear(x)``, with what the adapter of each row adds. [T, in] -> [T, out]."""
+
+    def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
+        """``mlp(x)``, with what the adapter of each row adds to its products."""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor | None, Tensor, AttentionBatch], Tensor]
@@ -235,6 +269,8 @@ class ModelInputs:
     """Where their keys and values are, and to what they attend."""
     given: tuple[tuple[int, Tensor], ...] = ()
     """(first row, [n, H] float32) of rows with embeddings in place of token ids, which are 0."""
+    adapters: RowAdapters | None = None
+    """None: no row has an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +286,16 @@ class LayerContext:
     """The same with the masks of sliding windows, by their width in tokens."""
     native: BatchFields | None
     """The same for native kernels; None: torch computes."""
+    adapters: RowAdapters | None = None
+    """See ``ModelInputs``."""
+
+    def multiply(self, linear: Linear, x: Tensor) -> Tensor:
+        """A product of all rows, with what adapters add: [T, in] -> [T, out]."""
+        return linear(x) if self.adapters is None else self.adapters.multiply(linear, x)
+
+    def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
+        """An MLP of all rows, with what adapters add: [T, H] -> [T, H]."""
+        return mlp(x) if self.adapters is None else self.adapters.apply(mlp, x)
 
     def within(self, window: int | None) -> AttentionBatch:
         """``attention`` of a layer whose rows attend to ``window`` positions; None: to all."""
@@ -296,6 +342,10 @@ class AttentionModel:
     kv_layer: int = 0
     """The first layer with keys and values."""
     predictor: TokenPredictor | None = None
+    products: Sequence[LayerProduct] = ()
+    """Of the layers, but their routers."""
+    linear: Callable[[Tensor], Linear] = Linear
+    """Makes a product like those of the layers, of a weight [out, in]."""
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
         """Run all layers; returns the normed hidden states [T, H]. Writes the KV of its rows."""
@@ -323,7 +373,7 @@ class AttentionModel:
         windows = {width: inputs.attention.within(width) for width in self.windows}
         chunks = inputs.attention.chunks
         native = None if chunks is None else chunks.fields(cos, sin, caches[self.kv_layer])
-        return LayerContext(cos, sin, inputs.attention, windows, native)
+        return LayerContext(cos, sin, inputs.attention, windows, native, inputs.adapters)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
         """The first layer's input [T, H], in memory of its own; ``given`` as in ``ModelInputs``."""

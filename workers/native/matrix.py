@@ -10,6 +10,7 @@ from torch import Tensor
 from workers.native.panels import DTYPES, PANEL, unpack
 from workers.native.quantized import FormFields, form_fields, pack_weight, unpack_quantized
 from workers.native.team import Team, check
+from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
 
 
@@ -41,22 +42,49 @@ class Matrix:
 
         The team computes nothing meanwhile.
         """
-        self._team = team
-        self.shape = (weight.shape[0], weight.shape[1])
+        packed = pack_weight(team.library, weight, team=team)
+        form = weight.format if isinstance(weight, QuantizedMatrix) else None
+        own = weight.dtype if isinstance(weight, Tensor) else dtype or torch.float32
+        self._hold(team, packed, (weight.shape[0], weight.shape[1]), own, form, bias)
+
+    @classmethod
+    def of_panels(
+        cls,
+        team: Team,
+        packed: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        form: WeightFormat | None = None,
+    ) -> Matrix:
+        """The same of panels that are kept elsewhere, see ``quantized.pack_weight``."""
+        found = cls.__new__(cls)
+        found._hold(team, packed, shape, dtype, form, None)
+        return found
+
+    def _hold(
+        self,
+        team: Team,
+        packed: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        form: WeightFormat | None,
+        bias: Tensor | None,
+    ) -> None:
+        self._team, self._packed = team, packed
+        self.shape = shape
         """[out, in]."""
-        self.form = weight.format if isinstance(weight, QuantizedMatrix) else None
-        """In which the weight is quantized; None: it is not."""
-        self.dtype = weight.dtype if isinstance(weight, Tensor) else dtype or torch.float32
+        self.dtype = dtype
         """Of rows."""
-        self._packed = pack_weight(team.library, weight, team=team)
+        self.form = form
+        """In which the weight is quantized; None: it is not."""
         self._bias = None if bias is None else bias.to(torch.float32, copy=True)
         self.fields = MatrixFields(
-            panels=self._packed.data_ptr(),
+            panels=packed.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
-            outputs=weight.shape[0],
-            inputs=weight.shape[1],
-            dtype=DTYPES.index(self.dtype),
-            form=form_fields(self.form),
+            outputs=shape[0],
+            inputs=shape[1],
+            dtype=DTYPES.index(dtype),
+            form=form_fields(form),
         )
         """For C; valid as long as this matrix."""
 

@@ -17,6 +17,7 @@ from cluster.core.errors import (
     RequestError,
     TransportError,
 )
+from cluster.core.frames import KeepAdapters
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member
@@ -32,6 +33,7 @@ from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
 from workers.process.gpu_room import check_room_for_states, section_for_gpu
+from workers.process.intake.adapters import AdapterIntake
 from workers.process.intake.commands import (
     AddRequest,
     Command,
@@ -128,6 +130,7 @@ class AttentionRuntime(WorkerRuntime):
             compute_threads=self.compute_threads,
             team=self.kernels.team,
             is_exact=bool(self.member.offer.kernels),
+            lora=self.config.lora,
         )
         check_room_for_states(self.args, self.family)
         warm_attention(self.args, self.family, self.dtype, make_engine, self._dispatcher)
@@ -136,6 +139,8 @@ class AttentionRuntime(WorkerRuntime):
         if self.args.device.type == "cuda":
             engine.runner.capture_graphs()
         self._lend_blocks(engine)
+        self._adapters = AdapterIntake(engine, self.connections.wake)
+        self._cleanup.callback(self._adapters.close)
         assert self._stream is not None, "it is open before the weights are loaded"
         engine.runner.on_compute = self._stream.release
         self._engine = engine
@@ -251,11 +256,19 @@ class AttentionRuntime(WorkerRuntime):
                 self._add(engine, done.command, done.compiled)
             else:
                 self._refuse(done.command.gateway, done.command.request, done.error)
+        if (kept := self._adapters.go_on()) is not None:
+            self.control.send(kept)
         self._emit(engine.poll())
         self._report_solo_steps(engine)
         self._report_paused(engine)
         if not self.membership.runs:
             self._stream.release()
+
+    def _keep_adapters(self, order: KeepAdapters) -> None:
+        self._adapters.take(order)
+
+    def _adapters_in_use(self) -> tuple[str, ...]:
+        return () if self._engine is None else self._engine.adapters_in_use
 
     def _take_commands(self) -> list[Command]:
         """Commands of gateways since the last call."""

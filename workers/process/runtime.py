@@ -24,6 +24,7 @@ from cluster.core.errors import GenerationChangedError, NotReadyError, PeerLostE
 from cluster.core.frames import (
     ControlFrame,
     DrainRequest,
+    KeepAdapters,
     Register,
     Shutdown,
     SlotContents,
@@ -125,6 +126,7 @@ class WorkerRuntime(ABC):
             load_every_s=self.config.load.report_s,
             send=self._send,
             disks=DiskWatch(lambda: [logs.OUTPUT.folder, timelines]),
+            adapters_in_use=self._adapters_in_use,
         )
         self._control: ControlClient | None = None
         self.lifetime = Lifetime()
@@ -166,6 +168,10 @@ class WorkerRuntime(ABC):
     def _stats(self) -> dict[str, float]:
         """Gauges and counters for heartbeats; called on the control thread."""
         return self._experts.stats() if self._experts is not None else {}
+
+    def _adapters_in_use(self) -> tuple[str, ...]:
+        """Keys of adapters that requests here have. Control thread."""
+        return ()
 
     def _load_report(self) -> LoadReport | None:
         """Counted load of the experts; called on the control thread."""
@@ -424,6 +430,10 @@ class WorkerRuntime(ABC):
 
     # ---- the data thread --------------------------------------------------------------------
 
+    def _keep_adapters(self, order: KeepAdapters) -> None:
+        """Have these adapters; only workers that run attention are asked to."""
+        logger.error("%s runs no attention, and is to have adapters", self.member.name)
+
     def _guarded_step(self) -> None:
         """Run one step; a lost peer or a new generation ends this generation."""
         self.activity.advance()
@@ -445,6 +455,8 @@ class WorkerRuntime(ABC):
         for frame in self._orders.pending():
             if isinstance(frame, Shutdown):
                 self.lifetime.end()
+            elif isinstance(frame, KeepAdapters):
+                self._keep_adapters(frame)
             else:
                 self.membership.handle(frame)
         return not self.lifetime.is_ending

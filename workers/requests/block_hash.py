@@ -21,15 +21,19 @@ SHORT_BYTES = 8
 """Bytes of a hash in ``KvEvents``: a collision costs a detour there, never a wrong block."""
 
 
-def root_hash(salt: str, owner: str = "", length: int = 0) -> BlockHash:
+def root_hash(salt: str, owner: str = "", length: int = 0, adapter: str = "") -> BlockHash:
     """What the first block of a sequence is chained to: its tenant, or one request (``owner``).
 
-    ``length`` is that of the prompt where keys depend on it, else 0.
+    ``length`` is that of the prompt where keys depend on it, else 0. ``adapter`` is the key of one
+    load of the adapter that the keys and values are made with.
     """
     person = b"kv owner" if owner else b"kv salt"
     own = length.to_bytes(8, "little") if length else b""
     name = (owner or salt).encode()
-    return blake2b(name, digest_size=HASH_BYTES, person=person, salt=own).digest()
+    plain = blake2b(name, digest_size=HASH_BYTES, person=person, salt=own).digest()
+    if not adapter:
+        return plain
+    return blake2b(plain + adapter.encode(), digest_size=HASH_BYTES, person=b"kv adapter").digest()
 
 
 def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
@@ -55,7 +59,7 @@ def request_root(request: Request, length_matters_above: int | None, owner: str 
     embeds, length = request.prompt_embeds, len(request.prompt)
     matters = length_matters_above is not None and length > length_matters_above
     salt = request.cache_salt if embeds is None else f"{request.cache_salt}\0{embeds.digest}"
-    return root_hash(salt, owner, length if matters else 0)
+    return root_hash(salt, owner, length if matters else 0, request.adapter)
 
 
 def block_hashes(

@@ -123,6 +123,8 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """The tenant's share is in proportion to it."""
     step_parents: StepParents | None = None
     """The spans above those of its steps; None: it is not traced."""
+    adapter: str = ""
+    """Key of the adapter that its rows are computed with, of one load of it; empty: none."""
 
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):

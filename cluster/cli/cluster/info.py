@@ -62,6 +62,9 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
         lines.append(f"rebalance   {describe(status['rebalance'])}")
     if (autoscale := status.get("autoscale") or {}).get("mode", "off") != "off":
         lines.append(f"autoscale   {_autoscale_text(autoscale)}")
+    if adapters := status.get("adapters"):
+        shown = ", ".join(f"{adapter['name']} ({adapter['state']})" for adapter in adapters)
+        lines.append(f"adapters    {shown}")
     if status.get("error"):
         lines.append(f"error       {status['error']}")
     lines += [f"problem     {problem}" for problem in status.get("problems") or ()]

@@ -33,6 +33,7 @@ _METAVARS = {
     "NAME": "name",
     "ORIGINS": "origins",
     "ADDRESS": "address",
+    "NAME=FOLDER": "modules",
 }
 """What stands for a value in the help, by the last word of the field's name."""
 

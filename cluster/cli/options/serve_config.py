@@ -96,10 +96,19 @@ def _add_files(sections: dict[str, dict[str, Any]]) -> None:
     model = sections["model"]
     if "chat_template" in model:
         model["chat_template"] = read_template(model["chat_template"])
+    lora = sections["lora"]
+    if "lora_modules" in lora:
+        lora["lora_modules"] = tuple(map(_absolute_module, lora["lora_modules"]))
     for option in OPTIONS:
         section = sections.get(option.section, {})
         if option.is_path and option.field != "chat_template" and section.get(option.field):
             section[option.field] = str(Path(section[option.field]).absolute())
+
+
+def _absolute_module(module: str) -> str:
+    """``NAME=FOLDER``, if it is that."""
+    name, _, folder = module.partition("=")
+    return f"{name}={Path(folder).absolute()}" if folder else module
 
 
 def _add_heartbeat(transport: dict[str, Any]) -> None:

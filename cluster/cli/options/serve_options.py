@@ -38,6 +38,8 @@ class StartOptions:
 
 
 _SECTIONS: dict[str, type] = {**section_types(), "": StartOptions}
+_MODULES = "--lora-modules"
+"""The option that takes several words."""
 _KEY_VARIABLES = {
     "gateway.api_keys": "EXPERTMESH_API_KEYS",
     "gateway.admin_keys": "EXPERTMESH_ADMIN_KEYS",
@@ -86,13 +88,29 @@ def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None
 def spell_out(words: Sequence[str]) -> list[str]:
     """``--deterministic MODEL`` -> ``--deterministic=on MODEL``.
 
-    argparse would take the next word of the command line as the value, whatever it is.
+    argparse would take the next word of the command line as the value, whatever it is. Of
+    ``--lora-modules a=x b=y`` it would take the first value alone: they are joined.
     """
+    words = _join_modules(words)
     flags = {option.flag: option for option in OPTIONS if option.may_be_bare}
     return [
         f"{word}=on" if word in flags and not flags[word].is_value(following) else word
         for word, following in zip(words, [*words, ""][1:], strict=True)
     ]
+
+
+def _join_modules(words: Sequence[str]) -> list[str]:
+    """``--lora-modules a=x b=y MODEL`` -> ``--lora-modules a=x,b=y MODEL``."""
+    found: list[str] = []
+    is_open = False
+    for word in words:
+        is_module = is_open and "=" in word and not word.startswith("-")
+        if is_module and found[-1] != _MODULES:
+            found[-1] += f",{word}"
+        else:
+            found.append(word)
+        is_open = is_module or word.partition("=")[0] == _MODULES
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.effects import Effect, Release, Send
 from cluster.controller.parts.host_disks import differ
-from cluster.controller.parts.memory import History, LostWorker, Memory
+from cluster.controller.parts.memory import History, KeptAdapter, LostWorker, Memory
 from cluster.controller.parts.metrics import ControllerMetrics, MoveReason
 from cluster.controller.parts.operations import Operations
 from cluster.controller.parts.scales import Scale
@@ -210,6 +210,10 @@ class Cluster:
         """The drain under way."""
         self.scale: Scale | None = None
         """The scaling under way."""
+        self.adapters: dict[str, KeptAdapter] = {}
+        """By key."""
+        self.has_ordered_adapters = False
+        """Workers may have adapters."""
         self._low_disks: dict[str, list[tuple[str, LowDisk]]] = {}
         """(host, disk) by who reports them: the controller's process and gateways."""
         self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
@@ -256,7 +260,7 @@ class Cluster:
     def unready_workers(self) -> list[str]:
         """Those of the new workers that others still wait for."""
         table = self.workers
-        return sorted(n for n in self.new_workers if n not in table or not table[n].is_ready)
+        return sorted(n for n in self.new_workers if n not in table or not table[n].may_join)
 
     @property
     def profile(self) -> LoadProfile | None:
@@ -327,6 +331,8 @@ class Cluster:
             drain=self.drain,
             scale=self.scale,
             known_nodes=self.known_nodes,
+            adapters=tuple(self.adapters.values()),
+            has_ordered_adapters=self.has_ordered_adapters,
         )
 
     def nodes_alive(self, nodes: NodeIds, now: float) -> None:

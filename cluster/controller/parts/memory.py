@@ -16,8 +16,9 @@ from cluster.controller.parts.drains import Drain
 from cluster.controller.parts.operations import Operation
 from cluster.controller.parts.scales import Scale
 from cluster.core.codec import Message
+from cluster.core.frames import Adapter
 from cluster.core.placement import ExpertPlacement
-from cluster.core.states import WorkerState
+from cluster.core.states import AdapterState, WorkerState
 from cluster.core.topology import Member
 from cluster.policy.places import ClosedPlace
 
@@ -100,6 +101,15 @@ class LostWorker(Message, frozen=True, kw_only=True):
     reason: str
 
 
+class KeptAdapter(Message, frozen=True, kw_only=True):
+    """An adapter that the workers have, or are to have."""
+
+    adapter: Adapter
+    state: AdapterState
+    number: int
+    """Order with which it was first asked for."""
+
+
 class Memory(Message, frozen=True, kw_only=True):
     """``Cluster.memory`` makes it, ``failover.continue_with`` takes it."""
 
@@ -124,3 +134,6 @@ class Memory(Message, frozen=True, kw_only=True):
     """The scaling under way."""
     known_nodes: frozenset[str] = frozenset()
     """Ids of nodes that are accounted for, where the numbers of workers follow the nodes."""
+    adapters: tuple[KeptAdapter, ...] = ()
+    has_ordered_adapters: bool = False
+    """Workers may have adapters."""

@@ -110,7 +110,7 @@ class Recovery:
         fresh = [
             r.member
             for r in self._cluster.workers.alive()
-            if r.state is WorkerState.READY and r.name not in known
+            if r.state is WorkerState.READY and r.may_join and r.name not in known
         ]
         if fresh:
             names = ", ".join(m.name for m in fresh)

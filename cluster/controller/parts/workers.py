@@ -72,6 +72,10 @@ class WorkerRecord:
     """It waited for a peer within a step at its last heartbeat."""
     low_disks: tuple[frames.LowDisk, ...] = ()
     """Of its host, by its last heartbeat."""
+    adapters: tuple[str, ...] = ()
+    """Keys of adapters that its requests had at its last heartbeat."""
+    awaits_adapters: bool = False
+    """It may join others only once it has all adapters."""
     _progress: int = -1
 
     @property
@@ -92,6 +96,11 @@ class WorkerRecord:
     def is_ready(self) -> bool:
         """Its weights are in memory, and it lives; it may serve."""
         return self.state in (WorkerState.READY, WorkerState.SERVING)
+
+    @property
+    def may_join(self) -> bool:
+        """It is ready, and has all adapters."""
+        return self.is_ready and not self.awaits_adapters
 
     @property
     def is_lost(self) -> bool:
@@ -149,6 +158,7 @@ class WorkerRecord:
         self.is_waiting = frame.waiting
         self.generation = frame.generation
         self.low_disks = frame.low_disks
+        self.adapters = frame.adapters
         self.take_numbers(frame)
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:

@@ -74,6 +74,13 @@ def test_status_says_what_autoscaling_wants(
     assert "autoscale" not in capsys.readouterr().out
 
 
+def test_status_lists_adapters(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [{"name": "sql", "state": "READY"}, {"name": "chat", "state": "UNLOADING"}]
+    gateway.status = (200, {**STATUS, "adapters": found})
+    assert main(["--url", gateway.url, "status"]) == ExitCode.OK
+    assert "adapters    sql (READY), chat (UNLOADING)\n" in capsys.readouterr().out
+
+
 def test_status_json_is_the_document_alone(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
+    Adapter,
+    AdaptersKept,
     Alive,
     ControlChallenge,
     ControlFrame,
@@ -23,6 +25,7 @@ from cluster.core.frames import (
     GenerationReady,
     Heartbeat,
     HeartbeatAck,
+    KeepAdapters,
     LoadExperts,
     LoadProgress,
     NewEpoch,
@@ -75,6 +78,7 @@ SAMPLES: tuple[ControlFrame, ...] = (
         generation=2,
         stats={"kv_blocks_free": 3.0},
         expert_load=make_report(3, [1, 2]),
+        adapters=("sql@1",),
     ),
     Alive(),
     HeartbeatAck(term=1, controller="a1", number=4),
@@ -101,6 +105,8 @@ SAMPLES: tuple[ControlFrame, ...] = (
     RunGeneration(generation=2, first_step=10),
     LoadExperts(order=3, epoch=3, experts=[[0, 8, 5], [1, 8, -1]], source={"kind": "checkpoint"}),
     ExpertsLoaded(order=3, error="model.safetensors: no such file", num_bytes=7),
+    KeepAdapters(number=4, adapters=(Adapter(key="sql@1", name="sql", path="/a", digest="12ab"),)),
+    AdaptersKept(number=4, digests={"sql@1": "12ab"}, errors={"chat@2": "no such folder"}),
     DrainRequest(),
     Shutdown(reason="stopped"),
     Superseded(term=3),

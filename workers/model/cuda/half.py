@@ -70,8 +70,8 @@ class CudaHalf(CudaAttention):
         half, parts = self._half, self._half.projections
         if not isinstance(parts, DenseProjections):
             return (yield from staged_steps(self, half.shape, parts, hidden, cache, context))
-        rows = parts.qkv(norm(hidden, half.norm1, half.shape.eps))
-        projected = parts.output(self.attend_rows(rows, cache, context))
+        rows = context.multiply(parts.qkv, norm(hidden, half.norm1, half.shape.eps))
+        projected = context.multiply(parts.output, self.attend_rows(rows, cache, context))
         return self.leave(hidden, projected, context)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Protocol
 
@@ -27,6 +27,7 @@ from workers.model.layers import (
     AttentionModel,
     Embedding,
     Layer,
+    LayerProduct,
     Linear,
     Mlp,
     Norm,
@@ -56,6 +57,8 @@ class Loader:
     """The attention of all layers."""
     parts: Mapping[str, TensorPart]
     """By short name; biases have the name of their matrix and ``_bias``."""
+    products: list[LayerProduct] = field(default_factory=list)
+    """Those that were made of several layers, to which each one is added."""
 
     def tensor(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
         """Tensors one under the other, in the model dtype unless another is given."""
@@ -81,7 +84,9 @@ class Loader:
             order = order.to(weight.device)
             weight = weight.index_select(0, order)
             bias = None if bias is None else bias.index_select(0, order)
-        return self.blocks.linear(weight, bias, may_quantize=may_quantize)
+        product = self.blocks.linear(weight, bias, may_quantize=may_quantize)
+        self.products.append(LayerProduct(product, {n: self.parts[n] for n in names}, order))
+        return product
 
     def router(self, name: str) -> Linear:
         """The product of a router or gate, with its bias where there is one."""
@@ -98,7 +103,10 @@ class Loader:
     def mlp(self, gate: str, up: str, down: str, activation: Activation) -> Mlp:
         """A gated MLP without biases."""
         weights = partial(self.weight, gate, up), partial(self.weight, down)
-        return self.blocks.mlp(*weights, activation)
+        product = self.blocks.mlp(*weights, activation)
+        parts = {"gate": self.parts[gate], "up": self.parts[up], "down": self.parts[down]}
+        self.products.append(LayerProduct(product, parts))
+        return product
 
 
 class Family(ABC):
@@ -170,8 +178,9 @@ class Family(ABC):
         attend = blocks.attention(config, dtype)
         outer = Loader(reader, dtype, device, blocks, attend, self._outer_parts())
         embedding, head = self._ends(outer, blocks)
+        inner = replace(outer, products=[])
         layers = [
-            self.make_layer(i, replace(outer, parts=self.layer_parts(i)))
+            self.make_layer(i, replace(inner, parts=self.layer_parts(i)))
             for i in range(config.num_layers)
         ]
         limit = max_positions or config.context_tokens
@@ -187,6 +196,8 @@ class Family(ABC):
             windows=self.windows,
             kv_layer=config.kv_layers[0],
             predictor=self._predictor(outer) if config.has_predictor else None,
+            products=tuple(inner.products),
+            linear=partial(blocks.linear, may_quantize=False),
         )
 
     def _predictor(self, outer: Loader) -> Predictor:

@@ -29,10 +29,10 @@ class DecoderLayer:
         half = yield from self.half.forward(hidden, cache, context)
         if half.routes is None:
             assert self.mlp is not None, "a layer has an MLP or routed experts"
-            return half.hidden.add_(self.mlp(half.normed))
+            return half.hidden.add_(context.apply(self.mlp, half.normed))
         routes = half.routes
         yield Dispatch(routes.bank, 0, half.normed, routes.topk_ids, routes.topk_weights)
-        other = self.bias if self.mlp is None else self.mlp(half.normed)
+        other = self.bias if self.mlp is None else context.apply(self.mlp, half.normed)
         routed = yield
         return half.hidden.add_(routed if other is None else routed + other)
 

@@ -78,8 +78,9 @@ class PostNormLayer:
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
         """See ``Layer``."""
-        attended = self.heads.attend_rows(self.qkv(hidden), cache, context)
-        hidden = hidden + self.norm1(self.output(attended))
+        rows = context.multiply(self.qkv, hidden)
+        attended = self.heads.attend_rows(rows, cache, context)
+        hidden = hidden + self.norm1(context.multiply(self.output, attended))
         routes = self.router.route(hidden, context.attention.recorder)
         yield Dispatch(routes.bank, 0, hidden, routes.topk_ids, routes.topk_weights)
         routed = yield

@@ -38,6 +38,7 @@ from workers.native.half import (
     run_half,
 )
 from workers.native.matrix import MatrixFields
+from workers.native.norm import norm_rows
 from workers.native.panels import DTYPES
 from workers.native.team import Team
 
@@ -94,6 +95,8 @@ class NativeHalf(NativeAttention):
         """``half`` has native products."""
         super().__init__(team, half, half.norm1.dtype)
         _add_half(self.fields, half)
+        self._apart = HalfFields.from_buffer_copy(self.fields)
+        self._apart.qkv = self._apart.output = MatrixFields()
         self._half = half
 
     @property
@@ -113,11 +116,29 @@ class NativeHalf(NativeAttention):
         shape, parts = self._half.shape, self._half.projections
         if not isinstance(parts, DenseProjections):
             return (yield from staged_steps(self, shape, parts, hidden, cache, context))
+        if context.adapters is not None:
+            return self._adapted(parts, hidden, cache, context)
         rows = RowsFields(cache=cache.data_ptr())
         queries = self._queries(rows, hidden.shape[0], context)
         output = self._leave(hidden, rows, ENTER | ATTEND | LEAVE, context)
         self._report(queries, cache, context)
         return output
+
+    def _adapted(
+        self, parts: DenseProjections, hidden: Tensor, cache: Tensor, context: LayerContext
+    ) -> HalfOutput:
+        """The half of rows to whose projections adapters add something: equal to the bit for those
+        to which they add nothing."""
+        normed = norm_rows(self.team, hidden.clone(), self._half.norm1, self._half.shape.eps)
+        rows = context.multiply(parts.qkv, normed)
+        attended = self.attend_rows(rows.contiguous(), cache, context)
+        return self.leave(hidden, context.multiply(parts.output, attended), context)
+
+    def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
+        """A stage by itself has its rows from the caller, and makes no product."""
+        assert context.native is not None
+        fields = self.fields if stages == ENTER | ATTEND | LEAVE else self._apart
+        run_half(self.team, fields, context.native, rows, stages)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
         """See ``HalfStages``."""

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from workers.model.layers import Linear
+from workers.model.layers import Linear, row_wise
 from workers.native.experts import ExpertShape, SlotTable, expert_pairs
 from workers.native.matrix import Matrix
 from workers.native.norm import norm_rows
-from workers.native.panels import pack
+from workers.native.panels import PANEL, pack
 from workers.native.quantized import pack_weight
 from workers.native.team import Team
 from workers.quantization.formats import WeightFormat
@@ -56,7 +57,10 @@ class NativeNorm:
 
 
 class NativeMlp:
-    """``GatedMlp`` with silu, as the kernels' only expert; rounded as routed experts are."""
+    """``GatedMlp`` with silu, as the kernels' only expert; rounded as routed experts are.
+
+    Stage by stage, what is between the products is rounded to the weights' type.
+    """
 
     __slots__ = ("_team", "table")
 
@@ -86,6 +90,30 @@ class NativeMlp:
         """[rows, H] -> [rows, H]."""
         slots = torch.zeros(len(x), dtype=torch.int64)
         return expert_pairs(self._team, self.table, x, torch.arange(len(x)), slots)
+
+    def gate_up(self, x: Tensor) -> Tensor:
+        """See ``Mlp``. Gates and ups alternate in panels, of which each has half of either."""
+        inner = self.table.shape.inner
+        panels = self._multiply(x, 0, len(self.table.get(0, 0)) * PANEL)
+        halves = panels.view(len(x), -1, 2, PANEL // 2).transpose(1, 2).flatten(2)
+        return halves[:, :, :inner].flatten(1)
+
+    def activate(self, gate_up: Tensor) -> Tensor:
+        """See ``Mlp``."""
+        gate, up = gate_up.chunk(2, 1)
+        return row_wise(functional.silu, gate) * up
+
+    def down(self, x: Tensor) -> Tensor:
+        """See ``Mlp``."""
+        return self._multiply(x, 1, self.table.shape.out_width)
+
+    def _multiply(self, x: Tensor, place: int, outputs: int) -> Tensor:
+        """Rows with one of the packed matrices, all of whose ``outputs`` are returned."""
+        shape, packed = self.table.shape, self.table.get(0, place)
+        inputs = shape.in_width if place == 0 else shape.inner
+        size = outputs, inputs
+        matrix = Matrix.of_panels(self._team, packed, size, shape.dtype, shape.form)
+        return matrix.multiply(x)
 
 
 class NativeHeadProducts:

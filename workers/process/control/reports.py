@@ -31,6 +31,8 @@ class WorkerReports:
     send: Callable[[ControlFrame], None]
     disks: DiskWatch
     """Of this host."""
+    adapters_in_use: Callable[[], tuple[str, ...]] = tuple
+    """Keys of adapters that requests have."""
     _progress_sent_at: float = 0.0
     _load_sent_at: float = 0.0
     _rows_sent: int = 0
@@ -60,6 +62,7 @@ class WorkerReports:
             stats={**self.stats(), "placement_epoch": epoch},
             expert_load=self._new_load() if due else None,
             low_disks=self.disks.low(now),
+            adapters=self.adapters_in_use(),
         )
 
     def status(self) -> StatusReply:

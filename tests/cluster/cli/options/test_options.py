@@ -453,6 +453,26 @@ def test_a_wrong_command_line_is_a_usage_error(words: list[str], capsys: Any) ->
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--lora-modules", "sql=/a", "chat=b", "MODEL"),
+        ("MODEL", "--lora-modules", "sql=/a,chat=b"),
+        ("MODEL", "--lora-modules=sql=/a", "chat=b", "--port", "1"),
+    ],
+    ids=" ".join,
+)
+def test_adapters_are_words_or_a_list(words: tuple[str, ...]) -> None:
+    assert parse(*words).model == "MODEL"
+    modules = config_of(*words).lora.lora_modules
+    assert modules == ("sql=/a", f"chat={Path('b').absolute()}")
+
+
+def test_adapters_of_the_environment() -> None:
+    config = config_of(environment={"EXPERTMESH_LORA_MODULES": "sql=/a, chat=/b"})
+    assert config.lora.lora_modules == ("sql=/a", "chat=/b")
+
+
 def test_every_command_is_in_the_help_and_the_docs() -> None:
     parser = make_parser()
     page = (ROOT / "docs" / "reference" / "commands.md").read_text()

@@ -151,10 +151,11 @@ def make(case: Case, dtype: torch.dtype, blocks: BuildingBlocks) -> Half:
     if case.latent_rank is not None:
         shape = case.latent
         made = weight(heads, shape.plain_dim + shape.value_dim, shape.rank)
+        queries = blocks.linear(weight(heads * shape.query_dim, HIDDEN))
         projections = LatentProjections(
             shape=shape,
             norm1=blocks.norm(norm(HIDDEN), 1e-5),
-            queries=blocks.linear(weight(heads * shape.query_dim, HIDDEN)),
+            queries=lambda x, context: queries(x),
             latents=blocks.linear(weight(dim, HIDDEN)),
             latent_norm=blocks.norm(norm(shape.rank), 1e-6),
             heads=blocks.head_products(made, shape.plain_dim),

@@ -63,3 +63,22 @@ def test_other_activations_are_those_of_torch() -> None:
     assert isinstance(make(blocks, WIDTHS[0], torch.float32), NativeMlp)
     zeros = torch.zeros(8, 4), torch.zeros(4, 4)
     assert isinstance(blocks.mlp(lambda: zeros[0], lambda: zeros[1], "gelu"), GatedMlp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_stage_by_stage(name: str, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """As near to the whole as the rounding between stages allows; bits are the row's own."""
+    rows, mlp = rows_of(widths[0], dtype), make(NativeBlocks(team(name)), widths, dtype)
+
+    def stages(x: Tensor) -> Tensor:
+        return mlp.down(mlp.activate(mlp.gate_up(x)))
+
+    gate_up = make(BuildingBlocks(), widths, dtype).gate_up(rows).float()
+    limit = 1e-5 if dtype == torch.float32 else 0.03
+    assert ((mlp.gate_up(rows).float() - gate_up).abs() <= limit * (1 + gate_up.abs())).all()
+    together, whole = stages(rows), mlp(rows).float()
+    assert ((together.float() - whole).abs() <= limit * (1 + whole.abs())).all()
+    for first, last in [(0, 1), (7, 8), (3, 20), (50, 149)]:
+        assert torch.equal(stages(rows[first:last]), together[first:last])

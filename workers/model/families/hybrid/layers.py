@@ -62,13 +62,13 @@ class GatedAttention:
         shape = self.shape
         queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         widths = [queries, values, values, queries]
-        q, k, v, gates = torch.split(self.project(normed), widths, 1)
+        q, k, v, gates = torch.split(context.multiply(self.project, normed), widths, 1)
         normed_heads = (
             norm(part.reshape(len(normed), -1, shape.head_dim)).flatten(1)
             for norm, part in ((self.q_norm, q), (self.k_norm, k))
         )
         attended = self.heads.attend_rows(torch.cat((*normed_heads, v), 1), cache, context)
-        return self.output(attended * row_sigmoid(gates))
+        return context.multiply(self.output, attended * row_sigmoid(gates))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,8 @@ class RecurrentMixer:
         """See ``Mixer``."""
         states = context.attention.states
         assert states is not None, "the model has recurrent states"
-        return self.output(self.mix(self.project(normed), cache, states))
+        mixed = self.mix(context.multiply(self.project, normed), cache, states)
+        return context.multiply(self.output, mixed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,10 +108,10 @@ class HybridLayer:
         hidden = hidden + self.mixer(self.norm1(hidden), cache, context)
         normed = self.norm2(hidden)
         if self.router is None:
-            return hidden.add_(self.mlp(normed))
+            return hidden.add_(context.apply(self.mlp, normed))
         routes = self.router.route(normed, context.attention.recorder)
         yield Dispatch(routes.bank, 0, normed, routes.topk_ids, routes.topk_weights)
         assert self.gate is not None, "a layer with experts has a shared one"
-        shared = self.mlp(normed) * row_sigmoid(self.gate(normed))
+        shared = context.apply(self.mlp, normed) * row_sigmoid(self.gate(normed))
         routed = yield
         return hidden.add_(routed + shared)

@@ -19,7 +19,7 @@ from workers.model.families.base import Loader
 from workers.model.families.parts import part
 from workers.model.families.settings import Defaults, Heads, Settings, model_config
 from workers.model.latent import LatentProjections, LatentShape
-from workers.model.layers import Linear, Norm
+from workers.model.layers import LayerContext, Linear, Norm
 from workers.model.rope import context_scale, rope_parameters, rotation_order
 
 _NORM_EPS = 1e-6
@@ -130,18 +130,22 @@ class LatentAttention:
             output=loader.linear("o"),
         )
 
-    def _queries(self, order: Tensor, loader: Loader) -> Callable[[Tensor], Tensor]:
+    def _queries(self, order: Tensor, loader: Loader) -> Callable[[Tensor, LayerContext], Tensor]:
         shape = self.shape
         rows = _ends_ordered(order, shape.num_heads, shape.plain_dim)
         queries = loader.linear("q", order=rows)
         if self.query_rank is None:
-            return queries
+            return partial(_direct, product=queries)
         norm = loader.blocks.norm(loader.tensor("query_norm"), _NORM_EPS)
         return partial(_by_rank, first=loader.linear("query_latent"), norm=norm, second=queries)
 
 
-def _by_rank(x: Tensor, first: Linear, norm: Norm, second: Linear) -> Tensor:
-    return second(norm(first(x)))
+def _direct(x: Tensor, context: LayerContext, product: Linear) -> Tensor:
+    return context.multiply(product, x)
+
+
+def _by_rank(x: Tensor, context: LayerContext, first: Linear, norm: Norm, second: Linear) -> Tensor:
+    return context.multiply(second, norm(context.multiply(first, x)))
 
 
 def _ends_ordered(order: Tensor, num_heads: int, first: int) -> Tensor:

@@ -1,0 +1,264 @@
+"""Adapters: the workers that run attention all have the same ones, and clients name them.
+
+    load ─▶ LOADING ─▶ all workers have it ─▶ READY ─▶ unload ─▶ UNLOADING
+        ─▶ no request has had it for a while ─▶ workers free it
+
+A worker that is new joins the others once it has all adapters. An order names all that a worker is
+to have, so that it can be given at any time, also by a restarted controller.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from msgspec.structs import replace
+
+from cluster.config.lora import MAX_PATH, NAME_RULE, is_name
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.memory import KeptAdapter
+from cluster.controller.parts.workers import WorkerRecord
+from cluster.core.codec import Message
+from cluster.core.errors import ConflictError, ModelNotFoundError, RequestError
+from cluster.core.frames import Adapter, AdaptersKept, KeepAdapters
+from cluster.core.states import AdapterState, ClusterState, WorkerState, next_state
+
+LOAD_LIMIT_S = 120.0
+"""Time in which all workers must have an adapter, and in which a new worker must have all."""
+_KEPT_ERRORS = 64
+UNUSED_S = 5.0
+"""Time without any request that has it, after which an adapter that is unloaded is freed: requests
+of a lost worker are on their way to another one."""
+
+
+class LoadOrder(Message, frozen=True, kw_only=True):
+    """What a client asks for."""
+
+    name: str
+    path: str
+
+
+class Adapters:
+    """See the module. One thread; ``now`` is in monotonic seconds."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        """Those of the configuration are to be loaded."""
+        self._cluster = cluster
+        self._number = 0
+        self._answers: dict[str, int] = {}
+        """By worker, the newest order that it has carried out."""
+        self._since: dict[str, float] = {}
+        """By adapter, when it was asked for, or last had requests."""
+        self._awaits_since: dict[str, float] = {}
+        """By worker that is ready but for its adapters."""
+        self._errors: dict[str, str] = {}
+        """By adapter, why the last ones were not loaded."""
+        for name, path in cluster.config.lora.modules:
+            self._add(name, path, cluster.began_at)
+
+    # ---- questions ------------------------------------------------------------------------
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """All of them, fit for JSON."""
+        return [
+            {
+                "name": kept.adapter.name,
+                "key": kept.adapter.key,
+                "path": kept.adapter.path,
+                "state": kept.state.value,
+            }
+            for kept in self._cluster.adapters.values()
+        ]
+
+    def is_settled(self, key: str) -> bool:
+        """Whether it is known how a load ended."""
+        kept = self._cluster.adapters.get(key)
+        return kept is None or kept.state is not AdapterState.LOADING
+
+    def error(self, key: str) -> str:
+        """Why an adapter could not be loaded; empty if it is."""
+        return self._errors.get(key, "")
+
+    # ---- orders ---------------------------------------------------------------------------
+
+    def load(self, order: LoadOrder, now: float) -> str:
+        """Begin to load an adapter; its key. Raises ``RequestError`` and ``ConflictError``."""
+        cluster, name = self._cluster, order.name
+        if not is_name(name):
+            raise RequestError(f"lora_name ({name[:128]!r}) {NAME_RULE}", "lora_name")
+        is_absolute = len(order.path) <= MAX_PATH and PurePosixPath(order.path).is_absolute()
+        if not is_absolute or "\0" in order.path:
+            rule = f"must be an absolute path of at most {MAX_PATH} characters"
+            raise RequestError(f"lora_path ({order.path[:128]!r}) {rule}", "lora_path")
+        if name == cluster.config.model.served_model_name:
+            raise RequestError(f"lora_name ({name}) is the name of the model", "lora_name")
+        if self._named(name) is not None:
+            raise RequestError(f"lora_name ({name}) is loaded already, or loading", "lora_name")
+        limit = cluster.config.lora.max_loras
+        if len(cluster.adapters) >= limit:
+            states = ", ".join(f"{k.adapter.name} {k.state.value}" for k in self._kept())
+            raise ConflictError(f"at most {limit} (max_loras) adapters may be loaded: {states}")
+        if not cluster.takes_orders:
+            raise ConflictError(f"the cluster is {cluster.state.value}")
+        kept = self._add(name, order.path, now)
+        cluster.remember()
+        self._order_all()
+        return kept.adapter.key
+
+    def unload(self, name: str, now: float) -> None:
+        """No new request may have it. Raises ``ModelNotFoundError`` and ``ConflictError``."""
+        kept = self._named(name)
+        if kept is None:
+            raise ModelNotFoundError(f"the adapter {name[:128]!r} does not exist", "lora_name")
+        if kept.state is not AdapterState.READY:
+            raise ConflictError(f"the adapter {name} is {kept.state.value}")
+        self._retire(kept, now)
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def restore(self, now: float) -> None:
+        """Workers go on under a new controller: it cannot know which orders they had."""
+        self._since = dict.fromkeys(self._cluster.adapters, now)
+        if self._cluster.has_ordered_adapters:
+            members = {m.name for m in self._cluster.round.members}
+            for record in self._workers():
+                record.awaits_adapters = record.name not in members
+            self._order_all()
+
+    def registered(self, record: WorkerRecord) -> None:
+        """A new worker loads weights: adapters come after them."""
+        if record.member.runs_attention and self._cluster.adapters:
+            record.awaits_adapters = True
+            self._order(record)
+
+    def answered(self, record: WorkerRecord, frame: AdaptersKept, now: float) -> str:
+        """A worker has what it can have; why not all of it, if it has not."""
+        name, errors = record.name, dict(frame.errors)
+        if frame.number < self._number:
+            return ""
+        for key, digest in frame.digests.items():
+            if (kept := self._cluster.adapters.get(key)) is None:
+                continue
+            known = kept.adapter.digest or digest
+            if known != digest:
+                errors[key] = "its files are not those that other workers have read"
+            adapter = replace(kept.adapter, digest=known)
+            self._cluster.adapters[key] = replace(kept, adapter=adapter)
+        self._answers[name] = frame.number
+        record.awaits_adapters = False
+        words = [self._failed(name, key, error, now) for key, error in errors.items()]
+        self._settle(now)
+        return "; ".join(filter(None, words))
+
+    def tick(self, now: float) -> dict[str, str]:
+        """Time has passed; returns workers that did not answer in time, with the reason."""
+        self._settle(now)  # workers that did not answer may be lost
+        for kept in self._kept(AdapterState.LOADING):
+            if not self._is_starting and now >= self._since[kept.adapter.key] + LOAD_LIMIT_S:
+                asked = [r for r in self._workers() if self._answers.get(r.name, 0) < kept.number]
+                names = ", ".join(r.name for r in asked) or "any worker"
+                self._drop(kept, f"no answer of {names} within {LOAD_LIMIT_S:g} s", now)
+        in_use = {key for record in self._workers() for key in record.adapters}
+        for kept in self._kept(AdapterState.UNLOADING):
+            key = kept.adapter.key
+            if key in in_use or not self._cluster.runs:
+                self._since[key] = now
+            elif now >= self._since[key] + UNUSED_S:
+                self._drop(kept, "", now)
+        waiting = [r.name for r in self._workers() if r.is_ready and r.awaits_adapters]
+        self._awaits_since = {n: self._awaits_since.get(n, now) for n in waiting}
+        late = [n for n, since in self._awaits_since.items() if now >= since + LOAD_LIMIT_S]
+        return dict.fromkeys(late, f"it has not loaded its adapters within {LOAD_LIMIT_S:g} s")
+
+    # ---- changes --------------------------------------------------------------------------
+
+    @property
+    def _is_starting(self) -> bool:
+        return self._cluster.state is ClusterState.STARTING
+
+    def _workers(self) -> list[WorkerRecord]:
+        """Those that run attention, and live."""
+        return [r for r in self._cluster.workers.alive() if r.member.runs_attention]
+
+    def _kept(self, state: AdapterState | None = None) -> list[KeptAdapter]:
+        found = self._cluster.adapters.values()
+        return [kept for kept in found if state is None or kept.state is state]
+
+    def _named(self, name: str) -> KeptAdapter | None:
+        """The adapter of a name, but for one that is on its way out."""
+        return next(
+            (
+                kept
+                for kept in self._kept()
+                if kept.adapter.name == name and kept.state is not AdapterState.UNLOADING
+            ),
+            None,
+        )
+
+    def _settle(self, now: float) -> None:
+        """Adapters that all workers have may be named from now on."""
+        cluster = self._cluster
+        asked = [r for r in self._workers() if r.may_join or self._is_starting]
+        for kept in self._kept(AdapterState.LOADING):
+            answers = [self._answers.get(r.name, 0) >= kept.number for r in asked]
+            if asked and all(answers):
+                self._enter(kept, AdapterState.READY)
+                cluster.note(f"adapter {kept.adapter.name} is loaded", "requests may name it", now)
+                cluster.remember()
+
+    def _add(self, name: str, path: str, now: float) -> KeptAdapter:
+        self._number = next(self._cluster.order_numbers)
+        adapter = Adapter(key=f"{name}@{self._number}", name=name, path=path)
+        kept = KeptAdapter(adapter=adapter, state=AdapterState.LOADING, number=self._number)
+        self._cluster.adapters[adapter.key] = kept
+        self._cluster.has_ordered_adapters = True
+        self._since[adapter.key] = now
+        return kept
+
+    def _enter(self, kept: KeptAdapter, state: AdapterState) -> None:
+        changed = replace(kept, state=next_state(kept.state, state))
+        self._cluster.adapters[kept.adapter.key] = changed
+
+    def _retire(self, kept: KeptAdapter, now: float) -> None:
+        self._enter(kept, AdapterState.UNLOADING)
+        self._since[kept.adapter.key] = now
+        self._cluster.note(
+            f"adapter {kept.adapter.name} is unloaded", "no request may name it", now
+        )
+        self._cluster.remember()
+
+    def _failed(self, worker: str, key: str, error: str, now: float) -> str:
+        """A worker cannot load an adapter: nobody serves it. Returns the reason."""
+        kept = self._cluster.adapters.get(key)
+        if kept is None:
+            return ""
+        if self._is_starting:
+            return f"the adapter {kept.adapter.name} cannot be loaded: {error}"
+        words = f"{worker} cannot load the adapter {kept.adapter.name}: {error}"
+        if kept.state is AdapterState.LOADING:
+            self._drop(kept, words, now)
+        elif kept.state is AdapterState.READY:
+            self._cluster.note(words, "it is unloaded", now)
+            self._retire(kept, now)
+        return words
+
+    def _drop(self, kept: KeptAdapter, error: str, now: float) -> None:
+        """Workers free it."""
+        key = kept.adapter.key
+        del self._cluster.adapters[key], self._since[key]
+        if error:
+            self._errors = dict([*self._errors.items(), (key, error)][-_KEPT_ERRORS:])
+            self._cluster.note(error, f"adapter {kept.adapter.name} is not loaded", now)
+        self._cluster.remember()
+        self._order_all()
+
+    def _order_all(self) -> None:
+        self._number = next(self._cluster.order_numbers)
+        for record in self._workers():
+            if record.state is not WorkerState.STARTING:  # else it has not called yet
+                record.awaits_adapters = record.awaits_adapters or record.is_coming
+                self._order(record)
+
+    def _order(self, record: WorkerRecord) -> None:
+        adapters = tuple(kept.adapter for kept in self._kept())
+        self._cluster.send(KeepAdapters(number=self._number, adapters=adapters), record.name)

@@ -1,0 +1,43 @@
+"""Which adapters a configuration may name, and how many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.lora import LoraSection, is_name
+from cluster.core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_loras": -1}, "max_loras (-1) must not be negative"),
+        ({"max_lora_rank": 0}, "max_lora_rank (0) must be at least 1"),
+        ({"lora_modules": ("a",)}, "lora_modules (a) must be NAME=FOLDER"),
+        ({"lora_modules": ("=x",)}, "lora_modules (=x) must be NAME=FOLDER"),
+        ({"lora_modules": ("a b=x",)}, "NAME must be 1 to 128 letters"),
+        ({"lora_modules": ("a=x", "a=y")}, "must not name an adapter twice"),
+        ({"lora_modules": ("a=x", "b=y"), "max_loras": 1}, "must not exceed max_loras (1)"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        LoraSection(**fields)
+    assert words in str(found.value)
+
+
+def test_an_adapter_has_not_the_name_of_the_model() -> None:
+    model = ModelSection(path="/m", served_model_name="m")
+    with pytest.raises(ConfigError, match="must not name an adapter as the model"):
+        ClusterConfig(model=model, lora=LoraSection(lora_modules=("m=/a",)))
+
+
+def test_names_and_folders() -> None:
+    section = LoraSection(lora_modules=("sql=/a/b=c", "org/chat:1=/d"))
+    assert section.modules == (("sql", "/a/b=c"), ("org/chat:1", "/d"))
+    assert not is_name("-x")
+    assert not is_name("x" * 129)

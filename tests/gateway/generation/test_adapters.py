@@ -1,0 +1,143 @@
+"""Adapters as clients and operators see them, over both codecs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from cluster.config.api_keys import hash_key
+from cluster.config.gateway import GatewaySection
+from gateway.core.errors import error_from_engine, report_error
+from protos import admin_pb2, inference_pb2
+from protos.admin_pb2_grpc import AdminStub
+from protos.inference_pb2_grpc import InferenceStub
+from tests.gateway.fakes import BACKEND
+from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
+from workers.requests.block_hash import prompt_hashes
+
+HELLO = BACKEND.encode("hello world").ids
+SQL = {"lora_name": "sql", "lora_path": "/adapters/sql"}
+
+
+@pytest.fixture
+def stack() -> Iterator[Stack]:
+    """One of its own: adapters stay."""
+    with running_stack() as found:
+        yield found
+
+
+@pytest.fixture
+def admin(stack: Stack) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://{stack.admin.http}", timeout=WAIT_S) as client:
+        yield client
+
+
+def load(admin: httpx.Client, **changes: str) -> httpx.Response:
+    return admin.post("/v1/load_lora_adapter", json={**SQL, **changes})
+
+
+def ids(stack: Stack) -> list[str]:
+    return [model["id"] for model in stack.http.get("/v1/models").json()["data"]]
+
+
+def test_adapters_are_listed_with_their_parent(stack: Stack, admin: httpx.Client) -> None:
+    assert ids(stack) == [MODEL]
+    answer = load(admin)
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == {"schema": 1, **SQL, "state": "READY", "key": "sql@0"}
+    base, adapter = stack.http.get("/v1/models").json()["data"]
+    assert (base["id"], base["parent"]) == (MODEL, None)
+    assert adapter == {**base, "id": "sql", "parent": MODEL}
+    assert stack.http.get("/v1/models/sql").json() == adapter
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        stub = InferenceStub(channel)
+        models = stub.ListModels(inference_pb2.ListModelsRequest()).models
+        info = stub.GetModelInfo(inference_pb2.GetModelInfoRequest(model="sql"))
+    assert [(m.id, m.parent) for m in models] == [(MODEL, ""), ("sql", MODEL)]
+    assert info == models[1]
+
+
+def test_requests_select_them_by_name(stack: Stack, admin: httpx.Client) -> None:
+    load(admin)
+    for model in ("sql", MODEL, None):
+        fields: dict[str, Any] = {} if model is None else {"model": model}
+        answer = complete(stack, prompt=HELLO, max_tokens=2, **fields)
+        assert answer["model"] == model or model is None
+    messages = [{"role": "user", "content": "hello"}]
+    for path, fields in (
+        ("/v1/chat/completions", {"messages": messages, "max_tokens": 2}),
+        ("/v1/embeddings", {"input": "hello"}),
+        ("/v1/score", {"text_1": "hello", "text_2": " world"}),
+    ):
+        post(stack, path, model="sql", **fields)
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        asked = inference_pb2.GenerateRequest(model="sql", text="hello")
+        InferenceStub(channel).Generate(asked)
+    found = [request.adapter for request in stack.engine.requests]
+    assert found == ["sql@0", "", "", "sql@0", "sql@0", "sql@0", "sql@0"]
+    with_adapter, without = stack.engine.requests[:2]
+    assert prompt_hashes(with_adapter, 1, None) != prompt_hashes(without, 1, None)
+
+
+def test_unloaded_ones_are_unknown_models(stack: Stack, admin: httpx.Client) -> None:
+    unknown = post(stack, "/v1/completions", model="sql", prompt="hello")
+    assert unknown.status_code == 404
+    load(admin)
+    assert load(admin, lora_name="chat").status_code == 200
+    answer = admin.post("/v1/unload_lora_adapter", json={"lora_name": "sql"})
+    assert (answer.status_code, answer.json()) == (200, {"schema": 1})
+    assert ids(stack) == [MODEL, "chat"]
+    again = post(stack, "/v1/completions", model="sql", prompt="hello")
+    assert again.json() == unknown.json()
+    listed = admin.get("/admin/v1/lora_adapters").json()["adapters"]
+    assert [(a["lora_name"], a["state"]) for a in listed] == [
+        ("sql", "UNLOADING"),
+        ("chat", "READY"),
+    ]
+
+
+def test_both_codecs_refuse_alike(stack: Stack, admin: httpx.Client) -> None:
+    refused = load(admin, lora_path="/elsewhere")
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["param"], error["message"]) == ("lora_path", "lora_path: no such folder")
+    missing = admin.post("/v1/unload_lora_adapter", json={"lora_name": "sql"})
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+    unknown = admin.post("/v1/load_lora_adapter", json={**SQL, "load_inplace": True})
+    assert unknown.status_code == 400
+    with grpc.insecure_channel(stack.admin.grpc) as channel:
+        stub = AdminStub(channel)
+        order = admin_pb2.LoadLoraAdapterRequest(lora_name="sql", lora_path="/elsewhere")
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.LoadLoraAdapter(order)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.UnloadLoraAdapter(admin_pb2.UnloadLoraAdapterRequest(lora_name="sql"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        order.lora_path = SQL["lora_path"]
+        assert stub.LoadLoraAdapter(order).state == "READY"
+        (listed,) = stub.ListLoraAdapters(admin_pb2.ListLoraAdaptersRequest()).adapters
+        assert listed.key == "sql@0"
+        stub.UnloadLoraAdapter(admin_pb2.UnloadLoraAdapterRequest(lora_name="sql"))
+    assert ids(stack) == [MODEL]
+
+
+def test_orders_need_the_admin_port_and_its_key() -> None:
+    with running_stack(GatewaySection(admin_keys=(hash_key("boss"),))) as stack:
+        public = stack.http.post("/v1/load_lora_adapter", json=SQL)
+        assert public.status_code == 404
+        assert "the admin port has it" in public.json()["error"]["message"]
+        url = f"http://{stack.admin.http}/v1/load_lora_adapter"
+        assert httpx.post(url, json=SQL).status_code == 401
+        key = {"authorization": "Bearer boss"}
+        assert httpx.post(url, json=SQL, headers=key).status_code == 200
+
+
+def test_an_engine_without_the_adapter_makes_a_404() -> None:
+    error = error_from_engine("the adapter of the request was unloaded", "model_not_found", True)
+    assert report_error(error).http_status == 404
+    assert report_error(error).grpc_code is grpc.StatusCode.NOT_FOUND

@@ -1,0 +1,110 @@
+"""Adapters on their way into an engine: orders of the controller, carried out between steps."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.core.frames import Adapter, AdaptersKept, KeepAdapters
+from tests.reference.local_engine import LocalEngine
+from tests.workers.lora.folders import random_adapter, target_shapes
+from workers.process.intake.adapters import AdapterIntake
+
+
+class Intake:
+    """An intake, and what wakes it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.engine = LocalEngine(checkpoint).engine
+        self.num_wakes = 0
+        self.intake = AdapterIntake(self.engine, self._wake)
+
+    def _wake(self) -> None:
+        self.num_wakes += 1
+
+    def order(self, number: int, *adapters: Adapter) -> None:
+        self.intake.take(KeepAdapters(number=number, adapters=adapters))
+
+    def answer(self, limit_s: float = 20.0) -> AdaptersKept:
+        """The next answer."""
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end:
+            if (found := self.intake.go_on()) is not None:
+                return found
+            time.sleep(0.001)
+        raise TimeoutError("no answer")
+
+
+@pytest.fixture
+def intake(tiny_checkpoint: Path) -> Intake:
+    return Intake(tiny_checkpoint)
+
+
+@pytest.fixture
+def sql(tiny_checkpoint: Path, tmp_path: Path) -> Adapter:
+    folder = random_adapter(target_shapes(tiny_checkpoint)).write(tmp_path / "sql")
+    return Adapter(key="sql@1", name="sql", path=str(folder))
+
+
+def test_orders_are_carried_out(intake: Intake, sql: Adapter) -> None:
+    assert intake.intake.go_on() is None
+    intake.order(1, sql)
+    first = intake.answer()
+    assert first.number == 1
+    assert first.digests.keys() == {"sql@1"}
+    assert intake.num_wakes
+    assert intake.engine.adapters.keys == ("sql@1",)
+    again = Adapter(key="again@2", name="again", path=sql.path, digest=first.digests["sql@1"])
+    intake.order(2, again)
+    second = intake.answer()
+    assert second == AdaptersKept(number=2, digests={"again@2": first.digests["sql@1"]})
+    assert intake.engine.adapters.keys == ("again@2",)
+    intake.order(3)
+    assert intake.answer() == AdaptersKept(number=3, digests={})
+    assert "again@2" not in intake.engine.adapters
+
+
+def test_what_is_there_is_not_read_again(intake: Intake, sql: Adapter) -> None:
+    intake.order(1, sql)
+    digests = intake.answer().digests
+    shutil.rmtree(sql.path)
+    intake.order(2, sql)
+    assert intake.answer() == AdaptersKept(number=2, digests=digests)
+
+
+def test_older_orders_are_not_taken(intake: Intake, sql: Adapter) -> None:
+    intake.order(2, sql)
+    intake.order(1)
+    assert intake.answer().digests.keys() == {"sql@1"}
+    assert intake.intake.go_on() is None
+
+
+def test_a_newer_order_replaces_one_under_way(intake: Intake, sql: Adapter) -> None:
+    intake.order(1, sql)
+    intake.order(2)
+    assert intake.answer() == AdaptersKept(number=2, digests={})
+    assert not intake.engine.adapters.keys
+
+
+def test_errors_are_answered_beside_what_is_ready(intake: Intake, sql: Adapter) -> None:
+    missing = Adapter(key="no@2", name="no", path="/nowhere/at/all")
+    changed = Adapter(key="other@3", name="other", path=sql.path, digest="another")
+    intake.order(1, sql, missing, changed)
+    found = intake.answer()
+    assert found.digests.keys() == {"sql@1"}
+    assert found.errors == {
+        "no@2": "/nowhere/at/all: no such folder",
+        "other@3": "its files have changed since it was loaded",
+    }
+
+
+def test_an_order_is_another_try(intake: Intake, sql: Adapter, tmp_path: Path) -> None:
+    Path(sql.path).rename(tmp_path / "elsewhere")
+    intake.order(1, sql)
+    assert intake.answer().errors
+    (tmp_path / "elsewhere").rename(sql.path)
+    intake.order(2, sql)
+    assert intake.answer().digests.keys() == {"sql@1"}

@@ -1,0 +1,32 @@
+"""Names of KV blocks: what makes them differ."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from workers.requests.block_hash import block_hashes, prompt_hashes, root_hash, sequence_hashes
+from workers.requests.request import Request, SamplingParams
+
+REQUEST = Request(request_id="r", prompt=tuple(range(10)), params=SamplingParams())
+
+
+def test_an_adapter_has_blocks_of_its_own() -> None:
+    found = [replace(REQUEST, adapter=key) for key in ("", "sql@1", "sql@2")]
+    names = [tuple(block_hashes(request, 4, None)) for request in found]
+    assert [len(own) for own in names] == [2, 2, 2]
+    assert len({name for own in names for name in own}) == 6
+    assert len({tuple(prompt_hashes(request, 4, None)) for request in found}) == 3
+    same = replace(found[1], request_id="other", output_so_far=((7, 8),))
+    assert sequence_hashes(same, 0, 4, None)[:2] == names[1]
+
+
+def test_keys_of_adapters_are_no_salts() -> None:
+    roots = {
+        root_hash("a"),
+        root_hash("", owner="a"),
+        root_hash("", adapter="a"),
+        root_hash("a", adapter="a"),
+        root_hash("", length=1, adapter="a"),
+        root_hash("a\0a"),
+    }
+    assert len(roots) == 6

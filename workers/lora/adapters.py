@@ -1,0 +1,211 @@
+"""Adapters in memory, and what they add to the rows of a micro-batch.
+
+    y = W x + scale * B (A x)        for the rows of an adapter; A has few rows, B few columns
+
+The matrices of one product are joined: those of q, k and v with different A lie side by side, so
+that a product of the layer takes two more, whatever it is made of. They are made of the model's own
+building blocks: where rows do not depend on each other to the last bit, adapted ones do not either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cluster.core.errors import CheckpointError, ConfigError
+from workers.lora.folder import AdapterFolder, ModuleMatrices
+from workers.model.host_copies import to_device
+from workers.model.layers import AttentionModel, LayerProduct, Linear, Mlp
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What an adapter adds to a product: [n, in] -> [n, out]."""
+
+    down: Linear
+    """in -> ranks of all matrices of the product."""
+    up: Linear
+    """Those -> out, with the scale."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+@dataclass(frozen=True, slots=True)
+class MlpDelta:
+    """What an adapter adds to an MLP; None: nothing to that product."""
+
+    gate_up: Delta | None
+    down: Delta | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """One adapter in memory."""
+
+    linears: Mapping[Linear, Delta]
+    mlps: Mapping[Mlp, MlpDelta]
+    num_bytes: int
+    """Of its matrices."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedMatrices:
+    """What an adapter adds to a product, before the product is made."""
+
+    product: Linear | Mlp
+    is_down: bool
+    """Of an MLP, to its second product."""
+    down: Tensor
+    """[ranks, in]."""
+    up: Tensor
+    """[out, ranks], with the scale."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.down.nbytes + self.up.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """A checked adapter, in memory on the CPU."""
+
+    digest: str
+    """Of its folder."""
+    matrices: tuple[JoinedMatrices, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(own.num_bytes for own in self.matrices)
+
+
+def prepare(folder: AdapterFolder, dtype: torch.dtype) -> PreparedAdapter:
+    """Join the matrices of each product."""
+    by_product: dict[tuple[int, bool], list[ModuleMatrices]] = {}
+    for matrices in folder.modules:
+        target = matrices.target
+        key = id(target.product), _is_down(target.product, target.name)
+        by_product.setdefault(key, []).append(matrices)
+    return PreparedAdapter(folder.digest, tuple(_join(own, dtype) for own in by_product.values()))
+
+
+def _is_down(product: LayerProduct, name: str) -> bool:
+    return name == "down" and not isinstance(product.product, Linear)
+
+
+def _join(own: Sequence[ModuleMatrices], dtype: torch.dtype) -> JoinedMatrices:
+    product = own[0].target.product
+    is_down = _is_down(product, own[0].target.name)
+    names = [n for n in product.parts if _is_down(product, n) is is_down]
+    rows = [product.parts[n].shape[0] for n in names]
+    up = torch.zeros(sum(rows), sum(len(m.down) for m in own))
+    column = 0
+    for matrices in own:
+        place, rank = names.index(matrices.target.name), len(matrices.down)
+        first = sum(rows[:place])
+        scaled = matrices.up.float() * matrices.scale
+        up[first : first + rows[place], column : column + rank] = scaled
+        column += rank
+    if product.order is not None:
+        up = up.index_select(0, product.order.cpu())
+    down = torch.cat([m.down.float() for m in own])
+    return JoinedMatrices(product.product, is_down, down.to(dtype), up.to(dtype))
+
+
+def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, None, Adapter]:
+    """Make the products, with a pause after each. Raises ``CheckpointError``."""
+    linears: dict[Linear, Delta] = {}
+    mlps: dict[Mlp, MlpDelta] = {}
+    for own in prepared.matrices:
+        try:
+            down, up = (model.linear(m.to(model.device)) for m in (own.down, own.up))
+        except ConfigError as err:  # such products could not be exact here
+            raise CheckpointError(str(err)) from err
+        if isinstance(own.product, Linear):
+            linears[own.product] = Delta(down, up)
+        else:
+            known = mlps.get(own.product, MlpDelta(None, None))
+            place = "down" if own.is_down else "gate_up"
+            mlps[own.product] = replace(known, **{place: Delta(down, up)})
+        yield
+    return Adapter(linears, mlps, prepared.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of one adapter in a micro-batch."""
+
+    adapter: Adapter
+    indices: Tensor
+    """[n] int64."""
+    span: slice | None
+    """The same, where they are neighbours."""
+
+    def of(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.indices) if self.span is None else x[self.span]
+
+    def put(self, x: Tensor, own: Tensor) -> None:
+        if self.span is None:
+            x.index_copy_(0, self.indices, own)
+        else:
+            x[self.span] = own
+
+
+class BatchAdapters:
+    """``RowAdapters`` of a micro-batch."""
+
+    def __init__(self, owners: Sequence[tuple[Adapter | None, int]], device: torch.device) -> None:
+        """``owners``: the adapter of so many rows, one after the other; at least one has any."""
+        by_adapter: dict[Adapter, list[int]] = {}
+        plain: list[int] = []
+        first = 0
+        for adapter, count in owners:
+            rows = plain if adapter is None else by_adapter.setdefault(adapter, [])
+            rows += range(first, first + count)
+            first += count
+        self._groups = [_rows(adapter, own, device) for adapter, own in by_adapter.items()]
+        self._plain = _indices(plain, device)
+
+    def multiply(self, linear: Linear, x: Tensor) -> Tensor:
+        """See ``RowAdapters``."""
+        y = linear(x)
+        for rows in self._groups:
+            if (delta := rows.adapter.linears.get(linear)) is not None:
+                rows.put(y, rows.of(y) + delta(rows.of(x)))
+        return y
+
+    def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
+        """See ``RowAdapters``. Rows to which nothing is added go through the MLP as ever."""
+        adapted = [rows for rows in self._groups if mlp in rows.adapter.mlps]
+        if not adapted:
+            return mlp(x)
+        y = torch.empty_like(x)
+        others = [rows.indices for rows in self._groups if mlp not in rows.adapter.mlps]
+        plain = torch.cat((self._plain, *others))
+        if len(plain):
+            y.index_copy_(0, plain, mlp(x.index_select(0, plain)))
+        for rows in adapted:
+            rows.put(y, _apply(mlp, rows.adapter.mlps[mlp], rows.of(x)))
+        return y
+
+
+def _apply(mlp: Mlp, delta: MlpDelta, x: Tensor) -> Tensor:
+    gate_up = mlp.gate_up(x)
+    if delta.gate_up is not None:
+        gate_up = gate_up + delta.gate_up(x)
+    inner = mlp.activate(gate_up)
+    output = mlp.down(inner)
+    return output if delta.down is None else output + delta.down(inner)
+
+
+def _rows(adapter: Adapter, own: Sequence[int], device: torch.device) -> _Rows:
+    first, last = own[0], own[-1] + 1
+    are_neighbours = last - first == len(own)
+    return _Rows(adapter, _indices(own, device), slice(first, last) if are_neighbours else None)
+
+
+def _indices(rows: Sequence[int], device: torch.device) -> Tensor:
+    return to_device(rows, device)

@@ -1,0 +1,59 @@
+"""Which modules of a model adapters may change: attention, shared experts, dense MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from workers.model.config import TensorPart
+from workers.model.layers import LayerProduct
+
+_WEIGHT = ".weight"
+_ROUTERS = frozenset({"router", "attention_router", "mlp_router", "shared_gate"})
+"""Short names of matrices that choose experts or weigh them."""
+_RULES: Sequence[tuple[tuple[str, ...], str]] = (
+    ((".experts.", ".experts"), "is of routed experts, which adapters do not change"),
+    ((".input_linear", ".output_linear"), "is of routed experts, which adapters do not change"),
+    (("embed_tokens",), "is the embedding, which adapters do not change"),
+    (("lm_head", "score"), "is the model's head, which adapters do not change"),
+    ((".gate", ".router", "_gate"), "is a router or a gate, which adapters do not change"),
+    (("norm",), "is a norm, which adapters do not change"),
+)
+"""What a name has in it or at its end, and what is said of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module that adapters may change: a matrix of a product."""
+
+    product: LayerProduct
+    name: str
+    """The matrix by its short name."""
+
+    @property
+    def part(self) -> TensorPart:
+        return self.product.parts[self.name]
+
+
+def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, Target]:
+    """By name of the module, as the checkpoint names its tensors."""
+    return {
+        target.part.name.removesuffix(_WEIGHT): target
+        for product in products
+        for target in _targets(product)
+    }
+
+
+def why_not(module: str) -> str:
+    """What is said of a module that is no target."""
+    for marks, rule in _RULES:
+        if any(module.endswith(mark) or (mark.endswith(".") and mark in module) for mark in marks):
+            return rule
+    return "is no projection of attention, shared expert or dense MLP of this model"
+
+
+def _targets(product: LayerProduct) -> Iterator[Target]:
+    for name, part in product.parts.items():
+        is_plain = part.index is None and part.rows is None and not part.is_transposed
+        if name not in _ROUTERS and is_plain and len(part.shape) == 2:
+            yield Target(product, name)

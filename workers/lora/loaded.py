@@ -1,0 +1,81 @@
+"""The adapters that an attention worker has, by the key that requests name."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import torch
+
+from cluster.config.lora import LoraSection
+from cluster.core.errors import CheckpointError
+from workers.lora.adapters import Adapter, BatchAdapters, PreparedAdapter, make, prepare
+from workers.lora.catalog import targets_of
+from workers.lora.folder import read_folder
+from workers.model.layers import AttentionModel
+
+
+class LoadedAdapters:
+    """Adapters of one model. All methods but ``read`` belong to the engine's thread."""
+
+    def __init__(self, model: AttentionModel, section: LoraSection) -> None:
+        self._model = model
+        self._section = section
+        self._adapters: dict[str, Adapter] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._adapters
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Any thread may ask."""
+        return tuple(self._adapters)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the matrices of all adapters. Any thread may ask."""
+        return sum(adapter.num_bytes for adapter in tuple(self._adapters.values()))
+
+    def read(self, path: Path) -> PreparedAdapter:
+        """Check and read a folder. Any thread; raises ``CheckpointError``."""
+        targets = targets_of(self._model.products)
+        found = read_folder(path, targets, self._section.max_lora_rank)
+        return prepare(found, self._model.dtype)
+
+    def put(self, key: str, prepared: PreparedAdapter) -> None:
+        """Make an adapter ready for rows. Raises ``CheckpointError`` where there is no room."""
+        for _ in self.build(key, prepared):
+            pass
+
+    def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
+        """``put`` in steps, none of which takes long."""
+        self._check_room(prepared)
+        self._adapters[key] = yield from make(prepared, self._model)
+
+    def remove(self, key: str) -> None:
+        """Give an adapter's memory back, if it is loaded."""
+        self._adapters.pop(key, None)
+
+    def batch(self, owners: Sequence[tuple[str, int]]) -> BatchAdapters | None:
+        """``RowAdapters`` of rows, one after the other: the key of so many, empty for none.
+
+        None: none has an adapter.
+        """
+        if not any(key for key, _ in owners):
+            return None
+        found = [(self._adapters[key] if key else None, count) for key, count in owners]
+        return BatchAdapters(found, self._model.device)
+
+    def _check_room(self, prepared: PreparedAdapter) -> None:
+        limit = self._section.max_loras
+        if len(self._adapters) >= limit:
+            raise CheckpointError(
+                f"{limit} adapters are loaded, at most {limit} (max_loras) may be"
+            )
+        if self._model.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._model.device)
+            needed = prepared.num_bytes
+            if needed > free:
+                raise CheckpointError(
+                    f"the adapter needs {needed} bytes of the GPU, and {free} are free"
+                )
