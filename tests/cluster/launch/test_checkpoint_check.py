@@ -1,4 +1,4 @@
-"""The check of a checkpoint in a process of its own: what it counts, with a predictor or without."""
+"""The check of a checkpoint in a process of its own, with a predictor and without."""
 
 from __future__ import annotations
 
