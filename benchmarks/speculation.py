@@ -6,6 +6,10 @@ greedy decoding goes along a chain of tokens. A prompt that has the chain alread
 with other tokens here and there is copied with corrections, as an edited text is. Every step
 computes all that it would with other weights, attention included; tokens of the chain differ, and
 so do their experts. Where nothing repeats, tokens are drawn at temperature 1.
+
+A prediction layer is measured with a model whose experts' outputs are zero, too. Then the layer,
+which gets the embedding of the newest token, expects what the model will draw: no checkpoint's
+layer is right as often, but each step costs what it costs with any.
 """
 
 from __future__ import annotations
@@ -32,12 +36,19 @@ from benchmarks.timing import decode_interval_of
 from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from tests.reference.local_engine import LocalEngine
+from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 MODEL = RandomModel(hidden=2048, layers=4, heads=16, ffn=1024)
 """Four layers of OLMoE-1B-7B in full width."""
+
+
+PREDICTING = RandomModel(
+    family="glm4_moe", hidden=1024, layers=12, heads=16, ffn=512, prediction_layers=1
+)
+"""A small GLM-4.5 with a prediction layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +98,10 @@ QUICK = Case(
 """Enough to see that everything runs."""
 
 
+PREDICTED = replace(Case(), texts=(Text(label="predicted"), Text(label="predicted", batch=4)))
+"""What is measured with a prediction layer."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Numbers of one run."""
@@ -122,35 +137,60 @@ def section(quick: bool) -> str:
     case, model = (QUICK, TINY) if quick else (Case(), MODEL)
     with chain_model(model) as checkpoint:
         found = measure(checkpoint, case)
-    return f"{_words(case, model)}\n\n{report(found)}"
+    return f"{_words(case, model)}\n\n{report(found)}\n\n{prediction_section(quick)}"
+
+
+def prediction_section(quick: bool) -> str:
+    """The part of a prediction layer."""
+    case, model = PREDICTED, PREDICTING
+    if quick:
+        case = replace(QUICK, texts=PREDICTED.texts)
+        model = replace(TINY, family=PREDICTING.family, prediction_layers=1)
+    with chain_model(model) as checkpoint:
+        found = measure(checkpoint, case, SpeculationSection(speculative_method="mtp"))
+    words = (
+        f"`mtp` with {model.layers} layers of a random GLM-4.5 in bf16, hidden {model.hidden}, "
+        f"{model.experts} experts, ffn {model.ffn}, vocabulary {model.vocab}, whose prediction "
+        "layer is always right."
+    )
+    return f"### Prediction layer\n\n{words}\n\n{report(found)}"
 
 
 @contextmanager
 def chain_model(model: RandomModel) -> Iterator[Path]:
-    """A random checkpoint without outputs of attention, removed afterwards."""
+    """A random checkpoint without outputs of attention, removed afterwards; with a prediction layer
+    without outputs of experts, too, and the layer sees embeddings.
+    """
+    zeros = ("o_proj.weight", *(("down_proj.weight",) if model.prediction_layers else ()))
     with tempfile.TemporaryDirectory() as folder:
         path = random_checkpoint.write(model, Path(folder) / "checkpoint")
         for shard in path.glob("*.safetensors"):
             tensors = load_file(shard)
             for name, tensor in tensors.items():
-                if name.endswith("o_proj.weight"):
+                if name.endswith((*zeros, "eh_proj.weight")):
                     tensor.zero_()
+                if name.endswith("eh_proj.weight"):
+                    tensor.fill_diagonal_(1.0)
             save_file(tensors, shard, metadata={"format": "pt"})
         yield path
 
 
-def measure(checkpoint: Path, case: Case) -> dict[Text, Pair]:
+NGRAM = SpeculationSection(speculative_method="ngram")
+
+
+def measure(
+    checkpoint: Path, case: Case, speculation: SpeculationSection = NGRAM
+) -> dict[Text, Pair]:
     """Runs with drafts and without, of each text."""
-    sections = (SpeculationSection(), SpeculationSection(speculative_method="ngram"))
     without, drafts = (
         LocalEngine(
-            checkpoint,
+            Checkpoint(checkpoint, has_predictor=section.has_predictor),
             dtype="bfloat16",
             section=EngineSection(enable_prefix_caching=False),
             speculation=section,
             num_threads=case.num_threads,
         )
-        for section in sections
+        for section in (SpeculationSection(), speculation)
     )
     found = {text: Pair([], []) for text in case.texts}
     chains = chains_of(without, max(text.batch for text in case.texts), case.num_tokens)

@@ -41,6 +41,11 @@ class SpeculationSection:
         return self.speculative_method == "mtp"
 
     @property
+    def max_draft_tokens(self) -> int:
+        """Guessed tokens of a sequence in a step, at most."""
+        return 1 if self.has_predictor else self.num_speculative_tokens
+
+    @property
     def max_draft_rows(self) -> int:
         """Decode rows of a step beyond one for each of ``max_num_seqs`` sequences."""
         return self.num_speculative_tokens if self.is_on else 0

@@ -54,7 +54,7 @@ class Speculator:
         self._rows_elsewhere = 0
         self._reported: set[str] = set()  # reasons why requests have no guesses
         self._num_drafts = self._num_tokens = self._num_withheld = 0
-        self._accepted = [0] * section.num_speculative_tokens  # by place in the draft
+        self._accepted = [0] * section.max_draft_tokens  # by place in the draft
 
     def plan_step(self, num_sequences: int) -> None:
         """The next step has decodes of so many sequences, one at least."""
@@ -160,7 +160,7 @@ class Speculator:
         index.extend(sequence.tokens(first, min(last, first + _INDEXED_AT_ONCE)))
         if len(index) < last:
             return ()
-        guess = index.guess(self._section.num_speculative_tokens)
+        guess = index.guess(self._section.max_draft_tokens)
         return self._cut(sequence, guess) if guess else ()
 
     def _cut(self, sequence: SequenceState, guess: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,34 @@
+"""The check of a checkpoint in a process of its own, with a predictor and without."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.random_checkpoint import TINY, write
+from cluster.core.errors import CheckpointError
+from cluster.launch.checkpoint_check import CheckpointCheck, CheckpointFacts
+
+
+def facts_of(path: Path, *, has_predictor: bool) -> CheckpointFacts:
+    return CheckpointCheck(path, os.environ, has_predictor=has_predictor).result()
+
+
+def test_a_predictor_has_experts_and_kv_of_its_own(tmp_path: Path) -> None:
+    path = write(replace(TINY, family="glm4_moe", prediction_layers=1), tmp_path / "model")
+    plain, more = (facts_of(path, has_predictor=asked) for asked in (False, True))
+    assert len(more.banks) == len(plain.banks) + 1
+    assert more.banks[-1]["layer"] == TINY.layers
+    assert more.kv_vectors_per_token * TINY.layers == plain.kv_vectors_per_token * (TINY.layers + 1)
+    assert more.attention_weights > plain.attention_weights
+    assert plain.ignored_keys == ("num_nextn_predict_layers",)
+    assert more.ignored_keys == ()
+
+
+def test_a_checkpoint_without_one_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(replace(TINY, family="deepseek_v3"), tmp_path / "model")
+    with pytest.raises(CheckpointError, match="num_nextn_predict_layers must be at least 1"):
+        facts_of(path, has_predictor=True)
