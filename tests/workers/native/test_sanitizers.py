@@ -13,7 +13,9 @@ from tests.paths import ROOT
 from tests.workers.native.builds import SANITIZER
 
 NATIVE, MODEL = "tests/workers/native", "tests/workers/model"
-MEMORY = [f"{NATIVE}/test_{name}.py" for name in ("experts", "matrix", "panels", "delta_net")]
+MEMORY = [
+    f"{NATIVE}/test_{name}.py" for name in ("experts", "matrix", "panels", "quantized", "delta_net")
+]
 MEMORY += [f"{MODEL}/native/test_half.py", "tests/workers/dispatch/test_native_exchange.py"]
 MEMORY += ["tests/system/test_native_layers.py"]
 THREADS = [
