@@ -72,6 +72,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/kv/eviction.py": ("workers/kv/test_eviction.py",),
     "workers/kv/prefix_cache.py": ("workers/kv/test_prefix_cache.py",),
     "workers/requests/block_hash.py": (
+        "workers/requests/test_block_hash.py",
         "workers/kv/test_block_pool.py",
         "gateway/engines/test_kv_index.py",
     ),

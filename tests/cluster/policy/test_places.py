@@ -238,3 +238,12 @@ def test_a_place_goes_through_checked_states_only() -> None:
     place = next(iter(Places(MEMBERS)._places.values()))
     with pytest.raises(IllegalTransitionError, match="filled -> starting"):
         place.enter(PlaceState.STARTING)
+
+
+def test_a_place_that_is_removed_is_not_new_any_more() -> None:
+    places = Places(MEMBERS)
+    (added,) = places.to_add("expert", 3)
+    places.add([added])
+    assert places.is_new(added)
+    places.remove([added])
+    assert not places.is_new(added)

@@ -83,6 +83,9 @@ def test_skewed_experts_are_touched_less() -> None:
 def test_an_attention_step_reads_weights_and_context() -> None:
     # 3e6 weights + 4 rows x 500 tokens x 1000 values, of 2 bytes
     assert attention_step(MODEL, 4, 500, DEVICE) == pytest.approx(10e-3)
+    # 4 states of 100,000 bytes are read, and written
+    recurrent = replace(MODEL, state_bytes=100_000)
+    assert attention_step(recurrent, 4, 500, DEVICE) == pytest.approx(10e-3 + 0.8e-3)
 
 
 def test_two_pools_with_one_micro_batch_are_the_sum_of_their_parts() -> None:

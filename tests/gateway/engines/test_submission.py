@@ -57,6 +57,17 @@ def submission(n: int = 1, deadline_s: float = 100.0, attempt: int = 0) -> Submi
     return Submission(request, Sink(), deadline_s)
 
 
+def test_only_what_is_on_its_way_alone_kills_on_receipt() -> None:
+    entry = submission()
+    silent = {f"attention-{n}": True for n in range(MAX_SILENT_DEATHS)}
+    found = []
+    for stage, deaths in ((RequestStage.SENT, {}), (RequestStage.SENT, silent)):
+        entry.stage, entry.deaths = stage, dict(deaths)
+        found.append(entry.may_kill_on_receipt)
+    entry.stage = RequestStage.QUEUED
+    assert [*found, entry.may_kill_on_receipt] == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("now_s", "deadline_ms"), [(40.0, 60_000), (99.75, 250), (99.9995, 1), (100.0, 1), (200.0, 1)]
 )

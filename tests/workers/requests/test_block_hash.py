@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from workers.requests.block_hash import block_hashes, prompt_hashes, root_hash, sequence_hashes
+from workers.requests.block_hash import (
+    block_hashes,
+    prompt_hashes,
+    root_hash,
+    sequence_hashes,
+    state_key,
+)
 from workers.requests.request import Request, SamplingParams
 
 REQUEST = Request(request_id="r", prompt=tuple(range(10)), params=SamplingParams())
@@ -30,3 +36,10 @@ def test_keys_of_adapters_are_no_salts() -> None:
         root_hash("a\0a"),
     }
     assert len(roots) == 6
+
+
+def test_a_state_has_a_name_of_its_own_that_leads_back_to_its_block() -> None:
+    """Workers of one release agree on it."""
+    block = bytes(range(32))
+    assert state_key(block) == b"\xff" + block[1:]
+    assert state_key(state_key(block)) == block

@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from cluster.core.errors import ProtocolError
-from workers.requests.step_header import HEADERS, Grant, StepHeader, StepProposal
+from workers.requests.step_header import HEADERS, MAX_TRACED, Grant, StepHeader, StepProposal
 
 
 def header(num_micro_batches: int = 1, oldest_epoch: int = 5) -> StepHeader:
@@ -67,3 +67,11 @@ def test_a_step_runs_in_no_epoch_that_may_be_overwritten() -> None:
         header(oldest_epoch=6)
     with pytest.raises(ProtocolError, match="a step header"):
         HEADERS.decode(HEADERS.encode(header()).replace(b"\x05\x05", b"\x05\x06"))
+
+
+def test_so_many_requests_are_traced_at_most() -> None:
+    parent = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+    most = structs.replace(header(), parents=((0, (parent,) * MAX_TRACED),))
+    assert len(most.parents[0][1]) == MAX_TRACED
+    with pytest.raises(ValueError, match=f"parents must be at most {MAX_TRACED}"):
+        structs.replace(header(), parents=(*most.parents, (2, (parent,))))
