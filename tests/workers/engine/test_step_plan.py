@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from workers.engine.step_plan import PlannedRows, StepPlan
+from msgspec.structs import replace
+
+from workers.engine.step_plan import PlannedRows, StepPlan, single_rows
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
 
@@ -21,3 +23,19 @@ def test_a_plan_names_its_requests_and_cache_slots() -> None:
     assert plan.num_rows == 5
     assert list(plan.request_ids) == ["b", "a"]
     assert plan.cache_slots(4) == [31, 8, 9, 20, 37]
+
+
+def test_rows_of_drafts_are_decodes_of_their_own() -> None:
+    plain = planned("a", [5], 0, 2)
+    assert single_rows([plain]) == [plain]
+    drafted = replace(planned("b", [7, 2], 7, 3), is_decode=True, num_new_blocks=1, drafts=(40, 41))
+    assert drafted.draws_token
+    one, *others = single_rows([drafted, plain])
+    expected = replace(planned("b", [7, 2], 7, 1), sequence=drafted.sequence, is_decode=True)
+    assert one == expected
+    assert one.draws_token
+    assert others == [
+        replace(expected, first=8, drafts=(40,)),
+        replace(expected, first=9, drafts=(41,)),
+        plain,
+    ]
