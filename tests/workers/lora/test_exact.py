@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from cluster.config.cluster import EngineSection, Kernels
+from cluster.config.speculation import SpeculationSection
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine
+from tests.reference.local_engine import Generated, LocalEngine
 from tests.workers.lora.folders import random_adapter, target_shapes
 from tests.workers.lora.test_merged import load, scores, serve
+from workers.speculation.acceptance import Acceptance
 
+NGRAM = SpeculationSection(speculative_method="ngram", ngram_min=1, ngram_max=3)
 KEYS = ["", "a", "b", "a", "", "b"]
 CASES = [
     pytest.param("dots1-groups", "auto", "float32"),
@@ -26,6 +29,37 @@ CASES = [
     pytest.param("qwen3next-base", "auto", "float32", marks=pytest.mark.slow),
     pytest.param("flexolmo-base", "auto", "bfloat16", marks=pytest.mark.slow),
 ]
+
+
+def test_nor_on_drafts_where_weights_are_quantized(
+    golden: Callable[[str], Golden], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters are not quantized, and drafts are verified with them."""
+    monkeypatch.setattr(Acceptance, "num_worth", lambda self, price, most: most)
+    checkpoint = golden("dots1-groups")
+    prompts = [tuple(prompt) * 2 for prompt in checkpoint.prompts[1:7]]
+    adapter = random_adapter(target_shapes(checkpoint.path), 1)
+
+    def answers(speculation: SpeculationSection | None) -> tuple[list[Generated], float]:
+        engine = LocalEngine(
+            checkpoint.path,
+            dtype="bfloat16",
+            max_model_len=MAX_MODEL_LEN,
+            quantize="int4",
+            quantize_layers="all",
+            speculation=speculation,
+            section=EngineSection(deterministic="on"),
+        )
+        for key in ("a", "b"):
+            load(engine, key, adapter, tmp_path / key)
+        found = serve(engine, prompts, KEYS)
+        return found, engine.engine.stats().get("spec_decode_num_draft_tokens_total", 0.0)
+
+    (alone, _), (found, num_drafted) = answers(None), answers(NGRAM)
+    assert num_drafted > 0
+    assert [f.token_ids for f in found] == [a.token_ids for a in alone]
+    for own, expected in zip(found, alone, strict=True):
+        assert scores(own).equal(scores(expected))
 
 
 @pytest.mark.parametrize(("variant", "kernels", "dtype"), CASES)
