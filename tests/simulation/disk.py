@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cluster.config.cluster import Quantize
 from cluster.core.errors import CheckpointError
 from tests.simulation.kernel import Kernel
 from tests.simulation.toy_model import (
@@ -199,7 +200,12 @@ class ToyCheckpoint(Checkpoint):
     """The checkpoint of the toy model."""
 
     def __init__(
-        self, path: Path | str, progress: Any = None, *, has_predictor: bool = False
+        self,
+        path: Path | str,
+        progress: Any = None,
+        quantize: Quantize = "none",
+        *,
+        has_predictor: bool = False,
     ) -> None:
         assert not has_predictor
         self.path = Path(path)
