@@ -6,7 +6,8 @@ import pytest
 from msgspec import structs
 
 from cluster.core.errors import ProtocolError
-from workers.requests.step_header import HEADERS, MAX_TRACED, Grant, StepHeader, StepProposal
+from workers.requests.step_header import HEADERS, Grant, StepHeader, StepProposal
+from workers.requests.traced import MAX_TRACED
 
 
 def header(num_micro_batches: int = 1, oldest_epoch: int = 5) -> StepHeader:
