@@ -193,7 +193,7 @@ class LayerProduct:
     """A product of a layer, and the tensors of the checkpoint that it is made of."""
 
     product: Linear | Mlp
-    """Of an MLP, all of it."""
+    """All of an MLP."""
     parts: Mapping[str, TensorPart]
     """Matrices by short name, in the order of their rows; an MLP has ``gate``, ``up``, ``down``."""
     order: Tensor | None = None
