@@ -132,7 +132,7 @@ class Adapters:
             self._order(record)
 
     def answered(self, record: WorkerRecord, frame: AdaptersKept, now: float) -> str:
-        """A worker has what it can have; why not all of it, if it has not."""
+        """A worker reports the adapters that it holds, and why it lacks any."""
         name, errors = record.name, dict(frame.errors)
         if frame.number < self._number:
             return ""

@@ -19,7 +19,7 @@ _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     ((".gate", ".router", "_gate"), "is a router or a gate, which adapters do not change"),
     (("norm",), "is a norm, which adapters do not change"),
 )
-"""What a name has in it or at its end, and what is said of it."""
+"""Parts or ends of names, and the reason that an error gives."""
 
 
 @dataclass(frozen=True, slots=True)

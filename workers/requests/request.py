@@ -124,7 +124,7 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     step_parents: StepParents | None = None
     """The spans above those of its steps; None: it is not traced."""
     adapter: str = ""
-    """Key of the adapter that its rows are computed with, of one load of it; empty: none."""
+    """Key of a loaded adapter, with which its rows are computed; empty: none."""
 
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -30,12 +30,7 @@ from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
 from workers.model.loading import mxfp4, packed_integers, scaled_blocks
-from workers.model.loading.expert_form import (
-    expert_products,
-    rounded_form,
-    stored_form,
-    with_form,
-)
+from workers.model.loading.expert_form import kept_form, with_form
 from workers.model.loading.file_stamp import FileStamp, size_and_change
 from workers.model.loading.mapped import joined
 from workers.model.native.blocks import NativeBlocks
@@ -109,12 +104,10 @@ class Checkpoint:
         """Open files, each with ``size_and_change`` before anything was read from it."""
         self._progress = progress
         self._total_bytes = 0
-        form = rounded_form(quantize, self.family.banks)
-        self.is_stored_quantized = False
+        dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
+        form = kept_form(quantize, self.family, dtypes)
+        self.is_stored_quantized = quantize == "auto" and form is not None
         """The experts' form (``ExchangeSpec.form``) is that in which they are stored."""
-        if quantize == "auto":
-            form = self._stored_form()
-            self.is_stored_quantized = form is not None
         self.family.banks = with_form(self.family.banks, form)
 
     def another(self) -> Checkpoint:
@@ -171,12 +164,6 @@ class Checkpoint:
         for exchange in bank.exchanges:
             for matrix in self.family.expert_matrices(bank, exchange.index, expert, self.tensors):
                 yield from matrix.parts
-
-    def _stored_form(self) -> WeightFormat | None:
-        """In which all experts are stored; None: it is not one that is computed with."""
-        parts = list(expert_products(self.family, self.tensors))
-        dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
-        return stored_form(parts, self.config.stored, dtypes)
 
     def read_quantized(self, matrix: ExpertMatrix, form: WeightFormat) -> QuantizedMatrix:
         """One matrix of an expert as it is stored, in a form that ``is_stored_quantized``.
@@ -423,10 +410,7 @@ def plan_checkpoint(
     For plans of models without their weights.
     """
     family = _family(Path(path), has_predictor)
-    form = rounded_form(quantize, family.banks)
-    if quantize == "auto":
-        form = stored_form(expert_products(family, ()), family.config.stored, {})
-    family.banks = with_form(family.banks, form)
+    family.banks = with_form(family.banks, kept_form(quantize, family, {}))
     return _summary_of(family)
 
 

@@ -39,6 +39,16 @@ def expert_products(family: Family, names: Container[str]) -> Iterator[TensorPar
                     yield from matrix.parts
 
 
+def kept_form(setting: Quantize, family: Family, dtypes: Mapping[str, str]) -> WeightFormat | None:
+    """In which workers keep a family's experts; None: in the model dtype.
+
+    ``dtypes`` as for ``stored_form``. Raises ``ConfigError`` where the model cannot be quantized.
+    """
+    if setting == "auto":
+        return stored_form(expert_products(family, dtypes), family.config.stored, dtypes)
+    return rounded_form(setting, family.banks)
+
+
 def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat | None:
     """Of experts that are quantized while they are loaded; None: they are not.
 

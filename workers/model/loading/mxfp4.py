@@ -9,7 +9,6 @@ in its lower half, and ``NAME_scales`` [.., rows, columns / 32]. Products are ex
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,8 +21,6 @@ DTYPE = "U8"
 """Of both tensors, in safetensors spelling."""
 BLOCK = 32
 FORMAT = WeightFormat(codes="e2m1", group=BLOCK, scales="e8m0")
-_SCALE_BIAS, _NAN_SCALE = 127, 255
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def stored_parts(part: TensorPart) -> tuple[TensorPart, TensorPart]:
@@ -46,17 +43,4 @@ def decoded(blocks: Tensor, scales: Tensor) -> Tensor:
 
     A scale of 255 is not a number, and so is its block.
     """
-    pairs = _pairs().index_select(0, blocks.flatten().int())
-    numbers = pairs.view(torch.bfloat16).view(*scales.shape, BLOCK)
-    exponents = (scales.int() - _SCALE_BIAS).unsqueeze(-1)
-    found = torch.ldexp(numbers, exponents).to(torch.bfloat16)
-    return found.masked_fill_((scales == _NAN_SCALE).unsqueeze(-1), torch.nan).flatten(1)
-
-
-@cache
-def _pairs() -> Tensor:
-    """[256] int32: the two bfloat16 numbers of each byte."""
-    numbers = torch.tensor([*_E2M1, *(-x for x in _E2M1)], dtype=torch.bfloat16)
-    byte = torch.arange(256)
-    pairs = torch.stack((numbers[byte % 16], numbers[byte // 16]), 1)
-    return pairs.contiguous().view(torch.int32).flatten()
+    return as_stored(blocks, scales).dequantized().to(torch.bfloat16)

@@ -211,7 +211,7 @@ def test_quantizing_all_products_needs_a_number_of_bits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = (str(MODELS / "OLMoE-1B-7B-0924"), "--quantize-layers", "all")
-    assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.REFUSED
+    assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.USAGE
     assert "must be 'experts' while quantize is 'auto'" in capsys.readouterr().err
 
 
