@@ -132,7 +132,7 @@ class Adapters:
             self._order(record)
 
     def answered(self, record: WorkerRecord, frame: AdaptersKept, now: float) -> str:
-        """A worker reports the adapters that it holds, and why it lacks any."""
+        """Take a worker's report of its adapters; returns why it lacks any, empty if it has all."""
         name, errors = record.name, dict(frame.errors)
         if frame.number < self._number:
             return ""
