@@ -44,6 +44,8 @@ class Holdings:
     """Loads that ``current`` relies on and that failed."""
     expert_load: Mapping[tuple[str, int], Sequence[float]] = field(default_factory=dict)
     """(bank, layer) -> tokens by logical expert; the experts of other banks weigh the same."""
+    is_local: bool = False
+    """The attention worker brings all experts with it, on device 0 (``--mode local``)."""
 
 
 Missing = Sequence[tuple[int, int]]
@@ -119,7 +121,10 @@ def decide_members(
     ``highest_epoch`` is the highest placement epoch that any worker ran: new maps are above it.
     """
     current, epoch = holdings.current, max(highest_epoch, holdings.current.epoch)
-    stage, missing = cover(holdings, {m.device for m in members if m.holds_experts}, epoch + 1)
+    devices = {m.device for m in members if m.holds_experts}
+    if holdings.is_local and members:
+        devices = {0}
+    stage, missing = cover(holdings, devices, epoch + 1)
     if not any(m.runs_attention for m in members):
         is_complete = stage is not None and not stage.fills
         why = "no attention worker is left"

@@ -237,6 +237,7 @@ class Recovery:
             barred=frozenset(self._barred),
             failed=tuple(self._failed),
             expert_load={key: load.counts(key).tolist() for key in load.prefill},
+            is_local=self._cluster.config.workers.mode == "local",
         )
 
     def _cannot_load(self, reload: LoadOrder, error: str, now: float) -> None:

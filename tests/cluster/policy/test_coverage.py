@@ -331,6 +331,17 @@ def test_without_attention_worker_nothing_is_loaded() -> None:
     assert not decision.experts_complete
 
 
+def test_a_worker_that_holds_everything_brings_all_experts_with_it() -> None:
+    placement = contiguous(BANKS, 1)
+    members = make_members(1, 0)
+    decision = without(members, placement, is_local=True)
+    assert stage_of(decision).fills == ()
+    assert stage_of(decision).placement == placement
+    lost = without(members, placement, "attention-0", is_local=True)
+    assert lost.effect == "no attention worker is left"
+    assert not lost.experts_complete
+
+
 def test_two_workers_lost_at_once_are_both_in_the_cause() -> None:
     assert describe_losses({"expert-2": "closed", "expert-0": "closed"}) == (
         "lost expert-0: closed; lost expert-2: closed"

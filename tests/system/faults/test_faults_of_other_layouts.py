@@ -43,6 +43,28 @@ def test_a_colocated_worker_of_threads_that_leads() -> None:
         assert "go on with 3 colocated workers" in gain["effect"]
 
 
+def test_the_one_worker_of_threads() -> None:
+    """Its successor brings all experts with it."""
+    cluster = ThreadCluster(quiet_config(1, 1, mode="local"))
+    with serving(cluster):
+        played = play(cluster, SMALL, random.Random(0), cluster.group.runtimes["attention-0"].stop)
+        assert played.num_resubmitted > 0
+        whole(cluster)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_the_one_worker(form: Form) -> None:
+    draw = random.Random(5)
+    with connected_ray(), serving(RayCluster(row_config(1, 1, mode="local"))) as cluster:
+
+        def fault() -> None:
+            kill_any(cluster, "attention", draw)
+
+        play_until(cluster, form, draw, fault, lambda played: played.num_resubmitted > 0)
+        whole(cluster)
+
+
 LAYOUTS: dict[str, tuple[tuple[int, int], dict[str, Any], Form]] = {
     "colocated": ((0, 3), {"mode": "colocated"}, FULL),
     "colocated-copies": ((0, 3), {"mode": "colocated", "num_redundant": 22}, FULL),

@@ -117,6 +117,7 @@ def test_a_worker_of_threads(role: str, modules: tuple[str, ...]) -> None:
 LAYOUTS: dict[str, tuple[tuple[int, int], dict[str, Any], str]] = {
     "attention": ((2, 2), {}, "attention"),
     "only-attention": ((1, 2), {}, "attention"),
+    "local": ((1, 1), {"mode": "local"}, "attention"),
     "expert": ((1, 2), {"num_redundant": 64}, "expert"),
     "expert-without-copies": ((1, 2), {}, "expert"),
     "colocated": ((0, 3), {"mode": "colocated"}, "colocated"),
