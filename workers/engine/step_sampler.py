@@ -133,7 +133,8 @@ class StepSampler:
         tokens = StepTokens()
         for planned, first_row in zip(plan.rows, result.first_row, strict=True):
             sequence = planned.sequence
-            reads = sequence.scores_prompt or sequence.request.inspection is not None
+            is_asked = sequence.scores_prompt or sequence.request.inspection is not None
+            reads = is_asked and not planned.is_decode
             if reads and not self._read(tokens, planned, first_row, result):
                 tokens.failed[sequence] = NOT_FINITE
             elif planned.is_decode or planned.draws_token:

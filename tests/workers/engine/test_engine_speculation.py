@@ -244,12 +244,15 @@ def test_load_counts_every_row_that_ran(tiny_checkpoint: Path) -> None:
         assert bank.prefill.sum() == sum(map(len, texts)) * top_k
 
 
-def test_broken_row_of_a_rejected_draft_harms_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])
+def test_broken_row_of_a_rejected_draft_harms_nobody(
+    prompt_logprobs: int | None, tmp_path: Path
+) -> None:
     """Token 95 has no finite embedding: it is drafted after the prompt's, and never drawn."""
     tensors = tiny_tensors()
     tensors["model.embed_tokens.weight"][95] = float("nan")
     write_tiny_checkpoint(tmp_path, TINY_CONFIG, tensors)
-    params = structs.replace(GREEDY, logit_bias=((95, -1e4),))
+    params = structs.replace(GREEDY, logit_bias=((95, -1e4),), prompt_logprobs=prompt_logprobs)
     text = prompts(1)[0]
     first = LocalEngine(tmp_path).generate([text], params)[0].token_ids
     section = EngineSection(block_size_tokens=4, max_num_seqs=4)
