@@ -383,8 +383,9 @@ class Engine:
         elif result is not None and tokens is not None:
             self._commit(header.epoch, plan, result, tokens)
             if self._speculator is not None and not header.prefill_rows:
-                rows, own = header.decode_rows, grant.decode_rows
-                self._speculator.observe_step(rows, own, self._clock() - begin)
+                elsewhere = header.num_decodes - grant.num_decodes
+                took_s = self._clock() - begin
+                self._speculator.observe_step(header.decode_rows, elsewhere, took_s)
         return self.poll()
 
     def _predict(

@@ -45,7 +45,8 @@ def decide_header(
     alone = [r for r in order if proposals[r].is_alone and proposals[r].num_rows]
     if alone:
         chosen = alone[step % len(alone)]
-        idle = {r: replace(p, decode_rows=0, prefill_rows=0) for r, p in proposals.items()}
+        nothing = {"decode_rows": 0, "draft_rows": 0, "prefill_rows": 0}
+        idle = {r: replace(p, **nothing) for r, p in proposals.items()}
         proposals = {**idle, chosen: proposals[chosen]}
     left = max_prefill_rows
     prefill = dict.fromkeys(order, 0)
@@ -54,9 +55,7 @@ def decide_header(
         rank = wanting[(step + i) % len(wanting)]
         prefill[rank] = min(proposals[rank].prefill_rows, left)
         left -= prefill[rank]
-    grants = tuple(
-        (r, Grant(decode_rows=proposals[r].decode_rows, prefill_rows=prefill[r])) for r in order
-    )
+    grants = tuple((r, _grant(proposals[r], prefill[r])) for r in order)
     rows = [g.num_rows for _, g in grants]
     has_prefill = any(g.prefill_rows for _, g in grants)
     header = StepHeader(
@@ -80,6 +79,14 @@ def decide_header(
         limit = bucket_of(limit, buckets)
         limit = limit if limit < bucket else 0
     return replace(header, edge_limit=limit) if limit else header
+
+
+def _grant(proposal: StepProposal, prefill_rows: int) -> Grant:
+    return Grant(
+        decode_rows=proposal.decode_rows,
+        prefill_rows=prefill_rows,
+        draft_rows=proposal.draft_rows,
+    )
 
 
 def _share_spans(

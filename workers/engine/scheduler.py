@@ -176,10 +176,15 @@ class Scheduler:
         decodes += sum(not self._gives_way(s) for s in ready)
         prefill_rows = min(missing, self._max_rows - decodes)
         decodes -= sum(map(self._gives_way, decoding))
-        decodes += self._num_drafts(decoding, decodes, prefill_rows)
+        drafts = self._num_drafts(decoding, decodes, prefill_rows)
         is_alone = self._alone is not None
         self.expected = decoding, prefilling, ready, admissible
-        return RowsWanted(decode_rows=decodes, prefill_rows=prefill_rows, is_alone=is_alone)
+        return RowsWanted(
+            decode_rows=decodes + drafts,
+            prefill_rows=prefill_rows,
+            is_alone=is_alone,
+            draft_rows=drafts,
+        )
 
     def schedule(self, decode_rows: int, prefill_rows: int) -> StepPlan:
         """Choose rows within what was granted, and allocate their blocks."""
@@ -354,20 +359,18 @@ class Scheduler:
         self, decodes: Sequence[PlannedRows], decode_rows: int, rows: list[PlannedRows]
     ) -> None:
         """Give ``decodes``, the first of ``rows``, drafts: as many rows as are left of those
-        granted and of the budget, in blocks that are free. They preempt nothing.
+        granted and of the budget, in blocks that are free. They preempt nothing. The likeliest
+        ones are run, whoever's they are.
         """
         if self._speculator is None:
             return
         left = min(decode_rows - len(decodes), self._max_rows - sum(r.count for r in rows))
-        for place, planned in enumerate(decodes):
-            if left <= 0:
-                return
+        found = self._speculator.draft_all([planned.sequence for planned in decodes], left)
+        for place, (planned, drafts) in enumerate(zip(decodes, found, strict=True)):
             sequence = planned.sequence
             most = (len(sequence.blocks) + self._pool.num_free) * self._block_size
-            drafts = self._speculator.draft(sequence)[: min(left, most - sequence.num_tokens)]
-            if drafts:
-                rows[place] = self._with_drafts(planned, drafts)
-                left -= len(drafts)
+            if fitting := drafts[: most - sequence.num_tokens]:
+                rows[place] = self._with_drafts(planned, fitting)
 
     def _with_drafts(self, planned: PlannedRows, drafts: tuple[int, ...]) -> PlannedRows:
         sequence = planned.sequence

@@ -145,6 +145,7 @@ class StepChannel:
             edge_share=wanted.edge_share,
             is_alone=wanted.is_alone,
             parents=wanted.parents,
+            draft_rows=wanted.draft_rows,
         )
         if self.is_leader:
             self._proposals[connections.me.rank] = proposal

@@ -89,3 +89,5 @@ class RowsWanted:
     """They are one request's, and no other's may be in the step on any rank."""
     parents: Parents = ()
     """See ``StepProposal``."""
+    draft_rows: int = 0
+    """Of the decode rows those of drafts."""

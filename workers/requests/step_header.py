@@ -30,7 +30,7 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     """A later proposal of a rank for the same step replaces the earlier one."""
     rank: Count
     decode_rows: Rows
-    """Rows of sequences that lack only their newest output token."""
+    """Rows of sequences that lack only their newest output token, and of drafts."""
     prefill_rows: Rows
     edge_share: Share = 0
     """Largest share of its decode rows, in thousandths, that one expert rank needed of late; 0: not
@@ -39,6 +39,8 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
     """They are one request's, which must be in a step with no other."""
     parents: Parents = ()
     """Spans of the traced requests with rows in the step, below which its spans are."""
+    draft_rows: Rows = 0
+    """Of the decode rows those of drafts."""
 
     @property
     def num_rows(self) -> int:
@@ -50,10 +52,17 @@ class Grant(Message, frozen=True, kw_only=True, array_like=True):
 
     decode_rows: Rows = 0
     prefill_rows: Rows = 0
+    draft_rows: Rows = 0
+    """Of the decode rows those of drafts, as it proposed."""
 
     @property
     def num_rows(self) -> int:
         return self.decode_rows + self.prefill_rows
+
+    @property
+    def num_decodes(self) -> int:
+        """Sequences that decode."""
+        return self.decode_rows - self.draft_rows
 
 
 _NO_GRANT = Grant()
@@ -92,6 +101,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         ranks = [rank for rank, _ in self.grants]
         if not ranks or ranks != sorted(set(ranks)):
             raise ValueError("grants must name at least one rank and be sorted by rank")
+        if any(grant.draft_rows > grant.decode_rows for _, grant in self.grants):
+            raise ValueError("draft_rows must not exceed decode_rows")
         if self.oldest_epoch > self.epoch:
             raise ValueError("oldest_epoch must not exceed epoch")
         if self.exact and (self.edge_limit or self.bucket):
@@ -123,6 +134,11 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         for _, grant in self.grants:
             rows += grant.prefill_rows
         return rows
+
+    @property
+    def num_decodes(self) -> int:
+        """Sequences of all ranks that decode."""
+        return sum(grant.num_decodes for _, grant in self.grants)
 
     def rows(self, rank: int, micro_batch: int) -> int:
         """Rows of one attention rank in one micro-batch."""

@@ -2,11 +2,12 @@
 
 Source: prompt lookup decoding (Saxena 2023), as in vLLM's n-gram method. Texts are not searched:
 each place remembers the one before it that ends with the same few tokens, so a guess costs the same
-for a long text as for a short one.
+for a long text as for a short one. A text takes at most 125 bytes of memory a token.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
 _TOKEN_BITS = 32
@@ -28,9 +29,9 @@ class NgramIndex:
         self._least, self._most = least, most
         self._mask = (1 << _TOKEN_BITS * least) - 1
         self._key = 0  # of the last ``least`` tokens
-        self._tokens: list[int] = []
+        self._tokens = array("q")
         self._latest: dict[int, int] = {}  # by key: where its n-gram ended last
-        self._before: list[int] = []  # by end - 1: the end before with the same key; 0: none
+        self._before = array("q")  # by end - 1: the end before with the same key; 0: none
 
     def __len__(self) -> int:
         return len(self._tokens)

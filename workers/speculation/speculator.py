@@ -7,6 +7,7 @@ run: a sequence whose guesses did not pay gets rows again as soon as they would.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -51,15 +52,17 @@ class Speculator:
         self._costs = StepCosts()
         self._num_sequences = 1
         self._price = self._costs.of(1).price(1)
-        self._rows_elsewhere = 0
+        self._num_elsewhere = 0
+        self._num_planned = 0
         self._reported: set[str] = set()  # reasons why requests have no guesses
         self._num_drafts = self._num_tokens = self._num_withheld = 0
         self._accepted = [0] * section.max_draft_tokens  # by place in the draft
 
     def plan_step(self, num_sequences: int) -> None:
         """The next step has decodes of so many sequences, one at least."""
-        self._num_sequences = count = num_sequences + self._rows_elsewhere
+        self._num_sequences = count = num_sequences + self._num_elsewhere
         self._price = self._costs.of(count).price(count)
+        self._num_planned += 1
 
     def draft(self, sequence: SequenceState) -> tuple[int, ...]:
         """Tokens to run behind its newest one, as they are likely to follow; none if that does not
@@ -71,6 +74,27 @@ class Speculator:
         guess = followed.guess
         return guess[: followed.acceptance.num_worth(self._price, len(guess))]
 
+    def draft_all(self, sequences: Sequence[SequenceState], most: int) -> list[tuple[int, ...]]:
+        """``draft`` of each, cut to ``most`` tokens in all: those likeliest to be accepted.
+
+        Equal ones take turns from step to step.
+        """
+        drafts = [self.draft(sequence) for sequence in sequences]
+        if sum(map(len, drafts)) <= most:
+            return drafts
+        count = len(sequences)
+        ranked = sorted(
+            (
+                -(self._followed[sequence].acceptance.share ** (n + 1)),
+                (i + self._num_planned) % count,
+                i,
+            )
+            for i, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True))
+            for n in range(len(draft))
+        )
+        kept = Counter(i for *_, i in ranked[: max(most, 0)])
+        return [draft[: kept[i]] for i, draft in enumerate(drafts)]
+
     def commit(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
         """A decode with these ``drafts`` gave ``tokens``; call it when the output has them."""
         followed = self._followed.get(sequence)
@@ -80,9 +104,9 @@ class Speculator:
         if drafts:
             self._count(followed, len(drafts), len(tokens) - 1)
         elif followed.guess and tokens and followed.guessed_after == num_before:
+            self._num_withheld += not followed.acceptance.num_worth(self._price, 1)
             is_right = followed.guess[0] == tokens[0]
             followed.acceptance.note(int(is_right), int(not is_right))
-            self._num_withheld += 1
 
     def is_curious(self, sequence: SequenceState) -> bool:
         """Whether it is worth the model's head to know what the model expects behind its output:
@@ -101,9 +125,11 @@ class Speculator:
             followed.guess = self._cut(sequence, (token,))
             followed.guessed_after = len(sequence.output)
 
-    def observe_step(self, num_rows: int, num_own: int, seconds: float) -> None:
-        """A step of decodes took so long: ``num_rows`` of all ranks, of which these are its own."""
-        self._rows_elsewhere = num_rows - num_own
+    def observe_step(self, num_rows: int, num_elsewhere: int, seconds: float) -> None:
+        """A step of decodes took so long: ``num_rows`` of all ranks, drafts included, and
+        ``num_elsewhere`` sequences of other ranks.
+        """
+        self._num_elsewhere = num_elsewhere
         self._costs.of(self._num_sequences).observe(num_rows, seconds)
 
     def forget(self, sequence: SequenceState) -> None:

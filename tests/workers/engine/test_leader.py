@@ -74,10 +74,24 @@ def make_header(**changes: object) -> StepHeader:
 def test_proposal_survives_the_wire() -> None:
     proposal = StepProposal(generation=1, step=1 << 50, rank=3, decode_rows=0, prefill_rows=9)
     assert PROPOSALS.decode(PROPOSALS.encode(proposal)) == proposal
-    alone = replace(proposal, is_alone=True)
-    assert PROPOSALS.decode(PROPOSALS.encode(alone)) == alone
+    alone = replace(proposal, is_alone=True, draft_rows=3)
+    data = PROPOSALS.encode(alone)
+    assert PROPOSALS.decode(data) == alone
+    assert data.endswith(b"\xc3\x90\3")
     with pytest.raises(ProtocolError, match=r"not a step proposal: .*bool"):
-        PROPOSALS.decode(PROPOSALS.encode(alone)[:-2] + b"\2\x90")
+        PROPOSALS.decode(data[:-3] + b"\2\x90\3")
+
+
+def test_a_grant_says_how_many_rows_are_of_drafts() -> None:
+    """Workers tell sequences from rows in it."""
+    known = {r: replace(p, draft_rows=r) for r, p in proposals((1, 0), (3, 0), (2, 0)).items()}
+    header = decide(known)
+    assert header is not None
+    assert [grant.num_decodes for _, grant in header.grants] == [1, 2, 0]
+    assert header.num_decodes == 3
+    alone = decide({**known, 0: replace(known[0], is_alone=True)})
+    assert alone is not None
+    assert alone.num_decodes == 1
 
 
 def test_ids_of_spans_survive_the_wire_and_have_their_size() -> None:

@@ -43,6 +43,11 @@ def test_ranks_are_named_once_and_in_order(grants: tuple[tuple[int, Grant], ...]
         StepHeader(generation=1, step=9, epoch=5, oldest_epoch=5, grants=grants)
 
 
+def test_no_more_rows_are_of_drafts_than_there_are() -> None:
+    with pytest.raises(ValueError, match="draft_rows must not exceed decode_rows"):
+        structs.replace(header(), grants=((0, Grant(decode_rows=2, draft_rows=3)),))
+
+
 def test_an_edge_limit_is_for_steps_whose_edges_carry_all_rows() -> None:
     limited = structs.replace(header(num_micro_batches=2), edge_limit=3)
     assert [limited.edge_rows(0, 0), limited.edge_rows(0, 1), limited.edge_rows(2, 0)] == [3, 3, 1]

@@ -22,7 +22,7 @@ def speculator_of(section: SpeculationSection = SECTION, max_len: int = 1000) ->
     speculator = Speculator(section, max_len, (EOS,))
     for _ in range(20):  # rows are nearly free
         for size in (1, 5):
-            speculator.observe_step(size, size, 1.0 + 0.01 * size)
+            speculator.observe_step(size, 0, 1.0 + 0.01 * size)
     speculator.plan_step(1)
     return speculator
 
@@ -69,7 +69,7 @@ def test_wrong_guesses_switch_it_off_and_right_ones_on_again() -> None:
     """Guesses that are not run are compared, too."""
     speculator, sequence = speculator_of(), sequence_of(LOOP * 40, output=(11, 12))
     for size in (1, 5) * 20:
-        speculator.observe_step(size, size, 1.0 + 0.5 * size)
+        speculator.observe_step(size, 0, 1.0 + 0.5 * size)
     speculator.plan_step(1)
     while speculator.draft(sequence):
         decode(speculator, sequence, 99)
@@ -87,10 +87,61 @@ def test_dear_rows_are_not_used() -> None:
     speculator, sequence = speculator_of(), sequence_of(output=(11, 12))
     speculator.plan_step(32)
     for size in (32, 36) * 50:
-        speculator.observe_step(size, size, 0.01 * size)
+        speculator.observe_step(size, 0, 0.01 * size)
     speculator.plan_step(32)
     assert speculator.stats()["spec_decode_row_price"] > 0.8
     assert speculator.draft(sequence) == ()
+
+
+def test_drafts_of_other_ranks_do_not_raise_the_price() -> None:
+    """A step takes 10 + rows / 2: with one sequence here and one elsewhere, whatever it drafts."""
+    prices = []
+    for num_drafts in (0, 8):
+        speculator = Speculator(SECTION, 1000, (EOS,))
+        for own in (1, 5) * 50:
+            speculator.plan_step(1)
+            rows = own + 1 + num_drafts
+            speculator.observe_step(rows, 1, 10 + 0.5 * rows)
+        speculator.plan_step(1)
+        prices.append(speculator.stats()["spec_decode_row_price"])
+    assert prices[0] == pytest.approx(2 * 0.5 / 11, rel=0.1)
+    assert prices[1] == pytest.approx(prices[0], rel=0.1)
+
+
+def test_few_rows_go_to_the_likeliest_drafts_of_all() -> None:
+    speculator = speculator_of()
+    equal = [sequence_of(output=(11, 12)) for _ in range(3)]
+    doubtful = sequence_of(output=(11, 12))
+    decode(speculator, doubtful, 99)
+    doubtful.output += (11, 12)
+    sequences = [doubtful, *equal]
+
+    def lengths(most: int) -> list[int]:
+        return list(map(len, speculator.draft_all(sequences, most)))
+
+    assert lengths(100) == [3, 4, 4, 4]
+    assert lengths(7) == [1, 2, 2, 2]
+    assert lengths(4) == [1, 1, 1, 1]
+    assert lengths(3) == [0, 1, 1, 1]
+    assert lengths(0) == [0, 0, 0, 0]
+
+
+def test_equal_drafts_take_turns() -> None:
+    speculator = speculator_of()
+    sequences = [sequence_of(output=(11, 12)) for _ in range(3)]
+    runs = []
+    for _ in range(3):
+        speculator.plan_step(3)
+        runs.append(list(map(len, speculator.draft_all(sequences, 1))))
+    assert sorted(runs) == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+
+
+def test_drafts_without_room_are_not_counted_as_withheld() -> None:
+    speculator, sequence = speculator_of(), sequence_of(output=(11, 12))
+    assert speculator.draft(sequence)
+    sequence.output += (13,)
+    speculator.commit(sequence, (), (13,))
+    assert speculator.stats()["spec_decode_num_withheld_drafts_total"] == 0
 
 
 @pytest.mark.parametrize(
@@ -120,7 +171,7 @@ def test_few_predictions_are_made_where_none_would_be_run() -> None:
     params = SamplingParams(max_tokens=500)
     speculator, sequence = speculator_of(section), sequence_of(params=params, output=(11,))
     for size in (1, 2) * 200:
-        speculator.observe_step(size, size, 1.0 * size)  # a row costs as much as a step
+        speculator.observe_step(size, 0, 1.0 * size)  # a row costs as much as a step
     speculator.plan_step(1)
     asked = 0
     for _ in range(64):
@@ -130,7 +181,7 @@ def test_few_predictions_are_made_where_none_would_be_run() -> None:
         assert decode(speculator, sequence, 99) == ()
     assert asked == 8
     for size in (1, 2) * 200:
-        speculator.observe_step(size, size, 1.0)
+        speculator.observe_step(size, 0, 1.0)
     speculator.plan_step(1)
     for _ in range(64):
         speculator.foretell(sequence, 12)
