@@ -1,4 +1,4 @@
-"""The comparison with other servers: its model files, its protocols, its tables. No speed."""
+"""The comparison with other servers: its protocols, its tables. No speed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import asyncio
 import json
 import os
 import shutil
-import struct
 import sys
 from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
 from aiohttp import test_utils, web
-from safetensors import safe_open
 
-from benchmarks import gguf, http_systems, peers, random_checkpoint, random_tokenizer
+from benchmarks import http_systems, peers, random_tokenizer
 from benchmarks.bounds import step_weight_bytes
 from benchmarks.peers import Found, Row
 from benchmarks.random_checkpoint import TINY
@@ -40,45 +37,6 @@ def test_every_token_of_the_random_tokenizer_has_a_text(tmp_path: Path) -> None:
     assert found.get_vocab_size() == 1000
     assert found.decode([300, 999]) == " t300 t999"
     assert found.decode(found.encode("ROMEO: a\n").ids) == "ROMEO: a\n"
-
-
-def _text(data: bytes, offset: int) -> tuple[str, int]:
-    """A string of a GGUF file, and where it ends."""
-    (length,) = struct.unpack_from("<Q", data, offset)
-    end = offset + 8 + length
-    return data[offset + 8 : end].decode(), end
-
-
-def test_a_gguf_file_has_the_tensors_of_the_checkpoint(tmp_path: Path) -> None:
-    checkpoint = random_checkpoint.write(TINY, tmp_path / "checkpoint")
-    data = gguf.write(TINY, checkpoint, tmp_path / "model.gguf").read_bytes()
-    magic, version, num_tensors, num_fields = struct.unpack_from("<4sIQQ", data)
-    assert (magic, version) == (b"GGUF", 3)
-    assert num_tensors == 3 + TINY.layers * (9 + 3)
-    assert _text(data, 24)[0] == "general.architecture"
-    assert num_fields > 10
-
-    place = data.index(b"token_embd.weight") - 8  # the first tensor after the fields
-    tensors = {}
-    for _ in range(num_tensors):
-        name, place = _text(data, place)
-        (rank,) = struct.unpack_from("<I", data, place)
-        dims = struct.unpack_from(f"<{rank}Q", data, place + 4)
-        kind, offset = struct.unpack_from("<IQ", data, place + 4 + 8 * rank)
-        place += 4 + 8 * rank + 12
-        tensors[name] = dims, kind, offset
-    start = place + -place % 32
-    dims, kind, offset = tensors["blk.1.ffn_down_exps.weight"]
-    assert (dims, kind) == ((TINY.ffn, TINY.hidden, TINY.experts), 30)
-    expert_bytes = 2 * TINY.ffn * TINY.hidden
-    third = data[start + offset + 3 * expert_bytes :][:expert_bytes]
-    (file,) = checkpoint.glob("*.safetensors")
-    with safe_open(file, "pt") as shard:
-        expected = shard.get_tensor("model.layers.1.mlp.experts.3.down_proj.weight")
-    assert third == expected.view(torch.uint8).numpy().tobytes()
-    assert tensors["blk.0.attn_norm.weight"][:2] == ((TINY.hidden,), 0)
-    last = max(tensors.values(), key=lambda tensor: tensor[2])
-    assert len(data) >= start + last[2]
 
 
 FAKE_LLAMA = """
