@@ -35,6 +35,11 @@ class GgmlType:
     encode: Callable[[Tensor], Tensor]
     """[.., columns] of any float type -> the bytes of each row, [.., bytes] uint8."""
 
+    @property
+    def bits(self) -> float:
+        """Of a number, with its share of a scale."""
+        return 8 * self.block_bytes / self.block
+
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Of a tensor [.., columns]."""
         assert shape[-1] % self.block == 0, f"{shape} in blocks of {self.block}"
@@ -99,7 +104,6 @@ BF16 = GgmlType(
 Q8_0 = GgmlType(
     name="Q8_0", code=8, file_type=7, block=BLOCK, block_bytes=_SCALE_BYTES + BLOCK, encode=_q8_0
 )
-"""8.5 bits a number."""
 Q4_0 = GgmlType(
     name="Q4_0",
     code=2,
@@ -108,4 +112,3 @@ Q4_0 = GgmlType(
     block_bytes=_SCALE_BYTES + BLOCK // 2,
     encode=_q4_0,
 )
-"""4.5 bits a number."""
