@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_checkpoint import RandomModel
+from cluster.config.cluster import QuantizeLayers
+from workers.model.loading.expert_form import with_form
 from workers.native import memory
 from workers.native.matrix import Matrix, MatrixFields
 from workers.native.panels import DTYPES
 from workers.native.team import Team, check, start_kernels
+from workers.quantization.formats import WeightFormat
 
 BUFFER_BYTES = 1 << 30
 """Read at once: more than any cache holds."""
@@ -98,30 +101,54 @@ def forget_files(files: Iterable[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def step_weight_bytes(model: RandomModel, batch: int, itemsize: int) -> float:
+def step_weight_bytes(
+    model: RandomModel,
+    batch: int,
+    itemsize: int,
+    form: WeightFormat | None = None,
+    layers: QuantizeLayers = "experts",
+) -> float:
     """Bytes of weights that a decode step of ``batch`` rows reads, each once.
 
     All but the embedding, of which a row reads one line, and of the experts those that a row
     chooses: 1 - (1 - top_k / experts) ** batch of them on average where all are chosen alike, as
     random routers nearly do. KV is not counted; a row of the default model with 160 tokens of
     context reads 2.6 MB of it in bfloat16.
+
+    ``form``: in which workers keep the experts, or all products (``layers``), with scales; norms,
+    routers and the rest have ``itemsize`` bytes a number.
     """
-    chosen = 1 - (1 - model.top_k / model.experts) ** batch
-    total = 0.0
-    for name, shape in model.shapes().items():
-        if "embed_tokens" not in name:
-            share = chosen if ".experts." in name else 1.0
-            total += share * torch.Size(shape).numel() * itemsize
+    assert layers == "experts" or model.family == "olmoe", "its other matrices are known"
+    family, total = model.described(), 0.0
+    for bank in with_form(family.banks, form):
+        chosen = 1 - (1 - bank.top_k / bank.num_experts) ** batch
+        total += chosen * bank.num_experts * bank.num_bytes(itemsize)
+    for part in family.attention_tensors():
+        if "embed_tokens" in part.name:
+            continue
+        shape = part.part_shape
+        is_product = len(shape) == 2 and not part.name.endswith("mlp.gate.weight")
+        if form is not None and layers == "all" and is_product:
+            total += form.num_bytes((shape[0], shape[1]))
+        else:
+            total += torch.Size(shape).numel() * itemsize
     return total
 
 
-def decode_bound(model: RandomModel, batch: int, bandwidth: float, itemsize: int = 2) -> float:
+def decode_bound(
+    model: RandomModel,
+    batch: int,
+    bandwidth: float,
+    itemsize: int = 2,
+    form: WeightFormat | None = None,
+    layers: QuantizeLayers = "experts",
+) -> float:
     """Tokens a second of decode steps that read each weight once and do nothing else.
 
     With the bandwidth of one core, it is the bound of an attention and an expert worker with a core
-    each at batch 1 too: they read in turns.
+    each at batch 1 too: they read in turns. ``form``, ``layers``: see ``step_weight_bytes``.
     """
-    return batch * bandwidth / step_weight_bytes(model, batch, itemsize)
+    return batch * bandwidth / step_weight_bytes(model, batch, itemsize, form, layers)
 
 
 def prefill_flops(model: RandomModel, num_tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""A random OLMoE checkpoint in GGUF, the file format of llama.cpp, in bfloat16.
+"""A random OLMoE checkpoint in GGUF, the file format of llama.cpp.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3), names of fields and
 tensors from llama.cpp's ``gguf-py/gguf/constants.py``.
@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from benchmarks.ggml_types import BF16, F32, GgmlType
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.random_tokenizer import token_texts
 
 _ALIGNMENT = 32
-_MOSTLY_BF16 = 32
-"""``general.file_type``."""
-_TYPES = {torch.float32: 0, torch.bfloat16: 30}
-"""Of tensors."""
+_QUANTIZATION_VERSION = 2
+"""Of the layouts of blocks; must be there where there are any."""
 _INT32, _UINT32, _FLOAT32, _STRING, _ARRAY = 5, 4, 6, 8, 9
 """Types of fields."""
 _NORMAL_TOKEN = 1
@@ -42,6 +41,8 @@ _PARTS = {
 """Tensors of a layer: name here -> name in the checkpoint."""
 _FLOAT32_PARTS = ("norm", "gate_inp")
 """Ends of the names of tensors that llama.cpp keeps in float32."""
+_EMBEDDING = "token_embd"
+"""In bfloat16, as ours: rows of it are looked up."""
 
 Field = int | float | str | Sequence[str] | Sequence[int]
 
@@ -50,16 +51,19 @@ Field = int | float | str | Sequence[str] | Sequence[int]
 class _Entry:
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: GgmlType
     load: Callable[[], torch.Tensor]
 
     @property
     def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.kind.num_bytes(self.shape)
 
 
-def write(model: RandomModel, checkpoint: Path, out: Path) -> Path:
-    """Convert a checkpoint of ``random_checkpoint.write``; returns ``out``."""
+def write(model: RandomModel, checkpoint: Path, out: Path, matrices: GgmlType = BF16) -> Path:
+    """Convert a checkpoint of ``random_checkpoint.write``; returns ``out``.
+
+    ``matrices``: type of those of attention, experts and head.
+    """
     assert model.family == "olmoe", "the names below are its"
     weight_map = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     with ExitStack() as stack, out.open("wb") as file:
@@ -72,8 +76,8 @@ def write(model: RandomModel, checkpoint: Path, out: Path) -> Path:
             tensor: torch.Tensor = shards[weight_map[name]].get_tensor(name)
             return tensor
 
-        entries = list(_entries(model, load))
-        fields = _fields(model)
+        entries = list(_entries(model, matrices, load))
+        fields = _fields(model, matrices)
         file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(entries), len(fields)))
         for name, value in fields.items():
             file.write(_string(name) + _typed(value))
@@ -81,18 +85,18 @@ def write(model: RandomModel, checkpoint: Path, out: Path) -> Path:
         for entry in entries:
             dims = entry.shape[::-1]  # the fastest one first
             file.write(_string(entry.name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
-            file.write(struct.pack("<IQ", _TYPES[entry.dtype], offset))
+            file.write(struct.pack("<IQ", entry.kind.code, offset))
             offset += entry.num_bytes + _padding(entry.num_bytes)
         file.write(bytes(_padding(file.tell())))
         for entry in entries:
-            tensor = entry.load().to(entry.dtype).contiguous()
+            tensor = entry.load()
             assert tuple(tensor.shape) == entry.shape, entry.name
-            file.write(tensor.view(torch.uint8).numpy().tobytes())
+            file.write(entry.kind.encode(tensor).numpy().tobytes())
             file.write(bytes(_padding(entry.num_bytes)))
     return out
 
 
-def _fields(model: RandomModel) -> Mapping[str, Field]:
+def _fields(model: RandomModel, matrices: GgmlType) -> Mapping[str, Field]:
     texts = token_texts(model.vocab)
     own: dict[str, Field] = {
         "context_length": model.max_positions,
@@ -110,7 +114,8 @@ def _fields(model: RandomModel) -> Mapping[str, Field]:
     return {
         "general.architecture": "olmoe",
         "general.name": "random",
-        "general.file_type": _MOSTLY_BF16,
+        "general.file_type": matrices.file_type,
+        "general.quantization_version": _QUANTIZATION_VERSION,
         **{f"olmoe.{name}": value for name, value in own.items()},
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -120,21 +125,22 @@ def _fields(model: RandomModel) -> Mapping[str, Field]:
     }
 
 
-def _entries(model: RandomModel, load: Callable[[str], torch.Tensor]) -> Iterator[_Entry]:
+def _entries(
+    model: RandomModel, matrices: GgmlType, load: Callable[[str], torch.Tensor]
+) -> Iterator[_Entry]:
     shapes = model.shapes()
 
     def entry(name: str, source: str) -> _Entry:
-        is_exact = name.endswith(_FLOAT32_PARTS)
-        dtype = torch.float32 if is_exact else torch.bfloat16
-        return _Entry(f"{name}.weight", shapes[source], dtype, lambda: load(source))
+        kind = BF16 if name == _EMBEDDING else matrices
+        if name.endswith(_FLOAT32_PARTS):
+            kind = F32
+        return _Entry(f"{name}.weight", shapes[source], kind, lambda: load(source))
 
     def experts(name: str, sources: list[str]) -> _Entry:
         shape = (len(sources), *shapes[sources[0]])
-        return _Entry(
-            f"{name}.weight", shape, torch.bfloat16, lambda: torch.stack([*map(load, sources)])
-        )
+        return _Entry(f"{name}.weight", shape, matrices, lambda: torch.stack([*map(load, sources)]))
 
-    yield entry("token_embd", "model.embed_tokens.weight")
+    yield entry(_EMBEDDING, "model.embed_tokens.weight")
     yield entry("output_norm", "model.norm.weight")
     yield entry("output", "lm_head.weight")
     for layer in range(model.layers):

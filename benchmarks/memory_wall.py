@@ -3,8 +3,9 @@
 python -m benchmarks.memory_wall [--rows decode,prefill] [--folder FOLDER] [--cores N]
 
 Each row measures a number and its bound in turns, in the same process or beside it, so that other
-load on the machine hits both alike. All models are random OLMoEs in bfloat16. ``whole`` needs 14 GB
-of disk and 16 GB of memory, and runs only where it is named. The comparison with other engines is
+load on the machine hits both alike. Models are random OLMoEs in bfloat16, but for ``quantized``
+(int8 and int4 too) and ``stored`` (experts in float8 and MXFP4). ``whole`` needs 14 GB of disk and
+16 GB of memory, and runs only where it is named. The comparison with other engines is
 ``benchmarks.peers``. The result is a Markdown section.
 """
 
@@ -47,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ROW,ROW",
         help=f"of {','.join(ROWS)} (all but whole)",
     )
-    text = "where random checkpoints stay, up to 18 GB of them (a temporary one)"
+    text = "where random checkpoints stay, up to 20 GB of them (a temporary one)"
     parser.add_argument("--folder", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--repeats", type=count, default=5, metavar="N", help="medians of (5)")
     parser.add_argument("--cores", type=count, metavar="N", help="use so many (all)")
@@ -102,9 +103,10 @@ def _words(args: argparse.Namespace, num_cores: int) -> str:
         "## Memory wall\n\nRandom OLMoE in bfloat16: unless a row says otherwise, hidden "
         f"{MINI.hidden}, {MINI.layers} layers, {MINI.experts} experts top-{MINI.top_k}, ffn "
         f"{MINI.ffn}, vocabulary {MINI.vocab}; {num_cores} cores, prompts of 128 random tokens and "
-        "64 new ones, greedy. Bounds of decode rates: the weights of a step, read once at the rate "
-        "that all cores (with two workers: one core, as they read in turns) read memory with; of "
-        "prefill: the operations of the products and of attention at the rate of a large product; "
+        "64 new ones, greedy. Bounds of decode rates: the weights of a step, codes with their "
+        "scales, read once at the rate that all cores (with two workers: one core, as they read in "
+        "turns) read memory with; of prefill: the operations of the products and of attention at "
+        "the rate of a large product; "
         "of loading: reading the same files. Two workers at most use (Ta + Te) / (2 max(Ta, Te)) "
         "of their cores, Ta and Te being the times of a step's parts in one process with one "
         f"thread and as many micro-batches. Medians of {args.repeats} repeats, number and bound in "

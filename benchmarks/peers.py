@@ -5,7 +5,9 @@ python -m benchmarks.peers --vllm FOLDER --node-llama-cpp FOLDER
 The same requests go to all: prompts of random tokens, greedy, the end of text ignored; over HTTP to
 servers, within the process to libraries. The model is a random OLMoE. All systems are loaded at
 once and take turns, so that other load on the machine hits them alike. They run on the same cores,
-and each computes with one thread a core. The result is a Markdown section.
+and each computes with one thread a core. Weights of ``int8`` and ``int4`` are quantized by us at
+load (``--quantize``) and, in blocks of about as many bits, in the file that llama.cpp reads; the
+others have none. The result is a Markdown section.
 """
 
 from __future__ import annotations
@@ -16,47 +18,41 @@ import itertools
 import logging
 import os
 import signal
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from benchmarks import gguf, random_checkpoint, random_tokenizer, results
-from benchmarks.bounds import decode_bound, read_bandwidth
+from benchmarks.bounds import read_bandwidth
 from benchmarks.http_systems import start_ours, start_vllm
 from benchmarks.options import counts
+from benchmarks.peer_report import (
+    LAYOUTS,
+    LLAMA,
+    PLAIN,
+    TRANSFORMERS,
+    VLLM,
+    WEIGHTS,
+    Found,
+    Row,
+    Weights,
+    report,
+)
 from benchmarks.prompts import random_prompts
 from benchmarks.quiet import QUIET_CORES, CpuClock, wait_until_quiet
 from benchmarks.random_checkpoint import RandomModel
-from benchmarks.results import table
 from benchmarks.run import terminate
 from benchmarks.systems import System
-from benchmarks.timing import Sample, Times, median_of, ratio_of, sample_of
+from benchmarks.timing import Sample, Times, sample_of
 from cluster.cli.terminal.arguments import count
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS: Mapping[str, tuple[str, ...]] = {
-    "local": ("--mode", "local"),
-    "1 + 1": ("--num-attention-workers", "1", "--num-expert-workers", "1"),
-}
-"""Options of ``expertmesh serve``, by the name in the tables."""
-VLLM, TRANSFORMERS, LLAMA = "vLLM", "transformers", "llama.cpp"
-_ITEMSIZE = {"bfloat16": 2, "float32": 4}
-_RATIOS = (
-    ("local", TRANSFORMERS),
-    ("local", VLLM),
-    ("1 + 1", VLLM),
-    ("local", LLAMA),
-    ("1 + 1", "local"),
-)
-"""What is compared: (system, base)."""
 _WARM_UP_TOKENS = 4
 _ENVIRONMENTS = """
 environments of the peers, which are measured where a folder is given:
@@ -80,32 +76,6 @@ class Measured(Protocol):
         """End it."""
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Row:
-    """One system of the tables."""
-
-    system: str
-    """Name."""
-    dtype: str
-    """What it computes in."""
-
-
-Samples = Mapping[Row, Mapping[int, Sequence[Sample]]]
-"""By system and batch size, in the order of the repeats."""
-
-
-@dataclass(slots=True)
-class Found:
-    """What was measured."""
-
-    samples: dict[Row, dict[int, list[Sample]]] = field(default_factory=dict)
-    """See ``Samples``."""
-    bandwidth: list[float] = field(default_factory=list)
-    """Bytes a second that all cores read, by repeat."""
-    absent: dict[str, str] = field(default_factory=dict)
-    """Name of a system -> why it was not measured."""
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -121,10 +91,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--node-llama-cpp", type=Path, metavar="FOLDER", help=text)
     parser.add_argument(
         "--dtype",
-        type=_dtypes,
-        default=tuple(_ITEMSIZE),
+        type=_weights,
+        default=PLAIN,
         metavar="D,D",
-        help=f"({','.join(_ITEMSIZE)})",
+        help=f"weights, of {','.join(WEIGHTS)} ({','.join(PLAIN)})",
     )
     parser.add_argument(
         "--batch", type=counts, default=(1, 8, 32), metavar="B,B", help="requests (1,8,32)"
@@ -138,11 +108,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _dtypes(text: str) -> tuple[str, ...]:
-    """``bfloat16,float32``. Raises ``ArgumentTypeError``."""
+def _weights(text: str) -> tuple[str, ...]:
+    """``bfloat16,int8``. Raises ``ArgumentTypeError``."""
     names = tuple(dict.fromkeys(text.split(",")))
-    if unknown := sorted(set(names) - set(_ITEMSIZE)):
-        raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(_ITEMSIZE)}")
+    if unknown := sorted(set(names) - set(WEIGHTS)):
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(WEIGHTS)}")
     return names
 
 
@@ -174,8 +144,8 @@ def measure(args: argparse.Namespace, model: RandomModel, cores: Sequence[int]) 
         checkpoint = random_checkpoint.write(model, folder / "checkpoint")
         random_tokenizer.write(checkpoint, model.vocab)
         running: dict[Row, Measured] = {}
-        for row, start in _starts(args, model, checkpoint, cores, found).items():
-            logger.info("starting %s, %s", row.system, row.dtype)
+        for row, start in starts_of(args, model, checkpoint, cores, found).items():
+            logger.info("starting %s, %s", row.system, row.weights)
             try:
                 system = start()
                 stack.callback(system.close)
@@ -183,7 +153,7 @@ def measure(args: argparse.Namespace, model: RandomModel, cores: Sequence[int]) 
                 for batch in args.batch:
                     system.generate(_prompts(args, batch, 0), min(_WARM_UP_TOKENS, args.output_len))
             except (OSError, RuntimeError) as err:
-                found.absent[f"{row.system}, {row.dtype}"] = str(err)
+                found.absent[f"{row.system}, {row.weights}"] = str(err)
                 continue
             running[row] = system
             found.samples[row] = {batch: [] for batch in args.batch}
@@ -196,45 +166,48 @@ def measure(args: argparse.Namespace, model: RandomModel, cores: Sequence[int]) 
                     found.samples[row][batch].append(sample)
                     logger.info(
                         "run %d, batch %d, %s, %s: %.1f tokens/s, others %.1f cores",
-                        *(repeat + 1, batch, row.system, row.dtype),
+                        *(repeat + 1, batch, row.system, row.weights),
                         *(sample.tokens_per_s, sample.others_cores),
                     )
     return found
 
 
-def _starts(
+def starts_of(
     args: argparse.Namespace,
     model: RandomModel,
     checkpoint: Path,
     cores: Sequence[int],
     found: Found,
 ) -> dict[Row, Callable[[], Measured]]:
-    """How to start each system that there is; notes in ``found`` why others are absent."""
+    """How to start each system that there is, with its files; notes in ``found`` why others are
+    absent."""
     starts: dict[Row, Callable[[], Measured]] = {}
     tokens = args.input_len + args.output_len
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     python = _python_of(args.transformers)
-    for dtype in args.dtype:
+    for kept in args.dtype:
+        weights = WEIGHTS[kept]
         for name, layout in LAYOUTS.items():
-            row = Row(name, dtype)
-            starts[row] = partial(start_ours, name, checkpoint, dtype, layout)
+            options = (*layout, *_quantize_options(weights))
+            starts[Row(name, kept)] = partial(start_ours, name, checkpoint, weights.dtype, options)
+        if weights.ggml and args.node_llama_cpp:
+            file = checkpoint.parent / f"{weights.ggml.name}.gguf"
+            gguf.write(model, checkpoint, file, weights.ggml)
+            command = _llama_command(args, file, len(cores))
+            starts[Row(LLAMA, kept)] = partial(System, LLAMA, command, environment)
+        if weights.quantize:
+            continue  # the others have no such weights
         if python:
-            child = "transformers" if dtype == "bfloat16" else f"transformers-{dtype}"
+            child = "transformers" if kept == "bfloat16" else f"transformers-{kept}"
             command = [python, "-m", "benchmarks.child", child, str(checkpoint)]
             source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-            row = Row(TRANSFORMERS, dtype)
+            row = Row(TRANSFORMERS, kept)
             starts[row] = partial(System, row.system, command, {**environment, **source})
         if args.vllm:
-            row = Row(VLLM, dtype)
+            row = Row(VLLM, kept)
             starts[row] = partial(
-                start_vllm, VLLM, args.vllm.absolute(), checkpoint, dtype, cores, tokens
+                start_vllm, VLLM, args.vllm.absolute(), checkpoint, kept, cores, tokens
             )
-    if args.node_llama_cpp and "bfloat16" in args.dtype:
-        file = gguf.write(model, checkpoint, checkpoint.parent / "model.gguf")
-        script = Path(__file__).with_name("llama_cpp.mjs")
-        numbers = map(str, (len(cores), max(args.batch), tokens))
-        command = ["node", str(script), str(args.node_llama_cpp), str(file), *numbers]
-        starts[Row(LLAMA, "bfloat16")] = partial(System, LLAMA, command, environment)
     given = {
         TRANSFORMERS: (python, "not installed, and no --transformers FOLDER"),
         VLLM: (args.vllm, "no --vllm FOLDER"),
@@ -242,6 +215,19 @@ def _starts(
     }
     found.absent |= {name: reason for name, (value, reason) in given.items() if not value}
     return starts
+
+
+def _quantize_options(weights: Weights) -> tuple[str, ...]:
+    """Of ``expertmesh serve``."""
+    if weights.quantize is None:
+        return ()
+    return ("--quantize", weights.quantize, "--quantize-layers", "all")
+
+
+def _llama_command(args: argparse.Namespace, file: Path, num_threads: int) -> list[str]:
+    script = Path(__file__).with_name("llama_cpp.mjs")
+    numbers = (num_threads, max(args.batch), args.input_len + args.output_len)
+    return ["node", str(script), str(args.node_llama_cpp), str(file), *map(str, numbers)]
 
 
 def _python_of(folder: Path | None) -> str | None:
@@ -274,76 +260,6 @@ def _prompts(
 ) -> list[list[int]]:
     """Random tokens, the same for all systems; caches of prefixes have none of them."""
     return random_prompts(f"{repeat} {batch} {attempt}", batch, args.input_len)
-
-
-def report(args: argparse.Namespace, model: RandomModel, num_cores: int, found: Found) -> str:
-    """The section: what was done, rates with the bound, ratios."""
-    head = ["system", *(f"{what} {b}" for b in args.batch for what in ("tokens/s", "decode"))]
-    rows = []
-    for row, by_batch in sorted(found.samples.items()):
-        medians = [median_of(samples) for samples in by_batch.values()]
-        cells = [f"{x:.1f}" for m in medians for x in (m.tokens_per_s, m.decode_tokens_per_s)]
-        rows.append([f"{row.system}, {row.dtype}", *cells])
-    for dtype in args.dtype:
-        limits = (bound(model, found, batch, dtype) for batch in args.batch)
-        cells = [cell for limit in limits for cell in ("", f"{limit:.0f}")]
-        rows.append([f"bound, {dtype}", *cells])
-    for name, reason in found.absent.items():
-        rows.append([f"{name}: not measured, {reason}", *[""] * (len(head) - 1)])
-    parts = [_words(args, model, num_cores, found), table(head, rows)]
-    if ratios := _ratio_rows(args, model, found):
-        parts.append(table(["ratio, best types", *map(str, args.batch)], ratios))
-    return "\n\n".join(parts)
-
-
-def bound(model: RandomModel, found: Found, batch: int, dtype: str) -> float:
-    """Tokens a second of a decode step that reads each weight once and does nothing else."""
-    return decode_bound(model, batch, statistics.median(found.bandwidth), _ITEMSIZE[dtype])
-
-
-def best(samples: Samples, system: str, batch: int) -> Row | None:
-    """A system's fastest type at a batch size; None if it was not measured."""
-    rows = [row for row in samples if row.system == system]
-    return max(rows, key=lambda r: median_of(samples[r][batch]).tokens_per_s, default=None)
-
-
-def _ratio_rows(args: argparse.Namespace, model: RandomModel, found: Found) -> list[list[str]]:
-    """Ratios of tokens/s within a repeat, and our decode rates as shares of the bound."""
-    rows = []
-    for system, base in _RATIOS:
-        cells = []
-        for batch in args.batch:
-            mine, other = (best(found.samples, name, batch) for name in (system, base))
-            if mine and other:
-                ratio = ratio_of(found.samples[mine][batch], found.samples[other][batch])
-                cells.append(f"{ratio.total:.2f}")
-        if cells:
-            rows.append([f"{system} / {base}", *cells])
-    for system in LAYOUTS:
-        cells = []
-        for batch in args.batch:
-            if mine := best(found.samples, system, batch):
-                rate = median_of(found.samples[mine][batch]).decode_tokens_per_s
-                cells.append(f"{rate / bound(model, found, batch, mine.dtype):.2f}")
-        if cells:
-            rows.append([f"{system}, decode / bound", *cells])
-    return rows
-
-
-def _words(args: argparse.Namespace, model: RandomModel, num_cores: int, found: Found) -> str:
-    bandwidth = statistics.median(found.bandwidth) / 1e9
-    return (
-        f"## Peers\n\nRandom OLMoE: hidden {model.hidden}, {model.layers} layers, {model.experts} "
-        f"experts top-{model.top_k}, ffn {model.ffn}, vocabulary {model.vocab}. Prompts of "
-        f"{args.input_len} random tokens, {args.output_len} new ones, greedy, end of text ignored; "
-        f"{num_cores} cores and as many threads for each system. `local`, `1 + 1` workers and vLLM "
-        "stream over HTTP, transformers (`generate`) and llama.cpp run in a process without a "
-        "server. `tokens/s` of the batch includes the prefill, `decode` is the rate while all "
-        "sequences decode. The bound of the decode rate: the weights of a step, read once at the "
-        f"{bandwidth:.1f} GB/s that {num_cores} threads read memory with in the same runs. Medians "
-        f"of {args.repeats} runs in turns; ratios are of `tokens/s`, medians of the ratios within "
-        "a run, each system in its faster type."
-    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import random_codes
+from benchmarks.random_codes import QUANTIZATION, Stored
 from cluster.launch.model_source import bundled_checkpoint
+from workers.model.families.base import Family
 from workers.model.families.registry import FAMILIES, load_family
 
 MAX_SHARD_BYTES = 512 * 1024 * 1024
@@ -53,6 +56,8 @@ class RandomModel:
     """Classes of a JetMoE with a classification head; 0: a language model."""
     prediction_layers: int = 0
     """1: there is a layer that predicts the token after the next; of families with such layers."""
+    stored: Stored = "bfloat16"
+    """Matrices of experts; the rest is in bfloat16. ``mxfp4`` is for gpt_oss alone."""
     seed: int = 0
     """Of the weights."""
 
@@ -77,6 +82,7 @@ class RandomModel:
             "qwen3_5_moe_text": self._qwen3_5_moe_text,
             "qwen3_5_moe": self._qwen3_5_moe,
         }
+        quantization = QUANTIZATION[self.stored]
         return {
             "model_type": self.family,
             "vocab_size": self.vocab,
@@ -91,6 +97,7 @@ class RandomModel:
             "eos_token_id": None,
             "torch_dtype": "bfloat16",
             **({"num_nextn_predict_layers": 1} if self.prediction_layers else {}),
+            **({"quantization_config": dict(quantization)} if quantization else {}),
             **makers[self.family](),
         }
 
@@ -257,11 +264,17 @@ class RandomModel:
             "num_local_experts": self.experts,
         }
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor by name, one tensor for each expert where a family has that."""
+    def described(self) -> Family:
+        """The model as workers know it."""
         family = load_family(self.config())
-        if self.prediction_layers:
-            family = family.with_predictor()
+        return family.with_predictor() if self.prediction_layers else family
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by name, one tensor for each expert where a family has that.
+
+        Of matrices that are ``stored`` in blocks, the shape of their numbers.
+        """
+        family = self.described()
         shapes = {part.name: part.shape for part in family.attention_tensors()}
         for bank in family.banks:
             for exchange, expert in product(bank.exchanges, range(bank.num_experts)):
@@ -276,7 +289,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def write(model: RandomModel, out: Path) -> Path:
-    """Write the checkpoint in bf16, in shards with an index; returns ``out``.
+    """Write the checkpoint in shards with an index; returns ``out``.
 
     Two shards at most are in memory.
     """
@@ -286,9 +299,11 @@ def write(model: RandomModel, out: Path) -> Path:
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _draw(name, shape, generator) for name, shape in shard.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, shape in shard.items():
+            tensors |= _draw(model.stored, name, shape, generator)
         save_file(tensors, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
+        weight_map |= dict.fromkeys(tensors, file)
     index_text = json.dumps({"metadata": {}, "weight_map": weight_map})
     (out / "model.safetensors.index.json").write_text(index_text)
     (out / "config.json").write_text(json.dumps(model.config(), indent=2))
@@ -312,11 +327,17 @@ def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, 
     return shards
 
 
-def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def _draw(
+    stored: Stored, name: str, shape: tuple[int, ...], generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """What is on disk for a tensor, by name."""
+    if stored != "bfloat16" and random_codes.is_coded(name, shape):
+        return random_codes.draw(stored, name, shape, generator)
     if len(shape) == 1:
-        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        value = 0.0 if name.endswith("bias") else 1.0
+        return {name: torch.full(shape, value, dtype=torch.bfloat16)}
     drawn: torch.Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-    return drawn.to(torch.bfloat16)
+    return {name: drawn.to(torch.bfloat16)}
 
 
 def main() -> None:

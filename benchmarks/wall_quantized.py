@@ -1,8 +1,13 @@
-"""Rows of ``benchmarks.memory_wall`` for quantized weights: decode beside bfloat16."""
+"""Rows of ``benchmarks.memory_wall`` for weights in codes: decode beside bfloat16.
+
+Either weights are quantized while they are loaded, or experts stay in codes as a checkpoint stores
+them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,19 +18,27 @@ from benchmarks.random_checkpoint import RandomModel
 from benchmarks.timing import decode_interval_of
 from benchmarks.wall_engine import open_engine
 from benchmarks.wall_rows import LAYERS, Bench, Row, at_least
-from cluster.config.cluster import Quantize, QuantizeLayers
+from cluster.config.cluster import QuantizeLayers
 from tests.reference.local_engine import LocalEngine
-from workers.quantization.rounding import FORMATS
+from workers.model.loading.expert_form import kept_form
+from workers.quantization.formats import WeightFormat
+from workers.quantization.rounding import FORMATS, IntegerCodes
 
 _PROMPT_TOKENS = 128
 _NEW_TOKENS = 64
+_PLAIN = "bfloat16"
+_NUM_STORED = 32
+"""Experts of a layer that are stored in codes: both forms fit into 4 GB, and a step of one row
+reads as many of them as of 64."""
+_ASKED_OF_EXPERTS = 0.9
+"""Least ratio to what the bytes allow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """One way to keep weights."""
+    """One way to quantize weights while they are loaded."""
 
-    quantize: Quantize
+    quantize: IntegerCodes
     layers: QuantizeLayers
     asked: float
     """Least ratio to the rate of bfloat16; of experts alone: to what the bytes allow."""
@@ -36,84 +49,119 @@ class Kind:
 
 
 KINDS = (
-    Kind(quantize="int8", layers="experts", asked=0.9),
-    Kind(quantize="int4", layers="experts", asked=0.9),
+    Kind(quantize="int8", layers="experts", asked=_ASKED_OF_EXPERTS),
+    Kind(quantize="int4", layers="experts", asked=_ASKED_OF_EXPERTS),
     Kind(quantize="int8", layers="all", asked=1.6),
     Kind(quantize="int4", layers="all", asked=2.5),
 )
+STORED = (
+    replace(LAYERS, family="qwen3_moe", experts=_NUM_STORED, stored="float8"),
+    replace(LAYERS, family="gpt_oss", experts=_NUM_STORED, stored="mxfp4"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rates:
+    """By repeat."""
+
+    tokens_per_s: Mapping[str, list[float]]
+    """By the name of an engine; one is ``_PLAIN``."""
+    bandwidth: list[float]
+    """Bytes a second."""
 
 
 def quantized(bench: Bench) -> list[Row]:
     """4 layers of full width at batch 1, each kind beside bfloat16 in turns."""
     model = bench.size(LAYERS)
-    prompt, new = bench.tokens(_PROMPT_TOKENS), bench.tokens(_NEW_TOKENS)
-    plain: list[float] = []
-    rates: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
-    bandwidths: list[float] = []
     with threads_kept():
-        engines = {kind: _engine(bench, model, kind) for kind in (None, *KINDS)}
-        for engine in engines.values():
-            run_batch(engine, random_prompts("warm", 1, prompt), WARM_UP_TOKENS)
-        for repeat in range(bench.repeats):
-            bench.wait()
-            bandwidths.append(bench.bandwidth(bench.cores))
-            for kind, engine in engines.items():
-                times = run_batch(engine, random_prompts(f"{repeat}", 1, prompt), new)
-                rate = decode_interval_of(times).tokens_per_s or 0.0
-                (plain if kind is None else rates[kind]).append(rate)
-    whole = step_bytes(model, None)
+        engines = {_PLAIN: open_engine(bench, model)} | {
+            kind.name: open_engine(
+                bench, model, quantize=kind.quantize, quantize_layers=kind.layers
+            )
+            for kind in KINDS
+        }
+        rates = _measured(bench, engines)
     found = []
     for kind in KINDS:
-        read = step_bytes(model, kind)
-        found.append(
-            Row(
-                what=f"4 layers of OLMoE-1B-7B, {kind.name}, batch 1",
-                unit="tokens/s",
-                measured=rates[kind],
-                bound=[bandwidth / read for bandwidth in bandwidths],
-                asked=at_least(0.7, 0.8),
-            )
-        )
-        gains = [rate / base for rate, base in zip(rates[kind], plain, strict=True)]
-        is_experts = kind.layers == "experts"
-        found.append(
-            Row(
-                what=f"{kind.name}, over bfloat16",
-                unit="times",
-                measured=gains,
-                bound=[whole / read if is_experts else 1.0] * len(gains),
-                asked=at_least(kind.asked),
-            )
-        )
+        form, is_experts = FORMATS[kind.quantize], kind.layers == "experts"
+        read = _step_bytes(model, form, kind.layers)
+        found += [
+            _against_memory(f"4 layers of OLMoE-1B-7B, {kind.name}", rates, kind.name, read),
+            _against_plain(
+                rates, kind.name, _step_bytes(model) / read if is_experts else 1.0, kind.asked
+            ),
+        ]
     return found
 
 
-def step_bytes(model: RandomModel, kind: Kind | None) -> float:
-    """Bytes of weights that a step of one row reads; ``kind`` None: all in bfloat16.
-
-    Norms and the router stay in bfloat16.
-    """
-    if kind is None:
-        return step_weight_bytes(model, 1, torch.bfloat16.itemsize)
-    form = FORMATS["int8" if kind.quantize == "int8" else "int4"]
-    total = 0.0
-    for name, shape in model.shapes().items():
-        if "embed_tokens" in name:
-            continue
-        is_expert = ".experts." in name
-        is_kept = len(shape) != 2 or name.endswith("mlp.gate.weight")
-        share = model.top_k / model.experts if is_expert else 1.0
-        if is_kept or not (is_expert or kind.layers == "all"):
-            total += share * torch.Size(shape).numel() * torch.bfloat16.itemsize
-        else:
-            total += share * form.num_bytes((shape[0], shape[1]))
-    return total
+def stored(bench: Bench) -> list[Row]:
+    """The same of experts as they are stored, beside the same numbers in bfloat16."""
+    return [row for model in STORED for row in _stored(bench, model)]
 
 
-def _engine(bench: Bench, model: RandomModel, kind: Kind | None) -> LocalEngine:
-    if kind is None:
-        return open_engine(bench, model)
-    return open_engine(bench, model, quantize=kind.quantize, quantize_layers=kind.layers)
+def _stored(bench: Bench, full: RandomModel) -> list[Row]:
+    size = replace(bench.size(full), family=full.family, experts=full.experts)
+    model, name = replace(size, stored=full.stored), full.stored
+    with threads_kept():
+        engines = {
+            _PLAIN: open_engine(bench, model, quantize="none"),
+            name: open_engine(bench, model, quantize="auto"),
+        }
+        rates = _measured(bench, engines)
+    form = kept_form("auto", model.described(), {})
+    assert form is not None, "its experts are in codes"
+    read = _step_bytes(model, form)
+    what = f"4 layers of {model.family} in that width, experts in {name}"
+    return [
+        _against_memory(what, rates, name, read),
+        _against_plain(rates, name, _step_bytes(model) / read, _ASKED_OF_EXPERTS),
+    ]
 
 
-ROWS = {"quantized": quantized}
+def _measured(bench: Bench, engines: Mapping[str, LocalEngine]) -> _Rates:
+    """Decode of one sequence by each engine in turns."""
+    prompt, new = bench.tokens(_PROMPT_TOKENS), bench.tokens(_NEW_TOKENS)
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    bandwidth: list[float] = []
+    for engine in engines.values():
+        run_batch(engine, random_prompts("warm", 1, prompt), WARM_UP_TOKENS)
+    for repeat in range(bench.repeats):
+        bench.wait()
+        bandwidth.append(bench.bandwidth(bench.cores))
+        for name, engine in engines.items():
+            times = run_batch(engine, random_prompts(f"{repeat}", 1, prompt), new)
+            rates[name].append(decode_interval_of(times).tokens_per_s or 0.0)
+    return _Rates(tokens_per_s=rates, bandwidth=bandwidth)
+
+
+def _against_memory(what: str, rates: _Rates, name: str, read: float) -> Row:
+    """``read``: bytes of a step."""
+    return Row(
+        what=f"{what}, batch 1",
+        unit="tokens/s",
+        measured=rates.tokens_per_s[name],
+        bound=[bandwidth / read for bandwidth in rates.bandwidth],
+        asked=at_least(0.7, 0.8),
+    )
+
+
+def _against_plain(rates: _Rates, name: str, bound: float, asked: float) -> Row:
+    mine, plain = rates.tokens_per_s[name], rates.tokens_per_s[_PLAIN]
+    gains = [rate / base for rate, base in zip(mine, plain, strict=True)]
+    return Row(
+        what=f"{name}, over bfloat16",
+        unit="times",
+        measured=gains,
+        bound=[bound] * len(gains),
+        asked=at_least(asked),
+    )
+
+
+def _step_bytes(
+    model: RandomModel, form: WeightFormat | None = None, layers: QuantizeLayers = "experts"
+) -> float:
+    """Of a step of one row, what is not in codes in bfloat16."""
+    return step_weight_bytes(model, 1, torch.bfloat16.itemsize, form, layers)
+
+
+ROWS = {"quantized": quantized, "stored": stored}

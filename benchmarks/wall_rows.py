@@ -69,6 +69,8 @@ class Bench:
     def checkpoint(self, model: RandomModel) -> Path:
         """A random checkpoint with a tokenizer, written unless it is in the folder already."""
         name = f"{model.family}-{model.hidden}x{model.layers}x{model.ffn}-{model.vocab}"
+        if model.stored != "bfloat16":
+            name += f"-{model.stored}"
         path = self.folder / name
         if not (path / "tokenizer.json").exists():
             random_checkpoint.write(model, path)

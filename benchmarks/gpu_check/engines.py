@@ -69,7 +69,7 @@ class Model:
 
 def random_model(place: Place, family: Any, **sizes: int) -> Model:
     """A random model of a family, whose head makes choices clear."""
-    wide = {"hidden": place.size(256, 64), "ffn": place.size(128, 32)}
+    wide: dict[str, Any] = {"hidden": place.size(256, 64), "ffn": place.size(128, 32)}
     model = RandomModel(
         family=family,
         layers=2,

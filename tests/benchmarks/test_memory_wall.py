@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory_wall, wall_engine, wall_workers
+from benchmarks import memory_wall, wall_engine, wall_quantized, wall_workers
 from benchmarks.bounds import (
     decode_bound,
     file_rate,
@@ -26,6 +26,7 @@ from benchmarks.prompts import random_prompts
 from benchmarks.random_checkpoint import TINY, RandomModel
 from benchmarks.wall_engine import timed_kernels
 from benchmarks.wall_rows import Bench, Row, at_least, at_most, report
+from workers.quantization.rounding import FORMATS
 
 MODEL = RandomModel(
     hidden=64, layers=2, heads=4, experts=4, top_k=2, ffn=32, vocab=1000, max_positions=64
@@ -42,6 +43,17 @@ def test_a_step_reads_everything_but_the_embedding_and_the_unused_experts() -> N
 
 def test_decoding_is_bound_by_the_bytes_of_a_step() -> None:
     assert decode_bound(MODEL, 2, 3 * step_weight_bytes(MODEL, 2, 4), itemsize=4) == 2 * 3
+
+
+def test_codes_are_read_with_their_scales() -> None:
+    """int4 in groups of 32 with scales of 2 bytes: 4.5 bits a number, of half of the experts."""
+    attention, norms, router, head = 4 * 64 * 64, 4 * 64, 4 * 64, 1000 * 64
+    kept, experts = 2 * (norms + router) + 64, 2 * 2 * 3 * 64 * 32
+    found = step_weight_bytes(MODEL, 1, 2, FORMATS["int4"])
+    assert found == 2 * (kept + 2 * attention + head) + experts * 9 / 16
+    found = step_weight_bytes(MODEL, 1, 2, FORMATS["int4"], "all")
+    assert found == 2 * kept + (2 * attention + head + experts) * 9 / 16
+    assert decode_bound(MODEL, 1, 3 * found, form=FORMATS["int4"], layers="all") == 3
 
 
 def test_a_prompt_takes_its_products_and_its_pairs_of_positions() -> None:
@@ -135,6 +147,12 @@ def _rows(capsys: pytest.CaptureFixture[str], names: Sequence[str]) -> list[list
 def test_the_rows_of_one_process_run(capsys: pytest.CaptureFixture[str]) -> None:
     rows = _rows(capsys, tuple(wall_engine.ROWS))
     assert len(rows) == 3 + 2 + 1 + 2 + 2
+    assert all(float(row[1].replace(",", "")) > 0 for row in rows)
+
+
+def test_the_rows_of_weights_in_codes_run(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _rows(capsys, tuple(wall_quantized.ROWS))
+    assert len(rows) == 2 * len(wall_quantized.KINDS) + 2 * len(wall_quantized.STORED)
     assert all(float(row[1].replace(",", "")) > 0 for row in rows)
 
 

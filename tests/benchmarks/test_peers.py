@@ -1,4 +1,4 @@
-"""The comparison with other servers: its model files, its protocols, its tables. No speed."""
+"""The comparison with other servers: its protocols, its tables. No speed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import asyncio
 import json
 import os
 import shutil
-import struct
 import sys
 from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
 from aiohttp import test_utils, web
-from safetensors import safe_open
 
-from benchmarks import gguf, http_systems, peers, random_checkpoint, random_tokenizer
+from benchmarks import http_systems, peers, random_checkpoint, random_tokenizer
 from benchmarks.bounds import step_weight_bytes
-from benchmarks.peers import Found, Row
-from benchmarks.random_checkpoint import TINY
+from benchmarks.peer_report import LAYOUTS, Found, Row, bound, report
+from benchmarks.random_checkpoint import TINY, RandomModel
 from benchmarks.systems import System
 from benchmarks.timing import Sample
+from workers.quantization.rounding import FORMATS
+
+MODEL = RandomModel()
 
 
 def _sample(tokens_per_s: float) -> Sample:
@@ -40,45 +40,6 @@ def test_every_token_of_the_random_tokenizer_has_a_text(tmp_path: Path) -> None:
     assert found.get_vocab_size() == 1000
     assert found.decode([300, 999]) == " t300 t999"
     assert found.decode(found.encode("ROMEO: a\n").ids) == "ROMEO: a\n"
-
-
-def _text(data: bytes, offset: int) -> tuple[str, int]:
-    """A string of a GGUF file, and where it ends."""
-    (length,) = struct.unpack_from("<Q", data, offset)
-    end = offset + 8 + length
-    return data[offset + 8 : end].decode(), end
-
-
-def test_a_gguf_file_has_the_tensors_of_the_checkpoint(tmp_path: Path) -> None:
-    checkpoint = random_checkpoint.write(TINY, tmp_path / "checkpoint")
-    data = gguf.write(TINY, checkpoint, tmp_path / "model.gguf").read_bytes()
-    magic, version, num_tensors, num_fields = struct.unpack_from("<4sIQQ", data)
-    assert (magic, version) == (b"GGUF", 3)
-    assert num_tensors == 3 + TINY.layers * (9 + 3)
-    assert _text(data, 24)[0] == "general.architecture"
-    assert num_fields > 10
-
-    place = data.index(b"token_embd.weight") - 8  # the first tensor after the fields
-    tensors = {}
-    for _ in range(num_tensors):
-        name, place = _text(data, place)
-        (rank,) = struct.unpack_from("<I", data, place)
-        dims = struct.unpack_from(f"<{rank}Q", data, place + 4)
-        kind, offset = struct.unpack_from("<IQ", data, place + 4 + 8 * rank)
-        place += 4 + 8 * rank + 12
-        tensors[name] = dims, kind, offset
-    start = place + -place % 32
-    dims, kind, offset = tensors["blk.1.ffn_down_exps.weight"]
-    assert (dims, kind) == ((TINY.ffn, TINY.hidden, TINY.experts), 30)
-    expert_bytes = 2 * TINY.ffn * TINY.hidden
-    third = data[start + offset + 3 * expert_bytes :][:expert_bytes]
-    (file,) = checkpoint.glob("*.safetensors")
-    with safe_open(file, "pt") as shard:
-        expected = shard.get_tensor("model.layers.1.mlp.experts.3.down_proj.weight")
-    assert third == expected.view(torch.uint8).numpy().tobytes()
-    assert tensors["blk.0.attn_norm.weight"][:2] == ((TINY.hidden,), 0)
-    last = max(tensors.values(), key=lambda tensor: tensor[2])
-    assert len(data) >= start + last[2]
 
 
 FAKE_LLAMA = """
@@ -174,17 +135,55 @@ def test_the_tables_compare_the_best_types_and_name_what_is_absent() -> None:
         for row, by_batch in rates.items()
     }
     found = Found(samples=samples, bandwidth=[1e9, 2e9], absent={"llama.cpp": "no FOLDER"})
-    lines = peers.report(args, TINY, 2, found).splitlines()
+    lines = report(args, TINY, 2, found).splitlines()
     assert "| local, bfloat16 | 35.0 | 70.0 | 55.0 | 110.0 |" in lines
     assert "| llama.cpp: not measured, no FOLDER |  |  |  |  |" in lines
     assert "| local / vLLM | 2.50 | 2.00 |" in lines
     assert "| 1 + 1 / local | 0.50 | 0.28 |" in lines
-    limit = peers.bound(TINY, found, 4, "float32")
+    limit = bound(TINY, found, 4, "float32")
     assert limit == pytest.approx(4 * 1.5e9 / step_weight_bytes(TINY, 4, 4))
-    assert f"| bound, float32 |  | {peers.bound(TINY, found, 1, 'float32'):.0f} |" in " ".join(
-        lines
-    )
+    assert f"| bound, float32 |  | {bound(TINY, found, 1, 'float32'):.0f} |" in " ".join(lines)
     assert not [line for line in lines if "transformers |" in line], "it was not measured"
+
+
+def test_quantized_weights_are_compared_with_equal_ones() -> None:
+    args = peers.make_parser().parse_args(["--dtype", "bfloat16,int8,int4", "--batch", "1"])
+    rates = {
+        Row("local", "bfloat16"): 30.0,
+        Row("local", "int8"): 50.0,
+        Row("local", "int4"): 90.0,
+        Row("llama.cpp", "bfloat16"): 20.0,
+        Row("llama.cpp", "int8"): 40.0,
+        Row("llama.cpp", "int4"): 30.0,
+    }
+    samples = {row: {1: [_sample(rate)]} for row, rate in rates.items()}
+    found = Found(samples=samples, bandwidth=[1e9])
+    text = report(args, MODEL, 2, found)
+    lines = text.splitlines()
+    assert "| local / llama.cpp | 1.50 |" in lines
+    assert "| local / llama.cpp, int8 | 1.25 |" in lines
+    assert "| local / llama.cpp, int4 | 3.00 |" in lines
+    limit = 1e9 / step_weight_bytes(MODEL, 1, 2, FORMATS["int4"], "all")
+    assert bound(MODEL, found, 1, "int4") == limit
+    assert f"| local, decode / bound, int4 | {180 / limit:.2f} |" in lines
+    assert "int8 8.125 here and 8.5 in llama.cpp (Q8_0), int4 4.5 here and 4.5" in text
+    only = peers.make_parser().parse_args(["--dtype", "int8"])
+    assert "| local / llama.cpp |" not in report(only, MODEL, 2, Found(bandwidth=[1e9]))
+    with pytest.raises(SystemExit):
+        peers.make_parser().parse_args(["--dtype", "int2"])
+
+
+def test_each_system_is_started_with_the_weights_that_it_has(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint.write(TINY, tmp_path / "checkpoint")
+    words = ["--dtype", "float32,int8,int4", "--vllm", "v", "--transformers", "t"]
+    args = peers.make_parser().parse_args([*words, "--node-llama-cpp", "n"])
+    found = Found()
+    starts = peers.starts_of(args, TINY, checkpoint, [0, 1], found)
+    ours = {Row(name, weights) for name in LAYOUTS for weights in args.dtype}
+    float32 = {Row("transformers", "float32"), Row("vLLM", "float32")}
+    assert set(starts) == ours | float32 | {Row("llama.cpp", "int8"), Row("llama.cpp", "int4")}
+    assert sorted(file.name for file in tmp_path.glob("*.gguf")) == ["Q4_0.gguf", "Q8_0.gguf"]
+    assert not found.absent
 
 
 @pytest.mark.ray
@@ -198,7 +197,7 @@ def test_ours_are_measured_over_http(
     wrong = ["--transformers", str(tmp_path)]
     assert peers.main(["--tiny", "--dtype", "float32", *size, *wrong]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for system in peers.LAYOUTS:
+    for system in LAYOUTS:
         (row,) = [line for line in lines if line.startswith(f"| {system}, float32 |")]
         assert all(float(cell) > 0 for cell in row.strip("| ").split(" | ")[1:])
     assert any("vLLM: not measured, no --vllm FOLDER" in line for line in lines)
