@@ -38,6 +38,7 @@ NAMES = (
     "step_cost",
     "kv_cache",
     "kv_accuracy",
+    "perplexity",
     "delta_net",
     "reliability",
     "moves",
