@@ -30,6 +30,7 @@ NAMES = (
     "micro_batches",
     "prefix_cache",
     "speculation",
+    "acceptance",
     "itl_target",
     "deterministic",
     "dispatch",
