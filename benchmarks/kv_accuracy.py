@@ -12,12 +12,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from benchmarks.demo_model.corpus import EOS, split_corpus
-from benchmarks.demo_model.served_load import HELDOUT_FRACTION, NEW_TOKENS, PROMPT_TOKENS
+from benchmarks.demo_model.served_load import NEW_TOKENS, PROMPT_TOKENS
+from benchmarks.held_out import held_out
 from benchmarks.results import table
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import KvCacheDType
@@ -25,7 +22,6 @@ from cluster.launch.model_source import bundled_checkpoint
 from tests.reference.local_engine import LocalEngine
 from workers.requests.request import SamplingParams
 
-CORPUS = Path(__file__).parent / "data" / "tinyshakespeare.txt"
 WINDOW_TOKENS = 1024
 KINDS: tuple[tuple[str, KvCacheDType], ...] = (
     ("float32", "auto"),
@@ -49,31 +45,20 @@ class Answers:
 
 def answers(dtype: str, kind: KvCacheDType, num_windows: int | None = None) -> Answers:
     """Of the bundled model, on the first windows of the text; None: on all of it."""
-    checkpoint = bundled_checkpoint()
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    _, text = split_corpus(CORPUS.read_text(encoding="utf-8"), HELDOUT_FRACTION)
-    ids = tokenizer.encode(text).ids
-    ids = ids if num_windows is None else ids[: num_windows * WINDOW_TOKENS]
+    text = held_out(None if num_windows is None else num_windows * WINDOW_TOKENS)
     section = EngineSection(kv_cache_dtype=kind, max_num_seqs=32, enable_prefix_caching=False)
-    engine = LocalEngine(checkpoint, dtype=dtype, section=section)
-    begin = tokenizer.encode(EOS).ids[0]
-    windows = [[begin, *part] for part in _parts(ids, WINDOW_TOKENS)]
+    engine = LocalEngine(bundled_checkpoint(), dtype=dtype, section=section)
+    windows = text.windows(WINDOW_TOKENS)
     scored = engine.generate(windows, SamplingParams(max_tokens=0, prompt_logprobs=1))
     places = [p for one in scored for p in one.prompt_logprobs or () if p is not None]
-    assert len(places) == len(ids), "every token of the text has a probability"
-    prompts = [part for part in _parts(ids, PROMPT_TOKENS) if len(part) == PROMPT_TOKENS]
+    assert len(places) == len(text.ids), "every token of the text has a probability"
+    prompts = [part for part in text.parts(PROMPT_TOKENS) if len(part) == PROMPT_TOKENS]
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     return Answers(
-        bits_per_byte=-sum(p.logprob for p in places)
-        / math.log(2)
-        / len(tokenizer.decode(ids).encode()),
+        bits_per_byte=-sum(p.logprob for p in places) / math.log(2) / text.num_bytes,
         likeliest=[p.top[0][0] for p in places],
         written=[one.token_ids for one in engine.generate(prompts, greedy)],
     )
-
-
-def _parts(ids: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def _num_equal(one: Sequence[int], other: Sequence[int]) -> int:

@@ -114,6 +114,10 @@ class Run:
     """Those that were accepted."""
     num_steps: float = 0.0
     """Of prompts too."""
+    tokens_per_step: float = 1.0
+    """Of a sequence that decodes."""
+    cpu_s: float = 0.0
+    """Processor time of all threads, prompts included."""
     others_cores: float = 0.0
     """CPU cores that other processes used meanwhile."""
 
@@ -127,9 +131,15 @@ class Pair:
 
     @property
     def ratio(self) -> float:
-        """Median of the ratios within a repeat."""
+        """With drafts over without, by tokens a second: the median of those within a repeat."""
         pairs = zip(self.drafts, self.without, strict=True)
         return statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
+
+    @property
+    def cpu_ratio(self) -> float:
+        """Without drafts over with, by processor time, likewise."""
+        pairs = zip(self.drafts, self.without, strict=True)
+        return statistics.median(other.cpu_s / one.cpu_s for one, other in pairs)
 
 
 def section(quick: bool) -> str:
@@ -151,7 +161,7 @@ def prediction_section(quick: bool) -> str:
     words = (
         f"`mtp` with {model.layers} layers of a random GLM-4.5 in bf16, hidden {model.hidden}, "
         f"{model.experts} experts, ffn {model.ffn}, vocabulary {model.vocab}, whose prediction "
-        "layer is always right."
+        f"layer is always right; prompts and answers of {case.num_tokens} tokens."
     )
     return f"### Prediction layer\n\n{words}\n\n{report(found)}"
 
@@ -245,12 +255,13 @@ def run_once(engine: LocalEngine, asked: Sequence[Request]) -> Run:
     for request in asked:
         engine.add_request(request)
     times: dict[str, list[float]] = {request.request_id: [] for request in asked}
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     while engine.engine.has_work:
         outputs = engine.step()
         now = time.perf_counter() - begin
         for output in outputs:
             times[output.request_id] += [now] * len(output.token_ids)
+    cpu_s = time.process_time() - cpu_begin
     after = engine.engine.stats()
 
     def grown(name: str) -> float:
@@ -263,32 +274,46 @@ def run_once(engine: LocalEngine, asked: Sequence[Request]) -> Run:
         num_drafted=grown("spec_decode_num_draft_tokens_total"),
         num_accepted=grown("spec_decode_num_accepted_tokens_total"),
         num_steps=grown("steps_total"),
+        tokens_per_step=tokens_per_step(list(times.values())),
+        cpu_s=cpu_s,
     )
+
+
+def tokens_per_step(times: Sequence[Sequence[float]]) -> float:
+    """Of each sequence when its tokens came; the first one comes from the step of its prompt.
+
+    >>> tokens_per_step([[0.1, 0.2, 0.2, 0.2, 0.3], [0.1, 0.2, 0.3]])
+    1.5
+    """
+    num_tokens = sum(len(own) - 1 for own in times)
+    return num_tokens / sum(len(set(own)) - 1 for own in times)
 
 
 def report(found: dict[Text, Pair]) -> str:
     """One row for each text."""
     head = ["text", "batch", "without: tokens/s", "with: tokens/s", "with / without"]
-    head += ["drafted", "accepted", "steps / without", "others"]
-    rows = []
-    for text, pair in found.items():
-        drafted = sum(run.num_drafted for run in pair.drafts)
-        accepted = sum(run.num_accepted for run in pair.drafts)
-        steps = [sum(run.num_steps for run in runs) for runs in (pair.drafts, pair.without)]
-        others = statistics.median(run.others_cores for run in (*pair.without, *pair.drafts))
-        rows.append(
-            [
-                *(text.label, str(text.batch)),
-                *(
-                    f"{statistics.median(run.tokens_per_s for run in runs):.1f}"
-                    for runs in (pair.without, pair.drafts)
-                ),
-                *(f"{pair.ratio:.2f}", f"{drafted / len(pair.drafts):.0f}"),
-                f"{accepted / drafted:.0%}" if drafted else "",
-                *(f"{steps[0] / steps[1]:.2f}", f"{others:.1f}"),
-            ]
-        )
-    return table(head, rows)
+    head += ["processor time: without / with", "drafted", "accepted", "tokens per step"]
+    head += ["steps / without", "others"]
+    return table(head, [_row(text, pair) for text, pair in found.items()])
+
+
+def _row(text: Text, pair: Pair) -> list[str]:
+    drafted = sum(run.num_drafted for run in pair.drafts)
+    accepted = sum(run.num_accepted for run in pair.drafts)
+    steps = [sum(run.num_steps for run in runs) for runs in (pair.drafts, pair.without)]
+    others = statistics.median(run.others_cores for run in (*pair.without, *pair.drafts))
+    rates = [
+        statistics.median(run.tokens_per_s for run in runs) for runs in (pair.without, pair.drafts)
+    ]
+    return [
+        *(text.label, str(text.batch)),
+        *(f"{rate:.1f}" for rate in rates),
+        *(f"{pair.ratio:.2f}", f"{pair.cpu_ratio:.2f}"),
+        f"{drafted / len(pair.drafts):.0f}",
+        f"{accepted / drafted:.0%}" if drafted else "",
+        f"{statistics.fmean(run.tokens_per_step for run in pair.drafts):.2f}",
+        *(f"{steps[0] / steps[1]:.2f}", f"{others:.1f}"),
+    ]
 
 
 def _words(case: Case, model: RandomModel) -> str:
@@ -299,8 +324,9 @@ def _words(case: Case, model: RandomModel) -> str:
         "are zero, so that a chain of different tokens is generated, and a prompt that has it is "
         f"copied. Prompts and answers of {case.num_tokens} tokens; tokens/s while all requests "
         f"decode. Medians of {case.repeats} runs; ratios are medians of the ratios within a run. "
-        "`drafted`: tokens of drafts in a run, `accepted`: their share that was right, `others`: "
-        "cores that other processes used meanwhile."
+        "Processor times are those of all threads, prompts included. `drafted`: tokens of drafts "
+        "in a run, `accepted`: their share that was right, `tokens per step`: of a sequence that "
+        "decodes, `others`: cores that other processes used meanwhile."
     )
 
 

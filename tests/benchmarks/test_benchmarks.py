@@ -187,8 +187,23 @@ def test_drafts_are_measured_where_text_repeats_and_where_not() -> None:
         assert 0 < one.num_accepted == one.num_drafted
         assert one.num_steps < other.num_steps
         assert other.num_drafted == 0
+        assert one.tokens_per_step > other.tokens_per_step == 1.0
     lines = speculation.report(found).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["copy", "nothing repeats"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_tokens_of_a_step_are_those_of_each_sequence() -> None:
+    """Three tokens in one step and a step with one, then two steps with one each."""
+    times = [[0.1, 0.2, 0.2, 0.2, 0.3], [0.1, 0.2, 0.3]]
+    assert speculation.tokens_per_step(times) == 1.5
+
+
+def test_drafts_of_a_prediction_layer_have_a_part_of_their_own() -> None:
+    lines = speculation.prediction_section(quick=True).splitlines()
+    assert lines[0] == "### Prediction layer"
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if "predicted" in line]
+    assert [row[2] for row in rows] == ["1", "4"]
 
 
 def test_the_latency_target_has_a_row_on_and_off() -> None:
