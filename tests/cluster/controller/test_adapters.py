@@ -65,6 +65,11 @@ def states(found: FakeCluster) -> dict[str, str]:
     return {a["name"]: a["state"] for a in found.controller.snapshot()["adapters"]}
 
 
+def lacking(found: FakeCluster) -> dict[str, list[str]]:
+    """Workers without it, by name of the adapter."""
+    return {a["name"]: a["lacking"] for a in found.controller.snapshot()["adapters"]}
+
+
 def test_requests_may_name_it_once_all_have_it() -> None:
     found = serving()
     key = load(found)
@@ -244,8 +249,24 @@ def test_an_adapter_that_a_new_worker_cannot_load_is_unloaded() -> None:
     answer(found, new, sql="no such folder")
     assert states(found) == {"sql": "UNLOADING"}
     assert found.link.last(new, NewGeneration) is not None
+    assert lacking(found) == {"sql": [new]}
+    memory = to_plain(found.known.memory())["adapters"]
+    assert [kept["lacking"] for kept in memory] == [[new]]
     causes = [entry["cause"] for entry in found.controller.snapshot()["history"]]
     assert f"{new} cannot load the adapter sql: no such folder" in causes
+
+
+def test_a_worker_that_loads_it_at_another_try_lacks_it_no_more() -> None:
+    found = serving()
+    load(found)
+    answer(found, "attention-0")
+    answer(found, "attention-1")
+    answer(found, "attention-1", sql="a disk that does not answer")
+    assert lacking(found) == {"sql": ["attention-1"]}
+    version = found.known.version
+    answer(found, "attention-1")
+    assert lacking(found) == {"sql": []}
+    assert found.known.version > version
 
 
 def test_new_workers_that_do_not_load_them_are_lost() -> None:
