@@ -107,14 +107,18 @@ class Adapters:
         self._order_all()
         return kept.adapter.key
 
-    def unload(self, name: str, now: float) -> None:
-        """No new request may have it. Raises ``ModelNotFoundError`` and ``ConflictError``."""
+    def unload(self, name: str, now: float) -> str:
+        """No new request may have an adapter; its key.
+
+        Raises ``ModelNotFoundError`` and ``ConflictError``.
+        """
         kept = self._named(name)
         if kept is None:
             raise ModelNotFoundError(f"the adapter {name[:128]!r} does not exist", "lora_name")
         if kept.state is not AdapterState.READY:
             raise ConflictError(f"the adapter {name} is {kept.state.value}")
         self._retire(kept, now)
+        return kept.adapter.key
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -160,7 +164,8 @@ class Adapters:
             if not self._is_starting and now >= self._since[kept.adapter.key] + LOAD_LIMIT_S:
                 asked = [r for r in self._workers() if self._answers.get(r.name, 0) < kept.number]
                 names = ", ".join(r.name for r in asked) or "any worker"
-                self._drop(kept, f"no answer of {names} within {LOAD_LIMIT_S:g} s", now)
+                error = f"{kept.adapter.path}: no answer of {names} within {LOAD_LIMIT_S:g} s"
+                self._drop(kept, error, now)
         in_use = {key for record in self._workers() for key in record.adapters}
         for kept in self._kept(AdapterState.UNLOADING):
             key = kept.adapter.key

@@ -118,7 +118,8 @@ def test_a_load_without_an_answer_ends() -> None:
         found.tick(1.0)
     found.beat_all()
     found.tick(1.0)
-    assert "no answer of attention-1 within 120 s" in found.controller.adapters.error(key)
+    words = "/adapters/sql: no answer of attention-1 within 120 s"
+    assert found.controller.adapters.error(key) == words
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_unloaded_ones_are_freed_when_nobody_uses_them() -> None:
     key = load(found)
     answer(found, "attention-0")
     answer(found, "attention-1")
-    found.controller.adapters.unload("sql", found.now)
+    assert found.controller.adapters.unload("sql", found.now) == key
     assert states(found) == {"sql": "UNLOADING"}
     for _ in range(10):
         found.beat_all("attention-1")

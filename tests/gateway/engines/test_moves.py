@@ -224,11 +224,11 @@ def running_with_adapters(workers: Workers) -> tuple[ScriptedEngine, dict[str, F
     """A worker that stands in the middle of two requests; the answers by adapter."""
     workers.adapters()
     source = workers.add(script=ALPHABET, pause_after=5, step_s=0.005)
-    answers = {}
-    for number, name in enumerate(("sql", "chat")):
+    answers: dict[str, Future[Any]] = {}
+    for name in ("sql", "chat"):
         fields = {"model": name, "prompt": "hello", "max_tokens": len(TEXT)}
         answers[name] = start(partial(complete, workers.stack, **fields))
-        workers.stack.wait_for(lambda count=number + 1: len(source.stuck) == count, "a request")
+        workers.stack.wait_for(lambda: len(source.stuck) == len(answers), "a request")
     return source, answers
 
 
