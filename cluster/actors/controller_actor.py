@@ -247,13 +247,13 @@ class ControllerActor:
             raise RequestError(f"lora_path: {error}", "lora_path")
         return next((a for a in adapters.to_list() if a["key"] == key), {})
 
-    async def unload_adapter(self, name: str) -> None:
+    async def unload_adapter(self, name: str) -> str:
         """No new request may name an adapter; it is freed once no request has it.
 
-        Raises ``ModelNotFoundError`` and ``ConflictError``.
+        Returns its key. Raises ``ModelNotFoundError`` and ``ConflictError``.
         """
         controller = await self._serving_controller()
-        self.runner.tell(partial(controller.adapters.unload, name))
+        return self.runner.tell(partial(controller.adapters.unload, name))
 
     async def log(self, process: str, after: int) -> dict[str, Any]:
         """The newest lines that a worker has logged, or ``controller``; with their ``number``.

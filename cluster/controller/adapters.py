@@ -3,12 +3,13 @@
     load ─▶ LOADING ─▶ all workers have it ─▶ READY ─▶ unload ─▶ UNLOADING
         ─▶ no request has had it for a while ─▶ workers free it
 
-A worker that is new joins the others once it has all adapters. An order names all that a worker is
-to have, so that it can be given at any time, also by a restarted controller.
+A worker that is new joins the others once it has all adapters that it can load. An order names all
+that a worker is to have, so that it can be given at any time, also by a restarted controller.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -66,6 +67,7 @@ class Adapters:
                 "key": kept.adapter.key,
                 "path": kept.adapter.path,
                 "state": kept.state.value,
+                "lacking": list(kept.lacking),
             }
             for kept in self._cluster.adapters.values()
         ]
@@ -105,14 +107,18 @@ class Adapters:
         self._order_all()
         return kept.adapter.key
 
-    def unload(self, name: str, now: float) -> None:
-        """No new request may have it. Raises ``ModelNotFoundError`` and ``ConflictError``."""
+    def unload(self, name: str, now: float) -> str:
+        """No new request may have an adapter; its key.
+
+        Raises ``ModelNotFoundError`` and ``ConflictError``.
+        """
         kept = self._named(name)
         if kept is None:
             raise ModelNotFoundError(f"the adapter {name[:128]!r} does not exist", "lora_name")
         if kept.state is not AdapterState.READY:
             raise ConflictError(f"the adapter {name} is {kept.state.value}")
         self._retire(kept, now)
+        return kept.adapter.key
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -146,6 +152,7 @@ class Adapters:
             self._cluster.adapters[key] = replace(kept, adapter=adapter)
         self._answers[name] = frame.number
         record.awaits_adapters = False
+        self._note_lacking(name, errors)
         words = [self._failed(name, key, error, now) for key, error in errors.items()]
         self._settle(now)
         return "; ".join(filter(None, words))
@@ -157,7 +164,8 @@ class Adapters:
             if not self._is_starting and now >= self._since[kept.adapter.key] + LOAD_LIMIT_S:
                 asked = [r for r in self._workers() if self._answers.get(r.name, 0) < kept.number]
                 names = ", ".join(r.name for r in asked) or "any worker"
-                self._drop(kept, f"no answer of {names} within {LOAD_LIMIT_S:g} s", now)
+                error = f"{kept.adapter.path}: no answer of {names} within {LOAD_LIMIT_S:g} s"
+                self._drop(kept, error, now)
         in_use = {key for record in self._workers() for key in record.adapters}
         for kept in self._kept(AdapterState.UNLOADING):
             key = kept.adapter.key
@@ -241,6 +249,15 @@ class Adapters:
             self._cluster.note(words, "it is unloaded", now)
             self._retire(kept, now)
         return words
+
+    def _note_lacking(self, worker: str, errors: Collection[str]) -> None:
+        """Gateways send no request to a worker that could not load its adapter."""
+        for key, kept in self._cluster.adapters.items():
+            if (key in errors) != (worker in kept.lacking):
+                others = tuple(name for name in kept.lacking if name != worker)
+                lacking = (*others, worker) if key in errors else others
+                self._cluster.adapters[key] = replace(kept, lacking=lacking)
+                self._cluster.remember()
 
     def _drop(self, kept: KeptAdapter, error: str, now: float) -> None:
         """Workers free it."""

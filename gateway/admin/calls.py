@@ -173,8 +173,7 @@ class AdminCalls:
         self, request: pb.UnloadLoraAdapterRequest
     ) -> pb.UnloadLoraAdapterResponse:
         """Unload an adapter; no replica takes requests that name it then."""
-        key = self._gateway.adapters.get(request.lora_name)
-        await self._ask("unload_adapter", request.lora_name)
+        key = await self._ask("unload_adapter", request.lora_name)
         await self._wait_replicas(lambda keys: key not in keys)
         return pb.UnloadLoraAdapterResponse()
 

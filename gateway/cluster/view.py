@@ -74,6 +74,8 @@ class AttentionEndpoint:
     """Its index among the attention workers, as metrics name it."""
     is_leaving: bool = field(default=False, compare=False)
     """It is drained: its requests move elsewhere."""
+    lacks: frozenset[str] = field(default=frozenset(), compare=False)
+    """Keys of adapters that it could not load."""
 
 
 @dataclass(slots=True)
@@ -257,6 +259,11 @@ def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
             pid=int(worker.get("pid") or 0),
             engine=str(worker["rank"]),
             is_leaving=worker["state"] == "DRAINING",
+            lacks=frozenset(
+                adapter["key"]
+                for adapter in snapshot.get("adapters", ())
+                if worker["name"] in adapter.get("lacking", ())
+            ),
         )
         for worker in snapshot.get("workers", ())
         if runs_attention(worker["role"])

@@ -77,9 +77,11 @@ class EnginePool:
         """Which worker has which blocks."""
         self.pauses = Pauses()
         """How long streams stood still at changes of the generation."""
-        self._moves = Moves(self._pick_other, self._go_over)
+        self._moves = Moves(self._has_other, self._pick_other, self._go_over)
         self._leaving: frozenset[str] = frozenset()
         """Workers that are drained: they get no requests any more."""
+        self._lacking: dict[str, frozenset[str]] = {}
+        """By worker, the adapters that it could not load."""
         self._waiting: list[Submission] = []
         self._accused: list[tuple[Submission, str]] = []
         """Requests whose last worker seems to have died of them, and why: they fail once it is
@@ -115,6 +117,7 @@ class EnginePool:
         that are listed as leaving move to others.
         """
         before, self._leaving = self._leaving, frozenset(e.name for e in endpoints if e.is_leaving)
+        known, self._lacking = self._lacking, {e.name: e.lacks for e in endpoints if e.lacks}
         for gone in set(self._keepers) - set(endpoints):
             logger.info("%s left the generation: stream dropped", gone.name)
             self._keepers.pop(gone).cancel()
@@ -130,7 +133,7 @@ class EnginePool:
         for worker in self._leaving - before:
             if (client := self._clients.get(worker)) is not None:
                 self._moves.begin(client)
-        if before - self._leaving:
+        if before - self._leaving or known != self._lacking:
             self.place_waiting()
 
     def assign(self, request: Request, sink: OutputSink, deadline_s: float) -> Submission | None:
@@ -161,8 +164,9 @@ class EnginePool:
         await asyncio.gather(*keepers, return_exceptions=True)
 
     def _pick(self, entry: Submission, ready: Sequence[EngineClient]) -> EngineClient | None:
-        """The worker for a request; its last one only if there is no other."""
-        clients = {client.worker: client for client in ready}
+        """The worker for a request, which has its adapter; its last one only if there is no
+        other."""
+        clients = {client.worker: client for client in ready if self._may_have(entry, client)}
         if len(clients) > 1:
             clients.pop(entry.last_worker, None)
         if not clients:
@@ -180,6 +184,13 @@ class EnginePool:
         entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
         entry.kv_peer = choice.peer
         return clients[choice.load.name]
+
+    def _may_have(self, entry: Submission, client: EngineClient) -> bool:
+        """Whether a worker can run a request: it lacks no adapter of the request."""
+        return entry.request.adapter not in self._lacking.get(client.worker, ())
+
+    def _has_other(self, entry: Submission) -> bool:
+        return any(self._may_have(entry, client) for client in self.clients)
 
     def _pick_other(self, entry: Submission) -> EngineClient | None:
         """The worker that a request moves to."""
@@ -307,7 +318,11 @@ class EnginePool:
 
     def relieve(self, client: EngineClient, entry: Submission) -> None:
         needed = ROOM_FACTOR * entry.num_known_tokens
-        others = [c for c in self.clients if c is not client and c.load.free_tokens >= needed]
+        others = [
+            c
+            for c in self.clients
+            if c is not client and c.load.free_tokens >= needed and self._may_have(entry, c)
+        ]
         if others:
             self._moves.relieve(entry, client, max(others, key=lambda c: c.load.free_tokens))
 

@@ -47,7 +47,7 @@ _BLOCK_LIMIT_S = 2.0
 _PAUSE_LIMIT_S = 2.0
 """Longest wait for ``Paused``, for a step or two; then the request goes over all the same."""
 _RETRY_S = 0.2
-"""Pause while there is no other worker."""
+"""Pause while no other worker can run a request."""
 
 
 class _Stage(Enum):
@@ -77,6 +77,7 @@ class Moves:
     """All moves of a gateway. Event loop only.
 
     Args:
+        has_other: whether another worker can run a request.
         pick: the worker that a request should move to; None while there is none.
         go_over: takes a request from its worker, and gives it to another one, which lacks so many
             of its newest tokens; to any one, where that is None.
@@ -84,15 +85,19 @@ class Moves:
 
     def __init__(
         self,
+        has_other: Callable[[Submission], bool],
         pick: Callable[[Submission], EngineClient | None],
         go_over: Callable[[Submission, EngineClient | None, int], None],
     ) -> None:
+        self._has_other = has_other
         self._pick = pick
         self._go_over = go_over
         self._waiting: dict[EngineClient, deque[Submission]] = {}
         """By worker that is drained, its requests that have not begun to move."""
         self._moves: dict[str, _Move] = {}
         """By request id."""
+        self._retrying: set[EngineClient] = set()
+        """Workers that are drained and have requests that no other worker can run."""
 
     def begin(self, source: EngineClient) -> None:
         """Move all requests of a worker."""
@@ -159,20 +164,30 @@ class Moves:
     def _start_next(self, source: EngineClient) -> None:
         """Begin moves of a worker's requests, as many as may be on their way."""
         waiting = self._waiting.get(source)
+        staying: list[Submission] = []
         while waiting and self._num_moving(source) < MAX_MOVING:
             entry = waiting.popleft()
             if entry.stream is not source:
                 continue  # it has ended meanwhile
+            if not self._has_other(entry):
+                staying.append(entry)
+                continue
             if not any(entry.outputs) or entry.request.prompt_embeds is not None:
                 self._go_over(entry, None, 0)  # nothing was computed yet, or too much would be sent
                 continue
             target = self._pick(entry)
-            if target is None:
-                waiting.appendleft(entry)
-                asyncio.get_running_loop().call_later(_RETRY_S, self._start_next, source)
-                return
+            assert target is not None, "there is another worker"
             move = self._moves[entry.request.request_id] = _Move(entry, source, target)
             self._prefetch(move)
+        if waiting is not None and staying:
+            waiting.extend(staying)
+            if source not in self._retrying:
+                self._retrying.add(source)
+                asyncio.get_running_loop().call_later(_RETRY_S, self._retry, source)
+
+    def _retry(self, source: EngineClient) -> None:
+        self._retrying.discard(source)
+        self._start_next(source)
 
     def _prefetch(self, move: _Move) -> None:
         move.num_rounds += 1

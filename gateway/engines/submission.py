@@ -20,6 +20,8 @@ from workers.requests.request import MAX_DEATHS, FinishReason, Request, TokenOut
 
 _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes of requests that a worker hands back and another one can serve."""
+MAX_RETURNS_WITHOUT_ADAPTER = 3
+"""Returns by workers that lack its adapter, after which a request fails."""
 MAX_SILENT_DEATHS = 2
 """Deaths before a worker has said that it has the request, after which it is sent alone."""
 MAX_SILENT_DEATHS_IN_ALL = 5
@@ -209,8 +211,10 @@ class Submission:
         if output.finish_reason is FinishReason.ABORT:
             return True
         is_full = output.error_code == "queue_full" and self.request.attempt > 0
+        lacks_adapter = output.error_code == "model_not_found" and bool(self.request.adapter)
+        may_be_elsewhere = lacks_adapter and self.num_returns < MAX_RETURNS_WITHOUT_ADAPTER
         is_refused = output.finish_reason is FinishReason.ERROR
-        return is_refused and (is_full or output.error_code in _HANDED_BACK)
+        return is_refused and (is_full or may_be_elsewhere or output.error_code in _HANDED_BACK)
 
     def so_far(self) -> Request:
         """The current attempt with the output so far."""

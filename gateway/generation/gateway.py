@@ -246,14 +246,16 @@ class Gateway:
         """Hand a call to the engines that ``make`` validates. Raises what ``start`` raises."""
         started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(fields.timeout_s)
-        adapter = self.adapter_of(fields.model)
+        self.check_model(fields.model)
         facts, caller = self.require_facts(), CALLER.get()
         ask = Ask(priority=fields.priority or 0)
         if caller is not None:
             ask = replace(ask, tenant=caller.entry.tenant, weight=caller.entry.weight)
         # what cannot enter is refused before it costs a tokenization
         self.entrance.require_room(ask, facts.max_model_len, deadline_s)
-        call = replace(await make(facts), adapter=adapter)
+        call = await make(facts)
+        # an adapter may be freed while a long prompt is prepared
+        call = replace(call, adapter=self.adapter_of(fields.model))
         if caller is not None:
             caller.check_tokens(time.monotonic())
             # No other tenant finds, or can detect, the cached prefixes of this salt.

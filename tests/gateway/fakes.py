@@ -461,7 +461,7 @@ class FakeController:
         self.change(adapters=[*self.state["adapters"], found])
         return found
 
-    async def unload_adapter(self, name: str) -> None:
+    async def unload_adapter(self, name: str) -> str:
         """See ``ControllerActor``."""
         if name not in [a["name"] for a in self.state["adapters"]]:
             raise ModelNotFoundError(f"the adapter {name!r} does not exist", "lora_name")
@@ -469,6 +469,7 @@ class FakeController:
         self.change(
             adapters=[a | {"state": "UNLOADING"} if a["name"] == name else a for a in known]
         )
+        return next(str(a["key"]) for a in known if a["name"] == name)
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
         """See ``Controller``."""

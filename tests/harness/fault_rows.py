@@ -211,6 +211,11 @@ def was_retried(played: Played) -> bool:
     return played.num_retried > 0
 
 
+def was_disturbed(played: Played) -> bool:
+    """A step was run again, or a request went on at another worker."""
+    return was_retried(played) or played.num_resubmitted > 0
+
+
 def kill(cluster: ServingCluster, name: str) -> None:
     """``kill -9`` of a worker of a ``RayCluster``."""
     os.kill(cluster.worker(name)["pid"], signal.SIGKILL)

@@ -18,6 +18,7 @@ from tests.harness.golden_clusters import check_greedy, colocated_config, float3
 from tests.harness.serving_cluster import ServingCluster, ThreadCluster, make_config, serving
 from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine, generated
+from tests.workers.lora.folders import random_adapter, target_shapes
 from workers.requests.request import Request, SamplingParams
 from workers.speculation.acceptance import Acceptance
 
@@ -103,6 +104,30 @@ def test_predictions_in_every_layout(
         load = cluster.call("load")
     assert [bank["layer"] for bank in load["banks"]][-1] == random_checkpoint(family).layers
     assert len({sum(bank["decode"]) for bank in load["banks"]}) == 1
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_predictions_with_adapters(tmp_path: Path, family: str) -> None:
+    """The predictor reads the hidden states of rows with adapters; guesses change no token."""
+    path = write(random_checkpoint(family), tmp_path / "model")
+    folder = random_adapter(target_shapes(path)).write(tmp_path / "sql")
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    plain = make_config(path, 1, 2, dtype="float32")
+    found = []
+    for config in (plain, with_drafts(plain, MTP)):
+        with serving(ThreadCluster(config)) as cluster:
+            key = cluster.call("load_adapter", {"name": "sql", "path": str(folder)})["key"]
+            requests = [
+                Request(request_id=f"{i}{adapter}", prompt=prompt, params=params, adapter=adapter)
+                for i, prompt in enumerate(TEXT[i : 3 * i + 5] for i in range(7))
+                for adapter in ("", key)
+            ]
+            results = cluster.answers(requests)
+            num_drafts = total(cluster, "spec_decode_num_draft_tokens_total")
+            found.append([results[request.request_id].tokens for request in requests])
+    assert num_drafts > 0
+    assert found[0] == found[1]
+    assert found[0][::2] != found[0][1::2]
 
 
 def random_checkpoint(family: str) -> RandomModel:

@@ -6,8 +6,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from gateway.text.tokenizer import load_tokenizer
 from tests.harness.serving_cluster import (
@@ -17,7 +20,9 @@ from tests.harness.serving_cluster import (
     make_config,
     serving,
 )
+from tests.harness.stalls import wait_until
 from tests.paths import DEMO
+from tests.workers.lora.folders import random_adapter, target_shapes
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.requests.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams
@@ -98,6 +103,24 @@ def test_streams_go_on_while_a_grammar_is_compiled(
     assert result["free"].reasons == [FinishReason.LENGTH]
     assert result["other"].reasons == [FinishReason.STOP]
     stream.close()
+
+
+def test_a_request_uses_its_adapter_while_its_grammar_is_compiled(
+    cluster: ThreadCluster, slow: SlowCompiler, tmp_path: Path
+) -> None:
+    folder = random_adapter(target_shapes(DEMO)).write(tmp_path / "sql")
+    key = cluster.call("load_adapter", {"name": "sql", "path": str(folder)})["key"]
+    runtime: Any = cluster.group.runtimes["attention-0"]
+    stream = cluster.stream()
+    adapted = replace(request("adapted", "slow and adapted"), adapter=key)
+    stream.send(adapted)
+    assert slow.begun.wait(WAIT_S)
+    wait_until(lambda: runtime._adapters_in_use() == (key,), "the request is counted")
+    slow.may_end.set()
+    assert stream.collect([adapted])["adapted"].reasons == [FinishReason.STOP]
+    stream.close()
+    wait_until(lambda: runtime._adapters_in_use() == (), "the end of the request")
+    assert cluster.call("unload_adapter", "sql") == key
 
 
 def test_a_grammar_over_its_time_is_refused_by_name(

@@ -18,6 +18,7 @@ _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     (("lm_head", "score"), "is the model's head, which adapters do not change"),
     ((".gate", ".router", "_gate"), "is a router or a gate, which adapters do not change"),
     (("norm",), "is a norm, which adapters do not change"),
+    ((".kv_b_proj",), "is computed head by head, and adapters do not change it"),
 )
 """Parts or ends of names, and the reason that an error gives."""
 

@@ -49,8 +49,6 @@ class AdapterFolder:
     """A checked adapter, in memory on the CPU."""
 
     modules: tuple[ModuleMatrices, ...]
-    rank: int
-    """The largest."""
     digest: str
     """Hash of both files: 32 hex digits."""
 
@@ -105,7 +103,7 @@ def read_folder(path: Path, targets: Mapping[str, Target], max_rank: int) -> Ada
         _check_finite(matrices)
     digest = hashlib.blake2b(config, digest_size=16)
     digest.update(data)
-    return AdapterFolder(modules, max(len(m.down) for m in modules), digest.hexdigest())
+    return AdapterFolder(modules, digest.hexdigest())
 
 
 def _read_header(opened: BinaryIO) -> tuple[bytes, dict[str, _Entry]]:

@@ -42,13 +42,11 @@ class LoadedAdapters:
         found = read_folder(path, targets, self._section.max_lora_rank)
         return prepare(found, self._model.dtype)
 
-    def put(self, key: str, prepared: PreparedAdapter) -> None:
-        """Make an adapter ready for rows. Raises ``CheckpointError`` where there is no room."""
-        for _ in self.build(key, prepared):
-            pass
-
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
-        """``put`` in steps, none of which takes long."""
+        """Make an adapter ready for rows, in steps none of which takes long.
+
+        Raises ``CheckpointError`` where there is no room.
+        """
         self._check_room(prepared)
         self._adapters[key] = yield from make(prepared, self._model)
 

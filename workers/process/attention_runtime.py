@@ -268,7 +268,10 @@ class AttentionRuntime(WorkerRuntime):
         self._adapters.take(order)
 
     def _adapters_in_use(self) -> tuple[str, ...]:
-        return () if self._engine is None else self._engine.adapters_in_use
+        if self._engine is None:
+            return ()
+        waiting = self._compilations.adapters | self._fetches.adapters
+        return tuple(sorted(waiting.union(self._engine.adapters_in_use)))
 
     def _take_commands(self) -> list[Command]:
         """Commands of gateways since the last call."""

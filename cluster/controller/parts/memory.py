@@ -108,6 +108,8 @@ class KeptAdapter(Message, frozen=True, kw_only=True):
     state: AdapterState
     number: int
     """Order with which it was first asked for."""
+    lacking: tuple[str, ...] = ()
+    """Workers that serve without it: they could not load it."""
 
 
 class Memory(Message, frozen=True, kw_only=True):

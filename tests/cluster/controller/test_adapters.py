@@ -65,6 +65,11 @@ def states(found: FakeCluster) -> dict[str, str]:
     return {a["name"]: a["state"] for a in found.controller.snapshot()["adapters"]}
 
 
+def lacking(found: FakeCluster) -> dict[str, list[str]]:
+    """Workers without it, by name of the adapter."""
+    return {a["name"]: a["lacking"] for a in found.controller.snapshot()["adapters"]}
+
+
 def test_requests_may_name_it_once_all_have_it() -> None:
     found = serving()
     key = load(found)
@@ -113,7 +118,8 @@ def test_a_load_without_an_answer_ends() -> None:
         found.tick(1.0)
     found.beat_all()
     found.tick(1.0)
-    assert "no answer of attention-1 within 120 s" in found.controller.adapters.error(key)
+    words = "/adapters/sql: no answer of attention-1 within 120 s"
+    assert found.controller.adapters.error(key) == words
 
 
 @pytest.mark.parametrize(
@@ -150,7 +156,7 @@ def test_unloaded_ones_are_freed_when_nobody_uses_them() -> None:
     key = load(found)
     answer(found, "attention-0")
     answer(found, "attention-1")
-    found.controller.adapters.unload("sql", found.now)
+    assert found.controller.adapters.unload("sql", found.now) == key
     assert states(found) == {"sql": "UNLOADING"}
     for _ in range(10):
         found.beat_all("attention-1")
@@ -244,8 +250,24 @@ def test_an_adapter_that_a_new_worker_cannot_load_is_unloaded() -> None:
     answer(found, new, sql="no such folder")
     assert states(found) == {"sql": "UNLOADING"}
     assert found.link.last(new, NewGeneration) is not None
+    assert lacking(found) == {"sql": [new]}
+    memory = to_plain(found.known.memory())["adapters"]
+    assert [kept["lacking"] for kept in memory] == [[new]]
     causes = [entry["cause"] for entry in found.controller.snapshot()["history"]]
     assert f"{new} cannot load the adapter sql: no such folder" in causes
+
+
+def test_a_worker_that_loads_it_at_another_try_lacks_it_no_more() -> None:
+    found = serving()
+    load(found)
+    answer(found, "attention-0")
+    answer(found, "attention-1")
+    answer(found, "attention-1", sql="a disk that does not answer")
+    assert lacking(found) == {"sql": ["attention-1"]}
+    version = found.known.version
+    answer(found, "attention-1")
+    assert lacking(found) == {"sql": []}
+    assert found.known.version > version
 
 
 def test_new_workers_that_do_not_load_them_are_lost() -> None:

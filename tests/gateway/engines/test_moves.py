@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
@@ -201,6 +202,34 @@ def test_requests_wait_at_their_worker_while_there_is_no_other(workers: Workers)
     drain(workers)
     assert answer.result(WAIT_S)["choices"][0]["text"] == TEXT
     assert len(target.prefetches) == 1
+
+
+def test_a_request_stays_while_no_other_worker_has_its_adapter(workers: Workers) -> None:
+    source, answers = running_with_adapters(workers)
+    first = workers.add(script=ALPHABET)
+    workers.adapters(lacking=["attention-1"])
+    drain(workers)
+    assert answers["chat"].result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert [request.adapter for request in first.requests] == ["chat@1"]
+    assert not answers["sql"].done()
+    second = workers.add(script=ALPHABET)
+    drain(workers)
+    assert answers["sql"].result(WAIT_S)["choices"][0]["text"] == TEXT
+    assert [request.adapter for request in first.requests] == ["chat@1"]
+    assert [request.adapter for request in second.requests] == ["sql@0"]
+    assert len(source.aborts) == 2
+
+
+def running_with_adapters(workers: Workers) -> tuple[ScriptedEngine, dict[str, Future[Any]]]:
+    """A worker that stands in the middle of two requests; the answers by adapter."""
+    workers.adapters()
+    source = workers.add(script=ALPHABET, pause_after=5, step_s=0.005)
+    answers: dict[str, Future[Any]] = {}
+    for name in ("sql", "chat"):
+        fields = {"model": name, "prompt": "hello", "max_tokens": len(TEXT)}
+        answers[name] = start(partial(complete, workers.stack, **fields))
+        workers.stack.wait_for(lambda: len(source.stuck) == len(answers), "a request")
+    return source, answers
 
 
 def press(workers: Workers, free_tokens: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,7 +13,12 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
-from gateway.engines.submission import MAX_SILENT_DEATHS_IN_ALL, RequestStage, Submission
+from gateway.engines.submission import (
+    MAX_RETURNS_WITHOUT_ADAPTER,
+    MAX_SILENT_DEATHS_IN_ALL,
+    RequestStage,
+    Submission,
+)
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import (
@@ -56,9 +61,20 @@ class Workers:
         for entry in entries:
             entry["state"] = states.get(entry["name"].replace("-", "_"), entry["state"])
         self.stack.call(lambda: self.stack.controller.change(state=state, workers=entries))
+        self._wait_for_snapshot()
+
+    def _wait_for_snapshot(self) -> None:
         wanted = self.stack.controller.state["version"]
         view = self.stack.gateway.cluster
         self.stack.wait_for(lambda: (view.snapshot or {}).get("version") == wanted, "the snapshot")
+
+    def adapters(self, lacking: Sequence[str] = ()) -> None:
+        """Two adapters, ``sql`` and ``chat``, in a snapshot; these workers lack ``sql``."""
+        entry = {"path": "/adapters", "state": "READY", "lacking": []}
+        sql = {**entry, "name": "sql", "key": "sql@0", "lacking": list(lacking)}
+        adapters = [sql, {**entry, "name": "chat", "key": "chat@1"}]
+        self.stack.call(lambda: self.stack.controller.change(adapters=adapters))
+        self._wait_for_snapshot()
 
     def stop(self, engine: ScriptedEngine) -> None:
         """Its process is gone; the controller has not noticed yet."""
@@ -399,6 +415,41 @@ def test_a_refused_request_comes_back_until_it_is_taken(workers: Workers) -> Non
     workers.stack.wait_for(lambda: len(engine.requests) >= 3, "some attempts")
     engine.error = None
     assert answer.result(WAIT_S)["choices"][0]["text"] == "0a"
+
+
+def test_a_request_goes_on_where_its_adapter_is(workers: Workers) -> None:
+    workers.adapters()
+    engine, answer = _pause(workers, model="sql")
+    without, other = workers.add(script=ALPHABET), workers.add(script=ALPHABET, pause_after=2)
+    workers.adapters(lacking=["attention-1"])
+    workers.stop(engine)
+    workers.stack.wait_for(lambda: bool(other.stuck), "the second attempt")
+    workers.stop(other)
+    workers.stack.wait_for(lambda: len(workers.stack.engines.clients) == 1, "the loss")
+    complete(workers.stack, prompt="x", max_tokens=2)
+    assert [request.adapter for request in without.requests] == [""]
+    workers.adapters()
+    assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
+    assert [request.adapter for request in without.requests] == ["", "sql@0"]
+
+
+def test_a_worker_that_turns_out_to_lack_the_adapter_hands_the_request_back(
+    workers: Workers,
+) -> None:
+    workers.adapters()
+    without = workers.add(script=ALPHABET, error=("it is not loaded", "model_not_found"))
+    other = workers.add(script=ALPHABET)
+    answer = complete(workers.stack, model="sql", prompt="x", max_tokens=3)
+    assert answer["choices"][0]["text"] == "0ab"
+    assert [len(engine.requests) for engine in (without, other)] == [1, 1]
+
+
+def test_a_request_without_its_adapter_anywhere_fails(workers: Workers) -> None:
+    workers.adapters()
+    without = workers.add(script=ALPHABET, error=("it is not loaded", "model_not_found"))
+    answer = post(workers.stack, "/v1/completions", model="sql", prompt="x")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert len(without.requests) == MAX_RETURNS_WITHOUT_ADAPTER + 1
 
 
 def _lose_twice(workers: Workers) -> tuple[ScriptedEngine, Future[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,12 @@ import pytest
 
 from cluster.config.api_keys import hash_key
 from cluster.config.gateway import GatewaySection
+from cluster.core.errors import ModelNotFoundError
+from gateway.cluster.serve_replicas import Question
+from gateway.core.call import CallKind, GenerateCall, GenerateFields
 from gateway.core.errors import error_from_engine, report_error
+from gateway.core.model import ModelFacts
+from gateway.generation.validate import finish_call
 from protos import admin_pb2, inference_pb2
 from protos.admin_pb2_grpc import AdminStub
 from protos.inference_pb2_grpc import InferenceStub
@@ -141,3 +147,53 @@ def test_an_engine_without_the_adapter_makes_a_404() -> None:
     error = error_from_engine("the adapter of the request was unloaded", "model_not_found", True)
     assert report_error(error).http_status == 404
     assert report_error(error).grpc_code is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("is_loaded_again", [True, False])
+def test_the_adapter_of_a_request_is_one_after_its_prompt_is_made(
+    stack: Stack, admin: httpx.Client, is_loaded_again: bool
+) -> None:
+    """An adapter is freed some seconds after no request has it; long prompts may take as long."""
+    load(admin)
+    gateway = stack.gateway
+    fields = GenerateFields(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
+
+    async def make(facts: ModelFacts) -> GenerateCall:
+        await stack.controller.unload_adapter("sql")
+        if is_loaded_again:
+            await stack.controller.load_adapter({"name": "sql", "path": "/adapters/other"})
+        wanted = {"sql": "sql@1"} if is_loaded_again else {}
+        while gateway.adapters != wanted:
+            await asyncio.sleep(0.001)
+        complete, prompts = await gateway.prompts.make(fields, facts)
+        return finish_call(complete, prompts, facts, lambda: 0, ())
+
+    if is_loaded_again:
+        generation = stack.run(gateway.start_call(fields, "c", make))
+        assert generation.call.adapter == "sql@1"
+        stack.call(generation.close)
+    else:
+        with pytest.raises(ModelNotFoundError, match="the model 'sql' does not exist"):
+            stack.run(gateway.start_call(fields, "c", make))
+
+
+class OtherReplica:
+    """A replica that learns of an unloaded adapter when it is asked for the third time."""
+
+    num_asked = 0
+
+    async def ask(self, question: Question, *details: Any) -> dict[str, Any]:
+        """See ``ServeReplicas``."""
+        self.num_asked += 1
+        return {"other": ["sql@0"] if self.num_asked < 3 else []}
+
+
+def test_unload_waits_for_replicas_that_know_more_than_this_one(
+    stack: Stack, admin: httpx.Client
+) -> None:
+    load(admin)
+    stack.gateway.replicas = other = OtherReplica()
+    stack.gateway.adapters = {}  # its snapshot is an old one
+    answer = admin.post("/v1/unload_lora_adapter", json={"lora_name": "sql"})
+    assert answer.status_code == 200
+    assert other.num_asked == 3

@@ -12,10 +12,11 @@ from tests.harness.fault_rows import (
     Form,
     entries_since,
     kill_any,
-    play,
     play_until,
     quiet_config,
     row_config,
+    serving_name,
+    was_disturbed,
     was_retried,
     whole,
     with_quantized,
@@ -29,8 +30,12 @@ def test_a_worker_of_threads(role: str) -> None:
     config = quiet_config(2, 3, mode=mode, num_redundant=22)
     cluster = ThreadCluster(with_quantized(config, "int4", "all"))
     with serving(cluster):
-        before, victim = cluster.snapshot(), cluster.group.runtimes[f"{role}-1"]
-        play(cluster, SMALL, random.Random(2), victim.stop)
+        before = cluster.snapshot()
+
+        def stop_one() -> None:
+            cluster.group.runtimes[serving_name(cluster, role, 1)].stop()
+
+        play_until(cluster, SMALL, random.Random(2), stop_one, was_disturbed)
         assert entries_since(before, whole(cluster))
 
 

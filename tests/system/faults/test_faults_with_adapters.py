@@ -25,6 +25,7 @@ from tests.harness.fault_rows import (
     num_abandoned,
     quiet_config,
     row_config,
+    serving_name,
     whole,
 )
 from tests.harness.mixed_calls import make_calls
@@ -67,14 +68,18 @@ def with_adapters(config: ClusterConfig, modules: tuple[str, ...]) -> ClusterCon
 
 
 def play(
-    cluster: ServingCluster, form: Form, modules: tuple[str, ...], fault: Callable[[], object]
+    cluster: ServingCluster,
+    form: Form,
+    modules: tuple[str, ...],
+    fault: Callable[[], object],
+    draw: random.Random,
 ) -> bool:
     """A fault at a random moment of streams, which get what they get without; whether it
     disturbed anything."""
     expected, before = undisturbed(form, modules), num_abandoned(cluster)
     with gateway_of(cluster) as gateway:
         streams = gateway.stream(calls(form))
-        streams.wait_tokens(random.Random(1).randrange(form.num_streams * form.num_tokens // 2))
+        streams.wait_tokens(draw.randrange(form.num_streams * form.num_tokens // 2))
         fault()
         check_answers(streams.finish(), expected)
         cluster.wait(lambda snapshot: blocks_held(snapshot) == 0, fresh=True)
@@ -82,12 +87,19 @@ def play(
 
 
 def play_until(
-    cluster: ServingCluster, form: Form, modules: tuple[str, ...], fault: Callable[[], object]
+    cluster: ServingCluster,
+    form: Form,
+    modules: tuple[str, ...],
+    fault: Callable[[], object],
+    restore: Callable[[], object] = lambda: None,
 ) -> None:
-    """``play``, again when the fault fell between two steps."""
+    """``play``, again when the fault fell between two steps; ``restore`` after each time."""
+    draw = random.Random(1)
     for _ in range(_NUM_TRIES):
         whole(cluster)
-        if play(cluster, form, modules, fault):
+        is_hit = play(cluster, form, modules, fault, draw)
+        restore()
+        if is_hit:
             break
     else:
         raise AssertionError("the fault disturbed nothing")
@@ -100,17 +112,14 @@ def play_until(
 @pytest.mark.parametrize("role", ["attention", "expert"])
 def test_a_worker_of_threads(role: str, modules: tuple[str, ...]) -> None:
     cluster = ThreadCluster(with_adapters(quiet_config(2, 2, num_redundant=64), modules))
+
+    def stop_one() -> None:
+        cluster.group.runtimes[serving_name(cluster, role, 1)].stop()
+
     with serving(cluster):
-        stop = cluster.group.runtimes[f"{role}-1"].stop
-        play(cluster, SMALL, modules, stop)
-        (new,) = {w["name"] for w in whole(cluster)["workers"]} - {
-            "attention-0",
-            "attention-1",
-            "expert-0",
-            "expert-1",
-        }
+        play_until(cluster, SMALL, modules, stop_one)
         if role == "attention":
-            runtime: Any = cluster.group.runtimes[new]
+            runtime: Any = cluster.group.runtimes[serving_name(cluster, role, 1)]
             assert len(runtime._engine.adapters.keys) == 2
 
 
@@ -151,7 +160,9 @@ def test_a_killed_worker_while_an_adapter_is_unloaded(modules: tuple[str, ...]) 
             cluster.call("unload_adapter", "sql")
             kill_any(cluster, "attention", draw)
 
-        play(cluster, SMALL, modules, fault)
-        cluster.wait(lambda s: [a["name"] for a in s["adapters"]] == ["chat"])
-        cluster.call("load_adapter", {"name": "sql", "path": str(folder)})
-        play(cluster, SMALL, modules, lambda: None)
+        def restore() -> None:
+            cluster.wait(lambda s: [a["name"] for a in s["adapters"]] == ["chat"])
+            cluster.call("load_adapter", {"name": "sql", "path": str(folder)})
+
+        play_until(cluster, SMALL, modules, fault, restore)
+        play(cluster, SMALL, modules, lambda: None, draw)

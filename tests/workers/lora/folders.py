@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from workers.lora.adapters import PreparedAdapter
+from workers.lora.loaded import LoadedAdapters
 from workers.model.loading.checkpoint import Checkpoint
 
 CONFIG: Mapping[str, Any] = {
@@ -135,3 +137,9 @@ def write_merged(checkpoint: Path, adapter: RandomAdapter, folder: Path) -> Path
         save_file(tensors, folder / file.name)
     assert not left, f"{left} are in no file"
     return folder
+
+
+def put(adapters: LoadedAdapters, key: str, prepared: PreparedAdapter) -> None:
+    """Make an adapter ready for rows, in one go."""
+    for _ in adapters.build(key, prepared):
+        pass

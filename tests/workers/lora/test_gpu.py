@@ -13,7 +13,7 @@ from cluster.config.lora import LoraSection
 from tests.reference.goldens import Golden
 from tests.workers.cuda.device import DEVICE
 from tests.workers.engine.test_engine_cuda import gpu_engine
-from tests.workers.lora.folders import random_adapter, target_shapes, write_merged
+from tests.workers.lora.folders import put, random_adapter, target_shapes, write_merged
 from tests.workers.lora.test_merged import scores, serve
 from workers.lora.loaded import LoadedAdapters
 
@@ -32,7 +32,7 @@ def test_equals_merged_weights(
     if DEVICE.type != "cuda":  # its model was replaced
         engine.engine.adapters = runner.adapters = LoadedAdapters(runner.model, LoraSection())
     adapters = engine.engine.adapters
-    adapters.put("a", adapters.read(adapter.write(tmp_path / "a")))
+    put(adapters, "a", adapters.read(adapter.write(tmp_path / "a")))
     prompts = [tuple(golden(variant).prompts[place]) for place in (1, 2, 3)]
     found = serve(engine, prompts, ["a", "", "a"])
     merged = gpu_engine(write_merged(path, adapter, tmp_path / "merged"), SECTION)

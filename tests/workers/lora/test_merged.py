@@ -11,7 +11,13 @@ import torch
 from cluster.config.cluster import EngineSection, Kernels
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import Generated, LocalEngine, generated
-from tests.workers.lora.folders import RandomAdapter, random_adapter, target_shapes, write_merged
+from tests.workers.lora.folders import (
+    RandomAdapter,
+    put,
+    random_adapter,
+    target_shapes,
+    write_merged,
+)
 from workers.requests.request import Request, SamplingParams
 
 KERNELS: tuple[Kernels, ...] = ("auto", "torch")
@@ -59,7 +65,7 @@ def scores(found: Generated) -> torch.Tensor:
 
 def load(engine: LocalEngine, key: str, adapter: RandomAdapter, folder: Path) -> None:
     adapters = engine.engine.adapters
-    adapters.put(key, adapters.read(adapter.write(folder)))
+    put(adapters, key, adapters.read(adapter.write(folder)))
 
 
 def make(path: Path, kernels: Kernels = "auto", dtype: str = "float32") -> LocalEngine:

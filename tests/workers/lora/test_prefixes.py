@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.reference.local_engine import LocalEngine
-from tests.workers.lora.folders import random_adapter, target_shapes
+from tests.workers.lora.folders import put, random_adapter, target_shapes
 from workers.requests.request import Request, SamplingParams
 
 PROMPT = tuple(range(3, 43))
@@ -19,7 +19,7 @@ def test_prefixes_are_shared_with_the_same_adapter_alone(
 
     def load(key: str, seed: int) -> None:
         folder = random_adapter(shapes, seed).write(tmp_path / key)
-        local.engine.adapters.put(key, local.engine.adapters.read(folder))
+        put(local.engine.adapters, key, local.engine.adapters.read(folder))
 
     def serve(key: str) -> tuple[int | None, tuple[int, ...]]:
         request = Request(

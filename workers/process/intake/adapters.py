@@ -1,12 +1,17 @@
-"""Adapters on their way into the engine: read by a thread, made ready between steps."""
+"""Adapters on their way into the engine: read by threads, made ready between steps.
+
+One is read at a time. A thread that hangs, in a folder of a dead file server for example, holds up
+the others until an order drops its adapter, and never the end of the process.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.core.errors import CheckpointError, first_line
@@ -19,6 +24,14 @@ logger = logging.getLogger(__name__)
 _TURN_S = 0.02
 """Time between two steps in which adapters are made ready."""
 _END = object()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """An adapter that is read, or will be."""
+
+    adapter: Adapter
+    found: Future[PreparedAdapter] = field(default_factory=Future)
 
 
 class AdapterIntake:
@@ -39,10 +52,9 @@ class AdapterIntake:
         self._engine = engine
         self._wake = wake
         self._clock = clock
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
         self._order: KeepAdapters | None = None
         self._number = -1
-        self._reads: dict[str, Future[PreparedAdapter]] = {}
+        self._reads: dict[str, _Read] = {}
         """By key, in the order of the order."""
         self._build: tuple[str, Iterator[None]] | None = None
         """What is made ready."""
@@ -61,19 +73,20 @@ class AdapterIntake:
         if self._build is not None and self._build[0] not in wanted:
             self._build = None
         for key in [key for key in self._reads if key not in wanted]:
-            self._reads.pop(key).cancel()
+            del self._reads[key]  # its thread, if it has one, ends by itself
         self._digests = {k: digest for k, digest in self._digests.items() if k in wanted}
         self._errors.clear()  # another try
         for key, adapter in wanted.items():
             if key not in self._digests and key not in self._reads:
-                self._reads[key] = self._executor.submit(partial(self._read, adapter))
-                self._reads[key].add_done_callback(lambda ended: self._wake())
+                self._reads[key] = _Read(adapter)
+        self._begin_next()
 
     def go_on(self) -> AdaptersKept | None:
         """Make ready what is read, for a short time; the answer once the order is carried out."""
         end = self._clock() + _TURN_S
         while self._clock() < end and self._has_step():
             pass
+        self._begin_next()
         if self._build is not None:
             self._wake()
         if self._order is None or self._reads:
@@ -83,7 +96,7 @@ class AdapterIntake:
 
     def close(self) -> None:
         """Read nothing more; what is being read ends by itself."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._reads.clear()
 
     def _has_step(self) -> bool:
         """Take one step, if there is any."""
@@ -103,23 +116,38 @@ class AdapterIntake:
         """The adapter that is made ready, or the next one."""
         if self._build is not None:
             return self._build[0]
-        return next((key for key, read in self._reads.items() if read.done()), None)
+        return next((key for key, read in self._reads.items() if read.found.done()), None)
 
     def _step(self, key: str) -> None:
         if self._build is None:
-            self._build = key, self._engine.adapters.build(key, self._reads[key].result())
+            self._build = key, self._engine.adapters.build(key, self._reads[key].found.result())
         if next(self._build[1], _END) is _END:
             self._build = None
-            self._digests[key] = self._reads.pop(key).result().digest
+            self._digests[key] = self._reads.pop(key).found.result().digest
 
     def _give_up(self, key: str, error: str) -> None:
         self._build = None
         del self._reads[key]
         self._errors[key] = error
 
-    def _read(self, adapter: Adapter) -> PreparedAdapter:
-        """In the thread of the executor."""
-        found = self._engine.adapters.read(Path(adapter.path))
-        if adapter.digest and found.digest != adapter.digest:
-            raise CheckpointError("its files have changed since it was loaded")
-        return found
+    def _begin_next(self) -> None:
+        """Begin to read the next adapter, unless one is being read."""
+        if any(read.found.running() for read in self._reads.values()):
+            return
+        read = next((r for r in self._reads.values() if not r.found.done()), None)
+        if read is not None:
+            read.found.set_running_or_notify_cancel()
+            name = "adapter-reader"
+            threading.Thread(target=self._read, args=(read,), name=name, daemon=True).start()
+
+    def _read(self, read: _Read) -> None:
+        """In a thread of its own."""
+        try:
+            found = self._engine.adapters.read(Path(read.adapter.path))
+            if read.adapter.digest and found.digest != read.adapter.digest:
+                raise CheckpointError("its files have changed since it was loaded")
+        except BaseException as err:
+            read.found.set_exception(err)
+        else:
+            read.found.set_result(found)
+        self._wake()

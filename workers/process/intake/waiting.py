@@ -37,6 +37,8 @@ class WaitingRequests(ABC):
 
     num_waiting = 0
     """Choices of the requests that wait here; other threads may read it."""
+    adapters: frozenset[str] = frozenset()
+    """Keys of the adapters of the requests that wait here; other threads may read it."""
 
     def __init__(
         self, wake: Callable[[], None], clock: Callable[[], float], name: str, max_threads: int
@@ -93,4 +95,6 @@ class WaitingRequests(ABC):
 
     def _count(self) -> None:
         """Must follow every change of the jobs."""
-        self.num_waiting = sum(c.request.n for job in self._all_jobs() for c in job.waiting)
+        waiting = [command.request for job in self._all_jobs() for command in job.waiting]
+        self.num_waiting = sum(request.n for request in waiting)
+        self.adapters = frozenset(request.adapter for request in waiting if request.adapter)

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from cluster.config.lora import LoraSection
 from cluster.core.frames import Adapter, AdaptersKept, KeepAdapters
 from tests.reference.local_engine import LocalEngine
 from tests.workers.lora.folders import random_adapter, target_shapes
+from workers.lora.adapters import PreparedAdapter
+from workers.lora.loaded import LoadedAdapters
 from workers.process.intake.adapters import AdapterIntake
+
+
+class HangingAdapters(LoadedAdapters):
+    """Folders below ``/dead`` are on a file server that does not answer."""
+
+    may_end = threading.Event()
+
+    def read(self, path: Path) -> PreparedAdapter:
+        """See ``LoadedAdapters``."""
+        if path.is_relative_to("/dead"):
+            self.may_end.wait()
+        return super().read(path)
 
 
 class Intake:
@@ -108,3 +124,23 @@ def test_an_order_is_another_try(intake: Intake, sql: Adapter, tmp_path: Path) -
     (tmp_path / "elsewhere").rename(sql.path)
     intake.order(2, sql)
     assert intake.answer().digests.keys() == {"sql@1"}
+
+
+def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: Adapter) -> None:
+    adapters = HangingAdapters(intake.engine.runner.model, LoraSection())
+    intake.engine.adapters = adapters
+    known = set(threading.enumerate())
+    dead = [Adapter(key=f"dead@{i}", name="dead", path=f"/dead/{i}") for i in range(2)]
+    intake.order(1, dead[0], sql)
+    assert intake.intake.go_on() is None
+    (thread,) = set(threading.enumerate()) - known
+    assert thread.daemon  # the process can end
+    intake.order(2, dead[1], sql)
+    assert intake.intake.go_on() is None
+    intake.order(3, sql)
+    assert intake.answer().digests.keys() == {"sql@1"}
+    assert adapters.keys == ("sql@1",)
+    adapters.may_end.set()
+    thread.join(20.0)
+    assert not thread.is_alive()
+    assert intake.intake.go_on() is None

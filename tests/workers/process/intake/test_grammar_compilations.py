@@ -112,6 +112,20 @@ def test_equal_grammars_are_compiled_once(workshop: Workshop, waiting: GrammarCo
     assert workshop.begun == ["x"]
 
 
+def test_requests_use_their_adapters_while_they_wait(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    for name, adapter in (("a", "sql@1"), ("b", ""), ("c", "chat@2")):
+        plain = command(name, name)
+        waiting.put(replace(plain, request=structs.replace(plain.request, adapter=adapter)))
+    assert waiting.adapters == {"sql@1", "chat@2"}
+    waiting.drop("c")
+    assert waiting.adapters == {"sql@1"}
+    workshop.finish("a")
+    assert names(waiting) == ["a"]
+    assert waiting.adapters == frozenset()
+
+
 def test_a_slow_grammar_holds_up_no_other(workshop: Workshop, waiting: GrammarCompilations) -> None:
     waiting.put(command("slow", "x"))
     waiting.put(command("quick", "y"))
