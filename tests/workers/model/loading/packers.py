@@ -82,8 +82,11 @@ PACKERS: Mapping[str, Callable[[str, QuantizedMatrix], dict[str, Tensor]]] = {
 }
 
 
-def pack_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, QuantizedMatrix]:
-    """Store the matrices of a checkpoint's layers as ``quantization_config`` says, but for routers.
+def pack_checkpoint(
+    path: Path, settings: dict[str, Any], plain: str = " "
+) -> dict[str, QuantizedMatrix]:
+    """Store the matrices of a checkpoint's layers as ``quantization_config`` says, but for routers
+    and those with names that begin with ``plain``.
 
     Returns them by name.
     """
@@ -93,7 +96,8 @@ def pack_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Quantized
     assert stored is not None
     found, tensors = {}, load_file(path / "model.safetensors")
     for name, tensor in list(tensors.items()):
-        if tensor.dim() == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
+        is_packed = tensor.dim() == 2 and ".layers." in name and not name.startswith(plain)
+        if is_packed and not name.endswith("mlp.gate.weight"):
             matrix = quantize(tensors.pop(name).float(), stored.form)
             # The layouts have scales of 16 bits.
             matrix.scales.copy_(matrix.scales.half().bfloat16())

@@ -68,7 +68,7 @@ def test_matrices_are_read_as_what_their_codes_stand_for(
 ) -> None:
     path, matrices = packed(tmp_path, settings)
     checkpoint = Checkpoint(path, quantize="auto")
-    assert checkpoint.is_stored_quantized
+    assert checkpoint.keeps_codes
     for name, matrix in matrices.items():
         part = TensorPart(name=name, shape=matrix.shape)
         found = checkpoint.read_stacked([part], torch.float32)
