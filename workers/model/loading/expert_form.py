@@ -55,6 +55,10 @@ def kept_banks(
         _report([own.obstacle for found in stored for own in found])
         pairs = zip(family.banks, stored, strict=True)
         return tuple(_with_forms(bank, [own.form for own in found]) for bank, found in pairs)
+    if forms := {str(own.form) for found in stored for own in found if own.form is not None}:
+        known = f"the checkpoint stores experts as {' and '.join(sorted(forms))}"
+        rule = f"must be auto or none: {known}, which auto keeps and none decodes"
+        raise ConfigError("quantize", setting, rule)
     form = rounded_form(setting, family.banks)
     return tuple(_with_forms(bank, [form] * len(bank.exchanges)) for bank in family.banks)
 

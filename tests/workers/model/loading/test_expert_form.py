@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.random_checkpoint import TINY, write
+from cluster.config.cluster import Quantize
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import ConfigError
 from tests.reference.goldens import golden_path
@@ -16,7 +17,7 @@ from tests.reference.local_engine import LocalEngine
 from tests.workers.model.loading.packers import pack_checkpoint
 from workers.model.config import TensorPart
 from workers.model.families.base import Family
-from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint import Checkpoint, plan_checkpoint
 from workers.model.loading.expert_form import rounded_form, stored_experts
 from workers.quantization.stored import stored_as
 from workers.requests.request import Request, SamplingParams
@@ -87,6 +88,22 @@ def test_a_prediction_layer_that_is_not_stored_in_codes_leaves_those_of_the_mode
     section = SpeculationSection(speculative_method="mtp")
     found = answers(LocalEngine(predicting, dtype="float32", speculation=section))
     assert found == answers(LocalEngine(plain, dtype="float32"))
+
+
+@pytest.mark.parametrize("setting", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [("qwen3moe-fp8", "e4m3 in groups of 16"), ("gptoss-official-like", "e2m1 in groups of 32")],
+)
+def test_codes_are_not_quantized_again(setting: Quantize, variant: str, form: str) -> None:
+    path = golden_path(variant, variant.split("-")[0])
+    for read in (Checkpoint, plan_checkpoint):
+        with pytest.raises(ConfigError) as refused:
+            read(path, quantize=setting)
+        assert str(refused.value) == (
+            f"quantize ({setting}) must be auto or none: the checkpoint stores experts as {form}, "
+            "which auto keeps and none decodes"
+        )
 
 
 def test_codes_that_kernels_cannot_use_may_be_quantized_again() -> None:
