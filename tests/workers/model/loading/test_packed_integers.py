@@ -157,6 +157,8 @@ def test_a_matrix_that_is_stored_in_no_way_is_named(tmp_path: Path) -> None:
     [
         ("int4", "quantization_config 'int4' must be an object"),
         ({"bits": 4}, "quant_method is missing"),
+        ({"quant_method": ["gptq"]}, "quant_method ['gptq'] is not supported: must be 'fp8'"),
+        ({"quant_method": {}}, "quant_method {} is not supported: must be 'fp8'"),
         ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported: must be 'fp8' or 'gptq'"),
         ({**GPTQ, "bits": 3}, "bits 3 is not supported: must be 4 or 8"),
         ({**GPTQ, "group_size": 12}, "group_size 12 must be -1 or a multiple of 8"),
@@ -167,6 +169,7 @@ def test_a_matrix_that_is_stored_in_no_way_is_named(tmp_path: Path) -> None:
         ({**SETTINGS["awq"], "bits": 8}, "bits 8 is not supported: must be 4"),
         ({**SETTINGS["awq"], "zero_point": False}, "zero_point False is not supported"),
         (tensors_config(num_bits=3), "num_bits 3 is not supported: must be 4 or 8"),
+        (tensors_config(symmetric="no"), "symmetric 'no' is not supported: must be True or False"),
         (tensors_config(actorder="group"), "actorder 'group' is not supported"),
         (tensors_config(type="float"), "type 'float' is not supported: must be 'int'"),
         ({**tensors_config(), "format": "int-quantized"}, "format 'int-quantized' is not"),
