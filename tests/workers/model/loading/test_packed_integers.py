@@ -46,8 +46,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": GPTQ,
     "gptq-symmetric": {**GPTQ, "sym": True},
     "gptq-8-bits-rows": {**GPTQ, "bits": 8, "group_size": -1, "checkpoint_format": "gptq"},
+    "gptq-short-group": {**GPTQ, "group_size": 24, "checkpoint_format": "gptq"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"},
+    "awq-short-group": {"quant_method": "awq", "bits": 4, "group_size": 40, "zero_point": True},
     "tensors": tensors_config(),
+    "tensors-short-group": tensors_config(num_bits=8, group_size=40),
+    "tensors-zeros-short-group": tensors_config(symmetric=False, group_size=24),
     "tensors-zeros": tensors_config(symmetric=False),
     "tensors-8-bits-rows": tensors_config(num_bits=8, strategy="channel", group_size=None),
 }
