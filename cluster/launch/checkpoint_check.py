@@ -175,7 +175,9 @@ def check(
                 "top_k": bank.top_k,
                 "expert_values": values,
                 "expert_bytes": (
-                    bank.num_bytes(_ITEMSIZES[dtype]) if bank.exchanges[0].form is not None else 0
+                    bank.num_bytes(_ITEMSIZES[dtype])
+                    if any(e.form is not None for e in bank.exchanges)
+                    else 0
                 ),
                 "num_exchanges": len(bank.exchanges),
                 "in_values": sum(

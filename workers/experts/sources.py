@@ -65,7 +65,7 @@ class CheckpointSource:
             for i, matrix in enumerate(matrices):
                 form = exchange.form_of(i)
                 weight: Weight
-                if form is not None and self._checkpoint.is_stored_quantized:
+                if form is not None and self._checkpoint.keeps_codes:
                     weight = self._checkpoint.read_quantized(matrix, form)
                 else:
                     read_as = dtype if form is None else torch.float32

@@ -70,10 +70,9 @@ _WEIGHTS_WORDS: _Words = {
     "actorder": (None, "weight", "static", False),
     "block_structure": (None,),
     "strategy": ("group", "channel"),
+    "symmetric": (True, False),
 }
-_WEIGHTS_KEYS = frozenset(
-    {"group_size", "symmetric", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
-)
+_WEIGHTS_KEYS = frozenset({"group_size", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +106,7 @@ def stored_as(found: object) -> StoredAs | None:
     method = found.get("quant_method")
     if method is None:
         raise CheckpointError(f"{_NAME}: quant_method is missing")
-    if method not in _READERS:
+    if not isinstance(method, str) or method not in _READERS:
         known = " or ".join(repr(name) for name in _READERS)
         raise CheckpointError(f"{_NAME}: quant_method {method!r} is not supported: must be {known}")
     settings = {key: value for key, value in found.items() if key != "quant_method"}
@@ -159,7 +158,7 @@ def _of_group(name: str, group: Any) -> WeightFormat:
     _check(name, group, _GROUP_WORDS, frozenset({"targets", "weights"}))
     _check(f"{name}.weights", weights, _WEIGHTS_WORDS, _WEIGHTS_KEYS)
     columns = weights.get("group_size") if weights.get("strategy") == "group" else -1
-    return _integers(weights["num_bits"], columns, has_zeros=weights.get("symmetric") is False)
+    return _integers(weights["num_bits"], columns, has_zeros=not weights.get("symmetric", True))
 
 
 _READERS = {"fp8": _fp8, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}

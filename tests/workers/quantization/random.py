@@ -12,8 +12,10 @@ FORMATS = [
     WeightFormat(codes="int8", group=None),
     WeightFormat(codes="int8", group=64, scales="float16", has_zeros=True),
     WeightFormat(codes="e4m3", group=128),
+    WeightFormat(codes="e4m3", group=320),
     WeightFormat(codes="int4", group=32, scales="bfloat16"),
     WeightFormat(codes="int4", group=128, scales="float16", has_zeros=True),
+    WeightFormat(codes="int4", group=384, scales="bfloat16", has_zeros=True),
     WeightFormat(codes="int4", group=None, has_zeros=True),
     WeightFormat(codes="e2m1", group=32, scales="e8m0"),
 ]

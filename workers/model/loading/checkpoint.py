@@ -30,7 +30,7 @@ from workers.model.families.base import Family
 from workers.model.families.registry import load_family
 from workers.model.layers import AttentionModel
 from workers.model.loading import mxfp4, packed_integers, scaled_blocks
-from workers.model.loading.expert_form import kept_form, with_form
+from workers.model.loading.expert_form import kept_banks
 from workers.model.loading.file_stamp import FileStamp, size_and_change
 from workers.model.loading.mapped import joined
 from workers.model.native.blocks import NativeBlocks
@@ -105,10 +105,11 @@ class Checkpoint:
         self._progress = progress
         self._total_bytes = 0
         dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
-        form = kept_form(quantize, self.family, dtypes)
-        self.is_stored_quantized = quantize == "auto" and form is not None
-        """The experts' form (``ExchangeSpec.form``) is that in which they are stored."""
-        self.family.banks = with_form(self.family.banks, form)
+        self.family.banks = kept_banks(quantize, self.family, dtypes)
+        self.keeps_codes = quantize == "auto"
+        """Experts that have a form (``ExchangeSpec.form``) are stored in it; else they are
+        quantized while they are loaded.
+        """
 
     def another(self) -> Checkpoint:
         """The same checkpoint for another thread: the headers are shared, nothing else is.
@@ -166,7 +167,7 @@ class Checkpoint:
                 yield from matrix.parts
 
     def read_quantized(self, matrix: ExpertMatrix, form: WeightFormat) -> QuantizedMatrix:
-        """One matrix of an expert as it is stored, in a form that ``is_stored_quantized``.
+        """One matrix of an expert as it is stored, where the checkpoint ``keeps_codes``.
 
         Its memory may be the mapped file's own, valid until the checkpoint is closed.
         """
@@ -410,7 +411,7 @@ def plan_checkpoint(
     For plans of models without their weights.
     """
     family = _family(Path(path), has_predictor)
-    family.banks = with_form(family.banks, kept_form(quantize, family, {}))
+    family.banks = kept_banks(quantize, family, {})
     return _summary_of(family)
 
 

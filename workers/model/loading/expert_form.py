@@ -1,13 +1,15 @@
 """In which form workers keep the routed experts of a checkpoint.
 
 By default as they are stored, where they are in codes that the kernels compute with; else in the
-model dtype, or quantized while they are loaded (``--quantize``).
+model dtype, or quantized while they are loaded (``--quantize``). All experts of an exchange are
+kept in one form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from cluster.config.cluster import Quantize
 from cluster.core.errors import ConfigError
@@ -19,38 +21,50 @@ from workers.quantization.formats import GROUP_MULTIPLE, WeightFormat
 from workers.quantization.rounding import FORMATS
 from workers.quantization.stored import StoredAs
 
-
-def with_form(banks: Sequence[BankSpec], form: WeightFormat | None) -> tuple[BankSpec, ...]:
-    """The same banks, whose experts workers keep in a format; None: in the model dtype."""
-    return tuple(
-        replace(bank, exchanges=tuple(replace(e, form=form) for e in bank.exchanges))
-        for bank in banks
-    )
+logger = logging.getLogger(__name__)
 
 
-def expert_products(family: Family, names: Container[str]) -> Iterator[TensorPart]:
-    """What all experts' products are made of, biases aside; see ``Family.expert_matrices``."""
-    for bank in family.banks:
-        for exchange in bank.exchanges:
-            count = len(exchange.product_shapes)
-            for expert in range(bank.num_experts):
-                found = family.expert_matrices(bank, exchange.index, expert, names)
-                for matrix in found[:count]:
-                    yield from matrix.parts
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredExperts:
+    """How the experts of an exchange are stored."""
+
+    form: WeightFormat | None = None
+    """The format of all of them, if kernels compute with it."""
+    obstacle: str = ""
+    """Why the codes of some of them cannot be kept; empty: they can, or there are none."""
 
 
-def kept_form(setting: Quantize, family: Family, dtypes: Mapping[str, str]) -> WeightFormat | None:
-    """In which workers keep a family's experts; None: in the model dtype.
+def kept_banks(
+    setting: Quantize, family: Family, dtypes: Mapping[str, str]
+) -> tuple[BankSpec, ...]:
+    """The family's banks, with the format in which workers keep the experts of each exchange.
 
-    ``dtypes`` as for ``stored_form``. Raises ``ConfigError`` where the model cannot be quantized.
+    ``dtypes`` of all tensors by name, in safetensors spelling; empty: nothing is on disk, and the
+    config is believed. Raises ``ConfigError`` where the experts cannot be kept so.
     """
+    if setting == "none":
+        return family.banks
+    stored = [
+        [
+            stored_experts(_products(family, bank, e.index, dtypes), family.config.stored, dtypes)
+            for e in bank.exchanges
+        ]
+        for bank in family.banks
+    ]
     if setting == "auto":
-        return stored_form(expert_products(family, dtypes), family.config.stored, dtypes)
-    return rounded_form(setting, family.banks)
+        _report([own.obstacle for found in stored for own in found])
+        pairs = zip(family.banks, stored, strict=True)
+        return tuple(_with_forms(bank, [own.form for own in found]) for bank, found in pairs)
+    if forms := {str(own.form) for found in stored for own in found if own.form is not None}:
+        known = f"the checkpoint stores experts as {' and '.join(sorted(forms))}"
+        rule = f"must be auto or none: {known}, which auto keeps and none decodes"
+        raise ConfigError("quantize", setting, rule)
+    form = rounded_form(setting, family.banks)
+    return tuple(_with_forms(bank, [form] * len(bank.exchanges)) for bank in family.banks)
 
 
 def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat | None:
-    """Of experts that are quantized while they are loaded; None: they are not.
+    """The format that ``--quantize`` asks for, or None where it does not ask for one.
 
     Raises ``ConfigError`` where the model's widths do not allow it.
     """
@@ -60,28 +74,69 @@ def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat |
         for exchange in bank.exchanges:
             for _, width in exchange.product_shapes:
                 if width % 2:
-                    rule = f"experts must have even widths, {bank.bank} has {width}"
+                    rule = f"needs experts of even widths, one of layer {bank.layer} is {width}"
                     raise ConfigError("quantize", setting, rule)
     return FORMATS[setting]
 
 
-def stored_form(
-    parts: Iterable[TensorPart], stored: StoredAs | None, dtypes: Mapping[str, str]
-) -> WeightFormat | None:
-    """Of matrices with these parts; None: they are not all stored in a format of kernels.
+def stored_experts(
+    parts: Sequence[TensorPart], stored: StoredAs | None, dtypes: Mapping[str, str]
+) -> StoredExperts:
+    """Whether all these matrices are stored in one format that kernels compute with.
 
-    ``dtypes`` of all tensors by name, in safetensors spelling; empty: nothing is on disk, and the
-    config is believed.
+    ``dtypes`` as for ``kept_banks``.
     """
-    found = list(parts)
-    if found and all(part.is_mxfp4 for part in found):
-        return mxfp4.FORMAT
-    if stored is None or (stored.form.group or GROUP_MULTIPLE) % GROUP_MULTIPLE:
-        return None
-    if any(part.is_transposed or part.part_shape[1] % 2 for part in found):
-        return None
+    if parts and all(part.is_mxfp4 for part in parts):
+        return StoredExperts(form=mxfp4.FORMAT)
+    if stored is None:
+        return StoredExperts()
+    plain = [part.name for part in parts if not _is_in_codes(part, stored, dtypes)]
+    if len(plain) == len(parts):
+        return StoredExperts()
+    if plain:
+        return StoredExperts(obstacle=f"{plain[0]} is not stored in codes, as others are")
+    if (stored.form.group or GROUP_MULTIPLE) % GROUP_MULTIPLE:
+        words = f"groups of {stored.form.group} are no multiple of {GROUP_MULTIPLE}"
+        return StoredExperts(obstacle=words)
+    for part in parts:
+        if part.is_transposed or part.part_shape[1] % 2:
+            return StoredExperts(obstacle=f"{part.name} has no rows of an even length")
+    return StoredExperts(form=stored.form)
+
+
+def _products(
+    family: Family, bank: BankSpec, exchange: int, names: Container[str]
+) -> list[TensorPart]:
+    """The tensors of all experts' products, without biases; see ``Family.expert_matrices``."""
+    count = len(bank.exchanges[exchange].product_shapes)
+    return [
+        part
+        for expert in range(bank.num_experts)
+        for matrix in family.expert_matrices(bank, exchange, expert, names)[:count]
+        for part in matrix.parts
+    ]
+
+
+def _report(obstacles: Sequence[str]) -> None:
+    """Log why codes of experts are decoded; ``obstacles`` of all exchanges, empty for none."""
+    found = [words for words in obstacles if words]
+    if found:
+        logger.warning(
+            "codes of experts are decoded in %d of %d exchanges: %s",
+            len(found),
+            len(obstacles),
+            found[0],
+        )
+
+
+def _is_in_codes(part: TensorPart, stored: StoredAs, dtypes: Mapping[str, str]) -> bool:
+    if not dtypes:
+        return True
     if stored.method == "fp8":
-        is_stored = all(dtypes.get(p.name) == scaled_blocks.DTYPE for p in found)
-    else:
-        is_stored = all(codes_name(part.name, stored) in dtypes for part in found)
-    return stored.form if is_stored or not dtypes else None
+        return dtypes.get(part.name) == scaled_blocks.DTYPE
+    return part.name not in dtypes and codes_name(part.name, stored) in dtypes
+
+
+def _with_forms(bank: BankSpec, forms: Sequence[WeightFormat | None]) -> BankSpec:
+    pairs = zip(bank.exchanges, forms, strict=True)
+    return replace(bank, exchanges=tuple(replace(e, form=form) for e, form in pairs))

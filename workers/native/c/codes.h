@@ -17,7 +17,7 @@ static const uint16_t NUMBERS[2][16] = {
 
 // ---- codes to numbers ---------------------------------------------------------------------------
 
-// The 16 numbers of codes of 4 bits, as `pairs_of_4_bits` looks them up.
+// The 16 numbers of codes of 4 bits, as `pair_of_4_bits` looks them up.
 struct numbers {
 #ifdef __AVX512F__
     veci all;  // twice

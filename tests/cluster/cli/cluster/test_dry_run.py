@@ -207,6 +207,19 @@ def test_experts_are_planned_with_the_bytes_that_they_are_kept_in(
     assert found[1] / found[0] == pytest.approx(bits / 16, rel=0.002)
 
 
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("DeepSeek-V3", "e4m3 in groups of 128"), ("gpt-oss-20b", "e2m1 in groups of 32")],
+)
+def test_experts_in_codes_are_not_quantized_again(
+    capsys: pytest.CaptureFixture[str], name: str, form: str
+) -> None:
+    words = (str(MODELS / name), "--quantize", "int8")
+    assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.REFUSED
+    found = capsys.readouterr().err
+    assert f"quantize (int8) must be auto or none: the checkpoint stores experts as {form}" in found
+
+
 def test_quantizing_all_products_needs_a_number_of_bits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 
-from workers.quantization.matrix import QuantizedMatrix, numbers_of
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix, numbers_of, pack_nibbles
 from workers.quantization.rounding import quantize
 from workers.quantization.stored import stored_as
 
@@ -40,6 +42,30 @@ def along_rows(numbers: Tensor, bits: int, order: tuple[int, ...] | None = None)
             words.append(word - (1 << 32) if word >= 1 << 31 else word)
         rows.append(words)
     return torch.tensor(rows, dtype=torch.int32)
+
+
+def rounded(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
+    """``quantize`` with zero points too: the codes of a group reach from its least number, or 0, to
+    its largest one, or 0.
+    """
+    if not form.has_zeros:
+        return quantize(weight, form)
+    rows, width = weight.shape
+    group, middle = form.group or width, 1 << (form.code_bits - 1)
+    numbers = functional.pad(weight, (0, -width % group)).view(rows, -1, group)
+    low, high = numbers.amin(2).clamp(max=0), numbers.amax(2).clamp(min=0)
+    scales = (high - low) / (2 * middle - 1)
+    zeros = (-middle - low / scales).round().clamp(-middle, middle - 1)
+    codes = (numbers / scales.unsqueeze(2)).round() + zeros.unsqueeze(2)
+    whole = codes.clamp(-middle, middle - 1).to(torch.int8).view(rows, -1)[:, :width]
+    stored = whole.contiguous().view(torch.uint8)
+    return QuantizedMatrix(
+        format=form,
+        shape=(rows, width),
+        codes=pack_nibbles(stored & 15) if form.code_bits == 4 else stored,
+        scales=scales,
+        zeros=zeros.to(torch.int8),
+    )
 
 
 def gptq(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
@@ -82,8 +108,11 @@ PACKERS: Mapping[str, Callable[[str, QuantizedMatrix], dict[str, Tensor]]] = {
 }
 
 
-def pack_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, QuantizedMatrix]:
-    """Store the matrices of a checkpoint's layers as ``quantization_config`` says, but for routers.
+def pack_checkpoint(
+    path: Path, settings: dict[str, Any], plain: str = " "
+) -> dict[str, QuantizedMatrix]:
+    """Store the matrices of a checkpoint's layers as ``quantization_config`` says, but for routers
+    and those with names that begin with ``plain``.
 
     Returns them by name.
     """
@@ -93,8 +122,9 @@ def pack_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Quantized
     assert stored is not None
     found, tensors = {}, load_file(path / "model.safetensors")
     for name, tensor in list(tensors.items()):
-        if tensor.dim() == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
-            matrix = quantize(tensors.pop(name).float(), stored.form)
+        is_packed = tensor.dim() == 2 and ".layers." in name and not name.startswith(plain)
+        if is_packed and not name.endswith("mlp.gate.weight"):
+            matrix = rounded(tensors.pop(name).float(), stored.form)
             # The layouts have scales of 16 bits.
             matrix.scales.copy_(matrix.scales.half().bfloat16())
             found[name] = matrix

@@ -46,8 +46,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": GPTQ,
     "gptq-symmetric": {**GPTQ, "sym": True},
     "gptq-8-bits-rows": {**GPTQ, "bits": 8, "group_size": -1, "checkpoint_format": "gptq"},
+    "gptq-short-group": {**GPTQ, "group_size": 24, "checkpoint_format": "gptq"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"},
+    "awq-short-group": {"quant_method": "awq", "bits": 4, "group_size": 40, "zero_point": True},
     "tensors": tensors_config(),
+    "tensors-short-group": tensors_config(num_bits=8, group_size=40),
+    "tensors-zeros-short-group": tensors_config(symmetric=False, group_size=24),
     "tensors-zeros": tensors_config(symmetric=False),
     "tensors-8-bits-rows": tensors_config(num_bits=8, strategy="channel", group_size=None),
 }
@@ -68,7 +72,7 @@ def test_matrices_are_read_as_what_their_codes_stand_for(
 ) -> None:
     path, matrices = packed(tmp_path, settings)
     checkpoint = Checkpoint(path, quantize="auto")
-    assert checkpoint.is_stored_quantized
+    assert checkpoint.keeps_codes
     for name, matrix in matrices.items():
         part = TensorPart(name=name, shape=matrix.shape)
         found = checkpoint.read_stacked([part], torch.float32)
@@ -157,6 +161,8 @@ def test_a_matrix_that_is_stored_in_no_way_is_named(tmp_path: Path) -> None:
     [
         ("int4", "quantization_config 'int4' must be an object"),
         ({"bits": 4}, "quant_method is missing"),
+        ({"quant_method": ["gptq"]}, "quant_method ['gptq'] is not supported: must be 'fp8'"),
+        ({"quant_method": {}}, "quant_method {} is not supported: must be 'fp8'"),
         ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported: must be 'fp8' or 'gptq'"),
         ({**GPTQ, "bits": 3}, "bits 3 is not supported: must be 4 or 8"),
         ({**GPTQ, "group_size": 12}, "group_size 12 must be -1 or a multiple of 8"),
@@ -167,6 +173,7 @@ def test_a_matrix_that_is_stored_in_no_way_is_named(tmp_path: Path) -> None:
         ({**SETTINGS["awq"], "bits": 8}, "bits 8 is not supported: must be 4"),
         ({**SETTINGS["awq"], "zero_point": False}, "zero_point False is not supported"),
         (tensors_config(num_bits=3), "num_bits 3 is not supported: must be 4 or 8"),
+        (tensors_config(symmetric="no"), "symmetric 'no' is not supported: must be True or False"),
         (tensors_config(actorder="group"), "actorder 'group' is not supported"),
         (tensors_config(type="float"), "type 'float' is not supported: must be 'int'"),
         ({**tensors_config(), "format": "int-quantized"}, "format 'int-quantized' is not"),

@@ -14,7 +14,8 @@ from cluster.core.errors import CheckpointError
 from tests.reference.goldens import golden_path
 from workers.model.config import TensorPart
 from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
-from workers.model.loading.scaled_blocks import scales_of, unscaled
+from workers.model.loading.scaled_blocks import as_stored, scales_of, unscaled
+from workers.quantization.formats import WeightFormat
 
 NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
 
@@ -32,6 +33,15 @@ def test_each_element_has_the_scale_of_its_block() -> None:
         for column in range(10):
             expected = stored[1, row, column].float() * given[row // 3, column // 4]
             assert found[row, column] == expected
+
+
+def test_codes_are_kept_with_short_blocks_at_both_edges() -> None:
+    stored = torch.randn(7, 40, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
+    found = as_stored(stored, scales, (3, 24), WeightFormat(codes="e4m3", group=24))
+    assert found.scales.shape == (7, 2)
+    assert found.nbytes == found.format.num_bytes((7, 40))
+    assert torch.equal(found.dequantized(), unscaled(stored, scales, (3, 24)))
 
 
 @pytest.fixture
