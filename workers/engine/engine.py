@@ -266,6 +266,10 @@ class Engine:
         """Keys of those that requests have. Any thread may ask."""
         return tuple(key for key in tuple(self._adapter_uses) if key)
 
+    def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
+        """Running and waiting sequences by the key of their adapter. Any thread may ask."""
+        return self._scheduler.adapters()
+
     def _stop_using(self, adapter: str) -> None:
         self._adapter_uses[adapter] -= 1
         if not self._adapter_uses[adapter]:
