@@ -20,7 +20,7 @@ from benchmarks.wall_engine import open_engine
 from benchmarks.wall_rows import LAYERS, Bench, Row, at_least
 from cluster.config.cluster import QuantizeLayers
 from tests.reference.local_engine import LocalEngine
-from workers.model.loading.expert_form import kept_form
+from workers.model.loading.expert_form import kept_banks
 from workers.quantization.formats import WeightFormat
 from workers.quantization.rounding import FORMATS, IntegerCodes
 
@@ -108,7 +108,7 @@ def _stored(bench: Bench, full: RandomModel) -> list[Row]:
             name: open_engine(bench, model, quantize="auto"),
         }
         rates = _measured(bench, engines)
-    form = kept_form("auto", model.described(), {})
+    form = kept_banks("auto", model.described(), {})[-1].exchanges[0].form
     assert form is not None, "its experts are in codes"
     read = _step_bytes(model, form)
     what = f"4 layers of {model.family} in that width, experts in {name}"

@@ -23,7 +23,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Operation(_message.Message):
-    """Something that takes time. One runs at a time; the last ones are remembered."""
+    """A change that takes time. One runs at a time; the latest ones are remembered."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -65,20 +65,20 @@ class Operation(_message.Message):
     kind: _builtins.str
     """drain, rebalance, scale"""
     target: _builtins.str
-    """what it is about, for example a worker's name"""
+    """what is changed, for example a worker's name"""
     state: Global___Operation.State.ValueType
     phase: _builtins.str
-    """what it does now"""
+    """its present step"""
     progress: _builtins.float
     """0 to 1"""
     message: _builtins.str
-    """for people; how it ended"""
+    """for people: how the operation ended"""
     started: _builtins.float
     """time of day, seconds since 1970"""
     ended: _builtins.float
     """0 while it runs"""
     generation: _builtins.int
-    """that it led to; 0 while there is none"""
+    """the resulting generation; 0 while there is none"""
     @_builtins.property
     def drain(self) -> Global___DrainResult: ...
     @_builtins.property
@@ -120,12 +120,12 @@ class DrainResult(_message.Message):
     REQUESTS_MOVED_FIELD_NUMBER: _builtins.int
     EXPERTS_COPIED_FIELD_NUMBER: _builtins.int
     requests_moved: _builtins.int
-    """that ran there when it began and went on elsewhere"""
+    """requests that ran there and continued on other workers"""
     experts_copied: _builtins.int
-    """whose only copies were there: read by other workers first"""
+    """experts without another copy, copied before the stop"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """that are drained and gone"""
+        """drained and stopped workers"""
 
     def __init__(
         self,
@@ -151,15 +151,15 @@ class ScaleResult(_message.Message):
     REQUESTS_MOVED_FIELD_NUMBER: _builtins.int
     EXPERTS_COPIED_FIELD_NUMBER: _builtins.int
     requests_moved: _builtins.int
-    """as in DrainResult, like the next one"""
+    """as in DrainResult; so is the next field"""
     experts_copied: _builtins.int
     @_builtins.property
     def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """workers that serve now"""
+        """new workers, now serving"""
 
     @_builtins.property
     def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """workers that are drained and gone"""
+        """drained and stopped workers"""
 
     def __init__(
         self,
@@ -192,19 +192,19 @@ class RebalanceResult(_message.Message):
     COST_S_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
     action: _builtins.str
-    """none; split: other shares and decode devices; move: weights too"""
+    """none; split: new shares and decode devices; move: weights"""
     slots_to_move: _builtins.int
-    """as predicted when it began"""
+    """predicted at the start"""
     bytes_to_move: _builtins.int
     balancedness_now: _builtins.float
     """mean load over greatest load of the expert workers"""
     balancedness_predicted: _builtins.float
     step_time_ratio: _builtins.float
-    """predicted time of the experts' work, over that of now"""
+    """predicted time of the experts' work over the present one"""
     gain_s: _builtins.float
-    """predicted seconds won within the horizon"""
+    """predicted seconds saved within the horizon"""
     cost_s: _builtins.float
-    """predicted seconds that the change costs"""
+    """predicted seconds that the change takes"""
     def __init__(
         self,
         *,
@@ -250,7 +250,7 @@ class DrainGatewayResponse(_message.Message):
     gateway: _builtins.str
     """its name"""
     requests: _builtins.int
-    """that it still serves"""
+    """requests that it still serves"""
     def __init__(
         self,
         *,
@@ -280,9 +280,9 @@ class DrainWorkerRequest(_message.Message):
     node: _builtins.str
     """all workers of a node"""
     deadline_s: _builtins.float
-    """limit; 0: 120 s. Past it the drain is undone and FAILED"""
+    """limit; 0: 120 s. A later drain is undone and FAILED"""
     force: _builtins.bool
-    """past the limit end it all the same"""
+    """stop the worker at the limit all the same"""
     request_id: _builtins.str
     """the same id again returns the same operation"""
     expected_epoch: _builtins.int
@@ -423,7 +423,7 @@ class ScaleRequest(_message.Message):
     expert: _builtins.int
     """expert workers, in colocated mode all workers"""
     deadline_s: _builtins.float
-    """limit; 0: 300 s. New workers that do not serve by then go"""
+    """limit; 0: 300 s. New workers not ready then are stopped"""
     request_id: _builtins.str
     expected_epoch: _builtins.int
     def __init__(
@@ -463,7 +463,7 @@ class GetLogRequest(_message.Message):
     process: _builtins.str
     """a worker's name, or controller"""
     after: _builtins.int
-    """only lines after this number of them"""
+    """how many of the first lines to leave out"""
     def __init__(
         self,
         *,
@@ -485,7 +485,7 @@ class GetLogResponse(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """lines that it has written so far"""
+    """lines that the process has logged so far"""
     @_builtins.property
     def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """the newest ones, at most 2000; as --log-format says"""
@@ -551,7 +551,7 @@ class LoadLoraAdapterRequest(_message.Message):
     LORA_NAME_FIELD_NUMBER: _builtins.int
     LORA_PATH_FIELD_NUMBER: _builtins.int
     lora_name: _builtins.str
-    """that requests give as their model"""
+    """the model name that requests give"""
     lora_path: _builtins.str
     """absolute path of its folder on the workers' hosts"""
     def __init__(
@@ -624,7 +624,7 @@ class ListLoraAdaptersResponse(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoraAdapter]:
-        """in the order of their loads"""
+        """in the order in which they were loaded"""
 
     def __init__(
         self,
@@ -652,7 +652,7 @@ class LoraAdapter(_message.Message):
     state: _builtins.str
     """LOADING, READY or UNLOADING"""
     key: _builtins.str
-    """of this load of it"""
+    """of this load; a later load of the name has another"""
     def __init__(
         self,
         *,
@@ -838,9 +838,9 @@ class ExpertLoad(_message.Message):
     tokens: _builtins.int
     """rows of committed steps since the start"""
     window_tokens: _builtins.int
-    """those of the newest window"""
+    """rows of the newest window"""
     average_tokens: _builtins.int
-    """those in the exponential average, by weight"""
+    """rows in the exponential average, by weight"""
     @_builtins.property
     def banks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BankLoad]: ...
     @_builtins.property
@@ -1021,7 +1021,7 @@ class WorkerInfo(_message.Message):
     pid: _builtins.int
     state: _builtins.str
     reason: _builtins.str
-    """why it is lost"""
+    """why the worker is lost"""
     slots: _builtins.int
     """expert slots a bank"""
     kv_usage: _builtins.float
@@ -1060,7 +1060,7 @@ class WatchClusterRequest(_message.Message):
 
     ONLY_NEW_FIELD_NUMBER: _builtins.int
     only_new: _builtins.bool
-    """leave out what has happened so far"""
+    """leave out events of the past"""
     def __init__(
         self,
         *,
@@ -1084,13 +1084,13 @@ class ClusterEvent(_message.Message):
     EFFECT_FIELD_NUMBER: _builtins.int
     TOOK_S_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
-    """that it led to"""
+    """the resulting generation"""
     time: _builtins.float
     """time of day, seconds since 1970"""
     cause: _builtins.str
     effect: _builtins.str
     took_s: _builtins.float
-    """that streams stood still; without streams, until it ran"""
+    """stall of the streams; without streams, until it runs"""
     def __init__(
         self,
         *,

@@ -134,7 +134,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchCluster(self, request, context):
-        """What happens to the cluster, as it happens, after what has happened so far.
+        """Events of the cluster: first those of the past, then new ones as they occur.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,22 +147,22 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainWorker(self, request, context):
-        """Empty a worker, or all of a node, and end it. Returns at once; follow it with GetOperation.
+        """Drain and stop a worker, or all workers of a node. Returns at once; follow with GetOperation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DrainGateway(self, request, context):
-        """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
-        Ask again for how much there is left.
+        """Drain the gateway that receives the call: it finishes its requests and accepts no new ones. A
+        drain cannot be undone. Call again for the number of requests that are left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Add workers, or empty some and end them, while the others serve.
+        """Add workers, or drain and stop some, while the others serve.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -201,7 +201,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AbortRequests(self, request, context):
-        """End requests of clients by id.
+        """Abort clients' requests by id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,7 +215,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadLoraAdapter(self, request, context):
-        """Refuse new requests that name an adapter; those that have it end as ever, then it is freed.
+        """Refuse new requests for an adapter; its running requests finish, then its memory is freed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,16 +38,16 @@ class AdminStub:
     GetExpertLoad: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetExpertLoadRequest, _admin_pb2.ExpertLoad]
     """Tokens by layer, expert and worker."""
     WatchCluster: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchClusterRequest, _admin_pb2.ClusterEvent]
-    """What happens to the cluster, as it happens, after what has happened so far."""
+    """Events of the cluster: first those of the past, then new ones as they occur."""
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkerRequest, _admin_pb2.Operation]
-    """Empty a worker, or all of a node, and end it. Returns at once; follow it with GetOperation."""
+    """Drain and stop a worker, or all workers of a node. Returns at once; follow with GetOperation."""
     DrainGateway: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainGatewayRequest, _admin_pb2.DrainGatewayResponse]
-    """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
-    Ask again for how much there is left.
+    """Drain the gateway that receives the call: it finishes its requests and accepts no new ones. A
+    drain cannot be undone. Call again for the number of requests that are left.
     """
     Scale: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]
-    """Add workers, or empty some and end them, while the others serve."""
+    """Add workers, or drain and stop some, while the others serve."""
     Rebalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.Operation]
     """Move experts to where the load is."""
     GetOperation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetOperationRequest, _admin_pb2.Operation]
@@ -56,11 +56,11 @@ class AdminStub:
     GetLog: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetLogRequest, _admin_pb2.GetLogResponse]
     """The newest lines that a worker or the controller has logged."""
     AbortRequests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestsRequest, _admin_pb2.AbortRequestsResponse]
-    """End requests of clients by id."""
+    """Abort clients' requests by id."""
     LoadLoraAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadLoraAdapterRequest, _admin_pb2.LoraAdapter]
     """Load an adapter into all workers. Returns once requests may name it as their model."""
     UnloadLoraAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadLoraAdapterRequest, _admin_pb2.UnloadLoraAdapterResponse]
-    """Refuse new requests that name an adapter; those that have it end as ever, then it is freed."""
+    """Refuse new requests for an adapter; its running requests finish, then its memory is freed."""
     ListLoraAdapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListLoraAdaptersRequest, _admin_pb2.ListLoraAdaptersResponse]
 
 @_typing.type_check_only
@@ -71,16 +71,16 @@ class AdminAsyncStub(AdminStub):
     GetExpertLoad: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetExpertLoadRequest, _admin_pb2.ExpertLoad]  # type: ignore[assignment]
     """Tokens by layer, expert and worker."""
     WatchCluster: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchClusterRequest, _admin_pb2.ClusterEvent]  # type: ignore[assignment]
-    """What happens to the cluster, as it happens, after what has happened so far."""
+    """Events of the cluster: first those of the past, then new ones as they occur."""
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]  # type: ignore[assignment]
     DrainWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkerRequest, _admin_pb2.Operation]  # type: ignore[assignment]
-    """Empty a worker, or all of a node, and end it. Returns at once; follow it with GetOperation."""
+    """Drain and stop a worker, or all workers of a node. Returns at once; follow with GetOperation."""
     DrainGateway: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainGatewayRequest, _admin_pb2.DrainGatewayResponse]  # type: ignore[assignment]
-    """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
-    Ask again for how much there is left.
+    """Drain the gateway that receives the call: it finishes its requests and accepts no new ones. A
+    drain cannot be undone. Call again for the number of requests that are left.
     """
     Scale: _aio.UnaryUnaryMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.Operation]  # type: ignore[assignment]
-    """Add workers, or empty some and end them, while the others serve."""
+    """Add workers, or drain and stop some, while the others serve."""
     Rebalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.Operation]  # type: ignore[assignment]
     """Move experts to where the load is."""
     GetOperation: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetOperationRequest, _admin_pb2.Operation]  # type: ignore[assignment]
@@ -89,11 +89,11 @@ class AdminAsyncStub(AdminStub):
     GetLog: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetLogRequest, _admin_pb2.GetLogResponse]  # type: ignore[assignment]
     """The newest lines that a worker or the controller has logged."""
     AbortRequests: _aio.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestsRequest, _admin_pb2.AbortRequestsResponse]  # type: ignore[assignment]
-    """End requests of clients by id."""
+    """Abort clients' requests by id."""
     LoadLoraAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadLoraAdapterRequest, _admin_pb2.LoraAdapter]  # type: ignore[assignment]
     """Load an adapter into all workers. Returns once requests may name it as their model."""
     UnloadLoraAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadLoraAdapterRequest, _admin_pb2.UnloadLoraAdapterResponse]  # type: ignore[assignment]
-    """Refuse new requests that name an adapter; those that have it end as ever, then it is freed."""
+    """Refuse new requests for an adapter; its running requests finish, then its memory is freed."""
     ListLoraAdapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListLoraAdaptersRequest, _admin_pb2.ListLoraAdaptersResponse]  # type: ignore[assignment]
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
@@ -119,7 +119,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.WatchClusterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.ClusterEvent], _abc.AsyncIterator[_admin_pb2.ClusterEvent]]:
-        """What happens to the cluster, as it happens, after what has happened so far."""
+        """Events of the cluster: first those of the past, then new ones as they occur."""
 
     @_abc_1.abstractmethod
     def ListWorkers(
@@ -134,7 +134,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.DrainWorkerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]:
-        """Empty a worker, or all of a node, and end it. Returns at once; follow it with GetOperation."""
+        """Drain and stop a worker, or all workers of a node. Returns at once; follow with GetOperation."""
 
     @_abc_1.abstractmethod
     def DrainGateway(
@@ -142,8 +142,8 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.DrainGatewayRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DrainGatewayResponse, _abc.Awaitable[_admin_pb2.DrainGatewayResponse]]:
-        """The gateway that is asked serves what it has, and is not ready for more; there is no way back.
-        Ask again for how much there is left.
+        """Drain the gateway that receives the call: it finishes its requests and accepts no new ones. A
+        drain cannot be undone. Call again for the number of requests that are left.
         """
 
     @_abc_1.abstractmethod
@@ -152,7 +152,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ScaleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Operation, _abc.Awaitable[_admin_pb2.Operation]]:
-        """Add workers, or empty some and end them, while the others serve."""
+        """Add workers, or drain and stop some, while the others serve."""
 
     @_abc_1.abstractmethod
     def Rebalance(
@@ -197,7 +197,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.AbortRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.AbortRequestsResponse, _abc.Awaitable[_admin_pb2.AbortRequestsResponse]]:
-        """End requests of clients by id."""
+        """Abort clients' requests by id."""
 
     @_abc_1.abstractmethod
     def LoadLoraAdapter(
@@ -213,7 +213,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.UnloadLoraAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.UnloadLoraAdapterResponse, _abc.Awaitable[_admin_pb2.UnloadLoraAdapterResponse]]:
-        """Refuse new requests that name an adapter; those that have it end as ever, then it is freed."""
+        """Refuse new requests for an adapter; its running requests finish, then its memory is freed."""
 
     @_abc_1.abstractmethod
     def ListLoraAdapters(

@@ -71,6 +71,13 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/kv/block_pool.py": ("workers/kv/test_block_pool.py",),
     "workers/kv/eviction.py": ("workers/kv/test_eviction.py",),
     "workers/kv/prefix_cache.py": ("workers/kv/test_prefix_cache.py",),
+    "workers/lora/catalog.py": ("workers/lora/test_catalog.py",),
+    "workers/lora/settings.py": ("workers/lora/test_settings.py",),
+    "workers/quantization/formats.py": (
+        "workers/quantization/test_matrix.py",
+        "workers/quantization/test_stored.py",
+    ),
+    "workers/quantization/stored.py": ("workers/quantization/test_stored.py",),
     "workers/requests/block_hash.py": (
         "workers/requests/test_block_hash.py",
         "workers/kv/test_block_pool.py",
@@ -84,6 +91,10 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/sampling/draws.py": ("workers/sampling/test_sampling.py",),
     "workers/sampling/logits_processors.py": ("workers/sampling/test_logits_processors.py",),
     "workers/sampling/sampler.py": ("workers/sampling/test_sampling.py",),
+    "workers/speculation/acceptance.py": ("workers/speculation/test_acceptance.py",),
+    "workers/speculation/ngram.py": ("workers/speculation/test_ngram.py",),
+    "workers/speculation/speculator.py": ("workers/speculation/test_speculator.py",),
+    "workers/speculation/step_cost.py": ("workers/speculation/test_step_cost.py",),
 }
 """Module -> its unit tests, under ``tests/``."""
 EQUIVALENT: Mapping[str, Mapping[str, str]] = {
@@ -111,12 +122,18 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "self._clock = 0": "only differences of times count",
         "self._clock += 1": "only proportions of ages count",
     },
+    "workers/quantization/stored.py": {
+        "group < 1": "1 is no multiple, and refused as such",
+    },
     "workers/requests/block_hash.py": {
         "to_bytes(8": "the hash function fills its salt up with zeros",
     },
     "workers/requests/sequence.py": {
         "last <= length": "speed: the general case gives the same tokens",
         "first >= length": "speed: the general case gives the same tokens",
+    },
+    "workers/lora/settings.py": {
+        "1)": "a file with one byte too many is refused, however many follow",
     },
     "workers/sampling/draws.py": {
         '"top_k"] > 0': "speed: a row without limits keeps all tokens",
@@ -127,6 +144,12 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     },
     "workers/sampling/logits_processors.py": {
         "values > 0": "a logit of 0 stays 0",
+    },
+    "workers/speculation/ngram.py": {
+        "self._key = 0": "the mask takes it off before a key is whole",
+    },
+    "workers/speculation/speculator.py": {
+        "of(1).price(1)": "no step is known: the price is the same for any number",
     },
 }
 """Module -> a part of one of its lines whose changes make no difference -> the reason."""

@@ -6,6 +6,7 @@ a request id, a key or a user.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -153,9 +154,10 @@ class GatewayMetrics:
             merged.add(families, **labels)
         yield merged
         if self._has_vllm_names:
+            now = time.time()
             merged, unprefixed = MergedFamilies(vllm_names.PREFIX), MergedFamilies("")
             for families, labels in parts:
-                merged.add(vllm_names.as_vllm(families), **labels)
+                merged.add(vllm_names.as_vllm(families, now), **labels)
                 unprefixed.add(vllm_names.as_instrumentator(families), **labels)
             yield merged
             yield unprefixed

@@ -7,7 +7,7 @@ vLLM counts HTTP requests with prometheus-fastapi-instrumentator, under names wi
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from cluster.core.metric_families import PlainFamily
@@ -68,13 +68,21 @@ _SOURCES = {
     "local_cache_hit": ("prompt_tokens_cached", "prompt_tokens_cached_total"),
 }
 """Family and sample of each source. Source: vLLM's ``PromptTokenStats``."""
+LORA_INFO = "lora_requests_info"
+"""The names of adapters with requests, as labels; one series for each engine."""
+_OF_LORA = {
+    "lora_requests_running": "running_lora_adapters",
+    "lora_requests_waiting": "waiting_lora_adapters",
+}
+"""Label of adapters with sequences in each of our families."""
+_Labels = tuple[tuple[str, str], ...]
 _OF_HTTP = frozenset({"http_requests", "http_request_duration_seconds"})
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
 """vLLM leaves out paths like these. Source: its dashboard ``vllm_overview.json`` says so."""
 
 
-def as_vllm(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
-    """The families that vLLM has, also under their older names."""
+def as_vllm(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily]:
+    """The families that vLLM has, also under their older names. ``now``: seconds since 1970."""
     for family in families:
         if (name := family["name"]) in SAME:
             yield family
@@ -85,6 +93,7 @@ def as_vllm(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
                 ]
                 yield {**family, "name": older, "samples": samples}
     yield from _by_source({family["name"]: family for family in families})
+    yield from _lora_info(families, now)
 
 
 def as_instrumentator(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:
@@ -121,3 +130,31 @@ def _by_source(families: Mapping[str, PlainFamily]) -> Iterator[PlainFamily]:
     if samples:
         text = "Prompt tokens by source of their KV, once a prompt is computed"
         yield {"name": BY_SOURCE, "text": text, "type": "counter", "samples": samples}
+
+
+def _lora_info(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily]:
+    """Which adapters have requests at each engine; as at vLLM, the value is the time."""
+    most: dict[_Labels, float] = {}
+    names: dict[_Labels, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for family in families:
+        for sample, labels, value in family["samples"]:
+            engine = tuple((name, of) for name, of in labels.items() if name != "lora_name")
+            if sample == "lora_adapters_max":
+                most[engine] = value
+            elif sample in _OF_LORA and value:
+                names[engine][_OF_LORA[sample]].append(labels["lora_name"])
+    samples = [
+        [
+            LORA_INFO,
+            {
+                **dict(engine),
+                "max_lora": f"{limit:g}",
+                **{label: ",".join(names[engine][label]) for label in _OF_LORA.values()},
+            },
+            now,
+        ]
+        for engine, limit in most.items()
+    ]
+    if samples:
+        text = "Adapters with requests at an engine, as labels; the value is the time"
+        yield {"name": LORA_INFO, "text": text, "type": "gauge", "samples": samples}

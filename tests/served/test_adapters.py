@@ -16,6 +16,7 @@ from cluster.launch.model_source import bundled_checkpoint
 from protos import inference_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.distributed import free_ports
+from tests.gateway.observability.scrape import Scrape
 from tests.harness.stalls import wait_until
 from tests.served.server import GOOD, WAIT_S, Served, running_server
 from tests.workers.lora.folders import random_adapter, target_shapes
@@ -56,6 +57,9 @@ def test_adapters_of_a_server(tmp_path: Path) -> None:
                 }
                 assert list(found) == [next(iter(found)), "a", "b"]
                 assert found["a"] == found["b"] == next(iter(found))
+            scrape = Scrape.of(server.client.get("/metrics").text)
+            assert scrape.label_values()["lora_name"] == {"a", "b"}
+            assert scrape.value("lora_adapters_loaded") == 2 * 2
             expected = stream_text(server, "b", lambda: None)
             (victim, *_) = [w for w in server.status()["workers"] if w["role"] == "attention"]
             assert (

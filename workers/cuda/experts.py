@@ -303,50 +303,22 @@ def _gate_up(
     rows = _sources_of(pairs, has_pair, sources, HAS_SOURCES, PER_ROW)
     columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     gate = slot.to(tl.int64) * (2 * WIDTH) + columns
+    up = gate + WIDTH
     is_column = columns < WIDTH
+    matrices = weights, scales, zeros
     gates = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     ups = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        gates = dot(
-            x,
-            _weights_tile(
-                weights,
-                scales,
-                zeros,
-                gate,
-                is_column,
-                place,
-                inputs.dtype.element_ty,
-                CODES,
-                HAS_E8M0,
-                HAS_ZEROS,
-                GROUP,
-                DEPTH,
-                STEP,
-            ),
-            gates,
+        of_gate = _weights_tile(
+            matrices, gate, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
         )
-        ups = dot(
-            x,
-            _weights_tile(
-                weights,
-                scales,
-                zeros,
-                gate + WIDTH,
-                is_column,
-                place,
-                inputs.dtype.element_ty,
-                CODES,
-                HAS_E8M0,
-                HAS_ZEROS,
-                GROUP,
-                DEPTH,
-                STEP,
-            ),
-            ups,
+        gates = dot(x, of_gate, gates)
+        of_up = _weights_tile(
+            matrices, up, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
         )
+        ups = dot(x, of_up, ups)
     dtype = out.dtype.element_ty
     if HAS_BIAS:
         own = biases + slot * (2 * WIDTH) + columns
@@ -405,29 +377,15 @@ def _multiply(
     columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     matrix = slot.to(tl.int64) * WIDTH + columns
     is_column = columns < WIDTH
+    matrices = weights, scales, zeros
     total = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        total = dot(
-            x,
-            _weights_tile(
-                weights,
-                scales,
-                zeros,
-                matrix,
-                is_column,
-                place,
-                inputs.dtype.element_ty,
-                CODES,
-                HAS_E8M0,
-                HAS_ZEROS,
-                GROUP,
-                DEPTH,
-                STEP,
-            ),
-            total,
+        tile = _weights_tile(
+            matrices, matrix, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
         )
+        total = dot(x, tile, total)
     if HAS_BIAS:
         own = biases + slot * WIDTH + columns
         total += tl.load(own, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -508,9 +466,7 @@ def _rows_tile(
 
 @jit
 def _weights_tile(
-    weights: tl.pointer_type,
-    scales: tl.pointer_type,
-    zeros: tl.pointer_type,
+    matrices: tl.tuple,
     rows: tl.tensor,
     is_row: tl.tensor,
     place: tl.tensor,
@@ -520,11 +476,14 @@ def _weights_tile(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
-    STEP: tl.constexpr,
 ) -> tl.tensor:
-    """[STEP, ROWS] of ``dtype``: of rows [ROWS], counted over all slots, the columns ``place``."""
+    """[STEP, ROWS] of ``dtype``: of rows [ROWS], counted over all slots, the columns ``place``.
+
+    ``matrices``: addresses of weights or codes, of scales and of zero points.
+    """
+    weights, scales, zeros = matrices
     mask = is_row[None, :]
-    if DEPTH % STEP != 0:
+    if DEPTH % place.shape[0] != 0:
         mask = mask & (place < DEPTH)[:, None]
     if CODES == "":
         found = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0.0)

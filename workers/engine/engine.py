@@ -266,6 +266,10 @@ class Engine:
         """Keys of those that requests have. Any thread may ask."""
         return tuple(key for key in tuple(self._adapter_uses) if key)
 
+    def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
+        """Running and waiting sequences by the key of their adapter. Any thread may ask."""
+        return self._scheduler.adapters()
+
     def _stop_using(self, adapter: str) -> None:
         self._adapter_uses[adapter] -= 1
         if not self._adapter_uses[adapter]:
@@ -399,8 +403,8 @@ class Engine:
         if predicted is None or result is None or tokens is None:
             return result
         speculator = self._speculator
-        asked = {s: new for s, new in ids.items() if speculator and speculator.is_curious(s)}
-        tokens.foretold.update(self._step_sampler.foretell(plan, result, predicted.hidden, asked))
+        asked = {s: new for s, new in ids.items() if speculator and speculator.wants_prediction(s)}
+        tokens.predicted.update(self._step_sampler.predict(plan, result, predicted.hidden, asked))
         return replace(result, routed=predicted.routed)
 
     def _abandon(self, plan: StepPlan) -> None:
@@ -433,8 +437,8 @@ class Engine:
             for planned in plan.rows:
                 if (own := new.get(planned.sequence)) is not None:
                     self._speculator.commit(planned.sequence, planned.drafts, own)
-            for sequence, token in tokens.foretold.items():
-                self._speculator.foretell(sequence, token)
+            for sequence, token in tokens.predicted.items():
+                self._speculator.note_prediction(sequence, token)
         for sequence, entries in tokens.scored.items():
             sequence.prompt_logprobs += entries
         for sequence, rows_found in tokens.inspected.items():

@@ -121,6 +121,12 @@ class Scheduler:
         """Waiting sequences that wait until the first choice of their request has its prompt."""
         return sum(map(self._waits_for_first_choice, self._waiting))
 
+    def adapters(self) -> tuple[Counter[str], Counter[str]]:
+        """Running and waiting sequences by adapter; any thread may call it."""
+        groups = (tuple(self._running), tuple(self._waiting))
+        running, waiting = (Counter(s.request.adapter for s in group) for group in groups)
+        return running, waiting
+
     @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens of waiting sequences, counted once for all choices of a request."""

@@ -55,7 +55,7 @@ class StepTokens:
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
     broken: list[PlannedRows] = field(default_factory=list)
     """Entries with drafts of which a row, perhaps of a rejected one, has NaN or infinity."""
-    foretold: dict[SequenceState, int] = field(default_factory=dict)
+    predicted: dict[SequenceState, int] = field(default_factory=dict)
     """The token that the predictor expects behind those drawn."""
 
 
@@ -143,7 +143,7 @@ class StepSampler:
         self._classify(tokens, result.hidden)
         return tokens
 
-    def foretell(
+    def predict(
         self,
         plan: StepPlan,
         result: StepResult,

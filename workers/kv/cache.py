@@ -71,8 +71,9 @@ class KVCache:
         self.predictor = self.layers[-1] if config.has_predictor else None
         """What its predictor gets."""
         self._dtype = dtype
-        is_plain = not is_fp8 and config.latent_rank is None
-        self.is_read_in_place = device.type == "cuda" and is_plain
+        self.has_plain_heads = not is_fp8 and config.latent_rank is None
+        """Blocks hold keys and values of heads as they are: the only ones with kernels for GPUs."""
+        self.is_read_in_place = device.type == "cuda" and self.has_plain_heads
         """Kernels on a GPU attend to blocks where they are; see ``AttentionBatch.paged``."""
         self.compute_threads = compute_threads
         self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))

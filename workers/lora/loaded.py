@@ -32,6 +32,11 @@ class LoadedAdapters:
         return tuple(self._adapters)
 
     @property
+    def limit(self) -> int:
+        """Adapters that may be loaded."""
+        return self._section.max_loras
+
+    @property
     def num_bytes(self) -> int:
         """Of the matrices of all adapters. Any thread may ask."""
         return sum(adapter.num_bytes for adapter in tuple(self._adapters.values()))
@@ -65,7 +70,7 @@ class LoadedAdapters:
         return BatchAdapters(found, self._model.device)
 
     def _check_room(self, prepared: PreparedAdapter) -> None:
-        limit = self._section.max_loras
+        limit = self.limit
         if len(self._adapters) >= limit:
             raise CheckpointError(
                 f"{limit} adapters are loaded, at most {limit} (max_loras) may be"

@@ -471,6 +471,8 @@ class AttentionRuntime(WorkerRuntime):
         if self._engine is None:
             return stats
         stats |= {**self._engine.stats(), **self._fetches.stats()}
+        by_adapter = self._compilations.by_adapter + self._fetches.by_adapter
+        stats |= self._adapters.stats(by_adapter)
         for reason, requests in (("grammar", self._compilations), ("kv", self._fetches)):
             stats["num_requests_waiting"] += requests.num_waiting
             name = f'num_requests_waiting_by_reason{{reason="{reason}"}}'

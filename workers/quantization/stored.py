@@ -185,5 +185,5 @@ def _check(name: str, settings: Mapping[str, Any], words: _Words, others: frozen
         if key not in words and key not in others:
             raise CheckpointError(f"{name}: {key} {value!r} is not supported")
     for key, known_values in words.items():
-        if key not in settings and None not in known_values and False not in known_values:
+        if key not in settings and None not in known_values:
             raise CheckpointError(f"{name}: {key} is missing")

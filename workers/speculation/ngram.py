@@ -53,7 +53,7 @@ class NgramIndex:
     def guess(self, count: int) -> tuple[int, ...]:
         """The next ``count`` tokens, if the text repeats itself; else none."""
         place = self._best_place()
-        if not place or count <= 0:
+        if not place:
             return ()
         last = place + count
         found = self._tokens[place:last]

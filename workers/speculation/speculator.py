@@ -108,7 +108,7 @@ class Speculator:
             is_right = followed.guess[0] == tokens[0]
             followed.acceptance.note(int(is_right), int(not is_right))
 
-    def is_curious(self, sequence: SequenceState) -> bool:
+    def wants_prediction(self, sequence: SequenceState) -> bool:
         """Whether it is worth the model's head to know what the model expects behind its output:
         it would be run, or a few are compared in case that is about to change.
         """
@@ -118,7 +118,7 @@ class Speculator:
         is_probe = len(sequence.output) % _COMPARED_ONE_IN == 0
         return is_probe or followed.acceptance.num_worth(self._price, 1) > 0
 
-    def foretell(self, sequence: SequenceState, token: int) -> None:
+    def note_prediction(self, sequence: SequenceState, token: int) -> None:
         """The model itself expects this token behind the output."""
         followed = self._find(sequence)
         if followed is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import httpx
 from prometheus_client import Metric
@@ -370,3 +371,35 @@ def test_what_vllm_has_too_comes_under_its_names_on_request() -> None:
         s.labels["source"]: s.value for s in families["vllm:prompt_tokens_by_source"].samples
     }
     assert sources == {"local_compute": 1.0, "local_cache_hit": 0.0}
+
+
+def test_adapters_with_requests_come_as_labels_under_vllm_s_name() -> None:
+    stats = {
+        "lora_adapters_max": 8.0,
+        'lora_requests_running{lora_name="sql"}': 2.0,
+        'lora_requests_running{lora_name="chat"}': 1.0,
+        'lora_requests_waiting{lora_name="sql"}': 0.0,
+        'lora_requests_waiting{lora_name="chat"}': 3.0,
+    }
+    of = {"role": "attention", "state": "SERVING"}
+    workers = [
+        {**of, "name": "a", "rank": 0, "stats": stats},
+        {**of, "name": "b", "rank": 1, "stats": {"lora_adapters_max": 8.0}},
+    ]
+    snapshot = {"state": "SERVING", "workers": workers}
+    began = time.time()
+    text = GatewayMetrics("tiny", lambda: snapshot, has_vllm_names=True).render().decode()
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    ours = families["expertmesh:lora_requests_running"].samples
+    assert {s.labels["lora_name"]: s.value for s in ours} == {"sql": 2.0, "chat": 1.0}
+    theirs = families["vllm:lora_requests_info"]
+    assert theirs.type == "gauge"
+    first, second = theirs.samples
+    assert (first.labels["engine"], first.labels["model_name"]) == ("0", "tiny")
+    assert first.labels["running_lora_adapters"] == "sql,chat"
+    assert first.labels["waiting_lora_adapters"] == "chat"
+    assert first.labels["max_lora"] == "8"
+    assert "lora_name" not in first.labels
+    assert began <= first.value <= time.time()
+    assert (second.labels["engine"], second.labels["running_lora_adapters"]) == ("1", "")
+    assert "vllm:lora_requests_running" not in families

@@ -49,7 +49,7 @@ def gpu_engine(path: Path, section: EngineSection) -> LocalEngine:
     )
     runner = local.engine.runner
     runner.model = family.attention_model(checkpoint, dtype, DEVICE, MAX_MODEL_LEN, CudaBlocks())
-    runner.cache.is_read_in_place = section.kv_cache_dtype != "fp8"
+    runner.cache.is_read_in_place = runner.cache.has_plain_heads  # as on a GPU
     return local
 
 
@@ -57,6 +57,7 @@ def gpu_engine(path: Path, section: EngineSection) -> LocalEngine:
     ("variant", "num_tokens"),
     [
         ("olmoe-norm-gqa-clip", 2),
+        ("deepseekv3-base", 2),
         *(pytest.param(x, 8, marks=pytest.mark.slow) for x in GPU_VARIANTS),
     ],
 )

@@ -173,20 +173,20 @@ def test_predictions_are_those_of_the_plain_formula(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(replace(TINY, family=family, prediction_layers=1), tmp_path / "model")
-    foretold: dict[int, int] = {}
+    predicted: dict[int, int] = {}
 
     def note(self: Speculator, sequence: SequenceState, token: int) -> None:
-        foretold[sequence.num_tokens] = token
+        predicted[sequence.num_tokens] = token
 
-    monkeypatch.setattr(Speculator, "foretell", note)
+    monkeypatch.setattr(Speculator, "note_prediction", note)
     (text,) = prompts(1)
     (result,) = engine_of(path).generate([text], GREEDY)
-    expected = _foretold(path, (*text, *result.token_ids))
-    assert len(foretold) == 24
-    assert foretold == {length: expected[length - 2] for length in foretold}
+    expected = _predicted(path, (*text, *result.token_ids))
+    assert len(predicted) == 24
+    assert predicted == {length: expected[length - 2] for length in predicted}
 
 
-def _foretold(path: Path, tokens: tuple[int, ...]) -> list[int]:
+def _predicted(path: Path, tokens: tuple[int, ...]) -> list[int]:
     """By position i, what is expected behind token i + 1. transformers computes the layers."""
     import transformers
 

@@ -21,7 +21,7 @@ SECTION = EngineSection(max_num_batched_tokens=16, max_num_seqs=8, block_size_to
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["dots1-groups", "jetmoe-tied"])
+@pytest.mark.parametrize("variant", ["dots1-groups", "jetmoe-tied", "deepseekv3-base"])
 def test_equals_merged_weights(
     golden: Callable[[str], Golden], variant: str, tmp_path: Path
 ) -> None:

@@ -36,6 +36,19 @@ def test_patterns_name_ends_of_modules() -> None:
     assert settings.scale_of("model.layers.1.self_attn.v_proj") == 16 / 4
 
 
+def test_least_and_largest_numbers() -> None:
+    settings = parse_settings({**CONFIG, "r": 1, "lora_alpha": -1e6})
+    assert settings.scale_of(MODULE) == -1e6
+
+
+@pytest.mark.parametrize(("length", "shown"), [(126, "x" * 126 + '"'), (127, "x" * 124 + "...")])
+def test_long_values_are_cut_in_errors(length: int, shown: str) -> None:
+    """At 128 characters, quotes included."""
+    with pytest.raises(CheckpointError) as found:
+        parse_settings({**CONFIG, "bias": "x" * length})
+    assert f'bias ("{shown}) must be' in str(found.value)
+
+
 def test_targets() -> None:
     assert parse_settings(CONFIG).has_target(MODULE)
     assert not parse_settings(CONFIG).has_target("model.layers.1.self_attn.my_q_proj")
@@ -61,6 +74,7 @@ def test_targets() -> None:
         ({"something_new": 3}, "something_new (3) is not supported"),
         ({"r": 0}, "r (0) must be an integer"),
         ({"r": True}, "r (true) must be an integer"),
+        ({"lora_alpha": True}, "lora_alpha (true) must be a number"),
         ({"lora_alpha": math.nan}, "lora_alpha (NaN) must be a number"),
         ({"lora_alpha": 10**400}, "lora_alpha (1000"),
         ({"rank_pattern": {"q_.*": 3}}, 'rank_pattern ("q_.*") must name'),
@@ -107,7 +121,7 @@ def test_files_that_are_not_read(data: bytes | None, words: str, tmp_path: Path)
 
 
 def test_file(tmp_path: Path) -> None:
-    text = json.dumps(dict(CONFIG))
+    text = json.dumps(dict(CONFIG)).ljust(1 << 20)
     (tmp_path / "adapter_config.json").write_text(text)
     settings, data = read_settings(tmp_path)
     assert settings == parse_settings(CONFIG)

@@ -21,6 +21,20 @@ def test_bytes_are_those_of_codes_scales_and_zero_points(
     assert matrix.dequantized().isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("form", "width", "num_bytes"),
+    [
+        (WeightFormat(codes="int4", group=32, scales="bfloat16"), 200, 100 + 7 * 2),
+        (WeightFormat(codes="int4", group=128, has_zeros=True), 200, 100 + 2 * (4 + 1)),
+        (WeightFormat(codes="int8", group=None), 10, 10 + 4),
+        (WeightFormat(codes="e4m3", group=128), 129, 129 + 2 * 4),
+        (WeightFormat(codes="e2m1", group=32, scales="e8m0"), 64, 32 + 2),
+    ],
+)
+def test_bytes_of_a_row(form: WeightFormat, width: int, num_bytes: int) -> None:
+    assert form.num_bytes((3, width)) == 3 * num_bytes
+
+
 def test_a_weight_is_scale_times_code_less_zero_point() -> None:
     matrix = QuantizedMatrix(
         format=WeightFormat(codes="int4", group=8, has_zeros=True),

@@ -46,6 +46,7 @@ def test_nothing_is_guessed_where_nothing_repeats() -> None:
 def test_place_where_more_tokens_agree_wins_over_a_later_one() -> None:
     text = [1, 2, 3, 40, 9, 2, 3, 50, 1, 2, 3]
     assert index_of(text).guess(1) == (40,)
+    assert index_of(text, least=1).guess(1) == (40,)
     assert index_of(text, least=2, most=2).guess(1) == (50,)
 
 

@@ -83,6 +83,43 @@ def test_wrong_guesses_switch_it_off_and_right_ones_on_again() -> None:
     assert speculator.stats()["spec_decode_num_withheld_drafts_total"] == num_withheld + place
 
 
+def test_a_right_guess_that_was_not_run_counts() -> None:
+    """At a price of 0.57, which one right guess of two is not worth, and two of three are."""
+    speculator = Speculator(SECTION, 1000, (EOS,))
+    for size in (1, 5) * 200:
+        speculator.observe_step(size, 0, 0.4 + 0.6 * size)
+    speculator.plan_step(1)
+    assert 0.5 < speculator.stats()["spec_decode_row_price"] < 0.6
+    sequence = sequence_of(output=(11, 12))
+    assert decode(speculator, sequence, 13) == ()
+    assert decode(speculator, sequence, 99) == (14,)
+
+
+def test_a_draft_of_right_guesses_alone_has_no_wrong_one() -> None:
+    """At the price that is assumed at first, 0.3."""
+    speculator, sequence = Speculator(SECTION, 1000, (EOS,)), sequence_of(output=(11, 12))
+    assert decode(speculator, sequence, 13, 14) == (13,)
+    assert speculator.draft(sequence) == (15, 16, 11)
+
+
+def test_the_first_step_is_one_of_this_rank_alone() -> None:
+    speculator = Speculator(SECTION, 1000, (EOS,))
+    speculator.plan_step(1)
+    speculator.observe_step(5, 0, 1.0)
+    speculator.plan_step(1)
+    assert speculator.stats()["spec_decode_row_price"] == pytest.approx(0.06 / 0.76)
+
+
+def test_sequences_of_other_ranks_count() -> None:
+    """A step of 24 rows, and 10 sequences elsewhere: with 2 here there are 12 in all."""
+    speculator = Speculator(SECTION, 1000, (EOS,))
+    for _ in range(3):
+        speculator.plan_step(2)
+        speculator.observe_step(24, 10, 1.0)
+    speculator.plan_step(2)
+    assert speculator.stats()["spec_decode_row_price"] == pytest.approx(0.15 / 0.85)
+
+
 def test_dear_rows_are_not_used() -> None:
     speculator, sequence = speculator_of(), sequence_of(output=(11, 12))
     speculator.plan_step(32)
@@ -173,21 +210,23 @@ def test_few_predictions_are_made_where_none_would_be_run() -> None:
     for size in (1, 2) * 200:
         speculator.observe_step(size, 0, 1.0 * size)  # a row costs as much as a step
     speculator.plan_step(1)
-    asked = 0
+    asked = []
     for _ in range(64):
-        if speculator.is_curious(sequence):
-            asked += 1
-            speculator.foretell(sequence, 12)
+        if speculator.wants_prediction(sequence):
+            asked.append(len(sequence.output))
+            speculator.note_prediction(sequence, 12)
         assert decode(speculator, sequence, 99) == ()
-    assert asked == 8
+    assert asked == list(range(8, 65, 8))
     for size in (1, 2) * 200:
         speculator.observe_step(size, 0, 1.0)
     speculator.plan_step(1)
     for _ in range(64):
-        speculator.foretell(sequence, 12)
+        speculator.note_prediction(sequence, 12)
         decode(speculator, sequence, 12)
-    assert speculator.is_curious(sequence)
-    speculator.foretell(sequence, 12)
+    for _ in range(8):
+        assert speculator.wants_prediction(sequence)
+        decode(speculator, sequence, 12)
+    speculator.note_prediction(sequence, 12)
     assert speculator.draft(sequence) == (12,)
 
 
@@ -198,6 +237,7 @@ def test_request_with_a_grammar_has_none(caplog: pytest.LogCaptureFixture) -> No
     for _ in range(2):
         sequence = sequence_of(params=SamplingParams(grammar=grammar), output=(11, 12))
         assert speculator.draft(sequence) == ()
+        assert not speculator.wants_prediction(sequence)
     assert caplog.messages == ["no speculative decoding for requests with a grammar"]
 
 

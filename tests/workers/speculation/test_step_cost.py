@@ -1,4 +1,4 @@
-"""The price of a row in tokens, from the times of steps; and which guesses are worth it."""
+"""The price of a row in tokens, from the times of steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from workers.speculation.acceptance import Acceptance
-from workers.speculation.step_cost import StepCost
+from workers.speculation.step_cost import StepCost, StepCosts
 
 
 def observed(begin_s: float, row_s: float, sizes: list[int]) -> StepCost:
@@ -57,32 +56,16 @@ def test_price_stays_within_its_bounds_whatever_steps_take() -> None:
         assert 0.02 <= cost.price(rng.randrange(1, 80)) <= 1
 
 
-def test_worth_is_the_number_of_guesses_with_a_chance_above_the_price() -> None:
-    acceptance = Acceptance()
-    assert acceptance.share == 0.5
-    assert acceptance.num_worth(0.3, 8) == 1
-    assert acceptance.num_worth(0.2, 8) == 2
-    assert acceptance.num_worth(0.6, 8) == 0
+def test_a_slow_step_counts_as_one_of_half_as_long_again_as_expected() -> None:
+    cost = StepCost()
+    cost.observe(1, 1.0)  # assumed: 0.7 s, and 0.3 s for each row
+    cost.observe(5, 100.0)  # expected: 2.2 s
+    assert cost.price(1) == pytest.approx(0.2884, abs=1e-4)
 
 
-def test_right_guesses_raise_the_number_and_wrong_ones_end_it() -> None:
-    acceptance = Acceptance()
-    counts = []
-    for _ in range(6):
-        acceptance.note(2, 0)
-        counts.append(acceptance.num_worth(0.3, 8))
-    assert counts == sorted(counts)
-    assert counts[-1] == 8
-    for _ in range(30):
-        acceptance.note(0, 1)
-    assert acceptance.num_worth(0.3, 8) == 0
-    for _ in range(20):
-        acceptance.note(1, 0)
-    assert acceptance.num_worth(0.3, 8) > 1
-
-
-def test_share_stays_between_its_bounds() -> None:
-    acceptance = Acceptance()
-    for right, wrong in [(1000, 0), (0, 1000), (8, 1)] * 20:
-        acceptance.note(right, wrong)
-        assert 0 < acceptance.share < 1
+def test_batches_of_about_the_same_size_share_a_line() -> None:
+    costs = StepCosts()
+    groups = [(0, 1), (2,), (3, 4), (5, 6, 7, 8), (9, 16), (17, 32)]
+    lines = [{costs.of(count) for count in group} for group in groups]
+    assert [len(found) for found in lines] == [1] * len(groups)
+    assert len(set().union(*lines)) == len(groups)

@@ -185,8 +185,7 @@ class Checkpoint:
             return mxfp4.as_stored(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
         if (packed := self._packed_parts(part)) is not None:
             return self._unpacked(part, packed)
-        scales, block = self._scales(part)
-        return scaled_blocks.as_stored(self._stored(part), self._stored(scales), block, form)
+        return scaled_blocks.as_stored(*self._scaled(part), form)
 
     def _unpacked(self, part: TensorPart, packed: Sequence[TensorPart]) -> QuantizedMatrix:
         """A matrix that is stored as packed integers."""
@@ -286,11 +285,16 @@ class Checkpoint:
             return mxfp4.decoded(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
         if (packed := self._packed_parts(part)) is not None:
             return self._unpacked(part, packed).dequantized()
-        stored = self._stored(part)
         if self._entry(part).dtype != scaled_blocks.DTYPE:
-            return stored
+            return self._stored(part)
+        return scaled_blocks.unscaled(*self._scaled(part))
+
+    def _scaled(self, part: TensorPart) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """A float8 matrix as it is stored, its scales, and the size of a block with one scale."""
         scales, block = self._scales(part)
-        return scaled_blocks.unscaled(stored, self._stored(scales), block)
+        stored = self._stored(part)
+        scaled_blocks.check_codes(stored, part.name)
+        return stored, self._stored(scales), block
 
     def _stored(self, part: TensorPart, known: Collection[str] = tuple(_DTYPES)) -> Tensor:
         entry = self._entry(part, known)

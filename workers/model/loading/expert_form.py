@@ -59,8 +59,12 @@ def kept_banks(
         known = f"the checkpoint stores experts as {' and '.join(sorted(forms))}"
         rule = f"must be auto or none: {known}, which auto keeps and none decodes"
         raise ConfigError("quantize", setting, rule)
-    form = rounded_form(setting, family.banks)
-    return tuple(_with_forms(bank, [form] * len(bank.exchanges)) for bank in family.banks)
+    return with_form(family.banks, rounded_form(setting, family.banks))
+
+
+def with_form(banks: Sequence[BankSpec], form: WeightFormat | None) -> tuple[BankSpec, ...]:
+    """The same banks with their experts in one format; None: in the compute type."""
+    return tuple(_with_forms(bank, [form] * len(bank.exchanges)) for bank in banks)
 
 
 def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ class AdapterIntake:
         """By key, in the order of the order."""
         self._build: tuple[str, Iterator[None]] | None = None
         """What is made ready."""
+        self._names: Mapping[str, str] = {}
+        """By key; never changed but replaced."""
         self._digests: dict[str, str] = {}
         self._errors: dict[str, str] = {}
 
@@ -67,6 +70,7 @@ class AdapterIntake:
             return
         self._order, self._number = order, order.number
         wanted = {adapter.key: adapter for adapter in order.adapters}
+        self._names = {key: adapter.name for key, adapter in wanted.items()}
         for key in self._engine.adapters.keys:
             if key not in wanted:
                 self._engine.drop_adapter(key)
@@ -93,6 +97,28 @@ class AdapterIntake:
             return None
         number, self._order = self._order.number, None
         return AdaptersKept(number=number, digests=dict(self._digests), errors=dict(self._errors))
+
+    def stats(self, waiting: Mapping[str, int]) -> dict[str, float]:
+        """Gauges by metric name without prefix, with 0 for an adapter that no request has.
+
+        ``waiting`` are choices by key that the engine does not have yet. Any thread may call it.
+        """
+        loaded, names = self._engine.adapters, self._names
+        by_state = dict(
+            zip(("running", "waiting"), self._engine.sequences_by_adapter(), strict=True)
+        )
+        by_state["waiting"].update(waiting)
+        counts: Counter[tuple[str, str]] = Counter()
+        for key in loaded.keys:
+            for state, found in by_state.items():
+                # A name that is loaded again has two keys until the old one is free.
+                counts[state, names.get(key, key)] += found[key]
+        return {
+            "lora_adapters_loaded": float(len(loaded.keys)),
+            "lora_adapters_max": float(loaded.limit),
+            "lora_adapters_bytes": float(loaded.num_bytes),
+            **{f'lora_requests_{s}{{lora_name="{n}"}}': float(v) for (s, n), v in counts.items()},
+        }
 
     def close(self) -> None:
         """Read nothing more; what is being read ends by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -35,17 +36,25 @@ class WaitingRequests(ABC):
         max_threads: jobs that run at the same time.
     """
 
-    num_waiting = 0
-    """Choices of the requests that wait here; other threads may read it."""
-    adapters: frozenset[str] = frozenset()
-    """Keys of the adapters of the requests that wait here; other threads may read it."""
-
     def __init__(
         self, wake: Callable[[], None], clock: Callable[[], float], name: str, max_threads: int
     ) -> None:
+        self.by_adapter: Counter[str] = Counter()
+        """Choices of the requests that wait here, by the key of their adapter. Never changed but
+        replaced: other threads may read it."""
         self._wake = wake
         self._clock = clock
         self._executor = ThreadPoolExecutor(max_threads, thread_name_prefix=name)
+
+    @property
+    def num_waiting(self) -> int:
+        """Choices of the requests that wait here; other threads may ask."""
+        return self.by_adapter.total()
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Keys of the adapters of the requests that wait here; other threads may ask."""
+        return frozenset(key for key in self.by_adapter if key)
 
     @abstractmethod
     def _all_jobs(self) -> Iterable[Job]:
@@ -95,6 +104,8 @@ class WaitingRequests(ABC):
 
     def _count(self) -> None:
         """Must follow every change of the jobs."""
-        waiting = [command.request for job in self._all_jobs() for command in job.waiting]
-        self.num_waiting = sum(request.n for request in waiting)
-        self.adapters = frozenset(request.adapter for request in waiting if request.adapter)
+        found: Counter[str] = Counter()
+        for job in self._all_jobs():
+            for command in job.waiting:
+                found[command.request.adapter] += command.request.n
+        self.by_adapter = found

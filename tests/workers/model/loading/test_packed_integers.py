@@ -15,46 +15,14 @@ from cluster.core.errors import CheckpointError
 from tests.reference.goldens import golden_path
 from tests.reference.local_engine import LocalEngine
 from tests.workers.model.loading.packers import pack_checkpoint
+from tests.workers.quantization.configs import GPTQ, SETTINGS
 from workers.experts.sources import CheckpointSource
 from workers.model.config import TensorPart
 from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
 from workers.quantization.matrix import QuantizedMatrix
-from workers.quantization.stored import stored_as
 from workers.requests.request import Request, SamplingParams
 
 EXPERT = "model.layers.0.mlp.experts.3"
-
-
-def group(**weights: Any) -> dict[str, Any]:
-    """A group of compressed-tensors."""
-    known = {"type": "int", "symmetric": True, "strategy": "group", "group_size": 8}
-    return {"targets": ["Linear"], "weights": {**known, "num_bits": 4, **weights}}
-
-
-def tensors_config(**weights: Any) -> dict[str, Any]:
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group(**weights)},
-        "ignore": ["lm_head", "re:.*mlp.gate$"],
-    }
-
-
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": False, "desc_act": False}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "gptq": GPTQ,
-    "gptq-symmetric": {**GPTQ, "sym": True},
-    "gptq-8-bits-rows": {**GPTQ, "bits": 8, "group_size": -1, "checkpoint_format": "gptq"},
-    "gptq-short-group": {**GPTQ, "group_size": 24, "checkpoint_format": "gptq"},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"},
-    "awq-short-group": {"quant_method": "awq", "bits": 4, "group_size": 40, "zero_point": True},
-    "tensors": tensors_config(),
-    "tensors-short-group": tensors_config(num_bits=8, group_size=40),
-    "tensors-zeros-short-group": tensors_config(symmetric=False, group_size=24),
-    "tensors-zeros": tensors_config(symmetric=False),
-    "tensors-8-bits-rows": tensors_config(num_bits=8, strategy="channel", group_size=None),
-}
 
 
 @pytest.fixture(params=SETTINGS)
@@ -154,42 +122,3 @@ def test_a_matrix_that_is_stored_in_no_way_is_named(tmp_path: Path) -> None:
     change(path, f"{EXPERT}.down_proj.qweight", None)
     with pytest.raises(CheckpointError, match=r"3.down_proj.weight \[64, 48\] is missing"):
         check_checkpoint(path, "auto")
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ("int4", "quantization_config 'int4' must be an object"),
-        ({"bits": 4}, "quant_method is missing"),
-        ({"quant_method": ["gptq"]}, "quant_method ['gptq'] is not supported: must be 'fp8'"),
-        ({"quant_method": {}}, "quant_method {} is not supported: must be 'fp8'"),
-        ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported: must be 'fp8' or 'gptq'"),
-        ({**GPTQ, "bits": 3}, "bits 3 is not supported: must be 4 or 8"),
-        ({**GPTQ, "group_size": 12}, "group_size 12 must be -1 or a multiple of 8"),
-        ({**GPTQ, "group_size": None}, "group_size None must be"),
-        ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
-        ({**GPTQ, "rotation": "hadamard"}, "rotation 'hadamard' is not supported"),
-        ({**SETTINGS["awq"], "version": "gemv"}, "version 'gemv' is not supported"),
-        ({**SETTINGS["awq"], "bits": 8}, "bits 8 is not supported: must be 4"),
-        ({**SETTINGS["awq"], "zero_point": False}, "zero_point False is not supported"),
-        (tensors_config(num_bits=3), "num_bits 3 is not supported: must be 4 or 8"),
-        (tensors_config(symmetric="no"), "symmetric 'no' is not supported: must be True or False"),
-        (tensors_config(actorder="group"), "actorder 'group' is not supported"),
-        (tensors_config(type="float"), "type 'float' is not supported: must be 'int'"),
-        ({**tensors_config(), "format": "int-quantized"}, "format 'int-quantized' is not"),
-        ({**tensors_config(), "config_groups": {}}, "config_groups {} must be an object"),
-        ({**tensors_config(), "config_groups": {"a": {}}}, "config_groups.a: weights None must"),
-        (
-            {**tensors_config(), "config_groups": {"a": group(), "b": group(num_bits=8)}},
-            "config_groups a, b must have equal weights",
-        ),
-        (
-            {**tensors_config(), "config_groups": {"a": {**group(), "input_activations": {}}}},
-            "input_activations {} is not supported: must be None",
-        ),
-    ],
-)
-def test_what_would_change_the_numbers_is_refused(settings: Any, words: str) -> None:
-    with pytest.raises(CheckpointError) as refused:
-        stored_as(settings)
-    assert words in str(refused.value)

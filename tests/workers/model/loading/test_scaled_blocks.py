@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.config.cluster import Quantize
 from cluster.core.errors import CheckpointError
 from tests.reference.goldens import golden_path
+from workers.experts.slots import ExpertSlots
 from workers.model.config import TensorPart
 from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
-from workers.model.loading.scaled_blocks import as_stored, scales_of, unscaled
+from workers.model.loading.scaled_blocks import as_stored, check_codes, scales_of, unscaled
 from workers.quantization.formats import WeightFormat
 
 NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
@@ -81,3 +83,28 @@ def test_float8_without_a_word_in_the_config_is_refused(scaled: Path) -> None:
     change_config(scaled, None)
     with pytest.raises(CheckpointError, match=r"F8_E4M3, which needs .* weight_block_size"):
         check_checkpoint(scaled)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("quantize", ["auto", "none"])
+def test_codes_that_are_not_numbers_are_refused(
+    scaled: Path, code: int, quantize: Quantize
+) -> None:
+    """Whether workers keep the codes or not: kernels would compute with 480."""
+    tensors = load_file(scaled / "model.safetensors")
+    tensors[NAME].view(torch.uint8)[5, 7] = code
+    save_file(tensors, scaled / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(scaled, quantize=quantize)
+    family = checkpoint.family
+    form = family.banks[0].exchanges[0].form
+    assert (form is None) == (quantize == "none")
+    slots = ExpertSlots(family.banks, 128, torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=rf"tensor {NAME} must hold numbers"):
+        slots.load_all(checkpoint)
+
+
+def test_all_other_codes_are_numbers() -> None:
+    codes = torch.tensor([c for c in range(256) if c not in (0x7F, 0xFF)], dtype=torch.uint8)
+    stored = codes.view(torch.float8_e4m3fn)
+    check_codes(stored.view(2, -1), "x")
+    assert stored.float().isfinite().all()

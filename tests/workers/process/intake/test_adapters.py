@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.workers.lora.folders import random_adapter, target_shapes
 from workers.lora.adapters import PreparedAdapter
 from workers.lora.loaded import LoadedAdapters
 from workers.process.intake.adapters import AdapterIntake
+from workers.requests.request import Request, SamplingParams
 
 
 class HangingAdapters(LoadedAdapters):
@@ -34,7 +36,8 @@ class Intake:
     """An intake, and what wakes it."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.engine = LocalEngine(checkpoint).engine
+        self.local = LocalEngine(checkpoint)
+        self.engine = self.local.engine
         self.num_wakes = 0
         self.intake = AdapterIntake(self.engine, self._wake)
 
@@ -144,3 +147,35 @@ def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: Adapter)
     thread.join(20.0)
     assert not thread.is_alive()
     assert intake.intake.go_on() is None
+
+
+def test_adapters_and_their_sequences_are_counted_by_name(intake: Intake, sql: Adapter) -> None:
+    assert intake.intake.stats({}) == {
+        "lora_adapters_loaded": 0.0,
+        "lora_adapters_max": 8.0,
+        "lora_adapters_bytes": 0.0,
+    }
+    newer, other = (Adapter(key=key, name=key[:3], path=sql.path) for key in ("sql@2", "two@3"))
+    intake.order(1, sql, newer, other)
+    intake.answer()
+    engine, params = intake.engine, SamplingParams(max_tokens=4, ignore_eos=True)
+    for key in ("sql@1", "sql@2", ""):
+        engine.add_request(Request(request_id=key, prompt=(1, 2), params=params, adapter=key))
+    assert in_state(intake, "waiting") == {"sql": 2.0, "two": 0.0}
+    intake.local.step()
+    assert in_state(intake, "running") == {"sql": 2.0, "two": 0.0}
+    assert in_state(intake, "waiting", {"two@3": 5, "": 1}) == {"sql": 0.0, "two": 5.0}
+    stats = intake.intake.stats({})
+    assert stats["lora_adapters_loaded"] == 3.0
+    assert stats["lora_adapters_bytes"] == engine.adapters.num_bytes > 0
+    intake.order(2, sql, newer)
+    assert in_state(intake, "running") == {"sql": 2.0}
+
+
+def in_state(
+    intake: Intake, state: str, waiting: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Sequences by name."""
+    stats = intake.intake.stats(waiting or {})
+    begin = f'lora_requests_{state}{{lora_name="'
+    return {k.removeprefix(begin)[:-2]: n for k, n in stats.items() if k.startswith(begin)}

@@ -22,9 +22,13 @@ from workers.requests.request import Grammar, GrammarKind, Request, SamplingPara
 WAIT_S = 60.0
 
 
-def command(name: str, text: str, gateway: str = "g", attempt: int = 0) -> AddRequest:
+def command(
+    name: str, text: str, gateway: str = "g", attempt: int = 0, n: int = 1, adapter: str = ""
+) -> AddRequest:
     params = SamplingParams(grammar=Grammar(kind=GrammarKind.REGEX, text=text))
-    request = Request(request_id=name, prompt=(1,), params=params, attempt=attempt)
+    request = Request(
+        request_id=name, prompt=(1,), params=params, attempt=attempt, n=n, adapter=adapter
+    )
     return AddRequest(gateway, request, 0.0)
 
 
@@ -132,6 +136,16 @@ def test_a_slow_grammar_holds_up_no_other(workshop: Workshop, waiting: GrammarCo
     workshop.finish("y")
     assert names(waiting) == ["quick"]
     assert waiting.num_waiting == 1
+
+
+def test_choices_that_wait_are_counted_by_adapter(waiting: GrammarCompilations) -> None:
+    waiting.put(command("a", "x", n=2, adapter="sql@1"))
+    waiting.put(command("b", "x", adapter="sql@1"))
+    waiting.put(command("c", "y"))
+    assert waiting.by_adapter == {"sql@1": 3, "": 1}
+    assert waiting.num_waiting == 4
+    waiting.drop("a")
+    assert waiting.by_adapter == {"sql@1": 1, "": 1}
 
 
 def test_a_grammar_over_its_time_is_refused_by_name(
