@@ -203,6 +203,24 @@ def shared_bytes(device: torch.device) -> int:
     return found
 
 
+def _num_stages(tile: Tile, inputs: Tensor, matrices: Matrices, height: int, rows_read: int) -> int:
+    """Reads under way at once for ``height`` pairs and ``rows_read`` rows of weights.
+
+    Codes become numbers of shared memory of their own. They are read a byte each, also those of 4
+    bits, and so are scales and zero points of groups that are shorter than what is read at a time.
+    """
+    room, form = shared_bytes(matrices.weights.device), matrices.form
+    row_bytes = tile.row_bytes
+    if form is not None:
+        room -= rows_read * row_bytes
+        step, group = row_bytes // inputs.itemsize, form.group or matrices.width
+        per_group = form.scale_bytes + form.has_zeros
+        has_one_group = group >= matrices.width or group % step == 0
+        row_bytes = step + per_group if has_one_group else step * (1 + per_group)
+    stage_bytes = height * tile.row_bytes + rows_read * row_bytes
+    return max(1, min(tile.stages, room // stage_bytes))
+
+
 def _launch(
     kernel: Any,
     inputs: Tensor,
@@ -220,7 +238,7 @@ def _launch(
     assert form is not None or inputs.dtype == weights.dtype
     assert inputs.is_contiguous()
     tile = _tile(pairs, inputs)
-    stage_bytes = (pairs.height + rows_read) * tile.row_bytes
+    step = tile.row_bytes // inputs.itemsize
     num_slots = weights.shape[0]
     slots, blocks, sources = pairs.slots, pairs.blocks, pairs.sources
     out = inputs.new_empty(slots.numel(), width)
@@ -252,9 +270,9 @@ def _launch(
         WIDTH=width,
         HEIGHT=pairs.height,
         ROWS=rows,
-        STEP=tile.row_bytes // inputs.itemsize,
+        STEP=step,
         num_warps=tile.warps,
-        num_stages=min(tile.stages, shared_bytes(weights.device) // stage_bytes),
+        num_stages=_num_stages(tile, inputs, matrices, pairs.height, rows_read),
         **more,
     )
     return out
@@ -305,18 +323,18 @@ def _gate_up(
     gate = slot.to(tl.int64) * (2 * WIDTH) + columns
     up = gate + WIDTH
     is_column = columns < WIDTH
-    matrices = weights, scales, zeros
+    parts = weights, scales, zeros
     gates = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     ups = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
         of_gate = _weights_tile(
-            matrices, gate, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
+            parts, gate, is_column, start, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
         )
         gates = dot(x, of_gate, gates)
         of_up = _weights_tile(
-            matrices, up, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
+            parts, up, is_column, start, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
         )
         ups = dot(x, of_up, ups)
     dtype = out.dtype.element_ty
@@ -375,15 +393,15 @@ def _multiply(
     pairs, has_pair = _pairs_of(block, order, table, num_blocks, IS_SORTED, HEIGHT)
     rows = _sources_of(pairs, has_pair, sources, HAS_SOURCES, PER_ROW)
     columns = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    matrix = slot.to(tl.int64) * WIDTH + columns
+    row = slot.to(tl.int64) * WIDTH + columns
     is_column = columns < WIDTH
-    matrices = weights, scales, zeros
+    parts = weights, scales, zeros
     total = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
         tile = _weights_tile(
-            matrices, matrix, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
+            parts, row, is_column, start, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
         )
         total = dot(x, tile, total)
     if HAS_BIAS:
@@ -466,34 +484,42 @@ def _rows_tile(
 
 @jit
 def _weights_tile(
-    matrices: tl.tuple,
+    parts: tl.tuple,
     rows: tl.tensor,
     is_row: tl.tensor,
-    place: tl.tensor,
+    start: tl.tensor,
     dtype: tl.constexpr,
     CODES: tl.constexpr,
     HAS_E8M0: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
+    STEP: tl.constexpr,
 ) -> tl.tensor:
-    """[STEP, ROWS] of ``dtype``: of rows [ROWS], counted over all slots, the columns ``place``.
+    """[STEP, ROWS] of ``dtype``: of rows [ROWS], counted over all slots, the columns from ``start``
+    on.
 
-    ``matrices``: addresses of weights or codes, of scales and of zero points.
+    ``parts``: addresses of weights or codes, of scales and of zero points.
     """
-    weights, scales, zeros = matrices
+    weights, scales, zeros = parts
+    place = start + tl.arange(0, STEP)
     mask = is_row[None, :]
-    if DEPTH % place.shape[0] != 0:
+    if DEPTH % STEP != 0:
         mask = mask & (place < DEPTH)[:, None]
     if CODES == "":
         found = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0.0)
     else:
         numbers = numbers_tile(weights, rows, place, mask, CODES, DEPTH)
         groups: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
-        at = rows[None, :] * groups + (place // GROUP)[:, None]
+        if groups == 1 or GROUP % STEP == 0:  # all columns are of one group
+            at = rows[None, :] * groups + start // GROUP
+            is_group = is_row[None, :]
+        else:
+            at = rows[None, :] * groups + (place // GROUP)[:, None]
+            is_group = mask
         if HAS_ZEROS:
-            numbers -= tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
-        scale = tl.load(scales + at, mask=mask, other=0)
+            numbers -= tl.load(zeros + at, mask=is_group, other=0).to(tl.float32)
+        scale = tl.load(scales + at, mask=is_group, other=0)
         if HAS_E8M0:
             numbers *= power_of(scale)
         else:
