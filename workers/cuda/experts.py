@@ -312,11 +312,11 @@ def _gate_up(
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
         of_gate = _weights_tile(
-            matrices, gate, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
+            matrices, gate, is_column, place, x, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
         )
         gates = dot(x, of_gate, gates)
         of_up = _weights_tile(
-            matrices, up, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
+            matrices, up, is_column, place, x, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
         )
         ups = dot(x, of_up, ups)
     dtype = out.dtype.element_ty
@@ -383,7 +383,7 @@ def _multiply(
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
         tile = _weights_tile(
-            matrices, matrix, is_column, place, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH
+            matrices, matrix, is_column, place, x, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
         )
         total = dot(x, tile, total)
     if HAS_BIAS:
@@ -470,20 +470,22 @@ def _weights_tile(
     rows: tl.tensor,
     is_row: tl.tensor,
     place: tl.tensor,
-    dtype: tl.constexpr,
+    x: tl.tensor,
     CODES: tl.constexpr,
     HAS_E8M0: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
+    STEP: tl.constexpr,
 ) -> tl.tensor:
-    """[STEP, ROWS] of ``dtype``: of rows [ROWS], counted over all slots, the columns ``place``.
+    """[STEP, ROWS]: of rows [ROWS], counted over all slots, the columns ``place``.
 
-    ``matrices``: addresses of weights or codes, of scales and of zero points.
+    ``matrices``: addresses of weights or codes, of scales and of zero points. Numbers of codes get
+    the type of ``x``, which is multiplied with them.
     """
     weights, scales, zeros = matrices
     mask = is_row[None, :]
-    if DEPTH % place.shape[0] != 0:
+    if DEPTH % STEP != 0:
         mask = mask & (place < DEPTH)[:, None]
     if CODES == "":
         found = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0.0)
@@ -498,7 +500,7 @@ def _weights_tile(
             numbers *= power_of(scale)
         else:
             numbers *= scale.to(tl.float32)
-        found = cast(numbers, dtype)
+        found = cast(numbers, x.dtype)
     return found
 
 
