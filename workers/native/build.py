@@ -70,8 +70,8 @@ _AVX512 = InstructionSet(
 )
 _AVX512_BF16 = InstructionSet(
     "avx512_bf16",
-    _AVX512.cpu_flags | {"avx512_bf16"},
-    (*_AVX512.compiler_flags, "-mavx512bf16"),
+    _AVX512.cpu_flags | {"avx512_bf16", "avx512vbmi"},
+    (*_AVX512.compiler_flags, "-mavx512bf16", "-mavx512vbmi"),
 )
 INSTRUCTION_SETS = (_AVX512_BF16, _AVX512, _AVX2)
 """Best first."""

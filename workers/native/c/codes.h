@@ -7,6 +7,9 @@
 // How a tile finds pairs of bfloat16: in words of codes, or as they are.
 enum source { FROM_INT8, FROM_FLOAT8, FROM_4_BITS, DECODED };
 
+// Bytes A, B, C and D of a word.
+#define ORDER(A, B, C, D) ((int)((unsigned)(D) << 24 | (C) << 16 | (B) << 8 | (A)))
+
 // bfloat16 of each code of 4 bits: -8 to 7 in two's complement, and E2M1.
 static const uint16_t NUMBERS[2][16] = {
     {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
@@ -15,18 +18,46 @@ static const uint16_t NUMBERS[2][16] = {
      0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0},
 };
 
+#ifdef __AVX512BF16__
+#define LOG2(N) ((N) < 2 ? 0 : (N) < 4 ? 1 : (N) < 8 ? 2 : (N) < 16 ? 3 : (N) < 32 ? 4 \
+                 : (N) < 64 ? 5 : (N) < 128 ? 6 : 7)
+// bfloat16 of N * 2**E, for N of 1 to 128.
+#define NUMBER(N, E) ((127 + (E) + LOG2(N)) << 7 | ((N) << (7 - LOG2(N)) & 0x7f))
+#define OF_INT8(N) NUMBER((N) ? (N) : 128, 0)
+#define OF_E4M3(N) ((N) == 127 ? 0x7fc0 : (N) == 0 ? 0 : (N) < 8 ? NUMBER(N, -9)           \
+                    : NUMBER(8 + ((N) & 7), (((N) >> 3) - 10)))
+#define LOW(F, N) (uint8_t)(F(N) & 255)
+#define HIGH(F, N) (uint8_t)(F(N) >> 8)
+#define EACH_OF_8(P, F, N) P(F, N), P(F, N + 1), P(F, N + 2), P(F, N + 3), P(F, N + 4),      \
+                           P(F, N + 5), P(F, N + 6), P(F, N + 7)
+#define EACH_OF_64(P, F, N) EACH_OF_8(P, F, N), EACH_OF_8(P, F, N + 8),                      \
+                            EACH_OF_8(P, F, N + 16), EACH_OF_8(P, F, N + 24),                \
+                            EACH_OF_8(P, F, N + 32), EACH_OF_8(P, F, N + 40),                \
+                            EACH_OF_8(P, F, N + 48), EACH_OF_8(P, F, N + 56)
+#define BYTES_OF(F) {{EACH_OF_64(LOW, F, 0)}, {EACH_OF_64(LOW, F, 64)},                      \
+                     {EACH_OF_64(HIGH, F, 0)}, {EACH_OF_64(HIGH, F, 64)}}
+// bfloat16 without signs by 7 bits, lower and upper bytes in two halves each: of the size of int8,
+// where 0 stands for 128, and of the code of e4m3.
+static const uint8_t BYTES[2][4][64] __attribute__((aligned(64))) = {
+    BYTES_OF(OF_INT8), BYTES_OF(OF_E4M3)};
+#endif
+
 // ---- codes to numbers ---------------------------------------------------------------------------
 
-// The 16 numbers of codes of 4 bits, as `pair_of_4_bits` looks them up.
+// The numbers of codes, where they are looked up.
 struct numbers {
 #ifdef __AVX512F__
-    veci all;  // twice
+    veci all;  // the 16 numbers of codes of 4 bits, twice
 #else
     veci low, high;  // their bytes, in each half
 #endif
+#ifdef __AVX512BF16__
+    veci bytes[4];  // of codes of 8 bits: some BYTES
+#endif
 };
 
-ALWAYS struct numbers load_numbers(const uint16_t *table) {
+ALWAYS struct numbers load_numbers(int64_t codes) {
+    const uint16_t *table = NUMBERS[codes == FLOAT4];
     struct numbers numbers;
 #ifdef __AVX512F__
     numbers.all = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)table));
@@ -35,6 +66,10 @@ ALWAYS struct numbers load_numbers(const uint16_t *table) {
     for (int i = 0; i < 16; i++) low[i] = (uint8_t)table[i], high[i] = (uint8_t)(table[i] >> 8);
     numbers.low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low));
     numbers.high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high));
+#endif
+#ifdef __AVX512BF16__
+    for (int i = 0; i < 4; i++)
+        numbers.bytes[i] = _mm512_load_si512(BYTES[codes == FLOAT8][i]);
 #endif
     return numbers;
 }
@@ -53,11 +88,41 @@ ALWAYS veci pair_of_4_bits(veci words, const int j, const struct numbers *number
 #endif
 }
 
+#ifdef __AVX512BF16__
+#define INT8_UNIT 1.0f
+
+// Of four lanes the first two bytes, and then the others.
+ALWAYS veci in_turn(veci words) {
+    return _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(_mm_set_epi32(
+        ORDER(10, 11, 14, 15), ORDER(2, 3, 6, 7), ORDER(8, 9, 12, 13), ORDER(0, 1, 4, 5))));
+}
+
+// Pair j of each lane's four bytes, which are in turn: numbers by the lower 7 bits of `sizes`, with
+// the upper bits of `signs`, or 0.
+ALWAYS veci signed_pair(veci sizes, __mmask64 is_number, veci signs, const int j,
+                        const veci *bytes) {
+    veci low = _mm512_permutex2var_epi8(bytes[0], sizes, bytes[1]);
+    veci high = _mm512_maskz_permutex2var_epi8(is_number, bytes[2], sizes, bytes[3]);
+    high = _mm512_ternarylogic_epi32(high, signs, vi_set((int)0x80808080), 0xf8);  // a | (b & c)
+    return j ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high);
+}
+
+ALWAYS veci pair_of_int8(veci words, const int j, const struct numbers *numbers) {
+    words = in_turn(words);
+    return signed_pair(_mm512_abs_epi8(words), _mm512_test_epi8_mask(words, words), words, j,
+                       numbers->bytes);
+}
+
+ALWAYS veci pair_of_float8(veci words, const int j, const struct numbers *numbers) {
+    words = in_turn(words);
+    return signed_pair(words, ~(__mmask64)0, words, j, numbers->bytes);
+}
+#else
+#define INT8_UNIT 0x1p-24f
+
 // Bytes of each lane moved within it: byte i of the result is byte `order >> 8 * i & 255` of the
 // lane, or 0 where that is NONE.
 enum { NONE = 0x80 };
-#define ORDER(A, B, C, D) ((int)((unsigned)(D) << 24 | (C) << 16 | (B) << 8 | (A)))
-
 ALWAYS veci move_bytes(veci words, const int order) {
 #ifdef __AVX512F__
     veci lanes = _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
@@ -82,8 +147,9 @@ ALWAYS veci to_pairs(vec even, vec odd) {
     return vi_add(low, high);
 }
 
-// Pair j of each lane's four signed bytes, times 2**24.
-ALWAYS veci pair_of_int8(veci words, const int j) {
+// Pair j of each lane's four signed bytes, divided by INT8_UNIT.
+ALWAYS veci pair_of_int8(veci words, const int j, const struct numbers *numbers) {
+    (void)numbers;
     if (j == 0)
         return to_pairs(float_of_ints(vi_left(words, 24)),
                         float_of_ints(move_bytes(words, ORDER(NONE, NONE, NONE, 1))));
@@ -91,20 +157,8 @@ ALWAYS veci pair_of_int8(veci words, const int j) {
                     float_of_ints(vi_and(words, vi_set((int)0xff000000))));
 }
 
-// Pair j of each lane's four bytes in e4m3, divided by FLOAT8_UNIT. None is not a number.
-#ifdef __AVX512BF16__
-#define FLOAT8_UNIT 256.0f  // as float16, whose exponents are 8 larger
-ALWAYS veci pair_of_float8(veci words, const int j) {
-    veci upper = move_bytes(words, j ? ORDER(NONE, 2, NONE, 3) : ORDER(NONE, 0, NONE, 1));
-    // The sign stands twice; what is left of the first one is a zero.
-    veci halves = vi_and(_mm512_srai_epi16(upper, 1), _mm512_set1_epi16((short)0xbf80));
-    vec low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-    vec high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-    return (veci)_mm512_cvtne2ps_pbh(high, low);
-}
-#else
-#define FLOAT8_UNIT 1.0f
-ALWAYS vec float_of_e4m3(veci upper) {  // in the upper byte of each lane
+// A number in e4m3 that is in the upper byte of each lane.
+ALWAYS vec float_of_e4m3(veci upper) {
 #ifdef __AVX512F__
     veci wide = _mm512_srai_epi32(upper, 4);
 #else
@@ -112,7 +166,9 @@ ALWAYS vec float_of_e4m3(veci upper) {  // in the upper byte of each lane
 #endif
     return v_mul(v_bits(vi_and(wide, vi_set((int)0x87f00000))), v_set(0x1p120f));
 }
-ALWAYS veci pair_of_float8(veci words, const int j) {
+// Pair j of each lane's four bytes in e4m3.
+ALWAYS veci pair_of_float8(veci words, const int j, const struct numbers *numbers) {
+    (void)numbers;
     if (j == 0)
         return to_pairs(float_of_e4m3(vi_left(words, 24)),
                         float_of_e4m3(move_bytes(words, ORDER(NONE, NONE, NONE, 1))));
@@ -126,8 +182,8 @@ ALWAYS veci pair_of_float8(veci words, const int j) {
 
 ALWAYS veci pair_at(const enum source source, veci words, const int j,
                     const struct numbers *numbers) {
-    if (source == FROM_INT8) return pair_of_int8(words, j);
-    if (source == FROM_FLOAT8) return pair_of_float8(words, j);
+    if (source == FROM_INT8) return pair_of_int8(words, j, numbers);
+    if (source == FROM_FLOAT8) return pair_of_float8(words, j, numbers);
     if (source == FROM_4_BITS) return pair_of_4_bits(words, j, numbers);
     return words;
 }

@@ -5,6 +5,9 @@
 // Rows of a tile at most, and the vectors of outputs that it computes: each has two chains.
 enum { BLOCK_ROWS = LANES == 16 ? 6 : 2, VECTORS = 2, CHAINS = 2 };
 
+// Bytes from codes that are read to those that are fetched meanwhile: a tile reads half of them.
+enum { AHEAD_BYTES = 8192 };
+
 // ---- products -----------------------------------------------------------------------------------
 
 // Some blocks of a panel, of BLOCK_UNITS together.
@@ -57,7 +60,7 @@ ALWAYS void add_block(const enum source source, enum dtype dtype, const int rows
         UNROLL for (int line = 0; line < lines; line++) {
             if (source != DECODED)
                 UNROLL for (int at = 0; at < width * WORD; at += CACHE_LINE_BYTES)
-                    fetch(rows, ahead + at);
+                    _mm_prefetch(ahead + at, _MM_HINT_T0);
             veci stored[VECTORS];
             UNROLL for (int v = 0; v < VECTORS; v++) stored[v] = vi_load(words + v * LANES);
             UNROLL for (int j = 0; j < pairs; j++, unit++)
@@ -108,7 +111,7 @@ ALWAYS void add_tile(const enum source source, enum dtype dtype, const int rows,
         add_block(source, dtype, rows, x, units, &numbers, &place, sums);
         UNROLL for (int v = 0; v < VECTORS; v++) {
             vec scale = load_scales(chunk->scales, chunk->type, at + v * LANES);
-            if (source == FROM_INT8 || source == FROM_FLOAT8 || source == DECODED)
+            if (source == FROM_INT8 || source == DECODED)
                 scale = v_mul(scale, v_set(chunk->unit));
             UNROLL for (int r = 0; r < rows; r++) {
                 vec sum = v_add(sums[r][v][0], sums[r][v][1]);
@@ -240,7 +243,7 @@ static void find_chunk(const struct layout *layout, const struct cut *cut, const
     chunk->first_at = group * PANEL;
     size_t header = layout->header_bytes, size = layout->panel_bytes - header;
     size_t at = (size_t)((const char *)chunk->words - panel) - header;
-    size_t own = (size_t)chunk->units * PANEL * WORD / (size_t)in_word, to = at + PREFETCH_BYTES;
+    size_t own = (size_t)chunk->units * PANEL * WORD / (size_t)in_word, to = at + AHEAD_BYTES;
     chunk->ahead = to < size ? panel + header + to : after + header + (to - size);
     // The next panel's scales, little by little.
     for (size_t i = at * header / size; i < (at + own) * header / size; i += CACHE_LINE_BYTES)
@@ -255,8 +258,8 @@ void quantized_product(const struct layout *layout, long num_rows, const void *c
     struct cut cut = cut_of(layout);
     uint32_t pairs[(BLOCK_UNITS + 4) * PANEL] __attribute__((aligned(64)));
     float totals[layout->form.has_zeros ? num_rows * cut.num_blocks : 1];
-    float unit = source == FROM_INT8 ? 0x1p-24f : source == FROM_FLOAT8 ? FLOAT8_UNIT : 1.0f;
-    struct chunk chunk = {.numbers = load_numbers(NUMBERS[layout->form.codes == FLOAT4]),
+    float unit = source == FROM_INT8 ? INT8_UNIT : 1.0f;
+    struct chunk chunk = {.numbers = load_numbers(layout->form.codes),
                           .block_units = cut.block_units,
                           .type = (enum scales)layout->form.scales,
                           .totals_stride = cut.num_blocks,
