@@ -197,12 +197,12 @@ struct cut {
     long group_units, block_units, chunk_units, num_blocks;
 };
 
-static struct cut cut_of(const struct layout *layout) {
+static struct cut cut_of(const struct layout *layout, int is_decoded) {
     long group = layout->form.group < 2 * layout->units ? (long)layout->form.group / 2
                                                         : layout->units;
     struct cut cut = {.group_units = group, .block_units = group, .chunk_units = group};
     if (group > BLOCK_UNITS) cut.block_units = cut.chunk_units = BLOCK_UNITS;
-    else cut.chunk_units = BLOCK_UNITS / group * group;
+    else cut.chunk_units = is_decoded ? BLOCK_UNITS / group * group : layout->units;
     long in_group = (group + cut.block_units - 1) / cut.block_units;
     cut.num_blocks = in_group * layout->num_groups;
     return cut;
@@ -237,15 +237,20 @@ static void find_chunk(const struct layout *layout, const struct cut *cut, const
         if (in_group < left) left = in_group;
     }
     chunk->first_unit = first;
-    chunk->units = left < cut->chunk_units ? left : cut->chunk_units;
+    if (left > cut->chunk_units) left = cut->chunk_units;
     chunk->words = (const uint32_t *)(panel + layout->header_bytes) + first / in_word * PANEL;
     chunk->scales = panel;
     chunk->first_at = group * PANEL;
     size_t header = layout->header_bytes, size = layout->panel_bytes - header;
-    size_t at = (size_t)((const char *)chunk->words - panel) - header;
-    size_t own = (size_t)chunk->units * PANEL * WORD / (size_t)in_word, to = at + AHEAD_BYTES;
+    size_t at = (size_t)((const char *)chunk->words - panel) - header, to = at + AHEAD_BYTES;
     chunk->ahead = to < size ? panel + header + to : after + header + (to - size);
+    if (to < size) {  // up to where the next panel is fetched
+        long blocks = (long)(size - to) * in_word / (PANEL * WORD) / cut->block_units + 1;
+        if (left > blocks * cut->block_units) left = blocks * cut->block_units;
+    }
+    chunk->units = left;
     // The next panel's scales, little by little.
+    size_t own = (size_t)left * PANEL * WORD / (size_t)in_word;
     for (size_t i = at * header / size; i < (at + own) * header / size; i += CACHE_LINE_BYTES)
         _mm_prefetch(after + i, _MM_HINT_T1);
 }
@@ -255,7 +260,7 @@ void quantized_product(const struct layout *layout, long num_rows, const void *c
                        const char *next) {
     enum source source = source_of(layout->form.codes);
     enum source of_tile = num_rows > BLOCK_ROWS ? DECODED : source;
-    struct cut cut = cut_of(layout);
+    struct cut cut = cut_of(layout, of_tile == DECODED);
     uint32_t pairs[(BLOCK_UNITS + 4) * PANEL] __attribute__((aligned(64)));
     float totals[layout->form.has_zeros ? num_rows * cut.num_blocks : 1];
     float unit = source == FROM_INT8 ? INT8_UNIT : 1.0f;
