@@ -250,6 +250,7 @@ def open_engine(
     model: RandomModel,
     num_threads: int | None = None,
     num_micro_batches: int = 1,
+    kv_cache_bytes: int | None = None,
     **options: Any,
 ) -> LocalEngine:
     """A checkpoint's engine in bfloat16, on all cores unless ``num_threads`` says otherwise.
@@ -259,7 +260,7 @@ def open_engine(
     return LocalEngine(
         bench.checkpoint(model),
         dtype="bfloat16",
-        section=EngineSection(enable_prefix_caching=False),
+        section=EngineSection(enable_prefix_caching=False, kv_cache_bytes=kv_cache_bytes),
         num_threads=num_threads or bench.cores,
         num_micro_batches=num_micro_batches,
         **options,

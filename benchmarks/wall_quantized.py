@@ -6,8 +6,10 @@ them.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,6 +28,7 @@ from workers.quantization.rounding import FORMATS, IntegerCodes
 
 _PROMPT_TOKENS = 128
 _NEW_TOKENS = 64
+_KV_BYTES = 64 << 20
 _PLAIN = "bfloat16"
 _NUM_STORED = 32
 """Experts of a layer that are stored in codes: both forms fit into 4 GB, and a step of one row
@@ -74,10 +77,8 @@ def quantized(bench: Bench) -> list[Row]:
     """4 layers of full width at batch 1, each kind beside bfloat16 in turns."""
     model = bench.size(LAYERS)
     with threads_kept():
-        engines = {_PLAIN: open_engine(bench, model)} | {
-            kind.name: open_engine(
-                bench, model, quantize=kind.quantize, quantize_layers=kind.layers
-            )
+        engines = {_PLAIN: _open(bench, model)} | {
+            kind.name: _open(bench, model, quantize=kind.quantize, quantize_layers=kind.layers)
             for kind in KINDS
         }
         rates = _measured(bench, engines)
@@ -104,8 +105,8 @@ def _stored(bench: Bench, full: RandomModel) -> list[Row]:
     model, name = replace(size, stored=full.stored), full.stored
     with threads_kept():
         engines = {
-            _PLAIN: open_engine(bench, model, quantize="none"),
-            name: open_engine(bench, model, quantize="auto"),
+            _PLAIN: _open(bench, model, quantize="none"),
+            name: _open(bench, model, quantize="auto"),
         }
         rates = _measured(bench, engines)
     form = kept_banks("auto", model.described(), {})[-1].exchanges[0].form
@@ -116,6 +117,12 @@ def _stored(bench: Bench, full: RandomModel) -> list[Row]:
         _against_memory(what, rates, name, read),
         _against_plain(rates, name, _step_bytes(model) / read, _ASKED_OF_EXPERTS),
     ]
+
+
+def _open(bench: Bench, model: RandomModel, **options: Any) -> LocalEngine:
+    """With little KV: several are loaded at once."""
+    gc.collect()  # those of the rows before
+    return open_engine(bench, model, kv_cache_bytes=_KV_BYTES, **options)
 
 
 def _measured(bench: Bench, engines: Mapping[str, LocalEngine]) -> _Rates:

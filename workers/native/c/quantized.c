@@ -5,7 +5,8 @@
 // Rows of a tile at most, and the vectors of outputs that it computes: each has two chains.
 enum { BLOCK_ROWS = LANES == 16 ? 6 : 2, VECTORS = 2, CHAINS = 2 };
 
-// Bytes from codes that are read to those that are fetched meanwhile: a tile reads half of them.
+// Bytes from codes that are read to those that are fetched meanwhile, past the second cache: 4 layers
+// of OLMoE-1B-7B in int8 and int4 make 1.04 and 1.09 times the tokens a second on Zen 5.
 enum { AHEAD_BYTES = 8192 };
 
 // ---- products -----------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ ALWAYS void add_block(const enum source source, enum dtype dtype, const int rows
         UNROLL for (int line = 0; line < lines; line++) {
             if (source != DECODED)
                 UNROLL for (int at = 0; at < width * WORD; at += CACHE_LINE_BYTES)
-                    _mm_prefetch(ahead + at, _MM_HINT_T0);
+                    _mm_prefetch(ahead + at, _MM_HINT_NTA);
             veci stored[VECTORS];
             UNROLL for (int v = 0; v < VECTORS; v++) stored[v] = vi_load(words + v * LANES);
             UNROLL for (int j = 0; j < pairs; j++, unit++)
