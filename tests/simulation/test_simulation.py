@@ -22,7 +22,7 @@ FOUND_AT = {
     "hasty_belief": 310,
     "hasty_successor": 3,
     "kept_slots": 0,
-    "no_credit": 32,
+    "no_credit": 9,
     "no_hold": 1,
     "no_resubmission": 1,
     "no_retry": 0,
