@@ -228,6 +228,13 @@ def test_another_controller_keeps_closed_places_and_fills_the_others() -> None:
     assert due(places, 5.0) == ["expert-0.2"]
 
 
+def test_added_workers_of_experts_have_the_device_of_their_rank() -> None:
+    places = Places(MEMBERS)
+    places.add(["attention-7", "expert-9"])
+    found = {member.name: (member.rank, member.device) for member in places.take_due(0.0, False)}
+    assert found == {"attention-7": (7, -1), "expert-9": (9, 9)}
+
+
 def test_a_place_that_is_filled_is_not_reopened() -> None:
     places = Places(MEMBERS)
     places.reopen("expert-0")

@@ -8,11 +8,13 @@ import random
 import pytest
 from msgspec.structs import replace
 
+from cluster.config.speculation import SpeculationSection
 from workers.engine.scheduler import Scheduler
 from workers.engine.step_plan import RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
 from workers.requests.request import FinishReason, Request, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
+from workers.speculation.speculator import Speculator
 
 EOS = 2
 
@@ -28,7 +30,9 @@ class Desk:
         max_len: int = 100,
         enable_prefix_caching: bool = True,
         length_matters_above: int | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
+        self.speculator = speculator
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(
             self.pool,
@@ -39,6 +43,8 @@ class Desk:
             eos_token_ids=(EOS,),
             enable_prefix_caching=enable_prefix_caching,
             length_matters_above=length_matters_above,
+            speculator=speculator,
+            max_draft_rows=4,
         )
         self._arrivals = 0
 
@@ -85,9 +91,13 @@ class Desk:
         return plan
 
     def commit(self, plan: StepPlan, token: int = 50) -> dict[SequenceState, FinishReason]:
-        drawn = {p.sequence: (token,) for p in plan.rows if p.draws_token}
+        """All drafts are accepted."""
+        drawn = {p.sequence: (token,) * (1 + len(p.drafts)) for p in plan.rows if p.draws_token}
         endings = self.scheduler.commit(plan, drawn, ())
         self.scheduler.check_integrity()
+        for planned in plan.rows:
+            if self.speculator is not None and (tokens := drawn.get(planned.sequence)):
+                self.speculator.commit(planned.sequence, planned.drafts, tokens)
         return {s: e.reason for s, e in endings.items()}
 
     def step(self, token: int = 50) -> dict[SequenceState, FinishReason]:
@@ -97,6 +107,24 @@ class Desk:
 def rows(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
     """(request, first, count, is decode) of each entry."""
     return [(p.sequence.request.request_id, p.first, p.count, p.is_decode) for p in plan.rows]
+
+
+def test_drafts_get_the_blocks_that_they_need() -> None:
+    section = SpeculationSection(speculative_method="ngram", num_speculative_tokens=4)
+    desk = Desk(speculator=Speculator(section, 100, (EOS,)))
+    (sequence,) = desk.add(6, SamplingParams(max_tokens=60))
+    lengths = set()
+    while sequence.status is not SequenceStatus.FINISHED:
+        wanted = desk.scheduler.wanted()
+        plan = desk.plan()
+        (planned,) = plan.rows
+        assert wanted.draft_rows == len(planned.drafts)
+        assert len(sequence.blocks) == -(-(sequence.num_tokens + len(planned.drafts)) // 4)
+        lengths.add(len(planned.drafts))
+        desk.commit(plan)
+        if sequence.blocks:
+            assert len(sequence.blocks) == -(-sequence.num_computed // 4)
+    assert lengths >= {0, 1, 4}
 
 
 def test_prompt_is_prefilled_then_decoded_to_its_limit() -> None:

@@ -60,6 +60,17 @@ def test_what_was_found_counts_as_half_as_old() -> None:
     assert given_up(order) == "bcdeaf"
 
 
+def test_a_block_was_found_until_it_has_other_contents() -> None:
+    order = order_of("ab")
+    assert not order.was_found(b"a")
+    order.find(b"a")
+    assert order.was_found(b"a")
+    assert not order.was_found(b"b")
+    order.forget(b"b")
+    order.forget(b"a")
+    assert not order.was_found(b"a")
+
+
 def test_without_weights_it_is_a_plain_lru() -> None:
     order = order_of("a", "b", used_age=1.0)
     order.hold(b"a")

@@ -26,6 +26,12 @@ def test_an_adapter_has_blocks_of_its_own() -> None:
     assert sequence_hashes(same, 0, 4, None)[:2] == names[1]
 
 
+def test_a_block_has_a_name_once_its_last_token_is_known() -> None:
+    for num_output, expected in ((0, 2), (1, 2), (2, 3), (3, 3), (5, 3), (6, 4)):
+        request = replace(REQUEST, output_so_far=(tuple(range(num_output)),))
+        assert len(sequence_hashes(request, 0, 4, None)) == expected
+
+
 def test_keys_of_adapters_are_no_salts() -> None:
     roots = {
         root_hash("a"),
