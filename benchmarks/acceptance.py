@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.held_out import HeldOut, bundled_tokenizer, held_out, held_out_text
+from benchmarks.kv_accuracy import num_equal
 from benchmarks.results import table
 from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
@@ -120,7 +121,7 @@ def replay(texts: Sequence[Text], price: float, eos: int) -> Found:
         sequence = SequenceState(request, 0, 0, math.inf, output=list(text.output[:1]))
         while left := text.output[len(sequence.output) :]:
             drafts = speculator.draft(sequence)
-            tokens = left[: 1 + num_equal(drafts, left)]
+            tokens = left[: 1 + num_equal(drafts, left[: len(drafts)])]
             sequence.output += tokens
             speculator.commit(sequence, drafts, tokens)
             num_tokens, num_steps = num_tokens + len(tokens), num_steps + 1
@@ -132,12 +133,6 @@ def replay(texts: Sequence[Text], price: float, eos: int) -> Found:
         num_drafted=int(stats["spec_decode_num_draft_tokens_total"]),
         num_accepted=int(stats["spec_decode_num_accepted_tokens_total"]),
     )
-
-
-def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens before the first that differs, or the end of one of them."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def texts_of(source: HeldOut, max_passages: int | None) -> Iterator[tuple[str, list[Text]]]:

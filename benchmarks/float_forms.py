@@ -28,7 +28,7 @@ def float8_blocks(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tenso
 
 
 def mxfp4_numbers(weight: Tensor) -> Tensor:
-    """weight [rows, columns] -> what MXFP4 makes of it, bfloat16; columns are a multiple of 32.
+    """weight [rows, columns] -> the same rounded to MXFP4, in bfloat16. Columns: n * 32.
 
     The scale of 32 neighbours is a power of two, by which the largest of them comes to 4 up to 8;
     what is above 6 becomes 6. Source: Open Compute Project, "OCP Microscaling Formats (MX)

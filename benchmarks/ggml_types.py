@@ -30,7 +30,7 @@ class GgmlType:
     file_type: int
     """Of a file whose matrices are of this type."""
     block: int
-    """Neighbours that are stored together; widths are multiples of it."""
+    """Numbers of a row that are stored together; the length of a row is a multiple of it."""
     block_bytes: int
     encode: Callable[[Tensor], Tensor]
     """[.., columns] of any float type -> the bytes of each row, [.., bytes] uint8."""

@@ -42,7 +42,7 @@ _PARTS = {
 _FLOAT32_PARTS = ("norm", "gate_inp")
 """Ends of the names of tensors that llama.cpp keeps in float32."""
 _EMBEDDING = "token_embd"
-"""In bfloat16, as ours: rows of it are looked up."""
+"""Stays in bfloat16, as in our server: its rows are looked up, not multiplied."""
 
 Field = int | float | str | Sequence[str] | Sequence[int]
 

@@ -36,7 +36,7 @@ class HeldOut:
 
 
 def held_out_text() -> str:
-    """All of it."""
+    """The whole text."""
     _, text = split_corpus(CORPUS.read_text(encoding="utf-8"), HELDOUT_FRACTION)
     return text
 

@@ -61,7 +61,7 @@ def answers(dtype: str, kind: KvCacheDType, num_windows: int | None = None) -> A
     )
 
 
-def _num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
     """Tokens before the first that differs."""
     pairs = enumerate(zip(one, other, strict=True))
     return next((place for place, (a, b) in pairs if a != b), len(one))
@@ -74,7 +74,7 @@ def section(quick: bool) -> str:
     rows = []
     for (dtype, kind), own in zip(KINDS, found, strict=True):
         is_same = [a == b for a, b in zip(own.likeliest, found[0].likeliest, strict=True)]
-        equal = [_num_equal(*pair) for pair in zip(own.written, found[0].written, strict=True)]
+        equal = [num_equal(*pair) for pair in zip(own.written, found[0].written, strict=True)]
         rows.append(
             [
                 f"{dtype}, {'fp8' if kind == 'fp8' else dtype}",

@@ -52,7 +52,7 @@ class Form:
     settings: dict[str, object] | None = None
     """``quantization_config``."""
     most: float | None = None
-    """Largest change of the perplexity that is asked for, a share of it."""
+    """Largest allowed rise of the perplexity, as a fraction of it; None: no limit."""
 
 
 def _float8(name: str, matrix: Tensor) -> dict[str, Tensor]:

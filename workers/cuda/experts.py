@@ -203,8 +203,8 @@ def shared_bytes(device: torch.device) -> int:
     return found
 
 
-def _num_stages(tile: Tile, inputs: Tensor, matrices: Matrices, height: int, rows_read: int) -> int:
-    """Reads under way at once for ``height`` pairs and ``rows_read`` rows of weights.
+def _num_stages(tile: Tile, step: int, matrices: Matrices, height: int, rows_read: int) -> int:
+    """Reads under way at once, of ``step`` columns for ``height`` pairs and ``rows_read`` rows.
 
     Codes become numbers of shared memory of their own. They are read a byte each, also those of 4
     bits, and so are scales and zero points of groups that are shorter than what is read at a time.
@@ -213,7 +213,7 @@ def _num_stages(tile: Tile, inputs: Tensor, matrices: Matrices, height: int, row
     row_bytes = tile.row_bytes
     if form is not None:
         room -= rows_read * row_bytes
-        step, group = row_bytes // inputs.itemsize, form.group or matrices.width
+        group = form.group or matrices.width
         per_group = form.scale_bytes + form.has_zeros
         has_one_group = group >= matrices.width or group % step == 0
         row_bytes = step + per_group if has_one_group else step * (1 + per_group)
@@ -272,7 +272,7 @@ def _launch(
         ROWS=rows,
         STEP=step,
         num_warps=tile.warps,
-        num_stages=_num_stages(tile, inputs, matrices, pairs.height, rows_read),
+        num_stages=_num_stages(tile, step, matrices, pairs.height, rows_read),
         **more,
     )
     return out

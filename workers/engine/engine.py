@@ -268,7 +268,7 @@ class Engine:
 
     def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
         """Running and waiting sequences by the key of their adapter. Any thread may ask."""
-        return self._scheduler.adapters()
+        return self._scheduler.sequences_by_adapter()
 
     def _stop_using(self, adapter: str) -> None:
         self._adapter_uses[adapter] -= 1

@@ -121,7 +121,7 @@ class Scheduler:
         """Waiting sequences that wait until the first choice of their request has its prompt."""
         return sum(map(self._waits_for_first_choice, self._waiting))
 
-    def adapters(self) -> tuple[Counter[str], Counter[str]]:
+    def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
         """Running and waiting sequences by adapter; any thread may call it."""
         groups = (tuple(self._running), tuple(self._waiting))
         running, waiting = (Counter(s.request.adapter for s in group) for group in groups)
@@ -368,9 +368,9 @@ class Scheduler:
         granted and of the budget, in blocks that are free. They preempt nothing. The likeliest
         ones are run, whoever's they are.
         """
-        if self._speculator is None:
-            return
         left = min(decode_rows - len(decodes), self._max_rows - sum(r.count for r in rows))
+        if self._speculator is None or left <= 0:
+            return
         found = self._speculator.draft_all([planned.sequence for planned in decodes], left)
         for place, (planned, drafts) in enumerate(zip(decodes, found, strict=True)):
             sequence = planned.sequence

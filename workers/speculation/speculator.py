@@ -92,7 +92,7 @@ class Speculator:
             for i, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True))
             for n in range(len(draft))
         )
-        kept = Counter(i for *_, i in ranked[: max(most, 0)])
+        kept = Counter(i for *_, i in ranked[:most])
         return [draft[: kept[i]] for i, draft in enumerate(drafts)]
 
     def commit(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:

@@ -103,22 +103,28 @@ class AdapterIntake:
 
         ``waiting`` are choices by key that the engine does not have yet. Any thread may call it.
         """
-        loaded, names = self._engine.adapters, self._names
-        by_state = dict(
-            zip(("running", "waiting"), self._engine.sequences_by_adapter(), strict=True)
-        )
-        by_state["waiting"].update(waiting)
-        counts: Counter[tuple[str, str]] = Counter()
-        for key in loaded.keys:
-            for state, found in by_state.items():
-                # A name that is loaded again has two keys until the old one is free.
-                counts[state, names.get(key, key)] += found[key]
+        loaded = self._engine.adapters
+        counts = self._num_sequences(waiting) if loaded.keys else {}
         return {
             "lora_adapters_loaded": float(len(loaded.keys)),
             "lora_adapters_max": float(loaded.limit),
             "lora_adapters_bytes": float(loaded.num_bytes),
             **{f'lora_requests_{s}{{lora_name="{n}"}}': float(v) for (s, n), v in counts.items()},
         }
+
+    def _num_sequences(self, waiting: Mapping[str, int]) -> Counter[tuple[str, str]]:
+        """By state and name."""
+        names = self._names
+        by_state = dict(
+            zip(("running", "waiting"), self._engine.sequences_by_adapter(), strict=True)
+        )
+        by_state["waiting"].update(waiting)
+        counts: Counter[tuple[str, str]] = Counter()
+        for key in self._engine.adapters.keys:
+            for state, found in by_state.items():
+                # A name that is loaded again has two keys until the old one is free.
+                counts[state, names.get(key, key)] += found[key]
+        return counts
 
     def close(self) -> None:
         """Read nothing more; what is being read ends by itself."""
