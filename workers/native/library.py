@@ -53,8 +53,8 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "exchange_gather": (_INT, (_POINTER,)),
     "exchange_memory": (_INT64, (_POINTER,)),
     "exchange_serve": (_INT, (_POINTER, _INT64, _POINTER)),
-    "panels_pack": (_INT, (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT)),
-    "panels_unpack": (None, (_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT)),
+    "panels_pack": (_INT, (_POINTER, _POINTER, _POINTER, *(_LONG,) * 5, _INT)),
+    "panels_unpack": (None, (_POINTER, _POINTER, *(_LONG,) * 5, _INT)),
     "quantized_to_halves": (None, (_POINTER, _LONG)),
     "quantized_from_halves": (None, (_POINTER, _LONG)),
 }

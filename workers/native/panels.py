@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -60,6 +62,14 @@ def unpack(
     return weight[:, :width].contiguous()
 
 
+class Runs(NamedTuple):
+    """Where the units of a panel lie: ``units`` of them follow each other, and then ``gap`` words
+    come that are others'."""
+
+    units: int
+    gap: int = 0
+
+
 def pack_rows(
     library: Library,
     packed: Tensor,
@@ -67,20 +77,30 @@ def pack_rows(
     units: int,
     is_gated: bool,
     team: Team | None = None,
+    runs: Runs | None = None,
 ) -> None:
-    """rows [rows, ..] of ``units`` times 4 bytes -> packed [panels, units, 32] int32, whose panels
-    may be farther apart."""
+    """rows [rows, ..] of ``units`` times 4 bytes -> packed [panels, words] int32 or [panels, units,
+    32]: of each panel the words from the first one on, where ``runs`` says; None: in one run."""
     run = (library if team is None else team.library).functions.panels_pack
     pointer = None if team is None else team.pointer
     addresses = packed.data_ptr(), rows.data_ptr()
-    check(run(pointer, *addresses, rows.shape[0], units, packed.stride(0), is_gated))
+    places = packed.stride(0), *(runs or Runs(units))
+    check(run(pointer, *addresses, rows.shape[0], units, *places, is_gated))
 
 
-def unpack_rows(library: Library, packed: Tensor, rows: Tensor, units: int, is_gated: bool) -> None:
+def unpack_rows(
+    library: Library,
+    packed: Tensor,
+    rows: Tensor,
+    units: int,
+    is_gated: bool,
+    runs: Runs | None = None,
+) -> None:
     """The other way round."""
     run = library.functions.panels_unpack
     addresses = rows.data_ptr(), packed.data_ptr()
-    run(*addresses, rows.shape[0], units, packed.stride(0), is_gated)
+    places = packed.stride(0), *(runs or Runs(units))
+    run(*addresses, rows.shape[0], units, *places, is_gated)
 
 
 def num_panels(rows: int, is_gated: bool) -> int:

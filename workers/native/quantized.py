@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,15 @@ from torch.nn import functional
 
 from workers.native import memory
 from workers.native.library import Library
-from workers.native.panels import PANEL, num_panels, pack, pack_rows, packed_bytes, unpack_rows
+from workers.native.panels import (
+    PANEL,
+    Runs,
+    num_panels,
+    pack,
+    pack_rows,
+    packed_bytes,
+    unpack_rows,
+)
 from workers.native.team import Team
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
@@ -53,7 +61,7 @@ def weight_bytes(
     """Bytes of a packed matrix [out, in]."""
     if form is None:
         return packed_bytes(shape, dtype, is_gated)
-    return num_panels(shape[0], is_gated) * _panel_words(form, shape[1]) * _WORD_BYTES
+    return num_panels(shape[0], is_gated) * _Sections.of(form, shape[1]).panel_words * _WORD_BYTES
 
 
 def pack_weight(
@@ -64,20 +72,22 @@ def pack_weight(
         return pack(library, weight, is_gated, team)
     form, (rows, width) = weight.format, weight.shape
     assert width % 2 == 0, f"{width} inputs"
-    packed = memory.empty((num_panels(rows, is_gated), _panel_words(form, width)), torch.int32)
+    sections = _Sections.of(form, width)
+    panels = num_panels(rows, is_gated)
+    packed = memory.empty((panels, sections.panel_words), torch.int32)
     first = 0
     for part in weight.parts[1:]:
-        lanes = _to_lanes(part, is_gated).flatten(1).view(torch.uint8)
-        packed.view(torch.uint8)[:, first : first + lanes.shape[1]] = lanes
-        first += lanes.shape[1]
-    units = _code_words(form, width)
+        place = sections.lanes(packed, part.dtype, first)
+        place.copy_(sections.split(_to_lanes(part, is_gated)))
+        first += place.shape[2] * PANEL * part.itemsize
+    units = sections.row_words
     spare = units * _WORD_BYTES - weight.codes.shape[1]
     codes = functional.pad(weight.codes, (0, spare)) if spare else weight.codes.contiguous()
     if form.code_bits == 4:
         codes = codes.clone()
         library.functions.quantized_to_halves(codes.data_ptr(), rows * units)
-    words = packed[:, _header_words(form, width) :]
-    pack_rows(library, words, codes, units, is_gated, team)
+    words = packed[:, sections.header_words :]
+    pack_rows(library, words, codes, units, is_gated, team, sections.runs)
     return packed
 
 
@@ -92,38 +102,81 @@ def unpack_quantized(
     rows, width = shape
     panels = num_panels(rows, is_gated)
     assert packed.dtype == torch.int32
-    assert packed.shape == (panels, _panel_words(form, width)), tuple(packed.shape)
+    sections = _Sections.of(form, width)
+    assert packed.shape == (panels, sections.panel_words), tuple(packed.shape)
     found = QuantizedMatrix.empty(form, shape)
     first = 0
     for part in found.parts[1:]:
-        num_bytes = PANEL * part.shape[1] * part.itemsize
-        lanes = packed.view(torch.uint8)[:, first : first + num_bytes].contiguous()
-        lanes = lanes.view(part.dtype).view(panels, part.shape[1], PANEL)
+        place = sections.lanes(packed, part.dtype, first)
+        lanes = place.reshape(panels, -1, PANEL)[:, : part.shape[1]]
         part.copy_(_from_lanes(lanes, rows, is_gated))
-        first += num_bytes
-    units = _code_words(form, width)
+        first += place.shape[2] * PANEL * part.itemsize
+    units = sections.row_words
     codes = torch.empty(rows, units * _WORD_BYTES, dtype=torch.uint8)
-    words = packed[:, _header_words(form, width) :]
-    unpack_rows(library, words, codes, units, is_gated)
+    words = packed[:, sections.header_words :]
+    unpack_rows(library, words, codes, units, is_gated, sections.runs)
     if form.code_bits == 4:
         library.functions.quantized_from_halves(codes.data_ptr(), rows * units)
     found.codes.copy_(codes[:, : found.codes.shape[1]])
     return found
 
 
-def _code_words(form: WeightFormat, width: int) -> int:
-    """Of a row."""
+class _Sections(NamedTuple):
+    """How a panel is cut (``struct layout``): a section has the scales and zero points of some
+    groups, which fill cache lines, and then their codes. The last one may have fewer codes."""
+
+    num_sections: int
+    num_groups: int
+    """Of a section."""
+    header_words: int
+    """The scales and zero points of a section."""
+    row_words: int
+    """The codes of a row."""
+    group_words: int
+    """The codes of a group in a row."""
+
+    @classmethod
+    def of(cls, form: WeightFormat, width: int) -> _Sections:
+        """Of the panels of a matrix of that width."""
+        group_bytes = PANEL * (form.scale_bytes + form.has_zeros)
+        num_groups = 2 if group_bytes % _LINE_BYTES else 1
+        return cls(
+            num_sections=-(-form.num_groups(width) // num_groups),
+            num_groups=num_groups,
+            header_words=num_groups * group_bytes // _WORD_BYTES,
+            row_words=_row_words(form, width),
+            group_words=_row_words(form, min(form.group or width, width)),
+        )
+
+    @property
+    def panel_words(self) -> int:
+        """Words of a panel."""
+        return self.num_sections * self.header_words + self.row_words * PANEL
+
+    @property
+    def runs(self) -> Runs:
+        """Of codes."""
+        return Runs(self.num_groups * self.group_words, self.header_words)
+
+    def lanes(self, packed: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+        """The place [panels, sections, groups, 32] of what begins at byte ``first`` of headers."""
+        values = packed.view(dtype)
+        in_word = _WORD_BYTES // dtype.itemsize
+        section_words = self.header_words + self.num_groups * self.group_words * PANEL
+        shape = packed.shape[0], self.num_sections, self.num_groups, PANEL
+        strides = values.stride(0), section_words * in_word, PANEL, 1
+        return values.as_strided(shape, strides, values.storage_offset() + first // dtype.itemsize)
+
+    def split(self, lanes: Tensor) -> Tensor:
+        """[panels, groups, 32] -> [panels, sections, groups, 32]."""
+        spare = self.num_sections * self.num_groups - lanes.shape[1]
+        padded = functional.pad(lanes, (0, 0, 0, spare))
+        return padded.view(lanes.shape[0], self.num_sections, self.num_groups, PANEL)
+
+
+def _row_words(form: WeightFormat, width: int) -> int:
+    """Words with the codes of so many neighbours in a row."""
     return -(-form.row_bytes(width) // _WORD_BYTES)
-
-
-def _header_words(form: WeightFormat, width: int) -> int:
-    """Of a panel's scales and zero points, in whole cache lines."""
-    num_bytes = PANEL * form.num_groups(width) * (form.scale_bytes + form.has_zeros)
-    return -(-num_bytes // _LINE_BYTES) * _LINE_BYTES // _WORD_BYTES
-
-
-def _panel_words(form: WeightFormat, width: int) -> int:
-    return _header_words(form, width) + _code_words(form, width) * PANEL
 
 
 def _to_lanes(values: Tensor, is_gated: bool) -> Tensor:

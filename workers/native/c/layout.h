@@ -25,8 +25,11 @@ struct layout {
     enum dtype dtype;  // of rows; of weights too where these are PLAIN
     struct form form;
     long units;  // of a row: floats; pairs of bfloat16, or of codes
-    long num_groups;
-    size_t header_bytes, panel_bytes;  // scales and zero points; the whole panel
+    size_t panel_bytes;
+    // Where there are codes: of groups, and of the sections of a panel, see quantized.h.
+    long num_groups, group_units;
+    int section_groups;  // 1 or 2
+    size_t scale_bytes, header_bytes, group_bytes, section_bytes;
 };
 
 // Units of a row of `width` elements; an odd bfloat16 row has a zero at its end.
@@ -38,19 +41,30 @@ ALWAYS size_t scale_bytes(struct form form) {
     return form.scales == SCALES_FLOAT32 ? 4 : form.scales == SCALES_E8M0 ? 1 : 2;
 }
 
-// The layout of a matrix with `width` inputs; an even number of them where there are codes.
+// The layout of a matrix with `width` inputs; an even number of them where there are codes, and
+// none where there is no matrix.
 ALWAYS struct layout layout_of(enum dtype dtype, struct form form, long width) {
     struct layout layout = {.dtype = dtype, .form = form, .units = row_units(dtype, width)};
-    if (form.codes == PLAIN) {
+    if (form.codes == PLAIN || width == 0) {
         layout.panel_bytes = (size_t)layout.units * PANEL * 4;
         return layout;
     }
+    enum { WORD_LINE = PANEL * 4, CACHE_LINE = 64 };
     long in_word = form.codes == INT8 || form.codes == FLOAT8 ? 4 : 8;
+    long group = form.group < width ? (long)form.group : width;
+    long num_groups = (width + group - 1) / group;
+    size_t num_words = (size_t)((width + in_word - 1) / in_word);
     layout.units = width / 2;
-    layout.num_groups = (long)((width + form.group - 1) / form.group);
-    size_t header = (size_t)layout.num_groups * PANEL * (scale_bytes(form) + (form.has_zeros ? 1 : 0));
-    layout.header_bytes = (header + 63) / 64 * 64;
-    layout.panel_bytes = layout.header_bytes + (size_t)((width + in_word - 1) / in_word) * PANEL * 4;
+    layout.num_groups = num_groups;
+    layout.group_units = group / 2;
+    layout.group_bytes = (size_t)((group + in_word - 1) / in_word) * WORD_LINE;
+    layout.scale_bytes = scale_bytes(form);
+    layout.header_bytes = PANEL * (layout.scale_bytes + (form.has_zeros ? 1 : 0));
+    layout.section_groups = layout.header_bytes % CACHE_LINE ? 2 : 1;
+    layout.header_bytes *= (size_t)layout.section_groups;
+    layout.section_bytes = layout.header_bytes + (size_t)layout.section_groups * layout.group_bytes;
+    long num_sections = (num_groups + layout.section_groups - 1) / layout.section_groups;
+    layout.panel_bytes = (size_t)num_sections * layout.header_bytes + num_words * WORD_LINE;
     return layout;
 }
 

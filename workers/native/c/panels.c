@@ -47,24 +47,43 @@ ALWAYS void transpose(uint32_t *to, const char *const *rows, long unit) {
     }
 }
 
-// rows [PANEL] of `units` units -> packed [units, PANEL].
-static void pack_panel(uint32_t *packed, const char *const *rows, long units) {
-    long unit = 0;
-    for (; unit + SQUARE <= units; unit += SQUARE)
-        UNROLL for (int lane = 0; lane < PANEL; lane += SQUARE)
-            transpose(packed + unit * PANEL + lane, rows + lane, unit);
-    for (; unit < units; unit++)
-        for (int lane = 0; lane < PANEL; lane++) {
-            uint32_t *to = packed + unit * PANEL + lane;
-            *to = 0;
-            if (rows[lane]) memcpy(to, rows[lane] + unit * UNIT, UNIT);
+// Where the lines of a panel, one for each unit, lie: so many follow each other, and then `gap`
+// words come that are not theirs.
+struct lines {
+    long in_run, gap;
+};
+
+ALWAYS long line_at(const struct lines *lines, long unit) {
+    return unit * PANEL + unit / lines->in_run * lines->gap;
+}
+
+// rows [PANEL] of `units` units -> lines.
+static void pack_panel(uint32_t *packed, const char *const *rows, long units,
+                       const struct lines *lines) {
+    uint32_t found[SQUARE * PANEL];
+    for (long unit = 0; unit < units; unit += SQUARE) {
+        long count = units - unit < SQUARE ? units - unit : SQUARE;
+        if (count == SQUARE) {
+            UNROLL for (int lane = 0; lane < PANEL; lane += SQUARE)
+                transpose(found + lane, rows + lane, unit);
+        } else {
+            for (long i = 0; i < count; i++)
+                for (int lane = 0; lane < PANEL; lane++) {
+                    found[i * PANEL + lane] = 0;
+                    if (rows[lane])
+                        memcpy(found + i * PANEL + lane, rows[lane] + (unit + i) * UNIT, UNIT);
+                }
         }
+        for (long i = 0; i < count; i++)
+            memcpy(packed + line_at(lines, unit + i), found + i * PANEL, PANEL * UNIT);
+    }
 }
 
 struct job {
     uint32_t *packed;
     const char *rows;
     long num_rows, units, stride;
+    struct lines lines;
     int is_gated;
     _Atomic long next;  // panel
 };
@@ -79,15 +98,16 @@ static void pack_some(void *argument, struct team *team, int thread, int count) 
             long row = row_of(panel, lane, job->num_rows, job->is_gated);
             rows[lane] = row < 0 ? NULL : job->rows + row * job->units * UNIT;
         }
-        pack_panel(job->packed + panel * job->stride, rows, job->units);
+        pack_panel(job->packed + panel * job->stride, rows, job->units, &job->lines);
     }
 }
 
 // rows [num_rows, units], which need no alignment, -> packed [panels, units, PANEL], panels `stride`
-// words apart. A team that is NULL is the caller alone. Returns an `enum result`.
+// words apart, with `gap` words of others between each `in_run` units and the next ones. A team that
+// is NULL is the caller alone. Returns an `enum result`.
 int panels_pack(struct team *team, uint32_t *packed, const char *rows, long num_rows, long units,
-                long stride, int is_gated) {
-    struct job job = {packed, rows, num_rows, units, stride, is_gated, 0};
+                long stride, long in_run, long gap, int is_gated) {
+    struct job job = {packed, rows, num_rows, units, stride, {in_run, gap}, is_gated, 0};
     if (!team) {
         pack_some(&job, NULL, 0, 1);
         return OK;
@@ -98,17 +118,19 @@ int panels_pack(struct team *team, uint32_t *packed, const char *rows, long num_
     return OK;
 }
 
-// packed [panels, units, PANEL], panels `stride` words apart -> rows [num_rows, units].
+// The other way round.
 void panels_unpack(uint32_t *rows, const uint32_t *packed, long num_rows, long units,
-                   long stride, int is_gated) {
+                   long stride, long in_run, long gap, int is_gated) {
+    struct lines lines = {in_run, gap};
     for (long panel = 0; panel < num_panels(num_rows, is_gated); panel++)
         for (long begin = 0; begin < units; begin += UNPACKED) {
-            long end = begin + UNPACKED < units ? begin + UNPACKED : units;
+            long end = begin + UNPACKED < units ? begin + UNPACKED : units, places[UNPACKED];
+            for (long u = begin; u < end; u++) places[u - begin] = line_at(&lines, u);
             for (long lane = 0; lane < PANEL; lane++) {
                 long row = row_of(panel, lane, num_rows, is_gated);
                 const uint32_t *from = packed + panel * stride + lane;
                 for (long u = begin; row >= 0 && u < end; u++)
-                    rows[row * units + u] = from[u * PANEL];
+                    rows[row * units + u] = from[places[u - begin]];
             }
         }
 }

@@ -1,11 +1,11 @@
 // Weights in codes of 8 or 4 bits: of each group of neighbours in a row, a scale and perhaps a zero
 // point. `workers/quantization/matrix.py` is the reference.
 //
-// A panel begins with the scales of its groups, [groups, PANEL], and their zero points, [groups,
-// PANEL] signed bytes, filled up to whole cache lines. Then come the codes, four bytes of a row for
-// each output: [words, PANEL]. In words with codes of 4 bits the even elements come first, then the
-// odd ones, so that two of them, which the products take at a time, are equally far in the halves
-// of the word.
+// A panel is read from its begin to its end, in sections: the scales of as many groups as fill cache
+// lines, one or two, [groups, PANEL]; their zero points, [groups, PANEL] signed bytes; and their
+// codes, four bytes of a row for each output: [words, PANEL]. Only the last section may have fewer
+// codes. In words with codes of 4 bits the even elements come first, then the odd ones, so that two
+// of them, which the products take at a time, are equally far in the halves of the word.
 //
 // An output is the sum, block after block, of scale x (sum of code x element, less zero point x sum
 // of elements), in float. A block is a group, or BLOCK_UNITS of a longer one, and its sum is that of
