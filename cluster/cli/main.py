@@ -24,7 +24,7 @@ from cluster.cli.cluster import (
 )
 from cluster.cli.cluster.front import Interrupted
 from cluster.cli.experts import load, placement, rebalance
-from cluster.cli.models import chat, generate, inspection, tokenize
+from cluster.cli.models import chat, generate, inspection, run_batch, tokenize
 from cluster.cli.offline import completion, config, doctor, plan, version
 from cluster.cli.options.serve_options import spell_out
 from cluster.cli.terminal.arguments import Commands, positive
@@ -36,7 +36,7 @@ _DESCRIPTION = "Expert-parallel serving of mixture-of-experts language models."
 _GROUPS = {
     "cluster": (serve, down, node, info, health, top, logs, scale, drain, operations),
     "experts": (placement, load, rebalance),
-    "models": (generate, chat, tokenize, inspection),
+    "models": (generate, chat, run_batch, tokenize, inspection),
     "offline": (plan, config, doctor, version, completion),
     "measuring": (bench,),
 }

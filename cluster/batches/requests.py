@@ -1,0 +1,123 @@
+"""The requests of a batch file.
+
+Source of the format: https://developers.openai.com/api/reference/resources/batches
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from cluster.core.errors import RequestError
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+"""Where a request of a batch may go."""
+MAX_REQUESTS = 50_000
+"""Of a file; OpenAI's limit."""
+MAX_ID_CHARS = 512
+_FIELDS = frozenset({"custom_id", "method", "url", "body"})
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What a batch file may have."""
+
+    endpoints: Sequence[str] = ENDPOINTS
+    max_requests: int = MAX_REQUESTS
+    max_line_bytes: int = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """One line of a batch file."""
+
+    custom_id: str
+    """The client's name for it, which its answer has too."""
+    url: str
+    """One of the endpoints."""
+    body: dict[str, Any]
+
+
+class RequestFile:
+    """A batch file that was checked as a whole, and is read line by line."""
+
+    def __init__(self, path: Path, places: array[int], ids: frozenset[str]) -> None:
+        self._path = path
+        self._places = places
+        self.ids = ids
+        """Of its requests."""
+
+    @classmethod
+    def check(cls, path: Path, limits: BatchLimits | None = None) -> Self:
+        """Read all of a file once.
+
+        Raises:
+            RequestError: the first line that is wrong, with its number.
+            OSError: the file cannot be read.
+        """
+        limits = limits or BatchLimits()
+        places, ids = array("q"), set[str]()
+        with path.open("rb") as file:
+            place, number = 0, 0
+            while line := file.readline(limits.max_line_bytes + 1):
+                number += 1
+                if len(line) > limits.max_line_bytes:
+                    raise _wrong(number, "", f"has more than {limits.max_line_bytes} bytes")
+                if line.strip():
+                    request = read_request(line, number, limits.endpoints)
+                    if request.custom_id in ids:
+                        raise _wrong(number, "custom_id", f"{request.custom_id!r} came before")
+                    if len(ids) == limits.max_requests:
+                        rule = f"is beyond the limit of {limits.max_requests} requests"
+                        raise _wrong(number, "", rule)
+                    ids.add(request.custom_id)
+                    places.append(place)
+                place += len(line)
+        if not ids:
+            raise RequestError(f"{path.name} has no request: at least one line is needed")
+        return cls(path, places, frozenset(ids))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def requests(self) -> Iterator[BatchRequest]:
+        """All, in the order of their lines. Raises ``RequestError`` if the file changed."""
+        with self._path.open("rb") as file:
+            for number, place in enumerate(self._places, 1):
+                file.seek(place)
+                yield read_request(file.readline(), number, None)
+
+
+def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> BatchRequest:
+    """The request in a line; ``endpoints`` None: any. Raises ``RequestError``."""
+    try:
+        found = json.loads(line)
+    except ValueError as err:
+        raise _wrong(number, "", "is not JSON") from err
+    if not isinstance(found, dict):
+        raise _wrong(number, "", "must be an object")
+    if unknown := sorted(set(found) - _FIELDS):
+        raise _wrong(number, str(unknown[0])[:64], f"is not one of {', '.join(sorted(_FIELDS))}")
+    custom_id, method = found.get("custom_id"), found.get("method", "POST")
+    url, body = found.get("url"), found.get("body")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID_CHARS:
+        raise _wrong(number, "custom_id", f"must be a text of 1 to {MAX_ID_CHARS} characters")
+    if method != "POST":
+        raise _wrong(number, "method", f"({str(method)[:32]!r}) must be POST")
+    if not isinstance(url, str) or (endpoints is not None and url not in endpoints):
+        rule = f"({str(url)[:64]!r}) must be one of {', '.join(endpoints or ())}"
+        raise _wrong(number, "url", rule)
+    if not isinstance(body, dict):
+        raise _wrong(number, "body", "must be an object")
+    if body.get("stream"):
+        raise _wrong(number, "body.stream", "must be false: a batch has whole answers")
+    return BatchRequest(custom_id, url, body)
+
+
+def _wrong(number: int, field: str, rule: str) -> RequestError:
+    where = f"line {number}: {field} " if field else f"line {number} "
+    return RequestError(f"{where}{rule}", field or None)

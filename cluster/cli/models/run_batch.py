@@ -1,0 +1,139 @@
+"""``run-batch``: the requests of a file, through a running cluster, into a file of answers."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from cluster.batches.answers import AnswerFile
+from cluster.batches.requests import BatchRequest, RequestFile
+from cluster.batches.run import BatchAnswer, BatchCounts, BatchRun, UnreachableError
+from cluster.cli.terminal.arguments import Commands, count, positive
+from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.output import note, show
+from cluster.cli.terminal.progress import Progress
+from cluster.core.errors import ConflictError, RequestError
+
+_CONCURRENCY = 32
+_GIVE_UP_S = 600.0
+_PRIORITY = 1
+_REFUSED = (401, 403)
+"""Statuses that every request would get."""
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add("run-batch", run, "answer a file of requests")
+    parser.add_argument("requests", type=Path, help="requests, one JSON object a line")
+    text = "answers, as they come; what it has already is not asked again"
+    parser.add_argument("answers", type=Path, help=text)
+    text = "requests at a time"
+    parser.add_argument("--concurrency", type=count, default=_CONCURRENCY, help=text)
+    text = "priority of requests that name none; lower runs first, 0 is other requests'"
+    parser.add_argument("--priority", type=int, default=_PRIORITY, help=text)
+    text = "seconds without a server after which to give up"
+    parser.add_argument("--give-up-after", type=positive, default=_GIVE_UP_S, help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns ``FAILED`` where a request has an answer that is no success."""
+    try:
+        counts = asyncio.run(_run(args))
+    except RequestError as err:
+        raise CommandError(ExitCode.USAGE, f"{args.requests}: {err.message}") from err
+    except ConflictError as err:
+        raise CommandError(ExitCode.REFUSED, str(err)) from err
+    except OSError as err:
+        raise CommandError(
+            ExitCode.FAILED, f"{err.filename or args.answers}: {err.strerror}"
+        ) from err
+    document = {"schema": 1, "total": counts.total, "completed": counts.completed}
+    document["failed"] = counts.failed
+    text = f"{counts.completed} of {counts.total} requests answered in {args.answers}"
+    if counts.failed:
+        text += f", {counts.failed} refused or failed"
+    show(args, document, text)
+    return ExitCode.FAILED if counts.failed else ExitCode.OK
+
+
+async def _run(args: argparse.Namespace) -> BatchCounts:
+    requests = RequestFile.check(args.requests)
+    client = Client(args)
+    with AnswerFile(args.answers) as answers, Progress() as progress:
+        async with _Sender(client, args.priority, args.concurrency) as sender:
+            batch = BatchRun(
+                requests,
+                answers,
+                answers,
+                sender.send,
+                args.concurrency,
+                args.give_up_after,
+                lambda counts: progress.update(_told(counts)),
+            )
+            if batch.counts.left < batch.counts.total:
+                note(f"{batch.counts.total - batch.counts.left} requests have answers already")
+            try:
+                await batch.run()
+            except* UnreachableError as group:
+                message = (
+                    f"{group.exceptions[0]}; {_told(batch.counts)}, the rest by the same command"
+                )
+                raise CommandError(ExitCode.UNREACHABLE, message) from None
+            except* CommandError as group:
+                raise group.exceptions[0] from None
+            except* OSError as group:
+                raise group.exceptions[0] from None
+        return batch.counts
+
+
+def _told(counts: BatchCounts) -> str:
+    failed = f", {counts.failed} failed" if counts.failed else ""
+    return f"{counts.completed} of {counts.total} requests answered{failed}"
+
+
+class _Sender:
+    def __init__(self, client: Client, priority: int, concurrency: int) -> None:
+        self._url = client.url
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=concurrency, ssl=client.tls or True),
+            headers={**client.headers, "x-priority": str(priority)},
+            timeout=aiohttp.ClientTimeout(),  # none: the server has a limit
+        )
+
+    async def __aenter__(self) -> _Sender:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._session.close()
+
+    async def send(self, request: BatchRequest) -> BatchAnswer:
+        """See ``Send``. Raises ``CommandError`` where no request would be served."""
+        try:
+            async with self._session.post(self._url + request.url, json=request.body) as answer:
+                text = await answer.read()
+                headers = answer.headers
+        except (aiohttp.ClientError, TimeoutError, OSError) as err:
+            raise UnreachableError(f"{self._url} cannot be reached: {err}") from err
+        body = _parsed(text)
+        if answer.status in _REFUSED:
+            message = body["error"]["message"] if isinstance(body, dict) else f"{body}"
+            raise CommandError(ExitCode.UNAUTHORISED, str(message))
+        pause = headers.get("retry-after", "")
+        return BatchAnswer(
+            answer.status,
+            body,
+            headers.get("x-request-id", ""),
+            float(pause) if pause.isdecimal() else None,
+        )
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text[:1024].decode(errors="replace")

@@ -1,0 +1,140 @@
+"""``cluster.batches.run``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.batches import run
+from cluster.batches.answers import AnswerFile
+from cluster.batches.requests import BatchRequest, RequestFile
+from cluster.batches.run import BatchAnswer, BatchCounts, BatchRun, UnreachableError
+from cluster.core.errors import ConflictError
+from tests.cluster.batches.files import line, read_lines, write_lines
+
+IDS = [f"id-{number}" for number in range(20)]
+
+
+class Server:
+    """Answers with the prompt; ``plan`` says what comes before that, by id."""
+
+    def __init__(self, **plan: list[BatchAnswer | Exception]) -> None:
+        self.plan = plan
+        self.asked = Counter[str]()
+        self.running = self.most = 0
+
+    async def send(self, request: BatchRequest) -> BatchAnswer:
+        self.asked[request.custom_id] += 1
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0)
+        self.running -= 1
+        planned = self.plan.get(request.custom_id.replace("-", "_"), [])
+        if planned:
+            first = planned.pop(0)
+            if isinstance(first, Exception):
+                raise first
+            return first
+        return BatchAnswer(200, {"text": request.body["prompt"]}, f"req-{request.custom_id}")
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_FIRST_WAIT_S", 0.0)
+
+
+def batch(
+    folder: Path,
+    server: Server,
+    clock: Callable[[], float] = lambda: 0.0,
+    seen: list[tuple[int, int]] | None = None,
+    concurrency: int = 4,
+) -> BatchCounts:
+    """Run ``in`` to its end."""
+
+    def note(counts: BatchCounts) -> None:
+        if seen is not None:
+            seen.append((counts.completed, counts.failed))
+
+    requests = RequestFile.check(folder / "in")
+    with AnswerFile(folder / "out") as answers, AnswerFile(folder / "errors") as errors:
+        work = BatchRun(requests, answers, errors, server.send, concurrency, 60.0, note, clock)
+        asyncio.run(work.run())
+        return work.counts
+
+
+def answered(path: Path) -> dict[str, Any]:
+    return {one["custom_id"]: one["response"]["body"] for one in read_lines(path)}
+
+
+def test_each_request_has_one_answer(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [line(one) for one in IDS])
+    server, seen = Server(id_3=[BatchAnswer(400, {"error": {}})]), list[tuple[int, int]]()
+    counts = batch(tmp_path, server, seen=seen)
+    assert (counts.total, counts.completed, counts.failed, counts.left) == (20, 19, 1, 0)
+    assert answered(tmp_path / "out") == {one: {"text": one} for one in IDS if one != "id-3"}
+    (failed,) = read_lines(tmp_path / "errors")
+    assert failed["custom_id"] == "id-3"
+    assert failed["response"] == {"status_code": 400, "request_id": "", "body": {"error": {}}}
+    assert failed["error"] is None
+    assert server.most == 4
+    assert [sum(one) for one in seen] == list(range(21))
+
+
+def test_what_is_answered_is_not_asked_again(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [line(one) for one in IDS[:8]])
+    batch(tmp_path, Server(id_3=[BatchAnswer(400, {})]))
+    before = (tmp_path / "out").read_bytes()
+    write_lines(tmp_path / "in", [line(one) for one in IDS])
+    server = Server()
+    counts = batch(tmp_path, server)
+    assert set(server.asked) == set(IDS[8:])
+    assert (counts.completed, counts.failed) == (19, 1)
+    assert (tmp_path / "out").read_bytes().startswith(before)
+
+
+def test_answers_of_another_batch_are_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [line("other")])
+    batch(tmp_path, Server())
+    write_lines(tmp_path / "in", [line("a")])
+    with pytest.raises(ConflictError, match="the batch has no request 'other'"):
+        batch(tmp_path, Server())
+
+
+def test_a_full_or_restarting_server_is_asked_again(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [line(one) for one in IDS])
+    gone = UnreachableError("gone")
+    server = Server(
+        id_0=[BatchAnswer(429, {}, retry_after_s=0.0), BatchAnswer(503, {}, retry_after_s=0.0)],
+        id_1=[gone, gone, gone],
+    )
+    assert batch(tmp_path, server).completed == 20
+    assert (server.asked["id-0"], server.asked["id-1"], server.asked["id-2"]) == (3, 4, 1)
+
+
+@pytest.mark.parametrize("lost", [UnreachableError("gone"), BatchAnswer(503, {}, retry_after_s=0)])
+def test_a_server_that_stays_away_ends_the_run(
+    tmp_path: Path, lost: BatchAnswer | Exception
+) -> None:
+    write_lines(tmp_path / "in", [line(one) for one in IDS[:3]])
+    now_s = 0.0
+
+    def clock() -> float:
+        nonlocal now_s
+        now_s += 1.0
+        return now_s
+
+    server = Server(id_1=[lost] * 1000)
+    with pytest.raises(ExceptionGroup) as caught:
+        batch(tmp_path, server, clock, concurrency=1)
+    assert caught.group_contains(UnreachableError)
+    assert set(answered(tmp_path / "out")) == {"id-0"}
+    assert 40 < server.asked["id-1"] < 80
+    server.plan.clear()
+    assert batch(tmp_path, server).completed == 3
+    assert server.asked["id-0"] == 1

@@ -1,0 +1,88 @@
+"""``run-batch``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli.main import main
+from cluster.cli.terminal.exit_codes import ExitCode
+from tests.cluster.batches.files import line, read_lines, write_lines
+from tests.cluster.cli.fake_gateway import FakeGateway
+from tests.harness.stalls import wait_until
+
+pytestmark = pytest.mark.usefixtures("state_home")
+
+DONE = {"choices": [{"text": "yes"}]}
+
+
+def test_a_file_is_answered(
+    gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.documents["/v1/completions"] = DONE
+    ids = [f"id-{number}" for number in range(40)]
+    write_lines(tmp_path / "in", [line(one) for one in ids])
+    words = ["--url", gateway.url, "run-batch", str(tmp_path / "in"), str(tmp_path / "out")]
+    assert main([*words, "--json"]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"schema": 1, "total": 40, "completed": 40, "failed": 0}
+    answers = read_lines(tmp_path / "out")
+    assert sorted(one["custom_id"] for one in answers) == sorted(ids)
+    assert {json.dumps(one["response"]["body"]) for one in answers} == {json.dumps(DONE)}
+    assert sorted(body["prompt"] for body in gateway.bodies) == sorted(ids)
+    assert main(words) == ExitCode.OK
+    assert "40 of 40 requests answered" in capsys.readouterr().out
+    assert len(gateway.bodies) == 40
+
+
+def test_a_killed_run_goes_on(gateway: FakeGateway, tmp_path: Path) -> None:
+    gateway.documents["/v1/completions"] = DONE
+    ids = [f"id-{number}" for number in range(400)]
+    write_lines(tmp_path / "in", [line(one) for one in ids])
+    out = tmp_path / "out"
+    words = ["--url", gateway.url, "run-batch", str(tmp_path / "in"), str(out)]
+    command = [sys.executable, "-m", "cluster.cli.main", *words, "--concurrency", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") > 20)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    before = out.read_bytes()
+    num_before = before.count(b"\n")
+    assert num_before < len(ids)
+    with out.open("ab") as file:  # as a kill within a write, or a full disk, leaves it
+        file.write(b'{"custom_id": "id-39')
+    assert main(words) == ExitCode.OK
+    assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert sorted(one["custom_id"] for one in read_lines(out)) == sorted(ids)
+    asked = [body["prompt"] for body in gateway.bodies]
+    assert len(asked) <= len(ids) + 2  # those that ran at the kill
+
+
+def test_what_cannot_be_run_is_refused(
+    gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--url", gateway.url, "run-batch", str(tmp_path / "in"), str(tmp_path / "out")]
+    assert main(words) == ExitCode.FAILED
+    assert "in: No such file" in capsys.readouterr().err
+    write_lines(tmp_path / "in", [line(url="/v1/x")])
+    assert main(words) == ExitCode.USAGE
+    assert "line 1: url ('/v1/x') must be one of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    write_lines(tmp_path / "in", [line("a")])
+    write_lines(tmp_path / "out", ["notes"])
+    assert main(words) == ExitCode.REFUSED
+    assert "out: line 1 is no answer" in capsys.readouterr().err
+    assert gateway.bodies == []
+
+
+def test_a_server_that_is_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "in", [line("a")])
+    words = ["--url", "http://127.0.0.1:1", "run-batch", str(tmp_path / "in")]
+    words += [str(tmp_path / "out"), "--give-up-after", "0.01"]
+    assert main(words) == ExitCode.UNREACHABLE
+    assert "0 of 1 requests answered, the rest by the same command" in capsys.readouterr().err
