@@ -29,8 +29,9 @@ from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
 from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
-from gateway.http.api import build_http_app
+from gateway.protocols import build_public_app
 from gateway.serve_proxy.malloc_trim import start_returning
+from gateway.state.sweeper import StateSweeper
 from gateway.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -89,12 +90,14 @@ class GatewayReplica:
             "admin_grpc": self._admin.grpc,
         }
         self._cluster.start()
+        self._sweeper = StateSweeper(self._gateway.state, self._gateway.tuning.state_sweep_s)
+        self._sweeper.start()
         start_returning()
         logger.info("%s serves gRPC on port %d", name, grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return build_http_app(self._gateway, adds_request_id=False)
+        return build_public_app(self._gateway, adds_request_id=False)
 
     async def not_ready_reasons(self) -> list[str]:
         """The reasons of ``/ready``, for callers without a client certificate."""
@@ -115,6 +118,8 @@ class GatewayReplica:
         """Called by Serve when the replica ends."""
         if not hasattr(self, "_grpc"):
             return  # the constructor failed
+        if hasattr(self, "_sweeper"):
+            await self._sweeper.stop()
         await self._cluster.leave()
         if hasattr(self, "_admin"):
             await self._admin.stop()

@@ -14,7 +14,8 @@ from cluster.core.checks import check, check_choice, check_each, is_at_least_1, 
 
 _LIMITS = (
     "max_body_bytes max_json_depth max_batch_prompts max_choices max_stop_strings max_stop_chars "
-    "request_timeout_s key_max_concurrent key_requests_per_minute key_tokens_per_minute"
+    "request_timeout_s key_max_concurrent key_requests_per_minute key_tokens_per_minute "
+    "state_max_bytes state_max_objects"
 )
 _METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
 EndStage = Literal["lead", "refuse", "fail"]
@@ -22,6 +23,8 @@ EndStage = Literal["lead", "refuse", "fail"]
 that still run."""
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Default limit of an HTTP body."""
+MAX_TTL_S = 10 * 365 * 24 * 3600
+"""Longest life of a stored object."""
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
 
@@ -118,6 +121,14 @@ class GatewaySection:
     wait as long as it takes."""
     request_timeout_s: float = 600.0
     """Longest life of a request, waiting included."""
+    state_dir: str | None = None
+    """Folder of stored responses, the same one for all gateways; by default nothing is stored."""
+    state_ttl_s: float = 30 * 24 * 3600.0
+    """Time after which a stored object is removed."""
+    state_max_bytes: int = 1 << 30
+    """Bytes of the stored objects of one kind and key."""
+    state_max_objects: int = 10_000
+    """Stored objects of one kind and key."""
     drain_lead_s: float = 5.0
     """Time after SIGTERM in which requests are served without being ready, for load balancers to
     notice."""
@@ -148,6 +159,8 @@ class GatewaySection:
         counts = "max_queue max_queue_tokens num_gateway_replicas"
         check_each(self, counts, is_at_least_1, "must be at least 1")
         check_each(self, _LIMITS, is_positive, "must be above 0")
+        ttl = self.state_ttl_s
+        check(1 <= ttl <= MAX_TTL_S, "state_ttl_s", ttl, f"must be 1 to {MAX_TTL_S}")
         waits = "drain_lead_s drain_timeout_s max_queue_wait_s"
         rule = "must not be negative or infinite"
         check_each(self, waits, lambda s: 0 <= s < math.inf, rule)

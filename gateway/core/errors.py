@@ -58,6 +58,14 @@ class RouteError(ExpertMeshError):
         return str(self.args[0])
 
 
+class StorageError(ExpertMeshError):
+    """The state folder cannot be read or written, or holds a damaged object."""
+
+
+class StorageFullError(StorageError):
+    """A key has stored as much as it may, or the disk is full."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorReport:
     """An error as a client sees it."""
@@ -131,6 +139,8 @@ ERROR_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode],
     (RequestFailedError, 500, "server_error", "internal_error", _CODES.INTERNAL),
     (RequestAbortedError, 409, "conflict_error", "request_aborted", _CODES.ABORTED),
     (ConflictError, 409, "conflict_error", "failed_precondition", _CODES.FAILED_PRECONDITION),
+    (StorageFullError, 429, "rate_limit_error", "storage_full", _CODES.RESOURCE_EXHAUSTED),
+    (StorageError, 500, "server_error", "storage_failed", _CODES.INTERNAL),
     (UnknownNameError, 404, _INVALID, "not_found", _CODES.NOT_FOUND),
     (DeadlineExceededError, 408, "timeout_error", "deadline_exceeded", _CODES.DEADLINE_EXCEEDED),
     (SlowClientError, 408, "timeout_error", "slow_client", _CODES.RESOURCE_EXHAUSTED),
@@ -138,6 +148,8 @@ ERROR_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode],
     (ClientGoneError, 499, _INVALID, "client_closed_request", _CODES.CANCELLED),
 )
 """The first row whose exception is the raised one, or a base of it, holds."""
+_LAST = PoisonousRequestError | RequestAbortedError | SlowClientError | StorageError
+"""Errors after which a retry cannot help."""
 
 
 def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
@@ -146,7 +158,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
     if row is None:
         return report_error(RequestFailedError(f"internal error in request {request_id}"))
     _, status, type_, code, grpc_code = row
-    is_last = isinstance(error, PoisonousRequestError | RequestAbortedError | SlowClientError)
+    is_last = isinstance(error, _LAST)
     retry_s = getattr(error, "retry_after_s", None)
     if isinstance(error, RouteError):
         status = error.status

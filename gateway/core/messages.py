@@ -9,6 +9,8 @@ THINKING = "thinking"
 REASONING_NAMES = ("reasoning_content", "reasoning", THINKING)
 """What the model said to itself in an earlier answer: as most clients send it, vLLM's newer name,
 and the name in gpt-oss's template."""
+PHASE, COMMENTARY_PHASE = "phase", "commentary"
+"""A field of an assistant's message, and its value where more of the same turn follows."""
 
 
 def with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:

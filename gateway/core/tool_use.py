@@ -57,14 +57,14 @@ class ToolUse:
     tools: tuple[Tool, ...]
     must_call: bool = False
     """The answer is a call (``tool_choice`` required, or a name)."""
-    only: str | None = None
-    """Name of the only tool that may be called."""
+    only: tuple[str, ...] = ()
+    """Names of the tools that may be called; empty allows all."""
     is_parallel: bool = True
 
     @property
     def allowed(self) -> tuple[Tool, ...]:
         """Tools that the answer may call."""
-        return tuple(tool for tool in self.tools if self.only in (None, tool.name))
+        return tuple(tool for tool in self.tools if not self.only or tool.name in self.only)
 
     def for_template(self) -> list[dict[str, Any]]:
         """All tools as chat templates read them."""

@@ -53,6 +53,7 @@ from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
+from gateway.state.store import open_store
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello
@@ -97,6 +98,8 @@ class Gateway:
         self.name = name
         self.tuning = tuning or GatewayTuning()
         self.keys, self.admin_keys = make_key_rings(config.gateway)
+        self.state = open_store(config.gateway)
+        """What is kept for clients between requests; None keeps nothing."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model_name = config.model.served_model_name
         self.adapters: Mapping[str, str] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -63,14 +64,26 @@ _ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """Ends of paths that other servers have beside these."""
 
 
-def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """A protocol that has a folder of its own, on the same port."""
+
+    routes: Callable[[Gateway], Sequence[BaseRoute]]
+    endpoints: tuple[openapi.Endpoint, ...]
+    """What the routes are, for the OpenAPI document."""
+
+
+def build_http_app(
+    gateway: Gateway, adds_request_id: bool = True, protocols: Sequence[Protocol] = ()
+) -> FastAPI:
     """The ASGI application; works under ``/`` and under any prefix (``root_path``).
 
     Args:
         gateway: what is behind it.
         adds_request_id: see ``HttpMiddleware``.
+        protocols: beside those of this folder; see ``gateway.protocols``.
     """
-    api = HttpApi(gateway)
+    api = HttpApi(gateway, protocols)
     app = FastAPI(
         title="expertmesh",
         openapi_url=None,
@@ -94,7 +107,7 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=gateway.limits.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=_EXPOSED_HEADERS,
         )
@@ -102,8 +115,11 @@ def build_http_app(gateway: Gateway, adds_request_id: bool = True) -> FastAPI:
 
 
 class HttpApi:
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, protocols: Sequence[Protocol] = ()) -> None:
         self._gateway = gateway
+        self._protocols = protocols
+        added = tuple(one for protocol in protocols for one in protocol.endpoints)
+        self._endpoints = openapi.ENDPOINTS + added
 
     def routes(self) -> list[BaseRoute]:
         completions = GenerateEndpoint(self._gateway, "completion")
@@ -130,6 +146,7 @@ class HttpApi:
             Route("/cluster/v1/load", self.load, methods=["GET"]),
             Route("/cluster/v1/events", self.events, methods=["GET"]),
             Route(openapi.PATH, self.openapi, methods=["GET"]),
+            *(route for protocol in self._protocols for route in protocol.routes(self._gateway)),
         ]
 
     async def list_models(self, request: Request) -> Response:
@@ -213,7 +230,8 @@ class HttpApi:
 
     async def openapi(self, request: Request) -> Response:
         """This interface, for machines."""
-        return _answer(openapi.document(str(request.scope.get("root_path") or "")))
+        root_path = str(request.scope.get("root_path") or "")
+        return _answer(openapi.document(root_path, self._endpoints))
 
     def _model(self, name: str) -> dict[str, Any]:
         gateway = self._gateway

@@ -17,6 +17,7 @@ from gateway.http.schema import (
     GenerateBody,
     Message,
     ResponseFormatBody,
+    SamplingBody,
     StructuredOutputsBody,
     TokenizeBody,
     ToolChoiceBody,
@@ -80,17 +81,19 @@ def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:
 
 
 def _common_fields(body: GenerateBody) -> dict[str, Any]:
-    fields = given_fields(body)
+    fields = sampling_fields(body)
     if body.max_completion_tokens is not None:
         fields["max_tokens"] = body.max_completion_tokens
         fields["max_tokens_name"] = "max_completion_tokens"
+    return {**fields, "grammar": _grammar(body.response_format, body.structured_outputs)}
+
+
+def sampling_fields(body: SamplingBody) -> dict[str, Any]:
+    """The fields of a call that a body gives, but for its grammar."""
+    fields = given_fields(body)
     if isinstance(body.stop, str):
         fields["stop"] = (body.stop,)
-    return {
-        **fields,
-        "logit_bias": _logit_bias(body.logit_bias or {}),
-        "grammar": _grammar(body.response_format, body.structured_outputs),
-    }
+    return {**fields, "logit_bias": _logit_bias(body.logit_bias or {})}
 
 
 def given_fields(body: CallBody) -> dict[str, Any]:
@@ -106,8 +109,12 @@ def _grammar(
     wanted: ResponseFormatBody | None, structured: StructuredOutputsBody | None
 ) -> Grammar | None:
     schema = wanted.json_schema.schema_ if wanted and wanted.json_schema else None
-    constraints = {name.rstrip("_"): value for name, value in structured or ()}
-    return make_grammar(wanted.type if wanted else None, schema, constraints)
+    return make_grammar(wanted.type if wanted else None, schema, constraints_of(structured))
+
+
+def constraints_of(structured: StructuredOutputsBody | None) -> dict[str, Any]:
+    """``structured_outputs`` by name."""
+    return {name.rstrip("_"): value for name, value in structured or ()}
 
 
 def prompt_list(

@@ -6,6 +6,7 @@ admin interface is not in it: it has a port of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody, Tokeni
 PATH = "/openapi.json"
 _REF = "#/components/schemas/{model}"
 _STRING = {"type": "string"}
+_IN_PATH = re.compile(r"\{(\w+)\}")
 _OPEN = {"ClusterView", "BankRoutes"}
 """Answers that may have further fields."""
 
@@ -34,22 +36,26 @@ class Endpoint:
     summary: str
     answer: type | None = None
     body: type[BaseModel] | None = None
-    """JSON of a POST; None is a GET."""
-    chunk: type | None = None
-    """One server-sent event of an answer with ``stream``."""
+    """JSON of a POST; None has none."""
+    events: tuple[type, ...] = ()
+    """Kinds of server-sent events of an answer with ``stream``."""
     media: type[Response] = JSONResponse
     statuses: tuple[int, ...] = ()
     """Beside those that all routes of its method share."""
+    verb: Literal["", "post", "delete"] = ""
+    """The method; by default that of a route with such a body."""
+    query: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = ()
+    """Parameters in the URL: name, what it is, members of its schema."""
 
     @property
     def method(self) -> str:
-        return "get" if self.body is None else "post"
+        return self.verb or ("get" if self.body is None else "post")
 
 
-_COMPLETION = (answers.Completion, CompletionBody, answers.CompletionChunk)
-_CHAT = (answers.ChatCompletion, ChatBody, answers.ChatCompletionChunk)
-_READY = (answers.Readiness, None, None, JSONResponse, (503,))
-_VIEW = (answers.ClusterView, None, None, JSONResponse, (503,))
+_COMPLETION = (answers.Completion, CompletionBody, (answers.CompletionChunk, answers.Error))
+_CHAT = (answers.ChatCompletion, ChatBody, (answers.ChatCompletionChunk, answers.Error))
+_READY = (answers.Readiness, None, (), JSONResponse, (503,))
+_VIEW = (answers.ClusterView, None, (), JSONResponse, (503,))
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/v1/models", "The served model", answers.ModelList),
@@ -75,7 +81,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/cluster/v1/events", "What happened to the cluster", answers.ClusterView),
     Endpoint(PATH, "This document"),
 )
-"""All routes, in the order of the interface."""
+"""The routes of this folder, in the order of the interface; other protocols add theirs."""
 _ERRORS = {
     400: "The request is wrong: error.param names the field",
     401: "No key, or one that is not known",
@@ -101,12 +107,13 @@ _ANSWER_HEADERS = (
 )
 
 
-def document(root_path: str = "") -> dict[str, Any]:
-    return {**_document(), "servers": [{"url": root_path or "/"}]}
+def document(root_path: str = "", endpoints: tuple[Endpoint, ...] = ENDPOINTS) -> dict[str, Any]:
+    """The document of some routes."""
+    return {**_document(endpoints), "servers": [{"url": root_path or "/"}]}
 
 
 @cache
-def _document() -> dict[str, Any]:
+def _document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
     app = FastAPI(
         title="expertmesh",
         version=RELEASE,
@@ -114,14 +121,14 @@ def _document() -> dict[str, Any]:
         "ignored; known ones that are not built are refused by name.",
         separate_input_output_schemas=False,
     )
-    for endpoint in ENDPOINTS:
+    for endpoint in endpoints:
         _add(app, endpoint)
     found = app.openapi()
-    chunks = (answers.CompletionChunk, answers.ChatCompletionChunk, answers.Error)
-    closed = {**found["components"]["schemas"], **_schemas(chunks)}
+    events = {answers.Error, *(event for endpoint in endpoints for event in endpoint.events)}
+    closed = {**found["components"]["schemas"], **_schemas(events)}
     for name in closed.keys() - _OPEN:
         closed[name]["additionalProperties"] = False
-    bodies = {endpoint.body for endpoint in ENDPOINTS if endpoint.body}
+    bodies = {endpoint.body for endpoint in endpoints if endpoint.body}
     found["components"] = {
         "schemas": {**_schemas(bodies), **closed},
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -159,8 +166,8 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
         "description": endpoint.summary,
         "headers": {name: {"schema": _STRING, "required": True} for name in _ANSWER_HEADERS},
     }
-    if endpoint.chunk is not None:  # each event but the last, [DONE]
-        event = {"anyOf": [_ref(endpoint.chunk), _ref(answers.Error)]}
+    if endpoint.events:  # all but the last one, [DONE]
+        event = {"anyOf": [*map(_ref, endpoint.events)]}
         found["content"] = {"text/event-stream": {"schema": _STRING, "x-events": event}}
     responses: dict[int | str, dict[str, Any]] = {200: found}
     for status in sorted({*(_OF_GET if endpoint.body is None else _ERRORS), *endpoint.statuses}):
@@ -176,8 +183,11 @@ def _request(endpoint: Endpoint) -> dict[str, Any]:
         {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
         for name, text, schema in (_HEADERS if endpoint.body is not None else _HEADERS[:1])
     ]
-    if "{model}" in endpoint.path:
-        parameters.append({"name": "model", "in": "path", "required": True, "schema": _STRING})
+    for name in _IN_PATH.findall(endpoint.path):
+        parameters.append({"name": name, "in": "path", "required": True, "schema": _STRING})
+    for name, text, schema in endpoint.query:
+        shown = {"name": name, "in": "query", "required": False, "description": text}
+        parameters.append({**shown, "schema": dict(schema)})
     if endpoint.body is None:
         return {"parameters": parameters}
     content = {"application/json": {"schema": _ref(endpoint.body)}}

@@ -162,18 +162,15 @@ class ConversationBody(StrictBody):
     tools: Items[ToolBody] | None = None
 
 
-class GenerateBody(CallBody):
-    """Fields that completions and chat share."""
+class SamplingBody(CallBody):
+    """How tokens are drawn; the same in every protocol of OpenAI's."""
 
-    max_tokens: Whole | None = None
-    max_completion_tokens: Whole | None = None
     min_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Whole | None = None
     min_p: float | None = None
     seed: Whole | None = None
-    n: Whole | None = None
     stop: str | Items[str] | None = None
     stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
@@ -183,16 +180,24 @@ class GenerateBody(CallBody):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    allowed_token_ids: Items[int] | None = None
+    bad_words: Items[str] | None = None
+    structured_outputs: StructuredOutputsBody | None = None
     stream: bool | None = None
+
+
+class GenerateBody(SamplingBody):
+    """Fields that completions and chat share."""
+
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
+    n: Whole | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     prompt_logprobs: Whole | None = None
     logprob_token_ids: Items[int] | None = None
-    allowed_token_ids: Items[int] | None = None
-    bad_words: Items[str] | None = None
     response_format: ResponseFormatBody | None = None
-    structured_outputs: StructuredOutputsBody | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: str | None = None
     request_id: str | None = None

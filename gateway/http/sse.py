@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from gateway.core.delta import ChoiceDelta
+from gateway.core.errors import ErrorReport
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
 from gateway.http.middleware import Responder, dump_json
@@ -16,19 +18,17 @@ _HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SseStream:
-    """One stream: its target, and what it carries beside the text."""
+class EventStream(ABC):
+    """One stream: its target, and what a protocol writes into it."""
 
     gateway: Gateway
     responder: Responder
-    formatter: AnswerFormat
     request_id: str
-    options: StreamOptions
 
     async def send(self, generation: Generation) -> None:
         """Send a generation piece by piece until its end.
@@ -40,21 +40,46 @@ class SseStream:
         deltas = await generation.next(ping_after_s)
         await self.responder.start(200, _HEADERS)
         try:
+            if opening := self._opening():
+                await self.responder.body(opening, more=True)
             while deltas or not generation.is_finished:
                 content = self._events(generation, deltas) if deltas else _PING
                 await self.responder.body(content, more=True)
                 if deltas:
                     generation.sent()
                 deltas = await generation.next(ping_after_s)
-            ending = _DONE
-            if self.options.include_usage:
-                ending = (
-                    self._event(dump_json(self.formatter.usage_chunk(generation.usage))) + _DONE
-                )
+            ending = await self._ending(generation)
         except Exception as err:
-            report = self.gateway.report_error(err, self.request_id)
-            ending = self._event(dump_json(report.body())) + _DONE
+            ending = self._failure(self.gateway.report_error(err, self.request_id))
         await self.responder.body(ending)
+
+    def _opening(self) -> bytes:
+        """What comes first."""
+        return b""
+
+    @abstractmethod
+    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+        """The events of new pieces."""
+
+    @abstractmethod
+    async def _ending(self, generation: Generation) -> bytes:
+        """What comes last where all went well."""
+
+    @abstractmethod
+    def _failure(self, report: ErrorReport) -> bytes:
+        """What comes last where it did not."""
+
+    def _event(self, data: bytes, name: bytes = b"") -> bytes:
+        self.gateway.metrics.sse_events.inc()
+        return b"%b%bdata: %b\n\n" % (b"event: " if name else b"", name and name + b"\n", data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SseStream(EventStream):
+    """A stream of OpenAI's chunks."""
+
+    formatter: AnswerFormat
+    options: StreamOptions
 
     def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
         content = b""
@@ -69,6 +94,10 @@ class SseStream:
                 content += self._event(dump_json(chunk))
         return content
 
-    def _event(self, chunk: bytes) -> bytes:
-        self.gateway.metrics.sse_events.inc()
-        return b"data: " + chunk + b"\n\n"
+    async def _ending(self, generation: Generation) -> bytes:
+        if not self.options.include_usage:
+            return DONE
+        return self._event(dump_json(self.formatter.usage_chunk(generation.usage))) + DONE
+
+    def _failure(self, report: ErrorReport) -> bytes:
+        return self._event(dump_json(report.body())) + DONE

@@ -19,7 +19,7 @@ from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
-from gateway.http.api import build_http_app
+from gateway.protocols import build_public_app
 from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import (
@@ -164,7 +164,7 @@ class Stack:
         self._closers.append(self.admin.stop)
 
     async def _start_http(self) -> None:
-        self.url, stop = await start_http(build_http_app(self.gateway))
+        self.url, stop = await start_http(build_public_app(self.gateway))
         self._closers.append(stop)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
@@ -20,13 +21,27 @@ MAX_GRAMMAR_BYTES = 64 * 1024
 """UTF-8 bytes of a schema (as compact JSON), regular expression, list of choices or grammar."""
 MAX_SCHEMA_DEPTH = 32
 """Levels of objects and lists in a JSON schema."""
-_FORMAT_SCHEMA = "response_format.json_schema.schema"
 _ANY_OBJECT = '{"type":"object"}'
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
+@dataclass(frozen=True, slots=True)
+class FormatNames:
+    """What a protocol calls the format of answers, for messages."""
+
+    field: str = "response_format"
+    schema: str = "response_format.json_schema.schema"
+
+
+CHAT_NAMES = FormatNames()
+"""Of completions and chat."""
+
+
 def make_grammar(
-    format_type: str | None, format_schema: Any, constraints: Mapping[str, Any]
+    format_type: str | None,
+    format_schema: Any,
+    constraints: Mapping[str, Any],
+    names: FormatNames = CHAT_NAMES,
 ) -> Grammar | None:
     """The grammar of an output; None where its text is free.
 
@@ -34,21 +49,25 @@ def make_grammar(
         format_type: ``response_format.type``; None is unset.
         format_schema: ``response_format.json_schema.schema``: an object, or its JSON text.
         constraints: ``structured_outputs`` by name; None is unset.
+        names: of the fields that the format came from.
 
     Raises:
         RequestError: a value is wrong or too large, or several are set.
         UnsupportedParameterError: a format that is not built.
     """
     found = _from_structured(constraints)
-    formatted = None if format_type is None else _from_format(format_type, format_schema)
+    formatted = None if format_type is None else _from_format(format_type, format_schema, names)
     if found and formatted:
-        message = "response_format and structured_outputs cannot both be set"
-        raise RequestError(message, "response_format")
+        message = f"{names.field} and structured_outputs cannot both be set"
+        raise RequestError(message, names.field)
     return found or formatted
 
 
 def make_answer_format(
-    grammar: Grammar | None, name: object, description: object = None
+    grammar: Grammar | None,
+    name: object,
+    description: object = None,
+    names: FormatNames = CHAT_NAMES,
 ) -> AnswerFormat | None:
     """What a prompt may show of ``response_format``; None where that has no schema.
 
@@ -56,24 +75,25 @@ def make_answer_format(
         grammar: of ``make_grammar``.
         name: of ``response_format.json_schema``, like ``description``; no effect if not a text.
         description: of what is wanted.
+        names: as ``make_grammar`` has them.
     """
-    if grammar is None or grammar.field != _FORMAT_SCHEMA:
+    if grammar is None or grammar.field != names.schema:
         return None
     texts = [text if isinstance(text, str) else None for text in (name, description)]
     return AnswerFormat(schema=grammar.text, name=texts[0], description=texts[1])
 
 
-def _from_format(kind: str, schema: Any) -> Grammar | None:
-    name = "response_format"
+def _from_format(kind: str, schema: Any, names: FormatNames) -> Grammar | None:
+    name = names.field
     if kind == "text":
         return None
     if kind == "json_object":
         return Grammar(kind=GrammarKind.JSON_SCHEMA, text=_ANY_OBJECT, field=name)
     if kind == "json_schema":
         if schema is None:
-            message = f"{_FORMAT_SCHEMA} is required for type json_schema"
-            raise RequestError(message, _FORMAT_SCHEMA, "missing_required_parameter")
-        return _schema(schema, _FORMAT_SCHEMA)
+            message = f"{names.schema} is required for type json_schema"
+            raise RequestError(message, names.schema, "missing_required_parameter")
+        return _schema(schema, names.schema)
     if kind == "structural_tag":
         raise UnsupportedParameterError(f"{name} of type structural_tag is not supported", name)
     rule = "must be text, json_object or json_schema"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cluster.core.errors import RequestError
@@ -36,6 +36,9 @@ def make_tool_use(
     choice: str | None = None,
     name: str | None = None,
     is_parallel: bool | None = None,
+    *,
+    among: Collection[str] = (),
+    inner: str = ".function",
 ) -> ToolUse | None:
     """What was asked for, checked; None where the model is to know of no tool.
 
@@ -44,6 +47,8 @@ def make_tool_use(
         choice: ``none``, ``auto`` or ``required``; None is ``auto`` with tools, else ``none``.
         name: the one that must be called, in place of ``choice``.
         is_parallel: ``parallel_tool_calls``.
+        among: names of those that may be called; empty allows all.
+        inner: where an entry of ``tools`` has the function's fields, for messages.
 
     Raises:
         RequestError: names the field.
@@ -54,21 +59,23 @@ def make_tool_use(
     require(choice is None or choice in known, field, rule)
     needs = name is not None or choice == "required"
     require(bool(tools) or not needs, field, "needs tools")
-    _check(tools)
+    _check(tools, inner)
+    only = tuple(among) if name is None else (name,)
     if not tools or (choice == "none" and name is None):
         return None
-    is_known = name is None or any(tool.name == name for tool in tools)
-    require(is_known, field, f"names {str(name)[:64]!r}, which is not among tools")
+    offered = {tool.name for tool in tools}
+    for one in only:
+        require(one in offered, field, f"names {one[:64]!r}, which is not among tools")
     return ToolUse(
-        tools=tuple(tools), must_call=needs, only=name, is_parallel=is_parallel is not False
+        tools=tuple(tools), must_call=needs, only=only, is_parallel=is_parallel is not False
     )
 
 
-def _check(tools: Sequence[Tool]) -> None:
+def _check(tools: Sequence[Tool], inner: str) -> None:
     check_length("tools", len(tools), MAX_TOOLS)
     seen: set[str] = set()
     for place, tool in enumerate(tools):
-        path = f"tools[{place}].function"
+        path = f"tools[{place}]{inner}"
         require(is_name(tool.name), f"{path}.name", f"({tool.name[:64]!r}) {NAME_RULE}")
         if tool.name in seen:
             raise RequestError(f"tools has {tool.name!r} twice", f"{path}.name")

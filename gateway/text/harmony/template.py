@@ -3,7 +3,8 @@
 The prompt begins with a system message about the model. The client's ``system`` and ``developer``
 messages are instructions in a developer message, which also declares the tools. Reasoning is
 repeated until the model's next answer on the channel ``final``, since calls belong to it.
-Calls are written as the model writes them, with the client's own JSON text.
+Calls are written as the model writes them, with the client's own JSON text. An assistant's message
+of the phase ``commentary`` is on that channel.
 
 The prompt tells its marks from the texts of clients: no text becomes a message of its own.
 
@@ -20,7 +21,7 @@ from typing import Any
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import require
-from gateway.core.messages import REASONING_NAMES
+from gateway.core.messages import COMMENTARY_PHASE, PHASE, REASONING_NAMES
 from gateway.core.tool_use import CallArguments, ToolForm
 from gateway.text.forms.tools import NAME_RULE, is_name
 from gateway.text.harmony.declarations import comment, declare_functions
@@ -160,7 +161,8 @@ class _Turns:
         if reasoning and place >= self._kept_from:
             parts.append(_message([ROLE, CHANNEL, ANALYSIS], reasoning))
         if content or not (reasoning or calls):
-            parts.append(_message([ROLE, CHANNEL, COMMENTARY if calls else FINAL], content))
+            channel = COMMENTARY if calls or _is_commentary(message) else FINAL
+            parts.append(_message([ROLE, CHANNEL, channel], content))
         return parts + [self._call(call, place) for call in calls]
 
     def _call(self, call: Mapping[str, Any], place: int) -> _Parts:
@@ -243,7 +245,13 @@ def _num_instructions(messages: Sequence[_Message]) -> int:
 def _is_answer(message: _Message) -> bool:
     """Whether a message ends a turn of the model."""
     has_text = bool(message.get("content")) or not any(map(message.get, REASONING_NAMES))
-    return message.get("role") == ROLE and has_text and not message.get("tool_calls")
+    goes_on = message.get("tool_calls") or _is_commentary(message)
+    return message.get("role") == ROLE and has_text and not goes_on
+
+
+def _is_commentary(message: _Message) -> bool:
+    """Whether a message was not the last one of its turn."""
+    return message.get(PHASE) == COMMENTARY_PHASE
 
 
 def _reasoning(message: _Message, place: int) -> str:

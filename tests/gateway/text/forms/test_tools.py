@@ -149,7 +149,7 @@ UNKNOWN = SECOND.replace("now", "never")
             [FIRST, SECOND, f"{FIRST}\n{SECOND}"],
             ["no call", BOTH, "", WRONG],
         ),
-        (ToolUse(tools=OFFERED, must_call=True, only="now"), [SECOND], [FIRST, "x"]),
+        (ToolUse(tools=OFFERED, must_call=True, only=("now",)), [SECOND], [FIRST, "x"]),
     ],
 )
 def test_answers_follow_the_tools(

@@ -76,7 +76,7 @@ TOOLS, MUST = ToolUse(tools=OFFERED), ToolUse(tools=OFFERED, must_call=True)
             ["no channel", call("never", "{}"), call("weather", "{}"), THOUGHT, NOW + FINAL],
         ),
         (MUST, None, [NOW, THOUGHT + RAIN], [FINAL]),
-        (ToolUse(tools=OFFERED, must_call=True, only="now"), None, [NOW], [RAIN]),
+        (ToolUse(tools=OFFERED, must_call=True, only=("now",)), None, [NOW], [RAIN]),
         (TOOLS, NUMBER, [final("17"), THOUGHT + NOW], [FINAL, "17"]),
         (None, NUMBER, [THOUGHT + final("17")], [THOUGHT + FINAL, NOW]),
     ],

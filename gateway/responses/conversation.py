@@ -1,0 +1,128 @@
+"""Items of a conversation to the messages that chat templates see.
+
+What an assistant did in a row is as few messages as templates can tell it in: reasoning, then
+words, then calls are one message. Instructions at the beginning are one ``system`` message, since
+many templates take no more than one, and none of the role ``developer``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.core.errors import RequestError
+from gateway.core.field_checks import require
+from gateway.core.messages import COMMENTARY_PHASE, PHASE, REASONING_NAMES
+from gateway.core.tool_use import CallArguments
+from gateway.http.middleware import dump_json
+from gateway.responses.items import CALLS, INSTRUCTING, OUTPUTS, Item, text_of
+from gateway.text.forms.tools import json_object
+
+_REASONING = REASONING_NAMES[0]
+_MESSAGES = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls)?)?")
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Messages, and the fields of the body that they come from."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    """By message, for errors: ``instructions``, ``input[3]``, ``previous_response_id``."""
+    _calls: dict[str, str] = field(default_factory=dict)
+    """Types of calls by ``call_id``."""
+    _is_turn_open: bool = False
+    """The last message is an assistant's, of a turn that may go on."""
+
+    def instruct(self, text: str, path: str) -> None:
+        """Add instructions; those at the beginning are one message."""
+        is_first = all(message["role"] == "system" for message in self.messages)
+        if is_first and self.messages:
+            self.messages[-1]["content"] += f"\n\n{text}"
+        else:
+            self._add({"role": "system", "content": text}, path)
+
+    def add(self, item: Item, path: str) -> None:
+        """Add an item. Raises ``RequestError`` if it does not fit those before it."""
+        kind = item["type"]
+        if kind == "message":
+            self._add_message(item, path)
+        elif kind == "reasoning":
+            self._add_reasoning(text_of(item), path)
+        elif kind in CALLS:
+            self._add_call(item, path)
+        else:
+            call_id = item["call_id"]
+            is_known = self._calls.get(call_id) == OUTPUTS[kind]
+            rule = f"({call_id[:64]!r}) is of no {OUTPUTS[kind]} before it"
+            require(is_known, f"{path}.call_id", rule)
+            output = {"role": "tool", "tool_call_id": call_id, "content": item["output"]}
+            self._add(output, path)
+
+    def _add(self, message: dict[str, Any], path: str) -> dict[str, Any]:
+        self.messages.append(message)
+        self.paths.append(path)
+        self._is_turn_open = message["role"] == "assistant"
+        return message
+
+    def _add_message(self, item: Item, path: str) -> None:
+        role, text = item["role"], text_of(item)
+        if role in INSTRUCTING:
+            self.instruct(text, path)
+        elif role == "user":
+            self._add({"role": "user", "content": text}, path)
+        else:
+            last = self._turn(path, lambda last: not (last["content"] or last.get("tool_calls")))
+            last["content"] = text
+            if PHASE in item:
+                last[PHASE] = item[PHASE]
+
+    def _add_reasoning(self, text: str, path: str) -> None:
+        last = self._turn(path, lambda last: not (last["content"] or last.get("tool_calls")))
+        before = last.get(_REASONING)
+        last[_REASONING] = f"{before}\n{text}" if before else text
+
+    def _add_call(self, item: Item, path: str) -> None:
+        field = CALLS[item["type"]]
+        given = item[field]
+        if item["type"] == "custom_tool_call":
+            value, given = {field: given}, dump_json({field: given}).decode()
+        else:
+            value = json_object(given, f"{path}.{field}")
+        function = {"name": item["name"], "arguments": CallArguments(value, given)}
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        last = self._turn(path, lambda last: True)
+        last.setdefault("tool_calls", []).append(call)
+        self._calls[item["call_id"]] = item["type"]
+
+    def _turn(self, path: str, can_take: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The assistant's message that the next item belongs to."""
+        last = self.messages[-1] if self._is_turn_open else None
+        if last is not None and can_take(last):
+            return last
+        if last is not None and last["content"] and not last.get("tool_calls"):
+            last.setdefault(PHASE, COMMENTARY_PHASE)  # more of its turn follows
+        return self._add({"role": "assistant", "content": ""}, path)
+
+
+@contextmanager
+def named_as_input(paths: Sequence[str]) -> Iterator[None]:
+    """Errors about messages name the fields that the messages come from.
+
+    Args:
+        paths: of ``Conversation``.
+    """
+    try:
+        yield
+    except RequestError as err:
+        if err.param is None or not _MESSAGES.match(err.param):
+            raise
+
+        def name(found: re.Match[str]) -> str:
+            return "input" if found[1] is None else paths[int(found[1])]
+
+        message, param = _MESSAGES.sub(name, err.message), _MESSAGES.sub(name, err.param)
+        raise type(err)(message, param, err.code) from err

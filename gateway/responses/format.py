@@ -1,0 +1,124 @@
+"""A generation as items and events: its text is divided token by token.
+
+So the items, their order and the tokens that belong to them are the same whether an answer is
+streamed or not, and however its tokens come together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice, pairwise
+
+from gateway.core.call import GenerateCall
+from gateway.core.delta import ChoiceDelta, TokenText
+from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
+from gateway.responses.items import Item
+from gateway.responses.output import Event, OutputBuilder
+from gateway.text.forms.tool_calls import ParsedPiece
+from gateway.text.tokenizer import Tokenizer
+from workers.requests.request import FinishReason, TokenLogprob
+
+
+class OutputFormat(TextFormat):
+    """Feeds what a choice says to an ``OutputBuilder``.
+
+    Args:
+        call: the call; it has one choice.
+        tokenizer: names tokens.
+        builder: makes the items.
+    """
+
+    def __init__(
+        self, call: GenerateCall, tokenizer: Tokenizer | None, builder: OutputBuilder
+    ) -> None:
+        super().__init__(call, tokenizer)
+        self._builder = builder
+        self._num_chars = 0
+        """Of the text that was parsed."""
+        self._raw = ""
+        """The end of that text, of which nothing was made yet."""
+        self._tokens: deque[TokenText] = deque()
+        """Tokens of that end, and those whose text is still to come."""
+        self.num_reasoning_tokens = 0
+
+    def feed(self, deltas: Iterable[ChoiceDelta]) -> list[Event]:
+        """The events of the next pieces."""
+        return [event for delta in deltas for event in self._feed(delta)]
+
+    def _feed(self, delta: ChoiceDelta) -> Iterator[Event]:
+        is_call = False
+        self._tokens.extend(delta.tokens)
+        for text in self._split(delta.text):
+            parsed, is_call = self._parse(replace(delta, text=text, tokens=(), finish=None))
+            yield from self._take(text, parsed)
+        if delta.finish is not None:
+            parsed, is_call = self._parse(replace(delta, text="", tokens=()))
+            yield from self._take("", parsed)
+            is_cut = delta.finish.reason is FinishReason.LENGTH and not is_call
+            yield from self._builder.end(is_cut)
+
+    def _split(self, text: str) -> list[str]:
+        """A piece of text, cut where its tokens begin."""
+        start, end = self._num_chars, self._num_chars + len(text)
+        cuts = {token.text_offset for token in self._tokens if start < token.text_offset < end}
+        places = [start, *sorted(cuts), end] if text else []
+        return [text[a - start : b - start] for a, b in pairwise(places)]
+
+    def _take(self, text: str, parsed: ParsedPiece) -> Iterator[Event]:
+        """The events of what a token turned out to be."""
+        self._num_chars += len(text)
+        self._raw += text
+        if parsed.reasoning:
+            self.num_reasoning_tokens += len(self._claim(parsed.reasoning))
+            yield from self._builder.add_reasoning(parsed.reasoning)
+        if parsed.content:
+            logprobs = self._logprobs(self._claim(parsed.content))
+            yield from self._builder.add_text(parsed.content, logprobs)
+        for piece in parsed.calls:
+            yield from self._builder.add_call(piece)
+        if parsed.calls:
+            self._forget(self._num_chars)
+
+    def _claim(self, text: str) -> list[TokenText]:
+        """The tokens of a text that was made of the end of ``_raw``; marks before it have none."""
+        before = self._num_chars - len(self._raw)
+        place = self._raw.rfind(text)
+        start = before + max(place, 0)
+        end = start + len(text) if place >= 0 else self._num_chars
+        return [token for token, token_end in self._forget(end) if token_end > start]
+
+    def _forget(self, end: int) -> list[tuple[TokenText, int]]:
+        """Drop the text before ``end``; the tokens that begin there, and where each ends.
+
+        A token without text is the first part of the character that the next one completes.
+        """
+        self._raw = self._raw[len(self._raw) - (self._num_chars - end) :]
+        dropped = []
+        while self._tokens and self._tokens[0].text_offset < end:
+            dropped.append(self._tokens.popleft())
+        ends = [token.text_offset for token in [*dropped[1:], *islice(self._tokens, 1)]]
+        ends += [self._num_chars] * (len(dropped) - len(ends))
+        for place in reversed(range(len(dropped) - 1)):
+            if ends[place] == dropped[place].text_offset:
+                ends[place] = ends[place + 1]
+        return list(zip(dropped, ends, strict=True))
+
+    def _logprobs(self, tokens: Sequence[TokenText]) -> list[Item]:
+        wanted = self.call.fields.num_logprobs
+        if wanted is None:
+            return []
+        return [self._entry(token.logprob, wanted) for token in tokens if token.logprob]
+
+    def _entry(self, entry: TokenLogprob, wanted: int) -> Item:
+        top = alternatives(entry, wanted)[:wanted] if wanted else []
+        named = [self._named(token_id, logprob) for token_id, logprob in top]
+        return {**self._named(entry.token_id, entry.logprob), "top_logprobs": named}
+
+    def _named(self, token_id: int, logprob: float) -> Item:
+        return {
+            "token": self._name(token_id),
+            "logprob": clamp_logprob(logprob),
+            "bytes": list(self._bytes(token_id)),
+        }

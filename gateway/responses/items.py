@@ -1,0 +1,190 @@
+"""Items of conversations: from bodies to the form in which they are returned and stored.
+
+An item is a JSON object with ``type`` and ``id``: a message, a call, the output of a call, or
+reasoning. Ids of items contain that of their response, so that ``item_reference`` finds them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.field_checks import require
+from gateway.responses.schema import InputItem, InputPart
+
+Item = dict[str, Any]
+"""One item, as it is returned."""
+INSTRUCTING = frozenset({"system", "developer"})
+"""Roles of messages that instruct the model; both are the same."""
+ROLES = ("user", "assistant", *sorted(INSTRUCTING))
+PHASES = ("commentary", "final_answer")
+CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
+"""Types of calls, and the field that has what the tool gets."""
+OUTPUTS = {
+    "function_call_output": "function_call",
+    "custom_tool_call_output": "custom_tool_call",
+}
+"""Types of outputs, and those of their calls."""
+PREFIXES = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+}
+_MAX_ID_CHARS = 256
+_ID = re.compile(rf"(?:{'|'.join(PREFIXES.values())})_([0-9a-f]{{32}})[0-9a-f]{{6}}")
+_TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
+_INPUT_PARTS = ("input_image", "input_file", "input_audio", "input_video")
+_SEALED = "expertmesh.1."
+"""Begins ``encrypted_content``. It is not secret: clients get the same text in ``content``, and
+some return only this."""
+
+
+@dataclass(slots=True)
+class ItemIds:
+    """Makes the ids of a response's items."""
+
+    response_id: str
+    _number: int = field(default=0, init=False)
+
+    def new(self, kind: str) -> str:
+        """For example ``msg_``, the 32 digits of the response, and six of the item."""
+        self._number += 1
+        digits = self.response_id.partition("_")[2]
+        return f"{PREFIXES[kind]}_{digits}{self._number:06x}"
+
+
+def response_of(item_id: str) -> str | None:
+    """Id of the response that an item came with; None for ids that others made."""
+    found = _ID.fullmatch(item_id)
+    return f"resp_{found[1]}" if found else None
+
+
+def read_item(given: InputItem, path: str, ids: ItemIds) -> Item:
+    """An item of a body, with an id. Raises ``RequestError``."""
+    kind = given.type or "message"
+    if kind not in PREFIXES:
+        raise UnsupportedParameterError(
+            f"{path}.type: items of type {kind[:64]!r} are not supported", f"{path}.type"
+        )
+    _check_id(given.id, path)
+    head: Item = {"type": kind, "id": given.id or ids.new(kind)}
+    if kind == "message":
+        return {**head, "status": "completed", **_message(given, path)}
+    if kind == "reasoning":
+        return {**head, **_reasoning(given, path)}
+    call_id = _needed(given.call_id, f"{path}.call_id", kind)
+    require(0 < len(call_id) <= _MAX_ID_CHARS, f"{path}.call_id", "must have 1 to 256 characters")
+    head |= {"status": "completed", "call_id": call_id}
+    if kind in OUTPUTS:
+        if given.output is None:
+            _needed(None, f"{path}.output", kind)
+        return {**head, "output": _text(given.output, f"{path}.output")}
+    name = _needed(given.name, f"{path}.name", kind)
+    field = CALLS[kind]
+    return {**head, "name": name, field: _needed(getattr(given, field), f"{path}.{field}", kind)}
+
+
+def text_of(item: Item) -> str:
+    """The text of a message, or what the model said to itself in reasoning."""
+    parts: Sequence[Item] = item.get("content") or ()
+    return "\n".join(part["text"] for part in parts)
+
+
+def seal(text: str) -> str:
+    """``encrypted_content`` of reasoning."""
+    return _SEALED + base64.urlsafe_b64encode(text.encode()).decode()
+
+
+def _unseal(sealed: str, path: str) -> str:
+    name = f"{path}.encrypted_content"
+    require(sealed.startswith(_SEALED), name, "is not of this server")
+    try:
+        raw = base64.b64decode(sealed.removeprefix(_SEALED), altchars=b"-_", validate=True)
+        return raw.decode()
+    except (binascii.Error, ValueError) as err:
+        raise RequestError(f"{name} is damaged", name) from err
+
+
+def _message(given: InputItem, path: str) -> Item:
+    role = _needed(given.role, f"{path}.role", "message")
+    rule = f"({role[:32]!r}) must be one of {', '.join(ROLES)}"
+    require(role in ROLES, f"{path}.role", rule)
+    phase = given.phase
+    rule = f"({str(phase)[:32]!r}) must be one of {', '.join(PHASES)}"
+    require(phase is None or phase in PHASES, f"{path}.phase", rule)
+    if given.content is None:
+        _needed(None, f"{path}.content", "message")
+    text = _text(given.content, f"{path}.content", role)
+    part: Item = {"type": "input_text", "text": text}
+    if role == "assistant":
+        part = output_part(text)
+    shown = {} if phase is None or role != "assistant" else {"phase": phase}
+    return {"role": role, "content": [part], **shown}
+
+
+def output_part(text: str, logprobs: Sequence[Item] = ()) -> Item:
+    """The one part of an assistant's message."""
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+
+
+def _reasoning(given: InputItem, path: str) -> Item:
+    """Its text is in ``content``, or else in ``encrypted_content``, or else in ``summary``."""
+    summary = [_part_text(part, f"{path}.summary", "reasoning") for part in given.summary or ()]
+    if given.content:
+        text = _text(given.content, f"{path}.content", "reasoning")
+    elif given.encrypted_content:
+        text = _unseal(given.encrypted_content, path)
+    else:
+        text = "\n".join(summary)
+    found: Item = {
+        "summary": [{"type": "summary_text", "text": one} for one in summary],
+        "content": [{"type": "reasoning_text", "text": text}],
+    }
+    if given.encrypted_content:
+        found["encrypted_content"] = given.encrypted_content
+    return found
+
+
+def _text(content: str | Sequence[InputPart] | None, path: str, role: str = "") -> str:
+    """A content as one text; its parts are lines, as in chat completions."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(_part_text(part, path, role) for part in content or ())
+
+
+def _part_text(part: InputPart, path: str, role: str) -> str:
+    """The text of a part. ``role`` is a message's, or ``reasoning``, or empty for outputs."""
+    if part.type in _INPUT_PARTS:
+        raise UnsupportedParameterError(
+            f"{path}: parts of type {part.type} are not supported, only text", path
+        )
+    allowed = {"reasoning": {"reasoning_text", "summary_text"}, "assistant": {"refusal"}}
+    if part.type not in _TEXT_PARTS | allowed.get(role, set()):
+        raise UnsupportedParameterError(
+            f"{path}: parts of type {part.type[:32]!r} are not supported here", path
+        )
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None:
+        name = "refusal" if part.type == "refusal" else "text"
+        raise RequestError(f"{path}: a part of type {part.type} needs {name}", path)
+    return text
+
+
+def _check_id(given: str | None, path: str) -> None:
+    fits = given is None or 0 < len(given) <= _MAX_ID_CHARS
+    require(fits, f"{path}.id", f"must have 1 to {_MAX_ID_CHARS} characters")
+
+
+def _needed(value: str | None, path: str, kind: str) -> str:
+    if value is None:
+        message = f"{path} is required for items of type {kind}"
+        raise RequestError(message, path, "missing_required_parameter")
+    return value

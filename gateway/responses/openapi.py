@@ -1,0 +1,54 @@
+"""The routes of Responses in the OpenAPI document."""
+
+from __future__ import annotations
+
+from gateway.http.openapi import Endpoint
+from gateway.responses import answers
+from gateway.responses.schema import ResponseBody
+
+_LISTING = (
+    (
+        "limit",
+        "Items at most, 20 by default",
+        (("type", "integer"), ("minimum", 1), ("maximum", 100)),
+    ),
+    ("order", "asc or desc (default)", (("type", "string"), ("pattern", "^(asc|desc)$"))),
+    ("after", "An item's id: those behind it", (("type", "string"),)),
+)
+ENDPOINTS = (
+    Endpoint(
+        "/v1/responses",
+        "The next items of a conversation",
+        answers.ResponseObject,
+        ResponseBody,
+        answers.EVENTS,
+    ),
+    Endpoint(
+        "/v1/responses/{response_id}",
+        "One stored response",
+        answers.ResponseObject,
+        statuses=(400, 404),
+    ),
+    Endpoint(
+        "/v1/responses/{response_id}",
+        "Remove a stored response",
+        answers.DeletedResponse,
+        statuses=(404,),
+        verb="delete",
+    ),
+    Endpoint(
+        "/v1/responses/{response_id}/cancel",
+        "Refused: a stored response is complete",
+        answers.ResponseObject,
+        statuses=(400, 404),
+        verb="post",
+    ),
+    Endpoint(
+        "/v1/responses/{response_id}/input_items",
+        "What the model was given for a stored response",
+        answers.ItemList,
+        statuses=(400, 404),
+        query=_LISTING,
+    ),
+)
+"""In the order of the interface."""

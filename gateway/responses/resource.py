@@ -1,0 +1,96 @@
+"""The response object: one answer with what was asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.core.delta import Finish, Usage
+from gateway.core.errors import ErrorReport
+from gateway.generation.generation import Generation
+from gateway.responses.items import Item
+from workers.requests.request import FinishReason
+
+Resource = dict[str, Any]
+"""The response object."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceFormat:
+    """Writes the response object of one request, at its beginning and its end.
+
+    Args:
+        generation: the answer.
+        head: of ``Turn``.
+        is_stored: it will be stored.
+    """
+
+    generation: Generation
+    head: Mapping[str, Any]
+    is_stored: bool
+
+    def begun(self) -> Resource:
+        """Before anything was generated."""
+        return self._resource("in_progress", [])
+
+    def ended(
+        self, output: Sequence[Item], finish: Finish, num_reasoning: int, is_stored: bool
+    ) -> Resource:
+        """At the end of the choice.
+
+        Args:
+            output: all items.
+            finish: why it ended.
+            num_reasoning: tokens of reasoning.
+            is_stored: see the class; storing may have failed.
+        """
+        is_cut = finish.reason is FinishReason.LENGTH
+        found = self._resource("incomplete" if is_cut else "completed", output)
+        return {
+            **found,
+            "completed_at": None if is_cut else int(time.time()),
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "store": is_stored,
+            "usage": usage_body(self.generation.usage, num_reasoning),
+        }
+
+    def failed(self, output: Sequence[Item], report: ErrorReport) -> Resource:
+        """Where it could not be generated to its end."""
+        error = {"code": _error_code(report), "message": report.message}
+        return {**self._resource("failed", output), "store": False, "error": error}
+
+    def _resource(self, status: str, output: Sequence[Item]) -> Resource:
+        return {
+            "id": self.generation.call_id,
+            "object": "response",
+            "created_at": self.generation.created,
+            "completed_at": None,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.generation.call.model,
+            "output": list(output),
+            "usage": None,
+            "store": self.is_stored,
+            **self.head,
+        }
+
+
+def usage_body(usage: Usage, num_reasoning: int) -> dict[str, Any]:
+    """``usage`` of a response."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": num_reasoning},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _error_code(report: ErrorReport) -> str:
+    """The protocol's words for the errors that clients treat in their own way."""
+    if report.http_status == 429:
+        return "rate_limit_exceeded"
+    return "server_error" if report.http_status >= 500 else report.code

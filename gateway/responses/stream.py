@@ -1,0 +1,88 @@
+"""The events of one response, as they are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from gateway.core.delta import ChoiceDelta, Finish
+from gateway.core.errors import ErrorReport
+from gateway.generation.generation import Generation
+from gateway.http.middleware import dump_json
+from gateway.http.sse import DONE, EventStream
+from gateway.responses.format import OutputFormat
+from gateway.responses.output import Event, OutputBuilder
+from gateway.responses.resource import Resource, ResourceFormat
+
+
+@dataclass(kw_only=True, slots=True)
+class _Numbers:
+    """What changes while a stream is sent."""
+
+    sequence: int = 0
+    """``sequence_number`` of the next event."""
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResponseStream(EventStream):
+    """A stream of one response's events, each with its number."""
+
+    builder: OutputBuilder
+    output: OutputFormat
+    resource: ResourceFormat
+    complete: Callable[[Finish], Awaitable[Resource]]
+    """The response at the end; stores it."""
+    _state: _Numbers = field(default_factory=_Numbers)
+
+    def _opening(self) -> bytes:
+        response = self.resource.begun()
+        names = ("response.created", "response.in_progress")
+        return self._written({"type": name, "response": response} for name in names)
+
+    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+        for delta in deltas:
+            self._state.finish = delta.finish
+        return self._written(joined(self.output.feed(deltas)))
+
+    async def _ending(self, generation: Generation) -> bytes:
+        assert self._state.finish is not None, "the choice has ended"
+        response = await self.complete(self._state.finish)
+        ended = {"type": f"response.{response['status']}", "response": response}
+        return self._written([ended]) + DONE
+
+    def _failure(self, report: ErrorReport) -> bytes:
+        error = report.body()["error"]
+        flat = {name: error[name] for name in ("code", "message", "param")}
+        failed = self.resource.failed(self.builder.output(), report)
+        events: list[Event] = [
+            {"type": "error", **flat, "error": error},
+            {"type": "response.failed", "response": failed},
+        ]
+        return self._written(events) + DONE
+
+    def _written(self, events: Iterable[Event]) -> bytes:
+        written = []
+        for event in events:
+            numbered = {**event, "sequence_number": self._state.sequence}
+            self._state.sequence += 1
+            written.append(self._event(dump_json(numbered), event["type"].encode()))
+        return b"".join(written)
+
+
+def joined(events: Sequence[Event]) -> list[Event]:
+    """The same events, with those as one that go on with the same text."""
+    found: list[Event] = []
+    for event in events:
+        last = found[-1] if found else None
+        if last is None or "delta" not in event or _target(last) != _target(event):
+            found.append(event)
+            continue
+        found[-1] = {**last, "delta": last["delta"] + event["delta"]}
+        if "logprobs" in event:
+            found[-1]["logprobs"] = last["logprobs"] + event["logprobs"]
+    return found
+
+
+def _target(event: Event) -> tuple[str, str | None]:
+    return event["type"], event.get("item_id")

@@ -1,0 +1,174 @@
+"""Tools of a body, and which of them may be called.
+
+A custom tool takes any text. The model sees it as a function with the one argument ``input``, which
+``custom_input`` reads again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.field_checks import require
+from gateway.core.tool_use import Tool, ToolUse
+from gateway.responses.schema import ChosenToolBody, NamedToolBody, OfferedToolBody, ResponseBody
+from gateway.text.forms.tools import make_tool_use
+
+KINDS = ("function", "custom")
+INPUT = "input"
+_CUSTOM_PARAMETERS = {
+    "type": "object",
+    "properties": {INPUT: {"type": "string"}},
+    "required": [INPUT],
+    "additionalProperties": False,
+}
+_OPENING = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[^u])")
+_HIGH_SURROGATE = re.compile(r"\\u[dD][89abAB]")
+_MODES = ("auto", "required")
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTools:
+    """What a body says of tools."""
+
+    use: ToolUse | None
+    """None offers none to the model."""
+    custom: frozenset[str]
+    """Names of custom tools."""
+
+
+def read_tools(body: ResponseBody) -> OfferedTools:
+    """The tools of a body. Raises ``RequestError`` with the field's name."""
+    offered = body.tools or []
+    tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(offered)]
+    custom = frozenset(tool.name or "" for tool in offered if tool.type == "custom")
+    choice, is_parallel = body.tool_choice, body.parallel_tool_calls
+    if not isinstance(choice, ChosenToolBody):
+        return OfferedTools(make_tool_use(tools, choice, is_parallel=is_parallel, inner=""), custom)
+    if choice.type == "allowed_tools":
+        among = _allowed(choice.tools or (), custom)
+        mode = choice.mode
+        rule = f"({str(mode)[:32]!r}) must be one of {', '.join(_MODES)}"
+        require(mode in _MODES, "tool_choice.mode", rule)
+        use = make_tool_use(tools, mode, is_parallel=is_parallel, among=among, inner="")
+        return OfferedTools(use, custom)
+    name = _named(choice.type, choice.name, custom, "tool_choice")
+    use = make_tool_use(tools, name=name, is_parallel=is_parallel, inner="")
+    return OfferedTools(use, custom)
+
+
+def _tool(tool: OfferedToolBody, path: str) -> Tool:
+    if tool.type not in KINDS:
+        raise UnsupportedParameterError(
+            f"{path}.type: tools of type {tool.type[:64]!r} are not supported, only functions and "
+            "custom tools",
+            f"{path}.type",
+        )
+    if tool.name is None:
+        message = f"{path}.name is required"
+        raise RequestError(message, f"{path}.name", "missing_required_parameter")
+    if tool.type == "function":
+        return Tool(name=tool.name, description=tool.description, parameters=tool.parameters)
+    if tool.format is not None and tool.format.type != "text":
+        raise UnsupportedParameterError(
+            f"{path}.format: the form {tool.format.type[:32]!r} is not supported, only text",
+            f"{path}.format",
+        )
+    return Tool(name=tool.name, description=tool.description, parameters=_CUSTOM_PARAMETERS)
+
+
+def _allowed(tools: Sequence[NamedToolBody], custom: frozenset[str]) -> tuple[str, ...]:
+    require(len(tools) > 0, "tool_choice.tools", "must not be empty")
+    names = [
+        _named(tool.type, tool.name, custom, f"tool_choice.tools[{place}]")
+        for place, tool in enumerate(tools)
+    ]
+    return tuple(dict.fromkeys(names))
+
+
+def _named(kind: str, name: str | None, custom: frozenset[str], path: str) -> str:
+    """The name in a reference to a tool."""
+    if kind not in KINDS:
+        message = f"{path}.type: tools of type {kind[:64]!r} are not supported"
+        raise UnsupportedParameterError(message, f"{path}.type")
+    if name is None:
+        message = f"{path}.name is required"
+        raise RequestError(message, f"{path}.name", "missing_required_parameter")
+    rule = f"({name[:64]!r}) is not the name of a tool of type {kind}"
+    require((name in custom) is (kind == "custom"), f"{path}.name", rule)
+    return name
+
+
+def shown_tools(body: ResponseBody) -> list[dict[str, Any]]:
+    """``tools`` of the response."""
+    return [_shown(tool) for tool in body.tools or ()]
+
+
+def _shown(tool: OfferedToolBody) -> dict[str, Any]:
+    head = {"type": tool.type, "name": tool.name, "description": tool.description}
+    if tool.type == "custom":
+        return {**head, "format": {"type": "text"}}
+    strict = True if tool.strict is None else tool.strict
+    return {**head, "parameters": tool.parameters, "strict": strict}
+
+
+def shown_choice(body: ResponseBody) -> str | dict[str, Any]:
+    """``tool_choice`` of the response."""
+    choice = body.tool_choice
+    if isinstance(choice, ChosenToolBody):
+        return choice.model_dump(exclude_none=True)
+    return choice or "auto"
+
+
+class CustomInput:
+    """Reads the text in the arguments of a custom tool's call, as they come."""
+
+    def __init__(self) -> None:
+        self._waiting = ""
+        self._is_open = False
+        self._is_over = False
+
+    def feed(self, arguments: str) -> str:
+        """The text that is certain now."""
+        self._waiting += arguments
+        if not self._is_open:
+            found = _OPENING.match(self._waiting)
+            if found is None:
+                return ""
+            self._is_open, self._waiting = True, self._waiting[found.end() :]
+        return "" if self._is_over else self._read()
+
+    def _read(self) -> str:
+        text, place = self._waiting, 0
+        while place < len(text) and text[place] != '"':
+            if not (end := _end_of_character(text, place)):
+                break
+            place = end
+        self._is_over = text[place : place + 1] == '"'
+        self._waiting = text[place:]
+        read = str(json.loads(f'"{text[:place]}"', strict=False))
+        return read.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _end_of_character(text: str, place: int) -> int:
+    """Where the character at ``place`` of a JSON string ends; 0 where the rest is to come."""
+    if text[place] != "\\":
+        return place + 1
+    escape = _ESCAPE.match(text, place)
+    if escape is None:
+        return 0
+    end = escape.end()
+    if not _HIGH_SURROGATE.match(escape[0]) or text[end : end + 1] not in ("", "\\"):
+        return end
+    low = _ESCAPE.match(text, end)  # the other half of the character
+    return 0 if low is None else low.end()
+
+
+def custom_input(arguments: str) -> str:
+    """The text in the whole arguments of a custom tool's call."""
+    return CustomInput().feed(arguments)

@@ -1,0 +1,246 @@
+"""A body to the one call type, and to what its response says of the request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.core.errors import RequestError
+from gateway.core.call import CallKind, ChatInput, GenerateFields
+from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_length, require
+from gateway.http.convert import constraints_of, sampling_fields
+from gateway.responses.conversation import Conversation
+from gateway.responses.items import Item, ItemIds, read_item
+from gateway.responses.schema import InputItem, ResponseBody
+from gateway.responses.tools import OfferedTools, read_tools, shown_choice, shown_tools
+from gateway.text.forms.structured import FormatNames, make_answer_format, make_grammar
+
+REFERENCE = "item_reference"
+LOGPROBS, SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"
+INCLUDABLE = (
+    LOGPROBS,
+    SEALED,
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+"""Values of ``include``; those behind the second are about items that are not here."""
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+SUMMARIES = ("auto", "concise", "detailed", "none")
+VERBOSITIES = ("low", "medium", "high")
+_FORMAT = FormatNames("text.format", "text.format.schema")
+_MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One request, checked as far as it can be without the model."""
+
+    fields: GenerateFields
+    head: Mapping[str, Any]
+    """What the response repeats of the request."""
+    paths: Sequence[str]
+    """Of ``Conversation``."""
+    history: Sequence[Item]
+    """Items of the responses before."""
+    new_items: Sequence[Item]
+    """Items of the body."""
+    ids: ItemIds
+    custom: frozenset[str]
+    """Names of custom tools."""
+    seals_reasoning: bool
+
+
+def check_size(data: Mapping[str, Any]) -> None:
+    """Raise ``RequestError`` for more items, or parts of them, than a request may have.
+
+    Called before the items are parsed.
+    """
+    given = data.get("input")
+    if not isinstance(given, list):
+        return
+    check_length("input", len(given), MAX_MESSAGES)
+    items = [item for item in given if isinstance(item, dict)]
+    inner = [item.get(name) for item in items for name in ("content", "output", "summary")]
+    num_parts = sum(map(len, items)) + sum(len(one) for one in inner if isinstance(one, list))
+    rule = f"has {num_parts} fields and parts, at most {MAX_PARTS} are allowed"
+    require(num_parts <= MAX_PARTS, "input", rule)
+
+
+def given_items(body: ResponseBody) -> Sequence[InputItem]:
+    """``input`` as items."""
+    if isinstance(body.input, str):
+        return [InputItem(role="user", content=body.input)]
+    return body.input or ()
+
+
+def reference_in(item: InputItem) -> str | None:
+    """The id in an ``item_reference``, whose type may be left out; None for other items."""
+    is_bare = item.type is None and item.role is None and item.content is None
+    return item.id if item.type == REFERENCE or is_bare else None
+
+
+def make_turn(
+    body: ResponseBody,
+    ids: ItemIds,
+    history: Sequence[Item] = (),
+    referenced: Mapping[str, Item] | None = None,
+) -> Turn:
+    """What a body asks for.
+
+    Args:
+        body: its types are right.
+        ids: makes the ids of the response's items.
+        history: items of the responses before.
+        referenced: items by the ids in ``item_reference``.
+
+    Raises:
+        RequestError: names the field.
+    """
+    _check(body)
+    tools = read_tools(body)
+    new_items = _read_items(body, ids, referenced or {})
+    conversation = Conversation()
+    if body.instructions:
+        conversation.instruct(body.instructions, "instructions")
+    for item in history:
+        conversation.add(item, "previous_response_id")
+    for place, item in enumerate(new_items):
+        path = "input" if isinstance(body.input, str) else f"input[{place}]"
+        conversation.add(item, path)
+    require(bool(new_items or history), "input", "must not be empty")
+    return Turn(
+        fields=_fields(body, conversation, tools),
+        head=_head(body),
+        paths=conversation.paths,
+        history=history,
+        new_items=new_items,
+        ids=ids,
+        custom=tools.custom,
+        seals_reasoning=SEALED in (body.include or ()),
+    )
+
+
+def _check(body: ResponseBody) -> None:
+    """Values that no other module checks."""
+    if body.input is None and body.previous_response_id is None:
+        raise RequestError("input is required", "input", "missing_required_parameter")
+    for place, value in enumerate(body.include or ()):
+        _check_word(f"include[{place}]", value, INCLUDABLE)
+    reports = LOGPROBS in (body.include or ())
+    rule = f"needs {LOGPROBS} in include"
+    require(not body.top_logprobs or reports, "top_logprobs", rule)
+    if (reasoning := body.reasoning) is not None:
+        _check_word("reasoning.effort", reasoning.effort, EFFORTS)
+        _check_word("reasoning.summary", reasoning.summary, SUMMARIES)
+        _check_word("reasoning.generate_summary", reasoning.generate_summary, SUMMARIES)
+    if body.text is not None:
+        _check_word("text.verbosity", body.text.verbosity, VERBOSITIES)
+    most = body.max_tool_calls
+    require(most is None or most >= 1, "max_tool_calls", f"({most}) must be at least 1")
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options needs stream to be true", "stream_options")
+    _check_metadata(body.metadata or {})
+
+
+def _check_word(name: str, value: str | None, words: Sequence[str]) -> None:
+    rule = f"({str(value)[:64]!r}) must be one of {', '.join(words)}"
+    require(value is None or value in words, name, rule)
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    check_length("metadata", len(metadata), _MAX_METADATA)
+    for key, value in metadata.items():
+        rule = f"has a key of {len(key)} characters, at most {_MAX_KEY_CHARS} are allowed"
+        require(len(key) <= _MAX_KEY_CHARS, "metadata", rule)
+        rule = f"has a value of {len(value)} characters, at most {_MAX_VALUE_CHARS} are allowed"
+        require(len(value) <= _MAX_VALUE_CHARS, f"metadata.{key}", rule)
+
+
+def _read_items(body: ResponseBody, ids: ItemIds, referenced: Mapping[str, Item]) -> list[Item]:
+    items = []
+    for place, given in enumerate(given_items(body)):
+        path = "input" if isinstance(body.input, str) else f"input[{place}]"
+        if (wanted := reference_in(given)) is None:
+            items.append(read_item(given, path, ids))
+            continue
+        found = referenced.get(wanted)
+        rule = f"({wanted[:64]!r}) names no stored item"
+        require(found is not None, f"{path}.id", rule)
+        assert found is not None, "required"
+        items.append(found)
+    return items
+
+
+def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools) -> GenerateFields:
+    fields = sampling_fields(body)
+    wanted = body.text.format if body.text is not None else None
+    kind, schema = (wanted.type, wanted.schema_) if wanted else (None, None)
+    grammar = make_grammar(kind, schema, constraints_of(body.structured_outputs), _FORMAT)
+    name, description = (wanted.name, wanted.description) if wanted else (None, None)
+    variables = dict(body.chat_template_kwargs or {})
+    if body.text is not None and body.text.verbosity is not None:
+        variables.setdefault("verbosity", body.text.verbosity)
+    chat = ChatInput(
+        messages=tuple(conversation.messages),
+        template=body.chat_template,
+        template_kwargs=variables,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        tools=tools.use,
+        answer_format=make_answer_format(grammar, name, description, _FORMAT),
+    )
+    reports = LOGPROBS in (body.include or ())
+    return GenerateFields(
+        kind=CallKind.CHAT,
+        chat=chat,
+        max_tokens=body.max_output_tokens,
+        max_tokens_name="max_output_tokens",
+        logprobs=(body.top_logprobs or 0) if reports else None,
+        logprobs_name="top_logprobs",
+        grammar=grammar,
+        **fields,
+    )
+
+
+def _head(body: ResponseBody) -> dict[str, Any]:
+    """What was asked for, and the defaults of what was not."""
+    text, reasoning = body.text, body.reasoning
+    wanted = text.format if text is not None else None
+    shown: dict[str, Any] = {"type": wanted.type if wanted else "text"}
+    if wanted is not None and wanted.type == "json_schema":
+        shown = wanted.model_dump(by_alias=True)
+        shown["strict"] = True
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {
+            "effort": reasoning.effort if reasoning else None,
+            "summary": reasoning.summary if reasoning else None,
+        },
+        "safety_identifier": body.safety_identifier,
+        "text": {"format": shown, "verbosity": (text and text.verbosity) or "medium"},
+        "tool_choice": shown_choice(body),
+        "tools": shown_tools(body),
+        "top_logprobs": body.top_logprobs or 0,
+        "temperature": _or_default(body.temperature, 1.0),
+        "top_p": _or_default(body.top_p, 1.0),
+        "frequency_penalty": _or_default(body.frequency_penalty, 0.0),
+        "presence_penalty": _or_default(body.presence_penalty, 0.0),
+        "truncation": "disabled",
+        "background": False,
+        "service_tier": "default",
+        "user": body.user,
+    }
+
+
+def _or_default(value: float | None, default: float) -> float:
+    return default if value is None else value

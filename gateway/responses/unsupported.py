@@ -1,0 +1,76 @@
+"""Known fields of the protocol, and of its neighbours, that are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.core.errors import UnsupportedParameterError
+from gateway.http.unsupported import UNBUILT as UNBUILT_ELSEWHERE
+from gateway.http.unsupported import UNBUILT_STRUCTURED, Neutral, check_neutral
+
+UNBUILT: Neutral = {
+    **UNBUILT_ELSEWHERE["chat"],
+    "background": (False,),
+    "conversation": (),
+    "prompt": (),
+    "context_management": ([],),
+    "moderation": (),
+    "access_programs": (),
+    "truncation": ("disabled",),
+    "generate": (True,),
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "echo": (False,),
+    "prompt_logprobs": (),
+    "logprob_token_ids": ([],),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "request_id": (),
+}
+"""Fields of a body that are not built."""
+_WITHIN: Mapping[str, Neutral] = {
+    "structured_outputs": UNBUILT_STRUCTURED,
+    "reasoning": {"context": ("auto",), "mode": ("standard",)},
+    "stream_options": {"include_obfuscation": (False,)},
+    "prompt_cache_options": {"prewarm": (False,)},
+}
+"""Fields of its objects."""
+_OF_TOOL: Neutral = {
+    "async": (False,),
+    "defer_loading": (False,),
+    "allowed_callers": (["direct"], []),
+}
+MOVED = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+"""Fields of chat completions, and where their values belong here."""
+
+
+def check_unbuilt(data: Mapping[str, Any]) -> None:
+    """Refuse what is not built, unless its value changes nothing.
+
+    Raises:
+        UnsupportedParameterError: with the field's name.
+    """
+    for name, now in MOVED.items():
+        if data.get(name) is not None:
+            raise UnsupportedParameterError(f"{name} is not supported: here it is {now}", name)
+    check_neutral(data, UNBUILT)
+    for name, unbuilt in _WITHIN.items():
+        inner = data.get(name)
+        if isinstance(inner, dict):
+            check_neutral(inner, unbuilt, f"{name}.")
+    tools = data.get("tools")
+    for place, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if isinstance(tool, dict):
+            check_neutral(tool, _OF_TOOL, f"tools[{place}].")

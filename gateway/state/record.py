@@ -1,0 +1,73 @@
+"""The file of one stored object: a line of JSON that describes the content, then the content.
+
+    {"format":1,"id":"resp_0199...","created_s":1.0,"expires_s":2.0,"size":2,"sha256":"44136f.."}
+    {}
+
+What is read is checked against that line: nothing damaged, cut off or exchanged is returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from gateway.core.errors import StorageError
+
+FORMAT = 1
+"""Version of the files and of their places in the folder."""
+MAX_HEAD_BYTES = 1024
+"""Longest first line."""
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is known of an object beside its content. Times are Unix times, seconds."""
+
+    format: int
+    id: str
+    created_s: float
+    expires_s: float
+    size: int
+    """Bytes of the content."""
+    sha256: str
+
+
+class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
+    """An object as it was stored."""
+
+    head: Head
+    content: bytes
+
+
+def encode(object_id: str, content: bytes, created_s: float, expires_s: float) -> bytes:
+    """The bytes of an object's file."""
+    head = Head(
+        format=FORMAT,
+        id=object_id,
+        created_s=created_s,
+        expires_s=expires_s,
+        size=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    return msgspec.json.encode(head) + b"\n" + content
+
+
+def decode(raw: bytes, object_id: str) -> StoredObject:
+    """The object in a file. Raises ``StorageError`` if it is damaged, or another one."""
+    line, _, content = raw.partition(b"\n")
+    head = decode_head(line)
+    is_whole = len(content) == head.size and hashlib.sha256(content).hexdigest() == head.sha256
+    if not is_whole or head.id != object_id:
+        raise StorageError(f"the stored object {object_id} is damaged")
+    return StoredObject(head=head, content=content)
+
+
+def decode_head(line: bytes) -> Head:
+    """The first line of a file. Raises ``StorageError``."""
+    try:
+        head = msgspec.json.decode(line[:MAX_HEAD_BYTES], type=Head)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+        raise StorageError("a stored object is damaged") from err
+    if head.format != FORMAT:
+        raise StorageError(f"a stored object has the format {head.format}, this is {FORMAT}")
+    return head

@@ -1,0 +1,383 @@
+"""Objects of clients in a folder that several gateways share.
+
+An object has a kind, a tenant, an id and a content. It is one file, which is written beside its
+place and then renamed into it: readers see all of it or nothing, whenever a writer is killed.
+
+    state.json                   says what the folder is
+    new/                         files that are being written
+    responses/<tenant>/<id>      objects; the file's modification time is when it expires
+
+There are no locks, so that any file system will do on which a rename is atomic. Each gateway counts
+what a tenant has stored itself, at most a second ago: what others store within it comes on top of
+the bounds. All calls block, and are for threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from cluster.config.gateway import GatewaySection
+from cluster.core.checks import check
+from cluster.core.errors import ConfigError
+from gateway.core.errors import StorageError, StorageFullError
+from gateway.state.record import (
+    FORMAT,
+    MAX_HEAD_BYTES,
+    StoredObject,
+    decode,
+    decode_head,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+_ID = re.compile("[a-z]{1,16}_[0-9a-f]{32}")
+_MARK = "state.json"
+_NEW = "new"
+_FRESH_S = 1.0
+_ABANDONED_S = 3600.0
+"""Age at which a file that is being written has no writer any more."""
+_TRIES = 3
+"""Moves of a file to its folder, which another gateway may just have removed as empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectKind:
+    """Objects of one sort, in a folder of their own."""
+
+    name: str
+    """The folder's."""
+    prefix: str
+    """Of ids: ``resp`` of ``resp_0199...``."""
+    drops_oldest: bool = False
+    """At a bound the tenant's oldest objects make room; else new ones are refused."""
+
+
+class _Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``state.json`` says."""
+
+    state_format: int
+
+
+@dataclass(slots=True)
+class _Usage:
+    """What a tenant has stored of one kind."""
+
+    counted_s: float
+    """When, on ``time.monotonic``."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each file by id, the oldest first."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+class StateStore:
+    """See the module. Raises ``StorageError`` for whatever the file system refuses.
+
+    Args:
+        folder: created if it is missing.
+        max_objects: of one kind and tenant.
+        max_bytes: of these objects' files together.
+        ttl_s: life of an object that says nothing else.
+        clock: Unix time in seconds.
+
+    Raises:
+        ConfigError: the folder is another one's, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_objects: int,
+        max_bytes: int,
+        ttl_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._folder = folder
+        self._max_objects = max_objects
+        self._max_bytes = max_bytes
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._usages: dict[Path, _Usage] = {}
+        try:
+            self._open()
+        except (OSError, msgspec.MsgspecError) as err:
+            reason = getattr(err, "strerror", None) or "state.json is damaged"
+            raise ConfigError("state_dir", str(folder), f"cannot be used: {reason}") from err
+
+    def new_id(self, kind: ObjectKind) -> str:
+        """An id that nobody guesses; ids of one kind sort by time, in milliseconds."""
+        return f"{kind.prefix}_{int(self._clock() * 1000):012x}{secrets.token_hex(10)}"
+
+    def put(
+        self,
+        kind: ObjectKind,
+        tenant: str,
+        object_id: str,
+        content: bytes,
+        ttl_s: float | None = None,
+    ) -> None:
+        """Store an object, in place of one with the same id.
+
+        Args:
+            kind: its sort.
+            tenant: whose it is.
+            object_id: of ``new_id``.
+            content: any bytes.
+            ttl_s: its life; None is the store's.
+
+        Raises:
+            StorageFullError: it is larger than all that the tenant may store, or there is no room.
+        """
+        place = self._place(kind, tenant, object_id)
+        assert place is not None, "ids are made here"
+        now_s = self._clock()
+        expires_s = now_s + (self._ttl_s if ttl_s is None else ttl_s)
+        raw = encode(object_id, content, now_s, expires_s)
+        with _as_storage_error():
+            self._make_room(kind, place, len(raw))
+            self._write(place, raw, expires_s)
+
+    def get(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredObject | None:
+        """An object; None where the tenant has none of this id, or it has expired.
+
+        Raises ``StorageError`` if it is damaged.
+        """
+        place = self._place(kind, tenant, object_id)
+        if place is None:
+            return None
+        with _as_storage_error():
+            try:
+                raw = place.read_bytes()
+            except FileNotFoundError:
+                return None
+        found = decode(raw, object_id)
+        return None if found.head.expires_s <= self._clock() else found
+
+    def delete(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
+        """Remove an object; whether there was one."""
+        if self.get(kind, tenant, object_id) is None:
+            return False
+        place = self._place(kind, tenant, object_id)
+        assert place is not None, "it was there"
+        with _as_storage_error():
+            return self._remove(place)
+
+    def list_ids(self, kind: ObjectKind, tenant: str) -> list[str]:
+        """Ids of a tenant's objects, the oldest first. Some may expire before they are read."""
+        now_s = self._clock()
+        with _as_storage_error():
+            found = _entries(self._tenant_folder(kind, tenant))
+            return sorted(entry.name for entry, stat in found if stat.st_mtime > now_s)
+
+    def sweep(self) -> int:
+        """Remove what has expired, and what killed gateways left; the number of removed files."""
+        with _as_storage_error():
+            return sum(map(self._sweep, self._tenant_folders())) + self._sweep_new()
+
+    def _open(self) -> None:
+        is_new = not self._folder.exists()
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mark = self._folder / _MARK
+        if not mark.exists():
+            others = [] if is_new else [p for p in os.listdir(self._folder) if p != _NEW]
+            # others may be starting on the same folder: then their mark is there by now
+            rule = "holds other files: give an empty folder, or a new one"
+            check(not others or mark.exists(), "state_dir", str(self._folder), rule)
+        (self._folder / _NEW).mkdir(mode=0o700, exist_ok=True)
+        if not mark.exists():
+            self._move(self._new_file(msgspec.json.encode(_Mark(state_format=FORMAT))), mark)
+        found = msgspec.json.decode(mark.read_bytes(), type=_Mark).state_format
+        rule = f"holds objects of the format {found}, this release has {FORMAT}"
+        check(found == FORMAT, "state_dir", str(self._folder), rule)
+        self._new_file(b"").unlink()  # it can be written
+
+    def _tenant_folder(self, kind: ObjectKind, tenant: str) -> Path:
+        """Names of tenants are hashed: they may hold any characters."""
+        return self._folder / kind.name / hashlib.sha256(tenant.encode()).hexdigest()[:32]
+
+    def _place(self, kind: ObjectKind, tenant: str, object_id: str) -> Path | None:
+        """The file of an object; None for what can be no id of this kind."""
+        is_id = _ID.fullmatch(object_id) is not None
+        if not is_id or not object_id.startswith(f"{kind.prefix}_"):
+            return None
+        return self._tenant_folder(kind, tenant) / object_id
+
+    def _make_room(self, kind: ObjectKind, place: Path, size: int) -> None:
+        """Raise ``StorageFullError`` unless a file of ``size`` bytes fits within the bounds."""
+        if size > self._max_bytes:
+            raise StorageFullError(
+                f"an object of {size} bytes is above the limit of {self._max_bytes} for a key"
+            )
+        with self._lock:
+            usage = self._usage(place.parent)
+            sizes = usage.sizes
+            sizes.pop(place.name, None)
+            num_bytes = usage.num_bytes
+            for oldest in list(sizes) if kind.drops_oldest else ():
+                if len(sizes) < self._max_objects and num_bytes + size <= self._max_bytes:
+                    break
+                (place.parent / oldest).unlink(missing_ok=True)
+                num_bytes -= sizes.pop(oldest)
+            if len(sizes) >= self._max_objects:
+                raise StorageFullError(
+                    f"this key has stored {len(sizes)} {kind.name}, the limit is "
+                    f"{self._max_objects}: delete some, or wait until they expire"
+                )
+            if num_bytes + size > self._max_bytes:
+                raise StorageFullError(
+                    f"this key has stored {num_bytes} bytes of {kind.name}, {size} more are above "
+                    f"the limit of {self._max_bytes}: delete some, or wait until they expire"
+                )
+            sizes[place.name] = size
+
+    def _usage(self, folder: Path) -> _Usage:
+        """What is in a tenant's folder, counted at most ``_FRESH_S`` ago."""
+        now_s = time.monotonic()
+        known = self._usages.get(folder)
+        if known is not None and now_s - known.counted_s < _FRESH_S:
+            return known
+        for old in [f for f, usage in self._usages.items() if now_s - usage.counted_s > _FRESH_S]:
+            del self._usages[old]
+        sizes = {entry.name: stat.st_size for entry, stat in _entries(folder)}
+        self._usages[folder] = _Usage(now_s, dict(sorted(sizes.items())))
+        return self._usages[folder]
+
+    def _write(self, place: Path, raw: bytes, expires_s: float) -> None:
+        made = self._new_file(raw)
+        os.utime(made, (expires_s, expires_s))
+        self._move(made, place)
+
+    def _new_file(self, raw: bytes) -> Path:
+        """A file with this content, beside its later place, safe on the disk."""
+        made = self._folder / _NEW / uuid.uuid4().hex
+        try:
+            handle = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            made.unlink(missing_ok=True)
+            raise
+        return made
+
+    def _move(self, made: Path, place: Path) -> None:
+        for left in reversed(range(_TRIES)):
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                made.replace(place)
+                _sync_folder(place.parent)
+                return
+            except FileNotFoundError:
+                if not left:
+                    raise
+
+    def _remove(self, place: Path) -> bool:
+        with self._lock:
+            if (usage := self._usages.get(place.parent)) is not None:
+                usage.sizes.pop(place.name, None)
+        try:
+            place.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _tenant_folders(self) -> Iterator[Path]:
+        for kind in self._folder.iterdir():
+            if kind.is_dir() and kind.name != _NEW:
+                yield from (folder for folder in kind.iterdir() if folder.is_dir())
+
+    def _sweep(self, folder: Path) -> int:
+        now_s, num_removed = self._clock(), 0
+        entries = _entries(folder)
+        for entry, stat in entries:
+            place = folder / entry.name
+            if stat.st_mtime <= now_s and _has_expired(place, now_s):
+                num_removed += self._remove(place)
+        if num_removed == len(entries):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # unless a new object has come
+        return num_removed
+
+    def _sweep_new(self) -> int:
+        """Files of writers that were killed; their modification time may be that of an expiry."""
+        before_s, num_removed = self._clock() - _ABANDONED_S, 0
+        for entry, stat in _entries(self._folder / _NEW):
+            if stat.st_ctime < before_s:
+                (self._folder / _NEW / entry.name).unlink(missing_ok=True)
+                num_removed += 1
+        return num_removed
+
+
+def open_store(section: GatewaySection) -> StateStore | None:
+    """The store of a gateway; None without ``state_dir``. Raises ``ConfigError``."""
+    if section.state_dir is None:
+        return None
+    return StateStore(
+        Path(section.state_dir),
+        max_objects=section.state_max_objects,
+        max_bytes=section.state_max_bytes,
+        ttl_s=section.state_ttl_s,
+    )
+
+
+def _entries(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
+    """Files in a folder, which may be missing; others may remove them meanwhile."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                found.append((entry, entry.stat(follow_symlinks=False)))
+    return found
+
+
+def _has_expired(place: Path, now_s: float) -> bool:
+    """By its first line: tools that copy folders may set other modification times."""
+    try:
+        with place.open("rb") as file:
+            return decode_head(file.readline(MAX_HEAD_BYTES)).expires_s <= now_s
+    except FileNotFoundError:
+        return False
+    except StorageError:
+        return True  # it has no use
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename safe on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _as_storage_error() -> Iterator[None]:
+    """What the file system refuses, without its paths; the log has the whole error."""
+    try:
+        yield
+    except OSError as err:
+        logger.exception("the state folder cannot be used")
+        reason = os.strerror(err.errno) if err.errno else "unknown error"
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFullError(f"nothing more can be stored: {reason}") from err
+        raise StorageError(f"the state folder cannot be used: {reason}") from err

@@ -1,0 +1,45 @@
+"""Removes expired objects from the state folder while the gateway runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from gateway.core.errors import StorageError
+from gateway.state.store import StateStore
+
+logger = logging.getLogger(__name__)
+
+
+class StateSweeper:
+    """Sweeps at its start, and then every ``interval_s``; logs every error and raises none.
+
+    Args:
+        store: None has nothing to sweep.
+        interval_s: from the end of one sweep to the next.
+    """
+
+    def __init__(self, store: StateStore | None, interval_s: float) -> None:
+        self._store = store
+        self._interval_s = interval_s
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self._store is not None:
+            self._task = asyncio.create_task(self._run(self._store))
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self, store: StateStore) -> None:
+        while True:
+            try:
+                if removed := await asyncio.to_thread(store.sweep):
+                    logger.info("%d expired files have left the state folder", removed)
+            except StorageError as err:
+                logger.error("the state folder was not swept: %s", err)
+            await asyncio.sleep(self._interval_s)
