@@ -22,6 +22,7 @@ from cluster.config.gateway import EndStage
 from cluster.tracing import logs
 from cluster.tracing.disks import DiskWatch
 from gateway.admin.service import AdminApi
+from gateway.batches.runner import BatchRunner
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import Question
 from gateway.cluster.view import ClusterView
@@ -29,6 +30,7 @@ from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
 from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
+from gateway.http.api import HttpApi
 from gateway.protocols import build_public_app
 from gateway.serve_proxy.malloc_trim import start_returning
 from gateway.state.sweeper import StateSweeper
@@ -92,6 +94,8 @@ class GatewayReplica:
         self._cluster.start()
         self._sweeper = StateSweeper(self._gateway.state, self._gateway.tuning.state_sweep_s)
         self._sweeper.start()
+        self._batches = BatchRunner(self._gateway, HttpApi(self._gateway).routes())
+        self._batches.start()
         start_returning()
         logger.info("%s serves gRPC on port %d", name, grpc_port)
 
@@ -120,6 +124,8 @@ class GatewayReplica:
             return  # the constructor failed
         if hasattr(self, "_sweeper"):
             await self._sweeper.stop()
+        if hasattr(self, "_batches"):
+            await self._batches.stop()
         await self._cluster.leave()
         if hasattr(self, "_admin"):
             await self._admin.stop()

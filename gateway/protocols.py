@@ -6,13 +6,17 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from gateway.batches import routes as batches
 from gateway.generation.gateway import Gateway
 from gateway.http import openapi
 from gateway.http.api import Protocol, build_http_app
 from gateway.responses import endpoint as responses
 from gateway.responses.openapi import ENDPOINTS as RESPONSES
 
-PROTOCOLS = (Protocol(responses.routes, RESPONSES),)
+PROTOCOLS = (
+    Protocol(responses.routes, RESPONSES),
+    Protocol(batches.routes, batches.ENDPOINTS),
+)
 """Those beside completions, chat and what goes with them."""
 ENDPOINTS = (*openapi.ENDPOINTS, *(one for protocol in PROTOCOLS for one in protocol.endpoints))
 """All routes, in the order of the interface."""

@@ -75,7 +75,6 @@ class BatchRun:
     clock: Callable[[], float] = time.monotonic
     counts: BatchCounts = field(init=False)
     _reached_s: float = field(init=False)
-    _synced_s: float = field(init=False)
 
     def __post_init__(self) -> None:
         files = {self.answers, self.errors}
@@ -84,7 +83,7 @@ class BatchRun:
             raise ConflictError(f"the batch has no request {others[0][:64]!r}, which is answered")
         failed = sum(file.num_failed for file in files)
         self.counts = BatchCounts(len(self.requests), len(done) - failed, failed)
-        self._reached_s = self._synced_s = self.clock()
+        self._reached_s = self.clock()
 
     async def run(self) -> None:
         """Returns when each request has an answer.
@@ -95,10 +94,14 @@ class BatchRun:
         """
         left = self._left()
         self.on_progress(self.counts)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self.concurrency, self.counts.left)):
-                group.create_task(self._work(left))
-        self._sync()
+        syncs = asyncio.create_task(self._sync_often())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.concurrency, self.counts.left)):
+                    group.create_task(self._work(left))
+        finally:
+            syncs.cancel()
+        await asyncio.to_thread(self._sync)
 
     def _left(self) -> Iterator[BatchRequest]:
         done = self.answers.done | self.errors.done
@@ -137,13 +140,15 @@ class BatchRun:
         self.counts.completed += is_good
         self.counts.failed += not is_good
         self.on_progress(self.counts)
-        if self.clock() - self._synced_s >= _SYNC_S:
-            self._sync()
+
+    async def _sync_often(self) -> None:
+        while True:
+            await asyncio.sleep(_SYNC_S)
+            await asyncio.to_thread(self._sync)
 
     def _sync(self) -> None:
         self.answers.sync()
         self.errors.sync()
-        self._synced_s = self.clock()
 
 
 def answer_line(request: BatchRequest, answer: BatchAnswer) -> dict[str, Any]:

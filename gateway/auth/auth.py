@@ -97,6 +97,14 @@ class KeyRing:
         CALLER.set(account)
         return account
 
+    def account_of(self, tenant: str) -> Account | None:
+        """The account of a key by its tenant's name; None where no key has it."""
+        in_file = self._file.entries.values() if self._file is not None else ()
+        for entry in (*in_file, *self._fixed.values()):
+            if entry.tenant == tenant:
+                return self._find(entry.digest)
+        return self.masters.account_of(tenant) if self.masters is not None else None
+
     def _find(self, digest: bytes) -> Account | None:
         """The account of a key; keys that remain in a changed file keep their usage."""
         entry = self._entry(digest)  # how long this takes depends on digests alone

@@ -29,6 +29,8 @@ class GatewayTuning:
     unread_limit_s: float = 60.0
     """Time in which the client of a stream must take some of the outputs that wait for it; else the
     stream ends."""
+    max_file_bytes: int = 64 * 1024 * 1024
+    """Bytes of a file that a client stores."""
     state_sweep_s: float = 600.0
     """Interval at which expired objects leave the state folder."""
     max_inspection_bytes: int = 256 * 1024 * 1024

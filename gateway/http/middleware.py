@@ -244,7 +244,7 @@ async def read_json(request: Request, gateway: Gateway) -> dict[str, Any]:
     if coding.lower() not in ("", "identity"):
         name = "content-encoding"
         raise UnsupportedParameterError(f"{name} {coding[:64]!r} is not supported", name)
-    raw = await _read_body(request, gateway.limits.max_body_bytes, gateway.tuning)
+    raw = await read_body(request, gateway.limits.max_body_bytes, gateway.tuning)
     max_depth = gateway.limits.max_json_depth
     if len(raw) <= _THREAD_BYTES:
         return parse_json(raw, max_depth)
@@ -333,7 +333,8 @@ def _dump_value(value: object) -> bytes:
     return b"[" + b",".join(dump_json(value[i : i + _PIECE])[1:-1] for i in starts) + b"]"
 
 
-async def _read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:
+async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:
+    """The body. Raises ``RequestTooLargeError``, ``DeadlineExceededError``."""
     length = request.headers.get("content-length", "")
     is_too_large = length.isdecimal() and int(length) > max_bytes
     pieces = request.stream()

@@ -6,6 +6,7 @@ place and then renamed into it: readers see all of it or nothing, whenever a wri
     state.json                   says what the folder is
     new/                         files that are being written
     responses/<tenant>/<id>      objects; the file's modification time is when it expires
+    work/                        files of work that has not ended; whoever wrote them removes them
 
 There are no locks, so that any file system will do on which a rename is atomic. Each gateway counts
 what a tenant has stored itself, at most a second ago: what others store within it comes on top of
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _ID = re.compile("[a-z]{1,16}_[0-9a-f]{32}")
 _MARK = "state.json"
-_NEW = "new"
+_NEW, _WORK = "new", "work"
 _FRESH_S = 1.0
 _ABANDONED_S = 3600.0
 """Age at which a file that is being written has no writer any more."""
@@ -113,7 +114,10 @@ class StateStore:
         self._folder = folder
         self._max_objects = max_objects
         self._max_bytes = max_bytes
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
+        """Life of an object that says nothing else."""
+        self.work = folder / _WORK
+        """Files of work that has not ended."""
         self._clock = clock
         self._lock = threading.Lock()
         self._usages: dict[Path, _Usage] = {}
@@ -150,7 +154,7 @@ class StateStore:
         place = self._place(kind, tenant, object_id)
         assert place is not None, "ids are made here"
         now_s = self._clock()
-        expires_s = now_s + (self._ttl_s if ttl_s is None else ttl_s)
+        expires_s = now_s + (self.ttl_s if ttl_s is None else ttl_s)
         raw = encode(object_id, content, now_s, expires_s)
         with _as_storage_error():
             self._make_room(kind, place, len(raw))
@@ -188,6 +192,11 @@ class StateStore:
             found = _entries(self._tenant_folder(kind, tenant))
             return sorted(entry.name for entry, stat in found if stat.st_mtime > now_s)
 
+    def write_work(self, name: str, content: bytes) -> None:
+        """Write a file of ``work``, whole or not at all."""
+        with _as_storage_error():
+            self._move(self._new_file(content), self.work / name)
+
     def sweep(self) -> int:
         """Remove what has expired, and what killed gateways left; the number of removed files."""
         with _as_storage_error():
@@ -198,11 +207,14 @@ class StateStore:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mark = self._folder / _MARK
         if not mark.exists():
-            others = [] if is_new else [p for p in os.listdir(self._folder) if p != _NEW]
+            others = (
+                [] if is_new else [p for p in os.listdir(self._folder) if p not in (_NEW, _WORK)]
+            )
             # others may be starting on the same folder: then their mark is there by now
             rule = "holds other files: give an empty folder, or a new one"
             check(not others or mark.exists(), "state_dir", str(self._folder), rule)
         (self._folder / _NEW).mkdir(mode=0o700, exist_ok=True)
+        self.work.mkdir(mode=0o700, exist_ok=True)
         if not mark.exists():
             self._move(self._new_file(msgspec.json.encode(_Mark(state_format=FORMAT))), mark)
         found = msgspec.json.decode(mark.read_bytes(), type=_Mark).state_format
@@ -303,7 +315,7 @@ class StateStore:
 
     def _tenant_folders(self) -> Iterator[Path]:
         for kind in self._folder.iterdir():
-            if kind.is_dir() and kind.name != _NEW:
+            if kind.is_dir() and kind.name not in (_NEW, _WORK):
                 yield from (folder for folder in kind.iterdir() if folder.is_dir())
 
     def _sweep(self, folder: Path) -> int:

@@ -1,0 +1,136 @@
+"""The routes of batches: make one, follow it, end it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from cluster.batches.requests import ENDPOINTS
+from cluster.core.errors import ConflictError, RequestError, UnknownNameError
+from gateway.batches.objects import ENDED, WINDOW_S, Batch
+from gateway.batches.shelf import BatchShelf
+from gateway.core.field_checks import check_length, require
+from gateway.generation.gateway import Gateway
+from gateway.http.middleware import read_json
+from gateway.http.pages import Page, json_response, tenant
+from gateway.http.parse import parse_body
+from gateway.http.schema import StrictBody
+
+PATH = "/v1/batches"
+ONE = f"{PATH}/{{batch_id}}"
+_MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 16, 64, 512
+"""Of metadata; OpenAI's."""
+_MOST_LISTED, _LISTED = 100, 20
+
+
+class OutputExpiry(StrictBody):
+    """How long files of answers are kept."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=30 * 24 * 3600)]
+
+
+class BatchBody(StrictBody):
+    """A new batch."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: dict[str, str] | None = None
+    output_expires_after: OutputExpiry | None = None
+
+
+class BatchRoutes:
+    """See the module.
+
+    Args:
+        gateway: the replica.
+        shelf: its batches.
+    """
+
+    def __init__(self, gateway: Gateway, shelf: BatchShelf) -> None:
+        self._gateway = gateway
+        self._shelf = shelf
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes."""
+        return [
+            Route(PATH, self.make, methods=["POST"]),
+            Route(PATH, self.list, methods=["GET"]),
+            Route(ONE, self.get, methods=["GET"]),
+            Route(f"{ONE}/cancel", self.cancel, methods=["POST"]),
+        ]
+
+    async def make(self, request: Request) -> Response:
+        """Store a batch: a gateway that has time for it will run it."""
+        body = parse_body(BatchBody, await read_json(request, self._gateway))
+        rule = f"({body.endpoint[:64]!r}) must be one of {', '.join(ENDPOINTS)}"
+        require(body.endpoint in ENDPOINTS, "endpoint", rule)
+        rule = f"({body.completion_window[:32]!r}) must be 24h"
+        require(body.completion_window == "24h", "completion_window", rule)
+        _check_metadata(body.metadata or {})
+        owner, shelf = tenant(), self._shelf
+        file = await asyncio.to_thread(shelf.get_file, owner, body.input_file_id)
+        if file is None:
+            message = f"input_file_id ({body.input_file_id[:64]!r}) names no file"
+            raise RequestError(message, "input_file_id")
+        now_s, expiry = int(time.time()), body.output_expires_after
+        batch = Batch(
+            id=shelf.new_batch_id(),
+            endpoint=body.endpoint,
+            input_file_id=body.input_file_id,
+            created_at=now_s,
+            expires_at=now_s + WINDOW_S,
+            metadata=body.metadata,
+            output_ttl_s=expiry.seconds if expiry is not None else None,
+        )
+        await asyncio.to_thread(shelf.make, owner, batch, file[1])
+        return json_response(batch.shown())
+
+    async def list(self, request: Request) -> Response:
+        """A page of the batches, the newest first."""
+        page = Page.of(request.query_params, _MOST_LISTED, _LISTED)
+        owner, shelf = tenant(), self._shelf
+
+        def read() -> dict[str, Any]:
+            ids = page.ordered(shelf.list(owner))[: page.limit + 1]
+            found = [shelf.get(owner, batch_id) for batch_id in ids]
+            return page.document([batch.shown() for batch in found if batch is not None])
+
+        return json_response(await asyncio.to_thread(read))
+
+    async def get(self, request: Request) -> Response:
+        """A batch as it is now."""
+        return json_response((await self._find(request)).shown())
+
+    async def cancel(self, request: Request) -> Response:
+        """Ask whoever runs a batch to end it; what is answered then stays."""
+        batch = await self._find(request)
+        if batch.status in ENDED:
+            raise ConflictError(f"the batch is {batch.status} already")
+        await asyncio.to_thread(self._shelf.cancel, batch.id)
+        asked = msgspec.structs.replace(batch, status="cancelling", cancelling_at=int(time.time()))
+        return json_response(asked.shown())
+
+    async def _find(self, request: Request) -> Batch:
+        batch_id = request.path_params["batch_id"]
+        found = await asyncio.to_thread(self._shelf.get, tenant(), batch_id)
+        if found is None:
+            raise UnknownNameError(f"there is no batch {batch_id[:64]!r}")
+        return found
+
+
+def _check_metadata(metadata: dict[str, str]) -> None:
+    check_length("metadata", len(metadata), _MAX_PAIRS, "pairs")
+    for key, value in metadata.items():
+        rule = f"must have keys of at most {_MAX_KEY} characters"
+        require(len(key) <= _MAX_KEY, "metadata", rule)
+        rule = f"must have at most {_MAX_VALUE} characters"
+        require(len(value) <= _MAX_VALUE, f"metadata.{key}", rule)

@@ -1,0 +1,139 @@
+"""The routes of files: store one, list, read and remove them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, NamedTuple
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from cluster.core.errors import RequestError, UnknownNameError
+from gateway.batches.forms import read_form
+from gateway.batches.objects import FileFacts
+from gateway.batches.shelf import BatchShelf
+from gateway.core.field_checks import require
+from gateway.generation.gateway import Gateway
+from gateway.http.middleware import read_body
+from gateway.http.pages import Page, json_response, tenant
+
+PATH = "/v1/files"
+ONE = f"{PATH}/{{file_id}}"
+_MAX_NAME_CHARS = 512
+_MIN_TTL_S, _MAX_TTL_S = 3600, 30 * 24 * 3600
+"""OpenAI's."""
+_MOST_LISTED = 10_000
+
+
+class FileRoutes:
+    """See the module.
+
+    Args:
+        gateway: the replica.
+        shelf: its files.
+    """
+
+    def __init__(self, gateway: Gateway, shelf: BatchShelf) -> None:
+        self._gateway = gateway
+        self._shelf = shelf
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes."""
+        return [
+            Route(PATH, self.make, methods=["POST"]),
+            Route(PATH, self.list, methods=["GET"]),
+            Route(ONE, self.get, methods=["GET"]),
+            Route(ONE, self.delete, methods=["DELETE"]),
+            Route(f"{ONE}/content", self.content, methods=["GET"]),
+        ]
+
+    async def make(self, request: Request) -> Response:
+        """Store the file of a form."""
+        form = await _read_form(request, self._gateway)
+        file_id, facts = await asyncio.to_thread(
+            self._shelf.put_file, tenant(), form.filename, form.content, ttl_s=form.ttl_s
+        )
+        return json_response(facts.shown(file_id))
+
+    async def list(self, request: Request) -> Response:
+        """A page of the files, the newest first."""
+        purpose = request.query_params.get("purpose")
+        page = Page.of(request.query_params, _MOST_LISTED, _MOST_LISTED)
+        owner, shelf = tenant(), self._shelf
+
+        def read() -> dict[str, Any]:
+            shown = []
+            for file_id in page.ordered(shelf.list_files(owner)):
+                found = shelf.get_file(owner, file_id)
+                if found is not None and purpose in (None, found[0].purpose):
+                    shown.append(found[0].shown(file_id))
+                if len(shown) > page.limit:
+                    break
+            return page.document(shown)
+
+        return json_response(await asyncio.to_thread(read))
+
+    async def get(self, request: Request) -> Response:
+        """What is known of a file."""
+        file_id = request.path_params["file_id"]
+        facts, _ = await self._find(file_id)
+        return json_response(facts.shown(file_id))
+
+    async def content(self, request: Request) -> Response:
+        """A file's bytes."""
+        _, content = await self._find(request.path_params["file_id"])
+        return Response(content, media_type="application/octet-stream")
+
+    async def delete(self, request: Request) -> Response:
+        """Remove a file; batches that were made of it have copies."""
+        file_id = request.path_params["file_id"]
+        if not await asyncio.to_thread(self._shelf.delete_file, tenant(), file_id):
+            raise _unknown(file_id)
+        return json_response({"id": file_id, "object": "file", "deleted": True})
+
+    async def _find(self, file_id: str) -> tuple[FileFacts, bytes]:
+        found = await asyncio.to_thread(self._shelf.get_file, tenant(), file_id)
+        if found is None:
+            raise _unknown(file_id)
+        return found
+
+
+class _Form(NamedTuple):
+    filename: str
+    content: bytes
+    ttl_s: float | None
+
+
+async def _read_form(request: Request, gateway: Gateway) -> _Form:
+    """The form in a body. Raises ``RequestError``, and what ``read_body`` raises."""
+    raw = await read_body(request, gateway.tuning.max_file_bytes, gateway.tuning)
+    parts = await asyncio.to_thread(read_form, request.headers.get("content-type", ""), raw)
+    for name in ("file", "purpose"):
+        if name not in parts:
+            raise RequestError(f"{name} is missing", name, "missing_required_parameter")
+    file, purpose = parts["file"], parts["purpose"].text
+    require(file.filename is not None, "file", "must be a file, with a name")
+    require(purpose == "batch", "purpose", f"({purpose[:32]!r}) must be batch")
+    name = file.filename or "file"
+    rule = f"must have a name of at most {_MAX_NAME_CHARS} characters"
+    require(len(name) <= _MAX_NAME_CHARS, "file", rule)
+    anchor, seconds = parts.get("expires_after[anchor]"), parts.get("expires_after[seconds]")
+    ttl_s = _ttl_s(anchor and anchor.text, seconds and seconds.text)
+    return _Form(name, file.content, ttl_s)
+
+
+def _ttl_s(anchor: str | None, seconds: str | None) -> float | None:
+    if anchor is None and seconds is None:
+        return None
+    name = "expires_after[anchor]"
+    require(anchor == "created_at", name, f"({(anchor or '')[:32]!r}) must be created_at")
+    name, text = "expires_after[seconds]", seconds or ""
+    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_TTL_S))
+    is_inside = is_number and _MIN_TTL_S <= int(text) <= _MAX_TTL_S
+    require(is_inside, name, f"({text[:32]!r}) must be {_MIN_TTL_S} to {_MAX_TTL_S}")
+    return float(text)
+
+
+def _unknown(file_id: str) -> UnknownNameError:
+    return UnknownNameError(f"there is no file {file_id[:64]!r}")

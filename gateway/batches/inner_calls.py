@@ -1,0 +1,98 @@
+"""Requests of batches, through the same steps as those that come over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Router
+from starlette.types import Message, Scope
+
+from cluster.batches.requests import BatchRequest
+from cluster.batches.run import BatchAnswer
+from gateway.auth.auth import CALLER, KeyRing
+from gateway.auth.key_limits import Account
+from gateway.core.headers import PRIORITY_HEADER
+from gateway.core.request_id import HEADER as REQUEST_ID
+from gateway.generation.gateway import Gateway
+from gateway.http.middleware import HttpMiddleware, dump_json
+
+
+class InnerCalls:
+    """Sends requests of one client to the routes of this process.
+
+    Args:
+        gateway: it answers.
+        routes: those that requests may name.
+        account: the client's; None without keys.
+        priority: of requests that name none.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        routes: Sequence[BaseRoute],
+        account: Account | None,
+        priority: int,
+    ) -> None:
+        ring = _OneKey(account)
+        self._app = HttpMiddleware(Router(routes), gateway, ring, routes, open_paths=frozenset())
+        self._headers = [
+            (b"content-type", b"application/json"),
+            (PRIORITY_HEADER.encode(), str(priority).encode()),
+        ]
+
+    async def send(self, request: BatchRequest) -> BatchAnswer:
+        """See ``cluster.batches.run.Send``."""
+        body = dump_json(request.body)
+        scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": request.url,
+            "root_path": "",
+            "query_string": b"",
+            "headers": self._headers,
+        }
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        status, headers, content = 0, Headers(), bytearray()
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            return await asyncio.get_running_loop().create_future()  # the client stays
+
+        async def send(message: Message) -> None:
+            nonlocal status, headers
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], Headers(raw=message["headers"])
+            else:
+                content.extend(message.get("body", b""))
+
+        # a task has its own context: ids and callers of other requests stay theirs
+        await asyncio.create_task(self._app(scope, receive, send))
+        pause = headers.get("retry-after", "")
+        return BatchAnswer(
+            status,
+            json.loads(content),
+            headers.get(REQUEST_ID, ""),
+            float(pause) if pause.isdecimal() else None,
+        )
+
+
+class _OneKey(KeyRing):
+    """Every request is of one account."""
+
+    def __init__(self, account: Account | None) -> None:
+        super().__init__()
+        self._account = account
+
+    def enter(self, authorization: str | None, api_key: str | None = None) -> Account | None:
+        if self._account is not None:
+            self._account.enter(self._clock())
+        CALLER.set(self._account)
+        return self._account

@@ -1,0 +1,122 @@
+"""Files and batches as they are stored and as clients see them.
+
+Source of the names: https://developers.openai.com/api/reference/resources/batches and ``/files``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+
+from gateway.core.errors import StorageError
+from gateway.state.store import ObjectKind
+
+FILES: Final = ObjectKind("files", "file")
+BATCHES: Final = ObjectKind("batches", "batch")
+WINDOW_S: Final = 24 * 3600
+"""Time that a batch has, ``24h``: the only one that OpenAI has."""
+
+BatchStatus = Literal[
+    "validating",
+    "failed",
+    "in_progress",
+    "finalizing",
+    "completed",
+    "expired",
+    "cancelling",
+    "cancelled",
+]
+ENDED: Final = frozenset({"failed", "completed", "expired", "cancelled"})
+
+
+class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a file beside its content. Times are Unix times, seconds."""
+
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    bytes: int
+    created_at: int
+    expires_at: int
+
+    def shown(self, file_id: str) -> dict[str, Any]:
+        """As clients see it."""
+        return {
+            "id": file_id,
+            "object": "file",
+            **msgspec.to_builtins(self),
+            "status": "processed",
+        }
+
+
+class BatchProblem(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a batch failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of a batch."""
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch. Times are Unix times, seconds; None: not reached."""
+
+    id: str
+    endpoint: str
+    input_file_id: str
+    completion_window: Literal["24h"] = "24h"
+    status: BatchStatus = "validating"
+    errors: list[BatchProblem] = []
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: int
+    in_progress_at: int | None = None
+    expires_at: int
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    request_counts: RequestCounts = RequestCounts()
+    metadata: dict[str, str] | None = None
+    output_ttl_s: int | None = None
+    """Life of its files of answers; None: as long as that of any object."""
+
+    def shown(self) -> dict[str, Any]:
+        """As clients see it."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        del found["output_ttl_s"]
+        problems = found["errors"]
+        found["errors"] = {"object": "list", "data": problems} if problems else None
+        return {"object": "batch", **found}
+
+
+def encode_file(facts: FileFacts, content: bytes) -> bytes:
+    """A file's facts and content as one object."""
+    return msgspec.json.encode(facts) + b"\n" + content
+
+
+def decode_file(raw: bytes, file_id: str) -> tuple[FileFacts, bytes]:
+    """The other way round. Raises ``StorageError``."""
+    line, _, content = raw.partition(b"\n")
+    try:
+        return msgspec.json.decode(line, type=FileFacts), content
+    except msgspec.MsgspecError as err:
+        raise StorageError(f"the stored file {file_id} is damaged") from err
+
+
+def decode_batch(raw: bytes, batch_id: str) -> Batch:
+    """The batch in an object. Raises ``StorageError``."""
+    try:
+        return msgspec.json.decode(raw, type=Batch)
+    except msgspec.MsgspecError as err:
+        raise StorageError(f"the stored batch {batch_id} is damaged") from err

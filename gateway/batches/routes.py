@@ -1,0 +1,67 @@
+"""The routes of Files and Batches, and what they are in the OpenAPI document."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from cluster.core.errors import UnsupportedParameterError
+from gateway.batches import answers
+from gateway.batches.batches import BatchBody, BatchRoutes
+from gateway.batches.files import FileRoutes
+from gateway.batches.shelf import BatchShelf
+from gateway.generation.gateway import Gateway
+from gateway.http.openapi import Endpoint
+
+_LISTING = (
+    ("limit", "Objects at most", (("type", "integer"), ("minimum", 1))),
+    ("order", "asc or desc (default)", (("type", "string"), ("pattern", "^(asc|desc)$"))),
+    ("after", "An object's id: those behind it", (("type", "string"),)),
+)
+_PURPOSE = ("purpose", "batch or batch_output", (("type", "string"),))
+_FILE, _BATCH = "/v1/files/{file_id}", "/v1/batches/{batch_id}"
+ENDPOINTS = (
+    Endpoint(
+        "/v1/files",
+        "Store a file: multipart/form-data with file and purpose",
+        answers.StoredFile,
+        verb="post",
+    ),
+    Endpoint(
+        "/v1/files",
+        "Stored files",
+        answers.FileList,
+        statuses=(400,),
+        query=(_PURPOSE, *_LISTING),
+    ),
+    Endpoint(_FILE, "One file", answers.StoredFile, statuses=(400, 404)),
+    Endpoint(_FILE, "Remove a file", answers.DeletedFile, statuses=(400, 404), verb="delete"),
+    Endpoint(f"{_FILE}/content", "A file's bytes", media=Response, statuses=(400, 404)),
+    Endpoint("/v1/batches", "Answer a file of requests", answers.BatchObject, BatchBody),
+    Endpoint("/v1/batches", "Batches", answers.BatchList, statuses=(400,), query=_LISTING),
+    Endpoint(_BATCH, "One batch", answers.BatchObject, statuses=(400, 404)),
+    Endpoint(
+        f"{_BATCH}/cancel",
+        "End a batch",
+        answers.BatchObject,
+        statuses=(404, 409),
+        verb="post",
+    ),
+)
+"""In the order of the interface."""
+
+
+def routes(gateway: Gateway) -> list[BaseRoute]:
+    """The routes; without a state folder each one says so."""
+    if gateway.state is None:
+        paths = dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
+        return [Route(path, _refuse, methods=["GET", "POST", "DELETE"]) for path in paths]
+    shelf = BatchShelf(gateway.state)
+    return [*FileRoutes(gateway, shelf).routes(), *BatchRoutes(gateway, shelf).routes()]
+
+
+async def _refuse(request: Request) -> Response:
+    what = "files" if "/v1/files" in request.url.path else "batches"
+    message = f"{what} are not supported: the server was started without --state-dir"
+    raise UnsupportedParameterError(message, what)

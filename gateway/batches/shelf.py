@@ -1,0 +1,184 @@
+"""Files and batches in the state folder, and the work on batches that have not ended.
+
+    work/<batch>.json       names the batch's tenant; there until the batch has ended
+    work/<batch>.requests   the requests, as they were when the batch was made
+    work/<batch>.answers    answers so far; whoever has it open runs the batch (``flock(2)``)
+    work/<batch>.failures   answers that are no success
+    work/<batch>.cancel     the batch shall end
+
+All calls block, and are for threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from gateway.batches.objects import (
+    BATCHES,
+    ENDED,
+    FILES,
+    Batch,
+    FileFacts,
+    decode_batch,
+    decode_file,
+    encode_file,
+)
+from gateway.state.store import StateStore
+
+_ENTRY, _REQUESTS, _ANSWERS, _FAILURES, _CANCEL = (
+    ".json",
+    ".requests",
+    ".answers",
+    ".failures",
+    ".cancel",
+)
+_PARTS = (_REQUESTS, _ANSWERS, _FAILURES, _CANCEL)
+_ABANDONED_S = 3600.0
+"""Age at which parts of a batch without an entry are of one that was never made, or has ended."""
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch that has not ended."""
+
+    batch_id: str
+    tenant: str
+
+
+class BatchShelf:
+    """See the module. Raises ``StorageError`` for whatever the file system refuses.
+
+    Args:
+        state: where objects are.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(self, state: StateStore, clock: Callable[[], float] = time.time) -> None:
+        self._state = state
+        self._clock = clock
+
+    def put_file(
+        self,
+        tenant: str,
+        filename: str,
+        content: bytes,
+        *,
+        is_output: bool = False,
+        ttl_s: float | None = None,
+        file_id: str | None = None,
+    ) -> tuple[str, FileFacts]:
+        """Store a file. Returns its id and facts. Raises ``StorageFullError``."""
+        file_id = file_id or self._state.new_id(FILES)
+        now_s = self._clock()
+        facts = FileFacts(
+            filename=filename,
+            purpose="batch_output" if is_output else "batch",
+            bytes=len(content),
+            created_at=int(now_s),
+            expires_at=int(now_s + (self._state.ttl_s if ttl_s is None else ttl_s)),
+        )
+        self._state.put(FILES, tenant, file_id, encode_file(facts, content), ttl_s)
+        return file_id, facts
+
+    def get_file(self, tenant: str, file_id: str) -> tuple[FileFacts, bytes] | None:
+        """Facts and content; None where the tenant has no such file."""
+        found = self._state.get(FILES, tenant, file_id)
+        return None if found is None else decode_file(found.content, file_id)
+
+    def delete_file(self, tenant: str, file_id: str) -> bool:
+        """Whether there was one."""
+        return self._state.delete(FILES, tenant, file_id)
+
+    def list_files(self, tenant: str) -> list[str]:
+        """Ids, the oldest first."""
+        return self._state.list_ids(FILES, tenant)
+
+    def new_batch_id(self) -> str:
+        """Id of a new batch."""
+        return self._state.new_id(BATCHES)
+
+    def new_file_id(self) -> str:
+        """Id of a file that is stored later."""
+        return self._state.new_id(FILES)
+
+    def make(self, tenant: str, batch: Batch, requests: bytes) -> None:
+        """Store a new batch, to be run. Raises ``StorageFullError``."""
+        self.save(tenant, batch)
+        self._state.write_work(batch.id + _REQUESTS, requests)
+        entry = Work(batch_id=batch.id, tenant=tenant)
+        self._state.write_work(batch.id + _ENTRY, msgspec.json.encode(entry))
+
+    def save(self, tenant: str, batch: Batch) -> None:
+        """Store how a batch is now: for whoever runs it. Raises ``StorageFullError``."""
+        self._state.put(BATCHES, tenant, batch.id, msgspec.json.encode(batch))
+
+    def get(self, tenant: str, batch_id: str) -> Batch | None:
+        """A batch; None where the tenant has no such one."""
+        found = self._state.get(BATCHES, tenant, batch_id)
+        if found is None:
+            return None
+        batch = decode_batch(found.content, batch_id)
+        if batch.status in ENDED:
+            return batch
+        with contextlib.suppress(FileNotFoundError):
+            asked_s = self._part(batch_id, _CANCEL).stat().st_mtime
+            return msgspec.structs.replace(batch, status="cancelling", cancelling_at=int(asked_s))
+        return batch
+
+    def list(self, tenant: str) -> list[str]:
+        """Ids of a tenant's batches, the oldest first."""
+        return self._state.list_ids(BATCHES, tenant)
+
+    def cancel(self, batch_id: str) -> None:
+        """Ask whoever runs a batch to end it."""
+        if self._part(batch_id, _ENTRY).exists():
+            self._state.write_work(batch_id + _CANCEL, b"")
+
+    def is_cancelled(self, batch_id: str) -> bool:
+        """Whether it shall end."""
+        return self._part(batch_id, _CANCEL).exists()
+
+    def waiting(self) -> list[Work]:
+        """Batches that have not ended, the oldest first; others may be running them."""
+        found = []
+        for path in sorted(self._state.work.glob(f"*{_ENTRY}")):
+            with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+                found.append(msgspec.json.decode(path.read_bytes(), type=Work))
+        return found
+
+    def is_waiting(self, batch_id: str) -> bool:
+        """Whether the batch has not ended."""
+        return self._part(batch_id, _ENTRY).exists()
+
+    def requests(self, batch_id: str) -> Path:
+        """The requests of a batch that has not ended."""
+        return self._part(batch_id, _REQUESTS)
+
+    def answers(self, batch_id: str) -> Path:
+        """Its answers so far."""
+        return self._part(batch_id, _ANSWERS)
+
+    def failures(self, batch_id: str) -> Path:
+        """Its answers so far that are no success."""
+        return self._part(batch_id, _FAILURES)
+
+    def end(self, batch_id: str) -> None:
+        """Remove the work on a batch, whose end is stored."""
+        for part in (_ENTRY, *_PARTS):
+            self._part(batch_id, part).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove parts that have no entry: their makers were killed."""
+        before_s = self._clock() - _ABANDONED_S
+        for path in self._state.work.iterdir():
+            if path.suffix in _PARTS and not self.is_waiting(path.stem):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < before_s:
+                        path.unlink()
+
+    def _part(self, batch_id: str, part: str) -> Path:
+        return self._state.work / f"{batch_id}{part}"
