@@ -136,6 +136,6 @@ def own_memory() -> dict[tuple[int, str], float]:
     """
     found = {}
     for process, name in own_processes()[1:]:
-        with suppress(OSError):
+        with suppress(OSError, KeyError):  # it has ended, and may wait for its parent
             found[process.pid, name] = sizes(process.pid)["RssAnon"] / 2**20
     return found
