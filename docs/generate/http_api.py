@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from docs.generate.markdown import code, page, prose, table
-from gateway.http.openapi import document
+from gateway.protocols import document
 
 Schema = dict[str, Any]
 _INTRODUCTION = """Every route of the HTTP port, with its body and answer. A server gives the same

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import (
@@ -20,9 +20,10 @@ from gateway.core.field_checks import (
     check_messages,
     is_deeper,
 )
+from gateway.http.schema import TAG, StrictBody
 from gateway.text.forms.tools import MAX_TOOLS
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound=StrictBody)
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -115,7 +116,7 @@ def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
     try:
         return kind.model_validate(data)
     except ValidationError as err:
-        raise _describe(err) from err
+        raise _describe(err, kind.SHAPES) from err
 
 
 def _num_parts(messages: Sequence[object]) -> int:
@@ -131,14 +132,15 @@ def _too_deep(max_depth: int) -> RequestError:
     )
 
 
-def _describe(error: ValidationError) -> RequestError:
+def _describe(error: ValidationError, shapes: Mapping[str, str]) -> RequestError:
     first = error.errors(include_url=False, include_input=False)[0]
     path = _field_path(first["loc"])
     name = path.rpartition(".")[2].partition("[")[0]
     if first["type"] == "missing":
         return RequestError(f"{path} is required", path, "missing_required_parameter")
-    if name in _SHAPES:
-        return RequestError(f"{path} {_SHAPES[name]}", path)
+    is_entry = name in shapes and path.endswith("]")
+    if not is_entry and (shape := {**_SHAPES, **shapes}.get(name)):
+        return RequestError(f"{path} {shape}", path)
     rule = first["msg"].removeprefix("Input ").removeprefix("should ")
     return RequestError(f"{path} must {rule}" if rule != first["msg"] else f"{path}: {rule}", path)
 
@@ -148,6 +150,8 @@ def _field_path(location: Sequence[str | int]) -> str:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
+        elif part.startswith(TAG):
+            continue  # one type of several, by which errors are not named
         elif part.isidentifier() and part not in ("str", "int"):
             path += f".{part}" if path else part
         else:

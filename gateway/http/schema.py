@@ -6,7 +6,8 @@ once for both codecs, in ``gateway/core/field_checks.py``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
@@ -30,6 +31,8 @@ class _FirstError(FailFast):
 Items = Annotated[list[Item], _FirstError()]
 """A list of which the first wrong item ends the check: a body has room for millions."""
 
+TAG = "is "
+"""Begins the name of one type of several that a function tells apart (pydantic's ``Tag``)."""
 PromptField = str | Items[int] | Items[str] | Items[Items[int]]
 """One prompt or several, as text or token ids."""
 
@@ -38,6 +41,8 @@ class StrictBody(BaseModel):
     """A JSON object: ``"5"`` is not a number, and unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    SHAPES: ClassVar[Mapping[str, str]] = {}
+    """What fields with several types may be, where the protocol has its own."""
 
 
 class Part(StrictBody):

@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from gateway.http.answers import CachedTokens, ChatToken, Count, ErrorReason
+from gateway.http.answers import ChatToken, Count, ErrorReason
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -71,12 +71,13 @@ class CallOutputItem(TypedDict):
 
 
 OutputItem = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
+InputDetails = TypedDict("InputDetails", {"cached_tokens": Count, "cache_write_tokens": Literal[0]})
 ReasoningTokens = TypedDict("ReasoningTokens", {"reasoning_tokens": Count})
 
 
 class ResponseUsage(TypedDict):
     input_tokens: Count
-    input_tokens_details: CachedTokens
+    input_tokens_details: InputDetails
     output_tokens: Count
     output_tokens_details: ReasoningTokens
     total_tokens: Count

@@ -56,8 +56,8 @@ class OutputFormat(TextFormat):
         if delta.finish is not None:
             parsed, is_call = self._parse(replace(delta, text="", tokens=()))
             yield from self._take("", parsed)
-            is_cut = delta.finish.reason is FinishReason.LENGTH and not is_call
-            yield from self._builder.end(is_cut)
+            has_ended = delta.finish.reason is not FinishReason.LENGTH
+            yield from self._builder.end(has_ended, is_call)
 
     def _split(self, text: str) -> list[str]:
         """A piece of text, cut where its tokens begin."""
@@ -98,7 +98,8 @@ class OutputFormat(TextFormat):
         dropped = []
         while self._tokens and self._tokens[0].text_offset < end:
             dropped.append(self._tokens.popleft())
-        ends = [token.text_offset for token in [*dropped[1:], *islice(self._tokens, 1)]]
+        following = [*dropped[1:], *islice(self._tokens, 1)]
+        ends = [token.text_offset for token in following[: len(dropped)]]
         ends += [self._num_chars] * (len(dropped) - len(ends))
         for place in reversed(range(len(dropped) - 1)):
             if ends[place] == dropped[place].text_offset:

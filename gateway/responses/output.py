@@ -234,11 +234,12 @@ class OutputBuilder:
         assert isinstance(self._open, _Call), "the pieces of a call follow each other"
         return events + self._open.add(piece.arguments)
 
-    def end(self, is_cut: bool) -> list[Event]:
-        """The choice has ended.
+    def end(self, has_ended: bool, has_calls: bool) -> list[Event]:
+        """The choice is over.
 
         Args:
-            is_cut: at the limit of tokens, so that the last item is not complete.
+            has_ended: by itself; else its last item is not complete.
+            has_calls: its last call is complete, however it ended.
         """
         events: list[Event] = []
         if self._open is None and not self.items:  # an answer is at least an empty message
@@ -248,7 +249,8 @@ class OutputBuilder:
             events += self._begin(message)
             if held.text and held.kind == _Message.kind:
                 events += message.add(held.text, held.logprobs)
-        return events + self._end(_INCOMPLETE if is_cut else _COMPLETED)
+        is_whole = has_calls if isinstance(self._open, _Call) else has_ended
+        return events + self._end(_COMPLETED if is_whole else _INCOMPLETE)
 
     def output(self) -> list[Item]:
         """The items so far, also one that is not complete."""

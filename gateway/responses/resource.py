@@ -79,10 +79,11 @@ class ResourceFormat:
 
 
 def usage_body(usage: Usage, num_reasoning: int) -> dict[str, Any]:
-    """``usage`` of a response."""
+    """``usage`` of a response. What a prefix cache keeps of a prompt is not counted."""
+    cached = {"cached_tokens": usage.cached_tokens or 0, "cache_write_tokens": 0}
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
+        "input_tokens_details": cached,
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": num_reasoning},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,

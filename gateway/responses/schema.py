@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from gateway.http.schema import Items, SamplingBody, StrictBody, Whole
+from gateway.http.schema import TAG, Items, SamplingBody, StrictBody, Whole
 
 
 class InputPart(StrictBody):
@@ -116,10 +117,26 @@ class StreamOptionsBody(StrictBody):
     include_obfuscation: bool | None = None
 
 
+def _kind_of_input(value: Any) -> str | None:
+    return {str: f"{TAG}text", list: f"{TAG}items"}.get(type(value))
+
+
+InputField = Annotated[
+    Annotated[str, Tag(f"{TAG}text")] | Annotated[Items[InputItem], Tag(f"{TAG}items")],
+    Discriminator(_kind_of_input),
+]
+"""A text, or items; errors name the item."""
+
+
 class ResponseBody(SamplingBody):
     """``POST /v1/responses``."""
 
-    input: str | Items[InputItem] | None = None
+    SHAPES: ClassVar[Mapping[str, str]] = {
+        "input": "must be a string or a list of items",
+        "output": "must be a string or a list of text parts",
+        "tool_choice": "must be none, auto, required or name a tool",
+    }
+    input: InputField | None = None
     instructions: str | None = Field(default=None, description="before all items; not carried over")
     previous_response_id: str | None = Field(
         default=None, description="a stored response, whose conversation goes on"
@@ -145,4 +162,3 @@ class ResponseBody(SamplingBody):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    service_tier: str | None = None

@@ -294,7 +294,8 @@ class StateStore:
 
     def _move(self, made: Path, place: Path) -> None:
         for left in reversed(range(_TRIES)):
-            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (place.parent.parent, place.parent):
+                folder.mkdir(mode=0o700, exist_ok=True)
             try:
                 made.replace(place)
                 _sync_folder(place.parent)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from cluster.config.gateway import GatewaySection
 from gateway.text.tokenizer import load_tokenizer
 from protos.inference_pb2_grpc import InferenceStub
-from tests.gateway.stack import Stack
+from tests.gateway.stack import WAIT_S, Stack
 from tests.harness.served_stack import stack_over
 from tests.paths import DEMO
 
@@ -24,10 +25,12 @@ TOOL_TEMPLATE = (
 
 
 @pytest.fixture(scope="package")
-def stack() -> Iterator[Stack]:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The bundled model with tools; the same request has the same tokens whenever it is sent."""
     tokenizer = load_tokenizer(str(DEMO), TOOL_TEMPLATE)
-    with stack_over(DEMO, tokenizer, engine={"deterministic": "on"}) as stack:
+    folder = tmp_path_factory.mktemp("state") / "state"
+    section = GatewaySection(state_dir=str(folder), request_timeout_s=WAIT_S)
+    with stack_over(DEMO, tokenizer, section=section, engine={"deterministic": "on"}) as stack:
         yield stack
 
 

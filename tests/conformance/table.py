@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from gateway.http.openapi import ENDPOINTS
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import (
     ChatBody,
@@ -19,6 +18,11 @@ from gateway.http.schema import (
     TokenizeBody,
 )
 from gateway.http.unsupported import UNBUILT
+from gateway.protocols import ENDPOINTS
+from gateway.responses.schema import ResponseBody
+from gateway.responses.unsupported import MOVED
+from gateway.responses.unsupported import UNBUILT as UNBUILT_RESPONSES
+from tests.conformance.open_responses import CASES
 from tests.paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "reference" / "conformance.md"
@@ -26,11 +30,12 @@ SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"
 """Fields by client and route; ``test_clients.py`` compares it with what they send."""
 BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
 NO_EFFECT = ("user", "metadata", "store", "service_tier")
-"""Known fields that are taken and change nothing; so are all unknown fields."""
+"""Known fields that most endpoints take without effect, as they do all unknown fields."""
 _OF_POOLING = frozenset(UNBUILT["pooling"])
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
     "completions": (CompletionBody, frozenset({*UNBUILT["completion"], "chat_template"})),
     "chat": (ChatBody, frozenset({*UNBUILT["chat"], "echo"})),
+    "responses": (ResponseBody, frozenset({*UNBUILT_RESPONSES, *MOVED})),
     "embeddings": (EmbeddingsBody, _OF_POOLING),
     "classify": (ClassifyBody, _OF_POOLING),
     "score": (ScoreBody, _OF_POOLING),
@@ -43,7 +48,7 @@ _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
 def parameter_table() -> str:
     """What becomes of each known field at each endpoint."""
     taken = {name: fields_of(body) for name, (body, _) in _COLUMNS.items()}
-    names = sorted({field for column in taken.values() for field in column})
+    names = sorted({field for column in taken.values() for field in column} - set(NO_EFFECT))
     refused = sorted({f for _, fields in _COLUMNS.values() for f in fields} - set(names))
     lines = [_row("field", *_COLUMNS), _row(*["---"] * (len(_COLUMNS) + 1))]
     for field in (*names, *refused):
@@ -52,7 +57,18 @@ def parameter_table() -> str:
             for name, (_, no) in _COLUMNS.items()
         )
         lines.append(_row(f"`{field}`", *cells))
-    lines.append(_row(", ".join(f"`{name}`" for name in NO_EFFECT), *["no effect"] * len(_COLUMNS)))
+    for field in NO_EFFECT:
+        cells = ("yes" if field in taken[name] else "no effect" for name in _COLUMNS)
+        lines.append(_row(f"`{field}`", *cells))
+    return "\n".join(lines)
+
+
+def open_responses_table() -> str:
+    """What becomes of each test of the public suite."""
+    lines = [_row("test", "asks for", "result"), _row("---", "---", "---")]
+    for case in CASES:
+        result = f"{case.result}: {case.because}" if case.because else case.result
+        lines.append(_row(f"`{case.name}`", case.asks, result))
     return "\n".join(lines)
 
 
@@ -79,6 +95,7 @@ def rendered() -> str:
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     tables = f"### Fields\n\n{parameter_table()}\n\n### Clients\n\n{client_table()}"
+    tables += f"\n\n### Open Responses\n\n{open_responses_table()}"
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 

@@ -10,8 +10,9 @@ import jsonschema
 import pytest
 from starlette.routing import Route
 
-from gateway.http.api import HttpApi, build_http_app
-from gateway.http.openapi import ENDPOINTS, document
+from gateway.http.api import HttpApi
+from gateway.protocols import ENDPOINTS, PROTOCOLS, build_public_app, document
+from tests.gateway.responses.streams import PATH, respond, stream
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, Stack
 
@@ -30,6 +31,10 @@ TOOLS = [
         },
     }
 ]
+LOOK_UP: dict[str, Any] = {"type": "function", "name": "look_up"}
+CUSTOM = {"type": "custom", "name": "say", "description": "Says it."}
+ONE = {"type": "allowed_tools", "mode": "required", "tools": [LOOK_UP]}
+ANY = {"type": "object", "properties": {"a": {"enum": [1]}}, "additionalProperties": False}
 SHORT = {"max_tokens": 4}
 REPORTS = {"return_token_ids": True, "prompt_logprobs": 1}
 GOOD: list[tuple[str, dict[str, Any]]] = [
@@ -45,6 +50,29 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     (
         "/v1/chat/completions",
         {"messages": USER, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
+    ),
+    (PATH, {"input": "Who is there?", "max_output_tokens": 4}),
+    (
+        PATH,
+        {
+            "input": [*USER, {"role": "assistant", "content": "A friend.", "phase": "commentary"}],
+            "instructions": "Be brief.",
+            "include": ["message.output_text.logprobs"],
+            "top_logprobs": 2,
+            "text": {"format": {"type": "json_schema", "name": "a", "schema": ANY}},
+            "metadata": {"a": "b"},
+            "max_output_tokens": 4,
+        },
+    ),
+    (
+        PATH,
+        {
+            "input": "x",
+            "tools": [LOOK_UP, CUSTOM],
+            "tool_choice": ONE,
+            "parallel_tool_calls": False,
+            "store": False,
+        },
     ),
     ("/v1/embeddings", {"input": ["a", "b"]}),
     ("/v1/embeddings", {"input": [5, 6], "encoding_format": "base64"}),
@@ -78,9 +106,14 @@ def check(value: object, schema: Any) -> None:
 
 
 def test_the_document_names_every_route_and_no_other(stack: Stack) -> None:
-    routes = [r for r in HttpApi(stack.gateway).routes() if isinstance(r, Route)]
-    served = {route.path.replace(":path", "") for route in routes}
-    assert served == {endpoint.path for endpoint in ENDPOINTS}
+    routes = [r for r in HttpApi(stack.gateway, PROTOCOLS).routes() if isinstance(r, Route)]
+    served = {
+        (route.path.replace(":path", ""), method.lower())
+        for route in routes
+        for method in route.methods or {"POST"}  # an application of its own has no methods
+        if method != "HEAD"
+    }
+    assert served == {(endpoint.path, endpoint.method) for endpoint in ENDPOINTS}
     jsonschema.Draft202012Validator.check_schema(document()["components"]["schemas"])
     reached = stack.http.get("/openapi.json").json()
     assert reached == json.loads(json.dumps(document("")))
@@ -90,7 +123,7 @@ def test_the_document_names_every_route_and_no_other(stack: Stack) -> None:
 
 def test_the_document_is_served_under_a_prefix(stack: Stack) -> None:
     async def read(prefix: str) -> Any:
-        transport = httpx.ASGITransport(build_http_app(stack.gateway), root_path=prefix)
+        transport = httpx.ASGITransport(build_public_app(stack.gateway), root_path=prefix)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return (await client.get(f"{prefix}/openapi.json")).json()
 
@@ -106,6 +139,10 @@ def test_answers_follow_the_document(stack: Stack, path: str, body: dict[str, An
     check(response.json(), schema_of(path, "post", 200))
     headers = document()["paths"][path]["post"]["responses"]["200"]["headers"]
     assert set(headers) <= set(response.headers)
+    if path == PATH:
+        kind = schema_of(path, "post", 200, "text/event-stream")
+        for event in stream(stack, **body):
+            check(event, kind)
     if "choices" in response.json():
         chunk = schema_of(path, "post", 200, "text/event-stream")
         options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -115,17 +152,19 @@ def test_answers_follow_the_document(stack: Stack, path: str, body: dict[str, An
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda one: one.path)
 def test_every_route_answers_as_the_document_says(stack: Stack, endpoint: Any) -> None:
-    if endpoint.method == "get":
-        response = stack.http.get(endpoint.path.replace("{model}", MODEL))
+    stored = respond(stack, input="x", max_output_tokens=1)["id"]
+    path = endpoint.path.replace("{model}", MODEL).replace("{response_id}", stored)
+    if endpoint.method != "post":
+        response = stack.http.request(endpoint.method, path)
         assert response.status_code == 200
         kind = response.headers.get("content-type", "").partition(";")[0]
-        content = document()["paths"][endpoint.path]["get"]["responses"]["200"].get("content", {})
-        assert set(content) == ({kind} if response.content else set())
+        described = document()["paths"][endpoint.path][endpoint.method]["responses"]["200"]
+        assert set(described.get("content", {})) == ({kind} if response.content else set())
         if endpoint.answer:
-            check(response.json(), schema_of(endpoint.path, "get", 200))
+            check(response.json(), schema_of(endpoint.path, endpoint.method, 200))
         return
-    for body in BAD:
-        response = stack.http.post(endpoint.path, json=body)
+    for body in BAD if endpoint.body else [{}]:
+        response = stack.http.post(path, json=body)
         check(response.json(), schema_of(endpoint.path, "post", response.status_code))
         assert response.status_code in (400, 404)
 

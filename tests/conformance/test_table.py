@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from gateway.http.openapi import ENDPOINTS
+from gateway.protocols import ENDPOINTS
 from tests.conformance.table import (
     DOCUMENT,
     SENT_BY_CLIENTS,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
+from cluster.config.gateway import GatewaySection
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import CLUSTER_TOKEN, attention_entry
 from tests.gateway.stack import Stack, running_stack
@@ -20,6 +21,7 @@ def stack_over(
     checkpoint: Path,
     tokenizer: Tokenizer | None = None,
     start: Callable[[ClusterConfig], ServingCluster] = ThreadCluster,
+    section: GatewaySection | None = None,
     **options: Any,
 ) -> Iterator[Stack]:
     """A cluster of one attention and two expert workers, and a gateway before it.
@@ -28,7 +30,7 @@ def stack_over(
     """
     config = make_config(checkpoint, **{"dtype": "float32", **options})
     cluster = start(dataclasses.replace(config, cluster_token=CLUSTER_TOKEN))
-    running = running_stack(tokenizer=tokenizer, has_tokenizer=tokenizer is not None, serving=False)
+    running = running_stack(section, tokenizer, has_tokenizer=tokenizer is not None, serving=False)
     with serving(cluster), running as stack:
         address = cluster.worker("attention-0")["engine_address"]
         entry = {**attention_entry(stack.engine), "engine_address": address}

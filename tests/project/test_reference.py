@@ -13,8 +13,8 @@ from docs.generate.command_line import leaves
 from docs.generate.markdown import code, prose, table
 from docs.generate.metrics import labels_in_sources
 from docs.generate.pages import PAGES, REFERENCE
-from gateway.http.openapi import ENDPOINTS
 from gateway.observability.metrics import GatewayMetrics
+from gateway.protocols import ENDPOINTS
 from tests.gateway.stack import running_stack
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.paths import ROOT
@@ -59,7 +59,7 @@ def test_every_command_has_a_section() -> None:
 
 
 def test_every_route_has_a_section() -> None:
-    sections = re.findall(r"^### (?:GET|POST) (\S+)$", text_of("http.md"), re.M)
+    sections = re.findall(r"^### (?:GET|POST|DELETE) (\S+)$", text_of("http.md"), re.M)
     assert sections == [endpoint.path for endpoint in ENDPOINTS]
 
 

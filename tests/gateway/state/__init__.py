@@ -1,0 +1,1 @@
+"""What gateways keep for their clients."""

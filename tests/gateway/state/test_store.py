@@ -1,0 +1,388 @@
+"""Objects in a folder that several gateways share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config.gateway import GatewaySection
+from cluster.core.errors import ConfigError
+from gateway.core.errors import StorageError, StorageFullError
+from gateway.state import store as module
+from gateway.state.record import FORMAT, decode, encode
+from gateway.state.store import ObjectKind, StateStore, open_store
+from tests.harness.stalls import wait_until
+from tests.paths import ROOT
+
+NOTES = ObjectKind("notes", "note")
+RING = ObjectKind("rings", "ring", drops_oldest=True)
+HEAD_BYTES = len(encode("note_" + "0" * 32, b"", 1e9, 1e9 + 60.0)) + 32
+
+
+class Clock:
+    """A time that tests set."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_000_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make(folder: Path, clock: Clock | None = None, **limits: Any) -> StateStore:
+    """A store of one gateway."""
+    values = {"max_objects": 100, "max_bytes": 1 << 20, "ttl_s": 60.0, **limits}
+    return StateStore(folder, clock=clock or Clock(), **values)
+
+
+def put(store: StateStore, kind: ObjectKind, content: bytes = b"x", tenant: str = "a") -> str:
+    """The id of a new object."""
+    object_id = store.new_id(kind)
+    store.put(kind, tenant, object_id, content)
+    return object_id
+
+
+def content_of(store: StateStore, kind: ObjectKind, object_id: str, tenant: str = "a") -> Any:
+    """What is stored; None without the object."""
+    found = store.get(kind, tenant, object_id)
+    return None if found is None else found.content
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files but the mark."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "state.json")
+
+
+def test_what_is_stored_is_read_by_every_gateway(tmp_path: Path, clock: Clock) -> None:
+    first, second = make(tmp_path / "state", clock), make(tmp_path / "state", clock)
+    object_id = put(first, NOTES, b"one\ntwo\x00")
+    assert content_of(second, NOTES, object_id) == b"one\ntwo\x00"
+    second.put(NOTES, "a", object_id, b"three")
+    assert content_of(first, NOTES, object_id) == b"three"
+    assert first.list_ids(NOTES, "a") == [object_id]
+    assert second.delete(NOTES, "a", object_id)
+    assert content_of(first, NOTES, object_id) is None
+    assert not first.delete(NOTES, "a", object_id)
+    assert files_in(tmp_path) == []
+
+
+def test_a_tenant_sees_its_own_objects_only(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    object_id = put(store, NOTES, tenant="a")
+    for other in ("b", "", "../a", "A", "a\x00b" * 100):
+        assert content_of(store, NOTES, object_id, tenant=other) is None
+        assert not store.delete(NOTES, other, object_id)
+        assert store.list_ids(NOTES, other) == []
+    assert content_of(store, NOTES, object_id, tenant="a") == b"x"
+    assert content_of(store, RING, object_id) is None
+
+
+@pytest.mark.parametrize(
+    "object_id", ["", "note_", "../state.json", "note_" + "G" * 32, "note_" + "0" * 33, "note"]
+)
+def test_what_can_be_no_id_is_not_there(tmp_path: Path, object_id: str) -> None:
+    store = make(tmp_path)
+    assert store.get(NOTES, "a", object_id) is None
+    assert not store.delete(NOTES, "a", object_id)
+
+
+def test_ids_sort_by_time_and_are_not_guessed(tmp_path: Path, clock: Clock) -> None:
+    store = make(tmp_path, clock)
+    ids = []
+    for _ in range(50):
+        ids.append(store.new_id(NOTES))
+        clock.now_s += 0.001
+    assert ids == sorted(ids)
+    assert len({one[-20:] for one in ids}) == 50
+
+
+# ---- bounds ---------------------------------------------------------------------------------
+
+
+def test_the_number_of_objects_is_bounded_by_tenant(tmp_path: Path) -> None:
+    store = make(tmp_path, max_objects=2)
+    first, _ = put(store, NOTES), put(store, NOTES)
+    with pytest.raises(StorageFullError, match=r"stored 2 notes, the limit is 2"):
+        put(store, NOTES)
+    put(store, NOTES, tenant="b")
+    put(store, RING)
+    store.put(NOTES, "a", first, b"in its own place")
+    store.delete(NOTES, "a", first)
+    put(store, NOTES)
+
+
+def test_the_bytes_of_objects_are_bounded(tmp_path: Path) -> None:
+    store = make(tmp_path, max_bytes=4 * HEAD_BYTES)
+    with pytest.raises(StorageFullError, match="above the limit of"):
+        put(store, NOTES, b"x" * 5 * HEAD_BYTES)
+    put(store, NOTES, b"x" * 2 * HEAD_BYTES)
+    with pytest.raises(StorageFullError, match=r"more are above the limit"):
+        put(store, NOTES, b"x" * HEAD_BYTES)
+    assert len(files_in(tmp_path)) == 1
+
+
+def test_the_oldest_make_room_where_the_kind_says_so(tmp_path: Path, clock: Clock) -> None:
+    store = make(tmp_path, clock, max_objects=3)
+    ids = []
+    for _ in range(5):
+        ids.append(put(store, RING))
+        clock.now_s += 0.01
+    assert store.list_ids(RING, "a") == ids[2:]
+    large = make(tmp_path / "large", clock, max_bytes=3 * HEAD_BYTES)
+    small = [put(large, RING) for _ in range(2)]
+    kept = put(large, RING, b"x" * 2 * HEAD_BYTES)
+    assert large.list_ids(RING, "a") == [kept]
+    assert content_of(large, RING, small[0]) is None
+
+
+def test_what_other_gateways_store_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s)
+    first, second = (make(tmp_path, max_objects=4) for _ in range(2))
+    for store in (first, second, first, second):
+        put(store, NOTES)
+        now_s += 2.0
+    for store in (first, second):
+        with pytest.raises(StorageFullError):
+            put(store, NOTES)
+
+
+# ---- expiry ---------------------------------------------------------------------------------
+
+
+def test_objects_expire_at_once_and_are_swept(tmp_path: Path, clock: Clock) -> None:
+    store = make(tmp_path, clock)
+    short, long = put(store, NOTES), store.new_id(NOTES)
+    store.put(NOTES, "a", long, b"x", ttl_s=3600.0)
+    clock.now_s += 59.0
+    assert content_of(store, NOTES, short) == b"x"
+    assert store.sweep() == 0
+    clock.now_s += 1.0
+    assert content_of(store, NOTES, short) is None
+    assert store.list_ids(NOTES, "a") == [long]
+    assert not store.delete(NOTES, "a", short)
+    assert store.sweep() == 1
+    assert [path.name for path in files_in(tmp_path)] == [long]
+    clock.now_s += 3600.0
+    assert store.sweep() == 1
+    assert list((tmp_path / "notes").iterdir()) == []  # the tenant's folder has gone too
+    put(store, NOTES)
+
+
+def test_an_object_lives_as_long_as_its_file_says(tmp_path: Path, clock: Clock) -> None:
+    """A copied folder has other modification times."""
+    store = make(tmp_path, clock)
+    object_id = put(store, NOTES)
+    (file,) = files_in(tmp_path)
+    os.utime(file, (1.0, 1.0))
+    assert store.sweep() == 0
+    assert content_of(store, NOTES, object_id) == b"x"
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path, clock: Clock) -> None:
+    store = make(tmp_path, clock)
+    left = tmp_path / "new" / "abandoned"
+    left.write_bytes(b"half")
+    clock.now_s = left.stat().st_ctime + 60.0
+    assert store.sweep() == 0
+    clock.now_s += 3600.0
+    assert store.sweep() == 1
+    assert files_in(tmp_path) == []
+
+
+# ---- damage and death -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: raw + b"x",
+        lambda raw: raw.replace(b"hello", b"jello"),
+        lambda raw: b"",
+        lambda raw: b"{}\n" + raw.partition(b"\n")[2],
+        lambda raw: b"\xff\xfe" + raw,
+        lambda raw: raw.replace(b'"format":1', b'"format":2'),
+    ],
+)
+def test_a_damaged_object_is_not_returned(tmp_path: Path, damage: Any) -> None:
+    store = make(tmp_path)
+    object_id = put(store, NOTES, b"hello")
+    (file,) = files_in(tmp_path)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(StorageError):
+        store.get(NOTES, "a", object_id)
+
+
+def test_a_file_in_another_one_s_place_is_not_returned(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    mine, other = put(store, NOTES, b"1"), put(store, NOTES, b"2")
+    folder = files_in(tmp_path)[0].parent
+    (folder / mine).write_bytes((folder / other).read_bytes())
+    with pytest.raises(StorageError, match="damaged"):
+        store.get(NOTES, "a", mine)
+
+
+def test_records_are_what_they_were() -> None:
+    raw = encode("note_1", b"a\nb", 1.5, 2.5)
+    found = decode(raw, "note_1")
+    assert (found.content, found.head.created_s, found.head.expires_s) == (b"a\nb", 1.5, 2.5)
+    assert raw.startswith(f'{{"format":{FORMAT},'.encode())
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from gateway.state.store import ObjectKind, StateStore
+store = StateStore(Path(sys.argv[1]), max_objects=10**6, max_bytes=1 << 40, ttl_s=60.0)
+kind, object_id = ObjectKind("notes", "note"), sys.argv[2]
+print("ready", flush=True)
+number = 0
+while True:
+    number += 1
+    store.put(kind, "a", object_id, b"%d" % number * 50_000)
+    store.put(kind, "a", store.new_id(kind), b"other")
+"""
+
+
+def test_a_killed_writer_leaves_whole_objects(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, max_objects=10**6, max_bytes=1 << 40, ttl_s=60.0)
+    object_id = put(store, NOTES, b"0" * 50_000)
+    for _ in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), object_id],
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        before = content_of(store, NOTES, object_id)
+        changed = partial(lambda old: content_of(store, NOTES, object_id) != old, before)
+        wait_until(changed, "a new version", 60.0)  # each reading is checked: it is a whole one
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+        content = content_of(store, NOTES, object_id)
+        assert content == content[: len(content) // 50_000] * 50_000
+        for one in store.list_ids(NOTES, "a"):
+            assert content_of(store, NOTES, one)
+    put(store, NOTES)
+
+
+def test_many_writers_of_one_folder(tmp_path: Path) -> None:
+    clock = Clock()
+    stores = [make(tmp_path, clock, max_objects=10**6) for _ in range(4)]
+    ids: list[list[str]] = [[] for _ in stores]
+    failures: list[Exception] = []
+
+    def write(number: int) -> None:
+        try:
+            for _ in range(20):
+                ids[number].append(put(stores[number], NOTES, b"%d" % number))
+                stores[number].sweep()
+        except Exception as err:
+            failures.append(err)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(len(stores))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert stores[0].list_ids(NOTES, "a") == sorted(one for some in ids for one in some)
+    for number, some in enumerate(ids):
+        assert {content_of(stores[0], NOTES, one) for one in some} == {b"%d" % number}
+
+
+# ---- the folder -----------------------------------------------------------------------------
+
+
+def test_the_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
+    store = make(tmp_path / "state")
+    put(store, NOTES)
+    for path in [tmp_path / "state", *(tmp_path / "state").rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="holds other files") as caught:
+        make(tmp_path)
+    assert caught.value.field == "state_dir"
+    assert files_in(tmp_path) == [tmp_path / "letter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "rule"),
+    [
+        (b'{"state_format":2}', "holds objects of the format 2, this release has 1"),
+        (b"{", "damaged"),
+    ],
+)
+def test_a_folder_of_another_release_is_refused(tmp_path: Path, mark: bytes, rule: str) -> None:
+    make(tmp_path)
+    (tmp_path / "state.json").write_bytes(mark)
+    with pytest.raises(ConfigError, match=rule):
+        make(tmp_path)
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        make(tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        make(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [(28, StorageFullError, "nothing more can be stored"), (5, StorageError, "cannot be used")],
+)
+def test_errors_of_the_disk_have_no_paths(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: type[StorageError],
+    message: str,
+) -> None:
+    store = make(tmp_path)
+
+    def fail(handle: int) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path))
+
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(kind, match=message) as caught:
+        put(store, NOTES)
+    assert type(caught.value) is kind
+    assert str(tmp_path) not in str(caught.value)
+    assert files_in(tmp_path) == []
+
+
+def test_without_a_folder_there_is_no_store(tmp_path: Path) -> None:
+    assert open_store(GatewaySection()) is None
+    found = open_store(GatewaySection(state_dir=str(tmp_path), state_max_objects=1))
+    assert found is not None
+    put(found, NOTES)
+    with pytest.raises(StorageFullError):
+        put(found, NOTES)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"state_ttl_s": 0.5}, {"state_max_bytes": 0}, {"state_max_objects": 0}]
+)
+def test_wrong_limits_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GatewaySection(**fields)
+    assert caught.value.field in fields
