@@ -337,6 +337,7 @@ class AttentionRuntime(WorkerRuntime):
         assert engine is not None, "the weights are loaded before the loop begins"
         wanted = engine.wanted()
         self.activity.is_idle = not engine.has_work
+        self.activity.wants_rows = wanted.decode_rows + wanted.prefill_rows > 0
         self.channel.propose(wanted, even_empty=self._needs_a_commit())
         if not self.channel.has_header:
             stream.release()
@@ -353,6 +354,7 @@ class AttentionRuntime(WorkerRuntime):
         self._has_more = False
         outputs = self._step(engine, header)
         self.membership.committed(is_shared=bool(self.activity.rows) or not self.channel.is_leader)
+        self.activity.advance()
         self._has_more = engine.has_work
         stream.release()  # a step without rows has not computed
         stream.hold()
