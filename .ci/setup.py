@@ -3,8 +3,8 @@
 Standard library only. Installs the pinned packages of constraints.txt with pip, the CPU build of
 torch where there is no NVIDIA GPU, and expertmesh itself in editable form. A stamp file is written
 last, so that a failed or interrupted run is simply begun again. ``clients`` makes the environment
-of the programs that tests/conformance drives against a server, npm packages and Prometheus
-included.
+of the programs that tests/conformance drives against a server, npm packages, Prometheus and one
+module of vLLM included.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ ZIG_MB = 100
 PROMETHEUS = ("prometheus", "promtool")
 PROMETHEUS_MB = 20
 PROMETHEUS_BY_HAND = "install them, and put them on PATH, for the tests of alerts"
+VLLM = "vllm==0.33.0"
+VLLM_MODULE = "vllm/distributed/kv_events.py"
 LOG_LINES_ON_FAILURE = 15
 LOG_CHARACTERS = 400
 
@@ -192,7 +194,7 @@ def inputs(extra: str) -> tuple[Path, Path]:
 
 def digest(extra: str) -> str:
     """What the stamp of a finished installation holds."""
-    more = PROMETHEUS if extra == "clients" else ()
+    more = (*PROMETHEUS, VLLM, VLLM_MODULE) if extra == "clients" else ()
     content = hashlib.sha256(" ".join((extra, str(ROOT), *more)).encode())
     for path in (*inputs(extra), *(NODE_PACKAGES if extra == "clients" else ())):
         content.update(path.read_bytes())
@@ -234,6 +236,7 @@ def install(extra: str, venv: Path, index: str) -> None:
     if extra == "clients":
         install_npm(venv)
         install_prometheus(venv / "bin")
+        install_vllm_module(pip, venv)
     else:
         run_pip(
             pip, ["--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv
@@ -309,6 +312,32 @@ def _unpack_prometheus(place: Path, folder: Path) -> None:
         raise SetupError(f"{packages[0].name} has no {' and no '.join(missing)}")
     for path in found:
         shutil.move(path, folder / path.name)
+
+
+_TAKE_MODULE = """
+import pathlib, sys, zipfile
+from pip._internal.network.lazy_wheel import LazyZipOverHTTP
+from pip._internal.network.session import PipSession
+url, name, target = sys.argv[1:]
+with LazyZipOverHTTP(url, PipSession()) as wheel:
+    content = zipfile.ZipFile(wheel).read(name)
+path = pathlib.Path(target)
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_bytes(content)
+"""
+
+
+def install_vllm_module(pip: Sequence[str], venv: Path) -> None:
+    """Take one module out of vLLM's published wheel, which pip reads in part; all of it, with what
+    it needs, would be gigabytes. Where that cannot be, its test is skipped.
+    """
+    url = _resolved_url(pip, VLLM)
+    target = venv / "vllm-module" / VLLM_MODULE
+    command = [pip[0], "-c", _TAKE_MODULE, url, VLLM_MODULE, str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = done.stderr.strip()[-LOG_CHARACTERS:]
+        say(f"{VLLM_MODULE} of {VLLM} cannot be taken, its test is skipped: {reason}")
 
 
 def _run(command: Sequence[str], folder: Path) -> None:

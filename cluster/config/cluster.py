@@ -4,8 +4,8 @@ Values are checked where they are built; a rule that is broken raises ``ConfigEr
 field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. The
 gateway's section, the longest, is in ``cluster.config.gateway``, those of expert load and its
 balance in ``cluster.config.expert_load``, that of pools by load in ``cluster.config.autoscale``,
-those of speculative decoding and adapters in ``cluster.config.speculation`` and
-``cluster.config.lora``.
+those of speculative decoding, adapters and KV events in ``cluster.config.speculation``,
+``cluster.config.lora`` and ``cluster.config.kv_events``.
 
 The options of ``serve`` are made from the fields: the docstring below a field is the help of its
 option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
@@ -26,6 +26,7 @@ from cluster.config.autoscale import AutoscaleSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_cache import KvCacheDType
+from cluster.config.kv_events import KvEventsSection
 from cluster.config.lora import LoraSection
 from cluster.config.option_metadata import INTERNAL
 from cluster.config.speculation import SpeculationSection
@@ -375,6 +376,8 @@ class ClusterConfig:
     """Adapters."""
     gateway: GatewaySection = field(default_factory=GatewaySection)
     """HTTP and gRPC."""
+    kv_events: KvEventsSection = field(default_factory=KvEventsSection)
+    """Events about cached KV blocks for other projects' routers."""
     cluster_token: str = field(default="", repr=False)
     """Shared secret of the workers' sockets, drawn at start."""
 
@@ -392,6 +395,11 @@ class ClusterConfig:
         rule = "must be off or dry-run with follow_nodes: the nodes decide the numbers"
         is_refused = self.workers.follow_nodes and self.autoscale.autoscale == "on"
         check(not is_refused, "autoscale", self.autoscale.autoscale, rule)
+        self.kv_events.check_ranks(self.workers.num_attention_ranks)
+        endpoint = self.kv_events.kv_events_endpoint
+        caches = self.engine.enable_prefix_caching
+        rule = "needs enable_prefix_caching: no block is cached without"
+        check(endpoint is None or caches, "kv_events_endpoint", endpoint, rule)
         name = self.model.served_model_name
         is_refused = any(name == adapter for adapter, _ in self.lora.modules)
         check(not is_refused, "lora_modules", name, "must not name an adapter as the model")

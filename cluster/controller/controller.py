@@ -30,6 +30,7 @@ from cluster.core import frames
 from cluster.core.errors import ProtocolError
 from cluster.core.states import ClusterState, WorkerState
 from cluster.policy.coverage import describe_members
+from cluster.policy.progress import STEPS_WAIT
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ class Controller:
         self._lose_disconnected(now)
         for lost in self.detection.find_lost(now):
             self.lost(lost, now)
+        self.detection.watch_steps(now)
         self.lost(self.adapters.tick(now), now)
         self.recovery.tick(now)
         self.autoscaling.tick(now)
@@ -242,6 +244,7 @@ class Controller:
             "generation": cluster.round.number,
             "placement_epoch": cluster.placement.epoch,
             "experts_complete": cluster.experts_complete,
+            "late_workers": list(cluster.late),
             "results": cluster.generation.agreement.to_dict(),
             "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
@@ -249,6 +252,7 @@ class Controller:
             "adapters": self.adapters.to_list(),
             "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],
             "problems": [
+                *([f"{STEPS_WAIT} {', '.join(cluster.late)}"] if cluster.late else ()),
                 *self.recovery.problems(self.detection.last_tick),
                 *describe_low(cluster.low_disks()),
             ],

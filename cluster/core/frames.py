@@ -122,6 +122,11 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Placement epoch of its steps."""
     waiting: bool = False
     """The loop waits for a peer within a step: a constant ``progress`` is the peer's fault."""
+    stalled_s: float | None = None
+    """Time for which a step that is wanted or under way has not advanced; None without such a
+    step."""
+    waits_for: tuple[str, ...] = ()
+    """Workers for which the loop waits: for their rows, outputs or proposals, or for a header."""
     fenced: bool = False
     """Its lease ran out: it has left the generation and waits for the next one."""
     number: int = 0

@@ -15,7 +15,7 @@ from cluster.controller.parts.metrics import ControllerMetrics
 from cluster.core.metric_families import PlainFamily
 from cluster.core.topology import Role
 from docs.generate.markdown import code, page, prose, table
-from gateway.observability.cluster_metrics import WORKER_TEXTS, cluster_families
+from gateway.observability.cluster_metrics import TOTAL_TEXTS, WORKER_TEXTS, cluster_families
 from gateway.observability.load_metrics import load_families
 from gateway.observability.metrics import PREFIX, GatewayMetrics
 from gateway.observability.vllm_names import OLDER, SAME
@@ -41,6 +41,7 @@ def metrics() -> str:
         _INTRODUCTION,
         f"## Gateways\n\n{_table(of_registry(gateway._registry))}",
         f"## Controller\n\n{_table([_state(), *of_registry(controller._registry)])}",
+        f"## Attention workers together\n\n{_table(_totals())}",
         f"## Experts\n\n{_table(of_experts())}",
         f"## Workers\n\n{_table(of_workers(taken))}",
     )
@@ -99,6 +100,10 @@ def _is_histogram(name: str) -> bool:
 
 def _state() -> Row:
     return _row_of(next(iter(cluster_families({}, (), {}))))
+
+
+def _totals() -> Iterator[Row]:
+    return ((name, "gauge", (), text) for name, text in TOTAL_TEXTS.items())
 
 
 def _row_of(family: PlainFamily) -> Row:

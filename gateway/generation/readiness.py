@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from cluster.core.errors import NotReadyError
 from gateway.cluster.view import Snapshot
 
@@ -17,6 +19,8 @@ def unready_reasons(snapshot: Snapshot | None, refusal: str = "") -> list[str]:
     if snapshot is None:
         return [refusal or "the controller has not answered yet"]
     reasons = [] if snapshot["state"] in _SERVING else [_state_of(snapshot)]
+    if late := snapshot.get("late_workers"):
+        reasons.append(f"steps wait for {', '.join(_ranks(snapshot, late))}")
     if not snapshot.get("experts_complete", True):
         reasons.append("some experts are on no worker")
     return reasons
@@ -45,6 +49,14 @@ def check_serving(snapshot: Snapshot | None, refusal: str = "") -> bool:
 def server_ends() -> NotReadyError:
     """The refusal of a server that is about to stop."""
     return NotReadyError("the server is about to stop", "draining", 10.0)
+
+
+def _ranks(snapshot: Snapshot, names: Iterable[str]) -> Iterator[str]:
+    """``expert rank 1 (expert-1.2)`` of each worker."""
+    known = {worker["name"]: worker for worker in snapshot.get("workers", ())}
+    for name in names:
+        worker = known.get(name)
+        yield name if worker is None else f"{worker['role']} rank {worker['rank']} ({name})"
 
 
 def _state_of(snapshot: Snapshot) -> str:

@@ -77,6 +77,12 @@ WORKER_TEXTS = {
     "expert_worker_up": "1 while a worker is ready or serves",
 }
 """Help texts by name of the metric; a histogram's samples share the name of their family."""
+TOTAL_TEXTS = {
+    "cluster_requests_running": "Sequences in the running batches of all attention workers",
+    "cluster_requests_waiting": "Sequences waiting at all attention workers",
+    "cluster_kv_cache_usage_perc": "Share of the KV blocks of all attention workers in use, 0 to 1",
+}
+"""Gauges of the whole cluster, for those who compare clusters: autoscalers, endpoint pickers."""
 
 
 def cluster_families(
@@ -107,6 +113,29 @@ def cluster_families(
             if (number := _parse(key)) is not None and number.name not in taken:
                 samples = [[number.name, {**labels, **number.labels}, value]]
                 yield {**number.family, "samples": samples}
+    yield from _totals(snapshot)
+
+
+def _totals(snapshot: Snapshot) -> Iterator[PlainFamily]:
+    """Sums over the attention workers that live; none before the first has said anything."""
+    living = [
+        worker
+        for worker in snapshot.get("workers", ())
+        if runs_attention(worker["role"]) and WorkerState(worker["state"]) not in GONE
+    ]
+    stats = [worker["stats"] for worker in living if worker.get("stats")]
+    if not stats:
+        return
+    totals = {
+        f"cluster_requests_{kind}": sum(s.get(f"num_requests_{kind}", 0.0) for s in stats)
+        for kind in ("running", "waiting")
+    }
+    if total := sum(worker.get("kv_blocks_total") or 0 for worker in living):
+        free = sum(worker.get("kv_blocks_free") or 0 for worker in living)
+        totals["cluster_kv_cache_usage_perc"] = 1.0 - free / total
+    for name, value in totals.items():
+        samples = [[name, {}, float(value)]]
+        yield {"name": name, "text": TOTAL_TEXTS[name], "type": "gauge", "samples": samples}
 
 
 def _numbers(

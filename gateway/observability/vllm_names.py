@@ -75,6 +75,8 @@ _OF_LORA = {
     "lora_requests_waiting": "waiting_lora_adapters",
 }
 """Label of adapters with sequences in each of our families."""
+_CACHE_CONFIG, _NUM_BLOCKS = "cache_config_info", ("num_blocks", "num_gpu_blocks")
+"""A family of labels, and one of them here and at vLLM. Endpoint pickers read it as a number."""
 _Labels = tuple[tuple[str, str], ...]
 _OF_HTTP = frozenset({"http_requests", "http_request_duration_seconds"})
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
@@ -85,7 +87,7 @@ def as_vllm(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily
     """The families that vLLM has, also under their older names. ``now``: seconds since 1970."""
     for family in families:
         if (name := family["name"]) in SAME:
-            yield family
+            yield _with_num_blocks(family) if name == _CACHE_CONFIG else family
             if (older := OLDER.get(name)) is not None:
                 samples = [
                     [older + sample.removeprefix(name), labels, value]
@@ -94,6 +96,15 @@ def as_vllm(families: Sequence[PlainFamily], now: float) -> Iterator[PlainFamily
                 yield {**family, "name": older, "samples": samples}
     yield from _by_source({family["name"]: family for family in families})
     yield from _lora_info(families, now)
+
+
+def _with_num_blocks(family: PlainFamily) -> PlainFamily:
+    ours, theirs = _NUM_BLOCKS
+    samples = [
+        [sample, {**labels, theirs: labels.get(ours, "")}, value]
+        for sample, labels, value in family["samples"]
+    ]
+    return {**family, "samples": samples}
 
 
 def as_instrumentator(families: Sequence[PlainFamily]) -> Iterator[PlainFamily]:

@@ -412,6 +412,7 @@ class FakeController:
             "generation": 1,
             "placement_epoch": 3,
             "experts_complete": True,
+            "late_workers": [],
             "model": {"name": "tiny", "max_model_len": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE},
             "adapters": [],
             "workers": [],

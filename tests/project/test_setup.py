@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -349,3 +350,55 @@ def test_where_apt_has_no_package_the_setup_goes_on(
     shown = capsys.readouterr().err
     assert re.search(why, shown), shown
     assert MISSING in shown
+
+
+FAKE_PIP = """
+import json, sys
+if "-c" in sys.argv:
+    code = sys.argv[sys.argv.index("-c") + 1]
+    sys.argv = ["-c", *sys.argv[sys.argv.index("-c") + 2 :]]
+    exec(code)
+else:
+    info = {"download_info": {"url": "https://host/vllm.whl"}}
+    print(json.dumps({"install": [info]}))
+"""
+
+
+def fake_pip(folder: Path, wheel: Path | None) -> list[str]:
+    """A pip that finds vLLM's wheel, and can read it in part or not at all."""
+    network = folder / "pip" / "_internal" / "network"
+    network.mkdir(parents=True)
+    opened = "(_ for _ in ()).throw(OSError('no such host'))" if wheel is None else "open(_, 'rb')"
+    (network / "lazy_wheel.py").write_text(
+        f"def LazyZipOverHTTP(url, session):\n    _ = {str(wheel)!r}\n    return {opened}\n"
+    )
+    (network / "session.py").write_text("PipSession = object\n")
+    for package in (network, network.parent, network.parent.parent):
+        (package / "__init__.py").touch()
+    program = folder / "python"
+    (folder / "fake.py").write_text(FAKE_PIP)
+    program.write_text(
+        f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} {folder}/fake.py "$@"\n'
+    )
+    program.chmod(0o755)
+    return [str(program), "-m", "pip"]
+
+
+def test_one_module_is_taken_out_of_vllm_s_wheel(tmp_path: Path) -> None:
+    wheel = tmp_path / "vllm.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(setup.VLLM_MODULE, "class KVEventBatch: ...")
+        archive.writestr("vllm/other.py", "")
+    setup.install_vllm_module(fake_pip(tmp_path / "pip", wheel), tmp_path / "venv")
+    found = [path for path in (tmp_path / "venv").rglob("*") if path.is_file()]
+    assert found == [tmp_path / "venv" / "vllm-module" / setup.VLLM_MODULE]
+    assert found[0].read_text() == "class KVEventBatch: ..."
+
+
+def test_without_vllm_s_wheel_the_setup_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup.install_vllm_module(fake_pip(tmp_path / "pip", None), tmp_path / "venv")
+    shown = capsys.readouterr().err
+    assert "cannot be taken, its test is skipped" in shown
+    assert "no such host" in shown

@@ -37,6 +37,7 @@ from workers.engine.step_plan import PlannedRows, RowsWanted, StepPlan
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
+from workers.kv.contents import BlockContents
 from workers.kv.state_slots import StateSlots
 from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.lora.loaded import LoadedAdapters
@@ -309,6 +310,16 @@ class Engine:
         """The request that would be preempted first, if that may be soon; else None."""
         sequence = self._scheduler.under_pressure()
         return None if sequence is None else sequence.request
+
+    def note_contents(self) -> BlockContents:
+        """Begin to note what new cached blocks hold."""
+        contents = BlockContents(
+            pool=self.pool,
+            block_size=self._section.block_size_tokens,
+            length_matters_above=self._scheduler.prefixes.length_matters_above,
+        )
+        self._scheduler.prefixes.contents = self.kv_store.contents = contents
+        return contents
 
     @property
     def has_work(self) -> bool:

@@ -162,14 +162,16 @@ class StepChannel:
         connections = self._connections
         deadline = time.monotonic() + timeout_s
         connections.check()
-        while True:
-            self._take_step_frames()
-            if self._headers:
-                return self._next_header()
-            left = deadline - time.monotonic()
-            if left <= 0 or connections.take_wake():
-                return None
-            connections.poll(left)
+        with connections.awaiting():
+            while True:
+                self._take_step_frames()
+                if self._headers:
+                    return self._next_header()
+                left = deadline - time.monotonic()
+                if left <= 0 or connections.take_wake():
+                    return None
+                connections.awaited = tuple(self.missing())
+                connections.poll(left)
 
     def _next_header(self) -> StepHeader:
         header = self._headers.popleft()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.kv.block_pool import BlockPool
+from workers.kv.contents import BlockContents
 from workers.kv.state_slots import StateSlots
 from workers.requests.block_hash import BlockHash, chain_hash, request_root
 from workers.requests.sequence import SequenceState
@@ -26,6 +27,8 @@ class PrefixCache:
     """See ``ModelConfig.length_matters_above``."""
     states: StateSlots | None = None
     """Of a model with recurrent states: blocks are of use up to a state that is known."""
+    contents: BlockContents | None = None
+    """Gets what new blocks hold; None: nobody wants to know."""
     num_queried_tokens: int = 0
     """Tokens of sequences at their first admission."""
     num_hit_tokens: int = 0
@@ -62,11 +65,16 @@ class PrefixCache:
         for block in range(begin, end):
             parent = hashes[block - 1] if block else None
             self.pool.store(sequence.blocks[block], hashes[block], parent)
+        if self.contents is not None:
+            self.contents.note(sequence, hashes, begin, end)
 
     def count(self, sequence: SequenceState, num_found: int) -> None:
         """Count the tokens found for a sequence at its first admission."""
         if sequence.num_cached_tokens is not None:
             return  # admitted again after a preemption
+        if self.contents is not None:
+            num_blocks = min(num_found, sequence.num_tokens) // self.block_size
+            self.contents.note_found(sequence, self.hashes(sequence, num_blocks))
         if not self.is_enabled:
             num_found = 0
         sequence.num_cached_tokens = min(num_found, sequence.prompt_length)

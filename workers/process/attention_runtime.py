@@ -43,6 +43,7 @@ from workers.process.intake.commands import (
 )
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
+from workers.process.kv_publisher import KvPublisher
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
 from workers.process.step_messages import step_messages
 from workers.process.warm_up import warm_attention
@@ -79,6 +80,8 @@ class AttentionRuntime(WorkerRuntime):
     """Work was left after the last step."""
     _relief_at = 0.0
     """Monotonic time at which it last asked to have a request moved."""
+    _kv_publisher: KvPublisher | None = None
+    """Tells routers of other projects what is cached."""
 
     # ---- start and end ----------------------------------------------------------------------
 
@@ -141,6 +144,7 @@ class AttentionRuntime(WorkerRuntime):
         self._lend_blocks(engine)
         self._adapters = AdapterIntake(engine, self.connections.wake)
         self._cleanup.callback(self._adapters.close)
+        self._publish_contents(engine)
         assert self._stream is not None, "it is open before the weights are loaded"
         engine.runner.on_compute = self._stream.release
         self._engine = engine
@@ -161,6 +165,17 @@ class AttentionRuntime(WorkerRuntime):
         self._cleanup.callback(self._fetches.close)
         self._kv_lender = KvLender(engine.kv_store, self.connections.wake)
         self._kv_server.start(self._kv_lender)
+
+    def _publish_contents(self, engine: Engine) -> None:
+        """Begin to tell routers of other projects what is cached, if that is asked for."""
+        section = self.config.kv_events
+        if section.kv_events_endpoint is None:
+            return
+        size, names = self.config.engine.block_size_tokens, lambda: self._adapters.names
+        self._contents = engine.note_contents()
+        self._kv_publisher = KvPublisher(section, self.member.rank, size, names)
+        self._cleanup.callback(self._kv_publisher.close)
+        self._kv_publisher.start()
 
     def _kv_peer(self, name: str) -> Peer | None:
         """The KV server of another member of this generation; None for any other name."""
@@ -337,6 +352,7 @@ class AttentionRuntime(WorkerRuntime):
         assert engine is not None, "the weights are loaded before the loop begins"
         wanted = engine.wanted()
         self.activity.is_idle = not engine.has_work
+        self.activity.wants_rows = wanted.decode_rows + wanted.prefill_rows > 0
         self.channel.propose(wanted, even_empty=self._needs_a_commit())
         if not self.channel.has_header:
             stream.release()
@@ -353,6 +369,7 @@ class AttentionRuntime(WorkerRuntime):
         self._has_more = False
         outputs = self._step(engine, header)
         self.membership.committed(is_shared=bool(self.activity.rows) or not self.channel.is_leader)
+        self.activity.advance()
         self._has_more = engine.has_work
         stream.release()  # a step without rows has not computed
         stream.hold()
@@ -453,6 +470,8 @@ class AttentionRuntime(WorkerRuntime):
             pool = self._engine.pool
             changes, cost = pool.take_changes(), self._fetches.fetch_cost
             self._stream.publish_kv(changes, cost, pool.num_free)
+            if self._kv_publisher is not None:
+                self._kv_publisher.publish(changes, self._contents.take())
         for gateway, message in step_messages(outputs, self._owners):
             self._stream.publish(gateway, message)
         for output in outputs:

@@ -40,6 +40,7 @@ class ExpertRuntime(WorkerRuntime):
         self._experts.server.run_step(header)
         self._experts.server.timer.end_step()
         self.membership.committed(is_shared=True)
+        self.activity.advance()
         ended = self.membership.last_commit
         self._busy_s += ended - started
         self._num_steps += 1

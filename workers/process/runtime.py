@@ -127,6 +127,7 @@ class WorkerRuntime(ABC):
             send=self._send,
             disks=DiskWatch(lambda: [logs.OUTPUT.folder, timelines]),
             adapters_in_use=self._adapters_in_use,
+            waits_for=self._waits_for,
         )
         self._control: ControlClient | None = None
         self.lifetime = Lifetime()
@@ -176,6 +177,10 @@ class WorkerRuntime(ABC):
     def _load_report(self) -> LoadReport | None:
         """Counted load of the experts; called on the control thread."""
         return None
+
+    def _waits_for(self) -> tuple[str, ...]:
+        """Peers for which the data thread waits. Control thread."""
+        return self._connections.awaited if self._connections is not None else ()
 
     def _announce(self) -> Member:
         """Open further listeners before registration; returns the member with their addresses."""
@@ -436,14 +441,13 @@ class WorkerRuntime(ABC):
 
     def _guarded_step(self) -> None:
         """Run one step; a lost peer or a new generation ends this generation."""
-        self.activity.advance()
-        self.activity.rows = 0
+        self.activity.turn()
         membership = self.membership
         try:
             if membership.runs:
                 self._run_step()
             else:
-                self.activity.is_idle = True
+                self.activity.is_idle, self.activity.wants_rows = True, False
                 self.connections.rest(IDLE_WAIT_S, is_ready=membership.standing is Standing.READY)
         except GenerationChangedError:
             membership.leave()

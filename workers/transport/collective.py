@@ -305,13 +305,15 @@ class CollectiveTransport:
         deadline = time.monotonic() + limit
 
         def watch() -> None:
+            names = [self._names[item.rank] for item in transfers.items[transfers.num_done :]]
+            self._connections.awaited = tuple(names)
             self._connections.poll()
-            if time.monotonic() > deadline:
-                rank = transfers.items[transfers.num_done].rank
-                raise PeerLostError(self._names[rank], f"no data within {limit:g} s")
+            if names and time.monotonic() > deadline:
+                raise PeerLostError(names[0], f"no data within {limit:g} s")
 
         try:
-            self._live_world().wait(transfers, watch)
+            with self._connections.awaiting():
+                self._live_world().wait(transfers, watch)
         except PeerLostError as err:
             self._loss = err
             self._abandon()

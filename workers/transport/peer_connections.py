@@ -8,11 +8,12 @@ attention ranks); one TCP connection a pair carries step frames and data frames,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from cluster.core.errors import GenerationChangedError, PeerLostError
@@ -74,6 +75,8 @@ class PeerConnections:
         self._announced = 0
         self._left = -1
         self._woken = False
+        self.awaited: tuple[str, ...] = ()
+        """Peers for which the data thread waits now. Any thread may read it."""
         self._selector = selectors.DefaultSelector()
         self._table = EdgeTable(
             self._selector, me.name, _INBOX_FRAMES * max_data_bytes, path_limit_s
@@ -197,15 +200,28 @@ class PeerConnections:
         if frame is None:
             self._table.read(edge)
             frame = self._table.take(edge, want) if edge.inbox else None
-        while frame is None:
-            self.check()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                missing = [name, *(n for n in others if not self._edge(n).inbox)]
-                raise _timed_out(missing, f"no {want.kind.name} of step {want.step} in time")
-            self._pump(left)
-            frame = self._table.take(edge, want) if edge.inbox else None
+        if frame is not None:
+            return frame
+        with self.awaiting(name):
+            while frame is None:
+                self.check()
+                missing = (name, *(n for n in others if not self._edge(n).inbox))
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise _timed_out(missing, f"no {want.kind.name} of step {want.step} in time")
+                self.awaited = missing
+                self._pump(left)
+                frame = self._table.take(edge, want) if edge.inbox else None
         return frame
+
+    @contextlib.contextmanager
+    def awaiting(self, *names: str) -> Iterator[None]:
+        """The data thread waits for these peers."""
+        self.awaited = names
+        try:
+            yield
+        finally:
+            self.awaited = ()
 
     def direct(self, names: Sequence[str]) -> DirectEdges | None:
         """The edges to some peers, for native code; None where one is missing, or no epoll."""
@@ -232,14 +248,16 @@ class PeerConnections:
         """Run the loop until ``ready``. ``missing`` names the peers to blame after the timeout."""
         limit = self.step_timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
-        while True:
-            self.check()
-            if ready():
-                return
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise _timed_out(missing(), f"{what} within {limit:g} s")
-            self._pump(min(left, slice_s))
+        with self.awaiting():
+            while True:
+                self.check()
+                if ready():
+                    return
+                left = deadline - time.monotonic()
+                self.awaited = tuple(missing())
+                if left <= 0:
+                    raise _timed_out(self.awaited, f"{what} within {limit:g} s")
+                self._pump(min(left, slice_s))
 
     def poll(self, timeout_s: float = 0.0) -> None:
         """Run the loop once, for at most ``timeout_s``; raises as ``check`` does."""

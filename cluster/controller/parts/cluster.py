@@ -200,6 +200,8 @@ class Cluster:
         """Every expert had a slot when the newest generation was formed."""
         self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
         """The newest generation and its answers; number 0 before the first."""
+        self.late: tuple[str, ...] = ()
+        """Workers for which steps wait that are wanted, or for which a generation waits."""
         self.workers = WorkerTable(members, model=config.model, now=now)
         self.history = History(wall_time_offset_s)
         self.load = LoadTracker(config.load, now)
@@ -436,6 +438,7 @@ class Cluster:
         for member in formed.members:
             record = self.workers[member.name]
             record.progress_at = record.heard_at = now
+            record.stalled_s = None
             record.enter(WorkerState.SERVING)
         order = RunGeneration(generation=formed.number, first_step=formed.first_step)
         self.send(order, *(m.name for m in formed.members))

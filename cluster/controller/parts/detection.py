@@ -21,12 +21,15 @@ from cluster.policy.failure import (
     find_silent,
     silent_hosts,
 )
+from cluster.policy.progress import find_late
 from cluster.policy.silence import GapWindow
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 """Time between two ticks; after twice that time the controller itself is late."""
+_FORMING_S = 0.5
+"""Time after which a generation that forms waits for somebody by name."""
 
 
 class Detection:
@@ -145,6 +148,21 @@ class Detection:
         if cluster.round.phase is Phase.STALLED or (silence < limit and not cluster.round.reports):
             return ""
         return f"most other hosts were silent for {silence:.1f} s"
+
+    def watch_steps(self, now: float) -> None:
+        """Note for which members steps wait, or a generation that takes long to form."""
+        cluster = self._cluster
+        late: tuple[str, ...] = ()
+        if cluster.runs:
+            members = (cluster.workers[m.name] for m in cluster.round.members)
+            late = find_late(now, [record.pace() for record in members])
+        elif cluster.is_forming and now - cluster.round.began_at >= _FORMING_S:
+            late = tuple(cluster.round.late())
+        if late != cluster.late:
+            names = ", ".join(late)
+            logger.warning("steps wait for %s" if late else "steps go on%s", names)
+            cluster.late = late
+            cluster.touch()
 
     def void_reports(self, now: float) -> str:
         """Why all must form a generation again after a long pause of the controller, if they must.

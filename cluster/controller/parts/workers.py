@@ -17,6 +17,7 @@ from cluster.core.release import Build, differing_item
 from cluster.core.states import GONE, WorkerState, next_state
 from cluster.core.topology import ADDRESS_FIELDS, NODE_FIELDS, Generation, Member
 from cluster.policy.failure import Pulse
+from cluster.policy.progress import Pace
 from cluster.policy.silence import GapWindow
 
 MODEL_FACTS = ("model_type", "dtype", "kv_cache_dtype", "max_model_len", "vocab_size")
@@ -70,6 +71,10 @@ class WorkerRecord:
     """Monotonic time until which a disconnected worker may call again."""
     is_waiting: bool = False
     """It waited for a peer within a step at its last heartbeat."""
+    stalled_s: float | None = None
+    """As of its last heartbeat."""
+    waits_for: tuple[str, ...] = ()
+    """As of its last heartbeat."""
     low_disks: tuple[frames.LowDisk, ...] = ()
     """Of its host, by its last heartbeat."""
     adapters: tuple[str, ...] = ()
@@ -156,6 +161,7 @@ class WorkerRecord:
             self.progress_at = now
         self._progress = frame.progress
         self.is_waiting = frame.waiting
+        self.stalled_s, self.waits_for = frame.stalled_s, frame.waits_for
         self.generation = frame.generation
         self.low_disks = frame.low_disks
         self.adapters = frame.adapters
@@ -189,6 +195,16 @@ class WorkerRecord:
             running=self.state is WorkerState.SERVING,
             host=self.member.node,
             patience_s=self.gaps.patience_s if self.state is WorkerState.SERVING else math.inf,
+        )
+
+    def pace(self) -> Pace:
+        """Its part in the steps."""
+        return Pace(
+            name=self.name,
+            heard_at=self.heard_at,
+            runs_attention=self.member.runs_attention,
+            stalled_s=self.stalled_s,
+            waits_for=self.waits_for,
         )
 
     def to_dict(self, num_slots: int) -> dict[str, Any]:

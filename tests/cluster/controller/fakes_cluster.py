@@ -276,6 +276,8 @@ class FakeCluster:
         waiting: bool = False,
         behind: int = 0,
         stats: Mapping[str, float] | None = None,
+        stalled_s: float | None = None,
+        waits_for: tuple[str, ...] = (),
     ) -> None:
         """A worker's heartbeat; it is still in a generation ``behind`` the newest one."""
         self.send(
@@ -288,6 +290,8 @@ class FakeCluster:
                 running=self.known.runs,
                 epoch=self.known.placement.epoch,
                 stats=dict(stats or {}),
+                stalled_s=stalled_s,
+                waits_for=waits_for,
             ),
         )
 

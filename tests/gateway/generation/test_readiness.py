@@ -15,7 +15,7 @@ from cluster.core.release import RELEASE
 from gateway.core.tuning import GatewayTuning
 from gateway.generation.tenant_queues import Ask
 from gateway.text.tokenizer import Tokenizer
-from tests.gateway.fakes import ScriptedEngine, attention_entry, tiny_backend
+from tests.gateway.fakes import ScriptedEngine, attention_entry, expert_entry, tiny_backend
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
 from workers.requests.request import Timings
 
@@ -33,7 +33,8 @@ def moody(module_stack: Stack) -> Iterator[Stack]:
     module_stack.engine.requests.clear()
     module_stack.engine.aborts.clear()
     yield module_stack
-    module_stack.call(lambda: module_stack.controller.change(experts_complete=True))
+    whole: dict[str, Any] = {"experts_complete": True, "late_workers": []}
+    module_stack.call(lambda: module_stack.controller.change(**whole))
     module_stack.serve()
 
 
@@ -92,6 +93,25 @@ def test_a_degraded_cluster_with_all_experts_serves(moody: Stack) -> None:
     _change(moody, state="DEGRADED")
     assert moody.http.get("/ready").status_code == 200
     complete(moody, prompt="x", max_tokens=1)
+
+
+def test_steps_that_wait_for_a_worker_make_it_unready_by_rank(moody: Stack) -> None:
+    workers = [*moody.controller.state["workers"], expert_entry(1)]
+    _change(moody, workers=workers, late_workers=["expert-1", "expert-7"])
+    ready = moody.http.get("/ready")
+    assert ready.status_code == 503
+    reason = "steps wait for expert rank 1 (expert-1), expert-7"
+    assert ready.json() == {"ready": False, "reasons": [reason]}
+    complete(moody, prompt="x", max_tokens=1)  # requests are still taken, and wait
+    _change(moody, late_workers=[])
+    assert moody.http.get("/ready").json() == {"ready": True, "reasons": []}
+
+
+def test_a_recovery_says_for_whom_it_waits(moody: Stack) -> None:
+    _change(moody, state="RECOVERING", late_workers=["attention-0"])
+    reasons = moody.http.get("/ready").json()["reasons"]
+    waits = "steps wait for attention rank 0 (attention-0)"
+    assert reasons == ["the cluster is RECOVERING", waits]
 
 
 def test_a_controller_of_an_older_term_is_not_followed(

@@ -407,6 +407,10 @@ def test_health_follows_readiness() -> None:
         assert details["RetryInfo"].retry_delay.seconds >= 1
         stack.serve()
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        stack.call(lambda: stack.controller.change(late_workers=["expert-1"]))
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        stack.call(lambda: stack.controller.change(late_workers=[]))
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         watch.cancel()
 
 

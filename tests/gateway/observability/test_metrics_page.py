@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.observability.cluster_metrics import WORKER_TEXTS
+from gateway.observability.cluster_metrics import TOTAL_TEXTS, WORKER_TEXTS
 from gateway.observability.vllm_names import BY_SOURCE, OLDER, SAME
 from tests.gateway.stack import Stack, complete
 from tests.paths import ROOT
@@ -52,7 +52,7 @@ def exported(stack: Stack) -> dict[str, set[str]]:
 def test_the_page_has_every_metric_once_and_no_other(stack: Stack) -> None:
     names = [row.name for row in rows()]
     assert len(names) == len(set(names))
-    assert set(names) == exported(stack).keys() | WORKER_TEXTS.keys()
+    assert set(names) == exported(stack).keys() | WORKER_TEXTS.keys() | TOTAL_TEXTS.keys()
 
 
 def test_the_page_has_the_labels(stack: Stack) -> None:

@@ -58,6 +58,7 @@ class Desk:
         output: tuple[int, ...] = (),
         first_token: int | None = None,
         cache_salt: str = "",
+        adapter: str = "",
     ) -> list[SequenceState]:
         """A request with a prompt of its own, or one that counts up from ``first_token``."""
         first = 10 + 1000 * self._arrivals if first_token is None else first_token
@@ -68,6 +69,7 @@ class Desk:
             n=n,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter,
         )
         found: list[SequenceState] = []
         for choice in range(n):

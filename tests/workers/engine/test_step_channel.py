@@ -12,6 +12,7 @@ import pytest
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member
 from tests.fakes import Wakeups
+from tests.harness.stalls import wait_until
 from tests.workers.transport.mesh import make_connections
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
@@ -88,6 +89,28 @@ def test_everyone_gets_the_same_header_once_all_have_reported(cluster: Cluster) 
         (1, Grant(decode_rows=1, prefill_rows=5)),
     )
     assert (headers[0].step, headers[0].epoch, headers[0].exact) == (1, 1, True)
+
+
+def test_a_wait_for_a_header_says_for_whom_it_waits(cluster: Cluster) -> None:
+    leader, other = cluster.channels[:2]
+    first, second = cluster.all_connections[:2]
+    leader.propose(RowsWanted(1, 0))
+    other.propose(RowsWanted(0, 0))
+    cluster.wait_all()
+    leader.propose(RowsWanted(1, 0))
+    for channel, connections, name in (
+        (leader, first, "attention-1"),
+        (other, second, "attention-0"),
+    ):
+        wait = cluster.pool.submit(channel.wait, LIMIT_S)
+        _wait_until_awaited(connections, name)
+        connections.wake()
+        assert wait.result(LIMIT_S) is None
+        assert connections.awaited == ()
+
+
+def _wait_until_awaited(connections: PeerConnections, name: str) -> None:
+    wait_until(lambda: connections.awaited == (name,), f"a wait for {name}")
 
 
 def test_steps_are_numbered_on_and_on(cluster: Cluster) -> None:

@@ -55,3 +55,56 @@ def test_a_thread_is_bound_to_its_own_clock_and_may_end() -> None:
     thread.join()
     activity.rows = 1
     assert activity.observe(1.0) == activity.observe(1.1) == 0
+
+
+class Steps:
+    """A data thread whose heartbeats, 0.5 s apart, tell for how long its step has stalled."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.activity = Activity()
+
+    def beat(self) -> float | None:
+        self.now += 0.5
+        self.activity.observe(self.now)
+        return self.activity.stalled_s
+
+
+def test_a_step_that_is_wanted_and_does_not_come_stalls_though_the_loop_turns() -> None:
+    steps = Steps()
+    assert steps.beat() is None
+    steps.activity.wants_rows = True
+    seen = []
+    for _ in range(4):
+        steps.activity.turn()
+        seen.append(steps.beat())
+    assert seen == [0.0, 0.5, 1.0, 1.5]
+    steps.activity.advance()  # it has committed
+    assert steps.beat() == 0.0
+    steps.activity.wants_rows = False
+    assert steps.beat() is None
+
+
+def test_exchanges_and_computing_in_a_step_are_progress() -> None:
+    steps, cpu_s = Steps(), 0.0
+    steps.activity.cpu_s = lambda: cpu_s
+    steps.activity.rows = 64
+    assert steps.beat() == 0.0
+    for _ in range(4):
+        with steps.activity:
+            pass
+        assert steps.beat() == 0.0
+    for _ in range(4):
+        cpu_s += 0.1
+        assert steps.beat() == 0.0
+    assert [steps.beat(), steps.beat()] == [0.5, 1.0]
+    steps.activity.native_progress.value += 1
+    assert steps.beat() == 0.0
+
+
+def test_a_turn_ends_the_step() -> None:
+    steps = Steps()
+    steps.activity.rows = 8
+    assert steps.beat() == 0.0
+    steps.activity.turn()
+    assert steps.beat() is None

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member, Role
 from tests.fakes import Wakeups
+from tests.harness.stalls import wait_until
 from tests.workers.transport.mesh import MAX_ROWS, Mesh, make_bank, make_connections
 from workers.transport.acceptor import MAX_PENDING
 from workers.transport.frames import FrameHeader, FrameKind, max_data_bytes
@@ -273,6 +274,15 @@ def test_a_peer_that_dies_is_noticed_at_once(pair: Pair) -> None:
     threading.Timer(0.1, expert.edges["attention-0"].sock.shutdown, (socket.SHUT_RDWR,)).start()
     with pytest.raises(PeerLostError, match="expert-0: closed by the peer"):
         until(home, lambda: False)
+
+
+def test_a_wait_for_a_frame_says_for_whom_it_waits(pair: Pair, pool: ThreadPoolExecutor) -> None:
+    home, expert = pair
+    wait = pool.submit(expert.receive, "attention-0", rows_frame(), time.monotonic() + LIMIT_S)
+    wait_until(lambda: expert.awaited == ("attention-0",), "the wait")
+    home.send("expert-0", rows_frame(), [])
+    wait.result(LIMIT_S)
+    assert expert.awaited == ()
 
 
 def test_a_wait_ends_by_its_time_limit_and_names_the_peer(pair: Pair) -> None:

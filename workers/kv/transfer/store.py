@@ -24,6 +24,7 @@ from torch import Tensor
 
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
+from workers.kv.contents import BlockContents
 from workers.kv.state_slots import StateSlots
 from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.request import Request
@@ -108,6 +109,8 @@ class KvTransferStore:
     cache: KVCache
     states: StateSlots | None = None
     """Of a model with recurrent states."""
+    contents: BlockContents | None = None
+    """Learns which blocks have come; None: nobody wants to know."""
     tables: list[list[int]] = field(default_factory=list)
     """Blocks that are held here."""
 
@@ -193,6 +196,8 @@ class KvTransferStore:
         filled = fetch.blocks[: fetch.num_filled]
         for block, name, parent in zip(filled, fetch.missing, parents, strict=False):
             self.pool.store(block, name, parent)
+        if self.contents is not None:
+            self.contents.came(fetch.missing[: fetch.num_filled])
         state = fetch.state
         if state is not None and self.states is not None:
             if state.num_before:

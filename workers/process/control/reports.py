@@ -33,6 +33,8 @@ class WorkerReports:
     """Of this host."""
     adapters_in_use: Callable[[], tuple[str, ...]] = tuple
     """Keys of adapters that requests have."""
+    waits_for: Callable[[], tuple[str, ...]] = tuple
+    """Peers for which the data thread waits."""
     _progress_sent_at: float = 0.0
     _load_sent_at: float = 0.0
     _rows_sent: int = 0
@@ -58,6 +60,8 @@ class WorkerReports:
             running=membership.runs,
             epoch=membership.epochs.current.epoch,
             waiting=activity.is_waiting,
+            stalled_s=activity.stalled_s,
+            waits_for=self.waits_for(),
             fenced=membership.is_fenced,
             stats={**self.stats(), "placement_epoch": epoch},
             expert_load=self._new_load() if due else None,

@@ -64,6 +64,11 @@ class AdapterIntake:
         self._digests: dict[str, str] = {}
         self._errors: dict[str, str] = {}
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Names by key. Any thread may ask."""
+        return self._names
+
     def take(self, order: KeepAdapters) -> None:
         """Free what is not named any more, and begin to read what is missing."""
         if order.number <= self._number:

@@ -1,0 +1,58 @@
+"""For which workers the steps of a generation wait, when they do not commit. Pure.
+
+Readiness falls within 2 s after the last progress. A heartbeat comes every 0.5 s, so a worker that
+has not advanced for ``STALL_S`` has said so after 1.5 s, and a silent one is late after as long.
+Nobody is lost by this: the limits of detection may be much longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+STALL_S = 0.9
+"""Time without progress after which a step stalls. Exchanges and commits are progress, and
+computing in a step is, for a time that grows with its rows (``workers.metrics.activity``)."""
+STEPS_WAIT = "steps wait for"
+"""What operators read, before the names of workers."""
+SILENT_S = 1.5
+"""Time without a sign of life after which a worker is late; an idle one, too, since every step
+needs all members."""
+_FRESH_S = 1.0
+"""Age up to which a heartbeat shows that a worker advances."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """The last heartbeat of a member of a running generation."""
+
+    name: str
+    heard_at: float
+    """Monotonic time of its last sign of life."""
+    runs_attention: bool
+    stalled_s: float | None
+    """See ``Heartbeat``."""
+    waits_for: tuple[str, ...] = ()
+    """See ``Heartbeat``."""
+
+
+def find_late(now: float, paces: Sequence[Pace]) -> tuple[str, ...]:
+    """Members for which steps wait; none while a step advances anywhere, or none is wanted.
+
+    Those are late that are silent. If none is, a step stalls that an attention worker wants or
+    runs, and those are late that stall without waiting for anybody; or else those for which
+    attention workers wait, without such as wait themselves where others are left.
+    """
+    if silent := tuple(p.name for p in paces if now - p.heard_at >= SILENT_S):
+        return silent
+    busy = [(p, p.stalled_s) for p in paces if p.stalled_s is not None]
+    stalled = [p for p, stalled_s in busy if stalled_s >= STALL_S]
+    if any(s < STALL_S and now - p.heard_at < _FRESH_S for p, s in busy):
+        return ()
+    if not any(p.runs_attention for p in stalled):
+        return ()
+    quiet = tuple(p.name for p in paces if now - p.heard_at >= SILENT_S / 2)
+    hung = tuple(p.name for p in stalled if not p.waits_for)
+    awaited = dict.fromkeys(name for p in stalled if p.runs_attention for name in p.waits_for)
+    waiting = {p.name for p in stalled if p.waits_for}
+    return quiet or hung or tuple(n for n in awaited if n not in waiting) or tuple(awaited)

@@ -1,0 +1,62 @@
+"""What newly cached blocks hold, for routers of other projects. Engine's thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from workers.kv.block_pool import BlockPool
+from workers.kv.router_events import BlockContent, extra_of
+from workers.requests.block_hash import BlockHash
+from workers.requests.sequence import SequenceState
+
+
+@dataclass(kw_only=True, slots=True)
+class BlockContents:
+    """Collects contents until they are taken; nobody has it where nobody wants to know."""
+
+    pool: BlockPool
+    block_size: int
+    length_matters_above: int | None
+    """See ``ModelConfig.length_matters_above``."""
+    _new: dict[BlockHash, BlockContent] = field(default_factory=dict)
+    _came: set[BlockHash] = field(default_factory=set)
+    """Blocks of other workers, whose tokens are not known yet."""
+
+    def came(self, hashes: Sequence[BlockHash]) -> None:
+        """Blocks came from another worker under these hashes."""
+        self._came.update(hashes)
+        if len(self._came) > self.pool.num_blocks:
+            self._came = {name for name in self._came if self.pool.is_known(name)}
+
+    def note(
+        self, sequence: SequenceState, hashes: Sequence[BlockHash], first: int, end: int
+    ) -> None:
+        """Blocks ``first`` to ``end`` - 1 of a sequence are cached, under their hashes."""
+        for place in range(first, end):
+            self._new[hashes[place]] = self._content(sequence, hashes, place)
+
+    def note_found(self, sequence: SequenceState, hashes: Sequence[BlockHash]) -> None:
+        """A sequence uses its first blocks, which were found under these hashes."""
+        if self._came:
+            for place, name in enumerate(hashes):
+                if name in self._came:
+                    self._came.discard(name)
+                    self._new[name] = self._content(sequence, hashes, place)
+
+    def take(self) -> dict[BlockHash, BlockContent]:
+        """What was noted since the last call."""
+        new, self._new = self._new, {}
+        return new
+
+    def _content(
+        self, sequence: SequenceState, hashes: Sequence[BlockHash], place: int
+    ) -> BlockContent:
+        first = place * self.block_size
+        request = sequence.request
+        return BlockContent(
+            parent=hashes[place - 1] if place else None,
+            token_ids=tuple(sequence.tokens(first, first + self.block_size)),
+            extra=() if place else extra_of(request, self.length_matters_above),
+            adapter=request.adapter,
+        )
