@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from gateway.core.thinking import Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
 from workers.requests.inspection import Inspection
 from workers.requests.prompt_embeds import PromptEmbeds
@@ -134,6 +135,9 @@ class GenerateFields:
     """The form of calls in the output; set once the model's chat template is known."""
     open_message: str = ""
     """Header of the message that the prompt leaves open (Harmony); set once it is rendered."""
+    thinking: Thinking | None = None
+    """Where the answer's reasoning begins; set once the prompt is rendered. None: it has none, or
+    the form of its calls tells it apart (Harmony)."""
 
     @property
     def tools(self) -> ToolUse | None:

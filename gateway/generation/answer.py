@@ -11,7 +11,8 @@ from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
-from gateway.text.forms.tool_calls import ParsedPiece, ToolParser
+from gateway.text.forms.answer_parser import AnswerParser
+from gateway.text.forms.tool_calls import ParsedPiece
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, TokenLogprob
@@ -70,10 +71,10 @@ class TextFormat:
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
         self.call = call
         self._tokenizer = tokenizer
-        self._parsers: dict[int, ToolParser | HarmonyParser | None] = {}
+        self._parsers: dict[int, AnswerParser | HarmonyParser | None] = {}
 
     def _parse(self, delta: ChoiceDelta) -> tuple[ParsedPiece, bool]:
-        """Text and calls in a piece of a choice, and whether the choice ends with calls."""
+        """What is in a piece of a choice, and whether the choice ends with calls."""
         if delta.index not in self._parsers:
             self._parsers[delta.index] = self._make_parser()
         parser = self._parsers[delta.index]
@@ -86,14 +87,17 @@ class TextFormat:
             parsed = parser.feed(delta.text, is_last)
         return parsed, parser.has_calls
 
-    def _make_parser(self) -> ToolParser | HarmonyParser | None:
+    def _make_parser(self) -> AnswerParser | HarmonyParser | None:
         """What reads the text of one choice; None: the whole text is content."""
         fields = self.call.fields
         form, tools = fields.tool_form, fields.tools
         if form is ToolForm.HARMONY:
             names = [tool.name for tool in tools.allowed] if tools else []
             return HarmonyParser(names, fields.open_message)
-        return None if form is None or tools is None else ToolParser(form, tools.must_call)
+        has_calls = form is not None and tools is not None
+        if not has_calls and fields.thinking is None:
+            return None
+        return AnswerParser(form, tools, fields.thinking)
 
     def _text(self, token_id: int) -> str:
         """A token for people to read."""

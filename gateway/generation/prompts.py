@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import ChatInput, GenerateFields
 from gateway.core.field_checks import check_chat
 from gateway.core.model import ModelFacts
+from gateway.core.thinking import BEGIN, END, Thinking, thinking_after
 from gateway.core.tool_use import ToolForm
 from gateway.generation.validate import check_context, check_token_ids, truncate
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
-from gateway.text.forms.tools import tool_grammar
+from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.harmony.grammar import harmony_grammar
 from gateway.text.harmony.marks import ENDS, MESSAGE, START, open_header, open_message
 from gateway.text.harmony.template import HarmonyTemplate
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer
 
+_LAST_TOKENS = 16
+"""Tokens of a prompt that end with the mark of reasoning and white space, if it ends so."""
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderedChat:
+    """The prompt of a conversation, and what is known of its answer."""
+
+    text: str
+    form: ToolForm
+    """How the answer's calls are written."""
+    has_thinking: bool
+    """The answer may have reasoning between marks of its own."""
 
 
 class PromptMaker:
@@ -65,14 +79,11 @@ class PromptMaker:
         """
         if chat is None:
             return await self.encode(text, add_special_tokens is not False)
-        text, _ = await self.render(chat)
-        return await self.encode(text, bool(add_special_tokens))
+        rendered = await self.render(chat)
+        return await self.encode(rendered.text, bool(add_special_tokens))
 
-    async def render(self, chat: ChatInput) -> tuple[str, ToolForm]:
-        """The prompt of a conversation, and the form of the model's calls in its answer.
-
-        Raises ``RequestError`` without a chat template.
-        """
+    async def render(self, chat: ChatInput) -> RenderedChat:
+        """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
         check_chat(chat)
         opens_turn = chat.add_generation_prompt
         options: dict[str, Any] = {
@@ -95,7 +106,7 @@ class PromptMaker:
             effort = effort if own.knows_effort(effort) else None
         options["variables"] = _variables(chat, effort)
         text = await asyncio.to_thread(own.render, chat.messages, **options)
-        return text, form
+        return RenderedChat(text=text, form=form, has_thinking=own.has_thinking)
 
     async def _render_foreign(
         self,
@@ -103,7 +114,7 @@ class PromptMaker:
         source: str,
         variables: Mapping[str, str],
         options: Mapping[str, Any],
-    ) -> tuple[str, ToolForm]:
+    ) -> RenderedChat:
         if not self._trusts_templates:
             needs = "the server was started without --trust-request-chat-template"
             raise UnsupportedParameterError(f"chat_template is not supported: {needs}", PARAM)
@@ -111,33 +122,50 @@ class PromptMaker:
         form = _check_tools(chat, found)
         if found.error is not None:
             raise found.error
-        return found.text or "", form
+        return RenderedChat(text=found.text or "", form=form, has_thinking=found.has_thinking)
 
-    def _with_form(self, fields: GenerateFields, form: ToolForm, opened: str) -> GenerateFields:
-        """The same fields, with the form of the model's answers, and the grammar that they follow.
+    def _with_channels(self, fields: GenerateFields, opened: str) -> GenerateFields:
+        """The fields of an answer in the Harmony format, with the grammar that it follows.
 
         Args:
-            opened: the message that the prompt leaves open (Harmony).
+            opened: the message that the prompt leaves open.
         """
-        use = fields.tools
-        if use is None and form is not ToolForm.HARMONY:
-            return fields
         special_ids = self.require_tokenizer("tools").special_ids
-        if form is ToolForm.HARMONY:
-            return replace(
-                fields,
-                grammar=harmony_grammar(use, special_ids, fields.grammar, opened),
-                tool_form=form,
-                open_message=opened,
-                skip_special_tokens=False,
-            )
-        assert use is not None, "other forms are of tools"
         return replace(
             fields,
-            grammar=tool_grammar(use, form, special_ids, fields.grammar),
-            tool_form=form,
+            grammar=harmony_grammar(fields.tools, special_ids, fields.grammar, opened),
+            tool_form=ToolForm.HARMONY,
+            open_message=opened,
             skip_special_tokens=False,
         )
+
+    def _with_form(
+        self, fields: GenerateFields, form: ToolForm, thinking: Thinking | None
+    ) -> GenerateFields:
+        """The fields of any other answer."""
+        use = fields.tools
+        if use is None and thinking is None:
+            return fields
+        tokenizer = self.require_tokenizer("messages")
+        has_marks = thinking is not None and not {BEGIN, END}.isdisjoint(tokenizer.special_ids)
+        return replace(
+            fields,
+            grammar=answer_grammar(use, form, tokenizer.mark_ids, fields.grammar, thinking),
+            tool_form=None if use is None else form,
+            thinking=thinking,
+            skip_special_tokens=fields.skip_special_tokens and use is None and not has_marks,
+        )
+
+    def _thinking(
+        self, chat: ChatInput, text: str, ids: tuple[int, ...], is_cut: bool
+    ) -> Thinking | None:
+        """Where the reasoning of the answer to a prompt begins; ``is_cut``: some tokens are not in
+        ``ids``."""
+        last = chat.messages[-1] if chat.continue_final_message else None
+        shown = None if last is None else str(last.get("content") or "")
+        if is_cut and ids:
+            text = self.require_tokenizer("messages").decode(ids[-_LAST_TOKENS:], False)
+        return thinking_after(text, shown)
 
     def _open_message(self, text: str, ids: tuple[int, ...], is_cut: bool) -> str:
         """The message that a prompt in the Harmony format leaves open.
@@ -184,17 +212,21 @@ class PromptMaker:
         """The fields, with the form of their tools; (text or None, token ids) of each prompt."""
         if fields.chat is None:
             return fields, await self._make_all(fields, facts)
-        text, form = await self.render(fields.chat)
+        rendered = await self.render(fields.chat)
+        text = rendered.text
         if fields.truncate_prompt_tokens is None:
             self._check_length(text, facts, "messages")
         encoded = await self.encode(text, bool(fields.add_special_tokens))
         if fields.chat.template is not None and not encoded:
             raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
-        ids, opened = truncate(encoded, fields, facts), ""
-        if form is ToolForm.HARMONY:
-            is_cut = len(ids) < len(encoded)
+        ids = truncate(encoded, fields, facts)
+        is_cut = len(ids) < len(encoded)
+        if rendered.form is ToolForm.HARMONY:
             opened = await asyncio.to_thread(self._open_message, text, ids, is_cut)
-        return self._with_form(fields, form, opened), [(None, ids)]
+            return self._with_channels(fields, opened), [(None, ids)]
+        has_thinking = rendered.has_thinking
+        thinking = self._thinking(fields.chat, text, ids, is_cut) if has_thinking else None
+        return self._with_form(fields, rendered.form, thinking), [(None, ids)]
 
     async def _make_all(
         self, fields: GenerateFields, facts: ModelFacts

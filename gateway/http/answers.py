@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 Count = Annotated[int, Field(ge=0)]
 Logprob = Annotated[float, Field(ge=-9999.0, le=0.0)]
-Reasoning = Annotated[str, Field(description="what the model says to itself (gpt-oss)")]
+Reasoning = Annotated[str, Field(description="what the model says to itself")]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 ErrorReason = TypedDict(

@@ -48,6 +48,7 @@ class AnswerFormat(TextFormat, ABC):
             fields.num_logprobs is not None
             or fields.return_token_ids
             or fields.tool_form is not None
+            or fields.thinking is not None
         )
         self._around_text: dict[int, tuple[bytes, bytes]] = {}
         self._head = {

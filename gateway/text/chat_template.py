@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.messages import with_reasoning
+from gateway.core.thinking import END
 from gateway.core.tool_use import ToolForm
 
 _RENDER_ERRORS = (
@@ -81,6 +82,8 @@ class ChatTemplate:
         self.has_tools = "tools" in names
         self.tool_form = self._find_form()
         """How the model calls them; None where it has none, or the form is not known."""
+        self.has_thinking = END in source
+        """The model may write reasoning before its answers."""
 
     def render(
         self,
@@ -110,7 +113,7 @@ class ChatTemplate:
 
     def _find_form(self) -> ToolForm | None:
         """Harmony is the form of all answers, also where the template takes no tools."""
-        shown = (form for form in ToolForm if form.value in self._source)
+        shown = (form for form in ToolForm if form.is_shown_by(self._source))
         return next((f for f in shown if self.has_tools or f is ToolForm.HARMONY), None)
 
     def _knows_role(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:

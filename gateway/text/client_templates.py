@@ -31,6 +31,8 @@ class TemplateAnswer:
     has_tools: bool
     tool_form: ToolForm | None
     """How the model calls them; None where it has none, or the form is not known."""
+    has_thinking: bool
+    """The model may write reasoning before its answers."""
     text: str | None
     """The prompt; None where ``error`` says why there is none."""
     error: RequestError | None = None
@@ -77,6 +79,7 @@ class ClientTemplates:
         return TemplateAnswer(
             has_tools=found["has_tools"],
             tool_form=None if form is None else ToolForm[form],
+            has_thinking=found["has_thinking"],
             text=found.get("text"),
             error=error,
         )

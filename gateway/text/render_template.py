@@ -2,8 +2,8 @@
 
 Jinja's sandbox keeps a template from our objects, not from loops without end or texts without end:
 the process has a limit of processor time and of memory. It reads a JSON object from its standard
-input (fields of ``ask``) and writes one: ``has_tools``, ``tool_form``, and ``text`` or ``error``
-with ``param``. ``client_templates`` starts it.
+input (fields of ``ask``) and writes one: ``has_tools``, ``tool_form``, ``has_thinking``, and
+``text`` or ``error`` with ``param``. ``client_templates`` starts it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     except CheckpointError as err:
         return {"error": f"{PARAM}: {err}", "param": PARAM}
     form = template.tool_form
-    facts = {"has_tools": template.has_tools, "tool_form": None if form is None else form.name}
+    facts = {
+        "has_tools": template.has_tools,
+        "tool_form": None if form is None else form.name,
+        "has_thinking": template.has_thinking,
+    }
     try:
         text = template.render(asked["messages"], **asked["options"])
     except RequestError as err:

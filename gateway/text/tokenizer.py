@@ -60,6 +60,16 @@ class Tokenizer:
         """Special tokens by their text."""
         return {self._added[number]: number for number in self._special}
 
+    @property
+    def mark_ids(self) -> dict[str, int]:
+        """Tokens that grammars know by their number, by their text: see ``_is_mark``."""
+        return {text: number for number, text in self._added.items() if self._is_mark(number)}
+
+    def _is_mark(self, number: int) -> bool:
+        """Special tokens, and others that look like a tag: llguidance takes both for no text."""
+        text = self._added[number]
+        return number in self._special or (text.startswith("<") and text.endswith(">"))
+
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same, for texts whose special tokens are text like any other.

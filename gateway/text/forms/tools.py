@@ -1,30 +1,16 @@
-"""Tools that a model may call: what a request offers, and the grammar that its calls must follow.
-
-Both codecs come through here. A model that can call tools shows its form in its chat template; the
-grammar makes every call well-formed: the name is one that was offered, and the arguments follow
-that tool's schema.
-"""
+"""Tools that a request offers to a model, checked, and the calls of earlier answers."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_length, is_deeper, require
-from gateway.core.tool_use import CallArguments, Tool, ToolForm, ToolUse
-from gateway.text.forms.call_grammar import (
-    ANY_TEXT,
-    FIELD,
-    call_rules,
-    check_goes_with_tools,
-    json_rule,
-    mark,
-)
+from gateway.core.tool_use import CallArguments, Tool, ToolUse
 from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
-from workers.requests.request import Grammar, GrammarKind
 
 MAX_TOOLS = 128
 NAME_RULE = "must be 1 to 64 letters, digits, _, . or -"
@@ -91,48 +77,6 @@ def _check(tools: Sequence[Tool], inner: str) -> None:
 def is_name(text: str) -> bool:
     """Whether a function may be called so."""
     return _NAME.fullmatch(text) is not None
-
-
-def tool_grammar(
-    use: ToolUse, form: ToolForm, special_ids: Mapping[str, int], answer: Grammar | None
-) -> Grammar:
-    """What an answer must follow: free text (or ``answer``) or calls.
-
-    Args:
-        use: what may be called, and whether something must be.
-        form: how.
-        special_ids: special tokens by text; marks among them can be written in no other way.
-        answer: what the answer must follow where it is not a call.
-
-    Raises:
-        RequestError: the tools are too large, or ``answer`` cannot go with tools.
-    """
-    check_goes_with_tools(answer)
-    schema = None if use.must_call or answer is None else answer.text
-    opening = {tool.name: f'{{"name": "{tool.name}", "arguments": ' for tool in use.allowed}
-    around = {name: (json.dumps(text), '"}"') for name, text in opening.items()}
-    lines = [_start(use, form, special_ids, schema), *call_rules(use.allowed, around)]
-    return Grammar(kind=GrammarKind.LARK, text="\n".join(lines) + "\n", field=FIELD)
-
-
-def _start(use: ToolUse, form: ToolForm, special_ids: Mapping[str, int], schema: str | None) -> str:
-    begin = mark(form.value, special_ids)
-    if form is ToolForm.HERMES:
-        end = mark("</tool_call>", special_ids)
-        body, more = rf'"\n" call "\n" {end}', rf'("\n" {begin} "\n" call "\n" {end})*'
-    else:
-        repeated = '(", " call)*' if use.is_parallel else ""
-        body, more = f'" "? "[" call {repeated} "]"', ""
-    if not use.is_parallel:
-        more = ""
-    if use.must_call:
-        return f"start: {begin} {body} {more}"
-    if schema is not None:
-        return f"start: answer | {begin} {body} {more}\nanswer: {json_rule(json.loads(schema))}"
-    if form.value in special_ids:  # the text can never hold the mark
-        return f"start: TEXT | TEXT {begin} {body} {more}\nTEXT: {ANY_TEXT}"
-    head = f"head[lazy]: {ANY_TEXT} {begin}"
-    return f"start: TEXT | head {body} {more}\n{head}\nTEXT: {ANY_TEXT}"
 
 
 def template_call(call_id: str | None, name: str, arguments: str, path: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway.text.harmony.schemas import ANY, ARRAY, NULL, OBJECT, Schema
+from gateway.text.forms.schemas import ANY, ARRAY, NULL, OBJECT, Schema
 
 _INDENT = " " * 4
 _PLAIN = {"integer": "number"} | {n: n for n in ("string", "number", "boolean", NULL, OBJECT)}

@@ -15,9 +15,9 @@ from gateway.core.tool_use import ToolUse
 from gateway.text.forms.call_grammar import (
     ANY_TEXT,
     FIELD,
+    answer_rule,
     call_rules,
     check_goes_with_tools,
-    json_rule,
     mark,
 )
 from gateway.text.harmony.marks import (
@@ -70,7 +70,8 @@ def harmony_grammar(
         field = FIELD if answer is None else answer.field
         raise RequestError(f"{field} cannot go with a prompt that ends within a header", field)
     lines = _start(use, special_ids, opened) + _messages(special_ids)
-    lines.append(_body(None if use is not None and use.must_call else answer))
+    wanted = None if use is not None and use.must_call else answer
+    lines += ["body: TEXT"] if wanted is None else ["body: answer", answer_rule(wanted)]
     if use is not None:
         lines += _calls(use, special_ids)
     field = FIELD if use is not None or answer is None else answer.field
@@ -110,32 +111,6 @@ def _messages(special_ids: Mapping[str, int]) -> list[str]:
         f'final: {channel} "{FINAL}" {message} body',
         f"TEXT: {ANY_TEXT}",
     ]
-
-
-def _body(answer: Grammar | None) -> str:
-    """The rule for the text of the channel ``final``."""
-    if answer is None:
-        return "body: TEXT"
-    match answer.kind:
-        case GrammarKind.JSON_SCHEMA:
-            return f"body: {json_rule(json.loads(answer.text))}"
-        case GrammarKind.CHOICE:
-            return f"body: {' | '.join(map(json.dumps, json.loads(answer.text)))}"
-        case GrammarKind.REGEX:
-            return f"body: /{_escape_slashes(answer.text)}/"
-        case GrammarKind.LARK:
-            return f"body: %lark {{\n{answer.text}\n}}"
-
-
-def _escape_slashes(regex: str) -> str:
-    """A regular expression as it stands between slashes: ``a/b`` is ``a\\/b``."""
-    parts: list[str] = []
-    is_escaped = False
-    for char in regex:
-        slash = "/" if is_escaped else "\\/"
-        parts.append({"/": slash, "\n": "n" if is_escaped else "\\n"}.get(char, char))
-        is_escaped = char == "\\" and not is_escaped
-    return "".join(parts)
 
 
 def _calls(use: ToolUse, special_ids: Mapping[str, int]) -> list[str]:

@@ -8,11 +8,11 @@ message to an offered function is a call; any other text for the user is content
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Collection
 from enum import Enum, auto
 
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
+from gateway.text.forms.marks import cut, overlap
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder, new_call_name
 from gateway.text.harmony.marks import (
     CHANNEL,
     CONSTRAIN,
@@ -93,7 +93,7 @@ class HarmonyParser:
             is_last: nothing waits any more.
             ends_with_mark: the model ended the answer with a mark, which is not in the text.
         """
-        found = _Found()
+        found = PieceBuilder()
         for start in range(0, max(len(text), 1), _PIECE_CHARS):
             piece = text[start : start + _PIECE_CHARS]
             self._read(piece, found, is_last and start + len(piece) == len(text))
@@ -102,12 +102,12 @@ class HarmonyParser:
             self._state = _State.BETWEEN
         return found.piece()
 
-    def _read(self, piece: str, found: _Found, is_last: bool) -> None:
+    def _read(self, piece: str, found: PieceBuilder, is_last: bool) -> None:
         self._waiting += piece
         while self._step(found, is_last):
             pass
 
-    def _step(self, found: _Found, is_last: bool) -> bool:
+    def _step(self, found: PieceBuilder, is_last: bool) -> bool:
         """Read on; whether there may be more."""
         if self._state is _State.BETWEEN:
             return self._read_between(is_last)
@@ -136,13 +136,13 @@ class HarmonyParser:
     def _expect_header(self, has_role: bool) -> None:
         self._state, self._has_role, self._may_be_text = _State.HEADER, has_role, False
 
-    def _read_header(self, found: _Found, is_last: bool) -> bool:
+    def _read_header(self, found: PieceBuilder, is_last: bool) -> bool:
         """Up to the text of a message."""
         if self._may_be_text and not _may_begin(self._waiting):
             self._state = _State.CONTENT
             return True
         window = self._waiting[:_WINDOW_CHARS]
-        header, mark, _ = _cut(window, _HEADER_ENDS)
+        header, mark, _ = cut(window, _HEADER_ENDS)
         if not mark and not is_last and len(window) < _WINDOW_CHARS:
             return False
         if not mark:
@@ -156,30 +156,29 @@ class HarmonyParser:
             self._begin(read_header(header), found)
         return True
 
-    def _begin(self, header: Header, found: _Found) -> None:
+    def _begin(self, header: Header, found: PieceBuilder) -> None:
         name = header.recipient.removeprefix(FUNCTIONS)
         if name != header.recipient and name in self._names:
-            call_id = f"call_{uuid.uuid4().hex[:24]}"
-            found.calls.append(CallDelta(self.num_begun, "", call_id, name))
+            found.add_call(CallDelta(self.num_begun, "", new_call_name(), name))
             self.num_begun += 1
             self._arguments = []
             self._state = _State.ARGUMENTS
         else:
             self._state = _text_state(header)
 
-    def _take_from_header(self, header: str, is_whole: bool, found: _Found) -> _State:
+    def _take_from_header(self, header: str, is_whole: bool, found: PieceBuilder) -> _State:
         """Give what is text in a header; which text that is."""
         has_marks = is_whole or CHANNEL in header or CONSTRAIN in header
         is_text = self._may_be_text and not has_marks
         text = header if is_text else text_in_header(header, self._has_role, is_whole)
         state = _State.CONTENT if is_text else _text_state(read_header(header))
-        (found.content if state is _State.CONTENT else found.reasoning).append(text)
+        found.add_text(text, is_reasoning=state is not _State.CONTENT)
         return state
 
-    def _read_text(self, found: _Found, is_last: bool) -> bool:
+    def _read_text(self, found: PieceBuilder, is_last: bool) -> bool:
         """Text of the message that is certain; whether the message ends there."""
-        text, mark, rest = _cut(self._waiting, _TEXT_ENDS)
-        if not mark and not is_last and (kept := _overlap(text)):
+        text, mark, rest = cut(self._waiting, _TEXT_ENDS)
+        if not mark and not is_last and (kept := overlap(text, _TEXT_ENDS)):
             text, rest = text[:-kept], text[-kept:]
         self._waiting = rest
         if text:
@@ -192,43 +191,18 @@ class HarmonyParser:
             self._expect_header(has_role=True)
         return bool(mark)
 
-    def _end_call(self, found: _Found, has_mark: bool) -> None:
+    def _end_call(self, found: PieceBuilder, has_mark: bool) -> None:
         """A call with its mark is complete; without it, if its arguments are."""
         if has_mark and not "".join(self._arguments).strip():
             self._take("{}", found)
         self.num_complete += has_mark or _is_object("".join(self._arguments))
 
-    def _take(self, text: str, found: _Found) -> None:
-        match self._state:
-            case _State.REASONING:
-                found.reasoning.append(text)
-            case _State.ARGUMENTS:
-                self._arguments.append(text)
-                found.calls.append(CallDelta(self.num_begun - 1, text))
-            case _:
-                found.content.append(text)
-
-
-class _Found:
-    """What one piece of text turned out to be."""
-
-    def __init__(self) -> None:
-        self.content: list[str] = []
-        self.reasoning: list[str] = []
-        self.calls: list[CallDelta] = []
-
-    def piece(self) -> ParsedPiece:
-        content, reasoning = "".join(self.content), "".join(self.reasoning)
-        return ParsedPiece(content, tuple(self.calls), reasoning)
-
-
-def _cut(text: str, marks: tuple[str, ...]) -> tuple[str, str, str]:
-    """The text before the first of some marks, the mark, and the rest; all is text without one."""
-    places = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
-    if not places:
-        return text, "", ""
-    place, mark = min(places)
-    return text[:place], mark, text[place + len(mark) :]
+    def _take(self, text: str, found: PieceBuilder) -> None:
+        if self._state is _State.ARGUMENTS:
+            self._arguments.append(text)
+            found.add_call(CallDelta(self.num_begun - 1, text))
+        else:
+            found.add_text(text, is_reasoning=self._state is _State.REASONING)
 
 
 def _begins_header(text: str) -> bool:
@@ -240,13 +214,6 @@ def _may_begin(text: str) -> bool:
     """Whether a header, behind its role, may begin so."""
     words = text.lstrip()
     return any(words.startswith(first) or first.startswith(words) for first in _FIRST_WORDS)
-
-
-def _overlap(text: str) -> int:
-    """Characters at the end of a text that may begin a mark."""
-    most = max(map(len, _TEXT_ENDS)) - 1
-    sizes = range(min(most, len(text)), 0, -1)
-    return next((n for n in sizes if any(end.startswith(text[-n:]) for end in _TEXT_ENDS)), 0)
 
 
 def _is_object(text: str) -> bool:

@@ -80,6 +80,8 @@ class HarmonyTemplate:
 
     has_tools = True
     tool_form = ToolForm.HARMONY
+    has_thinking = False
+    """Reasoning has a channel of its own."""
 
     def __init__(
         self, variables: Mapping[str, str] | None = None, today: Callable[[], str] = _today

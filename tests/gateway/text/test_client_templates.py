@@ -24,7 +24,9 @@ def render(source: str, **options: Any) -> TemplateAnswer:
 def test_it_sees_what_the_model_s_own_sees() -> None:
     source = "{{ messages[0].content }}{{ word }}{{ eos_token }}"
     answer = render(source, variables={"word": "!"}, add_generation_prompt=False)
-    assert answer == TemplateAnswer(has_tools=False, tool_form=None, text="hi!<e>")
+    assert answer == TemplateAnswer(
+        has_tools=False, tool_form=None, has_thinking=False, text="hi!<e>"
+    )
 
 
 def test_its_form_of_tools_is_found() -> None:

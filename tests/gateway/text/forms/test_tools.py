@@ -14,8 +14,10 @@ import pytest
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool, ToolForm, ToolUse
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.forms.tool_calls import ParsedPiece, ToolParser
-from gateway.text.forms.tools import make_tool_use, tool_grammar
+from gateway.text.forms.answer_grammar import answer_grammar
+from gateway.text.forms.answer_parser import AnswerParser
+from gateway.text.forms.tool_calls import ParsedPiece
+from gateway.text.forms.tools import make_tool_use
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
@@ -80,7 +82,7 @@ def test_calls_are_found_however_the_text_is_cut(
     is_complete: bool,
     size: int,
 ) -> None:
-    parser = ToolParser(form)
+    parser = AnswerParser(form, ToolUse(tools=OFFERED))
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     parsed = [parser.feed(piece) for piece in pieces]
     parsed.append(parser.feed("", is_last=True))
@@ -92,7 +94,7 @@ def test_calls_are_found_however_the_text_is_cut(
     for place, (_, arguments) in enumerate(calls):
         assert "".join(d.arguments for d in deltas if d.index == place) == arguments
     assert parser.has_calls is is_complete
-    parser = ToolParser(form)
+    parser = AnswerParser(form, ToolUse(tools=OFFERED))
     whole = parser.feed(text, is_last=True).joined()
     assert (whole.content, parser.has_calls) == (content, is_complete)
     assert [(call.name, call.arguments) for call in whole.calls] == calls
@@ -100,10 +102,11 @@ def test_calls_are_found_however_the_text_is_cut(
 
 
 def test_a_cut_mark_is_no_text_where_the_answer_must_be_a_call() -> None:
-    whole = ToolParser(ToolForm.HERMES, must_call=True)
+    use = ToolUse(tools=OFFERED, must_call=True)
+    whole = AnswerParser(ToolForm.HERMES, use)
     assert whole.feed("<tool_cal", is_last=True) == ParsedPiece("")
     assert not whole.has_calls
-    parser = ToolParser(ToolForm.HERMES, must_call=True)
+    parser = AnswerParser(ToolForm.HERMES, use)
     parsed = [parser.feed("<to"), parser.feed("ol"), parser.feed("", is_last=True)]
     assert [one.content for one in parsed] == ["", "", ""]
 
@@ -120,8 +123,9 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> GrammarCompiler:
     return GrammarCompiler(folder, backend.get_vocab_size(), [EOS_ID])
 
 
-def accepts(compiler: GrammarCompiler, grammar: Grammar, text: str) -> bool:
+def accepts(compiler: GrammarCompiler, grammar: Grammar | None, text: str) -> bool:
     """Whether an answer may be ``text``, as a whole."""
+    assert grammar is not None
     state = compiler.compile(grammar).start()
     ids = tiny_tokenizer().encode(text, False)
     for token in [*ids, EOS_ID]:
@@ -155,7 +159,8 @@ UNKNOWN = SECOND.replace("now", "never")
 def test_answers_follow_the_tools(
     compiler: GrammarCompiler, use: ToolUse, good: list[str], bad: list[str]
 ) -> None:
-    grammar = tool_grammar(use, ToolForm.HERMES, {}, None)
+    grammar = answer_grammar(use, ToolForm.HERMES, {}, None)
+    assert grammar is not None
     assert grammar.field == "tools"
     assert [text for text in good if not accepts(compiler, grammar, text)] == []
     assert [text for text in bad if accepts(compiler, grammar, text)] == []
@@ -172,18 +177,18 @@ def test_arguments_that_a_schema_does_not_name(compiler: GrammarCompiler) -> Non
         (None, False),
     ):
         use = ToolUse(tools=(Tool(name="f", parameters=parameters),), must_call=True)
-        grammar = tool_grammar(use, ToolForm.HERMES, {}, None)
+        grammar = answer_grammar(use, ToolForm.HERMES, {}, None)
         assert accepts(compiler, grammar, text) is is_open
 
 
 def test_other_forms(compiler: GrammarCompiler) -> None:
-    grammar = tool_grammar(ToolUse(tools=OFFERED), ToolForm.MISTRAL, {}, None)
+    grammar = answer_grammar(ToolUse(tools=OFFERED), ToolForm.MISTRAL, {}, None)
     listed = LISTED.replace("[TOOL_CALLS][", "[TOOL_CALLS] [")
     for text in (LISTED, listed, "no call"):
         assert accepts(compiler, grammar, text)
     assert not accepts(compiler, grammar, LISTED[:-1])
     marks = {"<tool_call>": tiny_backend().get_vocab()["<|user|>"]}
-    special = tool_grammar(ToolUse(tools=OFFERED, must_call=True), ToolForm.HERMES, marks, None)
+    special = answer_grammar(ToolUse(tools=OFFERED, must_call=True), ToolForm.HERMES, marks, None)
     assert accepts(compiler, special, FIRST.replace("<tool_call>", "<|user|>"))
     assert not accepts(compiler, special, FIRST)
 
@@ -192,13 +197,13 @@ def test_calls_beside_a_response_format(compiler: GrammarCompiler) -> None:
     answer = Grammar(
         kind=GrammarKind.JSON_SCHEMA, text='{"type":"integer"}', field="response_format"
     )
-    grammar = tool_grammar(ToolUse(tools=OFFERED), ToolForm.HERMES, {}, answer)
+    grammar = answer_grammar(ToolUse(tools=OFFERED), ToolForm.HERMES, {}, answer)
     assert accepts(compiler, grammar, "17")
     assert accepts(compiler, grammar, FIRST)
     assert not accepts(compiler, grammar, "seventeen")
     words = Grammar(kind=GrammarKind.REGEX, text="a", field="structured_outputs.regex")
     with pytest.raises(RequestError, match=r"structured_outputs\.regex cannot go with tools"):
-        tool_grammar(ToolUse(tools=OFFERED), ToolForm.HERMES, {}, words)
+        answer_grammar(ToolUse(tools=OFFERED), ToolForm.HERMES, {}, words)
 
 
 def test_forms_are_read_from_templates() -> None:

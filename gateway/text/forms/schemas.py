@@ -1,6 +1,6 @@
-"""JSON schemas of arguments, as declarations read them: one kind at a time, references resolved.
+"""JSON schemas of arguments: one kind of value at a time, references resolved.
 
-What is declared is bounded whatever a schema says: a reference to itself is of any type, and so is
+What is read is bounded whatever a schema says: a reference to itself is of any type, and so is
 what lies deeper than a schema may be, or repeats too much text.
 """
 

@@ -1,0 +1,122 @@
+"""What an answer must follow: calls that are well-formed, structured output, reasoning before both.
+
+Harmony has grammars of its own (``gateway.text.harmony.grammar``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from gateway.core.thinking import BEGIN, END, Thinking
+from gateway.core.tool_use import ToolForm, ToolUse
+from gateway.text.forms.call_grammar import (
+    ANY_TEXT,
+    FIELD,
+    answer_rule,
+    call_rules,
+    check_goes_with_tools,
+    mark,
+    object_rules,
+    up_to,
+)
+from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Slot
+from gateway.text.forms.pair_grammar import BREAK, BREAK_RULE, PairRules, written
+from workers.requests.request import Grammar, GrammarKind
+
+_NUMBER = "/[0-9]{1,3}/"
+_GAP = "gap: /[ \\n]{1,8}/"
+
+
+def answer_grammar(
+    use: ToolUse | None,
+    form: ToolForm,
+    mark_ids: Mapping[str, int],
+    answer: Grammar | None,
+    thinking: Thinking | None = None,
+) -> Grammar | None:
+    """The grammar of an answer: free text (or ``answer``) or calls; None: anything.
+
+    Args:
+        use: what may be called, and whether something must be; None: nothing.
+        form: how.
+        mark_ids: tokens that grammars know by their number; their text can be written in no other
+            way.
+        answer: what the answer must follow where it is not a call.
+        thinking: where reasoning begins, which is free.
+
+    Raises:
+        RequestError: the tools are too large, or ``answer`` cannot go with tools.
+    """
+    if use is None and (answer is None or thinking is None):
+        return answer
+    if use is not None:
+        check_goes_with_tools(answer)
+        answer = None if use.must_call else answer
+    is_free = answer is None and (use is None or not use.must_call)
+    before, lines = _thought(thinking, mark_ids, is_free)
+    if use is None:
+        body = "answer"
+    else:
+        body, more = _calls(use, SYNTAXES[form], mark_ids, answer)
+        lines += more
+    if answer is not None:
+        lines.append(answer_rule(answer))
+    rules = [f"start: {before} ({body})", f"TEXT: {ANY_TEXT}", *lines]
+    field = answer.field if use is None and answer is not None else FIELD
+    return Grammar(kind=GrammarKind.LARK, text="\n".join(rules) + "\n", field=field)
+
+
+def _thought(
+    thinking: Thinking | None, mark_ids: Mapping[str, int], is_free: bool
+) -> tuple[str, list[str]]:
+    """What stands before all else, and its rules.
+
+    Args:
+        is_free: free text may follow, which may be reasoning as well if its marks are letters.
+    """
+    needed = END if thinking is Thinking.OPEN else BEGIN
+    if thinking is None or (is_free and needed not in mark_ids):
+        return "", []
+    thought, lines = up_to(END, mark_ids, "thought")
+    if not is_free:
+        thought, lines = f"{thought} gap?", [*lines, _GAP]
+    if thinking is Thinking.OPEN:
+        return thought, lines
+    opening = f"gap? {mark(BEGIN, mark_ids)}" if not is_free else f"BREAK? {mark(BEGIN, mark_ids)}"
+    return "think?", [*lines, f"think: {opening} {thought}"]
+
+
+def _calls(
+    use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int], answer: Grammar | None
+) -> tuple[str, list[str]]:
+    """What an answer with tools is, and its rules."""
+    first = mark(syntax.mark, mark_ids)
+    begin, next_begin = (
+        mark(text.strip(), mark_ids) for text in (syntax.begin, syntax.next_begin or syntax.begin)
+    )
+    rest = f"{BREAK} {begin} call" if syntax.section else "call"
+    if use.is_parallel:
+        rest += f" ({BREAK} {next_begin} {BREAK if syntax.next_begin else ''} call)*"
+    if syntax.section:
+        rest += f" {BREAK} {mark(syntax.section_end, mark_ids)}"
+    lines = [BREAK_RULE, *_rules(use, syntax, mark_ids)]
+    if use.must_call:
+        return f"{first} {rest}", lines
+    if answer is not None:
+        return f"answer | {first} {rest}", lines
+    head, more = up_to(syntax.mark, mark_ids, "head")
+    return f"TEXT | {head} {rest}", [*lines, *more]
+
+
+def _rules(use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int]) -> list[str]:
+    """The rule ``call``: a call without the mark before it."""
+    around: dict[str, tuple[str, str]] = {}
+    for tool in use.allowed:
+        slots = {Slot.NAME: json.dumps(tool.name), Slot.NUMBER: _NUMBER, Slot.BREAK: BREAK}
+        heads = written(syntax.head, mark_ids, slots), written(syntax.tail, mark_ids, slots)
+        around[tool.name] = heads
+    if syntax.pairs is None:
+        return call_rules(use.allowed, around, object_rules)
+    pairs = PairRules(syntax.pairs, mark_ids)
+    return [*call_rules(use.allowed, around, pairs.of), *pairs.shared()]

@@ -1,0 +1,167 @@
+"""The marks of calls, form by form, for what reads calls and for the grammars that they follow.
+
+A call is its mark, a head that names the function, the arguments and a tail. Some forms have a
+section around all calls. White space in these texts is what models write between the marks; what
+reads a call takes any, or none.
+
+Sources: chat templates of Qwen3-Coder, GLM-4.6 and 4.7, DeepSeek V3, V3.1 and V3.2, Kimi K2 and
+MiniMax-M2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from types import MappingProxyType
+
+from gateway.core.tool_use import ToolForm
+
+
+class Slot(Enum):
+    """A part of a call that is not the same in all."""
+
+    NAME = auto()
+    """Of a function."""
+    NUMBER = auto()
+    """Digits."""
+    KEY = auto()
+    """Name of an argument, up to the text behind it."""
+    IS_TEXT = auto()
+    """``true`` or ``false``: the value is a text."""
+    BREAK = auto()
+    """A line break that some versions of a model write."""
+
+
+Part = str | Slot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairSyntax:
+    """Arguments that are written one by one, each with a name and a value."""
+
+    head: tuple[Part, ...]
+    """What stands before a value."""
+    end: str
+    """Behind a value, which cannot hold it."""
+    close: str
+    """Behind the last value."""
+    has_breaks: bool = False
+    """A line break before a value and one behind it do not belong to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallSyntax:
+    """How calls are written in one form."""
+
+    section: str = ""
+    """Mark before all calls."""
+    begin: str
+    """Mark before a call."""
+    next_begin: str = ""
+    """In place of ``begin`` before all calls but the first; empty: the same."""
+    head: tuple[Part, ...]
+    """Between mark and arguments."""
+    pairs: PairSyntax | None = None
+    """None: the arguments are a JSON object."""
+    tail: tuple[Part, ...] = ()
+    """Behind the arguments."""
+    section_end: str = ""
+    """Mark behind all calls."""
+    has_ids: bool = False
+    """The head, as Kimi writes it, is also the call's id."""
+
+    @property
+    def mark(self) -> str:
+        """The first mark of all calls."""
+        return self.section or self.begin
+
+    @property
+    def ahead(self) -> tuple[str, ...]:
+        """What stands behind a head, white space left out."""
+        if self.pairs is None:
+            return ("{",)
+        first = self.pairs.head[0]
+        assert isinstance(first, str), "arguments begin with a mark"
+        return first, self.pairs.close
+
+
+_JSON_HEAD: tuple[Part, ...] = ('{"name": "', Slot.NAME, '", "arguments": ')
+_GLM_PAIRS = PairSyntax(
+    head=("<arg_key>", Slot.KEY, "</arg_key>", Slot.BREAK, "<arg_value>"),
+    end="</arg_value>",
+    close="</tool_call>",
+)
+_QWEN_PAIRS = PairSyntax(
+    head=("<parameter=", Slot.KEY, ">"), end="</parameter>", close="</function>", has_breaks=True
+)
+_MINIMAX_PAIRS = PairSyntax(
+    head=('<parameter name="', Slot.KEY, '">'), end="</parameter>", close="</invoke>"
+)
+_DSML_PAIRS = PairSyntax(
+    head=('<｜DSML｜parameter name="', Slot.KEY, '" string="', Slot.IS_TEXT, '">'),
+    end="</｜DSML｜parameter>",
+    close="</｜DSML｜invoke>",
+)
+_DEEPSEEK = {
+    "section": "<｜tool▁calls▁begin｜>",
+    "begin": "<｜tool▁call▁begin｜>",
+    "section_end": "<｜tool▁calls▁end｜>",
+}
+_SEPARATOR, _CALL_END = "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+
+SYNTAXES: Mapping[ToolForm, CallSyntax] = MappingProxyType(
+    {
+        ToolForm.DEEPSEEK_V3_2: CallSyntax(
+            section="<｜DSML｜function_calls>",
+            begin='<｜DSML｜invoke name="',
+            head=(Slot.NAME, '">', Slot.BREAK),
+            pairs=_DSML_PAIRS,
+            section_end="</｜DSML｜function_calls>",
+        ),
+        ToolForm.DEEPSEEK_V3: CallSyntax(
+            **_DEEPSEEK,
+            head=("function", _SEPARATOR, Slot.NAME, "\n```json\n"),
+            tail=("\n```", _CALL_END),
+        ),
+        ToolForm.DEEPSEEK_V3_1: CallSyntax(
+            **_DEEPSEEK, head=(Slot.NAME, _SEPARATOR), tail=(_CALL_END,)
+        ),
+        ToolForm.KIMI: CallSyntax(
+            section="<|tool_calls_section_begin|>",
+            begin="<|tool_call_begin|>",
+            head=("functions.", Slot.NAME, ":", Slot.NUMBER, "<|tool_call_argument_begin|>"),
+            tail=("<|tool_call_end|>",),
+            section_end="<|tool_calls_section_end|>",
+            has_ids=True,
+        ),
+        ToolForm.MINIMAX: CallSyntax(
+            section="<minimax:tool_call>",
+            begin='<invoke name="',
+            head=(Slot.NAME, '">', Slot.BREAK),
+            pairs=_MINIMAX_PAIRS,
+            section_end="</minimax:tool_call>",
+        ),
+        ToolForm.GLM: CallSyntax(
+            begin="<tool_call>", head=(Slot.NAME, Slot.BREAK), pairs=_GLM_PAIRS
+        ),
+        ToolForm.QWEN_CODER: CallSyntax(
+            begin="<tool_call>",
+            head=("\n<function=", Slot.NAME, ">\n"),
+            pairs=_QWEN_PAIRS,
+            tail=("\n", "</tool_call>"),
+        ),
+        ToolForm.HERMES: CallSyntax(
+            begin="<tool_call>", head=("\n", *_JSON_HEAD), tail=("}\n", "</tool_call>")
+        ),
+        ToolForm.MISTRAL: CallSyntax(
+            section="[TOOL_CALLS]",
+            begin="[",
+            next_begin=", ",
+            head=_JSON_HEAD,
+            tail=("}",),
+            section_end="]",
+        ),
+    }
+)
+"""All forms but Harmony, which has a parser and a grammar of its own."""

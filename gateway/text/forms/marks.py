@@ -1,0 +1,126 @@
+"""Marks in texts that come piece by piece."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import cache
+
+from gateway.text.forms.call_syntax import Part, Slot
+
+_PATTERNS = {
+    Slot.NAME: re.compile(r"[A-Za-z0-9_.-]*"),
+    Slot.NUMBER: re.compile(r"[0-9]*"),
+}
+_TRUTHS = ("true", "false")
+
+
+def cut(text: str, marks: Sequence[str]) -> tuple[str, str, str]:
+    """The text before the first of some marks, the mark, and the rest; all is text without one."""
+    places = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
+    if not places:
+        return text, "", ""
+    place, mark = min(places)
+    return text[:place], mark, text[place + len(mark) :]
+
+
+def overlap(text: str, marks: Sequence[str]) -> int:
+    """Characters at the end of a text that may begin a mark."""
+    most = max(map(len, marks), default=1) - 1
+    sizes = range(min(most, len(text)), 0, -1)
+    return next((n for n in sizes if any(mark.startswith(text[-n:]) for mark in marks)), 0)
+
+
+def may_begin(text: str, marks: Sequence[str]) -> bool:
+    """Whether a text is the beginning of a mark, but not all of it."""
+    return any(len(text) < len(mark) and mark.startswith(text) for mark in marks)
+
+
+class Outcome(Enum):
+    WHOLE = auto()
+    PARTIAL = auto()
+    """The text ends before the parts do."""
+    BROKEN = auto()
+    """The text is another."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """How far a text is what its parts say."""
+
+    outcome: Outcome
+    end: int
+    """Characters of the text that whole parts took."""
+    slots: dict[Slot, str] = field(default_factory=dict)
+    """What stood there; of the last one the beginning, where the text ends in it."""
+
+
+def read_parts(parts: Sequence[Part], text: str) -> Reading:
+    """Compare the beginning of a text with parts; white space does not count.
+
+    For example ``("<f=", NAME, ">")`` and ``"<f=now> x"`` give ``WHOLE``, 7, ``NAME: "now"``.
+    """
+    reading = Reading(Outcome.WHOLE, 0)
+    for number, part in enumerate(parts):
+        following = parts[number + 1] if number + 1 < len(parts) else ""
+        outcome, end = _read_part(part, following, text, reading)
+        if outcome is not Outcome.WHOLE:
+            reading.outcome = outcome
+            return reading
+        reading.end = end
+    return reading
+
+
+def _read_part(part: Part, following: Part, text: str, reading: Reading) -> tuple[Outcome, int]:
+    place = reading.end
+    if part is Slot.BREAK:
+        return Outcome.WHOLE, place
+    if isinstance(part, str):
+        return _read_literal(_bare(part), text, place)
+    if part is Slot.KEY:
+        assert isinstance(following, str), "a text ends the name of an argument"
+        return _read_key(following.split()[0], text, reading)
+    place = _skip_space(text, place)
+    if part is Slot.IS_TEXT:
+        found = next((word for word in _TRUTHS if text.startswith(word, place)), "")
+        is_cut = may_begin(text[place:], _TRUTHS)
+        reading.slots[part] = found
+        outcome = Outcome.PARTIAL if is_cut else Outcome.WHOLE if found else Outcome.BROKEN
+        return outcome, place + len(found)
+    matched = _PATTERNS[part].match(text, place)
+    assert matched is not None, "it matches an empty text"
+    reading.slots[part] = matched[0]
+    if matched.end() == len(text):
+        return Outcome.PARTIAL, place
+    return (Outcome.WHOLE if matched[0] else Outcome.BROKEN), matched.end()
+
+
+def _read_literal(literal: str, text: str, place: int) -> tuple[Outcome, int]:
+    for char in literal:
+        place = _skip_space(text, place)
+        if place == len(text):
+            return Outcome.PARTIAL, place
+        if text[place] != char:
+            return Outcome.BROKEN, place
+        place += 1
+    return Outcome.WHOLE, place
+
+
+def _read_key(end: str, text: str, reading: Reading) -> tuple[Outcome, int]:
+    key, found, _ = text[reading.end :].partition(end)
+    reading.slots[Slot.KEY] = key.strip()
+    return (Outcome.WHOLE if found else Outcome.PARTIAL), reading.end + len(key)
+
+
+def _skip_space(text: str, place: int) -> int:
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place
+
+
+@cache
+def _bare(literal: str) -> str:
+    """A text without white space."""
+    return "".join(literal.split())
