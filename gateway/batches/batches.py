@@ -100,7 +100,7 @@ class BatchRoutes:
         owner, shelf = tenant(), self._shelf
 
         def read() -> dict[str, Any]:
-            ids = page.ordered(shelf.list(owner))[: page.limit + 1]
+            ids = page.ordered(shelf.list_batches(owner))[: page.limit + 1]
             found = [shelf.get(owner, batch_id) for batch_id in ids]
             return page.document([batch.shown() for batch in found if batch is not None])
 

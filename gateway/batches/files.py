@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError, UnknownNameError
-from gateway.batches.forms import read_form
+from gateway.batches.forms import FormPart, read_form
 from gateway.batches.objects import FileFacts
 from gateway.batches.shelf import BatchShelf
 from gateway.core.field_checks import require
@@ -118,21 +119,20 @@ async def _read_form(request: Request, gateway: Gateway) -> _Form:
     name = file.filename or "file"
     rule = f"must have a name of at most {_MAX_NAME_CHARS} characters"
     require(len(name) <= _MAX_NAME_CHARS, "file", rule)
-    anchor, seconds = parts.get("expires_after[anchor]"), parts.get("expires_after[seconds]")
-    ttl_s = _ttl_s(anchor and anchor.text, seconds and seconds.text)
-    return _Form(name, file.content, ttl_s)
+    return _Form(name, file.content, _ttl_s(parts))
 
 
-def _ttl_s(anchor: str | None, seconds: str | None) -> float | None:
-    if anchor is None and seconds is None:
+def _ttl_s(parts: Mapping[str, FormPart]) -> float | None:
+    """The life that a form asks for. Raises ``RequestError``."""
+    names = [f"expires_after[{key}]" for key in ("anchor", "seconds")]
+    if not any(name in parts for name in names):
         return None
-    name = "expires_after[anchor]"
-    require(anchor == "created_at", name, f"({(anchor or '')[:32]!r}) must be created_at")
-    name, text = "expires_after[seconds]", seconds or ""
-    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_TTL_S))
-    is_inside = is_number and _MIN_TTL_S <= int(text) <= _MAX_TTL_S
-    require(is_inside, name, f"({text[:32]!r}) must be {_MIN_TTL_S} to {_MAX_TTL_S}")
-    return float(text)
+    anchor, seconds = (parts[name].text if name in parts else "" for name in names)
+    require(anchor == "created_at", names[0], f"({anchor[:32]!r}) must be created_at")
+    is_number = seconds.isascii() and seconds.isdecimal() and len(seconds) <= len(str(_MAX_TTL_S))
+    is_inside = is_number and _MIN_TTL_S <= int(seconds) <= _MAX_TTL_S
+    require(is_inside, names[1], f"({seconds[:32]!r}) must be {_MIN_TTL_S} to {_MAX_TTL_S}")
+    return float(seconds)
 
 
 def _unknown(file_id: str) -> UnknownNameError:

@@ -64,7 +64,8 @@ class InnerCalls:
         async def receive() -> Message:
             if messages:
                 return messages.pop()
-            return await asyncio.get_running_loop().create_future()  # the client stays
+            stays: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+            return await stays
 
         async def send(message: Message) -> None:
             nonlocal status, headers

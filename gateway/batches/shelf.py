@@ -129,7 +129,7 @@ class BatchShelf:
             return msgspec.structs.replace(batch, status="cancelling", cancelling_at=int(asked_s))
         return batch
 
-    def list(self, tenant: str) -> list[str]:
+    def list_batches(self, tenant: str) -> list[str]:
         """Ids of a tenant's batches, the oldest first."""
         return self._state.list_ids(BATCHES, tenant)
 
