@@ -287,7 +287,7 @@ def test_a_client_that_leaves_ends_the_request(stack: Stack) -> None:
 
 
 def test_the_model_and_the_request_are_named(stack: Stack) -> None:
-    asked = {
+    asked: dict[str, Any] = {
         "input": "x",
         "instructions": "be brief",
         "max_output_tokens": 2,
