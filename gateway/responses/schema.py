@@ -117,8 +117,10 @@ class StreamOptionsBody(StrictBody):
     include_obfuscation: bool | None = None
 
 
-def _kind_of_input(value: Any) -> str | None:
-    return {str: f"{TAG}text", list: f"{TAG}items"}.get(type(value))
+def _kind_of_input(value: object) -> str | None:
+    if isinstance(value, str):
+        return f"{TAG}text"
+    return f"{TAG}items" if isinstance(value, list) else None
 
 
 InputField = Annotated[

@@ -12,7 +12,6 @@ from cluster.core.errors import RequestError, UnknownNameError, UnsupportedParam
 from gateway.auth.auth import CALLER
 from gateway.core.errors import StorageError
 from gateway.core.field_checks import check_length
-from gateway.http.middleware import dump_json
 from gateway.responses.items import Item, response_of
 from gateway.responses.resource import Resource
 from gateway.state.store import ObjectKind, StateStore
@@ -66,9 +65,12 @@ class ResponseStore:
 
     async def save(self, found: StoredResponse) -> None:
         """Raises ``StorageError``."""
-        content = dump_json(msgspec.to_builtins(found))
-        response_id = found.response["id"]
-        await asyncio.to_thread(self._known.put, KIND, _tenant(), response_id, content)
+        store, tenant, response_id = self._known, _tenant(), found.response["id"]
+
+        def write() -> None:
+            store.put(KIND, tenant, response_id, msgspec.json.encode(found))
+
+        await asyncio.to_thread(write)
 
     async def get(self, response_id: str) -> StoredResponse:
         """Raises ``UnknownNameError``."""

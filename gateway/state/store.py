@@ -79,7 +79,7 @@ class _Usage:
     """What a tenant has stored of one kind."""
 
     counted_s: float
-    """When, on ``time.monotonic``."""
+    """Unix time."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of each file by id, the oldest first."""
 
@@ -263,12 +263,11 @@ class StateStore:
 
     def _usage(self, folder: Path) -> _Usage:
         """What is in a tenant's folder, counted at most ``_FRESH_S`` ago."""
-        now_s = time.monotonic()
-        known = self._usages.get(folder)
-        if known is not None and now_s - known.counted_s < _FRESH_S:
-            return known
-        for old in [f for f, usage in self._usages.items() if now_s - usage.counted_s > _FRESH_S]:
-            del self._usages[old]
+        now_s = self._clock()
+        fresh = {f: u for f, u in self._usages.items() if 0 <= now_s - u.counted_s < _FRESH_S}
+        self._usages = fresh
+        if folder in fresh:
+            return fresh[folder]
         sizes = {entry.name: stat.st_size for entry, stat in _entries(folder)}
         self._usages[folder] = _Usage(now_s, dict(sorted(sizes.items())))
         return self._usages[folder]

@@ -76,7 +76,7 @@ def client_table() -> str:
     """Which client sends which fields where."""
     sent: dict[str, dict[str, list[str]]] = json.loads(SENT_BY_CLIENTS.read_text())
     lines = [_row("endpoint", "client", "fields that it sends"), _row("---", "---", "---")]
-    for path in (endpoint.path for endpoint in ENDPOINTS):
+    for path in dict.fromkeys(endpoint.path for endpoint in ENDPOINTS):
         for client, routes in sent.items():
             found = routes.get(path)
             if found is not None:

@@ -3,13 +3,15 @@
 They live in an environment of their own, see ``tests/harness/clients.py``. What is not there is
 skipped. A recorder between them and the server notes what they send, for the table in
 docs/reference/conformance.md; with ``EXPERTMESH_WRITE_FIELDS`` set it is written anew.
-``EXPERTMESH_URL`` takes a server that runs already, whose chat template must have tools.
+``EXPERTMESH_URL`` takes a server that runs already, whose chat template must have tools, with a
+``--state-dir``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -41,7 +43,8 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("clients")
     template = folder / "tools.jinja"
     template.write_text(TOOL_TEMPLATE)
-    with running_server(folder, "--chat-template", str(template)) as server:
+    options = ("--chat-template", str(template), "--state-dir", str(folder / "state"))
+    with running_server(folder, *options) as server:
         yield server.http
 
 
@@ -62,7 +65,10 @@ def recorder(server_url: str, request: pytest.FixtureRequest) -> Iterator[Record
     if "[" in name:
         name = name.partition("[")[2].partition("-")[0].rstrip("]")
     known = json.loads(SENT_BY_CLIENTS.read_text())
-    sent = {_route(path): sorted(fields) for path, fields in sorted(recorder.sent.items())}
+    fields_by_route: dict[str, set[str]] = {}
+    for path, fields in recorder.sent.items():
+        fields_by_route.setdefault(_route(path), set()).update(fields)
+    sent = {route: sorted(fields) for route, fields in sorted(fields_by_route.items())}
     if os.environ.get("EXPERTMESH_WRITE_FIELDS"):
         known[name] = sent
         SENT_BY_CLIENTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
@@ -71,7 +77,8 @@ def recorder(server_url: str, request: pytest.FixtureRequest) -> Iterator[Record
 
 def _route(path: str) -> str:
     """A path as the OpenAPI document names it."""
-    return "/v1/models/{model}" if path.startswith("/v1/models/") else path
+    path = re.sub(r"^/v1/models/.+", "/v1/models/{model}", path)
+    return re.sub(r"^/v1/responses/[^/]+", "/v1/responses/{response_id}", path)
 
 
 def run(words: list[str], folder: Path, more: Mapping[str, str] | None = None) -> str:
@@ -92,7 +99,12 @@ def run(words: list[str], folder: Path, more: Mapping[str, str] | None = None) -
 
 @pytest.mark.parametrize(
     ("client", "module"),
-    [("openai", "openai"), ("langchain", "langchain_openai"), ("litellm", "litellm")],
+    [
+        ("openai", "openai"),
+        ("openai_responses", "openai"),
+        ("langchain", "langchain_openai"),
+        ("litellm", "litellm"),
+    ],
 )
 def test_python_clients(
     recorder: Recorder, model: str, tmp_path: Path, client: str, module: str

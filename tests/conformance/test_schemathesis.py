@@ -26,5 +26,6 @@ def test_what_the_document_allows_is_answered_as_it_says(stack: Stack, tmp_path:
     done = subprocess.run(words, cwd=tmp_path, timeout=LIMIT_S, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-9000:]
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["operations"] == len(stack.http.get("/openapi.json").json()["paths"])
+    paths = stack.http.get("/openapi.json").json()["paths"]
+    assert summary["operations"] == sum(map(len, paths.values()))
     assert {200, 400} <= set(summary["statuses"])

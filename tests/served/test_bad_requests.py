@@ -170,7 +170,7 @@ def test_malformed_json(server: Served, raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/dashboard/", "/v1", "/v1/responses", "/v1/completions/x", "/-", "/%00"]
+    "path", ["/dashboard/", "/v1", "/v1/responses/", "/v1/completions/x", "/-", "/%00"]
 )
 def test_unknown_paths(server: Served, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):

@@ -67,11 +67,13 @@ def fuzz(url, operation, num_examples: int, folder: str) -> set[int]:
 
 def bound(body: dict) -> None:
     """Keep answers short: what is tested is the interface, not patience."""
-    for name in ("max_tokens", "max_completion_tokens"):
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if type(body.get(name)) is int and body[name] > 8:
             body[name] = 8
     if "messages" in body or "prompt" in body:
         body.setdefault("max_tokens", 8)
+    elif body.get("max_output_tokens") is None:
+        body["max_output_tokens"] = 8  # of Responses; others ignore it
 
 
 if __name__ == "__main__":

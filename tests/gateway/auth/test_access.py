@@ -15,8 +15,8 @@ from starlette.routing import Route
 
 from cluster.config.gateway import GatewaySection
 from gateway.dashboard import http as dashboard
-from gateway.http.api import build_http_app
 from gateway.http.middleware import OPEN_PATHS
+from gateway.protocols import build_public_app
 from protos import admin_pb2
 from protos import inference_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
@@ -183,7 +183,7 @@ def test_the_admin_key_is_one_of_its_own(keyed: Stack) -> None:
 
 
 def test_every_route_and_procedure_asks_for_a_key(keyed: Stack) -> None:
-    app = build_http_app(keyed.gateway)
+    app = build_public_app(keyed.gateway)
     routes = {r.path: r.methods or set() for r in app.router.routes if isinstance(r, Route)}
     assert len(routes) > 15
     for path, methods in routes.items():

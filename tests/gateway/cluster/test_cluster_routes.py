@@ -8,7 +8,7 @@ import httpx
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from gateway.http.api import build_http_app
+from gateway.protocols import build_public_app
 from tests.gateway.stack import MODEL, Stack
 
 
@@ -48,7 +48,7 @@ def test_health_is_empty(stack: Stack) -> None:
 
 
 def test_the_app_works_under_any_prefix(stack: Stack) -> None:
-    outer = Starlette(routes=[Mount("/any/prefix", build_http_app(stack.gateway))])
+    outer = Starlette(routes=[Mount("/any/prefix", build_public_app(stack.gateway))])
 
     async def work() -> None:
         transport = httpx.ASGITransport(outer)

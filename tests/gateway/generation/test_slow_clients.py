@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message
 
 from gateway.core.receipts import STEP_BYTES, WINDOW_BYTES
 from gateway.core.tuning import GatewayTuning
-from gateway.http.api import build_http_app
+from gateway.protocols import build_public_app
 from gateway.serve_proxy.receipt_sender import ReceiptSender
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import MAX_MODEL_LEN
@@ -116,7 +116,7 @@ def check_ends_by_name(content: bytes) -> None:
 def test_a_stream_that_nobody_reads_ends_over_http(slow: Stack) -> None:
     async def work() -> bytes:
         client = Client({"prompt": "x", "stream": True, **LONG})
-        calling = await until_aborted(slow, client, build_http_app(slow.gateway))
+        calling = await until_aborted(slow, client, build_public_app(slow.gateway))
         assert slow.gateway.entrance.admission is not None
         assert slow.gateway.entrance.admission.num_requests == 0
         client.reads.set()
@@ -138,7 +138,7 @@ def impatient() -> Iterator[Stack]:
 def test_a_stream_of_which_nothing_is_read_for_long_ends(impatient: Stack) -> None:
     async def work() -> bytes:
         client = Client({"prompt": "x", "stream": True, **LONG})
-        calling = await until_aborted(impatient, client, build_http_app(impatient.gateway))
+        calling = await until_aborted(impatient, client, build_public_app(impatient.gateway))
         client.reads.set()
         await calling
         return client.content
@@ -153,7 +153,7 @@ def test_a_stream_that_is_read_may_last_longer(impatient: Stack) -> None:
     async def work() -> bytes:
         client = Client({"prompt": "x", "stream": True, **LONG})
         client.reads.set()
-        await client.call(build_http_app(impatient.gateway))
+        await client.call(build_public_app(impatient.gateway))
         return client.content
 
     assert impatient.run(work()).endswith(b"data: [DONE]\n\n")
@@ -174,7 +174,7 @@ def test_a_stream_that_nobody_reads_ends_over_grpc(slow: Stack) -> None:
 
 def test_behind_serve_little_waits_for_a_client_that_does_not_read(slow: Stack) -> None:
     async def work() -> tuple[bytes, int]:
-        proxy = ServeQueues(build_http_app(slow.gateway))
+        proxy = ServeQueues(build_public_app(slow.gateway))
         client = Client({"prompt": "x", "stream": True, "logprobs": 5, **LONG})
         calling = await until_aborted(slow, client, ReceiptSender(proxy))
         waiting = proxy.num_waiting_bytes
@@ -191,7 +191,7 @@ def test_behind_serve_a_client_that_leaves_at_the_limits_leaves_nothing(slow: St
     async def work() -> None:
         before = asyncio.all_tasks()
         client = Client({"prompt": "x", "stream": True, "logprobs": 5, **LONG})
-        proxy = ReceiptSender(ServeQueues(build_http_app(slow.gateway)))
+        proxy = ReceiptSender(ServeQueues(build_public_app(slow.gateway)))
         calling = await until_aborted(slow, client, proxy)
         client.leave()
         await calling
@@ -209,7 +209,7 @@ def test_behind_serve_a_client_that_reads_gets_everything(slow: Stack) -> None:
     async def work() -> bytes:
         client = Client({**body, "stream": True})
         client.reads.set()
-        await client.call(ReceiptSender(ServeQueues(build_http_app(slow.gateway))))
+        await client.call(ReceiptSender(ServeQueues(build_public_app(slow.gateway))))
         return client.content
 
     slow.engine.step_s = 0.001

@@ -316,7 +316,7 @@ def test_unknown_models(stack: Stack) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/dashboard/", "/v1", "/v1/responses", "/v1/messages", "/v1/completions/", "/docs", "/%ff"],
+    ["/dashboard/", "/v1", "/v1/responses/", "/v1/messages", "/v1/completions/", "/docs", "/%ff"],
 )
 def test_unknown_paths(stack: Stack, path: str) -> None:
     for response in (stack.http.get(path), post(stack, path)):
@@ -325,7 +325,13 @@ def test_unknown_paths(stack: Stack, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", COMPLETIONS), ("PUT", "/v1/chat/completions"), ("POST", "/v1/models")],
+    [
+        ("GET", COMPLETIONS),
+        ("PUT", "/v1/chat/completions"),
+        ("POST", "/v1/models"),
+        ("GET", "/v1/responses"),
+        ("POST", "/v1/responses/resp_1"),
+    ],
 )
 def test_unknown_methods(stack: Stack, method: str, path: str) -> None:
     response = stack.http.request(method, path)

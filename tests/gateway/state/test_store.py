@@ -15,7 +15,6 @@ import pytest
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ConfigError
 from gateway.core.errors import StorageError, StorageFullError
-from gateway.state import store as module
 from gateway.state.record import FORMAT, decode, encode
 from gateway.state.store import ObjectKind, StateStore, open_store
 from tests.harness.stalls import wait_until
@@ -147,13 +146,11 @@ def test_the_oldest_make_room_where_the_kind_says_so(tmp_path: Path, clock: Cloc
     assert content_of(large, RING, small[0]) is None
 
 
-def test_what_other_gateways_store_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 100.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now_s)
-    first, second = (make(tmp_path, max_objects=4) for _ in range(2))
+def test_what_other_gateways_store_counts(tmp_path: Path, clock: Clock) -> None:
+    first, second = (make(tmp_path, clock, max_objects=4) for _ in range(2))
     for store in (first, second, first, second):
         put(store, NOTES)
-        now_s += 2.0
+        clock.now_s += 2.0
     for store in (first, second):
         with pytest.raises(StorageFullError):
             put(store, NOTES)
@@ -362,7 +359,7 @@ def test_errors_of_the_disk_have_no_paths(
     def fail(handle: int) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path))
 
-    monkeypatch.setattr(module.os, "fsync", fail)
+    monkeypatch.setattr("gateway.state.store.os.fsync", fail)
     with pytest.raises(kind, match=message) as caught:
         put(store, NOTES)
     assert type(caught.value) is kind

@@ -13,7 +13,7 @@ from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.config.gateway import GatewaySection
 from gateway.admin.service import AdminApi
-from gateway.http.api import build_http_app
+from gateway.protocols import build_public_app
 from protos import admin_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
 from tests.gateway.stack import start_http
@@ -29,7 +29,7 @@ def ports_of(gateway: ClusterGateway) -> Iterator[tuple[str, AdminApi]]:
     admin = AdminApi(gateway.core, GatewaySection(admin_port=0, admin_grpc_port=0))
     gateway.run(admin.start())
     gateway.core.addresses = {"admin_http": admin.http, "admin_grpc": admin.grpc}
-    url, stop = gateway.run(start_http(build_http_app(gateway.core)))
+    url, stop = gateway.run(start_http(build_public_app(gateway.core)))
     try:
         yield url, admin
     finally:
