@@ -16,6 +16,8 @@ from pydantic import BaseModel, TypeAdapter
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cluster.core.release import RELEASE
+from gateway.anthropic.answers import AnthropicError, MessageAnswer, MessageEvent, TokenCount
+from gateway.anthropic.schema import CountTokensBody, MessagesBody
 from gateway.http import answers
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -40,6 +42,7 @@ class Endpoint:
     media: type[Response] = JSONResponse
     statuses: tuple[int, ...] = ()
     """Beside those that all routes of its method share."""
+    error: type = answers.Error
 
     @property
     def method(self) -> str:
@@ -48,6 +51,7 @@ class Endpoint:
 
 _COMPLETION = (answers.Completion, CompletionBody, answers.CompletionChunk)
 _CHAT = (answers.ChatCompletion, ChatBody, answers.ChatCompletionChunk)
+_MESSAGES = (MessageAnswer, MessagesBody, MessageEvent)
 _READY = (answers.Readiness, None, None, JSONResponse, (503,))
 _VIEW = (answers.ClusterView, None, None, JSONResponse, (503,))
 
@@ -56,6 +60,14 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/v1/models/{model}", "One model by name", answers.Model, statuses=(404,)),
     Endpoint("/v1/completions", "Text after prompts", *_COMPLETION),
     Endpoint("/v1/chat/completions", "The next message of a conversation", *_CHAT),
+    Endpoint("/v1/messages", "The same in Anthropic's protocol", *_MESSAGES, error=AnthropicError),
+    Endpoint(
+        "/v1/messages/count_tokens",
+        "Tokens of a conversation",
+        TokenCount,
+        CountTokensBody,
+        error=AnthropicError,
+    ),
     Endpoint("/v1/embeddings", "Vectors of prompts", answers.Embeddings, EmbeddingsBody),
     Endpoint("/classify", "Classes of prompts", answers.Classifications, ClassifyBody),
     Endpoint("/score", "Scores of documents", answers.Scores, ScoreBody),
@@ -110,23 +122,27 @@ def _document() -> dict[str, Any]:
     app = FastAPI(
         title="expertmesh",
         version=RELEASE,
-        description="OpenAI's protocol for a mixture-of-experts model. Unknown fields are "
-        "ignored; known ones that are not built are refused by name.",
+        description="OpenAI's protocol and Anthropic's Messages for a mixture-of-experts model. "
+        "Unknown fields are ignored; known ones that are not built are refused by name.",
         separate_input_output_schemas=False,
     )
     for endpoint in ENDPOINTS:
         _add(app, endpoint)
     found = app.openapi()
-    chunks = (answers.CompletionChunk, answers.ChatCompletionChunk, answers.Error)
+    streamed = [endpoint.chunk for endpoint in ENDPOINTS if endpoint.chunk]
+    chunks = {*streamed, *(endpoint.error for endpoint in ENDPOINTS)}
     closed = {**found["components"]["schemas"], **_schemas(chunks)}
     for name in closed.keys() - _OPEN:
         closed[name]["additionalProperties"] = False
     bodies = {endpoint.body for endpoint in ENDPOINTS if endpoint.body}
     found["components"] = {
         "schemas": {**_schemas(bodies), **closed},
-        "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        "securitySchemes": {
+            "key": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        },
     }
-    return {**found, "security": [{}, {"key": []}]}
+    return {**found, "security": [{}, {"key": []}, {"header": []}]}
 
 
 def _schemas(types: Iterable[type]) -> dict[str, Any]:
@@ -159,13 +175,13 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
         "description": endpoint.summary,
         "headers": {name: {"schema": _STRING, "required": True} for name in _ANSWER_HEADERS},
     }
-    if endpoint.chunk is not None:  # each event but the last, [DONE]
-        event = {"anyOf": [_ref(endpoint.chunk), _ref(answers.Error)]}
+    if endpoint.chunk is not None:  # each event, but for OpenAI's last one, [DONE]
+        event = {"anyOf": [_ref(endpoint.chunk), _ref(endpoint.error)]}
         found["content"] = {"text/event-stream": {"schema": _STRING, "x-events": event}}
     responses: dict[int | str, dict[str, Any]] = {200: found}
     for status in sorted({*(_OF_GET if endpoint.body is None else _ERRORS), *endpoint.statuses}):
         is_readiness = status == 503 and endpoint.answer is answers.Readiness
-        schema = _ref(answers.Readiness if is_readiness else answers.Error)
+        schema = _ref(answers.Readiness if is_readiness else endpoint.error)
         content = {"application/json": {"schema": schema}}
         responses[status] = {"description": _ERRORS[status], "content": content}
     return responses

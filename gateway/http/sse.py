@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.core.delta import ChoiceDelta
+from gateway.core.errors import ErrorReport
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
 from gateway.http.middleware import Responder, dump_json
@@ -20,15 +23,13 @@ _DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SseStream:
-    """One stream: its target, and what it carries beside the text."""
+@dataclass(kw_only=True, slots=True)
+class EventStream(ABC):
+    """One stream: its target, and how a protocol writes its events."""
 
     gateway: Gateway
     responder: Responder
-    formatter: AnswerFormat
     request_id: str
-    options: StreamOptions
 
     async def send(self, generation: Generation) -> None:
         """Send a generation piece by piece until its end.
@@ -41,22 +42,42 @@ class SseStream:
         await self.responder.start(200, _HEADERS)
         try:
             while deltas or not generation.is_finished:
-                content = self._events(generation, deltas) if deltas else _PING
-                await self.responder.body(content, more=True)
+                content = self._pieces(generation, deltas) if deltas else self._ping(generation)
+                if content:
+                    await self.responder.body(content, more=True)
                 if deltas:
                     generation.sent()
                 deltas = await generation.next(ping_after_s)
-            ending = _DONE
-            if self.options.include_usage:
-                ending = (
-                    self._event(dump_json(self.formatter.usage_chunk(generation.usage))) + _DONE
-                )
+            ending = self._end(generation)
         except Exception as err:
-            report = self.gateway.report_error(err, self.request_id)
-            ending = self._event(dump_json(report.body())) + _DONE
+            ending = self._error(self.gateway.report_error(err, self.request_id))
         await self.responder.body(ending)
 
-    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+    @abstractmethod
+    def _pieces(self, generation: Generation, deltas: Sequence[ChoiceDelta]) -> bytes:
+        """Events of the next pieces; empty where nothing is certain yet."""
+
+    @abstractmethod
+    def _ping(self, generation: Generation) -> bytes:
+        """What keeps a silent connection open."""
+
+    @abstractmethod
+    def _end(self, generation: Generation) -> bytes:
+        """The last events."""
+
+    @abstractmethod
+    def _error(self, report: ErrorReport) -> bytes:
+        """The last events after an error."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SseStream(EventStream):
+    """OpenAI's chunks."""
+
+    formatter: AnswerFormat
+    options: StreamOptions
+
+    def _pieces(self, generation: Generation, deltas: Sequence[ChoiceDelta]) -> bytes:
         content = b""
         with_usage = self.options.continuous_usage_stats
         for delta in deltas:
@@ -68,6 +89,17 @@ class SseStream:
                     chunk["usage"] = usage_body(generation.usage)
                 content += self._event(dump_json(chunk))
         return content
+
+    def _ping(self, generation: Generation) -> bytes:
+        return _PING
+
+    def _end(self, generation: Generation) -> bytes:
+        if not self.options.include_usage:
+            return _DONE
+        return self._event(dump_json(self.formatter.usage_chunk(generation.usage))) + _DONE
+
+    def _error(self, report: ErrorReport) -> bytes:
+        return self._event(dump_json(report.body())) + _DONE
 
     def _event(self, chunk: bytes) -> bytes:
         self.gateway.metrics.sse_events.inc()

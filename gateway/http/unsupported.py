@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cluster.core.errors import UnsupportedParameterError
+from gateway.core.field_checks import Neutral, refuse_unbuilt
 
 Endpoint = Literal["completion", "chat", "tokenize", "pooling"]
-_Neutral = Mapping[str, tuple[object, ...]]
 
-_GENERATE: _Neutral = {
+_GENERATE: Neutral = {
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -36,8 +36,8 @@ _GENERATE: _Neutral = {
     "mm_processor_kwargs": ({},),
     "kv_transfer_params": ({},),
 }
-_TRUNCATION: _Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
-UNBUILT: Mapping[Endpoint, _Neutral] = {
+_TRUNCATION: Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
+UNBUILT: Mapping[Endpoint, Neutral] = {
     "completion": {**_GENERATE, "tools": ([],), "tool_choice": ("none", "auto")},
     "chat": {**_GENERATE, "best_of": ()},
     "tokenize": {**_GENERATE, "best_of": (), **_TRUNCATION},
@@ -56,7 +56,7 @@ UNBUILT: Mapping[Endpoint, _Neutral] = {
     },
 }
 """Known fields that are not built, each with the values that change nothing; null never does."""
-_UNBUILT_STRUCTURED: _Neutral = {
+_UNBUILT_STRUCTURED: Neutral = {
     "structural_tag": (False,),
     "whitespace_pattern": (False,),
     "disable_any_whitespace": (False,),
@@ -77,17 +77,10 @@ def check_unbuilt(data: Mapping[str, Any], endpoint: Endpoint) -> None:
         unbuilt.pop("tools", None)
     if "best_of" in unbuilt:
         unbuilt["best_of"] = (data.get("n") or 1,)
-    _check(data, unbuilt)
+    refuse_unbuilt(data, unbuilt)
     structured = data.get("structured_outputs")
     if endpoint != "pooling" and isinstance(structured, dict):
-        _check(structured, _UNBUILT_STRUCTURED, "structured_outputs.")
+        refuse_unbuilt(structured, _UNBUILT_STRUCTURED, "structured_outputs.")
     misplaced = _MISPLACED.get(endpoint)
     if misplaced is not None and data.get(misplaced):
         raise UnsupportedParameterError(f"{misplaced} is not supported for {endpoint}", misplaced)
-
-
-def _check(data: Mapping[str, Any], unbuilt: _Neutral, path: str = "") -> None:
-    for name, neutral in unbuilt.items():
-        value = data.get(name)
-        if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
-            raise UnsupportedParameterError(f"{path}{name} is not supported", path + name)
