@@ -62,7 +62,7 @@ class KeyRing:
                 await ring._file.refresh(ring._clock())
 
     def check(self, authorization: str | None, api_key: str | None = None) -> Account | None:
-        """Accept a request by its ``Authorization`` header, or by its ``api-key`` header.
+        """Accept a request by its ``Authorization`` header, or by a header with the key alone.
 
         Returns the account; None without keys.
 
@@ -74,7 +74,8 @@ class KeyRing:
             return None
         key = _bearer(authorization) or api_key
         if not key:
-            raise AuthenticationError("an API key is needed: Authorization: Bearer KEY")
+            message = "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
+            raise AuthenticationError(message)
         digest = digest_of(key)
         account = self._find(digest)
         if account is None and self.masters is not None:

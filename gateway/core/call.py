@@ -73,6 +73,8 @@ class GenerateFields:
     max_tokens: int | None = None
     max_tokens_name: str = "max_tokens"
     """The field that ``max_tokens`` came from, for messages."""
+    fits_context: bool = False
+    """``max_tokens`` is lowered to what the context leaves."""
     prompt_name: str = field(default="prompt", compare=False)
     """The field that the prompts came from, for messages."""
     min_tokens: int | None = None
@@ -98,6 +100,8 @@ class GenerateFields:
     best_of: int | None = None
     """Choices a prompt that are drawn, of which the ``n`` best are returned."""
     stop: tuple[str, ...] = ()
+    stop_name: str = field(default="stop", compare=False)
+    """The field that ``stop`` came from, for messages."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True

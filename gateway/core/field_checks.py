@@ -19,6 +19,8 @@ MAX_MESSAGES = 16_384
 MAX_PARTS = 65_536
 """Fields, content parts and calls of all messages together."""
 _CONTAINERS = (dict, list)
+Neutral = Mapping[str, tuple[object, ...]]
+"""Known fields that are not built, each with the values that change nothing; null never does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,17 @@ def check_messages(count: int, num_parts: int) -> None:
     require(num_parts <= MAX_PARTS, "messages", rule)
 
 
+def refuse_unbuilt(data: Mapping[str, Any], unbuilt: Neutral, path: str = "") -> None:
+    """Raise ``UnsupportedParameterError`` for the first field that is set to change anything.
+
+    ``path`` stands before its name.
+    """
+    for name, neutral in unbuilt.items():
+        value = data.get(name)
+        if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
+            raise UnsupportedParameterError(f"{path}{name} is not supported", path + name)
+
+
 def given_one(**values: object) -> str:
     """Name of the one field of several that is set.
 
@@ -154,9 +167,10 @@ def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
 
 
 def _check_stops(fields: GenerateFields, limits: GatewaySection) -> None:
-    check_length("stop", len(fields.stop), limits.max_stop_strings, "strings")
-    _check_texts("stop", "string", fields.stop, limits)
-    require(not (fields.stop and fields.token_ids_only), "stop", "cannot go with token_ids_only")
+    name = fields.stop_name
+    check_length(name, len(fields.stop), limits.max_stop_strings, "strings")
+    _check_texts(name, "string", fields.stop, limits)
+    require(not (fields.stop and fields.token_ids_only), name, "cannot go with token_ids_only")
 
 
 def _check_texts(name: str, noun: str, texts: Sequence[str], limits: GatewaySection) -> None:

@@ -56,6 +56,7 @@ OPERATIONS: Mapping[str, str] = {
     "/v1/completions": names.TEXT_COMPLETION,
     "/v1/chat/completions": names.CHAT,
     "/v1/responses": names.CHAT,
+    "/v1/messages": names.CHAT,
     "/v1/embeddings": names.EMBEDDINGS,
     "Generate": names.TEXT_COMPLETION,
     "GenerateStream": names.TEXT_COMPLETION,

@@ -151,7 +151,7 @@ def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str
 
 def _max_tokens(fields: GenerateFields, num_tokens: int, model: ModelFacts) -> int:
     name = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
-    if fields.max_tokens is not None:
+    if fields.max_tokens is not None and not fields.fits_context:
         prompt_only = num_tokens >= model.context_tokens
         check_context(
             num_tokens, fields.max_tokens, model, name if prompt_only else fields.max_tokens_name
@@ -159,6 +159,8 @@ def _max_tokens(fields: GenerateFields, num_tokens: int, model: ModelFacts) -> i
         return fields.max_tokens
     check_context(num_tokens, max(1, fields.min_tokens or 0), model, name)
     room = model.context_tokens - num_tokens
+    if fields.max_tokens is not None:
+        return min(fields.max_tokens, room)
     if fields.kind is CallKind.CHAT:
         return room
     return min(max(DEFAULT_MAX_TOKENS, fields.min_tokens or 0), room)

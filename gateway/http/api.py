@@ -20,13 +20,14 @@ from gateway.core.call import GenerateFields
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
 from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.core.protocols import error_body
 from gateway.core.request_id import HEADER as REQUEST_ID
 from gateway.core.request_id import check_request_id
 from gateway.dashboard import http as dashboard
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway, new_call_id
 from gateway.generation.request_trace import note_response_id
-from gateway.http import openapi
+from gateway.http import messages, openapi
 from gateway.http.convert import chat_fields, chat_input, completion_fields
 from gateway.http.middleware import (
     OPEN_PATHS,
@@ -35,6 +36,7 @@ from gateway.http.middleware import (
     WatchedEndpoint,
     dump_json,
     dump_long,
+    path_of,
     read_json,
     timeout_header_s,
     within_time,
@@ -57,7 +59,7 @@ from workers.requests.inspection import Pooling
 
 _EXPOSED_HEADERS = (
     *(REQUEST_ID, "retry-after", "retry-after-ms", "x-should-retry", "openai-processing-ms"),
-    *("openai-version", "x-expertmesh-placement-epoch", "x-expertmesh-replica"),
+    *("openai-version", "x-expertmesh-placement-epoch", "x-expertmesh-replica", "request-id"),
 )
 """Headers of an answer that a web page may read."""
 _ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -133,6 +135,7 @@ class HttpApi:
                 Route(path, endpoint, methods=["POST"])
                 for path, endpoint in PoolingEndpoint.all(self._gateway).items()
             ),
+            *messages.routes(self._gateway),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
@@ -319,4 +322,5 @@ async def route_error(request: Request, error: HTTPException) -> Response:
             message += " here: the admin port has it"
     report = report_error(RouteError(message, error.status_code))
     headers = {**report.headers(), **(error.headers or {})}
-    return _answer(report.body(), report.http_status, headers)
+    body = error_body(path_of(request.scope), report, getattr(request.state, "request_id", ""))
+    return _answer(body, report.http_status, headers)

@@ -33,6 +33,7 @@ from gateway.auth.key_limits import Account
 from gateway.core.echoes import ECHOES, HOLDS
 from gateway.core.errors import ClientGoneError
 from gateway.core.expect import waits_to_send
+from gateway.core.protocols import error_body, is_messages
 from gateway.core.receipts import RECEIPT, RECEIPTS, WINDOW_BYTES
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.core.tuning import GatewayTuning
@@ -152,8 +153,8 @@ class HttpMiddleware:
         request_id = choose_request_id(headers.get(HEADER))
         scope.setdefault("state", {})["request_id"] = request_id
         REQUEST_ID.set(request_id)
-        responder = Responder(scope, self._with_headers(send, request_id))
-        path = _path(scope)
+        path = path_of(scope)
+        responder = Responder(scope, self._with_headers(send, path, request_id))
         route = self._names.of(path)
         line = RequestLog("http", route) if scope["method"] == "POST" else None
         tracing, trace = self.gateway.tracing, None
@@ -166,7 +167,8 @@ class HttpMiddleware:
         try:
             if path not in self.open_paths:
                 await self.keys.read_changes()
-                caller = self.keys.enter(headers.get("authorization"), headers.get("api-key"))
+                api_key = headers.get("x-api-key") or headers.get("api-key")
+                caller = self.keys.enter(headers.get("authorization"), api_key)
             await self.app(scope, receive, responder)
         except (ClientGoneError, ClientDisconnect):
             status = 499
@@ -174,7 +176,7 @@ class HttpMiddleware:
             status = 499
             raise
         except Exception as err:
-            await self._answer_error(err, request_id, responder, ECHOES in extensions)
+            await self._answer_error(err, path, request_id, responder, ECHOES in extensions)
         finally:
             if caller is not None:
                 caller.leave(time.monotonic())
@@ -191,7 +193,7 @@ class HttpMiddleware:
                 line.end(str(status))
 
     async def _answer_error(
-        self, error: Exception, request_id: str, responder: Responder, is_echoed: bool
+        self, error: Exception, path: str, request_id: str, responder: Responder, is_echoed: bool
     ) -> None:
         report = self.gateway.report_error(error, request_id)
         headers = report.headers()
@@ -199,7 +201,8 @@ class HttpMiddleware:
         if is_echoed and is_only and isinstance(error, QueueFullError) and error.holds_s:
             headers[HOLDS] = f"{int(1000 * error.holds_s)} {error.limit}"
         if not responder.is_started:  # else too late: streams send their errors as events
-            await responder.json(report.body(), report.http_status, headers)
+            body = error_body(path, report, request_id)
+            await responder.json(body, report.http_status, headers)
 
     def _count_echoes(self, echoes: Sequence[tuple[str, str, int]], root: str) -> None:
         """Count the refusals that the proxy repeated."""
@@ -208,7 +211,7 @@ class HttpMiddleware:
             self.gateway.metrics.admission_rejections.labels(reason).inc(number)
             self.gateway.metrics.http_requests.labels(route, "POST", "429").inc(number)
 
-    def _with_headers(self, send: Send, request_id: str) -> Send:
+    def _with_headers(self, send: Send, path: str, request_id: str) -> Send:
         started_s = time.monotonic()
 
         async def send_with_headers(message: Message) -> None:
@@ -216,6 +219,8 @@ class HttpMiddleware:
                 headers = MutableHeaders(scope=message)
                 if self.adds_request_id:
                     headers[HEADER] = request_id
+                if is_messages(path):
+                    headers["request-id"] = request_id
                 headers["openai-processing-ms"] = str(int((time.monotonic() - started_s) * 1000))
                 headers["openai-version"] = "2020-10-01"
                 if self.gateway.is_leaving:
@@ -376,6 +381,7 @@ async def _wait_gone(receive: Receive, responder: Responder) -> None:
             responder.take_receipt(message["num_bytes"])
 
 
-def _path(scope: Scope) -> str:
+def path_of(scope: Scope) -> str:
+    """The path without the route prefix."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path.removeprefix(root) or "/"

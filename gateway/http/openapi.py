@@ -17,6 +17,8 @@ from pydantic import BaseModel, TypeAdapter
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cluster.core.release import RELEASE
+from gateway.anthropic.answers import AnthropicError, MessageAnswer, MessageEvent, TokenCount
+from gateway.anthropic.schema import CountTokensBody, MessagesBody
 from gateway.http import answers
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -46,6 +48,7 @@ class Endpoint:
     """The method; by default that of a route with such a body."""
     query: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = ()
     """Parameters in the URL: name, what it is, members of its schema."""
+    error: type = answers.Error
 
     @property
     def method(self) -> str:
@@ -54,6 +57,7 @@ class Endpoint:
 
 _COMPLETION = (answers.Completion, CompletionBody, (answers.CompletionChunk, answers.Error))
 _CHAT = (answers.ChatCompletion, ChatBody, (answers.ChatCompletionChunk, answers.Error))
+_MESSAGES = (MessageAnswer, MessagesBody, (MessageEvent, AnthropicError))
 _READY = (answers.Readiness, None, (), JSONResponse, (503,))
 _VIEW = (answers.ClusterView, None, (), JSONResponse, (503,))
 
@@ -62,6 +66,14 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/v1/models/{model}", "One model by name", answers.Model, statuses=(404,)),
     Endpoint("/v1/completions", "Text after prompts", *_COMPLETION),
     Endpoint("/v1/chat/completions", "The next message of a conversation", *_CHAT),
+    Endpoint("/v1/messages", "The same in Anthropic's protocol", *_MESSAGES, error=AnthropicError),
+    Endpoint(
+        "/v1/messages/count_tokens",
+        "Tokens of a conversation",
+        TokenCount,
+        CountTokensBody,
+        error=AnthropicError,
+    ),
     Endpoint("/v1/embeddings", "Vectors of prompts", answers.Embeddings, EmbeddingsBody),
     Endpoint("/classify", "Classes of prompts", answers.Classifications, ClassifyBody),
     Endpoint("/score", "Scores of documents", answers.Scores, ScoreBody),
@@ -117,23 +129,27 @@ def _document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
     app = FastAPI(
         title="expertmesh",
         version=RELEASE,
-        description="OpenAI's protocol for a mixture-of-experts model. Unknown fields are "
-        "ignored; known ones that are not built are refused by name.",
+        description="OpenAI's protocol and Anthropic's Messages for a mixture-of-experts model. "
+        "Unknown fields are ignored; known ones that are not built are refused by name.",
         separate_input_output_schemas=False,
     )
     for endpoint in endpoints:
         _add(app, endpoint)
     found = app.openapi()
-    events = {answers.Error, *(event for endpoint in endpoints for event in endpoint.events)}
-    closed = {**found["components"]["schemas"], **_schemas(events)}
+    events = {event for endpoint in endpoints for event in endpoint.events}
+    closed_types = {*events, *(endpoint.error for endpoint in endpoints)}
+    closed = {**found["components"]["schemas"], **_schemas(closed_types)}
     for name in closed.keys() - _OPEN:
         closed[name]["additionalProperties"] = False
     bodies = {endpoint.body for endpoint in endpoints if endpoint.body}
     found["components"] = {
         "schemas": {**_schemas(bodies), **closed},
-        "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        "securitySchemes": {
+            "key": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        },
     }
-    return {**found, "security": [{}, {"key": []}]}
+    return {**found, "security": [{}, {"key": []}, {"header": []}]}
 
 
 def _schemas(types: Iterable[type]) -> dict[str, Any]:
@@ -166,13 +182,13 @@ def _responses(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
         "description": endpoint.summary,
         "headers": {name: {"schema": _STRING, "required": True} for name in _ANSWER_HEADERS},
     }
-    if endpoint.events:  # all but the last one, [DONE]
+    if endpoint.events:  # all but OpenAI's last one, [DONE]
         event = {"anyOf": [*map(_ref, endpoint.events)]}
         found["content"] = {"text/event-stream": {"schema": _STRING, "x-events": event}}
     responses: dict[int | str, dict[str, Any]] = {200: found}
     for status in sorted({*(_OF_GET if endpoint.body is None else _ERRORS), *endpoint.statuses}):
         is_readiness = status == 503 and endpoint.answer is answers.Readiness
-        schema = _ref(answers.Readiness if is_readiness else answers.Error)
+        schema = _ref(answers.Readiness if is_readiness else endpoint.error)
         content = {"application/json": {"schema": schema}}
         responses[status] = {"description": _ERRORS[status], "content": content}
     return responses

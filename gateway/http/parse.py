@@ -38,6 +38,7 @@ _SHAPES = {
     "text_2": _PROMPT_SHAPE,
     "attention_mask": "must be a list of 0 and 1, or a list of such lists",
     "content": "must be a string or a list of text parts",
+    "system": "must be a string or a list of text blocks",
     "tool_choice": "must be none, auto, required or name a function",
     "schema": "must be a JSON schema: an object, or its JSON text",
     "json": "must be a JSON schema: an object, or its JSON text",

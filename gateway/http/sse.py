@@ -22,7 +22,7 @@ DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class EventStream(ABC):
     """One stream: its target, and what a protocol writes into it."""
 
@@ -43,8 +43,9 @@ class EventStream(ABC):
             if opening := self._opening():
                 await self.responder.body(opening, more=True)
             while deltas or not generation.is_finished:
-                content = self._events(generation, deltas) if deltas else _PING
-                await self.responder.body(content, more=True)
+                content = self._events(generation, deltas) if deltas else self._ping(generation)
+                if content:
+                    await self.responder.body(content, more=True)
                 if deltas:
                     generation.sent()
                 deltas = await generation.next(ping_after_s)
@@ -57,9 +58,13 @@ class EventStream(ABC):
         """What comes first."""
         return b""
 
+    def _ping(self, generation: Generation) -> bytes:
+        """What keeps a silent connection open."""
+        return _PING
+
     @abstractmethod
     def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
-        """The events of new pieces."""
+        """The events of new pieces; empty where nothing is certain yet."""
 
     @abstractmethod
     async def _ending(self, generation: Generation) -> bytes:
@@ -74,7 +79,7 @@ class EventStream(ABC):
         return b"%b%bdata: %b\n\n" % (b"event: " if name else b"", name and name + b"\n", data)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class SseStream(EventStream):
     """A stream of OpenAI's chunks."""
 

@@ -24,7 +24,7 @@ class _Numbers:
     finish: Finish | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class ResponseStream(EventStream):
     """A stream of one response's events, each with its number."""
 

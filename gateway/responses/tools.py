@@ -16,7 +16,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.responses.schema import ChosenToolBody, NamedToolBody, OfferedToolBody, ResponseBody
-from gateway.text.forms.tools import make_tool_use
+from gateway.text.forms.tools import FieldNames, make_tool_use
 
 KINDS = ("function", "custom")
 INPUT = "input"
@@ -30,6 +30,7 @@ _OPENING = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 _ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[^u])")
 _HIGH_SURROGATE = re.compile(r"\\u[dD][89abAB]")
 _MODES = ("auto", "required")
+_NAMES = FieldNames(name="name", parameters="parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +50,17 @@ def read_tools(body: ResponseBody) -> OfferedTools:
     custom = frozenset(tool.name or "" for tool in offered if tool.type == "custom")
     choice, is_parallel = body.tool_choice, body.parallel_tool_calls
     if not isinstance(choice, ChosenToolBody):
-        return OfferedTools(make_tool_use(tools, choice, is_parallel=is_parallel, inner=""), custom)
+        use = make_tool_use(tools, choice, is_parallel=is_parallel, names=_NAMES)
+        return OfferedTools(use, custom)
     if choice.type == "allowed_tools":
         among = _allowed(choice.tools or (), custom)
         mode = choice.mode
         rule = f"({str(mode)[:32]!r}) must be one of {', '.join(_MODES)}"
         require(mode in _MODES, "tool_choice.mode", rule)
-        use = make_tool_use(tools, mode, is_parallel=is_parallel, among=among, inner="")
+        use = make_tool_use(tools, mode, is_parallel=is_parallel, among=among, names=_NAMES)
         return OfferedTools(use, custom)
     name = _named(choice.type, choice.name, custom, "tool_choice")
-    use = make_tool_use(tools, name=name, is_parallel=is_parallel, inner="")
+    use = make_tool_use(tools, name=name, is_parallel=is_parallel, names=_NAMES)
     return OfferedTools(use, custom)
 
 

@@ -34,6 +34,7 @@ _PACED_S = 1.0
 _WHOSE = (
     "authorization",
     "api-key",
+    "x-api-key",
     PRIORITY_HEADER,
     "content-type",
     "content-encoding",

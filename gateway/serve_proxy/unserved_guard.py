@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.core.errors import NotReadyError
 from gateway.core.errors import ErrorReport, report_error
+from gateway.core.protocols import error_body, error_event
 from gateway.core.request_id import HEADER
 
 _OWN_PATHS = "/-/"
@@ -59,7 +60,7 @@ class UnservedGuard:
             body = b"".join(message.get("body", b"") for message in found[1:])
             return found[0]["status"] == 200 and bool(json.loads(body))
 
-        answer = _Answer(send, Headers(scope=scope).get(HEADER, ""), knows_routes)
+        answer = _Answer(send, path, Headers(scope=scope).get(HEADER, ""), knows_routes)
         await self._app(scope, receive, answer.forward)
         await answer.end()
 
@@ -77,9 +78,10 @@ class _Answer:
     """The answer to one request."""
 
     def __init__(
-        self, send: Send, request_id: str, knows_routes: Callable[[], Awaitable[bool]]
+        self, send: Send, path: str, request_id: str, knows_routes: Callable[[], Awaitable[bool]]
     ) -> None:
         self._send = send
+        self._path = path
         self._request_id = request_id
         self._knows_routes = knows_routes
         self._state = _State.AWAITED
@@ -98,7 +100,7 @@ class _Answer:
         if self._state is _State.AWAITED:
             await self._refuse(_LOST)
         elif self._state is _State.STREAMING:
-            event = b"data: " + _content(_report(_LOST)) + b"\n\ndata: [DONE]\n\n"
+            event = error_event(self._path, _report(_LOST), self._request_id)
             await self._send({"type": "http.response.body", "body": event})
 
     async def _begin(self, start: Message) -> None:
@@ -116,7 +118,8 @@ class _Answer:
     async def _refuse(self, message: str) -> None:
         self._state = _State.REPLACED
         report = _report(message)
-        content = _content(report)
+        body = error_body(self._path, report, self._request_id)
+        content = json.dumps(body, separators=(",", ":")).encode()
         fields = {
             "content-type": "application/json",
             "content-length": str(len(content)),
@@ -131,10 +134,6 @@ class _Answer:
 
 def _report(message: str) -> ErrorReport:
     return report_error(NotReadyError(message))
-
-
-def _content(report: ErrorReport) -> bytes:
-    return json.dumps(report.body(), separators=(",", ":")).encode()
 
 
 async def _drop() -> None:

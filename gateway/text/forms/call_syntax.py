@@ -11,7 +11,7 @@ MiniMax-M2.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from types import MappingProxyType
 
@@ -103,12 +103,14 @@ _DSML_PAIRS = PairSyntax(
     end="</｜DSML｜parameter>",
     close="</｜DSML｜invoke>",
 )
-_DEEPSEEK = {
-    "section": "<｜tool▁calls▁begin｜>",
-    "begin": "<｜tool▁call▁begin｜>",
-    "section_end": "<｜tool▁calls▁end｜>",
-}
 _SEPARATOR, _CALL_END = "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_DEEPSEEK_V3_1 = CallSyntax(
+    section="<｜tool▁calls▁begin｜>",
+    begin="<｜tool▁call▁begin｜>",
+    head=(Slot.NAME, _SEPARATOR),
+    tail=(_CALL_END,),
+    section_end="<｜tool▁calls▁end｜>",
+)
 
 SYNTAXES: Mapping[ToolForm, CallSyntax] = MappingProxyType(
     {
@@ -119,14 +121,12 @@ SYNTAXES: Mapping[ToolForm, CallSyntax] = MappingProxyType(
             pairs=_DSML_PAIRS,
             section_end="</｜DSML｜function_calls>",
         ),
-        ToolForm.DEEPSEEK_V3: CallSyntax(
-            **_DEEPSEEK,
+        ToolForm.DEEPSEEK_V3: replace(
+            _DEEPSEEK_V3_1,
             head=("function", _SEPARATOR, Slot.NAME, "\n```json\n"),
             tail=("\n```", _CALL_END),
         ),
-        ToolForm.DEEPSEEK_V3_1: CallSyntax(
-            **_DEEPSEEK, head=(Slot.NAME, _SEPARATOR), tail=(_CALL_END,)
-        ),
+        ToolForm.DEEPSEEK_V3_1: _DEEPSEEK_V3_1,
         ToolForm.KIMI: CallSyntax(
             section="<|tool_calls_section_begin|>",
             begin="<|tool_call_begin|>",

@@ -63,6 +63,26 @@ def make_grammar(
     return found or formatted
 
 
+def schema_grammar(schema: Any, field: str) -> Grammar:
+    """The grammar of a JSON text that follows a schema: an object, or its JSON text.
+
+    Raises:
+        RequestError: about ``field``.
+    """
+    if isinstance(schema, str):
+        _check_size(schema, field)
+        schema = _parse(schema, field)
+    require(isinstance(schema, dict), field, "must be a JSON schema: an object")
+    if is_deeper(schema, MAX_SCHEMA_DEPTH):
+        raise _too_deep(field)
+    try:
+        text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError as err:
+        raise RequestError(f"{field} holds a value that JSON cannot say", field) from err
+    return _grammar(GrammarKind.JSON_SCHEMA, text, field)
+
+
 def make_answer_format(
     grammar: Grammar | None,
     name: object,
@@ -93,7 +113,7 @@ def _from_format(kind: str, schema: Any, names: FormatNames) -> Grammar | None:
         if schema is None:
             message = f"{names.schema} is required for type json_schema"
             raise RequestError(message, names.schema, "missing_required_parameter")
-        return _schema(schema, names.schema)
+        return schema_grammar(schema, names.schema)
     if kind == "structural_tag":
         raise UnsupportedParameterError(f"{name} of type structural_tag is not supported", name)
     rule = "must be text, json_object or json_schema"
@@ -113,26 +133,11 @@ def _from_structured(constraints: Mapping[str, Any]) -> Grammar | None:
     if kind == "json_object":
         return Grammar(kind=GrammarKind.JSON_SCHEMA, text=_ANY_OBJECT, field=field)
     if kind == "json":
-        return _schema(value, field)
+        return schema_grammar(value, field)
     if kind == "choice":
         text = json.dumps(list(value), ensure_ascii=False) if value else ""
         return _grammar(GrammarKind.CHOICE, text, field)
     return _grammar(GrammarKind.REGEX if kind == "regex" else GrammarKind.LARK, value, field)
-
-
-def _schema(schema: Any, field: str) -> Grammar:
-    if isinstance(schema, str):
-        _check_size(schema, field)
-        schema = _parse(schema, field)
-    require(isinstance(schema, dict), field, "must be a JSON schema: an object")
-    if is_deeper(schema, MAX_SCHEMA_DEPTH):
-        raise _too_deep(field)
-    try:
-        text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except ValueError as err:
-        raise RequestError(f"{field} holds a value that JSON cannot say", field) from err
-    return _grammar(GrammarKind.JSON_SCHEMA, text, field)
 
 
 def _parse(text: str, field: str) -> Any:

@@ -214,7 +214,9 @@ def test_every_route_and_procedure_asks_for_a_key(keyed: Stack) -> None:
         {"authorization": "Bearer free, Bearer root"},
         {"api-key": ""},
         {"cookie": "api-key=root"},
-        {"x-api-key": "root"},
+        {"x-api-key": ""},
+        {"x-api-key": "Bearer root"},
+        {"x-key": "root"},
     ],
 )
 def test_what_is_no_key_is_refused(keyed: Stack, headers: dict[str, str]) -> None:

@@ -307,7 +307,7 @@ def test_the_last_message_is_left_open(last: dict[str, str], end: str) -> None:
         ([ASKED], {"variables": {"reasoning_effort": 1}}, "a text for reasoning_effort"),
         ([ASKED], {"variables": {"model_identity": []}}, "a text for model_identity"),
         ([FRIENDLY], {"continue_final_message": True}, "needs a final message with content"),
-        ([ASKED, named_call("f f")], {}, r"function's name in messages\[1\] must be 1 to 64"),
+        ([ASKED, named_call("f f")], {}, r"function's name in messages\[1\] must be 1 to 128"),
         ([ASKED, named_call("a<|message|>")], {}, r"function's name in messages\[1\] must be"),
         ([ASKED, CALLED, {**RESULT, "tool_call_id": "9", "name": "f\n"}], {}, r"in messages\[2\]"),
         ([ASKED, {**ANSWERED, "reasoning_content": [{"type": "image"}]}], {}, "must be a text"),

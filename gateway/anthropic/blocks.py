@@ -1,0 +1,138 @@
+"""An answer as content blocks: reasoning, text and calls, each begun and ended in its turn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
+
+Event = dict[str, Any]
+ShownThinking = Literal["all", "omitted", "none"]
+"""What a client sees of reasoning: all of it, empty blocks, or no blocks."""
+_OWN_PREFIX, _PREFIX = "call_", "toolu_"
+
+
+@dataclass(slots=True)
+class _Open:
+    """The block that is being written."""
+
+    kind: Literal["text", "thinking", "tool_use"]
+    seal: Any = None
+    """Digest of reasoning so far."""
+
+
+class BlockWriter:
+    """Turns the parts of an answer into events.
+
+    White space alone makes no text block: models write some between their reasoning and a call.
+    """
+
+    def __init__(self, thinking: ShownThinking) -> None:
+        self._thinking = thinking
+        self._open: _Open | None = None
+        self._num_begun = 0
+        self._space = ""
+
+    def feed(self, parsed: ParsedPiece) -> list[Event]:
+        """Events of a piece of the answer."""
+        events: list[Event] = []
+        for part in parsed.in_order():
+            if isinstance(part, CallDelta):
+                events += self._call(part)
+            elif part.is_reasoning:
+                events += self._thought(part.text)
+            else:
+                events += self._text(part.text)
+        return events
+
+    def end(self) -> list[Event]:
+        """What ends the last block."""
+        block, self._open = self._open, None
+        if block is None:
+            return []
+        place = {"index": self._num_begun - 1}
+        stop: Event = {"type": "content_block_stop", **place}
+        if block.kind != "thinking":
+            return [stop]
+        seal = {"type": "signature_delta", "signature": block.seal.hexdigest()}
+        return [{"type": "content_block_delta", **place, "delta": seal}, stop]
+
+    def _text(self, text: str) -> list[Event]:
+        if self._open is None or self._open.kind != "text":
+            text = self._space + text
+            self._space = "" if text.strip() else text
+            if self._space:
+                return []
+        events = self._begin("text", {"type": "text", "text": ""})
+        return [*events, self._delta({"type": "text_delta", "text": text})]
+
+    def _thought(self, text: str) -> list[Event]:
+        if self._thinking == "none":
+            return []
+        block = {"type": "thinking", "thinking": "", "signature": ""}
+        events = self._begin("thinking", block)
+        assert self._open is not None, "it has begun"
+        self._open.seal.update(text.encode())
+        if self._thinking == "omitted":
+            return events
+        return [*events, self._delta({"type": "thinking_delta", "thinking": text})]
+
+    def _call(self, call: CallDelta) -> list[Event]:
+        events: list[Event] = []
+        if call.name is not None:
+            name = (call.call_id or "").replace(_OWN_PREFIX, _PREFIX, 1)
+            block = {"type": "tool_use", "id": name, "name": call.name, "input": {}}
+            events = self._begin("tool_use", block, is_new=True)
+        if call.arguments:
+            delta = {"type": "input_json_delta", "partial_json": call.arguments}
+            events.append(self._delta(delta))
+        return events
+
+    def _begin(
+        self, kind: Literal["text", "thinking", "tool_use"], block: Event, is_new: bool = False
+    ) -> list[Event]:
+        """End a block of another kind, or any with ``is_new``, and begin this one."""
+        if self._open is not None and self._open.kind == kind and not is_new:
+            return []
+        events = self.end()
+        self._space = ""
+        self._open = _Open(kind, hashlib.sha256() if kind == "thinking" else None)
+        start = {"type": "content_block_start", "index": self._num_begun, "content_block": block}
+        self._num_begun += 1
+        return [*events, start]
+
+    def _delta(self, delta: Event) -> Event:
+        return {"type": "content_block_delta", "index": self._num_begun - 1, "delta": delta}
+
+
+def blocks_of(events: Iterable[Event]) -> list[Event]:
+    """The blocks that the events of a whole answer make.
+
+    The input of a call that the answer's end cut is empty.
+    """
+    blocks: list[Event] = []
+    inputs: dict[int, str] = {}
+    for event in events:
+        place = event["index"]
+        if event["type"] == "content_block_start":
+            blocks.append(dict(event["content_block"]))
+        for name, value in event.get("delta", {}).items():
+            if name == "partial_json":
+                inputs[place] = inputs.get(place, "") + value
+            elif name != "type":
+                blocks[place][name] += value
+    for place, text in inputs.items():
+        blocks[place]["input"] = _input(text)
+    return blocks
+
+
+def _input(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,287 @@
+"""Bodies of Anthropic's Messages to the one call type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.anthropic.schema import (
+    Block,
+    CountTokensBody,
+    MessageParam,
+    MessagesBody,
+    OutputFormatParam,
+    ThinkingParam,
+    ToolParam,
+)
+from gateway.core.call import AnswerFormat, CallKind, ChatInput, GenerateFields
+from gateway.core.field_checks import require
+from gateway.core.tool_use import CallArguments, Tool, ToolUse
+from gateway.text.forms.structured import schema_grammar
+from gateway.text.forms.tools import FieldNames, make_tool_use
+from workers.requests.request import Grammar
+
+LEAST_BUDGET_TOKENS = 1024
+_EFFORTS = {"max": "xhigh"}
+"""Anthropic's efforts by other names of the same."""
+_CHOICES = {"any": "required", "tool": None}
+_BILLING = "x-anthropic-billing-header:"
+"""Begins a system block that Claude Code adds, other in each request, about itself alone."""
+_TOOL_NAMES = FieldNames(name="name", parameters="input_schema")
+_Message = dict[str, Any]
+
+
+def message_fields(body: MessagesBody) -> GenerateFields:
+    """The call of a body. Raises ``RequestError``."""
+    _check_thinking(body.thinking, body.max_tokens)
+    grammar = _grammar(body)
+    chat = chat_input(body, grammar)
+    return GenerateFields(
+        kind=CallKind.CHAT,
+        model=body.model,
+        chat=chat,
+        max_tokens=body.max_tokens,
+        fits_context=True,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        stop=tuple(body.stop_sequences or ()),
+        stop_name="stop_sequences",
+        grammar=grammar,
+    )
+
+
+def chat_input(body: CountTokensBody, grammar: Grammar | None = None) -> ChatInput:
+    """The conversation of a body. Raises ``RequestError``."""
+    messages = _joined(_messages(body))
+    continues = bool(messages) and messages[-1]["role"] == "assistant"
+    if continues:
+        last = messages[-1]
+        has_text = bool(last["content"]) and not last.get("tool_calls")
+        require(has_text, "messages", "must not end with an assistant message without text")
+    config = body.output_config
+    effort = config.effort if config else None
+    thinks = shows_thinking(body.thinking)
+    return ChatInput(
+        messages=tuple(messages),
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        template_kwargs={
+            "enable_thinking": thinks,
+            "thinking": thinks,
+            **(body.chat_template_kwargs or {}),
+        },
+        reasoning_effort=_EFFORTS.get(effort, effort) if effort else None,
+        tools=_tools(body),
+        answer_format=AnswerFormat(schema=grammar.text) if grammar else None,
+    )
+
+
+def shows_thinking(thinking: ThinkingParam | None) -> bool:
+    """The client asks for reasoning."""
+    return thinking is not None and thinking.type != "disabled"
+
+
+def _check_thinking(thinking: ThinkingParam | None, max_tokens: int) -> None:
+    name = "thinking.budget_tokens"
+    if thinking is None or thinking.type != "enabled":
+        return
+    budget = thinking.budget_tokens
+    if budget is None:
+        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+    is_fit = LEAST_BUDGET_TOKENS <= budget < max_tokens
+    rule = f"({budget}) must be at least {LEAST_BUDGET_TOKENS} and below max_tokens ({max_tokens})"
+    require(is_fit, name, rule)
+
+
+def _grammar(body: MessagesBody) -> Grammar | None:
+    config = body.output_config
+    wanted: dict[str, OutputFormatParam | None] = {
+        "output_config.format": config.format if config else None,
+        "output_format": body.output_format,
+    }
+    given = {name: one for name, one in wanted.items() if one is not None}
+    require(len(given) < 2, "output_format", "and output_config.format cannot both be set")
+    for name, one in given.items():
+        return schema_grammar(one.schema_, f"{name}.schema")
+    return None
+
+
+# ---- tools ----------------------------------------------------------------------------------
+
+
+def _tools(body: CountTokensBody) -> ToolUse | None:
+    tools = [_tool(tool, place) for place, tool in enumerate(body.tools or ())]
+    choice = body.tool_choice
+    if choice is None:
+        return make_tool_use(tools, names=_TOOL_NAMES)
+    if choice.type == "tool" and not choice.name:
+        name = "tool_choice.name"
+        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+    return make_tool_use(
+        tools,
+        _CHOICES.get(choice.type, choice.type),
+        choice.name if choice.type == "tool" else None,
+        is_parallel=not choice.disable_parallel_tool_use,
+        names=_TOOL_NAMES,
+    )
+
+
+def _tool(tool: ToolParam, place: int) -> Tool:
+    if tool.input_schema is None:
+        name = f"tools[{place}].input_schema"
+        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+    return Tool(
+        name=tool.name,
+        description=tool.description,
+        parameters=tool.input_schema,
+        is_strict=bool(tool.strict),
+    )
+
+
+# ---- messages -------------------------------------------------------------------------------
+
+
+def _messages(body: CountTokensBody) -> list[_Message]:
+    """As chat templates read them: results of tools are messages of their own."""
+    found: list[_Message] = []
+    system = _system([b for b in body.system or () if not _is_billing(b)], "system")
+    if system["content"]:
+        found.append(system)
+    for place, message in enumerate(body.messages):
+        found += _turn(message, f"messages[{place}].content")
+    return found
+
+
+def _turn(message: MessageParam, path: str) -> list[_Message]:
+    if message.role == "system":
+        return [_system(message.content, path)]
+    if message.role == "assistant":
+        return [_answer(message.content, path)]
+    return _question(message.content, path)
+
+
+def _system(blocks: Sequence[Block], path: str) -> _Message:
+    return {"role": "system", "content": _texts(blocks, path)}
+
+
+def _is_billing(block: Block) -> bool:
+    return block.type == "text" and (block.text or "").startswith(_BILLING)
+
+
+def _question(blocks: Sequence[Block], path: str) -> list[_Message]:
+    found: list[_Message] = []
+    for place, block in enumerate(blocks):
+        own = f"{path}[{place}]"
+        match block.type:
+            case "text":
+                found.append({"role": "user", "content": _text(block, own)})
+            case "tool_result":
+                found.append(_result(block, own))
+            case "mid_conv_system":
+                found.append(_system(block.content or (), f"{own}.content"))
+            case _:
+                raise _misplaced(block, own, "user")
+    return found or [{"role": "user", "content": ""}]
+
+
+def _result(block: Block, path: str) -> _Message:
+    if block.tool_use_id is None:
+        name = f"{path}.tool_use_id"
+        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+    content = _texts(block.content or (), f"{path}.content")
+    shown = f"Error: {content}" if block.is_error else content
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": shown}
+
+
+def _answer(blocks: Sequence[Block], path: str) -> _Message:
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for place, block in enumerate(blocks):
+        own = f"{path}[{place}]"
+        match block.type:
+            case "text":
+                texts.append(_text(block, own))
+            case "thinking":
+                thoughts.append(block.thinking or "")
+            case "redacted_thinking":
+                pass  # no model of this server wrote it, and none can read it
+            case "tool_use":
+                calls.append(_call(block, own))
+            case _:
+                raise _misplaced(block, own, "assistant")
+    message: _Message = {"role": "assistant", "content": "\n".join(texts)}
+    if reasoning := "\n".join(filter(None, thoughts)):
+        message["reasoning_content"] = reasoning
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _call(block: Block, path: str) -> dict[str, Any]:
+    for name in ("id", "name"):
+        if getattr(block, name) is None:
+            raise RequestError(f"{path}.{name} is required", f"{path}.{name}")
+    try:
+        text = json.dumps(block.input or {}, ensure_ascii=False, allow_nan=False)
+    except ValueError as err:
+        name = f"{path}.input"
+        raise RequestError(f"{name} holds a value that JSON cannot say", name) from err
+    function = {"name": block.name, "arguments": CallArguments(block.input or {}, text)}
+    return {"id": block.id, "type": "function", "function": function}
+
+
+def _texts(blocks: Sequence[Block], path: str) -> str:
+    """The text of blocks that can be texts only."""
+    texts = []
+    for place, block in enumerate(blocks):
+        own = f"{path}[{place}]"
+        if block.type != "text":
+            _refuse(block, own, "only text is")
+        texts.append(_text(block, own))
+    return "\n".join(texts)
+
+
+def _text(block: Block, path: str) -> str:
+    if block.text is None:
+        name = f"{path}.text"
+        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+    return block.text
+
+
+def _misplaced(block: Block, path: str, role: str) -> RequestError:
+    if block.type in ("text", "thinking", "redacted_thinking", "tool_use", "tool_result"):
+        name = f"{path}.type"
+        return RequestError(f"{name} {block.type!r} cannot be in a message of role {role}", name)
+    return _unbuilt(block, path, "see the reference for those that are")
+
+
+def _refuse(block: Block, path: str, known: str) -> None:
+    raise _unbuilt(block, path, known)
+
+
+def _unbuilt(block: Block, path: str, known: str) -> UnsupportedParameterError:
+    name = f"{path}.type"
+    return UnsupportedParameterError(f"{name} {block.type[:64]!r} is not supported, {known}", name)
+
+
+def _joined(messages: Sequence[_Message]) -> list[_Message]:
+    """Neighbours of one role as one turn, but for results, which are of one call each."""
+    found: list[_Message] = []
+    for message in messages:
+        if found and message["role"] == found[-1]["role"] != "tool":
+            found[-1] = _merged(found[-1], message)
+        else:
+            found.append(message)
+    return found
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> _Message:
+    both = {**first, **second}
+    for name in ("content", "reasoning_content"):
+        if name in both:
+            both[name] = "\n".join(filter(None, [first.get(name), second.get(name)]))
+    if "tool_calls" in both:
+        both["tool_calls"] = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
+    return both

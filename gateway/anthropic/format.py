@@ -1,0 +1,86 @@
+"""Generations as Anthropic's messages, whole and as events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.anthropic.blocks import BlockWriter, Event, ShownThinking, blocks_of
+from gateway.core.delta import ChoiceDelta, Finish, Usage
+from gateway.generation.answer import TextFormat
+from gateway.generation.generation import Generation
+from gateway.text.tokenizer import Tokenizer
+from workers.requests.request import FinishReason
+
+
+class MessageFormat(TextFormat):
+    """The one choice of a generation as a message.
+
+    Args:
+        generation: the source of the answer.
+        tokenizer: of the model.
+        thinking: what the client sees of reasoning.
+    """
+
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer | None, thinking: ShownThinking
+    ) -> None:
+        super().__init__(generation.call, tokenizer)
+        self._head = {
+            "id": generation.call_id,
+            "type": "message",
+            "role": "assistant",
+            "model": generation.call.model,
+        }
+        self._blocks = BlockWriter(thinking)
+        self._ending: Event = {}
+
+    def whole(self, choice: ChoiceDelta, usage: Usage) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        content = blocks_of(self.events(choice))
+        return {**self._head, "content": content, **self._ending, "usage": usage_body(usage)}
+
+    def start(self, usage: Usage) -> Event:
+        """The first event."""
+        empty = {"content": [], "stop_reason": None, "stop_sequence": None}
+        message = {**self._head, **empty, "usage": usage_body(usage)}
+        return {"type": "message_start", "message": message}
+
+    def events(self, delta: ChoiceDelta) -> list[Event]:
+        """Events of the blocks in a piece of the answer."""
+        parsed, is_call = self._parse(delta)
+        events = self._blocks.feed(parsed)
+        if delta.finish is None:
+            return events
+        self._ending = self._end_of(delta.finish, is_call)
+        return events + self._blocks.end()
+
+    def end(self, usage: Usage) -> list[Event]:
+        """The last events."""
+        counts = usage_body(usage)
+        del counts["service_tier"]
+        change = {"type": "message_delta", "delta": self._ending, "usage": counts}
+        return [change, {"type": "message_stop"}]
+
+    def _end_of(self, finish: Finish, is_call: bool) -> Event:
+        stopped = finish.stop_reason if isinstance(finish.stop_reason, str) else None
+        if finish.reason is FinishReason.LENGTH:
+            wanted = self.call.fields.max_tokens or 0
+            is_full = finish.usage.completion_tokens < wanted
+            reason = "model_context_window_exceeded" if is_full else "max_tokens"
+        elif is_call:
+            reason = "tool_use"
+        else:
+            reason = "end_turn" if stopped is None else "stop_sequence"
+        return {"stop_reason": reason, "stop_sequence": stopped}
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """Tokens of the prompt that were cached are counted apart from the others."""
+    cached = usage.cached_tokens or 0
+    return {
+        "input_tokens": usage.prompt_tokens - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": usage.completion_tokens,
+        "service_tier": "standard",
+    }

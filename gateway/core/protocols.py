@@ -1,0 +1,57 @@
+"""The protocols of HTTP paths, and errors as each of them words them.
+
+All paths are OpenAI's but those of Anthropic's Messages, also for what is answered before a route
+is known.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gateway.core.errors import ErrorReport
+
+MESSAGES = "/v1/messages"
+"""Anthropic's Messages; paths below it are theirs, too."""
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's types of errors by HTTP status; ``invalid_request_error`` for others of clients."""
+_TOO_LONG = "prompt is too long: "
+"""How clients know that a conversation is to be made shorter."""
+
+
+def is_messages(path: str) -> bool:
+    """Whether a path, without the route prefix, is one of Anthropic's."""
+    return path == MESSAGES or path.startswith(f"{MESSAGES}/")
+
+
+def error_body(path: str, report: ErrorReport, request_id: str) -> dict[str, Any]:
+    """The body of an error; ``path`` is without the route prefix."""
+    return anthropic_error(report, request_id) if is_messages(path) else report.body()
+
+
+def error_event(path: str, report: ErrorReport, request_id: str) -> bytes:
+    """The end of a stream that an error cuts off."""
+    data = json.dumps(error_body(path, report, request_id), separators=(",", ":")).encode()
+    if is_messages(path):
+        return b"event: error\ndata: " + data + b"\n\n"
+    return b"data: " + data + b"\n\ndata: [DONE]\n\n"
+
+
+def anthropic_error(report: ErrorReport, request_id: str) -> dict[str, Any]:
+    """The error object of Anthropic's protocol."""
+    status = report.http_status
+    known = _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    kind = "overloaded_error" if report.type == "overloaded_error" else known
+    lead = _TOO_LONG if report.code == "context_length_exceeded" else ""
+    error = {"type": kind, "message": lead + report.message}
+    return {"type": "error", "error": error, "request_id": request_id}

@@ -1,0 +1,132 @@
+"""The routes of Anthropic's Messages."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import Route
+
+from gateway.anthropic.blocks import Event, ShownThinking
+from gateway.anthropic.convert import chat_input, message_fields, shows_thinking
+from gateway.anthropic.format import MessageFormat
+from gateway.anthropic.schema import CountTokensBody, MessagesBody, ThinkingParam
+from gateway.anthropic.unsupported import check_unbuilt
+from gateway.core.delta import ChoiceDelta
+from gateway.core.errors import ErrorReport
+from gateway.core.field_checks import require
+from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.core.protocols import MESSAGES, error_event
+from gateway.generation.answer import collect
+from gateway.generation.gateway import Gateway
+from gateway.generation.generation import Generation
+from gateway.http.middleware import (
+    Responder,
+    WatchedEndpoint,
+    dump_json,
+    timeout_header_s,
+    within_time,
+)
+from gateway.http.parse import parse_body
+from gateway.http.sse import EventStream
+
+VERSIONS = ("2023-06-01",)
+"""Known values of the header ``anthropic-version``, which may be absent."""
+_PING: Event = {"type": "ping"}
+
+
+def routes(gateway: Gateway) -> list[Route]:
+    return [
+        Route(MESSAGES, MessagesEndpoint(gateway), methods=["POST"]),
+        Route(f"{MESSAGES}/count_tokens", CountTokensEndpoint(gateway), methods=["POST"]),
+    ]
+
+
+class MessagesEndpoint(WatchedEndpoint):
+    """``POST /v1/messages``."""
+
+    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+        _check_version(request)
+        check_unbuilt(data)
+        body = parse_body(MessagesBody, data)
+        priority, timeout_s = request.headers.get(PRIORITY_HEADER), timeout_header_s(request)
+        fields = with_headers(message_fields(body), priority, timeout_s)
+        with await self._gateway.start(fields, f"msg_{uuid.uuid4().hex}") as generation:
+            shown = _shown(body.thinking)
+            formatter = MessageFormat(generation, self._gateway.tokenizer, shown)
+            if not body.stream:
+                (choice,) = await collect(generation)
+                await responder.json(formatter.whole(choice, generation.usage))
+                return
+            stream = MessageStream(
+                gateway=self._gateway,
+                responder=responder,
+                formatter=formatter,
+                request_id=request.state.request_id,
+            )
+            await stream.send(generation)
+
+
+class CountTokensEndpoint(WatchedEndpoint):
+    """``POST /v1/messages/count_tokens``."""
+
+    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+        _check_version(request)
+        check_unbuilt(data)
+        async with within_time(request, self._gateway):
+            body = parse_body(CountTokensBody, data)
+            self._gateway.check_model(body.model)
+            ids = await self._gateway.prompts.tokenize("", chat_input(body), None)
+        await responder.json({"input_tokens": len(ids)})
+
+
+@dataclass(kw_only=True, slots=True)
+class MessageStream(EventStream):
+    """Named events, of which the last one ends the message."""
+
+    formatter: MessageFormat
+    has_started: bool = False
+
+    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+        events = self._start(generation)
+        events += [event for delta in deltas for event in self.formatter.events(delta)]
+        return self._dump(events)
+
+    def _ping(self, generation: Generation) -> bytes:
+        return self._dump([*self._start(generation), _PING])
+
+    async def _ending(self, generation: Generation) -> bytes:
+        return self._dump(self.formatter.end(generation.usage))
+
+    def _failure(self, report: ErrorReport) -> bytes:
+        self.gateway.metrics.sse_events.inc()
+        return error_event(MESSAGES, report, self.request_id)
+
+    def _start(self, generation: Generation) -> list[Event]:
+        if self.has_started:
+            return []
+        self.has_started = True
+        return [self.formatter.start(generation.usage)]
+
+    def _dump(self, events: Sequence[Event]) -> bytes:
+        self.gateway.metrics.sse_events.inc(len(events))
+        return b"".join(
+            f"event: {event['type']}\ndata: ".encode() + dump_json(event) + b"\n\n"
+            for event in events
+        )
+
+
+def _check_version(request: Request) -> None:
+    name = "anthropic-version"
+    version = request.headers.get(name)
+    rule = f"({str(version)[:32]!r}) must be {' or '.join(VERSIONS)}"
+    require(version is None or version in VERSIONS, name, rule)
+
+
+def _shown(thinking: ThinkingParam | None) -> ShownThinking:
+    if thinking is None or not shows_thinking(thinking):
+        return "none"
+    return "omitted" if thinking.display == "omitted" else "all"
