@@ -32,7 +32,8 @@ from gateway.engines.router import (
     pick_worker,
     route_by_kv,
 )
-from workers.kv.eviction import USED_AGE, EvictionOrder
+from workers.kv.eviction import EvictionOrder
+from workers.kv.reuse_rates import NEW_RATE, USED_RATE
 from workers.requests.block_hash import SHORT_BYTES, KvEvents
 
 NUM_WORKERS = 8
@@ -106,7 +107,7 @@ class Worker:
             self.load.fetch_cost = TOKENS_PER_S / rules.fetch_tokens_per_s
         self._rules = rules
         self._index = index
-        self._order = EvictionOrder(USED_AGE if rules.evicts_together else 1.0)
+        self._order = EvictionOrder(USED_RATE if rules.evicts_together else NEW_RATE)
         self._here: set[bytes] = set()
         self._number = 0
         self._reports: deque[_Computed] = deque()

@@ -49,6 +49,7 @@ NAMES = (
     "placement",
     "rebalancing",
     "routing",
+    "retention",
     "kv_routing",
     "autoscaling",
     "gateway_cost",

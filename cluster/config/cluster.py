@@ -218,6 +218,9 @@ class EngineSection:
     """Prompt tokens of one attention worker that may wait, by default without limit."""
     enable_prefix_caching: bool = True
     """Keep the KV of past requests for others that begin with the same tokens."""
+    kv_kept_share: float = 0.5
+    """Share of the KV blocks that ``cache_ttl`` may keep before others, in equal parts by API
+    key."""
     num_cached_states: int = 32
     """Recurrent states that are kept for prompts with a known beginning, beside three for each of
     ``max_num_seqs`` (two without prefix caching); of models with such states only."""
@@ -265,6 +268,8 @@ class EngineSection:
         share = self.gpu_memory_utilization
         rule = "must be above 0 and at most 1"
         check(0 < share <= 1, "gpu_memory_utilization", share, rule)
+        share, rule = self.kv_kept_share, "must be at least 0 and at most 1"
+        check(0 <= share <= 1, "kv_kept_share", share, rule)
         limits = "itl_target_ms max_waiting_tokens kv_cache_bytes"
         check_each(self, limits, is_positive, "must be positive")
 

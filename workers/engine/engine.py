@@ -122,7 +122,7 @@ class Engine:
             kv_cache_dtype=kind,
             num_states=0 if self.states is None else self.states.num_slots,
         )
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, int(num_blocks * section.kv_kept_share))
         """Which KV blocks are free, and what the others hold."""
         speculation = speculation or SpeculationSection()
         self._speculator = _speculator(config, speculation, self.max_model_len)
@@ -357,6 +357,7 @@ class Engine:
     def poll(self) -> list[TokenOutput]:
         """Outputs that need no step: choices past their deadline, or complete at receipt."""
         now = self._clock()
+        self.pool.advance(now)
         for sequence in self._deadlines.late(now):
             self._scheduler.remove(sequence)
             limit = sequence.request.deadline_ms
@@ -566,6 +567,7 @@ class Engine:
             "kv_cache_usage_perc": 1 - free / total,
             "kv_blocks_free": float(free),
             "kv_blocks_total": float(total),
+            "kv_blocks_kept": float(self.pool.num_kept),
             **self._state_stats(),
             **({} if self._speculator is None else self._speculator.stats()),
             "num_preemptions_total": float(self._scheduler.num_preemptions),

@@ -146,7 +146,7 @@ class Scheduler:
         here.remove(sequence)
         self._served.leave(sequence)
         self._seats.note(sequence)
-        self._release(sequence)
+        self._release(sequence, has_ended=True)
         sequence.status = SequenceStatus.FINISHED
 
     def ending(self, sequence: SequenceState) -> Ending | None:
@@ -493,6 +493,7 @@ class Scheduler:
         sequence.seat = self.tables.take_seat()
         self._extend(sequence, self.prefixes.find(sequence))
         self._pool.share(sequence.blocks)
+        self.prefixes.begin(sequence)
         if self._states is not None:
             self._states.admit(sequence)
         sequence.num_computed = len(sequence.blocks) * self._block_size
@@ -574,9 +575,8 @@ class Scheduler:
         free = self._pool.num_blocks - len(held) - self._reserve(stay)
         return first if missing <= free else None
 
-    def _release(self, sequence: SequenceState) -> None:
-        self._pool.release(sequence.blocks)
-        sequence.blocks.clear()
+    def _release(self, sequence: SequenceState, *, has_ended: bool = False) -> None:
+        self.prefixes.release(sequence, has_ended=has_ended)
         sequence.num_computed = 0
         if self._states is not None:
             self._states.release(sequence)

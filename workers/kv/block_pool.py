@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from workers.kv.eviction import EvictionOrder
+from workers.kv.turns import NO_HINTS, KeepHints, Turn
 from workers.requests.block_hash import BlockHash
 
 
@@ -28,21 +29,31 @@ class HashChanges:
 class BlockPool:
     """Reference-counted blocks 0 .. num_blocks - 1. A block without a holder is free."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, max_kept: int = 0) -> None:
+        """``max_kept``: free blocks that requests may have kept before others."""
         self.num_blocks = num_blocks
         self._holders = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._by_hash: dict[BlockHash, int] = {}
         self._blank: deque[int] = deque(range(num_blocks))  # free, without a hash
-        self._num_kept = 0  # free, with a hash
-        self._order = EvictionOrder()
+        self._num_known = 0  # free, with a hash
+        self._order = EvictionOrder(max_kept=max_kept)
         self._stored: dict[BlockHash, None] = {}
         self._removed: dict[BlockHash, None] = {}
 
     @property
     def num_free(self) -> int:
         """Blocks without a holder, with a hash or without."""
-        return len(self._blank) + self._num_kept
+        return len(self._blank) + self._num_known
+
+    @property
+    def num_kept(self) -> int:
+        """Free blocks that a request asked to keep before others."""
+        return self._order.num_kept
+
+    def advance(self, now_s: float) -> None:
+        """The time, for blocks that are kept for a while; it never goes back."""
+        self._order.advance(now_s)
 
     def can_allocate(self, count: int) -> bool:
         return count <= self.num_free
@@ -75,10 +86,15 @@ class BlockPool:
         hashes = [self._hashes[block] for block in blocks]
         self._order.lend([block_hash for block_hash in hashes if block_hash is not None])
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def begin(self, hashes: Sequence[BlockHash], hints: KeepHints = NO_HINTS) -> Turn:
+        """A request begins whose prompt has these full blocks, known ones and others."""
+        return self._order.begin(hashes, hints)
+
+    def release(self, blocks: Sequence[int], turn: Turn | None = None) -> None:
         """Drop one holder of each block of a table; blocks without holders become free.
 
         The table's end becomes free first: a block cannot be found without those before it.
+        ``turn`` is what ``begin`` returned, at the end of a request.
         """
         for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} is free already"
@@ -88,8 +104,10 @@ class BlockPool:
             if (block_hash := self._hashes[block]) is None:
                 self._blank.append(block)
             else:
-                self._num_kept += 1
-                self._order.release(block_hash)
+                self._num_known += 1
+                self._order.release(block_hash, turn)
+        if turn is not None:
+            self._order.end(turn)
 
     # What blocks hold
 
@@ -141,7 +159,7 @@ class BlockPool:
                 continue
             self._drop_hash(block)
             if not self._holders[block]:
-                self._num_kept -= 1
+                self._num_known -= 1
                 self._blank.append(block)
 
     def take_changes(self) -> HashChanges:
@@ -165,11 +183,11 @@ class BlockPool:
         assert found == self._holders, "the holders differ from the block tables"
         by_hash = {h: block for block, h in enumerate(self._hashes) if h is not None}
         assert by_hash == self._by_hash, "hashes and blocks differ"
-        kept = [by_hash[block_hash] for block_hash in self._order.free]
-        free = sorted((*self._blank, *kept))
+        known = [by_hash[block_hash] for block_hash in self._order.free]
+        free = sorted((*self._blank, *known))
         assert free == [b for b in range(self.num_blocks) if not found[b]], "free list is wrong"
         assert all(self._hashes[b] is None for b in self._blank), "a blank block has a hash"
-        assert len(kept) == self._num_kept, "kept blocks are miscounted"
+        assert len(known) == self._num_known, "free blocks with a hash are miscounted"
         self._order.check_integrity([h for h, block in by_hash.items() if found[block]])
         assert self._stored.keys() <= by_hash.keys(), "a stored hash is gone"
         assert self._removed.keys().isdisjoint(by_hash), "a removed hash is there"
@@ -178,7 +196,7 @@ class BlockPool:
         if self._blank:
             return self._blank.popleft()
         block = self._by_hash[self._order.pop()]
-        self._num_kept -= 1
+        self._num_known -= 1
         self._drop_hash(block)
         return block
 
@@ -186,7 +204,7 @@ class BlockPool:
         if not self._holders[block]:
             block_hash = self._hashes[block]
             assert block_hash is not None, f"block {block} is free"
-            self._num_kept -= 1
+            self._num_known -= 1
             self._order.hold(block_hash)
         self._holders[block] += 1
 

@@ -7,11 +7,12 @@ prompt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.kv.block_pool import BlockPool
 from workers.kv.contents import BlockContents
 from workers.kv.state_slots import StateSlots
+from workers.kv.turns import KeepHints, Turn
 from workers.requests.block_hash import BlockHash, chain_hash, request_root
 from workers.requests.sequence import SequenceState
 
@@ -35,6 +36,8 @@ class PrefixCache:
     """Those of them that were found."""
     num_cached_prompt_tokens: int = 0
     """Prompt tokens that were found, counted once a request."""
+    _turns: dict[SequenceState, Turn] = field(default_factory=dict)
+    """Of sequences that run."""
 
     def find(self, sequence: SequenceState) -> list[int]:
         """Known blocks from its first token on, as far as it can go on from. Changes nothing.
@@ -51,6 +54,28 @@ class PrefixCache:
         """Hashes of its known blocks, with a known state behind them or without."""
         hashes = self._reusable(sequence)
         return hashes[: len(self.pool.find(hashes))]
+
+    def begin(self, sequence: SequenceState) -> None:
+        """A sequence runs from now on, with the blocks that were found."""
+        if not self.is_enabled:
+            return
+        request = sequence.request
+        hints = KeepHints(
+            tenant=request.tenant,
+            session=request.session,
+            keep_s=request.cache_ttl_s,
+            priority=request.priority,
+        )
+        hashes = self.hashes(sequence, sequence.prompt_length // self.block_size)
+        self._turns[sequence] = self.pool.begin(hashes, hints)
+
+    def release(self, sequence: SequenceState, *, has_ended: bool) -> None:
+        """It runs no more: it has ended, or waits again. Its blocks have one holder less."""
+        turn = self._turns.pop(sequence, None)
+        if turn is not None and not has_ended:
+            turn = self.pool.begin(())  # no turn of a session, and wanted whatever it says
+        self.pool.release(sequence.blocks, turn)
+        sequence.blocks.clear()
 
     def store(self, sequence: SequenceState, first: int) -> None:
         """Positions ``first`` to ``num_computed`` - 1 were committed: their full blocks are known.

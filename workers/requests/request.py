@@ -113,6 +113,11 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Lower runs first."""
     cache_salt: str = ""
     """Requests share cached prefixes with those of the same salt only."""
+    session: str = ""
+    """Session of the tenant to which it belongs, with the requests before it; empty: none."""
+    cache_ttl_s: float | None = None
+    """Time after its end for which its blocks are kept before others; 0: nobody will use them
+    again; None: it does not say."""
     inspection: Inspection | None = None
     """Internal values to return beside tokens; only with ``n`` 1 and ``max_tokens`` 0."""
     prompt_embeds: PromptEmbeds | None = None

@@ -26,6 +26,7 @@ from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
 from workers.kv.contents import BlockContents
 from workers.kv.state_slots import StateSlots
+from workers.kv.turns import Turn
 from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.request import Request
 from workers.requests.sequence import num_reusable
@@ -203,12 +204,12 @@ class KvTransferStore:
             if state.num_before:
                 self.states.store(state.slot, fetch.hashes[state.num_before - 1])
             self.states.release_extra(state.slot)
-        self._release(fetch.blocks)
+        self._release(fetch.blocks, self.pool.begin(()))
         self._release(fetch.found)
 
-    def _release(self, blocks: list[int]) -> None:
+    def _release(self, blocks: list[int], turn: Turn | None = None) -> None:
         self.tables.remove(blocks)
-        self.pool.release(blocks)
+        self.pool.release(blocks, turn)
 
 
 @dataclass(slots=True)
