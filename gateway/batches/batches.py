@@ -16,12 +16,12 @@ from cluster.batches.requests import ENDPOINTS
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
 from gateway.batches.objects import ENDED, WINDOW_S, Batch
 from gateway.batches.shelf import BatchShelf
+from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import check_length, require
 from gateway.generation.gateway import Gateway
 from gateway.http.middleware import read_json
 from gateway.http.pages import Page, json_response, tenant
 from gateway.http.parse import parse_body
-from gateway.http.schema import StrictBody
 
 PATH = "/v1/batches"
 ONE = f"{PATH}/{{batch_id}}"

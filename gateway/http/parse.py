@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from cluster.core.errors import RequestError
+from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import (
     MAX_ENTRIES,
     MAX_MESSAGES,
@@ -20,7 +21,7 @@ from gateway.core.field_checks import (
     check_messages,
     is_deeper,
 )
-from gateway.http.schema import TAG, StrictBody
+from gateway.http.schema import TAG
 from gateway.text.forms.tools import MAX_TOOLS
 
 Body = TypeVar("Body", bound=StrictBody)

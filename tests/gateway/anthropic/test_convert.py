@@ -203,7 +203,8 @@ def test_tools_and_their_choice(
 ) -> None:
     found = convert(tools=[{**TOOL, **CACHED, "type": "custom"}], tool_choice=choice).tools
     assert found is not None
-    assert (found.must_call, found.only, found.is_parallel) == (must_call, only, is_parallel)
+    assert (found.must_call, found.is_parallel) == (must_call, is_parallel)
+    assert found.only == ((only,) if only else ())
     (tool,) = found.tools
     assert (tool.name, tool.description, tool.parameters) == ("weather", "Looks.", SCHEMA)
     assert not tool.is_strict

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from google.protobuf import json_format
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.core.bodies import StrictBody
 from gateway.core.call import CallKind, GenerateFields
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
 from gateway.grpc.convert import grpc_fields
@@ -360,7 +361,7 @@ SAID = {"role": "user", "content": "a"}
         (InspectBody, {"token_ids": ["a"] * MANY, "outputs": [1] * MANY}),
     ],
 )
-def test_wrong_items_are_not_all_described(kind: type[BaseModel], fields: dict[str, Any]) -> None:
+def test_wrong_items_are_not_all_described(kind: type[StrictBody], fields: dict[str, Any]) -> None:
     """One for each type that a field may have, though a body has room for millions."""
     with pytest.raises(RequestError) as caught:
         parse_body(kind, fields)

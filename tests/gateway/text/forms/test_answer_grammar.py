@@ -77,7 +77,8 @@ def test_tokens_that_look_like_tags_are_no_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_calls_follow_the_tools(vocabulary: Vocabulary, form: ToolForm) -> None:
-    weather, now = ("weather", ARGUMENTS), ("now", {})
+    now: tuple[str, dict[str, Any]] = ("now", {})
+    weather = ("weather", ARGUMENTS)
     both, one = written(form, [weather, now]), written(form, [now])
     wrong = [
         written(form, [("never", {})]),
@@ -96,7 +97,7 @@ def test_calls_follow_the_tools(vocabulary: Vocabulary, form: ToolForm) -> None:
     assert vocabulary.allows(auto, "no call <")
     assert [text for text in ["no call", f"x {one}", *wrong] if vocabulary.allows(must, text)] == []
     assert [text for text in wrong if vocabulary.allows(auto, text)] == []
-    single = ToolUse(tools=TOOLS, must_call=True, only="now", is_parallel=False)
+    single = ToolUse(tools=TOOLS, must_call=True, only=("now",), is_parallel=False)
     grammar = answer_grammar(single, form, vocabulary.mark_ids, None)
     assert vocabulary.allows(grammar, one)
     assert not vocabulary.allows(grammar, written(form, [now, now]))

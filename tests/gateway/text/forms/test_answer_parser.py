@@ -95,7 +95,7 @@ def test_white_space_between_marks_does_not_matter(form: ToolForm) -> None:
 def test_a_function_that_was_not_offered_is_content(form: ToolForm) -> None:
     text = written(form, [("never", {"city": "x"})])
     assert parsed(text, form) == ([("content", text)], False)
-    only_now = ToolUse(tools=USE.tools, must_call=True, only="now")
+    only_now = ToolUse(tools=USE.tools, must_call=True, only=("now",))
     text = written(form, [("weather", {"city": "x"})])
     assert parsed(text, form, use=only_now) == ([("content", text)], False)
 
