@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.errors import ErrorReport
@@ -73,16 +74,13 @@ class ResponseStream(EventStream):
 def joined(events: Sequence[Event]) -> list[Event]:
     """The same events, with those as one that go on with the same text."""
     found: list[Event] = []
-    for event in events:
-        last = found[-1] if found else None
-        if last is None or "delta" not in event or _target(last) != _target(event):
-            found.append(event)
+    for (kind, _), group in groupby(events, key=lambda e: (e["type"], e.get("item_id"))):
+        pieces = list(group)
+        if len(pieces) == 1 or not kind.endswith(".delta"):
+            found += pieces
             continue
-        found[-1] = {**last, "delta": last["delta"] + event["delta"]}
-        if "logprobs" in event:
-            found[-1]["logprobs"] = last["logprobs"] + event["logprobs"]
+        whole = {**pieces[0], "delta": "".join(piece["delta"] for piece in pieces)}
+        if "logprobs" in whole:
+            whole["logprobs"] = [one for piece in pieces for one in piece["logprobs"]]
+        found.append(whole)
     return found
-
-
-def _target(event: Event) -> tuple[str, str | None]:
-    return event["type"], event.get("item_id")

@@ -16,15 +16,12 @@ the bounds. All calls block, and are for threads.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import logging
 import os
 import re
 import secrets
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,16 +32,8 @@ from cluster.config.gateway import GatewaySection
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
 from gateway.core.errors import StorageError, StorageFullError
-from gateway.state.record import (
-    FORMAT,
-    MAX_HEAD_BYTES,
-    StoredObject,
-    decode,
-    decode_head,
-    encode,
-)
-
-logger = logging.getLogger(__name__)
+from gateway.state.files import as_storage_error, entries, has_expired, move, write_aside
+from gateway.state.record import FORMAT, StoredObject, decode, encode
 
 _ID = re.compile("[a-z]{1,16}_[0-9a-f]{32}")
 _MARK = "state.json"
@@ -52,8 +41,6 @@ _NEW, _WORK = "new", "work"
 _FRESH_S = 1.0
 _ABANDONED_S = 3600.0
 """Age at which a file that is being written has no writer any more."""
-_TRIES = 3
-"""Moves of a file to its folder, which another gateway may just have removed as empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +143,7 @@ class StateStore:
         now_s = self._clock()
         expires_s = now_s + (self.ttl_s if ttl_s is None else ttl_s)
         raw = encode(object_id, content, now_s, expires_s)
-        with _as_storage_error():
+        with as_storage_error():
             self._make_room(kind, place, len(raw))
             self._write(place, raw, expires_s)
 
@@ -168,7 +155,7 @@ class StateStore:
         place = self._place(kind, tenant, object_id)
         if place is None:
             return None
-        with _as_storage_error():
+        with as_storage_error():
             try:
                 raw = place.read_bytes()
             except FileNotFoundError:
@@ -177,19 +164,20 @@ class StateStore:
         return None if found.head.expires_s <= self._clock() else found
 
     def delete(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
-        """Remove an object; whether there was one."""
-        if self.get(kind, tenant, object_id) is None:
-            return False
+        """Remove an object, also a damaged one; whether there was one."""
         place = self._place(kind, tenant, object_id)
+        with contextlib.suppress(StorageError):
+            if self.get(kind, tenant, object_id) is None:
+                return False
         assert place is not None, "it was there"
-        with _as_storage_error():
+        with as_storage_error():
             return self._remove(place)
 
     def list_ids(self, kind: ObjectKind, tenant: str) -> list[str]:
         """Ids of a tenant's objects, the oldest first. Some may expire before they are read."""
         now_s = self._clock()
-        with _as_storage_error():
-            found = _entries(self._tenant_folder(kind, tenant))
+        with as_storage_error():
+            found = entries(self._tenant_folder(kind, tenant))
             return sorted(entry.name for entry, stat in found if stat.st_mtime > now_s)
 
     def write_work(self, name: str, content: bytes) -> None:
@@ -199,7 +187,7 @@ class StateStore:
 
     def sweep(self) -> int:
         """Remove what has expired, and what killed gateways left; the number of removed files."""
-        with _as_storage_error():
+        with as_storage_error():
             return sum(map(self._sweep, self._tenant_folders())) + self._sweep_new()
 
     def _open(self) -> None:
@@ -216,11 +204,12 @@ class StateStore:
         (self._folder / _NEW).mkdir(mode=0o700, exist_ok=True)
         self.work.mkdir(mode=0o700, exist_ok=True)
         if not mark.exists():
-            self._move(self._new_file(msgspec.json.encode(_Mark(state_format=FORMAT))), mark)
+            raw = msgspec.json.encode(_Mark(state_format=FORMAT))
+            move(write_aside(self._folder / _NEW, raw), mark)
         found = msgspec.json.decode(mark.read_bytes(), type=_Mark).state_format
         rule = f"holds objects of the format {found}, this release has {FORMAT}"
         check(found == FORMAT, "state_dir", str(self._folder), rule)
-        self._new_file(b"").unlink()  # it can be written
+        write_aside(self._folder / _NEW, b"").unlink()  # it can be written
 
     def _tenant_folder(self, kind: ObjectKind, tenant: str) -> Path:
         """Names of tenants are hashed: they may hold any characters."""
@@ -268,40 +257,14 @@ class StateStore:
         self._usages = fresh
         if folder in fresh:
             return fresh[folder]
-        sizes = {entry.name: stat.st_size for entry, stat in _entries(folder)}
+        sizes = {entry.name: stat.st_size for entry, stat in entries(folder)}
         self._usages[folder] = _Usage(now_s, dict(sorted(sizes.items())))
         return self._usages[folder]
 
     def _write(self, place: Path, raw: bytes, expires_s: float) -> None:
-        made = self._new_file(raw)
+        made = write_aside(self._folder / _NEW, raw)
         os.utime(made, (expires_s, expires_s))
-        self._move(made, place)
-
-    def _new_file(self, raw: bytes) -> Path:
-        """A file with this content, beside its later place, safe on the disk."""
-        made = self._folder / _NEW / uuid.uuid4().hex
-        try:
-            handle = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            made.unlink(missing_ok=True)
-            raise
-        return made
-
-    def _move(self, made: Path, place: Path) -> None:
-        for left in reversed(range(_TRIES)):
-            for folder in (place.parent.parent, place.parent):
-                folder.mkdir(mode=0o700, exist_ok=True)
-            try:
-                made.replace(place)
-                _sync_folder(place.parent)
-                return
-            except FileNotFoundError:
-                if not left:
-                    raise
+        move(made, place)
 
     def _remove(self, place: Path) -> bool:
         with self._lock:
@@ -320,12 +283,12 @@ class StateStore:
 
     def _sweep(self, folder: Path) -> int:
         now_s, num_removed = self._clock(), 0
-        entries = _entries(folder)
-        for entry, stat in entries:
+        found = entries(folder)
+        for entry, stat in found:
             place = folder / entry.name
-            if stat.st_mtime <= now_s and _has_expired(place, now_s):
+            if stat.st_mtime <= now_s and has_expired(place, now_s):
                 num_removed += self._remove(place)
-        if num_removed == len(entries):
+        if num_removed == len(found):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # unless a new object has come
         return num_removed
@@ -333,7 +296,7 @@ class StateStore:
     def _sweep_new(self) -> int:
         """Files of writers that were killed; their modification time may be that of an expiry."""
         before_s, num_removed = self._clock() - _ABANDONED_S, 0
-        for entry, stat in _entries(self._folder / _NEW):
+        for entry, stat in entries(self._folder / _NEW):
             if stat.st_ctime < before_s:
                 (self._folder / _NEW / entry.name).unlink(missing_ok=True)
                 num_removed += 1
@@ -350,46 +313,3 @@ def open_store(section: GatewaySection) -> StateStore | None:
         max_bytes=section.state_max_bytes,
         ttl_s=section.state_ttl_s,
     )
-
-
-def _entries(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
-    """Files in a folder, which may be missing; others may remove them meanwhile."""
-    found = []
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                found.append((entry, entry.stat(follow_symlinks=False)))
-    return found
-
-
-def _has_expired(place: Path, now_s: float) -> bool:
-    """By its first line: tools that copy folders may set other modification times."""
-    try:
-        with place.open("rb") as file:
-            return decode_head(file.readline(MAX_HEAD_BYTES)).expires_s <= now_s
-    except FileNotFoundError:
-        return False
-    except StorageError:
-        return True  # it has no use
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename safe on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _as_storage_error() -> Iterator[None]:
-    """What the file system refuses, without its paths; the log has the whole error."""
-    try:
-        yield
-    except OSError as err:
-        logger.exception("the state folder cannot be used")
-        reason = os.strerror(err.errno) if err.errno else "unknown error"
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFullError(f"nothing more can be stored: {reason}") from err
-        raise StorageError(f"the state folder cannot be used: {reason}") from err

@@ -221,6 +221,8 @@ def test_a_damaged_object_is_not_returned(tmp_path: Path, damage: Any) -> None:
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(StorageError):
         store.get(NOTES, "a", object_id)
+    assert store.delete(NOTES, "a", object_id)
+    assert store.get(NOTES, "a", object_id) is None
 
 
 def test_a_file_in_another_one_s_place_is_not_returned(tmp_path: Path) -> None:
@@ -359,7 +361,7 @@ def test_errors_of_the_disk_have_no_paths(
     def fail(handle: int) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path))
 
-    monkeypatch.setattr("gateway.state.store.os.fsync", fail)
+    monkeypatch.setattr("gateway.state.files.os.fsync", fail)
     with pytest.raises(kind, match=message) as caught:
         put(store, NOTES)
     assert type(caught.value) is kind
