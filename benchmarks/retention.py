@@ -43,9 +43,12 @@ class Use:
     """Nobody continues it."""
 
 
-def uses_of(requests: Sequence[TracedRequest]) -> list[Use]:
-    """Requests in the order of arrival; which of them is a last one is known in hindsight."""
-    blocks = [request.blocks[: request.prompt_tokens // BLOCK_TOKENS] for request in requests]
+def uses_of(requests: Sequence[TracedRequest], one_in: int = 1) -> list[Use]:
+    """Requests in the order of arrival; which of them is a last one is known in hindsight.
+
+    Of ``one_in`` blocks one is replayed.
+    """
+    blocks = [r.blocks[: r.prompt_tokens // BLOCK_TOKENS : one_in] for r in requests]
     used_later, found = set[int](), list[Use]()
     for request, own in zip(reversed(requests), reversed(blocks), strict=True):
         found.append(
@@ -192,7 +195,7 @@ def section(quick: bool) -> str:
     head = ["trace, order", *(f"{size:.0%}" for size in SIZES)]
     rows, tiers = [], []
     for trace, requests in traces(quick).items():
-        uses = uses_of(requests)
+        uses = uses_of(requests, 32 if quick else 1)
         size = working_set(uses)
         ideal = [ideal_blocks(uses, int(size * part)) for part in SIZES]
         total = sum(len(use.names) for use in uses)
@@ -231,8 +234,8 @@ _HINTS = {
 
 def traces(quick: bool) -> dict[str, Sequence[TracedRequest]]:
     """What is replayed, by name in the table."""
-    agents = agent_sessions(1, 6 if quick else 150)
-    documents = one_shots(1, agents[-1].time_s, 0.1 if quick else 0.3)
+    agents = agent_sessions(1, 4 if quick else 150)
+    documents = one_shots(1, agents[-1].time_s, 0.02 if quick else 0.3)
     mixed = sorted([*agents, *documents], key=lambda request: request.time_s)
     return {
         "conversations": conversations()[: 300 if quick else None],

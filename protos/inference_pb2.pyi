@@ -36,6 +36,9 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     TRUNCATION_SIDE_FIELD_NUMBER: _builtins.int
+    CACHE_TTL_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_CACHE_KEY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """empty is the served model"""
     text: _builtins.str
@@ -51,6 +54,12 @@ class GenerateRequest(_message.Message):
     """keep so many; -1: what leaves room for the output"""
     truncation_side: _builtins.str
     """left (default) or right: where tokens are dropped"""
+    cache_ttl: _builtins.float
+    """seconds to keep its KV; 0: nobody uses it again"""
+    session_id: _builtins.str
+    """requests that go on from each other"""
+    prompt_cache_key: _builtins.str
+    """the same; session_id is taken where both are set"""
     @_builtins.property
     def token_ids(self) -> _types_pb2.TokenIds: ...
     @_builtins.property
@@ -77,17 +86,26 @@ class GenerateRequest(_message.Message):
         cache_salt: _builtins.str | None = ...,
         truncate_prompt_tokens: _builtins.int | None = ...,
         truncation_side: _builtins.str | None = ...,
+        cache_ttl: _builtins.float | None = ...,
+        session_id: _builtins.str | None = ...,
+        prompt_cache_key: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_cache_salt", b"_cache_salt", "_priority", b"_priority", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "_truncation_side", b"_truncation_side", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "embeddings", b"embeddings", "input", b"input", "messages", b"messages", "output_options", b"output_options", "priority", b"priority", "sampling_params", b"sampling_params", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens", "truncation_side", b"truncation_side"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_cache_salt", b"_cache_salt", "_cache_ttl", b"_cache_ttl", "_priority", b"_priority", "_prompt_cache_key", b"_prompt_cache_key", "_session_id", b"_session_id", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "_truncation_side", b"_truncation_side", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "cache_ttl", b"cache_ttl", "embeddings", b"embeddings", "input", b"input", "messages", b"messages", "output_options", b"output_options", "priority", b"priority", "prompt_cache_key", b"prompt_cache_key", "sampling_params", b"sampling_params", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens", "truncation_side", b"truncation_side"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_cache_salt", b"_cache_salt", "_priority", b"_priority", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "_truncation_side", b"_truncation_side", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "embeddings", b"embeddings", "input", b"input", "messages", b"messages", "model", b"model", "output_options", b"output_options", "priority", b"priority", "request_id", b"request_id", "sampling_params", b"sampling_params", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens", "truncation_side", b"truncation_side"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_cache_salt", b"_cache_salt", "_cache_ttl", b"_cache_ttl", "_priority", b"_priority", "_prompt_cache_key", b"_prompt_cache_key", "_session_id", b"_session_id", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "_truncation_side", b"_truncation_side", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "cache_ttl", b"cache_ttl", "embeddings", b"embeddings", "input", b"input", "messages", b"messages", "model", b"model", "output_options", b"output_options", "priority", b"priority", "prompt_cache_key", b"prompt_cache_key", "request_id", b"request_id", "sampling_params", b"sampling_params", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens", "truncation_side", b"truncation_side"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
+    _WhichOneofReturnType__cache_ttl: _TypeAlias = _typing.Literal["cache_ttl"]  # noqa: Y015
+    _WhichOneofArgType__cache_ttl: _TypeAlias = _typing.Literal["_cache_ttl", b"_cache_ttl"]  # noqa: Y015
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_cache_key: _TypeAlias = _typing.Literal["prompt_cache_key"]  # noqa: Y015
+    _WhichOneofArgType__prompt_cache_key: _TypeAlias = _typing.Literal["_prompt_cache_key", b"_prompt_cache_key"]  # noqa: Y015
+    _WhichOneofReturnType__session_id: _TypeAlias = _typing.Literal["session_id"]  # noqa: Y015
+    _WhichOneofArgType__session_id: _TypeAlias = _typing.Literal["_session_id", b"_session_id"]  # noqa: Y015
     _WhichOneofReturnType__truncate_prompt_tokens: _TypeAlias = _typing.Literal["truncate_prompt_tokens"]  # noqa: Y015
     _WhichOneofArgType__truncate_prompt_tokens: _TypeAlias = _typing.Literal["_truncate_prompt_tokens", b"_truncate_prompt_tokens"]  # noqa: Y015
     _WhichOneofReturnType__truncation_side: _TypeAlias = _typing.Literal["truncation_side"]  # noqa: Y015
@@ -99,7 +117,13 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_salt) -> _WhichOneofReturnType__cache_salt | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_ttl) -> _WhichOneofReturnType__cache_ttl | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_cache_key) -> _WhichOneofReturnType__prompt_cache_key | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session_id) -> _WhichOneofReturnType__session_id | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__truncate_prompt_tokens) -> _WhichOneofReturnType__truncate_prompt_tokens | None: ...
     @_typing.overload

@@ -110,6 +110,8 @@ class GatewaySection:
     """Characters of one stop string."""
     max_logprobs: int = 20
     """Alternatives reported for a token."""
+    max_cache_ttl_s: float = 3600.0
+    """Longest ``cache_ttl`` of a request."""
     max_queue: int = 1024
     """Requests that a serve replica holds at once, running or waiting."""
     max_queue_tokens: int | None = None
@@ -159,9 +161,13 @@ class GatewaySection:
         counts = "max_queue max_queue_tokens num_gateway_replicas"
         check_each(self, counts, is_at_least_1, "must be at least 1")
         check_each(self, _LIMITS, is_positive, "must be above 0")
+<<<<<<< HEAD
         ttl = self.state_ttl_s
         check(1 <= ttl <= MAX_TTL_S, "state_ttl_s", ttl, f"must be 1 to {MAX_TTL_S}")
         waits = "drain_lead_s drain_timeout_s max_queue_wait_s"
+=======
+        waits = "drain_lead_s drain_timeout_s max_queue_wait_s max_cache_ttl_s"
+>>>>>>> sessions
         rule = "must not be negative or infinite"
         check_each(self, waits, lambda s: 0 <= s < math.inf, rule)
         for name in ("api_keys", "admin_keys"):

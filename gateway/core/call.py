@@ -127,6 +127,13 @@ class GenerateFields:
     """Lower runs first."""
     cache_salt: str | None = None
     """Prefixes are shared with calls of the same salt only; None is a salt of its own."""
+    cache_ttl: float | None = None
+    """Seconds after its end for which its KV is kept before that of others; 0: nobody will use it
+    again; None: it does not say."""
+    session_id: str | None = None
+    """Calls that go on from each other; they go to the same worker where that costs little."""
+    prompt_cache_key: str | None = None
+    """The same under OpenAI's name; ``session_id`` is taken where both are given."""
     return_tokens_as_token_ids: bool = False
     """Log-probabilities name tokens by number."""
     truncate_prompt_tokens: int | None = None
@@ -161,6 +168,11 @@ class GenerateFields:
     def is_ranked(self) -> bool:
         """Whether only the most probable of the drawn choices are returned."""
         return self.num_drawn != self.num_returned
+
+    @property
+    def session(self) -> str:
+        """Name of its session; empty without one."""
+        return self.session_id or self.prompt_cache_key or ""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -239,6 +251,8 @@ class GenerateCall:
                 deadline_ms=deadline_ms,
                 priority=self.fields.priority or 0,
                 cache_salt=self.cache_salt,
+                session=self.fields.session,
+                cache_ttl_s=self.fields.cache_ttl,
                 tenant=self.tenant,
                 weight=self.weight,
                 inspection=prompt.inspection,

@@ -14,7 +14,8 @@ RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
 """Names that ``chat_template_kwargs`` may not set."""
-MAX_CACHE_SALT_CHARS = 256
+MAX_NAME_CHARS = 256
+"""Characters of ``cache_salt``, and of names of sessions."""
 MAX_MESSAGES = 16_384
 MAX_PARTS = 65_536
 """Fields, content parts and calls of all messages together."""
@@ -47,6 +48,7 @@ RANGES: Mapping[str, Range] = {
     "seed": Range(-(2**63), 2**63 - 1),
     "priority": Range(-(2**31), 2**31 - 1),
     "prompt_logprobs": Range(0, "max_logprobs"),
+    "cache_ttl": Range(0, "max_cache_ttl_s"),
 }
 """Fields of a call that are a number within two bounds. None always fits, NaN never."""
 _BIAS = Range(-100, 100)
@@ -71,6 +73,8 @@ def check_fields(fields: GenerateFields, limits: GatewaySection) -> None:
     for _, bias in fields.logit_bias:
         check_range("logit_bias", bias, _BIAS)
     check_cache_salt(fields.cache_salt)
+    _check_name("session_id", fields.session_id)
+    _check_name("prompt_cache_key", fields.prompt_cache_key)
     _check_counts(fields)
     if fields.kind is CallKind.COMPLETION:
         _check_prompts(fields, limits)
@@ -183,10 +187,14 @@ def _check_texts(name: str, noun: str, texts: Sequence[str], limits: GatewaySect
 
 def check_cache_salt(salt: str | None) -> None:
     """Raise ``RequestError`` for one that is empty or too long."""
-    if salt is None:
+    _check_name("cache_salt", salt)
+
+
+def _check_name(field: str, name: str | None) -> None:
+    if name is None:
         return
-    require(len(salt) > 0, "cache_salt", "must not be empty")
-    check_length("cache_salt", len(salt), MAX_CACHE_SALT_CHARS, "characters")
+    require(len(name) > 0, field, "must not be empty")
+    check_length(field, len(name), MAX_NAME_CHARS, "characters")
 
 
 def _check_logprobs(fields: GenerateFields, limits: GatewaySection) -> None:

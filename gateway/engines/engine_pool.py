@@ -22,6 +22,7 @@ from gateway.engines.kv_index import KvIndex
 from gateway.engines.moves import Moves
 from gateway.engines.pauses import Pauses
 from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
+from gateway.engines.session_homes import SessionHomes
 from gateway.engines.submission import OutputSink, RequestStage, Submission
 from workers.requests.block_hash import KvEvents, prompt_hashes
 from workers.requests.request import Request
@@ -75,6 +76,7 @@ class EnginePool:
         self._num_routed = 0
         self.kv = KvIndex()
         """Which worker has which blocks."""
+        self._homes = SessionHomes()
         self.pauses = Pauses()
         """How long streams stood still at changes of the generation."""
         self._moves = Moves(self._has_other, self._pick_other, self._go_over)
@@ -175,7 +177,8 @@ class EnginePool:
         if self._policy is RoutingPolicy.KV:
             size = self._name_blocks(entry, ready[0])
             hashes = entry.prompt_hashes
-            choice = route_by_kv(self.kv, hashes, loads, self._num_routed, tokens, size)
+            home = self._homes.get(entry.request)
+            choice = route_by_kv(self.kv, hashes, loads, self._num_routed, tokens, size, home)
         else:
             for client in clients.values():
                 client.load.outstanding_tokens = client.outstanding_tokens
@@ -183,6 +186,7 @@ class EnginePool:
         self._num_routed += 1
         entry.missing_tokens = max(tokens - choice.cached_tokens, 0)
         entry.kv_peer = choice.peer
+        self._homes.put(entry.request, choice.load.name)
         return clients[choice.load.name]
 
     def _may_have(self, entry: Submission, client: EngineClient) -> bool:

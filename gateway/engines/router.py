@@ -27,6 +27,9 @@ bursts with a common prefix wait longer.
 """
 DECODE_TOKENS = 64
 """Cost of a decoding sequence for a prompt, in prompt tokens that are computed before it."""
+HOME_TOKENS = 64
+"""Preference for the worker that served the last request of a session, in prompt tokens: it has
+more of the session than full blocks of its prompt, and the next request will look there as well."""
 FETCH_TOKENS = 32
 """Fixed cost of fetching blocks from a peer, in prompt tokens."""
 
@@ -75,6 +78,7 @@ def pick_worker(
     prompt_tokens: int = 0,
     cached_tokens: Mapping[str, int] | None = None,
     peer: KvPeer | None = None,
+    home: str = "",
 ) -> Route:
     """The worker for the next request.
 
@@ -85,6 +89,7 @@ def pick_worker(
         prompt_tokens: length of the request's prompt.
         cached_tokens: by worker, the cached prompt tokens (workers without any may be left out).
         peer: from which another worker could fetch a part of the prompt.
+        home: the worker that served the last request of the session; empty: none.
 
     The cost that ``kv`` minimises is in prompt tokens: those to wait for, and those to compute. A
     worker may fetch from the peer while it computes others, so that only the longer of both delays
@@ -103,8 +108,10 @@ def pick_worker(
         waits = [x.queued_tokens + DECODE_TOKENS * x.num_decoding for x in loads]
         missing = [prompt_tokens - get(x.name, 0) for x in loads]
         costs = [w + MISSING_WEIGHT * m for w, m in zip(waits, missing, strict=True)]
+        _prefer(home, loads, costs)
         if peer is not None:
             fetches = _fetch_costs(loads, waits, missing, prompt_tokens - peer.tokens)
+            _prefer(home, loads, fetches)
             if min(fetches) < min(costs):
                 return Route(_best(loads, fetches, num_routed), peer.tokens, peer.name)
     return _route(_best(loads, costs, num_routed), known)
@@ -117,6 +124,7 @@ def route_by_kv(
     num_routed: int,
     prompt_tokens: int,
     block_size: int,
+    home: str = "",
 ) -> Route:
     """``pick_worker`` by ``kv``, for a prompt whose full blocks have these (short) hashes."""
     matches = index.matches(hashes)
@@ -125,7 +133,14 @@ def route_by_kv(
     if any(load.fetch_cost < math.inf for load in loads):
         holder, count = index.best_holder(hashes, matches)
         peer = KvPeer(holder, count * block_size) if count else None
-    return pick_worker(loads, RoutingPolicy.KV, num_routed, prompt_tokens, cached, peer)
+    return pick_worker(loads, RoutingPolicy.KV, num_routed, prompt_tokens, cached, peer, home)
+
+
+def _prefer(home: str, loads: Sequence[WorkerLoad], costs: list[float]) -> None:
+    if home:
+        for place, load in enumerate(loads):
+            if load.name == home:
+                costs[place] -= HOME_TOKENS
 
 
 def _fetch_costs(

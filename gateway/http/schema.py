@@ -178,6 +178,9 @@ class GenerateBody(SamplingBody):
     response_format: ResponseFormatBody | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: str | None = None
+    cache_ttl: float | None = None
+    session_id: str | None = None
+    prompt_cache_key: str | None = None
     request_id: str | None = None
 
 

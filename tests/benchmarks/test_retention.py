@@ -29,6 +29,9 @@ from benchmarks.retention import (
     working_set,
 )
 
+ONE_IN = 8
+"""Blocks of which one is replayed: to save time."""
+
 
 @pytest.fixture(scope="module")
 def agents() -> list[AgentRequest]:
@@ -37,11 +40,11 @@ def agents() -> list[AgentRequest]:
 
 @pytest.fixture(scope="module")
 def uses(agents: list[AgentRequest]) -> list[Use]:
-    return uses_of(agents)
+    return uses_of(agents, ONE_IN)
 
 
 def test_the_sessions_are_as_published() -> None:
-    requests = agent_sessions(1, 120)
+    requests = agent_sessions(1, 90)
     turns = Counter(r.session for r in requests if "." not in r.session)
     helped = {r.session.partition(".")[0] for r in requests if "." in r.session}
     seen, num_seen = set[int](), 0
@@ -94,7 +97,8 @@ def test_agents_find_nine_tenths_of_what_the_ideal_cache_finds(uses: list[Use]) 
 
 def test_documents_do_not_push_sessions_out(agents: list[AgentRequest]) -> None:
     documents = one_shots(1, agents[-1].time_s, 0.1)
-    uses = uses_of(sorted([*agents, *documents], key=lambda request: request.time_s))
+    requests = sorted([*agents, *documents], key=lambda request: request.time_s)
+    uses = uses_of(requests, ONE_IN)
     num_blocks = working_set(uses) // 40
     lru, found, hinted, ideal = (
         lru_blocks(uses, num_blocks),

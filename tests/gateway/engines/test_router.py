@@ -10,6 +10,7 @@ from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import (
     DECODE_TOKENS,
     FETCH_TOKENS,
+    HOME_TOKENS,
     MISSING_WEIGHT,
     KvPeer,
     Route,
@@ -53,6 +54,31 @@ def test_a_cached_prefix_is_worth_waiting_for_up_to_its_price() -> None:
     assert _kv(busy, 600, b=500) == "b"
     busy[1].queued_tokens = price + 1
     assert _kv(busy, 600, b=500) == "a"
+
+
+def test_a_session_stays_where_it_was_if_that_costs_little() -> None:
+    loads = [WorkerLoad(name=name) for name in "abc"]
+
+    def pick(home: str, **cached: int) -> str:
+        found = (pick_worker(loads, RoutingPolicy.KV, n, 600, cached, home=home) for n in range(3))
+        return "".join(route.load.name for route in found)
+
+    assert pick("") == "abc"
+    assert pick("b") == "bbb"
+    assert pick("gone") == "abc"
+    assert pick("b", c=500) == "ccc", "it has lost the blocks, and another one has them"
+    loads[1].queued_tokens = HOME_TOKENS - 1
+    assert pick("b") == "bbb"
+    loads[1].queued_tokens = HOME_TOKENS + 1
+    assert "b" not in pick("b")
+
+
+def test_a_session_that_is_fetched_comes_home_too() -> None:
+    loads = [WorkerLoad(name=name, fetch_cost=0.1) for name in "abc"]
+    loads[0].queued_tokens = 5000
+    peer = KvPeer("a", 900)
+    found = [pick_worker(loads, RoutingPolicy.KV, n, 1000, {"a": 900}, peer, "c") for n in (0, 1)]
+    assert [(route.load.name, route.peer) for route in found] == [("c", "a"), ("c", "a")]
 
 
 def test_decoding_sequences_count() -> None:

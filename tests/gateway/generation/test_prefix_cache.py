@@ -91,6 +91,33 @@ def test_the_salt_reaches_the_engine(stack: Stack) -> None:
     assert salts == ["tenant", "tenant", "", "other", "other"]
 
 
+def test_hints_reach_the_engine(stack: Stack) -> None:
+    complete(stack, prompt="a", session_id="s", cache_ttl=30, prompt_cache_key="k")
+    complete(stack, prompt="a", prompt_cache_key="k", cache_ttl=0)
+    complete(stack, prompt="a", session_id=None, cache_ttl=None)
+    _generate(stack, session_id="t", cache_ttl=0.5)
+    hints = [(request.session, request.cache_ttl_s) for request in stack.engine.requests]
+    assert hints == [("s", 30.0), ("k", 0.0), ("", None), ("t", 0.5), ("t", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cache_ttl", -1),
+        ("cache_ttl", 3601),
+        ("cache_ttl", "5"),
+        ("session_id", ""),
+        ("session_id", 5),
+        ("prompt_cache_key", ["k"]),
+    ],
+)
+def test_a_bad_hint_is_refused_by_name(stack: Stack, name: str, value: object) -> None:
+    response = post(stack, "/v1/completions", prompt="a", **{name: value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == name
+    assert not stack.engine.requests
+
+
 @pytest.mark.parametrize("salt", ["", "x" * 257, 5])
 def test_a_bad_salt_is_refused_by_name(stack: Stack, salt: object) -> None:
     response = post(stack, "/v1/completions", prompt="a", cache_salt=salt)

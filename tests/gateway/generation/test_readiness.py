@@ -108,7 +108,7 @@ def test_steps_that_wait_for_a_worker_make_it_unready_by_rank(moody: Stack) -> N
 
 
 def test_a_recovery_says_for_whom_it_waits(moody: Stack) -> None:
-    _change(moody, state="RECOVERING", late_workers=["attention-0"])
+    _change(moody, state="RECOVERING", error=None, late_workers=["attention-0"])
     reasons = moody.http.get("/ready").json()["reasons"]
     waits = "steps wait for attention rank 0 (attention-0)"
     assert reasons == ["the cluster is RECOVERING", waits]

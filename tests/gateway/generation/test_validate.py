@@ -69,6 +69,14 @@ def _finish(
         ("logprobs", 21),
         ("cache_salt", ""),
         ("cache_salt", "x" * 257),
+        ("session_id", ""),
+        ("session_id", "x" * 257),
+        ("prompt_cache_key", ""),
+        ("prompt_cache_key", "x" * 257),
+        ("cache_ttl", -0.5),
+        ("cache_ttl", 3600.5),
+        ("cache_ttl", math.inf),
+        ("cache_ttl", math.nan),
     ],
 )
 def test_values_out_of_range_name_the_field(name: str, value: Any) -> None:
@@ -96,6 +104,10 @@ def test_values_out_of_range_name_the_field(name: str, value: Any) -> None:
         ("stop", ("x" * 256,) * 16),
         ("logit_bias", ((1, -100.0), (2, 100.0))),
         ("cache_salt", "x" * 256),
+        ("session_id", "x" * 256),
+        ("prompt_cache_key", "x" * 256),
+        ("cache_ttl", 0),
+        ("cache_ttl", 3600.0),
     ],
 )
 def test_values_at_the_edge_are_fine(name: str, value: Any) -> None:

@@ -108,13 +108,14 @@ OPTIONS: dict[str, Any] = {
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
 }
+KEEPING = {"cache_salt": "s", "cache_ttl": 0, "session_id": "a", "prompt_cache_key": "b"}
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
 SCHEMA_TEXT = '{"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}'
 
 
 def test_a_body_and_a_message_give_the_same_call() -> None:
     words = {"bad_words": ["x", "y z"]}
-    data = {**SAMPLING, **OPTIONS, **words, "allowed_token_ids": [7, 1], "cache_salt": "s"}
+    data = {**SAMPLING, **OPTIONS, **words, "allowed_token_ids": [7, 1], **KEEPING}
     sampling = {**SAMPLING, **words, "allowed_token_ids": {"ids": [7, 1]}}
     message = pb.GenerateRequest()
     json_format.ParseDict(
@@ -122,13 +123,13 @@ def test_a_body_and_a_message_give_the_same_call() -> None:
             "token_ids": {"ids": [1, 2]},
             "sampling_params": sampling,
             "output_options": OPTIONS,
-            "cache_salt": "s",
+            **KEEPING,
         },
         message,
     )
     fields = completion_fields(parse_body(CompletionBody, {**data, "prompt": [1, 2]}))
     assert grpc_fields(message) == fields
-    for name in (*OPTIONS, *sampling):
+    for name in (*OPTIONS, *sampling, *KEEPING):
         assert getattr(fields, name) is not getattr(GenerateFields(kind=fields.kind), name), name
 
 

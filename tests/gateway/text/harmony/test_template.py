@@ -209,7 +209,7 @@ def test_the_format_of_an_answer_ends_the_developer_message() -> None:
     section = f"# Response Formats\n\n## shopping_list\n\n// What\n// to buy\n{schema}<|end|>"
     prompt = render(FRIENDLY, ASKED, tools=WEATHER_TOOLS, answer_format=wanted)
     assert f"{DECLARED.removesuffix('<|end|>')}\n\n{section}<|start|>user" in prompt
-    for name in (None, "", "a b", "x" * 65):
+    for name in (None, "", "a b", "x" * 129):
         plain = render(ASKED, answer_format=AnswerFormat(schema=schema, name=name))
         expected = f"<|start|>developer<|message|># Response Formats\n\n## response\n\n{schema}"
         assert f"{expected}<|end|><|start|>user" in plain
