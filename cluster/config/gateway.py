@@ -161,13 +161,9 @@ class GatewaySection:
         counts = "max_queue max_queue_tokens num_gateway_replicas"
         check_each(self, counts, is_at_least_1, "must be at least 1")
         check_each(self, _LIMITS, is_positive, "must be above 0")
-<<<<<<< HEAD
         ttl = self.state_ttl_s
         check(1 <= ttl <= MAX_TTL_S, "state_ttl_s", ttl, f"must be 1 to {MAX_TTL_S}")
-        waits = "drain_lead_s drain_timeout_s max_queue_wait_s"
-=======
         waits = "drain_lead_s drain_timeout_s max_queue_wait_s max_cache_ttl_s"
->>>>>>> sessions
         rule = "must not be negative or infinite"
         check_each(self, waits, lambda s: 0 <= s < math.inf, rule)
         for name in ("api_keys", "admin_keys"):
