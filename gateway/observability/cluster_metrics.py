@@ -30,6 +30,7 @@ WORKER_TEXTS = {
     "kv_cache_usage_perc": "Share of KV blocks in use, 0 to 1",
     "kv_blocks_free": "Free KV blocks",
     "kv_blocks_total": "KV blocks of a worker",
+    "kv_blocks_kept": "Free KV blocks that a request asked to keep before others",
     "recurrent_states_free": "Recurrent states without a holder, those of cached prefixes included",
     "recurrent_states_total": "Recurrent states of a worker whose model has such",
     "num_preemptions_total": "Preempted sequences",

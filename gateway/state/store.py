@@ -182,8 +182,8 @@ class StateStore:
 
     def write_work(self, name: str, content: bytes) -> None:
         """Write a file of ``work``, whole or not at all."""
-        with _as_storage_error():
-            self._move(self._new_file(content), self.work / name)
+        with as_storage_error():
+            move(write_aside(self._folder / _NEW, content), self.work / name)
 
     def sweep(self) -> int:
         """Remove what has expired, and what killed gateways left; the number of removed files."""
@@ -195,9 +195,7 @@ class StateStore:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mark = self._folder / _MARK
         if not mark.exists():
-            others = (
-                [] if is_new else [p for p in os.listdir(self._folder) if p not in (_NEW, _WORK)]
-            )
+            others = [] if is_new else sorted({*os.listdir(self._folder)} - {_NEW, _WORK})
             # others may be starting on the same folder: then their mark is there by now
             rule = "holds other files: give an empty folder, or a new one"
             check(not others or mark.exists(), "state_dir", str(self._folder), rule)
