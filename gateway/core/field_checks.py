@@ -19,6 +19,8 @@ MAX_MESSAGES = 16_384
 MAX_PARTS = 65_536
 """Fields, content parts and calls of all messages together."""
 _CONTAINERS = (dict, list)
+Neutral = Mapping[str, tuple[object, ...]]
+"""Known fields that are not built, each with the values that change nothing; null never does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,17 @@ def check_messages(count: int, num_parts: int) -> None:
     check_length("messages", count, MAX_MESSAGES)
     rule = f"have {num_parts} fields, parts and calls, at most {MAX_PARTS} are allowed"
     require(num_parts <= MAX_PARTS, "messages", rule)
+
+
+def refuse_unbuilt(data: Mapping[str, Any], unbuilt: Neutral, path: str = "") -> None:
+    """Raise ``UnsupportedParameterError`` for the first field that is set to change anything.
+
+    ``path`` stands before its name.
+    """
+    for name, neutral in unbuilt.items():
+        value = data.get(name)
+        if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
+            raise UnsupportedParameterError(f"{path}{name} is not supported", path + name)
 
 
 def given_one(**values: object) -> str:

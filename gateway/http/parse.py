@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import (
@@ -20,10 +20,9 @@ from gateway.core.field_checks import (
     check_messages,
     is_deeper,
 )
-from gateway.http.schema import TAG, StrictBody
 from gateway.text.forms.tools import MAX_TOOLS
 
-Body = TypeVar("Body", bound=StrictBody)
+Body = TypeVar("Body", bound=BaseModel)
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -42,7 +41,9 @@ _SHAPES = {
     "schema": "must be a JSON schema: an object, or its JSON text",
     "json": "must be a JSON schema: an object, or its JSON text",
 }
-"""What a field with several types may be."""
+"""What a field with several types may be; ``SHAPES`` of a body has others of its own."""
+TAG = "is "
+"""Begins the name of one type of several that a function tells apart (pydantic's ``Tag``)."""
 _MOST_ENTRIES = {
     "tools": MAX_TOOLS,
     "logit_bias": MAX_ENTRIES["logit_bias"],
@@ -105,7 +106,10 @@ def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
 
 
 def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
-    """The typed fields of a body. Raises ``RequestError`` for the first that is wrong."""
+    """The typed fields of a body. Raises ``RequestError`` for the first that is wrong.
+
+    ``SHAPES`` of the type, if it has any, says what fields with several types may be.
+    """
     for name, most in _MOST_ENTRIES.items():
         value = data.get(name)
         if name in kind.model_fields and isinstance(value, list | dict):
@@ -116,7 +120,7 @@ def parse_body(kind: type[Body], data: Mapping[str, Any]) -> Body:
     try:
         return kind.model_validate(data)
     except ValidationError as err:
-        raise _describe(err, kind.SHAPES) from err
+        raise _describe(err, getattr(kind, "SHAPES", {})) from err
 
 
 def _num_parts(messages: Sequence[object]) -> int:

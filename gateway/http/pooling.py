@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from starlette.requests import Request
 
+from gateway.core.bodies import Items
 from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
 from gateway.core.field_checks import given_one
@@ -26,7 +27,7 @@ from gateway.http.convert import given_fields, mask_list, prompt_list
 from gateway.http.middleware import Responder, WatchedEndpoint, dump_json, timeout_header_s
 from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
-from gateway.http.schema import CallBody, Items, PromptField
+from gateway.http.schema import CallBody, PromptField
 from gateway.http.unsupported import check_unbuilt
 from workers.requests.inspection import NamedArray
 

@@ -6,43 +6,14 @@ once for both codecs, in ``gateway/core/field_checks.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import ConfigDict, Field
 
+from gateway.core.bodies import Items, StrictBody, Whole
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-"""JSON knows one kind of number: 5.0 is 5."""
-Item = TypeVar("Item")
-
-
-class _FirstError(FailFast):
-    """``FailFast`` that can be in a union of types."""
-
-    def __hash__(self) -> int:
-        return hash(self.fail_fast)
-
-
-Items = Annotated[list[Item], _FirstError()]
-"""A list of which the first wrong item ends the check: a body has room for millions."""
-
-TAG = "is "
-"""Begins the name of one type of several that a function tells apart (pydantic's ``Tag``)."""
 PromptField = str | Items[int] | Items[str] | Items[Items[int]]
 """One prompt or several, as text or token ids."""
-
-
-class StrictBody(BaseModel):
-    """A JSON object: ``"5"`` is not a number, and unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-    SHAPES: ClassVar[Mapping[str, str]] = {}
-    """What fields with several types may be, where the protocol has its own."""
 
 
 class Part(StrictBody):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.core.delta import ChoiceDelta
@@ -19,12 +20,12 @@ _HEADERS = {
     "x-accel-buffering": "no",
 }
 DONE = b"data: [DONE]\n\n"
-_PING = b": ping\n\n"
+PING = b": ping\n\n"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class EventStream(ABC):
-    """One stream: its target, and what a protocol writes into it."""
+    """One stream: its target, and how a protocol writes its events."""
 
     gateway: Gateway
     responder: Responder
@@ -40,48 +41,43 @@ class EventStream(ABC):
         deltas = await generation.next(ping_after_s)
         await self.responder.start(200, _HEADERS)
         try:
-            if opening := self._opening():
-                await self.responder.body(opening, more=True)
             while deltas or not generation.is_finished:
-                content = self._events(generation, deltas) if deltas else _PING
-                await self.responder.body(content, more=True)
+                content = self._pieces(generation, deltas) if deltas else self._ping(generation)
+                if content:
+                    await self.responder.body(content, more=True)
                 if deltas:
                     generation.sent()
                 deltas = await generation.next(ping_after_s)
-            ending = await self._ending(generation)
+            ending = await self._end(generation)
         except Exception as err:
-            ending = self._failure(self.gateway.report_error(err, self.request_id))
+            ending = self._error(self.gateway.report_error(err, self.request_id))
         await self.responder.body(ending)
 
-    def _opening(self) -> bytes:
-        """What comes first."""
-        return b""
+    @abstractmethod
+    def _pieces(self, generation: Generation, deltas: Sequence[ChoiceDelta]) -> bytes:
+        """Events of the next pieces; empty where nothing is certain yet."""
 
     @abstractmethod
-    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
-        """The events of new pieces."""
+    def _ping(self, generation: Generation) -> bytes:
+        """What keeps a silent connection open."""
 
     @abstractmethod
-    async def _ending(self, generation: Generation) -> bytes:
-        """What comes last where all went well."""
+    async def _end(self, generation: Generation) -> bytes:
+        """The last events."""
 
     @abstractmethod
-    def _failure(self, report: ErrorReport) -> bytes:
-        """What comes last where it did not."""
-
-    def _event(self, data: bytes, name: bytes = b"") -> bytes:
-        self.gateway.metrics.sse_events.inc()
-        return b"%b%bdata: %b\n\n" % (b"event: " if name else b"", name and name + b"\n", data)
+    def _error(self, report: ErrorReport) -> bytes:
+        """The last events after an error."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class SseStream(EventStream):
-    """A stream of OpenAI's chunks."""
+    """OpenAI's chunks."""
 
     formatter: AnswerFormat
     options: StreamOptions
 
-    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+    def _pieces(self, generation: Generation, deltas: Sequence[ChoiceDelta]) -> bytes:
         content = b""
         with_usage = self.options.continuous_usage_stats
         for delta in deltas:
@@ -94,10 +90,17 @@ class SseStream(EventStream):
                 content += self._event(dump_json(chunk))
         return content
 
-    async def _ending(self, generation: Generation) -> bytes:
+    def _ping(self, generation: Generation) -> bytes:
+        return PING
+
+    async def _end(self, generation: Generation) -> bytes:
         if not self.options.include_usage:
             return DONE
         return self._event(dump_json(self.formatter.usage_chunk(generation.usage))) + DONE
 
-    def _failure(self, report: ErrorReport) -> bytes:
+    def _error(self, report: ErrorReport) -> bytes:
         return self._event(dump_json(report.body())) + DONE
+
+    def _event(self, chunk: bytes) -> bytes:
+        self.gateway.metrics.sse_events.inc()
+        return b"data: " + chunk + b"\n\n"

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cluster.core.errors import UnsupportedParameterError
+from gateway.core.field_checks import Neutral, refuse_unbuilt
 
 Endpoint = Literal["completion", "chat", "tokenize", "pooling"]
-Neutral = Mapping[str, tuple[object, ...]]
-"""Fields by name, each with the values that change nothing."""
 
 _GENERATE: Neutral = {
     "guided_json": (),
@@ -78,18 +77,10 @@ def check_unbuilt(data: Mapping[str, Any], endpoint: Endpoint) -> None:
         unbuilt.pop("tools", None)
     if "best_of" in unbuilt:
         unbuilt["best_of"] = (data.get("n") or 1,)
-    check_neutral(data, unbuilt)
+    refuse_unbuilt(data, unbuilt)
     structured = data.get("structured_outputs")
     if endpoint != "pooling" and isinstance(structured, dict):
-        check_neutral(structured, UNBUILT_STRUCTURED, "structured_outputs.")
+        refuse_unbuilt(structured, UNBUILT_STRUCTURED, "structured_outputs.")
     misplaced = _MISPLACED.get(endpoint)
     if misplaced is not None and data.get(misplaced):
         raise UnsupportedParameterError(f"{misplaced} is not supported for {endpoint}", misplaced)
-
-
-def check_neutral(data: Mapping[str, Any], unbuilt: Neutral, path: str = "") -> None:
-    """Raise ``UnsupportedParameterError`` for a field whose value changes something."""
-    for name, neutral in unbuilt.items():
-        value = data.get(name)
-        if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
-            raise UnsupportedParameterError(f"{path}{name} is not supported", path + name)

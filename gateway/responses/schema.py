@@ -7,7 +7,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Discriminator, Field, Tag
 
-from gateway.http.schema import TAG, Items, SamplingBody, StrictBody, Whole
+from gateway.core.bodies import Items, StrictBody, Whole
+from gateway.http.parse import TAG
+from gateway.http.schema import SamplingBody
 
 
 class InputPart(StrictBody):

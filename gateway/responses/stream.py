@@ -3,56 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.errors import ErrorReport
 from gateway.generation.generation import Generation
 from gateway.http.middleware import dump_json
-from gateway.http.sse import DONE, EventStream
+from gateway.http.sse import DONE, PING, EventStream
 from gateway.responses.format import OutputFormat
 from gateway.responses.output import Event, OutputBuilder
 from gateway.responses.resource import Resource, ResourceFormat
 
 
 @dataclass(kw_only=True, slots=True)
-class _Numbers:
-    """What changes while a stream is sent."""
-
-    sequence: int = 0
-    """``sequence_number`` of the next event."""
-    finish: Finish | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseStream(EventStream):
-    """A stream of one response's events, each with its number."""
+    """Named events, each with its number; the last one has the whole response."""
 
     builder: OutputBuilder
     output: OutputFormat
     resource: ResourceFormat
     complete: Callable[[Finish], Awaitable[Resource]]
     """The response at the end; stores it."""
-    _state: _Numbers = field(default_factory=_Numbers)
+    number: int = 0
+    """``sequence_number`` of the next event."""
+    finish: Finish | None = None
 
-    def _opening(self) -> bytes:
-        response = self.resource.begun()
-        names = ("response.created", "response.in_progress")
-        return self._written({"type": name, "response": response} for name in names)
-
-    def _events(self, generation: Generation, deltas: list[ChoiceDelta]) -> bytes:
+    def _pieces(self, generation: Generation, deltas: Sequence[ChoiceDelta]) -> bytes:
         for delta in deltas:
-            self._state.finish = delta.finish
-        return self._written(joined(self.output.feed(deltas)))
+            self.finish = delta.finish
+        return self._start() + self._dump(joined(self.output.feed(deltas)))
 
-    async def _ending(self, generation: Generation) -> bytes:
-        assert self._state.finish is not None, "the choice has ended"
-        response = await self.complete(self._state.finish)
-        ended = {"type": f"response.{response['status']}", "response": response}
-        return self._written([ended]) + DONE
+    def _ping(self, generation: Generation) -> bytes:
+        return self._start() + PING
 
-    def _failure(self, report: ErrorReport) -> bytes:
+    async def _end(self, generation: Generation) -> bytes:
+        assert self.finish is not None, "the choice has ended"
+        response = await self.complete(self.finish)
+        return self._dump([{"type": f"response.{response['status']}", "response": response}]) + DONE
+
+    def _error(self, report: ErrorReport) -> bytes:
         error = report.body()["error"]
         flat = {name: error[name] for name in ("code", "message", "param")}
         failed = self.resource.failed(self.builder.output(), report)
@@ -60,14 +50,22 @@ class ResponseStream(EventStream):
             {"type": "error", **flat, "error": error},
             {"type": "response.failed", "response": failed},
         ]
-        return self._written(events) + DONE
+        return self._start() + self._dump(events) + DONE
 
-    def _written(self, events: Iterable[Event]) -> bytes:
+    def _start(self) -> bytes:
+        if self.number:
+            return b""
+        response = self.resource.begun()
+        names = ("response.created", "response.in_progress")
+        return self._dump({"type": name, "response": response} for name in names)
+
+    def _dump(self, events: Iterable[Event]) -> bytes:
         written = []
         for event in events:
-            numbered = {**event, "sequence_number": self._state.sequence}
-            self._state.sequence += 1
-            written.append(self._event(dump_json(numbered), event["type"].encode()))
+            data = dump_json({**event, "sequence_number": self.number})
+            written.append(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data))
+            self.number += 1
+        self.gateway.metrics.sse_events.inc(len(written))
         return b"".join(written)
 
 

@@ -1,7 +1,7 @@
 """Tools of a body, and which of them may be called.
 
 A custom tool takes any text. The model sees it as a function with the one argument ``input``, which
-``custom_input`` reads again.
+``CustomInput`` reads again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.responses.schema import ChosenToolBody, NamedToolBody, OfferedToolBody, ResponseBody
-from gateway.text.forms.tools import make_tool_use
+from gateway.text.forms.tools import FieldNames, make_tool_use
 
 KINDS = ("function", "custom")
 INPUT = "input"
@@ -30,6 +30,7 @@ _OPENING = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 _ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[^u])")
 _HIGH_SURROGATE = re.compile(r"\\u[dD][89abAB]")
 _MODES = ("auto", "required")
+_NAMES = FieldNames(name="name", parameters="parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +48,24 @@ def read_tools(body: ResponseBody) -> OfferedTools:
     offered = body.tools or []
     tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(offered)]
     custom = frozenset(tool.name or "" for tool in offered if tool.type == "custom")
-    choice, is_parallel = body.tool_choice, body.parallel_tool_calls
+    return OfferedTools(_use(body, tools, custom), custom)
+
+
+def _use(body: ResponseBody, tools: Sequence[Tool], custom: frozenset[str]) -> ToolUse | None:
+    choice = body.tool_choice
+    wanted: str | None = None
+    name: str | None = None
+    among: tuple[str, ...] = ()
     if not isinstance(choice, ChosenToolBody):
-        return OfferedTools(make_tool_use(tools, choice, is_parallel=is_parallel, inner=""), custom)
-    if choice.type == "allowed_tools":
-        among = _allowed(choice.tools or (), custom)
-        mode = choice.mode
-        rule = f"({str(mode)[:32]!r}) must be one of {', '.join(_MODES)}"
-        require(mode in _MODES, "tool_choice.mode", rule)
-        use = make_tool_use(tools, mode, is_parallel=is_parallel, among=among, inner="")
-        return OfferedTools(use, custom)
-    name = _named(choice.type, choice.name, custom, "tool_choice")
-    use = make_tool_use(tools, name=name, is_parallel=is_parallel, inner="")
-    return OfferedTools(use, custom)
+        wanted = choice
+    elif choice.type == "allowed_tools":
+        wanted, among = choice.mode, _allowed(choice.tools or (), custom)
+        rule = f"({str(wanted)[:32]!r}) must be one of {', '.join(_MODES)}"
+        require(wanted in _MODES, "tool_choice.mode", rule)
+    else:
+        name = _named(choice.type, choice.name, custom, "tool_choice")
+    is_parallel = body.parallel_tool_calls
+    return make_tool_use(tools, wanted, name, is_parallel, names=_NAMES, among=among)
 
 
 def _tool(tool: OfferedToolBody, path: str) -> Tool:
@@ -167,8 +173,3 @@ def _end_of_character(text: str, place: int) -> int:
         return end
     low = _ESCAPE.match(text, end)  # the other half of the character
     return 0 if low is None else low.end()
-
-
-def custom_input(arguments: str) -> str:
-    """The text in the whole arguments of a custom tool's call."""
-    return CustomInput().feed(arguments)

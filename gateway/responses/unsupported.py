@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.core.errors import UnsupportedParameterError
+from gateway.core.field_checks import Neutral, refuse_unbuilt
 from gateway.http.unsupported import UNBUILT as UNBUILT_ELSEWHERE
-from gateway.http.unsupported import UNBUILT_STRUCTURED, Neutral, check_neutral
+from gateway.http.unsupported import UNBUILT_STRUCTURED
 
 UNBUILT: Neutral = {
     **UNBUILT_ELSEWHERE["chat"],
@@ -65,12 +66,12 @@ def check_unbuilt(data: Mapping[str, Any]) -> None:
     for name, now in MOVED.items():
         if data.get(name) is not None:
             raise UnsupportedParameterError(f"{name} is not supported: here it is {now}", name)
-    check_neutral(data, UNBUILT)
+    refuse_unbuilt(data, UNBUILT)
     for name, unbuilt in _WITHIN.items():
         inner = data.get(name)
         if isinstance(inner, dict):
-            check_neutral(inner, unbuilt, f"{name}.")
+            refuse_unbuilt(inner, unbuilt, f"{name}.")
     tools = data.get("tools")
     for place, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict):
-            check_neutral(tool, _OF_TOOL, f"tools[{place}].")
+            refuse_unbuilt(tool, _OF_TOOL, f"tools[{place}].")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.errors import RequestError
@@ -31,14 +32,22 @@ NAME_RULE = "must be 1 to 64 letters, digits, _, . or -"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldNames:
+    """What a protocol calls the parts of an entry of ``tools``, for messages."""
+
+    name: str = "function.name"
+    parameters: str = "function.parameters"
+
+
 def make_tool_use(
     tools: Sequence[Tool],
     choice: str | None = None,
     name: str | None = None,
     is_parallel: bool | None = None,
     *,
+    names: FieldNames | None = None,
     among: Collection[str] = (),
-    inner: str = ".function",
 ) -> ToolUse | None:
     """What was asked for, checked; None where the model is to know of no tool.
 
@@ -47,8 +56,8 @@ def make_tool_use(
         choice: ``none``, ``auto`` or ``required``; None is ``auto`` with tools, else ``none``.
         name: the one that must be called, in place of ``choice``.
         is_parallel: ``parallel_tool_calls``.
+        names: of the protocol; None is OpenAI's.
         among: names of those that may be called; empty allows all.
-        inner: where an entry of ``tools`` has the function's fields, for messages.
 
     Raises:
         RequestError: names the field.
@@ -59,7 +68,7 @@ def make_tool_use(
     require(choice is None or choice in known, field, rule)
     needs = name is not None or choice == "required"
     require(bool(tools) or not needs, field, "needs tools")
-    _check(tools, inner)
+    _check(tools, names or FieldNames())
     only = tuple(among) if name is None else (name,)
     if not tools or (choice == "none" and name is None):
         return None
@@ -71,18 +80,18 @@ def make_tool_use(
     )
 
 
-def _check(tools: Sequence[Tool], inner: str) -> None:
+def _check(tools: Sequence[Tool], names: FieldNames) -> None:
     check_length("tools", len(tools), MAX_TOOLS)
     seen: set[str] = set()
     for place, tool in enumerate(tools):
-        path = f"tools[{place}]{inner}"
-        require(is_name(tool.name), f"{path}.name", f"({tool.name[:64]!r}) {NAME_RULE}")
+        path = f"tools[{place}].{names.name}"
+        require(is_name(tool.name), path, f"({tool.name[:64]!r}) {NAME_RULE}")
         if tool.name in seen:
-            raise RequestError(f"tools has {tool.name!r} twice", f"{path}.name")
+            raise RequestError(f"tools has {tool.name!r} twice", path)
         seen.add(tool.name)
         schema = tool.parameters or {}
         kind = schema.get("type", "object")
-        name = f"{path}.parameters"
+        name = f"tools[{place}].{names.parameters}"
         require(kind == "object", name, "must be a JSON schema of an object")
         deep = is_deeper(schema, MAX_SCHEMA_DEPTH)
         require(not deep, name, f"is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels")
