@@ -58,6 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     words += ["--detection-limit-s", f"{DETECTION_LIMIT_S:g}"]
     admin_http, admin_grpc = free_ports(2)
     words += ["--admin-port", str(admin_http), "--admin-grpc-port", str(admin_grpc)]
+    words += ["--state-dir", str(tmp_path_factory.mktemp("stored") / "state"), "--debug-headers"]
     with running_server(tmp_path_factory.mktemp("state"), *words) as server:
         yield server
         server.wait_idle()
@@ -108,6 +109,29 @@ def test_replicas_share_their_ports(server: Served) -> None:
         if not missing:
             break
     assert not missing
+
+
+def test_each_replica_continues_responses_of_both(server: Served) -> None:
+    wait_replicas(server)
+    seen: set[str] = set()
+    first = previous = ""
+    for number in range(MOST_CHANNELS):
+        body = {"input": str(number), "max_output_tokens": 1, "ignore_eos": True}
+        if previous:
+            body["previous_response_id"] = previous
+        with httpx.Client(base_url=server.http, timeout=WAIT_S) as client:  # any replica
+            answer = client.post("/v1/responses", json=body)
+        assert answer.status_code == 200, answer.text
+        previous = answer.json()["id"]
+        first = first or previous
+        seen.add(answer.headers["x-expertmesh-replica"])
+        if len(seen) == 2 and number:
+            break
+    assert len(seen) == 2
+    items = server.client.get(f"/v1/responses/{previous}/input_items", params={"limit": 100})
+    assert len(items.json()["data"]) == 2 * number + 1
+    assert server.client.delete(f"/v1/responses/{first}").status_code == 200
+    assert server.client.get(f"/v1/responses/{first}").status_code == 404
 
 
 def test_any_replica_reports_both_and_ends_requests_of_both(server: Served) -> None:
