@@ -41,7 +41,7 @@ class MessageFormat(TextFormat):
 
     def start(self, usage: Usage) -> Event:
         """The first event."""
-        empty = {"content": [], "stop_reason": None, "stop_sequence": None}
+        empty: Event = {"content": [], "stop_reason": None, "stop_sequence": None}
         message = {**self._head, **empty, "usage": usage_body(usage)}
         return {"type": "message_start", "message": message}
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from gateway.anthropic.schema import CountTokensBody, MessagesBody
+from gateway.anthropic.unsupported import UNBUILT as UNBUILT_MESSAGES
 from gateway.http.openapi import ENDPOINTS
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import (
@@ -28,9 +30,12 @@ BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
 NO_EFFECT = ("user", "metadata", "store", "service_tier")
 """Known fields that are taken and change nothing; so are all unknown fields."""
 _OF_POOLING = frozenset(UNBUILT["pooling"])
+_OF_MESSAGES = frozenset(UNBUILT_MESSAGES)
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
     "completions": (CompletionBody, frozenset({*UNBUILT["completion"], "chat_template"})),
     "chat": (ChatBody, frozenset({*UNBUILT["chat"], "echo"})),
+    "messages": (MessagesBody, _OF_MESSAGES),
+    "count_tokens": (CountTokensBody, _OF_MESSAGES),
     "embeddings": (EmbeddingsBody, _OF_POOLING),
     "classify": (ClassifyBody, _OF_POOLING),
     "score": (ScoreBody, _OF_POOLING),
