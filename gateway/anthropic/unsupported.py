@@ -22,6 +22,7 @@ _UNBUILT_TOOL: Neutral = {
     "input_examples": ([],),
 }
 """The same within ``tools``."""
+_BETWEEN_TOOLS = "between_tools"
 _KEEPING_EDITS = "clear_thinking_"
 """Edits that concern reasoning of earlier turns, which is for the chat template to decide."""
 
@@ -39,6 +40,10 @@ def check_unbuilt(data: Mapping[str, Any]) -> None:
         if isinstance(kind, str) and kind != "custom":
             _refuse(f"{path}.type", kind, "only custom tools")
         refuse_unbuilt(tool, _UNBUILT_TOOL, f"{path}.")
+    thinking = data.get("thinking")
+    if isinstance(thinking, Mapping) and thinking.get("type") == _BETWEEN_TOOLS:
+        known = "enabled, disabled and adaptive"
+        _refuse("thinking.type", _BETWEEN_TOOLS, known)
     management = data.get("context_management")
     edits = management.get("edits") if isinstance(management, Mapping) else None
     for place, edit in enumerate(_objects(edits)):

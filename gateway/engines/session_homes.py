@@ -18,7 +18,8 @@ class SessionHomes:
 
     def get(self, request: Request) -> str:
         """The worker of the last request of the same session; empty: it has none, or is new."""
-        return self._homes.get(request.tenant, {}).get(request.session, "")
+        homes = self._homes.get(request.tenant)
+        return "" if homes is None else homes.get(request.session, "")
 
     def put(self, request: Request, worker: str) -> None:
         """A request goes to a worker."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +34,10 @@ from gateway.http.middleware import (
 from gateway.http.parse import parse_body
 from gateway.http.sse import EventStream
 
-VERSIONS = ("2023-06-01",)
-"""Known values of the header ``anthropic-version``, which may be absent."""
+OLDEST_VERSION = "2023-06-01"
+"""Of the header ``anthropic-version``, which may be absent: events had another form before. What
+the version of 2026-10-21 took away, such as ``temperature``, is taken here with all versions."""
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _PING: Event = {"type": "ping"}
 
 
@@ -121,9 +124,9 @@ class MessageStream(EventStream):
 
 def _check_version(request: Request) -> None:
     name = "anthropic-version"
-    version = request.headers.get(name)
-    rule = f"({str(version)[:32]!r}) must be {' or '.join(VERSIONS)}"
-    require(version is None or version in VERSIONS, name, rule)
+    version = request.headers.get(name, OLDEST_VERSION)
+    is_known = _DATE.fullmatch(version) is not None and version >= OLDEST_VERSION
+    require(is_known, name, f"({version[:32]!r}) must be a date from {OLDEST_VERSION} on")
 
 
 def _shown(thinking: ThinkingParam | None) -> ShownThinking:

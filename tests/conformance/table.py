@@ -10,6 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from gateway.anthropic.schema import CountTokensBody, MessagesBody
+from gateway.anthropic.unsupported import UNBUILT as UNBUILT_MESSAGES
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import (
     ChatBody,
@@ -32,10 +34,13 @@ BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
 NO_EFFECT = ("user", "metadata", "store", "service_tier")
 """Known fields that most endpoints take without effect, as they do all unknown fields."""
 _OF_POOLING = frozenset(UNBUILT["pooling"])
+_OF_MESSAGES = frozenset(UNBUILT_MESSAGES)
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
     "completions": (CompletionBody, frozenset({*UNBUILT["completion"], "chat_template"})),
     "chat": (ChatBody, frozenset({*UNBUILT["chat"], "echo"})),
     "responses": (ResponseBody, frozenset({*UNBUILT_RESPONSES, *MOVED})),
+    "messages": (MessagesBody, _OF_MESSAGES),
+    "count_tokens": (CountTokensBody, _OF_MESSAGES),
     "embeddings": (EmbeddingsBody, _OF_POOLING),
     "classify": (ClassifyBody, _OF_POOLING),
     "score": (ScoreBody, _OF_POOLING),

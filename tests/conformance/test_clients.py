@@ -104,6 +104,8 @@ def run(words: list[str], folder: Path, more: Mapping[str, str] | None = None) -
         ("openai_responses", "openai"),
         ("langchain", "langchain_openai"),
         ("litellm", "litellm"),
+        ("anthropic", "anthropic"),
+        ("messages", "langchain_anthropic"),
     ],
 )
 def test_python_clients(
@@ -119,12 +121,17 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packages = node_modules()
     folder = tmp_path_factory.mktemp("node")
     (folder / "node_modules").symlink_to(packages)
-    shutil.copy(PROGRAMS / "use_ai.mjs", folder)
+    for name in ("use_ai.mjs", "use_anthropic.mjs"):
+        shutil.copy(PROGRAMS / name, folder)
     return folder
 
 
 def test_npm_packages(recorder: Recorder, model: str, node_folder: Path) -> None:
     run(["node", "use_ai.mjs", recorder.url, model], node_folder)
+
+
+def test_npm_anthropic(recorder: Recorder, model: str, node_folder: Path) -> None:
+    run(["node", "use_anthropic.mjs", recorder.url, model], node_folder)
 
 
 def test_curl(recorder: Recorder, model: str, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from starlette.routing import Route
 
 from gateway.http.api import HttpApi
 from gateway.protocols import ENDPOINTS, PROTOCOLS, build_public_app, document
+from tests.gateway.anthropic.test_messages import events_of
 from tests.gateway.responses.streams import PATH, respond, stream
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, Stack
 
 USER = [{"role": "user", "content": "Who is there?"}]
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
         "function": {
@@ -74,6 +75,18 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
             "store": False,
         },
     ),
+    ("/v1/messages", {"model": MODEL, "messages": USER, "system": "Be brief.", "max_tokens": 4}),
+    (
+        "/v1/messages",
+        {
+            "model": MODEL,
+            "messages": USER,
+            "max_tokens": 300,
+            "tools": [{"name": "look_up", "input_schema": TOOLS[0]["function"]["parameters"]}],
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+        },
+    ),
+    ("/v1/messages/count_tokens", {"model": MODEL, "messages": USER}),
     ("/v1/embeddings", {"input": ["a", "b"]}),
     ("/v1/embeddings", {"input": [5, 6], "encoding_format": "base64"}),
     ("/classify", {"input": "a", "labels": ["x", "y"]}),
@@ -147,6 +160,12 @@ def test_answers_follow_the_document(stack: Stack, path: str, body: dict[str, An
         chunk = schema_of(path, "post", 200, "text/event-stream")
         options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         for event in read_events(stack, path, **body, **options):
+            check(event, chunk)
+    if response.json().get("type") == "message":
+        chunk = schema_of(path, "post", 200, "text/event-stream")
+        events = events_of(stack.http.post(path, json={**body, "stream": True}).text)
+        assert events[-1] == {"type": "message_stop"}
+        for event in events:
             check(event, chunk)
 
 

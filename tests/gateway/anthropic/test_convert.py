@@ -290,6 +290,7 @@ def test_thinking_is_a_variable_of_the_template(
         ({"type": "enabled", "budget_tokens": 1023}, "thinking.budget_tokens"),
         ({"type": "enabled", "budget_tokens": 2048}, "thinking.budget_tokens"),
         ({"type": "on"}, "thinking.type"),
+        ({"type": "between_tools"}, "thinking.type"),
         ({"type": "adaptive", "display": "all"}, "thinking.display"),
     ],
 )

@@ -384,11 +384,14 @@ def test_errors_of_fields(
 def test_the_version_must_be_known(messages_stack: Stack) -> None:
     messages_stack.engine.script = saying("hi")
     body = {"model": MODEL, "max_tokens": 9, "messages": USER}
-    known = {"anthropic-version": "2023-06-01", "anthropic-beta": "a-2025-01-01,b-2025-02-02"}
-    assert messages_stack.http.post(PATH, json=body, headers=known).status_code == 200
-    old = {"anthropic-version": "2022-01-01"}
-    response = messages_stack.http.post(PATH, json=body, headers=old)
-    assert "anthropic-version ('2022-01-01')" in check_error(response, 400, "invalid_request_error")
+    for version in ("2023-06-01", "2026-10-21"):
+        known = {"anthropic-version": version, "anthropic-beta": "a-2025-01-01,b-2025-02-02"}
+        assert messages_stack.http.post(PATH, json=body, headers=known).status_code == 200
+    for version in ("2023-01-01", "latest", ""):
+        wrong = {"anthropic-version": version}
+        response = messages_stack.http.post(PATH, json=body, headers=wrong)
+        message = check_error(response, 400, "invalid_request_error")
+        assert message == f"anthropic-version ({version!r}) must be a date from 2023-06-01 on"
 
 
 def test_errors_within_a_stream_are_events(messages_stack: Stack) -> None:
