@@ -27,6 +27,12 @@ _MIN_TTL_S, _MAX_TTL_S = 3600, 30 * 24 * 3600
 _MOST_LISTED = 10_000
 
 
+class BytesResponse(Response):
+    """A file's content."""
+
+    media_type = "application/octet-stream"
+
+
 class FileRoutes:
     """See the module.
 
@@ -84,7 +90,7 @@ class FileRoutes:
     async def content(self, request: Request) -> Response:
         """A file's bytes."""
         _, content = await self._find(request.path_params["file_id"])
-        return Response(content, media_type="application/octet-stream")
+        return BytesResponse(content)
 
     async def delete(self, request: Request) -> Response:
         """Remove a file; batches that were made of it have copies."""

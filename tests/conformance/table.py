@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from gateway.anthropic.schema import CountTokensBody, MessagesBody
 from gateway.anthropic.unsupported import UNBUILT as UNBUILT_MESSAGES
+from gateway.batches.batches import BatchBody
 from gateway.http.pooling import ClassifyBody, EmbeddingsBody, InspectBody, ScoreBody
 from gateway.http.schema import (
     ChatBody,
@@ -41,6 +42,7 @@ _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
     "responses": (ResponseBody, frozenset({*UNBUILT_RESPONSES, *MOVED})),
     "messages": (MessagesBody, _OF_MESSAGES),
     "count_tokens": (CountTokensBody, _OF_MESSAGES),
+    "batches": (BatchBody, frozenset()),
     "embeddings": (EmbeddingsBody, _OF_POOLING),
     "classify": (ClassifyBody, _OF_POOLING),
     "score": (ScoreBody, _OF_POOLING),

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from gateway.http.api import HttpApi
 from gateway.protocols import ENDPOINTS, PROTOCOLS, build_public_app, document
 from tests.gateway.anthropic.test_messages import events_of
+from tests.gateway.batches.client import make_batch, upload
 from tests.gateway.responses.streams import PATH, respond, stream
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, Stack
@@ -171,9 +172,14 @@ def test_answers_follow_the_document(stack: Stack, path: str, body: dict[str, An
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda one: one.path)
 def test_every_route_answers_as_the_document_says(stack: Stack, endpoint: Any) -> None:
-    stored = respond(stack, input="x", max_output_tokens=1)["id"]
-    path = endpoint.path.replace("{model}", MODEL).replace("{response_id}", stored)
-    if endpoint.method != "post":
+    is_post = endpoint.method == "post"
+    path = endpoint.path.format(
+        model=MODEL,
+        response_id=respond(stack, input="x", max_output_tokens=1)["id"],
+        file_id=upload(stack, b"x")["id"],
+        batch_id="unknown" if is_post else make_batch(stack, b"x")["id"],
+    )
+    if not is_post:
         response = stack.http.request(endpoint.method, path)
         assert response.status_code == 200
         kind = response.headers.get("content-type", "").partition(";")[0]
