@@ -20,7 +20,10 @@ LITERAL = {
     "how-to/own-checkpoint.md": "tests/project/test_tutorial.py",
 }
 """Pages whose console blocks are compared word by word, with the test that does so."""
-NEEDS = {"GPU", "Kubernetes", "docker", "grpcurl", "ten minutes, and a machine of its own"}
+NEEDS = {
+    *("Claude Code", "GPU", "Kubernetes", "docker", "grpcurl"),
+    "ten minutes, and a machine of its own",
+}
 _SHELLS = ("sh", "bash", "console")
 _PROGRAMS = "make|curl|expertmesh|grpcurl|kubectl|docker|kind|python|git|\\.venv/bin"
 
