@@ -21,7 +21,8 @@ LITERAL = {
 }
 """Pages whose console blocks are compared word by word, with the test that does so."""
 NEEDS = {
-    *("GPU", "Kubernetes", "docker", "grpcurl", "ten minutes, and a machine of its own"),
+    *("Claude Code", "GPU", "Kubernetes", "docker", "grpcurl"),
+    "ten minutes, and a machine of its own",
     "the extra kv-events, and a router that subscribes",
 }
 _SHELLS = ("sh", "bash", "console")
