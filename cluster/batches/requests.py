@@ -6,12 +6,14 @@ Source of the format: https://developers.openai.com/api/reference/resources/batc
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -20,6 +22,9 @@ MAX_REQUESTS = 50_000
 """Of a file; OpenAI's limit."""
 MAX_ID_CHARS = 512
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
+_MAX_DEPTH = 128
+"""Objects and arrays of a line within each other; servers have lower limits for bodies."""
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +99,7 @@ class RequestFile:
 
 def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> BatchRequest:
     """The request in a line; ``endpoints`` None: any. Raises ``RequestError``."""
-    try:
-        found = json.loads(line)
-    except ValueError as err:
-        raise _wrong(number, "", "is not JSON") from err
+    found = _parsed(line, number)
     if not isinstance(found, dict):
         raise _wrong(number, "", "must be an object")
     if unknown := sorted(set(found) - _FIELDS):
@@ -116,6 +118,30 @@ def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> B
     if body.get("stream"):
         raise _wrong(number, "body.stream", "must be false: a batch has whole answers")
     return BatchRequest(custom_id, url, body)
+
+
+def _parsed(line: bytes, number: int) -> Any:
+    """The value of a line: one that can be written as JSON again. Raises ``RequestError``."""
+    try:
+        text = line.decode("utf-8-sig")
+        found = json.loads(text, parse_constant=_refuse_constant)
+        if _SURROGATE_ESCAPE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()  # half a pair is not text
+    except RecursionError as err:
+        raise _too_deep(number) from err
+    except ValueError as err:  # also undecodable bytes, and integers without end
+        raise _wrong(number, "", "is not JSON") from err
+    if text.count("{") + text.count("[") > _MAX_DEPTH and is_deeper(found, _MAX_DEPTH):
+        raise _too_deep(number)
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _too_deep(number: int) -> RequestError:
+    return _wrong(number, "", f"is nested too deeply: at most {_MAX_DEPTH} levels")
 
 
 def _wrong(number: int, field: str, rule: str) -> RequestError:

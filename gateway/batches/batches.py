@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from cluster.batches.requests import ENDPOINTS
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
 from gateway.batches.objects import ENDED, WINDOW_S, Batch
-from gateway.batches.shelf import BatchShelf
+from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import check_length, require
 from gateway.generation.gateway import Gateway
@@ -101,7 +101,7 @@ class BatchRoutes:
 
         def read() -> dict[str, Any]:
             ids = page.ordered(shelf.list_batches(owner))[: page.limit + 1]
-            found = [shelf.get(owner, batch_id) for batch_id in ids]
+            found = [readable(shelf.get, owner, batch_id) for batch_id in ids]
             return page.document([batch.shown() for batch in found if batch is not None])
 
         return json_response(await asyncio.to_thread(read))

@@ -19,7 +19,6 @@ MAX_NAME_CHARS = 256
 MAX_MESSAGES = 16_384
 MAX_PARTS = 65_536
 """Fields, content parts and calls of all messages together."""
-_CONTAINERS = (dict, list)
 Neutral = Mapping[str, tuple[object, ...]]
 """Known fields that are not built, each with the values that change nothing; null never does."""
 
@@ -247,18 +246,3 @@ def check_range(
     rule = f"{'above' if bounds.above else 'at least'} {low} and at most {most}"
     shown = str(value) if len(str(value)) <= 32 else f"{str(value)[:32]}..."
     require(is_inside, name, f"({shown}) must be {rule}")
-
-
-def is_deeper(data: object, max_depth: int) -> bool:
-    """Whether objects and arrays are nested in each other more than ``max_depth`` deep."""
-    level: list[Any] = [data]
-    for _ in range(max_depth):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, _CONTAINERS)
-        ]
-        if not level:
-            return False
-    return True

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.batches.runner import BatchTuning
+from gateway.batches.running import BatchTuning
 from tests.cluster.batches.files import line
 from tests.gateway.batches.client import (
     answers_in,
