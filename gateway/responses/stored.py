@@ -94,13 +94,13 @@ class ResponseStore:
         """The stored ones of some items, by id. Raises ``RequestError``."""
         if ids and self._store is None:
             raise UnsupportedParameterError(f"{path}: item_reference {_NEEDS}", path)
-        found: dict[str, Item] = {}
+        found, wanted = dict[str, Item](), frozenset(ids)
         responses = dict.fromkeys(filter(None, map(response_of, ids)))
         check_length(path, len(responses), MAX_REFERRED, "responses in item references")
         for response_id in responses:
             stored = await self._find(response_id)
             items = stored.conversation if stored is not None else []
-            found |= {item["id"]: item for item in items if item["id"] in ids}
+            found |= {item["id"]: item for item in items if item["id"] in wanted}
         return found
 
     async def delete(self, response_id: str) -> None:
