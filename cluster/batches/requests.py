@@ -47,6 +47,16 @@ class BatchRequest:
     body: dict[str, Any]
 
 
+class LineError(RequestError):
+    """A line of a batch file is wrong."""
+
+    def __init__(self, message: str, param: str | None, code: str, line: int) -> None:
+        super().__init__(message, param, code)
+        self.args = (message, param, code, line)
+        self.line = line
+        """From 1."""
+
+
 class RequestFile:
     """A batch file that was checked as a whole, and is read line by line."""
 
@@ -61,7 +71,7 @@ class RequestFile:
         """Read all of a file once.
 
         Raises:
-            RequestError: the first line that is wrong, with its number.
+            RequestError: the first line that is wrong (``LineError``), or there is no request.
             OSError: the file cannot be read.
         """
         limits = limits or BatchLimits()
@@ -83,7 +93,7 @@ class RequestFile:
                     places.append(place)
                 place += len(line)
         if not ids:
-            raise RequestError(f"{path.name} has no request: at least one line is needed")
+            raise RequestError("the file has no request: at least one line is needed")
         return cls(path, places, frozenset(ids))
 
     def __len__(self) -> int:
@@ -146,4 +156,4 @@ def _too_deep(number: int) -> RequestError:
 
 def _wrong(number: int, field: str, rule: str) -> RequestError:
     where = f"line {number}: {field} " if field else f"line {number} "
-    return RequestError(f"{where}{rule}", field or None)
+    return LineError(f"{where}{rule}", field or None, "", number)

@@ -68,17 +68,16 @@ class FileRoutes:
         page = Page.of(request.query_params, _MOST_LISTED, _MOST_LISTED)
         owner, shelf = tenant(), self._shelf
 
-        def read() -> dict[str, Any]:
-            shown = []
-            for file_id in page.ordered(shelf.list_files(owner)):
-                facts = readable(shelf.get_facts, owner, file_id)
-                if facts is not None and purpose in (None, facts.purpose):
-                    shown.append(facts.shown(file_id))
-                if len(shown) > page.limit:
-                    break
-            return page.document(shown)
+        def read(file_id: str) -> dict[str, Any] | None:
+            facts = readable(shelf.get_facts, owner, file_id)
+            if facts is None or purpose not in (None, facts.purpose):
+                return None
+            return facts.shown(file_id)
 
-        return json_response(await asyncio.to_thread(read))
+        def read_all() -> dict[str, Any]:
+            return page.read(shelf.list_files(owner), read)
+
+        return json_response(await asyncio.to_thread(read_all))
 
     async def get(self, request: Request) -> Response:
         """What is known of a file."""

@@ -14,7 +14,7 @@ import msgspec
 from starlette.routing import Route
 
 from cluster.batches.answers import AnswerFile
-from cluster.batches.requests import BatchLimits, BatchRequest, RequestFile
+from cluster.batches.requests import BatchLimits, BatchRequest, LineError, RequestFile
 from cluster.batches.run import BatchAnswer, BatchRun, UnreachableError
 from cluster.core.errors import ConflictError, RequestError
 from gateway.auth.key_limits import Account
@@ -97,7 +97,8 @@ class RunningBatch:
         except RequestError as err:
             return _problem(err)
         if self._batch.in_progress_at is None:
-            await self._save("in_progress", in_progress_at=int(time.time()))
+            counts = RequestCounts(total=len(requests))
+            await self._save("in_progress", in_progress_at=int(time.time()), request_counts=counts)
         problem = None
         work = asyncio.create_task(self._ask(requests, account, routes, tuning))
         try:
@@ -257,7 +258,8 @@ def is_passing(error: BaseException) -> bool:
 
 
 def _problem(error: RequestError) -> BatchProblem:
-    return BatchProblem(code=error.code, message=error.message, param=error.param)
+    line = error.line if isinstance(error, LineError) else None
+    return BatchProblem(code=error.code, message=error.message, param=error.param, line=line)
 
 
 def _end_of(batch: Batch) -> BatchStatus:

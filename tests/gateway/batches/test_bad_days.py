@@ -129,6 +129,11 @@ def test_lists_go_without_damaged_objects(keeper: Stack) -> None:
     assert other in listed
     assert damaged not in listed
     assert [one["id"] for one in get(keeper, "/v1/batches")["data"]] == batches[1:]
+    first = make_batch(keeper, lines_of(["a"]))["id"]
+    page = get(keeper, "/v1/batches?limit=1")
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == ([first], True)
+    page = get(keeper, "/v1/batches?order=asc&limit=1")
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == (batches[1:], True)
 
 
 def test_answers_wait_for_room(keeper: Stack, tmp_path: Path) -> None:
