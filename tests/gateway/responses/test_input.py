@@ -52,6 +52,13 @@ def said(role: str, *texts: str, kind: str = "input_text") -> dict[str, Any]:
     return {"role": role, "content": [{"type": kind, "text": text} for text in texts]}
 
 
+@pytest.mark.parametrize(("strict", "expected"), [(None, False), (False, False), (True, True)])
+def test_tools_are_strict_where_they_say_so(strict: bool | None, expected: bool) -> None:
+    use = turn_of(input="hi", tools=[{**WEATHER, "strict": strict}]).fields.tools
+    assert use is not None
+    assert [tool.is_strict for tool in use.tools] == [expected]
+
+
 @pytest.fixture(scope="module")
 def shared_tools() -> Iterator[Stack]:
     with running_stack(tokenizer=tiny_tokenizer(TOOL_TEMPLATE)) as stack:
