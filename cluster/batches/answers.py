@@ -12,6 +12,14 @@ from typing import Any, Self
 
 from cluster.core.errors import ConflictError
 
+LINE_ID = "batch_req_"
+"""Begins the id of an answer, with which its line begins."""
+_BEGIN = f'{{"id": "{LINE_ID}'.encode()
+
+
+class InUseError(ConflictError):
+    """Another process has the file open."""
+
 
 class AnswerFile:
     """Lines with the answers to requests, of which each has one at most.
@@ -24,7 +32,8 @@ class AnswerFile:
         """Opens or makes the file.
 
         Raises:
-            ConflictError: another process has it, or it is not a file of answers.
+            InUseError: another process has it.
+            ConflictError: it is not a file of answers, or damaged; it stays as it is.
             OSError: it cannot be written.
         """
         self._path = path
@@ -33,6 +42,8 @@ class AnswerFile:
         """The requests, by their ids, that have an answer."""
         self.num_failed = 0
         """Answers that are no success."""
+        self.num_bytes = 0
+        """Of all answers."""
         try:
             self._lock()
             self._read()
@@ -49,9 +60,12 @@ class AnswerFile:
     def append(self, custom_id: str, line: Mapping[str, Any]) -> None:
         """Add an answer. Raises ``OSError``: the file is as before, or has a part of it."""
         assert custom_id not in self.done, custom_id
-        left = memoryview(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        raw = text.encode(errors="backslashreplace") + b"\n"  # half a surrogate pair as an escape
+        left = memoryview(raw)
         while left:
             left = left[os.write(self._fd, left) :]
+        self.num_bytes += len(raw)
         self._note(custom_id, line)
 
     def sync(self) -> None:
@@ -68,23 +82,32 @@ class AnswerFile:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
-            raise ConflictError(f"{self._path.name} is being written by another process") from err
+            raise InUseError(f"{self._path.name} is being written by another process") from err
 
     def _read(self) -> None:
         """Note the answers; cut off a part of a line at the end."""
-        whole = 0
         with open(self._fd, "rb", closefd=False) as file:
             file.seek(0)
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
+                    self._check_part(line, number)
                     break
                 found = _answer_in(line)
                 if found is None or found["custom_id"] in self.done:
                     rule = "is no answer" if found is None else "answers a request again"
                     raise ConflictError(f"{self._path.name}: line {number} {rule}")
                 self._note(found["custom_id"], found)
-                whole += len(line)
-        os.ftruncate(self._fd, whole)
+                self.num_bytes += len(line)
+        os.ftruncate(self._fd, self.num_bytes)
+
+    def _check_part(self, line: bytes, number: int) -> None:
+        """Raise ``ConflictError`` unless a line without an end is the begin of an answer.
+
+        Zeros behind it are what some file systems leave when a machine fails.
+        """
+        part = line.rstrip(b"\0")
+        if not (part.startswith(_BEGIN) or _BEGIN.startswith(part)):
+            raise ConflictError(f"{self._path.name}: line {number} is no answer")
 
     def _note(self, custom_id: str, line: Mapping[str, Any]) -> None:
         self.done.add(custom_id)

@@ -6,12 +6,14 @@ Source of the format: https://developers.openai.com/api/reference/resources/batc
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -20,6 +22,9 @@ MAX_REQUESTS = 50_000
 """Of a file; OpenAI's limit."""
 MAX_ID_CHARS = 512
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
+_MAX_DEPTH = 128
+"""Objects and arrays of a line within each other; servers have lower limits for bodies."""
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,16 @@ class BatchRequest:
     body: dict[str, Any]
 
 
+class LineError(RequestError):
+    """A line of a batch file is wrong."""
+
+    def __init__(self, message: str, param: str | None, code: str, line: int) -> None:
+        super().__init__(message, param, code)
+        self.args = (message, param, code, line)
+        self.line = line
+        """From 1."""
+
+
 class RequestFile:
     """A batch file that was checked as a whole, and is read line by line."""
 
@@ -56,7 +71,7 @@ class RequestFile:
         """Read all of a file once.
 
         Raises:
-            RequestError: the first line that is wrong, with its number.
+            RequestError: the first line that is wrong (``LineError``), or there is no request.
             OSError: the file cannot be read.
         """
         limits = limits or BatchLimits()
@@ -78,7 +93,7 @@ class RequestFile:
                     places.append(place)
                 place += len(line)
         if not ids:
-            raise RequestError(f"{path.name} has no request: at least one line is needed")
+            raise RequestError("the file has no request: at least one line is needed")
         return cls(path, places, frozenset(ids))
 
     def __len__(self) -> int:
@@ -94,10 +109,7 @@ class RequestFile:
 
 def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> BatchRequest:
     """The request in a line; ``endpoints`` None: any. Raises ``RequestError``."""
-    try:
-        found = json.loads(line)
-    except ValueError as err:
-        raise _wrong(number, "", "is not JSON") from err
+    found = _parsed(line, number)
     if not isinstance(found, dict):
         raise _wrong(number, "", "must be an object")
     if unknown := sorted(set(found) - _FIELDS):
@@ -118,6 +130,30 @@ def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> B
     return BatchRequest(custom_id, url, body)
 
 
+def _parsed(line: bytes, number: int) -> Any:
+    """The value of a line: one that can be written as JSON again. Raises ``RequestError``."""
+    try:
+        text = line.decode("utf-8-sig")
+        found = json.loads(text, parse_constant=_refuse_constant)
+        if _SURROGATE_ESCAPE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()  # half a pair is not text
+    except RecursionError as err:
+        raise _too_deep(number) from err
+    except ValueError as err:  # also undecodable bytes, and integers without end
+        raise _wrong(number, "", "is not JSON") from err
+    if text.count("{") + text.count("[") > _MAX_DEPTH and is_deeper(found, _MAX_DEPTH):
+        raise _too_deep(number)
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _too_deep(number: int) -> RequestError:
+    return _wrong(number, "", f"is nested too deeply: at most {_MAX_DEPTH} levels")
+
+
 def _wrong(number: int, field: str, rule: str) -> RequestError:
     where = f"line {number}: {field} " if field else f"line {number} "
-    return RequestError(f"{where}{rule}", field or None)
+    return LineError(f"{where}{rule}", field or None, "", number)

@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.batches.answers import AnswerFile, is_success
+from cluster.batches.answers import LINE_ID, AnswerFile, is_success
 from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.core.errors import ConflictError
 
-_FULL, _AWAY = 429, frozenset({502, 503})
-"""Statuses of servers that are full, and of those that cannot serve now."""
+_FULL, _AWAY = frozenset({408, 429}), frozenset({502, 503})
+"""Statuses of servers that are full (408: too long, the request's time was over before it began),
+and of those that cannot serve now."""
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 30.0
 _SYNC_S = 1.0
 """At most as much work is lost with the machine."""
@@ -119,7 +120,7 @@ class BatchRun:
                 answer = await self.send(request)
                 if answer.status not in _AWAY:
                     self._reached_s = self.clock()
-                    if answer.status != _FULL:
+                    if answer.status not in _FULL:
                         return answer
                 elif self._is_lost():
                     raise UnreachableError(f"the server answers with status {answer.status}")
@@ -154,7 +155,7 @@ class BatchRun:
 def answer_line(request: BatchRequest, answer: BatchAnswer) -> dict[str, Any]:
     """A line of the file of answers, in OpenAI's format."""
     return {
-        "id": f"batch_req_{uuid.uuid4().hex}",
+        "id": f"{LINE_ID}{uuid.uuid4().hex}",
         "custom_id": request.custom_id,
         "response": {
             "status_code": answer.status,

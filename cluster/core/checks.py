@@ -1,4 +1,4 @@
-"""Checks of values that the sections of the configuration share."""
+"""Checks of values that several sections of the configuration, or several protocols, have."""
 
 from __future__ import annotations
 
@@ -42,3 +42,18 @@ def is_at_least_1(value: float) -> bool:
 
 def is_not_negative(value: float) -> bool:
     return value >= 0
+
+
+def is_deeper(data: object, max_depth: int) -> bool:
+    """Whether objects and arrays are nested in each other more than ``max_depth`` deep."""
+    level: list[Any] = [data]
+    for _ in range(max_depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True

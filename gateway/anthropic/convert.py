@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
@@ -269,19 +271,22 @@ def _unbuilt(block: Block, path: str, known: str) -> UnsupportedParameterError:
 def _joined(messages: Sequence[_Message]) -> list[_Message]:
     """Neighbours of one role as one turn, but for results, which are of one call each."""
     found: list[_Message] = []
-    for message in messages:
-        if found and message["role"] == found[-1]["role"] != "tool":
-            found[-1] = _merged(found[-1], message)
-        else:
-            found.append(message)
+    for role, group in groupby(messages, key=itemgetter("role")):
+        neighbours = list(group)
+        found += neighbours if role == "tool" else [_merged(neighbours)]
     return found
 
 
-def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> _Message:
-    both = {**first, **second}
+def _merged(messages: Sequence[_Message]) -> _Message:
+    """One message with all texts and calls of several."""
+    both: _Message = {}
+    for message in messages:
+        both |= message
     for name in ("content", "reasoning_content"):
         if name in both:
-            both[name] = "\n".join(filter(None, [first.get(name), second.get(name)]))
+            both[name] = "\n".join(filter(None, (message.get(name) for message in messages)))
     if "tool_calls" in both:
-        both["tool_calls"] = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
+        both["tool_calls"] = [
+            call for message in messages for call in message.get("tool_calls", ())
+        ]
     return both

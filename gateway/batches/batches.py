@@ -15,9 +15,9 @@ from starlette.routing import BaseRoute, Route
 from cluster.batches.requests import ENDPOINTS
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError
 from gateway.batches.objects import ENDED, WINDOW_S, Batch
-from gateway.batches.shelf import BatchShelf
+from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.bodies import StrictBody
-from gateway.core.field_checks import check_length, require
+from gateway.core.field_checks import check_metadata, require
 from gateway.generation.gateway import Gateway
 from gateway.http.middleware import read_json
 from gateway.http.pages import Page, json_response, tenant
@@ -25,8 +25,6 @@ from gateway.http.parse import parse_body
 
 PATH = "/v1/batches"
 ONE = f"{PATH}/{{batch_id}}"
-_MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 16, 64, 512
-"""Of metadata; OpenAI's."""
 _MOST_LISTED, _LISTED = 100, 20
 
 
@@ -75,7 +73,7 @@ class BatchRoutes:
         require(body.endpoint in ENDPOINTS, "endpoint", rule)
         rule = f"({body.completion_window[:32]!r}) must be 24h"
         require(body.completion_window == "24h", "completion_window", rule)
-        _check_metadata(body.metadata or {})
+        check_metadata(body.metadata or {})
         owner, shelf = tenant(), self._shelf
         file = await asyncio.to_thread(shelf.get_file, owner, body.input_file_id)
         if file is None:
@@ -99,12 +97,14 @@ class BatchRoutes:
         page = Page.of(request.query_params, _MOST_LISTED, _LISTED)
         owner, shelf = tenant(), self._shelf
 
-        def read() -> dict[str, Any]:
-            ids = page.ordered(shelf.list_batches(owner))[: page.limit + 1]
-            found = [shelf.get(owner, batch_id) for batch_id in ids]
-            return page.document([batch.shown() for batch in found if batch is not None])
+        def read(batch_id: str) -> dict[str, Any] | None:
+            batch = readable(shelf.get, owner, batch_id)
+            return None if batch is None else batch.shown()
 
-        return json_response(await asyncio.to_thread(read))
+        def read_all() -> dict[str, Any]:
+            return page.read(shelf.list_batches(owner), read)
+
+        return json_response(await asyncio.to_thread(read_all))
 
     async def get(self, request: Request) -> Response:
         """A batch as it is now."""
@@ -125,12 +125,3 @@ class BatchRoutes:
         if found is None:
             raise UnknownNameError(f"there is no batch {batch_id[:64]!r}")
         return found
-
-
-def _check_metadata(metadata: dict[str, str]) -> None:
-    check_length("metadata", len(metadata), _MAX_PAIRS, "pairs")
-    for key, value in metadata.items():
-        rule = f"must have keys of at most {_MAX_KEY} characters"
-        require(len(key) <= _MAX_KEY, "metadata", rule)
-        rule = f"must have at most {_MAX_VALUE} characters"
-        require(len(value) <= _MAX_VALUE, f"metadata.{key}", rule)

@@ -12,8 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError, UnknownNameError
 from gateway.batches.forms import FormPart, read_form
-from gateway.batches.objects import FileFacts
-from gateway.batches.shelf import BatchShelf
+from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
 from gateway.http.middleware import read_body
@@ -69,28 +68,32 @@ class FileRoutes:
         page = Page.of(request.query_params, _MOST_LISTED, _MOST_LISTED)
         owner, shelf = tenant(), self._shelf
 
-        def read() -> dict[str, Any]:
-            shown = []
-            for file_id in page.ordered(shelf.list_files(owner)):
-                found = shelf.get_file(owner, file_id)
-                if found is not None and purpose in (None, found[0].purpose):
-                    shown.append(found[0].shown(file_id))
-                if len(shown) > page.limit:
-                    break
-            return page.document(shown)
+        def read(file_id: str) -> dict[str, Any] | None:
+            facts = readable(shelf.get_facts, owner, file_id)
+            if facts is None or purpose not in (None, facts.purpose):
+                return None
+            return facts.shown(file_id)
 
-        return json_response(await asyncio.to_thread(read))
+        def read_all() -> dict[str, Any]:
+            return page.read(shelf.list_files(owner), read)
+
+        return json_response(await asyncio.to_thread(read_all))
 
     async def get(self, request: Request) -> Response:
         """What is known of a file."""
         file_id = request.path_params["file_id"]
-        facts, _ = await self._find(file_id)
+        facts = await asyncio.to_thread(self._shelf.get_facts, tenant(), file_id)
+        if facts is None:
+            raise _unknown(file_id)
         return json_response(facts.shown(file_id))
 
     async def content(self, request: Request) -> Response:
         """A file's bytes."""
-        _, content = await self._find(request.path_params["file_id"])
-        return BytesResponse(content)
+        file_id = request.path_params["file_id"]
+        found = await asyncio.to_thread(self._shelf.get_file, tenant(), file_id)
+        if found is None:
+            raise _unknown(file_id)
+        return BytesResponse(found[1])
 
     async def delete(self, request: Request) -> Response:
         """Remove a file; batches that were made of it have copies."""
@@ -98,12 +101,6 @@ class FileRoutes:
         if not await asyncio.to_thread(self._shelf.delete_file, tenant(), file_id):
             raise _unknown(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
-
-    async def _find(self, file_id: str) -> tuple[FileFacts, bytes]:
-        found = await asyncio.to_thread(self._shelf.get_file, tenant(), file_id)
-        if found is None:
-            raise _unknown(file_id)
-        return found
 
 
 class _Form(NamedTuple):

@@ -14,6 +14,8 @@ from gateway.state.store import ObjectKind
 
 FILES: Final = ObjectKind("files", "file")
 BATCHES: Final = ObjectKind("batches", "batch")
+MAX_FACTS_BYTES: Final = 16_384
+"""More than the facts of a file have, with the longest name."""
 WINDOW_S: Final = 24 * 3600
 """Time that a batch has, ``24h``: the only one that OpenAI has."""
 
@@ -65,6 +67,11 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
     completed: int = 0
     failed: int = 0
 
+    @property
+    def is_all(self) -> bool:
+        """Each request has an answer."""
+        return self.completed + self.failed >= self.total
+
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """A batch. Times are Unix times, seconds; None: not reached."""
@@ -92,9 +99,11 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Life of its files of answers; None: as long as that of any object."""
 
     def shown(self) -> dict[str, Any]:
-        """As clients see it."""
+        """As clients see it: its files once they are there."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         del found["output_ttl_s"]
+        if self.status not in ENDED:
+            found["output_file_id"] = found["error_file_id"] = None
         problems = found["errors"]
         found["errors"] = {"object": "list", "data": problems} if problems else None
         return {"object": "batch", **found}
@@ -106,11 +115,11 @@ def encode_file(facts: FileFacts, content: bytes) -> bytes:
 
 
 def decode_file(raw: bytes, file_id: str) -> tuple[FileFacts, bytes]:
-    """The other way round. Raises ``StorageError``."""
+    """The other way round; ``raw`` may end within the content. Raises ``StorageError``."""
     line, _, content = raw.partition(b"\n")
     try:
         return msgspec.json.decode(line, type=FileFacts), content
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise StorageError(f"the stored file {file_id} is damaged") from err
 
 
@@ -118,5 +127,5 @@ def decode_batch(raw: bytes, batch_id: str) -> Batch:
     """The batch in an object. Raises ``StorageError``."""
     try:
         return msgspec.json.decode(raw, type=Batch)
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise StorageError(f"the stored batch {batch_id} is damaged") from err

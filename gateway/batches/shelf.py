@@ -12,9 +12,11 @@ All calls block, and are for threads.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -22,13 +24,20 @@ from gateway.batches.objects import (
     BATCHES,
     ENDED,
     FILES,
+    MAX_FACTS_BYTES,
+    WINDOW_S,
     Batch,
     FileFacts,
     decode_batch,
     decode_file,
     encode_file,
 )
+from gateway.core.errors import StorageError, StorageFullError
 from gateway.state.store import StateStore
+
+logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 _ENTRY, _REQUESTS, _ANSWERS, _FAILURES, _CANCEL = (
     ".json",
@@ -39,7 +48,8 @@ _ENTRY, _REQUESTS, _ANSWERS, _FAILURES, _CANCEL = (
 )
 _PARTS = (_REQUESTS, _ANSWERS, _FAILURES, _CANCEL)
 _ABANDONED_S = 3600.0
-"""Age at which parts of a batch without an entry are of one that was never made, or has ended."""
+"""Age at which parts of a batch without an entry are of one that was never made, or has ended;
+and an entry without a batch, too."""
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,12 +99,17 @@ class BatchShelf:
         found = self._state.get(FILES, tenant, file_id)
         return None if found is None else decode_file(found.content, file_id)
 
+    def get_facts(self, tenant: str, file_id: str) -> FileFacts | None:
+        """What is known of a file beside its content."""
+        found = self._state.begin_of(FILES, tenant, file_id, MAX_FACTS_BYTES)
+        return None if found is None else decode_file(found, file_id)[0]
+
     def delete_file(self, tenant: str, file_id: str) -> bool:
         """Whether there was one."""
         return self._state.delete(FILES, tenant, file_id)
 
     def list_files(self, tenant: str) -> list[str]:
-        """Ids, the oldest first."""
+        """Ids of a tenant's files, the oldest first."""
         return self._state.list_ids(FILES, tenant)
 
     def new_batch_id(self) -> str:
@@ -106,15 +121,42 @@ class BatchShelf:
         return self._state.new_id(FILES)
 
     def make(self, tenant: str, batch: Batch, requests: bytes) -> None:
-        """Store a new batch, to be run. Raises ``StorageFullError``."""
-        self.save(tenant, batch)
-        self._state.write_work(batch.id + _REQUESTS, requests)
-        entry = Work(batch_id=batch.id, tenant=tenant)
-        self._state.write_work(batch.id + _ENTRY, msgspec.json.encode(entry))
+        """Store a new batch, to be run. Raises ``StorageFullError``.
+
+        Killed at any time, this leaves no batch that nobody runs.
+        """
+        self._check_room(tenant, len(requests))
+        try:
+            self._state.write_work(batch.id + _REQUESTS, requests)
+            entry = Work(batch_id=batch.id, tenant=tenant)
+            self._state.write_work(batch.id + _ENTRY, msgspec.json.encode(entry))
+            self.save(tenant, batch)
+        except StorageError:
+            with contextlib.suppress(OSError):
+                self.end(batch.id)
+            raise
+
+    def _check_room(self, tenant: str, size: int) -> None:
+        """Raise ``StorageFullError`` unless so much more may wait of this tenant."""
+        for work in self.waiting():
+            if work.tenant == tenant:
+                with contextlib.suppress(FileNotFoundError):
+                    size += self.requests(work.batch_id).stat().st_size
+        if size > self.max_bytes:
+            raise StorageFullError(
+                f"the requests of this key's batches that have not ended would have {size} bytes, "
+                f"the limit is {self.max_bytes}: wait until some have ended, or cancel them"
+            )
+
+    @property
+    def max_bytes(self) -> int:
+        """Of a tenant's files, and of requests that wait."""
+        return self._state.max_bytes
 
     def save(self, tenant: str, batch: Batch) -> None:
         """Store how a batch is now: for whoever runs it. Raises ``StorageFullError``."""
-        self._state.put(BATCHES, tenant, batch.id, msgspec.json.encode(batch))
+        ttl_s = self._state.ttl_s + (0 if batch.status in ENDED else WINDOW_S)
+        self._state.put(BATCHES, tenant, batch.id, msgspec.json.encode(batch), ttl_s)
 
     def get(self, tenant: str, batch_id: str) -> Batch | None:
         """A batch; None where the tenant has no such one."""
@@ -146,13 +188,24 @@ class BatchShelf:
         """Batches that have not ended, the oldest first; others may be running them."""
         found = []
         for path in sorted(self._state.work.glob(f"*{_ENTRY}")):
-            with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+            try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Work))
+            except FileNotFoundError:
+                continue
+            except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as err:
+                logger.error("the batch of %s cannot be run: %s", path.name, err)
         return found
 
     def is_waiting(self, batch_id: str) -> bool:
         """Whether the batch has not ended."""
         return self._part(batch_id, _ENTRY).exists()
+
+    def is_new(self, batch_id: str) -> bool:
+        """Whether its maker may still be at work."""
+        with contextlib.suppress(FileNotFoundError):
+            made_s = self._part(batch_id, _ENTRY).stat().st_mtime
+            return self._clock() - made_s < _ABANDONED_S
+        return False
 
     def requests(self, batch_id: str) -> Path:
         """The requests of a batch that has not ended."""
@@ -182,3 +235,12 @@ class BatchShelf:
 
     def _part(self, batch_id: str, part: str) -> Path:
         return self._state.work / f"{batch_id}{part}"
+
+
+def readable(read: Callable[[str, str], Found | None], tenant: str, object_id: str) -> Found | None:
+    """What ``read`` returns; None, and a line in the log, for a damaged object."""
+    try:
+        return read(tenant, object_id)
+    except StorageError as err:
+        logger.error("%s is left out of a list: %s", object_id, err)
+        return None

@@ -19,7 +19,6 @@ MAX_NAME_CHARS = 256
 MAX_MESSAGES = 16_384
 MAX_PARTS = 65_536
 """Fields, content parts and calls of all messages together."""
-_CONTAINERS = (dict, list)
 Neutral = Mapping[str, tuple[object, ...]]
 """Known fields that are not built, each with the values that change nothing; null never does."""
 
@@ -52,6 +51,7 @@ RANGES: Mapping[str, Range] = {
 }
 """Fields of a call that are a number within two bounds. None always fits, NaN never."""
 _BIAS = Range(-100, 100)
+_MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 MAX_ENTRIES: Mapping[str, int] = {
     "logit_bias": 1024,
     "stop_token_ids": 1024,
@@ -108,6 +108,16 @@ def check_messages(count: int, num_parts: int) -> None:
     check_length("messages", count, MAX_MESSAGES)
     rule = f"have {num_parts} fields, parts and calls, at most {MAX_PARTS} are allowed"
     require(num_parts <= MAX_PARTS, "messages", rule)
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raise ``RequestError`` for more, or longer, entries than OpenAI's protocol has."""
+    check_length("metadata", len(metadata), _MAX_METADATA)
+    for key, value in metadata.items():
+        rule = f"has a key of {len(key)} characters, at most {_MAX_KEY_CHARS} are allowed"
+        require(len(key) <= _MAX_KEY_CHARS, "metadata", rule)
+        rule = f"has a value of {len(value)} characters, at most {_MAX_VALUE_CHARS} are allowed"
+        require(len(value) <= _MAX_VALUE_CHARS, f"metadata.{key}", rule)
 
 
 def refuse_unbuilt(data: Mapping[str, Any], unbuilt: Neutral, path: str = "") -> None:
@@ -247,18 +257,3 @@ def check_range(
     rule = f"{'above' if bounds.above else 'at least'} {low} and at most {most}"
     shown = str(value) if len(str(value)) <= 32 else f"{str(value)[:32]}..."
     require(is_inside, name, f"({shown}) must be {rule}")
-
-
-def is_deeper(data: object, max_depth: int) -> bool:
-    """Whether objects and arrays are nested in each other more than ``max_depth`` deep."""
-    level: list[Any] = [data]
-    for _ in range(max_depth):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, _CONTAINERS)
-        ]
-        if not level:
-            return False
-    return True

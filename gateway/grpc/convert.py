@@ -74,6 +74,7 @@ def _grpc_tools(chat: types_pb2.ChatMessages) -> ToolUse | None:
             parameters=json_object(tool.parameters, f"tools[{place}].function.parameters")
             if tool.HasField("parameters")
             else None,
+            is_strict=False,
         )
         for place, tool in enumerate(chat.tools)
     ]

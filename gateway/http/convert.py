@@ -69,7 +69,12 @@ def chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
 def _body_tools(body: ChatBody | TokenizeBody) -> ToolUse | None:
     functions = [tool.function for tool in body.tools or ()]
     tools = [
-        Tool(name=one.name, description=one.description, parameters=one.parameters)
+        Tool(
+            name=one.name,
+            description=one.description,
+            parameters=one.parameters,
+            is_strict=bool(one.strict),
+        )
         for one in functions
     ]
     if isinstance(body, TokenizeBody):

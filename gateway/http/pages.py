@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from itertools import islice
+from typing import Any, Literal, Self, TypeVar, cast
 
 from starlette.responses import Response
 
@@ -13,6 +14,7 @@ from gateway.core.field_checks import require
 from gateway.http.middleware import dump_json
 
 Order = Literal["asc", "desc"]
+Listed = TypeVar("Listed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +40,31 @@ class Page:
         require(is_number and 1 <= int(limit) <= most, "limit", rule)
         return cls(int(limit), query.get("after"), cast(Order, order))
 
-    def ordered(self, ids: Sequence[str]) -> Sequence[str]:
-        """Of ids from the oldest to the newest those from the page's begin on.
+    def ordered(
+        self, found: Sequence[Listed], id_of: Callable[[Listed], str] = str
+    ) -> Sequence[Listed]:
+        """Of entries from the oldest to the newest those from the page's begin on.
 
-        Raises ``RequestError`` where ``after`` is none of them.
+        ``id_of`` gives the id of an entry; entries may be ids. Raises ``RequestError`` where
+        ``after`` is none of them.
         """
-        found = list(ids) if self.order == "asc" else list(reversed(ids))
+        entries = list(found) if self.order == "asc" else list(reversed(found))
         if self.after is None:
-            return found
+            return entries
+        ids = list(map(id_of, entries))
         rule = f"({self.after[:64]!r}) is not the id of one of them"
-        require(self.after in found, "after", rule)
-        return found[found.index(self.after) + 1 :]
+        require(self.after in ids, "after", rule)
+        return entries[ids.index(self.after) + 1 :]
+
+    def read(
+        self, ids: Sequence[str], read: Callable[[str], Mapping[str, Any] | None]
+    ) -> dict[str, Any]:
+        """The page of the objects that have these ids, from the oldest to the newest.
+
+        ``read`` returns None for one that is not there any more, or not to be listed.
+        """
+        present = (one for one in map(read, self.ordered(ids)) if one is not None)
+        return self.document(list(islice(present, self.limit + 1)))
 
     def document(self, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The page of what was found, which may be more."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError
 from gateway.core.bodies import StrictBody
 from gateway.core.field_checks import (
@@ -19,7 +20,6 @@ from gateway.core.field_checks import (
     MAX_MESSAGES,
     check_length,
     check_messages,
-    is_deeper,
 )
 from gateway.http.schema import TAG
 from gateway.text.forms.tools import MAX_TOOLS

@@ -72,7 +72,8 @@ class JsonSchemaBody(StrictBody):
 
 
 class FunctionBody(StrictBody):
-    """A function that may be called; ``strict`` is accepted: arguments always follow the schema."""
+    """A function that may be called. Arguments follow the schema; what a grammar cannot express of
+    it is refused with ``strict``, and has no effect without."""
 
     name: str
     description: str | None = None

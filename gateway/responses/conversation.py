@@ -53,7 +53,8 @@ class Conversation:
         elif kind == "reasoning":
             self._add_reasoning(text_of(item), path)
         elif kind in CALLS:
-            self._add_call(item, path)
+            if item.get("status") != "incomplete":  # the response's end cut it: nobody made it
+                self._add_call(item, path)
         else:
             call_id = item["call_id"]
             is_known = self._calls.get(call_id) == OUTPUTS[kind]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from operator import itemgetter
 from typing import Any
 
 from starlette.requests import Request
@@ -13,12 +14,12 @@ from starlette.routing import BaseRoute, Route
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.delta import Finish
 from gateway.core.errors import StorageError
-from gateway.core.field_checks import require
 from gateway.core.headers import PRIORITY_HEADER, with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
-from gateway.http.middleware import Responder, WatchedEndpoint, dump_json, timeout_header_s
+from gateway.http.middleware import Responder, WatchedEndpoint, timeout_header_s
+from gateway.http.pages import Page, json_response
 from gateway.http.parse import parse_body
 from gateway.responses.conversation import named_as_input
 from gateway.responses.format import OutputFormat
@@ -147,12 +148,12 @@ class StoredResponses:
         if request.query_params.get("stream", "false").lower() not in ("false", "0"):
             raise UnsupportedParameterError("stream is not supported for a stored one", "stream")
         found = await self._store.get(request.path_params["response_id"])
-        return _json(found.response)
+        return json_response(found.response)
 
     async def delete(self, request: Request) -> Response:
         response_id = request.path_params["response_id"]
         await self._store.delete(response_id)
-        return _json({"id": response_id, "object": "response", "deleted": True})
+        return json_response({"id": response_id, "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
         """Responses are stored when they are complete: there is nothing to cancel."""
@@ -163,41 +164,7 @@ class StoredResponses:
 
     async def list_input(self, request: Request) -> Response:
         """What the model was given for a response, the last item first."""
-        query = request.query_params
-        limit, order = _limit(query.get("limit")), query.get("order", "desc")
-        rule = f"({order[:32]!r}) must be asc or desc"
-        require(order in ("asc", "desc"), "order", rule)
+        page = Page.of(request.query_params, _MOST_LISTED, _LISTED)
         found = await self._store.get(request.path_params["response_id"])
-        items: Sequence[Item] = [*found.history, *found.input]
-        if order == "desc":
-            items = items[::-1]
-        if (after := query.get("after")) is not None:
-            places = [place for place, item in enumerate(items) if item["id"] == after]
-            require(bool(places), "after", f"({after[:64]!r}) is not the id of an item")
-            items = items[places[0] + 1 :]
-        return _json(_page(items, limit))
-
-
-def _page(items: Sequence[Item], limit: int) -> dict[str, Any]:
-    data = items[:limit]
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": len(items) > limit,
-    }
-
-
-def _limit(given: str | None) -> int:
-    if given is None:
-        return _LISTED
-    is_number = given.isascii() and given.isdecimal() and len(given) <= len(str(_MOST_LISTED))
-    is_inside = is_number and 1 <= int(given) <= _MOST_LISTED
-    rule = f"({given[:32]!r}) must be a whole number from 1 to {_MOST_LISTED}"
-    require(is_inside, "limit", rule)
-    return int(given)
-
-
-def _json(content: object) -> Response:
-    return Response(dump_json(content), media_type="application/json")
+        items = page.ordered([*found.history, *found.input], itemgetter("id"))
+        return json_response(page.document(items))

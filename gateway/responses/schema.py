@@ -54,8 +54,8 @@ class ToolFormatBody(StrictBody):
 
 
 class OfferedToolBody(StrictBody):
-    """A function, or a custom tool, whose input is any text. ``strict`` is accepted: arguments
-    always follow the schema."""
+    """A function, or a custom tool, whose input is any text. Arguments follow the schema; what a
+    grammar cannot express of it is refused with ``strict``, and has no effect without."""
 
     type: str = Field(description="`function` or `custom`")
     name: str | None = None

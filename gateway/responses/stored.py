@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.core.errors import RequestError, UnknownNameError, UnsupportedParameterError
-from gateway.auth.auth import CALLER
 from gateway.core.errors import StorageError
 from gateway.core.field_checks import check_length
+from gateway.http.pages import tenant
 from gateway.responses.items import Item, response_of
 from gateway.responses.resource import Resource
 from gateway.state.store import ObjectKind, StateStore
@@ -65,10 +65,10 @@ class ResponseStore:
 
     async def save(self, found: StoredResponse) -> None:
         """Raises ``StorageError``."""
-        store, tenant, response_id = self._known, _tenant(), found.response["id"]
+        store, owner, response_id = self._known, tenant(), found.response["id"]
 
         def write() -> None:
-            store.put(KIND, tenant, response_id, msgspec.json.encode(found))
+            store.put(KIND, owner, response_id, msgspec.json.encode(found))
 
         await asyncio.to_thread(write)
 
@@ -94,19 +94,19 @@ class ResponseStore:
         """The stored ones of some items, by id. Raises ``RequestError``."""
         if ids and self._store is None:
             raise UnsupportedParameterError(f"{path}: item_reference {_NEEDS}", path)
-        found: dict[str, Item] = {}
+        found, wanted = dict[str, Item](), frozenset(ids)
         responses = dict.fromkeys(filter(None, map(response_of, ids)))
         check_length(path, len(responses), MAX_REFERRED, "responses in item references")
         for response_id in responses:
             stored = await self._find(response_id)
             items = stored.conversation if stored is not None else []
-            found |= {item["id"]: item for item in items if item["id"] in ids}
+            found |= {item["id"]: item for item in items if item["id"] in wanted}
         return found
 
     async def delete(self, response_id: str) -> None:
         """Raises ``UnknownNameError``."""
         store = self._store
-        if store is None or not await asyncio.to_thread(store.delete, KIND, _tenant(), response_id):
+        if store is None or not await asyncio.to_thread(store.delete, KIND, tenant(), response_id):
             raise UnknownNameError(f"there is no response {response_id[:64]!r}")
 
     @property
@@ -115,12 +115,12 @@ class ResponseStore:
         return self._store
 
     async def _find(self, response_id: str) -> StoredResponse | None:
-        store, tenant = self._store, _tenant()
+        store, owner = self._store, tenant()
         if store is None:
             return None
 
         def read() -> StoredResponse | None:
-            found = store.get(KIND, tenant, response_id)
+            found = store.get(KIND, owner, response_id)
             if found is None:
                 return None
             try:
@@ -129,9 +129,3 @@ class ResponseStore:
                 raise StorageError(f"the stored response {response_id} is damaged") from err
 
         return await asyncio.to_thread(read)
-
-
-def _tenant() -> str:
-    """Whose responses are meant: those of the request's key; without keys there is one tenant."""
-    caller = CALLER.get()
-    return "" if caller is None else caller.entry.tenant

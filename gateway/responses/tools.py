@@ -75,7 +75,12 @@ def _tool(tool: OfferedToolBody, path: str) -> Tool:
         message = f"{path}.name is required"
         raise RequestError(message, f"{path}.name", "missing_required_parameter")
     if tool.type == "function":
-        return Tool(name=tool.name, description=tool.description, parameters=tool.parameters)
+        return Tool(
+            name=tool.name,
+            description=tool.description,
+            parameters=tool.parameters,
+            is_strict=bool(tool.strict),
+        )
     if tool.format is not None and tool.format.type != "text":
         raise UnsupportedParameterError(
             f"{path}.format: the form {tool.format.type[:32]!r} is not supported, only text",

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.core.errors import RequestError
 from gateway.core.call import CallKind, ChatInput, GenerateFields
-from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_length, require
+from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_length, check_metadata, require
 from gateway.http.convert import constraints_of, sampling_fields
 from gateway.responses.conversation import Conversation
 from gateway.responses.items import Item, ItemIds, read_item
@@ -33,7 +33,6 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 SUMMARIES = ("auto", "concise", "detailed", "none")
 VERBOSITIES = ("low", "medium", "high")
 _FORMAT = FormatNames("text.format", "text.format.schema")
-_MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,21 +143,12 @@ def _check(body: ResponseBody) -> None:
     require(most is None or most >= 1, "max_tool_calls", f"({most}) must be at least 1")
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream to be true", "stream_options")
-    _check_metadata(body.metadata or {})
+    check_metadata(body.metadata or {})
 
 
 def _check_word(name: str, value: str | None, words: Sequence[str]) -> None:
     rule = f"({str(value)[:64]!r}) must be one of {', '.join(words)}"
     require(value is None or value in words, name, rule)
-
-
-def _check_metadata(metadata: Mapping[str, str]) -> None:
-    check_length("metadata", len(metadata), _MAX_METADATA)
-    for key, value in metadata.items():
-        rule = f"has a key of {len(key)} characters, at most {_MAX_KEY_CHARS} are allowed"
-        require(len(key) <= _MAX_KEY_CHARS, "metadata", rule)
-        rule = f"has a value of {len(value)} characters, at most {_MAX_VALUE_CHARS} are allowed"
-        require(len(value) <= _MAX_VALUE_CHARS, f"metadata.{key}", rule)
 
 
 def _read_items(body: ResponseBody, ids: ItemIds, referenced: Mapping[str, Item]) -> list[Item]:

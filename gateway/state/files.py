@@ -76,7 +76,7 @@ def as_storage_error() -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        logger.exception("the state folder cannot be used")
+        logger.error("the state folder cannot be used: %s", err)
         reason = os.strerror(err.errno) if err.errno else "unknown error"
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(f"nothing more can be stored: {reason}") from err

@@ -33,7 +33,14 @@ from cluster.core.checks import check
 from cluster.core.errors import ConfigError
 from gateway.core.errors import StorageError, StorageFullError
 from gateway.state.files import as_storage_error, entries, has_expired, move, write_aside
-from gateway.state.record import FORMAT, StoredObject, decode, encode
+from gateway.state.record import (
+    FORMAT,
+    MAX_HEAD_BYTES,
+    StoredObject,
+    decode,
+    decode_head,
+    encode,
+)
 
 _ID = re.compile("[a-z]{1,16}_[0-9a-f]{32}")
 _MARK = "state.json"
@@ -100,7 +107,8 @@ class StateStore:
     ) -> None:
         self._folder = folder
         self._max_objects = max_objects
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        """Of the objects of one kind and tenant."""
         self.ttl_s = ttl_s
         """Life of an object that says nothing else."""
         self.work = folder / _WORK
@@ -163,6 +171,24 @@ class StateStore:
         found = decode(raw, object_id)
         return None if found.head.expires_s <= self._clock() else found
 
+    def begin_of(
+        self, kind: ObjectKind, tenant: str, object_id: str, num_bytes: int
+    ) -> bytes | None:
+        """At most so much of an object's content, which is not checked; None as of ``get``.
+
+        Raises ``StorageError`` if its first line is damaged.
+        """
+        place = self._place(kind, tenant, object_id)
+        if place is None:
+            return None
+        with as_storage_error():
+            try:
+                with place.open("rb") as file:
+                    line, content = file.readline(MAX_HEAD_BYTES), file.read(num_bytes)
+            except FileNotFoundError:
+                return None
+        return None if decode_head(line).expires_s <= self._clock() else content
+
     def delete(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
         """Remove an object, also a damaged one; whether there was one."""
         place = self._place(kind, tenant, object_id)
@@ -222,9 +248,17 @@ class StateStore:
 
     def _make_room(self, kind: ObjectKind, place: Path, size: int) -> None:
         """Raise ``StorageFullError`` unless a file of ``size`` bytes fits within the bounds."""
-        if size > self._max_bytes:
+        try:
+            self._take_room(kind, place, size)
+        except StorageFullError:
+            if not self._sweep(place.parent):  # nothing has expired
+                raise
+            self._take_room(kind, place, size)
+
+    def _take_room(self, kind: ObjectKind, place: Path, size: int) -> None:
+        if size > self.max_bytes:
             raise StorageFullError(
-                f"an object of {size} bytes is above the limit of {self._max_bytes} for a key"
+                f"an object of {size} bytes is above the limit of {self.max_bytes} for a key"
             )
         with self._lock:
             usage = self._usage(place.parent)
@@ -232,7 +266,7 @@ class StateStore:
             sizes.pop(place.name, None)
             num_bytes = usage.num_bytes
             for oldest in list(sizes) if kind.drops_oldest else ():
-                if len(sizes) < self._max_objects and num_bytes + size <= self._max_bytes:
+                if len(sizes) < self._max_objects and num_bytes + size <= self.max_bytes:
                     break
                 (place.parent / oldest).unlink(missing_ok=True)
                 num_bytes -= sizes.pop(oldest)
@@ -241,10 +275,10 @@ class StateStore:
                     f"this key has stored {len(sizes)} {kind.name}, the limit is "
                     f"{self._max_objects}: delete some, or wait until they expire"
                 )
-            if num_bytes + size > self._max_bytes:
+            if num_bytes + size > self.max_bytes:
                 raise StorageFullError(
                     f"this key has stored {num_bytes} bytes of {kind.name}, {size} more are above "
-                    f"the limit of {self._max_bytes}: delete some, or wait until they expire"
+                    f"the limit of {self.max_bytes}: delete some, or wait until they expire"
                 )
             sizes[place.name] = size
 

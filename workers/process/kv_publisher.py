@@ -1,9 +1,12 @@
 """Publishes which KV blocks are cached, over ZeroMQ, for routers of other projects.
 
-A message has three frames: topic, number (8 bytes, big-endian, from 0) and a batch of
-``workers.kv.router_events``. Subscribers that miss one ask the replay socket for all from a number
-on: an empty frame and the number. They get the messages that are kept, each behind an empty frame,
-and then one with the number -1 and no payload, as from vLLM 0.33.
+A message has three frames: topic, number (8 bytes, big-endian) and a batch of
+``workers.kv.router_events``. Numbers go up by one, also those of a worker that replaces another one
+but for a gap: they begin with the time, in microseconds. So a subscriber sees that it missed what
+came at the start, that all blocks are to be forgotten, even if it connected again later.
+Subscribers that miss one ask the replay socket for all from a number on: an empty frame and the
+number. They get the messages that are kept, each behind an empty frame, and then one with the
+number -1 and no payload, as from vLLM 0.33.
 
 The engine's thread only puts changes into a list and rings; a thread of its own makes the events
 and sends them. ZeroMQ drops messages for a subscriber that is too far behind, and this thread never
@@ -83,7 +86,7 @@ class KvPublisher:
         self._lock = threading.Lock()
         self._changes: list[_Change] = []
         self._must_clear = True  # routers may know blocks of the worker before
-        self._number = 0
+        self._number = int(1e6 * clock())
         self._sent: deque[tuple[bytes, bytes]] = deque(maxlen=section.kv_events_buffer_steps)
         self._encode = msgspec.msgpack.Encoder().encode
         self._topic = section.kv_events_topic.encode()

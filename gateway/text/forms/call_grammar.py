@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,10 @@ _NOTES = frozenset({"description", "title", "default", "examples", "$comment", "
 """Parts of a schema that allow and forbid nothing."""
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 """Parts of a schema that are schemas by name."""
+
+_PATTERN = "pattern"
+_NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
+"""Look-around, atomic groups, references to groups, and bounds of words."""
 
 ArgumentRules = Callable[[Tool, int], list[str]]
 """From a tool and its place to the rule ``args_PLACE`` and those that it names."""
@@ -98,7 +103,7 @@ def closed_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
 def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
     """A JSON text that follows a schema."""
     options = _COMPACT if is_strict else {**_COMPACT, **_LENIENT}
-    plain = {**_without_notes(schema), _OPTIONS: options}
+    plain = {**_plain(schema, is_strict), _OPTIONS: options}
     return "%json " + json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
@@ -115,10 +120,11 @@ def answer_rule(answer: Grammar) -> str:
             return f"answer: %lark {{\n{answer.text}\n}}"
 
 
-def _without_notes(schema: Any) -> Any:
-    """A schema without what only people and models read."""
+def _plain(schema: Any, is_strict: bool) -> Any:
+    """A schema without what only people and models read; not strict, also without patterns that
+    automata cannot follow, which llguidance refuses even where it is lenient."""
     if isinstance(schema, list):
-        return [_without_notes(part) for part in schema]
+        return [_plain(part, is_strict) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
     found: dict[str, Any] = {}
@@ -126,10 +132,14 @@ def _without_notes(schema: Any) -> Any:
         if name in ("enum", "const"):
             found[name] = part
         elif name in _BY_NAME and isinstance(part, Mapping):
-            found[name] = {key: _without_notes(inner) for key, inner in part.items()}
-        elif name not in _NOTES:
-            found[name] = _without_notes(part)
+            found[name] = {key: _plain(inner, is_strict) for key, inner in part.items()}
+        elif name not in _NOTES and (is_strict or name != _PATTERN or _is_regular(part)):
+            found[name] = _plain(part, is_strict)
     return found
+
+
+def _is_regular(pattern: object) -> bool:
+    return not isinstance(pattern, str) or _NOT_REGULAR.search(pattern) is None
 
 
 def _escape_slashes(regex: str) -> str:

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
-from gateway.core.field_checks import check_length, is_deeper, require
+from gateway.core.field_checks import check_length, require
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_GRAMMAR_BYTES = 64 * 1024

@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError
-from gateway.core.field_checks import check_length, is_deeper, require
+from gateway.core.field_checks import check_length, require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
 from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.batches.requests import BatchLimits, RequestFile
+from cluster.batches.requests import BatchLimits, LineError, RequestFile
 from cluster.core.errors import RequestError
 from tests.cluster.batches.files import line, write_lines
 
@@ -26,6 +27,9 @@ def test_requests_come_in_order_and_empty_lines_are_none(tmp_path: Path) -> None
     ("wrong", "message"),
     [
         ("{", "line 2 is not JSON"),
+        ('{"custom_id": "\\ud800"}', "line 2 is not JSON"),
+        ('{"custom_id": NaN}', "line 2 is not JSON"),
+        ("[" * 140 + "]" * 140, "line 2 is nested too deeply: at most 128 levels"),
         ([], "line 2 must be an object"),
         (line(custom_id=""), "line 2: custom_id must be a text of 1 to 512 characters"),
         ({**line(), "custom_id": 7}, "line 2: custom_id must be a text of 1 to 512 characters"),
@@ -45,11 +49,20 @@ def test_a_wrong_line_is_named(tmp_path: Path, wrong: Any, message: str) -> None
     with pytest.raises(RequestError) as caught:
         RequestFile.check(path, limits)
     assert str(caught.value).startswith(message)
+    assert isinstance(caught.value, LineError)
+    assert caught.value.line == 2
+    assert pickle.loads(pickle.dumps(caught.value)).line == 2
+
+
+def test_a_line_without_bottom_is_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in", ["[" * 200_000])
+    with pytest.raises(RequestError, match="line 1 is nested too deeply"):
+        RequestFile.check(path)
 
 
 def test_bounds_of_a_file(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in", [line("a"), line("b"), line("c")])
     with pytest.raises(RequestError, match="line 3 is beyond the limit of 2 requests"):
         RequestFile.check(path, BatchLimits(max_requests=2))
-    with pytest.raises(RequestError, match="empty has no request"):
+    with pytest.raises(RequestError, match="the file has no request"):
         RequestFile.check(write_lines(tmp_path / "empty", [""]))

@@ -112,9 +112,10 @@ def test_a_full_or_restarting_server_is_asked_again(tmp_path: Path) -> None:
     server = Server(
         id_0=[BatchAnswer(429, {}, retry_after_s=0.0), BatchAnswer(503, {}, retry_after_s=0.0)],
         id_1=[gone, gone, gone],
+        id_2=[BatchAnswer(408, {}, retry_after_s=0.0)],
     )
     assert batch(tmp_path, server).completed == 20
-    assert (server.asked["id-0"], server.asked["id-1"], server.asked["id-2"]) == (3, 4, 1)
+    assert [server.asked[f"id-{number}"] for number in range(4)] == [3, 4, 2, 1]
 
 
 @pytest.mark.parametrize("lost", [UnreachableError("gone"), BatchAnswer(503, {}, retry_after_s=0)])

@@ -55,17 +55,19 @@ def main(path, endpoint, replay_endpoint, topic):
     replay = context.socket(zmq.DEALER)
     replay.connect(replay_endpoint)
     replay.send_multipart((b"", (0).to_bytes(8, "big")))
-    payloads = []
+    first, payloads = None, []
     while True:
         assert replay.poll(LIMIT_MS), "no answer"
         _, _, seq_bytes, again = replay.recv_multipart()
         if seq_bytes == vllm.ZmqEventPublisher.END_SEQ:
             assert again == b""
             break
-        if int.from_bytes(seq_bytes, "big") < last:
-            assert int.from_bytes(seq_bytes, "big") == len(payloads)
+        number = int.from_bytes(seq_bytes, "big")
+        first = number if first is None else first
+        if number < last:
+            assert number == first + len(payloads)
             payloads.append(again)
-    assert len(payloads) == last, "all messages before the first one"
+    assert first + len(payloads) == last, "all messages before the first one"
     prefixes = {}
     for each in (*payloads, payload):
         batch = decoder.decode(each)

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gateway.batches.runner import BatchRunner, BatchTuning
+from gateway.batches.runner import BatchRunner
+from gateway.batches.running import BatchTuning
 from gateway.http.api import HttpApi
 from tests.cluster.batches.files import line
 from tests.gateway.stack import Stack
 
-TUNING = BatchTuning(look_s=0.02)
+TUNING = BatchTuning(look_s=0.02, retry_s=0.02)
 
 
 def lines_of(ids: Iterable[str], **changed: Any) -> bytes:

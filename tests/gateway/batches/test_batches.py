@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.batches.runner import BatchTuning
+from gateway.batches.running import BatchTuning
 from tests.cluster.batches.files import line
 from tests.gateway.batches.client import (
     answers_in,
@@ -115,7 +115,7 @@ def test_a_cancelled_batch_keeps_its_answers(keeper: Stack) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "requests has no request"),
+        (b"", "the file has no request"),
         (lines_of(["a", "a"]), "line 2: custom_id 'a' came before"),
         (lines_of(["a"], url="/v1/chat/completions"), "line 1: url ('/v1/chat/completions') must"),
         (b"\xff\n", "line 1 is not JSON"),
@@ -127,6 +127,7 @@ def test_a_wrong_file_fails(keeper: Stack, content: bytes, message: str) -> None
     done = wait_status(keeper, made["id"], "failed")
     (problem,) = done["errors"]["data"]
     assert message in problem["message"]
+    assert problem["line"] == (int(message.split()[1].rstrip(":")) if "line" in message else None)
     assert done["failed_at"] >= done["created_at"]
     assert keeper.engine.requests == []
     stop_runner(keeper, runner)

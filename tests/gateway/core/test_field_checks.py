@@ -18,7 +18,6 @@ from gateway.core.field_checks import (
     check_range,
     check_stream,
     given_one,
-    is_deeper,
 )
 from workers.requests.prompt_embeds import read_embeds
 
@@ -136,11 +135,3 @@ def test_a_long_number_is_shown_by_its_beginning() -> None:
         with pytest.raises(RequestError) as caught:
             check_range("seed", int("9" * digits), Range(0, 1))
         assert str(caught.value) == f"seed ({shown}) must be at least 0 and at most 1"
-
-
-@pytest.mark.parametrize(
-    ("data", "depth"), [([], 1), ([1, "x"], 1), ({"a": []}, 2), ([1, {"a": [[2]]}], 4)]
-)
-def test_depth_counts_containers_within_containers(data: object, depth: int) -> None:
-    for most in range(1, 6):
-        assert is_deeper(data, most) == (depth > most)

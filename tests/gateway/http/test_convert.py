@@ -261,6 +261,15 @@ def test_tools_that_may_not_be_called_are_neutral() -> None:
     check_unbuilt({"tools": UNBUILT["tools"], "tool_choice": "none"}, "chat")
 
 
+@pytest.mark.parametrize(("strict", "expected"), [(None, False), (False, False), (True, True)])
+def test_tools_are_strict_where_they_say_so(strict: bool | None, expected: bool) -> None:
+    function = {"name": "f", "parameters": {"type": "object"}, "strict": strict}
+    tools = [{"type": "function", "function": function}]
+    use = chat_fields(parse_body(ChatBody, {"messages": [SAID], "tools": tools})).tools
+    assert use is not None
+    assert [tool.is_strict for tool in use.tools] == [expected]
+
+
 def test_completions_have_no_tools() -> None:
     with pytest.raises(UnsupportedParameterError, match="tool_choice"):
         check_unbuilt({"tool_choice": "required"}, "completion")

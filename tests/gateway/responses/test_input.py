@@ -52,6 +52,21 @@ def said(role: str, *texts: str, kind: str = "input_text") -> dict[str, Any]:
     return {"role": role, "content": [{"type": kind, "text": text} for text in texts]}
 
 
+@pytest.mark.parametrize(("strict", "expected"), [(None, False), (False, False), (True, True)])
+def test_tools_are_strict_where_they_say_so(strict: bool | None, expected: bool) -> None:
+    use = turn_of(input="hi", tools=[{**WEATHER, "strict": strict}]).fields.tools
+    assert use is not None
+    assert [tool.is_strict for tool in use.tools] == [expected]
+
+
+def test_a_call_that_was_cut_is_no_part_of_the_conversation() -> None:
+    cut = {**CALL, "id": "fc_1", "status": "incomplete", "arguments": '{"a":'}
+    body = parse_body(ResponseBody, {"input": "go on", "previous_response_id": RESPONSE_ID})
+    chat = make_turn(body, ItemIds(RESPONSE_ID), [cut]).fields.chat
+    assert chat is not None
+    assert [message["role"] for message in chat.messages] == ["user"]
+
+
 @pytest.fixture(scope="module")
 def shared_tools() -> Iterator[Stack]:
     with running_stack(tokenizer=tiny_tokenizer(TOOL_TEMPLATE)) as stack:

@@ -156,6 +156,17 @@ def test_what_other_gateways_store_counts(tmp_path: Path, clock: Clock) -> None:
             put(store, NOTES)
 
 
+def test_what_has_expired_does_not_count(tmp_path: Path, clock: Clock) -> None:
+    store = make(tmp_path, clock, max_objects=1)
+    put(store, NOTES)
+    clock.now_s += 59.0
+    with pytest.raises(StorageFullError):
+        put(store, NOTES)
+    clock.now_s += 1.0
+    kept = put(store, NOTES)
+    assert [path.name for path in files_in(tmp_path)] == [kept]
+
+
 # ---- expiry ---------------------------------------------------------------------------------
 
 
@@ -232,6 +243,22 @@ def test_a_file_in_another_one_s_place_is_not_returned(tmp_path: Path) -> None:
     (folder / mine).write_bytes((folder / other).read_bytes())
     with pytest.raises(StorageError, match="damaged"):
         store.get(NOTES, "a", mine)
+
+
+def test_the_begin_of_an_object(tmp_path: Path, clock: Clock) -> None:
+    store = make(tmp_path, clock)
+    found = put(store, NOTES, b"abc" * 1000)
+    assert store.begin_of(NOTES, "a", found, 5) == b"abcab"
+    assert store.begin_of(NOTES, "b", found, 5) is None
+    assert store.begin_of(NOTES, "a", "../x", 5) is None
+    (path,) = files_in(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.begin_of(NOTES, "a", found, 5) == b"abcab"
+    clock.now_s += 60.0
+    assert store.begin_of(NOTES, "a", found, 5) is None
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(StorageError, match="damaged"):
+        store.begin_of(NOTES, "a", found, 5)
 
 
 def test_records_are_what_they_were() -> None:

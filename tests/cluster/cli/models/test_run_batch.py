@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on(gateway: FakeGateway, tmp_path: Path) -> None:
     num_before = before.count(b"\n")
     assert num_before < len(ids)
     with out.open("ab") as file:  # as a kill within a write, or a full disk, leaves it
-        file.write(b'{"custom_id": "id-39')
+        file.write(b'{"id": "batch_req_39')
     assert main(words) == ExitCode.OK
     assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     assert sorted(one["custom_id"] for one in read_lines(out)) == sorted(ids)
@@ -77,6 +77,11 @@ def test_what_cannot_be_run_is_refused(
     write_lines(tmp_path / "out", ["notes"])
     assert main(words) == ExitCode.REFUSED
     assert "out: line 1 is no answer" in capsys.readouterr().err
+    words[-1] = words[-2]
+    (tmp_path / "in").write_text(json.dumps(line("a")))
+    assert main(words) == ExitCode.REFUSED
+    assert "in: line 1 is no answer" in capsys.readouterr().err
+    assert json.loads((tmp_path / "in").read_text()) == line("a")
     assert gateway.bodies == []
 
 

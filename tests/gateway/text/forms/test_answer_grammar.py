@@ -204,12 +204,29 @@ def test_notes_in_a_schema_take_no_room() -> None:
 def test_only_strict_tools_refuse_what_a_grammar_cannot_express(vocabulary: Vocabulary) -> None:
     schema = {"properties": {"a": {"type": "array", "uniqueItems": True}}, "required": ["a"]}
     said = written(ToolForm.HERMES, [("f", {"a": [1, 1]})])
+    check_strictness(schema, said, "uniqueItems", vocabulary)
+
+
+@pytest.mark.parametrize("pattern", ["(?!x)y", "(?<=a)b", r"(a)\1", r"\bword\b"])
+def test_only_strict_tools_refuse_patterns_that_are_not_regular(
+    pattern: str, vocabulary: Vocabulary
+) -> None:
+    text = {"type": "string", "pattern": pattern}
+    schema = {"properties": {"pattern": text}, "required": ["pattern"]}
+    said = written(ToolForm.HERMES, [("f", {"pattern": "any"})])
+    check_strictness(schema, said, "failed to compile JSON schema", vocabulary)
+
+
+def check_strictness(
+    schema: dict[str, Any], said: str, refused: str, vocabulary: Vocabulary
+) -> None:
+    """Without ``strict`` an answer is allowed, with it the schema is refused."""
     for is_strict in (False, True):
         tool = Tool(name="f", parameters=schema, is_strict=is_strict)
         use = ToolUse(tools=(tool,))
         grammar = answer_grammar(use, ToolForm.HERMES, vocabulary.mark_ids, None)
         if is_strict:
-            with pytest.raises(RequestError, match="uniqueItems"):
+            with pytest.raises(RequestError, match=refused):
                 vocabulary.allows(grammar, said)
         else:
             assert vocabulary.allows(grammar, said)

@@ -1,0 +1,271 @@
+"""One batch while a gateway runs it: its requests are asked, its answers become files."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.routing import Route
+
+from cluster.batches.answers import AnswerFile
+from cluster.batches.requests import BatchLimits, BatchRequest, LineError, RequestFile
+from cluster.batches.run import BatchAnswer, BatchRun, UnreachableError
+from cluster.core.errors import ConflictError, RequestError
+from gateway.auth.key_limits import Account
+from gateway.batches.inner_calls import InnerCalls
+from gateway.batches.objects import ENDED, Batch, BatchProblem, BatchStatus, RequestCounts
+from gateway.batches.shelf import BatchShelf
+from gateway.core.errors import StorageError, StorageFullError
+from gateway.generation.gateway import Gateway
+
+logger = logging.getLogger(__name__)
+
+PASSING = (StorageError, OSError)
+"""Errors of the disk: a batch stands still until they are over."""
+_NEVER_S = float("inf")
+_FULL_SHARE = 0.9
+"""Part of what a key may store at which a batch asks no more, so that its answers fit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchTuning:
+    """How batches are run."""
+
+    look_s: float = 2.0
+    """Interval at which a gateway looks for batches and for orders to end one."""
+    retry_s: float = 10.0
+    """Time after which a batch that stands still is tried again."""
+    max_batches: int = 4
+    """Batches that a gateway runs at a time."""
+    concurrency: int = 64
+    """Requests of a batch that run at a time."""
+    priority: int = 1
+    """Of requests that name none: after those of others."""
+
+
+class RunningBatch:
+    """A batch that this gateway runs; nobody else writes it.
+
+    Args:
+        gateway: it answers.
+        shelf: where the batch is.
+        tenant: whose it is.
+        batch: as it was stored last.
+        answers: its answers so far.
+        failures: those that are no success.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        shelf: BatchShelf,
+        tenant: str,
+        batch: Batch,
+        answers: AnswerFile,
+        failures: AnswerFile,
+    ) -> None:
+        self._gateway = gateway
+        self._shelf = shelf
+        self._tenant = tenant
+        self._batch = batch
+        self._answers = answers
+        self._failures = failures
+
+    async def run(self, routes: Sequence[Route], tuning: BatchTuning) -> None:
+        """Run what is left, and store the end. Raises ``PASSING`` where that cannot be now."""
+        if self._batch.finalizing_at is None:
+            problem = await self._ask_all(routes, tuning)
+            if problem is not None and not (self._answers.done or self._failures.done):
+                await self._save("failed", errors=[problem])
+                return
+            await self._finalize(problem)
+        await self._finish()
+
+    async def _ask_all(self, routes: Sequence[Route], tuning: BatchTuning) -> BatchProblem | None:
+        """Ask until nothing is left, or the batch is to end. Returns what went wrong."""
+        limits = BatchLimits(endpoints=(self._batch.endpoint,))
+        path = self._shelf.requests(self._batch.id)
+        try:
+            requests = await asyncio.to_thread(RequestFile.check, path, limits)
+            account = await self._account()
+        except RequestError as err:
+            return _problem(err)
+        if self._batch.in_progress_at is None:
+            counts = RequestCounts(total=len(requests))
+            await self._save("in_progress", in_progress_at=int(time.time()), request_counts=counts)
+        problem = None
+        work = asyncio.create_task(self._ask(requests, account, routes, tuning))
+        try:
+            while not (work.done() or self._is_over()):
+                await asyncio.wait([work], timeout=tuning.look_s)
+                await self._count(len(requests))
+                self._check_size()
+                await self._account()
+        except RequestError as err:
+            problem = _problem(err)
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+        return problem or (None if work.cancelled() else self._failure(work.exception()))
+
+    async def _ask(
+        self,
+        requests: RequestFile,
+        account: Account | None,
+        routes: Sequence[Route],
+        tuning: BatchTuning,
+    ) -> None:
+        chosen = [route for route in routes if route.path == self._batch.endpoint]
+        calls = InnerCalls(self._gateway, chosen, account, tuning.priority)
+
+        async def send(request: BatchRequest) -> BatchAnswer:
+            if self._gateway.is_leaving:
+                raise UnreachableError("this gateway is about to stop")
+            return await calls.send(request)
+
+        batch = BatchRun(
+            requests, self._answers, self._failures, send, tuning.concurrency, _NEVER_S
+        )
+        await batch.run()
+
+    def _is_over(self) -> bool:
+        """Whether the batch is to end though requests are left."""
+        return self._shelf.is_cancelled(self._batch.id) or time.time() >= self._batch.expires_at
+
+    def _check_size(self) -> None:
+        """Raise ``RequestError`` where more answers would not fit into one file."""
+        most = int(_FULL_SHARE * self._shelf.max_bytes)
+        if max(self._answers.num_bytes, self._failures.num_bytes) > most:
+            message = f"the answers have more than {most} bytes: make several batches of the rest"
+            raise RequestError(message, None, "answers_too_large")
+
+    def _failure(self, error: BaseException | None) -> BatchProblem | None:
+        """Why no more can be asked. Raises ``error`` where it passes."""
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if error is None:
+            return None
+        if isinstance(error, ConflictError):
+            return damage(error)
+        if is_passing(error):
+            raise error
+        logger.error("batch %s fails", self._batch.id, exc_info=error)
+        message = "the server failed at a request: its log says why"
+        return BatchProblem(code="internal_error", message=message)
+
+    async def _account(self) -> Account | None:
+        """The client's. Raises ``RequestError`` where its key is not known any more."""
+        keys = self._gateway.keys
+        await keys.read_changes()
+        if keys.is_open:
+            return None
+        account = keys.account_of(self._tenant)
+        if account is None:
+            raise RequestError("the key that made the batch is not known any more", None, "no_key")
+        return account
+
+    # ---- what clients see --------------------------------------------------------------------
+
+    @property
+    def _counts(self) -> RequestCounts:
+        failed = self._failures.num_failed
+        completed = len(self._answers.done)
+        total = max(self._batch.request_counts.total, completed + failed)
+        return RequestCounts(total=total, completed=completed, failed=failed)
+
+    async def _count(self, total: int) -> None:
+        counts = msgspec.structs.replace(self._counts, total=total)
+        if counts != self._batch.request_counts:
+            await self._save(self._batch.status, request_counts=counts)
+
+    async def _finalize(self, problem: BatchProblem | None) -> None:
+        """No more is asked: from now on the batch only ends, also after a kill."""
+        shelf, now_s, counts = self._shelf, int(time.time()), self._counts
+        is_cancelled = shelf.is_cancelled(self._batch.id) and not counts.is_all
+        await self._save(
+            "finalizing",
+            finalizing_at=now_s,
+            request_counts=counts,
+            output_file_id=shelf.new_file_id() if self._answers.done else None,
+            error_file_id=shelf.new_file_id() if self._failures.done else None,
+            cancelling_at=now_s if is_cancelled else None,
+            errors=[problem] if problem is not None else [],
+        )
+
+    async def _finish(self) -> None:
+        """Store the files of answers, and then the batch's end.
+
+        A full key or disk may have room later: until the batch's time is over, that is waited for.
+        """
+        batch = self._batch
+        try:
+            await self._put(batch.output_file_id, self._shelf.answers(batch.id), "output")
+            await self._put(batch.error_file_id, self._shelf.failures(batch.id), "errors")
+        except StorageFullError as err:
+            if time.time() < batch.expires_at:
+                raise
+            problem = BatchProblem(code="storage_full", message=str(err))
+            await self._save("failed", errors=[problem], output_file_id=None, error_file_id=None)
+            return
+        await self._save(_end_of(batch))
+
+    async def _put(self, file_id: str | None, path: Path, what: str) -> None:
+        if file_id is None:
+            return
+        batch = self._batch
+
+        def put() -> None:
+            name = f"{batch.id}_{what}.jsonl"
+            self._shelf.put_file(
+                self._tenant,
+                name,
+                path.read_bytes(),
+                is_output=True,
+                ttl_s=batch.output_ttl_s,
+                file_id=file_id,
+            )
+
+        await asyncio.to_thread(put)
+
+    async def _save(self, status: BatchStatus, **changed: Any) -> None:
+        self._batch = moved(self._batch, status, **changed)
+        await asyncio.to_thread(self._shelf.save, self._tenant, self._batch)
+
+
+def moved(batch: Batch, status: BatchStatus, **changed: Any) -> Batch:
+    """A batch with another status, and other changes."""
+    if status in ENDED:
+        changed[f"{status}_at"] = int(time.time())
+    return msgspec.structs.replace(batch, status=status, **changed)
+
+
+def damage(error: ConflictError) -> BatchProblem:
+    """What a client is told of answers that cannot be read."""
+    return BatchProblem(code="answers_damaged", message=str(error))
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether errors of the disk are all that went wrong."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(is_passing, error.exceptions))
+    return isinstance(error, PASSING)
+
+
+def _problem(error: RequestError) -> BatchProblem:
+    line = error.line if isinstance(error, LineError) else None
+    return BatchProblem(code=error.code, message=error.message, param=error.param, line=line)
+
+
+def _end_of(batch: Batch) -> BatchStatus:
+    """The status of a batch whose files are stored."""
+    if batch.errors:
+        return "failed"
+    if batch.cancelling_at is not None:
+        return "cancelled"
+    return "completed" if batch.request_counts.is_all else "expired"

@@ -1,0 +1,240 @@
+"""Batches whose files are damaged, whose key is full or gone, and those beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.config.gateway import GatewaySection
+from gateway.batches.objects import BATCHES, Batch
+from gateway.batches.running import BatchTuning, moved
+from gateway.batches.shelf import BatchShelf
+from gateway.state.store import StateStore
+from tests.cluster.batches.files import line
+from tests.gateway.batches.client import (
+    TUNING,
+    answers_in,
+    get,
+    headers_of,
+    lines_of,
+    make_batch,
+    start_runner,
+    stop_runner,
+    upload,
+    wait_status,
+)
+from tests.gateway.batches.conftest import KEYS
+from tests.gateway.stack import WAIT_S, Stack, running_stack
+
+IDS = [f"id-{number}" for number in range(30)]
+ONE_SEAT = BatchTuning(look_s=0.02, retry_s=3600.0, max_batches=1)
+
+
+def state_of(stack: Stack) -> StateStore:
+    assert stack.gateway.state is not None
+    return stack.gateway.state
+
+
+def object_file(stack: Stack, object_id: str) -> Path:
+    (found,) = state_of(stack).work.parent.glob(f"*/*/{object_id}")
+    return found
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Stack]:
+    """A gateway that keeps 16 KB for a key."""
+    section = GatewaySection(
+        request_timeout_s=WAIT_S, state_dir=str(tmp_path / "state"), state_max_bytes=16_000
+    )
+    with running_stack(section) as stack:
+        yield stack
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ('{"custom_id": "\\ud800", "url": "/v1/completions", "body": {}}', "is not JSON"),
+        (json.dumps(line("a", body={"prompt": "a", "temperature": float("nan")})), "is not JSON"),
+        ("[" * 200_000, "is nested too deeply: at most 128 levels"),
+    ],
+)
+def test_what_cannot_be_sent_fails_a_batch(keeper: Stack, wrong: str, message: str) -> None:
+    runner = start_runner(keeper)
+    made = make_batch(keeper, lines_of(["a"]) + wrong.encode())
+    done = wait_status(keeper, made["id"], "failed")
+    assert f"line 2 {message}" in done["errors"]["data"][0]["message"]
+    stop_runner(keeper, runner)
+
+
+def test_a_batch_that_stands_still_keeps_no_seat(keeper: Stack) -> None:
+    made = make_batch(keeper, lines_of(IDS))
+    in_the_way = state_of(keeper).work / f"{made['id']}.answers"
+    in_the_way.mkdir()
+    other = make_batch(keeper, lines_of(IDS))
+    runner = start_runner(keeper, ONE_SEAT)
+    wait_status(keeper, other["id"], "completed")
+    assert get(keeper, f"/v1/batches/{made['id']}")["status"] == "validating"
+    stop_runner(keeper, runner)
+    in_the_way.rmdir()
+    runner = start_runner(keeper)
+    wait_status(keeper, made["id"], "completed")
+    stop_runner(keeper, runner)
+
+
+def test_one_key_leaves_a_seat(keyed: Stack) -> None:
+    mine, others = KEYS
+    keyed.engine.is_paused = True
+    for _ in range(3):
+        make_batch(keyed, lines_of(["a"]), mine)
+    runner = start_runner(keyed, replace(TUNING, max_batches=2))
+    made = make_batch(keyed, lines_of(["b"]), others)
+    wait_status(keyed, made["id"], "in_progress", others)
+    states = [one["status"] for one in get(keyed, "/v1/batches", mine)["data"]]
+    assert states == ["validating", "validating", "in_progress"]
+    keyed.engine.is_paused = False
+    wait_status(keyed, made["id"], "completed", others)
+    stop_runner(keyed, runner)
+
+
+def test_damaged_answers_fail_a_batch(keeper: Stack) -> None:
+    made = make_batch(keeper, lines_of(IDS))
+    (state_of(keeper).work / f"{made['id']}.answers").write_bytes(b"\0\0\n")
+    runner = start_runner(keeper)
+    done = wait_status(keeper, made["id"], "failed")
+    (problem,) = done["errors"]["data"]
+    assert problem["code"] == "answers_damaged"
+    keeper.wait_for(lambda: not list(state_of(keeper).work.iterdir()))
+    stop_runner(keeper, runner)
+
+
+def test_a_damaged_entry_stops_no_other_batch(keeper: Stack) -> None:
+    (state_of(keeper).work / "batch_0.json").write_bytes(b"\xff")
+    (state_of(keeper).work / "batch_1.json").mkdir()
+    made = make_batch(keeper, lines_of(IDS))
+    runner = start_runner(keeper)
+    wait_status(keeper, made["id"], "completed")
+    stop_runner(keeper, runner)
+
+
+def test_lists_go_without_damaged_objects(keeper: Stack) -> None:
+    damaged, other = (upload(keeper, lines_of(["a"]))["id"] for _ in range(2))
+    batches = [make_batch(keeper, lines_of(["a"]))["id"] for _ in range(2)]
+    for one in (damaged, batches[0]):
+        object_file(keeper, one).write_bytes(b"\xff\n")
+    listed = [one["id"] for one in get(keeper, "/v1/files")["data"]]
+    assert other in listed
+    assert damaged not in listed
+    assert [one["id"] for one in get(keeper, "/v1/batches")["data"]] == batches[1:]
+    first = make_batch(keeper, lines_of(["a"]))["id"]
+    page = get(keeper, "/v1/batches?limit=1")
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == ([first], True)
+    page = get(keeper, "/v1/batches?order=asc&limit=1")
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == (batches[1:], True)
+
+
+def test_answers_wait_for_room(keeper: Stack, tmp_path: Path) -> None:
+    section = replace(keeper.config.gateway, state_dir=str(tmp_path / "other"), state_max_objects=2)
+    with running_stack(section) as stack:
+        made = make_batch(stack, lines_of(IDS))
+        in_the_way = upload(stack, b"x")
+        runner = start_runner(stack)
+        found = wait_status(stack, made["id"], "finalizing")
+        assert found["output_file_id"] is None  # it is not there yet
+        stack.http.delete(f"/v1/files/{in_the_way['id']}")
+        done = wait_status(stack, made["id"], "completed")
+        assert set(answers_in(stack, done["output_file_id"])) == set(IDS)
+        assert len(stack.engine.requests) == 30
+        stop_runner(stack, runner)
+
+
+def test_a_batch_ends_before_its_answers_are_too_large(small: Stack) -> None:
+    small.engine.step_s = 0.005
+    ids = [str(number) for number in range(80)]
+    made = make_batch(small, lines_of(ids))
+    small.http.delete(f"/v1/files/{made['input_file_id']}")
+    runner = start_runner(small, replace(TUNING, look_s=0.001, concurrency=1))
+    done = wait_status(small, made["id"], "failed")
+    (problem,) = done["errors"]["data"]
+    assert problem["code"] == "answers_too_large"
+    assert 10 < len(answers_in(small, done["output_file_id"])) < 80
+    stop_runner(small, runner)
+
+
+def test_requests_that_wait_are_bounded(small: Stack) -> None:
+    ids = [str(number) for number in range(60)]
+    stored = upload(small, lines_of(ids))
+    body = {"input_file_id": stored["id"], "endpoint": "/v1/completions"}
+    body["completion_window"] = "24h"
+    statuses = [small.http.post("/v1/batches", json=body).status_code for _ in range(4)]
+    fits = 16_000 // stored["bytes"]
+    assert statuses == [200] * fits + [429] * (4 - fits)
+    assert len(get(small, "/v1/batches")["data"]) == fits
+    assert len(list(state_of(small).work.glob("*.requests"))) == fits
+
+
+def test_a_batch_that_cannot_be_made_leaves_nothing(keeper: Stack) -> None:
+    stored = upload(keeper, lines_of(IDS))
+    work = state_of(keeper).work
+    work.rmdir()
+    work.touch()
+    body = {"input_file_id": stored["id"], "endpoint": "/v1/completions"}
+    body["completion_window"] = "24h"
+    answer = keeper.http.post("/v1/batches", json=body)
+    assert answer.json()["error"]["code"] == "storage_failed"
+    assert get(keeper, "/v1/batches")["data"] == []
+
+
+def test_a_maker_that_was_killed_leaves_nothing(keeper: Stack) -> None:
+    made = make_batch(keeper, lines_of(IDS))
+    object_file(keeper, made["id"]).unlink()
+    shelf = BatchShelf(state_of(keeper))
+    runner = start_runner(keeper)
+    keeper.wait_for(lambda: shelf.answers(made["id"]).exists())
+    assert shelf.is_waiting(made["id"])  # its maker may be at work
+    stop_runner(keeper, runner)
+    old = BatchShelf(state_of(keeper), clock=lambda: 2e10)
+    assert not old.is_new(made["id"])
+
+
+def test_a_batch_outlives_its_window(tmp_path: Path) -> None:
+    now_s = 1e9
+    store = StateStore(tmp_path, max_objects=10, max_bytes=1 << 20, ttl_s=60.0, clock=lambda: now_s)
+    shelf = BatchShelf(store, clock=lambda: now_s)
+    batch_id = shelf.new_batch_id()
+    batch = Batch(
+        id=batch_id, endpoint="/v1/completions", input_file_id="", created_at=0, expires_at=0
+    )
+    shelf.make("a", batch, b"x")
+    now_s += 24 * 3600.0
+    assert store.list_ids(BATCHES, "a") == [batch_id]
+    shelf.save("a", moved(batch, "completed"))
+    now_s += 60.0
+    assert store.list_ids(BATCHES, "a") == []
+
+
+def test_a_key_that_is_taken_away_ends_its_batches(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("\n".join(KEYS))
+    section = GatewaySection(
+        request_timeout_s=WAIT_S, state_dir=str(tmp_path / "state"), api_key_file=str(keys)
+    )
+    with running_stack(section) as stack:
+        stack.engine.is_paused = True
+        made = make_batch(stack, lines_of(IDS), KEYS[0])
+        runner = start_runner(stack)
+        wait_status(stack, made["id"], "in_progress", KEYS[0])
+        keys.write_text(KEYS[1])
+        shelf = BatchShelf(state_of(stack))
+        stack.wait_for(lambda: not shelf.is_waiting(made["id"]))
+        stack.engine.is_paused = False
+        keys.write_text("\n".join(KEYS))
+        path = f"/v1/batches/{made['id']}"
+        headers = headers_of(KEYS[0])
+        stack.wait_for(lambda: stack.http.get(path, headers=headers).status_code == 200)
+        done = get(stack, path, KEYS[0])
+        assert (done["status"], done["errors"]["data"][0]["code"]) == ("failed", "no_key")
+        stop_runner(stack, runner)
