@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.anthropic.hints import longest_ttl, session_of
 from gateway.anthropic.schema import (
     Block,
     CountTokensBody,
@@ -50,6 +51,10 @@ def message_fields(body: MessagesBody) -> GenerateFields:
         stop=tuple(body.stop_sequences or ()),
         stop_name="stop_sequences",
         grammar=grammar,
+        priority=body.priority,
+        cache_ttl=body.cache_ttl,
+        cache_ttl_hint=longest_ttl(body),
+        session_id=session_of(body) if body.session_id is None else body.session_id,
     )
 
 

@@ -14,7 +14,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.delta import Finish
 from gateway.core.errors import StorageError
 from gateway.core.field_checks import require
-from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
@@ -64,8 +64,7 @@ class ResponseEndpoint(WatchedEndpoint):
         body = parse_body(ResponseBody, data)
         is_stored = self._store.stores(body.store)
         turn = await self._turn(body)
-        priority, timeout_s = request.headers.get(PRIORITY_HEADER), timeout_header_s(request)
-        fields = with_headers(turn.fields, priority, timeout_s)
+        fields = with_headers(turn.fields, request.headers, timeout_header_s(request))
         response_id = turn.ids.response_id
         with (
             named_as_input(turn.paths),

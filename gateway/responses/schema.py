@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from gateway.core.bodies import Items, StrictBody, Whole
-from gateway.http.schema import TAG, SamplingBody
+from gateway.http.schema import TAG, RetentionBody, SamplingBody
 
 
 class InputPart(StrictBody):
@@ -131,7 +131,7 @@ InputField = Annotated[
 """A text, or items; errors name the item."""
 
 
-class ResponseBody(SamplingBody):
+class ResponseBody(RetentionBody, SamplingBody):
     """``POST /v1/responses``."""
 
     SHAPES: ClassVar[Mapping[str, str]] = {
@@ -164,4 +164,3 @@ class ResponseBody(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    prompt_cache_key: str | None = None

@@ -370,7 +370,6 @@ def test_fields_without_an_effect() -> None:
     given = convert(
         metadata={"user_id": "u"},
         service_tier="standard_only",
-        cache_control={"type": "ephemeral"},
         context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         speed="standard",
         container=None,
