@@ -70,7 +70,8 @@ class ResponseEndpoint(WatchedEndpoint):
             named_as_input(turn.paths),
             await self._gateway.start(fields, response_id) as generation,
         ):
-            builder = OutputBuilder(turn.ids, turn.custom, turn.seals_reasoning)
+            tools = turn.tools
+            builder = OutputBuilder(turn.ids, tools.custom, turn.seals_reasoning, tools.namespaced)
             output = OutputFormat(generation.call, self._gateway.tokenizer, builder)
             resource = ResourceFormat(generation, turn.head, is_stored)
             complete = self._completion(body, turn, output, builder, resource)

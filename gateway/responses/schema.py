@@ -38,6 +38,7 @@ class InputItem(StrictBody):
     )
     call_id: str | None = Field(default=None, description="of calls and their outputs")
     name: str | None = Field(default=None, description="of calls")
+    namespace: str | None = Field(default=None, description="of calls: that of the tool")
     arguments: str | None = Field(default=None, description="of a function call: JSON text")
     input: str | None = Field(default=None, description="of a custom tool's call")
     output: str | Items[InputPart] | None = Field(default=None, description="of outputs of calls")
@@ -54,15 +55,18 @@ class ToolFormatBody(StrictBody):
 
 
 class OfferedToolBody(StrictBody):
-    """A function, or a custom tool, whose input is any text. ``strict`` is accepted: arguments
-    always follow the schema."""
+    """A function, a custom tool, whose input is any text, or a namespace of both. ``strict`` is
+    accepted: arguments always follow the schema."""
 
-    type: str = Field(description="`function` or `custom`")
+    type: str = Field(description="`function`, `custom` or `namespace`")
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="of a function")
     strict: bool | None = None
     format: ToolFormatBody | None = Field(default=None, description="of a custom tool: `text`")
+    tools: Items[OfferedToolBody] | None = Field(
+        default=None, description="of a namespace: functions and custom tools"
+    )
 
 
 class NamedToolBody(StrictBody):

@@ -50,8 +50,7 @@ class Turn:
     new_items: Sequence[Item]
     """Items of the body."""
     ids: ItemIds
-    custom: frozenset[str]
-    """Names of custom tools."""
+    tools: OfferedTools
     seals_reasoning: bool
 
 
@@ -120,7 +119,7 @@ def make_turn(
         history=history,
         new_items=new_items,
         ids=ids,
-        custom=tools.custom,
+        tools=tools,
         seals_reasoning=SEALED in (body.include or ()),
     )
 
