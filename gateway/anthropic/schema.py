@@ -28,8 +28,8 @@ class Block(StrictBody):
     """A part of a message; which fields it has depends on its type."""
 
     type: str = Field(
-        description="`text`, `tool_use`, `tool_result`, `thinking`, `redacted_thinking` or "
-        "`mid_conv_system`"
+        description="`text`, `tool_use`, `tool_result`, `tool_reference`, `thinking`, "
+        "`redacted_thinking` or `mid_conv_system`"
     )
     text: str | None = None
     id: str | None = Field(default=None, description="of `tool_use`")
@@ -37,7 +37,12 @@ class Block(StrictBody):
     input: dict[str, Any] | None = Field(default=None, description="of `tool_use`")
     tool_use_id: str | None = Field(default=None, description="of `tool_result`")
     content: Blocks | None = Field(
-        default=None, description="of `tool_result` and `mid_conv_system`: text blocks"
+        default=None,
+        description="of `tool_result` and `mid_conv_system`: text blocks; of `tool_result` also "
+        "`tool_reference`",
+    )
+    tool_name: str | None = Field(
+        default=None, description="of `tool_reference`: a tool that is shown here"
     )
     is_error: bool | None = Field(default=None, description="of `tool_result`")
     thinking: str | None = None
@@ -68,6 +73,9 @@ class ToolParam(StrictBody):
     )
     strict: bool | None = Field(
         default=None, description="refuse a schema that a grammar cannot express"
+    )
+    defer_loading: bool | None = Field(
+        default=None, description="not shown, and not called, before a `tool_reference` names it"
     )
     cache_control: CacheControlParam | None = None
 
