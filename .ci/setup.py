@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = ROOT / "tests" / "conformance" / "clients"
 NODE_PACKAGES = (CLIENTS / "package.json", ROOT / "docs" / "node-client" / "package.json")
 INDEX_TIMEOUT_S = 3.0
-# Megabytes of the pinned wheels for Linux on x86-64, without torch.
-PACKAGES_MB = {"run": 160, "test": 460, "clients": 330}
+# Megabytes of the pinned packages for Linux on x86-64, without torch.
+PACKAGES_MB = {"run": 160, "test": 460, "clients": 690}
 TORCH_CPU_MB = 190
 TORCH_CUDA_MB = 2720
 ZIG_MB = 100

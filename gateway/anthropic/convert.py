@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
+from gateway.anthropic.deferred import REFERENCE, offered_tools, shown_references
+from gateway.anthropic.hints import longest_ttl, session_of
 from gateway.anthropic.schema import (
     Block,
     CountTokensBody,
@@ -52,6 +55,10 @@ def message_fields(body: MessagesBody) -> GenerateFields:
         stop=tuple(body.stop_sequences or ()),
         stop_name="stop_sequences",
         grammar=grammar,
+        priority=body.priority,
+        cache_ttl=body.cache_ttl,
+        cache_ttl_hint=longest_ttl(body),
+        session_id=session_of(body) if body.session_id is None else body.session_id,
     )
 
 
@@ -115,10 +122,12 @@ def _grammar(body: MessagesBody) -> Grammar | None:
 
 
 def _tools(body: CountTokensBody) -> ToolUse | None:
-    tools = [_tool(tool, place) for place, tool in enumerate(body.tools or ())]
+    offered = offered_tools(body)
+    tools = [_tool(tool, place) for place, tool in offered]
+    names = replace(_TOOL_NAMES, entries=[f"tools[{place}]" for place, _ in offered])
     choice = body.tool_choice
     if choice is None:
-        return make_tool_use(tools, names=_TOOL_NAMES)
+        return make_tool_use(tools, names=names)
     if choice.type == "tool" and not choice.name:
         name = "tool_choice.name"
         raise RequestError(f"{name} is required", name, "missing_required_parameter")
@@ -127,7 +136,7 @@ def _tools(body: CountTokensBody) -> ToolUse | None:
         _CHOICES.get(choice.type, choice.type),
         choice.name if choice.type == "tool" else None,
         is_parallel=not choice.disable_parallel_tool_use,
-        names=_TOOL_NAMES,
+        names=names,
     )
 
 
@@ -140,6 +149,7 @@ def _tool(tool: ToolParam, place: int) -> Tool:
         description=tool.description,
         parameters=tool.input_schema,
         is_strict=bool(tool.strict),
+        is_shown=not tool.defer_loading,
     )
 
 
@@ -152,17 +162,18 @@ def _messages(body: CountTokensBody) -> list[_Message]:
     system = _system([b for b in body.system or () if not _is_billing(b)], "system")
     if system["content"]:
         found.append(system)
+    tools = {tool.name: tool for tool in body.tools or ()}
     for place, message in enumerate(body.messages):
-        found += _turn(message, f"messages[{place}].content")
+        found += _turn(message, f"messages[{place}].content", tools)
     return found
 
 
-def _turn(message: MessageParam, path: str) -> list[_Message]:
+def _turn(message: MessageParam, path: str, tools: Mapping[str, ToolParam]) -> list[_Message]:
     if message.role == "system":
         return [_system(message.content, path)]
     if message.role == "assistant":
         return [_answer(message.content, path)]
-    return _question(message.content, path)
+    return _question(message.content, path, tools)
 
 
 def _system(blocks: Sequence[Block], path: str) -> _Message:
@@ -173,7 +184,7 @@ def _is_billing(block: Block) -> bool:
     return block.type == "text" and (block.text or "").startswith(_BILLING)
 
 
-def _question(blocks: Sequence[Block], path: str) -> list[_Message]:
+def _question(blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]) -> list[_Message]:
     found: list[_Message] = []
     for place, block in enumerate(blocks):
         own = f"{path}[{place}]"
@@ -181,7 +192,7 @@ def _question(blocks: Sequence[Block], path: str) -> list[_Message]:
             case "text":
                 found.append({"role": "user", "content": _text(block, own)})
             case "tool_result":
-                found.append(_result(block, own))
+                found.append(_result(block, own, tools))
             case "mid_conv_system":
                 found.append(_system(block.content or (), f"{own}.content"))
             case _:
@@ -189,13 +200,26 @@ def _question(blocks: Sequence[Block], path: str) -> list[_Message]:
     return found or [{"role": "user", "content": ""}]
 
 
-def _result(block: Block, path: str) -> _Message:
+def _result(block: Block, path: str, tools: Mapping[str, ToolParam]) -> _Message:
     if block.tool_use_id is None:
         name = f"{path}.tool_use_id"
         raise RequestError(f"{name} is required", name, "missing_required_parameter")
-    content = _texts(block.content or (), f"{path}.content")
+    content = _contents(block.content or (), f"{path}.content", tools)
     shown = f"Error: {content}" if block.is_error else content
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": shown}
+
+
+def _contents(blocks: Sequence[Block], path: str, tools: Mapping[str, ToolParam]) -> str:
+    """Texts, and the tools that references name."""
+    named = [(block, f"{path}[{place}]") for place, block in enumerate(blocks)]
+    lines = []
+    for is_reference, group in groupby(named, key=lambda pair: pair[0].type == REFERENCE):
+        some, paths = zip(*group, strict=True)
+        if is_reference:
+            lines.append(shown_references(some, paths, tools))
+        else:
+            lines += [_only_text(*pair) for pair in zip(some, paths, strict=True)]
+    return "\n".join(lines)
 
 
 def _answer(blocks: Sequence[Block], path: str) -> _Message:
@@ -236,13 +260,13 @@ def _call(block: Block, path: str) -> dict[str, Any]:
 
 def _texts(blocks: Sequence[Block], path: str) -> str:
     """The text of blocks that can be texts only."""
-    texts = []
-    for place, block in enumerate(blocks):
-        own = f"{path}[{place}]"
-        if block.type != "text":
-            _refuse(block, own, "only text is")
-        texts.append(_text(block, own))
-    return "\n".join(texts)
+    return "\n".join(_only_text(block, f"{path}[{i}]") for i, block in enumerate(blocks))
+
+
+def _only_text(block: Block, path: str) -> str:
+    if block.type != "text":
+        raise _unbuilt(block, path, "only text is")
+    return _text(block, path)
 
 
 def _text(block: Block, path: str) -> str:
@@ -257,10 +281,6 @@ def _misplaced(block: Block, path: str, role: str) -> RequestError:
         name = f"{path}.type"
         return RequestError(f"{name} {block.type!r} cannot be in a message of role {role}", name)
     return _unbuilt(block, path, "see the reference for those that are")
-
-
-def _refuse(block: Block, path: str, known: str) -> None:
-    raise _unbuilt(block, path, known)
 
 
 def _unbuilt(block: Block, path: str, known: str) -> UnsupportedParameterError:

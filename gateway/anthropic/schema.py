@@ -17,12 +17,19 @@ def _as_blocks(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+class CacheControlParam(StrictBody):
+    """That the prompt up to here will be used again."""
+
+    type: Literal["ephemeral"]
+    ttl: str | None = Field(default=None, description="`5m` (default) or `1h`: see `cache_ttl`")
+
+
 class Block(StrictBody):
     """A part of a message; which fields it has depends on its type."""
 
     type: str = Field(
-        description="`text`, `tool_use`, `tool_result`, `thinking`, `redacted_thinking` or "
-        "`mid_conv_system`"
+        description="`text`, `tool_use`, `tool_result`, `tool_reference`, `thinking`, "
+        "`redacted_thinking` or `mid_conv_system`"
     )
     text: str | None = None
     id: str | None = Field(default=None, description="of `tool_use`")
@@ -30,10 +37,16 @@ class Block(StrictBody):
     input: dict[str, Any] | None = Field(default=None, description="of `tool_use`")
     tool_use_id: str | None = Field(default=None, description="of `tool_result`")
     content: Blocks | None = Field(
-        default=None, description="of `tool_result` and `mid_conv_system`: text blocks"
+        default=None,
+        description="of `tool_result` and `mid_conv_system`: text blocks; of `tool_result` also "
+        "`tool_reference`",
+    )
+    tool_name: str | None = Field(
+        default=None, description="of `tool_reference`: a tool that is shown here"
     )
     is_error: bool | None = Field(default=None, description="of `tool_result`")
     thinking: str | None = None
+    cache_control: CacheControlParam | None = None
 
 
 Blocks = Annotated[
@@ -61,6 +74,10 @@ class ToolParam(StrictBody):
     strict: bool | None = Field(
         default=None, description="refuse a schema that a grammar cannot express"
     )
+    defer_loading: bool | None = Field(
+        default=None, description="not shown, and not called, before a `tool_reference` names it"
+    )
+    cache_control: CacheControlParam | None = None
 
 
 class ToolChoiceParam(StrictBody):
@@ -97,6 +114,14 @@ class OutputConfigParam(StrictBody):
     format: OutputFormatParam | None = None
 
 
+class MetadataParam(StrictBody):
+    """About the request."""
+
+    user_id: str | None = Field(
+        default=None, description="a session is read from the ids that Claude Code sends"
+    )
+
+
 class CountTokensBody(StrictBody):
     """``POST /v1/messages/count_tokens``."""
 
@@ -124,6 +149,16 @@ class MessagesBody(CountTokensBody):
     output_format: OutputFormatParam | None = Field(
         default=None, description="older name of `output_config.format`"
     )
+    cache_control: CacheControlParam | None = None
+    metadata: MetadataParam | None = None
+    cache_ttl: float | None = Field(
+        default=None,
+        description="seconds to keep its KV; 0: nobody uses it again; else as `cache_control` says",
+    )
+    session_id: str | None = Field(
+        default=None, description="calls that go on from each other; else that in `metadata`"
+    )
+    priority: Whole | None = Field(default=None, description="lower runs first; else `x-priority`")
 
 
 Block.model_rebuild()

@@ -17,7 +17,6 @@ UNBUILT: Neutral = {
 }
 """Fields that are not built, each with the values that change nothing; null never does."""
 _UNBUILT_TOOL: Neutral = {
-    "defer_loading": (False,),
     "allowed_callers": (["direct"], []),
     "input_examples": ([],),
 }

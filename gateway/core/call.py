@@ -130,6 +130,8 @@ class GenerateFields:
     cache_ttl: float | None = None
     """Seconds after its end for which its KV is kept before that of others; 0: nobody will use it
     again; None: it does not say."""
+    cache_ttl_hint: float | None = None
+    """The same as a protocol says it, for calls without ``cache_ttl``; lowered to its limit."""
     session_id: str | None = None
     """Calls that go on from each other; they go to the same worker where that costs little."""
     prompt_cache_key: str | None = None

@@ -1,28 +1,45 @@
-"""The priority and the time limit of a request in HTTP headers and gRPC metadata."""
+"""What HTTP headers and gRPC metadata say of a request: its priority, session and time limit."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.core.errors import RequestError
 from gateway.core.call import GenerateFields
+from gateway.core.field_checks import MAX_NAME_CHARS
 
 PRIORITY_HEADER = "x-priority"
 """HTTP header and gRPC metadata for clients that cannot send the field."""
+SESSION_HEADER = "x-session-id"
+"""The same for the field ``session_id``."""
+AGENT_SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id")
+"""Where Claude Code and Codex (also earlier ones) name their session."""
 _PRIORITY_DIGITS = 10
+_SESSION = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}")
 
 
 def with_headers(
-    fields: GenerateFields, priority: str | None, timeout_s: float | None
+    fields: GenerateFields, headers: Mapping[str, str], timeout_s: float | None
 ) -> GenerateFields:
-    """The same fields, with what headers say: ``PRIORITY_HEADER`` is for fields without priority.
+    """The same fields, with what headers say of those that the body left out.
 
-    Raises ``RequestError`` if it is not a whole number.
+    Args:
+        fields: of the body.
+        headers: by name, in small letters.
+        timeout_s: the client's own limit.
+
+    Raises:
+        RequestError: names the header.
     """
-    given = _read_priority(priority)
-    wanted = given if fields.priority is None else fields.priority
-    return replace(fields, priority=wanted, timeout_s=timeout_s)
+    given = _read_priority(headers.get(PRIORITY_HEADER))
+    return replace(
+        fields,
+        priority=given if fields.priority is None else fields.priority,
+        session_id=fields.session_id if fields.session else _read_session(headers),
+        timeout_s=timeout_s,
+    )
 
 
 def _read_priority(header: str | None) -> int | None:
@@ -38,3 +55,18 @@ def _read_priority(header: str | None) -> int | None:
         message = f"{PRIORITY_HEADER} ({header[:32]!r}) must be {rule}"
         raise RequestError(message, PRIORITY_HEADER)
     return int(header)
+
+
+def _read_session(headers: Mapping[str, str]) -> str | None:
+    """The session's name in the first of the headers that is there.
+
+    Raises ``RequestError`` if it is no name.
+    """
+    for name in (SESSION_HEADER, *AGENT_SESSION_HEADERS):
+        if (session := headers.get(name)) is None:
+            continue
+        if not _SESSION.fullmatch(session):
+            rule = f"1 to {MAX_NAME_CHARS} characters of ASCII without white space"
+            raise RequestError(f"{name} ({session[:32]!r}) must be {rule}", name)
+        return session
+    return None

@@ -73,6 +73,8 @@ class Tool:
     """JSON schema of its arguments, an object; None takes none."""
     is_strict: bool = True
     """Arguments follow all of the schema; else what grammars cannot express of it has no effect."""
+    is_shown: bool = True
+    """Among the tools of the chat template; else a message of the conversation shows it."""
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it: OpenAI's form."""
@@ -100,5 +102,5 @@ class ToolUse:
         return tuple(tool for tool in self.tools if not self.only or tool.name in self.only)
 
     def for_template(self) -> list[dict[str, Any]]:
-        """All tools as chat templates read them."""
-        return [tool.for_template() for tool in self.tools]
+        """The tools that chat templates show, as they read them."""
+        return [tool.for_template() for tool in self.tools if tool.is_shown]

@@ -39,6 +39,7 @@ from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
 from gateway.core.replay import ReplayCause
 from gateway.core.request_id import REQUEST_ID
+from gateway.core.retention import with_hint
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
@@ -225,6 +226,7 @@ class Gateway:
         """
         self.check_model(fields.model)
         check_fields(fields, self.limits)
+        fields = with_hint(fields, self.limits)
         if (trace := TRACE.get()) is not None:
             trace.fields = fields
 

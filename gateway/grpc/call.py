@@ -15,7 +15,7 @@ from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import Account
 from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
-from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.core.headers import with_headers
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.generation.gateway import Gateway
 from gateway.generation.request_log import RequestLog
@@ -65,8 +65,8 @@ class GrpcCall:
         return left_s
 
     def with_headers(self, fields: GenerateFields) -> GenerateFields:
-        """The same fields, with the client's deadline and the priority in its metadata."""
-        return with_headers(fields, self._metadata.get(PRIORITY_HEADER), self.time_left_s)
+        """The same fields, with the client's deadline, and what its metadata says."""
+        return with_headers(fields, self._metadata, self.time_left_s)
 
     def set_usage(self, usage: Usage) -> None:
         """Send counts as trailing metadata."""

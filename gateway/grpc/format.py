@@ -71,7 +71,7 @@ class GrpcFormat(TextFormat):
                 types_pb2.ToolCallDelta(
                     index=call.index, id=call.call_id, name=call.name, arguments=call.arguments
                 )
-                for call in parsed.calls
+                for call in parsed.joined().calls
             ],
             reasoning=parsed.reasoning,
             logprobs=self._logprobs((*delta.echo_tokens, *delta.tokens)),

@@ -19,7 +19,7 @@ from cluster.core.release import RELEASE, installed_version
 from gateway.core.call import GenerateFields
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
-from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.core.headers import with_headers
 from gateway.core.protocols import error_body
 from gateway.core.request_id import HEADER as REQUEST_ID
 from gateway.core.request_id import check_request_id
@@ -276,8 +276,7 @@ class GenerateEndpoint(WatchedEndpoint):
 
     async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
         body, fields = self._parse(data)
-        priority, timeout_s = request.headers.get(PRIORITY_HEADER), timeout_header_s(request)
-        fields = with_headers(fields, priority, timeout_s)
+        fields = with_headers(fields, request.headers, timeout_header_s(request))
         call_id = new_call_id(fields.kind)
         answer_id = None
         if body.request_id is not None:

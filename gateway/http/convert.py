@@ -9,6 +9,7 @@ from typing import Any
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
 from gateway.core.messages import REASONING_NAMES
+from gateway.core.retention import seconds_of
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.http.schema import (
     CallBody,
@@ -17,6 +18,7 @@ from gateway.http.schema import (
     GenerateBody,
     Message,
     ResponseFormatBody,
+    RetentionBody,
     SamplingBody,
     StructuredOutputsBody,
     TokenizeBody,
@@ -27,6 +29,8 @@ from gateway.text.forms.tools import make_tool_use, template_call
 from workers.requests.request import Grammar
 
 _OPTIONAL_FIELDS = ("name", "tool_call_id", *REASONING_NAMES)
+_DURATIONS = ("24h",)
+"""Values of ``prompt_cache_retention`` that name one."""
 
 
 def completion_fields(body: CompletionBody) -> GenerateFields:
@@ -90,7 +94,8 @@ def _common_fields(body: GenerateBody) -> dict[str, Any]:
     if body.max_completion_tokens is not None:
         fields["max_tokens"] = body.max_completion_tokens
         fields["max_tokens_name"] = "max_completion_tokens"
-    return {**fields, "grammar": _grammar(body.response_format, body.structured_outputs)}
+    grammar = _grammar(body.response_format, body.structured_outputs)
+    return {**fields, "grammar": grammar, "cache_ttl_hint": retention_hint(body)}
 
 
 def sampling_fields(body: SamplingBody) -> dict[str, Any]:
@@ -99,6 +104,15 @@ def sampling_fields(body: SamplingBody) -> dict[str, Any]:
     if isinstance(body.stop, str):
         fields["stop"] = (body.stop,)
     return {**fields, "logit_bias": _logit_bias(body.logit_bias or {})}
+
+
+def retention_hint(body: RetentionBody) -> float | None:
+    """The ``cache_ttl_hint`` of a body. Raises ``RequestError``."""
+    options = body.prompt_cache_options
+    if options is not None and options.ttl is not None:
+        return seconds_of(options.ttl, "prompt_cache_options.ttl")
+    given = body.prompt_cache_retention
+    return seconds_of(given, "prompt_cache_retention") if given in _DURATIONS else None
 
 
 def given_fields(body: CallBody) -> dict[str, Any]:

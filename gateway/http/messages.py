@@ -19,7 +19,7 @@ from gateway.anthropic.unsupported import check_unbuilt
 from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
 from gateway.core.field_checks import require
-from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.core.headers import with_headers
 from gateway.core.protocols import MESSAGES, error_event
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
@@ -55,8 +55,7 @@ class MessagesEndpoint(WatchedEndpoint):
         _check_version(request)
         check_unbuilt(data)
         body = parse_body(MessagesBody, data)
-        priority, timeout_s = request.headers.get(PRIORITY_HEADER), timeout_header_s(request)
-        fields = with_headers(message_fields(body), priority, timeout_s)
+        fields = with_headers(message_fields(body), request.headers, timeout_header_s(request))
         with await self._gateway.start(fields, f"msg_{uuid.uuid4().hex}") as generation:
             shown = _shown(body.thinking)
             formatter = MessageFormat(generation, self._gateway.tokenizer, shown)

@@ -276,7 +276,7 @@ def _tool_delta(parsed: ParsedPiece) -> dict[str, Any]:
             {"index": call.index, "function": {"arguments": call.arguments}}
             if call.name is None
             else {"index": call.index, **_named_call(call)}
-            for call in parsed.calls
+            for call in parsed.joined().calls
         ]
     return delta
 

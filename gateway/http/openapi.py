@@ -112,6 +112,7 @@ _HEADERS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("x-request-id", "Names the request; one that is not fit is replaced", _STRING),
     ("x-request-timeout-ms", "The client's time limit", {**_STRING, "pattern": "^[0-9]{1,11}$"}),
     ("x-priority", "Lower runs first", {**_STRING, "pattern": "^[+-]?[0-9]{1,10}$"}),
+    ("x-session-id", "Calls that go on from each other", {**_STRING, "pattern": "^[!-~]{1,256}$"}),
 )
 _ANSWER_HEADERS = (
     *("x-request-id", "openai-processing-ms", "openai-version"),

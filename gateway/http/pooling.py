@@ -18,7 +18,7 @@ from gateway.core.bodies import Items
 from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
 from gateway.core.field_checks import given_one
-from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.core.headers import with_headers
 from gateway.generation.answer import clamp_logprob
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_JSON_BYTES, Inspected, InspectFields, Inspecting
@@ -81,8 +81,8 @@ class PoolingEndpoint(WatchedEndpoint):
         check_unbuilt(data, "pooling")
         body = parse_body(self._kind, data)
         fields = reading_fields(**given_fields(body))
-        priority, timeout_s = request.headers.get(PRIORITY_HEADER), timeout_header_s(request)
-        await responder.json(await self._serve(body, with_headers(fields, priority, timeout_s)))
+        fields = with_headers(fields, request.headers, timeout_header_s(request))
+        await responder.json(await self._serve(body, fields))
 
     @classmethod
     def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:

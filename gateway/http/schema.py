@@ -141,6 +141,33 @@ class ConversationBody(StrictBody):
     tools: Items[ToolBody] | None = None
 
 
+class PromptCacheOptionsBody(StrictBody):
+    """``prompt_cache_options``."""
+
+    mode: str | None = Field(default=None, description="no effect: all prefixes are cached")
+    ttl: str | None = Field(
+        default=None, description="`30m`, for example: as `cache_ttl`, lowered to its limit"
+    )
+
+
+class RetentionBody(StrictBody):
+    """For how long, and with which other calls, a call's KV is of use."""
+
+    cache_ttl: float | None = Field(
+        default=None, description="seconds to keep its KV; 0: nobody uses it again"
+    )
+    session_id: str | None = Field(
+        default=None, description="calls that go on from each other; else header `x-session-id`"
+    )
+    prompt_cache_key: str | None = Field(
+        default=None, description="the same; `session_id` is taken where both are set"
+    )
+    prompt_cache_options: PromptCacheOptionsBody | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
+        default=None, description="`24h` without a `ttl`: as that"
+    )
+
+
 class SamplingBody(CallBody):
     """How tokens are drawn; the same in every protocol of OpenAI's."""
 
@@ -165,7 +192,7 @@ class SamplingBody(CallBody):
     stream: bool | None = None
 
 
-class GenerateBody(SamplingBody):
+class GenerateBody(RetentionBody, SamplingBody):
     """Fields that completions and chat share."""
 
     max_tokens: Whole | None = None
@@ -179,9 +206,6 @@ class GenerateBody(SamplingBody):
     response_format: ResponseFormatBody | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: str | None = None
-    cache_ttl: float | None = None
-    session_id: str | None = None
-    prompt_cache_key: str | None = None
     request_id: str | None = None
 
 

@@ -50,6 +50,7 @@ class FunctionCallItem(TypedDict):
     status: ItemStatus
     call_id: str
     name: str
+    namespace: NotRequired[str]
     arguments: str
 
 
@@ -59,6 +60,7 @@ class CustomCallItem(TypedDict):
     status: ItemStatus
     call_id: str
     name: str
+    namespace: NotRequired[str]
     input: str
 
 
@@ -99,6 +101,13 @@ class CustomTool(TypedDict):
     name: str
     description: str | None
     format: CustomFormat
+
+
+class NamespaceTool(TypedDict):
+    type: Literal["namespace"]
+    name: str
+    description: str | None
+    tools: list[FunctionTool | CustomTool]
 
 
 class ShownFormat(TypedDict):
@@ -150,7 +159,7 @@ class ResponseObject(TypedDict):
     safety_identifier: str | None
     text: ShownText
     tool_choice: Literal["none", "auto", "required"] | ShownChoice
-    tools: list[FunctionTool | CustomTool]
+    tools: list[FunctionTool | CustomTool | NamespaceTool]
     top_logprobs: Count
     temperature: float
     top_p: float

@@ -19,6 +19,7 @@ from gateway.core.messages import COMMENTARY_PHASE, PHASE, REASONING_NAMES
 from gateway.core.tool_use import CallArguments
 from gateway.http.middleware import dump_json
 from gateway.responses.items import CALLS, INSTRUCTING, OUTPUTS, Item, text_of
+from gateway.responses.tools import ToolName
 from gateway.text.forms.tools import json_object
 
 _REASONING = REASONING_NAMES[0]
@@ -93,7 +94,8 @@ class Conversation:
             value, given = {field: given}, dump_json({field: given}).decode()
         else:
             value = json_object(given, f"{path}.{field}")
-        function = {"name": item["name"], "arguments": CallArguments(value, given)}
+        name = ToolName(item["name"], item.get("namespace")).for_model
+        function = {"name": name, "arguments": CallArguments(value, given)}
         call = {"id": item["call_id"], "type": "function", "function": function}
         last = self._turn(path, lambda last: True)
         last.setdefault("tool_calls", []).append(call)

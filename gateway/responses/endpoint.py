@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.delta import Finish
 from gateway.core.errors import StorageError
+from gateway.core.field_checks import require
 from gateway.core.headers import PRIORITY_HEADER, with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
@@ -65,14 +66,14 @@ class ResponseEndpoint(WatchedEndpoint):
         body = parse_body(ResponseBody, data)
         is_stored = self._store.stores(body.store)
         turn = await self._turn(body)
-        priority, timeout_s = request.headers.get(PRIORITY_HEADER), timeout_header_s(request)
-        fields = with_headers(turn.fields, priority, timeout_s)
+        fields = with_headers(turn.fields, request.headers, timeout_header_s(request))
         response_id = turn.ids.response_id
         with (
             named_as_input(turn.paths),
             await self._gateway.start(fields, response_id) as generation,
         ):
-            builder = OutputBuilder(turn.ids, turn.custom, turn.seals_reasoning)
+            tools = turn.tools
+            builder = OutputBuilder(turn.ids, tools.custom, turn.seals_reasoning, tools.namespaced)
             output = OutputFormat(generation.call, self._gateway.tokenizer, builder)
             resource = ResourceFormat(generation, turn.head, is_stored)
             complete = self._completion(body, turn, output, builder, resource)

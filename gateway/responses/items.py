@@ -87,9 +87,12 @@ def read_item(given: InputItem, path: str, ids: ItemIds) -> Item:
         if given.output is None:
             _needed(None, f"{path}.output", kind)
         return {**head, "output": _text(given.output, f"{path}.output")}
-    name = _needed(given.name, f"{path}.name", kind)
+    head["name"] = _needed(given.name, f"{path}.name", kind)
+    if given.namespace is not None:
+        require(bool(given.namespace), f"{path}.namespace", "must not be empty")
+        head["namespace"] = given.namespace
     field = CALLS[kind]
-    return {**head, "name": name, field: _needed(getattr(given, field), f"{path}.{field}", kind)}
+    return {**head, field: _needed(getattr(given, field), f"{path}.{field}", kind)}
 
 
 def text_of(item: Item) -> str:

@@ -7,12 +7,12 @@ other: reasoning, messages, calls. The events that it returns tell a stream's cl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gateway.responses.items import Item, ItemIds, output_part, seal
-from gateway.responses.tools import CustomInput
+from gateway.responses.tools import CustomInput, ToolName
 from gateway.text.forms.tool_calls import CallDelta
 
 Event = dict[str, Any]
@@ -143,9 +143,11 @@ class _Reasoning(_OfOnePart):
 class _Call(OpenItem):
     kind, field, event = "function_call", "arguments", "response.function_call_arguments"
 
-    def __init__(self, item_id: str, output_index: int, call_id: str, name: str) -> None:
+    def __init__(self, item_id: str, output_index: int, call_id: str, name: ToolName) -> None:
         super().__init__(item_id, output_index)
-        self._head = {"call_id": call_id, "name": name}
+        self._head = {"call_id": call_id, "name": name.name}
+        if name.namespace is not None:
+            self._head["namespace"] = name.namespace
 
     def add(self, arguments: str) -> list[Event]:
         if not arguments:
@@ -165,7 +167,7 @@ class _Call(OpenItem):
 class _CustomCall(_Call):
     kind, field, event = "custom_tool_call", "input", "response.custom_tool_call_input"
 
-    def __init__(self, item_id: str, output_index: int, call_id: str, name: str) -> None:
+    def __init__(self, item_id: str, output_index: int, call_id: str, name: ToolName) -> None:
         super().__init__(item_id, output_index, call_id, name)
         self._input = CustomInput()
 
@@ -189,13 +191,21 @@ class OutputBuilder:
 
     Args:
         ids: makes the ids of items.
-        custom: names of custom tools.
+        custom: the model's names of custom tools.
         seals_reasoning: ``include`` has ``reasoning.encrypted_content``.
+        namespaced: by the model's name, tools of namespaces.
     """
 
-    def __init__(self, ids: ItemIds, custom: frozenset[str], seals_reasoning: bool) -> None:
+    def __init__(
+        self,
+        ids: ItemIds,
+        custom: frozenset[str],
+        seals_reasoning: bool,
+        namespaced: Mapping[str, ToolName] | None = None,
+    ) -> None:
         self._ids = ids
         self._custom = custom
+        self._namespaced = namespaced or {}
         self._seals_reasoning = seals_reasoning
         self._open: OpenItem | None = None
         self._held: _Held | None = None
@@ -230,7 +240,8 @@ class OutputBuilder:
             kind = _CustomCall if name in self._custom else _Call
             index, item_id = self._next_index, self._ids.new(kind.kind)
             self._held = None
-            events += self._begin(kind(item_id, index, piece.call_id or "", name))
+            named = self._namespaced.get(name) or ToolName(name)
+            events += self._begin(kind(item_id, index, piece.call_id or "", named))
         assert isinstance(self._open, _Call), "the pieces of a call follow each other"
         return events + self._open.add(piece.arguments)
 

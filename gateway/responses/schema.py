@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from gateway.core.bodies import Items, StrictBody, Whole
-from gateway.http.schema import TAG, SamplingBody
+from gateway.http.schema import TAG, RetentionBody, SamplingBody
 
 
 class InputPart(StrictBody):
@@ -38,6 +38,7 @@ class InputItem(StrictBody):
     )
     call_id: str | None = Field(default=None, description="of calls and their outputs")
     name: str | None = Field(default=None, description="of calls")
+    namespace: str | None = Field(default=None, description="of calls: that of the tool")
     arguments: str | None = Field(default=None, description="of a function call: JSON text")
     input: str | None = Field(default=None, description="of a custom tool's call")
     output: str | Items[InputPart] | None = Field(default=None, description="of outputs of calls")
@@ -54,15 +55,19 @@ class ToolFormatBody(StrictBody):
 
 
 class OfferedToolBody(StrictBody):
-    """A function, or a custom tool, whose input is any text. Arguments follow the schema; what a
-    grammar cannot express of it is refused with ``strict``, and has no effect without."""
+    """A function, a custom tool, whose input is any text, or a namespace of both. Arguments follow
+    the schema; what a grammar cannot express of it is refused with ``strict``, and has no effect
+    without."""
 
-    type: str = Field(description="`function` or `custom`")
+    type: str = Field(description="`function`, `custom` or `namespace`")
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="of a function")
     strict: bool | None = None
     format: ToolFormatBody | None = Field(default=None, description="of a custom tool: `text`")
+    tools: Items[OfferedToolBody] | None = Field(
+        default=None, description="of a namespace: functions and custom tools"
+    )
 
 
 class NamedToolBody(StrictBody):
@@ -131,7 +136,7 @@ InputField = Annotated[
 """A text, or items; errors name the item."""
 
 
-class ResponseBody(SamplingBody):
+class ResponseBody(RetentionBody, SamplingBody):
     """``POST /v1/responses``."""
 
     SHAPES: ClassVar[Mapping[str, str]] = {
@@ -164,4 +169,3 @@ class ResponseBody(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    prompt_cache_key: str | None = None

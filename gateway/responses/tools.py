@@ -1,15 +1,16 @@
 """Tools of a body, and which of them may be called.
 
 A custom tool takes any text. The model sees it as a function with the one argument ``input``, which
-``custom_input`` reads again.
+``custom_input`` reads again. A tool of a namespace has a name of both for the model,
+``mcp__files__read`` for example; in items they are apart, as Codex needs them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
@@ -19,6 +20,7 @@ from gateway.responses.schema import ChosenToolBody, NamedToolBody, OfferedToolB
 from gateway.text.forms.tools import FieldNames, make_tool_use
 
 KINDS = ("function", "custom")
+NAMESPACE = "namespace"
 INPUT = "input"
 _CUSTOM_PARAMETERS = {
     "type": "object",
@@ -34,50 +36,105 @@ _NAMES = FieldNames(name="name", parameters="parameters")
 
 
 @dataclass(frozen=True, slots=True)
+class ToolName:
+    """What a call's item says of its tool."""
+
+    name: str
+    namespace: str | None = None
+
+    @property
+    def for_model(self) -> str:
+        return self.name if self.namespace is None else f"{self.namespace}__{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """One tool of a body, and the namespace that it is in."""
+
+    tool: OfferedToolBody
+    path: str
+    namespace: str | None = None
+    preface: str | None = None
+    """What its namespace is about, with the first of its tools."""
+
+    @property
+    def name(self) -> ToolName:
+        return ToolName(self.tool.name or "", self.namespace)
+
+
+@dataclass(frozen=True, slots=True)
 class OfferedTools:
     """What a body says of tools."""
 
     use: ToolUse | None
     """None offers none to the model."""
     custom: frozenset[str]
-    """Names of custom tools."""
+    """The model's names of custom tools."""
+    namespaced: Mapping[str, ToolName]
+    """By the model's name, tools of namespaces."""
 
 
 def read_tools(body: ResponseBody) -> OfferedTools:
     """The tools of a body. Raises ``RequestError`` with the field's name."""
-    offered = body.tools or []
-    tools = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(offered)]
-    custom = frozenset(tool.name or "" for tool in offered if tool.type == "custom")
-    choice, is_parallel = body.tool_choice, body.parallel_tool_calls
+    offers = list(_offers(body))
+    tools = [_tool(offer) for offer in offers]
+    custom = frozenset(one.name.for_model for one in offers if one.tool.type == "custom")
+    apart = {one.name.for_model: one.name for one in offers if one.namespace is not None}
+    use = _use(body, tools, custom, [offer.path for offer in offers])
+    return OfferedTools(use, custom, apart)
+
+
+def _offers(body: ResponseBody) -> Iterator[_Offer]:
+    for place, tool in enumerate(body.tools or ()):
+        path = f"tools[{place}]"
+        if tool.type != NAMESPACE:
+            yield _Offer(tool, path)
+            continue
+        if tool.name is None:
+            message = f"{path}.name is required"
+            raise RequestError(message, f"{path}.name", "missing_required_parameter")
+        for inner_place, inner in enumerate(tool.tools or ()):
+            preface = tool.description if inner_place == 0 else None
+            yield _Offer(inner, f"{path}.tools[{inner_place}]", tool.name, preface)
+
+
+def _use(
+    body: ResponseBody, tools: Sequence[Tool], custom: frozenset[str], paths: Sequence[str]
+) -> ToolUse | None:
+    choice, is_parallel, names = body.tool_choice, body.parallel_tool_calls, _names(paths)
     if not isinstance(choice, ChosenToolBody):
-        use = make_tool_use(tools, choice, is_parallel=is_parallel, names=_NAMES)
-        return OfferedTools(use, custom)
+        return make_tool_use(tools, choice, is_parallel=is_parallel, names=names)
     if choice.type == "allowed_tools":
         among = _allowed(choice.tools or (), custom)
         mode = choice.mode
         rule = f"({str(mode)[:32]!r}) must be one of {', '.join(_MODES)}"
         require(mode in _MODES, "tool_choice.mode", rule)
-        use = make_tool_use(tools, mode, is_parallel=is_parallel, among=among, names=_NAMES)
-        return OfferedTools(use, custom)
+        return make_tool_use(tools, mode, is_parallel=is_parallel, among=among, names=names)
     name = _named(choice.type, choice.name, custom, "tool_choice")
-    use = make_tool_use(tools, name=name, is_parallel=is_parallel, names=_NAMES)
-    return OfferedTools(use, custom)
+    return make_tool_use(tools, name=name, is_parallel=is_parallel, names=names)
 
 
-def _tool(tool: OfferedToolBody, path: str) -> Tool:
+def _names(paths: Sequence[str]) -> FieldNames:
+    return replace(_NAMES, entries=tuple(paths))
+
+
+def _tool(offer: _Offer) -> Tool:
+    tool, path = offer.tool, offer.path
     if tool.type not in KINDS:
         raise UnsupportedParameterError(
-            f"{path}.type: tools of type {tool.type[:64]!r} are not supported, only functions and "
-            "custom tools",
+            f"{path}.type: tools of type {tool.type[:64]!r} are not supported, only functions, "
+            "custom tools and namespaces of them",
             f"{path}.type",
         )
     if tool.name is None:
         message = f"{path}.name is required"
         raise RequestError(message, f"{path}.name", "missing_required_parameter")
+    name = offer.name.for_model
+    description = "\n".join(filter(None, [offer.preface, tool.description])) or None
     if tool.type == "function":
         return Tool(
-            name=tool.name,
-            description=tool.description,
+            name=name,
+            description=description,
             parameters=tool.parameters,
             is_strict=bool(tool.strict),
         )
@@ -86,7 +143,7 @@ def _tool(tool: OfferedToolBody, path: str) -> Tool:
             f"{path}.format: the form {tool.format.type[:32]!r} is not supported, only text",
             f"{path}.format",
         )
-    return Tool(name=tool.name, description=tool.description, parameters=_CUSTOM_PARAMETERS)
+    return Tool(name=name, description=description, parameters=_CUSTOM_PARAMETERS)
 
 
 def _allowed(tools: Sequence[NamedToolBody], custom: frozenset[str]) -> tuple[str, ...]:
@@ -117,7 +174,9 @@ def shown_tools(body: ResponseBody) -> list[dict[str, Any]]:
 
 
 def _shown(tool: OfferedToolBody) -> dict[str, Any]:
-    head = {"type": tool.type, "name": tool.name, "description": tool.description}
+    head: dict[str, Any] = {"type": tool.type, "name": tool.name, "description": tool.description}
+    if tool.type == NAMESPACE:
+        return {**head, "tools": [_shown(inner) for inner in tool.tools or ()]}
     if tool.type == "custom":
         return {**head, "format": {"type": "text"}}
     strict = True if tool.strict is None else tool.strict

@@ -9,7 +9,7 @@ from typing import Any
 from cluster.core.errors import RequestError
 from gateway.core.call import CallKind, ChatInput, GenerateFields
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_length, check_metadata, require
-from gateway.http.convert import constraints_of, sampling_fields
+from gateway.http.convert import constraints_of, retention_hint, sampling_fields
 from gateway.responses.conversation import Conversation
 from gateway.responses.items import Item, ItemIds, read_item
 from gateway.responses.schema import InputItem, ResponseBody
@@ -49,8 +49,7 @@ class Turn:
     new_items: Sequence[Item]
     """Items of the body."""
     ids: ItemIds
-    custom: frozenset[str]
-    """Names of custom tools."""
+    tools: OfferedTools
     seals_reasoning: bool
 
 
@@ -119,7 +118,7 @@ def make_turn(
         history=history,
         new_items=new_items,
         ids=ids,
-        custom=tools.custom,
+        tools=tools,
         seals_reasoning=SEALED in (body.include or ()),
     )
 
@@ -192,6 +191,7 @@ def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools)
         logprobs=(body.top_logprobs or 0) if reports else None,
         logprobs_name="top_logprobs",
         grammar=grammar,
+        cache_ttl_hint=retention_hint(body),
         **fields,
     )
 

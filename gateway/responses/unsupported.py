@@ -71,7 +71,13 @@ def check_unbuilt(data: Mapping[str, Any]) -> None:
         inner = data.get(name)
         if isinstance(inner, dict):
             refuse_unbuilt(inner, unbuilt, f"{name}.")
-    tools = data.get("tools")
+    _check_tools(data.get("tools"), "tools")
+
+
+def _check_tools(tools: object, path: str) -> None:
+    """Those of a namespace too, which has no namespaces in it."""
     for place, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict):
-            refuse_unbuilt(tool, _OF_TOOL, f"tools[{place}].")
+            refuse_unbuilt(tool, _OF_TOOL, f"{path}[{place}].")
+            if path == "tools":
+                _check_tools(tool.get("tools"), f"{path}[{place}].tools")

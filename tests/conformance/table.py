@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -26,14 +25,37 @@ from gateway.responses.schema import ResponseBody
 from gateway.responses.unsupported import MOVED
 from gateway.responses.unsupported import UNBUILT as UNBUILT_RESPONSES
 from tests.conformance.open_responses import CASES
+from tests.conformance.recorder import FEATURES, SENT_BY_CLIENTS
 from tests.paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "reference" / "conformance.md"
-SENT_BY_CLIENTS = Path(__file__).parent / "clients" / "fields.json"
-"""Fields by client and route; ``test_clients.py`` compares it with what they send."""
 BEGIN, END = "<!-- begin: tables -->", "<!-- end: tables -->"
-NO_EFFECT = ("user", "metadata", "store", "service_tier")
+NO_EFFECT = ("user", "metadata", "store", "service_tier", "client_metadata")
 """Known fields that most endpoints take without effect, as they do all unknown fields."""
+CLIENTS: dict[str, tuple[str, ...]] = {
+    "anthropic": ("anthropic",),
+    "claude_code": ("@anthropic-ai/claude-code (npm)",),
+    "codex": ("@openai/codex (npm)",),
+    "curl": (),
+    "guidellm": ("guidellm",),
+    "langchain": ("langchain-openai",),
+    "litellm": ("litellm",),
+    "lm_eval": ("lm-eval",),
+    "locust": ("locust",),
+    "messages": ("langchain-anthropic", "litellm"),
+    "npm_anthropic": ("@anthropic-ai/sdk (npm)", "ai (npm)", "@ai-sdk/anthropic (npm)"),
+    "npm_packages": ("ai (npm)", "@ai-sdk/openai-compatible (npm)", "openai (npm)"),
+    "openai": ("openai",),
+    "openai_responses": ("openai",),
+}
+"""Packages of each client."""
+PROTOCOLS = {
+    "/v1/completions": "completions",
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "Responses",
+    "/v1/messages": "Messages",
+    "/v1/embeddings": "embeddings",
+}
 _OF_POOLING = frozenset(UNBUILT["pooling"])
 _OF_MESSAGES = frozenset(UNBUILT_MESSAGES)
 _COLUMNS: dict[str, tuple[type[BaseModel], frozenset[str]]] = {
@@ -79,17 +101,47 @@ def open_responses_table() -> str:
     return "\n".join(lines)
 
 
+def protocol_table() -> str:
+    """What each client was seen to use of each protocol."""
+    head = ("client", "versions", "protocol", *FEATURES)
+    lines = [_row(*head), _row(*["---"] * len(head))]
+    known = versions()
+    for client, routes in sent_by_clients().items():
+        packages = CLIENTS[client]
+        names = ", ".join(packages) or client
+        pinned = ", ".join(known[package] for package in packages) or "of the machine"
+        for path, protocol in PROTOCOLS.items():
+            if (seen := routes.get(path)) is not None:
+                cells = ("yes" if name in seen["features"] else "" for name in FEATURES)
+                lines.append(_row(names, pinned, protocol, *cells))
+    return "\n".join(lines)
+
+
 def client_table() -> str:
     """Which client sends which fields where."""
-    sent: dict[str, dict[str, list[str]]] = json.loads(SENT_BY_CLIENTS.read_text())
     lines = [_row("endpoint", "client", "fields that it sends"), _row("---", "---", "---")]
     for path in dict.fromkeys(endpoint.path for endpoint in ENDPOINTS):
-        for client, routes in sent.items():
-            found = routes.get(path)
-            if found is not None:
-                fields = ", ".join(f"`{name}`" for name in found) or "(none)"
+        for client, routes in sent_by_clients().items():
+            if (seen := routes.get(path)) is not None:
+                fields = ", ".join(f"`{name}`" for name in seen["fields"]) or "(none)"
                 lines.append(_row(f"`{path}`", client, fields))
     return "\n".join(lines)
+
+
+def sent_by_clients() -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Fields and features by client and route, as the recorder wrote them."""
+    found: dict[str, dict[str, dict[str, list[str]]]] = json.loads(SENT_BY_CLIENTS.read_text())
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of the clients' packages."""
+    folder = SENT_BY_CLIENTS.parent
+    lines = (folder / "constraints.txt").read_text().split()
+    of_npm = json.loads((folder / "package.json").read_text())["dependencies"]
+    pairs = (line.partition("==") for line in lines if "==" in line)
+    of_pip = {name: version for name, _, version in pairs}
+    return {**of_pip, **{f"{name} (npm)": version for name, version in of_npm.items()}}
 
 
 def fields_of(body: type[BaseModel]) -> set[str]:
@@ -101,9 +153,14 @@ def rendered() -> str:
     """The document with its tables as they must be."""
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = f"### Fields\n\n{parameter_table()}\n\n### Clients\n\n{client_table()}"
-    tables += f"\n\n### Open Responses\n\n{open_responses_table()}"
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+    tables = {
+        "Protocols and clients": protocol_table(),
+        "Open Responses": open_responses_table(),
+        "Fields": parameter_table(),
+        "Fields that clients send": client_table(),
+    }
+    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in tables.items())
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
 def _row(*cells: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,7 @@ import httpx
 import pytest
 
 from tests.conformance.conftest import TOOL_TEMPLATE
-from tests.conformance.recorder import Recorder, recording
-from tests.conformance.table import SENT_BY_CLIENTS
+from tests.conformance.recorder import Recorder, expecting
 from tests.harness.clients import node_modules, program
 from tests.paths import DEMO
 from tests.served.server import running_server
@@ -57,28 +55,11 @@ def model(server_url: str) -> str:
 @pytest.fixture
 def recorder(server_url: str, request: pytest.FixtureRequest) -> Iterator[Recorder]:
     """Where the client connects; what it sends must be what the table says."""
-    with recording(server_url) as recorder:
-        yield recorder
-    if not recorder.sent:
-        return  # skipped, or it failed before it sent anything
     name = request.node.name.partition("_")[2]
     if "[" in name:
         name = name.partition("[")[2].partition("-")[0].rstrip("]")
-    known = json.loads(SENT_BY_CLIENTS.read_text())
-    fields_by_route: dict[str, set[str]] = {}
-    for path, fields in recorder.sent.items():
-        fields_by_route.setdefault(_route(path), set()).update(fields)
-    sent = {route: sorted(fields) for route, fields in sorted(fields_by_route.items())}
-    if os.environ.get("EXPERTMESH_WRITE_FIELDS"):
-        known[name] = sent
-        SENT_BY_CLIENTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    assert sent == known.get(name), "set EXPERTMESH_WRITE_FIELDS to write the table anew"
-
-
-def _route(path: str) -> str:
-    """A path as the OpenAPI document names it."""
-    path = re.sub(r"^/v1/models/.+", "/v1/models/{model}", path)
-    return re.sub(r"^/v1/responses/[^/]+", "/v1/responses/{response_id}", path)
+    with expecting(server_url, name) as recorder:
+        yield recorder
 
 
 def run(words: list[str], folder: Path, more: Mapping[str, str] | None = None) -> str:

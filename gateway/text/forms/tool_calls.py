@@ -41,11 +41,12 @@ class ParsedPiece:
     """The same in the order of the answer; empty where there is but one kind."""
 
     def joined(self) -> ParsedPiece:
-        """The same of a whole answer, with one piece for each call."""
+        """The same with one piece for each call: of several, clients make several calls."""
         calls: list[CallDelta] = []
         for _, pieces in groupby(self.calls, key=lambda call: call.index):
             first, *rest = pieces
-            calls.append(replace(first, arguments="".join(piece.arguments for piece in rest)))
+            arguments = "".join(piece.arguments for piece in (first, *rest))
+            calls.append(replace(first, arguments=arguments))
         return replace(self, calls=tuple(calls))
 
     def in_order(self) -> tuple[TextDelta | CallDelta, ...]:

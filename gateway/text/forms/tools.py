@@ -26,6 +26,8 @@ class FieldNames:
 
     name: str = "function.name"
     parameters: str = "function.parameters"
+    entries: Sequence[str] = ()
+    """Names of the entries, where they are not ``tools[0]`` and so on."""
 
 
 def make_tool_use(
@@ -73,14 +75,15 @@ def _check(tools: Sequence[Tool], names: FieldNames) -> None:
     check_length("tools", len(tools), MAX_TOOLS)
     seen: set[str] = set()
     for place, tool in enumerate(tools):
-        path = f"tools[{place}].{names.name}"
+        entry = names.entries[place] if names.entries else f"tools[{place}]"
+        path = f"{entry}.{names.name}"
         require(is_name(tool.name), path, f"({tool.name[:_SHOWN_CHARS]!r}) {NAME_RULE}")
         if tool.name in seen:
             raise RequestError(f"tools has {tool.name!r} twice", path)
         seen.add(tool.name)
         schema = tool.parameters or {}
         kind = schema.get("type", "object")
-        name = f"tools[{place}].{names.parameters}"
+        name = f"{entry}.{names.parameters}"
         require(kind == "object", name, "must be a JSON schema of an object")
         deep = is_deeper(schema, MAX_SCHEMA_DEPTH)
         require(not deep, name, f"is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels")

@@ -71,6 +71,48 @@ assert parsed.parsed_output.word in ("king", "queen")
 thinking = {"type": "enabled", "budget_tokens": 1024}
 client.messages.create(**asked, max_tokens=1030, thinking=thinking, stop_sequences=["e"])
 
+# ---- as Claude Code does it: the session in metadata, betas, tools that are looked for ----------
+
+hour = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+session = {"user_id": '{"device_id": "d", "session_id": "a-session"}'}
+find = {"name": "find", "input_schema": {"type": "object", "properties": {}}, **hour}
+late = {**tool, "defer_loading": True}
+found = [
+    *asked["messages"],
+    {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "1", "name": "find", "input": {}}],
+    },
+    {
+        "role": "user",
+        "content": [
+            {
+                "type": "tool_result",
+                "tool_use_id": "1",
+                "content": [{"type": "tool_reference", "tool_name": "look_up"}],
+                **hour,
+            }
+        ],
+    },
+]
+with client.beta.messages.stream(
+    model=model,
+    max_tokens=300,
+    messages=found,
+    system=[{"type": "text", "text": "Be brief.", **hour}],
+    tools=[find, late],
+    tool_choice={"type": "tool", "name": "look_up", "disable_parallel_tool_use": True},
+    metadata=session,
+    betas=["claude-code-20250219", "advanced-tool-use-2025-11-20"],
+) as stream:
+    kinds = {event.type for event in stream}
+    message = stream.get_final_message()
+assert {"message_start", "content_block_start", "input_json", "message_stop"} <= kinds, kinds
+assert message.stop_reason == "tool_use"
+assert LookUp.model_validate(message.content[-1].input)
+counted = client.messages.count_tokens(model=model, messages=asked["messages"], tools=[tool])
+assert counted.input_tokens > client.messages.count_tokens(**asked).input_tokens
+
 
 async def ask() -> str:
     async with anthropic.AsyncAnthropic(base_url=url, auth_token="none") as other:

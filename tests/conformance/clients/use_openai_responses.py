@@ -1,4 +1,7 @@
-"""openai-python over Responses: text, streams, tools, structured text, stored conversations."""
+"""openai-python over Responses: text, streams, tools, structured text, stored conversations.
+
+Also what Codex does with it: the whole conversation each time, tools of all kinds, a cache key.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,49 @@ answered = [
     {"type": "function_call_output", "call_id": call.call_id, "output": "a ruler"},
 ]
 client.responses.create(**short, input=answered, tools=[look_up], store=False)
+
+# ---- as Codex does it: nothing is stored, and all items come back -------------------------------
+
+patch = {"type": "custom", "name": "patch", "description": "Takes a patch."}
+read = {"type": "function", "name": "read", "parameters": parameters}
+files = {"type": "namespace", "name": "mcp__files", "description": "Files.", "tools": [read]}
+agent = {
+    "model": model,
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "a-thread",
+    "extra_headers": {"session-id": "a-thread"},
+}
+thought = {
+    "type": "reasoning",
+    "id": "rs_1",
+    "summary": [{"type": "summary_text", "text": "A man is there."}],
+    "content": [{"type": "reasoning_text", "text": "A man."}],
+}
+history = [{"role": "developer", "content": "Be brief."}, *messages, thought]
+wanted = {"tools": [files], "tool_choice": "required", "parallel_tool_calls": False}
+with client.responses.stream(**agent, **wanted, input=history) as stream:
+    (asked,) = stream.get_final_response().output
+assert (asked.name, asked.namespace) == ("read", "mcp__files")
+assert json.loads(asked.arguments)["word"] in ("king", "queen")
+history += [
+    asked.model_dump(exclude={"parsed_arguments"}, exclude_none=True),
+    {"type": "function_call_output", "call_id": asked.call_id, "output": "a ruler"},
+    {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "*** Begin"},
+    {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
+]
+several = client.responses.create(
+    **agent, input=history, tools=[files, look_up, patch], tool_choice="auto", max_output_tokens=8
+)
+assert several.usage.output_tokens <= 8
+both = client.responses.create(**agent, input=history, tools=[look_up], tool_choice="required")
+assert {item.name for item in both.output} == {"look_up"}
+assert len({item.call_id for item in both.output}) == len(both.output)
+named = {"type": "custom", "name": "patch"}
+written = client.responses.create(
+    **agent, input=history, tools=[patch], tool_choice=named, max_output_tokens=40
+)
+assert written.output[0].type == "custom_tool_call"
 
 formatted = client.responses.create(
     model=model,

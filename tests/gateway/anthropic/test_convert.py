@@ -223,7 +223,6 @@ def test_what_hides_tools_and_what_makes_them_strict() -> None:
     [
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
-        ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"tools": [{**TOOL, "input_examples": [{}]}]}, "tools[0].input_examples"),
         (
             {"tools": [{**TOOL, "allowed_callers": ["code_execution_20250825"]}]},
@@ -370,7 +369,6 @@ def test_fields_without_an_effect() -> None:
     given = convert(
         metadata={"user_id": "u"},
         service_tier="standard_only",
-        cache_control={"type": "ephemeral"},
         context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         speed="standard",
         container=None,

@@ -296,7 +296,7 @@ def test_which_tools_may_be_called(choice: Any, allowed: list[str], must_call: b
     assert [tool.name for tool in use.allowed] == allowed
     assert (use.must_call, use.is_parallel) == (must_call, True)
     assert turn.head["tool_choice"] == choice
-    assert turn.custom == {"patch"}
+    assert turn.tools.custom == {"patch"}
 
 
 def test_calls_follow_a_grammar(tools: Stack) -> None:

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,7 +28,16 @@ from gateway.text.harmony.marks import MESSAGE, OPENED
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import tiny_backend
-from tests.gateway.text.forms.examples import MARKS, TOKENS, TOOLS, WEATHER, Parser, read, written
+from tests.gateway.text.forms.examples import (
+    MARKS,
+    TOKENS,
+    TOOLS,
+    USE,
+    WEATHER,
+    Parser,
+    read,
+    written,
+)
 
 FORMS = (*ToolForm, None)
 FEW, MANY = 330, 10_000
@@ -56,11 +65,20 @@ class Case:
     """One answer, and what reads it."""
 
     text: str
-    make_parser: Callable[[], Parser]
+    form: ToolForm | None
+    use: ToolUse | None
+    thinking: Thinking | None
+    opened: str
+    """What the prompt leaves open (Harmony)."""
     keeps_all: bool
     """It has no words where a form allows any."""
     keeps_marks: bool = False
     """Without calls all of it is content."""
+
+    def make_parser(self) -> Parser:
+        if self.form is ToolForm.HARMONY:
+            return _Harmony(self.opened)
+        return AnswerParser(self.form, self.use, self.thinking)
 
 
 @cache
@@ -99,12 +117,12 @@ class Writer:
             text = text[: rng.randrange(len(text) + 1)]
         if self._form is ToolForm.HARMONY:
             opened = rng.choice([OPENED, "", f"{OPENED}<|channel|>final{MESSAGE}"])
-            return Case(text, lambda: _Harmony(opened), keeps_all=not is_broken)
+            return Case(text, self._form, USE, None, opened, keeps_all=not is_broken)
         form, thinking = self._form, rng.choice([None, *Thinking])
         use = None if form is None else ToolUse(tools=TOOLS, must_call=rng.random() < 0.2)
         keeps_all = use is None or not use.must_call
         keeps_marks = keeps_all and thinking is None
-        return Case(text, lambda: AnswerParser(form, use, thinking), keeps_all, keeps_marks)
+        return Case(text, form, use, thinking, "", keeps_all, keeps_marks)
 
     def _part(self, is_broken: bool) -> str:
         kinds = [self._words, self._words, self._calls, self._thought]

@@ -1,0 +1,73 @@
+"""What a body says of the use of its KV: ``cache_control``, and the session in ``metadata``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+from gateway.anthropic.schema import Block, CacheControlParam, MessagesBody
+from gateway.core.field_checks import MAX_NAME_CHARS, require
+from gateway.core.retention import seconds_of
+
+_DEFAULT_TTL = "5m"
+_TTLS = (_DEFAULT_TTL, "1h")
+_MAX_USER_ID_CHARS = 1024
+"""Longest ``user_id`` in which a session is looked for."""
+_SESSION = re.compile(rf"[0-9A-Za-z-]{{1,{MAX_NAME_CHARS}}}")
+_OLD_USER_ID = re.compile(r"user_.*_session_([0-9A-Za-z-]+)", re.DOTALL)
+
+
+def longest_ttl(body: MessagesBody) -> float | None:
+    """Seconds that the longest ``cache_control`` asks for; None without any.
+
+    Raises:
+        RequestError: names the field.
+    """
+    return max((_seconds(one, name) for one, name in _controls(body)), default=None)
+
+
+def session_of(body: MessagesBody) -> str | None:
+    """The session in ``metadata.user_id``, as Claude Code has it there; None where it has none."""
+    user_id = body.metadata.user_id if body.metadata else None
+    if user_id is None or len(user_id) > _MAX_USER_ID_CHARS:
+        return None
+    session = _in_json(user_id)
+    if session is None and (found := _OLD_USER_ID.fullmatch(user_id)):
+        session = found[1]
+    return session if session is not None and _SESSION.fullmatch(session) else None
+
+
+def _in_json(user_id: str) -> str | None:
+    try:
+        value = json.loads(user_id)
+    except (ValueError, RecursionError):
+        return None
+    session = value.get("session_id") if isinstance(value, dict) else None
+    return session if isinstance(session, str) else None
+
+
+def _seconds(control: CacheControlParam, name: str) -> float:
+    ttl = control.ttl or _DEFAULT_TTL
+    name = f"{name}.ttl"
+    require(ttl in _TTLS, name, f"({ttl[:32]!r}) must be one of {', '.join(_TTLS)}")
+    return seconds_of(ttl, name)
+
+
+def _controls(body: MessagesBody) -> Iterator[tuple[CacheControlParam, str]]:
+    """Each, and the field that it is in."""
+    if body.cache_control is not None:
+        yield body.cache_control, "cache_control"
+    for place, tool in enumerate(body.tools or ()):
+        if tool.cache_control is not None:
+            yield tool.cache_control, f"tools[{place}].cache_control"
+    yield from _of_blocks(body.system or (), "system")
+    for place, message in enumerate(body.messages):
+        yield from _of_blocks(message.content, f"messages[{place}].content")
+
+
+def _of_blocks(blocks: Iterable[Block], path: str) -> Iterator[tuple[CacheControlParam, str]]:
+    for place, block in enumerate(blocks):
+        if block.cache_control is not None:
+            yield block.cache_control, f"{path}[{place}].cache_control"
+        yield from _of_blocks(block.content or (), f"{path}[{place}].content")

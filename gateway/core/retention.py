@@ -1,0 +1,34 @@
+"""For how long a call's KV is kept, in the words of protocols that have no field for seconds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from cluster.config.gateway import GatewaySection
+from gateway.core.call import GenerateFields
+from gateway.core.field_checks import require
+
+_DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+
+def seconds_of(duration: str, name: str) -> float:
+    """The seconds in ``5m`` or ``1h``. Raises ``RequestError`` about the field ``name``."""
+    found = _DURATION.fullmatch(duration)
+    rule = f"({duration[:32]!r}) must be a whole number with s, m, h or d, as in 5m"
+    require(found is not None, name, rule)
+    assert found is not None, "required"
+    return int(found[1]) * _SECONDS[found[2]]
+
+
+def with_hint(fields: GenerateFields, limits: GatewaySection) -> GenerateFields:
+    """The same fields, with the hint as ``cache_ttl`` where the client gave none.
+
+    A hint is one of few values of its protocol, which no client can fit to a server's limit: it is
+    lowered to that, where ``cache_ttl`` is refused.
+    """
+    hint = fields.cache_ttl_hint
+    if fields.cache_ttl is not None or hint is None:
+        return fields
+    return replace(fields, cache_ttl=min(hint, limits.max_cache_ttl_s))
