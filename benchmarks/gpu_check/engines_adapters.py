@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,7 @@ _FAMILIES: Mapping[str, WeightFormat | None] = {
     "qwen3_next": None,
 }
 """With the codes of their experts; None: none."""
+_NEW_TOKENS = 12
 _OWNERS = ("a", "", "b", "a", "b", "", "a", "b")
 """The adapter of each request; empty: none."""
 
@@ -77,17 +78,22 @@ class Case:
 
 def make_case(place: Place, family: str, form: WeightFormat | None) -> Case:
     """Two adapters of all modules that may have one."""
-    model = random_model(place, family, form=form)
+    model = _briefly(random_model(place, family, form=form))
     shapes = target_shapes_of(model.open().family)
     adapters = {
         "a": random_adapter(shapes, 1),
         "b": random_adapter(shapes, 2, rank=12, use_rslora=True),
     }
     merged = {"": model} | {
-        key: random_model(place, family, form=form, deltas=_deltas(adapter))
+        key: _briefly(random_model(place, family, form=form, deltas=_deltas(adapter)))
         for key, adapter in adapters.items()
     }
     return Case(model=model, merged=merged, adapters=adapters)
+
+
+def _briefly(model: Model) -> Model:
+    """Adapters make choices less clear, and the comparison of a request ends at one of another."""
+    return replace(model, new_tokens=_NEW_TOKENS)
 
 
 def _deltas(adapter: RandomAdapter) -> dict[str, torch.Tensor]:

@@ -11,11 +11,66 @@ import triton.language as tl
 
 from workers.cuda.language import jit
 
+PRODUCT = tl.constexpr("""{
+    .reg .b32 zero;
+    mov.b32 zero, 0x80008000;
+    fma.rn.bf16x2 $0, $1, $2, zero;
+}""")
+INT4 = tl.constexpr("""{
+    .reg .b32 first, second, one, minus;
+    prmt.b32 first, $4, 0, 0x4140;
+    prmt.b32 second, $4, 0, 0x4342;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 minus, 0xC308C308;
+    lop3.b32 $0, first, 0x000F000F, 0x43084308, 0x6A;
+    lop3.b32 $1, second, 0x000F000F, 0x43084308, 0x6A;
+    shr.b32 first, first, 4;
+    shr.b32 second, second, 4;
+    lop3.b32 $2, first, 0x000F000F, 0x43084308, 0x6A;
+    lop3.b32 $3, second, 0x000F000F, 0x43084308, 0x6A;
+    fma.rn.bf16x2 $0, $0, one, minus;
+    fma.rn.bf16x2 $1, $1, one, minus;
+    fma.rn.bf16x2 $2, $2, one, minus;
+    fma.rn.bf16x2 $3, $3, one, minus;
+}""")
+"""(code & 15) ^ 8 beside the bits of 128, which is the number + 136."""
+E2M1 = tl.constexpr("""{
+    .reg .b32 first, second, sign, whole, zero;
+    prmt.b32 first, $4, 0, 0x4140;
+    prmt.b32 second, $4, 0, 0x4342;
+    mov.b32 whole, 0x7E807E80;
+    mov.b32 zero, 0x80008000;
+    shl.b32 sign, first, 12;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 $0, first, 6;
+    lop3.b32 $0, $0, 0x01C001C0, sign, 0xEA;
+    shl.b32 sign, second, 12;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 $1, second, 6;
+    lop3.b32 $1, $1, 0x01C001C0, sign, 0xEA;
+    shl.b32 sign, first, 8;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 $2, first, 2;
+    lop3.b32 $2, $2, 0x01C001C0, sign, 0xEA;
+    shl.b32 sign, second, 8;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 $3, second, 2;
+    lop3.b32 $3, $3, 0x01C001C0, sign, 0xEA;
+    fma.rn.bf16x2 $0, $0, whole, zero;
+    fma.rn.bf16x2 $1, $1, whole, zero;
+    fma.rn.bf16x2 $2, $2, whole, zero;
+    fma.rn.bf16x2 $3, $3, whole, zero;
+}""")
+"""Sign, exponent and mantissa at their places in bfloat16, times 2**126."""
+
 
 @jit
 def numbers_of(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) -> tl.tensor:
-    """Numbers of codes of 8 bits, uint8, in float32 and up to the factor of ``whole_scale``;
-    ``HAS_FLOAT8``: the device converts such codes."""
+    """Numbers of codes of 8 bits, uint8, in float32.
+
+    ``HAS_FLOAT8``: the device converts float8; else its numbers are so up to the factor of
+    ``whole_scale``.
+    """
     if CODES == "int8":
         found = codes.to(tl.int8, bitcast=True).to(tl.float32)
     else:
@@ -30,7 +85,8 @@ def numbers_of(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) 
 
 @jit
 def halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Numbers of the lower and the upper halves of bytes, uint8, as ``numbers_of``."""
+    """Numbers of the lower and the upper halves of bytes, uint8, in float32 and up to the factor of
+    ``whole_scale``."""
     if CODES == "int4":
         low = (codes << 4).to(tl.int8, bitcast=True).to(tl.float32)
         high = (codes & 0xF0).to(tl.int8, bitcast=True).to(tl.float32)
@@ -43,16 +99,46 @@ def halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tens
 
 
 @jit
-def whole_scale(scale: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) -> tl.tensor:
-    """``scale`` in float32, times what ``numbers_of`` and ``halves_of`` leave out: a power of two.
+def whole_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
+    """A scale in float32, times what ``numbers_of`` and ``halves_of`` leave out: a power of two.
     So scales of e2m1 must be below 2**114."""
     if CODES == "int4":
         scale = scale * 0.0625
     elif CODES == "e2m1":
         scale = scale * 16384.0
-    elif CODES == "e4m3" and not HAS_FLOAT8:
+    elif CODES == "e4m3":
         scale = scale * 256.0
     return scale
+
+
+@jit
+def whole_zero(zero: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
+    """A zero point as the numbers of ``halves_of`` are."""
+    return zero * 16.0 if CODES == "int4" else zero
+
+
+@jit
+def bfloat16_halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The same numbers, whole and in bfloat16, four bytes at a time: not for the interpreter.
+
+    A small integer in the last bits of 128 is 128 and itself. e2m1: as ``_of_half`` has it.
+    """
+    if CODES == "int4":
+        low, high = tl.inline_asm_elementwise(
+            INT4, "=r,=r,=r,=r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        tl.static_assert(CODES == "e2m1")
+        low, high = tl.inline_asm_elementwise(
+            E2M1, "=r,=r,=r,=r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    return low, high
+
+
+@jit
+def bfloat16_products(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """Of bfloat16 numbers, rounded once, two at a time: for GPUs."""
+    return tl.inline_asm_elementwise(PRODUCT, "=r,r,r", [x, y], tl.bfloat16, is_pure=True, pack=2)
 
 
 @jit

@@ -21,8 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cuda.align import Blocks, align
-from workers.cuda.codes import halves_of, numbers_of, power_of, whole_scale
-from workers.cuda.language import MIN_DOT, cast, dot, jit, rounded
+from workers.cuda.codes import (
+    bfloat16_halves_of,
+    bfloat16_products,
+    halves_of,
+    numbers_of,
+    power_of,
+    whole_scale,
+    whole_zero,
+)
+from workers.cuda.language import INTERPRETED, MIN_DOT, cast, dot, jit, rounded
 from workers.quantization.formats import WeightFormat
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
@@ -57,6 +65,8 @@ _TILES = {
 each on an H100 for 64 experts of 2,048 x 1,024 in bfloat16. Products of 32,768 pairs: 506 and 477
 TFLOPS, where ``torch.nn.functional.grouped_mm`` (2.11) makes 350 to 400 and its pairs have to be
 sorted and put back, which takes as long again."""
+_CODED_TILES = dict.fromkeys(_TILES, _TILES[64])
+"""The same of codes, of six forms: more programs become numbers of their codes meanwhile."""
 _TALLEST_BLOCK = {2: 128, 4: 64}
 """By bytes of a number."""
 _INTERPRETED_SHARED_BYTES = 227 << 10
@@ -146,7 +156,7 @@ def gate_up(
     2 * inner, 1] -> [P, inner], where rows of pairs without a slot hold anything. All contiguous,
     float32 or a half type, in which the numbers of codes are rounded, too.
     """
-    inner, rows = weights.weights.shape[1] // 2, _tile(pairs, inputs).gate_rows
+    inner, rows = weights.weights.shape[1] // 2, _tile(pairs, inputs, weights.form).gate_rows
     numbers = activation.alpha, activation.limit
     names = {"ACTIVATION": activation.name}
     return _launch(
@@ -157,7 +167,7 @@ def gate_up(
 def multiply(inputs: Tensor, weights: Matrices, biases: Tensor | None, pairs: Pairs) -> Tensor:
     """The product of each pair: inputs [N, in], weights [slots, out, in], biases [slots, out, 1]
     -> [P, out]."""
-    rows, width = _tile(pairs, inputs).rows, weights.weights.shape[1]
+    rows, width = _tile(pairs, inputs, weights.form).rows, weights.weights.shape[1]
     return _launch(_multiply, inputs, weights, biases, pairs, (), width, rows, rows)
 
 
@@ -189,9 +199,10 @@ def sum_rows(
     return out
 
 
-def _tile(pairs: Pairs, inputs: Tensor) -> Tile:
-    is_half = inputs.itemsize == 2
-    return _TILES.get(pairs.height, _LOW) if is_half else _LOW
+def _tile(pairs: Pairs, inputs: Tensor, form: WeightFormat | None) -> Tile:
+    if inputs.itemsize != 2:
+        return _LOW
+    return (_TILES if form is None else _CODED_TILES).get(pairs.height, _LOW)
 
 
 def shared_bytes(device: torch.device) -> int:
@@ -227,7 +238,7 @@ def _groups_read(form: WeightFormat, width: int, step: int) -> int:
     return step // group if step % group == 0 else step
 
 
-def _has_float8(device: torch.device) -> bool:
+def has_float8(device: torch.device) -> bool:
     """Whether a device converts float8 numbers: Ada, Hopper and later ones."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -248,7 +259,7 @@ def _launch(
     weights, form = matrices.weights, matrices.form
     assert form is not None or inputs.dtype == weights.dtype
     assert inputs.is_contiguous()
-    tile = _tile(pairs, inputs)
+    tile = _tile(pairs, inputs, form)
     step = tile.row_bytes // inputs.itemsize
     num_slots = weights.shape[0]
     slots, blocks, sources = pairs.slots, pairs.blocks, pairs.sources
@@ -274,7 +285,7 @@ def _launch(
         HAS_SOURCES=sources is not None,
         PER_ROW=pairs.per_row,
         CODES="" if form is None else form.codes,
-        HAS_FLOAT8=_has_float8(weights.device),
+        HAS_FLOAT8=has_float8(weights.device),
         HAS_E8M0=form is not None and form.scales == "e8m0",
         HAS_ZEROS=matrices.zeros is not None,
         GROUP=(form and form.group) or matrices.width,
@@ -536,16 +547,27 @@ def _add_product(
         codes = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0)
         numbers = numbers_of(codes, CODES, form[1])
         scale, zero = _scales(parts, rows, is_row, start, form, GROUP, DEPTH, STEP, STEP)
+        if not form[1]:
+            scale = whole_scale(scale, CODES)
         total = dot(x[0], cast(_scaled(numbers, scale, zero, form[3]), dtype), total)
     else:
         row_bytes: tl.constexpr = (DEPTH + 1) // 2
         place = start // 2 + tl.arange(0, STEP // 2)
         mask = _mask(place, is_row, row_bytes, STEP // 2)
         codes = tl.load(weights + rows[None, :] * row_bytes + place[:, None], mask=mask, other=0)
-        low, high = halves_of(codes, CODES)
         scale, zero = _scales(parts, rows, is_row, start, form, GROUP, DEPTH, STEP, STEP // 2)
-        total = dot(x[0], cast(_scaled(low, scale, zero, form[3]), dtype), total)
-        total = dot(x[1], cast(_scaled(high, scale, zero, form[3]), dtype), total)
+        is_short: tl.constexpr = form[2] or parts[1].dtype.element_ty == tl.bfloat16
+        if is_short and not form[3] and dtype == tl.bfloat16 and not INTERPRETED:
+            low, high = bfloat16_halves_of(codes, CODES)
+            scale = scale.to(tl.bfloat16)  # as it was
+            low, high = _short_product(low, scale), _short_product(high, scale)
+        else:
+            low, high = halves_of(codes, CODES)
+            scale, zero = whole_scale(scale, CODES), whole_zero(zero, CODES)
+            low = cast(_scaled(low, scale, zero, form[3]), dtype)
+            high = cast(_scaled(high, scale, zero, form[3]), dtype)
+        total = dot(x[0], low, total)
+        total = dot(x[1], high, total)
     return total
 
 
@@ -587,12 +609,9 @@ def _scales(
         mask = is_row[None, :] & (group < groups)[:, None]
     scale = tl.load(parts[1] + at, mask=mask, other=0)
     scale = power_of(scale) if form[2] else scale.to(tl.float32)
-    scale = whole_scale(scale, form[0], form[1])
     zero = scale
     if form[3]:
         zero = tl.load(parts[2] + at, mask=mask, other=0).to(tl.float32)
-        if form[0] == "int4":
-            zero = zero * 16.0  # as the numbers are
     return scale, zero
 
 
@@ -611,6 +630,18 @@ def _scaled(
         numbers -= zero
     numbers *= scale
     return numbers.reshape(columns, rows)
+
+
+@jit
+def _short_product(numbers: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """The same of bfloat16 numbers and scales without zero points."""
+    columns: tl.constexpr = numbers.shape[0]
+    rows: tl.constexpr = numbers.shape[1]
+    groups: tl.constexpr = scale.shape[0]
+    if groups != 1 and groups != columns:
+        numbers = numbers.reshape(groups, columns // groups, rows)
+        scale = scale[:, None, :]
+    return bfloat16_products(numbers, scale).reshape(columns, rows)
 
 
 @jit
