@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from workers.model.loading.mxfp4 import BLOCK
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix, numbers_of, scale_dtype
 
 Stored = Literal["bfloat16", "float8", "mxfp4"]
 """``float8``: as those of Qwen3's FP8 checkpoints; ``mxfp4``: as those of gpt-oss."""
@@ -23,6 +25,10 @@ _FLOAT8_STD = 64.0
 _E8M0_BIAS = 127
 _E2M1_RMS = math.sqrt(8.5625)
 """Of all 16 codes: 0, 0.5, 1, 1.5, 2, 3, 4 and 6, with both signs."""
+
+_E4M3_NAN = 0x7F
+_MOST_ZERO = 8
+"""Zero points reach from -8 to 7."""
 
 QUANTIZATION: Mapping[Stored, Mapping[str, Any] | None] = {
     "bfloat16": None,
@@ -70,3 +76,34 @@ def _mxfp4(name: str, shape: tuple[int, ...], generator: torch.Generator) -> dic
     exponent = round(math.log2(columns**-0.5 / _E2M1_RMS))
     scales = torch.full(counts, _E8M0_BIAS + exponent, dtype=torch.uint8)
     return {f"{name}_blocks": codes, f"{name}_scales": scales}
+
+
+def draw_matrix(
+    form: WeightFormat, shape: tuple[int, int], generator: torch.Generator
+) -> QuantizedMatrix:
+    """A matrix [out, in] in any format, where the generator is: all codes that are numbers, scales
+    that differ from group to group, and zero points around 0."""
+    rows, width = shape
+    groups, place = form.num_groups(width), generator.device
+    codes = torch.randint(
+        256, (rows, form.row_bytes(width)), generator=generator, device=place, dtype=torch.uint8
+    )
+    if form.codes == "e4m3":
+        codes.masked_fill_(codes & _E4M3_NAN == _E4M3_NAN, 0)
+    every = torch.arange(256, dtype=torch.uint8)
+    square = float(numbers_of(every, form.codes).nan_to_num(0.0).square().mean())
+    zeros = None
+    if form.has_zeros:
+        span = (-_MOST_ZERO, _MOST_ZERO)
+        zeros = torch.randint(*span, (rows, groups), generator=generator, device=place)
+        zeros, square = zeros.to(torch.int8), square + _MOST_ZERO**2 / 3
+    size = (width * square) ** -0.5
+    if form.scales == "e8m0":
+        middle = _E8M0_BIAS + round(math.log2(size))
+        span = (middle - 1, middle + 2)
+        scales = torch.randint(*span, (rows, groups), generator=generator, device=place)
+    else:
+        scales = size * (0.5 + torch.rand(rows, groups, generator=generator, device=place))
+    return QuantizedMatrix(
+        format=form, shape=shape, codes=codes, scales=scales.to(scale_dtype(form)), zeros=zeros
+    )

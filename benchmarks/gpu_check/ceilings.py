@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
-from benchmarks.gpu_check.device import host_seconds_of, seconds_of
+from benchmarks.gpu_check.device import captured, host_seconds_of, seconds_of
 from benchmarks.gpu_check.section import Place, Report
 
 _GIB = 1 << 30
@@ -76,16 +75,13 @@ def _launches(place: Place, report: Report) -> None:
 def _graphs(place: Place, report: Report) -> None:
     """A CUDA graph of small kernels: what its replay costs for each, and the host once."""
     x = torch.ones(_SMALL, device=place.device)
-    make_stream: Any = torch.cuda.Stream
-    stream = make_stream(place.device)
-    stream.wait_stream(torch.cuda.current_stream(place.device))
-    with torch.cuda.stream(stream):
-        x.add_(1.0)
-    torch.cuda.current_stream(place.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def call() -> Tensor:
         for _ in range(_GRAPH_KERNELS):
             x.add_(1.0)
+        return x
+
+    graph, _ = captured(place.device, call)
     took = seconds_of(place.device, graph.replay)
     report.value("graph_kernel_s", took / _GRAPH_KERNELS)
     report.value("graph_replay_host_s", host_seconds_of(place.device, graph.replay))

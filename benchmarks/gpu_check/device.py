@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 _WAIT = "called a synchronizing CUDA operation"
@@ -78,6 +79,20 @@ def host_waits(device: torch.device) -> Iterator[Counter[str]]:
     for entry in seen:
         if _WAIT in str(entry.message):
             waits[f"{os.path.relpath(entry.filename)}:{entry.lineno}"] += 1
+
+
+def captured(device: torch.device, call: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+    """A CUDA graph of a call, and the tensor that each replay writes."""
+    make_stream: Any = torch.cuda.Stream
+    stream = make_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    return graph, found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from benchmarks.gpu_check.weights import RandomCheckpoint
 from benchmarks.prompts import random_prompts
 from benchmarks.random_checkpoint import RandomModel
 from cluster.config.cluster import EngineSection
+from cluster.config.speculation import SpeculationSection
 from cluster.launch.model_source import bundled_checkpoint
 from tests.reference.both_roles import take_both_roles
 from tests.reference.local_engine import Generated, LocalEngine, block_bytes
@@ -55,33 +56,47 @@ class Model:
             prompt_logprobs=0,
         )
 
-    def engine(self, dtype: str, device: torch.device, section: EngineSection) -> LocalEngine:
+    def engine(
+        self,
+        dtype: str,
+        device: torch.device,
+        section: EngineSection,
+        speculation: SpeculationSection | None = None,
+    ) -> LocalEngine:
         """An engine with torch's kernels, as on a GPU."""
         return LocalEngine(
             self.open(),
             dtype=dtype,
             device=str(device),
             section=section,
+            speculation=speculation,
             max_model_len=MAX_MODEL_LEN,
             kernels="torch",
         )
 
 
-def random_model(place: Place, family: Any, **sizes: int) -> Model:
-    """A random model of a family, whose head makes choices clear."""
-    wide: dict[str, Any] = {"hidden": place.size(256, 64), "ffn": place.size(128, 32)}
+def random_size(place: Place, family: Any, **sizes: int) -> RandomModel:
+    """The size of a random model of a family."""
     model = RandomModel(
         family=family,
+        hidden=place.size(256, 64),
         layers=2,
         heads=8,
         experts=16,
         top_k=place.size(4, 2),
+        ffn=place.size(128, 32),
         vocab=1024,
         max_positions=512,
-        **(wide | sizes),
     )
+    return replace(model, **sizes)
+
+
+def random_model(place: Place, family: Any, **given: Any) -> Model:
+    """A random model of a family or size, whose head makes choices clear; ``given``: see
+    ``RandomCheckpoint``."""
+    model = family if isinstance(family, RandomModel) else random_size(place, family)
     return Model(
-        open=lambda: RandomCheckpoint(model, torch.device("cpu"), head_gain=4.0),
+        open=lambda: RandomCheckpoint(model, torch.device("cpu"), head_gain=4.0, **given),
         prompts=_prompts(place, model.vocab),
         new_tokens=place.size(24, 12),
     )
@@ -109,51 +124,85 @@ def jetmoe(place: Place, report: Report) -> None:
 
 def demo(place: Place, report: Report) -> None:
     """The bundled model, which is trained."""
+    compare(place, report, demo_model(place))
+
+
+def demo_model(place: Place) -> Model:
+    """The bundled model."""
     folder = bundled_checkpoint()
     prompts = _prompts(place, Checkpoint(folder).config.vocab_size)
-    compare(
-        place,
-        report,
-        Model(open=lambda: Checkpoint(folder), prompts=prompts, new_tokens=place.size(24, 12)),
-    )
+    return Model(open=lambda: Checkpoint(folder), prompts=prompts, new_tokens=place.size(24, 12))
 
 
 def others(place: Place, report: Report) -> None:
     """The other families, in the ways that differ most."""
-    for family in OTHERS:
-        seen = _all_ways(place, report, random_model(place, family), SHORT_WAYS, f"{family} ")
+    _in_short(place, report, OTHERS)
+
+
+def latent(place: Place, report: Report) -> None:
+    """Those with latent attention, which torch computes."""
+    _in_short(place, report, LATENT)
+
+
+def hybrid(place: Place, report: Report) -> None:
+    """Those with recurrent states, which torch computes."""
+    _in_short(place, report, HYBRID)
+
+
+def _in_short(place: Place, report: Report, families: Sequence[str]) -> None:
+    for family in families:
+        seen = all_ways(place, report, random_model(place, family), SHORT_WAYS, f"{family} ")
         report.value(f"{family} log-probabilities", seen.found)
-    report.say(", ".join(OTHERS))
+    report.say(", ".join(families))
 
 
 def compare(place: Place, report: Report, model: Model) -> None:
     """All ways through an engine, in both types; then what a step costs the host."""
-    seen = _all_ways(place, report, model, tuple(WAYS))
+    seen = all_ways(place, report, model, tuple(WAYS))
     report.value("log-probabilities", seen.found)
     with report.part("cost of a step"):
         _cost(place, report, model)
     report.say(seen.words)
 
 
-def _all_ways(
+def all_ways(
     place: Place, report: Report, model: Model, ways: Sequence[str], words: str = ""
 ) -> Differences:
     """Ways through an engine, in both types; ``words`` come before what is reported."""
-    exact = _native(model).generate(model.prompts, model.params)
-    rounded, pieces = (
-        model.engine("bfloat16", torch.device("cpu"), section).generate(model.prompts, model.params)
-        for section in (PLAIN, _CHUNKS)
-    )
-    by_type: dict[DType, list[Generated]] = {"float32": exact, "bfloat16": rounded}
-    off = prompt_differences(rounded, exact)
-    most = max(*off, *prompt_differences(pieces, exact))
-    seen = Differences(noise=sum(off) / len(off), most=most)
-    report.value(f"{words}bfloat16 off from float32 on a CPU", {"mean": seen.noise, "max": most})
+    by_type, seen = on_cpu(report, model, words)
     for dtype, known in by_type.items():
         case = Case(place=place, report=report, model=model, dtype=dtype, known=known, seen=seen)
         for name in ways:
             with report.part(f"{words}{name} {dtype}"):
                 WAYS[name](case)
+    return seen
+
+
+def on_cpu(
+    report: Report, model: Model, words: str = ""
+) -> tuple[Mapping[DType, Sequence[Generated]], Differences]:
+    """What engines on a CPU give in each type, and how far bfloat16 is off there."""
+    exact = _native(model).generate(model.prompts, model.params)
+    rounded, pieces = (
+        model.engine("bfloat16", torch.device("cpu"), section).generate(model.prompts, model.params)
+        for section in (PLAIN, _CHUNKS)
+    )
+    seen = differences_on_cpu(report, exact, rounded, words, pieces)
+    return {"float32": exact, "bfloat16": rounded}, seen
+
+
+def differences_on_cpu(
+    report: Report,
+    exact: Sequence[Generated],
+    rounded: Sequence[Generated],
+    words: str,
+    pieces: Sequence[Generated] = (),
+) -> Differences:
+    """Of bfloat16 to float32, ``pieces`` of prompts in chunks."""
+    off = prompt_differences(rounded, exact)
+    most = max(*off, *prompt_differences(pieces, exact[: len(pieces)]))
+    seen = Differences(noise=sum(off) / len(off), most=most)
+    report.value(f"{words}bfloat16 off from float32 on a CPU", {"mean": seen.noise, "max": most})
     return seen
 
 
@@ -315,9 +364,10 @@ WAYS = {
 SHORT_WAYS = ("together", "both roles", "chunks")
 OTHERS = (
     *("qwen3_moe", "glm4_moe", "mixtral", "minimax_m2", "ernie4_5_moe", "gpt_oss", "flex_olmo"),
-    *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "qwen3_next"),
 )
-"""Families that ``others`` compares."""
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+HYBRID = ("qwen3_next", "qwen3_5_moe_text")
+"""Families that ``others``, ``latent`` and ``hybrid`` compare."""
 
 
 def _cost(place: Place, report: Report, model: Model) -> None:

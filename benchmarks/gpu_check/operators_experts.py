@@ -67,8 +67,8 @@ def _check(
         for has_gaps in (False, True):
             slots, weights = routes(spec, rows, has_gaps)
             what = f"{name}, {rows} rows" + (" with gaps" if has_gaps else "")
-            got = _outputs(ours, slots.to(place.device), weights.to(place.device), dtype)
-            worst.compare(report, what, got, _outputs(known, slots, weights, dtype))
+            got = outputs(ours, slots.to(place.device), weights.to(place.device), dtype)
+            worst.compare(report, what, got, outputs(known, slots, weights, dtype))
 
 
 def banks(
@@ -76,7 +76,7 @@ def banks(
 ) -> tuple[ExpertBank, ExpertBank]:
     """Equal experts on the device and on a CPU."""
     # Padded products, so that a CPU has something else to compare with.
-    plain = partial(_plain_kernel, threads=ComputeThreads())
+    plain = partial(plain_kernel, threads=ComputeThreads())
     ours = ExpertBank(spec, spec.num_experts, dtype, device, make_kernel)
     known = ExpertBank(spec, spec.num_experts, dtype, CPU, plain)
     generator = torch.Generator().manual_seed(1)
@@ -88,7 +88,7 @@ def banks(
     return ours, known
 
 
-def _plain_kernel(
+def plain_kernel(
     exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device, threads: ComputeThreads
 ) -> PaddedExperts:
     return PaddedExperts(exchange, dtype, threads)
@@ -106,7 +106,7 @@ def routes(spec: BankSpec, num_rows: int, has_gaps: bool) -> tuple[Tensor, Tenso
     return slots, weights
 
 
-def _outputs(bank: ExpertBank, slots: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+def outputs(bank: ExpertBank, slots: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     spec = bank.spec.exchanges[0]
     num_rows, top_k = slots.shape
     inputs = num_rows * top_k if spec.per_slot_input else num_rows

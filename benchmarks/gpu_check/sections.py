@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from benchmarks.gpu_check.section import Section
 
 _HERE = "benchmarks.gpu_check"
@@ -19,11 +22,18 @@ def _operators(name: str, what: str, seconds: float = 30.0) -> Section:
     )
 
 
-def _engine(name: str, seconds: float = 30.0) -> Section:
+def _codes(bits: Literal[8, 4], function: str) -> Section:
+    return replace(
+        _operators(f"codes{bits}", f"sums over experts in {bits} bits, against a CPU", 45.0),
+        function=f"{_HERE}.operators_codes:{function}",
+    )
+
+
+def _engine(name: str, seconds: float = 30.0, function: str = "") -> Section:
     return Section(
         name=f"engine-{name}",
         what=f"tokens and log-probabilities of {name}, against a CPU",
-        function=f"{_HERE}.engines:{name}",
+        function=f"{_HERE}.{function or f'engines:{name}'}",
         seconds=seconds,
         least_s=15.0,
         is_correctness=True,
@@ -51,6 +61,8 @@ SECTIONS = (
     ),
     _operators("attention", "attention over the paged cache, against a CPU", 50.0),
     _operators("experts", "sums over experts, against a CPU", 50.0),
+    _codes(8, "eight_bits"),
+    _codes(4, "four_bits"),
     _operators("layers", "norms, rotations and routers, against a CPU"),
     _operators("sampling", "draws, against a CPU"),
     _engine("olmoe"),
@@ -58,6 +70,11 @@ SECTIONS = (
     _engine("jetmoe"),
     _engine("demo"),
     _engine("others", 50.0),
+    _engine("latent"),
+    _engine("hybrid"),
+    _engine("codes", 45.0, "engines_codes:run"),
+    _engine("drafts", 45.0, "engines_drafts:run"),
+    _engine("adapters", 30.0, "engines_adapters:run"),
     Section(
         name="sockets",
         what="1 + 1 workers over sockets: equal to one process, and one is killed",
@@ -81,6 +98,14 @@ SECTIONS = (
         what="OLMoE-1B-7B with random weights, beside what the device allows and transformers",
         function=f"{_HERE}.speed:run",
         seconds=150.0,
+        least_s=40.0,
+        needs_gpu=False,
+    ),
+    Section(
+        name="speed-codes",
+        what="the same model with experts in codes, beside bfloat16 and what the device allows",
+        function=f"{_HERE}.speed_codes:run",
+        seconds=120.0,
         least_s=40.0,
         needs_gpu=False,
     ),

@@ -28,6 +28,7 @@ from benchmarks.random_checkpoint import TINY, RandomModel
 from cluster.config.cluster import EngineSection
 from tests.reference.both_roles import take_both_roles
 from tests.reference.local_engine import LocalEngine, block_bytes
+from workers.quantization.formats import WeightFormat
 from workers.requests.request import Request, SamplingParams
 
 OLMOE = RandomModel(hidden=2048, layers=16, heads=16, ffn=1024)
@@ -131,9 +132,16 @@ def beside_transformers(
             report.value(f"transformers {batch}", found)
 
 
-def make_engine(place: Place, model: RandomModel, context: int, batch: int) -> LocalEngine:
-    """An engine whose cache has room for a batch, or for as much as the device has."""
-    checkpoint = RandomCheckpoint(model, place.device)
+def make_engine(
+    place: Place,
+    model: RandomModel,
+    context: int,
+    batch: int,
+    form: WeightFormat | None = None,
+) -> LocalEngine:
+    """An engine whose cache has room for a batch, or for as much as the device has; ``form``: of
+    the experts' codes."""
+    checkpoint = RandomCheckpoint(model, place.device, form=form)
     each = block_bytes(checkpoint.config, 16, _DTYPE)
     wanted = batch * -(-(context + _MORE_TOKENS) // 16) * each
     if place.is_gpu:
@@ -163,7 +171,7 @@ def decode(given: Run, batch: int) -> dict[str, Any]:
     place, engine = given.place, given.engine
     if place.is_gpu:
         torch.cuda.reset_peak_memory_stats(place.device)
-    names, prefill_s = _fill(given, batch, given.context)
+    names, prefill_s = fill(given, batch, given.context)
     number = place.size(24, 2)
     steps(engine, place.size(4, 1))
     synchronize(place.device)
@@ -195,7 +203,7 @@ def prefill(given: Run) -> dict[str, Any]:
     number, tokens = _PREFILL if not given.place.is_tiny else (2, given.context)
     took = 0.0
     for _ in range(2):
-        names, took = _fill(given, number, tokens)
+        names, took = fill(given, number, tokens)
         for name in names:
             given.engine.engine.abort(name)
     bound_s = number * prefill_flops(given.model, tokens) / given.matrix_rate
@@ -211,7 +219,7 @@ def both_roles(given: Run, batch: int, local_s: float) -> dict[str, Any]:
     return {**found, "share_of_local": local_s / found["step_s"]}
 
 
-def _fill(given: Run, batch: int, tokens: int) -> tuple[list[str], float]:
+def fill(given: Run, batch: int, tokens: int) -> tuple[list[str], float]:
     """Ask for a batch, and run steps until each sequence has a token: names, seconds."""
     engine = given.engine
     names = [f"{batch} x {tokens}, {i}" for i in range(batch)]

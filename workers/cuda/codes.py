@@ -1,4 +1,9 @@
-"""Numbers that codes of quantized weights stand for. Reference: ``workers.quantization.matrix``."""
+"""Numbers that codes of quantized weights stand for. Reference: ``workers.quantization.matrix``.
+
+Codes of 4 bits come two in a byte, of neighbouring columns. They become two tiles, of the even and
+of the odd columns, which are multiplied by such columns of the rows: nothing has to be put in order
+between the two.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +11,134 @@ import triton.language as tl
 
 from workers.cuda.language import jit
 
+PRODUCT = tl.constexpr("""{
+    .reg .b32 zero;
+    mov.b32 zero, 0x80008000;
+    fma.rn.bf16x2 $0, $1, $2, zero;
+}""")
+INT4 = tl.constexpr("""{
+    .reg .b32 first, second, one, minus;
+    prmt.b32 first, $4, 0, 0x4140;
+    prmt.b32 second, $4, 0, 0x4342;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 minus, 0xC308C308;
+    lop3.b32 $0, first, 0x000F000F, 0x43084308, 0x6A;
+    lop3.b32 $1, second, 0x000F000F, 0x43084308, 0x6A;
+    shr.b32 first, first, 4;
+    shr.b32 second, second, 4;
+    lop3.b32 $2, first, 0x000F000F, 0x43084308, 0x6A;
+    lop3.b32 $3, second, 0x000F000F, 0x43084308, 0x6A;
+    fma.rn.bf16x2 $0, $0, one, minus;
+    fma.rn.bf16x2 $1, $1, one, minus;
+    fma.rn.bf16x2 $2, $2, one, minus;
+    fma.rn.bf16x2 $3, $3, one, minus;
+}""")
+"""(code & 15) ^ 8 beside the bits of 128, which is the number + 136."""
+E2M1 = tl.constexpr("""{
+    .reg .b32 first, second, sign, whole, zero;
+    prmt.b32 first, $4, 0, 0x4140;
+    prmt.b32 second, $4, 0, 0x4342;
+    mov.b32 whole, 0x7E807E80;
+    mov.b32 zero, 0x80008000;
+    shl.b32 sign, first, 12;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 $0, first, 6;
+    lop3.b32 $0, $0, 0x01C001C0, sign, 0xEA;
+    shl.b32 sign, second, 12;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 $1, second, 6;
+    lop3.b32 $1, $1, 0x01C001C0, sign, 0xEA;
+    shl.b32 sign, first, 8;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 $2, first, 2;
+    lop3.b32 $2, $2, 0x01C001C0, sign, 0xEA;
+    shl.b32 sign, second, 8;
+    and.b32 sign, sign, 0x80008000;
+    shl.b32 $3, second, 2;
+    lop3.b32 $3, $3, 0x01C001C0, sign, 0xEA;
+    fma.rn.bf16x2 $0, $0, whole, zero;
+    fma.rn.bf16x2 $1, $1, whole, zero;
+    fma.rn.bf16x2 $2, $2, whole, zero;
+    fma.rn.bf16x2 $3, $3, whole, zero;
+}""")
+"""Sign, exponent and mantissa at their places in bfloat16, times 2**126."""
+
 
 @jit
-def numbers_tile(
-    codes: tl.pointer_type,
-    rows: tl.tensor,
-    place: tl.tensor,
-    mask: tl.tensor,
-    CODES: tl.constexpr,
-    DEPTH: tl.constexpr,
-) -> tl.tensor:
-    """[STEP, ROWS] float32: of rows [ROWS] of codes the columns ``place`` [STEP]."""
-    is_byte: tl.constexpr = CODES == "int8" or CODES == "e4m3"
-    row_bytes: tl.constexpr = DEPTH if is_byte else (DEPTH + 1) // 2
-    column = place if is_byte else place // 2
-    address = codes + rows[None, :] * row_bytes + column[:, None]
-    code = tl.load(address, mask=mask, other=0).to(tl.int32)
-    if not is_byte:
-        code = (code >> ((place & 1) * 4)[:, None]) & 15
+def numbers_of(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) -> tl.tensor:
+    """Numbers of codes of 8 bits, uint8, in float32.
+
+    ``HAS_FLOAT8``: the device converts float8; else its numbers are so up to the factor of
+    ``whole_scale``.
+    """
     if CODES == "int8":
-        found = ((code ^ 0x80) - 0x80).to(tl.float32)
-    elif CODES == "int4":
-        found = ((code ^ 8) - 8).to(tl.float32)
-    elif CODES == "e4m3":
-        found = _of_e4m3(code)
+        found = codes.to(tl.int8, bitcast=True).to(tl.float32)
+    else:
+        tl.static_assert(CODES == "e4m3")
+        if HAS_FLOAT8:
+            found = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+        else:
+            bits = codes.to(tl.uint16)
+            found = _of_half(((bits & 0x80) << 8) | ((bits & 0x7F) << 7))
+    return found
+
+
+@jit
+def halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Numbers of the lower and the upper halves of bytes, uint8, in float32 and up to the factor of
+    ``whole_scale``."""
+    if CODES == "int4":
+        low = (codes << 4).to(tl.int8, bitcast=True).to(tl.float32)
+        high = (codes & 0xF0).to(tl.int8, bitcast=True).to(tl.float32)
     else:
         tl.static_assert(CODES == "e2m1")
-        found = _of_e2m1(code)
-    return found
+        bits = codes.to(tl.uint16)
+        low = _of_half(((bits & 0x08) << 12) | ((bits & 0x07) << 9))
+        high = _of_half(((bits & 0x80) << 8) | ((bits & 0x70) << 5))
+    return low, high
+
+
+@jit
+def whole_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
+    """A scale in float32, times what ``numbers_of`` and ``halves_of`` leave out: a power of two.
+    So scales of e2m1 must be below 2**114."""
+    if CODES == "int4":
+        scale = scale * 0.0625
+    elif CODES == "e2m1":
+        scale = scale * 16384.0
+    elif CODES == "e4m3":
+        scale = scale * 256.0
+    return scale
+
+
+@jit
+def whole_zero(zero: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
+    """A zero point as the numbers of ``halves_of`` are."""
+    return zero * 16.0 if CODES == "int4" else zero
+
+
+@jit
+def bfloat16_halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The same numbers, whole and in bfloat16, four bytes at a time: not for the interpreter.
+
+    A small integer in the last bits of 128 is 128 and itself. e2m1: as ``_of_half`` has it.
+    """
+    if CODES == "int4":
+        low, high = tl.inline_asm_elementwise(
+            INT4, "=r,=r,=r,=r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        tl.static_assert(CODES == "e2m1")
+        low, high = tl.inline_asm_elementwise(
+            E2M1, "=r,=r,=r,=r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    return low, high
+
+
+@jit
+def bfloat16_products(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """Of bfloat16 numbers, rounded once, two at a time: for GPUs."""
+    return tl.inline_asm_elementwise(PRODUCT, "=r,r,r", [x, y], tl.bfloat16, is_pure=True, pack=2)
 
 
 @jit
@@ -46,18 +151,8 @@ def power_of(scale: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _of_e4m3(byte: tl.tensor) -> tl.tensor:
-    """A sign, 4 bits of exponent and 3 of mantissa, by whole numbers of 2**-9."""
-    exponent = (byte >> 3) & 15
-    size = tl.where(exponent == 0, byte & 7, ((byte & 7) | 8) << tl.maximum(exponent - 1, 0))
-    size = size.to(tl.float32) * 0.001953125
-    return tl.where((byte & 0x80) != 0, -size, size)
-
-
-@jit
-def _of_e2m1(code: tl.tensor) -> tl.tensor:
-    """A sign, 2 bits of exponent and 1 of mantissa, by halves."""
-    exponent = (code >> 1) & 3
-    size = tl.where(exponent == 0, code & 1, ((code & 1) | 2) << tl.maximum(exponent - 1, 0))
-    size = size.to(tl.float32) * 0.5
-    return tl.where((code & 8) != 0, -size, size)
+def _of_half(bits: tl.tensor) -> tl.tensor:
+    """float32 of float16's bits. A smaller float in its upper bits, exponent and mantissa side by
+    side, is the same number but for a power of two, as the exponents count from elsewhere; so are
+    those below the least exponent."""
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)

@@ -21,8 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cuda.align import Blocks, align
-from workers.cuda.codes import numbers_tile, power_of
-from workers.cuda.language import MIN_DOT, cast, dot, jit, rounded
+from workers.cuda.codes import (
+    bfloat16_halves_of,
+    bfloat16_products,
+    halves_of,
+    numbers_of,
+    power_of,
+    whole_scale,
+    whole_zero,
+)
+from workers.cuda.language import INTERPRETED, MIN_DOT, cast, dot, jit, rounded
 from workers.quantization.formats import WeightFormat
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
@@ -57,6 +65,8 @@ _TILES = {
 each on an H100 for 64 experts of 2,048 x 1,024 in bfloat16. Products of 32,768 pairs: 506 and 477
 TFLOPS, where ``torch.nn.functional.grouped_mm`` (2.11) makes 350 to 400 and its pairs have to be
 sorted and put back, which takes as long again."""
+_CODED_TILES = dict.fromkeys(_TILES, _TILES[64])
+"""The same of codes, of six forms: more programs become numbers of their codes meanwhile."""
 _TALLEST_BLOCK = {2: 128, 4: 64}
 """By bytes of a number."""
 _INTERPRETED_SHARED_BYTES = 227 << 10
@@ -146,7 +156,7 @@ def gate_up(
     2 * inner, 1] -> [P, inner], where rows of pairs without a slot hold anything. All contiguous,
     float32 or a half type, in which the numbers of codes are rounded, too.
     """
-    inner, rows = weights.weights.shape[1] // 2, _tile(pairs, inputs).gate_rows
+    inner, rows = weights.weights.shape[1] // 2, _tile(pairs, inputs, weights.form).gate_rows
     numbers = activation.alpha, activation.limit
     names = {"ACTIVATION": activation.name}
     return _launch(
@@ -157,7 +167,7 @@ def gate_up(
 def multiply(inputs: Tensor, weights: Matrices, biases: Tensor | None, pairs: Pairs) -> Tensor:
     """The product of each pair: inputs [N, in], weights [slots, out, in], biases [slots, out, 1]
     -> [P, out]."""
-    rows, width = _tile(pairs, inputs).rows, weights.weights.shape[1]
+    rows, width = _tile(pairs, inputs, weights.form).rows, weights.weights.shape[1]
     return _launch(_multiply, inputs, weights, biases, pairs, (), width, rows, rows)
 
 
@@ -189,9 +199,10 @@ def sum_rows(
     return out
 
 
-def _tile(pairs: Pairs, inputs: Tensor) -> Tile:
-    is_half = inputs.itemsize == 2
-    return _TILES.get(pairs.height, _LOW) if is_half else _LOW
+def _tile(pairs: Pairs, inputs: Tensor, form: WeightFormat | None) -> Tile:
+    if inputs.itemsize != 2:
+        return _LOW
+    return (_TILES if form is None else _CODED_TILES).get(pairs.height, _LOW)
 
 
 def shared_bytes(device: torch.device) -> int:
@@ -206,19 +217,30 @@ def shared_bytes(device: torch.device) -> int:
 def _num_stages(tile: Tile, step: int, matrices: Matrices, height: int, rows_read: int) -> int:
     """Reads under way at once, of ``step`` columns for ``height`` pairs and ``rows_read`` rows.
 
-    Codes become numbers of shared memory of their own. They are read a byte each, also those of 4
-    bits, and so are scales and zero points of groups that are shorter than what is read at a time.
+    Codes become numbers of shared memory of their own.
     """
     room, form = shared_bytes(matrices.weights.device), matrices.form
     row_bytes = tile.row_bytes
     if form is not None:
         room -= rows_read * row_bytes
-        group = form.group or matrices.width
-        per_group = form.scale_bytes + form.has_zeros
-        has_one_group = group >= matrices.width or group % step == 0
-        row_bytes = step + per_group if has_one_group else step * (1 + per_group)
+        row_bytes = form.row_bytes(step) + _groups_read(form, matrices.width, step) * (
+            form.scale_bytes + form.has_zeros
+        )
     stage_bytes = height * tile.row_bytes + rows_read * row_bytes
     return max(1, min(tile.stages, room // stage_bytes))
+
+
+def _groups_read(form: WeightFormat, width: int, step: int) -> int:
+    """Scales of a row that are read with ``step`` codes; see ``_scaled``."""
+    group = form.group or width
+    if group >= width or group % step == 0:
+        return 1
+    return step // group if step % group == 0 else step
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether a device converts float8 numbers: Ada, Hopper and later ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _launch(
@@ -237,7 +259,7 @@ def _launch(
     weights, form = matrices.weights, matrices.form
     assert form is not None or inputs.dtype == weights.dtype
     assert inputs.is_contiguous()
-    tile = _tile(pairs, inputs)
+    tile = _tile(pairs, inputs, form)
     step = tile.row_bytes // inputs.itemsize
     num_slots = weights.shape[0]
     slots, blocks, sources = pairs.slots, pairs.blocks, pairs.sources
@@ -263,6 +285,7 @@ def _launch(
         HAS_SOURCES=sources is not None,
         PER_ROW=pairs.per_row,
         CODES="" if form is None else form.codes,
+        HAS_FLOAT8=has_float8(weights.device),
         HAS_E8M0=form is not None and form.scales == "e8m0",
         HAS_ZEROS=matrices.zeros is not None,
         GROUP=(form and form.group) or matrices.width,
@@ -301,6 +324,7 @@ def _gate_up(
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
     CODES: tl.constexpr,
+    HAS_FLOAT8: tl.constexpr,
     HAS_E8M0: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -324,19 +348,15 @@ def _gate_up(
     up = gate + WIDTH
     is_column = columns < WIDTH
     parts = weights, scales, zeros
+    form: tl.constexpr = (CODES, HAS_FLOAT8, HAS_E8M0, HAS_ZEROS)
     gates = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     ups = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        of_gate = _weights_tile(
-            parts, gate, is_column, start, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
-        )
-        gates = dot(x, of_gate, gates)
-        of_up = _weights_tile(
-            parts, up, is_column, start, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
-        )
-        ups = dot(x, of_up, ups)
+        x = _halves(x, CODES, HEIGHT, STEP)
+        gates = _add_product(gates, x, parts, gate, is_column, start, form, GROUP, DEPTH, STEP)
+        ups = _add_product(ups, x, parts, up, is_column, start, form, GROUP, DEPTH, STEP)
     dtype = out.dtype.element_ty
     if HAS_BIAS:
         own = biases + slot * (2 * WIDTH) + columns
@@ -375,6 +395,7 @@ def _multiply(
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
     CODES: tl.constexpr,
+    HAS_FLOAT8: tl.constexpr,
     HAS_E8M0: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -396,14 +417,13 @@ def _multiply(
     row = slot.to(tl.int64) * WIDTH + columns
     is_column = columns < WIDTH
     parts = weights, scales, zeros
+    form: tl.constexpr = (CODES, HAS_FLOAT8, HAS_E8M0, HAS_ZEROS)
     total = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        tile = _weights_tile(
-            parts, row, is_column, start, x.dtype, CODES, HAS_E8M0, HAS_ZEROS, GROUP, DEPTH, STEP
-        )
-        total = dot(x, tile, total)
+        x = _halves(x, CODES, HEIGHT, STEP)
+        total = _add_product(total, x, parts, row, is_column, start, form, GROUP, DEPTH, STEP)
     if HAS_BIAS:
         own = biases + slot * WIDTH + columns
         total += tl.load(own, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -483,49 +503,145 @@ def _rows_tile(
 
 
 @jit
-def _weights_tile(
+def _halves(
+    x: tl.tensor, CODES: tl.constexpr, HEIGHT: tl.constexpr, STEP: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Input rows as they are, or for codes of 4 bits their even and their odd columns."""
+    if CODES == "int4" or CODES == "e2m1":
+        even, odd = tl.split(x.reshape(HEIGHT, STEP // 2, 2))
+        found = (even, odd)
+    else:
+        found = (x,)
+    return found
+
+
+@jit
+def _add_product(
+    total: tl.tensor,
+    x: tl.tuple,
     parts: tl.tuple,
     rows: tl.tensor,
     is_row: tl.tensor,
     start: tl.tensor,
-    dtype: tl.constexpr,
-    CODES: tl.constexpr,
-    HAS_E8M0: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
+    form: tl.constexpr,
     GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """[STEP, ROWS] of ``dtype``: of rows [ROWS], counted over all slots, the columns from ``start``
-    on.
+    """``total`` and the product of the ``_halves`` of input rows by [STEP, ROWS] weights: of rows
+    [ROWS], counted over all slots, the columns from ``start`` on.
 
     ``parts``: addresses of weights or codes, of scales and of zero points.
     """
-    weights, scales, zeros = parts
-    place = start + tl.arange(0, STEP)
+    CODES: tl.constexpr = form[0]
+    dtype: tl.constexpr = x[0].dtype
+    weights = parts[0]
+    if CODES == "":
+        place = start + tl.arange(0, STEP)
+        mask = _mask(place, is_row, DEPTH, STEP)
+        found = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0.0)
+        total = dot(x[0], found, total)
+    elif CODES == "int8" or CODES == "e4m3":
+        place = start + tl.arange(0, STEP)
+        mask = _mask(place, is_row, DEPTH, STEP)
+        codes = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0)
+        numbers = numbers_of(codes, CODES, form[1])
+        scale, zero = _scales(parts, rows, is_row, start, form, GROUP, DEPTH, STEP, STEP)
+        if not form[1]:
+            scale = whole_scale(scale, CODES)
+        total = dot(x[0], cast(_scaled(numbers, scale, zero, form[3]), dtype), total)
+    else:
+        row_bytes: tl.constexpr = (DEPTH + 1) // 2
+        place = start // 2 + tl.arange(0, STEP // 2)
+        mask = _mask(place, is_row, row_bytes, STEP // 2)
+        codes = tl.load(weights + rows[None, :] * row_bytes + place[:, None], mask=mask, other=0)
+        scale, zero = _scales(parts, rows, is_row, start, form, GROUP, DEPTH, STEP, STEP // 2)
+        is_short: tl.constexpr = form[2] or parts[1].dtype.element_ty == tl.bfloat16
+        if is_short and not form[3] and dtype == tl.bfloat16 and not INTERPRETED:
+            low, high = bfloat16_halves_of(codes, CODES)
+            scale = scale.to(tl.bfloat16)  # as it was
+            low, high = _short_product(low, scale), _short_product(high, scale)
+        else:
+            low, high = halves_of(codes, CODES)
+            scale, zero = whole_scale(scale, CODES), whole_zero(zero, CODES)
+            low = cast(_scaled(low, scale, zero, form[3]), dtype)
+            high = cast(_scaled(high, scale, zero, form[3]), dtype)
+        total = dot(x[0], low, total)
+        total = dot(x[1], high, total)
+    return total
+
+
+@jit
+def _mask(
+    place: tl.tensor, is_row: tl.tensor, DEPTH: tl.constexpr, STEP: tl.constexpr
+) -> tl.tensor:
+    """Which of columns [STEP] of rows [ROWS] there are: [STEP, ROWS], or [1, ROWS] for all."""
     mask = is_row[None, :]
     if DEPTH % STEP != 0:
         mask = mask & (place < DEPTH)[:, None]
-    if CODES == "":
-        found = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0.0)
+    return mask
+
+
+@jit
+def _scales(
+    parts: tl.tuple,
+    rows: tl.tensor,
+    is_row: tl.tensor,
+    start: tl.tensor,
+    form: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Scales and zero points of ``STEP`` columns, float32: [1, ROWS] where all are of one group,
+    [groups, ROWS] where they are whole groups, else [COLUMNS, ROWS], of each or each second one."""
+    groups: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
+    if groups == 1 or GROUP % STEP == 0:
+        at = rows[None, :] * groups + start // GROUP
+        mask = is_row[None, :]
     else:
-        numbers = numbers_tile(weights, rows, place, mask, CODES, DEPTH)
-        groups: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
-        if groups == 1 or GROUP % STEP == 0:  # all columns are of one group
-            at = rows[None, :] * groups + start // GROUP
-            is_group = is_row[None, :]
+        if STEP % GROUP == 0:
+            group = start // GROUP + tl.arange(0, STEP // GROUP)
         else:
-            at = rows[None, :] * groups + (place // GROUP)[:, None]
-            is_group = mask
-        if HAS_ZEROS:
-            numbers -= tl.load(zeros + at, mask=is_group, other=0).to(tl.float32)
-        scale = tl.load(scales + at, mask=is_group, other=0)
-        if HAS_E8M0:
-            numbers *= power_of(scale)
-        else:
-            numbers *= scale.to(tl.float32)
-        found = cast(numbers, dtype)
-    return found
+            group = (start + tl.arange(0, COLUMNS) * (STEP // COLUMNS)) // GROUP
+        at = rows[None, :] * groups + group[:, None]
+        mask = is_row[None, :] & (group < groups)[:, None]
+    scale = tl.load(parts[1] + at, mask=mask, other=0)
+    scale = power_of(scale) if form[2] else scale.to(tl.float32)
+    zero = scale
+    if form[3]:
+        zero = tl.load(parts[2] + at, mask=mask, other=0).to(tl.float32)
+    return scale, zero
+
+
+@jit
+def _scaled(
+    numbers: tl.tensor, scale: tl.tensor, zero: tl.tensor, HAS_ZEROS: tl.constexpr
+) -> tl.tensor:
+    """scale * (number - zero point) of numbers [columns, ROWS]."""
+    columns: tl.constexpr = numbers.shape[0]
+    rows: tl.constexpr = numbers.shape[1]
+    groups: tl.constexpr = scale.shape[0]
+    if groups != 1 and groups != columns:
+        numbers = numbers.reshape(groups, columns // groups, rows)
+        scale, zero = scale[:, None, :], zero[:, None, :]
+    if HAS_ZEROS:
+        numbers -= zero
+    numbers *= scale
+    return numbers.reshape(columns, rows)
+
+
+@jit
+def _short_product(numbers: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """The same of bfloat16 numbers and scales without zero points."""
+    columns: tl.constexpr = numbers.shape[0]
+    rows: tl.constexpr = numbers.shape[1]
+    groups: tl.constexpr = scale.shape[0]
+    if groups != 1 and groups != columns:
+        numbers = numbers.reshape(groups, columns // groups, rows)
+        scale = scale[:, None, :]
+    return bfloat16_products(numbers, scale).reshape(columns, rows)
 
 
 @jit

@@ -124,13 +124,14 @@ def main() -> None:
     is_whole = "all" in sys.argv
     driver.set_active(Offline(capability))
     experts.shared_bytes = lambda device: SHARED_BYTES[capability]
+    experts.has_float8 = lambda device: capability >= 89
     JITFunction.__getitem__ = lambda kernel, grid: Compiled(kernel, grid)
     for num_rows in (1, 64, 300, 1100) if is_whole else (1, 1100):
         compile_experts(dtype, num_rows, "silu")
     for activation in ACTIVATIONS[1:] if is_whole else ():
         compile_experts(dtype, 1, activation)
     compile_experts(dtype, 1, "clamped_swiglu", has_bias=True)
-    for form in FORMATS if is_whole else (FORMATS[0], FORMATS[-1]):
+    for form in FORMATS if is_whole else (FORMATS[3], FORMATS[-1]):
         compile_experts(dtype, 1100 if is_whole else 1, "silu", form=form)
     compile_attention(dtype, (128, 16, 16), None)
     compile_half(dtype, (128, 16, 16))

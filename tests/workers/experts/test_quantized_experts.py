@@ -62,6 +62,32 @@ def make(place: str, exchange: ExchangeSpec, dtype: torch.dtype) -> ExpertKernel
     return kernel
 
 
+def check_products(
+    place: str,
+    exchange: ExchangeSpec,
+    dtype: torch.dtype,
+    limit: float,
+    pairs: tuple[list[int], list[int]],
+) -> None:
+    """``pairs``: input rows and slots."""
+    kernel = make(place, exchange, dtype)
+    weights = [weights_of(exchange, slot, dtype) for slot in range(4)]
+    fill(kernel, weights)
+    numbers = [
+        [w.dequantized() if isinstance(w, QuantizedMatrix) else w.float() for w in own]
+        for own in weights
+    ]
+    generator = torch.Generator().manual_seed(9)
+    inputs = torch.randn(7, exchange.in_width, generator=generator).to(dtype)
+    sources, slots = map(torch.tensor, pairs)
+    device = DEVICE if place == "cuda" else CPU
+    found = kernel.compute(*(x.to(device) for x in (inputs, sources, slots))).cpu()
+    expected = reference(inputs, sources, slots, numbers, exchange.activation)
+    assert ((found.double() - expected).abs() <= limit * (1 + expected.abs())).all()
+    for slot, own in enumerate(weights):
+        assert all(is_equal(kernel.read(slot, i), weight) for i, weight in enumerate(own))
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=name_of)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,22 +96,28 @@ def test_kernels_equal_plain_products(
     place: str, dtype: torch.dtype, kind: str, form: WeightFormat
 ) -> None:
     exchange = replace(KINDS[kind], form=form)
-    kernel = make(place, exchange, dtype)
-    weights = [weights_of(exchange, slot, dtype) for slot in range(4)]
-    fill(kernel, weights)
-    numbers = [
-        [w.dequantized() if isinstance(w, QuantizedMatrix) else w.float() for w in own]
-        for own in weights
-    ]
-    inputs = torch.randn(7, 24, generator=torch.Generator().manual_seed(9)).to(dtype)
-    sources, slots = torch.tensor([0, 6, 3, 3, 1, 2]), torch.tensor([3, 0, 1, 3, 3, 3])
-    device = DEVICE if place == "cuda" else CPU
-    found = kernel.compute(*(x.to(device) for x in (inputs, sources, slots))).cpu()
-    expected = reference(inputs, sources, slots, numbers, exchange.activation)
     limit = 2e-5 if dtype == torch.float32 else 0.03
-    assert ((found.double() - expected).abs() <= limit * (1 + expected.abs())).all()
-    for slot, own in enumerate(weights):
-        assert all(is_equal(kernel.read(slot, i), weight) for i, weight in enumerate(own))
+    check_products(place, exchange, dtype, limit, ([0, 6, 3, 3, 1, 2], [3, 0, 1, 3, 3, 3]))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [f if i in (6, 9) else pytest.param(f, marks=pytest.mark.slow) for i, f in enumerate(FORMATS)],
+    ids=name_of,
+)
+@pytest.mark.parametrize("widths", [(392, 136), pytest.param((512, 384), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count",
+    [6, pytest.param(40, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.slow)],
+)
+def test_kernels_of_gpus_read_wide_experts(
+    widths: tuple[int, int], count: int, form: WeightFormat
+) -> None:
+    """Several steps a row: one scale for a step, several, or such that begin anywhere."""
+    width, inner = widths
+    exchange = replace(SWIGLU, in_width=width, out_width=40, expert_width=inner, form=form)
+    pairs = [n % 7 for n in range(count)], [n * n % 4 for n in range(count)]
+    check_products("cuda", exchange, torch.float32, 2e-4, pairs)
 
 
 @pytest.mark.parametrize("place", ["torch", "native"])

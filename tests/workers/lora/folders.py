@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workers.lora.adapters import PreparedAdapter
 from workers.lora.loaded import LoadedAdapters
+from workers.model.families.base import Family
 from workers.model.loading.checkpoint import Checkpoint
 
 CONFIG: Mapping[str, Any] = {
@@ -114,7 +115,11 @@ def random_adapter(
 
 def target_shapes(checkpoint: Path) -> dict[str, tuple[int, int]]:
     """[out, in] of all modules of a checkpoint that adapters may change, by name."""
-    family = Checkpoint(checkpoint).family
+    return target_shapes_of(Checkpoint(checkpoint).family)
+
+
+def target_shapes_of(family: Family) -> dict[str, tuple[int, int]]:
+    """The same of a model as workers know it."""
     parts = [
         part
         for layer in range(family.config.num_layers)
