@@ -101,6 +101,7 @@ def main() -> None:
             if model is None or "dynamic" in str(model.config):  # such a rope remembers lengths
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
                 model.generation_config.eos_token_id = None
+                model.generation_config.use_mtp = False
                 margins = Margins(model)
             results.append(search(model, margins, case))
     sys.stdout.write(json.dumps(results))

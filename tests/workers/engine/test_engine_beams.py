@@ -29,6 +29,7 @@ from tests.reference.beams import (
 from tests.reference.exact import exact, float_bits
 from tests.reference.goldens import ALL_VARIANTS, MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import LocalEngine, block_bytes
+from workers.dispatch.dispatcher import TokenDispatcher
 from workers.engine.scheduler import Scheduler
 from workers.requests.request import (
     BeamParams,
@@ -39,11 +40,15 @@ from workers.requests.request import (
     TokenOutput,
 )
 
+OF_EACH_KIND = (
+    *("olmoe-base", "dots1-swa", "jetmoe-tied", "gptoss-base", "deepseekv3-base"),
+    "qwen3next-base",
+)
+"""One of each kind of attention; the last has recurrent states."""
 FIRST_OF_FAMILY = (
-    *("olmoe-base", "dots1-swa", "jetmoe-tied", "qwen3moe-base", "glm4moe-base", "mixtral-base"),
-    *("minimaxm2-official-like", "ernie45-official-like", "gptoss-base", "flexolmo-base"),
-    *("deepseekv3-base", "deepseekv2-lite", "glm4lite-official-like"),
-    *("qwen3next-base", "qwen35moe-base"),
+    *(*OF_EACH_KIND, "qwen3moe-base", "glm4moe-base", "mixtral-base"),
+    *("minimaxm2-official-like", "ernie45-official-like", "flexolmo-base"),
+    *("deepseekv2-lite", "glm4lite-official-like", "qwen35moe-base"),
 )
 SEARCH = SamplingParams(
     max_tokens=10,
@@ -61,7 +66,7 @@ SECTION = EngineSection(
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param(name, marks=() if name in FIRST_OF_FAMILY else pytest.mark.slow)
+        pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.slow)
         for name in ALL_VARIANTS
     ],
 )
@@ -198,6 +203,70 @@ def test_searches_of_two_tenants_do_not_hold_what_the_other_needs(tiny_checkpoin
     assert run(small, wanted) == want
 
 
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))]
+)
+def test_random_mixes_find_what_each_finds_alone(tiny_checkpoint: Path, seed: int) -> None:
+    """Tenants, priorities, aborts and lost peers, in a pool that is too small for all."""
+    rng = random.Random(seed)
+    section = replace(
+        SECTION,
+        block_size_tokens=rng.choice([1, 2, 4, 8]),
+        max_num_seqs=rng.choice([1, 2, 3, 8]),
+        max_num_batched_tokens=rng.choice([8, 12, 40]),
+        enable_prefix_caching=rng.random() < 0.7,
+    )
+    wanted = [
+        structs.replace(
+            request,
+            n=rng.randint(1, 5),
+            tenant=rng.choice("ab"),
+            priority=rng.choice([0, 0, 1]),
+            weight=rng.choice([1.0, 3.0]),
+        )
+        for request in requests(8, seed)
+    ]
+    large = LocalEngine(tiny_checkpoint, section=SECTION)
+    want: dict[tuple[str, int], object] = {}
+    for request in wanted:
+        want |= run(large, [request])
+    longest = max(len(request.prompt) for request in wanted) + SEARCH.max_tokens
+    least = -(-longest // section.block_size_tokens)
+    section = with_blocks(tiny_checkpoint, section, least + rng.randint(0, least))
+    failing: list[FailingDispatcher] = []
+
+    def wrap(inner: TokenDispatcher) -> FailingDispatcher:
+        failing.append(FailingDispatcher(inner))
+        return failing[0]
+
+    engine = LocalEngine(tiny_checkpoint, section=section, wrap=wrap)
+    outputs: dict[tuple[str, int], list[TokenOutput]] = {}
+    waiting, aborted = list(wanted), set[str]()
+    for _ in range(5000):
+        if waiting and rng.random() < 0.4:
+            engine.add_request(waiting.pop())
+        if rng.random() < 0.01:
+            (chosen,) = rng.sample(wanted, 1)
+            aborted.add(chosen.request_id)
+            engine.engine.abort(chosen.request_id)
+        failing[0].fail_at = rng.randint(1, 4) if rng.random() < 0.1 else None
+        try:
+            new = engine.step()
+        except PeerLostError:
+            new = []
+        for output in new:
+            outputs.setdefault((output.request_id, output.choice), []).append(output)
+        engine.engine.check_integrity()
+        if not waiting and not engine.engine.has_work:
+            break
+    assert not engine.engine.has_work, "it stands still"
+    complete = {k: bits(o) for k, o in outputs.items() if o[-1].finish_reason is not None}
+    assert complete == {k: want[k] for k in complete}
+    left = {key for key in want if key[0] not in aborted} - complete.keys()
+    assert not left
+    assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
+
+
 def test_forks_copy_a_block_and_compute_nothing_again(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint, section=SECTION)
     params = structs.replace(SEARCH, stop_token_ids=())
@@ -218,8 +287,8 @@ def test_steps_that_fail_change_nothing(
 ) -> None:
     failing: list[FailingDispatcher] = []
 
-    def wrap(inner: object) -> FailingDispatcher:
-        failing.append(FailingDispatcher(inner))  # type: ignore[arg-type]
+    def wrap(inner: TokenDispatcher) -> FailingDispatcher:
+        failing.append(FailingDispatcher(inner))
         return failing[0]
 
     engine = LocalEngine(tiny_checkpoint, section=SECTION, wrap=wrap)
