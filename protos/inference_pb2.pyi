@@ -144,10 +144,13 @@ class GenerateChoice(_message.Message):
     FINISH_INFO_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
+    BEAM_SCORE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     text: _builtins.str
     reasoning: _builtins.str
     """what the model says to itself (gpt-oss)"""
+    beam_score: _builtins.float
+    """with use_beam_search"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -168,12 +171,15 @@ class GenerateChoice(_message.Message):
         finish_info: _types_pb2.FinishInfo | None = ...,
         tool_calls: _abc.Iterable[_types_pb2.ToolCall] | None = ...,
         reasoning: _builtins.str = ...,
+        beam_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finish_info", b"finish_info"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_score", b"_beam_score", "beam_score", b"beam_score", "finish_info", b"finish_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_info", b"finish_info", "index", b"index", "logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_score", b"_beam_score", "beam_score", b"beam_score", "finish_info", b"finish_info", "index", b"index", "logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__beam_score: _TypeAlias = _typing.Literal["beam_score"]  # noqa: Y015
+    _WhichOneofArgType__beam_score: _TypeAlias = _typing.Literal["_beam_score", b"_beam_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beam_score) -> _WhichOneofReturnType__beam_score | None: ...
 
 Global___GenerateChoice: _TypeAlias = GenerateChoice  # noqa: Y015
 

@@ -51,6 +51,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "gateway/engines/router.py": ("gateway/engines/test_router.py",),
     "gateway/engines/submission.py": ("gateway/engines/test_submission.py",),
     "gateway/text/detokenizer.py": ("gateway/text/test_detokenizer.py",),
+    "workers/beams/search.py": ("workers/beams/test_search.py",),
     "workers/dispatch/copies.py": (
         "workers/dispatch/test_copies.py",
         "workers/dispatch/test_random_copies.py",
@@ -61,6 +62,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "workers/engine/prefill_cap.py": ("workers/engine/test_prefill_cap.py",),
     "workers/engine/scheduler.py": (
         "workers/engine/test_scheduler.py",
+        "workers/engine/test_scheduler_beams.py",
         "workers/engine/test_prefill_cap.py",
         "workers/engine/test_isolation.py",
     ),

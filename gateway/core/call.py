@@ -99,6 +99,12 @@ class GenerateFields:
     n: int | None = None
     best_of: int | None = None
     """Choices a prompt that are drawn, of which the ``n`` best are returned."""
+    use_beam_search: bool = False
+    """The choices are the most probable outputs that so many beams find; nothing is drawn."""
+    length_penalty: float | None = None
+    """Of beams: see ``BeamParams``."""
+    early_stopping: str | None = None
+    """Of beams: false, true or never."""
     stop: tuple[str, ...] = ()
     stop_name: str = field(default="stop", compare=False)
     """The field that ``stop`` came from, for messages."""

@@ -39,6 +39,9 @@ class Finish:
     usage: Usage
     timings: Timings | None
     """In its engine; None where a stop string ended it."""
+    beam_score: float | None = None
+    """Of an output of a beam search: its log-probability over its length to the power of
+    ``length_penalty``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,6 +37,7 @@ class Range:
 RANGES: Mapping[str, Range] = {
     "n": Range(1, "max_n"),
     "best_of": Range(1, "max_n"),
+    "length_penalty": Range(-10, 10),
     "temperature": Range(0, 100),
     "top_p": Range(0, 1, above=True),
     "min_p": Range(0, 1),
@@ -52,6 +53,25 @@ RANGES: Mapping[str, Range] = {
 """Fields of a call that are a number within two bounds. None always fits, NaN never."""
 _BIAS = Range(-100, 100)
 _MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
+_BESIDE_BEAMS: Mapping[str, tuple[object, ...]] = {
+    "temperature": (0, 1),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ((),),
+    "allowed_token_ids": (),
+    "bad_words": ((),),
+    "stop": ((),),
+    "grammar": (),
+    "tools": (),
+    "prompt_logprobs": (),
+    "logprob_token_ids": ((),),
+}
+"""Fields that a beam search cannot follow, each with the values that change nothing. It ranks
+outputs by the model's own probabilities, in the engine, which has no text."""
 MAX_ENTRIES: Mapping[str, int] = {
     "logit_bias": 1024,
     "stop_token_ids": 1024,
@@ -82,6 +102,7 @@ def check_fields(fields: GenerateFields, limits: GatewaySection) -> None:
     _check_logprobs(fields, limits)
     _check_masks(fields, limits)
     _check_truncation(fields)
+    _check_beams(fields)
     if fields.chat is not None:
         check_chat(fields.chat)
 
@@ -162,8 +183,30 @@ def _check_counts(fields: GenerateFields) -> None:
         require(wanted is None or least <= wanted, "min_tokens", rule)
 
 
+def _check_beams(fields: GenerateFields) -> None:
+    if not fields.use_beam_search:
+        wanted, stops = fields.length_penalty, fields.early_stopping
+        rule = "needs use_beam_search to be true"
+        require(wanted in (None, 1), "length_penalty", f"({wanted}) {rule}")
+        require(stops in (None, "false"), "early_stopping", f"({str(stops)[:32]}) {rule}")
+        return
+    stops, rule = fields.early_stopping, "must be false, true or never"
+    is_known = stops in (None, "false", "true", "never")
+    require(is_known, "early_stopping", f"({str(stops)[:32]!r}) {rule}")
+    named = {"stop": fields.stop_name, "grammar": fields.grammar and fields.grammar.field}
+    for name, neutral in _BESIDE_BEAMS.items():
+        value = getattr(fields, name)
+        ok = value is None or value in neutral
+        require(ok, named.get(name) or name, "cannot go with use_beam_search")
+    scores_prompt = fields.echo and fields.logprobs is not None
+    require(not scores_prompt, "echo", "with logprobs cannot go with use_beam_search")
+    rule = "(0) must be at least 1 with use_beam_search"
+    require(fields.max_tokens != 0, fields.max_tokens_name, rule)
+
+
 def check_stream(fields: GenerateFields) -> None:
     """Raise ``RequestError`` for choices that are known at the end only."""
+    require(not fields.use_beam_search, "use_beam_search", "cannot go with a stream")
     is_ranked = fields.kind is CallKind.COMPLETION and fields.num_drawn > fields.num_returned
     require(not is_ranked, "best_of", "cannot go with a stream")
 

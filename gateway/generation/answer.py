@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from gateway.core.call import GenerateCall
+from gateway.core.call import GenerateCall, GenerateFields
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
@@ -29,7 +29,7 @@ async def collect(generation: Generation) -> list[ChoiceDelta]:
             pieces.setdefault(delta.index, []).append(delta)
     choices = [_join(pieces[index]) for index in sorted(pieces)]
     fields = generation.call.fields
-    return _keep_best(choices, fields.num_returned) if fields.is_ranked else choices
+    return _keep_best(choices, fields) if fields.is_ranked else choices
 
 
 def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
@@ -47,15 +47,19 @@ def _is_at_eos(finish: Finish | None) -> bool:
     return finish is not None and finish.reason is FinishReason.STOP and finish.stop_reason is None
 
 
-def _keep_best(choices: Sequence[ChoiceDelta], count: int) -> list[ChoiceDelta]:
-    """The choices of each prompt with the greatest mean log-probability, best first."""
+def _keep_best(choices: Sequence[ChoiceDelta], fields: GenerateFields) -> list[ChoiceDelta]:
+    """The choices of each prompt with the greatest mean log-probability, or of a beam search with
+    the best scores; the best first."""
     kept: list[ChoiceDelta] = []
     for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
-        kept += sorted(drawn, key=_mean_logprob, reverse=True)[:count]
+        by_score = sorted(drawn, key=_score, reverse=True)
+        kept += by_score[: fields.num_returned]
     return [replace(choice, index=index) for index, choice in enumerate(kept)]
 
 
-def _mean_logprob(choice: ChoiceDelta) -> float:
+def _score(choice: ChoiceDelta) -> float:
+    if choice.finish is not None and choice.finish.beam_score is not None:
+        return choice.finish.beam_score
     values = [token.logprob.logprob for token in choice.tokens if token.logprob is not None]
     return math.fsum(values) / len(values) if values else 0.0
 

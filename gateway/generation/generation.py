@@ -258,7 +258,8 @@ class Generation(AbstractContextManager["Generation"]):
                 prompt.submission.abort((choice.number,))
         elif output.finish_reason is not None:
             choice.text.finish()
-            self._finish(choice, output.finish_reason, output.stop_token_id, output.timings)
+            stop, timings = output.stop_token_id, output.timings
+            self._finish(choice, output.finish_reason, stop, timings, output.score)
 
     def _take_prompt(self, prompt: Prompt, num_cached: int) -> None:
         """The engine has computed a prompt, but for what it found in its cache."""
@@ -298,6 +299,7 @@ class Generation(AbstractContextManager["Generation"]):
         reason: FinishReason,
         stop_reason: str | int | None,
         timings: Timings | None,
+        beam_score: float | None = None,
     ) -> None:
         tokens = choice.text.num_tokens
         usage = Usage(
@@ -305,7 +307,13 @@ class Generation(AbstractContextManager["Generation"]):
             completion_tokens=tokens,
             cached_tokens=choice.prompt.cached_tokens,
         )
-        choice.finish = Finish(reason=reason, stop_reason=stop_reason, usage=usage, timings=timings)
+        choice.finish = Finish(
+            reason=reason,
+            stop_reason=stop_reason,
+            usage=usage,
+            timings=timings,
+            beam_score=beam_score,
+        )
         self._observe_choice(choice, choice.finish)
         self._num_running -= 1
         if not self._num_running:
@@ -383,6 +391,8 @@ class Generation(AbstractContextManager["Generation"]):
         engine.observe("request_generation_tokens", tokens)
         if finish.timings is not None:
             engine.observe_timings(finish.timings)
+        if finish.beam_score is not None:
+            return  # all its tokens came at once
         if tokens > 1 and choice.first_token_s is not None and choice.last_token_s is not None:
             mean_s = (choice.last_token_s - choice.first_token_s) / (tokens - 1)
             engine.observe("request_time_per_output_token_seconds", mean_s)

@@ -23,8 +23,8 @@ class OutputQueue:
 
     Args:
         max_bytes: memory of the outputs that may wait. Above it the call ends with
-            ``SlowClientError``, and nothing waits any more. Log-probabilities of prompts and arrays
-            come once, and do not count.
+            ``SlowClientError``, and nothing waits any more. Log-probabilities of prompts and of
+            beams, and arrays, come once, and do not count.
         limit_s: time for which outputs may wait and none is taken; then it ends in the same way
             when the next one comes.
         clock: in seconds; None: ``time.monotonic``.
@@ -107,7 +107,7 @@ class OutputQueue:
 
 
 def _size(output: TokenOutput) -> int:
-    if not output.logprobs:
+    if not output.logprobs or output.score is not None:
         return _OUTPUT_BYTES
     tops = sum(_LOGPROB_BYTES + _TOP_BYTES * len(one.top) for one in output.logprobs)
     return _OUTPUT_BYTES + tops

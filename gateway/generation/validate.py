@@ -14,12 +14,14 @@ from cluster.core.errors import ContextLengthError, RequestError
 from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
 from gateway.core.field_checks import require
 from gateway.core.model import ModelFacts
-from workers.requests.request import SamplingParams
+from workers.requests.request import BeamParams, EarlyStopping, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 """Default ``max_tokens`` of a completion."""
 MAX_LOGPROB_ENTRIES = 4_000_000
 """Log-probabilities that one call may ask for in all."""
+MAX_BEAM_LOGPROB_ENTRIES = 1_000_000
+"""The same for beams, whose outputs come in one message."""
 _SAMPLED = (
     *("min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
     *("presence_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprob_token_ids"),
@@ -49,6 +51,7 @@ def finish_call(
         ContextLengthError: prompt and output do not fit.
     """
     _check_ids(fields, bad_words, model)
+    _check_width(fields, model)
     field = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
     check_prompts(field, [ids for _, ids in prompts], model)
     if fields.embeds is not None and model.shape is not None:
@@ -132,6 +135,14 @@ def _check_leaves_tokens(fields: GenerateFields, model: ModelFacts) -> None:
     require(not fields.min_tokens or left > 0, name, rule)
 
 
+def _check_width(fields: GenerateFields, model: ModelFacts) -> None:
+    """Beams begin with different tokens, none of which ends the text."""
+    most = model.vocab_size - len({*fields.stop_token_ids, *model.eos_token_ids})
+    name, width = "n" if fields.best_of is None else "best_of", fields.num_drawn
+    rule = f"({width}) must be at most {most} with use_beam_search: there are no more first tokens"
+    require(not fields.use_beam_search or width <= most, name, rule)
+
+
 def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str) -> None:
     """Raise ``ContextLengthError`` if a prompt with ``max_tokens`` new tokens does not fit."""
     total = num_tokens + max_tokens
@@ -168,8 +179,8 @@ def _max_tokens(fields: GenerateFields, num_tokens: int, model: ModelFacts) -> i
 
 def _num_drawn_logprobs(fields: GenerateFields) -> int | None:
     """Alternatives that the engine reports: ranking needs the drawn tokens' own."""
-    wanted = fields.num_logprobs
-    return 0 if wanted is None and fields.is_ranked else wanted
+    wanted, ranks_here = fields.num_logprobs, fields.is_ranked and not fields.use_beam_search
+    return 0 if wanted is None and ranks_here else wanted
 
 
 def _num_prompt_logprobs(fields: GenerateFields) -> int | None:
@@ -184,6 +195,8 @@ def _make_params(fields: GenerateFields, bad_words: tuple[tuple[int, ...], ...])
     given: dict[str, Any] = {
         name: value for name in _SAMPLED if (value := getattr(fields, name)) is not None
     }
+    if fields.use_beam_search:
+        given |= {"beams": _beams(fields), "temperature": 0.0}
     return SamplingParams(
         **given,
         top_k=min(max(fields.top_k or 0, 0), 2**31 - 1),
@@ -194,6 +207,12 @@ def _make_params(fields: GenerateFields, bad_words: tuple[tuple[int, ...], ...])
     )
 
 
+def _beams(fields: GenerateFields) -> BeamParams:
+    penalty, stops = fields.length_penalty, fields.early_stopping
+    given: dict[str, Any] = {} if penalty is None else {"length_penalty": penalty}
+    return BeamParams(**given, early_stopping=EarlyStopping(stops or "false"))
+
+
 def _check_logprob_entries(fields: GenerateFields, prompts: Sequence[CallPrompt]) -> None:
     new, of_prompt = _num_drawn_logprobs(fields), _num_prompt_logprobs(fields)
     entries = fields.num_drawn * sum(
@@ -202,5 +221,6 @@ def _check_logprob_entries(fields: GenerateFields, prompts: Sequence[CallPrompt]
         for p in prompts
     )
     name = fields.logprobs_name if new is not None else "prompt_logprobs"
-    rule = f"times tokens times choices ({entries}) must be at most {MAX_LOGPROB_ENTRIES}"
-    require(entries <= MAX_LOGPROB_ENTRIES, name, rule)
+    most = MAX_BEAM_LOGPROB_ENTRIES if fields.use_beam_search else MAX_LOGPROB_ENTRIES
+    rule = f"times tokens times choices ({entries}) must be at most {most}"
+    require(entries <= most, name, rule)

@@ -58,6 +58,7 @@ class GrpcFormat(TextFormat):
                 for call in parsed.joined().calls
             ],
             reasoning=parsed.reasoning,
+            beam_score=choice.finish.beam_score if choice.finish else None,
         )
 
     def chunk(self, delta: ChoiceDelta) -> pb.GenerateChunk:

@@ -13,6 +13,9 @@ from typing_extensions import TypedDict
 Count = Annotated[int, Field(ge=0)]
 Logprob = Annotated[float, Field(ge=-9999.0, le=0.0)]
 Reasoning = Annotated[str, Field(description="what the model says to itself")]
+BeamScore = Annotated[
+    float, Field(description="log-probability over the length to the power of `length_penalty`")
+]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 ErrorReason = TypedDict(
@@ -53,6 +56,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None] | None
 class Finish(TypedDict):
     finish_reason: FinishReason
     stop_reason: str | Count | None
+    beam_score: NotRequired[BeamScore]
 
 
 class FinishSoFar(TypedDict):

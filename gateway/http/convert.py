@@ -94,6 +94,8 @@ def _common_fields(body: GenerateBody) -> dict[str, Any]:
     if body.max_completion_tokens is not None:
         fields["max_tokens"] = body.max_completion_tokens
         fields["max_tokens_name"] = "max_completion_tokens"
+    if isinstance(body.early_stopping, bool):
+        fields["early_stopping"] = str(body.early_stopping).lower()
     grammar = _grammar(body.response_format, body.structured_outputs)
     return {**fields, "grammar": grammar, "cache_ttl_hint": retention_hint(body)}
 

@@ -290,7 +290,8 @@ def _finish_fields(finish: Finish | None, is_call: bool = False) -> dict[str, An
     if finish is None:
         return {"finish_reason": None, "stop_reason": None}
     ends_so = is_call and finish.reason is FinishReason.STOP
-    return {
+    fields: dict[str, Any] = {
         "finish_reason": "tool_calls" if ends_so else finish.reason.value,
         "stop_reason": finish.stop_reason,
     }
+    return fields if finish.beam_score is None else {**fields, "beam_score": finish.beam_score}

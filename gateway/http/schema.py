@@ -198,6 +198,9 @@ class GenerateBody(RetentionBody, SamplingBody):
     max_tokens: Whole | None = None
     max_completion_tokens: Whole | None = None
     n: Whole | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

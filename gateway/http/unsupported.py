@@ -21,9 +21,6 @@ _GENERATE: Neutral = {
     "structural_tag": (),
     "functions": ([],),
     "function_call": ("none",),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "early_stopping": (False,),
     "spaces_between_special_tokens": (True,),
     "logits_processors": ([],),
     "suffix": ("",),
@@ -36,11 +33,17 @@ _GENERATE: Neutral = {
     "mm_processor_kwargs": ({},),
     "kv_transfer_params": ({},),
 }
+BEAMS: Neutral = {
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+}
+"""Fields of beam search, which completions and chat have."""
 _TRUNCATION: Neutral = {"truncate_prompt_tokens": (), "truncation_side": ()}
 UNBUILT: Mapping[Endpoint, Neutral] = {
     "completion": {**_GENERATE, "tools": ([],), "tool_choice": ("none", "auto")},
     "chat": {**_GENERATE, "best_of": ()},
-    "tokenize": {**_GENERATE, "best_of": (), **_TRUNCATION},
+    "tokenize": {**_GENERATE, **BEAMS, "best_of": (), **_TRUNCATION},
     "pooling": {
         "dimensions": (),
         "normalize": (False,),

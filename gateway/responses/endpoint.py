@@ -14,8 +14,7 @@ from starlette.routing import BaseRoute, Route
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.delta import Finish
 from gateway.core.errors import StorageError
-from gateway.core.field_checks import require
-from gateway.core.headers import PRIORITY_HEADER, with_headers
+from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation

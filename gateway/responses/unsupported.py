@@ -7,11 +7,12 @@ from typing import Any
 
 from cluster.core.errors import UnsupportedParameterError
 from gateway.core.field_checks import Neutral, refuse_unbuilt
+from gateway.http.unsupported import BEAMS, UNBUILT_STRUCTURED
 from gateway.http.unsupported import UNBUILT as UNBUILT_ELSEWHERE
-from gateway.http.unsupported import UNBUILT_STRUCTURED
 
 UNBUILT: Neutral = {
     **UNBUILT_ELSEWHERE["chat"],
+    **BEAMS,
     "background": (False,),
     "conversation": (),
     "prompt": (),

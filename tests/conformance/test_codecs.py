@@ -72,6 +72,29 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "tools that need not be called": {"messages": USER, "tools": TOOLS},
 }
+BEAMS: dict[str, dict[str, Any]] = {
+    "beams": {"prompt": PROMPT, "n": 4},
+    "one beam": {"prompt": PROMPT, "logprobs": 2},
+    "the best of more": {"prompt": [5, 6, 7], "n": 2, "best_of": 6, "logprobs": 0},
+    "longer ones": {
+        "prompt": PROMPT,
+        "n": 3,
+        "length_penalty": 2.0,
+        "early_stopping": "never",
+        "stop_token_ids": list(range(60, 120)),
+        "min_tokens": 2,
+    },
+    "shorter ones": {
+        "prompt": PROMPT,
+        "n": 3,
+        "length_penalty": 0.0,
+        "early_stopping": True,
+        "stop_token_ids": list(range(60, 120)),
+        "include_stop_str_in_output": True,
+    },
+    "echo": {"prompt": PROMPT, "n": 2, "echo": True},
+    "chat": {"messages": USER, "n": 3, "temperature": 1},
+}
 CODES = grpc.StatusCode
 INVALID, UNBUILT = CODES.INVALID_ARGUMENT, CODES.UNIMPLEMENTED
 BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, int]] = {
@@ -101,6 +124,7 @@ BAD: dict[str, tuple[dict[str, Any], grpc.StatusCode, int]] = {
     "regex": ({"prompt": "x", "structured_outputs": {"regex": "(a"}}, INVALID, 400),
     "format": ({"prompt": "x", "response_format": {"type": "xml"}}, INVALID, 400),
     "tag": ({"prompt": "x", "response_format": {"type": "structural_tag"}}, UNBUILT, 400),
+    "no beams": ({"prompt": "x", "length_penalty": 2.0}, INVALID, 400),
     "no messages": ({"messages": []}, INVALID, 400),
     "chat echo": ({"messages": USER, "echo": True}, UNBUILT, 400),
     "own template": ({"messages": USER, "chat_template": "x"}, UNBUILT, 400),
@@ -149,6 +173,8 @@ def message_of(body: Mapping[str, Any]) -> dict[str, Any]:
             sampling[name] = {"ids": value}
         elif name == "response_format":
             sampling[name] = _format(value)
+        elif name == "early_stopping":
+            sampling[name] = str(value).lower()
         elif name == "structured_outputs":
             sampling[name] = _structured(value)
         else:
@@ -198,6 +224,32 @@ def test_good_requests(stack: Stack, stub: InferenceStub, name: str) -> None:
         assert [token for chunk in own for token in chunk.token_ids] == list(choice.token_ids)
         assert "".join(chunk.text for chunk in own) == choice.text
         assert own[-1].finish_info.reason == choice.finish_info.reason
+
+
+@pytest.mark.parametrize("name", BEAMS)
+def test_beam_searches(stack: Stack, stub: InferenceStub, name: str) -> None:
+    body = {**BASE, "use_beam_search": True, **BEAMS[name]}
+    response = stack.http.post(path_of(body), json=body)
+    assert response.status_code == 200, response.text
+    choices = response.json()["choices"]
+    answer = stub.Generate(request_of(**message_of(body)), timeout=WAIT_S)
+    assert len(answer.choices) == len(choices) == body.get("n", 1)
+    for ours, theirs in zip(answer.choices, choices, strict=True):
+        same_choice(ours, theirs)
+        assert ours.beam_score == theirs["beam_score"]
+    scores = [choice["beam_score"] for choice in choices]
+    assert scores == sorted(scores, reverse=True)
+    assert len({choice.text for choice in answer.choices}) == len(choices)
+
+
+def test_beams_are_not_streamed(stack: Stack, stub: InferenceStub) -> None:
+    body = {**BASE, "prompt": PROMPT, "use_beam_search": True}
+    response = stack.http.post("/v1/completions", json={**body, "stream": True})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "use_beam_search")
+    message = request_of(**message_of(body))
+    code, text, _ = failure(lambda: list(stub.GenerateStream(message, timeout=WAIT_S)))
+    assert (code, text) == (INVALID, error["message"])
 
 
 def same_choice(ours: Any, theirs: dict[str, Any]) -> None:

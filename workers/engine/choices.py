@@ -12,7 +12,8 @@ from workers.sampling.grammar import CompiledGrammar, GrammarState
 def open_choices(
     request: Request, grammar: CompiledGrammar | None, arrival: int, now: float
 ) -> dict[SequenceState, GrammarState | None]:
-    """One sequence per open choice, with its own grammar; the others wait for the first.
+    """One sequence per open choice, with its own grammar; the others wait for the first. Beams
+    begin as one sequence.
 
     ``grammar`` is the request's own, compiled; ``arrival`` is the order of receipt, ``now`` its
     time in monotonic seconds. Raises ``RequestError`` where an output does not follow the grammar.
@@ -21,7 +22,9 @@ def open_choices(
     deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
     first_choice: SequenceState | None = None
     found: dict[SequenceState, GrammarState | None] = {}
-    for choice in sorted(set(range(request.n)) - set(request.closed_choices)):
+    is_search = request.params.beams is not None
+    choices = {0} if is_search else set(range(request.n)) - set(request.closed_choices)
+    for choice in sorted(choices):
         has_output = choice < len(request.output_so_far)
         output = list(request.output_so_far[choice]) if has_output else []
         state = None if grammar is None else grammar.start(output)

@@ -23,6 +23,7 @@ from cluster.config.lora import LoraSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.checks import check
 from cluster.core.errors import ModelNotFoundError, RequestError
+from workers.beams.group import BeamGroup, new_group
 from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
 from workers.engine.batch import next_tokens
 from workers.engine.choices import open_choices
@@ -50,7 +51,13 @@ from workers.native.team import Team
 from workers.requests.block_hash import BlockHash
 from workers.requests.buckets import buckets_up_to
 from workers.requests.classifier import pooled
-from workers.requests.request import FinishReason, Request, SoloStep, TokenOutput
+from workers.requests.request import (
+    FinishReason,
+    Request,
+    SoloStep,
+    TokenLogprob,
+    TokenOutput,
+)
 from workers.requests.sequence import NOT_FINITE, Ending, Failure, SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.grammar import CompiledGrammar
@@ -104,6 +111,7 @@ class Engine:
         num_blocks = section.num_kv_blocks(token_bytes, self.max_model_len)
         self._limits = RequestLimits(
             vocab_size=config.vocab_size,
+            eos_token_ids=tuple(config.eos_token_ids),
             max_model_len=self.max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -154,7 +162,10 @@ class Engine:
             rank=rank,
         )
         self._banks = tuple(banks)
+        self._eos = frozenset(config.eos_token_ids)
         self._requests: dict[str, list[SequenceState]] = {}
+        self._groups: dict[str, BeamGroup] = {}
+        """Of requests that search with beams."""
         self._adapter_uses: Counter[str] = Counter()
         """Requests by adapter."""
         self._deadlines = Deadlines()
@@ -171,7 +182,7 @@ class Engine:
         tokens = ("prompt_tokens_total", "generation_tokens_total")
         self._counters = dict.fromkeys((*steps, *tokens), 0)
         self._iteration_tokens = Histogram(TOKEN_BUCKETS)
-        self._ended = dict.fromkeys(FinishReason, 0)
+        self._ended = Counter(dict.fromkeys(FinishReason, 0))
         self.load = LoadCounter(banks, self.cache.side)
         """Tokens by expert and copy, of committed steps."""
         self.runner.graphs = self._new_graphs(dispatcher)
@@ -231,6 +242,8 @@ class Engine:
         next(iter(grammars)).block_hashes += hashes  # other choices have them from the first
         self.abort(request.request_id)
         self._requests[request.request_id] = list(grammars)
+        if (group := new_group(next(iter(grammars)), self._eos)) is not None:
+            self._groups[request.request_id] = group
         self._adapter_uses[request.adapter] += 1
         self._isolation.enter(request.request_id, request.num_deaths)
         self._traced.enter(request)
@@ -246,7 +259,11 @@ class Engine:
                 self._emit(sequence, ending, now)
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """End a request, or some of its choices, without any output; frees blocks at once."""
+        """End a request, or some of its choices, without any output; frees blocks at once. A beam
+        search ends as a whole or not at all.
+        """
+        if choices and request_id in self._groups:
+            return
         for sequence in tuple(self._requests.get(request_id, ())):
             if not choices or sequence.choice in choices:
                 self._scheduler.remove(sequence)
@@ -434,7 +451,11 @@ class Engine:
         if self.states is not None:
             for sequence in broken:
                 self.states.forget(sequence.block_hashes)
-        new = {s: tuple(one.token for one in drawn) for s, drawn in tokens.drawn.items()}
+        new = {
+            sequence: tuple(one.token for one in drawn)
+            for sequence, drawn in tokens.drawn.items()
+            if sequence not in tokens.candidates
+        }
         self._clear_rejected(tokens.broken, new)
         endings = self._scheduler.commit(plan, new, tokens.failed.keys())
         # Blocks may hold NaN: their next holder must not read them.
@@ -455,11 +476,14 @@ class Engine:
             sequence.prompt_logprobs += entries
         for sequence, rows_found in tokens.inspected.items():
             self._step_sampler.inspector.add(sequence, rows_found)
-        for sequence in tokens.complete:
+        complete = (s for s in tokens.complete if s not in tokens.candidates)
+        for sequence in complete:
             drawn, classes = tokens.drawn.get(sequence, ()), tokens.classes.get(sequence, ())
             self._emit(sequence, endings.get(sequence), now, drawn, classes)
         for sequence, failure in tokens.failed.items():
             self._fail(sequence, failure, now)
+        for sequence, candidates in tokens.candidates.items():
+            self._take_candidates(sequence, candidates, now)
 
     def _clear_rejected(
         self, broken: Sequence[PlannedRows], new: Mapping[SequenceState, Sequence[int]]
@@ -533,11 +557,63 @@ class Engine:
             self._forget(sequence, ending.reason)
 
     def _fail(self, sequence: SequenceState, failure: Failure, now: float) -> None:
+        if sequence.params.beams is not None:
+            self._fail_beams(sequence, failure, now)
+            return
         self._pending.append(sequence.error(failure, now))
         self._forget(sequence, FinishReason.ERROR)
 
+    def _take_candidates(
+        self, sequence: SequenceState, candidates: Sequence[TokenLogprob], now: float
+    ) -> None:
+        """What may follow a beam is known: its search goes on once it is for all of them."""
+        group = self._groups.get(sequence.request.request_id)
+        if group is None:
+            return  # another beam has failed
+        group.take(sequence, candidates)
+        if not group.is_complete:
+            return
+        step = group.advance(now)
+        for beam in step.ended:
+            self._scheduler.remove(beam)
+        copied = [self._fork(parent, child) for parent, child in step.forks]
+        self.cache.copy_blocks([pair for pair in copied if pair is not None])
+        if group.search.is_over:
+            self._end_beams(group, group.outputs(now, self._eos))
+        for beam in step.ended:
+            self._drop(beam)
+
+    def _fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
+        """Add a beam that begins where another one is."""
+        self._requests[child.request.request_id].append(child)
+        self._step_sampler.start(child, None)
+        self._deadlines.add(child)
+        return self._scheduler.fork(parent, child)
+
+    def _end_beams(self, group: BeamGroup, outputs: Sequence[TokenOutput]) -> None:
+        """The last outputs of a request that searches; its sequences are dropped by the caller."""
+        self._pending += outputs
+        self._counters["generation_tokens_total"] += sum(len(o.token_ids) for o in outputs)
+        self._ended.update(Counter(o.finish_reason for o in outputs if o.finish_reason))
+        del self._groups[group.request.request_id]
+
+    def _fail_beams(self, sequence: SequenceState, failure: Failure, now: float) -> None:
+        """None of the outputs can be found without this beam."""
+        group = self._groups.get(sequence.request.request_id)
+        if group is None:
+            return  # with another beam
+        error = sequence.error(failure, now)
+        choices = range(group.request.n)
+        self._end_beams(group, [replace_rows(error, choice=place, index=0) for place in choices])
+        for beam in tuple(self._requests[group.request.request_id]):
+            self._scheduler.remove(beam)
+            self._drop(beam)
+
     def _forget(self, sequence: SequenceState, reason: FinishReason) -> None:
         self._ended[reason] += 1
+        self._drop(sequence)
+
+    def _drop(self, sequence: SequenceState) -> None:
         self._step_sampler.end(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence)
@@ -546,6 +622,7 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._requests[request_id]
+            self._groups.pop(request_id, None)
             self._stop_using(sequence.request.adapter)
             self._traced.forget(request_id)
             self._isolation.forget(request_id)

@@ -21,6 +21,8 @@ class RequestLimits:
     block_size: int
     """Tokens of a KV block."""
     num_blocks: int
+    eos_token_ids: tuple[int, ...] = ()
+    """The model's own ends."""
     hidden_size: int = 0
     """Elements of an embedding; 0 if not known."""
     is_classifier: bool = False
@@ -68,6 +70,8 @@ def check_request(request: Request, limits: RequestLimits) -> None:
             f"{name} has token id {bad}, ids must be 0 to {limits.vocab_size - 1}",
             name,
         )
+    if params.beams is not None:
+        _check_beams(request, limits)
     _check_length(length, params.max_tokens, limits)
 
 
@@ -79,6 +83,17 @@ def _check_embeds(request: Request, embeds: PromptEmbeds, limits: RequestLimits)
     _require(is_whole, f"{name} must have one row for each token of the prompt", name)
     is_plain = params.prompt_logprobs is None and params.repetition_penalty == 1.0
     _require(is_plain, f"{name} cannot go with prompt_logprobs or repetition_penalty", name)
+
+
+def _check_beams(request: Request, limits: RequestLimits) -> None:
+    params = request.params
+    rule = f"max_tokens ({params.max_tokens}) must be at least 1 for beams"
+    _require(params.max_tokens > 0, rule, "max_tokens")
+    most = limits.vocab_size - len({*params.stop_token_ids, *limits.eos_token_ids})
+    rule = f"n ({request.n}) must be at most {most} for beams: there are no more first tokens"
+    _require(request.n <= most, rule, "n")
+    name = "output_so_far"
+    _require(not any(request.output_so_far), f"{name} must be empty for beams", name)
 
 
 def _check_classification(request: Request) -> None:

@@ -47,7 +47,9 @@ class Scheduler:
 
     Admission leaves a free block for each running sequence that may still grow, so that a sequence
     is not preempted in the step after its admission. A waiting sequence that does not fit preempts
-    running ones only where they are of its tenant with a lower priority, or if it must run alone.
+    running ones only where they are of its tenant with a lower priority, or idle, or if it must
+    run alone. A beam is idle while others of its request are still to be computed: it gives way,
+    lest beams of several requests hold the blocks that each of them waits for.
     """
 
     def __init__(
@@ -138,6 +140,29 @@ class Scheduler:
         self._seats.note(sequence)
         self._enter(self._waiting, sequence, SequenceStatus.WAITING)
 
+    def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
+        """Between steps: ``child`` begins with what ``parent`` has computed; both know one token
+        more. Returns blocks (from, to) that are to be copied now, if there is one.
+
+        It runs beside its parent where there is room, else it waits and finds what is cached.
+        """
+        if not self._has_room_beside(parent, child):
+            self.add(child)
+            return None
+        self._served.enter(child)
+        self._seats.note(child)
+        child.seat, child.num_computed = self.tables.take_seat(), parent.num_computed
+        num_full = parent.num_computed // self._block_size
+        self._extend(child, parent.blocks[:num_full])
+        self._pool.share(child.blocks)
+        copied = self._pool.allocate(self._blocks(parent.num_computed) - num_full)
+        self._extend(child, copied)
+        self.prefixes.begin(child)
+        if self._states is not None:
+            self._states.fork(parent, child)
+        self._enter(self._running, child, SequenceStatus.RUNNING)
+        return (parent.blocks[num_full], copied[0]) if copied else None
+
     def remove(self, sequence: SequenceState) -> None:
         """End a sequence between steps; its blocks are free at once."""
         if sequence.status is SequenceStatus.FINISHED:
@@ -200,7 +225,7 @@ class Scheduler:
         ready = self._admit_ready(decode_rows)
         if prefill_rows > 0:
             while (first := self._first_in_need()) is not None:
-                lower = [s for s in self._running if _yields_to_priority(s.request, first.request)]
+                lower = [s for s in self._running if _yields(s, first.request)]
                 self._preempt(lower[-1] if self._alone is None else self._last())
             # Decodes leave them blocks: see _reserve.
             able = self._admissible(prefill_rows)
@@ -316,6 +341,8 @@ class Scheduler:
         prefilling: list[SequenceState] = []
         is_restricted = bool(self._held) or self._alone is not None
         for sequence in self._running:
+            if sequence.is_idle:
+                continue
             if not is_restricted or self._may_run(sequence):
                 (decoding if sequence.is_decoding else prefilling).append(sequence)
         return decoding, prefilling
@@ -518,6 +545,13 @@ class Scheduler:
         """Rows that it would run if it were admitted now."""
         return waiting.num_tokens - len(self.prefixes.find(waiting)) * self._block_size
 
+    def _has_room_beside(self, parent: SequenceState, child: SequenceState) -> bool:
+        """Whether a fork can run at once: as for an admission, others must be able to grow."""
+        if parent.status is not SequenceStatus.RUNNING or len(self._running) >= self._max_num_seqs:
+            return False
+        reserve = self._reserve((*self._running, child))
+        return self._pool.can_allocate(1 + reserve)
+
     def _still_fits(self, admissible: SequenceState) -> bool:
         """Whether there are blocks for it though a recurrent state may be gone since it was found
         admissible, so that it takes more of them.
@@ -545,9 +579,11 @@ class Scheduler:
         return _last_of_most(others) if is_short and len(others) > 1 else None
 
     def _last(self) -> SequenceState:
-        """The running sequence to preempt: one that does not run alone, if there is one."""
+        """The running sequence to preempt: an idle one, or one that does not run alone, if there is
+        one."""
+        idle = [s for s in self._running if s.is_idle]
         others = [s for s in self._running if self._alone is None or not self._may_run(s)]
-        return _last_of_most(others or self._running)
+        return _last_of_most(idle or others or self._running)
 
     def _preempt(self, victim: SequenceState) -> None:
         self._running.remove(victim)
@@ -565,7 +601,7 @@ class Scheduler:
         if first is None:
             return None
         if self._alone is None:
-            stay = [s for s in self._running if not _yields_to_priority(s.request, first.request)]
+            stay = [s for s in self._running if not _yields(s, first.request)]
         else:
             stay = [s for s in self._running if self._may_run(s)]
         if len(stay) == len(self._running) or first in self._admissible(self._max_rows):
@@ -585,6 +621,8 @@ class Scheduler:
             sequence.seat = None
 
     def _may_run(self, sequence: SequenceState) -> bool:
+        if sequence.is_idle:
+            return False
         request_id = sequence.request.request_id
         if self._alone is not None:
             return request_id == self._alone
@@ -597,7 +635,7 @@ class Scheduler:
     def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
         """The first choice of its request is going to compute the prompt's full blocks."""
         first = sequence.first_choice
-        if first is None or first.status is SequenceStatus.FINISHED:
+        if first is None or first.is_idle or first.status is SequenceStatus.FINISHED:
             return False
         return first.num_computed < self._num_shared(sequence) * self._block_size
 
@@ -607,9 +645,12 @@ class Scheduler:
         insort(queue, sequence, key=attrgetter("order"))
 
 
-def _yields_to_priority(running: Request, waiting: Request) -> bool:
-    """A running request is preempted for a waiting one of the same tenant with higher priority."""
-    return running.tenant == waiting.tenant and running.priority > waiting.priority
+def _yields(running: SequenceState, waiting: Request) -> bool:
+    """A running sequence is preempted for a waiting request of the same tenant with higher
+    priority; an idle one for any."""
+    request = running.request
+    has_lower = request.tenant == waiting.tenant and request.priority > waiting.priority
+    return running.is_idle or has_lower
 
 
 def _last_of_most(running: Sequence[SequenceState]) -> SequenceState:

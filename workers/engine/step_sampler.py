@@ -13,6 +13,12 @@ from operator import attrgetter
 
 from torch import Tensor
 
+from workers.beams.candidates import (
+    CandidatesWanted,
+    beam_candidates,
+    beam_candidates_alone,
+)
+from workers.beams.group import ending_tokens
 from workers.engine.model_runner import StepResult
 from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.inspection.buffers import StepRows
@@ -55,6 +61,8 @@ class StepTokens:
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
     broken: list[PlannedRows] = field(default_factory=list)
     """Entries with drafts of which a row, perhaps of a rejected one, has NaN or infinity."""
+    candidates: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
+    """What may follow the beams that are complete; ``drawn`` has them, too, and means nothing."""
     predicted: dict[SequenceState, int] = field(default_factory=dict)
     """The token that the predictor expects behind those drawn."""
 
@@ -106,6 +114,7 @@ class StepSampler:
         self._is_classifier = bool(config.labels)
         self._logits = logits
         self._score = logprob_entries_alone if is_exact else logprob_entries
+        self._candidates = beam_candidates_alone if is_exact else beam_candidates
         self._team = team
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self._mask_thread = ThreadPoolExecutor(1, "grammar-masks")
@@ -272,6 +281,32 @@ class StepSampler:
                 tokens.drawn[sequence] = tokens_of
             else:
                 self._fail(tokens, sequence, self._failure(sequence, failure))
+        beams = {
+            one.sequence: own[0]
+            for one, own in zip(sampled, kept, strict=True)
+            if one.sequence.params.beams is not None and one.sequence in tokens.drawn
+        }
+        if beams:
+            self._search(tokens, beams, drawn.logits)
+
+    def _search(
+        self, tokens: StepTokens, beams: Mapping[SequenceState, int], logits: Tensor
+    ) -> None:
+        """Candidates of beams, by their rows of the logits; those of a request together."""
+        by_request: dict[str, list[SequenceState]] = {}
+        for sequence in beams:
+            by_request.setdefault(sequence.request.request_id, []).append(sequence)
+        for sequences in by_request.values():
+            rows = [beams[sequence] for sequence in sequences]
+            request, params = sequences[0].request, sequences[0].params
+            wanted = CandidatesWanted(
+                width=request.n,
+                ending=ending_tokens(request, self._eos),
+                may_end=len(sequences[0].output) >= params.min_tokens,
+                num_top=params.logprobs,
+            )
+            found = self._candidates(_some(logits, rows), wanted)
+            tokens.candidates.update(zip(sequences, found, strict=True))
 
     def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
         """[rows, V] of rows in ascending order."""

@@ -124,6 +124,14 @@ class KVCache:
             for layer, part in zip(self.layers, self.side.to_device(data), strict=True):
                 layer[:, block] = part
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, (from, to) each, of sequences between two steps."""
+        if pairs:
+            device = self.layers[0].device
+            sources, targets = (to_device(part, device) for part in zip(*pairs, strict=True))
+            for layer in self.layers:
+                layer[:, targets] = layer[:, sources]
+
     def clear_slots(self, slots: Sequence[int]) -> None:
         """Zero single slots (block * block_size + offset), as ``clear`` does whole blocks."""
         if slots:

@@ -31,6 +31,12 @@ class SequenceStates:
         num_known = len(hashes)
         sequence.branch = num_known * self.prefixes.block_size if num_known > num_found else 0
 
+    def fork(self, parent: SequenceState, child: SequenceState) -> None:
+        """The child goes on from the parent's state."""
+        if parent.state is not None:
+            self.slots.share(parent.state)
+        child.state = parent.state
+
     def plan(self, sequence: SequenceState, first: int, count: int) -> StateMove:
         """Slots for rows ``first`` to ``first`` + ``count`` - 1, which come next."""
         last, kept = first + count, []

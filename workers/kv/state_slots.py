@@ -83,6 +83,10 @@ class StateSlots:
         self._pool.share(found)
         return found[0]
 
+    def share(self, slot: int) -> None:
+        """One more running sequence goes on from the state of another."""
+        self._pool.share((slot,))
+
     def release(self, slot: int) -> None:
         """A running sequence leaves a slot."""
         self._pool.release((slot,))

@@ -14,7 +14,8 @@ def step_messages(
     """(gateway, message), in the order of the outputs for each gateway.
 
     ``owners`` has the gateway of each request; outputs of other requests are for nobody. An output
-    with arrays is a message of its own: it may be as long as a message can be.
+    with arrays is a message of its own, and so are the outputs of a beam search together: they may
+    be as long as a message can be.
     """
     by_gateway: defaultdict[str, list[TokenOutput]] = defaultdict(list)
     for output in outputs:
@@ -22,9 +23,14 @@ def step_messages(
         if owner is not None:
             by_gateway[owner].append(output)
     for gateway, mine in by_gateway.items():
-        small = tuple(output for output in mine if not output.arrays)
+        small = tuple(o for o in mine if not o.arrays and o.score is None)
         if small:
             yield gateway, StepOutput(outputs=small)
+        searches: defaultdict[str, list[TokenOutput]] = defaultdict(list)
         for output in mine:
             if output.arrays:
                 yield gateway, StepOutput(outputs=(output,))
+            elif output.score is not None:
+                searches[output.request_id].append(output)
+        for found in searches.values():
+            yield gateway, StepOutput(outputs=tuple(found))

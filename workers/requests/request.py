@@ -45,6 +45,28 @@ class Grammar(Message, frozen=True, kw_only=True, array_like=True):
     """The client's field that it came from, for messages."""
 
 
+class EarlyStopping(Enum):
+    """When a beam search ends that has as many ended outputs as beams."""
+
+    HEURISTIC = "false"
+    """Once no beam would be better than the worst of them if it ended now."""
+    FULL = "true"
+    """At once."""
+    NEVER = "never"
+    """Once no beam can become better than the worst of them."""
+
+
+class BeamParams(Message, frozen=True, kw_only=True, array_like=True):
+    """A search for the most probable outputs; the request's ``n`` is the number of beams.
+
+    Nothing is drawn, and nothing is delivered before the end: choice 0 is the best output then.
+    """
+
+    length_penalty: float = 1.0
+    """An output's score is its log-probability over its tokens to the power of this."""
+    early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
+
+
 class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     """How tokens are drawn, in the order of docs/reference/sampling.md. Values are validated."""
 
@@ -85,6 +107,9 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     bad_words: tuple[tuple[Count, ...], ...] = ()
     """Token sequences that must not be in the output; none is empty."""
     grammar: Grammar | None = None
+    beams: BeamParams | None = None
+    """None: tokens are drawn. Otherwise only ``max_tokens``, ``min_tokens``, ``stop_token_ids``,
+    ``ignore_eos`` and ``logprobs`` have an effect."""
 
 
 class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -215,6 +240,8 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     """On the choice's first output and on its last one."""
     arrays: tuple[NamedArray, ...] = ()
     """On the last output: what the request's inspection found."""
+    score: float | None = None
+    """Of an output that a beam search found."""
 
 
 class StepOutput(Message, frozen=True, kw_only=True, array_like=True, tag=True):

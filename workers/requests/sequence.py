@@ -112,6 +112,8 @@ class SequenceState:
     """Monotonic seconds of each preemption, ``MAX_NOTED`` at most."""
     first_token: float | None = None
     """Monotonic seconds of the commit of its first new token."""
+    is_idle: bool = False
+    """A beam that waits for the others of its request: what may follow it is known."""
     scores_prompt: bool = field(init=False)
     """Choice 0 of a request that asks for ``prompt_logprobs`` and has no output yet at receipt."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
@@ -166,6 +168,7 @@ class SequenceState:
     def append(self, token: int) -> None:
         """Add a token to the output; called at commit only."""
         self.output.append(token)
+        self.is_idle = False
         if self.grammar is not None:
             self.grammar.advance(token)
 
@@ -213,16 +216,17 @@ class SequenceState:
             class_logits=class_logits,
             finish_reason=ending.reason if ending else None,
             stop_token_id=ending.stop_token_id if ending else None,
-            timings=self._timings(now) if is_first or ending else None,
+            timings=self.timings(now) if is_first or ending else None,
             arrays=arrays,
         )
 
     def error(self, failure: Failure, now: float) -> TokenOutput:
         """The last output of a sequence that failed."""
         found = failed(self.request, self.choice, failure)
-        return replace(found, index=len(self.output), timings=self._timings(now))
+        return replace(found, index=len(self.output), timings=self.timings(now))
 
-    def _timings(self, now: float) -> Timings:
+    def timings(self, now: float) -> Timings:
+        """Its times so far."""
         dispatch = self.prefills[0] if self.prefills else now
         token = now if self.first_token is None else self.first_token
         return Timings(

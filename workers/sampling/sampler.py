@@ -95,7 +95,11 @@ def _entries(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> dict[int, TokenLogprob]:
     """Logprobs of the drawn tokens by row, where asked for."""
-    asked = [i for i, r in enumerate(rows) if r.params.logprobs is not None and tokens[i] >= 0]
+    asked = [
+        i
+        for i, row in enumerate(rows)
+        if row.params.logprobs is not None and row.params.beams is None and tokens[i] >= 0
+    ]
     if not asked:
         return {}
     params = [rows[i].params for i in asked]

@@ -208,6 +208,8 @@ def unsupported(request: Request) -> str:
     """What of a request rules out guesses; empty for nothing."""
     if request.params.grammar is not None:
         return "a grammar"
+    if request.params.beams is not None:
+        return "beams"
     if request.prompt_embeds is not None:
         return "embeddings as a prompt"
     return ""

@@ -19,7 +19,10 @@ from gateway.core.field_checks import (
     check_stream,
     given_one,
 )
+from gateway.core.tool_use import Tool
+from gateway.text.forms.tools import make_tool_use
 from workers.requests.prompt_embeds import read_embeds
+from workers.requests.request import Grammar, GrammarKind
 
 LIMITS = dataclasses.replace(GatewaySection(), max_choices=4)
 PLAIN = GenerateFields(kind=CallKind.COMPLETION, prompts=("x",))
@@ -74,6 +77,76 @@ def test_what_is_within_the_rules_passes(values: dict[str, Any]) -> None:
 def test_what_breaks_a_rule_is_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         check(**values)
+
+
+BEAMS = dataclasses.replace(PLAIN, use_beam_search=True, n=3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"length_penalty": 2.0, "early_stopping": "never"},
+        {"length_penalty": -10, "early_stopping": "true"},
+        {"temperature": 0, "top_p": 1.0, "top_k": -1, "min_p": 0, "repetition_penalty": 1},
+        {"temperature": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0, "seed": 7},
+        {"logprobs": 5, "min_tokens": 3, "stop_token_ids": (5,), "ignore_eos": True},
+        {"echo": True, "best_of": 4, "include_stop_str_in_output": True},
+    ],
+)
+def test_what_beams_can_follow_passes(values: dict[str, Any]) -> None:
+    check(BEAMS, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": 0.7}, "^temperature cannot go with use_beam_search$"),
+        ({"top_p": 0.9}, "^top_p cannot"),
+        ({"top_k": 5}, "^top_k cannot"),
+        ({"min_p": 0.1}, "^min_p cannot"),
+        ({"frequency_penalty": 1}, "^frequency_penalty cannot"),
+        ({"presence_penalty": 1}, "^presence_penalty cannot"),
+        ({"repetition_penalty": 1.1}, "^repetition_penalty cannot"),
+        ({"logit_bias": ((5, 1.0),)}, "^logit_bias cannot"),
+        ({"allowed_token_ids": (5,)}, "^allowed_token_ids cannot"),
+        ({"bad_words": ("a",)}, "^bad_words cannot"),
+        ({"stop": ("a",), "stop_name": "stop_sequences"}, "^stop_sequences cannot"),
+        ({"grammar": Grammar(kind=GrammarKind.REGEX, text="a")}, "^structured_outputs cannot"),
+        ({"prompt_logprobs": 0}, "^prompt_logprobs cannot"),
+        ({"logprob_token_ids": (5,)}, "^logprob_token_ids cannot"),
+        ({"echo": True, "logprobs": 0}, "^echo with logprobs cannot go with use_beam_search$"),
+        ({"echo": True, "max_tokens": 0}, r"^max_tokens \(0\) must be at least 1 with use_beam"),
+        ({"early_stopping": "maybe"}, r"^early_stopping \('maybe'\) must be false, true or never$"),
+        ({"length_penalty": 11}, r"^length_penalty \(11\) must be at least -10 and at most 10$"),
+        ({"n": 17}, r"^n \(17\) must be at least 1 and at most 16$"),
+        ({"best_of": 2}, r"^best_of \(2\) must be at least n \(3\)$"),
+    ],
+)
+def test_what_beams_cannot_follow_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check(BEAMS, **values)
+
+
+def test_tools_cannot_go_with_beams() -> None:
+    tools = make_tool_use([Tool(name="f")])
+    chat = dataclasses.replace(CHAT, use_beam_search=True, chat=_chat(False, True))
+    check(chat)
+    with pytest.raises(RequestError, match="tools cannot go with use_beam_search"):
+        check(chat, chat=dataclasses.replace(_chat(False, True), tools=tools))
+
+
+@pytest.mark.parametrize("values", [{"length_penalty": 0.5}, {"early_stopping": "true"}])
+def test_fields_of_beams_need_beams(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(RequestError, match=rf"^{name} \(.*\) needs use_beam_search to be true$"):
+        check(**values)
+    neutral: dict[str, Any] = {"length_penalty": 1.0, "early_stopping": "false"}
+    check(**neutral)
+
+
+def test_beams_are_not_streamed() -> None:
+    with pytest.raises(RequestError, match="use_beam_search cannot go with a stream"):
+        check_stream(BEAMS)
 
 
 def test_embeddings_are_not_truncated() -> None:

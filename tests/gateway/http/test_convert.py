@@ -22,6 +22,7 @@ from gateway.http.parse import NoCollections, parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
 from gateway.http.unsupported import check_unbuilt
+from gateway.responses.unsupported import check_unbuilt as check_unbuilt_response
 from gateway.text.forms.tools import MAX_TOOLS
 from protos import inference_pb2 as pb
 
@@ -38,6 +39,8 @@ SAMPLING: dict[str, Any] = {
     "logit_bias": {"3": -1.0, "1": 2.0},
     "seed": -5,
     "n": 3,
+    "use_beam_search": True,
+    "length_penalty": 0.5,
     "stop": ["a", "bc"],
     "stop_token_ids": [5, 6],
     "ignore_eos": True,
@@ -56,9 +59,6 @@ UNBUILT: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "functions": [{"name": "f"}],
     "function_call": "auto",
-    "use_beam_search": True,
-    "length_penalty": 0.5,
-    "early_stopping": True,
     "spaces_between_special_tokens": False,
     "logits_processors": ["x"],
     "suffix": "end",
@@ -221,6 +221,24 @@ def test_null_is_unset() -> None:
 )
 def test_prompts_of_all_forms(prompt: Any, prompts: Any) -> None:
     assert completion_fields(parse_body(CompletionBody, {"prompt": prompt})).prompts == prompts
+
+
+@pytest.mark.parametrize(("given", "text"), [(False, "false"), (True, "true"), ("never", "never")])
+def test_early_stopping_is_a_truth_value_or_never(given: bool | str, text: str) -> None:
+    body = parse_body(CompletionBody, {"prompt": "x", "early_stopping": given})
+    message = pb.GenerateRequest(text="x")
+    message.sampling_params.early_stopping = text
+    assert completion_fields(body).early_stopping == grpc_fields(message).early_stopping == text
+    with pytest.raises(RequestError, match="early_stopping"):
+        parse_body(CompletionBody, {"prompt": "x", "early_stopping": "true"})
+
+
+def test_other_calls_have_no_beams() -> None:
+    for name, value in (("use_beam_search", True), ("length_penalty", 2.0)):
+        with pytest.raises(UnsupportedParameterError, match=name):
+            check_unbuilt({name: value}, "tokenize")
+        with pytest.raises(UnsupportedParameterError, match=name):
+            check_unbuilt_response({name: value})
 
 
 def test_max_completion_tokens_wins() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 import pytest
 
 from benchmarks.random_checkpoint import TINY, write
+from gateway.core.call import CallKind, GenerateFields
+from gateway.core.delta import TokenText
 from gateway.engines import moves
+from gateway.generation.answer import collect
+from gateway.generation.gateway import Gateway, new_call_id
 from tests.harness.cluster_gateway import LIMIT_S, gateway_of
 from tests.harness.fault_rows import (
     FULL,
@@ -118,6 +123,44 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
     assert moved.request.attempt == 1
     known = len(moved.request.prompt) + len(moved.request.output_so_far[0])
     assert known % config.engine.block_size_tokens == 1
+
+
+def test_a_beam_search_begins_anew_at_another_worker() -> None:
+    """None of its output is known before its end: only its prompt can move."""
+    search = GenerateFields(
+        kind=CallKind.COMPLETION,
+        prompts=(tuple(range(20, 90)),),
+        use_beam_search=True,
+        n=3,
+        max_tokens=1500,
+        ignore_eos=True,
+        logprobs=1,
+    )
+
+    async def answer(core: Gateway) -> list[tuple[tuple[TokenText, ...], float | None]]:
+        with await core.start(search, new_call_id(search.kind)) as generation:
+            choices = await collect(generation)
+        return [(one.tokens, one.finish and one.finish.beam_score) for one in choices]
+
+    with (
+        serving(ThreadCluster(quiet_config(2, 1))) as cluster,
+        gateway_of(cluster) as gateway,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        expected = gateway.run(answer(gateway.gateway))
+        assert len(expected) == 3
+        moved = pool.submit(gateway.run, answer(gateway.gateway))
+        cluster.wait(lambda snapshot: num_running(snapshot) == 3, fresh=True)
+        (worker,) = (c.worker for c in gateway.engines.clients if c.submissions())
+        drain(cluster, worker)
+        assert moved.result(LIMIT_S) == expected
+        assert gateway.num_resubmitted == 1
+
+
+def num_running(snapshot: Mapping[str, Any]) -> int:
+    """Sequences that run on all workers."""
+    workers = snapshot["workers"]
+    return int(sum(worker["stats"].get("num_requests_running", 0) for worker in workers))
 
 
 def test_streams_with_recurrent_states_move(recurrent: Path) -> None:

@@ -52,6 +52,14 @@ GENERATED: dict[str, dict[str, Any]] = {
     "penalties": {"frequency_penalty": 0.7, "repetition_penalty": 1.3, "seed": 8, "n": 2},
     "bad words": {"bad_words": (" the", "e"), "seed": 9, "presence_penalty": 0.4},
     "grammar": {"grammar": WORDS, "seed": 10, "n": 2},
+    "beams": {"use_beam_search": True, "n": 4},
+    "beams that end": {
+        "use_beam_search": True,
+        "n": 3,
+        "length_penalty": 2.0,
+        "min_tokens": 5,
+        "stop_token_ids": tuple(range(100, 400)),
+    },
     "urgent": {"priority": -3, "temperature": 0.0},
 }
 

@@ -14,7 +14,7 @@ from tests.reference.goldens import golden_path
 from tests.reference.local_engine import LocalEngine
 from workers.engine import engine
 from workers.experts.bank import ExpertBank
-from workers.requests.request import Request, SamplingParams, TokenOutput
+from workers.requests.request import BeamParams, Request, SamplingParams, TokenOutput
 
 OLMOE = "olmoe-norm-gqa-clip"
 OTHERS = ["dots1-groups", "jetmoe-tied"]
@@ -95,6 +95,27 @@ def test_without_graphs_a_decode_step_waits_once_too(monkeypatch: pytest.MonkeyP
     assert run.tokens == expected
     assert {step.launches["graph"] for step in run.decodes} == {0}
     assert {sum(step.waits.values()) for step in run.decodes} == {1}
+
+
+def test_beams_are_those_of_a_cpu_and_their_steps_are_graphs() -> None:
+    """The host waits for the drawn tokens and for the candidates; blocks are copied in place."""
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, beams=BeamParams())
+    request = Request(request_id="r", prompt=(5, 6, 7, 8, 9), params=params, n=3)
+    path = golden_path(OLMOE, "olmoe")
+    expected = LocalEngine(path, dtype="float32", kernels="torch").run([request])
+    with pretend_gpu() as log:
+        local = LocalEngine(path, dtype="float32", device=DEVICE)
+        local.add_request(request)
+        found = dict[tuple[str, int], list[TokenOutput]]()
+        local.step()
+        while local.engine.has_work:
+            log.clear()
+            for output in local.step():
+                found.setdefault((output.request_id, output.choice), []).append(output)
+            assert (sum(log.waits.values()), log.launches["graph"]) == (2, 1)
+    assert [found["r", c][0].token_ids for c in range(3)] == [
+        expected["r", c][0].token_ids for c in range(3)
+    ]
 
 
 def test_with_both_roles_a_decode_step_is_a_graph_and_waits_once() -> None:

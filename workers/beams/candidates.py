@@ -1,0 +1,78 @@
+"""The tokens that may follow beams, from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import Tensor
+
+from workers.model.host_copies import to_device, to_host
+from workers.requests.request import TokenLogprob
+
+_MASKED = float("-inf")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CandidatesWanted:
+    """What beams of one request need of a step."""
+
+    width: int
+    """Number of beams."""
+    ending: tuple[int, ...]
+    """Tokens that end the text."""
+    may_end: bool
+    """The text is long enough for these."""
+    num_top: int | None = None
+    """Alternatives to report for each token; None reports none."""
+
+
+def beam_candidates(logits: Tensor, wanted: CandidatesWanted) -> list[list[TokenLogprob]]:
+    """For each row of logits [rows, V] the ``width`` best tokens, and the ``width`` best of those
+    that do not end the text, each once, the best first.
+    """
+    logits = logits.float()
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    num_best = max(wanted.width, wanted.num_top or 0)
+    ending = to_device(wanted.ending, logits.device)
+    masked = logits.index_fill(1, ending, _MASKED) if wanted.ending else logits
+    best = logits.topk(min(num_best, logits.shape[1]), -1)
+    others = masked.topk(min(wanted.width, logits.shape[1] - len(wanted.ending)), -1)
+    ends = logits[:, ending] if wanted.ending else logits[:, :0]
+    fetched = [best.indices, best.values - normalizer, others.indices, others.values - normalizer]
+    rows = (v.tolist() for v in to_host([*fetched, ends - normalizer]))  # device-to-host sync
+    return [_row(wanted, *row) for row in zip(*rows, strict=True)]
+
+
+def beam_candidates_alone(logits: Tensor, wanted: CandidatesWanted) -> list[list[TokenLogprob]]:
+    """``beam_candidates`` with each row in memory of its own; see ``logprob_entries_alone``."""
+    each = (beam_candidates(row.clone().unsqueeze(0), wanted) for row in logits)
+    return list(chain.from_iterable(each))
+
+
+def _row(
+    wanted: CandidatesWanted,
+    best_ids: Sequence[int],
+    best: Sequence[float],
+    other_ids: Sequence[int],
+    others: Sequence[float],
+    ends: Sequence[float],
+) -> list[TokenLogprob]:
+    top = tuple(zip(best_ids, best, strict=True))
+    open_ones = dict(zip(other_ids, others, strict=True))
+    found = dict(top[: wanted.width] if wanted.may_end else ()) | open_ones
+    ranked = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
+    if wanted.num_top is None:
+        return [TokenLogprob(token_id=token, logprob=value) for token, value in ranked]
+    greater = (*others, *ends)  # with all tokens that are more probable than one of ``found``
+    shown = top[: wanted.num_top]
+    return [
+        TokenLogprob(
+            token_id=token,
+            logprob=value,
+            rank=1 + sum(other > value for other in greater),
+            top=shown,
+        )
+        for token, value in ranked
+    ]
