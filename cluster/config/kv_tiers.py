@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.core.checks import check, check_each, is_not_negative
+from cluster.core.checks import check, check_each, is_not_negative, is_positive
 
 MAX_PATH = 1024
 """Most characters of a folder's path."""
@@ -23,9 +23,15 @@ class KvTiersSection:
     kv_disk_dir: str | None = None
     """Folder on a local disk of every node, for the copies on disk. They are as confidential as the
     prompts."""
+    session_copies: bool = True
+    """Copy the KV of sessions to the host memory of a second attention worker (``kv_host_bytes``),
+    where they go on when the first one is lost."""
+    session_copy_bytes_per_s: float = 100e6
+    """Rate at which each worker receives such copies."""
 
     def __post_init__(self) -> None:
         check_each(self, "kv_host_bytes kv_disk_bytes", is_not_negative, "must not be negative")
+        check_each(self, "session_copy_bytes_per_s", is_positive, "must be positive")
         disk, host = self.kv_disk_bytes, self.kv_host_bytes
         rule = "needs kv_host_bytes: blocks reach the disk through host memory"
         check(not disk or host > 0, "kv_disk_bytes", disk, rule)

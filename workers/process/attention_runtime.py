@@ -29,6 +29,7 @@ from workers.engine.engine import Engine
 from workers.engine.step_plan import RowsWanted
 from workers.engine.step_watchdog import StepWatchdog
 from workers.inspection.buffers import shape_of
+from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.lender import KvLender
 from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
@@ -38,10 +39,12 @@ from workers.process.intake.adapters import AdapterIntake
 from workers.process.intake.commands import (
     AddRequest,
     Command,
+    CopyAsked,
     GatewayGone,
     Inbox,
     PrefetchAsked,
 )
+from workers.process.intake.copy_keeper import CopyKeeper
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.intake.lower_tiers import LowerTiers, open_tiers
@@ -87,6 +90,8 @@ class AttentionRuntime(WorkerRuntime):
     """Copies of blocks in host memory and on disk."""
     _kv_publisher: KvPublisher | None = None
     """Tells routers of other projects what is cached."""
+    _copy_keeper: CopyKeeper | None = None
+    """Keeps copies of other workers' blocks."""
 
     # ---- start and end ----------------------------------------------------------------------
 
@@ -183,6 +188,16 @@ class AttentionRuntime(WorkerRuntime):
         if tiers is not None:
             self._tiers = LowerTiers.of(tiers, engine, self._fetches.cost, wake)
             self._cleanup.callback(self._tiers.close)
+            self._keep_copies(tiers, engine)
+
+    def _keep_copies(self, tiers: KvTiers, engine: Engine) -> None:
+        """Begin to keep copies of other workers' blocks, if that is wanted."""
+        section = self.config.kv_tiers
+        if section.session_copies:
+            wake, rate = self.connections.wake, section.session_copy_bytes_per_s
+            self._copy_keeper = CopyKeeper(tiers, engine.cache, self._kv_peer, wake, rate)
+            self._cleanup.callback(self._copy_keeper.close)
+            self._copy_keeper.start()
 
     def _publish_contents(self, engine: Engine) -> None:
         """Begin to tell routers of other projects what is cached, if that is asked for."""
@@ -252,6 +267,7 @@ class AttentionRuntime(WorkerRuntime):
             banks=shape_of(config, self.family.banks).banks,
             kv_block_size=section.block_size_tokens if section.enable_prefix_caching else 0,
             kv_length_matters_above=config.length_matters_above,
+            keeps_copies=self._copy_keeper is not None,
         )
 
     # ---- the loop ---------------------------------------------------------------------------
@@ -325,6 +341,9 @@ class AttentionRuntime(WorkerRuntime):
             self._receive(engine, command)
         elif isinstance(command, PrefetchAsked):
             self._fetches.prefetch(command)
+        elif isinstance(command, CopyAsked):
+            if self._copy_keeper is not None:
+                self._copy_keeper.put(command.message)
         elif isinstance(command, GatewayGone):
             self._drop_gateway(engine, command.gateway)
         elif isinstance(command.message, Abort):
@@ -530,6 +549,8 @@ class AttentionRuntime(WorkerRuntime):
         stats |= {**self._engine.stats(), **self._fetches.stats()}
         if self._tiers is not None:
             stats |= self._tiers.stats()
+        if self._copy_keeper is not None:
+            stats |= self._copy_keeper.stats()
         intakes = self._intakes
         waiting = sum((requests.by_adapter for requests in intakes), Counter[str]())
         stats |= self._adapters.stats(waiting)

@@ -25,6 +25,7 @@ MODEL = ModelSection(path="/m", served_model_name="m")
             "kv_disk_bytes (8) must be at least kv_host_bytes (9)",
         ),
         ({"kv_host_bytes": 9, "kv_disk_bytes": 9}, "kv_disk_bytes (9) needs kv_disk_dir"),
+        ({"session_copy_bytes_per_s": 0.0}, "session_copy_bytes_per_s (0.0) must be positive"),
         ({"kv_host_bytes": 9, "kv_disk_dir": "/kv"}, "kv_disk_dir (/kv) needs kv_disk_bytes"),
         (
             {"kv_host_bytes": 9, "kv_disk_bytes": 9, "kv_disk_dir": "kv"},
