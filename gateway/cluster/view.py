@@ -76,6 +76,8 @@ class AttentionEndpoint:
     """It is drained: its requests move elsewhere."""
     lacks: frozenset[str] = field(default=frozenset(), compare=False)
     """Keys of adapters that it could not load."""
+    node: str = field(default="", compare=False)
+    """The host that it runs on."""
 
 
 @dataclass(slots=True)
@@ -259,6 +261,7 @@ def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
             pid=int(worker.get("pid") or 0),
             engine=str(worker["rank"]),
             is_leaving=worker["state"] == "DRAINING",
+            node=worker.get("node") or "",
             lacks=frozenset(
                 adapter["key"]
                 for adapter in snapshot.get("adapters", ())

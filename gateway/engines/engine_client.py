@@ -33,6 +33,7 @@ from workers.requests.wire import (
     Abort,
     EngineHello,
     FromEngine,
+    KeepCopy,
     KvResync,
     Pause,
     Paused,
@@ -92,6 +93,9 @@ class Owner(Protocol):
     def settle(self, entry: Submission, worker: str) -> None:
         """A worker has computed a request's prompt, or will not."""
 
+    def computed(self, client: EngineClient, entry: Submission) -> None:
+        """A worker has computed a request's prompt, and goes on with it."""
+
     def note_token(self, entry: Submission, now_s: float) -> None:
         """A worker has sent tokens of a request."""
 
@@ -136,6 +140,7 @@ class EngineClient:
         release: str = RELEASE,
     ) -> None:
         self.worker = endpoint.name
+        self.node = endpoint.node
         self.hello: EngineHello | None = None
         """The worker's hello; None before it, and after the end."""
         self.connected = asyncio.Event()
@@ -189,6 +194,10 @@ class EngineClient:
     def prefetch(self, entry: Submission, source: str) -> None:
         """Have the worker fetch the KV blocks of a request that decodes at another one."""
         self._outgoing.put_nowait(Prefetch(request=replace(entry.so_far(), kv_peer=source)))
+
+    def keep_copy(self, message: KeepCopy) -> None:
+        """Have the worker keep copies of blocks of another one."""
+        self._outgoing.put_nowait(message)
 
     def pause(self, entry: Submission, num_tokens: int) -> None:
         """Have a request of this worker stand still before it leaves, once each of its choices has
@@ -394,12 +403,14 @@ class EngineClient:
             self._owner.take_back(entry, reason)
             return
         fresh = without_first(output, repeated) if repeated else output
-        changes_load = entry.is_computing or fresh.finish_reason is not None
+        is_first, is_last = entry.is_computing, fresh.finish_reason is not None
         self._end_prompt(entry)
         if fresh.token_ids:
             self._owner.note_token(entry, now_s)
         entry.deliver(fresh)
-        if changes_load:
+        if is_first or is_last:
             self._count(entry)
+        if is_first and entry.open_choices:
+            self._owner.computed(self, entry)
         if not entry.open_choices and entry.stream is self:
             self._release(entry)

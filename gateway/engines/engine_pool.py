@@ -22,9 +22,10 @@ from gateway.engines.kv_index import KvIndex
 from gateway.engines.moves import Moves
 from gateway.engines.pauses import Pauses
 from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
+from gateway.engines.session_copies import SessionCopies
 from gateway.engines.session_homes import SessionHomes
 from gateway.engines.submission import OutputSink, RequestStage, Submission
-from workers.requests.block_hash import KvEvents, prompt_hashes
+from workers.requests.block_hash import SHORT_BYTES, KvEvents, block_hashes
 from workers.requests.request import Request
 from workers.requests.wire import Paused, Prefetched
 
@@ -77,6 +78,7 @@ class EnginePool:
         self.kv = KvIndex()
         """Which worker has which blocks."""
         self._homes = SessionHomes()
+        self._copies = SessionCopies(lambda: self.clients, self.kv)
         self.pauses = Pauses()
         """How long streams stood still at changes of the generation."""
         self._moves = Moves(self._has_other, self._pick_other, self._go_over)
@@ -236,7 +238,9 @@ class EnginePool:
         block_size = hello.kv_block_size
         if block_size and not entry.prompt_hashes:
             limit = hello.kv_length_matters_above
-            entry.prompt_hashes = prompt_hashes(entry.request, block_size, limit)
+            hashes = block_hashes(entry.request, block_size, limit)
+            entry.prompt_hashes = [name[:SHORT_BYTES] for name in hashes]
+            entry.block_hashes = hashes if entry.request.is_kept else None
         return block_size
 
     async def _keep(self, endpoint: AttentionEndpoint) -> None:
@@ -308,6 +312,9 @@ class EnginePool:
                 client.acquit(worker)
         self.place_waiting()
 
+    def computed(self, client: EngineClient, entry: Submission) -> None:
+        self._copies.note_prompt(entry, client)
+
     def note_token(self, entry: Submission, now_s: float) -> None:
         if entry.last_token_s:
             self.pauses.token(entry.last_token_s, now_s)
@@ -332,6 +339,8 @@ class EnginePool:
 
     def released(self, entry: Submission) -> None:
         self._moves.drop(entry)
+        if not entry.open_choices and entry.last_worker in self._clients:
+            self._copies.note_end(entry, self._clients[entry.last_worker])
 
     def take_kv(self, worker: str, events: KvEvents) -> bool:
         return self.kv.apply(worker, events)

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from cluster.core.errors import ExpertMeshError
 from gateway.core.replay import ReplayCause
+from workers.requests.block_hash import BlockHash
 from workers.requests.request import MAX_DEATHS, FinishReason, Request, TokenOutput
 
 _HANDED_BACK = frozenset({"not_ready", "draining"})
@@ -97,6 +98,8 @@ class Submission:
     """``time.monotonic`` of its last token; 0 before the first."""
     prompt_hashes: Sequence[bytes] = ()
     """Names of the prompt's full KV blocks, for routing."""
+    block_hashes: Sequence[BlockHash] | None = None
+    """The same in full length; None: its blocks are not copied."""
     missing_tokens: int = 0
     """Prompt tokens that its worker must compute, by the KV index."""
     kv_peer: str = ""

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -29,6 +29,7 @@ from cluster.core.release import RELEASE
 from gateway.engines.submission import RequestStage
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import Tokenizer
+from workers.requests.block_hash import KvEvents
 from workers.requests.request import (
     FinishReason,
     Queued,
@@ -48,6 +49,7 @@ from workers.requests.wire import (
     Abort,
     EngineHello,
     FromEngine,
+    KeepCopy,
     Pause,
     Paused,
     Ping,
@@ -120,6 +122,7 @@ class ScriptedEngine:
     """An engine whose tokens come from a script, one step of all running choices at a time."""
 
     name: str = "attention-0"
+    node: str = "host-a"
     release: str = RELEASE
     spoils: Literal["", "hello", "pong"] = ""
     script: Script = counting_script
@@ -146,6 +149,8 @@ class ScriptedEngine:
     answers_prefetches: bool = True
     answers_pauses: bool = True
     kv_block_size: int = 0
+    keeps_copies: bool = False
+    copies: list[KeepCopy] = field(default_factory=list)
     reports: Callable[[Request, RequestStage], bool] = lambda request, stage: True
     """Whether it reports that a request is at a stage."""
     num_streams: int = 0
@@ -179,6 +184,11 @@ class ScriptedEngine:
         self._end = (grpc.StatusCode.ABORTED, "this worker may not serve now")
         for queue in self._queues:
             queue.put_nowait(None)
+
+    async def report_blocks(self, names: Sequence[bytes]) -> None:
+        """Tell gateways that these blocks can be found here, by their short hashes."""
+        for queue in self._queues:
+            queue.put_nowait(KvEvents(number=0, is_whole=True, stored=tuple(names)))
 
     async def reset_streams(self) -> None:
         """As a firewall that forgets the connections of a living worker."""
@@ -228,6 +238,7 @@ class ScriptedEngine:
             num_attention_layers=2,
             num_heads=2,
             kv_block_size=self.kv_block_size,
+            keeps_copies=self.keeps_copies,
         )
 
     async def _read(self, messages: AsyncIterator[bytes], queue: Outgoing) -> None:
@@ -244,6 +255,8 @@ class ScriptedEngine:
                 if self.answers_prefetches:
                     name, attempt = message.request.request_id, message.request.attempt
                     queue.put_nowait(Prefetched(request_id=name, attempt=attempt))
+            elif isinstance(message, KeepCopy):
+                self.copies.append(message)
             elif isinstance(message, Pause):
                 self._pause(message)
             elif isinstance(message, Abort):
@@ -613,7 +626,7 @@ def attention_entry(
         "name": engine.name,
         "role": "attention",
         "rank": rank,
-        "node": "host-a",
+        "node": engine.node,
         "pid": 100 + rank,
         "state": "SERVING",
         "engine_address": engine.address,

@@ -17,6 +17,7 @@ from gateway.admin.service import AdminApi
 from gateway.cluster.view import ClusterView, ControllerCalls
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
+from gateway.engines.router import RoutingPolicy
 from gateway.generation.gateway import Gateway
 from gateway.grpc.server import GrpcServer
 from gateway.protocols import build_public_app
@@ -136,7 +137,11 @@ class Stack:
 
         cluster = ClusterView(find)
         self.engines = EnginePool(
-            CLUSTER_TOKEN, "gateway-test", silence_limit_s=self._silence_limit_s, ping_s=0.1
+            CLUSTER_TOKEN,
+            "gateway-test",
+            RoutingPolicy(self.config.gateway.routing_policy),
+            silence_limit_s=self._silence_limit_s,
+            ping_s=0.1,
         )
         self.gateway = Gateway(
             self.config, self._tokenizer, cluster, self.engines, "gateway-test", self._tuning

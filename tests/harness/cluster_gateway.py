@@ -44,6 +44,8 @@ class Answer:
     reason: FinishReason | None = None
     stop_reason: str | int | None = None
     num_tokens: int = 0
+    cached_tokens: int | None = field(default=None, compare=False)
+    """Prompt tokens that were not computed."""
     times: list[float] = field(default_factory=list, compare=False)
     """Monotonic times of the deltas."""
 
@@ -56,6 +58,7 @@ class Answer:
         if delta.finish is not None:
             self.reason, self.stop_reason = delta.finish.reason, delta.finish.stop_reason
             self.num_tokens = delta.finish.usage.completion_tokens
+            self.cached_tokens = delta.finish.usage.cached_tokens
 
 
 class _LocalController:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from workers.process.intake.commands import (
     AddRequest,
+    CopyAsked,
     GatewayGone,
     Inbox,
     MessageTaken,
@@ -25,7 +26,16 @@ from workers.process.intake.commands import (
 )
 from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
-from workers.requests.wire import FROM_ENGINE, Abort, FromEngine, Pause, Ping, Prefetch, ToEngine
+from workers.requests.wire import (
+    FROM_ENGINE,
+    Abort,
+    FromEngine,
+    KeepCopy,
+    Pause,
+    Ping,
+    Prefetch,
+    ToEngine,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +125,8 @@ class GatewayStreams:
                 self._inbox.put(AddRequest(stream.name, message, now, *hashes[:1]))
             case Prefetch():
                 self._inbox.put(PrefetchAsked(stream.name, message.request, hashes))
+            case KeepCopy():
+                self._inbox.put(CopyAsked(stream.name, message))
             case Abort() | Pause() | SoloStep():
                 self._inbox.put(MessageTaken(stream.name, message))
             case Ping():

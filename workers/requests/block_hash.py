@@ -75,16 +75,21 @@ def block_hashes(
 
 
 def sequence_hashes(
-    request: Request, choice: int, block_size: int, length_matters_above: int | None
+    request: Request,
+    choice: int,
+    block_size: int,
+    length_matters_above: int | None,
+    prompt: Sequence[BlockHash] = (),
 ) -> tuple[BlockHash, ...]:
-    """Hashes of the full blocks of a choice, prompt and output so far.
+    """Hashes of the full blocks of a choice, prompt and output so far; ``prompt`` are those of the
+    full blocks of its prompt, where they are known.
 
     Its newest token has keys and values only once the step has ended that draws the next one.
     """
-    known: list[BlockHash] = []
-    parent = request_root(request, length_matters_above)
+    known = list(prompt)
+    parent = known[-1] if known else request_root(request, length_matters_above)
     tokens = (*request.prompt, *request.output_so_far[choice])
-    for last in range(block_size, len(tokens) + 1, block_size):
+    for last in range(block_size * (len(known) + 1), len(tokens) + 1, block_size):
         parent = chain_hash(parent, tokens[last - block_size : last])
         known.append(parent)
     return tuple(known)

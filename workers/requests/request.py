@@ -156,6 +156,11 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     adapter: str = ""
     """Key of a loaded adapter, with which its rows are computed; empty: none."""
 
+    @property
+    def is_kept(self) -> bool:
+        """Its blocks are wanted after its end: it names a session or a time to keep them."""
+        return bool(self.session) if self.cache_ttl_s is None else self.cache_ttl_s > 0
+
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """A step with the rows of one request alone: offered, accepted, or over.

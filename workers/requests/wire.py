@@ -6,7 +6,7 @@ One gRPC stream ``METHOD`` of bytes in both directions, each a message of ``clus
     (see ``workers.requests.stream_handshake``)
                                          <-      EngineHello (what requests may ask for)
     Request, Prefetch, Pause, Abort, Ping,
-    SoloStep, KvResync                   ->
+    SoloStep, KvResync, KeepCopy         ->
                                          <-      Queued, StepOutput, Ping, SoloStep, KvEvents,
                                                  Prefetched, Paused, Relieve
 
@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from cluster.core.codec import Codec, Count, Message
 from cluster.core.errors import HandshakeError
-from workers.requests.block_hash import KvEvents
+from workers.requests.block_hash import HASH_BYTES, BlockHash, KvEvents
 from workers.requests.inspection import RouterShape
 from workers.requests.request import Queued, Request, SoloStep, StepOutput
 
@@ -61,6 +61,8 @@ class EngineHello(Message, frozen=True, kw_only=True):
     """Tokens of a KV block; 0: requests share none."""
     kv_length_matters_above: int | None = None
     """See ``ModelConfig.length_matters_above``."""
+    keeps_copies: bool = False
+    """It takes ``KeepCopy``: it has host memory for KV blocks."""
 
 
 class Prefetch(Message, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -130,7 +132,38 @@ class KvResync(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """A gateway missed ``KvEvents``: the worker answers with all blocks."""
 
 
-ToEngine: TypeAlias = Request | Prefetch | Pause | Abort | Ping | SoloStep | KvResync
+class KeepCopy(Message, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Another worker has computed blocks that are wanted later: keep copies in host memory.
+
+    There is no answer: ``KvEvents`` name the blocks that have come. The worker reads those that it
+    lacks from ``source``, when it can.
+    """
+
+    source: str
+    """Name of the worker that has the blocks."""
+    names: bytes
+    """Hashes of the blocks of one sequence, from its first on, joined."""
+    num_prompt: Count
+    """Blocks of them that the prompt had."""
+    tenant: str = ""
+    """Whose they are."""
+    session: str = ""
+    """As in ``Request``, like the next two."""
+    cache_ttl_s: float | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.names or len(self.names) % HASH_BYTES:
+            raise ValueError(f"names must be hashes of {HASH_BYTES} bytes, not {len(self.names)}")
+
+    @property
+    def hashes(self) -> tuple[BlockHash, ...]:
+        """The hashes one by one."""
+        ends = range(HASH_BYTES, len(self.names) + 1, HASH_BYTES)
+        return tuple(self.names[end - HASH_BYTES : end] for end in ends)
+
+
+ToEngine: TypeAlias = Request | Prefetch | Pause | Abort | Ping | SoloStep | KvResync | KeepCopy
 FromEngine: TypeAlias = (
     Queued | Prefetched | Paused | Relieve | StepOutput | Ping | SoloStep | KvEvents
 )

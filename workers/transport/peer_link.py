@@ -6,7 +6,7 @@
                                           <-    u16 count of items from the first on that are held,
                                                 u64 bytes of each, for each of them 16 bytes
                                                 checksum and the data
-    u16 count of the items that were kept ->
+    u16 count of the items that were kept ->        (0 of spare copies)
 
 All keys of a server have one length, and so have all items of an answer. The checksum covers key
 and data, so that a flipped bit or a wrong item is detected. Both sides know the size of an item,
@@ -36,8 +36,9 @@ from workers.transport.socket_io import receive_bytes, receive_exactly, time_lef
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 8
-"""Connections that a server serves at the same time."""
+MAX_CONNECTIONS = 32
+"""Connections that a server serves at the same time: several workers copy from one, and requests
+fetch from it meanwhile."""
 COUNT: Final = struct.Struct("!H")
 """Items asked for, and items kept."""
 MAX_ITEMS: Final = 2**16 - 1
@@ -128,11 +129,14 @@ class PeerClient:
         keys: Sequence[bytes],
         parts: Sequence[memoryview],
         keep: Callable[[int], None] = lambda place: None,
+        *,
+        is_spare: bool = False,
     ) -> int:
         """Receive the longest run of items that the peer holds; returns how many came.
 
         Each item is received into ``parts``, checked, and given to ``keep`` by its place in
-        ``keys``. ``what`` names the items in errors.
+        ``keys``. ``what`` names the items in errors. With ``is_spare`` the copies are spare ones:
+        for the peer it is as if none had been kept.
 
         Raises ``PeerLostError`` when the connection breaks or is too slow, and ``ProtocolError``
         when an item is damaged or not what was asked for; earlier items were kept.
@@ -143,7 +147,7 @@ class PeerClient:
             for place, key in enumerate(keys[:count]):
                 self._receive_item(what, key, parts)
                 keep(place)
-            self._sock.sendall(COUNT.pack(count))
+            self._sock.sendall(COUNT.pack(0 if is_spare else count))
         except OSError as err:
             raise self._lost(err) from err
         return count

@@ -51,6 +51,7 @@ class ListOwner:
     def __init__(self) -> None:
         self.returned: list[str] = []
         self.settled: list[str] = []
+        self.computed_prompts: list[str] = []
         self.kv: list[KvEvents] = []
         self.knows_kv = True
         self.num_places = 0
@@ -64,6 +65,9 @@ class ListOwner:
 
     def settle(self, entry: Submission, worker: str) -> None:
         self.settled.append(entry.request.request_id)
+
+    def computed(self, client: EngineClient, entry: Submission) -> None:
+        self.computed_prompts.append(entry.request.request_id)
 
     def note_token(self, entry: Submission, now_s: float) -> None:
         pass
@@ -374,3 +378,20 @@ def test_the_load_is_what_is_under_way() -> None:
     assert load.queued_tokens == 7
     assert len(client.take_submissions()) == 2
     assert (load.queued_tokens, load.num_decoding, owner.settled) == (0, 0, ["r", "s", "r"])
+
+
+def test_a_prompt_is_computed_once_and_only_where_its_request_goes_on() -> None:
+    owner = ListOwner()
+    client = _new_client(owner)
+    params = SamplingParams(max_tokens=10)
+    request = Request(request_id="r", prompt=(1, 2, 3), params=params)
+    client.submit(Submission(request, ListSink(), 1000.0))
+    _step(client, _output(0, 0, 5, attempt=0))
+    _step(client, _output(0, 1, 6, attempt=0))
+    assert owner.computed_prompts == ["r"]
+    _step(client, _output(0, 2, 7, attempt=0, end=True))
+    client.submit(Submission(request, ListSink(), 1000.0))
+    _step(client, _output(0, 0, 5, attempt=0, end=True))
+    client.submit(Submission(request, ListSink(), 1000.0))
+    client.abort("r")
+    assert owner.computed_prompts == ["r"]

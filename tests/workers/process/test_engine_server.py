@@ -17,11 +17,17 @@ from cluster.core.release import RELEASE
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream
 from tests.workers.process.test_gateway_silence import FACTS
 from workers.process.engine_server import EngineServer
-from workers.process.intake.commands import AddRequest, Command, Inbox, PrefetchAsked
+from workers.process.intake.commands import (
+    AddRequest,
+    Command,
+    CopyAsked,
+    Inbox,
+    PrefetchAsked,
+)
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request, SamplingParams, StepOutput, TokenOutput
 from workers.requests.stream_handshake import HELLO, Hello
-from workers.requests.wire import TO_ENGINE, Ping, Prefetch
+from workers.requests.wire import TO_ENGINE, KeepCopy, Ping, Prefetch
 
 OPTIONS = (16, socket.TCP_USER_TIMEOUT)  # TCP_THIN_LINEAR_TIMEOUTS has no name in Python
 REQUEST = Request(request_id="r", prompt=(1, 2), params=SamplingParams())
@@ -214,6 +220,14 @@ def test_a_prefetch_comes_with_the_hashes_of_each_open_choice() -> None:
     assert isinstance(asked, PrefetchAsked)
     assert [len(chain) for chain in asked.chains] == [1, 2], "the newest token completes one"
     assert asked.chains[0][0] == asked.chains[1][0] == block_hashes(request, 16, None)[0]
+
+
+def test_copies_to_keep_come_as_they_were_sent(case: Case) -> None:
+    message = KeepCopy(source="attention-1", names=bytes(64), num_prompt=1, session="s")
+    case.stream.send(message)
+    (asked,) = case.commands()
+    assert isinstance(asked, CopyAsked)
+    assert asked.message == message
 
 
 def test_held_outputs_are_sent_in_order_when_they_are_released(case: Case) -> None:

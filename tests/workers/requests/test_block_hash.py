@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from msgspec.structs import replace
 
 from workers.requests.block_hash import (
@@ -30,6 +31,13 @@ def test_a_block_has_a_name_once_its_last_token_is_known() -> None:
     for num_output, expected in ((0, 2), (1, 2), (2, 3), (3, 3), (5, 3), (6, 4)):
         request = replace(REQUEST, output_so_far=(tuple(range(num_output)),))
         assert len(sequence_hashes(request, 0, 4, None)) == expected
+
+
+@pytest.mark.parametrize("num_known", [0, 1, 2])
+def test_known_blocks_of_a_prompt_are_not_named_again(num_known: int) -> None:
+    request = replace(REQUEST, cache_salt="t", output_so_far=((7,) * 9,))
+    known = block_hashes(request, 4, None)[:num_known]
+    assert sequence_hashes(request, 0, 4, None, known) == sequence_hashes(request, 0, 4, None)
 
 
 def test_keys_of_adapters_are_no_salts() -> None:

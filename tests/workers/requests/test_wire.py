@@ -33,6 +33,7 @@ from workers.requests.wire import (
     Abort,
     EngineHello,
     FromEngine,
+    KeepCopy,
     KvResync,
     Pause,
     Paused,
@@ -88,6 +89,50 @@ def test_request_with_everything_set_survives_the_wire() -> None:
         kv_peer="attention-1",
     )
     assert TO_ENGINE.decode(TO_ENGINE.encode(request)) == request
+
+
+def test_copies_to_keep_survive_the_wire() -> None:
+    copy = KeepCopy(
+        source="attention-1",
+        names=bytes(range(64)),
+        num_prompt=1,
+        tenant="t",
+        session="s",
+        cache_ttl_s=3.5,
+        priority=-2,
+    )
+    assert TO_ENGINE.decode(TO_ENGINE.encode(copy)) == copy
+    assert copy.hashes == (bytes(range(32)), bytes(range(32, 64)))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 31, 65])
+def test_names_that_are_no_hashes_are_refused(num_bytes: int) -> None:
+    whole = TO_ENGINE.encode(KeepCopy(source="a", names=bytes(32), num_prompt=0))
+    broken = msgspec.msgpack.decode(whole)
+    broken[2] = bytes(num_bytes)
+    with pytest.raises(ProtocolError, match=f"hashes of 32 bytes, not {num_bytes}"):
+        TO_ENGINE.decode(msgspec.msgpack.encode(broken))
+
+
+@pytest.mark.parametrize(
+    ("session", "cache_ttl_s", "is_kept"),
+    [
+        ("", None, False),
+        ("s", None, True),
+        ("", 0.0, False),
+        ("s", 0.0, False),
+        ("", 9.0, True),
+        ("s", 9.0, True),
+    ],
+)
+def test_blocks_are_wanted_later_if_a_request_says_so(
+    session: str, cache_ttl_s: float | None, is_kept: bool
+) -> None:
+    params = SamplingParams()
+    request = Request(
+        request_id="r", prompt=(1,), params=params, session=session, cache_ttl_s=cache_ttl_s
+    )
+    assert request.is_kept is is_kept
 
 
 def test_unset_logprobs_stay_unset() -> None:

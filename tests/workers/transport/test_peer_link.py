@@ -132,6 +132,16 @@ def test_blocks_arrive_bit_for_bit_and_go_back(server: PeerServer, shelf: Shelf)
     assert shelf.returned == [([3, 1, 4], 3)]
 
 
+def test_spare_copies_are_none_for_the_peer(server: PeerServer, shelf: Shelf) -> None:
+    buffer = torch.empty(SHAPE, dtype=shelf.blocks[0].dtype)
+    with closing(client_of(peer_at(server.address))) as client:
+        found = client.fetch("a block", [name(3), name(1)], [view_bytes(buffer)], is_spare=True)
+    assert found == 2
+    assert buffer.tolist() == shelf.blocks[1].tolist()
+    assert shelf.is_returned.wait(TIMEOUT_S)
+    assert shelf.returned == [([3, 1], 0)]
+
+
 def test_a_missing_item_is_no_error(server: PeerServer, shelf: Shelf) -> None:
     assert fetch(peer_at(server.address), (9, 1), shelf.blocks[0].dtype) == {}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
-from workers.requests.wire import Abort, Pause
+from workers.requests.wire import Abort, KeepCopy, Pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,14 @@ class PrefetchAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyAsked:
+    """A gateway wants copies of another worker's blocks to be kept here."""
+
+    gateway: str
+    message: KeepCopy
+
+
+@dataclass(frozen=True, slots=True)
 class MessageTaken:
     """A gateway aborts or pauses a request, or has noted which one runs the next step alone."""
 
@@ -48,7 +56,7 @@ class GatewayGone:
     gateway: str
 
 
-Command = AddRequest | PrefetchAsked | MessageTaken | GatewayGone
+Command = AddRequest | PrefetchAsked | CopyAsked | MessageTaken | GatewayGone
 
 
 class Inbox:

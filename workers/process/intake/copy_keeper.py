@@ -1,0 +1,152 @@
+"""Copies of other workers' KV blocks, which this one keeps in host memory until they are wanted.
+
+A gateway names the blocks of a session's turn and the worker that has computed them. A thread reads
+those that are not in host memory from that worker, at a limited rate, so that neither of the two
+waits for it: the other worker holds a few blocks at a time between two steps, and goes on. Its own
+blocks stay the ones to keep there (``is_spare``). What does not come, or has no room, is computed
+if the session ever comes here.
+
+With a model of recurrent states the last state of the sequence comes first, as it decides how many
+blocks are of use.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+
+from cluster.core.errors import MoveGivenUpError, TransportError
+from workers.experts.transfer.rate_limit import RateLimit
+from workers.kv.cache import KVCache
+from workers.kv.tiers.tiers import KvTiers
+from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
+from workers.process.intake.copy_fetch import CopyFetch
+from workers.process.intake.copy_queue import Copy, CopyQueue
+from workers.requests.wire import KeepCopy
+from workers.transport.peer_link import Peer, PeerClient
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 15.0
+"""Longest wait for bytes of the other worker, which answers between two steps."""
+_STOP_S = 5.0
+OUTCOMES = ("whole", "part", "failed", "skipped")
+"""What became of copies: all blocks are here; the other worker lacks some, or there is no room; it
+cannot be reached, or sent something else; too many waited."""
+
+
+class CopyKeeper:
+    """See the module. Any thread may call the methods, none of which waits but ``close``.
+
+    Args:
+        tiers: get the blocks.
+        cache: says what a block and a state look like.
+        peers: how to reach the KV server of a worker by name; None for an unknown one.
+        wake: called, by another thread, when blocks have come.
+        bytes_per_s: rate at which blocks are received.
+    """
+
+    def __init__(
+        self,
+        tiers: KvTiers,
+        cache: KVCache,
+        peers: Callable[[str], Peer | None],
+        wake: Callable[[], None],
+        bytes_per_s: float,
+    ) -> None:
+        self._tiers = tiers
+        self._cache = cache
+        self._peers = peers
+        self._wake = wake
+        self._is_ending = threading.Event()
+        self._limit = RateLimit(bytes_per_s, cancelled=self._is_ending)
+        self._changed = threading.Condition()
+        self._queue = CopyQueue()
+        self._outcomes = Counter[str](dict.fromkeys(OUTCOMES, 0))
+        self._num_blocks = 0
+        self._num_bytes = 0
+        self._seconds = Histogram(TRANSFER_BUCKETS)
+        self._thread = threading.Thread(target=self._run, name="copy-keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, message: KeepCopy) -> None:
+        """Keep copies of these blocks, when the copies that wait are here."""
+        peer = self._peers(message.source)
+        if peer is None:  # it has left meanwhile
+            self._outcomes["failed"] += 1
+            return
+        with self._changed:
+            self._outcomes["skipped"] += self._queue.put(Copy(message, peer))
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread; what waits is not kept."""
+        self._is_ending.set()
+        with self._changed:
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(_STOP_S)
+
+    def stats(self) -> dict[str, float]:
+        """Counters by metric name without prefix."""
+        return {
+            **self._seconds.stats("kv_migration_seconds", 'reason="copy"'),
+            'kv_migration_bytes_total{reason="copy"}': float(self._num_bytes),
+            'kv_migration_failures_total{reason="copy"}': float(self._outcomes["failed"]),
+            **{
+                f'session_copies_total{{outcome="{outcome}"}}': float(self._outcomes[outcome])
+                for outcome in OUTCOMES
+            },
+            "session_copies_waiting": float(len(self._queue)),
+            "session_copy_blocks_total": float(self._num_blocks),
+        }
+
+    def _run(self) -> None:
+        while (copy := self._next()) is not None:
+            began_s = time.monotonic()
+            outcome = self._try(copy)
+            self._seconds.observe(time.monotonic() - began_s)
+            self._outcomes[outcome] += 1
+            self._wake()
+
+    def _next(self) -> Copy | None:
+        """Wait for a copy to fetch; None: this worker ends."""
+        with self._changed:
+            while not self._is_ending.is_set():
+                if (copy := self._queue.take()) is not None:
+                    return copy
+                self._changed.wait()
+        return None
+
+    def _try(self, copy: Copy) -> str:
+        """Keep a copy; returns the outcome."""
+        try:
+            return self._fetch(copy)
+        except MoveGivenUpError:
+            return "skipped"
+        except TransportError as err:
+            logger.warning("KV blocks of %s are not copied: %s", copy.peer.name, err)
+        except Exception:
+            logger.exception("KV blocks of %s are not copied", copy.peer.name)
+        return "failed"
+
+    def _fetch(self, copy: Copy) -> str:
+        """Fetch what is not here. Raises ``TransportError``, ``MoveGivenUpError``."""
+        fetch = CopyFetch(self._tiers, self._cache, copy.message)
+        if fetch.is_whole:
+            fetch.renew()
+            return "whole"
+        try:
+            link = PeerClient(copy.peer, _TIMEOUT_S, before_chunk=self._limit.take)
+            with closing(link) as client:
+                fetch.run(client)
+        finally:
+            self._num_blocks += fetch.num_blocks
+            self._num_bytes += fetch.num_bytes
+        return "whole" if fetch.is_whole else "part"

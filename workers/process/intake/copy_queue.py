@@ -1,0 +1,65 @@
+"""Copies that a worker was asked to keep and has not begun to fetch. Pure; single-threaded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from workers.requests.wire import KeepCopy
+from workers.transport.peer_link import Peer
+
+MAX_WAITING = 64
+"""Copies of one tenant that wait; the oldest gives way to a new one."""
+MAX_TENANTS = 1024
+"""Tenants whose copies wait; those of others are not kept meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A sequence's blocks, and the worker that has them."""
+
+    message: KeepCopy
+    peer: Peer
+
+
+@dataclass(slots=True)
+class CopyQueue:
+    """Tenants take turns, each with its oldest copy.
+
+    A turn of a session has the blocks of the turns before: where a copy is a part of another one,
+    only the longer one waits.
+    """
+
+    _tenants: OrderedDict[str, list[Copy]] = field(default_factory=OrderedDict)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tenants.values()))
+
+    def put(self, copy: Copy) -> int:
+        """Add a copy; returns how many will not be kept for want of room."""
+        tenant, names = copy.message.tenant, copy.message.names
+        waiting = self._tenants.get(tenant)
+        if waiting is None:
+            if len(self._tenants) >= MAX_TENANTS:
+                return 1
+            waiting = self._tenants[tenant] = []
+        for place, known in enumerate(waiting):
+            if names.startswith(known.message.names):
+                waiting[place] = copy
+                return 0
+            if known.message.names.startswith(names):
+                return 0
+        waiting.append(copy)
+        num_skipped = max(len(waiting) - MAX_WAITING, 0)
+        del waiting[:num_skipped]
+        return num_skipped
+
+    def take(self) -> Copy | None:
+        """The next one; None: none waits."""
+        if not self._tenants:
+            return None
+        tenant, waiting = self._tenants.popitem(last=False)
+        copy = waiting.pop(0)
+        if waiting:
+            self._tenants[tenant] = waiting
+        return copy
