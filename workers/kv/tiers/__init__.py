@@ -1,0 +1,4 @@
+"""Copies of KV blocks outside the pool: in host memory and on local disk.
+
+Imports ``workers.kv`` and ``workers.requests``. ``workers.process.intake`` restores them.
+"""

@@ -1,0 +1,212 @@
+"""What one tier holds, and in which order it gives it up. Pure; single-threaded.
+
+The tier is bounded by bytes. Items are KV blocks by hash, and recurrent states by the ``state_key``
+of the block before them, which is their parent. The part of a tenant is an equal one: where others
+need room, whoever has more than that gives up items first, by worth (``workers.kv.eviction``). A
+tenant without a turn for ``IDLE_S`` has no part.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from workers.kv.eviction import EvictionOrder
+from workers.kv.turns import KeepHints, Turn
+
+IDLE_S = 3600.0
+"""Time without a turn after which a tenant's items are given up before others'."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnUse:
+    """A turn's use of a prefix."""
+
+    names: Sequence[bytes]
+    """Of all its full blocks, in order."""
+    num_prompt: int
+    """Blocks of them that its prompt had; a next turn has those, too."""
+    hints: KeepHints
+    state: bytes | None = None
+    """``state_key`` of the last block, where the state behind it is kept as well."""
+
+
+@dataclass(slots=True, eq=False)
+class TierTurn:
+    """A turn whose blocks are put into a tier. They stay there until it ends."""
+
+    use: TurnUse
+    turn: Turn
+    held: dict[bytes, int] = field(default_factory=dict)
+    """Items of the turn that are in the tier, in order, each with its number there."""
+
+
+class TierOrder:
+    """Items by name, with their sizes; see the module.
+
+    Example: 100 bytes, tenant a has 60 of them and b has 30. An item of 20 for b: a gives up one,
+    since it has more than 50.
+    """
+
+    def __init__(self, capacity_bytes: int, max_kept: int = 0) -> None:
+        """``max_kept``: items that one tenant's turns may have kept before others."""
+        self.capacity_bytes = capacity_bytes
+        self.num_bytes = 0
+        """Of all items."""
+        self._max_kept = max_kept
+        self._now_s = 0.0
+        self._orders: dict[str, EvictionOrder] = {}
+        self._seen_s: dict[str, float] = {}
+        self._sizes: dict[bytes, int] = {}
+        self._numbers: dict[bytes, int] = {}
+        self._num_added = 0
+        self._owners: dict[bytes, str] = {}
+        self._holders: Counter[bytes] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._free_bytes: Counter[str] = Counter()  # of items without a holder
+        self._gone: list[bytes] = []
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def names(self) -> list[bytes]:
+        """All items."""
+        return list(self._sizes)
+
+    @property
+    def num_kept(self) -> int:
+        """Items that turns asked to keep before others."""
+        return sum(order.num_kept for order in self._orders.values())
+
+    def bytes_of(self, tenant: str) -> int:
+        """Bytes of a tenant's items."""
+        return self._bytes[tenant]
+
+    def num_known(self, names: Sequence[bytes]) -> int:
+        """Items from the first on that are here."""
+        known = self._sizes
+        return next((i for i, name in enumerate(names) if name not in known), len(names))
+
+    def begin(self, use: TurnUse, now_s: float) -> TierTurn:
+        """A turn uses a prefix: what is here of it stays until the turn ends."""
+        self._now_s = max(now_s, self._now_s)
+        for order in self._orders.values():
+            order.advance(self._now_s)
+        tenant = use.hints.tenant
+        self._seen_s[tenant] = self._now_s
+        order = self._order_of(tenant)
+        begun = TierTurn(use, order.begin(use.names[: use.num_prompt], use.hints))
+        for name in use.names[: self.num_known(use.names)]:
+            self._orders[self._owners[name]].find(name)
+            self._hold(begun, name)
+        return begun
+
+    def add(self, turn: TierTurn, name: bytes, parent: bytes | None, size: int) -> bool:
+        """Make an item known, and hold it for the turn. Others may give way: see ``take_gone``.
+
+        False where its parent is not here, or where not enough may give way.
+        """
+        if name in self._sizes:
+            if turn.held.get(name) != self._numbers[name]:
+                self._hold(turn, name)
+            return True
+        tenant = turn.use.hints.tenant
+        is_behind = parent is None or parent in self._sizes
+        if not is_behind or not self._make_room(tenant, size):
+            return False
+        self._order_of(tenant).learn(name, parent)
+        self._sizes[name], self._owners[name] = size, tenant
+        self.num_bytes += size
+        self._bytes[tenant] += size
+        self._holders[name] = 1
+        self._num_added += 1
+        self._numbers[name] = turn.held[name] = self._num_added
+        return True
+
+    def take_gone(self) -> list[bytes]:
+        """Items that gave way since the last call."""
+        gone, self._gone = self._gone, []
+        return gone
+
+    def end(self, turn: TierTurn) -> None:
+        """A turn's items may give way from now on, its last ones first."""
+        tenant = turn.use.hints.tenant
+        for name, number in reversed(turn.held.items()):
+            if self._numbers.get(name) != number:
+                continue  # forgotten meanwhile
+            self._holders[name] -= 1
+            if not self._holders[name]:
+                del self._holders[name]
+                owner = self._owners[name]
+                self._orders[owner].release(name, turn.turn if owner == tenant else None)
+                self._free_bytes[owner] += self._sizes[name]
+        self._order_of(tenant).end(turn.turn)
+
+    def forget(self, name: bytes) -> None:
+        """An item is gone, or must not be used."""
+        size, owner = self._sizes.pop(name), self._owners.pop(name)
+        del self._numbers[name]
+        self._orders[owner].forget(name)
+        if not self._holders.pop(name, 0):
+            self._free_bytes[owner] -= size
+        self._bytes[owner] -= size
+        self.num_bytes -= size
+        if not self._bytes[owner] and self._is_idle(owner):
+            for table in (self._orders, self._seen_s, self._bytes, self._free_bytes):
+                table.pop(owner, None)
+
+    def check_integrity(self) -> None:
+        """Assert that all counts are right, and every item but the held ones may give way."""
+        assert self.num_bytes == sum(self._sizes.values()) == self._bytes.total()
+        assert self.num_bytes <= self.capacity_bytes, "a tier holds too much"
+        assert self._owners.keys() == self._sizes.keys(), "an item has no owner"
+        assert self._holders.keys() <= self._sizes.keys(), "an unknown item is held"
+        free = [n for n in self._sizes if n not in self._holders]
+        for tenant, order in self._orders.items():
+            own = [n for n in free if self._owners[n] == tenant]
+            assert sorted(order.free) == sorted(own), "free items are miscounted"
+            assert self._free_bytes[tenant] == sum(self._sizes[n] for n in own)
+            order.check_integrity([n for n in self._holders if self._owners[n] == tenant])
+
+    def _order_of(self, tenant: str) -> EvictionOrder:
+        order = self._orders.get(tenant)
+        if order is None:
+            order = self._orders[tenant] = EvictionOrder(max_kept=self._max_kept)
+        return order
+
+    def _hold(self, turn: TierTurn, name: bytes) -> None:
+        if not self._holders[name]:
+            owner = self._owners[name]
+            self._orders[owner].hold(name)
+            self._free_bytes[owner] -= self._sizes[name]
+        self._holders[name] += 1
+        turn.held[name] = self._numbers[name]
+
+    def _make_room(self, tenant: str, size: int) -> bool:
+        """Give up items until ``size`` bytes are free; False: not so many may be."""
+        held = self.num_bytes - self._free_bytes.total()
+        if held + size > self.capacity_bytes:
+            return False
+        while self.num_bytes + size > self.capacity_bytes:
+            victim = self._who_gives(tenant)
+            if victim is None:
+                return False
+            name = self._orders[victim].pop()
+            self.forget(name)
+            self._gone.append(name)
+        return True
+
+    def _who_gives(self, tenant: str) -> str | None:
+        """Whose item is given up for one of ``tenant``; None: nobody's may be."""
+        able = [t for t, free in self._free_bytes.items() if free > 0]
+        part = self.capacity_bytes / len({tenant, *(+self._bytes)})
+        able = [t for t in able if t == tenant or self._is_idle(t) or self._bytes[t] > part]
+        return max(able, key=lambda t: (self._is_idle(t), self._bytes[t]), default=None)
+
+    def _is_idle(self, tenant: str) -> bool:
+        return self._now_s - self._seen_s.get(tenant, self._now_s) >= IDLE_S
