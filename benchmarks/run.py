@@ -50,6 +50,7 @@ NAMES = (
     "rebalancing",
     "routing",
     "retention",
+    "sessions",
     "kv_routing",
     "autoscaling",
     "gateway_cost",
