@@ -241,8 +241,8 @@ def section(quick: bool) -> str:
         [
             "## Sessions, on paper",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
-            "The agents are 50 sessions as in *Retention, on paper*. The ideal is Belady's with one "
-            f"cache of {DISK.part:.0%} that all workers share. Requests name their sessions and "
+            "The agents are 50 sessions as in *Retention, on paper*. The ideal is Belady's, with a "
+            f"cache of {DISK.part:.0%} for all workers. Requests name their sessions and "
             "nothing else. "
             "[The plot](../docs/explanation/sessions.svg) shows the agents.",
             table(head, rows),
