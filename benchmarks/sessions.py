@@ -232,7 +232,7 @@ def section(quick: bool) -> str:
         for name, system in SYSTEMS.items():
             outcome = replay(requests, system)
             rows.append([f"{trace}: {name}", *_cells(outcome, ideal, requests)])
-            if trace == "agents":
+            if trace == "conversations" and system.policy is RoutingPolicy.KV:
                 lines.append(Line(name.replace("`", ""), _shares(outcome)))
     if not quick:
         PLOT.write_text(line_chart(lines, x="% of requests", y="seconds to the first token"))
@@ -243,8 +243,8 @@ def section(quick: bool) -> str:
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
             "The agents are 50 sessions as in *Retention, on paper*. The ideal is Belady's, with a "
             f"cache of {DISK.part:.0%} for all workers. Requests name their sessions and "
-            "nothing else. "
-            "[The plot](../docs/explanation/sessions.svg) shows the agents.",
+            "nothing else. Where more is computed than the workers can, queues grow until the end. "
+            "[The plot](../docs/explanation/sessions.svg) shows the conversations.",
             table(head, rows),
         ]
     )

@@ -26,7 +26,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.agent_trace import AgentRequest, agent_sessions
-from benchmarks.http_systems import BATCH_LIMIT_S, HttpSystem, start_ours
+from benchmarks.http_systems import BATCH_LIMIT_S, start_ours
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.retention import ideal_blocks, uses_of, working_set
@@ -47,13 +47,15 @@ _ANSWER_TOKENS = 2
 class Case:
     """What is measured."""
 
-    num_sessions: int = 60
+    num_sessions: int
     """Sessions of agents, helpers not counted."""
-    max_turns: int = 25
+    max_turns: int
     """First turns of each that are sent."""
-    model: RandomModel = RandomModel(hidden=256, layers=4, ffn=128)
+    model: RandomModel
 
 
+FULL = Case(num_sessions=60, max_turns=25, model=RandomModel(hidden=256, layers=4, ffn=128))
+"""What ``RESULTS.md`` shows."""
 QUICK = Case(num_sessions=2, max_turns=3, model=RandomModel(hidden=64, layers=1, ffn=32, vocab=512))
 """Enough to see that everything runs."""
 SYSTEMS: dict[str, tuple[str, Sequence[str]]] = {
@@ -76,7 +78,7 @@ class Served:
 
 def section(quick: bool) -> str:
     """The section of ``RESULTS.md``."""
-    case = QUICK if quick else Case()
+    case = QUICK if quick else FULL
     requests = _first_turns(case)
     uses = uses_of(requests)
     size = working_set(uses) * BLOCK_TOKENS
@@ -161,9 +163,7 @@ async def _replay(url: str, requests: Sequence[AgentRequest], vocab: int) -> lis
     return [served for session in played for served in session]
 
 
-async def _ask(
-    client: aiohttp.ClientSession, url: str, turn: AgentRequest, vocab: int
-) -> Served:
+async def _ask(client: aiohttp.ClientSession, url: str, turn: AgentRequest, vocab: int) -> Served:
     """Stream one completion. Raises ``RuntimeError`` when it fails."""
     prompt = [token for block in turn.blocks for token in _tokens(block, vocab)]
     body = {
