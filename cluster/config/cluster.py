@@ -5,7 +5,7 @@ field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config betw
 gateway's section, the longest, is in ``cluster.config.gateway``, those of expert load and its
 balance in ``cluster.config.expert_load``, that of pools by load in ``cluster.config.autoscale``,
 those of speculative decoding, adapters and KV events in ``cluster.config.speculation``,
-``cluster.config.lora`` and ``cluster.config.kv_events``.
+``cluster.config.lora``, ``cluster.config.kv_events`` and ``cluster.config.kv_tiers``.
 
 The options of ``serve`` are made from the fields: the docstring below a field is the help of its
 option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
@@ -27,6 +27,7 @@ from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_cache import KvCacheDType
 from cluster.config.kv_events import KvEventsSection
+from cluster.config.kv_tiers import KvTiersSection
 from cluster.config.lora import LoraSection
 from cluster.config.option_metadata import INTERNAL
 from cluster.config.speculation import SpeculationSection
@@ -383,6 +384,8 @@ class ClusterConfig:
     """HTTP and gRPC."""
     kv_events: KvEventsSection = field(default_factory=KvEventsSection)
     """Events about cached KV blocks for other projects' routers."""
+    kv_tiers: KvTiersSection = field(default_factory=KvTiersSection)
+    """Copies of KV blocks outside the pool."""
     cluster_token: str = field(default="", repr=False)
     """Shared secret of the workers' sockets, drawn at start."""
 
@@ -405,6 +408,8 @@ class ClusterConfig:
         caches = self.engine.enable_prefix_caching
         rule = "needs enable_prefix_caching: no block is cached without"
         check(endpoint is None or caches, "kv_events_endpoint", endpoint, rule)
+        host = self.kv_tiers.kv_host_bytes
+        check(not host or caches, "kv_host_bytes", host, rule)
         name = self.model.served_model_name
         is_refused = any(name == adapter for adapter, _ in self.lora.modules)
         check(not is_refused, "lora_modules", name, "must not name an adapter as the model")
@@ -446,6 +451,25 @@ class ClusterConfig:
                 check(name == "cluster_token", name, value, "is not a section of the configuration")
         return cls(**values)
 
+    def kv_fingerprint(self) -> str:
+        """Hash of what the contents of a KV block depend on, beside the checkpoint (12 hex digits).
+
+        Blocks on disk outlive a process; budgets may be others then.
+        """
+        engine = self.engine
+        return _hash_of(
+            {
+                "dtype": self.model.dtype,
+                "quantize": self.model.quantize,
+                "quantize_layers": self.model.quantize_layers,
+                "block_size_tokens": engine.block_size_tokens,
+                "kv_cache_dtype": engine.kv_cache_dtype,
+                "deterministic": engine.deterministic,
+                "combine_mode": engine.combine_mode,
+                "mode": self.workers.mode,
+            }
+        )
+
     def fingerprint(self) -> str:
         """Hash of all that must be equal on every worker (12 hex digits)."""
         shared = {
@@ -457,8 +481,12 @@ class ClusterConfig:
             "transport": self.transport.transport,
             "mode": self.workers.mode,
         }
-        text = json.dumps(shared, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _hash_of(shared)
+
+
+def _hash_of(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def section_types() -> dict[str, Any]:

@@ -95,7 +95,8 @@ def labels_in_sources() -> dict[str, set[str]]:
 
 def _is_histogram(name: str) -> bool:
     timings = {*HISTOGRAMS.values(), BUBBLE}
-    return name in timings or name in ("iteration_tokens_total", "kv_migration_seconds")
+    others = ("iteration_tokens_total", "kv_migration_seconds", "kv_restore_seconds")
+    return name in timings or name in others
 
 
 def _state() -> Row:

@@ -39,7 +39,9 @@ from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
 from workers.kv.contents import BlockContents
 from workers.kv.state_slots import StateSlots
+from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.store import Fetch, KvTransferStore
+from workers.kv.transfer.turn_copies import TurnCopies
 from workers.lora.loaded import LoadedAdapters
 from workers.metrics.histogram import TOKEN_BUCKETS, Histogram
 from workers.metrics.traced_steps import TracedRequests
@@ -142,6 +144,7 @@ class Engine:
         )
         self.kv_store = KvTransferStore(self.pool, self.cache, self.states)
         """Blocks that other workers fetch, and that are fetched from them."""
+        self._tiers: KvTiers | None = None
         self.adapters = LoadedAdapters(model, lora or LoraSection())
         """Those that requests may name."""
         self.runner = ModelRunner(
@@ -306,6 +309,12 @@ class Engine:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
         return self.kv_store.begin(hashes, found, num_spare=self._scheduler.num_running)
 
+    def keep_in(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopies:
+        """Begin to copy what turns leave into lower tiers; see ``TurnCopies``."""
+        copies = TurnCopies(self.kv_store, tiers, wake)
+        self._tiers, self._scheduler.prefixes.on_end = tiers, copies.note
+        return copies
+
     def under_pressure(self) -> Request | None:
         """The request that would be preempted first, if that may be soon; else None."""
         sequence = self._scheduler.under_pressure()
@@ -434,6 +443,8 @@ class Engine:
         if self.states is not None:
             for sequence in broken:
                 self.states.forget(sequence.block_hashes)
+        if self._tiers is not None:
+            self._tiers.forget(name for s in broken for name in s.block_hashes)
         new = {s: tuple(one.token for one in drawn) for s, drawn in tokens.drawn.items()}
         self._clear_rejected(tokens.broken, new)
         endings = self._scheduler.commit(plan, new, tokens.failed.keys())

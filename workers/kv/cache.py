@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -101,6 +102,16 @@ class KVCache:
     def state_shape(self) -> tuple[int, int]:
         """Shape of one state's data: [layers with a state, values], float32."""
         return (len(self.states), self.states[0].shape[1]) if self.states else (0, 0)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block's data."""
+        return math.prod(self.block_shape) * self.dtype.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state's data."""
+        return math.prod(self.state_shape) * torch.float32.itemsize
 
     def read_state(self, slot: int) -> Tensor:
         """A copy of a state in CPU memory (any thread, while the slot has a holder)."""

@@ -7,11 +7,13 @@ prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from workers.kv.block_pool import BlockPool
 from workers.kv.contents import BlockContents
 from workers.kv.state_slots import StateSlots
+from workers.kv.tiers.order import TurnUse
 from workers.kv.turns import KeepHints, Turn
 from workers.requests.block_hash import BlockHash, chain_hash, request_root
 from workers.requests.sequence import SequenceState
@@ -30,6 +32,9 @@ class PrefixCache:
     """Of a model with recurrent states: blocks are of use up to a state that is known."""
     contents: BlockContents | None = None
     """Gets what new blocks hold; None: nobody wants to know."""
+    on_end: Callable[[TurnUse], None] | None = None
+    """Called with what a sequence leaves at its end, before its blocks are free; None: there are no
+    lower tiers."""
     num_queried_tokens: int = 0
     """Tokens of sequences at their first admission."""
     num_hit_tokens: int = 0
@@ -74,8 +79,24 @@ class PrefixCache:
         turn = self._turns.pop(sequence, None)
         if turn is not None and not has_ended:
             turn = self.pool.begin(())  # no turn of a session, and wanted whatever it says
+        elif turn is not None and self.on_end is not None:
+            self.on_end(self._use(sequence, turn.hints))
         self.pool.release(sequence.blocks, turn)
         sequence.blocks.clear()
+
+    def _use(self, sequence: SequenceState, hints: KeepHints) -> TurnUse:
+        """What a sequence leaves. With recurrent states up to the last one that is known, and the
+        last one that the same prompt can use."""
+        size, prompt = self.block_size, sequence.prompt_length
+        names, states = self.hashes(sequence, sequence.num_computed // size), list[BlockHash]()
+        if self.states is not None:
+            ends = [
+                self.states.num_known(names[: (prompt - 1) // size]),
+                self.states.num_known(names),
+            ]
+            names = names[: ends[-1]]
+            states = [names[end - 1] for end in sorted(set(ends)) if end]
+        return TurnUse(names=names, num_prompt=prompt // size, hints=hints, states=states)
 
     def store(self, sequence: SequenceState, first: int) -> None:
         """Positions ``first`` to ``num_computed`` - 1 were committed: their full blocks are known.

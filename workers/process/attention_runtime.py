@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Set
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from workers.engine.engine import Engine
 from workers.engine.step_plan import RowsWanted
 from workers.engine.step_watchdog import StepWatchdog
 from workers.inspection.buffers import shape_of
-from workers.kv.transfer.store import KvLender
+from workers.kv.transfer.lender import KvLender
 from workers.model.loading.checkpoint import load_attention_model
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
@@ -43,6 +44,8 @@ from workers.process.intake.commands import (
 )
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
+from workers.process.intake.lower_tiers import LowerTiers, open_tiers
+from workers.process.intake.waiting import WaitingRequests
 from workers.process.kv_publisher import KvPublisher
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
 from workers.process.step_messages import step_messages
@@ -80,6 +83,8 @@ class AttentionRuntime(WorkerRuntime):
     """Work was left after the last step."""
     _relief_at = 0.0
     """Monotonic time at which it last asked to have a request moved."""
+    _tiers: LowerTiers | None = None
+    """Copies of blocks in host memory and on disk."""
     _kv_publisher: KvPublisher | None = None
     """Tells routers of other projects what is cached."""
 
@@ -163,8 +168,21 @@ class AttentionRuntime(WorkerRuntime):
         limit_s = section.kv_fetch_limit_s if section.enable_prefix_caching else 0.0
         self._fetches = KvFetches(engine, self._kv_peer, self.connections.wake, limit_s)
         self._cleanup.callback(self._fetches.close)
-        self._kv_lender = KvLender(engine.kv_store, self.connections.wake)
+        self._open_tiers(engine)
+        lower = None if self._tiers is None else self._tiers.tiers
+        self._kv_lender = KvLender(engine.kv_store, self.connections.wake, tiers=lower)
         self._kv_server.start(self._kv_lender)
+
+    def _open_tiers(self, engine: Engine) -> None:
+        """Begin to copy blocks into lower tiers, and to restore them, if there are any."""
+        config, wake = self.config, self.connections.wake
+        identity = f"{self._me.checkpoint_id} {self._me.release} {config.kv_fingerprint()}"
+        identity += f" {self.args.device.type} {self.args.why_torch}"
+        share = config.engine.kv_kept_share
+        tiers = open_tiers(config.kv_tiers, engine.cache, share, self.member.rank, identity)
+        if tiers is not None:
+            self._tiers = LowerTiers.of(tiers, engine, self._fetches.cost, wake)
+            self._cleanup.callback(self._tiers.close)
 
     def _publish_contents(self, engine: Engine) -> None:
         """Begin to tell routers of other projects what is cached, if that is asked for."""
@@ -262,6 +280,10 @@ class AttentionRuntime(WorkerRuntime):
         self._kv_lender.answer()
         for command in self._take_commands():
             self._handle(engine, command)
+        if self._tiers is not None:
+            self._tiers.copies.go_on()
+            for restored in self._tiers.restores.take():
+                self._fetch(engine, restored)
         for ready in self._fetches.take():
             self._prepare(engine, ready)
         for gateway, prefetched in self._fetches.take_prefetched():
@@ -285,8 +307,14 @@ class AttentionRuntime(WorkerRuntime):
     def _adapters_in_use(self) -> tuple[str, ...]:
         if self._engine is None:
             return ()
-        waiting = self._compilations.adapters | self._fetches.adapters
-        return tuple(sorted(waiting.union(self._engine.adapters_in_use)))
+        waiting = (requests.adapters for requests in self._intakes)
+        return tuple(sorted({*self._engine.adapters_in_use}.union(*waiting)))
+
+    @property
+    def _intakes(self) -> tuple[WaitingRequests, ...]:
+        """Where requests may wait before the engine has them."""
+        known = (self._compilations, self._fetches)
+        return known if self._tiers is None else (*known, self._tiers.restores)
 
     def _take_commands(self) -> list[Command]:
         """Commands of gateways since the last call."""
@@ -309,7 +337,7 @@ class AttentionRuntime(WorkerRuntime):
             engine.begin_solo_step(command.message)
 
     def _abort(self, engine: Engine, gateway: str, abort: Abort) -> None:
-        for waiting in (self._compilations, self._fetches):
+        for waiting in self._intakes:
             if waiting.owner(abort.request_id) == gateway:
                 waiting.drop(abort.request_id, abort.choices)
         if self._owners.get(abort.request_id) == gateway:
@@ -356,7 +384,7 @@ class AttentionRuntime(WorkerRuntime):
         self.channel.propose(wanted, even_empty=self._needs_a_commit())
         if not self.channel.has_header:
             stream.release()
-        header = self.channel.wait(self._compilations.wait_s(self._fetches.wait_s(self._idle_s())))
+        header = self.channel.wait(min(w.wait_s(self._idle_s()) for w in self._intakes))
         if self.connections.is_settled:
             self.membership.confirm()
         if header is None:
@@ -422,8 +450,17 @@ class AttentionRuntime(WorkerRuntime):
         return outputs
 
     def _receive(self, engine: Engine, command: AddRequest) -> None:
-        """Hand a request to the engine, or let it wait for KV blocks, then for its grammar."""
+        """Hand a request to the engine, or let it wait for KV blocks of a tier, then for those of a
+        peer, then for its grammar."""
         self._compilations.drop(command.request.request_id)
+        if self._tiers is not None:
+            restores = self._tiers.restores
+            restores.drop(command.request.request_id)
+            if not self._fetches.expects(command.request) and restores.put(command):
+                return
+        self._fetch(engine, command)
+
+    def _fetch(self, engine: Engine, command: AddRequest) -> None:
         if not self._fetches.put(command):
             self._prepare(engine, command)
 
@@ -456,8 +493,8 @@ class AttentionRuntime(WorkerRuntime):
         self._stream.publish(gateway, StepOutput(outputs=outputs))
 
     def _drop_gateway(self, engine: Engine, gateway: str) -> None:
-        self._compilations.drop_gateway(gateway)
-        self._fetches.drop_gateway(gateway)
+        for waiting in self._intakes:
+            waiting.drop_gateway(gateway)
         for request_id in [r for r, owner in self._owners.items() if owner == gateway]:
             engine.abort(request_id)
             del self._owners[request_id]
@@ -469,7 +506,8 @@ class AttentionRuntime(WorkerRuntime):
         if self.config.engine.enable_prefix_caching:
             pool = self._engine.pool
             changes, cost = pool.take_changes(), self._fetches.fetch_cost
-            self._stream.publish_kv(changes, cost, pool.num_free)
+            held = changes if self._tiers is None else self._tiers.changes(changes, self._engine)
+            self._stream.publish_kv(held, cost, pool.num_free)
             if self._kv_publisher is not None:
                 self._kv_publisher.publish(changes, self._contents.take())
         for gateway, message in step_messages(outputs, self._owners):
@@ -490,12 +528,16 @@ class AttentionRuntime(WorkerRuntime):
         if self._engine is None:
             return stats
         stats |= {**self._engine.stats(), **self._fetches.stats()}
-        by_adapter = self._compilations.by_adapter + self._fetches.by_adapter
-        stats |= self._adapters.stats(by_adapter)
-        for reason, requests in (("grammar", self._compilations), ("kv", self._fetches)):
+        if self._tiers is not None:
+            stats |= self._tiers.stats()
+        intakes = self._intakes
+        waiting = sum((requests.by_adapter for requests in intakes), Counter[str]())
+        stats |= self._adapters.stats(waiting)
+        for requests in intakes:
             stats["num_requests_waiting"] += requests.num_waiting
+            reason = "grammar" if requests is self._compilations else "kv"
             name = f'num_requests_waiting_by_reason{{reason="{reason}"}}'
-            stats[name] = float(requests.num_waiting)
+            stats[name] = stats.get(name, 0.0) + requests.num_waiting
         return stats
 
     def _load_report(self) -> LoadReport | None:

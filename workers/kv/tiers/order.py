@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from workers.kv.eviction import EvictionOrder
 from workers.kv.turns import KeepHints, Turn
+from workers.requests.block_hash import state_key
 
 IDLE_S = 3600.0
 """Time without a turn after which a tenant's items are given up before others'."""
@@ -28,8 +29,15 @@ class TurnUse:
     num_prompt: int
     """Blocks of them that its prompt had; a next turn has those, too."""
     hints: KeepHints
-    state: bytes | None = None
-    """``state_key`` of the last block, where the state behind it is kept as well."""
+    states: Sequence[bytes] = ()
+    """Those of the blocks behind which the recurrent state is kept as well."""
+
+    @property
+    def items(self) -> list[tuple[bytes, bytes | None]]:
+        """All blocks and states, each with its parent, in the order in which they are put."""
+        parents = (None, *self.names)
+        blocks = list(zip(self.names, parents, strict=False))
+        return [*blocks, *((state_key(name), name) for name in self.states)]
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +109,9 @@ class TierOrder:
         self._seen_s[tenant] = self._now_s
         order = self._order_of(tenant)
         begun = TierTurn(use, order.begin(use.names[: use.num_prompt], use.hints))
-        for name in use.names[: self.num_known(use.names)]:
+        known = use.names[: self.num_known(use.names)]
+        states = (state for state in map(state_key, use.states) if state in self._sizes)
+        for name in (*known, *states):
             self._orders[self._owners[name]].find(name)
             self._hold(begun, name)
         return begun

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from workers.kv.tiers.order import TierOrder, TierTurn, TurnUse
+from workers.requests.block_hash import state_key
 
 
 class Tier(ABC):
@@ -32,13 +33,15 @@ class Tier(ABC):
         """``max_kept``: items that one tenant's turns may have kept before others."""
         self.capacity_bytes = capacity_bytes
         self.num_skipped = 0
-        """Items that were not kept: nothing gave way to them, or they could not be written."""
+        """Blocks that turns left and that are not here at their end: they were gone before they
+        could be copied, nothing gave way to them, or they could not be written."""
         self.num_broken = 0
         """Items that could not be read, or were not what had been written."""
         self._clock = clock
         self._lock = threading.Lock()
         self._order = TierOrder(capacity_bytes, max_kept)
         self._here: set[bytes] = set()
+        self._states: set[bytes] = set()
         self._touched: dict[bytes, None] = {}
 
     @property
@@ -48,6 +51,10 @@ class Tier(ABC):
     def has(self, name: bytes) -> bool:
         """Whether an item can be read."""
         return name in self._here
+
+    def is_state(self, name: bytes) -> bool:
+        """Whether an item that is here is a recurrent state."""
+        return name in self._states
 
     def bytes_of(self, tenant: str) -> int:
         """Bytes of a tenant's items."""
@@ -66,17 +73,19 @@ class Tier(ABC):
             is_kept = self._order.add(turn, name, parent, data.numel())
             gone = self._leave(self._order.take_gone())
             is_new = is_kept and name not in self._here
+            if is_new and parent is not None and name == state_key(parent):
+                self._states.add(name)
         self._erase(gone)
         if is_new:
             is_kept = self._write(turn, name, parent, data)
             self._enter(name, is_written=is_kept)
-        self.num_skipped += not is_kept
         return is_kept
 
     def end(self, turn: TierTurn) -> None:
         """The turn's items may give way to others from now on."""
         with self._lock:
             self._order.end(turn)
+        self.num_skipped += sum(name not in self._here for name, _ in turn.use.items)
 
     def read(self, name: bytes) -> Tensor | None:
         """The bytes of an item, uint8 in CPU memory; None where it is not here, or broken."""
@@ -92,7 +101,7 @@ class Tier(ABC):
         self._erase(gone)
 
     def take_touched(self) -> list[bytes]:
-        """Items that came or went since the last call."""
+        """Blocks that came or went since the last call."""
         with self._lock:
             touched, self._touched = self._touched, {}
         return list(touched)
@@ -102,6 +111,7 @@ class Tier(ABC):
         with self._lock:
             self._order.check_integrity()
             assert self._here == set(self._order.names), "items and bytes differ"
+            assert self._states <= self._here, "a state is not here"
 
     @abstractmethod
     def _write(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
@@ -120,14 +130,21 @@ class Tier(ABC):
         with self._lock:
             is_known = name in self._order
             if is_known and is_written:
-                self._here.add(name)
-                self._touched[name] = None
+                self._show(name)
                 return
             if is_known:
                 self._order.forget(name)
+            self._states.discard(name)
         self._erase((name,))
+
+    def _show(self, name: bytes) -> None:
+        """An item can be read from now on."""
+        self._here.add(name)
+        if name not in self._states:
+            self._touched[name] = None
 
     def _leave(self, names: Sequence[bytes]) -> Sequence[bytes]:
         self._here.difference_update(names)
-        self._touched.update(dict.fromkeys(names))
+        self._touched.update(dict.fromkeys(name for name in names if name not in self._states))
+        self._states.difference_update(names)
         return names

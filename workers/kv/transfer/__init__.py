@@ -1,4 +1,5 @@
-"""KV blocks that one attention worker takes from another.
+"""KV blocks that leave the pool and come in: to and from other workers, and lower tiers.
 
-Imports ``workers.kv`` and ``workers.requests``. ``workers.process.intake`` makes the connections.
+Imports ``workers.kv``, its ``tiers`` and ``workers.requests``. ``workers.process.intake`` makes the
+connections.
 """

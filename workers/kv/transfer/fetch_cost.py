@@ -13,15 +13,19 @@ _MEMORY = 0.8
 
 
 @dataclass(slots=True)
-class _Rate:
-    """Tokens per second over the latest measurements."""
+class Rate:
+    """What is done in a second, tokens or bytes, over the latest measurements."""
 
-    tokens: float = 0.0
+    amount: float = 0.0
     seconds: float = 0.0
 
-    def observe(self, tokens: float, seconds: float) -> None:
-        self.tokens = self.tokens * _MEMORY + tokens
+    def observe(self, amount: float, seconds: float) -> None:
+        self.amount = self.amount * _MEMORY + amount
         self.seconds = self.seconds * _MEMORY + seconds
+
+    def time_of(self, amount: float) -> float | None:
+        """Seconds for so much; None: nothing is measured."""
+        return amount * self.seconds / max(self.amount, 1.0) if self.seconds else None
 
 
 class FetchCost:
@@ -31,8 +35,8 @@ class FetchCost:
     """
 
     def __init__(self) -> None:
-        self._prefill = _Rate()
-        self._fetch = _Rate()
+        self._prefill = Rate()
+        self._fetch = Rate()
         self._fetched_s = 0.0
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
@@ -42,7 +46,7 @@ class FetchCost:
     def observe_fetch(self, tokens: int, seconds: float, now_s: float) -> None:
         """Tokens whose blocks came: after a failure fewer than were asked for, or none."""
         if now_s - self._fetched_s > FORGET_S:
-            self._fetch = _Rate()
+            self._fetch = Rate()
         self._fetch.observe(tokens, seconds)
         self._fetched_s = now_s
 
@@ -51,8 +55,11 @@ class FetchCost:
 
         Example: 1,000 tokens a second computed and 8,000 fetched: 0.125.
         """
-        prefill, fetch = self._prefill, self._fetch
-        is_known = prefill.seconds and fetch.seconds and now_s - self._fetched_s <= FORGET_S
-        if not is_known:
+        fetch_s, token_s = self._fetch.time_of(1), self.compute_s(1)
+        if not fetch_s or not token_s or now_s - self._fetched_s > FORGET_S:
             return UNMEASURED_COST
-        return prefill.tokens / prefill.seconds * fetch.seconds / max(fetch.tokens, 1.0)
+        return fetch_s / token_s
+
+    def compute_s(self, tokens: int) -> float | None:
+        """Seconds in which so many prompt tokens are computed; None: not measured."""
+        return self._prefill.time_of(tokens)

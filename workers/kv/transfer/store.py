@@ -1,10 +1,9 @@
 """Blocks that leave one worker's pool for another's, and blocks that come in.
 
-``KvTransferStore`` belongs to the engine's thread, like the pool. ``KvLender`` serves the threads
-of the KV server: they ask, and the engine's thread holds the blocks between two steps. A held block
-that has a hash does not change. An item of the transfer (``workers.transport.peer_link``) is one
-block: its part of each layer's cache, layer by layer. Its key is the hash, which covers tokens and
-tenant: a worker that does not know it gets no block.
+``KvTransferStore`` belongs to the engine's thread, like the pool. A held block that has a hash does
+not change. An item of the transfer (``workers.transport.peer_link``) is one block: its part of each
+layer's cache, layer by layer. Its key is the hash, which covers tokens and tenant: a worker that
+does not know it gets no block.
 
 Blocks of a model with recurrent states are of use up to a state that is known. A worker asks for a
 state first, by the ``state_key`` of each block behind which one would help, and gets the last of
@@ -14,13 +13,8 @@ these states that the peer has: one item, whose data is the place of its key, in
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
 
 from workers.kv.block_pool import BlockPool
 from workers.kv.cache import KVCache
@@ -96,10 +90,6 @@ class LentState:
     slot: int
     place: int
     """Of its key among those that were asked for."""
-
-
-LentItem = int | LentState
-"""A block, or a state."""
 
 
 @dataclass(slots=True)
@@ -210,60 +200,3 @@ class KvTransferStore:
     def _release(self, blocks: list[int], turn: Turn | None = None) -> None:
         self.tables.remove(blocks)
         self.pool.release(blocks, turn)
-
-
-@dataclass(slots=True)
-class KvLender:
-    """``Lender`` of a store. ``answer`` belongs to the engine's thread, the rest to others."""
-
-    store: KvTransferStore
-    wake: Callable[[], None]
-    """Called when the engine's thread should answer."""
-    timeout_s: float = 10.0
-    """Longest wait for the engine's thread: a step may be long."""
-    _asked: deque[tuple[Sequence[bytes], Future[list[LentItem]]]] = field(default_factory=deque)
-    _returned: deque[tuple[list[LentItem], int]] = field(default_factory=deque)
-
-    def borrow(self, keys: Sequence[bytes]) -> list[LentItem]:
-        """Blocks, or one state; nothing where the engine's thread does not answer in time."""
-        items: Future[list[LentItem]] = Future()
-        self._asked.append((keys, items))
-        self.wake()
-        try:
-            return items.result(self.timeout_s)
-        except TimeoutError:
-            return [] if items.cancel() else items.result()
-
-    def read(self, item: LentItem) -> tuple[Tensor, ...]:
-        cache = self.store.cache
-        if isinstance(item, LentState):
-            return torch.tensor([item.place]), cache.read_state(item.slot)
-        return (cache.read_block(item),)
-
-    def give_back(self, items: list[LentItem], num_kept: int) -> None:
-        if items:
-            self._returned.append((items, num_kept))
-            self.wake()
-
-    def answer(self) -> None:
-        """Take back what was returned, and lend what was asked for."""
-        while self._returned:
-            self._end(*self._returned.popleft())
-        while self._asked:
-            keys, items = self._asked.popleft()
-            if items.set_running_or_notify_cancel():
-                items.set_result(self._lend(keys))
-
-    def _lend(self, keys: Sequence[bytes]) -> list[LentItem]:
-        if blocks := self.store.lend(keys):
-            return [*blocks]
-        state = self.store.lend_state(keys)
-        return [] if state is None else [state]
-
-    def _end(self, items: list[LentItem], num_kept: int) -> None:
-        blocks = [item for item in items if not isinstance(item, LentState)]
-        if blocks:
-            self.store.end_loan(blocks, num_kept)
-        for item in items:
-            if isinstance(item, LentState):
-                self.store.end_state_loan(item, is_kept=num_kept > 0)

@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,8 @@ from workers.kv.transfer.fetch_cost import FetchCost
 from workers.kv.transfer.store import Fetch, StateFetch
 from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
 from workers.process.intake.commands import AddRequest, PrefetchAsked
-from workers.process.intake.waiting import Job, WaitingRequests
+from workers.process.intake.fetch_jobs import FetchJob, FetchJobs
+from workers.process.intake.waiting import Job
 from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.request import Request
 from workers.requests.wire import Prefetched
@@ -48,19 +48,12 @@ class _Prefetch(Job):
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class _Job(Job):
-    fetch: Fetch
-    transfer: Future[None]
+class _Job(FetchJob):
     ahead_of: _Prefetch | None = None
     """The request for which it fetches, where none waits."""
 
-    @property
-    def is_late(self) -> bool:
-        """Its time is over, though its thread has not ended."""
-        return self.deadline_s == math.inf
 
-
-class KvFetches(WaitingRequests):
+class KvFetches(FetchJobs):
     """See the module. All methods belong to the engine's thread.
 
     Args:
@@ -119,28 +112,17 @@ class KvFetches(WaitingRequests):
         num_usable = self._engine.kv_store.num_usable(hashes, len(found))
         if num_usable == len(hashes):
             return False
-        first = hashes[num_usable]
-        job = next((job for job in self._jobs if job.fetch.lacks(first)), None)
-        if job is None:
-            job = self._begin(hashes, found, peer)
-        if job is None or job.is_late:
-            return False
-        job.waiting.append(command)
-        self._count()
-        return True
+        job = self._with(hashes[num_usable]) or self._begin(hashes, found, peer)
+        return self._wait_for(job, command)
 
     def take(self) -> list[AddRequest]:
         """Requests whose wait is over, in the order in which it began."""
-        now, found = self._clock(), []
-        for job in tuple(self._jobs):
-            if job.transfer.done():
-                self._engine.kv_store.end(job.fetch)
-                self._jobs.remove(job)
-            elif now < job.deadline_s:
-                continue
-            found += job.waiting
-            job.waiting, job.deadline_s = [], math.inf  # blocks stay held until the thread ends
-            job.ahead_of = None
+        ended, found = self._take_ended(self._engine.kv_store)
+        self._jobs = [job for job in self._jobs if job not in ended]
+        for job in self._jobs:
+            if job.is_late:
+                job.ahead_of = None
+        now = self._clock()
         for prefetch in [p for p in self._prefetches if now >= p.deadline_s]:
             self._prefetches.remove(prefetch)
             found += prefetch.waiting
@@ -181,6 +163,14 @@ class KvFetches(WaitingRequests):
 
     def _all_jobs(self) -> list[Job]:
         return [*self._jobs, *self._prefetches]
+
+    @property
+    def _running(self) -> list[_Job]:
+        return self._jobs
+
+    def expects(self, request: Request) -> bool:
+        """Whether blocks of a request that has just come are fetched ahead of it."""
+        return any(p.asked.request.request_id == request.request_id for p in self._prefetches)
 
     def _prefetch_of(self, request: Request) -> _Prefetch | None:
         """The prefetch of a request that has just come; older attempts' are given up, and those

@@ -16,7 +16,8 @@ from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
 from workers.engine.engine import Engine
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
-from workers.kv.transfer.store import Fetch, KvLender, LentItem, LentState, StateFetch
+from workers.kv.transfer.lender import KvLender, LentItem
+from workers.kv.transfer.store import Fetch, LentState, StateFetch
 from workers.requests.block_hash import block_hashes, state_key
 from workers.requests.inspection import Inspection
 from workers.requests.request import Request, SamplingParams, TokenOutput

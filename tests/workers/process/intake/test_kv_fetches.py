@@ -22,7 +22,7 @@ from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, engine_of, request_of, serve
 from workers.engine.engine import Engine
-from workers.kv.transfer.store import KvLender, LentItem
+from workers.kv.transfer.lender import KvLender, LentItem
 from workers.process.intake.commands import AddRequest, PrefetchAsked
 from workers.process.intake.kv_fetches import MAX_FETCHING, KvFetches
 from workers.requests.block_hash import HASH_BYTES, block_hashes, sequence_hashes

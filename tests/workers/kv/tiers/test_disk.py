@@ -1,0 +1,276 @@
+"""Blocks on disk: whole or not there, of one process at a time, and there again after a restart."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.core.errors import ConfigError
+from tests.workers.kv.tiers.test_host import (
+    BLOCK_BYTES,
+    Clock,
+    data_of,
+    known,
+    leave,
+    names_of,
+    put_all,
+    use_of,
+)
+from workers.kv.tiers.disk import DiskTier
+from workers.kv.tiers.folders import claim_folder
+from workers.kv.tiers.host import HostTier
+from workers.kv.tiers.tiers import KvTiers
+from workers.requests.block_hash import state_key
+
+TIMEOUT_S = 30.0
+
+
+def disk_of(path: Path, num_blocks: int = 10, identity: str = "one", rank: int = 0) -> DiskTier:
+    return DiskTier(claim_folder(path, rank, identity), num_blocks * BLOCK_BYTES)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[DiskTier]:
+    with closing(disk_of(tmp_path)) as found:
+        yield found
+
+
+def file_of(path: Path, name: bytes) -> Path:
+    (found,) = path.rglob(f"{name.hex()}.kv")
+    return found
+
+
+def check_contents(disk: DiskTier, chain: str, count: int) -> None:
+    assert known(disk, chain) == count
+    for name in names_of(chain)[:count]:
+        data = disk.read(name)
+        assert data is not None
+        assert torch.equal(data, data_of(name))
+
+
+def test_what_was_put_is_read(disk: DiskTier) -> None:
+    assert leave(disk, use_of("abc")) == 3
+    check_contents(disk, "abcd", 3)
+    assert disk.read(names_of("abcd")[3]) is None
+
+
+def test_what_gives_way_leaves_no_file(disk: DiskTier, tmp_path: Path) -> None:
+    for start in "0123456789":
+        leave(disk, use_of(f"{start}bc"))
+    assert disk.num_bytes == 10 * BLOCK_BYTES
+    assert len(list(tmp_path.rglob("*.kv"))) == 10
+
+
+def test_tenants_have_folders_and_parts(disk: DiskTier, tmp_path: Path) -> None:
+    leave(disk, use_of("abcdefghij", "one"))
+    leave(disk, use_of("klmnopqrst", "two"))
+    assert (disk.bytes_of("one"), disk.bytes_of("two")) == (50, 50)
+    folders = {path.parent.name for path in tmp_path.rglob("*.kv")}
+    assert len(folders) == 2
+    assert not any("one" in name or "two" in name for name in folders)
+
+
+def test_a_later_process_goes_on_with_the_files(tmp_path: Path) -> None:
+    with closing(disk_of(tmp_path)) as first:
+        leave(first, use_of("abc", "one"))
+        leave(first, use_of("abx", "one"))
+    with closing(disk_of(tmp_path)) as second:
+        second.check_integrity()
+        check_contents(second, "abc", 3)
+        check_contents(second, "abx", 3)
+        assert second.bytes_of("one") == 4 * BLOCK_BYTES
+        assert set(second.take_touched()) == {*names_of("abc"), *names_of("abx")}
+        leave(second, use_of("abcdefghij", "one"))
+        check_contents(second, "abcdefghij", 10)
+
+
+def test_states_are_states_after_a_restart(tmp_path: Path) -> None:
+    use = use_of("ab")
+    state = state_key(use.names[-1])
+    with closing(disk_of(tmp_path)) as first:
+        turn = first.begin(use)
+        put_all(first, turn, use.names)
+        assert first.put(turn, state, use.names[-1], data_of(state))
+        first.end(turn)
+        assert first.is_state(state)
+    with closing(disk_of(tmp_path)) as second:
+        assert second.is_state(state)
+        assert not second.is_state(use.names[-1])
+        assert state not in second.take_touched()
+
+
+def test_a_smaller_disk_keeps_beginnings_of_the_latest(tmp_path: Path) -> None:
+    with closing(disk_of(tmp_path)) as first:
+        leave(first, use_of("abcde"))
+        leave(first, use_of("uvw"))
+    for place, chain in enumerate(("abcde", "uvw")):
+        for name in names_of(chain):
+            os.utime(file_of(tmp_path, name), (1000.0 + place, 1000.0 + place))
+    with closing(disk_of(tmp_path, num_blocks=4)) as second:
+        second.check_integrity()
+        check_contents(second, "uvw", 3)
+        check_contents(second, "abcde", 1)
+    assert len(list(tmp_path.rglob("*.kv"))) == 4
+
+
+def test_other_contents_are_deleted(tmp_path: Path) -> None:
+    with closing(disk_of(tmp_path)) as first:
+        leave(first, use_of("abc"))
+    with closing(disk_of(tmp_path, identity="another model")) as second:
+        assert second.num_bytes == 0
+        assert not list(tmp_path.rglob("*.kv"))
+    with closing(disk_of(tmp_path)) as third:
+        assert third.num_bytes == 0
+
+
+def test_nothing_but_items_is_deleted(tmp_path: Path) -> None:
+    with closing(disk_of(tmp_path)):
+        pass
+    other = tmp_path / "0" / "notes.txt"
+    other.write_text("mine")
+    with closing(disk_of(tmp_path, identity="another model")):
+        assert other.read_text() == "mine"
+
+
+def test_two_processes_share_no_folder(tmp_path: Path) -> None:
+    with closing(disk_of(tmp_path)) as first:
+        leave(first, use_of("abc"))
+        with closing(disk_of(tmp_path)) as second:
+            assert second.num_bytes == 0
+            leave(second, use_of("xy"))
+        with closing(disk_of(tmp_path, rank=1)) as third:
+            check_contents(third, "xy", 2)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"kv_disk_dir .* must be a folder that can be written"):
+        disk_of(tmp_path / "file")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def blank(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def swap(path: Path) -> None:
+    other = next(p for p in path.parent.glob("*.kv") if p != path)
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("damage", [flip, cut, blank, empty, swap, Path.unlink])
+def test_a_broken_file_is_a_miss(
+    disk: DiskTier, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    leave(disk, use_of("abc"))
+    name = names_of("abc")[1]
+    damage(file_of(tmp_path, name))
+    assert disk.read(name) is None
+    assert disk.num_broken == 1
+    assert known(disk, "abc") == 1
+    assert not list(tmp_path.rglob(f"{name.hex()}.kv"))
+    assert leave(disk, use_of("abc")) == 3
+    check_contents(disk, "abc", 3)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, blank, empty, swap, Path.unlink])
+def test_a_broken_file_is_a_miss_after_a_restart(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    with closing(disk_of(tmp_path)) as first:
+        leave(first, use_of("abc"))
+    name = names_of("abc")[1]
+    damage(file_of(tmp_path, name))
+    with closing(disk_of(tmp_path)) as second:
+        assert second.read(name) is None
+        assert known(second, "abc") == 1
+        check_contents(second, "abc", 1)
+        second.check_integrity()
+
+
+def test_a_disk_that_cannot_be_written_keeps_nothing(disk: DiskTier, tmp_path: Path) -> None:
+    leave(disk, use_of("ab"))
+    for number in range(3, 12):
+        (tmp_path / "0" / f"{number}.new").mkdir()  # as a full disk would refuse the file
+    assert leave(disk, use_of("abc")) == 2
+    assert disk.num_skipped == 1
+    check_contents(disk, "abc", 2)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.workers.kv.tiers.test_disk import disk_of
+from tests.workers.kv.tiers.test_host import leave, use_of
+disk = disk_of(Path(sys.argv[1]), num_blocks=10**6)
+print("ready", flush=True)
+for number in range(10**6):
+    leave(disk, use_of("".join(map(chr, [256 + number, 97, 98, 99]))))
+    print(number, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_whole_blocks(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    draw = random.Random(3)
+    for _ in range(2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            for _ in range(draw.randrange(5, 40)):
+                last = writer.stdout.readline()
+            writer.send_signal(signal.SIGKILL)
+        with closing(disk_of(tmp_path, num_blocks=10**6)) as disk:
+            disk.check_integrity()
+            assert len(disk._here) >= 4 * int(last)
+            for name in disk._here:
+                data = disk.read(name)
+                assert data is not None
+                assert torch.equal(data, data_of(name))
+            assert disk.num_broken == 0
+
+
+def test_a_turn_goes_on_to_the_disk(tmp_path: Path) -> None:
+    tiers = KvTiers(HostTier(4 * BLOCK_BYTES), disk_of(tmp_path))
+    leave(tiers, use_of("abc"))
+    assert tiers.wait_written(TIMEOUT_S)
+    leave(tiers, use_of("uvwx"))
+    assert tiers.wait_written(TIMEOUT_S)
+    assert tiers.tiers_of(names_of("abc")) == ["disk"] * 3
+    assert tiers.tiers_of(names_of("uvwx")) == ["host"] * 4
+    held = tiers.read(names_of("abc")[2])
+    assert held is not None
+    assert (held.tier, held.data.tolist()) == ("disk", data_of(names_of("abc")[2]).tolist())
+    tiers.forget(names_of("abc")[1:])
+    assert tiers.tiers_of(names_of("abc")) == ["disk"]
+    tiers.close()
+
+
+def test_a_tenant_that_has_gone_gives_way_first(tmp_path: Path) -> None:
+    clock = Clock()
+    with closing(DiskTier(claim_folder(tmp_path, 0, ""), 6 * BLOCK_BYTES, clock=clock)) as disk:
+        leave(disk, use_of("abc", "one"))
+        clock.now_s = 3600.0
+        leave(disk, use_of("uvwxyz", "two"))
+        assert (disk.bytes_of("one"), disk.bytes_of("two")) == (0, 60)

@@ -1,0 +1,222 @@
+"""Requests that wait for KV blocks of their prompt from this worker's lower tiers.
+
+A few prefixes are restored at a time, straight into blocks that are held for them, as far as that
+is cheaper than computing them, as measured. What a tier cannot give, or not in time, is fetched or
+computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from workers.engine.engine import Engine
+from workers.kv.tiers.tiers import KvTiers
+from workers.kv.transfer.fetch_cost import FetchCost
+from workers.kv.transfer.restore_cost import RestoreCost
+from workers.kv.transfer.store import Fetch
+from workers.metrics.histogram import TRANSFER_BUCKETS, Histogram
+from workers.process.intake.commands import AddRequest
+from workers.process.intake.fetch_jobs import FetchJob, FetchJobs
+from workers.requests.block_hash import BlockHash, state_key
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTORING = 4
+"""Prefixes that are restored at the same time; requests with other prefixes compute theirs."""
+LEAST_LIMIT_S = 2.0
+"""A restore may take as long as computing the same tokens would, but at least so long."""
+_GRACE_S = 0.5
+"""Time after its limit in which a restore's thread ends by itself."""
+
+
+@dataclass(slots=True)
+class _Read:
+    """What was read from a tier."""
+
+    num_bytes: int = 0
+    num_blocks: int = 0
+    seconds: float = 0.0
+
+
+class _Reads:
+    """Reads items until a time, and measures each with the write that follows it."""
+
+    def __init__(self, tiers: KvTiers, clock: Callable[[], float], end_s: float) -> None:
+        self.by_tier: dict[str, _Read] = {}
+        self._tiers = tiers
+        self._clock = clock
+        self._end_s = end_s
+        self._tier = ""
+        self._since_s = clock()
+
+    def take(self, name: bytes) -> Tensor | None:
+        """The bytes of an item; None where no tier has it, or the time is over."""
+        self._since_s = self._clock()
+        held = self._tiers.read(name) if self._since_s < self._end_s else None
+        if held is None:
+            return None
+        self._tier = held.tier
+        self.by_tier.setdefault(held.tier, _Read()).num_bytes += held.data.numel()
+        return held.data
+
+    def note_written(self, *, is_block: bool) -> None:
+        """What was taken last is in its place."""
+        read = self.by_tier[self._tier]
+        read.num_blocks += is_block
+        read.seconds += self._clock() - self._since_s
+
+
+class KvRestores(FetchJobs):
+    """See the module. All methods belong to the engine's thread.
+
+    Args:
+        engine: owns the blocks.
+        tiers: what may be restored.
+        computing: knows how fast prompts are computed, and blocks of a peer fetched.
+        wake: called, by any thread, when there is something to take.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tiers: KvTiers,
+        computing: FetchCost,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(wake, clock, "kv-restorer", MAX_RESTORING)
+        self._engine = engine
+        self._tiers = tiers
+        self._store = engine.kv_store
+        self._computing = computing
+        cache = engine.kv_store.cache
+        self._block_bytes, self._state_bytes = cache.block_bytes, cache.state_bytes
+        self.cost = RestoreCost(computing, self._block_bytes / cache.block_size)
+        """What restoring costs, as measured."""
+        self._jobs: list[FetchJob] = []
+        self._seconds = {tier.name: Histogram(TRANSFER_BUCKETS) for tier in tiers.tiers}
+        self._num_tokens: Counter[str] = Counter()
+        self._num_bytes: Counter[str] = Counter()
+
+    def put(self, command: AddRequest) -> bool:
+        """Let a request wait for blocks; False where there is nothing to wait for."""
+        request, store = command.request, self._store
+        hashes = store.usable(request, command.hashes)
+        found = self._engine.pool.find(hashes)
+        num_usable = store.num_usable(hashes, len(found))
+        if num_usable == len(hashes):
+            return False
+        job = self._with(hashes[num_usable])
+        if job is None:
+            end = self._best_end(hashes, len(found), num_usable, bool(request.kv_peer))
+            job = self._begin(hashes[:end], found[:end]) if end > num_usable else None
+        return self._wait_for(job, command)
+
+    def take(self) -> list[AddRequest]:
+        """Requests whose wait is over, in the order in which it began."""
+        ended, found = self._take_ended(self._store)
+        self._jobs = [job for job in self._jobs if job not in ended]
+        self._count()
+        return found
+
+    def stats(self) -> dict[str, float]:
+        """Counters by metric name without prefix. Any thread may call it."""
+        found: dict[str, float] = {}
+        for tier, seconds in self._seconds.items():
+            tokens, size = self._num_tokens[tier], self._num_bytes[tier]
+            found |= seconds.stats("kv_restore_seconds", f'tier="{tier}"')
+            found[f'kv_restore_tokens_total{{tier="{tier}"}}'] = float(tokens)
+            found[f'kv_restore_bytes_total{{tier="{tier}"}}'] = float(size)
+        return found
+
+    def _all_jobs(self) -> list[FetchJob]:
+        return self._jobs
+
+    @property
+    def _running(self) -> list[FetchJob]:
+        return self._jobs
+
+    def _best_end(
+        self, hashes: Sequence[BlockHash], num_found: int, num_usable: int, has_peer: bool
+    ) -> int:
+        """Blocks of the prefix with which most time is saved; ``num_usable``: none would be.
+
+        A peer that has more than all tiers here goes first where it is cheaper.
+        """
+        now_s, store, cost = self._clock(), self._store, self.cost
+        names = {tier.name for tier in self._tiers.tiers}
+        block_costs = {name: cost.tokens(name, self._block_bytes, now_s) for name in names}
+        size, best, end, saved, spent = store.cache.block_size, 0.0, num_usable, 0.0, 0.0
+        tiers = self._tiers.tiers_of(hashes[num_found:])
+        for place in range(num_usable, num_found + len(tiers)):
+            if place >= num_found:
+                spent += block_costs[tiers[place - num_found]]
+            saved += size
+            net = saved - spent - self._state_cost(hashes[place], now_s)
+            if net > best:
+                best, end = net, place + 1
+        is_dearer = has_peer and spent > saved * self._computing.ratio(now_s)
+        return num_usable if is_dearer else end
+
+    def _state_cost(self, name: BlockHash, now_s: float) -> float:
+        """Of the state behind a block, 0 where it is here; infinite where nobody has it."""
+        states = self._store.states
+        if states is None or states.num_known((name,)):
+            return 0.0
+        tier = self._tiers.tier_of(state_key(name))
+        return math.inf if tier is None else self.cost.tokens(tier, self._state_bytes, now_s)
+
+    def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> FetchJob | None:
+        """Start to restore what is missing of a prefix; None where there is no room."""
+        if len(self._jobs) >= MAX_RESTORING:
+            return None
+        fetch = self._engine.begin_fetch(hashes, found)
+        if fetch is None:
+            return None
+        tokens = len(fetch.missing) * self._store.cache.block_size
+        limit_s = max(LEAST_LIMIT_S, self._computing.compute_s(tokens) or 0.0)
+        end_s = self._clock() + limit_s
+        transfer = self._start(partial(self._restore, fetch, end_s))
+        job = FetchJob(fetch=fetch, transfer=transfer, deadline_s=end_s + _GRACE_S)
+        self._jobs.append(job)
+        return job
+
+    def _restore(self, fetch: Fetch, end_s: float) -> None:
+        """Fill the blocks of a fetch, in a thread of the executor."""
+        cache, reads = self._store.cache, _Reads(self._tiers, self._clock, end_s)
+        try:
+            if fetch.state is not None:
+                data = reads.take(state_key(fetch.hashes[-1]))
+                if data is not None:
+                    state = data.view(torch.float32).view(cache.state_shape)
+                    cache.write_state(fetch.state.slot, state)
+                    reads.note_written(is_block=False)
+                    fetch.state.num_before = len(fetch.hashes)
+            for name, block in zip(fetch.wanted, fetch.blocks, strict=False):
+                data = reads.take(name)
+                if data is None:
+                    break
+                cache.write_block(block, data.view(cache.dtype).view(cache.block_shape))
+                reads.note_written(is_block=True)
+                fetch.num_filled += 1
+        except Exception:  # memory that is missing, for example: the rest is computed
+            logger.exception("KV blocks are not restored")
+        self._observe(reads)
+
+    def _observe(self, reads: _Reads) -> None:
+        """From the thread that has read."""
+        for tier, found in reads.by_tier.items():
+            self._seconds[tier].observe(found.seconds)
+            self._num_bytes[tier] += found.num_bytes
+            self._num_tokens[tier] += found.num_blocks * self._store.cache.block_size
+            self.cost.observe(tier, found.num_bytes, found.seconds, self._clock())
