@@ -52,6 +52,7 @@ NAMES = (
     "retention",
     "sessions",
     "kv_routing",
+    "sessions_served",
     "autoscaling",
     "gateway_cost",
     "watching",

@@ -41,6 +41,8 @@ PARTS = {"pool": 0.1, "host": 0.25, "disk": 0.5}
 FASTER = 30.0
 """Seconds of the trace in one second."""
 _ANSWER_TOKENS = 2
+_SPARE_TOKENS = 64
+"""Room for blocks that are not full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,7 @@ class Case:
     model: RandomModel
 
 
-FULL = Case(num_sessions=60, max_turns=25, model=RandomModel(hidden=256, layers=4, ffn=128))
+FULL = Case(num_sessions=60, max_turns=12, model=RandomModel(hidden=256, layers=4, ffn=128))
 """What ``RESULTS.md`` shows."""
 QUICK = Case(num_sessions=2, max_turns=3, model=RandomModel(hidden=64, layers=1, ffn=32, vocab=512))
 """Enough to see that everything runs."""
@@ -83,10 +85,11 @@ def section(quick: bool) -> str:
     uses = uses_of(requests)
     size = working_set(uses) * BLOCK_TOKENS
     ideal = ideal_blocks(uses, int(working_set(uses) * PARTS["disk"])) * BLOCK_TOKENS
+    longest = max(len(request.blocks) for request in requests) * BLOCK_TOKENS + _ANSWER_TOKENS
     rows = []
     with random_model(case.model) as checkpoint:
         for name, (policy, tiers) in SYSTEMS.items():
-            with _running(checkpoint, case.model, policy, tiers, size) as url:
+            with _running(checkpoint, case.model, policy, tiers, size, longest) as url:
                 served = asyncio.run(_replay(url, requests, case.model.vocab))
             rows.append([name, *_cells(served, ideal)])
     head = ["system", "cached tokens", "of the ideal", "mean TTFT ms", "9 of 10 within ms"]
@@ -116,16 +119,22 @@ def _first_turns(case: Case) -> list[AgentRequest]:
 
 @contextmanager
 def _running(
-    checkpoint: Path, model: RandomModel, policy: str, tiers: Sequence[str], size: int
+    checkpoint: Path,
+    model: RandomModel,
+    policy: str,
+    tiers: Sequence[str],
+    size: int,
+    longest: int,
 ) -> Iterator[str]:
-    """The URL of a server whose tiers hold their parts of ``size`` tokens."""
-    part = {name: int(share * size / NUM_WORKERS) for name, share in PARTS.items()}
+    """The URL of a server whose tiers hold their parts of ``size`` tokens, and the longest of its
+    sequences."""
+    part = {name: max(int(share * size / NUM_WORKERS), longest) for name, share in PARTS.items()}
     token_bytes = 2 * 2 * model.layers * model.hidden  # keys and values in bfloat16
     with tempfile.TemporaryDirectory() as folder:
         options = [
             *("--num-attention-workers", str(NUM_WORKERS), "--num-expert-workers", "1"),
-            *("--routing-policy", policy, "--max-model-len", str(model.max_positions)),
-            *("--kv-cache-bytes", str(part["pool"] * token_bytes)),
+            *("--routing-policy", policy, "--max-model-len", str(longest)),
+            *("--kv-cache-bytes", str((part["pool"] + _SPARE_TOKENS) * token_bytes)),
         ]
         if "host" in tiers:
             options += ["--kv-host-bytes", str(part["host"] * token_bytes)]
