@@ -44,7 +44,8 @@ class HttpSystem:
         log: Path,
     ) -> None:
         """Start it; both outputs go to ``log``. ``ready_path`` answers 200 once it serves."""
-        self._name, self._url, self._ready_url, self._log = name, url, f"{url}{ready_path}", log
+        self.url = url
+        self._name, self._ready_url, self._log = name, f"{url}{ready_path}", log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command, env=dict(environment), stdout=output, stderr=subprocess.STDOUT
@@ -72,7 +73,7 @@ class HttpSystem:
 
         Raises ``RuntimeError`` for a request that fails or has another number of tokens.
         """
-        times = asyncio.run(stream_all(f"{self._url}/v1/completions", prompts, new_tokens))
+        times = asyncio.run(stream_all(f"{self.url}/v1/completions", prompts, new_tokens))
         wrong = [len(t) for t in times if len(t) != new_tokens]
         if wrong:
             raise RuntimeError(f"{self._name} made {wrong[0]} tokens instead of {new_tokens}")

@@ -22,7 +22,7 @@ from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations
 from benchmarks.results import table
 from workers.kv.eviction import EvictionOrder
 from workers.kv.turns import KeepHints
-from workers.requests.block_hash import HASH_BYTES
+from workers.requests.block_hash import SHORT_BYTES
 
 SIZES = (0.1, 0.25, 0.5)
 """Parts of the working set that a cache holds."""
@@ -54,7 +54,7 @@ def uses_of(requests: Sequence[TracedRequest], one_in: int = 1) -> list[Use]:
         found.append(
             Use(
                 time_s=request.time_s,
-                names=[block.to_bytes(HASH_BYTES, "big") for block in own],
+                names=[block.to_bytes(SHORT_BYTES, "big") for block in own],
                 session=request.session if isinstance(request, AgentRequest) else "",
                 is_last=not own or own[-1] not in used_later,
             )
@@ -70,6 +70,16 @@ class Cache:
         self._num_blocks = num_blocks
         self._order = EvictionOrder(max_kept=num_blocks // 2)
         self._here: set[bytes] = set()
+        self._gone: list[bytes] = []
+
+    def has(self, name: bytes) -> bool:
+        """Whether a block is here."""
+        return name in self._here
+
+    def take_gone(self) -> list[bytes]:
+        """Blocks that were evicted since the last call."""
+        gone, self._gone = self._gone, []
+        return gone
 
     def num_found(self, names: Sequence[bytes]) -> int:
         """Blocks from the first on that are here."""
@@ -95,6 +105,7 @@ class Cache:
             gone = order.pop()
             order.forget(gone)
             self._here.remove(gone)
+            self._gone.append(gone)
         return found
 
 

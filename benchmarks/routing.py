@@ -17,7 +17,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -95,6 +95,37 @@ class _Computed:
     events: KvEvents
 
 
+class Reports:
+    """What a worker has to tell the gateway of its blocks, by the time at which it does."""
+
+    def __init__(self, worker: str, index: KvIndex) -> None:
+        self._worker = worker
+        self._index = index
+        self._number = 0
+        self._computed: deque[_Computed] = deque()
+        index.apply(worker, KvEvents(number=0, is_whole=True))
+
+    def add(
+        self, time_s: float, names: Sequence[bytes], stored: Sequence[bytes], removed: Set[bytes]
+    ) -> None:
+        """A prompt of these blocks will be computed; these blocks come for it, and these go."""
+        self._number += 1
+        new = set(stored)
+        events = KvEvents(
+            number=self._number,
+            stored=tuple(name for name in stored if name not in removed),
+            removed=tuple(name for name in removed if name not in new),
+        )
+        self._computed.append(_Computed(time_s, names, events))
+
+    def tell(self, now_s: float) -> None:
+        """Report the prompts that were computed up to now to the gateway."""
+        while self._computed and self._computed[0].time_s <= now_s:
+            report = self._computed.popleft()
+            assert self._index.apply(self._worker, report.events), "no message is lost here"
+            self._index.settle(self._worker, report.names)
+
+
 class Worker:
     """One attention worker: a queue of prompts, and a cache that reports its blocks."""
 
@@ -105,24 +136,14 @@ class Worker:
         """When it has computed all it was given."""
         if rules.fetch_tokens_per_s is not None:
             self.load.fetch_cost = TOKENS_PER_S / rules.fetch_tokens_per_s
+        self.reports = Reports(name, index)
         self._rules = rules
-        self._index = index
         self._order = EvictionOrder(USED_RATE if rules.evicts_together else NEW_RATE)
         self._here: set[bytes] = set()
-        self._number = 0
-        self._reports: deque[_Computed] = deque()
-        index.apply(name, KvEvents(number=0, is_whole=True))
 
     def wait_s(self, now_s: float) -> float:
         """Until it begins with a prompt that comes now."""
         return max(self.free_s - now_s, 0.0)
-
-    def tell(self, now_s: float) -> None:
-        """Report the prompts that were computed up to now to the gateway."""
-        while self._reports and self._reports[0].time_s <= now_s:
-            report = self._reports.popleft()
-            assert self._index.apply(self.load.name, report.events), "no message is lost here"
-            self._index.settle(self.load.name, report.names)
 
     def num_cached(self, names: Sequence[bytes]) -> int:
         """Blocks of a prompt that are here."""
@@ -166,17 +187,13 @@ class Worker:
         for name in reversed(names):  # the end of a sequence goes first
             order.release(name)
         self._here.update(names)
-        removed = []
+        removed = set[bytes]()
         while len(self._here) > CACHE_BLOCKS:
-            removed.append(order.pop())
-            order.forget(removed[-1])
-            self._here.remove(removed[-1])
-        self._number += 1
-        gone = set(removed)
-        kept = tuple(name for name in stored if name not in gone)
-        old = tuple(name for name in removed if name not in set(stored))
-        events = KvEvents(number=self._number, stored=kept, removed=old)
-        self._reports.append(_Computed(self.free_s, names, events))
+            gone = order.pop()
+            order.forget(gone)
+            self._here.remove(gone)
+            removed.add(gone)
+        self.reports.add(self.free_s, names, stored, removed)
 
 
 def replay(
@@ -194,7 +211,7 @@ def replay(
     for time_s, together in groupby(requests, key=lambda request: request.time_s):
         now_s = time_s / speed
         for worker in workers.values():
-            worker.tell(now_s)
+            worker.reports.tell(now_s)
         prompts = [_Prompt(request, index, uses_index) for request in together]
         for prompt in sorted(prompts, key=lambda prompt: prompt.missing):
             for worker in workers.values():
