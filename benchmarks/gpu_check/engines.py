@@ -75,7 +75,7 @@ class Model:
         )
 
 
-def random_size(place: Place, family: Any, **sizes: int) -> RandomModel:
+def random_size(place: Place, family: Any, **sizes: Any) -> RandomModel:
     """The size of a random model of a family."""
     model = RandomModel(
         family=family,

@@ -145,7 +145,7 @@ def _turns(place: Place, bank: ExpertBank, num_rows: int) -> tuple[Callable[[], 
         )
         for _ in range(place.size(_TURNS, 1))
     ]
-    used = sum(len(slots.unique()) for _, slots, _ in cases) / len(cases)
+    used = sum(len(set(slots.flatten().tolist())) for _, slots, _ in cases) / len(cases)
 
     def call() -> Tensor:
         return [bank.compute_rows(0, *case, _DTYPE) for case in cases][-1]

@@ -22,13 +22,13 @@ from workers.cuda.language import INTERPRETED, cast, dot, jit
 @jit
 def halves(
     x: tl.tensor, CODES: tl.constexpr, HEIGHT: tl.constexpr, STEP: tl.constexpr
-) -> tuple[tl.tensor, ...]:
-    """Input rows as they are, or for codes of 4 bits their even and their odd columns."""
+) -> tuple[tl.tensor, tl.tensor]:
+    """The even and the odd columns of input rows for codes of 4 bits; else all, twice."""
     if CODES == "int4" or CODES == "e2m1":
         even, odd = tl.split(x.reshape(HEIGHT, STEP // 2, 2))
         found = (even, odd)
     else:
-        found = (x,)
+        found = (x, x)
     return found
 
 
