@@ -2,13 +2,15 @@
 
 Every section runs in a process of its own with a part of the budget, prints one line when it has
 ended, and appends what it found to ``DIR/gpu_check.jsonl``; what its process printed is in
-``DIR/SECTION.log``. The exit code is 1 where a section about correctness fails, or the budget has
-no time for it. Without a GPU, or with ``--device cpu``, the sections that need none run.
+``DIR/SECTION.log``. Those about correctness run side by side where there are cores for that. The
+exit code is 1 where one of them fails, or the budget has no time for it. Without a GPU, or with
+``--device cpu``, the sections that need none run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from benchmarks.gpu_check.section import Section
 from benchmarks.gpu_check.sections import SECTIONS
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import note, out_line
+
+_MOST_JOBS = 12
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,6 +45,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=SECTIONS,
         metavar="NAME,NAME",
         help=f"sections, or beginnings of their names, of {','.join(s.name for s in SECTIONS)}",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=count,
+        default=min(_MOST_JOBS, max((os.cpu_count() or 1) // 2, 1)),
+        metavar="NUMBER",
+        help="sections about correctness that run side by side (half of the cores, 12 at most)",
     )
     devices = ("auto", "cuda", "cpu")
     parser.add_argument("--device", choices=devices, default="auto", help="where it runs (auto)")
@@ -65,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not has_gpu:
         raise SystemExit("--device cuda: torch finds no GPU")
     device = "cuda:0" if has_gpu and args.device != "cpu" else "cpu"
-    settings = Settings(budget_s=args.budget, out=args.out, device=device, is_tiny=args.tiny)
+    settings = Settings(
+        budget_s=args.budget, out=args.out, device=device, is_tiny=args.tiny, jobs=args.jobs
+    )
     note(f"{len(args.only)} sections on {device}, {args.budget} s at most")
     outcomes = run(args.only, settings)
     out_line(f"\n{summary(outcomes)}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 
-from benchmarks.gpu_check.device import host_waits, kernels_of
+from benchmarks.gpu_check.device import host_waits
 from benchmarks.gpu_check.section import Place, Report
+from benchmarks.gpu_check.step_costs import cost_of_steps, steps
 from benchmarks.gpu_check.weights import RandomCheckpoint
 from benchmarks.prompts import random_prompts
 from benchmarks.random_checkpoint import RandomModel
@@ -75,7 +75,7 @@ class Model:
         )
 
 
-def random_size(place: Place, family: Any, **sizes: int) -> RandomModel:
+def random_size(place: Place, family: Any, **sizes: Any) -> RandomModel:
     """The size of a random model of a family."""
     model = RandomModel(
         family=family,
@@ -381,23 +381,3 @@ def _cost(place: Place, report: Report, model: Model) -> None:
     report.value("prefill step", {"waits": waits.total(), "places": dict(waits)})
     steps(engine, 3)
     report.value("decode step", cost_of_steps(engine, place.device, 4))
-
-
-def steps(engine: LocalEngine, number: int) -> None:
-    """Run some steps."""
-    for _ in islice(iter(engine.step, None), number):
-        pass
-
-
-def cost_of_steps(engine: LocalEngine, device: torch.device, number: int) -> dict[str, Any]:
-    """Waits of the host by place, and kernels, for each of some steps; ``top`` are shares."""
-    with host_waits(device) as waits:
-        steps(engine, number)
-    kernels = kernels_of(device, lambda: steps(engine, number))
-    return {
-        "waits": waits.total() / number,
-        "places": {place: count / number for place, count in waits.most_common()},
-        "kernels": kernels.count / number,
-        "busy_s": kernels.busy_s / number,
-        "top": kernels.top(20),
-    }

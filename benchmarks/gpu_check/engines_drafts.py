@@ -140,13 +140,11 @@ def _compare(
 
 def _sampled(place: Place, report: Report, name: str, case: Case) -> None:
     """Seeded draws with drafts are those without, on the same device in float32."""
-    without, drafts = (
-        make().generate(case.known.prompts, _SAMPLED)
-        for make in (
-            lambda: case.known.engine("float32", place.device, PLAIN),
-            lambda: case.drafting.engine("float32", place.device, PLAIN, case.speculation),
-        )
+    engines = (
+        case.known.engine("float32", place.device, PLAIN),
+        case.drafting.engine("float32", place.device, PLAIN, case.speculation),
     )
+    without, drafts = (engine.generate(case.known.prompts, _SAMPLED) for engine in engines)
     pairs = list(zip(without, drafts, strict=True))
     num_equal = sum(one.token_ids == other.token_ids for one, other in pairs)
     report.value(f"{name} equal samples", f"{num_equal} of {len(pairs)}")

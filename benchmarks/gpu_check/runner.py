@@ -1,4 +1,7 @@
-"""Runs sections one after the other, each in a process that is ended at its limit."""
+"""Runs sections, each in a process that is ended at its limit.
+
+Those about correctness may run side by side; those that measure run alone, after them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 from benchmarks.gpu_check.section import Section
@@ -26,6 +31,8 @@ Status = Literal["ok", "failed", "timed out", "skipped", "no time"]
 """``skipped``: not for this device; ``no time``: too little of the budget was left for it."""
 _NOT_RUN: Sequence[Status] = ("skipped", "no time")
 _END_LIMIT_S = 10.0
+_LOOK_S = 0.5
+"""So often is looked whether sections shall end."""
 _LINE_CHARACTERS = 100
 
 
@@ -42,6 +49,13 @@ class Outcome:
     is_correctness: bool = False
     failures: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, section: Section, limit_s: float) -> Outcome:
+        """Of a section that has so much time; 0: too little."""
+        return cls(
+            section=section.name, limit_s=round(limit_s, 1), is_correctness=section.is_correctness
+        )
 
     @property
     def words(self) -> str:
@@ -62,23 +76,84 @@ class Settings:
     """Folder for what they find."""
     device: str
     is_tiny: bool = False
+    jobs: int = 1
+    """Sections about correctness that run side by side."""
 
 
 def run(sections: Sequence[Section], settings: Settings) -> list[Outcome]:
     """Run them in their order; each is printed and written to the file when it has ended."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    began, outcomes = datetime.now(tz=UTC).isoformat(timespec="seconds"), []
     deadline = time.monotonic() + settings.budget_s
     width = max((len(section.name) for section in sections), default=0)
-    for i, section in enumerate(sections):
+    journal = _Journal(settings.out / FILE, width)
+    together = [s for s in sections if s.is_correctness and settings.jobs > 1]
+    alone = [section for section in sections if section not in together]
+    outcomes = _run_together(together, alone, deadline, settings, journal)
+    for i, section in enumerate(alone):
         left_s = deadline - time.monotonic()
-        outcome = _run_one(section, limit_of(sections[i:], left_s), left_s, settings)
-        outcomes.append(outcome)
-        with (settings.out / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run": began, **asdict(outcome)}, allow_nan=False) + "\n")
-        shown = f"{outcome.status:9}  {outcome.seconds:5.1f} s  {outcome.words}"
-        out_line(f"{section.name:{width}}  {shown}".rstrip())
+        outcome = Outcome.of(section, limit_of(alone[i:], left_s))
+        _run_one(section, outcome, left_s, settings, Event())
+        outcomes.append(journal.add(outcome))
     return outcomes
+
+
+class _Journal:
+    """Prints and writes what comes of sections."""
+
+    def __init__(self, file: Path, width: int) -> None:
+        """``width``: of the longest name."""
+        self._file, self._width = file, width
+        self._began = datetime.now(tz=UTC).isoformat(timespec="seconds")
+
+    def add(self, outcome: Outcome) -> Outcome:
+        """Returns it."""
+        entry = {"run": self._began, **asdict(outcome)}
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        shown = f"{outcome.status:9}  {outcome.seconds:5.1f} s  {outcome.words}"
+        out_line(f"{outcome.section:{self._width}}  {shown}".rstrip())
+        return outcome
+
+
+def _run_together(
+    sections: Sequence[Section],
+    later: Sequence[Section],
+    deadline: float,
+    settings: Settings,
+    journal: _Journal,
+) -> list[Outcome]:
+    """Side by side, the longest first; ``later`` come after them."""
+    began = time.monotonic()
+    last = began + limit_together(sections, later, settings.jobs, deadline - began)
+    stop = Event()
+
+    def run_one(section: Section) -> Outcome:
+        left_s = last - time.monotonic()
+        outcome = Outcome.of(section, left_s if left_s >= section.least_s else 0.0)
+        _run_one(section, outcome, left_s, settings, stop)
+        return outcome
+
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        by_length = sorted(sections, key=lambda section: -section.seconds)
+        futures = {section: pool.submit(run_one, section) for section in by_length}
+        try:
+            return [journal.add(futures[section].result()) for section in sections]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            raise
+
+
+def limit_together(
+    sections: Sequence[Section], later: Sequence[Section], jobs: int, left_s: float
+) -> float:
+    """Seconds of sections side by side, of what is left for them and for ``later``.
+
+    Two jobs for parts of 30, 60 and 30, 180 s left, and 30 later: 120.
+    """
+    parts = [section.seconds for section in sections]
+    whole = max(max(parts, default=0.0), sum(parts) / jobs)
+    return left_s * whole / ((whole + sum(section.seconds for section in later)) or 1.0)
 
 
 def limit_of(sections: Sequence[Section], left_s: float) -> float:
@@ -108,25 +183,23 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return table(("SECTION", "RESULT", "SECONDS", "FOUND"), rows)
 
 
-def _run_one(section: Section, limit_s: float, left_s: float, settings: Settings) -> Outcome:
-    outcome = Outcome(
-        section=section.name, limit_s=round(limit_s, 1), is_correctness=section.is_correctness
-    )
+def _run_one(
+    section: Section, outcome: Outcome, left_s: float, settings: Settings, stop: Event
+) -> None:
     if section.needs_gpu and not settings.device.startswith("cuda"):
         outcome.status, outcome.reason = "skipped", "needs a GPU"
-    elif not limit_s:
+    elif not outcome.limit_s:
         outcome.status = "no time"
         outcome.reason = f"needs {section.least_s:.0f} s, {max(left_s, 0.0):.0f} s are left"
     else:
-        _follow(section, limit_s, settings, outcome)
+        _follow(section, settings, outcome, stop)
         if outcome.failures and outcome.status == "ok":
             outcome.status = "failed"
-    return outcome
 
 
-def _follow(section: Section, limit_s: float, settings: Settings, outcome: Outcome) -> None:
-    """Take in what the section's process writes, until it says that it is done."""
-    log = settings.out / f"{section.name}.log"
+def _follow(section: Section, settings: Settings, outcome: Outcome, stop: Event) -> None:
+    """Take in what the section's process writes, until it says that it is done, or ``stop``."""
+    log, limit_s = settings.out / f"{section.name}.log", outcome.limit_s
     start = time.monotonic()
     is_done = False
     with log.open("w") as errors, tempfile.TemporaryDirectory() as folder:
@@ -136,10 +209,11 @@ def _follow(section: Section, limit_s: float, settings: Settings, outcome: Outco
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
+            env=_environment(section, settings.jobs),
             start_new_session=True,
         )
         try:
-            for line in _lines(process, start + limit_s):
+            for line in _lines(process, start + limit_s, stop):
                 is_done = _take(json.loads(line), outcome)
         except TimeoutError:
             outcome.status = "timed out"
@@ -149,6 +223,14 @@ def _follow(section: Section, limit_s: float, settings: Settings, outcome: Outco
     outcome.seconds = round(time.monotonic() - start, 1)
     if not is_done and outcome.status == "ok":
         outcome.failures.append(f"its process ended: {_last_line(log)}")
+
+
+def _environment(section: Section, jobs: int) -> dict[str, str]:
+    """Sections side by side share the cores."""
+    if not section.is_correctness or jobs == 1:
+        return dict(os.environ)
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 
 def _take(entry: Mapping[str, Any], outcome: Outcome) -> bool:
@@ -163,15 +245,18 @@ def _take(entry: Mapping[str, Any], outcome: Outcome) -> bool:
     return "done" in entry
 
 
-def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[bytes]:
-    """Whole lines of a process, until it closes its stdout. Raises ``TimeoutError``."""
+def _lines(process: subprocess.Popen[bytes], deadline: float, stop: Event) -> Iterator[bytes]:
+    """Whole lines of a process, until its stdout ends, or ``stop``. Raises ``TimeoutError``."""
     assert process.stdout is not None
     file, data = process.stdout.fileno(), b""
     with selectors.DefaultSelector() as selector:
         selector.register(file, selectors.EVENT_READ)
-        while True:
-            if not selector.select(max(deadline - time.monotonic(), 0.0)):
-                raise TimeoutError
+        while not stop.is_set():
+            left_s = deadline - time.monotonic()
+            if not selector.select(max(min(left_s, _LOOK_S), 0.0)):
+                if left_s <= 0:
+                    raise TimeoutError
+                continue
             if not (chunk := os.read(file, 1 << 16)):
                 return
             *lines, data = (data + chunk).split(b"\n")

@@ -19,8 +19,8 @@ import torch
 from benchmarks.bounds import prefill_flops, step_weight_bytes
 from benchmarks.gpu_check.ceilings import copy_bandwidth, matrix_rate
 from benchmarks.gpu_check.device import synchronize
-from benchmarks.gpu_check.engines import cost_of_steps, steps
 from benchmarks.gpu_check.section import Place, Report
+from benchmarks.gpu_check.step_costs import cost_of_steps, median_step_s, steps
 from benchmarks.gpu_check.transformers_peer import TransformersPeer
 from benchmarks.gpu_check.weights import RandomCheckpoint
 from benchmarks.prompts import random_prompts
@@ -172,13 +172,8 @@ def decode(given: Run, batch: int) -> dict[str, Any]:
     if place.is_gpu:
         torch.cuda.reset_peak_memory_stats(place.device)
     names, prefill_s = fill(given, batch, given.context)
-    number = place.size(24, 2)
     steps(engine, place.size(4, 1))
-    synchronize(place.device)
-    start = time.perf_counter()
-    steps(engine, number)
-    synchronize(place.device)
-    step_s = (time.perf_counter() - start) / number
+    step_s = median_step_s(engine, place.size(24, 2))
     cost = cost_of_steps(engine, place.device, place.size(4, 1))
     for name in names:
         engine.engine.abort(name)

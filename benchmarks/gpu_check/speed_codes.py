@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import gc
 import itertools
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,9 +19,9 @@ from benchmarks.bounds import step_weight_bytes
 from benchmarks.gpu_check.ceilings import copy_bandwidth, read_bandwidth
 from benchmarks.gpu_check.code_formats import MAIN
 from benchmarks.gpu_check.device import captured, seconds_of, synchronize
-from benchmarks.gpu_check.engines import cost_of_steps, steps
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.speed import OLMOE, Run, fill, make_engine
+from benchmarks.gpu_check.step_costs import cost_of_steps, median_step_s, steps
 from benchmarks.random_checkpoint import TINY
 from benchmarks.random_codes import draw_matrix
 from workers.experts.bank import ExpertBank
@@ -147,7 +145,7 @@ def _turns(place: Place, bank: ExpertBank, num_rows: int) -> tuple[Callable[[], 
         )
         for _ in range(place.size(_TURNS, 1))
     ]
-    used = sum(len(slots.unique()) for _, slots, _ in cases) / len(cases)
+    used = sum(len(set(slots.flatten().tolist())) for _, slots, _ in cases) / len(cases)
 
     def call() -> Tensor:
         return [bank.compute_rows(0, *case, _DTYPE) for case in cases][-1]
@@ -182,7 +180,7 @@ def _decode(given: Run, batch: int, form: WeightFormat | None) -> dict[str, floa
     place, engine = given.place, given.engine
     names, _ = fill(given, batch, given.context)
     steps(engine, place.size(6, 1))
-    step_s = median(_step_s(given) for _ in range(place.size(60, 2)))
+    step_s = median_step_s(engine, place.size(60, 2))
     busy_s = cost_of_steps(engine, place.device, place.size(4, 1))["busy_s"]
     for name in names:
         engine.engine.abort(name)
@@ -195,10 +193,3 @@ def _decode(given: Run, batch: int, form: WeightFormat | None) -> dict[str, floa
         "bytes": read,
         "share_of_bound": read / given.copy_rate / step_s,
     }
-
-
-def _step_s(given: Run) -> float:
-    """Seconds of a step, which waits for the device at its end."""
-    start = time.perf_counter()
-    steps(given.engine, 1)
-    return time.perf_counter() - start

@@ -47,9 +47,8 @@ class RandomCheckpoint(Checkpoint):
         joins embedding and hidden state is among them, it passes the embedding on. ``deltas`` are
         added to the matrices of these names, in float32.
         """
-        is_model = isinstance(config, RandomModel)
         self.path = Path("random")
-        self.family = config.described() if is_model else load_family(config)
+        self.family = config.described() if isinstance(config, RandomModel) else load_family(config)
         self.family.banks = with_form(self.family.banks, form)
         self.keeps_codes = True
         self.config = self.family.config

@@ -37,6 +37,20 @@ def hangs(place: Place, report: Report) -> None:
     threading.Event().wait()
 
 
+def says_pid(place: Place, report: Report) -> None:
+    report.value("pid", os.getpid())
+
+
+def meets_one(place: Place, report: Report) -> None:
+    with open(os.environ["MEETING"], "w"):  # waits until the other one reads
+        report.say("met")
+
+
+def meets_other(place: Place, report: Report) -> None:
+    with open(os.environ["MEETING"]):
+        report.say("met")
+
+
 def crashes(place: Place, report: Report) -> None:
     report.value("before", 1)
     os.write(2, b"out of memory\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check import runner
 from benchmarks.gpu_check.candidates_attention import (
     FLASHINFER,
     PREFILL,
@@ -30,7 +32,15 @@ from benchmarks.gpu_check.candidates_measure import measure
 from benchmarks.gpu_check.compare import Worst
 from benchmarks.gpu_check.device import covered, host_waits, kernels_of
 from benchmarks.gpu_check.engines import Differences, equal
-from benchmarks.gpu_check.runner import FILE, Settings, exit_code, limit_of, run, summary
+from benchmarks.gpu_check.runner import (
+    FILE,
+    Settings,
+    exit_code,
+    limit_of,
+    limit_together,
+    run,
+    summary,
+)
 from benchmarks.gpu_check.section import Place, Report, Section
 from benchmarks.gpu_check.sections import SECTIONS
 from benchmarks.gpu_check.torch_needs import Need, documented, problem_of
@@ -39,6 +49,9 @@ from benchmarks.gpu_check.workers import Case, survival, watch_s
 from benchmarks.random_checkpoint import TINY
 from tests.paths import ROOT
 from tests.reference.local_engine import Generated
+from workers.experts.sources import CheckpointSource
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix
 from workers.requests.request import FinishReason, TokenLogprob
 
 CPU = torch.device("cpu")
@@ -157,6 +170,58 @@ def test_a_section_has_its_part_of_what_is_left_and_no_less_than_its_least() -> 
     assert limit_of([some[1], some[0]], 90.0) == 70.0
     assert all(limit_of(some[1:], left / 7) == left / 7 for left in range(700, 5000)), "rounding"
     assert limit_of([some[1], some[0]], 69.0) == 0.0
+
+
+def test_sections_about_correctness_may_run_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that wait for each other, and one that measures, alone behind them."""
+    meeting = tmp_path / "meeting"
+    os.mkfifo(meeting)
+    monkeypatch.setenv("MEETING", str(meeting))
+    wanted = [
+        section("meets_other"),
+        section("right", is_correctness=False),
+        section("meets_one", seconds=20.0),
+        section("crashes"),
+        section("large", least_s=1e6),
+    ]
+    outcomes = run(wanted, replace(settings(tmp_path), jobs=2))
+    assert {o.section: o.status for o in outcomes} == {
+        "meets_other": "ok",
+        "meets_one": "ok",
+        "crashes": "failed",
+        "large": "no time",
+        "right": "ok",
+    }
+    text = (tmp_path / FILE).read_text()
+    names = [json.loads(line)["section"] for line in text.splitlines()]
+    assert names == ["meets_other", "meets_one", "crashes", "large", "right"]
+
+
+def test_sections_side_by_side_have_their_part_of_what_is_left() -> None:
+    some = [section(name, seconds=part) for name, part in (("a", 30.0), ("b", 60.0), ("c", 30.0))]
+    later = [section("d", seconds=30.0)]
+    assert limit_together(some, later, 2, 180.0) == 120.0
+    assert limit_together(some, later, 1, 180.0) == 144.0
+    assert limit_together(some, [], 3, 180.0) == 180.0
+    assert limit_together([], later, 2, 180.0) == 0.0
+
+
+def test_an_interrupt_ends_sections_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children: list[int] = []
+
+    def interrupted(line: str) -> None:
+        entry = json.loads((tmp_path / FILE).read_text().splitlines()[0])
+        children.append(entry["values"]["pid"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "out_line", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run([section("says_pid"), section("hangs")], replace(settings(tmp_path, 1e4), jobs=2))
+    assert has_ended(children[0])
 
 
 def test_a_run_adds_to_the_file(tmp_path: Path) -> None:
@@ -520,3 +585,33 @@ def test_random_weights_depend_on_their_names_alone() -> None:
         torch.testing.assert_close(one, other.float(), rtol=0, atol=0)
     equal_shapes = [x for x, part in zip(drawn, parts, strict=True) if part.shape == (64, 64)]
     assert not torch.equal(equal_shapes[0], equal_shapes[1])
+
+
+def test_random_weights_may_be_in_codes_zero_or_merged() -> None:
+    plain = RandomCheckpoint(TINY, CPU)
+    parts = {part.name: part for part in plain.family.attention_tensors()}
+    first, second = (
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    )
+    delta = torch.full(parts[second].shape, 0.5)
+    form = WeightFormat(codes="int8", group=32)
+    other = RandomCheckpoint(TINY, CPU, form=form, zeros=("o_proj.weight",), deltas={second: delta})
+    for name, part in parts.items():
+        one, same = (c.read_stacked([part], torch.float32) for c in (plain, other))
+        if name.endswith("o_proj.weight"):
+            one = torch.zeros_like(one)
+        assert torch.equal(same, one + delta if name == second else one)
+    assert not plain.read_stacked([parts[first]], torch.float32).eq(0).all()
+    bank = other.family.banks[0]
+    for _, _, weight in CheckpointSource(other).weights(bank, 0, torch.float32):
+        assert isinstance(weight, QuantizedMatrix)
+        assert weight.format == form
+
+
+def test_a_prediction_layer_may_pass_the_embedding_on() -> None:
+    size = replace(TINY, family="glm4_moe", prediction_layers=1)
+    checkpoint = RandomCheckpoint(size, CPU, zeros=("eh_proj.weight",))
+    (part,) = (p for p in checkpoint.family.attention_tensors() if "eh_proj" in p.name)
+    expected = torch.cat((torch.eye(size.hidden), torch.zeros(size.hidden, size.hidden)), 1)
+    assert torch.equal(checkpoint.read_stacked([part], torch.float32), expected)

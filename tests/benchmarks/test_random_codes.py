@@ -10,10 +10,13 @@ import torch
 
 from benchmarks import random_checkpoint
 from benchmarks.random_checkpoint import TINY, RandomModel
+from benchmarks.random_codes import draw_matrix
 from benchmarks.wall_rows import Bench
+from tests.workers.quantization.random import FORMATS, name_of
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.expert_form import kept_banks
 from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix
 
 FLOAT8 = WeightFormat(codes="e4m3", group=128)
 MXFP4 = WeightFormat(codes="e2m1", group=32, scales="e8m0")
@@ -47,3 +50,17 @@ def test_a_model_in_codes_has_a_folder_of_its_own(tmp_path: Path) -> None:
     bench = Bench(folder=tmp_path, repeats=1, cores=1, is_tiny=True)
     plain = replace(TINY, family="gpt_oss")
     assert bench.checkpoint(plain) != bench.checkpoint(replace(plain, stored="mxfp4"))
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=name_of)
+def test_matrices_of_any_format_have_the_size_of_plain_ones(form: WeightFormat) -> None:
+    shape = (64, 768)
+    one, other = (draw_matrix(form, shape, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parts, other.parts, strict=True))
+    empty = QuantizedMatrix.empty(form, shape)
+    for own, part in zip(one.parts, empty.parts, strict=True):
+        assert (own.shape, own.dtype) == (part.shape, part.dtype)
+    numbers = one.dequantized()
+    assert numbers.isfinite().all()
+    assert 0.5 < float(numbers.square().mean()) ** 0.5 * shape[1] ** 0.5 < 2.0
+    assert abs(float(numbers.mean())) * shape[1] ** 0.5 < 0.2

@@ -21,16 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cuda.align import Blocks, align
-from workers.cuda.codes import (
-    bfloat16_halves_of,
-    bfloat16_products,
-    halves_of,
-    numbers_of,
-    power_of,
-    whole_scale,
-    whole_zero,
-)
-from workers.cuda.language import INTERPRETED, MIN_DOT, cast, dot, jit, rounded
+from workers.cuda.language import MIN_DOT, cast, jit, rounded
+from workers.cuda.weight_tiles import add_product, halves
 from workers.quantization.formats import WeightFormat
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
@@ -231,7 +223,7 @@ def _num_stages(tile: Tile, step: int, matrices: Matrices, height: int, rows_rea
 
 
 def _groups_read(form: WeightFormat, width: int, step: int) -> int:
-    """Scales of a row that are read with ``step`` codes; see ``_scaled``."""
+    """Scales of a row that are read with ``step`` codes; see ``weight_tiles``."""
     group = form.group or width
     if group >= width or group % step == 0:
         return 1
@@ -354,9 +346,9 @@ def _gate_up(
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        x = _halves(x, CODES, HEIGHT, STEP)
-        gates = _add_product(gates, x, parts, gate, is_column, start, form, GROUP, DEPTH, STEP)
-        ups = _add_product(ups, x, parts, up, is_column, start, form, GROUP, DEPTH, STEP)
+        x = halves(x, CODES, HEIGHT, STEP)
+        gates = add_product(gates, x, parts, gate, is_column, start, form, GROUP, DEPTH, STEP)
+        ups = add_product(ups, x, parts, up, is_column, start, form, GROUP, DEPTH, STEP)
     dtype = out.dtype.element_ty
     if HAS_BIAS:
         own = biases + slot * (2 * WIDTH) + columns
@@ -422,8 +414,8 @@ def _multiply(
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)
         x = _rows_tile(inputs, rows, has_pair, place, DEPTH, STEP)
-        x = _halves(x, CODES, HEIGHT, STEP)
-        total = _add_product(total, x, parts, row, is_column, start, form, GROUP, DEPTH, STEP)
+        x = halves(x, CODES, HEIGHT, STEP)
+        total = add_product(total, x, parts, row, is_column, start, form, GROUP, DEPTH, STEP)
     if HAS_BIAS:
         own = biases + slot * WIDTH + columns
         total += tl.load(own, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -500,148 +492,6 @@ def _rows_tile(
     if DEPTH % STEP != 0:
         mask = mask & (place < DEPTH)[None, :]
     return tl.load(address, mask=mask, other=0.0)
-
-
-@jit
-def _halves(
-    x: tl.tensor, CODES: tl.constexpr, HEIGHT: tl.constexpr, STEP: tl.constexpr
-) -> tuple[tl.tensor, ...]:
-    """Input rows as they are, or for codes of 4 bits their even and their odd columns."""
-    if CODES == "int4" or CODES == "e2m1":
-        even, odd = tl.split(x.reshape(HEIGHT, STEP // 2, 2))
-        found = (even, odd)
-    else:
-        found = (x,)
-    return found
-
-
-@jit
-def _add_product(
-    total: tl.tensor,
-    x: tl.tuple,
-    parts: tl.tuple,
-    rows: tl.tensor,
-    is_row: tl.tensor,
-    start: tl.tensor,
-    form: tl.constexpr,
-    GROUP: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEP: tl.constexpr,
-) -> tl.tensor:
-    """``total`` and the product of the ``_halves`` of input rows by [STEP, ROWS] weights: of rows
-    [ROWS], counted over all slots, the columns from ``start`` on.
-
-    ``parts``: addresses of weights or codes, of scales and of zero points.
-    """
-    CODES: tl.constexpr = form[0]
-    dtype: tl.constexpr = x[0].dtype
-    weights = parts[0]
-    if CODES == "":
-        place = start + tl.arange(0, STEP)
-        mask = _mask(place, is_row, DEPTH, STEP)
-        found = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0.0)
-        total = dot(x[0], found, total)
-    elif CODES == "int8" or CODES == "e4m3":
-        place = start + tl.arange(0, STEP)
-        mask = _mask(place, is_row, DEPTH, STEP)
-        codes = tl.load(weights + rows[None, :] * DEPTH + place[:, None], mask=mask, other=0)
-        numbers = numbers_of(codes, CODES, form[1])
-        scale, zero = _scales(parts, rows, is_row, start, form, GROUP, DEPTH, STEP, STEP)
-        if not form[1]:
-            scale = whole_scale(scale, CODES)
-        total = dot(x[0], cast(_scaled(numbers, scale, zero, form[3]), dtype), total)
-    else:
-        row_bytes: tl.constexpr = (DEPTH + 1) // 2
-        place = start // 2 + tl.arange(0, STEP // 2)
-        mask = _mask(place, is_row, row_bytes, STEP // 2)
-        codes = tl.load(weights + rows[None, :] * row_bytes + place[:, None], mask=mask, other=0)
-        scale, zero = _scales(parts, rows, is_row, start, form, GROUP, DEPTH, STEP, STEP // 2)
-        is_short: tl.constexpr = form[2] or parts[1].dtype.element_ty == tl.bfloat16
-        if is_short and not form[3] and dtype == tl.bfloat16 and not INTERPRETED:
-            low, high = bfloat16_halves_of(codes, CODES)
-            scale = scale.to(tl.bfloat16)  # as it was
-            low, high = _short_product(low, scale), _short_product(high, scale)
-        else:
-            low, high = halves_of(codes, CODES)
-            scale, zero = whole_scale(scale, CODES), whole_zero(zero, CODES)
-            low = cast(_scaled(low, scale, zero, form[3]), dtype)
-            high = cast(_scaled(high, scale, zero, form[3]), dtype)
-        total = dot(x[0], low, total)
-        total = dot(x[1], high, total)
-    return total
-
-
-@jit
-def _mask(
-    place: tl.tensor, is_row: tl.tensor, DEPTH: tl.constexpr, STEP: tl.constexpr
-) -> tl.tensor:
-    """Which of columns [STEP] of rows [ROWS] there are: [STEP, ROWS], or [1, ROWS] for all."""
-    mask = is_row[None, :]
-    if DEPTH % STEP != 0:
-        mask = mask & (place < DEPTH)[:, None]
-    return mask
-
-
-@jit
-def _scales(
-    parts: tl.tuple,
-    rows: tl.tensor,
-    is_row: tl.tensor,
-    start: tl.tensor,
-    form: tl.constexpr,
-    GROUP: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Scales and zero points of ``STEP`` columns, float32: [1, ROWS] where all are of one group,
-    [groups, ROWS] where they are whole groups, else [COLUMNS, ROWS], of each or each second one."""
-    groups: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
-    if groups == 1 or GROUP % STEP == 0:
-        at = rows[None, :] * groups + start // GROUP
-        mask = is_row[None, :]
-    else:
-        if STEP % GROUP == 0:
-            group = start // GROUP + tl.arange(0, STEP // GROUP)
-        else:
-            group = (start + tl.arange(0, COLUMNS) * (STEP // COLUMNS)) // GROUP
-        at = rows[None, :] * groups + group[:, None]
-        mask = is_row[None, :] & (group < groups)[:, None]
-    scale = tl.load(parts[1] + at, mask=mask, other=0)
-    scale = power_of(scale) if form[2] else scale.to(tl.float32)
-    zero = scale
-    if form[3]:
-        zero = tl.load(parts[2] + at, mask=mask, other=0).to(tl.float32)
-    return scale, zero
-
-
-@jit
-def _scaled(
-    numbers: tl.tensor, scale: tl.tensor, zero: tl.tensor, HAS_ZEROS: tl.constexpr
-) -> tl.tensor:
-    """scale * (number - zero point) of numbers [columns, ROWS]."""
-    columns: tl.constexpr = numbers.shape[0]
-    rows: tl.constexpr = numbers.shape[1]
-    groups: tl.constexpr = scale.shape[0]
-    if groups != 1 and groups != columns:
-        numbers = numbers.reshape(groups, columns // groups, rows)
-        scale, zero = scale[:, None, :], zero[:, None, :]
-    if HAS_ZEROS:
-        numbers -= zero
-    numbers *= scale
-    return numbers.reshape(columns, rows)
-
-
-@jit
-def _short_product(numbers: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """The same of bfloat16 numbers and scales without zero points."""
-    columns: tl.constexpr = numbers.shape[0]
-    rows: tl.constexpr = numbers.shape[1]
-    groups: tl.constexpr = scale.shape[0]
-    if groups != 1 and groups != columns:
-        numbers = numbers.reshape(groups, columns // groups, rows)
-        scale = scale[:, None, :]
-    return bfloat16_products(numbers, scale).reshape(columns, rows)
 
 
 @jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def fused(a: int, b: int, c: int) -> int:
     return low | high << 16
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., int]] = {
     "mov.b32": lambda a: a,
     "prmt.b32": permuted,
     "lop3.b32": looked_up,
