@@ -15,7 +15,7 @@ from gateway.batches.forms import FormPart, read_form
 from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
-from gateway.http.middleware import read_body
+from gateway.http.middleware import read_body, within_time
 from gateway.http.pages import Page, json_response, tenant
 
 PATH = "/v1/files"
@@ -43,6 +43,7 @@ class FileRoutes:
     def __init__(self, gateway: Gateway, shelf: BatchShelf) -> None:
         self._gateway = gateway
         self._shelf = shelf
+        self._seats = asyncio.Semaphore(gateway.tuning.max_uploads)
 
     def routes(self) -> list[BaseRoute]:
         """The routes."""
@@ -55,11 +56,12 @@ class FileRoutes:
         ]
 
     async def make(self, request: Request) -> Response:
-        """Store the file of a form."""
-        form = await _read_form(request, self._gateway)
-        file_id, facts = await asyncio.to_thread(
-            self._shelf.put_file, tenant(), form.filename, form.content, ttl_s=form.ttl_s
-        )
+        """Store the file of a form. Where too many are being stored, its body is not read yet."""
+        async with within_time(request, self._gateway), self._seats:
+            form = await _read_form(request, self._gateway)
+            file_id, facts = await asyncio.to_thread(
+                self._shelf.put_file, tenant(), form.filename, form.content, ttl_s=form.ttl_s
+            )
         return json_response(facts.shown(file_id))
 
     async def list(self, request: Request) -> Response:

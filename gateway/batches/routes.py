@@ -26,7 +26,7 @@ ENDPOINTS = (
         "/v1/files",
         "Store a file: multipart/form-data with file and purpose",
         answers.StoredFile,
-        statuses=(400, 408, 413, 429),
+        statuses=(400, 408, 413, 429, 504),
         verb="post",
     ),
     Endpoint(

@@ -31,6 +31,8 @@ class GatewayTuning:
     stream ends."""
     max_file_bytes: int = 64 * 1024 * 1024
     """Bytes of a file that a client stores."""
+    max_uploads: int = 8
+    """Files that are stored at a time: each is in memory two or three times."""
     state_sweep_s: float = 600.0
     """Interval at which expired objects leave the state folder."""
     max_inspection_bytes: int = 256 * 1024 * 1024

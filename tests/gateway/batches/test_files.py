@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -10,6 +11,12 @@ from gateway.core.tuning import GatewayTuning
 from tests.gateway.batches.client import get, headers_of, upload
 from tests.gateway.batches.conftest import KEYS
 from tests.gateway.stack import Stack, running_stack
+
+SLOW_UPLOAD = (
+    b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x"
+)
+"""The rest does not come."""
 
 
 def test_a_file_is_stored_listed_read_and_removed(keeper: Stack) -> None:
@@ -103,6 +110,27 @@ def test_a_file_has_a_limit(keeper: Stack) -> None:
         )
         assert answer.status_code == 413
         assert "1000 bytes" in answer.json()["error"]["message"]
+
+
+def hasty_upload(stack: Stack) -> int:
+    """The status of an upload that waits for little time."""
+    return stack.http.post(
+        "/v1/files",
+        data={"purpose": "batch"},
+        files={"file": b"x"},
+        headers={"x-request-timeout-ms": "50"},
+    ).status_code
+
+
+def test_few_files_are_stored_at_a_time(keeper: Stack) -> None:
+    with running_stack(
+        keeper.config.gateway, serving=False, tuning=GatewayTuning(max_uploads=1)
+    ) as stack:
+        address = stack.http.base_url.host, stack.http.base_url.port
+        with socket.create_connection(address) as first:
+            first.sendall(SLOW_UPLOAD)
+            stack.wait_for(lambda: hasty_upload(stack) == 504, "the first upload to be read")
+        assert upload(stack, b"x")["bytes"] == 1
 
 
 def test_files_are_of_their_key(keyed: Stack) -> None:
