@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import pytest
 
 from cluster.config.gateway import GatewaySection
 from gateway.core.tool_use import ToolForm
-from tests.conformance.recorder import expecting
-from tests.gateway.fakes import BACKEND, EOS_ID, Script, tiny_tokenizer
+from tests.conformance.recorder import ERRORS, expecting, recording
+from tests.gateway.fakes import BACKEND, EOS_ID, Script, saying, tiny_tokenizer
 from tests.gateway.stack import MODEL, WAIT_S, Stack, running_stack
 from tests.gateway.text.forms.examples import written
-from tests.harness.clients import node_modules
+from tests.harness.clients import node_modules, program
 from workers.requests.request import Request
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -53,6 +54,20 @@ name = "server"
 base_url = "{url}/v1"
 wire_api = "responses"
 """
+
+
+@pytest.fixture
+def full() -> Iterator[Stack]:
+    """A gateway with one place, which is taken until its engine goes on."""
+    section = GatewaySection(request_timeout_s=WAIT_S, max_queue=1)
+    with running_stack(section, tiny_tokenizer(TEMPLATE)) as stack:
+        stack.engine.script, stack.engine.is_paused = saying("hello"), True
+        with ThreadPoolExecutor(1) as pool:
+            body = {"prompt": "x", "max_tokens": 8}
+            first = pool.submit(stack.http.post, "/v1/completions", json=body)
+            stack.wait_for(lambda: bool(stack.engine.running), "the first request")
+            yield stack
+            assert first.result(WAIT_S).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +145,7 @@ def test_claude_code_runs_commands(scripted: Stack, tmp_path: Path) -> None:
         requests = list(scripted.engine.requests)
     assert (result["is_error"], result["num_turns"]) == (False, 4), result
     assert result["result"] == RESULT
-    assert "errors" not in recorder.features[MESSAGES]
+    assert ERRORS not in recorder.features[MESSAGES]
     assert {request.session for request in requests} == {result["session_id"]}
     assert {request.cache_ttl_s for request in requests} <= {None, 300.0, 3600.0}
     assert requests[-1].cache_ttl_s is not None
@@ -149,5 +164,22 @@ def test_codex_runs_a_command(scripted: Stack, tmp_path: Path) -> None:
     (ran,) = [item for item in items if item["type"] == "command_execution"]
     assert (ran["exit_code"], ran["aggregated_output"].strip()) == (0, RESULT)
     assert items[-1]["text"].strip().endswith(RESULT)
-    assert "errors" not in recorder.features[RESPONSES]
+    assert ERRORS not in recorder.features[RESPONSES]
     assert {request.session for request in requests} == {events[0]["thread_id"]}
+
+
+@pytest.mark.parametrize(
+    ("client", "module", "path"),
+    [("anthropic", "anthropic", MESSAGES), ("openai", "openai", RESPONSES)],
+)
+def test_clients_try_again_where_the_server_is_full(
+    full: Stack, tmp_path: Path, client: str, module: str, path: str
+) -> None:
+    """As agents do it, which use these libraries: a refusal says when."""
+    script = Path(__file__).parent / "clients" / "use_retries.py"
+    words = [program("python", module), str(script)]
+    with recording(full.url) as recorder, ThreadPoolExecutor(1) as pool:
+        said = pool.submit(run, [*words, recorder.url, MODEL, client], tmp_path, {})
+        full.wait_for(lambda: ERRORS in recorder.features.get(path, ()), "a refusal")
+        full.engine.is_paused = False
+        assert said.result(LIMIT_S).strip() == "hello"

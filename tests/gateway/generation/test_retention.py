@@ -181,7 +181,10 @@ def test_openai_s_words_for_it(stack: Stack, path: str) -> None:
     assert hint(stack, path, prompt_cache_options={"mode": "implicit", "ttl": "30m"})[1] == 1800.0
     assert hint(stack, path, prompt_cache_retention="24h")[1] == 3600.0
     assert hint(stack, path, prompt_cache_retention="in_memory")[1] is None
-    both = {"prompt_cache_retention": "24h", "prompt_cache_options": {"ttl": "30m"}}
+    both: dict[str, Any] = {
+        "prompt_cache_retention": "24h",
+        "prompt_cache_options": {"ttl": "30m"},
+    }
     assert hint(stack, path, **both)[1] == 1800.0
     assert hint(stack, path, **both, cache_ttl=5)[1] == 5.0
     wrong = {"ttl": "soon"}
