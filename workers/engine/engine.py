@@ -586,7 +586,7 @@ class Engine:
             return
         step = group.advance(now)
         for beam in step.ended:
-            self._scheduler.remove(beam)
+            self._scheduler.remove(beam, has_ended=group.search.is_over)
         copied = [self._fork(parent, child) for parent, child in step.forks]
         self.cache.copy_blocks([pair for pair in copied if pair is not None])
         if group.search.is_over:

@@ -163,15 +163,17 @@ class Scheduler:
         self._enter(self._running, child, SequenceStatus.RUNNING)
         return (parent.blocks[num_full], copied[0]) if copied else None
 
-    def remove(self, sequence: SequenceState) -> None:
-        """End a sequence between steps; its blocks are free at once."""
+    def remove(self, sequence: SequenceState, *, has_ended: bool = True) -> None:
+        """End a sequence between steps; its blocks are free at once. Not ``has_ended``: others of
+        its request go on, and what the request says of its blocks is not for these.
+        """
         if sequence.status is SequenceStatus.FINISHED:
             return
         here = self._running if sequence.status is SequenceStatus.RUNNING else self._waiting
         here.remove(sequence)
         self._served.leave(sequence)
         self._seats.note(sequence)
-        self._release(sequence, has_ended=True)
+        self._release(sequence, has_ended=has_ended)
         sequence.status = SequenceStatus.FINISHED
 
     def ending(self, sequence: SequenceState) -> Ending | None:

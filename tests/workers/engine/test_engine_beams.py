@@ -281,6 +281,21 @@ def test_forks_copy_a_block_and_compute_nothing_again(tiny_checkpoint: Path) -> 
     assert engine.engine.stats()["generation_tokens_total"] == 4 * params.max_tokens
 
 
+def test_blocks_of_beams_that_were_given_up_are_not_kept(tiny_checkpoint: Path) -> None:
+    """The request asks to keep its blocks: those of its prompt and of its last beams."""
+    engine = LocalEngine(tiny_checkpoint, section=SECTION, clock=lambda: 0.0)
+    params = structs.replace(SEARCH, stop_token_ids=(), max_tokens=40)
+    prompt = tuple(range(3, 20))
+    request = Request(request_id="r", prompt=prompt, n=3, params=params, cache_ttl_s=60.0)
+    outputs = engine.run([request])
+    texts = {prompt + outputs["r", choice][0].token_ids[:-1] for choice in range(3)}
+    kept = {text[: 4 * place] for text in texts for place in range(1, len(text) // 4 + 1)}
+    known = sum(
+        engine.engine.pool.hash_of(b) is not None for b in range(engine.engine.pool.num_blocks)
+    )
+    assert engine.engine.stats()["kv_blocks_kept"] == len(kept) < known
+
+
 @pytest.mark.parametrize("leaves_out", [False, True])
 def test_steps_that_fail_change_nothing(
     tiny_checkpoint: Path, alone: dict[tuple[str, int], object], leaves_out: bool
