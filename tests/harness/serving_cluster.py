@@ -32,6 +32,7 @@ from cluster.config.cluster import (
 )
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_events import KvEventsSection
+from cluster.config.kv_tiers import KvTiersSection
 from cluster.config.lora import LoraSection
 from cluster.controller.controller import Controller
 from cluster.core.topology import Member, Role
@@ -68,6 +69,7 @@ def make_config(
     observability: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
     kv_events: Mapping[str, Any] | None = None,
+    kv_tiers: Mapping[str, Any] | None = None,
     **model: Any,
 ) -> ClusterConfig:
     """A configuration with sections overridden by name.
@@ -85,6 +87,7 @@ def make_config(
         observability=ObservabilitySection(**(observability or {})),
         lora=LoraSection(**(lora or {})),
         kv_events=KvEventsSection(**(kv_events or {})),
+        kv_tiers=KvTiersSection(**(kv_tiers or {})),
         gateway=GatewaySection(max_queue_wait_s=0.0),  # on a busy machine requests wait for longer
         cluster_token=TOKEN,
     )
