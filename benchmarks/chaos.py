@@ -38,6 +38,7 @@ _LAYOUT = (
     *("--num-attention-workers", "2", "--num-expert-workers", "2"),
     *("--num-redundant-experts", "8", "--num-gateway-replicas", "2"),
     *("--detection-limit-s", f"{_DETECTION_LIMIT_S:g}"),
+    *("--kv-host-bytes", "64M"),
 )
 
 

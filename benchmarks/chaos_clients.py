@@ -1,8 +1,8 @@
 """Clients of the chaos: mixed requests whose answers are known, and what becomes of them.
 
-They ask over HTTP and gRPC: whole answers and streams, several choices, grammars, penalties. Some
-leave, some have a deadline, some read slowly. Every client draws its requests with a generator of
-its own, so that a seed repeats them whatever the others do.
+They ask over HTTP and gRPC: whole answers and streams, several choices, grammars, penalties, within
+sessions and without. Some leave, some have a deadline, some read slowly. Every client draws its
+requests with a generator of its own, so that a seed repeats them whatever the others do.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Call:
             seed=self.body["seed"],
             ignore_eos=True,
         )
-        return GenerateRequest(text=self.body["prompt"], sampling_params=params)
+        session = self.body.get("session_id")
+        return GenerateRequest(text=self.body["prompt"], sampling_params=params, session_id=session)
 
     @property
     def is_plain(self) -> bool:
@@ -306,6 +307,8 @@ def _draw_body(draw: random.Random, number: int) -> dict[str, Any]:
         "ignore_eos": True,
         "return_token_ids": True,
     }
+    if number % 4:  # copied to the other worker, from which the next ones go on
+        body["session_id"] = f"session {number}"
     extra = number % 6
     if extra == 0:
         body |= {"n": 2, "frequency_penalty": 0.5}

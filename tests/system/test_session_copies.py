@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.random_checkpoint import TINY, write
 from tests.harness.cluster_gateway import Answer, ClusterGateway, gateway_of
-from tests.harness.conversation import Conversation
-from tests.harness.fault_rows import quiet_config, whole
+from tests.harness.conversation import (
+    LONG,
+    RESTORED,
+    Conversation,
+    total,
+    undisturbed,
+    wait_lost,
+)
+from tests.harness.fault_rows import quiet_config, whole, with_model
 from tests.harness.serving_cluster import (
     RUNTIMES,
     WAIT_LIMIT_S,
@@ -18,11 +28,21 @@ from tests.harness.serving_cluster import (
     ThreadWorkerGroup,
     serving,
 )
+from workers.model.families.registry import FAMILIES
 from workers.process.attention_runtime import AttentionRuntime
 from workers.process.colocated_runtime import ColocatedRuntime
+from workers.process.intake import kv_restores
 from workers.process.runtime import WorkerRuntime
 
 TIERS = {"kv_host_bytes": 64 << 20}
+STATES = "qwen3_next"
+"""A family with recurrent states."""
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are restored, however busy this machine is."""
+    monkeypatch.setattr(kv_restores, "LEAST_LIMIT_S", WAIT_LIMIT_S)
 
 
 class _Mortal(AttentionRuntime):
@@ -46,11 +66,12 @@ class _MortalColocated(_Mortal, ColocatedRuntime):
 
 @contextmanager
 def mortal(
-    mode: str, tiers: Mapping[str, Any] = TIERS
+    mode: str, tiers: Mapping[str, Any] = TIERS, model: Path | None = None
 ) -> Iterator[tuple[ThreadCluster, ClusterGateway]]:
-    """Two workers with attention, and a gateway."""
+    """Two workers with attention, and a gateway; of the bundled model unless given."""
     num_experts = 2 if mode == "colocated" else 1
     config = quiet_config(2, num_experts, mode=mode, kv_tiers=dict(tiers))
+    config = config if model is None else with_model(config, model)
     classes: Mapping[Any, type[WorkerRuntime]] = {
         **RUNTIMES,
         "attention": _Mortal,
@@ -66,26 +87,12 @@ def kill(cluster: ThreadCluster, name: str) -> None:
     runtime = cluster.group.runtimes[name]
     assert isinstance(runtime, _Mortal)
     runtime.die()
-    cluster.wait(lambda s: any(w["name"] == name and w["state"] == "LOST" for w in s["workers"]))
-
-
-def undisturbed(num_turns: int) -> list[Answer]:
-    """The session where nothing happens."""
-    cluster = ThreadCluster(quiet_config(1, 1))
-    with serving(cluster), gateway_of(cluster) as gateway:
-        talk = Conversation(gateway)
-        return [talk.turn() for _ in range(num_turns)]
+    wait_lost(cluster, name)
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[Answer]:
-    return undisturbed(3)
-
-
-def stat(cluster: ThreadCluster, name: str) -> float:
-    """A number of all workers that live."""
-    found = cluster.snapshot(fresh=True)["workers"]
-    return sum(float(w["stats"].get(name, 0.0)) for w in found if w["state"] == "SERVING")
+    return undisturbed(40, 40, 40)
 
 
 @pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
@@ -111,19 +118,19 @@ def test_a_session_goes_on_from_its_copies(mode: str, expected: list[Answer]) ->
     assert gateway.num_resubmitted == 0
 
 
-def test_a_turn_that_loses_its_worker_is_restored(expected: list[Answer]) -> None:
+def test_a_turn_that_loses_its_worker_is_restored() -> None:
     with mortal("disaggregated") as (cluster, gateway):
         talk = Conversation(gateway)
         answers = [talk.turn()]
         talk.wait_copies()
         num_known = talk.num_computed
-        streams = talk.begin()
+        streams = talk.begin(LONG)
         streams.wait_tokens(10)
         kill(cluster, talk.home())
         answers.append(talk.end(streams))
         assert gateway.num_resubmitted == 1
-        assert stat(cluster, 'kv_restore_tokens_total{tier="host"}') >= num_known
-    assert answers == expected[:2]
+        assert total(cluster, RESTORED) >= num_known
+    assert answers == undisturbed(40, LONG)
 
 
 def test_sessions_of_a_drained_worker_go_on_from_their_copies(expected: list[Answer]) -> None:
@@ -144,6 +151,26 @@ def test_sessions_of_a_drained_worker_go_on_from_their_copies(expected: list[Ans
 
 
 @pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f == STATES else pytest.mark.slow) for f in sorted(FAMILIES)],
+)
+def test_sessions_of_every_family_go_on(family: str, tmp_path: Path) -> None:
+    """With recurrent states where there are any."""
+    model = write(dataclasses.replace(TINY, family=family), tmp_path)
+    with mortal("disaggregated", model=model) as (cluster, gateway):
+        talk = Conversation(gateway)
+        streams = talk.begin()
+        home = talk.home()
+        answers = [talk.end(streams)]
+        talk.wait_copies()
+        kill(cluster, home)
+        num_known = talk.num_computed
+        answers.append(talk.turn())
+        assert answers[1].cached_tokens == num_known
+    assert answers == undisturbed(40, 40, model=model)
+
+
+@pytest.mark.parametrize(
     "tiers",
     [
         pytest.param({}, id="no host memory"),
@@ -160,7 +187,7 @@ def test_nothing_is_copied_without_host_memory_or_when_switched_off(
         assert answer.cached_tokens
         hellos = gateway.run(_hellos(gateway))
         assert hellos == [False, False]
-        assert stat(cluster, "session_copy_blocks_total") == 0
+        assert total(cluster, "session_copy_blocks_total") == 0
 
 
 async def _hellos(gateway: ClusterGateway) -> list[bool]:

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 15.0
 """Longest wait for bytes of the other worker, which answers between two steps."""
-_STOP_S = 5.0
+_STOP_S = 1.0
+"""Longest wait for the thread at the end; it ends with its wait for bytes at the latest."""
 OUTCOMES = ("whole", "part", "failed", "skipped")
 """What became of copies: all blocks are here; the other worker lacks some, or there is no room; it
 cannot be reached, or sent something else; too many waited."""
@@ -66,7 +67,7 @@ class CopyKeeper:
         self._limit = RateLimit(bytes_per_s, cancelled=self._is_ending)
         self._changed = threading.Condition()
         self._queue = CopyQueue()
-        self._outcomes = Counter[str](dict.fromkeys(OUTCOMES, 0))
+        self._outcomes = Counter[str]()
         self._num_blocks = 0
         self._num_bytes = 0
         self._seconds = Histogram(TRANSFER_BUCKETS)
@@ -78,10 +79,10 @@ class CopyKeeper:
     def put(self, message: KeepCopy) -> None:
         """Keep copies of these blocks, when the copies that wait are here."""
         peer = self._peers(message.source)
-        if peer is None:  # it has left meanwhile
-            self._outcomes["failed"] += 1
-            return
         with self._changed:
+            if peer is None:  # it has left meanwhile
+                self._outcomes["failed"] += 1
+                return
             self._outcomes["skipped"] += self._queue.put(Copy(message, peer))
             self._changed.notify()
 
@@ -95,15 +96,17 @@ class CopyKeeper:
 
     def stats(self) -> dict[str, float]:
         """Counters by metric name without prefix."""
+        with self._changed:
+            outcomes, num_waiting = Counter(self._outcomes), len(self._queue)
         return {
             **self._seconds.stats("kv_migration_seconds", 'reason="copy"'),
             'kv_migration_bytes_total{reason="copy"}': float(self._num_bytes),
-            'kv_migration_failures_total{reason="copy"}': float(self._outcomes["failed"]),
+            'kv_migration_failures_total{reason="copy"}': float(outcomes["failed"]),
             **{
-                f'session_copies_total{{outcome="{outcome}"}}': float(self._outcomes[outcome])
+                f'session_copies_total{{outcome="{outcome}"}}': float(outcomes[outcome])
                 for outcome in OUTCOMES
             },
-            "session_copies_waiting": float(len(self._queue)),
+            "session_copies_waiting": float(num_waiting),
             "session_copy_blocks_total": float(self._num_blocks),
         }
 
@@ -112,7 +115,8 @@ class CopyKeeper:
             began_s = time.monotonic()
             outcome = self._try(copy)
             self._seconds.observe(time.monotonic() - began_s)
-            self._outcomes[outcome] += 1
+            with self._changed:
+                self._outcomes[outcome] += 1
             self._wake()
 
     def _next(self) -> Copy | None:
