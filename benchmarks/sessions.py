@@ -31,8 +31,8 @@ from gateway.engines.router import (
     pick_worker,
     route_by_kv,
 )
-from workers.kv.tiers.order import TierOrder, TurnUse
-from workers.kv.turns import KeepHints
+from workers.kv.tiers.order import TierOrder
+from workers.kv.turns import KeepHints, TurnUse
 
 NUM_WORKERS = 4
 """Workers of the model."""

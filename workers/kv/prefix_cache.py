@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from workers.kv.block_pool import BlockPool
 from workers.kv.contents import BlockContents
 from workers.kv.state_slots import StateSlots
-from workers.kv.tiers.order import TurnUse
-from workers.kv.turns import KeepHints, Turn
+from workers.kv.turns import KeepHints, Turn, TurnUse
 from workers.requests.block_hash import BlockHash, chain_hash, request_root
 from workers.requests.sequence import SequenceState
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from workers.kv.tiers.folders import SUFFIX, UNFINISHED, ClaimedFolder, unusable
-from workers.kv.tiers.order import TierTurn, TurnUse
+from workers.kv.tiers.order import TierTurn
 from workers.kv.tiers.tier import Tier
-from workers.kv.turns import KeepHints
+from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import HASH_BYTES, state_key
 from workers.transport.peer_link import view_bytes
 

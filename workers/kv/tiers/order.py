@@ -13,31 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from workers.kv.eviction import EvictionOrder
-from workers.kv.turns import KeepHints, Turn
+from workers.kv.turns import Turn, TurnUse
 from workers.requests.block_hash import state_key
 
 IDLE_S = 3600.0
 """Time without a turn after which a tenant's items are given up before others'."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TurnUse:
-    """A turn's use of a prefix."""
-
-    names: Sequence[bytes]
-    """Of all its full blocks, in order."""
-    num_prompt: int
-    """Blocks of them that its prompt had; a next turn has those, too."""
-    hints: KeepHints
-    states: Sequence[bytes] = ()
-    """Those of the blocks behind which the recurrent state is kept as well."""
-
-    @property
-    def items(self) -> list[tuple[bytes, bytes | None]]:
-        """All blocks and states, each with its parent, in the order in which they are put."""
-        parents = (None, *self.names)
-        blocks = list(zip(self.names, parents, strict=False))
-        return [*blocks, *((state_key(name), name) for name in self.states)]
 
 
 @dataclass(slots=True, eq=False)

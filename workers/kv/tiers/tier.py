@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from workers.kv.tiers.order import TierOrder, TierTurn, TurnUse
+from workers.kv.tiers.order import TierOrder, TierTurn
+from workers.kv.turns import TurnUse
 from workers.requests.block_hash import state_key
 
 

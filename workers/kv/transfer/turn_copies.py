@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workers.kv.tiers.order import TierTurn, TurnUse
+from workers.kv.tiers.order import TierTurn
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.store import KvTransferStore, LentState
+from workers.kv.turns import TurnUse
 from workers.requests.block_hash import state_key
 
 logger = logging.getLogger(__name__)

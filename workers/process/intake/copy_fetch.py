@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cluster.core.errors import ProtocolError
 from workers.kv.cache import KVCache
-from workers.kv.tiers.order import TierTurn, TurnUse
+from workers.kv.tiers.order import TierTurn
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.turn_copies import as_bytes
-from workers.kv.turns import KeepHints
+from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import BlockHash, state_key
 from workers.requests.wire import KeepCopy
 from workers.transport.peer_link import MAX_ITEMS, PeerClient, view_bytes

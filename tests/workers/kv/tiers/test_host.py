@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from workers.kv.tiers.host import HostTier
-from workers.kv.tiers.order import IDLE_S, TierTurn, TurnUse
+from workers.kv.tiers.order import IDLE_S, TierTurn
 from workers.kv.tiers.tier import Tier
 from workers.kv.tiers.tiers import KvTiers
-from workers.kv.turns import KeepHints
+from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import state_key
 
 BLOCK_BYTES = 10

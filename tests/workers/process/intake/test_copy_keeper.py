@@ -23,10 +23,9 @@ from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import engine_of, forget_states, request_of, serve
 from tests.workers.process.intake.test_kv_fetches import identity
 from workers.kv.tiers.host import HostTier
-from workers.kv.tiers.order import TurnUse
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.lender import KvLender, LentItem
-from workers.kv.turns import NO_HINTS
+from workers.kv.turns import NO_HINTS, TurnUse
 from workers.process.intake.copy_fetch import BATCH_BLOCKS, CopyFetch
 from workers.process.intake.copy_keeper import OUTCOMES, CopyKeeper
 from workers.requests.block_hash import HASH_BYTES, BlockHash, block_hashes, state_key
