@@ -67,6 +67,7 @@ def full() -> Iterator[Stack]:
             first = pool.submit(stack.http.post, "/v1/completions", json=body)
             stack.wait_for(lambda: bool(stack.engine.running), "the first request")
             yield stack
+            stack.engine.is_paused = False
             assert first.result(WAIT_S).status_code == 200
 
 
