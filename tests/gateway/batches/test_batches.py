@@ -59,7 +59,7 @@ def test_a_batch_is_answered(keeper: Stack) -> None:
     assert get(keeper, "/v1/batches")["data"] == [done]
     purposes = {one["purpose"] for one in get(keeper, "/v1/files")["data"]}
     assert purposes == {"batch", "batch_output"}
-    assert work_files(keeper) == []
+    keeper.wait_for(lambda: not work_files(keeper), "the end of the work")
     stop_runner(keeper, runner)
 
 
