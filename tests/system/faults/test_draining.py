@@ -140,7 +140,7 @@ def test_a_beam_search_begins_anew_at_another_worker() -> None:
     async def answer(core: Gateway) -> list[tuple[tuple[TokenText, ...], float | None]]:
         with await core.start(search, new_call_id(search.kind)) as generation:
             choices = await collect(generation)
-        return [(one.tokens, one.finish and one.finish.beam_score) for one in choices]
+        return [(one.tokens, one.finish.beam_score if one.finish else None) for one in choices]
 
     with (
         serving(ThreadCluster(quiet_config(2, 1))) as cluster,
