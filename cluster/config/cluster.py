@@ -220,8 +220,8 @@ class EngineSection:
     enable_prefix_caching: bool = True
     """Keep the KV of past requests for others that begin with the same tokens."""
     kv_kept_share: float = 0.5
-    """Share of the KV blocks that ``cache_ttl`` may keep before others, in equal parts by API
-    key."""
+    """Share of the KV blocks that requests may have kept before others (their field cache_ttl), in
+    equal parts by API key."""
     num_cached_states: int = 32
     """Recurrent states that are kept for prompts with a known beginning, beside three for each of
     ``max_num_seqs`` (two without prefix caching); of models with such states only."""

@@ -111,7 +111,7 @@ class GatewaySection:
     max_logprobs: int = 20
     """Alternatives reported for a token."""
     max_cache_ttl_s: float = 3600.0
-    """Longest ``cache_ttl`` of a request."""
+    """Longest time for which a request may have its KV kept before others (its field cache_ttl)."""
     max_queue: int = 1024
     """Requests that a serve replica holds at once, running or waiting."""
     max_queue_tokens: int | None = None

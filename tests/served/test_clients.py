@@ -252,7 +252,7 @@ def test_openai_errors_are_its_own_classes(
         assert (caught.value.code, caught.value.param) == (code, param)
         assert caught.value.request_id
     with pytest.raises(openai.NotFoundError):
-        client.responses.create(model=MODEL, input="x")
+        client.moderations.create(model=MODEL, input="x")
 
 
 def test_openai_gives_up_in_time(client: openai.OpenAI, server: Served) -> None:

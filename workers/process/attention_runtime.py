@@ -182,7 +182,8 @@ class AttentionRuntime(WorkerRuntime):
         """Begin to copy blocks into lower tiers, and to restore them, if there are any."""
         config, wake = self.config, self.connections.wake
         identity = f"{self._me.checkpoint_id} {self._me.release} {config.kv_fingerprint()}"
-        identity += f" {self.args.device.type} {self.args.why_torch}"
+        offer = self.member.offer
+        identity += f" {self.args.device.type} {offer.kernels} {offer.torch}"
         share = config.engine.kv_kept_share
         tiers = open_tiers(config.kv_tiers, engine.cache, share, self.member.rank, identity)
         if tiers is not None:

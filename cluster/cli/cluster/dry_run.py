@@ -48,6 +48,9 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
         "threads_per_worker": start.share.threads if start else None,
         "kv_cache_tokens": None if is_measured else blocks * plan.config.engine.block_size_tokens,
         "kv_cache_dtype": kind,
+        "kv_host_bytes": plan.config.kv_tiers.kv_host_bytes,
+        "kv_disk_bytes": plan.config.kv_tiers.kv_disk_bytes,
+        "kv_disk_dir": plan.config.kv_tiers.kv_disk_dir,
         "num_states": plan.config.engine.num_states if facts.state_bytes else 0,
         "state_bytes": facts.state_bytes,
         "kv_bytes_per_token": facts.kv_bytes_per_token(plan.config.model.dtype, kind),
@@ -101,6 +104,8 @@ def text(document: Mapping[str, Any], address: str) -> str:
     if document["num_states"]:
         each_state = f"{document['state_bytes'] / 1e6:.3g} MB"
         lines.append(f"states   {document['num_states']} of {each_state} in each attention worker")
+    if document["kv_host_bytes"]:
+        lines.append(f"tiers    {_tiers(document)} in each attention worker")
     rows = [
         (w["name"], w["role"], _gigabytes(w["weight_bytes"]), _holds(w["slots"]))
         for w in document["workers"]
@@ -108,6 +113,12 @@ def text(document: Mapping[str, Any], address: str) -> str:
     if rows:
         lines.append(table(("WORKER", "ROLE", "WEIGHTS", "HOLDS"), rows))
     return "\n".join(lines)
+
+
+def _tiers(document: Mapping[str, Any]) -> str:
+    host, disk = (_gigabytes(document[f"kv_{tier}_bytes"]) for tier in ("host", "disk"))
+    on_disk = f" and {disk} on disk ({document['kv_disk_dir']})" if document["kv_disk_dir"] else ""
+    return f"copies of KV: {host} of host memory{on_disk}"
 
 
 def _gigabytes(num_bytes: int | None) -> str:

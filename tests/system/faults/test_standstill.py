@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.harness.cluster_gateway import gateway_of
@@ -11,12 +9,13 @@ from tests.harness.fault_rows import stopped
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
 from tests.harness.stalls import wait_until
+from tests.paths import DEMO
 
 pytestmark = pytest.mark.ray
 
 
-def test_readiness_falls_by_rank_and_rises_when_steps_commit_again(tiny_checkpoint: Path) -> None:
-    config = make_config(tiny_checkpoint, 1, 2, transport={"detection_limit_s": 60.0})
+def test_readiness_falls_by_rank_and_rises_when_steps_commit_again() -> None:
+    config = make_config(DEMO, 1, 2, transport={"detection_limit_s": 60.0})
     with connected_ray(), serving(RayCluster(config)) as cluster, gateway_of(cluster) as gateway:
         streams = gateway.stream(make_calls(2, 100))
         reason = ["steps wait for expert rank 1 (expert-1)"]

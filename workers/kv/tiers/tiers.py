@@ -115,10 +115,12 @@ class KvTiers:
         """The fastest tier of each of these blocks, up to the first that no tier has."""
         found: list[str] = []
         for name in names:
-            tier = self.tier_of(name)
-            if tier is None:
+            for tier in self.tiers:
+                if tier.has(name):
+                    found.append(tier.name)
+                    break
+            else:
                 break
-            found.append(tier)
         return found
 
     def read(self, name: bytes) -> Held | None:

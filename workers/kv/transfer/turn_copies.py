@@ -37,7 +37,7 @@ class _Copy:
 
     use: TurnUse
     turn: TierTurn | None = None
-    """None: it waits."""
+    """Of the executor's thread; None: it has not begun."""
     num_done: int = 0
     """Blocks from the first on that are in the tiers."""
     num_states_done: int = 0
@@ -46,12 +46,13 @@ class _Copy:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """What is held and copied."""
+    """What is held and copied, or the end of a turn."""
 
     copy: _Copy
     blocks: list[int]
     state: LentState | None
     work: Future[bool]
+    """Whether more of the turn can be kept."""
 
 
 class TurnCopies:
@@ -82,7 +83,7 @@ class TurnCopies:
             num_here = len(self._tiers.tiers_of(use.names))
             use = replace(use, names=use.names[:num_here], states=())
         if len(self._waiting) == MAX_TURNS:
-            self._tiers.end(self._tiers.begin(use))
+            self._tiers.host.num_skipped += len(use.names)
             return
         self._waiting.append(_Copy(use))
         self._wake()
@@ -91,7 +92,7 @@ class TurnCopies:
         """Let go of what is copied, and hold the next blocks."""
         if self._batch is not None and self._batch.work.done():
             self._end_batch(self._batch)
-        while self._batch is None and self._waiting:
+        if self._batch is None and self._waiting:
             self._begin_batch(self._waiting[0])
 
     def close(self) -> None:
@@ -101,15 +102,12 @@ class TurnCopies:
     def _begin_batch(self, copy: _Copy) -> None:
         """Hold and copy the next blocks of a turn, or end it where there are none."""
         names, host = copy.use.names, self._tiers.host
-        if copy.turn is None:
-            copy.turn = self._tiers.begin(copy.use)
         while copy.num_done < len(names) and host.has(names[copy.num_done]):
             copy.num_done += 1
         blocks, state = self._lend_next(copy)
-        if not blocks and state is None:  # all is there, or gone
-            self._end(copy)
-            return
-        work = self._executor.submit(self._copy, copy, blocks, state)
+        is_over = not blocks and state is None  # all is there, or gone
+        begun = (self._end, copy) if is_over else (self._copy, copy, blocks, state)
+        work = self._executor.submit(*begun)
         work.add_done_callback(lambda ended: self._wake())
         self._batch = _Batch(copy, blocks, state, work)
 
@@ -129,7 +127,6 @@ class TurnCopies:
     def _end_batch(self, batch: _Batch) -> None:
         copy, pool = batch.copy, self._store.pool
         names = copy.use.names[copy.num_done : copy.num_done + len(batch.blocks)]
-        is_open = not batch.work.cancelled() and batch.work.result()
         held = zip(batch.blocks, names, strict=True)
         self._tiers.forget([name for block, name in held if pool.hash_of(block) != name])
         if batch.blocks:
@@ -138,31 +135,36 @@ class TurnCopies:
             self._store.end_state_loan(batch.state, is_kept=False)
         self._batch = None
         copy.num_done += len(batch.blocks)
-        if not is_open:
-            self._end(copy)
-
-    def _end(self, copy: _Copy) -> None:
-        """What is not in the tiers now is left out."""
-        self._waiting.remove(copy)
-        if copy.turn is not None:
-            self._tiers.end(copy.turn)
+        if batch.work.cancelled() or not batch.work.result():
+            self._waiting.remove(copy)
 
     def _copy(self, copy: _Copy, blocks: list[int], state: LentState | None) -> bool:
-        """In the executor's thread; False where nothing more of the turn can be kept."""
-        cache, names, turn = self._store.cache, copy.use.names, copy.turn
-        assert turn is not None, "it has begun"
+        """In the executor's thread; False where the turn has ended, as no more can be kept."""
+        names, cache = copy.use.names, self._store.cache
         try:
+            turn = self._begun(copy)
             for place, block in enumerate(blocks, copy.num_done):
                 parent = names[place - 1] if place else None
                 if not self._put(turn, names[place], parent, cache.read_block(block)):
-                    return False
+                    return self._end(copy)
             if state is not None:
                 name = copy.use.states[copy.num_states_done - 1]
-                return self._put(turn, state_key(name), name, cache.read_state(state.slot))
+                if not self._put(turn, state_key(name), name, cache.read_state(state.slot)):
+                    return self._end(copy)
         except Exception:  # memory that is missing, for example: the worker serves on
             logger.exception("KV blocks are not kept")
-            return False
+            return self._end(copy)
         return True
+
+    def _begun(self, copy: _Copy) -> TierTurn:
+        if copy.turn is None:
+            copy.turn = self._tiers.begin(copy.use)
+        return copy.turn
+
+    def _end(self, copy: _Copy) -> bool:
+        """In the executor's thread: what is not in the tiers now is left out."""
+        self._tiers.end(self._begun(copy))
+        return False
 
     def _put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
         return self._tiers.put(turn, name, parent, as_bytes(data))

@@ -31,9 +31,12 @@ from workers.requests.block_hash import BlockHash, state_key
 logger = logging.getLogger(__name__)
 
 MAX_RESTORING = 4
-"""Prefixes that are restored at the same time; requests with other prefixes compute theirs."""
+"""Prefixes that are restored at the same time."""
+MAX_JOBS = 32
+"""Those and the ones that wait for them; requests with other prefixes compute theirs."""
 LEAST_LIMIT_S = 2.0
-"""A restore may take as long as computing the same tokens would, but at least so long."""
+"""A restore may take as long as computing the same tokens would, its wait for a thread included,
+but at least so long."""
 _GRACE_S = 0.5
 """Time after its limit in which a restore's thread ends by itself."""
 
@@ -178,7 +181,7 @@ class KvRestores(FetchJobs):
 
     def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> FetchJob | None:
         """Start to restore what is missing of a prefix; None where there is no room."""
-        if len(self._jobs) >= MAX_RESTORING:
+        if len(self._jobs) >= MAX_JOBS:
             return None
         fetch = self._engine.begin_fetch(hashes, found)
         if fetch is None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config.kv_tiers import KvTiersSection
+from cluster.core.checks import check
 from workers.engine.engine import Engine
 from workers.kv.block_pool import HashChanges
 from workers.kv.cache import KVCache
 from workers.kv.tiers.changes import held_changes
 from workers.kv.tiers.disk import DiskTier
-from workers.kv.tiers.folders import claim_folder
+from workers.kv.tiers.folders import ClaimedFolder, claim_folder
 from workers.kv.tiers.host import HostTier
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.fetch_cost import FetchCost
@@ -70,11 +73,29 @@ def open_tiers(
     def max_kept(capacity_bytes: int) -> int:
         return int(capacity_bytes // cache.block_bytes * kept_share)
 
+    _check_memory(section.kv_host_bytes)
     host = HostTier(section.kv_host_bytes, max_kept(section.kv_host_bytes))
     if section.kv_disk_dir is None:
         return KvTiers(host)
     layout = f"{cache.block_shape} {cache.dtype} {cache.state_shape}"
     folder = claim_folder(Path(section.kv_disk_dir), rank, f"{identity}\n{layout}\n")
+    _check_disk(section.kv_disk_bytes, folder)
     disk = DiskTier(folder, section.kv_disk_bytes, max_kept(section.kv_disk_bytes))
     logger.info("KV blocks on disk: %d bytes in %s", disk.num_bytes, folder.path)
     return KvTiers(host, disk)
+
+
+def _check_memory(host_bytes: int) -> None:
+    """Raises ``ConfigError``."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rule = f"must be less than the memory of the machine ({memory} bytes)"
+    check(host_bytes < memory, "kv_host_bytes", host_bytes, rule)
+
+
+def _check_disk(disk_bytes: int, folder: ClaimedFolder) -> None:
+    """Raises ``ConfigError``."""
+    size = shutil.disk_usage(folder.path).total
+    if disk_bytes > size:
+        folder.release()
+    rule = f"must not exceed the file system of kv_disk_dir ({size} bytes)"
+    check(disk_bytes <= size, "kv_disk_bytes", disk_bytes, rule)

@@ -228,6 +228,21 @@ def test_quantizing_all_products_needs_a_number_of_bits(
     assert "must be 'experts' while quantize is 'auto'" in capsys.readouterr().err
 
 
+def test_lower_tiers_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["serve", "--dry-run", *PORTS, "--mode", "local", "--kv-host-bytes", "2G"]
+    assert main(words) == ExitCode.OK
+    assert "copies of KV: 2.15 GB of host memory in each" in capsys.readouterr().out
+    words += ["--kv-disk-bytes", "4G", "--kv-disk-dir", "/kv"]
+    assert main([*words, "--json"]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    sizes = [document[f"kv_{tier}_bytes"] for tier in ("host", "disk")]
+    assert (sizes, document["kv_disk_dir"]) == ([2 << 30, 4 << 30], "/kv")
+    assert main(words) == ExitCode.OK
+    assert "2.15 GB of host memory and 4.29 GB on disk (/kv) in" in capsys.readouterr().out
+    assert main([*words[:-2]]) == ExitCode.USAGE
+    assert "kv_disk_bytes (4294967296) needs kv_disk_dir" in capsys.readouterr().err
+
+
 def test_recurrent_states_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
     words = (str(MODELS / "Qwen3-Next-80B-A3B-Instruct"), "--num-expert-workers", "7")
     more = ("--cpus-per-worker", "0.1", "--max-num-seqs", "16", "--num-cached-states", "8")

@@ -269,6 +269,7 @@ def test_a_new_controller_that_calls_gets_everything(
     client.send(Register(member=member_of("expert-0")))
     client.send(WorkerReady(info={"bytes": 5}))
     first.next(WorkerReady)
+    client.follow(1, "")  # whether or not an acknowledgement has come
     if is_first_gone:
         first.close()
         assert lost.get(timeout=LIMIT_S)

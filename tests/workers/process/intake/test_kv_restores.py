@@ -27,7 +27,8 @@ from tests.workers.kv.transfer.test_store import (
 from tests.workers.process.intake.test_kv_fetches import add
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.fetch_cost import FetchCost
-from workers.process.intake.kv_restores import MAX_RESTORING, KvRestores
+from workers.process.intake import kv_restores
+from workers.process.intake.kv_restores import KvRestores
 from workers.process.intake.lower_tiers import LowerTiers, open_tiers
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request
@@ -279,14 +280,13 @@ def test_a_restore_that_is_late_holds_nobody_up(
     assert tiered.engine.pool.num_free == tiered.engine.pool.num_blocks
 
 
-def test_few_prefixes_are_restored_at_a_time(tiered: Tiered) -> None:
-    requests = [
-        request_of(f"r{seed}", prompt=(3 + seed, *PROMPT[1:])) for seed in range(MAX_RESTORING + 1)
-    ]
+def test_only_so_many_prefixes_wait(tiered: Tiered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_restores, "MAX_JOBS", 2)
+    requests = [request_of(f"r{seed}", prompt=(3 + seed, *PROMPT[1:])) for seed in range(3)]
     for request in requests:
         tiered.serve(request)
     tiered.evict()
-    assert [tiered.restores.put(add(r)) for r in requests] == [True] * MAX_RESTORING + [False]
+    assert [tiered.restores.put(add(r)) for r in requests] == [True, True, False]
 
 
 def test_blocks_of_broken_numbers_are_forgotten(tiered: Tiered) -> None:

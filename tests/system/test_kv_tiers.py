@@ -1,0 +1,135 @@
+"""Prefixes that the pool has given up come back from lower tiers, in whole clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from gateway.engines.router import RoutingPolicy
+from tests.harness.serving_cluster import (
+    RUNTIMES,
+    ThreadCluster,
+    ThreadWorkerGroup,
+    make_config,
+    serving,
+)
+from tests.harness.stalls import wait_until
+from tests.reference.exact import exact
+from tests.system.test_kv_fetch import (
+    CACHED,
+    ENGINE,
+    EagerRuntime,
+    answer,
+    request_of,
+    wait_idle,
+)
+from tests.system.test_kv_routing import Front
+from workers.process.attention_runtime import AttentionRuntime
+
+MIB = 2**20
+NUM_BLOCKS = 16
+"""Blocks of the pool: two prompts and their answers."""
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ThreadCluster]:
+    folder = tmp_path_factory.mktemp("kv")
+    tiers = {"kv_host_bytes": 64 * 1024, "kv_disk_bytes": 16 * MIB, "kv_disk_dir": str(folder)}
+    block_bytes = 16 * 2 * 2 * 2 * 8 * 4
+    engine = {**ENGINE, "kv_cache_bytes": NUM_BLOCKS * block_bytes}
+    config = make_config(
+        tiny_checkpoint, num_attention=2, num_experts=1, engine=engine, kv_tiers=tiers
+    )
+    threads = ThreadCluster(config, ThreadWorkerGroup({**RUNTIMES, "attention": EagerRuntime}))
+    with serving(threads):
+        yield threads
+
+
+def runtime_of(cluster: ThreadCluster, rank: int) -> AttentionRuntime:
+    found = cluster.group.runtimes[f"attention-{rank}"]
+    assert isinstance(found, AttentionRuntime)
+    return found
+
+
+def settle(cluster: ThreadCluster, rank: int) -> None:
+    """Wait until all that was left is in the tiers."""
+    tiers = runtime_of(cluster, rank)._tiers
+    assert tiers is not None
+    wait_until(lambda: tiers.copies.is_idle, "copies of KV blocks")
+    assert tiers.tiers.wait_written(60.0)
+
+
+def evict(cluster: ThreadCluster, rank: int, first: int) -> None:
+    """Other prompts take the pool's blocks."""
+    for seed in range(first, first + 4):
+        answer(cluster, rank, request_of(seed))
+        settle(cluster, rank)
+
+
+def restored(cluster: ThreadCluster, rank: int, tier: str) -> float:
+    stats = runtime_of(cluster, rank)._stats()
+    return stats[f'kv_restore_tokens_total{{tier="{tier}"}}']
+
+
+def test_a_prompt_comes_back_from_host_memory_and_from_disk(cluster: ThreadCluster) -> None:
+    expected = exact(answer(cluster, 0, request_of(100)))
+    settle(cluster, 0)
+    evict(cluster, 0, 110)
+    again = answer(cluster, 0, request_of(100, 1))
+    assert again[0].num_cached_tokens == CACHED
+    assert exact(again) == expected
+    assert restored(cluster, 0, "host") + restored(cluster, 0, "disk") == CACHED
+    settle(cluster, 0)
+    for first in (120, 130):
+        evict(cluster, 0, first)
+    before = restored(cluster, 0, "disk")
+    again = answer(cluster, 0, request_of(100, 2))
+    assert again[0].num_cached_tokens == CACHED
+    assert exact(again) == expected
+    assert restored(cluster, 0, "disk") > before
+    wait_idle(cluster)
+
+
+def test_a_peer_fetches_what_only_a_tier_has(cluster: ThreadCluster) -> None:
+    expected = exact(answer(cluster, 0, request_of(200)))
+    settle(cluster, 0)
+    evict(cluster, 0, 210)
+    other = answer(cluster, 1, request_of(200, 1, kv_peer="attention-0"))
+    assert other[0].num_cached_tokens == CACHED
+    assert exact(other) == expected
+    wait_idle(cluster)
+
+
+def test_gateways_know_what_only_a_tier_has(cluster: ThreadCluster) -> None:
+    answer(cluster, 1, request_of(300))
+    settle(cluster, 1)
+    evict(cluster, 1, 310)
+    front = Front(cluster, RoutingPolicy.KV)
+    prompt = [*request_of(300).prompt, 5]
+
+    async def work() -> None:
+        await front.start()
+        await front.learn(prompt, CACHED // 16)
+        assert await front.serve(prompt) == ("attention-1", CACHED)
+        await front.pool.stop()
+
+    cluster.thread.run(work())
+    wait_idle(cluster)
+
+
+def test_an_aborted_request_leaves_nothing_behind(cluster: ThreadCluster) -> None:
+    answer(cluster, 0, request_of(400))
+    settle(cluster, 0)
+    evict(cluster, 0, 410)
+    stream = cluster.stream(0)
+    request = request_of(400, 1, params=replace(request_of(400).params, max_tokens=20))
+    stream.send(request)
+    stream.abort(request.request_id)
+    stream.close()
+    wait_idle(cluster)
+    assert answer(cluster, 0, request_of(400, 2))[0].num_cached_tokens == CACHED

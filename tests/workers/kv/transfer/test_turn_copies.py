@@ -1,0 +1,208 @@
+"""What turns leave is copied between steps, and never keeps a step from its blocks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from torch import Tensor
+
+from tests.harness.engine_stream import TIMEOUT_S
+from tests.reference.goldens import Golden
+from tests.reference.local_engine import LocalEngine
+from tests.workers.kv.transfer.test_store import (
+    NUM_BLOCKS,
+    PROMPT,
+    engine_of,
+    forget_states,
+    request_of,
+    serve,
+)
+from workers.kv.tiers.host import HostTier
+from workers.kv.tiers.tiers import KvTiers
+from workers.kv.transfer import turn_copies
+from workers.kv.transfer.lender import KvLender, LentCopy, LentItem
+from workers.kv.transfer.turn_copies import TurnCopies
+from workers.requests.block_hash import block_hashes, state_key
+
+MIB = 2**20
+LONG = replace(request_of().params, max_tokens=40)
+
+
+class Copying:
+    """An engine that copies into host memory."""
+
+    def __init__(self, local: LocalEngine, host_bytes: int = MIB) -> None:
+        self.local = local
+        self.engine = local.engine
+        self.tiers = KvTiers(HostTier(host_bytes))
+        self.woken = threading.Event()
+        self.copies: TurnCopies = self.engine.keep_in(self.tiers, self.woken.set)
+
+    def settle(self) -> None:
+        while not self.copies.is_idle:
+            assert self.woken.wait(TIMEOUT_S)
+            self.woken.clear()
+            self.copies.go_on()
+            self.engine.check_integrity()
+        self.tiers.host.check_integrity()
+
+    @property
+    def num_copied(self) -> int:
+        """Blocks of the prompt that are in host memory."""
+        return len(self.tiers.run(block_hashes(request_of(), 16, None)))
+
+    @property
+    def num_skipped(self) -> int:
+        return self.tiers.host.num_skipped
+
+
+@pytest.fixture
+def copying(tiny_checkpoint: Path) -> Iterator[Copying]:
+    found = Copying(engine_of(tiny_checkpoint, num_blocks=16))
+    yield found
+    found.copies.close()
+    found.tiers.close()
+
+
+def test_a_turn_is_copied_in_pieces(copying: Copying, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn_copies, "MAX_HELD", 1)
+    serve(copying.local, request_of())
+    copying.settle()
+    assert copying.num_copied == NUM_BLOCKS
+    assert copying.num_skipped == 0
+    assert copying.engine.pool.num_free == copying.engine.pool.num_blocks
+
+
+def test_only_a_few_blocks_are_held_meanwhile(copying: Copying) -> None:
+    serve(copying.local, request_of())
+    copying.copies.go_on()
+    pool = copying.engine.pool
+    assert pool.num_blocks - pool.num_free == pool.num_blocks // 8
+    copying.settle()
+
+
+def test_what_is_gone_before_its_turn_is_left_out(copying: Copying) -> None:
+    serve(copying.local, request_of())
+    pool = copying.engine.pool
+    pool.forget(pool.find(block_hashes(request_of(), 16, None))[1:])
+    copying.settle()
+    assert copying.num_copied == 1
+    assert copying.num_skipped == NUM_BLOCKS  # three of the prompt, one of the output
+
+
+def test_a_tier_that_is_full_of_the_same_turn_keeps_its_beginning(tiny_checkpoint: Path) -> None:
+    local = engine_of(tiny_checkpoint, num_blocks=16)
+    copying = Copying(local, 2 * local.engine.cache.block_bytes)
+    serve(local, request_of())
+    copying.settle()
+    assert copying.num_copied == 2
+    assert copying.num_skipped == NUM_BLOCKS + 1 - 2
+    copying.copies.close()
+
+
+def test_too_many_turns_are_left_out(copying: Copying, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn_copies, "MAX_TURNS", 1)
+    serve(copying.local, request_of())
+    serve(copying.local, request_of("other", prompt=PROMPT[::-1]))
+    copying.settle()
+    assert copying.num_copied == NUM_BLOCKS
+    assert copying.num_skipped == NUM_BLOCKS + 1
+
+
+def test_what_must_be_forgotten_meanwhile_is_not_kept(
+    copying: Copying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read = threading.Event()
+    read = copying.engine.cache.read_block
+
+    def slow(block: int) -> Tensor:
+        assert may_read.wait(TIMEOUT_S)
+        return read(block)
+
+    monkeypatch.setattr(copying.engine.cache, "read_block", slow)
+    serve(copying.local, request_of())
+    copying.copies.go_on()
+    pool = copying.engine.pool
+    pool.forget(pool.find(block_hashes(request_of(), 16, None)))
+    may_read.set()
+    copying.settle()
+    assert copying.num_copied == 0
+    assert copying.tiers.host.num_bytes == 0
+    assert pool.num_free == pool.num_blocks
+
+
+def test_a_preempted_sequence_leaves_nothing(tiny_checkpoint: Path) -> None:
+    copying = Copying(engine_of(tiny_checkpoint, num_blocks=14))
+    requests = [
+        replace(request_of(f"r{i}"), prompt=(3 + i, *PROMPT[1:]), params=LONG) for i in range(4)
+    ]
+    copying.local.run(requests)
+    assert copying.engine.stats()["num_preemptions_total"] > 0
+    copying.settle()
+    assert copying.engine.pool.num_free == copying.engine.pool.num_blocks
+    copying.copies.close()
+
+
+def borrow(lender: KvLender, keys: list[bytes]) -> list[LentItem]:
+    """What another worker would get, as the engine's thread answers."""
+    found: list[list[LentItem]] = []
+    thread = threading.Thread(target=lambda: found.append(lender.borrow(keys)), daemon=True)
+    thread.start()
+    while not found:
+        lender.answer()
+    thread.join(TIMEOUT_S)
+    return found[0]
+
+
+def test_a_peer_gets_what_only_a_tier_has(copying: Copying) -> None:
+    serve(copying.local, request_of())
+    copying.settle()
+    names = block_hashes(request_of(), 16, None)
+    pool, cache = copying.engine.pool, copying.engine.cache
+    data = [cache.read_block(block) for block in pool.find(names)]
+    pool.forget(pool.find(names)[1:])
+    lender = KvLender(
+        copying.engine.kv_store, lambda: None, timeout_s=TIMEOUT_S, tiers=copying.tiers
+    )
+    lent = borrow(lender, names)
+    assert [type(item) for item in lent] == [int, *[LentCopy] * (NUM_BLOCKS - 1)]
+    for item, expected in zip(lent, data, strict=True):
+        (found,) = lender.read(item)
+        assert found.view(cache.dtype).view(cache.block_shape).equal(expected)
+    lender.give_back(lent, len(lent))
+    lender.answer()
+    copying.engine.check_integrity()
+    copying.tiers.forget(names)
+    with pytest.raises(ConnectionError, match="is gone"):
+        lender.read(lent[-1])
+
+
+def test_a_peer_gets_a_state_that_only_a_tier_has(golden: Callable[[str], Golden]) -> None:
+    local = engine_of(golden("qwen3next-base").path)
+    copying = Copying(local, 64 * MIB)
+    serve(local, request_of())
+    copying.settle()
+    names = block_hashes(request_of(), 16, None)
+    states = copying.engine.states
+    assert states is not None
+    slot = states.hold_extra(names[-1])
+    assert slot is not None
+    expected = copying.engine.cache.read_state(slot)
+    states.release_extra(slot)
+    forget_states(local)
+    lender = KvLender(
+        copying.engine.kv_store, lambda: None, timeout_s=TIMEOUT_S, tiers=copying.tiers
+    )
+    (lent,) = borrow(lender, [*map(state_key, names[1:])])
+    assert isinstance(lent, LentCopy)
+    place, data = lender.read(lent)
+    assert int(place) == NUM_BLOCKS - 2
+    assert data.view(expected.dtype).view(expected.shape).equal(expected)
+    lender.give_back([lent], 1)
+    lender.answer()
+    copying.engine.check_integrity()
+    copying.copies.close()
