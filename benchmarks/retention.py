@@ -21,6 +21,7 @@ from benchmarks.agent_trace import AgentRequest, agent_sessions, one_shots
 from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations
 from benchmarks.results import table
 from workers.kv.eviction import EvictionOrder
+from workers.kv.tiers.order import TierOrder, TurnUse
 from workers.kv.turns import KeepHints
 from workers.requests.block_hash import HASH_BYTES
 
@@ -95,6 +96,26 @@ class Cache:
             gone = order.pop()
             order.forget(gone)
             self._here.remove(gone)
+        return found
+
+
+class TierCache:
+    """A lower tier, in the product's order; one block is one byte."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._order = TierOrder(num_blocks, max_kept=num_blocks // 2)
+
+    def serve(self, use: Use, hints: KeepHints) -> int:
+        """Blocks that a request finds; it leaves all of its own, as far as there is room."""
+        names, order = use.names, self._order
+        found = order.num_known(names)
+        left = TurnUse(names=names, num_prompt=len(names), hints=hints)
+        turn = order.begin(left, use.time_s)
+        for name, parent in left.items:
+            if not order.add(turn, name, parent, size=1):
+                break
+        order.end(turn)
+        order.take_gone()
         return found
 
 
@@ -174,7 +195,8 @@ def ideal_blocks(uses: Sequence[Use], num_blocks: int) -> int:
 
 def tier_blocks(uses: Sequence[Use], working_set: int, hinted: Hinted) -> dict[str, int]:
     """Blocks that they find in each tier beyond those of the tiers before."""
-    caches = {name: Cache(int(working_set * part)) for name, part in TIERS.items()}
+    sizes = {name: int(working_set * part) for name, part in TIERS.items()}
+    caches = {n: (Cache if n == "pool" else TierCache)(size) for n, size in sizes.items()}
     found = dict.fromkeys(TIERS, 0)
     for use in uses:
         hints, before = hinted(use), 0

@@ -18,10 +18,12 @@ from benchmarks.request_trace import BLOCK_TOKENS, conversations
 from benchmarks.retention import (
     SIZES,
     TIERS,
+    TierCache,
     Use,
     found_blocks,
     ideal_blocks,
     lru_blocks,
+    no_hints,
     section,
     some_ends,
     tier_blocks,
@@ -118,6 +120,13 @@ def test_the_ideal_is_never_beaten_and_gives_up_what_comes_last() -> None:
     assert ideal_blocks(trace, 2) == 3, "1 and 2 are kept, then 1"
     assert ideal_blocks(trace, 3) == 4
     assert lru_blocks(trace, 2) == 0
+
+
+def test_the_order_of_a_tier_is_as_good_as_that_of_the_pool(uses: list[Use]) -> None:
+    num_blocks = int(working_set(uses) * TIERS["host"])
+    tier = TierCache(num_blocks)
+    found = sum(tier.serve(use, no_hints(use)) for use in uses)
+    assert found > 0.995 * found_blocks(uses, num_blocks)
 
 
 def test_lower_tiers_find_what_higher_ones_gave_up(uses: list[Use]) -> None:

@@ -96,7 +96,13 @@ class PrefixCache:
             ]
             names = names[: ends[-1]]
             states = [names[end - 1] for end in sorted(set(ends)) if end]
-        return TurnUse(names=names, num_prompt=prompt // size, hints=hints, states=states)
+        return TurnUse(
+            names=names,
+            num_prompt=prompt // size,
+            hints=hints,
+            states=states,
+            may_outlive=not sequence.request.adapter,
+        )
 
     def store(self, sequence: SequenceState, first: int) -> None:
         """Positions ``first`` to ``num_computed`` - 1 were committed: their full blocks are known.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from msgspec.structs import replace
 
 from tests.workers.engine.test_scheduler import Desk, rows
 from tests.workers.kv.hashes import hashes_of
+from workers.kv.tiers.order import TurnUse
 from workers.requests.request import FinishReason, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
 
@@ -91,6 +93,23 @@ def test_the_same_prefix_computed_twice_at_once_is_kept_once() -> None:
     (third,) = desk.add(9, SamplingParams(max_tokens=2), first_token=100)
     assert rows(desk.plan())[1:] == [("r2", 8, 1, False)]
     assert third.blocks[:2] == kept
+
+
+def test_a_sequence_tells_at_its_end_what_it_leaves() -> None:
+    desk, left = Desk(), list[TurnUse]()
+    desk.scheduler.prefixes.on_end = left.append
+    for adapter in ("", "a@1"):
+        (sequence,) = desk.add(11, ONE, first_token=100)
+        sequence.request = replace(sequence.request, session="s", adapter=adapter)
+        plan = desk.plan()
+        assert not left or adapter
+        desk.commit(plan)
+    plain, adapted = left
+    assert {*plain.names, *adapted.names} == hashes_of(desk.pool)
+    assert (len(plain.names), plain.num_prompt, plain.states) == (2, 2, [])
+    assert (plain.hints.session, plain.may_outlive) == ("s", True)
+    assert (len(adapted.names), adapted.may_outlive) == (2, False)
+    assert not {*plain.names} & {*adapted.names}
 
 
 def test_what_an_abandoned_plan_found_is_given_back() -> None:

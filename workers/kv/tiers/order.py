@@ -31,6 +31,8 @@ class TurnUse:
     hints: KeepHints
     states: Sequence[bytes] = ()
     """Those of the blocks behind which the recurrent state is kept as well."""
+    may_outlive: bool = True
+    """Whether the names mean the same after a restart; those of adapters do not."""
 
     @property
     def items(self) -> list[tuple[bytes, bytes | None]]:

@@ -78,7 +78,7 @@ class KvTiers:
     def end(self, turn: TierTurn) -> None:
         """The turn's blocks are put, as far as they could be; must follow every ``begin``."""
         self.host.end(turn)
-        if self._disk is None:
+        if self._disk is None or not turn.use.may_outlive:
             return
         with self._changed:
             if len(self._waiting) == MAX_WAITING:

@@ -1,4 +1,4 @@
-"""Requests that wait before the engine takes them: for a grammar, or for KV blocks of a peer."""
+"""Requests that wait before the engine takes them: for a grammar, or for KV blocks."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,17 @@ def test_a_turn_goes_on_to_the_disk(tmp_path: Path) -> None:
     assert (held.tier, held.data.tolist()) == ("disk", data_of(names_of("abc")[2]).tolist())
     tiers.forget(names_of("abc")[1:])
     assert tiers.tiers_of(names_of("abc")) == ["disk"]
+    tiers.close()
+
+
+def test_names_that_mean_something_else_later_stay_in_memory(tmp_path: Path) -> None:
+    disk = disk_of(tmp_path)
+    tiers = KvTiers(HostTier(4 * BLOCK_BYTES), disk)
+    leave(tiers, replace(use_of("abc"), may_outlive=False))
+    leave(tiers, use_of("xy"))
+    assert tiers.wait_written(TIMEOUT_S)
+    assert (known(disk, "abc"), known(disk, "xy")) == (0, 2)
+    assert known(tiers.host, "xy") == 2
     tiers.close()
 
 

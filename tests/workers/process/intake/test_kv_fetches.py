@@ -464,7 +464,9 @@ def test_a_request_waits_for_blocks_that_come_ahead_of_it(
     moving = request_of("r", kv_peer="attention-0", output_so_far=((1, 2),))
     come = add(replace(moving, attempt=1, kv_peer=""))
     with closing(found.fetches) as fetches:
+        assert not fetches.expects(come.request)
         fetches.prefetch(ahead(moving))
+        assert fetches.expects(come.request)
         assert fetches.put(come)
         assert (fetches.num_waiting, fetches.owner("r")) == (1, "g")
         silent.hang_up()
