@@ -21,8 +21,8 @@ from benchmarks.agent_trace import AgentRequest, agent_sessions, one_shots
 from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations
 from benchmarks.results import table
 from workers.kv.eviction import EvictionOrder
-from workers.kv.tiers.order import TierOrder, TurnUse
-from workers.kv.turns import KeepHints
+from workers.kv.tiers.order import TierOrder
+from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import SHORT_BYTES
 
 SIZES = (0.1, 0.25, 0.5)

@@ -126,4 +126,5 @@ def _message(entry: Submission, source: str, hashes: Sequence[BlockHash]) -> Kee
         session=request.session,
         cache_ttl_s=request.cache_ttl_s,
         priority=request.priority,
+        may_outlive=not request.adapter,
     )

@@ -21,7 +21,7 @@ import torch
 import workers.dispatch.expert_server
 import workers.experts.transfer.loading
 import workers.experts.transfer.rate_limit
-import workers.kv.transfer.store
+import workers.kv.transfer.lender
 import workers.process.attention_runtime
 import workers.process.control.control_client
 import workers.process.engine_server
@@ -100,7 +100,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.attention_runtime", "Engine", ToyEngine),
     ("workers.process.expert_part", "ExpertServer", ToyExpertServer),
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
-    ("workers.kv.transfer.store", "Future", SimFuture),
+    ("workers.kv.transfer.lender", "Future", SimFuture),
     ("workers.model.loading.checkpoint", "safe_open", SimReader),
     ("workers.model.loading.checkpoint", "_entries", entries),
     ("workers.model.loading.checkpoint", "size_and_change", size_and_change),

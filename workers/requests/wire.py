@@ -151,6 +151,8 @@ class KeepCopy(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """As in ``Request``, like the next two."""
     cache_ttl_s: float | None = None
     priority: int = 0
+    may_outlive: bool = True
+    """Whether the hashes mean the same after a restart; those of adapters do not."""
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) % HASH_BYTES:

@@ -115,7 +115,7 @@ def test_a_turn_is_copied_when_its_prompt_is_computed_and_at_its_end(workers: Wo
     assert whole.hashes == tuple(names_of(said))
     assert (len(whole.hashes), prompt.num_prompt, whole.num_prompt) == (4, 2, 2)
     assert (whole.session, whole.cache_ttl_s, whole.priority) == ("s", 60, 3)
-    assert whole.tenant == request.tenant
+    assert (whole.tenant, whole.may_outlive) == (request.tenant, True)
 
 
 def test_the_block_of_the_newest_token_is_not_there_yet(workers: Workers) -> None:
@@ -169,6 +169,13 @@ def test_a_session_needs_no_name_of_its_own(workers: Workers, hints: dict[str, A
     add(workers), add(workers)
     turn(workers, session_id=None, **hints)
     assert len(asked_of(workers, 2)) == 2
+
+
+def test_the_hashes_of_an_adapter_mean_nothing_later(workers: Workers) -> None:
+    workers.adapters()
+    add(workers), add(workers)
+    turn(workers, model="sql")
+    assert [message.may_outlive for message in asked_of(workers, 2)] == [False, False]
 
 
 def test_workers_without_host_memory_are_left_out(workers: Workers) -> None:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from tests.workers.engine.test_scheduler import Desk, rows
 from tests.workers.kv.hashes import hashes_of
-from workers.kv.tiers.order import TurnUse
+from workers.kv.turns import TurnUse
 from workers.requests.request import FinishReason, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
 

@@ -100,6 +100,7 @@ def test_copies_to_keep_survive_the_wire() -> None:
         session="s",
         cache_ttl_s=3.5,
         priority=-2,
+        may_outlive=False,
     )
     assert TO_ENGINE.decode(TO_ENGINE.encode(copy)) == copy
     assert copy.hashes == (bytes(range(32)), bytes(range(32, 64)))

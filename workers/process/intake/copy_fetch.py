@@ -80,6 +80,7 @@ class CopyFetch:
                 priority=message.priority,
             ),
             states=self._states_of(names),
+            may_outlive=message.may_outlive,
         )
 
     def _states_of(self, names: Sequence[BlockHash]) -> list[BlockHash]:

@@ -22,6 +22,8 @@ from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import engine_of, forget_states, request_of, serve
 from tests.workers.process.intake.test_kv_fetches import identity
+from workers.kv.tiers.disk import DiskTier
+from workers.kv.tiers.folders import claim_folder
 from workers.kv.tiers.host import HostTier
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.lender import KvLender, LentItem
@@ -197,6 +199,32 @@ def test_there_is_room_for_so_many(link: Link) -> None:
     assert fetch.num_blocks == 7
     assert link.lender.asked == [BATCH_BLOCKS], "nothing more is asked for"
     assert [tiers.has(name) for name in names[:8]] == [True] * 7 + [False]
+
+
+def test_copies_go_on_to_the_disk_and_come_back_from_there(link: Link, tmp_path: Path) -> None:
+    names = names_of(long_request())
+    tiers = KvTiers(HostTier(LARGE), DiskTier(claim_folder(tmp_path, 0, ""), LARGE))
+    with closing(tiers):
+        link.fetch(tiers, message_of(names[:5]))
+        assert tiers.wait_written(TIMEOUT_S)
+        tiers.host.forget(names[2:5])
+        link.lender.asked.clear()
+        fetch = link.fetch(tiers, message_of(names[:9]))
+        assert fetch.is_whole
+        assert (fetch.num_blocks, link.lender.asked) == (4, [4])
+        for name in names[:9]:
+            assert data_of(tiers, name).tolist() == bytes_in_pool(link, name)
+
+
+def test_copies_of_adapters_stay_in_memory(link: Link, tmp_path: Path) -> None:
+    names, disk = names_of(long_request()), DiskTier(claim_folder(tmp_path, 0, ""), LARGE)
+    tiers = KvTiers(HostTier(LARGE), disk)
+    with closing(tiers):
+        link.fetch(tiers, message_of(names[:5], may_outlive=False))
+        link.fetch(tiers, message_of(names[:2]))
+        assert tiers.wait_written(TIMEOUT_S)
+        assert [disk.has(name) for name in names[:3]] == [True, True, False]
+        assert tiers.host.has(names[4])
 
 
 def test_copies_belong_to_the_tenant(link: Link) -> None:
