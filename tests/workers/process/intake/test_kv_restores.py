@@ -21,6 +21,7 @@ from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import (
     NUM_BLOCKS,
     PROMPT,
+    VARIANTS,
     request_of,
     serve,
 )
@@ -125,17 +126,6 @@ def tiered(tiny_checkpoint: Path) -> Iterator[Tiered]:
     found = Tiered(tiny_checkpoint)
     yield found
     found.close()
-
-
-VARIANTS = [
-    "olmoe-base",
-    "dots1-groups",
-    "jetmoe-tied",
-    "qwen3moe-base",
-    "gptoss-base",
-    "glm4lite-official-like",
-    "qwen3next-base",
-]
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
