@@ -26,6 +26,16 @@ PARAMS = SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, ignore_eos=Tr
 PROMPT = tuple(3 + i % 50 for i in range(75))
 NUM_BLOCKS = 4
 """Full blocks of the prompt of 16 tokens, one token at least left to compute."""
+VARIANTS = (
+    "olmoe-base",
+    "dots1-groups",
+    "jetmoe-tied",
+    "qwen3moe-base",
+    "gptoss-base",
+    "glm4lite-official-like",
+    "qwen3next-base",
+)
+"""A golden for each form of attention."""
 
 
 def request_of(name: str = "r", **more: object) -> Request:
@@ -93,18 +103,7 @@ def source(tiny_checkpoint: Path) -> LocalEngine:
     return engine
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        "olmoe-base",
-        "dots1-groups",
-        "jetmoe-tied",
-        "qwen3moe-base",
-        "gptoss-base",
-        "glm4lite-official-like",
-        "qwen3next-base",
-    ],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copied_blocks_give_the_bits_that_computing_gives(
     golden: Callable[[str], Golden], variant: str, dtype: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from tests.reference.local_engine import LocalEngine
 from tests.workers.kv.transfer.test_store import (
     NUM_BLOCKS,
     PROMPT,
-    forget_states,
+    VARIANTS,
     request_of,
     serve,
 )
@@ -34,6 +35,8 @@ from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request
 
 MIB = 2**20
+ALONE = EngineSection(deterministic="on", enable_prefix_caching=False)
+"""Every prompt is computed from its first token."""
 
 
 class Tiered:
@@ -59,6 +62,8 @@ class Tiered:
         assert tiers is not None
         self.tiers: KvTiers = tiers
         self.woken = threading.Event()
+        self.seen: set[bytes] = set()
+        """Blocks that it may have."""
         self.late_s = 0.0
         """What the clock of the restores is ahead of time."""
         self.cost = FetchCost()
@@ -73,6 +78,9 @@ class Tiered:
     def serve(self, request: Request) -> tuple[object, int]:
         """What a client sees, and its cached tokens; what it leaves is in all tiers then."""
         outputs = serve(self.local, request)
+        tokens = [token for output in outputs for token in output.token_ids]
+        whole = replace(request, prompt=(*request.prompt, *tokens))
+        self.seen.update(block_hashes(whole, 16, None))
         self.settle()
         cached = outputs[0].num_cached_tokens
         assert cached is not None
@@ -103,7 +111,7 @@ class Tiered:
         pool = self.engine.pool
         pool.release(pool.allocate(pool.num_free))
         if self.engine.states is not None:
-            forget_states(self.local)
+            self.engine.states.forget(self.seen)
 
     def serve_again(self, name: str = "again", **more: object) -> tuple[object, int]:
         """The prompt once more, from the tiers as far as they have it."""
@@ -118,17 +126,6 @@ def tiered(tiny_checkpoint: Path) -> Iterator[Tiered]:
     found = Tiered(tiny_checkpoint)
     yield found
     found.close()
-
-
-VARIANTS = [
-    "olmoe-base",
-    "dots1-groups",
-    "jetmoe-tied",
-    "qwen3moe-base",
-    "gptoss-base",
-    "glm4lite-official-like",
-    "qwen3next-base",
-]
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
@@ -287,6 +284,36 @@ def test_only_so_many_prefixes_wait(tiered: Tiered, monkeypatch: pytest.MonkeyPa
         tiered.serve(request)
     tiered.evict()
     assert [tiered.restores.put(add(r)) for r in requests] == [True, True, False]
+
+
+@pytest.mark.parametrize("variant", ["olmoe-base", "qwen3next-base"])
+def test_random_sessions_have_the_bits_of_an_engine_without_tiers(
+    golden: Callable[[str], Golden], variant: str, tmp_path: Path
+) -> None:
+    path, draw = golden(variant).path, random.Random(5)
+    plain = LocalEngine(path, section=ALONE, dtype="float32", max_model_len=128)
+    block_bytes = plain.engine.cache.block_bytes + plain.engine.cache.state_bytes
+    tiered = Tiered(path, tmp_path, host_bytes=12 * block_bytes)
+    prompts = {name: tuple(draw.choices(range(3, 96), k=20)) for name in "abcd"}
+    for number in range(30):
+        name = draw.choice("abcd")
+        request = request_of(f"{name}{number}", prompt=prompts[name], session=name)
+        if draw.random() < 0.4:
+            tiered.evict()
+        tiered.restore(request)
+        found, _ = tiered.serve(request)
+        outputs = plain.run([request])[request.request_id, 0]
+        assert found == exact(outputs)
+        answer = [token for output in outputs for token in output.token_ids]
+        more = draw.choices(range(3, 96), k=draw.randrange(1, 20))
+        prompts[name] = (*prompts[name], *answer, *more)
+        if len(prompts[name]) > 100:
+            prompts[name] = prompts[name][: draw.randrange(20, 60)]
+        for tier in tiered.tiers.tiers:
+            tier.check_integrity()
+    stats = tiered.restores.stats()
+    assert all(stats[f'kv_restore_tokens_total{{tier="{t}"}}'] > 0 for t in ("host", "disk"))
+    tiered.close()
 
 
 def test_blocks_of_broken_numbers_are_forgotten(tiered: Tiered) -> None:
