@@ -1,10 +1,10 @@
 """Copies of the KV blocks of sessions at a second worker: a session survives the loss of its own.
 
 A request whose blocks are wanted later (``Request.is_kept``) leaves them at the worker that has
-computed them. When it has computed the prompt, and again when the request has ended, another worker
-is told which blocks these are. It reads those that it lacks from the first one, in the background,
-and keeps them in host memory. Its block events tell all gateways: requests go there by themselves
-when the first worker is lost or drained.
+computed them. When it has ended, another worker is told which blocks these are; and before, as soon
+as the prompt is computed, where it lacks many of them. It reads those that it lacks from the first
+worker, in the background, and keeps them in host memory. Its block events tell all gateways:
+requests go there by themselves when the first worker is lost or drained.
 
 Nothing is remembered here. The choice follows from the session's name, from the blocks that each
 worker is known to have, and from the workers that there are, so all gateways make the same one.
@@ -22,6 +22,10 @@ from gateway.engines.submission import Submission
 from workers.requests.block_hash import SHORT_BYTES, BlockHash, sequence_hashes
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello, KeepCopy
+
+MANY_BLOCKS = 64
+"""Blocks of a prompt that are copied before the end of its request: few ones are soon computed, and
+copying them twice in parts costs more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +71,7 @@ class SessionCopies:
     def note_prompt(self, entry: Submission, source: EngineClient) -> None:
         """A worker has computed a request's prompt."""
         if entry.block_hashes:
-            self._copy(entry, source, entry.block_hashes)
+            self._copy(entry, source, entry.block_hashes, at_least=MANY_BLOCKS)
 
     def note_end(self, entry: Submission, source: EngineClient) -> None:
         """A request has ended at a worker."""
@@ -75,7 +79,14 @@ class SessionCopies:
             for hashes in _computed(entry, entry.block_hashes, source.hello):
                 self._copy(entry, source, hashes)
 
-    def _copy(self, entry: Submission, source: EngineClient, hashes: Sequence[BlockHash]) -> None:
+    def _copy(
+        self,
+        entry: Submission,
+        source: EngineClient,
+        hashes: Sequence[BlockHash],
+        at_least: int = 0,
+    ) -> None:
+        """Ask for a copy, if so many blocks are missing there."""
         others = {c.worker: c for c in self._clients() if c is not source and _can_keep(c)}
         if not others:
             return
@@ -91,8 +102,8 @@ class SessionCopies:
         ]
         keeper = pick_keeper(keepers, len(entry.block_hashes or ()), key)
         assert keeper is not None, "there are other workers"
-        message = _message(entry, source.worker, hashes)
-        others[keeper.name].keep_copy(message)
+        if len(hashes) - keeper.num_known >= at_least:
+            others[keeper.name].keep_copy(_message(entry, source.worker, hashes))
 
 
 def _can_keep(client: EngineClient) -> bool:

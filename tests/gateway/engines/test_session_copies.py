@@ -9,6 +9,7 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
+from gateway.engines import session_copies
 from gateway.engines.session_copies import Keeper, pick_keeper
 from tests.gateway.engines.test_resubmission import ALPHABET, Workers, start, workers
 from tests.gateway.fakes import ScriptedEngine
@@ -21,6 +22,12 @@ __all__ = ["workers"]
 BLOCK = 4
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 """Two full blocks and a token."""
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short prompts are copied before their requests end."""
+    monkeypatch.setattr(session_copies, "MANY_BLOCKS", 1)
 
 
 def keepers(*names: str, num_known: int = 0) -> list[Keeper]:
@@ -116,6 +123,17 @@ def test_a_turn_is_copied_when_its_prompt_is_computed_and_at_its_end(workers: Wo
     assert (len(whole.hashes), prompt.num_prompt, whole.num_prompt) == (4, 2, 2)
     assert (whole.session, whole.cache_ttl_s, whole.priority) == ("s", 60, 3)
     assert (whole.tenant, whole.may_outlive) == (request.tenant, True)
+
+
+@pytest.mark.parametrize(("many_blocks", "num_messages"), [(2, 2), (3, 1)])
+def test_few_blocks_of_a_prompt_come_with_its_end(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, many_blocks: int, num_messages: int
+) -> None:
+    monkeypatch.setattr(session_copies, "MANY_BLOCKS", many_blocks)
+    add(workers), add(workers)
+    turn(workers)
+    sizes = [len(message.hashes) for message in asked_of(workers, num_messages)]
+    assert sizes == [2, 4][-num_messages:]
 
 
 def test_the_block_of_the_newest_token_is_not_there_yet(workers: Workers) -> None:
