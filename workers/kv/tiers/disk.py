@@ -160,8 +160,9 @@ class DiskTier(Tier):
     def _take_over(self) -> None:
         """Go on with complete prefixes, as if the latest file had been used last."""
         found = {item.name: item for item in _files(self._folder)}
+        lost: set[bytes] = set()
         for item in sorted(found.values(), key=lambda item: item.modified_s):
-            self._enter_behind_parents(item, found)
+            self._enter_behind_parents(item, found, lost)
         for name, item in found.items():
             if not self.has(name):
                 self._path(item.tenant, name).unlink(missing_ok=True)
@@ -169,10 +170,14 @@ class DiskTier(Tier):
         if self._here:
             logger.info("%d KV blocks were found on disk", len(self._here))
 
-    def _enter_behind_parents(self, item: _Found, found: dict[bytes, _Found]) -> None:
+    def _enter_behind_parents(
+        self, item: _Found, found: dict[bytes, _Found], lost: set[bytes]
+    ) -> None:
+        """``lost``: items without a beginning, which are not followed twice."""
         chain = [item]
         while (parent := chain[-1].parent) is not None and not self.has(parent):
-            if parent not in found or len(chain) > len(found):
+            if parent not in found or parent in lost or len(chain) > len(found):
+                lost.update(each.name for each in chain)
                 return
             chain.append(found[parent])
         for each in reversed(chain):
