@@ -477,6 +477,7 @@ class AttentionRuntime(WorkerRuntime):
             restores = self._tiers.restores
             restores.drop(command.request.request_id)
             if not self._fetches.expects(command.request) and restores.put(command):
+                self._fetches.drop(command.request.request_id)  # an older attempt
                 return
         self._fetch(engine, command)
 

@@ -2,8 +2,8 @@
 
 A file ``TENANT/NAME.kv`` is one KV block or state, a header and its bytes. TENANT is a digest of
 the tenant's name, NAME the item's in hex. The header has the item's parent and a checksum of name,
-parent and bytes, so that a torn, flipped or renamed file is detected: it is deleted, and counts as
-a miss. A file appears under its name when it is complete.
+parent and bytes, so that a torn, flipped or renamed file is detected: it counts as a miss, and is
+deleted before the next one is written. A file appears under its name when it is complete.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,9 @@ class _Found:
 
 
 class DiskTier(Tier):
-    """Files in a folder; see the module. One thread puts items, any may read them."""
+    """Files in a folder; see the module. One thread puts items, any may read and forget them: that
+    thread deletes their files, before it writes another one.
+    """
 
     name: ClassVar[str] = "disk"
 
@@ -69,6 +72,7 @@ class DiskTier(Tier):
         self._claimed = folder
         self._folder = folder.path
         self._tenants: dict[bytes, str] = {}
+        self._unerased: deque[Path] = deque()
         self._num_written = 0
         self._is_failing = False
         try:
@@ -78,8 +82,22 @@ class DiskTier(Tier):
             raise unusable(folder.path, err) from err
 
     def close(self) -> None:
-        """Let another process have the folder; the files stay."""
+        """Let another process have the folder; the files stay. The thread that puts has ended."""
+        self.erase()
         self._claimed.release()
+
+    @property
+    def num_unerased(self) -> int:
+        """Files of items that are gone."""
+        return len(self._unerased)
+
+    def erase(self) -> None:
+        """Delete them; belongs to the thread that puts items."""
+        while self._unerased:
+            try:
+                self._unerased.popleft().unlink(missing_ok=True)
+            except OSError as err:
+                self._note_failure(err)
 
     def begin(self, use: TurnUse) -> TierTurn:
         return super().begin(
@@ -92,6 +110,7 @@ class DiskTier(Tier):
     def _write(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
         tenant = turn.use.hints.tenant
         path = self._path(tenant, name)
+        self.erase()
         self._num_written += 1
         unfinished = self._folder / f"{self._num_written}{UNFINISHED}"
         view = view_bytes(data)
@@ -126,10 +145,7 @@ class DiskTier(Tier):
     def _erase(self, names: Sequence[bytes]) -> None:
         for name in names:
             if (tenant := self._tenants.pop(name, None)) is not None:
-                try:
-                    self._path(tenant, name).unlink(missing_ok=True)
-                except OSError as err:
-                    self._note_failure(err)
+                self._unerased.append(self._path(tenant, name))
 
     def _path(self, tenant: str, name: bytes) -> Path:
         return self._folder / tenant / f"{name.hex()}{SUFFIX}"
@@ -144,18 +160,24 @@ class DiskTier(Tier):
     def _take_over(self) -> None:
         """Go on with complete prefixes, as if the latest file had been used last."""
         found = {item.name: item for item in _files(self._folder)}
+        lost: set[bytes] = set()
         for item in sorted(found.values(), key=lambda item: item.modified_s):
-            self._enter_behind_parents(item, found)
+            self._enter_behind_parents(item, found, lost)
         for name, item in found.items():
             if not self.has(name):
                 self._path(item.tenant, name).unlink(missing_ok=True)
+        self._unerased.clear()  # some of them are here again
         if self._here:
             logger.info("%d KV blocks were found on disk", len(self._here))
 
-    def _enter_behind_parents(self, item: _Found, found: dict[bytes, _Found]) -> None:
+    def _enter_behind_parents(
+        self, item: _Found, found: dict[bytes, _Found], lost: set[bytes]
+    ) -> None:
+        """``lost``: items without a beginning, which are not followed twice."""
         chain = [item]
         while (parent := chain[-1].parent) is not None and not self.has(parent):
-            if parent not in found or len(chain) > len(found):
+            if parent not in found or parent in lost or len(chain) > len(found):
+                lost.update(each.name for each in chain)
                 return
             chain.append(found[parent])
         for each in reversed(chain):

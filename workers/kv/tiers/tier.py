@@ -76,7 +76,7 @@ class Tier(ABC):
             is_new = is_kept and name not in self._here
             if is_new and parent is not None and name == state_key(parent):
                 self._states.add(name)
-        self._erase(gone)
+            self._erase(gone)
         if is_new:
             is_kept = self._write(turn, name, parent, data)
             self._enter(name, is_written=is_kept)
@@ -98,8 +98,7 @@ class Tier(ABC):
             known = [name for name in names if name in self._order]
             for name in known:
                 self._order.forget(name)
-            gone = self._leave(known)
-        self._erase(gone)
+            self._erase(self._leave(known))
 
     def take_touched(self) -> list[bytes]:
         """Blocks that came or went since the last call."""
@@ -124,7 +123,8 @@ class Tier(ABC):
 
     @abstractmethod
     def _erase(self, names: Sequence[bytes]) -> None:
-        """Give back the room of these items."""
+        """Give back the room of these items. Under the lock, so that none is put again before: it
+        must not wait for a disk."""
 
     def _enter(self, name: bytes, *, is_written: bool) -> None:
         """An item that was added has its bytes now, or never will."""
@@ -136,7 +136,7 @@ class Tier(ABC):
             if is_known:
                 self._order.forget(name)
             self._states.discard(name)
-        self._erase((name,))
+            self._erase((name,))
 
     def _show(self, name: bytes) -> None:
         """An item can be read from now on."""

@@ -7,6 +7,7 @@ may call all methods; none but ``read`` and ``close`` waits for a disk.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,8 @@ from workers.kv.tiers.order import TierTurn
 from workers.kv.tiers.tier import Tier
 from workers.kv.turns import TurnUse
 from workers.requests.block_hash import state_key
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING = 256
 """Turns that may wait for the disk; the oldest are left out first."""
@@ -48,6 +51,7 @@ class KvTiers:
         self._changed = threading.Condition()
         self._is_busy = False
         self._is_closed = False
+        self._num_forgets = 0
         self._thread = threading.Thread(target=self._run, name="kv-disk-writer", daemon=True)
         if disk is not None:
             self._thread.start()
@@ -59,7 +63,8 @@ class KvTiers:
             self._changed.notify_all()
         if self._disk is not None:
             self._thread.join(_STOP_S)
-            self._disk.close()
+            if not self._thread.is_alive():  # else it may write yet: the folder stays its own
+                self._disk.close()
 
     # Blocks that come in
 
@@ -90,8 +95,13 @@ class KvTiers:
     def forget(self, names: Iterable[bytes]) -> None:
         """The contents of these blocks, and the states behind them, must not be found."""
         known = [item for name in names for item in (name, state_key(name))]
+        if not known:
+            return
         for tier in self.tiers:
             tier.forget(known)
+            self._num_forgets += 1  # after host memory, before the disk: see _copy
+        with self._changed:
+            self._changed.notify_all()
 
     # What is held
 
@@ -159,28 +169,49 @@ class KvTiers:
     # The disk's thread
 
     def _run(self) -> None:
-        while (use := self._next()) is not None:
-            self._write(use)
+        while self._wait():
+            try:
+                self._go_on()
+            except Exception:  # memory that is missing, for example: the next turn is written
+                logger.exception("KV blocks are not written to disk")
 
-    def _next(self) -> TurnUse | None:
-        """The next turn, the oldest first; None: the end."""
+    def _wait(self) -> bool:
+        """Wait for something to write or delete; False: the end."""
+        assert self._disk is not None, "only a disk has this thread"
+        disk = self._disk
         with self._changed:
             self._is_busy = False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
+            self._changed.wait_for(lambda: self._waiting or disk.num_unerased or self._is_closed)
             self._is_busy = not self._is_closed
-            return None if self._is_closed else self._waiting.popleft()
+            return self._is_busy
 
-    def _write(self, use: TurnUse) -> None:
-        """Copy what the disk lacks of a turn's blocks, as far as host memory has them."""
+    def _go_on(self) -> None:
+        """Delete what was forgotten, and write the next turn, the oldest first."""
         assert self._disk is not None, "only a disk has this thread"
+        self._disk.erase()
+        with self._changed:
+            use = self._waiting.popleft() if self._waiting else None
+        if use is None:
+            return
         turn = self._disk.begin(use)
-        for name, parent in use.items:
-            if self._is_closed:
+        try:
+            self._write(self._disk, turn)
+        finally:
+            self._disk.end(turn)
+
+    def _write(self, disk: DiskTier, turn: TierTurn) -> None:
+        """Copy what the disk lacks of a turn's blocks, as far as host memory has them."""
+        for name, parent in turn.use.items:
+            if self._is_closed or not (disk.has(name) or self._copy(disk, turn, name, parent)):
                 break
-            if self._disk.has(name):
-                continue
-            data = self.host.read(name)
-            if data is None or not self._disk.put(turn, name, parent, data):
-                break
-        self._disk.end(turn)
+
+    def _copy(self, disk: DiskTier, turn: TierTurn, name: bytes, parent: bytes | None) -> bool:
+        num_forgets = self._num_forgets
+        data = self.host.read(name)
+        if data is None or not disk.put(turn, name, parent, data):
+            return False
+        if self._num_forgets != num_forgets:  # this one, maybe, before it was on disk
+            disk.forget((name,))
+            return False
+        return True

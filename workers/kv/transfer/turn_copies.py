@@ -164,7 +164,10 @@ class TurnCopies:
 
     def _end(self, copy: _Copy) -> bool:
         """In the executor's thread: what is not in the tiers now is left out."""
-        self._tiers.end(self._begun(copy))
+        try:
+            self._tiers.end(self._begun(copy))
+        except Exception:  # as above
+            logger.exception("what a turn has kept is not let go")
         return False
 
     def _put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:

@@ -51,11 +51,11 @@ class FetchJobs(WaitingRequests):
         """Jobs that are over, and the requests that wait no more, in the order of their jobs.
 
         What a job has filled can be found from now on. Requests do not wait for a late job, whose
-        blocks stay held until its thread ends.
+        blocks stay held until its thread ends; one without a thread yet does not begin any more.
         """
         now, ended, found = self._clock(), list[FetchJob](), list[AddRequest]()
         for job in tuple(self._running):
-            is_done = job.transfer.done()
+            is_done = job.transfer.done() or (now >= job.deadline_s and job.transfer.cancel())
             if is_done:
                 store.end(job.fetch)
                 ended.append(job)

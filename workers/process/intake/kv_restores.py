@@ -180,8 +180,9 @@ class KvRestores(FetchJobs):
         return math.inf if tier is None else self.cost.tokens(tier, self._state_bytes, now_s)
 
     def _begin(self, hashes: Sequence[BlockHash], found: Sequence[int]) -> FetchJob | None:
-        """Start to restore what is missing of a prefix; None where there is no room."""
-        if len(self._jobs) >= MAX_JOBS:
+        """Start to restore what is missing of a prefix; None where there is no room, or a disk does
+        not answer."""
+        if len(self._jobs) >= MAX_JOBS or any(job.is_late for job in self._jobs):
             return None
         fetch = self._engine.begin_fetch(hashes, found)
         if fetch is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from cluster.core.errors import ConfigError
 from tests.workers.kv.tiers.test_host import (
@@ -191,6 +194,7 @@ def test_a_broken_file_is_a_miss(
     assert disk.read(name) is None
     assert disk.num_broken == 1
     assert known(disk, "abc") == 1
+    disk.erase()
     assert not list(tmp_path.rglob(f"{name.hex()}.kv"))
     assert leave(disk, use_of("abc")) == 3
     check_contents(disk, "abc", 3)
@@ -265,6 +269,90 @@ def test_a_turn_goes_on_to_the_disk(tmp_path: Path) -> None:
     assert (held.tier, held.data.tolist()) == ("disk", data_of(names_of("abc")[2]).tolist())
     tiers.forget(names_of("abc")[1:])
     assert tiers.tiers_of(names_of("abc")) == ["disk"]
+    tiers.close()
+
+
+def test_files_are_deleted_by_the_thread_that_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiers = KvTiers(HostTier(4 * BLOCK_BYTES), disk_of(tmp_path))
+    leave(tiers, use_of("ab"))
+    assert tiers.wait_written(TIMEOUT_S)
+    deleted, unlink = queue.Queue[tuple[str, str]](), Path.unlink
+
+    def note(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        deleted.put((path.stem, threading.current_thread().name))
+
+    monkeypatch.setattr(Path, "unlink", note)
+    tiers.forget(names_of("ab"))
+    found = {deleted.get(timeout=TIMEOUT_S) for _ in range(2)}
+    assert found == {(name.hex(), "kv-disk-writer") for name in names_of("ab")}
+    assert not list(tmp_path.rglob("*.kv"))
+    tiers.close()
+
+
+def test_what_is_forgotten_on_its_way_does_not_reach_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, disk = HostTier(4 * BLOCK_BYTES), disk_of(tmp_path)
+    tiers, read = KvTiers(host, disk), host.read
+
+    def read_and_forget(name: bytes) -> Tensor | None:
+        data = read(name)
+        tiers.forget(names_of("a"))
+        return data
+
+    monkeypatch.setattr(host, "read", read_and_forget)
+    leave(tiers, use_of("a"))
+    assert tiers.wait_written(TIMEOUT_S)
+    assert known(disk, "a") == 0
+    tiers.close()
+    assert not list(tmp_path.rglob("*.kv"))
+
+
+def test_a_turn_that_cannot_be_read_stops_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, disk = HostTier(4 * BLOCK_BYTES), disk_of(tmp_path)
+    tiers, read = KvTiers(host, disk), host.read
+
+    def fail(name: bytes) -> Tensor | None:
+        if name == names_of("ab")[0]:
+            raise MemoryError
+        return read(name)
+
+    monkeypatch.setattr(host, "read", fail)
+    leave(tiers, use_of("ab"))
+    leave(tiers, use_of("xy"))
+    assert tiers.wait_written(TIMEOUT_S)
+    assert (known(disk, "ab"), known(disk, "xy")) == (0, 2)
+    disk.check_integrity()
+    tiers.close()
+
+
+def test_a_folder_is_kept_while_something_may_write_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.kv.tiers.tiers._STOP_S", 0.0)
+    host = HostTier(4 * BLOCK_BYTES)
+    tiers, read = KvTiers(host, disk_of(tmp_path)), host.read
+    reads, may_read = threading.Event(), threading.Event()
+
+    def hang(name: bytes) -> Tensor | None:
+        reads.set()
+        assert may_read.wait(TIMEOUT_S)
+        return read(name)
+
+    monkeypatch.setattr(host, "read", hang)
+    leave(tiers, use_of("ab"))
+    assert reads.wait(TIMEOUT_S)
+    tiers.close()
+    with closing(disk_of(tmp_path)) as other:
+        assert leave(other, use_of("x")) == 1
+        assert file_of(tmp_path, names_of("x")[0]).is_relative_to(tmp_path / "1")
+    may_read.set()
+    monkeypatch.setattr("workers.kv.tiers.tiers._STOP_S", TIMEOUT_S)
     tiers.close()
 
 

@@ -22,6 +22,7 @@ from tests.workers.kv.transfer.test_store import (
     serve,
 )
 from workers.kv.tiers.host import HostTier
+from workers.kv.tiers.order import TierTurn
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer import turn_copies
 from workers.kv.transfer.lender import KvLender, LentCopy, LentItem
@@ -111,6 +112,18 @@ def test_too_many_turns_are_left_out(copying: Copying, monkeypatch: pytest.Monke
     copying.settle()
     assert copying.num_copied == NUM_BLOCKS
     assert copying.num_skipped == NUM_BLOCKS + 1
+
+
+def test_a_turn_that_cannot_be_ended_does_not_end_the_worker(
+    copying: Copying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(turn: TierTurn) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(copying.tiers, "end", fail)
+    serve(copying.local, request_of())
+    copying.settle()
+    assert copying.engine.pool.num_free == copying.engine.pool.num_blocks
 
 
 def test_what_must_be_forgotten_meanwhile_is_not_kept(

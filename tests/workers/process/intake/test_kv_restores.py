@@ -277,6 +277,35 @@ def test_a_restore_that_is_late_holds_nobody_up(
     assert tiered.engine.pool.num_free == tiered.engine.pool.num_blocks
 
 
+def test_a_disk_that_hangs_holds_no_blocks_for_what_waits_behind_it(
+    tiered: Tiered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = (request_of(f"r{n}", prompt=(3 + n, *PROMPT[1:])) for n in range(6))
+    for request in (first, *others):
+        tiered.serve(request)
+    tiered.evict()
+    may_read, read = threading.Event(), tiered.tiers.read
+
+    def hang(name: bytes) -> object:
+        assert may_read.wait(TIMEOUT_S)
+        return read(name)
+
+    monkeypatch.setattr(tiered.tiers, "read", hang)
+    assert all(tiered.restores.put(add(request)) for request in (first, *others))
+    tiered.late_s = 3600.0
+    assert len(tiered.restores.take()) == 6
+    assert len(tiered.restores._jobs) == kv_restores.MAX_RESTORING, "the rest has no thread"
+    tiered.engine.check_integrity()
+    assert not tiered.restores.put(add(others[-1])), "it would wait for the same disk"
+    may_read.set()
+    while tiered.restores._jobs:
+        assert tiered.woken.wait(TIMEOUT_S)
+        tiered.woken.clear()
+        assert tiered.restores.take() == []
+    assert tiered.engine.pool.num_free == tiered.engine.pool.num_blocks
+    assert tiered.restores.put(add(others[-1]))
+
+
 def test_only_so_many_prefixes_wait(tiered: Tiered, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_restores, "MAX_JOBS", 2)
     requests = [request_of(f"r{seed}", prompt=(3 + seed, *PROMPT[1:])) for seed in range(3)]
