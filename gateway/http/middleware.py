@@ -66,11 +66,13 @@ class Responder:
     elsewhere the server's ``send`` does.
     """
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, receive: Receive) -> None:
         self._send = send
+        self._receive = receive
         self._has_receipts = RECEIPTS in scope.get("extensions", {})
         self._num_unread = 0
         self._has_room = asyncio.Event()
+        self.is_watched = False  # by a reader of receipts
         self.is_started = False
         self.is_complete = False
         self.status = 0
@@ -81,7 +83,11 @@ class Responder:
             self.is_started = True
             self.status = message["status"]
         elif message["type"] == "http.response.body":
-            self.is_complete = not message.get("more_body", False)
+            content, is_last = message.get("body", b""), not message.get("more_body", False)
+            if is_last and not self.is_watched and len(content) > WINDOW_BYTES:
+                await run_until_gone(self._receive, self, self._pieces(content))
+                return
+            self.is_complete = is_last
         await self._send(message)
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
@@ -107,7 +113,13 @@ class Responder:
         raw = content if isinstance(content, bytes) else dump_json(content)
         fixed = {"content-type": "application/json", "content-length": str(len(raw))}
         await self.start(status, {**fixed, **(headers or {})})
-        await self.body(raw)
+        await self._pieces(raw)
+
+    async def _pieces(self, content: bytes) -> None:
+        """The rest of an answer: Serve's proxy takes at most 4 MiB at a time."""
+        for start in range(0, max(len(content), 1), WINDOW_BYTES):
+            end = start + WINDOW_BYTES
+            await self.body(content[start:end], more=end < len(content))
 
 
 class RouteNames:
@@ -154,7 +166,7 @@ class HttpMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         REQUEST_ID.set(request_id)
         path = path_of(scope)
-        responder = Responder(scope, self._with_headers(send, path, request_id))
+        responder = Responder(scope, self._with_headers(send, path, request_id), receive)
         route = self._names.of(path)
         line = RequestLog("http", route) if scope["method"] == "POST" else None
         tracing, trace = self.gateway.tracing, None
@@ -288,6 +300,7 @@ async def run_until_gone(
     Raises:
         ClientGoneError: the client left; ``work`` was cancelled.
     """
+    responder.is_watched = True
     task = asyncio.create_task(work)
     watch = asyncio.create_task(_wait_gone(receive, responder))
     try:
@@ -312,7 +325,7 @@ class WatchedEndpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         data = await read_json(request, self._gateway)
-        responder = send if isinstance(send, Responder) else Responder(scope, send)
+        responder = send if isinstance(send, Responder) else Responder(scope, send, receive)
         await run_until_gone(receive, responder, self._answer(request, data, responder))
 
     @abstractmethod

@@ -41,6 +41,7 @@ _SHAPES = {
     "content": "must be a string or a list of text parts",
     "system": "must be a string or a list of text blocks",
     "tool_choice": "must be none, auto, required or name a function",
+    "early_stopping": "must be false, true or never",
     "schema": "must be a JSON schema: an object, or its JSON text",
     "json": "must be a JSON schema: an object, or its JSON text",
 }
@@ -154,7 +155,7 @@ def _field_path(location: Sequence[str | int]) -> str:
             path += f"[{part}]"
         elif part.startswith(TAG):
             continue  # one type of several, by which errors are not named
-        elif part.isidentifier() and part not in ("str", "int"):
+        elif part.isidentifier() and part not in ("str", "int", "bool"):
             path += f".{part}" if path else part
         else:
             break  # the name of one type of several

@@ -91,6 +91,8 @@ def read_item(given: InputItem, path: str, ids: ItemIds) -> Item:
     if given.namespace is not None:
         require(bool(given.namespace), f"{path}.namespace", "must not be empty")
         head["namespace"] = given.namespace
+    if given.status == "incomplete":
+        head["status"] = given.status
     field = CALLS[kind]
     return {**head, field: _needed(getattr(given, field), f"{path}.{field}", kind)}
 

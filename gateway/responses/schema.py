@@ -37,6 +37,9 @@ class InputItem(StrictBody):
         default=None, description="of an assistant's message: `commentary` or `final_answer`"
     )
     call_id: str | None = Field(default=None, description="of calls and their outputs")
+    status: str | None = Field(
+        default=None, description="`incomplete` of a call: it was cut, and nobody made it"
+    )
     name: str | None = Field(default=None, description="of calls")
     namespace: str | None = Field(default=None, description="of calls: that of the tool")
     arguments: str | None = Field(default=None, description="of a function call: JSON text")

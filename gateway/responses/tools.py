@@ -93,6 +93,7 @@ def _offers(body: ResponseBody) -> Iterator[_Offer]:
         if tool.name is None:
             message = f"{path}.name is required"
             raise RequestError(message, f"{path}.name", "missing_required_parameter")
+        require(bool(tool.name), f"{path}.name", "must not be empty")
         for inner_place, inner in enumerate(tool.tools or ()):
             preface = tool.description if inner_place == 0 else None
             yield _Offer(inner, f"{path}.tools[{inner_place}]", tool.name, preface)

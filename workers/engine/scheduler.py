@@ -575,10 +575,13 @@ class Scheduler:
         return self._blocks(min(read, self._max_model_len)) > held
 
     def under_pressure(self) -> SequenceState | None:
-        """The sequence that would be preempted first, if that may be soon; else None."""
+        """The sequence that would be preempted first of those that can go on elsewhere, if that may
+        be soon; else None. A search would begin anew there.
+        """
         others = self._running if self._alone is None else []
-        is_short = self._pool.num_free < _BLOCKS_AHEAD * len(others)
-        return _last_of_most(others) if is_short and len(others) > 1 else None
+        is_short = self._pool.num_free < _BLOCKS_AHEAD * len(others) and len(others) > 1
+        able = [s for s in others if s.params.beams is None]
+        return _last_of_most(able) if is_short and able else None
 
     def _last(self) -> SequenceState:
         """The running sequence to preempt: an idle one, or one that does not run alone, if there is

@@ -9,10 +9,11 @@ from typing import Any
 
 import grpc
 import pytest
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.core.receipts import STEP_BYTES, WINDOW_BYTES
+from gateway.core.receipts import RECEIPT, RECEIPTS, STEP_BYTES, WINDOW_BYTES
 from gateway.core.tuning import GatewayTuning
+from gateway.http.middleware import Responder
 from gateway.protocols import build_public_app
 from gateway.serve_proxy.receipt_sender import ReceiptSender
 from protos.inference_pb2_grpc import InferenceStub
@@ -218,3 +219,49 @@ def test_behind_serve_a_client_that_reads_gets_everything(slow: Stack) -> None:
     choices = by_choice(parse_events(content.decode()))
     texts = ["".join(entry["text"] for entry in choices[index]) for index in sorted(choices)]
     assert texts == [choice["text"] for choice in complete(slow, **body)["choices"]]
+
+
+def test_behind_serve_a_long_answer_comes_in_pieces(slow: Stack) -> None:
+    """Ray takes 4 MiB at a time from a replica."""
+    body = {"prompt": "x", "logprobs": 5, "seed": 3, **LONG}
+
+    async def work() -> tuple[bytes, int]:
+        queues, most = ServeQueues(build_public_app(slow.gateway)), 0
+
+        async def measured(scope: Scope, receive: Receive, send: Send) -> None:
+            async def count(message: Message) -> None:
+                nonlocal most
+                most = max(most, len(message.get("body", b"")) + queues.num_waiting_bytes)
+                await send(message)
+
+            await queues(scope, receive, count)
+
+        client = Client(body)
+        client.reads.set()
+        await client.call(ReceiptSender(measured))
+        return client.content, most
+
+    content, most = slow.run(work())
+    assert most <= 2 * WINDOW_BYTES < len(content)
+    assert json.loads(content)["choices"] == complete(slow, **body)["choices"]
+
+
+def test_behind_serve_a_long_answer_of_any_route_waits_for_its_client() -> None:
+    """Whole answers of Starlette, as those to GET requests."""
+    content, pieces = bytes(5 * WINDOW_BYTES + 1), list[bytes]()
+
+    async def work() -> bool:
+        receipts = asyncio.Queue[Message]()
+
+        async def take(message: Message) -> None:
+            pieces.append(message["body"])
+            receipts.put_nowait({"type": RECEIPT, "num_bytes": len(message["body"])})
+            assert receipts.qsize() <= 2, "it waits for receipts"
+
+        responder = Responder({"extensions": {RECEIPTS: {}}}, take, receipts.get)
+        await responder({"type": "http.response.body", "body": content})
+        return responder.is_complete
+
+    assert asyncio.run(asyncio.wait_for(work(), WAIT_S))
+    assert b"".join(pieces) == content
+    assert max(map(len, pieces)) <= WINDOW_BYTES

@@ -229,8 +229,11 @@ def test_early_stopping_is_a_truth_value_or_never(given: bool | str, text: str) 
     message = pb.GenerateRequest(text="x")
     message.sampling_params.early_stopping = text
     assert completion_fields(body).early_stopping == grpc_fields(message).early_stopping == text
-    with pytest.raises(RequestError, match="early_stopping"):
-        parse_body(CompletionBody, {"prompt": "x", "early_stopping": "true"})
+    wrongs: tuple[object, ...] = ("true", 1, [], {})
+    for wrong in wrongs:
+        with pytest.raises(RequestError, match=r"^early_stopping must be false, true or") as found:
+            parse_body(CompletionBody, {"prompt": "x", "early_stopping": wrong})
+        assert found.value.param == "early_stopping"
 
 
 def test_other_calls_have_no_beams() -> None:

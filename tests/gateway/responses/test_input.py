@@ -61,10 +61,13 @@ def test_tools_are_strict_where_they_say_so(strict: bool | None, expected: bool)
 
 def test_a_call_that_was_cut_is_no_part_of_the_conversation() -> None:
     cut = {**CALL, "id": "fc_1", "status": "incomplete", "arguments": '{"a":'}
+    message = said("user", "go on")
     body = parse_body(ResponseBody, {"input": "go on", "previous_response_id": RESPONSE_ID})
-    chat = make_turn(body, ItemIds(RESPONSE_ID), [cut]).fields.chat
-    assert chat is not None
-    assert [message["role"] for message in chat.messages] == ["user"]
+    stored = make_turn(body, ItemIds(RESPONSE_ID), [cut]).fields.chat
+    sent = turn_of(input=[cut, message]).fields.chat
+    for chat in (stored, sent):
+        assert chat is not None
+        assert [message["role"] for message in chat.messages] == ["user"]
 
 
 @pytest.fixture(scope="module")

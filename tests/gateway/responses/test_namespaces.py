@@ -94,6 +94,7 @@ def test_a_conversation_goes_on_with_such_calls(model: Stack) -> None:
     ("tools", "param"),
     [
         ([{**FILES, "name": None}], "tools[0].name"),
+        ([{**FILES, "name": ""}], "tools[0].name"),
         ([{**FILES, "name": "a b"}], "tools[0].tools[0].name"),
         ([READ, {**FILES, "tools": [READ, READ]}], "tools[1].tools[1].name"),
         ([{**FILES, "tools": [FILES]}], "tools[0].tools[0].type"),

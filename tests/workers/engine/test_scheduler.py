@@ -12,7 +12,7 @@ from cluster.config.speculation import SpeculationSection
 from workers.engine.scheduler import Scheduler
 from workers.engine.step_plan import RowsWanted, StepPlan
 from workers.kv.block_pool import BlockPool
-from workers.requests.request import FinishReason, Request, SamplingParams
+from workers.requests.request import BeamParams, FinishReason, Request, SamplingParams
 from workers.requests.sequence import SequenceState, SequenceStatus
 from workers.speculation.speculator import Speculator
 
@@ -281,6 +281,18 @@ def test_the_next_to_be_preempted_is_named_before_blocks_run_out() -> None:
     assert {sequence for sequence, _ in named} == {last}
     assert desk.scheduler.running == [first]
     assert desk.scheduler.under_pressure() is None, "one alone goes on to its end"
+
+
+def test_a_search_is_not_asked_to_move_before_blocks_run_out() -> None:
+    """It would begin anew elsewhere; what can go on there is named in its place."""
+    desk = Desk(num_blocks=14)
+    (first,) = desk.add(8, SamplingParams(max_tokens=40))
+    desk.add(8, SamplingParams(max_tokens=40, beams=BeamParams()))
+    seen = set()
+    while not desk.scheduler.num_preemptions:
+        desk.step()
+        seen.add(desk.scheduler.under_pressure())
+    assert seen == {None, first}
 
 
 def test_a_sequence_with_output_of_another_worker_goes_before_new_ones() -> None:
