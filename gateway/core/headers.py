@@ -34,10 +34,12 @@ def with_headers(
         RequestError: names the header.
     """
     given = _read_priority(headers.get(PRIORITY_HEADER))
+    names = (fields.session_id, fields.prompt_cache_key)
+    is_named = any(name is not None for name in names)  # an empty name is refused later
     return replace(
         fields,
         priority=given if fields.priority is None else fields.priority,
-        session_id=fields.session_id if fields.session else _read_session(headers),
+        session_id=fields.session_id if is_named else _read_session(headers),
         timeout_s=timeout_s,
     )
 

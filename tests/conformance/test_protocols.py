@@ -57,7 +57,7 @@ class Talk:
 
     @property
     def _function(self) -> dict[str, Any]:
-        return {**FUNCTION, "parameters": self.schema or SCHEMA}
+        return {**FUNCTION, "strict": True, "parameters": self.schema or SCHEMA}
 
     def _chat(self) -> dict[str, Any]:
         said: dict[str, Any] = {
@@ -136,7 +136,7 @@ class Talk:
         body = {**self._common, "messages": messages, "system": SYSTEM}
         body["max_tokens"] = self.max_tokens
         if self.has_tools:
-            tool = {**self._function, "strict": True, "input_schema": self._function["parameters"]}
+            tool = {**self._function, "input_schema": self._function["parameters"]}
             kind = "any" if self.must_call else "auto"
             body["tools"] = [{k: v for k, v in tool.items() if k != "parameters"}]
             body["tool_choice"] = {"type": kind, "disable_parallel_tool_use": True}

@@ -307,7 +307,7 @@ def _device_guard() -> Iterator[None]:
 def pretend_gpu() -> Iterator[DeviceLog]:
     """Within it, tensors may be on ``DEVICE``."""
     log = DeviceLog()
-    found = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    found = SimpleNamespace(shared_memory_per_block_optin=227 << 10, major=9, minor=0)
     properties = mock.patch.object(torch.cuda, "get_device_properties", return_value=found)
     # Views of such tensors cannot be made in inference mode.
     no_grad = mock.patch.object(torch._C, "_InferenceMode", side_effect=lambda _: torch.no_grad())
