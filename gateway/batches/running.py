@@ -105,7 +105,6 @@ class RunningBatch:
             while not (work.done() or self._is_over()):
                 await asyncio.wait([work], timeout=tuning.look_s)
                 await self._count(len(requests))
-                self._check_size()
                 await self._account()
         except RequestError as err:
             problem = _problem(err)
@@ -125,6 +124,7 @@ class RunningBatch:
         calls = InnerCalls(self._gateway, chosen, account, tuning.priority)
 
         async def send(request: BatchRequest) -> BatchAnswer:
+            self._check_size()
             if self._gateway.is_leaving:
                 raise UnreachableError("this gateway is about to stop")
             return await calls.send(request)
@@ -147,10 +147,12 @@ class RunningBatch:
 
     def _failure(self, error: BaseException | None) -> BatchProblem | None:
         """Why no more can be asked. Raises ``error`` where it passes."""
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
+        while isinstance(error, BaseExceptionGroup) and len(set(map(type, error.exceptions))) == 1:
+            error = error.exceptions[0]  # requests that run beside each other fail alike
         if error is None:
             return None
+        if isinstance(error, RequestError):
+            return _problem(error)
         if isinstance(error, ConflictError):
             return damage(error)
         if is_passing(error):
