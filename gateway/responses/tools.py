@@ -180,8 +180,7 @@ def _shown(tool: OfferedToolBody) -> dict[str, Any]:
         return {**head, "tools": [_shown(inner) for inner in tool.tools or ()]}
     if tool.type == "custom":
         return {**head, "format": {"type": "text"}}
-    strict = True if tool.strict is None else tool.strict
-    return {**head, "parameters": tool.parameters, "strict": strict}
+    return {**head, "parameters": tool.parameters, "strict": bool(tool.strict)}
 
 
 def shown_choice(body: ResponseBody) -> str | dict[str, Any]:

@@ -143,7 +143,7 @@ def test_words_and_calls(tools: Stack, width: int) -> None:
     assert [item.get("name") for item in found["output"]] == [None, "weather", "now"]
     assert {item["status"] for item in found["output"]} == {"completed"}
     assert len({item["call_id"] for item in found["output"][1:]}) == 2
-    assert found["tools"][0] == {**WEATHER, "description": None, "strict": True}
+    assert found["tools"][0] == {**WEATHER, "description": None, "strict": False}
     assert found["tool_choice"] == "auto"
 
 
