@@ -71,16 +71,12 @@ class Cache:
         self._num_blocks = num_blocks
         self._order = EvictionOrder(max_kept=num_blocks // 2)
         self._here: set[bytes] = set()
-        self._gone: list[bytes] = []
+        self.gone: list[bytes] = []
+        """Blocks that gave way to the last request."""
 
     def has(self, name: bytes) -> bool:
         """Whether a block is here."""
         return name in self._here
-
-    def take_gone(self) -> list[bytes]:
-        """Blocks that were evicted since the last call."""
-        gone, self._gone = self._gone, []
-        return gone
 
     def num_found(self, names: Sequence[bytes]) -> int:
         """Blocks from the first on that are here."""
@@ -102,11 +98,12 @@ class Cache:
             order.release(name, turn)
         order.end(turn)
         self._here.update(names)
+        self.gone = []
         while len(self._here) > self._num_blocks:
             gone = order.pop()
             order.forget(gone)
             self._here.remove(gone)
-            self._gone.append(gone)
+            self.gone.append(gone)
         return found
 
 
@@ -115,6 +112,12 @@ class TierCache:
 
     def __init__(self, num_blocks: int) -> None:
         self._order = TierOrder(num_blocks, max_kept=num_blocks // 2)
+        self.gone: list[bytes] = []
+        """Blocks that gave way to the last request."""
+
+    def has(self, name: bytes) -> bool:
+        """Whether a block is here."""
+        return name in self._order
 
     def serve(self, use: Use, hints: KeepHints) -> int:
         """Blocks that a request finds; it leaves all of its own, as far as there is room."""
@@ -126,7 +129,7 @@ class TierCache:
             if not order.add(turn, name, parent, size=1):
                 break
         order.end(turn)
-        order.take_gone()
+        self.gone = order.take_gone()
         return found
 
 

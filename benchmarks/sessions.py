@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.agent_trace import agent_sessions
 from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest, conversations
 from benchmarks.results import table
-from benchmarks.retention import Cache, Use, ideal_blocks, uses_of, working_set
+from benchmarks.retention import Cache, TierCache, Use, ideal_blocks, uses_of, working_set
 from benchmarks.routing import FETCHED_PER_S, TOKENS_PER_S, Reports
 from cluster.cli.bench.svg import Line, line_chart
 from gateway.engines.kv_index import KvIndex
@@ -31,8 +31,7 @@ from gateway.engines.router import (
     pick_worker,
     route_by_kv,
 )
-from workers.kv.tiers.order import TierOrder
-from workers.kv.turns import KeepHints, TurnUse
+from workers.kv.turns import KeepHints
 
 NUM_WORKERS = 4
 """Workers of the model."""
@@ -58,28 +57,13 @@ DISK = TierSize(part=0.5, tokens_per_s=24_000.0)
 """A local disk."""
 
 
+@dataclass(frozen=True, slots=True)
 class LowerTier:
     """One tier below a worker's pool. It has copies of what the pool holds, and more."""
 
-    def __init__(self, num_blocks: int, tokens_per_s: float) -> None:
-        self.tokens_per_s = tokens_per_s
-        """Prompt tokens whose blocks come from it."""
-        self._order = TierOrder(num_blocks, max_kept=num_blocks // 2)
-
-    def __contains__(self, name: bytes) -> bool:
-        return name in self._order
-
-    def serve(self, use: Use, hints: KeepHints) -> list[bytes]:
-        """Keep what a request leaves; returns what gave way to it."""
-        names = use.names
-        turn = self._order.begin(
-            TurnUse(names=names, num_prompt=len(names), hints=hints), use.time_s
-        )
-        for place, name in enumerate(names):
-            if not self._order.add(turn, name, names[place - 1] if place else None, 1):
-                break
-        self._order.end(turn)
-        return self._order.take_gone()
+    cache: TierCache
+    tokens_per_s: float
+    """Prompt tokens whose blocks come from it."""
 
 
 class Worker:
@@ -125,7 +109,7 @@ class Worker:
         """Seconds in which all blocks that are here come into the pool, and how many these are."""
         took_s, place = 0.0, self._pool.num_found(names)
         for name in names[place:]:
-            tier = next((tier for tier in self._tiers if name in tier), None)
+            tier = next((tier for tier in self._tiers if tier.cache.has(name)), None)
             if tier is None and not self._pool.has(name):
                 break
             took_s += BLOCK_TOKENS / tier.tokens_per_s if tier is not None else 0.0
@@ -135,14 +119,15 @@ class Worker:
     def _keep(self, use: Use, hints: KeepHints) -> None:
         stored = [name for name in use.names if not self._has(name)]
         self._pool.serve(use, hints)
-        gone = set(self._pool.take_gone())
+        gone = set(self._pool.gone)
         for tier in self._tiers:
-            gone.update(tier.serve(use, hints))
+            tier.cache.serve(use, hints)
+            gone.update(tier.cache.gone)
         removed = {name for name in gone if not self._has(name)}
         self.reports.add(self._free_s, use.names, stored, removed)
 
     def _has(self, name: bytes) -> bool:
-        return self._pool.has(name) or any(name in tier for tier in self._tiers)
+        return self._pool.has(name) or any(tier.cache.has(name) for tier in self._tiers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +190,10 @@ def _workers(system: System, index: KvIndex, part: float) -> dict[str, Worker]:
             f"w{number}",
             index,
             int(part * POOL_PART),
-            [LowerTier(int(part * tier.part), tier.tokens_per_s) for tier in system.tiers],
+            [
+                LowerTier(TierCache(int(part * tier.part)), tier.tokens_per_s)
+                for tier in system.tiers
+            ],
         )
         for number in range(NUM_WORKERS)
     }
