@@ -92,9 +92,13 @@ class Silent:
         self._listener = listener
         self.address = f"127.0.0.1:{listener.getsockname()[1]}"
 
+    def accept(self) -> socket.socket:
+        """Wait for the next connection."""
+        return self._listener.accept()[0]
+
     def hang_up(self) -> None:
-        """End one connection."""
-        self._listener.accept()[0].close()
+        """End the next connection."""
+        self.accept().close()
 
 
 @pytest.fixture
@@ -144,10 +148,11 @@ def test_no_request_waits_for_a_fetch_that_is_late(tiny_checkpoint: Path, silent
     first = command("a")
     with closing(found.fetches) as fetches:
         assert fetches.put(first)
+        connection = silent.accept()  # the fetch has looked at the clock
         found.late_s = TIMEOUT_S
         assert fetches.take() == [first]
         assert not fetches.put(command("b"))
-        silent.hang_up()
+        connection.close()
         found.wait()
         assert fetches.take() == []
     found.check_free()
@@ -477,11 +482,12 @@ def test_a_request_waits_for_blocks_that_come_ahead_of_it(
 
         fetches.prefetch(ahead(moving))
         assert fetches.put(come)
+        connection = silent.accept()  # the fetch has looked at the clock
         found.late_s = 2 * TIMEOUT_S
         assert fetches.take() == [come], "it has waited long enough"
         found.late_s = 0.0
         assert fetches.wait_s(60.0) == 60.0
-        silent.hang_up()
+        connection.close()
         found.wait()
         assert fetches.take() == []
 
