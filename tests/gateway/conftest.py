@@ -6,7 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from gateway.auth.auth import CALLER
 from tests.gateway.stack import Stack, running_stack
+
+
+@pytest.fixture(autouse=True)
+def _own_caller() -> Iterator[None]:
+    """A key that enters outside a request's task is nobody in the tests that follow."""
+    token = CALLER.set(None)
+    yield
+    CALLER.reset(token)
 
 
 @pytest.fixture(scope="package")

@@ -34,9 +34,6 @@ from workers.process.colocated_runtime import ColocatedRuntime
 from workers.process.intake import kv_restores
 from workers.process.runtime import WorkerRuntime
 
-# Among the clusters of processes, in a process of their own: behind all units, copies never came.
-pytestmark = pytest.mark.ray
-
 TIERS = {"kv_host_bytes": 64 << 20}
 STATES = "qwen3_next"
 """A family with recurrent states."""
