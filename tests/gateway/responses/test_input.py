@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from tests.gateway.fakes import BACKEND, EOS, MAX_MODEL_LEN, saying, tiny_tokeni
 from tests.gateway.responses.streams import PATH, respond
 from tests.gateway.responses.test_streams import NOW, PATCH, WEATHER
 from tests.gateway.stack import Stack, post, running_stack
-from tests.gateway.text.forms.test_tools import TEMPLATE as TOOL_TEMPLATE
 from workers.requests.request import GrammarKind
 
 RESPONSE_ID = "resp_" + "0" * 32
@@ -68,19 +66,6 @@ def test_a_call_that_was_cut_is_no_part_of_the_conversation() -> None:
     for chat in (stored, sent):
         assert chat is not None
         assert [message["role"] for message in chat.messages] == ["user"]
-
-
-@pytest.fixture(scope="module")
-def shared_tools() -> Iterator[Stack]:
-    with running_stack(tokenizer=tiny_tokenizer(TOOL_TEMPLATE)) as stack:
-        yield stack
-
-
-@pytest.fixture
-def tools(shared_tools: Stack) -> Iterator[Stack]:
-    """A gateway whose chat template has tools."""
-    with shared_tools.as_new():
-        yield shared_tools
 
 
 # ---- conversations --------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from tests.gateway.responses.streams import (
 )
 from tests.gateway.stack import Stack, post, running_stack
 from tests.gateway.text.forms.test_tools import ARGUMENTS, BOTH, CUT, FIRST, SCHEMA
-from tests.gateway.text.forms.test_tools import TEMPLATE as TOOL_TEMPLATE
 from tests.gateway.text.harmony.examples import PLAN_ARGUMENTS, SUM
 from tests.gateway.text.harmony.test_codecs import ANSWER, TEMPLATE, WORDS
 
@@ -36,19 +35,6 @@ THOUGHTS = (
     "I look.<|end|><|start|>assistant<|channel|>analysis<|message|>Then.<|end|><|start|>assistant"
     "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>"
 )
-
-
-@pytest.fixture(scope="module")
-def shared_tools() -> Iterator[Stack]:
-    """A gateway whose chat template has tools."""
-    with running_stack(tokenizer=tiny_tokenizer(TOOL_TEMPLATE)) as stack:
-        yield stack
-
-
-@pytest.fixture
-def tools(shared_tools: Stack) -> Iterator[Stack]:
-    with shared_tools.as_new():
-        yield shared_tools
 
 
 @pytest.fixture(scope="module")

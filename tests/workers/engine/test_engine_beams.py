@@ -205,6 +205,28 @@ def test_searches_of_two_tenants_do_not_hold_what_the_other_needs(tiny_checkpoin
     assert run(small, wanted) == want
 
 
+def failing_engine(path: Path, section: EngineSection) -> tuple[LocalEngine, FailingDispatcher]:
+    """An engine, and what makes its steps fail."""
+    made: list[FailingDispatcher] = []
+
+    def wrap(inner: TokenDispatcher) -> FailingDispatcher:
+        made.append(FailingDispatcher(inner))
+        return made[0]
+
+    return LocalEngine(path, section=section, wrap=wrap), made[0]
+
+
+def step(engine: LocalEngine, outputs: dict[tuple[str, int], list[TokenOutput]]) -> None:
+    """Run a step, which may fail, and add what it put out."""
+    try:
+        new = engine.step()
+    except PeerLostError:
+        new = []
+    for output in new:
+        outputs.setdefault((output.request_id, output.choice), []).append(output)
+    engine.engine.check_integrity()
+
+
 @pytest.mark.parametrize(
     "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))]
 )
@@ -235,13 +257,7 @@ def test_random_mixes_find_what_each_finds_alone(tiny_checkpoint: Path, seed: in
     longest = max(len(request.prompt) for request in wanted) + SEARCH.max_tokens
     least = -(-longest // section.block_size_tokens)
     section = with_blocks(tiny_checkpoint, section, least + rng.randint(0, least))
-    failing: list[FailingDispatcher] = []
-
-    def wrap(inner: TokenDispatcher) -> FailingDispatcher:
-        failing.append(FailingDispatcher(inner))
-        return failing[0]
-
-    engine = LocalEngine(tiny_checkpoint, section=section, wrap=wrap)
+    engine, failing = failing_engine(tiny_checkpoint, section)
     outputs: dict[tuple[str, int], list[TokenOutput]] = {}
     waiting, aborted = list(wanted), set[str]()
     for _ in range(5000):
@@ -251,14 +267,8 @@ def test_random_mixes_find_what_each_finds_alone(tiny_checkpoint: Path, seed: in
             (chosen,) = rng.sample(wanted, 1)
             aborted.add(chosen.request_id)
             engine.engine.abort(chosen.request_id)
-        failing[0].fail_at = rng.randint(1, 4) if rng.random() < 0.1 else None
-        try:
-            new = engine.step()
-        except PeerLostError:
-            new = []
-        for output in new:
-            outputs.setdefault((output.request_id, output.choice), []).append(output)
-        engine.engine.check_integrity()
+        failing.fail_at = rng.randint(1, 4) if rng.random() < 0.1 else None
+        step(engine, outputs)
         if not waiting and not engine.engine.has_work:
             break
     assert not engine.engine.has_work, "it stands still"
@@ -302,30 +312,18 @@ def test_blocks_of_beams_that_were_given_up_are_not_kept(tiny_checkpoint: Path) 
 def test_steps_that_fail_change_nothing(
     tiny_checkpoint: Path, alone: dict[tuple[str, int], object], leaves_out: bool
 ) -> None:
-    failing: list[FailingDispatcher] = []
-
-    def wrap(inner: TokenDispatcher) -> FailingDispatcher:
-        failing.append(FailingDispatcher(inner))
-        return failing[0]
-
-    engine = LocalEngine(tiny_checkpoint, section=SECTION, wrap=wrap)
+    engine, failing = failing_engine(tiny_checkpoint, SECTION)
     outputs: dict[tuple[str, int], list[TokenOutput]] = {}
     for request in requests():
         engine.add_request(request)
     turns = iter(range(10_000))
     while engine.engine.has_work:
         is_bad = next(turns) % 3 == 1
-        failing[0].leaves_out = is_bad and leaves_out
-        failing[0].fail_at = 2 if is_bad and not leaves_out else None
-        try:
-            new = engine.step()
-        except PeerLostError:
-            new = []
-        for output in new:
-            outputs.setdefault((output.request_id, output.choice), []).append(output)
-        engine.engine.check_integrity()
+        failing.leaves_out = is_bad and leaves_out
+        failing.fail_at = 2 if is_bad and not leaves_out else None
+        step(engine, outputs)
     assert {key: bits(found) for key, found in outputs.items()} == alone
-    assert leaves_out or failing[0].num_failures > 3
+    assert leaves_out or failing.num_failures > 3
 
 
 def test_a_score_is_that_of_the_tokens_log_probabilities(tiny_checkpoint: Path) -> None:
