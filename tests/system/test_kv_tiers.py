@@ -95,6 +95,31 @@ def test_a_prompt_comes_back_from_host_memory_and_from_disk(cluster: ThreadClust
     wait_idle(cluster)
 
 
+def test_a_request_that_waits_for_room_is_restored_when_there_is_some(
+    cluster: ThreadCluster,
+) -> None:
+    """Others hold the pool when it comes: nothing can be restored before they end."""
+    expected = exact(answer(cluster, 0, request_of(500)))
+    settle(cluster, 0)
+    evict(cluster, 0, 510)
+    stream = cluster.stream(0)
+    longer = replace(request_of(500).params, max_tokens=12)  # 7 of 16 blocks each
+    others = [request_of(seed, params=longer) for seed in (520, 521)]
+    for other in others:
+        stream.send(other)
+    seen = [stream.next()]
+    while len({output.request_id for output in seen}) < len(others):
+        seen.append(stream.next())
+    again = request_of(500, 1)
+    stream.send(again)
+    stream.put_back(seen)
+    found = stream.collect([*others, again])[again.request_id].outputs
+    stream.close()
+    assert found[0].num_cached_tokens == CACHED
+    assert exact(found) == expected
+    wait_idle(cluster)
+
+
 def test_a_peer_fetches_what_only_a_tier_has(cluster: ThreadCluster) -> None:
     expected = exact(answer(cluster, 0, request_of(200)))
     settle(cluster, 0)

@@ -326,10 +326,32 @@ class Engine:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
         return self.kv_store.begin(hashes, found, num_spare=self._scheduler.num_running)
 
+    def take_admissible(self) -> list[tuple[Request, tuple[BlockHash, ...]]]:
+        """Requests that the next steps will admit, with the hashes of the full blocks of their
+        prompts; each is returned once until it waits anew. They may wait for blocks first.
+        """
+        prefixes, isolation = self._scheduler.prefixes, self._isolation
+        if not prefixes.is_enabled or isolation.is_waiting:
+            return []
+        self._restrict(isolation.alone)
+        size = prefixes.block_size
+        return [
+            (sequence.request, tuple(prefixes.hashes(sequence, sequence.prompt_length // size)))
+            for sequence in self._scheduler.take_admissible()
+        ]
+
+    def wait_for_kv(self, request_id: str) -> None:
+        """Do not admit a request before ``kv_came``: blocks for it are on their way."""
+        self._scheduler.kv_waits.begin(request_id)
+
+    def kv_came(self, request_id: str) -> None:
+        """Nothing is on its way for a request any more. Unknown ids are ignored."""
+        self._scheduler.kv_waits.end(request_id)
+
     def keep_in(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopies:
         """Begin to copy what turns leave into lower tiers; see ``TurnCopies``."""
         copies = TurnCopies(self.kv_store, tiers, wake)
-        self._tiers, self._scheduler.prefixes.on_end = tiers, copies.note
+        self._tiers, self._scheduler.prefixes.listener = tiers, copies
         return copies
 
     def under_pressure(self) -> Request | None:
@@ -636,6 +658,7 @@ class Engine:
             self._groups.pop(request_id, None)
             self._stop_using(sequence.request.adapter)
             self._traced.forget(request_id)
+            self._scheduler.kv_waits.forget(request_id)
             self._isolation.forget(request_id)
             self.resume(request_id)
 
@@ -646,11 +669,14 @@ class Engine:
         free, total = self.pool.num_free, self.pool.num_blocks
         prefixes = self._scheduler.prefixes
         waiting, deferred = self._scheduler.num_waiting, self._scheduler.num_deferred
+        for_kv = self._scheduler.num_waiting_for_kv
+        others = max(waiting - deferred - for_kv, 0)
         return {
             "num_requests_running": float(self._scheduler.num_running),
             "num_requests_waiting": float(waiting),
-            'num_requests_waiting_by_reason{reason="capacity"}': float(max(waiting - deferred, 0)),
+            'num_requests_waiting_by_reason{reason="capacity"}': float(others),
             'num_requests_waiting_by_reason{reason="deferred"}': float(deferred),
+            'num_requests_waiting_by_reason{reason="kv"}': float(for_kv),
             **self._iteration_tokens.stats("iteration_tokens_total"),
             "kv_cache_usage_perc": 1 - free / total,
             "kv_blocks_free": float(free),

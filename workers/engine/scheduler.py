@@ -22,6 +22,7 @@ from workers.kv.prefix_cache import PrefixCache
 from workers.kv.sequence_states import SequenceStates
 from workers.kv.state_slots import StateMove, StateSlots
 from workers.requests.fairness import ServedTokens
+from workers.requests.kv_waits import KvWaits
 from workers.requests.request import FinishReason, Request
 from workers.requests.seat_reserve import RESERVED_ONE_IN, SeatReserve
 from workers.requests.sequence import Ending, SequenceState, SequenceStatus
@@ -30,6 +31,9 @@ from workers.speculation.speculator import Speculator
 _BLOCKS_AHEAD = 2
 """Free blocks for each running sequence below which one may be preempted soon: it takes so many
 blocks of steps until they are gone."""
+
+_STEPS_AHEAD = 8
+"""Full steps of prompts from which blocks of other places may be on their way at once."""
 
 
 class Scheduler:
@@ -91,6 +95,8 @@ class Scheduler:
         self._states = None if states is None else SequenceStates(states, self.prefixes)
         self.tables = BlockTables(max_num_seqs, self._blocks(max_model_len))
         """The blocks of running sequences, by ``SequenceState.seat``."""
+        self.kv_waits = KvWaits()
+        """Waiting requests whose blocks may come from elsewhere."""
         self._served = ServedTokens()
         self._seats = SeatReserve(max_num_seqs)
         self._waiting: list[SequenceState] = []
@@ -123,6 +129,12 @@ class Scheduler:
         """Waiting sequences that wait until the first choice of their request has its prompt."""
         return sum(map(self._waits_for_first_choice, self._waiting))
 
+    @property
+    def num_waiting_for_kv(self) -> int:
+        """Waiting sequences, but for deferred ones, whose KV blocks are on their way."""
+        able = (s for s in self._waiting if s.request.request_id in self.kv_waits)
+        return sum(not self._waits_for_first_choice(s) for s in able)
+
     def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
         """Running and waiting sequences by adapter; any thread may call it."""
         groups = (tuple(self._running), tuple(self._waiting))
@@ -136,6 +148,7 @@ class Scheduler:
 
     def add(self, sequence: SequenceState) -> None:
         """Queue a sequence behind those of its priority."""
+        self.kv_waits.queue(sequence.request.request_id)
         self._served.enter(sequence)
         self._seats.note(sequence)
         self._enter(self._waiting, sequence, SequenceStatus.WAITING)
@@ -189,6 +202,17 @@ class Scheduler:
         if len(output) >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
             return Ending(reason=FinishReason.LENGTH)
         return None
+
+    def take_admissible(self) -> list[SequenceState]:
+        """Waiting sequences that the next steps will admit, one of each request, as long as seats
+        and free blocks last; each is returned once until it waits anew.
+        """
+        if not self.kv_waits.has_unasked:
+            return []
+        able: dict[str, SequenceState] = {}
+        for sequence in self._admissible(_STEPS_AHEAD * self._max_rows):
+            able.setdefault(sequence.request.request_id, sequence)
+        return [able[name] for name in self.kv_waits.ask(able)]
 
     def restrict(self, held: Set[str] = frozenset(), alone: str | None = None) -> None:
         """From now on plan no rows of the requests ``held``, or of all but the one ``alone``."""
@@ -594,6 +618,7 @@ class Scheduler:
         self._running.remove(victim)
         self._release(victim)
         self._enter(self._waiting, victim, SequenceStatus.WAITING)
+        self.kv_waits.queue(victim.request.request_id)
         self.num_preemptions += 1
         self.preempted.append(victim)
 
@@ -629,6 +654,8 @@ class Scheduler:
         if sequence.is_idle:
             return False
         request_id = sequence.request.request_id
+        if sequence.status is SequenceStatus.WAITING and request_id in self.kv_waits:
+            return False
         if self._alone is not None:
             return request_id == self._alone
         return request_id not in self._held

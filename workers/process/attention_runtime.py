@@ -300,9 +300,9 @@ class AttentionRuntime(WorkerRuntime):
         if self._tiers is not None:
             self._tiers.copies.go_on()
             for restored in self._tiers.restores.take():
-                self._fetch(engine, restored)
+                self._end_restore(engine, restored)
         for ready in self._fetches.take():
-            self._prepare(engine, ready)
+            self._end_fetch(engine, ready)
         for gateway, prefetched in self._fetches.take_prefetched():
             self._stream.publish(gateway, prefetched)
         for done in self._compilations.take():
@@ -310,6 +310,7 @@ class AttentionRuntime(WorkerRuntime):
                 self._add(engine, done.command, done.compiled)
             else:
                 self._refuse(done.command.gateway, done.command.request, done.error)
+        self._bring_blocks(engine)
         if (kept := self._adapters.go_on()) is not None:
             self.control.send(kept)
         self._emit(engine.poll())
@@ -329,7 +330,7 @@ class AttentionRuntime(WorkerRuntime):
 
     @property
     def _intakes(self) -> tuple[WaitingRequests, ...]:
-        """Where requests may wait before the engine has them."""
+        """Where requests may wait before the engine runs them."""
         known = (self._compilations, self._fetches)
         return known if self._tiers is None else (*known, self._tiers.restores)
 
@@ -470,20 +471,38 @@ class AttentionRuntime(WorkerRuntime):
         return outputs
 
     def _receive(self, engine: Engine, command: AddRequest) -> None:
-        """Hand a request to the engine, or let it wait for KV blocks of a tier, then for those of a
-        peer, then for its grammar."""
-        self._compilations.drop(command.request.request_id)
-        if self._tiers is not None:
-            restores = self._tiers.restores
-            restores.drop(command.request.request_id)
-            if not self._fetches.expects(command.request) and restores.put(command):
-                self._fetches.drop(command.request.request_id)  # an older attempt
-                return
-        self._fetch(engine, command)
-
-    def _fetch(self, engine: Engine, command: AddRequest) -> None:
-        if not self._fetches.put(command):
+        """Hand a request to the engine, or let it wait for KV blocks that come ahead of it, then
+        for its grammar."""
+        is_expected = self._fetches.expects(command.request)
+        for waiting in self._intakes:  # an older attempt
+            if not (is_expected and waiting is self._fetches):
+                waiting.drop(command.request.request_id)
+        if not (is_expected and self._fetches.put(command)):
             self._prepare(engine, command)
+
+    def _bring_blocks(self, engine: Engine) -> None:
+        """Let requests for which there is room wait for KV blocks of a tier, then for those of a
+        peer."""
+        while found := engine.take_admissible():
+            for request, hashes in found:
+                gateway = self._owners[request.request_id]
+                queued = AddRequest(gateway, request, time.monotonic(), hashes, is_queued=True)
+                if self._restore(queued) or self._fetches.put(queued):
+                    engine.wait_for_kv(request.request_id)
+
+    def _restore(self, queued: AddRequest) -> bool:
+        return self._tiers is not None and self._tiers.restores.put(queued)
+
+    def _end_restore(self, engine: Engine, restored: AddRequest) -> None:
+        name = restored.request.request_id
+        if not (engine.has_request(name) and self._fetches.put(restored)):
+            engine.kv_came(name)
+
+    def _end_fetch(self, engine: Engine, fetched: AddRequest) -> None:
+        if fetched.is_queued:
+            engine.kv_came(fetched.request.request_id)
+        else:
+            self._prepare(engine, fetched)
 
     def _prepare(self, engine: Engine, command: AddRequest) -> None:
         grammar = command.request.params.grammar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.requests.block_hash import BlockHash
 from workers.requests.request import Request, SoloStep
@@ -21,6 +21,8 @@ class AddRequest:
     """Monotonic seconds at which the stream delivered it."""
     hashes: tuple[BlockHash, ...] = ()
     """Of the full KV blocks of its prompt, in order; none where requests share no blocks."""
+    is_queued: bool = field(default=False, kw_only=True)
+    """The engine has the request already, and lets it wait for blocks."""
 
 
 @dataclass(frozen=True, slots=True)

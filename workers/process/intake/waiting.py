@@ -1,4 +1,4 @@
-"""Requests that wait before the engine takes them: for a grammar, or for KV blocks."""
+"""Requests that wait for other threads: for a grammar, or for KV blocks."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class WaitingRequests(ABC):
         self, wake: Callable[[], None], clock: Callable[[], float], name: str, max_threads: int
     ) -> None:
         self.by_adapter: Counter[str] = Counter()
-        """Choices of the requests that wait here, by the key of their adapter. Never changed but
-        replaced: other threads may read it."""
+        """Choices of the requests that wait here and not in the engine, by the key of their
+        adapter. Never changed but replaced: other threads may read it."""
         self._wake = wake
         self._clock = clock
         self._executor = ThreadPoolExecutor(max_threads, thread_name_prefix=name)
 
     @property
     def num_waiting(self) -> int:
-        """Choices of the requests that wait here; other threads may ask."""
+        """Choices of the requests that wait here and not in the engine; other threads may ask."""
         return self.by_adapter.total()
 
     @property
     def adapters(self) -> frozenset[str]:
-        """Keys of the adapters of the requests that wait here; other threads may ask."""
+        """Keys of the adapters of these requests; other threads may ask."""
         return frozenset(key for key in self.by_adapter if key)
 
     @abstractmethod
@@ -106,6 +106,6 @@ class WaitingRequests(ABC):
         """Must follow every change of the jobs."""
         found: Counter[str] = Counter()
         for job in self._all_jobs():
-            for command in job.waiting:
+            for command in (c for c in job.waiting if not c.is_queued):
                 found[command.request.adapter] += command.request.n
         self.by_adapter = found

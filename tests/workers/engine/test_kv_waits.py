@@ -1,0 +1,94 @@
+"""Requests whose blocks may come from elsewhere: asked about when they could run, and held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from tests.workers.engine.test_scheduler import Desk
+from tests.workers.kv.transfer.test_store import engine_of, request_of
+from workers.requests.block_hash import block_hashes
+from workers.requests.request import SamplingParams
+from workers.requests.sequence import SequenceStatus
+
+LONG = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+def asked(desk: Desk) -> list[str]:
+    return [sequence.request.request_id for sequence in desk.scheduler.take_admissible()]
+
+
+def test_a_request_is_asked_about_once() -> None:
+    desk = Desk()
+    desk.add(5)
+    desk.add(5, n=3)
+    assert asked(desk) == ["r0", "r1"]
+    assert asked(desk) == []
+    desk.step()
+    desk.add(5)
+    assert asked(desk) == ["r2"]
+
+
+def test_nobody_is_asked_about_a_request_without_room() -> None:
+    desk = Desk(max_num_seqs=1)
+    desk.add(5, LONG)
+    (second,) = desk.add(5)
+    assert asked(desk) == ["r0"]
+    desk.step()
+    assert asked(desk) == []
+    desk.scheduler.remove(desk.scheduler.running[0])
+    assert desk.scheduler.take_admissible() == [second]
+
+
+def test_a_preempted_request_is_asked_about_anew() -> None:
+    desk = Desk(num_blocks=6)
+    desk.add(7, LONG)
+    (second,) = desk.add(7, LONG)
+    assert asked(desk) == ["r0", "r1"]
+    while second.status is not SequenceStatus.WAITING or not second.output:
+        desk.step()
+    assert desk.scheduler.num_preemptions == 1
+    while not (found := asked(desk)):
+        desk.step()
+    assert found == ["r1"]
+
+
+def test_others_run_while_one_waits_for_blocks() -> None:
+    desk = Desk()
+    (first,) = desk.add(5)
+    (second,) = desk.add(5)
+    desk.scheduler.kv_waits.begin("r0")
+    assert desk.scheduler.num_waiting_for_kv == 1
+    desk.step()
+    assert (first.status, second.status) == (SequenceStatus.WAITING, SequenceStatus.RUNNING)
+    desk.scheduler.kv_waits.end("r0")
+    desk.step()
+    assert first.status is SequenceStatus.RUNNING
+    assert desk.scheduler.num_waiting_for_kv == 0
+
+
+def test_a_request_with_many_choices_waits_as_one() -> None:
+    desk = Desk()
+    desk.add(9, n=3)
+    desk.scheduler.kv_waits.begin("r0")
+    assert desk.scheduler.num_waiting_for_kv == 1
+    assert desk.scheduler.num_deferred == 2
+    assert not desk.plan().rows
+
+
+def test_an_engine_forgets_a_request_that_has_ended(tiny_checkpoint: Path) -> None:
+    engine = engine_of(tiny_checkpoint).engine
+    request = request_of()
+    engine.add_request(request)
+    ((found, hashes),) = engine.take_admissible()
+    assert (found, list(hashes)) == (request, block_hashes(request, 16, None))
+    engine.wait_for_kv("r")
+    assert engine.wanted().prefill_rows == 0
+    assert engine.stats()['num_requests_waiting_by_reason{reason="kv"}'] == 1
+    assert engine.stats()['num_requests_waiting_by_reason{reason="capacity"}'] == 0
+    engine.abort("r")
+    engine.add_request(replace(request, attempt=1))
+    assert len(engine.take_admissible()) == 1
+    assert engine.wanted().prefill_rows == len(request.prompt)
+    engine.kv_came("unknown")
