@@ -7,8 +7,8 @@ prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from workers.kv.block_pool import BlockPool
 from workers.kv.contents import BlockContents
@@ -16,6 +16,19 @@ from workers.kv.state_slots import StateSlots
 from workers.kv.turns import KeepHints, Turn, TurnUse
 from workers.requests.block_hash import BlockHash, chain_hash, request_root
 from workers.requests.sequence import SequenceState
+
+
+class TurnListener(Protocol):
+    """Learns what sequences leave. The names of a prompt's blocks are the first of its turn's."""
+
+    def prompt_done(self, sequence: SequenceState, use: TurnUse) -> None:
+        """All blocks of the prompt are computed; the sequence holds them while it runs."""
+
+    def ended(self, sequence: SequenceState, use: TurnUse) -> None:
+        """A sequence leaves this; its blocks are free from now on."""
+
+    def stopped(self, sequence: SequenceState) -> None:
+        """A sequence runs no more, and leaves nothing that others want: it may run again."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,9 +44,8 @@ class PrefixCache:
     """Of a model with recurrent states: blocks are of use up to a state that is known."""
     contents: BlockContents | None = None
     """Gets what new blocks hold; None: nobody wants to know."""
-    on_end: Callable[[TurnUse], None] | None = None
-    """Called with what a sequence leaves at its end, before its blocks are free; None: there are no
-    lower tiers."""
+    listener: TurnListener | None = None
+    """None: there are no lower tiers."""
     num_queried_tokens: int = 0
     """Tokens of sequences at their first admission."""
     num_hit_tokens: int = 0
@@ -76,10 +88,13 @@ class PrefixCache:
     def release(self, sequence: SequenceState, *, has_ended: bool) -> None:
         """It runs no more: it has ended, or waits again. Its blocks have one holder less."""
         turn = self._turns.pop(sequence, None)
+        if turn is not None and self.listener is not None:
+            if has_ended:
+                self.listener.ended(sequence, self._use(sequence, turn.hints))
+            else:
+                self.listener.stopped(sequence)
         if turn is not None and not has_ended:
             turn = self.pool.begin(())  # no turn of a session, and wanted whatever it says
-        elif turn is not None and self.on_end is not None:
-            self.on_end(self._use(sequence, turn.hints))
         self.pool.release(sequence.blocks, turn)
         sequence.blocks.clear()
 
@@ -118,6 +133,17 @@ class PrefixCache:
             self.pool.store(sequence.blocks[block], hashes[block], parent)
         if self.contents is not None:
             self.contents.note(sequence, hashes, begin, end)
+        num_prompt = sequence.prompt_length // self.block_size
+        if self.listener is not None and begin < num_prompt <= end:
+            self.listener.prompt_done(sequence, self._use_of_prompt(sequence, num_prompt))
+
+    def _use_of_prompt(self, sequence: SequenceState, num_prompt: int) -> TurnUse:
+        return TurnUse(
+            names=self.hashes(sequence, num_prompt),
+            num_prompt=num_prompt,
+            hints=self._turns[sequence].hints,
+            may_outlive=not sequence.request.adapter,
+        )
 
     def count(self, sequence: SequenceState, num_found: int) -> None:
         """Count the tokens found for a sequence at its first admission."""

@@ -16,6 +16,25 @@ from workers.requests.sequence import SequenceState, SequenceStatus
 ONE = SamplingParams(max_tokens=1)
 
 
+class Listener:
+    """Writes down what sequences leave."""
+
+    def __init__(self) -> None:
+        self.prompts: list[TurnUse] = []
+        self.turns: list[TurnUse] = []
+        self.num_stopped = 0
+
+    def prompt_done(self, sequence: SequenceState, use: TurnUse) -> None:
+        assert len(sequence.blocks) >= len(use.names), "it holds them"
+        self.prompts.append(use)
+
+    def ended(self, sequence: SequenceState, use: TurnUse) -> None:
+        self.turns.append(use)
+
+    def stopped(self, sequence: SequenceState) -> None:
+        self.num_stopped += 1
+
+
 def served(desk: Desk, prompt_length: int, **more: object) -> list[tuple[str, int, int, bool]]:
     """Run a request of one token to its end; the rows of its first step."""
     (sequence,) = desk.add(prompt_length, ONE, **more)  # type: ignore[arg-type]
@@ -96,20 +115,49 @@ def test_the_same_prefix_computed_twice_at_once_is_kept_once() -> None:
 
 
 def test_a_sequence_tells_at_its_end_what_it_leaves() -> None:
-    desk, left = Desk(), list[TurnUse]()
-    desk.scheduler.prefixes.on_end = left.append
+    desk, left = Desk(), Listener()
+    desk.scheduler.prefixes.listener = left
     for adapter in ("", "a@1"):
         (sequence,) = desk.add(11, ONE, first_token=100)
         sequence.request = replace(sequence.request, session="s", adapter=adapter)
         plan = desk.plan()
-        assert not left or adapter
+        assert not left.turns or adapter
         desk.commit(plan)
-    plain, adapted = left
+    plain, adapted = left.turns
     assert {*plain.names, *adapted.names} == hashes_of(desk.pool)
     assert (len(plain.names), plain.num_prompt, plain.states) == (2, 2, [])
     assert (plain.hints.session, plain.may_outlive) == ("s", True)
     assert (len(adapted.names), adapted.may_outlive) == (2, False)
     assert not {*plain.names} & {*adapted.names}
+
+
+def test_a_sequence_tells_once_when_its_prompt_is_computed() -> None:
+    desk, left = Desk(max_rows=6), Listener()
+    desk.scheduler.prefixes.listener = left
+    desk.add(11, SamplingParams(max_tokens=8), first_token=100)
+    desk.step()
+    assert not left.prompts
+    desk.step()
+    (prompt,) = left.prompts
+    assert (len(prompt.names), prompt.num_prompt) == (2, 2)
+    while not left.turns:
+        desk.step()
+    assert left.prompts == [prompt]
+    assert left.turns[0].names[:2] == prompt.names
+    assert len(left.turns[0].names) == 4
+    served(desk, 11, first_token=100)
+    assert left.prompts == [prompt], "it was known"
+
+
+def test_a_preempted_sequence_tells_that_it_stops() -> None:
+    desk, left = Desk(num_blocks=6), Listener()
+    desk.scheduler.prefixes.listener = left
+    desk.add(7, SamplingParams(max_tokens=12))
+    desk.add(7, SamplingParams(max_tokens=12))
+    while not left.num_stopped:
+        desk.step()
+    assert desk.scheduler.num_preemptions == 1
+    assert not left.turns
 
 
 def test_what_an_abandoned_plan_found_is_given_back() -> None:

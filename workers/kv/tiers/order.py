@@ -89,12 +89,14 @@ class TierOrder:
         self._seen_s[tenant] = self._now_s
         order = self._order_of(tenant)
         begun = TierTurn(use, order.begin(use.names[: use.num_prompt], use.hints))
-        known = use.names[: self.num_known(use.names)]
-        states = (state for state in map(state_key, use.states) if state in self._sizes)
-        for name in (*known, *states):
-            self._orders[self._owners[name]].find(name)
-            self._hold(begun, name)
+        self._hold_known(begun)
         return begun
+
+    def extend(self, turn: TierTurn, use: TurnUse) -> None:
+        """A turn that began with the first blocks of its prefix uses all of this: what is here of
+        it stays until the turn ends."""
+        turn.use = use
+        self._hold_known(turn)
 
     def add(self, turn: TierTurn, name: bytes, parent: bytes | None, size: int) -> bool:
         """Make an item known, and hold it for the turn. Others may give way: see ``take_gone``.
@@ -168,6 +170,15 @@ class TierOrder:
         if order is None:
             order = self._orders[tenant] = EvictionOrder(max_kept=self._max_kept)
         return order
+
+    def _hold_known(self, turn: TierTurn) -> None:
+        use = turn.use
+        known = use.names[: self.num_known(use.names)]
+        states = (state for state in map(state_key, use.states) if state in self._sizes)
+        for name in (*known, *states):
+            if turn.held.get(name) != self._numbers[name]:
+                self._orders[self._owners[name]].find(name)
+                self._hold(turn, name)
 
     def _hold(self, turn: TierTurn, name: bytes) -> None:
         if not self._holders[name]:

@@ -66,6 +66,11 @@ class Tier(ABC):
         with self._lock:
             return self._order.begin(use, self._clock())
 
+    def extend(self, turn: TierTurn, use: TurnUse) -> None:
+        """A turn that began with the first blocks of its prefix uses all of this."""
+        with self._lock:
+            self._order.extend(turn, use)
+
     def put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
         """Keep an item behind ``parent``, the one before it: uint8 in CPU memory, not to be changed
         from now on. False where it cannot be; then no later one of the turn can, either.

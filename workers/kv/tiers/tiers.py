@@ -72,6 +72,10 @@ class KvTiers:
         """A turn has used this prefix, here or at another worker: its blocks may be put."""
         return self.host.begin(use)
 
+    def extend(self, turn: TierTurn, use: TurnUse) -> None:
+        """A turn that began with the first blocks of its prefix uses all of this."""
+        self.host.extend(turn, use)
+
     def put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
         """Keep a block of the turn, those before it first; for blocks of other workers as well.
 

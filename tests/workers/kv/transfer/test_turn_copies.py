@@ -148,6 +148,59 @@ def test_what_must_be_forgotten_meanwhile_is_not_kept(
     assert pool.num_free == pool.num_blocks
 
 
+def test_a_prompt_is_copied_while_its_sequence_runs(copying: Copying) -> None:
+    """Nothing can take its blocks meanwhile; its output follows at the end."""
+    local = copying.local
+    local.add_request(replace(request_of(), params=LONG))
+    while copying.num_copied < NUM_BLOCKS:
+        assert local.engine.has_work
+        local.step()
+        copying.settle()
+    assert local.engine.stats()["num_requests_running"] == 1
+    while local.engine.has_work:
+        local.step()
+    copying.settle()
+    assert copying.num_skipped == 0
+    num_blocks = (len(PROMPT) + LONG.max_tokens - 1) // 16
+    block_bytes = copying.engine.cache.block_bytes
+    assert copying.tiers.host.num_bytes == num_blocks * block_bytes
+    assert copying.engine.pool.num_free == copying.engine.pool.num_blocks
+
+
+def test_a_prompt_that_does_not_fit_is_left_while_its_sequence_runs(tiny_checkpoint: Path) -> None:
+    local = engine_of(tiny_checkpoint, num_blocks=16)
+    copying = Copying(local, 2 * local.engine.cache.block_bytes)
+    local.add_request(replace(request_of(), params=LONG))
+    while local.engine.has_work:
+        local.step()
+        copying.settle()
+    assert copying.num_copied == 2
+    copying.copies.close()
+
+
+def test_several_turns_are_copied_at_a_time(
+    copying: Copying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn_copies, "MAX_BATCHES", 2)
+    may_read = threading.Event()
+    read = copying.engine.cache.read_block
+
+    def slow(block: int) -> Tensor:
+        assert may_read.wait(TIMEOUT_S)
+        return read(block)
+
+    monkeypatch.setattr(copying.engine.cache, "read_block", slow)
+    for place, name in enumerate("abc"):
+        serve(copying.local, replace(request_of(name), prompt=(3 + place, *PROMPT[1:])))
+    copying.copies.go_on()
+    pool = copying.engine.pool
+    num_held = pool.num_blocks - pool.num_free
+    copying.copies.go_on()
+    assert pool.num_blocks - pool.num_free == num_held == 2 + 1, "an eighth, and one of the next"
+    may_read.set()
+    copying.settle()
+
+
 def test_a_preempted_sequence_leaves_nothing(tiny_checkpoint: Path) -> None:
     copying = Copying(engine_of(tiny_checkpoint, num_blocks=14))
     requests = [
