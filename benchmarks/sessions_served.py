@@ -6,7 +6,7 @@ Each server has 2 attention workers and 1 expert worker. Sessions are those of
 ``benchmarks/agent_trace.py``, each block of 512 tokens made 4: a context of 142,000 tokens has
 1,100 here. The pools together hold 10% of the tokens that are ever used, host memories 25%, disks
 50%. A session sends its next turn when the one before has been answered, and not before its time in
-the trace, which runs 30 times as fast.
+the trace, which runs 30 times as fast and ends after 40 minutes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ PARTS = {"pool": 0.1, "host": 0.25, "disk": 0.5}
 """Of all tokens that are ever used."""
 FASTER = 30.0
 """Seconds of the trace in one second."""
+LAST_S = 2400.0
+"""End of the trace: most sessions are over, and those that are not wait for persons."""
 _ANSWER_TOKENS = 2
 _SPARE_TOKENS = 64
 """Room for blocks that are not full."""
@@ -107,12 +109,12 @@ def section(quick: bool) -> str:
 
 
 def _first_turns(case: Case) -> list[AgentRequest]:
-    """The first turns of each session, in the order of arrival."""
+    """The first turns of each session until the end, in the order of arrival."""
     counts: dict[str, int] = {}
     found = []
     for request in agent_sessions(1, case.num_sessions):
         counts[request.session] = counts.get(request.session, 0) + 1
-        if counts[request.session] <= case.max_turns:
+        if counts[request.session] <= case.max_turns and request.time_s < LAST_S:
             found.append(request)
     return found
 
