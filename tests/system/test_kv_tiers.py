@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from gateway.engines.router import RoutingPolicy
+from tests.harness.engine_stream import TIMEOUT_S
 from tests.harness.serving_cluster import (
     RUNTIMES,
     ThreadCluster,
@@ -27,7 +29,9 @@ from tests.system.test_kv_fetch import (
     wait_idle,
 )
 from tests.system.test_kv_routing import Front
+from workers.kv.tiers.tiers import Held
 from workers.process.attention_runtime import AttentionRuntime
+from workers.requests.request import FinishReason
 
 MIB = 2**20
 NUM_BLOCKS = 16
@@ -118,6 +122,41 @@ def test_a_request_that_waits_for_room_is_restored_when_there_is_some(
     assert found[0].num_cached_tokens == CACHED
     assert exact(found) == expected
     wait_idle(cluster)
+
+
+def test_the_same_request_again_does_not_hold_up_the_first_one(
+    cluster: ThreadCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused while the first one waits for its blocks."""
+    expected = exact(answer(cluster, 0, request_of(600)))
+    settle(cluster, 0)
+    evict(cluster, 0, 610)
+    lower = runtime_of(cluster, 0)._tiers
+    assert lower is not None
+    may_read, read = threading.Event(), lower.tiers.read
+
+    def slow(name: bytes) -> Held | None:
+        assert may_read.wait(TIMEOUT_S)
+        return read(name)
+
+    monkeypatch.setattr(lower.tiers, "read", slow)
+    stream = cluster.stream(0)
+    again = request_of(600, 1)
+    stream.send(again)
+    wait_until(lambda: waiting_for_kv(cluster) == 1, "a restore")
+    stream.send(again)
+    refusal = stream.next()
+    assert refusal.finish_reason is FinishReason.ERROR
+    assert "is already here" in refusal.error
+    outputs = stream.collect([again])[again.request_id].outputs
+    may_read.set()
+    stream.close()
+    assert exact(outputs) == expected
+    wait_idle(cluster)
+
+
+def waiting_for_kv(cluster: ThreadCluster) -> float:
+    return runtime_of(cluster, 0)._stats()['num_requests_waiting_by_reason{reason="kv"}']
 
 
 def test_a_peer_fetches_what_only_a_tier_has(cluster: ThreadCluster) -> None:

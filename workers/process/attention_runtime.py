@@ -473,16 +473,19 @@ class AttentionRuntime(WorkerRuntime):
     def _receive(self, engine: Engine, command: AddRequest) -> None:
         """Hand a request to the engine, or let it wait for KV blocks that come ahead of it, then
         for its grammar."""
-        is_expected = self._fetches.expects(command.request)
+        name, is_expected = command.request.request_id, self._fetches.expects(command.request)
         for waiting in self._intakes:  # an older attempt
             if not (is_expected and waiting is self._fetches):
-                waiting.drop(command.request.request_id)
+                waiting.drop(name)
+        engine.kv_came(name)  # it may stay, where the engine refuses this one
         if not (is_expected and self._fetches.put(command)):
             self._prepare(engine, command)
 
     def _bring_blocks(self, engine: Engine) -> None:
         """Let requests for which there is room wait for KV blocks of a tier, then for those of a
         peer."""
+        if self._tiers is None and len(self.membership.generation.attention) < 2:
+            return
         while found := engine.take_admissible():
             for request, hashes in found:
                 gateway = self._owners[request.request_id]

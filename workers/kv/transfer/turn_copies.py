@@ -32,6 +32,8 @@ MAX_BATCHES = 8
 """Turns whose blocks are held at a time: there may be no other time before the end of a step."""
 _FREE_SHARE = 8
 """Of the free blocks one in so many is held at most, for turns that have ended."""
+_RUNNING_SHARE = 0.5
+"""Part of host memory that turns hold while they run, at most."""
 MAX_TURNS = 1024
 """Turns that may wait; later ones are left out."""
 
@@ -61,6 +63,8 @@ class _Batch:
     """What is held and copied, or the end of a turn."""
 
     copy: _Copy
+    names: Sequence[BlockHash]
+    """Of its blocks."""
     blocks: list[int]
     state: LentState | None
     work: Future[bool]
@@ -94,7 +98,7 @@ class TurnCopies:
 
     def prompt_done(self, sequence: SequenceState, use: TurnUse) -> None:
         """See ``TurnListener``."""
-        if use.hints.keep_s != 0 and len(self._waiting) < MAX_TURNS:
+        if use.hints.keep_s != 0 and len(self._waiting) < MAX_TURNS and self._may_hold(use):
             self._running[sequence] = copy = _Copy(use, has_ended=False)
             self._go_on_with(copy)
 
@@ -112,6 +116,12 @@ class TurnCopies:
         if (copy := self._running.pop(sequence, None)) is not None:
             copy.has_ended = True
             self._go_on_with(copy)
+
+    def _may_hold(self, use: TurnUse) -> bool:
+        """Whether host memory, from which nothing of a running turn gives way, has room for it."""
+        num_blocks = sum(len(copy.use.names) for copy in self._running.values()) + len(use.names)
+        num_bytes = num_blocks * self._store.cache.block_bytes
+        return num_bytes <= self._tiers.host.capacity_bytes * _RUNNING_SHARE
 
     def _go_on_with(self, copy: _Copy) -> None:
         if not copy.is_left and copy not in self._waiting:
@@ -156,7 +166,8 @@ class TurnCopies:
         work = self._executor.submit(*begun)
         work.add_done_callback(lambda ended: self._wake())
         copy.is_busy = True
-        self._batches.append(_Batch(copy, blocks, state, work))
+        held = names[copy.num_done : copy.num_done + len(blocks)]
+        self._batches.append(_Batch(copy, held, blocks, state, work))
 
     def _lend_next(self, copy: _Copy) -> tuple[list[int], LentState | None]:
         """The next blocks, or the next state once they are done."""
@@ -178,8 +189,7 @@ class TurnCopies:
 
     def _end_batch(self, batch: _Batch) -> None:
         copy, pool = batch.copy, self._store.pool
-        names = copy.use.names[copy.num_done : copy.num_done + len(batch.blocks)]
-        held = zip(batch.blocks, names, strict=True)
+        held = zip(batch.blocks, batch.names, strict=True)
         self._tiers.forget([name for block, name in held if pool.hash_of(block) != name])
         if batch.blocks:
             self._store.end_loan(batch.blocks, 0)

@@ -167,7 +167,27 @@ def test_a_prompt_is_copied_while_its_sequence_runs(copying: Copying) -> None:
     assert copying.engine.pool.num_free == copying.engine.pool.num_blocks
 
 
-def test_a_prompt_that_does_not_fit_is_left_while_its_sequence_runs(tiny_checkpoint: Path) -> None:
+def test_turns_that_run_hold_a_half_of_host_memory(tiny_checkpoint: Path) -> None:
+    local = engine_of(tiny_checkpoint, num_blocks=32)
+    copying = Copying(local, 2 * (NUM_BLOCKS + 1) * local.engine.cache.block_bytes)
+    for place, name in enumerate("ab"):
+        prompt = (3 + place, *PROMPT[1:])
+        local.add_request(replace(request_of(name), prompt=prompt, params=LONG))
+    while local.engine.stats()["generation_tokens_total"] < 4:
+        local.step()
+        copying.settle()
+    assert copying.tiers.host.num_bytes == NUM_BLOCKS * local.engine.cache.block_bytes
+    while local.engine.has_work:
+        local.step()
+    copying.settle()
+    assert copying.tiers.host.num_bytes > NUM_BLOCKS * local.engine.cache.block_bytes
+    copying.copies.close()
+
+
+def test_a_prompt_that_does_not_fit_is_left_while_its_sequence_runs(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn_copies, "_RUNNING_SHARE", 9.0)
     local = engine_of(tiny_checkpoint, num_blocks=16)
     copying = Copying(local, 2 * local.engine.cache.block_bytes)
     local.add_request(replace(request_of(), params=LONG))
