@@ -147,11 +147,44 @@ def test_the_same_request_again_does_not_hold_up_the_first_one(
     stream.send(again)
     refusal = stream.next()
     assert refusal.finish_reason is FinishReason.ERROR
-    assert "is already here" in refusal.error
-    outputs = stream.collect([again])[again.request_id].outputs
+    assert "is already here" in str(refusal.error)
     may_read.set()
+    outputs = stream.collect([again])[again.request_id].outputs
     stream.close()
     assert exact(outputs) == expected
+    wait_idle(cluster)
+
+
+def test_a_request_that_shares_a_beginning_gets_the_rest_as_well(
+    cluster: ThreadCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin at once: what is on its way for the first one is not all that the second has."""
+    first = request_of(700)
+    middle = CACHED // 2
+    second = request_of(701, prompt=(*first.prompt[:middle], *request_of(701).prompt[middle:]))
+    expected = [exact(answer(cluster, 0, request)) for request in (first, second)]
+    settle(cluster, 0)
+    evict(cluster, 0, 710)
+    lower = runtime_of(cluster, 0)._tiers
+    assert lower is not None
+    may_read, read = threading.Event(), lower.tiers.read
+
+    def slow(name: bytes) -> Held | None:
+        assert may_read.wait(TIMEOUT_S)
+        return read(name)
+
+    monkeypatch.setattr(lower.tiers, "read", slow)
+    again = [replace(request, request_id=f"{request.request_id}-1") for request in (first, second)]
+    stream = cluster.stream(0)
+    for request in again:
+        stream.send(request)
+    wait_until(lambda: waiting_for_kv(cluster) == 2, "two that wait")
+    may_read.set()
+    results = stream.collect(again)
+    stream.close()
+    found = [results[request.request_id].outputs for request in again]
+    assert [outputs[0].num_cached_tokens for outputs in found] == [CACHED, CACHED]
+    assert [exact(outputs) for outputs in found] == expected
     wait_idle(cluster)
 
 

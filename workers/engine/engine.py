@@ -326,9 +326,9 @@ class Engine:
         """Get ready for blocks of a prefix that another worker has; see ``KvTransferStore``."""
         return self.kv_store.begin(hashes, found, num_spare=self._scheduler.num_running)
 
-    def take_admissible(self) -> list[tuple[Request, tuple[BlockHash, ...]]]:
-        """Requests that the next steps will admit, with the hashes of the full blocks of their
-        prompts; each is returned once until it waits anew. They may wait for blocks first.
+    def take_admissible(self, at_most: int) -> list[tuple[Request, tuple[BlockHash, ...]]]:
+        """Requests that fit into the next steps, with the hashes of the full blocks of their
+        prompts; each is returned once, and again if it is preempted.
         """
         prefixes, isolation = self._scheduler.prefixes, self._isolation
         if not prefixes.is_enabled or isolation.is_waiting:
@@ -337,12 +337,12 @@ class Engine:
         size = prefixes.block_size
         return [
             (sequence.request, tuple(prefixes.hashes(sequence, sequence.prompt_length // size)))
-            for sequence in self._scheduler.take_admissible()
+            for sequence in self._scheduler.take_admissible(at_most)
         ]
 
-    def wait_for_kv(self, request_id: str) -> None:
-        """Do not admit a request before ``kv_came``: blocks for it are on their way."""
-        self._scheduler.kv_waits.begin(request_id)
+    def wait_for_kv(self, request_id: str, num_coming: int) -> None:
+        """Do not admit a request before ``kv_came``: so many blocks for it are on their way."""
+        self._scheduler.kv_waits.begin(request_id, num_coming)
 
     def kv_came(self, request_id: str) -> None:
         """Nothing is on its way for a request any more. Unknown ids are ignored."""

@@ -132,8 +132,7 @@ class Scheduler:
     @property
     def num_waiting_for_kv(self) -> int:
         """Waiting sequences, but for deferred ones, whose KV blocks are on their way."""
-        able = (s for s in self._waiting if s.request.request_id in self.kv_waits)
-        return sum(not self._waits_for_first_choice(s) for s in able)
+        return sum(map(self._waits_for_kv, self._waiting))
 
     def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
         """Running and waiting sequences by adapter; any thread may call it."""
@@ -203,16 +202,16 @@ class Scheduler:
             return Ending(reason=FinishReason.LENGTH)
         return None
 
-    def take_admissible(self) -> list[SequenceState]:
-        """Waiting sequences that the next steps will admit, one of each request, as long as seats
-        and free blocks last; each is returned once until it waits anew.
+    def take_admissible(self, at_most: int) -> list[SequenceState]:
+        """Waiting sequences that fit into the next steps, one of each request, as long as seats and
+        free blocks last; each is returned once, and again if it is preempted.
         """
         if not self.kv_waits.has_unasked:
             return []
         able: dict[str, SequenceState] = {}
         for sequence in self._admissible(_STEPS_AHEAD * self._max_rows):
             able.setdefault(sequence.request.request_id, sequence)
-        return [able[name] for name in self.kv_waits.ask(able)]
+        return [able[name] for name in self.kv_waits.take_unasked(able, at_most)]
 
     def restrict(self, held: Set[str] = frozenset(), alone: str | None = None) -> None:
         """From now on plan no rows of the requests ``held``, or of all but the one ``alone``."""
@@ -496,6 +495,10 @@ class Scheduler:
             if seats <= 0 or max_rows <= 0:
                 return
             num_left, tenant = left_free.of(sequence), sequence.request.tenant
+            if seats > num_left and self._waits_for_kv(sequence):
+                seats -= 1
+                free -= self._num_missing_beside_coming(sequence) + self._reserve((sequence,))
+                continue
             if not self._may_run(sequence) or seats <= num_left or tenant in held_back:
                 continue
             found = self.prefixes.find(sequence)
@@ -515,6 +518,16 @@ class Scheduler:
             seats -= 1
             max_rows -= sequence.num_tokens - len(found) * self._block_size
             yield sequence
+
+    def _waits_for_kv(self, sequence: SequenceState) -> bool:
+        """Its blocks are on their way, and not those of the first choice for it."""
+        is_held = sequence.request.request_id in self.kv_waits
+        return is_held and not self._waits_for_first_choice(sequence)
+
+    def _num_missing_beside_coming(self, sequence: SequenceState) -> int:
+        """Free blocks to keep for one whose other blocks are on their way."""
+        coming = self.kv_waits.num_coming(sequence.request.request_id)
+        return max(self._blocks(sequence.num_tokens) - coming, 0)
 
     def _gives_way(self, sequence: SequenceState) -> bool:
         """It runs no decode in the next step: see ``_who_gives_way``."""
@@ -553,6 +566,7 @@ class Scheduler:
         missing = self._blocks(sequence.num_tokens) - len(sequence.blocks)
         self._extend(sequence, self._pool.allocate(missing))
         self._waiting.remove(sequence)
+        self.kv_waits.forget(sequence.request.request_id)
         self._enter(self._running, sequence, SequenceStatus.RUNNING)
         return missing
 

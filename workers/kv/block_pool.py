@@ -99,9 +99,12 @@ class BlockPool:
         for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} is free already"
             self._holders[block] -= 1
+            block_hash = self._hashes[block]
             if self._holders[block]:
+                if turn is not None and block_hash is not None:
+                    self._order.leave(block_hash, turn)
                 continue
-            if (block_hash := self._hashes[block]) is None:
+            if block_hash is None:
                 self._blank.append(block)
             else:
                 self._num_known += 1

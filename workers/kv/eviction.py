@@ -127,6 +127,12 @@ class EvictionOrder:
             return
         self._put_in(turn, name)
 
+    def leave(self, name: bytes, turn: Turn) -> None:
+        """A request has ended, and others still hold a block that it had: unless one of them is a
+        request, or it is found meanwhile, the block goes to this turn when it is free."""
+        if turn.hints.keep_s != 0 or name not in self._was_found:
+            self._turns[name] = turn
+
     def lend(self, names: Sequence[bytes]) -> None:
         """Another worker has a copy of this prefix, whose blocks are named in order."""
         num_lent_children = 0

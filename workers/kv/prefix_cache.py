@@ -25,10 +25,11 @@ class TurnListener(Protocol):
         """All blocks of the prompt are computed; the sequence holds them while it runs."""
 
     def ended(self, sequence: SequenceState, use: TurnUse) -> None:
-        """A sequence leaves this; its blocks are free from now on."""
+        """A sequence ends and leaves this; its blocks are free next, but for those that others
+        hold."""
 
     def stopped(self, sequence: SequenceState) -> None:
-        """A sequence runs no more, and leaves nothing that others want: it may run again."""
+        """A sequence runs no more and leaves no turn: it may run again, or was given up."""
 
 
 @dataclass(kw_only=True, slots=True)

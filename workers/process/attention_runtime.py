@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Set
@@ -486,19 +487,27 @@ class AttentionRuntime(WorkerRuntime):
         peer."""
         if self._tiers is None and len(self.membership.generation.attention) < 2:
             return
-        while found := engine.take_admissible():
-            for request, hashes in found:
-                gateway = self._owners[request.request_id]
-                queued = AddRequest(gateway, request, time.monotonic(), hashes, is_queued=True)
-                if self._restore(queued) or self._fetches.put(queued):
-                    engine.wait_for_kv(request.request_id)
+        at_most = sys.maxsize if self._tiers is None else self._tiers.restores.num_free_jobs
+        for request, hashes in engine.take_admissible(at_most):
+            name, num_free = request.request_id, engine.pool.num_free
+            if any(waiting.owner(name) is not None for waiting in self._intakes):
+                continue  # a newer attempt
+            gateway = self._owners[name]
+            queued = AddRequest(gateway, request, time.monotonic(), hashes, is_queued=True)
+            if self._restore(queued) or self._fetches.put(queued):
+                engine.wait_for_kv(name, num_free - engine.pool.num_free)
 
     def _restore(self, queued: AddRequest) -> bool:
         return self._tiers is not None and self._tiers.restores.put(queued)
 
     def _end_restore(self, engine: Engine, restored: AddRequest) -> None:
-        name = restored.request.request_id
-        if not (engine.has_request(name) and self._fetches.put(restored)):
+        """A request whose beginning came for another one may wait for the rest."""
+        name, num_free = restored.request.request_id, engine.pool.num_free
+        if engine.has_request(name) and (
+            (restored.has_joined and self._restore(restored)) or self._fetches.put(restored)
+        ):
+            engine.wait_for_kv(name, num_free - engine.pool.num_free)
+        else:
             engine.kv_came(name)
 
     def _end_fetch(self, engine: Engine, fetched: AddRequest) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from tests.workers.engine.test_scheduler import Desk
+from tests.workers.engine.test_scheduler import Desk, rows
 from tests.workers.kv.transfer.test_store import engine_of, request_of
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import SamplingParams
@@ -16,7 +16,7 @@ LONG = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
 def asked(desk: Desk) -> list[str]:
-    return [sequence.request.request_id for sequence in desk.scheduler.take_admissible()]
+    return [sequence.request.request_id for sequence in desk.scheduler.take_admissible(9)]
 
 
 def test_a_request_is_asked_about_once() -> None:
@@ -38,7 +38,7 @@ def test_nobody_is_asked_about_a_request_without_room() -> None:
     desk.step()
     assert asked(desk) == []
     desk.scheduler.remove(desk.scheduler.running[0])
-    assert desk.scheduler.take_admissible() == [second]
+    assert desk.scheduler.take_admissible(9) == [second]
 
 
 def test_a_preempted_request_is_asked_about_anew() -> None:
@@ -58,7 +58,7 @@ def test_others_run_while_one_waits_for_blocks() -> None:
     desk = Desk()
     (first,) = desk.add(5)
     (second,) = desk.add(5)
-    desk.scheduler.kv_waits.begin("r0")
+    desk.scheduler.kv_waits.begin("r0", 0)
     assert desk.scheduler.num_waiting_for_kv == 1
     desk.step()
     assert (first.status, second.status) == (SequenceStatus.WAITING, SequenceStatus.RUNNING)
@@ -68,10 +68,42 @@ def test_others_run_while_one_waits_for_blocks() -> None:
     assert desk.scheduler.num_waiting_for_kv == 0
 
 
+def test_one_that_waits_for_blocks_keeps_its_seat_and_its_blocks() -> None:
+    desk = Desk(max_num_seqs=1)
+    desk.add(5)
+    (second,) = desk.add(5)
+    assert asked(desk) == ["r0"]
+    desk.scheduler.kv_waits.begin("r0", 2)
+    assert asked(desk) == []
+    assert not desk.plan().rows
+    desk.scheduler.kv_waits.end("r0")
+    assert [row[0] for row in rows(desk.plan())] == ["r0"]
+    assert second.status is SequenceStatus.WAITING
+    small = Desk(num_blocks=6)
+    small.add(15)
+    small.add(7)
+    assert asked(small) == ["r0"]
+    held = small.pool.allocate(3)  # of the four that r0 needs: two are left for r1
+    small.scheduler.kv_waits.begin("r0", 3)
+    assert small.scheduler.wanted().prefill_rows == 0
+    small.pool.release(held)
+    small.scheduler.kv_waits.end("r0")
+    assert small.scheduler.wanted().prefill_rows == 15
+
+
+def test_as_many_are_taken_as_are_wanted() -> None:
+    desk = Desk()
+    for _ in range(3):
+        desk.add(5)
+    found = desk.scheduler.take_admissible(2)
+    assert [s.request.request_id for s in found] == ["r0", "r1"]
+    assert asked(desk) == ["r2"]
+
+
 def test_a_request_with_many_choices_waits_as_one() -> None:
     desk = Desk()
     desk.add(9, n=3)
-    desk.scheduler.kv_waits.begin("r0")
+    desk.scheduler.kv_waits.begin("r0", 0)
     assert desk.scheduler.num_waiting_for_kv == 1
     assert desk.scheduler.num_deferred == 2
     assert not desk.plan().rows
@@ -81,14 +113,14 @@ def test_an_engine_forgets_a_request_that_has_ended(tiny_checkpoint: Path) -> No
     engine = engine_of(tiny_checkpoint).engine
     request = request_of()
     engine.add_request(request)
-    ((found, hashes),) = engine.take_admissible()
+    ((found, hashes),) = engine.take_admissible(9)
     assert (found, list(hashes)) == (request, block_hashes(request, 16, None))
-    engine.wait_for_kv("r")
+    engine.wait_for_kv("r", 0)
     assert engine.wanted().prefill_rows == 0
     assert engine.stats()['num_requests_waiting_by_reason{reason="kv"}'] == 1
     assert engine.stats()['num_requests_waiting_by_reason{reason="capacity"}'] == 0
     engine.abort("r")
     engine.add_request(replace(request, attempt=1))
-    assert len(engine.take_admissible()) == 1
+    assert len(engine.take_admissible(9)) == 1
     assert engine.wanted().prefill_rows == len(request.prompt)
     engine.kv_came("unknown")

@@ -43,7 +43,7 @@ class _Copy:
     """A turn whose blocks are copied."""
 
     use: TurnUse
-    """Of its prompt, until it has ended."""
+    """Of its prompt while its sequence runs."""
     has_ended: bool
     """Its sequence runs no more."""
     is_busy: bool = False
@@ -89,6 +89,8 @@ class TurnCopies:
         """Copies of those that run; they may wait as well."""
         self._batches: deque[_Batch] = deque()
         """Oldest first, as they are copied."""
+        self._on_way: set[BlockHash] = set()
+        """Their blocks."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copier")
 
     @property
@@ -157,6 +159,8 @@ class TurnCopies:
         names, host = copy.use.names, self._tiers.host
         while copy.num_done < len(names) and host.has(names[copy.num_done]):
             copy.num_done += 1
+        if copy.num_done < len(names) and names[copy.num_done] in self._on_way:
+            return  # another turn has the same beginning
         blocks, state = self._lend_next(copy)
         is_over = not blocks and state is None  # all is there, or gone
         if is_over and not copy.has_ended:
@@ -167,6 +171,7 @@ class TurnCopies:
         work.add_done_callback(lambda ended: self._wake())
         copy.is_busy = True
         held = names[copy.num_done : copy.num_done + len(blocks)]
+        self._on_way.update(held)
         self._batches.append(_Batch(copy, held, blocks, state, work))
 
     def _lend_next(self, copy: _Copy) -> tuple[list[int], LentState | None]:
@@ -189,6 +194,7 @@ class TurnCopies:
 
     def _end_batch(self, batch: _Batch) -> None:
         copy, pool = batch.copy, self._store.pool
+        self._on_way.difference_update(batch.names)
         held = zip(batch.blocks, batch.names, strict=True)
         self._tiers.forget([name for block, name in held if pool.hash_of(block) != name])
         if batch.blocks:

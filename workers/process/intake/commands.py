@@ -23,6 +23,8 @@ class AddRequest:
     """Of the full KV blocks of its prompt, in order; none where requests share no blocks."""
     is_queued: bool = field(default=False, kw_only=True)
     """The engine has the request already, and lets it wait for blocks."""
+    has_joined: bool = field(default=False, kw_only=True)
+    """It waits for blocks that are on their way for another request, too."""
 
 
 @dataclass(frozen=True, slots=True)

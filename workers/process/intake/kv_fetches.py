@@ -1,4 +1,4 @@
-"""Requests that wait for KV blocks of their prompt from a peer, so that the engine never does.
+"""Requests that wait for KV blocks of their prompt from a peer, while the engine runs others.
 
 A few prefixes are fetched at a time, straight into blocks that are held for them. When a fetch
 fails or takes too long, the engine computes the missing blocks. Blocks of a request that still

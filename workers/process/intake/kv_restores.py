@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -120,10 +120,16 @@ class KvRestores(FetchJobs):
         if num_usable == len(hashes):
             return False
         job = self._with(hashes[num_usable])
+        command = replace(command, has_joined=job is not None)
         if job is None:
             end = self._best_end(hashes, len(found), num_usable, bool(request.kv_peer))
             job = self._begin(hashes[:end], found[:end]) if end > num_usable else None
         return self._wait_for(job, command)
+
+    @property
+    def num_free_jobs(self) -> int:
+        """Prefixes that may wait to be restored beside those that do."""
+        return MAX_JOBS - len(self._jobs)
 
     def take(self) -> list[AddRequest]:
         """Requests whose wait is over, in the order in which it began."""

@@ -27,6 +27,7 @@ from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer import turn_copies
 from workers.kv.transfer.lender import KvLender, LentCopy, LentItem
 from workers.kv.transfer.turn_copies import TurnCopies
+from workers.kv.turns import KeepHints, TurnUse
 from workers.requests.block_hash import block_hashes, state_key
 
 MIB = 2**20
@@ -165,6 +166,57 @@ def test_a_prompt_is_copied_while_its_sequence_runs(copying: Copying) -> None:
     block_bytes = copying.engine.cache.block_bytes
     assert copying.tiers.host.num_bytes == num_blocks * block_bytes
     assert copying.engine.pool.num_free == copying.engine.pool.num_blocks
+
+
+def test_blocks_that_are_copied_at_the_end_keep_what_their_request_said(copying: Copying) -> None:
+    """Nobody has let go of them by then."""
+    local = copying.local
+    request = replace(request_of(), params=replace(LONG, max_tokens=2), cache_ttl_s=60.0)
+    local.add_request(request)
+    local.step()
+    copying.copies.go_on()
+    pool = local.engine.pool
+    while local.engine.has_work:
+        local.step()
+    assert pool.num_free < pool.num_blocks, "on their way to host memory"
+    copying.settle()
+    assert pool.num_free == pool.num_blocks
+    assert local.engine.stats()["kv_blocks_kept"] == NUM_BLOCKS
+
+
+def test_a_turn_may_leave_less_than_its_prompt(copying: Copying) -> None:
+    """The last recurrent state that is known may be before the end of the prompt."""
+    local = copying.local
+    local.add_request(request_of())
+    local.step()
+    (sequence,) = local.engine._scheduler.running
+    copying.copies.go_on()
+    hints = KeepHints()
+    names = block_hashes(request_of(), 16, None)
+    copying.copies.ended(sequence, TurnUse(names=names[:1], num_prompt=1, hints=hints))
+    copying.settle()
+    assert copying.num_copied == NUM_BLOCKS
+    assert copying.num_skipped == 0
+    local.engine.abort("r")
+
+
+def test_turns_with_the_same_beginning_are_copied_once(
+    copying: Copying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, blocks = copying.engine.cache.read_block, list[int]()
+
+    def note(block: int) -> Tensor:
+        blocks.append(block)
+        return read(block)
+
+    monkeypatch.setattr(copying.engine.cache, "read_block", note)
+    local = copying.local
+    for name in "ab":
+        local.add_request(request_of(name))
+    while local.engine.has_work:
+        local.step()
+    copying.settle()
+    assert len(blocks) == len({*blocks}) == NUM_BLOCKS + 1
 
 
 def test_turns_that_run_hold_a_half_of_host_memory(tiny_checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
@@ -245,7 +246,7 @@ def test_requests_with_one_prefix_share_a_restore(tiered: Tiered) -> None:
         assert tiered.woken.wait(TIMEOUT_S)
         tiered.woken.clear()
         found += tiered.restores.take()
-    assert found == [commands[0], commands[2]]
+    assert found == [commands[0], dataclasses.replace(commands[2], has_joined=True)]
     assert tiered.restores.num_waiting == 0
 
 
