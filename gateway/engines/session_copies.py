@@ -1,10 +1,10 @@
 """Copies of the KV blocks of sessions at a second worker: a session survives the loss of its own.
 
 A request whose blocks are wanted later (``Request.is_kept``) leaves them at the worker that has
-computed them. When it has ended, another worker is told which blocks these are; and before, as soon
-as the prompt is computed, where it lacks many of them. It reads those that it lacks from the first
-worker, in the background, and keeps them in host memory. Its block events tell all gateways:
-requests go there by themselves when the first worker is lost or drained.
+computed them. When it has ended, another worker is told which blocks these are. If that one lacks
+many blocks of the prompt, it is told already when the prompt is computed. It reads those that it
+lacks from the first worker, in the background, and keeps them in host memory. Its block events tell
+all gateways: requests go there by themselves when the first worker is lost or drained.
 
 Nothing is remembered here. The choice follows from the session's name, from the blocks that each
 worker is known to have, and from the workers that there are, so all gateways make the same one.

@@ -131,15 +131,7 @@ def test_the_same_request_again_does_not_hold_up_the_first_one(
     expected = exact(answer(cluster, 0, request_of(600)))
     settle(cluster, 0)
     evict(cluster, 0, 610)
-    lower = runtime_of(cluster, 0)._tiers
-    assert lower is not None
-    may_read, read = threading.Event(), lower.tiers.read
-
-    def slow(name: bytes) -> Held | None:
-        assert may_read.wait(TIMEOUT_S)
-        return read(name)
-
-    monkeypatch.setattr(lower.tiers, "read", slow)
+    may_read = hold_reads(cluster, monkeypatch)
     stream = cluster.stream(0)
     again = request_of(600, 1)
     stream.send(again)
@@ -165,15 +157,7 @@ def test_a_request_that_shares_a_beginning_gets_the_rest_as_well(
     expected = [exact(answer(cluster, 0, request)) for request in (first, second)]
     settle(cluster, 0)
     evict(cluster, 0, 710)
-    lower = runtime_of(cluster, 0)._tiers
-    assert lower is not None
-    may_read, read = threading.Event(), lower.tiers.read
-
-    def slow(name: bytes) -> Held | None:
-        assert may_read.wait(TIMEOUT_S)
-        return read(name)
-
-    monkeypatch.setattr(lower.tiers, "read", slow)
+    may_read = hold_reads(cluster, monkeypatch)
     again = [replace(request, request_id=f"{request.request_id}-1") for request in (first, second)]
     stream = cluster.stream(0)
     for request in again:
@@ -186,6 +170,20 @@ def test_a_request_that_shares_a_beginning_gets_the_rest_as_well(
     assert [outputs[0].num_cached_tokens for outputs in found] == [CACHED, CACHED]
     assert [exact(outputs) for outputs in found] == expected
     wait_idle(cluster)
+
+
+def hold_reads(cluster: ThreadCluster, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The first worker reads nothing from its tiers before this is set."""
+    lower, may_read = runtime_of(cluster, 0)._tiers, threading.Event()
+    assert lower is not None
+    read = lower.tiers.read
+
+    def slow(name: bytes) -> Held | None:
+        assert may_read.wait(TIMEOUT_S)
+        return read(name)
+
+    monkeypatch.setattr(lower.tiers, "read", slow)
+    return may_read
 
 
 def waiting_for_kv(cluster: ThreadCluster) -> float:

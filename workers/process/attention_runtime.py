@@ -472,8 +472,8 @@ class AttentionRuntime(WorkerRuntime):
         return outputs
 
     def _receive(self, engine: Engine, command: AddRequest) -> None:
-        """Hand a request to the engine, or let it wait for KV blocks that come ahead of it, then
-        for its grammar."""
+        """Hand a request to the engine. It may wait here for KV blocks that are fetched ahead of
+        it, and for its grammar."""
         name, is_expected = command.request.request_id, self._fetches.expects(command.request)
         for waiting in self._intakes:  # an older attempt
             if not (is_expected and waiting is self._fetches):

@@ -47,9 +47,9 @@ class _Copy:
     has_ended: bool
     """Its sequence runs no more."""
     is_busy: bool = False
-    """Some of it is copied now."""
+    """A batch of its blocks is on the way."""
     is_left: bool = False
-    """No more of it can be kept."""
+    """It is done: all was kept that could be."""
     turn: TierTurn | None = None
     """Of the executor's thread; None: it has not begun."""
     num_done: int = 0

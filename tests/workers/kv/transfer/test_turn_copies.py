@@ -52,6 +52,17 @@ class Copying:
             self.engine.check_integrity()
         self.tiers.host.check_integrity()
 
+    def hold_reads(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+        """No block is copied before this is set."""
+        may_read, read = threading.Event(), self.engine.cache.read_block
+
+        def slow(block: int) -> Tensor:
+            assert may_read.wait(TIMEOUT_S)
+            return read(block)
+
+        monkeypatch.setattr(self.engine.cache, "read_block", slow)
+        return may_read
+
     @property
     def num_copied(self) -> int:
         """Blocks of the prompt that are in host memory."""
@@ -130,14 +141,7 @@ def test_a_turn_that_cannot_be_ended_does_not_end_the_worker(
 def test_what_must_be_forgotten_meanwhile_is_not_kept(
     copying: Copying, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    may_read = threading.Event()
-    read = copying.engine.cache.read_block
-
-    def slow(block: int) -> Tensor:
-        assert may_read.wait(TIMEOUT_S)
-        return read(block)
-
-    monkeypatch.setattr(copying.engine.cache, "read_block", slow)
+    may_read = copying.hold_reads(monkeypatch)
     serve(copying.local, request_of())
     copying.copies.go_on()
     pool = copying.engine.pool
@@ -254,14 +258,7 @@ def test_several_turns_are_copied_at_a_time(
     copying: Copying, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turn_copies, "MAX_BATCHES", 2)
-    may_read = threading.Event()
-    read = copying.engine.cache.read_block
-
-    def slow(block: int) -> Tensor:
-        assert may_read.wait(TIMEOUT_S)
-        return read(block)
-
-    monkeypatch.setattr(copying.engine.cache, "read_block", slow)
+    may_read = copying.hold_reads(monkeypatch)
     for place, name in enumerate("abc"):
         serve(copying.local, replace(request_of(name), prompt=(3 + place, *PROMPT[1:])))
     copying.copies.go_on()
