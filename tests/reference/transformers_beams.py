@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import sys
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.reference.make_goldens import load_model
 
 
 class Margins:
@@ -91,15 +94,14 @@ def _cut(ids: list[int], ending: set[int]) -> list[int]:
 
 def main() -> None:
     """Read, compute, write."""
-    from transformers import AutoModelForCausalLM
-
     torch.set_num_threads(1)
     results: list[Any] = []
     for path, cases in groupby(json.load(sys.stdin), key=lambda case: case["path"]):
         model = None
+        config = json.loads((Path(path) / "config.json").read_text())
         for case in cases:
             if model is None or "dynamic" in str(model.config):  # such a rope remembers lengths
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+                model = load_model(Path(path), config)
                 model.generation_config.eos_token_id = None
                 model.generation_config.use_mtp = False
                 margins = Margins(model)

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ FIRST_OF_FAMILY = (
     *("minimaxm2-official-like", "ernie45-official-like", "flexolmo-base"),
     *("deepseekv2-lite", "glm4lite-official-like", "qwen35moe-base"),
 )
+OFTEN_NEAR_A_TIE = ("jetmoe-untied-top3-eps", "minimaxm2-dynamic")
+"""Goldens with two results of nearly equal score for half of the searches."""
 SEARCH = SamplingParams(
     max_tokens=10,
     temperature=0.0,
@@ -72,8 +75,6 @@ SECTION = EngineSection(
 )
 def test_beams_are_those_of_transformers(golden: Callable[[str], Golden], variant: str) -> None:
     """Each alone, and all in one batch."""
-    if "quantization_config" in (golden(variant).path / "config.json").read_text():
-        pytest.skip("transformers needs accelerate to load the codes of this checkpoint")
     check(golden(variant), a_few_cases(golden(variant)))
 
 
@@ -88,7 +89,8 @@ def test_beams_of_many_kinds_are_those_of_transformers(
 def check(golden: Golden, cases: Sequence[BeamCase]) -> None:
     found = transformers_beams(golden, cases)
     clear = [pair for pair in zip(cases, found, strict=True) if pair[1].margin > CLEAR_MARGIN]
-    assert len(clear) >= len(cases) // 2, "most searches have one result"
+    share = Fraction(1, 2) if golden.name in OFTEN_NEAR_A_TIE else Fraction(2, 3)
+    assert len(clear) >= share * len(cases), "most searches have one result"
     assert any(len(beam) < 12 for _, one in clear for beam in one.beams), "no output has ended"
     engine = LocalEngine(golden.path, dtype="float32", max_model_len=MAX_MODEL_LEN)
     requests = [case.request(f"r{place}") for place, (case, _) in enumerate(clear)]
