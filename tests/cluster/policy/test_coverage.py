@@ -27,6 +27,7 @@ from cluster.policy.coverage import (
     cover,
     decide_members,
     describe_losses,
+    describe_pools,
     stage_on,
 )
 from tests.cluster.controller.fakes_cluster import BANKS, make_members, members_of
@@ -356,3 +357,9 @@ def test_a_new_worker_brings_its_copies_back() -> None:
     decision = decide_members(make_members(1, 3), holdings, 8)
     assert stage_of(decision).placement == structs.replace(REDUNDANT, epoch=9)
     assert stage_of(decision).fills == ()
+
+
+def test_a_pool_without_workers_is_named_too() -> None:
+    assert describe_pools({"attention": 1}) == "1 attention and 0 expert workers"
+    assert describe_pools({"expert": 1}) == "0 attention and 1 expert worker"
+    assert describe_pools({"colocated": 1}) == "1 colocated worker"

@@ -254,3 +254,28 @@ def test_a_place_that_is_removed_is_not_new_any_more() -> None:
     assert places.is_new(added)
     places.remove([added])
     assert not places.is_new(added)
+
+
+def test_a_place_that_is_added_again_has_all_its_tries() -> None:
+    places = Places(MEMBERS)
+    for name in ("expert-1", "expert-1.2", "expert-1.3", "expert-1.4"):
+        places.lost(name, "killed", 0.0)
+        places.take_due(100.0)
+    assert list(places.closed) == ["expert-1"]
+    places.remove(["expert-1"])
+    places.add(["expert-1"])
+    for name in ("expert-1.5", "expert-1.6", "expert-1.7"):
+        assert places.closed == {}
+        assert due(places, 200.0) == [name]
+        places.lost(name, "killed", 100.0)
+    assert list(places.closed) == ["expert-1"]
+
+
+def test_a_worker_that_was_in_no_generation_still_starts_for_the_next_controller() -> None:
+    places = Places(MEMBERS)
+    places.restore({}, {}, 0.0, members=["attention-0", "expert-0"])
+    for place in ("expert-0", "expert-1"):
+        for name in (place, f"{place}.2", f"{place}.3"):
+            places.lost(name, "killed", 0.0)
+            places.take_due(100.0)
+    assert list(places.closed) == ["expert-1"], "its first death is one while starting, too"

@@ -31,9 +31,10 @@ class Desk:
         enable_prefix_caching: bool = True,
         length_matters_above: int | None = None,
         speculator: Speculator | None = None,
+        max_kept: int = 0,
     ) -> None:
         self.speculator = speculator
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, max_kept)
         self.scheduler = Scheduler(
             self.pool,
             block_size=4,
@@ -127,6 +128,20 @@ def test_drafts_get_the_blocks_that_they_need() -> None:
         if sequence.blocks:
             assert len(sequence.blocks) == -(-sequence.num_computed // 4)
     assert lengths >= {0, 1, 4}
+
+
+def test_drafts_have_the_rows_that_are_left_beside_the_decodes() -> None:
+    section = SpeculationSection(speculative_method="ngram", num_speculative_tokens=4)
+    desk = Desk(max_num_seqs=2, speculator=Speculator(section, 100, (EOS,)))
+    for _ in range(2):
+        desk.add(6, SamplingParams(max_tokens=40))
+    found = set[int]()
+    for _ in range(8):
+        wanted = desk.scheduler.wanted()
+        found.add(wanted.draft_rows)
+        assert wanted.decode_rows <= 2 + 4
+        desk.step()
+    assert max(found) == 4
 
 
 def test_prompt_is_prefilled_then_decoded_to_its_limit() -> None:

@@ -100,6 +100,35 @@ def test_without_weights_it_is_a_plain_lru() -> None:
     assert given_up(order) == "bac"
 
 
+@pytest.mark.parametrize(
+    ("keep_s", "is_found", "given"),
+    [
+        (None, False, "ab"),
+        (0.0, False, "ab"),
+        (0.0, True, "ba"),
+        (60.0, False, "ba"),
+        (60.0, True, "ba"),
+    ],
+)
+def test_what_another_still_holds_keeps_the_hints_of_its_turn(
+    keep_s: float | None, is_found: bool, given: str
+) -> None:
+    """a is copied when its request ends, and another request may have found it."""
+    order = EvictionOrder(max_kept=1)
+    order.learn(b"a", None)
+    turn = order.begin(names("a"), KeepHints(keep_s=keep_s))
+    if is_found:
+        order.find(b"a")
+    order.leave(b"a", turn)
+    order.end(turn)
+    order.learn(b"b", None)
+    order.release(b"b")
+    order.release(b"a")
+    order.check_integrity([])
+    assert order.num_kept == (keep_s == 60.0)
+    assert given_up(order) == given
+
+
 def test_what_was_lent_goes_first_but_not_where_others_build_on_it() -> None:
     order = order_of("abcd", "abxy", "q")
     order.lend(names("abcd"))

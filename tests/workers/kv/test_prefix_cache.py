@@ -131,6 +131,15 @@ def test_a_sequence_tells_at_its_end_what_it_leaves() -> None:
     assert not {*plain.names} & {*adapted.names}
 
 
+def test_the_pool_keeps_what_a_sequence_asks_to_keep_once_it_has_ended() -> None:
+    desk = Desk(max_kept=8)
+    (sequence,) = desk.add(11, ONE, first_token=100)
+    sequence.request = replace(sequence.request, cache_ttl_s=60.0)
+    desk.step()
+    assert sequence.status is SequenceStatus.FINISHED
+    assert desk.pool.num_kept == 2
+
+
 def test_a_sequence_tells_once_when_its_prompt_is_computed() -> None:
     desk, left = Desk(max_rows=6), Listener()
     desk.scheduler.prefixes.listener = left

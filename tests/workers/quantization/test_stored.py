@@ -133,3 +133,10 @@ def test_a_block_may_be_a_single_row() -> None:
     stored = stored_as({**FP8, "weight_block_size": [1, 1]})
     assert stored is not None
     assert stored.block == (1, 1)
+
+
+def test_what_nothing_is_assumed_of_must_be_there() -> None:
+    settings = tensors_config()
+    del settings["config_groups"]["group_0"]["weights"]["symmetric"]
+    with pytest.raises(CheckpointError, match="symmetric is missing"):
+        stored_as(settings)

@@ -190,3 +190,10 @@ def test_few_of_the_decodes_do_not_give_way() -> None:
     desk.step()
     desk.add("c", 1)
     assert desk.rows() == {"a": 5, "b": 3, "c": 4}
+
+
+def test_prompts_of_who_gives_way_run_beside_the_first_token() -> None:
+    desk = mostly_a()
+    desk.add("b", 1, prompt=12)
+    desk.add("a", 1, prompt=3)
+    assert desk.rows() == {"b": 13, "a": 3}

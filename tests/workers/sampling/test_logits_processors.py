@@ -224,3 +224,11 @@ def test_named_tokens_are_reported_in_their_order(dtype: torch.dtype) -> None:
     assert first.logprob.logprob == pytest.approx(raw.max().item(), abs=1e-5)
     assert second.logprob is not None
     assert [t for t, _ in second.logprob.top] == raw.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize(("temperature", "is_greedy"), [(0.0, True), (9e-6, True), (1e-5, False)])
+def test_a_temperature_that_is_nearly_0_takes_the_best_token(
+    temperature: float, is_greedy: bool
+) -> None:
+    params = SamplingParams(temperature=temperature)
+    assert SamplingRow(params=params, choice=0, index=0).is_greedy == is_greedy
