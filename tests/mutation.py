@@ -88,7 +88,6 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "workers/kv/test_block_pool.py",
         "gateway/engines/test_kv_index.py",
     ),
-    "workers/requests/kv_waits.py": ("workers/engine/test_kv_waits.py",),
     "workers/requests/sequence.py": (
         "workers/requests/test_sequence.py",
         "workers/engine/test_scheduler.py",
@@ -108,9 +107,6 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "abs(total - 1.0) > 1e-6": "no sum of floats is that far from 1",
         "else -1": "stands in for an expert without copies, which the check refuses",
     },
-    "cluster/load/tracker.py": {
-        "_NOTHING, 0": "there are no counts by copy to compare yet",
-    },
     "cluster/policy/rebalance.py": {
         "1.0 - best.time_ratio < _LEAST_GAIN": "no quotient of floats is that far from 1",
     },
@@ -126,23 +122,16 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     "workers/engine/scheduler.py": {
         "limit - missing": "speed: the sum is cut to the limit",
         "max_rows <= 0": "speed: a sequence for which no row is left is not planned",
-        "seats <= 0 or max_rows <= 0": "speed: a sequence for which no seat is left is not planned",
     },
     "workers/kv/eviction.py": {
         "self._clock = 0": "only differences of times count",
         "self._clock += 1": "only proportions of ages count",
-        "NUM_BINS - 1": "no age is that large",
-        "_num_pushed += 1": "only the order of the numbers counts",
     },
     "workers/quantization/stored.py": {
-        '"symmetric", True': "it must be there",
         "group < 1": "1 is no multiple, and refused as such",
     },
     "workers/requests/block_hash.py": {
         "to_bytes(8": "the hash function fills its salt up with zeros",
-    },
-    "workers/requests/kv_waits.py": {
-        "get(request_id, 0)": "asked for those that wait only",
     },
     "workers/requests/sequence.py": {
         "last <= length": "speed: the general case gives the same tokens",
@@ -157,9 +146,6 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "numbers.top_p >= 1": "speed: all tokens together have a share of 1",
         " 16)": "speed: the width grows until it suffices",
         "1 << 18": "speed: a row's token is its own",
-        "t < floor, 0": "a token with a weight of 1 in 2 ** 40 is as good as never drawn",
-        "_CACHED_LOGITS // logits": "speed: rows are drawn in parts of any size",
-        "_COEFFICIENTS[-1] * 2.0**_WEIGHT_BITS": "it is 1, which float32 cannot add to 2 ** 40",
     },
     "workers/sampling/logits_processors.py": {
         "values > 0": "a logit of 0 stays 0",
@@ -169,8 +155,6 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
     },
     "workers/speculation/speculator.py": {
         "of(1).price(1)": "no step is known: the price is the same for any number",
-        "sum(map(len, drafts)) <= most": "speed: as many as may stay all stay",
-        "num_worth(self._price, 1)": "a second row pays only where a first one does",
     },
 }
 """Module -> a part of one of its lines whose changes make no difference -> the reason."""
