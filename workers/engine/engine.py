@@ -55,6 +55,7 @@ from workers.requests.buckets import buckets_up_to
 from workers.requests.classifier import pooled
 from workers.requests.request import (
     FinishReason,
+    Queued,
     Request,
     SoloStep,
     TokenLogprob,
@@ -177,7 +178,7 @@ class Engine:
         self._to_pause: dict[str, int] = {}
         """Request id -> tokens that each of its choices must have before."""
         self._paused: set[str] = set()
-        self._solo_steps: list[SoloStep] = []
+        self._solo_steps: list[SoloStep | Queued] = []
         self._pending: list[TokenOutput] = []
         self._traced = TracedRequests()
         self._num_received = 0
@@ -387,7 +388,6 @@ class Engine:
 
     def wanted(self) -> RowsWanted:
         """Rows that the next step could run here."""
-        self._isolation.expire(self._clock())
         if self._isolation.is_waiting:
             return RowsWanted(decode_rows=0, prefill_rows=0)
         return self._wanted(self._isolation.alone)
@@ -550,10 +550,14 @@ class Engine:
             self._scheduler.remove(sequence)
             self._fail(sequence, _POISONOUS, self._clock())
 
-    def take_solo_steps(self) -> list[SoloStep]:
-        """Solo steps to report to gateways: offered ones, and ones that committed."""
-        found = self._isolation.offer(self._could_run_alone, self._clock())
-        if found is not None:
+    def take_solo_steps(self) -> list[SoloStep | Queued]:
+        """Solo steps to report to gateways: offered ones, and ones that committed. A request whose
+        offer was withdrawn is queued again: others run before the next offer.
+        """
+        if (late := self._isolation.expire(self._clock())) is not None:
+            attempt = self._requests[late][0].request.attempt
+            self._solo_steps.append(Queued(request_id=late, attempt=attempt))
+        elif (found := self._isolation.offer(self._could_run_alone, self._clock())) is not None:
             self._solo_steps.append(self._solo_step(found))
         solo_steps, self._solo_steps = self._solo_steps, []
         return solo_steps

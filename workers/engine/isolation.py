@@ -125,9 +125,15 @@ class Isolation:
         if self._offer is not None and self._offer.request_id == request_id:
             self._offer.is_taken = True
 
-    def expire(self, now_s: float) -> None:
-        """Withdraw an offer without an answer; its request has the next offer after the others."""
+    def expire(self, now_s: float) -> str | None:
+        """Withdraw an offer without an answer; its request has the next offer after the others.
+
+        Returns the request: its gateway may answer yet, and must not take it for one that runs
+        alone.
+        """
         offer = self._offer
         if offer is not None and not offer.is_taken and now_s - offer.offered_s >= ANSWER_LIMIT_S:
             self._offer = None
             self._deaths[offer.request_id] = self._deaths.pop(offer.request_id)
+            return offer.request_id
+        return None

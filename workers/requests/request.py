@@ -175,7 +175,7 @@ class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Queued(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """The engine has the request."""
+    """The engine has the request, which does not run alone."""
 
     request_id: str
     attempt: Count

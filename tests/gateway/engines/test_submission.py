@@ -119,6 +119,13 @@ def test_a_token_clears_deaths_and_returns() -> None:
     assert (entry.num_deaths, entry.stage) == (0, RequestStage.QUEUED)
 
 
+def test_a_request_whose_solo_step_was_withdrawn_is_not_the_cause() -> None:
+    entry = submission()
+    entry.reach(RequestStage.ALONE)
+    entry.reach(RequestStage.QUEUED)
+    assert entry.lose() is None
+
+
 @pytest.mark.parametrize(
     ("stage", "num_deaths", "num_silent", "is_cause"),
     [

@@ -67,6 +67,14 @@ def test_a_poisonous_request_fails_alone(role: str) -> None:
         check_losses(cluster, role)
 
 
+def test_gateways_that_answer_too_late_accuse_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most offers to run alone are withdrawn before their answers come."""
+    monkeypatch.setattr("workers.engine.isolation.ANSWER_LIMIT_S", 0.004)
+    config, kill = KILLS["attention"]
+    with serving(ThreadCluster(config, PoisonedGroup(kill))) as cluster:
+        find_the_poison(cluster, SMALL)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_poisonous_request_that_kills_processes_fails_alone() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
 from cluster.core.errors import PeerLostError
 from cluster.core.topology import Generation
@@ -14,7 +15,14 @@ from tests.fakes import FailingDispatcher
 from tests.reference.local_engine import LocalEngine
 from tests.workers.engine.test_scheduler import Desk, rows
 from workers.engine.isolation import ANSWER_LIMIT_S, Isolation, StepMembers
-from workers.requests.request import FinishReason, Request, SamplingParams, SoloStep, TokenOutput
+from workers.requests.request import (
+    FinishReason,
+    Queued,
+    Request,
+    SamplingParams,
+    SoloStep,
+    TokenOutput,
+)
 from workers.requests.sequence import SequenceStatus
 from workers.requests.step_header import Grant, StepHeader
 
@@ -126,9 +134,9 @@ def test_an_offer_without_an_answer_goes_to_the_end() -> None:
     isolation = twice_hit("a", "b")
     first = isolation.offer(always, 0.0)
     assert first is not None
-    isolation.expire(ANSWER_LIMIT_S - 0.01)
+    assert isolation.expire(ANSWER_LIMIT_S - 0.01) is None
     assert isolation.is_waiting
-    isolation.expire(ANSWER_LIMIT_S)
+    assert isolation.expire(ANSWER_LIMIT_S) == first
     assert not isolation.is_waiting
     second = isolation.offer(always, 2.0)
     assert {first, second} == {"a", "b"}
@@ -189,8 +197,8 @@ def test_a_request_that_runs_alone_takes_the_next_block_from_another() -> None:
 class Cluster:
     """One engine whose peers die at the test's order."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        local = LocalEngine(checkpoint, wrap=FailingDispatcher)
+    def __init__(self, checkpoint: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        local = LocalEngine(checkpoint, wrap=FailingDispatcher, clock=clock)
         assert isinstance(local.dispatcher, FailingDispatcher)
         self.engine, self.peers = local.engine, local.dispatcher
         self.number = 0
@@ -220,10 +228,10 @@ class Cluster:
         self.engine.worker_died()
         return self.engine.poll()
 
-    def answer(self, solo_steps: list[SoloStep]) -> None:
+    def answer(self, solo_steps: list[SoloStep | Queued]) -> None:
         """As a gateway does."""
         for solo_step in solo_steps:
-            if not solo_step.is_over:
+            if isinstance(solo_step, SoloStep) and not solo_step.is_over:
                 self.engine.begin_solo_step(solo_step)
 
 
@@ -239,7 +247,7 @@ def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpo
     solo_steps = engine.take_solo_steps()
     assert solo_steps == [SoloStep(request_id="a", attempt=0)]
     assert engine.wanted().prefill_rows == 0  # nothing runs before it is noted
-    engine.begin_solo_step(replace(solo_steps[0], attempt=1))
+    engine.begin_solo_step(SoloStep(request_id="a", attempt=1))
     assert engine.wanted().prefill_rows == 0
     cluster.answer(solo_steps)
     outputs = cluster.step()
@@ -263,6 +271,30 @@ def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpo
     assert not any(cluster.steps[4:])
     engine.check_integrity()
     assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_a_gateway_learns_that_an_offer_without_an_answer_is_withdrawn(
+    tiny_checkpoint: Path,
+) -> None:
+    """Else it would take a request for the cause of a death in a step of others."""
+    now = [0.0]
+    cluster = Cluster(tiny_checkpoint, clock=lambda: now[0])
+    engine = cluster.engine
+    for name in "ab":
+        engine.add_request(Request(request_id=name, prompt=(5, 6, 7), params=GREEDY))
+    cluster.step(dies=True)
+    cluster.step(dies=True)
+    engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
+    offer = SoloStep(request_id="a", attempt=0)
+    assert engine.take_solo_steps() == [offer]
+    now[0] = ANSWER_LIMIT_S
+    assert engine.take_solo_steps() == [Queued(request_id="a", attempt=0)]
+    assert {output.request_id for output in cluster.step()} == {"c"}
+    assert engine.take_solo_steps() == [SoloStep(request_id="b", attempt=0)]
+    engine.begin_solo_step(offer)  # too late
+    assert engine.wanted().prefill_rows == 0
+    cluster.answer([SoloStep(request_id="b", attempt=0)])
+    assert {output.request_id for output in cluster.step()} == {"b"}
 
 
 def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_solo_step(
