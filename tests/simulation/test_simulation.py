@@ -19,7 +19,7 @@ FOUND_AT = {
     "early_run": 2,
     "early_switch": 0,
     "half_step": 2,
-    "hasty_belief": 218,
+    "hasty_belief": 155,
     "hasty_successor": 3,
     "kept_slots": 0,
     "no_credit": 44,
