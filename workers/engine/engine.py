@@ -554,10 +554,11 @@ class Engine:
         """Solo steps to report to gateways: offered ones, and ones that committed. A request whose
         offer was withdrawn is queued again: others run before the next offer.
         """
-        if (late := self._isolation.expire(self._clock())) is not None:
+        now = self._clock()
+        if (late := self._isolation.expire(now)) is not None:
             attempt = self._requests[late][0].request.attempt
             self._solo_steps.append(Queued(request_id=late, attempt=attempt))
-        elif (found := self._isolation.offer(self._could_run_alone, self._clock())) is not None:
+        elif (found := self._isolation.offer(self._could_run_alone, now)) is not None:
             self._solo_steps.append(self._solo_step(found))
         solo_steps, self._solo_steps = self._solo_steps, []
         return solo_steps

@@ -16,6 +16,15 @@ def due(places: Places, now: float) -> list[str]:
     return [member.name for member in places.take_due(now)]
 
 
+def left_out(place: str) -> Places:
+    """Four of its workers died at 0 s, three of them while starting."""
+    places = Places(MEMBERS)
+    for name in (place, f"{place}.2", f"{place}.3", f"{place}.4"):
+        places.lost(name, "killed", 0.0)
+        places.take_due(100.0)
+    return places
+
+
 def test_losses_in_quick_succession_are_answered_later_and_later() -> None:
     places = Places(MEMBERS)
     assert due(places, 0.0) == []
@@ -64,10 +73,7 @@ def test_deaths_while_starting_count_until_one_serves() -> None:
 
 def test_a_place_that_is_left_out_gets_a_try_from_time_to_time() -> None:
     """A host may be out of reach for a while, and its workers not at fault."""
-    places = Places(MEMBERS)
-    for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
-        places.lost(name, "cannot connect", 0.0)
-        places.take_due(100.0)
+    places = left_out("expert-0")
     assert list(places.closed) == ["expert-0"]
     assert due(places, 300.0) == ["expert-0.5"]
     assert places.closed == {}
@@ -76,10 +82,7 @@ def test_a_place_that_is_left_out_gets_a_try_from_time_to_time() -> None:
 
 
 def test_a_place_without_which_nothing_runs_gets_its_next_try_sooner() -> None:
-    places = Places(MEMBERS)
-    for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
-        places.lost(name, "cannot read", 0.0)
-        places.take_due(100.0)
+    places = left_out("expert-0")
     assert places.take_due(29.0, is_stalled=True) == []
     assert [m.name for m in places.take_due(30.0, is_stalled=True)] == ["expert-0.5"]
     places.lost("expert-0.5", "cannot read", 31.0)
@@ -88,10 +91,7 @@ def test_a_place_without_which_nothing_runs_gets_its_next_try_sooner() -> None:
 
 
 def test_the_next_controller_tries_again_what_is_left_out() -> None:
-    places, again = Places(MEMBERS), Places(MEMBERS)
-    for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
-        places.lost(name, "killed", 0.0)
-        places.take_due(100.0)
+    places, again = left_out("expert-0"), Places(MEMBERS)
     again.restore(places.closed, {}, 1000.0)
     assert due(again, 1299.0) == []
     assert due(again, 1300.0) == ["expert-0.2"]
@@ -149,10 +149,7 @@ def test_a_place_is_empty_as_soon_as_its_worker_leaves() -> None:
 
 
 def test_a_reopened_place_has_all_its_tries_again() -> None:
-    places = Places(MEMBERS)
-    for name in ("expert-0", "expert-0.2", "expert-0.3", "expert-0.4"):
-        places.lost(name, "killed", 0.0)
-        places.take_due(100.0)
+    places = left_out("expert-0")
     assert list(places.closed) == ["expert-0"]
     places.reopen("expert-0.4")
     for name in ("expert-0.5", "expert-0.6"):
@@ -257,10 +254,7 @@ def test_a_place_that_is_removed_is_not_new_any_more() -> None:
 
 
 def test_a_place_that_is_added_again_has_all_its_tries() -> None:
-    places = Places(MEMBERS)
-    for name in ("expert-1", "expert-1.2", "expert-1.3", "expert-1.4"):
-        places.lost(name, "killed", 0.0)
-        places.take_due(100.0)
+    places = left_out("expert-1")
     assert list(places.closed) == ["expert-1"]
     places.remove(["expert-1"])
     places.add(["expert-1"])
