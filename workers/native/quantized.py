@@ -39,6 +39,7 @@ class FormFields(ctypes.Structure):
         ("codes", ctypes.c_int64),
         ("scales", ctypes.c_int64),
         ("has_zeros", ctypes.c_int64),
+        ("zero_bits", ctypes.c_int64),
         ("group", ctypes.c_int64),
     ]
 
@@ -51,6 +52,7 @@ def form_fields(form: WeightFormat | None) -> FormFields:
         codes=_CODES.index(form.codes) + 1,
         scales=_SCALES.index(form.scales),
         has_zeros=form.has_zeros,
+        zero_bits=form.zero_bits,
         group=form.group or _WHOLE_ROW,
     )
 

@@ -30,6 +30,8 @@ class WeightFormat:
     scales: ScaleDType = "float32"
     has_zeros: bool = False
     """Each group has a zero point, an int8; of integer codes."""
+    zero_bits: int = 0
+    """Of a zero point: bits behind the point, so that it counts in 2**-zero_bits."""
 
     @property
     def code_bits(self) -> int:

@@ -33,7 +33,7 @@ class QuantizedMatrix:
     scales: Tensor
     """[out, groups] of the format's type; of ``e8m0`` uint8."""
     zeros: Tensor | None = None
-    """[out, groups] int8."""
+    """[out, groups] int8, see ``WeightFormat.zero_bits``."""
 
     @classmethod
     def empty(cls, form: WeightFormat, shape: tuple[int, int]) -> QuantizedMatrix:
@@ -73,7 +73,8 @@ class QuantizedMatrix:
         group = self.format.group or width
         numbers = numbers_of(self.codes, self.format.codes)[:, :width]
         if self.zeros is not None:
-            numbers = numbers - _by_element(self.zeros.float(), group, width)
+            zeros = self.zeros.float() * 2.0**-self.format.zero_bits
+            numbers = numbers - _by_element(zeros, group, width)
         return numbers * _by_element(self.float_scales(), group, width)
 
     def float_scales(self) -> Tensor:

@@ -162,6 +162,8 @@ static void products(struct job *job, int is_second) {
     long num_panels = is_second ? job->second_panels : job->first_panels;
     const struct layout *layout = is_second ? &job->second : &job->first;
     long num_groups = divide_up(num_panels, GROUP);
+    float totals[layout->num_totals ? CHUNK_ROWS * layout->num_totals : 1];
+    const struct chunk *known = NULL;  // whose totals they are
     _Atomic long *next = is_second ? &job->next_second : &job->next_first;
     for (long item; (item = atomic_fetch_add(next, 1)) < job->num_chunks * num_groups;) {
         const struct chunk *chunk = &job->chunks[item / num_groups];
@@ -173,7 +175,9 @@ static void products(struct job *job, int is_second) {
                 : job->inputs + (size_t)job->sorted_input[i] * job->input_stride;
         // What this thread takes next, unless another one is faster.
         const char *after = item_panels(job, is_second, atomic_load(next));
-        panel_product(layout, chunk->count, rows, item_panels(job, is_second, item), count, sums,
+        if (chunk != known) find_totals(layout, chunk->count, rows, totals);
+        known = chunk;
+        panel_product(layout, chunk->count, rows, totals, item_panels(job, is_second, item), count, sums,
                       count * PANEL, after);
         if (job->call->is_gated && !is_second) store_hidden(job, chunk, panel, count, sums);
         else store_outputs(job, chunk, panel, count, sums);

@@ -8,6 +8,7 @@
 #include "vector.h"
 
 enum { PANEL = 32 };  // outputs
+enum { BLOCK_UNITS = 128 };  // pairs of elements of quantized weights, see quantized.h
 
 enum dtype { FLOAT32 = 0, BFLOAT16 = 1, E4M3 = 2 };  // E4M3: KV caches alone, see fp8.h
 
@@ -18,7 +19,8 @@ enum scales { SCALES_FLOAT32 = 0, SCALES_BFLOAT16 = 1, SCALES_FLOAT16 = 2, SCALE
 // Mirrored by `FormFields` in quantized.py. All 0: weights are in the type of the rows.
 struct form {
     int64_t codes, scales, has_zeros;
-    int64_t group;  // elements of a row with one scale; a multiple of 8, or the whole row
+    int64_t zero_bits;  // of a zero point: behind the point
+    int64_t group;      // elements of a row with one scale; a multiple of 8, or the whole row
 };
 
 struct layout {
@@ -28,6 +30,7 @@ struct layout {
     size_t panel_bytes;
     // Where there are codes: of groups, and of the sections of a panel, see quantized.h.
     long num_groups, group_units;
+    long block_units, num_totals;  // of a block; of a row, see `find_totals`, 0 without zero points
     int section_groups;  // 1 or 2
     size_t scale_bytes, header_bytes, group_bytes, section_bytes;
 };
@@ -49,7 +52,7 @@ ALWAYS struct layout layout_of(enum dtype dtype, struct form form, long width) {
         layout.panel_bytes = (size_t)layout.units * PANEL * 4;
         return layout;
     }
-    enum { WORD_LINE = PANEL * 4, CACHE_LINE = 64 };
+    enum { WORD_LINE = PANEL * 4, CACHE_LINE = 64, TOTALS = 16 };
     long in_word = form.codes == INT8 || form.codes == FLOAT8 ? 4 : 8;
     long group = form.group < width ? (long)form.group : width;
     long num_groups = (width + group - 1) / group;
@@ -57,6 +60,9 @@ ALWAYS struct layout layout_of(enum dtype dtype, struct form form, long width) {
     layout.units = width / 2;
     layout.num_groups = num_groups;
     layout.group_units = group / 2;
+    layout.block_units = layout.group_units < BLOCK_UNITS ? layout.group_units : BLOCK_UNITS;
+    long num_blocks = num_groups * ((layout.group_units + BLOCK_UNITS - 1) / BLOCK_UNITS);
+    layout.num_totals = form.has_zeros ? (num_blocks + TOTALS - 1) / TOTALS * TOTALS : 0;
     layout.group_bytes = (size_t)((group + in_word - 1) / in_word) * WORD_LINE;
     layout.scale_bytes = scale_bytes(form);
     layout.header_bytes = PANEL * (layout.scale_bytes + (form.has_zeros ? 1 : 0));

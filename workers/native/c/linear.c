@@ -11,6 +11,7 @@ struct job {
     char *out;
     int64_t num_rows, row_blocks, num_groups, group;  // panels of a group
     char *rows;  // [num_rows] in the form of a product; NULL: x is
+    float *totals;  // [num_rows], see `find_totals`; NULL: there are none
     _Atomic int64_t next;  // piece of work
 };
 
@@ -19,8 +20,12 @@ static void fill(const struct job *job, int thread, int count) {
     enum dtype dtype = (enum dtype)m->dtype;
     int64_t first = job->num_rows * thread / count, last = job->num_rows * (thread + 1) / count;
     for (int64_t row = first; row < last; row++) {
-        const char *x = job->x + (size_t)(row * m->inputs) * dtype_bytes(dtype);
-        matrix_fill_row(m, job->rows + (size_t)row * row_bytes(m), x, dtype);
+        const void *x = job->x + (size_t)(row * m->inputs) * dtype_bytes(dtype);
+        char *filled = job->rows ? job->rows + (size_t)row * row_bytes(m) : NULL;
+        if (filled) matrix_fill_row(m, filled, x, dtype);
+        if (filled) x = filled;
+        if (job->totals)
+            find_totals(&job->layout, 1, &x, job->totals + row * job->layout.num_totals);
     }
 }
 
@@ -44,6 +49,7 @@ static void compute(const struct job *job, int64_t first_row, int64_t panel, int
     for (int64_t i = 0; i < num_rows; i++)
         rows[i] = from + (size_t)(first_row + i) * row_bytes(m);
     panel_product(&job->layout, (long)num_rows, rows,
+                  job->totals ? job->totals + first_row * job->layout.num_totals : NULL,
                   panel_at(m->panels, &job->layout, (long)panel), (long)panels, sums, (long)width,
                   panel_at(m->panels, &job->layout, (long)next));
     for (int64_t i = 0; i < num_rows; i++) {
@@ -56,7 +62,7 @@ static void compute(const struct job *job, int64_t first_row, int64_t panel, int
 
 static void task(void *argument, struct team *team, int thread, int count) {
     struct job *job = argument;
-    if (job->rows) {
+    if (job->rows || job->totals) {
         fill(job, thread, count);
         team_barrier(team, count);
     }
@@ -79,9 +85,14 @@ int linear_claimed(struct team *team, const struct matrix *m, const void *x, int
         .group = share < 1 ? 1 : share < GROUP ? share : GROUP,
     };
     job.num_groups = (panels + job.group - 1) / job.group;
-    if (row_bytes(m) != (size_t)m->inputs * dtype_bytes((enum dtype)m->dtype)) {
-        job.rows = team_scratch(team, (size_t)num_rows * row_bytes(m));
-        if (!job.rows) return NO_MEMORY;
+    size_t total_bytes = (size_t)(num_rows * job.layout.num_totals) * sizeof *job.totals, bytes = 0;
+    if (row_bytes(m) != (size_t)m->inputs * dtype_bytes((enum dtype)m->dtype))
+        bytes = (size_t)num_rows * row_bytes(m);
+    if (total_bytes + bytes) {
+        char *scratch = team_scratch(team, total_bytes + bytes);
+        if (!scratch) return NO_MEMORY;
+        if (total_bytes) job.totals = (float *)scratch;
+        if (bytes) job.rows = scratch + total_bytes;
     }
     team_run(team, task, &job, 0);
     return OK;

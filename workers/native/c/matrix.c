@@ -11,7 +11,12 @@ static void multiply(const struct matrix *m, const void *rows, int64_t first, in
     size_t bytes = row_bytes(m);
     int64_t stride = padded_outputs(m);
     const void *pointers[POINTERS];
+    float totals[layout.num_totals ? (last - first) * layout.num_totals : 1];
     if (begin == end) return;
+    for (int64_t row = first; row < last && layout.num_totals; row++) {
+        *pointers = (const char *)rows + (size_t)row * bytes;
+        find_totals(&layout, 1, pointers, totals + (row - first) * layout.num_totals);
+    }
     // Many rows take a panel at a time, so that it stays in the cache for all of them.
     int64_t at_once = last - first > POINTERS ? 1 : end - begin;
     for (int64_t panel = begin; panel < end; panel += at_once)
@@ -19,8 +24,9 @@ static void multiply(const struct matrix *m, const void *rows, int64_t first, in
             int64_t left = last - row < POINTERS ? last - row : POINTERS;
             for (int64_t i = 0; i < left; i++)
                 pointers[i] = (const char *)rows + (size_t)(row + i) * bytes;
-            panel_product(&layout, (long)left, pointers, panel_at(m->panels, &layout, (long)panel),
-                          (long)at_once, out + row * stride + panel * PANEL, (long)stride,
+            panel_product(&layout, (long)left, pointers, totals + (row - first) * layout.num_totals,
+                          panel_at(m->panels, &layout, (long)panel), (long)at_once,
+                          out + row * stride + panel * PANEL, (long)stride,
                           panel_at(m->panels, &layout, (long)(panel + at_once)));
         }
 }

@@ -29,10 +29,10 @@ typedef void tile_rows(const void *const *x, const uint32_t *panel, long units, 
 static tile_rows *const TILE_ROWS[2][MAX_TILE_ROWS] = {TABLE(float32), TABLE(bf16)};
 
 void panel_product(const struct layout *layout, long num_rows, const void *const *x,
-                   const char *weights, long num_panels, float *out, long out_stride,
-                   const char *next) {
+                   const float *totals, const char *weights, long num_panels, float *out,
+                   long out_stride, const char *next) {
     if (layout->form.codes != PLAIN) {
-        quantized_product(layout, num_rows, x, weights, num_panels, out, out_stride, next);
+        quantized_product(layout, num_rows, x, totals, weights, num_panels, out, out_stride, next);
         return;
     }
     // More rows than a stream's: the panel stays in the cache for all of its tiles, the first of

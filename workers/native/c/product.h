@@ -124,10 +124,15 @@ ALWAYS void tiles(enum dtype dtype, const int rows, const void *const *x, const 
 
 // out [num_rows, num_panels * PANEL] (rows `out_stride` apart) = rows x panels.
 //
-// x: pointers to rows in the form of row_element_bytes. weights: first panel. next: what the caller
-// is likely to read afterwards, fetched while the last panel is computed.
+// x: pointers to rows in the form of row_element_bytes. totals: those of `find_totals`. weights:
+// first panel. next: what the caller is likely to read afterwards, fetched while the last panel is
+// computed.
 void panel_product(const struct layout *layout, long num_rows, const void *const *x,
-                   const char *weights, long num_panels, float *out, long out_stride,
-                   const char *next);
+                   const float *totals, const char *weights, long num_panels, float *out,
+                   long out_stride, const char *next);
+
+// The sums of the elements of rows by block, where weights have zero points: totals [num_rows,
+// num_totals]. It takes a tenth of the time of a product with four panels, so callers keep them.
+void find_totals(const struct layout *layout, long num_rows, const void *const *x, float *totals);
 
 #endif

@@ -16,11 +16,10 @@ struct chunk {
     const struct layout *layout;
     const char *panel, *after;  // and what is read next
     const uint32_t *pairs;      // [units, PANEL] where they are decoded
-    long first_unit, units, block_units;  // the last block may be shorter
+    long first_unit, units;     // the last block may be shorter
     struct numbers numbers;
-    const float *totals;  // sums of each row's elements by block, where there are zero points
-    long totals_stride;
-    float unit, inverse;  // of what `pair_at` finds, and 1 / unit
+    const float *totals;        // of its blocks, see `find_totals`
+    float unit, zero_unit;      // of what `pair_at` finds; of zero points in these units, negative
 };
 
 // Where a chunk is read: a group of a section, and what of the group was skipped.
@@ -154,10 +153,18 @@ ALWAYS void add_tile(const enum source source, enum dtype dtype, const int rows,
             for (size_t at = 0; at < layout->header_bytes; at += CACHE_LINE_BYTES)
                 _mm_prefetch(place.section + AHEAD_BYTES + at, _MM_HINT_NTA);
         vec sums[BLOCK_ROWS][VECTORS][CHAINS];
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < VECTORS; v++)
-                UNROLL for (int c = 0; c < CHAINS; c++) sums[r][v][c] = v_set(0.0f);
-        end = last - unit < chunk->block_units ? last : unit + chunk->block_units;
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            vec zero = v_set(0.0f);
+            if (has_zeros)
+                zero = v_mul(load_int8(zeros_at(layout, &place) + first + v * LANES),
+                             v_set(chunk->zero_unit));
+            UNROLL for (int r = 0; r < rows; r++) {
+                float total = has_zeros ? chunk->totals[r * layout->num_totals + count] : 0.0f;
+                sums[r][v][0] = has_zeros ? v_mul(zero, v_set(total)) : zero;
+                UNROLL for (int c = 1; c < CHAINS; c++) sums[r][v][c] = v_set(0.0f);
+            }
+        }
+        end = last - unit < layout->block_units ? last : unit + layout->block_units;
         add_block(source, dtype, rows, x, unit, end, words, ahead, &numbers, sums);
         UNROLL for (int v = 0; v < VECTORS; v++) {
             vec scale = load_scales(scales_at(layout, &place), type, first + v * LANES);
@@ -165,11 +172,6 @@ ALWAYS void add_tile(const enum source source, enum dtype dtype, const int rows,
                 scale = v_mul(scale, v_set(chunk->unit));
             UNROLL for (int r = 0; r < rows; r++) {
                 vec sum = v_add(sums[r][v][0], sums[r][v][1]);
-                if (has_zeros) {
-                    vec total = v_set(chunk->totals[r * chunk->totals_stride + count]);
-                    vec zero = load_int8(zeros_at(layout, &place) + first + v * LANES);
-                    sum = v_sub(sum, v_mul(v_mul(zero, v_set(chunk->inverse)), total));
-                }
                 outputs[r][v] = v_fma(scale, sum, outputs[r][v]);
             }
         }
@@ -228,7 +230,7 @@ ALWAYS void decode(const enum source source, const struct chunk *chunk, uint32_t
     for (long left = chunk->units; left > 0; next_group(chunk->layout, &place)) {
         const char *codes = codes_at(chunk->layout, &place), *ahead = ahead_of(chunk, codes);
         const uint32_t *words = (const uint32_t *)codes;
-        long units = left < chunk->block_units ? left : chunk->block_units;
+        long units = left < chunk->layout->block_units ? left : chunk->layout->block_units;
         left -= units;
         for (; units > 0; units -= in_word, words += PANEL, ahead += PANEL * WORD) {
             UNROLL for (int at = 0; at < PANEL * WORD; at += CACHE_LINE_BYTES)
@@ -246,69 +248,105 @@ static void decode_chunk(enum source source, const struct chunk *chunk, uint32_t
     else decode(FROM_4_BITS, chunk, pairs);
 }
 
-// How rows are cut: chunks of blocks, or parts of a group that are blocks and chunks.
-struct cut {
-    long block_units, chunk_units, num_blocks;
-};
-
-static struct cut cut_of(const struct layout *layout, int is_decoded) {
-    long group = layout->group_units;
-    struct cut cut = {.block_units = group, .chunk_units = group};
-    if (group > BLOCK_UNITS) cut.block_units = cut.chunk_units = BLOCK_UNITS;
-    else cut.chunk_units = is_decoded ? BLOCK_UNITS / group * group : layout->units;
-    long in_group = (group + cut.block_units - 1) / cut.block_units;
-    cut.num_blocks = in_group * layout->num_groups;
-    return cut;
+// Some elements of a row, added up in 16 lanes, or in the 8 that are left when l and l + 8 are added.
+ALWAYS vec lanes_of(const void *x, enum dtype stored, long first, long units) {
+#ifdef __AVX512BF16__
+    if (stored == BFLOAT16) {
+        vec found = v_set(0.0f);
+        for (long u = 0; u < units; u += LANES) {
+            uint32_t is_unit = units - u < LANES ? (1u << (units - u)) - 1 : 0xffff;
+            veci pairs = _mm512_maskz_loadu_epi32((__mmask16)is_unit, (const int *)x + first + u);
+            found = _mm512_dpbf16_ps(found, (__m512bh)pairs, (__m512bh)vi_set(0x3f803f80));
+        }
+        return found;
+    }
+#endif
+    vec lanes[PARTS];
+    UNROLL for (int i = 0; i < PARTS; i++) lanes[i] = v_set(0.0f);
+    for (long e = 0; e < 2 * units; e += WIDE)
+        UNROLL for (int i = 0; i < PARTS; i++) {
+            long left = 2 * units - e - i * LANES;
+            if (left > 0)
+                lanes[i] = v_add(lanes[i], load_some(x, 2 * (first + units) - left, left, stored));
+        }
+    return PARTS == 1 ? lanes[0] : v_add(lanes[0], lanes[PARTS - 1]);
 }
 
-// The sums of a row's elements by block.
-static void find_totals(const struct layout *layout, const struct cut *cut, const void *x,
-                        float *totals) {
+// The sum of the lanes of each vector, in the order of `wide_sum`.
+ALWAYS vec sums_of_lanes(vec *x) {
+#ifdef __AVX512F__
+#define HALVE(COUNT, PICK, FIRST, SECOND)                                                         \
+    UNROLL for (int i = 0; i < COUNT; i++) {                                                      \
+        vec a = x[2 * i], b = x[2 * i + 1];                                                       \
+        x[i] = v_add(PICK(a, b, FIRST), PICK(a, b, SECOND));                                      \
+    }
+    HALVE(8, _mm512_shuffle_f32x4, 0x44, 0xee)
+    HALVE(4, _mm512_shuffle_f32x4, 0x88, 0xdd)
+    HALVE(2, _mm512_shuffle_ps, 0x44, 0xee)
+    HALVE(1, _mm512_shuffle_ps, 0x88, 0xdd)
+    // Vector i is in lane i / 4 of the 4 that number i % 4 says.
+    veci order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return _mm512_permutexvar_ps(order, x[0]);
+#else
+#define HALVE(COUNT, PICK, FIRST, SECOND)                                                         \
+    UNROLL for (int i = 0; i < COUNT; i++) {                                                      \
+        vec a = x[2 * i], b = x[2 * i + 1];                                                       \
+        x[i] = v_add(PICK(a, b, FIRST), PICK(a, b, SECOND));                                      \
+    }
+    HALVE(4, _mm256_permute2f128_ps, 0x20, 0x31)
+    HALVE(2, _mm256_shuffle_ps, 0x44, 0xee)
+    HALVE(1, _mm256_shuffle_ps, 0x88, 0xdd)
+    return _mm256_permutevar8x32_ps(x[0], _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+#endif
+#undef HALVE
+}
+
+// Units of the block that begins with unit `first` of a row.
+ALWAYS long block_units(const struct layout *layout, long first) {
+    long left = layout->units - first, in_group = left;
+    if (layout->block_units < layout->group_units)
+        in_group = layout->group_units - first % layout->group_units;
+    if (in_group < left) left = in_group;
+    return left < layout->block_units ? left : layout->block_units;
+}
+
+ALWAYS void totals_of_row(const struct layout *layout, const void *x, float *totals) {
     enum dtype stored = layout->dtype == BFLOAT16 && ROWS_ARE_BF16 ? BFLOAT16 : FLOAT32;
-    for (long first = 0, units; first < layout->units; first += units) {
-        units = layout->group_units - first % layout->group_units;
-        if (units > cut->block_units) units = cut->block_units;
-        if (units > layout->units - first) units = layout->units - first;
-        vec lanes[PARTS];
-        UNROLL for (int i = 0; i < PARTS; i++) lanes[i] = v_set(0.0f);
-        for (long e = 0; e < 2 * units; e += WIDE)
-            UNROLL for (int i = 0; i < PARTS; i++) {
-                long left = 2 * units - e - i * LANES;
-                if (left > 0)
-                    lanes[i] = v_add(lanes[i], load_some(x, 2 * (first + units) - left, left, stored));
-            }
-        *totals++ = wide_sum(lanes);
+    vec found[LANES];
+    long first = 0, units;
+    for (long t = 0; t < layout->num_totals; t += LANES) {
+        UNROLL for (int i = 0; i < LANES; i++, first += units) {
+            units = block_units(layout, first);
+            found[i] = lanes_of(x, stored, first, units);
+        }
+        v_store(totals + t, sums_of_lanes(found));
     }
 }
 
-// Units of the chunk that begins with unit `first` of a row.
-static long chunk_units(const struct layout *layout, const struct cut *cut, long first) {
-    long left = layout->units - first;
-    if (cut->block_units < layout->group_units) {
-        long in_group = layout->group_units - first % layout->group_units;
-        if (in_group < left) left = in_group;
-    }
-    return left < cut->chunk_units ? left : cut->chunk_units;
+void find_totals(const struct layout *layout, long num_rows, const void *const *x, float *totals) {
+    for (long r = 0; r < num_rows; r++) totals_of_row(layout, x[r], totals + r * layout->num_totals);
+}
+
+// Units of the chunk that begins with unit `first` of a row: blocks, as many as are decoded at once
+// where they are decoded, or one that is a part of a group.
+static long chunk_units(const struct layout *layout, int is_decoded, long first) {
+    long most = is_decoded ? BLOCK_UNITS / layout->block_units * layout->block_units : layout->units;
+    if (layout->group_units > BLOCK_UNITS) most = block_units(layout, first);
+    return layout->units - first < most ? layout->units - first : most;
 }
 
 void quantized_product(const struct layout *layout, long num_rows, const void *const *x,
-                       const char *weights, long num_panels, float *out, long out_stride,
-                       const char *next) {
+                       const float *totals, const char *weights, long num_panels, float *out,
+                       long out_stride, const char *next) {
     enum source source = source_of(layout->form.codes);
     enum source of_tile = num_rows > BLOCK_ROWS ? DECODED : source;
-    struct cut cut = cut_of(layout, of_tile == DECODED);
     uint32_t pairs[(BLOCK_UNITS + 4) * PANEL] __attribute__((aligned(64)));
-    float totals[layout->form.has_zeros ? num_rows * cut.num_blocks : 1];
     float unit = source == FROM_INT8 ? INT8_UNIT : 1.0f;
     struct chunk chunk = {.layout = layout,
                           .pairs = pairs,
-                          .block_units = cut.block_units,
                           .numbers = load_numbers(layout->form.codes),
-                          .totals_stride = cut.num_blocks,
                           .unit = unit,
-                          .inverse = 1.0f / unit};
-    for (long r = 0; r < num_rows && layout->form.has_zeros; r++)
-        find_totals(layout, &cut, x[r], totals + r * cut.num_blocks);
+                          .zero_unit = -1.0f / (unit * (float)(1 << layout->form.zero_bits))};
     for (long p = 0; p < num_panels; p++, out += PANEL) {
         chunk.panel = panel_at(weights, layout, p);
         chunk.after = p + 1 < num_panels ? panel_at(weights, layout, p + 1) : next;
@@ -316,15 +354,15 @@ void quantized_product(const struct layout *layout, long num_rows, const void *c
         long block = 0;
         for (long first = 0; first < layout->units; first += chunk.units) {
             chunk.first_unit = first;
-            chunk.units = chunk_units(layout, &cut, first);
+            chunk.units = chunk_units(layout, of_tile == DECODED, first);
             if (of_tile == DECODED) decode_chunk(source, &chunk, pairs);
             for (long row = 0; row < num_rows; row += BLOCK_ROWS) {
                 long rows = num_rows - row < BLOCK_ROWS ? num_rows - row : BLOCK_ROWS;
-                chunk.totals = totals + row * cut.num_blocks + block;
+                chunk.totals = totals + row * layout->num_totals + block;
                 ADD_ROWS[layout->dtype][of_tile][rows - 1](x + row, &chunk, out + row * out_stride,
                                                           out_stride);
             }
-            block += (chunk.units + cut.block_units - 1) / cut.block_units;
+            block += (chunk.units + layout->block_units - 1) / layout->block_units;
         }
     }
 }

@@ -9,18 +9,19 @@
 //
 // An output is the sum, block after block, of scale x (sum of code x element, less zero point x sum
 // of elements), in float. A block is a group, or BLOCK_UNITS of a longer one, and its sum is that of
-// two chains: pairs of elements alternate. So its bits do not depend on the number of rows.
+// two chains: pairs of elements alternate, and the zero point begins the first one. So its bits do
+// not depend on the number of rows.
 #ifndef QUANTIZED_H
 #define QUANTIZED_H
 
 #include "product.h"
 
-enum { WORD = 4, BLOCK_UNITS = 128 };  // bytes; pairs of elements
+enum { WORD = 4 };  // bytes
 
 // See panel_product.
 void quantized_product(const struct layout *layout, long num_rows, const void *const *x,
-                       const char *weights, long num_panels, float *out, long out_stride,
-                       const char *next);
+                       const float *totals, const char *weights, long num_panels, float *out,
+                       long out_stride, const char *next);
 
 // Words of codes whose elements follow each other -> the order of panels, or back.
 void quantized_to_halves(uint32_t *words, long num_words);
