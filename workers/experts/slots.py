@@ -17,6 +17,8 @@ from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.side_stream import SideStream
+from workers.native.library import find_library
+from workers.native.rounding import round_weight
 from workers.native.team import Team
 from workers.quantization.matrix import Weight
 
@@ -56,6 +58,8 @@ class ExpertSlots:
         threads = compute_threads or ComputeThreads()
         other = InvariantKernels().make if deterministic else None
         self._side = SideStream(device)
+        self._team = team
+        self._device = device
         make = partial(
             make_kernel, compute_threads=threads, team=team, make_other=other, side=self._side
         )
@@ -161,7 +165,7 @@ class ExpertSlots:
     def load_all(self, checkpoint: Checkpoint) -> None:
         """Expert e of every bank into slot e (a single process)."""
         rows = [list(range(b.spec.num_experts)) for b in self.banks]
-        self._load(rows, checkpoint, CheckpointSource(checkpoint))
+        self._load(rows, checkpoint, self.checkpoint_source(checkpoint, is_idle=True))
 
     def load_placement(
         self,
@@ -175,7 +179,25 @@ class ExpertSlots:
         The source is closed. Raises ``CheckpointError``.
         """
         rows = [bank.physical_to_logical[device] for bank in placement.banks]
-        self._load(rows, checkpoint, source or CheckpointSource(checkpoint))
+        source = source or self.checkpoint_source(checkpoint, is_idle=True)
+        self._load(rows, checkpoint, source)
+
+    def checkpoint_source(
+        self,
+        checkpoint: Checkpoint,
+        take: Callable[[int], None] = lambda num_bytes: None,
+        is_idle: bool = False,
+    ) -> CheckpointSource:
+        """A source on disk, see ``CheckpointSource``; ``is_idle`` as in ``ExpertBank.store``.
+
+        Compiled kernels quantize where they compute, and for GPUs.
+        """
+        team = self._team
+        library = None if team is None else team.library
+        if self._device.type == "cuda":
+            library = find_library().library
+        rounder = partial(round_weight, library, team=team if is_idle else None)
+        return CheckpointSource(checkpoint, take, rounder)
 
     def _load(
         self, by_bank: Sequence[Sequence[int]], checkpoint: Checkpoint, source: ExpertSource

@@ -10,8 +10,13 @@ from torch import Tensor
 
 from workers.model.config import BankSpec
 from workers.model.loading.checkpoint import Checkpoint
-from workers.quantization.matrix import Weight
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix, Weight
 from workers.quantization.rounding import quantize
+
+
+Round = Callable[[Tensor, WeightFormat], QuantizedMatrix]
+"""Quantizes a matrix, as ``quantize`` does to the bit."""
 
 
 class ExpertWeight(NamedTuple):
@@ -46,14 +51,19 @@ class CheckpointSource:
     """Reads the checkpoint's files. Raises ``CheckpointError`` with the name of the file."""
 
     def __init__(
-        self, checkpoint: Checkpoint, take: Callable[[int], None] = lambda num_bytes: None
+        self,
+        checkpoint: Checkpoint,
+        take: Callable[[int], None] = lambda num_bytes: None,
+        round_weight: Round = quantize,
     ) -> None:
         """``checkpoint`` is this thread's own (``Checkpoint.another``).
 
         ``take`` is called with the size of a matrix that was read; it may wait, and raise.
+        ``round_weight`` is for experts that are quantized while they are loaded.
         """
         self._checkpoint = checkpoint
         self._take = take
+        self._round = round_weight
         self.num_bytes = 0
         """See ``ExpertSource``; bytes on disk."""
         self._buffers: dict[tuple[int, int], Tensor] = {}
@@ -71,7 +81,7 @@ class CheckpointSource:
                     read_as = dtype if form is None else torch.float32
                     out = self._buffer(matrix.shape, read_as)
                     weight = self._checkpoint.borrow(matrix.parts, read_as, out).view(matrix.shape)
-                    weight = weight if form is None else quantize(weight, form)
+                    weight = weight if form is None else self._round(weight, form)
                 self.num_bytes += sum(map(self._checkpoint.num_bytes, matrix.parts))
                 self._take(weight.nbytes)
                 yield ExpertWeight(exchange.index, i, weight)

@@ -20,7 +20,7 @@ from cluster.core.placement import ExpertPlacement
 from workers.dispatch.dispatcher import SlotBank
 from workers.dispatch.expert_server import ExpertServer
 from workers.experts.slots import ExpertSlots
-from workers.experts.sources import CheckpointSource, ExpertSource
+from workers.experts.sources import ExpertSource
 from workers.experts.speed import blank_bank, slots_per_second
 from workers.experts.transfer.faster_source import FasterSource, HoldersSource
 from workers.experts.transfer.loading import (
@@ -172,7 +172,8 @@ class ExpertPart:
 
     def _load(self, placement: ExpertPlacement) -> None:
         """Load the first experts, from other workers where these are faster than the disk."""
-        own = CheckpointSource(self._checkpoint, self._counted(CHECKPOINT))
+        counted = self._counted(CHECKPOINT)
+        own = self.slots.checkpoint_source(self._checkpoint, counted, is_idle=True)
         device, source = self._args.member.device, self._first_source(own)
         self.slots.load_placement(placement, device, self._checkpoint, source)
         if isinstance(source, FasterSource):
@@ -218,7 +219,7 @@ class ExpertPart:
 
     def _open_checkpoint(self, source: Mapping[str, Any]) -> ExpertSource:
         take = self._counted(CHECKPOINT, self._rate(source).take)
-        return CheckpointSource(self._checkpoint.another(), take)
+        return self.slots.checkpoint_source(self._checkpoint.another(), take)
 
     def _open_peer(self, source: Mapping[str, Any]) -> ExpertSource:
         return self._peer_source(str(source["peer"]), str(source["address"]), self._rate(source))

@@ -14,15 +14,17 @@ from workers.native.matrix import Matrix
 from workers.native.norm import norm_rows
 from workers.native.panels import PANEL, pack
 from workers.native.quantized import pack_weight
+from workers.native.rounding import round_weight
 from workers.native.team import Team
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import Weight
-from workers.quantization.rounding import quantize
 
 
-def _in_form(weight: Tensor, form: WeightFormat | None) -> Weight:
+def _in_form(team: Team, weight: Tensor, form: WeightFormat | None) -> Weight:
     """A matrix in a format that the kernels have for its width, or as it is."""
-    return weight if form is None or weight.shape[1] % 2 else quantize(weight, form)
+    if form is None or weight.shape[1] % 2:
+        return weight
+    return round_weight(team.library, weight, form, team)
 
 
 class NativeLinear(Linear):
@@ -34,7 +36,7 @@ class NativeLinear(Linear):
         self, team: Team, weight: Tensor, bias: Tensor | None, form: WeightFormat | None = None
     ) -> None:
         """``form``: in which the weight is quantized, if its width is even."""
-        self.matrix = Matrix(team, _in_form(weight, form), bias, weight.dtype)
+        self.matrix = Matrix(team, _in_form(team, weight, form), bias, weight.dtype)
 
     def weight(self) -> Tensor:
         return self.matrix.weight()
@@ -81,10 +83,11 @@ class NativeMlp:
         form = form if (width | inner) % 2 == 0 else None
         self.table = SlotTable(ExpertShape(width, inner, width, weight.dtype, form=form), 1)
         """Its packed weights."""
-        packed = pack_weight(team.library, _in_form(weight, form), is_gated=True, team=team)
+        packed = pack_weight(team.library, _in_form(team, weight, form), is_gated=True, team=team)
         self.table.put(0, 0, packed)
         del weight
-        self.table.put(0, 1, pack_weight(team.library, _in_form(down(), form), team=team))
+        second = _in_form(team, down(), form)
+        self.table.put(0, 1, pack_weight(team.library, second, team=team))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] -> [rows, H]."""

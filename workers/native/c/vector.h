@@ -44,6 +44,13 @@ ALWAYS veci vi_bits(vec x) { return _mm512_castps_si512(x); }
 ALWAYS veci vi_if_nan(vec x, veci chosen, veci y) {
     return _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), chosen);
 }
+// x where a < b, else y.
+ALWAYS vec v_if_less(vec a, vec b, vec x, vec y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+}
+// The nearest integers, ties to even, and integers in another type.
+ALWAYS vec v_nearest(vec x) { return _mm512_roundscale_ps(x, 0x8); }
+ALWAYS veci vi_of(vec x) { return _mm512_cvtps_epi32(x); }
 // 16 unsigned bits of each lane, from memory and to memory.
 ALWAYS veci vi_load16(const uint16_t *x) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
@@ -97,6 +104,11 @@ ALWAYS veci vi_if_nan(vec x, veci chosen, veci y) {
     vec is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
     return vi_bits(_mm256_blendv_ps(v_bits(y), v_bits(chosen), is_nan));
 }
+ALWAYS vec v_if_less(vec a, vec b, vec x, vec y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+ALWAYS vec v_nearest(vec x) { return _mm256_round_ps(x, 0x8); }
+ALWAYS veci vi_of(vec x) { return _mm256_cvtps_epi32(x); }
 ALWAYS veci vi_load16(const uint16_t *x) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x));
 }

@@ -1,0 +1,34 @@
+"""Quantizes matrices by the compiled kernel (``c/rounding.c``), to the bits of the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.native.library import Library
+from workers.native.team import Team, check
+from workers.quantization.formats import WeightFormat
+from workers.quantization.matrix import QuantizedMatrix
+from workers.quantization.rounding import FORMATS, in_groups, of_groups, quantize
+
+
+def round_weight(
+    library: Library | None, weight: Tensor, form: WeightFormat, team: Team | None = None
+) -> QuantizedMatrix:
+    """weight [out, in] on the CPU in a format of ``rounding.FORMATS``.
+
+    ``library`` None: torch computes. A ``team`` that computes nothing at the time helps the calling
+    thread.
+    """
+    if library is None or form != FORMATS["int4"]:
+        return quantize(weight, form)
+    numbers = in_groups(weight, form).contiguous()
+    num_groups = numbers.shape[0] * numbers.shape[1]
+    codes = torch.empty(num_groups, form.row_bytes(numbers.shape[2]), dtype=torch.uint8)
+    scales = torch.empty(num_groups, dtype=torch.bfloat16)
+    zeros = torch.empty(num_groups, dtype=torch.int8)
+    run = (library if team is None else team.library).functions.rounding_groups
+    pointer = None if team is None else team.pointer
+    addresses = codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()
+    check(run(pointer, numbers.data_ptr(), num_groups, *addresses))
+    return of_groups(form, (weight.shape[0], weight.shape[1]), codes, scales, zeros)
