@@ -46,13 +46,13 @@ def test_decoding_is_bound_by_the_bytes_of_a_step() -> None:
 
 
 def test_codes_are_read_with_their_scales() -> None:
-    """int4 in groups of 32 with scales of 2 bytes: 4.5 bits a number, of half of the experts."""
+    """int4 in groups of 32 with scales of 2 bytes and zero points of 1: 4.75 bits a number, of half of the experts."""
     attention, norms, router, head = 4 * 64 * 64, 4 * 64, 4 * 64, 1000 * 64
     kept, experts = 2 * (norms + router) + 64, 2 * 2 * 3 * 64 * 32
     found = step_weight_bytes(MODEL, 1, 2, FORMATS["int4"])
-    assert found == 2 * (kept + 2 * attention + head) + experts * 9 / 16
+    assert found == 2 * (kept + 2 * attention + head) + experts * 19 / 32
     found = step_weight_bytes(MODEL, 1, 2, FORMATS["int4"], "all")
-    assert found == 2 * kept + (2 * attention + head + experts) * 9 / 16
+    assert found == 2 * kept + (2 * attention + head + experts) * 19 / 32
     assert decode_bound(MODEL, 1, 3 * found, form=FORMATS["int4"], layers="all") == 3
 
 

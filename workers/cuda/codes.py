@@ -118,12 +118,6 @@ def whole_zero(zero: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def zero_unit(BITS: tl.constexpr) -> tl.tensor:
-    """2**-bits: in what zero points count."""
-    return 1.0 / (1 << BITS)
-
-
-@jit
 def bfloat16_halves_of(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The same numbers, whole and in bfloat16, four bytes at a time: not for the interpreter.
 

@@ -280,6 +280,7 @@ def _launch(
         HAS_FLOAT8=has_float8(weights.device),
         HAS_E8M0=form is not None and form.scales == "e8m0",
         HAS_ZEROS=matrices.zeros is not None,
+        ZERO_BITS=0 if form is None else form.zero_bits,
         GROUP=(form and form.group) or matrices.width,
         DEPTH=matrices.width,
         WIDTH=width,
@@ -319,6 +320,7 @@ def _gate_up(
     HAS_FLOAT8: tl.constexpr,
     HAS_E8M0: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    ZERO_BITS: tl.constexpr,
     GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -340,7 +342,7 @@ def _gate_up(
     up = gate + WIDTH
     is_column = columns < WIDTH
     parts = weights, scales, zeros
-    form: tl.constexpr = (CODES, HAS_FLOAT8, HAS_E8M0, HAS_ZEROS)
+    form: tl.constexpr = (CODES, HAS_FLOAT8, HAS_E8M0, HAS_ZEROS, ZERO_BITS)
     gates = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     ups = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
@@ -390,6 +392,7 @@ def _multiply(
     HAS_FLOAT8: tl.constexpr,
     HAS_E8M0: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    ZERO_BITS: tl.constexpr,
     GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -409,7 +412,7 @@ def _multiply(
     row = slot.to(tl.int64) * WIDTH + columns
     is_column = columns < WIDTH
     parts = weights, scales, zeros
-    form: tl.constexpr = (CODES, HAS_FLOAT8, HAS_E8M0, HAS_ZEROS)
+    form: tl.constexpr = (CODES, HAS_FLOAT8, HAS_E8M0, HAS_ZEROS, ZERO_BITS)
     total = tl.zeros([HEIGHT, ROWS], dtype=tl.float32)
     for start in range(0, DEPTH, STEP):
         place = start + tl.arange(0, STEP)

@@ -129,6 +129,7 @@ def _scales(
     zero = scale
     if form[3]:
         zero = tl.load(parts[2] + at, mask=mask, other=0).to(tl.float32)
+        zero *= 1.0 / (1 << form[4])
     return scale, zero
 
 

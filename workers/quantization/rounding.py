@@ -2,7 +2,7 @@
 
 Codes of 8 bits are the nearest ones where the largest number of a group gets the largest code. Codes
 of 4 bits are of scale * (code - zero point): of some scales that divide a group's range, 0 included,
-into 8 to 18 steps, and of the least squares for the codes of the best, that with the least squared
+into 15 to 8 steps, and of the least squares for the codes of the best, that with the least squared
 error. The first scale is that of Q4_1 of llama.cpp; fewer steps find the grid of numbers that had
 wider groups before. A group's codes depend on its numbers alone: every operation is elementwise or a
 sum in an order of its own, so all machines and ``workers.native`` find the same bits.
@@ -30,7 +30,7 @@ FORMATS: Final[dict[IntegerCodes, WeightFormat]] = {
 """Of matrices that are quantized at load: 8.125 and 4.75 bits a number."""
 _MAX = {"int8": 127, "int4": 7}
 _LEAST, _MOST = -8, 7
-_STEPS = (15.0, 15.5, 16.0, 16.5, 17.0, 17.5, 18.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0)
+_STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0)
 """Of two equal errors the first one counts."""
 _NUM_REFINEMENTS = 2
 _CHAINS = 4
@@ -103,17 +103,17 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     span = (high - low) + total * 0.0  # keeps what is not a number
     found: _Codes | None = None
     for steps in _STEPS:
-        # Of more steps than there are codes, both ends are cut.
-        first = _LEAST - max(0.0, (steps - 15) / 2)
         scale = _bfloat16(span * float(torch.tensor(1.0) / steps))
-        other = _codes(x, scale, first - low / scale)
+        other = _codes(x, scale, _LEAST - low / scale)
         found = other if found is None else _better(found, other)
     assert found is not None
     for _ in range(_NUM_REFINEMENTS):
         found = _better(found, _fitted(x, found, total))
     codes = _code(x * (1.0 / found.scale) + found.zero).T.to(torch.int8).view(torch.uint8)
     scales = found.scale.to(torch.bfloat16)
-    scales.view(torch.int16).masked_fill_(scales.isnan(), _NAN)  # torch's differ from machine to machine
+    scales.view(torch.int16).masked_fill_(
+        scales.isnan(), _NAN
+    )  # torch's differ from machine to machine
     return pack_nibbles(codes & 15), scales, (found.zero * 16.0).to(torch.int8)
 
 

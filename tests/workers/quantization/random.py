@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from workers.quantization import rounding
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 
@@ -18,11 +19,14 @@ FORMATS = [
     WeightFormat(codes="int4", group=384, scales="bfloat16", has_zeros=True),
     WeightFormat(codes="int4", group=None, has_zeros=True),
     WeightFormat(codes="e2m1", group=32, scales="e8m0"),
+    rounding.FORMATS["int4"],
 ]
 
 
 def name_of(form: WeightFormat) -> str:
-    return f"{form}{' with zeros' if form.has_zeros else ''}".replace(" ", "-")
+    return f"{form}{' with zeros' if form.has_zeros else ''}{f' of {form.zero_bits} bits' * (form.zero_bits > 0)}".replace(
+        " ", "-"
+    )
 
 
 def random_matrix(form: WeightFormat, shape: tuple[int, int], seed: int = 1) -> QuantizedMatrix:
@@ -39,5 +43,6 @@ def random_matrix(form: WeightFormat, shape: tuple[int, int], seed: int = 1) -> 
         scales = 0.1 + torch.rand(matrix.scales.shape, generator=generator)
         matrix.scales.copy_(0.2 * scales / largest)
     if matrix.zeros is not None:
-        matrix.zeros.random_(-8, 8, generator=generator)
+        least = -8 << form.zero_bits
+        matrix.zeros.random_(least, -least, generator=generator)
     return matrix

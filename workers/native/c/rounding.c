@@ -9,7 +9,7 @@ enum { GROUP = 32, CHAINS = 4, LEAST = -8, MOST = 7, REFINEMENTS = 2 };
 enum { BLOCK = 64 };  // vectors of groups that a thread takes at once
 
 // How many steps the range of a group is; of two equal errors the first one counts.
-static const float STEPS[] = {15, 15.5f, 16, 16.5f, 17, 17.5f, 18, 14, 13, 12, 11, 10, 9, 8};
+static const float STEPS[] = {15, 14, 13, 12, 11, 10, 9, 8};
 enum { NUM_STEPS = sizeof STEPS / sizeof *STEPS };
 
 // Of LANES groups. A number is scale * (code - zero).
@@ -85,10 +85,8 @@ ALWAYS struct grid grid_of(const vec *x) {
     struct grid found;
     vec error;
     for (int i = 0; i < NUM_STEPS; i++) {
-        // Of more steps than there are codes, both ends are cut.
-        float first = LEAST - (STEPS[i] > 15 ? (STEPS[i] - 15) / 2 : 0);
         struct grid grid = {.scale = v_round_bf16(v_mul(range, v_set(1.0f / STEPS[i])))};
-        grid.zero = stored_zero(v_sub(v_set(first), v_div(low, grid.scale)));
+        grid.zero = stored_zero(v_sub(v_set(LEAST), v_div(low, grid.scale)));
         if (i) take_if_better(x, grid, &found, &error);
         else found = grid, error = error_of(x, grid);
     }
