@@ -14,7 +14,6 @@ from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight
 from workers.quantization.rounding import quantize
 
-
 Round = Callable[[Tensor, WeightFormat], QuantizedMatrix]
 """Quantizes a matrix, as ``quantize`` does to the bit."""
 

@@ -1,11 +1,12 @@
 """Quantizes matrices when they are loaded.
 
-Codes of 8 bits are the nearest ones where the largest number of a group gets the largest code. Codes
-of 4 bits are of scale * (code - zero point): of some scales that divide a group's range, 0 included,
-into 15 to 8 steps, and of the least squares for the codes of the best, that with the least squared
-error. The first scale is that of Q4_1 of llama.cpp; fewer steps find the grid of numbers that had
-wider groups before. A group's codes depend on its numbers alone: every operation is elementwise or a
-sum in an order of its own, so all machines and ``workers.native`` find the same bits.
+Codes of 8 bits are the nearest ones where the largest number of a group gets the largest code.
+Codes of 4 bits are of scale * (code - zero point): of some scales that divide a group's range, 0
+included, into 15 to 8 steps, and of the least squares for the codes of the best, that with the
+least squared error. The first scale is that of Q4_1 of llama.cpp; fewer steps find the grid of
+numbers that had wider groups before. A group's codes depend on its numbers alone: every operation
+is elementwise or a sum in an order of its own, so all machines and ``workers.native`` find the same
+bits.
 
 Source: the search over scales of ``make_qkx2_quants`` in llama.cpp's ggml-quants.c; ours has the
 bits of scale and zero point in each error.
@@ -111,9 +112,7 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = _better(found, _fitted(x, found, total))
     codes = _code(x * (1.0 / found.scale) + found.zero).T.to(torch.int8).view(torch.uint8)
     scales = found.scale.to(torch.bfloat16)
-    scales.view(torch.int16).masked_fill_(
-        scales.isnan(), _NAN
-    )  # torch's differ from machine to machine
+    scales.view(torch.int16).masked_fill_(scales.isnan(), _NAN)  # torch's differ
     return pack_nibbles(codes & 15), scales, (found.zero * 16.0).to(torch.int8)
 
 

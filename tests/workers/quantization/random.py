@@ -24,9 +24,10 @@ FORMATS = [
 
 
 def name_of(form: WeightFormat) -> str:
-    return f"{form}{' with zeros' if form.has_zeros else ''}{f' of {form.zero_bits} bits' * (form.zero_bits > 0)}".replace(
-        " ", "-"
-    )
+    zeros = " with zeros" if form.has_zeros else ""
+    if form.zero_bits:
+        zeros = f" with zeros of {form.zero_bits} bits"
+    return f"{form}{zeros}".replace(" ", "-")
 
 
 def random_matrix(form: WeightFormat, shape: tuple[int, int], seed: int = 1) -> QuantizedMatrix:
