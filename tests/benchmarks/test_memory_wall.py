@@ -46,7 +46,7 @@ def test_decoding_is_bound_by_the_bytes_of_a_step() -> None:
 
 
 def test_codes_are_read_with_their_scales() -> None:
-    """int4 in groups of 32, scales of 2 bytes, zero points of 1: 4.75 bits, of half of the experts."""
+    """int4 in groups of 32 with scales and zero points: 4.75 bits, of half of the experts."""
     attention, norms, router, head = 4 * 64 * 64, 4 * 64, 4 * 64, 1000 * 64
     kept, experts = 2 * (norms + router) + 64, 2 * 2 * 3 * 64 * 32
     found = step_weight_bytes(MODEL, 1, 2, FORMATS["int4"])
