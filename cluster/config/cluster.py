@@ -452,9 +452,10 @@ class ClusterConfig:
         return cls(**values)
 
     def kv_fingerprint(self) -> str:
-        """Hash of what the contents of a KV block depend on, beside the checkpoint (12 hex digits).
+        """Hash of the options that the contents of a KV block depend on (12 hex digits).
 
-        Blocks on disk outlive a process; budgets may be others then.
+        Blocks on disk outlive a process; budgets may be others then. The rest of their identity is
+        what the workers agree on: ``workers.process.kv_identity``.
         """
         engine = self.engine
         return _hash_of(
@@ -467,6 +468,10 @@ class ClusterConfig:
                 "deterministic": engine.deterministic,
                 "combine_mode": engine.combine_mode,
                 "mode": self.workers.mode,
+                "device": self.workers.device,
+                "kernels": self.workers.kernels,
+                "is_collective": self.is_collective,
+                "has_predictor": self.speculation.has_predictor,
             }
         )
 

@@ -65,7 +65,8 @@ class Controller:
         self.detection.heard(record, now)
         match frame:
             case frames.Heartbeat():
-                if differ(record.low_disks, frame.low_disks):
+                is_same = record.problems == frame.problems
+                if differ(record.low_disks, frame.low_disks) or not is_same:
                     cluster.touch()
                 record.beat(frame, now)
                 cluster.load.take(name, frame.expert_load)
@@ -255,6 +256,7 @@ class Controller:
                 *([f"{STEPS_WAIT} {', '.join(cluster.late)}"] if cluster.late else ()),
                 *self.recovery.problems(self.detection.last_tick),
                 *describe_low(cluster.low_disks()),
+                *(problem for r in cluster.workers.alive() for problem in r.problems),
             ],
             "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),

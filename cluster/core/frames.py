@@ -139,6 +139,8 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Of its host."""
     adapters: tuple[str, ...] = ()
     """Keys of those that requests here have."""
+    problems: tuple[str, ...] = ()
+    """What keeps parts of the worker from working, for people."""
 
 
 class Alive(ControlFrame, frozen=True, kw_only=True):
@@ -194,6 +196,8 @@ class NewGeneration(ControlFrame, frozen=True, kw_only=True):
     """Which controller of that term; another one of the same term is not followed."""
     drained: list[str] = field(default_factory=list)
     """Workers that were drained: requests that ran with them are no suspects."""
+    places: tuple[str, ...] = ()
+    """Places of the cluster, whether or not a worker fills them."""
 
 
 class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
@@ -207,6 +211,8 @@ class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
     memory: dict[str, Any]
     """A ``Memory`` of the controller as plain data; workers only keep it."""
     controller: str = ""
+    """As in ``NewGeneration``."""
+    places: tuple[str, ...] = ()
     """As in ``NewGeneration``."""
 
 

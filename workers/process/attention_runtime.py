@@ -50,6 +50,7 @@ from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.intake.lower_tiers import LowerTiers, open_tiers
 from workers.process.intake.waiting import WaitingRequests
+from workers.process.kv_identity import kv_identity, model_identity, needed_ranks
 from workers.process.kv_publisher import KvPublisher
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
 from workers.process.step_messages import step_messages
@@ -181,16 +182,17 @@ class AttentionRuntime(WorkerRuntime):
 
     def _open_tiers(self, engine: Engine) -> None:
         """Begin to copy blocks into lower tiers, and to restore them, if there are any."""
-        config, wake = self.config, self.connections.wake
-        identity = f"{self._me.checkpoint_id} {self._me.release} {config.kv_fingerprint()}"
-        offer = self.member.offer
-        identity += f" {self.args.device.type} {offer.kernels} {offer.torch}"
-        share = config.engine.kv_kept_share
-        tiers = open_tiers(config.kv_tiers, engine.cache, share, self.member.rank, identity)
+        section, share = self.config.kv_tiers, self.config.engine.kv_kept_share
+        rank, model = self.member.rank, model_identity(self._me)
+        tiers = open_tiers(section, engine.cache, share, rank, model, self._needed_ranks)
         if tiers is not None:
-            self._tiers = LowerTiers.of(tiers, engine, self._fetches.cost, wake)
+            self._tiers = LowerTiers.of(tiers, engine, self._fetches.cost, self.connections.wake)
             self._cleanup.callback(self._tiers.close)
             self._keep_copies(tiers, engine)
+
+    def _needed_ranks(self) -> frozenset[int] | None:
+        membership = self.membership
+        return needed_ranks(membership.generation, membership.places, self.member.node)
 
     def _keep_copies(self, tiers: KvTiers, engine: Engine) -> None:
         """Begin to keep copies of other workers' blocks, if that is wanted."""
@@ -276,6 +278,9 @@ class AttentionRuntime(WorkerRuntime):
 
     def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         self._dispatcher.set_placement(placement, generation)
+        if self._tiers is not None and self._engine is not None:
+            how = {"quantize": self._quantize(), "dtype": self.dtype, "cache": self._engine.cache}
+            self._tiers.tiers.use(kv_identity(self._me, self.config, generation, **how))
 
     def _lose_members(self, names: Set[str]) -> None:
         super()._lose_members(names)
@@ -593,6 +598,10 @@ class AttentionRuntime(WorkerRuntime):
             name = f'num_requests_waiting_by_reason{{reason="{reason}"}}'
             stats[name] = stats.get(name, 0.0) + requests.num_waiting
         return stats
+
+    def _problems(self) -> tuple[str, ...]:
+        problem = "" if self._tiers is None else self._tiers.tiers.problem
+        return (f"{self.member.name} keeps no KV blocks on disk: {problem}",) if problem else ()
 
     def _load_report(self) -> LoadReport | None:
         return None if self._engine is None else self._engine.load.report()

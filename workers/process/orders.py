@@ -47,6 +47,7 @@ class Orders:
             return
         if isinstance(frame, ControllerSnapshot):
             self._memory = frame.memory
+            self.membership.announce(frame)
             return
         if isinstance(frame, RunGeneration) and experts is not None:
             self._free_experts(experts, frame)

@@ -390,8 +390,12 @@ class Cluster:
     def take_effects(self) -> list[Effect]:
         """The effects since the last call, to be carried out in this order."""
         if not self._is_remembered:
-            memory = to_plain(self.memory())
-            frame = ControllerSnapshot(term=self.term, controller=self.identity, memory=memory)
+            frame = ControllerSnapshot(
+                term=self.term,
+                controller=self.identity,
+                memory=to_plain(self.memory()),
+                places=self.places.names(),
+            )
             self.effects.insert(0, Send(frame, tuple(r.name for r in self.workers.alive())))
         effects, self.effects, self._is_remembered = self.effects, [], True
         return effects
@@ -416,6 +420,7 @@ class Cluster:
             generation=generation,
             placement=placement,
             drained=[r.name for r in self.workers if r.state is WorkerState.DRAINED],
+            places=self.places.names(),
         )
         self.send(order, *(m.name for m in fresh))
 

@@ -79,6 +79,8 @@ class WorkerRecord:
     """Of its host, by its last heartbeat."""
     adapters: tuple[str, ...] = ()
     """Keys of adapters that its requests had at its last heartbeat."""
+    problems: tuple[str, ...] = ()
+    """What keeps parts of it from working, by its last heartbeat."""
     awaits_adapters: bool = False
     """It may join others only once it has all adapters."""
     _progress: int = -1
@@ -165,6 +167,7 @@ class WorkerRecord:
         self.generation = frame.generation
         self.low_disks = frame.low_disks
         self.adapters = frame.adapters
+        self.problems = frame.problems
         self.take_numbers(frame)
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
