@@ -479,7 +479,12 @@ class AttentionRuntime(WorkerRuntime):
     def _receive(self, engine: Engine, command: AddRequest) -> None:
         """Hand a request to the engine. It may wait here for KV blocks that are fetched ahead of
         it, and for its grammar."""
-        name, is_expected = command.request.request_id, self._fetches.expects(command.request)
+        request = command.request
+        name, is_expected = request.request_id, self._fetches.expects(request)
+        if (newest := max(w.attempt(name) for w in self._intakes)) > request.attempt:
+            error = f"request {name} is here already, with attempt {newest}"
+            self._refuse(command.gateway, request, RequestError(error, "request_id"))
+            return
         for waiting in self._intakes:  # an older attempt
             if not (is_expected and waiting is self._fetches):
                 waiting.drop(name)
@@ -522,8 +527,8 @@ class AttentionRuntime(WorkerRuntime):
             self._prepare(engine, fetched)
 
     def _prepare(self, engine: Engine, command: AddRequest) -> None:
-        grammar = command.request.params.grammar
-        compiled = None if grammar is None else self._grammars.cached(grammar)
+        grammar, owner = command.request.params.grammar, command.request.cache_salt
+        compiled = None if grammar is None else self._grammars.cached(grammar, owner)
         if grammar is None or compiled is not None:
             self._add(engine, command, compiled)
         else:

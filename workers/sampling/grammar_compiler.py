@@ -11,7 +11,7 @@ import contextlib
 import json
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ class GrammarCompiler:
             max_lexer_states=max_lexer_states,
             verbose_errors=False,
         )
-        self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, Grammar], CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
@@ -87,31 +87,44 @@ class GrammarCompiler:
         with contextlib.suppress(UnsupportedParameterError):
             self._load_tokenizer("structured_outputs")
 
-    def cached(self, grammar: Grammar) -> CompiledGrammar | None:
-        """A grammar that was compiled before, if it is still here and fit for use."""
+    def cached(self, grammar: Grammar, owner: str = "") -> CompiledGrammar | None:
+        """A grammar that was compiled for this owner before, if it is still here and fit for use.
+
+        ``owner`` is the ``cache_salt`` of a request: the time that its grammar takes does not tell
+        which grammars others use.
+        """
         with self._lock:
-            known = self._cache.get(grammar)
+            known = self._cache.get((owner, grammar))
             if known is None or known.is_spoiled:
                 return None
-            self._cache.move_to_end(grammar)
+            self._cache.move_to_end((owner, grammar))
             return known
 
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
+    def compile(self, grammar: Grammar, owner: str = "") -> CompiledGrammar:
         """Compile a grammar; may take long, and does not block other threads.
+
+        ``owner`` as in ``cached``.
 
         Raises:
             RequestError: it is wrong, can never be followed, or is too complex.
             UnsupportedParameterError: this model's tokenizer cannot be used for grammars.
         """
-        if known := self.cached(grammar):
+        if known := self.cached(grammar, owner):
             return known
         compiled = self._compile(grammar)
         with self._lock:
-            self._cache[grammar] = compiled
-            self._cache.move_to_end(grammar)
+            self._cache[owner, grammar] = compiled
+            self._cache.move_to_end((owner, grammar))
             while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+                self._evict()
         return compiled
+
+    def _evict(self) -> None:
+        """Drop the grammar that was not used for longest, of the owner with most grammars."""
+        counts = Counter(owner for owner, _ in self._cache)
+        largest = max(counts.values())
+        oldest = next(key for key in self._cache if counts[key[0]] == largest)
+        del self._cache[oldest]
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         tokenizer = self._load_tokenizer(grammar.field)

@@ -415,3 +415,19 @@ def test_ids_beyond_the_tokenizer_are_never_allowed() -> None:
     assert len(mask.allowed) == VOCAB + 40
     assert not bool(mask.allowed[VOCAB:].any())
     assert int(mask.allowed.sum()) > VOCAB // 2
+
+
+def test_tenants_share_no_compiled_grammar(compiler: GrammarCompiler) -> None:
+    compiled = compiler.compile(regex("tenants?"), "one")
+    assert compiler.cached(regex("tenants?"), "one") is compiled
+    assert compiler.cached(regex("tenants?"), "two") is None
+    assert compiler.compile(regex("tenants?"), "two") is not compiled
+
+
+def test_the_grammars_of_one_tenant_do_not_displace_those_of_another() -> None:
+    small = GrammarCompiler(DEMO, VOCAB, CONFIG.eos_token_ids, cache_size=3)
+    small.compile(regex("rare"), "one")
+    for text in "abcde":
+        small.compile(regex(text), "two")
+    assert small.cached(regex("rare"), "one") is not None
+    assert [small.cached(regex(t), "two") is not None for t in "cde"] == [False, True, True]

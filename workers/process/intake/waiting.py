@@ -82,11 +82,17 @@ class WaitingRequests(ABC):
 
     def owner(self, request_id: str) -> str | None:
         """The gateway of a request that waits here."""
-        for job in self._all_jobs():
-            for command in job.waiting:
-                if command.request.request_id == request_id:
-                    return command.gateway
-        return None
+        found = self._command(request_id)
+        return None if found is None else found.gateway
+
+    def attempt(self, request_id: str) -> int:
+        """The attempt of a request that waits here; -1 for any other one."""
+        found = self._command(request_id)
+        return -1 if found is None else found.request.attempt
+
+    def _command(self, request_id: str) -> AddRequest | None:
+        commands = (command for job in self._all_jobs() for command in job.waiting)
+        return next((c for c in commands if c.request.request_id == request_id), None)
 
     def close(self) -> None:
         """Start no further job; jobs that run end by themselves."""
