@@ -49,6 +49,7 @@ from workers.process.intake.copy_keeper import CopyKeeper
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.intake.lower_tiers import LowerTiers, open_tiers
+from workers.process.intake.solo_steps import SoloStepReporter
 from workers.process.intake.waiting import WaitingRequests
 from workers.process.kv_identity import kv_identity, model_identity, needed_ranks
 from workers.process.kv_publisher import KvPublisher
@@ -59,6 +60,7 @@ from workers.requests.block_hash import HASH_BYTES
 from workers.requests.request import (
     Queued,
     Request,
+    SoloStep,
     StepOutput,
     TokenOutput,
 )
@@ -159,6 +161,7 @@ class AttentionRuntime(WorkerRuntime):
         self._publish_contents(engine)
         assert self._stream is not None, "it is open before the weights are loaded"
         engine.runner.on_compute = self._stream.release
+        self._solo_steps = SoloStepReporter(engine, self._stream.publish)
         self._engine = engine
         return {
             "max_model_len": engine.max_model_len,
@@ -320,7 +323,7 @@ class AttentionRuntime(WorkerRuntime):
         if (kept := self._adapters.go_on()) is not None:
             self.control.send(kept)
         self._emit(engine.poll())
-        self._report_solo_steps(engine)
+        self._solo_steps.report(self._owners)
         self._report_paused(engine)
         if not self.membership.runs:
             self._stream.release()
@@ -356,12 +359,12 @@ class AttentionRuntime(WorkerRuntime):
             self._drop_gateway(engine, command.gateway)
         elif isinstance(command.message, Abort):
             self._abort(engine, command.gateway, command.message)
+        elif isinstance(command.message, SoloStep):
+            self._solo_steps.acknowledge(command.gateway, command.message)
         elif self._owners.get(command.message.request_id) != command.gateway:
             return  # it is not in the engine any more, or not yet
-        elif isinstance(command.message, Pause):
-            self._pause(engine, command.message)
         else:
-            engine.begin_solo_step(command.message)
+            self._pause(engine, command.message)
 
     def _abort(self, engine: Engine, gateway: str, abort: Abort) -> None:
         for waiting in self._intakes:
@@ -383,13 +386,6 @@ class AttentionRuntime(WorkerRuntime):
         for request_id in engine.take_paused():
             self._stream.publish(self._owners[request_id], Paused(request_id=request_id))
             self._stream.release()
-
-    def _report_solo_steps(self, engine: Engine) -> None:
-        """Report requests that run a step alone to their gateways, before and after."""
-        assert self._stream is not None
-        for solo_step in engine.take_solo_steps():
-            if (owner := self._owners.get(solo_step.request_id)) is not None:
-                self._stream.publish(owner, solo_step)
 
     def _run_step(self) -> None:
         """Run a step. Its outputs are sent while the next one computes, if one follows."""
@@ -560,6 +556,7 @@ class AttentionRuntime(WorkerRuntime):
         for request_id in [r for r, owner in self._owners.items() if owner == gateway]:
             engine.abort(request_id)
             del self._owners[request_id]
+        self._solo_steps.drop_gateway(gateway)
 
     def _emit(self, outputs: list[TokenOutput]) -> None:
         """Send each gateway the outputs of its requests, and all gateways the changed KV blocks."""

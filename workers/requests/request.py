@@ -162,16 +162,26 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
         return bool(self.session) if self.cache_ttl_s is None else self.cache_ttl_s > 0
 
 
+class SoloStage(Enum):
+    """How far a step with the rows of one request alone is."""
+
+    OFFERED = "offered"
+    """Until the gateway has acknowledged it, the worker may withdraw it."""
+    CERTAIN = "certain"
+    """It runs once the gateway has recorded that, and nothing else runs before."""
+    OVER = "over"
+    """It has ended; others run once the gateway has recorded that."""
+
+
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A step with the rows of one request alone: offered, accepted, or over.
+    """A stage of a step with the rows of one request alone, and the gateway's acknowledgement.
 
     See ``workers.engine.isolation``.
     """
 
     request_id: str
     attempt: Count
-    is_over: bool = False
-    """The step committed."""
+    stage: SoloStage = SoloStage.OFFERED
 
 
 class Queued(Message, frozen=True, kw_only=True, array_like=True, tag=True):
