@@ -81,6 +81,8 @@ class Controller:
                     cluster.reform(cause, now)
             case frames.Alive():
                 pass
+            case frames.SnapshotKept():
+                record.kept_version = frame.version
             case frames.StatusReply():
                 cluster.load.take(name, frame.expert_load)
                 record.take_numbers(frame)
@@ -201,6 +203,7 @@ class Controller:
                 self.scaling.cancel(operation, now)
             case _:
                 self.rebalancing.cancel(operation, now)
+        self.cluster.remember()  # the next controller must not go on with it
 
     def stop(self, now: float, reason: str = "stopped") -> None:
         """End every worker. The state is STOPPED once they are gone."""

@@ -210,10 +210,19 @@ class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
     """As in ``NewGeneration``."""
     memory: dict[str, Any]
     """A ``Memory`` of the controller as plain data; workers only keep it."""
+    version: int = 0
+    """Version of the memory, which the worker acknowledges."""
     controller: str = ""
     """As in ``NewGeneration``."""
     places: tuple[str, ...] = ()
     """As in ``NewGeneration``."""
+
+
+class SnapshotKept(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: it keeps this snapshot for the next controller."""
+
+    version: int
+    """That of the snapshot."""
 
 
 class WorkerReport(ControlFrame, frozen=True, kw_only=True):

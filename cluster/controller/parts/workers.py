@@ -81,6 +81,8 @@ class WorkerRecord:
     """Keys of adapters that its requests had at its last heartbeat."""
     problems: tuple[str, ...] = ()
     """What keeps parts of it from working, by its last heartbeat."""
+    kept_version: int = 0
+    """Version of the newest controller snapshot that it keeps."""
     awaits_adapters: bool = False
     """It may join others only once it has all adapters."""
     _progress: int = -1
