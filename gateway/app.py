@@ -76,6 +76,7 @@ class GatewayReplica:
         policy = RoutingPolicy(settings.gateway.routing_policy)
         self._engines = EnginePool(settings.cluster_token, name, policy)
         self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
+        self._cluster.adapters = lambda: self._gateway.adapters.in_use
         section = settings.gateway
         if section.num_gateway_replicas > 1:
             self._gateway.replicas = RayServeReplicas(self._gateway.answers)

@@ -157,11 +157,13 @@ class ControllerActor:
         gateway: str = "",
         host: str = "",
         low_disks: tuple[LowDisk, ...] = (),
+        adapters: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """The state once its version differs from ``known_version``, or after the time limit.
 
         ``gateway`` is the caller's name if it is one, which asks again at once; ``low_disks`` are
-        the disks of its host that are nearly full.
+        the disks of its host that are nearly full, and ``adapters`` the keys of those that its
+        requests have.
         """
         await self.restore()
         polls = self.runner.polls
@@ -169,6 +171,7 @@ class ControllerActor:
             self.runner.note(f"{gateway} is back", "it serves again")
         if gateway:
             self.runner.host_has(low_disks, host, gateway)
+            self.runner.gateway_uses(gateway, known_version, adapters)
         try:
             await self._background.wait(lambda: self._version() != known_version, timeout_s)
         finally:
@@ -178,7 +181,7 @@ class ControllerActor:
     async def gateway_leaves(self, gateway: str) -> None:
         """A gateway ends in order."""
         if self.runner.polls.leave(gateway):
-            self.runner.host_has((), "", gateway)
+            self.runner.gateway_left(gateway)
             self.runner.note(f"{gateway} has left", "its requests have ended")
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:

@@ -276,7 +276,7 @@ class Runner:
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
             for gateway in self.polls.take_gone(time.monotonic()):
-                self.host_has((), "", gateway)
+                self.gateway_left(gateway)
                 self.note(f"{gateway} is gone: it no longer asks", "its requests end")
 
     async def _watch_nodes(self, controller: Controller) -> None:
@@ -316,6 +316,17 @@ class Runner:
         if self.controller is not None:
             self.controller.cluster.host_has(low_disks, host, reporter)
             self.background.notify()
+
+    def gateway_uses(self, gateway: str, known_version: int, adapters: Collection[str]) -> None:
+        """A gateway knows this snapshot, and its requests have these adapters."""
+        if self.controller is not None:
+            self.controller.adapters.uses.report(gateway, known_version, adapters)
+
+    def gateway_left(self, gateway: str) -> None:
+        """A gateway has gone, and its requests with it."""
+        self.host_has((), "", gateway)
+        if self.controller is not None:
+            self.controller.adapters.uses.leave(gateway)
 
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED

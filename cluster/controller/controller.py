@@ -260,6 +260,7 @@ class Controller:
                 *self.recovery.problems(self.detection.last_tick),
                 *describe_low(cluster.low_disks()),
                 *(problem for r in cluster.workers.alive() for problem in r.problems),
+                *self.adapters.problems(),
             ],
             "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),

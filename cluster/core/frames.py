@@ -38,6 +38,8 @@ class Adapter(Message, frozen=True, kw_only=True):
     """Folder on the workers' hosts."""
     digest: str = ""
     """Hash of its files; empty before the first worker has read them."""
+    tenants: tuple[str, ...] = ()
+    """Names of the keys that may use it; none: every caller may."""
 
 
 class ControlFrame(Message, frozen=True, kw_only=True, tag_field="kind", tag=True):

@@ -195,6 +195,13 @@ class EnginePool:
         """Whether a worker can run a request: it lacks no adapter of the request."""
         return entry.request.adapter not in self._lacking.get(client.worker, ())
 
+    def has_adapter(self, key: str) -> bool:
+        """Whether a worker can run requests with an adapter, or it is not known which ones serve;
+        an empty key is that of the model itself.
+        """
+        clients = self.clients
+        return not clients or any(key not in self._lacking.get(c.worker, ()) for c in clients)
+
     def _has_other(self, entry: Submission) -> bool:
         return any(self._may_have(entry, client) for client in self.clients)
 

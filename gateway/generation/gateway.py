@@ -44,6 +44,7 @@ from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
 from gateway.generation import request_log
+from gateway.generation.adapter_catalog import AdapterCatalog
 from gateway.generation.entrance import Entrance
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue, RunningCalls
@@ -103,8 +104,8 @@ class Gateway:
         """What is kept for clients between requests; None keeps nothing."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model_name = config.model.served_model_name
-        self.adapters: Mapping[str, str] = {}
-        """Keys of the adapters that requests may name, by name."""
+        admin_keys = self.admin_keys if config.gateway.asks_for_admin_keys else None
+        self.adapters = AdapterCatalog(admin_keys)
         self.created = int(time.time())
         self.addresses: dict[str, Any] = {}
         self.running = RunningCalls()
@@ -128,7 +129,7 @@ class Gateway:
                 "metrics": self.metrics.own_families,
                 "summary": self._summary,
                 "abort": self.running.abort,
-                "adapters": lambda: list(self.adapters.values()),
+                "adapters": lambda: self.adapters.keys,
             },
         )
         self.replicas: ServeReplicas = self.answers
@@ -207,9 +208,9 @@ class Gateway:
         """
         if name is None or name == self.model_name:
             return ""
-        if name not in self.adapters:
+        if (key := self.adapters.find(name)) is None:
             raise ModelNotFoundError(f"the model {name[:128]!r} does not exist")
-        return self.adapters[name]
+        return key
 
     def timeout_s(self, wanted_s: float | None) -> float:
         most = self.limits.request_timeout_s
@@ -261,6 +262,8 @@ class Gateway:
         call = await make(facts)
         # an adapter may be freed while a long prompt is prepared
         call = replace(call, adapter=self.adapter_of(fields.model))
+        if not self.engines.has_adapter(call.adapter):
+            raise NotReadyError(f"no worker could load the adapter {fields.model}: ask again later")
         if caller is not None:
             caller.check_tokens(time.monotonic())
             # No other tenant finds, or can detect, the cached prefixes of this salt.
@@ -287,7 +290,7 @@ class Gateway:
             admitted_s=time.monotonic(),
             caches_prefixes=self.config.engine.enable_prefix_caching,
             caller=caller,
-            on_close=self.running.remove,
+            on_close=self._forget_call,
         )
         if (trace := TRACE.get()) is not None:
             trace.generation = generation
@@ -295,6 +298,7 @@ class Gateway:
             line.generation = generation
         for name in filter(None, (call_id, REQUEST_ID.get())):
             self.running.add(name, generation.queue)
+        self.adapters.begin(generation.queue, call.adapter)
         try:
             await self._hand_over(generation)
         except BaseException:
@@ -337,10 +341,13 @@ class Gateway:
         replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.cluster.refresh())
         return self.metrics.render(replicas)
 
+    def _forget_call(self, queue: OutputQueue) -> None:
+        self.running.remove(queue)
+        self.adapters.end(queue)
+
     def _follow(self, snapshot: Snapshot) -> None:
         logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
-        adapters = snapshot.get("adapters", ())
-        self.adapters = {a["name"]: a["key"] for a in adapters if a["state"] == "READY"}
+        self.adapters.follow(snapshot)
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
             self.metrics.engine(endpoint.engine)  # shows as 0 from the start

@@ -79,7 +79,7 @@ class InferenceProcedures(PoolingProcedures):
         self, request: pb.ListModelsRequest, call: GrpcCall
     ) -> pb.ListModelsResponse:
         """The served model first, then its adapters."""
-        names = [self._gateway.model_name, *self._gateway.adapters]
+        names = [self._gateway.model_name, *self._gateway.adapters.names()]
         return pb.ListModelsResponse(models=map(self._model, names))
 
     async def _start(

@@ -154,7 +154,7 @@ class HttpApi:
 
     async def list_models(self, request: Request) -> Response:
         """The served model first, then its adapters."""
-        names = [self._gateway.model_name, *self._gateway.adapters]
+        names = [self._gateway.model_name, *self._gateway.adapters.names()]
         return _answer({"object": "list", "data": [*map(self._model, names)]})
 
     async def get_model(self, request: Request) -> Response:
@@ -213,11 +213,12 @@ class HttpApi:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics of all replicas and workers."""
-        content = await self._gateway.render_metrics()
+        gateway = self._gateway
+        content = gateway.adapters.without_series_of_others(await gateway.render_metrics())
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
-        return _answer(await self._gateway.status())
+        return _answer(self._gateway.adapters.without_others(await self._gateway.status()))
 
     async def placement(self, request: Request) -> Response:
         """Which device holds which copy of which expert."""

@@ -474,7 +474,9 @@ class FakeController:
             raise RequestError("lora_path: no such folder", "lora_path")
         number = len(self.state["adapters"])
         key = f"{order['name']}@{number}"
+        tenants = list(order.get("tenants", ()))
         found = {"name": order["name"], "key": key, "path": order["path"], "state": "READY"}
+        found |= {"tenants": tenants}
         self.change(adapters=[*self.state["adapters"], found])
         return found
 

@@ -85,7 +85,7 @@ def make_config(
         engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
         transport=TransportSection(**({"detection_limit_s": QUIET_S} | dict(transport or {}))),
         observability=ObservabilitySection(**(observability or {})),
-        lora=LoraSection(**(lora or {})),
+        lora=LoraSection(**({"lora_roots": ("/",)} | dict(lora or {}))),
         kv_events=KvEventsSection(**(kv_events or {})),
         kv_tiers=KvTiersSection(**(kv_tiers or {})),
         gateway=GatewaySection(max_queue_wait_s=0.0),  # on a busy machine requests wait for longer

@@ -99,6 +99,8 @@ def _add_files(sections: dict[str, dict[str, Any]]) -> None:
     lora = sections["lora"]
     if "lora_modules" in lora:
         lora["lora_modules"] = tuple(map(_absolute_module, lora["lora_modules"]))
+    if "lora_roots" in lora:
+        lora["lora_roots"] = tuple(str(Path(root).absolute()) for root in lora["lora_roots"])
     for option in OPTIONS:
         section = sections.get(option.section, {})
         if option.is_path and option.field != "chat_template" and section.get(option.field):
