@@ -25,6 +25,7 @@ from cluster.core.errors import (
     NotReadyError,
 )
 from cluster.tracing import logs
+from gateway.auth.adapter_catalog import AdapterCatalog
 from gateway.auth.auth import CALLER, make_key_rings
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
 from gateway.cluster.view import (
@@ -44,7 +45,6 @@ from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
 from gateway.generation import request_log
-from gateway.generation.adapter_catalog import AdapterCatalog
 from gateway.generation.entrance import Entrance
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue, RunningCalls

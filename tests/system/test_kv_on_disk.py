@@ -33,6 +33,7 @@ def serve_once(checkpoint: Path, folder: Path, dtype: str = "bfloat16") -> tuple
     """Arithmetic of a new cluster, what a client sees, and cached tokens; all is on disk then."""
     with served(cluster_of(checkpoint, folder, dtype)) as cluster:
         outputs = answer(cluster, 0, request_of(100))
+        assert isinstance(cluster, ThreadCluster)
         runtime = cluster.group.runtimes["attention-0"]
         assert isinstance(runtime, AttentionRuntime)
         tiers = runtime._tiers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Set
 from functools import partial
 from typing import Any
@@ -50,7 +49,7 @@ from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.intake.lower_tiers import LowerTiers, open_tiers
 from workers.process.intake.solo_steps import SoloStepReporter
-from workers.process.intake.waiting import WaitingRequests
+from workers.process.intake.waiting import WaitingRequests, count_waiting, stale_error
 from workers.process.kv_identity import kv_identity, model_identity, needed_ranks
 from workers.process.kv_publisher import KvPublisher
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
@@ -186,16 +185,15 @@ class AttentionRuntime(WorkerRuntime):
     def _open_tiers(self, engine: Engine) -> None:
         """Begin to copy blocks into lower tiers, and to restore them, if there are any."""
         section, share = self.config.kv_tiers, self.config.engine.kv_kept_share
-        rank, model = self.member.rank, model_identity(self._me)
-        tiers = open_tiers(section, engine.cache, share, rank, model, self._needed_ranks)
+        known, rank, node = self.membership, self.member.rank, self.member.node
+        tiers = open_tiers(
+            *(section, engine.cache, share, rank, model_identity(self._me)),
+            lambda: needed_ranks(known.generation, known.places, node),
+        )
         if tiers is not None:
             self._tiers = LowerTiers.of(tiers, engine, self._fetches.cost, self.connections.wake)
             self._cleanup.callback(self._tiers.close)
             self._keep_copies(tiers, engine)
-
-    def _needed_ranks(self) -> frozenset[int] | None:
-        membership = self.membership
-        return needed_ranks(membership.generation, membership.places, self.member.node)
 
     def _keep_copies(self, tiers: KvTiers, engine: Engine) -> None:
         """Begin to keep copies of other workers' blocks, if that is wanted."""
@@ -282,8 +280,8 @@ class AttentionRuntime(WorkerRuntime):
     def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         self._dispatcher.set_placement(placement, generation)
         if self._tiers is not None and self._engine is not None:
-            how = {"quantize": self._quantize(), "dtype": self.dtype, "cache": self._engine.cache}
-            self._tiers.tiers.use(kv_identity(self._me, self.config, generation, **how))
+            how = (self._quantize(), self.dtype), self._engine.cache
+            self._tiers.tiers.use(kv_identity(self._me, self.config, generation, *how))
 
     def _lose_members(self, names: Set[str]) -> None:
         super()._lose_members(names)
@@ -477,9 +475,8 @@ class AttentionRuntime(WorkerRuntime):
         it, and for its grammar."""
         request = command.request
         name, is_expected = request.request_id, self._fetches.expects(request)
-        if (newest := max(w.attempt(name) for w in self._intakes)) > request.attempt:
-            error = f"request {name} is here already, with attempt {newest}"
-            self._refuse(command.gateway, request, RequestError(error, "request_id"))
+        if (stale := stale_error(request, self._intakes)) is not None:
+            self._refuse(command.gateway, request, stale)
             return
         for waiting in self._intakes:  # an older attempt
             if not (is_expected and waiting is self._fetches):
@@ -591,19 +588,10 @@ class AttentionRuntime(WorkerRuntime):
             stats |= self._tiers.stats()
         if self._copy_keeper is not None:
             stats |= self._copy_keeper.stats()
-        intakes = self._intakes
-        waiting = sum((requests.by_adapter for requests in intakes), Counter[str]())
-        stats |= self._adapters.stats(waiting)
-        for requests in intakes:
-            stats["num_requests_waiting"] += requests.num_waiting
-            reason = "grammar" if requests is self._compilations else "kv"
-            name = f'num_requests_waiting_by_reason{{reason="{reason}"}}'
-            stats[name] = stats.get(name, 0.0) + requests.num_waiting
-        return stats
+        return stats | self._adapters.stats(count_waiting(stats, self._intakes))
 
     def _problems(self) -> tuple[str, ...]:
-        problem = "" if self._tiers is None else self._tiers.tiers.problem
-        return (f"{self.member.name} keeps no KV blocks on disk: {problem}",) if problem else ()
+        return () if self._tiers is None else self._tiers.problems(self.member.name)
 
     def _load_report(self) -> LoadReport | None:
         return None if self._engine is None else self._engine.load.report()

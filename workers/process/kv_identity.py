@@ -27,20 +27,18 @@ def kv_identity(
     me: PeerIdentity,
     config: ClusterConfig,
     generation: Generation,
-    *,
-    quantize: Quantize,
-    dtype: torch.dtype,
+    weights: tuple[Quantize, torch.dtype],
     cache: KVCache,
 ) -> str:
     """The identity of blocks that a worker computes in a generation, for people too.
 
-    ``quantize`` and ``dtype`` are those of the worker, where the configuration says ``auto``.
+    ``weights``: how the worker quantizes, and its dtype, where the configuration says ``auto``.
     """
     items = (
         f"release {me.release}",
         f"options {config.kv_fingerprint()}",
         f"experts {me.expert_form or 'as computed'}",
-        f"weights {quantize} {dtype}",
+        f"weights {weights[0]} {weights[1]}",
         f"arithmetic {_arithmetic(generation)}",
         f"layout {cache.block_shape} {cache.dtype} {cache.state_shape}",
     )

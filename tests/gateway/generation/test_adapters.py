@@ -260,12 +260,13 @@ def test_the_controller_learns_which_adapters_calls_have(stack: Stack, admin: ht
     """Also of calls that wait for a worker here."""
     load(admin)
     gateway = stack.gateway
-    assert gateway.adapters.in_use == ()
+    found = [gateway.adapters.in_use]
     fields = GenerateFields(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
     generation = stack.run(gateway.start(fields, "c"))
-    assert gateway.adapters.in_use == ("sql@0",)
+    found.append(gateway.adapters.in_use)
     stack.call(generation.close)
-    assert gateway.adapters.in_use == ()
+    found.append(gateway.adapters.in_use)
+    assert found == [(), ("sql@0",), ()]
 
 
 def test_an_adapter_that_no_worker_could_load_is_not_unknown(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from msgspec.structs import replace as changed
 
-from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.cluster import ClusterConfig, ModelSection, Quantize
 from cluster.core.arithmetic import Offer
 from cluster.core.topology import Generation, Member
 from tests.harness.members import member_of
@@ -48,9 +48,8 @@ def identity(local: LocalEngine) -> Any:
     def of(
         *offers: Offer, me: PeerIdentity = ME, config: ClusterConfig = CONFIG, **types: Any
     ) -> str:
-        types = {"quantize": "none", "dtype": torch.float32, **types}
-        generation = first_generation(*offers)
-        return kv_identity(me, config, generation, cache=local.engine.cache, **types)
+        weights = types.get("quantize", "none"), types.get("dtype", torch.float32)
+        return kv_identity(me, config, first_generation(*offers), weights, local.engine.cache)
 
     return of
 
@@ -75,9 +74,11 @@ def test_later_generations_keep_it_until_a_worker_ends_exactness(local: LocalEng
     second = first.following(members_of(BOTH, BOTH))
     third = second.following(members_of(BOTH, BOTH, NONE))
     fourth = third.following(members_of(BOTH, BOTH))
+    weights: tuple[Quantize, torch.dtype] = ("none", torch.float32)
+    cache = local.engine.cache
     found = [
-        kv_identity(ME, CONFIG, g, quantize="none", dtype=torch.float32, cache=local.engine.cache)
-        for g in (first, second, third, fourth)
+        kv_identity(ME, CONFIG, generation, weights, cache)
+        for generation in (first, second, third, fourth)
     ]
     assert found[0] == found[1]
     assert len({*found[1:]}) == 3
@@ -156,8 +157,8 @@ def test_a_node_needs_the_folders_of_its_ranks_and_of_those_to_come() -> None:
     members = (at("attention-0", "a"), at("attention-1", "b"), at("expert-3", "a"))
     generation = Generation(number=4, members=members)
     places = ("attention-0", "attention-1", "attention-2", "expert-3", "expert-4")
-    assert needed_ranks(generation, places, "a") == {0, 2}
-    assert needed_ranks(generation, places, "b") == {1, 2}
-    assert needed_ranks(generation, places[:2], "a") == {0}
+    assert needed_ranks(generation, places, "a") == frozenset({0, 2})
+    assert needed_ranks(generation, places, "b") == frozenset({1, 2})
+    assert needed_ranks(generation, places[:2], "a") == frozenset({0})
     assert needed_ranks(Generation(number=0, members=()), places, "a") is None
     assert needed_ranks(generation, (), "a") is None

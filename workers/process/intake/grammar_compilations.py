@@ -66,6 +66,8 @@ class GrammarCompilations(WaitingRequests):
         clock: monotonic seconds.
     """
 
+    reason = "grammar"
+
     def __init__(
         self,
         compile: Callable[[Grammar, str], CompiledGrammar],

@@ -57,6 +57,11 @@ class LowerTiers:
         """By metric name without prefix. Any thread may call it."""
         return {**self.tiers.stats(), **self.restores.stats()}
 
+    def problems(self, worker: str) -> tuple[str, ...]:
+        """What does not work, for people. Any thread may call it."""
+        problem = self.tiers.problem
+        return (f"{worker} keeps no KV blocks on disk: {problem}",) if problem else ()
+
     def close(self) -> None:
         """Copy and restore nothing more; what is on disk stays."""
         self.restores.close()

@@ -246,7 +246,9 @@ def test_a_worker_knows_the_places_that_were_named_last() -> None:
     membership = World().membership
     generation = Generation(number=1, members=MEMBERS)
     order = NewGeneration(term=1, generation=generation, placement=MAPS, places=("expert-0",))
-    membership.announce(order)
-    assert membership.places == ("expert-0",)
-    membership.announce(ControllerSnapshot(term=1, memory={}, places=("expert-0", "expert-1")))
-    assert membership.places == ("expert-0", "expert-1")
+    snapshot = ControllerSnapshot(term=1, memory={}, places=("expert-0", "expert-1"))
+    found = []
+    for frame in (order, snapshot):
+        membership.announce(frame)
+        found.append(membership.places)
+    assert found == [("expert-0",), ("expert-0", "expert-1")]

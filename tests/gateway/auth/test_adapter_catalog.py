@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.config.api_keys import hash_key
+from gateway.auth.adapter_catalog import AdapterCatalog
 from gateway.auth.auth import CALLER, KeyRing
-from gateway.generation.adapter_catalog import AdapterCatalog
 
 ADAPTERS = [
     {"name": "sql", "key": "sql@1", "state": "READY", "tenants": ["acme"]},
