@@ -75,6 +75,8 @@ class Tool:
     """Arguments follow all of the schema; else what grammars cannot express of it has no effect."""
     is_shown: bool = True
     """Among the tools of the chat template; else a message of the conversation shows it."""
+    field: str = "tools"
+    """The client's field that has its schema, for messages."""
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it: OpenAI's form."""

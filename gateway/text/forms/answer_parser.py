@@ -14,10 +14,9 @@ from enum import Enum, auto
 
 from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
-from gateway.text.forms.argument_values import ValueWriter, argument_schemas, value_writer
+from gateway.text.forms.argument_values import ValueReader, ValueWriter
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, PairSyntax, Slot
 from gateway.text.forms.marks import Outcome, Reading, cut, may_begin, overlap, read_parts
-from gateway.text.forms.schemas import Schema
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder, new_call_name
 
 MAX_WAITING_CHARS = 512
@@ -78,7 +77,7 @@ class AnswerParser:
         self._waiting = ""
         self._passed = ""  # since a mark: text, if no call follows
         self._json = _ObjectEnd()
-        self._schemas: dict[str, Schema] = {}
+        self._values: ValueReader | None = None
         self._has_pairs = False
         self._value: _Value | None = None
         self.num_begun = 0
@@ -245,7 +244,7 @@ class AnswerParser:
         if form.pairs is None:
             self._json, self._state = _ObjectEnd(), _State.OBJECT
         else:
-            self._schemas = argument_schemas(self._tools[name].parameters)
+            self._values = ValueReader(self._tools[name])
             self._has_pairs, self._state = False, _State.PAIR
         return True
 
@@ -323,8 +322,10 @@ class AnswerParser:
         if reading.outcome is Outcome.WHOLE:
             self._add(f"{opening}: ", found)
             self._has_pairs = True
-            is_text = reading.slots.get(Slot.IS_TEXT) == "true"
-            self._value = _Value(value_writer(self._schemas.get(key), is_text), pairs)
+            said = reading.slots.get(Slot.IS_TEXT)
+            assert self._values is not None, "a head was read"
+            writer = self._values.writer(key, None if said is None else said == "true")
+            self._value = _Value(writer, pairs)
             self._waiting, self._state = self._waiting[reading.end :], _State.VALUE
             return True
         if is_open and self._has_room:
@@ -388,11 +389,12 @@ class _Value:
         if mark:
             value = value.removesuffix("\n") if self._has_breaks else value
             return rest, self._writer.feed(value) + self._writer.finish(), True
-        if is_last:
-            return "", self._writer.feed(value) + self._writer.give_up(), False
         marks = (self._end, f"\n{self._end}") if self._has_breaks else (self._end,)
         kept = overlap(value, marks)
-        return value[len(value) - kept :], self._writer.feed(value[: len(value) - kept]), False
+        certain, rest = value[: len(value) - kept], value[len(value) - kept :]
+        if is_last:  # a mark that the answer's end cuts is no part of the value
+            return "", self._writer.feed(certain) + self._writer.give_up(), False
+        return rest, self._writer.feed(certain), False
 
 
 def _look_ahead(reading: Reading, text: str, ahead: tuple[str, ...]) -> Outcome:
