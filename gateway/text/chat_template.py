@@ -21,6 +21,7 @@ from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.messages import with_reasoning
 from gateway.core.thinking import END
 from gateway.core.tool_use import ToolForm
+from gateway.text.forms.call_ids import with_fitting_ids
 
 _RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -102,7 +103,8 @@ class ChatTemplate:
         values = {**self.variables, **(variables or {}), "documents": None, "tools": tools}
         values["add_generation_prompt"] = add_generation_prompt
         try:
-            text = self._template.render(values, messages=[with_reasoning(m) for m in messages])
+            shown = with_fitting_ids(messages, self.tool_form)
+            text = self._template.render(values, messages=[with_reasoning(m) for m in shown])
         except _RENDER_ERRORS as err:
             raise self._misfit(err) from err
         for place, message in enumerate(messages):

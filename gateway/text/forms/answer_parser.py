@@ -10,14 +10,16 @@ Harmony has a parser of its own (``gateway.text.harmony.parser``).
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from enum import Enum, auto
 
 from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
 from gateway.text.forms.argument_values import ValueReader, ValueWriter
+from gateway.text.forms.call_ids import CallIds
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, PairSyntax, Slot
 from gateway.text.forms.marks import Outcome, Reading, cut, may_begin, overlap, read_parts
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder, new_call_name
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 
 MAX_WAITING_CHARS = 512
 """What is longer without being a head, or what else a form asks for, is text, so that no client
@@ -58,6 +60,7 @@ class AnswerParser:
         form: how calls are written; None reads none.
         use: what may be called.
         thinking: where reasoning begins; None: there is none.
+        used_ids: those of the conversation's calls.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class AnswerParser:
         form: ToolForm | None = None,
         use: ToolUse | None = None,
         thinking: Thinking | None = None,
+        used_ids: Collection[str] = (),
     ) -> None:
+        self._ids = CallIds(form, used_ids)
         self._syntax = None if form is None or use is None else SYNTAXES[form]
         self._tools = {tool.name: tool for tool in use.allowed} if use else {}
         self._must_call = use is not None and use.must_call
@@ -232,13 +237,14 @@ class AnswerParser:
             return False
         name = reading.slots.get(Slot.NAME, "")
         if outcome is not Outcome.WHOLE or name not in self._tools:
-            self._fail(found, outcome is Outcome.PARTIAL and self._has_room)
+            is_cut = outcome is Outcome.PARTIAL and self._has_room
+            if is_cut and self._must_call and (cut_name := self._name_of_cut(name)):
+                self._begin_call(cut_name, reading, found)
+                self._passed, self._waiting, self._state = "", "", _State.TEXT
+                return True
+            self._fail(found, is_cut)
             return True
-        if self._is_reasoning:
-            self._end_reasoning()
-        own = f"functions.{name}:{reading.slots.get(Slot.NUMBER)}" if form.has_ids else None
-        found.add_call(CallDelta(self.num_begun, "", own or new_call_name(), name))
-        self.num_begun += 1
+        self._begin_call(name, reading, found)
         self._waiting, self._passed = self._waiting[reading.end :].lstrip(), ""
         self._skips_breaks = False
         if form.pairs is None:
@@ -247,6 +253,24 @@ class AnswerParser:
             self._values = ValueReader(self._tools[name])
             self._has_pairs, self._state = False, _State.PAIR
         return True
+
+    def _begin_call(self, name: str, reading: Reading, found: PieceBuilder) -> None:
+        if self._is_reasoning:
+            self._end_reasoning()
+        call_id = self._ids.new(name, reading.slots.get(Slot.NUMBER) or None)
+        found.add_call(CallDelta(self.num_begun, "", call_id, name))
+        self.num_begun += 1
+
+    def _name_of_cut(self, begun: str) -> str:
+        """The function in a head that the answer's end cuts; empty where it may be several.
+
+        Args:
+            begun: its name, or the beginning of it.
+        """
+        if begun in self._tools and not self._words.endswith(begun):
+            return begun
+        fitting = [name for name in self._tools if name.startswith(begun)]
+        return fitting[0] if len(fitting) == 1 else ""
 
     def _fail(self, found: PieceBuilder, is_cut: bool) -> None:
         """Go on with text: what looked like a call is none.
@@ -329,7 +353,10 @@ class AnswerParser:
             self._waiting, self._state = self._waiting[reading.end :], _State.VALUE
             return True
         if is_open and self._has_room:
-            self._add(opening[:-1] if key else "", found)
+            end = str(pairs.head[pairs.head.index(Slot.KEY) + 1]).strip()
+            kept = key[: len(key) - overlap(key, (end,))]
+            opening = (", " if self._has_pairs else "{") + json.dumps(kept, ensure_ascii=False)
+            self._add(opening[:-1] if kept else "", found)
             self._waiting = ""
         self._state = _State.TEXT
         return True

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool
+from gateway.text.forms.formats import is_known
 from gateway.text.forms.references import (
     MAX_LEVELS,
     References,
@@ -25,13 +26,6 @@ from gateway.text.forms.references import (
 )
 from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
 
-FORMATS = frozenset(
-    {
-        *("date", "date-time", "duration", "email", "hostname"),
-        *("ipv4", "ipv6", "time", "uri", "uuid"),
-    }
-)
-"""Those that the compiler of grammars knows. Any other is a note (JSON Schema, validation, 7)."""
 TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"
 """Begins every reference of a clean schema."""
@@ -129,7 +123,9 @@ def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
 def unfollowed(tool: Tool, path: Sequence[str], rule: str) -> RequestError:
     """The error of a strict tool; ``path`` leads to the keyword that is not followed."""
     place = ".".join(path) or "the schema"
-    return RequestError(f"{tool.field} of {tool.name!r}: {place} {rule} (strict is true)", tool.field)
+    return RequestError(
+        f"{tool.field} of {tool.name!r}: {place} {rule} (strict is true)", tool.field
+    )
 
 
 @dataclass(slots=True)
@@ -155,7 +151,9 @@ class _Cleaner:
             definitions[str(number)] = self._schema(target.schema, target.base, ("$ref",), 0)
         return CleanSchema(root if isinstance(root, Mapping) else {}, definitions)
 
-    def _schema(self, given: Any, base: Mapping[str, Any], path: tuple[str, ...], depth: int) -> Any:
+    def _schema(
+        self, given: Any, base: Mapping[str, Any], path: tuple[str, ...], depth: int
+    ) -> Any:
         """A schema, a dict or a bool."""
         self._num_nodes += 1
         is_much = self._num_nodes > _MAX_NODES or depth > MAX_SCHEMA_DEPTH
@@ -273,11 +271,6 @@ def is_regular(pattern: object) -> bool:
     return isinstance(pattern, str) and _NOT_REGULAR.search(pattern) is None
 
 
-def known_format(value: Any) -> str | None:
-    """The name of a format that limits texts; None for a note."""
-    return value if isinstance(value, str) and value in FORMATS else None
-
-
 def _references_in(schema: Any) -> list[str]:
     """Names of definitions."""
     found: list[str] = []
@@ -341,7 +334,7 @@ _PLAIN: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
         "type": _types,
         "enum": _values,
-        "format": known_format,
+        "format": lambda value: value if is_known(value) else None,
         "pattern": _pattern,
         "required": _names,
         "multipleOf": _factor,

@@ -106,7 +106,9 @@ def _ends_with_quantifier(pattern: str, place: int, part: str) -> bool:
     if part in ("*", "+", "?"):
         return True
     opening = pattern.rfind("{", 0, place)
-    return part == "}" and opening >= 0 and bool(_QUANTIFIER.fullmatch(pattern[opening : place + 1]))
+    return (
+        part == "}" and opening >= 0 and bool(_QUANTIFIER.fullmatch(pattern[opening : place + 1]))
+    )
 
 
 def _literal(char: str) -> str:

@@ -16,11 +16,9 @@ MAX_LEVELS = 500
 by recursion, and 1,800 levels fit its stack."""
 _MAX_VISITS = 100_000
 """Objects and lists that are looked at; what needs more is too deep as well."""
-BY_NAME = frozenset(
-    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
-)
+BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Keywords whose values are schemas by name."""
-_CONTENTS = frozenset({"enum", "const", "default", "examples"})
+CONTENTS = frozenset({"enum", "const", "default", "examples"})
 """Keywords whose values are no schemas."""
 
 
@@ -203,7 +201,7 @@ class _Graph:
 
 def _inner(schema: Any) -> Iterator[Any]:
     """Schemas in a schema, and lists of them."""
-    return inner_schemas(schema, _CONTENTS)
+    return inner_schemas(schema, CONTENTS)
 
 
 def inner_schemas(schema: Any, contents: Collection[str]) -> Iterator[Any]:

@@ -16,6 +16,8 @@ from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import check_length, require
+from gateway.text.forms.formats import without_notes
+from gateway.text.forms.references import MAX_LEVELS, References, is_too_deep
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -76,6 +78,10 @@ def schema_grammar(schema: Any, field: str) -> Grammar:
     require(isinstance(schema, dict), field, "must be a JSON schema: an object")
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise _too_deep(field)
+    if is_too_deep(References(schema)):
+        rule = f"is nested too deeply through $ref: at most {MAX_LEVELS} levels are allowed"
+        raise RequestError(f"{field} {rule}", field)
+    schema = without_notes(schema)
     try:
         text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()

@@ -79,8 +79,10 @@ def _fits_type(value: Any, schema: Mapping[str, Any]) -> bool:
     kinds = [named] if isinstance(named, str) else named
     kind = kind_of(value)
     is_whole = kind == "number" and float(value).is_integer()
-    return kind in kinds or ("number" in kinds and kind == "integer") or (
-        "integer" in kinds and is_whole
+    return (
+        kind in kinds
+        or ("number" in kinds and kind == "integer")
+        or ("integer" in kinds and is_whole)
     )
 
 
