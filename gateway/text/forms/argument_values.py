@@ -16,11 +16,13 @@ from gateway.text.forms.alternatives import (
 )
 from gateway.text.forms.arguments import arguments_of
 from gateway.text.forms.clean_schema import TYPES
+from gateway.text.forms.text_rules import text_rules
 from gateway.text.forms.value_check import ValueCheck
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 """How templates that are not careful show earlier arguments, and models learn to write them."""
 _ALL = frozenset(TYPES)
+ANY_OPENING = "*"
 
 
 class ValueReader:
@@ -37,23 +39,34 @@ class ValueReader:
         """What writes the argument ``name``; ``is_text``: the call itself says whether it is one,
         None where its form does not tell."""
         schema = self._known.schema_of(name)
-        kinds = self._kinds(schema)
+        kinds, openings = self._kinds(schema)
         if kinds == {"string"} or (is_text and "string" in kinds):
             return _TextWriter()
         check = ValueCheck(self._known.clean)
-        return _AnyWriter(kinds, lambda value: check.fits(value, schema), is_json=is_text is False)
+        writer = _AnyWriter(kinds, lambda value: check.fits(value, schema), is_text is False)
+        writer.json_openings = ANY_OPENING if is_text is False else openings
+        return writer
 
-    def _kinds(self, schema: Any) -> frozenset[str]:
-        """Types of which a value may be."""
+    def _kinds(self, schema: Any) -> tuple[frozenset[str], str]:
+        """Types of which a value may be, and what only JSON can begin with."""
         try:
             found = alternatives(schema, self._known.clean, is_strict=False)
+            rules = text_rules(found, is_strict=False)
         except UnfollowedError:
-            return _ALL
-        return frozenset[str]().union(*map(kinds_of_alternative, found)) or _ALL
+            return _ALL, ""
+        kinds = frozenset[str]().union(*map(kinds_of_alternative, found)) or _ALL
+        if "string" not in kinds:
+            return kinds, ANY_OPENING
+        words = [word for rule in rules for word in rule.values or ("{", "[")]
+        return kinds, "".join(c for c in "{[" if not any(w.lstrip()[:1] == c for w in words))
 
 
 class ValueWriter(ABC):
     """Writes one value as JSON while its text comes in; the cuts of the text do not matter."""
+
+    json_openings = ""
+    """A text that begins with one of these is JSON, whose strings may hold any mark;
+    ``ANY_OPENING``: any text is."""
 
     @abstractmethod
     def feed(self, text: str) -> str:
@@ -97,7 +110,7 @@ class _AnyWriter(ValueWriter):
     ) -> None:
         self._kinds = kinds
         self._fits = fits
-        self._is_json = is_json
+        self._reads_strings = is_json
         self._pieces: list[str] = []
 
     def feed(self, text: str) -> str:
@@ -126,7 +139,7 @@ class _AnyWriter(ValueWriter):
         """Whether a text is read as this value. One that may be a string without quotes is read
         as one with them only where it may be anything."""
         if isinstance(value, str):
-            return self._kinds >= _ALL or (self._is_json and "string" in self._kinds)
+            return self._kinds >= _ALL or (self._reads_strings and "string" in self._kinds)
         kind = kind_of(value)
         is_kind = kind in self._kinds or (kind == "number" and "integer" in self._kinds)
         return is_kind and ("string" not in self._kinds or self._fits(value))

@@ -37,6 +37,7 @@ _IPV6 = "|".join(
     ]
 )
 _CHAR = rf"(?:[a-zA-Z0-9\-._~!$&'()*+,;=:@]|%{_HEX}{{2}})"
+_QUERY = f"(?:{_CHAR}|[/?])*"
 _ATOM = r"[a-zA-Z0-9!#$%&'*+\-/=?\^_`{|}~]+"
 FORMATS = MappingProxyType(
     {
@@ -49,7 +50,7 @@ FORMATS = MappingProxyType(
         "ipv4": _IPV4,
         "ipv6": _IPV6,
         "uuid": f"{_HEX}{{8}}-(?:{_HEX}{{4}}-){{3}}{_HEX}{{12}}",
-        "uri": rf"[a-zA-Z][a-zA-Z0-9+\-.]*:(?:{_CHAR}|/)+(?:\?(?:{_CHAR}|[/?])*)?(?:#(?:{_CHAR}|[/?])*)?",
+        "uri": rf"[a-zA-Z][a-zA-Z0-9+\-.]*:(?:{_CHAR}|/)+(?:\?{_QUERY})?(?:#{_QUERY})?",
     }
 )
 """Those that the compiler of grammars knows, as regular expressions."""

@@ -19,6 +19,7 @@ from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import EOS_ID, tiny_backend
 from tests.gateway.text.forms.examples import TOKENS, WEATHER, written
 from workers.requests.request import Grammar
+from workers.sampling.grammar import GrammarState
 from workers.sampling.grammar_compiler import GrammarCompiler
 
 FORMS = sorted(SYNTAXES, key=lambda form: form.name)
@@ -47,10 +48,14 @@ class Vocabulary:
         self.mark_ids = Tokenizer(self.backend).mark_ids
         self._compiler = GrammarCompiler(folder, self.backend.get_vocab_size(), [EOS_ID])
 
+    def start(self, grammar: Grammar) -> GrammarState:
+        """The state before any token."""
+        return self._compiler.compile(grammar).start()
+
     def allows(self, grammar: Grammar | None, text: str) -> bool:
         """Whether an answer may be ``text``, as a whole."""
         assert grammar is not None
-        state = self._compiler.compile(grammar).start()
+        state = self.start(grammar)
         for token in [*self.backend.encode(text, add_special_tokens=False).ids, EOS_ID]:
             if not bool(state.mask().allowed[token]):
                 return False
