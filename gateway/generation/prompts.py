@@ -223,10 +223,12 @@ class PromptMaker:
         is_cut = len(ids) < len(encoded)
         if rendered.form is ToolForm.HARMONY:
             opened = await asyncio.to_thread(self._open_message, text, ids, is_cut)
-            return self._with_channels(fields, opened), [(None, ids)]
+            formed = await asyncio.to_thread(self._with_channels, fields, opened)
+            return formed, [(None, ids)]
         has_thinking = rendered.has_thinking
         thinking = self._thinking(fields.chat, text, ids, is_cut) if has_thinking else None
-        return self._with_form(fields, rendered.form, thinking), [(None, ids)]
+        formed = await asyncio.to_thread(self._with_form, fields, rendered.form, thinking)
+        return formed, [(None, ids)]
 
     async def _make_all(
         self, fields: GenerateFields, facts: ModelFacts

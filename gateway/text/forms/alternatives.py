@@ -12,7 +12,7 @@ from typing import Any
 from gateway.text.forms.clean_schema import DEFINITION, TYPES, CleanSchema
 
 MAX_ALTERNATIVES = 512
-_MAX_STEPS = 20_000
+_MAX_STEPS = 5_000
 TYPES_BUT_TEXTS = tuple(kind for kind in TYPES if kind != "string")
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf")
 Piece = Mapping[str, Any]
@@ -37,7 +37,10 @@ def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alter
     Raises:
         UnfollowedError: there are too many, or, if strict, those of a ``oneOf`` may overlap.
     """
-    return _Expansion(clean, is_strict).of(schema, frozenset())
+    try:
+        return _Expansion(clean, is_strict).of(schema, frozenset())
+    except RecursionError as err:
+        raise UnfollowedError("is nested too deeply") from err
 
 
 class _Expansion:
@@ -46,6 +49,8 @@ class _Expansion:
         self._is_strict = is_strict
         self._steps_left = _MAX_STEPS
         self._own: dict[int, Alternative] = {}
+        self._known: dict[str, list[Alternative]] = {}
+        self._num_circles = 0
 
     def of(self, schema: Any, above: frozenset[str]) -> list[Alternative]:
         """Alternatives of a schema.
@@ -74,8 +79,7 @@ class _Expansion:
 
     def _applied(self, key: str, value: Any, above: frozenset[str]) -> list[Alternative]:
         if key == "$ref":
-            name = value.removeprefix(DEFINITION)
-            return [] if name in above else self.of(self._definitions[name], above | {name})
+            return self._named(value.removeprefix(DEFINITION), above)
         each = [self.of(one, above) for one in value]
         if key != "allOf":
             if key == "oneOf" and self._is_strict:
@@ -85,6 +89,19 @@ class _Expansion:
         for one in each:
             found = self._both(found, one)
         return found
+
+    def _named(self, name: str, above: frozenset[str]) -> list[Alternative]:
+        """Alternatives of a definition; kept where they do not depend on what leads here."""
+        if name in above:
+            self._num_circles += 1
+            return []
+        if name not in self._known:
+            before = self._num_circles
+            found = self.of(self._definitions[name], above | {name})
+            if self._num_circles != before:
+                return found
+            self._known[name] = found
+        return self._known[name]
 
     def _both(self, some: list[Alternative], more: list[Alternative]) -> list[Alternative]:
         self._use(len(some) * len(more))

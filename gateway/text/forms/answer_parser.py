@@ -85,6 +85,7 @@ class AnswerParser:
         self._waiting = ""
         self._passed = ""  # since a mark: text, if no call follows
         self._json = _ObjectEnd()
+        self._readers: dict[str, ValueReader] = {}
         self._values: ValueReader | None = None
         self._has_pairs = False
         self._value: _Value | None = None
@@ -253,7 +254,7 @@ class AnswerParser:
         if form.pairs is None:
             self._json, self._state = _ObjectEnd(), _State.OBJECT
         else:
-            self._values = ValueReader(self._tools[name])
+            self._values = self._readers.setdefault(name, ValueReader(self._tools[name]))
             self._has_pairs, self._state = False, _State.PAIR
         return True
 

@@ -22,6 +22,10 @@ from gateway.text.forms.alternatives import (
 )
 from gateway.text.forms.clean_schema import CleanSchema, clean_schema, unfollowed
 
+_MAX_ARGUMENTS = 2000
+"""Of all shapes; a grammar has no room for more."""
+_KEY = "arguments"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
@@ -61,11 +65,22 @@ def arguments_of(tool: Tool, is_strict: bool) -> Arguments:
     Raises:
         RequestError: it is strict, and not followed.
     """
+    if (known := tool.derived.get(_KEY)) is not None:
+        assert isinstance(known, Arguments), "this module puts it there"
+        return known
+    found = _arguments(tool, is_strict)
+    tool.derived[_KEY] = found
+    return found
+
+
+def _arguments(tool: Tool, is_strict: bool) -> Arguments:
     clean = clean_schema(tool, is_strict)
     try:
         found = alternatives(clean.root, clean, is_strict)
         objects = [one for one in found if "object" in kinds_of_alternative(one)]
         shapes = [shape for one in objects if (shape := _shape(one, is_strict)) is not None]
+        if sum(len(shape.properties) for shape in shapes) > _MAX_ARGUMENTS:
+            raise UnfollowedError(f"has more than {_MAX_ARGUMENTS} arguments")
         if is_strict and not shapes:
             raise UnfollowedError("allows no arguments")
     except UnfollowedError as err:

@@ -101,7 +101,7 @@ def call_rules(
         if sum(sizes) <= MAX_GRAMMAR_BYTES:
             break
         if not tools[place].is_strict:
-            by_tool[place] = arguments(replace(tools[place], parameters={}), place)
+            by_tool[place] = arguments(replace(tools[place], parameters={}, derived={}), place)
             sizes[place] = _size(by_tool[place])
     rule = f"have {sum(sizes)} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
     require(sum(sizes) <= MAX_GRAMMAR_BYTES, FIELD, rule)
@@ -110,7 +110,7 @@ def call_rules(
 
 def label_of(tool: Tool, part: str = "") -> str:
     """What a rule of a tool is about, for messages."""
-    return f"{tool.field} of {tool.name!r}{part and ': '}{part}"
+    return f"{tool.path} of {tool.name!r}{part and ': '}{part}"
 
 
 def lark_grammar(rules: Sequence[Rule | str], field: str) -> Grammar:

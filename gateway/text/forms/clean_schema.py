@@ -29,8 +29,10 @@ from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
 TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"
 """Begins every reference of a clean schema."""
-_MAX_NODES = 20_000
+_MAX_NODES = 10_000
 """Schemas in one, repeated for each reference to a schema within another."""
+_MAX_VALUES = 5000
+"""Of an ``enum``."""
 _REFUSED = frozenset(
     {
         *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
@@ -114,7 +116,7 @@ def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
     cleaner = _Cleaner(tool, is_strict)
     if is_too_deep(cleaner.references):
         if is_strict:
-            rule = f"is nested too deeply through $ref: at most {MAX_LEVELS} levels are allowed"
+            rule = f"is too large or nested too deeply through $ref: at most {MAX_LEVELS} levels"
             raise unfollowed(tool, (), rule)
         return CleanSchema({}, {})
     return cleaner.clean()
@@ -123,9 +125,7 @@ def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
 def unfollowed(tool: Tool, path: Sequence[str], rule: str) -> RequestError:
     """The error of a strict tool; ``path`` leads to the keyword that is not followed."""
     place = ".".join(path) or "the schema"
-    return RequestError(
-        f"{tool.field} of {tool.name!r}: {place} {rule} (strict is true)", tool.field
-    )
+    return RequestError(f"{tool.path} of {tool.name!r}: {place} {rule} (strict is true)", tool.path)
 
 
 @dataclass(slots=True)
@@ -325,8 +325,8 @@ def _names(value: Any) -> list[str]:
 
 
 def _values(value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise _Unfit("must be a list of values")
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_VALUES:
+        raise _Unfit(f"must be a list of 1 to {_MAX_VALUES} values")
     return value
 
 

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urljoin
 MAX_LEVELS = 500
 """Objects and lists within each other, references followed. The compiler of grammars follows them
 by recursion, and 1,800 levels fit its stack."""
-_MAX_VISITS = 100_000
+_MAX_VISITS = 20_000
 """Objects and lists that are looked at; what needs more is too deep as well."""
 BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Keywords whose values are schemas by name."""

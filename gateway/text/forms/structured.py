@@ -79,7 +79,7 @@ def schema_grammar(schema: Any, field: str) -> Grammar:
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise _too_deep(field)
     if is_too_deep(References(schema)):
-        rule = f"is nested too deeply through $ref: at most {MAX_LEVELS} levels are allowed"
+        rule = f"is too large or nested too deeply through $ref: at most {MAX_LEVELS} levels"
         raise RequestError(f"{field} {rule}", field)
     schema = without_notes(schema)
     try:

@@ -85,7 +85,7 @@ def _checked(tools: Sequence[Tool], names: FieldNames) -> list[Tool]:
         if tool.name in seen:
             raise RequestError(f"tools has {tool.name!r} twice", path)
         seen.add(tool.name)
-        found.append(replace(tool, field=f"{entry}.{names.parameters}"))
+        found.append(replace(tool, path=f"{entry}.{names.parameters}"))
         _check_schema(found[-1])
     return found
 
@@ -95,10 +95,10 @@ def _check_schema(tool: Tool) -> None:
     schema = tool.parameters or {}
     kind = schema.get("type", "object")
     is_object = "object" in kind if isinstance(kind, list) else kind == "object"
-    require(is_object, tool.field, "must be a JSON schema of an object")
+    require(is_object, tool.path, "must be a JSON schema of an object")
     most = MAX_SCHEMA_DEPTH if tool.is_strict else MAX_SHOWN_DEPTH
     rule = f"is nested too deeply: at most {most} levels"
-    require(not is_deeper(schema, most), tool.field, rule)
+    require(not is_deeper(schema, most), tool.path, rule)
 
 
 def is_name(text: str) -> bool:

@@ -30,6 +30,12 @@ class ValueCheck:
 
     def fits(self, value: Any, schema: Any) -> bool:
         """Whether a value follows a schema."""
+        try:
+            return self._fits(value, schema)
+        except RecursionError:
+            return True
+
+    def _fits(self, value: Any, schema: Any) -> bool:
         self._steps_left -= 1
         if self._steps_left < 0:
             return True
@@ -47,8 +53,8 @@ class ValueCheck:
         every = [*schema.get("allOf", ())]
         if "$ref" in schema:
             every.append(self._definitions[schema["$ref"].removeprefix(DEFINITION)])
-        return all(self.fits(value, one) for one in every) and all(
-            any(self.fits(value, one) for one in group) for group in some
+        return all(self._fits(value, one) for one in every) and all(
+            any(self._fits(value, one) for one in group) for group in some
         )
 
     def _fits_inside(self, value: Any, schema: Mapping[str, Any]) -> bool:
@@ -56,13 +62,13 @@ class ValueCheck:
             first = schema.get("prefixItems", [])
             rest = schema.get("items", True)
             schemas = [*first[: len(value)], *[rest] * (len(value) - len(first))]
-            return all(map(self.fits, value, schemas))
+            return all(map(self._fits, value, schemas))
         if isinstance(value, dict):
             named = schema.get("properties", {})
             others = schema.get("additionalProperties", True)
             has_patterns = bool(schema.get("patternProperties"))
             return all(name in value for name in schema.get("required", ())) and all(
-                self.fits(one, named.get(name, has_patterns or others))
+                self._fits(one, named.get(name, has_patterns or others))
                 for name, one in value.items()
             )
         return True

@@ -58,7 +58,7 @@ def grammar_of(schema: dict[str, Any], form: ToolForm, is_strict: bool = False) 
 
 
 def use_of(schema: dict[str, Any], is_strict: bool = False) -> ToolUse:
-    tool = Tool(name="f", parameters=schema, is_strict=is_strict, field="tools[0].parameters")
+    tool = Tool(name="f", parameters=schema, is_strict=is_strict, path="tools[0].parameters")
     return ToolUse(tools=(tool,), must_call=True, is_parallel=False)
 
 
