@@ -35,9 +35,11 @@ class CallIds:
 
     def __init__(self, form: ToolForm | None = None, used: Iterable[str] = ()) -> None:
         self._form = form
-        self._used = set(used)
-        numbers = (int(m[1]) for one in self._used if (m := _KIMI.fullmatch(one)))
-        self._next_number = max(numbers, default=-1) + 1
+        self._used: set[str] = set()
+        self._next_number = 0
+        self._num_derived: dict[str, int] = {}
+        for one in used:
+            self._take(one)
 
     def new(self, name: str, number: str | None = None) -> str:
         """The id of the next call.
@@ -50,24 +52,27 @@ class CallIds:
             return self._numbered(name, number)
         while (found := self._drawn()) in self._used:
             pass
-        self._used.add(found)
+        self._take(found)
         return found
 
     def fitting(self, given: str | None, name: str) -> str:
         """An id for an earlier call whose client calls it ``given``; the same for each answer."""
         pattern = _FITTING.get(self._form) if self._form is not None else None
-        if (
-            given is not None
-            and given not in self._used
-            and (not pattern or pattern.fullmatch(given))
-        ):
+        is_free = given is not None and given not in self._used
+        if given is not None and is_free and (pattern is None or pattern.fullmatch(given)):
             found = given
         elif self._form is ToolForm.KIMI:
             return self._numbered(name, None)
         else:
             found = self._derived(given or "")
-        self._used.add(found)
+        self._take(found)
         return found
+
+    def _take(self, call_id: str) -> None:
+        """A call has this id."""
+        self._used.add(call_id)
+        if written := _KIMI.fullmatch(call_id):
+            self._next_number = max(self._next_number, int(written[1]) + 1)
 
     def _drawn(self) -> str:
         if self._form is ToolForm.MISTRAL:
@@ -75,33 +80,28 @@ class CallIds:
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def _derived(self, given: str) -> str:
-        attempt = 0
+        """Nine letters and digits, others each time."""
         while True:
+            attempt = self._num_derived.get(given, 0)
+            self._num_derived[given] = attempt + 1
             digest = hashlib.sha256(f"{attempt}:{given}".encode("utf-8", "surrogatepass")).digest()
             found = "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest[:_MISTRAL_CHARS])
             if found not in self._used:
                 return found
-            attempt += 1
 
     def _numbered(self, name: str, number: str | None) -> str:
         found = f"functions.{name}:{number}"
         if number is None or found in self._used:
             found = f"functions.{name}:{self._next_number}"
-        self._used.add(found)
-        written = _KIMI.fullmatch(found)
-        self._next_number = max(self._next_number, int(written[1]) + 1 if written else 0)
+        self._take(found)
         return found
 
 
 def known_ids(messages: Sequence[Mapping[str, Any]], form: ToolForm | None) -> Collection[str]:
     """Ids of the calls in a conversation, as its template sees them."""
     shown = with_fitting_ids(messages, form)
-    return {
-        call["id"]
-        for message in shown
-        for call in _calls(message)
-        if isinstance(call.get("id"), str)
-    }
+    named = [call.get("id") for message in shown for call in _calls(message)]
+    return {one for one in named if isinstance(one, str)}
 
 
 def with_fitting_ids(
