@@ -62,7 +62,8 @@ class _Expansion:
         self._use(1)
         if not isinstance(schema, Mapping):
             return [()] if schema else []
-        own, found = self._own_piece(schema), [()]
+        own = self._own_piece(schema)
+        found: list[Alternative] = [()]
         for key, value in schema.items():
             if key in _APPLICATORS:
                 found = self._both(found, self._applied(key, value, above))

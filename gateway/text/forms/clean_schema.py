@@ -98,8 +98,9 @@ def closed(schema: Any) -> Mapping[str, Any]:
         return _ANY
     if "properties" not in schema or not _OPENING.isdisjoint(schema):
         return schema
-    others = {name: {} for name in schema.get("required", ()) if name not in schema["properties"]}
-    properties = {**schema["properties"], **others}
+    named = schema["properties"]
+    others: dict[str, Any] = {name: {} for name in schema.get("required", ()) if name not in named}
+    properties = {**named, **others}
     return {**schema, "properties": properties, "additionalProperties": False}
 
 

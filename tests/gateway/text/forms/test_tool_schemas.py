@@ -104,8 +104,22 @@ def test_every_form_takes_the_examples_and_gives_them_back(
 def test_what_a_model_may_write_follows_the_schema(
     case: Case, form: ToolForm, vocabulary: Vocabulary
 ) -> None:
+    check_walks(case, form, vocabulary, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_what_many_models_may_write_follows_the_schema(
+    case: Case, form: ToolForm, vocabulary: Vocabulary
+) -> None:
+    assert check_walks(case, form, vocabulary, 12) > 0, "some come to an end"
+
+
+def check_walks(case: Case, form: ToolForm, vocabulary: Vocabulary, count: int) -> int:
+    """Draw answers and check the arguments of those that end; how many do."""
     grammar = grammar_of(case.schema, form)
-    texts = [walk(vocabulary, grammar, form, seed) for seed in range(4)]
+    texts = [walk(vocabulary, grammar, form, seed) for seed in range(count)]
     for text in filter(None, texts):
         arguments = read(case.schema, form, text)
         try:
@@ -113,6 +127,7 @@ def test_what_a_model_may_write_follows_the_schema(
         except jsonschema.ValidationError as err:
             if err.validator not in ("uniqueItems", "propertyNames"):  # not followed by any form
                 raise
+    return sum(text is not None for text in texts)
 
 
 def walk(vocabulary: Vocabulary, grammar: Grammar, form: ToolForm, seed: int) -> str | None:
