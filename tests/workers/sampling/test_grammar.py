@@ -441,5 +441,5 @@ def test_only_parts_that_do_not_compile_are_weakened(compiler: GrammarCompiler) 
 def test_a_part_without_a_fallback_is_named(compiler: GrammarCompiler) -> None:
     text = TWO_RULES % ('"x"', UNSATISFIABLE)
     grammar = Grammar(kind=GrammarKind.LARK, text=text, field="tools", parts=parts_of('"z"', None))
-    with pytest.raises(RequestError, match="^tool 1 cannot be used as a grammar"):
+    with pytest.raises(RequestError, match=r"^tool 1 cannot be used as a grammar"):
         compiler.compile(grammar)

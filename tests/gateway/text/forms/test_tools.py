@@ -425,7 +425,8 @@ def test_a_second_call_that_is_cut_is_told_as_far_as_it_came(
     assert {piece["index"] for piece in pieces} == set(range(len(expected)))
     assert [e["finish_reason"] for e in entries if e["finish_reason"]] == ["length"]
 
-    flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    functions: list[Any] = [tool["function"] for tool in TOOLS]
+    flat = [{"type": "function", **function} for function in functions]
     asked = {"input": "hi", "tools": flat, "tool_choice": choice, "max_output_tokens": most}
     response = post(tool_stack, "/v1/responses", **asked).json()
     items = [(one["name"], one["arguments"], one["status"]) for one in response["output"]]
@@ -434,10 +435,7 @@ def test_a_second_call_that_is_cut_is_told_as_far_as_it_came(
     assert response["status"] == "incomplete"
     assert response["incomplete_details"] == {"reason": "max_output_tokens"}
 
-    named = [
-        {"name": tool["function"]["name"], "input_schema": tool["function"].get("parameters", {})}
-        for tool in TOOLS
-    ]
+    named = [{"name": f["name"], "input_schema": f.get("parameters", {})} for f in functions]
     kind = {"required": "any", "auto": "auto"}[choice]
     wanted: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": most}
     wanted |= {"tools": named, "tool_choice": {"type": kind}}
