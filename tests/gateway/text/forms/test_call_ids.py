@@ -11,6 +11,8 @@ from gateway.core.tool_use import Tool, ToolForm, ToolUse
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_ids import CallIds, known_ids, with_fitting_ids
+from tests.gateway.fakes import saying, tiny_tokenizer
+from tests.gateway.stack import MODEL, post, running_stack
 from tests.gateway.text.forms.examples import written
 
 MISTRAL = re.compile(r"[a-zA-Z0-9]{9}")
@@ -109,3 +111,44 @@ def test_a_template_that_demands_nine_letters_takes_any_conversation() -> None:
 def test_drawn_ids_differ_from_used_ones() -> None:
     ids = CallIds(ToolForm.MISTRAL)
     assert len({ids.new("f") for _ in range(500)}) == 500
+
+
+def test_every_protocol_has_the_ids_of_the_template() -> None:
+    """Ids of another server are taken, and those of an answer fit the next turn."""
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    flat, user = {"type": "function", **function}, {"role": "user", "content": "go"}
+    messages = [user, called("call_of_another_server"), result("call_of_another_server", "7")]
+    messages[1]["tool_calls"][0]["function"]["arguments"] = "{}"
+    with running_stack(tokenizer=tiny_tokenizer(TEMPLATE)) as stack:
+        stack.engine.script = saying(written(ToolForm.MISTRAL, [("f", {}), ("f", {})]))
+        tools = [{"type": "function", "function": function}]
+        chat = post(stack, "/v1/chat/completions", messages=messages, tools=tools).json()
+        calls = chat["choices"][0]["message"]["tool_calls"]
+        assert len({call["id"] for call in calls}) == 2
+        assert all(MISTRAL.fullmatch(call["id"]) for call in calls)
+
+        response = post(stack, "/v1/responses", input="go", tools=[flat]).json()
+        items = response["output"]
+        assert all(MISTRAL.fullmatch(item["call_id"]) for item in items)
+        outputs = [
+            {"type": "function_call_output", "call_id": item["call_id"], "output": "7"}
+            for item in items
+        ]
+        going_on = post(stack, "/v1/responses", input=[user, *items, *outputs], tools=[flat])
+        assert going_on.status_code == 200, going_on.text
+
+        offered = [{"name": "f", "input_schema": function["parameters"]}]
+        fields: dict[str, Any] = {"model": MODEL, "max_tokens": 99, "tools": offered}
+        message = post(stack, "/v1/messages", messages=[user], **fields).json()
+        blocks = message["content"]
+        assert all(MISTRAL.fullmatch(block["id"]) for block in blocks)
+        results = [
+            {"type": "tool_result", "tool_use_id": block["id"], "content": "7"} for block in blocks
+        ]
+        turns = [
+            user,
+            {"role": "assistant", "content": blocks},
+            {"role": "user", "content": results},
+        ]
+        going_on = post(stack, "/v1/messages", messages=turns, **fields)
+        assert going_on.status_code == 200, going_on.text
