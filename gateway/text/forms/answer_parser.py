@@ -10,13 +10,13 @@ Harmony has a parser of its own (``gateway.text.harmony.parser``).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection
 from enum import Enum, auto
 
 from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
-from gateway.text.forms.argument_values import ANY_OPENING, ValueReader, ValueWriter
+from gateway.text.forms.argument_text import ArgumentText, ObjectEnd
+from gateway.text.forms.argument_values import ValueReader
 from gateway.text.forms.call_ids import CallIds
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, PairSyntax, Slot
 from gateway.text.forms.marks import Outcome, Reading, cut, may_begin, overlap, read_parts
@@ -27,8 +27,6 @@ MAX_WAITING_CHARS = 512
 waits for its end."""
 _PIECE_CHARS = 4096
 """Read at a time, so that the work is in proportion to the text."""
-_STRING_REST = re.compile(r'(?:[^"\\]|\\.)*("?)', re.DOTALL)
-"""Of a JSON string, up to its end or to an escape that is cut."""
 
 
 class _State(Enum):
@@ -84,11 +82,11 @@ class AnswerParser:
         self._breaks = ""  # at the end of reasoning so far
         self._waiting = ""
         self._passed = ""  # since a mark: text, if no call follows
-        self._json = _ObjectEnd()
+        self._json = ObjectEnd()
         self._readers: dict[str, ValueReader] = {}
         self._values: ValueReader | None = None
         self._has_pairs = False
-        self._value: _Value | None = None
+        self._value: ArgumentText | None = None
         self.num_begun = 0
         """Calls whose name is known."""
         self.num_complete = 0
@@ -242,7 +240,11 @@ class AnswerParser:
         name = reading.slots.get(Slot.NAME, "")
         if outcome is not Outcome.WHOLE or name not in self._tools:
             is_cut = outcome is Outcome.PARTIAL and self._has_room
-            if is_cut and self._must_call and (cut_name := self._name_of_cut(name)):
+            if (
+                is_cut
+                and self._must_call
+                and (cut_name := _name_of_cut(name, self._words, self._tools))
+            ):
                 self._begin_call(cut_name, reading, found)
                 self._passed, self._waiting, self._state = "", "", _State.TEXT
                 return True
@@ -252,7 +254,7 @@ class AnswerParser:
         self._waiting, self._passed = self._waiting[reading.end :].lstrip(), ""
         self._skips_breaks = False
         if form.pairs is None:
-            self._json, self._state = _ObjectEnd(), _State.OBJECT
+            self._json, self._state = ObjectEnd(), _State.OBJECT
         else:
             self._values = self._readers.setdefault(name, ValueReader(self._tools[name]))
             self._has_pairs, self._state = False, _State.PAIR
@@ -264,17 +266,6 @@ class AnswerParser:
         call_id = self._ids.new(name, reading.slots.get(Slot.NUMBER) or None)
         found.add_call(CallDelta(self.num_begun, "", call_id, name))
         self.num_begun += 1
-
-    def _name_of_cut(self, begun: str) -> str:
-        """The function in a head that the answer's end cuts; empty where it may be several.
-
-        Args:
-            begun: its name, or the beginning of it.
-        """
-        if begun in self._tools and not self._words.endswith(begun):
-            return begun
-        fitting = [name for name in self._tools if name.startswith(begun)]
-        return fitting[0] if len(fitting) == 1 else ""
 
     def _fail(self, found: PieceBuilder, is_cut: bool) -> None:
         """Go on with text: what looked like a call is none.
@@ -353,14 +344,13 @@ class AnswerParser:
             said = reading.slots.get(Slot.IS_TEXT)
             assert self._values is not None, "a head was read"
             writer = self._values.writer(key, None if said is None else said == "true")
-            self._value = _Value(writer, pairs)
+            self._value = ArgumentText(writer, pairs)
             self._waiting, self._state = self._waiting[reading.end :], _State.VALUE
             return True
         if is_open and self._has_room:
-            end = str(pairs.head[pairs.head.index(Slot.KEY) + 1]).strip()
-            kept = key[: len(key) - overlap(key, (end,))]
-            opening = (", " if self._has_pairs else "{") + json.dumps(kept, ensure_ascii=False)
-            self._add(opening[:-1] if kept else "", found)
+            key = _without_mark(key, pairs)
+            opening = (", " if self._has_pairs else "{") + json.dumps(key, ensure_ascii=False)
+            self._add(opening[:-1] if key else "", found)
             self._waiting = ""
         self._state = _State.TEXT
         return True
@@ -374,114 +364,6 @@ class AnswerParser:
         return is_end
 
 
-class _ObjectEnd:
-    """Finds the end of a JSON object, piece by piece."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._is_string = False
-        self._is_escaped = False
-
-    def read(self, text: str) -> tuple[str, bool]:
-        """What of a text belongs to the object, and whether that ends there."""
-        for place, char in enumerate(text):
-            if self._is_string:
-                if self._is_escaped:
-                    self._is_escaped = False
-                elif char == "\\":
-                    self._is_escaped = True
-                elif char == '"':
-                    self._is_string = False
-            elif char == '"':
-                self._is_string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    return text[: place + 1], True
-        return text, False
-
-
-class _Value:
-    """One value of the arguments that are written one by one."""
-
-    def __init__(self, writer: ValueWriter, syntax: PairSyntax) -> None:
-        self._writer = writer
-        self._end = syntax.end
-        self._has_breaks = syntax.has_breaks
-        self._is_begun = not syntax.has_breaks
-        self._is_json: bool | None = None  # not known yet
-        self._held = ""  # JSON, whose strings may hold the mark
-        self._strings = _StringsEnd()
-
-    def read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """The text that is left, the JSON text of the rest, and whether the value ends there."""
-        if not self._is_begun and (text or is_last):
-            text, self._is_begun = text.removeprefix("\n"), True
-        if self._is_json is None:
-            openings, first = self._writer.json_openings, text.lstrip()[:1]
-            if openings and not (first or is_last):
-                return text, "", False
-            self._is_json = openings == ANY_OPENING or (first != "" and first in openings)
-        return self._read_json(text, is_last) if self._is_json else self._read(text, is_last)
-
-    def _read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        value, mark, rest = cut(text, (self._end,))
-        if mark:
-            return rest, self._written(value), True
-        marks = (self._end, f"\n{self._end}") if self._has_breaks else (self._end,)
-        kept = overlap(value, marks)
-        certain, rest = value[: len(value) - kept], value[len(value) - kept :]
-        if is_last:  # a mark that the answer's end cuts is no part of the value
-            return "", self._writer.feed(certain) + self._writer.give_up(), False
-        return rest, self._writer.feed(certain), False
-
-    def _read_json(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """The same for JSON; where its strings do not end, the first mark ends the value."""
-        held = self._held + text
-        place = self._strings.find(held, self._end)
-        if place < 0 and not is_last:
-            self._held = held
-            return "", "", False
-        if place < 0:
-            return self._read(held, is_last)
-        return held[place + len(self._end) :], self._written(held[:place]), True
-
-    def _written(self, value: str) -> str:
-        value = value.removesuffix("\n") if self._has_breaks else value
-        return self._writer.feed(value) + self._writer.finish()
-
-
-class _StringsEnd:
-    """Finds a mark outside of the strings of a JSON text that grows."""
-
-    def __init__(self) -> None:
-        self._place = 0
-        self._is_string = False
-
-    def find(self, text: str, mark: str) -> int:
-        """Where the mark begins; -1: nowhere yet."""
-        while self._place < len(text):
-            if self._is_string:
-                quote = _STRING_REST.match(text, self._place)
-                assert quote is not None, "it matches an empty text"
-                self._place = quote.end()
-                if not quote[1]:
-                    return -1
-                self._is_string = False
-                continue
-            opening = text.find('"', self._place)
-            found = text.find(mark, self._place)
-            if found >= 0 and (opening < 0 or found < opening):
-                return found
-            if opening < 0:
-                self._place = len(text) - overlap(text, (mark,))
-                return -1
-            self._place, self._is_string = opening + 1, True
-        return -1
-
-
 def _look_ahead(reading: Reading, text: str, ahead: tuple[str, ...]) -> Outcome:
     """Whether a head is whole, and one of some texts stands behind it."""
     if reading.outcome is not Outcome.WHOLE:
@@ -490,3 +372,23 @@ def _look_ahead(reading: Reading, text: str, ahead: tuple[str, ...]) -> Outcome:
     if behind.startswith(ahead):
         return Outcome.WHOLE
     return Outcome.PARTIAL if may_begin(behind, ahead) else Outcome.BROKEN
+
+
+def _name_of_cut(begun: str, text: str, names: Collection[str]) -> str:
+    """The function in a head that the answer's end cuts; empty where it may be several.
+
+    Args:
+        begun: its name, or the beginning of it.
+        text: the head so far.
+        names: of the functions.
+    """
+    if begun in names and not text.endswith(begun):
+        return begun
+    fitting = [name for name in names if name.startswith(begun)]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _without_mark(key: str, pairs: PairSyntax) -> str:
+    """The name of an argument without the beginning of the mark behind it."""
+    end = str(pairs.head[pairs.head.index(Slot.KEY) + 1]).strip()
+    return key[: len(key) - overlap(key, (end,))]
