@@ -240,11 +240,8 @@ class AnswerParser:
         name = reading.slots.get(Slot.NAME, "")
         if outcome is not Outcome.WHOLE or name not in self._tools:
             is_cut = outcome is Outcome.PARTIAL and self._has_room
-            if (
-                is_cut
-                and self._must_call
-                and (cut_name := _name_of_cut(name, self._words, self._tools))
-            ):
+            cut_name = _name_of_cut(name, self._words, self._tools) if is_cut else ""
+            if cut_name and self._must_call:
                 self._begin_call(cut_name, reading, found)
                 self._passed, self._waiting, self._state = "", "", _State.TEXT
                 return True
@@ -319,14 +316,10 @@ class AnswerParser:
             self._state = _State.TAIL
         return is_end
 
-    @property
-    def _pairs(self) -> PairSyntax:
-        assert self._form.pairs is not None, "only forms with pairs come here"
-        return self._form.pairs
-
     def _read_pair(self, found: PieceBuilder, is_last: bool) -> bool:
         """Up to the next value, or to the end of the arguments."""
-        pairs = self._pairs
+        pairs = self._form.pairs
+        assert pairs is not None, "only forms with pairs come here"
         if self._skip(pairs.close):
             self._add("}" if self._has_pairs else "{}", found)
             self.num_complete += 1
@@ -341,9 +334,8 @@ class AnswerParser:
         if reading.outcome is Outcome.WHOLE:
             self._add(f"{opening}: ", found)
             self._has_pairs = True
-            said = reading.slots.get(Slot.IS_TEXT)
             assert self._values is not None, "a head was read"
-            writer = self._values.writer(key, None if said is None else said == "true")
+            writer = self._values.writer(key, reading.slots.get(Slot.IS_TEXT))
             self._value = ArgumentText(writer, pairs)
             self._waiting, self._state = self._waiting[reading.end :], _State.VALUE
             return True

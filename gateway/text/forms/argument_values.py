@@ -35,16 +35,20 @@ class ValueReader:
     def __init__(self, tool: Tool) -> None:
         self._known = arguments_of(tool, is_strict=False)
 
-    def writer(self, name: str, is_text: bool | None = None) -> ValueWriter:
-        """What writes the argument ``name``; ``is_text``: the call itself says whether it is one,
-        None where its form does not tell."""
+    def writer(self, name: str, said: str | None = None) -> ValueWriter:
+        """What writes an argument.
+
+        Args:
+            name: of the argument.
+            said: ``true`` or ``false``: the call says whether it is a text; None: it does not say.
+        """
         schema = self._known.schema_of(name)
         kinds, openings = self._kinds(schema)
-        if kinds == {"string"} or (is_text and "string" in kinds):
+        if kinds == {"string"} or (said == "true" and "string" in kinds):
             return _TextWriter()
         check = ValueCheck(self._known.clean)
-        writer = _AnyWriter(kinds, lambda value: check.fits(value, schema), is_text is False)
-        writer.json_openings = ANY_OPENING if is_text is False else openings
+        writer = _AnyWriter(kinds, lambda value: check.fits(value, schema), said == "false")
+        writer.json_openings = ANY_OPENING if said == "false" else openings
         return writer
 
     def _kinds(self, schema: Any) -> tuple[frozenset[str], str]:
