@@ -78,7 +78,7 @@ class Tool:
     path: str = "tools"
     """The client's field that has its schema, for messages."""
     derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What was found of its schema; filled by ``gateway.text.forms.arguments``."""
+    """What was found of its schema; filled by ``gateway.text.schemas.arguments``."""
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it: OpenAI's form."""

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.core.tool_use import Tool
-from gateway.text.forms.alternatives import (
+from gateway.text.schemas.alternatives import (
     UnfollowedError,
     alternatives,
     kind_of,
     kinds_of_alternative,
 )
-from gateway.text.forms.arguments import arguments_of
-from gateway.text.forms.clean_schema import TYPES
-from gateway.text.forms.text_rules import text_rules
-from gateway.text.forms.value_check import ValueCheck
+from gateway.text.schemas.arguments import arguments_of
+from gateway.text.schemas.clean_schema import TYPES
+from gateway.text.schemas.text_rules import text_rules
+from gateway.text.schemas.value_check import ValueCheck
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 """How templates that are not careful show earlier arguments, and models learn to write them."""

@@ -10,9 +10,9 @@ from typing import Any
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool
-from gateway.text.forms.clean_schema import clean_schema, closed
-from gateway.text.forms.patterns import in_grammar
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES
+from gateway.text.schemas.clean_schema import clean_schema, closed
+from gateway.text.schemas.patterns import in_grammar
 from workers.requests.request import Grammar, GrammarKind, GrammarPart
 
 FIELD = "tools"

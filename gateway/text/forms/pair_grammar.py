@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.core.tool_use import Tool
-from gateway.text.forms.alternatives import (
+from gateway.text.forms.call_grammar import Rule, json_rule, label_of, mark
+from gateway.text.forms.call_syntax import PairSyntax, Part, Slot
+from gateway.text.schemas.alternatives import (
     TYPES_BUT_TEXTS,
     UnfollowedError,
     alternatives,
     kinds_of_alternative,
 )
-from gateway.text.forms.arguments import Arguments, Shape, arguments_of
-from gateway.text.forms.call_grammar import Rule, json_rule, label_of, mark
-from gateway.text.forms.call_syntax import PairSyntax, Part, Slot
-from gateway.text.forms.clean_schema import unfollowed
-from gateway.text.forms.patterns import full_match, in_grammar
-from gateway.text.forms.text_rules import TextRule, text_rules
+from gateway.text.schemas.arguments import Arguments, Shape, arguments_of
+from gateway.text.schemas.clean_schema import unfollowed
+from gateway.text.schemas.patterns import full_match, in_grammar
+from gateway.text.schemas.text_rules import TextRule, text_rules
 
 BREAK = "BREAK?"
 BREAK_RULE = r"BREAK: /[ \n]/"

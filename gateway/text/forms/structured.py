@@ -16,14 +16,12 @@ from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import check_length, require
-from gateway.text.forms.formats import without_notes
-from gateway.text.forms.references import MAX_LEVELS, References, is_too_deep
+from gateway.text.schemas.formats import without_notes
+from gateway.text.schemas.references import MAX_LEVELS, MAX_SCHEMA_DEPTH, References, is_too_deep
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 """UTF-8 bytes of a schema (as compact JSON), regular expression, list of choices or grammar."""
-MAX_SCHEMA_DEPTH = 32
-"""Levels of objects and lists in a JSON schema."""
 _ANY_OBJECT = '{"type":"object"}'
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 

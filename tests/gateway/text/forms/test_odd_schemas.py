@@ -10,9 +10,9 @@ import pytest
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import ToolForm
 from gateway.text.forms.answer_parser import AnswerParser
-from gateway.text.forms.references import MAX_LEVELS
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, schema_grammar
 from gateway.text.forms.tools import make_tool_use
+from gateway.text.schemas.references import MAX_LEVELS
 from tests.gateway.text.forms.examples import written
 from tests.gateway.text.forms.test_answer_grammar import PAIR_FORMS, Vocabulary
 from tests.gateway.text.forms.test_tool_schemas import grammar_of, use_of

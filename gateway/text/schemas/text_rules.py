@@ -6,14 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.text.forms.alternatives import (
+from gateway.text.schemas.alternatives import (
     Alternative,
     UnfollowedError,
     kinds_of_alternative,
     values_of,
 )
-from gateway.text.forms.formats import FORMATS
-from gateway.text.forms.patterns import full_match, in_grammar, without
+from gateway.text.schemas.formats import FORMATS
+from gateway.text.schemas.patterns import full_match, in_grammar, without
 
 
 @dataclass(frozen=True, slots=True)

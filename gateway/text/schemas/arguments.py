@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from gateway.core.tool_use import Tool
-from gateway.text.forms.alternatives import (
+from gateway.text.schemas.alternatives import (
     Alternative,
     Piece,
     UnfollowedError,
@@ -20,7 +20,7 @@ from gateway.text.forms.alternatives import (
     kinds_of_alternative,
     values_of,
 )
-from gateway.text.forms.clean_schema import CleanSchema, clean_schema, unfollowed
+from gateway.text.schemas.clean_schema import CleanSchema, clean_schema, unfollowed
 
 _MAX_ARGUMENTS = 2000
 """Of all shapes; a grammar has no room for more."""

@@ -15,16 +15,16 @@ from typing import Any
 
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool
-from gateway.text.forms.formats import is_known
-from gateway.text.forms.references import (
+from gateway.text.schemas.formats import is_known
+from gateway.text.schemas.references import (
     MAX_LEVELS,
+    MAX_SCHEMA_DEPTH,
     References,
     Target,
     base_of,
     inner_schemas,
     is_too_deep,
 )
-from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
 
 TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urljoin
 
+MAX_SCHEMA_DEPTH = 32
+"""Levels of objects and lists in a JSON schema, references not followed."""
 MAX_LEVELS = 500
 """Objects and lists within each other, references followed. The compiler of grammars follows them
 by recursion, and 1,800 levels fit its stack."""

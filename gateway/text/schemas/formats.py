@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from gateway.text.forms.references import BY_NAME, CONTENTS
+from gateway.text.schemas.references import BY_NAME, CONTENTS
 
 _YEAR_DAY = (
     "[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"

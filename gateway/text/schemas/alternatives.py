@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gateway.text.forms.clean_schema import DEFINITION, TYPES, CleanSchema
+from gateway.text.schemas.clean_schema import DEFINITION, TYPES, CleanSchema
 
 MAX_ALTERNATIVES = 512
 _MAX_STEPS = 5_000

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.text.forms.alternatives import kind_of
-from gateway.text.forms.clean_schema import DEFINITION, CleanSchema
+from gateway.text.schemas.alternatives import kind_of
+from gateway.text.schemas.clean_schema import DEFINITION, CleanSchema
 
 _MAX_STEPS = 10_000
 _LEAST = {"string": "minLength", "array": "minItems", "object": "minProperties"}
