@@ -18,7 +18,8 @@ from gateway.core.call import CallKind, GenerateFields
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
 from gateway.grpc.convert import grpc_fields
 from gateway.http.convert import chat_fields, completion_fields
-from gateway.http.parse import NoCollections, parse_body, parse_json
+from gateway.core.json_text import NoCollections
+from gateway.http.parse import parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
 from gateway.http.unsupported import check_unbuilt
