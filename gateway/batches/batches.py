@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -68,7 +69,7 @@ class BatchRoutes:
 
     async def make(self, request: Request) -> Response:
         """Store a batch: a gateway that has time for it will run it."""
-        body = parse_body(BatchBody, await read_json(request, self._gateway))
+        body = await read_json(request, self._gateway, partial(parse_body, BatchBody))
         rule = f"({body.endpoint[:64]!r}) must be one of {', '.join(ENDPOINTS)}"
         require(body.endpoint in ENDPOINTS, "endpoint", rule)
         rule = f"({body.completion_window[:32]!r}) must be 24h"

@@ -36,6 +36,7 @@ from gateway.cluster.view import (
 from gateway.core.call import CallKind, GenerateCall, GenerateFields
 from gateway.core.errors import ErrorReport, report_error
 from gateway.core.field_checks import check_fields
+from gateway.core.long_work import LongWork
 from gateway.core.model import ModelFacts, model_facts
 from gateway.core.replay import ReplayCause
 from gateway.core.request_id import REQUEST_ID
@@ -93,7 +94,10 @@ class Gateway:
         self.config = config
         self.limits = config.gateway
         self.tokenizer = tokenizer
-        self.prompts = PromptMaker(tokenizer, config.gateway.trust_request_chat_template)
+        self.long_work = LongWork()
+        self.prompts = PromptMaker(
+            tokenizer, config.gateway.trust_request_chat_template, self.long_work
+        )
         self.cluster = cluster
         self.engines = engines
         self.name = name
@@ -181,6 +185,11 @@ class Gateway:
             self.running.fail(server_ends())
         return left
 
+    def close(self) -> None:
+        """End its thread and process for long work; never waits."""
+        self.prompts.stop()
+        self.long_work.stop()
+
     def has_left(self, now_s: float) -> bool:
         """Whether load balancers had ``leaving_lead_s`` to notice that the gateway leaves."""
         since_s = self._leaves_since_s
@@ -233,7 +242,10 @@ class Gateway:
         async def make(facts: ModelFacts) -> GenerateCall:
             complete, prompts = await self.prompts.make(fields, facts)
             bad_words = await self.prompts.bad_words(complete)
-            call = finish_call(complete, prompts, facts, self._draw_seed, bad_words)
+            size = sum(len(ids) for _, ids in prompts) + len(complete.allowed_token_ids or ())
+            call = await self.long_work.run(
+                size, finish_call, complete, prompts, facts, self._draw_seed, bad_words
+            )
             if complete.stop:
                 self.prompts.require_tokenizer("stop")
             if complete.grammar is not None:

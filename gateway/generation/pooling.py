@@ -97,7 +97,8 @@ class Reader:
         async def make(facts: ModelFacts) -> list[CallPrompt]:
             nonlocal names, is_multi
             ids = await self._ids(prompts, facts, fields, "input")
-            ids = keep_unmasked(ids, masks, facts)
+            size = sum(map(len, ids))
+            ids = await self._gateway.long_work.run(size, keep_unmasked, ids, masks, facts)
             names = facts.labels or tuple(labels)
             is_multi = facts.problem_type == "multi_label_classification"
             if facts.labels:
@@ -138,7 +139,13 @@ class Reader:
             behind = await self._ids(documents, facts, fields, other, special=False)
             if len(before) == 1:
                 before *= len(behind)
-            return [scored_prompt(*pair, name) for pair in zip(before, behind, strict=True)]
+            pairs = list(zip(before, behind, strict=True))
+
+            def join() -> list[CallPrompt]:
+                return [scored_prompt(*pair, name) for pair in pairs]
+
+            size = sum(len(first) + len(second) for first, second in pairs)
+            return await self._gateway.long_work.run(size, join)
 
         found, usage = await self.read(make, "score", other, fields)
         rows = [as_numpy(one.arrays[0]) for one in found]
@@ -155,7 +162,12 @@ class Reader:
             raise RequestError(f"prompts times labels ({count}) must be at most {most}", "labels")
         tokens = await self._gateway.prompts.make_ids(labels, facts, False, "labels")
         require(all(tokens), "labels", "must not contain an empty text")
-        return [scored_prompt(one, label, "input") for one in ids for label in tokens]
+
+        def join() -> list[CallPrompt]:
+            return [scored_prompt(one, label, "input") for one in ids for label in tokens]
+
+        size = len(tokens) * sum(map(len, ids)) + len(ids) * sum(map(len, tokens))
+        return await self._gateway.long_work.run(size, join)
 
     async def _ids(
         self,
@@ -169,7 +181,8 @@ class Reader:
         check_batch(field, len(prompts), self._gateway.limits.max_batch_prompts)
         special = special and fields.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
-        check_prompts(field, ids, facts)
+        size = sum(map(len, ids))
+        await self._gateway.long_work.run(size, check_prompts, field, ids, facts)
         return ids
 
     async def read(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError
 from cluster.core.release import RELEASE, installed_version
-from gateway.core.call import GenerateFields
+from gateway.core.call import ChatInput, GenerateFields
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
 from gateway.core.headers import with_headers
@@ -164,13 +164,9 @@ class HttpApi:
 
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
-        data = await read_json(request, gateway)
+        body, chat = await read_json(request, gateway, _read_tokenize)
         async with within_time(request, gateway):
-            check_unbuilt(data, "tokenize")
-            body = parse_body(TokenizeBody, data)
             gateway.check_model(body.model)
-            given_one(prompt=body.prompt, messages=body.messages)
-            chat = chat_input(body) if body.prompt is None else None
             ids = await gateway.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
             tokenizer = gateway.prompts.require_tokenizer("prompt")
             facts = gateway.facts
@@ -180,15 +176,15 @@ class HttpApi:
                 named = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
                 return dump_long({**head, "tokens": ids, "token_strs": named})
 
-            return _answer(await asyncio.to_thread(render))
+            return _answer(await gateway.long_work.run(len(ids), render))
 
     async def detokenize(self, request: Request) -> Response:
-        data = await read_json(request, self._gateway)
-        async with within_time(request, self._gateway):
-            body = parse_body(DetokenizeBody, data)
-            self._gateway.check_model(body.model)
-            facts = self._gateway.require_facts()
-            return _answer({"prompt": await self._gateway.prompts.decode(body.tokens, facts)})
+        gateway = self._gateway
+        body = await read_json(request, gateway, partial(parse_body, DetokenizeBody))
+        async with within_time(request, gateway):
+            gateway.check_model(body.model)
+            text = await gateway.prompts.decode(body.tokens, gateway.require_facts())
+            return _answer(await gateway.long_work.run(len(text), dump_json, {"prompt": text}))
 
     async def health(self, request: Request) -> Response:
         return Response(status_code=200)
@@ -252,14 +248,21 @@ class HttpApi:
         }
 
 
-class GenerateEndpoint(WatchedEndpoint):
+def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None]:
+    check_unbuilt(data, "tokenize")
+    body = parse_body(TokenizeBody, data)
+    given_one(prompt=body.prompt, messages=body.messages)
+    return body, chat_input(body) if body.prompt is None else None
+
+
+class GenerateEndpoint(WatchedEndpoint[tuple[GenerateBody, GenerateFields]]):
     def __init__(self, gateway: Gateway, kind: Literal["completion", "chat"]) -> None:
         super().__init__(gateway)
         self._kind = kind
         self._format = ChatFormat if kind == "chat" else CompletionFormat
         self._fingerprint = f"expertmesh-{RELEASE}-{gateway.config.fingerprint()}"
 
-    def _parse(self, data: dict[str, Any]) -> tuple[GenerateBody, GenerateFields]:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[GenerateBody, GenerateFields]:
         check_unbuilt(data, self._kind)
         body: GenerateBody
         if self._kind == "chat":
@@ -272,11 +275,15 @@ class GenerateEndpoint(WatchedEndpoint):
             raise RequestError("stream_options needs stream to be true", "stream_options")
         if body.stream:
             check_stream(fields)
-        return body, fields
+        return body, with_headers(fields, request.headers, timeout_header_s(request))
 
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
-        body, fields = self._parse(data)
-        fields = with_headers(fields, request.headers, timeout_header_s(request))
+    async def _answer(
+        self,
+        request: Request,
+        parsed: tuple[GenerateBody, GenerateFields],
+        responder: Responder,
+    ) -> None:
+        body, fields = parsed
         call_id = new_call_id(fields.kind)
         answer_id = None
         if body.request_id is not None:
@@ -290,7 +297,11 @@ class GenerateEndpoint(WatchedEndpoint):
             )
             if not body.stream:
                 choices = await collect(generation)
-                await responder.json(formatter.whole(choices, generation.usage))
+                size = sum(choice.size for choice in choices)
+                whole = await self._gateway.long_work.run(
+                    size, lambda: dump_long(formatter.whole(choices, generation.usage))
+                )
+                await responder.json(whole)
                 return
             stream = SseStream(
                 gateway=self._gateway,

@@ -16,6 +16,7 @@ from gateway.anthropic.convert import chat_input, message_fields, shows_thinking
 from gateway.anthropic.format import MessageFormat
 from gateway.anthropic.schema import CountTokensBody, MessagesBody, ThinkingParam
 from gateway.anthropic.unsupported import check_unbuilt
+from gateway.core.call import ChatInput, GenerateFields
 from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
 from gateway.core.field_checks import require
@@ -48,14 +49,23 @@ def routes(gateway: Gateway) -> list[Route]:
     ]
 
 
-class MessagesEndpoint(WatchedEndpoint):
+class MessagesEndpoint(WatchedEndpoint[tuple[MessagesBody, GenerateFields]]):
     """``POST /v1/messages``."""
 
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[MessagesBody, GenerateFields]:
         _check_version(request)
         check_unbuilt(data)
         body = parse_body(MessagesBody, data)
         fields = with_headers(message_fields(body), request.headers, timeout_header_s(request))
+        return body, fields
+
+    async def _answer(
+        self,
+        request: Request,
+        parsed: tuple[MessagesBody, GenerateFields],
+        responder: Responder,
+    ) -> None:
+        body, fields = parsed
         with await self._gateway.start(fields, f"msg_{uuid.uuid4().hex}") as generation:
             shown = _shown(body.thinking)
             formatter = MessageFormat(generation, self._gateway.tokenizer, shown)
@@ -72,17 +82,23 @@ class MessagesEndpoint(WatchedEndpoint):
             await stream.send(generation)
 
 
-class CountTokensEndpoint(WatchedEndpoint):
+class CountTokensEndpoint(WatchedEndpoint[tuple[CountTokensBody, ChatInput]]):
     """``POST /v1/messages/count_tokens``."""
 
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[CountTokensBody, ChatInput]:
         _check_version(request)
         check_unbuilt(data)
+        body = parse_body(CountTokensBody, data)
+        return body, chat_input(body)
+
+    async def _answer(
+        self, request: Request, parsed: tuple[CountTokensBody, ChatInput], responder: Responder
+    ) -> None:
+        body, chat = parsed
         async with within_time(request, self._gateway):
-            body = parse_body(CountTokensBody, data)
             self._gateway.check_model(body.model)
-            ids = await self._gateway.prompts.tokenize("", chat_input(body), None)
-        await responder.json({"input_tokens": len(ids)})
+            count = await self._gateway.prompts.count_tokens(chat)
+        await responder.json({"input_tokens": count})
 
 
 @dataclass(kw_only=True, slots=True)

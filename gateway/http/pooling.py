@@ -67,22 +67,26 @@ class InspectBody(CallBody):
     labels: Items[int] | Items[float] | Items[Items[int]] | Items[Items[float]] | None = None
 
 
-Serve = Callable[[Any, GenerateFields], Awaitable[dict[str, Any] | bytes]]
-"""Serves a body."""
+Serve = Callable[[Any, GenerateFields], Awaitable[bytes]]
+"""Serves a body; the JSON of its answer."""
 
 
-class PoolingEndpoint(WatchedEndpoint):
+class PoolingEndpoint(WatchedEndpoint[tuple[CallBody, GenerateFields]]):
     def __init__(self, gateway: Gateway, kind: type[CallBody], serve: Serve) -> None:
         super().__init__(gateway)
         self._kind = kind
         self._serve = serve
 
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[CallBody, GenerateFields]:
         check_unbuilt(data, "pooling")
         body = parse_body(self._kind, data)
         fields = reading_fields(**given_fields(body))
-        fields = with_headers(fields, request.headers, timeout_header_s(request))
-        await responder.json(await self._serve(body, fields))
+        return body, with_headers(fields, request.headers, timeout_header_s(request))
+
+    async def _answer(
+        self, request: Request, parsed: tuple[CallBody, GenerateFields], responder: Responder
+    ) -> None:
+        await responder.json(await self._serve(*parsed))
 
     @classmethod
     def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:

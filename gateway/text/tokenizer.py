@@ -38,14 +38,17 @@ class Tokenizer:
     Args:
         backend: what ``tokenizer.json`` describes.
         chat_template: how a conversation becomes a prompt; None if the checkpoint has none.
+        file: what ``backend`` was read from; None if it is from no file.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         chat_template: ChatTemplate | HarmonyTemplate | None = None,
+        file: Path | None = None,
     ) -> None:
         self._backend = backend
+        self.file = file
         self.chat_template = chat_template
         description = json.loads(backend.to_str())
         self.is_byte_level = _is_byte_level(description.get("decoder"))
@@ -168,7 +171,7 @@ def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer |
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as err:  # the library raises bare Exception
         raise CheckpointError(f"tokenizer.json cannot be read: {err}") from err
-    tokenizer = Tokenizer(backend)
+    tokenizer = Tokenizer(backend, file=path)
     tokenizer.chat_template = _load_template(Path(folder), chat_template, tokenizer.special_ids)
     if isinstance(tokenizer.chat_template, HarmonyTemplate):
         tokenizer.encode(tokenizer.chat_template.render([]))  # the first takes a second
