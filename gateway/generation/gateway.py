@@ -43,6 +43,7 @@ from gateway.core.request_id import REQUEST_ID
 from gateway.core.retention import with_hint
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
+from gateway.engines.router import RoutingPolicy
 from gateway.engines.submission import Submission
 from gateway.generation import request_log
 from gateway.generation.entrance import Entrance
@@ -57,6 +58,7 @@ from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
 from gateway.state.store import open_store
 from gateway.text.tokenizer import Tokenizer
+from workers.requests.block_hash import BlockHash, block_hashes
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello
 
@@ -385,13 +387,26 @@ class Gateway:
 
     async def _hand_over(self, generation: Generation) -> None:
         budget_ms = max(1, int((generation.deadline_s - time.monotonic()) * 1000))
-        for request in generation.call.requests(generation.call_id, budget_ms):
-            await self._assign(traced(request), generation)
+        call = generation.call
+        requests = call.requests(generation.call_id, budget_ms)
+        hashes = await self.long_work.run(call.num_prompt_tokens, self._name_blocks, requests)
+        for request, names in zip(requests, hashes, strict=True):
+            await self._assign(traced(request), generation, names)
         for _ in range(_PASSES_TO_SEND):
             await asyncio.sleep(0)
         generation.handed_over()
 
-    async def _assign(self, request: Request, generation: Generation) -> None:
+    def _name_blocks(self, requests: Sequence[Request]) -> list[Sequence[BlockHash]]:
+        """Hashes of the KV blocks of each prompt, where requests are routed by them."""
+        hello = self._hello
+        if self.limits.routing_policy != RoutingPolicy.KV.value or hello is None:
+            return [() for _ in requests]
+        size, limit = hello.kv_block_size, hello.kv_length_matters_above
+        return [block_hashes(one, size, limit) if size else () for one in requests]
+
+    async def _assign(
+        self, request: Request, generation: Generation, hashes: Sequence[BlockHash]
+    ) -> None:
         deadline_s = generation.deadline_s
         no_stream_s: float | None = None
         while True:
@@ -399,7 +414,7 @@ class Gateway:
             generation.queue.check()
             can_go = check_serving(self.cluster.snapshot)
             if can_go:
-                entry = self.engines.assign(request, generation.queue, deadline_s)
+                entry = self.engines.assign(request, generation.queue, deadline_s, hashes)
                 if entry is not None:
                     generation.assigned(request.request_id, entry)
                     return

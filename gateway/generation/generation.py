@@ -7,6 +7,7 @@ or was too late.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
@@ -40,6 +41,8 @@ from workers.requests.request import FinishReason, Timings, TokenOutput
 
 _VERDICT_S = 0.25
 """Time after a deadline that a worker has to say whether it had begun with the request."""
+_INLINE_TOKENS = 1024
+"""Texts of longer prompts are made in a thread."""
 _NO_WORKER_RETRY_S = 2.0
 """Retry time for requests that found no worker in place of a lost one."""
 
@@ -163,6 +166,8 @@ class Generation(AbstractContextManager["Generation"]):
                 break
             wake_s = deadline_s if give_up_s is None else min(give_up_s, deadline_s)
             await self._take_all(wake_s - now_s)
+            if self.call.fields.echo:
+                await self._make_echoes()
             deltas = self._deltas()
             if deltas:
                 return deltas
@@ -361,6 +366,20 @@ class Generation(AbstractContextManager["Generation"]):
             choice.has_ended = True
             self._num_open -= 1
         return delta
+
+    async def _make_echoes(self) -> None:
+        """Make the texts of the prompts that are sent next; of long ones in a thread."""
+        prompts = {choice.prompt for choice in self._changed}
+        ready = [p for p in prompts if p.echo is None and not p.waits_for_logprobs]
+
+        def make() -> None:
+            for prompt in ready:
+                self._echo(prompt)
+
+        if sum(len(prompt.prompt.ids) for prompt in ready) <= _INLINE_TOKENS:
+            make()
+        else:
+            await asyncio.to_thread(make)
 
     def _echo(self, prompt: Prompt) -> tuple[str, tuple[TokenText, ...]]:
         if not self.call.fields.echo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import InitVar, dataclass
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from gateway.auth.key_limits import Account
 from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
 from gateway.core.headers import with_headers
+from gateway.core.long_work import Arguments, Result
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.generation.gateway import Gateway
 from gateway.generation.request_log import RequestLog
@@ -45,6 +46,10 @@ class GrpcCall:
     """What the message calls the request; empty: nothing."""
     keys: KeyRing
     """The keys of the port."""
+    size: int = 0
+    """Bytes of the message."""
+    answer_size: int = 0
+    """About the bytes of the answer, where it may be long."""
     _code: grpc.StatusCode = grpc.StatusCode.OK
     _trace: RequestTrace | None = None
     _has_sent_id: bool = False
@@ -67,6 +72,12 @@ class GrpcCall:
     def with_headers(self, fields: GenerateFields) -> GenerateFields:
         """The same fields, with the client's deadline, and what its metadata says."""
         return with_headers(fields, self._metadata, self.time_left_s)
+
+    async def read(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """What ``work`` makes of the message; of a large message in a thread."""
+        return await self.gateway.long_work.run(self.size, work, *args, **kwargs)
 
     def set_usage(self, usage: Usage) -> None:
         """Send counts as trailing metadata."""

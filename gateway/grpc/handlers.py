@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
 
 from cluster.core.errors import ExpertMeshError, RequestError
 from gateway.auth.auth import KeyRing
 from gateway.core.errors import RouteError
 from gateway.generation.gateway import Gateway
 from gateway.grpc.call import Context, GrpcCall, text_metadata
+from gateway.grpc.messages import read_message
 
 if TYPE_CHECKING:
     _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
@@ -104,11 +104,17 @@ def service_handlers(
     ) -> AsyncIterator[tuple[Message, GrpcCall]]:
         """The message and its call; an error within ends the call."""
         request: Message | None = None
-        with suppress(DecodeError):
-            request = GetMessageClass(method.input_type).FromString(data)
+        wrong: Exception | None = None
+        try:
+            request = await gateway.long_work.run(len(data), read_message, method.input_type, data)
+        except (RequestError, DecodeError) as err:
+            wrong = err
         wanted_id = str(getattr(request, "request_id", ""))
-        call = GrpcCall(gateway, service.full_name, method.name, context, wanted_id, keys)
+        names = service.full_name, method.name
+        call = GrpcCall(gateway, *names, context, wanted_id, keys, size=len(data))
         async with call.served():
+            if isinstance(wrong, RequestError):
+                raise wrong
             if request is None:  # gRPC would say UNKNOWN where a deserializer fails
                 raise RequestError("the message cannot be decoded as the procedure's request")
             yield request, call
@@ -116,24 +122,25 @@ def service_handlers(
     def unary(method: MethodDescriptor) -> Any:
         procedure = find(method.name)
 
-        async def serve(data: bytes, context: Context) -> Message:
+        async def serve(data: bytes, context: Context) -> bytes:
             async with entered(method, data, context) as (request, call):
                 await call.send_id()
                 answer: Message = await procedure(request, call)
-                return answer
+                size = call.answer_size
+                return await gateway.long_work.run(size, answer.SerializeToString)
 
         return serve
 
     def streaming(method: MethodDescriptor) -> Any:
         procedure = find(method.name)
 
-        async def serve(data: bytes, context: Context) -> AsyncIterator[Message]:
+        async def serve(data: bytes, context: Context) -> AsyncIterator[bytes]:
             async with (
                 entered(method, data, context) as (request, call),
                 aclosing(procedure(request, call)) as answers,
             ):
                 async for answer in answers:
-                    yield answer
+                    yield answer.SerializeToString()
 
         return serve
 
@@ -142,8 +149,7 @@ def service_handlers(
         if method.server_streaming:
             make = grpc.unary_stream_rpc_method_handler
         serve = (streaming if method.server_streaming else unary)(method)
-        encode = GetMessageClass(method.output_type).SerializeToString
-        made: grpc.RpcMethodHandler[Any, Any] = make(serve, response_serializer=encode)
+        made: grpc.RpcMethodHandler[Any, Any] = make(serve)
         return made
 
     handlers = {method.name: handler(method) for method in service.methods}
