@@ -7,6 +7,7 @@ readiness follows the cluster.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -97,6 +98,7 @@ class GatewayReplica:
         self._batches = BatchRunner(self._gateway, HttpApi(self._gateway).routes())
         self._batches.start()
         start_returning()
+        gc.freeze()  # a collection goes through what requests made, not through all modules
         logger.info("%s serves gRPC on port %d", name, grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -15,6 +15,7 @@ from gateway.batches.forms import FormPart, read_form
 from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
+from gateway.http.downloads import PiecesResponse
 from gateway.http.middleware import read_body, within_time
 from gateway.http.pages import Page, json_response, tenant
 
@@ -24,12 +25,6 @@ _MAX_NAME_CHARS = 512
 _MIN_TTL_S, _MAX_TTL_S = 3600, 30 * 24 * 3600
 """OpenAI's."""
 _MOST_LISTED = 10_000
-
-
-class BytesResponse(Response):
-    """A file's content."""
-
-    media_type = "application/octet-stream"
 
 
 class FileRoutes:
@@ -92,10 +87,11 @@ class FileRoutes:
     async def content(self, request: Request) -> Response:
         """A file's bytes."""
         file_id = request.path_params["file_id"]
-        found = await asyncio.to_thread(self._shelf.get_file, tenant(), file_id)
+        found = await asyncio.to_thread(self._shelf.open_file, tenant(), file_id)
         if found is None:
             raise _unknown(file_id)
-        return BytesResponse(found[1])
+        facts, reader = found
+        return PiecesResponse(reader, facts.bytes)
 
     async def delete(self, request: Request) -> Response:
         """Remove a file; batches that were made of it have copies."""

@@ -33,6 +33,7 @@ from gateway.batches.objects import (
     encode_file,
 )
 from gateway.core.errors import StorageError, StorageFullError
+from gateway.state.reader import StoredReader
 from gateway.state.store import StateStore
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,18 @@ class BatchShelf:
         )
         self._state.put(FILES, tenant, file_id, encode_file(facts, content), ttl_s)
         return file_id, facts
+
+    def open_file(self, tenant: str, file_id: str) -> tuple[FileFacts, StoredReader] | None:
+        """Facts, and a reader of the content, which is to be closed; None where the tenant has no
+        such file."""
+        reader = self._state.open_reader(FILES, tenant, file_id)
+        if reader is None:
+            return None
+        try:
+            return decode_file(reader.read_line(MAX_FACTS_BYTES), file_id)[0], reader
+        except BaseException:
+            reader.close()
+            raise
 
     def get_file(self, tenant: str, file_id: str) -> tuple[FileFacts, bytes] | None:
         """Facts and content; None where the tenant has no such file."""

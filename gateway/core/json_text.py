@@ -7,14 +7,12 @@ of which prompts have many, are converted by calls between which other threads r
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import math
-import threading
 from typing import Any
 
 from gateway.core.field_checks import check_length
+from gateway.core.long_work import NO_COLLECTIONS
 
 MAX_NAMES = 65_536
 """Names in all objects of a text together."""
@@ -25,34 +23,6 @@ MAX_ENTRIES = 1_048_576
 _SHORT_CHARS = 16_384
 """Shorter texts are parsed without counting."""
 _PIECE_CHARS = 65_536
-
-
-class NoCollections(contextlib.AbstractContextManager[None]):
-    """No garbage collections, each of which would go through all that was parsed so far.
-
-    Bodies are parsed in several threads: the last one to end turns collections on again.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._were_on = False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._num_inside:
-                self._were_on = gc.isenabled()
-                gc.disable()
-            self._num_inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            if not self._num_inside and self._were_on:
-                gc.enable()
-
-
-_NO_COLLECTIONS = NoCollections()
 
 
 def load_json(text: str, name: str) -> Any:
@@ -70,7 +40,7 @@ def load_json(text: str, name: str) -> Any:
     if len(text) <= _SHORT_CHARS:
         return json.loads(text)
     _check_counts(text, name)
-    with _NO_COLLECTIONS:
+    with NO_COLLECTIONS:
         return json.loads(text, parse_int=_integer, parse_float=_number)
 
 

@@ -26,6 +26,9 @@ from gateway.generation.validate import check_context, check_prompts
 from workers.requests.classifier import pooled_position
 from workers.requests.inspection import IGNORED_LABEL, Inspection, NamedArray, Pooling
 
+MAX_JOINED_TOKENS = 4 * 1024 * 1024
+"""Tokens of all prompts that a call joins out of its texts: a query stands in front of each of its
+documents."""
 PromptInput = str | tuple[int, ...]
 """A text or token ids."""
 Row = TypeVar("Row")
@@ -145,6 +148,7 @@ class Reader:
                 return [scored_prompt(*pair, name) for pair in pairs]
 
             size = sum(len(first) + len(second) for first, second in pairs)
+            _check_total(f"{name} and {other}", size, name)
             return await self._gateway.long_work.run(size, join)
 
         found, usage = await self.read(make, "score", other, fields)
@@ -167,6 +171,7 @@ class Reader:
             return [scored_prompt(one, label, "input") for one in ids for label in tokens]
 
         size = len(tokens) * sum(map(len, ids)) + len(ids) * sum(map(len, tokens))
+        _check_total("prompts and labels", size, "labels")
         return await self._gateway.long_work.run(size, join)
 
     async def _ids(
@@ -215,6 +220,14 @@ class Reader:
         with await self._gateway.start_call(fields, call_id, make_call) as generation:
             found = await generation.read()
             return found, generation.usage
+
+
+def _check_total(what: str, num_tokens: int, field: str) -> None:
+    """Raise ``RequestError`` where texts that are joined with each other have too many tokens."""
+    if num_tokens > MAX_JOINED_TOKENS:
+        rule = f"have {num_tokens} tokens where each is behind the other"
+        message = f"{what} {rule}, at most {MAX_JOINED_TOKENS} are allowed"
+        raise RequestError(message, field)
 
 
 def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> CallPrompt:

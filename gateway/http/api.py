@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -252,17 +252,27 @@ def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None
     check_unbuilt(data, "tokenize")
     body = parse_body(TokenizeBody, data)
     given_one(prompt=body.prompt, messages=body.messages)
-    return body, chat_input(body) if body.prompt is None else None
+    chat = chat_input(body) if body.prompt is None else None
+    return body.model_copy(update={"messages": None, "tools": None}), chat
 
 
-class GenerateEndpoint(WatchedEndpoint[tuple[GenerateBody, GenerateFields]]):
+class _Asked(NamedTuple):
+    """One call. The body itself is freed where it was read: it may consist of many objects."""
+
+    fields: GenerateFields
+    stream: StreamOptions | None
+    """None: the answer is whole."""
+    request_id: str | None
+
+
+class GenerateEndpoint(WatchedEndpoint[_Asked]):
     def __init__(self, gateway: Gateway, kind: Literal["completion", "chat"]) -> None:
         super().__init__(gateway)
         self._kind = kind
         self._format = ChatFormat if kind == "chat" else CompletionFormat
         self._fingerprint = f"expertmesh-{RELEASE}-{gateway.config.fingerprint()}"
 
-    def _read(self, request: Request, data: dict[str, Any]) -> tuple[GenerateBody, GenerateFields]:
+    def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
         check_unbuilt(data, self._kind)
         body: GenerateBody
         if self._kind == "chat":
@@ -275,27 +285,24 @@ class GenerateEndpoint(WatchedEndpoint[tuple[GenerateBody, GenerateFields]]):
             raise RequestError("stream_options needs stream to be true", "stream_options")
         if body.stream:
             check_stream(fields)
-        return body, with_headers(fields, request.headers, timeout_header_s(request))
+        fields = with_headers(fields, request.headers, timeout_header_s(request))
+        options = (body.stream_options or StreamOptions()) if body.stream else None
+        return _Asked(fields, options, body.request_id)
 
-    async def _answer(
-        self,
-        request: Request,
-        parsed: tuple[GenerateBody, GenerateFields],
-        responder: Responder,
-    ) -> None:
-        body, fields = parsed
+    async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
+        fields, stream_options, request_id = parsed
         call_id = new_call_id(fields.kind)
         answer_id = None
-        if body.request_id is not None:
-            answer_id = f"{call_id.partition('-')[0]}-{check_request_id(body.request_id)}"
+        if request_id is not None:
+            answer_id = f"{call_id.partition('-')[0]}-{check_request_id(request_id)}"
             note_response_id(answer_id)
         with await self._gateway.start(fields, call_id) as generation:
-            for name in filter(None, (body.request_id, answer_id)):
+            for name in filter(None, (request_id, answer_id)):
                 self._gateway.running.add(name, generation.queue)
             formatter: AnswerFormat = self._format(
                 generation, self._gateway.tokenizer, self._fingerprint, answer_id
             )
-            if not body.stream:
+            if stream_options is None:
                 choices = await collect(generation)
                 size = sum(choice.size for choice in choices)
                 whole = await self._gateway.long_work.run(
@@ -308,7 +315,7 @@ class GenerateEndpoint(WatchedEndpoint[tuple[GenerateBody, GenerateFields]]):
                 responder=responder,
                 formatter=formatter,
                 request_id=request.state.request_id,
-                options=body.stream_options or StreamOptions(),
+                options=stream_options,
             )
             await stream.send(generation)
 

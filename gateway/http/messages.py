@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.routing import Route
@@ -49,27 +49,29 @@ def routes(gateway: Gateway) -> list[Route]:
     ]
 
 
-class MessagesEndpoint(WatchedEndpoint[tuple[MessagesBody, GenerateFields]]):
+class _Asked(NamedTuple):
+    """One call. The body itself is freed where it was read: it may consist of many objects."""
+
+    fields: GenerateFields
+    streams: bool
+    thinking: ShownThinking
+
+
+class MessagesEndpoint(WatchedEndpoint[_Asked]):
     """``POST /v1/messages``."""
 
-    def _read(self, request: Request, data: dict[str, Any]) -> tuple[MessagesBody, GenerateFields]:
+    def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
         _check_version(request)
         check_unbuilt(data)
         body = parse_body(MessagesBody, data)
         fields = with_headers(message_fields(body), request.headers, timeout_header_s(request))
-        return body, fields
+        return _Asked(fields, bool(body.stream), _shown(body.thinking))
 
-    async def _answer(
-        self,
-        request: Request,
-        parsed: tuple[MessagesBody, GenerateFields],
-        responder: Responder,
-    ) -> None:
-        body, fields = parsed
+    async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
+        fields, streams, shown = parsed
         with await self._gateway.start(fields, f"msg_{uuid.uuid4().hex}") as generation:
-            shown = _shown(body.thinking)
             formatter = MessageFormat(generation, self._gateway.tokenizer, shown)
-            if not body.stream:
+            if not streams:
                 (choice,) = await collect(generation)
                 await responder.json(formatter.whole(choice, generation.usage))
                 return
@@ -82,21 +84,21 @@ class MessagesEndpoint(WatchedEndpoint[tuple[MessagesBody, GenerateFields]]):
             await stream.send(generation)
 
 
-class CountTokensEndpoint(WatchedEndpoint[tuple[CountTokensBody, ChatInput]]):
+class CountTokensEndpoint(WatchedEndpoint[tuple[str, ChatInput]]):
     """``POST /v1/messages/count_tokens``."""
 
-    def _read(self, request: Request, data: dict[str, Any]) -> tuple[CountTokensBody, ChatInput]:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[str, ChatInput]:
         _check_version(request)
         check_unbuilt(data)
         body = parse_body(CountTokensBody, data)
-        return body, chat_input(body)
+        return body.model, chat_input(body)
 
     async def _answer(
-        self, request: Request, parsed: tuple[CountTokensBody, ChatInput], responder: Responder
+        self, request: Request, parsed: tuple[str, ChatInput], responder: Responder
     ) -> None:
-        body, chat = parsed
+        model, chat = parsed
         async with within_time(request, self._gateway):
-            self._gateway.check_model(body.model)
+            self._gateway.check_model(model)
             count = await self._gateway.prompts.count_tokens(chat)
         await responder.json({"input_tokens": count})
 

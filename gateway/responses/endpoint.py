@@ -77,8 +77,10 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
         check_size(data)
         body = parse_body(ResponseBody, data)
         is_stored = self._store.stores(body.store)
-        refers = body.previous_response_id is not None or bool(_references(body))
-        return _Asked(body, is_stored, None if refers else self._make_turn(body))
+        if body.previous_response_id is not None or _references(body):
+            return _Asked(body, is_stored, None)
+        turn = self._make_turn(body)
+        return _Asked(body.model_copy(update={"input": None, "tools": None}), is_stored, turn)
 
     async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
         body, is_stored = parsed.body, parsed.is_stored

@@ -33,6 +33,7 @@ from cluster.core.checks import check
 from cluster.core.errors import ConfigError
 from gateway.core.errors import StorageError, StorageFullError
 from gateway.state.files import as_storage_error, entries, has_expired, move, write_aside
+from gateway.state.reader import StoredReader
 from gateway.state.record import (
     FORMAT,
     MAX_HEAD_BYTES,
@@ -188,6 +189,21 @@ class StateStore:
             except FileNotFoundError:
                 return None
         return None if decode_head(line).expires_s <= self._clock() else content
+
+    def open_reader(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredReader | None:
+        """Reads an object in pieces; None as of ``get``. Raises ``StorageError``."""
+        place = self._place(kind, tenant, object_id)
+        if place is None:
+            return None
+        with as_storage_error():
+            try:
+                reader = StoredReader(place, object_id)
+            except FileNotFoundError:
+                return None
+        if reader.head.expires_s <= self._clock():
+            reader.close()
+            return None
+        return reader
 
     def delete(self, kind: ObjectKind, tenant: str, object_id: str) -> bool:
         """Remove an object, also a damaged one; whether there was one."""

@@ -41,7 +41,8 @@ class LongTexts:
             process = self._process or await self._start()
             self._process = None  # in use: what ends this call ends the process
             try:
-                found = await _ask(process, pickle.dumps((text, add_special_tokens, kept)))
+                wanted = (text, add_special_tokens, kept)
+                found = await _ask(process, await asyncio.to_thread(pickle.dumps, wanted))
             except BaseException:
                 process.kill()
                 raise
