@@ -160,12 +160,12 @@ def own_cases() -> Iterator[tuple[str, str, bytes]]:
     for _ in range(14):
         deep = {"type": "object", "properties": {"a": deep}}
     for name, schema in {"enums": enum, "properties": wide, "levels": deep}.items():
-        for choice in ("auto", "required"):
-            fields = {**chatting, "tools": _tools(128, schema), "tool_choice": choice}
-            yield chat, f"128 tools of many {name}, {choice}", json.dumps(fields).encode()
+        for count, choice in ((128, "auto"), (128, "required"), (5, "auto"), (5, "required")):
+            fields = {**chatting, "tools": _tools(count, schema), "tool_choice": choice}
+            yield chat, f"{count} tools of many {name}, {choice}", json.dumps(fields).encode()
     completing = {"prompt": "a", "max_tokens": 1}
     for name, value in {
-        "logit_bias": _names(1000, 1),
+        "logit_bias": "{" + ",".join(f'"{place}":1' for place in range(1000)) + "}",
         "stop": _list('"a"', room, 130_000),
         "stop_token_ids": _list("1", room, 1_000_000),
         "allowed_token_ids": _list("1", room, 1_000_000),
@@ -174,15 +174,17 @@ def own_cases() -> Iterator[tuple[str, str, bytes]]:
     }.items():
         yield "/v1/completions", name, _with(completing, name, value)
         yield chat, name, _with(chatting, name, value)
-    full = [[1] * 4000] * 256
+    full = [[1] * 4000] * 256  # computed once: the others find it in the cache
     yield "/v1/completions", "256 long prompts", json.dumps({"prompt": full, "max_tokens": 1}).encode()
-    echo = {"prompt": full[:45], "max_tokens": 0, "echo": True, "logprobs": 20}
-    yield "/v1/completions", "echo of 45 prompts with logprobs", json.dumps(echo).encode()
+    echo = {"prompt": full[:45], "max_tokens": 1, "echo": True}
+    yield "/v1/completions", "echo of 45 prompts", json.dumps(echo).encode()
+    echo = {"prompt": full[:4], "max_tokens": 0, "echo": True, "logprobs": 20}
+    yield "/v1/completions", "echo of 4 prompts with logprobs", json.dumps(echo).encode()
     yield "/v1/embeddings", "256 long prompts", json.dumps({"input": full}).encode()
     masked = {"input": full, "attention_mask": full, "labels": ["a"]}
     yield "/classify", "256 masked prompts", json.dumps(masked).encode()
-    scored = {"text_1": [1] * 2000, "text_2": [[2] * 2000] * 256}
-    yield "/score", "256 long documents", json.dumps(scored).encode()
+    scored = {"text_1": [1] * 200, "text_2": [[2] * 20] * 256}
+    yield "/score", "256 documents", json.dumps(scored).encode()
     inspected = {"token_ids": [[1] * 1000], "outputs": ["hidden_states", "logits", "routes"]}
     yield "/v1/inspect", "long answer", json.dumps(inspected).encode()
     seen = {"prompt": "so it is, " * (room // 10), "return_token_strs": True}

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,9 @@ _HEAD_NODE = "node:__internal_head__"
 proxy listens there, and so must our gRPC server: ``host`` is an address of that node."""
 _SPARE_REQUESTS = 1024
 """Room in Serve beyond our own queue, for probes, scrapes and refused requests."""
+_SWITCH_INTERVAL_S = 0.001
+"""Time for which a thread keeps the interpreter lock while the event loop waits for it. The loop
+gives the lock back at each system call, a dozen times in a small request."""
 _HEALTH_CHECK_PERIOD_S = 1.0
 """Interval of Serve's health checks, its only way to notice a dead replica."""
 
@@ -99,6 +103,7 @@ class GatewayReplica:
         self._batches.start()
         start_returning()
         gc.freeze()  # a collection goes through what requests made, not through all modules
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         logger.info("%s serves gRPC on port %d", name, grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

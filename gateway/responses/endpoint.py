@@ -30,7 +30,7 @@ from gateway.responses.items import Item, ItemIds
 from gateway.responses.output import OutputBuilder
 from gateway.responses.resource import Resource, ResourceFormat
 from gateway.responses.schema import ResponseBody
-from gateway.responses.stored import ResponseStore, StoredItems, id_of, read_items
+from gateway.responses.stored import References, ResponseStore, StoredItems, id_of, read_items
 from gateway.responses.stream import ResponseStream
 from gateway.responses.turn import Turn, check_size, given_items, make_turn, reference_in
 from gateway.responses.unsupported import check_unbuilt
@@ -61,6 +61,7 @@ class _Asked:
 
     body: ResponseBody
     is_stored: bool
+    references: References
     turn: Turn | None
     """None where stored items belong to it, which are still to be read."""
 
@@ -77,14 +78,16 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
         check_size(data)
         body = parse_body(ResponseBody, data)
         is_stored = self._store.stores(body.store)
-        if body.previous_response_id is not None or _references(body):
-            return _Asked(body, is_stored, None)
+        references = References.to(_references(body))
+        if body.previous_response_id is not None or references.counts:
+            return _Asked(body, is_stored, references, None)
         turn = self._make_turn(body)
-        return _Asked(body.model_copy(update={"input": None, "tools": None}), is_stored, turn)
+        rest = body.model_copy(update={"input": None, "tools": None})
+        return _Asked(rest, is_stored, references, turn)
 
     async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
         body, is_stored = parsed.body, parsed.is_stored
-        turn = parsed.turn or await self._stored_turn(body)
+        turn = parsed.turn or await self._stored_turn(body, parsed.references)
         fields = with_headers(turn.fields, request.headers, timeout_header_s(request))
         response_id = turn.ids.response_id
         with (
@@ -111,14 +114,14 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
             )
             await stream.send(generation)
 
-    async def _stored_turn(self, body: ResponseBody) -> Turn:
+    async def _stored_turn(self, body: ResponseBody, references: References) -> Turn:
         """The turn of a body that refers to stored items, which count as a body does."""
         most_bytes = self._gateway.limits.max_body_bytes
         history = StoredItems([], 0)
         if body.previous_response_id is not None:
             history = await self._store.previous(body.previous_response_id, most_bytes)
         most_bytes -= history.num_bytes
-        referenced = await self._store.items(_references(body), "input", most_bytes)
+        referenced = await self._store.items(references, "input", most_bytes)
         # in the thread: it joins all texts
         size = INLINE_SIZE + 1
         make = self._make_turn

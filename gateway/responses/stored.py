@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, Self
 
 import msgspec
 
@@ -72,6 +72,21 @@ def read_items(items: Iterable[msgspec.Raw]) -> list[Item]:
 def id_of(item: msgspec.Raw) -> str:
     """The id of a stored item."""
     return msgspec.json.decode(item, type=_Named).id
+
+
+class References(NamedTuple):
+    """References to stored items."""
+
+    counts: Mapping[str, int]
+    """Number of references by id of the item."""
+    response_ids: Collection[str]
+    """The responses that the items came with."""
+
+    @classmethod
+    def to(cls, ids: Iterable[str]) -> Self:
+        """References to some items, of which some may be repeated."""
+        counts = Counter(ids)
+        return cls(counts, dict.fromkeys(filter(None, map(response_of, counts))))
 
 
 class StoredItems(NamedTuple):
@@ -158,21 +173,20 @@ class ResponseStore:
 
         return await asyncio.to_thread(read)
 
-    async def items(self, ids: Sequence[str], path: str, most_bytes: int) -> dict[str, Item]:
+    async def items(self, wanted: References, path: str, most_bytes: int) -> dict[str, Item]:
         """The stored ones of some items, by id. Raises ``RequestError``.
 
         Args:
-            ids: of the items; some may be repeated.
+            wanted: the items.
             path: the field that names them.
             most_bytes: that the items may have as JSON, each as often as it is named.
         """
-        if ids and self._store is None:
+        counts, response_ids = wanted
+        if counts and self._store is None:
             raise UnsupportedParameterError(f"{path}: item_reference {_NEEDS}", path)
-        found, counts = dict[str, msgspec.Raw](), Counter(ids)
-        responses = dict.fromkeys(filter(None, map(response_of, ids)))
-        check_length(path, len(responses), MAX_REFERRED, "responses in item references")
-        num_bytes = 0
-        for response_id in responses:
+        check_length(path, len(response_ids), MAX_REFERRED, "responses in item references")
+        found, num_bytes = dict[str, msgspec.Raw](), 0
+        for response_id in response_ids:
             stored = await self._find(response_id)
             if stored is None:
                 continue
