@@ -46,6 +46,13 @@ ENDPOINTS: Mapping[str, tuple[Mapping[str, Any], str]] = {
 """By path, further fields of a body, and the field that has its input."""
 
 
+TEMPLATE = """{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}
+{%- for m in messages %}<|{{ m.role }}|>{{ m.content }}
+{%- for c in m.tool_calls or () %}{{ c.function.arguments | tojson }}{% endfor %}
+{% endfor %}"""
+"""A chat template that shows tools and calls, which the bundled model's does not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One request."""
@@ -323,8 +330,10 @@ def measure(quick: bool, log: Callable[[str], object] = lambda line: None) -> li
     """Send all bodies to a server of its own."""
     found: list[Stop] = []
     with tempfile.TemporaryDirectory(prefix="fuzz", dir="/tmp") as folder:
-        state = Path(folder) / "state"
-        with running_server(Path(folder), "--state-dir", str(state)) as server:
+        template = Path(folder) / "template.jinja"
+        template.write_text(TEMPLATE)
+        words = ["--state-dir", str(Path(folder) / "state"), "--chat-template", str(template)]
+        with running_server(Path(folder), *words) as server:
             pid = int(server.status()["gateway"][0]["pid"])
             prober = Prober(server.grpc, pid)
             options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]

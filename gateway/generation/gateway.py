@@ -67,6 +67,8 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 0.5
 """Interval at which a request that waits for a worker checks whether its call was ended."""
 
+_REQUESTS_PER_PASS = 32
+"""Requests of one call that are routed in one pass of the event loop."""
 _PASSES_TO_SEND = 2
 """Passes of the event loop in which a request is written to its worker's stream. The codec's next
 work takes as long as a network hop, and the engine need not wait for it."""
@@ -390,8 +392,10 @@ class Gateway:
         call = generation.call
         requests = call.requests(generation.call_id, budget_ms)
         hashes = await self.long_work.run(call.num_prompt_tokens, self._name_blocks, requests)
-        for request, names in zip(requests, hashes, strict=True):
+        for place, (request, names) in enumerate(zip(requests, hashes, strict=True), 1):
             await self._assign(traced(request), generation, names)
+            if not place % _REQUESTS_PER_PASS:
+                await asyncio.sleep(0)
         for _ in range(_PASSES_TO_SEND):
             await asyncio.sleep(0)
         generation.handed_over()

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
+from numpy.typing import NDArray
 from starlette.requests import Request
 
 from gateway.core.bodies import Items
@@ -67,6 +68,8 @@ class InspectBody(CallBody):
     labels: Items[int] | Items[float] | Items[Items[int]] | Items[Items[float]] | None = None
 
 
+_LISTED_VALUES = 16_384
+"""Numbers of an array that one call makes a list of."""
 Serve = Callable[[Any, GenerateFields], Awaitable[bytes]]
 """Serves a body; the JSON of its answer."""
 
@@ -200,7 +203,7 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
     routes: dict[str, dict[str, Any]] = {}
     for array in arrays:
         kind, _, bank = array.name.partition(":")
-        values = as_numpy(array).tolist()
+        values = _listed(as_numpy(array))
         if kind == "logprobs":
             row[kind] = [None if math.isnan(value) else clamp_logprob(value) for value in values]
         elif kind == "router_logits":
@@ -210,6 +213,12 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
         else:
             row[kind] = values
     return row | ({"routes": list(routes.values())} if routes else {})
+
+
+def _listed(values: NDArray[Any]) -> Any:
+    """Nested lists of an array; other threads run between its rows."""
+    is_small = values.ndim < 2 or values.size <= _LISTED_VALUES
+    return values.tolist() if is_small else [_listed(row) for row in values]
 
 
 def _bank(name: str) -> dict[str, Any]:
