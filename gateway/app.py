@@ -138,7 +138,7 @@ class GatewayReplica:
             await self._admin.stop()
         await self._grpc.stop()
         await self._engines.stop()
-        self._gateway.close()
+        await self._gateway.close()
         await self._stop_tracing()
 
     async def _stop_tracing(self) -> None:

@@ -69,10 +69,10 @@ class TextEncoder:
         ids = self._tokenizer.encode(prompt, add_special_tokens) if is_text else prompt
         return EncodedText(ids[kept], len(ids))
 
-    def stop(self) -> None:
-        """End the process; never waits."""
+    async def stop(self) -> None:
+        """End the process."""
         if self._long_texts is not None:
-            self._long_texts.stop()
+            await self._long_texts.stop()
 
 
 def check_num_tokens(name: str, count: int) -> None:

@@ -189,9 +189,9 @@ class Gateway:
             self.running.fail(server_ends())
         return left
 
-    def close(self) -> None:
-        """End its thread and process for long work; never waits."""
-        self.prompts.stop()
+    async def close(self) -> None:
+        """End its thread and process for long work."""
+        await self.prompts.stop()
         self.long_work.stop()
 
     def has_left(self, now_s: float) -> bool:

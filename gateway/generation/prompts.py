@@ -75,10 +75,10 @@ class PromptMaker:
         assert self._text_encoder is not None, "there is a tokenizer"
         return self._text_encoder
 
-    def stop(self) -> None:
-        """End the process of long texts; never waits."""
+    async def stop(self) -> None:
+        """End the process of long texts."""
         if self._text_encoder is not None:
-            self._text_encoder.stop()
+            await self._text_encoder.stop()
 
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises ``RequestError`` without one."""

@@ -45,15 +45,17 @@ class LongTexts:
                 found = await _ask(process, await asyncio.to_thread(pickle.dumps, wanted))
             except BaseException:
                 process.kill()
+                await asyncio.shield(process.wait())
                 raise
             self._process = process
             return found
 
-    def stop(self) -> None:
-        """End the process; never waits."""
+    async def stop(self) -> None:
+        """End the process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
+            await process.wait()
 
     async def _start(self) -> asyncio.subprocess.Process:
         path = os.pathsep.join(filter(None, sys.path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import pytest
@@ -15,11 +15,13 @@ from cluster.config.gateway import GatewaySection
 from gateway.core.bodies import StrictBody
 from gateway.core.json_text import MAX_VALUES
 from gateway.core.long_work import INLINE_SIZE
+from gateway.engines import engine_pool
 from gateway.generation import gateway as gateway_module
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
 from protos import inference_pb2 as pb
 from tests.gateway.stack import MODEL, WAIT_S, Stack, post, running_stack
+from workers.requests.request import Request
 
 PAD = {"user": "a" * INLINE_SIZE}
 BODIES: Mapping[str, dict[str, Any]] = {
@@ -139,23 +141,26 @@ def test_large_messages_are_converted_in_a_thread(
     assert where.startswith("long-work")
 
 
-def test_prompts_are_hashed_in_a_thread(
-    keeper: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_hashed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of KV blocks, by which requests are routed, of all prompts of a call."""
     found: list[str] = []
+    hashes = gateway_module.block_hashes
 
-    def note(*_: object) -> list[bytes]:
+    def note(request: Request, *details: Any) -> list[bytes]:
         found.append(threading.current_thread().name)
-        return []
+        return hashes(request, *details)
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("hashed on the event loop")
 
     monkeypatch.setattr(gateway_module, "block_hashes", note)
-    monkeypatch.setattr(keeper.gateway, "_hello", keeper.gateway.engines.clients[0].hello)
-    hello = keeper.gateway.engines.clients[0].hello
-    assert hello is not None
-    monkeypatch.setattr(hello, "kv_block_size", 16, raising=False)
-    prompts = [[1] * 100] * 200
-    assert post(keeper, "/v1/completions", prompt=prompts, max_tokens=1).status_code == 200
+    monkeypatch.setattr(engine_pool, "block_hashes", refuse)
+    with running_stack(serving=False) as stack:
+        stack.engine.kv_block_size = 16
+        stack.serve()
+        prompts = [[1] * 100] * 200
+        answer = post(stack, "/v1/completions", prompt=prompts, max_tokens=1)
+        assert answer.status_code == 200, answer.text
     assert len(found) == 200
     assert all(name.startswith("long-work") for name in found)
 

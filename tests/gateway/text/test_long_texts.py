@@ -33,7 +33,7 @@ async def process() -> AsyncIterator[LongTexts]:
     try:
         yield made
     finally:
-        made.stop()
+        await made.stop()
 
 
 @pytest.mark.parametrize("kept", [slice(None), slice(5), slice(-7, None), slice(0)])
@@ -93,7 +93,7 @@ def test_only_long_texts_go_to_the_process(monkeypatch: pytest.MonkeyPatch) -> N
         try:
             return await encoder.encode(["a" * 1000, TEXT, (1, 2, 3)], False, slice(2))
         finally:
-            encoder.stop()
+            await encoder.stop()
             work.stop()
 
     found = asyncio.run(run())
