@@ -203,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=NUM_INPUTS)
     parser.add_argument("--seed", default="expertmesh")
-    parser.add_argument("--limits", action="store_true", help="bodies at the limits of size instead")
+    parser.add_argument(
+        "--limits", action="store_true", help="bodies at the limits of size instead"
+    )
     parser.add_argument("--quick", action="store_true", help="with --limits, fewer shapes")
     options = parser.parse_args(arguments)
     if options.limits:

@@ -1,8 +1,8 @@
 """Bodies at the limits of size, in every shape, to every endpoint: how long the event loop stops.
 
-``python -m benchmarks.fuzz --limits`` serves the bundled model, sends each body once and sends small
-requests over gRPC meanwhile, which the same event loop answers. A stop is the longest answer to one
-of them, but at most the processor time of the gateway within it: other processes of a busy machine
+``python -m benchmarks.fuzz --limits`` serves the bundled model, sends each body once, and sends
+small requests over gRPC meanwhile, which the same event loop answers. A stop is the longest answer
+to one of them, but at most the processor time of the gateway within it: other processes of a busy machine
 do not count, and a thread that holds the interpreter lock does.
 """
 
@@ -23,7 +23,7 @@ import grpc
 
 from benchmarks.results import table
 from protos import inference_pb2 as pb
-from tests.served.server import Served, parse_address, running_server
+from tests.served.server import Served, running_server
 
 BODY_BYTES = 8 * 1024 * 1024
 MESSAGE_BYTES = 16 * 1024 * 1024
@@ -141,7 +141,7 @@ def own_cases() -> Iterator[tuple[str, str, bytes]]:
     many = {
         "16,384 messages": _list(user, room, 16_384),
         "system messages fill the body": _list(_message("system", "a" * 430), room, 16_384),
-        "developer messages between": _list(f'{user},{_message("system", "b" * 400)}', room, 8_000),
+        "developer messages between": _list(f"{user},{_message('system', 'b' * 400)}", room, 8_000),
         "a message of 26,000 parts": _list(
             '{"role":"user","content":' + _list('{"type":"text","text":"a"}', room, 26_000) + "}", 1
         ),
@@ -182,7 +182,11 @@ def own_cases() -> Iterator[tuple[str, str, bytes]]:
         yield "/v1/completions", name, _with(completing, name, value)
         yield chat, name, _with(chatting, name, value)
     full = [[1] * 4000] * 256  # computed once: the others find it in the cache
-    yield "/v1/completions", "256 long prompts", json.dumps({"prompt": full, "max_tokens": 1}).encode()
+    yield (
+        "/v1/completions",
+        "256 long prompts",
+        json.dumps({"prompt": full, "max_tokens": 1}).encode(),
+    )
     echo = {"prompt": full[:45], "max_tokens": 1, "echo": True}
     yield "/v1/completions", "echo of 45 prompts", json.dumps(echo).encode()
     echo = {"prompt": full[:4], "max_tokens": 0, "echo": True, "logprobs": 20}
@@ -336,12 +340,20 @@ def measure(quick: bool, log: Callable[[str], object] = lambda line: None) -> li
         with running_server(Path(folder), *words) as server:
             pid = int(server.status()["gateway"][0]["pid"])
             prober = Prober(server.grpc, pid)
-            options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+            options = [
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_receive_message_length", -1),
+            ]
             try:
                 with grpc.insecure_channel(server.grpc, options) as channel:
-                    sends = [(lambda c: _post(server, c), cases(quick)), (
-                        lambda c: _call(channel, c), grpc_cases(),
-                    ), (lambda c: _post(server, c), stored_cases(server))]
+                    sends = [
+                        (lambda c: _post(server, c), cases(quick)),
+                        (
+                            lambda c: _call(channel, c),
+                            grpc_cases(),
+                        ),
+                        (lambda c: _post(server, c), stored_cases(server)),
+                    ]
                     for send, wanted in sends:
                         for case in wanted:
                             time.sleep(0.05)

@@ -1,7 +1,7 @@
 """JSON text from clients, read while other threads run.
 
 The interpreter lock is held by each call into a compiled parser. A text is therefore counted first,
-piece by piece, and refused where it holds more than the parser reads in a few milliseconds; numbers,
+piece by piece, and refused where it holds more than the parser reads in some milliseconds. Numbers,
 of which prompts have many, are converted by calls between which other threads run.
 """
 

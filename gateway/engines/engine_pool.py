@@ -149,8 +149,9 @@ class EnginePool:
     ) -> Submission | None:
         """Hand a request to a worker; None while no stream is open.
 
-        ``hashes`` name its KV blocks, where they are known. ``deadline_s`` is the ``time.monotonic`` at which the request is given up. Requests that
-        arrive together are routed together, the one with the fewest tokens to compute first.
+        ``hashes`` name its KV blocks, where they are known. ``deadline_s`` is the
+        ``time.monotonic`` at which the request is given up. Requests that arrive together are
+        routed together, the one with the fewest tokens to compute first.
         """
         if not self.clients:
             return None

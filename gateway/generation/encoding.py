@@ -1,4 +1,4 @@
-"""Texts to token ids, away from the event loop: in threads, and in a process where they are long."""
+"""Texts to token ids, away from the event loop: in threads, or in a process for long ones."""
 
 from __future__ import annotations
 

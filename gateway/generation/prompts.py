@@ -318,7 +318,9 @@ class PromptMaker:
         most = max(MAX_TOKENS, facts.max_model_len)
         wanted = slice(most) if kept is None else kept
         if not any(isinstance(prompt, str) for prompt in prompts):  # also without a tokenizer
-            return [EncodedText(one[wanted], len(one)) for one in prompts if not isinstance(one, str)]
+            return [
+                EncodedText(one[wanted], len(one)) for one in prompts if not isinstance(one, str)
+            ]
         found = await self._encoder.encode(prompts, add_special_tokens, wanted)
         for one in found:
             if kept is None and one.num_tokens > most:

@@ -50,7 +50,9 @@ class PoolingProcedures:
 
     async def Classify(self, request: pb.ClassifyRequest, call: GrpcCall) -> pb.ClassifyResponse:
         fields, prompts = _fields(request, call), await call.read(_prompts, request.input, "input")
-        masks = await call.read(lambda: tuple(numbers_of(one.mask) for one in request.attention_mask))
+        masks = await call.read(
+            lambda: tuple(numbers_of(one.mask) for one in request.attention_mask)
+        )
         found = await self._reader.classify(prompts, tuple(request.labels), masks, fields)
         rows = (
             pb.Classification(index=index, **asdict(row)) for index, row in enumerate(found.rows)

@@ -24,7 +24,7 @@ from gateway.text.forms.tools import json_object
 
 _REASONING = REASONING_NAMES[0]
 _JOINED = {"content": "\n\n", _REASONING: "\n"}
-"""Fields of a message that are lists of texts until it is finished, and what separates the texts."""
+"""Fields of a message that are lists of texts until it is finished, and their separators."""
 _MESSAGES = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls)?)?")
 
 

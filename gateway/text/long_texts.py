@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import sys
 from array import array
 from pathlib import Path
 
 from cluster.core.errors import RequestFailedError
-from gateway.text.encode_texts import ID_TYPE, LENGTH, REPLY
+from gateway.text.encode_texts import ID_TYPE, REPLY, message_of
 
 LONG_CHARS = 262_144
 """Longer texts are tokenized in the process."""
@@ -41,8 +40,8 @@ class LongTexts:
             process = self._process or await self._start()
             self._process = None  # in use: what ends this call ends the process
             try:
-                wanted = (text, add_special_tokens, kept)
-                found = await _ask(process, await asyncio.to_thread(pickle.dumps, wanted))
+                message = await asyncio.to_thread(message_of, text, add_special_tokens, kept)
+                found = await _ask(process, message)
             except BaseException:
                 process.kill()
                 await asyncio.shield(process.wait())
@@ -67,13 +66,11 @@ class LongTexts:
         )
 
 
-async def _ask(
-    process: asyncio.subprocess.Process, message: bytes
-) -> tuple[array[int], int]:
+async def _ask(process: asyncio.subprocess.Process, message: bytes) -> tuple[array[int], int]:
     assert process.stdin is not None, "a pipe"
     assert process.stdout is not None, "a pipe"
     try:
-        process.stdin.write(LENGTH.pack(len(message)) + message)
+        process.stdin.write(message)
         await process.stdin.drain()
         count, length = REPLY.unpack(await process.stdout.readexactly(REPLY.size))
         raw = await process.stdout.readexactly(length)

@@ -38,7 +38,12 @@ PART = {"type": "text", "text": "a"}
         (ChatBody, {"messages": [*[SAID] * LONG, {"role": 1}]}, f"messages[{LONG}].role"),
         (
             ChatBody,
-            {"messages": [SAID, {**SAID, "content": [*[PART] * LONG, {"type": "text", "text": 1}]}]},
+            {
+                "messages": [
+                    SAID,
+                    {**SAID, "content": [*[PART] * LONG, {"type": "text", "text": 1}]},
+                ]
+            },
             "messages[1].content",
         ),
         (

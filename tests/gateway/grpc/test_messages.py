@@ -63,7 +63,7 @@ def test_what_is_within_the_limits_is_read_as_it_is() -> None:
     chat = request.messages
     chat.messages.extend(types_pb2.ChatMessage(role="user", content=f"{i}") for i in range(16_000))
     chat.chat_template_kwargs.update({"a": [1, {"b": "c"}]})
-    request.sampling_params.logit_bias.update({place: 0.5 for place in range(1000)})
+    request.sampling_params.logit_bias.update(dict.fromkeys(range(1000), 0.5))
     request.sampling_params.stop_token_ids.extend(range(-5, 10_000))
     request.sampling_params.temperature = 0.5
     data = request.SerializeToString()

@@ -16,9 +16,9 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.bodies import StrictBody
 from gateway.core.call import CallKind, GenerateFields
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
+from gateway.core.long_work import NoCollections
 from gateway.grpc.convert import grpc_fields
 from gateway.http.convert import chat_fields, completion_fields
-from gateway.core.long_work import NoCollections
 from gateway.http.parse import parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody

@@ -155,12 +155,12 @@ def stored_item(stack: Stack, text: str) -> dict[str, Any]:
     return found
 
 
-def test_a_long_conversation_is_not_read(
-    storing: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_conversation_is_not_read(storing: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     first = respond(storing, input="a" * 500)
     storing.engine.requests.clear()
-    monkeypatch.setattr(storing.gateway, "limits", replace(storing.gateway.limits, max_body_bytes=500))
+    monkeypatch.setattr(
+        storing.gateway, "limits", replace(storing.gateway.limits, max_body_bytes=500)
+    )
     answer = post(storing, PATH, input="x", previous_response_id=first["id"])
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "previous_response_id")
