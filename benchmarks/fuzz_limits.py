@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.fuzz --limits`` serves the bundled model, sends each body once, and sends
 small requests over gRPC meanwhile, which the same event loop answers. A stop is the longest answer
-to one of them, but at most the processor time of the gateway within it: other processes of a busy machine
-do not count, and a thread that holds the interpreter lock does.
+to one of them, but at most the processor time of the gateway within it: other processes of a busy
+machine do not count, and a thread that holds the interpreter lock does.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 The library makes one string a token, and the interpreter lock is held while these are read and
 freed: a text of 8 MiB stopped the gateway for half a second and took a gigabyte.
 
-A message is a length of 8 bytes and that many bytes: a ``TextToEncode`` in msgpack. The reply is the number of all token ids and the length of
-the rest, 8 bytes each, then the wanted ids, 4 bytes each. The program ends with its input.
+A message is a length of 8 bytes and that many bytes: a ``TextToEncode`` in msgpack. The reply is
+the number of all token ids and the length of the rest, 8 bytes each, then the wanted ids, 4 bytes
+each. The program ends with its input.
 """
 
 from __future__ import annotations
