@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.fuzz --limits`` serves the bundled model, sends each body once, and sends
 small requests over gRPC meanwhile, which the same event loop answers. A stop is the longest answer
-to one of them, but at most the processor time of the gateway within it: other processes of a busy
-machine do not count, and a thread that holds the interpreter lock does.
+to one of them, without the longest time that a thread of the gateway waited for a processor, and at
+most the gateway's processor time: other processes of a busy machine do not count, and a thread that
+holds the interpreter lock does.
 """
 
 from __future__ import annotations
@@ -290,19 +291,25 @@ class Prober:
     def _run(self) -> None:
         message = pb.GetModelInfoRequest().SerializeToString()
         while not self._ends.wait(0.002):
-            before_s, began_s = self._busy_s(), time.monotonic()
+            before, began_s = self._times(), time.monotonic()
             self._call(message, timeout=300.0)
             took_s = time.monotonic() - began_s
             if took_s > self._longest_s:
-                self._longest_s = max(self._longest_s, min(took_s, self._busy_s() - before_s))
+                after, none = self._times(), (0.0, 0.0)
+                pairs = [(end, before.get(name, none)) for name, end in after.items()]
+                spent = [(end[0] - start[0], end[1] - start[1]) for end, start in pairs]
+                busy_s = sum(ran_s for ran_s, _ in spent)
+                queued_s = max((waited_s for _, waited_s in spent), default=0.0)
+                self._longest_s = max(self._longest_s, min(took_s - queued_s, busy_s))
 
-    def _busy_s(self) -> float:
-        """Processor time of the gateway's threads."""
-        total = 0
+    def _times(self) -> dict[str, tuple[float, float]]:
+        """By thread of the gateway, how long it ran, and waited for a processor, seconds."""
+        found = {}
         for task in self._tasks.iterdir():
             with contextlib.suppress(OSError):
-                total += int((task / "schedstat").read_text().split()[0])
-        return total / 1e9
+                ran, waited, _ = (task / "schedstat").read_text().split()
+                found[task.name] = int(ran) / 1e9, int(waited) / 1e9
+        return found
 
 
 def _post(server: Served, case: Case) -> str:

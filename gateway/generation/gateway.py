@@ -36,7 +36,6 @@ from gateway.cluster.view import (
 from gateway.core.call import CallKind, GenerateCall, GenerateFields
 from gateway.core.errors import ErrorReport, report_error
 from gateway.core.field_checks import check_fields
-from gateway.core.long_work import LongWork
 from gateway.core.model import ModelFacts, model_facts
 from gateway.core.replay import ReplayCause
 from gateway.core.request_id import REQUEST_ID
@@ -57,6 +56,7 @@ from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
 from gateway.state.store import open_store
+from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.block_hash import BlockHash, block_hashes
 from workers.requests.request import Request

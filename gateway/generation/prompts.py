@@ -10,23 +10,23 @@ from typing import Any
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import ChatInput, GenerateFields
 from gateway.core.field_checks import check_chat
-from gateway.core.long_work import INLINE_SIZE, LongWork
 from gateway.core.model import ModelFacts
 from gateway.core.thinking import BEGIN, END, Thinking, thinking_after
 from gateway.core.tool_use import ToolForm
-from gateway.generation.encoding import (
+from gateway.generation.validate import check_context, check_token_ids, kept_tokens
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.client_templates import ClientTemplates, TemplateAnswer
+from gateway.text.encoding import (
     MAX_TOKENS,
     EncodedText,
     TextEncoder,
     check_num_tokens,
 )
-from gateway.generation.validate import check_context, check_token_ids, kept_tokens
-from gateway.text.chat_template import ChatTemplate
-from gateway.text.client_templates import ClientTemplates, TemplateAnswer
 from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.harmony.grammar import harmony_grammar
 from gateway.text.harmony.marks import ENDS, MESSAGE, START, open_header, open_message
 from gateway.text.harmony.template import HarmonyTemplate
+from gateway.text.long_work import INLINE_SIZE, LongWork
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer
 

@@ -16,11 +16,11 @@ from gateway.auth.key_limits import Account
 from gateway.core.call import GenerateFields
 from gateway.core.delta import Usage
 from gateway.core.headers import with_headers
-from gateway.core.long_work import Arguments, Result
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.generation.gateway import Gateway
 from gateway.generation.request_log import RequestLog
 from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
+from gateway.text.long_work import Arguments, Result
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from gateway.core.field_checks import check_length
-from gateway.core.json_text import MAX_ENTRIES, MAX_VALUES
-from gateway.core.long_work import INLINE_SIZE
+from gateway.text.json_text import MAX_ENTRIES, MAX_VALUES
+from gateway.text.long_work import INLINE_SIZE
 
 Number = TypeVar("Number", int, float)
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -38,8 +38,8 @@ _SIZES = {
 _TEXTS = frozenset({FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES})
 
 
-def read_message(kind: Descriptor, data: bytes) -> Message:
-    """The message in ``data``.
+def read_message(kind: Any, data: bytes) -> Message:
+    """The message in ``data``, of the type that the descriptor ``kind`` describes.
 
     Raises:
         RequestError: it has more fields than a request may have.

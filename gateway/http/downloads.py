@@ -31,12 +31,13 @@ class PiecesResponse(Response):
     Args:
         reader: closed at the end.
         size: bytes of the content.
+        status_code: of HTTP.
     """
 
     media_type = "application/octet-stream"
 
-    def __init__(self, reader: Reader, size: int) -> None:
-        super().__init__()
+    def __init__(self, reader: Reader, size: int, status_code: int = 200) -> None:
+        super().__init__(status_code=status_code)
         self._reader = reader
         self._size = size
 

@@ -17,9 +17,9 @@ from gateway.core.field_checks import (
     check_length,
     check_messages,
 )
-from gateway.core.json_text import check_writable, load_json
 from gateway.http.schema import TAG
 from gateway.text.forms.tools import MAX_TOOLS
+from gateway.text.json_text import check_writable, load_json
 
 Body = TypeVar("Body", bound=StrictBody)
 

@@ -17,7 +17,6 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.delta import Finish
 from gateway.core.errors import StorageError
 from gateway.core.headers import with_headers
-from gateway.core.long_work import INLINE_SIZE
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
@@ -34,6 +33,7 @@ from gateway.responses.stored import References, ResponseStore, StoredItems, id_
 from gateway.responses.stream import ResponseStream
 from gateway.responses.turn import Turn, check_size, given_items, make_turn, reference_in
 from gateway.responses.unsupported import check_unbuilt
+from gateway.text.long_work import INLINE_SIZE
 
 logger = logging.getLogger(__name__)
 

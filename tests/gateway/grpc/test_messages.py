@@ -6,9 +6,9 @@ import pytest
 from google.protobuf.message import DecodeError, Message
 
 from cluster.core.errors import RequestError
-from gateway.core.json_text import MAX_ENTRIES, MAX_VALUES
 from gateway.grpc import messages
 from gateway.grpc.messages import numbers_of, read_message
+from gateway.text.json_text import MAX_ENTRIES, MAX_VALUES
 from protos import inference_pb2 as pb
 from protos import types_pb2
 

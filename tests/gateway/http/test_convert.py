@@ -16,7 +16,6 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.bodies import StrictBody
 from gateway.core.call import CallKind, GenerateFields
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
-from gateway.core.long_work import NoCollections
 from gateway.grpc.convert import grpc_fields
 from gateway.http.convert import chat_fields, completion_fields
 from gateway.http.parse import parse_body, parse_json
@@ -25,6 +24,7 @@ from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
 from gateway.http.unsupported import check_unbuilt
 from gateway.responses.unsupported import check_unbuilt as check_unbuilt_response
 from gateway.text.forms.tools import MAX_TOOLS
+from gateway.text.long_work import NoCollections
 from protos import inference_pb2 as pb
 
 SAMPLING: dict[str, Any] = {

@@ -13,12 +13,12 @@ from google.protobuf import json_format
 
 from cluster.config.gateway import GatewaySection
 from gateway.core.bodies import StrictBody
-from gateway.core.json_text import MAX_VALUES
-from gateway.core.long_work import INLINE_SIZE
 from gateway.engines import engine_pool
 from gateway.generation import gateway as gateway_module
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
+from gateway.text.json_text import MAX_VALUES
+from gateway.text.long_work import INLINE_SIZE
 from protos import inference_pb2 as pb
 from tests.gateway.stack import MODEL, WAIT_S, Stack, post, running_stack
 from workers.requests.request import Request

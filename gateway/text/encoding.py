@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cluster.core.errors import RequestError
-from gateway.core.json_text import MAX_ENTRIES
-from gateway.core.long_work import LongWork
+from gateway.text.json_text import MAX_ENTRIES
 from gateway.text.long_texts import LONG_CHARS, LongTexts
+from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES
@@ -65,9 +65,9 @@ class TextEncoder:
     def _encoded(
         self, prompt: str | tuple[int, ...], add_special_tokens: bool, kept: slice
     ) -> EncodedText:
-        is_text = isinstance(prompt, str)
-        ids = self._tokenizer.encode(prompt, add_special_tokens) if is_text else prompt
-        return EncodedText(ids[kept], len(ids))
+        if isinstance(prompt, str):
+            prompt = self._tokenizer.encode(prompt, add_special_tokens)
+        return EncodedText(prompt[kept], len(prompt))
 
     async def stop(self) -> None:
         """End the process."""

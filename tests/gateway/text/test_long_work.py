@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from gateway.core.long_work import INLINE_SIZE, LongWork
+from gateway.text.long_work import INLINE_SIZE, LongWork
 
 
 def where() -> str:

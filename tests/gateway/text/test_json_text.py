@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.core import json_text
-from gateway.core.json_text import MAX_ENTRIES, MAX_NAMES, MAX_VALUES, check_writable, load_json
+from gateway.text import json_text
+from gateway.text.json_text import MAX_ENTRIES, MAX_NAMES, MAX_VALUES, check_writable, load_json
 
 
 def many(item: str, count: int) -> str:
@@ -37,7 +37,7 @@ def test_too_much_is_refused_before_it_is_parsed(
     monkeypatch: pytest.MonkeyPatch, text: str, words: str
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(json_text.json, "loads", lambda *text, **more: calls.append(text[0]))
+    monkeypatch.setattr(json, "loads", lambda *text, **more: calls.append(text[0]))
     with pytest.raises(RequestError, match=words) as caught:
         load_json(text, "body")
     assert (caught.value.param, calls) == ("body", [])
@@ -81,8 +81,8 @@ def test_pieces_of_any_size_count_the_same(monkeypatch: pytest.MonkeyPatch, size
 def test_other_threads_run_between_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter may change threads at each call of a Python function."""
     calls: list[str] = []
-    monkeypatch.setattr(json_text, "_integer", lambda digits: calls.append(digits) or 0)
-    monkeypatch.setattr(json_text, "_number", lambda digits: calls.append(digits) or 0)
+    monkeypatch.setattr(json_text, "_integer", calls.append)
+    monkeypatch.setattr(json_text, "_number", calls.append)
     load_json(many("12", 20_000), "body")
     load_json(many("1.5", 20_000), "body")
     assert len(calls) == 40_000
