@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ BODY_BYTES = 8 * 1024 * 1024
 MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_STOP_S = 0.05
 """Longest time that the event loop may stop."""
+_PAUSE_S = 0.05
+"""Before and behind each body, so that a stop belongs to it."""
 ENDPOINTS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "/v1/completions": ({"max_tokens": 1}, "prompt"),
     "/v1/chat/completions": ({"max_tokens": 1}, "messages"),
@@ -353,24 +356,17 @@ def measure(quick: bool, log: Callable[[str], object] = lambda line: None) -> li
             ]
             try:
                 with grpc.insecure_channel(server.grpc, options) as channel:
-                    sends = [
-                        (lambda c: _post(server, c), cases(quick)),
-                        (
-                            lambda c: _call(channel, c),
-                            grpc_cases(),
-                        ),
-                        (lambda c: _post(server, c), stored_cases(server)),
-                    ]
-                    for send, wanted in sends:
-                        for case in wanted:
-                            time.sleep(0.05)
-                            prober.take()
-                            began_s = time.monotonic()
-                            answer = send(case)
-                            time.sleep(0.05)
-                            took_s = time.monotonic() - began_s - 0.05
-                            found.append(Stop(case, prober.take(), answer, took_s))
-                            log(_line(found[-1]))
+                    every = chain(cases(quick), grpc_cases(), stored_cases(server))
+                    for case in every:
+                        time.sleep(_PAUSE_S)
+                        prober.take()
+                        began_s = time.monotonic()
+                        is_http = case.path.startswith("/")
+                        answer = _post(server, case) if is_http else _call(channel, case)
+                        took_s = time.monotonic() - began_s
+                        time.sleep(_PAUSE_S)
+                        found.append(Stop(case, prober.take(), answer, took_s))
+                        log(_line(found[-1]))
             finally:
                 prober.close()
     return found

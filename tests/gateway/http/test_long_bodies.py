@@ -17,10 +17,12 @@ from gateway.engines import engine_pool
 from gateway.generation import gateway as gateway_module
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
+from gateway.http.middleware import dump_long
 from gateway.text.json_text import MAX_VALUES
 from gateway.text.long_work import INLINE_SIZE
 from protos import inference_pb2 as pb
 from tests.gateway.stack import MODEL, WAIT_S, Stack, post, running_stack
+from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request
 
 PAD = {"user": "a" * INLINE_SIZE}
@@ -144,7 +146,7 @@ def test_large_messages_are_converted_in_a_thread(
 def test_prompts_are_hashed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of KV blocks, by which requests are routed, of all prompts of a call."""
     found: list[str] = []
-    hashes = gateway_module.block_hashes
+    hashes = block_hashes
 
     def note(request: Request, *details: Any) -> list[bytes]:
         found.append(threading.current_thread().name)
@@ -169,7 +171,7 @@ def test_long_answers_are_written_in_a_thread(
     keeper: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[str] = []
-    write = http_api.dump_long
+    write = dump_long
 
     def note(content: object) -> bytes:
         found.append(threading.current_thread().name)
