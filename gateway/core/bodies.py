@@ -23,7 +23,7 @@ def _whole(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 """JSON knows one kind of number: 5.0 is 5."""
 Item = TypeVar("Item")
-MAX_SLICE = 2048
+MAX_SLICE = 512
 """Items of a list that one call checks."""
 
 

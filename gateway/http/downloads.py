@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -32,12 +33,20 @@ class PiecesResponse(Response):
         reader: closed at the end.
         size: bytes of the content.
         status_code: of HTTP.
+        run: runs the reader's calls away from the event loop.
     """
 
     media_type = "application/octet-stream"
 
-    def __init__(self, reader: Reader, size: int, status_code: int = 200) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        size: int,
+        status_code: int = 200,
+        run: Callable[..., Awaitable[Any]] = asyncio.to_thread,
+    ) -> None:
         super().__init__(status_code=status_code)
+        self._run = run
         self._reader = reader
         self._size = size
 
@@ -46,7 +55,7 @@ class PiecesResponse(Response):
         try:
             await run_until_gone(receive, responder, self._send(responder))
         finally:
-            await asyncio.shield(asyncio.to_thread(self._reader.close))
+            await asyncio.shield(self._run(self._reader.close))
 
     async def _send(self, responder: Responder) -> None:
         piece = await self._read()
@@ -58,4 +67,5 @@ class PiecesResponse(Response):
         await responder.body(b"")
 
     async def _read(self) -> bytes:
-        return await asyncio.to_thread(self._reader.read, WINDOW_BYTES)
+        piece: bytes = await self._run(self._reader.read, WINDOW_BYTES)
+        return piece
