@@ -98,7 +98,7 @@ def values(num_bytes: int) -> dict[str, str]:
         '"" fill the body': _list('""', num_bytes),
         "1 fills the body": _list("1", num_bytes),
         "names fill the body": _names(num_bytes // 12, 6),
-        "one name again and again": "{" + ('"a":1,' * (num_bytes // 6))[:-1] + "}",
+        "one name in all entries": "{" + ('"a":1,' * (num_bytes // 6))[:-1] + "}",
         "[] within": _list("[]", num_bytes, 130_000),
         "strings within": _list('"abc"', num_bytes, 130_000),
         "objects within": _list('{"a":""}', num_bytes, 32_000),

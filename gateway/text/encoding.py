@@ -13,7 +13,7 @@ from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES
-"""Tokens of one text where no model's context is the limit; a body has no more token ids either."""
+"""Tokens of one text where no model's context is the limit. A body has at most as many token ids."""
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
 
@@ -40,7 +40,7 @@ class TextEncoder:
     async def encode(
         self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool, kept: slice
     ) -> list[EncodedText]:
-        """A slice of the token ids of each text; token ids stay as they are, but for the slice."""
+        """A slice of the token ids of each text. Of prompts that are token ids, the same slice."""
         long_texts = self._long_texts
         if long_texts is None or all(len(one) <= LONG_CHARS for one in _texts(prompts)):
             return await self._encode_here(prompts, add_special_tokens, kept)
