@@ -13,7 +13,7 @@ from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES
-"""Tokens of one text where no model's context is the limit. A body has at most as many token ids."""
+"""Tokens of one text where no model's context is the limit. A body has no more token ids."""
 _INLINE_CHARS = 2048
 """Longer texts are tokenized in a thread."""
 
