@@ -94,10 +94,10 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         """Special tokens by name."""
         own, other = "tools" in names, self._tool_use
-        self.has_tools = own if other is None else other.has_tools
-        self.tool_form = self._find_form() if other is None else other.tool_form
+        self.has_tools: bool = own if other is None else other.has_tools
+        self.tool_form: ToolForm | None = self._find_form() if other is None else other.tool_form
         """How the model calls them; None where it has none, or the form is not known."""
-        self.has_thinking = END in source or (other is not None and other.has_thinking)
+        self.has_thinking: bool = END in source or (other is not None and other.has_thinking)
         """The model may write reasoning before its answers."""
 
     def render(
