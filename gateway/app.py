@@ -33,6 +33,7 @@ from gateway.grpc.server import GrpcServer
 from gateway.http.api import HttpApi
 from gateway.protocols import build_public_app
 from gateway.serve_proxy.malloc_trim import start_returning
+from gateway.state.store import open_in_time, open_store
 from gateway.state.sweeper import StateSweeper
 from gateway.text.tokenizer import load_tokenizer
 
@@ -75,8 +76,12 @@ class GatewayReplica:
         )
         policy = RoutingPolicy(settings.gateway.routing_policy)
         self._engines = EnginePool(settings.cluster_token, name, policy)
-        self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
         section = settings.gateway
+        state = open_store(section, opens=False)
+        self._gateway = Gateway(
+            settings, tokenizer, self._cluster, self._engines, name, state=state
+        )
+        await open_in_time(state, self._gateway.disk)
         if section.num_gateway_replicas > 1:
             self._gateway.replicas = RayServeReplicas(self._gateway.answers)
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)

@@ -34,6 +34,7 @@ from gateway.cluster.view import (
     living_workers,
 )
 from gateway.core.call import CallKind, GenerateCall, GenerateFields
+from gateway.core.disk_threads import DiskThreads
 from gateway.core.errors import ErrorReport, report_error
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
@@ -54,7 +55,7 @@ from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
-from gateway.state.store import open_store
+from gateway.state.store import StateStore, open_store
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello
@@ -79,6 +80,7 @@ class Gateway:
         engines: streams to the attention workers; fed from ``cluster`` here.
         name: of this replica.
         tuning: limits and waits that no option sets.
+        state: None opens the one of the configuration, on the thread of the caller.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Gateway:
         engines: EnginePool,
         name: str = "gateway",
         tuning: GatewayTuning | None = None,
+        state: StateStore | None = None,
     ) -> None:
         self.config = config
         self.limits = config.gateway
@@ -99,8 +102,15 @@ class Gateway:
         self.name = name
         self.tuning = tuning or GatewayTuning()
         self.keys, self.admin_keys = make_key_rings(config.gateway)
-        self.state = open_store(config.gateway)
+        self.state = open_store(config.gateway) if state is None else state
         """What is kept for clients between requests; None keeps nothing."""
+        self.disk = DiskThreads(
+            "the state folder",
+            self.tuning.disk_threads,
+            self.tuning.disk_max_waiting,
+            self.tuning.disk_limit_s,
+        )
+        """Threads of requests that use ``state``."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model_name = config.model.served_model_name
         self.adapters: Mapping[str, str] = {}

@@ -27,11 +27,17 @@ class Server:
         self.plan = plan
         self.asked = Counter[str]()
         self.running = self.most = 0
+        self.num_awaited = 0
+        """Requests that must run at the same time, before the first one is answered."""
+        self._has_all = asyncio.Event()
 
     async def send(self, request: BatchRequest) -> BatchAnswer:
         self.asked[request.custom_id] += 1
         self.running += 1
         self.most = max(self.most, self.running)
+        if self.running >= self.num_awaited:
+            self._has_all.set()
+        await self._has_all.wait()
         await asyncio.sleep(0)
         self.running -= 1
         planned = self.plan.get(request.custom_id.replace("-", "_"), [])
@@ -75,6 +81,7 @@ def answered(path: Path) -> dict[str, Any]:
 def test_each_request_has_one_answer(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [line(one) for one in IDS])
     server, seen = Server(id_3=[BatchAnswer(400, {"error": {}})]), list[tuple[int, int]]()
+    server.num_awaited = 4
     counts = batch(tmp_path, server, seen=seen)
     assert (counts.total, counts.completed, counts.failed, counts.left) == (20, 19, 1, 0)
     assert answered(tmp_path / "out") == {one: {"text": one} for one in IDS if one != "id-3"}

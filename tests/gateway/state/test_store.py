@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ HEAD_BYTES = len(encode("note_" + "0" * 32, b"", 1e9, 1e9 + 60.0)) + 32
 
 
 class Clock:
-    """A time that tests set."""
+    """A time that tests set; files seem to be older by as much."""
 
     def __init__(self) -> None:
-        self.now_s = 1_000_000_000.0
+        self.began_s = self.now_s = 1_000_000_000.0
 
     def __call__(self) -> float:
         return self.now_s
+
+    def of_disk(self) -> float:
+        return time.time() + self.now_s - self.began_s
 
 
 @pytest.fixture
@@ -43,7 +47,8 @@ def clock() -> Clock:
 def make(folder: Path, clock: Clock | None = None, **limits: Any) -> StateStore:
     """A store of one gateway."""
     values = {"max_objects": 100, "max_bytes": 1 << 20, "ttl_s": 60.0, **limits}
-    return StateStore(folder, clock=clock or Clock(), **values)
+    clock = clock or Clock()
+    return StateStore(folder, clock=clock, disk_clock=clock.of_disk, **values)
 
 
 def put(store: StateStore, kind: ObjectKind, content: bytes = b"x", tenant: str = "a") -> str:
@@ -203,7 +208,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path, clock: Clock) -> Non
     store = make(tmp_path, clock)
     left = tmp_path / "new" / "abandoned"
     left.write_bytes(b"half")
-    clock.now_s = left.stat().st_ctime + 60.0
+    clock.now_s += 60.0
     assert store.sweep() == 0
     clock.now_s += 3600.0
     assert store.sweep() == 1
