@@ -16,4 +16,6 @@ async def to_its_end(work: Awaitable[Result]) -> Result:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         await asyncio.wait([future])
+        if not future.cancelled():
+            future.exception()  # seen: the cancellation is what the caller learns
         raise

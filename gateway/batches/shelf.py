@@ -166,7 +166,8 @@ class BatchShelf:
             self._state.write_work(batch.id + _ENTRY, msgspec.json.encode(entry))
             self.save(tenant, batch)
         except StorageError:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StorageError, OSError):
+                self._state.delete(BATCHES, tenant, batch.id)  # it may be there, and not be synced
                 self.end(batch.id)
             raise
 
