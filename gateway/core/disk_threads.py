@@ -83,7 +83,7 @@ class DiskThreads:
                 f"{self._what} does not answer: {len(self._late)} calls have waited for more than "
                 f"{self._limit_s:g} s"
             )
-        if self._executor.num_waiting >= self._max_waiting:
+        if self._executor.num_calls >= self._max_threads + self._max_waiting:
             raise StorageTimeoutError(
                 f"{self._what} is too slow: {self._max_waiting} calls wait for it"
             )
@@ -116,16 +116,14 @@ class _DaemonExecutor(Executor):
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._num_threads = self._num_idle = 0
-
-    @property
-    def num_waiting(self) -> int:
-        """Calls without a thread, cancelled ones included."""
-        return len(self._waiting)
+        self.num_calls = 0
+        """Calls that run or wait, also those that were cancelled while they waited."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future = Future[Any]()
         with self._changed:
             self._waiting.append((future, partial(fn, *args, **kwargs)))
+            self.num_calls += 1
             if self._num_idle < len(self._waiting) and self._num_threads < self._max_threads:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
                 self._num_threads += 1
@@ -134,15 +132,21 @@ class _DaemonExecutor(Executor):
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
-            future, call = taken
-            if future.set_running_or_notify_cancel():
-                try:
-                    found = call()
-                except BaseException as err:
-                    future.set_exception(err)
-                else:
-                    future.set_result(found)
-            del taken, future, call  # nothing is kept while the thread waits
+            self._run(*taken)
+            del taken  # nothing is kept while the thread waits
+            with self._changed:
+                self.num_calls -= 1
+
+    @staticmethod
+    def _run(future: Future[Any], call: Callable[[], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            found = call()
+        except BaseException as err:
+            future.set_exception(err)
+        else:
+            future.set_result(found)
 
     def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         """The next call; None where none has come for ``_IDLE_S``: the thread ends."""
