@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cluster.core.errors import ConflictError
-from cluster.core.files import RecordFile, sync_folder, write_all
+from cluster.disk.files import RecordFile, sync_folder, write_all
 
 logger = logging.getLogger(__name__)
 

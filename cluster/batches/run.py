@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from cluster.batches.answers import LINE_ID, AnswerFile, is_success
 from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.core.errors import ConflictError
-from cluster.core.waits import to_its_end
+from cluster.disk.threads import to_its_end
 
 logger = logging.getLogger(__name__)
 

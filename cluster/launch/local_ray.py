@@ -21,8 +21,8 @@ from typing import Any
 
 from cluster.core.addresses import split_address
 from cluster.core.errors import StartError, first_line
-from cluster.core.files import replace_file
 from cluster.core.process import ProcessIdentity
+from cluster.disk.files import replace_file
 from cluster.launch.orphans import end_all, find_by_files, sweep
 from cluster.tracing.output_files import LIMIT_VARIABLE, MAX_BYTES
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from cluster.core.addresses import split_address
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, ProtocolError
-from cluster.core.files import replace_file
 from cluster.core.process import ProcessIdentity, is_running
+from cluster.disk.files import replace_file
 from cluster.launch.orphans import host_id, sweep
 from cluster.tracing.output_files import previous
 

@@ -29,7 +29,7 @@ import yaml
 
 from cluster.config.api_keys import hash_key, is_hashed, stored_digest
 from cluster.core.errors import ConfigError
-from gateway.core.disk_threads import DiskThreads
+from cluster.disk.threads import DiskThreads
 
 logger = logging.getLogger(__name__)
 

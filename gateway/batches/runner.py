@@ -18,10 +18,10 @@ from typing import NamedTuple
 from starlette.routing import BaseRoute, Route
 
 from cluster.batches.answers import AnswerFile, InUseError
+from cluster.disk.threads import END_S, DiskThreads
 from gateway.batches.objects import ENDED
 from gateway.batches.running import BatchTuning, RunningBatch, is_passing
 from gateway.batches.shelf import BatchShelf, Work
-from gateway.core.disk_threads import END_S, DiskThreads
 from gateway.core.errors import KeyFullError
 from gateway.generation.gateway import Gateway
 

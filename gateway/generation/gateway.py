@@ -24,6 +24,7 @@ from cluster.core.errors import (
     ModelNotFoundError,
     NotReadyError,
 )
+from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
 from gateway.auth.auth import CALLER, make_key_rings
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
@@ -34,8 +35,7 @@ from gateway.cluster.view import (
     living_workers,
 )
 from gateway.core.call import CallKind, GenerateCall, GenerateFields
-from gateway.core.disk_threads import DiskThreads
-from gateway.core.errors import ErrorReport, report_error
+from gateway.core.errors import ErrorReport, StorageTimeoutError, report_error
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
 from gateway.core.replay import ReplayCause
@@ -109,6 +109,7 @@ class Gateway:
             self.tuning.disk_threads,
             self.tuning.disk_max_waiting,
             self.tuning.disk_limit_s,
+            StorageTimeoutError,
         )
         """Threads of requests that use ``state``."""
         logs.CONTEXT.request_id = REQUEST_ID.get

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.core.errors import RequestError, UnknownNameError, UnsupportedParameterError
-from gateway.core.disk_threads import DiskThreads
+from cluster.disk.threads import DiskThreads
 from gateway.core.errors import StorageError
 from gateway.core.field_checks import check_length
 from gateway.http.pages import tenant

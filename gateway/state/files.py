@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.core.files import new_file, sync_folder, write_all
+from cluster.disk.files import new_file, sync_folder, write_all
 from gateway.core.errors import StorageError, StorageFullError
 from gateway.state.record import MAX_HEAD_BYTES, Head, decode_head
 

@@ -10,7 +10,7 @@ import msgspec
 
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
-from cluster.core.files import new_file
+from cluster.disk.files import new_file
 from gateway.state.files import write_aside
 from gateway.state.record import FORMAT
 

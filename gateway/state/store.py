@@ -30,8 +30,8 @@ from pathlib import Path
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ConfigError
-from cluster.core.files import write_all
-from gateway.core.disk_threads import DiskThreads
+from cluster.disk.files import write_all
+from cluster.disk.threads import DiskThreads
 from gateway.core.errors import KeyFullError, StorageError, StorageTimeoutError
 from gateway.state.expiry import Expiry
 from gateway.state.files import (

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 
-from gateway.core.disk_threads import END_S, DiskThreads
+from cluster.disk.threads import END_S, DiskThreads
 from gateway.core.errors import StorageError
 from gateway.state.store import StateStore
 

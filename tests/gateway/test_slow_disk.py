@@ -14,8 +14,8 @@ import pytest
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ConfigError
-from gateway.core.disk_threads import DiskThreads
-from gateway.core.errors import StorageError
+from cluster.disk.threads import DiskThreads
+from gateway.core.errors import StorageError, StorageTimeoutError
 from gateway.core.tuning import GatewayTuning
 from gateway.responses.stored import KIND
 from gateway.state.store import open_in_time, open_store
@@ -236,7 +236,7 @@ def test_a_gateway_starts_without_its_disk(tmp_path: Path) -> None:
     section = GatewaySection(state_dir=str(tmp_path / "state"))
     store = open_store(section, opens=False)
     assert store is not None
-    threads = DiskThreads("the state folder", 2, 2, 0.1)
+    threads = DiskThreads("the state folder", 2, 2, 0.1, StorageTimeoutError)
     with HungDisk(tmp_path) as disk:
         asyncio.run(open_in_time(store, threads))  # returns
         disk.release()

@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.config.cluster import ObservabilitySection
 from cluster.core.errors import ConfigError
-from cluster.core.files import RecordFile
+from cluster.disk.files import RecordFile
 from workers.requests.step_header import StepHeader
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from pathlib import Path
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note
-from cluster.core.files import replace_file
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, ROLE, ROLES
+from cluster.disk.files import replace_file
 from cluster.launch import local_ray, state_file
 
 DEFAULT_PORT = 6379

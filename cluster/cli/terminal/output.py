@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.core.files import replace_file
+from cluster.disk.files import replace_file
 
 _SHADES = (236, 17, 18, 19, 20, 26, 32, 38)
 """Of 256 colours, from grey to light blue."""

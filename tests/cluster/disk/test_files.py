@@ -1,4 +1,4 @@
-"""``cluster.core.files``."""
+"""``cluster.disk.files``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.core.files import RecordFile, replace_file
+from cluster.disk.files import RecordFile, replace_file
 from tests.harness.faulty_files import FaultyFiles, Killed, each_fault
 
 RECORDS = [f"record {number}\n".encode() * 20 for number in range(4)]

@@ -1,4 +1,4 @@
-"""``gateway.core.disk_threads``."""
+"""``cluster.disk.threads``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from gateway.core.disk_threads import DiskThreads
-from gateway.core.errors import StorageTimeoutError
+from cluster.disk.threads import DiskThreads
 from tests.paths import ROOT
 
 LIMIT_S = 60.0
@@ -47,7 +46,7 @@ def with_hung_disk(work: Callable[[HungDisk], Coroutine[Any, Any, None]]) -> Non
 
 
 async def refusal(threads: DiskThreads, disk: HungDisk) -> str:
-    with pytest.raises(StorageTimeoutError) as caught:
+    with pytest.raises(TimeoutError) as caught:
         await threads.run(disk.call)
     return str(caught.value)
 
@@ -116,12 +115,11 @@ def test_a_cancelled_call_does_not_begin_and_a_running_one_is_waited_for() -> No
 
 HANGS = """
 import asyncio, time
-from gateway.core.disk_threads import DiskThreads
-from gateway.core.errors import StorageTimeoutError
+from cluster.disk.threads import DiskThreads
 async def work():
     try:
         await DiskThreads("the disk", 1, 1, 0.05).run(time.sleep, 3600)
-    except StorageTimeoutError:
+    except TimeoutError:
         print("ended")
 asyncio.run(work())
 """

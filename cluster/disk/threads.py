@@ -11,13 +11,10 @@ import contextvars
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any, TypeVar
-
-from cluster.core.waits import to_its_end
-from gateway.core.errors import StorageTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +26,18 @@ _IDLE_S = 5.0
 """Time after which a thread without work ends."""
 
 
+async def to_its_end(work: Awaitable[Result]) -> Result:
+    """The result of work that continues when this is cancelled: it is waited for even then."""
+    future = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        if not future.cancelled():
+            future.exception()  # seen: the cancellation is what the caller learns
+        raise
+
+
 class DiskThreads:
     """A bounded number of threads for the calls of one disk. One event loop may use it.
 
@@ -37,19 +46,28 @@ class DiskThreads:
         max_threads: calls that run at a time.
         max_waiting: calls that may wait for a thread.
         limit_s: longest time of a call, from when it is asked for.
+        error: what is raised for calls whose time is over, with a message.
     """
 
-    def __init__(self, what: str, max_threads: int, max_waiting: int, limit_s: float) -> None:
+    def __init__(
+        self,
+        what: str,
+        max_threads: int,
+        max_waiting: int,
+        limit_s: float,
+        error: Callable[[str], Exception] = TimeoutError,
+    ) -> None:
         self._what = what
         self._max_threads = max_threads
         self._max_waiting = max_waiting
         self._limit_s = limit_s
+        self._error = error
         self._executor = _DaemonExecutor(what, max_threads)
         self._late: list[_Job] = []  # that ran when their time was over
 
     async def run(self, call: Callable[..., Result], *args: Any) -> Result:
-        """The result of a call. Raises what it raises, and ``StorageTimeoutError`` when its time is
-        over, when every thread has a call whose time is over, or when too many calls wait.
+        """The result of a call. Raises what it raises, and ``error`` when its time is over, when
+        every thread has a call whose time is over, or when too many calls wait.
 
         A call that runs cannot be stopped: it may still have its effect.
         """
@@ -65,8 +83,9 @@ class DiskThreads:
         if future.cancelled():
             message = f"{self._what} has not answered for {self._limit_s:g} s"
             logger.error(message)
-            raise StorageTimeoutError(message)
-        return future.result()
+            raise self._error(message)
+        found: Result = future.result()
+        return found
 
     async def run_to_end(self, call: Callable[..., Result], *args: Any) -> Result:
         """The result of a call that has no limit of time; it ends before a cancellation does."""
@@ -79,14 +98,12 @@ class DiskThreads:
     def _check_room(self) -> None:
         self._late = [job for job in self._late if job.is_running]
         if len(self._late) >= self._max_threads:
-            raise StorageTimeoutError(
+            raise self._error(
                 f"{self._what} does not answer: {len(self._late)} calls have waited for more than "
                 f"{self._limit_s:g} s"
             )
         if self._executor.num_calls >= self._max_threads + self._max_waiting:
-            raise StorageTimeoutError(
-                f"{self._what} is too slow: {self._max_waiting} calls wait for it"
-            )
+            raise self._error(f"{self._what} is too slow: {self._max_waiting} calls wait for it")
 
 
 class _Job:
