@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -126,19 +126,22 @@ class BatchRun:
         self.on_progress(self.counts)
         if self.counts.left:
             await self._write(self._check_room)  # before anything is spent
-        async with asyncio.TaskGroup() as group:
-            syncs = group.create_task(self._sync_often())
-            num_workers = min(self.concurrency, self.counts.left)
-            workers = [group.create_task(self._work(left)) for _ in range(num_workers)]
-            await asyncio.gather(*workers)
-            syncs.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                syncs = group.create_task(self._sync_often())
+                num_workers = min(self.concurrency, self.counts.left)
+                workers = [group.create_task(self._work(left)) for _ in range(num_workers)]
+                await asyncio.gather(*workers)
+                syncs.cancel()
+        finally:
+            await self.in_thread(left.close)
         await self._write(self._sync)
 
     @property
     def _files(self) -> set[AnswerFile]:
         return {self.answers, self.errors}
 
-    def _left(self) -> Iterator[BatchRequest]:
+    def _left(self) -> Generator[BatchRequest, None, None]:
         done = self.answers.done | self.errors.done
         return (one for one in self.requests.requests() if one.custom_id not in done)
 

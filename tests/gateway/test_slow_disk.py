@@ -52,7 +52,7 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
         api_key_file=str(tmp_path / "keys"),
         trust_request_chat_template=True,
     )
-    tuning = GatewayTuning(disk_limit_s=0.3)
+    tuning = GatewayTuning(disk_limit_s=WAIT_S)
     with running_stack(section, tiny_tokenizer(TEMPLATE), tuning=tuning) as stack:
         stack.http.headers["authorization"] = f"Bearer {KEY}"
         stack.engine.script = saying("hello")
@@ -124,6 +124,7 @@ def test_a_disk_that_hangs_stops_no_request_that_stores_nothing(
     with HungDisk(tmp_path) as disk, ThreadPoolExecutor(NUM_STUCK) as clients:
         runner, sweeper = start_runner(stack), StateSweeper(stack.gateway.state, 0.0)
         stack.call(sweeper.start)
+        stack.gateway.disk._limit_s = 0.3
         asked = []
         for number in range(NUM_STUCK):
             method, path, more = wanted[number % len(wanted)]
@@ -138,6 +139,7 @@ def test_a_disk_that_hangs_stops_no_request_that_stores_nothing(
         check_stateless(stack)
         answer = post(stack, "/v1/responses", input="x")
         assert answer.json()["store"] is False, "it is answered, and not stored"
+        stack.gateway.disk._limit_s = WAIT_S
         disk.release()
         stack.wait_for(lambda: stack.http.get(f"/v1/files/{stored}").status_code != 503)
         assert post(stack, "/v1/responses", input="x", store=True).status_code == 200

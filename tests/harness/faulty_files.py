@@ -129,7 +129,7 @@ class FaultyFiles:
 
     def run(self, name: str, path: str, call: Callable[[], Any], half: Callable[[], Any]) -> Any:
         """Make a call, or what the fault makes of it; ``half`` writes a half."""
-        self._on_call(FileCall(name, path, threading.get_ident()))
+        self.see(name, path)
         with self._lock:
             kind = self._kind_of(name)
         if kind == "error":
@@ -148,6 +148,10 @@ class FaultyFiles:
                 found.close()
             raise Killed
         return found
+
+    def see(self, name: str, path: str) -> None:
+        """A call is about to be made."""
+        self._on_call(FileCall(name, path, threading.get_ident()))
 
     def _kind_of(self, name: str) -> Kind | None:
         """What happens at the call that comes now."""
@@ -257,6 +261,11 @@ class _File(io.FileIO):
         read = super().readinto
         found: int = self._files.run("read", self._path, lambda: read(buffer), lambda: 0)
         return found
+
+    def close(self) -> None:
+        if self._files is not None and not self.closed:
+            self._files.see("close", self._path)
+        super().close()
 
     def readall(self) -> bytes:
         assert self._files is not None
