@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from functools import partial
+from threading import Condition, Thread
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class _DaemonExecutor(Executor):
     def __init__(self, name: str, max_threads: int) -> None:
         self._name = name
         self._max_threads = max_threads
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._num_threads = self._num_idle = 0
         self.num_calls = 0
@@ -142,7 +142,7 @@ class _DaemonExecutor(Executor):
             self._waiting.append((future, partial(fn, *args, **kwargs)))
             self.num_calls += 1
             if self._num_idle < len(self._waiting) and self._num_threads < self._max_threads:
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                Thread(target=self._work, name=self._name, daemon=True).start()
                 self._num_threads += 1
             self._changed.notify()
         return future
