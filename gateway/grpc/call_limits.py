@@ -92,6 +92,9 @@ class UnreadAnswers:
         self._numbers: Counter[str] = Counter()
         self._ends: set[asyncio.Task[None]] = set()
 
+    def __len__(self) -> int:
+        return len(self._ends)
+
     def check(self, peer: str) -> None:
         """Raise ``SlowClientError`` for a connection that leaves too many answers unread."""
         if self._numbers[peer] >= self._max_calls:

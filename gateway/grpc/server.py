@@ -107,13 +107,13 @@ class ServicePort:
         self._gateway = gateway
         self._service = service.full_name
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        limits = CallLimits.of(gateway.tuning, max_calls)
-        self._health = HealthService((service.full_name,), limits.unread)
+        self.limits = limits = CallLimits.of(gateway.tuning, max_calls)
+        self.health = HealthService((service.full_name,), limits.unread)
         self._server = grpc.aio.server(
             interceptors=[KeyInterceptor(gateway, keys, limits)], options=options
         )
         served = service_handlers(gateway, service, find, keys, limits, endless)
-        self._server.add_generic_rpc_handlers((served, self._health.handler()))
+        self._server.add_generic_rpc_handlers((served, self.health.handler()))
         add_reflection(self._server, self._service, service.file)
         self.port = 0
 
@@ -125,13 +125,13 @@ class ServicePort:
             raise StartError(
                 f"gRPC of {self._service}", f"cannot bind {self._address}: {err}"
             ) from err
-        self._health.set(is_ready)
+        self.health.set(is_ready)
         await self._server.start()
         return self.port
 
     async def stop(self, grace_s: float = 0.5) -> None:
         """Refuse new calls, end the others after ``grace_s``."""
-        self._health.end()
+        self.health.end()
         await self._server.stop(grace_s)
 
 
@@ -168,7 +168,7 @@ class GrpcServer(ServicePort):
         while not self._gateway.has_left(time.monotonic()):
             is_ready = not self._gateway.not_ready_reasons()
             if is_ready is not was_ready:
-                self._health.set(is_ready)
+                self.health.set(is_ready)
                 was_ready = is_ready
             await asyncio.sleep(_READY_POLL_S)
         # clients get GOAWAY and connect to another gateway
