@@ -1,4 +1,5 @@
-"""Limits of the calls of one gRPC port: how many run at a time, and how long one waits for its client.
+"""Limits of the calls of one gRPC port: how many run at a time, and how long each waits for its
+client.
 
 gRPC's own limit (``maximum_concurrent_rpcs``) counts all calls alike, so idle streams that need no
 key could take it up. It also has no limit of time for a client that sends no message or reads none.
@@ -186,13 +187,15 @@ class BoundedStream:
         try:
             async with asyncio.timeout(self.write_limit_s):
                 await self.context.write(message)
+        except grpc.aio.InternalError as err:  # gRPC may cancel the call a little later
+            raise asyncio.CancelledError("the client is gone") from err
         except TimeoutError as err:
             why = f"the client has read nothing for {self.write_limit_s:g} s"
             raise SlowClientError(why) from err
         self._is_writing = False
 
     async def abort(self, report: ErrorReport, trailers: tuple[tuple[str, bytes], ...]) -> None:
-        """End the call with an error. Raises gRPC's error, unless a message waits for the client."""
+        """End the call. Raises gRPC's error, unless a message waits for the client."""
         if self._is_writing:
             await self.unread.end(self.context, report, trailers)
         else:

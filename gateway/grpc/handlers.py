@@ -42,7 +42,7 @@ _MOST_SHOWN = 128
 class KeyInterceptor(_Interceptor):
     """Requires a key of the port, for unknown procedures too; not for health checks.
 
-    A client with a key gets our error for an unknown procedure. Reflection, the service of a library,
+    A client with a key gets our error for an unknown procedure. Reflection, which a library serves,
     gets the limits that our procedures have.
     """
 

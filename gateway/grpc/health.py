@@ -1,9 +1,10 @@
 """``grpc.health.v1.Health`` of one port, which needs no key.
 
-Each ``Watch`` sends its own messages: a client that does not read one delays no other client, and no
-change of the status. Source: https://github.com/grpc/grpc/blob/master/doc/health-checking.md; the
-servicer of grpcio-health-checking writes while it holds the lock that a change of the status needs,
-and keeps every name that clients ask for.
+Each ``Watch`` sends its own messages: a client that does not read one delays no other client, and
+no change of the status. grpcio-health-checking's servicer writes while it holds the lock that a
+change of the status needs, and keeps every name that clients send.
+
+Source: https://github.com/grpc/grpc/blob/master/doc/health-checking.md.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class HealthService:
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """For the server."""
-        make: Any = grpc.stream_stream_rpc_method_handler  # the message is read here, in bounded time
+        make: Any = (
+            grpc.stream_stream_rpc_method_handler
+        )  # the message is read here, in bounded time
         methods = {"Check": self._check, "Watch": self._watch}
         handlers = {name: make(self._served(method)) for name, method in methods.items()}
         return grpc.method_handlers_generic_handler(HEALTH_SERVICE, handlers)
@@ -123,7 +126,8 @@ def _service_of(request: bytes | None) -> str:
         raise RequestError("the call has no message")
     if len(request) > MAX_REQUEST_BYTES:
         raise RequestError(
-            f"the request ({len(request)} bytes) must be at most {MAX_REQUEST_BYTES} bytes", "service"
+            f"the request ({len(request)} bytes) must be at most {MAX_REQUEST_BYTES} bytes",
+            "service",
         )
     try:
         return pb.HealthCheckRequest.FromString(request).service

@@ -25,6 +25,12 @@ from gateway.grpc.health import HEALTH_SERVICE, HealthService
 _READY_POLL_S = 0.1
 _SPARE_CALLS = 64
 """Calls beyond the queue's limit that run: admission refuses them with a retry time."""
+HANDSHAKE_LIMIT_S = 10
+"""Time in which a new connection must send its settings, and acknowledge ours."""
+IDLE_LIMIT_S = 75
+"""Life of a connection without a call: also of one whose head of a call comes too slowly."""
+MAX_CONNECTIONS = 4096
+"""Connections of one port; gRPC closes the ones above."""
 _METADATA_BYTES = 16 * 1024
 """Limit of a call's metadata: names, values and 32 bytes per entry, gRPC's own included."""
 
@@ -41,7 +47,11 @@ def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[st
 
 
 def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
-    """Limits and keepalive of the server (see the interface's server options)."""
+    """Limits and keepalive of the server (see the interface's server options).
+
+    A connection that sends nothing is closed after its keepalive ping, one that sends a byte now
+    and then after ``IDLE_LIMIT_S`` without a call.
+    """
     return [
         ("grpc.max_receive_message_length", 16 * 1024 * 1024),
         ("grpc.max_send_message_length", 64 * 1024 * 1024),
@@ -55,6 +65,10 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.max_concurrent_streams", 1024),
+        ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_LIMIT_S),
+        ("grpc.http2.settings_timeout", 1000 * HANDSHAKE_LIMIT_S),
+        ("grpc.max_connection_idle_ms", 1000 * IDLE_LIMIT_S),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         ("grpc.so_reuseport", int(so_reuseport)),
     ]
 

@@ -17,7 +17,7 @@ from tests.harness.stalls import wait_until
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What an HTTP/2 client begins with; frames follow."""
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 CANCEL = 8
 _HEADER_TABLE_SIZE, _INITIAL_WINDOW_SIZE = 1, 4
@@ -78,9 +78,7 @@ class Http2Client:
         host, _, port = self.target.rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
         self._next_stream = 1
-        settings = struct.pack(
-            ">HIHI", _HEADER_TABLE_SIZE, 0, _INITIAL_WINDOW_SIZE, self.window
-        )
+        settings = struct.pack(">HIHI", _HEADER_TABLE_SIZE, 0, _INITIAL_WINDOW_SIZE, self.window)
         self._socket.sendall(PREFACE)
         self.send(Frame(SETTINGS, 0, 0, settings))
         self._thread = threading.Thread(target=self._read, daemon=True)

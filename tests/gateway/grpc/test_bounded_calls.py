@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,9 +41,17 @@ SECTION = GatewaySection(
 )
 
 
+@contextlib.contextmanager
+def serving_stack(tuning: GatewayTuning | None = None) -> Iterator[Stack]:
+    """A gateway with keys and few places; its health has followed its readiness."""
+    with running_stack(SECTION, tuning=tuning) as stack:
+        stack.wait_for(lambda: check(stack) == SERVING, "the status")
+        yield stack
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[Stack]:
-    with running_stack(SECTION) as stack:
+    with serving_stack() as stack:
         yield stack
 
 
@@ -95,7 +104,7 @@ def test_a_watch_that_is_not_read_delays_no_change(keyed: Stack) -> None:
 
 
 def test_a_watch_that_is_not_read_ends() -> None:
-    with running_stack(SECTION) as stack:
+    with serving_stack() as stack:
         health = stack.grpc_server.health
         health._write_limit_s = 0.1
         with Http2Client(stack.grpc_target, window=0) as silent:
@@ -110,7 +119,7 @@ def test_a_watch_that_is_not_read_ends() -> None:
 
 
 def test_a_connection_that_reads_nothing_gets_no_more_answers() -> None:
-    with running_stack(SECTION) as stack:
+    with serving_stack() as stack:
         stack.grpc_server.health._write_limit_s = 0.01
         unread = stack.grpc_server.limits.unread
         with Http2Client(stack.grpc_target, window=0) as silent:
@@ -238,7 +247,7 @@ def test_idle_streams_of_events_keep_no_admin_call_out(keyed: Stack) -> None:
 def impatient() -> Iterator[Stack]:
     """A gateway whose clients must send and read soon."""
     tuning = GatewayTuning(unread_limit_s=0.3, body_timeout_s=0.3)
-    with running_stack(SECTION, tuning=tuning) as stack:
+    with serving_stack(tuning) as stack:
         yield stack
 
 
