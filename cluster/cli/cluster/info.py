@@ -33,6 +33,7 @@ def run_status(args: argparse.Namespace) -> int:
         ready: dict[str, Any] = client.get("/ready", any_status=True)
         is_ready = bool(ready.get("ready")) and not ready.get("error")
         show(args, status, _status_text(status, colours=not args.no_color))
+        _note_partial(status)
         if not is_ready:
             note("; ".join(["not ready", *map(str, ready.get("reasons") or ())]))
         if not args.watch:
@@ -82,20 +83,31 @@ def _autoscale_text(autoscale: Mapping[str, Any]) -> str:
 def run_workers(args: argparse.Namespace) -> int:
     status = Client(args).get("/cluster/v1/status")
     document = {"schema": 1, "workers": status["workers"]}
+    _note_partial(status)
     return show(args, document, _workers_text(status))
+
+
+def _note_partial(status: Mapping[str, Any]) -> None:
+    if status.get("is_partial"):
+        note("hosts, processes, problems and events are shown to admin keys only: give --admin-key")
 
 
 def _workers_text(status: Mapping[str, Any]) -> str:
     header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "THREADS", "HOLDS")
     rows = [
         (
-            *(w[name] for name in ("name", "role", "rank", "state", "node", "pid")),
-            "" if w["threads"] is None else w["threads"],  # not loaded yet
+            *(w[name] for name in ("name", "role", "rank", "state")),
+            *(_shown(w.get(name)) for name in ("node", "pid", "threads")),
             _holds(w),
         )
         for w in status.get("workers", ())
     ]
     return table(header, rows)
+
+
+def _shown(value: object) -> object:
+    """Nothing for what is not loaded yet, or not shown to a client's key."""
+    return "" if value is None else value
 
 
 def _holds(worker: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def busy(
         {
             "name": w["name"],
             "state": w["state"],
-            "node": w["node"],
+            "node": w.get("node", ""),
             "running": now.get(("num_requests_running", w["name"])),
             "waiting": now.get(("num_requests_waiting", w["name"])),
             "kv_usage": now.get(("kv_cache_usage_perc", w["name"])),
