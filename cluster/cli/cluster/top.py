@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table, and a new one over it until interrupted."""
     client = Client(args)
     is_once = args.once or args.json or not sys.stdout.isatty()
+    client.get("/cluster/v1/status")  # from here on with the key that shows most
     before, then = read_numbers(client.get_text("/metrics")), time.monotonic()
     while True:
         time.sleep(args.interval)
