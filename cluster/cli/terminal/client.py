@@ -112,7 +112,7 @@ class Client:
             raise self._unreachable(err) from err
 
     def _reply(self, path: str, data: bytes | None) -> Any:
-        """The answer to a request. Reading is tried again with the admin key where one is refused."""
+        """The answer to a request. Where a key is refused, the admin key is tried for reading."""
         try:
             return self._send(path, data, self._key)
         except urllib.error.HTTPError as err:
