@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from cluster.core.errors import ConflictError, NotReadyError, RequestError
 from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_operator
 from gateway.cluster.client_view import client_workers
-from gateway.core.recent import Recent
+from gateway.cluster.recent import Recent
 from gateway.generation.gateway import Gateway
 from protos import admin_pb2 as pb
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gateway.cluster.recent import Recent
 from gateway.cluster.view import ClusterView, Snapshot
-from gateway.core.recent import Recent
 
 
 class ClusterNumbers:

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.core.errors import NotReadyError, RequestError
 from cluster.core.metric_families import PlainFamily
 from gateway.auth.auth import NUMBERS_BY_EXPERT, KeyRing, check_operator, is_operator
-from gateway.core.recent import Recent
+from gateway.cluster.recent import Recent
 from gateway.core.replay import ReplayCause
 from gateway.generation.gateway import Gateway
 
