@@ -195,7 +195,7 @@ class _Uvicorn(uvicorn.Server):
         """uvicorn's, for sockets that listen."""
         await self.lifespan.startup()
         config, loop = self.config, asyncio.get_running_loop()
-        limit = {"ssl_handshake_timeout": HEAD_LIMIT_S} if config.ssl is not None else {}
+        limit_s = HEAD_LIMIT_S if config.ssl is not None else None
 
         def make_protocol() -> asyncio.Protocol:
             protocol: asyncio.Protocol = TimedHttpProtocol(
@@ -205,7 +205,11 @@ class _Uvicorn(uvicorn.Server):
 
         self.servers = [
             await loop.create_server(
-                make_protocol, sock=listener, ssl=config.ssl, backlog=config.backlog, **limit
+                make_protocol,
+                sock=listener,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=limit_s,
             )
             for listener in sockets or ()
         ]

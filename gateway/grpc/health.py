@@ -32,7 +32,6 @@ READ_LIMIT_S = 10.0
 WRITE_LIMIT_S = 10.0
 WATCH_LIMIT_S = 600.0
 """Longest ``Watch``; its client begins another one."""
-_Status = pb.HealthCheckResponse.ServingStatus
 
 
 class HealthService:
@@ -41,23 +40,17 @@ class HealthService:
     Args:
         services: full names; the empty name of the whole server is one more.
         unread: of the port.
-        watch_limit_s: longest ``Watch``.
-        wait_limit_s: longest wait for a client to send its message, or to read ours.
     """
 
     def __init__(
         self,
         services: Iterable[str],
         unread: UnreadAnswers,
-        watch_limit_s: float = WATCH_LIMIT_S,
-        wait_limit_s: float | None = None,
     ) -> None:
         self._services = frozenset(("", *services))
         self._unread = unread
-        self._watch_limit_s = watch_limit_s
-        self._read_limit_s = READ_LIMIT_S if wait_limit_s is None else wait_limit_s
-        self._write_limit_s = WRITE_LIMIT_S if wait_limit_s is None else wait_limit_s
-        self._status: _Status = pb.HealthCheckResponse.NOT_SERVING
+        self._write_limit_s = WRITE_LIMIT_S
+        self._status: int = pb.HealthCheckResponse.NOT_SERVING
         self._changed = asyncio.Event()
         self._has_ended = False
         self.reads = CallPool(MAX_READS)
@@ -89,7 +82,7 @@ class HealthService:
         self, method: Callable[[str, BoundedStream], Awaitable[None]]
     ) -> Callable[[Any, Context], Awaitable[None]]:
         async def serve(_: Any, context: Context) -> None:
-            stream = BoundedStream(context, self._read_limit_s, self._write_limit_s, self._unread)
+            stream = BoundedStream(context, READ_LIMIT_S, self._write_limit_s, self._unread)
             try:
                 self._unread.check(context.peer())
                 async with self.reads.entered(context.peer()):
@@ -108,7 +101,7 @@ class HealthService:
 
     async def _watch(self, service: str, stream: BoundedStream) -> None:
         is_known, sent = service in self._services, -1
-        async with self.watches.entered(stream.context.peer(), self._watch_limit_s):
+        async with self.watches.entered(stream.context.peer(), WATCH_LIMIT_S):
             await stream.context.send_initial_metadata(())
             while True:
                 changed, status = self._changed, self._status
@@ -130,10 +123,10 @@ def _service_of(request: bytes | None) -> str:
             "service",
         )
     try:
-        return pb.HealthCheckRequest.FromString(request).service
+        return str(pb.HealthCheckRequest.FromString(request).service)
     except DecodeError as err:
         raise RequestError("the message cannot be decoded as a HealthCheckRequest") from err
 
 
-def _answer(status: _Status) -> bytes:
-    return pb.HealthCheckResponse(status=status).SerializeToString()
+def _answer(status: int) -> bytes:
+    return bytes(pb.HealthCheckResponse(status=status).SerializeToString())

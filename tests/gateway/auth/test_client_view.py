@@ -176,7 +176,7 @@ def test_a_client_s_key_shows_no_more_on_the_admin_ports(without_admin: Stack) -
         for call in calls:
             with pytest.raises(grpc.RpcError) as caught:
                 call()
-            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[attr-defined]
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
     status = without_admin.http.get("/cluster/v1/status", headers=CLIENT).json()
     assert status["gateway"] == [{"name": "gateway-test", "grpc_port": 50051, "admin_port": 8001}]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -80,7 +81,7 @@ def check(stack: Stack, service: str = "") -> int:
 
 
 def request_for(service: str) -> bytes:
-    return health_pb2.HealthCheckRequest(service=service).SerializeToString()
+    return bytes(health_pb2.HealthCheckRequest(service=service).SerializeToString())
 
 
 def test_a_watch_that_is_not_read_delays_no_change(keyed: Stack) -> None:
@@ -95,7 +96,7 @@ def test_a_watch_that_is_not_read_delays_no_change(keyed: Stack) -> None:
         )
         assert next(watch).status == SERVING
         for late, status in ((["expert-1"], NOT_SERVING), ([], SERVING)):
-            keyed.call(lambda late=late: keyed.controller.change(late_workers=late))
+            keyed.call(partial(keyed.controller.change, late_workers=late))
             assert next(watch).status == status
             assert check(keyed) == status
             assert check(keyed, "expertmesh.v1.Inference") == status
@@ -197,14 +198,14 @@ def test_names_are_checked_before_anything_is_kept(keyed: Stack) -> None:
         unknown = health_pb2.HealthCheckRequest(service="another")
         with pytest.raises(grpc.RpcError) as caught:
             stub.Check(unknown, timeout=WAIT_S)
-        assert caught.value.code() is CODES.NOT_FOUND  # type: ignore[attr-defined]
+        assert caught.value.code() is CODES.NOT_FOUND
         watch = stub.Watch(unknown, timeout=WAIT_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         watch.cancel()
         broken: Any = channel.unary_unary(CHECK, bytes, bytes)
         with pytest.raises(grpc.RpcError) as caught:
             broken(b"\xff" * 9, timeout=WAIT_S)
-        assert caught.value.code() is CODES.INVALID_ARGUMENT  # type: ignore[attr-defined]
+        assert caught.value.code() is CODES.INVALID_ARGUMENT
     keyed.wait_for(lambda: len(health.watches) + len(health.reads) == 0, "nothing that is kept")
     assert "another" not in repr(vars(health))
 
