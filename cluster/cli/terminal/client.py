@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import ssl
@@ -14,10 +15,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.progress import waiting
 from cluster.launch import state_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 10.0
+"""Longest wait for a connection, and for the answer to a call that runs no model."""
+_SILENCE_LIMIT_S = 120.0
+"""Longest silence in a stream: a gateway sends a comment every 15 s."""
 
 
 def find_url(args: argparse.Namespace) -> str:
@@ -43,7 +48,7 @@ class Client:
         """``admin_url`` where it is an admin port, not the gateway that ``args`` name. ``key`` in
         place of what ``args`` or the environment name; empty: none."""
         self.url = _checked(admin_url or find_url(args))
-        self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
+        self._timeout_s: float | None = args.timeout
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
         if admin_url:
             self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
@@ -64,6 +69,11 @@ class Client:
         """The JSON document that answers ``body``."""
         return self._parse(self._read(path, body))
 
+    def run_model(self, path: str, body: dict[str, Any]) -> Any:
+        """Like ``post``, for calls that run the model: no time limit unless ``--timeout`` is set."""
+        with waiting(f"waiting for {self.url}"), self._open(path, body, silence_s=None) as reply:
+            return self._parse(bytes(reply.read()))
+
     @property
     def headers(self) -> dict[str, str]:
         """Headers of every request, with the key."""
@@ -71,11 +81,18 @@ class Client:
         return {"Content-Type": "application/json", **key}
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """POST, then the ``data:`` events of the answer up to ``[DONE]``."""
-        with self._open(path, body) as reply:
-            for line in reply:
-                if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-                    yield self._parse(line[len(b"data: ") :])
+        """POST, then the ``data:`` events of the answer up to ``[DONE]``.
+
+        A long prompt delays the first event without a limit; only a server that sends not even
+        comments is given up, unless ``--timeout`` is set. Shows progress until the first event.
+        """
+        with contextlib.ExitStack() as until_first:
+            until_first.enter_context(waiting("waiting for the first token"))
+            with self._open(path, body, silence_s=_SILENCE_LIMIT_S) as reply:
+                for line in reply:
+                    if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                        until_first.close()
+                        yield self._parse(line[len(b"data: ") :])
 
     def _read(
         self, path: str, body: dict[str, Any] | None = None, any_status: bool = False
@@ -85,22 +102,29 @@ class Client:
 
     @contextlib.contextmanager
     def _open(
-        self, path: str, body: dict[str, Any] | None, any_status: bool = False
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        any_status: bool = False,
+        silence_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> Iterator[Any]:
-        """The answer, to be read; GET without a body. Raises ``CommandError``, also of reading."""
+        """The answer, to be read; GET without a body. Raises ``CommandError``, also of reading.
+
+        ``silence_s``: longest wait for the next bytes where no ``--timeout`` is set; None: no limit.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
+        limit_s = self._timeout_s or silence_s
+        opener = urllib.request.build_opener(_Http(limit_s), _Https(limit_s, self.tls))
         try:
-            with urllib.request.urlopen(
-                request, timeout=self._timeout_s, context=self.tls
-            ) as reply:
+            with opener.open(request, timeout=self._timeout_s or DEFAULT_TIMEOUT_S) as reply:
                 yield reply
         except urllib.error.HTTPError as err:
             if not any_status or err.code in (401, 403):
                 raise refusal(err.code, err.read()) from err
             yield err
         except (OSError, ValueError) as err:
-            raise self._unreachable(err) from err
+            raise self._unreachable(err, limit_s) from err
 
     def _parse(self, body: bytes) -> Any:
         try:
@@ -109,10 +133,11 @@ class Client:
             message = f"{self.url} does not answer like an expertmesh gateway"
             raise CommandError(ExitCode.UNREACHABLE, message) from err
 
-    def _unreachable(self, err: Exception) -> CommandError:
+    def _unreachable(self, err: Exception, limit_s: float | None) -> CommandError:
         reason = getattr(err, "reason", err)
         if isinstance(err, TimeoutError) or isinstance(reason, TimeoutError):
-            message = f"{self.url} did not answer within {self._timeout_s:g} s"
+            limit_s = limit_s or DEFAULT_TIMEOUT_S
+            message = f"{self.url} did not answer within {limit_s:g} s (--timeout)"
             return CommandError(ExitCode.NOT_READY, message)
         for record in state_file.all_records():
             if record.http == self.url and record.state == "starting" and record.is_alive:
@@ -120,6 +145,49 @@ class Client:
                 message = f"cluster {record.name} is starting at {self.url}: {logs}"
                 return CommandError(ExitCode.NOT_READY, message)
         return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.url}: {reason}")
+
+
+class _Http(urllib.request.HTTPHandler):
+    """Connections with one time limit for connecting and another for reading."""
+
+    def __init__(self, read_limit_s: float | None) -> None:
+        super().__init__()
+        self._read_limit_s = read_limit_s
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, request)
+
+    def _connection(self, host: str, **options: Any) -> http.client.HTTPConnection:
+        return _with_read_limit(http.client.HTTPConnection(host, **options), self._read_limit_s)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    """As ``_Http``, over TLS."""
+
+    def __init__(self, read_limit_s: float | None, tls: ssl.SSLContext | None) -> None:
+        super().__init__(context=tls)
+        self._tls = tls
+        self._read_limit_s = read_limit_s
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, request, context=self._tls)
+
+    def _connection(self, host: str, **options: Any) -> http.client.HTTPConnection:
+        return _with_read_limit(http.client.HTTPSConnection(host, **options), self._read_limit_s)
+
+
+def _with_read_limit(
+    connection: http.client.HTTPConnection, limit_s: float | None
+) -> http.client.HTTPConnection:
+    """Make a connection change its time limit to ``limit_s`` once it is open."""
+    connect = connection.connect
+
+    def connect_then_limit() -> None:
+        connect()
+        connection.sock.settimeout(limit_s)
+
+    connection.connect = connect_then_limit  # type: ignore[method-assign]
+    return connection
 
 
 def _checked(url: str) -> str:
