@@ -190,6 +190,7 @@ class Controller:
         self.lost(self.adapters.tick(now), now)
         self.recovery.tick(now)
         self.autoscaling.tick(now)
+        self.cluster.workers.forget(now)
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Undo an operation. Raises ``ConflictError`` if it is too late."""

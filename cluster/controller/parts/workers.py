@@ -17,11 +17,14 @@ from cluster.core.release import Build, differing_item
 from cluster.core.states import GONE, WorkerState, next_state
 from cluster.core.topology import ADDRESS_FIELDS, NODE_FIELDS, Generation, Member
 from cluster.policy.failure import Pulse
+from cluster.policy.places import place_of
 from cluster.policy.progress import Pace
 from cluster.policy.silence import GapWindow
 
 MODEL_FACTS = ("model_type", "dtype", "kv_cache_dtype", "max_model_len", "vocab_size")
 _MAX_LOST = 32
+_FORGET_S = 600.0
+"""Time for which a worker that is gone stays in the table."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,6 +82,8 @@ class WorkerRecord:
     """Of its host, by its last heartbeat."""
     adapters: tuple[str, ...] = ()
     """Keys of adapters that its requests had at its last heartbeat."""
+    gone_at: float | None = None
+    """Monotonic time at which ``WorkerTable.forget`` first saw it lost or drained."""
     awaits_adapters: bool = False
     """It may join others only once it has all adapters."""
     _progress: int = -1
@@ -217,7 +222,7 @@ class WorkerRecord:
             "role": self.member.role,
             "rank": self.member.rank,
             "node": self.member.node,
-            "pid": self.member.pid,
+            "pid": self.member.pid or None,
             "state": shown.value,
             "device": self.info.get("device"),
             "threads": self.info.get("threads"),
@@ -264,6 +269,18 @@ class WorkerTable:
         lost = [name for name, record in self._records.items() if record.is_lost]
         for name in lost[:-_MAX_LOST]:
             del self._records[name]
+
+    def forget(self, now: float) -> None:
+        """Drop workers that are gone for ``_FORGET_S``: lost ones once they have a successor."""
+        last_of_place = {place_of(name): name for name in self._records}
+        for name, record in list(self._records.items()):
+            if not record.is_lost:
+                continue
+            record.gone_at = now if record.gone_at is None else record.gone_at
+            has_successor = last_of_place[place_of(name)] != name
+            is_needless = has_successor or record.state is WorkerState.DRAINED
+            if is_needless and now - record.gone_at > _FORGET_S:
+                del self._records[name]
 
     def find(self, name: str) -> WorkerRecord:
         """The record of ``name``. Raises ``ProtocolError`` for an unknown name."""
