@@ -32,11 +32,16 @@ def find_url(args: argparse.Namespace) -> str:
         return str(given).rstrip("/")
     alive = {r.name: r for r in state_file.all_records() if r.is_alive or r.is_on_its_own}
     name = args.name or os.environ.get("EXPERTMESH_NAME")
+    running = ", ".join(f"{r.name} ({r.http})" for r in alive.values())
     if name and name not in alive:
-        raise CommandError(ExitCode.UNREACHABLE, f"no cluster called {name} runs on this host")
+        message = f"no cluster called {name} runs on this host; running: {running or 'none'}"
+        raise CommandError(ExitCode.UNREACHABLE, message)
     if name or state_file.DEFAULT_NAME in alive:
         return alive[name or state_file.DEFAULT_NAME].http
-    return next(iter(alive.values())).http if len(alive) == 1 else DEFAULT_URL
+    if len(alive) > 1:
+        message = f"several clusters run on this host: {running}; choose one with --name"
+        raise CommandError(ExitCode.USAGE, message)
+    return next(iter(alive.values())).http if alive else DEFAULT_URL
 
 
 class Client:
@@ -50,6 +55,7 @@ class Client:
         self.url = _checked(admin_url or find_url(args))
         self._timeout_s: float | None = args.timeout
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
+        self._is_admin = bool(admin_url)
         if admin_url:
             self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
         if key is not None:
@@ -70,7 +76,7 @@ class Client:
         return self._parse(self._read(path, body))
 
     def run_model(self, path: str, body: dict[str, Any]) -> Any:
-        """Like ``post``, for calls that run the model: no time limit unless ``--timeout`` is set."""
+        """Like ``post``, for calls that run the model: no time limit without ``--timeout``."""
         with waiting(f"waiting for {self.url}"), self._open(path, body, silence_s=None) as reply:
             return self._parse(bytes(reply.read()))
 
@@ -110,7 +116,7 @@ class Client:
     ) -> Iterator[Any]:
         """The answer, to be read; GET without a body. Raises ``CommandError``, also of reading.
 
-        ``silence_s``: longest wait for the next bytes where no ``--timeout`` is set; None: no limit.
+        ``silence_s``: longest wait for the next bytes without ``--timeout``; None: no limit.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
@@ -121,10 +127,18 @@ class Client:
                 yield reply
         except urllib.error.HTTPError as err:
             if not any_status or err.code in (401, 403):
-                raise refusal(err.code, err.read()) from err
+                raise self._with_key_option(refusal(err.code, err.read())) from err
             yield err
         except (OSError, ValueError) as err:
             raise self._unreachable(err, limit_s) from err
+
+    def _with_key_option(self, err: CommandError) -> CommandError:
+        """The error, with the option that gives the key that was missing or wrong."""
+        if err.code != ExitCode.UNAUTHORISED:
+            return err
+        which = "admin" if self._is_admin else "api"
+        hint = f"--{which}-key or EXPERTMESH_{which.upper()}_KEY gives it"
+        return CommandError(err.code, f"{err} ({hint})")
 
     def _parse(self, body: bytes) -> Any:
         try:
@@ -144,7 +158,10 @@ class Client:
                 logs = f"expertmesh logs --name {record.name} --follow"
                 message = f"cluster {record.name} is starting at {self.url}: {logs}"
                 return CommandError(ExitCode.NOT_READY, message)
-        return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.url}: {reason}")
+        message = f"cannot reach {self.url}: {reason}"
+        if self.url == DEFAULT_URL and not any(state_file.all_records()):
+            message += " (no cluster is recorded on this host; --url names a server elsewhere)"
+        return CommandError(ExitCode.UNREACHABLE, message)
 
 
 class _Http(urllib.request.HTTPHandler):

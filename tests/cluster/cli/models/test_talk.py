@@ -92,7 +92,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
         assert main(["--url", gateway.url, "chat"]) == ExitCode.OK
     finally:
         was_left.set()
-    first, second = gateway.bodies
+    _, second = gateway.bodies
     assert [m["content"] for m in second["messages"]] == ["One?", "Yes, sir.", "Two?"]
     shown = capsys.readouterr()
     assert shown.out == "Yes, sir.\nYes, sir.\n"
