@@ -17,7 +17,7 @@ _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     ((".input_linear", ".output_linear"), "is of routed experts, which adapters do not change"),
     (("embed_tokens",), "is the embedding, which adapters do not change"),
     (("lm_head", "score"), "is the model's head, which adapters do not change"),
-    ((".gate", ".router", "_gate"), "is a router or a gate, which adapters do not change"),
+    ((".gate", ".router", ".router.", "_gate"), "is a router or a gate, which adapters do not change"),
     (("norm",), "is a norm, which adapters do not change"),
     ((".kv_b_proj",), "is computed head by head, and adapters do not change it"),
 )

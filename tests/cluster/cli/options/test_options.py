@@ -476,7 +476,7 @@ def test_unknown_variables_are_reported(
         (["serve", "--num-experts-workers", "3"], "unknown option --num-experts-workers: did you "),
         (["status", "--wach"], "unknown option --wach: did you mean --watch?"),
         (["statsu"], "invalid choice: 'statsu': did you mean status?"),
-        (["serve", "--mode", "locl"], "disaggregated, local: did you mean local?"),
+        (["serve", "--mode", "locl"], "local, auto: did you mean local?"),
         (["workers", "more"], "unknown argument more (see expertmesh workers --help)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
