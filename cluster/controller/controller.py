@@ -146,6 +146,7 @@ class Controller:
         fresh = {n: r for n, r in reasons.items() if not cluster.workers[n].is_lost}
         if not fresh:
             return
+        self.detection.lost(now)
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
             cluster.workers[name].enter(WorkerState.LOST, reason)

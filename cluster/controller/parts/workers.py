@@ -66,6 +66,10 @@ class WorkerRecord:
     """Generation in which its heartbeats differ from what the controller knows, and since when."""
     generation: int = 0
     """The generation that it had begun to join at its last heartbeat, or ran."""
+    starved_s: float = 0.0
+    """Time for which it has waited for a processor since its last sign of life."""
+    starved_steps_s: float = 0.0
+    """The same since its last progress."""
     gaps: GapWindow = field(default_factory=GapWindow)
     """How long workers of its host were silent; detection shares it among them."""
     disconnected: str = ""
@@ -163,7 +167,7 @@ class WorkerRecord:
 
     def beat(self, frame: frames.Heartbeat, now: float) -> None:
         if frame.idle or frame.progress != self._progress:
-            self.progress_at = now
+            self.progress_at, self.starved_steps_s = now, 0.0
         self._progress = frame.progress
         self.is_waiting = frame.waiting
         self.stalled_s, self.waits_for = frame.stalled_s, frame.waits_for
@@ -189,6 +193,15 @@ class WorkerRecord:
         self.call_again_by += seconds
         self.heard_at = min(now, self.heard_at + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
+
+    def starve(self, seconds: float, at_most: float, now: float) -> None:
+        """Advance its clocks by a wait for a processor, each by ``at_most`` since it was set."""
+        silence_s = min(seconds, max(0.0, at_most - self.starved_s))
+        stall_s = min(seconds, max(0.0, at_most - self.starved_steps_s))
+        self.starved_s += silence_s
+        self.starved_steps_s += stall_s
+        self.heard_at = min(now, self.heard_at + silence_s)
+        self.progress_at = min(now, self.progress_at + stall_s)
 
     def pulse(self) -> Pulse:
         """Input of the failure policy. Gaps count in a running generation only."""
