@@ -93,26 +93,24 @@ def _note_partial(status: Mapping[str, Any]) -> None:
 
 
 def _workers_text(status: Mapping[str, Any]) -> str:
+    """A table of the workers that live, and one of those that have gone, with the reason."""
     header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "THREADS", "HOLDS")
+    names = ("name", "role", "rank", "state", "node", "pid", "threads")
+    workers = status.get("workers", ())
+    living = [w for w in workers if not is_gone(w["state"])]
+    gone = [w for w in workers if is_gone(w["state"])]
     rows = [
-        (
-            *(w[name] for name in ("name", "role", "rank", "state")),
-            *(_shown(w.get(name)) for name in ("node", "pid", "threads")),
-            _holds(w),
-        )
-        for w in status.get("workers", ())
+        (*("-" if (value := w.get(name)) in (None, "") else value for name in names), _holds(w))
+        for w in living
     ]
-    return table(header, rows)
-
-
-def _shown(value: object) -> object:
-    """Nothing for what is not loaded yet, or not shown to a client's key."""
-    return "" if value is None else value
+    text = table(header, rows)
+    if gone:
+        rows = [(w["name"], w["state"], w.get("node") or "-", w.get("reason") or "") for w in gone]
+        text += f"\n\n{table(('GONE', 'STATE', 'NODE', 'REASON'), rows)}"
+    return text
 
 
 def _holds(worker: Mapping[str, Any]) -> str:
-    if is_gone(worker["state"]):
-        return str(worker.get("reason") or "")
     free, total, slots = (worker.get(k) for k in ("kv_blocks_free", "kv_blocks_total", "slots"))
     held = [f"{slots} expert slots"] if slots is not None else []
     held += [f"{free} of {total} KV blocks free"] if total else []

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -101,6 +101,10 @@ PARTIAL = {
 """The status for a client's key."""
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(slots=True)
 class FakeGateway:
     """What to answer; tests change it while the server runs."""
@@ -110,6 +114,10 @@ class FakeGateway:
     status: tuple[int, Any] = (200, STATUS)
     events: list[Any] = field(default_factory=list)
     delay_s: float = 0.0
+    before_answer: Callable[[], None] = _nothing
+    """Called before an answer to POST begins."""
+    before_end: Callable[[], None] = _nothing
+    """Called before the last event of an answer."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     admin: list[tuple[int, Any]] = field(default_factory=list)
     admin_paths: list[str] = field(default_factory=list)
@@ -178,16 +186,19 @@ def fake_gateway() -> Iterator[FakeGateway]:
                 self._send(200, "application/json", body)
                 return
             events = [f"data: {json.dumps(e)}\n\n" for e in gateway.events]
-            body = "".join([": ping\n\n", *events, "data: [DONE]\n\n"]).encode()
-            self._send(200, "text/event-stream", body)
+            parts = ("".join([": ping\n\n", *events]).encode(), b"data: [DONE]\n\n")
+            gateway.before_answer()
+            self._send(200, "text/event-stream", *parts)
 
-        def _send(self, status: int, kind: str, body: bytes) -> None:
+        def _send(self, status: int, kind: str, body: bytes, end: bytes = b"") -> None:
             self.send_response(status)
             self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) + len(end)))
             self.end_headers()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self.wfile.write(body)
+                gateway.before_end()
+                self.wfile.write(end)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Keep the tests' output clean."""
