@@ -35,5 +35,8 @@ class GatewayTuning:
     """Files that are stored at a time: each is in memory two or three times."""
     state_sweep_s: float = 600.0
     """Interval at which expired objects leave the state folder."""
+    numbers_age_s: float = 1.0
+    """Time for which callers share the numbers that were collected from the workers, where keys are
+    configured."""
     max_inspection_bytes: int = 256 * 1024 * 1024
     """Bytes of the arrays of inspections that one replica holds at a time."""

@@ -159,7 +159,7 @@ def commands(m: Manifests) -> Iterator[str]:
         for text in _all_commands(group):
             if text.startswith("expertmesh"):
                 yield from _parses(group.name, shlex.split(text))
-    for name in ("model", "api-key-file"):
+    for name in ("model", "api-key-file", "admin-key-file"):
         path = str(m.engine.get(name, ""))
         holders = m.groups if name == "model" else m.groups[:2]
         for group in holders if path else []:
