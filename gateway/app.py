@@ -66,6 +66,7 @@ class GatewayReplica:
         settings = ClusterConfig.from_dict(config)
         name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         logs.set_up(name, settings.observability.log_format)
+        logs.adopt("ray.serve")
         tokenizer = await asyncio.to_thread(
             load_tokenizer, settings.model.path, settings.model.chat_template
         )
@@ -111,6 +112,10 @@ class GatewayReplica:
     async def not_ready_reasons(self) -> list[str]:
         """The reasons of ``/ready``, for callers without a client certificate."""
         return self._gateway.not_ready_reasons()
+
+    async def addresses(self) -> dict[str, Any]:
+        """The ports of this replica, by name."""
+        return self._gateway.addresses
 
     async def end(self, stage: EndStage) -> int:
         """End with the whole server: see ``Gateway.end``."""

@@ -41,5 +41,8 @@ class GatewayTuning:
     """Longest time of such a call; a request that needs it fails then."""
     state_sweep_s: float = 600.0
     """Interval at which expired objects leave the state folder."""
+    numbers_age_s: float = 1.0
+    """Time for which callers share the numbers that were collected from the workers, where keys are
+    configured."""
     max_inspection_bytes: int = 256 * 1024 * 1024
     """Bytes of the arrays of inspections that one replica holds at a time."""

@@ -27,6 +27,8 @@ from cluster.core.errors import (
 from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
 from gateway.auth.auth import CALLER, make_key_rings
+from gateway.cluster.client_view import client_status
+from gateway.cluster.numbers import ClusterNumbers
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
 from gateway.cluster.view import (
     ClusterView,
@@ -102,6 +104,8 @@ class Gateway:
         self.name = name
         self.tuning = tuning or GatewayTuning()
         self.keys, self.admin_keys = make_key_rings(config.gateway)
+        has_keys = config.gateway.asks_for_keys or config.gateway.asks_for_admin_keys
+        self.numbers = ClusterNumbers(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
         self.state = open_store(config.gateway) if state is None else state
         """What is kept for clients between requests; None keeps nothing."""
         self.disk = DiskThreads(
@@ -323,30 +327,41 @@ class Gateway:
             logger.error("request %s failed", request_id, exc_info=error)
         return report
 
-    async def status(self) -> dict[str, Any]:
-        """The cluster's state with all replicas in it, as ``status --json`` prints it."""
-        found, replicas = await asyncio.gather(self.cluster.fresh(), self.replicas.ask("describe"))
-        return self.status_of(found, replicas.values())
+    async def status(self, is_whole: bool = True) -> dict[str, Any]:
+        """The cluster's state with all replicas in it, as ``status --json`` prints it.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
+        found, replicas = await asyncio.gather(
+            self.numbers.snapshot(), self.replicas.ask("describe")
+        )
+        return self.status_of(found, replicas.values(), is_whole)
 
     def status_of(
-        self, snapshot: Snapshot | None, replicas: Iterable[Mapping[str, Any]]
+        self,
+        snapshot: Snapshot | None,
+        replicas: Iterable[Mapping[str, Any]],
+        is_whole: bool = True,
     ) -> dict[str, Any]:
         """The status, of a snapshot and of what replicas answered to ``describe``."""
-        known = snapshot or {"state": "STARTING"}
-        return {**known, "schema": 1, "gateway": list(replicas)}
+        status = {**(snapshot or {"state": "STARTING"}), "schema": 1, "gateway": list(replicas)}
+        return status if is_whole else client_status(status, not self.limits.asks_for_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
         """End calls of any replica by their clients' names; returns the names that were found."""
         answers = (await self.replicas.ask("abort", list(names))).values()
         return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
 
-    async def render_metrics(self) -> bytes:
-        """The exposition of all replicas and workers: each number once."""
+    async def render_metrics(self, is_whole: bool = True) -> bytes:
+        """The exposition of all replicas and workers: each number once.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
         if self.limits.num_gateway_replicas == 1:
-            await self.cluster.refresh()
-            return self.metrics.render()
-        replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.cluster.refresh())
-        return self.metrics.render(replicas)
+            await self.numbers.refresh()
+            return self.metrics.render(None, is_whole)
+        replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.numbers.refresh())
+        return self.metrics.render(replicas, is_whole)
 
     def _follow(self, snapshot: Snapshot) -> None:
         logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
