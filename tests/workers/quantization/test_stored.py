@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import CheckpointError
-from tests.workers.quantization.configs import GPTQ, SETTINGS, group, tensors_config
+from tests.workers.quantization.configs import AUTO_ROUND, GPTQ, SETTINGS, group, tensors_config
 from workers.quantization.formats import WeightFormat
 from workers.quantization.stored import StoredAs, stored_as
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [64, 128]}
-AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 8, "sym": False}
 TUNING = {
     "amp": True,
     "act_bits": 16,
@@ -140,7 +139,12 @@ EXPECTED = {
     "gptq-symmetric": StoredAs(method="gptq", form=integers(4, 8, False), zero_offset=1),
     "gptq-8-bits-rows": StoredAs(method="gptq", form=integers(8, None, True), zero_offset=1),
     "gptq-short-group": StoredAs(method="gptq", form=integers(4, 24, True), zero_offset=1),
+    "gptq-v2": StoredAs(method="gptq", form=integers(4, 8, True)),
     "awq": StoredAs(method="awq", form=integers(4, 8, True)),
+    "awq-symmetric": StoredAs(method="awq", form=integers(4, 8, False)),
+    "auto-round": StoredAs(method="gptq", form=integers(4, 8, True), zero_offset=1),
+    "auto-round-v2": StoredAs(method="gptq", form=integers(8, 8, True)),
+    "auto-round-awq": StoredAs(method="awq", form=integers(4, 8, True)),
     "awq-short-group": StoredAs(method="awq", form=integers(4, 40, True)),
     "tensors": StoredAs(method="compressed-tensors", form=integers(4, 8, False)),
     "tensors-short-group": StoredAs(method="compressed-tensors", form=integers(8, 40, False)),
