@@ -112,9 +112,12 @@ def examine_kernels() -> Finding:
     from workers.native.build import compilers
     from workers.native.library import find_library, is_built
 
-    if not is_built() and compilers():
-        note("building the CPU kernels, which may take a minute")
-    return kernels_finding(find_library())
+    try:
+        if not is_built() and compilers():
+            note("building the CPU kernels, which may take a minute")
+        return kernels_finding(find_library())
+    except ValueError as err:
+        return finding("kernels", False, str(err))
 
 
 def kernels_finding(found: Found) -> Finding:
