@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.core.errors import CheckpointError
 
-_NOTHING = (None, False, "", "none", [], {})
+_NOTHING: tuple[Any, ...] = (None, False, "", "none", [], {})
 """Values with which any key changes nothing."""
 _NUMBERS = """
     bits format formats packing layout order zero zeros scale scales semantics kv

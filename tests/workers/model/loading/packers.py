@@ -123,13 +123,9 @@ def pack_checkpoint(
     assert stored is not None
     found, tensors = {}, load_file(path / "model.safetensors")
     for name, tensor in list(tensors.items()):
-        is_inside = ".layers." in name or (name == "lm_head.weight" and settings.get("lm_head"))
-        if (
-            tensor.dim() == 2
-            and is_inside
-            and not name.startswith(plain)
-            and not name.endswith("mlp.gate.weight")
-        ):
+        is_inside = ".layers." in name and not name.endswith("mlp.gate.weight")
+        is_head = name == "lm_head.weight" and settings.get("lm_head", False)
+        if tensor.dim() == 2 and (is_inside or is_head) and not name.startswith(plain):
             matrix = rounded(tensors.pop(name).float(), stored.form)
             # The layouts have scales of 16 bits.
             matrix.scales.copy_(matrix.scales.half().bfloat16())
