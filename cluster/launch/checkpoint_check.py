@@ -23,6 +23,7 @@ from cluster.core.errors import CheckpointError, ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.roofline import ModelSize
+from workers.native.library import InstructionsError, runnable
 
 CHECK_LIMIT_S = 120.0
 _ITEMSIZES = {"float32": 4, "bfloat16": 2}
@@ -205,8 +206,9 @@ def main() -> None:
         parser.add_argument(_QUANTIZE, default="auto")
         parser.add_argument(_HAS_PREDICTOR, action="store_true")
         args = parser.parse_args()
+        runnable()
         answer = asdict(check(args.folder, args.allow_bare, args.quantize, args.has_predictor))
-    except (CheckpointError, ConfigError) as err:
+    except (CheckpointError, ConfigError, InstructionsError) as err:
         answer = {"error": str(err)}
     sys.stdout.write(json.dumps(answer) + "\n")
 

@@ -63,6 +63,10 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
 """Result and arguments of the functions in ``c/``. Calls release Python's lock."""
 
 
+class InstructionsError(ValueError):
+    """``MAX_VARIABLE`` names no instruction set."""
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """A loaded library."""
@@ -97,8 +101,8 @@ def find_library(
 ) -> Found:
     """The best library that this processor runs, built first where that is needed.
 
-    An instruction set whose library cannot be made gives way to the next one. Raises ``ValueError``
-    as ``runnable`` does.
+    An instruction set whose library cannot be made gives way to the next one. Raises
+    ``InstructionsError``.
     """
     reasons: list[str] = []
     for wanted in runnable(cpu_info, environ):
@@ -158,7 +162,7 @@ def runnable(
 ) -> list[InstructionSet]:
     """The instruction sets of this processor, best first, up to that of ``MAX_VARIABLE``.
 
-    Raises ``ValueError`` where that names none.
+    Raises ``InstructionsError`` where that names none.
 
     On Intel's processors a ``vdpbf16ps`` of 32 products takes two cycles, in which fused sums of
     float32 make 64: one thread of an Emerald Rapids makes 44 and 76 products a nanosecond with 8
@@ -181,7 +185,7 @@ def _allowed(environ: Mapping[str, str]) -> Sequence[InstructionSet]:
     if not best:
         return INSTRUCTION_SETS
     if best not in names:
-        raise ValueError(f"{MAX_VARIABLE} {best!r} must be one of {', '.join(names)}")
+        raise InstructionsError(f"{MAX_VARIABLE} {best!r} must be one of {', '.join(names)}")
     return INSTRUCTION_SETS[names.index(best) :]
 
 

@@ -110,13 +110,13 @@ def examine_cpu() -> Finding:
 def examine_kernels() -> Finding:
     """Builds them where they are not built yet, as a worker would."""
     from workers.native.build import compilers
-    from workers.native.library import find_library, is_built
+    from workers.native.library import InstructionsError, find_library, is_built
 
     try:
         if not is_built() and compilers():
             note("building the CPU kernels, which may take a minute")
         return kernels_finding(find_library())
-    except ValueError as err:
+    except InstructionsError as err:
         return finding("kernels", False, str(err))
 
 

@@ -23,6 +23,7 @@ from workers.native.build import (
 )
 from workers.native.library import (
     MAX_VARIABLE,
+    InstructionsError,
     find_library,
     is_built,
     load_library,
@@ -86,7 +87,7 @@ def test_a_variable_names_the_best_instructions(
 
 def test_a_variable_with_unknown_instructions_is_refused() -> None:
     rule = "EXPERTMESH_MAX_INSTRUCTIONS 'avx9' must be one of avx512_bf16, avx512, avx2"
-    with pytest.raises(ValueError, match=rule):
+    with pytest.raises(InstructionsError, match=rule):
         find_library(environ={MAX_VARIABLE: "avx9"})
 
 
