@@ -42,7 +42,7 @@ _MOST_LISTED, _LISTED = 100, 20
 
 def routes(gateway: Gateway) -> list[BaseRoute]:
     """The routes."""
-    api = StoredResponses(ResponseStore(gateway.state))
+    api = StoredResponses(ResponseStore(gateway.state, gateway.disk))
     return [
         Route(PATH, ResponseEndpoint(gateway), methods=["POST"]),
         Route(ONE, api.get, methods=["GET"]),
@@ -57,7 +57,7 @@ class ResponseEndpoint(WatchedEndpoint):
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway)
-        self._store = ResponseStore(gateway.state)
+        self._store = ResponseStore(gateway.state, gateway.disk)
 
     async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
         check_unbuilt(data)
