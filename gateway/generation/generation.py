@@ -33,6 +33,7 @@ from gateway.text.detokenizer import (
     ChoiceText,
     Detokenizer,
     StopStrings,
+    aligned,
     make_detokenizer,
     place_tokens,
 )
@@ -375,7 +376,8 @@ class Generation(AbstractContextManager["Generation"]):
         if prompt.echo is None:
             given, logprobs = prompt.prompt.text, prompt.logprobs or ()
             text, tokens = place_tokens(self._detokenizer(), prompt.prompt.ids, logprobs)
-            prompt.echo = given if given is not None and self.makes_text else text, tokens
+            has_text = given is not None and self.makes_text
+            prompt.echo = aligned(given or "", text, tokens) if has_text else (text, tokens)
         return prompt.echo
 
     def _observe_tokens(self, choice: Choice, output: TokenOutput) -> None:

@@ -296,12 +296,14 @@ class GenerateEndpoint(WatchedEndpoint):
                 choices = await collect(generation)
                 await responder.json(formatter.whole(choices, generation.usage))
                 return
+            options = body.stream_options or StreamOptions()
+            formatter.shows_usage = bool(options.include_usage)
             stream = SseStream(
                 gateway=self._gateway,
                 responder=responder,
                 formatter=formatter,
                 request_id=request.state.request_id,
-                options=body.stream_options or StreamOptions(),
+                options=options,
             )
             await stream.send(generation)
 

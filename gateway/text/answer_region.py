@@ -10,7 +10,9 @@ from gateway.text.harmony.marks import MESSAGE
 _MAX_MARK_CHARS = 256
 """Longest mark that is looked for across pieces; a header of Harmony may hold a content type."""
 _END_OF_REASONING = re.compile(re.escape(END))
-_FINAL_MESSAGE = re.compile(r"<\|channel\|>\s*final\b[^<]*(<\|constrain\|>[^<]*)?<\|message\|>")
+_MESSAGE_OR_CALL = re.compile(
+    r"<\|channel\|>\s*(final|commentary)\b[^<]*(<\|constrain\|>[^<]*)?<\|message\|>"
+)
 
 
 class AnswerRegion:
@@ -37,8 +39,10 @@ class AnswerRegion:
     @classmethod
     def of_harmony(cls, open_message: str) -> AnswerRegion:
         """Of a text in the Harmony format, whose prompt leaves this header open."""
-        found = cls(_FINAL_MESSAGE, may_have_none=False, skips_breaks=False)
-        found.is_open = open_message.endswith(MESSAGE) and bool(_FINAL_MESSAGE.search(open_message))
+        found = cls(_MESSAGE_OR_CALL, may_have_none=False, skips_breaks=False)
+        found.is_open = open_message.endswith(MESSAGE) and bool(
+            _MESSAGE_OR_CALL.search(open_message)
+        )
         return found
 
     def split(self, new: str) -> tuple[str, str]:

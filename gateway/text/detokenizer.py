@@ -17,6 +17,8 @@ from workers.requests.request import TokenLogprob
 
 _MAX_PENDING_TOKENS = 8
 """Tokens that may wait for the rest of a character (a character has four bytes at most)."""
+_MAX_PREFIX = 2 * _MAX_PENDING_TOKENS
+"""Tokens before that decide about a token's text."""
 
 
 class Detokenizer(Protocol):
@@ -80,8 +82,8 @@ class WindowDetokenizer:
         return self._decode(self._prefix + self._pending)[len(before) :]
 
     def _accept(self, new: str) -> str:
-        if new:
-            self._prefix = self._pending
+        # a token without text of its own may give the next one a space
+        self._prefix = self._pending if new else (self._prefix + self._pending)[-_MAX_PREFIX:]
         self._pending = []
         return new
 
@@ -107,6 +109,21 @@ def place_tokens(
         placed.append(TokenText(token_id, len(text), logprobs[place] if logprobs else None))
         text += detokenizer.feed(token_id) if detokenizer else ""
     return text + (detokenizer.flush() if detokenizer else ""), tuple(placed)
+
+
+def aligned(
+    given: str, text: str, tokens: Sequence[TokenText]
+) -> tuple[str, tuple[TokenText, ...]]:
+    """Tokens that were placed in ``text``, placed in the text that they were made of.
+
+    What is decoded may have more in front: special tokens, and a space that some tokenizers add.
+    """
+    shift = len(text) - len(given) if text.endswith(given) else 0
+    offsets = (min(max(0, token.text_offset - shift), len(given)) for token in tokens)
+    return given, tuple(
+        TokenText(token.token_id, offset, token.logprob)
+        for token, offset in zip(tokens, offsets, strict=True)
+    )
 
 
 class StopStrings:
