@@ -35,6 +35,7 @@ from gateway.grpc.server import GrpcServer
 from gateway.http.api import HttpApi
 from gateway.protocols import build_public_app
 from gateway.serve_proxy.malloc_trim import start_returning
+from gateway.state.store import open_in_time, open_store
 from gateway.state.sweeper import StateSweeper
 from gateway.text.tokenizer import load_tokenizer
 
@@ -70,6 +71,7 @@ class GatewayReplica:
         settings = ClusterConfig.from_dict(config)
         name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         logs.set_up(name, settings.observability.log_format)
+        logs.adopt("ray.serve")
         tokenizer = await asyncio.to_thread(
             load_tokenizer, settings.model.path, settings.model.chat_template
         )
@@ -80,8 +82,12 @@ class GatewayReplica:
         )
         policy = RoutingPolicy(settings.gateway.routing_policy)
         self._engines = EnginePool(settings.cluster_token, name, policy)
-        self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
         section = settings.gateway
+        state = open_store(section, opens=False)
+        self._gateway = Gateway(
+            settings, tokenizer, self._cluster, self._engines, name, state=state
+        )
+        await open_in_time(state, self._gateway.disk)
         if section.num_gateway_replicas > 1:
             self._gateway.replicas = RayServeReplicas(self._gateway.answers)
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)
@@ -113,6 +119,10 @@ class GatewayReplica:
     async def not_ready_reasons(self) -> list[str]:
         """The reasons of ``/ready``, for callers without a client certificate."""
         return self._gateway.not_ready_reasons()
+
+    async def addresses(self) -> dict[str, Any]:
+        """The ports of this replica, by name."""
+        return self._gateway.addresses
 
     async def end(self, stage: EndStage) -> int:
         """End with the whole server: see ``Gateway.end``."""

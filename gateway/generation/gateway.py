@@ -24,8 +24,11 @@ from cluster.core.errors import (
     ModelNotFoundError,
     NotReadyError,
 )
+from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
 from gateway.auth.auth import CALLER, make_key_rings
+from gateway.cluster.client_view import client_status
+from gateway.cluster.numbers import ClusterNumbers
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
 from gateway.cluster.view import (
     ClusterView,
@@ -34,7 +37,7 @@ from gateway.cluster.view import (
     living_workers,
 )
 from gateway.core.call import CallKind, GenerateCall, GenerateFields
-from gateway.core.errors import ErrorReport, report_error
+from gateway.core.errors import ErrorReport, StorageTimeoutError, report_error
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
 from gateway.core.replay import ReplayCause
@@ -55,7 +58,7 @@ from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
-from gateway.state.store import open_store
+from gateway.state.store import StateStore, open_store
 from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.block_hash import BlockHash, block_hashes
@@ -84,6 +87,7 @@ class Gateway:
         engines: streams to the attention workers; fed from ``cluster`` here.
         name: of this replica.
         tuning: limits and waits that no option sets.
+        state: None opens the one of the configuration, on the thread of the caller.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Gateway:
         engines: EnginePool,
         name: str = "gateway",
         tuning: GatewayTuning | None = None,
+        state: StateStore | None = None,
     ) -> None:
         self.config = config
         self.limits = config.gateway
@@ -107,8 +112,18 @@ class Gateway:
         self.name = name
         self.tuning = tuning or GatewayTuning()
         self.keys, self.admin_keys = make_key_rings(config.gateway)
-        self.state = open_store(config.gateway)
+        has_keys = config.gateway.asks_for_keys or config.gateway.asks_for_admin_keys
+        self.numbers = ClusterNumbers(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
+        self.state = open_store(config.gateway) if state is None else state
         """What is kept for clients between requests; None keeps nothing."""
+        self.disk = DiskThreads(
+            "the state folder",
+            self.tuning.disk_threads,
+            self.tuning.disk_max_waiting,
+            self.tuning.disk_limit_s,
+            StorageTimeoutError,
+        )
+        """Threads of requests that use ``state``."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model_name = config.model.served_model_name
         self.adapters: Mapping[str, str] = {}
@@ -328,30 +343,41 @@ class Gateway:
             logger.error("request %s failed", request_id, exc_info=error)
         return report
 
-    async def status(self) -> dict[str, Any]:
-        """The cluster's state with all replicas in it, as ``status --json`` prints it."""
-        found, replicas = await asyncio.gather(self.cluster.fresh(), self.replicas.ask("describe"))
-        return self.status_of(found, replicas.values())
+    async def status(self, is_whole: bool = True) -> dict[str, Any]:
+        """The cluster's state with all replicas in it, as ``status --json`` prints it.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
+        found, replicas = await asyncio.gather(
+            self.numbers.snapshot(), self.replicas.ask("describe")
+        )
+        return self.status_of(found, replicas.values(), is_whole)
 
     def status_of(
-        self, snapshot: Snapshot | None, replicas: Iterable[Mapping[str, Any]]
+        self,
+        snapshot: Snapshot | None,
+        replicas: Iterable[Mapping[str, Any]],
+        is_whole: bool = True,
     ) -> dict[str, Any]:
         """The status, of a snapshot and of what replicas answered to ``describe``."""
-        known = snapshot or {"state": "STARTING"}
-        return {**known, "schema": 1, "gateway": list(replicas)}
+        status = {**(snapshot or {"state": "STARTING"}), "schema": 1, "gateway": list(replicas)}
+        return status if is_whole else client_status(status, not self.limits.asks_for_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
         """End calls of any replica by their clients' names; returns the names that were found."""
         answers = (await self.replicas.ask("abort", list(names))).values()
         return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
 
-    async def render_metrics(self) -> bytes:
-        """The exposition of all replicas and workers: each number once."""
+    async def render_metrics(self, is_whole: bool = True) -> bytes:
+        """The exposition of all replicas and workers: each number once.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
         if self.limits.num_gateway_replicas == 1:
-            await self.cluster.refresh()
-            return self.metrics.render()
-        replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.cluster.refresh())
-        return self.metrics.render(replicas)
+            await self.numbers.refresh()
+            return self.metrics.render(None, is_whole)
+        replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.numbers.refresh())
+        return self.metrics.render(replicas, is_whole)
 
     def _follow(self, snapshot: Snapshot) -> None:
         logs.CONTEXT.generation = int(snapshot.get("generation") or 0)

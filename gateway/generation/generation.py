@@ -21,7 +21,7 @@ from cluster.core.errors import (
     RequestAbortedError,
 )
 from gateway.auth.key_limits import Account
-from gateway.core.call import CallPrompt, GenerateCall
+from gateway.core.call import CallPrompt, GenerateCall, GenerateFields
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.core.errors import SlowClientError, error_from_engine
 from gateway.engines.submission import Submission
@@ -29,10 +29,12 @@ from gateway.generation.admission import Ticket
 from gateway.generation.choices import Choice, Found, Prompt
 from gateway.generation.output_queue import OutputQueue
 from gateway.observability.metrics import EngineMetrics, GatewayMetrics
+from gateway.text.answer_region import AnswerRegion
 from gateway.text.detokenizer import (
     ChoiceText,
     Detokenizer,
     StopStrings,
+    aligned,
     make_detokenizer,
     place_tokens,
 )
@@ -225,7 +227,13 @@ class Generation(AbstractContextManager["Generation"]):
         before = () if prompt.embeds is not None else prompt.ids
         for number in range(self.call.n):
             stop = StopStrings(fields.stop, fields.include_stop_str_in_output)
-            text = ChoiceText(self._detokenizer(before), stop, prompt.params.min_tokens)
+            text = ChoiceText(
+                self._detokenizer(before),
+                stop,
+                prompt.params.min_tokens,
+                _answer_region(fields),
+                fields.stop_token_ids if fields.stops_in_answer else (),
+            )
             entry.choices.append(Choice(entry, number, text))
         return entry
 
@@ -285,7 +293,7 @@ class Generation(AbstractContextManager["Generation"]):
         self.metrics.admission_rejections.labels(limit).inc()
         return QueueFullError(message, self.ticket.retry_after_s(), limit)
 
-    def _feed(self, choice: Choice, output: TokenOutput) -> str | None:
+    def _feed(self, choice: Choice, output: TokenOutput) -> str | int | None:
         last = len(output.token_ids) - 1
         ends = output.finish_reason is FinishReason.STOP
         hides_end = ends and not self.call.fields.include_stop_str_in_output
@@ -387,7 +395,8 @@ class Generation(AbstractContextManager["Generation"]):
         if prompt.echo is None:
             given, logprobs = prompt.prompt.text, prompt.logprobs or ()
             text, tokens = place_tokens(self._detokenizer(), prompt.prompt.ids, logprobs)
-            prompt.echo = given if given is not None and self.makes_text else text, tokens
+            has_text = given is not None and self.makes_text
+            prompt.echo = aligned(given or "", text, tokens) if has_text else (text, tokens)
         return prompt.echo
 
     def _observe_tokens(self, choice: Choice, output: TokenOutput) -> None:
@@ -432,3 +441,12 @@ class Generation(AbstractContextManager["Generation"]):
         """Metrics of the engine that has a prompt."""
         submission = prompt.submission
         return self.metrics.engine("" if submission is None else submission.engine)
+
+
+def _answer_region(fields: GenerateFields) -> AnswerRegion | None:
+    """Where stops count in a choice; None: everywhere."""
+    if not fields.stops_in_answer:
+        return None
+    if fields.thinking is not None:
+        return AnswerRegion.after_thinking(fields.thinking)
+    return AnswerRegion.of_harmony(fields.open_message)

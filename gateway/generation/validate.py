@@ -195,6 +195,8 @@ def _make_params(fields: GenerateFields, bad_words: tuple[tuple[int, ...], ...])
     given: dict[str, Any] = {
         name: value for name in _SAMPLED if (value := getattr(fields, name)) is not None
     }
+    if fields.stops_in_answer:
+        given["stop_token_ids"] = ()  # the gateway looks for them, where the answer is
     if fields.use_beam_search:
         given |= {"beams": _beams(fields), "temperature": 0.0}
     return SamplingParams(

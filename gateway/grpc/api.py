@@ -53,7 +53,7 @@ class InferenceProcedures(PoolingProcedures):
         gateway = self._gateway
         gateway.check_model(request.model or None)
         is_chat = input_of(request, "prompt") == "messages"
-        chat = await call.read(grpc_chat_input, request.messages) if is_chat else None
+        chat = await call.convert(grpc_chat_input, request.messages) if is_chat else None
         special = optional(request, "add_special_tokens")
         ids = await gateway.prompts.tokenize(request.prompt, chat, special)
         tokenizer = gateway.prompts.require_tokenizer("prompt")
@@ -75,7 +75,7 @@ class InferenceProcedures(PoolingProcedures):
     ) -> pb.DetokenizeResponse:
         self._gateway.check_model(request.model or None)
         facts = self._gateway.require_facts()
-        tokens = await call.read(numbers_of, request.tokens)
+        tokens = await call.convert(numbers_of, request.tokens)
         text = await self._gateway.prompts.decode(tokens, facts)
         return pb.DetokenizeResponse(prompt=text)
 
@@ -95,7 +95,7 @@ class InferenceProcedures(PoolingProcedures):
     async def _start(
         self, request: pb.GenerateRequest, call: GrpcCall, streams: bool = False
     ) -> Generation:
-        fields = call.with_headers(await call.read(grpc_fields, request))
+        fields = call.with_headers(await call.convert(grpc_fields, request))
         if streams:
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))

@@ -34,7 +34,10 @@ class PoolingProcedures:
         self._inspecting = Inspecting(gateway)
 
     async def Embed(self, request: pb.EmbedRequest, call: GrpcCall) -> pb.EmbedResponse:
-        fields, prompts = _fields(request, call), await call.read(_prompts, request.input, "input")
+        fields, prompts = (
+            _fields(request, call),
+            await call.convert(_prompts, request.input, "input"),
+        )
         found = await self._reader.embed(prompts, request.pooling or None, fields)
         head = self._head(request, call, found.usage)
         call.answer_size = sum(vector.nbytes for vector in found.rows)
@@ -49,8 +52,11 @@ class PoolingProcedures:
         return await self._gateway.long_work.run(call.answer_size, answer)
 
     async def Classify(self, request: pb.ClassifyRequest, call: GrpcCall) -> pb.ClassifyResponse:
-        fields, prompts = _fields(request, call), await call.read(_prompts, request.input, "input")
-        masks = await call.read(
+        fields, prompts = (
+            _fields(request, call),
+            await call.convert(_prompts, request.input, "input"),
+        )
+        masks = await call.convert(
             lambda: tuple(numbers_of(one.mask) for one in request.attention_mask)
         )
         found = await self._reader.classify(prompts, tuple(request.labels), masks, fields)
@@ -61,8 +67,8 @@ class PoolingProcedures:
 
     async def Score(self, request: pb.ScoreRequest, call: GrpcCall) -> pb.ScoreResponse:
         fields = _fields(request, call)
-        queries = await call.read(_prompts, request.queries, "queries")
-        documents = await call.read(_prompts, request.documents, "documents")
+        queries = await call.convert(_prompts, request.queries, "queries")
+        documents = await call.convert(_prompts, request.documents, "documents")
         found = await self._reader.score(queries, documents, fields)
         rows = (pb.DocumentScore(index=i, score=score) for i, score in enumerate(found.rows))
         return pb.ScoreResponse(data=rows, **self._head(request, call, found.usage))
@@ -72,7 +78,7 @@ class PoolingProcedures:
     ) -> AsyncGenerator[pb.InspectChunk]:
         """Arrays from inside the model, in pieces."""
         await call.send_id()
-        wanted, fields = _fields(request, call), await call.read(grpc_inspect_fields, request)
+        wanted, fields = _fields(request, call), await call.convert(grpc_inspect_fields, request)
         async with self._inspecting.inspect(fields, wanted, MAX_CALL_BYTES) as found:
             for index, arrays in enumerate(found.rows):
                 for array in arrays:

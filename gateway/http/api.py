@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError
 from cluster.core.release import RELEASE, installed_version
+from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_operator
 from gateway.core.call import ChatInput, GenerateFields
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
@@ -208,23 +209,26 @@ class HttpApi:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus metrics of all replicas and workers."""
-        content = await self._gateway.render_metrics()
+        """Prometheus metrics of all replicas and workers; by expert or layer for operators."""
+        content = await self._gateway.render_metrics(is_operator(self._gateway.keys))
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
-        return _answer(await self._gateway.status())
+        return _answer(await self._gateway.status(is_operator(self._gateway.keys)))
 
     async def placement(self, request: Request) -> Response:
         """Which device holds which copy of which expert."""
-        return _answer(await self._gateway.cluster.ask("placement"))
+        check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
+        return _answer(await self._gateway.numbers.placement())
 
     async def load(self, request: Request) -> Response:
         """Tokens by expert and by copy, and what balance they made."""
-        return _answer(await self._gateway.cluster.ask("load"))
+        check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
+        return _answer(await self._gateway.numbers.load())
 
     async def events(self, request: Request) -> Response:
-        snapshot = await self._gateway.cluster.fresh() or {}
+        check_operator(self._gateway.keys, EVENTS)
+        snapshot = await self._gateway.numbers.snapshot() or {}
         return _answer({"schema": 1, "events": snapshot.get("history", [])})
 
     async def openapi(self, request: Request) -> Response:
@@ -310,6 +314,7 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
                 )
                 await responder.json(whole)
                 return
+            formatter.shows_usage = bool(stream_options.include_usage)
             stream = SseStream(
                 gateway=self._gateway,
                 responder=responder,

@@ -28,7 +28,7 @@ from cluster.core.errors import (
     RequestTooLargeError,
     UnsupportedParameterError,
 )
-from gateway.auth.auth import KeyRing
+from gateway.auth.auth import CALLER, KeyRing
 from gateway.auth.key_limits import Account
 from gateway.core.echoes import ECHOES, HOLDS
 from gateway.core.errors import ClientGoneError
@@ -176,6 +176,7 @@ class HttpMiddleware:
         self._count_echoes(extensions.get(ECHOES, ()), str(scope.get("root_path", "")))
         status, began_s = 0, time.monotonic()
         caller: Account | None = None
+        CALLER.set(None)
         try:
             if path not in self.open_paths:
                 await self.keys.read_changes()

@@ -45,7 +45,7 @@ _MOST_LISTED, _LISTED = 100, 20
 
 def routes(gateway: Gateway) -> list[BaseRoute]:
     """The routes."""
-    api = StoredResponses(ResponseStore(gateway.state))
+    api = StoredResponses(ResponseStore(gateway.state, gateway.disk))
     return [
         Route(PATH, ResponseEndpoint(gateway), methods=["POST"]),
         Route(ONE, api.get, methods=["GET"]),
@@ -71,7 +71,7 @@ class ResponseEndpoint(WatchedEndpoint[_Asked]):
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway)
-        self._store = ResponseStore(gateway.state)
+        self._store = ResponseStore(gateway.state, gateway.disk)
 
     def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
         check_unbuilt(data)

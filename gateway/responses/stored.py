@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 import msgspec
 
 from cluster.core.errors import RequestError, UnknownNameError, UnsupportedParameterError
+from cluster.disk.threads import DiskThreads
 from gateway.core.errors import StorageError
 from gateway.core.field_checks import check_length, require
 from gateway.http.pages import tenant
@@ -111,10 +112,12 @@ class ResponseStore:
 
     Args:
         store: None stores nothing.
+        disk: threads for it.
     """
 
-    def __init__(self, store: StateStore | None) -> None:
+    def __init__(self, store: StateStore | None, disk: DiskThreads) -> None:
         self._store = store
+        self._disk = disk
 
     def stores(self, wanted: bool | None) -> bool:
         """Whether a response is stored, as ``store`` asks for it.
@@ -141,7 +144,7 @@ class ResponseStore:
             found = stored_response(response, history, new_items)
             store.put(KIND, owner, response["id"], msgspec.json.encode(found))
 
-        await asyncio.to_thread(write)
+        await self._disk.run(write)
 
     async def get(self, response_id: str) -> StoredResponse:
         """Raises ``UnknownNameError``."""
@@ -203,7 +206,7 @@ class ResponseStore:
     async def delete(self, response_id: str) -> None:
         """Raises ``UnknownNameError``."""
         store = self._store
-        if store is None or not await asyncio.to_thread(store.delete, KIND, tenant(), response_id):
+        if store is None or not await self._disk.run(store.delete, KIND, tenant(), response_id):
             raise UnknownNameError(f"there is no response {response_id[:64]!r}")
 
     @property
@@ -225,4 +228,4 @@ class ResponseStore:
             except msgspec.MsgspecError as err:
                 raise StorageError(f"the stored response {response_id} is damaged") from err
 
-        return await asyncio.to_thread(read)
+        return await self._disk.run(read)

@@ -14,8 +14,8 @@ from gateway.state.record import MAX_HEAD_BYTES, decode_head
 class StoredReader:
     """The content of an object from its begin to its end. All calls block, and are for threads.
 
-    The content is checked at its end, after all pieces but the last one were returned. Whoever
-    opens it closes it, also by a ``with`` block.
+    The content is checked at its end, after all pieces but the last one were returned. A reader is
+    to be closed, by ``close`` or a ``with`` block.
     """
 
     def __init__(self, place: Path, object_id: str) -> None:

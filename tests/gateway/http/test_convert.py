@@ -478,3 +478,17 @@ def test_collections_come_back_after_the_last_of_several_parses() -> None:
             assert not gc.isenabled()
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_refusals_of_earlier_answers_are_text() -> None:
+    parts = [{"type": "text", "text": "No."}, {"type": "refusal", "refusal": "I cannot."}]
+    for message in ({"content": parts}, {"content": None, "refusal": "No.\nI cannot."}):
+        body = ChatBody.model_validate(
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", **message}]}
+        )
+        chat = chat_fields(body).chat
+        assert chat is not None
+        assert chat.messages[1]["content"] == "No.\nI cannot."
+    user = {"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}
+    with pytest.raises(UnsupportedParameterError, match="'refusal' are not supported"):
+        chat_fields(ChatBody.model_validate({"messages": [user]}))
