@@ -29,6 +29,19 @@ _HEARTBEATS_PER_LIMIT = 4
 _MAX_HEARTBEAT_S = 0.5
 
 
+def check_files(values: Mapping[str, Any]) -> None:
+    """Raise ``CommandError`` (usage) unless every named file can be read, before any other rule."""
+    for option in OPTIONS:
+        path = values.get(option.target)
+        if option.metavar == "FILE" and option.field != "chat_template" and path:
+            try:
+                with Path(path).open("rb"):
+                    pass
+            except OSError as err:
+                message = f"{option.field} ({path}) cannot be read: {err.strerror}"
+                raise CommandError(ExitCode.USAGE, message) from err
+
+
 def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig:
     """The configuration of option values by target.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_length, require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
 from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
+from gateway.text.json_text import check_writable, load_json
 
 MAX_TOOLS = 128
 NAME_RULE = "must be 1 to 128 letters, digits, _, . or -"
@@ -119,8 +119,8 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     if not text.strip():
         return {}
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        value = load_json(text, name)
+        check_writable(value)
     except (ValueError, RecursionError) as err:
         raise RequestError(f"{name} must be JSON text", name) from err
     if not isinstance(value, dict):
