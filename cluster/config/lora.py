@@ -50,7 +50,7 @@ class LoraSection:
     NAME@KEY+KEY=FOLDER only the keys of these names may use one."""
     lora_roots: tuple[str, ...] = ()
     """Folders in which adapters may be loaded while serving; by default those that hold the
-    adapters of lora_modules."""
+    adapters of lora_modules, and every folder where no keys are configured."""
     max_loras: int = 8
     """Adapters that may be loaded at once; 0 loads none."""
     max_lora_rank: int = 64

@@ -149,6 +149,7 @@ class Controller:
         fresh = {n: r for n, r in reasons.items() if not cluster.workers[n].is_lost}
         if not fresh:
             return
+        self.detection.lost(now)
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
             cluster.workers[name].enter(WorkerState.LOST, reason)
@@ -193,6 +194,7 @@ class Controller:
         self.lost(self.adapters.tick(now), now)
         self.recovery.tick(now)
         self.autoscaling.tick(now)
+        self.cluster.workers.forget(now)
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Undo an operation. Raises ``ConflictError`` if it is too late."""

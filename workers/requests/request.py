@@ -35,6 +35,17 @@ class GrammarKind(Enum):
     LARK = "lark"
 
 
+class GrammarPart(Message, frozen=True, kw_only=True, array_like=True):
+    """A rule of a Lark grammar that a client's schema decides; it names no other rules."""
+
+    rule: str
+    """Its name: it is the line ``NAME: BODY`` of the text."""
+    label: str
+    """What it is about, for messages."""
+    fallback: str | None = None
+    """The body in its place where it does not compile; None: the grammar is refused."""
+
+
 class Grammar(Message, frozen=True, kw_only=True, array_like=True):
     """What the output must follow. Hashable: equal ones are compiled once."""
 
@@ -43,6 +54,8 @@ class Grammar(Message, frozen=True, kw_only=True, array_like=True):
     """A JSON schema, a regular expression, a JSON list of strings, or a Lark grammar."""
     field: str = "structured_outputs"
     """The client's field that it came from, for messages."""
+    parts: tuple[GrammarPart, ...] = ()
+    """Rules that may not compile."""
 
 
 class EarlyStopping(Enum):

@@ -80,8 +80,8 @@ def test_drained_workers_leave_no_trace_in_the_answers() -> None:
         assert 1 < done[0]["generation"] < done[1]["generation"]
         causes = [entry["cause"] for entry in cluster.snapshot()["history"]]
         assert [c for c in causes if c.startswith("drained")] == [
-            "drained attention-0",
-            "drained expert-1",
+            f"drained attention-0 ({done[0]['id']})",
+            f"drained expert-1 ({done[1]['id']})",
         ]
         assert not [c for c in causes if c.startswith("lost")]
         assert isinstance(cluster, ThreadCluster)
