@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
-from gateway.text.schemas.references import References
+from gateway.text.forms.structured import MAX_GRAMMAR_BYTES
+from gateway.text.schemas.references import MAX_SCHEMA_DEPTH, References
 
 ANY, NULL, ARRAY, OBJECT = "any", "null", "array", "object"
 

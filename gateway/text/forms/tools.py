@@ -11,8 +11,8 @@ from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_length, require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
-from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
 from gateway.text.json_text import check_writable, load_json
+from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 
 MAX_TOOLS = 128
 NAME_RULE = "must be 1 to 128 letters, digits, _, . or -"

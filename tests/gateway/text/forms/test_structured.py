@@ -12,7 +12,8 @@ from gateway.http.convert import completion_fields
 from gateway.http.parse import parse_body
 from gateway.http.schema import CompletionBody
 from gateway.http.unsupported import check_unbuilt
-from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, make_grammar
+from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, make_grammar
+from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 from workers.requests.request import Grammar, GrammarKind
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"const": "é"}}}
