@@ -1,4 +1,5 @@
-"""What quantized weights do to a model: ``python -m benchmarks.perplexity``.
+"""What quantized weights do to a model: ``python -m benchmarks.perplexity``, or, with a model and a
+text of one's own, ``--checkpoint DIR --text FILE [--tokens 4096] [--window 2048]``.
 
 Perplexity of the bundled model, in bfloat16, on the 5% of its corpus that training never saw (the
 loss on it only chose the step whose weights were kept), in windows of 512 tokens behind an end of
@@ -12,6 +13,7 @@ experts have its numbers in bfloat16.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -20,10 +22,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.float_forms import float8_blocks, mxfp4_numbers
@@ -64,7 +67,7 @@ def _mxfp4(name: str, matrix: Tensor) -> dict[str, Tensor]:
     return {name: mxfp4_numbers(matrix)}
 
 
-AS_STORED = Form(label="as stored, bfloat16")
+AS_STORED = Form(label="as stored")
 FORMS = (
     Form(label="int8, experts", quantize="int8", most=0.005),
     Form(label="int4, experts", quantize="int4", most=0.02),
@@ -78,6 +81,36 @@ FORMS = (
     Form(label="MXFP4, experts", stored=_mxfp4),
 )
 """What is compared with ``AS_STORED``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What is scored."""
+
+    checkpoint: Path
+    dtype: str
+    """In which it is computed."""
+    windows: Sequence[Sequence[int]]
+    """Prompts; all tokens but the first of each are scored."""
+
+    @property
+    def num_scored(self) -> int:
+        return sum(len(window) - 1 for window in self.windows)
+
+
+def bundled(num_windows: int | None = None) -> Task:
+    """The first windows of the held-out text; None: all."""
+    text = held_out(None if num_windows is None else num_windows * WINDOW_TOKENS)
+    windows = text.windows(WINDOW_TOKENS)
+    return Task(checkpoint=bundled_checkpoint(), dtype="bfloat16", windows=windows)
+
+
+def own_task(checkpoint: Path, text: Path, num_tokens: int, window: int) -> Task:
+    """The beginning of a text, in windows with nothing before them, in float32."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    ids = tokenizer.encode(text.read_text(encoding="utf-8")).ids[:num_tokens]
+    windows = [ids[first : first + window] for first in range(0, len(ids), window)]
+    return Task(checkpoint=checkpoint, dtype="float32", windows=windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,33 +134,31 @@ class Scores:
         return statistics.stdev(b - a for a, b in pairs) / math.sqrt(len(self.tokens))
 
 
-def scores(form: Form, num_windows: int | None = None) -> Scores:
-    """Of the first windows of the text; None: of all."""
-    text = held_out(None if num_windows is None else num_windows * WINDOW_TOKENS)
-    with checkpoint_of(form) as checkpoint:
+def scores(form: Form, task: Task) -> Scores:
+    """Of each token that is scored."""
+    with checkpoint_of(form, task.checkpoint) as checkpoint:
         engine = LocalEngine(
             checkpoint,
-            dtype="bfloat16",
+            dtype=task.dtype,
             section=EngineSection(enable_prefix_caching=False),
             quantize=form.quantize,
             quantize_layers=form.layers,
         )
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-    scored = engine.generate(text.windows(WINDOW_TOKENS), params)
+    scored = engine.generate(task.windows, params)
     found = [p.logprob for one in scored for p in one.prompt_logprobs or () if p is not None]
-    assert len(found) == len(text.ids), "every token of the text has a probability"
+    assert len(found) == task.num_scored, "every token has a probability"
     return Scores(found)
 
 
 @contextmanager
-def checkpoint_of(form: Form) -> Iterator[Path]:
-    """The bundled checkpoint with its experts stored in a form; a copy is removed afterwards."""
-    bundled = bundled_checkpoint()
+def checkpoint_of(form: Form, checkpoint: Path) -> Iterator[Path]:
+    """A checkpoint with its experts stored in a form; a copy is removed afterwards."""
     if form.stored is None:
-        yield bundled
+        yield checkpoint
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(shutil.copytree(bundled, Path(folder) / "checkpoint"))
+        path = Path(shutil.copytree(checkpoint, Path(folder) / "checkpoint"))
         tensors: dict[str, Tensor] = {}
         for name, tensor in load_file(path / "model.safetensors").items():
             tensors |= form.stored(name, tensor) if ".experts." in name else {name: tensor}
@@ -141,11 +172,19 @@ def checkpoint_of(form: Form) -> Iterator[Path]:
 
 def section(quick: bool) -> str:
     """The part of ``RESULTS.md``."""
-    num_windows = 2 if quick else None
-    base = scores(AS_STORED, num_windows)
+    task = bundled(2 if quick else None)
+    about = " ".join((__doc__ or "").split("\n\n")[1].split())
+    num_tokens = f"{task.num_scored:,} tokens were scored."
+    title = "## Perplexity of quantized weights"
+    return f"{title}\n\n{about} {num_tokens}\n\n{compared(task, FORMS)}"
+
+
+def compared(task: Task, forms: Sequence[Form]) -> str:
+    """A table of forms beside the weights as they are stored."""
+    base = scores(AS_STORED, task)
     rows = [[AS_STORED.label, f"{base.perplexity:.3f}", "", "", ""]]
-    for form in FORMS:
-        own = scores(form, num_windows)
+    for form in forms:
+        own = scores(form, task)
         rows.append(
             [
                 form.label,
@@ -155,12 +194,30 @@ def section(quick: bool) -> str:
                 "" if form.most is None else f"at most +{form.most:.1%}",
             ]
         )
-    about = " ".join((__doc__ or "").split("\n\n")[1].split())
-    num_tokens = f"{len(base.tokens):,} tokens were scored."
-    head = ["weights", "perplexity", "change", "standard error", "asked"]
-    title = "## Perplexity of quantized weights"
-    return f"{title}\n\n{about} {num_tokens}\n\n{table(head, rows)}"
+    return table(["weights", "perplexity", "change", "standard error", "asked"], rows)
+
+
+def main() -> None:
+    """Print one part, or the table of a model and a text that are given."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.perplexity")
+    parser.add_argument("--quick", action="store_true", help="two windows of the bundled model")
+    parser.add_argument("--checkpoint", type=Path, help="folder of a model with a tokenizer.json")
+    parser.add_argument("--text", type=Path, help="file in UTF-8, with --checkpoint")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text, from its begin")
+    parser.add_argument("--window", type=int, default=2048, help="tokens of a prompt, at least 2")
+    given = parser.parse_args()
+    if (given.checkpoint is None) != (given.text is None):
+        parser.error("--checkpoint and --text are given together")
+    if given.window < 2 or given.tokens < 2:
+        parser.error("--tokens and --window must be at least 2")
+    if given.checkpoint is None:
+        sys.stdout.write(section(quick=given.quick) + "\n")
+        return
+    task = own_task(given.checkpoint, given.text, given.tokens, given.window)
+    loaded = [replace(form, most=None) for form in FORMS if form.stored is None]
+    found = compared(task, loaded)
+    sys.stdout.write(f"{task.num_scored:,} tokens were scored, in {task.dtype}.\n\n{found}\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.write(section(quick="--quick" in sys.argv[1:]) + "\n")
+    main()

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import perplexity
 from benchmarks.float_forms import float8_blocks, mxfp4_numbers
-from benchmarks.perplexity import AS_STORED, FORMS, Form, Scores, checkpoint_of, scores
+from benchmarks.perplexity import (
+    AS_STORED,
+    FORMS,
+    Form,
+    Scores,
+    bundled,
+    checkpoint_of,
+    own_task,
+    scores,
+)
+from cluster.launch.model_source import bundled_checkpoint
 from workers.model.loading.checkpoint import Checkpoint
 
 NUM_WINDOWS = 4
@@ -17,19 +28,19 @@ NUM_WINDOWS = 4
 
 @pytest.fixture(scope="module")
 def as_stored() -> Scores:
-    return scores(AS_STORED, NUM_WINDOWS)
+    return scores(AS_STORED, bundled(NUM_WINDOWS))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.label)
 def test_quantized_weights_keep_the_perplexity(as_stored: Scores, form: Form) -> None:
-    change = scores(form, NUM_WINDOWS).change_from(as_stored)
+    change = scores(form, bundled(NUM_WINDOWS)).change_from(as_stored)
     assert change != 0.0
     assert change <= (0.02 if form.most is None else form.most)
 
 
 def test_float8_is_served_as_the_checkpoint_stores_it() -> None:
     (form,) = [form for form in FORMS if form.settings is not None]
-    with checkpoint_of(form) as path:
+    with checkpoint_of(form, bundled_checkpoint()) as path:
         banks = Checkpoint(path, quantize="auto").family.banks
         assert {str(e.form) for bank in banks for e in bank.exchanges} == {"e4m3 in groups of 128"}
 
@@ -39,6 +50,17 @@ def test_change_and_error_are_those_of_the_mean() -> None:
     assert base.perplexity == pytest.approx(math.exp(2))
     assert other.change_from(base) == pytest.approx(math.exp(0.1) - 1)
     assert other.error_from(base) == pytest.approx(0.1 / math.sqrt(3))
+
+
+def test_own_text_is_cut_into_windows(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("To be, or not to be: that is the question.", encoding="utf-8")
+    task = own_task(bundled_checkpoint(), text, num_tokens=9, window=4)
+    assert [len(window) for window in task.windows] == [4, 4, 1]
+    assert (task.dtype, task.num_scored) == ("float32", 6)
+    whole = own_task(bundled_checkpoint(), text, num_tokens=9, window=9)
+    assert [i for window in task.windows for i in window] == list(whole.windows[0])
+    assert len(scores(AS_STORED, task).tokens) == 6
 
 
 def test_every_form_has_a_row() -> None:

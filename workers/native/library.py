@@ -57,7 +57,7 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "exchange_serve": (_INT, (_POINTER, _INT64, _POINTER)),
     "panels_pack": (_INT, (_POINTER, _POINTER, _POINTER, *(_LONG,) * 5, _INT)),
     "panels_unpack": (None, (_POINTER, _POINTER, *(_LONG,) * 5, _INT)),
-    "rounding_groups": (_INT, (_POINTER, _POINTER, _LONG, *(_POINTER,) * 3)),
+    "rounding_groups": (_INT, (_POINTER, _POINTER, _LONG, _LONG, *(_POINTER,) * 3)),
     "quantized_to_halves": (None, (_POINTER, _LONG)),
     "quantized_from_halves": (None, (_POINTER, _LONG)),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,18 +11,18 @@ from workers.native.library import Library
 from workers.native.team import Team, check
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
-from workers.quantization.rounding import FORMATS, in_groups, of_groups, quantize
+from workers.quantization.rounding import in_groups, of_groups, quantize, squared_error
 
 
 def round_weight(
     library: Library | None, weight: Tensor, form: WeightFormat, team: Team | None = None
 ) -> QuantizedMatrix:
-    """weight [out, in] on the CPU in a format of ``rounding.FORMATS``.
+    """weight [out, in] on the CPU in a format that ``rounding.quantize`` makes.
 
     ``library`` None: torch computes. A ``team`` that computes nothing at the time helps the calling
     thread.
     """
-    if library is None or form != FORMATS["int4"]:
+    if library is None or not form.has_zeros:
         return quantize(weight, form)
     numbers = in_groups(weight, form).contiguous()
     num_groups = numbers.shape[0] * numbers.shape[1]
@@ -30,5 +32,13 @@ def round_weight(
     run = (library if team is None else team.library).functions.rounding_groups
     pointer = None if team is None else team.pointer
     addresses = codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()
-    check(run(pointer, numbers.data_ptr(), num_groups, *addresses))
+    check(run(pointer, numbers.data_ptr(), num_groups, numbers.shape[2], *addresses))
     return of_groups(form, (weight.shape[0], weight.shape[1]), codes, scales, zeros)
+
+
+def round_product(
+    library: Library | None, weight: Tensor, forms: Sequence[WeightFormat], team: Team | None = None
+) -> QuantizedMatrix:
+    """weight [out, in] on the CPU in that of some ``rounding.candidates`` with the least error."""
+    found = [round_weight(library, weight, form, team) for form in forms]
+    return found[0] if len(found) == 1 else min(found, key=lambda m: squared_error(m, weight))

@@ -14,6 +14,7 @@ bits of scale and zero point in each error.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ FORMATS: Final[dict[IntegerCodes, WeightFormat]] = {
     "int4": WeightFormat(codes="int4", group=32, scales="bfloat16", has_zeros=True, zero_bits=4),
 }
 """Of matrices that are quantized at load: 8.125 and 4.75 bits a number."""
+_SHORT_GROUP = 24
+"""Of products that are no experts: 5 bits a number."""
 _MAX = {"int8": 127, "int4": 7}
 _LEAST, _MOST = -8, 7
 _STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0)
@@ -39,11 +42,33 @@ _CHAINS = 4
 _NAN = 0x7FC0
 _GROUPS_AT_ONCE = 8192
 """Whose numbers stay in a processor's cache."""
+_ROWS_AT_ONCE = 256
+
+
+def candidates(form: WeightFormat, width: int) -> list[WeightFormat]:
+    """In which a matrix with rows of this width may be kept that is no expert: in a format of
+    ``FORMATS``, or in shorter groups where these fill rows. Of equal ones the first counts."""
+    if not form.has_zeros or width % _SHORT_GROUP:
+        return [form]
+    return [form, replace(form, group=_SHORT_GROUP)]
+
+
+def squared_error(matrix: QuantizedMatrix, weight: Tensor) -> float:
+    """Sum of the squares of what the matrix is off weight [out, in]: the same on all machines."""
+    found = 0.0
+    for first in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        own = weight[rows].float()
+        parts = [part[rows] for part in matrix.parts]
+        shape = (len(own), weight.shape[1])
+        off = QuantizedMatrix.of_parts(matrix.format, shape, parts).dequantized() - own
+        found += float(_halved((off * off).flatten()))
+    return found
 
 
 def quantize(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
-    """weight [out, in], in an integer format with float scales; with zero points in that of
-    ``FORMATS``."""
+    """weight [out, in], in an integer format with float scales; with zero points in those of
+    ``candidates``."""
     if form.has_zeros:
         return quantize_with_zeros(weight, form)
     rows, width = weight.shape
@@ -59,8 +84,8 @@ def quantize(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
 
 
 def quantize_with_zeros(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
-    """weight [out, in] in the 4-bit format of ``FORMATS``: the reference of ``c/rounding.c``."""
-    assert form == FORMATS["int4"], f"{form} is not made here"
+    """weight [out, in] in one of the 4-bit ``candidates``: the reference of ``c/rounding.c``."""
+    assert form in candidates(FORMATS["int4"], _SHORT_GROUP), f"{form} is not made here"
     rows, width = weight.shape
     numbers = in_groups(weight, form)
     parts = [_rounded(part.T.contiguous()) for part in numbers.flatten(0, 1).split(_GROUPS_AT_ONCE)]
@@ -98,7 +123,8 @@ class _Codes(NamedTuple):
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [32, n] float32 -> codes [n, 16] uint8, scales [n] bfloat16, zero points [n] int8."""
+    """x [group, n] float32 -> codes [n, group / 2] uint8, scales [n] bfloat16, zero points [n]
+    int8."""
     total = _sum(x)
     low, high = x.amin(0).clamp_(max=0.0), x.amax(0).clamp_(min=0.0)
     span = (high - low) + total * 0.0  # keeps what is not a number
@@ -150,6 +176,14 @@ def _sum(x: Tensor) -> Tensor:
     for chain in chains[1:]:
         sums += chain
     return (sums[0] + sums[1]) + (sums[2] + sums[3])
+
+
+def _halved(x: Tensor) -> Tensor:
+    """The sum of x [n]: the second half is added to the first one until one number is left."""
+    while len(x) > 1:
+        half = len(x) // 2
+        x = torch.cat((x[:half] + x[half : 2 * half], x[2 * half :]))
+    return x[0]
 
 
 def _bfloat16(x: Tensor) -> Tensor:

@@ -8,15 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.workers.native.builds import NAMES, library, team
-from tests.workers.quantization.random import FORMATS, name_of, random_matrix
+from tests.workers.quantization.random import FORMATS as KNOWN
+from tests.workers.quantization.random import name_of, random_matrix
 from workers.native.experts import ExpertShape, SlotTable, expert_pairs
 from workers.native.matrix import Matrix
 from workers.native.panels import pack
 from workers.native.quantized import pack_weight, unpack_quantized, weight_bytes
 from workers.native.team import Team
 from workers.quantization.formats import WeightFormat
+from workers.quantization.rounding import candidates
 
 DTYPES = [torch.float32, torch.bfloat16]
+FORMATS = [*KNOWN, candidates(KNOWN[-1], 24)[1]]
 SHAPES = [(70, 66), (33, 258), (2, 8), (64, 1034)]
 """[out, in]; most are no multiples of a panel, a group or a word."""
 NUM_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 19)
@@ -43,8 +46,8 @@ def test_what_is_packed_can_be_unpacked(
 
 def test_packed_weights_take_as_many_bytes_as_others() -> None:
     """With whole panels, and scales that fill whole cache lines."""
-    for form in (form for form in FORMATS if form.group and 1024 % form.group == 0):
-        matrix = random_matrix(form, (128, 1024))
+    for form in (form for form in FORMATS if form.group and 3072 % form.group == 0):
+        matrix = random_matrix(form, (128, 3072))
         assert pack_weight(library(NAMES[0]), matrix).nbytes == matrix.nbytes
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from workers.quantization.formats import WeightFormat
-from workers.quantization.rounding import FORMATS, quantize
+from workers.quantization.rounding import FORMATS, quantize, squared_error
 
 ALL = [
     *FORMATS.values(),
@@ -90,3 +90,11 @@ def test_a_grid_of_16_steps_with_a_minimum_is_found_again() -> None:
     found = quantize(weight, FORMATS["int4"]).dequantized()
     assert ((found - weight).abs() <= 0.08 * step).all()
     assert (found - weight).square().sum() <= 0.02 * (_symmetric(weight) - weight).square().sum()
+
+
+def test_the_squared_error_is_that_of_all_numbers() -> None:
+    weight = torch.randn(301, 74, generator=torch.Generator().manual_seed(4))
+    matrix = quantize(weight, FORMATS["int4"])
+    expected = (matrix.dequantized() - weight).double().square().sum()
+    assert squared_error(matrix, weight) == pytest.approx(float(expected), rel=1e-6)
+    assert squared_error(matrix, matrix.dequantized()) == 0

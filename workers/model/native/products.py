@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,17 +15,11 @@ from workers.native.matrix import Matrix
 from workers.native.norm import norm_rows
 from workers.native.panels import PANEL, pack
 from workers.native.quantized import pack_weight
-from workers.native.rounding import round_weight
+from workers.native.rounding import round_product, round_weight
 from workers.native.team import Team
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import Weight
-
-
-def _in_form(team: Team, weight: Tensor, form: WeightFormat | None) -> Weight:
-    """A matrix in a format that the kernels have for its width, or as it is."""
-    if form is None or weight.shape[1] % 2:
-        return weight
-    return round_weight(team.library, weight, form, team)
+from workers.quantization.rounding import candidates
 
 
 class NativeLinear(Linear):
@@ -35,8 +30,13 @@ class NativeLinear(Linear):
     def __init__(
         self, team: Team, weight: Tensor, bias: Tensor | None, form: WeightFormat | None = None
     ) -> None:
-        """``form``: in which the weight is quantized, if its width is even."""
-        self.matrix = Matrix(team, _in_form(team, weight, form), bias, weight.dtype)
+        """``form``: in which the weight is quantized, if its width is even; or one with shorter
+        groups, see ``round_product``."""
+        kept: Weight = weight
+        if form is not None and weight.shape[1] % 2 == 0:
+            forms = candidates(form, weight.shape[1])
+            kept = round_product(team.library, weight, forms, team)
+        self.matrix = Matrix(team, kept, bias, weight.dtype)
 
     def weight(self) -> Tensor:
         return self.matrix.weight()
@@ -75,19 +75,27 @@ class NativeMlp:
     ) -> None:
         """Reads and packs one weight after the other; see ``BuildingBlocks.mlp``.
 
-        ``form``: in which the weights are quantized, if their widths are even.
+        ``form``: in which the weights are quantized, if their widths are even; or one with shorter
+        groups, which the first weight chooses for both.
         """
         self._team = team
-        weight = gate_up()
-        width, inner = weight.shape[1], len(weight) // 2
-        form = form if (width | inner) % 2 == 0 else None
-        self.table = SlotTable(ExpertShape(width, inner, width, weight.dtype, form=form), 1)
+        first = gate_up()
+        dtype, width, inner = first.dtype, first.shape[1], len(first) // 2
+        kept: Weight = first
+        if form is not None and (width | inner) % 2 == 0:
+            forms = candidates(form, math.gcd(width, inner))
+            kept = round_product(team.library, first, forms, team)
+            form = kept.format
+        else:
+            form = None
+        self.table = SlotTable(ExpertShape(width, inner, width, dtype, form=form), 1)
         """Its packed weights."""
-        packed = pack_weight(team.library, _in_form(team, weight, form), is_gated=True, team=team)
-        self.table.put(0, 0, packed)
-        del weight
-        second = _in_form(team, down(), form)
-        self.table.put(0, 1, pack_weight(team.library, second, team=team))
+        self.table.put(0, 0, pack_weight(team.library, kept, is_gated=True, team=team))
+        del first, kept
+        kept = down()
+        if form is not None:
+            kept = round_weight(team.library, kept, form, team)
+        self.table.put(0, 1, pack_weight(team.library, kept, team=team))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] -> [rows, H]."""

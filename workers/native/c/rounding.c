@@ -5,7 +5,7 @@
 #include "product.h"
 #include "team.h"
 
-enum { GROUP = 32, CHAINS = 4, LEAST = -8, MOST = 7, REFINEMENTS = 2 };
+enum { MAX_GROUP = 32, CHAINS = 4, LEAST = -8, MOST = 7, REFINEMENTS = 2 };
 enum { BLOCK = 64 };  // vectors of groups that a thread takes at once
 
 // How many steps the range of a group is; of two equal errors the first one counts.
@@ -35,10 +35,10 @@ ALWAYS vec sum_of_chains(const vec *sums) {
 }
 
 // Squared error of codes.
-ALWAYS vec error_of(const vec *x, struct grid grid) {
+ALWAYS vec error_of(const vec *x, const int group, struct grid grid) {
     vec inverse = v_div(v_set(1.0f), grid.scale), sums[CHAINS];
     UNROLL for (int c = 0; c < CHAINS; c++) sums[c] = v_set(0.0f);
-    for (int e = 0; e < GROUP; e += CHAINS)
+    for (int e = 0; e < group; e += CHAINS)
         UNROLL for (int c = 0; c < CHAINS; c++) {
             vec place = v_add(v_mul(x[e + c], inverse), grid.zero);
             vec off = v_sub(code_of(place), place);
@@ -47,35 +47,36 @@ ALWAYS vec error_of(const vec *x, struct grid grid) {
     return v_mul(sum_of_chains(sums), v_mul(grid.scale, grid.scale));
 }
 
-ALWAYS void take_if_better(const vec *x, struct grid other, struct grid *grid, vec *error) {
-    vec found = error_of(x, other);
+ALWAYS void take_if_better(const vec *x, const int group, struct grid other, struct grid *grid,
+                           vec *error) {
+    vec found = error_of(x, group, other);
     grid->scale = v_if_less(found, *error, other.scale, grid->scale);
     grid->zero = v_if_less(found, *error, other.zero, grid->zero);
     *error = v_if_less(found, *error, found, *error);
 }
 
 // The least squares of scale and zero point for the codes that there are.
-ALWAYS struct grid fitted(const vec *x, struct grid grid, vec total) {
+ALWAYS struct grid fitted(const vec *x, const int group, struct grid grid, vec total) {
     vec inverse = v_div(v_set(1.0f), grid.scale), sums[CHAINS], squares[CHAINS], products[CHAINS];
     UNROLL for (int c = 0; c < CHAINS; c++) sums[c] = squares[c] = products[c] = v_set(0.0f);
-    for (int e = 0; e < GROUP; e += CHAINS)
+    for (int e = 0; e < group; e += CHAINS)
         UNROLL for (int c = 0; c < CHAINS; c++) {
             vec code = code_of(v_add(v_mul(x[e + c], inverse), grid.zero));
             sums[c] = v_add(sums[c], code);
             squares[c] = v_add(squares[c], v_mul(code, code));
             products[c] = v_add(products[c], v_mul(code, x[e + c]));
         }
-    vec part = v_set(1.0f / GROUP), sum = sum_of_chains(sums), mean = v_mul(sum, part);
+    vec part = v_set(1.0f / (float)group), sum = sum_of_chains(sums), mean = v_mul(sum, part);
     vec with = v_sub(sum_of_chains(products), v_mul(mean, total));
     vec spread = v_sub(sum_of_chains(squares), v_mul(mean, sum));
     vec scale = v_round_bf16(v_div(with, spread));
     return (struct grid){scale, stored_zero(v_sub(mean, v_div(v_mul(total, part), scale)))};
 }
 
-ALWAYS struct grid grid_of(const vec *x) {
+ALWAYS struct grid grid_of(const vec *x, const int group) {
     vec low = v_set(0.0f), high = low, sums[CHAINS];
     UNROLL for (int c = 0; c < CHAINS; c++) sums[c] = v_set(0.0f);
-    for (int e = 0; e < GROUP; e += CHAINS)
+    for (int e = 0; e < group; e += CHAINS)
         UNROLL for (int c = 0; c < CHAINS; c++) {
             low = v_min(x[e + c], low), high = v_max(x[e + c], high);
             sums[c] = v_add(sums[c], x[e + c]);
@@ -87,35 +88,36 @@ ALWAYS struct grid grid_of(const vec *x) {
     for (int i = 0; i < NUM_STEPS; i++) {
         struct grid grid = {.scale = v_round_bf16(v_mul(range, v_set(1.0f / STEPS[i])))};
         grid.zero = stored_zero(v_sub(v_set(LEAST), v_div(low, grid.scale)));
-        if (i) take_if_better(x, grid, &found, &error);
-        else found = grid, error = error_of(x, grid);
+        if (i) take_if_better(x, group, grid, &found, &error);
+        else found = grid, error = error_of(x, group, grid);
     }
     for (int i = 0; i < REFINEMENTS; i++)
-        take_if_better(x, fitted(x, found, total), &found, &error);
+        take_if_better(x, group, fitted(x, group, found, total), &found, &error);
     return found;
 }
 
 struct job {
     const float *x;
     long num_groups;
-    uint32_t *codes;   // [groups, 4]
+    int group;         // numbers of one: 24 or 32
+    uint32_t *codes;   // [groups, group / 8]
     uint16_t *scales;  // [groups] bfloat16
     int8_t *zeros;     // [groups]
     _Atomic long next;
 };
 
 // LANES groups, or the `count` that are left.
-static void round_lanes(const struct job *job, long first, long count) {
-    enum { WORDS = GROUP / 8 };
-    vec x[GROUP];
+ALWAYS void round_lanes(const struct job *job, const int group, long first, long count) {
+    const int num_words = group / 8;
+    vec x[MAX_GROUP];
     float *lanes = (float *)x;
     for (long l = 0; l < LANES; l++)
-        for (int e = 0; e < GROUP; e++)
-            lanes[e * LANES + l] = l < count ? job->x[(first + l) * GROUP + e] : 0.0f;
-    struct grid grid = grid_of(x);
+        for (int e = 0; e < group; e++)
+            lanes[e * LANES + l] = l < count ? job->x[(first + l) * group + e] : 0.0f;
+    struct grid grid = grid_of(x, group);
     vec inverse = v_div(v_set(1.0f), grid.scale);
-    uint32_t words[WORDS][LANES];
-    for (int w = 0; w < WORDS; w++) {
+    uint32_t words[MAX_GROUP / 8][LANES];
+    for (int w = 0; w < num_words; w++) {
         veci word = vi_set(0);
         UNROLL for (int e = 0; e < 8; e++) {
             veci code = vi_of(code_of(v_add(v_mul(x[8 * w + e], inverse), grid.zero)));
@@ -128,25 +130,36 @@ static void round_lanes(const struct job *job, long first, long count) {
     vi_store16(scales, v_to_bf16(grid.scale));
     vi_store(zeros, vi_of(v_mul(grid.zero, v_set(16.0f))));
     for (long l = 0; l < count; l++) {
-        for (int w = 0; w < WORDS; w++) job->codes[(first + l) * WORDS + w] = words[w][l];
+        for (int w = 0; w < num_words; w++)
+            job->codes[(first + l) * num_words + w] = words[w][l];
         job->scales[first + l] = scales[l];
         job->zeros[first + l] = (int8_t)zeros[l];
     }
 }
 
+static void round_24(const struct job *job, long first, long count) {
+    round_lanes(job, 24, first, count);
+}
+
+static void round_32(const struct job *job, long first, long count) {
+    round_lanes(job, 32, first, count);
+}
+
 static void round_some(void *argument, struct team *team, int thread, int count) {
     (void)team, (void)thread, (void)count;
     struct job *job = argument;
+    void (*round)(const struct job *, long, long) = job->group == 24 ? round_24 : round_32;
     for (long first; (first = atomic_fetch_add(&job->next, BLOCK * LANES)) < job->num_groups;)
         for (long at = first; at < first + BLOCK * LANES && at < job->num_groups; at += LANES)
-            round_lanes(job, at, job->num_groups - at < LANES ? job->num_groups - at : LANES);
+            round(job, at, job->num_groups - at < LANES ? job->num_groups - at : LANES);
 }
 
-// x [groups, 32] -> codes [groups, 16] bytes, the lower half of a byte first, scales and zero points
-// [groups]. A team that is NULL is the caller alone. Returns an `enum result`.
-int rounding_groups(struct team *team, const float *x, long num_groups, uint32_t *codes,
+// x [groups, group] -> codes [groups, group / 2] bytes, the lower half of a byte first, scales and
+// zero points [groups]; `group` is 24 or 32. A team that is NULL is the caller alone. Returns an
+// `enum result`.
+int rounding_groups(struct team *team, const float *x, long num_groups, long group, uint32_t *codes,
                     uint16_t *scales, int8_t *zeros) {
-    struct job job = {x, num_groups, codes, scales, zeros, 0};
+    struct job job = {x, num_groups, (int)group, codes, scales, zeros, 0};
     if (!team) {
         round_some(&job, NULL, 0, 1);
         return OK;

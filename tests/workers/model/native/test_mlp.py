@@ -10,7 +10,8 @@ from tests.workers.native.builds import NAMES, team
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.layers import GatedMlp, Mlp
 from workers.model.native.blocks import NativeBlocks
-from workers.model.native.products import NativeMlp
+from workers.model.native.products import NativeLinear, NativeMlp
+from workers.quantization.rounding import FORMATS
 
 WIDTHS = [(48, 40), (33, 17), (256, 704)]
 """Outer and inner; the second is no multiple of anything."""
@@ -82,3 +83,34 @@ def test_stage_by_stage(name: str, widths: tuple[int, int], dtype: torch.dtype) 
     assert ((together.float() - whole).abs() <= limit * (1 + whole.abs())).all()
     for first, last in [(0, 1), (7, 8), (3, 20), (50, 149)]:
         assert torch.equal(stages(rows[first:last]), together[first:last])
+
+
+@pytest.mark.parametrize(("widths", "group"), [((96, 48), 24), ((96, 80), 32), ((64, 48), 32)])
+@pytest.mark.parametrize("name", NAMES)
+def test_both_weights_are_quantized_in_groups_that_fill_their_rows(
+    name: str, widths: tuple[int, int], group: int
+) -> None:
+    mlp = make(NativeBlocks(team(name), FORMATS["int4"]), widths, torch.float32)
+    assert isinstance(mlp, NativeMlp)
+    form = mlp.table.shape.form
+    assert form is not None
+    assert form.group == group
+    rows = rows_of(widths[0], torch.float32)
+    found, expected = mlp(rows), make(BuildingBlocks(), widths, torch.float32)(rows)
+    assert 0.01 < float((found - expected).norm() / expected.norm()) < 0.2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_product_is_near_its_weight_in_groups_that_fill_its_rows(name: str) -> None:
+    weight = torch.randn(70, 96, generator=torch.Generator().manual_seed(3))
+    rows, errors = rows_of(96, torch.float32), {}
+    for columns, group in ((96, 24), (64, 32)):
+        own = weight[:, :columns].contiguous()
+        embedding, head = NativeBlocks(team(name), FORMATS["int4"]).tied(own)
+        assert torch.equal(embedding(torch.tensor([3, 69])), own[[3, 69]])
+        assert isinstance(head, NativeLinear)
+        assert head.matrix.form is not None
+        assert head.matrix.form.group == group
+        x = rows[:, :columns].contiguous()
+        errors[group] = float((head(x) - x @ own.T).norm() / (x @ own.T).norm())
+    assert 0.01 < errors[24] < errors[32] < 0.1
