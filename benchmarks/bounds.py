@@ -21,6 +21,7 @@ from workers.native.matrix import Matrix, MatrixFields
 from workers.native.panels import DTYPES
 from workers.native.team import Team, check, start_kernels
 from workers.quantization.formats import WeightFormat
+from workers.quantization.rounding import candidates
 
 BUFFER_BYTES = 1 << 30
 """Read at once: more than any cache holds."""
@@ -129,7 +130,8 @@ def step_weight_bytes(
         shape = part.part_shape
         is_product = len(shape) == 2 and not part.name.endswith("mlp.gate.weight")
         if form is not None and layers == "all" and is_product:
-            total += form.num_bytes((shape[0], shape[1]))
+            kept = candidates(form, shape[1])[-1]  # of random weights that with the least error
+            total += kept.num_bytes((shape[0], shape[1]))
         else:
             total += torch.Size(shape).numel() * itemsize
     return total

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_codes_are_read_with_their_scales() -> None:
     found = step_weight_bytes(MODEL, 1, 2, FORMATS["int4"], "all")
     assert found == 2 * kept + (2 * attention + head + experts) * 19 / 32
     assert decode_bound(MODEL, 1, 3 * found, form=FORMATS["int4"], layers="all") == 3
+
+
+def test_products_that_are_no_experts_are_read_in_groups_that_fill_their_rows() -> None:
+    """Groups of 24 take 5 bits, those of experts of the same width 4.75."""
+    model = replace(MODEL, hidden=96, ffn=96)
+    kept, experts = 2 * (4 * 96 + 4 * 96) + 96, 2 * 2 * 3 * 96 * 96
+    products = 2 * 4 * 96 * 96 + 1000 * 96
+    found = step_weight_bytes(model, 1, 2, FORMATS["int4"], "all")
+    assert found == 2 * kept + products * 5 / 8 + experts * 19 / 32
 
 
 def test_a_prompt_takes_its_products_and_its_pairs_of_positions() -> None:

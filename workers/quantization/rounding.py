@@ -87,8 +87,9 @@ def quantize_with_zeros(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
     """weight [out, in] in one of the 4-bit ``candidates``: the reference of ``c/rounding.c``."""
     assert form in candidates(FORMATS["int4"], _SHORT_GROUP), f"{form} is not made here"
     rows, width = weight.shape
-    numbers = in_groups(weight, form)
-    parts = [_rounded(part.T.contiguous()) for part in numbers.flatten(0, 1).split(_GROUPS_AT_ONCE)]
+    groups = in_groups(weight, form).flatten(0, 1)
+    starts = range(0, len(groups), _GROUPS_AT_ONCE)
+    parts = [_rounded(groups[i : i + _GROUPS_AT_ONCE].T.contiguous()) for i in starts]
     codes, scales, zeros = (torch.cat(own) for own in zip(*parts, strict=True))
     return of_groups(form, (rows, width), codes, scales, zeros)
 
