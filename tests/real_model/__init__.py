@@ -1,1 +1,1 @@
-"""A real trained model, served as a mixture of experts, against transformers: ``maker`` says how."""
+"""A real trained model as a mixture of experts, against transformers."""

@@ -29,6 +29,4 @@ def reference() -> Iterator[Reference]:
         pytest.skip(f"the package {maker.PACKAGES[0]} cannot be had: {err}")
     with tempfile.TemporaryDirectory() as folder:
         folders = {family: dense.write(Path(folder) / family, family) for family in maker.FAMILIES}
-        yield Reference(
-            dense=dense.in_transformers(), tokenizer=dense.tokenizer(), folders=folders
-        )
+        yield Reference(dense=dense.in_transformers(), tokenizer=dense.tokenizer(), folders=folders)

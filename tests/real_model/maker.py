@@ -1,8 +1,9 @@
 """Makes SmolLM2-135M-Instruct a mixture of experts that computes what the dense model does.
 
 A SwiGLU MLP is a sum over its inner units, so experts that are slices of it, all chosen, add up to
-it: with a router of zeros every expert has the same weight, which a factor takes back. The GGUF is in
-a package of the index, with matrices of 4 bits, a scale and a minimum for each 32 numbers.
+it: with a router of zeros every expert has the same weight, which a factor takes back. The GGUF is
+in a package of the index, with matrices of 4 bits, a scale and a minimum for each 32 numbers.
+transformers is imported late, since it takes seconds.
 
 ``python -m tests.real_model.maker mixtral FOLDER`` writes a checkpoint for trials by hand.
 """
@@ -23,7 +24,6 @@ from typing import Any
 
 import tokenizers
 import torch
-import transformers
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
@@ -112,7 +112,9 @@ class Dense:
 
     def in_transformers(self) -> Any:
         """``LlamaForCausalLM`` in float32."""
-        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**self.common))
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model: Any = LlamaForCausalLM(LlamaConfig(**self.common))
         missing, unknown = model.load_state_dict(self.weights, strict=False)
         assert (missing, unknown) == (["lm_head.weight"], [])
         model.tie_weights()
@@ -133,7 +135,9 @@ class Dense:
         return folder
 
     def tokenizer(self) -> Any:
-        """``PreTrainedTokenizerFast``: byte-level BPE, in which every digit is a token of its own."""
+        """Of transformers: byte-level BPE, in which every digit is a token of its own."""
+        from transformers import PreTrainedTokenizerFast
+
         own = {k.removeprefix("tokenizer."): v for k, v in self.fields.items()}
         tokens = own["ggml.tokens"]
         merges = [tuple(merge.split(" ")) for merge in own["ggml.merges"]]
@@ -146,7 +150,7 @@ class Dense:
         made.add_special_tokens([token for token, kind in kinds if kind == _CONTROL])
         names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
         special = {f"{to}_token": tokens[own[f"ggml.{of}_token_id"]] for of, to in names.items()}
-        return transformers.PreTrainedTokenizerFast(
+        return PreTrainedTokenizerFast(
             tokenizer_object=made, chat_template=own["chat_template"], **special
         )
 
@@ -190,10 +194,12 @@ def _slices(parts: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tenso
 
 
 def _mixtral_config(common: dict[str, Any]) -> Any:
+    from transformers import MixtralConfig
+
     inner = common["intermediate_size"] // NUM_EXPERTS
     count = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": NUM_EXPERTS}
     made = {**common, "intermediate_size": inner, "architectures": ["MixtralForCausalLM"]}
-    return transformers.MixtralConfig(**made, **count)
+    return MixtralConfig(**made, **count)
 
 
 def _mixtral_layer(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -208,7 +214,9 @@ def _mixtral_layer(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _glm_config(common: dict[str, Any]) -> Any:
-    return transformers.Glm4MoeConfig(
+    from transformers import Glm4MoeConfig
+
+    return Glm4MoeConfig(
         **common,
         architectures=["Glm4MoeForCausalLM"],
         moe_intermediate_size=common["intermediate_size"] // 2 // NUM_EXPERTS,

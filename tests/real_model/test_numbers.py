@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation import logits_process as steps
 
 from cluster.config.cluster import EngineSection, Quantize, QuantizeLayers
 from tests.real_model.reference import Reference
@@ -94,6 +93,8 @@ def test_draws_have_the_probabilities_of_transformers(
 
 def _probabilities(logits: Tensor, fields: dict[str, Any]) -> Tensor:
     """[V], by the classes of transformers, in the order in which it has them."""
+    from transformers.generation import logits_process as steps
+
     for name, make in (
         ("temperature", steps.TemperatureLogitsWarper),
         ("top_k", steps.TopKLogitsWarper),

@@ -24,7 +24,10 @@ TASKS = (
     "Explain how a car works.",
 )
 SYSTEM = {"role": "system", "content": "You answer in one word.\n\nAlways."}
-FIRST = {"role": "user", "content": "  Which is larger, 12345 or 6789? <|im_end|>\ttabs, \u00e9\u4e2d\U0001f600 "}
+FIRST = {
+    "role": "user",
+    "content": "  Which is larger, 12345 or 6789? <|im_end|>\ttabs, \u00e9\u4e2d\U0001f600 ",
+}
 SAID = {"role": "assistant", "content": "The first"}
 NEXT = {"role": "user", "content": "And why?"}
 CONVERSATIONS = ([FIRST], [SYSTEM, FIRST], [FIRST, SAID, NEXT], [SYSTEM, FIRST, SAID, NEXT, SAID])
@@ -46,9 +49,7 @@ def test_prompts_are_those_of_transformers(
 ) -> None:
     if end == "continue_final_message" and messages[-1] is not SAID:
         messages = [*messages, SAID]
-    options = {
-        name: name == end for name in ("add_generation_prompt", "continue_final_message")
-    }
+    options = {name: name == end for name in ("add_generation_prompt", "continue_final_message")}
     answer = server.client.post("/tokenize", json={"messages": messages, **options})
     assert answer.status_code == 200, answer.text
     assert tuple(answer.json()["tokens"]) == reference.chat(messages, **options)
