@@ -184,7 +184,8 @@ def read_dense() -> Dense:
 def _in_halves(weight: Tensor, num_heads: int) -> Tensor:
     """Rows of queries or keys as transformers rotates them: llama.cpp has the two of a pair side by
     side."""
-    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    pairs = weight.view(num_heads, -1, 2, weight.shape[1])
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def _slices(parts: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:

@@ -56,7 +56,8 @@ def test_perplexity(
 
 @pytest.fixture(scope="module")
 def engine(reference: Reference) -> LocalEngine:
-    return LocalEngine(reference.folders["mixtral"], dtype="float32")
+    section = EngineSection(max_waiting=NUM_CHOICES * NUM_SEEDS)
+    return LocalEngine(reference.folders["mixtral"], dtype="float32", section=section)
 
 
 @pytest.mark.parametrize(
