@@ -56,6 +56,7 @@ from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
+from gateway.observability.samples import SampleRing
 from gateway.state.store import open_store
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import Request
@@ -125,12 +126,14 @@ class Gateway:
             config.gateway.metrics_prefix,
             config.gateway.vllm_metric_names,
         )
+        self.samples = SampleRing()
         self.answers = ReplicaAnswers(
             name,
             {
                 "describe": self.describe,
                 "metrics": self.metrics.own_families,
                 "summary": self._summary,
+                "samples": self.samples.after,
                 "abort": self.running.abort,
                 "adapters": lambda: list(self.adapters.values()),
             },
@@ -374,7 +377,8 @@ class Gateway:
         return {"name": self.name, **self.addresses}
 
     def _summary(self) -> dict[str, Any]:
-        return {"describe": self.describe(), "metrics": self.metrics.own_families()}
+        families = self.metrics.own_families()
+        return {"describe": self.describe(), "metrics": families, "created": self.created}
 
     def require_facts(self) -> ModelFacts:
         """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""

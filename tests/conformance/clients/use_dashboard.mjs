@@ -94,15 +94,20 @@ async function endure(browser, numUpdates) {
   const documents = await page.evaluate(async () => ({
     state: await (await fetch("dashboard/api/state")).json(),
     load: await (await fetch("dashboard/api/load")).json(),
+    history: await (await fetch("dashboard/api/history")).json(),
   }));
   await page.context().close();
   const script = `
     const documents = ${JSON.stringify(documents)};
     window.updates = 0;
     window.fetch = async (path) => {
-      const isState = String(path).includes("state");
-      const found = documents[isState ? "state" : "load"];
-      if (isState) {
+      const name = String(path).match(/api\\/(\\w+)/)[1];
+      const found = documents[name];
+      if (name === "history") {
+        const last = found.samples.at(-1);
+        found.samples = [{ ...last, time: last.time + 2, output: window.updates % 50 }];
+      }
+      if (name === "state") {
         window.updates += 1;
         found.time += 1;
         found.counters.generation_tokens_total += window.updates % 50;
