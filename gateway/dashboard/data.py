@@ -12,10 +12,8 @@ from gateway.auth.auth import NUMBERS_BY_EXPERT, KeyRing, check_operator, is_ope
 from gateway.cluster.client_view import client_samples
 from gateway.cluster.recent import Recent
 from gateway.generation.gateway import Gateway
-from gateway.observability.samples import Sample, merge_samples, total
+from gateway.observability.samples import TOTALS, Sample, merge_samples
 
-COUNTERS = ("prompt_tokens_total", "generation_tokens_total", "request_success_total")
-"""Counts of the gateway that the page shows as totals."""
 _LEFT_OUT = ("metrics", "version")
 """Parts of the status that the page has no use for."""
 _AGE_S = 1.0
@@ -42,14 +40,15 @@ class PageData:
         described = [one["describe"] for one in replicas.values()]
         is_whole = is_operator(self._keys)
         status = self._gateway.status_of(snapshot, described, is_whole)
-        families = [family for one in replicas.values() for family in one["metrics"]]
         return {
             "schema": 1,
             "time": time.time(),
             "sees_experts": is_whole,
             "status": {name: part for name, part in status.items() if name not in _LEFT_OUT},
             "started": min(one["created"] for one in replicas.values()),
-            "counters": {name: total(families, name) for name in COUNTERS},
+            "counters": {
+                name: sum(one["totals"][name] for one in replicas.values()) for name in TOTALS
+            },
         }
 
     async def history(self, after_s: float) -> dict[str, Any]:

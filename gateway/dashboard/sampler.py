@@ -8,7 +8,7 @@ import logging
 import time
 
 from gateway.generation.gateway import Gateway
-from gateway.observability.samples import PERIOD_S
+from gateway.observability.samples import PERIOD_S, SAMPLED
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Sampler:
         gateway = self._gateway
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(gateway.numbers.refresh(), PERIOD_S / 2)
-        families = gateway.metrics.own_families()
+        families = gateway.metrics.own_samples(SAMPLED)
         view = gateway.cluster
         gateway.samples.add(now_s(), families, view.snapshot, view.known_load)
 

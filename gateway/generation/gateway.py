@@ -56,7 +56,7 @@ from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
-from gateway.observability.samples import SampleRing
+from gateway.observability.samples import TOTALS, SampleRing, total
 from gateway.state.store import open_store
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import Request
@@ -377,8 +377,9 @@ class Gateway:
         return {"name": self.name, **self.addresses}
 
     def _summary(self) -> dict[str, Any]:
-        families = self.metrics.own_families()
-        return {"describe": self.describe(), "metrics": families, "created": self.created}
+        families = self.metrics.own_samples(TOTALS)
+        totals = {name: total(families, name) for name in TOTALS}
+        return {"describe": self.describe(), "totals": totals, "created": self.created}
 
     def require_facts(self) -> ModelFacts:
         """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""

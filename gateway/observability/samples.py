@@ -20,8 +20,13 @@ NUM_KEPT = 300
 MAX_WORKERS = 32
 """Attention workers in a sample; a chart with more lines cannot be read."""
 
+TOTALS = ("prompt_tokens_total", "generation_tokens_total", "request_success_total")
+"""Counters whose sums since its start a gateway shows."""
 _COUNTERS = {"prompt": "prompt_tokens_total", "output": "generation_tokens_total"}
 _HISTOGRAMS = {"ttft": "time_to_first_token_seconds", "itl": "inter_token_latency_seconds"}
+_REPLAYS = "requests_replayed_total"
+SAMPLED = (*_COUNTERS.values(), *(f"{name}_bucket" for name in _HISTOGRAMS.values()), _REPLAYS)
+"""Names of the metrics that a sample is made of."""
 
 Sample = dict[str, Any]
 """``time`` (of day, in seconds, a multiple of ``PERIOD_S``), ``seconds`` since the one before.
@@ -102,7 +107,7 @@ def total(families: Iterable[PlainFamily], name: str) -> float:
 
 def _counts(families: list[PlainFamily]) -> dict[str, Any]:
     causes = {cause.value: 0.0 for cause in ReplayCause}
-    for labels, value in _series(families, "requests_replayed_total"):
+    for labels, value in _series(families, _REPLAYS):
         causes[labels["cause"]] += value
     moved = causes.pop(ReplayCause.MOVED.value)
     return {

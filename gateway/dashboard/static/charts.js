@@ -39,6 +39,7 @@ export class Chart {
     } else {
       this.#plot.setData(this.#data);
     }
+    this.#place.dataset.samples = samples.length;
     this.#showValues(this.#plot.cursor.idx);
     const values = names.map((name, i) => `${name} ${this.#text(this.#data[i + 1].at(-1))}`);
     this.#place.setAttribute("aria-label", last === undefined ? "no data yet" : values.join(", "));

@@ -19,6 +19,7 @@ const CHARTS = {
 export class History {
   #samples = [];
   #charts;
+  #frame = null;
 
   // marks: see ``Chart``.
   constructor(marks) {
@@ -39,8 +40,12 @@ export class History {
     this.#show();
   }
 
+  // At most once a frame, and not in a hidden tab.
   #show() {
-    for (const chart of this.#charts) chart.show(this.#samples);
+    this.#frame ??= requestAnimationFrame(() => {
+      this.#frame = null;
+      for (const chart of this.#charts) chart.show(this.#samples);
+    });
   }
 }
 

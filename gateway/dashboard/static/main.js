@@ -49,7 +49,7 @@ function showHead({ status, counters, time, started }) {
     ["dtype", model.dtype],
     ["gateways", (status.gateway ?? []).length],
   ];
-  const shown = facts.filter(([, value]) => value !== null && value !== undefined);
+  const shown = facts.filter(([name, value]) => value != null && !(name === "gateways" && value < 2));
   fill(
     byId("facts"),
     shown.map(([name, value]) =>

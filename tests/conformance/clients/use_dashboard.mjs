@@ -68,13 +68,16 @@ async function tour(browser, adminUrl, folder) {
   say({ step: "ordered", result: await admin.textContent("#order-result") });
 
   const phone = await open(browser, url, { viewport: { width: 390, height: 844 } });
-  await phone.waitForSelector("[data-worker]");
-  const wide = await phone.evaluate(() => document.documentElement.scrollWidth);
-  say({ step: "phone", width: wide });
+  await phone.waitForSelector("[data-samples]");
+  const shown = await phone.evaluate(() => ({
+    width: document.documentElement.scrollWidth,
+    samples: document.querySelector("#chart-tokens").dataset.samples,
+  }));
+  say({ step: "phone", ...shown });
   for (const [name, options] of folder ? views() : []) {
-    const shown = await open(browser, url, options);
-    await shown.waitForTimeout(20_000);
-    await shown.screenshot({ path: `${folder}/dashboard-${name}.png`, fullPage: name !== "phone" });
+    const view = await open(browser, url, options);
+    await view.waitForTimeout(5_000);
+    await view.screenshot({ path: `${folder}/dashboard-${name}.png`, fullPage: name !== "phone" });
   }
 }
 
@@ -104,7 +107,8 @@ async function endure(browser, numUpdates) {
       const name = String(path).match(/api\\/(\\w+)/)[1];
       const found = documents[name];
       if (name === "history") {
-        const last = found.samples.at(-1);
+        const counts = { seconds: 2, prompt: 1, moved: 0, again: 0, ttft: [], itl: [[0.1, 0.2, 3]] };
+        const last = found.samples.at(-1) ?? { time: found.time, ...counts, waiting: {}, kv: {} };
         found.samples = [{ ...last, time: last.time + 2, output: window.updates % 50 }];
       }
       if (name === "state") {
