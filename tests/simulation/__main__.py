@@ -115,13 +115,15 @@ def main() -> int:
     """Run seeds; the exit code is 1 when one fails, or when none finds the planted bug."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--num", type=int, default=1, help="how many")
+    parser.add_argument("--num", type=int, help="how many; by default 1, of a bug all of its own")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--kinds", default="", help="faults to draw from, by default all")
     parser.add_argument("--bug", default="", choices=["", *BUGS], help="a planted bug")
     parser.add_argument("--shrink", action="store_true", help="drop what a failure does not need")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
+    if options.num is None:
+        options.num = BUGS[options.bug].num_seeds if options.bug else 1
     if options.verbose:
         logging.basicConfig(level=logging.INFO, handlers=[_VirtualTime()])
     total = Report(num_seeds=0)

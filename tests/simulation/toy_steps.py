@@ -203,12 +203,14 @@ class ToySampler:
 
     def __init__(self, inspector: Any) -> None:
         self.inspector = inspector
+        self._processors: dict[Any, object] = {}
+        """By sequence, from its start to its end."""
 
     def start(self, sequence: Any, grammar: object) -> None:
-        pass
+        self._processors[sequence] = grammar
 
     def end(self, sequence: Any) -> None:
-        pass
+        del self._processors[sequence]
 
     def prepare(self, plan: StepPlan) -> None:
         pass

@@ -16,6 +16,7 @@ from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
 from tests.simulation.gateways import Ask, Outcome, SimGateway
 from tests.simulation.kernel import Kernel
+from tests.simulation.leaks import QUIET_S, leaks
 from tests.simulation.network import Network
 from tests.simulation.nodes import HEAD
 from tests.simulation.patches import replaced
@@ -38,7 +39,7 @@ _BLOCK_TOKENS = 4
 HEAL_S = 90.0
 """Virtual time after the last fault in which everything must serve."""
 _CHECK_S = 0.05
-_QUIET_S = 0.5
+_SETTLE_S = 0.5
 """Time after the last request and the last fault in which something may still happen."""
 
 
@@ -80,7 +81,7 @@ class World:
             began_at = self._began_at = self.kernel.now
             ends = [a.at_s for a in self.scenario.asks]
             ends += [fault.at_s + fault.lasts_s for fault in self.scenario.faults]
-            self._quiet_at = began_at + max(ends, default=0.0) + _QUIET_S
+            self._quiet_at = began_at + max(ends, default=0.0) + _SETTLE_S
             self.kernel.after(_CHECK_S, self._check_often)
             last_at = max((fault.at_s for fault in self.scenario.faults), default=0.0)
             self._run_until(began_at + max(SPAN_S, last_at), self._is_over)
@@ -89,6 +90,8 @@ class World:
             self.faults.heal()
             self._run_until(self.kernel.now + HEAL_S, self._is_calm)
             self._check_in_the_end()
+            self._run_until(self.kernel.now + QUIET_S)
+            self._check_leaks()
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -279,6 +282,14 @@ class World:
                 raise Broken(
                     f"{outcome.ask.name} ends with {outcome.ends}: {outcome.code} {outcome.error}"
                 )
+
+    def _check_leaks(self) -> None:
+        """Nothing is left of requests that are over, and the cluster serves on."""
+        controller = self.ray.controller
+        if controller is None or not self._serves(controller):
+            raise Broken(f"the cluster serves no more: {self._state(controller)}")
+        if left := leaks(self):
+            raise Broken("; ".join(left))
 
     def _most_workers(self) -> int:
         """So many were started when a request may have met three deaths."""
