@@ -42,7 +42,6 @@ from workers.process.runtime import WorkerRuntime
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
 
-
 FEW = 100
 """Seeds for a bug that at least one seed of ten finds: all of them miss it once in 40,000 times."""
 MANY = 600
