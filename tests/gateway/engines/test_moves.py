@@ -180,8 +180,10 @@ def test_a_choice_may_end_while_its_request_moves(
     drain(workers)
     workers.stack.wait_for(lambda: bool(source.pauses), "the pause")
     (name,) = source.running
+    source.stuck.clear()
     source.pause_after = 9
-    workers.stack.wait_for(lambda: source.running[name] == {0}, "the end of a choice")
+    workers.stack.wait_for(lambda: source.stuck == {name}, "the end of a choice")
+    assert source.running[name] == {0}
     source.to_pause[name] = 0
     assert answer.result(WAIT_S)["usage"]["completion_tokens"] == 18
     assert len(target.requests) == 1
