@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tests.simulation.bugs import BUGS
+from tests.simulation.coverage import occurrences
 from tests.simulation.faults import KINDS
 from tests.simulation.kernel import Kernel
 from tests.simulation.scenario import draw_scenario
@@ -41,6 +42,8 @@ class Report:
     cpu_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     """How many of each kind."""
+    features: Counter[str] = field(default_factory=Counter)
+    """How often each occurred."""
 
     def add(self, other: Report) -> None:
         """Count those of another report, too."""
@@ -51,16 +54,21 @@ class Report:
         self.num_events += other.num_events
         self.cpu_s += other.cpu_s
         self.faults += other.faults
+        self.features += other.features
 
     def __str__(self) -> str:
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
         return (
             f"{self.num_seeds} seeds, {self.num_failed} failed, "
             f"{self.cpu_s / max(self.num_seeds, 1):.3f} CPU seconds each\n"
             f"{self.num_steps} committed steps, {self.num_requests} requests, "
             f"{self.num_events} events\n"
-            f"{self.faults.total()} faults: {faults}"
+            f"{self.faults.total()} faults: {_counts(self.faults)}\n"
+            f"features: {_counts(self.features)}"
         )
+
+
+def _counts(found: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
 
 
 class _VirtualTime(logging.Handler):
@@ -79,7 +87,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
     bug = BUGS.get(options.bug)
     kinds = tuple(options.kinds.split(",")) if options.kinds else bug.kinds if bug else KINDS
     began = time.process_time()
-    scenario = draw_scenario(seed, kinds)
+    scenario = draw_scenario(seed, kinds, bug.features if bug is not None else None)
     world = World(scenario, print if options.verbose else None)
     with bug.plant() if bug is not None else nullcontext():
         text = outcome_of(world)
@@ -97,6 +105,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
         num_events=world.kernel.num_events,
         cpu_s=time.process_time() - began,
         faults=Counter(fault.kind for fault in scenario.faults),
+        features=occurrences(world),
     )
 
 

@@ -1,16 +1,12 @@
 """Planted bugs: each removes one guard of the product, and the simulation must find it.
 
 python -m tests.simulation --bug early_run
-
-A bug is looked for in its first seeds, so many that it is found although other changes of the
-product move the finds to other seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -31,6 +27,8 @@ from gateway.engines.engine_pool import EnginePool
 from gateway.engines.moves import Moves
 from gateway.generation.admission import Ticket
 from tests.simulation.disk import SimReader
+from tests.simulation.feature_bugs import FEATURE_BUGS
+from tests.simulation.planted import MANY, Bug
 from tests.simulation.ray import SimGroup
 from workers.engine.isolation import Isolation
 from workers.engine.scheduler import Scheduler
@@ -41,26 +39,6 @@ from workers.model.loading.checkpoint import Checkpoint
 from workers.process.runtime import WorkerRuntime
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
-
-FEW = 100
-"""Seeds for a bug that at least one seed of ten finds: all of them miss it once in 40,000 times."""
-MANY = 600
-"""The same for one that one seed of 60 finds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bug:
-    """A planted bug, and the faults that bring it to light."""
-
-    plant: Callable[[], AbstractContextManager[object]]
-    kinds: tuple[str, ...]
-    num_seeds: int = FEW
-    """Seeds from 0 on, of which one at least finds it."""
-
-    @property
-    def is_rare(self) -> bool:
-        """It takes long to be found."""
-        return self.num_seeds > FEW
 
 
 def _no_resubmission() -> AbstractContextManager[object]:
@@ -289,5 +267,6 @@ BUGS: dict[str, Bug] = {
     "stale_end": Bug(_stale_end, ("freeze_controller",)),
     "torn_read": Bug(_torn_read, ("change_file", "kill_worker")),
     "twice_told": Bug(_twice_told, ("kill_worker",)),
+    **FEATURE_BUGS,
 }
 """By name."""

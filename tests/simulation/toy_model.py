@@ -95,21 +95,29 @@ def next_state(state: int, token: int, contents: Sequence[int]) -> int:
     return hash((state, token, *contents)) & ((1 << 62) - 1)
 
 
-def next_token(state: int, seed: int, index: int) -> int:
-    return hash((state, seed, index)) % VOCAB
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """How the tokens of one choice are drawn from states."""
+
+    seed: int
+    choice: int
+
+    def next_token(self, state: int, index: int) -> int:
+        """Token ``index`` of the output, from the state before it."""
+        return hash((state, self.seed, self.choice, index)) % VOCAB
 
 
 _VALUES = tuple(tuple(expert_value(b, e) for e in range(NUM_EXPERTS)) for b in range(len(BANKS)))
 
 
-def right_tokens(prompt: Sequence[int], salt: str, seed: int, count: int) -> list[int]:
-    """The oracle: what a request must get, whatever happens."""
+def right_tokens(prompt: Sequence[int], salt: str, drawing: Drawing, count: int) -> list[int]:
+    """The oracle: the first tokens of a choice, whatever happens."""
     state, output = first_state(salt), list[int]()
     tokens = list(prompt)
     num_banks = len(banks())
     for position in range(len(prompt) + count):
         if position >= len(prompt):
-            tokens.append(next_token(state, seed, len(output)))
+            tokens.append(drawing.next_token(state, len(output)))
             output.append(tokens[-1])
         token = tokens[position]
         contents = [

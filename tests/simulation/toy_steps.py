@@ -19,6 +19,7 @@ from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from tests.simulation.kernel import Kernel
 from tests.simulation.toy_model import (
+    Drawing,
     ToyBank,
     ToyCache,
     ToyResult,
@@ -26,7 +27,6 @@ from tests.simulation.toy_model import (
     chosen_experts,
     first_state,
     next_state,
-    next_token,
     rows_of,
 )
 from workers.dispatch.copies import EpochTables
@@ -220,7 +220,8 @@ class ToySampler:
         for planned, state in zip(plan.rows, result.states, strict=True):
             sequence = planned.sequence
             if planned.draws_token:
-                token = next_token(state, sequence.params.seed, len(sequence.output))
+                drawing = Drawing(seed=sequence.params.seed, choice=sequence.choice)
+                token = drawing.next_token(state, len(sequence.output))
                 tokens.complete[sequence] = 0
                 tokens.drawn[sequence] = [Drawn(token)]
         return tokens

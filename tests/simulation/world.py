@@ -12,13 +12,16 @@ from cluster.controller.parts.cluster import Phase
 from cluster.controller.parts.recovery import Problem
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation
+from tests.simulation.asks import Ask
+from tests.simulation.coverage import occurrences
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
-from tests.simulation.gateways import Ask, Outcome, SimGateway
+from tests.simulation.gateways import SimGateway
 from tests.simulation.kernel import Kernel
 from tests.simulation.leaks import QUIET_S, leaks
 from tests.simulation.network import Network
 from tests.simulation.nodes import HEAD
+from tests.simulation.outcomes import Outcome
 from tests.simulation.patches import replaced
 from tests.simulation.ray import SimController, SimRay
 from tests.simulation.scenario import (
@@ -67,7 +70,7 @@ class World:
         self.faults = Faults(self)
         self.highest_step = 0
         self._began_at = self._quiet_at = 0.0
-        self._more: Iterator[Ask] = draw_more(scenario.seed, scenario.num_gateways)
+        self._more: Iterator[Ask] = draw_more(scenario)
         self._names: dict[int, tuple[Generation, tuple[str, ...]]] = {}
 
     def run(self) -> None:
@@ -181,6 +184,7 @@ class World:
             "requests": (len(self.outcomes), MIN_REQUESTS),
             "committed steps": (self.highest_step, MIN_STEPS),
             "faults": (self.faults.num_begun, MIN_FAULTS),
+            **{f"requests of {name}": (n, 1) for name, n in occurrences(self).items()},
         }
 
     def _ask_on(self) -> None:
@@ -275,10 +279,10 @@ class World:
         self._check_ends()
         for outcome in self._living_outcomes():
             if not outcome.is_over:
-                raise Broken(f"{outcome.ask.name} does not end ({len(outcome.tokens)} tokens)")
+                raise Broken(f"{outcome.ask.name} does not end ({outcome.num_tokens} tokens)")
             if "oisonous" in outcome.code and len(self.ray.actors.ever) >= self._most_workers():
                 continue  # that many deaths may have met one request
-            if not (outcome.has_left or outcome.is_late) and outcome.ends != ["length"]:
+            if not (outcome.has_left or outcome.is_late or outcome.is_right):
                 raise Broken(
                     f"{outcome.ask.name} ends with {outcome.ends}: {outcome.code} {outcome.error}"
                 )

@@ -1,0 +1,50 @@
+"""Planted bugs that only requests, or clusters, with a feature bring to light."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest import mock
+
+from msgspec.structs import replace
+
+from gateway.engines.submission import Submission
+from tests.simulation.planted import Bug
+
+_KILLS = ("kill_worker", "kill_attention")
+
+
+@contextmanager
+def _in_so_far(change: Any) -> Iterator[None]:
+    """Change what the next attempt at a request carries."""
+    real = Submission.so_far
+    with mock.patch.object(Submission, "so_far", lambda self: change(self, real(self))):
+        yield
+
+
+def _moved_choices() -> AbstractContextManager[object]:
+    """The next attempt carries the output of choices that go on in the places of the first ones."""
+
+    def move(entry: Submission, request: Any) -> Any:
+        kept = [tuple(entry.outputs[choice]) for choice in sorted(entry.open_choices)]
+        return replace(request, output_so_far=(*kept, *[()] * (request.n - len(kept))))
+
+    return _in_so_far(move)
+
+
+def _lost_choice() -> AbstractContextManager[object]:
+    """The next attempt leaves out choices that had no token yet, if others had."""
+
+    def close(entry: Submission, request: Any) -> Any:
+        empty = {c for c in entry.open_choices if any(entry.outputs) and not entry.outputs[c]}
+        return replace(request, closed_choices=tuple(sorted({*request.closed_choices, *empty})))
+
+    return _in_so_far(close)
+
+
+FEATURE_BUGS: dict[str, Bug] = {
+    "lost_choice": Bug(_lost_choice, _KILLS, features=("choices",)),
+    "moved_choices": Bug(_moved_choices, _KILLS, features=("choices",)),
+}
+"""By name."""

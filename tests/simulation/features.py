@@ -1,0 +1,43 @@
+"""What requests may ask for beside tokens, by name: each seed has about half of it.
+
+A feature changes a part of the requests, drawn from each request's own seed, so that a feature that
+is added changes nothing of the others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Set
+from dataclasses import replace
+
+from tests.simulation.asks import Ask
+from tests.simulation.toy_model import VOCAB
+
+_SHARE = 0.4
+"""Part of the requests that use a feature."""
+_STOP_IDS = 40
+"""Of ``VOCAB`` tokens: a choice ends at one of 25."""
+
+
+def with_features(asks: Iterable[Ask], features: Set[str]) -> tuple[Ask, ...]:
+    """These requests, some of them with more wishes."""
+    return tuple(_with_features(ask, features) for ask in asks)
+
+
+def _with_features(ask: Ask, features: Set[str]) -> Ask:
+    for name in sorted(features):
+        rng = random.Random(f"{name} {ask.name} {ask.seed}")
+        change = FEATURES[name]
+        if change is not None and rng.random() < _SHARE:
+            ask = change(ask, rng)
+    return ask
+
+
+def _choices(ask: Ask, rng: random.Random) -> Ask:
+    """Several choices, which end at tokens of their own."""
+    stop_ids = tuple(rng.sample(range(VOCAB), _STOP_IDS)) if rng.random() < 0.7 else ()
+    return replace(ask, num_choices=rng.choice((2, 2, 3, 4)), stop_ids=stop_ids)
+
+
+FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {"choices": _choices}
+"""What each changes of a request; None: of the cluster alone."""
