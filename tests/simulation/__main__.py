@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tests.simulation.bugs import BUGS
-from tests.simulation.coverage import occurrences
 from tests.simulation.faults import KINDS
 from tests.simulation.kernel import Kernel
 from tests.simulation.scenario import draw_scenario
@@ -105,7 +104,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
         num_events=world.kernel.num_events,
         cpu_s=time.process_time() - began,
         faults=Counter(fault.kind for fault in scenario.faults),
-        features=occurrences(world),
+        features=world.occurred,
     )
 
 

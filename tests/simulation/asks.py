@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.simulation.toy_model import Drawing, right_tokens
 
@@ -28,10 +28,36 @@ class Ask:
     num_choices: int = 1
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a choice."""
+    session: str = ""
+    """Name of the conversation that it is a turn of."""
+    turns: tuple[tuple[int, ...], ...] = ()
+    """What the client adds in each of the later turns."""
+    pause_s: float = 0.0
+    """Time between the end of a turn and the next one."""
 
     def drawing(self, choice: int) -> Drawing:
         """How the tokens of a choice are drawn."""
         return Drawing(seed=self.seed, choice=choice)
+
+
+def next_turn(ask: Ask, answer: Sequence[int], max_tokens: int) -> Ask | None:
+    """The next turn of a conversation; None behind the last, or where it would have too many
+    tokens.
+    """
+    if not ask.turns:
+        return None
+    prompt = (*ask.prompt, *answer, *ask.turns[0])
+    if len(prompt) + ask.max_tokens > max_tokens:
+        return None
+    return replace(
+        ask,
+        name=f"{ask.name}+",
+        gateway=ask.gateway + 1,
+        at_s=ask.pause_s,
+        prompt=prompt,
+        seed=ask.seed + 1,
+        turns=ask.turns[1:],
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ from unittest import mock
 from msgspec.structs import replace
 
 from gateway.engines.submission import Submission
-from tests.simulation.planted import Bug
+from tests.simulation.planted import MANY, Bug
+from workers.kv.transfer.store import Fetch, KvTransferStore
 
 _KILLS = ("kill_worker", "kill_attention")
+_SLOW = ("pause_thread", "kill_attention", "full_buffers")
 
 
 @contextmanager
@@ -43,8 +45,35 @@ def _lost_choice() -> AbstractContextManager[object]:
     return _in_so_far(close)
 
 
+@contextmanager
+def _half_restore() -> Iterator[None]:
+    """All blocks that were to come count as there, also where the transfer has failed."""
+    real = KvTransferStore.end
+
+    def end(self: KvTransferStore, fetch: Fetch) -> None:
+        fetch.num_filled = len(fetch.blocks)
+        real(self, fetch)
+
+    with mock.patch.object(KvTransferStore, "end", end):
+        yield
+
+
+@contextmanager
+def _unheld_copy() -> Iterator[None]:
+    """Blocks are not held while they are copied: the next sequence may write to them."""
+
+    def lend(self: KvTransferStore, keys: Any) -> list[int]:
+        return self.pool.find(keys)
+
+    unreleased = mock.patch.object(KvTransferStore, "end_loan", return_value=None)
+    with unreleased, mock.patch.object(KvTransferStore, "lend", lend):
+        yield
+
+
 FEATURE_BUGS: dict[str, Bug] = {
+    "half_restore": Bug(_half_restore, _SLOW, features=("tiers",)),
     "lost_choice": Bug(_lost_choice, _KILLS, features=("choices",)),
     "moved_choices": Bug(_moved_choices, _KILLS, features=("choices",)),
+    "unheld_copy": Bug(_unheld_copy, _SLOW, MANY, features=("tiers",)),
 }
 """By name."""

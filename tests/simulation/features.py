@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 
-from tests.simulation.asks import Ask
+from tests.simulation.asks import REQUEST_LIMIT_S, Ask
 from tests.simulation.toy_model import VOCAB
 
 _SHARE = 0.4
@@ -39,5 +39,22 @@ def _choices(ask: Ask, rng: random.Random) -> Ask:
     return replace(ask, num_choices=rng.choice((2, 2, 3, 4)), stop_ids=stop_ids)
 
 
-FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {"choices": _choices}
+def _turns(ask: Ask, rng: random.Random) -> Ask:
+    """A conversation of several turns, whose blocks are wanted again."""
+    turns = [tuple(rng.choices(range(VOCAB), k=rng.randint(1, 8))) for _ in range(3)]
+    return replace(
+        ask,
+        session=f"session of {ask.name}",
+        turns=tuple(turns[: rng.randint(1, 3)]),
+        pause_s=rng.choice((0.02, 0.5, 2.0)),
+        max_tokens=rng.randint(4, 12),
+        abort_after=None,
+        limit_s=REQUEST_LIMIT_S,
+    )
+
+
+FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {
+    "choices": _choices,
+    "tiers": _turns,
+}
 """What each changes of a request; None: of the cluster alone."""

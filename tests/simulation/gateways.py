@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -56,6 +57,8 @@ class SimGateway:
         self.process = Process(kernel, self.name, host, ray.actors.new_pid())
         self._kernel: Kernel = kernel
         self.outcomes: list[Outcome] = []
+        self.on_over: Callable[[Outcome], None] = lambda outcome: None
+        """Called at the end of each request, in this process."""
         before, kernel.process = kernel.process, self.process
         view, engines = ClusterView(self._find), EnginePool(config.cluster_token, self.name)
         self._gateway = Gateway(config, None, view, engines, self.name)
@@ -83,6 +86,7 @@ class SimGateway:
         except ExpertMeshError as err:
             error = err
         outcome.finish(error, time.monotonic(), deadline_s)
+        self.on_over(outcome)
 
     async def _start(self, outcome: Outcome, deadline_s: float) -> Generation:
         """Begin a call, again if the cluster cannot serve it now."""
@@ -106,6 +110,7 @@ class SimGateway:
                 token_ids_only=True,
                 timeout_s=max(left_s, 0.0),
                 n=ask.num_choices,
+                session_id=ask.session or None,
             )
             try:
                 return await self._gateway.start_call(fields, ask.name, make)

@@ -24,6 +24,10 @@ from workers.model.side_stream import SideStream
 VOCAB = 997
 TOP_K = 2
 NUM_EXPERTS = 8
+BLOCK_TOKEN_BYTES = 8
+"""Of a block's data, for each token."""
+_COPY_S = 200e-6
+"""Longest time to copy a block."""
 MATRICES = 2
 """Matrices of an expert: between two of them it is half loaded."""
 BANKS = tuple(
@@ -194,7 +198,8 @@ class ToyBank:
 
 
 class ToyCache:
-    """In place of ``KVCache``: the state after each token."""
+    """In place of ``KVCache``: the state after each token, in ``slots``. It has no recurrent
+    ones."""
 
     compute_threads: Any = None
 
@@ -202,7 +207,10 @@ class ToyCache:
         self.block_size = block_size
         self.side = SideStream(torch.device("cpu"))
         self.null_block = num_blocks
-        self.states = [0] * ((num_blocks + 1) * block_size)
+        self.slots = [0] * ((num_blocks + 1) * block_size)
+        self.states: tuple[Tensor, ...] = ()
+        self.state_shape = (0, 0)
+        self.state_bytes = 0
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -212,21 +220,41 @@ class ToyCache:
     def dtype(self) -> torch.dtype:
         return torch.int64
 
+    @property
+    def block_bytes(self) -> int:
+        return BLOCK_TOKEN_BYTES * self.block_size
+
     def read_block(self, block: int) -> Tensor:
+        _copying()
         first = block * self.block_size
-        return torch.tensor(self.states[first : first + self.block_size], dtype=torch.int64)
+        return torch.tensor(self.slots[first : first + self.block_size], dtype=torch.int64)
 
     def write_block(self, block: int, data: Tensor) -> None:
+        _copying()
         first = block * self.block_size
-        self.states[first : first + self.block_size] = data.tolist()
+        self.slots[first : first + self.block_size] = data.tolist()
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        size = self.block_size
+        for source, target in pairs:
+            copied = self.slots[source * size : (source + 1) * size]
+            self.slots[target * size : (target + 1) * size] = copied
 
     def clear_slots(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self.states[slot] = 0
+            self.slots[slot] = 0
 
     def clear(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             self.clear_slots(range(block * self.block_size, (block + 1) * self.block_size))
+
+
+def _copying() -> None:
+    """A block is copied, in a thread; others go on meanwhile."""
+    kernel = Kernel.current
+    assert kernel is not None
+    if kernel.fiber is not None:
+        kernel.sleep(kernel.rng.random() * _COPY_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,9 +191,9 @@ class ToyRunner:
                 state = first_state(planned.sequence.request.cache_salt)
             else:
                 before = position - 1
-                state = cache.states[blocks[before // size] * size + before % size]
+                state = cache.slots[blocks[before // size] * size + before % size]
             state = next_state(state, token, values)
-            cache.states[blocks[position // size] * size + position % size] = state
+            cache.slots[blocks[position // size] * size + position % size] = state
             states[id(planned)] = state
         return tuple(states.values())
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.config.autoscale import AutoscaleSection
 from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
+from cluster.config.kv_tiers import KvTiersSection
 from cluster.controller.parts.cluster import Phase
 from cluster.controller.parts.recovery import Problem
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation
-from tests.simulation.asks import Ask
-from tests.simulation.coverage import occurrences
+from tests.simulation.asks import Ask, next_turn
+from tests.simulation.coverage import occurrences, requests_by_feature
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
 from tests.simulation.gateways import SimGateway
@@ -35,7 +38,7 @@ from tests.simulation.scenario import (
     Scenario,
     draw_more,
 )
-from tests.simulation.toy_model import banks
+from tests.simulation.toy_model import BLOCK_TOKEN_BYTES, banks
 
 _START_LIMIT_S = 60.0
 _BLOCK_TOKENS = 4
@@ -69,6 +72,8 @@ class World:
         self.outcomes: list[Outcome] = []
         self.faults = Faults(self)
         self.highest_step = 0
+        self.occurred: Counter[str] = Counter()
+        """What has occurred how often; known in the end."""
         self._began_at = self._quiet_at = 0.0
         self._more: Iterator[Ask] = draw_more(scenario)
         self._names: dict[int, tuple[Generation, tuple[str, ...]]] = {}
@@ -95,6 +100,7 @@ class World:
             self._check_in_the_end()
             self._run_until(self.kernel.now + QUIET_S)
             self._check_leaks()
+            self.occurred = occurrences(self)
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -112,7 +118,9 @@ class World:
         )
         for number in range(self.scenario.num_gateways):
             host = HEAD if not number else f"gateway-{number}"
-            self.gateways.append(SimGateway(self.ray, number, host, config))
+            gateway = SimGateway(self.ray, number, host, config)
+            gateway.on_over = self._go_on
+            self.gateways.append(gateway)
         if not self._run_until(self.kernel.now + _START_LIMIT_S, lambda: self._serves(first)):
             raise Broken(f"the cluster does not start: {self._state(first)}")
 
@@ -144,6 +152,19 @@ class World:
                 slot_cost_pairs=0.0,
             ),
             autoscale=self._autoscale(),
+            kv_tiers=self._kv_tiers(),
+        )
+
+    def _kv_tiers(self) -> KvTiersSection:
+        """Host memory for copies of a part of the blocks, or of all that there ever are."""
+        scenario = self.scenario
+        if "tiers" not in scenario.features:
+            return KvTiersSection()
+        rng = random.Random(f"tiers {scenario.seed}")
+        block_bytes = BLOCK_TOKEN_BYTES * _BLOCK_TOKENS
+        return KvTiersSection(
+            kv_host_bytes=block_bytes * rng.choice((32, 128, 4000)),
+            session_copy_bytes_per_s=rng.choice((1e3, 1e6)),
         )
 
     def _autoscale(self) -> AutoscaleSection:
@@ -184,7 +205,7 @@ class World:
             "requests": (len(self.outcomes), MIN_REQUESTS),
             "committed steps": (self.highest_step, MIN_STEPS),
             "faults": (self.faults.num_begun, MIN_FAULTS),
-            **{f"requests of {name}": (n, 1) for name, n in occurrences(self).items()},
+            **{f"requests of {name}": (n, 1) for name, n in requests_by_feature(self).items()},
         }
 
     def _ask_on(self) -> None:
@@ -192,9 +213,21 @@ class World:
         scenario = self.scenario
         is_time = self.kernel.now >= self._began_at + scenario.asks_on_at_s
         if is_time and self.highest_step < scenario.num_steps and self._have_ended():
-            ask = next(self._more)
-            living = [g for g in self.gateways if not g.process.is_dead]
-            self.outcomes.append(living[ask.gateway % len(living)].ask(ask))
+            self._send(next(self._more))
+
+    def _go_on(self, outcome: Outcome) -> None:
+        """A client that has its answer takes the next turn of its conversation."""
+        ask = None
+        if outcome.is_right:
+            room = _BLOCK_TOKENS * self.scenario.num_kv_blocks
+            ask = next_turn(outcome.ask, outcome.choices[0].received, room)
+        if ask is not None:
+            self._send(ask)
+
+    def _send(self, ask: Ask) -> None:
+        """A client sends a request to a gateway that lives."""
+        living = [g for g in self.gateways if not g.process.is_dead]
+        self.outcomes.append(living[ask.gateway % len(living)].ask(ask))
 
     def _check_often(self) -> None:
         self._check()
