@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tests.simulation.toy_model import Drawing, right_tokens
+from tests.simulation.toy_model import Drawing, right_beams, right_tokens
+from workers.beams.search import BeamSearch
+from workers.requests.request import BeamParams, SamplingParams
 
 REQUEST_LIMIT_S = 120.0
 
@@ -35,9 +37,24 @@ class Ask:
     pause_s: float = 0.0
     """Time between the end of a turn and the next one."""
 
+    top_k: int = 0
+    """See ``Drawing``."""
+    beams: BeamParams | None = None
+    """Its choices are what a search finds."""
+
+    def params(self) -> SamplingParams:
+        """As the engines get them."""
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            stop_token_ids=self.stop_ids,
+            top_k=self.top_k,
+            beams=self.beams,
+        )
+
     def drawing(self, choice: int) -> Drawing:
         """How the tokens of a choice are drawn."""
-        return Drawing(seed=self.seed, choice=choice)
+        return Drawing(seed=self.seed, choice=choice, top_k=self.top_k)
 
 
 def next_turn(ask: Ask, answer: Sequence[int], max_tokens: int) -> Ask | None:
@@ -77,7 +94,16 @@ class RightChoice:
 
 def right_choices(ask: Ask) -> list[RightChoice]:
     """What a request must get, whatever happens, by choice."""
+    if ask.beams is not None:
+        return [RightChoice(tokens, "stop" if e else "length") for tokens, e in _search(ask)]
     return [_right_choice(ask, choice) for choice in range(ask.num_choices)]
+
+
+def _search(ask: Ask) -> list[tuple[list[int], bool]]:
+    assert ask.beams is not None
+    width, ending = ask.num_choices, frozenset(ask.stop_ids)
+    search = BeamSearch(ask.beams, width=width, max_tokens=ask.max_tokens, ending=ending)
+    return right_beams(ask.prompt, ask.cache_salt, search, width, ending)
 
 
 def _right_choice(ask: Ask, choice: int) -> RightChoice:

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 _REQUESTS: dict[str, Callable[[Outcome], bool]] = {
+    "beams": lambda outcome: outcome.ask.beams is not None,
     "choices": lambda outcome: outcome.ask.num_choices > 1,
+    "drafts": lambda outcome: outcome.ask.top_k > 0,
     "tiers": lambda outcome: bool(outcome.ask.session),
 }
 """By feature, whether a request uses it."""
 _METRICS = {
     "tokens restored": "kv_restore_tokens_total",
+    "accepted drafts": "spec_decode_num_accepted_tokens_total",
     "copies of sessions": 'session_copies_total{outcome="whole"',
 }
 """What workers count, by the beginning of its name."""
@@ -35,6 +38,7 @@ def requests_by_feature(world: World) -> Counter[str]:
 def occurrences(world: World) -> Counter[str]:
     """The same, and what the workers that live in the end have done."""
     found = requests_by_feature(world)
+    found["restarted gateways"] += world.num_restarts
     for worker in world.ray.actors.workers.values():
         if isinstance(worker.runtime, AttentionRuntime):
             for name, value in worker.runtime._stats().items():

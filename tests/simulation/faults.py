@@ -184,10 +184,12 @@ class Faults:
         self._replaceable_controller().kill()
 
     def kill_gateway(self, fault: Fault) -> None:
-        """Not the last one, which stands still."""
+        """Not the last one, which stands still, unless another one is started in its place."""
         living = [g for g in self._world.gateways if not g.process.is_dead]
+        if not living:
+            raise _NothingToHitError
         process = living[fault.where % len(living)].process
-        if len(living) > 1:
+        if len(living) > 1 or "restarts" in self._world.scenario.features:
             process.kill()
         else:
             self._pause(process, fault.lasts_s)

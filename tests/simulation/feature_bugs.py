@@ -11,7 +11,11 @@ from msgspec.structs import replace
 
 from gateway.engines.submission import Submission
 from tests.simulation.planted import MANY, Bug
+from workers.engine import step_sampler
+from workers.engine.scheduler import Scheduler
 from workers.kv.transfer.store import Fetch, KvTransferStore
+from workers.process.gateway_streams import GatewayStreams
+from workers.speculation.speculator import Speculator
 
 _KILLS = ("kill_worker", "kill_attention")
 _SLOW = ("pause_thread", "kill_attention", "full_buffers")
@@ -70,7 +74,38 @@ def _unheld_copy() -> Iterator[None]:
         yield
 
 
+def _all_accepted() -> AbstractContextManager[object]:
+    """Guesses are taken for tokens that were drawn."""
+    return mock.patch.object(step_sampler, "num_accepted", lambda drafts, *more: len(drafts))
+
+
+def _kept_guess() -> AbstractContextManager[object]:
+    """What sequences were guessed to have next is kept after their ends."""
+    return mock.patch.object(Speculator, "forget", return_value=None)
+
+
+@contextmanager
+def _uncopied_fork() -> Iterator[None]:
+    """A beam that begins where another one is gets a block without what was computed."""
+    real = Scheduler.fork
+
+    def fork(self: Scheduler, parent: Any, child: Any) -> None:
+        real(self, parent, child)
+
+    with mock.patch.object(Scheduler, "fork", fork):
+        yield
+
+
+def _kept_stream() -> AbstractContextManager[object]:
+    """Workers keep what they have for gateways that have died."""
+    return mock.patch.object(GatewayStreams, "forget", return_value=None)
+
+
 FEATURE_BUGS: dict[str, Bug] = {
+    "all_accepted": Bug(_all_accepted, _KILLS, features=("drafts",)),
+    "kept_guess": Bug(_kept_guess, _KILLS, features=("drafts",)),
+    "kept_stream": Bug(_kept_stream, ("kill_gateway",), features=("restarts",)),
+    "uncopied_fork": Bug(_uncopied_fork, _KILLS, features=("beams",)),
     "half_restore": Bug(_half_restore, _SLOW, features=("tiers",)),
     "lost_choice": Bug(_lost_choice, _KILLS, features=("choices",)),
     "moved_choices": Bug(_moved_choices, _KILLS, features=("choices",)),

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from tests.simulation.asks import REQUEST_LIMIT_S, Ask
 from tests.simulation.toy_model import VOCAB
+from workers.requests.request import BeamParams, EarlyStopping
 
 _SHARE = 0.4
 """Part of the requests that use a feature."""
@@ -53,8 +54,32 @@ def _turns(ask: Ask, rng: random.Random) -> Ask:
     )
 
 
+def _repetitive(ask: Ask, rng: random.Random) -> Ask:
+    """An output of few tokens, so that guesses at the next ones are right now and then."""
+    return replace(ask, top_k=rng.choice((2, 2, 3)), stop_ids=(), beams=None)
+
+
+def _beams(ask: Ask, rng: random.Random) -> Ask:
+    """The most probable outputs, which a search finds."""
+    return replace(
+        ask,
+        num_choices=rng.choice((1, 2, 3, 4)),
+        stop_ids=tuple(rng.sample(range(VOCAB), 2 * _STOP_IDS)) if rng.random() < 0.7 else (),
+        beams=BeamParams(
+            length_penalty=rng.choice((0.0, 1.0, 2.0)),
+            early_stopping=rng.choice(tuple(EarlyStopping)),
+        ),
+        max_tokens=rng.randint(2, 10),
+        abort_after=None,
+        turns=(),
+    )
+
+
 FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {
+    "beams": _beams,
     "choices": _choices,
+    "drafts": _repetitive,
+    "restarts": None,
     "tiers": _turns,
 }
 """What each changes of a request; None: of the cluster alone."""

@@ -22,7 +22,7 @@ from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Pipe
 from tests.simulation.outcomes import Outcome
 from tests.simulation.ray import SimRay
-from workers.requests.request import SamplingParams, TokenOutput
+from workers.requests.request import TokenOutput
 
 _RETRY_S = 0.5
 """Time after which a client asks again that was told to."""
@@ -50,8 +50,8 @@ class WatchedQueue(OutputQueue):
 class SimGateway:
     """One replica."""
 
-    def __init__(self, ray: SimRay, number: int, host: str, config: ClusterConfig) -> None:
-        self.ray, self.name = ray, f"gateway-{number}"
+    def __init__(self, ray: SimRay, name: str, host: str, config: ClusterConfig) -> None:
+        self.ray, self.name = ray, name
         kernel = ray.kernel
         ray.nodes.add(host)
         self.process = Process(kernel, self.name, host, ray.actors.new_pid())
@@ -67,7 +67,7 @@ class SimGateway:
 
     def ask(self, ask: Ask) -> Outcome:
         """A client sends a request at its time."""
-        outcome = Outcome(ask, problems=self._kernel.failures)
+        outcome = Outcome(ask, self._kernel.now + ask.at_s, problems=self._kernel.failures)
         self.outcomes.append(outcome)
         self._kernel.after(ask.at_s, self.process.run, self._begin, outcome)
         return outcome
@@ -92,10 +92,7 @@ class SimGateway:
         """Begin a call, again if the cluster cannot serve it now."""
         ask = outcome.ask
         _OUTCOME.set(outcome)
-        params = SamplingParams(
-            max_tokens=ask.max_tokens, seed=ask.seed, stop_token_ids=ask.stop_ids
-        )
-        prompts = (CallPrompt(ids=ask.prompt, params=params),)
+        prompts = (CallPrompt(ids=ask.prompt, params=ask.params()),)
 
         async def make(facts: ModelFacts) -> GenerateCall:
             salt = ask.cache_salt

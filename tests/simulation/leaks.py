@@ -6,7 +6,8 @@ block is held, no place is taken, and no table names it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING
 
 from workers.process.attention_runtime import AttentionRuntime
@@ -23,9 +24,11 @@ QUIET_S = 30.0
 def leaks(world: World) -> list[str]:
     """What is left, by worker and gateway; empty when all is well."""
     found = []
+    names = {g.name for g in world.gateways if not g.process.is_dead}
     for worker in world.ray.actors.workers.values():
         if isinstance(worker.runtime, AttentionRuntime):
-            found += [f"{worker.name} has {what}" for what in _left_at_worker(worker.runtime)]
+            left = [*_left_at_worker(worker.runtime), *_streams(worker.runtime, names)]
+            found += [f"{worker.name} has {what}" for what in left]
     for gateway in world.gateways:
         if not gateway.process.is_dead:
             found += [f"{gateway.name} has {what}" for what in _left_at_gateway(gateway)]
@@ -47,6 +50,13 @@ def _left_at_worker(runtime: AttentionRuntime) -> Iterator[str]:
         yield f"{count:g} copies that wait"
     if runtime._tiers is not None and not runtime._tiers.copies.is_idle:
         yield "turns that are copied"
+
+
+def _streams(runtime: AttentionRuntime, living: Set[str]) -> Iterator[str]:
+    """Streams of gateways that have died; each has one to a living gateway at most."""
+    if runtime._stream is not None:
+        streams = [name.partition("#")[0] for name in runtime._stream._streams._streams]
+        yield from _named("dead streams", [*(Counter(streams) - Counter(living))])
 
 
 def _left_in_engine(engine: Engine) -> Iterator[str]:

@@ -57,6 +57,8 @@ class Outcome:
     """What the engines and the gateway made of a request."""
 
     ask: Ask
+    begins_at: float
+    """When the client asks, on the simulation's clock."""
     error: str = ""
     code: str = ""
     is_over: bool = False
@@ -64,8 +66,6 @@ class Outcome:
     has_left: bool = False
     is_late: bool = False
     """Its time was over."""
-    has_failed: bool = False
-    """It ended without a token from the engines."""
     problems: list[str] = field(default_factory=list)
     """What is wrong with what came, of all clients."""
     choices: list[ChoiceOutcome] = field(init=False)
@@ -124,7 +124,6 @@ class Outcome:
         is_about_time = isinstance(error, DeadlineExceededError | NotReadyError)
         is_in_time = deadline_s - _ROUNDING_S <= now <= deadline_s + _STILL_S
         self.is_late = self.ask.limit_s < REQUEST_LIMIT_S and is_about_time and is_in_time
-        self.has_failed = True
 
     def _note(self, error: ExpertMeshError) -> None:
         self.error, self.code = str(error), getattr(error, "code", type(error).__name__)

@@ -9,7 +9,7 @@ be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from tests.simulation.kernel import Kernel
+from workers.beams.search import BeamSearch
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.side_stream import SideStream
+from workers.requests.request import TokenLogprob
 
 VOCAB = 997
 TOP_K = 2
@@ -105,32 +107,72 @@ class Drawing:
 
     seed: int
     choice: int
+    top_k: int = 0
+    """Only these tokens, from 0 on, so that outputs repeat themselves; 0: all."""
 
     def next_token(self, state: int, index: int) -> int:
         """Token ``index`` of the output, from the state before it."""
-        return hash((state, self.seed, self.choice, index)) % VOCAB
+        return hash((state, self.seed, self.choice, index)) % (self.top_k or VOCAB)
+
+
+def beam_candidates(state: int, width: int, ending: Container[int]) -> list[TokenLogprob]:
+    """What may follow a beam, the best first: enough that do not end it."""
+    found: dict[int, float] = {}
+    num_open = draw = 0
+    while num_open < width:
+        token, value = hash((state, draw)) % VOCAB, hash((state, draw, draw)) % 4096
+        draw += 1
+        if token not in found:
+            found[token] = -0.1 - value / 1024
+            num_open += token not in ending
+    ranked = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [TokenLogprob(token_id=token, logprob=value) for token, value in ranked]
 
 
 _VALUES = tuple(tuple(expert_value(b, e) for e in range(NUM_EXPERTS)) for b in range(len(BANKS)))
 
 
+def state_after(state: int, token: int, position: int) -> int:
+    """The state that a token must lead to."""
+    contents = [
+        _VALUES[bank][expert]
+        for bank in range(len(banks()))
+        for expert in chosen_experts(token, position, bank)
+    ]
+    return next_state(state, token, contents)
+
+
+def prompt_state(prompt: Sequence[int], salt: str) -> int:
+    """The state that a prompt must lead to."""
+    state = first_state(salt)
+    for position, token in enumerate(prompt):
+        state = state_after(state, token, position)
+    return state
+
+
 def right_tokens(prompt: Sequence[int], salt: str, drawing: Drawing, count: int) -> list[int]:
     """The oracle: the first tokens of a choice, whatever happens."""
-    state, output = first_state(salt), list[int]()
-    tokens = list(prompt)
-    num_banks = len(banks())
-    for position in range(len(prompt) + count):
-        if position >= len(prompt):
-            tokens.append(drawing.next_token(state, len(output)))
-            output.append(tokens[-1])
-        token = tokens[position]
-        contents = [
-            _VALUES[bank][expert]
-            for bank in range(num_banks)
-            for expert in chosen_experts(token, position, bank)
-        ]
-        state = next_state(state, token, contents)
+    state, output = prompt_state(prompt, salt), list[int]()
+    for index in range(count):
+        output.append(drawing.next_token(state, index))
+        state = state_after(state, output[-1], len(prompt) + index)
     return output
+
+
+def right_beams(
+    prompt: Sequence[int], salt: str, search: BeamSearch, width: int, ending: Container[int]
+) -> list[tuple[list[int], bool]]:
+    """The oracle: the outputs of a search, the best first, and whether each ends by itself."""
+    beams = [(prompt_state(prompt, salt), list[int]())]
+    while not search.is_over:
+        found = search.advance([beam_candidates(state, width, ending) for state, _ in beams])
+        beams = [_grown(*beams[one.parent], one.token, len(prompt)) for one in found]
+    outputs = [[token.token_id for token in one.path.tokens()] for one in search.ended]
+    return [(output, output[-1] in ending) for output in outputs]
+
+
+def _grown(state: int, output: list[int], token: int, num_prompt: int) -> tuple[int, list[int]]:
+    return state_after(state, token, num_prompt + len(output)), [*output, token]
 
 
 class ToyFamily:
@@ -261,15 +303,15 @@ def _copying() -> None:
 class ToyResult:
     """In place of ``StepResult``."""
 
-    states: tuple[int, ...]
-    """After the last row of each entry of the plan."""
+    states: tuple[Sequence[int], ...]
+    """After each row of each entry of the plan."""
     routed: Sequence[Sequence[Any]]
 
 
 def rows_of(plan_rows: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
     """(entry, token, position) of every row."""
     for planned in plan_rows:
-        last = planned.first + planned.count
-        tokens = planned.sequence.tokens(planned.first, last)
-        for position, token in zip(range(planned.first, last), tokens, strict=True):
+        last = planned.first + planned.count - len(planned.drafts)
+        tokens = (*planned.sequence.tokens(planned.first, last), *planned.drafts)
+        for position, token in enumerate(tokens, planned.first):
             yield planned, token, position

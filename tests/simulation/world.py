@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cluster.config.autoscale import AutoscaleSection
 from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.kv_tiers import KvTiersSection
+from cluster.config.speculation import SpeculationSection
 from cluster.controller.parts.cluster import Phase
 from cluster.controller.parts.recovery import Problem
 from cluster.core.states import ClusterState
@@ -45,6 +48,8 @@ _BLOCK_TOKENS = 4
 HEAL_S = 90.0
 """Virtual time after the last fault in which everything must serve."""
 _CHECK_S = 0.05
+_AGAIN_S = 0.2
+"""Time after which a client asks again whose gateway has died."""
 _SETTLE_S = 0.5
 """Time after the last request and the last fault in which something may still happen."""
 
@@ -74,6 +79,8 @@ class World:
         self.highest_step = 0
         self.occurred: Counter[str] = Counter()
         """What has occurred how often; known in the end."""
+        self.num_restarts = 0
+        """Gateways that were started in the place of others."""
         self._began_at = self._quiet_at = 0.0
         self._more: Iterator[Ask] = draw_more(scenario)
         self._names: dict[int, tuple[Generation, tuple[str, ...]]] = {}
@@ -117,12 +124,32 @@ class World:
             lambda: loop.create_task(first.actor.start(config.to_dict(), shape)),
         )
         for number in range(self.scenario.num_gateways):
-            host = HEAD if not number else f"gateway-{number}"
-            gateway = SimGateway(self.ray, number, host, config)
-            gateway.on_over = self._go_on
-            self.gateways.append(gateway)
+            self._start_gateway(number)
         if not self._run_until(self.kernel.now + _START_LIMIT_S, lambda: self._serves(first)):
             raise Broken(f"the cluster does not start: {self._state(first)}")
+
+    def _start_gateway(self, number: int) -> None:
+        """A replica, or one in the place of another that has died."""
+        host = HEAD if not number else f"gateway-{number}"
+        name = f"gateway-{number}" + (f".{self.num_restarts}" if self.num_restarts else "")
+        gateway = SimGateway(self.ray, name, host, self._config())
+        gateway.on_over = self._go_on
+        self.gateways.append(gateway)
+        if "restarts" in self.scenario.features:
+            gateway.process.on_death.append(partial(self._gateway_died, number, gateway))
+
+    def _gateway_died(self, number: int, gateway: SimGateway) -> None:
+        """Another one starts soon, and clients that have no answer ask others again."""
+        self.kernel.after(self.kernel.rng.uniform(0.3, 2.0), self._restart_gateway, number)
+        for outcome in gateway.outcomes:
+            if not outcome.is_over:
+                at_s = max(outcome.begins_at - self.kernel.now, _AGAIN_S)
+                ask = replace(outcome.ask, name=f"{outcome.ask.name}~", at_s=at_s)
+                self._send(ask)
+
+    def _restart_gateway(self, number: int) -> None:
+        self.num_restarts += 1
+        self._start_gateway(number)
 
     def _config(self) -> ClusterConfig:
         scenario = self.scenario
@@ -153,6 +180,9 @@ class World:
             ),
             autoscale=self._autoscale(),
             kv_tiers=self._kv_tiers(),
+            speculation=SpeculationSection(
+                speculative_method="ngram" if "drafts" in scenario.features else "none"
+            ),
         )
 
     def _kv_tiers(self) -> KvTiersSection:
@@ -227,7 +257,10 @@ class World:
     def _send(self, ask: Ask) -> None:
         """A client sends a request to a gateway that lives."""
         living = [g for g in self.gateways if not g.process.is_dead]
-        self.outcomes.append(living[ask.gateway % len(living)].ask(ask))
+        if living:
+            self.outcomes.append(living[ask.gateway % len(living)].ask(ask))
+        else:
+            self.kernel.after(_AGAIN_S, self._send, ask)
 
     def _check_often(self) -> None:
         self._check()
