@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tests.simulation.toy_model import Drawing, right_beams, right_tokens
+from tests.simulation.toy_model import Drawing, Prompt, right_beams, right_tokens
+from tests.simulation.toy_text import ToyGrammar, token_text
 from workers.beams.search import BeamSearch
-from workers.requests.request import BeamParams, SamplingParams
+from workers.requests.request import BeamParams, Grammar, GrammarKind, SamplingParams
 
 REQUEST_LIMIT_S = 120.0
 
@@ -41,6 +42,12 @@ class Ask:
     """See ``Drawing``."""
     beams: BeamParams | None = None
     """Its choices are what a search finds."""
+    adapter: str = ""
+    """Name of the adapter that it names as its model."""
+    grammar: str = ""
+    """See ``ToyGrammar``; empty: none."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text of a choice; without any no text is made."""
 
     def params(self) -> SamplingParams:
         """As the engines get them."""
@@ -50,6 +57,7 @@ class Ask:
             stop_token_ids=self.stop_ids,
             top_k=self.top_k,
             beams=self.beams,
+            grammar=Grammar(kind=GrammarKind.REGEX, text=self.grammar) if self.grammar else None,
         )
 
     def drawing(self, choice: int) -> Drawing:
@@ -84,32 +92,47 @@ class RightChoice:
     tokens: Sequence[int]
     """Those that the engines find."""
     end: str
-    """Why it ends."""
-
-    @property
-    def received(self) -> Sequence[int]:
-        """Tokens that the client gets."""
-        return self.tokens
+    """Why it ends for the client."""
+    received: Sequence[int]
+    """Tokens that the client gets."""
+    text: str = ""
 
 
 def right_choices(ask: Ask) -> list[RightChoice]:
     """What a request must get, whatever happens, by choice."""
+    prompt = Prompt(ask.prompt, ask.cache_salt, ask.adapter)
     if ask.beams is not None:
-        return [RightChoice(tokens, "stop" if e else "length") for tokens, e in _search(ask)]
-    return [_right_choice(ask, choice) for choice in range(ask.num_choices)]
+        return [RightChoice(ids, "stop" if e else "length", ids) for ids, e in _search(ask, prompt)]
+    return [_right_choice(ask, prompt, choice) for choice in range(ask.num_choices)]
 
 
-def _search(ask: Ask) -> list[tuple[list[int], bool]]:
+def _search(ask: Ask, prompt: Prompt) -> list[tuple[list[int], bool]]:
     assert ask.beams is not None
     width, ending = ask.num_choices, frozenset(ask.stop_ids)
     search = BeamSearch(ask.beams, width=width, max_tokens=ask.max_tokens, ending=ending)
-    return right_beams(ask.prompt, ask.cache_salt, search, width, ending)
+    return right_beams(prompt, search, width, ending)
 
 
-def _right_choice(ask: Ask, choice: int) -> RightChoice:
-    drawn = right_tokens(ask.prompt, ask.cache_salt, ask.drawing(choice), ask.max_tokens)
-    ends = (place for place, token in enumerate(drawn) if token in ask.stop_ids)
+def _right_choice(ask: Ask, prompt: Prompt, choice: int) -> RightChoice:
+    grammar = ToyGrammar(ask.grammar) if ask.grammar else None
+    tokens = right_tokens(prompt, ask.drawing(choice), ask.max_tokens, grammar)
+    ends = (place for place, token in enumerate(tokens) if token in ask.stop_ids)
     last = next(ends, None)
-    if last is None:
-        return RightChoice(drawn, "length")
-    return RightChoice(drawn[: last + 1], "stop")
+    if last is not None:
+        tokens = tokens[: last + 1]
+    has_ended = last is not None or (grammar is not None and grammar.is_complete)
+    found = RightChoice(tokens, "stop" if has_ended else "length", tokens)
+    if not ask.stop:
+        return found
+    shown = tokens if last is None else tokens[:-1]  # a token that ends the choice has no text
+    return _cut_off(found, "".join(map(token_text, shown)), ask.stop)
+
+
+def _cut_off(found: RightChoice, text: str, stop: Sequence[str]) -> RightChoice:
+    """Up to the stop string that ends first, of several the longest."""
+    matches = [(text.find(s) + len(s), -len(s)) for s in stop if s in text]
+    if not matches:
+        return replace(found, text=text)
+    end, length = min(matches)
+    num_tokens = -(-end // len(token_text(0)))
+    return replace(found, end="stop", received=found.tokens[:num_tokens], text=text[: end + length])

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 _REQUESTS: dict[str, Callable[[Outcome], bool]] = {
+    "adapters": lambda outcome: bool(outcome.ask.adapter),
     "beams": lambda outcome: outcome.ask.beams is not None,
     "choices": lambda outcome: outcome.ask.num_choices > 1,
     "drafts": lambda outcome: outcome.ask.top_k > 0,
+    "grammars": lambda outcome: bool(outcome.ask.grammar or outcome.ask.stop),
     "tiers": lambda outcome: bool(outcome.ask.session),
 }
 """By feature, whether a request uses it."""

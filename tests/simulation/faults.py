@@ -13,6 +13,7 @@ from tests.simulation.disk import files
 from tests.simulation.kernel import Process, Thread
 from tests.simulation.nodes import HEAD, Node
 from tests.simulation.ray import Hosts
+from tests.simulation.toy_adapters import ADAPTERS
 
 if TYPE_CHECKING:
     from tests.simulation.scenario import Fault
@@ -55,7 +56,7 @@ LINK_FAULTS = (
     "isolate_restart",
     "lose_calls",
 )
-ORDERS = ("drain_worker", "drain_node", "rebalance", "scale", "scale")
+ORDERS = ("drain_worker", "drain_node", "rebalance", "reload_adapter", "scale", "scale")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
 _SLOWS_CALLS = {"pause_worker", "pause_thread", "pause_host", "slow_machine", *LINK_FAULTS} - {
@@ -372,7 +373,7 @@ class Faults:
 
     def drain_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
-        self._order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
+        self.order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
         self.guilty[worker.name] = "drained"
 
     def drain_node(self, fault: Fault) -> None:
@@ -388,7 +389,14 @@ class Faults:
         )
 
     def rebalance(self, fault: Fault) -> None:
-        self._order("rebalance", {})
+        self.order("rebalance", {})
+
+    def reload_adapter(self, fault: Fault) -> None:
+        """An adapter is unloaded; the operator loads it again. Without any, experts move."""
+        if "adapters" in self._world.scenario.features:
+            self.order("unload_adapter", sorted(ADAPTERS)[fault.where % len(ADAPTERS)])
+        else:
+            self.rebalance(fault)
 
     def scale(self, fault: Fault) -> None:
         """One or two workers more or less of each role than at the start, or as many."""
@@ -398,7 +406,7 @@ class Faults:
         limit_s = 2.0 + 4.0 * fault.lasts_s
         for role, count in (("attention", attention), ("expert", expert)):
             self._least[role] = min(self._least.get(role, count), count)
-        self._order("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
+        self.order("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
 
     def may_be_removed(self, name: str) -> bool:
         """Scaling may end it: its rank is high, or it has not served yet in a place of another.
@@ -521,7 +529,7 @@ class Faults:
         if HEAD not in hosts or have_workers.issuperset(hosts) or kinds & _SLOWS_CALLS:
             self._blame(*hosts)
 
-    def _order(self, method: str, order: dict[str, Any]) -> None:
+    def order(self, method: str, order: Any) -> None:
         """An operator's call of the controller."""
         controller = self._world.ray.controller
         if controller is None or controller.process.is_dead:
@@ -531,7 +539,7 @@ class Faults:
         async def call() -> None:
             try:
                 answer = await getattr(controller.actor, method)(order)
-            except ExpertMeshError as err:  # refused by name
+            except (ExpertMeshError, TimeoutError) as err:  # refused by name, or too slow
                 answer = err
             self._world.kernel.log("%s: %s", method, answer)
 

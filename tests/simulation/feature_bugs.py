@@ -10,11 +10,15 @@ from unittest import mock
 from msgspec.structs import replace
 
 from gateway.engines.submission import Submission
+from gateway.text.detokenizer import StopStrings
 from tests.simulation.planted import MANY, Bug
-from workers.engine import step_sampler
+from workers.engine import engine, step_sampler
+from workers.engine.engine import Engine
 from workers.engine.scheduler import Scheduler
 from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.process.gateway_streams import GatewayStreams
+from workers.requests import block_hash
+from workers.requests.block_hash import root_hash
 from workers.speculation.speculator import Speculator
 
 _KILLS = ("kill_worker", "kill_attention")
@@ -101,7 +105,55 @@ def _kept_stream() -> AbstractContextManager[object]:
     return mock.patch.object(GatewayStreams, "forget", return_value=None)
 
 
+def _one_adapter() -> AbstractContextManager[object]:
+    """The names of cached blocks do not depend on the adapter."""
+    real = root_hash
+    return mock.patch.object(block_hash, "root_hash", lambda *own: real(*own[:3]))
+
+
+def _kept_use() -> AbstractContextManager[object]:
+    """An adapter counts as in use by requests that have ended."""
+    return mock.patch.object(Engine, "_stop_using", return_value=None)
+
+
+@contextmanager
+def _fresh_grammar() -> Iterator[None]:
+    """The grammar of a request that goes on elsewhere begins anew."""
+    real = engine.open_choices
+
+    def begin(request: Any, grammar: Any, arrival: int, now: float) -> Any:
+        found = real(request, grammar, arrival, now)
+        for sequence in found:
+            sequence.grammar = None if grammar is None else grammar.start()
+        return found
+
+    with mock.patch.object(engine, "open_choices", begin):
+        yield
+
+
+def _short_stops() -> AbstractContextManager[object]:
+    """A stop string that is cut by the end of a token is not found."""
+    return mock.patch.object(StopStrings, "_possible_start", lambda self, text: len(text))
+
+
+@contextmanager
+def _whole_abort() -> Iterator[None]:
+    """A choice that a stop string ends takes the other choices with it."""
+    real = Engine.abort
+
+    def abort(self: Engine, request_id: str, choices: Any = ()) -> None:
+        real(self, request_id)
+
+    with mock.patch.object(Engine, "abort", abort):
+        yield
+
+
 FEATURE_BUGS: dict[str, Bug] = {
+    "fresh_grammar": Bug(_fresh_grammar, _KILLS, features=("grammars",)),
+    "kept_use": Bug(_kept_use, _KILLS, features=("adapters",)),
+    "one_adapter": Bug(_one_adapter, _KILLS, features=("adapters",)),
+    "short_stops": Bug(_short_stops, _KILLS, features=("grammars",)),
+    "whole_abort": Bug(_whole_abort, _KILLS, features=("choices", "grammars")),
     "all_accepted": Bug(_all_accepted, _KILLS, features=("drafts",)),
     "kept_guess": Bug(_kept_guess, _KILLS, features=("drafts",)),
     "kept_stream": Bug(_kept_stream, ("kill_gateway",), features=("restarts",)),

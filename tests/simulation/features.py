@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 
 from tests.simulation.asks import REQUEST_LIMIT_S, Ask
+from tests.simulation.toy_adapters import ADAPTERS
 from tests.simulation.toy_model import VOCAB
+from tests.simulation.toy_text import LETTERS
 from workers.requests.request import BeamParams, EarlyStopping
 
 _SHARE = 0.4
@@ -75,10 +77,30 @@ def _beams(ask: Ask, rng: random.Random) -> Ask:
     )
 
 
+def _adapter(ask: Ask, rng: random.Random) -> Ask:
+    """Computed with an adapter."""
+    return replace(ask, adapter=rng.choice(sorted(ADAPTERS)))
+
+
+def _grammar(ask: Ask, rng: random.Random) -> Ask:
+    """An output that follows a grammar, or ends at a string, or both."""
+    has_grammar, has_stop = rng.choice(((True, False), (False, True), (True, True)))
+    stop = ("".join(rng.choices(LETTERS, k=rng.choice((2, 3, 3, 4)))) for _ in range(3))
+    return replace(
+        ask,
+        grammar=str(rng.randrange(1000)) if has_grammar else "",
+        stop=tuple(stop) if has_stop else (),
+        top_k=0,
+        beams=None,
+    )
+
+
 FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {
+    "adapters": _adapter,
     "beams": _beams,
     "choices": _choices,
     "drafts": _repetitive,
+    "grammars": _grammar,
     "restarts": None,
     "tiers": _turns,
 }

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.core.errors import ExpertMeshError, NotReadyError
+from cluster.core.errors import ExpertMeshError, ModelNotFoundError, NotReadyError
 from gateway.cluster.view import ClusterView
 from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
 from gateway.core.model import ModelFacts
@@ -22,11 +22,13 @@ from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Pipe
 from tests.simulation.outcomes import Outcome
 from tests.simulation.ray import SimRay
+from tests.simulation.toy_text import ToyTokenizer
 from workers.requests.request import TokenOutput
 
 _RETRY_S = 0.5
 """Time after which a client asks again that was told to."""
 
+_TOKENIZER: Any = ToyTokenizer()
 _OUTCOME: ContextVar[Outcome] = ContextVar("outcome")
 """Of the call that begins."""
 
@@ -61,7 +63,7 @@ class SimGateway:
         """Called at the end of each request, in this process."""
         before, kernel.process = kernel.process, self.process
         view, engines = ClusterView(self._find), EnginePool(config.cluster_token, self.name)
-        self._gateway = Gateway(config, None, view, engines, self.name)
+        self._gateway = Gateway(config, _TOKENIZER, view, engines, self.name)
         kernel.process = before
         self.process.loop.call_soon(view.start)
 
@@ -104,14 +106,16 @@ class SimGateway:
             left_s = deadline_s - time.monotonic()
             fields = GenerateFields(
                 kind=CallKind.COMPLETION,
-                token_ids_only=True,
+                token_ids_only=not ask.stop,
+                stop=ask.stop,
+                model=ask.adapter or None,
                 timeout_s=max(left_s, 0.0),
                 n=ask.num_choices,
                 session_id=ask.session or None,
             )
             try:
                 return await self._gateway.start_call(fields, ask.name, make)
-            except NotReadyError:
+            except (NotReadyError, ModelNotFoundError):
                 if left_s <= 0:
                     raise
             await asyncio.sleep(_RETRY_S)

@@ -27,6 +27,8 @@ class ChoiceOutcome:
     """Ends that the engines reported; one, when all is well."""
     received: list[int] = field(default_factory=list)
     """Those that the client has."""
+    text: str = ""
+    """Its text."""
     finish: str = ""
     """The end that the client has."""
 
@@ -38,7 +40,7 @@ class ChoiceOutcome:
                 return f"token {place} is wrong"
         if len(self.ends) > 1:
             return f"ends twice: {self.ends}"
-        if self.ends == [self.right.end] and len(got) != len(right):
+        if self.ends and self.ends[0] in ("stop", "length") and len(got) != len(right):
             return f"ends after {len(got)} of {len(right)} tokens"
         return ""
 
@@ -47,8 +49,11 @@ class ChoiceOutcome:
         right = self.right.received
         if self.received != right[: len(self.received)]:
             return "the client has other tokens"
-        if self.finish and (self.finish, len(self.received)) != (self.right.end, len(right)):
-            return f"the client misses tokens: {self.finish} after {len(self.received)}"
+        if not self.right.text.startswith(self.text):
+            return "the client has another text"
+        whole = self.right.end, len(right), self.right.text
+        if self.finish and (self.finish, len(self.received), self.text) != whole:
+            return f"the client misses something: {self.finish} after {len(self.received)} tokens"
         return ""
 
 
@@ -106,6 +111,7 @@ class Outcome:
         """The client receives."""
         for delta in deltas:
             choice = self.choices[delta.index]
+            choice.text += delta.text
             choice.received += (token.token_id for token in delta.tokens)
             if delta.finish is not None:
                 choice.finish = delta.finish.reason.value

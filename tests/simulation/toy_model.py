@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from tests.simulation.kernel import Kernel
+from tests.simulation.toy_adapters import adapter_value
+from tests.simulation.toy_text import ToyGrammar
 from workers.beams.search import BeamSearch
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.side_stream import SideStream
@@ -110,9 +112,13 @@ class Drawing:
     top_k: int = 0
     """Only these tokens, from 0 on, so that outputs repeat themselves; 0: all."""
 
-    def next_token(self, state: int, index: int) -> int:
+    def next_token(self, state: int, index: int, grammar: ToyGrammar | None = None) -> int:
         """Token ``index`` of the output, from the state before it."""
-        return hash((state, self.seed, self.choice, index)) % (self.top_k or VOCAB)
+        size = self.top_k or VOCAB
+        token = hash((state, self.seed, self.choice, index)) % size
+        while grammar is not None and not grammar.allows(token):
+            token = (token + 1) % size
+        return token
 
 
 def beam_candidates(state: int, width: int, ending: Container[int]) -> list[TokenLogprob]:
@@ -132,47 +138,61 @@ def beam_candidates(state: int, width: int, ending: Container[int]) -> list[Toke
 _VALUES = tuple(tuple(expert_value(b, e) for e in range(NUM_EXPERTS)) for b in range(len(BANKS)))
 
 
-def state_after(state: int, token: int, position: int) -> int:
+def state_after(state: int, token: int, position: int, adapter: str = "") -> int:
     """The state that a token must lead to."""
     contents = [
         _VALUES[bank][expert]
         for bank in range(len(banks()))
         for expert in chosen_experts(token, position, bank)
     ]
-    return next_state(state, token, contents)
+    return next_state(state, token, [*contents, adapter_value(adapter)] if adapter else contents)
 
 
-def prompt_state(prompt: Sequence[int], salt: str) -> int:
-    """The state that a prompt must lead to."""
-    state = first_state(salt)
-    for position, token in enumerate(prompt):
-        state = state_after(state, token, position)
-    return state
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What an output goes on from."""
+
+    ids: Sequence[int]
+    salt: str
+    adapter: str = ""
+    """Its name."""
+
+    def state(self) -> int:
+        """The state that it must lead to."""
+        state = first_state(self.salt)
+        for position, token in enumerate(self.ids):
+            state = state_after(state, token, position, self.adapter)
+        return state
+
+    def state_after(self, state: int, output: Sequence[int]) -> int:
+        """The state behind an output, from the one before its last token."""
+        return state_after(state, output[-1], len(self.ids) + len(output) - 1, self.adapter)
 
 
-def right_tokens(prompt: Sequence[int], salt: str, drawing: Drawing, count: int) -> list[int]:
-    """The oracle: the first tokens of a choice, whatever happens."""
-    state, output = prompt_state(prompt, salt), list[int]()
-    for index in range(count):
-        output.append(drawing.next_token(state, index))
-        state = state_after(state, output[-1], len(prompt) + index)
+def right_tokens(
+    prompt: Prompt, drawing: Drawing, count: int, grammar: ToyGrammar | None
+) -> list[int]:
+    """The oracle: the first tokens of a choice, whatever happens; fewer where a grammar ends."""
+    state, output = prompt.state(), list[int]()
+    while len(output) < count and not (grammar is not None and grammar.is_complete):
+        output.append(drawing.next_token(state, len(output), grammar))
+        state = prompt.state_after(state, output)
+        if grammar is not None:
+            grammar.advance(output[-1])
     return output
 
 
 def right_beams(
-    prompt: Sequence[int], salt: str, search: BeamSearch, width: int, ending: Container[int]
+    prompt: Prompt, search: BeamSearch, width: int, ending: Container[int]
 ) -> list[tuple[list[int], bool]]:
     """The oracle: the outputs of a search, the best first, and whether each ends by itself."""
-    beams = [(prompt_state(prompt, salt), list[int]())]
+    beams = [(prompt.state(), list[int]())]
     while not search.is_over:
         found = search.advance([beam_candidates(state, width, ending) for state, _ in beams])
-        beams = [_grown(*beams[one.parent], one.token, len(prompt)) for one in found]
+        grown = [(beams[one.parent][0], [*beams[one.parent][1], one.token]) for one in found]
+        beams = [(prompt.state_after(state, output), output) for state, output in grown]
     outputs = [[token.token_id for token in one.path.tokens()] for one in search.ended]
     return [(output, output[-1] in ending) for output in outputs]
-
-
-def _grown(state: int, output: list[int], token: int, num_prompt: int) -> tuple[int, list[int]]:
-    return state_after(state, token, num_prompt + len(output)), [*output, token]
 
 
 class ToyFamily:

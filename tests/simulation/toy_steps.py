@@ -18,6 +18,7 @@ import torch
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from tests.simulation.kernel import Kernel
+from tests.simulation.toy_adapters import ToyAdapters
 from tests.simulation.toy_model import (
     Drawing,
     ToyBank,
@@ -154,8 +155,11 @@ class ToyRunner:
 
     first_dispatch: float | None = None
 
-    def __init__(self, cache: ToyCache, dispatcher: ToyDispatcher, rank: int) -> None:
+    def __init__(
+        self, cache: ToyCache, dispatcher: ToyDispatcher, rank: int, adapters: ToyAdapters
+    ) -> None:
         self._cache, self.dispatcher, self._rank = cache, dispatcher, rank
+        self._adapters = adapters
 
     def run(self, header: StepHeader, plan: StepPlan) -> ToyResult | None:
         self.first_dispatch = None
@@ -196,7 +200,8 @@ class ToyRunner:
             else:
                 before = position - 1
                 state = cache.slots[blocks[before // size] * size + before % size]
-            state = next_state(state, token, values)
+            adapter = self._adapters.value(planned.sequence.request.adapter)
+            state = next_state(state, token, [*values, *adapter])
             cache.slots[blocks[position // size] * size + position % size] = state
             states.setdefault(id(planned), []).append(state)
         return tuple(states.values())
@@ -238,7 +243,8 @@ def _draw(planned: PlannedRows, states: Sequence[int]) -> list[int]:
     sequence, params = planned.sequence, planned.sequence.params
     drawing = Drawing(seed=params.seed, choice=sequence.choice, top_k=params.top_k)
     behind = states[-1 - len(planned.drafts) :]
-    return [drawing.next_token(s, n) for n, s in enumerate(behind, len(sequence.output))]
+    grammar: Any = sequence.grammar
+    return [drawing.next_token(s, n, grammar) for n, s in enumerate(behind, len(sequence.output))]
 
 
 def _candidates(sequence: SequenceState, state: int) -> list[TokenLogprob]:
@@ -254,7 +260,8 @@ class ToyEngine(Engine):
         super().__init__(dispatcher=dispatcher, rank=rank, **more)  # type: ignore[arg-type]
         cache: Any = ToyCache(self.pool.num_blocks, self.cache.block_size)
         self.cache = self.kv_store.cache = cache
-        self.runner = ToyRunner(cache, dispatcher, rank)  # type: ignore[assignment]
+        adapters: Any = self.adapters
+        self.runner = ToyRunner(cache, dispatcher, rank, adapters)  # type: ignore[assignment]
         self._step_sampler = ToySampler(self._step_sampler.inspector)  # type: ignore[assignment]
 
 

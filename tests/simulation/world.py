@@ -13,6 +13,7 @@ from cluster.config.autoscale import AutoscaleSection
 from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.kv_tiers import KvTiersSection
+from cluster.config.lora import LoraSection
 from cluster.config.speculation import SpeculationSection
 from cluster.controller.parts.cluster import Phase
 from cluster.controller.parts.recovery import Problem
@@ -41,6 +42,7 @@ from tests.simulation.scenario import (
     Scenario,
     draw_more,
 )
+from tests.simulation.toy_adapters import ADAPTERS
 from tests.simulation.toy_model import BLOCK_TOKEN_BYTES, banks
 
 _START_LIMIT_S = 60.0
@@ -48,6 +50,8 @@ _BLOCK_TOKENS = 4
 HEAL_S = 90.0
 """Virtual time after the last fault in which everything must serve."""
 _CHECK_S = 0.05
+_RELOAD_S = 1.0
+"""Time between two looks of the operator for adapters that are not loaded."""
 _AGAIN_S = 0.2
 """Time after which a client asks again whose gateway has died."""
 _SETTLE_S = 0.5
@@ -98,6 +102,8 @@ class World:
             ends += [fault.at_s + fault.lasts_s for fault in self.scenario.faults]
             self._quiet_at = began_at + max(ends, default=0.0) + _SETTLE_S
             self.kernel.after(_CHECK_S, self._check_often)
+            if "adapters" in self.scenario.features:
+                self._load_adapters()
             last_at = max((fault.at_s for fault in self.scenario.faults), default=0.0)
             self._run_until(began_at + max(SPAN_S, last_at), self._is_over)
             self._run_until(self.kernel.now + SPAN_S, self._has_failed)
@@ -180,10 +186,26 @@ class World:
             ),
             autoscale=self._autoscale(),
             kv_tiers=self._kv_tiers(),
+            lora=LoraSection(lora_modules=self._lora_modules()),
             speculation=SpeculationSection(
                 speculative_method="ngram" if "drafts" in scenario.features else "none"
             ),
         )
+
+    def _lora_modules(self) -> tuple[str, ...]:
+        if "adapters" not in self.scenario.features:
+            return ()
+        return tuple(f"{name}={path}" for name, path in ADAPTERS.items())
+
+    def _load_adapters(self) -> None:
+        """An operator loads those that are not loaded any more."""
+        self.kernel.after(_RELOAD_S, self._load_adapters)
+        controller = self.ray.controller
+        found = controller.actor.runner.controller if controller is not None else None
+        if found is not None and found.cluster.state is ClusterState.SERVING:
+            known = [a["name"] for a in found.adapters.to_list() if a["state"] != "UNLOADING"]
+            for name in sorted(ADAPTERS.keys() - {*known}):
+                self.faults.order("load_adapter", {"name": name, "path": ADAPTERS[name]})
 
     def _kv_tiers(self) -> KvTiersSection:
         """Host memory for copies of a part of the blocks, or of all that there ever are."""
