@@ -27,6 +27,8 @@ _METRICS = {
     "copies of sessions": 'session_copies_total{outcome="whole"',
 }
 """What workers count, by the beginning of its name."""
+OCCURRENCES = (*_REQUESTS, *_METRICS, "restarted gateways", "stored objects", "objects read")
+"""What a few seeds together must have, by its name in the summary."""
 
 
 def requests_by_feature(world: World) -> Counter[str]:
@@ -41,6 +43,10 @@ def occurrences(world: World) -> Counter[str]:
     """The same, and what the workers that live in the end have done."""
     found = requests_by_feature(world)
     found["restarted gateways"] += world.num_restarts
+    if world.state is not None:
+        found["stored objects"] += world.client.num_stored
+        found["objects read"] += world.client.num_read
+        found["failed calls of their disk"] += world.state.num_failed
     for worker in world.ray.actors.workers.values():
         if isinstance(worker.runtime, AttentionRuntime):
             for name, value in worker.runtime._stats().items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from cluster.actors.handoff import FIND_LIMIT_S
@@ -13,6 +14,7 @@ from tests.simulation.disk import files
 from tests.simulation.kernel import Process, Thread
 from tests.simulation.nodes import HEAD, Node
 from tests.simulation.ray import Hosts
+from tests.simulation.state_disk import Ailment
 from tests.simulation.toy_adapters import ADAPTERS
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ PROCESS_FAULTS = (
     "long_step",
     "step_clock",
 )
-DISK_FAULTS = ("change_file", "shorten_file", "flaky_disk")
+DISK_FAULTS = ("change_file", "shorten_file", "flaky_disk", "fail_state")
 LINK_FAULTS = (
     "reset_link",
     "duplicate_connections",
@@ -68,6 +70,8 @@ _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
 _LOOK_S = 0.05
 """Time between two looks whether a new worker runs."""
+_STATE_CALL_S = 30.0
+"""Longest call for a stored object, on a disk that hangs and a gateway that stands still."""
 _AGAIN_S = 0.25
 """Time after which a fault that finds nothing to hit tries again."""
 
@@ -84,7 +88,8 @@ class Faults:
         self._paused: dict[Process, float] = {}
         """Processes that were paused, and when the last of their pauses ends."""
         self._held: list[Thread] = []
-        self._is_healed = False
+        self.is_healed = False
+        self._state_fails_until = -inf
         self.num_begun = 0
         self.last_until = 0.0
         """Until when those last that must not be healed before."""
@@ -103,7 +108,7 @@ class Faults:
 
     def begin(self, fault: Fault) -> None:
         """A fault happens, as soon as there is something to hit; one that lasts ends by itself."""
-        if self._is_healed:
+        if self.is_healed:
             return
         self._world.kernel.log("fault: %s", fault)
         try:
@@ -115,7 +120,7 @@ class Faults:
 
     def heal(self) -> None:
         """Nothing is wrong any more."""
-        self._is_healed = True
+        self.is_healed = True
         self._world.net.heal_all()
         self._world.net.restore_all_buffers()
         self._world.kernel.suspended.clear()
@@ -124,6 +129,8 @@ class Faults:
         for thread in self._held:
             thread.release()
         self._world.kernel.disk.repair()
+        if self._world.state is not None:
+            self._world.state.ailment = Ailment.NONE
         self._world.ray.actors.num_losses = 0
         self._world.kernel.slowness = self._world.scenario.slowness
 
@@ -151,7 +158,7 @@ class Faults:
                 with suppress(_NothingToHitError):
                     self._kill(worker.process)
                     return
-        if not self._is_healed:
+        if not self.is_healed:
             self._world.kernel.after(_LOOK_S, self._kill_next, place)
 
     def kill_attention(self, fault: Fault) -> None:
@@ -269,6 +276,27 @@ class Faults:
         self.unreadable.add(host)
         damage(host, name)
         self._world.kernel.after(fault.lasts_s, self._world.kernel.disk.restore, host, name)
+
+    def fail_state(self, fault: Fault) -> None:
+        """The gateways' disk fails, is full, or hangs; where none is used, another one is slow."""
+        kernel, state = self._world.kernel, self._world.state
+        if state is None:
+            self.slow_disk(fault)
+            return
+        state.ailment = tuple(Ailment)[1 + fault.where % (len(Ailment) - 1)]
+        kernel.log("%s", state.ailment.value)
+        self._state_fails_until = kernel.now + fault.lasts_s
+        kernel.at(self._state_fails_until, self._end_state_failure)
+
+    def _end_state_failure(self) -> None:
+        state, now = self._world.state, self._world.kernel.now
+        if state is not None and now >= self._state_fails_until:
+            state.ailment = Ailment.NONE
+
+    @property
+    def state_may_fail(self) -> bool:
+        """The gateways' disk does, or did when a call of a moment ago began."""
+        return self._world.kernel.now < self._state_fails_until + _STATE_CALL_S
 
     def long_step(self, fault: Fault) -> None:
         """The next computation of a worker takes long."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
 from msgspec.structs import replace
 
+from gateway.core.errors import StorageError
 from gateway.engines.submission import Submission
+from gateway.state.files import as_storage_error
+from gateway.state.record import encode
+from gateway.state.store import StateStore
 from gateway.text.detokenizer import StopStrings
 from tests.simulation.planted import MANY, Bug
 from workers.engine import engine, step_sampler
+from workers.engine.choices import open_choices
 from workers.engine.engine import Engine
 from workers.engine.scheduler import Scheduler
 from workers.kv.transfer.store import Fetch, KvTransferStore
@@ -119,10 +125,9 @@ def _kept_use() -> AbstractContextManager[object]:
 @contextmanager
 def _fresh_grammar() -> Iterator[None]:
     """The grammar of a request that goes on elsewhere begins anew."""
-    real = engine.open_choices
 
     def begin(request: Any, grammar: Any, arrival: int, now: float) -> Any:
-        found = real(request, grammar, arrival, now)
+        found = open_choices(request, grammar, arrival, now)
         for sequence in found:
             sequence.grammar = None if grammar is None else grammar.start()
         return found
@@ -148,7 +153,43 @@ def _whole_abort() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _silent_disk() -> Iterator[None]:
+    """Clients are not told that their objects could not be stored."""
+    real = StateStore.put
+
+    def put(self: StateStore, *own: Any) -> None:
+        with suppress(StorageError):
+            real(self, *own)
+
+    with mock.patch.object(StateStore, "put", put):
+        yield
+
+
+@contextmanager
+def _in_place() -> Iterator[None]:
+    """Objects are written in their places, and not beside them."""
+
+    def put(self: StateStore, kind: Any, tenant: str, object_id: str, content: bytes) -> None:
+        place = self._place(kind, tenant, object_id)
+        assert place is not None
+        raw = encode(object_id, content, self._clock(), self._clock() + self.ttl_s)
+        with as_storage_error():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(place, os.O_WRONLY | os.O_CREAT)
+            try:
+                while raw:
+                    raw = raw[os.write(handle, raw[:1000]) :]
+            finally:
+                os.close(handle)
+
+    with mock.patch.object(StateStore, "put", put):
+        yield
+
+
 FEATURE_BUGS: dict[str, Bug] = {
+    "in_place": Bug(_in_place, ("fail_state", "kill_gateway"), features=("state", "restarts")),
+    "silent_disk": Bug(_silent_disk, ("fail_state",), features=("state",)),
     "fresh_grammar": Bug(_fresh_grammar, _KILLS, features=("grammars",)),
     "kept_use": Bug(_kept_use, _KILLS, features=("adapters",)),
     "one_adapter": Bug(_one_adapter, _KILLS, features=("adapters",)),

@@ -102,6 +102,7 @@ FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {
     "drafts": _repetitive,
     "grammars": _grammar,
     "restarts": None,
+    "state": None,
     "tiers": _turns,
 }
 """What each changes of a request; None: of the cluster alone."""

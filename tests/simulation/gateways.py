@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.core.errors import ExpertMeshError, ModelNotFoundError, NotReadyError
+from cluster.core.errors import ExpertMeshError, ModelNotFoundError, NotReadyError, QueueFullError
 from gateway.cluster.view import ClusterView
 from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
 from gateway.core.model import ModelFacts
@@ -62,9 +63,14 @@ class SimGateway:
         self.on_over: Callable[[Outcome], None] = lambda outcome: None
         """Called at the end of each request, in this process."""
         before, kernel.process = kernel.process, self.process
+        if kernel.state is not None:
+            kernel.state.may_block = self.process
+            self.process.on_death.append(partial(kernel.state.close_of, self.process))
         view, engines = ClusterView(self._find), EnginePool(config.cluster_token, self.name)
         self._gateway = Gateway(config, _TOKENIZER, view, engines, self.name)
         kernel.process = before
+        if kernel.state is not None:
+            kernel.state.may_block = None
         self.process.loop.call_soon(view.start)
 
     def ask(self, ask: Ask) -> Outcome:
@@ -115,7 +121,7 @@ class SimGateway:
             )
             try:
                 return await self._gateway.start_call(fields, ask.name, make)
-            except (NotReadyError, ModelNotFoundError):
+            except (NotReadyError, ModelNotFoundError, QueueFullError):
                 if left_s <= 0:
                     raise
             await asyncio.sleep(_RETRY_S)

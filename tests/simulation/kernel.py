@@ -76,6 +76,8 @@ class Kernel:
         self.clocks: dict[str, float] = {}
         """What the clocks of hosts are ahead of the simulation's, in seconds."""
         self.disk: Any = None
+        self.state: Any = None
+        """The gateways' disk; None: they store nothing."""
         self.num_banks = 1
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._next_number = itertools.count().__next__

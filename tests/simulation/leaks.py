@@ -29,6 +29,8 @@ def leaks(world: World) -> list[str]:
         if isinstance(worker.runtime, AttentionRuntime):
             left = [*_left_at_worker(worker.runtime), *_streams(worker.runtime, names)]
             found += [f"{worker.name} has {what}" for what in left]
+    if world.state is not None:
+        found += _named("open files of stored objects", [*world.state.handles])
     for gateway in world.gateways:
         if not gateway.process.is_dead:
             found += [f"{gateway.name} has {what}" for what in _left_at_gateway(gateway)]

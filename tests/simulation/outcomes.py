@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.core.errors import DeadlineExceededError, ExpertMeshError, NotReadyError
+from cluster.core.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    NotReadyError,
+    QueueFullError,
+)
 from gateway.core.delta import ChoiceDelta
 from tests.simulation.asks import REQUEST_LIMIT_S, Ask, RightChoice, right_choices
 from workers.requests.request import TokenOutput
@@ -71,6 +76,8 @@ class Outcome:
     has_left: bool = False
     is_late: bool = False
     """Its time was over."""
+    was_refused: bool = False
+    """A worker had no room for it, before its first token."""
     problems: list[str] = field(default_factory=list)
     """What is wrong with what came, of all clients."""
     choices: list[ChoiceOutcome] = field(init=False)
@@ -129,6 +136,7 @@ class Outcome:
         self._note(error)
         is_about_time = isinstance(error, DeadlineExceededError | NotReadyError)
         is_in_time = deadline_s - _ROUNDING_S <= now <= deadline_s + _STILL_S
+        self.was_refused = isinstance(error, QueueFullError) and not self.num_tokens
         self.is_late = self.ask.limit_s < REQUEST_LIMIT_S and is_about_time and is_in_time
 
     def _note(self, error: ExpertMeshError) -> None:

@@ -206,7 +206,7 @@ def _of_this(kernel: Kernel) -> list[tuple[Any, str, Any]]:
         (time, "monotonic", kernel.monotonic),
         (time, "time", kernel.time),
         (time, "sleep", kernel.sleep),
-        (secrets, "token_hex", lambda size: f"{kernel.rng.getrandbits(8 * size):x}"),
+        (secrets, "token_hex", lambda size: f"{kernel.rng.getrandbits(8 * size):0{2 * size}x}"),
     ]
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.simulation.bugs import BUGS
+from tests.simulation.coverage import OCCURRENCES
 
 NUM_SEEDS = 12
 """Seeds of each part."""
@@ -27,9 +28,13 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_seeds_keep_every_promise(part: int) -> None:
+def test_seeds_keep_every_promise_and_use_every_feature(part: int) -> None:
     found = run("--seed", str(part * NUM_SEEDS), "--num", str(NUM_SEEDS))
     assert found.returncode == 0, found.stdout + found.stderr
+    _, _, counted = found.stdout.strip().rpartition("features: ")
+    counts = {name: int(n) for n, _, name in (c.partition(" ") for c in counted.split(", "))}
+    missing = [name for name in OCCURRENCES if not counts.get(name)]
+    assert not missing, f"nothing of {missing} in {counted}"
 
 
 @pytest.mark.distributed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from cluster.config.autoscale import AutoscaleSection
 from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
+from cluster.config.gateway import GatewaySection
 from cluster.config.kv_tiers import KvTiersSection
 from cluster.config.lora import LoraSection
 from cluster.config.speculation import SpeculationSection
@@ -42,6 +44,8 @@ from tests.simulation.scenario import (
     Scenario,
     draw_more,
 )
+from tests.simulation.state_client import StateClient
+from tests.simulation.state_disk import StateDisk, state_disk
 from tests.simulation.toy_adapters import ADAPTERS
 from tests.simulation.toy_model import BLOCK_TOKEN_BYTES, banks
 
@@ -50,6 +54,8 @@ _BLOCK_TOKENS = 4
 HEAL_S = 90.0
 """Virtual time after the last fault in which everything must serve."""
 _CHECK_S = 0.05
+_STATE_S = 0.1
+"""Time between two calls of the client of stored objects."""
 _RELOAD_S = 1.0
 """Time between two looks of the operator for adapters that are not loaded."""
 _AGAIN_S = 0.2
@@ -83,6 +89,11 @@ class World:
         self.highest_step = 0
         self.occurred: Counter[str] = Counter()
         """What has occurred how often; known in the end."""
+        self.state: StateDisk | None = None
+        """The gateways' disk, where they store objects of clients."""
+        self.client = StateClient(
+            scenario.seed, self.kernel.failures, lambda: self.faults.state_may_fail
+        )
         self.num_restarts = 0
         """Gateways that were started in the place of others."""
         self._began_at = self._quiet_at = 0.0
@@ -91,7 +102,10 @@ class World:
 
     def run(self) -> None:
         """Live through the scenario. Raises ``Broken``."""
-        with replaced(self.kernel, self.net):
+        with ExitStack() as held:
+            held.enter_context(replaced(self.kernel, self.net))
+            if "state" in self.scenario.features:
+                self.state = self.kernel.state = held.enter_context(state_disk(self.kernel))
             self._start()
             for fault in self.scenario.faults:
                 self.kernel.after(fault.at_s, self.faults.begin, fault)
@@ -102,6 +116,7 @@ class World:
             ends += [fault.at_s + fault.lasts_s for fault in self.scenario.faults]
             self._quiet_at = began_at + max(ends, default=0.0) + _SETTLE_S
             self.kernel.after(_CHECK_S, self._check_often)
+            self._use_state()
             if "adapters" in self.scenario.features:
                 self._load_adapters()
             last_at = max((fault.at_s for fault in self.scenario.faults), default=0.0)
@@ -111,6 +126,7 @@ class World:
             self.faults.heal()
             self._run_until(self.kernel.now + HEAL_S, self._is_calm)
             self._check_in_the_end()
+            self._read_all()
             self._run_until(self.kernel.now + QUIET_S)
             self._check_leaks()
             self.occurred = occurrences(self)
@@ -186,11 +202,17 @@ class World:
             ),
             autoscale=self._autoscale(),
             kv_tiers=self._kv_tiers(),
+            gateway=self._gateway_section(),
             lora=LoraSection(lora_modules=self._lora_modules()),
             speculation=SpeculationSection(
                 speculative_method="ngram" if "drafts" in scenario.features else "none"
             ),
         )
+
+    def _gateway_section(self) -> GatewaySection:
+        if self.state is None:
+            return GatewaySection()
+        return GatewaySection(state_dir=str(self.state.folder / "state"))
 
     def _lora_modules(self) -> tuple[str, ...]:
         if "adapters" not in self.scenario.features:
@@ -284,6 +306,18 @@ class World:
         else:
             self.kernel.after(_AGAIN_S, self._send, ask)
 
+    def _use_state(self) -> None:
+        """A client of stored objects, until all is over."""
+        if self.state is not None and not self.faults.is_healed:
+            self.kernel.after(_STATE_S, self._use_state)
+            living = [g for g in self.gateways if not g.process.is_dead]
+            if living:
+                self.client.act(self.kernel.rng.choice(living))
+
+    def _read_all(self) -> None:
+        if self.state is not None:
+            self.client.read_all(next(g for g in self.gateways if not g.process.is_dead))
+
     def _check_often(self) -> None:
         self._check()
         self._ask_on()
@@ -370,7 +404,8 @@ class World:
                 raise Broken(f"{outcome.ask.name} does not end ({outcome.num_tokens} tokens)")
             if "oisonous" in outcome.code and len(self.ray.actors.ever) >= self._most_workers():
                 continue  # that many deaths may have met one request
-            if not (outcome.has_left or outcome.is_late or outcome.is_right):
+            is_fine = outcome.has_left or outcome.is_late or outcome.was_refused
+            if not (is_fine or outcome.is_right):
                 raise Broken(
                     f"{outcome.ask.name} ends with {outcome.ends}: {outcome.code} {outcome.error}"
                 )
@@ -380,6 +415,8 @@ class World:
         controller = self.ray.controller
         if controller is None or not self._serves(controller):
             raise Broken(f"the cluster serves no more: {self._state(controller)}")
+        if self.kernel.failures:
+            raise Broken("; ".join(self.kernel.failures))
         if left := leaks(self):
             raise Broken("; ".join(left))
 
