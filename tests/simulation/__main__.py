@@ -99,7 +99,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
     return Report(
         num_failed=int(bool(text)),
         text=text and f"seed {seed}: {text}",
-        num_requests=len(world.outcomes),
+        num_requests=len(world.clients.outcomes),
         num_steps=world.highest_step,
         num_events=world.kernel.num_events,
         cpu_s=time.process_time() - began,

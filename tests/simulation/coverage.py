@@ -35,7 +35,7 @@ def requests_by_feature(world: World) -> Counter[str]:
     """By feature of the scenario, the requests that use it and that the client has whole."""
     found = Counter(dict.fromkeys(world.scenario.features & _REQUESTS.keys(), 0))
     for name in found:
-        found[name] += sum(_REQUESTS[name](o) and o.is_right for o in world.outcomes)
+        found[name] += sum(_REQUESTS[name](o) and o.is_right for o in world.clients.outcomes)
     return found
 
 
@@ -44,8 +44,8 @@ def occurrences(world: World) -> Counter[str]:
     found = requests_by_feature(world)
     found["restarted gateways"] += world.num_restarts
     if world.state is not None:
-        found["stored objects"] += world.client.num_stored
-        found["objects read"] += world.client.num_read
+        found["stored objects"] += world.clients.state.num_stored
+        found["objects read"] += world.clients.state.num_read
         found["failed calls of their disk"] += world.state.num_failed
     for worker in world.ray.actors.workers.values():
         if isinstance(worker.runtime, AttentionRuntime):
