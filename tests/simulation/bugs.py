@@ -247,7 +247,7 @@ def _kept_move() -> AbstractContextManager[object]:
 BUGS: dict[str, Bug] = {
     "blind_reload": Bug(_blind_reload, ("change_file", "kill_worker")),
     "early_run": Bug(_early_run, ("kill_worker",)),
-    "early_switch": Bug(_early_switch, ("rebalance", "slow_link")),
+    "early_switch": Bug(_early_switch, ("rebalance", "slow_link"), MANY),
     "half_step": Bug(_half_step, ("kill_worker",)),
     "kept_slots": Bug(_kept_slots, ("kill_again",)),
     "hasty_belief": Bug(_hasty_belief, ("isolate_head", "pause_controller"), MANY),
