@@ -59,8 +59,8 @@ from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
+from gateway.offload.long_work import LongWork
 from gateway.state.store import StateStore, open_store
-from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.block_hash import BlockHash, block_hashes
 from workers.requests.request import Request
