@@ -109,6 +109,9 @@ def find_torch(
     url = resolve()
     if url.startswith("file:"):
         return TorchSource(megabytes=0, words="wheel on this machine", pip_args=None)
+    if not url:
+        words = f"the build that pip finds: up to {TORCH_CUDA_MB} MB more, none for a local wheel"
+        return TorchSource(megabytes=0, words=words, pip_args=None)
     if sys.platform == "linux" and "cpu" not in url:
         words = "default build: PyTorch's CPU index does not answer"
         return TorchSource(megabytes=TORCH_CUDA_MB, words=words, pip_args=None)
@@ -229,7 +232,7 @@ def install(extra: str, venv: Path, index: str) -> None:
         resolve=lambda: _resolved_url(pip, torch),
     )
     total = PACKAGES_MB[extra] + source.megabytes
-    say(f"downloading about {total} MB, of that torch {source.megabytes} MB ({source.words})")
+    say(f"downloading about {total} MB; torch: {source.megabytes} MB ({source.words})")
     if source.pip_args is not None:
         run_pip(pip, source.pip_args, venv)
     run_pip(pip, ["--constraint", str(constraints), *requirements(extra)], venv)

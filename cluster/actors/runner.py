@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
+from cluster.actors.processor_waits import ProcessorWaits
 from cluster.actors.tasks import Background
 from cluster.config.resources import NodeResources, ids_by_address, resolved_share
 from cluster.controller.controller import Controller
@@ -67,6 +68,7 @@ class Runner:
         self.polls = GatewayPolls()
         self.traces: TraceExport | None = None
         self._disks = DiskWatch(lambda: [logs.OUTPUT.folder])
+        self._waits = ProcessorWaits()
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
     # ---- begin and end --------------------------------------------------------------------
@@ -271,13 +273,22 @@ class Runner:
         while self._leads(controller):
             await asyncio.sleep(TICK_S)
             try:
+                self._watch_starvation(controller)
                 self.tell(controller.tick)
                 self.host_has(self._disks.low(time.monotonic()))
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
             for gateway in self.polls.take_gone(time.monotonic()):
-                self.host_has((), "", gateway)
+                self.gateway_left(gateway)
                 self.note(f"{gateway} is gone: it no longer asks", "its requests end")
+
+    def _watch_starvation(self, controller: Controller) -> None:
+        """Tell the controller how long late workers of this host waited for a processor."""
+        suspects = controller.detection.suspects(time.monotonic())
+        waits = self._waits.take(suspects.values())
+        found = {name: waits[pid] for name, pid in suspects.items() if waits[pid]}
+        if found:
+            self.tell(partial(controller.detection.starved, found))
 
     async def _watch_nodes(self, controller: Controller) -> None:
         """Drain the workers of nodes that will leave; follow the nodes, or fill places again."""
@@ -316,6 +327,17 @@ class Runner:
         if self.controller is not None:
             self.controller.cluster.host_has(low_disks, host, reporter)
             self.background.notify()
+
+    def gateway_uses(self, gateway: str, known_version: int, adapters: Collection[str]) -> None:
+        """A gateway knows this snapshot, and its requests have these adapters."""
+        if self.controller is not None:
+            self.controller.adapters.uses.report(gateway, known_version, adapters)
+
+    def gateway_left(self, gateway: str) -> None:
+        """A gateway has gone, and its requests with it."""
+        self.host_has((), "", gateway)
+        if self.controller is not None:
+            self.controller.adapters.uses.leave(gateway)
 
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED

@@ -26,11 +26,13 @@ from cluster.cli.cluster.front import Interrupted
 from cluster.cli.experts import load, placement, rebalance
 from cluster.cli.models import chat, generate, inspection, run_batch, tokenize
 from cluster.cli.offline import completion, config, doctor, plan, version
-from cluster.cli.options.serve_options import spell_out
+from cluster.cli.options.serve_options import as_typed, spell_out, unknown_variables
 from cluster.cli.terminal.arguments import Commands, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note
+from cluster.cli.terminal.parser import Parser
 from cluster.core.errors import ConfigError
+from cluster.core.release import RELEASE
 
 _DESCRIPTION = "Expert-parallel serving of mixture-of-experts language models."
 _GROUPS = {
@@ -45,7 +47,7 @@ _GROUPS = {
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line. Global options are accepted before and after the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="expertmesh",
         usage="%(prog)s [OPTION ...] COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         for module in modules:
             module.add_commands(commands)
         lines += [f"\n{heading}:", *commands.lines]
+    parser.add_argument("--version", action="version", version=f"expertmesh {RELEASE}")
     parser.description = "\n".join(lines)
     parser.set_defaults(whole=parser)
     return parser
@@ -100,14 +103,16 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     args = make_parser().parse_args(spell_out(sys.argv[1:] if argv is None else argv))
+    for line in unknown_variables(os.environ):
+        note(f"expertmesh: warning: {line}")
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING)
     try:
         return int(args.run(args))
     except CommandError as err:
-        note(f"expertmesh: {err}")
+        note(f"expertmesh: {as_typed(str(err), args, os.environ)}")
         return err.code
     except ConfigError as err:
-        note(f"expertmesh: {err}")
+        note(f"expertmesh: {as_typed(str(err), args, os.environ)}")
         return ExitCode.USAGE
     except (KeyboardInterrupt, Interrupted):
         return ExitCode.INTERRUPTED

@@ -65,7 +65,8 @@ class Controller:
         self.detection.heard(record, now)
         match frame:
             case frames.Heartbeat():
-                if differ(record.low_disks, frame.low_disks):
+                is_same = record.problems == frame.problems
+                if differ(record.low_disks, frame.low_disks) or not is_same:
                     cluster.touch()
                 record.beat(frame, now)
                 cluster.load.take(name, frame.expert_load)
@@ -80,6 +81,8 @@ class Controller:
                     cluster.reform(cause, now)
             case frames.Alive():
                 pass
+            case frames.SnapshotKept():
+                record.kept_version = frame.version
             case frames.StatusReply():
                 cluster.load.take(name, frame.expert_load)
                 record.take_numbers(frame)
@@ -146,6 +149,7 @@ class Controller:
         fresh = {n: r for n, r in reasons.items() if not cluster.workers[n].is_lost}
         if not fresh:
             return
+        self.detection.lost(now)
         for name, reason in fresh.items():
             logger.warning("lost %s: %s", name, reason)
             cluster.workers[name].enter(WorkerState.LOST, reason)
@@ -190,6 +194,7 @@ class Controller:
         self.lost(self.adapters.tick(now), now)
         self.recovery.tick(now)
         self.autoscaling.tick(now)
+        self.cluster.workers.forget(now)
 
     def cancel(self, operation: Operation, now: float) -> None:
         """Undo an operation. Raises ``ConflictError`` if it is too late."""
@@ -200,6 +205,7 @@ class Controller:
                 self.scaling.cancel(operation, now)
             case _:
                 self.rebalancing.cancel(operation, now)
+        self.cluster.remember()  # the next controller must not go on with it
 
     def stop(self, now: float, reason: str = "stopped") -> None:
         """End every worker. The state is STOPPED once they are gone."""
@@ -255,6 +261,8 @@ class Controller:
                 *([f"{STEPS_WAIT} {', '.join(cluster.late)}"] if cluster.late else ()),
                 *self.recovery.problems(self.detection.last_tick),
                 *describe_low(cluster.low_disks()),
+                *(problem for r in cluster.workers.alive() for problem in r.problems),
+                *self.adapters.problems(),
             ],
             "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),

@@ -370,7 +370,7 @@ class Draining:
         cluster.remember()
         cluster.form(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-        cluster.note(why, effect, now)
+        cluster.note(f"{why} ({drain.operation.id})", effect, now)
 
     def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         """Take requests again, and restore the maps from before the drain if it changed them."""

@@ -18,17 +18,21 @@ from typing import Any
 
 from cluster.config.cluster import Quantize
 from cluster.config.kv_cache import KvCacheDType, kv_vector_bytes
+from cluster.config.lora import LoraSection
 from cluster.core.codec import from_plain
 from cluster.core.errors import CheckpointError, ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.roofline import ModelSize
+from workers.native.library import InstructionsError, runnable
 
 CHECK_LIMIT_S = 120.0
 _ITEMSIZES = {"float32": 4, "bfloat16": 2}
 _ALLOW_BARE = "--allow-bare"
 _QUANTIZE = "--quantize"
 _HAS_PREDICTOR = "--has-predictor"
+_LORA_MODULES = "--lora-modules"
+_MAX_RANK = "--max-lora-rank"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +65,8 @@ class CheckpointFacts:
     """Of its memory; 0 where it does not say."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of ``config.json`` without effect here."""
+    has_tokenizer: bool = True
+    """Whether the folder has a tokenizer; without one requests give token ids."""
 
     def itemsize(self, dtype: str) -> int:
         """Bytes of a number in a compute dtype; ``auto`` is the checkpoint's own."""
@@ -94,14 +100,17 @@ class CheckpointCheck:
         allow_bare: bool = False,
         quantize: Quantize = "auto",
         has_predictor: bool = False,
+        lora: LoraSection | None = None,
     ) -> None:
         """``allow_bare``: a folder without weights is enough, for a plan; ``quantize`` as in
         ``ModelSection``; ``has_predictor``: the model is served with the layer that predicts
-        further tokens.
+        further tokens; ``lora``: the adapters that are loaded at the start.
         """
         flags = {_ALLOW_BARE: allow_bare, _HAS_PREDICTOR: has_predictor}
         given = (flag for flag, is_set in flags.items() if is_set)
         words = [str(folder), _QUANTIZE, quantize, *given]
+        if lora is not None and lora.lora_modules:
+            words += [_MAX_RANK, str(lora.max_lora_rank), _LORA_MODULES, *lora.lora_modules]
         self._child = subprocess.Popen(
             [sys.executable, "-m", "cluster.launch.checkpoint_check", *words],
             env=dict(environment),
@@ -138,15 +147,19 @@ def check(
     allow_bare: bool = False,
     quantize: Quantize = "auto",
     has_predictor: bool = False,
+    lora: LoraSection = LoraSection(),  # noqa: B008  # immutable
 ) -> CheckpointFacts:
-    """Read config and headers, and compare every tensor with the model.
+    """Compare config and headers with the model; read the tokenizer and adapters.
 
     ``allow_bare``: a folder without any weights is enough; ``quantize`` as in ``ModelSection``;
-    ``has_predictor``: see ``CheckpointCheck``. Raises ``CheckpointError``, and ``ConfigError``
-    where the model cannot be quantized.
+    ``has_predictor`` and ``lora``: see ``CheckpointCheck``. Raises ``CheckpointError``, and
+    ``ConfigError`` where the model cannot be quantized.
     """
     import torch
 
+    from gateway.text.tokenizer import load_tokenizer
+    from workers.lora.catalog import targets_without_weights
+    from workers.lora.folder import read_folder
     from workers.model.cuda.device import gpu_facts
     from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
 
@@ -154,6 +167,12 @@ def check(
     summarize = plan_checkpoint if is_bare else check_checkpoint
     summary = summarize(folder, quantize, has_predictor=has_predictor)
     family = summary.family
+    for name, path in lora.modules:
+        targets = targets_without_weights(family.attention_tensors())
+        try:
+            read_folder(Path(path), targets, lora.max_lora_rank)
+        except CheckpointError as err:
+            raise CheckpointError(f"lora_modules ({name}={path}): {err}") from err
     dtype = auto_dtype(family.config)
     gpu, bandwidth_bytes_s = "", 0.0
     if torch.cuda.is_available():
@@ -193,6 +212,7 @@ def check(
         gpu=gpu,
         gpu_bandwidth_bytes_s=bandwidth_bytes_s,
         ignored_keys=family.config.ignored_keys,
+        has_tokenizer=load_tokenizer(str(folder)) is not None,
     )
 
 
@@ -204,9 +224,18 @@ def main() -> None:
         parser.add_argument(_ALLOW_BARE, action="store_true")
         parser.add_argument(_QUANTIZE, default="auto")
         parser.add_argument(_HAS_PREDICTOR, action="store_true")
+        parser.add_argument(_MAX_RANK, type=int, default=LoraSection().max_lora_rank)
+        parser.add_argument(_LORA_MODULES, nargs="*", default=[])
         args = parser.parse_args()
-        answer = asdict(check(args.folder, args.allow_bare, args.quantize, args.has_predictor))
-    except (CheckpointError, ConfigError) as err:
+        runnable()
+        lora = LoraSection(
+            lora_modules=tuple(args.lora_modules),
+            max_loras=len(args.lora_modules),
+            max_lora_rank=args.max_lora_rank,
+        )
+        facts = check(args.folder, args.allow_bare, args.quantize, args.has_predictor, lora)
+        answer = asdict(facts)
+    except (CheckpointError, ConfigError, InstructionsError) as err:
         answer = {"error": str(err)}
     sys.stdout.write(json.dumps(answer) + "\n")
 

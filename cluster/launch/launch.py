@@ -129,7 +129,8 @@ class Launcher:
             self._events.send("note", text=threads)
         logger.info("ready")
         plan = self._parts.plan
-        self._events.send("ready", http=plan.http_url, grpc=plan.grpc_target)
+        admin = self._parts.admin
+        self._events.send("ready", http=plan.http_url, grpc=plan.grpc_target, admin=admin)
 
     @property
     def _leaves(self) -> bool:

@@ -25,6 +25,7 @@ from cluster.launch.local_ray import PrivateRay, join
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.serve_proxy import wait_ready
 from cluster.launch.teardown import end_leftovers
+from cluster.tracing import logs
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class ClusterParts:
         """The plan; from ``start_ray`` on adapted to the joined Ray."""
         self.compute_threads = ""
         """What the workers compute with, in words; filled by ``start_services``."""
+        self.admin = {"http": "", "grpc": ""}
+        """``host:port`` of a gateway's admin ports; filled by ``start_services``."""
         self._progress = progress
         self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
         self._joined = JoinedRay(plan=plan)
@@ -93,6 +96,8 @@ class ClusterParts:
         self._progress("gateway", 0, 0)
         section = self.plan.config.gateway
         wait_ready(self.plan.http_url, section, self._not_ready_reasons)
+        found: dict[str, Any] = self._ask_gateway("addresses")
+        self.admin = {kind: found[f"admin_{kind}"] for kind in self.admin}
         self._heard_at = time.monotonic()
 
     def find_loss(self) -> str | None:
@@ -220,6 +225,8 @@ class ClusterParts:
         from gateway.app import APP_NAME, build_app
         from gateway.auth.tls import serve_options
 
+        logs.adopt("ray", "ray.serve")
+
         section = self.plan.config.gateway
         nodes = self._joined.gateway_nodes
         serve.start(
@@ -234,6 +241,14 @@ class ClusterParts:
 
     def _not_ready_reasons(self) -> list[str]:
         """The answer of a gateway replica, asked through Ray."""
+        try:
+            reasons: list[str] = self._ask_gateway("not_ready_reasons")
+        except StartError as err:
+            return [err.reason]
+        return reasons
+
+    def _ask_gateway(self, method: str) -> Any:
+        """The answer of a gateway replica's method. Raises ``StartError``."""
         from ray.exceptions import RayError
 
         from gateway.app import APP_NAME, DEPLOYMENT_NAME
@@ -241,10 +256,9 @@ class ClusterParts:
 
         handle = handle_for_threads(DEPLOYMENT_NAME, APP_NAME)
         try:
-            reasons: list[str] = handle.not_ready_reasons.remote().result(timeout_s=_CALL_LIMIT_S)
+            return getattr(handle, method).remote().result(timeout_s=_CALL_LIMIT_S)
         except (RayError, TimeoutError) as err:
-            return [str(err)]
-        return reasons
+            raise StartError("gateway", str(err)) from err
 
     def _stop_gateway(self) -> None:
         from ray import serve

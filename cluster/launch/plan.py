@@ -20,10 +20,11 @@ from typing import Any
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import reachable_host
 from cluster.config.resources import NodeResources
+from cluster.core.addresses import split_address
 from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile
 from cluster.launch.checkpoint_check import CheckpointFacts
-from cluster.launch.state_file import Command
+from cluster.launch.state_file import Command, all_records
 from cluster.sizing.gpus import gpu_numbers
 from cluster.sizing.mode_choice import resolve_mode
 
@@ -119,11 +120,28 @@ def check_ports(host: str, ports: Mapping[str, int]) -> None:
         except socket.gaierror as err:
             check(False, "host", host, f"cannot be resolved: {err.strerror}")
         except OSError as err:
-            in_use = err.errno == errno.EADDRINUSE
-            rule = (
-                f"is in use on {host}" if in_use else f"cannot be opened on {host}: {err.strerror}"
-            )
+            rule = f"cannot be opened on {host}: {err.strerror}"
+            if err.errno == errno.EADDRINUSE:
+                rule = f"is in use on {host}{_holder(port)}"
             check(False, name, port, rule)
+
+
+def _holder(port: int) -> str:
+    """`` by python3 (pid 7)``: the process that listens on a port; empty if it cannot be seen.
+
+    For a recorded cluster of this host its name.
+    """
+    for record in all_records():
+        if port in (split_address(record.http)[1], split_address(record.grpc)[1]):
+            return f" by the cluster {record.name}"
+    import psutil
+
+    for process in psutil.process_iter(["name"]):
+        with contextlib.suppress(psutil.Error):
+            for one in process.net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN and one.laddr.port == port:
+                    return f" by {process.info['name']} (pid {process.pid})"
+    return ""
 
 
 def free_port(host: str) -> int:

@@ -40,16 +40,22 @@ class PeerReport:
 
 
 def find_silent(
-    now: float, pulses: Sequence[Pulse], own_host: str, limit_s: float
+    now: float,
+    pulses: Sequence[Pulse],
+    own_host: str,
+    limit_s: float,
+    *,
+    is_wary: bool = False,
 ) -> dict[str, str]:
     """Workers to declare lost (name -> reason).
 
-    A worker that is silent for longer than its patience is lost. If two or more on the
+    A worker that is silent for longer than its patience is lost; if ``is_wary``, for longer than
+    ``limit_s``. If two or more on the
     controller's own host, and half of those there, are late at once, that machine is busy, and
     they have ``limit_s``. A loop that stalls with work in hand for ``limit_s`` is lost too, unless
     it waits for a peer, or some worker is silent: who waits for a lost peer is not to blame.
     """
-    limits = {p.name: min(p.patience_s, limit_s) for p in pulses}
+    limits = {p.name: limit_s if is_wary else min(p.patience_s, limit_s) for p in pulses}
     here = [p for p in pulses if p.running and p.host == own_host]
     late = [p.name for p in here if now - p.heard_at > limits[p.name] / 2]
     if len(late) > 1 and 2 * len(late) >= len(here):

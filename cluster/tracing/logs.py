@@ -10,9 +10,9 @@ import json
 import logging
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Literal, TextIO
 
 from cluster.tracing.output_files import OutputFiles
@@ -69,12 +69,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """``12:01:02.345 WARNING expert-0 g3 req-1 lost attention-0 cause=killed``."""
+    """``2026-11-27T12:01:02.345+00:00 WARNING expert-0 g3 req-1 lost attention-0 cause=killed``."""
 
     def format(self, record: logging.LogRecord) -> str:
         found = fields_of(record)
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        head = [f"{clock}.{int(record.msecs):03d}", found["level"], found["process"] or "-"]
+        at = datetime.fromtimestamp(record.created).astimezone()
+        clock = at.isoformat(timespec="milliseconds")
+        head = [clock, found["level"], found["process"] or "-"]
         head += [f"g{found['generation']}"] if found["generation"] else []
         head += [found["request_id"]] if found["request_id"] else []
         known = ("ts", "level", "process", "logger", "generation", "request_id", "message")
@@ -137,3 +138,15 @@ def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -
     root.setLevel(logging.WARNING)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+def adopt(*libraries: str) -> None:
+    """Write the warnings of libraries with handlers of their own in the form of this module."""
+    for name in libraries:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = True
+        for handler in list(logger.handlers):
+            stream = getattr(handler, "stream", None)
+            if stream is not None and stream in (sys.stderr, sys.__stderr__):
+                logger.removeHandler(handler)

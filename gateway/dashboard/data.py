@@ -13,8 +13,9 @@ from typing import Any
 
 from cluster.core.errors import NotReadyError, RequestError
 from cluster.core.metric_families import PlainFamily
+from gateway.auth.auth import NUMBERS_BY_EXPERT, KeyRing, check_operator, is_operator
+from gateway.cluster.recent import Recent
 from gateway.core.replay import ReplayCause
-from gateway.dashboard.recent import Recent
 from gateway.generation.gateway import Gateway
 
 COUNTERS = ("prompt_tokens_total", "generation_tokens_total")
@@ -30,22 +31,28 @@ _AGE_S = 1.0
 class PageData:
     """What the pages of one port show."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, keys: KeyRing) -> None:
         self._gateway = gateway
-        self._snapshot = Recent(gateway.cluster.fresh, _AGE_S)
+        self._keys = keys
+        self._snapshot = Recent(gateway.numbers.snapshot, _AGE_S)
         self._load = Recent(self._ask_load, _AGE_S)
 
     async def state(self) -> dict[str, Any]:
-        """The cluster's state (as ``status --json``), and what all replicas have counted."""
+        """The cluster's state (as ``status --json``), and what all replicas have counted.
+
+        ``sees_experts`` says whether the key of the page shows the load of experts too.
+        """
         snapshot, replicas = await asyncio.gather(
             self._snapshot.get(), self._gateway.replicas.ask("summary")
         )
         described = [one["describe"] for one in replicas.values()]
-        status = self._gateway.status_of(snapshot, described)
+        is_whole = is_operator(self._keys)
+        status = self._gateway.status_of(snapshot, described, is_whole)
         families = [family for one in replicas.values() for family in one["metrics"]]
         return {
             "schema": 1,
             "time": time.time(),
+            "sees_experts": is_whole,
             "status": {name: part for name, part in status.items() if name not in _LEFT_OUT},
             "counters": {name: _total(families, name) for name in COUNTERS},
             "replayed": _by_cause(families),
@@ -59,16 +66,18 @@ class PageData:
             number: of the bank, counted from the first.
 
         Raises:
+            PermissionDeniedError: the key is a client's.
             RequestError: there is no such bank.
             NotReadyError: the controller does not answer.
         """
+        check_operator(self._keys, NUMBERS_BY_EXPERT)
         load, placement = await self._load.get()
         return _bank(load, placement, number)
 
     async def _ask_load(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Load and placement of the same epoch."""
-        ask = self._gateway.cluster.ask
-        load, placement = await asyncio.gather(ask("load"), ask("placement"))
+        numbers = self._gateway.numbers
+        load, placement = await asyncio.gather(numbers.load(), numbers.placement())
         if load["epoch"] != placement["epoch"]:
             raise NotReadyError("the placement has just changed", "not_ready", 1.0)
         return load, placement

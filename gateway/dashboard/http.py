@@ -70,7 +70,8 @@ def open_paths() -> frozenset[str]:
 
 def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
     """The page, its files and its data. ``is_admin``: it has buttons that give orders."""
-    data, page = PageData(gateway), _files()["index.html"]
+    keys = gateway.admin_keys if is_admin else gateway.keys
+    data, page = PageData(gateway, keys), _files()["index.html"]
     if is_admin:
         page = _file(page.content.replace(_PUBLIC_PORT, _ADMIN_PORT), ".html")
     files = [

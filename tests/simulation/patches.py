@@ -105,7 +105,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
     ("workers.kv.transfer.lender", "Future", SimFuture),
     ("workers.model.loading.checkpoint", "safe_open", SimReader),
-    ("workers.model.loading.checkpoint", "_entries", entries),
+    ("workers.model.loading.checkpoint", "entries_of", entries),
     ("workers.model.loading.checkpoint", "size_and_change", size_and_change),
     ("gateway.generation.gateway", "OutputQueue", WatchedQueue),
     ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from workers.model.config import TensorPart
 from workers.model.layers import LayerProduct
@@ -11,16 +12,22 @@ from workers.model.layers import LayerProduct
 _WEIGHT = ".weight"
 _ROUTERS = frozenset({"router", "attention_router", "mlp_router", "shared_gate"})
 """Short names of matrices that choose experts or weigh them."""
+_GATE = "is a router or a gate, which adapters do not change"
 _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     ((".experts.", ".experts"), "is of routed experts, which adapters do not change"),
     ((".input_linear", ".output_linear"), "is of routed experts, which adapters do not change"),
     (("embed_tokens",), "is the embedding, which adapters do not change"),
     (("lm_head", "score"), "is the model's head, which adapters do not change"),
-    ((".gate", ".router", "_gate"), "is a router or a gate, which adapters do not change"),
+    ((".gate", "_gate"), _GATE),
+    ((".router", ".router."), _GATE),
     (("norm",), "is a norm, which adapters do not change"),
     ((".kv_b_proj",), "is computed head by head, and adapters do not change it"),
 )
 """Parts or ends of names, and the reason that an error gives."""
+
+
+_NOT_LOADED: Any = None
+"""The product of a target of a model without weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +52,39 @@ def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, Target]:
     }
 
 
+def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, Target]:
+    """The targets of a model that is not loaded, from the tensors of an attention worker.
+
+    Their products cannot be called: they serve to check adapters.
+    """
+    modules = {part.name.removesuffix(_WEIGHT): part for part in parts if _is_matrix(part)}
+    return {
+        module: Target(LayerProduct(_NOT_LOADED, {module: part}), module)
+        for module, part in modules.items()
+        if _rule_against(module) is None
+    }
+
+
 def why_not(module: str) -> str:
     """What is said of a module that is no target."""
+    other = "is no projection of attention, shared expert or dense MLP of this model"
+    return _rule_against(module) or other
+
+
+def _rule_against(module: str) -> str | None:
     for marks, rule in _RULES:
         if any(module.endswith(mark) or (mark.endswith(".") and mark in module) for mark in marks):
             return rule
-    return "is no projection of attention, shared expert or dense MLP of this model"
+    return None
+
+
+def _is_matrix(part: TensorPart) -> bool:
+    """Whether it is one whole matrix of the checkpoint, as an adapter needs."""
+    is_plain = part.index is None and part.rows is None and not part.is_transposed
+    return is_plain and len(part.shape) == 2
 
 
 def _targets(product: LayerProduct) -> Iterator[Target]:
     for name, part in product.parts.items():
-        is_plain = part.index is None and part.rows is None and not part.is_transposed
-        if name not in _ROUTERS and is_plain and len(part.shape) == 2:
+        if name not in _ROUTERS and _is_matrix(part):
             yield Target(product, name)

@@ -65,14 +65,15 @@ class Front:
         self,
         log: Path,
         environment: Mapping[str, str],
-        on_ready: Callable[[str, str], None],
+        on_ready: Callable[[str, str, Mapping[str, str]], None],
         module: str = "cluster.launch.launch",
         stop_limit_s: float = 9.0,
     ) -> None:
         """Spawn it; it imports what it needs and waits for ``begin``.
 
-        ``on_ready`` is called with the URL of HTTP and the ``host:port`` of gRPC. Force follows
-        ``stop_limit_s`` after the first signal, or after the end of the running requests.
+        ``on_ready`` is called with the URL of HTTP, the ``host:port`` of gRPC, and those of the
+        admin ports by kind. Force follows ``stop_limit_s`` after the first signal, or after the end
+        of the running requests.
         """
         self._on_ready = on_ready
         self._log = log
@@ -148,7 +149,7 @@ class Front:
             elif kind == "ready":
                 progress.clear()
                 self._was_ready = True
-                self._on_ready(event["http"], event["grpc"])
+                self._on_ready(event["http"], event["grpc"], event["admin"])
             elif kind == "failed":
                 code = ExitCode.REFUSED if event["refused"] else ExitCode.FAILED
                 self._failure = CommandError(code, event["message"])

@@ -33,6 +33,7 @@ def run_status(args: argparse.Namespace) -> int:
         ready: dict[str, Any] = client.get("/ready", any_status=True)
         is_ready = bool(ready.get("ready")) and not ready.get("error")
         show(args, status, _status_text(status, colours=not args.no_color))
+        _note_partial(status)
         if not is_ready:
             note("; ".join(["not ready", *map(str, ready.get("reasons") or ())]))
         if not args.watch:
@@ -82,25 +83,34 @@ def _autoscale_text(autoscale: Mapping[str, Any]) -> str:
 def run_workers(args: argparse.Namespace) -> int:
     status = Client(args).get("/cluster/v1/status")
     document = {"schema": 1, "workers": status["workers"]}
+    _note_partial(status)
     return show(args, document, _workers_text(status))
 
 
+def _note_partial(status: Mapping[str, Any]) -> None:
+    if status.get("is_partial"):
+        note("hosts, processes, problems and events are shown to admin keys only: give --admin-key")
+
+
 def _workers_text(status: Mapping[str, Any]) -> str:
+    """A table of the workers that live, and one of those that have gone, with the reason."""
     header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "THREADS", "HOLDS")
+    names = ("name", "role", "rank", "state", "node", "pid", "threads")
+    workers = status.get("workers", ())
+    living = [w for w in workers if not is_gone(w["state"])]
+    gone = [w for w in workers if is_gone(w["state"])]
     rows = [
-        (
-            *(w[name] for name in ("name", "role", "rank", "state", "node", "pid")),
-            "" if w["threads"] is None else w["threads"],  # not loaded yet
-            _holds(w),
-        )
-        for w in status.get("workers", ())
+        (*("-" if (value := w.get(name)) in (None, "") else value for name in names), _holds(w))
+        for w in living
     ]
-    return table(header, rows)
+    text = table(header, rows)
+    if gone:
+        rows = [(w["name"], w["state"], w.get("node") or "-", w.get("reason") or "") for w in gone]
+        text += f"\n\n{table(('GONE', 'STATE', 'NODE', 'REASON'), rows)}"
+    return text
 
 
 def _holds(worker: Mapping[str, Any]) -> str:
-    if is_gone(worker["state"]):
-        return str(worker.get("reason") or "")
     free, total, slots = (worker.get(k) for k in ("kv_blocks_free", "kv_blocks_total", "slots"))
     held = [f"{slots} expert slots"] if slots is not None else []
     held += [f"{free} of {total} KV blocks free"] if total else []

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.cli.cluster import dry_run
 from cluster.cli.cluster.front import Front, raise_on_signals
-from cluster.cli.options.serve_config import asked_for, build_config, make_plan
+from cluster.cli.options.serve_config import asked_for, build_config, check_files, make_plan
 from cluster.cli.options.serve_options import (
     StartOptions,
     add_serve_options,
@@ -123,7 +123,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
         if not args.dry_run:  # the launcher imports while the checkpoint is looked at
             state_file.remove_log(name)  # of a start that failed
             undo.callback(log.unlink, missing_ok=True)
-            front = Front(log, environment, lambda http, grpc: _ready(args, plan, http, grpc))
+            front = Front(log, environment, lambda *addresses: _ready(args, plan, *addresses))
             undo.callback(front.cancel)
         check = CheckpointCheck(
             model.folder,
@@ -131,12 +131,15 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
             args.dry_run,
             config.model.quantize,
             config.speculation.has_predictor,
+            config.lora,
         )
         undo.callback(check.cancel)
         progress.update("check")
         facts = check.result()
         if facts.ignored_keys:
             note(f"config.json: ignored, not known: {', '.join(facts.ignored_keys)}")
+        if not facts.has_tokenizer:
+            note(f"{model.name} has no tokenizer.json: requests must give token ids, not text")
         plan = make_plan(
             config,
             facts,
@@ -193,6 +196,7 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
     The ports of a joined Ray are the launcher's to look at: they may be on another host, or in use
     by the very cluster that is asked for.
     """
+    check_files(values)
     section = build_config(dict(values), ModelSource(folder=Path(), name="model")).gateway
     try:
         check_haproxy(section, os.environ)
@@ -205,21 +209,28 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
 
 
-def _ready(args: argparse.Namespace, plan: LaunchPlan, url: str, grpc: str) -> None:
+def _ready(
+    args: argparse.Namespace, plan: LaunchPlan, url: str, grpc: str, admin: Mapping[str, str]
+) -> None:
     _print_ready(args, plan.name, url, grpc)
-    for hint in call_hints(plan.config, url, grpc):
+    note(f"  cluster {plan.name}, admin http={admin['http']} grpc={admin['grpc']}")
+    if plan.name != state_file.DEFAULT_NAME:
+        note(f"  expertmesh status --name {plan.name}  # --name where several clusters run here")
+    for hint in call_hints(plan.config, url, grpc, plan.facts.has_tokenizer):
         note(f"  {hint}")
     if plan.command == "serve":
         note("  stop with Ctrl-C")
 
 
-def call_hints(config: ClusterConfig, url: str, grpc: str) -> tuple[str, ...]:
-    """How to call a server: with curl, grpcurl and Python."""
+def call_hints(config: ClusterConfig, url: str, grpc: str, has_tokenizer: bool) -> tuple[str, ...]:
+    """How to call a server: with curl, grpcurl and Python; with token ids without a tokenizer."""
     section = config.gateway
     key = " -H 'Authorization: Bearer KEY'" if section.asks_for_keys else ""
     model = config.model.served_model_name
-    body = json.dumps({"model": model, "prompt": "ROMEO:", "max_tokens": 40, "stream": True})
-    call = json.dumps({"text": "ROMEO:", "sampling_params": {"max_tokens": 40}})
+    prompt: Any = "ROMEO:" if has_tokenizer else [1, 2, 3]
+    body = json.dumps({"model": model, "prompt": prompt, "max_tokens": 40, "stream": True})
+    given = {"text": prompt} if has_tokenizer else {"token_ids": {"ids": prompt}}
+    call = json.dumps({**given, "sampling_params": {"max_tokens": 40}})
     curl, grpcurl = ("curl -N", "-plaintext")
     if section.has_tls:
         curl, grpcurl = ("curl --cacert CA.pem -N", "-cacert CA.pem")

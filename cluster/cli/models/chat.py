@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from cluster.cli.models.generate import add_sampling, sampling_of, stream_text
+from cluster.cli.models.generate import INTERRUPTED, add_sampling, sampling_of, stream_text
 from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.client import Client
-from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json
 
 
@@ -21,18 +21,39 @@ def add_commands(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each answer as it comes; with ``--json`` all messages as one document at the end."""
+    """Print each answer as it comes; with ``--json`` all messages as one document at the end.
+
+    In a conversation Ctrl-C ends the running answer. On a terminal an answer that fails leaves the
+    conversation as it was before the message.
+    """
     messages: list[dict[str, str]] = []
     if args.system:
         messages.append({"role": "system", "content": args.system})
     client = Client(args)
+    is_conversation = args.message is None
     usage = None
     for text in _said(args):
-        messages.append({"role": "user", "content": text})
-        body = {"messages": messages, **sampling_of(args)}
-        answer = stream_text(client, "/v1/chat/completions", body, show=not args.json)
-        usage = answer["usage"]
-        messages.append({"role": "assistant", "content": answer["text"]})
+        asked = [*messages, {"role": "user", "content": text}]
+        body = {"messages": asked, **sampling_of(args)}
+        try:
+            answer = stream_text(
+                client,
+                "/v1/chat/completions",
+                body,
+                show=not args.json,
+                may_interrupt=is_conversation,
+            )
+        except CommandError as err:
+            if not (is_conversation and sys.stdin.isatty()):
+                raise
+            note(f"expertmesh: {err}; the message is not part of the conversation, say it again")
+            continue
+        if answer["finish_reason"] == INTERRUPTED:
+            note("(interrupted)")
+            if not answer["text"]:
+                continue
+        usage = answer["usage"] or usage
+        messages = [*asked, {"role": "assistant", "content": answer["text"]}]
     if args.json:
         out_json({"schema": 1, "messages": messages, "usage": usage})
     return ExitCode.OK
@@ -44,7 +65,7 @@ def _said(args: argparse.Namespace) -> Iterator[str]:
         yield args.message
         return
     if sys.stdin.isatty():
-        note("a line each; Ctrl-D ends it")
+        note("one message per line; Ctrl-C ends an answer, Ctrl-D the conversation")
     for line in sys.stdin:
         if line.strip():
             yield line.rstrip("\n")

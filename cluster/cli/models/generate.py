@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.terminal.arguments import Commands, add_model_option
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import out, out_json
+
+INTERRUPTED = "interrupted"
+"""Finish reason of an answer that the user has ended."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -50,24 +54,36 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def stream_text(client: Client, path: str, body: dict[str, Any], show: bool) -> dict[str, Any]:
+def stream_text(
+    client: Client, path: str, body: dict[str, Any], show: bool, *, may_interrupt: bool = False
+) -> dict[str, Any]:
     """The whole ``text``, its ``finish_reason`` and the ``usage``; shows the text as it comes.
 
-    Raises ``CommandError``, also for a stream without an end.
+    ``may_interrupt``: Ctrl-C ends the answer with the finish reason ``INTERRUPTED``. Raises
+    ``CommandError``, also for a stream without an end.
     """
     answer: dict[str, Any] = {"text": "", "finish_reason": None, "usage": None}
-    for event in client.stream(path, body):
-        if "error" in event:
-            raise CommandError(ExitCode.FAILED, str(event["error"]["message"]))
-        answer["usage"] = event.get("usage") or answer["usage"]
-        for choice in event["choices"]:
-            piece = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
-            answer["text"] += piece
-            answer["finish_reason"] = choice["finish_reason"] or answer["finish_reason"]
-            if show:
-                out(piece)
+    try:
+        for event in client.stream(path, body):
+            if "error" in event:
+                raise CommandError(ExitCode.FAILED, str(event["error"]["message"]))
+            answer["usage"] = event.get("usage") or answer["usage"]
+            for choice in event["choices"]:
+                _add_choice(answer, choice, show)
+    except KeyboardInterrupt:
+        if not may_interrupt:
+            raise
+        answer["finish_reason"] = INTERRUPTED
     if answer["finish_reason"] is None:
         raise CommandError(ExitCode.FAILED, "the stream ended before the text was finished")
     if show:
         out("\n")
     return answer
+
+
+def _add_choice(answer: dict[str, Any], choice: Mapping[str, Any], show: bool) -> None:
+    piece = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
+    answer["text"] += piece
+    answer["finish_reason"] = choice["finish_reason"] or answer["finish_reason"]
+    if show:
+        out(piece)

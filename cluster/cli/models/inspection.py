@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         found = tokens_of(args)
         ids, names = found["tokens"], found["token_strs"]
     body = {"token_ids": ids, "outputs": args.output or list(SHOWN), **model_field(args)}
-    answer = Client(args).post("/v1/inspect", body)
+    answer = Client(args).run_model("/v1/inspect", body)
     if args.json:
         out_json({"schema": 1, "token_ids": ids, **answer})
         return ExitCode.OK

@@ -46,7 +46,7 @@ def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
     """The gateway's answer at ``/tokenize`` for the text."""
     text = sys.stdin.read() if args.text == "-" else args.text
     body = {"prompt": text, "return_token_strs": True, **model_field(args)}
-    answer: dict[str, Any] = Client(args).post("/tokenize", body)
+    answer: dict[str, Any] = Client(args).run_model("/tokenize", body)
     return answer
 
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a line for each token, or the text; with ``--json`` the whole answer."""
     check_text_or_ids(args)
     if args.ids is not None:
-        answer = Client(args).post("/detokenize", {"tokens": args.ids, **model_field(args)})
+        answer = Client(args).run_model("/detokenize", {"tokens": args.ids, **model_field(args)})
     else:
         answer = tokens_of(args)
     if args.json:

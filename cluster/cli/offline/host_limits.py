@@ -17,8 +17,14 @@ MIN_THREADS = 1000
 """The demo's processes have about 400 on 2 cores; many pools grow with the cores."""
 MIN_FILES = 4096
 """A gateway has about 80 files and a connection for each request, of which 1,024 may wait."""
+WANTED_FILES = 65536
+"""What is advised where the limit is lower than ``MIN_FILES``."""
 MIN_FREE_SHARE = 0.05
 """Below it Ray no longer writes objects to disk. Source: ``local_fs_capacity_threshold`` of Ray."""
+_WAYS = {
+    "/proc/sys/kernel/threads-max": "as root: sysctl kernel.threads-max",
+    "ulimit -u": "docker run --ulimit nproc, systemd's LimitNPROC, limits.conf",
+}
 _HUGE_PAGES = Path("sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -35,7 +41,7 @@ def examine_threads(root: Path = Path("/")) -> Finding:
         return finding("threads", True, "no limit")
     name, number = min(known.items(), key=lambda pair: pair[1])
     text = f"{max(number, 0)} more may start, by {name}"
-    fix = f"raise {name} (docker run --pids-limit, or systemd's TasksMax)"
+    fix = f"raise {name} ({_WAYS.get(name, 'docker run --pids-limit, or systemd TasksMax')})"
     return finding("threads", number >= MIN_THREADS, text, fix=fix, otherwise="warn")
 
 
@@ -99,8 +105,13 @@ def examine_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = "no limit" if soft == resource.RLIM_INFINITY else f"{soft} for each process"
     is_ok = soft == resource.RLIM_INFINITY or soft >= MIN_FILES
-    most = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
-    fix = f"run ulimit -n {max(MIN_FILES, 65536)} before the start (at most {most} here)"
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    fix = f"run ulimit -n {wanted} before the start"
+    if wanted < MIN_FILES:
+        fix = (
+            f"the hard limit is {hard}, so that ulimit cannot raise it to {MIN_FILES}: raise that "
+            "limit (docker run --ulimit nofile=65536, systemd's LimitNOFILE, limits.conf)"
+        )
     return finding("open files", is_ok, text, fix=fix, otherwise="warn")
 
 

@@ -6,6 +6,7 @@ docstring below the field is the option's help.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -19,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cluster.config.option_metadata import FLAG
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _METAVARS = {
     "SECONDS": "s timeout",
     "MILLISECONDS": "ms",
@@ -29,6 +30,7 @@ _METAVARS = {
     "HOST": "host",
     "FILE": "file profile template cert key ca",
     "FOLDER": "dir",
+    "FOLDERS": "roots",
     "URL": "endpoint",
     "NAME": "name",
     "ORIGINS": "origins",
@@ -36,15 +38,15 @@ _METAVARS = {
     "NAME=FOLDER": "modules",
 }
 """What stands for a value in the help, by the last word of the field's name."""
+_BYTES = re.compile(r"([+-]?\d+(?:\.\d+)?(?=[KMGT])|[+-]?\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
     """``4096``, ``64M``, ``2GiB``: a number of bytes. Raises ``ValueError``."""
-    digits = text.strip().removesuffix("iB").removesuffix("B")
-    unit = digits[-1:].upper() if digits[-1:].isalpha() else ""
-    number = digits.removesuffix(digits[-1:]) if unit else digits
-    if unit not in _UNITS:
+    match = _BYTES.fullmatch(text.strip())
+    if match is None:
         raise ValueError(f"{text} is not a number of bytes")
+    number, unit = match[1], match[2].upper()
     return int(float(number) * _UNITS[unit]) if unit else int(number)
 
 
@@ -68,6 +70,14 @@ def _parse_word_or_number(text: str) -> str | int:
 
 def _parse_words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+_RULES: Mapping[Callable[[str], Any], str] = {
+    int: "must be a whole number",
+    float: "must be a number",
+    parse_bytes: "must be a number of bytes, such as 4096, 64M or 8GiB",
+    _parse_switch: "must be true or false",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +133,20 @@ class ServeOption:
         return self.kind(text) in self.choices
 
     @property
+    def rule(self) -> str:
+        """What a text must be, in words."""
+        if self.choices:
+            return f"must be one of {', '.join(self.choices)}"
+        return _RULES.get(self.kind, "is not valid")
+
+    def parse(self, text: str) -> Any:
+        """The value of a text. Raises ``argparse.ArgumentTypeError`` with the rule it breaks."""
+        try:
+            return self.kind(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(f"{text!r} {self.rule}") from err
+
+    @property
     def is_path(self) -> bool:
         """The value is a path."""
         return self.metavar in ("FILE", "FOLDER")
@@ -140,7 +164,7 @@ class ServeOption:
 
 
 def _bytes_text(number: int) -> str:
-    unit = next(unit for unit in "GMK" if number % _UNITS[unit] == 0 or unit == "K")
+    unit = next(unit for unit in "TGMK" if number % _UNITS[unit] == 0 or unit == "K")
     return f"{number // _UNITS[unit]}{unit}" if number % _UNITS[unit] == 0 else str(number)
 
 

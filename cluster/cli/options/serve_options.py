@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from cluster.cli.options.option import ServeOption, help_text, options_of
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.parser import suggestion
 from cluster.config.api_keys import hash_key
 from cluster.config.cluster import section_types
 from cluster.core.checks import check_each, is_not_negative, is_positive
@@ -38,6 +40,17 @@ class StartOptions:
 
 
 _SECTIONS: dict[str, type] = {**section_types(), "": StartOptions}
+_PREFIX = "EXPERTMESH_"
+_VARIABLES = {
+    f"{_PREFIX}{name}"
+    for name in (
+        *("MODEL", "URL", "ADMIN_URL", "NAME", "API_KEY", "ADMIN_KEY"),
+        *("CA_CERT", "CLIENT_CERT", "CLIENT_KEY", "MAX_INSTRUCTIONS", "PARENT"),
+    )
+}
+"""Variables that are not those of an option of ``serve``."""
+_OF_SERVICE = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP)\w*)?$")
+"""Kubernetes sets such variables in every pod, for Services such as ``expertmesh-gateway``."""
 _MODULES = "--lora-modules"
 """The option that takes several words."""
 _KEY_VARIABLES = {
@@ -76,7 +89,7 @@ def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None
         bare: dict[str, Any] = {"nargs": "?", "const": "on"} if option.may_be_bare else {}
         choices, metavar = option.choices or None, option.metavar
         group.add_argument(
-            option.flag, type=option.kind, choices=choices, metavar=metavar, help=text, **bare
+            option.flag, type=option.parse, choices=choices, metavar=metavar, help=text, **bare
         )
     elif option.default:
         action = argparse.BooleanOptionalAction
@@ -161,6 +174,38 @@ def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> Give
     )
 
 
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A line for each ``EXPERTMESH_*`` variable that no command reads."""
+    known = {*_VARIABLES, *_KEY_VARIABLES.values(), *(option.variable for option in OPTIONS)}
+    return [
+        f"{name} is set, but is no variable of expertmesh{suggestion(name, known)}"
+        for name in sorted(environment)
+        if name.startswith(_PREFIX) and name not in known and not _OF_SERVICE.search(name)
+    ]
+
+
+def as_typed(message: str, args: argparse.Namespace, environment: Mapping[str, str]) -> str:
+    """An error about settings, with the names under which the user has given them.
+
+    max_num_seqs (0) must be above 0 -> --max-num-seqs (0) must be above 0
+    """
+    if not hasattr(args, "config"):  # no command with the options of serve
+        return message
+
+    def origin(match: re.Match[str]) -> str:
+        option = fields[match[0]]
+        is_given = getattr(args, option.dest, None) is not None
+        return option.variable if not is_given and option.variable in environment else option.flag
+
+    fields = {option.field: option for option in OPTIONS}
+    words = "|".join(map(re.escape, sorted(fields, key=len, reverse=True)))
+    first = re.compile(rf"^(?:{words})(?= \()")
+    others = re.compile(rf"(?<![\w/.-])(?:{words})(?![\w/.-])")
+    return others.sub(
+        lambda match: origin(match) if "_" in match[0] else match[0], first.sub(origin, message)
+    )
+
+
 def collect_keys(
     values: Mapping[str, Any], environment: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
@@ -210,7 +255,9 @@ def _read_file(args: argparse.Namespace) -> dict[str, str]:
 def _entry(path: str, key: object, value: Any) -> tuple[str, str]:
     name = str(key).replace("-", "_")
     if name not in {"model", *(option.dest for option in OPTIONS)}:
-        raise _refusal(path, f"{key} is no option of serve")
+        known = (option.flag.removeprefix("--") for option in OPTIONS)
+        meant = suggestion(name.replace("_", "-"), known)
+        raise _refusal(path, f"{key} is no option of serve{meant}")
     if not isinstance(value, str | int | float):  # a switch is an int too
         raise _refusal(path, f"{key} must have one value")
     return name, str(value)
@@ -225,11 +272,9 @@ def _parse(option: ServeOption, text: str, origin: str) -> Any:
     try:
         value = option.kind(text)
     except ValueError as err:
-        message = f"{origin} ({text}) is not valid for {option.flag}"
-        raise CommandError(ExitCode.USAGE, message) from err
+        raise CommandError(ExitCode.USAGE, f"{origin} ({text}) {option.rule}") from err
     if option.choices and value not in option.choices:
-        words = ", ".join(option.choices)
-        raise CommandError(ExitCode.USAGE, f"{origin} ({text}) must be one of {words}")
+        raise CommandError(ExitCode.USAGE, f"{origin} ({text}) {option.rule}")
     return value
 
 

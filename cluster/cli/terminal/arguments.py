@@ -41,7 +41,7 @@ class Commands:
     ) -> argparse.ArgumentParser:
         """A command; ``run`` returns its exit code."""
         parser = self._add(name, text, parents=[self._common])
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, command_parser=parser)
         return parser
 
     def add_group(self, name: str, text: str) -> Commands:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.progress import waiting
 from cluster.launch import state_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 10.0
+"""Longest wait for a connection, and for the answer to a call that runs no model."""
+_SILENCE_LIMIT_S = 120.0
+"""Longest silence in a stream: a gateway sends a comment every 15 s."""
 
 
 def find_url(args: argparse.Namespace) -> str:
@@ -27,11 +32,16 @@ def find_url(args: argparse.Namespace) -> str:
         return str(given).rstrip("/")
     alive = {r.name: r for r in state_file.all_records() if r.is_alive or r.is_on_its_own}
     name = args.name or os.environ.get("EXPERTMESH_NAME")
+    running = ", ".join(f"{r.name} ({r.http})" for r in alive.values())
     if name and name not in alive:
-        raise CommandError(ExitCode.UNREACHABLE, f"no cluster called {name} runs on this host")
+        message = f"no cluster called {name} runs on this host; running: {running or 'none'}"
+        raise CommandError(ExitCode.UNREACHABLE, message)
     if name or state_file.DEFAULT_NAME in alive:
         return alive[name or state_file.DEFAULT_NAME].http
-    return next(iter(alive.values())).http if len(alive) == 1 else DEFAULT_URL
+    if len(alive) > 1:
+        message = f"several clusters run on this host: {running}; choose one with --name"
+        raise CommandError(ExitCode.USAGE, message)
+    return next(iter(alive.values())).http if alive else DEFAULT_URL
 
 
 class Client:
@@ -43,18 +53,32 @@ class Client:
         """``admin_url`` where it is an admin port, not the gateway that ``args`` name. ``key`` in
         place of what ``args`` or the environment name; empty: none."""
         self.url = _checked(admin_url or find_url(args))
-        self._timeout_s = args.timeout or DEFAULT_TIMEOUT_S
+        self._timeout_s: float | None = args.timeout
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
+        self._admin_key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "")
+        self._is_admin = bool(admin_url)
         if admin_url:
-            self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
+            self._key = self._admin_key or self._key
         if key is not None:
-            self._key = key
+            self._key = self._admin_key = key
         self.tls = _tls_context(args) if self.url.startswith("https:") else None
         """What https needs; None without it."""
 
     def get(self, path: str, any_status: bool = False) -> Any:
-        """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""
-        return self._parse(self._read(path, None, any_status))
+        """The JSON document at ``path``. ``any_status`` takes the body of an error answer too.
+
+        A document that is partial for a client's key is read again with the admin key, if there is
+        one.
+        """
+        document, key = self._parse(self._read(path, None, any_status)), self._key
+        if isinstance(document, dict) and document.get("is_partial") and self._use_admin_key():
+            try:
+                return self._parse(self._read(path, None, any_status))
+            except CommandError as err:
+                if err.code is not ExitCode.UNAUTHORISED:
+                    raise
+                self._key = key  # it is the key of another cluster
+        return document
 
     def get_text(self, path: str) -> str:
         """The body at ``path``."""
@@ -64,6 +88,11 @@ class Client:
         """The JSON document that answers ``body``."""
         return self._parse(self._read(path, body))
 
+    def run_model(self, path: str, body: dict[str, Any]) -> Any:
+        """Like ``post``, for calls that run the model: no time limit without ``--timeout``."""
+        with waiting(f"waiting for {self.url}"), self._open(path, body, silence_s=None) as reply:
+            return self._parse(bytes(reply.read()))
+
     @property
     def headers(self) -> dict[str, str]:
         """Headers of every request, with the key."""
@@ -71,11 +100,18 @@ class Client:
         return {"Content-Type": "application/json", **key}
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """POST, then the ``data:`` events of the answer up to ``[DONE]``."""
-        with self._open(path, body) as reply:
-            for line in reply:
-                if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-                    yield self._parse(line[len(b"data: ") :])
+        """POST, then the ``data:`` events of the answer up to ``[DONE]``.
+
+        A long prompt delays the first event without a limit; only a server that sends not even
+        comments is given up, unless ``--timeout`` is set. Shows progress until the first event.
+        """
+        with contextlib.ExitStack() as until_first:
+            until_first.enter_context(waiting("waiting for the first token"))
+            with self._open(path, body, silence_s=_SILENCE_LIMIT_S) as reply:
+                for line in reply:
+                    if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                        until_first.close()
+                        yield self._parse(line[len(b"data: ") :])
 
     def _read(
         self, path: str, body: dict[str, Any] | None = None, any_status: bool = False
@@ -85,22 +121,56 @@ class Client:
 
     @contextlib.contextmanager
     def _open(
-        self, path: str, body: dict[str, Any] | None, any_status: bool = False
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        any_status: bool = False,
+        silence_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> Iterator[Any]:
-        """The answer, to be read; GET without a body. Raises ``CommandError``, also of reading."""
+        """The answer, to be read; GET without a body. Raises ``CommandError``, also of reading.
+
+        ``silence_s``: longest wait for the next bytes without ``--timeout``; None: no limit.
+        """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
+        limit_s = self._timeout_s or silence_s
         try:
-            with urllib.request.urlopen(
-                request, timeout=self._timeout_s, context=self.tls
-            ) as reply:
+            with self._reply(path, data, limit_s) as reply:
                 yield reply
         except urllib.error.HTTPError as err:
             if not any_status or err.code in (401, 403):
-                raise refusal(err.code, err.read()) from err
+                raise self._with_key_option(refusal(err.code, err.read()), err.code) from err
             yield err
         except (OSError, ValueError) as err:
-            raise self._unreachable(err) from err
+            raise self._unreachable(err, limit_s) from err
+
+    def _with_key_option(self, err: CommandError, status: int) -> CommandError:
+        """The error, with the option that gives the key that was missing or wrong."""
+        if err.code != ExitCode.UNAUTHORISED:
+            return err
+        which = "admin" if self._is_admin or status == 403 else "api"
+        hint = f"--{which}-key or EXPERTMESH_{which.upper()}_KEY gives it"
+        return CommandError(err.code, f"{err} ({hint})")
+
+    def _reply(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
+        """The answer to a request. Where a key is refused, the admin key is tried for reading."""
+        try:
+            return self._send(path, data, limit_s)
+        except urllib.error.HTTPError as err:
+            if err.code not in (401, 403) or data is not None or not self._use_admin_key():
+                raise
+            err.close()
+        return self._send(path, data, limit_s)
+
+    def _send(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
+        opener = urllib.request.build_opener(_Http(limit_s), _Https(limit_s, self.tls))
+        return opener.open(request, timeout=self._timeout_s or DEFAULT_TIMEOUT_S)
+
+    def _use_admin_key(self) -> bool:
+        """Use the admin key from now on; whether that changes anything."""
+        has_changed = self._admin_key not in ("", self._key)
+        self._key = self._admin_key or self._key
+        return has_changed
 
     def _parse(self, body: bytes) -> Any:
         try:
@@ -109,17 +179,71 @@ class Client:
             message = f"{self.url} does not answer like an expertmesh gateway"
             raise CommandError(ExitCode.UNREACHABLE, message) from err
 
-    def _unreachable(self, err: Exception) -> CommandError:
+    def _unreachable(self, err: Exception, limit_s: float | None) -> CommandError:
         reason = getattr(err, "reason", err)
         if isinstance(err, TimeoutError) or isinstance(reason, TimeoutError):
-            message = f"{self.url} did not answer within {self._timeout_s:g} s"
+            limit_s = limit_s or DEFAULT_TIMEOUT_S
+            message = f"{self.url} did not answer within {limit_s:g} s (--timeout)"
             return CommandError(ExitCode.NOT_READY, message)
         for record in state_file.all_records():
             if record.http == self.url and record.state == "starting" and record.is_alive:
                 logs = f"expertmesh logs --name {record.name} --follow"
                 message = f"cluster {record.name} is starting at {self.url}: {logs}"
                 return CommandError(ExitCode.NOT_READY, message)
-        return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.url}: {reason}")
+        message = f"cannot reach {self.url}: {reason}"
+        if self.url == DEFAULT_URL and not any(state_file.all_records()):
+            message += " (no cluster is recorded on this host; --url names a server elsewhere)"
+        return CommandError(ExitCode.UNREACHABLE, message)
+
+
+class _Http(urllib.request.HTTPHandler):
+    """Connections with one time limit for connecting and another for reading."""
+
+    def __init__(self, read_limit_s: float | None) -> None:
+        super().__init__()
+        self._read_limit_s = read_limit_s
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, request)
+
+    def _connection(self, host: str, **options: Any) -> http.client.HTTPConnection:
+        return _with_read_limit(http.client.HTTPConnection(host, **options), self._read_limit_s)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    """As ``_Http``, over TLS."""
+
+    def __init__(self, read_limit_s: float | None, tls: ssl.SSLContext | None) -> None:
+        super().__init__(context=tls)
+        self._tls = tls
+        self._read_limit_s = read_limit_s
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, request, context=self._tls)
+
+    def _connection(self, host: str, **options: Any) -> http.client.HTTPConnection:
+        return _with_read_limit(http.client.HTTPSConnection(host, **options), self._read_limit_s)
+
+
+def _with_read_limit(
+    connection: http.client.HTTPConnection, limit_s: float | None
+) -> http.client.HTTPConnection:
+    """Make a connection change its time limit to ``limit_s`` once it is open."""
+    connect = connection.connect
+
+    def connect_then_limit() -> None:
+        connect()
+        connection.sock.settimeout(limit_s)
+
+    connection.connect = connect_then_limit  # type: ignore[method-assign]
+    return connection
+
+
+def require_whole(status: Mapping[str, Any], what: str) -> None:
+    """Raise ``CommandError`` for a status that was shown to a client's key."""
+    if status.get("is_partial"):
+        message = f"the server shows {what} to admin keys only: give --admin-key"
+        raise CommandError(ExitCode.UNAUTHORISED, message)
 
 
 def _checked(url: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TextIO
 
 INTERVAL_S = 5.0
+_TICK_S = 1.0
 _BAR = 24
 _STAGES = {
     "check": "checking the checkpoint",
@@ -70,6 +72,25 @@ class Progress(AbstractContextManager["Progress"]):
         self._stream.write(f"\r{text.ljust(self._width)}")
         self._stream.flush()
         self._width = len(text)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show the text and the seconds since, from the first second of a blocking call to its end."""
+    ended = threading.Event()
+
+    def show() -> None:
+        with Progress() as progress:
+            while not ended.wait(_TICK_S):
+                progress.update(text)
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _bar(done: int, total: int) -> str:

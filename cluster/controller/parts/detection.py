@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 """Time between two ticks; after twice that time the controller itself is late."""
+_LATE_GAPS = 2.0
+"""Silence in expected gaps after which waits for a processor are watched."""
+_WARY_S = 10.0
+"""Time after a loss in which the whole detection limit must pass before another worker is lost: the
+survivors, and a new worker that starts, keep the machine busy."""
 _FORMING_S = 0.5
 """Time after which a generation that forms waits for somebody by name."""
 
@@ -45,6 +50,8 @@ class Detection:
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
         """Hosts where workers start, as of the last tick; empty text: one is not known yet."""
+        self._lost_at = -math.inf
+        """Time of the last loss of a worker."""
         self._held = frozenset[str]()
         """Who is silent with most other hosts."""
         self._ran_at = self._busy_at = cluster.began_at
@@ -61,7 +68,33 @@ class Detection:
         tells_nothing = is_starting or str(record.info.get("device")).startswith("cuda")
         if now - self.last_tick <= 2 * TICK_S:  # else the silence may be the controller's own
             record.gaps.add(math.inf if tells_nothing else now - record.heard_at, now)
-        record.heard_at = now
+        record.heard_at, record.starved_s = now, 0.0
+
+    def suspects(self, now: float) -> dict[str, int]:
+        """Workers of this host (name -> process id) that are late with a sign of life or progress.
+
+        Their waits for a processor are to be watched: see ``starved``.
+        """
+        cluster, transport = self._cluster, self._cluster.config.transport
+        return {
+            r.name: r.member.pid
+            for r in cluster.workers.alive()
+            if r.member.pid
+            and r.member.node == cluster.host
+            and (
+                now - r.heard_at > _LATE_GAPS * transport.alive_s
+                or now - r.progress_at > self._limits.detection_limit_s / 2
+            )
+        }
+
+    def starved(self, waits: Mapping[str, float], now: float) -> None:
+        """Workers (name -> seconds) waited for a processor since the last call.
+
+        This time does not count as silence, up to ``hold_limit_s`` since the last sign of life.
+        """
+        for name, seconds in waits.items():
+            if name in self._cluster.workers:
+                self._cluster.workers[name].starve(seconds, self._limits.hold_limit_s, now)
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> str:
         """A worker reports that it lost another. Returns why all must form a generation again if
@@ -182,13 +215,19 @@ class Detection:
         for lost in self._find_lost(now, held):
             yield {name: reason for name, reason in lost.items() if name not in held}
 
+    def lost(self, now: float) -> None:
+        """A worker was declared lost, for any reason."""
+        self._lost_at = now
+
     def _find_lost(self, now: float, held: frozenset[str]) -> Iterator[Mapping[str, str]]:
         limit, cluster = self._limits.detection_limit_s, self._cluster
         yield self._late_starts(now)
         early = max(limit, self._limits.start_silence_s)
         starts = cluster.state is ClusterState.STARTING
         for loading, most in ((True, early), (False, early if starts else limit)):
-            yield find_silent(now, cluster.workers.pulses(loading), cluster.host, most)
+            pulses = cluster.workers.pulses(loading)
+            is_wary = now - self._lost_at < _WARY_S
+            yield find_silent(now, pulses, cluster.host, most, is_wary=is_wary)
         if held:  # others wait for these, too
             self._ran_at = self._busy_at = now
             return

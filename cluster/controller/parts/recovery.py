@@ -115,7 +115,10 @@ class Recovery:
         if fresh:
             names = ", ".join(m.name for m in fresh)
             verb = "is" if len(fresh) == 1 else "are"
-            self._go_on([*members, *fresh], f"{names} {verb} ready", now)
+            scale = self._cluster.scale
+            is_added = scale is not None and any(m.name in self._cluster.new_workers for m in fresh)
+            order = f" ({scale.operation.id})" if scale is not None and is_added else ""
+            self._go_on([*members, *fresh], f"{names} {verb} ready{order}", now)
 
     def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> bool:
         """A worker has answered a load order; False if no recovery sent that order."""

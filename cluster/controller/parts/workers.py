@@ -17,11 +17,14 @@ from cluster.core.release import Build, differing_item
 from cluster.core.states import GONE, WorkerState, next_state
 from cluster.core.topology import ADDRESS_FIELDS, NODE_FIELDS, Generation, Member
 from cluster.policy.failure import Pulse
+from cluster.policy.places import place_of
 from cluster.policy.progress import Pace
 from cluster.policy.silence import GapWindow
 
 MODEL_FACTS = ("model_type", "dtype", "kv_cache_dtype", "max_model_len", "vocab_size")
 _MAX_LOST = 32
+_FORGET_S = 600.0
+"""Time for which a worker that is gone stays in the table."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,6 +66,10 @@ class WorkerRecord:
     """Generation in which its heartbeats differ from what the controller knows, and since when."""
     generation: int = 0
     """The generation that it had begun to join at its last heartbeat, or ran."""
+    starved_s: float = 0.0
+    """Time for which it has waited for a processor since its last sign of life."""
+    starved_steps_s: float = 0.0
+    """The same since its last progress."""
     gaps: GapWindow = field(default_factory=GapWindow)
     """How long workers of its host were silent; detection shares it among them."""
     disconnected: str = ""
@@ -79,6 +86,12 @@ class WorkerRecord:
     """Of its host, by its last heartbeat."""
     adapters: tuple[str, ...] = ()
     """Keys of adapters that its requests had at its last heartbeat."""
+    problems: tuple[str, ...] = ()
+    """What keeps parts of it from working, by its last heartbeat."""
+    kept_version: int = 0
+    """Version of the newest controller snapshot that it keeps."""
+    gone_at: float | None = None
+    """Monotonic time at which ``WorkerTable.forget`` first saw it lost or drained."""
     awaits_adapters: bool = False
     """It may join others only once it has all adapters."""
     _progress: int = -1
@@ -158,13 +171,14 @@ class WorkerRecord:
 
     def beat(self, frame: frames.Heartbeat, now: float) -> None:
         if frame.idle or frame.progress != self._progress:
-            self.progress_at = now
+            self.progress_at, self.starved_steps_s = now, 0.0
         self._progress = frame.progress
         self.is_waiting = frame.waiting
         self.stalled_s, self.waits_for = frame.stalled_s, frame.waits_for
         self.generation = frame.generation
         self.low_disks = frame.low_disks
         self.adapters = frame.adapters
+        self.problems = frame.problems
         self.take_numbers(frame)
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
@@ -184,6 +198,15 @@ class WorkerRecord:
         self.call_again_by += seconds
         self.heard_at = min(now, self.heard_at + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
+
+    def starve(self, seconds: float, at_most: float, now: float) -> None:
+        """Advance its clocks by a wait for a processor, each by ``at_most`` since it was set."""
+        silence_s = min(seconds, max(0.0, at_most - self.starved_s))
+        stall_s = min(seconds, max(0.0, at_most - self.starved_steps_s))
+        self.starved_s += silence_s
+        self.starved_steps_s += stall_s
+        self.heard_at = min(now, self.heard_at + silence_s)
+        self.progress_at = min(now, self.progress_at + stall_s)
 
     def pulse(self) -> Pulse:
         """Input of the failure policy. Gaps count in a running generation only."""
@@ -217,7 +240,7 @@ class WorkerRecord:
             "role": self.member.role,
             "rank": self.member.rank,
             "node": self.member.node,
-            "pid": self.member.pid,
+            "pid": self.member.pid or None,
             "state": shown.value,
             "device": self.info.get("device"),
             "threads": self.info.get("threads"),
@@ -264,6 +287,18 @@ class WorkerTable:
         lost = [name for name, record in self._records.items() if record.is_lost]
         for name in lost[:-_MAX_LOST]:
             del self._records[name]
+
+    def forget(self, now: float) -> None:
+        """Drop workers that are gone for ``_FORGET_S``: lost ones once they have a successor."""
+        last_of_place = {place_of(name): name for name in self._records}
+        for name, record in list(self._records.items()):
+            if not record.is_lost:
+                continue
+            record.gone_at = now if record.gone_at is None else record.gone_at
+            has_successor = last_of_place[place_of(name)] != name
+            is_needless = has_successor or record.state is WorkerState.DRAINED
+            if is_needless and now - record.gone_at > _FORGET_S:
+                del self._records[name]
 
     def find(self, name: str) -> WorkerRecord:
         """The record of ``name``. Raises ``ProtocolError`` for an unknown name."""

@@ -308,11 +308,13 @@ class Rebalancing:
         found = job.attributes(self._last)
         self._cluster.end_trace(job.opened, self._last["seconds"], found, error)
         effect = text if outcome == "applied" else f"{outcome}: {text}; the epoch in force stays"
-        self._cluster.note("rebalance", effect, now)
-        if job.asked.operation is not None:
+        operation = job.asked.operation
+        order = "" if operation is None else f" ({operation.id})"
+        self._cluster.note(f"rebalance{order}", effect, now)
+        if operation is not None:
             states = {"applied": OperationState.SUCCEEDED, "cancelled": OperationState.CANCELLED}
             state = states.get(outcome, OperationState.FAILED)
-            self._cluster.operations.end(job.asked.operation, state, text, now)
+            self._cluster.operations.end(operation, state, text, now)
 
     def _prove(self, window: LoadWindow, now: float) -> None:
         """Record the effect of a change, from the first whole window in it."""

@@ -72,10 +72,18 @@ function showHead(status) {
   fill(byId("problems"), problems.map((problem) => element("li", {}, problem)));
 }
 
+// A client's key shows nothing by expert, and no events: say so in place of empty panels.
+function showOperatorOnly(isOperator) {
+  for (const part of document.querySelectorAll(".operator-only")) part.hidden = !isOperator;
+  for (const part of document.querySelectorAll(".needs-admin-key")) part.hidden = isOperator;
+  playground.seesPlacement = isOperator;
+}
+
 async function update() {
   const state = await get("dashboard/api/state");
   show(state);
-  if (numStates++ % LOAD_EVERY === 0) {
+  showOperatorOnly(state.sees_experts);
+  if (state.sees_experts && numStates++ % LOAD_EVERY === 0) {
     await heatmap.refresh().catch(() => {}); // none yet, or the placement changes
     playground.setNames(heatmap.workers);
   }

@@ -5,6 +5,7 @@ import { byId, element } from "./format.js";
 
 export class Playground {
   #names = [];
+  seesPlacement = true; // false with a client's key
 
   constructor() {
     byId("try-form").addEventListener("submit", (event) => {
@@ -63,7 +64,7 @@ export class Playground {
   async #inspect({ ids, numPrompt, words, chances }) {
     const [seen, placement] = await Promise.all([
       post("v1/inspect", { token_ids: ids, outputs: ["routes"] }),
-      get("cluster/v1/placement"),
+      this.seesPlacement ? get("cluster/v1/placement") : null,
     ]);
     const routes = seen.data[0].routes ?? [];
     const buttons = ids.map((id, place) => {
@@ -79,7 +80,7 @@ export class Playground {
       button.textContent = word.replaceAll("\n", "⏎");
       button.addEventListener("click", () => {
         for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
-        this.#show(word, chance, place, routes, placement.banks);
+        this.#show(word, chance, place, routes, placement?.banks);
       });
       return button;
     });
@@ -89,10 +90,10 @@ export class Playground {
 
   #show(word, chance, place, routes, banks) {
     const rows = routes.map((route) => {
-      const bank = banks.find((b) => b.layer === route.layer && b.bank === route.bank);
+      const bank = banks?.find((b) => b.layer === route.layer && b.bank === route.bank);
       const experts = route.topk_ids[place].map((expert, rank) => {
         const weight = route.topk_weights[place][rank];
-        return `${expert} (${weight.toFixed(2)}, ${this.#holders(bank, expert)})`;
+        return `${expert} (${[weight.toFixed(2), ...(banks ? [this.#holders(bank, expert)] : [])].join(", ")})`;
       });
       return element(
         "tr",
@@ -103,7 +104,8 @@ export class Playground {
     });
     const table = element("table", {}, element("caption", {}, `“${word}”${chance}`));
     const head = element("tr", {}, element("th", { scope: "col" }, "Layer"));
-    head.append(element("th", { scope: "col" }, "Experts (weight, workers with a copy)"));
+    const shown = banks ? "weight, workers with a copy" : "weight";
+    head.append(element("th", { scope: "col" }, `Experts (${shown})`));
     table.append(element("thead", {}, head), element("tbody", {}, ...rows));
     byId("visited").replaceChildren(table);
   }

@@ -13,7 +13,12 @@ export function showWorkers(status) {
   fill(
     byId("workers"),
     [...hosts].map(([host, workers]) =>
-      element("div", { className: "node" }, element("h3", {}, `host ${host}`), ...workers.map(card)),
+      element(
+        "div",
+        { className: "node" },
+        ...(host === undefined ? [] : [element("h3", {}, `host ${host}`)]), // a client's key shows no hosts
+        ...workers.map(card),
+      ),
     ),
   );
 }
@@ -32,7 +37,7 @@ function card(worker) {
 function details(worker) {
   if (worker.state === "LOST" || worker.state === "DRAINED") return worker.reason || worker.role;
   const stats = worker.stats ?? {};
-  const parts = [`process ${worker.pid}`];
+  const parts = worker.pid === undefined ? [worker.role] : [`process ${worker.pid}`];
   if (worker.total_bytes && worker.loaded_bytes < worker.total_bytes) {
     parts.push(`loaded ${Math.floor((100 * worker.loaded_bytes) / worker.total_bytes)}%`);
   }

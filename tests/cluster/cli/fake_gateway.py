@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -91,6 +91,20 @@ LOAD: dict[str, Any] = {
 }
 
 
+PARTIAL = {
+    "schema": 1,
+    "state": "SERVING",
+    "is_partial": True,
+    "workers": [{"name": "expert-0", "role": "expert", "rank": 0, "state": "SERVING", "slots": 4}],
+    "gateway": [{"name": "gateway-1", "grpc_port": 50051}],
+}
+"""The status for a client's key."""
+
+
+def _nothing() -> None:
+    pass
+
+
 @dataclass(slots=True)
 class FakeGateway:
     """What to answer; tests change it while the server runs."""
@@ -100,6 +114,10 @@ class FakeGateway:
     status: tuple[int, Any] = (200, STATUS)
     events: list[Any] = field(default_factory=list)
     delay_s: float = 0.0
+    before_answer: Callable[[], None] = _nothing
+    """Called before an answer to POST begins."""
+    before_end: Callable[[], None] = _nothing
+    """Called before the last event of an answer."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     admin: list[tuple[int, Any]] = field(default_factory=list)
     admin_paths: list[str] = field(default_factory=list)
@@ -109,6 +127,8 @@ class FakeGateway:
     metrics: list[str] = field(default_factory=list)
     """Expositions, the next at each scrape, the last again and again."""
     keys: list[str | None] = field(default_factory=list)
+    operator_key: str = ""
+    """If set, other keys are shown what those of clients are."""
 
     def open_admin(self) -> None:
         """Say in the status that the admin port is this server's."""
@@ -123,6 +143,11 @@ class FakeGateway:
         error = {
             "error": {"message": f"no {path}", "type": "x", "param": None, "code": "not_found"}
         }
+        if self.operator_key and self.keys[-1] != f"Bearer {self.operator_key}":
+            if path in ("/cluster/v1/load", "/cluster/v1/placement"):
+                return 403, {"error": {**error["error"], "message": "this needs an admin key"}}
+            if path == "/cluster/v1/status":
+                return 200, PARTIAL
         routes = {
             "/ready": self.ready,
             "/cluster/v1/status": self.status,
@@ -161,16 +186,19 @@ def fake_gateway() -> Iterator[FakeGateway]:
                 self._send(200, "application/json", body)
                 return
             events = [f"data: {json.dumps(e)}\n\n" for e in gateway.events]
-            body = "".join([": ping\n\n", *events, "data: [DONE]\n\n"]).encode()
-            self._send(200, "text/event-stream", body)
+            parts = ("".join([": ping\n\n", *events]).encode(), b"data: [DONE]\n\n")
+            gateway.before_answer()
+            self._send(200, "text/event-stream", *parts)
 
-        def _send(self, status: int, kind: str, body: bytes) -> None:
+        def _send(self, status: int, kind: str, body: bytes, end: bytes = b"") -> None:
             self.send_response(status)
             self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) + len(end)))
             self.end_headers()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self.wfile.write(body)
+                gateway.before_end()
+                self.wfile.write(end)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Keep the tests' output clean."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 
 from cluster.cli.main import main
-from cluster.cli.offline.doctor import kernels_finding
+from cluster.cli.offline.doctor import examine_kernels, kernels_finding
 from cluster.cli.offline.finding import Finding
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.core.release import RELEASE
 from cluster.launch import state_file
+from cluster.launch.orphans import host_id, identify
 from cluster.launch.plan import count_cpus
-from tests.cluster.cli.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway
+from tests.cluster.cli.fake_gateway import EVENTS, PARTIAL, PLACEMENT, STATUS, FakeGateway
 from tests.cluster.launch.test_state_file import record
 from workers.native.library import Found
 
@@ -124,7 +127,11 @@ def test_refusals_become_exit_codes(
 ) -> None:
     gateway.status = (status, error("says why"))
     assert main(["--url", gateway.url, "workers"]) == code
-    assert capsys.readouterr().err == "expertmesh: says why\n"
+    hints = {
+        401: " (--api-key or EXPERTMESH_API_KEY gives it)",
+        403: " (--admin-key or EXPERTMESH_ADMIN_KEY gives it)",
+    }
+    assert capsys.readouterr().err == f"expertmesh: says why{hints.get(status, '')}\n"
 
 
 def test_no_server_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,8 +157,32 @@ def test_a_url_that_is_none(url: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err.count("is not a URL") == 2
 
 
-def test_an_unknown_cluster_name() -> None:
-    assert main(["--name", "nobody", "status"]) == ExitCode.UNREACHABLE
+def test_an_unknown_cluster_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--name", "other", "status"]) == ExitCode.UNREACHABLE
+    assert "no cluster called other runs on this host; running: none" in capsys.readouterr().err
+
+
+def test_one_of_several_clusters_must_be_chosen(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    me = identify(os.getpid())
+    assert me is not None
+    alive = replace(record("serve-1"), launcher=me, host=host_id(), http=gateway.url)
+    state_file.write_record(alive)
+    assert main(["status"]) == ExitCode.OK
+    state_file.write_record(replace(alive, name="serve-2", http="http://127.0.0.1:2"))
+    assert main(["status"]) == ExitCode.USAGE
+    running = f"serve-1 ({gateway.url}), serve-2 (http://127.0.0.1:2)"
+    error = f"several clusters run on this host: {running}; choose one with --name\n"
+    assert capsys.readouterr().err.endswith(error)
+    assert main(["--name", "serve-1", "status"]) == ExitCode.OK
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == ExitCode.OK
+    assert capsys.readouterr().out == f"expertmesh {RELEASE}\n"
 
 
 def test_a_cluster_that_is_starting_is_not_unreachable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +199,10 @@ def test_lost_workers_have_a_reason(
     lost = {**STATUS["workers"][1], "state": "LOST", "reason": "its process died"}
     gateway.status = (200, {**STATUS, "workers": [STATUS["workers"][0], lost]})
     assert main(["--url", gateway.url, "workers"]) == ExitCode.OK
-    assert capsys.readouterr().out.splitlines()[2].endswith("its process died")
+    _, attention, blank, header, gone = capsys.readouterr().out.splitlines()
+    assert attention.startswith("attention-0")
+    assert (blank, header.split()) == ("", ["GONE", "STATE", "NODE", "REASON"])
+    assert gone.split() == ["expert-0", "LOST", "here", "its", "process", "died"]
 
 
 def test_events_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +221,7 @@ def test_workers_table(gateway: FakeGateway, capsys: pytest.CaptureFixture[str])
     assert lines[0].split() == ["NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "THREADS", "HOLDS"]
     assert [line.split()[0] for line in lines[1:]] == ["attention-0", "expert-0"]
     assert lines[1].split()[5:8] == ["11", "2", "10"]
-    assert lines[2].split()[5:7] == ["12", "32"], "an expert worker that has not loaded yet"
+    assert lines[2].split()[5:8] == ["12", "-", "32"], "an expert worker that has not loaded yet"
 
 
 def test_placement_of_one_layer(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +342,13 @@ def test_doctor_warns_of_a_host_without_kernels() -> None:
     assert found == Finding(what="kernels", verdict="warn", text="torch (no compiler)")
 
 
+def test_doctor_names_instructions_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTMESH_MAX_INSTRUCTIONS", "avx9")
+    found = examine_kernels()
+    rule = "EXPERTMESH_MAX_INSTRUCTIONS 'avx9' must be one of avx512_bf16, avx512, avx2"
+    assert (found.verdict, found.text) == ("bad", rule)
+
+
 def test_reading_commands_import_neither_ray_nor_torch() -> None:
     code = (
         "import sys, cluster.cli.main; "
@@ -315,3 +356,37 @@ def test_reading_commands_import_neither_ray_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("command", ["load", "placement"])
+def test_numbers_by_expert_need_the_admin_key(
+    gateway: FakeGateway, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.operator_key = "root"
+    words = ["--url", gateway.url, "--api-key", "user", command, "--json"]
+    assert main(words) == ExitCode.UNAUTHORISED
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "this needs an admin key" in output.err
+    for more in (["--admin-key", "root"], ["--api-key", "", "--admin-key", "root"]):
+        assert main([*more, *words]) == ExitCode.OK
+        assert json.loads(capsys.readouterr().out)["banks"]
+
+
+def test_the_status_is_partial_with_the_key_of_a_client(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.operator_key = "root"
+    words = ["--url", gateway.url, "--api-key", "user"]
+    for command in ("status", "workers"):
+        assert main([*words, command]) in (ExitCode.OK, ExitCode.NOT_READY)
+        output = capsys.readouterr()
+        assert "expert-0" in output.out
+        assert "give --admin-key" in output.err
+        assert main([*words, "--admin-key", "root", command]) in (ExitCode.OK, ExitCode.NOT_READY)
+        assert "give --admin-key" not in capsys.readouterr().err
+    assert main([*words, "--admin-key", "other", "workers", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["workers"] == PARTIAL["workers"]
+    for lacking in (["health", "--node", "here"], ["drain", "worker", "expert-0"]):
+        assert main([*words, *lacking]) == ExitCode.UNAUTHORISED
+        assert "to admin keys only: give --admin-key" in capsys.readouterr().err

@@ -237,6 +237,24 @@ def test_a_lost_worker_is_replaced_under_a_new_name() -> None:
     assert states["expert-1.2"] == "SERVING"
 
 
+def test_lost_workers_are_dropped_after_a_while_once_they_have_a_successor() -> None:
+    cluster = FakeCluster(1, 3, num_redundant=3)
+    cluster.serve()
+    lose(cluster, "expert-1")
+    table = cluster.known.workers
+    table.forget(0.0)
+    table.forget(1e6)
+    assert "expert-1" in table, "nothing has replaced it"
+    cluster.join_all(highest_step=9)
+    cluster.tick(0.2)
+    table.forget(1e6)
+    assert [r.name for r in table if r.member.holds_experts] == [
+        "expert-0",
+        "expert-2",
+        "expert-1.2",
+    ]
+
+
 def test_a_worker_that_comes_during_a_recovery_joins_after_it() -> None:
     cluster = FakeCluster(2, 2, num_redundant=4)
     cluster.serve()

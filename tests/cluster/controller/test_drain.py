@@ -251,7 +251,7 @@ def test_an_attention_worker_leaves_when_its_requests_have() -> None:
     assert operation.result == {"requests_moved": 3, "workers": ["attention-1"]}
     assert (operation.generation, operation.progress) == (2, 1.0)
     cause, effect = (cluster.controller.snapshot()["history"][-1][k] for k in ("cause", "effect"))
-    assert cause == "drained attention-1"
+    assert cause == f"drained attention-1 ({operation.id})"
     assert effect.startswith("go on with 1 attention and 3 expert workers")
     cluster.tick(0.1)
     assert state_of(cluster, "attention-1.2") == "STARTING"

@@ -68,6 +68,8 @@ def test_new_workers_join_together_with_the_experts_that_they_have_loaded() -> N
         "expert-1",
         "expert-2",
     }
+    causes = [entry["cause"] for entry in cluster.controller.snapshot()["history"]]
+    assert causes[-1] == f"attention-1, expert-2 are ready ({operation.id})"
     order = cluster.link.last("expert-0", NewGeneration)
     assert order is not None
     assert order.placement.banks == placement.banks

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -54,6 +55,9 @@ def test_text_is_a_line_for_people() -> None:
     stream = set_up("text")
     logging.getLogger("workers.x").warning("lost %s", "attention-0", extra={"cause": "killed"})
     words = stream.getvalue().split()
+    at = datetime.fromisoformat(words[0])
+    assert at.utcoffset() is not None
+    assert abs(at - datetime.now(UTC)) < timedelta(minutes=10)
     assert words[1:4] == ["WARNING", "expert-0", "g3"]
     assert words[4:] == ["req-1", "lost", "attention-0", "cause=killed"]
 
@@ -76,6 +80,22 @@ def test_of_other_libraries_only_warnings_are_kept() -> None:
     logging.getLogger("cluster.x").debug("detail")
     logging.getLogger("other.library").warning("a problem")
     assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_libraries_with_handlers_of_their_own_get_our_form(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    library = logging.getLogger("other.serving")
+    library.propagate = False
+    library.setLevel(logging.INFO)
+    library.addHandler(logging.StreamHandler())
+    stream = set_up("json")
+    logs.adopt("other.serving")
+    library.info("started")
+    library.warning("a problem")
+    (line,) = stream.getvalue().splitlines()
+    assert json.loads(line)["message"] == "a problem"
+    assert capsys.readouterr().err == ""
 
 
 def test_set_up_twice_writes_once() -> None:

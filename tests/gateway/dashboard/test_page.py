@@ -59,10 +59,23 @@ def test_the_licence_of_the_chart_library_is_kept() -> None:
 @pytest.mark.parametrize("path", ["/dashboard/api/state", "/dashboard/api/load"])
 def test_the_data_needs_the_key_of_its_port(keyed: Stack, path: str) -> None:
     with admin_client(keyed) as admin:
-        for client, key in ((keyed.http, "secret"), (admin, "root")):
+        for client in (keyed.http, admin):
             assert client.get(path).status_code == 401
-            headers = {"authorization": f"Bearer {key}"}
+            headers = {"authorization": "Bearer root"}
             assert client.get(path, headers=headers).status_code == 200
+
+
+def test_a_key_of_a_client_shows_no_load(keyed: Stack) -> None:
+    headers = {"authorization": "Bearer secret"}
+    state = keyed.http.get("/dashboard/api/state", headers=headers).json()
+    assert state["sees_experts"] is False
+    assert state["status"]["is_partial"] is True
+    assert state["counters"].keys() == {"prompt_tokens_total", "generation_tokens_total"}
+    refused = keyed.http.get("/dashboard/api/load", headers=headers)
+    assert refused.status_code == 403
+    assert "admin key" in refused.json()["error"]["message"]
+    whole = keyed.http.get("/dashboard/api/state", headers={"authorization": "Bearer root"})
+    assert whole.json()["sees_experts"] is True
 
 
 def test_the_state_has_what_all_replicas_counted(stack: Stack) -> None:

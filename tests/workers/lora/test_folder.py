@@ -22,7 +22,7 @@ from tests.workers.lora.folders import (
     random_adapter,
     target_shapes,
 )
-from workers.lora.catalog import targets_of, why_not
+from workers.lora.catalog import targets_of, targets_without_weights, why_not
 from workers.lora.folder import AdapterFolder, read_folder
 from workers.lora.loaded import LoadedAdapters
 from workers.model.loading.checkpoint import Checkpoint, load_attention_model
@@ -179,8 +179,11 @@ def test_an_adapter_of_the_text_part_fits_the_whole_model(
 @pytest.mark.parametrize("variant", ["jetmoe-tied", "deepseekv3-base", "qwen3next-base"])
 def test_kinds_of_other_families(variant: str, golden: Callable[..., object]) -> None:
     path: Path = golden(variant).path  # type: ignore[attr-defined]
-    model = load_attention_model(Checkpoint(path), torch.float32, torch.device("cpu"))
-    assert targets_of(model.products).keys() == target_shapes(path).keys()
+    opened = Checkpoint(path)
+    model = load_attention_model(opened, torch.float32, torch.device("cpu"))
+    found = targets_of(model.products).keys()
+    assert found == target_shapes(path).keys()
+    assert found == targets_without_weights(opened.family.attention_tensors()).keys()
 
 
 def test_reasons() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import selectors
 import socket
 import threading
@@ -171,6 +172,7 @@ class ControlClient:
 
     def _run(self) -> None:
         """Talk until closed; connect again whenever the connection breaks."""
+        _raise_priority()
         try:
             self._serve()
         except Exception as err:
@@ -339,6 +341,18 @@ class ControlClient:
             raise HandshakeError(f"{address} does not know the cluster token")
         sock.sendall(encode(ControlProof(proof=proof.ours())))
         check_release(challenge.release, "the controller", self._release, self._name)
+
+
+def _raise_priority() -> None:
+    """Let the calling thread run before others of this host, where it may.
+
+    Real-time priority needs CAP_SYS_NICE or RLIMIT_RTPRIO. Threads and processes that this thread
+    starts do not inherit it.
+    """
+    if hasattr(os, "sched_setscheduler"):  # Linux
+        policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(threading.get_native_id(), policy, os.sched_param(1))
 
 
 def _finish(sock: socket.socket) -> None:

@@ -65,7 +65,9 @@ def test_a_wrong_admin_key_has_an_exit_code(
     gateway.admin = [(status, {"error": {"message": "not this key"}})]
     words = ["--url", gateway.url, "--admin-key", "wrong", "drain", "worker", "attention-1"]
     assert (main(words), ExitCode.UNAUTHORISED.value) == (6, 6)
-    assert capsys.readouterr().err == "expertmesh: not this key\n"
+    assert capsys.readouterr().err == (
+        "expertmesh: not this key (--admin-key or EXPERTMESH_ADMIN_KEY gives it)\n"
+    )
 
 
 def test_a_drain_is_waited_for(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:

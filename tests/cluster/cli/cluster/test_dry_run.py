@@ -98,7 +98,7 @@ def test_a_cluster_that_would_be_joined_decides_later(capsys: pytest.CaptureFixt
 def test_what_would_be_refused_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--mode", "colocated", "--num-expert-workers", "65")
     assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.REFUSED
-    assert "num_expert_workers (65) must not exceed the 64 experts" in capsys.readouterr().err
+    assert "--num-expert-workers (65) must not exceed the 64 experts" in capsys.readouterr().err
 
 
 DOTS1 = {
@@ -240,7 +240,7 @@ def test_lower_tiers_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == ExitCode.OK
     assert "2.15 GB of host memory and 4.29 GB on disk (/kv) in" in capsys.readouterr().out
     assert main([*words[:-2]]) == ExitCode.USAGE
-    assert "kv_disk_bytes (4294967296) needs kv_disk_dir" in capsys.readouterr().err
+    assert "--kv-disk-bytes (4294967296) needs --kv-disk-dir" in capsys.readouterr().err
 
 
 def test_recurrent_states_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,3 +288,28 @@ def test_rebalancing_that_cannot_happen_is_said_at_the_start(
     said = capsys.readouterr().err
     assert ("rebalancing is not possible" in said) is bool(reason)
     assert reason in said
+
+
+def test_a_missing_tokenizer_is_reported(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(tmp_path)
+    assert main(["serve", str(tmp_path), "--dry-run", *PORTS]) == 0
+    text = f"{tmp_path.name} has no tokenizer.json: requests must give token ids, not text\n"
+    assert text in capsys.readouterr().err
+
+
+def test_a_damaged_tokenizer_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert main(["serve", str(tmp_path), "--dry-run", *PORTS]) == ExitCode.REFUSED
+    assert "tokenizer.json cannot be read" in capsys.readouterr().err
+
+
+def test_adapters_that_cannot_be_loaded_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    modules = ["--lora-modules", f"sql={tmp_path}/none"]
+    assert main(["serve", "--dry-run", *PORTS, *modules]) == ExitCode.REFUSED
+    error = capsys.readouterr().err
+    assert f"--lora-modules (sql={tmp_path}/none): {tmp_path}/none: no such folder" in error

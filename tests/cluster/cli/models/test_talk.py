@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from cluster.cli.cluster.top import busy, read_numbers
 from cluster.cli.main import main
+from cluster.cli.terminal import client
 from cluster.cli.terminal.exit_codes import ExitCode
 from tests.cluster.cli.fake_gateway import STATUS, FakeGateway
 
@@ -57,6 +61,70 @@ def test_chat_remembers(
     said = json.loads(capsys.readouterr().out)["messages"]
     assert [m["content"] for m in said] == ["One?", "Yes.", "Two?", "Yes."]
     assert gateway.bodies[1]["messages"] == said[:3]
+
+
+def test_a_prompt_that_takes_longer_than_other_calls_is_awaited(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "DEFAULT_TIMEOUT_S", 0.2)
+    gateway.events = [delta("Late.", "stop")]
+    gateway.before_answer = lambda: time.sleep(0.5)  # longer than the limit of other calls
+    assert main(["--url", gateway.url, "chat", "Hello"]) == ExitCode.OK
+    assert capsys.readouterr().out == "Late.\n"
+    words = ["--url", gateway.url, "--timeout", "0.2", "chat", "Hello"]
+    assert main(words) == ExitCode.NOT_READY
+    assert "within 0.2 s (--timeout)" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            if "sir." in self.getvalue():
+                was_shown.set()
+            return written
+
+    def interrupt_first() -> None:
+        if len(gateway.bodies) == 1:
+            assert was_shown.wait(60)
+            signal.raise_signal(signal.SIGINT)
+            was_left.wait(60)
+
+    was_shown, was_left, screen = threading.Event(), threading.Event(), Screen()
+    gateway.events = [delta("Yes, "), delta("sir.", "stop")]
+    gateway.before_end = interrupt_first
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\nTwo?\n"))
+    monkeypatch.setattr(sys, "stdout", screen)
+    try:
+        assert main(["--url", gateway.url, "chat"]) == ExitCode.OK
+    finally:
+        was_left.set()
+    _, second = gateway.bodies
+    assert [m["content"] for m in second["messages"]] == ["One?", "Yes, sir.", "Two?"]
+    assert screen.getvalue() == "Yes, sir.\nYes, sir.\n"
+    assert "(interrupted)" in capsys.readouterr().err
+
+
+def test_on_a_terminal_a_failed_answer_leaves_the_conversation(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_first() -> None:
+        is_first = len(gateway.bodies) == 1
+        gateway.events = [{"error": {"message": "no room"}}] if is_first else [delta("A.", "stop")]
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    gateway.before_end = fail_first  # decides the answer to the next message
+    gateway.events = [delta("Yes.", "stop")]
+    monkeypatch.setattr(sys, "stdin", Terminal("One?\nTwo?\nThree?\n"))
+    assert main(["--url", gateway.url, "chat"]) == ExitCode.OK
+    assert "no room" in capsys.readouterr().err
+    said = [m["content"] for m in gateway.bodies[2]["messages"]]
+    assert said == ["One?", "Yes.", "Three?"]
 
 
 def test_an_answer_without_an_end_is_an_error(gateway: FakeGateway) -> None:

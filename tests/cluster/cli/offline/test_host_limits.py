@@ -56,6 +56,15 @@ def test_few_open_files() -> None:
     assert found.text.startswith(f"{MIN_FILES - 1} for each process: run ulimit -n ")
 
 
+def test_a_hard_limit_is_not_to_be_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def limit(soft: int, hard: int) -> str:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+        return examine_files().text
+
+    assert "run ulimit -n 8192 before the start" in limit(1024, 8192)
+    assert "the hard limit is 2048, so that ulimit cannot raise it to 4096" in limit(1024, 2048)
+
+
 @pytest.mark.parametrize(
     ("setting", "verdict", "text"),
     [

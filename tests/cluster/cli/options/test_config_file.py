@@ -63,7 +63,7 @@ def test_flag_and_environment_win_over_the_file(tmp_path: Path) -> None:
     [
         ("num-experts: 4", "num-experts is no option of serve"),
         ("config: other.yaml", "config is no option"),
-        ("port: many", r"port in .*engine.yaml \(many\) is not valid for --port"),
+        ("port: many", r"port in .*engine.yaml \(many\) must be a whole number"),
         ("mode: fast", r"mode in .* \(fast\) must be one of disaggregated"),
         ("port: [1, 2]", "port must have one value"),
         ("port: null", "port must have one value"),

@@ -3,8 +3,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.api_keys import hash_key
 from cluster.config.cluster import ClusterConfig, section_types
 from cluster.config.option_metadata import FLAG
+from cluster.launch import state_file
 from cluster.launch.model_source import ModelSource
 from gateway.auth.auth import make_key_rings
+from tests.cluster.launch.test_state_file import record
 from tests.paths import ROOT
 
 MODEL = ModelSource(folder=Path("/models/m"), name="m")
@@ -222,9 +226,9 @@ def test_every_field_of_the_configuration_is_an_option_or_internal() -> None:
 
 def test_the_limits_of_a_start_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--start-timeout", "0"]) == ExitCode.USAGE
-    assert "start_timeout (0.0) must be above 0" in one_line(capsys)
+    assert "--start-timeout (0.0) must be above 0" in one_line(capsys)
     assert main(["up", "--wait-nodes", "-1"]) == ExitCode.USAGE
-    assert "wait_nodes (-1) must not be negative" in one_line(capsys)
+    assert "--wait-nodes (-1) must not be negative" in one_line(capsys)
 
 
 def test_every_target_is_a_setting_of_the_configuration() -> None:
@@ -400,19 +404,20 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (
             ["--mode", "colocated", "--num-attention-workers", "1"],
             2,
-            "num_attention_workers (1) must be left out or equal num_expert_workers (2) in coloc",
+            "--num-attention-workers (1) must be left out or equal --num-expert-workers (2) in",
         ),
-        (["--num-expert-workers", "0"], 2, "num_expert_workers (0) must be at least 1"),
-        (["--port", "99999"], 2, "port (99999)"),
-        (["--host", "0.0.0.0"], 5, "host (0.0.0.0) is public"),
+        (["--num-expert-workers", "0"], 2, "--num-expert-workers (0) must be at least 1"),
+        (["--port", "99999"], 2, "--port (99999)"),
+        (["--host", "0.0.0.0"], 5, "--host (0.0.0.0) is public"),
         (["--host", "no.such.host.invalid"], 5, "no.such.host.invalid"),
         (["/no/such/folder"], 5, "/no/such/folder is neither a folder nor a hub id"),
-        late(["--placement-file", "/no/such/file"], 5, "placement_file (file) cannot be read"),
+        (["--placement-file", "/no/such/file"], 2, "--placement-file (/no/such/file) cannot be"),
+        (["--tls-cert", "/no/such/file"], 2, "--tls-cert (/no/such/file) cannot be read: No"),
         late(["--num-expert-workers", "65"], 5, "more workers than can ever have work"),
-        late(["--cpus-per-worker", "1000"], 5, "cpus_per_worker (1000) does not fit"),
-        late(["--gpus-per-worker", "1"], 5, "gpus_per_worker (1) does not fit"),
-        (["--gpus-per-worker", "2"], 2, "gpus_per_worker (2.0) must not exceed 1: a worker comp"),
-        late(["--max-model-len", "10000000"], 5, "max_model_len (10000000) must not exceed"),
+        late(["--cpus-per-worker", "1000"], 5, "--cpus-per-worker (1000) does not fit"),
+        late(["--gpus-per-worker", "1"], 5, "--gpus-per-worker (1) does not fit"),
+        (["--gpus-per-worker", "2"], 2, "--gpus-per-worker (2.0) must not exceed 1: a worker comp"),
+        late(["--max-model-len", "10000000"], 5, "--max-model-len (10000000) must not exceed"),
         (["--name", "../x"], 2, "name (../x)"),
     ],
 )
@@ -431,7 +436,75 @@ def test_a_port_in_use_is_refused(
     busy_port: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["serve", "--port", str(busy_port)]) == ExitCode.REFUSED
-    assert f"port ({busy_port}) is in use on 127.0.0.1" in one_line(capsys)
+    text = f"--port ({busy_port}) is in use on 127.0.0.1 by "
+    error = one_line(capsys)
+    assert text in error
+    assert error.endswith(f"(pid {os.getpid()})\n")
+    state_file.write_record(replace(record("mine"), http=f"http://127.0.0.1:{busy_port}"))
+    assert main(["serve", "--port", str(busy_port)]) == ExitCode.REFUSED
+    assert one_line(capsys) == f"expertmesh: {text}the cluster mine\n"
+
+
+@pytest.mark.usefixtures("state_home")
+def test_errors_name_the_variable_that_sets_an_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTMESH_MAX_NUM_SEQS", "0")
+    assert main(["serve", "--port", "0", "--grpc-port", "0"]) == ExitCode.USAGE
+    assert "EXPERTMESH_MAX_NUM_SEQS (0) must be" in one_line(capsys)
+
+
+@pytest.mark.usefixtures("state_home")
+def test_unknown_variables_are_reported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTMESH_MAX_NUM_SEQ", "8")
+    monkeypatch.setenv("EXPERTMESH_GATEWAY_SERVICE_HOST", "10.0.0.1")  # as in a pod
+    monkeypatch.setenv("EXPERTMESH_GATEWAY_PORT_8000_TCP_ADDR", "10.0.0.1")
+    monkeypatch.setenv("EXPERTMESH_NAME", "known")
+    assert main(["config"]) == ExitCode.OK
+    warning = "EXPERTMESH_MAX_NUM_SEQ is set, but is no variable of expertmesh: did you mean "
+    assert capsys.readouterr().err == f"expertmesh: warning: {warning}EXPERTMESH_MAX_NUM_SEQS?\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["serve", "--kv-host-bytes", "8Q"], "argument --kv-host-bytes: '8Q' must be a number of "),
+        (["serve", "--kv-host-bytes", "infG"], "'infG' must be a number of bytes, such as 4096, "),
+        (["serve", "--max-num-seqs", "x"], "argument --max-num-seqs: 'x' must be a whole number"),
+        (["serve", "--num-experts-workers", "3"], "unknown option --num-experts-workers: did you "),
+        (["status", "--wach"], "unknown option --wach: did you mean --watch?"),
+        (["statsu"], "invalid choice: 'statsu': did you mean status?"),
+        (["serve", "--mode", "locl"], "local, auto: did you mean local?"),
+        (["workers", "more"], "unknown argument more (see expertmesh workers --help)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_of_the_command_line_are_short_and_suggest(
+    words: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == ExitCode.USAGE
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("usage: expertmesh")
+    assert error in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4096", 4096), ("64M", 64 << 20), ("2GiB", 2 << 30), ("1.5kB", 1536), ("1T", 1 << 40)],
+)
+def test_numbers_of_bytes(text: str, number: int) -> None:
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "G", "1.5", "8Q", "infG", "nan", "1e9", "0x1", "1 2", "6MM"])
+def test_what_is_no_number_of_bytes(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a number of bytes"):
+        parse_bytes(text)
 
 
 @pytest.mark.distributed
@@ -502,3 +575,10 @@ def test_every_option_of_serve_is_in_the_readme_or_the_docs() -> None:
         )
     ]
     assert missing == []
+
+
+def test_adapters_come_from_any_folder_where_no_keys_are_configured() -> None:
+    assert config_of().lora.allows("/any/folder")
+    assert not config_of("--lora-roots", "/adapters").lora.allows("/any/folder")
+    config = config_of(environment={"EXPERTMESH_API_KEYS": "secret"})
+    assert not config.lora.allows("/any/folder")

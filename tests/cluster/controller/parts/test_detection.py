@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from msgspec.structs import replace
 
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import (
@@ -117,6 +118,53 @@ def test_workers_beside_the_controller_that_are_late_together_are_not_lost() -> 
     cluster = steady(hosts=dict.fromkeys(HOSTS, "head"))
     assert passes(cluster, 1.5, "expert-1", "expert-2") == []
     assert passes(cluster, 0.6, "expert-1", "expert-2") == ["expert-1", "expert-2"]
+
+
+def starves(cluster: FakeCluster, seconds: float, name: str, share: float = 1.0) -> list[str]:
+    """A worker is silent, and waits for a processor for a share of the time; who is lost then."""
+    for _ in range(round(seconds * 10)):
+        cluster.controller.detection.starved({name: 0.1 * share}, cluster.now)
+        cluster.tick(0.1)
+        say_alive(cluster, name)
+    return lost(cluster)
+
+
+def test_waits_for_a_processor_are_no_silence() -> None:
+    cluster = steady(hosts=dict.fromkeys(HOSTS, "head"))
+    assert starves(cluster, 5.0, "expert-1") == []
+    assert passes(cluster, 0.3, "expert-1") == []
+    assert passes(cluster, 0.2, "expert-1") == ["expert-1"]
+
+
+def test_a_worker_that_also_sleeps_is_lost_later() -> None:
+    cluster = steady(hosts=dict.fromkeys(HOSTS, "head"))
+    assert starves(cluster, 0.7, "expert-1", share=0.5) == []
+    assert starves(cluster, 0.4, "expert-1", share=0.5) == ["expert-1"]
+
+
+def test_a_worker_may_not_starve_for_ever() -> None:
+    cluster = steady(hosts=dict.fromkeys(HOSTS, "head"))
+    hold_s = ControllerSettings().hold_limit_s
+    assert starves(cluster, hold_s, "expert-1") == []
+    assert starves(cluster, 1.0, "expert-1") == ["expert-1"]
+
+
+def test_only_late_workers_of_this_host_are_suspects() -> None:
+    cluster = steady(hosts={**HOSTS, "expert-0": "head"})
+    for record in cluster.known.workers:
+        record.member = replace(record.member, pid=7)
+    suspects = cluster.controller.detection.suspects
+    assert suspects(cluster.now + 0.2) == {}
+    assert suspects(cluster.now + 0.3) == {"attention-0": 7, "expert-0": 7}
+
+
+def test_after_a_loss_another_one_takes_the_whole_limit() -> None:
+    """Recoveries keep machines busy: a first silence is weaker evidence then."""
+    cluster = steady(hosts=HOSTS)
+    cluster.controller.lost({"expert-2": "killed"}, cluster.now)
+    cluster.join_all()
+    assert passes(cluster, LIMIT_S - 0.1, "expert-1") == ["expert-2"]
+    assert passes(cluster, 0.3, "expert-1") == ["expert-1", "expert-2"]
 
 
 def test_a_worker_with_a_gpu_has_the_whole_limit() -> None:

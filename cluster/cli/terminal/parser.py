@@ -1,0 +1,52 @@
+"""The parser of all commands: short errors that suggest the word that was meant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+_INVALID_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
+_MAX_CHOICES = 12
+"""Longer lists of allowed words are left to the help."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with exit code 2, a usage of one line, and an error that names what was meant."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in the base class, with unknown options reported by the command that got them."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command: Parser = getattr(found, "command_parser", self)
+            command.error(command._unknown(unknown[0]))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        if match := _INVALID_CHOICE.search(message):
+            words = re.findall(r"'([^']*)'", match[2]) or match[2].split(", ")
+            shown = f", not one of {', '.join(words)}" if len(words) <= _MAX_CHOICES else ""
+            rule = f"invalid choice: {match[1]!r}{shown}{suggestion(match[1], words)}"
+            message = message.replace(match[0], rule)
+        positional = (_shown(action) for action in self._get_positional_actions())
+        words = ["usage:", self.prog, "[OPTION ...]", *positional]
+        self.exit(2, f"{' '.join(words)}\n{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def _unknown(self, word: str) -> str:
+        flag = word.partition("=")[0]
+        known = [flag for action in self._actions for flag in action.option_strings]
+        kind = "option" if word.startswith("-") else "argument"
+        return f"unknown {kind} {flag}{suggestion(flag, known)}"
+
+
+def _shown(action: argparse.Action) -> str:
+    name = str(action.metavar or action.dest)
+    return f"[{name}]" if action.nargs in ("?", "*") else name
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """``": did you mean --port?"``, or nothing where no known word is close."""
+    found: Sequence[str] = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f": did you mean {found[0]}?" if found else ""

@@ -1,0 +1,61 @@
+"""Workers are killed beside many busy processes: no other worker may be taken for dead."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness.cluster_gateway import gateway_of
+from tests.harness.fault_rows import (
+    SMALL,
+    check_answers,
+    entries_since,
+    kill,
+    row_config,
+    serving_name,
+    undisturbed,
+    whole,
+)
+from tests.harness.mixed_calls import make_calls
+from tests.harness.serving_cluster import RayCluster, connected_ray, serving
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NUM_BUSY = 30
+NUM_KILLS = 20
+SPIN = "while True: pass"
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Processes that never sleep."""
+    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_kills_beside_busy_processes_cost_no_other_worker() -> None:
+    draw = random.Random(1)
+    config = row_config(2, 3, num_redundant=22)
+    expected = undisturbed(SMALL)
+    with connected_ray(), serving(RayCluster(config)) as cluster, busy_processes(NUM_BUSY):
+        for _ in range(NUM_KILLS):
+            before = whole(cluster)
+            victim = serving_name(cluster, "expert", draw.randrange(3))
+            with gateway_of(cluster) as gateway:
+                streams = gateway.stream(make_calls(SMALL.num_streams, SMALL.num_tokens))
+                streams.wait_tokens(draw.randrange(100, 300))
+                kill(cluster, victim)
+                check_answers(streams.finish(), expected)
+            causes = [e["cause"] for e in entries_since(before, whole(cluster))]
+            lost = [c.partition(":")[0] for c in causes if c.startswith("lost")]
+            assert lost == [f"lost {victim}"], causes
