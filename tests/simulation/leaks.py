@@ -75,7 +75,7 @@ def _left_in_engine(engine: Engine) -> Iterator[str]:
     yield from _named("waits for blocks", [*scheduler.kv_waits._waiting])
     yield from _named("requests to ask about", scheduler.kv_waits._unasked)
     yield from _named("suspects", {**isolation._deaths, **isolation._hit})
-    yield from _named("offers to run alone", [*filter(None, [isolation._offer])])
+    yield from _named("offers to run alone", [*filter(None, [isolation._solo])])
     yield from _named("paused requests", [*engine._paused, *engine._to_pause])
     yield from _named("sequences that are sampled", engine._step_sampler._processors)
     if engine._speculator is not None:

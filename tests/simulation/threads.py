@@ -236,3 +236,8 @@ class SimThreading:
     Lock = SimLock
     Event = SimEvent
     current_thread = _Current
+
+    @staticmethod
+    def get_native_id() -> int:
+        """No thread of the system, so that its scheduler refuses to change it."""
+        return -1

@@ -29,6 +29,7 @@ class ToyTokenizer:
 
     is_byte_level = True
     chat_template = None
+    file = None
 
     def is_special(self, token: int) -> bool:
         return False
@@ -73,16 +74,16 @@ class ToyGrammars:
     """In place of ``GrammarCompiler``."""
 
     def __init__(self, *args: Any) -> None:
-        self._known: dict[Grammar, _Compiled] = {}
+        self._known: dict[tuple[Grammar, str], _Compiled] = {}
 
     def prepare(self) -> None:
         """See ``GrammarCompiler``."""
 
-    def cached(self, grammar: Grammar) -> _Compiled | None:
-        return self._known.get(grammar)
+    def cached(self, grammar: Grammar, owner: str = "") -> _Compiled | None:
+        return self._known.get((grammar, owner))
 
-    def compile(self, grammar: Grammar) -> _Compiled:
+    def compile(self, grammar: Grammar, owner: str = "") -> _Compiled:
         kernel = Kernel.current
         assert kernel is not None
         kernel.sleep(kernel.rng.random() * _COMPILE_S)
-        return self._known.setdefault(grammar, _Compiled(grammar))
+        return self._known.setdefault((grammar, owner), _Compiled(grammar))
