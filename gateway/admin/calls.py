@@ -174,7 +174,8 @@ class AdminCalls:
 
     async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest) -> pb.LoraAdapter:
         """Load an adapter; every replica takes requests that name it then."""
-        order = {"name": request.lora_name, "path": request.lora_path}
+        tenants = list(request.tenants)
+        order = {"name": request.lora_name, "path": request.lora_path, "tenants": tenants}
         found = await self._ask("load_adapter", order, limit_s=LORA_LIMIT_S)
         if not found:
             raise ConflictError(f"the adapter {request.lora_name} was unloaded meanwhile")
@@ -207,7 +208,11 @@ class AdminCalls:
 
 def _adapter(found: Mapping[str, Any]) -> pb.LoraAdapter:
     return pb.LoraAdapter(
-        lora_name=found["name"], lora_path=found["path"], state=found["state"], key=found["key"]
+        lora_name=found["name"],
+        lora_path=found["path"],
+        state=found["state"],
+        key=found["key"],
+        tenants=found.get("tenants", ()),
     )
 
 

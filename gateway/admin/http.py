@@ -91,7 +91,7 @@ class _Endpoint:
         if request.method == "POST" and _has_body(request):
             if "content-type" not in request.headers:  # what a browser may send across sites
                 raise RequestError("content-type must be application/json", "content-type")
-            body = await read_json(request, self.gateway)
+            body = await read_json(request, self.gateway, dict)
             fields = {**body, **fields}
         message = GetMessageClass(SERVICE.methods_by_name[self.name].input_type)()
         try:

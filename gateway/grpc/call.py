@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.request_log import RequestLog
 from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
 from gateway.grpc.call_limits import BoundedStream, CallLimits, Context
+from gateway.offload.long_work import Arguments, Result
 
 _DEADLINE_SLACK_S = 0.1
 """A client whose deadline passes ends its call. The end arrives a little before the deadline here,
@@ -46,6 +47,10 @@ class GrpcCall:
     """Of the port."""
     stream_s: float | None = None
     """Longest life of a stream without an end of its own; None for other calls."""
+    size: int = 0
+    """Bytes of the message, once it is read."""
+    answer_size: int = 0
+    """About the bytes of the answer, where it may be long."""
     _code: grpc.StatusCode = grpc.StatusCode.OK
     _trace: RequestTrace | None = None
     _has_sent_id: bool = False
@@ -65,7 +70,9 @@ class GrpcCall:
 
     async def read(self) -> bytes | None:
         """The next message; None after the last one. Raises ``DeadlineExceededError``."""
-        return await self._stream.read()
+        data = await self._stream.read()
+        self.size = len(data or b"")
+        return data
 
     async def write(self, message: Any) -> None:
         """Send a message, after the id. Raises ``SlowClientError``."""
@@ -89,6 +96,12 @@ class GrpcCall:
     def with_headers(self, fields: GenerateFields) -> GenerateFields:
         """The same fields, with the client's deadline, and what its metadata says."""
         return with_headers(fields, self._metadata, self.time_left_s)
+
+    async def convert(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """What ``work`` makes of the message; of a large message in a thread."""
+        return await self.gateway.long_work.run(self.size, work, *args, **kwargs)
 
     def set_usage(self, usage: Usage) -> None:
         """Send counts as trailing metadata."""

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError
-from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.message import DecodeError, Message
 from grpc_reflection.v1alpha import reflection_pb2
 
 from cluster.core.errors import ExpertMeshError, RequestError
@@ -20,6 +19,7 @@ from gateway.generation.gateway import Gateway
 from gateway.grpc.call import GrpcCall, text_metadata
 from gateway.grpc.call_limits import CallLimits, Context
 from gateway.grpc.health import HEALTH_SERVICE
+from gateway.grpc.messages import read_message
 
 if TYPE_CHECKING:
     _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
@@ -108,6 +108,15 @@ class KeyInterceptor(_Interceptor):
         return handler
 
 
+async def _request(gateway: Gateway, method: MethodDescriptor, data: bytes | None) -> Message:
+    """The request message of a procedure. Raises ``RequestError``."""
+    if data is not None:
+        with suppress(DecodeError):
+            return await gateway.long_work.run(len(data), read_message, method.input_type, data)
+    # gRPC would say UNKNOWN where a deserializer fails
+    raise RequestError("the message cannot be decoded as the procedure's request")
+
+
 def service_handlers(
     gateway: Gateway,
     service: ServiceDescriptor,
@@ -129,8 +138,6 @@ def service_handlers(
 
     def handler(method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:
         procedure = find(method.name)
-        decode = GetMessageClass(method.input_type).FromString
-        encode = GetMessageClass(method.output_type).SerializeToString
         names, stream_s = (service.full_name, method.name), None
         if method.name in endless:
             stream_s = math.inf
@@ -138,19 +145,18 @@ def service_handlers(
         async def serve(_: Any, context: Context) -> None:
             call = GrpcCall(gateway, *names, context, keys, limits, stream_s)
             async with call.served():
-                data, request = await call.read(), None
-                with suppress(DecodeError):
-                    request = None if data is None else decode(data)
-                if request is None:  # gRPC would say UNKNOWN where a deserializer fails
-                    raise RequestError("the message cannot be decoded as the procedure's request")
+                request = await _request(gateway, method, await call.read())
                 call.set_id(str(getattr(request, "request_id", "")))
                 if not method.server_streaming:
                     await call.send_id()
-                    await call.write(encode(await procedure(request, call)))
+                    answer: Message = await procedure(request, call)
+                    size = call.answer_size
+                    data = await gateway.long_work.run(size, answer.SerializeToString)
+                    await call.write(data)
                     return
                 async with aclosing(procedure(request, call)) as answers:
-                    async for answer in answers:
-                        await call.write(encode(answer))
+                    async for piece in answers:
+                        await call.write(piece.SerializeToString())
 
         make: Any = grpc.stream_stream_rpc_method_handler  # reads and writes in bounded time
         made: grpc.RpcMethodHandler[Any, Any] = make(serve)

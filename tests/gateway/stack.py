@@ -147,6 +147,7 @@ class Stack:
         self.gateway = Gateway(
             self.config, self._tokenizer, cluster, self.engines, "gateway-test", self._tuning
         )
+        self._closers.append(self.gateway.close)
         if self.gateway.tracing is not None:
             tracing = self.gateway.tracing
             self._closers.append(lambda: asyncio.to_thread(tracing.export.stop))

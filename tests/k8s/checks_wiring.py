@@ -140,8 +140,8 @@ def head(m: Manifests) -> Iterator[str]:
         yield f"headgroup: finds a lost node after {numbers}"
     if timeout < 1000:
         yield f"headgroup: calls a busy node dead after {timeout:g} ms"
-    if group.spec["rayStartParams"].get("dashboard-host") != "0.0.0.0":
-        yield "headgroup: the Job does not reach its dashboard"
+    if group.spec["rayStartParams"].get("dashboard-host") != "$POD_IP":
+        yield "headgroup: the Job does not reach its dashboard, or other networks do"
     if group.ports.get("gcs-server") != 6379:
         yield f"headgroup: the operator's Service leads to {group.ports}"
     redis = m.cluster["spec"].get("gcsFaultToleranceOptions")

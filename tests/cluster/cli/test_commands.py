@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.cli.main import main
-from cluster.cli.offline.doctor import kernels_finding
+from cluster.cli.offline.doctor import examine_kernels, kernels_finding
 from cluster.cli.offline.finding import Finding
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.release import RELEASE
@@ -340,6 +340,13 @@ def test_doctor_warns_of_a_host_without_kernels() -> None:
     """Torch computes there: it is no reason to fail."""
     found = kernels_finding(Found(None, "no compiler"))
     assert found == Finding(what="kernels", verdict="warn", text="torch (no compiler)")
+
+
+def test_doctor_names_instructions_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTMESH_MAX_INSTRUCTIONS", "avx9")
+    found = examine_kernels()
+    rule = "EXPERTMESH_MAX_INSTRUCTIONS 'avx9' must be one of avx512_bf16, avx512, avx2"
+    assert (found.verdict, found.text) == ("bad", rule)
 
 
 def test_reading_commands_import_neither_ray_nor_torch() -> None:

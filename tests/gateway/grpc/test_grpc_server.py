@@ -71,8 +71,8 @@ def test_a_silent_connection_is_closed_after_its_ping() -> None:
 @pytest.mark.parametrize(
     ("opening", "trickle", "reason"),
     [
-        (b"", b"", b"before handshake timeout"),
-        (b"", PREFACE, b"before handshake timeout"),
+        (b"", b"", b"timeout"),
+        (b"", PREFACE, b"timeout"),
         (OPENING, b"", b"settings_timeout"),
         (ACKNOWLEDGED, Frame(HEADERS, END_HEADERS, 1, PADDING).encode(), b"connection idle"),
         (
