@@ -16,7 +16,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 # The Python of `make gpu-check`; empty: one that is found.
 PYTHON_GPU ?=
-# Which part of `make test-long` to run: 1 to 9, or all of them.
+# Which part of `make test-long` to run: 1 to 9, instructions, or all of them.
 PART ?= all
 # Mutants of pure modules in part 8, of which 95% must fail the unit tests, and what draws them.
 MUTANTS ?= 80
@@ -112,7 +112,17 @@ PART_6 := -m "not gpu" $(CLIENT_TESTS)
 PART_7 := -m "not gpu" $(HOSTS)
 PART_9 := -m "not gpu" $(REAL_MODEL)
 
-test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8 9,$(PART)))
+# What computes with kernels, on processors with fewer instructions than this one: ours, and torch's.
+NATIVE_TESTS := tests/workers --ignore=tests/workers/cuda
+LESS := from tests.workers.native.builds import NAMES; print(*NAMES[1:])
+
+test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8 9 instructions,$(PART)))
+
+test-long-instructions: $(VENV)/.stamp-test
+	for best in $$($(BIN)/python -c "$(LESS)"); do \
+		EXPERTMESH_MAX_INSTRUCTIONS=$$best ATEN_CPU_CAPABILITY=avx2 \
+			$(LONG) $(TWO) -m "$(MARKS)" $(NATIVE_TESTS) $(PYTEST_ARGS) || exit 1; \
+	done
 
 test-long-8: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.mutation --num $(MUTANTS) --seed $(SEED)

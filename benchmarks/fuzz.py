@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks import fuzz_limits
 from benchmarks.fuzz_inputs import Mutator
 from benchmarks.fuzz_surfaces import OUTCOMES, Outcome, Surface, Target, surfaces
 from benchmarks.results import table
@@ -202,7 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=NUM_INPUTS)
     parser.add_argument("--seed", default="expertmesh")
+    parser.add_argument(
+        "--limits", action="store_true", help="bodies at the limits of size instead"
+    )
+    parser.add_argument("--quick", action="store_true", help="with --limits, fewer shapes")
     options = parser.parse_args(arguments)
+    if options.limits:
+        stops = fuzz_limits.measure(options.quick, sys.stderr.write)
+        sys.stdout.write(fuzz_limits.report(stops) + "\n")
+        return 1 if any(stop.stop_s > fuzz_limits.MAX_STOP_S for stop in stops) else 0
     tally, states = measure(options.inputs, options.seed)
     sys.stdout.write(report(tally, states) + "\n")
     return 1 if faults(tally, states) else 0

@@ -7,8 +7,10 @@ readiness follows the cluster.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +28,7 @@ from gateway.batches.runner import BatchRunner
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import Question
 from gateway.cluster.view import ClusterView
+from gateway.dashboard.sampler import Sampler
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
 from gateway.generation.gateway import Gateway
@@ -33,6 +36,7 @@ from gateway.grpc.server import GrpcServer
 from gateway.http.api import HttpApi
 from gateway.protocols import build_public_app
 from gateway.serve_proxy.malloc_trim import start_returning
+from gateway.state.store import open_in_time, open_store
 from gateway.state.sweeper import StateSweeper
 from gateway.text.tokenizer import load_tokenizer
 
@@ -45,6 +49,9 @@ _HEAD_NODE = "node:__internal_head__"
 proxy listens there, and so must our gRPC server: ``host`` is an address of that node."""
 _SPARE_REQUESTS = 1024
 """Room in Serve beyond our own queue, for probes, scrapes and refused requests."""
+_SWITCH_INTERVAL_S = 0.001
+"""Time for which a thread keeps the interpreter lock while the event loop waits for it. The loop
+gives the lock back at each system call, a dozen times in a small request."""
 _HEALTH_CHECK_PERIOD_S = 1.0
 """Interval of Serve's health checks, its only way to notice a dead replica."""
 
@@ -76,8 +83,13 @@ class GatewayReplica:
         )
         policy = RoutingPolicy(settings.gateway.routing_policy)
         self._engines = EnginePool(settings.cluster_token, name, policy)
-        self._gateway = Gateway(settings, tokenizer, self._cluster, self._engines, name)
         section = settings.gateway
+        state = open_store(section, opens=False)
+        self._gateway = Gateway(
+            settings, tokenizer, self._cluster, self._engines, name, state=state
+        )
+        self._cluster.adapters = lambda: self._gateway.adapters.in_use
+        await open_in_time(state, self._gateway.disk)
         if section.num_gateway_replicas > 1:
             self._gateway.replicas = RayServeReplicas(self._gateway.answers)
         self._grpc = GrpcServer(self._gateway, section.host, section.grpc_port)
@@ -95,9 +107,13 @@ class GatewayReplica:
         self._cluster.start()
         self._sweeper = StateSweeper(self._gateway.state, self._gateway.tuning.state_sweep_s)
         self._sweeper.start()
+        self._sampler = Sampler(self._gateway)
+        self._sampler.start()
         self._batches = BatchRunner(self._gateway, HttpApi(self._gateway).routes())
         self._batches.start()
         start_returning()
+        gc.freeze()  # a collection goes through what requests made, not through all modules
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         logger.info("%s serves gRPC on port %d", name, grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -129,6 +145,8 @@ class GatewayReplica:
             return  # the constructor failed
         if hasattr(self, "_sweeper"):
             await self._sweeper.stop()
+        if hasattr(self, "_sampler"):
+            await self._sampler.stop()
         if hasattr(self, "_batches"):
             await self._batches.stop()
         await self._cluster.leave()
@@ -136,6 +154,7 @@ class GatewayReplica:
             await self._admin.stop()
         await self._grpc.stop()
         await self._engines.stop()
+        await self._gateway.close()
         await self._stop_tracing()
 
     async def _stop_tracing(self) -> None:

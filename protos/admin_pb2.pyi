@@ -550,19 +550,25 @@ class LoadLoraAdapterRequest(_message.Message):
 
     LORA_NAME_FIELD_NUMBER: _builtins.int
     LORA_PATH_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     lora_name: _builtins.str
     """the model name that requests give"""
     lora_path: _builtins.str
     """absolute path of its folder on the workers' hosts"""
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """names of the keys that may use it; none: every caller may"""
+
     def __init__(
         self,
         *,
         lora_name: _builtins.str = ...,
         lora_path: _builtins.str = ...,
+        tenants: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lora_name", b"lora_name", "lora_path", b"lora_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lora_name", b"lora_name", "lora_path", b"lora_path", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -647,12 +653,17 @@ class LoraAdapter(_message.Message):
     LORA_PATH_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     lora_name: _builtins.str
     lora_path: _builtins.str
     state: _builtins.str
     """LOADING, READY or UNLOADING"""
     key: _builtins.str
     """of this load; a later load of the name has another"""
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """names of the keys that may use it; none: every caller may"""
+
     def __init__(
         self,
         *,
@@ -660,10 +671,11 @@ class LoraAdapter(_message.Message):
         lora_path: _builtins.str = ...,
         state: _builtins.str = ...,
         key: _builtins.str = ...,
+        tenants: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "lora_name", b"lora_name", "lora_path", b"lora_path", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "lora_name", b"lora_name", "lora_path", b"lora_path", "state", b"state", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

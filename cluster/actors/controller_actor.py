@@ -53,6 +53,8 @@ STATUS_LIMIT_S = 1.0
 """Longest wait for the numbers of the workers."""
 _STOP_LIMIT_S = 20.0
 _ADAPTER_LIMIT_S = LOAD_LIMIT_S + 10.0
+_KEEP_LIMIT_S = 5.0
+"""Longest wait for a worker that keeps the memory of a command."""
 _RESTORE_LIMIT_S = 60.0
 _RESTORE_PAUSE_S = 1.0
 _MAX_RESTORE_PAUSE_S = 10.0
@@ -155,11 +157,13 @@ class ControllerActor:
         gateway: str = "",
         host: str = "",
         low_disks: tuple[LowDisk, ...] = (),
+        adapters: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """The state once its version differs from ``known_version``, or after the time limit.
 
         ``gateway`` is the caller's name if it is one, which asks again at once; ``low_disks`` are
-        the disks of its host that are nearly full.
+        the disks of its host that are nearly full, and ``adapters`` the keys of those that its
+        requests have.
         """
         await self.restore()
         polls = self.runner.polls
@@ -167,6 +171,7 @@ class ControllerActor:
             self.runner.note(f"{gateway} is back", "it serves again")
         if gateway:
             self.runner.host_has(low_disks, host, gateway)
+            self.runner.gateway_uses(gateway, known_version, adapters)
         try:
             await self._background.wait(lambda: self._version() != known_version, timeout_s)
         finally:
@@ -176,7 +181,7 @@ class ControllerActor:
     async def gateway_leaves(self, gateway: str) -> None:
         """A gateway ends in order."""
         if self.runner.polls.leave(gateway):
-            self.runner.host_has((), "", gateway)
+            self.runner.gateway_left(gateway)
             self.runner.note(f"{gateway} has left", "its requests have ended")
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
@@ -208,7 +213,9 @@ class ControllerActor:
         """
         wanted = from_plain(order, DrainOrder, RequestError)
         controller = await self._serving_controller()
-        return self.runner.tell(partial(controller.draining.begin, wanted)).to_dict()
+        operation = self.runner.tell(partial(controller.draining.begin, wanted))
+        await self._kept(controller)
+        return operation.to_dict()
 
     async def rebalance(self, order: dict[str, Any]) -> dict[str, Any]:
         """Move experts to where the load is (fields of ``RebalanceOrder``); the operation.
@@ -221,6 +228,7 @@ class ControllerActor:
         operation = self.runner.tell(partial(controller.rebalancing.begin, wanted))
         plans = controller.rebalancing.plans
         await self._background.wait(lambda: not plans.waits(operation.id), _PLAN_LIMIT_S)
+        await self._kept(controller)
         return operation.to_dict()
 
     async def scale(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +238,9 @@ class ControllerActor:
         """
         wanted = from_plain(order, ScaleOrder, RequestError)
         controller = await self._serving_controller()
-        return self.runner.tell(partial(controller.scaling.begin, wanted)).to_dict()
+        operation = self.runner.tell(partial(controller.scaling.begin, wanted))
+        await self._kept(controller)
+        return operation.to_dict()
 
     async def load_adapter(self, order: dict[str, Any]) -> dict[str, Any]:
         """Load an adapter (fields of ``LoadOrder``) into all workers that run attention.
@@ -245,6 +255,7 @@ class ControllerActor:
         await self._background.wait(lambda: adapters.is_settled(key), _ADAPTER_LIMIT_S)
         if error := adapters.error(key):
             raise RequestError(f"lora_path: {error}", "lora_path")
+        await self._kept(controller)
         return next((a for a in adapters.to_list() if a["key"] == key), {})
 
     async def unload_adapter(self, name: str) -> str:
@@ -253,7 +264,9 @@ class ControllerActor:
         Returns its key. Raises ``ModelNotFoundError`` and ``ConflictError``.
         """
         controller = await self._serving_controller()
-        return self.runner.tell(partial(controller.adapters.unload, name))
+        key = self.runner.tell(partial(controller.adapters.unload, name))
+        await self._kept(controller)
+        return key
 
     async def log(self, process: str, after: int) -> dict[str, Any]:
         """The newest lines that a worker has logged, or ``controller``; with their ``number``.
@@ -283,6 +296,7 @@ class ControllerActor:
         controller = await self._serving_controller()
         operation = controller.cluster.operations.find(operation_id)
         self.runner.tell(partial(controller.cancel, operation))
+        await self._kept(controller)
         return operation.to_dict()
 
     async def stop(self) -> None:
@@ -340,6 +354,23 @@ class ControllerActor:
         if self.runner.controller is None:
             raise ConflictError(self.runner.failure or "the cluster has not been started")
         return self.runner.controller
+
+    async def _kept(self, controller: Controller) -> None:
+        """Wait until a worker keeps what the controller knows now: an answer outlives this process.
+
+        Raises ``NotReadyError`` where that takes too long, or another controller leads meanwhile.
+        The command may have begun; sent again with its ``request_id``, it begins nothing new.
+        """
+        cluster = controller.cluster
+        version = cluster.sent_version
+        await self._background.wait(
+            lambda: self.runner.controller is not controller or cluster.is_kept(version),
+            _KEEP_LIMIT_S,
+        )
+        if self.runner.controller is not controller:
+            raise NotReadyError(self.runner.failure)
+        if not cluster.is_kept(version):
+            raise NotReadyError("no worker has acknowledged the command yet: it may be forgotten")
 
     def _load(self, cluster: Cluster | None) -> dict[str, Any]:
         if cluster is None:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
+from cluster.actors.processor_waits import ProcessorWaits
 from cluster.actors.tasks import Background
 from cluster.config.resources import NodeResources, ids_by_address, resolved_share
 from cluster.controller.controller import Controller
@@ -28,7 +29,6 @@ from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
 from cluster.core.frames import Alive, ControlFrame, LowDisk, Superseded
-from cluster.core.processor_waits import ProcessorWaits
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.policy.node_following import followed_nodes
@@ -279,7 +279,7 @@ class Runner:
             except Exception:  # detection must continue
                 logger.exception("a tick of the controller failed")
             for gateway in self.polls.take_gone(time.monotonic()):
-                self.host_has((), "", gateway)
+                self.gateway_left(gateway)
                 self.note(f"{gateway} is gone: it no longer asks", "its requests end")
 
     def _watch_starvation(self, controller: Controller) -> None:
@@ -327,6 +327,17 @@ class Runner:
         if self.controller is not None:
             self.controller.cluster.host_has(low_disks, host, reporter)
             self.background.notify()
+
+    def gateway_uses(self, gateway: str, known_version: int, adapters: Collection[str]) -> None:
+        """A gateway knows this snapshot, and its requests have these adapters."""
+        if self.controller is not None:
+            self.controller.adapters.uses.report(gateway, known_version, adapters)
+
+    def gateway_left(self, gateway: str) -> None:
+        """A gateway has gone, and its requests with it."""
+        self.host_has((), "", gateway)
+        if self.controller is not None:
+            self.controller.adapters.uses.leave(gateway)
 
     def _leads(self, controller: Controller) -> bool:
         is_over = controller.cluster.state is ClusterState.STOPPED

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 from cluster.batches.answers import LINE_ID, AnswerFile, is_success
 from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.core.errors import ConflictError
+from cluster.disk.threads import to_its_end
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _FULL, _AWAY = frozenset({408, 429}), frozenset({502, 503})
 """Statuses of servers that are full (408: too long, the request's time was over before it began),
 and of those that cannot serve now."""
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 30.0
+_READ_AHEAD = 16
+"""Requests that are read at a time."""
 _SYNC_S = 1.0
 """At most as much work is lost with the machine."""
 
@@ -41,6 +52,17 @@ Send = Callable[[BatchRequest], Awaitable[BatchAnswer]]
 """Sends a request. Raises ``UnreachableError``."""
 
 
+class RunInThread(Protocol):
+    """Runs a call of a disk in a thread, to its end even when the caller is cancelled."""
+
+    async def __call__(self, call: Callable[[], Result], /) -> Result: ...
+
+
+async def in_own_thread(call: Callable[[], Result]) -> Result:
+    """Run a call in one of asyncio's threads; see ``RunInThread``."""
+    return await to_its_end(asyncio.to_thread(call))
+
+
 @dataclass(slots=True)
 class BatchCounts:
     """How far a batch is."""
@@ -60,7 +82,8 @@ class BatchRun:
     """One batch, from what its file of answers has to its end.
 
     A request whose answer is not in the file when the process dies is sent again: it may run twice,
-    but has one answer. Raises ``ConflictError`` where the files answer another batch.
+    but has one answer. While the disk refuses answers, they wait in memory and nothing more is
+    sent. Raises ``ConflictError`` where the files answer another batch.
     """
 
     requests: RequestFile
@@ -74,15 +97,21 @@ class BatchRun:
     """A batch ends when nothing could be reached for so long."""
     on_progress: Callable[[BatchCounts], None] = lambda counts: None
     clock: Callable[[], float] = time.monotonic
+    in_thread: RunInThread = in_own_thread
+    """Runs everything that waits for the disk."""
+    disk_limit_s: float = 0.0
+    """Longest time for which answers wait for a disk that refuses them."""
     counts: BatchCounts = field(init=False)
     _reached_s: float = field(init=False)
+    _read: deque[BatchRequest] = field(init=False, default_factory=deque)
+    _reading: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
+    _writing: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        files = {self.answers, self.errors}
-        done = set[str]().union(*(file.done for file in files))
+        done = set[str]().union(*(file.done for file in self._files))
         if others := sorted(done - self.requests.ids):
             raise ConflictError(f"the batch has no request {others[0][:64]!r}, which is answered")
-        failed = sum(file.num_failed for file in files)
+        failed = sum(file.num_failed for file in self._files)
         self.counts = BatchCounts(len(self.requests), len(done) - failed, failed)
         self._reached_s = self.clock()
 
@@ -91,26 +120,47 @@ class BatchRun:
 
         Raises:
             UnreachableError: nothing could be reached for ``give_up_s``.
-            OSError: an answer could not be written.
+            OSError: answers could not be written for ``disk_limit_s``.
         """
         left = self._left()
         self.on_progress(self.counts)
-        syncs = asyncio.create_task(self._sync_often())
+        if self.counts.left:
+            await self._write(self._check_room)  # before anything is spent
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.concurrency, self.counts.left)):
-                    group.create_task(self._work(left))
+                syncs = group.create_task(self._sync_often())
+                num_workers = min(self.concurrency, self.counts.left)
+                workers = [group.create_task(self._work(left)) for _ in range(num_workers)]
+                await asyncio.gather(*workers)
+                syncs.cancel()
         finally:
-            syncs.cancel()
-        await asyncio.to_thread(self._sync)
+            await self.in_thread(left.close)
+        await self._write(self._sync)
 
-    def _left(self) -> Iterator[BatchRequest]:
+    @property
+    def _files(self) -> set[AnswerFile]:
+        return {self.answers, self.errors}
+
+    def _left(self) -> Generator[BatchRequest, None, None]:
         done = self.answers.done | self.errors.done
         return (one for one in self.requests.requests() if one.custom_id not in done)
 
     async def _work(self, left: Iterator[BatchRequest]) -> None:
-        for request in left:
-            self._write(request, await self._ask(request))
+        while (request := await self._next(left)) is not None:
+            answer = await self._ask(request)
+            is_good = is_success(answer.status)
+            file = self.answers if is_good else self.errors
+            line = answer_line(request, answer)
+            await self._write(partial(file.append, request.custom_id, line))
+            self.counts.completed += is_good
+            self.counts.failed += not is_good
+            self.on_progress(self.counts)
+
+    async def _next(self, left: Iterator[BatchRequest]) -> BatchRequest | None:
+        async with self._reading:
+            if not self._read:
+                self._read.extend(await self.in_thread(lambda: list(islice(left, _READ_AHEAD))))
+            return self._read.popleft() if self._read else None
 
     async def _ask(self, request: BatchRequest) -> BatchAnswer:
         wait_s = _FIRST_WAIT_S
@@ -134,22 +184,39 @@ class BatchRun:
     def _is_lost(self) -> bool:
         return self.clock() - self._reached_s > self.give_up_s
 
-    def _write(self, request: BatchRequest, answer: BatchAnswer) -> None:
-        is_good = is_success(answer.status)
-        file = self.answers if is_good else self.errors
-        file.append(request.custom_id, answer_line(request, answer))
-        self.counts.completed += is_good
-        self.counts.failed += not is_good
-        self.on_progress(self.counts)
+    async def _write(self, call: Callable[[], None]) -> None:
+        """Make a call that writes, again and again while the disk refuses it.
+
+        Others that write wait meanwhile. Raises ``OSError`` after ``disk_limit_s``.
+        """
+        async with self._writing:
+            wait_s, failed_s = _FIRST_WAIT_S, None
+            while True:
+                try:
+                    await self.in_thread(call)
+                except OSError as err:
+                    now_s = self.clock()
+                    failed_s = now_s if failed_s is None else failed_s
+                    if now_s - failed_s >= self.disk_limit_s:
+                        raise
+                    logger.error("answers of a batch wait for the disk: %s", err)
+                else:
+                    return
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _MAX_WAIT_S)
 
     async def _sync_often(self) -> None:
         while True:
             await asyncio.sleep(_SYNC_S)
-            await asyncio.to_thread(self._sync)
+            await self._write(self._sync)
+
+    def _check_room(self) -> None:
+        for file in self._files:
+            file.check_room()
 
     def _sync(self) -> None:
-        self.answers.sync()
-        self.errors.sync()
+        for file in self._files:
+            file.sync()
 
 
 def answer_line(request: BatchRequest, answer: BatchAnswer) -> dict[str, Any]:

@@ -413,6 +413,9 @@ class ClusterConfig:
         name = self.model.served_model_name
         is_refused = any(name == adapter for adapter, _ in self.lora.modules)
         check(not is_refused, "lora_modules", name, "must not name an adapter as the model")
+        tied = next((str(m) for m in self.lora.adapters if m.tenants), None)
+        rule = "names keys: it needs api_key or api_key_file"
+        check(tied is None or self.gateway.asks_for_keys, "lora_modules", tied, rule)
         requests = self.gateway.max_queue * self.gateway.num_gateway_replicas
         check(
             self.workers.num_attention_ranks <= requests,
@@ -452,9 +455,10 @@ class ClusterConfig:
         return cls(**values)
 
     def kv_fingerprint(self) -> str:
-        """Hash of what the contents of a KV block depend on, beside the checkpoint (12 hex digits).
+        """Hash of the options that the contents of a KV block depend on (12 hex digits).
 
-        Blocks on disk outlive a process; budgets may be others then.
+        Blocks on disk outlive a process; budgets may be others then. The rest of their identity is
+        what the workers agree on: ``workers.process.kv_identity``.
         """
         engine = self.engine
         return _hash_of(
@@ -467,6 +471,10 @@ class ClusterConfig:
                 "deterministic": engine.deterministic,
                 "combine_mode": engine.combine_mode,
                 "mode": self.workers.mode,
+                "device": self.workers.device,
+                "kernels": self.workers.kernels,
+                "is_collective": self.is_collective,
+                "has_predictor": self.speculation.has_predictor,
             }
         )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from cluster.core.checks import check, check_each, is_at_least_1, is_not_negative
 
@@ -11,6 +13,32 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 NAME_RULE = "must be 1 to 128 letters, digits or ._:/- and begin with a letter or a digit"
 MAX_PATH = 1024
 """Most characters of a folder's path."""
+MAX_TENANTS = 64
+"""Most tenants of an adapter."""
+MAX_TENANT = 128
+"""Most characters of a tenant's name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraModule:
+    """An adapter to load at the start."""
+
+    name: str
+    path: str
+    tenants: tuple[str, ...] = ()
+    """Names of the keys that may use it; none: every caller may."""
+
+    @classmethod
+    def parse(cls, text: str) -> LoraModule:
+        """``NAME=FOLDER`` or ``NAME@KEY+KEY=FOLDER``, whatever its parts are."""
+        head, _, path = text.partition("=")
+        name, mark, tenants = head.partition("@")
+        return cls(name=name, path=path, tenants=tuple(tenants.split("+")) if mark else ())
+
+    def __str__(self) -> str:
+        """As ``parse`` takes it."""
+        mark = f"@{'+'.join(self.tenants)}" if self.tenants else ""
+        return f"{self.name}{mark}={self.path}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +46,11 @@ class LoraSection:
     """Low-rank adapters (LoRA) of the model."""
 
     lora_modules: tuple[str, ...] = ()
-    """Adapters to load at the start, several with commas or as words of their own."""
+    """Adapters to load at the start, several with commas or as words of their own; with
+    NAME@KEY+KEY=FOLDER only the keys of these names may use one."""
+    lora_roots: tuple[str, ...] = ()
+    """Folders in which adapters may be loaded while serving; by default those that hold the
+    adapters of lora_modules, and every folder where no keys are configured."""
     max_loras: int = 8
     """Adapters that may be loaded at once; 0 loads none."""
     max_lora_rank: int = 64
@@ -27,21 +59,56 @@ class LoraSection:
     def __post_init__(self) -> None:
         check_each(self, "max_loras", is_not_negative, "must not be negative")
         check_each(self, "max_lora_rank", is_at_least_1, "must be at least 1")
-        for module in self.lora_modules:
-            name, _, path = module.partition("=")
-            rule = f"must be NAME=FOLDER; NAME {NAME_RULE}"
-            check(is_name(name) and 0 < len(path) <= MAX_PATH, "lora_modules", module, rule)
-        names = [name for name, _ in self.modules]
+        for text, module in zip(self.lora_modules, self.adapters, strict=True):
+            rule = f"must be NAME=FOLDER or NAME@KEY+KEY=FOLDER; NAME {NAME_RULE}"
+            is_module = is_name(module.name) and 0 < len(module.path) <= MAX_PATH
+            check(is_module and are_tenants(module.tenants), "lora_modules", text, rule)
+        names = [module.name for module in self.adapters]
         rule = "must not name an adapter twice"
         check(len(set(names)) == len(names), "lora_modules", " ".join(names), rule)
         rule = f"must not exceed max_loras ({self.max_loras})"
         check(len(names) <= self.max_loras, "lora_modules", len(names), rule)
+        for root in self.lora_roots:
+            rule = f"must be an absolute path of at most {MAX_PATH} characters"
+            check(is_folder_path(root), "lora_roots", root, rule)
+
+    @property
+    def adapters(self) -> tuple[LoraModule, ...]:
+        """The adapters to load at the start."""
+        return tuple(map(LoraModule.parse, self.lora_modules))
 
     @property
     def modules(self) -> tuple[tuple[str, str], ...]:
         """(name, folder) of the adapters to load at the start."""
-        pairs = (module.partition("=") for module in self.lora_modules)
-        return tuple((name, path) for name, _, path in pairs)
+        return tuple((module.name, module.path) for module in self.adapters)
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Folders in which an adapter may be loaded while serving: ``lora_roots``, or those that
+        hold the adapters named at the start.
+        """
+        if self.lora_roots:
+            return self.lora_roots
+        parents = (PurePosixPath(path).parent for _, path in self.modules)
+        return tuple(dict.fromkeys(str(p) for p in parents if len(p.parts) > 1))
+
+    def allows(self, path: str) -> bool:
+        """Whether an adapter may be loaded from this path. Links count as they are named."""
+        folder = PurePosixPath(path)
+        is_plain = is_folder_path(path) and ".." not in folder.parts
+        named = {path for _, path in self.modules}
+        return is_plain and (path in named or any(map(folder.is_relative_to, self.roots)))
+
+
+def are_tenants(names: Collection[str]) -> bool:
+    """Whether these may be the tenants of an adapter."""
+    is_each = all(0 < len(name) <= MAX_TENANT and name.isprintable() for name in names)
+    return is_each and len(names) <= MAX_TENANTS
+
+
+def is_folder_path(path: str) -> bool:
+    """Whether this is an absolute path."""
+    return len(path) <= MAX_PATH and PurePosixPath(path).is_absolute() and "\0" not in path
 
 
 def is_name(name: str) -> bool:

@@ -3,19 +3,28 @@
     load ─▶ LOADING ─▶ all workers have it ─▶ READY ─▶ unload ─▶ UNLOADING
         ─▶ no request has had it for a while ─▶ workers free it
 
-A worker that is new joins the others once it has all adapters that it can load. An order names all
-that a worker is to have, so that it can be given at any time, also by a restarted controller.
+A worker that is new joins the others once it has all adapters that it can load; requests for one
+that it cannot load go to the others, and it tries again each ``RETRY_S``. An order names all that a
+worker is to have, so that it can be given at any time, also by a restarted controller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import PurePosixPath
 from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.config.lora import MAX_PATH, NAME_RULE, is_name
+from cluster.config.lora import (
+    MAX_PATH,
+    MAX_TENANT,
+    MAX_TENANTS,
+    NAME_RULE,
+    are_tenants,
+    is_folder_path,
+    is_name,
+)
+from cluster.controller.parts.adapter_uses import AdapterUses
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.memory import KeptAdapter
 from cluster.controller.parts.workers import WorkerRecord
@@ -32,11 +41,17 @@ UNUSED_S = 5.0
 of a lost worker are on their way to another one."""
 
 
+RETRY_S = 30.0
+"""Time between two tries of workers to load what they could not load."""
+
+
 class LoadOrder(Message, frozen=True, kw_only=True):
     """What a client asks for."""
 
     name: str
     path: str
+    tenants: tuple[str, ...] = ()
+    """Names of the keys that may use it; none: every caller may."""
 
 
 class Adapters:
@@ -54,8 +69,12 @@ class Adapters:
         """By worker that is ready but for its adapters."""
         self._errors: dict[str, str] = {}
         """By adapter, why the last ones were not loaded."""
-        for name, path in cluster.config.lora.modules:
-            self._add(name, path, cluster.began_at)
+        self.uses = AdapterUses()
+        """Adapters of requests that are at gateways."""
+        self._retry_at = 0.0
+        for module in cluster.config.lora.adapters:
+            order = LoadOrder(name=module.name, path=module.path, tenants=module.tenants)
+            self._add(order, cluster.began_at)
 
     # ---- questions ------------------------------------------------------------------------
 
@@ -68,6 +87,7 @@ class Adapters:
                 "path": kept.adapter.path,
                 "state": kept.state.value,
                 "lacking": list(kept.lacking),
+                "tenants": list(kept.adapter.tenants),
             }
             for kept in self._cluster.adapters.values()
         ]
@@ -88,10 +108,10 @@ class Adapters:
         cluster, name = self._cluster, order.name
         if not is_name(name):
             raise RequestError(f"lora_name ({name[:128]!r}) {NAME_RULE}", "lora_name")
-        is_absolute = len(order.path) <= MAX_PATH and PurePosixPath(order.path).is_absolute()
-        if not is_absolute or "\0" in order.path:
-            rule = f"must be an absolute path of at most {MAX_PATH} characters"
-            raise RequestError(f"lora_path ({order.path[:128]!r}) {rule}", "lora_path")
+        if why := self._path_error(order.path):
+            raise RequestError(f"lora_path ({order.path[:128]!r}) {why}", "lora_path")
+        if why := self._tenants_error(order.tenants):
+            raise RequestError(f"tenants ({len(order.tenants)} of them) {why}", "tenants")
         if name == cluster.config.model.served_model_name:
             raise RequestError(f"lora_name ({name}) is the name of the model", "lora_name")
         if self._named(name) is not None:
@@ -102,7 +122,7 @@ class Adapters:
             raise ConflictError(f"at most {limit} (max_loras) adapters may be loaded: {states}")
         if not cluster.takes_orders:
             raise ConflictError(f"the cluster is {cluster.state.value}")
-        kept = self._add(name, order.path, now)
+        kept = self._add(order, now)
         cluster.remember()
         self._order_all()
         return kept.adapter.key
@@ -125,6 +145,8 @@ class Adapters:
     def restore(self, now: float) -> None:
         """Workers go on under a new controller: it cannot know which orders they had."""
         self._since = dict.fromkeys(self._cluster.adapters, now)
+        for kept in self._kept(AdapterState.UNLOADING):
+            self.uses.retire(kept.adapter.key, self._cluster.version)
         if self._cluster.has_ordered_adapters:
             members = {m.name for m in self._cluster.round.members}
             for record in self._workers():
@@ -151,9 +173,12 @@ class Adapters:
             adapter = replace(kept.adapter, digest=known)
             self._cluster.adapters[key] = replace(kept, adapter=adapter)
         self._answers[name] = frame.number
-        record.awaits_adapters = False
-        self._note_lacking(name, errors)
-        words = [self._failed(name, key, error, now) for key, error in errors.items()]
+        is_new, record.awaits_adapters = record.awaits_adapters, False
+        news = self._note_lacking(name, errors)
+        words = [
+            self._failed(name, key, error, now, is_new=is_new, is_news=key in news)
+            for key, error in errors.items()
+        ]
         self._settle(now)
         return "; ".join(filter(None, words))
 
@@ -166,10 +191,11 @@ class Adapters:
                 names = ", ".join(r.name for r in asked) or "any worker"
                 error = f"{kept.adapter.path}: no answer of {names} within {LOAD_LIMIT_S:g} s"
                 self._drop(kept, error, now)
+        self._retry(now)
         in_use = {key for record in self._workers() for key in record.adapters}
         for kept in self._kept(AdapterState.UNLOADING):
             key = kept.adapter.key
-            if key in in_use or not self._cluster.runs:
+            if key in in_use or self.uses.may_use(key) or not self._cluster.runs:
                 self._since[key] = now
             elif now >= self._since[key] + UNUSED_S:
                 self._drop(kept, "", now)
@@ -178,7 +204,25 @@ class Adapters:
         late = [n for n, since in self._awaits_since.items() if now >= since + LOAD_LIMIT_S]
         return dict.fromkeys(late, f"it has not loaded its adapters within {LOAD_LIMIT_S:g} s")
 
+    def problems(self) -> list[str]:
+        """Adapters that workers serve without, for people."""
+        alive = {record.name for record in self._workers()}
+        return [
+            f"{worker} serves without the adapter {kept.adapter.name}, which it could not load"
+            for kept in self._kept(AdapterState.READY)
+            for worker in kept.lacking
+            if worker in alive
+        ]
+
     # ---- changes --------------------------------------------------------------------------
+
+    def _retry(self, now: float) -> None:
+        """Workers that lack an adapter try to load it again."""
+        if not self.problems():
+            self._retry_at = now + RETRY_S
+        elif now >= self._retry_at:
+            self._retry_at = now + RETRY_S
+            self._order_all()
 
     @property
     def _is_starting(self) -> bool:
@@ -214,9 +258,28 @@ class Adapters:
                 cluster.note(f"adapter {kept.adapter.name} is loaded", "requests may name it", now)
                 cluster.remember()
 
-    def _add(self, name: str, path: str, now: float) -> KeptAdapter:
+    def _path_error(self, path: str) -> str:
+        """Why an adapter must not be loaded from a path; empty if it may."""
+        if not is_folder_path(path):
+            return f"must be an absolute path of at most {MAX_PATH} characters"
+        lora = self._cluster.config.lora
+        if lora.allows(path):
+            return ""
+        roots = ", ".join(lora.roots) or "none is named"
+        return f"must be in a folder of --lora-roots, without '..' ({roots})"
+
+    def _tenants_error(self, tenants: tuple[str, ...]) -> str:
+        """Why an adapter cannot belong to these tenants; empty if it can."""
+        if not are_tenants(tenants):
+            return f"must be at most {MAX_TENANTS} names of at most {MAX_TENANT} characters"
+        is_open = bool(tenants) and not self._cluster.config.gateway.asks_for_keys
+        return "need api_key or api_key_file: without keys there are no tenants" if is_open else ""
+
+    def _add(self, order: LoadOrder, now: float) -> KeptAdapter:
+        name = order.name
         self._number = next(self._cluster.order_numbers)
-        adapter = Adapter(key=f"{name}@{self._number}", name=name, path=path)
+        key = f"{name}@{self._number}"
+        adapter = Adapter(key=key, name=name, path=order.path, tenants=order.tenants)
         kept = KeptAdapter(adapter=adapter, state=AdapterState.LOADING, number=self._number)
         self._cluster.adapters[adapter.key] = kept
         self._cluster.has_ordered_adapters = True
@@ -234,35 +297,47 @@ class Adapters:
             f"adapter {kept.adapter.name} is unloaded", "no request may name it", now
         )
         self._cluster.remember()
+        self.uses.retire(kept.adapter.key, self._cluster.version)
 
-    def _failed(self, worker: str, key: str, error: str, now: float) -> str:
-        """A worker cannot load an adapter: nobody serves it. Returns the reason."""
+    def _failed(
+        self, worker: str, key: str, error: str, now: float, *, is_new: bool, is_news: bool
+    ) -> str:
+        """A worker cannot load an adapter: that ends a start, or the load of a client. Others serve
+        what is loaded, without the worker. Returns the reason of a start that fails.
+
+        ``is_new``: the worker has not joined the others. ``is_news``: it did not lack it before.
+        """
         kept = self._cluster.adapters.get(key)
         if kept is None:
             return ""
         if self._is_starting:
             return f"the adapter {kept.adapter.name} cannot be loaded: {error}"
         words = f"{worker} cannot load the adapter {kept.adapter.name}: {error}"
-        if kept.state is AdapterState.LOADING:
+        if kept.state is AdapterState.LOADING and not is_new:
             self._drop(kept, words, now)
-        elif kept.state is AdapterState.READY:
-            self._cluster.note(words, "it is unloaded", now)
-            self._retire(kept, now)
-        return words
+        elif is_news:
+            self._cluster.note(words, "other workers run its requests", now)
+        return ""
 
-    def _note_lacking(self, worker: str, errors: Collection[str]) -> None:
-        """Gateways send no request to a worker that could not load its adapter."""
+    def _note_lacking(self, worker: str, errors: Collection[str]) -> list[str]:
+        """Gateways send no request to a worker that could not load its adapter; returns adapters
+        that it did not lack before.
+        """
+        news = []
         for key, kept in self._cluster.adapters.items():
             if (key in errors) != (worker in kept.lacking):
                 others = tuple(name for name in kept.lacking if name != worker)
                 lacking = (*others, worker) if key in errors else others
                 self._cluster.adapters[key] = replace(kept, lacking=lacking)
                 self._cluster.remember()
+                news.append(key)
+        return news
 
     def _drop(self, kept: KeptAdapter, error: str, now: float) -> None:
         """Workers free it."""
         key = kept.adapter.key
         del self._cluster.adapters[key], self._since[key]
+        self.uses.forget(key)
         if error:
             self._errors = dict([*self._errors.items(), (key, error)][-_KEPT_ERRORS:])
             self._cluster.note(error, f"adapter {kept.adapter.name} is not loaded", now)

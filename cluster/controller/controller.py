@@ -65,7 +65,8 @@ class Controller:
         self.detection.heard(record, now)
         match frame:
             case frames.Heartbeat():
-                if differ(record.low_disks, frame.low_disks):
+                is_same = record.problems == frame.problems
+                if differ(record.low_disks, frame.low_disks) or not is_same:
                     cluster.touch()
                 record.beat(frame, now)
                 cluster.load.take(name, frame.expert_load)
@@ -80,6 +81,8 @@ class Controller:
                     cluster.reform(cause, now)
             case frames.Alive():
                 pass
+            case frames.SnapshotKept():
+                record.kept_version = frame.version
             case frames.StatusReply():
                 cluster.load.take(name, frame.expert_load)
                 record.take_numbers(frame)
@@ -202,6 +205,7 @@ class Controller:
                 self.scaling.cancel(operation, now)
             case _:
                 self.rebalancing.cancel(operation, now)
+        self.cluster.remember()  # the next controller must not go on with it
 
     def stop(self, now: float, reason: str = "stopped") -> None:
         """End every worker. The state is STOPPED once they are gone."""
@@ -257,6 +261,8 @@ class Controller:
                 *([f"{STEPS_WAIT} {', '.join(cluster.late)}"] if cluster.late else ()),
                 *self.recovery.problems(self.detection.last_tick),
                 *describe_low(cluster.low_disks()),
+                *(problem for r in cluster.workers.alive() for problem in r.problems),
+                *self.adapters.problems(),
             ],
             "metrics": cluster.metrics.to_plain(),
             "history": cluster.history.to_list(),

@@ -25,6 +25,9 @@ class Offer(Message, frozen=True, kw_only=True):
     """Why it has none, as the end of a sentence about the worker."""
     is_strict: bool = False
     """The worker serves in exact clusters only."""
+    computation: str = ""
+    """Device, kernels and libraries of the worker: what decides its bits where results are not
+    exact."""
 
 
 class Agreement(Message, frozen=True, kw_only=True):

@@ -38,6 +38,8 @@ class Adapter(Message, frozen=True, kw_only=True):
     """Folder on the workers' hosts."""
     digest: str = ""
     """Hash of its files; empty before the first worker has read them."""
+    tenants: tuple[str, ...] = ()
+    """Names of the keys that may use it; none: every caller may."""
 
 
 class ControlFrame(Message, frozen=True, kw_only=True, tag_field="kind", tag=True):
@@ -139,6 +141,8 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     """Of its host."""
     adapters: tuple[str, ...] = ()
     """Keys of those that requests here have."""
+    problems: tuple[str, ...] = ()
+    """What keeps parts of the worker from working, for people."""
 
 
 class Alive(ControlFrame, frozen=True, kw_only=True):
@@ -194,6 +198,8 @@ class NewGeneration(ControlFrame, frozen=True, kw_only=True):
     """Which controller of that term; another one of the same term is not followed."""
     drained: list[str] = field(default_factory=list)
     """Workers that were drained: requests that ran with them are no suspects."""
+    places: tuple[str, ...] = ()
+    """Places of the cluster, whether or not a worker fills them."""
 
 
 class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
@@ -206,8 +212,19 @@ class ControllerSnapshot(ControlFrame, frozen=True, kw_only=True):
     """As in ``NewGeneration``."""
     memory: dict[str, Any]
     """A ``Memory`` of the controller as plain data; workers only keep it."""
+    version: int = 0
+    """Version of the memory, which the worker acknowledges."""
     controller: str = ""
     """As in ``NewGeneration``."""
+    places: tuple[str, ...] = ()
+    """As in ``NewGeneration``."""
+
+
+class SnapshotKept(ControlFrame, frozen=True, kw_only=True):
+    """Worker -> controller: it keeps this snapshot for the next controller."""
+
+    version: int
+    """That of the snapshot."""
 
 
 class WorkerReport(ControlFrame, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from cluster.core.errors import CheckpointError, ConfigError
 from cluster.core.load_profile import LoadProfile
 from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.roofline import ModelSize
+from workers.native.library import InstructionsError, runnable
 
 CHECK_LIMIT_S = 120.0
 _ITEMSIZES = {"float32": 4, "bfloat16": 2}
@@ -226,6 +227,7 @@ def main() -> None:
         parser.add_argument(_MAX_RANK, type=int, default=LoraSection().max_lora_rank)
         parser.add_argument(_LORA_MODULES, nargs="*", default=[])
         args = parser.parse_args()
+        runnable()
         lora = LoraSection(
             lora_modules=tuple(args.lora_modules),
             max_loras=len(args.lora_modules),
@@ -233,7 +235,7 @@ def main() -> None:
         )
         facts = check(args.folder, args.allow_bare, args.quantize, args.has_predictor, lora)
         answer = asdict(facts)
-    except (CheckpointError, ConfigError) as err:
+    except (CheckpointError, ConfigError, InstructionsError) as err:
         answer = {"error": str(err)}
     sys.stdout.write(json.dumps(answer) + "\n")
 

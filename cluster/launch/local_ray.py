@@ -22,6 +22,7 @@ from typing import Any
 from cluster.core.addresses import split_address
 from cluster.core.errors import StartError, first_line
 from cluster.core.process import ProcessIdentity
+from cluster.disk.files import replace_file
 from cluster.launch.orphans import end_all, find_by_files, sweep
 from cluster.tracing.output_files import LIMIT_VARIABLE, MAX_BYTES
 
@@ -82,8 +83,7 @@ def private_environment(folder: Path) -> dict[str, str]:
     Ray reads these when it is imported, so they are set before the process begins.
     """
     token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    replace_file(token, secrets.token_hex(32).encode(), mode=0o600)
     inherited = {
         k: v
         for k, v in os.environ.items()

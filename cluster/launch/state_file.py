@@ -18,6 +18,7 @@ from cluster.core.addresses import split_address
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, ProtocolError
 from cluster.core.process import ProcessIdentity, is_running
+from cluster.disk.files import replace_file
 from cluster.launch.orphans import host_id, sweep
 from cluster.tracing.output_files import previous
 
@@ -103,12 +104,9 @@ def remove_log(name: str) -> None:
 
 
 def write_record(record: ClusterRecord) -> None:
-    """Write the record atomically, readable by its owner only."""
-    path = record_path(record.name)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.touch(mode=0o600)
-    draft.write_text(json.dumps(record.to_dict(), indent=1) + "\n")
-    draft.replace(path)
+    """Write the record, readable by its owner only. Raises ``OSError``: the old one stays."""
+    text = json.dumps(record.to_dict(), indent=1) + "\n"
+    replace_file(record_path(record.name), text.encode(), mode=0o600)
 
 
 def read_record(name: str) -> ClusterRecord | None:

@@ -90,17 +90,25 @@ def _limit(text: str) -> int | None:
 
 
 def _start_new_file(streams: tuple[int, ...], path: Path) -> None:
-    """Raises ``OSError``, with all files as they were: the new one is made before the old goes."""
+    """Raises ``OSError``: the streams write to their file, at its path.
+
+    The new file is made before the old one is renamed.
+    """
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
     file = os.open(new, _OPEN | os.O_EXCL, 0o644)
     try:
         path.replace(previous(path))
-        new.replace(path)
+        try:
+            new.replace(path)
+        except OSError:
+            previous(path).replace(path)
+            raise
         for stream in streams:
             os.dup2(file, stream)
     except OSError:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
         raise
     finally:
         os.close(file)

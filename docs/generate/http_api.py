@@ -12,7 +12,8 @@ _INTRODUCTION = """Every route of the HTTP port, with its body and answer. A ser
 document for programs at `GET /openapi.json`. Unknown fields of a body are ignored;
 [Conformance](conformance.md) lists what becomes of each field at each endpoint,
 [Sampling](sampling.md) and [Outputs](outputs.md) say what values mean, and [Errors](errors.md)
-lists the errors."""
+lists the errors. Where keys are configured, `/metrics` and `/cluster/v1/*` show a client's key
+[less than an admin key](security.md#what-a-clients-key-shows)."""
 
 
 def http_api() -> str:

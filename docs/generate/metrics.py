@@ -24,7 +24,8 @@ from workers.metrics.step_metrics import BUBBLE, HISTOGRAMS
 _INTRODUCTION = f"""Every metric at `/metrics`, by who counts it. Names begin with `{PREFIX}`, or
 with `--metrics-prefix`. Every series has the label `model_name`; with several gateways those of
 gateways have `gateway`, too. A histogram has the series `_bucket`, `_sum` and `_count`. With
-`--vllm-metric-names` those with the mark *vLLM* come under vLLM's names as well.
+`--vllm-metric-names` those with the mark *vLLM* come under vLLM's names as well. Where keys are
+configured, a client's key shows [fewer of them](security.md#what-a-clients-key-shows).
 [Monitor a cluster](../how-to/monitoring.md) says which of them to watch."""
 _CACHE_CONFIG = {"block_size": "", "cache_dtype": "", "enable_prefix_caching": ""}
 Row = tuple[str, str, tuple[str, ...], str]

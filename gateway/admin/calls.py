@@ -16,6 +16,9 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
 from cluster.core.errors import ConflictError, NotReadyError, RequestError
+from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_operator
+from gateway.cluster.client_view import client_workers
+from gateway.cluster.recent import Recent
 from gateway.generation.gateway import Gateway
 from protos import admin_pb2 as pb
 
@@ -42,12 +45,14 @@ class AdminCalls:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._ask = partial(gateway.cluster.ask, limit_s=CALL_LIMIT_S)
+        self._snapshot = Recent(lambda: self._ask("snapshot", True), gateway.numbers.age_s)
 
     # ---- queries --------------------------------------------------------------------------
 
     async def GetPlacement(self, request: pb.GetPlacementRequest) -> pb.Placement:
         """The placement: which device holds which copy of which expert."""
-        found = await self._ask("placement")
+        self._check_operator(NUMBERS_BY_EXPERT)
+        found = await self._gateway.numbers.placement()
         banks = found["banks"]
         if request.HasField("layer"):
             banks = [bank for bank in banks if bank["layer"] == request.layer]
@@ -57,28 +62,35 @@ class AdminCalls:
 
     async def GetExpertLoad(self, request: pb.GetExpertLoadRequest) -> pb.ExpertLoad:
         """Tokens by layer, expert and worker."""
-        found = await self._ask("load")
+        self._check_operator(NUMBERS_BY_EXPERT)
+        found = await self._gateway.numbers.load()
         workers = [name or "" for name in found.get("workers", ())]
         banks = [_bank_load(bank) for bank in found["banks"]]
         return _message(pb.ExpertLoad, {**found, "banks": banks, "workers": workers})
 
     async def ListWorkers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
         """Every worker, lost ones included."""
-        snapshot = await self._ask("snapshot", True)
-        workers = (_message(pb.WorkerInfo, worker) for worker in snapshot["workers"])
-        return pb.ListWorkersResponse(workers=workers)
+        snapshot = await self._snapshot.get()
+        found = snapshot["workers"]
+        if not is_operator(self._gateway.admin_keys):
+            found = client_workers(snapshot)
+        return pb.ListWorkersResponse(workers=(_message(pb.WorkerInfo, one) for one in found))
 
     async def WatchCluster(
         self, request: pb.WatchClusterRequest
     ) -> AsyncGenerator[pb.ClusterEvent]:
         """The history, then every new entry. An entry that changes is sent again, whole."""
-        snapshot = await self._ask("snapshot", True)
+        self._check_operator(EVENTS)
+        snapshot = await self._snapshot.get()
         seen = snapshot["history"] if request.only_new else []
         while True:
             for entry in (e for e in snapshot["history"] if e not in seen):
                 yield _message(pb.ClusterEvent, entry)
             seen = snapshot["history"]
             snapshot = await self._next(int(snapshot["version"]))
+
+    def _check_operator(self, what: str) -> None:
+        check_operator(self._gateway.admin_keys, what)
 
     async def _next(self, version: int) -> dict[str, Any]:
         """The next snapshot, also across a restart of the controller."""
@@ -162,7 +174,8 @@ class AdminCalls:
 
     async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest) -> pb.LoraAdapter:
         """Load an adapter; every replica takes requests that name it then."""
-        order = {"name": request.lora_name, "path": request.lora_path}
+        tenants = list(request.tenants)
+        order = {"name": request.lora_name, "path": request.lora_path, "tenants": tenants}
         found = await self._ask("load_adapter", order, limit_s=LORA_LIMIT_S)
         if not found:
             raise ConflictError(f"the adapter {request.lora_name} was unloaded meanwhile")
@@ -195,7 +208,11 @@ class AdminCalls:
 
 def _adapter(found: Mapping[str, Any]) -> pb.LoraAdapter:
     return pb.LoraAdapter(
-        lora_name=found["name"], lora_path=found["path"], state=found["state"], key=found["key"]
+        lora_name=found["name"],
+        lora_path=found["path"],
+        state=found["state"],
+        key=found["key"],
+        tenants=found.get("tenants", ()),
     )
 
 

@@ -37,6 +37,7 @@ class AdminGrpcServer(ServicePort):
             port,
             options=server_options(so_reuseport=shared),
             max_calls=_MAX_CALLS,
+            endless=("WatchCluster",),
         )
 
     def _find(self, name: str) -> Procedure:

@@ -27,7 +27,7 @@ from gateway.dashboard import http as dashboard
 from gateway.generation.gateway import Gateway
 from gateway.http.api import route_error
 from gateway.http.middleware import OPEN_PATHS, HttpMiddleware, dump_json, read_json
-from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
+from gateway.serve_proxy.timed_protocol import HEAD_LIMIT_S, TimedHttpProtocol
 
 ROUTES = (
     ("POST", "/admin/v1/drain", "DrainWorker"),
@@ -91,7 +91,7 @@ class _Endpoint:
         if request.method == "POST" and _has_body(request):
             if "content-type" not in request.headers:  # what a browser may send across sites
                 raise RequestError("content-type must be application/json", "content-type")
-            body = await read_json(request, self.gateway)
+            body = await read_json(request, self.gateway, dict)
             fields = {**body, **fields}
         message = GetMessageClass(SERVICE.methods_by_name[self.name].input_type)()
         try:
@@ -162,7 +162,7 @@ class AdminHttpServer:
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=1,
-            http=BoundedHttpProtocol,
+            http=TimedHttpProtocol,
             **uvicorn_options(gateway.limits),
         )
         self._server = _Uvicorn(config)
@@ -189,7 +189,31 @@ class AdminHttpServer:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals belong to the process that hosts this server."""
+    """Signals belong to the process that hosts this server; TLS handshakes have a limit of time."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, for sockets that listen."""
+        await self.lifespan.startup()
+        config, loop = self.config, asyncio.get_running_loop()
+        limit_s = HEAD_LIMIT_S if config.ssl is not None else None
+
+        def make_protocol() -> asyncio.Protocol:
+            protocol: asyncio.Protocol = TimedHttpProtocol(
+                config, self.server_state, self.lifespan.state
+            )
+            return protocol
+
+        self.servers = [
+            await loop.create_server(
+                make_protocol,
+                sock=listener,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=limit_s,
+            )
+            for listener in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -10,7 +10,12 @@ from operator import itemgetter
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.anthropic.deferred import REFERENCE, offered_tools, shown_references
+from gateway.anthropic.deferred import (
+    REFERENCE,
+    check_references,
+    offered_tools,
+    shown_references,
+)
 from gateway.anthropic.hints import longest_ttl, session_of
 from gateway.anthropic.schema import (
     Block,
@@ -64,6 +69,7 @@ def message_fields(body: MessagesBody) -> GenerateFields:
 
 def chat_input(body: CountTokensBody, grammar: Grammar | None = None) -> ChatInput:
     """The conversation of a body. Raises ``RequestError``."""
+    check_references(body)
     messages = _joined(_messages(body))
     continues = bool(messages) and messages[-1]["role"] == "assistant"
     if continues:

@@ -8,6 +8,7 @@ stays the same, and cached.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from cluster.core.errors import RequestError
@@ -15,6 +16,21 @@ from gateway.anthropic.schema import Block, CountTokensBody, ToolParam
 from gateway.core.field_checks import require
 
 REFERENCE = "tool_reference"
+MAX_REFERRED_CHARS = 8 * 1024 * 1024
+"""Characters of the tools that all references of a request name, each as often as it is named."""
+
+
+def check_references(body: CountTokensBody) -> None:
+    """Raise ``RequestError`` for references whose tools make too long a text together.
+
+    Many references may name one tool.
+    """
+    tools = {tool.name: tool for tool in body.tools or ()}
+    counts = Counter(block.tool_name for block in _references(body))
+    named = [(tools[name], count) for name, count in counts.items() if name in tools]
+    num_chars = sum(len(_written(tool)) * count for tool, count in named)
+    rule = f"refer to tools of {num_chars} characters, at most {MAX_REFERRED_CHARS} are allowed"
+    require(num_chars <= MAX_REFERRED_CHARS, "messages", rule)
 
 
 def offered_tools(body: CountTokensBody) -> list[tuple[int, ToolParam]]:
@@ -54,6 +70,10 @@ def _shown(block: Block, path: str, tools: Mapping[str, ToolParam]) -> str:
     tool = tools.get(block.tool_name)
     require(tool is not None, name, f"({block.tool_name[:64]!r}) is not among tools")
     assert tool is not None, "required"
+    return _written(tool)
+
+
+def _written(tool: ToolParam) -> str:
     known = {
         "description": tool.description or "",
         "name": tool.name,

@@ -1,4 +1,4 @@
-"""API keys with their limits, and TLS.
+"""API keys with their limits and adapters, and TLS.
 
 Imports ``cluster.core`` and ``cluster.config``.
 """

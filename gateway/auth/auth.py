@@ -20,6 +20,9 @@ from gateway.auth.key_limits import Account
 CALLER: ContextVar[Account | None] = ContextVar("CALLER", default=None)
 """The caller of the request that the running task serves; None without keys."""
 
+NUMBERS_BY_EXPERT, EVENTS = "numbers by expert and layer", "events of the cluster"
+"""What ``check_operator`` names."""
+
 
 class KeyRing:
     """The keys of a port; without any it accepts every caller.
@@ -29,6 +32,7 @@ class KeyRing:
         file: more keys, which may change.
         limits: of keys without limits of their own.
         others: a ring whose keys are known and do not open this port.
+        are_admin: the keys are an operator's.
         clock: ``time.monotonic``.
     """
 
@@ -39,12 +43,14 @@ class KeyRing:
         file: KeyFile | None = None,
         limits: KeyLimits | None = None,
         others: KeyRing | None = None,
+        are_admin: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fixed = {entry.digest: entry for entry in plain_entries(keys)}
         self._file = file
         self._limits = limits or KeyLimits()
         self._others = others
+        self._are_admin = are_admin
         self.masters: KeyRing | None = None
         """A ring whose keys open this port too, without its limits."""
         self._clock = clock
@@ -77,9 +83,8 @@ class KeyRing:
             message = "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
             raise AuthenticationError(message)
         digest = digest_of(key)
-        account = self._find(digest)
-        if account is None and self.masters is not None:
-            account = self.masters._find(digest)
+        account = None if self.masters is None else self.masters._find(digest)
+        account = account or self._find(digest)
         if account is not None:
             return account
         if self._others is not None and self._others._find(digest) is not None:
@@ -116,6 +121,7 @@ class KeyRing:
         account = self._accounts.get(digest)
         if account is None:
             account = Account(entry, self._limits_of(entry), self._clock())
+            account.is_admin = self._are_admin
             self._accounts[digest] = account
         elif account.entry is not entry:
             account.change(entry, self._limits_of(entry), self._clock())
@@ -129,11 +135,27 @@ class KeyRing:
         return entry.limits.or_else(self._limits)
 
 
+def is_operator(keys: KeyRing) -> bool:
+    """Whether the running request may see all of the cluster: numbers by expert, hosts, processes.
+
+    Where its port asks for no key any request may, else those with an admin key.
+    """
+    caller = CALLER.get()
+    return keys.is_open or (caller is not None and caller.is_admin)
+
+
+def check_operator(keys: KeyRing, what: str) -> None:
+    """Raise ``PermissionDeniedError`` unless the running request may see ``what``."""
+    if not is_operator(keys):
+        raise PermissionDeniedError(f"{what} need an admin key (--admin-key of the server)")
+
+
 def make_key_rings(section: GatewaySection) -> tuple[KeyRing, KeyRing]:
     """The rings of the public ports and of the admin ports.
 
-    An admin key opens all ports. Without one, the admin ports (on loopback then) accept the public
-    keys. Raises ``ConfigError`` for an unreadable key file.
+    An admin key opens all ports, also if it is among the clients' keys. Without one, the admin
+    ports (on loopback then) accept the public keys. Raises ``ConfigError`` for an unreadable key
+    file.
     """
     limits = KeyLimits(
         requests_per_minute=section.key_requests_per_minute,
@@ -143,7 +165,7 @@ def make_key_rings(section: GatewaySection) -> tuple[KeyRing, KeyRing]:
     api_file = _file(section.api_key_file, "api_key_file")
     public = KeyRing(section.api_keys, file=api_file, limits=limits)
     admin_file = _file(section.admin_key_file, "admin_key_file")
-    admin = KeyRing(section.admin_keys, file=admin_file, others=public)
+    admin = KeyRing(section.admin_keys, file=admin_file, others=public, are_admin=True)
     if admin.is_open:
         return public, public
     public.masters = admin

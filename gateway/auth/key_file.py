@@ -29,6 +29,7 @@ import yaml
 
 from cluster.config.api_keys import hash_key, is_hashed, stored_digest
 from cluster.core.errors import ConfigError
+from cluster.disk.threads import DiskThreads
 
 logger = logging.getLogger(__name__)
 
@@ -189,29 +190,33 @@ class KeyFile:
         self._limit_s = limit_s
         self._seen = self._stamp()
         self._next_look_s = 0.0
-        self._reading: asyncio.Future[None] | None = None
+        self._looking: asyncio.Future[None] | None = None
+        self._wait_ends_s = 0.0
+        self._disk = DiskThreads(setting, 1, 1, limit_s)
         self.entries = self._by_digest()
         """By digest; replaced as a whole."""
 
     async def refresh(self, now_s: float) -> None:
-        """Check the file for changes, at most once a second, and read it in a thread.
+        """Check the file for changes, at most once a second, and read it, both in a thread.
 
-        All requests wait until it is read, ``limit_s`` at most: then the former keys stay in force
-        until it is. An unreadable or invalid file changes nothing, and is logged once. A file
-        without keys leaves none.
+        All requests wait until it is read, until ``limit_s`` after the look began at most: then the
+        former keys stay in force until it is. An unreadable or invalid file changes nothing, and is
+        logged once. A file without keys leaves none.
         """
-        if self._reading is not None and self._reading.done():
-            self._reading = None
-        if self._reading is None and now_s >= self._next_look_s:
+        if self._looking is not None and self._looking.done():
+            self._looking = None
+        if self._looking is None and now_s >= self._next_look_s:
             self._next_look_s = now_s + _POLL_S
-            stamp = self._stamp()
-            if stamp != self._seen:
-                self._seen = stamp
-                self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_again))
-        if self._reading is not None:
-            await asyncio.wait({self._reading}, timeout=self._limit_s)
+            self._wait_ends_s = now_s + self._limit_s
+            self._looking = asyncio.ensure_future(self._disk.run_to_end(self._look))
+        if self._looking is not None and now_s <= self._wait_ends_s:
+            await asyncio.wait({self._looking}, timeout=self._wait_ends_s - now_s)
 
-    def _read_again(self) -> None:
+    def _look(self) -> None:
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        self._seen = stamp
         try:
             self.entries = self._by_digest()
         except ConfigError as err:

@@ -57,6 +57,8 @@ class Account:
 
     def __init__(self, entry: KeyEntry, limits: KeyLimits, now_s: float) -> None:
         self.entry = entry
+        self.is_admin = False
+        """The key opens the admin ports, and shows the cluster as its operator sees it."""
         self.num_running = 0
         self._busy_s = 0.0  # seconds of running requests, and ended requests: both decay
         self._num_ended = 0.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -55,6 +55,7 @@ class BatchRoutes:
 
     def __init__(self, gateway: Gateway, shelf: BatchShelf) -> None:
         self._gateway = gateway
+        self._disk = gateway.disk
         self._shelf = shelf
 
     def routes(self) -> list[BaseRoute]:
@@ -68,14 +69,14 @@ class BatchRoutes:
 
     async def make(self, request: Request) -> Response:
         """Store a batch: a gateway that has time for it will run it."""
-        body = parse_body(BatchBody, await read_json(request, self._gateway))
+        body = await read_json(request, self._gateway, partial(parse_body, BatchBody))
         rule = f"({body.endpoint[:64]!r}) must be one of {', '.join(ENDPOINTS)}"
         require(body.endpoint in ENDPOINTS, "endpoint", rule)
         rule = f"({body.completion_window[:32]!r}) must be 24h"
         require(body.completion_window == "24h", "completion_window", rule)
         check_metadata(body.metadata or {})
         owner, shelf = tenant(), self._shelf
-        file = await asyncio.to_thread(shelf.get_file, owner, body.input_file_id)
+        file = await self._disk.run(shelf.get_file, owner, body.input_file_id)
         if file is None:
             message = f"input_file_id ({body.input_file_id[:64]!r}) names no file"
             raise RequestError(message, "input_file_id")
@@ -89,7 +90,7 @@ class BatchRoutes:
             metadata=body.metadata,
             output_ttl_s=expiry.seconds if expiry is not None else None,
         )
-        await asyncio.to_thread(shelf.make, owner, batch, file[1])
+        await self._disk.run(shelf.make, owner, batch, file[1])
         return json_response(batch.shown())
 
     async def list(self, request: Request) -> Response:
@@ -104,7 +105,7 @@ class BatchRoutes:
         def read_all() -> dict[str, Any]:
             return page.read(shelf.list_batches(owner), read)
 
-        return json_response(await asyncio.to_thread(read_all))
+        return json_response(await self._disk.run(read_all))
 
     async def get(self, request: Request) -> Response:
         """A batch as it is now."""
@@ -115,13 +116,13 @@ class BatchRoutes:
         batch = await self._find(request)
         if batch.status in ENDED:
             raise ConflictError(f"the batch is {batch.status} already")
-        await asyncio.to_thread(self._shelf.cancel, batch.id)
+        await self._disk.run(self._shelf.cancel, batch.id)
         asked = msgspec.structs.replace(batch, status="cancelling", cancelling_at=int(time.time()))
         return json_response(asked.shown())
 
     async def _find(self, request: Request) -> Batch:
         batch_id = request.path_params["batch_id"]
-        found = await asyncio.to_thread(self._shelf.get, tenant(), batch_id)
+        found = await self._disk.run(self._shelf.get, tenant(), batch_id)
         if found is None:
             raise UnknownNameError(f"there is no batch {batch_id[:64]!r}")
         return found

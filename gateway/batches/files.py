@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from gateway.batches.forms import FormPart, read_form
 from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
+from gateway.http.downloads import PiecesResponse
 from gateway.http.middleware import read_body, within_time
 from gateway.http.pages import Page, json_response, tenant
 
@@ -24,12 +26,6 @@ _MAX_NAME_CHARS = 512
 _MIN_TTL_S, _MAX_TTL_S = 3600, 30 * 24 * 3600
 """OpenAI's."""
 _MOST_LISTED = 10_000
-
-
-class BytesResponse(Response):
-    """A file's content."""
-
-    media_type = "application/octet-stream"
 
 
 class FileRoutes:
@@ -42,6 +38,7 @@ class FileRoutes:
 
     def __init__(self, gateway: Gateway, shelf: BatchShelf) -> None:
         self._gateway = gateway
+        self._disk = gateway.disk
         self._shelf = shelf
         self._seats = asyncio.Semaphore(gateway.tuning.max_uploads)
 
@@ -59,8 +56,10 @@ class FileRoutes:
         """Store the file of a form. Where too many are being stored, its body is not read yet."""
         async with within_time(request, self._gateway), self._seats:
             form = await _read_form(request, self._gateway)
-            file_id, facts = await asyncio.to_thread(
-                self._shelf.put_file, tenant(), form.filename, form.content, ttl_s=form.ttl_s
+            file_id, facts = await self._disk.run(
+                partial(
+                    self._shelf.put_file, tenant(), form.filename, form.content, ttl_s=form.ttl_s
+                )
             )
         return json_response(facts.shown(file_id))
 
@@ -79,12 +78,12 @@ class FileRoutes:
         def read_all() -> dict[str, Any]:
             return page.read(shelf.list_files(owner), read)
 
-        return json_response(await asyncio.to_thread(read_all))
+        return json_response(await self._disk.run(read_all))
 
     async def get(self, request: Request) -> Response:
         """What is known of a file."""
         file_id = request.path_params["file_id"]
-        facts = await asyncio.to_thread(self._shelf.get_facts, tenant(), file_id)
+        facts = await self._disk.run(self._shelf.get_facts, tenant(), file_id)
         if facts is None:
             raise _unknown(file_id)
         return json_response(facts.shown(file_id))
@@ -92,15 +91,16 @@ class FileRoutes:
     async def content(self, request: Request) -> Response:
         """A file's bytes."""
         file_id = request.path_params["file_id"]
-        found = await asyncio.to_thread(self._shelf.get_file, tenant(), file_id)
+        found = await self._disk.run(self._shelf.open_file, tenant(), file_id)
         if found is None:
             raise _unknown(file_id)
-        return BytesResponse(found[1])
+        facts, reader = found
+        return PiecesResponse(reader, facts.bytes, run=self._disk.run)
 
     async def delete(self, request: Request) -> Response:
         """Remove a file; batches that were made of it have copies."""
         file_id = request.path_params["file_id"]
-        if not await asyncio.to_thread(self._shelf.delete_file, tenant(), file_id):
+        if not await self._disk.run(self._shelf.delete_file, tenant(), file_id):
             raise _unknown(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
 

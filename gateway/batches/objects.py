@@ -29,6 +29,7 @@ BatchStatus = Literal[
     "cancelling",
     "cancelled",
 ]
+FilePurpose = Literal["batch", "batch_output"]
 ENDED: Final = frozenset({"failed", "completed", "expired", "cancelled"})
 
 
@@ -36,7 +37,7 @@ class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a file beside its content. Times are Unix times, seconds."""
 
     filename: str
-    purpose: Literal["batch", "batch_output"]
+    purpose: FilePurpose
     bytes: int
     created_at: int
     expires_at: int

@@ -9,9 +9,10 @@ from starlette.routing import BaseRoute, Route
 from cluster.core.errors import UnsupportedParameterError
 from gateway.batches import answers
 from gateway.batches.batches import BatchBody, BatchRoutes
-from gateway.batches.files import BytesResponse, FileRoutes
+from gateway.batches.files import FileRoutes
 from gateway.batches.shelf import BatchShelf
 from gateway.generation.gateway import Gateway
+from gateway.http.downloads import PiecesResponse
 from gateway.http.openapi import Endpoint
 
 _LISTING = (
@@ -38,7 +39,7 @@ ENDPOINTS = (
     ),
     Endpoint(_FILE, "One file", answers.StoredFile, statuses=(400, 404)),
     Endpoint(_FILE, "Remove a file", answers.DeletedFile, statuses=(400, 404), verb="delete"),
-    Endpoint(f"{_FILE}/content", "A file's bytes", media=BytesResponse, statuses=(400, 404)),
+    Endpoint(f"{_FILE}/content", "A file's bytes", media=PiecesResponse, statuses=(400, 404)),
     Endpoint("/v1/batches", "Answer a file of requests", answers.BatchObject, BatchBody),
     Endpoint("/v1/batches", "Batches", answers.BatchList, statuses=(400,), query=_LISTING),
     Endpoint(_BATCH, "One batch", answers.BatchObject, statuses=(400, 404)),

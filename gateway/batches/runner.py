@@ -9,28 +9,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from starlette.routing import BaseRoute, Route
 
 from cluster.batches.answers import AnswerFile, InUseError
-from cluster.core.errors import ConflictError
+from cluster.disk.threads import END_S, DiskThreads
 from gateway.batches.objects import ENDED
-from gateway.batches.running import BatchTuning, RunningBatch, damage, is_passing, moved
+from gateway.batches.running import BatchTuning, RunningBatch, is_passing
 from gateway.batches.shelf import BatchShelf, Work
+from gateway.core.errors import KeyFullError
 from gateway.generation.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
+
+_THREADS_A_BATCH = 2
 
 
 class _Run(NamedTuple):
     tenant: str
     task: asyncio.Task[None]
+
+
+class _Pause(NamedTuple):
+    """A batch that is not run for a while, after an error."""
+
+    ends_s: float
+    length_s: float
 
 
 class BatchRunner:
@@ -50,7 +60,11 @@ class BatchRunner:
         self._tuning = tuning or BatchTuning()
         self._shelf = BatchShelf(gateway.state) if gateway.state is not None else None
         self._runs: dict[str, _Run] = {}
-        self._again_s: dict[str, float] = {}  # of batches that stand still: when to try again
+        self._pauses: dict[str, _Pause] = {}
+        self._threads = DiskThreads(
+            "the folder of batches", _THREADS_A_BATCH * self._tuning.max_batches, 0, math.inf
+        )
+        self._disk = self._threads.run_to_end
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -63,13 +77,14 @@ class BatchRunner:
         tasks = [*([self._task] if self._task else []), *(run.task for run in self._runs.values())]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=END_S)  # a disk that hangs does not end them
 
     async def _look(self, shelf: BatchShelf) -> None:
         while True:
             try:
-                await asyncio.to_thread(shelf.sweep)
-                waiting = await asyncio.to_thread(shelf.waiting)
+                await self._disk(shelf.sweep)
+                waiting = await self._disk(shelf.waiting)
             except Exception as err:
                 logger.error("batches cannot be looked for: %s", err, exc_info=not is_passing(err))
             else:
@@ -79,11 +94,11 @@ class BatchRunner:
     def _take(self, shelf: BatchShelf, waiting: Sequence[Work]) -> None:
         """Run those batches that do not run here already, as far as there are seats."""
         names = {work.batch_id for work in waiting}
-        self._again_s = {name: at for name, at in self._again_s.items() if name in names}
+        self._pauses = {name: one for name, one in self._pauses.items() if name in names}
         now_s = time.monotonic()
         for work in waiting:
             name = work.batch_id
-            is_early = now_s < self._again_s.get(name, now_s)
+            is_early = name in self._pauses and now_s < self._pauses[name].ends_s
             if name in self._runs or is_early or not self._has_seat(work.tenant):
                 continue
             task = asyncio.create_task(self._run(shelf, work))
@@ -103,52 +118,41 @@ class BatchRunner:
         try:
             await self._run_alone(shelf, work)
         except Exception as err:
-            self._again_s[work.batch_id] = time.monotonic() + self._tuning.retry_s
+            self._pause(work.batch_id, err)
             is_bug = not is_passing(err)
             logger.error("batch %s stands still: %s", work.batch_id, err, exc_info=is_bug)
 
+    def _pause(self, name: str, err: Exception) -> None:
+        """Retry less and less often; a full key costs nothing, and may have room at any time."""
+        known = self._pauses.get(name)
+        is_repeated = known is not None and not isinstance(err, KeyFullError)
+        length_s = 2 * known.length_s if known is not None and is_repeated else self._tuning.retry_s
+        length_s = min(length_s, self._tuning.max_retry_s)
+        self._pauses[name] = _Pause(time.monotonic() + length_s, length_s)
+
     async def _run_alone(self, shelf: BatchShelf, work: Work) -> None:
         """Run a batch to its end, unless another gateway does."""
-        with contextlib.ExitStack() as stack:
-            try:
-                files = await _to_its_end(asyncio.to_thread(_open, stack, shelf, work.batch_id))
-            except InUseError:
+        stack = contextlib.ExitStack()
+        try:
+            files = await self._disk(partial(_open, stack, shelf, work.batch_id))
+            batch = await self._disk(partial(shelf.take, work))
+            if batch is None:
                 return
-            except ConflictError as err:
-                await asyncio.to_thread(_fail, shelf, work, err)
-                return
-            batch = None
-            if shelf.is_waiting(work.batch_id):  # else it has just ended elsewhere
-                batch = await asyncio.to_thread(shelf.get, work.tenant, work.batch_id)
-                if batch is None and shelf.is_new(work.batch_id):
-                    return  # it is being made
-            if batch is not None and batch.status not in ENDED:
-                run = RunningBatch(self._gateway, shelf, work.tenant, batch, *files)
+            if batch.status not in ENDED:
+                disk = self._disk
+                run = RunningBatch(self._gateway, shelf, work.tenant, batch, *files, disk)
                 await run.run(self._routes, self._tuning)
-            await asyncio.to_thread(shelf.end, work.batch_id)
+            await self._disk(partial(shelf.end, work.batch_id))
+        except InUseError:
+            return
+        finally:
+            await self._disk(stack.close)
 
 
 def _open(
     stack: contextlib.ExitStack, shelf: BatchShelf, batch_id: str
 ) -> tuple[AnswerFile, AnswerFile]:
     """The files of answers and of failures. Raises what ``AnswerFile`` raises."""
-    answers = stack.enter_context(AnswerFile(shelf.answers(batch_id)))
-    return answers, stack.enter_context(AnswerFile(shelf.failures(batch_id)))
-
-
-def _fail(shelf: BatchShelf, work: Work, error: ConflictError) -> None:
-    """End a batch whose answers so far cannot be read."""
-    batch = shelf.get(work.tenant, work.batch_id)
-    if batch is not None and batch.status not in ENDED:
-        shelf.save(work.tenant, moved(batch, "failed", errors=[damage(error)]))
-    shelf.end(work.batch_id)
-
-
-async def _to_its_end(work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of work that goes on when this is cancelled: it is waited for even then."""
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
+    paths = shelf.answers(batch_id), shelf.failures(batch_id)
+    answers, failures = (stack.enter_context(AnswerFile(path, is_private=True)) for path in paths)
+    return answers, failures

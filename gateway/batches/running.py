@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.routing import Route
 
 from cluster.batches.answers import AnswerFile
 from cluster.batches.requests import BatchLimits, BatchRequest, LineError, RequestFile
-from cluster.batches.run import BatchAnswer, BatchRun, UnreachableError
+from cluster.batches.run import BatchAnswer, BatchRun, RunInThread, UnreachableError
 from cluster.core.errors import ConflictError, RequestError
 from gateway.auth.key_limits import Account
 from gateway.batches.inner_calls import InnerCalls
@@ -40,7 +41,11 @@ class BatchTuning:
     look_s: float = 2.0
     """Interval at which a gateway looks for batches and for orders to end one."""
     retry_s: float = 10.0
-    """Time after which a batch that stands still is tried again."""
+    """Time after which a paused batch is tried again; it doubles with each failure in a row."""
+    max_retry_s: float = 600.0
+    """Longest such time."""
+    disk_limit_s: float = 600.0
+    """Longest time for which answers wait in memory for a disk that refuses them."""
     max_batches: int = 4
     """Batches that a gateway runs at a time."""
     concurrency: int = 64
@@ -59,6 +64,7 @@ class RunningBatch:
         batch: as it was stored last.
         answers: its answers so far.
         failures: those that are no success.
+        disk: runs everything that waits for the disk.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class RunningBatch:
         batch: Batch,
         answers: AnswerFile,
         failures: AnswerFile,
+        disk: RunInThread,
     ) -> None:
         self._gateway = gateway
         self._shelf = shelf
@@ -76,6 +83,7 @@ class RunningBatch:
         self._batch = batch
         self._answers = answers
         self._failures = failures
+        self._disk = disk
 
     async def run(self, routes: Sequence[Route], tuning: BatchTuning) -> None:
         """Run what is left, and store the end. Raises ``PASSING`` where that cannot be now."""
@@ -92,7 +100,7 @@ class RunningBatch:
         limits = BatchLimits(endpoints=(self._batch.endpoint,))
         path = self._shelf.requests(self._batch.id)
         try:
-            requests = await asyncio.to_thread(RequestFile.check, path, limits)
+            requests = await self._disk(partial(RequestFile.check, path, limits))
             account = await self._account()
         except RequestError as err:
             return _problem(err)
@@ -102,7 +110,7 @@ class RunningBatch:
         problem = None
         work = asyncio.create_task(self._ask(requests, account, routes, tuning))
         try:
-            while not (work.done() or self._is_over()):
+            while not (work.done() or await self._is_over()):
                 await asyncio.wait([work], timeout=tuning.look_s)
                 await self._count(len(requests))
                 await self._account()
@@ -130,13 +138,20 @@ class RunningBatch:
             return await calls.send(request)
 
         batch = BatchRun(
-            requests, self._answers, self._failures, send, tuning.concurrency, _NEVER_S
+            requests,
+            self._answers,
+            self._failures,
+            send,
+            tuning.concurrency,
+            _NEVER_S,
+            in_thread=self._disk,
+            disk_limit_s=tuning.disk_limit_s,
         )
         await batch.run()
 
-    def _is_over(self) -> bool:
+    async def _is_over(self) -> bool:
         """Whether the batch is to end though requests are left."""
-        return self._shelf.is_cancelled(self._batch.id) or time.time() >= self._batch.expires_at
+        return await self._disk(partial(self._shelf.is_over, self._batch))
 
     def _check_size(self) -> None:
         """Raise ``RequestError`` where more answers would not fit into one file."""
@@ -189,7 +204,8 @@ class RunningBatch:
     async def _finalize(self, problem: BatchProblem | None) -> None:
         """No more is asked: from now on the batch only ends, also after a kill."""
         shelf, now_s, counts = self._shelf, int(time.time()), self._counts
-        is_cancelled = shelf.is_cancelled(self._batch.id) and not counts.is_all
+        is_cancelled = await self._disk(partial(shelf.is_cancelled, self._batch.id))
+        is_cancelled = is_cancelled and not counts.is_all
         await self._save(
             "finalizing",
             finalizing_at=now_s,
@@ -210,7 +226,7 @@ class RunningBatch:
             await self._put(batch.output_file_id, self._shelf.answers(batch.id), "output")
             await self._put(batch.error_file_id, self._shelf.failures(batch.id), "errors")
         except StorageFullError as err:
-            if time.time() < batch.expires_at:
+            if not await self._disk(partial(self._shelf.has_expired, batch)):
                 raise
             problem = BatchProblem(code="storage_full", message=str(err))
             await self._save("failed", errors=[problem], output_file_id=None, error_file_id=None)
@@ -224,20 +240,13 @@ class RunningBatch:
 
         def put() -> None:
             name = f"{batch.id}_{what}.jsonl"
-            self._shelf.put_file(
-                self._tenant,
-                name,
-                path.read_bytes(),
-                is_output=True,
-                ttl_s=batch.output_ttl_s,
-                file_id=file_id,
-            )
+            self._shelf.put_output(self._tenant, name, path, file_id, batch.output_ttl_s)
 
-        await asyncio.to_thread(put)
+        await self._disk(put)
 
     async def _save(self, status: BatchStatus, **changed: Any) -> None:
         self._batch = moved(self._batch, status, **changed)
-        await asyncio.to_thread(self._shelf.save, self._tenant, self._batch)
+        await self._disk(partial(self._shelf.save, self._tenant, self._batch))
 
 
 def moved(batch: Batch, status: BatchStatus, **changed: Any) -> Batch:

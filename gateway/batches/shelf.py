@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,11 +31,14 @@ from gateway.batches.objects import (
     WINDOW_S,
     Batch,
     FileFacts,
+    FilePurpose,
     decode_batch,
     decode_file,
     encode_file,
 )
-from gateway.core.errors import StorageError, StorageFullError
+from gateway.core.errors import KeyFullError, StorageError
+from gateway.state.files import as_storage_error
+from gateway.state.reader import StoredReader
 from gateway.state.store import StateStore
 
 logger = logging.getLogger(__name__)
@@ -47,6 +53,7 @@ _ENTRY, _REQUESTS, _ANSWERS, _FAILURES, _CANCEL = (
     ".cancel",
 )
 _PARTS = (_REQUESTS, _ANSWERS, _FAILURES, _CANCEL)
+_PIECE_BYTES = 1024 * 1024
 _ABANDONED_S = 3600.0
 """Age at which parts of a batch without an entry are of one that was never made, or has ended;
 and an entry without a batch, too."""
@@ -77,22 +84,49 @@ class BatchShelf:
         filename: str,
         content: bytes,
         *,
-        is_output: bool = False,
         ttl_s: float | None = None,
-        file_id: str | None = None,
     ) -> tuple[str, FileFacts]:
         """Store a file. Returns its id and facts. Raises ``StorageFullError``."""
-        file_id = file_id or self._state.new_id(FILES)
+        file_id = self._state.new_id(FILES)
+        facts = self._facts(filename, "batch", len(content), ttl_s)
+        self._state.put(FILES, tenant, file_id, encode_file(facts, content), ttl_s)
+        return file_id, facts
+
+    def put_output(
+        self, tenant: str, filename: str, path: Path, file_id: str, ttl_s: float | None
+    ) -> None:
+        """Store the answers in a file at ``path``, which is read in pieces, and not at all where
+        they have no room. Raises ``StorageFullError``."""
+        with as_storage_error(), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            facts = self._facts(filename, "batch_output", size, ttl_s)
+            head = encode_file(facts, b"")
+            pieces = chain([head], iter(partial(file.read, _PIECE_BYTES), b""))
+            self._state.put_pieces(FILES, tenant, file_id, len(head) + size, pieces, ttl_s)
+
+    def _facts(
+        self, filename: str, purpose: FilePurpose, size: int, ttl_s: float | None
+    ) -> FileFacts:
         now_s = self._clock()
-        facts = FileFacts(
+        return FileFacts(
             filename=filename,
-            purpose="batch_output" if is_output else "batch",
-            bytes=len(content),
+            purpose=purpose,
+            bytes=size,
             created_at=int(now_s),
             expires_at=int(now_s + (self._state.ttl_s if ttl_s is None else ttl_s)),
         )
-        self._state.put(FILES, tenant, file_id, encode_file(facts, content), ttl_s)
-        return file_id, facts
+
+    def open_file(self, tenant: str, file_id: str) -> tuple[FileFacts, StoredReader] | None:
+        """Facts, and a reader of the content, which is to be closed; None where the tenant has no
+        such file."""
+        reader = self._state.open_reader(FILES, tenant, file_id)
+        if reader is None:
+            return None
+        try:
+            return decode_file(reader.read_line(MAX_FACTS_BYTES), file_id)[0], reader
+        except BaseException:
+            reader.close()
+            raise
 
     def get_file(self, tenant: str, file_id: str) -> tuple[FileFacts, bytes] | None:
         """Facts and content; None where the tenant has no such file."""
@@ -132,7 +166,8 @@ class BatchShelf:
             self._state.write_work(batch.id + _ENTRY, msgspec.json.encode(entry))
             self.save(tenant, batch)
         except StorageError:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StorageError, OSError):
+                self._state.delete(BATCHES, tenant, batch.id)  # it may be there, and not be synced
                 self.end(batch.id)
             raise
 
@@ -143,7 +178,7 @@ class BatchShelf:
                 with contextlib.suppress(FileNotFoundError):
                     size += self.requests(work.batch_id).stat().st_size
         if size > self.max_bytes:
-            raise StorageFullError(
+            raise KeyFullError(
                 f"the requests of this key's batches that have not ended would have {size} bytes, "
                 f"the limit is {self.max_bytes}: wait until some have ended, or cancel them"
             )
@@ -200,12 +235,35 @@ class BatchShelf:
         """Whether the batch has not ended."""
         return self._part(batch_id, _ENTRY).exists()
 
-    def is_new(self, batch_id: str) -> bool:
-        """Whether its maker may still be at work."""
+    def take(self, work: Work) -> Batch | None:
+        """The batch of an entry, for the process that has its file of answers open.
+
+        None where it has just ended, is being made, or has expired by the clock of this gateway
+        alone. An entry whose batch is gone is removed.
+        """
+        if not self.is_waiting(work.batch_id):
+            return None
+        batch = self.get(work.tenant, work.batch_id)
+        is_there = batch is not None or self._state.has_file(BATCHES, work.tenant, work.batch_id)
+        if not is_there and self._age_s(work.batch_id) >= _ABANDONED_S:
+            self.end(work.batch_id)
+        return batch
+
+    def is_over(self, batch: Batch) -> bool:
+        """Whether a batch is to end though requests are left."""
+        return self.is_cancelled(batch.id) or self.has_expired(batch)
+
+    def has_expired(self, batch: Batch) -> bool:
+        """Whether the time of a batch is over, also by the clock of the file system."""
+        window_s = batch.expires_at - batch.created_at
+        return self._clock() >= batch.expires_at and self._age_s(batch.id) >= window_s
+
+    def _age_s(self, batch_id: str) -> float:
+        """Time since a batch was made, by the clock of the file system; 0.0 without an entry."""
         with contextlib.suppress(FileNotFoundError):
             made_s = self._part(batch_id, _ENTRY).stat().st_mtime
-            return self._clock() - made_s < _ABANDONED_S
-        return False
+            return self._state.disk_time_s() - made_s
+        return 0.0
 
     def requests(self, batch_id: str) -> Path:
         """The requests of a batch that has not ended."""
@@ -226,9 +284,14 @@ class BatchShelf:
 
     def sweep(self) -> None:
         """Remove parts that have no entry: their makers were killed."""
-        before_s = self._clock() - _ABANDONED_S
-        for path in self._state.work.iterdir():
-            if path.suffix in _PARTS and not self.is_waiting(path.stem):
+        self._state.require_open()
+        left = [path for path in self._state.work.iterdir() if path.suffix in _PARTS]
+        left = [path for path in left if not self.is_waiting(path.stem)]
+        if not left:
+            return
+        before_s = self._state.disk_time_s() - _ABANDONED_S
+        for path in left:
+            if not self.is_waiting(path.stem):
                 with contextlib.suppress(FileNotFoundError):
                     if path.stat().st_mtime < before_s:
                         path.unlink()

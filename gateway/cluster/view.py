@@ -97,6 +97,8 @@ class ClusterView:
     release: str = RELEASE
     host: str = ""
     low_disks: Callable[[], tuple[LowDisk, ...]] = tuple
+    adapters: Callable[[], tuple[str, ...]] = tuple
+    """Keys of the adapters that requests here have; set before ``start``."""
     snapshot: Snapshot | None = None
     """The latest known state; None before the first."""
     known_load: Mapping[str, Any] | None = None
@@ -198,7 +200,7 @@ class ClusterView:
                 snapshot = await asyncio.wait_for(
                     self._controller.ask(
                         *("wait_snapshot", version, POLL_TIMEOUT_S),
-                        *(self.name, self.host, self.low_disks()),
+                        *(self.name, self.host, self.low_disks(), self.adapters()),
                     ),
                     POLL_TIMEOUT_S + CALL_TIMEOUT_S,
                 )

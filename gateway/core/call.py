@@ -159,6 +159,15 @@ class GenerateFields:
     the form of its calls tells it apart (Harmony)."""
 
     @property
+    def stops_in_answer(self) -> bool:
+        """The text may have reasoning, in which stops do not count: the gateway looks for them all.
+
+        Without text, or for beams, the engine looks for stop tokens.
+        """
+        has_reasoning = self.thinking is not None or self.tool_form is ToolForm.HARMONY
+        return has_reasoning and not (self.token_ids_only or self.use_beam_search)
+
+    @property
     def tools(self) -> ToolUse | None:
         return self.chat.tools if self.chat is not None else None
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from workers.requests.request import FinishReason, Timings, TokenLogprob
 
+_ENTRY_BYTES = 64
+"""Of a token with its log-probability."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
@@ -62,3 +65,9 @@ class ChoiceDelta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     """One per prompt token, in the first piece, with ``prompt_logprobs``."""
     finish: Finish | None = None
+
+    @property
+    def size(self) -> int:
+        """About the bytes of its JSON."""
+        entries = (self.tokens, self.echo_tokens, self.prompt_logprobs or ())
+        return len(self.text) + _ENTRY_BYTES * sum(map(len, entries))

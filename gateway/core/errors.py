@@ -66,6 +66,14 @@ class StorageFullError(StorageError):
     """A key has stored as much as it may, or the disk is full."""
 
 
+class KeyFullError(StorageFullError):
+    """A key has stored as much as it may: nothing was written."""
+
+
+class StorageTimeoutError(StorageError):
+    """A disk does not answer, or is too slow for the calls that wait for it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorReport:
     """An error as a client sees it."""
@@ -140,6 +148,7 @@ ERROR_TABLE: tuple[tuple[type[ExpertMeshError], int, str, str, grpc.StatusCode],
     (RequestAbortedError, 409, "conflict_error", "request_aborted", _CODES.ABORTED),
     (ConflictError, 409, "conflict_error", "failed_precondition", _CODES.FAILED_PRECONDITION),
     (StorageFullError, 429, "rate_limit_error", "storage_full", _CODES.RESOURCE_EXHAUSTED),
+    (StorageTimeoutError, 503, "service_unavailable", "storage_timeout", _CODES.UNAVAILABLE),
     (StorageError, 500, "server_error", "storage_failed", _CODES.INTERNAL),
     (UnknownNameError, 404, _INVALID, "not_found", _CODES.NOT_FOUND),
     (DeadlineExceededError, 408, "timeout_error", "deadline_exceeded", _CODES.DEADLINE_EXCEEDED),

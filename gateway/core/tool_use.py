@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -75,6 +75,10 @@ class Tool:
     """Arguments follow all of the schema; else what grammars cannot express of it has no effect."""
     is_shown: bool = True
     """Among the tools of the chat template; else a message of the conversation shows it."""
+    path: str = "tools"
+    """The client's field that has its schema, for messages."""
+    derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was found of its schema; filled by ``gateway.text.schemas.arguments``."""
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it: OpenAI's form."""

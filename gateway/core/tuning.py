@@ -33,7 +33,16 @@ class GatewayTuning:
     """Bytes of a file that a client stores."""
     max_uploads: int = 8
     """Files that are stored at a time: each is in memory two or three times."""
+    disk_threads: int = 8
+    """Calls of requests that use the state folder at a time."""
+    disk_max_waiting: int = 256
+    """Calls that may wait for one of these threads."""
+    disk_limit_s: float = 15.0
+    """Longest time of such a call; a request that needs it fails then."""
     state_sweep_s: float = 600.0
     """Interval at which expired objects leave the state folder."""
+    numbers_age_s: float = 1.0
+    """Time for which callers share the numbers that were collected from the workers, where keys are
+    configured."""
     max_inspection_bytes: int = 256 * 1024 * 1024
     """Bytes of the arrays of inspections that one replica holds at a time."""

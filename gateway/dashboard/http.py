@@ -70,7 +70,8 @@ def open_paths() -> frozenset[str]:
 
 def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
     """The page, its files and its data. ``is_admin``: it has buttons that give orders."""
-    data, page = PageData(gateway), _files()["index.html"]
+    keys = gateway.admin_keys if is_admin else gateway.keys
+    data, page = PageData(gateway, keys), _files()["index.html"]
     if is_admin:
         page = _file(page.content.replace(_PUBLIC_PORT, _ADMIN_PORT), ".html")
     files = [
@@ -83,6 +84,12 @@ def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
             raise RequestError(f"bank ({number[:32]!r}) must be a whole number", "bank")
         return await data.bank_load(int(number))
 
+    async def history(request: Request) -> Any:
+        after = request.query_params.get("after", "0")
+        if not (after.isascii() and after.isdecimal() and len(after) < 16):
+            raise RequestError(f"after ({after[:32]!r}) must be a whole number of seconds", "after")
+        return await data.history(float(after))
+
     async def whole(request: Request) -> Any:
         return await data.state()
 
@@ -90,6 +97,7 @@ def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
         *(Route(path, _serve(page), methods=["GET"]) for path in PAGES),
         *files,
         Route("/dashboard/api/state", _answer(whole), methods=["GET"]),
+        Route("/dashboard/api/history", _answer(history), methods=["GET"]),
         Route("/dashboard/api/load", _answer(bank), methods=["GET"]),
     ]
 

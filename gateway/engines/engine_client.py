@@ -23,7 +23,7 @@ from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.router import WorkerLoad
 from gateway.engines.submission import RequestStage, Submission, without_first
 from workers.requests.block_hash import KvEvents
-from workers.requests.request import Queued, SoloStep, StepOutput, TokenOutput
+from workers.requests.request import Queued, SoloStage, SoloStep, StepOutput, TokenOutput
 from workers.requests.stream_handshake import GatewayHandshake
 from workers.requests.wire import (
     FROM_ENGINE,
@@ -361,14 +361,17 @@ class EngineClient:
             self._outgoing.put_nowait(Ping(number=number))
 
     def _note_solo_step(self, solo_step: SoloStep) -> None:
-        """Record that a request runs a step alone, and answer; or that this step is over."""
+        """Record a stage of a request's solo step, and acknowledge it.
+
+        The request is the cause of a death only while its step is certain and not over.
+        """
         entry = self._submissions.get(solo_step.request_id)
-        if entry is None or entry.request.attempt != solo_step.attempt:
-            return
-        if solo_step.is_over:
-            entry.clear()
-        else:
+        is_here = entry is not None and entry.request.attempt == solo_step.attempt
+        if entry is not None and is_here and solo_step.stage is SoloStage.CERTAIN:
             entry.reach(RequestStage.ALONE)
+        elif entry is not None and is_here and solo_step.stage is SoloStage.OVER:
+            entry.clear()
+        if is_here or solo_step.stage is not SoloStage.OFFERED:
             self._outgoing.put_nowait(solo_step)
 
     def _note_queued(self, queued: Queued) -> None:

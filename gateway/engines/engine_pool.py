@@ -25,7 +25,7 @@ from gateway.engines.router import RoutingPolicy, pick_worker, route_by_kv
 from gateway.engines.session_copies import SessionCopies
 from gateway.engines.session_homes import SessionHomes
 from gateway.engines.submission import OutputSink, RequestStage, Submission
-from workers.requests.block_hash import SHORT_BYTES, KvEvents, block_hashes
+from workers.requests.block_hash import BlockHash, KvEvents, block_hashes
 from workers.requests.request import Request
 from workers.requests.wire import Paused, Prefetched
 
@@ -140,15 +140,24 @@ class EnginePool:
         if before - self._leaving or known != self._lacking:
             self.place_waiting()
 
-    def assign(self, request: Request, sink: OutputSink, deadline_s: float) -> Submission | None:
+    def assign(
+        self,
+        request: Request,
+        sink: OutputSink,
+        deadline_s: float,
+        hashes: Sequence[BlockHash] = (),
+    ) -> Submission | None:
         """Hand a request to a worker; None while no stream is open.
 
-        ``deadline_s`` is the ``time.monotonic`` at which the request is given up. Requests that
-        arrive together are routed together, the one with the fewest tokens to compute first.
+        ``hashes`` name its KV blocks, where they are known. ``deadline_s`` is the
+        ``time.monotonic`` at which the request is given up. Requests that arrive together are
+        routed together, the one with the fewest tokens to compute first.
         """
         if not self.clients:
             return None
         entry = Submission(request, sink, deadline_s)
+        if hashes:
+            entry.set_hashes(hashes)
         self._waiting.append(entry)
         if not self._will_place:
             self._will_place = True
@@ -195,6 +204,13 @@ class EnginePool:
         """Whether a worker can run a request: it lacks no adapter of the request."""
         return entry.request.adapter not in self._lacking.get(client.worker, ())
 
+    def has_adapter(self, key: str) -> bool:
+        """Whether a worker can run requests with an adapter, or it is not known which ones serve;
+        an empty key is that of the model itself.
+        """
+        clients = self.clients
+        return not clients or any(key not in self._lacking.get(c.worker, ()) for c in clients)
+
     def _has_other(self, entry: Submission) -> bool:
         return any(self._may_have(entry, client) for client in self.clients)
 
@@ -238,9 +254,7 @@ class EnginePool:
         block_size = hello.kv_block_size
         if block_size and not entry.prompt_hashes:
             limit = hello.kv_length_matters_above
-            hashes = block_hashes(entry.request, block_size, limit)
-            entry.prompt_hashes = [name[:SHORT_BYTES] for name in hashes]
-            entry.block_hashes = hashes if entry.request.is_kept else None
+            entry.set_hashes(block_hashes(entry.request, block_size, limit))
         return block_size
 
     async def _keep(self, endpoint: AttentionEndpoint) -> None:

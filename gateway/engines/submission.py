@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from cluster.core.errors import ExpertMeshError
 from gateway.core.replay import ReplayCause
-from workers.requests.block_hash import BlockHash
+from workers.requests.block_hash import SHORT_BYTES, BlockHash
 from workers.requests.request import MAX_DEATHS, FinishReason, Request, TokenOutput
 
 _HANDED_BACK = frozenset({"not_ready", "draining"})
@@ -114,6 +114,11 @@ class Submission:
         so_far = self.request.output_so_far
         self.open_choices = set(range(choices)) - set(self.request.closed_choices)
         self.outputs = [list(ids) for ids in so_far] or [[] for _ in range(choices)]
+
+    def set_hashes(self, hashes: Sequence[BlockHash]) -> None:
+        """Name the full KV blocks of its prompt."""
+        self.prompt_hashes = [name[:SHORT_BYTES] for name in hashes]
+        self.block_hashes = hashes if self.request.is_kept else None
 
     @property
     def is_waiting(self) -> bool:

@@ -12,6 +12,7 @@ from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
 from gateway.text.forms.answer_parser import AnswerParser
+from gateway.text.forms.call_ids import known_ids
 from gateway.text.forms.tool_calls import ParsedPiece
 from gateway.text.harmony.parser import HarmonyParser
 from gateway.text.tokenizer import Tokenizer
@@ -101,7 +102,8 @@ class TextFormat:
         has_calls = form is not None and tools is not None
         if not has_calls and fields.thinking is None:
             return None
-        return AnswerParser(form, tools, fields.thinking)
+        used = known_ids(fields.chat.messages, form) if has_calls and fields.chat else ()
+        return AnswerParser(form, tools, fields.thinking, used)
 
     def _text(self, token_id: int) -> str:
         """A token for people to read."""

@@ -24,8 +24,12 @@ from cluster.core.errors import (
     ModelNotFoundError,
     NotReadyError,
 )
+from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
+from gateway.auth.adapter_catalog import AdapterCatalog
 from gateway.auth.auth import CALLER, make_key_rings
+from gateway.cluster.client_view import client_status
+from gateway.cluster.numbers import ClusterNumbers
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
 from gateway.cluster.view import (
     ClusterView,
@@ -34,7 +38,7 @@ from gateway.cluster.view import (
     living_workers,
 )
 from gateway.core.call import CallKind, GenerateCall, GenerateFields
-from gateway.core.errors import ErrorReport, report_error
+from gateway.core.errors import ErrorReport, StorageTimeoutError, report_error
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
 from gateway.core.replay import ReplayCause
@@ -42,6 +46,7 @@ from gateway.core.request_id import REQUEST_ID
 from gateway.core.retention import with_hint
 from gateway.core.tuning import GatewayTuning
 from gateway.engines.engine_pool import EnginePool
+from gateway.engines.router import RoutingPolicy
 from gateway.engines.submission import Submission
 from gateway.generation import request_log
 from gateway.generation.entrance import Entrance
@@ -54,8 +59,11 @@ from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
-from gateway.state.store import open_store
+from gateway.observability.samples import TOTALS, SampleRing, total
+from gateway.offload.long_work import LongWork
+from gateway.state.store import StateStore, open_store
 from gateway.text.tokenizer import Tokenizer
+from workers.requests.block_hash import BlockHash, block_hashes
 from workers.requests.request import Request
 from workers.requests.wire import EngineHello
 
@@ -64,6 +72,8 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 0.5
 """Interval at which a request that waits for a worker checks whether its call was ended."""
 
+_REQUESTS_PER_PASS = 32
+"""Requests of one call that are routed in one pass of the event loop."""
 _PASSES_TO_SEND = 2
 """Passes of the event loop in which a request is written to its worker's stream. The codec's next
 work takes as long as a network hop, and the engine need not wait for it."""
@@ -79,6 +89,7 @@ class Gateway:
         engines: streams to the attention workers; fed from ``cluster`` here.
         name: of this replica.
         tuning: limits and waits that no option sets.
+        state: None opens the one of the configuration, on the thread of the caller.
     """
 
     def __init__(
@@ -89,22 +100,36 @@ class Gateway:
         engines: EnginePool,
         name: str = "gateway",
         tuning: GatewayTuning | None = None,
+        state: StateStore | None = None,
     ) -> None:
         self.config = config
         self.limits = config.gateway
         self.tokenizer = tokenizer
-        self.prompts = PromptMaker(tokenizer, config.gateway.trust_request_chat_template)
+        self.long_work = LongWork()
+        self.prompts = PromptMaker(
+            tokenizer, config.gateway.trust_request_chat_template, self.long_work
+        )
         self.cluster = cluster
         self.engines = engines
         self.name = name
         self.tuning = tuning or GatewayTuning()
         self.keys, self.admin_keys = make_key_rings(config.gateway)
-        self.state = open_store(config.gateway)
+        has_keys = config.gateway.asks_for_keys or config.gateway.asks_for_admin_keys
+        self.numbers = ClusterNumbers(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
+        self.state = open_store(config.gateway) if state is None else state
         """What is kept for clients between requests; None keeps nothing."""
+        self.disk = DiskThreads(
+            "the state folder",
+            self.tuning.disk_threads,
+            self.tuning.disk_max_waiting,
+            self.tuning.disk_limit_s,
+            StorageTimeoutError,
+        )
+        """Threads of requests that use ``state``."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model_name = config.model.served_model_name
-        self.adapters: Mapping[str, str] = {}
-        """Keys of the adapters that requests may name, by name."""
+        admin_keys = self.admin_keys if config.gateway.asks_for_admin_keys else None
+        self.adapters = AdapterCatalog(admin_keys)
         self.created = int(time.time())
         self.addresses: dict[str, Any] = {}
         self.running = RunningCalls()
@@ -121,14 +146,16 @@ class Gateway:
             config.gateway.metrics_prefix,
             config.gateway.vllm_metric_names,
         )
+        self.samples = SampleRing()
         self.answers = ReplicaAnswers(
             name,
             {
                 "describe": self.describe,
                 "metrics": self.metrics.own_families,
                 "summary": self._summary,
+                "samples": self.samples.after,
                 "abort": self.running.abort,
-                "adapters": lambda: list(self.adapters.values()),
+                "adapters": lambda: self.adapters.keys,
             },
         )
         self.replicas: ServeReplicas = self.answers
@@ -181,6 +208,11 @@ class Gateway:
             self.running.fail(server_ends())
         return left
 
+    async def close(self) -> None:
+        """End its thread and process for long work."""
+        await self.prompts.stop()
+        self.long_work.stop()
+
     def has_left(self, now_s: float) -> bool:
         """Whether load balancers had ``leaving_lead_s`` to notice that the gateway leaves."""
         since_s = self._leaves_since_s
@@ -207,9 +239,9 @@ class Gateway:
         """
         if name is None or name == self.model_name:
             return ""
-        if name not in self.adapters:
+        if (key := self.adapters.find(name)) is None:
             raise ModelNotFoundError(f"the model {name[:128]!r} does not exist")
-        return self.adapters[name]
+        return key
 
     def timeout_s(self, wanted_s: float | None) -> float:
         most = self.limits.request_timeout_s
@@ -233,7 +265,10 @@ class Gateway:
         async def make(facts: ModelFacts) -> GenerateCall:
             complete, prompts = await self.prompts.make(fields, facts)
             bad_words = await self.prompts.bad_words(complete)
-            call = finish_call(complete, prompts, facts, self._draw_seed, bad_words)
+            size = sum(len(ids) for _, ids in prompts) + len(complete.allowed_token_ids or ())
+            call = await self.long_work.run(
+                size, finish_call, complete, prompts, facts, self._draw_seed, bad_words
+            )
             if complete.stop:
                 self.prompts.require_tokenizer("stop")
             if complete.grammar is not None:
@@ -261,6 +296,8 @@ class Gateway:
         call = await make(facts)
         # an adapter may be freed while a long prompt is prepared
         call = replace(call, adapter=self.adapter_of(fields.model))
+        if not self.engines.has_adapter(call.adapter):
+            raise NotReadyError(f"no worker could load the adapter {fields.model}: ask again later")
         if caller is not None:
             caller.check_tokens(time.monotonic())
             # No other tenant finds, or can detect, the cached prefixes of this salt.
@@ -287,7 +324,7 @@ class Gateway:
             admitted_s=time.monotonic(),
             caches_prefixes=self.config.engine.enable_prefix_caching,
             caller=caller,
-            on_close=self.running.remove,
+            on_close=self._forget_call,
         )
         if (trace := TRACE.get()) is not None:
             trace.generation = generation
@@ -295,6 +332,7 @@ class Gateway:
             line.generation = generation
         for name in filter(None, (call_id, REQUEST_ID.get())):
             self.running.add(name, generation.queue)
+        self.adapters.begin(generation.queue, call.adapter)
         try:
             await self._hand_over(generation)
         except BaseException:
@@ -312,35 +350,49 @@ class Gateway:
             logger.error("request %s failed", request_id, exc_info=error)
         return report
 
-    async def status(self) -> dict[str, Any]:
-        """The cluster's state with all replicas in it, as ``status --json`` prints it."""
-        found, replicas = await asyncio.gather(self.cluster.fresh(), self.replicas.ask("describe"))
-        return self.status_of(found, replicas.values())
+    async def status(self, is_whole: bool = True) -> dict[str, Any]:
+        """The cluster's state with all replicas in it, as ``status --json`` prints it.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
+        found, replicas = await asyncio.gather(
+            self.numbers.snapshot(), self.replicas.ask("describe")
+        )
+        return self.status_of(found, replicas.values(), is_whole)
 
     def status_of(
-        self, snapshot: Snapshot | None, replicas: Iterable[Mapping[str, Any]]
+        self,
+        snapshot: Snapshot | None,
+        replicas: Iterable[Mapping[str, Any]],
+        is_whole: bool = True,
     ) -> dict[str, Any]:
         """The status, of a snapshot and of what replicas answered to ``describe``."""
-        known = snapshot or {"state": "STARTING"}
-        return {**known, "schema": 1, "gateway": list(replicas)}
+        status = {**(snapshot or {"state": "STARTING"}), "schema": 1, "gateway": list(replicas)}
+        return status if is_whole else client_status(status, not self.limits.asks_for_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
         """End calls of any replica by their clients' names; returns the names that were found."""
         answers = (await self.replicas.ask("abort", list(names))).values()
         return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
 
-    async def render_metrics(self) -> bytes:
-        """The exposition of all replicas and workers: each number once."""
+    async def render_metrics(self, is_whole: bool = True) -> bytes:
+        """The exposition of all replicas and workers: each number once.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
         if self.limits.num_gateway_replicas == 1:
-            await self.cluster.refresh()
-            return self.metrics.render()
-        replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.cluster.refresh())
-        return self.metrics.render(replicas)
+            await self.numbers.refresh()
+            return self.metrics.render(None, is_whole)
+        replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.numbers.refresh())
+        return self.metrics.render(replicas, is_whole)
+
+    def _forget_call(self, queue: OutputQueue) -> None:
+        self.running.remove(queue)
+        self.adapters.end(queue)
 
     def _follow(self, snapshot: Snapshot) -> None:
         logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
-        adapters = snapshot.get("adapters", ())
-        self.adapters = {a["name"]: a["key"] for a in adapters if a["state"] == "READY"}
+        self.adapters.follow(snapshot)
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
             self.metrics.engine(endpoint.engine)  # shows as 0 from the start
@@ -359,7 +411,9 @@ class Gateway:
         return {"name": self.name, **self.addresses}
 
     def _summary(self) -> dict[str, Any]:
-        return {"describe": self.describe(), "metrics": self.metrics.own_families()}
+        families = self.metrics.own_samples(TOTALS)
+        totals = {name: total(families, name) for name in TOTALS}
+        return {"describe": self.describe(), "totals": totals, "created": self.created}
 
     def require_facts(self) -> ModelFacts:
         """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""
@@ -373,13 +427,28 @@ class Gateway:
 
     async def _hand_over(self, generation: Generation) -> None:
         budget_ms = max(1, int((generation.deadline_s - time.monotonic()) * 1000))
-        for request in generation.call.requests(generation.call_id, budget_ms):
-            await self._assign(traced(request), generation)
+        call = generation.call
+        requests = call.requests(generation.call_id, budget_ms)
+        hashes = await self.long_work.run(call.num_prompt_tokens, self._name_blocks, requests)
+        for place, (request, names) in enumerate(zip(requests, hashes, strict=True), 1):
+            await self._assign(traced(request), generation, names)
+            if not place % _REQUESTS_PER_PASS:
+                await asyncio.sleep(0)
         for _ in range(_PASSES_TO_SEND):
             await asyncio.sleep(0)
         generation.handed_over()
 
-    async def _assign(self, request: Request, generation: Generation) -> None:
+    def _name_blocks(self, requests: Sequence[Request]) -> list[Sequence[BlockHash]]:
+        """Hashes of the KV blocks of each prompt, where requests are routed by them."""
+        hello = self._hello
+        if self.limits.routing_policy != RoutingPolicy.KV.value or hello is None:
+            return [() for _ in requests]
+        size, limit = hello.kv_block_size, hello.kv_length_matters_above
+        return [block_hashes(one, size, limit) if size else () for one in requests]
+
+    async def _assign(
+        self, request: Request, generation: Generation, hashes: Sequence[BlockHash]
+    ) -> None:
         deadline_s = generation.deadline_s
         no_stream_s: float | None = None
         while True:
@@ -387,7 +456,7 @@ class Gateway:
             generation.queue.check()
             can_go = check_serving(self.cluster.snapshot)
             if can_go:
-                entry = self.engines.assign(request, generation.queue, deadline_s)
+                entry = self.engines.assign(request, generation.queue, deadline_s, hashes)
                 if entry is not None:
                     generation.assigned(request.request_id, entry)
                     return

@@ -7,6 +7,7 @@ or was too late.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from cluster.core.errors import (
     RequestAbortedError,
 )
 from gateway.auth.key_limits import Account
-from gateway.core.call import CallPrompt, GenerateCall
+from gateway.core.call import CallPrompt, GenerateCall, GenerateFields
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.core.errors import SlowClientError, error_from_engine
 from gateway.engines.submission import Submission
@@ -28,10 +29,12 @@ from gateway.generation.admission import Ticket
 from gateway.generation.choices import Choice, Found, Prompt
 from gateway.generation.output_queue import OutputQueue
 from gateway.observability.metrics import EngineMetrics, GatewayMetrics
+from gateway.text.answer_region import AnswerRegion
 from gateway.text.detokenizer import (
     ChoiceText,
     Detokenizer,
     StopStrings,
+    aligned,
     make_detokenizer,
     place_tokens,
 )
@@ -40,6 +43,8 @@ from workers.requests.request import FinishReason, Timings, TokenOutput
 
 _VERDICT_S = 0.25
 """Time after a deadline that a worker has to say whether it had begun with the request."""
+_INLINE_TOKENS = 1024
+"""Texts of longer prompts are made in a thread."""
 _NO_WORKER_RETRY_S = 2.0
 """Retry time for requests that found no worker in place of a lost one."""
 
@@ -163,6 +168,8 @@ class Generation(AbstractContextManager["Generation"]):
                 break
             wake_s = deadline_s if give_up_s is None else min(give_up_s, deadline_s)
             await self._take_all(wake_s - now_s)
+            if self.call.fields.echo:
+                await self._make_echoes()
             deltas = self._deltas()
             if deltas:
                 return deltas
@@ -220,7 +227,13 @@ class Generation(AbstractContextManager["Generation"]):
         before = () if prompt.embeds is not None else prompt.ids
         for number in range(self.call.n):
             stop = StopStrings(fields.stop, fields.include_stop_str_in_output)
-            text = ChoiceText(self._detokenizer(before), stop, prompt.params.min_tokens)
+            text = ChoiceText(
+                self._detokenizer(before),
+                stop,
+                prompt.params.min_tokens,
+                _answer_region(fields),
+                fields.stop_token_ids if fields.stops_in_answer else (),
+            )
             entry.choices.append(Choice(entry, number, text))
         return entry
 
@@ -280,7 +293,7 @@ class Generation(AbstractContextManager["Generation"]):
         self.metrics.admission_rejections.labels(limit).inc()
         return QueueFullError(message, self.ticket.retry_after_s(), limit)
 
-    def _feed(self, choice: Choice, output: TokenOutput) -> str | None:
+    def _feed(self, choice: Choice, output: TokenOutput) -> str | int | None:
         last = len(output.token_ids) - 1
         ends = output.finish_reason is FinishReason.STOP
         hides_end = ends and not self.call.fields.include_stop_str_in_output
@@ -362,13 +375,28 @@ class Generation(AbstractContextManager["Generation"]):
             self._num_open -= 1
         return delta
 
+    async def _make_echoes(self) -> None:
+        """Make the texts of the prompts that are sent next; of long ones in a thread."""
+        prompts = {choice.prompt for choice in self._changed}
+        ready = [p for p in prompts if p.echo is None and not p.waits_for_logprobs]
+
+        def make() -> None:
+            for prompt in ready:
+                self._echo(prompt)
+
+        if sum(len(prompt.prompt.ids) for prompt in ready) <= _INLINE_TOKENS:
+            make()
+        else:
+            await asyncio.to_thread(make)
+
     def _echo(self, prompt: Prompt) -> tuple[str, tuple[TokenText, ...]]:
         if not self.call.fields.echo:
             return "", ()
         if prompt.echo is None:
             given, logprobs = prompt.prompt.text, prompt.logprobs or ()
             text, tokens = place_tokens(self._detokenizer(), prompt.prompt.ids, logprobs)
-            prompt.echo = given if given is not None and self.makes_text else text, tokens
+            has_text = given is not None and self.makes_text
+            prompt.echo = aligned(given or "", text, tokens) if has_text else (text, tokens)
         return prompt.echo
 
     def _observe_tokens(self, choice: Choice, output: TokenOutput) -> None:
@@ -413,3 +441,12 @@ class Generation(AbstractContextManager["Generation"]):
         """Metrics of the engine that has a prompt."""
         submission = prompt.submission
         return self.metrics.engine("" if submission is None else submission.engine)
+
+
+def _answer_region(fields: GenerateFields) -> AnswerRegion | None:
+    """Where stops count in a choice; None: everywhere."""
+    if not fields.stops_in_answer:
+        return None
+    if fields.thinking is not None:
+        return AnswerRegion.after_thinking(fields.thinking)
+    return AnswerRegion.of_harmony(fields.open_message)

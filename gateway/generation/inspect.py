@@ -88,6 +88,7 @@ class Inspecting:
 
     def __init__(self, gateway: Gateway) -> None:
         self._reader = Reader(gateway)
+        self._long_work = gateway.long_work
         self._max_prompts = gateway.limits.max_batch_prompts
         self._max_held_bytes = gateway.tuning.max_inspection_bytes
         self._held_bytes = 0
@@ -108,8 +109,9 @@ class Inspecting:
         async def make(facts: ModelFacts) -> list[CallPrompt]:
             nonlocal held, made
             assert facts.shape is not None, "reported with the other facts"
-            pooled = make_prompts(fields, facts)
-            size = _total_size(pooled, facts.shape, most_bytes)
+            pooled, size = await self._long_work.run(
+                sum(map(len, fields.token_ids)), _sized_prompts, fields, facts, most_bytes
+            )
             self._hold(size)
             held, made = size, (facts, pooled)
             return pooled
@@ -126,6 +128,15 @@ class Inspecting:
         if held and held + size > most:
             raise QueueFullError(f"inspections hold {held} bytes, at most {most} may be held", 1.0)
         self._held_bytes += size
+
+
+def _sized_prompts(
+    fields: InspectFields, facts: ModelFacts, most_bytes: int
+) -> tuple[list[CallPrompt], int]:
+    """Checked prompts, and the bytes of all their arrays. Raises ``RequestError``."""
+    pooled = make_prompts(fields, facts)
+    assert facts.shape is not None, "reported with the other facts"
+    return pooled, _total_size(pooled, facts.shape, most_bytes)
 
 
 def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[CallPrompt]:

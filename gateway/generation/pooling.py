@@ -26,6 +26,9 @@ from gateway.generation.validate import check_context, check_prompts
 from workers.requests.classifier import pooled_position
 from workers.requests.inspection import IGNORED_LABEL, Inspection, NamedArray, Pooling
 
+MAX_JOINED_TOKENS = 4 * 1024 * 1024
+"""Tokens of all prompts that a call joins out of its texts: a query stands in front of each of its
+documents."""
 PromptInput = str | tuple[int, ...]
 """A text or token ids."""
 Row = TypeVar("Row")
@@ -97,7 +100,8 @@ class Reader:
         async def make(facts: ModelFacts) -> list[CallPrompt]:
             nonlocal names, is_multi
             ids = await self._ids(prompts, facts, fields, "input")
-            ids = keep_unmasked(ids, masks, facts)
+            size = sum(map(len, ids))
+            ids = await self._gateway.long_work.run(size, keep_unmasked, ids, masks, facts)
             names = facts.labels or tuple(labels)
             is_multi = facts.problem_type == "multi_label_classification"
             if facts.labels:
@@ -138,7 +142,14 @@ class Reader:
             behind = await self._ids(documents, facts, fields, other, special=False)
             if len(before) == 1:
                 before *= len(behind)
-            return [scored_prompt(*pair, name) for pair in zip(before, behind, strict=True)]
+            pairs = list(zip(before, behind, strict=True))
+
+            def join() -> list[CallPrompt]:
+                return [scored_prompt(*pair, name) for pair in pairs]
+
+            size = sum(len(first) + len(second) for first, second in pairs)
+            _check_total(f"{name} and {other}", size, name)
+            return await self._gateway.long_work.run(size, join)
 
         found, usage = await self.read(make, "score", other, fields)
         rows = [as_numpy(one.arrays[0]) for one in found]
@@ -155,7 +166,13 @@ class Reader:
             raise RequestError(f"prompts times labels ({count}) must be at most {most}", "labels")
         tokens = await self._gateway.prompts.make_ids(labels, facts, False, "labels")
         require(all(tokens), "labels", "must not contain an empty text")
-        return [scored_prompt(one, label, "input") for one in ids for label in tokens]
+
+        def join() -> list[CallPrompt]:
+            return [scored_prompt(one, label, "input") for one in ids for label in tokens]
+
+        size = len(tokens) * sum(map(len, ids)) + len(ids) * sum(map(len, tokens))
+        _check_total("prompts and labels", size, "labels")
+        return await self._gateway.long_work.run(size, join)
 
     async def _ids(
         self,
@@ -169,7 +186,8 @@ class Reader:
         check_batch(field, len(prompts), self._gateway.limits.max_batch_prompts)
         special = special and fields.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
-        check_prompts(field, ids, facts)
+        size = sum(map(len, ids))
+        await self._gateway.long_work.run(size, check_prompts, field, ids, facts)
         return ids
 
     async def read(
@@ -202,6 +220,14 @@ class Reader:
         with await self._gateway.start_call(fields, call_id, make_call) as generation:
             found = await generation.read()
             return found, generation.usage
+
+
+def _check_total(what: str, num_tokens: int, field: str) -> None:
+    """Raise ``RequestError`` where texts that are joined with each other have too many tokens."""
+    if num_tokens > MAX_JOINED_TOKENS:
+        rule = f"have {num_tokens} tokens where each is behind the other"
+        message = f"{what} {rule}, at most {MAX_JOINED_TOKENS} are allowed"
+        raise RequestError(message, field)
 
 
 def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> CallPrompt:

@@ -13,9 +13,16 @@ from gateway.core.field_checks import check_chat
 from gateway.core.model import ModelFacts
 from gateway.core.thinking import BEGIN, END, Thinking, thinking_after
 from gateway.core.tool_use import ToolForm
-from gateway.generation.validate import check_context, check_token_ids, truncate
+from gateway.generation.validate import check_context, check_token_ids, kept_tokens
+from gateway.offload.long_work import INLINE_SIZE, LongWork
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
+from gateway.text.encoding import (
+    MAX_TOKENS,
+    EncodedText,
+    TextEncoder,
+    check_num_tokens,
+)
 from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.harmony.grammar import harmony_grammar
 from gateway.text.harmony.marks import ENDS, MESSAGE, START, open_header, open_message
@@ -25,8 +32,6 @@ from gateway.text.tokenizer import Tokenizer
 
 _LAST_TOKENS = 16
 """Tokens of a prompt that end with the mark of reasoning and white space, if it ends so."""
-_INLINE_CHARS = 2048
-"""Longer texts are tokenized in a thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +51,15 @@ class PromptMaker:
     Args:
         tokenizer: None where the checkpoint has none: prompts must be token ids then.
         trusts_templates: render chat templates that clients send.
+        long_work: takes what is long, and holds the interpreter lock.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, trusts_templates: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, trusts_templates: bool, long_work: LongWork
+    ) -> None:
         self.tokenizer = tokenizer
+        self._long_work = long_work
+        self._text_encoder = None if tokenizer is None else TextEncoder(tokenizer, long_work)
         self._trusts_templates = trusts_templates
         self._client_templates = ClientTemplates()
 
@@ -59,6 +69,17 @@ class PromptMaker:
         template = self.tokenizer.chat_template if self.tokenizer else None
         return template is not None and template.has_tools and template.tool_form is not None
 
+    @property
+    def _encoder(self) -> TextEncoder:
+        self.require_tokenizer("prompt")
+        assert self._text_encoder is not None, "there is a tokenizer"
+        return self._text_encoder
+
+    async def stop(self) -> None:
+        """End the process of long texts."""
+        if self._text_encoder is not None:
+            await self._text_encoder.stop()
+
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises ``RequestError`` without one."""
         if self.tokenizer is None:
@@ -67,8 +88,11 @@ class PromptMaker:
             )
         return self.tokenizer
 
-    async def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        return (await self._encode([text], add_special_tokens))[0]
+    async def count_tokens(self, chat: ChatInput) -> int:
+        """Tokens of a conversation."""
+        text = (await self.render(chat)).text
+        (encoded,) = await self._encoder.encode([text], False, slice(0))
+        return encoded.num_tokens
 
     async def tokenize(
         self, text: str, chat: ChatInput | None, add_special_tokens: bool | None
@@ -76,11 +100,16 @@ class PromptMaker:
         """Token ids of a text or of a conversation.
 
         The tokenizer adds its own tokens to a text by default, to a conversation on demand.
+
+        Raises:
+            RequestError: there are more than ``MAX_TOKENS``.
         """
-        if chat is None:
-            return await self.encode(text, add_special_tokens is not False)
-        rendered = await self.render(chat)
-        return await self.encode(rendered.text, bool(add_special_tokens))
+        special = add_special_tokens is not False
+        if chat is not None:
+            text, special = (await self.render(chat)).text, bool(add_special_tokens)
+        (encoded,) = await self._encoder.encode([text], special, slice(MAX_TOKENS))
+        check_num_tokens("prompt" if chat is None else "messages", encoded.num_tokens)
+        return encoded.ids
 
     async def render(self, chat: ChatInput) -> RenderedChat:
         """The prompt of a conversation. Raises ``RequestError`` without a chat template."""
@@ -184,8 +213,12 @@ class PromptMaker:
     async def decode(self, ids: Sequence[int], facts: ModelFacts) -> str:
         """Text of token ids. Raises ``RequestError`` for one outside the vocabulary."""
         tokenizer = self.require_tokenizer("tokens")
-        check_token_ids("tokens", ids, facts.vocab_size)
-        return await asyncio.to_thread(tokenizer.decode, ids, False)
+
+        def decode() -> str:
+            check_token_ids("tokens", ids, facts.vocab_size)
+            return tokenizer.decode(ids, False)
+
+        return await asyncio.to_thread(decode)
 
     async def bad_words(self, fields: GenerateFields) -> tuple[tuple[int, ...], ...]:
         """Token sequences of each bad word, at the start of a text and after a space.
@@ -216,26 +249,42 @@ class PromptMaker:
         text = rendered.text
         if fields.truncate_prompt_tokens is None:
             self._check_length(text, facts, "messages")
-        encoded = await self.encode(text, bool(fields.add_special_tokens))
-        if fields.chat.template is not None and not encoded:
+        special = bool(fields.add_special_tokens)
+        kept = kept_tokens(fields, facts)
+        (encoded,) = await self._encode([text], facts, special, "messages", kept)
+        if fields.chat.template is not None and not encoded.num_tokens:
             raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
-        ids = truncate(encoded, fields, facts)
-        is_cut = len(ids) < len(encoded)
+        size = len(text) if fields.tools is None else INLINE_SIZE + 1
+        complete = await self._long_work.run(
+            size, self._complete, fields, fields.chat, rendered, encoded
+        )
+        return complete, [(None, encoded.ids)]
+
+    def _complete(
+        self,
+        fields: GenerateFields,
+        chat: ChatInput,
+        rendered: RenderedChat,
+        encoded: EncodedText,
+    ) -> GenerateFields:
+        """The fields of the answer to a prompt."""
+        ids, is_cut = encoded.ids, len(encoded.ids) < encoded.num_tokens
         if rendered.form is ToolForm.HARMONY:
-            opened = await asyncio.to_thread(self._open_message, text, ids, is_cut)
-            return self._with_channels(fields, opened), [(None, ids)]
-        has_thinking = rendered.has_thinking
-        thinking = self._thinking(fields.chat, text, ids, is_cut) if has_thinking else None
-        return self._with_form(fields, rendered.form, thinking), [(None, ids)]
+            return self._with_channels(fields, self._open_message(rendered.text, ids, is_cut))
+        thinking = None
+        if rendered.has_thinking:
+            thinking = self._thinking(chat, rendered.text, ids, is_cut)
+        return self._with_form(fields, rendered.form, thinking)
 
     async def _make_all(
         self, fields: GenerateFields, facts: ModelFacts
     ) -> list[tuple[str | None, tuple[int, ...]]]:
         special = fields.add_special_tokens is not False
-        if fields.truncate_prompt_tokens is not None:
-            whole = await self._encode(fields.prompts, special)
-            return [(None, truncate(one, fields, facts)) for one in whole]
-        ids = await self.make_ids(fields.prompts, facts, special, fields.prompt_name)
+        kept, name = kept_tokens(fields, facts), fields.prompt_name
+        if kept is not None:
+            cut = await self._encode(fields.prompts, facts, special, name, kept)
+            return [(None, one.ids) for one in cut]
+        ids = await self.make_ids(fields.prompts, facts, special, name)
         texts = (prompt if isinstance(prompt, str) else None for prompt in fields.prompts)
         return list(zip(texts, ids, strict=True))
 
@@ -250,23 +299,33 @@ class PromptMaker:
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(prompt, facts, param)
-        return await self._encode(prompts, add_special_tokens)
+        found = await self._encode(prompts, facts, add_special_tokens, param)
+        return [one.ids for one in found]
 
     async def _encode(
-        self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool
-    ) -> list[tuple[int, ...]]:
-        """Token ids of texts; token ids stay as they are."""
-        num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        self,
+        prompts: Sequence[str | tuple[int, ...]],
+        facts: ModelFacts,
+        add_special_tokens: bool,
+        param: str,
+        kept: slice | None = None,
+    ) -> list[EncodedText]:
+        """Token ids of texts; token ids stay as they are. ``kept``: those that are wanted.
 
-        def make() -> list[tuple[int, ...]]:
-            return [self._ids(prompt, add_special_tokens) for prompt in prompts]
-
-        return make() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(make)
-
-    def _ids(self, prompt: str | tuple[int, ...], add_special_tokens: bool) -> tuple[int, ...]:
-        if isinstance(prompt, tuple):
-            return prompt
-        return self.require_tokenizer("prompt").encode(prompt, add_special_tokens)
+        Raises:
+            ContextLengthError: a text has more tokens than any model takes, and none is cut.
+        """
+        most = max(MAX_TOKENS, facts.max_model_len)
+        wanted = slice(most) if kept is None else kept
+        if not any(isinstance(prompt, str) for prompt in prompts):  # also without a tokenizer
+            return [
+                EncodedText(one[wanted], len(one)) for one in prompts if not isinstance(one, str)
+            ]
+        found = await self._encoder.encode(prompts, add_special_tokens, wanted)
+        for one in found:
+            if kept is None and one.num_tokens > most:
+                check_context(one.num_tokens, 0, facts, param)
+        return found
 
     def _check_length(self, text: str, facts: ModelFacts, param: str) -> None:
         """Refuse a text that cannot fit before time is spent on it."""

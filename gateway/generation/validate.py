@@ -81,15 +81,15 @@ def finish_call(
     )
 
 
-def truncate(ids: tuple[int, ...], fields: GenerateFields, model: ModelFacts) -> tuple[int, ...]:
-    """What ``truncate_prompt_tokens`` leaves of a prompt."""
+def kept_tokens(fields: GenerateFields, model: ModelFacts) -> slice | None:
+    """What ``truncate_prompt_tokens`` leaves of a prompt; None where it is not set."""
     wanted = fields.truncate_prompt_tokens
     if wanted is None:
-        return ids
+        return None
     output = fields.max_tokens if fields.max_tokens is not None else max(1, fields.min_tokens or 0)
     room = max(1, model.context_tokens - output)
     kept = room if wanted == -1 else wanted
-    return ids[:kept] if fields.truncation_side == "right" else ids[-kept:]
+    return slice(kept) if fields.truncation_side == "right" else slice(-kept, None)
 
 
 def check_prompts(name: str, prompts: Sequence[Sequence[int]], model: ModelFacts) -> None:
@@ -195,6 +195,8 @@ def _make_params(fields: GenerateFields, bad_words: tuple[tuple[int, ...], ...])
     given: dict[str, Any] = {
         name: value for name in _SAMPLED if (value := getattr(fields, name)) is not None
     }
+    if fields.stops_in_answer:
+        given["stop_token_ids"] = ()  # the gateway looks for them, where the answer is
     if fields.use_beam_search:
         given |= {"beams": _beams(fields), "temperature": 0.0}
     return SamplingParams(

@@ -16,6 +16,7 @@ from gateway.generation.generation import Generation
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import grpc_chat_input, grpc_fields, input_of, optional
 from gateway.grpc.format import GrpcFormat
+from gateway.grpc.messages import numbers_of
 from gateway.grpc.pooling import PoolingProcedures
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -31,7 +32,10 @@ class InferenceProcedures(PoolingProcedures):
             choices = await collect(generation)
             call.set_usage(generation.usage)
             formatter = GrpcFormat(generation, self._gateway.tokenizer, call.request_id)
-            return formatter.whole(choices, generation.usage)
+            call.answer_size = sum(choice.size for choice in choices)
+            whole = formatter.whole
+            long_work = self._gateway.long_work
+            return await long_work.run(call.answer_size, whole, choices, generation.usage)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, call: GrpcCall
@@ -49,24 +53,30 @@ class InferenceProcedures(PoolingProcedures):
         gateway = self._gateway
         gateway.check_model(request.model or None)
         is_chat = input_of(request, "prompt") == "messages"
-        chat = grpc_chat_input(request.messages) if is_chat else None
+        chat = await call.convert(grpc_chat_input, request.messages) if is_chat else None
         special = optional(request, "add_special_tokens")
         ids = await gateway.prompts.tokenize(request.prompt, chat, special)
         tokenizer = gateway.prompts.require_tokenizer("prompt")
-        names = [tokenizer.token_text(i) for i in ids] if request.return_token_strs else []
-        return pb.TokenizeResponse(
-            count=len(ids),
-            max_model_len=gateway.facts.max_model_len if gateway.facts else 0,
-            tokens=ids,
-            token_strs=names,
-        )
+        call.answer_size = len(ids)
+
+        def answer() -> pb.TokenizeResponse:
+            names = [tokenizer.token_text(i) for i in ids] if request.return_token_strs else []
+            return pb.TokenizeResponse(
+                count=len(ids),
+                max_model_len=gateway.facts.max_model_len if gateway.facts else 0,
+                tokens=ids,
+                token_strs=names,
+            )
+
+        return await gateway.long_work.run(len(ids), answer)
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, call: GrpcCall
     ) -> pb.DetokenizeResponse:
         self._gateway.check_model(request.model or None)
         facts = self._gateway.require_facts()
-        text = await self._gateway.prompts.decode(tuple(request.tokens), facts)
+        tokens = await call.convert(numbers_of, request.tokens)
+        text = await self._gateway.prompts.decode(tokens, facts)
         return pb.DetokenizeResponse(prompt=text)
 
     async def GetModelInfo(
@@ -79,13 +89,13 @@ class InferenceProcedures(PoolingProcedures):
         self, request: pb.ListModelsRequest, call: GrpcCall
     ) -> pb.ListModelsResponse:
         """The served model first, then its adapters."""
-        names = [self._gateway.model_name, *self._gateway.adapters]
+        names = [self._gateway.model_name, *self._gateway.adapters.names()]
         return pb.ListModelsResponse(models=map(self._model, names))
 
     async def _start(
         self, request: pb.GenerateRequest, call: GrpcCall, streams: bool = False
     ) -> Generation:
-        fields = call.with_headers(grpc_fields(request))
+        fields = call.with_headers(await call.convert(grpc_fields, request))
         if streams:
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))

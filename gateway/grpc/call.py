@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import InitVar, dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -20,8 +20,8 @@ from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
 from gateway.generation.gateway import Gateway
 from gateway.generation.request_log import RequestLog
 from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
-
-Context = grpc.aio.ServicerContext[Any, Any]
+from gateway.grpc.call_limits import BoundedStream, CallLimits, Context
+from gateway.offload.long_work import Arguments, Result
 
 _DEADLINE_SLACK_S = 0.1
 """A client whose deadline passes ends its call. The end arrives a little before the deadline here,
@@ -41,22 +41,51 @@ class GrpcCall:
     service: str
     method: str
     context: Context
-    wanted_id: InitVar[str]
-    """What the message calls the request; empty: nothing."""
     keys: KeyRing
     """The keys of the port."""
+    limits: CallLimits
+    """Of the port."""
+    stream_s: float | None = None
+    """Longest life of a stream without an end of its own; None for other calls."""
+    size: int = 0
+    """Bytes of the message, once it is read."""
+    answer_size: int = 0
+    """About the bytes of the answer, where it may be long."""
     _code: grpc.StatusCode = grpc.StatusCode.OK
     _trace: RequestTrace | None = None
     _has_sent_id: bool = False
+    _stream: BoundedStream = field(init=False)
 
-    def __post_init__(self, wanted_id: str) -> None:
+    def __post_init__(self) -> None:
+        limits = self.limits
+        times = limits.read_limit_s, limits.write_limit_s
+        self._stream = BoundedStream(self.context, *times, limits.unread)
         metadata = self.context.invocation_metadata() or ()
         self._metadata = text_metadata(metadata)
-        self.request_id = choose_request_id(wanted_id or self._metadata.get(HEADER, ""))
+        self.request_id = choose_request_id(self._metadata.get(HEADER, ""))
         self._line = RequestLog("grpc", self.method)
         if self.gateway.tracing is not None:
             begin = self.gateway.tracing.begin
             self._trace = begin(self.method, "grpc", self.request_id, metadata)
+
+    async def read(self) -> bytes | None:
+        """The next message; None after the last one. Raises ``DeadlineExceededError``."""
+        data = await self._stream.read()
+        self.size = len(data or b"")
+        return data
+
+    async def write(self, message: Any) -> None:
+        """Send a message, after the id. Raises ``SlowClientError``."""
+        await self.send_id()
+        await self._stream.write(message)
+
+    def set_id(self, wanted: str) -> None:
+        """Take the id that the message has, unless it is empty."""
+        if wanted:
+            self.request_id = choose_request_id(wanted)
+            REQUEST_ID.set(self.request_id)
+            if self._trace is not None:
+                self._trace.request_id = self.request_id
 
     @property
     def time_left_s(self) -> float | None:
@@ -67,6 +96,12 @@ class GrpcCall:
     def with_headers(self, fields: GenerateFields) -> GenerateFields:
         """The same fields, with the client's deadline, and what its metadata says."""
         return with_headers(fields, self._metadata, self.time_left_s)
+
+    async def convert(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """What ``work`` makes of the message; of a large message in a thread."""
+        return await self.gateway.long_work.run(self.size, work, *args, **kwargs)
 
     def set_usage(self, usage: Usage) -> None:
         """Send counts as trailing metadata."""
@@ -79,14 +114,15 @@ class GrpcCall:
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
-        """Count the request for its key; an error of the key, or within, ends it."""
+        """Count the request for its key and its port; an error of these, or within, ends it."""
         given, unsent_error = self._metadata, ""
         caller: Account | None = None
         try:
             try:
                 caller = self.keys.enter(given.get("authorization"), given.get("api-key"))
                 REQUEST_ID.set(self.request_id)
-                yield
+                async with self.limits.entered(self.context.peer(), self.stream_s):
+                    yield
             except Exception as err:
                 await self._abort(err)
         except (asyncio.CancelledError, GeneratorExit):
@@ -114,12 +150,13 @@ class GrpcCall:
         metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
         await self.context.send_initial_metadata(metadata)
 
-    async def _abort(self, error: Exception) -> NoReturn:
-        """End the request with the status that belongs to ``error``."""
+    async def _abort(self, error: Exception) -> None:
+        """End the request with the status that belongs to ``error``.
+
+        Raises gRPC's error, unless a message waits for the client: the status is behind it then.
+        """
         report = self.gateway.report_error(error, self.request_id)
         self._code = report.grpc_code
         await self.send_id()
         details = report.status_details(self.request_id)
-        trailers = (("grpc-status-details-bin", details),)
-        await self.context.abort(report.grpc_code, report.message, trailers)
-        raise AssertionError("abort always raises")
+        await self._stream.abort(report, (("grpc-status-details-bin", details),))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+import math
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
+from grpc_reflection.v1alpha import reflection_pb2
 
 from cluster.core.errors import ExpertMeshError, RequestError
 from gateway.auth.auth import KeyRing
 from gateway.core.errors import RouteError
 from gateway.generation.gateway import Gateway
-from gateway.grpc.call import Context, GrpcCall, text_metadata
+from gateway.grpc.call import GrpcCall, text_metadata
+from gateway.grpc.call_limits import CallLimits, Context
+from gateway.grpc.health import HEALTH_SERVICE
+from gateway.grpc.messages import read_message
 
 if TYPE_CHECKING:
     _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
@@ -25,10 +29,10 @@ else:  # generic in the stubs only
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 Procedure = Callable[[Any, GrpcCall], Any]
-"""A request message to its answer, awaited; or to an asynchronous generator of answers, which
-calls ``GrpcCall.send_id`` before the first."""
-HEALTH_SERVICE = "grpc.health.v1.Health"
-"""The service without a key."""
+"""A request message to its answer, awaited; or to an asynchronous generator of answers."""
+REFLECTION_SERVICE = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
+REFLECTION_LIMIT_S = 60.0
+"""Longest stream of reflection."""
 _UNKNOWN = "other"
 """Service and method of unknown procedures: names from clients make no metrics."""
 _MOST_SHOWN = 128
@@ -38,12 +42,14 @@ _MOST_SHOWN = 128
 class KeyInterceptor(_Interceptor):
     """Requires a key of the port, for unknown procedures too; not for health checks.
 
-    A client with a key gets our error for an unknown procedure.
+    A client with a key gets our error for an unknown procedure. Reflection, which a library serves,
+    gets the limits that our procedures have.
     """
 
-    def __init__(self, gateway: Gateway, keys: KeyRing) -> None:
+    def __init__(self, gateway: Gateway, keys: KeyRing, limits: CallLimits) -> None:
         self._gateway = gateway
         self._keys = keys
+        self._limits = limits
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -63,7 +69,27 @@ class KeyInterceptor(_Interceptor):
                 raise RouteError(f"there is no procedure {path[:_MOST_SHOWN]!r} on this port", 404)
         except ExpertMeshError as err:
             return self._refusal(names, err)
-        return handler
+        return self._bounded(names, handler) if service == REFLECTION_SERVICE else handler
+
+    def _bounded(
+        self, names: tuple[str, str], handler: grpc.RpcMethodHandler[Any, Any]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The stream of a library within the limits of the port."""
+        answers_of: Any = handler.stream_stream
+
+        async def serve(requests: Any, context: Context) -> None:
+            call = GrpcCall(
+                self._gateway, *names, context, self._keys, self._limits, REFLECTION_LIMIT_S
+            )
+            async with call.served(), aclosing(answers_of(requests, context)) as answers:
+                async for answer in answers:
+                    await call.write(answer)
+
+        make: Any = grpc.stream_stream_rpc_method_handler
+        bounded: grpc.RpcMethodHandler[Any, Any] = make(
+            serve, handler.request_deserializer, handler.response_serializer
+        )
+        return bounded
 
     def _refusal(
         self, names: tuple[str, str], error: ExpertMeshError
@@ -73,14 +99,22 @@ class KeyInterceptor(_Interceptor):
         It names and counts a call, and ends it with the error, or with that of its key.
         """
 
-        async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
-            async with GrpcCall(self._gateway, *names, context, "", self._keys).served():
+        async def refuse(_: Any, context: Context) -> None:
+            async with GrpcCall(self._gateway, *names, context, self._keys, self._limits).served():
                 raise error
-            yield
 
         make: Any = grpc.stream_stream_rpc_method_handler
         handler: grpc.RpcMethodHandler[Any, Any] = make(refuse)
         return handler
+
+
+async def _request(gateway: Gateway, method: MethodDescriptor, data: bytes | None) -> Message:
+    """The request message of a procedure. Raises ``RequestError``."""
+    if data is not None:
+        with suppress(DecodeError):
+            return await gateway.long_work.run(len(data), read_message, method.input_type, data)
+    # gRPC would say UNKNOWN where a deserializer fails
+    raise RequestError("the message cannot be decoded as the procedure's request")
 
 
 def service_handlers(
@@ -88,6 +122,8 @@ def service_handlers(
     service: ServiceDescriptor,
     find: Callable[[str], Procedure],
     keys: KeyRing,
+    limits: CallLimits,
+    endless: Collection[str] = (),
 ) -> grpc.GenericRpcHandler[Any, Any]:
     """Handlers of all procedures that a service describes.
 
@@ -96,54 +132,34 @@ def service_handlers(
         service: the description.
         find: the procedure of a name.
         keys: the keys of the port.
+        limits: of the port.
+        endless: names of streams that end with their client alone.
     """
 
-    @asynccontextmanager
-    async def entered(
-        method: MethodDescriptor, data: bytes, context: Context
-    ) -> AsyncIterator[tuple[Message, GrpcCall]]:
-        """The message and its call; an error within ends the call."""
-        request: Message | None = None
-        with suppress(DecodeError):
-            request = GetMessageClass(method.input_type).FromString(data)
-        wanted_id = str(getattr(request, "request_id", ""))
-        call = GrpcCall(gateway, service.full_name, method.name, context, wanted_id, keys)
-        async with call.served():
-            if request is None:  # gRPC would say UNKNOWN where a deserializer fails
-                raise RequestError("the message cannot be decoded as the procedure's request")
-            yield request, call
-
-    def unary(method: MethodDescriptor) -> Any:
-        procedure = find(method.name)
-
-        async def serve(data: bytes, context: Context) -> Message:
-            async with entered(method, data, context) as (request, call):
-                await call.send_id()
-                answer: Message = await procedure(request, call)
-                return answer
-
-        return serve
-
-    def streaming(method: MethodDescriptor) -> Any:
-        procedure = find(method.name)
-
-        async def serve(data: bytes, context: Context) -> AsyncIterator[Message]:
-            async with (
-                entered(method, data, context) as (request, call),
-                aclosing(procedure(request, call)) as answers,
-            ):
-                async for answer in answers:
-                    yield answer
-
-        return serve
-
     def handler(method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:
-        make: Any = grpc.unary_unary_rpc_method_handler
-        if method.server_streaming:
-            make = grpc.unary_stream_rpc_method_handler
-        serve = (streaming if method.server_streaming else unary)(method)
-        encode = GetMessageClass(method.output_type).SerializeToString
-        made: grpc.RpcMethodHandler[Any, Any] = make(serve, response_serializer=encode)
+        procedure = find(method.name)
+        names, stream_s = (service.full_name, method.name), None
+        if method.name in endless:
+            stream_s = math.inf
+
+        async def serve(_: Any, context: Context) -> None:
+            call = GrpcCall(gateway, *names, context, keys, limits, stream_s)
+            async with call.served():
+                request = await _request(gateway, method, await call.read())
+                call.set_id(str(getattr(request, "request_id", "")))
+                if not method.server_streaming:
+                    await call.send_id()
+                    answer: Message = await procedure(request, call)
+                    size = call.answer_size
+                    data = await gateway.long_work.run(size, answer.SerializeToString)
+                    await call.write(data)
+                    return
+                async with aclosing(procedure(request, call)) as answers:
+                    async for piece in answers:
+                        await call.write(piece.SerializeToString())
+
+        make: Any = grpc.stream_stream_rpc_method_handler  # reads and writes in bounded time
+        made: grpc.RpcMethodHandler[Any, Any] = make(serve)
         return made
 
     handlers = {method.name: handler(method) for method in service.methods}

@@ -16,6 +16,7 @@ from gateway.generation.pooling import PromptInput, Reader, reading_fields
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import given_fields, input_of
 from gateway.grpc.format import usage_message
+from gateway.grpc.messages import numbers_of
 from protos import inference_pb2 as pb
 from workers.requests.inspection import NamedArray
 
@@ -33,17 +34,31 @@ class PoolingProcedures:
         self._inspecting = Inspecting(gateway)
 
     async def Embed(self, request: pb.EmbedRequest, call: GrpcCall) -> pb.EmbedResponse:
-        fields, prompts = _fields(request, call), _prompts(request.input, "input")
-        found = await self._reader.embed(prompts, request.pooling or None, fields)
-        vectors = (
-            pb.Embedding(index=index, values=vector.tolist())
-            for index, vector in enumerate(found.rows)
+        fields, prompts = (
+            _fields(request, call),
+            await call.convert(_prompts, request.input, "input"),
         )
-        return pb.EmbedResponse(data=vectors, **self._head(request, call, found.usage))
+        found = await self._reader.embed(prompts, request.pooling or None, fields)
+        head = self._head(request, call, found.usage)
+        call.answer_size = sum(vector.nbytes for vector in found.rows)
+
+        def answer() -> pb.EmbedResponse:
+            vectors = (
+                pb.Embedding(index=index, values=vector.tolist())
+                for index, vector in enumerate(found.rows)
+            )
+            return pb.EmbedResponse(data=vectors, **head)
+
+        return await self._gateway.long_work.run(call.answer_size, answer)
 
     async def Classify(self, request: pb.ClassifyRequest, call: GrpcCall) -> pb.ClassifyResponse:
-        fields, prompts = _fields(request, call), _prompts(request.input, "input")
-        masks = tuple(tuple(one.mask) for one in request.attention_mask)
+        fields, prompts = (
+            _fields(request, call),
+            await call.convert(_prompts, request.input, "input"),
+        )
+        masks = await call.convert(
+            lambda: tuple(numbers_of(one.mask) for one in request.attention_mask)
+        )
         found = await self._reader.classify(prompts, tuple(request.labels), masks, fields)
         rows = (
             pb.Classification(index=index, **asdict(row)) for index, row in enumerate(found.rows)
@@ -51,8 +66,9 @@ class PoolingProcedures:
         return pb.ClassifyResponse(data=rows, **self._head(request, call, found.usage))
 
     async def Score(self, request: pb.ScoreRequest, call: GrpcCall) -> pb.ScoreResponse:
-        fields, queries = _fields(request, call), _prompts(request.queries, "queries")
-        documents = _prompts(request.documents, "documents")
+        fields = _fields(request, call)
+        queries = await call.convert(_prompts, request.queries, "queries")
+        documents = await call.convert(_prompts, request.documents, "documents")
         found = await self._reader.score(queries, documents, fields)
         rows = (pb.DocumentScore(index=i, score=score) for i, score in enumerate(found.rows))
         return pb.ScoreResponse(data=rows, **self._head(request, call, found.usage))
@@ -62,7 +78,7 @@ class PoolingProcedures:
     ) -> AsyncGenerator[pb.InspectChunk]:
         """Arrays from inside the model, in pieces."""
         await call.send_id()
-        wanted, fields = _fields(request, call), grpc_inspect_fields(request)
+        wanted, fields = _fields(request, call), await call.convert(grpc_inspect_fields, request)
         async with self._inspecting.inspect(fields, wanted, MAX_CALL_BYTES) as found:
             for index, arrays in enumerate(found.rows):
                 for array in arrays:
@@ -85,13 +101,16 @@ def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:
     if places and has_count:
         name = "logits_positions"
         raise RequestError(f"{name} and logits_to_keep cannot both be set", name)
-    labels = tuple(tuple(one.values) or tuple(map(float, one.ids)) for one in request.labels)
+    labels = tuple(
+        numbers_of(one.values) or tuple(float(number) for number in one.ids)
+        for one in request.labels
+    )
     if not all(math.isfinite(value) for row in labels for value in row):
         raise RequestError("labels must be finite numbers", "labels")
     return InspectFields(
-        token_ids=tuple(tuple(one.ids) for one in request.token_ids),
+        token_ids=tuple(numbers_of(one.ids) for one in request.token_ids),
         outputs=tuple(request.outputs),
-        masks=tuple(tuple(one.mask) for one in request.attention_mask),
+        masks=tuple(numbers_of(one.mask) for one in request.attention_mask),
         logits_to_keep=places or (request.logits_to_keep if has_count else None),
         labels=labels,
     )
@@ -117,6 +136,6 @@ def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateFields:
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:
     return tuple(
-        one.text if input_of(one, field, f"{field}: ") == "text" else tuple(one.token_ids.ids)
+        one.text if input_of(one, field, f"{field}: ") == "text" else numbers_of(one.token_ids.ids)
         for one in inputs
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from cluster.core.errors import StartError
@@ -18,12 +18,19 @@ from gateway.auth.auth import KeyRing
 from gateway.auth.tls import bind
 from gateway.generation.gateway import Gateway
 from gateway.grpc.api import SERVICE, InferenceProcedures
-from gateway.grpc.handlers import HEALTH_SERVICE, KeyInterceptor, Procedure, service_handlers
+from gateway.grpc.call_limits import CallLimits
+from gateway.grpc.handlers import KeyInterceptor, Procedure, service_handlers
+from gateway.grpc.health import HEALTH_SERVICE, HealthService
 
 _READY_POLL_S = 0.1
 _SPARE_CALLS = 64
-"""Calls beyond the queue's limit that gRPC accepts: probes pass, and admission refuses the others
-with a retry time."""
+"""Calls beyond the queue's limit that run: admission refuses them with a retry time."""
+HANDSHAKE_LIMIT_S = 10
+"""Time in which a new connection must send its settings, and acknowledge ours."""
+IDLE_LIMIT_S = 75
+"""Life of a connection without a call: also of one whose head of a call comes too slowly."""
+MAX_CONNECTIONS = 4096
+"""Connections of one port; gRPC closes the ones above."""
 _METADATA_BYTES = 16 * 1024
 """Limit of a call's metadata: names, values and 32 bytes per entry, gRPC's own included."""
 
@@ -40,7 +47,11 @@ def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[st
 
 
 def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
-    """Limits and keepalive of the server (see the interface's server options)."""
+    """Limits and keepalive of the server (see the interface's server options).
+
+    A connection that sends nothing is closed after its keepalive ping, one that sends a byte now
+    and then after ``IDLE_LIMIT_S`` without a call.
+    """
     return [
         ("grpc.max_receive_message_length", 16 * 1024 * 1024),
         ("grpc.max_send_message_length", 64 * 1024 * 1024),
@@ -54,6 +65,10 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.max_concurrent_streams", 1024),
+        ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_LIMIT_S),
+        ("grpc.http2.settings_timeout", 1000 * HANDSHAKE_LIMIT_S),
+        ("grpc.max_connection_idle_ms", 1000 * IDLE_LIMIT_S),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         ("grpc.so_reuseport", int(so_reuseport)),
     ]
 
@@ -86,7 +101,8 @@ class ServicePort:
         host: interface.
         port: 0 takes a free one.
         options: gRPC's.
-        max_calls: calls at once.
+        max_calls: calls at once, beside health checks and streams without an end.
+        endless: names of procedures that are such streams.
     """
 
     def __init__(
@@ -100,18 +116,18 @@ class ServicePort:
         *,
         options: Sequence[tuple[str, int]],
         max_calls: int,
+        endless: Collection[str] = (),
     ) -> None:
         self._gateway = gateway
         self._service = service.full_name
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self.limits = limits = CallLimits.of(gateway.tuning, max_calls)
+        self.health = HealthService((service.full_name,), limits.unread)
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(gateway, keys)],
-            options=options,
-            maximum_concurrent_rpcs=max_calls,
+            interceptors=[KeyInterceptor(gateway, keys, limits)], options=options
         )
-        self._server.add_generic_rpc_handlers((service_handlers(gateway, service, find, keys),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        served = service_handlers(gateway, service, find, keys, limits, endless)
+        self._server.add_generic_rpc_handlers((served, self.health.handler()))
         add_reflection(self._server, self._service, service.file)
         self.port = 0
 
@@ -123,20 +139,14 @@ class ServicePort:
             raise StartError(
                 f"gRPC of {self._service}", f"cannot bind {self._address}: {err}"
             ) from err
-        await self._set_health(is_ready)
+        self.health.set(is_ready)
         await self._server.start()
         return self.port
 
     async def stop(self, grace_s: float = 0.5) -> None:
         """Refuse new calls, end the others after ``grace_s``."""
-        await self._health.enter_graceful_shutdown()
+        self.health.end()
         await self._server.stop(grace_s)
-
-    async def _set_health(self, is_ready: bool) -> None:
-        statuses = health_pb2.HealthCheckResponse
-        status = statuses.SERVING if is_ready else statuses.NOT_SERVING
-        for service in ("", self._service):
-            await self._health.set(service, status)
 
 
 class GrpcServer(ServicePort):
@@ -172,7 +182,7 @@ class GrpcServer(ServicePort):
         while not self._gateway.has_left(time.monotonic()):
             is_ready = not self._gateway.not_ready_reasons()
             if is_ready is not was_ready:
-                await self._set_health(is_ready)
+                self.health.set(is_ready)
                 was_ready = is_ready
             await asyncio.sleep(_READY_POLL_S)
         # clients get GOAWAY and connect to another gateway

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -16,7 +16,8 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError
 from cluster.core.release import RELEASE, installed_version
-from gateway.core.call import GenerateFields
+from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_operator
+from gateway.core.call import ChatInput, GenerateFields
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
 from gateway.core.headers import with_headers
@@ -154,7 +155,7 @@ class HttpApi:
 
     async def list_models(self, request: Request) -> Response:
         """The served model first, then its adapters."""
-        names = [self._gateway.model_name, *self._gateway.adapters]
+        names = [self._gateway.model_name, *self._gateway.adapters.names()]
         return _answer({"object": "list", "data": [*map(self._model, names)]})
 
     async def get_model(self, request: Request) -> Response:
@@ -164,13 +165,9 @@ class HttpApi:
 
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
-        data = await read_json(request, gateway)
+        body, chat = await read_json(request, gateway, _read_tokenize)
         async with within_time(request, gateway):
-            check_unbuilt(data, "tokenize")
-            body = parse_body(TokenizeBody, data)
             gateway.check_model(body.model)
-            given_one(prompt=body.prompt, messages=body.messages)
-            chat = chat_input(body) if body.prompt is None else None
             ids = await gateway.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
             tokenizer = gateway.prompts.require_tokenizer("prompt")
             facts = gateway.facts
@@ -180,15 +177,15 @@ class HttpApi:
                 named = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
                 return dump_long({**head, "tokens": ids, "token_strs": named})
 
-            return _answer(await asyncio.to_thread(render))
+            return _answer(await gateway.long_work.run(len(ids), render))
 
     async def detokenize(self, request: Request) -> Response:
-        data = await read_json(request, self._gateway)
-        async with within_time(request, self._gateway):
-            body = parse_body(DetokenizeBody, data)
-            self._gateway.check_model(body.model)
-            facts = self._gateway.require_facts()
-            return _answer({"prompt": await self._gateway.prompts.decode(body.tokens, facts)})
+        gateway = self._gateway
+        body = await read_json(request, gateway, partial(parse_body, DetokenizeBody))
+        async with within_time(request, gateway):
+            gateway.check_model(body.model)
+            text = await gateway.prompts.decode(body.tokens, gateway.require_facts())
+            return _answer(await gateway.long_work.run(len(text), dump_json, {"prompt": text}))
 
     async def health(self, request: Request) -> Response:
         return Response(status_code=200)
@@ -212,23 +209,29 @@ class HttpApi:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus metrics of all replicas and workers."""
-        content = await self._gateway.render_metrics()
+        """Prometheus metrics of all replicas and workers; by expert or layer for operators."""
+        gateway = self._gateway
+        content = await gateway.render_metrics(is_operator(gateway.keys))
+        content = gateway.adapters.without_series_of_others(content)
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
-        return _answer(await self._gateway.status())
+        found = await self._gateway.status(is_operator(self._gateway.keys))
+        return _answer(self._gateway.adapters.without_others(found))
 
     async def placement(self, request: Request) -> Response:
         """Which device holds which copy of which expert."""
-        return _answer(await self._gateway.cluster.ask("placement"))
+        check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
+        return _answer(await self._gateway.numbers.placement())
 
     async def load(self, request: Request) -> Response:
         """Tokens by expert and by copy, and what balance they made."""
-        return _answer(await self._gateway.cluster.ask("load"))
+        check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
+        return _answer(await self._gateway.numbers.load())
 
     async def events(self, request: Request) -> Response:
-        snapshot = await self._gateway.cluster.fresh() or {}
+        check_operator(self._gateway.keys, EVENTS)
+        snapshot = await self._gateway.numbers.snapshot() or {}
         return _answer({"schema": 1, "events": snapshot.get("history", [])})
 
     async def openapi(self, request: Request) -> Response:
@@ -252,14 +255,31 @@ class HttpApi:
         }
 
 
-class GenerateEndpoint(WatchedEndpoint):
+def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None]:
+    check_unbuilt(data, "tokenize")
+    body = parse_body(TokenizeBody, data)
+    given_one(prompt=body.prompt, messages=body.messages)
+    chat = chat_input(body) if body.prompt is None else None
+    return body.model_copy(update={"messages": None, "tools": None}), chat
+
+
+class _Asked(NamedTuple):
+    """One call. The body itself is freed where it was read: it may consist of many objects."""
+
+    fields: GenerateFields
+    stream: StreamOptions | None
+    """None: the answer is whole."""
+    request_id: str | None
+
+
+class GenerateEndpoint(WatchedEndpoint[_Asked]):
     def __init__(self, gateway: Gateway, kind: Literal["completion", "chat"]) -> None:
         super().__init__(gateway)
         self._kind = kind
         self._format = ChatFormat if kind == "chat" else CompletionFormat
         self._fingerprint = f"expertmesh-{RELEASE}-{gateway.config.fingerprint()}"
 
-    def _parse(self, data: dict[str, Any]) -> tuple[GenerateBody, GenerateFields]:
+    def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
         check_unbuilt(data, self._kind)
         body: GenerateBody
         if self._kind == "chat":
@@ -272,32 +292,38 @@ class GenerateEndpoint(WatchedEndpoint):
             raise RequestError("stream_options needs stream to be true", "stream_options")
         if body.stream:
             check_stream(fields)
-        return body, fields
-
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
-        body, fields = self._parse(data)
         fields = with_headers(fields, request.headers, timeout_header_s(request))
+        options = (body.stream_options or StreamOptions()) if body.stream else None
+        return _Asked(fields, options, body.request_id)
+
+    async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
+        fields, stream_options, request_id = parsed
         call_id = new_call_id(fields.kind)
         answer_id = None
-        if body.request_id is not None:
-            answer_id = f"{call_id.partition('-')[0]}-{check_request_id(body.request_id)}"
+        if request_id is not None:
+            answer_id = f"{call_id.partition('-')[0]}-{check_request_id(request_id)}"
             note_response_id(answer_id)
         with await self._gateway.start(fields, call_id) as generation:
-            for name in filter(None, (body.request_id, answer_id)):
+            for name in filter(None, (request_id, answer_id)):
                 self._gateway.running.add(name, generation.queue)
             formatter: AnswerFormat = self._format(
                 generation, self._gateway.tokenizer, self._fingerprint, answer_id
             )
-            if not body.stream:
+            if stream_options is None:
                 choices = await collect(generation)
-                await responder.json(formatter.whole(choices, generation.usage))
+                size = sum(choice.size for choice in choices)
+                whole = await self._gateway.long_work.run(
+                    size, lambda: dump_long(formatter.whole(choices, generation.usage))
+                )
+                await responder.json(whole)
                 return
+            formatter.shows_usage = bool(stream_options.include_usage)
             stream = SseStream(
                 gateway=self._gateway,
                 responder=responder,
                 formatter=formatter,
                 request_id=request.state.request_id,
-                options=body.stream_options or StreamOptions(),
+                options=stream_options,
             )
             await stream.send(generation)
 

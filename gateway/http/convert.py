@@ -17,6 +17,7 @@ from gateway.http.schema import (
     CompletionBody,
     GenerateBody,
     Message,
+    Part,
     ResponseFormatBody,
     RetentionBody,
     SamplingBody,
@@ -186,18 +187,23 @@ def _template_message(message: Message, place: int) -> dict[str, Any]:
 def _content(message: Message, path: str) -> str:
     if isinstance(message.content, str):
         return message.content
+    if message.content is None and (message.model_extra or {}).get("refusal"):
+        return str((message.model_extra or {})["refusal"])
     if message.content is None:
         if message.role != "assistant":
             raise RequestError(
                 f"{path}.content is required", f"{path}.content", "missing_required_parameter"
             )
         return ""
-    for part in message.content:
-        if part.type != "text":
-            raise UnsupportedParameterError(
-                f"{path}.content: parts of type {part.type[:32]!r} are not supported, only text",
-                f"{path}.content",
-            )
-        if part.text is None:
-            raise RequestError(f"{path}.content: a text part needs text", f"{path}.content")
-    return "\n".join(part.text or "" for part in message.content)
+    return "\n".join(_part_text(part, message.role, f"{path}.content") for part in message.content)
+
+
+def _part_text(part: Part, role: str, path: str) -> str:
+    is_refusal = part.type == "refusal" and role == "assistant"
+    if part.type != "text" and not is_refusal:
+        message = f"{path}: parts of type {part.type[:32]!r} are not supported, only text"
+        raise UnsupportedParameterError(message, path)
+    text = part.refusal if is_refusal else part.text
+    if text is None:
+        raise RequestError(f"{path}: a {part.type} part needs {part.type}", path)
+    return text

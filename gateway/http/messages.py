@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.routing import Route
@@ -16,6 +16,7 @@ from gateway.anthropic.convert import chat_input, message_fields, shows_thinking
 from gateway.anthropic.format import MessageFormat
 from gateway.anthropic.schema import CountTokensBody, MessagesBody, ThinkingParam
 from gateway.anthropic.unsupported import check_unbuilt
+from gateway.core.call import ChatInput, GenerateFields
 from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
 from gateway.core.field_checks import require
@@ -48,18 +49,29 @@ def routes(gateway: Gateway) -> list[Route]:
     ]
 
 
-class MessagesEndpoint(WatchedEndpoint):
+class _Asked(NamedTuple):
+    """One call. The body itself is freed where it was read: it may consist of many objects."""
+
+    fields: GenerateFields
+    streams: bool
+    thinking: ShownThinking
+
+
+class MessagesEndpoint(WatchedEndpoint[_Asked]):
     """``POST /v1/messages``."""
 
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+    def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
         _check_version(request)
         check_unbuilt(data)
         body = parse_body(MessagesBody, data)
         fields = with_headers(message_fields(body), request.headers, timeout_header_s(request))
+        return _Asked(fields, bool(body.stream), _shown(body.thinking))
+
+    async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
+        fields, streams, shown = parsed
         with await self._gateway.start(fields, f"msg_{uuid.uuid4().hex}") as generation:
-            shown = _shown(body.thinking)
             formatter = MessageFormat(generation, self._gateway.tokenizer, shown)
-            if not body.stream:
+            if not streams:
                 (choice,) = await collect(generation)
                 await responder.json(formatter.whole(choice, generation.usage))
                 return
@@ -72,17 +84,23 @@ class MessagesEndpoint(WatchedEndpoint):
             await stream.send(generation)
 
 
-class CountTokensEndpoint(WatchedEndpoint):
+class CountTokensEndpoint(WatchedEndpoint[tuple[str, ChatInput]]):
     """``POST /v1/messages/count_tokens``."""
 
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[str, ChatInput]:
         _check_version(request)
         check_unbuilt(data)
+        body = parse_body(CountTokensBody, data)
+        return body.model, chat_input(body)
+
+    async def _answer(
+        self, request: Request, parsed: tuple[str, ChatInput], responder: Responder
+    ) -> None:
+        model, chat = parsed
         async with within_time(request, self._gateway):
-            body = parse_body(CountTokensBody, data)
-            self._gateway.check_model(body.model)
-            ids = await self._gateway.prompts.tokenize("", chat_input(body), None)
-        await responder.json({"input_tokens": len(ids)})
+            self._gateway.check_model(model)
+            count = await self._gateway.prompts.count_tokens(chat)
+        await responder.json({"input_tokens": count})
 
 
 @dataclass(kw_only=True, slots=True)

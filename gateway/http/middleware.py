@@ -12,9 +12,9 @@ import contextlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
@@ -28,7 +28,7 @@ from cluster.core.errors import (
     RequestTooLargeError,
     UnsupportedParameterError,
 )
-from gateway.auth.auth import KeyRing
+from gateway.auth.auth import CALLER, KeyRing
 from gateway.auth.key_limits import Account
 from gateway.core.echoes import ECHOES, HOLDS
 from gateway.core.errors import ClientGoneError
@@ -52,11 +52,11 @@ _METHODS = frozenset(
 _DRAIN_FACTOR = 8
 """A body above the limit is read up to this many times the limit, so that its sender can see the
 answer, and is cut off beyond."""
-_THREAD_BYTES = 65_536
-"""Larger bodies are parsed in a thread."""
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _PIECE = 4096
 """Entries of a long list that are written at a time."""
+Parsed = TypeVar("Parsed")
+"""What an endpoint reads in a body."""
 
 
 class Responder:
@@ -176,6 +176,7 @@ class HttpMiddleware:
         self._count_echoes(extensions.get(ECHOES, ()), str(scope.get("root_path", "")))
         status, began_s = 0, time.monotonic()
         caller: Account | None = None
+        CALLER.set(None)
         try:
             if path not in self.open_paths:
                 await self.keys.read_changes()
@@ -245,8 +246,12 @@ class HttpMiddleware:
         return send_with_headers
 
 
-async def read_json(request: Request, gateway: Gateway) -> dict[str, Any]:
-    """The object in a request's body, within the gateway's limits.
+async def read_json(
+    request: Request, gateway: Gateway, read: Callable[[dict[str, Any]], Parsed]
+) -> Parsed:
+    """What ``read`` makes of the object in a request's body, within the gateway's limits.
+
+    A large body is parsed and read in a thread.
 
     Raises:
         RequestError: not JSON, not declared as JSON, compressed, or nested too deeply.
@@ -263,9 +268,7 @@ async def read_json(request: Request, gateway: Gateway) -> dict[str, Any]:
         raise UnsupportedParameterError(f"{name} {coding[:64]!r} is not supported", name)
     raw = await read_body(request, gateway.limits.max_body_bytes, gateway.tuning)
     max_depth = gateway.limits.max_json_depth
-    if len(raw) <= _THREAD_BYTES:
-        return parse_json(raw, max_depth)
-    return await asyncio.to_thread(parse_json, raw, max_depth)
+    return await gateway.long_work.run(len(raw), lambda: read(parse_json(raw, max_depth)))
 
 
 def timeout_header_s(request: Request) -> float | None:
@@ -316,7 +319,7 @@ async def run_until_gone(
         task.cancel()
 
 
-class WatchedEndpoint(ABC):
+class WatchedEndpoint(ABC, Generic[Parsed]):
     """A POST route whose work ends when its client leaves, as an ASGI application."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -324,13 +327,17 @@ class WatchedEndpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        data = await read_json(request, self._gateway)
+        parsed = await read_json(request, self._gateway, lambda data: self._read(request, data))
         responder = send if isinstance(send, Responder) else Responder(scope, send, receive)
-        await run_until_gone(receive, responder, self._answer(request, data, responder))
+        await run_until_gone(receive, responder, self._answer(request, parsed, responder))
 
     @abstractmethod
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
-        """Serve the object in a body."""
+    def _read(self, request: Request, data: dict[str, Any]) -> Parsed:
+        """Check the object in a body; of a large body in a thread. Raises ``RequestError``."""
+
+    @abstractmethod
+    async def _answer(self, request: Request, parsed: Parsed, responder: Responder) -> None:
+        """Serve what ``_read`` returned."""
 
 
 def dump_json(content: object) -> bytes:
@@ -338,17 +345,31 @@ def dump_json(content: object) -> bytes:
     return _JSON.encode(content).encode()
 
 
-def dump_long(content: Mapping[str, object]) -> bytes:
-    """The same for an object with long lists; other threads run between pieces."""
-    members = (dump_json(name) + b":" + _dump_value(value) for name, value in content.items())
-    return b"{" + b",".join(members) + b"}"
+def dump_long(content: object) -> bytes:
+    """The same for an object with long lists, for threads: others run between its pieces."""
+    return b"".join(_json_pieces(content))
 
 
-def _dump_value(value: object) -> bytes:
-    if not isinstance(value, list | tuple):
-        return dump_json(value)
-    starts = range(0, len(value), _PIECE)
-    return b"[" + b",".join(dump_json(value[i : i + _PIECE])[1:-1] for i in starts) + b"]"
+def _json_pieces(value: object) -> Iterator[bytes]:
+    if isinstance(value, Mapping):
+        yield b"{"
+        for place, (name, inner) in enumerate(value.items()):
+            yield (b"," if place else b"") + dump_json(name) + b":"
+            yield from _json_pieces(inner)
+        yield b"}"
+    elif isinstance(value, list | tuple) and value:
+        yield b"["
+        is_nested = isinstance(value[0], Mapping | list | tuple)
+        for start in range(0, len(value), 1 if is_nested else _PIECE):
+            if start:
+                yield b","
+            if is_nested:
+                yield from _json_pieces(value[start])
+            else:
+                yield dump_json(value[start : start + _PIECE])[1:-1]
+        yield b"]"
+    else:
+        yield dump_json(value)
 
 
 async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:

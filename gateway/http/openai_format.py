@@ -33,6 +33,8 @@ class AnswerFormat(TextFormat, ABC):
 
     object = ""
     chunk_object = ""
+    shows_usage = False
+    """Chunks have a ``usage``, which is null in all but the last one."""
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class AnswerFormat(TextFormat, ABC):
         return {**self._chunk([]), "usage": usage_body(usage)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_object, "choices": choices}
+        usage = {"usage": None} if self.shows_usage else {}
+        return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
 
     def _prompt_logprobs(
         self, entries: Sequence[TokenLogprob | None] | None

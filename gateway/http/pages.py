@@ -79,8 +79,9 @@ class Page:
 
 
 def json_response(content: object) -> Response:
-    """An answer with one JSON document."""
-    return Response(dump_json(content), media_type="application/json")
+    """An answer with one JSON document; ``content`` may be bytes that are JSON already."""
+    raw = content if isinstance(content, bytes) else dump_json(content)
+    return Response(raw, media_type="application/json")
 
 
 def tenant() -> str:

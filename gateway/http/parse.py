@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,11 +18,12 @@ from gateway.core.field_checks import (
     check_messages,
 )
 from gateway.http.schema import TAG
+from gateway.offload.json_text import check_writable, load_json
 from gateway.text.forms.tools import MAX_TOOLS
 
 Body = TypeVar("Body", bound=StrictBody)
 
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE_ESCAPES = ("\\ud", "\\uD")
 
 _PROMPT_SHAPE = "must be a string, a list of strings, a list of token ids or a list of such lists"
 _SHAPES = {
@@ -53,46 +50,17 @@ _MOST_ENTRIES = {
 """Lengths that are checked before the entries are."""
 
 
-class NoCollections(contextlib.AbstractContextManager[None]):
-    """No garbage collections, each of which would go through all that was parsed so far.
-
-    Bodies are parsed in several threads: the last one to end turns collections on again.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._were_on = False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._num_inside:
-                self._were_on = gc.isenabled()
-                gc.disable()
-            self._num_inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            if not self._num_inside and self._were_on:
-                gc.enable()
-
-
-_NO_COLLECTIONS = NoCollections()
-
-
 def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     """The object in a body.
 
     Raises:
-        RequestError: not JSON, not an object, or nested too deeply.
+        RequestError: not JSON, not an object, nested too deeply, or of too many values.
     """
     try:
         text = raw.decode(json.detect_encoding(raw))
-        with _NO_COLLECTIONS:
-            data = json.loads(text)
-        if _SURROGATE_ESCAPE.search(text):
-            json.dumps(data, ensure_ascii=False).encode()  # half a pair is not text
+        data = load_json(text, "body")
+        if any(escape in text for escape in _SURROGATE_ESCAPES):
+            check_writable(data)
     except RecursionError as err:
         raise _too_deep(max_depth) from err
     except ValueError as err:  # also undecodable bytes, lone surrogates, integers without end

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
+from numpy.typing import NDArray
 from starlette.requests import Request
 
 from gateway.core.bodies import Items
@@ -24,7 +25,7 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_JSON_BYTES, Inspected, InspectFields, Inspecting
 from gateway.generation.pooling import Reader, as_numpy, reading_fields
 from gateway.http.convert import given_fields, mask_list, prompt_list
-from gateway.http.middleware import Responder, WatchedEndpoint, dump_json, timeout_header_s
+from gateway.http.middleware import Responder, WatchedEndpoint, dump_long, timeout_header_s
 from gateway.http.openai_format import pooling_usage
 from gateway.http.parse import parse_body
 from gateway.http.schema import CallBody, PromptField
@@ -67,22 +68,28 @@ class InspectBody(CallBody):
     labels: Items[int] | Items[float] | Items[Items[int]] | Items[Items[float]] | None = None
 
 
-Serve = Callable[[Any, GenerateFields], Awaitable[dict[str, Any] | bytes]]
-"""Serves a body."""
+_LISTED_VALUES = 16_384
+"""Numbers of an array that one call makes a list of."""
+Serve = Callable[[Any, GenerateFields], Awaitable[bytes]]
+"""Serves a body; the JSON of its answer."""
 
 
-class PoolingEndpoint(WatchedEndpoint):
+class PoolingEndpoint(WatchedEndpoint[tuple[CallBody, GenerateFields]]):
     def __init__(self, gateway: Gateway, kind: type[CallBody], serve: Serve) -> None:
         super().__init__(gateway)
         self._kind = kind
         self._serve = serve
 
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[CallBody, GenerateFields]:
         check_unbuilt(data, "pooling")
         body = parse_body(self._kind, data)
         fields = reading_fields(**given_fields(body))
-        fields = with_headers(fields, request.headers, timeout_header_s(request))
-        await responder.json(await self._serve(body, fields))
+        return body, with_headers(fields, request.headers, timeout_header_s(request))
+
+    async def _answer(
+        self, request: Request, parsed: tuple[CallBody, GenerateFields], responder: Responder
+    ) -> None:
+        await responder.json(await self._serve(*parsed))
 
     @classmethod
     def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
@@ -102,29 +109,27 @@ async def _inspect(
 ) -> bytes:
     async with inspecting.inspect(_inspect_fields(body), fields, MAX_JSON_BYTES) as found:
         name = body.model or model_name
-        return await asyncio.to_thread(lambda: dump_json(_inspect_answer(found, name)))
+        return await asyncio.to_thread(lambda: dump_long(_inspect_answer(found, name)))
 
 
-async def _embeddings(
-    reader: Reader, body: EmbeddingsBody, fields: GenerateFields
-) -> dict[str, Any]:
+async def _embeddings(reader: Reader, body: EmbeddingsBody, fields: GenerateFields) -> bytes:
     found = await reader.embed(prompt_list(body.input), body.pooling, fields)
     is_text = body.encoding_format == "base64"
     vectors = (
         base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
         for vector in found.rows
     )
-    rows = [{"object": "embedding", "embedding": vector} for vector in vectors]
-    return _list("embd", rows, body, reader, found.usage)
+    rows = ({"object": "embedding", "embedding": vector} for vector in vectors)
+    return await _list("embd", rows, body, reader, found.usage)
 
 
-async def _classify(reader: Reader, body: ClassifyBody, fields: GenerateFields) -> dict[str, Any]:
+async def _classify(reader: Reader, body: ClassifyBody, fields: GenerateFields) -> bytes:
     prompts, masks = prompt_list(body.input), mask_list(body.attention_mask)
     found = await reader.classify(prompts, tuple(body.labels or ()), masks, fields)
-    return _list("classify", map(asdict, found.rows), body, reader, found.usage)
+    return await _list("classify", map(asdict, found.rows), body, reader, found.usage)
 
 
-async def _score(reader: Reader, body: ScoreBody, fields: GenerateFields) -> dict[str, Any]:
+async def _score(reader: Reader, body: ScoreBody, fields: GenerateFields) -> bytes:
     names = (
         given_one(queries=body.queries, text_1=body.text_1),
         given_one(documents=body.documents, text_2=body.text_2),
@@ -132,20 +137,27 @@ async def _score(reader: Reader, body: ScoreBody, fields: GenerateFields) -> dic
     queries, documents = (prompt_list(getattr(body, name)) for name in names)
     found = await reader.score(queries, documents, fields, names)
     rows = [{"object": "score", "score": score} for score in found.rows]
-    return _list("score", rows, body, reader, found.usage)
+    return await _list("score", rows, body, reader, found.usage)
 
 
-def _list(
+async def _list(
     prefix: str, rows: Iterable[dict[str, Any]], body: CallBody, reader: Reader, usage: Usage
-) -> dict[str, Any]:
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": body.model or reader.model_name,
-        "data": [{"index": index, **row} for index, row in enumerate(rows)],
-        "usage": pooling_usage(usage),
-    }
+) -> bytes:
+    """The JSON of an answer with a row for each prompt; ``rows`` are made in a thread."""
+
+    def write() -> bytes:
+        return dump_long(
+            {
+                "id": f"{prefix}-{uuid.uuid4().hex}",
+                "object": "list",
+                "created": int(time.time()),
+                "model": body.model or reader.model_name,
+                "data": [{"index": index, **row} for index, row in enumerate(rows)],
+                "usage": pooling_usage(usage),
+            }
+        )
+
+    return await asyncio.to_thread(write)
 
 
 def _inspect_fields(body: InspectBody) -> InspectFields:
@@ -191,7 +203,7 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
     routes: dict[str, dict[str, Any]] = {}
     for array in arrays:
         kind, _, bank = array.name.partition(":")
-        values = as_numpy(array).tolist()
+        values = _listed(as_numpy(array))
         if kind == "logprobs":
             row[kind] = [None if math.isnan(value) else clamp_logprob(value) for value in values]
         elif kind == "router_logits":
@@ -201,6 +213,12 @@ def _row(arrays: Sequence[NamedArray]) -> dict[str, Any]:
         else:
             row[kind] = values
     return row | ({"routes": list(routes.values())} if routes else {})
+
+
+def _listed(values: NDArray[Any]) -> Any:
+    """Nested lists of an array; other threads run between its rows."""
+    is_small = values.ndim < 2 or values.size <= _LISTED_VALUES
+    return values.tolist() if is_small else [_listed(row) for row in values]
 
 
 def _bank(name: str) -> dict[str, Any]:

@@ -23,6 +23,9 @@ class Part(StrictBody):
 
     type: str
     text: str | None = None
+    refusal: str | None = Field(
+        default=None, description="of type `refusal`, in an assistant's message, in place of `text`"
+    )
 
 
 class CalledFunction(StrictBody):

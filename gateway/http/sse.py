@@ -43,7 +43,12 @@ class EventStream(ABC):
             if opening := self._opening():
                 await self.responder.body(opening, more=True)
             while deltas or not generation.is_finished:
-                content = self._events(generation, deltas) if deltas else self._ping(generation)
+                size = sum(delta.size for delta in deltas)
+                content = (
+                    await self.gateway.long_work.run(size, self._events, generation, deltas)
+                    if deltas
+                    else self._ping(generation)
+                )
                 if content:
                     await self.responder.body(content, more=True)
                 if deltas:

@@ -59,6 +59,7 @@ WORKER_TEXTS = {
     "kv_migration_failures_total": "Failed fetches of KV blocks, whose prompts were computed",
     "kv_tier_bytes": "KV blocks and states in a lower tier of a worker, in bytes",
     "kv_tier_capacity_bytes": "Most bytes of a lower tier of a worker",
+    "kv_tier_usable": "1 while blocks can be written to a lower tier on disk, else 0",
     "kv_tier_skipped_total": "KV blocks and states that a lower tier had no room or time for",
     "kv_tier_broken_total": "KV blocks and states that a lower tier could not give back",
     "kv_restore_seconds": "Time of a request's blocks to come back from a lower tier",

@@ -23,6 +23,8 @@ from gateway.responses.tools import ToolName
 from gateway.text.forms.tools import json_object
 
 _REASONING = REASONING_NAMES[0]
+_JOINED = {"content": "\n\n", _REASONING: "\n"}
+"""Fields of a message that are lists of texts until it is finished, and their separators."""
 _MESSAGES = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls)?)?")
 
 
@@ -31,6 +33,7 @@ class Conversation:
     """Messages, and the fields of the body that they come from."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
+    """Not finished: see ``finish``."""
     paths: list[str] = field(default_factory=list)
     """By message, for errors: ``instructions``, ``input[3]``, ``previous_response_id``."""
     _calls: dict[str, str] = field(default_factory=dict)
@@ -40,11 +43,18 @@ class Conversation:
 
     def instruct(self, text: str, path: str) -> None:
         """Add instructions; those at the beginning are one message."""
-        is_first = all(message["role"] == "system" for message in self.messages)
-        if is_first and self.messages:
-            self.messages[-1]["content"] += f"\n\n{text}"
+        if len(self.messages) == 1 and self.messages[0]["role"] == "system":
+            self.messages[0]["content"].append(text)
         else:
-            self._add({"role": "system", "content": text}, path)
+            self._add({"role": "system", "content": [text]}, path)
+
+    def finish(self) -> tuple[dict[str, Any], ...]:
+        """All messages. Texts that became one are joined here, once, however many they are."""
+        for message in self.messages:
+            for name, separator in _JOINED.items():
+                if isinstance(pieces := message.get(name), list):
+                    message[name] = separator.join(pieces)
+        return tuple(self.messages)
 
     def add(self, item: Item, path: str) -> None:
         """Add an item. Raises ``RequestError`` if it does not fit those before it."""
@@ -84,8 +94,10 @@ class Conversation:
 
     def _add_reasoning(self, text: str, path: str) -> None:
         last = self._turn(path, lambda last: not (last["content"] or last.get("tool_calls")))
-        before = last.get(_REASONING)
-        last[_REASONING] = f"{before}\n{text}" if before else text
+        pieces = last.setdefault(_REASONING, [])
+        if pieces == [""]:
+            pieces.clear()
+        pieces.append(text)
 
     def _add_call(self, item: Item, path: str) -> None:
         field = CALLS[item["type"]]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from operator import itemgetter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -18,16 +20,17 @@ from gateway.core.headers import with_headers
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
-from gateway.http.middleware import Responder, WatchedEndpoint, timeout_header_s
+from gateway.http.middleware import Responder, WatchedEndpoint, dump_long, timeout_header_s
 from gateway.http.pages import Page, json_response
 from gateway.http.parse import parse_body
+from gateway.offload.long_work import INLINE_SIZE
 from gateway.responses.conversation import named_as_input
 from gateway.responses.format import OutputFormat
 from gateway.responses.items import Item, ItemIds
 from gateway.responses.output import OutputBuilder
 from gateway.responses.resource import Resource, ResourceFormat
 from gateway.responses.schema import ResponseBody
-from gateway.responses.stored import ResponseStore, StoredResponse
+from gateway.responses.stored import References, ResponseStore, StoredItems, id_of, read_items
 from gateway.responses.stream import ResponseStream
 from gateway.responses.turn import Turn, check_size, given_items, make_turn, reference_in
 from gateway.responses.unsupported import check_unbuilt
@@ -42,7 +45,7 @@ _MOST_LISTED, _LISTED = 100, 20
 
 def routes(gateway: Gateway) -> list[BaseRoute]:
     """The routes."""
-    api = StoredResponses(ResponseStore(gateway.state))
+    api = StoredResponses(ResponseStore(gateway.state, gateway.disk))
     return [
         Route(PATH, ResponseEndpoint(gateway), methods=["POST"]),
         Route(ONE, api.get, methods=["GET"]),
@@ -52,19 +55,39 @@ def routes(gateway: Gateway) -> list[BaseRoute]:
     ]
 
 
-class ResponseEndpoint(WatchedEndpoint):
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A body whose types are right."""
+
+    body: ResponseBody
+    is_stored: bool
+    references: References
+    turn: Turn | None
+    """None where stored items belong to it, which are still to be read."""
+
+
+class ResponseEndpoint(WatchedEndpoint[_Asked]):
     """``POST /v1/responses``."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway)
-        self._store = ResponseStore(gateway.state)
+        self._store = ResponseStore(gateway.state, gateway.disk)
 
-    async def _answer(self, request: Request, data: dict[str, Any], responder: Responder) -> None:
+    def _read(self, request: Request, data: dict[str, Any]) -> _Asked:
         check_unbuilt(data)
         check_size(data)
         body = parse_body(ResponseBody, data)
         is_stored = self._store.stores(body.store)
-        turn = await self._turn(body)
+        references = References.to(_references(body))
+        if body.previous_response_id is not None or references.counts:
+            return _Asked(body, is_stored, references, None)
+        turn = self._make_turn(body)
+        rest = body.model_copy(update={"input": None, "tools": None})
+        return _Asked(rest, is_stored, references, turn)
+
+    async def _answer(self, request: Request, parsed: _Asked, responder: Responder) -> None:
+        body, is_stored = parsed.body, parsed.is_stored
+        turn = parsed.turn or await self._stored_turn(body, parsed.references)
         fields = with_headers(turn.fields, request.headers, timeout_header_s(request))
         response_id = turn.ids.response_id
         with (
@@ -77,7 +100,8 @@ class ResponseEndpoint(WatchedEndpoint):
             resource = ResourceFormat(generation, turn.head, is_stored)
             complete = self._completion(body, turn, output, builder, resource)
             if not body.stream:
-                await responder.json(await _whole(generation, output, complete))
+                whole = await _whole(generation, output, complete)
+                await responder.json(msgspec.json.encode(whole))
                 return
             stream = ResponseStream(
                 gateway=self._gateway,
@@ -90,13 +114,30 @@ class ResponseEndpoint(WatchedEndpoint):
             )
             await stream.send(generation)
 
-    async def _turn(self, body: ResponseBody) -> Turn:
-        history: list[Item] = []
+    async def _stored_turn(self, body: ResponseBody, references: References) -> Turn:
+        """The turn of a body that refers to stored items, which count as a body does."""
+        most_bytes = self._gateway.limits.max_body_bytes
+        history = StoredItems([], 0)
         if body.previous_response_id is not None:
-            history = (await self._store.previous(body.previous_response_id)).conversation
-        wanted = [reference_in(item) for item in given_items(body)]
-        referenced = await self._store.items([one for one in wanted if one is not None], "input")
-        return make_turn(body, ItemIds(self._store.new_id()), history, referenced)
+            history = await self._store.previous(body.previous_response_id, most_bytes)
+        most_bytes -= history.num_bytes
+        referenced = await self._store.items(references, "input", most_bytes)
+        # in the thread: it joins all texts
+        size = INLINE_SIZE + 1
+        make = self._make_turn
+        return await self._gateway.long_work.run(size, make, body, history.items, referenced)
+
+    def _make_turn(
+        self,
+        body: ResponseBody,
+        history: Sequence[Item] = (),
+        referenced: Mapping[str, Item] | None = None,
+    ) -> Turn:
+        turn = make_turn(body, ItemIds(self._store.new_id()), history, referenced)
+        # written once, not in each event
+        encode = msgspec.json.encode
+        head = {name: msgspec.Raw(encode(value)) for name, value in turn.head.items()}
+        return replace(turn, head=head)
 
     def _completion(
         self,
@@ -113,11 +154,8 @@ class ResponseEndpoint(WatchedEndpoint):
             response = resource.ended(items, finish, num_reasoning, resource.is_stored)
             if not resource.is_stored:
                 return response
-            record = StoredResponse(
-                response=response, history=list(turn.history), input=list(turn.new_items)
-            )
             try:
-                await self._store.save(record)
+                await self._store.save(response, turn.history, turn.new_items)
             except StorageError as err:
                 if body.store:
                     raise
@@ -126,6 +164,11 @@ class ResponseEndpoint(WatchedEndpoint):
             return response
 
         return complete
+
+
+def _references(body: ResponseBody) -> list[str]:
+    """Ids in references to stored items."""
+    return [one for item in given_items(body) if (one := reference_in(item)) is not None]
 
 
 async def _whole(
@@ -148,7 +191,7 @@ class StoredResponses:
         if request.query_params.get("stream", "false").lower() not in ("false", "0"):
             raise UnsupportedParameterError("stream is not supported for a stored one", "stream")
         found = await self._store.get(request.path_params["response_id"])
-        return json_response(found.response)
+        return json_response(bytes(found.response))
 
     async def delete(self, request: Request) -> Response:
         response_id = request.path_params["response_id"]
@@ -166,5 +209,9 @@ class StoredResponses:
         """What the model was given for a response, the last item first."""
         page = Page.of(request.query_params, _MOST_LISTED, _LISTED)
         found = await self._store.get(request.path_params["response_id"])
-        items = page.ordered([*found.history, *found.input], itemgetter("id"))
-        return json_response(page.document(items))
+
+        def read() -> bytes:
+            items = page.ordered([*found.history, *found.input], id_of)
+            return dump_long(page.document(read_items(items[: page.limit + 1])))
+
+        return json_response(await asyncio.to_thread(read))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, Self
 
 import msgspec
 
 from cluster.core.errors import RequestError, UnknownNameError, UnsupportedParameterError
+from cluster.disk.threads import DiskThreads
 from gateway.core.errors import StorageError
-from gateway.core.field_checks import check_length
+from gateway.core.field_checks import check_length, require
 from gateway.http.pages import tenant
 from gateway.responses.items import Item, response_of
 from gateway.responses.resource import Resource
@@ -24,18 +27,84 @@ _NEEDS = "is not supported: the server was started without --state-dir"
 
 
 class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A response, and the conversation before it: each one can be continued by itself."""
+    """A response, and the conversation before it: each one can be continued by itself.
 
-    response: Resource
-    history: list[Item]
+    What it holds is JSON text, so that its size is known before any of it is read.
+    """
+
+    response: msgspec.Raw
+    history: list[msgspec.Raw]
     """Items of the responses before it."""
-    input: list[Item]
+    input: list[msgspec.Raw]
     """Items of its own request."""
 
     @property
-    def conversation(self) -> list[Item]:
+    def conversation(self) -> list[msgspec.Raw]:
         """All items, its output too."""
-        return [*self.history, *self.input, *self.response["output"]]
+        output = msgspec.json.decode(self.response, type=_Output).output
+        return [*self.history, *self.input, *output]
+
+
+class _Output(msgspec.Struct):
+    output: list[msgspec.Raw]
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+def stored_response(
+    response: Resource, history: Iterable[Item], new_items: Iterable[Item]
+) -> StoredResponse:
+    """What is stored of a response; other threads run between the items."""
+    encode = msgspec.json.encode
+    return StoredResponse(
+        response=msgspec.Raw(encode(response)),
+        history=[msgspec.Raw(encode(item)) for item in history],
+        input=[msgspec.Raw(encode(item)) for item in new_items],
+    )
+
+
+def read_items(items: Iterable[msgspec.Raw]) -> list[Item]:
+    """Stored items; other threads run between them."""
+    return [msgspec.json.decode(item) for item in items]
+
+
+def id_of(item: msgspec.Raw) -> str:
+    """The id of a stored item."""
+    return msgspec.json.decode(item, type=_Named).id
+
+
+class References(NamedTuple):
+    """References to stored items."""
+
+    counts: Mapping[str, int]
+    """Number of references by id of the item."""
+    response_ids: Collection[str]
+    """The responses that the items came with."""
+
+    @classmethod
+    def to(cls, ids: Iterable[str]) -> Self:
+        """References to some items, of which some may be repeated."""
+        counts = Counter(ids)
+        return cls(counts, dict.fromkeys(filter(None, map(response_of, counts))))
+
+
+class StoredItems(NamedTuple):
+    items: list[Item]
+    num_bytes: int
+    """Of their JSON."""
+
+
+def check_bytes(name: str, num_bytes: int, most_bytes: int) -> None:
+    """Raise ``RequestError`` for stored items above a limit; a body may name an item many times."""
+    rule = f"refers to {num_bytes} bytes of stored items, at most {most_bytes} are allowed"
+    require(num_bytes <= most_bytes, name, rule)
+
+
+def _named_items(stored: StoredResponse, names: Collection[str]) -> dict[str, msgspec.Raw]:
+    by_id = ((id_of(item), item) for item in stored.conversation)
+    return {name: item for name, item in by_id if name in names}
 
 
 class ResponseStore:
@@ -43,10 +112,12 @@ class ResponseStore:
 
     Args:
         store: None stores nothing.
+        disk: threads for it.
     """
 
-    def __init__(self, store: StateStore | None) -> None:
+    def __init__(self, store: StateStore | None, disk: DiskThreads) -> None:
         self._store = store
+        self._disk = disk
 
     def stores(self, wanted: bool | None) -> bool:
         """Whether a response is stored, as ``store`` asks for it.
@@ -63,14 +134,17 @@ class ResponseStore:
             return f"{KIND.prefix}_{uuid.uuid4().hex}"
         return self._store.new_id(KIND)
 
-    async def save(self, found: StoredResponse) -> None:
+    async def save(
+        self, response: Resource, history: Sequence[Item], new_items: Sequence[Item]
+    ) -> None:
         """Raises ``StorageError``."""
-        store, owner, response_id = self._known, tenant(), found.response["id"]
+        store, owner = self._known, tenant()
 
         def write() -> None:
-            store.put(KIND, owner, response_id, msgspec.json.encode(found))
+            found = stored_response(response, history, new_items)
+            store.put(KIND, owner, response["id"], msgspec.json.encode(found))
 
-        await asyncio.to_thread(write)
+        await self._disk.run(write)
 
     async def get(self, response_id: str) -> StoredResponse:
         """Raises ``UnknownNameError``."""
@@ -79,8 +153,13 @@ class ResponseStore:
             raise UnknownNameError(f"there is no response {response_id[:64]!r}")
         return found
 
-    async def previous(self, response_id: str) -> StoredResponse:
-        """The response that a request continues. Raises ``RequestError``."""
+    async def previous(self, response_id: str, most_bytes: int) -> StoredItems:
+        """The conversation that a request continues. Raises ``RequestError``.
+
+        Args:
+            response_id: of its last response.
+            most_bytes: that its items may have as JSON.
+        """
         name = "previous_response_id"
         if self._store is None:
             raise UnsupportedParameterError(f"{name} {_NEEDS}", name)
@@ -88,25 +167,46 @@ class ResponseStore:
         if found is None:
             message = f"{name} ({response_id[:64]!r}) names no stored response"
             raise RequestError(message, name, "previous_response_not_found")
-        return found
 
-    async def items(self, ids: Sequence[str], path: str) -> dict[str, Item]:
-        """The stored ones of some items, by id. Raises ``RequestError``."""
-        if ids and self._store is None:
+        def read() -> StoredItems:
+            items = found.conversation
+            num_bytes = sum(map(len, items))
+            check_bytes(name, num_bytes, most_bytes)
+            return StoredItems(read_items(items), num_bytes)
+
+        return await asyncio.to_thread(read)
+
+    async def items(self, wanted: References, path: str, most_bytes: int) -> dict[str, Item]:
+        """The stored ones of some items, by id. Raises ``RequestError``.
+
+        Args:
+            wanted: the items.
+            path: the field that names them.
+            most_bytes: that the items may have as JSON, each as often as it is named.
+        """
+        counts, response_ids = wanted
+        if counts and self._store is None:
             raise UnsupportedParameterError(f"{path}: item_reference {_NEEDS}", path)
-        found, wanted = dict[str, Item](), frozenset(ids)
-        responses = dict.fromkeys(filter(None, map(response_of, ids)))
-        check_length(path, len(responses), MAX_REFERRED, "responses in item references")
-        for response_id in responses:
+        check_length(path, len(response_ids), MAX_REFERRED, "responses in item references")
+        found, num_bytes = dict[str, msgspec.Raw](), 0
+        for response_id in response_ids:
             stored = await self._find(response_id)
-            items = stored.conversation if stored is not None else []
-            found |= {item["id"]: item for item in items if item["id"] in wanted}
-        return found
+            if stored is None:
+                continue
+            named = await asyncio.to_thread(_named_items, stored, counts.keys() - found.keys())
+            found |= named
+            num_bytes += sum(counts[one] * len(item) for one, item in named.items())
+            check_bytes(path, num_bytes, most_bytes)
+
+        def read() -> dict[str, Item]:
+            return dict(zip(found, read_items(found.values()), strict=True))
+
+        return await asyncio.to_thread(read) if found else {}
 
     async def delete(self, response_id: str) -> None:
         """Raises ``UnknownNameError``."""
         store = self._store
-        if store is None or not await asyncio.to_thread(store.delete, KIND, tenant(), response_id):
+        if store is None or not await self._disk.run(store.delete, KIND, tenant(), response_id):
             raise UnknownNameError(f"there is no response {response_id[:64]!r}")
 
     @property
@@ -128,4 +228,4 @@ class ResponseStore:
             except msgspec.MsgspecError as err:
                 raise StorageError(f"the stored response {response_id} is damaged") from err
 
-        return await asyncio.to_thread(read)
+        return await self._disk.run(read)

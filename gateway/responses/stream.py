@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import msgspec
+
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.errors import ErrorReport
 from gateway.generation.generation import Generation
-from gateway.http.middleware import dump_json
 from gateway.http.sse import DONE, EventStream
 from gateway.responses.format import OutputFormat
 from gateway.responses.output import Event, OutputBuilder
@@ -67,7 +68,7 @@ class ResponseStream(EventStream):
         for event in events:
             numbered = {**event, "sequence_number": self._state.sequence}
             self._state.sequence += 1
-            written.append(self._event(dump_json(numbered), event["type"].encode()))
+            written.append(self._event(msgspec.json.encode(numbered), event["type"].encode()))
         return b"".join(written)
 
 

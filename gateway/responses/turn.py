@@ -175,7 +175,7 @@ def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools)
     if body.text is not None and body.text.verbosity is not None:
         variables.setdefault("verbosity", body.text.verbosity)
     chat = ChatInput(
-        messages=tuple(conversation.messages),
+        messages=conversation.finish(),
         template=body.chat_template,
         template_kwargs=variables,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,

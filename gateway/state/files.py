@@ -1,4 +1,4 @@
-"""Files of the state folder: written aside, renamed into their places, counted and removed."""
+"""Files of the state folder: written aside, renamed into their places, listed and read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.disk.files import new_file, sync_folder, write_all
 from gateway.core.errors import StorageError, StorageFullError
-from gateway.state.record import MAX_HEAD_BYTES, decode_head
+from gateway.state.record import MAX_HEAD_BYTES, Head, decode_head
 
 logger = logging.getLogger(__name__)
 
@@ -19,34 +20,40 @@ _TRIES = 3
 """Moves of a file to its folder, which another gateway may just have removed as empty."""
 
 
-def write_aside(folder: Path, raw: bytes) -> Path:
-    """A new file with this content in ``folder``, safe on the disk."""
+@contextlib.contextmanager
+def written_aside(folder: Path, place: Path) -> Iterator[int]:
+    """The descriptor of a new file in ``folder``, which is renamed to ``place`` at the end of the
+    ``with`` block. After an error nothing of it is left. Raises ``OSError``.
+    """
     made = folder / uuid.uuid4().hex
+    with new_file(made) as fd:
+        yield fd
     try:
-        handle = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        made.unlink(missing_ok=True)
+        _move(made, place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(made)
         raise
-    return made
 
 
-def move(made: Path, place: Path) -> None:
-    """Rename a file into its place, whose folder and the one above it may be missing."""
-    for left in reversed(range(_TRIES)):
-        for folder in (place.parent.parent, place.parent):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        try:
-            made.replace(place)
-        except FileNotFoundError:
-            if not left:
-                raise
-        else:
-            _sync(place.parent)
-            return
+def write_aside(folder: Path, place: Path, content: bytes) -> None:
+    """Write a file in ``folder`` and rename it to ``place``. Raises ``OSError``."""
+    with written_aside(folder, place) as fd:
+        write_all(fd, content)
+
+
+def check_disk(folder: Path, num_bytes: int) -> None:
+    """Raise ``OSError`` where the disk has less free space, before anything is written."""
+    disk = os.statvfs(folder)
+    num_free = disk.f_bavail if os.geteuid() else disk.f_bfree
+    if num_free * disk.f_frsize < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def disk_time_s(folder: Path) -> float:
+    """Unix time by the clock of the file system, which may be another host's."""
+    os.utime(folder)
+    return os.stat(folder).st_mtime
 
 
 def entries(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
@@ -59,15 +66,10 @@ def entries(folder: Path) -> list[tuple[os.DirEntry[str], os.stat_result]]:
     return found
 
 
-def has_expired(place: Path, now_s: float) -> bool:
-    """By its first line: tools that copy folders may set other modification times."""
-    try:
-        with place.open("rb") as file:
-            return decode_head(file.readline(MAX_HEAD_BYTES)).expires_s <= now_s
-    except FileNotFoundError:
-        return False
-    except StorageError:
-        return True  # it has no use
+def head_of(place: Path) -> Head:
+    """The first line of a file. Raises ``OSError``, and ``StorageError`` if it is damaged."""
+    with place.open("rb") as file:
+        return decode_head(file.readline(MAX_HEAD_BYTES))
 
 
 @contextlib.contextmanager
@@ -83,10 +85,16 @@ def as_storage_error() -> Iterator[None]:
         raise StorageError(f"the state folder cannot be used: {reason}") from err
 
 
-def _sync(folder: Path) -> None:
-    """Make a rename safe on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _move(made: Path, place: Path) -> None:
+    """Rename a file into its place, whose folder and the one above it may be missing."""
+    for left in reversed(range(_TRIES)):
+        for folder in (place.parent.parent, place.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            made.replace(place)
+        except FileNotFoundError:
+            if not left:
+                raise
+        else:
+            sync_folder(place.parent)
+            return

@@ -41,15 +41,23 @@ class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
 
 def encode(object_id: str, content: bytes, created_s: float, expires_s: float) -> bytes:
     """The bytes of an object's file."""
+    digest = hashlib.sha256(content).hexdigest()
+    return encode_head(object_id, len(content), digest, created_s, expires_s) + content
+
+
+def encode_head(
+    object_id: str, size: int, sha256: str, created_s: float, expires_s: float
+) -> bytes:
+    """The first line of an object's file; its length does not depend on the digest."""
     head = Head(
         format=FORMAT,
         id=object_id,
         created_s=created_s,
         expires_s=expires_s,
-        size=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
+        size=size,
+        sha256=sha256,
     )
-    return msgspec.json.encode(head) + b"\n" + content
+    return msgspec.json.encode(head) + b"\n"
 
 
 def decode(raw: bytes, object_id: str) -> StoredObject:

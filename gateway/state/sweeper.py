@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import math
 
+from cluster.disk.threads import END_S, DiskThreads
 from gateway.core.errors import StorageError
 from gateway.state.store import StateStore
 
@@ -23,6 +24,7 @@ class StateSweeper:
     def __init__(self, store: StateStore | None, interval_s: float) -> None:
         self._store = store
         self._interval_s = interval_s
+        self._disk = DiskThreads("the sweep of the state folder", 1, 1, math.inf)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -30,15 +32,15 @@ class StateSweeper:
             self._task = asyncio.create_task(self._run(self._store))
 
     async def stop(self) -> None:
+        """End, with the sweep that runs; one that a disk holds is left alone after ``END_S``."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task], timeout=END_S)
 
     async def _run(self, store: StateStore) -> None:
         while True:
             try:
-                if removed := await asyncio.to_thread(store.sweep):
+                if removed := await self._disk.run_to_end(store.sweep):
                     logger.info("%d expired files have left the state folder", removed)
             except StorageError as err:
                 logger.error("the state folder was not swept: %s", err)

@@ -15,12 +15,22 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.messages import with_reasoning
 from gateway.core.thinking import END
 from gateway.core.tool_use import ToolForm
+from gateway.text.forms.call_ids import with_fitting_ids
+from gateway.text.instructions import (
+    SYSTEM,
+    USER,
+    late_roles,
+    leading_roles,
+    with_all_as_user,
+    with_late_ones_as_user,
+    with_one_at_the_start,
+)
+from gateway.text.template_limits import BoundedEnvironment, render
 
 _RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -31,8 +41,10 @@ _RENDER_ERRORS = (
     RecursionError,
 )
 _PROBE = "expertmesh-probe"
+_MARK = "expertmesh-end-of-final-message "
 _USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MOST_SHOWN = 64
+_ASSISTANT = "assistant"
 
 
 class _GenerationTag(Extension):
@@ -52,6 +64,7 @@ class ChatTemplate:
         source: Jinja text.
         variables: special tokens by name (``bos_token`` and so on).
         field: the request's field that brought it; None for the model's own.
+        tool_use: another template for conversations with tools.
 
     Raises:
         CheckpointError: the text is not a template.
@@ -62,27 +75,30 @@ class ChatTemplate:
         source: str,
         variables: Mapping[str, str] | None = None,
         field: str | None = None,
+        tool_use: str | None = None,
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.bounded(source)
             names = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as err:
             raise CheckpointError(f"the chat template is not valid: {err}") from err
         self._field = field
         self._source = source
-        self._roles: dict[tuple[str, bool], bool] = {}
+        self._probed: dict[tuple[tuple[str, ...], bool], frozenset[int] | None] = {}
+        self._tool_use = None if tool_use is None else ChatTemplate(tool_use, variables, field)
         self.variables = dict(variables or {})
         """Special tokens by name."""
-        self.has_tools = "tools" in names
-        self.tool_form = self._find_form()
+        own, other = "tools" in names, self._tool_use
+        self.has_tools: bool = own if other is None else other.has_tools
+        self.tool_form: ToolForm | None = self._find_form() if other is None else other.tool_form
         """How the model calls them; None where it has none, or the form is not known."""
-        self.has_thinking = END in source
+        self.has_thinking: bool = END in source or (other is not None and other.has_thinking)
         """The model may write reasoning before its answers."""
 
     def render(
@@ -96,20 +112,63 @@ class ChatTemplate:
     ) -> str:
         """The prompt of a conversation.
 
+        System and developer messages that the template does not take where they are have another
+        place in it: see ``gateway.text.instructions``.
+
         Raises:
             RequestError: the template refuses the conversation.
         """
+        if tools is not None and self._tool_use is not None:
+            return self._tool_use.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=variables,
+                tools=tools,
+            )
         values = {**self.variables, **(variables or {}), "documents": None, "tools": tools}
         values["add_generation_prompt"] = add_generation_prompt
+        if continue_final_message:
+            messages = [*messages[:-1], _with_mark(messages[-1])]
+        fitting = self._fitting(messages, tools)
+        text = self._render(fitting, values)
+        for message in fitting:
+            role = str(message.get("role"))
+            if not self._knows_role(role, tools):
+                place = next(i for i, m in enumerate(messages) if str(m.get("role")) == role)
+                raise self._misfit(f"it has no role {role[:_MOST_SHOWN]!r} (messages[{place}])")
+        return _cut_at_mark(text, messages[-1]) if continue_final_message else text
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
+        """The text, with all instructions moved if the template refuses them where they are."""
         try:
-            text = self._template.render(values, messages=[with_reasoning(m) for m in messages])
+            messages = with_fitting_ids(messages, self.tool_form)
+            return self._text(values, messages)
         except _RENDER_ERRORS as err:
-            raise self._misfit(err) from err
-        for place, message in enumerate(messages):
-            if not self._knows_role(str(message.get("role")), tools):
-                role = str(message.get("role"))[:_MOST_SHOWN]
-                raise self._misfit(f"it has no role {role!r} (messages[{place}])")
-        return _cut_at_end_of(text, messages[-1]) if continue_final_message else text
+            moved = with_late_ones_as_user(with_one_at_the_start(messages))
+            if moved == list(messages):
+                raise self._misfit(err) from err
+            try:
+                return self._text(values, moved)
+            except _RENDER_ERRORS:
+                raise self._misfit(err) from err
+
+    def _text(self, values: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
+        shown = [with_reasoning(message) for message in messages]
+        return render(self._template, {**values, "messages": shown})
+
+    def _fitting(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> Sequence[Mapping[str, Any]]:
+        """The conversation with instructions in places whose texts the template shows."""
+        leading = leading_roles(messages)
+        if leading and leading != (SYSTEM,) and not self._shows_all((*leading, USER), tools):
+            messages = with_one_at_the_start(messages)
+        late = late_roles(messages)
+        if not all(self._shows_all((USER, _ASSISTANT, role, USER), tools) for role in late):
+            messages = with_late_ones_as_user(messages)
+        is_shown = self._shows_all((SYSTEM, USER), tools) or not self._shows_all((USER,), tools)
+        return messages if is_shown or not leading else with_all_as_user(messages)
 
     def _find_form(self) -> ToolForm | None:
         """Harmony is the form of all answers, also where the template takes no tools."""
@@ -124,24 +183,41 @@ class ChatTemplate:
         """
         if role not in _USUAL_ROLES and f"'{role}'" not in self._source.replace('"', "'"):
             return False
-        key = (role, bool(tools))
-        if key not in self._roles:
-            self._roles[key] = self._shows(role, tools) or not self._shows("user", tools)
-        return self._roles[key]
+        found = [
+            (place, self._shown(roles, tools))
+            for place, roles in enumerate(((role, USER), (USER, role), (USER, _ASSISTANT, role)))
+        ]
+        spoken = [place in shown for place, shown in found if shown is not None]
+        return any(spoken) or not spoken or not self._shows_all((USER,), tools)
 
-    def _shows(self, role: str, tools: Sequence[Mapping[str, Any]] | None) -> bool:
-        probe = {"role": role, "content": _PROBE, "name": "x", "tool_call_id": "x"}
-        user, assistant = ({"role": who, "content": "x"} for who in ("user", "assistant"))
-        found = []
-        for messages in ([probe, user], [user, probe], [user, assistant, probe]):
-            try:
-                text = self._template.render(
-                    self.variables, messages=messages, tools=tools, documents=None
-                )
-            except _RENDER_ERRORS:
-                continue  # it has spoken for itself, and does so for the client's messages
-            found.append(_PROBE in text)
-        return any(found) or not found
+    def _shows_all(self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None) -> bool:
+        """Whether the template takes messages of these roles and shows all their texts."""
+        shown = self._shown(roles, tools)
+        return shown is not None and len(shown) == len(roles)
+
+    def _shown(
+        self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
+    ) -> frozenset[int] | None:
+        """Which messages of these roles the template shows; None where it refuses them."""
+        key = (roles, bool(tools))
+        if key not in self._probed:
+            self._probed[key] = self._probe(roles, tools)
+        return self._probed[key]
+
+    def _probe(
+        self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
+    ) -> frozenset[int] | None:
+        texts = [f"{_PROBE}-{place}-" for place in range(len(roles))]
+        messages = [
+            {"role": role, "content": text, "name": "x", "tool_call_id": "x"}
+            for role, text in zip(roles, texts, strict=True)
+        ]
+        try:
+            values = {**self.variables, "tools": tools, "documents": None}
+            found = self._text(values, messages)
+        except _RENDER_ERRORS:
+            return None
+        return frozenset(place for place, text in enumerate(texts) if text in found)
 
     def _misfit(self, reason: Exception | str) -> RequestError:
         if self._field is not None:
@@ -150,17 +226,37 @@ class ChatTemplate:
         return RequestError(message, "messages")
 
 
-def _cut_at_end_of(text: str, message: Mapping[str, Any]) -> str:
-    """The prompt up to the last message's content, which the model is to go on with."""
-    content = str(message.get("content") or "").strip()
-    place = text.rfind(content)
-    if not content or place < 0:
-        raise RequestError(
-            "continue_final_message needs a final message with content that the chat template "
-            "keeps as it is",
-            "continue_final_message",
-        )
-    return text[: place + len(content)]
+def _with_mark(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with a mark after its text, by which the text's end is found in the prompt."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content:
+        raise _cannot_continue()
+    return {**message, "content": f"{content}{_MARK}"}
+
+
+def _cut_at_mark(text: str, marked: Mapping[str, Any]) -> str:
+    """The prompt up to the end of the last message's text, which the model is to go on with.
+
+    The mark ends with a space: where the template removes it, it would have removed white space at
+    the end of the text, too. Source: ``continue_final_message`` of transformers, which differs in
+    that it also removes white space of the template where the text is nothing else.
+    """
+    content = marked["content"].removesuffix(_MARK)
+    place = text.rfind(_MARK.rstrip())
+    if place < 0 or content.strip() not in text[:place]:
+        raise _cannot_continue()
+    if text.startswith(_MARK, place):
+        return text[:place]
+    num_spaces = len(content) - len(content.rstrip()) if content.strip() else 0  # gone already
+    return text[: place - num_spaces]
+
+
+def _cannot_continue() -> RequestError:
+    return RequestError(
+        "continue_final_message needs a final message with content that the chat template keeps as "
+        "it is",
+        "continue_final_message",
+    )
 
 
 def _to_json(

@@ -69,7 +69,7 @@ class ClientTemplates:
         self._num_waiting += 1
         try:
             async with self._places:
-                found = await asyncio.to_thread(_run, json.dumps(asked))
+                found = await asyncio.to_thread(_run, asked)
         finally:
             self._num_waiting -= 1
         error = RequestError(found["error"], found["param"]) if "error" in found else None
@@ -85,13 +85,13 @@ class ClientTemplates:
         )
 
 
-def _run(asked: str) -> dict[str, Any]:
+def _run(asked: Mapping[str, Any]) -> dict[str, Any]:
     words = [sys.executable, "-m", "gateway.text.render_template"]
     path = os.pathsep.join(filter(None, sys.path))  # ours: the process has no environment but that
     try:
         done = subprocess.run(
             words,
-            input=asked,
+            input=json.dumps(asked),
             env={"PYTHONPATH": path},
             capture_output=True,
             text=True,

@@ -7,15 +7,18 @@ stop strings, which it finds across token boundaries by holding back what could 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from gateway.core.delta import TokenText
+from gateway.text.answer_region import AnswerRegion
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import TokenLogprob
 
 _MAX_PENDING_TOKENS = 8
 """Tokens that may wait for the rest of a character (a character has four bytes at most)."""
+_MAX_PREFIX = 2 * _MAX_PENDING_TOKENS
+"""Tokens before that decide about a token's text."""
 
 
 class Detokenizer(Protocol):
@@ -79,8 +82,8 @@ class WindowDetokenizer:
         return self._decode(self._prefix + self._pending)[len(before) :]
 
     def _accept(self, new: str) -> str:
-        if new:
-            self._prefix = self._pending
+        # a token without text of its own may give the next one a space
+        self._prefix = self._pending if new else (self._prefix + self._pending)[-_MAX_PREFIX:]
         self._pending = []
         return new
 
@@ -108,6 +111,21 @@ def place_tokens(
     return text + (detokenizer.flush() if detokenizer else ""), tuple(placed)
 
 
+def aligned(
+    given: str, text: str, tokens: Sequence[TokenText]
+) -> tuple[str, tuple[TokenText, ...]]:
+    """Tokens that were placed in ``text``, placed in the text that they were made of.
+
+    What is decoded may have more in front: special tokens, and a space that some tokenizers add.
+    """
+    shift = len(text) - len(given) if text.endswith(given) else 0
+    offsets = (min(max(0, token.text_offset - shift), len(given)) for token in tokens)
+    return given, tuple(
+        TokenText(token.token_id, offset, token.logprob)
+        for token, offset in zip(tokens, offsets, strict=True)
+    )
+
+
 class StopStrings:
     """Finds the first stop string to end, and holds back what may become one.
 
@@ -117,7 +135,8 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str], include: bool = False) -> None:
         self._strings = tuple(strings)
-        self._include = include
+        self.is_included = include
+        """The text has the stop that ended it."""
         self.held = ""
         """Text that is not certain yet: a proper prefix of a stop string, or empty."""
 
@@ -132,7 +151,7 @@ class StopStrings:
         if can_stop and (match := self._first_match(text, len(self.held))):
             end, start, stop = match
             self.held = ""
-            return text[: end if self._include else start], stop
+            return text[: end if self.is_included else start], stop
         keep = self._possible_start(text)
         self.held = text[keep:]
         return text[:keep], None
@@ -170,21 +189,34 @@ class ChoiceText:
     Args:
         detokenizer: None makes no text at all.
         stop: where the text ends.
-        min_tokens: tokens before a stop string counts.
+        min_tokens: tokens before a stop counts.
+        region: where the answer is, in which alone stops count; None: the whole text.
+        stop_ids: tokens that end the text; those that the engine does not know.
     """
 
-    def __init__(self, detokenizer: Detokenizer | None, stop: StopStrings, min_tokens: int) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer | None,
+        stop: StopStrings,
+        min_tokens: int,
+        region: AnswerRegion | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> None:
         self._detokenizer = detokenizer
         self._stop = stop
         self._min_tokens = min_tokens
+        self._region = region
+        self._stop_ids = stop_ids
         self._decoded_chars = 0
         self._text = ""
         self._tokens: list[TokenText] = []
         self.num_tokens = 0
         """Tokens that count, up to and with the one that completed a stop string."""
 
-    def feed(self, token_id: int, logprob: TokenLogprob | None, hidden: bool = False) -> str | None:
-        """Add a token; returns the stop string that it completed, if any.
+    def feed(
+        self, token_id: int, logprob: TokenLogprob | None, hidden: bool = False
+    ) -> str | int | None:
+        """Add a token; returns the stop string that it completed or the stop token that it is.
 
         A ``hidden`` token (one that ended the choice) counts but has no text.
         """
@@ -192,14 +224,25 @@ class ChoiceText:
         self._tokens.append(TokenText(token_id, self._decoded_chars, logprob))
         if self._detokenizer is None or hidden:
             return None
+        may_stop = self._region is None or self._region.is_open
+        is_stop = may_stop and token_id in self._stop_ids and self.num_tokens > self._min_tokens
+        if is_stop and not self._stop.is_included:
+            self.finish()
+            return token_id
         new = self._detokenizer.feed(token_id)
         self._decoded_chars += len(new)
-        return self._add(new)
+        stopped = self._add(new)
+        if is_stop and stopped is None:
+            self.finish()
+            return token_id
+        return stopped
 
     def finish(self) -> None:
         """Settle what still waits: the end came without a stop string of its own."""
         if self._detokenizer is not None:
             stopped = self._add(self._detokenizer.flush())
+            if stopped is None and self._region is not None:
+                stopped = self._add_answer(self._region.flush())
             if stopped is None:
                 self._text += self._stop.flush()
 
@@ -212,6 +255,11 @@ class ChoiceText:
         return text, tokens
 
     def _add(self, new: str) -> str | None:
+        before, answer = ("", new) if self._region is None else self._region.split(new)
+        self._text += before
+        return self._add_answer(answer)
+
+    def _add_answer(self, new: str) -> str | None:
         text, stopped = self._stop.feed(new, self.num_tokens > self._min_tokens)
         self._text += text
         return stopped

@@ -20,6 +20,7 @@ from gateway.core.tool_use import ToolForm
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.harmony.marks import MARKS, Mark, MarkedText
 from gateway.text.harmony.template import HarmonyTemplate
+from gateway.text.tokenizer_files import DEFAULT, TOOL_USE, read_tokenizer_files
 
 logger = logging.getLogger(__name__)
 _NORMALIZER_SHRINK = 4
@@ -28,6 +29,7 @@ _REPLACED = (
     "prompts of chats are written in the Harmony format by this server, not by the checkpoint's "
     "chat template; --chat-template with its file takes that template"
 )
+_NO_DEFAULT = "{{ raise_exception('the checkpoint has a template for tools only') }}"
 _SHORT_CHARS = 2048
 """Longer texts and lists go the library's way for batches, the only one that releases the lock."""
 
@@ -38,14 +40,17 @@ class Tokenizer:
     Args:
         backend: what ``tokenizer.json`` describes.
         chat_template: how a conversation becomes a prompt; None if the checkpoint has none.
+        file: what ``backend`` was read from; None if it is from no file.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         chat_template: ChatTemplate | HarmonyTemplate | None = None,
+        file: Path | None = None,
     ) -> None:
         self._backend = backend
+        self.file = file
         self.chat_template = chat_template
         description = json.loads(backend.to_str())
         self.is_byte_level = _is_byte_level(description.get("decoder"))
@@ -168,7 +173,7 @@ def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer |
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as err:  # the library raises bare Exception
         raise CheckpointError(f"tokenizer.json cannot be read: {err}") from err
-    tokenizer = Tokenizer(backend)
+    tokenizer = Tokenizer(backend, file=path)
     tokenizer.chat_template = _load_template(Path(folder), chat_template, tokenizer.special_ids)
     if isinstance(tokenizer.chat_template, HarmonyTemplate):
         tokenizer.encode(tokenizer.chat_template.render([]))  # the first takes a second
@@ -179,53 +184,20 @@ def _load_template(
     folder: Path, override: str | None, special_ids: Mapping[str, int]
 ) -> ChatTemplate | HarmonyTemplate | None:
     """The override; else our own for a model of the Harmony format; else the checkpoint's."""
-    config = _read_config(folder / "tokenizer_config.json")
-    variables = _special_texts(config)
+    files = read_tokenizer_files(folder)
+    variables = files.tokens
     if override:
         return ChatTemplate(override, variables)
-    source = _template_source(folder, config)
-    found = None if source is None else ChatTemplate(source, variables)
+    found = None
+    if files.templates.keys() & {DEFAULT, TOOL_USE}:
+        source = files.templates.get(DEFAULT, _NO_DEFAULT)
+        found = ChatTemplate(source, variables, tool_use=files.templates.get(TOOL_USE))
     is_harmony = found is None or found.tool_form is ToolForm.HARMONY
     if is_harmony and all(mark in special_ids for mark in MARKS):
         if found is not None:
             logger.info(_REPLACED)
         return HarmonyTemplate(variables)
     return found
-
-
-def _special_texts(config: dict[str, Any]) -> dict[str, str]:
-    """Special tokens by the names that templates have for them."""
-    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-    return {name: text for name in names if (text := _token_text(config.get(name)))}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise CheckpointError(f"{path.name} is not JSON: {err}") from err
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object")
-    return config
-
-
-def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _token_text(token: Any) -> str | None:
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:

@@ -34,6 +34,7 @@ from workers.requests.request import (
     FinishReason,
     Queued,
     Request,
+    SoloStage,
     SoloStep,
     StepOutput,
     Timings,
@@ -140,7 +141,7 @@ class ScriptedEngine:
     paused: set[str] = field(default_factory=set)
     running: dict[str, set[int]] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
-    solo_steps: list[str] = field(default_factory=list)
+    solo_steps: list[SoloStep] = field(default_factory=list)
     repeat_outputs: bool = False
     num_cached_tokens: int = 0
     timings: Timings = TIMINGS
@@ -249,7 +250,7 @@ class ScriptedEngine:
                 if self.answers_pings:
                     queue.put_nowait(message)
             elif isinstance(message, SoloStep):
-                self.solo_steps.append(message.request_id)
+                self.solo_steps.append(message)
             elif isinstance(message, Prefetch):
                 self.prefetches.append(message.request)
                 if self.answers_prefetches:
@@ -321,10 +322,12 @@ class ScriptedEngine:
     async def _wait_to_run_alone(self, request: Request, queue: Outgoing) -> None:
         """As an engine does with a request that two workers died with."""
         if request.num_deaths >= 2 and self.reports(request, RequestStage.ALONE):
-            solo_step = SoloStep(request_id=request.request_id, attempt=request.attempt)
-            queue.put_nowait(solo_step)
-            while request.request_id not in self.solo_steps:
-                await asyncio.sleep(0.002)
+            name, attempt = request.request_id, request.attempt
+            for stage in (SoloStage.OFFERED, SoloStage.CERTAIN):
+                solo_step = SoloStep(request_id=name, attempt=attempt, stage=stage)
+                queue.put_nowait(solo_step)
+                while solo_step not in self.solo_steps:
+                    await asyncio.sleep(0.002)
 
     def _output(
         self, request: Request, choice: int, script: list[int], index: int, width: int
@@ -471,7 +474,9 @@ class FakeController:
             raise RequestError("lora_path: no such folder", "lora_path")
         number = len(self.state["adapters"])
         key = f"{order['name']}@{number}"
+        tenants = list(order.get("tenants", ()))
         found = {"name": order["name"], "key": key, "path": order["path"], "state": "READY"}
+        found |= {"tenants": tenants}
         self.change(adapters=[*self.state["adapters"], found])
         return found
 

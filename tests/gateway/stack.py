@@ -71,6 +71,7 @@ class Stack:
         self.engines: EnginePool
         self.url = ""
         self.http: httpx.Client
+        self.grpc_server: GrpcServer
         self.grpc_target = ""
         self.admin: AdminApi
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
@@ -146,6 +147,7 @@ class Stack:
         self.gateway = Gateway(
             self.config, self._tokenizer, cluster, self.engines, "gateway-test", self._tuning
         )
+        self._closers.append(self.gateway.close)
         if self.gateway.tracing is not None:
             tracing = self.gateway.tracing
             self._closers.append(lambda: asyncio.to_thread(tracing.export.stop))
@@ -160,7 +162,7 @@ class Stack:
         await self._start_http()
 
     async def _start_grpc(self) -> None:
-        server = GrpcServer(self.gateway, "127.0.0.1", 0)
+        server = self.grpc_server = GrpcServer(self.gateway, "127.0.0.1", 0)
         port = await server.start()
         self.grpc_target = f"127.0.0.1:{port}"
         self._closers.append(lambda: server.stop(0))

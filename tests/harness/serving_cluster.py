@@ -42,7 +42,7 @@ from cluster.sizing.start_plan import FoundWorker, StartPlan
 from tests.fakes import FakeWorkerGroup
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream, Result
 from tests.harness.loop_thread import LoopThread
-from tests.harness.stalls import Limit, wait_until
+from tests.harness.stalls import Limit
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.actor import ACTOR_CLASSES, WorkerActor
 from workers.process.attention_runtime import AttentionRuntime
@@ -85,7 +85,7 @@ def make_config(
         engine=EngineSection(**({"kv_cache_bytes": 16 << 20} | dict(engine or {}))),
         transport=TransportSection(**({"detection_limit_s": QUIET_S} | dict(transport or {}))),
         observability=ObservabilitySection(**(observability or {})),
-        lora=LoraSection(**(lora or {})),
+        lora=LoraSection(**({"lora_roots": ("/",)} | dict(lora or {}))),
         kv_events=KvEventsSection(**(kv_events or {})),
         kv_tiers=KvTiersSection(**(kv_tiers or {})),
         gateway=GatewaySection(max_queue_wait_s=0.0),  # on a busy machine requests wait for longer
@@ -183,16 +183,6 @@ class ThreadCluster(ServingCluster):
         """The one that runs now; only for the event loop, but for reads."""
         assert self.actor.runner.controller is not None
         return self.actor.runner.controller
-
-    def wait_kept(self, operation_id: str) -> None:
-        """Until a worker keeps an operation for the next controller."""
-
-        def is_kept() -> bool:
-            kept = [runtime._orders._memory for runtime in self.group.runtimes.values()]
-            found = [o["id"] for memory in kept for o in memory.get("operations", ())]
-            return operation_id in found
-
-        wait_until(is_kept, f"a worker that keeps operation {operation_id}")
 
     def crash_controller(self) -> None:
         """The controller is gone without a word."""

@@ -116,6 +116,27 @@ CHANGES: list[Row] = [
             {"expertmesh/starts": "green"}
         ),
     ),
+    # leaving
+    (
+        "leaving",
+        "cpu-kind",
+        "everything",
+        lambda m: spec(m, "NetworkPolicy", "cluster")["egress"].append({}),
+    ),
+    (
+        "leaving",
+        "cpu-kind",
+        "no policy for pods that leave",
+        lambda m: spec(m, "NetworkPolicy", "cluster").update(policyTypes=["Ingress"]),
+    ),
+    ("leaving", "cpu-kind", "the Job's pod", lambda m: drop(m, "NetworkPolicy", "up")),
+    ("leaving", MULTI, "no Redis", lambda m: drop(m, "NetworkPolicy", "redis")),
+    (
+        "leaving",
+        MULTI,
+        "another port of Redis",
+        lambda m: m.cluster["spec"]["gcsFaultToleranceOptions"].update(redisAddress="r:6380"),
+    ),
     # port numbers
     ("port numbers", "cpu-kind", "another gRPC port", lambda m: set_engine(m, grpc_port=50055)),
     (
@@ -349,6 +370,18 @@ CHANGES: list[Row] = [
         MULTI,
         "any system call",
         lambda m: pod(m, "headgroup")["securityContext"].pop("seccompProfile"),
+    ),
+    (
+        "privileges",
+        MULTI,
+        "files of the image that may be written",
+        lambda m: box(m, "gateway")["securityContext"].pop("readOnlyRootFilesystem"),
+    ),
+    (
+        "privileges",
+        "cpu-kind",
+        "no place for files",
+        lambda m: spec(m, "Job", "up")["template"]["spec"]["containers"][0]["volumeMounts"].clear(),
     ),
     # shape
     (

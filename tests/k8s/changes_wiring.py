@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.k8s.edits import MULTI, Row, box, pod, set_env, spec
+from tests.k8s.edits import MULTI, Row, box, pod, set_engine, set_env, spec
 from tests.k8s.kuberay import Manifests
 
 _OTHER = {"name": "expertmesh-other", "key": "auth_token"}
@@ -101,6 +101,13 @@ CHANGES: list[Row] = [
         MULTI,
         "a file of another name",
         lambda m: pod(m, "gateway")["volumes"][1]["secret"]["items"][0].update(path="clients"),
+    ),
+    ("keys", MULTI, "no admin key", lambda m: set_engine(m, admin_key_file=None)),
+    (
+        "keys",
+        MULTI,
+        "a client's key for the admin ports",
+        lambda m: set_engine(m, admin_key_file="/etc/expertmesh/keys/keys"),
     ),
     (
         "keys",

@@ -41,6 +41,9 @@ def selectors(m: Manifests) -> Iterator[str]:
             f"{m.name}-gateway": {"gateway"},
             f"{m.name}-jobs": {"headgroup"},
             f"{m.name}-metrics": pods,
+            f"{m.name}-up": {"up"},
+            f"{m.name}-redis": {"headgroup"},
+            f"{m.name}-apiserver": {"headgroup"},
         },
         "PodMonitor": {f"{m.name}-gateway": {"gateway"}, f"{m.name}-ray": pods},
     }
@@ -127,6 +130,46 @@ def _open_ports(m: Manifests, group: str) -> dict[str, set[int | None]]:
     return found if policies else {who: {None} for who in found}
 
 
+def leaving(m: Manifests) -> Iterator[str]:
+    """Pods reach each other, DNS and Redis; the Job's pod the job API, and nothing reaches it."""
+    spec = m.cluster["spec"]
+    redis = spec.get("gcsFaultToleranceOptions", {}).get("redisAddress", "")
+    for name, labels in m.pod_labels().items():
+        policies = [
+            p["spec"] for p in m.kind("NetworkPolicy") if matches(p["spec"]["podSelector"], labels)
+        ]
+        rules = {
+            _leaves(m, rule)
+            for policy in policies
+            if "Egress" in policy.get("policyTypes", ["Egress"])
+            for rule in policy.get("egress", [])
+        }
+        expected = {(ANYWHERE, frozenset({("UDP", 53), ("TCP", 53)}))}
+        if name == "up":
+            expected.add(("headgroup", frozenset({("TCP", DASHBOARD_PORT)})))
+            if not any("Ingress" in p.get("policyTypes", ["Ingress"]) for p in policies):
+                yield "up: may be reached"
+        else:
+            expected.add((" ".join(sorted(GROUPS)), frozenset()))
+        if name == "headgroup" and spec.get("enableInTreeAutoscaling"):
+            expected.add((ANYWHERE, frozenset({("TCP", 443), ("TCP", 6443)})))
+        if name == "headgroup" and redis:
+            expected.add((ANYWHERE, frozenset({("TCP", int(redis.rpartition(":")[2]))})))
+        if rules != expected:
+            yield f"{name}: reaches {sorted(map(str, rules))}"
+
+
+def _leaves(m: Manifests, rule: dict[str, Any]) -> tuple[str, frozenset[tuple[str, int]]]:
+    """Where a rule lets pods go: groups, or anywhere; and the ports, none for all."""
+    peers = rule.get("to")
+    if peers is None:
+        where = ANYWHERE
+    else:
+        groups = {group for peer in peers for group in m.selected(peer["podSelector"])}
+        where = " ".join(sorted(groups))
+    return where, frozenset((p.get("protocol", "TCP"), p["port"]) for p in rule.get("ports", []))
+
+
 def _tcp_ports(rule: dict[str, Any]) -> set[int | None]:
     given = rule.get("ports", [])
     return {p["port"] for p in given if p.get("protocol", "TCP") == "TCP"} if given else {None}
@@ -167,7 +210,9 @@ def ports(m: Manifests) -> Iterator[str]:
         if admin & set(group.ports.values()):
             yield f"{group.name}: shows the admin port"
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
-            for number in re.findall(r"localhost:(\d+)", str(group.container.get(name))):
+            for number in re.findall(
+                r"(?:localhost|\$POD_IP):(\d+)", str(group.container.get(name))
+            ):
                 if int(number) not in (AGENT_PORT, group.ports.get("dashboard")):
                     yield f"{group.name}: {name} asks port {number}"
     yield from _service_ports(m, http, grpc)

@@ -26,7 +26,7 @@ _ACTS_AFTER_S = {"startupProbe": (300, 1800), "readinessProbe": (10, 60), "liven
 """Between the first miss and what follows from it; a frozen raylet is restarted after a minute."""
 _HEALTH_OF_RAY = (
     "http://localhost:52365/api/local_raylet_healthz",
-    "http://localhost:8265/api/gcs_healthz",
+    "http://$POD_IP:8265/api/gcs_healthz",
 )
 """Of every node, and of the head."""
 _ASKS_RAY = re.compile(r"wget --tries 1 -T (\d+) -q -O- (\S+) \| grep success")
@@ -159,7 +159,7 @@ def commands(m: Manifests) -> Iterator[str]:
         for text in _all_commands(group):
             if text.startswith("expertmesh"):
                 yield from _parses(group.name, shlex.split(text))
-    for name in ("model", "api-key-file"):
+    for name in ("model", "api-key-file", "admin-key-file"):
         path = str(m.engine.get(name, ""))
         holders = m.groups if name == "model" else m.groups[:2]
         for group in holders if path else []:
@@ -234,12 +234,27 @@ def confined(m: Manifests) -> Iterator[str]:
         for container in pod["containers"]:
             own = container.get("securityContext", {})
             capabilities = own.get("capabilities", {})
+            if own.get("readOnlyRootFilesystem") is not True:
+                yield f"{name}: may write to the image's files"
+            if problem := _scratch(pod, container):
+                yield f"{name}: {problem}"
             if own.get("allowPrivilegeEscalation") is not False:
                 yield f"{name}: may become root"
             if capabilities.get("drop") != ["ALL"]:
                 yield f"{name}: keeps capabilities"
             if not set(capabilities.get("add", [])) <= {"IPC_LOCK"} or own.get("privileged"):
                 yield f"{name}: has capabilities {capabilities.get('add')}"
+
+
+def _scratch(pod: dict[str, Any], container: dict[str, Any]) -> str:
+    """Why programs find no place for their files; the root of the file system is read only."""
+    (mount,) = [v for v in container["volumeMounts"] if v["mountPath"] == "/tmp"] or [{}]
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    room = volumes.get(mount.get("name"), {}).get("emptyDir", {}).get("sizeLimit", 0)
+    if mount.get("readOnly") or not 1e9 < quantity(room) < 1e10:
+        return f"programs write to {mount}, of {room}"
+    home = [e.get("value") for e in container["env"] if e["name"] == "HOME"]
+    return "" if home == ["/tmp"] else f"the user's folder is {home}"
 
 
 def shape(m: Manifests) -> Iterator[str]:

@@ -145,7 +145,7 @@ def ask(m: Manifests) -> Asked:
     values: dict[str, Any] = {"gateway.api_keys": "key"}
     for option in OPTIONS:
         name = option.flag.removeprefix("--")
-        if name in m.engine and name != "api-key-file":
+        if name in m.engine and name not in ("api-key-file", "admin-key-file"):
             values[option.target] = option.kind(str(m.engine[name]))
     model = str(m.engine.get("model", ""))
     folder = MODELS / Path(model).name if model else ROOT / "workers" / "demo" / "checkpoint"

@@ -108,15 +108,18 @@ def _keys_secret(m: Manifests) -> str:
 
 
 def keys(m: Manifests) -> Iterator[str]:
-    """The file of keys that engine.yaml names is made of the Secret, on head and gateways."""
-    path = m.engine.get("api-key-file")
-    for group in (m.group("headgroup"), m.group("gateway")) if path else ():
+    """The files of keys that engine.yaml names are made of the Secret, on head and gateways.
+
+    That of the cluster's own key is the admin ports': a client's shows no nodes and no experts.
+    """
+    paths = [m.engine.get(f"{name}-key-file") for name in ("api", "admin")]
+    for group in (m.group("headgroup"), m.group("gateway")) if any(paths) else ():
         (volume,) = [v for v in group.pod["volumes"] if v.get("name") == "keys"]
         items = volume.get("secret", {}).get("items")
         mounts = [v for v in group.container["volumeMounts"] if v.get("name") == "keys"]
         files = [f"{v['mountPath']}/{i.get('path')}" for v in mounts for i in items or []]
-        if files != [path] or [i.get("key") for i in items or []] != ["keys"]:
-            yield f"{group.name}: {path} is made of {items}"
+        if files != paths or [i.get("key") for i in items or []] != ["keys", "inside"]:
+            yield f"{group.name}: {paths} are made of {items}"
         if volume.get("secret", {}).get("secretName") != _keys_secret(m):
             yield f"{group.name}: keys are not those of the gateways"
     for group in m.groups:
@@ -137,8 +140,8 @@ def head(m: Manifests) -> Iterator[str]:
         yield f"headgroup: finds a lost node after {numbers}"
     if timeout < 1000:
         yield f"headgroup: calls a busy node dead after {timeout:g} ms"
-    if group.spec["rayStartParams"].get("dashboard-host") != "0.0.0.0":
-        yield "headgroup: the Job does not reach its dashboard"
+    if group.spec["rayStartParams"].get("dashboard-host") != "$POD_IP":
+        yield "headgroup: the Job does not reach its dashboard, or other networks do"
     if group.ports.get("gcs-server") != 6379:
         yield f"headgroup: the operator's Service leads to {group.ports}"
     redis = m.cluster["spec"].get("gcsFaultToleranceOptions")

@@ -25,7 +25,7 @@ SUMS = re.compile(
 """What only those see."""
 DEFAULTS = re.compile(
     r"Service\.spec\.(type|ports\.\d\.targetPort)"
-    r"|NetworkPolicy\.spec\.(policyTypes|ingress\.0\.ports\.\d\.protocol)"
+    r"|NetworkPolicy\.spec\.(policyTypes|(in|e)gress\.\d\.ports\.\d\.protocol)"
     r"|GRPCRoute\.spec\.rules\.0\.matches\.\d\.method\.type"
     r"|PodMonitor\.spec\.(podMetricsEndpoints\.0\.path|selector\.matchLabels\.ray\.io/is-ray-node)"
     r"|RayCluster\.spec\.enableInTreeAutoscaling"

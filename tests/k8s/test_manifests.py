@@ -30,6 +30,7 @@ CHECKS: dict[str, Check] = {
     "selectors": checks_network.selectors,
     "affinities": checks_network.affinities,
     "open ports": checks_network.reach,
+    "leaving": checks_network.leaving,
     "port numbers": checks_network.ports,
     "disruption": checks_pods.budgets,
     "grace": checks_pods.grace,

@@ -1,4 +1,11 @@
-"""How near the local engine is to transformers on a golden, and the limits that it must keep."""
+"""How near the local engine is to transformers on a golden, and the limits that it must keep.
+
+A golden is exact, so these differences are the engine's own rounding errors. Compiled kernels make
+the same ones on every processor in float32. Those of torch depend on the matrix library and on the
+processor, as do those of transformers, and a network may amplify them: a norm of what a recurrent
+state gives has almost nothing to divide by in places. So torch may be off by twice the error that
+transformers in float32 has on this machine, where that is more than the fixed limit.
+"""
 
 from __future__ import annotations
 
@@ -113,10 +120,10 @@ class Bfloat16Parity:
 
     median: float
     """Median difference to the bfloat16 run of transformers."""
-    median_float32: float
-    """The same to its float32 run."""
+    median_exact: float
+    """The same to its float64 run."""
     agreement: float
-    """Share of the clear positions whose best token is that of the float32 run."""
+    """Share of the clear positions whose best token is that of the float64 run."""
     equal: float
     """Share of the logits that are those of the bfloat16 run, bit for bit."""
 
@@ -124,6 +131,10 @@ class Bfloat16Parity:
 def check_float32(engine: LocalEngine, golden: Golden) -> Float32Parity:
     """Serve every prompt alone. Raises ``AssertionError`` beyond the limits, or for a token."""
     tensors, kinds = golden.tensors, router_kinds(engine)
+
+    def limit(name: str, fixed: float) -> float:
+        return fixed if engine.is_exact else max(fixed, 2 * golden.float32_error(name))
+
     hidden_worst, logits_worst, routers_worst = [0.0], [0.0], [0.0]
     for i, prompt in enumerate(golden.prompts):
         seen = record(engine, prompt, GREEDY)
@@ -132,16 +143,20 @@ def check_float32(engine: LocalEngine, golden: Golden) -> Float32Parity:
             assert torch.equal(ids, tensors[f"p{i}.{kind}_ids"]), f"{kind} ids of p{i}"
             for name, got in (("weights", weights), ("logits", logits)):
                 want = tensors[f"p{i}.{kind}_{name}"]
-                routers_worst.append(_difference(got, want, 1e-4, f"{kind} {name} of p{i}"))
+                allowed = limit(f"{kind}_{name}", 1e-4)
+                routers_worst.append(_difference(got, want, allowed, f"{kind} {name} of p{i}"))
         hidden = seen.hidden_states[:, : len(prompt)]
         want = tensors[f"p{i}.hidden_states"]
-        hidden_worst.append(_difference(hidden, want, 1e-4, f"hidden states of p{i}"))
-        logits = engine.logits(hidden[-1])
-        logits_worst.append(_difference(logits, tensors[f"p{i}.logits"], 5e-4, f"logits of p{i}"))
+        allowed = limit("hidden_states", 1e-4)
+        hidden_worst.append(_difference(hidden, want, allowed, f"hidden states of p{i}"))
+        logits, want = engine.logits(hidden[-1]), tensors[f"p{i}.logits"]
+        allowed = limit("logits", 5e-4)
+        logits_worst.append(_difference(logits, want, allowed, f"logits of p{i}"))
         result = engine.generate([prompt], replace(GREEDY, logprobs=0))[0]
         assert result.token_ids == golden.greedy(i), f"greedy tokens of p{i}"
         drawn = torch.tensor([entry.logprob for entry in result.logprobs])
-        _difference(drawn, tensors[f"p{i}.greedy_logprob"].float(), 5e-4, f"logprobs of p{i}")
+        allowed = limit("greedy_logprob", 5e-4)
+        _difference(drawn, tensors[f"p{i}.greedy_logprob"], allowed, f"logprobs of p{i}")
     return Float32Parity(
         hidden=max(hidden_worst), logits=max(logits_worst), routers=max(routers_worst)
     )
@@ -161,12 +176,12 @@ def check_bfloat16(engine: LocalEngine, golden: Golden) -> Bfloat16Parity:
     agrees = (got.argmax(-1) == want.argmax(-1))[is_clear]
     found = Bfloat16Parity(
         median=float((got - want_bf16).abs().median()),
-        median_float32=float((got - want).abs().median()),
+        median_exact=float((got - want).abs().median()),
         agreement=float(agrees.float().mean()),
         equal=float((got == want_bf16).float().mean()),
     )
     assert found.median < 0.3
-    assert found.median_float32 < 0.5
+    assert found.median_exact < 0.5
     assert found.agreement > 0.9
     return found
 

@@ -27,6 +27,9 @@ pytestmark = pytest.mark.ray
 KEY, LIMITED_KEY = "counts", "limited"
 KEYS = f"keys: [{{name: a, key: {KEY}}}, {{name: b, key: {LIMITED_KEY}, requests_per_minute: 1}}]"
 HEADERS = {"authorization": f"Bearer {KEY}"}
+ADMIN_KEY = "root"
+"""Shows series by expert, and the numbers of each worker."""
+OPERATOR = {"authorization": f"Bearer {ADMIN_KEY}"}
 LONG = 4000
 """Tokens of a stream that its client leaves."""
 _CONFIG = json.loads((DEMO / "config.json").read_text())
@@ -92,7 +95,7 @@ class Client:
         self.sent = Sent()
 
     def scrape(self) -> Scrape:
-        return Scrape.of(self.server.client.get("/metrics", headers=HEADERS).text)
+        return Scrape.of(self.server.client.get("/metrics", headers=OPERATOR).text)
 
     def post(self, path: str, status: int = 200, key: str = KEY, **fields: Any) -> dict[str, Any]:
         headers = {"authorization": f"Bearer {key}"}
@@ -128,9 +131,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """On a server of its own, so that nobody else counts."""
     folder = tmp_path_factory.mktemp("counts")
     (folder / "keys.yaml").write_text(KEYS)
-    words = ["--api-key-file", str(folder / "keys.yaml")]
+    words = ["--api-key-file", str(folder / "keys.yaml"), "--admin-key", ADMIN_KEY]
     with running_server(folder, *words) as server:
-        server.client.headers.update(HEADERS)
+        server.client.headers.update(OPERATOR)  # for the status; calls name their own
         yield Client(server)
 
 

@@ -26,8 +26,9 @@ from tests.simulation.toy_model import (
     banks,
     matrix_value,
 )
-from workers.model.loading.checkpoint import Checkpoint, TensorEntry
+from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.file_stamp import FileStamp
+from workers.model.loading.weight_files import TensorEntry, WeightFiles
 
 _READ_S = 0.002
 """Mean time to read one matrix."""
@@ -171,7 +172,7 @@ class SimReader:
 
 
 def entries(reader: object, path: Path) -> dict[str, TensorEntry]:
-    """In place of ``_entries``: all tensors of a file."""
+    """In place of ``entries_of``: all tensors of a file."""
     return {
         f"{path.stem}.{expert}.{matrix}": TensorEntry(file=path, dtype="F32", shape=shape)
         for expert in range(NUM_EXPERTS)
@@ -213,11 +214,11 @@ class ToyCheckpoint(Checkpoint):
         self.config = CONFIG
         paths = [self.path / name for name in files()]
         self._stamps = {file: stamp(file) for file in paths}
-        self.tensors = {}
         for file, found in self._stamps.items():
             if not found.num_bytes:
                 raise CheckpointError(f"{file.name} is truncated")
-            self.tensors |= entries(None, file)
+        self._headers = {file: entries(None, file) for file in paths}
+        self.tensors, self._unclear = WeightFiles(tuple(paths), {}).choose(self._headers)
         self.checkpoint_id = str([found.samples for found in self._stamps.values()])
         self.loaded_bytes = 0
         self._readers = {}

@@ -53,18 +53,18 @@ def request(name: str, text: str | None, max_tokens: int = 40) -> Request:
 class SlowCompiler:
     """Compiles when the test lets it; its clock moves only when the test moves it."""
 
-    def __init__(self, usual: Callable[[Grammar], CompiledGrammar]) -> None:
+    def __init__(self, usual: Callable[[Grammar, str], CompiledGrammar]) -> None:
         self._compile = usual
         self.begun = threading.Event()
         self.may_end = threading.Event()
         self.now = 0.0
 
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
+    def compile(self, grammar: Grammar, owner: str) -> CompiledGrammar:
         """See ``GrammarCompiler``."""
         if grammar.text.startswith("slow"):
             self.begun.set()
             assert self.may_end.wait(WAIT_S)
-        return self._compile(grammar)
+        return self._compile(grammar, owner)
 
 
 class CompilingRuntime(AttentionRuntime):
@@ -156,6 +156,22 @@ def test_a_request_that_is_given_up_while_it_waits_never_runs(
     left = [o for r in result.values() for o in r.outputs if o.request_id == "gone"]
     assert left == []
     assert cluster.blocks_in_use() == 0
+    stream.close()
+
+
+def test_an_older_attempt_that_comes_late_does_not_end_the_newer_one(
+    cluster: ThreadCluster, slow: SlowCompiler
+) -> None:
+    stream = cluster.stream()
+    newer = replace(request("again", "slow|again"), attempt=2)
+    stream.send(newer)
+    assert slow.begun.wait(WAIT_S)
+    stream.send(replace(newer, attempt=1))
+    refused = stream.next()
+    assert (refused.attempt, refused.finish_reason) == (1, FinishReason.ERROR)
+    assert refused.error == "request again is here already, with attempt 2"
+    slow.may_end.set()
+    assert stream.collect([newer])["again"].reasons == [FinishReason.STOP]
     stream.close()
 
 

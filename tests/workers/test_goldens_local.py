@@ -1,4 +1,7 @@
-"""The local engine against transformers on all goldens: float32 exactly, bfloat16 by rule."""
+"""The local engine against transformers on all goldens: float32 exactly, bfloat16 by rule.
+
+With the compiled kernels of each instruction set that this processor has.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,10 +25,19 @@ from tests.reference.goldens import (
     Golden,
 )
 from tests.reference.local_engine import LocalEngine, block_bytes
-from tests.reference.parity import GREEDY, check_bfloat16, check_float32
+from tests.reference.parity import (
+    GREEDY,
+    RowRecorder,
+    check_bfloat16,
+    check_float32,
+    record,
+    router_kinds,
+)
+from tests.workers.native.builds import NAMES, library
 from workers.requests.inspection import Inspection
 
 KERNELS: tuple[Kernels, ...] = ("auto", "torch")
+INSTRUCTIONS: tuple[str, ...] = (*NAMES, "torch")
 RANDOM = [
     pytest.param(variant, marks=() if variant.endswith("-0") else pytest.mark.slow)
     for variant in RANDOM_VARIANTS
@@ -46,6 +59,34 @@ def test_float32_equals_golden(
     for i, result in enumerate(together):
         assert result.token_ids == expected.greedy(i), f"greedy tokens of p{i} in a batch"
     assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
+
+
+@pytest.mark.skipif(len(NAMES) < 2, reason="the processor has one instruction set of ours or none")
+@pytest.mark.parametrize("variant", [*ALL_VARIANTS, *RANDOM])
+def test_float32_is_the_same_on_every_instruction_set(
+    golden: Callable[[str], Golden], variant: str
+) -> None:
+    """To the last bit, so that one of them at its golden is enough."""
+    expected = golden(variant)
+    section = EngineSection(enable_prefix_caching=False)  # all rows are computed each time
+    engine = LocalEngine(
+        expected.path, dtype="float32", section=section, max_model_len=MAX_MODEL_LEN
+    )
+    assert engine.team is not None
+    found = []
+    for name in NAMES:
+        engine.team.use(library(name))
+        seen = [record(engine, p, replace(GREEDY, max_tokens=8)) for p in expected.prompts]
+        found.append([state for one in seen for state in states(engine, one)])
+    for name, others in zip(NAMES[1:], found[1:], strict=True):
+        for i, (ours, theirs) in enumerate(zip(found[0], others, strict=True)):
+            assert torch.equal(ours, theirs), f"{name}: array {i}"
+
+
+def states(engine: LocalEngine, seen: RowRecorder) -> list[Tensor]:
+    """Hidden states, and what all routers gave."""
+    routers = [seen.routers(banks) for banks in router_kinds(engine).values()]
+    return [seen.hidden_states, *(array for found in routers for array in found)]
 
 
 @pytest.mark.slow
@@ -81,15 +122,18 @@ def test_float32_tokens_survive_small_steps_and_few_blocks(
     engine.engine.check_integrity()
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("variant", BF16_VARIANTS)
 def test_bfloat16_is_near_golden(
-    golden: Callable[[str], Golden], variant: str, kernels: Kernels
+    golden: Callable[[str], Golden], variant: str, instructions: str
 ) -> None:
     expected = golden(variant)
+    kernels: Kernels = "torch" if instructions == "torch" else "auto"
     engine = LocalEngine(
         expected.path, dtype="bfloat16", max_model_len=MAX_MODEL_LEN, kernels=kernels
     )
+    if engine.team is not None:
+        engine.team.use(library(instructions))
     check_bfloat16(engine, expected)
 
 

@@ -178,7 +178,6 @@ class Engine:
         self._to_pause: dict[str, int] = {}
         """Request id -> tokens that each of its choices must have before."""
         self._paused: set[str] = set()
-        self._solo_steps: list[SoloStep | Queued] = []
         self._pending: list[TokenOutput] = []
         self._traced = TracedRequests()
         self._num_received = 0
@@ -494,8 +493,7 @@ class Engine:
         # Blocks may hold NaN: their next holder must not read them.
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])
         self.load.add(epoch, plan.num_rows, result.routed)
-        if (done := self._isolation.commit(plan.request_ids)) is not None:
-            self._solo_steps.append(self._solo_step(done, is_over=True))
+        self._isolation.commit(plan.request_ids)
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(plan.num_rows)
         self._counters["generation_tokens_total"] += sum(map(len, new.values()))
@@ -551,31 +549,23 @@ class Engine:
             self._fail(sequence, _POISONOUS, self._clock())
 
     def take_solo_steps(self) -> list[SoloStep | Queued]:
-        """Solo steps to report to gateways: offered ones, and ones that committed. A request whose
-        offer was withdrawn is queued again: others run before the next offer.
-        """
-        now = self._clock()
-        if (late := self._isolation.expire(now)) is not None:
-            attempt = self._requests[late][0].request.attempt
-            self._solo_steps.append(Queued(request_id=late, attempt=attempt))
-        elif (found := self._isolation.offer(self._could_run_alone, now)) is not None:
-            self._solo_steps.append(self._solo_step(found))
-        solo_steps, self._solo_steps = self._solo_steps, []
-        return solo_steps
+        """Stages of solo steps to report to gateways; see ``Isolation``."""
+        return self._isolation.advance(self._could_run_alone, self._attempt, self._clock())
 
-    def begin_solo_step(self, solo_step: SoloStep) -> None:
-        """A gateway has recorded that its request runs alone now."""
-        name = solo_step.request_id
-        if name in self._requests and solo_step == self._solo_step(name):
-            self._isolation.take(name)
+    def acknowledge_solo_step(self, solo_step: SoloStep) -> None:
+        """A gateway has recorded a stage of a solo step."""
+        self._isolation.acknowledge(solo_step)
+
+    def end_solo_step(self) -> None:
+        """The gateway of the solo step has gone."""
+        self._isolation.disconnect()
 
     def _could_run_alone(self, request_id: str) -> bool:
         wanted = self._wanted(request_id)
         return bool(wanted.decode_rows or wanted.prefill_rows)
 
-    def _solo_step(self, request_id: str, is_over: bool = False) -> SoloStep:
-        attempt = self._requests[request_id][0].request.attempt
-        return SoloStep(request_id=request_id, attempt=attempt, is_over=is_over)
+    def _attempt(self, request_id: str) -> int:
+        return self._requests[request_id][0].request.attempt
 
     # Outputs
 

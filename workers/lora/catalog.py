@@ -12,12 +12,14 @@ from workers.model.layers import LayerProduct
 _WEIGHT = ".weight"
 _ROUTERS = frozenset({"router", "attention_router", "mlp_router", "shared_gate"})
 """Short names of matrices that choose experts or weigh them."""
+_GATE = "is a router or a gate, which adapters do not change"
 _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     ((".experts.", ".experts"), "is of routed experts, which adapters do not change"),
     ((".input_linear", ".output_linear"), "is of routed experts, which adapters do not change"),
     (("embed_tokens",), "is the embedding, which adapters do not change"),
     (("lm_head", "score"), "is the model's head, which adapters do not change"),
-    ((".gate", ".router", ".router.", "_gate"), "is a router or a gate, which adapters do not change"),
+    ((".gate", "_gate"), _GATE),
+    ((".router", ".router."), _GATE),
     (("norm",), "is a norm, which adapters do not change"),
     ((".kv_b_proj",), "is computed head by head, and adapters do not change it"),
 )

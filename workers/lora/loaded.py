@@ -47,6 +47,17 @@ class LoadedAdapters:
         found = read_folder(path, targets, self._section.max_lora_rank)
         return prepare(found, self._model.dtype)
 
+    def check_place(self, path: Path) -> None:
+        """Raise ``CheckpointError`` where links lead out of the folders that adapters may be in.
+
+        Any thread; may wait for a disk.
+        """
+        if str(path) in {named for _, named in self._section.modules}:
+            return  # named at the start
+        place = path.resolve()
+        if not any(place.is_relative_to(Path(root).resolve()) for root in self._section.roots):
+            raise CheckpointError(f"{path}: it is in no folder of --lora-roots")
+
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
         """Make an adapter ready for rows, in steps none of which takes long.
 

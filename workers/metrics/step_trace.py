@@ -7,7 +7,7 @@ ends; viewers accept an open one.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import logging
 import os
@@ -17,11 +17,13 @@ from typing import Any
 
 from cluster.config.cluster import ObservabilitySection
 from cluster.core.errors import ConfigError
+from cluster.disk.files import RecordFile
 from workers.requests.step_header import StepHeader
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".trace.json"
+_OPEN = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
 
 
 class StepTrace:
@@ -36,8 +38,9 @@ class StepTrace:
         self._max_bytes = max_bytes
         self._path = folder / f"{worker}-{os.getpid()}{SUFFIX}"
         self._events: list[str] = []
-        self._size = 0
-        self._file: io.FileIO | None = None
+        self._fd: int | None = None
+        self._records: RecordFile
+        self._is_refused = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._begin_file()
@@ -69,45 +72,53 @@ class StepTrace:
         self._events.append(f",\n{json.dumps(event)}")
 
     def flush(self) -> None:
-        """Write the events so far. A full disk ends the trace, not the work."""
+        """Write the events so far. While the disk refuses them they are dropped, and the file keeps
+        the events before them; the work continues."""
         events, self._events = self._events, []
-        if self._file is None or not events:
+        if not events:
             return
         try:
-            self._write("".join(events))
-            if self._size >= self._max_bytes:
-                self._end_file()
+            if self._fd is not None and self._records.num_bytes >= self._max_bytes:
                 self._path.replace(self._path.with_name(f"previous-{self._path.name}"))
+                self._end_file()
+            if self._fd is None:
                 self._begin_file()
+            self._records.append("".join(events).encode())
         except OSError as err:
-            logger.warning("%s: the trace ends: %s", self._worker, err)
-            if self._file is not None:
-                self._file.close()
-            self._file = None
+            if not self._is_refused:  # once, until events are written again
+                logger.warning("%s: the trace leaves out steps: %s", self._worker, err)
+            self._is_refused = True
+        else:
+            self._is_refused = False
 
     def close(self) -> None:
         self.flush()
-        if self._file is not None:
-            self._end_file()
+        if self._fd is not None:
+            with contextlib.suppress(OSError):
+                self._end_file()
 
     def _begin_file(self) -> None:
-        self._file = io.FileIO(self._path, "w")
-        self._size = 0
         # A viewer shows a worker as a process with one thread, the data thread.
         named = {"ph": "M", "pid": os.getpid(), "tid": threading.get_native_id()}
         names = [
             {**named, "name": kind, "args": {"name": self._worker}}
             for kind in ("process_name", "thread_name")
         ]
-        self._write("[\n" + ",\n".join(map(json.dumps, names)))
+        self._fd = os.open(self._path, _OPEN, 0o644)
+        self._records = RecordFile(self._fd)
+        try:
+            self._records.append(("[\n" + ",\n".join(map(json.dumps, names))).encode())
+        except OSError:
+            self._close_fd()
+            raise
 
     def _end_file(self) -> None:
-        assert self._file is not None
-        self._write("\n]\n")
-        self._file.close()
-        self._file = None
+        try:
+            self._records.append(b"\n]\n")
+        finally:
+            self._close_fd()
 
-    def _write(self, text: str) -> None:
-        assert self._file is not None
-        self._file.write(text.encode())
-        self._size += len(text)
+    def _close_fd(self) -> None:
+        assert self._fd is not None
+        fd, self._fd = self._fd, None
+        os.close(fd)

@@ -25,6 +25,8 @@ from workers.native.build import (
 logger = logging.getLogger(__name__)
 
 CPU_INFO = Path("/proc/cpuinfo")
+MAX_VARIABLE = "EXPERTMESH_MAX_INSTRUCTIONS"
+"""Environment variable that names the best instruction set to use, ``avx2`` for example."""
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _INT64 = ctypes.c_int64
 _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
@@ -61,6 +63,10 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
 """Result and arguments of the functions in ``c/``. Calls release Python's lock."""
 
 
+class InstructionsError(ValueError):
+    """``MAX_VARIABLE`` names no instruction set."""
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """A loaded library."""
@@ -95,10 +101,11 @@ def find_library(
 ) -> Found:
     """The best library that this processor runs, built first where that is needed.
 
-    An instruction set whose library cannot be made gives way to the next one.
+    An instruction set whose library cannot be made gives way to the next one. Raises
+    ``InstructionsError``.
     """
     reasons: list[str] = []
-    for wanted in runnable(cpu_info):
+    for wanted in runnable(cpu_info, environ):
         try:
             return Found(load_library(wanted, folder, environ), "; ".join(reasons))
         except (BuildError, OSError) as err:
@@ -116,7 +123,7 @@ def is_built(
     return all(
         _shipped_path(wanted, shipped).exists()
         or library_path(wanted, cache_folder(environ), environ).exists()
-        for wanted in runnable(cpu_info)[:1]
+        for wanted in runnable(cpu_info, environ)[:1]
     )
 
 
@@ -150,8 +157,12 @@ def _shipped_path(wanted: InstructionSet, shipped: Path) -> Path:
     return library_path(wanted, shipped, {})
 
 
-def runnable(cpu_info: Path = CPU_INFO) -> list[InstructionSet]:
-    """The instruction sets of this processor, best first.
+def runnable(
+    cpu_info: Path = CPU_INFO, environ: Mapping[str, str] = os.environ
+) -> list[InstructionSet]:
+    """The instruction sets of this processor, best first, up to that of ``MAX_VARIABLE``.
+
+    Raises ``InstructionsError`` where that names none.
 
     On Intel's processors a ``vdpbf16ps`` of 32 products takes two cycles, in which fused sums of
     float32 make 64: one thread of an Emerald Rapids makes 44 and 76 products a nanosecond with 8
@@ -162,10 +173,20 @@ def runnable(cpu_info: Path = CPU_INFO) -> list[InstructionSet]:
     lines = (line.partition(":") for line in cpu_info.read_text().splitlines())
     words = {name.strip(): value.split() for name, _, value in lines}
     flags = set(words.get("flags", ()))
-    found = [i for i in INSTRUCTION_SETS if i.cpu_flags <= flags]
+    found = [i for i in _allowed(environ) if i.cpu_flags <= flags]
     if words.get("vendor_id") == ["GenuineIntel"] and found[:1] == [INSTRUCTION_SETS[0]]:
         found[:2] = found[1], found[0]
     return found
+
+
+def _allowed(environ: Mapping[str, str]) -> Sequence[InstructionSet]:
+    """All instruction sets up to that of ``MAX_VARIABLE``, best first."""
+    best, names = environ.get(MAX_VARIABLE), [known.name for known in INSTRUCTION_SETS]
+    if not best:
+        return INSTRUCTION_SETS
+    if best not in names:
+        raise InstructionsError(f"{MAX_VARIABLE} {best!r} must be one of {', '.join(names)}")
+    return INSTRUCTION_SETS[names.index(best) :]
 
 
 def _load(name: str, path: Path) -> Library:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Set
 from functools import partial
 from typing import Any
@@ -49,7 +48,9 @@ from workers.process.intake.copy_keeper import CopyKeeper
 from workers.process.intake.grammar_compilations import GrammarCompilations
 from workers.process.intake.kv_fetches import KvFetches
 from workers.process.intake.lower_tiers import LowerTiers, open_tiers
-from workers.process.intake.waiting import WaitingRequests
+from workers.process.intake.solo_steps import SoloStepReporter
+from workers.process.intake.waiting import WaitingRequests, count_waiting, stale_error
+from workers.process.kv_identity import kv_identity, model_identity, needed_ranks
 from workers.process.kv_publisher import KvPublisher
 from workers.process.runtime import IDLE_WAIT_S, WorkerRuntime
 from workers.process.step_messages import step_messages
@@ -58,6 +59,7 @@ from workers.requests.block_hash import HASH_BYTES
 from workers.requests.request import (
     Queued,
     Request,
+    SoloStep,
     StepOutput,
     TokenOutput,
 )
@@ -158,6 +160,7 @@ class AttentionRuntime(WorkerRuntime):
         self._publish_contents(engine)
         assert self._stream is not None, "it is open before the weights are loaded"
         engine.runner.on_compute = self._stream.release
+        self._solo_steps = SoloStepReporter(engine, self._stream.publish)
         self._engine = engine
         return {
             "max_model_len": engine.max_model_len,
@@ -181,14 +184,14 @@ class AttentionRuntime(WorkerRuntime):
 
     def _open_tiers(self, engine: Engine) -> None:
         """Begin to copy blocks into lower tiers, and to restore them, if there are any."""
-        config, wake = self.config, self.connections.wake
-        identity = f"{self._me.checkpoint_id} {self._me.release} {config.kv_fingerprint()}"
-        offer = self.member.offer
-        identity += f" {self.args.device.type} {offer.kernels} {offer.torch}"
-        share = config.engine.kv_kept_share
-        tiers = open_tiers(config.kv_tiers, engine.cache, share, self.member.rank, identity)
+        section, share = self.config.kv_tiers, self.config.engine.kv_kept_share
+        known, rank, node = self.membership, self.member.rank, self.member.node
+        tiers = open_tiers(
+            *(section, engine.cache, share, rank, model_identity(self._me)),
+            lambda: needed_ranks(known.generation, known.places, node),
+        )
         if tiers is not None:
-            self._tiers = LowerTiers.of(tiers, engine, self._fetches.cost, wake)
+            self._tiers = LowerTiers.of(tiers, engine, self._fetches.cost, self.connections.wake)
             self._cleanup.callback(self._tiers.close)
             self._keep_copies(tiers, engine)
 
@@ -276,6 +279,9 @@ class AttentionRuntime(WorkerRuntime):
 
     def _enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         self._dispatcher.set_placement(placement, generation)
+        if self._tiers is not None and self._engine is not None:
+            how = (self._quantize(), self.dtype), self._engine.cache
+            self._tiers.tiers.use(kv_identity(self._me, self.config, generation, *how))
 
     def _lose_members(self, names: Set[str]) -> None:
         super()._lose_members(names)
@@ -315,7 +321,7 @@ class AttentionRuntime(WorkerRuntime):
         if (kept := self._adapters.go_on()) is not None:
             self.control.send(kept)
         self._emit(engine.poll())
-        self._report_solo_steps(engine)
+        self._solo_steps.report(self._owners)
         self._report_paused(engine)
         if not self.membership.runs:
             self._stream.release()
@@ -351,12 +357,12 @@ class AttentionRuntime(WorkerRuntime):
             self._drop_gateway(engine, command.gateway)
         elif isinstance(command.message, Abort):
             self._abort(engine, command.gateway, command.message)
+        elif isinstance(command.message, SoloStep):
+            self._solo_steps.acknowledge(command.gateway, command.message)
         elif self._owners.get(command.message.request_id) != command.gateway:
             return  # it is not in the engine any more, or not yet
-        elif isinstance(command.message, Pause):
-            self._pause(engine, command.message)
         else:
-            engine.begin_solo_step(command.message)
+            self._pause(engine, command.message)
 
     def _abort(self, engine: Engine, gateway: str, abort: Abort) -> None:
         for waiting in self._intakes:
@@ -378,13 +384,6 @@ class AttentionRuntime(WorkerRuntime):
         for request_id in engine.take_paused():
             self._stream.publish(self._owners[request_id], Paused(request_id=request_id))
             self._stream.release()
-
-    def _report_solo_steps(self, engine: Engine) -> None:
-        """Report requests that run a step alone to their gateways, before and after."""
-        assert self._stream is not None
-        for solo_step in engine.take_solo_steps():
-            if (owner := self._owners.get(solo_step.request_id)) is not None:
-                self._stream.publish(owner, solo_step)
 
     def _run_step(self) -> None:
         """Run a step. Its outputs are sent while the next one computes, if one follows."""
@@ -474,7 +473,11 @@ class AttentionRuntime(WorkerRuntime):
     def _receive(self, engine: Engine, command: AddRequest) -> None:
         """Hand a request to the engine. It may wait here for KV blocks that are fetched ahead of
         it, and for its grammar."""
-        name, is_expected = command.request.request_id, self._fetches.expects(command.request)
+        request = command.request
+        name, is_expected = request.request_id, self._fetches.expects(request)
+        if (stale := stale_error(request, self._intakes)) is not None:
+            self._refuse(command.gateway, request, stale)
+            return
         for waiting in self._intakes:  # an older attempt
             if not (is_expected and waiting is self._fetches):
                 waiting.drop(name)
@@ -517,8 +520,8 @@ class AttentionRuntime(WorkerRuntime):
             self._prepare(engine, fetched)
 
     def _prepare(self, engine: Engine, command: AddRequest) -> None:
-        grammar = command.request.params.grammar
-        compiled = None if grammar is None else self._grammars.cached(grammar)
+        grammar, owner = command.request.params.grammar, command.request.cache_salt
+        compiled = None if grammar is None else self._grammars.cached(grammar, owner)
         if grammar is None or compiled is not None:
             self._add(engine, command, compiled)
         else:
@@ -550,6 +553,7 @@ class AttentionRuntime(WorkerRuntime):
         for request_id in [r for r, owner in self._owners.items() if owner == gateway]:
             engine.abort(request_id)
             del self._owners[request_id]
+        self._solo_steps.drop_gateway(gateway)
 
     def _emit(self, outputs: list[TokenOutput]) -> None:
         """Send each gateway the outputs of its requests, and all gateways the changed KV blocks."""
@@ -584,15 +588,10 @@ class AttentionRuntime(WorkerRuntime):
             stats |= self._tiers.stats()
         if self._copy_keeper is not None:
             stats |= self._copy_keeper.stats()
-        intakes = self._intakes
-        waiting = sum((requests.by_adapter for requests in intakes), Counter[str]())
-        stats |= self._adapters.stats(waiting)
-        for requests in intakes:
-            stats["num_requests_waiting"] += requests.num_waiting
-            reason = "grammar" if requests is self._compilations else "kv"
-            name = f'num_requests_waiting_by_reason{{reason="{reason}"}}'
-            stats[name] = stats.get(name, 0.0) + requests.num_waiting
-        return stats
+        return stats | self._adapters.stats(count_waiting(stats, self._intakes))
+
+    def _problems(self) -> tuple[str, ...]:
+        return () if self._tiers is None else self._tiers.problems(self.member.name)
 
     def _load_report(self) -> LoadReport | None:
         return None if self._engine is None else self._engine.load.report()

@@ -56,6 +56,21 @@ logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
 """Limit for each message of the handshake."""
+HANDSHAKE_LIMIT_S = 10.0
+"""Limit for the whole handshake, also of a caller that does not read; gRPC's for its own part."""
+MAX_HANDSHAKES = 32
+"""Streams without a proof at a time."""
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_LIMIT_S)),
+    ("grpc.http2.settings_timeout", int(1000 * HANDSHAKE_LIMIT_S)),
+    ("grpc.max_connection_idle_ms", 75_000),
+    ("grpc.max_allowed_incoming_connections", 1024),
+    ("grpc.max_concurrent_streams", 64),
+)
+"""Sizes of messages, and limits for connections that come to no stream."""
 START_TIMEOUT_S = 10.0
 """Time that the server thread has to come up or to end."""
 _FREE_SHARE = 0.25
@@ -94,6 +109,7 @@ class EngineServer:
         self._facts = facts
         self._release = release
         self._streams = GatewayStreams(inbox, silence_limit_s)
+        self._handshakes: dict[asyncio.Task[object], float] = {}
         self._kv = KvFeed()
         self._admitted = 0
         self._fence = -1
@@ -165,17 +181,23 @@ class EngineServer:
         self, messages: AsyncIterator[bytes], context: _Context
     ) -> AsyncIterator[bytes]:
         """One gateway's stream, from its hello to its end."""
+        task = asyncio.current_task()
+        assert task is not None, "gRPC runs every handler in a task"
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            many = f"{MAX_HANDSHAKES} handshakes are not finished"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, many)
         handshake = WorkerHandshake(self._token, self._facts().worker, self._release)
+        self._handshakes[task] = time.monotonic()
         try:
             yield handshake.challenge(await _next(messages))
             hello = handshake.finish(await _next(messages), self._facts())
         except HandshakeError as err:
             logger.warning("engine stream from %s refused: %s", context.peer(), err)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(err))
+        finally:
+            self._handshakes.pop(task, None)
         if self._admitted <= self._fence:
             await context.abort(grpc.StatusCode.ABORTED, _MAY_NOT_SERVE)
-        task = asyncio.current_task()
-        assert task is not None, "gRPC runs every handler in a task"
         stream = self._streams.open(handshake.gateway, task.cancel)
         stream.put(self._all_kv())
         reader = asyncio.create_task(self._read(messages, stream))
@@ -229,7 +251,15 @@ class EngineServer:
             await asyncio.sleep(self._streams.pause_s)
             now = time.monotonic()
             self._streams.drop_silent(now, looked_at)
+            self._end_handshakes(now)
             looked_at = now
+
+    def _end_handshakes(self, now: float) -> None:
+        """End those of callers that do not read: they wait for the caller alone."""
+        for task, since in list(self._handshakes.items()):
+            if now - since > HANDSHAKE_LIMIT_S:
+                del self._handshakes[task]
+                task.cancel()
 
     def _all_kv(self) -> bytes:
         return FROM_ENGINE.encode(self._kv.whole())
@@ -274,13 +304,7 @@ class EngineServer:
             self._started.set()
 
     async def _serve(self) -> None:
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
+        server = grpc.aio.server(options=_OPTIONS)
         stream = grpc.stream_stream_rpc_method_handler(self._stream)  # bytes in, bytes out
         handler = grpc.method_handlers_generic_handler(SERVICE, {METHOD: stream})
         server.add_generic_rpc_handlers((handler,))

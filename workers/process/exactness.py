@@ -43,12 +43,14 @@ class Exactness:
     ) -> Exactness:
         """What a worker with these experts can offer. Builds the libraries that are missing."""
         setting, team = args.config.engine.deterministic, kernels.team
-        is_native = team is not None and not torch_experts(banks, dtype)
+        torch_reason = torch_experts(banks, dtype)
+        is_native = team is not None and not torch_reason
+        computation = _computation(args, kernels.noting(torch_reason).words)
         if setting == "off":
-            offer = Offer(obstacle="has --deterministic off")
+            offer = Offer(obstacle="has --deterministic off", computation=computation)
         elif setting == "auto" and not is_native:
             what = kernels.words if team is None else "torch, as no kernel has their activation"
-            offer = Offer(obstacle=f"computes experts with {what}")
+            offer = Offer(obstacle=f"computes experts with {what}", computation=computation)
         else:
             torch.set_num_threads(1)  # the digest depends on it, too
             is_alone = args.config.workers.mode == "local"
@@ -58,6 +60,7 @@ class Exactness:
                 kernels=tuple(libraries) or ("torch",),
                 torch=torch_digest(with_products=not is_native) if counts else "",
                 is_strict=setting == "on",
+                computation=computation,
             )
             return cls(offer, args.threads if libraries else 1, 1, team, libraries)
         return cls(offer, args.threads, args.threads, None, {})
@@ -67,6 +70,13 @@ class Exactness:
         if self._team is not None:
             best = next(iter(self._libraries.values()))
             self._team.use(self._libraries.get(agreement.kernels, best))
+
+
+def _computation(args: WorkerArgs, kernels: str) -> str:
+    """What a worker computes with, as far as its bits depend on it."""
+    device = args.device_facts.get("gpu", args.device.type)
+    torch_name = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device}, {kernels}, {torch_name}, {args.threads} threads"
 
 
 def _libraries(own: Library, dtype: torch.dtype, is_alone: bool) -> dict[str, Library]:

@@ -15,6 +15,7 @@ from cluster.core.frames import (
     NewGeneration,
     RunGeneration,
     Shutdown,
+    SnapshotKept,
 )
 from workers.process.control.membership import Membership
 from workers.process.expert_part import ExpertPart
@@ -47,6 +48,8 @@ class Orders:
             return
         if isinstance(frame, ControllerSnapshot):
             self._memory = frame.memory
+            self.membership.announce(frame)
+            self.send(SnapshotKept(version=frame.version))
             return
         if isinstance(frame, RunGeneration) and experts is not None:
             self._free_experts(experts, frame)

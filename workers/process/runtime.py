@@ -128,6 +128,7 @@ class WorkerRuntime(ABC):
             disks=DiskWatch(lambda: [logs.OUTPUT.folder, timelines]),
             adapters_in_use=self._adapters_in_use,
             waits_for=self._waits_for,
+            problems=self._problems,
         )
         self._control: ControlClient | None = None
         self.lifetime = Lifetime()
@@ -181,6 +182,10 @@ class WorkerRuntime(ABC):
     def _waits_for(self) -> tuple[str, ...]:
         """Peers for which the data thread waits. Control thread."""
         return self._connections.awaited if self._connections is not None else ()
+
+    def _problems(self) -> tuple[str, ...]:
+        """What keeps parts of this worker from working, for people. Control thread."""
+        return ()
 
     def _announce(self) -> Member:
         """Open further listeners before registration; returns the member with their addresses."""

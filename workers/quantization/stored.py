@@ -3,76 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cluster.core.errors import CheckpointError
 from workers.quantization.formats import GROUP_MULTIPLE, WeightFormat
+from workers.quantization.keys import WHOLE_BITS, QuantizationKeys, check_overrides
 
 Method = Literal["fp8", "gptq", "awq", "compressed-tensors"]
 _NAME = "config.json: quantization_config"
-_Words = Mapping[str, tuple[Any, ...]]
-"""Keys, with the values that we read."""
-_FP8_WORDS: _Words = {
-    "fmt": ("e4m3", "float8_e4m3fn", None),
-    "activation_scheme": ("dynamic", None),
-    "scale_fmt": ("float", None),
-    "expert_dtype": ("fp8", None),
-    "modules_to_convert": (None, []),
+_GPTQ_FORMATS = ("gptq", "gptq_v2", None)
+_AUTO_ROUND_PACKINGS: Mapping[str | None, tuple[Literal["gptq", "awq"], int]] = {
+    None: ("gptq", 1),
+    "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:gptq": ("gptq", 1),
+    "auto_round:gptqmodel": ("gptq", 0),
+    "auto_round": ("gptq", 0),
+    "auto_round:auto_awq": ("awq", 0),
+    "auto_round:awq": ("awq", 0),
 }
-_FP8_KEYS = frozenset(
-    {"weight_block_size", "modules_to_not_convert", "ignored_layers", "dequantize"}
+"""Layout, and ``StoredAs.zero_offset``."""
+_INTEGER_TYPES = (
+    *("int", "int_sym", "int_asym", "rtn_int", "rtn_int_sym", "rtn_int_asym"),
+    None,
 )
-"""The others that may be there: which tensors are float8 is in the files' headers."""
-_GPTQ_WORDS: _Words = {
-    "checkpoint_format": ("gptq", "gptq_v2", None),
-    "pack_dtype": ("int32", None),
-    "lm_head": (False, None),
-    "dynamic": (None, {}),
-}
-_GPTQ_OTHERS = """
-    bits group_size sym desc_act static_groups damp_percent damp_auto_increment true_sequential mse
-    model_name_or_path model_file_base_name model_seqlen dataset tokenizer batch_size
-    block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize
-    use_cuda_fp16 use_exllama exllama_config disable_exllama max_input_length cache_block_outputs
-    backend meta quantizer is_marlin_format hyb_act act_group_aware
-"""
-_GPTQ_KEYS = frozenset(_GPTQ_OTHERS.split())
-"""The rest says how codes were found. A matrix whose groups are not neighbours is refused."""
-_AWQ_WORDS: _Words = {
-    "bits": (4,),
-    "zero_point": (True, None),
-    "version": ("gemm", "GEMM", None),
-    "backend": ("autoawq", "llm-awq", None),
-}
-_AWQ_OTHERS = """
-    group_size q_group_size modules_to_not_convert do_fuse fuse_max_seq_len modules_to_fuse
-    exllama_config w_bit
-"""
-_AWQ_KEYS = frozenset(_AWQ_OTHERS.split())
-_TENSORS_WORDS: _Words = {
-    "format": ("pack-quantized",),
-    "quantization_status": ("compressed", None),
-    "kv_cache_scheme": (None, {}),
-    "sparsity_config": (None, {}),
-    "transform_config": (None, {}),
-}
-_TENSORS_KEYS = frozenset({"config_groups", "ignore", "global_compression_ratio", "version"})
-_GROUP_WORDS: _Words = {
-    "input_activations": (None,),
-    "output_activations": (None,),
-    "format": ("pack-quantized", None),
-}
-_WEIGHTS_WORDS: _Words = {
-    "type": ("int",),
-    "num_bits": (4, 8),
-    "dynamic": (False, None),
-    "actorder": (None, "weight", "static", False),
-    "block_structure": (None,),
-    "strategy": ("group", "channel"),
-    "symmetric": (True, False),
-}
-_WEIGHTS_KEYS = frozenset({"group_size", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
+"""AutoRound's ``data_type`` of codes with one scale, and perhaps a zero point, per group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +41,8 @@ class StoredAs:
     """Rows that share a scale, of ``fp8``."""
     zero_offset: int = 0
     """What is added to stored zero points: the first format of GPTQ has them one less."""
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of ``quantization_config`` that change no number, sorted."""
 
     @property
     def block(self) -> tuple[int, int]:
@@ -109,13 +66,23 @@ def stored_as(found: object) -> StoredAs | None:
     if not isinstance(method, str) or method not in _READERS:
         known = " or ".join(repr(name) for name in _READERS)
         raise CheckpointError(f"{_NAME}: quant_method {method!r} is not supported: must be {known}")
-    settings = {key: value for key, value in found.items() if key != "quant_method"}
-    return _READERS[method](settings)
+    keys = QuantizationKeys(_NAME, found)
+    keys.one_of("method", method, None)  # GPTQModel writes both
+    keys.honoured("quant_method")
+    return replace(_READERS[method](keys), ignored=keys.ignored())
 
 
-def _fp8(settings: Mapping[str, Any]) -> StoredAs:
-    _check(_NAME, settings, _FP8_WORDS, _FP8_KEYS)
-    block = settings.get("weight_block_size")
+def _fp8(keys: QuantizationKeys) -> StoredAs:
+    keys.one_of("fmt", "e4m3", "float8_e4m3fn", None)
+    keys.one_of("activation_scheme", "dynamic", None)
+    keys.one_of("scale_fmt", "float", None)
+    keys.one_of("expert_dtype", "fp8", None)
+    keys.one_of("modules_to_convert", None, [])
+    keys.one_of("bits", 8, None)
+    keys.one_of("act_bits", 8, WHOLE_BITS, None)
+    # Which tensors are float8 is in the files' headers.
+    keys.honoured("modules_to_not_convert", "ignored_layers", "dequantize")
+    block = keys.value("weight_block_size")
     sizes = block if isinstance(block, list) else []
     if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
         raise CheckpointError(f"{_NAME}: weight_block_size {block!r} must be two positive sizes")
@@ -123,26 +90,63 @@ def _fp8(settings: Mapping[str, Any]) -> StoredAs:
     return StoredAs(method="fp8", form=form, block_rows=sizes[0])
 
 
-def _gptq(settings: Mapping[str, Any]) -> StoredAs:
-    _check(_NAME, settings, _GPTQ_WORDS, _GPTQ_KEYS)
-    bits = settings.get("bits")
-    if bits not in (4, 8):
-        raise CheckpointError(f"{_NAME}: bits {bits!r} is not supported: must be 4 or 8")
-    form = _integers(bits, settings.get("group_size"), has_zeros=settings.get("sym") is not True)
-    is_first = settings.get("checkpoint_format") != "gptq_v2"
-    return StoredAs(method="gptq", form=form, zero_offset=int(is_first))
+def _gptq(keys: QuantizationKeys) -> StoredAs:
+    form = _of_matrices(keys, bits=(4, 8), is_symmetric=keys.value("sym") is True)
+    first, second = (keys.one_of(key, *_GPTQ_FORMATS) for key in ("checkpoint_format", "format"))
+    if first and second and first != second:
+        raise keys.refused("format", f"{first!r}, as checkpoint_format is")
+    keys.one_of("is_marlin_format", False, None)
+    return StoredAs(method="gptq", form=form, zero_offset=int("gptq_v2" not in (first, second)))
 
 
-def _awq(settings: Mapping[str, Any]) -> StoredAs:
-    settings = {"bits": settings.get("w_bit"), **settings}
-    _check(_NAME, settings, _AWQ_WORDS, _AWQ_KEYS)
-    group = settings.get("group_size", settings.get("q_group_size"))
-    return StoredAs(method="awq", form=_integers(4, group, has_zeros=True))
+def _awq(keys: QuantizationKeys) -> StoredAs:
+    is_symmetric = keys.one_of("zero_point", True, False, None) is False
+    keys.honoured("sym")  # transformers writes the default of GPTQ here
+    form = _of_matrices(keys, bits=(4,), is_symmetric=is_symmetric)
+    for key in ("version", "format", "checkpoint_format"):
+        keys.one_of(key, "gemm", None)
+    if keys.value("backend") == "llm-awq":  # the others are kernels to load with
+        raise keys.refused("backend", "a kernel for version 'gemm'")
+    return StoredAs(method="awq", form=form)
 
 
-def _compressed_tensors(settings: Mapping[str, Any]) -> StoredAs:
-    _check(_NAME, settings, _TENSORS_WORDS, _TENSORS_KEYS)
-    groups = settings.get("config_groups")
+def _auto_round(keys: QuantizationKeys) -> StoredAs:
+    layout, zero_offset = _AUTO_ROUND_PACKINGS[keys.one_of("packing_format", *_AUTO_ROUND_PACKINGS)]
+    bits = (4,) if layout == "awq" else (4, 8)
+    form = _of_matrices(keys, bits=bits, is_symmetric=keys.value("sym") is True)
+    return StoredAs(method=layout, form=form, zero_offset=zero_offset)
+
+
+def _of_matrices(keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bool) -> WeightFormat:
+    """What GPTQ, AWQ and AutoRound say in the same words.
+
+    Which matrices are quantized is in the files' headers, and whether columns of a group are
+    neighbours (``desc_act``) in the files.
+    """
+    keys.honoured("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head")
+    keys.honoured("desc_act", "static_groups")
+    keys.one_of("pack_dtype", "int32", None)
+    same = {
+        "bits": keys.one_of(keys.present("bits", "w_bit"), *bits),
+        "group_size": keys.value(keys.present("group_size", "q_group_size")),
+        "data_type": keys.one_of("data_type", *_INTEGER_TYPES),
+    }
+    for key in ("dynamic", "extra_config"):
+        check_overrides(keys, key, same | ({"sym": True} if is_symmetric else {}))
+    return _integers(same["bits"], same["group_size"], has_zeros=not is_symmetric)
+
+
+def _compressed_tensors(keys: QuantizationKeys) -> StoredAs:
+    keys.one_of("format", "pack-quantized", "mixed-precision")
+    keys.one_of("quantization_status", "compressed", "frozen", None)
+    keys.one_of("kv_cache_scheme", None, {})
+    keys.honoured("ignore")
+    for key, inner in (("sparsity_config", "format"), ("transform_config", "config_groups")):
+        found = keys.value(key)
+        if isinstance(found, Mapping) and found.get(inner) in ("dense", None, {}):
+            continue  # nothing is left out, and nothing is transformed
+        keys.one_of(key, None)
+    groups = keys.value("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"{_NAME}: config_groups {groups!r} must be an object")
     found = {name: _of_group(f"{_NAME}: config_groups.{name}", g) for name, g in groups.items()}
@@ -155,13 +159,34 @@ def _of_group(name: str, group: Any) -> WeightFormat:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{name}: weights {weights!r} must be an object")
-    _check(name, group, _GROUP_WORDS, frozenset({"targets", "weights"}))
-    _check(f"{name}.weights", weights, _WEIGHTS_WORDS, _WEIGHTS_KEYS)
-    columns = weights.get("group_size") if weights.get("strategy") == "group" else -1
-    return _integers(weights["num_bits"], columns, has_zeros=not weights.get("symmetric", True))
+    keys = QuantizationKeys(name, group)
+    keys.one_of("input_activations", None)
+    keys.one_of("output_activations", None)
+    keys.one_of("format", "pack-quantized", None)
+    keys.honoured("targets", "weights")
+    keys.ignored()
+    keys = QuantizationKeys(f"{name}.weights", weights)
+    keys.one_of("type", "int")
+    bits = keys.one_of("num_bits", 4, 8)
+    keys.one_of("dynamic", False, None)
+    keys.one_of("actorder", None, "weight", "static", False)
+    keys.one_of("block_structure", None)
+    is_symmetric = keys.one_of("symmetric", True, False)
+    group_size = keys.value("group_size")
+    if keys.one_of("strategy", "group", "channel", None) == "channel":
+        group_size = -1
+    keys.ignored()
+    return _integers(bits, group_size, has_zeros=not is_symmetric)
 
 
-_READERS = {"fp8": _fp8, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
+_READERS = {
+    "fp8": _fp8,
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "auto-round": _auto_round,
+    "intel/auto-round": _auto_round,
+}
 
 
 def _integers(bits: int, group: object, *, has_zeros: bool) -> WeightFormat:
@@ -173,17 +198,3 @@ def _integers(bits: int, group: object, *, has_zeros: bool) -> WeightFormat:
         group=None if group == -1 else group,
         has_zeros=has_zeros,
     )
-
-
-def _check(name: str, settings: Mapping[str, Any], words: _Words, others: frozenset[str]) -> None:
-    """Raise ``CheckpointError`` for a key or value that is not known; words may be left out where
-    None is among them."""
-    for key, value in settings.items():
-        if key in words and value not in words[key]:
-            known = " or ".join(repr(v) for v in words[key])
-            raise CheckpointError(f"{name}: {key} {value!r} is not supported: must be {known}")
-        if key not in words and key not in others:
-            raise CheckpointError(f"{name}: {key} {value!r} is not supported")
-    for key, known_values in words.items():
-        if key not in settings and None not in known_values:
-            raise CheckpointError(f"{name}: {key} is missing")

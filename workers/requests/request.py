@@ -35,6 +35,17 @@ class GrammarKind(Enum):
     LARK = "lark"
 
 
+class GrammarPart(Message, frozen=True, kw_only=True, array_like=True):
+    """A rule of a Lark grammar that a client's schema decides; it names no other rules."""
+
+    rule: str
+    """Its name: it is the line ``NAME: BODY`` of the text."""
+    label: str
+    """What it is about, for messages."""
+    fallback: str | None = None
+    """The body in its place where it does not compile; None: the grammar is refused."""
+
+
 class Grammar(Message, frozen=True, kw_only=True, array_like=True):
     """What the output must follow. Hashable: equal ones are compiled once."""
 
@@ -43,6 +54,8 @@ class Grammar(Message, frozen=True, kw_only=True, array_like=True):
     """A JSON schema, a regular expression, a JSON list of strings, or a Lark grammar."""
     field: str = "structured_outputs"
     """The client's field that it came from, for messages."""
+    parts: tuple[GrammarPart, ...] = ()
+    """Rules that may not compile."""
 
 
 class EarlyStopping(Enum):
@@ -162,16 +175,26 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
         return bool(self.session) if self.cache_ttl_s is None else self.cache_ttl_s > 0
 
 
+class SoloStage(Enum):
+    """How far a step with the rows of one request alone is."""
+
+    OFFERED = "offered"
+    """Until the gateway has acknowledged it, the worker may withdraw it."""
+    CERTAIN = "certain"
+    """It runs once the gateway has recorded that, and nothing else runs before."""
+    OVER = "over"
+    """It has ended; others run once the gateway has recorded that."""
+
+
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """A step with the rows of one request alone: offered, accepted, or over.
+    """A stage of a step with the rows of one request alone, and the gateway's acknowledgement.
 
     See ``workers.engine.isolation``.
     """
 
     request_id: str
     attempt: Count
-    is_over: bool = False
-    """The step committed."""
+    stage: SoloStage = SoloStage.OFFERED
 
 
 class Queued(Message, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -11,7 +11,7 @@ import contextlib
 import json
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import llguidance
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from workers.requests.request import Grammar, GrammarKind
+from workers.requests.request import Grammar, GrammarKind, GrammarPart
 from workers.sampling.grammar import CompiledGrammar, MaskReader, shorten
 
 CACHED_GRAMMARS = 64
@@ -73,7 +73,7 @@ class GrammarCompiler:
             max_lexer_states=max_lexer_states,
             verbose_errors=False,
         )
-        self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, Grammar], CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
@@ -87,36 +87,59 @@ class GrammarCompiler:
         with contextlib.suppress(UnsupportedParameterError):
             self._load_tokenizer("structured_outputs")
 
-    def cached(self, grammar: Grammar) -> CompiledGrammar | None:
-        """A grammar that was compiled before, if it is still here and fit for use."""
+    def cached(self, grammar: Grammar, owner: str = "") -> CompiledGrammar | None:
+        """A grammar that was compiled for this owner before, if it is still here and fit for use.
+
+        ``owner`` is the ``cache_salt`` of a request: the time that its grammar takes does not tell
+        which grammars others use.
+        """
         with self._lock:
-            known = self._cache.get(grammar)
+            known = self._cache.get((owner, grammar))
             if known is None or known.is_spoiled:
                 return None
-            self._cache.move_to_end(grammar)
+            self._cache.move_to_end((owner, grammar))
             return known
 
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
+    def compile(self, grammar: Grammar, owner: str = "") -> CompiledGrammar:
         """Compile a grammar; may take long, and does not block other threads.
+
+        ``owner`` as in ``cached``.
 
         Raises:
             RequestError: it is wrong, can never be followed, or is too complex.
             UnsupportedParameterError: this model's tokenizer cannot be used for grammars.
         """
-        if known := self.cached(grammar):
+        if known := self.cached(grammar, owner):
             return known
         compiled = self._compile(grammar)
         with self._lock:
-            self._cache[grammar] = compiled
-            self._cache.move_to_end(grammar)
+            self._cache[owner, grammar] = compiled
+            self._cache.move_to_end((owner, grammar))
             while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+                self._evict()
         return compiled
 
+    def _evict(self) -> None:
+        """Drop the grammar that was not used for longest, of the owner with most grammars."""
+        counts = Counter(owner for owner, _ in self._cache)
+        largest = max(counts.values())
+        oldest = next(key for key in self._cache if counts[key[0]] == largest)
+        del self._cache[oldest]
+
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        try:
+            return self._compile_text(grammar, grammar.text)
+        except RequestError:
+            weaker = self._weakened(grammar)
+            if weaker == grammar.text:
+                raise
+        return self._compile_text(grammar, weaker)
+
+    def _compile_text(self, grammar: Grammar, text: str) -> CompiledGrammar:
+        """``grammar`` with ``text`` in place of its own."""
         tokenizer = self._load_tokenizer(grammar.field)
         try:
-            source = _to_source(grammar)
+            source = _to_source(grammar.kind, text)
         except ValueError as err:
             raise _refuse(grammar, str(err)) from err
         make = partial(llguidance.LLMatcher, tokenizer, source, log_level=0, limits=self._limits)
@@ -125,6 +148,32 @@ class GrammarCompiler:
             raise _refuse(grammar, matcher.get_error())
         self._try_first_mask(grammar, matcher)
         return CompiledGrammar(grammar, matcher, self._masks, make)
+
+    def _weakened(self, grammar: Grammar) -> str:
+        """The text with fallbacks in place of parts that do not compile; of all parts, if each of
+        them compiles alone.
+
+        Raises:
+            RequestError: a part that has none does not compile.
+        """
+        lines = grammar.text.split("\n")
+        places = {line.partition(":")[0]: place for place, line in enumerate(lines)}
+        failing = [part for part in grammar.parts if not self._fits(part, lines[places[part.rule]])]
+        for part in failing or grammar.parts:
+            if part.fallback is not None:
+                lines[places[part.rule]] = f"{part.rule}: {part.fallback}"
+        return "\n".join(lines)
+
+    def _fits(self, part: GrammarPart, line: str) -> bool:
+        """Whether a part compiles. Raises ``RequestError`` where it does not and must."""
+        alone = Grammar(kind=GrammarKind.LARK, text="", field=part.label)
+        try:
+            self._compile_text(alone, f"start: {part.rule}\n{line}\n")
+        except RequestError:
+            if part.fallback is None:
+                raise
+            return False
+        return True
 
     def _try_first_mask(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
         """Refuse what cannot be followed, or would hold up the engine's thread."""
@@ -157,17 +206,17 @@ class GrammarCompiler:
             raise UnsupportedParameterError(message, field) from err
 
 
-def _to_source(grammar: Grammar) -> str:
+def _to_source(kind: GrammarKind, text: str) -> str:
     """What llguidance compiles. Raises ``ValueError``."""
     matcher = llguidance.LLMatcher
-    if grammar.kind is GrammarKind.JSON_SCHEMA:
-        return _json_source(grammar.text)
-    if grammar.kind is GrammarKind.REGEX:
-        return matcher.grammar_from_regex(grammar.text)
-    if grammar.kind is GrammarKind.CHOICE:
-        quoted = (json.dumps(choice) for choice in json.loads(grammar.text))
+    if kind is GrammarKind.JSON_SCHEMA:
+        return _json_source(text)
+    if kind is GrammarKind.REGEX:
+        return matcher.grammar_from_regex(text)
+    if kind is GrammarKind.CHOICE:
+        quoted = (json.dumps(choice) for choice in json.loads(text))
         return matcher.grammar_from_lark("start: " + " | ".join(quoted))
-    return matcher.grammar_from_lark(grammar.text + _NO_FORCING)
+    return matcher.grammar_from_lark(text + _NO_FORCING)
 
 
 def _json_source(schema: str) -> str:

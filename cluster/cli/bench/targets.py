@@ -6,6 +6,7 @@ import argparse
 import uuid
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from cluster.cli.bench.load import RequestFailed, Target
 from cluster.cli.bench.load_options import LIMIT_S
@@ -54,7 +55,13 @@ def _new_salt() -> str:
 
 def _reported_address(client: Client) -> str:
     status = client.get("/cluster/v1/status")
-    found = [each["grpc"] for each in status.get("gateway", ()) if "grpc" in each]
+    host = urlsplit(client.url).hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    found = [
+        each["grpc"] if "grpc" in each else f"{host}:{each['grpc_port']}"
+        for each in status.get("gateway", ())
+        if "grpc" in each or "grpc_port" in each
+    ]
     if not found:
         raise CommandError(ExitCode.REFUSED, "the server has no gRPC address: give one with --grpc")
     return str(found[0])

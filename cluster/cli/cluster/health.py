@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.cli.terminal.arguments import Commands
-from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.client import Client, require_whole
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import show
 from cluster.core.states import WorkerState, is_gone
@@ -28,8 +28,9 @@ def run_health(args: argparse.Namespace) -> int:
         is_well = bool(answer.get("ready"))
         reasons = [] if is_well else list(map(str, answer.get("reasons", ["not ready"])))
     else:
-        workers = client.get("/cluster/v1/status")["workers"]
-        reasons = why_not(args.node, workers)
+        status = client.get("/cluster/v1/status")
+        require_whole(status, "the nodes of workers")
+        reasons = why_not(args.node, status["workers"])
     document = {"schema": 1, "healthy": not reasons, "reasons": reasons}
     show(args, document, "; ".join(reasons) or "ok")
     return ExitCode.NOT_READY if reasons else ExitCode.OK

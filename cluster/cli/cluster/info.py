@@ -33,6 +33,7 @@ def run_status(args: argparse.Namespace) -> int:
         ready: dict[str, Any] = client.get("/ready", any_status=True)
         is_ready = bool(ready.get("ready")) and not ready.get("error")
         show(args, status, _status_text(status, colours=not args.no_color))
+        _note_partial(status)
         if not is_ready:
             note("; ".join(["not ready", *map(str, ready.get("reasons") or ())]))
         if not args.watch:
@@ -82,7 +83,13 @@ def _autoscale_text(autoscale: Mapping[str, Any]) -> str:
 def run_workers(args: argparse.Namespace) -> int:
     status = Client(args).get("/cluster/v1/status")
     document = {"schema": 1, "workers": status["workers"]}
+    _note_partial(status)
     return show(args, document, _workers_text(status))
+
+
+def _note_partial(status: Mapping[str, Any]) -> None:
+    if status.get("is_partial"):
+        note("hosts, processes, problems and events are shown to admin keys only: give --admin-key")
 
 
 def _workers_text(status: Mapping[str, Any]) -> str:
@@ -98,7 +105,7 @@ def _workers_text(status: Mapping[str, Any]) -> str:
     ]
     text = table(header, rows)
     if gone:
-        rows = [(w["name"], w["state"], w["node"] or "-", w.get("reason") or "") for w in gone]
+        rows = [(w["name"], w["state"], w.get("node") or "-", w.get("reason") or "") for w in gone]
         text += f"\n\n{table(('GONE', 'STATE', 'NODE', 'REASON'), rows)}"
     return text
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.cli.cluster.followed_files import FollowedFile
 from cluster.cli.terminal.arguments import Commands, add_address_option
-from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.client import Client, require_whole
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.orders import Orders, orders_for
 from cluster.cli.terminal.output import out, out_json
@@ -137,7 +137,9 @@ def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
 
     Raises ``CommandError`` for a worker that is unknown, or of another host.
     """
-    workers: list[Mapping[str, Any]] = Client(args).get("/cluster/v1/status")["workers"]
+    status = Client(args).get("/cluster/v1/status")
+    require_whole(status, "the processes of workers")
+    workers: list[Mapping[str, Any]] = status["workers"]
     (name,) = args.worker
     found = [w for w in workers if w["name"] == name]
     if not found:

@@ -18,6 +18,7 @@ from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, ROLE, ROLES
+from cluster.disk.files import replace_file
 from cluster.launch import local_ray, state_file
 
 DEFAULT_PORT = 6379
@@ -145,7 +146,6 @@ def _token(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]
 
 def _make_token(path: Path) -> None:
     try:
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32))
+        replace_file(path, secrets.token_hex(32).encode(), mode=0o600)
     except OSError as err:
         raise CommandError(ExitCode.REFUSED, f"--token-file ({path}): {err.strerror}") from err

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table, and a new one over it until interrupted."""
     client = Client(args)
     is_once = args.once or args.json or not sys.stdout.isatty()
+    client.get("/cluster/v1/status")  # from here on with the key that shows most
     before, then = read_numbers(client.get_text("/metrics")), time.monotonic()
     while True:
         time.sleep(args.interval)
@@ -87,7 +88,7 @@ def busy(
         {
             "name": w["name"],
             "state": w["state"],
-            "node": w["node"],
+            "node": w.get("node", ""),
             "running": now.get(("num_requests_running", w["name"])),
             "waiting": now.get(("num_requests_waiting", w["name"])),
             "kv_usage": now.get(("kv_cache_usage_perc", w["name"])),

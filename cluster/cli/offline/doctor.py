@@ -110,11 +110,14 @@ def examine_cpu() -> Finding:
 def examine_kernels() -> Finding:
     """Builds them where they are not built yet, as a worker would."""
     from workers.native.build import compilers
-    from workers.native.library import find_library, is_built
+    from workers.native.library import InstructionsError, find_library, is_built
 
-    if not is_built() and compilers():
-        note("building the CPU kernels, which may take a minute")
-    return kernels_finding(find_library())
+    try:
+        if not is_built() and compilers():
+            note("building the CPU kernels, which may take a minute")
+        return kernels_finding(find_library())
+    except InstructionsError as err:
+        return finding("kernels", False, str(err))
 
 
 def kernels_finding(found: Found) -> Finding:

@@ -30,6 +30,7 @@ _METAVARS = {
     "HOST": "host",
     "FILE": "file profile template cert key ca",
     "FOLDER": "dir",
+    "FOLDERS": "roots",
     "URL": "endpoint",
     "NAME": "name",
     "ORIGINS": "origins",

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 REFUSED_FIELDS = ("host", "admin_host")
 """Settings whose rules are about this host or its safety, not about how a flag is written."""
+_KEY_FIELDS = ("api_keys", "api_key_file", "admin_keys", "admin_key_file")
 _HEARTBEATS_PER_LIMIT = 4
 _MAX_HEARTBEAT_S = 0.5
 
@@ -55,6 +56,8 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
     }
     _add_files(sections)
     _add_heartbeat(sections["transport"])
+    if not any(sections["gateway"].get(name) for name in _KEY_FIELDS):
+        sections["lora"].setdefault("lora_roots", ("/",))  # no caller is to be kept apart
     try:
         _check_key_files(sections["gateway"])
         _check_exporter(sections["observability"].get("otlp_endpoint"))
@@ -112,6 +115,8 @@ def _add_files(sections: dict[str, dict[str, Any]]) -> None:
     lora = sections["lora"]
     if "lora_modules" in lora:
         lora["lora_modules"] = tuple(map(_absolute_module, lora["lora_modules"]))
+    if "lora_roots" in lora:
+        lora["lora_roots"] = tuple(str(Path(root).absolute()) for root in lora["lora_roots"])
     for option in OPTIONS:
         section = sections.get(option.section, {})
         if option.is_path and option.field != "chat_template" and section.get(option.field):

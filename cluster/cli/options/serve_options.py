@@ -45,7 +45,7 @@ _VARIABLES = {
     f"{_PREFIX}{name}"
     for name in (
         *("MODEL", "URL", "ADMIN_URL", "NAME", "API_KEY", "ADMIN_KEY"),
-        *("CA_CERT", "CLIENT_CERT", "CLIENT_KEY", "PARENT"),
+        *("CA_CERT", "CLIENT_CERT", "CLIENT_KEY", "MAX_INSTRUCTIONS", "PARENT"),
     )
 }
 """Variables that are not those of an option of ``serve``."""

@@ -10,7 +10,7 @@ import os
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,17 +55,30 @@ class Client:
         self.url = _checked(admin_url or find_url(args))
         self._timeout_s: float | None = args.timeout
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
+        self._admin_key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "")
         self._is_admin = bool(admin_url)
         if admin_url:
-            self._key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "") or self._key
+            self._key = self._admin_key or self._key
         if key is not None:
-            self._key = key
+            self._key = self._admin_key = key
         self.tls = _tls_context(args) if self.url.startswith("https:") else None
         """What https needs; None without it."""
 
     def get(self, path: str, any_status: bool = False) -> Any:
-        """The JSON document at ``path``. ``any_status`` takes the body of an error answer too."""
-        return self._parse(self._read(path, None, any_status))
+        """The JSON document at ``path``. ``any_status`` takes the body of an error answer too.
+
+        A document that is partial for a client's key is read again with the admin key, if there is
+        one.
+        """
+        document, key = self._parse(self._read(path, None, any_status)), self._key
+        if isinstance(document, dict) and document.get("is_partial") and self._use_admin_key():
+            try:
+                return self._parse(self._read(path, None, any_status))
+            except CommandError as err:
+                if err.code is not ExitCode.UNAUTHORISED:
+                    raise
+                self._key = key  # it is the key of another cluster
+        return document
 
     def get_text(self, path: str) -> str:
         """The body at ``path``."""
@@ -119,26 +132,45 @@ class Client:
         ``silence_s``: longest wait for the next bytes without ``--timeout``; None: no limit.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
         limit_s = self._timeout_s or silence_s
-        opener = urllib.request.build_opener(_Http(limit_s), _Https(limit_s, self.tls))
         try:
-            with opener.open(request, timeout=self._timeout_s or DEFAULT_TIMEOUT_S) as reply:
+            with self._reply(path, data, limit_s) as reply:
                 yield reply
         except urllib.error.HTTPError as err:
             if not any_status or err.code in (401, 403):
-                raise self._with_key_option(refusal(err.code, err.read())) from err
+                raise self._with_key_option(refusal(err.code, err.read()), err.code) from err
             yield err
         except (OSError, ValueError) as err:
             raise self._unreachable(err, limit_s) from err
 
-    def _with_key_option(self, err: CommandError) -> CommandError:
+    def _with_key_option(self, err: CommandError, status: int) -> CommandError:
         """The error, with the option that gives the key that was missing or wrong."""
         if err.code != ExitCode.UNAUTHORISED:
             return err
-        which = "admin" if self._is_admin else "api"
+        which = "admin" if self._is_admin or status == 403 else "api"
         hint = f"--{which}-key or EXPERTMESH_{which.upper()}_KEY gives it"
         return CommandError(err.code, f"{err} ({hint})")
+
+    def _reply(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
+        """The answer to a request. Where a key is refused, the admin key is tried for reading."""
+        try:
+            return self._send(path, data, limit_s)
+        except urllib.error.HTTPError as err:
+            if err.code not in (401, 403) or data is not None or not self._use_admin_key():
+                raise
+            err.close()
+        return self._send(path, data, limit_s)
+
+    def _send(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
+        opener = urllib.request.build_opener(_Http(limit_s), _Https(limit_s, self.tls))
+        return opener.open(request, timeout=self._timeout_s or DEFAULT_TIMEOUT_S)
+
+    def _use_admin_key(self) -> bool:
+        """Use the admin key from now on; whether that changes anything."""
+        has_changed = self._admin_key not in ("", self._key)
+        self._key = self._admin_key or self._key
+        return has_changed
 
     def _parse(self, body: bytes) -> Any:
         try:
@@ -205,6 +237,13 @@ def _with_read_limit(
 
     connection.connect = connect_then_limit  # type: ignore[method-assign]
     return connection
+
+
+def require_whole(status: Mapping[str, Any], what: str) -> None:
+    """Raise ``CommandError`` for a status that was shown to a client's key."""
+    if status.get("is_partial"):
+        message = f"the server shows {what} to admin keys only: give --admin-key"
+        raise CommandError(ExitCode.UNAUTHORISED, message)
 
 
 def _checked(url: str) -> str:

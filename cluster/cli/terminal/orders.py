@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.client import Client, require_whole
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.gateway import is_loopback
 from cluster.core.errors import ExpertMeshError, NotReadyError
@@ -112,17 +112,21 @@ def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client |
     through_ray = bool(os.environ.get("RAY_ADDRESS"))
     try:
         client = Client(args)
-        gateways = client.get("/cluster/v1/status").get("gateway") or []
+        status = client.get("/cluster/v1/status")
     except CommandError as err:
         if through_ray and err.code in (ExitCode.UNREACHABLE, ExitCode.NOT_READY):
             return None
         raise
+    gateways = status.get("gateway") or []
     found = [g for g in gateways if gateway in (None, g.get("name"))]
     if gateways and not found:
         names = ", ".join(str(g.get("name")) for g in gateways)
         raise CommandError(ExitCode.REFUSED, f"there is no {gateway}, but {names}")
     address = found[0].get("admin_http") if found else None
+    if found and "admin_port" in found[0]:  # shown to clients where their keys open the port
+        address = f"127.0.0.1:{found[0]['admin_port']}"
     if not address:
+        require_whole(status, "the address of its admin port")
         raise CommandError(ExitCode.REFUSED, "the cluster has no admin port")
     is_here, is_local = (
         is_loopback(urllib.parse.urlsplit(url).hostname or "")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.disk.files import replace_file
 
 _SHADES = (236, 17, 18, 19, 20, 26, 32, 38)
 """Of 256 colours, from grey to light blue."""
@@ -51,9 +52,12 @@ def show(
 
 
 def save(path: Path, text: str, what: str = "") -> None:
-    """Write a file, and say so; ``what`` describes it. Raises ``CommandError``."""
+    """Write a file, and say so; ``what`` describes it.
+
+    Raises ``CommandError``: a file that was there before has its old content.
+    """
     try:
-        path.write_text(text, encoding="utf-8")
+        replace_file(path, text.encode())
     except OSError as err:
         raise CommandError(ExitCode.FAILED, f"cannot write {path}: {err.strerror}") from err
     note(f"wrote {path}{what}")

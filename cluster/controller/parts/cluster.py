@@ -187,6 +187,8 @@ class Cluster:
         """Why the start failed."""
         self.version = (term - 1) * _VERSIONS_OF_A_TERM + 1
         """Grows with every change of the snapshot."""
+        self.sent_version = 0
+        """That of the memory which workers were last told to keep."""
         self.order_numbers = count((term << 32) + 1)
         """Numbers of load orders and requests, each used once in the life of the cluster."""
         self.placement = placement
@@ -274,6 +276,11 @@ class Cluster:
     def top_k(self) -> int:
         """Experts of a token."""
         return int(self.notes.get("top_k", 1))
+
+    def is_kept(self, version: int) -> bool:
+        """Whether a worker keeps the memory of this version, or none lives that could."""
+        alive = list(self.workers.alive())
+        return not alive or any(r.kept_version >= version for r in alive)
 
     # ---- changes --------------------------------------------------------------------------
 
@@ -390,8 +397,14 @@ class Cluster:
     def take_effects(self) -> list[Effect]:
         """The effects since the last call, to be carried out in this order."""
         if not self._is_remembered:
-            memory = to_plain(self.memory())
-            frame = ControllerSnapshot(term=self.term, controller=self.identity, memory=memory)
+            self.sent_version = self.version
+            frame = ControllerSnapshot(
+                term=self.term,
+                version=self.version,
+                controller=self.identity,
+                memory=to_plain(self.memory()),
+                places=self.places.names(),
+            )
             self.effects.insert(0, Send(frame, tuple(r.name for r in self.workers.alive())))
         effects, self.effects, self._is_remembered = self.effects, [], True
         return effects
@@ -416,6 +429,7 @@ class Cluster:
             generation=generation,
             placement=placement,
             drained=[r.name for r in self.workers if r.state is WorkerState.DRAINED],
+            places=self.places.names(),
         )
         self.send(order, *(m.name for m in fresh))
 

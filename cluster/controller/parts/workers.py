@@ -86,6 +86,10 @@ class WorkerRecord:
     """Of its host, by its last heartbeat."""
     adapters: tuple[str, ...] = ()
     """Keys of adapters that its requests had at its last heartbeat."""
+    problems: tuple[str, ...] = ()
+    """What keeps parts of it from working, by its last heartbeat."""
+    kept_version: int = 0
+    """Version of the newest controller snapshot that it keeps."""
     gone_at: float | None = None
     """Monotonic time at which ``WorkerTable.forget`` first saw it lost or drained."""
     awaits_adapters: bool = False
@@ -174,6 +178,7 @@ class WorkerRecord:
         self.generation = frame.generation
         self.low_disks = frame.low_disks
         self.adapters = frame.adapters
+        self.problems = frame.problems
         self.take_numbers(frame)
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:

@@ -13,16 +13,18 @@ from gateway.core.tool_use import ToolForm, ToolUse
 from gateway.text.forms.call_grammar import (
     ANY_TEXT,
     FIELD,
+    Rule,
     answer_rule,
     call_rules,
     check_goes_with_tools,
+    lark_grammar,
     mark,
     object_rules,
     up_to,
 )
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, Slot
 from gateway.text.forms.pair_grammar import BREAK, BREAK_RULE, PairRules, written
-from workers.requests.request import Grammar, GrammarKind
+from workers.requests.request import Grammar
 
 _NUMBER = "/[0-9]{1,3}/"
 _GAP = "gap: /[ \\n]{1,8}/"
@@ -54,7 +56,8 @@ def answer_grammar(
         check_goes_with_tools(answer)
         answer = None if use.must_call else answer
     is_free = answer is None and (use is None or not use.must_call)
-    before, lines = _thought(thinking, mark_ids, is_free)
+    before, thought = _thought(thinking, mark_ids, is_free)
+    lines: list[Rule | str] = [*thought]
     if use is None:
         body = "answer"
     else:
@@ -64,7 +67,7 @@ def answer_grammar(
         lines.append(answer_rule(answer))
     rules = [f"start: {before} ({body})", f"TEXT: {ANY_TEXT}", *lines]
     field = answer.field if use is None and answer is not None else FIELD
-    return Grammar(kind=GrammarKind.LARK, text="\n".join(rules) + "\n", field=field)
+    return lark_grammar(rules, field)
 
 
 def _thought(
@@ -89,7 +92,7 @@ def _thought(
 
 def _calls(
     use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int], answer: Grammar | None
-) -> tuple[str, list[str]]:
+) -> tuple[str, list[Rule | str]]:
     """What an answer with tools is, and its rules."""
     first = mark(syntax.mark, mark_ids)
     begin, next_begin = (
@@ -100,7 +103,7 @@ def _calls(
         rest += f" ({BREAK} {next_begin} {BREAK if syntax.next_begin else ''} call)*"
     if syntax.section:
         rest += f" {BREAK} {mark(syntax.section_end, mark_ids)}"
-    lines = [BREAK_RULE, *_rules(use, syntax, mark_ids)]
+    lines: list[Rule | str] = [BREAK_RULE, *_rules(use, syntax, mark_ids)]
     if use.must_call:
         return f"{first} {rest}", lines
     if answer is not None:
@@ -109,7 +112,7 @@ def _calls(
     return f"TEXT | {head} {rest}", [*lines, *more]
 
 
-def _rules(use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int]) -> list[str]:
+def _rules(use: ToolUse, syntax: CallSyntax, mark_ids: Mapping[str, int]) -> list[Rule]:
     """The rule ``call``: a call without the mark before it."""
     around: dict[str, tuple[str, str]] = {}
     for tool in use.allowed:

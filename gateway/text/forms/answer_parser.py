@@ -10,15 +10,17 @@ Harmony has a parser of its own (``gateway.text.harmony.parser``).
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from enum import Enum, auto
 
 from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
-from gateway.text.forms.argument_values import ValueWriter, argument_schemas, value_writer
+from gateway.text.forms.argument_text import ArgumentText, ObjectEnd
+from gateway.text.forms.argument_values import ValueReader
+from gateway.text.forms.call_ids import CallIds
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, PairSyntax, Slot
 from gateway.text.forms.marks import Outcome, Reading, cut, may_begin, overlap, read_parts
-from gateway.text.forms.schemas import Schema
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder, new_call_name
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 
 MAX_WAITING_CHARS = 512
 """What is longer without being a head, or what else a form asks for, is text, so that no client
@@ -59,6 +61,7 @@ class AnswerParser:
         form: how calls are written; None reads none.
         use: what may be called.
         thinking: where reasoning begins; None: there is none.
+        used_ids: those of the conversation's calls.
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class AnswerParser:
         form: ToolForm | None = None,
         use: ToolUse | None = None,
         thinking: Thinking | None = None,
+        used_ids: Collection[str] = (),
     ) -> None:
+        self._ids = CallIds(form, used_ids)
         self._syntax = None if form is None or use is None else SYNTAXES[form]
         self._tools = {tool.name: tool for tool in use.allowed} if use else {}
         self._must_call = use is not None and use.must_call
@@ -77,10 +82,11 @@ class AnswerParser:
         self._breaks = ""  # at the end of reasoning so far
         self._waiting = ""
         self._passed = ""  # since a mark: text, if no call follows
-        self._json = _ObjectEnd()
-        self._schemas: dict[str, Schema] = {}
+        self._json = ObjectEnd()
+        self._readers: dict[str, ValueReader] = {}
+        self._values: ValueReader | None = None
         self._has_pairs = False
-        self._value: _Value | None = None
+        self._value: ArgumentText | None = None
         self.num_begun = 0
         """Calls whose name is known."""
         self.num_complete = 0
@@ -233,21 +239,30 @@ class AnswerParser:
             return False
         name = reading.slots.get(Slot.NAME, "")
         if outcome is not Outcome.WHOLE or name not in self._tools:
-            self._fail(found, outcome is Outcome.PARTIAL and self._has_room)
+            is_cut = outcome is Outcome.PARTIAL and self._has_room
+            cut_name = _name_of_cut(name, self._words, self._tools) if is_cut else ""
+            if cut_name and self._must_call:
+                self._begin_call(cut_name, reading, found)
+                self._passed, self._waiting, self._state = "", "", _State.TEXT
+                return True
+            self._fail(found, is_cut)
             return True
-        if self._is_reasoning:
-            self._end_reasoning()
-        own = f"functions.{name}:{reading.slots.get(Slot.NUMBER)}" if form.has_ids else None
-        found.add_call(CallDelta(self.num_begun, "", own or new_call_name(), name))
-        self.num_begun += 1
+        self._begin_call(name, reading, found)
         self._waiting, self._passed = self._waiting[reading.end :].lstrip(), ""
         self._skips_breaks = False
         if form.pairs is None:
-            self._json, self._state = _ObjectEnd(), _State.OBJECT
+            self._json, self._state = ObjectEnd(), _State.OBJECT
         else:
-            self._schemas = argument_schemas(self._tools[name].parameters)
+            self._values = self._readers.setdefault(name, ValueReader(self._tools[name]))
             self._has_pairs, self._state = False, _State.PAIR
         return True
+
+    def _begin_call(self, name: str, reading: Reading, found: PieceBuilder) -> None:
+        if self._is_reasoning:
+            self._end_reasoning()
+        call_id = self._ids.new(name, reading.slots.get(Slot.NUMBER) or None)
+        found.add_call(CallDelta(self.num_begun, "", call_id, name))
+        self.num_begun += 1
 
     def _fail(self, found: PieceBuilder, is_cut: bool) -> None:
         """Go on with text: what looked like a call is none.
@@ -301,14 +316,10 @@ class AnswerParser:
             self._state = _State.TAIL
         return is_end
 
-    @property
-    def _pairs(self) -> PairSyntax:
-        assert self._form.pairs is not None, "only forms with pairs come here"
-        return self._form.pairs
-
     def _read_pair(self, found: PieceBuilder, is_last: bool) -> bool:
         """Up to the next value, or to the end of the arguments."""
-        pairs = self._pairs
+        pairs = self._form.pairs
+        assert pairs is not None, "only forms with pairs come here"
         if self._skip(pairs.close):
             self._add("}" if self._has_pairs else "{}", found)
             self.num_complete += 1
@@ -323,11 +334,14 @@ class AnswerParser:
         if reading.outcome is Outcome.WHOLE:
             self._add(f"{opening}: ", found)
             self._has_pairs = True
-            is_text = reading.slots.get(Slot.IS_TEXT) == "true"
-            self._value = _Value(value_writer(self._schemas.get(key), is_text), pairs)
+            assert self._values is not None, "a head was read"
+            writer = self._values.writer(key, reading.slots.get(Slot.IS_TEXT))
+            self._value = ArgumentText(writer, pairs)
             self._waiting, self._state = self._waiting[reading.end :], _State.VALUE
             return True
         if is_open and self._has_room:
+            key = _without_mark(key, pairs)
+            opening = (", " if self._has_pairs else "{") + json.dumps(key, ensure_ascii=False)
             self._add(opening[:-1] if key else "", found)
             self._waiting = ""
         self._state = _State.TEXT
@@ -342,59 +356,6 @@ class AnswerParser:
         return is_end
 
 
-class _ObjectEnd:
-    """Finds the end of a JSON object, piece by piece."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._is_string = False
-        self._is_escaped = False
-
-    def read(self, text: str) -> tuple[str, bool]:
-        """What of a text belongs to the object, and whether that ends there."""
-        for place, char in enumerate(text):
-            if self._is_string:
-                if self._is_escaped:
-                    self._is_escaped = False
-                elif char == "\\":
-                    self._is_escaped = True
-                elif char == '"':
-                    self._is_string = False
-            elif char == '"':
-                self._is_string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    return text[: place + 1], True
-        return text, False
-
-
-class _Value:
-    """One value of the arguments that are written one by one."""
-
-    def __init__(self, writer: ValueWriter, syntax: PairSyntax) -> None:
-        self._writer = writer
-        self._end = syntax.end
-        self._has_breaks = syntax.has_breaks
-        self._is_begun = not syntax.has_breaks
-
-    def read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """The text that is left, the JSON text of the rest, and whether the value ends there."""
-        if not self._is_begun and (text or is_last):
-            text, self._is_begun = text.removeprefix("\n"), True
-        value, mark, rest = cut(text, (self._end,))
-        if mark:
-            value = value.removesuffix("\n") if self._has_breaks else value
-            return rest, self._writer.feed(value) + self._writer.finish(), True
-        if is_last:
-            return "", self._writer.feed(value) + self._writer.give_up(), False
-        marks = (self._end, f"\n{self._end}") if self._has_breaks else (self._end,)
-        kept = overlap(value, marks)
-        return value[len(value) - kept :], self._writer.feed(value[: len(value) - kept]), False
-
-
 def _look_ahead(reading: Reading, text: str, ahead: tuple[str, ...]) -> Outcome:
     """Whether a head is whole, and one of some texts stands behind it."""
     if reading.outcome is not Outcome.WHOLE:
@@ -403,3 +364,23 @@ def _look_ahead(reading: Reading, text: str, ahead: tuple[str, ...]) -> Outcome:
     if behind.startswith(ahead):
         return Outcome.WHOLE
     return Outcome.PARTIAL if may_begin(behind, ahead) else Outcome.BROKEN
+
+
+def _name_of_cut(begun: str, text: str, names: Collection[str]) -> str:
+    """The function in a head that the answer's end cuts; empty where it may be several.
+
+    Args:
+        begun: its name, or the beginning of it.
+        text: the head so far.
+        names: of the functions.
+    """
+    if begun in names and not text.endswith(begun):
+        return begun
+    fitting = [name for name in names if name.startswith(begun)]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _without_mark(key: str, pairs: PairSyntax) -> str:
+    """The name of an argument without the beginning of the mark behind it."""
+    end = str(pairs.head[pairs.head.index(Slot.KEY) + 1]).strip()
+    return key[: len(key) - overlap(key, (end,))]

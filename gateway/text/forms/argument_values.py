@@ -4,41 +4,73 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-from gateway.text.forms.schemas import ANY, ARRAY, NULL, OBJECT, Schema
+from gateway.core.tool_use import Tool
+from gateway.text.schemas.alternatives import (
+    UnfollowedError,
+    alternatives,
+    kind_of,
+    kinds_of_alternative,
+)
+from gateway.text.schemas.arguments import arguments_of
+from gateway.text.schemas.clean_schema import TYPES
+from gateway.text.schemas.text_rules import text_rules
+from gateway.text.schemas.value_check import ValueCheck
 
-STRING, BOOLEAN, NUMBER, INTEGER = "string", "boolean", "number", "integer"
-_KINDS = {str: STRING, bool: BOOLEAN, int: INTEGER, float: NUMBER, list: ARRAY, dict: OBJECT}
-_KNOWN = frozenset({*_KINDS.values(), NULL})
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 """How templates that are not careful show earlier arguments, and models learn to write them."""
+_ALL = frozenset(TYPES)
+ANY_OPENING = "*"
 
 
-def argument_schemas(parameters: Mapping[str, Any] | None) -> dict[str, Schema]:
-    """The schemas of a function's arguments, by name."""
-    return Schema.of(parameters or {}).properties
+class ValueReader:
+    """What the arguments of one function mean.
 
-
-def kinds_of(schema: Schema | None) -> frozenset[str]:
-    """Names of the types of which a value may be; ``ANY`` among them: it may be of all.
-
-    For example ``{"anyOf": [{"type": "string"}, {"type": "null"}]}`` gives ``string`` and ``null``.
+    Args:
+        tool: the function.
     """
-    if schema is None or "allOf" in schema.data:
-        return frozenset({ANY})
-    if schema.values:
-        found = {_kind(value) for value in schema.values}
-    elif schema.has_variants:
-        found = {kind for variant in schema.variants for kind in kinds_of(variant)}
-    else:
-        found = {kind if kind in _KNOWN else ANY for kind in schema.kinds or [ANY]}
-    return frozenset(found | {NULL} if schema.may_be_null else found)
+
+    def __init__(self, tool: Tool) -> None:
+        self._known = arguments_of(tool, is_strict=False)
+
+    def writer(self, name: str, said: str | None = None) -> ValueWriter:
+        """What writes an argument.
+
+        Args:
+            name: of the argument.
+            said: ``true`` or ``false``: the call says whether it is a text; None: it does not say.
+        """
+        schema = self._known.schema_of(name)
+        kinds, openings = self._kinds(schema)
+        if kinds == {"string"} or (said == "true" and "string" in kinds):
+            return _TextWriter()
+        check = ValueCheck(self._known.clean)
+        writer = _AnyWriter(kinds, lambda value: check.fits(value, schema), said == "false")
+        writer.json_openings = ANY_OPENING if said == "false" else openings
+        return writer
+
+    def _kinds(self, schema: Any) -> tuple[frozenset[str], str]:
+        """Types of which a value may be, and what only JSON can begin with."""
+        try:
+            found = alternatives(schema, self._known.clean, is_strict=False)
+            rules = text_rules(found, is_strict=False)
+        except UnfollowedError:
+            return _ALL, ""
+        kinds = frozenset[str]().union(*map(kinds_of_alternative, found)) or _ALL
+        if "string" not in kinds:
+            return kinds, ANY_OPENING
+        words = [word for rule in rules for word in rule.values or ("{", "[")]
+        return kinds, "".join(c for c in "{[" if not any(w.lstrip()[:1] == c for w in words))
 
 
 class ValueWriter(ABC):
     """Writes one value as JSON while its text comes in; the cuts of the text do not matter."""
+
+    json_openings = ""
+    """A text that begins with one of these is JSON, whose strings may hold any mark;
+    ``ANY_OPENING``: any text is."""
 
     @abstractmethod
     def feed(self, text: str) -> str:
@@ -51,14 +83,6 @@ class ValueWriter(ABC):
     @abstractmethod
     def give_up(self) -> str:
         """The rest, where the answer ends within the value."""
-
-
-def value_writer(schema: Schema | None, is_text: bool = False) -> ValueWriter:
-    """What writes a value; ``is_text``: the call itself says that it is a string."""
-    kinds = kinds_of(schema)
-    if kinds == {STRING} or (is_text and (ANY in kinds or STRING in kinds)):
-        return _TextWriter()
-    return _AnyWriter(kinds)
 
 
 class _TextWriter(ValueWriter):
@@ -77,10 +101,20 @@ class _TextWriter(ValueWriter):
 
 
 class _AnyWriter(ValueWriter):
-    """What a text means is known at its end only."""
+    """What a text means is known at its end only.
 
-    def __init__(self, kinds: frozenset[str]) -> None:
+    Args:
+        kinds: types of which the value may be.
+        fits: whether a value follows the schema.
+        is_json: the call says that it is no text.
+    """
+
+    def __init__(
+        self, kinds: frozenset[str], fits: Callable[[Any], bool], is_json: bool = False
+    ) -> None:
         self._kinds = kinds
+        self._fits = fits
+        self._reads_strings = is_json
         self._pieces: list[str] = []
 
     def feed(self, text: str) -> str:
@@ -88,41 +122,31 @@ class _AnyWriter(ValueWriter):
         return ""
 
     def finish(self) -> str:
-        return _to_json("".join(self._pieces), self._kinds)
+        return self._to_json("".join(self._pieces))
 
     def give_up(self) -> str:
         return self.finish()
 
+    def _to_json(self, text: str) -> str:
+        """JSON text of a value: the text itself if that is of a fitting type, else a string."""
+        plain = text.strip()
+        for written in (plain, _WORDS.get(plain, plain)):
+            try:
+                value = json.loads(written, parse_constant=_refuse)
+            except (ValueError, RecursionError):
+                continue
+            if self._takes(value):
+                return written
+        return _dump(text)
 
-def _to_json(text: str, kinds: frozenset[str]) -> str:
-    """JSON text of a value: the text itself if that is of a fitting type, else a string."""
-    plain = text.strip()
-    for written in (plain, _WORDS.get(plain, plain)):
-        kind = _kind_of_text(written)
-        if kind is not None and _fits(kind, kinds):
-            return written
-    return _dump(text)
-
-
-def _fits(kind: str, kinds: frozenset[str]) -> bool:
-    """A text that is a string without its quotes is not read as one with them."""
-    if kind == STRING:
-        return ANY in kinds and STRING not in kinds
-    if kind in (INTEGER, NUMBER):
-        return not kinds.isdisjoint({INTEGER, NUMBER, ANY})
-    return kind in kinds or ANY in kinds
-
-
-def _kind_of_text(text: str) -> str | None:
-    """The type of a JSON text; None: it is none."""
-    try:
-        return _kind(json.loads(text, parse_constant=_refuse))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _kind(value: object) -> str:
-    return _KINDS.get(type(value), NULL)
+    def _takes(self, value: Any) -> bool:
+        """Whether a text is read as this value. One that may be a string without quotes is read
+        as one with them only where it may be anything."""
+        if isinstance(value, str):
+            return self._kinds >= _ALL or (self._reads_strings and "string" in self._kinds)
+        kind = kind_of(value)
+        is_kind = kind in self._kinds or (kind == "number" and "integer" in self._kinds)
+        return is_kind and ("string" not in self._kinds or self._fits(value))
 
 
 def _refuse(name: str) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES
-from workers.requests.request import Grammar, GrammarKind
+from gateway.text.schemas.clean_schema import clean_schema, closed
+from gateway.text.schemas.patterns import in_grammar
+from workers.requests.request import Grammar, GrammarKind, GrammarPart
 
 FIELD = "tools"
 ANY_TEXT = r"/(.|\n)*/"
@@ -20,20 +22,25 @@ _COMPACT = {"whitespace_pattern": " "}
 """White space between the parts of arguments: small models may otherwise write nothing else."""
 _LENIENT = {"lenient": True}
 """What a grammar cannot express of a schema has no effect."""
-_OPENING = frozenset(
-    {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
-)
-"""Parts of a schema that may allow arguments which ``properties`` does not name."""
-_NOTES = frozenset({"description", "title", "default", "examples", "$comment", "$schema", "$id"})
-"""Parts of a schema that allow and forbid nothing."""
-_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-"""Parts of a schema that are schemas by name."""
+_ANY_OBJECT = {"type": "object"}
 
-_PATTERN = "pattern"
-_NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
-"""Look-around, atomic groups, references to groups, and bounds of words."""
 
-ArgumentRules = Callable[[Tool, int], list[str]]
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule of a grammar, one line."""
+
+    name: str
+    body: str
+    label: str = ""
+    """What it is about, for messages. Empty: it compiles, whatever a client sends."""
+    fallback: str | None = None
+    """A body in its place where it does not compile; None refuses the request."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.body}"
+
+
+ArgumentRules = Callable[[Tool, int], list[Rule]]
 """From a tool and its place to the rule ``args_PLACE`` and those that it names."""
 
 
@@ -58,17 +65,23 @@ def up_to(text: str, mark_ids: Mapping[str, int], rule: str) -> tuple[str, list[
     return rule, [f"{rule}[lazy]: {ANY_TEXT} {json.dumps(text)}"]
 
 
-def object_rules(tool: Tool, place: int) -> list[str]:
+def object_rules(tool: Tool, place: int) -> list[Rule]:
     """Arguments as a JSON object."""
-    return [f"args_{place}: {json_rule(closed_schema(tool.parameters), tool.is_strict)}"]
+    clean = clean_schema(tool, tool.is_strict)
+    root = closed(clean.resolved(clean.root))
+    body = json_rule({"type": "object", **clean.document(root)}, tool.is_strict)
+    fallback = None if tool.is_strict else json_rule(_ANY_OBJECT, False)
+    return [Rule(f"args_{place}", body, label_of(tool), fallback)]
 
 
 def call_rules(
     tools: Sequence[Tool],
     around: Mapping[str, tuple[str, str]],
     arguments: ArgumentRules = object_rules,
-) -> list[str]:
+) -> list[Rule]:
     """The rule ``call`` and those that it names.
+
+    Where they are too large, tools that are not strict take any arguments, the largest first.
 
     Args:
         tools: what may be called.
@@ -76,34 +89,49 @@ def call_rules(
         arguments: how arguments are written.
 
     Raises:
-        RequestError: the schemas are too large.
+        RequestError: the schemas are too large, or a strict one is not followed.
     """
-    lines = [f"call: {' | '.join(f'call_{place}' for place in range(len(tools)))}"]
+    calls = [Rule("call", " | ".join(f"call_{place}" for place in range(len(tools))))]
     for place, tool in enumerate(tools):
         before, behind = around[tool.name]
-        lines.append(f"call_{place}: {before} args_{place} {behind}")
-        lines += arguments(tool, place)
-    size = sum(len(line.encode("utf-8", "surrogatepass")) + 1 for line in lines)
-    rule = f"have {size} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
-    require(size <= MAX_GRAMMAR_BYTES, FIELD, rule)
-    return lines
+        calls.append(Rule(f"call_{place}", f"{before} args_{place} {behind}"))
+    by_tool = [arguments(tool, place) for place, tool in enumerate(tools)]
+    sizes = list(map(_size, by_tool))
+    for place in sorted(range(len(tools)), key=sizes.__getitem__, reverse=True):
+        if sum(sizes) <= MAX_GRAMMAR_BYTES:
+            break
+        if not tools[place].is_strict:
+            by_tool[place] = arguments(replace(tools[place], parameters={}, derived={}), place)
+            sizes[place] = _size(by_tool[place])
+    rule = f"have {sum(sizes)} bytes of schemas, at most {MAX_GRAMMAR_BYTES} are allowed"
+    require(sum(sizes) <= MAX_GRAMMAR_BYTES, FIELD, rule)
+    return [*calls, *(rule for rules in by_tool for rule in rules)]
 
 
-def closed_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """A schema without arguments that it does not name, unless it says otherwise itself.
+def label_of(tool: Tool, part: str = "") -> str:
+    """What a rule of a tool is about, for messages."""
+    return f"{tool.path} of {tool.name!r}{part and ': '}{part}"
 
-    JSON schema allows any others, and small models make use of that without end.
-    """
-    schema = {"properties": {}} if parameters is None else parameters
-    is_open = "properties" not in schema or not _OPENING.isdisjoint(schema)
-    closed = schema if is_open else {**schema, "additionalProperties": False}
-    return {"type": "object", **closed}
+
+def lark_grammar(rules: Sequence[Rule | str], field: str) -> Grammar:
+    """The grammar of all rules."""
+    parts = tuple(
+        GrammarPart(rule=rule.name, label=rule.label, fallback=rule.fallback)
+        for rule in rules
+        if isinstance(rule, Rule) and rule.label
+    )
+    text = "".join(f"{rule}\n" for rule in rules)
+    return Grammar(kind=GrammarKind.LARK, text=text, field=field, parts=parts)
+
+
+def _size(rules: Sequence[Rule]) -> int:
+    return sum(len(str(rule).encode("utf-8", "surrogatepass")) + 1 for rule in rules)
 
 
 def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
-    """A JSON text that follows a schema."""
+    """A JSON text that follows a clean schema."""
     options = _COMPACT if is_strict else {**_COMPACT, **_LENIENT}
-    plain = {**_plain(schema, is_strict), _OPTIONS: options}
+    plain = {**schema, _OPTIONS: options}
     return "%json " + json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
@@ -115,39 +143,6 @@ def answer_rule(answer: Grammar) -> str:
         case GrammarKind.CHOICE:
             return f"answer: {' | '.join(map(json.dumps, json.loads(answer.text)))}"
         case GrammarKind.REGEX:
-            return f"answer: /{_escape_slashes(answer.text)}/"
+            return f"answer: {in_grammar(answer.text)}"
         case GrammarKind.LARK:
             return f"answer: %lark {{\n{answer.text}\n}}"
-
-
-def _plain(schema: Any, is_strict: bool) -> Any:
-    """A schema without what only people and models read; not strict, also without patterns that
-    automata cannot follow, which llguidance refuses even where it is lenient."""
-    if isinstance(schema, list):
-        return [_plain(part, is_strict) for part in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    found: dict[str, Any] = {}
-    for name, part in schema.items():
-        if name in ("enum", "const"):
-            found[name] = part
-        elif name in _BY_NAME and isinstance(part, Mapping):
-            found[name] = {key: _plain(inner, is_strict) for key, inner in part.items()}
-        elif name not in _NOTES and (is_strict or name != _PATTERN or _is_regular(part)):
-            found[name] = _plain(part, is_strict)
-    return found
-
-
-def _is_regular(pattern: object) -> bool:
-    return not isinstance(pattern, str) or _NOT_REGULAR.search(pattern) is None
-
-
-def _escape_slashes(regex: str) -> str:
-    """A regular expression as it stands between slashes: ``a/b`` is ``a\\/b``."""
-    parts: list[str] = []
-    is_escaped = False
-    for char in regex:
-        slash = "/" if is_escaped else "\\/"
-        parts.append({"/": slash, "\n": "n" if is_escaped else "\\n"}.get(char, char))
-        is_escaped = char == "\\" and not is_escaped
-    return "".join(parts)

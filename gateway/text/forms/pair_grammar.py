@@ -1,28 +1,38 @@
 """Grammars of arguments that are written one by one.
 
-Strings stand as they are, up to the mark behind a value: of their schemas, ``enum`` and ``const``
-are followed, patterns and lengths are not. Other values are JSON.
+Strings stand as they are, up to the mark behind a value; other values are JSON. Both follow all
+that grammars of JSON follow of a schema.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.core.tool_use import Tool
-from gateway.text.forms.argument_values import STRING, argument_schemas, kinds_of
-from gateway.text.forms.call_grammar import closed_schema, json_rule, mark, up_to
+from gateway.text.forms.call_grammar import Rule, json_rule, label_of, mark
 from gateway.text.forms.call_syntax import PairSyntax, Part, Slot
-from gateway.text.forms.schemas import ANY, Schema
+from gateway.text.schemas.alternatives import (
+    TYPES_BUT_TEXTS,
+    UnfollowedError,
+    alternatives,
+    kinds_of_alternative,
+)
+from gateway.text.schemas.arguments import Arguments, Shape, arguments_of
+from gateway.text.schemas.clean_schema import unfollowed
+from gateway.text.schemas.patterns import full_match, in_grammar
+from gateway.text.schemas.text_rules import TextRule, text_rules
 
 BREAK = "BREAK?"
 BREAK_RULE = r"BREAK: /[ \n]/"
-_TEXT, _NO_TEXT, _EITHER = '"true"', '"false"', '("true" | "false")'
-_DEFINITIONS = ("$defs", "definitions")
-_OTHER_KEY = r"/[A-Za-z0-9_.$-]{1,64}/"
+_TEXT, _NO_TEXT = '"true"', '"false"'
+_ANY_TEXT = "VALUE"
+_OTHER_KEY = "/[A-Za-z0-9_.$-]{1,64}/"
 """Names of arguments that a schema allows and does not name."""
+_PATTERN_KEY = r"/[^\x00-\x20\"<>\x7f]{1,64}/"
+"""The same, where a pattern says more of them."""
 
 
 def written(parts: tuple[Part, ...], mark_ids: Mapping[str, int], slots: Mapping[Slot, str]) -> str:
@@ -39,59 +49,150 @@ class PairRules:
     syntax: PairSyntax
     mark_ids: Mapping[str, int]
 
-    def shared(self) -> list[str]:
+    def shared(self) -> list[Rule]:
         """Rules that those of all tools name."""
-        return up_to(self._end, self.mark_ids, "value")[1]
+        return [Rule(_ANY_TEXT, self.text(TextRule().expression(self.syntax.end)))]
 
-    def of(self, tool: Tool, place: int) -> list[str]:
-        """The rule ``args_PLACE`` and those that it names."""
-        root = closed_schema(tool.parameters)
-        required = root.get("required")
-        needed = required if isinstance(required, list) else []
-        names: list[str] = []
-        lines: list[str] = []
-        for number, (key, schema) in enumerate(argument_schemas(root).items()):
-            rule = f"arg_{place}_{number}"
-            lines.append(f"{rule}: {self._pair(key, schema, root, tool.is_strict)}")
-            names.append(rule if key in needed else f"{rule}?")
-        if root.get("additionalProperties") is not False:
-            lines.append(f"other_{place}: {self._any_pair()}")
-            names.append(f"other_{place}*")
-        close = mark(self.syntax.close, self.mark_ids)
-        return [f"args_{place}: {' '.join([*names, BREAK, close])}", *lines]
+    def of(self, tool: Tool, place: int) -> list[Rule]:
+        """The rule ``args_PLACE`` and those that it names.
 
-    def _pair(self, key: str, schema: Schema, root: Mapping[str, Any], is_strict: bool) -> str:
-        kinds = kinds_of(schema)
-        is_text = STRING in kinds or ANY in kinds
-        if schema.values:
-            choices = [v if isinstance(v, str) else json.dumps(v) for v in schema.values]
-            value = f"({' | '.join(map(json.dumps, choices))}) {self._mark_behind}"
-        elif is_text:
-            value, _ = up_to(self._end, self.mark_ids, "value")
-        else:
-            definitions = {name: root[name] for name in _DEFINITIONS if name in root}
-            raw = root["properties"][key]
-            value = f"{json_rule({**definitions, **raw}, is_strict)} {self._mark_behind}"
-        truth = _TEXT if kinds == {STRING} else _EITHER if is_text else _NO_TEXT
-        return self._around(json.dumps(key), value, truth)
+        Raises:
+            RequestError: the tool is strict, and its schema not followed.
+        """
+        known = arguments_of(tool, tool.is_strict)
+        return _ToolRules(self, tool, place, known).make()
 
-    def _any_pair(self) -> str:
-        value, _ = up_to(self._end, self.mark_ids, "value")
-        return self._around(_OTHER_KEY, value, _EITHER)
-
-    def _around(self, key: str, value: str, truth: str) -> str:
-        slots = {Slot.KEY: key, Slot.IS_TEXT: truth, Slot.BREAK: BREAK}
-        before = written(self.syntax.head, self.mark_ids, slots)
-        opening = json.dumps("\n") if self.syntax.has_breaks else ""
-        return " ".join(filter(None, [BREAK, before, opening, value]))
+    def text(self, expression: str) -> str:
+        """A terminal: texts, and what of the mark behind them are letters."""
+        end = self.syntax.end
+        behind = "\n" if self.syntax.has_breaks else ""
+        behind += "" if end in self.mark_ids else end
+        return f"({expression}) {json.dumps(behind)}" if behind else expression
 
     @property
-    def _end(self) -> str:
-        """Behind a string."""
-        return ("\n" if self.syntax.has_breaks else "") + self.syntax.end
+    def behind_text(self) -> str:
+        """The mark behind a text, where it is a token."""
+        return mark(self.syntax.end, self.mark_ids) if self.syntax.end in self.mark_ids else ""
 
     @property
-    def _mark_behind(self) -> str:
-        """Behind a value that ends by itself."""
+    def behind_json(self) -> str:
         opening = f"{json.dumps(chr(10))} " if self.syntax.has_breaks else ""
         return opening + mark(self.syntax.end, self.mark_ids)
+
+    @property
+    def says_kind(self) -> bool:
+        """Each argument says whether it is a text."""
+        return Slot.IS_TEXT in self.syntax.head
+
+    def head(self, key: str, truth: str) -> str:
+        slots = {Slot.KEY: key, Slot.IS_TEXT: truth, Slot.BREAK: BREAK}
+        opening = json.dumps("\n") if self.syntax.has_breaks else ""
+        before = written(self.syntax.head, self.mark_ids, slots)
+        return " ".join(filter(None, [BREAK, before, opening]))
+
+
+@dataclass(slots=True)
+class _ToolRules:
+    """The rules of one tool; each schema, and each argument, is written once."""
+
+    pairs: PairRules
+    tool: Tool
+    place: int
+    known: Arguments
+    _rules: list[Rule] = field(default_factory=list)
+    _names: dict[str, str] = field(default_factory=dict)
+    """Of rules by their body."""
+
+    def make(self) -> list[Rule]:
+        shapes = list(dict.fromkeys(map(self._shape, self.known.shapes)))
+        close = mark(self.pairs.syntax.close, self.pairs.mark_ids)
+        body = f"({' | '.join(shapes)}) {BREAK} {close}"
+        return [Rule(f"args_{self.place}", body), *self._rules]
+
+    def _shape(self, shape: Shape) -> str:
+        """All arguments, in the order of the schema."""
+        parts: list[str] = []
+        for key, schema in shape.properties.items():
+            name = self._named("arg", self._argument(json.dumps(key), schema, key))
+            parts.append(name if key in shape.required else f"{name}?")
+        taken = " | ".join(map(json.dumps, shape.properties))
+        excluded = f" & ~({taken})" if taken else ""
+        others: list[str] = []
+        for pattern, schema in shape.patterns.items():
+            if (matching := full_match(pattern)) is None:
+                self._refuse(("patternProperties", pattern), "has anchors within groups")
+                continue
+            key = f"{in_grammar(matching)} & {_PATTERN_KEY}{excluded}"
+            others.append(self._other(key, schema, pattern))
+        if shape.others is not False:
+            not_matching = "".join(
+                f" & ~{in_grammar(matching)}"
+                for pattern in shape.patterns
+                if (matching := full_match(pattern)) is not None
+            )
+            key = f"{_OTHER_KEY}{excluded}{not_matching}"
+            others.append(self._other(key, shape.others, "additionalProperties"))
+        if others:
+            parts.append(f"({' | '.join(others)})*")
+        return " ".join(parts) or '""'
+
+    def _other(self, key: str, schema: Any, about: str) -> str:
+        fallback = None if self.tool.is_strict else _OTHER_KEY
+        name = self._named("KEY", key, label_of(self.tool, about), fallback)
+        return self._named("arg", self._argument(name, schema, about))
+
+    def _argument(self, key: str, schema: Any, about: str) -> str:
+        """An argument; ``key`` is its name, an expression."""
+        pairs, text, value = self.pairs, *self._values(schema, about)
+        ways: dict[str, list[str]] = {}
+        if text:
+            behind = f"{text} {pairs.behind_text}".strip()
+            ways.setdefault(pairs.head(key, _TEXT), []).append(behind)
+        if value and not (text == _ANY_TEXT and not pairs.says_kind):
+            head = pairs.head(key, _NO_TEXT)
+            ways.setdefault(head, []).append(f"{value} {pairs.behind_json}")
+        return " | ".join(f"{head} ({' | '.join(each)})" for head, each in ways.items())
+
+    def _values(self, schema: Any, about: str) -> tuple[str, str]:
+        """Rules of a value as a text and as JSON; empty: it cannot be one."""
+        clean, is_strict = self.known.clean, self.tool.is_strict
+        try:
+            found = alternatives(schema, clean, is_strict)
+            rules = text_rules(found, is_strict)
+            kinds = frozenset[str]().union(*map(kinds_of_alternative, found))
+            if is_strict and not found:
+                raise UnfollowedError("no value is allowed")
+        except UnfollowedError as err:
+            self._refuse((about,), str(err))
+            rules, kinds = [TextRule()], frozenset(TYPES_BUT_TEXTS)
+        label = label_of(self.tool, about)
+        text = value = ""
+        if rules:
+            expressions = [f"({rule.expression(self.pairs.syntax.end)})" for rule in rules]
+            fallback = None if is_strict else self.pairs.shared()[0].body
+            is_any = any(rule.is_any for rule in rules)
+            body = self.pairs.text(" | ".join(expressions))
+            text = _ANY_TEXT if is_any else self._named("V", body, label, fallback)
+        others = [kind for kind in TYPES_BUT_TEXTS if kind in kinds - _implied(kinds)]
+        if others or not rules:
+            limited = {"allOf": [schema, {"type": others}]} if rules else schema
+            body = json_rule(clean.document(limited), is_strict)
+            value = self._named("v", body, label, None if is_strict else json_rule({}, False))
+        return text, value
+
+    def _refuse(self, path: tuple[str, ...], rule: str) -> None:
+        if self.tool.is_strict:
+            raise unfollowed(self.tool, path, rule)
+
+    def _named(self, kind: str, body: str, label: str = "", fallback: str | None = None) -> str:
+        """The name of a rule; ``kind`` begins it. In capitals, it is a terminal."""
+        if body not in self._names:
+            name = f"{kind}_{self.place}_{len(self._names)}"
+            self._names[body] = name
+            self._rules.append(Rule(name, body, label, fallback))
+        return self._names[body]
+
+
+def _implied(kinds: frozenset[str]) -> frozenset[str]:
+    """Types within another one."""
+    return frozenset({"integer"}) if "number" in kinds else frozenset()

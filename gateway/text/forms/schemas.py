@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
+from gateway.text.forms.structured import MAX_GRAMMAR_BYTES
+from gateway.text.schemas.references import MAX_SCHEMA_DEPTH, References
 
 ANY, NULL, ARRAY, OBJECT = "any", "null", "array", "object"
 
@@ -20,16 +21,14 @@ class Definitions:
     """What the references of one schema mean; only those into the schema itself are known."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
-        self._root = root
+        self._references = References(root)
         self._chars_left = MAX_GRAMMAR_BYTES
         """Of schemas that references may still repeat."""
 
     def find(self, reference: str) -> Mapping[str, Any] | None:
         """The schema at ``#/$defs/name``, for example; None where there is none, or no room."""
-        found: object = self._root
-        for name in reference.removeprefix("#/").split("/"):
-            name = name.replace("~1", "/").replace("~0", "~")
-            found = found.get(name) if isinstance(found, Mapping) else None
+        target = self._references.find(reference)
+        found = None if target is None else target.schema
         if not isinstance(found, Mapping) or self._chars_left <= 0:
             return None
         self._chars_left -= len(json.dumps(found))
@@ -42,7 +41,7 @@ class Schema:
 
     data: Mapping[str, Any]
     definitions: Definitions
-    references: tuple[str, ...] = ("#",)
+    references: tuple[str, ...] = ("#", "")
     """Those that lead here."""
     depth: int = 0
 

@@ -16,12 +16,12 @@ from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import check_length, require
+from gateway.text.schemas.formats import without_notes
+from gateway.text.schemas.references import MAX_LEVELS, MAX_SCHEMA_DEPTH, References, is_too_deep
 from workers.requests.request import Grammar, GrammarKind
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 """UTF-8 bytes of a schema (as compact JSON), regular expression, list of choices or grammar."""
-MAX_SCHEMA_DEPTH = 32
-"""Levels of objects and lists in a JSON schema."""
 _ANY_OBJECT = '{"type":"object"}'
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -76,6 +76,10 @@ def schema_grammar(schema: Any, field: str) -> Grammar:
     require(isinstance(schema, dict), field, "must be a JSON schema: an object")
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise _too_deep(field)
+    if is_too_deep(References(schema)):
+        rule = f"is too large or nested too deeply through $ref: at most {MAX_LEVELS} levels"
+        raise RequestError(f"{field} {rule}", field)
+    schema = without_notes(schema)
     try:
         text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()

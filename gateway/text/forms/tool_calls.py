@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -76,8 +75,3 @@ class PieceBuilder:
         content = "".join(part.text for part in texts if not part.is_reasoning)
         reasoning = "".join(part.text for part in texts if part.is_reasoning)
         return ParsedPiece(content, calls, reasoning, tuple(self._parts))
-
-
-def new_call_name() -> str:
-    """The id of a call that its form does not name."""
-    return f"call_{uuid.uuid4().hex[:24]}"

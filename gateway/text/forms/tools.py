@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_length, require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
-from gateway.text.forms.structured import MAX_SCHEMA_DEPTH
+from gateway.offload.json_text import check_writable, load_json
+from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 
 MAX_TOOLS = 128
 NAME_RULE = "must be 1 to 128 letters, digits, _, . or -"
+MAX_SHOWN_DEPTH = 64
+"""Levels of a schema that is not strict. What is below those of a strict one is of any type."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SHOWN_CHARS = 128
 
@@ -58,7 +60,7 @@ def make_tool_use(
     require(choice is None or choice in known, field, rule)
     needs = name is not None or choice == "required"
     require(bool(tools) or not needs, field, "needs tools")
-    _check(tools, names or FieldNames())
+    tools = _checked(tools, names or FieldNames())
     only = tuple(among) if name is None else (name,)
     if not tools or (choice == "none" and name is None):
         return None
@@ -71,8 +73,10 @@ def make_tool_use(
     )
 
 
-def _check(tools: Sequence[Tool], names: FieldNames) -> None:
+def _checked(tools: Sequence[Tool], names: FieldNames) -> list[Tool]:
+    """The tools with the names of their fields. Raises ``RequestError``."""
     check_length("tools", len(tools), MAX_TOOLS)
+    found: list[Tool] = []
     seen: set[str] = set()
     for place, tool in enumerate(tools):
         entry = names.entries[place] if names.entries else f"tools[{place}]"
@@ -81,12 +85,20 @@ def _check(tools: Sequence[Tool], names: FieldNames) -> None:
         if tool.name in seen:
             raise RequestError(f"tools has {tool.name!r} twice", path)
         seen.add(tool.name)
-        schema = tool.parameters or {}
-        kind = schema.get("type", "object")
-        name = f"{entry}.{names.parameters}"
-        require(kind == "object", name, "must be a JSON schema of an object")
-        deep = is_deeper(schema, MAX_SCHEMA_DEPTH)
-        require(not deep, name, f"is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels")
+        found.append(replace(tool, path=f"{entry}.{names.parameters}"))
+        _check_schema(found[-1])
+    return found
+
+
+def _check_schema(tool: Tool) -> None:
+    """Depth, and that a type of the whole schema is that of an object."""
+    schema = tool.parameters or {}
+    kind = schema.get("type", "object")
+    is_object = "object" in kind if isinstance(kind, list) else kind == "object"
+    require(is_object, tool.path, "must be a JSON schema of an object")
+    most = MAX_SCHEMA_DEPTH if tool.is_strict else MAX_SHOWN_DEPTH
+    rule = f"is nested too deeply: at most {most} levels"
+    require(not is_deeper(schema, most), tool.path, rule)
 
 
 def is_name(text: str) -> bool:
@@ -107,8 +119,8 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     if not text.strip():
         return {}
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        value = load_json(text, name)
+        check_writable(value)
     except (ValueError, RecursionError) as err:
         raise RequestError(f"{name} must be JSON text", name) from err
     if not isinstance(value, dict):

@@ -15,9 +15,11 @@ from gateway.core.tool_use import ToolUse
 from gateway.text.forms.call_grammar import (
     ANY_TEXT,
     FIELD,
+    Rule,
     answer_rule,
     call_rules,
     check_goes_with_tools,
+    lark_grammar,
     mark,
 )
 from gateway.text.harmony.marks import (
@@ -35,7 +37,7 @@ from gateway.text.harmony.marks import (
     START,
     read_header,
 )
-from workers.requests.request import Grammar, GrammarKind
+from workers.requests.request import Grammar
 
 _NEEDED = (CHANNEL, MESSAGE, CONSTRAIN, START, END, CALL)
 
@@ -69,13 +71,13 @@ def harmony_grammar(
     if opened not in ("", OPENED) and not opened.endswith(MESSAGE):
         field = FIELD if answer is None else answer.field
         raise RequestError(f"{field} cannot go with a prompt that ends within a header", field)
-    lines = _start(use, special_ids, opened) + _messages(special_ids)
+    lines: list[Rule | str] = [*_start(use, special_ids, opened), *_messages(special_ids)]
     wanted = None if use is not None and use.must_call else answer
     lines += ["body: TEXT"] if wanted is None else ["body: answer", answer_rule(wanted)]
     if use is not None:
         lines += _calls(use, special_ids)
     field = FIELD if use is not None or answer is None else answer.field
-    return Grammar(kind=GrammarKind.LARK, text="\n".join(lines) + "\n", field=field)
+    return lark_grammar(lines, field)
 
 
 def _without_marks(use: ToolUse | None, answer: Grammar | None) -> Grammar | None:
@@ -113,7 +115,7 @@ def _messages(special_ids: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _calls(use: ToolUse, special_ids: Mapping[str, int]) -> list[str]:
+def _calls(use: ToolUse, special_ids: Mapping[str, int]) -> list[Rule]:
     channel, constrain, message, call = (
         mark(m, special_ids) for m in (CHANNEL, CONSTRAIN, MESSAGE, CALL)
     )

@@ -34,10 +34,12 @@ FUNCTIONS = "functions."
 """Before the name of a function that a message calls."""
 
 _CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
-_RECIPIENT = re.compile(r"\bto=([^\s<]+)")
+_RECIPIENT = re.compile(r"\bto=([\w.:/-]+)")
 _ROLE_WORD = re.compile(r"[\w.:-]*")
 _BEHIND_ROLE = re.compile(rf"\s*(?:to=|{re.escape(CHANNEL)}|{re.escape(CONSTRAIN)})")
 _ONE_WORD = re.compile(r"[\w.-]{0,64}")
+_NO_WORD = re.compile(r"[?!.,;:~*#\s-]{0,64}")
+"""Signs that models write into headers now and then, such as ``??``."""
 _TO = r"\s*(?:to=[^\s<]*|to?\Z)?\s*"
 _WORDS = re.compile(
     rf"{_TO}(?:{re.escape(CHANNEL)}\s*(\w*))?{_TO}(?:{re.escape(CONSTRAIN)}\s*\w*)?\s*"
@@ -88,7 +90,7 @@ def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
     """What in ``header`` is no header's word: text of a message whose marks are not all there.
 
     For example ``<|channel|>analysis I must refuse`` has the text ``I must refuse``. One more word,
-    behind a recipient or in a whole header, is the type of the text.
+    behind a recipient or in a whole header, is the type of the text; signs alone are nothing.
 
     Args:
         header: up to the mark that ends it.
@@ -103,7 +105,8 @@ def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
         place = words.end()
     text = header[place:]
     may_be_type = is_whole or bool(read_header(header).recipient)
-    return "" if may_be_type and _ONE_WORD.fullmatch(text.strip()) else text
+    is_word = any(kind.fullmatch(text.strip()) for kind in (_ONE_WORD, _NO_WORD))
+    return "" if may_be_type and is_word else text
 
 
 def _role_end(header: str) -> int:

@@ -11,8 +11,9 @@ import json
 from collections.abc import Collection
 from enum import Enum, auto
 
+from gateway.text.forms.call_ids import CallIds
 from gateway.text.forms.marks import cut, overlap
-from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder, new_call_name
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 from gateway.text.harmony.marks import (
     CHANNEL,
     CONSTRAIN,
@@ -65,6 +66,7 @@ class HarmonyParser:
 
     def __init__(self, names: Collection[str] = (), opened: str = OPENED) -> None:
         self._names = frozenset(names)
+        self._ids = CallIds()
         self._waiting = opened.removeprefix(OPENED).removeprefix(START)
         self._state = _State.HEADER if opened else _State.BETWEEN
         self._has_role = not opened.startswith(OPENED)
@@ -159,7 +161,7 @@ class HarmonyParser:
     def _begin(self, header: Header, found: PieceBuilder) -> None:
         name = header.recipient.removeprefix(FUNCTIONS)
         if name != header.recipient and name in self._names:
-            found.add_call(CallDelta(self.num_begun, "", new_call_name(), name))
+            found.add_call(CallDelta(self.num_begun, "", self._ids.new(name), name))
             self.num_begun += 1
             self._arguments = []
             self._state = _State.ARGUMENTS

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from cluster.actors import runner
+from cluster.actors import controller_actor, runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.tasks import Background
@@ -27,12 +28,14 @@ from cluster.controller.parts.memory import Memory
 from cluster.core.errors import (
     ConfigError,
     ConflictError,
+    NotReadyError,
     StartError,
     SupersededError,
     UnknownNameError,
 )
 from cluster.core.frames import (
     ControlFrame,
+    ControllerSnapshot,
     GenerationReady,
     Heartbeat,
     LowDisk,
@@ -40,6 +43,7 @@ from cluster.core.frames import (
     Register,
     RunGeneration,
     Shutdown,
+    SnapshotKept,
     StatusReply,
     Superseded,
     WorkerReady,
@@ -67,6 +71,11 @@ class ThreadWorker:
         """First steps of the generations that were run."""
         self._generation = self._epoch = 0
         self._is_running = False
+        self.kept: list[ControllerSnapshot] = []
+        """Snapshots that it was given, of which it tells the controller once it may."""
+        self.may_keep = threading.Event()
+        """That of its group."""
+        self.may_keep.set()
         self.client = ControlClient(
             address,
             token,
@@ -111,6 +120,18 @@ class ThreadWorker:
         elif isinstance(frame, RunGeneration):
             self._is_running = True
             self.runs.put(frame.first_step)
+        elif isinstance(frame, ControllerSnapshot):
+            self._keep(frame)
+
+    def _keep(self, snapshot: ControllerSnapshot) -> None:
+        self.kept.append(snapshot)
+        if self.may_keep.is_set():
+            self.client.send(SnapshotKept(version=snapshot.version))
+
+    def keep_all(self) -> None:
+        """Acknowledge the snapshots that came before."""
+        for snapshot in list(self.kept):
+            self.client.send(SnapshotKept(version=snapshot.version))
 
 
 class ThreadWorkerGroup(FakeWorkerGroup):
@@ -124,6 +145,9 @@ class ThreadWorkerGroup(FakeWorkerGroup):
         self.ended: list[str] = []
         self.plan: StartPlan | None = None
         self.all_ended = 0
+        self.may_keep = threading.Event()
+        """While it is not set, no worker acknowledges a snapshot."""
+        self.may_keep.set()
         self._fails, self._dies, self._room = fails, dies, room
         self._crashes = crashes
 
@@ -148,6 +172,7 @@ class ThreadWorkerGroup(FakeWorkerGroup):
         for member in members:
             worker = ThreadWorker({"name": member.name}, address, plan.config.cluster_token)
             self.workers[member.name] = worker
+            worker.may_keep = self.may_keep
             if member.name == self._fails:
                 raise StartError(member.name, "ValueError: no such tensor")
             if member.name != self._dies:
@@ -666,6 +691,61 @@ def test_a_drain_ends_once_the_worker_has_ended(monkeypatch: pytest.MonkeyPatch)
             while (await actor.operations())[0]["state"] == "RUNNING":
                 await asyncio.sleep(0.02)
         assert (group.errors, group.ended) == ([], ["expert-1"])
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_a_command_is_answered_once_a_worker_keeps_it() -> None:
+    """A controller that dies after the answer leaves the operation to the next one."""
+
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group, status_limit_s=LIMIT_S)
+        await actor.start(_config(num_redundant=4), BANKS)
+        await _until(actor, "SERVING")
+        group.may_keep.clear()
+        command = {"attention": 2, "expert": 2, "limit_s": LIMIT_S, "request_id": "x"}
+        answer = asyncio.create_task(actor.scale(command))
+        worker = group.workers["expert-0"]
+        async with asyncio.timeout(LIMIT_S):
+            while not any(s.memory["operations"] for s in worker.kept):
+                await asyncio.sleep(0.01)
+        assert not answer.done()
+        worker.keep_all()
+        begun = await answer
+        cancelled = asyncio.create_task(actor.cancel_operation(begun["id"]))
+        async with asyncio.timeout(LIMIT_S):
+            while worker.kept[-1].memory["operations"][-1]["state"] != "CANCELLED":
+                await asyncio.sleep(0.01)
+        assert not cancelled.done()
+        worker.keep_all()
+        assert (await cancelled)["state"] == "CANCELLED"
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+def test_a_command_that_no_worker_keeps_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent again, it is the same operation."""
+    monkeypatch.setattr(controller_actor, "_KEEP_LIMIT_S", 0.05)
+
+    async def body() -> None:
+        group = ThreadWorkerGroup()
+        actor = ControllerActor(group, status_limit_s=LIMIT_S)
+        await actor.start(_config(num_redundant=4), BANKS)
+        await _until(actor, "SERVING")
+        group.may_keep.clear()
+        command = {"attention": 2, "expert": 2, "limit_s": LIMIT_S, "request_id": "x"}
+        with pytest.raises(NotReadyError, match="no worker has acknowledged the command yet"):
+            await actor.scale(command)
+        with pytest.raises(NotReadyError, match="no worker has acknowledged the command yet"):
+            await actor.scale(command)
+        group.may_keep.set()
+        group.workers["expert-0"].keep_all()
+        monkeypatch.setattr(controller_actor, "_KEEP_LIMIT_S", LIMIT_S)
+        begun = await actor.scale(command)
+        assert [begun["id"]] == [o["id"] for o in await actor.operations()]
         await actor.stop()
 
     asyncio.run(body())

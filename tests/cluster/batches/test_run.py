@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.batches.run import BatchAnswer, BatchCounts, BatchRun, UnreachableError
 from cluster.core.errors import ConflictError
 from tests.cluster.batches.files import line, read_lines, write_lines
+from tests.harness.faulty_files import Fault, FaultyFiles, FileCall
 
 IDS = [f"id-{number}" for number in range(20)]
 
@@ -27,11 +29,17 @@ class Server:
         self.plan = plan
         self.asked = Counter[str]()
         self.running = self.most = 0
+        self.num_awaited = 0
+        """Requests that must run at the same time, before the first one is answered."""
+        self._has_all = asyncio.Event()
 
     async def send(self, request: BatchRequest) -> BatchAnswer:
         self.asked[request.custom_id] += 1
         self.running += 1
         self.most = max(self.most, self.running)
+        if self.running >= self.num_awaited:
+            self._has_all.set()
+        await self._has_all.wait()
         await asyncio.sleep(0)
         self.running -= 1
         planned = self.plan.get(request.custom_id.replace("-", "_"), [])
@@ -54,6 +62,7 @@ def batch(
     clock: Callable[[], float] = lambda: 0.0,
     seen: list[tuple[int, int]] | None = None,
     concurrency: int = 4,
+    disk_limit_s: float = 0.0,
 ) -> BatchCounts:
     """Run ``in`` to its end."""
 
@@ -63,7 +72,17 @@ def batch(
 
     requests = RequestFile.check(folder / "in")
     with AnswerFile(folder / "out") as answers, AnswerFile(folder / "errors") as errors:
-        work = BatchRun(requests, answers, errors, server.send, concurrency, 60.0, note, clock)
+        work = BatchRun(
+            requests,
+            answers,
+            errors,
+            server.send,
+            concurrency,
+            60.0,
+            note,
+            clock,
+            disk_limit_s=disk_limit_s,
+        )
         asyncio.run(work.run())
         return work.counts
 
@@ -75,6 +94,7 @@ def answered(path: Path) -> dict[str, Any]:
 def test_each_request_has_one_answer(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [line(one) for one in IDS])
     server, seen = Server(id_3=[BatchAnswer(400, {"error": {}})]), list[tuple[int, int]]()
+    server.num_awaited = 4
     counts = batch(tmp_path, server, seen=seen)
     assert (counts.total, counts.completed, counts.failed, counts.left) == (20, 19, 1, 0)
     assert answered(tmp_path / "out") == {one: {"text": one} for one in IDS if one != "id-3"}
@@ -139,3 +159,69 @@ def test_a_server_that_stays_away_ends_the_run(
     server.plan.clear()
     assert batch(tmp_path, server).completed == 3
     assert server.asked["id-0"] == 1
+
+
+# ---- disks that fail -------------------------------------------------------------------------
+
+
+def refusing(name: str, after: int, number: int) -> Callable[[FileCall], None]:
+    """Fails calls of ``name``, ``number`` of them after the first ``after``."""
+    num_calls = 0
+
+    def on_call(call: FileCall) -> None:
+        nonlocal num_calls
+        if call.name == name:
+            num_calls += 1
+            if after < num_calls <= after + number:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    return on_call
+
+
+@pytest.mark.parametrize(("name", "after"), [("write", 0), ("write", 5), ("fsync", 0)])
+def test_answers_wait_for_a_disk_that_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int
+) -> None:
+    monkeypatch.setattr(run, "_SYNC_S", 0.0)
+    write_lines(tmp_path / "in", [line(one) for one in IDS])
+    server = Server()
+    with FaultyFiles(tmp_path, on_call=refusing(name, after, 5)):
+        assert batch(tmp_path, server, disk_limit_s=60.0).completed == 20
+    assert answered(tmp_path / "out") == {one: {"text": one} for one in IDS}
+    assert set(server.asked.values()) == {1}
+
+
+def test_nothing_is_asked_while_there_is_no_room(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [line(one) for one in IDS])
+    server = Server()
+    requests = RequestFile.check(tmp_path / "in")
+    with AnswerFile(tmp_path / "out") as answers:
+        work = BatchRun(requests, answers, answers, server.send, 4, 60.0)
+        with (
+            FaultyFiles(tmp_path, Fault(0, lasts=True)),
+            pytest.raises(OSError, match="No space left"),
+        ):
+            asyncio.run(work.run())
+    assert not server.asked
+
+
+@pytest.mark.parametrize("name", ["write", "fsync"])
+def test_a_disk_that_fails_for_good_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(run, "_SYNC_S", 0.0)
+    write_lines(tmp_path / "in", [line(one) for one in IDS])
+    server = Server()
+    with (
+        FaultyFiles(tmp_path, on_call=refusing(name, 5, 10**9)),
+        pytest.raises((OSError, ExceptionGroup)) as caught,
+    ):
+        batch(tmp_path, server)
+    error = caught.value
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, OSError)
+    before = answered(tmp_path / "out")
+    assert 0 < len(before) < 20 or name == "fsync"
+    assert batch(tmp_path, server).completed == 20
+    assert all(server.asked[one] == 1 for one in before)

@@ -91,6 +91,16 @@ LOAD: dict[str, Any] = {
 }
 
 
+PARTIAL = {
+    "schema": 1,
+    "state": "SERVING",
+    "is_partial": True,
+    "workers": [{"name": "expert-0", "role": "expert", "rank": 0, "state": "SERVING", "slots": 4}],
+    "gateway": [{"name": "gateway-1", "grpc_port": 50051}],
+}
+"""The status for a client's key."""
+
+
 def _nothing() -> None:
     pass
 
@@ -117,6 +127,8 @@ class FakeGateway:
     metrics: list[str] = field(default_factory=list)
     """Expositions, the next at each scrape, the last again and again."""
     keys: list[str | None] = field(default_factory=list)
+    operator_key: str = ""
+    """If set, other keys are shown what those of clients are."""
 
     def open_admin(self) -> None:
         """Say in the status that the admin port is this server's."""
@@ -131,6 +143,11 @@ class FakeGateway:
         error = {
             "error": {"message": f"no {path}", "type": "x", "param": None, "code": "not_found"}
         }
+        if self.operator_key and self.keys[-1] != f"Bearer {self.operator_key}":
+            if path in ("/cluster/v1/load", "/cluster/v1/placement"):
+                return 403, {"error": {**error["error"], "message": "this needs an admin key"}}
+            if path == "/cluster/v1/status":
+                return 200, PARTIAL
         routes = {
             "/ready": self.ready,
             "/cluster/v1/status": self.status,

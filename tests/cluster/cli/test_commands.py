@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from cluster.cli.main import main
-from cluster.cli.offline.doctor import kernels_finding
+from cluster.cli.offline.doctor import examine_kernels, kernels_finding
 from cluster.cli.offline.finding import Finding
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.release import RELEASE
 from cluster.launch import state_file
 from cluster.launch.orphans import host_id, identify
 from cluster.launch.plan import count_cpus
-from tests.cluster.cli.fake_gateway import EVENTS, PLACEMENT, STATUS, FakeGateway
+from tests.cluster.cli.fake_gateway import EVENTS, PARTIAL, PLACEMENT, STATUS, FakeGateway
 from tests.cluster.launch.test_state_file import record
 from workers.native.library import Found
 
@@ -127,8 +127,11 @@ def test_refusals_become_exit_codes(
 ) -> None:
     gateway.status = (status, error("says why"))
     assert main(["--url", gateway.url, "workers"]) == code
-    hint = " (--api-key or EXPERTMESH_API_KEY gives it)" if status in (401, 403) else ""
-    assert capsys.readouterr().err == f"expertmesh: says why{hint}\n"
+    hints = {
+        401: " (--api-key or EXPERTMESH_API_KEY gives it)",
+        403: " (--admin-key or EXPERTMESH_ADMIN_KEY gives it)",
+    }
+    assert capsys.readouterr().err == f"expertmesh: says why{hints.get(status, '')}\n"
 
 
 def test_no_server_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,6 +342,13 @@ def test_doctor_warns_of_a_host_without_kernels() -> None:
     assert found == Finding(what="kernels", verdict="warn", text="torch (no compiler)")
 
 
+def test_doctor_names_instructions_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTMESH_MAX_INSTRUCTIONS", "avx9")
+    found = examine_kernels()
+    rule = "EXPERTMESH_MAX_INSTRUCTIONS 'avx9' must be one of avx512_bf16, avx512, avx2"
+    assert (found.verdict, found.text) == ("bad", rule)
+
+
 def test_reading_commands_import_neither_ray_nor_torch() -> None:
     code = (
         "import sys, cluster.cli.main; "
@@ -346,3 +356,37 @@ def test_reading_commands_import_neither_ray_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("command", ["load", "placement"])
+def test_numbers_by_expert_need_the_admin_key(
+    gateway: FakeGateway, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.operator_key = "root"
+    words = ["--url", gateway.url, "--api-key", "user", command, "--json"]
+    assert main(words) == ExitCode.UNAUTHORISED
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "this needs an admin key" in output.err
+    for more in (["--admin-key", "root"], ["--api-key", "", "--admin-key", "root"]):
+        assert main([*more, *words]) == ExitCode.OK
+        assert json.loads(capsys.readouterr().out)["banks"]
+
+
+def test_the_status_is_partial_with_the_key_of_a_client(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.operator_key = "root"
+    words = ["--url", gateway.url, "--api-key", "user"]
+    for command in ("status", "workers"):
+        assert main([*words, command]) in (ExitCode.OK, ExitCode.NOT_READY)
+        output = capsys.readouterr()
+        assert "expert-0" in output.out
+        assert "give --admin-key" in output.err
+        assert main([*words, "--admin-key", "root", command]) in (ExitCode.OK, ExitCode.NOT_READY)
+        assert "give --admin-key" not in capsys.readouterr().err
+    assert main([*words, "--admin-key", "other", "workers", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["workers"] == PARTIAL["workers"]
+    for lacking in (["health", "--node", "here"], ["drain", "worker", "expert-0"]):
+        assert main([*words, *lacking]) == ExitCode.UNAUTHORISED
+        assert "to admin keys only: give --admin-key" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.gateway import GatewaySection
 from cluster.config.lora import LoraSection, is_name
 from cluster.core.errors import ConfigError
 
@@ -20,6 +21,9 @@ from cluster.core.errors import ConfigError
         ({"lora_modules": ("=x",)}, "lora_modules (=x) must be NAME=FOLDER"),
         ({"lora_modules": ("a b=x",)}, "NAME must be 1 to 128 letters"),
         ({"lora_modules": ("a=x", "a=y")}, "must not name an adapter twice"),
+        ({"lora_modules": ("a@=/x",)}, "must be NAME=FOLDER or NAME@KEY+KEY=FOLDER"),
+        ({"lora_modules": ("a@k+=/x",)}, "lora_modules (a@k+=/x) must be NAME=FOLDER"),
+        ({"lora_roots": ("adapters",)}, "lora_roots (adapters) must be an absolute path"),
         ({"lora_modules": ("a=x", "b=y"), "max_loras": 1}, "must not exceed max_loras (1)"),
     ],
     ids=str,
@@ -41,3 +45,14 @@ def test_names_and_folders() -> None:
     assert section.modules == (("sql", "/a/b=c"), ("org/chat:1", "/d"))
     assert not is_name("-x")
     assert not is_name("x" * 129)
+
+
+def test_an_adapter_may_be_for_some_keys() -> None:
+    section = LoraSection(lora_modules=("sql@team-a+team-b=/a", "open=/b"))
+    assert [module.tenants for module in section.adapters] == [("team-a", "team-b"), ()]
+    assert tuple(map(str, section.adapters)) == section.lora_modules
+    model = ModelSection(path="/m", served_model_name="m")
+    with pytest.raises(ConfigError, match=r"names keys: it needs api_key or api_key_file"):
+        ClusterConfig(model=model, lora=section)
+    keys = GatewaySection(api_key_file="/keys")
+    assert ClusterConfig(model=model, lora=section, gateway=keys).lora is section

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from cluster.config.cluster import ClusterConfig
+from cluster.config.gateway import GatewaySection
 from cluster.config.lora import LoraSection
-from cluster.controller.adapters import LOAD_LIMIT_S, UNUSED_S, LoadOrder
+from cluster.controller.adapters import LOAD_LIMIT_S, RETRY_S, UNUSED_S, LoadOrder
 from cluster.controller.failover import ReportCollector
 from cluster.core.codec import to_plain
 from cluster.core.errors import ConflictError, ModelNotFoundError, RequestError
@@ -26,10 +27,12 @@ from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster, slots_of
 from tests.cluster.controller.test_failover import restored
 
 SQL = LoadOrder(name="sql", path="/adapters/sql")
+ROOTS = ("/adapters", "/a")
 
 
-def config(*modules: str, max_loras: int = 3) -> ClusterConfig:
-    return dataclasses.replace(CONFIG, lora=LoraSection(lora_modules=modules, max_loras=max_loras))
+def config(*modules: str, max_loras: int = 3, roots: tuple[str, ...] = ROOTS) -> ClusterConfig:
+    lora = LoraSection(lora_modules=modules, max_loras=max_loras, lora_roots=roots)
+    return dataclasses.replace(CONFIG, lora=lora)
 
 
 def cluster(*modules: str, num_attention: int = 2) -> FakeCluster:
@@ -132,6 +135,9 @@ def test_a_load_without_an_answer_ends() -> None:
         ("other", "relative", "lora_path ('relative') must be an absolute path"),
         ("other", "/a\0b", "must be an absolute path"),
         ("other", "/" + 2000 * "a", "of at most 1024 characters"),
+        ("other", "/etc", "lora_path ('/etc') must be in a folder of --lora-roots"),
+        ("other", "/adapters/../etc", "must be in a folder of --lora-roots, without '..'"),
+        ("other", "/adapters-of-others/x", "without '..' (/adapters, /a)"),
     ],
 )
 def test_orders_that_are_refused(name: str, path: str, words: str) -> None:
@@ -236,25 +242,147 @@ def test_workers_that_load_weights_meanwhile_get_them_too() -> None:
     assert found.link.last(new, NewGeneration) is not None
 
 
-def test_an_adapter_that_a_new_worker_cannot_load_is_unloaded() -> None:
-    found = serving()
-    load(found)
-    answer(found, "attention-0")
-    answer(found, "attention-1")
+@pytest.mark.parametrize(
+    ("modules", "roots", "path", "is_allowed"),
+    [
+        ((), (), "/adapters/new", False),
+        (("sql=/adapters/sql",), (), "/adapters/new", True),
+        (("sql=/adapters/sql",), (), "/adapters/sql", True),
+        (("sql=/adapters/sql",), ("/more",), "/adapters/sql", True),
+        (("sql=/adapters/sql",), ("/more",), "/adapters/new", False),
+        (("sql=/sql",), (), "/etc", False),
+        ((), ("/",), "/etc", True),
+    ],
+)
+def test_adapters_are_loaded_from_folders_that_were_named(
+    modules: tuple[str, ...], roots: tuple[str, ...], path: str, is_allowed: bool
+) -> None:
+    found = FakeCluster(1, 2, config=config(*modules, roots=roots))
+    found.load_all()
+    if modules:
+        answer(found, "attention-0")
+    found.join_all()
+    order = LoadOrder(name="new", path=path)
+    if is_allowed:
+        assert load(found, order).startswith("new@")
+    else:
+        with pytest.raises(RequestError, match="must be in a folder of --lora-roots"):
+            load(found, order)
+
+
+def test_an_adapter_may_belong_to_keys() -> None:
+    keys = GatewaySection(api_keys=("sha256:" + 64 * "0",))
+    found = FakeCluster(1, 2, config=dataclasses.replace(config(), gateway=keys))
+    found.serve()
+    load(found, LoadOrder(name="sql", path="/adapters/sql", tenants=("acme",)))
+    assert found.controller.snapshot()["adapters"][0]["tenants"] == ["acme"]
+    kept = to_plain(found.known.memory())["adapters"]
+    assert kept[0]["adapter"]["tenants"] == ["acme"]
+    with pytest.raises(RequestError, match=r"tenants \(1 of them\) must be at most 64 names"):
+        load(found, LoadOrder(name="more", path="/adapters/sql", tenants=("",)))
+
+
+def test_without_keys_an_adapter_belongs_to_no_key() -> None:
+    with pytest.raises(RequestError, match="without keys there are no tenants"):
+        load(serving(1), LoadOrder(name="sql", path="/adapters/sql", tenants=("acme",)))
+
+
+def lose_and_replace(found: FakeCluster) -> str:
+    """The second attention worker is lost; the name of the one that takes its place."""
     found.disconnect("attention-1")
     found.join_all(5)
     found.beat_all()
     found.tick(1.0)
     (new,) = found.started()
     found.bring_up(new)
+    return new
+
+
+def test_a_new_worker_that_cannot_load_an_adapter_serves_without_it() -> None:
+    """Requests that name it go to the others."""
+    found = serving()
+    load(found)
+    answer(found, "attention-0")
+    answer(found, "attention-1")
+    new = lose_and_replace(found)
     answer(found, new, sql="no such folder")
-    assert states(found) == {"sql": "UNLOADING"}
+    assert states(found) == {"sql": "READY"}
     assert found.link.last(new, NewGeneration) is not None
     assert lacking(found) == {"sql": [new]}
     memory = to_plain(found.known.memory())["adapters"]
     assert [kept["lacking"] for kept in memory] == [[new]]
     causes = [entry["cause"] for entry in found.controller.snapshot()["history"]]
-    assert f"{new} cannot load the adapter sql: no such folder" in causes
+    words = f"{new} cannot load the adapter sql: no such folder"
+    assert causes.count(words) == 1
+    problem = f"{new} serves without the adapter sql, which it could not load"
+    assert found.controller.snapshot()["problems"] == [problem]
+    found.join_all(9)
+    before = found.link.last(new, KeepAdapters)
+    for _ in range(int(RETRY_S) + 1):
+        found.beat_all()
+        found.tick(1.0)
+    again = found.link.last(new, KeepAdapters)
+    assert before is not None
+    assert again is not None
+    assert again.number > before.number, "it tries again"
+    answer(found, new, sql="no such folder")
+    causes = [entry["cause"] for entry in found.controller.snapshot()["history"]]
+    assert causes.count(words) == 1, "it is said once"
+    answer(found, new)
+    assert lacking(found) == {"sql": []}
+    assert found.controller.snapshot()["problems"] == []
+
+
+def test_a_new_worker_does_not_end_a_load_that_the_others_carry_out() -> None:
+    found = serving()
+    load(found)
+    new = lose_and_replace(found)
+    answer(found, "attention-0")
+    answer(found, new, sql="no such folder")
+    assert states(found) == {"sql": "READY"}
+    assert lacking(found) == {"sql": [new]}
+
+
+def unload(found: FakeCluster) -> str:
+    key = load(found)
+    answer(found, "attention-0")
+    answer(found, "attention-1")
+    found.controller.adapters.unload("sql", found.now)
+    return key
+
+
+def wait_unused(found: FakeCluster) -> None:
+    for _ in range(2 * int(UNUSED_S)):
+        found.beat_all()
+        found.tick(1.0)
+
+
+def test_it_is_not_freed_while_a_request_waits_for_it_at_a_gateway() -> None:
+    found = serving()
+    key, uses = unload(found), found.controller.adapters.uses
+    uses.report("gateway-1", found.known.version, ())
+    uses.report("gateway-2", found.known.version, (key,))
+    wait_unused(found)
+    assert states(found) == {"sql": "UNLOADING"}
+    uses.report("gateway-2", found.known.version, ())
+    wait_unused(found)
+    assert states(found) == {}
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_it_is_not_freed_before_every_gateway_knows_that_it_is_unloaded(leaves: bool) -> None:
+    found = serving()
+    uses = found.controller.adapters.uses
+    uses.report("gateway-1", found.known.version, ())
+    unload(found)
+    wait_unused(found)
+    assert states(found) == {"sql": "UNLOADING"}
+    if leaves:
+        uses.leave("gateway-1")
+    else:
+        uses.report("gateway-1", found.known.version, ())
+    wait_unused(found)
+    assert states(found) == {}
 
 
 def test_a_worker_that_loads_it_at_another_try_lacks_it_no_more() -> None:

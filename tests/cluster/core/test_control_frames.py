@@ -34,6 +34,7 @@ from cluster.core.frames import (
     Register,
     RunGeneration,
     Shutdown,
+    SnapshotKept,
     StatusReply,
     StatusRequest,
     Superseded,
@@ -87,6 +88,7 @@ SAMPLES: tuple[ControlFrame, ...] = (
     PeerLost(worker="expert-1", generation=2, reason="reset"),
     NewGeneration(term=1, generation=GENERATION, placement=PLACEMENT),
     ControllerSnapshot(term=1, memory={"history": []}),
+    SnapshotKept(version=7),
     WorkerReport(
         generation=GENERATION,
         placement=PLACEMENT,

@@ -32,3 +32,10 @@ def test_a_checkpoint_without_one_is_refused_by_name(tmp_path: Path) -> None:
     path = write(replace(TINY, family="deepseek_v3"), tmp_path / "model")
     with pytest.raises(CheckpointError, match="num_nextn_predict_layers must be at least 1"):
         facts_of(path, has_predictor=True)
+
+
+def test_instructions_that_do_not_exist_are_refused_before_the_start(tiny_checkpoint: Path) -> None:
+    environ = {**os.environ, "EXPERTMESH_MAX_INSTRUCTIONS": "avx9"}
+    rule = "EXPERTMESH_MAX_INSTRUCTIONS 'avx9' must be one of avx512_bf16, avx512, avx2"
+    with pytest.raises(CheckpointError, match=rule):
+        CheckpointCheck(tiny_checkpoint, environ).result()

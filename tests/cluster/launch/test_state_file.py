@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from cluster.core.errors import ConfigError
 from cluster.core.process import ProcessIdentity
 from cluster.launch import state_file
 from cluster.launch.orphans import host_id, identify
+from tests.harness.faulty_files import FaultyFiles, Killed, each_fault
 
 DEAD = ProcessIdentity(pid=1, started_at=1.0)
 
@@ -51,6 +53,23 @@ def test_a_record_survives_the_file(state_home: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     state_file.remove_record("one")
     assert state_file.read_record("one") is None
+
+
+def test_a_record_is_old_or_new_whatever_the_disk_does(
+    state_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = record("one"), dataclasses.replace(record("one"), state="starting")
+
+    def prepare(folder: Path) -> None:
+        monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+        state_file.write_record(old)
+
+    for folder, fault in each_fault(tmp_path, prepare):
+        with FaultyFiles(folder, fault), contextlib.suppress(OSError, Killed):
+            state_file.write_record(new)
+        assert state_file.read_record("one") in (old, new), fault
+        state_file.write_record(new)
+        assert list(state_file.all_records()) == [new], fault
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "name": "x"}'])

@@ -4,6 +4,7 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tracing.output_files import LIMIT_VARIABLE
+from cluster.tracing.output_files import LIMIT_VARIABLE, _start_new_file
+from tests.harness.faulty_files import FaultyFiles, Killed, each_fault
 from tests.paths import ROOT
 
 LIMIT = 4000
@@ -76,6 +78,25 @@ def test_where_no_file_can_begin_the_old_ones_stay(tmp_path: Path, block: str) -
     texts = {p.name.partition(".")[2]: p.read_text() for p in tmp_path.iterdir() if p.is_file()}
     assert texts.pop("err").count("line ") == 100
     assert texts == {"out": "", **({"1.err": "older"} if block != ".1.err" else {})}
+
+
+def test_a_rotation_that_fails_leaves_the_stream_at_its_path(tmp_path: Path) -> None:
+    def prepare(folder: Path) -> None:
+        (folder / "log").write_text("newest\n")
+        (folder / "log.1").write_text("older\n")
+
+    for folder, fault in each_fault(tmp_path, prepare):
+        path, stream = folder / "log", os.open(folder / "log", os.O_WRONLY | os.O_APPEND)
+        try:
+            with FaultyFiles(folder, fault), contextlib.suppress(OSError, Killed):
+                _start_new_file((stream,), path)
+            os.write(stream, b"end\n")
+        finally:
+            os.close(stream)
+        texts = [one.read_text() for one in folder.iterdir()]
+        assert any("newest\n" in text for text in texts), fault
+        if fault.kind == "error" and not fault.lasts:
+            assert path.read_text().endswith("end\n"), fault
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "16MB"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError
+from gateway.anthropic import deferred
 from gateway.core.tool_use import ToolUse
 from tests.gateway.anthropic.test_convert import convert
 
@@ -108,3 +109,15 @@ def test_errors_name_the_place_among_all_tools() -> None:
     with pytest.raises(RequestError) as caught:
         convert(tools=[LATE, wrong])
     assert caught.value.param == "tools[1].name"
+
+
+def test_references_count_as_often_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short body may name a long tool many times: its text is counted before it is repeated."""
+    monkeypatch.setattr(deferred, "MAX_REFERRED_CHARS", 3 * len(SHOWN))
+    convert(tools=TOOLS, messages=found(*[reference("late")] * 3))
+    monkeypatch.setattr(deferred, "shown_references", lambda *_: pytest.fail("it was repeated"))
+    with pytest.raises(RequestError) as caught:
+        convert(tools=TOOLS, messages=found(*[reference("late")] * 4))
+    most = 3 * len(SHOWN)
+    rule = f"refer to tools of {4 * len(SHOWN)} characters, at most {most} are allowed"
+    assert (caught.value.param, caught.value.message) == ("messages", f"messages {rule}")

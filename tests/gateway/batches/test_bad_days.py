@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-from collections.abc import Iterator
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from cluster.batches.requests import BatchRequest
+from cluster.batches.run import BatchAnswer, answer_line
 from cluster.config.gateway import GatewaySection
 from gateway.batches.objects import BATCHES, Batch
+from gateway.batches.runner import BatchRunner
 from gateway.batches.running import BatchTuning, moved
 from gateway.batches.shelf import BatchShelf
+from gateway.core.errors import KeyFullError, StorageError
 from gateway.state.store import StateStore
 from tests.cluster.batches.files import line
 from tests.gateway.batches.client import (
@@ -29,6 +39,15 @@ from tests.gateway.batches.client import (
 )
 from tests.gateway.batches.conftest import KEYS
 from tests.gateway.stack import WAIT_S, Stack, running_stack
+from tests.harness.faulty_files import (
+    FAULTS,
+    FEW_FAULTS,
+    Fault,
+    FaultyFiles,
+    FileCall,
+    Killed,
+    each_fault,
+)
 
 IDS = [f"id-{number}" for number in range(30)]
 ONE_SEAT = BatchTuning(look_s=0.02, retry_s=3600.0, max_batches=1)
@@ -100,15 +119,144 @@ def test_one_key_leaves_a_seat(keyed: Stack) -> None:
     stop_runner(keyed, runner)
 
 
-def test_damaged_answers_fail_a_batch(keeper: Stack) -> None:
+@pytest.mark.parametrize("damage", [b"\0\0\n", b"", b'{"id": "batch_req_x", "custom_id": "id-1'])
+def test_damaged_answers_cost_what_is_damaged_alone(keeper: Stack, damage: bytes) -> None:
     made = make_batch(keeper, lines_of(IDS))
-    (state_of(keeper).work / f"{made['id']}.answers").write_bytes(b"\0\0\n")
+    paid = [answer_line(BatchRequest(one, "", {}), BatchAnswer(200, {"paid": one})) for one in IDS]
+    texts = [json.dumps(one).encode() + b"\n" for one in paid[:8]]
+    path = state_of(keeper).work / f"{made['id']}.answers"
+    path.write_bytes(b"".join(texts[:5]) + damage + b"".join(texts[5:]))
     runner = start_runner(keeper)
-    done = wait_status(keeper, made["id"], "failed")
-    (problem,) = done["errors"]["data"]
-    assert problem["code"] == "answers_damaged"
+    done = wait_status(keeper, made["id"], "completed")
+    found = answers_in(keeper, done["output_file_id"])
+    assert set(found) == set(IDS)
+    assert [found[one]["body"] for one in IDS[:8]] == [{"paid": one} for one in IDS[:8]]
+    assert len(keeper.engine.requests) == len(IDS) - 8
     keeper.wait_for(lambda: not list(state_of(keeper).work.iterdir()))
     stop_runner(keeper, runner)
+
+
+FULL = [errno.ENOSPC, errno.EDQUOT, errno.EIO]
+
+
+@pytest.mark.parametrize("number", FULL)
+def test_a_batch_waits_for_a_disk_that_refuses_and_loses_nothing(
+    keeper: Stack, number: int
+) -> None:
+    """Each request is asked once, although the disk takes no answers for a while."""
+    made = make_batch(keeper, lines_of(IDS))
+    num_writes, num_refused, is_full = 0, 0, True
+
+    def refuse(call: FileCall) -> None:
+        nonlocal num_writes, num_refused
+        if call.name == "write" and call.path.endswith(".answers"):
+            num_writes += 1
+            if num_writes > 4 and is_full:
+                num_refused += 1
+                raise OSError(number, os.strerror(number))
+
+    runner = start_runner(keeper)
+    with FaultyFiles(state_of(keeper).work, on_call=refuse):
+        keeper.wait_for(lambda: num_refused > 1, "a full disk")
+        keeper.wait_for(lambda: not keeper.engine.running, "the end of what runs")
+        is_full = False
+        done = wait_status(keeper, made["id"], "completed")
+    assert set(answers_in(keeper, done["output_file_id"])) == set(IDS)
+    assert len(keeper.engine.requests) == len(IDS)
+    stop_runner(keeper, runner)
+
+
+KINDS = pytest.mark.parametrize("kinds", [FEW_FAULTS, pytest.param(FAULTS, marks=pytest.mark.slow)])
+
+
+@KINDS
+def test_a_batch_survives_every_fault_of_its_disk(tmp_path: Path, kinds: Sequence[Fault]) -> None:
+    """A shelf after a fault at each of its calls: a batch is there as a whole, or can be made."""
+    batch = Batch(id="", endpoint="", input_file_id="", created_at=0, expires_at=1)
+    for folder, fault in each_fault(tmp_path, kinds=kinds):
+        shelf = shelf_in(folder)
+        made = msgspec.structs.replace(batch, id=shelf.new_batch_id())
+        with FaultyFiles(folder, fault), contextlib.suppress(StorageError, OSError, Killed):
+            shelf.make("a", made, b"requests")
+        shelf = shelf_in(folder)
+        found = shelf.get("a", made.id)
+        if found is None:
+            shelf.make("a", made, b"requests")
+        assert shelf.get("a", made.id) == made, fault
+        assert [work.batch_id for work in shelf.waiting()] == [made.id], fault
+        assert shelf.requests(made.id).read_bytes() == b"requests", fault
+
+
+@KINDS
+def test_answers_are_stored_as_a_whole_or_stay(tmp_path: Path, kinds: Sequence[Fault]) -> None:
+    content = b"answer\n" * 100_000
+
+    def prepare(folder: Path) -> None:
+        (folder / "answers").write_bytes(content)
+
+    for folder, fault in each_fault(tmp_path, prepare, kinds):
+        shelf = shelf_in(folder / "state")
+        file_id, path = shelf.new_file_id(), folder / "answers"
+        with FaultyFiles(folder, fault), contextlib.suppress(StorageError, Killed):
+            shelf.put_output("a", "out", path, file_id, None)
+        assert path.read_bytes() == content
+        found = shelf.get_file("a", file_id)
+        assert found is None or found[1] == content, fault
+        shelf.put_output("a", "out", path, file_id, None)
+        found = shelf.get_file("a", file_id)
+        assert found is not None
+        assert found[1] == content, fault
+
+
+def shelf_in(folder: Path) -> BatchShelf:
+    return BatchShelf(StateStore(folder, max_objects=10, max_bytes=1 << 20, ttl_s=1e9))
+
+
+def test_a_full_key_is_asked_without_reading_the_answers(tmp_path: Path) -> None:
+    shelf, path = shelf_in(tmp_path / "state"), tmp_path / "answers"
+    for _ in range(3):
+        shelf.put_file("a", "x", b"x" * 300_000)
+    path.write_bytes(b"x" * 400_000)
+    calls = Counter[str]()
+    with FaultyFiles(tmp_path, on_call=lambda call: calls.update([call.name])):
+        for _ in range(5):
+            with pytest.raises(KeyFullError):
+                shelf.put_output("a", "out", path, shelf.new_file_id(), None)
+    assert calls["read"] == calls["write"] == 0
+
+
+def test_a_file_is_read_in_pieces(tmp_path: Path) -> None:
+    shelf, content = shelf_in(tmp_path), bytes(range(256)) * 2000
+    file_id, facts = shelf.put_file("a", "x", content)
+    assert shelf.open_file("b", file_id) is None
+    opened = shelf.open_file("a", file_id)
+    assert opened is not None
+    with opened[1] as reader:
+        assert opened[0] == facts
+        assert reader.num_left == len(content)
+        assert b"".join(iter(lambda: reader.read(1000), b"")) == content
+    (path,) = tmp_path.glob(f"*/*/{file_id}")
+    raw = path.read_bytes()
+    for damaged in (raw[:-1], raw[:-1] + b"?", raw + b"?"):
+        path.write_bytes(damaged)
+        opened = shelf.open_file("a", file_id)
+        assert opened is not None
+        with opened[1] as reader, pytest.raises(StorageError, match="damaged"):
+            all(reader.read(1000) for _ in range(len(raw)))
+
+
+def test_a_failing_batch_is_tried_less_and_less_often(keeper: Stack) -> None:
+    runner = BatchRunner(keeper.gateway, [], BatchTuning(retry_s=10.0, max_retry_s=60.0))
+
+    def pauses(err: Exception) -> list[float]:
+        found = []
+        for _ in range(4):
+            runner._pause("a", err)
+            found.append(runner._pauses["a"].length_s)
+        return found
+
+    assert pauses(OSError("full")) == [10.0, 20.0, 40.0, 60.0]
+    assert pauses(KeyFullError("full")) == [10.0] * 4  # nothing is read or written for it
 
 
 def test_a_damaged_entry_stops_no_other_batch(keeper: Stack) -> None:
@@ -196,8 +344,37 @@ def test_a_maker_that_was_killed_leaves_nothing(keeper: Stack) -> None:
     keeper.wait_for(lambda: shelf.answers(made["id"]).exists())
     assert shelf.is_waiting(made["id"])  # its maker may be at work
     stop_runner(keeper, runner)
-    old = BatchShelf(state_of(keeper), clock=lambda: 2e10)
-    assert not old.is_new(made["id"])
+    (work,) = shelf.waiting()
+    ahead = BatchShelf(state_of(keeper), clock=lambda: 2e10)
+    assert ahead.take(work) is None
+    assert shelf.is_waiting(made["id"]), "a clock that is ahead ends no batch"
+    state_of(keeper).disk_time_s = lambda: 2e10
+    assert shelf.take(work) is None
+    assert not shelf.is_waiting(made["id"])
+
+
+def test_a_clock_that_is_ahead_ends_no_batch(keeper: Stack) -> None:
+    made = make_batch(keeper, lines_of(IDS))
+    section = keeper.config.gateway
+    store = StateStore(
+        Path(section.state_dir or ""),
+        max_objects=section.state_max_objects,
+        max_bytes=section.state_max_bytes,
+        ttl_s=section.state_ttl_s,
+        clock=lambda: time.time() + 400 * 24 * 3600.0,
+    )
+    ahead = BatchShelf(store, clock=lambda: time.time() + 400 * 24 * 3600.0)
+    (work,) = ahead.waiting()
+    assert ahead.take(work) is None
+    ahead.sweep()
+    store.sweep()
+    batch = BatchShelf(state_of(keeper)).take(work)
+    assert batch is not None
+    assert not ahead.is_over(batch)
+    runner = start_runner(keeper)
+    done = wait_status(keeper, made["id"], "completed")
+    assert set(answers_in(keeper, done["output_file_id"])) == set(IDS)
+    stop_runner(keeper, runner)
 
 
 def test_a_batch_outlives_its_window(tmp_path: Path) -> None:

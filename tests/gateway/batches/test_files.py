@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+import httpx
 import pytest
 
+from gateway.core.receipts import WINDOW_BYTES
 from gateway.core.tuning import GatewayTuning
+from gateway.state.reader import StoredReader
+from gateway.state.store import StateStore
 from tests.gateway.batches.client import get, headers_of, upload
 from tests.gateway.batches.conftest import KEYS
 from tests.gateway.stack import Stack, running_stack
@@ -35,6 +40,44 @@ def test_a_file_is_stored_listed_read_and_removed(keeper: Stack) -> None:
     for answer in (keeper.http.get(path), keeper.http.delete(path)):
         assert answer.status_code == 404
         assert answer.json()["error"]["message"] == f"there is no file {made['id']!r}"
+
+
+def test_a_download_is_in_memory_one_piece_at_a_time(
+    keeper: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next piece is read when the client has taken those before."""
+    content = bytes(range(256)) * 80_000
+    made = upload(keeper, content)
+    sizes: list[int] = []
+    read = StoredReader.read
+
+    def note(reader: StoredReader, num_bytes: int) -> bytes:
+        piece = read(reader, num_bytes)
+        sizes.append(len(piece))
+        return piece
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("the whole file was read")
+
+    monkeypatch.setattr(StoredReader, "read", note)
+    monkeypatch.setattr(StateStore, "get", refuse)
+    with keeper.http.stream("GET", f"/v1/files/{made['id']}/content") as answer:
+        assert answer.headers["content-length"] == str(len(content))
+        pieces = answer.iter_raw()
+        found = bytearray(next(pieces))
+        assert sum(sizes) < len(content), "not all before the client read on"
+        for piece in pieces:
+            found += piece
+    assert found == content
+    assert max(sizes) == WINDOW_BYTES
+
+
+def test_a_damaged_file_is_not_sent_whole(keeper: Stack, tmp_path: Path) -> None:
+    made = upload(keeper, b"a" * 1_000_000)
+    (file,) = (tmp_path / "state" / "files").glob("*/*")
+    file.write_bytes(file.read_bytes()[:-1] + b"b")
+    with pytest.raises(httpx.RemoteProtocolError):
+        keeper.http.get(f"/v1/files/{made['id']}/content")
 
 
 def test_a_file_may_have_a_shorter_life(keeper: Stack) -> None:

@@ -88,9 +88,10 @@ def test_it_asks_under_its_name_and_says_when_it_leaves() -> None:
 
         low = (LowDisk(folder="/logs", free_bytes=1),)
         found = ClusterView(find, "gateway-7", host="10.0.0.9", low_disks=lambda: low)
+        found.adapters = lambda: ("sql@1",)
         found.start()
         await is_asked.wait()
-        details = (-1, POLL_TIMEOUT_S, "gateway-7", "10.0.0.9", low)
+        details = (-1, POLL_TIMEOUT_S, "gateway-7", "10.0.0.9", low, ("sql@1",))
         assert asked == [("wait_snapshot", details)]
         await found.leave()
         assert asked[1:] == [("gateway_leaves", ("gateway-7",))]

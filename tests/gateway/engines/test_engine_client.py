@@ -14,7 +14,7 @@ from cluster.core.errors import ExpertMeshError
 from cluster.core.release import RELEASE
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.engine_client import PING_S, EngineClient, StreamEnd
-from gateway.engines.submission import Submission
+from gateway.engines.submission import RequestStage, Submission
 from tests.gateway.fakes import CLUSTER_TOKEN, ScriptedEngine
 from tests.gateway.stack import WAIT_S
 from tests.workers.process.test_gateway_silence import FACTS
@@ -23,6 +23,8 @@ from workers.requests.request import (
     FinishReason,
     Request,
     SamplingParams,
+    SoloStage,
+    SoloStep,
     StepOutput,
     TokenLogprob,
     TokenOutput,
@@ -395,3 +397,47 @@ def test_a_prompt_is_computed_once_and_only_where_its_request_goes_on() -> None:
     client.submit(Submission(request, ListSink(), 1000.0))
     client.abort("r")
     assert owner.computed_prompts == ["r"]
+
+
+def _solo(stage: SoloStage, attempt: int = 1) -> SoloStep:
+    return SoloStep(request_id="r", attempt=attempt, stage=stage)
+
+
+def test_a_request_runs_alone_only_while_its_step_is_certain_and_not_over() -> None:
+    """An offer may be withdrawn, and a step of others run, before the gateway hears of it."""
+
+    async def work() -> None:
+        client, _ = _client()
+        entry = client._submissions["r"]
+        client._outgoing.get_nowait()  # the request
+        seen = []
+        for stage in SoloStage:
+            await client._take(_solo(stage))
+            seen.append((entry.stage, client._outgoing.get_nowait()))
+        assert seen == [
+            (RequestStage.SENT, _solo(SoloStage.OFFERED)),
+            (RequestStage.ALONE, _solo(SoloStage.CERTAIN)),
+            (RequestStage.QUEUED, _solo(SoloStage.OVER)),
+        ]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("stage", "is_answered"),
+    [(SoloStage.OFFERED, False), (SoloStage.CERTAIN, True), (SoloStage.OVER, True)],
+)
+def test_a_worker_that_waits_for_an_acknowledgement_gets_one(
+    stage: SoloStage, is_answered: bool
+) -> None:
+    """Also of an older attempt, or when the request has ended here: else it runs no step."""
+
+    async def work() -> None:
+        client, _ = _client()
+        entry = client._submissions["r"]
+        client._outgoing.get_nowait()  # the request
+        await client._take(_solo(stage, attempt=0))
+        assert entry.stage is RequestStage.SENT
+        assert client._outgoing.empty() is not is_answered
+
+    asyncio.run(work())

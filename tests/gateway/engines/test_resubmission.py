@@ -30,7 +30,7 @@ from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.http.test_disconnect import send_raw
 from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
-from workers.requests.request import Request
+from workers.requests.request import Request, SoloStage
 
 
 class Workers:
@@ -467,7 +467,7 @@ def _lose_twice(workers: Workers) -> tuple[ScriptedEngine, Future[Any]]:
     workers.publish("DEGRADED")
     workers.stack.wait_for(lambda: bool(third.stuck), "the third attempt")
     assert [request.num_deaths for request in third.requests] == [2]
-    assert len(third.solo_steps) == 1
+    assert [step.stage for step in third.solo_steps] == [SoloStage.OFFERED, SoloStage.CERTAIN]
     return third, answer
 
 
@@ -481,7 +481,7 @@ def test_the_request_that_was_alone_at_the_third_death_fails(workers: Workers) -
     assert response.headers["x-should-retry"] == "false"
     error = response.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "poisonous_request")
-    assert third.solo_steps[0] in error["message"]
+    assert third.solo_steps[0].request_id in error["message"]
     assert complete(workers.stack, prompt="y", max_tokens=1)
     assert len(fourth.requests) == 1
 

@@ -10,7 +10,7 @@ import grpc
 import httpx
 import pytest
 
-from cluster.config.api_keys import hash_key
+from cluster.config.api_keys import digest_of, hash_key
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ModelNotFoundError
 from gateway.cluster.serve_replicas import Question
@@ -42,7 +42,7 @@ def admin(stack: Stack) -> Iterator[httpx.Client]:
         yield client
 
 
-def load(admin: httpx.Client, **changes: str) -> httpx.Response:
+def load(admin: httpx.Client, **changes: Any) -> httpx.Response:
     return admin.post("/v1/load_lora_adapter", json={**SQL, **changes})
 
 
@@ -54,7 +54,7 @@ def test_adapters_are_listed_with_their_parent(stack: Stack, admin: httpx.Client
     assert ids(stack) == [MODEL]
     answer = load(admin)
     assert answer.status_code == 200, answer.text
-    assert answer.json() == {"schema": 1, **SQL, "state": "READY", "key": "sql@0"}
+    assert answer.json() == {"schema": 1, **SQL, "state": "READY", "key": "sql@0", "tenants": []}
     base, adapter = stack.http.get("/v1/models").json()["data"]
     assert (base["id"], base["parent"]) == (MODEL, None)
     assert adapter == {**base, "id": "sql", "parent": MODEL}
@@ -162,8 +162,8 @@ def test_the_adapter_of_a_request_is_one_after_its_prompt_is_made(
         await stack.controller.unload_adapter("sql")
         if is_loaded_again:
             await stack.controller.load_adapter({"name": "sql", "path": "/adapters/other"})
-        wanted = {"sql": "sql@1"} if is_loaded_again else {}
-        while gateway.adapters != wanted:
+        wanted = ["sql@1"] if is_loaded_again else []
+        while gateway.adapters.keys != wanted:
             await asyncio.sleep(0.001)
         complete, prompts = await gateway.prompts.make(fields, facts)
         return finish_call(complete, prompts, facts, lambda: 0, ())
@@ -193,7 +193,99 @@ def test_unload_waits_for_replicas_that_know_more_than_this_one(
 ) -> None:
     load(admin)
     stack.gateway.replicas = other = OtherReplica()
-    stack.gateway.adapters = {}  # its snapshot is an old one
+    stack.gateway.adapters.follow({})  # its snapshot is an old one
     answer = admin.post("/v1/unload_lora_adapter", json={"lora_name": "sql"})
     assert answer.status_code == 200
     assert other.num_asked == 3
+
+
+KEYS = GatewaySection(
+    api_keys=tuple(hash_key(key) for key in ("acme-key", "other-key")),
+    admin_keys=(hash_key("boss"),),
+)
+ACME = digest_of("acme-key").hex()
+"""The tenant of a key without a name."""
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [("acme-key", ["sql", "open"]), ("other-key", ["open"]), ("boss", ["sql", "open"])],
+)
+def test_a_key_sees_and_uses_its_adapters_only(key: str, names: list[str]) -> None:
+    """What it may not use is an unknown model, word for word, at every endpoint."""
+    with running_stack(KEYS) as stack:
+        url, head = f"http://{stack.admin.http}/v1/load_lora_adapter", bearer(key)
+        orders = [{**SQL, "tenants": [ACME]}, {"lora_name": "open", "lora_path": "/adapters/open"}]
+        for order in orders:
+            answer = httpx.post(url, json=order, headers=bearer("boss"))
+            assert answer.status_code == 200, answer.text
+        assert httpx.get(
+            f"http://{stack.admin.http}/admin/v1/lora_adapters", headers=bearer("boss")
+        ).json()["adapters"][0]["tenants"] == [ACME]
+        listed = stack.http.get("/v1/models", headers=head).json()["data"]
+        assert [model["id"] for model in listed] == [MODEL, *names]
+        status = stack.http.get("/cluster/v1/status", headers=head).json()
+        assert [adapter["name"] for adapter in status["adapters"]] == names
+        expected = 200 if "sql" in names else 404
+        for path, fields in (
+            ("/v1/completions", {"prompt": "hello", "max_tokens": 1}),
+            ("/tokenize", {"prompt": "hello"}),
+            ("/detokenize", {"tokens": HELLO}),
+        ):
+            answer = stack.http.post(path, json={"model": "sql", **fields}, headers=head)
+            assert answer.status_code == expected, answer.text
+            if expected == 404:
+                unknown = stack.http.post(path, json={"model": "none", **fields}, headers=head)
+                assert answer.text.replace("sql", "none") == unknown.text
+        assert stack.http.get("/v1/models/sql", headers=head).status_code == expected
+        meta = (("authorization", f"Bearer {key}"),)
+        with grpc.insecure_channel(stack.grpc_target) as channel:
+            stub = InferenceStub(channel)
+            models = stub.ListModels(inference_pb2.ListModelsRequest(), metadata=meta).models
+            assert [model.id for model in models] == [MODEL, *names]
+            request = inference_pb2.GetModelInfoRequest(model="sql")
+            if expected == 200:
+                assert stub.GetModelInfo(request, metadata=meta).id == "sql"
+            else:
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub.GetModelInfo(request, metadata=meta)
+                assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_the_controller_learns_which_adapters_calls_have(stack: Stack, admin: httpx.Client) -> None:
+    """Also of calls that wait for a worker here."""
+    load(admin)
+    gateway = stack.gateway
+    found = [gateway.adapters.in_use]
+    fields = GenerateFields(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
+    generation = stack.run(gateway.start(fields, "c"))
+    found.append(gateway.adapters.in_use)
+    stack.call(generation.close)
+    found.append(gateway.adapters.in_use)
+    assert found == [(), ("sql@0",), ()]
+
+
+def test_an_adapter_that_no_worker_could_load_is_not_unknown(
+    stack: Stack, admin: httpx.Client
+) -> None:
+    load(admin)
+    known = stack.controller.state["adapters"]
+    names = [worker["name"] for worker in stack.controller.state["workers"]]
+    stack.run(_change(stack, [{**known[0], "lacking": names}]))
+    answer = post(stack, "/v1/completions", model="sql", prompt="hello", max_tokens=1)
+    assert answer.status_code == 503
+    assert "no worker could load the adapter sql" in answer.json()["error"]["message"]
+    assert ids(stack) == [MODEL, "sql"]
+    stack.run(_change(stack, known))
+    assert post(stack, "/v1/completions", model="sql", prompt="hello").status_code == 200
+
+
+async def _change(stack: Stack, adapters: list[dict[str, Any]]) -> None:
+    stack.controller.change(adapters=adapters)
+    key, lacks = "sql@0", bool(adapters[0].get("lacking"))
+    while stack.gateway.engines.has_adapter(key) is lacks:
+        await asyncio.sleep(0.001)

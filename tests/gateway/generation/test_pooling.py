@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from gateway.core.tuning import GatewayTuning
+from gateway.generation import pooling as pooling_module
 from gateway.generation.inspect import MAX_JSON_BYTES
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -435,3 +436,45 @@ def test_a_salt_reaches_the_engine_by_both_codecs(stack: Stack) -> None:
         request = _inspect([5, 6], "loss", cache_salt="mine")
         failure(lambda: list(InferenceStub(channel).Inspect(request)))
     assert [one.cache_salt for one in stack.engine.requests] == ["mine", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "words"),
+    [
+        (
+            "/score",
+            {"text_1": [1] * 10, "text_2": [[2] * 5] * 10},
+            "text_1",
+            "text_1 and text_2 have 150 tokens where each is behind the other, at most 149",
+        ),
+        (
+            "/classify",
+            {"input": [[1] * 10] * 5, "labels": ["a", "b", "c"]},
+            "labels",
+            "prompts and labels have 165 tokens where each is behind the other, at most 149",
+        ),
+    ],
+)
+def test_joined_texts_are_counted_before_they_are_joined(
+    stack: Stack,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    fields: dict[str, Any],
+    param: str,
+    words: str,
+) -> None:
+    """A query stands in front of each document: a short body makes many tokens."""
+    joined: list[int] = []
+    join = pooling_module.scored_prompt
+
+    def note(before: tuple[int, ...], *rest: Any) -> Any:
+        joined.append(len(before))
+        return join(before, *rest)
+
+    monkeypatch.setattr(pooling_module, "MAX_JOINED_TOKENS", 149)
+    monkeypatch.setattr(pooling_module, "scored_prompt", note)
+    answer = post(stack, path, **fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert words in error["message"]
+    assert joined == []

@@ -509,6 +509,9 @@ def test_limits_and_keepalive(stack: Stack) -> None:
         "grpc.http2.max_ping_strikes": 0,
         "grpc.http2.min_recv_ping_interval_without_data_ms": 10_000,
         "grpc.max_concurrent_streams": 1024,
+        "grpc.server_handshake_timeout_ms": 10_000,
+        "grpc.max_connection_idle_ms": 75_000,
+        "grpc.max_allowed_incoming_connections": 4096,
     }
     assert options.items() >= expected.items()
     pinging = [

@@ -2,44 +2,124 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import pytest
 
 from gateway.grpc.server import server_options
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.stack import WAIT_S, Stack
+from tests.harness.http2_client import (
+    ACK,
+    CONTINUATION,
+    END_HEADERS,
+    HEADERS,
+    PING,
+    PREFACE,
+    SETTINGS,
+    Frame,
+    literal,
+)
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-"""What an HTTP/2 client begins with; frames follow."""
-SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-SETTINGS_ACK = bytes((0, 0, 0, 4, 1, 0, 0, 0, 0))
-PING = bytes((0, 0, 8, 6, 0, 0, 0, 0, 0))
-"""A ping's head; eight bytes follow."""
+SLOWER = 30
+"""The server's times are this many times those of the tests."""
 NUM_TRIES = 30
 """Calls of one size; gRPC would refuse some of them only between its two limits."""
+OPENING = PREFACE + Frame(SETTINGS, 0, 0, b"").encode()
+ACKNOWLEDGED = OPENING + Frame(SETTINGS, ACK, 0, b"").encode()
+PADDING = b"".join(literal(f"x-{number}", "y") for number in range(1000))
 
 
-def test_a_silent_connection_is_closed_after_its_ping() -> None:
-    """With all times a thirtieth of the server's."""
-    times = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
-    options = [(name, n // 30 if name in times else n) for name, n in server_options()]
+@contextlib.contextmanager
+def quick_server(**changed: int) -> Iterator[tuple[str, int]]:
+    """gRPC with our options, and with all times a thirtieth of ours."""
+    options: dict[str, int] = dict(server_options()) | {
+        f"grpc.{name}": value for name, value in changed.items()
+    }
+    times = {n: v // SLOWER for n, v in options.items() if n.endswith(("_ms", "_timeout"))}
     with ThreadPoolExecutor(1) as threads:
-        server = grpc.server(threads, options=options)
+        server = grpc.server(threads, options=list((options | times).items()))
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         try:
-            with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.settimeout(WAIT_S / 2)  # gRPC's own limit is 60 s
-                connection.sendall(PREFACE + SETTINGS + SETTINGS_ACK)
-                received = b"".join(iter(lambda: connection.recv(4096), b""))
+            yield "127.0.0.1", port
         finally:
             server.stop(None)
-    assert PING in received
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """All that the server sends until it closes the connection."""
+    connection.settimeout(WAIT_S)
+    return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def test_a_silent_connection_is_closed_after_its_ping() -> None:
+    with quick_server() as address, socket.create_connection(address) as connection:
+        connection.sendall(ACKNOWLEDGED)
+        received = read_to_end(connection)
+    assert Frame(PING, 0, 0, bytes(8)).encode()[:9] in received
     assert received.endswith(b"ping_timeout")  # the reason of its GOAWAY
+
+
+@pytest.mark.parametrize(
+    ("opening", "trickle", "reason"),
+    [
+        (b"", b"", b"timeout"),
+        (b"", PREFACE, b"timeout"),
+        (OPENING, b"", b"settings_timeout"),
+        (ACKNOWLEDGED, Frame(HEADERS, END_HEADERS, 1, PADDING).encode(), b"connection idle"),
+        (
+            ACKNOWLEDGED + Frame(HEADERS, 0, 1, literal("a", "b")).encode(),
+            Frame(CONTINUATION, 0, 1, literal("a", "b")).encode() * 1000,
+            b"connection idle",
+        ),
+        (ACKNOWLEDGED, Frame(PING, ACK, 0, bytes(8)).encode() * 1000, b"connection idle"),
+    ],
+    ids=["silent", "slow preface", "no acknowledgement", "slow head", "slow heads", "pings"],
+)
+def test_a_slow_head_is_closed(opening: bytes, trickle: bytes, reason: bytes) -> None:
+    """However it is sent: a byte at a time keeps no connection open."""
+    is_over = threading.Event()
+    with quick_server() as address, socket.create_connection(address) as connection:
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                connection.sendall(opening)
+                for byte in trickle:
+                    if is_over.wait(0.02):
+                        return
+                    connection.sendall(bytes((byte,)))
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        try:
+            received = read_to_end(connection)
+        except ConnectionError:
+            received = reason  # closed before all was read
+        finally:
+            is_over.set()
+            sender.join()
+    assert reason in received
+
+
+def test_connections_above_the_limit_are_closed() -> None:
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(quick_server(max_allowed_incoming_connections=2))
+        for _ in range(2):
+            held = stack.enter_context(socket.create_connection(address))
+            held.sendall(ACKNOWLEDGED)
+            held.settimeout(WAIT_S)
+            assert held.recv(9)
+        beyond = stack.enter_context(socket.create_connection(address))
+        with contextlib.suppress(ConnectionError):
+            assert read_to_end(beyond) == b""
 
 
 def refusals(stub: InferenceStub, num_bytes: int) -> list[str]:

@@ -18,10 +18,11 @@ from gateway.core.call import CallKind, GenerateFields
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
 from gateway.grpc.convert import grpc_fields
 from gateway.http.convert import chat_fields, completion_fields
-from gateway.http.parse import NoCollections, parse_body, parse_json
+from gateway.http.parse import parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
 from gateway.http.unsupported import check_unbuilt
+from gateway.offload.long_work import NoCollections
 from gateway.responses.unsupported import check_unbuilt as check_unbuilt_response
 from gateway.text.forms.tools import MAX_TOOLS
 from protos import inference_pb2 as pb
@@ -477,3 +478,17 @@ def test_collections_come_back_after_the_last_of_several_parses() -> None:
             assert not gc.isenabled()
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_refusals_of_earlier_answers_are_text() -> None:
+    parts = [{"type": "text", "text": "No."}, {"type": "refusal", "refusal": "I cannot."}]
+    for message in ({"content": parts}, {"content": None, "refusal": "No.\nI cannot."}):
+        body = ChatBody.model_validate(
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", **message}]}
+        )
+        chat = chat_fields(body).chat
+        assert chat is not None
+        assert chat.messages[1]["content"] == "No.\nI cannot."
+    user = {"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}
+    with pytest.raises(UnsupportedParameterError, match="'refusal' are not supported"):
+        chat_fields(ChatBody.model_validate({"messages": [user]}))

@@ -10,9 +10,9 @@ import pytest
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.messages import PHASE
 from gateway.http.parse import parse_body
-from gateway.responses.conversation import named_as_input
-from gateway.responses.items import ItemIds, response_of, seal
-from gateway.responses.schema import ResponseBody
+from gateway.responses.conversation import Conversation, named_as_input
+from gateway.responses.items import ItemIds, read_item, response_of, seal
+from gateway.responses.schema import InputItem, ResponseBody
 from gateway.responses.tools import CustomInput
 from gateway.responses.turn import Turn, make_turn
 from gateway.responses.unsupported import MOVED, UNBUILT
@@ -48,6 +48,22 @@ def messages_of(*items: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
 
 def said(role: str, *texts: str, kind: str = "input_text") -> dict[str, Any]:
     return {"role": role, "content": [{"type": kind, "text": text} for text in texts]}
+
+
+def test_instructions_and_reasoning_are_joined_once() -> None:
+    """Not at each item, which would copy all texts before it."""
+    conversation, ids = Conversation(), ItemIds(RESPONSE_ID)
+    for place in range(1000):
+        conversation.instruct(f"{place}", "input")
+    for _ in range(1000):
+        item = read_item(InputItem.model_validate(THOUGHT), "input", ids)
+        conversation.add(item, "input")
+    pieces = [conversation.messages[0]["content"], conversation.messages[1]["reasoning_content"]]
+    assert [len(one) for one in pieces] == [1000, 1000]
+    assert all(isinstance(one, list) for one in pieces)
+    first, second = conversation.finish()
+    assert first == {"role": "system", "content": "\n\n".join(map(str, range(1000)))}
+    assert second["reasoning_content"] == "\n".join(["so"] * 1000)
 
 
 @pytest.mark.parametrize(("strict", "expected"), [(None, False), (False, False), (True, True)])

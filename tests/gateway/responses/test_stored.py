@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from cluster.config.gateway import GatewaySection
 from gateway.core.errors import StorageError, StorageFullError
+from gateway.responses import stored
 from gateway.state.store import StateStore
 from tests.gateway.fakes import EOS, saying, tiny_tokenizer
 from tests.gateway.responses.streams import PATH, parse, respond, stream, text_of, without_names
@@ -121,6 +124,61 @@ def test_the_previous_response_must_be_there(storing: Stack) -> None:
         assert error["param"] == "previous_response_id"
         assert error["code"] == "previous_response_not_found"
     assert not storing.engine.requests
+
+
+MAX_BODY = GatewaySection().max_body_bytes
+
+
+def test_references_count_as_often_as_they_are_made(
+    storing: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take few bytes of the body, and all bytes of the item in the prompt."""
+    item = stored_item(storing, "a" * 500)
+    raw = len(json.dumps(item, separators=(",", ":")))
+    count = MAX_BODY // raw + 1
+    read: list[int] = []
+    monkeypatch.setattr(stored, "read_items", lambda items: read.append(len(list(items))))
+    answer = post(storing, PATH, input=[{"type": "item_reference", "id": item["id"]}] * count)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    rule = f"refers to {count * raw} bytes of stored items, at most {MAX_BODY} are allowed"
+    assert (error["param"], error["message"]) == ("input", f"input {rule}")
+    assert (read, storing.engine.requests) == ([], [])
+
+
+def stored_item(stack: Stack, text: str) -> dict[str, Any]:
+    """An item of a response that is stored."""
+    first = respond(stack, input=text)
+    (item,) = get(stack, f"{first['id']}/input_items")["data"]
+    stack.engine.requests.clear()
+    found: dict[str, Any] = item
+    return found
+
+
+def test_a_long_conversation_is_not_read(storing: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = respond(storing, input="a" * 500)
+    storing.engine.requests.clear()
+    monkeypatch.setattr(
+        storing.gateway, "limits", replace(storing.gateway.limits, max_body_bytes=500)
+    )
+    answer = post(storing, PATH, input="x", previous_response_id=first["id"])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "previous_response_id")
+    assert "bytes of stored items, at most 500 are allowed" in error["message"]
+    assert not storing.engine.requests
+
+
+def test_a_conversation_and_references_share_a_limit(
+    storing: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = respond(storing, input="a" * 100)
+    item = stored_item(storing, "b" * 500)
+    limits = replace(storing.gateway.limits, max_body_bytes=1200)
+    monkeypatch.setattr(storing.gateway, "limits", limits)
+    reference = {"type": "item_reference", "id": item["id"]}
+    respond(storing, input=[reference])
+    answer = post(storing, PATH, input=[reference], previous_response_id=first["id"])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
 
 
 def test_items_are_found_by_their_ids(storing: Stack) -> None:
@@ -266,7 +324,7 @@ def test_responses_expire(tmp_path: Path) -> None:
         get(stack, found["id"], 404)
         answer = post(stack, PATH, input="x", previous_response_id=found["id"])
         assert answer.json()["error"]["code"] == "previous_response_not_found"
-        assert store.sweep() == 1
+        assert store.sweep() == 0, "by the clock of the disk it has not expired"
 
 
 def test_the_oldest_responses_make_room(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,15 @@ from cluster.core.errors import ConfigError
 from gateway.core.errors import StorageError, StorageFullError
 from gateway.state.record import FORMAT, decode, encode
 from gateway.state.store import ObjectKind, StateStore, open_store
+from tests.harness.faulty_files import (
+    FAULTS,
+    FEW_FAULTS,
+    Fault,
+    FaultyFiles,
+    FileCall,
+    Killed,
+    each_fault,
+)
 from tests.harness.stalls import wait_until
 from tests.paths import ROOT
 
@@ -26,13 +39,16 @@ HEAD_BYTES = len(encode("note_" + "0" * 32, b"", 1e9, 1e9 + 60.0)) + 32
 
 
 class Clock:
-    """A time that tests set."""
+    """A time that tests set; files seem to be older by as much."""
 
     def __init__(self) -> None:
-        self.now_s = 1_000_000_000.0
+        self.began_s = self.now_s = 1_000_000_000.0
 
     def __call__(self) -> float:
         return self.now_s
+
+    def of_disk(self) -> float:
+        return time.time() + self.now_s - self.began_s
 
 
 @pytest.fixture
@@ -43,7 +59,8 @@ def clock() -> Clock:
 def make(folder: Path, clock: Clock | None = None, **limits: Any) -> StateStore:
     """A store of one gateway."""
     values = {"max_objects": 100, "max_bytes": 1 << 20, "ttl_s": 60.0, **limits}
-    return StateStore(folder, clock=clock or Clock(), **values)
+    clock = clock or Clock()
+    return StateStore(folder, clock=clock, disk_clock=clock.of_disk, **values)
 
 
 def put(store: StateStore, kind: ObjectKind, content: bytes = b"x", tenant: str = "a") -> str:
@@ -203,7 +220,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path, clock: Clock) -> Non
     store = make(tmp_path, clock)
     left = tmp_path / "new" / "abandoned"
     left.write_bytes(b"half")
-    clock.now_s = left.stat().st_ctime + 60.0
+    clock.now_s += 60.0
     assert store.sweep() == 0
     clock.now_s += 3600.0
     assert store.sweep() == 1
@@ -332,6 +349,133 @@ def test_many_writers_of_one_folder(tmp_path: Path) -> None:
         assert {content_of(stores[0], NOTES, one) for one in some} == {b"%d" % number}
 
 
+# ---- disks that fail, and clocks that are wrong ----------------------------------------------
+
+OLD, NEW = b"old " * 3000, b"new " * 5000
+
+
+@pytest.mark.parametrize("kinds", [FEW_FAULTS, pytest.param(FAULTS, marks=pytest.mark.slow)])
+def test_an_object_is_old_or_new_whatever_the_disk_does(
+    tmp_path: Path, kinds: Sequence[Fault]
+) -> None:
+    ids = [f"note_{number:032x}" for number in range(2)]
+
+    def prepare(folder: Path) -> None:
+        make(folder).put(NOTES, "a", ids[0], OLD)
+
+    for folder, fault in each_fault(tmp_path, prepare, kinds):
+        num_before, is_done = len(files_in(folder)), [False, False]
+        with FaultyFiles(folder, fault), contextlib.suppress(ConfigError, Killed):
+            store = make(folder)
+            for place, one in enumerate(ids):
+                with contextlib.suppress(StorageError):
+                    store.put(NOTES, "a", one, NEW)
+                    is_done[place] = True
+        if not (fault.lasts or fault.kind.startswith("kill")):
+            assert len(files_in(folder)) in (num_before, num_before + 1), "drafts are removed"
+        store = make(folder)
+        allowed = (OLD, NEW), (None, NEW)
+        for place, one in enumerate(ids):
+            found = content_of(store, NOTES, one)
+            assert found == NEW or (not is_done[place] and found in allowed[place]), fault
+            store.put(NOTES, "a", one, NEW)
+            assert content_of(store, NOTES, one) == NEW, fault
+
+
+@pytest.mark.parametrize("kinds", [FEW_FAULTS, pytest.param(FAULTS, marks=pytest.mark.slow)])
+def test_the_oldest_go_when_the_new_one_is_there(tmp_path: Path, kinds: Sequence[Fault]) -> None:
+    ids = [f"ring_{number:032x}" for number in range(4)]
+
+    def prepare(folder: Path) -> None:
+        store = make(folder)
+        for one in ids[:3]:
+            store.put(RING, "a", one, OLD)
+
+    for folder, fault in each_fault(tmp_path, prepare, kinds):
+        with FaultyFiles(folder, fault), contextlib.suppress(ConfigError, StorageError, Killed):
+            make(folder, max_objects=3).put(RING, "a", ids[3], NEW)
+        store = make(folder, max_objects=3)
+        if content_of(store, RING, ids[3]) is None:
+            assert store.list_ids(RING, "a") == ids[:3], fault
+        store.put(RING, "a", ids[3], NEW)
+        assert store.list_ids(RING, "a") == ids[1:], fault
+
+
+def test_a_put_that_fails_takes_no_room(tmp_path: Path) -> None:
+    store = make(tmp_path, max_objects=1)
+    with FaultyFiles(tmp_path, Fault(0, lasts=True)), pytest.raises(StorageError):
+        put(store, NOTES)
+    put(store, NOTES)
+
+
+def test_a_full_disk_is_known_before_anything_is_written(tmp_path: Path) -> None:
+    store, names = make(tmp_path, max_bytes=1 << 62), list[str]()
+    with (
+        FaultyFiles(tmp_path, on_call=lambda call: names.append(call.name)),
+        pytest.raises(StorageFullError, match="nothing more can be stored: No space left"),
+    ):
+        store.put_pieces(NOTES, "a", store.new_id(NOTES), 1 << 60, [])
+    assert "write" not in names
+
+
+def test_pieces_make_one_object(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    one, other = store.new_id(NOTES), store.new_id(NOTES)
+    store.put_pieces(NOTES, "a", one, 6, iter([b"ab", b"", b"cdef"]))
+    assert content_of(store, NOTES, one) == b"abcdef"
+    with pytest.raises(StorageError, match="has 2 bytes, not 6"):
+        store.put_pieces(NOTES, "a", other, 6, iter([b"ab"]))
+    assert content_of(store, NOTES, other) is None
+    assert len(files_in(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("ahead_s", [60.0, 1e6, 1e9])
+def test_a_gateway_whose_clock_is_ahead_removes_nothing_early(
+    tmp_path: Path, clock: Clock, ahead_s: float
+) -> None:
+    store = make(tmp_path, clock, max_objects=2)
+    mine = put(store, NOTES)
+    (tmp_path / "new" / "draft").write_bytes(b"of a writer")
+    ahead = StateStore(
+        tmp_path,
+        max_objects=1,
+        max_bytes=1 << 20,
+        ttl_s=60.0,
+        clock=lambda: clock() + ahead_s,
+        disk_clock=clock.of_disk,
+    )
+    assert ahead.sweep() == 0
+    with pytest.raises(StorageFullError):
+        put(ahead, NOTES)
+    assert content_of(store, NOTES, mine) == b"x"
+    clock.now_s += 60.0
+    assert ahead.sweep() == 1
+    assert store.list_ids(NOTES, "a") == []
+
+
+def test_the_clock_of_the_disk_is_that_of_its_files(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, max_objects=1, max_bytes=1 << 20, ttl_s=60.0, clock=lambda: 1e12)
+    (tmp_path / "new" / "probe").touch()
+    made_s = (tmp_path / "new" / "probe").stat().st_mtime
+    assert 0.0 <= store.disk_time_s() - made_s < 3600.0
+
+
+def test_one_object_that_cannot_be_read_stops_no_sweep(tmp_path: Path, clock: Clock) -> None:
+    store = make(tmp_path, clock)
+    bad = put(store, NOTES)
+    clock.now_s += 0.01
+    put(store, NOTES)
+    clock.now_s += 61.0
+
+    def fail(call: FileCall) -> None:
+        if call.name == "open" and call.path.endswith(bad):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with FaultyFiles(tmp_path, on_call=fail):
+        assert store.sweep() == 1
+    assert [path.name for path in files_in(tmp_path)] == [bad]
+
+
 # ---- the folder -----------------------------------------------------------------------------
 
 
@@ -388,7 +532,7 @@ def test_errors_of_the_disk_have_no_paths(
     def fail(handle: int) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path))
 
-    monkeypatch.setattr("gateway.state.files.os.fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(kind, match=message) as caught:
         put(store, NOTES)
     assert type(caught.value) is kind

@@ -8,8 +8,15 @@ import unicodedata
 
 import pytest
 import tokenizers
+from tokenizers import decoders, models, normalizers, processors
 
-from gateway.text.detokenizer import ChoiceText, StopStrings, make_detokenizer, place_tokens
+from gateway.text.detokenizer import (
+    ChoiceText,
+    StopStrings,
+    aligned,
+    make_detokenizer,
+    place_tokens,
+)
 from gateway.text.tokenizer import Tokenizer
 from tests.paths import ROOT
 
@@ -181,3 +188,48 @@ def test_long_texts_have_the_tokens_of_short_ones(name: str, special: bool) -> N
     assert ids == tuple(backend.encode(text, add_special_tokens=special).ids)
     assert len(ids) > 2048
     assert tokenizer.decode(ids) == backend.decode(list(ids)) == text
+
+
+def sentencepiece_like() -> Tokenizer:
+    """As in Llama's files: spaces are marks, one of which is put before every text."""
+    pieces = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["\u2581", "h", "i", "a", "hi", "\u2581hi", "\u2581a", "\u2581\u2581"]
+    merges = [("h", "i"), ("\u2581", "hi"), ("\u2581", "a"), ("\u2581", "\u2581")]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    made.normalizer = normalizers.Sequence(spaces)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    made.add_special_tokens(["<s>"])
+    return Tokenizer(made)
+
+
+@pytest.mark.parametrize("skips_special", [True, False])
+@pytest.mark.parametrize(
+    ("text", "offsets"),
+    [
+        ("hi a", [0, 0, 2]),
+        (" hi a", [0, 0, 0, 3]),
+        ("  hi", [0, 0, 1]),
+        ("   a", [0, 0, 1, 2]),
+        (" ", [0, 0]),
+        ("\u00e9 a", [0, 0, 0, 0, 1]),
+    ],
+)
+def test_an_echoed_text_keeps_its_spaces_and_its_tokens_their_places(
+    text: str, offsets: list[int], skips_special: bool
+) -> None:
+    tokenizer = sentencepiece_like()
+    ids = tokenizer.encode(text)
+    decoded, tokens = place_tokens(make_detokenizer(tokenizer, skips_special), ids, ())
+    assert decoded == tokenizer.decode(ids, skips_special)
+    if skips_special:
+        assert decoded == text
+    found, placed = aligned(text, decoded, tokens)
+    assert found == text
+    assert [token.text_offset for token in placed] == offsets

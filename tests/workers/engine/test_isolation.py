@@ -20,6 +20,7 @@ from workers.requests.request import (
     Queued,
     Request,
     SamplingParams,
+    SoloStage,
     SoloStep,
     TokenOutput,
 )
@@ -66,29 +67,96 @@ def test_a_step_that_broke_without_a_death_counts_nothing() -> None:
     assert not isolation.suspects
 
 
-def test_a_commit_clears_and_a_third_death_blames() -> None:
+def advance(isolation: Isolation, now_s: float = 0.0) -> list[SoloStep | Queued]:
+    return isolation.advance(always, lambda name: 3, now_s)
+
+
+def stage_of(name: str, stage: SoloStage) -> SoloStep:
+    return SoloStep(request_id=name, attempt=3, stage=stage)
+
+
+def start(isolation: Isolation) -> str:
+    """Let the next suspect begin its solo step; its name."""
+    (offer,) = advance(isolation)
+    assert isinstance(offer, SoloStep)
+    assert advance(isolation) == [], "an offer is made once"
+    isolation.acknowledge(offer)
+    assert isolation.is_waiting, "the gateway has recorded nothing yet"
+    (certain,) = advance(isolation)
+    assert certain == stage_of(offer.request_id, SoloStage.CERTAIN)
+    isolation.acknowledge(certain)
+    assert isolation.alone == offer.request_id
+    assert not isolation.is_waiting
+    return offer.request_id
+
+
+def end(isolation: Isolation, name: str) -> None:
+    """The gateway learns that a solo step is over."""
+    assert (isolation.is_waiting, isolation.alone) == (True, None)
+    (over,) = advance(isolation)
+    assert over == stage_of(name, SoloStage.OVER)
+    isolation.acknowledge(over)
+    assert not isolation.is_waiting
+
+
+def test_a_commit_clears_and_a_third_death_makes_the_cause() -> None:
     isolation = twice_hit("a", "b")
-    assert isolation.offer(always, 0.0) == "a"
-    assert isolation.is_waiting
-    assert isolation.offer(always, 0.0) is None
-    isolation.take("a")
+    assert start(isolation) == "a"
+    isolation.commit({"c"})
     assert isolation.alone == "a"
-    assert isolation.commit({"c"}) is None
-    assert isolation.commit({"a"}) == "a"
+    isolation.commit({"a"})
     assert isolation.suspects == {"b"}
-    assert isolation.offer(always, 0.0) == "b"
-    isolation.take("b")
+    end(isolation, "a")
+    assert start(isolation) == "b"
     isolation.give_up(["b"])
     assert isolation.die() == "b"
     isolation.forget("b")
+    end(isolation, "b")
     assert isolation.alone is None
     assert not isolation.suspects
 
 
+@pytest.mark.parametrize("limit_s", [ANSWER_LIMIT_S, 1000 * ANSWER_LIMIT_S])
+def test_nothing_runs_before_the_gateway_knows_that_the_step_is_over(limit_s: float) -> None:
+    """If this worker died in the next step, the gateway would take the request for the cause."""
+    isolation = twice_hit("a", "b")
+    assert start(isolation) == "a"
+    isolation.commit({"a"})
+    isolation.forget("a")  # it was its last token
+    (over,) = advance(isolation)
+    assert advance(isolation, limit_s) == []
+    assert isolation.is_waiting
+    isolation.acknowledge(stage_of("a", SoloStage.CERTAIN))  # twice
+    assert isolation.is_waiting
+    assert isinstance(over, SoloStep)
+    isolation.acknowledge(over)
+    assert not isolation.is_waiting
+
+
+def test_a_step_that_is_certain_is_not_withdrawn() -> None:
+    isolation = twice_hit("a", "b")
+    (offer,) = advance(isolation)
+    assert isinstance(offer, SoloStep)
+    isolation.acknowledge(offer)
+    assert advance(isolation, 1000 * ANSWER_LIMIT_S) == [stage_of("a", SoloStage.CERTAIN)]
+    assert advance(isolation, 2000 * ANSWER_LIMIT_S) == []
+    assert isolation.is_waiting
+    isolation.disconnect()
+    assert not isolation.is_waiting
+    assert isolation.suspects == {"a", "b"}
+
+
+def test_an_abort_of_an_offer_ends_it_at_once() -> None:
+    isolation = twice_hit("a")
+    advance(isolation)
+    isolation.forget("a")
+    assert not isolation.is_waiting
+    assert advance(isolation) == []
+
+
 def test_a_death_in_which_it_did_not_run_is_not_its_doing() -> None:
     isolation = twice_hit("a")
-    assert isolation.offer(always, 0.0) == "a"
-    isolation.take("a")
+    assert start(isolation) == "a"
     assert isolation.die() is None
     assert isolation.alone == "a"
 
@@ -96,8 +164,7 @@ def test_a_death_in_which_it_did_not_run_is_not_its_doing() -> None:
 def test_what_was_given_up_before_a_generation_runs_is_not_held_against_it() -> None:
     """Its step was abandoned because a worker joined, which dies later, outside its steps."""
     isolation = twice_hit("a")
-    assert isolation.offer(always, 0.0) == "a"
-    isolation.take("a")
+    assert start(isolation) == "a"
     isolation.give_up(["a"])
     isolation.begin()
     assert isolation.die() is None
@@ -132,17 +199,18 @@ def test_a_drained_worker_is_no_death() -> None:
 
 def test_an_offer_without_an_answer_goes_to_the_end() -> None:
     isolation = twice_hit("a", "b")
-    first = isolation.offer(always, 0.0)
-    assert first is not None
-    assert isolation.expire(ANSWER_LIMIT_S - 0.01) is None
+    (first,) = advance(isolation)
+    assert advance(isolation, ANSWER_LIMIT_S - 0.01) == []
     assert isolation.is_waiting
-    assert isolation.expire(ANSWER_LIMIT_S) == first
+    assert advance(isolation, ANSWER_LIMIT_S) == [Queued(request_id="a", attempt=3)]
     assert not isolation.is_waiting
-    second = isolation.offer(always, 2.0)
-    assert {first, second} == {"a", "b"}
-    isolation.take(first)  # too late
+    (second,) = advance(isolation, 2.0)
+    assert (first.request_id, second.request_id) == ("a", "b")
+    assert isinstance(first, SoloStep)
+    isolation.acknowledge(first)  # too late, and its gateway has recorded nothing
+    assert advance(isolation, 2.0) == []
     assert isolation.alone is None
-    assert twice_hit("a").offer(lambda name: False, 0.0) is None
+    assert twice_hit("a").advance(lambda name: False, lambda name: 3, 0.0) == []
 
 
 def test_a_plan_leaves_out_requests_held_back_or_not_alone() -> None:
@@ -228,11 +296,15 @@ class Cluster:
         self.engine.worker_died()
         return self.engine.poll()
 
-    def answer(self, solo_steps: list[SoloStep | Queued]) -> None:
-        """As a gateway does."""
-        for solo_step in solo_steps:
-            if isinstance(solo_step, SoloStep) and not solo_step.is_over:
-                self.engine.begin_solo_step(solo_step)
+    def run_alone(self) -> list[SoloStep | Queued]:
+        """Answer as a gateway does, until nothing is left to answer; returns the messages."""
+        seen: list[SoloStep | Queued] = []
+        while messages := self.engine.take_solo_steps():
+            for message in messages:
+                if isinstance(message, SoloStep):
+                    self.engine.acknowledge_solo_step(message)
+            seen += messages
+        return seen
 
 
 def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpoint: Path) -> None:
@@ -244,26 +316,26 @@ def test_an_engine_runs_suspects_alone_and_fails_the_one_that_kills(tiny_checkpo
     assert engine.take_solo_steps() == []
     cluster.step(dies=True)
     engine.add_request(Request(request_id="c", prompt=(8, 9), params=GREEDY))
-    solo_steps = engine.take_solo_steps()
-    assert solo_steps == [SoloStep(request_id="a", attempt=0)]
-    assert engine.wanted().prefill_rows == 0  # nothing runs before it is noted
-    engine.begin_solo_step(SoloStep(request_id="a", attempt=1))
+    assert engine.take_solo_steps() == [SoloStep(request_id="a", attempt=0)]
+    assert engine.wanted().prefill_rows == 0  # nothing runs before it is recorded
+    engine.acknowledge_solo_step(SoloStep(request_id="a", attempt=1))
+    assert engine.take_solo_steps() == []
+    engine.acknowledge_solo_step(SoloStep(request_id="a", attempt=0))
     assert engine.wanted().prefill_rows == 0
-    cluster.answer(solo_steps)
+    cluster.run_alone()
     outputs = cluster.step()
     assert {output.request_id for output in outputs} == {"a"}
-    solo_steps = engine.take_solo_steps()
-    assert solo_steps == [
-        SoloStep(request_id="a", attempt=0, is_over=True),
+    assert cluster.run_alone() == [
+        SoloStep(request_id="a", attempt=0, stage=SoloStage.OVER),
         SoloStep(request_id="b", attempt=0),
+        SoloStep(request_id="b", attempt=0, stage=SoloStage.CERTAIN),
     ]
-    cluster.answer(solo_steps)
     outputs = cluster.step(dies=True)
     assert {output.request_id for output in outputs} == {"b"}
     assert {output.error_code for output in outputs} == {"poisonous_request"}
     assert [output.choice for output in outputs] == [0, 1]
     assert cluster.steps == [False, False, True, True]
-    assert engine.take_solo_steps() == []
+    assert cluster.run_alone() == [SoloStep(request_id="b", attempt=0, stage=SoloStage.OVER)]
     found: list[TokenOutput] = []
     while engine.has_work:
         found += cluster.step()
@@ -291,9 +363,10 @@ def test_a_gateway_learns_that_an_offer_without_an_answer_is_withdrawn(
     assert engine.take_solo_steps() == [Queued(request_id="a", attempt=0)]
     assert {output.request_id for output in cluster.step()} == {"c"}
     assert engine.take_solo_steps() == [SoloStep(request_id="b", attempt=0)]
-    engine.begin_solo_step(offer)  # too late
-    assert engine.wanted().prefill_rows == 0
-    cluster.answer([SoloStep(request_id="b", attempt=0)])
+    engine.acknowledge_solo_step(offer)  # too late
+    assert engine.take_solo_steps() == []
+    engine.acknowledge_solo_step(SoloStep(request_id="b", attempt=0))
+    cluster.run_alone()
     assert {output.request_id for output in cluster.step()} == {"b"}
 
 
@@ -305,8 +378,9 @@ def test_a_request_brings_its_deaths_along_and_may_be_aborted_in_its_solo_step(
     request = Request(request_id="a", prompt=(5, 6), params=GREEDY, attempt=2, num_deaths=2)
     engine.add_request(request)
     engine.add_request(Request(request_id="b", prompt=(5, 6), params=GREEDY))
-    cluster.answer(engine.take_solo_steps())
+    cluster.run_alone()
     assert engine.wanted().is_alone
     engine.abort("a")
     assert not engine.wanted().is_alone
+    cluster.run_alone()
     assert {output.request_id for output in cluster.step()} == {"b"}

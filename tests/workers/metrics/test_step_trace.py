@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.core.errors import ConfigError
+from tests.harness.faulty_files import FaultyFiles, Killed, each_fault
 from tests.harness.step_traces import events_of, read_spans
 from workers.metrics.step_trace import StepTrace
 
@@ -55,7 +57,7 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
         StepTrace(tmp_path / "file" / "folder", "expert-0", 2000)
 
 
-def test_a_full_disk_ends_the_trace_and_nothing_else(
+def test_a_full_disk_costs_steps_of_the_trace_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trace = StepTrace(tmp_path, "expert-0", 1 << 20)
@@ -66,18 +68,36 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(
         trace.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "the trace ends: " in caplog.text
+    assert caplog.text.count("the trace leaves out steps: ") == 1
     trace.add("send", 0, 1, {"step": 2})
     trace.close()
+    assert [span.args["step"] for span in read_spans(tmp_path)] == [2]
 
 
-def test_a_file_that_cannot_be_kept_ends_the_trace_and_nothing_else(
+def test_a_file_that_cannot_be_kept_stays_as_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trace = StepTrace(tmp_path, "expert-0", 10)
     (file,) = tmp_path.iterdir()
     (tmp_path / f"previous-{file.name}").mkdir()
+    before = file.read_bytes()
     trace.add("send", 0, 1, {"step": 1})
     trace.flush()
-    assert "the trace ends: " in caplog.text
+    assert "the trace leaves out steps: " in caplog.text
+    assert file.read_bytes() == before
     trace.close()
+
+
+def test_a_trace_has_whole_events_whatever_the_disk_does(tmp_path: Path) -> None:
+    for folder, fault in each_fault(tmp_path):
+        files = FaultyFiles(folder, fault)
+        with contextlib.suppress(ConfigError, Killed), files:
+            trace = StepTrace(folder, "expert-0", 600)
+            for step in range(8):
+                trace.add("send", 0, 1, {"step": step})
+                trace.flush()
+            files.heal()
+            trace.add("send", 0, 1, {"step": 8})
+            trace.close()
+            assert 8 in [span.args["step"] for span in read_spans(folder)], fault
+            assert all(events_of(file) for file in folder.iterdir()), fault

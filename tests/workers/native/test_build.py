@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -20,7 +21,14 @@ from workers.native.build import (
     compilers,
     library_path,
 )
-from workers.native.library import find_library, is_built, load_library, runnable
+from workers.native.library import (
+    MAX_VARIABLE,
+    InstructionsError,
+    find_library,
+    is_built,
+    load_library,
+    runnable,
+)
 
 AVX2 = INSTRUCTION_SETS[-1]
 ENVIRON = {"PATH": "/usr/bin:/bin"}
@@ -58,6 +66,29 @@ def test_float32_sums_come_before_bfloat16_products_on_intel(tmp_path: Path) -> 
     path = cpu_info(tmp_path, AVX2)
     path.write_text(f"vendor_id\t: GenuineIntel\n{path.read_text()}")
     assert runnable(path) == [AVX2]
+
+
+@pytest.mark.parametrize("best", INSTRUCTION_SETS, ids=[i.name for i in INSTRUCTION_SETS])
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_a_variable_names_the_best_instructions(
+    best: InstructionSet, vendor: str, tmp_path: Path
+) -> None:
+    path = cpu_info(tmp_path, INSTRUCTION_SETS[0])
+    path.write_text(f"vendor_id\t: {vendor}\n{path.read_text()}")
+    allowed = set(INSTRUCTION_SETS[INSTRUCTION_SETS.index(best) :])
+    names = [wanted.name for wanted in runnable(path, {}) if wanted in allowed]
+    environ = {MAX_VARIABLE: best.name}
+    assert [wanted.name for wanted in runnable(path, environ)] == names
+    found = find_library(environ={**os.environ, **environ})
+    assert found.library is None or found.library.name == runnable(environ=environ)[0].name
+    lesser = cpu_info(tmp_path, AVX2)
+    assert runnable(lesser, environ) == [AVX2], "it gives a processor no instructions"
+
+
+def test_a_variable_with_unknown_instructions_is_refused() -> None:
+    rule = "EXPERTMESH_MAX_INSTRUCTIONS 'avx9' must be one of avx512_bf16, avx512, avx2"
+    with pytest.raises(InstructionsError, match=rule):
+        find_library(environ={MAX_VARIABLE: "avx9"})
 
 
 def test_an_old_processor_runs_none(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import grpc
 import psutil
 import pytest
 from msgspec import structs
@@ -15,8 +16,10 @@ from msgspec import structs
 from cluster.core.addresses import split_address, tune_socket
 from cluster.core.release import RELEASE
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN, EngineStream
+from tests.harness.http2_client import Http2Client
 from tests.workers.process.test_gateway_silence import FACTS
-from workers.process.engine_server import EngineServer
+from workers.process import engine_server
+from workers.process.engine_server import MAX_HANDSHAKES, EngineServer
 from workers.process.intake.commands import (
     AddRequest,
     Command,
@@ -27,7 +30,7 @@ from workers.process.intake.commands import (
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request, SamplingParams, StepOutput, TokenOutput
 from workers.requests.stream_handshake import HELLO, Hello
-from workers.requests.wire import TO_ENGINE, KeepCopy, Ping, Prefetch
+from workers.requests.wire import PATH, TO_ENGINE, KeepCopy, Ping, Prefetch
 
 OPTIONS = (16, socket.TCP_USER_TIMEOUT)  # TCP_THIN_LINEAR_TIMEOUTS has no name in Python
 REQUEST = Request(request_id="r", prompt=(1, 2), params=SamplingParams())
@@ -269,3 +272,27 @@ def test_a_call_that_fails_keeps_no_other_from_the_loop(case: Case) -> None:
     case.server.publish(added.gateway, StepOutput(outputs=(output,)))
     case.server.release()
     assert case.stream.next() == output
+
+
+def test_callers_that_do_not_read_leave_their_handshakes(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway comes in after them, and what they wait for is forgotten."""
+    hello = HELLO.encode(Hello(name="silent", nonce="n", release=RELEASE))
+    pending = case.server._handshakes
+    with Http2Client(case.address, window=0) as silent:
+        for _ in range(MAX_HANDSHAKES):
+            silent.call(PATH, hello)
+        silent.wait_for(lambda: len(pending) == MAX_HANDSHAKES, "their handshakes")
+        beyond = silent.call(PATH, hello)
+        assert silent.wait_status(beyond) == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        case.still_serves()
+        monkeypatch.setattr(engine_server, "HANDSHAKE_LIMIT_S", 0.0)
+        silent.wait_for(lambda: not pending, "their end")
+        monkeypatch.undo()
+        case.inbox.take()
+        case.came.clear()
+        another = EngineStream(case.address)
+        another.send(REQUEST)
+        assert [c.request for c in case.commands() if isinstance(c, AddRequest)] == [REQUEST]
+        another.close()

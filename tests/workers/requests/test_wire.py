@@ -19,6 +19,7 @@ from workers.requests.request import (
     Queued,
     Request,
     SamplingParams,
+    SoloStage,
     SoloStep,
     StepOutput,
     Timings,
@@ -210,7 +211,7 @@ def test_kv_events_survive_the_wire() -> None:
         Pause(request_id="r", num_tokens=17),
         Pause(request_id="r", is_over=True),
         KvResync(),
-        SoloStep(request_id="r", attempt=1, is_over=True),
+        SoloStep(request_id="r", attempt=1, stage=SoloStage.OVER),
     ],
     ids=repr,
 )

@@ -18,7 +18,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.text.tokenizer import load_tokenizer
 from tests.paths import DATA, DEMO
 from workers.model.loading.checkpoint import Checkpoint
-from workers.requests.request import Grammar, GrammarKind
+from workers.requests.request import Grammar, GrammarKind, GrammarPart
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
 
@@ -415,3 +415,47 @@ def test_ids_beyond_the_tokenizer_are_never_allowed() -> None:
     assert len(mask.allowed) == VOCAB + 40
     assert not bool(mask.allowed[VOCAB:].any())
     assert int(mask.allowed.sum()) > VOCAB // 2
+
+
+def test_tenants_share_no_compiled_grammar(compiler: GrammarCompiler) -> None:
+    compiled = compiler.compile(regex("tenants?"), "one")
+    assert compiler.cached(regex("tenants?"), "one") is compiled
+    assert compiler.cached(regex("tenants?"), "two") is None
+    assert compiler.compile(regex("tenants?"), "two") is not compiled
+
+
+def test_the_grammars_of_one_tenant_do_not_displace_those_of_another() -> None:
+    small = GrammarCompiler(DEMO, VOCAB, CONFIG.eos_token_ids, cache_size=3)
+    small.compile(regex("rare"), "one")
+    for text in "abcde":
+        small.compile(regex(text), "two")
+    assert small.cached(regex("rare"), "one") is not None
+    assert [small.cached(regex(t), "two") is not None for t in "cde"] == [False, True, True]
+
+
+def parts_of(*fallbacks: str | None) -> tuple[GrammarPart, ...]:
+    """Of the rules ``a_0``, ``a_1`` and so on."""
+    return tuple(
+        GrammarPart(rule=f"a_{place}", label=f"tool {place}", fallback=fallback)
+        for place, fallback in enumerate(fallbacks)
+    )
+
+
+UNSATISFIABLE = '%json {"type": "string", "minLength": 5, "maxLength": 2}'
+TWO_RULES = "start: a_0 | a_1\na_0: %s\na_1: %s\n"
+
+
+def test_only_parts_that_do_not_compile_are_weakened(compiler: GrammarCompiler) -> None:
+    text = TWO_RULES % (UNSATISFIABLE, '%json {"const": 1}')
+    parts = parts_of('"x"', '"y"')
+    compiled = compiler.compile(Grammar(kind=GrammarKind.LARK, text=text, parts=parts))
+    starts = {TOKEN_BYTES[token][:1] for token in allowed_after(compiled, ())}
+    assert starts == {b"x", b"1"}
+    assert compiled.renew() is not None, "it compiles again as it did"
+
+
+def test_a_part_without_a_fallback_is_named(compiler: GrammarCompiler) -> None:
+    text = TWO_RULES % ('"x"', UNSATISFIABLE)
+    grammar = Grammar(kind=GrammarKind.LARK, text=text, field="tools", parts=parts_of('"z"', None))
+    with pytest.raises(RequestError, match=r"^tool 1 cannot be used as a grammar"):
+        compiler.compile(grammar)

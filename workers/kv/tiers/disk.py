@@ -1,29 +1,34 @@
 """The tier on local disk: files in a folder that one process has for itself (``folders``).
 
 A file ``TENANT/NAME.kv`` is one KV block or state, a header and its bytes. TENANT is a digest of
-the tenant's name, NAME the item's in hex. The header has the item's parent and a checksum of name,
-parent and bytes, so that a torn, flipped or renamed file is detected: it counts as a miss, and is
-deleted before the next one is written. A file appears under its name when it is complete.
+the tenant's name, NAME the item's in hex. The header has a digest of the identity (all that the
+bytes depend on beside the tokens), the item's parent and a checksum of name, identity, parent and
+bytes, so that a torn, flipped or renamed file is detected, and one that was computed otherwise: it
+counts as a miss, and is deleted before the next one is written. A file appears under its name when
+it is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
+import stat
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from workers.kv.tiers.folders import SUFFIX, UNFINISHED, ClaimedFolder, unusable
+from workers.kv.tiers.folders import SUFFIX, UNFINISHED, ClaimedFolder, item_entries
 from workers.kv.tiers.order import TierTurn
 from workers.kv.tiers.tier import Tier
 from workers.kv.turns import KeepHints, TurnUse
@@ -32,18 +37,20 @@ from workers.transport.peer_link import view_bytes
 
 logger = logging.getLogger(__name__)
 
-_MAGIC: Final = b"kv block 1\n"
-_HEADER: Final = struct.Struct(f"!11sB{HASH_BYTES}sQ32s")
-"""Magic, 1 with a parent, the parent, bytes of data, SHA-256."""
+_MAGIC: Final = b"kv block 2\n"
+_IDENTITY_BYTES: Final = 16
+_HEADER: Final = struct.Struct(f"!11s{_IDENTITY_BYTES}sB{HASH_BYTES}sQ32s")
+"""Magic, digest of the identity, 1 with a parent, the parent, bytes of data, SHA-256."""
 _WRONG_SIZE: Final = "its size is wrong"
 _NO_PARENT: Final = bytes(HASH_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _StoredItem:
     """A file of an earlier process."""
 
     name: bytes
+    identity: bytes
     parent: bytes | None
     size: int
     tenant: str
@@ -51,8 +58,9 @@ class _Found:
 
 
 class DiskTier(Tier):
-    """Files in a folder; see the module. One thread puts items, any may read and forget them: that
-    thread deletes their files, before it writes another one.
+    """Files in a folder; see the module. It has items once ``use`` has named their identity.
+
+    One thread calls ``use``, puts items and erases their files; any may read and forget them.
     """
 
     name: ClassVar[str] = "disk"
@@ -64,27 +72,44 @@ class DiskTier(Tier):
         max_kept: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Goes on with what is in the folder, which belongs to this object from now on.
+        """Find what is in the folder, which belongs to this object from now on.
 
-        Raises ``ConfigError`` where it cannot be used.
+        An entry that cannot be read is left out. Raises ``OSError`` where the folder cannot be.
         """
         super().__init__(capacity_bytes, max_kept, clock)
-        self._claimed = folder
-        self._folder = folder.path
+        self.folder = folder
+        self.failure = ""
+        """Why the last item could not be written; empty once one could be."""
+        self._identity = b""
         self._tenants: dict[bytes, str] = {}
         self._unerased: deque[Path] = deque()
         self._num_written = 0
-        self._is_failing = False
         try:
-            self._take_over()
-        except OSError as err:
-            self.close()
-            raise unusable(folder.path, err) from err
+            self._stored = self._scan()
+        except OSError:
+            folder.release()
+            raise
+
+    def use(self, identity: str) -> None:
+        """Go on with the items of this identity; all others are deleted."""
+        digest = hashlib.sha256(identity.encode()).digest()[:_IDENTITY_BYTES]
+        if digest == self._identity:
+            return
+        with self._lock:
+            others = self._order.names
+        self.forget(others)
+        self._identity = digest
+        stored, self._stored = self._stored, {}
+        self._take_over(stored)
+        try:
+            self.folder.describe(identity)
+        except OSError as err:  # it is in every header, too
+            self._note_failure(err)
 
     def close(self) -> None:
         """Let another process have the folder; the files stay. The thread that puts has ended."""
         self.erase()
-        self._claimed.release()
+        self.folder.release()
 
     @property
     def num_unerased(self) -> int:
@@ -94,10 +119,13 @@ class DiskTier(Tier):
     def erase(self) -> None:
         """Delete them; belongs to the thread that puts items."""
         while self._unerased:
+            path = self._unerased.popleft()
+            if self._is_item(path):
+                continue
             try:
-                self._unerased.popleft().unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             except OSError as err:
-                self._note_failure(err)
+                logger.warning("a KV block on disk is not deleted: %s", err)
 
     def begin(self, use: TurnUse) -> TierTurn:
         return super().begin(
@@ -112,12 +140,12 @@ class DiskTier(Tier):
         path = self._path(tenant, name)
         self.erase()
         self._num_written += 1
-        unfinished = self._folder / f"{self._num_written}{UNFINISHED}"
+        unfinished = self.folder.path / f"{self._num_written}{UNFINISHED}"
         view = view_bytes(data)
         try:
             path.parent.mkdir(exist_ok=True)
             with unfinished.open("wb") as file:
-                file.write(_header(name, parent, view))
+                file.write(_header(name, self._identity, parent, view))
                 file.write(view)
             unfinished.rename(path)
         except OSError as err:
@@ -125,7 +153,7 @@ class DiskTier(Tier):
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             return False
-        self._is_failing = False
+        self.failure = ""
         self._tenants[name] = tenant
         return True
 
@@ -134,9 +162,9 @@ class DiskTier(Tier):
         if tenant is None:
             return None
         try:
-            return _content(self._path(tenant, name), name)
+            return _content(self._path(tenant, name), name, self._identity)
         except (OSError, ValueError) as err:
-            if self.has(name):  # else it gave way while it was read
+            if self.has(name):  # else it was given up while it was read
                 self.num_broken += 1
                 logger.warning("KV block %s on disk is broken: %s", name.hex(), err)
                 self.forget((name,))
@@ -148,30 +176,60 @@ class DiskTier(Tier):
                 self._unerased.append(self._path(tenant, name))
 
     def _path(self, tenant: str, name: bytes) -> Path:
-        return self._folder / tenant / f"{name.hex()}{SUFFIX}"
+        return self.folder.path / tenant / f"{name.hex()}{SUFFIX}"
+
+    def _is_item(self, path: Path) -> bool:
+        """Whether an item that is here has this file."""
+        try:
+            name = bytes.fromhex(path.stem)
+        except ValueError:
+            return False
+        return self.has(name) and path.parent.name == self._tenants.get(name)
 
     def _note_failure(self, err: OSError) -> None:
-        if not self._is_failing:  # once, until a file is written again
+        if not self.failure:  # once, until a file is written again
             logger.warning("KV blocks are not kept on disk: %s", err)
-        self._is_failing = True
+        self.failure = str(err)
 
     # Files of an earlier process
 
-    def _take_over(self) -> None:
+    def _scan(self) -> dict[bytes, _StoredItem]:
+        """Items by name. What is no item, as far as its beginning shows, is to be deleted.
+
+        Raises ``OSError`` where the folder cannot be read.
+        """
+        self._unerased.extend(self.folder.path.glob(f"*{UNFINISHED}"))
+        stored: dict[bytes, _StoredItem] = {}
+        for entry in item_entries(self.folder.path):
+            try:
+                item = _stored_item(entry)
+            except OSError as err:  # it may be readable again at another time
+                self._note_broken(entry, err)
+            except ValueError as err:
+                self._note_broken(entry, err)
+                self._unerased.append(Path(entry.path))
+            else:
+                stored[item.name] = item
+        return stored
+
+    def _note_broken(self, entry: os.DirEntry[str], err: Exception) -> None:
+        self.num_broken += 1
+        logger.warning("KV block %s on disk is broken: %s", entry.name, err)
+
+    def _take_over(self, stored: dict[bytes, _StoredItem]) -> None:
         """Go on with complete prefixes, as if the latest file had been used last."""
-        found = {item.name: item for item in _files(self._folder)}
+        own = {n: item for n, item in stored.items() if item.identity == self._identity}
         lost: set[bytes] = set()
-        for item in sorted(found.values(), key=lambda item: item.modified_s):
-            self._enter_behind_parents(item, found, lost)
-        for name, item in found.items():
-            if not self.has(name):
-                self._path(item.tenant, name).unlink(missing_ok=True)
-        self._unerased.clear()  # some of them are here again
-        if self._here:
-            logger.info("%d KV blocks were found on disk", len(self._here))
+        for item in sorted(own.values(), key=lambda item: item.modified_s):
+            self._enter_behind_parents(item, own, lost)
+        others = [self._path(item.tenant, n) for n, item in stored.items() if not self.has(n)]
+        self._unerased.extend(others)
+        if stored:
+            num = len(self._here)
+            logger.info("%d KV blocks were found on disk, %d are of no use", num, len(others))
 
     def _enter_behind_parents(
-        self, item: _Found, found: dict[bytes, _Found], lost: set[bytes]
+        self, item: _StoredItem, found: dict[bytes, _StoredItem], lost: set[bytes]
     ) -> None:
         """``lost``: items without a beginning, which are not followed twice."""
         chain = [item]
@@ -183,36 +241,38 @@ class DiskTier(Tier):
         for each in reversed(chain):
             self._enter_found(each)
 
-    def _enter_found(self, item: _Found) -> None:
+    def _enter_found(self, item: _StoredItem) -> None:
         """A file counts as a turn of its own, from which nothing is learned."""
         use = TurnUse(names=(), num_prompt=0, hints=KeepHints(tenant=item.tenant))
-        turn = self._order.begin(use, self._clock())
-        if self._order.add(turn, item.name, item.parent, item.size):
-            self._tenants[item.name] = item.tenant
-            if item.parent is not None and item.name == state_key(item.parent):
-                self._states.add(item.name)
-            self._show(item.name)
-        self._erase(self._leave(self._order.take_gone()))
-        self._order.end(turn)
+        with self._lock:
+            turn = self._order.begin(use, self._clock())
+            if self._order.add(turn, item.name, item.parent, item.size):
+                self._tenants[item.name] = item.tenant
+                if item.parent is not None and item.name == state_key(item.parent):
+                    self._states.add(item.name)
+                self._show(item.name)
+            self._erase(self._leave(self._order.take_gone()))
+            self._order.end(turn)
 
 
 def _digest(tenant: str) -> str:
     return hashlib.sha256(tenant.encode()).hexdigest()[:16]
 
 
-def _header(name: bytes, parent: bytes | None, data: memoryview) -> bytes:
+def _header(name: bytes, identity: bytes, parent: bytes | None, data: memoryview) -> bytes:
     checksum = hashlib.sha256(name)
+    checksum.update(identity)
     checksum.update(parent or b"")
     checksum.update(data)
     has_parent, parent = parent is not None, parent or _NO_PARENT
-    return _HEADER.pack(_MAGIC, has_parent, parent, len(data), checksum.digest())
+    return _HEADER.pack(_MAGIC, identity, has_parent, parent, len(data), checksum.digest())
 
 
-def _content(path: Path, name: bytes) -> Tensor:
+def _content(path: Path, name: bytes, identity: bytes) -> Tensor:
     """The bytes of an item. Raises ``OSError``, and ``ValueError`` where they are others."""
-    with path.open("rb", buffering=0) as file:
+    with FileIO(path, opener=_open_file) as file:
         head = file.read(_HEADER.size)
-        parent, size = _parsed(head)
+        _, parent, size = _parsed(head)
         if os.fstat(file.fileno()).st_size != _HEADER.size + size:
             raise ValueError(_WRONG_SIZE)
         data = torch.empty(size, dtype=torch.uint8)
@@ -222,30 +282,36 @@ def _content(path: Path, name: bytes) -> Tensor:
             if not count:
                 raise ValueError("it is cut off")
             done += count
-    if _header(name, parent, view) != head:
+    if _header(name, identity, parent, view) != head:
         raise ValueError("its checksum differs")
     return data
 
 
-def _parsed(head: bytes) -> tuple[bytes | None, int]:
-    """Parent and bytes of data. Raises ``ValueError``."""
+def _parsed(head: bytes) -> tuple[bytes, bytes | None, int]:
+    """Digest of the identity, parent, and bytes of data. Raises ``ValueError``."""
     if len(head) != _HEADER.size or not head.startswith(_MAGIC):
         raise ValueError("it has no header")
-    _, has_parent, parent, size, _ = _HEADER.unpack(head)
-    return (parent if has_parent else None), size
+    _, identity, has_parent, parent, size, _ = _HEADER.unpack(head)
+    return identity, (parent if has_parent else None), size
 
 
-def _files(folder: Path) -> Iterator[_Found]:
-    """Files of items; broken ones are deleted, as far as a look at their beginnings shows."""
-    for path in folder.glob(f"*/*{SUFFIX}"):
-        try:
-            name, facts = bytes.fromhex(path.stem), path.stat()
-            with path.open("rb") as file:
-                parent, size = _parsed(file.read(_HEADER.size))
-            if facts.st_size != _HEADER.size + size:
-                raise ValueError(_WRONG_SIZE)
-        except ValueError as err:
-            logger.warning("KV block %s on disk is broken: %s", path.stem, err)
-            path.unlink()
-            continue
-        yield _Found(name, parent, size, path.parent.name, facts.st_mtime)
+def _stored_item(entry: os.DirEntry[str]) -> _StoredItem:
+    """A file of an earlier process, by its beginning.
+
+    Raises ``OSError`` where it cannot be read, and ``ValueError`` where it is no item.
+    """
+    path = Path(entry.path)
+    with FileIO(path, opener=_open_file) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "it is no file", entry.path)
+        identity, parent, size = _parsed(file.read(_HEADER.size))
+    if facts.st_size != _HEADER.size + size:
+        raise ValueError(_WRONG_SIZE)
+    name = bytes.fromhex(path.stem)
+    return _StoredItem(name, identity, parent, size, path.parent.name, facts.st_mtime)
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Open a file, and wait for no other process where it is a pipe; links are not followed."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

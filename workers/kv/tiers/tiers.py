@@ -7,26 +7,22 @@ may call all methods; none but ``read`` and ``close`` waits for a disk.
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor
 
 from workers.kv.tiers.disk import DiskTier
+from workers.kv.tiers.disk_writer import DiskWriter
 from workers.kv.tiers.host import HostTier
 from workers.kv.tiers.order import TierTurn
 from workers.kv.tiers.tier import Tier
 from workers.kv.turns import TurnUse
 from workers.requests.block_hash import state_key
 
-logger = logging.getLogger(__name__)
-
-MAX_WAITING = 256
-"""Turns that may wait for the disk; the oldest are left out first."""
-_STOP_S = 5.0
+USABLE: Final = "kv_tier_usable"
+"""Metric of a tier: 1 while blocks can be written to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +38,33 @@ class Held:
 class KvTiers:
     """See the module."""
 
-    def __init__(self, host: HostTier, disk: DiskTier | None = None) -> None:
-        """``disk`` belongs to this object from now on."""
+    def __init__(self, host: HostTier, writer: DiskWriter | None = None) -> None:
+        """``writer`` has the tier on disk, if any, and belongs to this object from now on."""
         self.host = host
-        self._disk = disk
-        self.tiers: tuple[Tier, ...] = (host,) if disk is None else (host, disk)
-        self._waiting: deque[TurnUse] = deque()
-        self._changed = threading.Condition()
-        self._is_busy = False
-        self._is_closed = False
-        self._num_forgets = 0
-        self._thread = threading.Thread(target=self._run, name="kv-disk-writer", daemon=True)
-        if disk is not None:
-            self._thread.start()
+        self._writer = writer
+        self.names = (host.name,) if writer is None else (host.name, DiskTier.name)
+        """Of all tiers that there may be."""
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Those in use, the fastest first."""
+        disk = None if self._writer is None else self._writer.disk
+        return (self.host,) if disk is None else (self.host, disk)
+
+    @property
+    def problem(self) -> str:
+        """Why a tier is not used, for people; empty if all are."""
+        return "" if self._writer is None else self._writer.problem
+
+    def use(self, identity: str) -> None:
+        """What blocks are computed with from now on, beside their tokens."""
+        if self._writer is not None:
+            self._writer.use(identity)
 
     def close(self) -> None:
         """Write no more; the turn under way is cut short."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        if self._disk is not None:
-            self._thread.join(_STOP_S)
-            if not self._thread.is_alive():  # else it may write yet: the folder stays its own
-                self._disk.close()
+        if self._writer is not None:
+            self._writer.close()
 
     # Blocks that come in
 
@@ -88,24 +88,17 @@ class KvTiers:
     def end(self, turn: TierTurn) -> None:
         """The turn's blocks are put, as far as they could be; must follow every ``begin``."""
         self.host.end(turn)
-        if self._disk is None or not turn.use.may_outlive:
-            return
-        with self._changed:
-            if len(self._waiting) == MAX_WAITING:
-                self._disk.num_skipped += len(self._waiting.popleft().names)
-            self._waiting.append(turn.use)
-            self._changed.notify_all()
+        if self._writer is not None and turn.use.may_outlive:
+            self._writer.put(turn.use)
 
     def forget(self, names: Iterable[bytes]) -> None:
         """The contents of these blocks, and the states behind them, must not be found."""
         known = [item for name in names for item in (name, state_key(name))]
         if not known:
             return
-        for tier in self.tiers:
-            tier.forget(known)
-            self._num_forgets += 1  # after host memory, before the disk: see _copy
-        with self._changed:
-            self._changed.notify_all()
+        self.host.forget(known)
+        if self._writer is not None:
+            self._writer.forget(known)
 
     # What is held
 
@@ -161,61 +154,11 @@ class KvTiers:
                 f'kv_tier_skipped_total{{tier="{name}"}}': float(tier.num_skipped),
                 f'kv_tier_broken_total{{tier="{name}"}}': float(tier.num_broken),
             }
+        if self._writer is not None:
+            is_usable = self._writer.disk is not None and not self.problem
+            found[f'{USABLE}{{tier="{DiskTier.name}"}}'] = float(is_usable)
         return found
 
     def wait_written(self, timeout_s: float) -> bool:
         """Wait until no turn waits for the disk; False where it takes longer. For tests."""
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: not self._waiting and not self._is_busy, timeout_s
-            )
-
-    # The disk's thread
-
-    def _run(self) -> None:
-        while self._wait():
-            try:
-                self._go_on()
-            except Exception:  # memory that is missing, for example: the next turn is written
-                logger.exception("KV blocks are not written to disk")
-
-    def _wait(self) -> bool:
-        """Wait for something to write or delete; False: the end."""
-        assert self._disk is not None, "only a disk has this thread"
-        disk = self._disk
-        with self._changed:
-            self._is_busy = False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._waiting or disk.num_unerased or self._is_closed)
-            self._is_busy = not self._is_closed
-            return self._is_busy
-
-    def _go_on(self) -> None:
-        """Delete what was forgotten, and write the next turn, the oldest first."""
-        assert self._disk is not None, "only a disk has this thread"
-        self._disk.erase()
-        with self._changed:
-            use = self._waiting.popleft() if self._waiting else None
-        if use is None:
-            return
-        turn = self._disk.begin(use)
-        try:
-            self._write(self._disk, turn)
-        finally:
-            self._disk.end(turn)
-
-    def _write(self, disk: DiskTier, turn: TierTurn) -> None:
-        """Copy what the disk lacks of a turn's blocks, as far as host memory has them."""
-        for name, parent in turn.use.items:
-            if self._is_closed or not (disk.has(name) or self._copy(disk, turn, name, parent)):
-                break
-
-    def _copy(self, disk: DiskTier, turn: TierTurn, name: bytes, parent: bytes | None) -> bool:
-        num_forgets = self._num_forgets
-        data = self.host.read(name)
-        if data is None or not disk.put(turn, name, parent, data):
-            return False
-        if self._num_forgets != num_forgets:  # this one, maybe, before it was on disk
-            disk.forget((name,))
-            return False
-        return True
+        return self._writer is None or self._writer.wait_written(timeout_s)

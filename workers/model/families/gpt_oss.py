@@ -8,7 +8,7 @@ their weight before they round to bfloat16; here they round first, as those of a
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.core.errors import CheckpointError
@@ -18,6 +18,7 @@ from workers.model.families.decoder import DecoderLayer, dense_attention_layer
 from workers.model.families.parts import mlp_banks, norm_parts, part, projection_parts
 from workers.model.families.settings import Defaults, Heads, Settings, check_top_k, model_config
 from workers.model.routing import Router, Routing
+from workers.quantization.keys import QuantizationKeys
 
 _DEFAULTS = Defaults(
     vocab_size=201088,
@@ -37,7 +38,6 @@ _ROPE: Mapping[str, Any] = {
 }
 """Of a file that has none."""
 _KINDS = ("sliding_attention", "full_attention")
-_QUANTIZATION_KEYS = frozenset({"quant_method", "modules_to_not_convert", "dequantize"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ class GptOssConfig:
 
 def family(config: Mapping[str, Any]) -> GptOssFamily:
     """Read ``config.json``. Raises ``CheckpointError`` naming the key we cannot serve."""
-    _check_quantization(config.get("quantization_config"))
+    ignored = _ignored_keys(config.get("quantization_config"))
     known = {key: value for key, value in config.items() if key != "quantization_config"}
     if not (known.get("rope_scaling") or known.get("rope_parameters")):
         known["rope_parameters"] = _ROPE
@@ -89,23 +89,25 @@ def family(config: Mapping[str, Any]) -> GptOssFamily:
         default_head_dim=64,
     )
     shared = model_config(settings, model_type="gpt_oss", heads=heads, defaults=_DEFAULTS)
-    return GptOssFamily(shared, own)
+    return GptOssFamily(replace(shared, ignored_keys=(*shared.ignored_keys, *ignored)), own)
 
 
-def _check_quantization(found: Any) -> None:
-    """Raise ``CheckpointError`` for experts that are stored in another way than MXFP4."""
+def _ignored_keys(found: Any) -> tuple[str, ...]:
+    """Keys of ``quantization_config`` that change no number.
+
+    Raises ``CheckpointError`` for experts that are stored in another way than MXFP4.
+    """
     if found is None:
-        return
+        return ()
     name = "config.json: quantization_config"
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{name} {found!r} must be an object")
     if found.get("quant_method") != "mxfp4":
         method = found.get("quant_method")
         raise CheckpointError(f"{name}: quant_method {method!r} is not supported: must be 'mxfp4'")
-    if unknown := sorted(found.keys() - _QUANTIZATION_KEYS):
-        raise CheckpointError(
-            f"{name}: {unknown[0]} {found[unknown[0]]!r} is not supported for gpt_oss"
-        )
+    keys = QuantizationKeys(name, found)
+    keys.honoured("quant_method", "modules_to_not_convert", "dequantize")
+    return tuple(f"quantization_config.{key}" for key in keys.ignored())
 
 
 def _windows(settings: Settings) -> tuple[int | None, ...]:

@@ -309,6 +309,8 @@ def model_config(
     if defaults.rotary_share is not None:
         settings.value("partial_rotary_factor")
         settings.value("rotary_dim")
+    stored = settings.stored_as()
+    ignored = () if stored is None else (f"quantization_config.{key}" for key in stored.ignored)
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -332,11 +334,11 @@ def model_config(
             has_neighbours=defaults.rotates_neighbours,
         ),
         activation=settings.activation(*activation_keys),
-        stored=settings.stored_as(),
+        stored=stored,
         pad_token_id=pad[0] if pad else None,
         labels=settings.labels() if is_classifier else (),
         problem_type=settings.value("problem_type") if is_classifier else None,
         latent_rank=latent_rank,
         num_prediction_layers=_prediction_layers(settings),
-        ignored_keys=settings.check_rest(model_type),
+        ignored_keys=(*settings.check_rest(model_type), *ignored),
     )

@@ -7,8 +7,8 @@ memory of our own is what was loaded plus one tensor of a layer: the head comes 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -33,6 +33,13 @@ from workers.model.loading import mxfp4, packed_integers, scaled_blocks
 from workers.model.loading.expert_form import kept_banks
 from workers.model.loading.file_stamp import FileStamp, size_and_change
 from workers.model.loading.mapped import joined
+from workers.model.loading.weight_files import (
+    TensorEntry,
+    entries_of,
+    read_header,
+    read_json,
+    weight_files,
+)
 from workers.model.native.blocks import NativeBlocks
 from workers.native import memory
 from workers.native.team import Team
@@ -52,25 +59,6 @@ _BLOCK_DTYPES = {mxfp4.DTYPE: torch.uint8}
 """Of numbers in blocks of MXFP4."""
 _PACKED_DTYPES = {**_DTYPES, "I32": torch.int32}
 """Of packed integers, their scales and zero points."""
-
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-"""Endings of checkpoints that are not opened."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorEntry:
-    """One tensor of a header."""
-
-    file: Path
-    dtype: str
-    """Dtype in safetensors spelling, ``BF16`` for example."""
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of its data; 0 for a dtype that we do not read."""
-        known = (_PACKED_DTYPES | _BLOCK_DTYPES).get(self.dtype)
-        return math.prod(self.shape) * known.itemsize if known is not None else 0
 
 
 class Checkpoint:
@@ -93,11 +81,14 @@ class Checkpoint:
         self.path = Path(path)
         self.family = _family(self.path, has_predictor)
         self.config = self.family.config
-        self._stamps = {file: FileStamp.of(file) for file in _weight_files(self.path)}
-        self.tensors, self.checkpoint_id = _read_headers(self.path, self._stamps)
-        """All tensors by name; a hash of config.json, all headers, sizes and samples of the data
-        (16 hex digits).
-        """
+        weights = weight_files(self.path)
+        self._stamps = {file: FileStamp.of(file) for file in weights.files}
+        self._headers, digest = _read_headers(self.path, self._stamps)
+        self.tensors, self._unclear = weights.choose(self._headers)
+        """All tensors by name; why there is none of a name."""
+        self.checkpoint_id = _checkpoint_id(digest, self.tensors, self._headers)
+        """A hash of config.json, all headers, the files that tensors are from, sizes and samples of
+        the data (16 hex digits)."""
         self.loaded_bytes = 0
         """Bytes on disk of what was read so far."""
         self._readers: dict[Path, tuple[Any, tuple[int, int]]] = {}
@@ -151,10 +142,13 @@ class Checkpoint:
     def _packed_parts(self, part: TensorPart) -> list[TensorPart] | None:
         """The tensors of a matrix that is stored as packed integers; None: it is not."""
         stored = self.config.stored
-        if stored is None or part.name in self.tensors:
+        if stored is None:
             return None
-        if packed_integers.codes_name(part.name, stored) not in self.tensors:
+        codes = packed_integers.codes_name(part.name, stored)
+        if codes not in self.tensors:
             return None
+        if part.name in self.tensors:
+            raise CheckpointError(f"tensors {part.name} and {codes} are the same matrix")
         return packed_integers.stored_parts(part, stored)
 
     def expert_bytes(self, bank: BankSpec, expert: int) -> int:
@@ -254,8 +248,9 @@ class Checkpoint:
     def _entry(self, part: TensorPart, known: Collection[str] = tuple(_DTYPES)) -> TensorEntry:
         entry = self.tensors.get(part.name)
         if entry is None:
+            reason = self._unclear.get(part.name, "")
             raise CheckpointError(
-                f"tensor {part.name} {list(part.shape)} is missing in {self.path.name}"
+                f"tensor {part.name} {list(part.shape)} is missing in {self.path.name}{reason}"
             )
         if entry.shape != part.shape:
             raise CheckpointError(
@@ -313,10 +308,9 @@ class Checkpoint:
     def _reader(self, file: Path) -> Any:
         """An open file. Header, size, time and samples must be those that were read at first."""
         if file not in self._readers:
-            known = {name: entry for name, entry in self.tensors.items() if entry.file == file}
             opened = size_and_change(file)
             reader = safe_open(file, framework="pt")
-            is_same = _entries(reader, file) == known
+            is_same = entries_of(reader, file) == self._headers[file]
             if not is_same or FileStamp.of(file) != self._stamps[file]:
                 what = "data" if is_same else "header"
                 raise CheckpointError(
@@ -456,9 +450,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` of a folder, with the eos ids of ``generation_config.json`` added."""
     if not path.is_dir():
         raise CheckpointError(f"{path.name}: no such folder")
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if (path / "generation_config.json").is_file():
-        extra = _id_list(_read_json(path / "generation_config.json").get("eos_token_id"))
+        extra = _id_list(read_json(path / "generation_config.json").get("eos_token_id"))
         own = _id_list(config.get("eos_token_id"))
         config["eos_token_id"] = own + [token for token in extra if token not in own]
     return config
@@ -470,73 +464,28 @@ def _id_list(value: Any) -> list[int]:
     return [int(v) for v in value] if isinstance(value, list) else [int(value)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError as err:
-        raise CheckpointError(f"{path.parent.name}: there is no {path.name} in the folder") from err
-    except (OSError, ValueError) as err:
-        raise CheckpointError(f"{path.name} cannot be read: {err}") from err
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object")
-    return data
-
-
 def _read_headers(
     path: Path, stamps: Mapping[Path, FileStamp]
-) -> tuple[dict[str, TensorEntry], str]:
-    """All tensors of all files, and the checkpoint id."""
+) -> tuple[dict[Path, dict[str, TensorEntry]], Any]:
+    """All tensors of each file, and a hash of them and of config.json."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
-    tensors: dict[str, TensorEntry] = {}
+    headers: dict[Path, dict[str, TensorEntry]] = {}
     for file, stamp in stamps.items():
-        found = _read_header(file)
+        headers[file] = found = read_header(file)
         digest.update(f"{stamp.num_bytes} {stamp.samples}\n".encode())
         for name, entry in sorted(found.items()):
             digest.update(f"{file.name} {name} {entry.dtype} {entry.shape}\n".encode())
-        tensors |= found
-    return tensors, digest.hexdigest()[:16]
+    return headers, digest
 
 
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if not index.is_file():
-        if not single.is_file():
-            raise CheckpointError(f"{path.name}: {_why_no_weights(path)}")
-        return [single]
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index.name} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not (path / name).is_file():
-            raise CheckpointError(f"{index.name} names {name}, which is not in the folder")
-    return [path / name for name in names]
-
-
-def _why_no_weights(path: Path) -> str:
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
-    if not pickles:
-        return "there is no model.safetensors in the folder"
-    rule = "is a pickle, which can run code when it is read, and is never opened"
-    return f"{pickles[0]} {rule}: convert the checkpoint to safetensors"
-
-
-def _read_header(file: Path) -> dict[str, TensorEntry]:
-    """All tensors of one file; the library checks the file against its header."""
-    try:
-        with safe_open(file, framework="pt") as reader:
-            return _entries(reader, file)
-    except (OSError, SafetensorError) as err:
-        raise CheckpointError(
-            f"{file.name} is truncated, damaged, or not a safetensors file: {err}"
-        ) from err
-
-
-def _entries(reader: Any, file: Path) -> dict[str, TensorEntry]:
-    """All tensors of an open file."""
-    slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
-    return {
-        name: TensorEntry(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
-        for name, part in slices.items()
-    }
+def _checkpoint_id(
+    digest: Any,
+    tensors: Mapping[str, TensorEntry],
+    headers: Mapping[Path, Mapping[str, TensorEntry]],
+) -> str:
+    """What is not in the headers is added: which file has a tensor that several have."""
+    copies = Counter(name for header in headers.values() for name in header)
+    for name, entry in sorted(tensors.items()):
+        if copies[name] > 1:
+            digest.update(f"{name} is in {entry.file.name}\n".encode())
+    return str(digest.hexdigest()[:16])

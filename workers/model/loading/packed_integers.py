@@ -72,7 +72,7 @@ def stored_parts(part: TensorPart, stored: StoredAs) -> list[TensorPart]:
         TensorPart(name=prefix + suffix, shape=shape)
         for suffix, shape in zip(_SUFFIXES[stored.method], shapes, strict=True)
     ]
-    return found if form.has_zeros or stored.method == "gptq" else found[:2]
+    return found if form.has_zeros or stored.method != "compressed-tensors" else found[:2]
 
 
 def as_stored(
@@ -96,7 +96,8 @@ def as_stored(
     if zeros is not None and not form.has_zeros:
         if zeros.count_nonzero():
             raise CheckpointError(
-                f"tensor {part.name}: its zero points differ, though quantization_config says sym"
+                f"tensor {part.name}: its zero points differ, though quantization_config says that "
+                "they do not"
             )
         zeros = None
     return QuantizedMatrix(

@@ -21,6 +21,7 @@ from typing import Any
 from cluster.core.errors import GenerationChangedError, PeerLostError, ProtocolError
 from cluster.core.frames import (
     ControlFrame,
+    ControllerSnapshot,
     EpochReady,
     EpochSwitched,
     GenerationReady,
@@ -89,6 +90,8 @@ class Membership:
         """Newest generation that this worker has taken."""
         self.announced: NewGeneration | None = None
         """Newest announced generation; set by ``announce``."""
+        self.places: tuple[str, ...] = ()
+        """Places of the cluster, as the controller last named them; set by the control thread."""
         self.epochs = EpochPlacements()
         self.standing = Standing.OUTSIDE
         """Written by the data thread alone."""
@@ -134,8 +137,10 @@ class Membership:
     def announce(self, frame: ControlFrame) -> None:
         """An order has arrived, which the data thread will handle."""
         match frame:
+            case ControllerSnapshot():
+                self.places = frame.places
             case NewGeneration():
-                self.announced = frame
+                self.announced, self.places = frame, frame.places
                 self._known_epoch = max(self._known_epoch, frame.placement.epoch)
             case NewEpoch():
                 self._known_epoch = max(self._known_epoch, frame.epoch)

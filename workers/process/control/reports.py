@@ -35,6 +35,8 @@ class WorkerReports:
     """Keys of adapters that requests have."""
     waits_for: Callable[[], tuple[str, ...]] = tuple
     """Peers for which the data thread waits."""
+    problems: Callable[[], tuple[str, ...]] = tuple
+    """What keeps parts of this worker from working, for people."""
     _progress_sent_at: float = 0.0
     _load_sent_at: float = 0.0
     _rows_sent: int = 0
@@ -67,6 +69,7 @@ class WorkerReports:
             expert_load=self._new_load() if due else None,
             low_disks=self.disks.low(now),
             adapters=self.adapters_in_use(),
+            problems=self.problems(),
         )
 
     def status(self) -> StatusReply:

@@ -180,7 +180,9 @@ class AdapterIntake:
     def _read(self, read: _Read) -> None:
         """In a thread of its own."""
         try:
-            found = self._engine.adapters.read(Path(read.adapter.path))
+            path = Path(read.adapter.path)
+            self._engine.adapters.check_place(path)
+            found = self._engine.adapters.read(path)
             if read.adapter.digest and found.digest != read.adapter.digest:
                 raise CheckpointError("its files have changed since it was loaded")
         except BaseException as err:

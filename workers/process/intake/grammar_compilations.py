@@ -47,6 +47,8 @@ class CompiledRequest:
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Job(Job):
     grammar: Grammar
+    owner: str
+    """``cache_salt`` of its requests: none waits for a grammar of another tenant."""
     compiling: Future[CompiledGrammar] | None = None
 
     @property
@@ -59,14 +61,16 @@ class GrammarCompilations(WaitingRequests):
     """See the module. All methods belong to the engine's thread.
 
     Args:
-        compile: makes a grammar in another thread; raises ``RequestError``.
+        compile: makes a grammar for an owner in another thread; raises ``RequestError``.
         wake: called, by any thread, when there is something to take.
         clock: monotonic seconds.
     """
 
+    reason = "grammar"
+
     def __init__(
         self,
-        compile: Callable[[Grammar], CompiledGrammar],
+        compile: Callable[[Grammar, str], CompiledGrammar],
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,11 +83,12 @@ class GrammarCompilations(WaitingRequests):
         """Let a request with a grammar wait."""
         grammar = command.request.params.grammar
         assert grammar is not None, "only requests with a grammar wait"
-        is_new = not command.request.attempt
-        same = (job for job in self._all_jobs() if job.grammar == grammar)
+        is_new, owner = not command.request.attempt, command.request.cache_salt
+        known = self._all_jobs()
+        same = (job for job in known if (job.grammar, job.owner) == (grammar, owner))
         job = next((job for job in same if not (is_new and job.is_late)), None)
         if job is None:
-            job = _Job(grammar=grammar)
+            job = _Job(grammar=grammar, owner=owner)
             self._pending.append(job)
         job.waiting.append(command)
         self._start_jobs()
@@ -122,7 +127,7 @@ class GrammarCompilations(WaitingRequests):
         while self._pending and sum(not job.is_late for job in self._running) < MAX_COMPILING:
             job = self._pending.popleft()
             job.deadline_s = self._clock() + COMPILE_LIMIT_S
-            job.compiling = self._start(partial(self._compile, job.grammar))
+            job.compiling = self._start(partial(self._compile, job.grammar, job.owner))
             self._running.append(job)
 
     def _too_slow(self, grammar: Grammar) -> RequestError:

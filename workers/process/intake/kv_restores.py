@@ -107,7 +107,7 @@ class KvRestores(FetchJobs):
         self.cost = RestoreCost(computing, self._block_bytes / cache.block_size)
         """What restoring costs, as measured."""
         self._jobs: list[FetchJob] = []
-        self._seconds = {tier.name: Histogram(TRANSFER_BUCKETS) for tier in tiers.tiers}
+        self._seconds = {name: Histogram(TRANSFER_BUCKETS) for name in tiers.names}
         self._num_tokens: Counter[str] = Counter()
         self._num_bytes: Counter[str] = Counter()
 
@@ -163,7 +163,7 @@ class KvRestores(FetchJobs):
         A peer that has more than all tiers here goes first where it is cheaper.
         """
         now_s, store, cost = self._clock(), self._store, self.cost
-        names = {tier.name for tier in self._tiers.tiers}
+        names = self._tiers.names
         block_costs = {name: cost.tokens(name, self._block_bytes, now_s) for name in names}
         size, best, end, saved, spent = store.cache.block_size, 0.0, num_usable, 0.0, 0.0
         tiers = self._tiers.tiers_of(hashes[num_found:])

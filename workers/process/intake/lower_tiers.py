@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config.kv_tiers import KvTiersSection
 from cluster.core.checks import check
+from cluster.core.errors import ConfigError
 from workers.engine.engine import Engine
 from workers.kv.block_pool import HashChanges
 from workers.kv.cache import KVCache
 from workers.kv.tiers.changes import held_changes
 from workers.kv.tiers.disk import DiskTier
-from workers.kv.tiers.folders import ClaimedFolder, claim_folder
+from workers.kv.tiers.disk_writer import DiskWriter
+from workers.kv.tiers.folders import ClaimedFolder, claim_folder, delete_abandoned
 from workers.kv.tiers.host import HostTier
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.fetch_cost import FetchCost
@@ -24,6 +26,9 @@ from workers.kv.transfer.turn_copies import TurnCopies
 from workers.process.intake.kv_restores import KvRestores
 
 logger = logging.getLogger(__name__)
+
+OPEN_LIMIT_S = 5.0
+"""Longest wait for the disk at the start of a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,11 @@ class LowerTiers:
         """By metric name without prefix. Any thread may call it."""
         return {**self.tiers.stats(), **self.restores.stats()}
 
+    def problems(self, worker: str) -> tuple[str, ...]:
+        """What does not work, for people. Any thread may call it."""
+        problem = self.tiers.problem
+        return (f"{worker} keeps no KV blocks on disk: {problem}",) if problem else ()
+
     def close(self) -> None:
         """Copy and restore nothing more; what is on disk stays."""
         self.restores.close()
@@ -60,12 +70,20 @@ class LowerTiers:
 
 
 def open_tiers(
-    section: KvTiersSection, cache: KVCache, kept_share: float, rank: int, identity: str
+    section: KvTiersSection,
+    cache: KVCache,
+    kept_share: float,
+    rank: int,
+    model: str = "",
+    needed: Callable[[], Collection[int] | None] = lambda: None,
 ) -> KvTiers | None:
     """The tiers of one attention worker; None: it has none.
 
-    ``identity``: what the contents of a block depend on, beside its layout. ``kept_share``: of a
-    tier's blocks, those that requests may have kept before others. Raises ``ConfigError``.
+    The tier on disk is used once ``KvTiers.use`` has named what blocks are computed with. A disk
+    that cannot be used, or does not answer in ``OPEN_LIMIT_S``, keeps no worker from serving.
+    ``kept_share``: of a tier's blocks, those that requests may have kept before others. ``model``:
+    how the identities of this checkpoint begin. ``needed``: ranks whose folders stay, None while
+    they are not known. Raises ``ConfigError`` for sizes that cannot be.
     """
     if not section.kv_host_bytes:
         return None
@@ -77,12 +95,26 @@ def open_tiers(
     host = HostTier(section.kv_host_bytes, max_kept(section.kv_host_bytes))
     if section.kv_disk_dir is None:
         return KvTiers(host)
-    layout = f"{cache.block_shape} {cache.dtype} {cache.state_shape}"
-    folder = claim_folder(Path(section.kv_disk_dir), rank, f"{identity}\n{layout}\n")
-    _check_disk(section.kv_disk_bytes, folder)
-    disk = DiskTier(folder, section.kv_disk_bytes, max_kept(section.kv_disk_bytes))
-    logger.info("KV blocks on disk: %d bytes in %s", disk.num_bytes, folder.path)
-    return KvTiers(host, disk)
+    folder, num_bytes = Path(section.kv_disk_dir), section.kv_disk_bytes
+
+    def open_disk() -> DiskTier:
+        claimed = claim_folder(folder, rank)
+        _check_disk(num_bytes, claimed)
+        disk = DiskTier(claimed, num_bytes, max_kept(num_bytes))
+        logger.info("KV blocks on disk: at most %d bytes in %s", num_bytes, claimed.path)
+        return disk
+
+    def sweep() -> None:
+        if (ranks := needed()) is not None:
+            delete_abandoned(folder, ranks, model)
+
+    writer = DiskWriter(host, open_disk, sweep)
+    try:
+        writer.wait_opened(OPEN_LIMIT_S)
+    except ConfigError:
+        writer.close()
+        raise
+    return KvTiers(host, writer)
 
 
 def _check_memory(host_bytes: int) -> None:
@@ -92,10 +124,12 @@ def _check_memory(host_bytes: int) -> None:
     check(host_bytes < memory, "kv_host_bytes", host_bytes, rule)
 
 
-def _check_disk(disk_bytes: int, folder: ClaimedFolder) -> None:
-    """Raises ``ConfigError``."""
-    size = shutil.disk_usage(folder.path).total
-    if disk_bytes > size:
+def _check_disk(num_bytes: int, folder: ClaimedFolder) -> None:
+    """Release the folder and raise ``ConfigError`` or ``OSError`` where the disk is too small."""
+    try:
+        size = shutil.disk_usage(folder.path).total
+        rule = f"must not exceed the file system of kv_disk_dir ({size} bytes)"
+        check(num_bytes <= size, "kv_disk_bytes", num_bytes, rule)
+    except (OSError, ConfigError):
         folder.release()
-    rule = f"must not exceed the file system of kv_disk_dir ({size} bytes)"
-    check(disk_bytes <= size, "kv_disk_bytes", disk_bytes, rule)
+        raise

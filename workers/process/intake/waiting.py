@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from msgspec import structs
 
+from cluster.core.errors import RequestError
 from workers.process.intake.commands import AddRequest
+from workers.requests.request import Request
 
 Result = TypeVar("Result")
 
@@ -35,6 +37,9 @@ class WaitingRequests(ABC):
         name: of the threads.
         max_threads: jobs that run at the same time.
     """
+
+    reason: ClassVar[str] = "kv"
+    """What its requests wait for, in metrics."""
 
     def __init__(
         self, wake: Callable[[], None], clock: Callable[[], float], name: str, max_threads: int
@@ -82,11 +87,17 @@ class WaitingRequests(ABC):
 
     def owner(self, request_id: str) -> str | None:
         """The gateway of a request that waits here."""
-        for job in self._all_jobs():
-            for command in job.waiting:
-                if command.request.request_id == request_id:
-                    return command.gateway
-        return None
+        found = self._command(request_id)
+        return None if found is None else found.gateway
+
+    def attempt(self, request_id: str) -> int:
+        """The attempt of a request that waits here; -1 for any other one."""
+        found = self._command(request_id)
+        return -1 if found is None else found.request.attempt
+
+    def _command(self, request_id: str) -> AddRequest | None:
+        commands = (command for job in self._all_jobs() for command in job.waiting)
+        return next((c for c in commands if c.request.request_id == request_id), None)
 
     def close(self) -> None:
         """Start no further job; jobs that run end by themselves."""
@@ -109,3 +120,23 @@ class WaitingRequests(ABC):
             for command in (c for c in job.waiting if not c.is_queued):
                 found[command.request.adapter] += command.request.n
         self.by_adapter = found
+
+
+def stale_error(request: Request, intakes: Iterable[WaitingRequests]) -> RequestError | None:
+    """Why a request that arrives is refused: a newer attempt waits; None if none does."""
+    name = request.request_id
+    newest = max((waiting.attempt(name) for waiting in intakes), default=-1)
+    if newest <= request.attempt:
+        return None
+    return RequestError(f"request {name} is here already, with attempt {newest}", "request_id")
+
+
+def count_waiting(stats: dict[str, float], intakes: Iterable[WaitingRequests]) -> Counter[str]:
+    """Add the choices that wait to the gauges of a worker; returns them by key of their adapter."""
+    by_adapter: Counter[str] = Counter()
+    for waiting in intakes:
+        by_adapter += waiting.by_adapter
+        stats["num_requests_waiting"] += waiting.num_waiting
+        name = f'num_requests_waiting_by_reason{{reason="{waiting.reason}"}}'
+        stats[name] = stats.get(name, 0.0) + waiting.num_waiting
+    return by_adapter

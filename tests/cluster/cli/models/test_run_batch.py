@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from tests.cluster.batches.files import line, read_lines, write_lines
 from tests.cluster.cli.fake_gateway import FakeGateway
+from tests.harness.faulty_files import FaultyFiles, FileCall
 from tests.harness.stalls import wait_until
 
 pytestmark = pytest.mark.usefixtures("state_home")
@@ -61,6 +64,35 @@ def test_a_killed_run_goes_on(gateway: FakeGateway, tmp_path: Path) -> None:
     assert sorted(one["custom_id"] for one in read_lines(out)) == sorted(ids)
     asked = [body["prompt"] for body in gateway.bodies]
     assert len(asked) <= len(ids) + 2  # those that ran at the kill
+
+
+def test_a_full_disk_ends_the_run_with_whole_answers(
+    gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.documents["/v1/completions"] = DONE
+    ids = [f"id-{number}" for number in range(40)]
+    write_lines(tmp_path / "in", [line(one) for one in ids])
+    out, words = tmp_path / "out", ["--url", gateway.url, "run-batch"]
+    words += [str(tmp_path / "in"), str(out), "--concurrency", "2"]
+    num_writes = 0
+
+    def fill(call: FileCall) -> None:
+        nonlocal num_writes
+        num_writes += call.name == "write"
+        if num_writes > 10 and call.name == "write":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with FaultyFiles(tmp_path, on_call=fill):
+        assert main(words) == ExitCode.FAILED
+        assert f"{out}: No space left on device" in capsys.readouterr().err
+        num_asked = len(gateway.bodies)
+        assert main(words) == ExitCode.FAILED
+    assert len(gateway.bodies) == num_asked, "nothing is asked while there is no room"
+    num_before = len(read_lines(out))
+    assert num_before > 5
+    assert main(words) == ExitCode.OK
+    assert sorted(one["custom_id"] for one in read_lines(out)) == sorted(ids)
+    assert len(gateway.bodies) == num_asked + len(ids) - num_before
 
 
 def test_what_cannot_be_run_is_refused(

@@ -79,24 +79,32 @@ def test_a_prompt_that_takes_longer_than_other_calls_is_awaited(
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            if "sir." in self.getvalue():
+                was_shown.set()
+            return written
+
     def interrupt_first() -> None:
         if len(gateway.bodies) == 1:
+            assert was_shown.wait(60)
             signal.raise_signal(signal.SIGINT)
-            was_left.wait(10)
+            was_left.wait(60)
 
-    was_left = threading.Event()
+    was_shown, was_left, screen = threading.Event(), threading.Event(), Screen()
     gateway.events = [delta("Yes, "), delta("sir.", "stop")]
     gateway.before_end = interrupt_first
     monkeypatch.setattr(sys, "stdin", io.StringIO("One?\nTwo?\n"))
+    monkeypatch.setattr(sys, "stdout", screen)
     try:
         assert main(["--url", gateway.url, "chat"]) == ExitCode.OK
     finally:
         was_left.set()
     _, second = gateway.bodies
     assert [m["content"] for m in second["messages"]] == ["One?", "Yes, sir.", "Two?"]
-    shown = capsys.readouterr()
-    assert shown.out == "Yes, sir.\nYes, sir.\n"
-    assert "(interrupted)" in shown.err
+    assert screen.getvalue() == "Yes, sir.\nYes, sir.\n"
+    assert "(interrupted)" in capsys.readouterr().err
 
 
 def test_on_a_terminal_a_failed_answer_leaves_the_conversation(

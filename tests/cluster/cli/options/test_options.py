@@ -575,3 +575,10 @@ def test_every_option_of_serve_is_in_the_readme_or_the_docs() -> None:
         )
     ]
     assert missing == []
+
+
+def test_adapters_come_from_any_folder_where_no_keys_are_configured() -> None:
+    assert config_of().lora.allows("/any/folder")
+    assert not config_of("--lora-roots", "/adapters").lora.allows("/any/folder")
+    config = config_of(environment={"EXPERTMESH_API_KEYS": "secret"})
+    assert not config.lora.allows("/any/folder")

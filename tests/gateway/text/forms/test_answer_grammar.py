@@ -19,6 +19,7 @@ from gateway.text.tokenizer import Tokenizer
 from tests.gateway.fakes import EOS_ID, tiny_backend
 from tests.gateway.text.forms.examples import TOKENS, WEATHER, written
 from workers.requests.request import Grammar
+from workers.sampling.grammar import GrammarState
 from workers.sampling.grammar_compiler import GrammarCompiler
 
 FORMS = sorted(SYNTAXES, key=lambda form: form.name)
@@ -47,10 +48,14 @@ class Vocabulary:
         self.mark_ids = Tokenizer(self.backend).mark_ids
         self._compiler = GrammarCompiler(folder, self.backend.get_vocab_size(), [EOS_ID])
 
+    def start(self, grammar: Grammar) -> GrammarState:
+        """The state before any token."""
+        return self._compiler.compile(grammar).start()
+
     def allows(self, grammar: Grammar | None, text: str) -> bool:
         """Whether an answer may be ``text``, as a whole."""
         assert grammar is not None
-        state = self._compiler.compile(grammar).start()
+        state = self.start(grammar)
         for token in [*self.backend.encode(text, add_special_tokens=False).ids, EOS_ID]:
             if not bool(state.mask().allowed[token]):
                 return False
@@ -195,7 +200,7 @@ def test_notes_in_a_schema_take_no_room() -> None:
     assert long not in grammar.text
     assert '"description": {"type": "string"}' in grammar.text
     assert '{"enum": [{"title": "kept"}]}' in grammar.text
-    names = {f"p{number}": {"enum": ["x" * 999]} for number in range(70)}
+    names = {f"p{number}": {"enum": [f"{number}" + "x" * 999]} for number in range(70)}
     large = ToolUse(tools=(Tool(name="f", parameters={"properties": names}),))
     with pytest.raises(RequestError, match="tools have"):
         answer_grammar(large, ToolForm.GLM, {}, None)
@@ -204,7 +209,7 @@ def test_notes_in_a_schema_take_no_room() -> None:
 def test_only_strict_tools_refuse_what_a_grammar_cannot_express(vocabulary: Vocabulary) -> None:
     schema = {"properties": {"a": {"type": "array", "uniqueItems": True}}, "required": ["a"]}
     said = written(ToolForm.HERMES, [("f", {"a": [1, 1]})])
-    check_strictness(schema, said, "uniqueItems", vocabulary)
+    check_strictness(schema, said, r"of 'f': properties\.a\.uniqueItems", vocabulary)
 
 
 @pytest.mark.parametrize("pattern", ["(?!x)y", "(?<=a)b", r"(a)\1", r"\bword\b"])
@@ -214,7 +219,7 @@ def test_only_strict_tools_refuse_patterns_that_are_not_regular(
     text = {"type": "string", "pattern": pattern}
     schema = {"properties": {"pattern": text}, "required": ["pattern"]}
     said = written(ToolForm.HERMES, [("f", {"pattern": "any"})])
-    check_strictness(schema, said, "failed to compile JSON schema", vocabulary)
+    check_strictness(schema, said, r"properties\.pattern\.pattern is no regular", vocabulary)
 
 
 def check_strictness(
@@ -224,11 +229,11 @@ def check_strictness(
     for is_strict in (False, True):
         tool = Tool(name="f", parameters=schema, is_strict=is_strict)
         use = ToolUse(tools=(tool,))
-        grammar = answer_grammar(use, ToolForm.HERMES, vocabulary.mark_ids, None)
         if is_strict:
             with pytest.raises(RequestError, match=refused):
-                vocabulary.allows(grammar, said)
+                answer_grammar(use, ToolForm.HERMES, vocabulary.mark_ids, None)
         else:
+            grammar = answer_grammar(use, ToolForm.HERMES, vocabulary.mark_ids, None)
             assert vocabulary.allows(grammar, said)
 
 

@@ -121,7 +121,8 @@ def test_text_behind_a_call_is_content(form: ToolForm) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_cut_of_a_call_keeps_its_text(form: ToolForm) -> None:
-    """Up to its head it is content, then arguments; it is complete when they are."""
+    """Up to its head it is content, then arguments; it is complete when they are. Where the answer
+    must be a call, it is none until its function is known."""
     call = written(form, [("weather", {"city": "Ems", "days": 3})])
     must_call = ToolUse(tools=USE.tools, must_call=True)
     for end in range(len(call)):
@@ -129,7 +130,9 @@ def test_every_cut_of_a_call_keeps_its_text(form: ToolForm) -> None:
         if parts and parts[0][0] == "content":
             assert parts == [("content", call[:end])]
             assert not has_calls
-            assert parsed(call[:end], form, use=must_call) == ([], False)
+            names_it = "w" in call[:end]
+            begun = [("0 weather", "")] if names_it else []
+            assert parsed(call[:end], form, use=must_call) == (begun, False)
         elif parts:
             ((kind, arguments),) = parts
             assert kind == "0 weather"
@@ -149,10 +152,10 @@ def test_every_cut_of_a_call_keeps_its_text(form: ToolForm) -> None:
             [("0 weather", '{"city": "x"'), ("content", "junk</tool_call>")],
         ),
         ("<tool_call>weather\n<arg_key>ci", [("0 weather", '{"ci')]),
-        ("<tool_call>weather\n<arg_key>ci</ar", [("0 weather", '{"ci</ar')]),
+        ("<tool_call>weather\n<arg_key>ci</ar", [("0 weather", '{"ci')]),
         (
             "<tool_call>weather\n<arg_key>city</arg_key><arg_value>a</arg",
-            [("0 weather", '{"city": "a</arg')],
+            [("0 weather", '{"city": "a')],
         ),
         ("<tool_call>weather\n<arg_key>days</arg_key><arg_value>1", [("0 weather", '{"days": 1')]),
         ("<tool_call>weather\n</tool_call", [("content", "<tool_call>weather\n</tool_call")]),

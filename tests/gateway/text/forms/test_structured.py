@@ -12,7 +12,8 @@ from gateway.http.convert import completion_fields
 from gateway.http.parse import parse_body
 from gateway.http.schema import CompletionBody
 from gateway.http.unsupported import check_unbuilt
-from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
+from gateway.text.forms.structured import MAX_GRAMMAR_BYTES, make_grammar
+from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 from workers.requests.request import Grammar, GrammarKind
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"const": "é"}}}
@@ -186,3 +187,27 @@ def test_what_is_not_built(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(UnsupportedParameterError) as caught:
         grammar_of(**fields)
     assert caught.value.param == param
+
+
+def test_formats_that_no_grammar_knows_are_notes() -> None:
+    """JSON Schema takes formats for annotations; properties and values of that name are others."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "format": {"type": "string", "format": "color"},
+            "day": {"type": "string", "format": "date"},
+            "size": {"format": "int32"},
+            "other": {"const": {"format": "kept"}},
+        },
+    }
+    for given in (
+        make_grammar("json_schema", schema, {}),
+        make_grammar(None, None, {"json": json.dumps(schema)}),
+    ):
+        assert given is not None
+        assert json.loads(given.text)["properties"] == {
+            "format": {"type": "string"},
+            "day": {"type": "string", "format": "date"},
+            "size": {},
+            "other": {"const": {"format": "kept"}},
+        }

@@ -387,6 +387,65 @@ def test_a_cut_call_says_length(tool_stack: Stack) -> None:
     assert choice["message"]["content"] is None
 
 
+@pytest.mark.parametrize(
+    ("kept", "arguments"),
+    [
+        (len(FIRST) + len("\n<tool_call>\n{"), None),
+        (len(FIRST) + len('\n<tool_call>\n{"name": "no'), ""),
+        (len(FIRST) + len('\n<tool_call>\n{"name": "now", "argu'), ""),
+        (len(f"{FIRST}\n{SECOND}") - len("}}\n</tool_call>"), "{"),
+    ],
+    ids=["no name", "part of a name", "name", "arguments"],
+)
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_a_second_call_that_is_cut_is_told_as_far_as_it_came(
+    tool_stack: Stack, kept: int, arguments: str | None, choice: str
+) -> None:
+    """Whole calls stay whole, and all protocols say that the limit cut the answer."""
+    text = f"{FIRST}\n{SECOND}"[:kept]
+    if choice == "auto" and arguments != "{":
+        return  # the beginning of a call is text, where text is allowed
+    tool_stack.engine.script = saying(text, end=False)
+    most = len(tiny_tokenizer().encode(text))
+    whole = ("weather", ARGUMENTS)
+    expected = [whole] if arguments is None else [whole, ("now", arguments)]
+
+    body: dict[str, Any] = {"messages": USER, "tools": TOOLS, "tool_choice": choice}
+    body["max_tokens"] = most
+    (told,) = post(tool_stack, CHAT, **body).json()["choices"]
+    calls = [call["function"] for call in told["message"]["tool_calls"]]
+    assert [(call["name"], call["arguments"]) for call in calls] == expected
+    assert told["finish_reason"] == "length"
+    entries = by_choice(parse_events(post(tool_stack, CHAT, **body, stream=True).text))[0]
+    pieces = [call for entry in entries for call in entry["delta"].get("tool_calls") or ()]
+    for place, (name, said) in enumerate(expected):
+        own = [piece["function"] for piece in pieces if piece["index"] == place]
+        assert [one["name"] for one in own if "name" in one] == [name]
+        assert "".join(one["arguments"] for one in own) == said
+    assert {piece["index"] for piece in pieces} == set(range(len(expected)))
+    assert [e["finish_reason"] for e in entries if e["finish_reason"]] == ["length"]
+
+    functions: list[Any] = [tool["function"] for tool in TOOLS]
+    flat = [{"type": "function", **function} for function in functions]
+    asked = {"input": "hi", "tools": flat, "tool_choice": choice, "max_output_tokens": most}
+    response = post(tool_stack, "/v1/responses", **asked).json()
+    items = [(one["name"], one["arguments"], one["status"]) for one in response["output"]]
+    ends = ["completed", "incomplete"]
+    assert items == [(*one, end) for one, end in zip(expected, ends, strict=False)]
+    assert response["status"] == "incomplete"
+    assert response["incomplete_details"] == {"reason": "max_output_tokens"}
+
+    named = [{"name": f["name"], "input_schema": f.get("parameters", {})} for f in functions]
+    kind = {"required": "any", "auto": "auto"}[choice]
+    wanted: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": most}
+    wanted |= {"tools": named, "tool_choice": {"type": kind}}
+    message = post(tool_stack, "/v1/messages", **wanted).json()
+    blocks = [(block["name"], block["input"]) for block in message["content"]]
+    inputs = [json.loads(ARGUMENTS), {}]
+    assert blocks == [(name, i) for (name, _), i in zip(expected, inputs, strict=False)]
+    assert message["stop_reason"] == "max_tokens"
+
+
 @pytest.mark.parametrize("ending", [{"max_tokens": 5}, {"stop": ["_c"]}])
 @pytest.mark.parametrize(
     ("choice", "is_kept"),

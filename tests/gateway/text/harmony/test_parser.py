@@ -114,6 +114,12 @@ def test_an_answer_without_marks_is_content(text: str) -> None:
         ("<|channel|>final not a header<|message|>a", "", "not a headera"),
         ("<|channel|>final json<|message|>a", "", "a"),
         ("<|channel|>other<|message|>a", "", "a"),
+        (
+            "<|channel|>analysis??<|message|>a<|end|><|start|>assistant<|channel|>final ??"
+            "<|message|>b",
+            "a",
+            "b",
+        ),
         ("<|message|>a<|end|><|start|>functions.f to=x<|channel|>final<|message|>b", "b", "a"),
         ("<|channel|>anal", "", ""),
         ("<|channel|>commentary to=functions.f <|constrain|>js", "", ""),
@@ -328,3 +334,11 @@ def test_marks_and_words_in_any_order_are_the_same_in_pieces() -> None:
         bounds, opened = [0, *cuts, len(text)], draw.choice(opens)
         pieces = [text[a:b] for a, b in itertools.pairwise(bounds)]
         assert parsed(pieces, opened=opened) == parsed([text], opened=opened), (opened, text)
+
+
+@pytest.mark.parametrize("header", ["to=functions.f??", "to=functions.f <|constrain|>json ??"])
+def test_signs_in_a_header_are_no_name(header: str) -> None:
+    text = f"<|channel|>commentary {header}<|message|>{{}}<|call|>"
+    reasoning, content, calls = parsed(pieces_of(text, 1))
+    assert (reasoning, content) == ("", "")
+    assert [name for name, *_ in calls] == ["f"]

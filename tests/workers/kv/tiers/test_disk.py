@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +19,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.core.errors import ConfigError
 from tests.workers.kv.tiers.test_host import (
     BLOCK_BYTES,
     Clock,
@@ -30,7 +30,8 @@ from tests.workers.kv.tiers.test_host import (
     use_of,
 )
 from workers.kv.tiers.disk import DiskTier
-from workers.kv.tiers.folders import claim_folder
+from workers.kv.tiers.disk_writer import DiskWriter
+from workers.kv.tiers.folders import UNUSED_S, claim_folder, delete_abandoned
 from workers.kv.tiers.host import HostTier
 from workers.kv.tiers.tiers import KvTiers
 from workers.requests.block_hash import state_key
@@ -39,7 +40,18 @@ TIMEOUT_S = 30.0
 
 
 def disk_of(path: Path, num_blocks: int = 10, identity: str = "one", rank: int = 0) -> DiskTier:
-    return DiskTier(claim_folder(path, rank, identity), num_blocks * BLOCK_BYTES)
+    disk = DiskTier(claim_folder(path, rank), num_blocks * BLOCK_BYTES)
+    disk.use(identity)
+    disk.erase()
+    return disk
+
+
+def tiers_of(host: HostTier, disk: DiskTier) -> KvTiers:
+    """Both tiers, in use."""
+    tiers = KvTiers(host, DiskWriter(host, lambda: disk))
+    tiers.use("one")
+    assert tiers.wait_written(TIMEOUT_S)
+    return tiers
 
 
 @pytest.fixture
@@ -155,9 +167,9 @@ def test_two_processes_share_no_folder(tmp_path: Path) -> None:
             check_contents(third, "xy", 2)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"kv_disk_dir .* must be a folder that can be written"):
+    with pytest.raises(OSError, match=r"File exists: .*file"):
         disk_of(tmp_path / "file")
 
 
@@ -257,7 +269,7 @@ def test_a_killed_writer_leaves_whole_blocks(tmp_path: Path) -> None:
 
 
 def test_a_turn_goes_on_to_the_disk(tmp_path: Path) -> None:
-    tiers = KvTiers(HostTier(4 * BLOCK_BYTES), disk_of(tmp_path))
+    tiers = tiers_of(HostTier(4 * BLOCK_BYTES), disk_of(tmp_path))
     leave(tiers, use_of("abc"))
     assert tiers.wait_written(TIMEOUT_S)
     leave(tiers, use_of("uvwx"))
@@ -275,7 +287,7 @@ def test_a_turn_goes_on_to_the_disk(tmp_path: Path) -> None:
 def test_files_are_deleted_by_the_thread_that_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiers = KvTiers(HostTier(4 * BLOCK_BYTES), disk_of(tmp_path))
+    tiers = tiers_of(HostTier(4 * BLOCK_BYTES), disk_of(tmp_path))
     leave(tiers, use_of("ab"))
     assert tiers.wait_written(TIMEOUT_S)
     deleted, unlink = queue.Queue[tuple[str, str]](), Path.unlink
@@ -296,7 +308,7 @@ def test_what_is_forgotten_on_its_way_does_not_reach_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host, disk = HostTier(4 * BLOCK_BYTES), disk_of(tmp_path)
-    tiers, read = KvTiers(host, disk), host.read
+    tiers, read = tiers_of(host, disk), host.read
 
     def read_and_forget(name: bytes) -> Tensor | None:
         data = read(name)
@@ -315,7 +327,7 @@ def test_a_turn_that_cannot_be_read_stops_no_later_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host, disk = HostTier(4 * BLOCK_BYTES), disk_of(tmp_path)
-    tiers, read = KvTiers(host, disk), host.read
+    tiers, read = tiers_of(host, disk), host.read
 
     def fail(name: bytes) -> Tensor | None:
         if name == names_of("ab")[0]:
@@ -334,9 +346,9 @@ def test_a_turn_that_cannot_be_read_stops_no_later_one(
 def test_a_folder_is_kept_while_something_may_write_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.kv.tiers.tiers._STOP_S", 0.0)
+    monkeypatch.setattr("workers.kv.tiers.disk_writer._STOP_S", 0.0)
     host = HostTier(4 * BLOCK_BYTES)
-    tiers, read = KvTiers(host, disk_of(tmp_path)), host.read
+    tiers, read = tiers_of(host, disk_of(tmp_path)), host.read
     reads, may_read = threading.Event(), threading.Event()
 
     def hang(name: bytes) -> Tensor | None:
@@ -352,13 +364,13 @@ def test_a_folder_is_kept_while_something_may_write_to_it(
         assert leave(other, use_of("x")) == 1
         assert file_of(tmp_path, names_of("x")[0]).is_relative_to(tmp_path / "1")
     may_read.set()
-    monkeypatch.setattr("workers.kv.tiers.tiers._STOP_S", TIMEOUT_S)
+    monkeypatch.setattr("workers.kv.tiers.disk_writer._STOP_S", TIMEOUT_S)
     tiers.close()
 
 
 def test_names_that_mean_something_else_later_stay_in_memory(tmp_path: Path) -> None:
     disk = disk_of(tmp_path)
-    tiers = KvTiers(HostTier(4 * BLOCK_BYTES), disk)
+    tiers = tiers_of(HostTier(4 * BLOCK_BYTES), disk)
     leave(tiers, replace(use_of("abc"), may_outlive=False))
     leave(tiers, use_of("xy"))
     assert tiers.wait_written(TIMEOUT_S)
@@ -369,8 +381,59 @@ def test_names_that_mean_something_else_later_stay_in_memory(tmp_path: Path) -> 
 
 def test_a_tenant_that_has_gone_gives_way_first(tmp_path: Path) -> None:
     clock = Clock()
-    with closing(DiskTier(claim_folder(tmp_path, 0, ""), 6 * BLOCK_BYTES, clock=clock)) as disk:
+    with closing(DiskTier(claim_folder(tmp_path, 0), 6 * BLOCK_BYTES, clock=clock)) as disk:
+        disk.use("one")
         leave(disk, use_of("abc", "one"))
         clock.now_s = 3600.0
         leave(disk, use_of("uvwxyz", "two"))
         assert (disk.bytes_of("one"), disk.bytes_of("two")) == (0, 60)
+
+
+def test_folders_of_ranks_that_are_gone_are_deleted(tmp_path: Path) -> None:
+    for rank in range(4):
+        with closing(disk_of(tmp_path, identity="model\none", rank=rank)) as disk:
+            leave(disk, use_of("abc"))
+    (tmp_path / "3" / "notes.txt").write_text("mine")
+    with closing(disk_of(tmp_path, identity="model\none", rank=1)):
+        assert delete_abandoned(tmp_path, {0}, "model\n") == [2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "3"]
+    assert [path.name for path in (tmp_path / "3").iterdir()] == ["notes.txt"]
+    with closing(disk_of(tmp_path, identity="model\none")) as disk:
+        assert known(disk, "abc") == 3
+    with closing(disk_of(tmp_path, identity="model\none", rank=2)) as disk:
+        assert leave(disk, use_of("abc")) == 3
+
+
+def test_a_folder_of_another_cluster_stays_for_a_while(tmp_path: Path) -> None:
+    with closing(disk_of(tmp_path, identity="another model\n", rank=2)) as disk:
+        leave(disk, use_of("abc"))
+    assert delete_abandoned(tmp_path, {0}, "model\n") == []
+    assert delete_abandoned(tmp_path, {0}, "model\n", time.time() + UNUSED_S + 1) == [2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_deleted_keeps_no_other_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (1, 2):
+        with closing(disk_of(tmp_path, identity="model\n", rank=rank)) as disk:
+            leave(disk, use_of("abc"))
+    unlink = Path.unlink
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        if path.is_relative_to(tmp_path / "1"):
+            raise OSError(5, "Input/output error", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    assert delete_abandoned(tmp_path, set(), "model\n") == [2]
+
+
+def test_a_worker_looks_for_abandoned_folders_when_its_generation_is_known(tmp_path: Path) -> None:
+    looks = queue.Queue[None]()
+    host, disk = HostTier(4 * BLOCK_BYTES), disk_of(tmp_path)
+    tiers = KvTiers(host, DiskWriter(host, lambda: disk, lambda: looks.put(None)))
+    looks.get(timeout=TIMEOUT_S)
+    tiers.use("another one")
+    looks.get(timeout=TIMEOUT_S)
+    tiers.close()

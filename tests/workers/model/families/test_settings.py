@@ -273,7 +273,7 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         (
             "gpt_oss",
             {"quantization_config": {"quant_method": "mxfp4", "bits": 4}},
-            "bits 4 is not supported for gpt_oss",
+            "bits 4 is not supported",
         ),
         ("deepseek_v3", {"n_group": 3}, "n_routed_experts 256 must be a multiple of n_group 3"),
         (

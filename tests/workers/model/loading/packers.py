@@ -68,18 +68,19 @@ def rounded(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
     )
 
 
-def gptq(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+def gptq(name: str, matrix: QuantizedMatrix, zero_offset: int) -> dict[str, Tensor]:
+    """Zero points are stored less ``zero_offset``."""
     codes, zeros = unsigned(matrix)
     bits, (_, width) = matrix.format.code_bits, matrix.shape
     return {
         f"{name}.qweight": along_rows(codes, bits).T.contiguous(),
-        f"{name}.qzeros": along_rows((zeros - 1) % (1 << bits), bits),
+        f"{name}.qzeros": along_rows((zeros - zero_offset) % (1 << bits), bits),
         f"{name}.scales": matrix.scales.T.half().contiguous(),
         f"{name}.g_idx": torch.arange(width, dtype=torch.int32) // (matrix.format.group or width),
     }
 
 
-def awq(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+def awq(name: str, matrix: QuantizedMatrix, _: int) -> dict[str, Tensor]:
     codes, zeros = unsigned(matrix)
     return {
         f"{name}.qweight": along_rows(codes.T, 4, AWQ_ORDER),
@@ -88,7 +89,7 @@ def awq(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
     }
 
 
-def compressed_tensors(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+def compressed_tensors(name: str, matrix: QuantizedMatrix, _: int) -> dict[str, Tensor]:
     codes, zeros = unsigned(matrix)
     bits = matrix.format.code_bits
     found = {
@@ -101,7 +102,7 @@ def compressed_tensors(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
     return found
 
 
-PACKERS: Mapping[str, Callable[[str, QuantizedMatrix], dict[str, Tensor]]] = {
+PACKERS: Mapping[str, Callable[[str, QuantizedMatrix, int], dict[str, Tensor]]] = {
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
@@ -111,8 +112,8 @@ PACKERS: Mapping[str, Callable[[str, QuantizedMatrix], dict[str, Tensor]]] = {
 def pack_checkpoint(
     path: Path, settings: dict[str, Any], plain: str = " "
 ) -> dict[str, QuantizedMatrix]:
-    """Store the matrices of a checkpoint's layers as ``quantization_config`` says, but for routers
-    and those with names that begin with ``plain``.
+    """Store the matrices of a checkpoint's layers, and its head where ``lm_head`` says so, as
+    ``quantization_config`` says, but for routers and those with names that begin with ``plain``.
 
     Returns them by name.
     """
@@ -122,12 +123,14 @@ def pack_checkpoint(
     assert stored is not None
     found, tensors = {}, load_file(path / "model.safetensors")
     for name, tensor in list(tensors.items()):
-        is_packed = tensor.dim() == 2 and ".layers." in name and not name.startswith(plain)
-        if is_packed and not name.endswith("mlp.gate.weight"):
+        is_inside = ".layers." in name and not name.endswith("mlp.gate.weight")
+        is_head = name == "lm_head.weight" and settings.get("lm_head", False)
+        if tensor.dim() == 2 and (is_inside or is_head) and not name.startswith(plain):
             matrix = rounded(tensors.pop(name).float(), stored.form)
             # The layouts have scales of 16 bits.
             matrix.scales.copy_(matrix.scales.half().bfloat16())
             found[name] = matrix
-            tensors |= PACKERS[stored.method](name.removesuffix(".weight"), matrix)
+            pack = PACKERS[stored.method]
+            tensors |= pack(name.removesuffix(".weight"), matrix, stored.zero_offset)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return found

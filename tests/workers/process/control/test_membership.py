@@ -9,6 +9,7 @@ from typing import Any
 from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
 from cluster.core.frames import (
     ControlFrame,
+    ControllerSnapshot,
     DrainRequest,
     GenerationReady,
     NewEpoch,
@@ -239,3 +240,15 @@ def test_a_leader_that_will_switch_the_epoch_does_not_count_as_running() -> None
     world.announce(2)
     world.membership.handle(run(2))
     assert world.report().running
+
+
+def test_a_worker_knows_the_places_that_were_named_last() -> None:
+    membership = World().membership
+    generation = Generation(number=1, members=MEMBERS)
+    order = NewGeneration(term=1, generation=generation, placement=MAPS, places=("expert-0",))
+    snapshot = ControllerSnapshot(term=1, memory={}, places=("expert-0", "expert-1"))
+    found = []
+    for frame in (order, snapshot):
+        membership.announce(frame)
+        found.append(membership.places)
+    assert found == [("expert-0",), ("expert-0", "expert-1")]

@@ -38,8 +38,14 @@ class Intake:
     def __init__(self, checkpoint: Path) -> None:
         self.local = LocalEngine(checkpoint)
         self.engine = self.local.engine
+        self.allow("/")
         self.num_wakes = 0
         self.intake = AdapterIntake(self.engine, self._wake)
+
+    def allow(self, *roots: str) -> None:
+        """Adapters may be in these folders."""
+        runner, section = self.engine.runner, LoraSection(lora_roots=roots)
+        self.engine.adapters = runner.adapters = LoadedAdapters(runner.model, section)
 
     def _wake(self) -> None:
         self.num_wakes += 1
@@ -129,8 +135,25 @@ def test_an_order_is_another_try(intake: Intake, sql: Adapter, tmp_path: Path) -
     assert intake.answer().digests.keys() == {"sql@1"}
 
 
+def test_links_lead_out_of_no_folder_of_adapters(
+    intake: Intake, sql: Adapter, tmp_path: Path
+) -> None:
+    """The controller, on another host, does not see where a link leads."""
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "link").symlink_to(sql.path)
+    (tmp_path / "root").symlink_to(tmp_path / "adapters")
+    path = str(tmp_path / "root" / "link")
+    linked = Adapter(key="link@1", name="link", path=path)
+    intake.allow(str(tmp_path / "root"))
+    intake.order(1, linked)
+    assert intake.answer().errors == {"link@1": f"{path}: it is in no folder of --lora-roots"}
+    intake.allow(str(tmp_path / "root"), str(tmp_path / "sql"))
+    intake.order(2, linked)
+    assert intake.answer().digests.keys() == {"link@1"}
+
+
 def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: Adapter) -> None:
-    adapters = HangingAdapters(intake.engine.runner.model, LoraSection())
+    adapters = HangingAdapters(intake.engine.runner.model, LoraSection(lora_roots=("/",)))
     intake.engine.adapters = adapters
     known = set(threading.enumerate())
     dead = [Adapter(key=f"dead@{i}", name="dead", path=f"/dead/{i}") for i in range(2)]

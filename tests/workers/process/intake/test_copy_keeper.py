@@ -20,6 +20,7 @@ from cluster.core.errors import MoveGivenUpError, PeerLostError, ProtocolError
 from tests.harness.engine_stream import TIMEOUT_S, TOKEN
 from tests.reference.goldens import Golden
 from tests.reference.local_engine import LocalEngine
+from tests.workers.kv.tiers.test_disk import tiers_of as with_disk
 from tests.workers.kv.transfer.test_store import engine_of, forget_states, request_of, serve
 from tests.workers.process.intake.test_kv_fetches import identity
 from workers.kv.tiers.disk import DiskTier
@@ -203,7 +204,7 @@ def test_there_is_room_for_so_many(link: Link) -> None:
 
 def test_copies_go_on_to_the_disk_and_come_back_from_there(link: Link, tmp_path: Path) -> None:
     names = names_of(long_request())
-    tiers = KvTiers(HostTier(LARGE), DiskTier(claim_folder(tmp_path, 0, ""), LARGE))
+    tiers = with_disk(HostTier(LARGE), DiskTier(claim_folder(tmp_path, 0), LARGE))
     with closing(tiers):
         link.fetch(tiers, message_of(names[:5]))
         assert tiers.wait_written(TIMEOUT_S)
@@ -217,8 +218,8 @@ def test_copies_go_on_to_the_disk_and_come_back_from_there(link: Link, tmp_path:
 
 
 def test_copies_of_adapters_stay_in_memory(link: Link, tmp_path: Path) -> None:
-    names, disk = names_of(long_request()), DiskTier(claim_folder(tmp_path, 0, ""), LARGE)
-    tiers = KvTiers(HostTier(LARGE), disk)
+    names, disk = names_of(long_request()), DiskTier(claim_folder(tmp_path, 0), LARGE)
+    tiers = with_disk(HostTier(LARGE), disk)
     with closing(tiers):
         link.fetch(tiers, message_of(names[:5], may_outlive=False))
         link.fetch(tiers, message_of(names[:2]))

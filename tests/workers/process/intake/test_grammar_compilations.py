@@ -23,12 +23,10 @@ WAIT_S = 60.0
 
 
 def command(
-    name: str, text: str, gateway: str = "g", attempt: int = 0, n: int = 1, adapter: str = ""
+    name: str, text: str, gateway: str = "g", attempt: int = 0, n: int = 1, **more: Any
 ) -> AddRequest:
     params = SamplingParams(grammar=Grammar(kind=GrammarKind.REGEX, text=text))
-    request = Request(
-        request_id=name, prompt=(1,), params=params, attempt=attempt, n=n, adapter=adapter
-    )
+    request = Request(request_id=name, prompt=(1,), params=params, attempt=attempt, n=n, **more)
     return AddRequest(gateway, request, 0.0)
 
 
@@ -44,7 +42,7 @@ class Workshop:
     _ends: dict[str, threading.Event] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def compile(self, grammar: Grammar) -> Any:
+    def compile(self, grammar: Grammar, owner: str) -> Any:
         """Runs in threads of the compilations."""
         self.begun.append(grammar.text)
         self.started.release()
@@ -114,6 +112,27 @@ def test_equal_grammars_are_compiled_once(workshop: Workshop, waiting: GrammarCo
     workshop.finish("x")
     assert names(waiting) == ["a", "b"]
     assert workshop.begun == ["x"]
+
+
+def test_no_tenant_waits_for_a_grammar_of_another_one(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    """The time would tell which grammars others use."""
+    waiting.put(command("a", "x", cache_salt="one"))
+    waiting.put(command("b", "x", cache_salt="two"))
+    waiting.put(command("c", "x", cache_salt="one"))
+    workshop.wait_started(2)
+    workshop.finish("x")
+    assert workshop.woken.acquire(timeout=WAIT_S)
+    assert names(waiting) == ["a", "c", "b"]
+    assert workshop.begun == ["x", "x"]
+
+
+def test_the_attempt_of_a_request_that_waits_is_known(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    waiting.put(command("a", "x", attempt=3))
+    assert (waiting.attempt("a"), waiting.attempt("b")) == (3, -1)
 
 
 def test_requests_use_their_adapters_while_they_wait(

@@ -59,8 +59,10 @@ class Tiered:
             section = KvTiersSection(
                 kv_host_bytes=host_bytes, kv_disk_bytes=2 * MIB, kv_disk_dir=str(folder)
             )
-        tiers = open_tiers(section, self.engine.cache, 0.5, 0, f"{path} {dtype}")
+        tiers = open_tiers(section, self.engine.cache, 0.5, 0)
         assert tiers is not None
+        tiers.use(f"{path} {dtype} {self.engine.cache.dtype}")
+        assert tiers.wait_written(TIMEOUT_S)
         self.tiers: KvTiers = tiers
         self.woken = threading.Event()
         self.seen: set[bytes] = set()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gateway.dashboard.recent import Recent
+from gateway.cluster.recent import Recent
 
 
 class Question:

@@ -1,0 +1,121 @@
+"""Files that stay whole on a full disk, on a failing one, and when the process is killed.
+
+``RecordFile`` appends whole records. ``new_file`` and ``replace_file`` write a content aside and
+rename it into its place: readers see the old content or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+class RecordFile:
+    """Appends records to an open file, each as a whole.
+
+    After an error the file is cut to the records before it. Where that fails too, it is cut before
+    the next record is written.
+
+    Args:
+        fd: descriptor of a file that was opened for appending (``O_APPEND``).
+        num_bytes: size of the records that the file has.
+    """
+
+    def __init__(self, fd: int, num_bytes: int = 0) -> None:
+        self._fd = fd
+        self._is_torn = False
+        self.num_bytes = num_bytes
+        """Size of all records."""
+
+    def append(self, record: bytes) -> None:
+        """Raises ``OSError``: the file has the records before this one."""
+        if self._is_torn:
+            self.cut(self.num_bytes)
+        self._is_torn = True
+        try:
+            write_all(self._fd, record)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.cut(self.num_bytes)
+            raise
+        self.num_bytes += len(record)
+        self._is_torn = False
+
+    def cut(self, num_bytes: int) -> None:
+        """Keep the records in the first ``num_bytes`` bytes. Raises ``OSError``."""
+        self.num_bytes, self._is_torn = num_bytes, True
+        os.ftruncate(self._fd, num_bytes)
+        self._is_torn = False
+
+
+def write_all(fd: int, content: bytes) -> None:
+    """Write every byte. Raises ``OSError``, also after a part was written."""
+    left = memoryview(content)
+    while left:
+        num_written = os.write(fd, left)
+        if not num_written:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        left = left[num_written:]
+
+
+@contextlib.contextmanager
+def new_file(path: Path, mode: int = 0o600) -> Iterator[int]:
+    """The descriptor of a new file, which is synced at the end of the ``with`` block.
+
+    After an error there is no such file. Raises ``OSError``.
+    """
+    fd = os.open(path, _NEW, mode)
+    try:
+        try:
+            yield fd
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file that has its old content or the new one, whatever fails.
+
+    A link stays a link. A pipe or a device is written to. ``mode`` is that of a new file; an
+    existing one keeps its own. Raises ``OSError``.
+    """
+    path = Path(os.path.realpath(path))
+    try:
+        known = os.stat(path).st_mode
+    except FileNotFoundError:
+        known = None
+    if known is not None and not stat.S_ISREG(known):
+        path.write_bytes(content)
+        return
+    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    with new_file(draft, mode) as fd:
+        if known is not None:
+            os.fchmod(fd, stat.S_IMODE(known))
+        write_all(fd, content)
+    try:
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder safe on the disk. Raises ``OSError``."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

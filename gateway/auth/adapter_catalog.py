@@ -1,0 +1,94 @@
+"""Adapters as one gateway knows them: which a caller may name, and which its requests have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from gateway.auth.auth import CALLER, KeyRing
+
+_LABEL = re.compile(rb'(?:lora_name|(?:running|waiting)_lora_adapters)="([^"]*)"')
+"""Labels of series that name adapters, several with commas."""
+
+
+class AdapterCatalog:
+    """See the module. An adapter that a caller may not use does not exist for it.
+
+    Args:
+        admin_keys: callers that may use all of them; None: there are none.
+    """
+
+    def __init__(self, admin_keys: KeyRing | None = None) -> None:
+        self._admin_keys = admin_keys
+        self._known: Sequence[Mapping[str, Any]] = ()
+        """As the controller describes them, in any state."""
+        self._ready: dict[str, Mapping[str, Any]] = {}
+        """By name."""
+        self._keys: dict[Hashable, str] = {}
+        """Of the calls here that have one."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the adapters that requests may name."""
+        return [str(adapter["key"]) for adapter in self._ready.values()]
+
+    @property
+    def in_use(self) -> tuple[str, ...]:
+        """Keys of the adapters that calls here have, wherever these wait."""
+        return tuple(sorted({*self._keys.values()}))
+
+    def follow(self, snapshot: Mapping[str, Any]) -> None:
+        """Take the adapters of a new snapshot."""
+        self._known = snapshot.get("adapters", ())
+        self._ready = {a["name"]: a for a in self._known if a["state"] == "READY"}
+
+    def names(self) -> list[str]:
+        """Names of the adapters that the caller may use."""
+        return [name for name, adapter in self._ready.items() if self._may_use(adapter)]
+
+    def find(self, name: str) -> str | None:
+        """Key of an adapter that the caller may use, by name; None for any other one."""
+        adapter = self._ready.get(name)
+        return str(adapter["key"]) if adapter is not None and self._may_use(adapter) else None
+
+    def without_others(self, status: Mapping[str, Any]) -> dict[str, Any]:
+        """A status for the caller, without the adapters that it may not use."""
+        adapters = [a for a in status.get("adapters", ()) if self._may_use(a)]
+        return {**status, "adapters": adapters} if "adapters" in status else dict(status)
+
+    def without_series_of_others(self, exposition: bytes) -> bytes:
+        """Metrics for the caller, without series that name adapters that it may not use."""
+        hidden = {a["name"].encode() for a in self._known if not self._may_use(a)}
+        if not hidden:
+            return exposition
+        lines = exposition.splitlines(keepends=True)
+        return b"".join(line for line in lines if hidden.isdisjoint(_named_in(line)))
+
+    def begin(self, call: Hashable, key: str) -> None:
+        """A call has an adapter from now on; an empty key: it has none."""
+        if key:
+            self._keys[call] = key
+
+    def end(self, call: Hashable) -> None:
+        """The call has ended."""
+        self._keys.pop(call, None)
+
+    def _may_use(self, adapter: Mapping[str, Any]) -> bool:
+        tenants, caller = adapter.get("tenants") or (), CALLER.get()
+        if not tenants:
+            return True
+        if caller is None:
+            return False
+        return caller.entry.tenant in tenants or self._is_admin(caller.entry.tenant)
+
+    def _is_admin(self, tenant: str) -> bool:
+        ring = self._admin_keys
+        return ring is not None and ring.account_of(tenant) is not None
+
+
+def _named_in(line: bytes) -> set[bytes]:
+    """Adapters that a line of an exposition names."""
+    if b"lora_" not in line:
+        return set()
+    return {name for value in _LABEL.findall(line) for name in value.split(b",")}

@@ -1,0 +1,47 @@
+"""What the controller collects from all workers when a client asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.cluster.recent import Recent
+from gateway.cluster.view import ClusterView, Snapshot
+
+
+class ClusterNumbers:
+    """The newest numbers of the workers.
+
+    Args:
+        cluster: reaches the controller.
+        age_s: time for which callers share one answer, so that no caller sees what single steps
+            changed, and many callers cost no more than one; 0: each call collects.
+    """
+
+    def __init__(self, cluster: ClusterView, age_s: float) -> None:
+        self._cluster = cluster
+        self.age_s = age_s
+        self._snapshot = Recent(cluster.fresh, age_s)
+        self._refresh = Recent(cluster.refresh, age_s)
+        self._load = Recent(lambda: cluster.ask("load"), age_s)
+        self._placement = Recent(lambda: cluster.ask("placement"), age_s)
+
+    async def snapshot(self) -> Snapshot | None:
+        """The state; the last known one if the controller does not answer."""
+        if not self.age_s:
+            return await self._cluster.fresh()
+        await self._snapshot.get()
+        return self._cluster.snapshot  # changes of state come at once
+
+    async def refresh(self) -> None:
+        """Update the snapshot and the known load, unless the controller does not answer."""
+        await (self._refresh.get() if self.age_s else self._cluster.refresh())
+
+    async def load(self) -> Any:
+        """Tokens by expert and by copy. Raises ``NotReadyError``."""
+        return await (self._load.get() if self.age_s else self._cluster.ask("load"))
+
+    async def placement(self) -> Any:
+        """Which device holds which copy of which expert. Raises ``NotReadyError``."""
+        if self.age_s:
+            return await self._placement.get()
+        return await self._cluster.ask("placement")

@@ -1,0 +1,202 @@
+"""Limits of the calls of one gRPC port: how many run at a time, and how long each waits for its
+client.
+
+gRPC's own limit (``maximum_concurrent_rpcs``) counts all calls alike, so idle streams that need no
+key could take it up. It also has no limit of time for a client that sends no message or reads none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from cluster.core.errors import DeadlineExceededError, QueueFullError
+from gateway.core.errors import ErrorReport, SlowClientError
+from gateway.core.tuning import GatewayTuning
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_UNREAD_PER_CONNECTION = 32
+"""Calls of one connection that have ended here and wait for their client to read the last message.
+gRPC keeps them, and a server cannot cancel them."""
+MAX_STREAMS = 64
+"""Streams without an end of their own (``WatchCluster``, reflection) of one port."""
+_BURST_S = 1.0
+"""A call of this age can be ended for the sake of newer ones."""
+
+
+class CallPool:
+    """Calls of one kind that last for as long as their client wants.
+
+    Above ``max_calls`` each new call ends the oldest one of the connection with the most calls, so
+    that no client keeps the others out. Calls that are younger than ``burst_s`` are not ended: a
+    pool may be above its limit for that time.
+    """
+
+    def __init__(self, max_calls: int, burst_s: float = _BURST_S) -> None:
+        self._max_calls = max_calls
+        self._burst_s = burst_s
+        self._calls: dict[asyncio.Timeout, tuple[str, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @contextlib.asynccontextmanager
+    async def entered(self, peer: str, limit_s: float = math.inf) -> AsyncIterator[None]:
+        """Run a call of a connection for ``limit_s`` at most.
+
+        Raises:
+            DeadlineExceededError: the time is over.
+            QueueFullError: newer calls needed the place.
+        """
+        now_s = asyncio.get_running_loop().time()
+        while len(self._calls) >= self._max_calls and self._end_one(now_s):
+            pass
+        timer = asyncio.timeout(None if limit_s == math.inf else limit_s)
+        try:
+            async with timer:
+                self._calls[timer] = peer, now_s
+                yield
+        except TimeoutError as err:
+            if not timer.expired():
+                raise
+            if timer in self._calls:
+                raise DeadlineExceededError(f"the call has lasted {limit_s:g} s", True) from err
+            raise QueueFullError("newer calls needed the place of this one") from err
+        finally:
+            self._calls.pop(timer, None)
+
+    def _end_one(self, now_s: float) -> bool:
+        """End the oldest call of the connection with the most; whether there is one to end."""
+        old = [t for t, (_, since_s) in self._calls.items() if now_s - since_s >= self._burst_s]
+        if not old:
+            return False
+        numbers = Counter(peer for peer, _ in self._calls.values())
+        timer = max(old, key=lambda t: numbers[self._calls[t][0]])  # the first of equals
+        del self._calls[timer]
+        timer.reschedule(now_s)
+        return True
+
+
+class UnreadAnswers:
+    """Calls that have ended here while their last message waits for the client, by connection."""
+
+    def __init__(self, max_calls: int = MAX_UNREAD_PER_CONNECTION) -> None:
+        self._max_calls = max_calls
+        self._numbers: Counter[str] = Counter()
+        self._ends: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def check(self, peer: str) -> None:
+        """Raise ``SlowClientError`` for a connection that leaves too many answers unread."""
+        if self._numbers[peer] >= self._max_calls:
+            raise SlowClientError(f"{self._max_calls} answers of this connection are unread")
+
+    async def end(self, context: Context, report: ErrorReport, trailers: Any = ()) -> None:
+        """End a call: its status goes out behind the message that waits, if that ever does."""
+        peer = context.peer()
+        self._numbers[peer] += 1
+        end = asyncio.create_task(_abort(context, report, trailers))
+        self._ends.add(end)
+        end.add_done_callback(lambda task: self._forget(task, peer))
+        await asyncio.sleep(0)  # gRPC has the status before the handler returns
+
+    def _forget(self, end: asyncio.Task[None], peer: str) -> None:
+        self._ends.discard(end)
+        self._numbers[peer] -= 1
+        if not self._numbers[peer]:
+            del self._numbers[peer]
+
+
+async def _abort(context: Context, report: ErrorReport, trailers: Any) -> None:
+    with contextlib.suppress(grpc.aio.BaseError):  # always raises; also where the client has left
+        await context.abort(report.grpc_code, report.message, trailers)
+
+
+@dataclass(slots=True)
+class CallLimits:
+    """Of one port."""
+
+    max_calls: int
+    """Calls at a time, beside streams without an end and health checks."""
+    read_limit_s: float
+    """Time in which a client must send the message of a call."""
+    write_limit_s: float
+    """Time in which a client must read a message."""
+    num_calls: int = 0
+    streams: CallPool = field(default_factory=lambda: CallPool(MAX_STREAMS))
+    """Streams without an end of their own."""
+    unread: UnreadAnswers = field(default_factory=UnreadAnswers)
+
+    @classmethod
+    def of(cls, tuning: GatewayTuning, max_calls: int) -> CallLimits:
+        """With the times that a gateway has for HTTP, too."""
+        return cls(max_calls, tuning.body_timeout_s, tuning.unread_limit_s)
+
+    @contextlib.asynccontextmanager
+    async def entered(self, peer: str, stream_s: float | None) -> AsyncIterator[None]:
+        """Count a call of a connection; ``stream_s``: a stream that may last for this time.
+
+        Raises ``QueueFullError``, ``SlowClientError``, and for a stream ``DeadlineExceededError``.
+        """
+        self.unread.check(peer)
+        if stream_s is not None:
+            async with self.streams.entered(peer, stream_s):
+                yield
+            return
+        if self.num_calls >= self.max_calls:
+            raise QueueFullError(f"{self.num_calls} calls are running, at most {self.max_calls}")
+        self.num_calls += 1
+        try:
+            yield
+        finally:
+            self.num_calls -= 1
+
+
+@dataclass(eq=False, slots=True)
+class BoundedStream:
+    """The messages of one call, within limits of time."""
+
+    context: Context
+    read_limit_s: float
+    write_limit_s: float
+    unread: UnreadAnswers
+    _is_writing: bool = False
+
+    async def read(self) -> bytes | None:
+        """The next message; None after the last one. Raises ``DeadlineExceededError``."""
+        try:
+            async with asyncio.timeout(self.read_limit_s):
+                data = await self.context.read()
+        except TimeoutError as err:
+            raise DeadlineExceededError("the message did not come in time") from err
+        return data if isinstance(data, bytes) else None
+
+    async def write(self, message: Any) -> None:
+        """Send a message; the initial metadata has been sent. Raises ``SlowClientError``."""
+        self._is_writing = True
+        try:
+            async with asyncio.timeout(self.write_limit_s):
+                await self.context.write(message)
+        except grpc.aio.InternalError as err:  # gRPC may cancel the call a little later
+            raise asyncio.CancelledError("the client is gone") from err
+        except TimeoutError as err:
+            why = f"the client has read nothing for {self.write_limit_s:g} s"
+            raise SlowClientError(why) from err
+        self._is_writing = False
+
+    async def abort(self, report: ErrorReport, trailers: tuple[tuple[str, bytes], ...]) -> None:
+        """End the call. Raises gRPC's error, unless a message waits for the client."""
+        if self._is_writing:
+            await self.unread.end(self.context, report, trailers)
+        else:
+            await self.context.abort(report.grpc_code, report.message, trailers)

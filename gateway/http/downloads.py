@@ -1,0 +1,71 @@
+"""Long contents that are read and sent in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.core.receipts import WINDOW_BYTES
+from gateway.http.middleware import Responder, run_until_gone
+
+
+class Reader(Protocol):
+    """A content, read from its begin to its end; its calls block."""
+
+    def read(self, num_bytes: int) -> bytes:
+        """At most ``num_bytes`` more bytes; empty at the end."""
+
+    def close(self) -> None:
+        """Release it."""
+
+
+class PiecesResponse(Response):
+    """A content of known size. One piece of it is in memory at a time: the next one is read once
+    the client has taken this one.
+
+    An error of the reader after the first piece cuts the connection, as the size was announced.
+
+    Args:
+        reader: closed at the end.
+        size: bytes of the content.
+        status_code: of HTTP.
+        run: runs the reader's calls away from the event loop.
+    """
+
+    media_type = "application/octet-stream"
+
+    def __init__(
+        self,
+        reader: Reader,
+        size: int,
+        status_code: int = 200,
+        run: Callable[..., Awaitable[Any]] = asyncio.to_thread,
+    ) -> None:
+        super().__init__(status_code=status_code)
+        self._run = run
+        self._reader = reader
+        self._size = size
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        responder = send if isinstance(send, Responder) else Responder(scope, send, receive)
+        try:
+            await run_until_gone(receive, responder, self._send(responder))
+        finally:
+            await asyncio.shield(self._run(self._reader.close))
+
+    async def _send(self, responder: Responder) -> None:
+        piece = await self._read()
+        headers = {"content-type": str(self.media_type), "content-length": str(self._size)}
+        await responder.start(self.status_code, headers)
+        while piece:
+            await responder.body(piece, more=True)
+            piece = await self._read()
+        await responder.body(b"")
+
+    async def _read(self) -> bytes:
+        piece: bytes = await self._run(self._reader.read, WINDOW_BYTES)
+        return piece

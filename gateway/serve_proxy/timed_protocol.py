@@ -1,0 +1,103 @@
+"""``BoundedHttpProtocol`` with limits of time and of connections, for listeners of our own.
+
+uvicorn closes a connection that is idle after an answer. It waits without end for a first request,
+for the rest of a head, and for a body that nothing reads: each byte stops its timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from cluster.core.errors import DeadlineExceededError
+from gateway.serve_proxy.bounded_protocol import BoundedHttpProtocol
+
+HEAD_LIMIT_S = 10.0
+"""Time for request line and headers, from the first byte or from a new connection on."""
+BODY_LIMIT_S = 75.0
+"""Time for a body; an application that reads it answers sooner (``body_timeout_s``)."""
+IDLE_LIMIT_S = 75.0
+"""Life of a connection between two requests."""
+MAX_CONNECTIONS = 256
+"""Connections of a server; one above ends the oldest that has no request."""
+_FLUSH_LIMIT_S = 5.0
+"""Time for a client to take the answer that its time is over."""
+
+
+class TimedHttpProtocol(BoundedHttpProtocol):
+    _timer: asyncio.TimerHandle | None = None
+    _is_idle = False
+    _has_begun_head = False
+    _has_whole_request = False
+    since_s = 0.0
+    """When the connection was made, on the loop's clock."""
+
+    @property
+    def serves(self) -> bool:
+        """An application works on a request."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.since_s = self.loop.time()
+        self._wait(HEAD_LIMIT_S)
+        self._end_one_too_many()
+
+    def _end_one_too_many(self) -> None:
+        """End the connection that has waited longest for a request; this one if all have one."""
+        protocols = (one for one in self.connections if isinstance(one, TimedHttpProtocol))
+        open_ones = [one for one in protocols if not one.transport.is_closing()]
+        if len(open_ones) > MAX_CONNECTIONS:
+            waiting = (one for one in open_ones if not one.serves)
+            min(waiting, key=lambda one: one.since_s, default=self).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_idle:
+            self._is_idle = False
+            self._wait(HEAD_LIMIT_S)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self._has_begun_head, self._has_whole_request = True, False
+        if self._timer is None:  # the next request comes before the answer to the last one
+            self._wait(HEAD_LIMIT_S)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._has_begun_head = False
+        self._wait(BODY_LIMIT_S)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._has_whole_request = True
+        self._stop_waiting()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._unset_keepalive_if_required()  # uvicorn's own timer
+        if self._has_whole_request and not self.pipeline:
+            self._is_idle = True
+            self._wait(IDLE_LIMIT_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _wait(self, limit_s: float) -> None:
+        self._stop_waiting()
+        self._timer = self.loop.call_later(limit_s, self._end)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self) -> None:
+        """The time is over."""
+        self._timer = None
+        if self.serves or not self._has_begun_head:
+            self.transport.abort()
+            return
+        error = DeadlineExceededError(f"the headers did not come within {HEAD_LIMIT_S:g} s")
+        self._answer(b"408 Request Timeout", error)
+        self._timer = self.loop.call_later(_FLUSH_LIMIT_S, self.transport.abort)

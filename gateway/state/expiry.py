@@ -1,0 +1,106 @@
+"""Removes files of the state folder whose time is over.
+
+A file is removed when its object has expired by the gateway's clock, and has also been there for
+its whole life by the file system's clock: a gateway whose clock is wrong removes nothing early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gateway.core.errors import StorageError
+from gateway.state.files import entries, head_of
+from gateway.state.folder import NEW, WORK
+
+logger = logging.getLogger(__name__)
+
+_ABANDONED_S = 3600.0
+"""Age at which a file that is being written has no writer any more."""
+
+
+class Expiry:
+    """See the module. Calls raise ``OSError`` where a folder cannot be listed; any thread.
+
+    Args:
+        folder: the state folder.
+        ttl_s: life of an object whose own one cannot be read.
+        clock: Unix time in seconds.
+        disk_clock: the same by the file system.
+        on_removed: called with the path of each object's file that is removed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ttl_s: float,
+        clock: Callable[[], float],
+        disk_clock: Callable[[], float],
+        on_removed: Callable[[Path], None],
+    ) -> None:
+        self._folder = folder
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._disk_clock = disk_clock
+        self._on_removed = on_removed
+
+    def sweep(self) -> int:
+        """Look at all files; the number of removed ones."""
+        return sum(map(self.sweep_folder, self._tenant_folders())) + self._sweep_new()
+
+    def sweep_folder(self, folder: Path) -> int:
+        """Look at the objects of one kind and tenant; the number of removed ones."""
+        now_s = self._clock()
+        found = entries(folder)
+        late = [(folder / entry.name, stat) for entry, stat in found if stat.st_mtime <= now_s]
+        disk_s = self._disk_clock() if late else 0.0
+        num_removed = 0
+        for place, stat in late:
+            try:
+                if self._has_ended(place, stat, now_s, disk_s):
+                    num_removed += self.remove(place)
+            except OSError as err:
+                logger.error("an object of the state folder cannot be removed: %s", err)
+        if num_removed == len(found):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # unless a new object has come
+        return num_removed
+
+    def remove(self, place: Path) -> bool:
+        """Remove a file; whether it was there. Raises ``OSError``."""
+        self._on_removed(place)
+        try:
+            place.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _has_ended(self, place: Path, stat: os.stat_result, now_s: float, disk_s: float) -> bool:
+        """By its first line: tools that copy folders may set other modification times."""
+        life_s = self._ttl_s  # of a damaged object, which has no use
+        with contextlib.suppress(StorageError):
+            head = head_of(place)
+            if head.expires_s > now_s:
+                return False
+            life_s = head.expires_s - head.created_s
+        return disk_s - stat.st_ctime >= life_s
+
+    def _tenant_folders(self) -> Iterator[Path]:
+        for kind in self._folder.iterdir():
+            if kind.is_dir() and kind.name not in (NEW, WORK):
+                yield from (folder for folder in kind.iterdir() if folder.is_dir())
+
+    def _sweep_new(self) -> int:
+        """Files of writers that were killed; their modification time may be that of an expiry."""
+        num_removed = 0
+        if not (found := entries(self._folder / NEW)):
+            return 0
+        before_s = self._disk_clock() - _ABANDONED_S
+        for entry, stat in found:
+            if stat.st_ctime < before_s:
+                (self._folder / NEW / entry.name).unlink(missing_ok=True)
+                num_removed += 1
+        return num_removed

@@ -1,0 +1,56 @@
+"""The state folder itself: what it is, and where things are in it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import msgspec
+
+from cluster.core.checks import check
+from cluster.core.errors import ConfigError
+from cluster.disk.files import new_file
+from gateway.state.files import write_aside
+from gateway.state.record import FORMAT
+
+_MARK = "state.json"
+NEW, WORK = "new", "work"
+"""Folders of files that are being written, and of work that has not ended."""
+
+
+class _Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``state.json`` says."""
+
+    state_format: int
+
+
+def open_folder(folder: Path) -> None:
+    """Make or check a state folder. Raises ``ConfigError``."""
+    try:
+        _open(folder)
+    except (OSError, msgspec.MsgspecError) as err:
+        reason = getattr(err, "strerror", None) or "state.json is damaged"
+        raise ConfigError("state_dir", str(folder), f"cannot be used: {reason}") from err
+
+
+def _open(folder: Path) -> None:
+    is_new = not folder.exists()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mark = folder / _MARK
+    if not mark.exists():
+        others = [] if is_new else sorted({*os.listdir(folder)} - {NEW, WORK})
+        # others may be starting on the same folder: then their mark is there by now
+        rule = "holds other files: give an empty folder, or a new one"
+        check(not others or mark.exists(), "state_dir", str(folder), rule)
+    for name in (NEW, WORK):
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+    if not mark.exists():
+        write_aside(folder / NEW, mark, msgspec.json.encode(_Mark(state_format=FORMAT)))
+    found = msgspec.json.decode(mark.read_bytes(), type=_Mark).state_format
+    rule = f"holds objects of the format {found}, this release has {FORMAT}"
+    check(found == FORMAT, "state_dir", str(folder), rule)
+    probe = folder / NEW / secrets.token_hex(16)
+    with new_file(probe):
+        pass  # it can be written
+    probe.unlink()

@@ -1,0 +1,68 @@
+"""Reads a stored object in pieces: it is in memory one piece at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Self
+
+from gateway.core.errors import StorageError
+from gateway.state.files import as_storage_error
+from gateway.state.record import MAX_HEAD_BYTES, decode_head
+
+
+class StoredReader:
+    """The content of an object from its begin to its end. All calls block, and are for threads.
+
+    The content is checked at its end, after all pieces but the last one were returned. A reader is
+    to be closed, by ``close`` or a ``with`` block.
+    """
+
+    def __init__(self, place: Path, object_id: str) -> None:
+        """Raises ``OSError``, and ``StorageError`` if the first line is damaged."""
+        self._file = place.open("rb")
+        self._digest = hashlib.sha256()
+        self._damage = f"the stored object {object_id} is damaged"
+        try:
+            self.head = decode_head(self._file.readline(MAX_HEAD_BYTES))
+            """What is known of the object beside its content."""
+            if self.head.id != object_id:
+                raise StorageError(self._damage)
+        except BaseException:
+            self._file.close()
+            raise
+        self.num_left = self.head.size
+        """Bytes that are still to be read."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._file.close()
+
+    def read(self, num_bytes: int) -> bytes:
+        """At most ``num_bytes`` more bytes; empty at the end. Raises ``StorageError``."""
+        with as_storage_error():
+            return self._checked(self._file.read(min(num_bytes, self.num_left)), num_bytes)
+
+    def read_line(self, max_bytes: int) -> bytes:
+        """The next line, or the first ``max_bytes`` bytes of it. Raises ``StorageError``."""
+        with as_storage_error():
+            return self._checked(self._file.readline(min(max_bytes, self.num_left)), max_bytes)
+
+    def _checked(self, piece: bytes, num_bytes: int) -> bytes:
+        self._digest.update(piece)
+        self.num_left -= len(piece)
+        is_cut = not piece and num_bytes > 0 and self.num_left
+        is_end = not self.num_left
+        if is_cut or (is_end and (self._file.read(1) or not self._is_as_stored)):
+            raise StorageError(self._damage)
+        return piece
+
+    @property
+    def _is_as_stored(self) -> bool:
+        return self._digest.hexdigest() == self.head.sha256

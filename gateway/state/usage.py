@@ -1,0 +1,106 @@
+"""What tenants have stored, and the bounds of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gateway.core.errors import KeyFullError
+from gateway.state.files import entries
+
+_FRESH_S = 1.0
+
+
+@dataclass(slots=True)
+class _Usage:
+    """What a tenant has stored of one kind."""
+
+    counted_s: float
+    """Unix time."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each file by id, the oldest first."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+class Usages:
+    """Counts what is in tenants' folders, at most a second ago. Any thread.
+
+    Args:
+        max_objects: of a folder.
+        max_bytes: of a folder.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(self, max_objects: int, max_bytes: int, clock: Callable[[], float]) -> None:
+        self._max_objects = max_objects
+        self.max_bytes = max_bytes
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._usages: dict[Path, _Usage] = {}
+
+    def reserve(self, place: Path, size: int, drops_oldest: bool) -> list[Path]:
+        """Count a file that is about to be written, in place of one with the same name.
+
+        Args:
+            place: of the file.
+            size: its bytes.
+            drops_oldest: the oldest files make room.
+
+        Returns:
+            Files to remove once this one is written; they do not count any more.
+
+        Raises:
+            KeyFullError: it does not fit within the bounds.
+        """
+        if size > self.max_bytes:
+            raise KeyFullError(
+                f"an object of {size} bytes is above the limit of {self.max_bytes} for a key"
+            )
+        with self._lock:
+            sizes = dict(self._usage(place.parent).sizes)
+            sizes.pop(place.name, None)
+            num_bytes, dropped = sum(sizes.values()), []
+            for oldest in list(sizes) if drops_oldest else ():
+                if len(sizes) < self._max_objects and num_bytes + size <= self.max_bytes:
+                    break
+                dropped.append(place.parent / oldest)
+                num_bytes -= sizes.pop(oldest)
+            what = place.parent.parent.name
+            if len(sizes) >= self._max_objects:
+                raise KeyFullError(
+                    f"this key has stored {len(sizes)} {what}, the limit is "
+                    f"{self._max_objects}: delete some, or wait until they expire"
+                )
+            if num_bytes + size > self.max_bytes:
+                raise KeyFullError(
+                    f"this key has stored {num_bytes} bytes of {what}, {size} more are above "
+                    f"the limit of {self.max_bytes}: delete some, or wait until they expire"
+                )
+            sizes[place.name] = size
+            self._usages[place.parent].sizes = sizes
+        return dropped
+
+    def remove(self, place: Path) -> None:
+        """A file is removed."""
+        with self._lock:
+            if (usage := self._usages.get(place.parent)) is not None:
+                usage.sizes.pop(place.name, None)
+
+    def forget(self, folder: Path) -> None:
+        """Count a folder again: a file that was counted was not written."""
+        with self._lock:
+            self._usages.pop(folder, None)
+
+    def _usage(self, folder: Path) -> _Usage:
+        now_s = self._clock()
+        fresh = {f: u for f, u in self._usages.items() if 0 <= now_s - u.counted_s < _FRESH_S}
+        self._usages = fresh
+        if folder not in fresh:
+            sizes = {entry.name: stat.st_size for entry, stat in entries(folder)}
+            fresh[folder] = _Usage(now_s, dict(sorted(sizes.items())))
+        return fresh[folder]

@@ -1,0 +1,120 @@
+"""Where arguments end in a text that comes in pieces: a JSON object, or one value."""
+
+from __future__ import annotations
+
+import re
+
+from gateway.text.forms.argument_values import ANY_OPENING, ValueWriter
+from gateway.text.forms.call_syntax import PairSyntax
+from gateway.text.forms.marks import cut, overlap
+
+_STRING_REST = re.compile(r'(?:[^"\\]|\\.)*("?)', re.DOTALL)
+"""Of a JSON string, up to its end or to an escape that is cut."""
+
+
+class ObjectEnd:
+    """Finds the end of a JSON object, piece by piece."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._is_string = False
+        self._is_escaped = False
+
+    def read(self, text: str) -> tuple[str, bool]:
+        """What of a text belongs to the object, and whether that ends there."""
+        for place, char in enumerate(text):
+            if self._is_string:
+                if self._is_escaped:
+                    self._is_escaped = False
+                elif char == "\\":
+                    self._is_escaped = True
+                elif char == '"':
+                    self._is_string = False
+            elif char == '"':
+                self._is_string = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    return text[: place + 1], True
+        return text, False
+
+
+class ArgumentText:
+    """One value of the arguments that are written one by one."""
+
+    def __init__(self, writer: ValueWriter, syntax: PairSyntax) -> None:
+        self._writer = writer
+        self._end = syntax.end
+        self._has_breaks = syntax.has_breaks
+        self._is_begun = not syntax.has_breaks
+        self._is_json: bool | None = None  # not known yet
+        self._held = ""  # JSON, whose strings may hold the mark
+        self._strings = _StringsEnd()
+
+    def read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
+        """The text that is left, the JSON text of the rest, and whether the value ends there."""
+        if not self._is_begun and (text or is_last):
+            text, self._is_begun = text.removeprefix("\n"), True
+        if self._is_json is None:
+            openings, first = self._writer.json_openings, text.lstrip()[:1]
+            if openings and not (first or is_last):
+                return text, "", False
+            self._is_json = openings == ANY_OPENING or (first != "" and first in openings)
+        return self._read_json(text, is_last) if self._is_json else self._read(text, is_last)
+
+    def _read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
+        value, mark, rest = cut(text, (self._end,))
+        if mark:
+            return rest, self._written(value), True
+        marks = (self._end, f"\n{self._end}") if self._has_breaks else (self._end,)
+        kept = overlap(value, marks)
+        certain, rest = value[: len(value) - kept], value[len(value) - kept :]
+        if is_last:  # a mark that the answer's end cuts is no part of the value
+            return "", self._writer.feed(certain) + self._writer.give_up(), False
+        return rest, self._writer.feed(certain), False
+
+    def _read_json(self, text: str, is_last: bool) -> tuple[str, str, bool]:
+        """The same for JSON; where its strings do not end, the first mark ends the value."""
+        held = self._held + text
+        place = self._strings.find(held, self._end)
+        if place < 0 and not is_last:
+            self._held = held
+            return "", "", False
+        if place < 0:
+            return self._read(held, is_last)
+        return held[place + len(self._end) :], self._written(held[:place]), True
+
+    def _written(self, value: str) -> str:
+        value = value.removesuffix("\n") if self._has_breaks else value
+        return self._writer.feed(value) + self._writer.finish()
+
+
+class _StringsEnd:
+    """Finds a mark outside of the strings of a JSON text that grows."""
+
+    def __init__(self) -> None:
+        self._place = 0
+        self._is_string = False
+
+    def find(self, text: str, mark: str) -> int:
+        """Where the mark begins; -1: nowhere yet."""
+        while self._place < len(text):
+            if self._is_string:
+                quote = _STRING_REST.match(text, self._place)
+                assert quote is not None, "it matches an empty text"
+                self._place = quote.end()
+                if not quote[1]:
+                    return -1
+                self._is_string = False
+                continue
+            opening = text.find('"', self._place)
+            found = text.find(mark, self._place)
+            if found >= 0 and (opening < 0 or found < opening):
+                return found
+            if opening < 0:
+                self._place = len(text) - overlap(text, (mark,))
+                return -1
+            self._place, self._is_string = opening + 1, True
+        return -1

@@ -1,0 +1,139 @@
+"""Ids of calls, in the form that a model's chat template asks for.
+
+Templates of Mistral refuse ids that are not nine letters and digits. Kimi K2 writes
+``functions.NAME:NUMBER`` itself, where numbers count the calls of the whole conversation, and reads
+the same text as the id of a result. Other templates show no ids, or any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import string
+import uuid
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from gateway.core.tool_use import ToolForm
+
+_LETTERS = string.ascii_letters + string.digits
+_MISTRAL_CHARS = 9
+_MISTRAL = re.compile(rf"[A-Za-z0-9]{{{_MISTRAL_CHARS}}}")
+_KIMI = re.compile(r"functions\.[A-Za-z0-9_.-]+:([0-9]{1,9})")
+_FITTING = {ToolForm.MISTRAL: _MISTRAL, ToolForm.KIMI: _KIMI}
+
+
+class CallIds:
+    """Makes ids, each once.
+
+    Args:
+        form: of the calls; None, as most forms: any ids.
+        used: ids of the conversation.
+    """
+
+    def __init__(self, form: ToolForm | None = None, used: Iterable[str] = ()) -> None:
+        self._form = form
+        self._used: set[str] = set()
+        self._next_number = 0
+        self._num_derived: dict[str, int] = {}
+        for one in used:
+            self._take(one)
+
+    def new(self, name: str, number: str | None = None) -> str:
+        """The id of the next call.
+
+        Args:
+            name: of its function.
+            number: as the model wrote it (Kimi); taken unless a call has it.
+        """
+        if self._form is ToolForm.KIMI:
+            return self._numbered(name, number)
+        while (found := self._drawn()) in self._used:
+            pass
+        self._take(found)
+        return found
+
+    def fitting(self, given: str | None, name: str) -> str:
+        """An id for an earlier call whose client calls it ``given``; the same for each answer."""
+        pattern = _FITTING.get(self._form) if self._form is not None else None
+        is_free = given is not None and given not in self._used
+        if given is not None and is_free and (pattern is None or pattern.fullmatch(given)):
+            found = given
+        elif self._form is ToolForm.KIMI:
+            return self._numbered(name, None)
+        else:
+            found = self._derived(given or "")
+        self._take(found)
+        return found
+
+    def _take(self, call_id: str) -> None:
+        """A call has this id."""
+        self._used.add(call_id)
+        if written := _KIMI.fullmatch(call_id):
+            self._next_number = max(self._next_number, int(written[1]) + 1)
+
+    def _drawn(self) -> str:
+        if self._form is ToolForm.MISTRAL:
+            return "".join(secrets.choice(_LETTERS) for _ in range(_MISTRAL_CHARS))
+        return f"call_{uuid.uuid4().hex[:24]}"
+
+    def _derived(self, given: str) -> str:
+        """Nine letters and digits, others each time."""
+        while True:
+            attempt = self._num_derived.get(given, 0)
+            self._num_derived[given] = attempt + 1
+            digest = hashlib.sha256(f"{attempt}:{given}".encode("utf-8", "surrogatepass")).digest()
+            found = "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest[:_MISTRAL_CHARS])
+            if found not in self._used:
+                return found
+
+    def _numbered(self, name: str, number: str | None) -> str:
+        found = f"functions.{name}:{number}"
+        if number is None or found in self._used:
+            found = f"functions.{name}:{self._next_number}"
+        self._take(found)
+        return found
+
+
+def known_ids(messages: Sequence[Mapping[str, Any]], form: ToolForm | None) -> Collection[str]:
+    """Ids of the calls in a conversation, as its template sees them."""
+    shown = with_fitting_ids(messages, form)
+    named = [call.get("id") for message in shown for call in _calls(message)]
+    return {one for one in named if isinstance(one, str)}
+
+
+def with_fitting_ids(
+    messages: Sequence[Mapping[str, Any]], form: ToolForm | None
+) -> Sequence[Mapping[str, Any]]:
+    """Messages with ids in the form that a template asks for; each result keeps its call.
+
+    Results whose ids several calls have are theirs in turn.
+    """
+    if form not in _FITTING:
+        return messages
+    ids = CallIds(form)
+    waiting: dict[str | None, deque[str]] = {}
+    found: list[Mapping[str, Any]] = []
+    for message in messages:
+        if calls := _calls(message):
+            renamed = []
+            for call in calls:
+                given = call.get("id")
+                new = ids.fitting(given, str((call.get("function") or {}).get("name")))
+                waiting.setdefault(given, deque()).append(new)
+                renamed.append({**call, "id": new})
+            message = {**message, "tool_calls": renamed}
+        elif message.get("role") == "tool":
+            known = waiting.get(message.get("tool_call_id"))
+            if known:
+                new = known.popleft() if len(known) > 1 else known[0]
+                message = {**message, "tool_call_id": new}
+        found.append(message)
+    return found
+
+
+def _calls(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    given = message.get("tool_calls")
+    return given if isinstance(given, (list, tuple)) else ()

@@ -1,0 +1,79 @@
+"""Tokenizes long texts in another process, one at a time; see ``encode_texts``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from array import array
+from pathlib import Path
+
+from cluster.core.errors import RequestFailedError
+from gateway.text.encode_texts import ID_TYPE, REPLY, message_of
+
+LONG_CHARS = 262_144
+"""Longer texts are tokenized in the process."""
+
+
+class LongTexts:
+    """The process, which starts with the first long text and stays.
+
+    Args:
+        file: ``tokenizer.json``.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._turn = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def encode(
+        self, text: str, add_special_tokens: bool, kept: slice
+    ) -> tuple[array[int], int]:
+        """A slice of the token ids of a text, and the number of all. A cancelled call ends the
+        process.
+
+        Raises:
+            RequestFailedError: the process ended.
+        """
+        async with self._turn:
+            process = self._process or await self._start()
+            self._process = None  # in use: what ends this call ends the process
+            try:
+                message = await asyncio.to_thread(message_of, text, add_special_tokens, kept)
+                found = await _ask(process, message)
+            except BaseException:
+                process.kill()
+                await asyncio.shield(process.wait())
+                raise
+            self._process = process
+            return found
+
+    async def stop(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            await process.wait()
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        path = os.pathsep.join(filter(None, sys.path))
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gateway.text.encode_texts", str(self._file)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={"PYTHONPATH": path},
+        )
+
+
+async def _ask(process: asyncio.subprocess.Process, message: bytes) -> tuple[array[int], int]:
+    assert process.stdin is not None, "a pipe"
+    assert process.stdout is not None, "a pipe"
+    try:
+        process.stdin.write(message)
+        await process.stdin.drain()
+        count, length = REPLY.unpack(await process.stdout.readexactly(REPLY.size))
+        raw = await process.stdout.readexactly(length)
+    except (OSError, EOFError) as err:
+        raise RequestFailedError("the process that tokenizes long texts ended") from err
+    return array(ID_TYPE, raw), count

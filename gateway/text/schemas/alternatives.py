@@ -1,0 +1,193 @@
+"""A clean schema as the alternatives that its values choose from.
+
+``{"anyOf": [A, B], "allOf": [C]}`` has the alternatives ``A and C``, ``B and C``: each is a tuple
+of pieces that all hold. Pieces have no ``$ref``, ``anyOf``, ``oneOf`` or ``allOf``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gateway.text.schemas.clean_schema import DEFINITION, TYPES, CleanSchema
+
+MAX_ALTERNATIVES = 512
+_MAX_STEPS = 5_000
+TYPES_BUT_TEXTS = tuple(kind for kind in TYPES if kind != "string")
+_APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf")
+Piece = Mapping[str, Any]
+Alternative = tuple[Piece, ...]
+_KINDS: Mapping[type, str] = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    list: "array",
+    dict: "object",
+}
+
+
+class UnfollowedError(Exception):
+    """A schema is not followed; the message is a keyword, or the reason."""
+
+
+def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alternative]:
+    """The alternatives of a part of a schema.
+
+    Raises:
+        UnfollowedError: there are too many, or, if strict, those of a ``oneOf`` may overlap.
+    """
+    try:
+        return _Expansion(clean, is_strict).of(schema, frozenset())
+    except RecursionError as err:
+        raise UnfollowedError("is nested too deeply") from err
+
+
+class _Expansion:
+    def __init__(self, clean: CleanSchema, is_strict: bool) -> None:
+        self._definitions = clean.definitions
+        self._is_strict = is_strict
+        self._steps_left = _MAX_STEPS
+        self._own: dict[int, Alternative] = {}
+        self._known: dict[str, list[Alternative]] = {}
+        self._num_circles = 0
+
+    def of(self, schema: Any, above: frozenset[str]) -> list[Alternative]:
+        """Alternatives of a schema.
+
+        Args:
+            schema: clean.
+            above: references that lead here with no value in between; again they add nothing.
+        """
+        self._use(1)
+        if not isinstance(schema, Mapping):
+            return [()] if schema else []
+        own = self._own_piece(schema)
+        found: list[Alternative] = [()]
+        for key, value in schema.items():
+            if key in _APPLICATORS:
+                found = self._both(found, self._applied(key, value, above))
+            else:
+                found = self._both(found, [own])
+        return found
+
+    def _own_piece(self, schema: Piece) -> Alternative:
+        """A schema without applicators; the same object each time, so that it is known again."""
+        if id(schema) not in self._own:
+            own = {key: value for key, value in schema.items() if key not in _APPLICATORS}
+            self._own[id(schema)] = (own,)
+        return self._own[id(schema)]
+
+    def _applied(self, key: str, value: Any, above: frozenset[str]) -> list[Alternative]:
+        if key == "$ref":
+            return self._named(value.removeprefix(DEFINITION), above)
+        each = [self.of(one, above) for one in value]
+        if key != "allOf":
+            if key == "oneOf" and self._is_strict:
+                _check_apart(each)
+            return _distinct(one for group in each for one in group)
+        found: list[Alternative] = [()]
+        for one in each:
+            found = self._both(found, one)
+        return found
+
+    def _named(self, name: str, above: frozenset[str]) -> list[Alternative]:
+        """Alternatives of a definition; kept where they do not depend on what leads here."""
+        if name in above:
+            self._num_circles += 1
+            return []
+        if name not in self._known:
+            before = self._num_circles
+            found = self.of(self._definitions[name], above | {name})
+            if self._num_circles != before:
+                return found
+            self._known[name] = found
+        return self._known[name]
+
+    def _both(self, some: list[Alternative], more: list[Alternative]) -> list[Alternative]:
+        self._use(len(some) * len(more))
+        return _distinct(_joined(one, other) for one in some for other in more)
+
+    def _use(self, num_steps: int) -> None:
+        self._steps_left -= num_steps
+        if self._steps_left < 0 or num_steps > MAX_ALTERNATIVES:
+            raise UnfollowedError(f"has more than {MAX_ALTERNATIVES} alternatives")
+
+
+def _joined(one: Alternative, other: Alternative) -> Alternative:
+    known = set(map(id, one))
+    return (*one, *(piece for piece in other if id(piece) not in known))
+
+
+def _distinct(some: Iterable[Alternative]) -> list[Alternative]:
+    return list({tuple(map(id, one)): one for one in some}.values())
+
+
+def _check_apart(groups: Sequence[Sequence[Alternative]]) -> None:
+    """Raise ``UnfollowedError`` where a value may fit two members of a ``oneOf``."""
+    for place, some in enumerate(groups):
+        others = [one for group in groups[place + 1 :] for one in group]
+        if not all(_are_apart(one, other) for one in some for other in others):
+            raise UnfollowedError("oneOf has alternatives that may overlap")
+
+
+def _are_apart(one: Alternative, other: Alternative) -> bool:
+    """Whether no value is known to fit both: by type, by values, or by those of a property."""
+    if kinds_of_alternative(one).isdisjoint(kinds_of_alternative(other)):
+        return True
+    some, more = _only_values(one), _only_values(other)
+    if some is not None and more is not None:
+        return not any(value in more for value in some)
+    return any(
+        not any(value in _tags(other)[name] for value in values)
+        for name, values in _tags(one).items()
+        if name in _tags(other)
+    )
+
+
+def _only_values(alternative: Alternative) -> list[Any] | None:
+    return next((v for piece in alternative if (v := values_of(piece)) is not None), None)
+
+
+def _tags(alternative: Alternative) -> dict[str, list[Any]]:
+    """Values of required properties that have but a few."""
+    required = {name for piece in alternative for name in piece.get("required", ())}
+    return {
+        name: values
+        for piece in alternative
+        for name, schema in piece.get("properties", {}).items()
+        if name in required
+        and isinstance(schema, Mapping)
+        and (values := values_of(schema)) is not None
+    }
+
+
+# ---- types -----------------------------------------------------------------------------------
+
+
+def kind_of(value: object) -> str:
+    """The type of a JSON value."""
+    return _KINDS.get(type(value), "null")
+
+
+def kinds_of_alternative(alternative: Alternative) -> frozenset[str]:
+    """Types of the values that an alternative allows; ``number`` comes with ``integer``."""
+    found = frozenset(TYPES)
+    for piece in alternative:
+        named = piece.get("type", TYPES)
+        found &= _with_integers([named] if isinstance(named, str) else named)
+        if (values := values_of(piece)) is not None:
+            found &= _with_integers(map(kind_of, values))
+    return found
+
+
+def values_of(piece: Piece) -> list[Any] | None:
+    """The only values; None where there are others."""
+    if "const" in piece:
+        return [piece["const"]]
+    return piece.get("enum")
+
+
+def _with_integers(kinds: Any) -> frozenset[str]:
+    found = frozenset(kinds)
+    return found | {"integer"} if "number" in found else found

@@ -1,0 +1,154 @@
+"""The arguments of a function, one by one, as its schema has them.
+
+A schema may say in several ways which arguments go together (``anyOf`` at its root, for example):
+each way is a ``Shape``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from gateway.core.tool_use import Tool
+from gateway.text.schemas.alternatives import (
+    Alternative,
+    Piece,
+    UnfollowedError,
+    alternatives,
+    kinds_of_alternative,
+    values_of,
+)
+from gateway.text.schemas.clean_schema import CleanSchema, clean_schema, unfollowed
+
+_MAX_ARGUMENTS = 2000
+"""Of all shapes; a grammar has no room for more."""
+_KEY = "arguments"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One set of arguments that go together; the schemas are clean."""
+
+    properties: Mapping[str, Any]
+    required: frozenset[str] = frozenset()
+    patterns: Mapping[str, Any]
+    """Schemas of other arguments, by a pattern of their names."""
+    others: Any = False
+    """Schema of all others; False: there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a function takes."""
+
+    clean: CleanSchema
+    shapes: Sequence[Shape]
+
+    def schema_of(self, name: str) -> Any:
+        """What one argument is in any of the shapes."""
+        found = [s.properties[name] for s in self.shapes if name in s.properties]
+        if not found:
+            others = ((*shape.patterns.values(), shape.others) for shape in self.shapes)
+            found = [schema for schema in chain(*others) if schema is not False]
+        return found[0] if len(found) == 1 else {"anyOf": found} if found else True
+
+
+def arguments_of(tool: Tool, is_strict: bool) -> Arguments:
+    """The arguments of a tool.
+
+    Args:
+        tool: its schema is an object's.
+        is_strict: refuse what is not followed; otherwise arguments may be any then.
+
+    Raises:
+        RequestError: it is strict, and not followed.
+    """
+    if (known := tool.derived.get(_KEY)) is not None:
+        assert isinstance(known, Arguments), "this module puts it there"
+        return known
+    found = _arguments(tool, is_strict)
+    tool.derived[_KEY] = found
+    return found
+
+
+def _arguments(tool: Tool, is_strict: bool) -> Arguments:
+    clean = clean_schema(tool, is_strict)
+    try:
+        found = alternatives(clean.root, clean, is_strict)
+        objects = [one for one in found if "object" in kinds_of_alternative(one)]
+        shapes = [shape for one in objects if (shape := _shape(one, is_strict)) is not None]
+        if sum(len(shape.properties) for shape in shapes) > _MAX_ARGUMENTS:
+            raise UnfollowedError(f"has more than {_MAX_ARGUMENTS} arguments")
+        if is_strict and not shapes:
+            raise UnfollowedError("allows no arguments")
+    except UnfollowedError as err:
+        if is_strict:
+            raise unfollowed(tool, (), str(err)) from err
+        shapes = []
+    return Arguments(clean, shapes or [Shape(properties={}, patterns={}, others=True)])
+
+
+def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
+    """What all pieces together allow; None: nothing."""
+    names = dict.fromkeys(chain(*(piece.get("properties", {}) for piece in pieces)))
+    required = dict.fromkeys(chain(*(piece.get("required", ()) for piece in pieces)))
+    speaking = [p for p in pieces if "additionalProperties" in p or p.get("patternProperties")]
+    if is_strict:
+        _check_followed(pieces, len(required), names, speaking)
+    patterns: dict[str, Any] = {}
+    for piece in speaking:
+        patterns |= piece.get("patternProperties", {})
+    is_closed = bool(names) or any("properties" in piece for piece in pieces)
+    additional = [piece.get("additionalProperties", True) for piece in speaking]
+    others = _all_of(additional) if speaking else not is_closed
+    properties: dict[str, Any] = {}
+    for name in (*names, *(name for name in required if name not in names)):
+        schema = _all_of([_of_piece(piece, name) for piece in pieces])
+        if schema is False and name in required and (is_strict or name in names):
+            return None
+        if schema is not False or name in required:
+            properties[name] = schema or True
+    return Shape(
+        properties=properties, required=frozenset(required), patterns=patterns, others=others
+    )
+
+
+def _of_piece(piece: Piece, name: str) -> Any:
+    """What a piece says of an argument."""
+    if name in piece.get("properties", {}):
+        return piece["properties"][name]
+    if piece.get("patternProperties"):
+        return {"anyOf": [*piece["patternProperties"].values()]}
+    return piece.get("additionalProperties", True)
+
+
+def _all_of(schemas: Sequence[Any]) -> Any:
+    """One schema for several that all hold."""
+    if any(schema is False for schema in schemas):
+        return False
+    known = {id(schema): schema for schema in schemas if schema is not True}
+    limiting = [schema for schema in known.values() if schema]
+    if len(limiting) < 2:
+        return limiting[0] if limiting else True
+    return {"allOf": limiting}
+
+
+def _check_followed(
+    pieces: Alternative,
+    num_required: int,
+    names: Mapping[str, Any],
+    speaking: Sequence[Piece],
+) -> None:
+    """Raise ``UnfollowedError`` for what a shape cannot say."""
+    has_patterns = any(piece.get("patternProperties") for piece in pieces)
+    if has_patterns and (names or len(speaking) > 1):
+        raise UnfollowedError("patternProperties is not followed beside properties")
+    for piece in pieces:
+        if piece.get("minProperties", 0) > num_required:
+            raise UnfollowedError("minProperties is not followed")
+        if "maxProperties" in piece and (speaking or piece["maxProperties"] < len(names)):
+            raise UnfollowedError("maxProperties is not followed")
+        if values_of(piece) is not None:
+            raise UnfollowedError("enum and const of all arguments are not followed")

@@ -1,0 +1,347 @@
+"""Schemas of arguments as grammars take them: only keywords that are followed, references resolved.
+
+Clients send what their tools emit: notes for people, formats that a registry of their own knows,
+keywords of other drafts, references of every kind. With ``strict`` what cannot be followed is
+refused by name; without, it has no effect, so that such a schema refuses no request.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from cluster.core.errors import RequestError
+from gateway.core.tool_use import Tool
+from gateway.text.schemas.formats import is_known
+from gateway.text.schemas.references import (
+    MAX_LEVELS,
+    MAX_SCHEMA_DEPTH,
+    References,
+    Target,
+    base_of,
+    inner_schemas,
+    is_too_deep,
+)
+
+TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
+DEFINITION = "#/$defs/"
+"""Begins every reference of a clean schema."""
+_MAX_NODES = 10_000
+"""Schemas in one, repeated for each reference to a schema within another."""
+_MAX_VALUES = 5000
+"""Of an ``enum``."""
+_REFUSED = frozenset(
+    {
+        *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
+        *("propertyNames", "dependencies", "dependentRequired", "dependentSchemas"),
+        *("unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
+    }
+)
+"""Keywords that limit values and that grammars do not follow."""
+_OPENING = frozenset(
+    {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
+)
+"""Keywords that may allow arguments which ``properties`` does not name."""
+_NEUTRAL: Mapping[str, Any] = MappingProxyType(
+    {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
+)
+"""Values of such keywords that limit nothing."""
+_NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
+"""Look-around, atomic groups, references to groups, and bounds of words."""
+_ANY = MappingProxyType[str, Any]({})
+
+
+class _Unfit(Exception):
+    """A keyword's value is wrong; the message is the rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class CleanSchema:
+    """A schema of a function's arguments."""
+
+    root: Mapping[str, Any]
+    definitions: Mapping[str, Any]
+    """What references name, by the text behind ``DEFINITION``."""
+
+    def document(self, schema: Any) -> dict[str, Any]:
+        """A part of it as a schema of its own, with the definitions that it needs."""
+        if not isinstance(schema, Mapping):
+            return {} if schema else {"not": {}}
+        needed: dict[str, Any] = {}
+        waiting = [schema]
+        while waiting:
+            for name in _references_in(waiting.pop()):
+                if name not in needed:
+                    needed[name] = self.definitions[name]
+                    waiting.append(needed[name])
+        return {**schema, "$defs": needed} if needed else dict(schema)
+
+    def resolved(self, schema: Any) -> Any:
+        """What a schema that is nothing but a reference names."""
+        for _ in range(len(self.definitions)):
+            if not isinstance(schema, Mapping) or list(schema) != ["$ref"]:
+                break
+            schema = self.definitions[schema["$ref"].removeprefix(DEFINITION)]
+        return schema
+
+
+def closed(schema: Any) -> Mapping[str, Any]:
+    """A clean schema without arguments that it does not name, unless it says otherwise itself.
+
+    JSON schema allows any others, and small models make use of that without end. Those that only
+    ``required`` names are of any type.
+    """
+    if not isinstance(schema, Mapping):
+        return _ANY
+    if "properties" not in schema or not _OPENING.isdisjoint(schema):
+        return schema
+    named = schema["properties"]
+    others: dict[str, Any] = {name: {} for name in schema.get("required", ()) if name not in named}
+    properties = {**named, **others}
+    return {**schema, "properties": properties, "additionalProperties": False}
+
+
+def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
+    """The schema of a tool's arguments.
+
+    Args:
+        tool: as the client offers it.
+        is_strict: refuse what is not followed.
+
+    Raises:
+        RequestError: it is strict, and not followed.
+    """
+    cleaner = _Cleaner(tool, is_strict)
+    if is_too_deep(cleaner.references):
+        if is_strict:
+            rule = f"is too large or nested too deeply through $ref: at most {MAX_LEVELS} levels"
+            raise unfollowed(tool, (), rule)
+        return CleanSchema({}, {})
+    return cleaner.clean()
+
+
+def unfollowed(tool: Tool, path: Sequence[str], rule: str) -> RequestError:
+    """The error of a strict tool; ``path`` leads to the keyword that is not followed."""
+    place = ".".join(path) or "the schema"
+    return RequestError(f"{tool.path} of {tool.name!r}: {place} {rule} (strict is true)", tool.path)
+
+
+@dataclass(slots=True)
+class _Cleaner:
+    tool: Tool
+    is_strict: bool
+    references: References = field(init=False)
+    _targets: list[Target] = field(default_factory=list)
+    _numbers: dict[int, int] = field(default_factory=dict)
+    _num_nodes: int = 0
+
+    def __post_init__(self) -> None:
+        given = self.tool.parameters
+        self.references = References({"properties": {}} if given is None else given)
+
+    def clean(self) -> CleanSchema:
+        given = self.references.root
+        root = self._schema(given, given, (), 0)
+        definitions: dict[str, Any] = {}
+        while len(definitions) < len(self._targets):
+            number = len(definitions)
+            target = self._targets[number]
+            definitions[str(number)] = self._schema(target.schema, target.base, ("$ref",), 0)
+        return CleanSchema(root if isinstance(root, Mapping) else {}, definitions)
+
+    def _schema(
+        self, given: Any, base: Mapping[str, Any], path: tuple[str, ...], depth: int
+    ) -> Any:
+        """A schema, a dict or a bool."""
+        self._num_nodes += 1
+        is_much = self._num_nodes > _MAX_NODES or depth > MAX_SCHEMA_DEPTH
+        if is_much or not isinstance(given, (Mapping, bool)):
+            rule = "is nested too deeply or too large" if is_much else "must be a JSON schema"
+            self._refuse(path, rule)
+            return True
+        if isinstance(given, bool):
+            return given
+        base = base_of(given, base)
+
+        def inner(value: Any, *steps: str) -> Any:
+            return self._schema(value, base, (*path, *steps), depth + 1)
+
+        found: dict[str, Any] = {}
+        for key, value in given.items():
+            try:
+                self._keyword(key, value, found, inner, path)
+            except _Unfit as err:
+                self._refuse((*path, key), str(err))
+        if "$ref" in given and isinstance(given["$ref"], str):
+            self._reference(given["$ref"], base, found, path)
+        if given.get("nullable") is True:
+            return {"anyOf": [found, {"type": "null"}]}
+        return closed(found) if given is self.references.root else found
+
+    def _keyword(
+        self,
+        key: str,
+        value: Any,
+        found: dict[str, Any],
+        inner: Callable[..., Any],
+        path: tuple[str, ...],
+    ) -> None:
+        if key in _REFUSED:
+            if not (key in _NEUTRAL and value is _NEUTRAL[key]):
+                self._refuse((*path, key), "is not followed by grammars")
+        elif key in _PLAIN:
+            if (clean := _PLAIN[key](value)) is not None:
+                found[key] = clean
+        elif key == "const":
+            found[key] = value
+        elif key in ("properties", "patternProperties"):
+            found[key] = self._by_name(key, value, inner, path)
+        elif key in ("allOf", "anyOf", "oneOf", "prefixItems"):
+            found[key] = self._list(key, value, inner)
+        elif key == "items" and isinstance(value, list):
+            found["prefixItems"] = self._list(key, value, inner)
+        elif key in ("items", "additionalProperties"):
+            found[key] = inner(value, key)
+        elif key == "additionalItems":
+            found["items"] = inner(value, key)
+        elif key == "$ref":
+            found[key] = value  # holds the keyword's place
+            if not isinstance(value, str):
+                del found[key]
+                raise _Unfit("must be a text")
+
+    def _by_name(
+        self, key: str, value: Any, inner: Callable[..., Any], path: tuple[str, ...]
+    ) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise _Unfit("must be an object")
+        found: dict[str, Any] = {}
+        for name, one in value.items():
+            if key == "patternProperties" and not is_regular(name):
+                self._refuse((*path, key, name), "is no regular expression that grammars follow")
+            else:
+                found[name] = inner(one, key, name)
+        return found
+
+    def _list(self, key: str, value: Any, inner: Callable[..., Any]) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            raise _Unfit("must be a list of schemas")
+        return [inner(one, key, str(place)) for place, one in enumerate(value)]
+
+    def _reference(
+        self,
+        reference: str,
+        base: Mapping[str, Any],
+        found: dict[str, Any],
+        path: tuple[str, ...],
+    ) -> None:
+        target = self._end_of(reference, base)
+        if target is None:
+            del found["$ref"]
+            self._refuse((*path, "$ref"), f"({reference[:64]!r}) names no part of the schema")
+            return
+        number = self._numbers.setdefault(id(target.schema), len(self._targets))
+        if number == len(self._targets):
+            self._targets.append(target)
+        found["$ref"] = f"{DEFINITION}{number}"
+
+    def _end_of(self, reference: str, base: Mapping[str, Any]) -> Target | None:
+        """The first target that is more than a reference; None where they lead in a circle."""
+        seen: set[int] = set()
+        target = self.references.find(reference, base)
+        while target is not None and id(target.schema) not in seen:
+            seen.add(id(target.schema))
+            schema = target.schema
+            if not isinstance(schema, Mapping) or list(schema) != ["$ref"]:
+                return target
+            following = schema["$ref"]
+            is_text = isinstance(following, str)
+            target = self.references.find(following, target.base) if is_text else None
+        return None
+
+    def _refuse(self, path: tuple[str, ...], rule: str) -> None:
+        if self.is_strict:
+            raise unfollowed(self.tool, path, rule)
+
+
+def is_regular(pattern: object) -> bool:
+    """Whether a pattern uses nothing beyond automata, which grammars are."""
+    return isinstance(pattern, str) and _NOT_REGULAR.search(pattern) is None
+
+
+def _references_in(schema: Any) -> list[str]:
+    """Names of definitions."""
+    found: list[str] = []
+    waiting = [schema]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Mapping) and isinstance(reference := one.get("$ref"), str):
+            found.append(reference.removeprefix(DEFINITION))
+        waiting += inner_schemas(one, ("enum", "const"))
+    return found
+
+
+# ---- keywords without schemas in them --------------------------------------------------------
+
+
+def _types(value: Any) -> str | list[str]:
+    named = value if isinstance(value, list) else [value]
+    if not named or not all(isinstance(one, str) and one in TYPES for one in named):
+        raise _Unfit(f"must be of {', '.join(TYPES)}")
+    return named[0] if len(named) == 1 else list(dict.fromkeys(named))
+
+
+def _count(value: Any) -> int:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value != value // 1 or value < 0:
+        raise _Unfit("must be a whole number, at least 0")
+    return int(value)
+
+
+def _number(value: Any) -> int | float | bool:
+    if not isinstance(value, (int, float)):
+        raise _Unfit("must be a number")
+    return value
+
+
+def _factor(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise _Unfit("must be a number above 0")
+    return value
+
+
+def _pattern(value: Any) -> str:
+    if not is_regular(value):
+        raise _Unfit("is no regular expression that grammars follow")
+    return str(value)
+
+
+def _names(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise _Unfit("must be a list of names")
+    return list(dict.fromkeys(value))
+
+
+def _values(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_VALUES:
+        raise _Unfit(f"must be a list of 1 to {_MAX_VALUES} values")
+    return value
+
+
+_PLAIN: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        "type": _types,
+        "enum": _values,
+        "format": lambda value: value if is_known(value) else None,
+        "pattern": _pattern,
+        "required": _names,
+        "multipleOf": _factor,
+        **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _number),
+        **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), _count),
+        **dict.fromkeys(("minProperties", "maxProperties"), _count),
+    }
+)
+"""From a value to what a grammar follows; None: nothing."""

@@ -1,0 +1,115 @@
+"""Regular expressions of JSON schemas as grammars take them.
+
+Schemas search a text for a pattern of ECMA 262; grammars match whole texts, in the syntax of
+Rust's ``regex``, and know no anchors.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SEARCH = "(?s:.*)"
+_CLASSES = {
+    "d": "[0-9]",
+    "D": "[^0-9]",
+    "w": "[A-Za-z0-9_]",
+    "W": "[^A-Za-z0-9_]",
+    "/": "/",
+}
+"""Escapes that Rust reads in another way, which takes all of Unicode."""
+_PART = re.compile(r"\\.|\[\^?\]?|.", re.DOTALL)
+_PART_OF_CLASS = re.compile(r"\\.|.", re.DOTALL)
+_QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})")
+
+
+def full_match(pattern: str) -> str | None:
+    """A pattern that matches the whole of each text in which ``pattern`` is found.
+
+    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None: it has anchors within groups.
+    """
+    branches, depth, is_class, is_behind_quantifier = [""], 0, False, False
+    starts, ends = [False], [False]
+    place = 0
+    while place < len(pattern):
+        found = (_PART_OF_CLASS if is_class else _PART).match(pattern, place)
+        assert found is not None, "any character matches"
+        part, place = found[0], found.end()
+        was_quantifier, is_behind_quantifier = is_behind_quantifier, False
+        if is_class:
+            is_class = part != "]"
+            branches[-1] += _in_class(part)
+        elif ends[-1] and not (part == "|" and depth == 0):
+            return None  # something stands behind "$"
+        elif part.startswith("["):
+            is_class = True
+            branches[-1] += part.replace("]", "\\]")
+        elif part == "^":
+            if depth or branches[-1] or starts[-1]:
+                return None
+            starts[-1] = True
+        elif part == "$":
+            if depth:
+                return None
+            ends[-1] = True
+        elif part == "|" and depth == 0:
+            branches.append("")
+            starts.append(False)
+            ends.append(False)
+        elif part == "?" and was_quantifier:
+            pass  # lazy or not is the same for whole texts
+        else:
+            depth += {"(": 1, ")": -1}.get(part, 0)
+            branches[-1] += _escaped(part)
+            is_behind_quantifier = _ends_with_quantifier(pattern, found.start(), part)
+    framed = (
+        ("" if is_start else _SEARCH) + branch + ("" if is_end else _SEARCH)
+        for branch, is_start, is_end in zip(branches, starts, ends, strict=True)
+    )
+    return f"(?:{'|'.join(framed)})"
+
+
+def without(end: str) -> str:
+    """A pattern of the texts that do not hold ``end``, whose first character is in it but once.
+
+    For example ``[^<]*(?:<(?:|[^<p][^<]*))*`` for ``<p``.
+    """
+    first, rest = _literal(end[0]), end[1:]
+    inner = ""
+    for char in reversed(rest):
+        one = _literal(char)
+        further = f"|{one}{inner}" if inner else ""
+        inner = f"(?:|[^{first}{one}][^{first}]*{further})"
+    return f"[^{first}]*(?:{first}{inner})*"
+
+
+def in_grammar(pattern: str) -> str:
+    """A regular expression between slashes: ``a/b`` is ``/a\\/b/``."""
+    parts: list[str] = []
+    is_escaped = False
+    for char in pattern:
+        slash = "/" if is_escaped else "\\/"
+        parts.append({"/": slash, "\n": "n" if is_escaped else "\\n"}.get(char, char))
+        is_escaped = char == "\\" and not is_escaped
+    return f"/{''.join(parts)}/"
+
+
+def _escaped(part: str) -> str:
+    return _CLASSES.get(part[1:], part) if part.startswith("\\") else part
+
+
+def _in_class(part: str) -> str:
+    """A part of a class: brackets and doubled signs have a meaning of their own in Rust."""
+    return f"\\{part}" if part in ("[", "&", "~") else _escaped(part)
+
+
+def _ends_with_quantifier(pattern: str, place: int, part: str) -> bool:
+    if part in ("*", "+", "?"):
+        return True
+    opening = pattern.rfind("{", 0, place)
+    return (
+        part == "}" and opening >= 0 and bool(_QUANTIFIER.fullmatch(pattern[opening : place + 1]))
+    )
+
+
+def _literal(char: str) -> str:
+    return re.escape(char)

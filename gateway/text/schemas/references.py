@@ -1,0 +1,222 @@
+"""Where the references within one JSON schema lead.
+
+Source: JSON Schema 2020-12, core, sections 8.2 and 9.2, and draft 7, section 8. Only schemas of
+the same document are known; no address is fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote, urljoin
+
+MAX_SCHEMA_DEPTH = 32
+"""Levels of objects and lists in a JSON schema, references not followed."""
+MAX_LEVELS = 500
+"""Objects and lists within each other, references followed. The compiler of grammars follows them
+by recursion, and 1,800 levels fit its stack."""
+_MAX_VISITS = 20_000
+"""Objects and lists that are looked at; what needs more is too deep as well."""
+BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords whose values are schemas by name."""
+CONTENTS = frozenset({"enum", "const", "default", "examples"})
+"""Keywords whose values are no schemas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a reference names."""
+
+    schema: Any
+    base: Mapping[str, Any]
+    """The schema whose pointers (``#/...``) its own references are."""
+
+
+class References:
+    """Finds the schemas that references name.
+
+    Args:
+        root: the whole schema.
+    """
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self.root = root
+        self._root_id = _text(root.get("$id")) or _text(root.get("id"))
+        self._by_id: dict[str, Target] | None = None
+
+    def find(self, reference: str, base: Mapping[str, Any] | None = None) -> Target | None:
+        """The target of ``#/$defs/a%20b`` or ``#name``, for example; None where there is none."""
+        base = self.root if base is None else base
+        address, _, fragment = reference.partition("#")
+        if address:
+            found = self._named(address)
+            if found is None or not isinstance(found.schema, Mapping):
+                return None
+            base = found.schema
+        fragment = unquote(fragment)
+        if not fragment or fragment == "/":
+            return Target(base, base)
+        if fragment.startswith("/"):
+            return self._at(fragment, base)
+        return self._named(f"#{fragment}")
+
+    def _at(self, pointer: str, base: Mapping[str, Any]) -> Target | None:
+        found: Any = base
+        for step in pointer[1:].split("/"):
+            name = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, Mapping) and name in found:
+                found = found[name]
+            elif isinstance(found, list) and name.isascii() and name.isdigit():
+                found = found[int(name)] if int(name) < len(found) else None
+            else:
+                return None
+            base = base_of(found, base)
+        return Target(found, base) if isinstance(found, (Mapping, bool)) else None
+
+    def _named(self, address: str) -> Target | None:
+        """By ``$id`` (of the whole schema or a part) or, as ``#name``, by ``$anchor``."""
+        if self._by_id is None:
+            self._by_id = dict(self._names())
+        known = self._by_id
+        return known.get(address) or known.get(urljoin(self._root_id, address))
+
+    def _names(self) -> Iterator[tuple[str, Target]]:
+        waiting: list[tuple[Any, Mapping[str, Any]]] = [(self.root, self.root)]
+        while waiting:
+            schema, base = waiting.pop()
+            if isinstance(schema, Mapping):
+                base = base_of(schema, base)
+                for key in ("$id", "id"):
+                    if name := _text(schema.get(key)):
+                        yield name, Target(schema, base)
+                        yield urljoin(self._root_id, name), Target(schema, base)
+                for key in ("$anchor", "$dynamicAnchor"):
+                    if name := _text(schema.get(key)):
+                        yield f"#{name}", Target(schema, base)
+            waiting += ((inner, base) for inner in _inner(schema))
+
+
+def base_of(schema: Any, base: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema that pointers within ``schema`` begin at, which is within ``base``."""
+    name = _text(schema.get("$id")) if isinstance(schema, Mapping) else ""
+    return schema if name and not name.startswith("#") else base
+
+
+def is_too_deep(references: References) -> bool:
+    """Whether some way through a schema may be longer than ``MAX_LEVELS``, in whatever order a
+    compiler follows its references, if it follows each once.
+
+    A way passes through a group of schemas that refer to each other only once, so that the levels
+    of all of the group are a bound.
+    """
+    graph = _Graph(references)
+    if graph.visits_left <= 0:
+        return True
+    longest: dict[int, int] = {}
+    for group in graph.groups():
+        own = sum(graph.levels[node] for node in group)
+        after = (longest[n] for node in group for n in graph.leads_to[node] if n not in group)
+        total = own + max(after, default=0)
+        if total > MAX_LEVELS:
+            return True
+        longest |= dict.fromkeys(group, total)
+    return False
+
+
+class _Graph:
+    """The schemas that references name, the whole schema among them, by number."""
+
+    def __init__(self, references: References) -> None:
+        self._numbers: dict[int, int] = {}
+        self._targets: list[Target] = []
+        self._number(Target(references.root, references.root))
+        self.levels: list[int] = []
+        """Of each: objects within each other, references not followed."""
+        self.leads_to: list[list[int]] = []
+        self.visits_left = _MAX_VISITS
+        while self.visits_left > 0 and len(self.levels) < len(self._targets):
+            self._read(self._targets[len(self.levels)], references)
+
+    def _number(self, target: Target) -> int:
+        number = self._numbers.setdefault(id(target.schema), len(self._targets))
+        if number == len(self._targets):
+            self._targets.append(target)
+        return number
+
+    def _read(self, target: Target, references: References) -> None:
+        deepest, named = 0, []
+        waiting: list[tuple[Any, Mapping[str, Any], int]] = [(target.schema, target.base, 1)]
+        while waiting and self.visits_left > 0:
+            self.visits_left -= 1
+            schema, base, depth = waiting.pop()
+            deepest = max(deepest, depth)
+            base = base_of(schema, base)
+            reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+            found = references.find(reference, base) if isinstance(reference, str) else None
+            if found is not None:
+                named.append(self._number(found))
+            waiting += (
+                (inner, base, depth + 1)
+                for inner in _inner(schema)
+                if isinstance(inner, (Mapping, list))
+            )
+        self.levels.append(deepest)
+        self.leads_to.append(named)
+
+    def groups(self) -> Iterator[set[int]]:
+        """Schemas that refer to each other, each group after those that it leads to.
+
+        Source: R. Tarjan, Depth-first search and linear graph algorithms (1972), without recursion.
+        """
+        order: dict[int, int] = {}
+        lowest: dict[int, int] = {}
+        open_nodes: list[int] = []
+        closed: set[int] = set()
+        way = [(0, iter(self.leads_to[0]))]
+        while way:
+            node, following = way[-1]
+            if node not in order:
+                order[node] = lowest[node] = len(order)
+                open_nodes.append(node)
+            new = None
+            for inner in following:
+                if inner not in order:
+                    new = inner
+                    break
+                if inner not in closed:
+                    lowest[node] = min(lowest[node], order[inner])
+            if new is not None:
+                way.append((new, iter(self.leads_to[new])))
+                continue
+            way.pop()
+            if way:
+                above = way[-1][0]
+                lowest[above] = min(lowest[above], lowest[node])
+            if lowest[node] == order[node]:
+                place = open_nodes.index(node)
+                group = set(open_nodes[place:])
+                del open_nodes[place:]
+                closed |= group
+                yield group
+
+
+def _inner(schema: Any) -> Iterator[Any]:
+    """Schemas in a schema, and lists of them."""
+    return inner_schemas(schema, CONTENTS)
+
+
+def inner_schemas(schema: Any, contents: Collection[str]) -> Iterator[Any]:
+    """What lies in a schema or a list of schemas, but for the keywords ``contents``."""
+    if isinstance(schema, list):
+        yield from schema
+    elif isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if key in BY_NAME and isinstance(value, Mapping):
+                yield from value.values()
+            elif key not in contents:
+                yield value
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""

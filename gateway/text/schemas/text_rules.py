@@ -1,0 +1,75 @@
+"""What a clean schema says of texts, for forms that write them without quotes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.text.schemas.alternatives import (
+    Alternative,
+    UnfollowedError,
+    kinds_of_alternative,
+    values_of,
+)
+from gateway.text.schemas.formats import FORMATS
+from gateway.text.schemas.patterns import full_match, in_grammar, without
+
+
+@dataclass(frozen=True, slots=True)
+class TextRule:
+    """Texts that follow all of its parts."""
+
+    values: tuple[str, ...] | None = None
+    """The only texts; None: any."""
+    patterns: tuple[str, ...] = ()
+    """Each matches the whole text."""
+
+    @property
+    def is_any(self) -> bool:
+        return self.values is None and not self.patterns
+
+    def expression(self, end: str) -> str:
+        """Of a grammar; the texts do not hold ``end``."""
+        parts = list(map(in_grammar, self.patterns))
+        holds_end = self.values is None or any(end in value for value in self.values)
+        if self.values is not None:
+            parts.insert(0, f"({' | '.join(map(json.dumps, self.values))})")
+        if holds_end:
+            parts.append(in_grammar(without(end)))
+        return " & ".join(parts)
+
+
+def text_rules(found: Sequence[Alternative], is_strict: bool) -> list[TextRule]:
+    """What texts may be: one of the rules holds; none: no text is allowed.
+
+    Raises:
+        UnfollowedError: if strict, a pattern cannot be followed.
+    """
+    texts = (one for one in found if "string" in kinds_of_alternative(one))
+    rules = list(dict.fromkeys(_rule(one, is_strict) for one in texts))
+    return [TextRule()] if any(rule.is_any for rule in rules) else rules
+
+
+def _rule(pieces: Alternative, is_strict: bool) -> TextRule:
+    values: list[str] | None = None
+    patterns: list[str] = []
+    least, most = 0, None
+    for piece in pieces:
+        if (given := values_of(piece)) is not None:
+            own = [value for value in given if isinstance(value, str)]
+            values = own if values is None else [value for value in values if value in own]
+        if "pattern" in piece:
+            matching = full_match(piece["pattern"])
+            if matching is not None:
+                patterns.append(matching)
+            elif is_strict:
+                raise UnfollowedError("pattern has anchors within groups, which is not followed")
+        if "format" in piece:
+            patterns.append(FORMATS[piece["format"]])
+        least = max(least, piece.get("minLength", 0))
+        if "maxLength" in piece:
+            most = min(piece["maxLength"], piece["maxLength"] if most is None else most)
+    if least or most is not None:
+        patterns.append(f"(?s:.{{{least},{'' if most is None else most}}})")
+    return TextRule(None if values is None else tuple(dict.fromkeys(values)), tuple(patterns))

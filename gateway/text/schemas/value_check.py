@@ -1,0 +1,120 @@
+"""Whether a value follows a clean schema, to tell texts from other values in what a model wrote.
+
+Patterns and formats of texts are not looked at. The work is bounded; what needs more is taken to
+follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gateway.text.schemas.alternatives import kind_of
+from gateway.text.schemas.clean_schema import DEFINITION, CleanSchema
+
+_MAX_STEPS = 10_000
+_LEAST = {"string": "minLength", "array": "minItems", "object": "minProperties"}
+_MOST = {"string": "maxLength", "array": "maxItems", "object": "maxProperties"}
+
+
+class ValueCheck:
+    """Checks one value.
+
+    Args:
+        clean: of which the schemas are parts.
+    """
+
+    def __init__(self, clean: CleanSchema) -> None:
+        self._definitions = clean.definitions
+        self._steps_left = _MAX_STEPS
+
+    def fits(self, value: Any, schema: Any) -> bool:
+        """Whether a value follows a schema."""
+        try:
+            return self._fits(value, schema)
+        except RecursionError:
+            return True
+
+    def _fits(self, value: Any, schema: Any) -> bool:
+        self._steps_left -= 1
+        if self._steps_left < 0:
+            return True
+        if not isinstance(schema, Mapping):
+            return bool(schema)
+        return (
+            self._fits_applied(value, schema)
+            and _fits_type(value, schema)
+            and _fits_limits(value, schema)
+            and self._fits_inside(value, schema)
+        )
+
+    def _fits_applied(self, value: Any, schema: Mapping[str, Any]) -> bool:
+        some = [schema[key] for key in ("anyOf", "oneOf") if key in schema]
+        every = [*schema.get("allOf", ())]
+        if "$ref" in schema:
+            every.append(self._definitions[schema["$ref"].removeprefix(DEFINITION)])
+        return all(self._fits(value, one) for one in every) and all(
+            any(self._fits(value, one) for one in group) for group in some
+        )
+
+    def _fits_inside(self, value: Any, schema: Mapping[str, Any]) -> bool:
+        if isinstance(value, list):
+            first = schema.get("prefixItems", [])
+            rest = schema.get("items", True)
+            schemas = [*first[: len(value)], *[rest] * (len(value) - len(first))]
+            return all(map(self._fits, value, schemas))
+        if isinstance(value, dict):
+            named = schema.get("properties", {})
+            others = schema.get("additionalProperties", True)
+            has_patterns = bool(schema.get("patternProperties"))
+            return all(name in value for name in schema.get("required", ())) and all(
+                self._fits(one, named.get(name, has_patterns or others))
+                for name, one in value.items()
+            )
+        return True
+
+
+def _fits_type(value: Any, schema: Mapping[str, Any]) -> bool:
+    if "const" in schema and not _same(value, schema["const"]):
+        return False
+    if "enum" in schema and not any(_same(value, one) for one in schema["enum"]):
+        return False
+    if "type" not in schema:
+        return True
+    named = schema["type"]
+    kinds = [named] if isinstance(named, str) else named
+    kind = kind_of(value)
+    is_whole = kind == "number" and float(value).is_integer()
+    return (
+        kind in kinds
+        or ("number" in kinds and kind == "integer")
+        or ("integer" in kinds and is_whole)
+    )
+
+
+def _fits_limits(value: Any, schema: Mapping[str, Any]) -> bool:
+    kind = kind_of(value)
+    if kind in _LEAST:
+        least, most = schema.get(_LEAST[kind], 0), schema.get(_MOST[kind])
+        return len(value) >= least and (most is None or len(value) <= most)
+    if kind not in ("integer", "number"):
+        return True
+    low, high = schema.get("minimum"), schema.get("maximum")
+    over, under = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    if isinstance(over, bool):  # draft 4
+        over = low if over else None
+    if isinstance(under, bool):
+        under = high if under else None
+    factor = schema.get("multipleOf")
+    return (
+        (low is None or value >= low)
+        and (high is None or value <= high)
+        and (over is None or value > over)
+        and (under is None or value < under)
+        and (factor is None or abs(value / factor - round(value / factor)) < 1e-9)
+    )
+
+
+def _same(value: Any, other: Any) -> bool:
+    """``True`` and 1 are not the same."""
+    return isinstance(value, bool) is isinstance(other, bool) and bool(value == other)

@@ -1,0 +1,94 @@
+"""The files of a checkpoint that say how a tokenizer is used: chat templates, special tokens.
+
+The same files take effect as in transformers 5 (``PreTrainedTokenizerBase._from_pretrained``):
+
+- Files of templates (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``) come before
+  the entry ``chat_template`` of ``tokenizer_config.json``, a text or a list of named templates.
+- ``special_tokens_map.json`` comes before ``tokenizer_config.json``, unless the latter has
+  ``added_tokens_decoder``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.core.errors import CheckpointError
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of templates: the one for all conversations, and the one for those with tools."""
+_FIELDS = ("name", "template")
+_TOKEN = "_token"
+"""End of the names that templates have for special tokens, such as ``bos_token``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerFiles:
+    """What the files of a folder say."""
+
+    templates: Mapping[str, str]
+    """Jinja texts by name."""
+    tokens: Mapping[str, str]
+    """Special tokens by the names that templates have for them."""
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+    """Read the files that are there. Raises ``CheckpointError`` for one that cannot be read."""
+    config = _read_json(folder / "tokenizer_config.json")
+    tokens = config
+    if "added_tokens_decoder" not in config:
+        tokens = {**config, **_read_json(folder / "special_tokens_map.json")}
+    texts = {name: _content(token) for name, token in tokens.items() if name.endswith(_TOKEN)}
+    return TokenizerFiles(
+        templates=_template_files(folder) or _templates_of(config.get("chat_template")),
+        tokens={name: text for name, text in texts.items() if text},
+    )
+
+
+def _template_files(folder: Path) -> dict[str, str]:
+    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (default := folder / "chat_template.jinja").is_file():
+        files[DEFAULT] = default
+    return {name: _read(path) for name, path in sorted(files.items())}
+
+
+def _templates_of(entry: Any) -> dict[str, str]:
+    """The entry ``chat_template`` of ``tokenizer_config.json``: a text, or a list by name."""
+    if isinstance(entry, str):
+        return {DEFAULT: entry}
+    found = {}
+    for named in entry if isinstance(entry, list) else ():
+        name, text = (named.get(k) if isinstance(named, dict) else None for k in _FIELDS)
+        if isinstance(name, str) and isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token, which may be described by an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty without the file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(_read(path))
+    except ValueError as err:
+        raise CheckpointError(f"{path.name} is not JSON: {err}") from err
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} must hold a JSON object")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise CheckpointError(f"{path.name} cannot be read: {err}") from err

@@ -1,0 +1,186 @@
+"""Large bodies and messages are read and checked away from the event loop."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+from google.protobuf import json_format
+
+from cluster.config.gateway import GatewaySection
+from gateway.core.bodies import StrictBody
+from gateway.engines import engine_pool
+from gateway.generation import gateway as gateway_module
+from gateway.grpc import api, pooling
+from gateway.http import api as http_api
+from gateway.http.middleware import dump_long
+from gateway.offload.json_text import MAX_VALUES
+from gateway.offload.long_work import INLINE_SIZE
+from protos import inference_pb2 as pb
+from tests.gateway.stack import MODEL, WAIT_S, Stack, post, running_stack
+from workers.requests.block_hash import block_hashes
+from workers.requests.request import Request
+
+PAD = {"user": "a" * INLINE_SIZE}
+BODIES: Mapping[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    "/v1/responses": {"input": "a", "max_output_tokens": 16},
+    "/v1/messages": {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "a"}],
+        "max_tokens": 1,
+    },
+    "/v1/messages/count_tokens": {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "a"}],
+    },
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+    "/v1/embeddings": {"input": "a"},
+    "/classify": {"input": "a", "labels": ["b"]},
+    "/score": {"text_1": "a", "text_2": "b"},
+    "/v1/inspect": {"token_ids": [1], "outputs": ["logits"]},
+    "/v1/batches": {
+        "input_file_id": "file_1",
+        "endpoint": "/v1/completions",
+        "completion_window": "24h",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    state = tmp_path_factory.mktemp("state") / "state"
+    with running_stack(GatewaySection(request_timeout_s=WAIT_S, state_dir=str(state))) as stack:
+        yield stack
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the threads that check bodies."""
+    found: list[str] = []
+    check = StrictBody.model_validate.__func__  # type: ignore[attr-defined]
+
+    def note(kind: type[StrictBody], data: Any) -> Any:
+        found.append(threading.current_thread().name)
+        return check(kind, data)
+
+    monkeypatch.setattr(StrictBody, "model_validate", classmethod(note))
+    return found
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_only_large_bodies_are_checked_in_a_thread(
+    keeper: Stack, threads: list[str], path: str
+) -> None:
+    if path == "/v1/inspect":  # the engine has no arrays: refused after the check
+        BODIES[path]["outputs"] = ["none"]
+    small, large = (post(keeper, path, **BODIES[path], **more) for more in ({}, PAD))
+    assert small.status_code == large.status_code
+    here, there = threads
+    assert not here.startswith("long-work")
+    assert there.startswith("long-work")
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_too_many_values_are_refused_by_every_endpoint(keeper: Stack, path: str) -> None:
+    """Also in a field that is ignored, and before the body is parsed."""
+    body = json.dumps({**BODIES[path], "x": [[]] * MAX_VALUES})
+    headers = {"content-type": "application/json"}
+    answer = keeper.http.post(path, content=body, headers=headers)
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert "body has" in message
+    assert f"strings, lists and objects, at most {MAX_VALUES} are allowed" in message
+
+
+MESSAGES: Mapping[str, tuple[Any, dict[str, Any], Any, str]] = {
+    "Generate": (
+        pb.GenerateRequest,
+        {"text": "a", "sampling_params": {"max_tokens": 1, "stop_token_ids": [1] * 20_000}},
+        api,
+        "grpc_fields",
+    ),
+    "Detokenize": (pb.DetokenizeRequest, {"tokens": [1] * 20_000}, api, "numbers_of"),
+    "Inspect": (
+        pb.InspectRequest,
+        {"token_ids": [{"ids": [1] * 20_000}], "outputs": ["none"]},
+        pooling,
+        "grpc_inspect_fields",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_large_messages_are_converted_in_a_thread(
+    keeper: Stack, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    kind, fields, module, function = MESSAGES[name]
+    found: list[str] = []
+    convert = getattr(module, function)
+
+    def note(*values: Any) -> Any:
+        found.append(threading.current_thread().name)
+        return convert(*values)
+
+    monkeypatch.setattr(module, function, note)
+    message = json_format.ParseDict(fields, kind())
+    with grpc.insecure_channel(keeper.grpc_target) as channel:
+        make = channel.unary_stream if name == "Inspect" else channel.unary_unary
+        call = make(f"/expertmesh.v1.Inference/{name}", kind.SerializeToString, bytes)
+        try:
+            answer = call(message, timeout=WAIT_S)
+            if name == "Inspect":
+                list(answer)
+        except grpc.RpcError as err:
+            assert err.code() is grpc.StatusCode.INVALID_ARGUMENT  # noqa: PT017
+    (where,) = found
+    assert where.startswith("long-work")
+
+
+def test_prompts_are_hashed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of KV blocks, by which requests are routed, of all prompts of a call."""
+    found: list[str] = []
+    hashes = block_hashes
+
+    def note(request: Request, *details: Any) -> list[bytes]:
+        found.append(threading.current_thread().name)
+        return hashes(request, *details)
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("hashed on the event loop")
+
+    monkeypatch.setattr(gateway_module, "block_hashes", note)
+    monkeypatch.setattr(engine_pool, "block_hashes", refuse)
+    with running_stack(serving=False) as stack:
+        stack.engine.kv_block_size = 16
+        stack.serve()
+        prompts = [[1] * 100] * 200
+        answer = post(stack, "/v1/completions", prompt=prompts, max_tokens=1)
+        assert answer.status_code == 200, answer.text
+    assert len(found) == 200
+    assert all(name.startswith("long-work") for name in found)
+
+
+def test_long_answers_are_written_in_a_thread(
+    keeper: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    write = dump_long
+
+    def note(content: object) -> bytes:
+        found.append(threading.current_thread().name)
+        return write(content)
+
+    monkeypatch.setattr(http_api, "dump_long", note)
+    prompts = [[1] * 100] * 10
+    fields = {"prompt": prompts, "max_tokens": 1, "echo": True}
+    answer = post(keeper, "/v1/completions", **fields)
+    assert answer.status_code == 200, answer.text
+    (name,) = found
+    assert name.startswith("long-work")

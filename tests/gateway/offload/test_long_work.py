@@ -1,0 +1,65 @@
+"""What is done with large requests leaves the event loop, one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import threading
+
+import pytest
+
+from gateway.offload.long_work import INLINE_SIZE, LongWork
+
+
+def where() -> str:
+    return threading.current_thread().name
+
+
+def test_only_large_work_leaves_the_loop() -> None:
+    async def run() -> tuple[str, str]:
+        work = LongWork()
+        found = await work.run(INLINE_SIZE, where), await work.run(INLINE_SIZE + 1, where)
+        work.stop()
+        return found
+
+    here, there = asyncio.run(run())
+    assert here == threading.current_thread().name
+    assert there.startswith("long-work")
+
+
+def test_work_runs_one_at_a_time_and_without_collections() -> None:
+    running, most, collected = 0, 0, []
+
+    def busy() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        collected.append(gc.isenabled())
+        running -= 1
+
+    async def run() -> None:
+        work = LongWork()
+        await asyncio.gather(*(work.run(INLINE_SIZE + 1, busy) for _ in range(20)))
+        work.stop()
+
+    asyncio.run(run())
+    assert (most, collected, gc.isenabled()) == (1, [False] * 20, True)
+
+
+def test_work_sees_the_context_of_its_request_and_its_error_comes_back() -> None:
+    caller = contextvars.ContextVar("caller", default="")
+
+    def fail() -> None:
+        raise ValueError(caller.get())
+
+    async def run() -> None:
+        work = LongWork()
+        caller.set("a client")
+        try:
+            await work.run(INLINE_SIZE + 1, fail)
+        finally:
+            work.stop()
+
+    with pytest.raises(ValueError, match="a client"):
+        asyncio.run(run())

@@ -1,0 +1,167 @@
+"""Schemas of tools as pydantic, zod-to-json-schema, schemars and MCP servers write them.
+
+Every form takes the examples of each and gives them back; what a form's grammar lets a model write
+follows the schema, whatever the model draws.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jsonschema
+import pytest
+
+from gateway.core.tool_use import Tool, ToolForm, ToolUse
+from gateway.text.forms.answer_grammar import answer_grammar
+from gateway.text.forms.answer_parser import AnswerParser
+from gateway.text.forms.call_syntax import SYNTAXES
+from tests.gateway.fakes import EOS_ID
+from tests.gateway.text.forms.examples import written
+from tests.gateway.text.forms.test_answer_grammar import PAIR_FORMS, Vocabulary
+from tests.paths import DATA
+from workers.requests.request import Grammar
+
+FORMS = [ToolForm.HERMES, *PAIR_FORMS]
+_MAX_TOKENS = 700
+_CLOSERS = '<>"}]\n,:'
+
+
+@dataclass(frozen=True)
+class Case:
+    """A schema, and arguments that follow it."""
+
+    name: str
+    schema: dict[str, Any]
+    examples: list[dict[str, Any]]
+
+
+@cache
+def cases() -> tuple[Case, ...]:
+    lines = (DATA / "tool-schemas.jsonl").read_text(encoding="utf-8").splitlines()
+    found = map(json.loads, lines)
+    return tuple(Case(f"{c['tool']}: {c['name']}", c["schema"], c["examples"]) for c in found)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    return Vocabulary(tmp_path_factory.mktemp("schemas"), ())
+
+
+def grammar_of(schema: dict[str, Any], form: ToolForm, is_strict: bool = False) -> Grammar:
+    found = answer_grammar(use_of(schema, is_strict), form, {}, None)
+    assert found is not None
+    return found
+
+
+def use_of(schema: dict[str, Any], is_strict: bool = False) -> ToolUse:
+    tool = Tool(name="f", parameters=schema, is_strict=is_strict, path="tools[0].parameters")
+    return ToolUse(tools=(tool,), must_call=True, is_parallel=False)
+
+
+def read(schema: dict[str, Any], form: ToolForm, text: str) -> Any:
+    """Arguments of the call in a text."""
+    parser = AnswerParser(form, use_of(schema))
+    (call,) = parser.feed(text, is_last=True).joined().calls
+    assert parser.has_calls, text
+    return json.loads(call.arguments)
+
+
+def standard(schema: Any) -> Any:
+    """A schema whose ``nullable`` (OpenAPI) is said in JSON Schema's words."""
+    if isinstance(schema, list):
+        return [standard(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: standard(value) for key, value in schema.items() if key != "nullable"}
+    return {"anyOf": [found, {"type": "null"}]} if schema.get("nullable") is True else found
+
+
+def check(arguments: Any, schema: dict[str, Any]) -> None:
+    known = standard(schema)
+    draft = jsonschema.validators.validator_for(known, jsonschema.Draft202012Validator)
+    draft(known, format_checker=draft.FORMAT_CHECKER).validate(arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_every_form_takes_the_examples_and_gives_them_back(
+    case: Case, form: ToolForm, vocabulary: Vocabulary
+) -> None:
+    grammar = grammar_of(case.schema, form)
+    for example in case.examples:
+        check(example, case.schema)
+        text = written(form, [("f", example)])
+        assert vocabulary.allows(grammar, text), text
+        assert read(case.schema, form, text) == example
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_what_a_model_may_write_follows_the_schema(
+    case: Case, form: ToolForm, vocabulary: Vocabulary
+) -> None:
+    check_walks(case, form, vocabulary, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_what_many_models_may_write_follows_the_schema(
+    case: Case, form: ToolForm, vocabulary: Vocabulary
+) -> None:
+    assert check_walks(case, form, vocabulary, 12) > 0, "some come to an end"
+
+
+def check_walks(case: Case, form: ToolForm, vocabulary: Vocabulary, count: int) -> int:
+    """Draw answers and check the arguments of those that end; how many do."""
+    grammar = grammar_of(case.schema, form)
+    texts = [walk(vocabulary, grammar, form, seed) for seed in range(count)]
+    for text in filter(None, texts):
+        arguments = read(case.schema, form, text)
+        try:
+            check(arguments, case.schema)
+        except jsonschema.ValidationError as err:
+            if err.validator not in ("uniqueItems", "propertyNames"):  # not followed by any form
+                raise
+    return sum(text is not None for text in texts)
+
+
+def walk(vocabulary: Vocabulary, grammar: Grammar, form: ToolForm, seed: int) -> str | None:
+    """An answer that a model without knowledge draws; None where it comes to no end."""
+    rng = random.Random(seed)
+    state = vocabulary.start(grammar)
+    pairs = SYNTAXES[form].pairs
+    end = pairs.end if pairs else '"'
+    drawn: list[int] = []
+    for _ in range(_MAX_TOKENS):
+        allowed = state.mask().allowed.nonzero().flatten().tolist()
+        assert allowed, state.error
+        shown = vocabulary.backend.decode(drawn[-40:], skip_special_tokens=False)
+        token = _draw(vocabulary, allowed, shown, end, rng)
+        if token == EOS_ID:
+            return vocabulary.backend.decode(drawn, skip_special_tokens=False)
+        drawn.append(token)
+        state.advance(token)
+    return None
+
+
+def _draw(
+    vocabulary: Vocabulary, allowed: list[int], shown: str, end: str, rng: random.Random
+) -> int:
+    """Ends of values are likely, and gone on with once they are begun."""
+    if EOS_ID in allowed:
+        return EOS_ID
+    texts = {token: vocabulary.backend.decode([token]) for token in allowed}
+    begun = next((n for n in range(len(end) - 1, 0, -1) if shown.endswith(end[:n])), 0)
+    following = [token for token, text in texts.items() if begun and text == end[begun]]
+    closers = [token for token, text in texts.items() if text and text in _CLOSERS]
+    if following and rng.random() < 0.9:
+        return rng.choice(following)
+    if closers and rng.random() < 0.5:
+        return rng.choice(closers)
+    plain = [token for token, text in texts.items() if text.isascii()]
+    return rng.choice(plain or allowed)

@@ -1,0 +1,134 @@
+"""Which safetensors files a folder has, and which file each tensor is from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from cluster.core.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+"""Endings of checkpoints that are not opened."""
+_ITEM_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One tensor of a header."""
+
+    file: Path
+    dtype: str
+    """Dtype in safetensors spelling, ``BF16`` for example."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data; 0 for a dtype that we do not read."""
+        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 0)
+
+
+Headers = Mapping[Path, Mapping[str, TensorEntry]]
+"""All tensors by file and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files of a checkpoint, and what its index says."""
+
+    files: tuple[Path, ...]
+    index: Mapping[str, str]
+    """File name by tensor; empty without an index."""
+
+    def choose(self, headers: Headers) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+        """Each tensor, from the file that the index names, and why others cannot be read.
+
+        Another copy of a tensor is never read. A tensor that the index does not name is read where
+        one file has it, as transformers does.
+        """
+        by_name = {file.name: header for file, header in headers.items()}
+        chosen, unclear = {}, {}
+        for name, file in self.index.items():
+            if name in by_name[file]:
+                chosen[name] = by_name[file][name]
+            else:
+                unclear[name] = f": {_INDEX} says that it is in {file}"
+        for header in headers.values():
+            for name, entry in header.items():
+                if name in self.index or name in unclear:
+                    continue
+                if name in chosen:
+                    names = f"{chosen.pop(name).file.name} and {entry.file.name}"
+                    unclear[name] = f": it is in {names}, and {_INDEX} does not say which to read"
+                else:
+                    chosen[name] = entry
+        return chosen, unclear
+
+
+def weight_files(path: Path) -> WeightFiles:
+    """The files of a folder. Raises ``CheckpointError``."""
+    index = path / _INDEX
+    if not index.is_file():
+        if not (path / _SINGLE).is_file():
+            raise CheckpointError(f"{path.name}: {_why_no_weights(path)}")
+        return WeightFiles((path / _SINGLE,), {})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name} has no weight_map")
+    by_tensor = {str(name): str(file) for name, file in weight_map.items()}
+    names = sorted(set(by_tensor.values()))
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise CheckpointError(f"{index.name} names {name}, which is not in the folder")
+    return WeightFiles(tuple(path / name for name in names), by_tensor)
+
+
+def _why_no_weights(path: Path) -> str:
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
+    if not pickles:
+        return "there is no model.safetensors in the folder"
+    rule = "is a pickle, which can run code when it is read, and is never opened"
+    return f"{pickles[0]} {rule}: convert the checkpoint to safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a file. Raises ``CheckpointError``."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError as err:
+        raise CheckpointError(f"{path.parent.name}: there is no {path.name} in the folder") from err
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path.name} cannot be read: {err}") from err
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name} must hold a JSON object")
+    return data
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """All tensors of one file; the library checks the file against its header.
+
+    Raises ``CheckpointError``.
+    """
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return entries_of(reader, file)
+    except (OSError, SafetensorError) as err:
+        raise CheckpointError(
+            f"{file.name} is truncated, damaged, or not a safetensors file: {err}"
+        ) from err
+
+
+def entries_of(reader: Any, file: Path) -> dict[str, TensorEntry]:
+    """All tensors of an open file."""
+    slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
+    return {
+        name: TensorEntry(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+        for name, part in slices.items()
+    }

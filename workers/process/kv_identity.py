@@ -1,0 +1,71 @@
+"""What the contents of a KV block depend on beside its tokens, and which ranks need blocks on disk.
+
+Blocks on disk outlive the processes that compute them. The identity names all that decides their
+bits: checkpoint, release, options, types, and what the members of the generation have agreed on.
+In an exact generation that agreement decides what every worker computes, attention and experts;
+in any other one the bits depend on each member, so all their ways of computing are part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from cluster.config.cluster import ClusterConfig, Quantize
+from cluster.core.topology import Generation
+from workers.kv.cache import KVCache
+from workers.transport.handshake import PeerIdentity
+
+
+def model_identity(me: PeerIdentity) -> str:
+    """How the identity of blocks of this checkpoint begins."""
+    return f"checkpoint {me.checkpoint_id}\n"
+
+
+def kv_identity(
+    me: PeerIdentity,
+    config: ClusterConfig,
+    generation: Generation,
+    weights: tuple[Quantize, torch.dtype],
+    cache: KVCache,
+) -> str:
+    """The identity of blocks that a worker computes in a generation, for people too.
+
+    ``weights``: how the worker quantizes, and its dtype, where the configuration says ``auto``.
+    """
+    items = (
+        f"release {me.release}",
+        f"options {config.kv_fingerprint()}",
+        f"experts {me.expert_form or 'as computed'}",
+        f"weights {weights[0]} {weights[1]}",
+        f"arithmetic {_arithmetic(generation)}",
+        f"layout {cache.block_shape} {cache.dtype} {cache.state_shape}",
+    )
+    return model_identity(me) + "\n".join(items) + "\n"
+
+
+def _arithmetic(generation: Generation) -> str:
+    agreement = generation.agreement
+    if agreement.is_exact:
+        return f"exact {agreement.kernels} {agreement.torch}"
+    ways = {f"{m.role} {m.offer.computation}" for m in generation.members}
+    return f"not exact: {'; '.join(sorted(ways))}"
+
+
+def needed_ranks(
+    generation: Generation, places: Collection[str], node: str
+) -> frozenset[int] | None:
+    """Ranks whose blocks on the disk of a node are of use; None: it is not known yet.
+
+    These are the attention ranks of that node, and those of places whose worker is to come.
+    ``places``: names of the cluster's places (``attention-1``), filled or not.
+    """
+    if not generation.number or not places:
+        return None
+    elsewhere = {m.rank for m in generation.attention if m.node != node}
+    here = {m.rank for m in generation.attention if m.node == node}
+    roles = {m.role for m in generation.attention}
+    named = (place.rpartition("-") for place in places)
+    free = {int(rank) for role, _, rank in named if role in roles} - elsewhere
+    return frozenset(here | free)

@@ -1,0 +1,118 @@
+"""The keys of a ``quantization_config``: which are read, which are ignored, and which are refused.
+
+Tools write down how they found the codes (calibration, tuning, kernels to load with) beside what
+the codes mean. A key that no reader has asked for is ignored, unless its name speaks of what a
+weight or an activation is: bits, scales, zero points, orders, rotations, additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.core.errors import CheckpointError
+
+_NOTHING: tuple[Any, ...] = (None, False, "", "none", [], {})
+"""Values with which any key changes nothing."""
+_NUMBERS = """
+    bits format formats packing layout order zero zeros scale scales semantics kv
+    activation activations rotation rotations hadamard spinquant transform transforms permutation
+    adapter adapters lora codebook codebooks outlier outliers residual residuals sparse sparsity
+"""
+_NUMBER_WORDS = frozenset(_NUMBERS.split())
+"""Words in the names of keys that change numbers."""
+_NUMBER_KEYS = frozenset({"static_attention_dtype"})
+"""Other such keys."""
+_HARMLESS_KEYS = frozenset(
+    {"scale_dtype", "static_kv_granularity", "static_attention_granularity", "bits_per_weight"}
+)
+"""Keys with such words that change none: the files say what scales are in."""
+WHOLE_BITS = 16
+"""Numbers of this many bits are not quantized."""
+
+
+class QuantizationKeys:
+    """The keys of one object; those that were asked for are known."""
+
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        """``name`` begins messages."""
+        self.name = name
+        self._settings, self._rest = settings, set(settings)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A key's value, in lower case where it is text."""
+        self._rest.discard(key)
+        found = self._settings.get(key, default)
+        return found.lower() if isinstance(found, str) else found
+
+    def present(self, key: str, older: str) -> str:
+        """A key, or its older name where only that is there."""
+        return older if older in self._settings and key not in self._settings else key
+
+    def one_of(self, key: str, *known: Any) -> Any:
+        """The same. Raises ``CheckpointError`` for one that is not known.
+
+        A key may be left out where None is known.
+        """
+        found = self.value(key)
+        if key not in self._settings and None not in known:
+            raise CheckpointError(f"{self.name}: {key} is missing")
+        if found not in known:
+            raise self.refused(key, " or ".join(repr(value) for value in known))
+        return found
+
+    def honoured(self, *keys: str) -> None:
+        """These say what the tensors in the files show."""
+        self._rest.difference_update(keys)
+
+    def refused(self, key: str, rule: str = "") -> CheckpointError:
+        """The error for a key's value."""
+        words = f"{self.name}: {key} {self._settings.get(key)!r} is not supported"
+        return CheckpointError(f"{words}: must be {rule}" if rule else words)
+
+    def ignored(self) -> tuple[str, ...]:
+        """Keys that change no number and were not asked for, sorted.
+
+        Raises ``CheckpointError`` for one that would change numbers.
+        """
+        found = [key for key in sorted(self._rest) if self._settings[key] not in _NOTHING]
+        for key in found:
+            if _names_numbers(key) and not is_whole(key, self._settings[key]):
+                raise self.refused(key)
+        return tuple(found)
+
+
+def _names_numbers(key: str) -> bool:
+    if key in _HARMLESS_KEYS:
+        return False
+    return key in _NUMBER_KEYS or not _NUMBER_WORDS.isdisjoint(key.split("_"))
+
+
+def is_whole(key: str, value: object) -> bool:
+    """Whether a key says that something is not quantized, as ``act_bits`` 16 does."""
+    return key.endswith("bits") and isinstance(value, int) and value >= WHOLE_BITS
+
+
+def check_overrides(keys: QuantizationKeys, key: str, same: Mapping[str, Any]) -> None:
+    """Settings of single modules by pattern, as GPTQModel's ``dynamic`` and AutoRound's
+    ``extra_config``.
+
+    A module that is left out (``-:``, or at least 16 bits) is in the files as it is, so it needs no
+    more. Raises ``CheckpointError`` for a module with other numbers than ``same``.
+    """
+    found = keys.value(key)
+    if found is None:
+        return
+    if not isinstance(found, Mapping):
+        raise keys.refused(key, "an object")
+    for pattern, override in found.items():
+        if str(pattern).startswith("-:") or override is False:
+            continue
+        if not isinstance(override, Mapping):
+            raise CheckpointError(f"{keys.name}: {key} {pattern!r} {override!r} must be an object")
+        if is_whole("bits", override.get("bits")):
+            continue
+        own = QuantizationKeys(f"{keys.name}: {key} {pattern!r}", override)
+        for name in sorted(same.keys() & override.keys()):
+            own.one_of(name, same[name])
+        own.ignored()
