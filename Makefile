@@ -16,7 +16,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 # The Python of `make gpu-check`; empty: one that is found.
 PYTHON_GPU ?=
-# Which part of `make test-long` to run: 1 to 8, instructions, or all of them.
+# Which part of `make test-long` to run: 1 to 9, instructions, or all of them.
 PART ?= all
 # Mutants of pure modules in part 8, of which 95% must fail the unit tests, and what draws them.
 MUTANTS ?= 80
@@ -92,14 +92,16 @@ test: $(VENV)/.stamp-test
 
 # The long tier: all tests but those for a GPU, and a skip fails. Each part takes under 30 minutes
 # on two cores: units; layouts; other clusters of threads; clusters of processes;
-# served clusters and the command line; real clients; pretended hosts, pods and tutorials; mutants, and faults of each family.
+# served clusters and the command line; real clients; pretended hosts, pods and tutorials; mutants, and faults of each family;
+# a real trained model.
 LONG := $(PYTEST) --no-skips --hypothesis-profile=long
 TWO := -n 2 --dist worksteal
 LAYOUTS := $(addprefix tests/system/,test_deterministic.py test_family_pairs.py test_layouts.py)
 CLIENT_TESTS := tests/conformance
 HOSTS := tests/pretend_hosts tests/k8s/test_pretend_pods.py tests/project/test_tutorial.py
 FAMILY_FAULTS := tests/system/faults/test_faults_of_families.py
-NOT_FOREIGN := $(addprefix --ignore=,$(CLIENT_TESTS) $(HOSTS))
+REAL_MODEL := tests/real_model
+NOT_FOREIGN := $(addprefix --ignore=,$(CLIENT_TESTS) $(HOSTS) $(REAL_MODEL))
 PART_1 := $(TWO) -m "not gpu and not ray and not distributed" $(NOT_FOREIGN)
 PART_2 := $(TWO) -m "not gpu and not ray" $(LAYOUTS)
 PART_3 := $(TWO) -m "distributed and not gpu and not ray" $(addprefix --ignore=,$(LAYOUTS)) \
@@ -108,12 +110,13 @@ PART_4 := -m "ray and not gpu" tests/system --ignore=$(FAMILY_FAULTS)
 PART_5 := -m "ray and not gpu" --ignore=tests/system $(NOT_FOREIGN)
 PART_6 := -m "not gpu" $(CLIENT_TESTS)
 PART_7 := -m "not gpu" $(HOSTS)
+PART_9 := -m "not gpu" $(REAL_MODEL)
 
 # What computes with kernels, on processors with fewer instructions than this one: ours, and torch's.
 NATIVE_TESTS := tests/workers --ignore=tests/workers/cuda
 LESS := from tests.workers.native.builds import NAMES; print(*NAMES[1:])
 
-test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8 instructions,$(PART)))
+test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8 9 instructions,$(PART)))
 
 test-long-instructions: $(VENV)/.stamp-test
 	for best in $$($(BIN)/python -c "$(LESS)"); do \

@@ -41,7 +41,11 @@ class Watcher:
 
 
 NOBODY = Watcher("nobody")
-PAGE = (("/dashboard/api/state", 1.0), ("/dashboard/api/load?bank=0", 3.0))
+PAGE = (
+    ("/dashboard/api/state", 1.0),
+    ("/dashboard/api/history?after=99999999999", 2.0),
+    ("/dashboard/api/load?bank=0", 3.0),
+)
 """As ``gateway/dashboard/static/main.js`` asks while its tab is in front."""
 WATCHERS = (
     Watcher("1 scraper, each second", [("/metrics", 1.0)]),

@@ -28,6 +28,7 @@ from gateway.batches.runner import BatchRunner
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import Question
 from gateway.cluster.view import ClusterView
+from gateway.dashboard.sampler import Sampler
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
 from gateway.generation.gateway import Gateway
@@ -106,6 +107,8 @@ class GatewayReplica:
         self._cluster.start()
         self._sweeper = StateSweeper(self._gateway.state, self._gateway.tuning.state_sweep_s)
         self._sweeper.start()
+        self._sampler = Sampler(self._gateway)
+        self._sampler.start()
         self._batches = BatchRunner(self._gateway, HttpApi(self._gateway).routes())
         self._batches.start()
         start_returning()
@@ -142,6 +145,8 @@ class GatewayReplica:
             return  # the constructor failed
         if hasattr(self, "_sweeper"):
             await self._sweeper.stop()
+        if hasattr(self, "_sampler"):
+            await self._sampler.stop()
         if hasattr(self, "_batches"):
             await self._batches.stop()
         await self._cluster.leave()

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.actors.control_server import ControlServer
+from cluster.actors.processor_waits import ProcessorWaits
 from cluster.actors.tasks import Background
 from cluster.config.resources import NodeResources, ids_by_address, resolved_share
 from cluster.controller.controller import Controller
@@ -28,7 +29,6 @@ from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
 from cluster.core.frames import Alive, ControlFrame, LowDisk, Superseded
-from cluster.core.processor_waits import ProcessorWaits
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.policy.node_following import followed_nodes

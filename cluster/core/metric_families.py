@@ -11,6 +11,7 @@ from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry
+from prometheus_client.registry import RestrictedRegistry
 from prometheus_client.utils import floatToGoString
 
 PlainFamily = dict[str, Any]
@@ -25,7 +26,7 @@ def new_registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
-def to_plain(registry: CollectorRegistry) -> list[PlainFamily]:
+def to_plain(registry: CollectorRegistry | RestrictedRegistry) -> list[PlainFamily]:
     """All families of a registry, which ``MergedFamilies`` reads."""
     return [
         {

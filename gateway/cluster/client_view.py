@@ -20,6 +20,9 @@ _WORKER = (
     *("name", "role", "rank", "state", "slots", "kv_blocks_free", "kv_blocks_total", "kv_usage"),
 )
 _STATS = ("num_requests_running", "num_requests_waiting")
+_SAMPLE = (
+    *("time", "seconds", "prompt", "output", "moved", "again", "ttft", "itl", "waiting", "kv"),
+)
 _PORTS = {"grpc": "grpc_port", "admin_http": "admin_port"}
 """Addresses of a gateway, and the names of their ports here."""
 _PREFIXES = ("expert_", "experts_", "dispatch_")
@@ -54,6 +57,11 @@ def client_workers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
         {**_picked(worker, _WORKER), "stats": _picked(worker.get("stats") or {}, _STATS)}
         for worker in status.get("workers") or ()
     ]
+
+
+def client_samples(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Samples of the web page's history without the balance of experts, and hosts."""
+    return [_picked(sample, _SAMPLE) for sample in samples]
 
 
 def client_families(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
-Question = Literal["describe", "metrics", "summary", "abort", "adapters"]
-"""What a replica is asked for; ``summary`` asks for what ``describe`` and ``metrics`` do,
-``adapters`` for the keys of those that requests may name.
+Question = Literal["describe", "metrics", "summary", "samples", "abort", "adapters"]
+"""What a replica is asked for; ``summary`` asks for what ``describe`` does, start and totals,
+``samples`` for those of its ``SampleRing`` after a time, ``adapters`` for the keys of the
+adapters that requests may name.
 """
 
 

@@ -1,27 +1,19 @@
-"""What the web page shows, as plain data: the cluster's state, and the replicas' counts.
-
-Rates and percentiles are left to the page: it has two answers to compare, this process has one.
-"""
+"""What the web page shows, as plain data: the state, the last ten minutes, the experts."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.core.errors import NotReadyError, RequestError
-from cluster.core.metric_families import PlainFamily
 from gateway.auth.auth import NUMBERS_BY_EXPERT, KeyRing, check_operator, is_operator
+from gateway.cluster.client_view import client_samples
 from gateway.cluster.recent import Recent
-from gateway.core.replay import ReplayCause
 from gateway.generation.gateway import Gateway
+from gateway.observability.samples import TOTALS, Sample, merge_samples
 
-COUNTERS = ("prompt_tokens_total", "generation_tokens_total")
-"""Counts of the gateway that the page shows as rates."""
-HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds")
-"""Histograms of the gateway that the page shows as percentiles."""
 _LEFT_OUT = ("metrics", "version")
 """Parts of the status that the page has no use for."""
 _AGE_S = 1.0
@@ -48,16 +40,26 @@ class PageData:
         described = [one["describe"] for one in replicas.values()]
         is_whole = is_operator(self._keys)
         status = self._gateway.status_of(snapshot, described, is_whole)
-        families = [family for one in replicas.values() for family in one["metrics"]]
         return {
             "schema": 1,
             "time": time.time(),
             "sees_experts": is_whole,
             "status": {name: part for name, part in status.items() if name not in _LEFT_OUT},
-            "counters": {name: _total(families, name) for name in COUNTERS},
-            "replayed": _by_cause(families),
-            "histograms": {name: _buckets(families, name) for name in HISTOGRAMS},
+            "started": min(one["created"] for one in replicas.values()),
+            "counters": {
+                name: sum(one["totals"][name] for one in replicas.values()) for name in TOTALS
+            },
         }
+
+    async def history(self, after_s: float) -> dict[str, Any]:
+        """Samples of the last ten minutes that begin after a time of day, in seconds.
+
+        A client's key gets none of the numbers that follow from experts.
+        """
+        rings = await self._gateway.replicas.ask("samples", after_s)
+        samples: list[Sample] = merge_samples(rings.values())
+        shown = samples if is_operator(self._keys) else client_samples(samples)
+        return {"schema": 1, "time": time.time(), "samples": shown}
 
     async def bank_load(self, number: int) -> dict[str, Any]:
         """The load of one expert bank, by worker and expert, and the balance of all.
@@ -119,34 +121,3 @@ def _cells(
         ]
         for device, slots in enumerate(holders)
     ]
-
-
-def _total(families: Iterable[PlainFamily], name: str) -> float:
-    """Sum of a counter's samples."""
-    return sum(value for _, value in _samples(families, name))
-
-
-def _by_cause(families: Iterable[PlainFamily]) -> dict[str, float]:
-    """Requests that went on at another worker, by ``ReplayCause``."""
-    causes = {cause.value: 0.0 for cause in ReplayCause}
-    for labels, value in _samples(families, "requests_replayed_total"):
-        causes[labels["cause"]] += value
-    return causes
-
-
-def _buckets(families: Iterable[PlainFamily], name: str) -> list[tuple[float | None, float]]:
-    """Upper bound (None: none) and cumulative count of each bucket, all series added up."""
-    counts: dict[float, float] = {}
-    for labels, value in _samples(families, f"{name}_bucket"):
-        bound = float(labels["le"])
-        counts[bound] = counts.get(bound, 0.0) + value
-    return [(None if math.isinf(bound) else bound, counts[bound]) for bound in sorted(counts)]
-
-
-def _samples(
-    families: Iterable[PlainFamily], name: str
-) -> Iterable[tuple[Mapping[str, str], float]]:
-    for family in families:
-        for sample, labels, value in family["samples"]:
-            if sample == name:
-                yield labels, value

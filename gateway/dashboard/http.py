@@ -84,6 +84,12 @@ def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
             raise RequestError(f"bank ({number[:32]!r}) must be a whole number", "bank")
         return await data.bank_load(int(number))
 
+    async def history(request: Request) -> Any:
+        after = request.query_params.get("after", "0")
+        if not (after.isascii() and after.isdecimal() and len(after) < 16):
+            raise RequestError(f"after ({after[:32]!r}) must be a whole number of seconds", "after")
+        return await data.history(float(after))
+
     async def whole(request: Request) -> Any:
         return await data.state()
 
@@ -91,6 +97,7 @@ def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
         *(Route(path, _serve(page), methods=["GET"]) for path in PAGES),
         *files,
         Route("/dashboard/api/state", _answer(whole), methods=["GET"]),
+        Route("/dashboard/api/history", _answer(history), methods=["GET"]),
         Route("/dashboard/api/load", _answer(bank), methods=["GET"]),
     ]
 

@@ -66,11 +66,17 @@ class _Move:
     entry: Submission
     source: EngineClient
     target: EngineClient
-    num_tokens: int = 0
-    """Tokens that were known at the last ``Prefetch``."""
+    lengths: tuple[int, ...] = ()
+    """Of the output of each choice at the last ``Prefetch``."""
     num_rounds: int = 0
     stage: _Stage = _Stage.BLOCKS
     timer: asyncio.TimerHandle | None = None
+
+    @property
+    def num_new(self) -> int:
+        """Tokens since the last ``Prefetch`` that another worker must compute."""
+        entry = self.entry
+        return sum(len(entry.outputs[c]) - self.lengths[c] for c in entry.open_choices)
 
 
 class Moves:
@@ -131,10 +137,9 @@ class Moves:
             return
         if message.attempt != move.entry.request.attempt or self._is_over(move):
             return
-        num_new = move.entry.num_known_tokens - move.num_tokens
         if move.stage is _Stage.LAST_BLOCK:
             self._pause(move)
-        elif num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
+        elif move.num_new > MAX_LEFT_TOKENS and move.num_rounds < MAX_ROUNDS:
             self._prefetch(move)
         elif self._must_leave(move) and _block_size(target):
             move.stage = _Stage.FULL_BLOCK
@@ -191,7 +196,7 @@ class Moves:
 
     def _prefetch(self, move: _Move) -> None:
         move.num_rounds += 1
-        move.num_tokens = move.entry.num_known_tokens
+        move.lengths = tuple(map(len, move.entry.outputs))
         move.target.prefetch(move.entry, move.source.worker)
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
@@ -235,8 +240,7 @@ class Moves:
             self._stay(move)
             return
         self._forget(move)
-        num_new = move.entry.num_known_tokens - move.num_tokens
-        self._go_over(move.entry, target, num_new)
+        self._go_over(move.entry, target, move.num_new)
         self._start_next(move.source)
 
     def _must_leave(self, move: _Move) -> bool:

@@ -59,8 +59,9 @@ from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
 from gateway.generation.validate import finish_call
 from gateway.observability.metrics import GatewayMetrics
+from gateway.observability.samples import TOTALS, SampleRing, total
+from gateway.offload.long_work import LongWork
 from gateway.state.store import StateStore, open_store
-from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.block_hash import BlockHash, block_hashes
 from workers.requests.request import Request
@@ -145,12 +146,14 @@ class Gateway:
             config.gateway.metrics_prefix,
             config.gateway.vllm_metric_names,
         )
+        self.samples = SampleRing()
         self.answers = ReplicaAnswers(
             name,
             {
                 "describe": self.describe,
                 "metrics": self.metrics.own_families,
                 "summary": self._summary,
+                "samples": self.samples.after,
                 "abort": self.running.abort,
                 "adapters": lambda: self.adapters.keys,
             },
@@ -408,7 +411,9 @@ class Gateway:
         return {"name": self.name, **self.addresses}
 
     def _summary(self) -> dict[str, Any]:
-        return {"describe": self.describe(), "metrics": self.metrics.own_families()}
+        families = self.metrics.own_samples(TOTALS)
+        totals = {name: total(families, name) for name in TOTALS}
+        return {"describe": self.describe(), "totals": totals, "created": self.created}
 
     def require_facts(self) -> ModelFacts:
         """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""

@@ -14,6 +14,7 @@ from gateway.core.model import ModelFacts
 from gateway.core.thinking import BEGIN, END, Thinking, thinking_after
 from gateway.core.tool_use import ToolForm
 from gateway.generation.validate import check_context, check_token_ids, kept_tokens
+from gateway.offload.long_work import INLINE_SIZE, LongWork
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.client_templates import ClientTemplates, TemplateAnswer
 from gateway.text.encoding import (
@@ -26,7 +27,6 @@ from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.harmony.grammar import harmony_grammar
 from gateway.text.harmony.marks import ENDS, MESSAGE, START, open_header, open_message
 from gateway.text.harmony.template import HarmonyTemplate
-from gateway.text.long_work import INLINE_SIZE, LongWork
 from gateway.text.render_template import PARAM
 from gateway.text.tokenizer import Tokenizer
 

@@ -21,7 +21,7 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.request_log import RequestLog
 from gateway.generation.request_trace import CLIENT_GONE, DEADLINE_PASSED, RequestTrace
 from gateway.grpc.call_limits import BoundedStream, CallLimits, Context
-from gateway.text.long_work import Arguments, Result
+from gateway.offload.long_work import Arguments, Result
 
 _DEADLINE_SLACK_S = 0.1
 """A client whose deadline passes ends its call. The end arrives a little before the deadline here,

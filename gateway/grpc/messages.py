@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from gateway.core.field_checks import check_length
-from gateway.text.json_text import MAX_ENTRIES, MAX_VALUES
-from gateway.text.long_work import INLINE_SIZE
+from gateway.offload.json_text import MAX_ENTRIES, MAX_VALUES
+from gateway.offload.long_work import INLINE_SIZE
 
 Number = TypeVar("Number", int, float)
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

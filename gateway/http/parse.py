@@ -18,8 +18,8 @@ from gateway.core.field_checks import (
     check_messages,
 )
 from gateway.http.schema import TAG
+from gateway.offload.json_text import check_writable, load_json
 from gateway.text.forms.tools import MAX_TOOLS
-from gateway.text.json_text import check_writable, load_json
 
 Body = TypeVar("Body", bound=StrictBody)
 

@@ -7,7 +7,7 @@ a request id, a key or a user.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -130,6 +130,10 @@ class GatewayMetrics:
     def own_families(self) -> list[PlainFamily]:
         """What this replica counts, as plain data for another one."""
         return to_plain(self._registry)
+
+    def own_samples(self, names: Iterable[str]) -> list[PlainFamily]:
+        """Of ``own_families`` the samples with these names; costs a tenth of it if they are few."""
+        return to_plain(self._registry.restricted_registry(names))
 
     def render(
         self, replicas: Mapping[str, list[PlainFamily]] | None = None, is_whole: bool = True

@@ -23,6 +23,7 @@ from gateway.generation.generation import Generation
 from gateway.http.middleware import Responder, WatchedEndpoint, dump_long, timeout_header_s
 from gateway.http.pages import Page, json_response
 from gateway.http.parse import parse_body
+from gateway.offload.long_work import INLINE_SIZE
 from gateway.responses.conversation import named_as_input
 from gateway.responses.format import OutputFormat
 from gateway.responses.items import Item, ItemIds
@@ -33,7 +34,6 @@ from gateway.responses.stored import References, ResponseStore, StoredItems, id_
 from gateway.responses.stream import ResponseStream
 from gateway.responses.turn import Turn, check_size, given_items, make_turn, reference_in
 from gateway.responses.unsupported import check_unbuilt
-from gateway.text.long_work import INLINE_SIZE
 
 logger = logging.getLogger(__name__)
 

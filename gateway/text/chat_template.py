@@ -15,7 +15,6 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.messages import with_reasoning
@@ -31,6 +30,7 @@ from gateway.text.instructions import (
     with_late_ones_as_user,
     with_one_at_the_start,
 )
+from gateway.text.template_limits import BoundedEnvironment, render
 
 _RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -77,14 +77,14 @@ class ChatTemplate:
         field: str | None = None,
         tool_use: str | None = None,
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.bounded(source)
             names = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as err:
             raise CheckpointError(f"the chat template is not valid: {err}") from err
@@ -143,15 +143,19 @@ class ChatTemplate:
         """The text, with all instructions moved if the template refuses them where they are."""
         try:
             messages = with_fitting_ids(messages, self.tool_form)
-            return self._template.render(values, messages=[with_reasoning(m) for m in messages])
+            return self._text(values, messages)
         except _RENDER_ERRORS as err:
             moved = with_late_ones_as_user(with_one_at_the_start(messages))
             if moved == list(messages):
                 raise self._misfit(err) from err
             try:
-                return self._template.render(values, messages=[with_reasoning(m) for m in moved])
+                return self._text(values, moved)
             except _RENDER_ERRORS:
                 raise self._misfit(err) from err
+
+    def _text(self, values: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
+        shown = [with_reasoning(message) for message in messages]
+        return render(self._template, {**values, "messages": shown})
 
     def _fitting(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
@@ -209,9 +213,8 @@ class ChatTemplate:
             for role, text in zip(roles, texts, strict=True)
         ]
         try:
-            found = self._template.render(
-                self.variables, messages=messages, tools=tools, documents=None
-            )
+            values = {**self.variables, "tools": tools, "documents": None}
+            found = self._text(values, messages)
         except _RENDER_ERRORS:
             return None
         return frozenset(place for place, text in enumerate(texts) if text in found)

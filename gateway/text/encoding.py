@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cluster.core.errors import RequestError
-from gateway.text.json_text import MAX_ENTRIES
+from gateway.offload.json_text import MAX_ENTRIES
+from gateway.offload.long_work import LongWork
 from gateway.text.long_texts import LONG_CHARS, LongTexts
-from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES

@@ -117,7 +117,9 @@ def test_a_tour_of_the_page(tmp_path: Path) -> None:
         assert "LOST" in killed["text"]
         wait_until(lambda: server.status()["state"] == "SERVING", "another worker", LIMIT_S)
         assert "SUCCEEDED" in page.step("ordered")["result"]
-        assert page.step("phone")["width"] <= 390
+        phone = page.step("phone")
+        assert phone["width"] <= 390
+        assert int(phone["samples"]) > 10, "a page that has just loaded draws what was before"
         assert page.step("end")["errors"] == []
 
 

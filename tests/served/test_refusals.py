@@ -118,16 +118,16 @@ CASES: dict[str, tuple[Words, int, str]] = {
     "a wrong shape": (_wrong_shape, 5, "tensor model.embed_tokens.weight has shape [1024, 128]"),
     "another architecture": (_other_architecture, 5, "model_type 'llama' is not supported"),
     "too few slots": (_few_slots, 5, "num_expert_slots (5) must be at least num_experts (64)"),
-    "too little KV memory": (lambda _: ["--kv-cache-bytes", "10"], 5, "kv_cache_bytes (10) must"),
+    "too little KV memory": (lambda _: ["--kv-cache-bytes", "10"], 5, "--kv-cache-bytes (10) must"),
     "too many attention workers": (
         lambda _: ["--num-attention-workers", "5000"],
         2,
-        "num_attention_workers (5000) must not exceed the 1024 requests",
+        "--num-attention-workers (5000) must not exceed the 1024 requests",
     ),
     "too many expert workers": (
         lambda _: ["--num-expert-workers", "65"],
         5,
-        "num_expert_workers (65) must not exceed the 64 experts",
+        "--num-expert-workers (65) must not exceed the 64 experts",
     ),
     "CPUs that are not there": (
         lambda _: ["--cpus-per-worker", "1000"],
@@ -147,12 +147,12 @@ CASES: dict[str, tuple[Words, int, str]] = {
     "a gRPC port in use": (
         lambda place: ["--grpc-port", str(place.busy_port)],
         5,
-        "grpc_port (",
+        "--grpc-port (",
     ),
     "a value that no start takes": (
         lambda _: ["--num-redundant-experts", "-1"],
         2,
-        "num_redundant_experts (-1) must not be negative",
+        "--num-redundant-experts (-1) must not be negative",
     ),
 }
 

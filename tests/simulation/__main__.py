@@ -41,6 +41,8 @@ class Report:
     cpu_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     """How many of each kind."""
+    features: Counter[str] = field(default_factory=Counter)
+    """How often each occurred."""
 
     def add(self, other: Report) -> None:
         """Count those of another report, too."""
@@ -51,16 +53,21 @@ class Report:
         self.num_events += other.num_events
         self.cpu_s += other.cpu_s
         self.faults += other.faults
+        self.features += other.features
 
     def __str__(self) -> str:
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
         return (
             f"{self.num_seeds} seeds, {self.num_failed} failed, "
             f"{self.cpu_s / max(self.num_seeds, 1):.3f} CPU seconds each\n"
             f"{self.num_steps} committed steps, {self.num_requests} requests, "
             f"{self.num_events} events\n"
-            f"{self.faults.total()} faults: {faults}"
+            f"{self.faults.total()} faults: {_counts(self.faults)}\n"
+            f"features: {_counts(self.features)}"
         )
+
+
+def _counts(found: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
 
 
 class _VirtualTime(logging.Handler):
@@ -79,7 +86,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
     bug = BUGS.get(options.bug)
     kinds = tuple(options.kinds.split(",")) if options.kinds else bug.kinds if bug else KINDS
     began = time.process_time()
-    scenario = draw_scenario(seed, kinds)
+    scenario = draw_scenario(seed, kinds, bug.features if bug is not None else None)
     world = World(scenario, print if options.verbose else None)
     with bug.plant() if bug is not None else nullcontext():
         text = outcome_of(world)
@@ -92,11 +99,12 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
     return Report(
         num_failed=int(bool(text)),
         text=text and f"seed {seed}: {text}",
-        num_requests=len(world.outcomes),
+        num_requests=len(world.clients.outcomes),
         num_steps=world.highest_step,
         num_events=world.kernel.num_events,
         cpu_s=time.process_time() - began,
         faults=Counter(fault.kind for fault in scenario.faults),
+        features=world.occurred,
     )
 
 
@@ -115,13 +123,15 @@ def main() -> int:
     """Run seeds; the exit code is 1 when one fails, or when none finds the planted bug."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--num", type=int, default=1, help="how many")
+    parser.add_argument("--num", type=int, help="how many; by default 1, of a bug all of its own")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--kinds", default="", help="faults to draw from, by default all")
     parser.add_argument("--bug", default="", choices=["", *BUGS], help="a planted bug")
     parser.add_argument("--shrink", action="store_true", help="drop what a failure does not need")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
+    if options.num is None:
+        options.num = BUGS[options.bug].num_seeds if options.bug else 1
     if options.verbose:
         logging.basicConfig(level=logging.INFO, handlers=[_VirtualTime()])
     total = Report(num_seeds=0)

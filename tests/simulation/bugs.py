@@ -1,13 +1,12 @@
 """Planted bugs: each removes one guard of the product, and the simulation must find it.
 
-python -m tests.simulation --bug early_run --seed 0 --num 20
+python -m tests.simulation --bug early_run
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -25,23 +24,21 @@ from cluster.core.placement import ExpertPlacement
 from gateway.engines import engine_client
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_pool import EnginePool
+from gateway.engines.moves import Moves
+from gateway.generation.admission import Ticket
 from tests.simulation.disk import SimReader
+from tests.simulation.feature_bugs import FEATURE_BUGS
+from tests.simulation.planted import MANY, Bug
 from tests.simulation.ray import SimGroup
+from workers.engine.isolation import Isolation
 from workers.engine.scheduler import Scheduler
 from workers.experts.transfer.loading import ExpertLoader
 from workers.kv import prefix_cache
+from workers.kv.transfer.store import KvTransferStore
 from workers.model.loading.checkpoint import Checkpoint
 from workers.process.runtime import WorkerRuntime
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
-
-
-@dataclass(frozen=True, slots=True)
-class Bug:
-    """A planted bug, and the faults that bring it to light."""
-
-    plant: Callable[[], AbstractContextManager[object]]
-    kinds: tuple[str, ...]
 
 
 def _no_resubmission() -> AbstractContextManager[object]:
@@ -219,24 +216,57 @@ def _stale_end() -> Iterator[None]:
         yield
 
 
+def _kept_loan() -> AbstractContextManager[object]:
+    """Blocks that another worker has copied stay held."""
+    return mock.patch.object(KvTransferStore, "end_loan", return_value=None)
+
+
+@contextmanager
+def _kept_place() -> Iterator[None]:
+    """A call without a token keeps its place in the gateway's queue."""
+    real = Ticket.release
+
+    def release(self: Ticket, now_s: float, was_served: bool = True) -> None:
+        if was_served:
+            real(self, now_s, was_served)
+
+    with mock.patch.object(Ticket, "release", release):
+        yield
+
+
+def _kept_suspect() -> AbstractContextManager[object]:
+    """A request that ends stays the likely cause of deaths."""
+    return mock.patch.object(Isolation, "forget", return_value=None)
+
+
+def _kept_move() -> AbstractContextManager[object]:
+    """A request that has left its worker still counts as one that moves."""
+    return mock.patch.object(Moves, "_forget", return_value=None)
+
+
 BUGS: dict[str, Bug] = {
     "blind_reload": Bug(_blind_reload, ("change_file", "kill_worker")),
     "early_run": Bug(_early_run, ("kill_worker",)),
-    "early_switch": Bug(_early_switch, ("rebalance", "slow_link")),
+    "early_switch": Bug(_early_switch, ("rebalance", "slow_link"), MANY),
     "half_step": Bug(_half_step, ("kill_worker",)),
     "kept_slots": Bug(_kept_slots, ("kill_again",)),
-    "hasty_belief": Bug(_hasty_belief, ("isolate_head", "pause_controller")),
+    "hasty_belief": Bug(_hasty_belief, ("isolate_head", "pause_controller"), MANY),
     "hasty_successor": Bug(_hasty_successor, ("isolate_restart",)),
-    "no_credit": Bug(_no_credit, ("pause_host",)),
+    "kept_loan": Bug(_kept_loan, ("kill_worker",)),
+    "kept_move": Bug(_kept_move, ("drain_worker",)),
+    "kept_place": Bug(_kept_place, ("kill_attention",)),
+    "kept_suspect": Bug(_kept_suspect, ("kill_worker",)),
+    "no_credit": Bug(_no_credit, ("pause_host",), MANY),
     "no_hold": Bug(_no_hold, ("isolate_head",)),
     "no_resubmission": Bug(_no_resubmission, ("kill_worker",)),
     "no_retry": Bug(_no_retry, ("kill_attention",)),
-    "other_build": Bug(_other_build, ("change_file", "kill_attention", "kill_two_workers")),
-    "overtaken_order": Bug(_overtaken_order, ("kill_two_workers",)),
+    "other_build": Bug(_other_build, ("change_file", "kill_attention", "kill_two_workers"), MANY),
+    "overtaken_order": Bug(_overtaken_order, ("kill_two_workers",), MANY),
     "short_names": Bug(_short_names, ("kill_worker",)),
     "one_tenant": Bug(_one_tenant, ("kill_worker",)),
     "stale_end": Bug(_stale_end, ("freeze_controller",)),
     "torn_read": Bug(_torn_read, ("change_file", "kill_worker")),
     "twice_told": Bug(_twice_told, ("kill_worker",)),
+    **FEATURE_BUGS,
 }
 """By name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from cluster.actors.handoff import FIND_LIMIT_S
@@ -13,6 +14,8 @@ from tests.simulation.disk import files
 from tests.simulation.kernel import Process, Thread
 from tests.simulation.nodes import HEAD, Node
 from tests.simulation.ray import Hosts
+from tests.simulation.state_disk import Ailment
+from tests.simulation.toy_adapters import ADAPTERS
 
 if TYPE_CHECKING:
     from tests.simulation.scenario import Fault
@@ -42,7 +45,7 @@ PROCESS_FAULTS = (
     "long_step",
     "step_clock",
 )
-DISK_FAULTS = ("change_file", "shorten_file", "flaky_disk")
+DISK_FAULTS = ("change_file", "shorten_file", "flaky_disk", "fail_state")
 LINK_FAULTS = (
     "reset_link",
     "duplicate_connections",
@@ -55,7 +58,7 @@ LINK_FAULTS = (
     "isolate_restart",
     "lose_calls",
 )
-ORDERS = ("drain_worker", "drain_node", "rebalance", "scale", "scale")
+ORDERS = ("drain_worker", "drain_node", "rebalance", "reload_adapter", "scale", "scale")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
 _SLOWS_CALLS = {"pause_worker", "pause_thread", "pause_host", "slow_machine", *LINK_FAULTS} - {
@@ -67,6 +70,8 @@ _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
 _LOOK_S = 0.05
 """Time between two looks whether a new worker runs."""
+_STATE_CALL_S = 30.0
+"""Longest call for a stored object, on a disk that hangs and a gateway that stands still."""
 _AGAIN_S = 0.25
 """Time after which a fault that finds nothing to hit tries again."""
 
@@ -83,7 +88,8 @@ class Faults:
         self._paused: dict[Process, float] = {}
         """Processes that were paused, and when the last of their pauses ends."""
         self._held: list[Thread] = []
-        self._is_healed = False
+        self.is_healed = False
+        self._state_fails_until = -inf
         self.num_begun = 0
         self.last_until = 0.0
         """Until when those last that must not be healed before."""
@@ -102,7 +108,7 @@ class Faults:
 
     def begin(self, fault: Fault) -> None:
         """A fault happens, as soon as there is something to hit; one that lasts ends by itself."""
-        if self._is_healed:
+        if self.is_healed:
             return
         self._world.kernel.log("fault: %s", fault)
         try:
@@ -114,7 +120,7 @@ class Faults:
 
     def heal(self) -> None:
         """Nothing is wrong any more."""
-        self._is_healed = True
+        self.is_healed = True
         self._world.net.heal_all()
         self._world.net.restore_all_buffers()
         self._world.kernel.suspended.clear()
@@ -123,6 +129,8 @@ class Faults:
         for thread in self._held:
             thread.release()
         self._world.kernel.disk.repair()
+        if self._world.state is not None:
+            self._world.state.ailment = Ailment.NONE
         self._world.ray.actors.num_losses = 0
         self._world.kernel.slowness = self._world.scenario.slowness
 
@@ -150,7 +158,7 @@ class Faults:
                 with suppress(_NothingToHitError):
                     self._kill(worker.process)
                     return
-        if not self._is_healed:
+        if not self.is_healed:
             self._world.kernel.after(_LOOK_S, self._kill_next, place)
 
     def kill_attention(self, fault: Fault) -> None:
@@ -184,10 +192,12 @@ class Faults:
         self._replaceable_controller().kill()
 
     def kill_gateway(self, fault: Fault) -> None:
-        """Not the last one, which stands still."""
+        """Not the last one, which stands still, unless another one is started in its place."""
         living = [g for g in self._world.gateways if not g.process.is_dead]
+        if not living:
+            raise _NothingToHitError
         process = living[fault.where % len(living)].process
-        if len(living) > 1:
+        if len(living) > 1 or "restarts" in self._world.scenario.features:
             process.kill()
         else:
             self._pause(process, fault.lasts_s)
@@ -266,6 +276,27 @@ class Faults:
         self.unreadable.add(host)
         damage(host, name)
         self._world.kernel.after(fault.lasts_s, self._world.kernel.disk.restore, host, name)
+
+    def fail_state(self, fault: Fault) -> None:
+        """The gateways' disk fails, is full, or hangs; where none is used, another one is slow."""
+        kernel, state = self._world.kernel, self._world.state
+        if state is None:
+            self.slow_disk(fault)
+            return
+        state.ailment = tuple(Ailment)[1 + fault.where % (len(Ailment) - 1)]
+        kernel.log("%s", state.ailment.value)
+        self._state_fails_until = kernel.now + fault.lasts_s
+        kernel.at(self._state_fails_until, self._end_state_failure)
+
+    def _end_state_failure(self) -> None:
+        state, now = self._world.state, self._world.kernel.now
+        if state is not None and now >= self._state_fails_until:
+            state.ailment = Ailment.NONE
+
+    @property
+    def state_may_fail(self) -> bool:
+        """The gateways' disk does, or did when a call of a moment ago began."""
+        return self._world.kernel.now < self._state_fails_until + _STATE_CALL_S
 
     def long_step(self, fault: Fault) -> None:
         """The next computation of a worker takes long."""
@@ -370,7 +401,7 @@ class Faults:
 
     def drain_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
-        self._order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
+        self.order("drain", {"worker": worker.name, "limit_s": max(fault.lasts_s, 1.0)})
         self.guilty[worker.name] = "drained"
 
     def drain_node(self, fault: Fault) -> None:
@@ -386,7 +417,14 @@ class Faults:
         )
 
     def rebalance(self, fault: Fault) -> None:
-        self._order("rebalance", {})
+        self.order("rebalance", {})
+
+    def reload_adapter(self, fault: Fault) -> None:
+        """An adapter is unloaded; the operator loads it again. Without any, experts move."""
+        if "adapters" in self._world.scenario.features:
+            self.order("unload_adapter", sorted(ADAPTERS)[fault.where % len(ADAPTERS)])
+        else:
+            self.rebalance(fault)
 
     def scale(self, fault: Fault) -> None:
         """One or two workers more or less of each role than at the start, or as many."""
@@ -396,7 +434,7 @@ class Faults:
         limit_s = 2.0 + 4.0 * fault.lasts_s
         for role, count in (("attention", attention), ("expert", expert)):
             self._least[role] = min(self._least.get(role, count), count)
-        self._order("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
+        self.order("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
 
     def may_be_removed(self, name: str) -> bool:
         """Scaling may end it: its rank is high, or it has not served yet in a place of another.
@@ -519,7 +557,7 @@ class Faults:
         if HEAD not in hosts or have_workers.issuperset(hosts) or kinds & _SLOWS_CALLS:
             self._blame(*hosts)
 
-    def _order(self, method: str, order: dict[str, Any]) -> None:
+    def order(self, method: str, order: Any) -> None:
         """An operator's call of the controller."""
         controller = self._world.ray.controller
         if controller is None or controller.process.is_dead:
@@ -529,7 +567,7 @@ class Faults:
         async def call() -> None:
             try:
                 answer = await getattr(controller.actor, method)(order)
-            except ExpertMeshError as err:  # refused by name
+            except (ExpertMeshError, TimeoutError) as err:  # refused by name, or too slow
                 answer = err
             self._world.kernel.log("%s: %s", method, answer)
 

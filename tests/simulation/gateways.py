@@ -4,134 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from cluster.config.cluster import ClusterConfig
-from cluster.core.errors import DeadlineExceededError, ExpertMeshError, NotReadyError
+from cluster.core.errors import ExpertMeshError, ModelNotFoundError, NotReadyError, QueueFullError
 from gateway.cluster.view import ClusterView
 from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
-from gateway.core.delta import ChoiceDelta
 from gateway.core.model import ModelFacts
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
 from gateway.generation.output_queue import OutputQueue
+from tests.simulation.asks import Ask
 from tests.simulation.kernel import Kernel, Process
 from tests.simulation.network import Pipe
+from tests.simulation.outcomes import Outcome
 from tests.simulation.ray import SimRay
-from tests.simulation.toy_model import right_tokens
-from workers.requests.request import SamplingParams, TokenOutput
+from tests.simulation.toy_text import ToyTokenizer
+from workers.requests.request import TokenOutput
 
-REQUEST_LIMIT_S = 120.0
 _RETRY_S = 0.5
 """Time after which a client asks again that was told to."""
-_ROUNDING_S = 0.001
-"""A worker gets the time that a request has left in whole milliseconds."""
-_STILL_S = 15.0
-"""Longest time for which a gateway may stand still."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
-    """One request of a client."""
-
-    name: str
-    gateway: int
-    at_s: float
-    prompt: tuple[int, ...]
-    max_tokens: int
-    seed: int
-    cache_salt: str = ""
-    abort_after: int | None = None
-    """Tokens after which the client leaves."""
-    limit_s: float = REQUEST_LIMIT_S
-    """The client's own limit."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What the engines and the gateway made of a request."""
-
-    ask: Ask
-    tokens: list[int] = field(default_factory=list)
-    """Those that the gateway has from the engines."""
-    ends: list[str] = field(default_factory=list)
-    """Ends that were reported; one, when all is well."""
-    error: str = ""
-    code: str = ""
-    received: list[int] = field(default_factory=list)
-    """Those that the client has."""
-    is_over: bool = False
-    """The client has the end, an error, or has left."""
-    has_left: bool = False
-    is_late: bool = False
-    """Its time was over."""
-    problems: list[str] = field(default_factory=list)
-    """What is wrong with what came, of all clients."""
-    right: list[int] = field(init=False)
-    """What must come."""
-
-    def __post_init__(self) -> None:
-        ask = self.ask
-        self.right = right_tokens(ask.prompt, ask.cache_salt, ask.seed, ask.max_tokens)
-
-    def put(self, output: TokenOutput) -> None:
-        """From an engine."""
-        first = len(self.tokens)
-        self.tokens += output.token_ids
-        if output.finish_reason is not None:
-            self.ends.append(output.finish_reason.value)
-            self.error, self.code = output.error or "", output.error_code
-        self._judge(first)
-
-    def fail(self, error: ExpertMeshError) -> None:
-        """The engines cannot serve it."""
-        self.ends.append("failed")
-        self._note(error)
-        self._judge(len(self.tokens))
-
-    def take(self, deltas: Sequence[ChoiceDelta]) -> None:
-        """The client receives."""
-        for delta in deltas:
-            self.received += (token.token_id for token in delta.tokens)
-        if self.received != self.tokens[: len(self.received)]:
-            self.problems.append(f"{self.ask.name}: the client has other tokens")
-        limit = self.ask.abort_after
-        self.has_left = limit is not None and len(self.received) >= limit
-
-    def finish(self, error: ExpertMeshError | None, now: float, deadline_s: float) -> None:
-        """The client's call has ended."""
-        self.is_over = True
-        if error is None:
-            if not self.has_left and self.received != self.right:
-                self.problems.append(f"{self.ask.name}: the client misses tokens")
-            return
-        self._note(error)
-        is_about_time = isinstance(error, DeadlineExceededError | NotReadyError)
-        is_in_time = deadline_s - _ROUNDING_S <= now <= deadline_s + _STILL_S
-        self.is_late = self.ask.limit_s < REQUEST_LIMIT_S and is_about_time and is_in_time
-        if not self.ends:
-            self.ends.append("late" if self.is_late else "refused")
-
-    def _note(self, error: ExpertMeshError) -> None:
-        self.error, self.code = str(error), getattr(error, "code", type(error).__name__)
-
-    def _judge(self, first: int) -> None:
-        """Look at the tokens from ``first`` on, and at the ends."""
-        name, got = self.ask.name, self.tokens
-        for place in range(first, len(got)):
-            if place >= len(self.right) or got[place] != self.right[place]:
-                self.problems.append(f"{name}: token {place} is wrong")
-                return
-        if len(self.ends) > 1:
-            self.problems.append(f"{name} ends twice: {self.ends}")
-        elif self.ends == ["length"] and len(got) != self.ask.max_tokens:
-            self.problems.append(f"{name} ends after {len(got)} of {self.ask.max_tokens} tokens")
-
-
+_TOKENIZER: Any = ToyTokenizer()
 _OUTCOME: ContextVar[Outcome] = ContextVar("outcome")
 """Of the call that begins."""
 
@@ -155,22 +53,29 @@ class WatchedQueue(OutputQueue):
 class SimGateway:
     """One replica."""
 
-    def __init__(self, ray: SimRay, number: int, host: str, config: ClusterConfig) -> None:
-        self.ray, self.name = ray, f"gateway-{number}"
+    def __init__(self, ray: SimRay, name: str, host: str, config: ClusterConfig) -> None:
+        self.ray, self.name = ray, name
         kernel = ray.kernel
         ray.nodes.add(host)
         self.process = Process(kernel, self.name, host, ray.actors.new_pid())
         self._kernel: Kernel = kernel
         self.outcomes: list[Outcome] = []
+        self.on_over: Callable[[Outcome], None] = lambda outcome: None
+        """Called at the end of each request, in this process."""
         before, kernel.process = kernel.process, self.process
+        if kernel.state is not None:
+            kernel.state.may_block = self.process
+            self.process.on_death.append(partial(kernel.state.close_of, self.process))
         view, engines = ClusterView(self._find), EnginePool(config.cluster_token, self.name)
-        self._gateway = Gateway(config, None, view, engines, self.name)
+        self._gateway = Gateway(config, _TOKENIZER, view, engines, self.name)
         kernel.process = before
+        if kernel.state is not None:
+            kernel.state.may_block = None
         self.process.loop.call_soon(view.start)
 
     def ask(self, ask: Ask) -> Outcome:
         """A client sends a request at its time."""
-        outcome = Outcome(ask, problems=self._kernel.failures)
+        outcome = Outcome(ask, self._kernel.now + ask.at_s, problems=self._kernel.failures)
         self.outcomes.append(outcome)
         self._kernel.after(ask.at_s, self.process.run, self._begin, outcome)
         return outcome
@@ -189,13 +94,13 @@ class SimGateway:
         except ExpertMeshError as err:
             error = err
         outcome.finish(error, time.monotonic(), deadline_s)
+        self.on_over(outcome)
 
     async def _start(self, outcome: Outcome, deadline_s: float) -> Generation:
         """Begin a call, again if the cluster cannot serve it now."""
         ask = outcome.ask
         _OUTCOME.set(outcome)
-        params = SamplingParams(max_tokens=ask.max_tokens, seed=ask.seed)
-        prompts = (CallPrompt(ids=ask.prompt, params=params),)
+        prompts = (CallPrompt(ids=ask.prompt, params=ask.params()),)
 
         async def make(facts: ModelFacts) -> GenerateCall:
             salt = ask.cache_salt
@@ -206,11 +111,17 @@ class SimGateway:
         while True:
             left_s = deadline_s - time.monotonic()
             fields = GenerateFields(
-                kind=CallKind.COMPLETION, token_ids_only=True, timeout_s=max(left_s, 0.0)
+                kind=CallKind.COMPLETION,
+                token_ids_only=not ask.stop,
+                stop=ask.stop,
+                model=ask.adapter or None,
+                timeout_s=max(left_s, 0.0),
+                n=ask.num_choices,
+                session_id=ask.session or None,
             )
             try:
                 return await self._gateway.start_call(fields, ask.name, make)
-            except NotReadyError:
+            except (NotReadyError, ModelNotFoundError, QueueFullError):
                 if left_s <= 0:
                     raise
             await asyncio.sleep(_RETRY_S)

@@ -76,11 +76,15 @@ class Kernel:
         self.clocks: dict[str, float] = {}
         """What the clocks of hosts are ahead of the simulation's, in seconds."""
         self.disk: Any = None
+        self.state: Any = None
+        """The gateways' disk; None: they store nothing."""
         self.num_banks = 1
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._next_number = itertools.count().__next__
         self._fibers: list[Fiber] = []
-        self.leave: Callable[[], bool] = getcurrent().switch
+        self.hub = getcurrent()
+        """Runs the event queue; each thread returns to it when it blocks and when it ends."""
+        self.leave: Callable[[], bool] = self.hub.switch
         """Return from the running thread to the event queue, until it is resumed."""
 
     def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
@@ -273,7 +277,7 @@ class Fiber:
         self._held: list[tuple[int, bool]] | None = None
         """While it stands still: what would resume it."""
         self._kernel = process.kernel
-        self.greenlet = greenlet(self._main)
+        self.greenlet = greenlet(self._main, self._kernel.hub)  # by default, of its starter
         self._kernel.register(self)
 
     def start(self) -> None:

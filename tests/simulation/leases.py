@@ -25,7 +25,7 @@ HEAL_S = 10.0
 def idle_world(num_attention: int, node_limit_s: float = math.inf) -> Iterator[World]:
     """A cluster without requests, some time after its start."""
     scenario = dataclasses.replace(
-        draw_scenario(0, ()),
+        draw_scenario(0, (), ()),
         num_attention=num_attention,
         num_experts=2,
         hosts=Hosts.MANY,

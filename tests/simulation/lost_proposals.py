@@ -20,7 +20,7 @@ FIRST_LOST = 20
 
 def outcome(seed: int) -> str:
     """Run a seed without other faults; what is broken, empty if nothing is."""
-    world, taken, real = World(draw_scenario(seed, ())), [], StepChannel._take_proposal
+    world, taken, real = World(draw_scenario(seed, (), ())), [], StepChannel._take_proposal
     world.faults.guilty = {f"attention-{rank}": "the leader loses proposals" for rank in range(4)}
 
     def take(self: StepChannel, proposal: StepProposal) -> None:

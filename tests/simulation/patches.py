@@ -42,8 +42,10 @@ from tests.simulation.network import Network
 from tests.simulation.polling import SimSelectors, SimSockets
 from tests.simulation.streams import SimChannel, SimGrpcServer, SimRunner
 from tests.simulation.threads import SimExecutor, SimFuture, SimThreading
+from tests.simulation.toy_adapters import ToyAdapters
 from tests.simulation.toy_steps import ToyEngine, ToyExpertServer
-from tests.simulation.worker import ToyGrammars, ToyModel
+from tests.simulation.toy_text import ToyGrammars
+from tests.simulation.worker import ToyModel
 from workers.dispatch.expert_server import ExpertServer
 from workers.engine.engine import Engine
 from workers.model.compute_threads import ComputeThreads
@@ -98,6 +100,7 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.attention_runtime", "load_attention_model", lambda *args: ToyModel()),
     ("workers.process.attention_runtime", "GrammarCompiler", ToyGrammars),
     ("workers.process.attention_runtime", "Engine", ToyEngine),
+    ("workers.engine.engine", "LoadedAdapters", ToyAdapters),
     ("workers.process.expert_part", "ExpertServer", ToyExpertServer),
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
     ("workers.kv.transfer.lender", "Future", SimFuture),
@@ -203,7 +206,7 @@ def _of_this(kernel: Kernel) -> list[tuple[Any, str, Any]]:
         (time, "monotonic", kernel.monotonic),
         (time, "time", kernel.time),
         (time, "sleep", kernel.sleep),
-        (secrets, "token_hex", lambda size: f"{kernel.rng.getrandbits(8 * size):x}"),
+        (secrets, "token_hex", lambda size: f"{kernel.rng.getrandbits(8 * size):0{2 * size}x}"),
     ]
 
 

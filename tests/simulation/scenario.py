@@ -7,7 +7,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.simulation.gateways import REQUEST_LIMIT_S, Ask
+from tests.simulation.asks import REQUEST_LIMIT_S, Ask
+from tests.simulation.features import FEATURES, with_features
 from tests.simulation.ray import Hosts
 from tests.simulation.toy_model import VOCAB
 
@@ -76,11 +77,18 @@ class Scenario:
     """Silence after which a node is dead to Ray."""
     may_move: bool
     """The room of a dead node is found again on other hosts; else it is waited for."""
+    features: frozenset[str]
+    """Names of ``FEATURES`` that its requests and its cluster use."""
 
 
-def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
-    """The scenario of a seed, with faults of the ``kinds``."""
+def draw_scenario(
+    seed: int, kinds: tuple[str, ...], features: tuple[str, ...] | None = None
+) -> Scenario:
+    """The scenario of a seed, with faults of the ``kinds``, and with these features; None: about
+    half of them.
+    """
     rng = random.Random(f"scenario {seed}")
+    chosen = _draw_features(seed) if features is None else frozenset(features)
     num_gateways = rng.choice((MIN_GATEWAYS, MIN_GATEWAYS, 3))
     num_redundant = rng.choice((0, 1, 3))
     return Scenario(
@@ -96,14 +104,20 @@ def draw_scenario(seed: int, kinds: tuple[str, ...]) -> Scenario:
         num_kv_blocks=rng.choice((24, 64, 256)),
         slowness=rng.choice((1.0, 2.0, 4.0)),
         preemption=rng.choice((0.0, 0.01, 0.05)),
-        asks=_draw_asks(rng, num_gateways),
+        asks=with_features(_draw_asks(rng, num_gateways), chosen),
         num_steps=MIN_STEPS,
         asks_on_at_s=rng.uniform(0, SPAN_S),
         faults=tuple(_draw_faults(rng, kinds)),
         pool_delay_s=rng.choice((0.0, 0.0, 0.3)),
         node_limit_s=rng.choice(_NODE_LIMITS_S) * rng.uniform(0.8, 1.2),
         may_move=rng.random() < 0.5,
+        features=chosen,
     )
+
+
+def _draw_features(seed: int) -> frozenset[str]:
+    rng = random.Random(f"features {seed}")
+    return frozenset(name for name in FEATURES if rng.random() < 0.5)
 
 
 def _draw_autoscales(seed: int, kinds: tuple[str, ...]) -> bool:
@@ -121,12 +135,13 @@ def _draw_asks(rng: random.Random, num_gateways: int) -> tuple[Ask, ...]:
     )
 
 
-def draw_more(seed: int, num_gateways: int) -> Iterator[Ask]:
+def draw_more(scenario: Scenario) -> Iterator[Ask]:
     """Requests of the client that asks on."""
-    rng = random.Random(f"more {seed}")
+    rng = random.Random(f"more {scenario.seed}")
     stems = _draw_stems(rng)
     for i in itertools.count():
-        yield _draw_ask(rng, f"more-{i}", rng.randrange(num_gateways), 0.0, stems)
+        ask = _draw_ask(rng, f"more-{i}", rng.randrange(scenario.num_gateways), 0.0, stems)
+        yield from with_features([ask], scenario.features)
 
 
 def _draw_stems(rng: random.Random) -> list[list[int]]:

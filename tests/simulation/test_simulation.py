@@ -9,34 +9,12 @@ import sys
 import pytest
 
 from tests.simulation.bugs import BUGS
+from tests.simulation.coverage import OCCURRENCES
 
 NUM_SEEDS = 12
 """Seeds of each part."""
 MANY = range(1000, 1500, 100)
 """The first seeds of five hundreds."""
-FOUND_AT = {
-    "blind_reload": 5,
-    "early_run": 2,
-    "early_switch": 0,
-    "half_step": 2,
-    "hasty_belief": 155,
-    "hasty_successor": 3,
-    "kept_slots": 0,
-    "no_credit": 44,
-    "no_hold": 1,
-    "no_resubmission": 1,
-    "no_retry": 0,
-    "one_tenant": 0,
-    "other_build": 19,
-    "overtaken_order": 10,
-    "short_names": 0,
-    "stale_end": 1,
-    "torn_read": 20,
-    "twice_told": 1,
-}
-"""Planted bugs, and the first seed that finds each."""
-NUM_TRIED = 10
-"""Seeds from there on: a change of the product may move the find to a later one."""
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -50,9 +28,13 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_seeds_keep_every_promise(part: int) -> None:
+def test_seeds_keep_every_promise_and_use_every_feature(part: int) -> None:
     found = run("--seed", str(part * NUM_SEEDS), "--num", str(NUM_SEEDS))
     assert found.returncode == 0, found.stdout + found.stderr
+    _, _, counted = found.stdout.strip().rpartition("features: ")
+    counts = {name: int(n) for n, _, name in (c.partition(" ") for c in counted.split(", "))}
+    missing = [name for name in OCCURRENCES if not counts.get(name)]
+    assert not missing, f"nothing of {missing} in {counted}"
 
 
 @pytest.mark.distributed
@@ -65,7 +47,10 @@ def test_many_seeds_keep_every_promise(first: int) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize(
+    "bug",
+    [pytest.param(name, marks=[pytest.mark.slow] * bug.is_rare) for name, bug in BUGS.items()],
+)
 def test_a_planted_bug_is_found(bug: str) -> None:
-    found = run("--bug", bug, "--seed", str(FOUND_AT[bug]), "--num", str(NUM_TRIED))
+    found = run("--bug", bug)
     assert found.returncode == 0, f"{bug} is not found: {found.stdout}{found.stderr}"

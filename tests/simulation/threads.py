@@ -41,6 +41,10 @@ class SimThread:
     def join(self, timeout: float | None = None) -> None:
         self._fiber.join(timeout)
 
+    @property
+    def ident(self) -> int | None:
+        return id(self) if self._has_begun else None
+
     def is_alive(self) -> bool:
         return self._has_begun and not self._fiber.is_finished
 
@@ -71,6 +75,7 @@ class SimLock:
 
     def __enter__(self) -> None:
         kernel = _kernel()
+        kernel.maybe_preempt()
         while self._is_held and not kernel.is_over:
             fiber = kernel.this_fiber()
             self._waiting.append(fiber)
@@ -82,6 +87,50 @@ class SimLock:
         waiting, self._waiting = self._waiting, []
         for fiber in waiting:
             fiber.wake()
+
+
+class SimCondition:
+    """``threading.Condition``."""
+
+    def __init__(self) -> None:
+        self._lock = SimLock()
+        self._waiting: list[Fiber] = []
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.__exit__()
+
+    def notify(self) -> None:
+        for fiber in self._waiting[:1]:
+            fiber.wake()
+        del self._waiting[:1]
+
+    def notify_all(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for fiber in waiting:
+            fiber.wake()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        fiber = _kernel().this_fiber()
+        self._waiting.append(fiber)
+        self._lock.__exit__()
+        was_woken = fiber.park(timeout)
+        if fiber in self._waiting:
+            self._waiting.remove(fiber)
+        self._lock.__enter__()
+        return was_woken
+
+    def wait_for(self, is_done: Callable[[], bool], timeout: float | None = None) -> bool:
+        kernel = _kernel()
+        deadline = None if timeout is None else kernel.now + timeout
+        while not (found := is_done()):
+            left = None if deadline is None else deadline - kernel.now
+            if left is not None and left <= 0:
+                break
+            self.wait(left)
+        return found
 
 
 class SimEvent:
@@ -183,6 +232,12 @@ class SimThreading:
     """In place of the module ``threading``."""
 
     Thread = SimThread
+    Condition = SimCondition
     Lock = SimLock
     Event = SimEvent
     current_thread = _Current
+
+    @staticmethod
+    def get_native_id() -> int:
+        """No thread of the system, so that its scheduler refuses to change it."""
+        return -1

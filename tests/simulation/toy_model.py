@@ -9,7 +9,7 @@ be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +18,20 @@ import torch
 from torch import Tensor
 
 from tests.simulation.kernel import Kernel
+from tests.simulation.toy_adapters import adapter_value
+from tests.simulation.toy_text import ToyGrammar
+from workers.beams.search import BeamSearch
 from workers.model.config import BankSpec, ExchangeSpec, ExpertMatrix, ModelConfig, TensorPart
 from workers.model.side_stream import SideStream
+from workers.requests.request import TokenLogprob
 
 VOCAB = 997
 TOP_K = 2
 NUM_EXPERTS = 8
+BLOCK_TOKEN_BYTES = 8
+"""Of a block's data, for each token."""
+_COPY_S = 200e-6
+"""Longest time to copy a block."""
 MATRICES = 2
 """Matrices of an expert: between two of them it is half loaded."""
 BANKS = tuple(
@@ -95,30 +103,96 @@ def next_state(state: int, token: int, contents: Sequence[int]) -> int:
     return hash((state, token, *contents)) & ((1 << 62) - 1)
 
 
-def next_token(state: int, seed: int, index: int) -> int:
-    return hash((state, seed, index)) % VOCAB
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """How the tokens of one choice are drawn from states."""
+
+    seed: int
+    choice: int
+    top_k: int = 0
+    """Only these tokens, from 0 on, so that outputs repeat themselves; 0: all."""
+
+    def next_token(self, state: int, index: int, grammar: ToyGrammar | None = None) -> int:
+        """Token ``index`` of the output, from the state before it."""
+        size = self.top_k or VOCAB
+        token = hash((state, self.seed, self.choice, index)) % size
+        while grammar is not None and not grammar.allows(token):
+            token = (token + 1) % size
+        return token
+
+
+def beam_candidates(state: int, width: int, ending: Container[int]) -> list[TokenLogprob]:
+    """What may follow a beam, the best first: enough that do not end it."""
+    found: dict[int, float] = {}
+    num_open = draw = 0
+    while num_open < width:
+        token, value = hash((state, draw)) % VOCAB, hash((state, draw, draw)) % 4096
+        draw += 1
+        if token not in found:
+            found[token] = -0.1 - value / 1024
+            num_open += token not in ending
+    ranked = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [TokenLogprob(token_id=token, logprob=value) for token, value in ranked]
 
 
 _VALUES = tuple(tuple(expert_value(b, e) for e in range(NUM_EXPERTS)) for b in range(len(BANKS)))
 
 
-def right_tokens(prompt: Sequence[int], salt: str, seed: int, count: int) -> list[int]:
-    """The oracle: what a request must get, whatever happens."""
-    state, output = first_state(salt), list[int]()
-    tokens = list(prompt)
-    num_banks = len(banks())
-    for position in range(len(prompt) + count):
-        if position >= len(prompt):
-            tokens.append(next_token(state, seed, len(output)))
-            output.append(tokens[-1])
-        token = tokens[position]
-        contents = [
-            _VALUES[bank][expert]
-            for bank in range(num_banks)
-            for expert in chosen_experts(token, position, bank)
-        ]
-        state = next_state(state, token, contents)
+def state_after(state: int, token: int, position: int, adapter: str = "") -> int:
+    """The state that a token must lead to."""
+    contents = [
+        _VALUES[bank][expert]
+        for bank in range(len(banks()))
+        for expert in chosen_experts(token, position, bank)
+    ]
+    return next_state(state, token, [*contents, adapter_value(adapter)] if adapter else contents)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What an output goes on from."""
+
+    ids: Sequence[int]
+    salt: str
+    adapter: str = ""
+    """Its name."""
+
+    def state(self) -> int:
+        """The state that it must lead to."""
+        state = first_state(self.salt)
+        for position, token in enumerate(self.ids):
+            state = state_after(state, token, position, self.adapter)
+        return state
+
+    def state_after(self, state: int, output: Sequence[int]) -> int:
+        """The state behind an output, from the one before its last token."""
+        return state_after(state, output[-1], len(self.ids) + len(output) - 1, self.adapter)
+
+
+def right_tokens(
+    prompt: Prompt, drawing: Drawing, count: int, grammar: ToyGrammar | None
+) -> list[int]:
+    """The oracle: the first tokens of a choice, whatever happens; fewer where a grammar ends."""
+    state, output = prompt.state(), list[int]()
+    while len(output) < count and not (grammar is not None and grammar.is_complete):
+        output.append(drawing.next_token(state, len(output), grammar))
+        state = prompt.state_after(state, output)
+        if grammar is not None:
+            grammar.advance(output[-1])
     return output
+
+
+def right_beams(
+    prompt: Prompt, search: BeamSearch, width: int, ending: Container[int]
+) -> list[tuple[list[int], bool]]:
+    """The oracle: the outputs of a search, the best first, and whether each ends by itself."""
+    beams = [(prompt.state(), list[int]())]
+    while not search.is_over:
+        found = search.advance([beam_candidates(state, width, ending) for state, _ in beams])
+        grown = [(beams[one.parent][0], [*beams[one.parent][1], one.token]) for one in found]
+        beams = [(prompt.state_after(state, output), output) for state, output in grown]
+    outputs = [[token.token_id for token in one.path.tokens()] for one in search.ended]
+    return [(output, output[-1] in ending) for output in outputs]
 
 
 class ToyFamily:
@@ -186,7 +260,8 @@ class ToyBank:
 
 
 class ToyCache:
-    """In place of ``KVCache``: the state after each token."""
+    """In place of ``KVCache``: the state after each token, in ``slots``. It has no recurrent
+    ones."""
 
     compute_threads: Any = None
 
@@ -194,7 +269,10 @@ class ToyCache:
         self.block_size = block_size
         self.side = SideStream(torch.device("cpu"))
         self.null_block = num_blocks
-        self.states = [0] * ((num_blocks + 1) * block_size)
+        self.slots = [0] * ((num_blocks + 1) * block_size)
+        self.states: tuple[Tensor, ...] = ()
+        self.state_shape = (0, 0)
+        self.state_bytes = 0
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -204,36 +282,56 @@ class ToyCache:
     def dtype(self) -> torch.dtype:
         return torch.int64
 
+    @property
+    def block_bytes(self) -> int:
+        return BLOCK_TOKEN_BYTES * self.block_size
+
     def read_block(self, block: int) -> Tensor:
+        _copying()
         first = block * self.block_size
-        return torch.tensor(self.states[first : first + self.block_size], dtype=torch.int64)
+        return torch.tensor(self.slots[first : first + self.block_size], dtype=torch.int64)
 
     def write_block(self, block: int, data: Tensor) -> None:
+        _copying()
         first = block * self.block_size
-        self.states[first : first + self.block_size] = data.tolist()
+        self.slots[first : first + self.block_size] = data.tolist()
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        size = self.block_size
+        for source, target in pairs:
+            copied = self.slots[source * size : (source + 1) * size]
+            self.slots[target * size : (target + 1) * size] = copied
 
     def clear_slots(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self.states[slot] = 0
+            self.slots[slot] = 0
 
     def clear(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             self.clear_slots(range(block * self.block_size, (block + 1) * self.block_size))
 
 
+def _copying() -> None:
+    """A block is copied, in a thread; others go on meanwhile."""
+    kernel = Kernel.current
+    assert kernel is not None
+    if kernel.fiber is not None:
+        kernel.sleep(kernel.rng.random() * _COPY_S)
+
+
 @dataclass(frozen=True, slots=True)
 class ToyResult:
     """In place of ``StepResult``."""
 
-    states: tuple[int, ...]
-    """After the last row of each entry of the plan."""
+    states: tuple[Sequence[int], ...]
+    """After each row of each entry of the plan."""
     routed: Sequence[Sequence[Any]]
 
 
 def rows_of(plan_rows: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
     """(entry, token, position) of every row."""
     for planned in plan_rows:
-        last = planned.first + planned.count
-        tokens = planned.sequence.tokens(planned.first, last)
-        for position, token in zip(range(planned.first, last), tokens, strict=True):
+        last = planned.first + planned.count - len(planned.drafts)
+        tokens = (*planned.sequence.tokens(planned.first, last), *planned.drafts)
+        for position, token in enumerate(tokens, planned.first):
             yield planned, token, position

@@ -18,23 +18,28 @@ import torch
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from tests.simulation.kernel import Kernel
+from tests.simulation.toy_adapters import ToyAdapters
 from tests.simulation.toy_model import (
+    Drawing,
     ToyBank,
     ToyCache,
     ToyResult,
     banks,
+    beam_candidates,
     chosen_experts,
     first_state,
     next_state,
-    next_token,
     rows_of,
 )
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.expert_server import ExpertServer
+from workers.engine import step_sampler
 from workers.engine.engine import Engine
 from workers.engine.expert_load import Routed
-from workers.engine.step_plan import StepPlan
+from workers.engine.step_plan import PlannedRows, StepPlan
 from workers.engine.step_sampler import StepTokens
+from workers.requests.request import TokenLogprob
+from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.sampler import Drawn
 from workers.transport.frames import FrameHeader, FrameKind
@@ -150,8 +155,11 @@ class ToyRunner:
 
     first_dispatch: float | None = None
 
-    def __init__(self, cache: ToyCache, dispatcher: ToyDispatcher, rank: int) -> None:
+    def __init__(
+        self, cache: ToyCache, dispatcher: ToyDispatcher, rank: int, adapters: ToyAdapters
+    ) -> None:
         self._cache, self.dispatcher, self._rank = cache, dispatcher, rank
+        self._adapters = adapters
 
     def run(self, header: StepHeader, plan: StepPlan) -> ToyResult | None:
         self.first_dispatch = None
@@ -173,7 +181,7 @@ class ToyRunner:
             for mine, values in zip(contents, self.dispatcher.exchange(bank, wanted), strict=True):
                 mine += values
             ids = torch.from_numpy(np.array([experts for experts, _ in wanted]).reshape(-1, 2))
-            num_decodes = sum(p.is_decode for p in plan.rows)
+            num_decodes = sum(p.count for p in plan.rows if p.is_decode)
             routed.append([Routed(ids, None, num_decodes)])
         if not plan.rows:
             return None
@@ -181,9 +189,9 @@ class ToyRunner:
 
     def _advance(
         self, rows: Sequence[tuple[Any, int, int]], contents: Sequence[Sequence[int]]
-    ) -> tuple[int, ...]:
-        """Write the state after each row; the last one of each entry."""
-        states: dict[int, int] = {}
+    ) -> tuple[Sequence[int], ...]:
+        """Write the state after each row; those of each entry."""
+        states: dict[int, list[int]] = {}
         cache, size = self._cache, self._cache.block_size
         for (planned, token, position), values in zip(rows, contents, strict=True):
             blocks = planned.sequence.blocks
@@ -191,10 +199,11 @@ class ToyRunner:
                 state = first_state(planned.sequence.request.cache_salt)
             else:
                 before = position - 1
-                state = cache.states[blocks[before // size] * size + before % size]
-            state = next_state(state, token, values)
-            cache.states[blocks[position // size] * size + position % size] = state
-            states[id(planned)] = state
+                state = cache.slots[blocks[before // size] * size + before % size]
+            adapter = self._adapters.value(planned.sequence.request.adapter)
+            state = next_state(state, token, [*values, *adapter])
+            cache.slots[blocks[position // size] * size + position % size] = state
+            states.setdefault(id(planned), []).append(state)
         return tuple(states.values())
 
 
@@ -203,25 +212,44 @@ class ToySampler:
 
     def __init__(self, inspector: Any) -> None:
         self.inspector = inspector
+        self._processors: dict[Any, object] = {}
+        """By sequence, from its start to its end."""
 
     def start(self, sequence: Any, grammar: object) -> None:
-        pass
+        self._processors[sequence] = grammar
 
     def end(self, sequence: Any) -> None:
-        pass
+        del self._processors[sequence]
 
     def prepare(self, plan: StepPlan) -> None:
         pass
 
     def draw(self, plan: StepPlan, result: ToyResult) -> StepTokens:
         tokens = StepTokens()
-        for planned, state in zip(plan.rows, result.states, strict=True):
+        for planned, states in zip(plan.rows, result.states, strict=True):
             sequence = planned.sequence
             if planned.draws_token:
-                token = next_token(state, sequence.params.seed, len(sequence.output))
                 tokens.complete[sequence] = 0
-                tokens.drawn[sequence] = [Drawn(token)]
+                drawn = _draw(planned, states)
+                accepted = step_sampler.num_accepted(planned.drafts, drawn, [True] * len(drawn))
+                tokens.drawn[sequence] = [Drawn(token) for token in drawn[: accepted + 1]]
+                if sequence.params.beams is not None:
+                    tokens.candidates[sequence] = _candidates(sequence, states[-1])
         return tokens
+
+
+def _draw(planned: PlannedRows, states: Sequence[int]) -> list[int]:
+    """The token behind the newest one, and those behind each draft if all before are right."""
+    sequence, params = planned.sequence, planned.sequence.params
+    drawing = Drawing(seed=params.seed, choice=sequence.choice, top_k=params.top_k)
+    behind = states[-1 - len(planned.drafts) :]
+    grammar: Any = sequence.grammar
+    return [drawing.next_token(s, n, grammar) for n, s in enumerate(behind, len(sequence.output))]
+
+
+def _candidates(sequence: SequenceState, state: int) -> list[TokenLogprob]:
+    request = sequence.request
+    return beam_candidates(state, request.n, request.params.stop_token_ids)
 
 
 class ToyEngine(Engine):
@@ -232,7 +260,8 @@ class ToyEngine(Engine):
         super().__init__(dispatcher=dispatcher, rank=rank, **more)  # type: ignore[arg-type]
         cache: Any = ToyCache(self.pool.num_blocks, self.cache.block_size)
         self.cache = self.kv_store.cache = cache
-        self.runner = ToyRunner(cache, dispatcher, rank)  # type: ignore[assignment]
+        adapters: Any = self.adapters
+        self.runner = ToyRunner(cache, dispatcher, rank, adapters)  # type: ignore[assignment]
         self._step_sampler = ToySampler(self._step_sampler.inspector)  # type: ignore[assignment]
 
 

@@ -120,22 +120,6 @@ class ToyModel:
         raise AssertionError("the toy draws from states")
 
 
-class ToyGrammars:
-    """In place of ``GrammarCompiler``."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def prepare(self) -> None:
-        pass
-
-    def cached(self, grammar: object) -> None:
-        return None
-
-    def compile(self, grammar: object) -> Any:
-        raise AssertionError("no request has a grammar")
-
-
 def listening_hosts() -> Iterator[str]:
     """Hosts with a listener, for tests."""
     for address in network().listeners:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-from cluster.config.autoscale import AutoscaleSection
-from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
-from cluster.config.expert_load import LoadSection, RebalanceSection
+from cluster.config.cluster import ClusterConfig
 from cluster.controller.parts.cluster import Phase
 from cluster.controller.parts.recovery import Problem
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation
+from tests.simulation.clients import Clients
+from tests.simulation.configuration import cluster_config
+from tests.simulation.coverage import occurrences, requests_by_feature
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
-from tests.simulation.gateways import Ask, Outcome, SimGateway
+from tests.simulation.gateways import SimGateway
 from tests.simulation.kernel import Kernel
+from tests.simulation.leaks import QUIET_S, leaks
 from tests.simulation.network import Network
 from tests.simulation.nodes import HEAD
+from tests.simulation.outcomes import Outcome
 from tests.simulation.patches import replaced
 from tests.simulation.ray import SimController, SimRay
 from tests.simulation.scenario import (
@@ -29,16 +35,15 @@ from tests.simulation.scenario import (
     MIN_STEPS,
     SPAN_S,
     Scenario,
-    draw_more,
 )
+from tests.simulation.state_disk import StateDisk, state_disk
 from tests.simulation.toy_model import banks
 
 _START_LIMIT_S = 60.0
-_BLOCK_TOKENS = 4
 HEAL_S = 90.0
 """Virtual time after the last fault in which everything must serve."""
 _CHECK_S = 0.05
-_QUIET_S = 0.5
+_SETTLE_S = 0.5
 """Time after the last request and the last fault in which something may still happen."""
 
 
@@ -62,25 +67,32 @@ class World:
         self.net = Network(self.kernel)
         self.ray = SimRay(self.kernel, self.net, scenario)
         self.gateways: list[SimGateway] = []
-        self.outcomes: list[Outcome] = []
         self.faults = Faults(self)
+        self.clients = Clients(self)
         self.highest_step = 0
+        self.occurred: Counter[str] = Counter()
+        """What has occurred how often; known in the end."""
+        self.state: StateDisk | None = None
+        """The gateways' disk, where they store objects of clients."""
+        self.num_restarts = 0
+        """Gateways that were started in the place of others."""
         self._began_at = self._quiet_at = 0.0
-        self._more: Iterator[Ask] = draw_more(scenario.seed, scenario.num_gateways)
         self._names: dict[int, tuple[Generation, tuple[str, ...]]] = {}
 
     def run(self) -> None:
         """Live through the scenario. Raises ``Broken``."""
-        with replaced(self.kernel, self.net):
+        with ExitStack() as held:
+            held.enter_context(replaced(self.kernel, self.net))
+            if "state" in self.scenario.features:
+                self.state = self.kernel.state = held.enter_context(state_disk(self.kernel))
             self._start()
             for fault in self.scenario.faults:
                 self.kernel.after(fault.at_s, self.faults.begin, fault)
-            for ask in self.scenario.asks:
-                self.outcomes.append(self.gateways[ask.gateway].ask(ask))
+            self.clients.begin()
             began_at = self._began_at = self.kernel.now
             ends = [a.at_s for a in self.scenario.asks]
             ends += [fault.at_s + fault.lasts_s for fault in self.scenario.faults]
-            self._quiet_at = began_at + max(ends, default=0.0) + _QUIET_S
+            self._quiet_at = began_at + max(ends, default=0.0) + _SETTLE_S
             self.kernel.after(_CHECK_S, self._check_often)
             last_at = max((fault.at_s for fault in self.scenario.faults), default=0.0)
             self._run_until(began_at + max(SPAN_S, last_at), self._is_over)
@@ -89,6 +101,10 @@ class World:
             self.faults.heal()
             self._run_until(self.kernel.now + HEAL_S, self._is_calm)
             self._check_in_the_end()
+            self.clients.read_all()
+            self._run_until(self.kernel.now + QUIET_S)
+            self._check_leaks()
+            self.occurred = occurrences(self)
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -105,61 +121,32 @@ class World:
             lambda: loop.create_task(first.actor.start(config.to_dict(), shape)),
         )
         for number in range(self.scenario.num_gateways):
-            host = HEAD if not number else f"gateway-{number}"
-            self.gateways.append(SimGateway(self.ray, number, host, config))
+            self._start_gateway(number)
         if not self._run_until(self.kernel.now + _START_LIMIT_S, lambda: self._serves(first)):
             raise Broken(f"the cluster does not start: {self._state(first)}")
 
-    def _config(self) -> ClusterConfig:
-        scenario = self.scenario
-        return ClusterConfig(
-            model=ModelSection(path="toy", served_model_name="toy"),
-            cluster_token="secret",
-            workers=WorkersSection(
-                num_attention_workers=scenario.num_attention,
-                num_expert_workers=scenario.num_experts,
-                num_redundant_experts=scenario.num_redundant,
-                cpus_per_worker=1.0,
-                follow_nodes=scenario.hosts.are_followed,
-                device="cpu",
-            ),
-            engine=EngineSection(
-                block_size_tokens=_BLOCK_TOKENS,
-                kv_cache_bytes=8 * _BLOCK_TOKENS * scenario.num_kv_blocks,
-                max_num_seqs=8,
-                max_num_batched_tokens=64,
-                num_micro_batches=1,
-            ),
-            load=LoadSection(report_s=1.0, window_s=2.0, half_life_s=2.0),
-            rebalance=RebalanceSection(
-                enable_eplb=scenario.moves_experts,
-                interval_s=2.0,
-                max_move_fraction=0.5,
-                slot_cost_pairs=0.0,
-            ),
-            autoscale=self._autoscale(),
-        )
+    def _start_gateway(self, number: int) -> None:
+        """A replica, or one in the place of another that has died."""
+        host = HEAD if not number else f"gateway-{number}"
+        name = f"gateway-{number}" + (f".{self.num_restarts}" if self.num_restarts else "")
+        gateway = SimGateway(self.ray, name, host, self._config())
+        gateway.on_over = self.clients.go_on
+        self.gateways.append(gateway)
+        if "restarts" in self.scenario.features:
+            gateway.process.on_death.append(partial(self._gateway_died, number, gateway))
 
-    def _autoscale(self) -> AutoscaleSection:
-        """Times as short as the scenario, and targets that its load exceeds now and then."""
-        scenario = self.scenario
-        if not scenario.autoscales or scenario.hosts.are_followed:
-            return AutoscaleSection()
-        return AutoscaleSection(
-            autoscale="on",
-            min_attention_workers=1,
-            max_attention_workers=scenario.num_attention + 1,
-            min_expert_workers=1,
-            max_expert_workers=scenario.num_experts + 2,
-            kv_target=0.3,
-            slot_time_target=0.2,
-            up_s=1.0,
-            down_s=2.0,
-            limit_s=5.0,
-            queue_s=0.5,
-            sample_s=0.25,
-            retry_s=1.0,
-        )
+    def _gateway_died(self, number: int, gateway: SimGateway) -> None:
+        """Another one starts soon, and clients that have no answer ask others again."""
+        self.kernel.after(self.kernel.rng.uniform(0.3, 2.0), self._restart_gateway, number)
+        self.clients.ask_others(gateway)
+
+    def _restart_gateway(self, number: int) -> None:
+        self.num_restarts += 1
+        self._start_gateway(number)
+
+    def _config(self) -> ClusterConfig:
+        folder = None if self.state is None else self.state.folder / "state"
+        return cluster_config(self.scenario, folder)
 
     def _run_until(self, when: float, is_done: Callable[[], bool] = lambda: False) -> bool:
         done = self.kernel.run(when, is_done)
@@ -175,9 +162,10 @@ class World:
             "attention workers": (scenario.num_attention, MIN_ATTENTION),
             "expert workers": (scenario.num_experts, MIN_EXPERTS),
             "gateways": (len(self.gateways), MIN_GATEWAYS),
-            "requests": (len(self.outcomes), MIN_REQUESTS),
+            "requests": (len(self.clients.outcomes), MIN_REQUESTS),
             "committed steps": (self.highest_step, MIN_STEPS),
             "faults": (self.faults.num_begun, MIN_FAULTS),
+            **{f"requests of {name}": (n, 1) for name, n in requests_by_feature(self).items()},
         }
 
     def _ask_on(self) -> None:
@@ -185,9 +173,7 @@ class World:
         scenario = self.scenario
         is_time = self.kernel.now >= self._began_at + scenario.asks_on_at_s
         if is_time and self.highest_step < scenario.num_steps and self._have_ended():
-            ask = next(self._more)
-            living = [g for g in self.gateways if not g.process.is_dead]
-            self.outcomes.append(living[ask.gateway % len(living)].ask(ask))
+            self.clients.ask_on()
 
     def _check_often(self) -> None:
         self._check()
@@ -260,9 +246,13 @@ class World:
     def _have_ended(self) -> bool:
         return all(o.is_over for o in self._living_outcomes())
 
+    def living_gateways(self) -> list[SimGateway]:
+        """Gateways whose processes have not ended."""
+        return [gateway for gateway in self.gateways if not gateway.process.is_dead]
+
     def _living_outcomes(self) -> list[Outcome]:
         """Requests whose gateway lives."""
-        return [o for g in self.gateways if not g.process.is_dead for o in g.outcomes]
+        return [o for gateway in self.living_gateways() for o in gateway.outcomes]
 
     def _check_in_the_end(self) -> None:
         """Liveness: healed, and time enough."""
@@ -272,13 +262,24 @@ class World:
         self._check_ends()
         for outcome in self._living_outcomes():
             if not outcome.is_over:
-                raise Broken(f"{outcome.ask.name} does not end ({len(outcome.tokens)} tokens)")
+                raise Broken(f"{outcome.ask.name} does not end ({outcome.num_tokens} tokens)")
             if "oisonous" in outcome.code and len(self.ray.actors.ever) >= self._most_workers():
                 continue  # that many deaths may have met one request
-            if not (outcome.has_left or outcome.is_late) and outcome.ends != ["length"]:
+            is_fine = outcome.has_left or outcome.is_late or outcome.was_refused
+            if not (is_fine or outcome.is_right):
                 raise Broken(
                     f"{outcome.ask.name} ends with {outcome.ends}: {outcome.code} {outcome.error}"
                 )
+
+    def _check_leaks(self) -> None:
+        """Nothing is left of requests that are over, and the cluster serves on."""
+        controller = self.ray.controller
+        if controller is None or not self._serves(controller):
+            raise Broken(f"the cluster serves no more: {self._state(controller)}")
+        if self.kernel.failures:
+            raise Broken("; ".join(self.kernel.failures))
+        if left := leaks(self):
+            raise Broken("; ".join(left))
 
     def _most_workers(self) -> int:
         """So many were started when a request may have met three deaths."""

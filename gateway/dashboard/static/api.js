@@ -8,6 +8,10 @@ export function setKey(key) {
   sessionStorage.setItem(STORED, key);
 }
 
+export function hasKey() {
+  return sessionStorage.getItem(STORED) !== null;
+}
+
 function headers() {
   const key = sessionStorage.getItem(STORED);
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };

@@ -1,92 +1,95 @@
-// Time series of the last minutes, with the cluster's events on the same axis.
+// Time series of the last ten minutes, with the cluster's events on the same axis.
 
-import { clock } from "./format.js";
+import { clock, element, fill } from "./format.js";
 
-const POINTS = 600;
+const SPAN_S = 600;
+const HEIGHT = 160;
 const COLOURS = ["#3b82d6", "#e08a1e", "#2fa36b", "#c2479b", "#8a63d2", "#d64545", "#3aa6b9", "#93a01f"];
 const SYNC = "expertmesh";
 
 export class Chart {
   #place;
-  #names;
+  #latest = element("ul", { className: "latest" });
+  #values;
   #unit;
+  #marks;
   #plot = null;
-  #times = [];
-  #values = new Map();
-  #marks = () => [];
-  #frame = null;
+  #names = [];
+  #data = [[]];
 
+  // values: of a sample, by name (null: none); names may come and go.
   // marks: a function that gives [time, name of a colour's variable] of each event to draw.
-  constructor(place, unit, marks) {
-    this.#place = place;
-    this.#unit = unit;
-    this.#marks = marks;
-    this.#names = [];
-    new ResizeObserver(() => this.#resize()).observe(place);
+  constructor(place, unit, values, marks) {
+    [this.#place, this.#unit, this.#values, this.#marks] = [place, unit, values, marks];
+    place.setAttribute("role", "img");
+    place.after(this.#latest);
+    new ResizeObserver(() => this.#plot?.setSize({ width: this.#width(), height: HEIGHT })).observe(place);
   }
 
-  // One value by name (null: none); names may come and go. At most POINTS are kept.
-  add(time, values) {
-    this.#times.push(time);
-    for (const name of Object.keys(values)) {
-      if (!this.#values.has(name)) this.#values.set(name, Array(this.#times.length - 1).fill(null));
-    }
-    for (const [name, kept] of this.#values) kept.push(values[name] ?? null);
-    if (this.#times.length > POINTS) {
-      this.#times.shift();
-      for (const kept of this.#values.values()) kept.shift();
-    }
-    for (const [name, kept] of this.#values) {
-      if (!(name in values) && kept.every((value) => value === null)) this.#values.delete(name);
-    }
-    this.#frame ??= requestAnimationFrame(() => this.#draw());
-    const latest = Object.entries(values).map(([name, value]) => `${name} ${this.#text(value)}`);
-    this.#place.setAttribute("role", "img");
-    this.#place.setAttribute("aria-label", latest.join(", ") || "no data");
-  }
-
-  #text(value) {
-    return value === null || value === undefined ? "none" : `${value.toFixed(1)}${this.#unit}`;
-  }
-
-  // At most once a frame, and not where nobody looks.
-  #draw() {
-    this.#frame = null;
-    const names = [...this.#values.keys()];
+  show(samples) {
+    const rows = samples.map(this.#values);
+    const names = [...new Set(rows.flatMap(Object.keys))];
+    const last = samples.at(-1)?.time;
+    // a name without a value in the last ten minutes is gone with its samples
+    this.#data = [samples.map((s) => s.time), ...names.map((name) => rows.map((row) => row[name] ?? null))];
     if (!this.#plot || names.join() !== this.#names.join()) {
       this.#plot?.destroy();
       this.#names = names;
-      this.#plot = new uPlot(this.#options(names), this.#data(), this.#place);
+      this.#plot = new uPlot(this.#options(names), this.#data, this.#place);
     } else {
-      this.#plot.setData(this.#data());
+      this.#plot.setData(this.#data);
     }
+    this.#place.dataset.samples = samples.length;
+    this.#showValues(this.#plot.cursor.idx);
+    const values = names.map((name, i) => `${name} ${this.#text(this.#data[i + 1].at(-1))}`);
+    this.#place.setAttribute("aria-label", last === undefined ? "no data yet" : values.join(", "));
   }
 
-  #data() {
-    return [this.#times, ...this.#values.values()];
+  // The latest values, or those under the cursor with their time.
+  #showValues(index) {
+    const pointed = index !== null && index !== undefined && index < this.#data[0].length - 1;
+    const at = pointed ? index : this.#data[0].length - 1;
+    const lines = this.#names.map((name, i) => {
+      const mark = element("span", { className: `mark c${i % COLOURS.length}` });
+      return element("li", {}, mark, ` ${name} `, element("b", {}, this.#text(this.#data[i + 1][at])));
+    });
+    if (!lines.length) lines.push(element("li", {}, "no data yet"));
+    if (pointed) lines.push(element("li", { className: "at" }, clock(this.#data[0][at])));
+    fill(this.#latest, lines);
+  }
+
+  #text(value) {
+    if (value === null || value === undefined) return "–";
+    const digits = this.#unit === "" || value >= 100 ? 0 : 1;
+    return `${value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits })}${this.#unit}`;
   }
 
   #options(names) {
     const style = getComputedStyle(document.documentElement);
     const [dim, grid] = [style.getPropertyValue("--dim"), style.getPropertyValue("--grid")];
     const axis = { stroke: dim, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 } };
+    const newest = () => this.#data[0].at(-1) ?? Date.now() / 1000;
     return {
       width: this.#width(),
-      height: 180,
-      cursor: { sync: { key: SYNC } },
-      scales: { y: { range: (plot, low, high) => [0, Math.max(high ?? 0, 1) * 1.1] } },
-      axes: [{ ...axis, space: 80, values: (plot, times) => times.map(clock) }, { ...axis, size: 55 }],
-      series: [
-        { label: "at", value: (plot, value) => (value === null ? "" : clock(value)) },
-        ...names.map((name, place) => ({
-          label: name,
-          stroke: COLOURS[place % COLOURS.length],
-          width: 1.5,
-          spanGaps: true,
-          value: (plot, value) => (value === null ? "–" : this.#text(value)),
-        })),
+      height: HEIGHT,
+      cursor: { sync: { key: SYNC }, y: false },
+      legend: { show: false },
+      scales: {
+        x: { range: () => [newest() - SPAN_S, newest()] },
+        y: { range: (plot, low, high) => [0, Math.max(high ?? 0, 1) * 1.1] },
+      },
+      axes: [
+        { ...axis, space: 60, size: 30, values: (plot, times) => times.map((time) => clock(time).slice(0, 5)) },
+        { ...axis, size: 45, incrs: [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] },
       ],
-      hooks: { draw: [(plot) => this.#drawMarks(plot)] },
+      series: [
+        {},
+        ...names.map((name, i) => ({ label: name, stroke: COLOURS[i % COLOURS.length], width: 1.5, spanGaps: true })),
+      ],
+      hooks: {
+        draw: [(plot) => this.#drawMarks(plot)],
+        setCursor: [(plot) => this.#showValues(plot.cursor.idx)],
+      },
     };
   }
 
@@ -113,13 +116,8 @@ export class Chart {
     return Math.max(this.#place.clientWidth, 200);
   }
 
-  #resize() {
-    this.#plot?.setSize({ width: this.#width(), height: 180 });
-  }
-
-  // The colours of the other theme.
+  // Draws in the colours of the other theme at the next samples.
   restyle() {
     this.#names = [""];
-    if (this.#times.length) this.#draw();
   }
 }

@@ -33,3 +33,19 @@ export function fill(parent, children) {
 export function byId(id) {
   return document.getElementById(id);
 }
+
+// Seconds as days, hours and minutes: two units.
+export function duration(seconds) {
+  const [days, hours, minutes] = [86400, 3600, 60].map((unit) => Math.floor(seconds / unit));
+  if (days) return `${days} d ${hours % 24} h`;
+  if (hours) return `${hours} h ${minutes % 60} min`;
+  return minutes ? `${minutes} min` : `${Math.floor(seconds)} s`;
+}
+
+// A button that cannot work is disabled, with the reason (empty: it works) in its title and beside it.
+export function allow(button, reason) {
+  button.disabled = Boolean(reason);
+  button.title = reason;
+  const text = byId(button.getAttribute("aria-describedby"));
+  if (text && text.textContent !== reason) text.textContent = reason;
+}

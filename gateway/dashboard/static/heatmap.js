@@ -9,6 +9,7 @@ const HOT = 2; // times an even share
 export class Heatmap {
   #load = null;
   #at = { row: 0, column: 0 };
+  #pointed = false; // by the pointer, or with the focus
   #canvas = byId("heatmap");
   #select = byId("bank");
 
@@ -16,6 +17,12 @@ export class Heatmap {
     this.#select.addEventListener("change", () => this.refresh());
     this.#canvas.addEventListener("keydown", (event) => this.#move(event));
     this.#canvas.addEventListener("mousemove", (event) => this.#point(event));
+    for (const [event, pointed] of [["focus", true], ["blur", false], ["mouseleave", false]]) {
+      this.#canvas.addEventListener(event, () => {
+        this.#pointed = pointed || document.activeElement === this.#canvas;
+        this.#draw();
+      });
+    }
     new ResizeObserver(() => this.#draw()).observe(this.#canvas.parentElement);
   }
 
@@ -79,8 +86,9 @@ export class Heatmap {
         context.fillStyle = `rgba(${heat}, ${0.08 + (0.92 * tokens) / most})`;
         context.fillRect(x, y, size - 1, size);
         if (this.#load.copies[expert] > 1) {
-          context.strokeStyle = style.getPropertyValue("--warn");
-          context.strokeRect(x + 0.5, y + 0.5, size - 2, size - 1);
+          const dot = Math.max(3, size / 4);
+          context.fillStyle = style.getPropertyValue("--warn");
+          context.fillRect(x + size - 1 - dot, y, dot, dot);
         }
       }
     });
@@ -90,8 +98,11 @@ export class Heatmap {
       if (even && tokens > HOT * even) context.fillRect(label + expert * size, 4, size - 1, 4);
     });
     const { row, column } = this.#at;
-    context.strokeStyle = style.getPropertyValue("--text");
-    context.strokeRect(label + column * size - 0.5, top + row * (size + 4) - 0.5, size, size + 1);
+    if (this.#pointed) {
+      context.strokeStyle = style.getPropertyValue("--text");
+      context.lineWidth = 2;
+      context.strokeRect(label + column * size - 2, top + row * (size + 4) - 1.5, size + 3, size + 3);
+    }
     canvas.setAttribute("aria-label", `Expert load of layer ${this.#load.layer}: ${rows} workers, ${experts} experts`);
   }
 
@@ -114,6 +125,7 @@ export class Heatmap {
   #point(event) {
     if (!this.#load) return;
     const { label, size, top } = this.#geometry();
+    this.#pointed = true;
     this.#go(Math.floor((event.offsetY - top) / (size + 4)), Math.floor((event.offsetX - label) / size));
   }
 

@@ -1,15 +1,20 @@
 // Buttons of the admin port.
 
 import { get, post } from "./api.js";
-import { byId, element } from "./format.js";
+import { allow, byId, element } from "./format.js";
 
 const POLL_MS = 500;
+
+let running = ""; // the operation that this page gave
+let latest = {};
 
 export function setUpOrders() {
   byId("rebalance-dry").addEventListener("click", () => order("admin/v1/rebalance", { dry_run: true }));
   byId("rebalance").addEventListener("click", () => {
     if (confirm("Move experts to where the load is?")) order("admin/v1/rebalance", {});
   });
+  byId("scale-form").addEventListener("input", () => allowOrders(latest));
+  byId("drain-worker").addEventListener("change", () => allowOrders(latest));
   byId("drain-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const worker = byId("drain-worker").value;
@@ -36,12 +41,32 @@ export function showChoices(status) {
     const input = byId(`scale-${role}`);
     if (!input.value) input.value = String(serving.filter((w) => w.role === role).length || "");
   }
+  allowOrders(status);
+}
+
+// Disables what the controller would refuse, and says why.
+function allowOrders(status) {
+  latest = status;
+  const workers = status.workers ?? [];
+  const num = (role) => workers.filter((w) => w.role === role && w.state === "SERVING").length;
+  const busy = running && `${running} is running`;
+  const starting = ["SERVING", "RECOVERING", "DEGRADED"].includes(status.state) ? "" : `the cluster is ${status.state}`;
+  const local = status.mode === "local" ? "one worker holds everything (--mode local)" : "";
+  const rebalance = busy || starting || (status.rebalance?.possible === false ? status.rebalance.reason : "");
+  allow(byId("rebalance-dry"), rebalance);
+  allow(byId("rebalance"), rebalance);
+  const chosen = workers.find((w) => w.name === byId("drain-worker").value);
+  const last = chosen?.role === "attention" && num("attention") < 2 ? "it is the last attention worker" : "";
+  allow(byId("drain"), busy || starting || local || (chosen ? last : "no worker is serving"));
+  const same = ["attention", "expert"].every((role) => Number(byId(`scale-${role}`).value) === num(role));
+  allow(byId("scale"), busy || starting || local || (same ? "the cluster has this size: change a number" : ""));
 }
 
 async function order(path, body) {
   const result = byId("order-result");
   try {
     let operation = await post(path, body);
+    running = operation.id;
     while (operation.state === "RUNNING") {
       result.textContent = `${operation.id}: ${operation.phase}`;
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
@@ -50,5 +75,8 @@ async function order(path, body) {
     result.textContent = `${operation.id} ${operation.state}: ${operation.message}`;
   } catch (error) {
     result.textContent = error.message;
+  } finally {
+    running = "";
+    allowOrders(latest);
   }
 }

@@ -1,17 +1,25 @@
 // A prompt to try: its tokens, and for each the experts that it visited, and on which workers.
 
 import { get, post, stream } from "./api.js";
-import { byId, element } from "./format.js";
+import { allow, byId, element } from "./format.js";
+
+// White space that would not show otherwise.
+function visible(word) {
+  return word.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍");
+}
 
 export class Playground {
   #names = [];
+  #state = "STARTING";
+  #isRunning = false;
   seesPlacement = true; // false with a client's key
 
   constructor() {
     byId("try-form").addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#run(event.submitter);
+      this.#run();
     });
+    byId("prompt").addEventListener("input", () => this.allow());
   }
 
   // Names of the workers that hold experts, by device.
@@ -19,18 +27,28 @@ export class Playground {
     this.#names = names;
   }
 
-  async #run(button) {
+  // Whether the button works. state: of the cluster, if it is known anew.
+  allow(state = this.#state) {
+    this.#state = state;
+    const busy = this.#isRunning ? "the answer is being generated" : "";
+    const down = state === "STARTING" || state === "STOPPED" ? `the cluster is ${state}` : "";
+    allow(byId("generate"), busy || down || (byId("prompt").value ? "" : "type a prompt first"));
+  }
+
+  async #run() {
     const problem = byId("try-problem");
     problem.textContent = "";
     byId("visited").replaceChildren();
     byId("tokens").replaceChildren();
-    button.disabled = true;
+    this.#isRunning = true;
+    this.allow();
     try {
       await this.#inspect(await this.#generate());
     } catch (error) {
       problem.textContent = error.message;
     } finally {
-      button.disabled = false;
+      this.#isRunning = false;
+      this.allow();
     }
   }
 
@@ -77,14 +95,15 @@ export class Playground {
         title: `token ${id}${chance}`,
         "aria-pressed": "false",
       });
-      button.textContent = word.replaceAll("\n", "⏎");
+      button.textContent = visible(word);
       button.addEventListener("click", () => {
         for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
         this.#show(word, chance, place, routes, placement?.banks);
       });
       return button;
     });
-    byId("tokens").replaceChildren(...buttons);
+    const breaks = (button, place) => ((words[place] ?? "").endsWith("\n") ? [button, element("br")] : [button]);
+    byId("tokens").replaceChildren(...buttons.flatMap(breaks));
     buttons[numPrompt]?.click();
   }
 
@@ -102,7 +121,7 @@ export class Playground {
         element("td", {}, experts.join(" · ")),
       );
     });
-    const table = element("table", {}, element("caption", {}, `“${word}”${chance}`));
+    const table = element("table", {}, element("caption", {}, `“${visible(word)}”${chance}`));
     const head = element("tr", {}, element("th", { scope: "col" }, "Layer"));
     const shown = banks ? "weight, workers with a copy" : "weight";
     head.append(element("th", { scope: "col" }, `Experts (${shown})`));

@@ -1,50 +1,55 @@
-// The cluster map: hosts, with the workers on them.
+// The workers as cards in a row; those that are gone are apart, until the controller forgets them.
 
-import { byId, count, element, fill } from "./format.js";
+import { byId, count, element, fill, percent } from "./format.js";
 
 const KIND = { SERVING: "good", READY: "good", LOST: "bad", DRAINED: "over" };
+const GONE = ["LOST", "DRAINED"];
 
 export function showWorkers(status) {
-  const hosts = new Map();
-  for (const worker of status.workers ?? []) {
-    if (!hosts.has(worker.node)) hosts.set(worker.node, []);
-    hosts.get(worker.node).push(worker);
-  }
-  fill(
-    byId("workers"),
-    [...hosts].map(([host, workers]) =>
-      element(
-        "div",
-        { className: "node" },
-        ...(host === undefined ? [] : [element("h3", {}, `host ${host}`)]), // a client's key shows no hosts
-        ...workers.map(card),
-      ),
-    ),
-  );
+  const workers = status.workers ?? [];
+  const gone = workers.filter((worker) => GONE.includes(worker.state));
+  fill(byId("workers"), workers.filter((worker) => !gone.includes(worker)).map(card));
+  fill(byId("gone"), gone.map(card));
+  byId("gone-part").hidden = !gone.length;
 }
 
 function card(worker) {
-  const kind = KIND[worker.state] ?? "";
+  const usage = worker.kv_blocks_total ? [meter(worker)] : [];
   return element(
-    "div",
-    { className: `worker ${kind}`, "data-worker": worker.name },
+    "li",
+    { className: `worker ${KIND[worker.state] ?? ""}`, "data-worker": worker.name },
     element("b", {}, worker.name),
-    ` ${worker.state}`,
-    element("small", {}, details(worker)),
+    element("span", { className: "badge" }, worker.state),
+    ...details(worker).map((line) => element("small", {}, line)),
+    ...usage,
   );
 }
 
+function meter(worker) {
+  const used = worker.kv_blocks_total - worker.kv_blocks_free;
+  const text = `KV ${percent(worker.kv_usage)} of ${count(worker.kv_blocks_total)} blocks`;
+  const label = `KV blocks of ${worker.name} in use`;
+  return element(
+    "label",
+    { className: "kv" },
+    text,
+    element("meter", { min: "0", max: String(worker.kv_blocks_total), value: String(used), "aria-label": label }),
+  );
+}
+
+// A client's key shows no hosts and no processes.
 function details(worker) {
-  if (worker.state === "LOST" || worker.state === "DRAINED") return worker.reason || worker.role;
+  if (GONE.includes(worker.state)) return [worker.reason || worker.role];
   const stats = worker.stats ?? {};
-  const parts = worker.pid === undefined ? [worker.role] : [`process ${worker.pid}`];
+  const place = [worker.node && `host ${worker.node}`, worker.pid && `pid ${worker.pid}`].filter(Boolean);
+  const lines = place.length ? [place.join(" · ")] : [];
+  const parts = [];
   if (worker.total_bytes && worker.loaded_bytes < worker.total_bytes) {
     parts.push(`loaded ${Math.floor((100 * worker.loaded_bytes) / worker.total_bytes)}%`);
   }
-  if (worker.slots != null) parts.push(`${count(worker.slots)} expert slots`);
+  if (worker.slots != null) parts.push(`${count(worker.slots)} expert slots a layer`);
   if (worker.kv_blocks_total) {
-    parts.push(`${count(stats.num_requests_running ?? 0)} run, ${count(stats.num_requests_waiting ?? 0)} wait`);
-    parts.push(`${count(worker.kv_blocks_free)} of ${count(worker.kv_blocks_total)} KV blocks free`);
+    parts.push(`${count(stats.num_requests_running ?? 0)} running, ${count(stats.num_requests_waiting ?? 0)} waiting`);
   }
-  return parts.join(" · ");
+  return [...lines, parts.join(" · ") || worker.role];
 }

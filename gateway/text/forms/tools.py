@@ -11,7 +11,7 @@ from cluster.core.checks import is_deeper
 from cluster.core.errors import RequestError
 from gateway.core.field_checks import check_length, require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
-from gateway.text.json_text import check_writable, load_json
+from gateway.offload.json_text import check_writable, load_json
 from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 
 MAX_TOOLS = 128

@@ -68,13 +68,16 @@ async function tour(browser, adminUrl, folder) {
   say({ step: "ordered", result: await admin.textContent("#order-result") });
 
   const phone = await open(browser, url, { viewport: { width: 390, height: 844 } });
-  await phone.waitForSelector("[data-worker]");
-  const wide = await phone.evaluate(() => document.documentElement.scrollWidth);
-  say({ step: "phone", width: wide });
+  await phone.waitForSelector("[data-samples]");
+  const shown = await phone.evaluate(() => ({
+    width: document.documentElement.scrollWidth,
+    samples: document.querySelector("#chart-tokens").dataset.samples,
+  }));
+  say({ step: "phone", ...shown });
   for (const [name, options] of folder ? views() : []) {
-    const shown = await open(browser, url, options);
-    await shown.waitForTimeout(20_000);
-    await shown.screenshot({ path: `${folder}/dashboard-${name}.png`, fullPage: name !== "phone" });
+    const view = await open(browser, url, options);
+    await view.waitForTimeout(5_000);
+    await view.screenshot({ path: `${folder}/dashboard-${name}.png`, fullPage: name !== "phone" });
   }
 }
 
@@ -94,15 +97,21 @@ async function endure(browser, numUpdates) {
   const documents = await page.evaluate(async () => ({
     state: await (await fetch("dashboard/api/state")).json(),
     load: await (await fetch("dashboard/api/load")).json(),
+    history: await (await fetch("dashboard/api/history")).json(),
   }));
   await page.context().close();
   const script = `
     const documents = ${JSON.stringify(documents)};
     window.updates = 0;
     window.fetch = async (path) => {
-      const isState = String(path).includes("state");
-      const found = documents[isState ? "state" : "load"];
-      if (isState) {
+      const name = String(path).match(/api\\/(\\w+)/)[1];
+      const found = documents[name];
+      if (name === "history") {
+        const counts = { seconds: 2, prompt: 1, moved: 0, again: 0, ttft: [], itl: [[0.1, 0.2, 3]] };
+        const last = found.samples.at(-1) ?? { time: found.time, ...counts, waiting: {}, kv: {} };
+        found.samples = [{ ...last, time: last.time + 2, output: window.updates % 50 }];
+      }
+      if (name === "state") {
         window.updates += 1;
         found.time += 1;
         found.counters.generation_tokens_total += window.updates % 50;

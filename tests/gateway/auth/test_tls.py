@@ -206,7 +206,7 @@ def test_serve_refuses_at_once(
     words = ["serve", "--dry-run", "--port", "0", "--grpc-port", "0"]
     files = ["--tls-cert", str(certificates.server_cert), "--tls-key"]
     assert main([*words, *files, str(certificates.client_key)]) == 5
-    assert "tls_cert" in capsys.readouterr().err
+    assert "--tls-cert" in capsys.readouterr().err
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     assert main([*words, *files, str(certificates.server_key)]) == 5
     assert "HAProxy" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 
 import gateway.dashboard
 from cluster.config.gateway import GatewaySection
+from gateway.dashboard.sampler import Sampler
 from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
 
 STATIC = Path(gateway.dashboard.__file__).parent / "static"
@@ -56,7 +57,9 @@ def test_the_licence_of_the_chart_library_is_kept() -> None:
     assert "Leon Sorokin" in (STATIC / "uplot" / "LICENSE").read_text()
 
 
-@pytest.mark.parametrize("path", ["/dashboard/api/state", "/dashboard/api/load"])
+@pytest.mark.parametrize(
+    "path", ["/dashboard/api/state", "/dashboard/api/history", "/dashboard/api/load"]
+)
 def test_the_data_needs_the_key_of_its_port(keyed: Stack, path: str) -> None:
     with admin_client(keyed) as admin:
         for client in (keyed.http, admin):
@@ -70,7 +73,9 @@ def test_a_key_of_a_client_shows_no_load(keyed: Stack) -> None:
     state = keyed.http.get("/dashboard/api/state", headers=headers).json()
     assert state["sees_experts"] is False
     assert state["status"]["is_partial"] is True
-    assert state["counters"].keys() == {"prompt_tokens_total", "generation_tokens_total"}
+    assert state["counters"].keys() == {
+        *("prompt_tokens_total", "generation_tokens_total", "request_success_total")
+    }
     refused = keyed.http.get("/dashboard/api/load", headers=headers)
     assert refused.status_code == 403
     assert "admin key" in refused.json()["error"]["message"]
@@ -85,17 +90,68 @@ def test_the_state_has_what_all_replicas_counted(stack: Stack) -> None:
     name = "generation_tokens_total"
     assert after["counters"][name] - before["counters"][name] == 7
     assert after["time"] > before["time"]
-    assert after["replayed"] == {"attention_worker": 0, "handed_back": 0, "moved": 0}
+    requests = "request_success_total"
+    assert after["counters"][requests] - before["counters"][requests] == 1
+    assert before["started"] == after["started"] <= before["time"]
     assert after["status"]["state"] == "SERVING"
     assert "metrics" not in after["status"]
 
-    def count(state: dict[str, dict[str, list[list[float]]]]) -> float:
-        return state["histograms"]["time_to_first_token_seconds"][-1][1]
 
-    assert count(after) - count(before) == 1
-    bounds = [bound for bound, _ in after["histograms"]["inter_token_latency_seconds"]]
-    assert bounds[-1] is None, "the last bucket has no bound"
-    assert bounds[:-1] == sorted(bounds[:-1])
+def take_samples(stack: Stack, tokens: int) -> None:
+    """Two samples, with an answer of so many tokens between them."""
+    sampler = Sampler(stack.gateway)
+    clock = iter((1000.0, 1002.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gateway.dashboard.sampler.now_s", lambda: next(clock))
+        stack.run(sampler.sample())
+        headers = {"authorization": "Bearer root"}
+        fields = {"prompt": "hello", "max_tokens": tokens}
+        assert stack.http.post("/v1/completions", json=fields, headers=headers).is_success
+        stack.run(sampler.sample())
+
+
+def test_the_history_is_there_when_a_page_loads(stack: Stack) -> None:
+    take_samples(stack, 7)
+    document = stack.http.get("/dashboard/api/history").json()
+    (sample,) = document["samples"]
+    assert (sample["time"], sample["seconds"], sample["output"]) == (1002.0, 2.0, 7)
+    assert sum(count for _, _, count in sample["ttft"]) == 1
+    assert sample["waiting"].keys() == sample["kv"].keys()
+    later = stack.http.get("/dashboard/api/history?after=1002").json()
+    assert later["samples"] == []
+
+
+def test_a_key_of_a_client_shows_a_history_without_experts(keyed: Stack) -> None:
+    take_samples(keyed, 3)
+    shown = {}
+    for key in ("secret", "root"):
+        headers = {"authorization": f"Bearer {key}"}
+        (shown[key],) = keyed.http.get("/dashboard/api/history", headers=headers).json()["samples"]
+    assert shown["root"].keys() - shown["secret"].keys() == {"balancedness"}
+    assert shown["secret"]["output"] == 3
+
+
+@pytest.mark.parametrize("after", ["-1", "x", "", "1.5", "9" * 99])
+def test_a_time_that_is_none(stack: Stack, after: str) -> None:
+    answer = stack.http.get("/dashboard/api/history", params={"after": after})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "after"
+
+
+def test_every_word_with_a_tooltip_has_one() -> None:
+    page = (STATIC / "index.html").read_text() + (STATIC / "main.js").read_text()
+    used = {a or b for a, b in re.findall(r'data-term="(\w+)"|term\("(\w+)"', page)}
+    known = set(re.findall(r"^  (\w+): \"", (STATIC / "terms.js").read_text(), re.MULTILINE))
+    assert used == known
+    assert {"ttft", "itl", "kv", "balancedness", "phases", "generation", "epoch"} <= known
+
+
+def test_a_button_that_may_be_disabled_has_a_place_for_the_reason() -> None:
+    page = (STATIC / "index.html").read_text()
+    scripts = "".join(path.read_text() for path in STATIC.glob("*.js"))
+    for name in set(re.findall(r'allow\(byId\("([\w-]+)"\)', scripts)):
+        (reason,) = re.findall(rf'id="{name}"[^>]* aria-describedby="([\w-]+)"', page)
+        assert f'id="{reason}"' in page
 
 
 def test_the_load_of_a_bank_has_a_cell_for_each_copy(stack: Stack) -> None:

@@ -163,6 +163,34 @@ def test_a_worker_that_does_not_pause_is_left_all_the_same(
     assert metric(workers, "requests_replayed_total", "moved") == 1.0
 
 
+def test_a_choice_may_end_while_its_request_moves(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others move all the same, and only their new tokens count as computed again."""
+    monkeypatch.setattr(moves, "_PAUSE_LIMIT_S", WAIT_S)
+
+    def script(request: Request, choice: int) -> list[int]:
+        return [5] * (8 if choice else 10)
+
+    source = workers.add(script=script, pause_after=5, step_s=0.005)
+    answer = start(lambda: complete(workers.stack, prompt="hello", max_tokens=10, n=2))
+    workers.stack.wait_for(lambda: len(source.stuck) == 1, "the middle")
+    source.answers_pauses = False
+    target = workers.add(script=script)
+    drain(workers)
+    workers.stack.wait_for(lambda: bool(source.pauses), "the pause")
+    (name,) = source.running
+    source.stuck.clear()
+    source.pause_after = 9
+    workers.stack.wait_for(lambda: source.stuck == {name}, "the end of a choice")
+    assert source.running[name] == {0}
+    source.to_pause[name] = 0
+    assert answer.result(WAIT_S)["usage"]["completion_tokens"] == 18
+    assert len(target.requests) == 1
+    assert metric(workers, "requests_replayed_total", "moved") == 1.0
+    assert metric(workers, "tokens_recomputed_total", "moved") == 4.0
+
+
 @pytest.mark.parametrize("is_lost", [False, True], ids=["the worker stays", "the other is lost"])
 def test_a_paused_request_that_stays_goes_on(
     workers: Workers, monkeypatch: pytest.MonkeyPatch, is_lost: bool

@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError, Message
 from cluster.core.errors import RequestError
 from gateway.grpc import messages
 from gateway.grpc.messages import numbers_of, read_message
-from gateway.text.json_text import MAX_ENTRIES, MAX_VALUES
+from gateway.offload.json_text import MAX_ENTRIES, MAX_VALUES
 from protos import inference_pb2 as pb
 from protos import types_pb2
 

@@ -22,9 +22,9 @@ from gateway.http.parse import parse_body, parse_json
 from gateway.http.pooling import EmbeddingsBody, InspectBody
 from gateway.http.schema import ChatBody, CompletionBody, DetokenizeBody
 from gateway.http.unsupported import check_unbuilt
+from gateway.offload.long_work import NoCollections
 from gateway.responses.unsupported import check_unbuilt as check_unbuilt_response
 from gateway.text.forms.tools import MAX_TOOLS
-from gateway.text.long_work import NoCollections
 from protos import inference_pb2 as pb
 
 SAMPLING: dict[str, Any] = {

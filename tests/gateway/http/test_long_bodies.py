@@ -18,8 +18,8 @@ from gateway.generation import gateway as gateway_module
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
 from gateway.http.middleware import dump_long
-from gateway.text.json_text import MAX_VALUES
-from gateway.text.long_work import INLINE_SIZE
+from gateway.offload.json_text import MAX_VALUES
+from gateway.offload.long_work import INLINE_SIZE
 from protos import inference_pb2 as pb
 from tests.gateway.stack import MODEL, WAIT_S, Stack, post, running_stack
 from workers.requests.block_hash import block_hashes

@@ -14,7 +14,8 @@ from gateway.text.client_templates import MAX_WAITING, ClientTemplates, Template
 USER = [{"role": "user", "content": "hi"}]
 LOOP = "{% for i in range(99999) %}"
 FOREVER = f"{LOOP}{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}{{% endfor %}}"
-HUGE = "{% set x = namespace(y='a' * 100) %}" + LOOP + "{% set x.y = x.y ~ x.y %}{% endfor %}"
+GROW = "{% set x.y = [x.y, 'a' * 16000000 ~ i] %}{% endfor %}"
+HUGE = "{% set x = namespace(y=[]) %}" + LOOP + GROW
 
 
 def render(source: str, **options: Any) -> TemplateAnswer:

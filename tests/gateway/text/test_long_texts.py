@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from cluster.core.errors import RequestError
+from gateway.offload.long_work import LongWork
 from gateway.text import encoding
 from gateway.text.encoding import TextEncoder, check_num_tokens
 from gateway.text.harmony.marks import MARKS, Mark, MarkedText
 from gateway.text.long_texts import LongTexts
-from gateway.text.long_work import LongWork
 from gateway.text.tokenizer import Tokenizer, load_tokenizer
 from tests.paths import DEMO
 

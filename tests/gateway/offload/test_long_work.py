@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from gateway.text.long_work import INLINE_SIZE, LongWork
+from gateway.offload.long_work import INLINE_SIZE, LongWork
 
 
 def where() -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.text import json_text
-from gateway.text.json_text import MAX_ENTRIES, MAX_NAMES, MAX_VALUES, check_writable, load_json
+from gateway.offload import json_text
+from gateway.offload.json_text import MAX_ENTRIES, MAX_NAMES, MAX_VALUES, check_writable, load_json
 
 
 def many(item: str, count: int) -> str:

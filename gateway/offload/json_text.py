@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from gateway.core.field_checks import check_length
-from gateway.text.long_work import NO_COLLECTIONS
+from gateway.offload.long_work import NO_COLLECTIONS
 
 MAX_NAMES = 65_536
 """Names in all objects of a text together."""

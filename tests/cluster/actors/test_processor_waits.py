@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.core.processor_waits import ProcessorWaits
+from cluster.actors.processor_waits import ProcessorWaits
 from tests.harness.stalls import wait_until
 
 SPIN = [sys.executable, "-c", "while True: pass"]

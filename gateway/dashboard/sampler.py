@@ -1,0 +1,49 @@
+"""Takes a sample of the cluster every two seconds, so that the page has a history."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from gateway.generation.gateway import Gateway
+from gateway.observability.samples import PERIOD_S, SAMPLED
+
+logger = logging.getLogger(__name__)
+
+now_s = time.time
+
+
+class Sampler:
+    """Fills ``gateway.samples``; logs every error and raises none."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def sample(self) -> None:
+        """Take one; a controller that does not answer leaves the numbers of before."""
+        gateway = self._gateway
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(gateway.numbers.refresh(), PERIOD_S / 2)
+        families = gateway.metrics.own_samples(SAMPLED)
+        view = gateway.cluster
+        gateway.samples.add(now_s(), families, view.snapshot, view.known_load)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.sample()
+            except Exception:
+                logger.exception("no sample was taken")
+            await asyncio.sleep(PERIOD_S - time.time() % PERIOD_S)  # at the same times everywhere

@@ -1,0 +1,67 @@
+// The last ten minutes, which the server keeps: all of it when the page loads, then what is new.
+
+import { get } from "./api.js";
+import { Chart } from "./charts.js";
+import { byId } from "./format.js";
+
+const KEPT = 300; // samples
+
+const CHARTS = {
+  tokens: ["/s", (s) => ({ output: s.output / s.seconds, prompts: s.prompt / s.seconds })],
+  ttft: [" ms", (s) => ({ median: percentile(s.ttft, 0.5), "95%": percentile(s.ttft, 0.95) })],
+  itl: [" ms", (s) => ({ median: percentile(s.itl, 0.5), "99%": percentile(s.itl, 0.99) })],
+  queue: ["", (s) => s.waiting],
+  kv: ["%", (s) => mapValues(s.kv, (share) => 100 * share)],
+  balance: ["%", (s) => mapValues(s.balancedness ?? {}, (share) => (share === null ? null : 100 * share))],
+  moves: ["", (s) => ({ "with KV": s.moved, recomputed: s.again })],
+};
+
+export class History {
+  #samples = [];
+  #charts;
+  #frame = null;
+
+  // marks: see ``Chart``.
+  constructor(marks) {
+    this.#charts = Object.entries(CHARTS).map(
+      ([name, [unit, values]]) => new Chart(byId(`chart-${name}`), unit, values, marks),
+    );
+  }
+
+  async refresh() {
+    const after = this.#samples.at(-1)?.time ?? 0;
+    const found = await get(`dashboard/api/history?after=${after}`);
+    this.#samples = [...this.#samples, ...found.samples].slice(-KEPT);
+    this.#show();
+  }
+
+  restyle() {
+    for (const chart of this.#charts) chart.restyle();
+    this.#show();
+  }
+
+  // At most once a frame, and not in a hidden tab.
+  #show() {
+    this.#frame ??= requestAnimationFrame(() => {
+      this.#frame = null;
+      for (const chart of this.#charts) chart.show(this.#samples);
+    });
+  }
+}
+
+function mapValues(values, change) {
+  return Object.fromEntries(Object.entries(values).map(([name, value]) => [name, change(value)]));
+}
+
+// In ms, straight within a bucket, as Prometheus' histogram_quantile; null without values.
+export function percentile(rows, share) {
+  const total = rows.reduce((sum, [, , count]) => sum + count, 0);
+  let below = 0;
+  for (const [low, high, count] of rows) {
+    if (below + count >= share * total) {
+      return 1000 * (high === null ? low : low + ((high - low) * (share * total - below)) / count);
+    }
+    below += count;
+  }
+  return null;
+}

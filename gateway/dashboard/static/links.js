@@ -1,0 +1,30 @@
+// Links between the page of the public port and that of the admin port, and to what both have.
+
+import { hasKey } from "./api.js";
+import { element } from "./format.js";
+
+const LOOPBACK = ["localhost", "127.0.0.1", "[::1]"];
+
+export function pageLinks(status, isAdmin) {
+  const links = [];
+  const [gateway] = status.gateway ?? [];
+  if (isAdmin) links.unshift(["public page", reachable(gateway?.http)]);
+  else {
+    // a client's key shows ports only, and those of the admin API only if it opens them
+    const address = gateway?.admin_http ?? (gateway?.admin_port && `${location.hostname}:${gateway.admin_port}`);
+    if (address) links.unshift(["admin page", reachable(address)]);
+    if (!hasKey()) links.push(["metrics", "metrics"], ["API", "openapi.json"]); // a link sends no key
+  }
+  return links.map(([name, url]) =>
+    url?.startsWith("!")
+      ? element("span", { title: "this address is open to programs on the gateway's host only" }, `${name}: ${url.slice(1)}`)
+      : element("a", { href: url ?? "#" }, name),
+  );
+}
+
+// The page at an address; "!" and the address where a browser on another host cannot reach it.
+function reachable(address) {
+  const host = address?.replace(/:\d+$/, "");
+  if (LOOPBACK.includes(host) && !LOOPBACK.includes(location.hostname)) return `!${address}`;
+  return address && `${location.protocol}//${address}/`;
+}

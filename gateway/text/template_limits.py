@@ -1,0 +1,133 @@
+"""A Jinja sandbox in which a template cannot run or grow without end.
+
+Jinja's own sandbox keeps a template from our objects only. Here every pass of a loop looks at the
+time, and texts that operators, filters and the template itself make are measured.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+TIME_LIMIT_S = 10.0
+"""Longest time for one prompt."""
+MAX_CHARS = 16 * 1024 * 1024
+"""Longest prompt, and longest text or list within it."""
+_CHECK_EVERY = 256
+_TICK, _JOIN = "bounded_tick", "bounded_join"
+_MAX_POWER_BITS = 4096
+BoundedTemplate = jinja2.Template  # noqa: TID251  # of the environment below
+_GROWING_FILTERS = ("center", "indent", "join", "replace", "format", "wordwrap")
+"""Filters whose result may be much longer than what they get."""
+
+
+@dataclass(slots=True)
+class _Budget:
+    deadline_s: float
+    num_passes: int = 0
+
+
+_BUDGET: contextvars.ContextVar[_Budget | None] = contextvars.ContextVar("budget", default=None)
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Raises ``TemplateRuntimeError`` where a template exceeds a limit."""
+
+    intercepted_binops = frozenset({"*", "**", "+"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.globals |= {_TICK: _tick, _JOIN: _join}
+        for name in _GROWING_FILTERS:
+            self.filters[name] = _measured(self.filters[name])
+
+    def bounded(self, source: str) -> BoundedTemplate:
+        """A template whose loops and joins are watched. Raises ``TemplateError``."""
+        return self.from_string(_Watched().visit(self.parse(source)))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and isinstance(right, int):
+            _check(abs(right) * max(1, int(left).bit_length()) <= _MAX_POWER_BITS, "a power")
+        elif operator == "*":
+            counts = [x for x in (left, right) if isinstance(x, int)]
+            sizes = [len(x) for x in (left, right) if hasattr(x, "__len__")]
+            _check(not (counts and sizes) or counts[0] * sizes[0] <= MAX_CHARS, "a repetition")
+        return _sized(super().call_binop(context, operator, left, right))
+
+
+def render(template: BoundedTemplate, values: Mapping[str, Any]) -> str:
+    """The text of a template of ``BoundedEnvironment``. Raises what the template raises."""
+    token = _BUDGET.set(_Budget(time.monotonic() + TIME_LIMIT_S))
+    try:
+        return "".join(_pieces(template, values))
+    finally:
+        _BUDGET.reset(token)
+
+
+def _pieces(template: BoundedTemplate, values: Mapping[str, Any]) -> Iterator[str]:
+    num_chars = 0
+    for piece in template.generate(values):
+        num_chars += len(piece)
+        _check(num_chars <= MAX_CHARS, "the prompt")
+        yield piece
+
+
+class _Watched(NodeTransformer):
+    """Adds the calls that watch a template to its syntax tree."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call(_TICK, []), lineno=node.lineno))
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+        self.generic_visit(node)
+        return _call(_JOIN, node.nodes)
+
+
+def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
+    return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
+
+
+def _tick() -> str:
+    budget = _BUDGET.get()
+    if budget is not None:
+        budget.num_passes += 1
+        if not budget.num_passes % _CHECK_EVERY and time.monotonic() > budget.deadline_s:
+            raise jinja2.TemplateRuntimeError(f"it takes more than {TIME_LIMIT_S:g} s")
+    return ""
+
+
+def _join(*parts: Any) -> str:
+    texts = [str(part) for part in parts]
+    _check(sum(map(len, texts)) <= MAX_CHARS, "a text")
+    return "".join(texts)
+
+
+def _measured(apply: Any) -> Any:
+    def applied(*args: Any, **options: Any) -> Any:
+        numbers = [n for n in (*args, *options.values()) if isinstance(n, int)]
+        _check(max(numbers, default=0) <= MAX_CHARS, "a width")
+        return _sized(apply(*args, **options))
+
+    for name, value in vars(apply).items():  # what Jinja passes it
+        setattr(applied, name, value)
+    return applied
+
+
+def _sized(value: Any) -> Any:
+    _check(not isinstance(value, (str, list, tuple)) or len(value) <= MAX_CHARS, "a text")
+    return value
+
+
+def _check(is_fine: bool, what: str) -> None:
+    if not is_fine:
+        raise jinja2.TemplateRuntimeError(f"{what} has more than {MAX_CHARS} characters")

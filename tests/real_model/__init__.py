@@ -1,0 +1,1 @@
+"""A real trained model as a mixture of experts, against transformers."""

@@ -1,0 +1,88 @@
+"""The configuration of a simulated cluster, as its scenario has it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from cluster.config.autoscale import AutoscaleSection
+from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
+from cluster.config.expert_load import LoadSection, RebalanceSection
+from cluster.config.gateway import GatewaySection
+from cluster.config.kv_tiers import KvTiersSection
+from cluster.config.lora import LoraSection
+from cluster.config.speculation import SpeculationSection
+from tests.simulation.scenario import Scenario
+from tests.simulation.toy_adapters import ADAPTERS
+from tests.simulation.toy_model import BLOCK_TOKEN_BYTES
+
+BLOCK_TOKENS = 4
+
+
+def cluster_config(scenario: Scenario, state: Path | None) -> ClusterConfig:
+    """``state`` is the folder of the gateways' state; None: they have none."""
+    features = scenario.features
+    adapters = ADAPTERS if "adapters" in features else {}
+    return ClusterConfig(
+        model=ModelSection(path="toy", served_model_name="toy"),
+        cluster_token="secret",
+        workers=WorkersSection(
+            num_attention_workers=scenario.num_attention,
+            num_expert_workers=scenario.num_experts,
+            num_redundant_experts=scenario.num_redundant,
+            cpus_per_worker=1.0,
+            follow_nodes=scenario.hosts.are_followed,
+            device="cpu",
+        ),
+        engine=EngineSection(
+            block_size_tokens=BLOCK_TOKENS,
+            kv_cache_bytes=8 * BLOCK_TOKENS * scenario.num_kv_blocks,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            num_micro_batches=1,
+        ),
+        load=LoadSection(report_s=1.0, window_s=2.0, half_life_s=2.0),
+        rebalance=RebalanceSection(
+            enable_eplb=scenario.moves_experts,
+            interval_s=2.0,
+            max_move_fraction=0.5,
+            slot_cost_pairs=0.0,
+        ),
+        autoscale=_autoscale(scenario),
+        kv_tiers=_kv_tiers(scenario.seed) if "tiers" in features else KvTiersSection(),
+        gateway=GatewaySection(state_dir=None if state is None else str(state)),
+        lora=LoraSection(lora_modules=tuple(f"{name}={path}" for name, path in adapters.items())),
+        speculation=SpeculationSection(
+            speculative_method="ngram" if "drafts" in features else "none"
+        ),
+    )
+
+
+def _kv_tiers(seed: int) -> KvTiersSection:
+    """Host memory for copies of a part of the blocks, or of all that there ever are."""
+    rng = random.Random(f"tiers {seed}")
+    return KvTiersSection(
+        kv_host_bytes=BLOCK_TOKEN_BYTES * BLOCK_TOKENS * rng.choice((32, 128, 4000)),
+        session_copy_bytes_per_s=rng.choice((1e3, 1e6)),
+    )
+
+
+def _autoscale(scenario: Scenario) -> AutoscaleSection:
+    """Times as short as the scenario, and targets that its load exceeds now and then."""
+    if not scenario.autoscales or scenario.hosts.are_followed:
+        return AutoscaleSection()
+    return AutoscaleSection(
+        autoscale="on",
+        min_attention_workers=1,
+        max_attention_workers=scenario.num_attention + 1,
+        min_expert_workers=1,
+        max_expert_workers=scenario.num_experts + 2,
+        kv_target=0.3,
+        slot_time_target=0.2,
+        up_s=1.0,
+        down_s=2.0,
+        limit_s=5.0,
+        queue_s=0.5,
+        sample_s=0.25,
+        retry_s=1.0,
+    )

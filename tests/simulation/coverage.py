@@ -1,0 +1,55 @@
+"""How often what a scenario may have did occur."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from workers.process.attention_runtime import AttentionRuntime
+
+if TYPE_CHECKING:
+    from tests.simulation.outcomes import Outcome
+    from tests.simulation.world import World
+
+_REQUESTS: dict[str, Callable[[Outcome], bool]] = {
+    "adapters": lambda outcome: bool(outcome.ask.adapter),
+    "beams": lambda outcome: outcome.ask.beams is not None,
+    "choices": lambda outcome: outcome.ask.num_choices > 1,
+    "drafts": lambda outcome: outcome.ask.top_k > 0,
+    "grammars": lambda outcome: bool(outcome.ask.grammar or outcome.ask.stop),
+    "tiers": lambda outcome: bool(outcome.ask.session),
+}
+"""By feature, whether a request uses it."""
+_METRICS = {
+    "tokens restored": "kv_restore_tokens_total",
+    "accepted drafts": "spec_decode_num_accepted_tokens_total",
+    "copies of sessions": 'session_copies_total{outcome="whole"',
+}
+"""What workers count, by the beginning of its name."""
+OCCURRENCES = (*_REQUESTS, *_METRICS, "restarted gateways", "stored objects", "objects read")
+"""What a few seeds together must have, by its name in the summary."""
+
+
+def requests_by_feature(world: World) -> Counter[str]:
+    """By feature of the scenario, the requests that use it and that the client has whole."""
+    found = Counter(dict.fromkeys(world.scenario.features & _REQUESTS.keys(), 0))
+    for name in found:
+        found[name] += sum(_REQUESTS[name](o) and o.is_right for o in world.clients.outcomes)
+    return found
+
+
+def occurrences(world: World) -> Counter[str]:
+    """The same, and what the workers that live in the end have done."""
+    found = requests_by_feature(world)
+    found["restarted gateways"] += world.num_restarts
+    if world.state is not None:
+        found["stored objects"] += world.clients.state.num_stored
+        found["objects read"] += world.clients.state.num_read
+        found["failed calls of their disk"] += world.state.num_failed
+    for worker in world.ray.actors.workers.values():
+        if isinstance(worker.runtime, AttentionRuntime):
+            for name, value in worker.runtime._stats().items():
+                for what, begin in _METRICS.items():
+                    found[what] += int(value) if name.startswith(begin) else 0
+    return found

@@ -1,0 +1,207 @@
+"""Planted bugs that only requests, or clusters, with a feature bring to light."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
+from unittest import mock
+
+from msgspec.structs import replace
+
+from gateway.core.errors import StorageError
+from gateway.engines.submission import Submission
+from gateway.state.files import as_storage_error
+from gateway.state.record import encode
+from gateway.state.store import StateStore
+from gateway.text.detokenizer import StopStrings
+from tests.simulation.planted import MANY, Bug
+from workers.engine import engine, step_sampler
+from workers.engine.choices import open_choices
+from workers.engine.engine import Engine
+from workers.engine.scheduler import Scheduler
+from workers.kv.transfer.store import Fetch, KvTransferStore
+from workers.process.gateway_streams import GatewayStreams
+from workers.requests import block_hash
+from workers.requests.block_hash import root_hash
+from workers.speculation.speculator import Speculator
+
+_KILLS = ("kill_worker", "kill_attention")
+_SLOW = ("pause_thread", "kill_attention", "full_buffers")
+
+
+@contextmanager
+def _in_so_far(change: Any) -> Iterator[None]:
+    """Change what the next attempt at a request carries."""
+    real = Submission.so_far
+    with mock.patch.object(Submission, "so_far", lambda self: change(self, real(self))):
+        yield
+
+
+def _moved_choices() -> AbstractContextManager[object]:
+    """The next attempt carries the output of choices that go on in the places of the first ones."""
+
+    def move(entry: Submission, request: Any) -> Any:
+        kept = [tuple(entry.outputs[choice]) for choice in sorted(entry.open_choices)]
+        return replace(request, output_so_far=(*kept, *[()] * (request.n - len(kept))))
+
+    return _in_so_far(move)
+
+
+def _lost_choice() -> AbstractContextManager[object]:
+    """The next attempt leaves out choices that had no token yet, if others had."""
+
+    def close(entry: Submission, request: Any) -> Any:
+        empty = {c for c in entry.open_choices if any(entry.outputs) and not entry.outputs[c]}
+        return replace(request, closed_choices=tuple(sorted({*request.closed_choices, *empty})))
+
+    return _in_so_far(close)
+
+
+@contextmanager
+def _half_restore() -> Iterator[None]:
+    """All blocks that were to come count as there, also where the transfer has failed."""
+    real = KvTransferStore.end
+
+    def end(self: KvTransferStore, fetch: Fetch) -> None:
+        fetch.num_filled = len(fetch.blocks)
+        real(self, fetch)
+
+    with mock.patch.object(KvTransferStore, "end", end):
+        yield
+
+
+@contextmanager
+def _unheld_copy() -> Iterator[None]:
+    """Blocks are not held while they are copied: the next sequence may write to them."""
+
+    def lend(self: KvTransferStore, keys: Any) -> list[int]:
+        return self.pool.find(keys)
+
+    unreleased = mock.patch.object(KvTransferStore, "end_loan", return_value=None)
+    with unreleased, mock.patch.object(KvTransferStore, "lend", lend):
+        yield
+
+
+def _all_accepted() -> AbstractContextManager[object]:
+    """Guesses are taken for tokens that were drawn."""
+    return mock.patch.object(step_sampler, "num_accepted", lambda drafts, *more: len(drafts))
+
+
+def _kept_guess() -> AbstractContextManager[object]:
+    """What sequences were guessed to have next is kept after their ends."""
+    return mock.patch.object(Speculator, "forget", return_value=None)
+
+
+@contextmanager
+def _uncopied_fork() -> Iterator[None]:
+    """A beam that begins where another one is gets a block without what was computed."""
+    real = Scheduler.fork
+
+    def fork(self: Scheduler, parent: Any, child: Any) -> None:
+        real(self, parent, child)
+
+    with mock.patch.object(Scheduler, "fork", fork):
+        yield
+
+
+def _kept_stream() -> AbstractContextManager[object]:
+    """Workers keep what they have for gateways that have died."""
+    return mock.patch.object(GatewayStreams, "forget", return_value=None)
+
+
+def _one_adapter() -> AbstractContextManager[object]:
+    """The names of cached blocks do not depend on the adapter."""
+    real = root_hash
+    return mock.patch.object(block_hash, "root_hash", lambda *own: real(*own[:3]))
+
+
+def _kept_use() -> AbstractContextManager[object]:
+    """An adapter counts as in use by requests that have ended."""
+    return mock.patch.object(Engine, "_stop_using", return_value=None)
+
+
+@contextmanager
+def _fresh_grammar() -> Iterator[None]:
+    """The grammar of a request that goes on elsewhere begins anew."""
+
+    def begin(request: Any, grammar: Any, arrival: int, now: float) -> Any:
+        found = open_choices(request, grammar, arrival, now)
+        for sequence in found:
+            sequence.grammar = None if grammar is None else grammar.start()
+        return found
+
+    with mock.patch.object(engine, "open_choices", begin):
+        yield
+
+
+def _short_stops() -> AbstractContextManager[object]:
+    """A stop string that is cut by the end of a token is not found."""
+    return mock.patch.object(StopStrings, "_possible_start", lambda self, text: len(text))
+
+
+@contextmanager
+def _whole_abort() -> Iterator[None]:
+    """A choice that a stop string ends takes the other choices with it."""
+    real = Engine.abort
+
+    def abort(self: Engine, request_id: str, choices: Any = ()) -> None:
+        real(self, request_id)
+
+    with mock.patch.object(Engine, "abort", abort):
+        yield
+
+
+@contextmanager
+def _silent_disk() -> Iterator[None]:
+    """Clients are not told that their objects could not be stored."""
+    real = StateStore.put
+
+    def put(self: StateStore, *own: Any) -> None:
+        with suppress(StorageError):
+            real(self, *own)
+
+    with mock.patch.object(StateStore, "put", put):
+        yield
+
+
+@contextmanager
+def _in_place() -> Iterator[None]:
+    """Objects are written in their places, and not beside them."""
+
+    def put(self: StateStore, kind: Any, tenant: str, object_id: str, content: bytes) -> None:
+        place = self._place(kind, tenant, object_id)
+        assert place is not None
+        raw = encode(object_id, content, self._clock(), self._clock() + self.ttl_s)
+        with as_storage_error():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(place, os.O_WRONLY | os.O_CREAT)
+            try:
+                while raw:
+                    raw = raw[os.write(handle, raw[:1000]) :]
+            finally:
+                os.close(handle)
+
+    with mock.patch.object(StateStore, "put", put):
+        yield
+
+
+FEATURE_BUGS: dict[str, Bug] = {
+    "in_place": Bug(_in_place, ("fail_state", "kill_gateway"), features=("state", "restarts")),
+    "silent_disk": Bug(_silent_disk, ("fail_state",), features=("state",)),
+    "fresh_grammar": Bug(_fresh_grammar, _KILLS, features=("grammars",)),
+    "kept_use": Bug(_kept_use, _KILLS, features=("adapters",)),
+    "one_adapter": Bug(_one_adapter, _KILLS, features=("adapters",)),
+    "short_stops": Bug(_short_stops, _KILLS, features=("grammars",)),
+    "whole_abort": Bug(_whole_abort, _KILLS, features=("choices", "grammars")),
+    "all_accepted": Bug(_all_accepted, _KILLS, features=("drafts",)),
+    "kept_guess": Bug(_kept_guess, _KILLS, features=("drafts",)),
+    "kept_stream": Bug(_kept_stream, ("kill_gateway",), features=("restarts",)),
+    "uncopied_fork": Bug(_uncopied_fork, _KILLS, features=("beams",)),
+    "half_restore": Bug(_half_restore, _SLOW, features=("tiers",)),
+    "lost_choice": Bug(_lost_choice, _KILLS, features=("choices",)),
+    "moved_choices": Bug(_moved_choices, _KILLS, features=("choices",)),
+    "unheld_copy": Bug(_unheld_copy, _SLOW, MANY, features=("tiers",)),
+}
+"""By name."""

@@ -1,0 +1,116 @@
+"""What must be back where it was before the first request, once the last one is over.
+
+A request that ends, fails, moves, or is lost with its worker or gateway leaves nothing behind: no
+block is held, no place is taken, and no table names it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Set
+from typing import TYPE_CHECKING
+
+from workers.process.attention_runtime import AttentionRuntime
+
+if TYPE_CHECKING:
+    from tests.simulation.gateways import SimGateway
+    from tests.simulation.world import World
+    from workers.engine.engine import Engine
+
+QUIET_S = 30.0
+"""Virtual time without a request after which nothing may be left."""
+
+
+def leaks(world: World) -> list[str]:
+    """What is left, by worker and gateway; empty when all is well."""
+    found = []
+    names = {g.name for g in world.gateways if not g.process.is_dead}
+    for worker in world.ray.actors.workers.values():
+        if isinstance(worker.runtime, AttentionRuntime):
+            left = [*_left_at_worker(worker.runtime), *_streams(worker.runtime, names)]
+            found += [f"{worker.name} has {what}" for what in left]
+    if world.state is not None:
+        found += _named("open files of stored objects", [*world.state.handles])
+    for gateway in world.gateways:
+        if not gateway.process.is_dead:
+            found += [f"{gateway.name} has {what}" for what in _left_at_gateway(gateway)]
+    return found
+
+
+def _left_at_worker(runtime: AttentionRuntime) -> Iterator[str]:
+    engine = runtime._engine
+    if engine is None:
+        yield "no engine"
+        return
+    yield from _left_in_engine(engine)
+    yield from _named("owners", runtime._owners)
+    for intake in runtime._intakes:
+        yield from _named(f"jobs of {type(intake).__name__}", list(intake._all_jobs()))
+    if runtime._copy_keeper is not None and (
+        count := runtime._copy_keeper.stats()["session_copies_waiting"]
+    ):
+        yield f"{count:g} copies that wait"
+    if runtime._tiers is not None and not runtime._tiers.copies.is_idle:
+        yield "turns that are copied"
+
+
+def _streams(runtime: AttentionRuntime, living: Set[str]) -> Iterator[str]:
+    """Streams of gateways that have died; each has one to a living gateway at most."""
+    if runtime._stream is not None:
+        streams = [name.partition("#")[0] for name in runtime._stream._streams._streams]
+        yield from _named("dead streams", [*(Counter(streams) - Counter(living))])
+
+
+def _left_in_engine(engine: Engine) -> Iterator[str]:
+    stats, scheduler, isolation = engine.stats(), engine._scheduler, engine._isolation
+    if held := stats["kv_blocks_total"] - stats["kv_blocks_free"]:
+        yield f"{held:g} blocks that are held"
+    if taken := engine._section.max_num_seqs - len(scheduler.tables._free):
+        yield f"{taken} seats that are taken"
+    yield from _named("requests", engine._requests)
+    yield from _named("searches", engine._groups)
+    yield from _named("loans", engine.kv_store.tables)
+    yield from _named("adapters in use", engine.adapters_in_use)
+    yield from _named("sequences", [*scheduler._running, *scheduler._waiting])
+    yield from _named("waits for blocks", [*scheduler.kv_waits._waiting])
+    yield from _named("requests to ask about", scheduler.kv_waits._unasked)
+    yield from _named("suspects", {**isolation._deaths, **isolation._hit})
+    yield from _named("offers to run alone", [*filter(None, [isolation._solo])])
+    yield from _named("paused requests", [*engine._paused, *engine._to_pause])
+    yield from _named("sequences that are sampled", engine._step_sampler._processors)
+    if engine._speculator is not None:
+        yield from _named("sequences with drafts", engine._speculator._followed)
+    if engine.has_work:
+        yield "work"
+    try:
+        engine.check_integrity()
+    except AssertionError as err:
+        yield f"wrong counts: {err}"
+
+
+def _left_at_gateway(gateway: SimGateway) -> Iterator[str]:
+    product = gateway._gateway
+    pool, admission = product.engines, product.entrance.admission
+    yield from _named("running calls", product.running._names)
+    if admission is not None and (admission.num_requests or admission.num_places):
+        yield f"{admission.num_requests} requests, {admission.num_places} places admitted"
+    if admission is not None and (admission.num_tokens or admission._queues):
+        yield f"{admission.num_tokens} tokens admitted, of {[*admission._queues]}"
+    yield from _named("submissions without a worker", pool._waiting)
+    yield from _named("accused submissions", pool._accused)
+    yield from _named("moves", pool._moves._moves)
+    yield from _named(
+        "drained workers with requests", [q for q in pool._moves._waiting.values() if q]
+    )
+    for client in pool._clients.values():
+        yield from _named(f"submissions at {client.worker}", client.submissions())
+        if client.load.queued_tokens or client.load.num_decoding:
+            load = client.load
+            yield f"{load.queued_tokens} tokens, {load.num_decoding} decodes at {client.worker}"
+
+
+def _named(what: str, left: object) -> Iterator[str]:
+    """A container that should be empty."""
+    names = [str(getattr(one, "request", one))[:120] for one in left]  # type: ignore[attr-defined]
+    if names:
+        yield f"{len(names)} {what}: {', '.join(names[:3])}"
