@@ -366,8 +366,12 @@ class Gateway:
         replicas: Iterable[Mapping[str, Any]],
         is_whole: bool = True,
     ) -> dict[str, Any]:
-        """The status, of a snapshot and of what replicas answered to ``describe``."""
-        status = {**(snapshot or {"state": "STARTING"}), "schema": 1, "gateway": list(replicas)}
+        """The status, of a snapshot and of what replicas answered to ``describe``.
+
+        Without adapters that the caller may not use.
+        """
+        status = self.adapters.without_others(snapshot or {"state": "STARTING"})
+        status |= {"schema": 1, "gateway": list(replicas)}
         return status if is_whole else client_status(status, not self.limits.asks_for_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:

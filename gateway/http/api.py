@@ -216,8 +216,7 @@ class HttpApi:
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
-        found = await self._gateway.status(is_operator(self._gateway.keys))
-        return _answer(self._gateway.adapters.without_others(found))
+        return _answer(await self._gateway.status(is_operator(self._gateway.keys)))
 
     async def placement(self, request: Request) -> Response:
         """Which device holds which copy of which expert."""

@@ -240,7 +240,8 @@ def _plain(request: Request) -> Request:
     """A request without its name, its time, the seed that was drawn, and names of fields."""
     params = replace(request.params, seed=0)
     if params.grammar is not None:
-        params = replace(params, grammar=replace(params.grammar, field=""))
+        parts = tuple(replace(part, label="") for part in params.grammar.parts)
+        params = replace(params, grammar=replace(params.grammar, field="", parts=parts))
     return replace(request, request_id="", deadline_ms=0, params=params)
 
 

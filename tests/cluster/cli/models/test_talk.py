@@ -97,10 +97,12 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     gateway.before_end = interrupt_first
     monkeypatch.setattr(sys, "stdin", io.StringIO("One?\nTwo?\n"))
     monkeypatch.setattr(sys, "stdout", screen)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # `serve` has its own
     try:
         assert main(["--url", gateway.url, "chat"]) == ExitCode.OK
     finally:
         was_left.set()
+        signal.signal(signal.SIGINT, before)
     _, second = gateway.bodies
     assert [m["content"] for m in second["messages"]] == ["One?", "Yes, sir.", "Two?"]
     assert screen.getvalue() == "Yes, sir.\nYes, sir.\n"
