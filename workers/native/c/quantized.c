@@ -274,12 +274,12 @@ ALWAYS vec lanes_of(const void *x, enum dtype stored, long first, long units) {
 
 // The sum of the lanes of each vector, in the order of `wide_sum`.
 ALWAYS vec sums_of_lanes(vec *x) {
-#ifdef __AVX512F__
 #define HALVE(COUNT, PICK, FIRST, SECOND)                                                         \
     UNROLL for (int i = 0; i < COUNT; i++) {                                                      \
         vec a = x[2 * i], b = x[2 * i + 1];                                                       \
         x[i] = v_add(PICK(a, b, FIRST), PICK(a, b, SECOND));                                      \
     }
+#ifdef __AVX512F__
     HALVE(8, _mm512_shuffle_f32x4, 0x44, 0xee)
     HALVE(4, _mm512_shuffle_f32x4, 0x88, 0xdd)
     HALVE(2, _mm512_shuffle_ps, 0x44, 0xee)
@@ -288,11 +288,6 @@ ALWAYS vec sums_of_lanes(vec *x) {
     veci order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     return _mm512_permutexvar_ps(order, x[0]);
 #else
-#define HALVE(COUNT, PICK, FIRST, SECOND)                                                         \
-    UNROLL for (int i = 0; i < COUNT; i++) {                                                      \
-        vec a = x[2 * i], b = x[2 * i + 1];                                                       \
-        x[i] = v_add(PICK(a, b, FIRST), PICK(a, b, SECOND));                                      \
-    }
     HALVE(4, _mm256_permute2f128_ps, 0x20, 0x31)
     HALVE(2, _mm256_shuffle_ps, 0x44, 0xee)
     HALVE(1, _mm256_shuffle_ps, 0x88, 0xdd)
