@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.false_alarms import busy
 from tests.harness.cluster_gateway import gateway_of
 from tests.harness.fault_rows import (
     SMALL,
@@ -28,26 +25,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NUM_BUSY = 30
 NUM_KILLS = 20
-SPIN = "while True: pass"
-
-
-@contextlib.contextmanager
-def busy_processes(count: int) -> Iterator[None]:
-    """Processes that never sleep."""
-    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def test_kills_beside_busy_processes_cost_no_other_worker() -> None:
     draw = random.Random(1)
     config = row_config(2, 3, num_redundant=22)
     expected = undisturbed(SMALL)
-    with connected_ray(), serving(RayCluster(config)) as cluster, busy_processes(NUM_BUSY):
+    with connected_ray(), serving(RayCluster(config)) as cluster, busy(NUM_BUSY):
         for _ in range(NUM_KILLS):
             before = whole(cluster)
             victim = serving_name(cluster, "expert", draw.randrange(3))
