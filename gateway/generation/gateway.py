@@ -382,13 +382,15 @@ class Gateway:
     async def render_metrics(self, is_whole: bool = True) -> bytes:
         """The exposition of all replicas and workers: each number once.
 
-        Without ``is_whole`` as a client's key shows it.
+        Without ``is_whole`` as a client's key shows it; without series that name adapters that the
+        caller may not use.
         """
+        replicas = None
         if self.limits.num_gateway_replicas == 1:
             await self.numbers.refresh()
-            return self.metrics.render(None, is_whole)
-        replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.numbers.refresh())
-        return self.metrics.render(replicas, is_whole)
+        else:
+            replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.numbers.refresh())
+        return self.adapters.without_series_of_others(self.metrics.render(replicas, is_whole))
 
     def _forget_call(self, queue: OutputQueue) -> None:
         self.running.remove(queue)

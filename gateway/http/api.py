@@ -210,9 +210,7 @@ class HttpApi:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics of all replicas and workers; by expert or layer for operators."""
-        gateway = self._gateway
-        content = await gateway.render_metrics(is_operator(gateway.keys))
-        content = gateway.adapters.without_series_of_others(content)
+        content = await self._gateway.render_metrics(is_operator(self._gateway.keys))
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
