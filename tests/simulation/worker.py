@@ -30,7 +30,9 @@ class ToySlots(ExpertSlots):
         made: Any = tuple(ToyBank(spec, num_slots, self._written) for spec in banks())
         self.banks = made
         self._contents = [{} for _ in made]
-        self._side = SideStream(torch.device("cpu"))
+        self._team = None
+        self._device = torch.device("cpu")
+        self._side = SideStream(self._device)
 
     def _written(self, bank: int, slot: int) -> None:
         """A matrix is stored in a slot, or a slot is given back."""
