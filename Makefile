@@ -16,7 +16,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 # The Python of `make gpu-check`; empty: one that is found.
 PYTHON_GPU ?=
-# Which part of `make test-long` to run: 1 to 9, instructions, or all of them.
+# Which part of `make test-long` to run: 1 to 9, instructions, starved, or all of them.
 PART ?= all
 # Mutants of pure modules in part 8, of which 95% must fail the unit tests, and what draws them.
 MUTANTS ?= 80
@@ -101,22 +101,25 @@ CLIENT_TESTS := tests/conformance
 HOSTS := tests/pretend_hosts tests/k8s/test_pretend_pods.py tests/project/test_tutorial.py
 FAMILY_FAULTS := tests/system/faults/test_faults_of_families.py
 REAL_MODEL := tests/real_model
+STARVED := tests/system/faults/test_starved_machine.py
 NOT_FOREIGN := $(addprefix --ignore=,$(CLIENT_TESTS) $(HOSTS) $(REAL_MODEL))
 PART_1 := $(TWO) -m "not gpu and not ray and not distributed" $(NOT_FOREIGN)
 PART_2 := $(TWO) -m "not gpu and not ray" $(LAYOUTS)
 PART_3 := $(TWO) -m "distributed and not gpu and not ray" $(addprefix --ignore=,$(LAYOUTS)) \
 	$(NOT_FOREIGN)
-PART_4 := -m "ray and not gpu" tests/system --ignore=$(FAMILY_FAULTS)
+PART_4 := -m "ray and not gpu" tests/system $(addprefix --ignore=,$(FAMILY_FAULTS) $(STARVED))
 PART_5 := -m "ray and not gpu" --ignore=tests/system $(NOT_FOREIGN)
 PART_6 := -m "not gpu" $(CLIENT_TESTS)
 PART_7 := -m "not gpu" $(HOSTS)
 PART_9 := -m "not gpu" $(REAL_MODEL)
+# Thirty busy processes beside a cluster: nothing else may run on the machine meanwhile.
+PART_starved := -m "ray" $(STARVED)
 
 # What computes with kernels, on processors with fewer instructions than this one: ours, and torch's.
 NATIVE_TESTS := tests/workers --ignore=tests/workers/cuda
 LESS := from tests.workers.native.builds import NAMES; print(*NAMES[1:])
 
-test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8 9 instructions,$(PART)))
+test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8 9 instructions starved,$(PART)))
 
 test-long-instructions: $(VENV)/.stamp-test
 	for best in $$($(BIN)/python -c "$(LESS)"); do \

@@ -10,7 +10,7 @@ from gateway.core.delta import Finish, TokenText
 from gateway.engines.submission import Submission
 from gateway.text.detokenizer import ChoiceText
 from workers.requests.inspection import NamedArray
-from workers.requests.request import Timings, TokenLogprob
+from workers.requests.request import PromptLogprobs, Timings, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,14 @@ class Prompt:
     """None where prefixes are not cached."""
     submission: Submission | None = None
     choices: list[Choice] = field(default_factory=list)
+    scores: PromptLogprobs | None = None
+    """As the engine sent them, where asked for."""
     logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """``scores``, decoded."""
     echo: tuple[str, tuple[TokenText, ...]] | None = None
     found: Found = Found()
 
     @property
     def waits_for_logprobs(self) -> bool:
         """Nothing is sent before the engine has reported the log-probabilities of the prompt."""
-        return self.prompt.params.prompt_logprobs is not None and self.logprobs is None
+        return self.prompt.params.prompt_logprobs is not None and self.scores is None

@@ -168,8 +168,8 @@ class Generation(AbstractContextManager["Generation"]):
                 break
             wake_s = deadline_s if give_up_s is None else min(give_up_s, deadline_s)
             await self._take_all(wake_s - now_s)
-            if self.call.fields.echo:
-                await self._make_echoes()
+            if self.call.fields.echo or self.call.fields.prompt_logprobs is not None:
+                await self._prepare_prompts()
             deltas = self._deltas()
             if deltas:
                 return deltas
@@ -247,8 +247,8 @@ class Generation(AbstractContextManager["Generation"]):
 
     def _take(self, output: TokenOutput) -> None:
         prompt = self._prompts[output.request_id]
-        if output.prompt_logprobs is not None and prompt.logprobs is None:
-            prompt.logprobs = output.prompt_logprobs
+        if output.prompt_logprobs is not None and prompt.scores is None:
+            prompt.scores = output.prompt_logprobs
             self._changed.update(dict.fromkeys(prompt.choices))
         choice = prompt.choices[output.choice]
         if choice.finish is not None:
@@ -375,13 +375,17 @@ class Generation(AbstractContextManager["Generation"]):
             self._num_open -= 1
         return delta
 
-    async def _make_echoes(self) -> None:
-        """Make the texts of the prompts that are sent next; of long ones in a thread."""
-        prompts = {choice.prompt for choice in self._changed}
-        ready = [p for p in prompts if p.echo is None and not p.waits_for_logprobs]
+    async def _prepare_prompts(self) -> None:
+        """Decode scores and make texts of the prompts that are sent next; of long ones in a
+        thread.
+        """
+        prompts = {choice.prompt for choice in self._changed if choice.is_first}
+        ready = [p for p in prompts if not p.waits_for_logprobs]
 
         def make() -> None:
             for prompt in ready:
+                if prompt.scores is not None and prompt.logprobs is None:
+                    prompt.logprobs = prompt.scores.entries()
                 self._echo(prompt)
 
         if sum(len(prompt.prompt.ids) for prompt in ready) <= _INLINE_TOKENS:

@@ -32,6 +32,7 @@ from gateway.text.tokenizer import Tokenizer
 from workers.requests.block_hash import KvEvents
 from workers.requests.request import (
     FinishReason,
+    PromptLogprobs,
     Queued,
     Request,
     SoloStage,
@@ -335,10 +336,8 @@ class ScriptedEngine:
         params = request.params
         prompt_logprobs = None
         if index == 0 and choice == 0 and params.prompt_logprobs is not None:
-            prompt_logprobs = (
-                None,
-                *(fake_logprob(token, params.prompt_logprobs) for token in request.prompt[1:]),
-            )
+            scores = (fake_logprob(token, params.prompt_logprobs) for token in request.prompt[1:])
+            prompt_logprobs = PromptLogprobs.of((None, *scores))
         if self.error is not None:
             return TokenOutput(
                 request_id=request.request_id,

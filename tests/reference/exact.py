@@ -39,7 +39,7 @@ def exact(outputs: Sequence[TokenOutput]) -> tuple[object, ...]:
     return (
         tuple(token for output in outputs for token in output.token_ids),
         tuple(_entry(entry) for output in outputs for entry in output.logprobs),
-        None if prompt is None else tuple(map(_entry, prompt)),
+        None if prompt is None else tuple(map(_entry, prompt.entries())),
         outputs[-1].finish_reason,
     )
 

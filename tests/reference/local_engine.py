@@ -258,10 +258,11 @@ def generated(outputs: Sequence[TokenOutput]) -> Generated:
     assert last.finish_reason is not None, "the last output has a finish reason"
     if last.finish_reason is FinishReason.ERROR:
         raise RequestFailedError(last.error or last.error_code)
+    scores = outputs[0].prompt_logprobs
     return Generated(
         token_ids=tuple(t for o in outputs for t in o.token_ids),
         logprobs=tuple(p for o in outputs for p in o.logprobs),
-        prompt_logprobs=outputs[0].prompt_logprobs,
+        prompt_logprobs=None if scores is None else scores.entries(),
         class_logits=last.class_logits,
         finish_reason=last.finish_reason,
     )

@@ -92,9 +92,9 @@ def logits_of_prompt(cluster: ServingCluster, golden: Golden) -> list[list[float
     results = cluster.answers(requests(golden, params))
     scores = []
     for i in range(NUM_PROMPTS):
-        entries = results[f"p{i}"].outputs[0].prompt_logprobs
-        assert entries is not None
-        scores.append([e.logprob for e in entries if e is not None])
+        found = results[f"p{i}"].outputs[0].prompt_logprobs
+        assert found is not None
+        scores.append([e.logprob for e in found.entries() if e is not None])
     return scores
 
 

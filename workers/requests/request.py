@@ -6,9 +6,11 @@ gateway, all later code uses ``Request``, ``TokenOutput`` and ``StepOutput``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
+from itertools import chain
 
-from cluster.core.codec import Count, Message
+from cluster.core.codec import Codec, Count, Message
 from workers.requests.inspection import Inspection, NamedArray
 from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.traced import StepParents
@@ -217,6 +219,34 @@ class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True):
     """(token id, logprob) of the most probable tokens, best first, or of ``logprob_token_ids``."""
 
 
+_PIECE_ENTRIES = 256
+"""Positions of a prompt that one call of the decoder reads: 20 alternatives each take 3 ms."""
+
+
+class PromptLogprobs(Message, frozen=True, kw_only=True, array_like=True):
+    """Log-probabilities of a prompt's tokens, encoded: a long prompt has 100,000 of them.
+
+    A decoder holds the interpreter lock, so it reads them piece by piece, in any thread.
+    """
+
+    pieces: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[TokenLogprob | None]) -> PromptLogprobs:
+        """Encode one entry per token, None for the first."""
+        starts = range(0, len(entries), _PIECE_ENTRIES)
+        return cls(
+            pieces=tuple(_ENTRIES.encode(tuple(entries[i : i + _PIECE_ENTRIES])) for i in starts)
+        )
+
+    def entries(self) -> tuple[TokenLogprob | None, ...]:
+        """Inverse of ``of``. Raises ``ProtocolError``."""
+        return tuple(chain.from_iterable(map(_ENTRIES.decode, self.pieces)))
+
+
+_ENTRIES: Codec[tuple[TokenLogprob | None, ...]] = Codec(
+    tuple[TokenLogprob | None, ...], "log-probabilities"
+)
 MAX_NOTED = 64
 """Most times of one kind that are reported for a choice."""
 
@@ -248,8 +278,8 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     """New tokens (usually one)."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One entry per new token where asked for."""
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    """Once, on the first output of choice 0: one per prompt token, the first is None."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Once, on the first output of choice 0."""
     num_cached_tokens: int | None = None
     """On the choice's first output: prompt tokens that were found in the prefix cache."""
     class_logits: tuple[float, ...] = ()

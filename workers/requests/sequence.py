@@ -13,6 +13,7 @@ from workers.requests.inspection import NamedArray
 from workers.requests.request import (
     MAX_NOTED,
     FinishReason,
+    PromptLogprobs,
     Request,
     SamplingParams,
     Timings,
@@ -211,7 +212,7 @@ class SequenceState:
             index=len(self.output) - len(tokens),
             token_ids=tokens,
             logprobs=logprobs,
-            prompt_logprobs=tuple(self.prompt_logprobs) if has_scores else None,
+            prompt_logprobs=PromptLogprobs.of(self.prompt_logprobs) if has_scores else None,
             num_cached_tokens=self.num_cached_tokens if is_first else None,
             class_logits=class_logits,
             finish_reason=ending.reason if ending else None,

@@ -11,7 +11,7 @@ from gateway.core.errors import SlowClientError
 from gateway.generation.output_queue import OutputQueue
 from tests.gateway.fakes import fake_logprob
 from tests.gateway.stack import WAIT_S
-from workers.requests.request import TokenOutput
+from workers.requests.request import PromptLogprobs, TokenOutput
 
 OUTPUT = TokenOutput(request_id="r", attempt=0, choice=0, index=0, token_ids=(5,))
 LIKELY = replace(OUTPUT, logprobs=(fake_logprob(5, 20),))
@@ -81,8 +81,8 @@ def test_one_output_of_any_size_has_room() -> None:
 
 def test_log_probabilities_of_a_prompt_do_not_count() -> None:
     async def work() -> list[TokenOutput]:
-        queue, prompt = OutputQueue(1000), tuple(fake_logprob(token, 20) for token in range(500))
-        queue.put(replace(OUTPUT, prompt_logprobs=prompt))
+        queue, scores = OutputQueue(1000), [fake_logprob(token, 20) for token in range(500)]
+        queue.put(replace(OUTPUT, prompt_logprobs=PromptLogprobs.of(scores)))
         queue.put(OUTPUT)
         return await queue.take(WAIT_S)
 

@@ -21,7 +21,7 @@ from tests.harness.fault_rows import (
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import RayCluster, connected_ray, serving
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 NUM_BUSY = 30
 NUM_KILLS = 20

@@ -6,7 +6,14 @@ import math
 from typing import Any
 
 from workers.requests.inspection import Inspection
-from workers.requests.request import MAX_NOTED, FinishReason, Request, SamplingParams, TokenLogprob
+from workers.requests.request import (
+    MAX_NOTED,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
 from workers.requests.sequence import NOT_FINITE, Ending, SequenceState, num_reusable
 
 SCORING = SamplingParams(prompt_logprobs=1)
@@ -66,7 +73,7 @@ def test_an_output_has_its_place_and_the_first_one_what_belongs_to_the_prompt() 
     sequence.append(20)
     first = sequence.take_output(102.0, None, tokens=(20,), logprobs=(logprob,))
     assert (first.index, first.token_ids, first.logprobs) == (0, (20,), (logprob,))
-    assert (first.num_cached_tokens, first.prompt_logprobs) == (2, (None,))
+    assert (first.num_cached_tokens, first.prompt_logprobs) == (2, PromptLogprobs.of((None,)))
     assert first.timings is not None
     sequence.append(21)
     second = sequence.take_output(103.0, None, tokens=(21,))

@@ -16,6 +16,7 @@ from workers.requests.request import (
     FinishReason,
     Grammar,
     GrammarKind,
+    PromptLogprobs,
     Queued,
     Request,
     SamplingParams,
@@ -92,6 +93,17 @@ def test_request_with_everything_set_survives_the_wire() -> None:
     assert TO_ENGINE.decode(TO_ENGINE.encode(request)) == request
 
 
+def test_log_probabilities_of_a_long_prompt_are_decoded_in_short_pieces() -> None:
+    entry = TokenLogprob(token_id=4, logprob=-0.5, rank=2, top=((7, -0.25), (4, -0.5)))
+    entries = (None, *[entry] * 1000)
+    scores = PromptLogprobs.of(entries)
+    assert scores.entries() == entries
+    assert max(map(len, scores.pieces)) < 2 * len(scores.pieces[0])
+    assert len(scores.pieces) == 4
+    with pytest.raises(ProtocolError, match="log-probabilities"):
+        PromptLogprobs(pieces=(b"\xc1",)).entries()
+
+
 def test_copies_to_keep_survive_the_wire() -> None:
     copy = KeepCopy(
         source="attention-1",
@@ -162,7 +174,7 @@ def test_step_output_survives_the_wire() -> None:
                 index=0,
                 token_ids=(5,),
                 logprobs=(entry,),
-                prompt_logprobs=(None, entry),
+                prompt_logprobs=PromptLogprobs.of((None, entry)),
                 finish_reason=FinishReason.STOP,
                 stop_token_id=0,
                 timings=Timings(
