@@ -20,6 +20,9 @@ MAX_VALUES = 131_072
 """Strings (names included), lists and objects of a text together."""
 MAX_ENTRIES = 1_048_576
 """Entries of all lists and objects together: most can only be numbers."""
+MAX_ESCAPES = 2_097_152
+"""Escapes in all strings of a text together: more than a body has room for where each is a
+character beyond ASCII."""
 _SHORT_CHARS = 16_384
 """Shorter texts are parsed without counting."""
 _PIECE_CHARS = 65_536
@@ -33,7 +36,7 @@ def load_json(text: str, name: str) -> Any:
         name: the field that it came with, for messages.
 
     Raises:
-        RequestError: it holds too many names, values or entries.
+        RequestError: it holds too many names, values, entries or escapes.
         ValueError: it is not JSON, or holds an integer of too many digits.
         RecursionError: it is nested too deeply for the parser.
     """
@@ -65,7 +68,7 @@ def check_writable(value: object) -> None:
 
 def _check_counts(text: str, name: str) -> None:
     """Raise ``RequestError`` for a text that is too long to be parsed in one call."""
-    num_names = num_quotes = num_lists = num_entries = 0
+    num_names = num_quotes = num_lists = num_entries = num_escapes = 0
     is_inside, rest = False, ""  # of a string, at the beginning of the piece
     for start in range(0, len(text), _PIECE_CHARS):
         piece = rest + text[start : start + _PIECE_CHARS]
@@ -73,6 +76,7 @@ def _check_counts(text: str, name: str) -> None:
         rest = "\\" * (num_slashes % 2)  # begins an escape of the next piece
         piece = piece.removesuffix(rest)
         if "\\" in piece:
+            num_escapes += piece.count("\\") - piece.count("\\\\")
             piece = piece.replace("\\\\", "").replace('\\"', "")
         parts = piece.split('"')
         outside = "".join(parts[int(is_inside) :: 2])
@@ -84,6 +88,7 @@ def _check_counts(text: str, name: str) -> None:
         check_length(name, num_names, MAX_NAMES, "names of objects")
         check_length(name, num_quotes // 2 + num_lists, MAX_VALUES, "strings, lists and objects")
         check_length(name, num_entries, MAX_ENTRIES)
+        check_length(name, num_escapes, MAX_ESCAPES, "escapes")
 
 
 def _integer(digits: str) -> int:

@@ -10,7 +10,14 @@ import pytest
 
 from cluster.core.errors import RequestError
 from gateway.offload import json_text
-from gateway.offload.json_text import MAX_ENTRIES, MAX_NAMES, MAX_VALUES, check_writable, load_json
+from gateway.offload.json_text import (
+    MAX_ENTRIES,
+    MAX_ESCAPES,
+    MAX_NAMES,
+    MAX_VALUES,
+    check_writable,
+    load_json,
+)
 
 
 def many(item: str, count: int) -> str:
@@ -30,6 +37,8 @@ def named(count: int) -> str:
         (many('{"a":"b"}', MAX_VALUES // 3 + 1), "strings, lists and objects"),
         (named(MAX_NAMES + 1), f"has {MAX_NAMES + 1} names of objects"),
         (many("1", MAX_ENTRIES + 2), f"has {MAX_ENTRIES + 1} entries"),
+        (json.dumps("\n" * (MAX_ESCAPES + 1)), f"has {MAX_ESCAPES + 1} escapes"),
+        (json.dumps(["\\" * MAX_ESCAPES, '"']), f"has {MAX_ESCAPES + 1} escapes"),
         (json.dumps({"a": many('"\\"', 1)}) + many("[]", MAX_VALUES), "strings, lists and objects"),
     ],
 )
@@ -50,9 +59,10 @@ def test_too_much_is_refused_before_it_is_parsed(
         [[]] * (MAX_VALUES - 3),
         {str(place): 0 for place in range(MAX_NAMES)},
         [1] * MAX_ENTRIES,
+        "\n\\" * (MAX_ESCAPES // 2),
         "[]{},:" * 300_000,
         '\\"' * 300_000 + "[" * 300_000,
-        ["\\" * place + "[,]" for place in range(3000)],
+        ["\\" * place + "[,]" for place in range(2000)],
         "\u8a9e\U0001f600," * 300_000,
         [1.5, -2e300, 10**300, 0],
     ],
