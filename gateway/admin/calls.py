@@ -16,7 +16,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
 from cluster.core.errors import ConflictError, NotReadyError, RequestError
-from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_operator
+from gateway.auth.auth import EVENTS, LOGS, NUMBERS_BY_EXPERT, check_operator, is_operator
 from gateway.cluster.client_view import client_workers
 from gateway.cluster.recent import Recent
 from gateway.generation.gateway import Gateway
@@ -159,6 +159,7 @@ class AdminCalls:
 
     async def GetLog(self, request: pb.GetLogRequest) -> pb.GetLogResponse:
         """What a worker or the controller has logged."""
+        self._check_operator(LOGS)
         found = await self._ask("log", request.process, request.after)
         return pb.GetLogResponse(number=found["number"], lines=found["lines"])
 

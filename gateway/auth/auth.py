@@ -21,6 +21,7 @@ CALLER: ContextVar[Account | None] = ContextVar("CALLER", default=None)
 """The caller of the request that the running task serves; None without keys."""
 
 NUMBERS_BY_EXPERT, EVENTS = "numbers by expert and layer", "events of the cluster"
+LOGS = "logs of processes"
 """What ``check_operator`` names."""
 
 

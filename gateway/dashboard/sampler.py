@@ -16,7 +16,7 @@ now_s = time.time
 
 
 class Sampler:
-    """Fills ``gateway.samples``; logs every error and raises none."""
+    """Fills ``gateway.samples``; raises no error, and logs one until a sample was taken again."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -41,9 +41,13 @@ class Sampler:
         gateway.samples.add(now_s(), families, view.snapshot, view.known_load)
 
     async def _run(self) -> None:
+        is_well = True
         while True:
             try:
                 await self.sample()
+                is_well = True
             except Exception:
-                logger.exception("no sample was taken")
+                if is_well:  # once, not every two seconds
+                    logger.exception("no sample was taken")
+                is_well = False
             await asyncio.sleep(PERIOD_S - time.time() % PERIOD_S)  # at the same times everywhere

@@ -156,7 +156,12 @@ def test_without_keys_all_is_shown(stack: Stack) -> None:
 def test_a_client_s_key_shows_no_more_on_the_admin_ports(without_admin: Stack) -> None:
     """It gives orders there, where there is no admin key."""
     url = f"http://{without_admin.admin.http}"
-    for path in ("/admin/v1/load", "/admin/v1/placement", "/dashboard/api/load"):
+    for path in (
+        "/admin/v1/load",
+        "/admin/v1/placement",
+        "/dashboard/api/load",
+        "/admin/v1/log?process=expert-0",
+    ):
         answer = httpx.get(f"{url}{path}", headers=CLIENT, timeout=WAIT_S)
         assert answer.status_code == 403, answer.text
     workers = httpx.get(f"{url}/admin/v1/workers", headers=CLIENT, timeout=WAIT_S).json()
@@ -171,6 +176,7 @@ def test_a_client_s_key_shows_no_more_on_the_admin_ports(without_admin: Stack) -
         calls: list[Any] = [
             lambda: stub.GetExpertLoad(pb.GetExpertLoadRequest(), metadata=given),
             lambda: stub.GetPlacement(pb.GetPlacementRequest(), metadata=given),
+            lambda: stub.GetLog(pb.GetLogRequest(process="expert-0"), metadata=given),
             lambda: list(stub.WatchCluster(pb.WatchClusterRequest(), metadata=given)),
         ]
         for call in calls:
