@@ -27,8 +27,10 @@ REPEATS = 300
 
 def step(num_logprobs: int) -> StepOutput:
     """One token of each sequence."""
-    top = tuple((token, -0.5 * token) for token in range(num_logprobs))
-    entry = TokenLogprob(token_id=5, logprob=-0.5, rank=1, top=top)
+    values = tuple(-0.5 * token for token in range(num_logprobs))
+    entry = TokenLogprob(
+        token_id=5, logprob=-0.5, rank=1, top_ids=tuple(range(num_logprobs)), top_logprobs=values
+    )
     outputs = tuple(
         TokenOutput(
             request_id=f"cmpl-{place:032x}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workers.requests.request import FinishReason, Timings, TokenLogprob
@@ -60,9 +61,9 @@ class ChoiceDelta:
     tokens: tuple[TokenText, ...]
     cached_tokens: int | None = None
     """Prompt tokens found in a prefix cache; None where prefixes are not cached."""
-    echo_tokens: tuple[TokenText, ...] = ()
+    echo_tokens: Sequence[TokenText] = ()
     """The prompt's tokens, in the first piece with ``echo``."""
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     """One per prompt token, in the first piece, with ``prompt_logprobs``."""
     finish: Finish | None = None
 

@@ -122,7 +122,7 @@ class TextFormat:
 
 def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
     """The ``wanted`` most probable tokens, best first, then the token itself if not among them."""
-    top = list(entry.top[:wanted])
+    top = list(zip(entry.top_ids[:wanted], entry.top_logprobs[:wanted], strict=True))
     if all(token_id != entry.token_id for token_id, _ in top):
         top.append((entry.token_id, entry.logprob))
     return top

@@ -57,9 +57,9 @@ class Prompt:
     choices: list[Choice] = field(default_factory=list)
     scores: PromptLogprobs | None = None
     """As the engine sent them, where asked for."""
-    logprobs: tuple[TokenLogprob | None, ...] | None = None
+    logprobs: list[TokenLogprob | None] | None = None
     """``scores``, decoded."""
-    echo: tuple[str, tuple[TokenText, ...]] | None = None
+    echo: tuple[str, list[TokenText]] | None = None
     found: Found = Found()
 
     @property

@@ -325,6 +325,7 @@ class Gateway:
             caches_prefixes=self.config.engine.enable_prefix_caching,
             caller=caller,
             on_close=self._forget_call,
+            free=self.long_work.free,
         )
         if (trace := TRACE.get()) is not None:
             trace.generation = generation

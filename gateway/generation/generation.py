@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import Any
 
 from cluster.core.errors import (
     DeadlineExceededError,
@@ -78,6 +79,8 @@ class Generation(AbstractContextManager["Generation"]):
     """Pays for its tokens."""
     on_close: Callable[[OutputQueue], None] = lambda queue: None
     """Called once, at its end."""
+    free: Callable[[Sequence[list[Any]]], None] = lambda values: None
+    """Frees long lists, which nobody reads after the end."""
 
     def __post_init__(self, tokenizer: Tokenizer | None) -> None:
         call = self.call
@@ -216,6 +219,9 @@ class Generation(AbstractContextManager["Generation"]):
         self.ticket.release(self.closed_s, self._has_token or self.is_finished)
         self._observe_cut_off()
         self._pay(self.usage.completion_tokens)
+        echoes = [prompt.echo[1] for prompt in self._prompts.values() if prompt.echo is not None]
+        scores = [prompt.logprobs for prompt in self._prompts.values() if prompt.logprobs]
+        self.free([*echoes, *scores])
 
     def _pay(self, num_tokens: int) -> None:
         if self.caller is not None:
@@ -393,9 +399,9 @@ class Generation(AbstractContextManager["Generation"]):
         else:
             await asyncio.to_thread(make)
 
-    def _echo(self, prompt: Prompt) -> tuple[str, tuple[TokenText, ...]]:
+    def _echo(self, prompt: Prompt) -> tuple[str, list[TokenText]]:
         if not self.call.fields.echo:
-            return "", ()
+            return "", []
         if prompt.echo is None:
             given, logprobs = prompt.prompt.text, prompt.logprobs or ()
             text, tokens = place_tokens(self._detokenizer(), prompt.prompt.ids, logprobs)

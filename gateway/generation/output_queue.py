@@ -109,7 +109,7 @@ class OutputQueue:
 def _size(output: TokenOutput) -> int:
     if not output.logprobs or output.score is not None:
         return _OUTPUT_BYTES
-    tops = sum(_LOGPROB_BYTES + _TOP_BYTES * len(one.top) for one in output.logprobs)
+    tops = sum(_LOGPROB_BYTES + _TOP_BYTES * len(one.top_ids) for one in output.logprobs)
     return _OUTPUT_BYTES + tops
 
 

@@ -18,6 +18,7 @@ from cluster.core.errors import RequestError
 from cluster.core.release import RELEASE, installed_version
 from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_operator
 from gateway.core.call import ChatInput, GenerateFields
+from gateway.core.delta import ChoiceDelta, Usage
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
 from gateway.core.headers import with_headers
@@ -56,6 +57,7 @@ from gateway.http.schema import (
 from gateway.http.sse import SseStream
 from gateway.http.unsupported import check_unbuilt
 from gateway.observability.metrics import CONTENT_TYPE
+from gateway.offload.long_work import release
 from workers.requests.inspection import Pooling
 
 _EXPOSED_HEADERS = (
@@ -310,7 +312,7 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
                 choices = await collect(generation)
                 size = sum(choice.size for choice in choices)
                 whole = await self._gateway.long_work.run(
-                    size, lambda: dump_long(formatter.whole(choices, generation.usage))
+                    size, _dump_whole, formatter, choices, generation.usage
                 )
                 await responder.json(whole)
                 return
@@ -323,6 +325,15 @@ class GenerateEndpoint(WatchedEndpoint[_Asked]):
                 options=stream_options,
             )
             await stream.send(generation)
+
+
+def _dump_whole(formatter: AnswerFormat, choices: list[ChoiceDelta], usage: Usage) -> bytes:
+    """The JSON of an answer; frees ``choices`` and all that it makes."""
+    body = formatter.whole(choices, usage)
+    raw = dump_long(body)
+    release(body)
+    release(choices)
+    return raw
 
 
 def _answer(

@@ -70,31 +70,37 @@ class InspectBody(CallBody):
 
 _LISTED_VALUES = 16_384
 """Numbers of an array that one call makes a list of."""
-Serve = Callable[[Any, GenerateFields], Awaitable[bytes]]
-"""Serves a body; the JSON of its answer."""
+Serve = Callable[[GenerateFields], Awaitable[bytes]]
+"""Serves a body that was read; the JSON of its answer."""
 
 
-class PoolingEndpoint(WatchedEndpoint[tuple[CallBody, GenerateFields]]):
-    def __init__(self, gateway: Gateway, kind: type[CallBody], serve: Serve) -> None:
+class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateFields]]):
+    """Bodies of a kind; ``read`` takes what it needs from a large one in a thread."""
+
+    def __init__(
+        self, gateway: Gateway, kind: type[CallBody], read: Callable[[Any], Serve]
+    ) -> None:
         super().__init__(gateway)
         self._kind = kind
-        self._serve = serve
+        self._serving = read
 
-    def _read(self, request: Request, data: dict[str, Any]) -> tuple[CallBody, GenerateFields]:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[Serve, GenerateFields]:
         check_unbuilt(data, "pooling")
         body = parse_body(self._kind, data)
         fields = reading_fields(**given_fields(body))
-        return body, with_headers(fields, request.headers, timeout_header_s(request))
+        fields = with_headers(fields, request.headers, timeout_header_s(request))
+        return self._serving(body), fields
 
     async def _answer(
-        self, request: Request, parsed: tuple[CallBody, GenerateFields], responder: Responder
+        self, request: Request, parsed: tuple[Serve, GenerateFields], responder: Responder
     ) -> None:
-        await responder.json(await self._serve(*parsed))
+        serve, fields = parsed
+        await responder.json(await serve(fields))
 
     @classmethod
     def all(cls, gateway: Gateway) -> dict[str, PoolingEndpoint]:
         reader, inspecting = Reader(gateway), Inspecting(gateway)
-        served: dict[str, tuple[type[CallBody], Serve]] = {
+        served: dict[str, tuple[type[CallBody], Callable[[Any], Serve]]] = {
             "/v1/embeddings": (EmbeddingsBody, partial(_embeddings, reader)),
             "/classify": (ClassifyBody, partial(_classify, reader)),
             "/score": (ScoreBody, partial(_score, reader)),
@@ -104,40 +110,55 @@ class PoolingEndpoint(WatchedEndpoint[tuple[CallBody, GenerateFields]]):
         return {path: cls(gateway, *one) for path, one in served.items()}
 
 
-async def _inspect(
-    inspecting: Inspecting, model_name: str, body: InspectBody, fields: GenerateFields
-) -> bytes:
-    async with inspecting.inspect(_inspect_fields(body), fields, MAX_JSON_BYTES) as found:
-        name = body.model or model_name
-        return await asyncio.to_thread(lambda: dump_long(_inspect_answer(found, name)))
+def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> Serve:
+    wanted, name = _inspect_fields(body), body.model or model_name
+
+    async def serve(fields: GenerateFields) -> bytes:
+        async with inspecting.inspect(wanted, fields, MAX_JSON_BYTES) as found:
+            return await asyncio.to_thread(lambda: dump_long(_inspect_answer(found, name)))
+
+    return serve
 
 
-async def _embeddings(reader: Reader, body: EmbeddingsBody, fields: GenerateFields) -> bytes:
-    found = await reader.embed(prompt_list(body.input), body.pooling, fields)
-    is_text = body.encoding_format == "base64"
-    vectors = (
-        base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
-        for vector in found.rows
-    )
-    rows = ({"object": "embedding", "embedding": vector} for vector in vectors)
-    return await _list("embd", rows, body, reader, found.usage)
+def _embeddings(reader: Reader, body: EmbeddingsBody) -> Serve:
+    prompts = prompt_list(body.input)
+
+    async def serve(fields: GenerateFields) -> bytes:
+        found = await reader.embed(prompts, body.pooling, fields)
+        is_text = body.encoding_format == "base64"
+        vectors = (
+            base64.b64encode(vector.tobytes()).decode() if is_text else vector.tolist()
+            for vector in found.rows
+        )
+        rows = ({"object": "embedding", "embedding": vector} for vector in vectors)
+        return await _list("embd", rows, body, reader, found.usage)
+
+    return serve
 
 
-async def _classify(reader: Reader, body: ClassifyBody, fields: GenerateFields) -> bytes:
+def _classify(reader: Reader, body: ClassifyBody) -> Serve:
     prompts, masks = prompt_list(body.input), mask_list(body.attention_mask)
-    found = await reader.classify(prompts, tuple(body.labels or ()), masks, fields)
-    return await _list("classify", map(asdict, found.rows), body, reader, found.usage)
+
+    async def serve(fields: GenerateFields) -> bytes:
+        found = await reader.classify(prompts, tuple(body.labels or ()), masks, fields)
+        return await _list("classify", map(asdict, found.rows), body, reader, found.usage)
+
+    return serve
 
 
-async def _score(reader: Reader, body: ScoreBody, fields: GenerateFields) -> bytes:
+def _score(reader: Reader, body: ScoreBody) -> Serve:
     names = (
         given_one(queries=body.queries, text_1=body.text_1),
         given_one(documents=body.documents, text_2=body.text_2),
     )
     queries, documents = (prompt_list(getattr(body, name)) for name in names)
-    found = await reader.score(queries, documents, fields, names)
-    rows = [{"object": "score", "score": score} for score in found.rows]
-    return await _list("score", rows, body, reader, found.usage)
+
+    async def serve(fields: GenerateFields) -> bytes:
+        found = await reader.score(queries, documents, fields, names)
+        rows = [{"object": "score", "score": score} for score in found.rows]
+        return await _list("score", rows, body, reader, found.usage)
+
+    return serve
 
 
 async def _list(

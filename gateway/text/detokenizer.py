@@ -101,29 +101,27 @@ def make_detokenizer(
 
 def place_tokens(
     detokenizer: Detokenizer | None, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
-) -> tuple[str, tuple[TokenText, ...]]:
+) -> tuple[str, list[TokenText]]:
     """The text of a whole prompt, empty without ``detokenizer``, and where its tokens stand."""
     text = ""
     placed = []
     for place, token_id in enumerate(ids):
         placed.append(TokenText(token_id, len(text), logprobs[place] if logprobs else None))
         text += detokenizer.feed(token_id) if detokenizer else ""
-    return text + (detokenizer.flush() if detokenizer else ""), tuple(placed)
+    return text + (detokenizer.flush() if detokenizer else ""), placed
 
 
-def aligned(
-    given: str, text: str, tokens: Sequence[TokenText]
-) -> tuple[str, tuple[TokenText, ...]]:
+def aligned(given: str, text: str, tokens: Sequence[TokenText]) -> tuple[str, list[TokenText]]:
     """Tokens that were placed in ``text``, placed in the text that they were made of.
 
     What is decoded may have more in front: special tokens, and a space that some tokenizers add.
     """
     shift = len(text) - len(given) if text.endswith(given) else 0
     offsets = (min(max(0, token.text_offset - shift), len(given)) for token in tokens)
-    return given, tuple(
+    return given, [
         TokenText(token.token_id, offset, token.logprob)
         for token, offset in zip(tokens, offsets, strict=True)
-    )
+    ]
 
 
 class StopStrings:

@@ -507,7 +507,7 @@ def test_a_tensor_that_is_off_is_a_failure() -> None:
 def answer(*entries: tuple[int, float, float]) -> Generated:
     """Tokens with their log-probability and the margin to the next best."""
     logprobs = tuple(
-        TokenLogprob(token_id=t, logprob=p, top=((t, p), (t + 1, p - margin)))
+        TokenLogprob(token_id=t, logprob=p, top_ids=(t, t + 1), top_logprobs=(p, p - margin))
         for t, p, margin in entries
     )
     return Generated(

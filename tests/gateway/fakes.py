@@ -381,10 +381,15 @@ class ScriptedEngine:
 
 def fake_logprob(token_id: int, wanted: int) -> TokenLogprob:
     """A log-probability that depends on the token; alternatives beside it; one of -inf."""
-    others = tuple(((token_id + k) % VOCAB_SIZE, -0.5 - k) for k in range(wanted))
-    if wanted > 2:
-        others = (*others[:-1], (others[-1][0], -math.inf))
-    return TokenLogprob(token_id=token_id, logprob=-(token_id % 7) / 4, rank=1, top=others)
+    others = tuple((token_id + k) % VOCAB_SIZE for k in range(wanted))
+    values = tuple(-math.inf if 1 < k == wanted - 1 else -0.5 - k for k in range(wanted))
+    return TokenLogprob(
+        token_id=token_id,
+        logprob=-(token_id % 7) / 4,
+        rank=1,
+        top_ids=others,
+        top_logprobs=values,
+    )
 
 
 REBALANCE: Mapping[str, Any] = {

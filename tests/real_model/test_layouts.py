@@ -85,7 +85,9 @@ def test_answers_and_scores_are_those_of_the_dense_model(
         is_cut = len(answer) == GREEDY.max_tokens
         assert is_cut or answer[-1] == reference.tokenizer.eos_token_id
     (output,) = found["scored"]
-    scores = torch.tensor([p.logprob for p in output.prompt_logprobs or () if p is not None])
+    assert output.prompt_logprobs is not None
+    entries = output.prompt_logprobs.entries()
+    scores = torch.tensor([entry.logprob for entry in entries if entry is not None])
     expected = reference.logprobs(scored.prompt)
     torch.testing.assert_close(scores, expected, rtol=0, atol=TOLERANCE)
 

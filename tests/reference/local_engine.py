@@ -262,7 +262,7 @@ def generated(outputs: Sequence[TokenOutput]) -> Generated:
     return Generated(
         token_ids=tuple(t for o in outputs for t in o.token_ids),
         logprobs=tuple(p for o in outputs for p in o.logprobs),
-        prompt_logprobs=None if scores is None else scores.entries(),
+        prompt_logprobs=None if scores is None else tuple(scores.entries()),
         class_logits=last.class_logits,
         finish_reason=last.finish_reason,
     )

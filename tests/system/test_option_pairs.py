@@ -57,7 +57,8 @@ def answer(*drawn: tuple[int, Sequence[float]]) -> list[TokenOutput]:
                     token_id=token,
                     logprob=logprobs[token],
                     rank=1,
-                    top=tuple(sorted(enumerate(logprobs), key=lambda entry: -entry[1])),
+                    top_ids=tuple(sorted(range(len(logprobs)), key=lambda one: -logprobs[one])),
+                    top_logprobs=tuple(sorted(logprobs, reverse=True)),
                 ),
             ),
         )

@@ -66,13 +66,13 @@ def _row(
     if wanted.num_top is None:
         return [TokenLogprob(token_id=token, logprob=value) for token, value in ranked]
     greater = (*others, *ends)  # with all tokens that are more probable than one of ``found``
-    shown = top[: wanted.num_top]
     return [
         TokenLogprob(
             token_id=token,
             logprob=value,
             rank=1 + sum(other > value for other in greater),
-            top=shown,
+            top_ids=tuple(best_ids[: wanted.num_top]),
+            top_logprobs=tuple(best[: wanted.num_top]),
         )
         for token, value in ranked
     ]

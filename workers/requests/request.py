@@ -206,8 +206,11 @@ class Queued(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     attempt: Count
 
 
-class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True):
-    """Log-probabilities at one position, of the model's distribution before any processing."""
+class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True, gc=False):
+    """Log-probabilities at one position, of the model's distribution before any processing.
+
+    It has few objects, none of which Python's collector visits: a prompt has 100,000 of them.
+    """
 
     token_id: int
     """The token that stands at the position."""
@@ -215,8 +218,15 @@ class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True):
     """Its natural log-probability."""
     rank: int = 0
     """1 for the most probable token."""
-    top: tuple[tuple[int, float], ...] = ()
-    """(token id, logprob) of the most probable tokens, best first, or of ``logprob_token_ids``."""
+    top_ids: tuple[int, ...] = ()
+    """The most probable tokens, best first, or ``logprob_token_ids``."""
+    top_logprobs: tuple[float, ...] = ()
+    """Of ``top_ids``."""
+
+    @property
+    def top(self) -> tuple[tuple[int, float], ...]:
+        """``top_ids`` with their ``top_logprobs``."""
+        return tuple(zip(self.top_ids, self.top_logprobs, strict=True))
 
 
 _PIECE_ENTRIES = 256
@@ -239,9 +249,9 @@ class PromptLogprobs(Message, frozen=True, kw_only=True, array_like=True):
             pieces=tuple(_ENTRIES.encode(tuple(entries[i : i + _PIECE_ENTRIES])) for i in starts)
         )
 
-    def entries(self) -> tuple[TokenLogprob | None, ...]:
+    def entries(self) -> list[TokenLogprob | None]:
         """Inverse of ``of``. Raises ``ProtocolError``."""
-        return tuple(chain.from_iterable(map(_ENTRIES.decode, self.pieces)))
+        return list(chain.from_iterable(map(_ENTRIES.decode, self.pieces)))
 
 
 _ENTRIES: Codec[tuple[TokenLogprob | None, ...]] = Codec(

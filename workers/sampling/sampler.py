@@ -140,12 +140,13 @@ def logprob_entries(
             token_id=token,
             logprob=own[i],
             rank=rank_list[i],
-            top=tuple(zip(top_ids[i], top_logprobs[i], strict=True))[:count],
+            top_ids=tuple(top_ids[i][:count]),
+            top_logprobs=tuple(top_logprobs[i][:count]),
         )
         for i, (token, count) in enumerate(zip(tokens, num_top, strict=True))
     ]
     for (i, ids), values in zip(asked.items(), named_logprobs, strict=True):
-        entries[i] = replace(entries[i], top=tuple(zip(ids, values, strict=True)))
+        entries[i] = replace(entries[i], top_ids=tuple(ids), top_logprobs=tuple(values))
     return entries
 
 

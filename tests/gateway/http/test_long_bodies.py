@@ -17,6 +17,7 @@ from gateway.engines import engine_pool
 from gateway.generation import gateway as gateway_module
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
+from gateway.http import pooling as http_pooling
 from gateway.http.middleware import dump_long
 from gateway.offload.json_text import MAX_VALUES
 from gateway.offload.long_work import INLINE_SIZE
@@ -85,6 +86,33 @@ def test_only_large_bodies_are_checked_in_a_thread(
     here, there = threads
     assert not here.startswith("long-work")
     assert there.startswith("long-work")
+
+
+PROMPTS: Mapping[str, tuple[str, str]] = {
+    "/v1/embeddings": ("input", "prompt_list"),
+    "/classify": ("input", "prompt_list"),
+    "/score": ("text_2", "prompt_list"),
+    "/v1/inspect": ("token_ids", "mask_list"),
+}
+"""By path, the field with prompts, and the function that takes them."""
+
+
+@pytest.mark.parametrize("path", PROMPTS)
+def test_many_prompts_are_taken_in_a_thread(
+    keeper: Stack, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    field, name = PROMPTS[path]
+    take, found = getattr(http_pooling, name), []
+
+    def note(prompts: Any) -> Any:
+        found.append(threading.current_thread().name)
+        return take(prompts)
+
+    monkeypatch.setattr(http_pooling, name, note)
+    answer = post(keeper, path, **{**BODIES[path], field: [[1, 2, 3]] * INLINE_SIZE})
+    assert answer.status_code == 400
+    assert found
+    assert all(thread.startswith("long-work") for thread in found)
 
 
 @pytest.mark.parametrize("path", BODIES)

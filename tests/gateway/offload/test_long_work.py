@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from gateway.offload.long_work import INLINE_SIZE, LongWork
+from gateway.offload.long_work import INLINE_SIZE, LongWork, release
 
 
 def where() -> str:
@@ -63,3 +63,33 @@ def test_work_sees_the_context_of_its_request_and_its_error_comes_back() -> None
 
     with pytest.raises(ValueError, match="a client"):
         asyncio.run(run())
+
+
+def test_long_lists_are_freed_piece_by_piece_in_the_thread() -> None:
+    freed: list[tuple[str, int]] = []
+
+    class Entry:
+        def __del__(self) -> None:
+            freed.append((where(), len(lists[0])))
+
+    lists = [[Entry() for _ in range(1000)], [Entry()]]
+
+    async def run() -> None:
+        work = LongWork()
+        work.free(lists)
+        await work.run(INLINE_SIZE + 1, where)  # the thread does one after the other
+        work.stop()
+
+    asyncio.run(run())
+    assert all(thread.startswith("long-work") for thread, _ in freed)
+    lengths = [length for _, length in freed]
+    assert len(lengths) == 1001
+    assert len(set(lengths)) >= 4
+    assert lists == [[], []]
+
+
+def test_what_is_inside_is_freed_too() -> None:
+    inner, table = [1] * 1000, {"a": [2] * 1000}
+    body = {"choices": [inner, {"logprobs": table}]}
+    release(body)
+    assert (body, inner, table) == ({}, [], {})

@@ -24,7 +24,7 @@ from cluster.core.errors import (
 )
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from tests.reference.local_engine import LocalEngine, block_bytes
+from tests.reference.local_engine import LocalEngine, block_bytes, generated
 from workers.engine.step_plan import RowsWanted
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
@@ -182,7 +182,7 @@ def test_step_lost_at_any_layer_is_run_again_with_the_same_result(
     assert failing.num_failures > 5
     for result, (name, found) in zip(expected, outputs.items(), strict=True):
         assert tokens(found) == result.token_ids, name
-        assert found[0].prompt_logprobs == result.prompt_logprobs
+        assert generated(found).prompt_logprobs == result.prompt_logprobs
         assert tuple(p for o in found for p in o.logprobs) == result.logprobs
     load, calm_load = load_of(engine), load_of(calm)
     assert all((load[key] == calm_load[key]).all() for key in calm_load)

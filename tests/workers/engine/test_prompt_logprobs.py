@@ -23,7 +23,7 @@ def entries_of(outputs: list[TokenOutput]) -> Entries:
     """The prompt's entries, which must come once and first."""
     assert all(o.prompt_logprobs is None for o in outputs[1:])
     assert outputs[0].prompt_logprobs is not None
-    return outputs[0].prompt_logprobs
+    return tuple(outputs[0].prompt_logprobs.entries())
 
 
 def assert_same(found: Entries, expected: Entries) -> None:

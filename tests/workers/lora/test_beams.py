@@ -38,7 +38,9 @@ def test_beams_are_scored_with_the_adapter(tiny_checkpoint: Path, tmp_path: Path
         )
         (first, *_) = local.run([scored])[scored.request_id, 0]
         assert first.prompt_logprobs is not None
-        entries = [entry for entry in first.prompt_logprobs[len(adapted.prompt) :] if entry]
+        entries = [
+            entry for entry in first.prompt_logprobs.entries()[len(adapted.prompt) :] if entry
+        ]
         assert [e.token_id for e in entries] == list(beam.token_ids)
         want = [entry.logprob for entry in entries]
         assert [entry.logprob for entry in beam.logprobs] == pytest.approx(want, abs=1e-4)

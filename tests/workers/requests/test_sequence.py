@@ -69,7 +69,7 @@ def test_times_are_noted_until_the_first_token_and_not_without_limit() -> None:
 
 def test_an_output_has_its_place_and_the_first_one_what_belongs_to_the_prompt() -> None:
     sequence = make_sequence(SCORING, num_cached_tokens=2)
-    logprob = TokenLogprob(token_id=20, logprob=-0.5, rank=1, top=())
+    logprob = TokenLogprob(token_id=20, logprob=-0.5, rank=1)
     sequence.append(20)
     first = sequence.take_output(102.0, None, tokens=(20,), logprobs=(logprob,))
     assert (first.index, first.token_ids, first.logprobs) == (0, (20,), (logprob,))

@@ -94,8 +94,10 @@ def test_request_with_everything_set_survives_the_wire() -> None:
 
 
 def test_log_probabilities_of_a_long_prompt_are_decoded_in_short_pieces() -> None:
-    entry = TokenLogprob(token_id=4, logprob=-0.5, rank=2, top=((7, -0.25), (4, -0.5)))
-    entries = (None, *[entry] * 1000)
+    entry = TokenLogprob(
+        token_id=4, logprob=-0.5, rank=2, top_ids=(7, 4), top_logprobs=(-0.25, -0.5)
+    )
+    entries = [None, *[entry] * 1000]
     scores = PromptLogprobs.of(entries)
     assert scores.entries() == entries
     assert max(map(len, scores.pieces)) < 2 * len(scores.pieces[0])
@@ -155,7 +157,9 @@ def test_unset_logprobs_stay_unset() -> None:
 
 
 def test_step_output_survives_the_wire() -> None:
-    entry = TokenLogprob(token_id=5, logprob=-0.5, rank=1, top=((5, -0.5), (6, -1.5)))
+    entry = TokenLogprob(
+        token_id=5, logprob=-0.5, rank=1, top_ids=(5, 6), top_logprobs=(-0.5, -1.5)
+    )
     step = StepOutput(
         outputs=(
             TokenOutput(request_id="a", attempt=0, choice=0, index=3, token_ids=(5,)),
