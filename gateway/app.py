@@ -49,7 +49,7 @@ _HEAD_NODE = "node:__internal_head__"
 proxy listens there, and so must our gRPC server: ``host`` is an address of that node."""
 _SPARE_REQUESTS = 1024
 """Room in Serve beyond our own queue, for probes, scrapes and refused requests."""
-_SWITCH_INTERVAL_S = 0.001
+_SWITCH_INTERVAL_S = 0.0005
 """Time for which a thread keeps the interpreter lock while the event loop waits for it. The loop
 gives the lock back at each system call, a dozen times in a small request."""
 _HEALTH_CHECK_PERIOD_S = 1.0

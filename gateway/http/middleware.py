@@ -350,8 +350,12 @@ def dump_long(content: object) -> bytes:
     return b"".join(_json_pieces(content))
 
 
+def _has_parts(value: object) -> bool:
+    return isinstance(value, Mapping | list | tuple)
+
+
 def _json_pieces(value: object) -> Iterator[bytes]:
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and (len(value) > _PIECE or any(map(_has_parts, value.values()))):
         yield b"{"
         for place, (name, inner) in enumerate(value.items()):
             yield (b"," if place else b"") + dump_json(name) + b":"
@@ -359,14 +363,13 @@ def _json_pieces(value: object) -> Iterator[bytes]:
         yield b"}"
     elif isinstance(value, list | tuple) and value:
         yield b"["
-        is_nested = isinstance(value[0], Mapping | list | tuple)
-        for start in range(0, len(value), 1 if is_nested else _PIECE):
-            if start:
-                yield b","
-            if is_nested:
-                yield from _json_pieces(value[start])
-            else:
-                yield dump_json(value[start : start + _PIECE])[1:-1]
+        for start in range(0, len(value), _PIECE):
+            piece = value[start : start + _PIECE]
+            is_nested = any(map(_has_parts, piece))
+            for place, inner in enumerate(piece if is_nested else (piece,)):
+                if start or place:
+                    yield b","
+                yield from _json_pieces(inner) if is_nested else (dump_json(inner)[1:-1],)
         yield b"]"
     else:
         yield dump_json(value)

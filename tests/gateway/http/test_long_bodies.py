@@ -17,6 +17,7 @@ from gateway.engines import engine_pool
 from gateway.generation import gateway as gateway_module
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
+from gateway.http import middleware
 from gateway.http import pooling as http_pooling
 from gateway.http.middleware import dump_long
 from gateway.offload.json_text import MAX_VALUES
@@ -212,3 +213,20 @@ def test_long_answers_are_written_in_a_thread(
     assert answer.status_code == 200, answer.text
     (name,) = found
     assert name.startswith("long-work")
+
+
+def test_an_answer_is_written_in_short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first entry of a list, which has no alternatives, is null."""
+    tops = [None, *({f"t{k}": -k / 3 for k in range(20)} for _ in range(5000))]
+    answer = {"choices": [{"top": tops, "ids": (*range(10_000),)}] * 2, "e": {}, "l": [], "n": None}
+    expected, write = middleware.dump_json(answer), middleware.dump_json
+    sizes: list[int] = []
+
+    def note(content: object) -> bytes:
+        raw = write(content)
+        sizes.append(len(raw))
+        return raw
+
+    monkeypatch.setattr(middleware, "dump_json", note)
+    assert dump_long(answer) == expected
+    assert max(sizes) < 32_768
