@@ -218,7 +218,12 @@ def test_long_answers_are_written_in_a_thread(
 def test_an_answer_is_written_in_short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the first entry of a list, which has no alternatives, is null."""
     tops = [None, *({f"t{k}": -k / 3 for k in range(20)} for _ in range(5000))]
-    answer = {"choices": [{"top": tops, "ids": (*range(10_000),)}] * 2, "e": {}, "l": [], "n": None}
+    answer: dict[str, Any] = {
+        "choices": [{"top": tops, "ids": (*range(10_000),)}] * 2,
+        "e": {},
+        "l": [],
+        "n": None,
+    }
     expected, write = middleware.dump_json(answer), middleware.dump_json
     sizes: list[int] = []
 
