@@ -17,10 +17,14 @@ from tests.simulation.toy_adapters import ADAPTERS
 from tests.simulation.toy_model import BLOCK_TOKEN_BYTES
 
 BLOCK_TOKENS = 4
+_BLOCK_BYTES = BLOCK_TOKEN_BYTES * BLOCK_TOKENS
 
 
-def cluster_config(scenario: Scenario, state: Path | None) -> ClusterConfig:
-    """``state`` is the folder of the gateways' state; None: they have none."""
+def cluster_config(
+    scenario: Scenario, state: Path | None = None, kv_disk: Path | None = None
+) -> ClusterConfig:
+    """``state`` is the folder of the gateways' state, ``kv_disk`` the one with those of the hosts
+    for KV blocks; None: there is none."""
     features = scenario.features
     adapters = ADAPTERS if "adapters" in features else {}
     return ClusterConfig(
@@ -49,7 +53,7 @@ def cluster_config(scenario: Scenario, state: Path | None) -> ClusterConfig:
             slot_cost_pairs=0.0,
         ),
         autoscale=_autoscale(scenario),
-        kv_tiers=_kv_tiers(scenario.seed) if "tiers" in features else KvTiersSection(),
+        kv_tiers=_kv_tiers(scenario.seed, kv_disk) if "tiers" in features else KvTiersSection(),
         gateway=GatewaySection(state_dir=None if state is None else str(state)),
         lora=LoraSection(lora_modules=tuple(f"{name}={path}" for name, path in adapters.items())),
         speculation=SpeculationSection(
@@ -58,12 +62,19 @@ def cluster_config(scenario: Scenario, state: Path | None) -> ClusterConfig:
     )
 
 
-def _kv_tiers(seed: int) -> KvTiersSection:
-    """Host memory for copies of a part of the blocks, or of all that there ever are."""
+def _kv_tiers(seed: int, disk: Path | None) -> KvTiersSection:
+    """Host memory for copies of a part of the blocks, or of all that there ever are; of a smaller
+    part where a disk has more of them."""
     rng = random.Random(f"tiers {seed}")
+    host_blocks, copy_bytes_per_s = rng.choice((32, 128, 4000)), rng.choice((1e3, 1e6))
+    disk_blocks = 0
+    if disk is not None:
+        host_blocks, disk_blocks = rng.choice((16, 32)), rng.choice((128, 4000))
     return KvTiersSection(
-        kv_host_bytes=BLOCK_TOKEN_BYTES * BLOCK_TOKENS * rng.choice((32, 128, 4000)),
-        session_copy_bytes_per_s=rng.choice((1e3, 1e6)),
+        kv_host_bytes=_BLOCK_BYTES * host_blocks,
+        kv_disk_bytes=_BLOCK_BYTES * disk_blocks,
+        kv_disk_dir=None if disk is None else str(disk),
+        session_copy_bytes_per_s=copy_bytes_per_s,
     )
 
 

@@ -23,11 +23,22 @@ _REQUESTS: dict[str, Callable[[Outcome], bool]] = {
 """By feature, whether a request uses it."""
 _METRICS = {
     "tokens restored": "kv_restore_tokens_total",
+    "tokens restored from disk": 'kv_restore_tokens_total{tier="disk"}',
     "accepted drafts": "spec_decode_num_accepted_tokens_total",
     "copies of sessions": 'session_copies_total{outcome="whole"',
 }
 """What workers count, by the beginning of its name."""
-OCCURRENCES = (*_REQUESTS, *_METRICS, "restarted gateways", "stored objects", "objects read")
+_FAILED = "failed calls of workers' disks"
+_ROTTEN = "wrong bytes of workers' disks"
+OCCURRENCES = (
+    *_REQUESTS,
+    *_METRICS,
+    "restarted gateways",
+    "stored objects",
+    "objects read",
+    _FAILED,
+    _ROTTEN,
+)
 """What a few seeds together must have, by its name in the summary."""
 
 
@@ -47,6 +58,10 @@ def occurrences(world: World) -> Counter[str]:
         found["stored objects"] += world.clients.state.num_stored
         found["objects read"] += world.clients.state.num_read
         found["failed calls of their disk"] += world.state.num_failed
+    if world.kv_disk is not None:
+        found["calls of workers' disks"] += world.kv_disk.num_calls
+        found[_FAILED] += world.kv_disk.num_failed
+        found[_ROTTEN] += world.kv_disk.num_rotten
     for worker in world.ray.actors.workers.values():
         if isinstance(worker.runtime, AttentionRuntime):
             for name, value in worker.runtime._stats().items():

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from cluster.actors.handoff import FIND_LIMIT_S
 from cluster.core.errors import ExpertMeshError
 from tests.simulation.disk import files
+from tests.simulation.file_disk import FAILURES, Ailment
 from tests.simulation.kernel import Process, Thread
 from tests.simulation.nodes import HEAD, Node
 from tests.simulation.ray import Hosts
-from tests.simulation.state_disk import Ailment
 from tests.simulation.toy_adapters import ADAPTERS
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ PROCESS_FAULTS = (
     "long_step",
     "step_clock",
 )
-DISK_FAULTS = ("change_file", "shorten_file", "flaky_disk", "fail_state")
+DISK_FAULTS = ("change_file", "shorten_file", "flaky_disk", "fail_state", "fail_kv_disk")
 LINK_FAULTS = (
     "reset_link",
     "duplicate_connections",
@@ -70,6 +70,8 @@ _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
 _LOOK_S = 0.05
 """Time between two looks whether a new worker runs."""
+_SICK_S = 3.0
+"""Shortest time for which a disk with KV blocks fails: some of them should be wanted in it."""
 _STATE_CALL_S = 30.0
 """Longest call for a stored object, on a disk that hangs and a gateway that stands still."""
 _AGAIN_S = 0.25
@@ -90,6 +92,8 @@ class Faults:
         self._held: list[Thread] = []
         self.is_healed = False
         self._state_fails_until = -inf
+        self._kv_disk_fails_until: dict[str, float] = {}
+        """By host."""
         self.num_begun = 0
         self.last_until = 0.0
         """Until when those last that must not be healed before."""
@@ -129,8 +133,9 @@ class Faults:
         for thread in self._held:
             thread.release()
         self._world.kernel.disk.repair()
-        if self._world.state is not None:
-            self._world.state.ailment = Ailment.NONE
+        for disk in (self._world.state, self._world.kv_disk):
+            if disk is not None:
+                disk.ailments.clear()
         self._world.ray.actors.num_losses = 0
         self._world.kernel.slowness = self._world.scenario.slowness
 
@@ -283,15 +288,37 @@ class Faults:
         if state is None:
             self.slow_disk(fault)
             return
-        state.ailment = tuple(Ailment)[1 + fault.where % (len(Ailment) - 1)]
-        kernel.log("%s", state.ailment.value)
+        ailment = FAILURES[fault.where % len(FAILURES)]
+        state.ailments = dict.fromkeys(self._hosts(), ailment)
+        kernel.log("%s", ailment.value)
         self._state_fails_until = kernel.now + fault.lasts_s
         kernel.at(self._state_fails_until, self._end_state_failure)
 
     def _end_state_failure(self) -> None:
         state, now = self._world.state, self._world.kernel.now
         if state is not None and now >= self._state_fails_until:
-            state.ailment = Ailment.NONE
+            state.ailments.clear()
+
+    def fail_kv_disk(self, fault: Fault) -> None:
+        """The disk of an attention worker's host fails, is full, hangs or rots; where it has no KV
+        blocks, another one is slow. No worker may end for it."""
+        kernel, disk = self._world.kernel, self._world.kv_disk
+        if disk is None:
+            self.slow_disk(fault)
+            return
+        hosts = [w.process.host for w in self._workers() if w.args.member.runs_attention]
+        if not hosts:
+            raise _NothingToHitError
+        host, kinds = hosts[fault.where % len(hosts)], (*FAILURES, Ailment.ROTS)
+        disk.ailments[host] = kinds[fault.other % len(kinds)]
+        kernel.log("the disk of %s: %s", host, disk.ailments[host].value)
+        until = self._kv_disk_fails_until[host] = kernel.now + fault.lasts_s + _SICK_S
+        kernel.at(until, self._end_kv_disk_failure, host)
+
+    def _end_kv_disk_failure(self, host: str) -> None:
+        disk = self._world.kv_disk
+        if disk is not None and self._world.kernel.now >= self._kv_disk_fails_until[host]:
+            disk.ailments.pop(host, None)
 
     @property
     def state_may_fail(self) -> bool:

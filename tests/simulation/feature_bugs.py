@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,8 @@ from workers.engine import engine, step_sampler
 from workers.engine.choices import open_choices
 from workers.engine.engine import Engine
 from workers.engine.scheduler import Scheduler
+from workers.kv.tiers import disk
+from workers.kv.tiers.disk_writer import DiskWriter
 from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.process.gateway_streams import GatewayStreams
 from workers.requests import block_hash
@@ -28,6 +31,8 @@ from workers.requests.block_hash import root_hash
 from workers.speculation.speculator import Speculator
 
 _KILLS = ("kill_worker", "kill_attention")
+_SICK = ("fail_kv_disk", "kill_attention", "kill_worker")
+_DISK = ("tiers", "tiers_on_disk")
 _SLOW = ("pause_thread", "kill_attention", "full_buffers")
 
 
@@ -81,6 +86,41 @@ def _unheld_copy() -> Iterator[None]:
 
     unreleased = mock.patch.object(KvTransferStore, "end_loan", return_value=None)
     with unreleased, mock.patch.object(KvTransferStore, "lend", lend):
+        yield
+
+
+class _NoDigest:
+    """The same of all data."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.update(data)
+
+    def update(self, data: bytes) -> None:
+        """Nothing depends on it."""
+
+    def digest(self) -> bytes:
+        return bytes(32)
+
+    def hexdigest(self) -> str:
+        return self.digest().hex()
+
+
+def _unchecked_file() -> AbstractContextManager[object]:
+    """Files of blocks are restored whatever is in them."""
+    return mock.patch.object(disk, "hashlib", SimpleNamespace(sha256=_NoDigest))
+
+
+@contextmanager
+def _needed_disk() -> Iterator[None]:
+    """A worker whose disk cannot be used does not start."""
+    real = DiskWriter.wait_opened
+
+    def wait_opened(self: DiskWriter, timeout_s: float) -> None:
+        real(self, timeout_s)
+        if self.problem:
+            raise OSError(self.problem)
+
+    with mock.patch.object(DiskWriter, "wait_opened", wait_opened):
         yield
 
 
@@ -202,6 +242,8 @@ FEATURE_BUGS: dict[str, Bug] = {
     "half_restore": Bug(_half_restore, _SLOW, features=("tiers",)),
     "lost_choice": Bug(_lost_choice, _KILLS, features=("choices",)),
     "moved_choices": Bug(_moved_choices, _KILLS, features=("choices",)),
+    "needed_disk": Bug(_needed_disk, _SICK, features=_DISK),
+    "unchecked_file": Bug(_unchecked_file, _SICK, features=_DISK),
     "unheld_copy": Bug(_unheld_copy, _SLOW, MANY, features=("tiers",)),
 }
 """By name."""

@@ -56,6 +56,11 @@ def _turns(ask: Ask, rng: random.Random) -> Ask:
     )
 
 
+def _long_turns(ask: Ask, rng: random.Random) -> Ask:
+    """A conversation whose blocks have given way to others before they are wanted again."""
+    return replace(_turns(ask, rng), pause_s=rng.choice((0.5, 2.0, 4.0)))
+
+
 def _repetitive(ask: Ask, rng: random.Random) -> Ask:
     """An output of few tokens, so that guesses at the next ones are right now and then."""
     return replace(ask, top_k=rng.choice((2, 2, 3)), stop_ids=(), beams=None)
@@ -104,5 +109,6 @@ FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {
     "restarts": None,
     "state": None,
     "tiers": _turns,
+    "tiers_on_disk": _long_turns,
 }
 """What each changes of a request; None: of the cluster alone."""

@@ -78,6 +78,8 @@ class Kernel:
         self.disk: Any = None
         self.state: Any = None
         """The gateways' disk; None: they store nothing."""
+        self.kv_disk: Any = None
+        """Those of the workers, a folder for each host; None: they keep no blocks on disk."""
         self.num_banks = 1
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._next_number = itertools.count().__next__

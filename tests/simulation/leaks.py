@@ -31,6 +31,9 @@ def leaks(world: World) -> list[str]:
             found += [f"{worker.name} has {what}" for what in left]
     if world.state is not None:
         found += _named("open files of stored objects", [*world.state.handles])
+    if world.kv_disk is not None:
+        owners = Counter(process.name for process in world.kv_disk.handles.values())
+        found += [f"{name} has {n} open files of blocks" for name, n in owners.items() if n > 1]
     for gateway in world.gateways:
         if not gateway.process.is_dead:
             found += [f"{gateway.name} has {what}" for what in _left_at_gateway(gateway)]

@@ -35,6 +35,7 @@ import workers.transport.peer_link
 import workers.transport.socket_io  # noqa: F401
 from cluster.core.topology import Generation
 from tests.simulation.disk import SimReader, ToyCheckpoint, entries, size_and_change, stamp
+from tests.simulation.file_disk import SimFile
 from tests.simulation.gateways import WatchedQueue
 from tests.simulation.kernel import Kernel
 from tests.simulation.loops import new_event_loop, start_server
@@ -61,6 +62,7 @@ _BY_MODULE: dict[str, Any] = {
     "selectors": SimSelectors,
     "threading": SimThreading,
     "ThreadPoolExecutor": SimExecutor,
+    "FileIO": SimFile,
 }
 """Names that any product module may import, and what they become."""
 _THREADS_STAY = ("workers.model.",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from tests.simulation.asks import REQUEST_LIMIT_S, Ask
@@ -17,6 +17,7 @@ SPAN_S = 12.0
 _NODE_LIMITS_S = (4.0, 7.5, 65.0)
 """Ray's limits for a silent node: a short one, that of ``expertmesh node``, and Ray's own, which
 outlasts every fault."""
+KV_DISK_FAULT = "fail_kv_disk"
 _TOPICS = 4
 """What requests are about, one after the other."""
 _BURST_S = 2.0
@@ -80,6 +81,11 @@ class Scenario:
     features: frozenset[str]
     """Names of ``FEATURES`` that its requests and its cluster use."""
 
+    @property
+    def keeps_on_disk(self) -> bool:
+        """Workers keep KV blocks on disk, behind host memory."""
+        return "tiers_on_disk" in self.features
+
 
 def draw_scenario(
     seed: int, kinds: tuple[str, ...], features: tuple[str, ...] | None = None
@@ -107,7 +113,7 @@ def draw_scenario(
         asks=with_features(_draw_asks(rng, num_gateways), chosen),
         num_steps=MIN_STEPS,
         asks_on_at_s=rng.uniform(0, SPAN_S),
-        faults=tuple(_draw_faults(rng, kinds)),
+        faults=tuple(_draw_all_faults(rng, seed, kinds, chosen)),
         pool_delay_s=rng.choice((0.0, 0.0, 0.3)),
         node_limit_s=rng.choice(_NODE_LIMITS_S) * rng.uniform(0.8, 1.2),
         may_move=rng.random() < 0.5,
@@ -117,7 +123,8 @@ def draw_scenario(
 
 def _draw_features(seed: int) -> frozenset[str]:
     rng = random.Random(f"features {seed}")
-    return frozenset(name for name in FEATURES if rng.random() < 0.5)
+    found = frozenset(name for name in FEATURES if rng.random() < 0.5)
+    return found if "tiers" in found else found - {"tiers_on_disk"}
 
 
 def _draw_autoscales(seed: int, kinds: tuple[str, ...]) -> bool:
@@ -171,6 +178,16 @@ def _draw_tokens(rng: random.Random, topic: int, count: int) -> list[int]:
     """Tokens of a topic, which belong to a few experts: the load changes with the topics."""
     size = VOCAB // _TOPICS
     return [topic * size + rng.randrange(size) for _ in range(count)]
+
+
+def _draw_all_faults(
+    rng: random.Random, seed: int, kinds: tuple[str, ...], features: Set[str]
+) -> list[Fault]:
+    """Those of the workers' disks, in scenarios that have some, are drawn apart from all else."""
+    found = _draw_faults(rng, tuple(kind for kind in kinds if kind != KV_DISK_FAULT))
+    if KV_DISK_FAULT in kinds and "tiers_on_disk" in features:
+        found += _draw_faults(random.Random(f"disks {seed}"), (KV_DISK_FAULT,))
+    return sorted(found, key=lambda fault: fault.at_s)
 
 
 def _draw_faults(rng: random.Random, kinds: tuple[str, ...]) -> list[Fault]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,8 +84,10 @@ class SimWorker:
         self.args = WorkerArgs.from_plain(*arguments, host)
         role = SimAttention if member.role == "attention" else SimExpert
         before, kernel.process = kernel.process, self.process
-        self.runtime: WorkerRuntime = role(self.args, self._die)
+        self.runtime: WorkerRuntime = role(self._args_here(), self._die)
         kernel.process = before
+        if kernel.kv_disk is not None:
+            self.process.on_death.append(partial(kernel.kv_disk.close_of, self.process))
 
     @property
     def is_dead(self) -> bool:
@@ -102,6 +106,14 @@ class SimWorker:
             return getattr(self.runtime, method)(*args)
         finally:
             kernel.process = before
+
+    def _args_here(self) -> WorkerArgs:
+        """The same path is another folder on each host."""
+        tiers = self.args.config.kv_tiers
+        if tiers.kv_disk_dir is None:
+            return self.args
+        tiers = replace(tiers, kv_disk_dir=f"{tiers.kv_disk_dir}/{self.process.host}")
+        return replace(self.args, config=replace(self.args.config, kv_tiers=tiers))
 
     def _die(self, reason: str) -> None:
         """The worker ends itself."""

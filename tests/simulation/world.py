@@ -18,6 +18,7 @@ from tests.simulation.configuration import cluster_config
 from tests.simulation.coverage import occurrences, requests_by_feature
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Faults
+from tests.simulation.file_disk import LOCAL_S, SHARED_S, FileDisk, file_disk
 from tests.simulation.gateways import SimGateway
 from tests.simulation.kernel import Kernel
 from tests.simulation.leaks import QUIET_S, leaks
@@ -36,7 +37,6 @@ from tests.simulation.scenario import (
     SPAN_S,
     Scenario,
 )
-from tests.simulation.state_disk import StateDisk, state_disk
 from tests.simulation.toy_model import banks
 
 _START_LIMIT_S = 60.0
@@ -72,8 +72,10 @@ class World:
         self.highest_step = 0
         self.occurred: Counter[str] = Counter()
         """What has occurred how often; known in the end."""
-        self.state: StateDisk | None = None
+        self.state: FileDisk | None = None
         """The gateways' disk, where they store objects of clients."""
+        self.kv_disk: FileDisk | None = None
+        """Those of the workers' hosts, where they keep KV blocks."""
         self.num_restarts = 0
         """Gateways that were started in the place of others."""
         self._began_at = self._quiet_at = 0.0
@@ -82,9 +84,13 @@ class World:
     def run(self) -> None:
         """Live through the scenario. Raises ``Broken``."""
         with ExitStack() as held:
-            held.enter_context(replaced(self.kernel, self.net))
             if "state" in self.scenario.features:
-                self.state = self.kernel.state = held.enter_context(state_disk(self.kernel))
+                disk = file_disk(self.kernel, SHARED_S)
+                self.state = self.kernel.state = held.enter_context(disk)
+            if self.scenario.keeps_on_disk:
+                disk = file_disk(self.kernel, LOCAL_S)
+                self.kv_disk = self.kernel.kv_disk = held.enter_context(disk)
+            held.enter_context(replaced(self.kernel, self.net))
             self._start()
             for fault in self.scenario.faults:
                 self.kernel.after(fault.at_s, self.faults.begin, fault)
@@ -145,8 +151,9 @@ class World:
         self._start_gateway(number)
 
     def _config(self) -> ClusterConfig:
-        folder = None if self.state is None else self.state.folder / "state"
-        return cluster_config(self.scenario, folder)
+        state = None if self.state is None else self.state.folder / "state"
+        kv_disk = None if self.kv_disk is None else self.kv_disk.folder
+        return cluster_config(self.scenario, state, kv_disk)
 
     def _run_until(self, when: float, is_done: Callable[[], bool] = lambda: False) -> bool:
         done = self.kernel.run(when, is_done)
