@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -23,6 +24,7 @@ from workers.engine.choices import open_choices
 from workers.engine.engine import Engine
 from workers.engine.scheduler import Scheduler
 from workers.kv.tiers import disk
+from workers.kv.tiers.disk import DiskTier
 from workers.kv.tiers.disk_writer import DiskWriter
 from workers.kv.transfer.store import Fetch, KvTransferStore
 from workers.process.gateway_streams import GatewayStreams
@@ -89,25 +91,32 @@ def _unheld_copy() -> Iterator[None]:
         yield
 
 
-class _NoDigest:
-    """The same of all data."""
+class _ShortDigest:
+    """Of the first data alone."""
 
-    def __init__(self, data: bytes = b"") -> None:
-        self.update(data)
+    def __init__(self, data: bytes) -> None:
+        found = hashlib.sha256(data)
+        self.digest, self.hexdigest = found.digest, found.hexdigest
 
     def update(self, data: bytes) -> None:
-        """Nothing depends on it."""
-
-    def digest(self) -> bytes:
-        return bytes(32)
-
-    def hexdigest(self) -> str:
-        return self.digest().hex()
+        """It does not depend on more."""
 
 
 def _unchecked_file() -> AbstractContextManager[object]:
-    """Files of blocks are restored whatever is in them."""
-    return mock.patch.object(disk, "hashlib", SimpleNamespace(sha256=_NoDigest))
+    """The checksum of a file of a block does not cover its bytes."""
+    return mock.patch.object(disk, "hashlib", SimpleNamespace(sha256=_ShortDigest))
+
+
+@contextmanager
+def _any_identity() -> Iterator[None]:
+    """Blocks on disk are restored whatever they were computed with."""
+    real = DiskTier.use
+
+    def use(self: DiskTier, identity: str) -> None:
+        real(self, "any")
+
+    with mock.patch.object(DiskTier, "use", use):
+        yield
 
 
 @contextmanager
@@ -242,6 +251,7 @@ FEATURE_BUGS: dict[str, Bug] = {
     "half_restore": Bug(_half_restore, _SLOW, features=("tiers",)),
     "lost_choice": Bug(_lost_choice, _KILLS, features=("choices",)),
     "moved_choices": Bug(_moved_choices, _KILLS, features=("choices",)),
+    "any_identity": Bug(_any_identity, _SICK, features=_DISK),
     "needed_disk": Bug(_needed_disk, _SICK, features=_DISK),
     "unchecked_file": Bug(_unchecked_file, _SICK, features=_DISK),
     "unheld_copy": Bug(_unheld_copy, _SLOW, MANY, features=("tiers",)),

@@ -141,9 +141,10 @@ class FileDisk:
         """What a read returns."""
         rng = self._kernel.rng
         if self._ailment() is Ailment.ROTS and data and rng.random() < _FAILED:
-            place = rng.randrange(len(data))
+            found = bytearray(data)
+            found[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             self.num_rotten += 1
-            return b"%b%c%b" % (data[:place], data[place] ^ 1 << rng.randrange(8), data[place + 1 :])
+            return bytes(found)
         return data
 
     def _fail(self, number: int) -> None:

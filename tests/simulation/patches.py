@@ -150,14 +150,15 @@ class _Slips(logging.Handler):
 @contextmanager
 def replaced(kernel: Kernel, net: Network) -> Iterator[None]:
     """Product code runs on the simulation inside."""
-    monotonic = time.monotonic
+    clocks = (time.monotonic, kernel.monotonic), (time.time, kernel.time)
     with ExitStack() as stack:
         for owner, name, stand_in in (*_everywhere(), *_of_this(kernel)):
             stack.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, stand_in)
-        for function in _with_default(monotonic):
-            _swap_defaults(function, monotonic, kernel.monotonic)
-            stack.callback(_swap_defaults, function, kernel.monotonic, monotonic)
+        for plain, simulated in clocks:
+            for function in _with_default(plain):
+                _swap_defaults(function, plain, simulated)
+                stack.callback(_swap_defaults, function, simulated, plain)
         Kernel.current, Network.current = kernel, net
         level = logging.root.manager.disable
         logging.disable(logging.INFO if kernel.on_log is None else logging.NOTSET)

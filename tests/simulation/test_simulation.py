@@ -15,6 +15,8 @@ NUM_SEEDS = 12
 """Seeds of each part."""
 MANY = range(1000, 1500, 100)
 """The first seeds of five hundreds."""
+WITH_DISKS = 2
+"""A seed whose gateways store objects, and whose workers keep blocks on disk."""
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +37,14 @@ def test_seeds_keep_every_promise_and_use_every_feature(part: int) -> None:
     counts = {name: int(n) for n, _, name in (c.partition(" ") for c in counted.split(", "))}
     missing = [name for name in OCCURRENCES if not counts.get(name)]
     assert not missing, f"nothing of {missing} in {counted}"
+
+
+def test_a_seed_with_disks_is_the_same_twice() -> None:
+    found = [run("--seed", str(WITH_DISKS)).stdout.splitlines() for _ in range(2)]
+    first, second = (lines[1:] for lines in found)  # the line before has the CPU time
+    assert first == second
+    assert "objects read" in first[-1], first
+    assert "tokens restored from disk" in first[-1], first
 
 
 @pytest.mark.distributed

@@ -17,6 +17,7 @@ from tests.simulation.clients import Clients
 from tests.simulation.configuration import cluster_config
 from tests.simulation.coverage import occurrences, requests_by_feature
 from tests.simulation.disk import Disk
+from tests.simulation.earlier_blocks import leave_blocks
 from tests.simulation.faults import Faults
 from tests.simulation.file_disk import LOCAL_S, SHARED_S, FileDisk, file_disk
 from tests.simulation.gateways import SimGateway
@@ -91,6 +92,7 @@ class World:
                 disk = file_disk(self.kernel, LOCAL_S)
                 self.kv_disk = self.kernel.kv_disk = held.enter_context(disk)
             held.enter_context(replaced(self.kernel, self.net))
+            self._leave_blocks()
             self._start()
             for fault in self.scenario.faults:
                 self.kernel.after(fault.at_s, self.faults.begin, fault)
@@ -113,6 +115,14 @@ class World:
             self.occurred = occurrences(self)
 
     # ---- life -------------------------------------------------------------------------------
+
+    def _leave_blocks(self) -> None:
+        """Another cluster has used the disks of some scenarios."""
+        scenario = self.scenario
+        if self.kv_disk is not None and scenario.seed % 2:
+            for rank in range(scenario.num_attention):
+                host = self.ray.host_of("attention", rank)
+                leave_blocks(self.kv_disk.folder / host, rank, scenario.asks)
 
     def _start(self) -> None:
         config = self._config()
