@@ -29,7 +29,6 @@ _METRICS = {
 }
 """What workers count, by the beginning of its name."""
 _FAILED = "failed calls of workers' disks"
-_ROTTEN = "wrong bytes of workers' disks"
 OCCURRENCES = (
     *_REQUESTS,
     *_METRICS,
@@ -37,7 +36,6 @@ OCCURRENCES = (
     "stored objects",
     "objects read",
     _FAILED,
-    _ROTTEN,
 )
 """What a few seeds together must have, by its name in the summary."""
 
@@ -61,7 +59,7 @@ def occurrences(world: World) -> Counter[str]:
     if world.kv_disk is not None:
         found["calls of workers' disks"] += world.kv_disk.num_calls
         found[_FAILED] += world.kv_disk.num_failed
-        found[_ROTTEN] += world.kv_disk.num_rotten
+        found["wrong bytes of workers' disks"] += world.kv_disk.num_rotten
     for worker in world.ray.actors.workers.values():
         if isinstance(worker.runtime, AttentionRuntime):
             for name, value in worker.runtime._stats().items():
