@@ -69,7 +69,10 @@ def object_rules(tool: Tool, place: int) -> list[Rule]:
     """Arguments as a JSON object."""
     clean = clean_schema(tool, tool.is_strict)
     root = closed(clean.resolved(clean.root))
-    body = json_rule({"type": "object", **clean.document(root)}, tool.is_strict)
+    schema = {"type": "object", **clean.document(root)}
+    if "object" in schema["type"]:
+        schema["type"] = "object"  # arguments are never null
+    body = json_rule(schema, tool.is_strict)
     fallback = None if tool.is_strict else json_rule(_ANY_OBJECT, False)
     return [Rule(f"args_{place}", body, label_of(tool), fallback)]
 

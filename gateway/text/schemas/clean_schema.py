@@ -41,12 +41,19 @@ _REFUSED = frozenset(
     }
 )
 """Keywords that limit values and that grammars do not follow."""
+_NAMING = frozenset({"then", "else", "dependencies", "dependentSchemas"})
+"""Of these, keywords whose schemas may name further arguments."""
 _OPENING = frozenset(
     {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 )
 """Keywords that may allow arguments which ``properties`` does not name."""
 _NEUTRAL: Mapping[str, Any] = MappingProxyType(
-    {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
+    {
+        "uniqueItems": False,
+        "unevaluatedItems": True,
+        "unevaluatedProperties": True,
+        "propertyNames": {"type": "string"},
+    }
 )
 """Values of such keywords that limit nothing."""
 _NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
@@ -164,6 +171,8 @@ class _Cleaner:
             return True
         if isinstance(given, bool):
             return given
+        if given.get("not") == {}:  # no value fits, as zod writes it
+            return False
         base = base_of(given, base)
 
         def inner(value: Any, *steps: str) -> Any:
@@ -190,8 +199,10 @@ class _Cleaner:
         path: tuple[str, ...],
     ) -> None:
         if key in _REFUSED:
-            if not (key in _NEUTRAL and value is _NEUTRAL[key]):
+            if not (key in _NEUTRAL and value == _NEUTRAL[key]):
                 self._refuse((*path, key), "is not followed by grammars")
+            if key in _NAMING:
+                found.setdefault("additionalProperties", True)
         elif key in _PLAIN:
             if (clean := _PLAIN[key](value)) is not None:
                 found[key] = clean

@@ -74,6 +74,7 @@ FOLLOWED: dict[str, dict[str, Any]] = {
     "names of keywords": one({"properties": {"$ref": {"type": "string"}, "enum": {}, "not": {}}}),
     "unknown format": one({"type": "integer", "format": "int32"}),
     "unknown format, no type": one({"format": "color"}),
+    "names are texts": one({"type": "object", "propertyNames": {"type": "string"}}),
     "unknown keyword": one({"type": "string", "x-order": 1, "discriminator": {"mapping": {}}}),
 }
 

@@ -116,6 +116,45 @@ def test_what_many_models_may_write_follows_the_schema(
     assert check_walks(case, form, vocabulary, 12) > 0, "some come to an end"
 
 
+NEVER: dict[str, Any] = {"not": {}}
+"""As zod-to-json-schema writes what no value is."""
+CONDITION = {"if": {"properties": {"a": {"const": 1}}}, "then": {"properties": {"z": {}}}}
+NUMBER = {"type": "integer"}
+
+
+def one(schema: Any, **beside: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"], **beside}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("schema", "fitting", "others"),
+    [
+        (one({"anyOf": [NEVER, NUMBER]}), [{"a": 1}], [{"a": "x"}, {"a": []}]),
+        (one(NUMBER, additionalProperties=NEVER), [{"a": 1}], [{"a": 1, "b": 1}]),
+        ({"properties": {"a": NUMBER, "b": NEVER}}, [{"a": 1}], [{"a": 1, "b": 1}]),
+        (one(NUMBER, **CONDITION), [{"a": 1}, {"a": 1, "z": 2}], [{"a": "x"}]),
+        (one(NUMBER, allOf=[CONDITION]), [{"a": 1}, {"a": 1, "z": 2}], [{"a": "x"}]),
+        (one(NUMBER, **CONDITION, additionalProperties=False), [{"a": 1}], [{"a": 1, "z": 2}]),
+        (one(NUMBER, type=["object", "null"]), [{"a": 1}], [None]),
+    ],
+)
+def test_only_what_follows_the_schema_is_written(
+    schema: dict[str, Any],
+    fitting: list[Any],
+    others: list[Any],
+    form: ToolForm,
+    vocabulary: Vocabulary,
+) -> None:
+    grammar = grammar_of(schema, form)
+    for arguments in fitting:
+        assert vocabulary.allows(grammar, written(form, [("f", arguments)]))
+    for arguments in others:
+        text = written(form, [("f", arguments or {})])
+        null = text.replace("{}", "null") if arguments is None else text
+        assert not vocabulary.allows(grammar, null), null
+
+
 def check_walks(case: Case, form: ToolForm, vocabulary: Vocabulary, count: int) -> int:
     """Draw answers and check the arguments of those that end; how many do."""
     grammar = grammar_of(case.schema, form)
