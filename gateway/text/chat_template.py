@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -26,7 +26,9 @@ from gateway.text.instructions import (
     USER,
     late_roles,
     leading_roles,
+    shows_instructions,
     with_all_as_user,
+    with_all_at_the_start,
     with_late_ones_as_user,
     with_one_at_the_start,
 )
@@ -44,6 +46,8 @@ _PROBE = "expertmesh-probe"
 _MARK = "expertmesh-end-of-final-message "
 _USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MOST_SHOWN = 64
+_MOST_LEADING = 8
+"""Roles at a conversation's start that a template is tried with."""
 _ASSISTANT = "assistant"
 
 
@@ -130,28 +134,51 @@ class ChatTemplate:
         values["add_generation_prompt"] = add_generation_prompt
         if continue_final_message:
             messages = [*messages[:-1], _with_mark(messages[-1])]
-        fitting = self._fitting(messages, tools)
-        text = self._render(fitting, values)
-        for message in fitting:
+        text, shown = self._render(messages, values, tools)
+        for message in shown:
             role = str(message.get("role"))
             if not self._knows_role(role, tools):
                 place = next(i for i, m in enumerate(messages) if str(m.get("role")) == role)
                 raise self._misfit(f"it has no role {role[:_MOST_SHOWN]!r} (messages[{place}])")
         return _cut_at_mark(text, messages[-1]) if continue_final_message else text
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
-        """The text, with all instructions moved if the template refuses them where they are."""
-        try:
-            messages = with_fitting_ids(messages, self.tool_form)
-            return self._text(values, messages)
-        except _RENDER_ERRORS as err:
-            moved = with_late_ones_as_user(with_one_at_the_start(messages))
-            if moved == list(messages):
-                raise self._misfit(err) from err
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        values: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> tuple[str, Sequence[Mapping[str, Any]]]:
+        """The prompt and the messages in it; with instructions in other places if the template
+        refuses them: the first prompt that has all of them, or else the first."""
+        found: tuple[str, Sequence[Mapping[str, Any]]] | None = None
+        refusal: Exception | None = None
+        tried: list[Sequence[Mapping[str, Any]]] = []
+        for placed in self._placed(messages, tools):
+            if placed in tried:
+                continue
+            tried.append(placed)
             try:
-                return self._text(values, moved)
-            except _RENDER_ERRORS:
-                raise self._misfit(err) from err
+                text = self._text(values, with_fitting_ids(placed, self.tool_form))
+            except _RENDER_ERRORS as err:
+                refusal = refusal or err
+                continue
+            if refusal is None or shows_instructions(text, messages):
+                return text, placed
+            found = found or (text, placed)
+        if found is None:
+            assert refusal is not None, "every prompt is made or refused"
+            raise self._misfit(refusal) from refusal
+        return found
+
+    def _placed(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """The conversation with its instructions in places that templates take; the best first."""
+        yield self._fitting(messages, tools)
+        yield with_late_ones_as_user(with_one_at_the_start(messages))
+        together = with_all_at_the_start(messages)
+        yield self._fitting(together, tools)
+        yield with_all_as_user(together)
 
     def _text(self, values: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
         shown = [with_reasoning(message) for message in messages]
@@ -161,13 +188,15 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> Sequence[Mapping[str, Any]]:
         """The conversation with instructions in places whose texts the template shows."""
-        leading = leading_roles(messages)
+        leading = leading_roles(messages)[:_MOST_LEADING]
         if leading and leading != (SYSTEM,) and not self._shows_all((*leading, USER), tools):
-            messages = with_one_at_the_start(messages)
+            messages, leading = with_one_at_the_start(messages), (SYSTEM,)
         late = late_roles(messages)
-        if not all(self._shows_all((USER, _ASSISTANT, role, USER), tools) for role in late):
+        around = ((*leading, USER, *(_ASSISTANT, role, USER) * 2) for role in late)
+        if not all(self._shows_all(roles, tools) for roles in around):
             messages = with_late_ones_as_user(messages)
-        is_shown = self._shows_all((SYSTEM, USER), tools) or not self._shows_all((USER,), tools)
+        some = (SYSTEM,) if len(leading) == len(messages) else (SYSTEM, USER)
+        is_shown = self._shows_all(some, tools) or not self._shows_all((USER,), tools)
         return messages if is_shown or not leading else with_all_as_user(messages)
 
     def _find_form(self) -> ToolForm | None:
