@@ -19,7 +19,15 @@ from gateway.text.forms.argument_text import ArgumentText, ObjectEnd
 from gateway.text.forms.argument_values import ValueReader
 from gateway.text.forms.call_ids import CallIds
 from gateway.text.forms.call_syntax import SYNTAXES, CallSyntax, PairSyntax, Slot
-from gateway.text.forms.marks import Outcome, Reading, cut, may_begin, overlap, read_parts
+from gateway.text.forms.marks import (
+    Outcome,
+    Reading,
+    cut,
+    may_begin,
+    name_of_cut,
+    overlap,
+    read_parts,
+)
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 
 MAX_WAITING_CHARS = 512
@@ -240,7 +248,7 @@ class AnswerParser:
         name = reading.slots.get(Slot.NAME, "")
         if outcome is not Outcome.WHOLE or name not in self._tools:
             is_cut = outcome is Outcome.PARTIAL and self._has_room
-            cut_name = _name_of_cut(name, self._words, self._tools) if is_cut else ""
+            cut_name = name_of_cut(name, self._words, self._tools) if is_cut else ""
             if cut_name and self._must_call:
                 self._begin_call(cut_name, reading, found)
                 self._passed, self._waiting, self._state = "", "", _State.TEXT
@@ -364,20 +372,6 @@ def _look_ahead(reading: Reading, text: str, ahead: tuple[str, ...]) -> Outcome:
     if behind.startswith(ahead):
         return Outcome.WHOLE
     return Outcome.PARTIAL if may_begin(behind, ahead) else Outcome.BROKEN
-
-
-def _name_of_cut(begun: str, text: str, names: Collection[str]) -> str:
-    """The function in a head that the answer's end cuts; empty where it may be several.
-
-    Args:
-        begun: its name, or the beginning of it.
-        text: the head so far.
-        names: of the functions.
-    """
-    if begun in names and not text.endswith(begun):
-        return begun
-    fitting = [name for name in names if name.startswith(begun)]
-    return fitting[0] if len(fitting) == 1 else ""
 
 
 def _without_mark(key: str, pairs: PairSyntax) -> str:

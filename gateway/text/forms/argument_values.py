@@ -23,6 +23,8 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 """How templates that are not careful show earlier arguments, and models learn to write them."""
 _ALL = frozenset(TYPES)
 ANY_OPENING = "*"
+_JSON_OPENINGS = '{["-0123456789tfn'
+"""A JSON value begins with one of these."""
 
 
 class ValueReader:
@@ -125,7 +127,13 @@ class _AnyWriter(ValueWriter):
         return self._to_json("".join(self._pieces))
 
     def give_up(self) -> str:
-        return self.finish()
+        """The beginning of the value, which is of the type that its first character tells."""
+        text = "".join(self._pieces)
+        plain = text.strip()
+        is_json = "string" not in self._kinds or self.json_openings == ANY_OPENING
+        if plain[:1] in (_JSON_OPENINGS if is_json else self.json_openings):
+            return plain
+        return _dump(text)[:-1]
 
     def _to_json(self, text: str) -> str:
         """JSON text of a value: the text itself if that is of a fitting type, else a string."""

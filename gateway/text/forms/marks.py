@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cache
@@ -36,6 +36,20 @@ def overlap(text: str, marks: Sequence[str]) -> int:
 def may_begin(text: str, marks: Sequence[str]) -> bool:
     """Whether a text is the beginning of a mark, but not all of it."""
     return any(len(text) < len(mark) and mark.startswith(text) for mark in marks)
+
+
+def name_of_cut(begun: str, text: str, names: Collection[str]) -> str:
+    """The function in a head that the answer's end cuts; empty where it may be several.
+
+    Args:
+        begun: its name, or the beginning of it.
+        text: the head so far.
+        names: of the functions.
+    """
+    if begun in names and not text.endswith(begun):
+        return begun
+    fitting = [name for name in names if name.startswith(begun)]
+    return fitting[0] if len(fitting) == 1 else ""
 
 
 class Outcome(Enum):

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from enum import Enum, auto
 
 from gateway.text.forms.call_ids import CallIds
-from gateway.text.forms.marks import cut, overlap
+from gateway.text.forms.marks import cut, name_of_cut, overlap
 from gateway.text.forms.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 from gateway.text.harmony.marks import (
     CHANNEL,
@@ -156,17 +156,30 @@ class HarmonyParser:
             self._expect_header(has_role=True)
         elif mark == MESSAGE:
             self._begin(read_header(header), found)
+        elif not mark and is_last:
+            self._begin_cut(header, found)
         return True
 
     def _begin(self, header: Header, found: PieceBuilder) -> None:
         name = header.recipient.removeprefix(FUNCTIONS)
         if name != header.recipient and name in self._names:
-            found.add_call(CallDelta(self.num_begun, "", self._ids.new(name), name))
-            self.num_begun += 1
-            self._arguments = []
+            self._begin_call(name, found)
             self._state = _State.ARGUMENTS
         else:
             self._state = _text_state(header)
+
+    def _begin_cut(self, header: str, found: PieceBuilder) -> None:
+        """A call whose header the answer's end cuts has begun, if its function is known."""
+        recipient = read_header(header).recipient
+        begun = recipient.removeprefix(FUNCTIONS)
+        name = name_of_cut(begun, header, self._names) if begun != recipient else ""
+        if name and not text_in_header(header, self._has_role, False):
+            self._begin_call(name, found)
+
+    def _begin_call(self, name: str, found: PieceBuilder) -> None:
+        found.add_call(CallDelta(self.num_begun, "", self._ids.new(name), name))
+        self.num_begun += 1
+        self._arguments = []
 
     def _take_from_header(self, header: str, is_whole: bool, found: PieceBuilder) -> _State:
         """Give what is text in a header; which text that is."""

@@ -140,6 +140,23 @@ def test_every_cut_of_a_call_keeps_its_text(form: ToolForm) -> None:
             assert has_calls is (arguments == '{"city": "Ems", "days": 3}')
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cut_value_is_the_beginning_of_the_whole_one(form: ToolForm) -> None:
+    """Also where it is no text: clients that read cut JSON get its type right."""
+    arguments = {
+        "city": "Ems",
+        "days": 13,
+        "is_short": True,
+        "places": [{"name": 'a "b" c'}],
+        "where": "[at] home",
+    }
+    call = written(form, [("now", {}), ("weather", arguments)])
+    whole = dict(parsed(call, form)[0])["1 weather"]
+    for end in range(len(call)):
+        said = dict(parsed(call[:end], form)[0]).get("1 weather", "")
+        assert whole.startswith(said), said
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

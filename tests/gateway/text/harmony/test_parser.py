@@ -122,14 +122,40 @@ def test_an_answer_without_marks_is_content(text: str) -> None:
         ),
         ("<|message|>a<|end|><|start|>functions.f to=x<|channel|>final<|message|>b", "b", "a"),
         ("<|channel|>anal", "", ""),
-        ("<|channel|>commentary to=functions.f <|constrain|>js", "", ""),
-        ("<|channel|>commentary to=functions.f js", "", ""),
+        ("<|channel|>commentary to=functions.nothing <|constrain|>js", "", ""),
+        ("<|channel|>commentary to=functions.f a b", "a b", ""),
         ("<|channel|>analysis<|message|>a<|end|><|start|>assistant to", "a", ""),
     ],
 )
 def test_broken_and_cut_headers_lose_no_text(text: str, reasoning: str, content: str) -> None:
     for size in (1, 2, 1000):
         assert parsed(pieces_of(text, size)) == (reasoning, content, []), size
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        ("<|channel|>commentary to=functions.", []),
+        ("<|channel|>commentary to=functions.ge", []),
+        ("<|channel|>commentary to=functions.get_w", ["get_weather"]),
+        ("<|channel|>commentary to=functions.get_weather", ["get_weather"]),
+        ("<|channel|>commentary to=functions.get <|constrain|>js", ["get"]),
+        (" to=functions.python<|channel|>comm", ["python"]),
+    ],
+)
+def test_a_call_whose_header_is_cut_has_begun(header: str, names: list[str]) -> None:
+    """Also behind another call, which is whole."""
+    first = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
+    known = ("f", "get", "get_weather", "python")
+    for before, calls in (("", []), (f"{first}<|start|>assistant", [("f", "{}")])):
+        text = before + header
+        for pieces in (pieces_of(text, 1), [text]):
+            parser = HarmonyParser(known)
+            found = [parser.feed(p, n == len(pieces) - 1) for n, p in enumerate(pieces)]
+            told = [call for piece in found for call in piece.joined().calls]
+            named = [call.name for call in told if call.name]
+            assert named == [name for name, _ in calls] + names
+            assert parser.has_calls is (bool(calls) and not names)
 
 
 @pytest.mark.parametrize(
