@@ -3,9 +3,11 @@
 The same files take effect as in transformers 5 (``PreTrainedTokenizerBase._from_pretrained``):
 
 - Files of templates (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``) come before
-  the entry ``chat_template`` of ``tokenizer_config.json``, a text or a list of named templates.
+  the entry ``chat_template`` of ``tokenizer_config.json``, a text or several templates by name.
 - ``special_tokens_map.json`` comes before ``tokenizer_config.json``, unless the latter has
   ``added_tokens_decoder``.
+- Models may have special tokens of their own, ``image_token`` for example, beside the usual ones or
+  in an object.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 _FIELDS = ("name", "template")
 _TOKEN = "_token"
 """End of the names that templates have for special tokens, such as ``bos_token``."""
+_OWN_TOKENS = ("model_specific_special_tokens", "extra_special_tokens")
+"""Objects with further ones by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +45,10 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     tokens = config
     if "added_tokens_decoder" not in config:
         tokens = {**config, **_read_json(folder / "special_tokens_map.json")}
-    texts = {name: _content(token) for name, token in tokens.items() if name.endswith(_TOKEN)}
+    named = {name: token for name, token in tokens.items() if name.endswith(_TOKEN)}
+    for own in map(tokens.get, _OWN_TOKENS):
+        named |= own if isinstance(own, dict) else {}
+    texts = {name: _content(token) for name, token in named.items()}
     return TokenizerFiles(
         templates=_template_files(folder) or _templates_of(config.get("chat_template")),
         tokens={name: text for name, text in texts.items() if text},
@@ -49,16 +56,18 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def _template_files(folder: Path) -> dict[str, str]:
-    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
-    if (default := folder / "chat_template.jinja").is_file():
-        files[DEFAULT] = default
+    default = folder / "chat_template.jinja"
+    files = {DEFAULT: default} if default.is_file() else {}
+    files |= {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
     return {name: _read(path) for name, path in sorted(files.items())}
 
 
 def _templates_of(entry: Any) -> dict[str, str]:
-    """The entry ``chat_template`` of ``tokenizer_config.json``: a text, or a list by name."""
+    """The entry ``chat_template`` of ``tokenizer_config.json``: a text, or several by name."""
     if isinstance(entry, str):
         return {DEFAULT: entry}
+    if isinstance(entry, dict):
+        return {name: text for name, text in entry.items() if isinstance(text, str)}
     found = {}
     for named in entry if isinstance(entry, list) else ():
         name, text = (named.get(k) if isinstance(named, dict) else None for k in _FIELDS)

@@ -25,6 +25,7 @@ ENTRIES: tuple[Any, ...] = (
     ],
     [{"name": "default", "template": "ALONE {{ messages[0].content }}"}],
     [{"name": "tool_use", "template": "TOOLS ALONE {{ messages[0].content }}"}],
+    {"default": "OBJECT {{ image_token }}", "tool_use": "OBJECT TOOLS {{ messages[0].content }}"},
 )
 FILES: tuple[dict[str, str], ...] = (
     {},
@@ -38,6 +39,7 @@ FILES: tuple[dict[str, str], ...] = (
         "chat_template.jinja": "FILE {{ messages[0].content }}",
         "additional_chat_templates/rag.jinja": "RAG {{ messages[0].content }}",
     },
+    {"chat_template.jinja": "FILE", "additional_chat_templates/default.jinja": "NAMED"},
 )
 TOKENS: tuple[tuple[dict[str, Any], dict[str, Any] | None], ...] = (
     ({"bos_token": "<b>", "eos_token": "<e>"}, None),
@@ -46,8 +48,13 @@ TOKENS: tuple[tuple[dict[str, Any], dict[str, Any] | None], ...] = (
     ({"eos_token": "<old>"}, {"eos_token": "<e>", "pad_token": "<p>"}),
     ({"eos_token": "<e>", "added_tokens_decoder": {}}, {"bos_token": "<b>", "eos_token": "<x>"}),
     ({"bos_token": None, "eos_token": {"content": "<e>", "__type": "AddedToken"}}, None),
+    ({"bos_token": "<b>", "extra_special_tokens": {"image_token": "<i>"}}, None),
+    ({"image_token": "<old>", "extra_special_tokens": {"image_token": "<i>"}}, None),
+    ({"bos_token": "<b>", "extra_special_tokens": ["<i>"]}, {"eos_token": "<e>"}),
+    ({"model_specific_special_tokens": {"image_token": "<i>"}}, None),
+    ({"bos_token": "<b>"}, {"image_token": "<i>"}),
 )
-NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "image_token")
 
 
 def write(
@@ -101,7 +108,7 @@ def test_prompts_and_tokens_are_those_of_transformers(
         folder = write(tmp_path / str(number), entry, files, tokens)
         expected = AutoTokenizer.from_pretrained(str(folder))
         found = read_tokenizer_files(folder)
-        known = {n: getattr(expected, n) for n in NAMES if getattr(expected, n) is not None}
+        known = {n: t for n in NAMES if (t := getattr(expected, n, None)) is not None}
         assert {n: t for n, t in found.tokens.items() if n in NAMES} == known
         for tools in (None, TOOLS):
             assert ours(folder, tools) == theirs(expected, tools), (entry, files, tools)
