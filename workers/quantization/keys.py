@@ -15,13 +15,14 @@ from cluster.core.errors import CheckpointError
 _NOTHING: tuple[Any, ...] = (None, False, "", "none", [], {})
 """Values with which any key changes nothing."""
 _NUMBERS = """
-    bits format formats packing layout order zero zeros scale scales semantics kv
-    activation activations rotation rotations hadamard spinquant transform transforms permutation
-    adapter adapters lora codebook codebooks outlier outliers residual residuals sparse sparsity
+    bits format formats layout order zero zeros scale scales semantics kv
+    activation activations rotation rotations hadamard quarot spinquant transform transforms
+    permutation adapter adapters lora rank svd codebook codebooks outlier outliers
+    residual residuals sparse sparsity pruned pruning
 """
 _NUMBER_WORDS = frozenset(_NUMBERS.split())
 """Words in the names of keys that change numbers."""
-_NUMBER_KEYS = frozenset({"static_attention_dtype"})
+_NUMBER_KEYS = frozenset({"static_attention_dtype", "packing"})
 """Other such keys."""
 _HARMLESS_KEYS = frozenset(
     {"scale_dtype", "static_kv_granularity", "static_attention_granularity", "bits_per_weight"}

@@ -75,7 +75,7 @@ def stored_as(found: object) -> StoredAs | None:
 def _fp8(keys: QuantizationKeys) -> StoredAs:
     keys.one_of("fmt", "e4m3", "float8_e4m3fn", None)
     keys.one_of("activation_scheme", "dynamic", None)
-    keys.one_of("scale_fmt", "float", None)
+    keys.one_of("scale_fmt", "float", "ue8m0", None)  # powers of two in float32: DeepSeek-V3.1
     keys.one_of("expert_dtype", "fp8", None)
     keys.one_of("modules_to_convert", None, [])
     keys.one_of("bits", 8, None)
@@ -131,7 +131,7 @@ def _of_matrices(keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bo
         "group_size": keys.value(keys.present("group_size", "q_group_size")),
         "data_type": keys.one_of("data_type", *_INTEGER_TYPES),
     }
-    for key in ("dynamic", "extra_config"):
+    for key in ("dynamic", "extra_config", "layer_config"):
         check_overrides(keys, key, same | ({"sym": True} if is_symmetric else {}))
     return _integers(same["bits"], same["group_size"], has_zeros=not is_symmetric)
 

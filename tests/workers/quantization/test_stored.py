@@ -67,6 +67,11 @@ def integers(bits: int, group: int | None, has_zeros: bool) -> WeightFormat:
         ({**GPTQ, "rotation": "hadamard"}, "rotation 'hadamard' is not supported"),
         ({**GPTQ, "adapter": {"name": "lora"}}, "adapter {'name': 'lora'} is not supported"),
         ({**GPTQ, "rotation_configs": [{"kind": "x"}]}, "rotation_configs [{'kind': 'x'}] is not"),
+        ({**GPTQ, "quarot": True}, "quarot True is not supported"),
+        ({**GPTQ, "svd_rank": 32}, "svd_rank 32 is not supported"),
+        ({**GPTQ, "packing": "x"}, "packing 'x' is not supported"),
+        ({**GPTQ, "layer_config": {"a": {"bits": 8}}}, "layer_config 'a': bits 8 is not supported"),
+        ({**FP8, "scale_fmt": "e5m2"}, "scale_fmt 'e5m2' is not supported: must be 'float' or"),
         ({**GPTQ, "act_bits": 8}, "act_bits 8 is not supported"),
         ({**GPTQ, "data_type": "nv_fp"}, "data_type 'nv_fp' is not supported: must be 'int'"),
         ({**GPTQ, "super_bits": 6}, "super_bits 6 is not supported"),
@@ -205,6 +210,15 @@ def test_what_tools_write_is_read(name: str) -> None:
             ),
             ("auto-round", {**TUNING, "provider": "auto-round", "lm_head": True}),
             ("auto-round-left-out", {"dynamic": {"-:.*down_proj.*": {}, ".*up.*": {"bits": 16}}}),
+            (
+                "gptqmodel-4",
+                {
+                    "parallel_packing": True,
+                    "v2": True,
+                    "vram_strategy": "exclusive",
+                    "fallback": {"strategy": "rtn", "threshold": "0.5%"},
+                },
+            ),
             ("auto-gptq", {"static_groups": False, "model_file_base_name": "model", "mse": 1.5}),
         )
     ]
@@ -317,6 +331,7 @@ def test_nothing_is_stored_otherwise_without_a_word() -> None:
 def test_blocks_of_float8() -> None:
     stored = stored_as({**FP8, "fmt": "e4m3", "modules_to_not_convert": ["lm_head"]})
     assert stored is not None
+    assert stored == stored_as({**FP8, "activation_scheme": "dynamic", "scale_fmt": "ue8m0"})
     assert stored.block == (64, 128)
     assert stored.form == WeightFormat(codes="e4m3", group=128)
 
