@@ -243,10 +243,13 @@ class Generation(AbstractContextManager["Generation"]):
             entry.choices.append(Choice(entry, number, text))
         return entry
 
-    def _detokenizer(self, before: tuple[int, ...] = ()) -> Detokenizer | None:
+    def _detokenizer(
+        self, before: tuple[int, ...] = (), keeps_special: bool = False
+    ) -> Detokenizer | None:
         if self._tokenizer is None:
             return None
-        return make_detokenizer(self._tokenizer, self.call.fields.skip_special_tokens, before)
+        skips_special = self.call.fields.skip_special_tokens and not keeps_special
+        return make_detokenizer(self._tokenizer, skips_special, before)
 
     def _all_choices(self) -> Iterable[Choice]:
         return (choice for prompt in self._prompts.values() for choice in prompt.choices)
@@ -404,8 +407,9 @@ class Generation(AbstractContextManager["Generation"]):
             return "", []
         if prompt.echo is None:
             given, logprobs = prompt.prompt.text, prompt.logprobs or ()
-            text, tokens = place_tokens(self._detokenizer(), prompt.prompt.ids, logprobs)
             has_text = given is not None and self.makes_text
+            detokenizer = self._detokenizer(keeps_special=has_text)  # a given text may have some
+            text, tokens = place_tokens(detokenizer, prompt.prompt.ids, logprobs)
             prompt.echo = aligned(given or "", text, tokens) if has_text else (text, tokens)
         return prompt.echo
 

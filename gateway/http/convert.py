@@ -185,10 +185,10 @@ def _template_message(message: Message, place: int) -> dict[str, Any]:
 
 
 def _content(message: Message, path: str) -> str:
+    if not message.content and (message.model_extra or {}).get("refusal"):
+        return str((message.model_extra or {})["refusal"])
     if isinstance(message.content, str):
         return message.content
-    if message.content is None and (message.model_extra or {}).get("refusal"):
-        return str((message.model_extra or {})["refusal"])
     if message.content is None:
         if message.role != "assistant":
             raise RequestError(

@@ -115,12 +115,18 @@ def aligned(given: str, text: str, tokens: Sequence[TokenText]) -> tuple[str, li
     """Tokens that were placed in ``text``, placed in the text that they were made of.
 
     What is decoded may have more in front: special tokens, and a space that some tokenizers add.
+    Some decoders leave out a space of the first token.
     """
-    shift = len(text) - len(given) if text.endswith(given) else 0
-    offsets = (min(max(0, token.text_offset - shift), len(given)) for token in tokens)
+    is_end = text.endswith(given) or given.endswith(text)
+    shift = len(text) - len(given) if is_end else 0
+    first = 0 if shift < 0 else None
     return given, [
-        TokenText(token.token_id, offset, token.logprob)
-        for token, offset in zip(tokens, offsets, strict=True)
+        TokenText(
+            token.token_id,
+            0 if place == first else min(max(0, token.text_offset - shift), len(given)),
+            token.logprob,
+        )
+        for place, token in enumerate(tokens)
     ]
 
 

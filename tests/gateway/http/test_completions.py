@@ -144,8 +144,12 @@ def test_max_tokens_0_scores_the_prompt_alone(stack: Stack, n: int) -> None:
 
 def test_echo_gives_the_text_as_it_was_sent(stack: Stack) -> None:
     text = f"hello{EOS} wörld"
-    (choice,) = complete(stack, prompt=text, max_tokens=1, echo=True)["choices"]
+    (choice,) = complete(stack, prompt=text, max_tokens=1, echo=True, logprobs=0)["choices"]
     assert choice["text"].startswith(text)
+    shown = choice["logprobs"]
+    places = dict(zip(shown["tokens"], shown["text_offset"], strict=True))
+    assert places[EOS] == len("hello")
+    assert places[" w"] == len(f"hello{EOS}")
 
 
 @pytest.mark.parametrize(

@@ -482,7 +482,11 @@ def test_collections_come_back_after_the_last_of_several_parses() -> None:
 
 def test_refusals_of_earlier_answers_are_text() -> None:
     parts = [{"type": "text", "text": "No."}, {"type": "refusal", "refusal": "I cannot."}]
-    for message in ({"content": parts}, {"content": None, "refusal": "No.\nI cannot."}):
+    refusal = "No.\nI cannot."
+    for message in (
+        {"content": parts},
+        *({"content": nothing, "refusal": refusal} for nothing in (None, "", [])),
+    ):
         body = ChatBody.model_validate(
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", **message}]}
         )

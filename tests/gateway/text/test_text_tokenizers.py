@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gateway.text.detokenizer import (
     ChoiceText,
@@ -233,3 +233,41 @@ def test_an_echoed_text_keeps_its_spaces_and_its_tokens_their_places(
     found, placed = aligned(text, decoded, tokens)
     assert found == text
     assert [token.text_offset for token in placed] == offsets
+
+
+def metaspace(adds_bos: bool) -> Tokenizer:
+    """As in Mistral's newer files: a mark is put before texts that do not begin with a space."""
+    pieces = ["<unk>", "<s>", "\u2581", "h", "i", "a", "hi", "\u2581hi", "\u2581a", "\u2581\u2581"]
+    merges = [("h", "i"), ("\u2581", "hi"), ("\u2581", "a"), ("\u2581", "\u2581")]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    made.add_special_tokens(["<s>"])
+    if adds_bos:
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return Tokenizer(made)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize(
+    ("text", "offsets"),
+    [
+        ("hi a", [0, 2]),
+        (" hi a", [0, 3]),
+        ("  hi", [0, 1]),
+        ("   hi a", [0, 2, 5]),
+        (" hi hi  a", [0, 3, 6, 7]),
+        (" ", [0]),
+    ],
+)
+def test_spaces_that_a_decoder_leaves_out_have_places(
+    text: str, offsets: list[int], adds_bos: bool
+) -> None:
+    tokenizer = metaspace(adds_bos)
+    decoded, tokens = place_tokens(make_detokenizer(tokenizer, False), tokenizer.encode(text), ())
+    found, placed = aligned(text, decoded, tokens)
+    assert found == text
+    assert [token.text_offset for token in placed] == [0] * adds_bos + offsets
