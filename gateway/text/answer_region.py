@@ -11,7 +11,7 @@ _MAX_MARK_CHARS = 256
 """Longest mark that is looked for across pieces; a header of Harmony may hold a content type."""
 _END_OF_REASONING = re.compile(re.escape(END))
 _MESSAGE_OR_CALL = re.compile(
-    r"<\|channel\|>\s*(final|commentary)\b[^<]*(<\|constrain\|>[^<]*)?<\|message\|>"
+    r"<\|channel\|>[^\w<]*(final|commentary)\b[^<]*(<\|constrain\|>[^<]*)?<\|message\|>"
 )
 
 

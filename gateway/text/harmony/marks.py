@@ -33,16 +33,17 @@ OPENED = f"{START}{ROLE}"
 FUNCTIONS = "functions."
 """Before the name of a function that a message calls."""
 
-_CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
-_RECIPIENT = re.compile(r"\bto=([\w.:/-]+)")
+_SIGNS = r"[^\w<=\[\]{}()\"'`]{0,64}"
+"""White space, and signs such as ``??`` that models write into headers now and then."""
+_CHANNEL_NAME = re.compile(rf"{re.escape(CHANNEL)}{_SIGNS}(\w+)")
+_RECIPIENT = re.compile(r"\bto=\s*([\w.:/-]+)")
 _ROLE_WORD = re.compile(r"[\w.:-]*")
-_BEHIND_ROLE = re.compile(rf"\s*(?:to=|{re.escape(CHANNEL)}|{re.escape(CONSTRAIN)})")
-_ONE_WORD = re.compile(r"[\w.-]{0,64}")
-_NO_WORD = re.compile(r"[?!.,;:~*#\s-]{0,64}")
-"""Signs that models write into headers now and then, such as ``??``."""
-_TO = r"\s*(?:to=[^\s<]*|to?\Z)?\s*"
+_BEHIND_ROLE = re.compile(rf"{_SIGNS}(?:to=|{re.escape(CHANNEL)}|{re.escape(CONSTRAIN)})")
+_ONE_WORD = re.compile(rf"{_SIGNS}[\w.-]{{0,64}}{_SIGNS}")
+_TO = rf"\s*(?:{_SIGNS}to=\s*[^\s<]*|to?\Z)?\s*"
 _WORDS = re.compile(
-    rf"{_TO}(?:{re.escape(CHANNEL)}\s*(\w*))?{_TO}(?:{re.escape(CONSTRAIN)}\s*\w*)?\s*"
+    rf"{_TO}(?:{_SIGNS}{re.escape(CHANNEL)}\s*(?:{_SIGNS}(?=\w))?(\w*))?{_TO}"
+    rf"(?:{_SIGNS}{re.escape(CONSTRAIN)}\s*\w*)?\s*"
 )
 """What a header says behind its role, in the usual order, perhaps cut off; the group: channel."""
 
@@ -105,8 +106,7 @@ def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
         place = words.end()
     text = header[place:]
     may_be_type = is_whole or bool(read_header(header).recipient)
-    is_word = any(kind.fullmatch(text.strip()) for kind in (_ONE_WORD, _NO_WORD))
-    return "" if may_be_type and is_word else text
+    return "" if may_be_type and _ONE_WORD.fullmatch(text.strip()) else text
 
 
 def _role_end(header: str) -> int:
@@ -118,6 +118,11 @@ def _role_end(header: str) -> int:
 
 def _begins_one_of(names: tuple[str, ...], text: str) -> bool:
     return any(name.startswith(text) for name in names)
+
+
+def without_signs(text: str) -> str:
+    """A text without white space and signs at its start."""
+    return re.sub(_SIGNS, "", text.lstrip(), count=1)
 
 
 def open_message(prompt: str) -> str:

@@ -27,6 +27,7 @@ from gateway.text.harmony.marks import (
     Header,
     read_header,
     text_in_header,
+    without_signs,
 )
 
 MAX_HEADER_CHARS = 256
@@ -227,7 +228,7 @@ def _begins_header(text: str) -> bool:
 
 def _may_begin(text: str) -> bool:
     """Whether a header, behind its role, may begin so."""
-    words = text.lstrip()
+    words = without_signs(text)
     return any(words.startswith(first) or first.startswith(words) for first in _FIRST_WORDS)
 
 

@@ -28,6 +28,11 @@ CASES = (
     ),
     (lambda: AnswerRegion.of_harmony(OPENED), "", "c b"),
     (
+        lambda: AnswerRegion.of_harmony("<|start|>assistant"),
+        "<|channel|>?? final??<|message|>",
+        "b",
+    ),
+    (
         lambda: AnswerRegion.of_harmony("<|start|>assistant<|channel|>analysis<|message|>"),
         "a<|end|><|start|>assistant<|channel|>final<|message|>",
         "\nb",

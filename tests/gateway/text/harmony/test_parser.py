@@ -133,6 +133,40 @@ def test_broken_and_cut_headers_lose_no_text(text: str, reasoning: str, content:
 
 
 @pytest.mark.parametrize(
+    ("header", "kind"),
+    [
+        ("<|channel|>?? final<|message|>", "content"),
+        ("??<|channel|>final<|message|>", "content"),
+        ("<|channel|>final??<|constrain|>json<|message|>", "content"),
+        ("<|channel|>final ?? json<|message|>", "content"),
+        ("<|channel|>final\uff01\uff1f<|message|>", "content"),
+        ("<|channel|>final\ufffd\ufffd<|message|>", "content"),
+        ("<|channel|>?? analysis<|message|>", "reasoning"),
+        ("<|channel|>commentary?? to=functions.f <|constrain|>json<|message|>", "call"),
+        ("<|channel|>commentary to=functions.f ??<|constrain|>json<|message|>", "call"),
+        ("<|channel|>commentary to= functions.f code??<|message|>", "call"),
+        (" to=functions.f ??<|channel|>commentary<|message|>", "call"),
+        ("?? to=functions.f<|channel|>commentary<|message|>", "call"),
+    ],
+)
+def test_signs_in_headers_are_nothing(header: str, kind: str) -> None:
+    """Wherever they are."""
+    before = "<|channel|>analysis<|message|>a<|end|><|start|>assistant"
+    for opening, thought in (("", ""), (before, "a")):
+        for size in (1, 2, 1000):
+            reasoning, content, calls = parsed(pieces_of(f"{opening}{header}{{}}", size))
+            assert reasoning == thought + "{}" * (kind == "reasoning")
+            assert content == "{}" * (kind == "content")
+            assert calls == [("f", "{}")] * (kind == "call")
+
+
+def test_signs_that_no_header_follows_are_text() -> None:
+    for text in ("??", "- a", "... to be", "?? final", "!" * 300):
+        for size in (1, 1000):
+            assert parsed(pieces_of(text, size)) == ("", text, [])
+
+
+@pytest.mark.parametrize(
     ("header", "names"),
     [
         ("<|channel|>commentary to=functions.", []),
