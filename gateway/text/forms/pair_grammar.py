@@ -7,7 +7,7 @@ that grammars of JSON follow of a schema.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ from gateway.text.schemas.text_rules import TextRule, text_rules
 
 BREAK = "BREAK?"
 BREAK_RULE = r"BREAK: /[ \n]/"
+_MAX_COUNTED = 1000
+"""Rules that count arguments, of one shape, and the greatest number of arguments."""
 _TEXT, _NO_TEXT = '"true"', '"false"'
 _ANY_TEXT = "VALUE"
 _OTHER_KEY = "/[A-Za-z0-9_.$-]{1,64}/"
@@ -111,10 +113,13 @@ class _ToolRules:
 
     def _shape(self, shape: Shape) -> str:
         """All arguments, in the order of the schema."""
-        parts: list[str] = []
-        for key, schema in shape.properties.items():
-            name = self._named("arg", self._argument(json.dumps(key), schema, key))
-            parts.append(name if key in shape.required else f"{name}?")
+        names = [
+            (
+                self._named("arg", self._argument(json.dumps(key), schema, key)),
+                key in shape.required,
+            )
+            for key, schema in shape.properties.items()
+        ]
         taken = " | ".join(map(json.dumps, shape.properties))
         excluded = f" & ~({taken})" if taken else ""
         others: list[str] = []
@@ -132,9 +137,42 @@ class _ToolRules:
             )
             key = f"{_OTHER_KEY}{excluded}{not_matching}"
             others.append(self._other(key, shape.others, "additionalProperties"))
+        if counted := self._counted(shape, names, " | ".join(others)):
+            return counted
+        parts = [name if is_required else f"{name}?" for name, is_required in names]
         if others:
             parts.append(f"({' | '.join(others)})*")
         return " ".join(parts) or '""'
+
+    def _counted(self, shape: Shape, names: Sequence[tuple[str, bool]], others: str) -> str:
+        """Arguments of a limited number, as rules for what may follow so many; empty where none of
+        the limits matters, or, if not strict, where they cannot be followed.
+
+        For example two of which one is needed are ``a: arg_0 a1 | arg_1``, ``a1: arg_1?``.
+        """
+        least, most = shape.least, shape.most
+        fits = most is None or (not others and most >= len(names))
+        if fits and least <= len(shape.required):
+            return ""
+        highest = min(least if fits or most is None else most, len(names))
+        if max(least, most or 0, len(names) * highest) > _MAX_COUNTED:
+            self._refuse((), f"needs more than {_MAX_COUNTED} rules to count arguments")
+            return ""
+        after = [
+            _rest(count, least, None if fits else most, others) for count in range(highest + 1)
+        ]
+        for name, is_required in reversed(names):
+            named = [None if one is None else self._named("args", one) for one in after]
+            after = []
+            for count in range(highest + 1):
+                following = named[min(count + 1, highest)] if fits or count < highest else None
+                ways = [] if following is None else [f"{name} {following}"]
+                if not is_required and (left_out := named[count]) is not None:
+                    ways.append(left_out)
+                after.append(f"({' | '.join(ways)})" if ways else None)
+        if after[0] is None:
+            self._refuse((), "allows no arguments")
+        return after[0] or ""
 
     def _other(self, key: str, schema: Any, about: str) -> str:
         fallback = None if self.tool.is_strict else _OTHER_KEY
@@ -191,6 +229,14 @@ class _ToolRules:
             self._names[body] = name
             self._rules.append(Rule(name, body, label, fallback))
         return self._names[body]
+
+
+def _rest(count: int, least: int, most: int | None, others: str) -> str | None:
+    """What may follow ``count`` arguments that have names of their own; None: too few are left."""
+    low, high = max(0, least - count), "" if most is None else str(most - count)
+    if not others or high == "0":
+        return None if low else '""'
+    return f"({others}){{{low},{high}}}"
 
 
 def _implied(kinds: frozenset[str]) -> frozenset[str]:

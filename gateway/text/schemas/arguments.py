@@ -37,6 +37,10 @@ class Shape:
     """Schemas of other arguments, by a pattern of their names."""
     others: Any = False
     """Schema of all others; False: there are none."""
+    least: int = 0
+    """Arguments that there must be."""
+    most: int | None = None
+    """Arguments that there may be; None: any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
     required = dict.fromkeys(chain(*(piece.get("required", ()) for piece in pieces)))
     speaking = [p for p in pieces if "additionalProperties" in p or p.get("patternProperties")]
     if is_strict:
-        _check_followed(pieces, len(required), names, speaking)
+        _check_followed(pieces, names, speaking)
     patterns: dict[str, Any] = {}
     for piece in speaking:
         patterns |= piece.get("patternProperties", {})
@@ -110,8 +114,14 @@ def _shape(pieces: Alternative, is_strict: bool) -> Shape | None:
             return None
         if schema is not False or name in required:
             properties[name] = schema or True
+    limits = [piece["maxProperties"] for piece in pieces if "maxProperties" in piece]
     return Shape(
-        properties=properties, required=frozenset(required), patterns=patterns, others=others
+        properties=properties,
+        required=frozenset(required),
+        patterns=patterns,
+        others=others,
+        least=max((piece.get("minProperties", 0) for piece in pieces), default=0),
+        most=min(limits, default=None),
     )
 
 
@@ -137,7 +147,6 @@ def _all_of(schemas: Sequence[Any]) -> Any:
 
 def _check_followed(
     pieces: Alternative,
-    num_required: int,
     names: Mapping[str, Any],
     speaking: Sequence[Piece],
 ) -> None:
@@ -146,9 +155,5 @@ def _check_followed(
     if has_patterns and (names or len(speaking) > 1):
         raise UnfollowedError("patternProperties is not followed beside properties")
     for piece in pieces:
-        if piece.get("minProperties", 0) > num_required:
-            raise UnfollowedError("minProperties is not followed")
-        if "maxProperties" in piece and (speaking or piece["maxProperties"] < len(names)):
-            raise UnfollowedError("maxProperties is not followed")
         if values_of(piece) is not None:
             raise UnfollowedError("enum and const of all arguments are not followed")

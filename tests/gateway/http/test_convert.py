@@ -483,10 +483,13 @@ def test_collections_come_back_after_the_last_of_several_parses() -> None:
 def test_refusals_of_earlier_answers_are_text() -> None:
     parts = [{"type": "text", "text": "No."}, {"type": "refusal", "refusal": "I cannot."}]
     refusal = "No.\nI cannot."
-    for message in (
+    messages: list[dict[str, Any]] = [
         {"content": parts},
-        *({"content": nothing, "refusal": refusal} for nothing in (None, "", [])),
-    ):
+        {"content": None, "refusal": refusal},
+        {"content": "", "refusal": refusal},
+        {"content": [], "refusal": refusal},
+    ]
+    for message in messages:
         body = ChatBody.model_validate(
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", **message}]}
         )

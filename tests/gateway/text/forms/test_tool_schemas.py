@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool, ToolForm, ToolUse
 from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.forms.answer_parser import AnswerParser
@@ -120,6 +121,7 @@ NEVER: dict[str, Any] = {"not": {}}
 """As zod-to-json-schema writes what no value is."""
 CONDITION = {"if": {"properties": {"a": {"const": 1}}}, "then": {"properties": {"z": {}}}}
 NUMBER = {"type": "integer"}
+TWO: dict[str, Any] = {"type": "object", "properties": {"a": NUMBER, "b": NUMBER}}
 
 
 def one(schema: Any, **beside: Any) -> dict[str, Any]:
@@ -137,6 +139,13 @@ def one(schema: Any, **beside: Any) -> dict[str, Any]:
         (one(NUMBER, allOf=[CONDITION]), [{"a": 1}, {"a": 1, "z": 2}], [{"a": "x"}]),
         (one(NUMBER, **CONDITION, additionalProperties=False), [{"a": 1}], [{"a": 1, "z": 2}]),
         (one(NUMBER, type=["object", "null"]), [{"a": 1}], [None]),
+        ({**TWO, "minProperties": 1}, [{"a": 1}, {"b": 1}, {"a": 1, "b": 1}], [{}]),
+        ({**TWO, "maxProperties": 1}, [{}, {"a": 1}, {"b": 1}], [{"a": 1, "b": 1}]),
+        (
+            {"type": "object", "additionalProperties": NUMBER, "minProperties": 2},
+            [{"a": 1, "b": 1}],
+            [{}, {"a": 1}],
+        ),
     ],
 )
 def test_only_what_follows_the_schema_is_written(
@@ -153,6 +162,33 @@ def test_only_what_follows_the_schema_is_written(
         text = written(form, [("f", arguments or {})])
         null = text.replace("{}", "null") if arguments is None else text
         assert not vocabulary.allows(grammar, null), null
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+@pytest.mark.parametrize("form", PAIR_FORMS)
+def test_named_and_other_arguments_are_counted(
+    form: ToolForm, is_strict: bool, vocabulary: Vocabulary
+) -> None:
+    counted = {"minProperties": 2, "maxProperties": 3}
+    schema = {**TWO, "required": ["b"], "additionalProperties": NUMBER, **counted}
+    grammar = grammar_of(schema, form, is_strict)
+    for names in ("ab", "bc", "abc", "bcd"):
+        text = written(form, [("f", dict.fromkeys(names, 1))])
+        assert vocabulary.allows(grammar, text), names
+    for names in ("b", "ac", "abcd", "bcde"):
+        text = written(form, [("f", dict.fromkeys(names, 1))])
+        assert not vocabulary.allows(grammar, text), names
+
+
+@pytest.mark.parametrize("form", PAIR_FORMS)
+def test_many_arguments_are_counted_by_strict_tools_or_refused(
+    form: ToolForm, vocabulary: Vocabulary
+) -> None:
+    for most in (1000, 1001):
+        schema = {"type": "object", "additionalProperties": NUMBER, "maxProperties": most}
+        assert vocabulary.allows(grammar_of(schema, form), written(form, [("f", {"a": 1})]))
+    with pytest.raises(RequestError, match="needs more than 1000 rules to count arguments"):
+        grammar_of(schema, form, is_strict=True)
 
 
 def check_walks(case: Case, form: ToolForm, vocabulary: Vocabulary, count: int) -> int:
