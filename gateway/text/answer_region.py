@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 from gateway.core.thinking import BEGIN, END, Thinking
-from gateway.text.harmony.marks import MESSAGE
+from gateway.text.harmony.marks import ENDS, MESSAGE, START
 
 _MAX_MARK_CHARS = 256
 """Longest mark that is looked for across pieces; a header of Harmony may hold a content type."""
 _END_OF_REASONING = re.compile(re.escape(END))
+_END_OF_MESSAGE = re.compile("|".join(map(re.escape, (*ENDS, START))))
 _MESSAGE_OR_CALL = re.compile(
     r"<\|channel\|>[^\w<]*(final|commentary)\b[^<]*(<\|constrain\|>[^<]*)?<\|message\|>"
 )
@@ -18,11 +19,20 @@ _MESSAGE_OR_CALL = re.compile(
 class AnswerRegion:
     """Divides the text of one choice into reasoning and answer, piece by piece."""
 
-    def __init__(self, begins: re.Pattern[str], *, may_have_none: bool, skips_breaks: bool) -> None:
-        """``begins``: the mark before the answer. ``may_have_none``: a text that does not begin
+    def __init__(
+        self,
+        begins: re.Pattern[str],
+        ends: re.Pattern[str] | None = None,
+        *,
+        may_have_none: bool,
+        skips_breaks: bool,
+    ) -> None:
+        """``begins``: the mark before the answer. ``ends``: the mark behind a part of it; more
+        reasoning may follow, and more of the answer. ``may_have_none``: a text that does not begin
         with ``<think>`` is all answer. ``skips_breaks``: line breaks after the mark are no answer.
         """
         self._begins = begins
+        self._ends = ends
         self._is_undecided = may_have_none
         self._skips_breaks = skips_breaks
         self._has_mark = False
@@ -39,36 +49,59 @@ class AnswerRegion:
     @classmethod
     def of_harmony(cls, open_message: str) -> AnswerRegion:
         """Of a text in the Harmony format, whose prompt leaves this header open."""
-        found = cls(_MESSAGE_OR_CALL, may_have_none=False, skips_breaks=False)
+        found = cls(_MESSAGE_OR_CALL, _END_OF_MESSAGE, may_have_none=False, skips_breaks=False)
         found.is_open = open_message.endswith(MESSAGE) and bool(
             _MESSAGE_OR_CALL.search(open_message)
         )
         return found
 
-    def split(self, new: str) -> tuple[str, str]:
-        """What of a piece is before the answer, and what is of it. What is undecided waits."""
+    def split(self, new: str) -> list[tuple[str, bool]]:
+        """The parts of a piece, each with whether it is of the answer. What is undecided waits."""
         if self._is_undecided:
             self._seen += new
             words = self._seen.lstrip()
             if BEGIN.startswith(words[: len(BEGIN)]) and len(words) < len(BEGIN):
-                return "", ""
+                return []
             self._is_undecided, new, self._seen = False, self._seen, ""
             self.is_open = not words.startswith(BEGIN)
-        if self.is_open:
-            return "", new
-        if not self._has_mark:
-            text = self._seen + new
-            match = self._begins.search(text)
-            if match is None:
-                self._seen = text[-_MAX_MARK_CHARS:]
-                return new, ""
-            self._has_mark, place = True, match.end() - len(self._seen)
-        else:
-            place = 0
-        rest = new[place:]
-        answer = rest.lstrip("\n") if self._skips_breaks else rest
-        self.is_open = bool(answer) or not self._skips_breaks
-        return new[: len(new) - len(answer)], answer
+        parts: list[tuple[str, bool]] = []
+        while new:
+            is_answer = self.is_open
+            place = self._part_of_answer(new) if is_answer else self._part_before(new)
+            parts.append((new[:place], is_answer))
+            new = new[place:]
+        return [part for part in parts if part[0]]
+
+    def _part_of_answer(self, new: str) -> int:
+        """Characters of the answer at the start of a text; its end may be the answer's."""
+        if self._ends is None:
+            return len(new)
+        place = self._find(self._ends, new)
+        if place is None:
+            return len(new)
+        self.is_open = False
+        return place
+
+    def _part_before(self, new: str) -> int:
+        """Characters before the answer at the start of a text."""
+        place = 0 if self._has_mark else self._find(self._begins, new)
+        if place is None:
+            return len(new)
+        if not self._skips_breaks:
+            self.is_open = True
+            return place
+        self._has_mark = True
+        place = len(new) - len(new[place:].lstrip("\n"))
+        self.is_open = place < len(new)
+        return place
+
+    def _find(self, mark: re.Pattern[str], new: str) -> int | None:
+        """Where a mark ends that may have begun in earlier pieces; None: not yet."""
+        text = self._seen + new
+        match = mark.search(text)
+        place = None if match is None else match.end() - len(self._seen)
+        self._seen = text[-_MAX_MARK_CHARS:] if place is None else ""
+        return place
 
     def flush(self) -> str:
         """Text that still waits, at the end; it is of the answer."""

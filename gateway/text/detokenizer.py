@@ -259,9 +259,14 @@ class ChoiceText:
         return text, tokens
 
     def _add(self, new: str) -> str | None:
-        before, answer = ("", new) if self._region is None else self._region.split(new)
-        self._text += before
-        return self._add_answer(answer)
+        if self._region is None:
+            return self._add_answer(new)
+        for part, is_answer in self._region.split(new):
+            if not is_answer:
+                self._text += self._stop.flush() + part
+            elif (stopped := self._add_answer(part)) is not None:
+                return stopped
+        return None
 
     def _add_answer(self, new: str) -> str | None:
         text, stopped = self._stop.feed(new, self.num_tokens > self._min_tokens)

@@ -48,8 +48,8 @@ def test_a_text_is_divided_alike_however_it_is_cut(
     region, found = make(), ["", ""]
     text = before + answer
     for start in range(0, len(text), size):
-        for place, piece in enumerate(region.split(text[start : start + size])):
-            found[place] += piece
+        for piece, is_answer in region.split(text[start : start + size]):
+            found[is_answer] += piece
     found[1] += region.flush()
     assert found == [before, answer]
 
@@ -82,3 +82,33 @@ def test_stop_tokens_in_the_reasoning_are_text() -> None:
     (token,) = tiny_tokenizer().encode("x", add_special_tokens=False)
     assert feed("axb</think>\ncxd", [], [token]) == ("axb</think>\nc", token)
     assert feed("axb</think>\ncxd", [], [token], min_tokens=100) == ("axb</think>\ncxd", None)
+
+
+PARTS = (
+    ("<|channel|>analysis<|message|>a stop<|end|><|start|>assistant", 0),
+    ("<|channel|>commentary<|message|>", 0),
+    ("I look. st<|end|>", 1),
+    ("<|start|>assistant<|channel|>analysis<|message|>b stop", 0),
+    ("<|end|><|start|>assistant<|channel|>final<|message|>", 0),
+    ("c ", 1),
+)
+"""Of an answer in the Harmony format with words before more reasoning; 1: of the answer."""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+def test_reasoning_may_be_between_parts_of_an_answer(size: int) -> None:
+    region, found = AnswerRegion.of_harmony("<|start|>assistant"), ""
+    whole = "".join(text for text, _ in PARTS)
+    for start in range(0, len(whole), size):
+        for piece, is_answer in region.split(whole[start : start + size]):
+            found += piece.upper() if is_answer else piece
+    assert found == "".join(text.upper() if place else text for text, place in PARTS)
+
+
+def test_stops_do_not_count_in_reasoning_between_parts_of_an_answer() -> None:
+    tokenizer, whole = tiny_tokenizer(), "".join(text for text, _ in PARTS)
+    region = AnswerRegion.of_harmony("<|start|>assistant")
+    choice = ChoiceText(make_detokenizer(tokenizer), StopStrings(["stop"]), 0, region)
+    stopped = [choice.feed(token, None) for token in tokenizer.encode(f"{whole}stop", False)]
+    assert (choice.take(always=True)[0], stopped[-1]) == (whole, "stop")
+    assert set(stopped[:-1]) == {None}
