@@ -164,6 +164,24 @@ def test_only_what_follows_the_schema_is_written(
         assert not vocabulary.allows(grammar, null), null
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "beside", [{"minProperties": 1}, {"maxProperties": 1}, {"anyOf": [{"minProperties": 1}]}]
+)
+def test_limits_that_a_grammar_does_not_count_add_no_keys(
+    beside: dict[str, Any], form: ToolForm, vocabulary: Vocabulary
+) -> None:
+    """Where others are allowed beside keys that may be left out."""
+    inner = {**TWO, **beside}
+    for schema in (one(inner), one({"type": "array", "items": inner})):
+        grammar = grammar_of(schema, form)
+        value: Any = {"a": 1}
+        arguments = {"a": [value] if "items" in schema["properties"]["a"] else value}
+        assert vocabulary.allows(grammar, written(form, [("f", arguments)]))
+    closed = grammar_of(one({**TWO, "minProperties": 1, "additionalProperties": False}), form)
+    assert not vocabulary.allows(closed, written(form, [("f", {"a": {}})]))
+
+
 @pytest.mark.parametrize("is_strict", [False, True])
 @pytest.mark.parametrize("form", PAIR_FORMS)
 def test_named_and_other_arguments_are_counted(
