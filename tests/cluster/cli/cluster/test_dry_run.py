@@ -191,7 +191,7 @@ def test_public_checkpoints_are_planned(capsys: pytest.CaptureFixture[str], name
         ("gpt-oss-120b", "auto", 4 + 8 / 32),
         ("OLMoE-1B-7B-0924", "auto", 16),
         ("OLMoE-1B-7B-0924", "int8", 8 + 16 / 128),
-        ("OLMoE-1B-7B-0924", "int4", 4 + 16 / 32),
+        ("OLMoE-1B-7B-0924", "int4", 4 + (16 + 8) / 32),
     ],
 )
 def test_experts_are_planned_with_the_bytes_that_they_are_kept_in(
