@@ -80,7 +80,7 @@ class Generation(AbstractContextManager["Generation"]):
     on_close: Callable[[OutputQueue], None] = lambda queue: None
     """Called once, at its end."""
     free: Callable[[Sequence[list[Any]]], None] = lambda values: None
-    """Frees long lists, which nobody reads after the end."""
+    """Called at its end with lists that are not read any more, to free them in a thread."""
 
     def __post_init__(self, tokenizer: Tokenizer | None) -> None:
         call = self.call

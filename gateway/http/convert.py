@@ -185,8 +185,8 @@ def _template_message(message: Message, place: int) -> dict[str, Any]:
 
 
 def _content(message: Message, path: str) -> str:
-    if not message.content and (message.model_extra or {}).get("refusal"):
-        return str((message.model_extra or {})["refusal"])
+    if not message.content and (refusal := (message.model_extra or {}).get("refusal")):
+        return str(refusal)
     if isinstance(message.content, str):
         return message.content
     if message.content is None:

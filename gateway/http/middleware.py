@@ -365,11 +365,13 @@ def _json_pieces(value: object) -> Iterator[bytes]:
         yield b"["
         for start in range(0, len(value), _PIECE):
             piece = value[start : start + _PIECE]
-            is_nested = any(map(_has_parts, piece))
-            for place, inner in enumerate(piece if is_nested else (piece,)):
-                if start or place:
+            if not any(map(_has_parts, piece)):
+                yield (b"," if start else b"") + dump_json(piece)[1:-1]
+                continue
+            for place, inner in enumerate(piece, start):
+                if place:
                     yield b","
-                yield from _json_pieces(inner) if is_nested else (dump_json(inner)[1:-1],)
+                yield from _json_pieces(inner)
         yield b"]"
     else:
         yield dump_json(value)

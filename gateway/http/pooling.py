@@ -75,21 +75,21 @@ Serve = Callable[[GenerateFields], Awaitable[bytes]]
 
 
 class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateFields]]):
-    """Bodies of a kind; ``read`` takes what it needs from a large one in a thread."""
+    """Bodies of a kind; ``prepare`` takes what it needs from a large one in a thread."""
 
     def __init__(
-        self, gateway: Gateway, kind: type[CallBody], read: Callable[[Any], Serve]
+        self, gateway: Gateway, kind: type[CallBody], prepare: Callable[[Any], Serve]
     ) -> None:
         super().__init__(gateway)
         self._kind = kind
-        self._serving = read
+        self._prepare = prepare
 
     def _read(self, request: Request, data: dict[str, Any]) -> tuple[Serve, GenerateFields]:
         check_unbuilt(data, "pooling")
         body = parse_body(self._kind, data)
         fields = reading_fields(**given_fields(body))
         fields = with_headers(fields, request.headers, timeout_header_s(request))
-        return self._serving(body), fields
+        return self._prepare(body), fields
 
     async def _answer(
         self, request: Request, parsed: tuple[Serve, GenerateFields], responder: Responder

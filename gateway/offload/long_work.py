@@ -75,7 +75,7 @@ class LongWork:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def free(self, values: Sequence[list[Any]]) -> None:
-        """Have the thread ``release`` long lists that nobody reads any more; never waits."""
+        """Have the thread ``release`` lists that are not read any more, if they are long."""
         if sum(map(len, values)) > _FREED_ENTRIES:
             with contextlib.suppress(RuntimeError):  # it has been stopped
                 self._thread.submit(release, list(values))

@@ -27,8 +27,8 @@ class AnswerRegion:
         may_have_none: bool,
         skips_breaks: bool,
     ) -> None:
-        """``begins``: the mark before the answer. ``ends``: the mark behind a part of it; more
-        reasoning may follow, and more of the answer. ``may_have_none``: a text that does not begin
+        """``begins``: the mark before the answer. ``ends``: a mark within it, behind which more
+        reasoning and more of the answer may follow. ``may_have_none``: a text that does not begin
         with ``<think>`` is all answer. ``skips_breaks``: line breaks after the mark are no answer.
         """
         self._begins = begins
