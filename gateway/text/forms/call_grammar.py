@@ -13,7 +13,7 @@ from gateway.core.tool_use import Tool
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES
 from gateway.text.schemas.clean_schema import clean_schema, closed
 from gateway.text.schemas.patterns import in_grammar
-from gateway.text.schemas.references import BY_NAME, CONTENTS
+from gateway.text.schemas.references import without_keywords
 from workers.requests.request import Grammar, GrammarKind, GrammarPart
 
 FIELD = "tools"
@@ -138,30 +138,19 @@ def _size(rules: Sequence[Rule]) -> int:
 def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
     """A JSON text that follows a clean schema."""
     options = _COMPACT if is_strict else {**_COMPACT, **_LENIENT}
-    followed = schema if is_strict else _without_uncounted(schema)
+    followed = schema if is_strict else without_keywords(schema, _is_uncounted)
     plain = {**followed, _OPTIONS: options}
     return "%json " + json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
-def _without_uncounted(schema: Any) -> Any:
-    """A schema without limits of the number of keys where the compiler would count others alone:
-    where keys that have names may be left out, and others are allowed."""
-    if isinstance(schema, list):
-        return [_without_uncounted(one) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    is_closed = schema.get("additionalProperties") is False
+def _is_uncounted(schema: Mapping[str, Any], keyword: str) -> bool:
+    """Whether it limits the number of keys where the compiler would count others alone: where keys
+    that have names may be left out, and others are allowed.
+    """
+    if keyword not in _COUNTS or schema.get("additionalProperties") is False:
+        return False
     are_needed = set(schema.get("properties", ())) <= set(schema.get("required", ()))
-    is_counted = is_closed or (are_needed and not _OBJECT.isdisjoint(schema))
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in BY_NAME:
-            found[key] = {name: _without_uncounted(one) for name, one in value.items()}
-        elif key in CONTENTS:
-            found[key] = value
-        elif key not in _COUNTS or is_counted:
-            found[key] = _without_uncounted(value)
-    return found
+    return not are_needed or _OBJECT.isdisjoint(schema)
 
 
 def answer_rule(answer: Grammar) -> str:

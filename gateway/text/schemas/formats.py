@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from gateway.text.schemas.references import BY_NAME, CONTENTS
+from gateway.text.schemas.references import without_keywords
 
 _YEAR_DAY = (
     "[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
@@ -63,16 +63,9 @@ def is_known(name: object) -> bool:
 
 def without_notes(schema: Any) -> Any:
     """A schema without formats that are notes."""
-    if isinstance(schema, list):
-        return [without_notes(one) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in BY_NAME and isinstance(value, Mapping):
-            found[key] = {name: without_notes(one) for name, one in value.items()}
-        elif key in CONTENTS:
-            found[key] = value
-        elif key != "format" or is_known(value) or not isinstance(value, str):
-            found[key] = without_notes(value)
-    return found
+    return without_keywords(schema, _is_note)
+
+
+def _is_note(schema: Mapping[str, Any], keyword: str) -> bool:
+    value = schema[keyword]
+    return keyword == "format" and isinstance(value, str) and not is_known(value)

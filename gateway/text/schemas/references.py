@@ -6,7 +6,7 @@ the same document are known; no address is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urljoin
@@ -216,6 +216,26 @@ def inner_schemas(schema: Any, contents: Collection[str]) -> Iterator[Any]:
                 yield from value.values()
             elif key not in contents:
                 yield value
+
+
+def without_keywords(schema: Any, is_unwanted: Callable[[Mapping[str, Any], str], bool]) -> Any:
+    """A schema or a list of them without some keywords, also in all schemas inside.
+
+    ``is_unwanted`` gets a schema and one of its keywords.
+    """
+    if isinstance(schema, list):
+        return [without_keywords(one, is_unwanted) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in BY_NAME and isinstance(value, Mapping):
+            found[key] = {name: without_keywords(one, is_unwanted) for name, one in value.items()}
+        elif key in CONTENTS:
+            found[key] = value
+        elif not is_unwanted(schema, key):
+            found[key] = without_keywords(value, is_unwanted)
+    return found
 
 
 def _text(value: object) -> str:
