@@ -13,7 +13,7 @@ from cluster.core.errors import ContextLengthError, RequestError
 from gateway.core.call import CallKind, ChatInput, GenerateCall, GenerateFields
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts
-from gateway.generation.validate import finish_call
+from gateway.generation.validate import check_token_ids, finish_call
 
 LIMITS = GatewaySection()
 MODEL = ModelFacts(name="tiny", max_model_len=100, vocab_size=50, max_kv_tokens=80)
@@ -221,6 +221,36 @@ def test_other_defaults_are_neutral() -> None:
     assert (params.repetition_penalty, params.logprobs) == (1.0, None)
     assert call.fields.skip_special_tokens
     assert call.n == 1
+
+
+class _Sliced(tuple[int, ...]):
+    """Token ids that can only be looked at in slices, and note how long these are."""
+
+    lengths: list[int]
+
+    def __getitem__(self, place: Any) -> Any:
+        part = super().__getitem__(place)
+        self.lengths.append(len(part))
+        return part
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a million ids in one go hold the interpreter lock for 20 ms")
+
+
+@pytest.mark.parametrize("wrong", [-1, 50])
+@pytest.mark.parametrize("place", [0, 65_535, 65_536, 199_999])
+def test_a_million_token_ids_are_compared_in_slices(place: int, wrong: int) -> None:
+    right = [7] * 200_000
+    ids = _Sliced([*right[:place], wrong, *right[place + 1 :]])
+    ids.lengths = []
+    with pytest.raises(RequestError, match=rf"prompt: token id {wrong} is not in the vocabulary"):
+        check_token_ids("prompt", ids, 50)
+    assert max(ids.lengths) <= 65_536
+    assert sum(ids.lengths) < place + 65_537
+    ids = _Sliced(right)
+    ids.lengths = []
+    check_token_ids("prompt", ids, 50)
+    assert sum(ids.lengths) == 200_000
 
 
 def test_long_lists_are_made_once_for_all_prompts() -> None:
