@@ -159,4 +159,4 @@ class GrpcCall:
         self._code = report.grpc_code
         await self.send_id()
         details = report.status_details(self.request_id)
-        await self._stream.abort(report, (("grpc-status-details-bin", details),))
+        await self._stream.abort(error, report, (("grpc-status-details-bin", details),))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -194,8 +195,18 @@ class BoundedStream:
             raise SlowClientError(why) from err
         self._is_writing = False
 
-    async def abort(self, report: ErrorReport, trailers: tuple[tuple[str, bytes], ...]) -> None:
-        """End the call. Raises gRPC's error, unless a message waits for the client."""
+    async def abort(
+        self, error: BaseException, report: ErrorReport, trailers: tuple[tuple[str, bytes], ...]
+    ) -> None:
+        """End the call. Raises gRPC's error, unless a message waits for the client.
+
+        The frames that ``error`` has left are cleared: gRPC keeps errors with their call, a cycle
+        that is collected late, and the client's message may be in a frame.
+        """
+        chained: BaseException | None = error
+        while chained is not None:
+            traceback.clear_frames(chained.__traceback__)
+            chained = chained.__cause__ or chained.__context__
         if self._is_writing:
             await self.unread.end(self.context, report, trailers)
         else:

@@ -142,21 +142,23 @@ def service_handlers(
         if method.name in endless:
             stream_s = math.inf
 
+        async def answer(call: GrpcCall) -> None:
+            request = await _request(gateway, method, await call.read())
+            call.set_id(str(getattr(request, "request_id", "")))
+            if not method.server_streaming:
+                await call.send_id()
+                found: Message = await procedure(request, call)
+                size = call.answer_size
+                await call.write(await gateway.long_work.run(size, found.SerializeToString))
+                return
+            async with aclosing(procedure(request, call)) as answers:
+                async for piece in answers:
+                    await call.write(piece.SerializeToString())
+
         async def serve(_: Any, context: Context) -> None:
             call = GrpcCall(gateway, *names, context, keys, limits, stream_s)
             async with call.served():
-                request = await _request(gateway, method, await call.read())
-                call.set_id(str(getattr(request, "request_id", "")))
-                if not method.server_streaming:
-                    await call.send_id()
-                    answer: Message = await procedure(request, call)
-                    size = call.answer_size
-                    data = await gateway.long_work.run(size, answer.SerializeToString)
-                    await call.write(data)
-                    return
-                async with aclosing(procedure(request, call)) as answers:
-                    async for piece in answers:
-                        await call.write(piece.SerializeToString())
+                await answer(call)  # gRPC keeps this frame in an error: no message is in it
 
         make: Any = grpc.stream_stream_rpc_method_handler  # reads and writes in bounded time
         made: grpc.RpcMethodHandler[Any, Any] = make(serve)

@@ -24,8 +24,8 @@ from gateway.grpc.call_limits import BoundedStream, CallPool, Context, UnreadAns
 HEALTH_SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 MAX_REQUEST_BYTES = 1024
 """Largest request; the names of our services are much shorter."""
-MAX_READS = 64
-"""Calls without their message at a time, before the oldest ones end."""
+MAX_READS = 16
+"""Calls without their message at a time, before the oldest ones end: each may have sent 16 MiB."""
 MAX_WATCHES = 256
 """Streams of ``Watch`` at a time, before the oldest ones end."""
 READ_LIMIT_S = 10.0
@@ -89,7 +89,7 @@ class HealthService:
                     service = _service_of(await stream.read())
                 await method(service, stream)
             except ExpertMeshError as err:
-                await stream.abort(report_error(err), ())
+                await stream.abort(err, report_error(err), ())
 
         return serve
 

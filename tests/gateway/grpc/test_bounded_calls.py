@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import tracemalloc
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -208,6 +210,32 @@ def test_names_are_checked_before_anything_is_kept(keyed: Stack) -> None:
         assert caught.value.code() is CODES.INVALID_ARGUMENT
     keyed.wait_for(lambda: len(health.watches) + len(health.reads) == 0, "nothing that is kept")
     assert "another" not in repr(vars(health))
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [(CHECK, ()), (WATCH, ()), (GENERATE, KEY), (STREAM, KEY)],
+    ids=["Check", "Watch", "Generate", "GenerateStream"],
+)
+def test_a_message_that_is_refused_is_not_kept(keyed: Stack, path: str, key: Any) -> None:
+    """Not even until Python collects cycles: many of them come within that time."""
+    limits, huge = keyed.grpc_server.limits, b"\xff" * (15 * 1024 * 1024)
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with grpc.insecure_channel(keyed.grpc_target) as channel:
+            call: Any = channel.unary_unary(path, bytes, bytes)
+            for _ in range(3):
+                with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
+                    call(huge, metadata=key, timeout=WAIT_S)
+        keyed.wait_for(lambda: limits.num_calls == 0, "the end of the calls")
+        keyed.wait_for(
+            lambda: tracemalloc.get_traced_memory()[0] < len(huge), "the end of the messages"
+        )
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_idle_streams_of_reflection_keep_no_call_out(keyed: Stack) -> None:
