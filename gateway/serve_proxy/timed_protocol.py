@@ -18,14 +18,14 @@ BODY_LIMIT_S = 75.0
 IDLE_LIMIT_S = 75.0
 """Life of a connection between two requests."""
 MAX_CONNECTIONS = 256
-"""Connections of a server; one above ends the oldest that has no request."""
+"""Connections of a server; one above ends the oldest whose client waits for no answer."""
 _FLUSH_LIMIT_S = 5.0
 """Time for a client to take the answer that its time is over."""
 
 
 class TimedHttpProtocol(BoundedHttpProtocol):
     _timer: asyncio.TimerHandle | None = None
-    _is_idle = False
+    _is_between_requests = False
     _has_begun_head = False
     _has_whole_request = False
     since_s = 0.0
@@ -36,6 +36,14 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         """An application works on a request."""
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def is_idle(self) -> bool:
+        """No client waits for an answer: there is no whole request, or the answer is not read, or
+        more requests came before it.
+        """
+        has_request = self.serves and self._has_whole_request
+        return not has_request or self.flow.write_paused or bool(self.pipeline)
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.since_s = self.loop.time()
@@ -43,16 +51,16 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         self._end_one_too_many()
 
     def _end_one_too_many(self) -> None:
-        """End the connection that has waited longest for a request; this one if all have one."""
+        """End the oldest connection whose client waits for no answer; else this one."""
         protocols = (one for one in self.connections if isinstance(one, TimedHttpProtocol))
         open_ones = [one for one in protocols if not one.transport.is_closing()]
         if len(open_ones) > MAX_CONNECTIONS:
-            waiting = (one for one in open_ones if not one.serves)
-            min(waiting, key=lambda one: one.since_s, default=self).transport.abort()
+            idle = (one for one in open_ones if one.is_idle)
+            min(idle, key=lambda one: one.since_s, default=self).transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self._is_idle:
-            self._is_idle = False
+        if self._is_between_requests:
+            self._is_between_requests = False
             self._wait(HEAD_LIMIT_S)
         super().data_received(data)
 
@@ -76,7 +84,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         super().on_response_complete()
         self._unset_keepalive_if_required()  # uvicorn's own timer
         if self._has_whole_request and not self.pipeline:
-            self._is_idle = True
+            self._is_between_requests = True
             self._wait(IDLE_LIMIT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -13,8 +13,10 @@ import httpx
 import pytest
 
 from cluster.config.gateway import GatewaySection
+from gateway.admin.http import AdminHttpServer
 from gateway.core.tuning import GatewayTuning
 from gateway.serve_proxy import timed_protocol
+from gateway.serve_proxy.timed_protocol import TimedHttpProtocol
 from tests.gateway.stack import WAIT_S, Stack, running_stack
 from tests.harness.certificates import Certificates
 
@@ -22,6 +24,7 @@ SHORT_S = 0.3
 HEAD = b"GET /health HTTP/1.1\r\nhost: x\r\n"
 POST = b"POST /admin/v1/rebalance HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 BODY = POST + b"content-length: 1000\r\n\r\n{"
+KEYED_BODY = BODY.replace(b"host: x", b"host: x\r\nauthorization: Bearer root")
 REFUSED = b"GET /admin/v1/operations HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n"
 
 
@@ -123,6 +126,37 @@ def test_silent_connections_keep_no_call_out(quick: Stack, monkeypatch: pytest.M
         last = silent[-1]
         last.sendall(HEAD + b"\r\n")
         assert last.recv(4096).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        KEYED_BODY,
+        b"GET /dashboard/static/uplot/uPlot.iife.min.js HTTP/1.1\r\nhost: x\r\n\r\n" * 200,
+    ],
+    ids=["half a body", "answers that are not read"],
+)
+def test_connections_that_wait_for_their_client_keep_no_call_out(
+    quick: Stack, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    for name in ("HEAD_LIMIT_S", "BODY_LIMIT_S", "IDLE_LIMIT_S"):
+        monkeypatch.setattr(timed_protocol, name, WAIT_S)
+    monkeypatch.setattr(timed_protocol, "MAX_CONNECTIONS", 8)
+    with contextlib.ExitStack() as opened:
+        for _ in range(8):
+            connection = opened.enter_context(connect(quick))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(sent)
+        quick.wait_for(lambda: num_served(quick) == 8, "work on a request of each connection")
+        for _ in range(3):
+            check_served(quick)
+
+
+def num_served(stack: Stack) -> int:
+    """Connections of the admin port with a request that the application works on."""
+    http = next(one for one in stack.admin._servers if isinstance(one, AdminHttpServer))
+    found = list(http._server.server_state.connections)
+    return sum(one.serves for one in found if isinstance(one, TimedHttpProtocol))
 
 
 def test_a_slow_answer_has_no_limit(quick: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
