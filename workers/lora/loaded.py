@@ -11,7 +11,8 @@ from cluster.config.lora import LoraSection
 from cluster.core.errors import CheckpointError
 from workers.lora.adapters import Adapter, BatchAdapters, PreparedAdapter, make, prepare
 from workers.lora.catalog import targets_of
-from workers.lora.folder import read_folder
+from workers.lora.folder import WEIGHTS_FILE, read_folder
+from workers.lora.settings import CONFIG_FILE
 from workers.model.layers import AttentionModel
 
 
@@ -54,9 +55,10 @@ class LoadedAdapters:
         """
         if str(path) in {named for _, named in self._section.modules}:
             return  # named at the start
-        place = path.resolve()
-        if not any(place.is_relative_to(Path(root).resolve()) for root in self._section.roots):
-            raise CheckpointError(f"{path}: it is in no folder of --lora-roots")
+        roots = [Path(root).resolve() for root in self._section.roots]
+        for place in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
+            if not any(place.resolve().is_relative_to(root) for root in roots):
+                raise CheckpointError(f"{place}: it is in no folder of --lora-roots")
 
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
         """Make an adapter ready for rows, in steps none of which takes long.

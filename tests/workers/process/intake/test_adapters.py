@@ -152,6 +152,28 @@ def test_links_lead_out_of_no_folder_of_adapters(
     assert intake.answer().digests.keys() == {"link@1"}
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_are_links_lead_out_of_no_folder_of_adapters(
+    intake: Intake, sql: Adapter, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    root = tmp_path / "root"
+    root.mkdir()
+    path = Path(sql.path).rename(root / "sql")
+    (path / name).rename(outside / name)
+    (path / name).symlink_to(outside / name)
+    linked = Adapter(key="link@1", name="link", path=str(path))
+    intake.allow(str(root))
+    intake.order(1, linked)
+    assert intake.answer().errors == {
+        "link@1": f"{path / name}: it is in no folder of --lora-roots"
+    }
+    intake.allow(str(root), str(outside))
+    intake.order(2, linked)
+    assert intake.answer().digests.keys() == {"link@1"}
+
+
 def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: Adapter) -> None:
     adapters = HangingAdapters(intake.engine.runner.model, LoraSection(lora_roots=("/",)))
     intake.engine.adapters = adapters
