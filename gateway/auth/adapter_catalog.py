@@ -6,21 +6,16 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from gateway.auth.auth import CALLER, KeyRing
+from gateway.auth.auth import CALLER
 
 _LABEL = re.compile(rb'(?:lora_name|(?:running|waiting)_lora_adapters)="([^"]*)"')
 """Labels of series that name adapters, several with commas."""
 
 
 class AdapterCatalog:
-    """See the module. An adapter that a caller may not use does not exist for it.
+    """See the module. An adapter that a caller may not use does not exist for it."""
 
-    Args:
-        admin_keys: callers that may use all of them; None: there are none.
-    """
-
-    def __init__(self, admin_keys: KeyRing | None = None) -> None:
-        self._admin_keys = admin_keys
+    def __init__(self) -> None:
         self._known: Sequence[Mapping[str, Any]] = ()
         """As the controller describes them, in any state."""
         self._ready: dict[str, Mapping[str, Any]] = {}
@@ -80,11 +75,7 @@ class AdapterCatalog:
             return True
         if caller is None:
             return False
-        return caller.entry.tenant in tenants or self._is_admin(caller.entry.tenant)
-
-    def _is_admin(self, tenant: str) -> bool:
-        ring = self._admin_keys
-        return ring is not None and ring.account_of(tenant) is not None
+        return caller.is_admin or caller.entry.tenant in tenants
 
 
 def _named_in(line: bytes) -> set[bytes]:

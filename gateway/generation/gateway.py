@@ -128,8 +128,7 @@ class Gateway:
         """Threads of requests that use ``state``."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model_name = config.model.served_model_name
-        admin_keys = self.admin_keys if config.gateway.asks_for_admin_keys else None
-        self.adapters = AdapterCatalog(admin_keys)
+        self.adapters = AdapterCatalog()
         self.created = int(time.time())
         self.addresses: dict[str, Any] = {}
         self.running = RunningCalls()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cluster.config.api_keys import hash_key
+from cluster.config.gateway import GatewaySection
 from gateway.auth.adapter_catalog import AdapterCatalog
-from gateway.auth.auth import CALLER, KeyRing
+from gateway.auth.auth import CALLER, KeyRing, make_key_rings
 
 ADAPTERS = [
     {"name": "sql", "key": "sql@1", "state": "READY", "tenants": ["acme"]},
@@ -42,8 +44,8 @@ def test_metrics_and_status_name_no_adapter_of_another_key() -> None:
 
 
 def test_an_admin_key_sees_all() -> None:
-    admins = KeyRing((hash_key("boss"),))
-    catalog = AdapterCatalog(admins)
+    admins = KeyRing((hash_key("boss"),), are_admin=True)
+    catalog = AdapterCatalog()
     catalog.follow({"adapters": ADAPTERS})
     token = CALLER.set(admins.check("Bearer boss"))
     try:
@@ -51,3 +53,20 @@ def test_an_admin_key_sees_all() -> None:
         assert catalog.names() == ["sql", "open"]
     finally:
         CALLER.reset(token)
+
+
+def test_a_client_with_the_name_of_an_admin_key_sees_its_own(tmp_path: Path) -> None:
+    files = {}
+    for kind in ("client", "admin"):
+        files[kind] = tmp_path / kind
+        files[kind].write_text(f"keys:\n- name: ops\n  key: {kind}\n")
+    section = GatewaySection(api_key_file=str(files["client"]), admin_key_file=str(files["admin"]))
+    public, _ = make_key_rings(section)
+    catalog = AdapterCatalog()
+    catalog.follow({"adapters": ADAPTERS})
+    for key, names in (("client", ["open"]), ("admin", ["sql", "open"])):
+        token = CALLER.set(public.check(f"Bearer {key}"))
+        try:
+            assert catalog.names() == names
+        finally:
+            CALLER.reset(token)
