@@ -15,7 +15,12 @@ from typing import Any, TypeVar
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
-from cluster.core.errors import ConflictError, NotReadyError, RequestError
+from cluster.core.errors import (
+    ConflictError,
+    ModelNotFoundError,
+    NotReadyError,
+    RequestError,
+)
 from gateway.auth.auth import EVENTS, LOGS, NUMBERS_BY_EXPERT, check_operator, is_operator
 from gateway.cluster.client_view import client_workers
 from gateway.cluster.recent import Recent
@@ -144,18 +149,24 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return _operation(await self._ask("rebalance", order))
+        return self._operation(await self._ask("rebalance", order))
 
     async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
-        return _operation(await self._ask("operation", request.id))
+        return self._operation(await self._ask("operation", request.id))
 
     async def ListOperations(self, request: pb.ListOperationsRequest) -> pb.ListOperationsResponse:
         found = await self._ask("operations")
-        return pb.ListOperationsResponse(operations=map(_operation, found))
+        return pb.ListOperationsResponse(operations=map(self._operation, found))
 
     async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
         """Cancel an operation that can still be undone."""
-        return _operation(await self._ask("cancel_operation", request.id))
+        return self._operation(await self._ask("cancel_operation", request.id))
+
+    def _operation(self, found: Mapping[str, Any]) -> pb.Operation:
+        """For the caller: the balance of the experts is an operator's."""
+        if found["kind"] == "rebalance" and not is_operator(self._gateway.admin_keys):
+            found = {**found, "message": "", "result": None}
+        return _operation(found)
 
     async def GetLog(self, request: pb.GetLogRequest) -> pb.GetLogResponse:
         """What a worker or the controller has logged."""
@@ -187,6 +198,10 @@ class AdminCalls:
         self, request: pb.UnloadLoraAdapterRequest
     ) -> pb.UnloadLoraAdapterResponse:
         """Unload an adapter; no replica takes requests that name it then."""
+        if not self._gateway.adapters.may_unload(request.lora_name):
+            raise ModelNotFoundError(
+                f"the adapter {request.lora_name[:128]!r} does not exist", "lora_name"
+            )
         key = await self._ask("unload_adapter", request.lora_name)
         await self._wait_replicas(lambda keys: key not in keys)
         return pb.UnloadLoraAdapterResponse()
@@ -194,9 +209,12 @@ class AdminCalls:
     async def ListLoraAdapters(
         self, request: pb.ListLoraAdaptersRequest
     ) -> pb.ListLoraAdaptersResponse:
-        """All of them, those that are on their way in or out among them."""
-        snapshot = await self._ask("snapshot")
-        return pb.ListLoraAdaptersResponse(adapters=map(_adapter, snapshot.get("adapters", ())))
+        """Those that the caller may use, also on their way in or out; paths for operators."""
+        snapshot = self._gateway.adapters.without_others(await self._ask("snapshot"))
+        found = snapshot.get("adapters", ())
+        if not is_operator(self._gateway.admin_keys):
+            found = [{**adapter, "path": ""} for adapter in found]
+        return pb.ListLoraAdaptersResponse(adapters=map(_adapter, found))
 
     async def _wait_replicas(self, knows: Callable[[list[str]], bool]) -> None:
         """Until every replica knows; it is not worth an error if one does not say so."""

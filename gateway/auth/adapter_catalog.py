@@ -47,6 +47,11 @@ class AdapterCatalog:
         adapter = self._ready.get(name)
         return str(adapter["key"]) if adapter is not None and self._may_use(adapter) else None
 
+    def may_unload(self, name: str) -> bool:
+        """Whether the caller may use the adapter of a name, as far as it is known here."""
+        named = (one for one in self._known if one["name"] == name)
+        return all(self._may_use(one) for one in named if one["state"] != "UNLOADING")
+
     def without_others(self, status: Mapping[str, Any]) -> dict[str, Any]:
         """A status for the caller, without the adapters that it may not use."""
         adapters = [a for a in status.get("adapters", ()) if self._may_use(a)]

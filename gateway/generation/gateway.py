@@ -27,7 +27,7 @@ from cluster.core.errors import (
 from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
 from gateway.auth.adapter_catalog import AdapterCatalog
-from gateway.auth.auth import CALLER, make_key_rings
+from gateway.auth.auth import CALLER, is_operator, make_key_rings
 from gateway.cluster.client_view import client_status
 from gateway.cluster.numbers import ClusterNumbers
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
@@ -217,11 +217,14 @@ class Gateway:
         since_s = self._leaves_since_s
         return since_s is not None and now_s >= since_s + self.tuning.leaving_lead_s
 
-    def not_ready_reasons(self) -> list[str]:
-        """Why new requests cannot be served now; empty when they can."""
+    def not_ready_reasons(self, is_whole: bool = True) -> list[str]:
+        """Why new requests cannot be served now; empty when they can.
+
+        Without ``is_whole`` as a client's key shows it.
+        """
         if self.is_leaving:
             return ["this gateway is about to stop"]
-        reasons = unready_reasons(self.cluster.snapshot, self.cluster.refusal)
+        reasons = unready_reasons(self.cluster.snapshot, self.cluster.refusal, is_whole)
         if self.cluster.snapshot is not None and not self.engines.clients:
             reasons.append("no attention worker has an open stream")
         return reasons
@@ -425,11 +428,16 @@ class Gateway:
         """The served model's limits. Raises ``NotReadyError`` where nothing can be served."""
         if not self._takes_calls:
             raise server_ends()
-        check_serving(self.cluster.snapshot, self.cluster.refusal)
+        self._check_serving()
         facts = self.facts
         if facts is None:
             raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
         return facts
+
+    def _check_serving(self) -> bool:
+        """See ``check_serving``; errors say what the caller may see."""
+        is_whole = is_operator(self.keys)
+        return check_serving(self.cluster.snapshot, self.cluster.refusal, is_whole)
 
     async def _hand_over(self, generation: Generation) -> None:
         budget_ms = max(1, int((generation.deadline_s - time.monotonic()) * 1000))
@@ -460,7 +468,7 @@ class Gateway:
         while True:
             now_s = time.monotonic()
             generation.queue.check()
-            can_go = check_serving(self.cluster.snapshot)
+            can_go = self._check_serving()
             if can_go:
                 entry = self.engines.assign(request, generation.queue, deadline_s, hashes)
                 if entry is not None:

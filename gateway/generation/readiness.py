@@ -10,15 +10,19 @@ from gateway.cluster.view import Snapshot
 _SERVING = ("SERVING", "DEGRADED")
 
 
-def unready_reasons(snapshot: Snapshot | None, refusal: str = "") -> list[str]:
+def unready_reasons(
+    snapshot: Snapshot | None, refusal: str = "", is_whole: bool = True
+) -> list[str]:
     """Why the cluster cannot serve new requests now; empty when it can.
+
+    Without ``is_whole`` the cluster's error, which names hosts and paths, is left out.
 
     ``refusal`` is why the controller's snapshots are refused. It is no reason for a gateway that
     has an earlier one: as without a controller, it serves with the workers that it knows.
     """
     if snapshot is None:
         return [refusal or "the controller has not answered yet"]
-    reasons = [] if snapshot["state"] in _SERVING else [_state_of(snapshot)]
+    reasons = [] if snapshot["state"] in _SERVING else [_state_of(snapshot, is_whole)]
     if late := snapshot.get("late_workers"):
         reasons.append(f"steps wait for {', '.join(_ranks(snapshot, late))}")
     if not snapshot.get("experts_complete", True):
@@ -26,8 +30,10 @@ def unready_reasons(snapshot: Snapshot | None, refusal: str = "") -> list[str]:
     return reasons
 
 
-def check_serving(snapshot: Snapshot | None, refusal: str = "") -> bool:
+def check_serving(snapshot: Snapshot | None, refusal: str = "", is_whole: bool = True) -> bool:
     """Whether requests can be handed over now; False while they should wait.
+
+    Arguments as for ``unready_reasons``.
 
     Raises:
         NotReadyError: waiting would not help.
@@ -40,7 +46,7 @@ def check_serving(snapshot: Snapshot | None, refusal: str = "") -> bool:
     if state == "DRAINING":
         raise NotReadyError("the cluster is draining", "draining", 10.0)
     if state not in _SERVING:
-        raise NotReadyError(_state_of(snapshot), "not_ready", 2.0)
+        raise NotReadyError(_state_of(snapshot, is_whole), "not_ready", 2.0)
     if not snapshot.get("experts_complete", True):
         raise NotReadyError("some experts are on no worker", "experts_unavailable", 5.0)
     return True
@@ -59,6 +65,6 @@ def _ranks(snapshot: Snapshot, names: Iterable[str]) -> Iterator[str]:
         yield name if worker is None else f"{worker['role']} rank {worker['rank']} ({name})"
 
 
-def _state_of(snapshot: Snapshot) -> str:
-    reason = snapshot.get("error")
+def _state_of(snapshot: Snapshot, is_whole: bool) -> str:
+    reason = snapshot.get("error") if is_whole else None
     return f"the cluster is {snapshot['state']}" + (f": {reason}" if reason else "")

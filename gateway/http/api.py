@@ -194,7 +194,7 @@ class HttpApi:
 
     async def ready(self, request: Request) -> Response:
         """Whether new requests can be served."""
-        reasons = self._gateway.not_ready_reasons()
+        reasons = self._gateway.not_ready_reasons(is_operator(self._gateway.keys))
         status = 503 if reasons else 200
         return _answer({"ready": not reasons, "reasons": reasons}, status)
 

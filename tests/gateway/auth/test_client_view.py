@@ -187,6 +187,54 @@ def test_a_client_s_key_shows_no_more_on_the_admin_ports(without_admin: Stack) -
     assert status["gateway"] == [{"name": "gateway-test", "grpc_port": 50051, "admin_port": 8001}]
 
 
+def test_a_client_s_key_sees_no_balance_in_operations(without_admin: Stack) -> None:
+    """It may rebalance, and could ask for the balance as often as it wants."""
+    url = f"http://{without_admin.admin.http}/admin/v1"
+    with httpx.Client(headers=CLIENT, timeout=WAIT_S) as client:
+        found = client.post(f"{url}/rebalance", json={"dry_run": True}).json()
+        listed = client.get(f"{url}/operations").json()["operations"]
+        one = client.get(f"{url}/operations/{found['id']}").json()
+    for operation in (found, one, *(o for o in listed if o["kind"] == "rebalance")):
+        assert operation["state"] == "SUCCEEDED"
+        assert "rebalance" not in operation
+        assert operation["message"] == ""
+
+
+def test_a_client_s_key_lists_and_unloads_its_adapters_only(without_admin: Stack) -> None:
+    theirs = {"name": "b", "key": "b@1", "path": PATH, "state": "READY", "tenants": ["acme"]}
+    url, known = f"http://{without_admin.admin.http}", without_admin.gateway.cluster.snapshot
+    assert known is not None
+    adapters = known["adapters"]
+    without_admin.call(lambda: without_admin.controller.change(adapters=[*adapters, theirs]))
+    without_admin.wait_for(lambda: "b@1" in without_admin.gateway.adapters.keys, "the adapter")
+    with httpx.Client(base_url=url, headers=CLIENT, timeout=WAIT_S) as client:
+        listed = client.get("/admin/v1/lora_adapters").json()["adapters"]
+        assert [(one["lora_name"], one["lora_path"]) for one in listed] == [("a", "")]
+        for name in ("b", "none"):
+            answer = client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+            assert answer.status_code == 404
+            message = answer.json()["error"]["message"]
+            assert message == f"the adapter '{name}' does not exist"
+    without_admin.call(lambda: without_admin.controller.change(adapters=adapters))
+
+
+def test_the_reason_of_a_cluster_that_fails_is_the_operator_s(keyed: Stack) -> None:
+    """Also of readiness, which needs no key."""
+    keyed.call(lambda: keyed.controller.change(state="STARTING"))
+    keyed.wait_for(keyed.gateway.not_ready_reasons, "the state")
+    asked = {"prompt": "x", "max_tokens": 1}
+    answers = [keyed.http.get("/ready")]
+    answers += [
+        keyed.http.post("/v1/completions", json=asked, headers=headers)
+        for headers in (CLIENT, ROOT)
+    ]
+    keyed.call(lambda: keyed.controller.change(state="SERVING"))
+    keyed.wait_for(lambda: not keyed.gateway.not_ready_reasons(), "the state")
+    assert [answer.status_code for answer in answers] == [503, 503, 503]
+    shown = [[secret for secret in SECRETS[:3] if secret in answer.text] for answer in answers]
+    assert shown == [[], [], ["10.9.8.7", PATH]]
+
+
 def test_an_admin_key_among_those_of_clients_is_an_admin_key() -> None:
     public, admin = make_key_rings(GatewaySection(api_keys=("user", "root"), admin_keys=("root",)))
     for ring in (public, admin):
