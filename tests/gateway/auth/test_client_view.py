@@ -221,7 +221,7 @@ def test_a_client_s_key_lists_and_unloads_its_adapters_only(without_admin: Stack
 def test_the_reason_of_a_cluster_that_fails_is_the_operator_s(keyed: Stack) -> None:
     """Also of readiness, which needs no key."""
     keyed.call(lambda: keyed.controller.change(state="STARTING"))
-    keyed.wait_for(keyed.gateway.not_ready_reasons, "the state")
+    keyed.wait_for(lambda: bool(keyed.gateway.not_ready_reasons()), "the state")
     asked = {"prompt": "x", "max_tokens": 1}
     answers = [keyed.http.get("/ready")]
     answers += [
