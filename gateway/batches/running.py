@@ -150,8 +150,12 @@ class RunningBatch:
         await batch.run()
 
     async def _is_over(self) -> bool:
-        """Whether the batch is to end though requests are left."""
-        return await self._disk(partial(self._shelf.is_over, self._batch))
+        """Whether the batch is to end though requests are left; False while it cannot be known."""
+        try:
+            return await self._disk(partial(self._shelf.is_over, self._batch))
+        except PASSING as err:  # answers that wait for the disk are kept
+            logger.error("whether batch %s is to end cannot be known: %s", self._batch.id, err)
+            return False
 
     def _check_size(self) -> None:
         """Raise ``RequestError`` where more answers would not fit into one file."""
@@ -197,9 +201,13 @@ class RunningBatch:
         return RequestCounts(total=total, completed=completed, failed=failed)
 
     async def _count(self, total: int) -> None:
+        """Store how far the batch is, unless the disk refuses that: a later call does."""
         counts = msgspec.structs.replace(self._counts, total=total)
         if counts != self._batch.request_counts:
-            await self._save(self._batch.status, request_counts=counts)
+            try:
+                await self._save(self._batch.status, request_counts=counts)
+            except PASSING as err:  # answers that wait for the disk are kept
+                logger.error("the counts of batch %s cannot be stored: %s", self._batch.id, err)
 
     async def _finalize(self, problem: BatchProblem | None) -> None:
         """No more is asked: from now on the batch only ends, also after a kill."""
@@ -245,8 +253,9 @@ class RunningBatch:
         await self._disk(put)
 
     async def _save(self, status: BatchStatus, **changed: Any) -> None:
-        self._batch = moved(self._batch, status, **changed)
-        await self._disk(partial(self._shelf.save, self._tenant, self._batch))
+        batch = moved(self._batch, status, **changed)
+        await self._disk(partial(self._shelf.save, self._tenant, batch))
+        self._batch = batch
 
 
 def moved(batch: Batch, status: BatchStatus, **changed: Any) -> Batch:

@@ -119,7 +119,7 @@ class FaultyFiles:
 
     def __exit__(self, *error: object) -> None:
         self._patch.undo()
-        for fd in self._opened:  # a killed process has no open files
+        for fd in self._opened if self._is_dead else ():  # a killed process has no open files
             with contextlib.suppress(OSError):
                 os.close(fd)
 

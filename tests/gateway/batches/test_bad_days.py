@@ -166,6 +166,31 @@ def test_a_batch_waits_for_a_disk_that_refuses_and_loses_nothing(
     stop_runner(keeper, runner)
 
 
+@pytest.mark.parametrize("name", ["open", "stat"])
+def test_answers_in_memory_survive_a_disk_that_refuses_all_else(keeper: Stack, name: str) -> None:
+    """Counts that cannot be stored, or orders that cannot be read, cost no answer."""
+    made = make_batch(keeper, lines_of(IDS))
+    num_writes, num_refused, is_full = 0, Counter[str](), True
+
+    def refuse(call: FileCall) -> None:
+        nonlocal num_writes
+        is_answer = call.name == "write" and call.path.endswith(".answers")
+        num_writes += is_answer
+        if num_writes > 4 and is_full and (is_answer or call.name == name):
+            num_refused[call.name] += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    runner = start_runner(keeper)
+    with FaultyFiles(state_of(keeper).work.parent, on_call=refuse):
+        keeper.wait_for(lambda: min(num_refused["write"], num_refused[name]) > 2, "a full disk")
+        keeper.wait_for(lambda: not keeper.engine.running, "the end of what runs")
+        is_full = False
+        done = wait_status(keeper, made["id"], "completed")
+    assert set(answers_in(keeper, done["output_file_id"])) == set(IDS)
+    assert len(keeper.engine.requests) == len(IDS)
+    stop_runner(keeper, runner)
+
+
 KINDS = pytest.mark.parametrize("kinds", [FEW_FAULTS, pytest.param(FAULTS, marks=pytest.mark.slow)])
 
 
