@@ -29,7 +29,7 @@ from cluster.cli.offline import completion, config, doctor, plan, version
 from cluster.cli.options.serve_options import as_typed, spell_out, unknown_variables
 from cluster.cli.terminal.arguments import Commands, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note
+from cluster.cli.terminal.output import give_up_stdout, note
 from cluster.cli.terminal.parser import Parser
 from cluster.core.errors import ConfigError
 from cluster.core.release import RELEASE
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # the reader of the output is gone: write nothing more, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()
         return 128 + signal.SIGPIPE
 
 

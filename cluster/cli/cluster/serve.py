@@ -212,7 +212,10 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
 def _ready(
     args: argparse.Namespace, plan: LaunchPlan, url: str, grpc: str, admin: Mapping[str, str]
 ) -> None:
-    _print_ready(args, plan.name, url, grpc)
+    try:
+        _print_ready(args, plan.name, url, grpc)
+    except CommandError as err:  # a full disk ends no cluster
+        note(f"expertmesh: {err}")
     note(f"  cluster {plan.name}, admin http={admin['http']} grpc={admin['grpc']}")
     if plan.name != state_file.DEFAULT_NAME:
         note(f"  expertmesh status --name {plan.name}  # --name where several clusters run here")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.disk.files import replace_file
@@ -20,9 +21,25 @@ _CODES = {"red": 31, "green": 32, "yellow": 33, "dim": 2}
 
 
 def out(text: str) -> None:
-    """One piece of the result, to stdout, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """One piece of the result, to stdout, at once.
+
+    Raises ``BrokenPipeError``, and ``CommandError`` where it cannot be written, on a full disk for
+    example.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        give_up_stdout()
+        reason = f"the output cannot be written: {err.strerror}"
+        raise CommandError(ExitCode.FAILED, reason) from err
+
+
+def give_up_stdout() -> None:
+    """Write nothing more to stdout, not even what is buffered, at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def out_line(text: str) -> None:
@@ -65,8 +82,14 @@ def save(path: Path, text: str, what: str = "") -> None:
 
 def note(text: str) -> None:
     """One line for people, to stderr."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    tell(sys.stderr, f"{text}\n")
+
+
+def tell(stream: TextIO, text: str) -> None:
+    """Write for people, at once: what a full disk refuses is lost, and the command continues."""
+    with contextlib.suppress(OSError):
+        stream.write(text)
+        stream.flush()
 
 
 def has_colours(allowed: bool) -> bool:

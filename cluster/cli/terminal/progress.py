@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TextIO
 
+from cluster.cli.terminal.output import tell
+
 INTERVAL_S = 5.0
 _TICK_S = 1.0
 _BAR = 24
@@ -58,19 +60,16 @@ class Progress(AbstractContextManager["Progress"]):
             self._draw(f"{self._text}, {now - self._began:.0f} s")
         elif self._lines and now - self._shown_at >= INTERVAL_S:
             self._shown_at = now
-            self._stream.write(f"expertmesh: {self._text}, {now - self._began:.0f} s\n")
-            self._stream.flush()
+            tell(self._stream, f"expertmesh: {self._text}, {now - self._began:.0f} s\n")
 
     def clear(self) -> None:
         """Leave the line empty for what comes next."""
         if self._bar and self._width:
             self._draw("")
-            self._stream.write("\r")
-            self._stream.flush()
+            tell(self._stream, "\r")
 
     def _draw(self, text: str) -> None:
-        self._stream.write(f"\r{text.ljust(self._width)}")
-        self._stream.flush()
+        tell(self._stream, f"\r{text.ljust(self._width)}")
         self._width = len(text)
 
 

@@ -1,15 +1,20 @@
-"""Files that commands write."""
+"""Files and streams that commands write."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections.abc import Iterator
+from io import TextIOBase
 from pathlib import Path
 
 import pytest
 
 from cluster.cli.cluster.node import _make_token
+from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import save
+from cluster.cli.terminal.output import note, save
+from cluster.cli.terminal.progress import Progress
 from tests.harness.faulty_files import Fault, FaultyFiles, Killed, each_fault
 
 
@@ -29,3 +34,33 @@ def test_a_token_is_whole_or_not_there(tmp_path: Path) -> None:
         with FaultyFiles(folder, fault), contextlib.suppress(CommandError, Killed):
             _make_token(path)
         assert not path.exists() or len(path.read_text()) == 64, fault
+
+
+@pytest.fixture
+def full() -> Iterator[TextIOBase]:
+    """A stream on a full disk."""
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as stream:
+        yield stream
+
+
+def test_a_result_that_cannot_be_written_is_an_error(
+    full: TextIOBase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", full)
+    assert main(["version"]) == ExitCode.FAILED
+    reason = "the output cannot be written: No space left on device"
+    assert capsys.readouterr().err == f"expertmesh: {reason}\n"
+    full.close()  # nothing is left that fails at exit
+
+
+def test_a_command_continues_when_people_cannot_be_told(
+    full: TextIOBase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", full)
+    note("a warning")
+    now_s = 0.0
+    progress = Progress(clock=lambda: now_s)
+    now_s = 60.0
+    progress.update("ray")
+    assert main(["version", "--json"]) == ExitCode.OK
+    assert "version" in capsys.readouterr().out
