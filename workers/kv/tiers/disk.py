@@ -309,6 +309,8 @@ def _stored_item(entry: os.DirEntry[str]) -> _StoredItem:
     if facts.st_size != _HEADER.size + size:
         raise ValueError(_WRONG_SIZE)
     name = bytes.fromhex(path.stem)
+    if name.hex() != path.stem:  # spaces, large letters: it is not the file of this item
+        raise ValueError("its name is no item's")
     return _StoredItem(name, identity, parent, size, path.parent.name, facts.st_mtime)
 
 
