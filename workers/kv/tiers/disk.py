@@ -200,21 +200,21 @@ class DiskTier(Tier):
         """
         self._unerased.extend(self.folder.path.glob(f"*{UNFINISHED}"))
         stored: dict[bytes, _StoredItem] = {}
+        first: tuple[str, Exception] | None = None
         for entry in item_entries(self.folder.path):
             try:
                 item = _stored_item(entry)
-            except OSError as err:  # it may be readable again at another time
-                self._note_broken(entry, err)
-            except ValueError as err:
-                self._note_broken(entry, err)
-                self._unerased.append(Path(entry.path))
+            except (OSError, ValueError) as err:
+                self.num_broken += 1
+                first = first or (entry.name, err)
+                if isinstance(err, ValueError):  # else it may be readable at another time
+                    self._unerased.append(Path(entry.path))
             else:
                 stored[item.name] = item
+        if first is not None:
+            what = "KV blocks on disk are broken: %d, of which the first is %s (%s)"
+            logger.warning(what, self.num_broken, *first)
         return stored
-
-    def _note_broken(self, entry: os.DirEntry[str], err: Exception) -> None:
-        self.num_broken += 1
-        logger.warning("KV block %s on disk is broken: %s", entry.name, err)
 
     def _take_over(self, stored: dict[bytes, _StoredItem]) -> None:
         """Go on with complete prefixes, as if the latest file had been used last."""

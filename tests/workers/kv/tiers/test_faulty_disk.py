@@ -80,6 +80,20 @@ def test_files_with_other_names_are_deleted(tmp_path: Path, rename: Callable[[Pa
         check_contents(later, "abc", 3)
 
 
+def test_many_broken_files_are_one_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(disk_of(tmp_path)) as disk:
+        leave(disk, use_of("abc"))
+        (tenant,) = {path.parent for path in tmp_path.rglob("*.kv")}
+    for number in range(100):
+        (tenant / f"{number:064x}.kv").touch()
+    with closing(disk_of(tmp_path)) as later:
+        assert later.num_broken == 100
+        check_contents(later, "abc", 3)
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
 def link_to_itself(path: Path) -> None:
     path.symlink_to(path)
 
