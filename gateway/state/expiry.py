@@ -48,8 +48,18 @@ class Expiry:
         self._on_removed = on_removed
 
     def sweep(self) -> int:
-        """Look at all files; the number of removed ones."""
-        return sum(map(self.sweep_folder, self._tenant_folders())) + self._sweep_new()
+        """Look at all files; the number of removed ones. A folder that cannot be read is left."""
+        num_removed = 0
+        for kind in self._folder.iterdir():
+            with _logged():
+                if kind.name in (NEW, WORK) or not kind.is_dir():
+                    continue
+                for folder in kind.iterdir():
+                    with _logged():
+                        num_removed += self.sweep_folder(folder) if folder.is_dir() else 0
+        with _logged():
+            num_removed += self._sweep_new()
+        return num_removed
 
     def sweep_folder(self, folder: Path) -> int:
         """Look at the objects of one kind and tenant; the number of removed ones."""
@@ -59,11 +69,9 @@ class Expiry:
         disk_s = self._disk_clock() if late else 0.0
         num_removed = 0
         for place, stat in late:
-            try:
+            with _logged():
                 if self._has_ended(place, stat, now_s, disk_s):
                     num_removed += self.remove(place)
-            except OSError as err:
-                logger.error("an object of the state folder cannot be removed: %s", err)
         if num_removed == len(found):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # unless a new object has come
@@ -88,11 +96,6 @@ class Expiry:
             life_s = head.expires_s - head.created_s
         return disk_s - stat.st_ctime >= life_s
 
-    def _tenant_folders(self) -> Iterator[Path]:
-        for kind in self._folder.iterdir():
-            if kind.is_dir() and kind.name not in (NEW, WORK):
-                yield from (folder for folder in kind.iterdir() if folder.is_dir())
-
     def _sweep_new(self) -> int:
         """Files of writers that were killed; their modification time may be that of an expiry."""
         num_removed = 0
@@ -100,7 +103,17 @@ class Expiry:
             return 0
         before_s = self._disk_clock() - _ABANDONED_S
         for entry, stat in found:
-            if stat.st_ctime < before_s:
-                (self._folder / NEW / entry.name).unlink(missing_ok=True)
-                num_removed += 1
+            with _logged():
+                if stat.st_ctime < before_s:
+                    (self._folder / NEW / entry.name).unlink(missing_ok=True)
+                    num_removed += 1
         return num_removed
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """What one file or folder refuses is logged; the others are looked at."""
+    try:
+        yield
+    except OSError as err:
+        logger.error("a part of the state folder cannot be swept: %s", err)

@@ -476,6 +476,29 @@ def test_one_object_that_cannot_be_read_stops_no_sweep(tmp_path: Path, clock: Cl
     assert [path.name for path in files_in(tmp_path)] == [bad]
 
 
+@pytest.mark.parametrize("is_kind", [False, True])
+def test_one_folder_that_cannot_be_read_stops_no_sweep(
+    tmp_path: Path, clock: Clock, is_kind: bool
+) -> None:
+    """Its objects stay; those of others, and what killed writers left, are removed."""
+    store = make(tmp_path, clock)
+    (path,) = tmp_path.glob(f"*/*/{put(store, NOTES, tenant='bad')}")
+    for number in range(8):
+        put(store, RING, tenant=str(number))
+    (tmp_path / "new" / "left").touch()
+    clock.now_s += 3700.0
+    bad = str(path.parent.parent if is_kind else path.parent)
+
+    def fail(call: FileCall) -> None:
+        if call.path == bad and call.name in ("scandir", "listdir"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with FaultyFiles(tmp_path, on_call=fail):
+        assert store.sweep() == 9
+    assert files_in(tmp_path) == [path]
+    assert store.sweep() == 1
+
+
 # ---- the folder -----------------------------------------------------------------------------
 
 
