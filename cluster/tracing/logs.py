@@ -6,6 +6,7 @@ from where ``expertmesh logs`` reads them on any host. Of other libraries only w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Literal, TextIO
 
+from cluster.tracing.line_writer import LineWriter
 from cluster.tracing.output_files import OutputFiles
 
 LogForm = Literal["text", "json"]
@@ -85,7 +87,7 @@ class TextFormatter(logging.Formatter):
 
 
 class RecentLines(logging.StreamHandler[TextIO]):
-    """Writes each record, and keeps the newest lines. Any thread."""
+    """Writes each record, and keeps the newest lines. Any thread; see ``LineWriter``."""
 
     def __init__(self, size: int = MAX_LINES, stream: TextIO | None = None) -> None:
         """``stream`` None: stderr."""
@@ -95,18 +97,35 @@ class RecentLines(logging.StreamHandler[TextIO]):
         self._guard = threading.Lock()
         self.output = OutputFiles()
         """Where the lines go, if these are files of Ray's: they are rotated."""
+        self._writer = LineWriter(self._write)
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """As all handlers do, without their lock: a thread may wait here."""
+        if is_wanted := bool(self.filter(record)):
+            self.emit(record)
+        return is_wanted
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
+        try:
+            line = self.format(record)
+        except Exception:  # as in logging's own handlers
+            self.handleError(record)
+            return
         with self._guard:
             self._number += 1
             self._lines.append(line[:MAX_LINE_CHARACTERS])
-        try:
+        self._writer.put(self.stream, f"{line}{self.terminator}")
+
+    def flush(self) -> None:
+        """Wait until the lines so far are written, unless the disk hangs."""
+        self._writer.wait()
+
+    def _write(self, stream: TextIO, line: str) -> None:
+        with contextlib.suppress(Exception):  # a full disk stops nobody: the newest are in memory
             self.output.rotate()
-            self.stream.write(f"{line}{self.terminator}")
-            self.flush()
-        except Exception:  # as in logging's own handlers: a full disk stops nobody
-            self.handleError(record)
+        with contextlib.suppress(Exception):
+            stream.write(line)
+            stream.flush()
 
     def since(self, number: int, at_most: int = MAX_LINES) -> tuple[int, list[str]]:
         """The newest lines after the first ``number`` ones, and how many there were in all."""

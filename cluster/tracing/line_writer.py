@@ -1,0 +1,90 @@
+"""The thread that writes the log of a process: a disk that hangs holds this thread alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable
+from threading import Condition, Thread, current_thread
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
+
+LIMIT_S = 0.5
+"""Longest wait for a line."""
+MAX_WAITING = 10_000
+"""Lines that may wait for the disk; later ones are lost."""
+
+
+class LineWriter:
+    """Writes lines in their order. Any thread may call it.
+
+    A line is written when ``put`` returns, so that the last lines of a process are in its log. An
+    event loop waits for none; other threads wait ``LIMIT_S`` at most, and not again before the disk
+    has written what waits.
+
+    Args:
+        write: writes a line to a stream; raises nothing.
+    """
+
+    def __init__(self, write: Callable[[TextIO, str], None]) -> None:
+        self._write = write
+        self._changed = Condition()
+        self._waiting: deque[tuple[TextIO, str]] = deque()
+        self._num_put = self._num_written = self._num_lost = 0
+        self._is_late = False
+        self._thread: Thread | None = None
+
+    def put(self, stream: TextIO, line: str) -> None:
+        """Write a line."""
+        if sys.is_finalizing():  # there are no more threads
+            self._write(stream, line)
+            return
+        with self._changed:
+            if len(self._waiting) >= MAX_WAITING:
+                self._num_lost += 1
+                return
+            self._waiting.append((stream, line))
+            self._num_put += 1
+            if self._thread is None or not self._thread.is_alive():  # none is, after a fork
+                self._thread = Thread(target=self._run, name="log-writer", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        if not _has_event_loop():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the lines so far are written; see the class."""
+        with self._changed:
+            if not self._is_late and current_thread() is not self._thread:
+                last = self._num_put
+                is_written = self._changed.wait_for(lambda: self._num_written >= last, LIMIT_S)
+                self._is_late = not is_written
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                stream, line = self._waiting[0]
+            self._write(stream, line)
+            with self._changed:
+                self._waiting.popleft()
+                self._num_written += 1
+                num_lost = 0
+                if not self._waiting:
+                    self._is_late = False
+                    num_lost, self._num_lost = self._num_lost, 0
+                self._changed.notify_all()
+            if num_lost:
+                logger.warning("%d lines are lost: the disk of the log did not answer", num_lost)
+
+
+def _has_event_loop() -> bool:
+    """Whether this thread runs one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
