@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from functools import partial
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -65,27 +65,41 @@ class DiskThreads:
         self._executor = _DaemonExecutor(what, max_threads)
         self._late: list[_Job] = []  # that ran when their time was over
 
-    async def run(self, call: Callable[..., Result], *args: Any) -> Result:
+    async def run(
+        self,
+        call: Callable[..., Result],
+        *args: Any,
+        release: Callable[[Result], object] | None = None,
+    ) -> Result:
         """The result of a call. Raises what it raises, and ``error`` when its time is over, when
         every thread has a call whose time is over, or when too many calls wait.
 
-        A call that runs cannot be stopped: it may still have its effect.
+        A call that runs cannot be stopped: it may still have its effect. ``release`` closes, in one
+        of the threads, a result that comes when its caller has gone.
         """
         self._check_room()
         job = _Job(partial(call, *args))
         future = self._start(job)
+        is_taken = False
         try:
             await asyncio.wait({future}, timeout=self._limit_s)
+            is_taken = future.done()
         finally:
-            if not future.done():
+            if not is_taken:
                 future.cancel()  # a call that waits for a thread does not begin
                 self._late.append(job)
-        if future.cancelled():
+                if release is not None and job.has_found(release):
+                    self._executor.submit(release, job.found)
+        if not is_taken:
             message = f"{self._what} has not answered for {self._limit_s:g} s"
             logger.error(message)
             raise self._error(message)
         found: Result = future.result()
         return found
+
+    def run_later(self, call: Callable[[], object]) -> None:
+        """Make a call that nobody waits for."""
+        self._executor.submit(call)
 
     async def run_to_end(self, call: Callable[..., Result], *args: Any) -> Result:
         """The result of a call that has no limit of time; it ends before a cancellation does."""
@@ -111,14 +125,29 @@ class _Job:
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
+        self._changed = Lock()
+        self._release: Callable[[Any], object] | None = None
         self.is_running = False
+        self.found: Any = None
+        """The result, once there is one."""
 
     def run(self) -> Any:
         self.is_running = True
         try:
-            return self._call()
+            found = self._call()
+            with self._changed:
+                self.found, release = found, self._release
+            if release is not None:
+                release(found)
+            return found
         finally:
             self.is_running = False
+
+    def has_found(self, release: Callable[[Any], object]) -> bool:
+        """Whether there is a result already; else it is released when it comes."""
+        with self._changed:
+            self._release = release
+            return self.found is not None
 
 
 class _DaemonExecutor(Executor):

@@ -13,12 +13,14 @@ from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import RequestError, UnknownNameError
 from gateway.batches.forms import FormPart, read_form
+from gateway.batches.objects import FileFacts
 from gateway.batches.shelf import BatchShelf, readable
 from gateway.core.field_checks import require
 from gateway.generation.gateway import Gateway
 from gateway.http.downloads import PiecesResponse
 from gateway.http.middleware import read_body, within_time
 from gateway.http.pages import Page, json_response, tenant
+from gateway.state.reader import StoredReader
 
 PATH = "/v1/files"
 ONE = f"{PATH}/{{file_id}}"
@@ -91,11 +93,12 @@ class FileRoutes:
     async def content(self, request: Request) -> Response:
         """A file's bytes."""
         file_id = request.path_params["file_id"]
-        found = await self._disk.run(self._shelf.open_file, tenant(), file_id)
+        disk = self._disk
+        found = await disk.run(self._shelf.open_file, tenant(), file_id, release=_close)
         if found is None:
             raise _unknown(file_id)
         facts, reader = found
-        return PiecesResponse(reader, facts.bytes, run=self._disk.run)
+        return PiecesResponse(reader, facts.bytes, run=disk.run, run_later=disk.run_later)
 
     async def delete(self, request: Request) -> Response:
         """Remove a file; batches that were made of it have copies."""
@@ -138,6 +141,11 @@ def _ttl_s(parts: Mapping[str, FormPart]) -> float | None:
     is_inside = is_number and _MIN_TTL_S <= int(seconds) <= _MAX_TTL_S
     require(is_inside, names[1], f"({seconds[:32]!r}) must be {_MIN_TTL_S} to {_MAX_TTL_S}")
     return float(seconds)
+
+
+def _close(found: tuple[FileFacts, StoredReader] | None) -> None:
+    if found is not None:
+        found[1].close()
 
 
 def _unknown(file_id: str) -> UnknownNameError:

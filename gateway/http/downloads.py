@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -34,6 +33,7 @@ class PiecesResponse(Response):
         size: bytes of the content.
         status_code: of HTTP.
         run: runs the reader's calls away from the event loop.
+        run_later: the same for its end, which is not waited for.
     """
 
     media_type = "application/octet-stream"
@@ -43,9 +43,12 @@ class PiecesResponse(Response):
         reader: Reader,
         size: int,
         status_code: int = 200,
-        run: Callable[..., Awaitable[Any]] = asyncio.to_thread,
+        *,
+        run: Callable[..., Awaitable[Any]],
+        run_later: Callable[[Callable[[], None]], object],
     ) -> None:
         super().__init__(status_code=status_code)
+        self._run_later = run_later
         self._run = run
         self._reader = reader
         self._size = size
@@ -55,7 +58,7 @@ class PiecesResponse(Response):
         try:
             await run_until_gone(receive, responder, self._send(responder))
         finally:
-            await asyncio.shield(self._run(self._reader.close))
+            self._run_later(self._reader.close)
 
     async def _send(self, responder: Responder) -> None:
         piece = await self._read()

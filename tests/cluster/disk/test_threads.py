@@ -130,3 +130,50 @@ def test_a_call_that_never_ends_does_not_keep_the_process() -> None:
         [sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
+
+
+class Opened:
+    """Something that is to be closed."""
+
+    def __init__(self) -> None:
+        self.closed_by: threading.Thread | None = None
+        self.is_closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed_by = threading.current_thread()
+        self.is_closed.set()
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_what_comes_when_its_caller_has_gone_is_released(is_cancelled: bool) -> None:
+    """By a thread of the disk, as closing may wait for the disk too."""
+    opened = Opened()
+
+    async def work(disk: HungDisk) -> None:
+        threads = DiskThreads("the disk", 2, 2, LIMIT_S if is_cancelled else 0.01)
+
+        def open_it() -> Opened:
+            disk.call()
+            return opened
+
+        asked = asyncio.create_task(threads.run(open_it, release=Opened.close))
+        await asyncio.to_thread(disk.has_begun.acquire)
+        if is_cancelled:
+            asked.cancel()
+        with pytest.raises(asyncio.CancelledError if is_cancelled else TimeoutError):
+            await asked
+        assert not opened.is_closed.is_set()
+        disk.answer.set()
+        assert await asyncio.to_thread(opened.is_closed.wait, LIMIT_S)
+
+    with_hung_disk(work)
+    assert opened.closed_by is not None
+    assert opened.closed_by.name == "the disk"
+
+
+def test_what_its_caller_has_got_is_not_released() -> None:
+    async def work() -> Opened:
+        threads = DiskThreads("the disk", 2, 2, LIMIT_S)
+        return await threads.run(Opened, release=Opened.close)
+
+    assert not asyncio.run(work()).is_closed.is_set()
