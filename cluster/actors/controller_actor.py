@@ -33,6 +33,7 @@ from cluster.core.errors import (
     SupersededError,
 )
 from cluster.core.frames import LowDisk
+from cluster.core.gateway_counts import GatewayRecord
 from cluster.core.release import RELEASE
 from cluster.core.states import ClusterState
 from cluster.core.watchdog import BEAT_S, start_watchdog
@@ -183,6 +184,12 @@ class ControllerActor:
         if self.runner.polls.leave(gateway):
             self.runner.gateway_left(gateway)
             self.runner.note(f"{gateway} has left", "its requests have ended")
+
+    async def exchange_counts(
+        self, records: dict[str, GatewayRecord], times: dict[str, float]
+    ) -> dict[str, Any]:
+        """Keep what a gateway has counted, and return what others have: see ``GatewayCounts``."""
+        return self.runner.counts.exchange(records, times)
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
         """A gateway's streams stood still for this time when the generation formed."""

@@ -29,6 +29,7 @@ from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
 from cluster.core.frames import Alive, ControlFrame, LowDisk, Superseded
+from cluster.core.gateway_counts import GatewayCounts
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.policy.node_following import followed_nodes
@@ -66,6 +67,7 @@ class Runner:
         self.plan: StartPlan | None = None
         """With the configuration; None before the start."""
         self.polls = GatewayPolls()
+        self.counts = GatewayCounts()
         self.traces: TraceExport | None = None
         self._disks = DiskWatch(lambda: [logs.OUTPUT.folder])
         self._waits = ProcessorWaits()

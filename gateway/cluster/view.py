@@ -37,6 +37,7 @@ ControllerCall = Literal[
     "wait_snapshot",
     "gateway_leaves",
     "streams_paused",
+    "exchange_counts",
     "placement",
     "load",
     "numbers",

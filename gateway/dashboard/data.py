@@ -32,6 +32,7 @@ class PageData:
     async def state(self) -> dict[str, Any]:
         """The cluster's state (as ``status --json``), and what all replicas have counted.
 
+        Those that have ended are among them.
         ``sees_experts`` says whether the key of the page shows the load of experts too.
         """
         snapshot, replicas = await asyncio.gather(
@@ -39,15 +40,17 @@ class PageData:
         )
         described = [one["describe"] for one in replicas.values()]
         is_whole = is_operator(self._keys)
+        ended = self._gateway.counts.ended(replicas).values()
         status = self._gateway.status_of(snapshot, described, is_whole)
         return {
             "schema": 1,
             "time": time.time(),
             "sees_experts": is_whole,
             "status": {name: part for name, part in status.items() if name not in _LEFT_OUT},
-            "started": min(one["created"] for one in replicas.values()),
+            "started": min(one["created"] for one in (*replicas.values(), *ended)),
             "counters": {
-                name: sum(one["totals"][name] for one in replicas.values()) for name in TOTALS
+                name: sum(one["totals"][name] for one in (*replicas.values(), *ended))
+                for name in TOTALS
             },
         }
 
@@ -57,7 +60,9 @@ class PageData:
         A client's key gets none of the numbers that follow from experts.
         """
         rings = await self._gateway.replicas.ask("samples", after_s)
-        samples: list[Sample] = merge_samples(rings.values())
+        ended = self._gateway.counts.ended(rings).values()
+        past = [[s for s in one["samples"] if s["time"] > after_s] for one in ended]
+        samples: list[Sample] = merge_samples(rings.values(), past)
         shown = samples if is_operator(self._keys) else client_samples(samples)
         return {"schema": 1, "time": time.time(), "samples": shown}
 

@@ -7,6 +7,8 @@ import contextlib
 import logging
 import time
 
+from cluster.core.errors import ExpertMeshError
+from cluster.core.gateway_counts import GatewayRecord
 from gateway.generation.gateway import Gateway
 from gateway.observability.samples import PERIOD_S, SAMPLED
 
@@ -20,6 +22,7 @@ class Sampler:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._there: dict[str, float] = {}  # times of the records that the controller has
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -39,6 +42,27 @@ class Sampler:
         families = gateway.metrics.own_samples(SAMPLED)
         view = gateway.cluster
         gateway.samples.add(now_s(), families, view.snapshot, view.known_load)
+        await self._share()
+
+    async def _share(self) -> None:
+        """Keep what this gateway has counted, and exchange it for what others have."""
+        gateway, counts = self._gateway, self._gateway.counts
+        samples = gateway.samples.after(counts.times().get(gateway.name, 0.0))
+        if samples:
+            summary = gateway.summary()
+            record = GatewayRecord(
+                time=samples[-1]["time"],
+                created=summary["created"],
+                totals=summary["totals"],
+                samples=samples,
+            )
+            counts.merge({gateway.name: record})
+        with contextlib.suppress(ExpertMeshError):  # the controller does not answer
+            there = await gateway.cluster.ask(
+                "exchange_counts", counts.after(self._there), counts.times(), limit_s=PERIOD_S / 2
+            )
+            counts.merge(there["records"])
+            self._there = there["times"]
 
     async def _run(self) -> None:
         is_well = True

@@ -24,6 +24,7 @@ from cluster.core.errors import (
     ModelNotFoundError,
     NotReadyError,
 )
+from cluster.core.gateway_counts import GatewayCounts
 from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
 from gateway.auth.adapter_catalog import AdapterCatalog
@@ -146,12 +147,14 @@ class Gateway:
             config.gateway.vllm_metric_names,
         )
         self.samples = SampleRing()
+        self.counts = GatewayCounts()
+        """Of this gateway and of others, also of those that have ended."""
         self.answers = ReplicaAnswers(
             name,
             {
                 "describe": self.describe,
                 "metrics": self.metrics.own_families,
-                "summary": self._summary,
+                "summary": self.summary,
                 "samples": self.samples.after,
                 "abort": self.running.abort,
                 "adapters": lambda: self.adapters.keys,
@@ -419,7 +422,8 @@ class Gateway:
         """This replica's entry in the status; ``app`` fills in process id and addresses."""
         return {"name": self.name, **self.addresses}
 
-    def _summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
+        """What ``describe`` says, start and totals of this replica."""
         families = self.metrics.own_samples(TOTALS)
         totals = {name: total(families, name) for name in TOTALS}
         return {"describe": self.describe(), "totals": totals, "created": self.created}

@@ -86,13 +86,16 @@ class SampleRing:
         return [sample for sample in self._samples if sample["time"] > time_s]
 
 
-def merge_samples(replicas: Iterable[list[Sample]]) -> list[Sample]:
-    """One sample for each period, with the counts of all replicas.
+def merge_samples(
+    replicas: Iterable[list[Sample]], ended: Iterable[list[Sample]] = ()
+) -> list[Sample]:
+    """One sample for each period, with the counts of all replicas, also of those that have ended.
 
     A period that a replica with samples has not ended yet is left out.
     """
     rings = [samples for samples in replicas if samples]
-    ends_s = min((samples[-1]["time"] for samples in rings), default=0.0)
+    ends_s = min((samples[-1]["time"] for samples in rings), default=math.inf)
+    rings.extend(ended)
     merged: dict[float, Sample] = {}
     for sample in (one for samples in rings for one in samples if one["time"] <= ends_s):
         known = merged.get(sample["time"])

@@ -24,6 +24,7 @@ from cluster.core.errors import (
     RequestError,
     UnknownNameError,
 )
+from cluster.core.gateway_counts import GatewayCounts, GatewayRecord
 from cluster.core.metric_families import PlainFamily
 from cluster.core.release import RELEASE
 from gateway.engines.submission import RequestStage
@@ -445,6 +446,7 @@ class FakeController:
         self.drain_orders: list[dict[str, Any]] = []
         self.scale_orders: list[dict[str, Any]] = []
         self.pauses: list[tuple[int, float]] = []
+        self.counts = GatewayCounts()
         self.error: Exception | None = None
         """Raised in place of the list of operations."""
         self._changed = asyncio.Event()
@@ -493,6 +495,12 @@ class FakeController:
             adapters=[a | {"state": "UNLOADING"} if a["name"] == name else a for a in known]
         )
         return next(str(a["key"]) for a in known if a["name"] == name)
+
+    async def exchange_counts(
+        self, records: dict[str, GatewayRecord], times: dict[str, float]
+    ) -> dict[str, Any]:
+        """See ``ControllerActor``."""
+        return self.counts.exchange(records, times)
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
         """See ``Controller``."""

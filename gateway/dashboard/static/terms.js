@@ -15,7 +15,7 @@ const TERMS = {
   mode: "local: one worker does everything. disaggregated: attention workers and expert workers are separate processes.",
   expert: "A feed-forward network of a layer. A router sends each token to a few of the experts.",
   copies: "Busy experts have copies on several workers, which share their tokens.",
-  uptime: "Since the oldest gateway that runs started; the totals count from there.",
+  uptime: "Since the first gateway of this cluster started; the totals count from there, through restarts.",
   share: "Tokens of the expert, over the mean of all experts of the layer.",
 };
 

@@ -11,6 +11,7 @@ import pytest
 
 import gateway.dashboard
 from cluster.config.gateway import GatewaySection
+from cluster.core.gateway_counts import GatewayCounts
 from gateway.dashboard.sampler import Sampler
 from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
 
@@ -97,17 +98,20 @@ def test_the_state_has_what_all_replicas_counted(stack: Stack) -> None:
     assert "metrics" not in after["status"]
 
 
+def take_sample(stack: Stack, sampler: Sampler, time_s: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gateway.dashboard.sampler.now_s", lambda: time_s)
+        stack.run(sampler.sample())
+
+
 def take_samples(stack: Stack, tokens: int) -> None:
     """Two samples, with an answer of so many tokens between them."""
     sampler = Sampler(stack.gateway)
-    clock = iter((1000.0, 1002.0))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gateway.dashboard.sampler.now_s", lambda: next(clock))
-        stack.run(sampler.sample())
-        headers = {"authorization": "Bearer root"}
-        fields = {"prompt": "hello", "max_tokens": tokens}
-        assert stack.http.post("/v1/completions", json=fields, headers=headers).is_success
-        stack.run(sampler.sample())
+    take_sample(stack, sampler, 1000.0)
+    headers = {"authorization": "Bearer root"}
+    fields = {"prompt": "hello", "max_tokens": tokens}
+    assert stack.http.post("/v1/completions", json=fields, headers=headers).is_success
+    take_sample(stack, sampler, 1002.0)
 
 
 def test_the_history_is_there_when_a_page_loads(stack: Stack) -> None:
@@ -129,6 +133,28 @@ def test_a_key_of_a_client_shows_a_history_without_experts(keyed: Stack) -> None
         (shown[key],) = keyed.http.get("/dashboard/api/history", headers=headers).json()["samples"]
     assert shown["root"].keys() - shown["secret"].keys() == {"balancedness"}
     assert shown["secret"]["output"] == 3
+
+
+def test_history_and_totals_outlive_a_gateway_and_a_controller(stack: Stack) -> None:
+    take_samples(stack, 3)
+    headers = {"authorization": "Bearer root"}
+    before = stack.http.get("/dashboard/api/state", headers=headers).json()
+    own = stack.gateway.counts.ended(())[stack.gateway.name]
+    past = {**own["samples"][0], "time": 900.0, "output": 44, "seconds": 2.0}
+    ended = {**own, "created": 77.0, "totals": dict.fromkeys(own["totals"], 5.0), "samples": [past]}
+    stack.controller.counts.exchange({"gateway-ended": ended}, {})
+    sampler = Sampler(stack.gateway)
+    take_sample(stack, sampler, 1004.0)
+    after = stack.http.get("/dashboard/api/state", headers=headers).json()
+    assert after["started"] == 77.0
+    for name, value in before["counters"].items():
+        assert after["counters"][name] == value + 5
+    shown = stack.http.get("/dashboard/api/history", headers=headers).json()["samples"]
+    assert [(one["time"], one["output"]) for one in shown[:2]] == [(900.0, 44), (1002.0, 3)]
+    stack.controller.counts = GatewayCounts()  # another controller
+    take_sample(stack, sampler, 1006.0)
+    take_sample(stack, sampler, 1008.0)
+    assert "gateway-ended" in stack.controller.counts.times()
 
 
 @pytest.mark.parametrize("after", ["-1", "x", "", "1.5", "9" * 99])
