@@ -33,7 +33,8 @@ class PageData:
         """The cluster's state (as ``status --json``), and what all replicas have counted.
 
         Those that have ended are among them.
-        ``sees_experts`` says whether the key of the page shows the load of experts too.
+        ``sees_experts`` says whether the key of the page shows the load of experts too, ``scheme``
+        how browsers reach the gateway's own ports, whatever is in front of this one.
         """
         snapshot, replicas = await asyncio.gather(
             self._snapshot.get(), self._gateway.replicas.ask("summary")
@@ -47,6 +48,7 @@ class PageData:
             "time": time.time(),
             "sees_experts": is_whole,
             "status": {name: part for name, part in status.items() if name not in _LEFT_OUT},
+            "scheme": "https" if self._gateway.limits.has_tls else "http",
             "started": min(one["created"] for one in (*replicas.values(), *ended)),
             "counters": {
                 name: sum(one["totals"][name] for one in (*replicas.values(), *ended))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.gateway.stack import Stack
@@ -25,6 +28,8 @@ PROGRAM = Path(__file__).parent / "clients" / "use_dashboard.mjs"
 LIMIT_S = 1500.0
 MOST_MS = 2000
 """From the kill of a worker until the page shows it."""
+MOST_LOST = 400
+"""Requests that a killed gateway had counted since its last sample, on a fast machine."""
 NUM_UPDATES = 86_400
 """24 hours, at one a second."""
 MOST_BYTES = 2 << 20
@@ -84,7 +89,8 @@ def load(server: Served) -> Iterator[None]:
 
     def ask() -> None:
         while not stop.is_set():
-            server.client.post("/v1/completions", json={"prompt": "ROMEO:", "max_tokens": 24})
+            with contextlib.suppress(httpx.TransportError):  # the gateway starts again
+                server.client.post("/v1/completions", json={"prompt": "ROMEO:", "max_tokens": 24})
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -109,6 +115,13 @@ def test_a_tour_of_the_page(tmp_path: Path) -> None:
         assert "expert-" in tried["visited"]
         assert "log-probability" in tried["chosen"]
         assert tried["cell"].startswith("Expert 1 on expert-0")
+        assert page.step("stopped")["problem"] == ""
+        crowded = page.step("crowded")
+        assert crowded["width"] == 320
+        assert (crowded["twice"], crowded["cut"], crowded["keepsFocus"]) == ([], [], True)
+        assert re.fullmatch(r" median 100 ms 95% 100 ms[\d:]{8}", crowded["ttft"])
+        assert crowded["queue"] == " attention-0 3 sequences"
+        assert crowded["scrolled"] > 0, "the cell that the keys chose is in view"
         (pid,) = (w["pid"] for w in server.status()["workers"] if w["name"] == "expert-1")
         os.kill(pid, signal.SIGKILL)
         page.tell("expert-1")
@@ -117,10 +130,34 @@ def test_a_tour_of_the_page(tmp_path: Path) -> None:
         assert "LOST" in killed["text"]
         wait_until(lambda: server.status()["state"] == "SERVING", "another worker", LIMIT_S)
         assert "SUCCEEDED" in page.step("ordered")["result"]
+        restart_gateway(server)
+        page.tell("restarted")
         phone = page.step("phone")
         assert phone["width"] <= 390
         assert int(phone["samples"]) > 10, "a page that has just loaded draws what was before"
         assert page.step("end")["errors"] == []
+
+
+def restart_gateway(server: Served) -> None:
+    """Kill the gateway; wait until another one shows the history and the totals of before."""
+    before = server.client.get("/dashboard/api/state").json()
+    (replica,) = before["status"]["gateway"]
+    (first, *_) = server.client.get("/dashboard/api/history").json()["samples"]
+    os.kill(replica["pid"], signal.SIGKILL)
+
+    def is_back() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            history = server.client.get("/dashboard/api/history")
+            if history.is_success and history.json()["samples"]:
+                return bool(history.json()["samples"][0] == first)
+        return False
+
+    wait_until(is_back, "the history of before", LIMIT_S)
+    after = server.client.get("/dashboard/api/state").json()
+    assert after["status"]["gateway"][0]["pid"] != replica["pid"]
+    assert after["started"] == before["started"]
+    totals = [state["counters"]["request_success_total"] for state in (before, after)]
+    assert totals[1] >= totals[0] - MOST_LOST
 
 
 def admin_url(server: Served) -> str:

@@ -34,14 +34,15 @@ export async function get(path, limitMs = 5000) {
   return (await checked(await fetch(path, { headers: headers(), signal }))).json();
 }
 
-export async function post(path, body) {
-  const options = { method: "POST", headers: headers(), body: JSON.stringify(body) };
+export async function post(path, body, limitMs = 60000) {
+  const signal = AbortSignal.timeout(limitMs);
+  const options = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
   return (await checked(await fetch(path, options))).json();
 }
 
 // The events of a streamed answer, as they come.
-export async function* stream(path, body) {
-  const options = { method: "POST", headers: headers(), body: JSON.stringify(body) };
+export async function* stream(path, body, signal) {
+  const options = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
   const answer = await checked(await fetch(path, options));
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";

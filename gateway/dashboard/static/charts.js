@@ -1,26 +1,31 @@
 // Time series of the last ten minutes, with the cluster's events on the same axis.
 
-import { clock, element, fill } from "./format.js";
+import { clock, element, fill, short } from "./format.js";
 
 const SPAN_S = 600;
 const HEIGHT = 160;
 const COLOURS = ["#3b82d6", "#e08a1e", "#2fa36b", "#c2479b", "#8a63d2", "#d64545", "#3aa6b9", "#93a01f"];
 const SYNC = "expertmesh";
+const NOTHING = "no data yet";
+const STEPS = [0.5, ...Array.from({ length: 12 }, (_, power) => [1, 2, 5].map((n) => n * 10 ** power)).flat()];
 
 export class Chart {
   #place;
   #latest = element("ul", { className: "latest" });
   #values;
   #unit;
+  #digits;
   #marks;
   #plot = null;
   #names = [];
   #data = [[]];
 
+  // unit and digits: of the values; the digits of values below 100.
   // values: of a sample, by name (null: none); names may come and go.
   // marks: a function that gives [time, name of a colour's variable] of each event to draw.
-  constructor(place, unit, values, marks) {
-    [this.#place, this.#unit, this.#values, this.#marks] = [place, unit, values, marks];
+  constructor(place, unit, digits, values, marks) {
+    [this.#place, this.#unit, this.#digits] = [place, unit, digits];
+    [this.#values, this.#marks] = [values, marks];
     place.setAttribute("role", "img");
     place.after(this.#latest);
     new ResizeObserver(() => this.#plot?.setSize({ width: this.#width(), height: HEIGHT })).observe(place);
@@ -41,26 +46,35 @@ export class Chart {
     }
     this.#place.dataset.samples = samples.length;
     this.#showValues(this.#plot.cursor.idx);
-    const values = names.map((name, i) => `${name} ${this.#text(this.#data[i + 1].at(-1))}`);
-    this.#place.setAttribute("aria-label", last === undefined ? "no data yet" : values.join(", "));
+    const at = this.#newest();
+    const values = names.map((name, i) => `${name} ${this.#text(this.#data[i + 1][at])}`);
+    const when = at >= 0 && this.#data[0][at] !== last ? [`at ${clock(this.#data[0][at])}`] : [];
+    this.#place.setAttribute("aria-label", at < 0 ? NOTHING : [...values, ...when].join(", "));
   }
 
-  // The latest values, or those under the cursor with their time.
+  // Of the latest sample with a value: latencies are measured only while something is generated.
+  #newest() {
+    const [times, ...series] = this.#data;
+    return times.findLastIndex((_, at) => series.some((values) => values[at] !== null));
+  }
+
+  // The latest values, or those under the cursor; with their time unless it is that of the last sample.
   #showValues(index) {
-    const pointed = index !== null && index !== undefined && index < this.#data[0].length - 1;
-    const at = pointed ? index : this.#data[0].length - 1;
+    const last = this.#data[0].length - 1;
+    const pointed = index !== null && index !== undefined && index < last;
+    const at = pointed ? index : this.#newest();
     const lines = this.#names.map((name, i) => {
       const mark = element("span", { className: `mark c${i % COLOURS.length}` });
       return element("li", {}, mark, ` ${name} `, element("b", {}, this.#text(this.#data[i + 1][at])));
     });
-    if (!lines.length) lines.push(element("li", {}, "no data yet"));
-    if (pointed) lines.push(element("li", { className: "at" }, clock(this.#data[0][at])));
+    if (at < 0) lines.splice(0, lines.length, element("li", {}, NOTHING));
+    else if (at < last) lines.push(element("li", { className: "at" }, clock(this.#data[0][at])));
     fill(this.#latest, lines);
   }
 
   #text(value) {
     if (value === null || value === undefined) return "–";
-    const digits = this.#unit === "" || value >= 100 ? 0 : 1;
+    const digits = value >= 100 ? 0 : this.#digits;
     return `${value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits })}${this.#unit}`;
   }
 
@@ -80,7 +94,7 @@ export class Chart {
       },
       axes: [
         { ...axis, space: 60, size: 30, values: (plot, times) => times.map((time) => clock(time).slice(0, 5)) },
-        { ...axis, size: 45, incrs: [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] },
+        { ...axis, size: 45, incrs: STEPS, values: (plot, values) => values.map(short) },
       ],
       series: [
         {},

@@ -4,6 +4,11 @@ export function count(value) {
   return Number(value).toLocaleString("en", { maximumFractionDigits: 0 });
 }
 
+// As few characters as an axis has room for: 0.5, 250, 1.5K, 20M.
+export function short(value) {
+  return value.toLocaleString("en", { notation: "compact" });
+}
+
 export function percent(share) {
   return share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)}%`;
 }

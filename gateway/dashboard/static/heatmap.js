@@ -95,7 +95,7 @@ export class Heatmap {
     context.fillStyle = style.getPropertyValue("--bad");
     const even = this.#even();
     this.#load.counts.forEach((tokens, expert) => {
-      if (even && tokens > HOT * even) context.fillRect(label + expert * size, 4, size - 1, 4);
+      if (even && tokens >= HOT * even) context.fillRect(label + expert * size, 4, size - 1, 4);
     });
     const { row, column } = this.#at;
     if (this.#pointed) {
@@ -120,6 +120,16 @@ export class Heatmap {
     event.preventDefault();
     const [down, right] = steps[event.key];
     this.#go(this.#at.row + down, this.#at.column + right);
+    this.#scroll();
+  }
+
+  // Brings the cell into the part of the canvas that shows.
+  #scroll() {
+    const { label, size, top } = this.#geometry();
+    const [x, y] = [label + this.#at.column * size, top + this.#at.row * (size + 4)];
+    const view = this.#canvas.parentElement;
+    const near = (now, room, at) => Math.min(Math.max(now, at + 2 * size - room), Math.max(0, at - size));
+    view.scrollTo(near(view.scrollLeft, view.clientWidth, x), near(view.scrollTop, view.clientHeight, y));
   }
 
   #point(event) {

@@ -7,13 +7,13 @@ import { byId } from "./format.js";
 const KEPT = 300; // samples
 
 const CHARTS = {
-  tokens: ["/s", (s) => ({ output: s.output / s.seconds, prompts: s.prompt / s.seconds })],
-  ttft: [" ms", (s) => ({ median: percentile(s.ttft, 0.5), "95%": percentile(s.ttft, 0.95) })],
-  itl: [" ms", (s) => ({ median: percentile(s.itl, 0.5), "99%": percentile(s.itl, 0.99) })],
-  queue: ["", (s) => s.waiting],
-  kv: ["%", (s) => mapValues(s.kv, (share) => 100 * share)],
-  balance: ["%", (s) => mapValues(s.balancedness ?? {}, (share) => (share === null ? null : 100 * share))],
-  moves: ["", (s) => ({ "with KV": s.moved, recomputed: s.again })],
+  tokens: ["/s", 1, (s) => ({ output: s.output / s.seconds, prompts: s.prompt / s.seconds })],
+  ttft: [" ms", 1, (s) => ({ median: percentile(s.ttft, 0.5), "95%": percentile(s.ttft, 0.95) })],
+  itl: [" ms", 1, (s) => ({ median: percentile(s.itl, 0.5), "99%": percentile(s.itl, 0.99) })],
+  queue: [" sequences", 0, (s) => s.waiting],
+  kv: ["%", 1, (s) => mapValues(s.kv, (share) => 100 * share)],
+  balance: ["%", 1, (s) => mapValues(s.balancedness ?? {}, (share) => (share === null ? null : 100 * share))],
+  moves: [" requests", 0, (s) => ({ "with KV": s.moved, recomputed: s.again })],
 };
 
 export class History {
@@ -24,7 +24,7 @@ export class History {
   // marks: see ``Chart``.
   constructor(marks) {
     this.#charts = Object.entries(CHARTS).map(
-      ([name, [unit, values]]) => new Chart(byId(`chart-${name}`), unit, values, marks),
+      ([name, [unit, digits, values]]) => new Chart(byId(`chart-${name}`), unit, digits, values, marks),
     );
   }
 

@@ -5,26 +5,27 @@ import { element } from "./format.js";
 
 const LOOPBACK = ["localhost", "127.0.0.1", "[::1]"];
 
-export function pageLinks(status, isAdmin) {
+// scheme: of the gateway's own ports; a proxy in front may have another one.
+export function pageLinks(status, scheme, isAdmin) {
   const links = [];
   const [gateway] = status.gateway ?? [];
-  if (isAdmin) links.unshift(["public page", reachable(gateway?.http)]);
+  if (isAdmin) links.unshift(["public page", reachable(scheme, gateway?.http)]);
   else {
     // a client's key shows ports only, and those of the admin API only if it opens them
     const address = gateway?.admin_http ?? (gateway?.admin_port && `${location.hostname}:${gateway.admin_port}`);
-    if (address) links.unshift(["admin page", reachable(address)]);
+    if (address) links.unshift(["admin page", reachable(scheme, address)]);
     if (!hasKey()) links.push(["metrics", "metrics"], ["API", "openapi.json"]); // a link sends no key
   }
-  return links.map(([name, url]) =>
-    url?.startsWith("!")
+  return links.filter(([, url]) => url).map(([name, url]) =>
+    url.startsWith("!")
       ? element("span", { title: "this address is open to programs on the gateway's host only" }, `${name}: ${url.slice(1)}`)
-      : element("a", { href: url ?? "#" }, name),
+      : element("a", { href: url }, name),
   );
 }
 
 // The page at an address; "!" and the address where a browser on another host cannot reach it.
-function reachable(address) {
+function reachable(scheme, address) {
   const host = address?.replace(/:\d+$/, "");
   if (LOOPBACK.includes(host) && !LOOPBACK.includes(location.hostname)) return `!${address}`;
-  return address && `${location.protocol}//${address}/`;
+  return address && `${scheme}://${address}/`;
 }

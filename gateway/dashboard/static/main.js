@@ -32,7 +32,7 @@ function show(state) {
   if (isAdmin) showChoices(status);
 }
 
-function showHead({ status, counters, time, started }) {
+function showHead({ status, scheme, counters, time, started }) {
   const model = status.model ?? {};
   byId("model").textContent = model.name ?? "";
   const text = byId("state");
@@ -46,19 +46,28 @@ function showHead({ status, counters, time, started }) {
     [term("generation", "generation"), status.generation],
     [term("epoch", "placement epoch"), status.placement_epoch],
     [term("mode", "mode"), status.mode],
-    ["dtype", model.dtype],
+    [term("dtype", "dtype"), model.dtype],
     ["gateways", (status.gateway ?? []).length],
   ];
   const shown = facts.filter(([name, value]) => value != null && !(name === "gateways" && value < 2));
-  fill(
-    byId("facts"),
-    shown.map(([name, value]) =>
-      element("div", {}, element("dt", {}, name), element("dd", {}, String(value))),
-    ),
-  );
-  fill(byId("links"), pageLinks(status, isAdmin));
+  showFacts(shown);
+  fill(byId("links"), pageLinks(status, scheme, isAdmin));
   const problems = [status.error, ...(status.problems ?? [])].filter(Boolean);
   fill(byId("problems"), problems.map((problem) => element("li", {}, problem)));
+}
+
+// Replaces values alone, so that a word keeps the focus and its tooltip.
+function showFacts(facts) {
+  const place = byId("facts");
+  const names = facts.map(([name]) => name.textContent ?? name).join();
+  if (place.dataset.names !== names) {
+    place.dataset.names = names;
+    place.replaceChildren(...facts.map(([name]) => element("div", {}, element("dt", {}, name), element("dd"))));
+  }
+  facts.forEach(([, value], number) => {
+    const text = place.children[number].lastChild;
+    if (text.textContent !== String(value)) text.textContent = value;
+  });
 }
 
 // A client's key shows nothing by expert, and no events: say so in place of empty panels.
@@ -106,7 +115,7 @@ function askForKey(message) {
       "submit",
       (event) => {
         event.preventDefault();
-        setKey(byId("key").value);
+        setKey(byId("key").value.trim());
         byId("key").value = "";
         resolve();
       },

@@ -3,15 +3,21 @@
 import { get, post, stream } from "./api.js";
 import { allow, byId, element } from "./format.js";
 
-// White space that would not show otherwise.
-function visible(word) {
-  return word.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍");
+const SIGNS = { "\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡" };
+
+// Characters that would not show otherwise: spaces alone, control characters, joiners, marks of direction.
+export function visible(word) {
+  if (/^\s+$/u.test(word)) word = word.replaceAll(" ", "␣");
+  return word.replace(/[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu, (sign) => {
+    const code = sign.codePointAt(0);
+    return SIGNS[sign] ?? (code < 32 ? String.fromCodePoint(0x2400 + code) : `⟨${code.toString(16).toUpperCase()}⟩`);
+  });
 }
 
 export class Playground {
   #names = [];
   #state = "STARTING";
-  #isRunning = false;
+  #running = null; // ends the answer that is being generated
   seesPlacement = true; // false with a client's key
 
   constructor() {
@@ -20,6 +26,7 @@ export class Playground {
       this.#run();
     });
     byId("prompt").addEventListener("input", () => this.allow());
+    byId("stop").addEventListener("click", () => this.#running?.abort());
   }
 
   // Names of the workers that hold experts, by device.
@@ -30,7 +37,7 @@ export class Playground {
   // Whether the button works. state: of the cluster, if it is known anew.
   allow(state = this.#state) {
     this.#state = state;
-    const busy = this.#isRunning ? "the answer is being generated" : "";
+    const busy = this.#running ? "the answer is being generated" : "";
     const down = state === "STARTING" || state === "STOPPED" ? `the cluster is ${state}` : "";
     allow(byId("generate"), busy || down || (byId("prompt").value ? "" : "type a prompt first"));
   }
@@ -40,19 +47,22 @@ export class Playground {
     problem.textContent = "";
     byId("visited").replaceChildren();
     byId("tokens").replaceChildren();
-    this.#isRunning = true;
+    this.#running = new AbortController();
+    byId("stop").hidden = false;
     this.allow();
     try {
-      await this.#inspect(await this.#generate());
+      await this.#inspect(await this.#generate(this.#running.signal));
     } catch (error) {
       problem.textContent = error.message;
     } finally {
-      this.#isRunning = false;
+      this.#running = null;
+      byId("stop").hidden = true;
       this.allow();
     }
   }
 
-  async #generate() {
+  // What was generated, also if it was stopped before its end.
+  async #generate(signal) {
     const body = {
       prompt: byId("prompt").value,
       max_tokens: Number(byId("max-tokens").value),
@@ -66,20 +76,25 @@ export class Playground {
     const output = [];
     const words = [];
     const chances = [];
-    for await (const event of stream("v1/completions", body)) {
-      if (event.error) throw new Error(event.error.message);
-      for (const choice of event.choices) {
-        prompt = choice.prompt_token_ids ?? prompt;
-        output.push(...(choice.token_ids ?? []));
-        words.push(...(choice.logprobs?.tokens ?? []));
-        chances.push(...(choice.logprobs?.token_logprobs ?? []));
-        byId("tokens").append(choice.text);
+    try {
+      for await (const event of stream("v1/completions", body, signal)) {
+        if (event.error) throw new Error(event.error.message);
+        for (const choice of event.choices) {
+          prompt = choice.prompt_token_ids ?? prompt;
+          output.push(...(choice.token_ids ?? []));
+          words.push(...(choice.logprobs?.tokens ?? []));
+          chances.push(...(choice.logprobs?.token_logprobs ?? []));
+          byId("tokens").append(choice.text);
+        }
       }
+    } catch (error) {
+      if (!signal.aborted) throw error;
     }
     return { ids: [...prompt, ...output], numPrompt: prompt.length, words, chances };
   }
 
   async #inspect({ ids, numPrompt, words, chances }) {
+    if (!ids.length) return; // stopped before the first token
     const [seen, placement] = await Promise.all([
       post("v1/inspect", { token_ids: ids, outputs: ["routes"] }),
       this.seesPlacement ? get("cluster/v1/placement") : null,

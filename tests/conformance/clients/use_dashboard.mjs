@@ -57,6 +57,17 @@ async function tour(browser, adminUrl, folder) {
   await page.keyboard.press("ArrowRight");
   say({ step: "tried", ...tried, cell: await page.textContent("#cell") });
 
+  await page.fill("#prompt", "a\u0000\u001b\t \u00a0b");
+  await page.click("#generate");
+  await page.waitForFunction(() => /␛/.test(document.querySelector("#tokens").textContent));
+  await page.waitForFunction(() => document.querySelector("#stop").hidden);
+  await page.fill("#max-tokens", "128");
+  await page.click("#generate");
+  await page.click("#stop");
+  await page.waitForFunction(() => document.querySelector("#stop").hidden);
+  say({ step: "stopped", problem: await page.textContent("#try-problem") });
+  say({ step: "crowded", ...(await crowded(browser)) });
+
   const { value: killed } = await lines.next();
   const began = Date.now();
   await page.waitForSelector(`[data-worker="${killed}"].bad`);
@@ -67,6 +78,8 @@ async function tour(browser, adminUrl, folder) {
   await admin.waitForFunction(() => /SUCCEEDED|FAILED|rebalanc/.test(document.querySelector("#order-result").textContent));
   say({ step: "ordered", result: await admin.textContent("#order-result") });
 
+  await lines.next(); // the gateway starts again
+  errors.splice(0, errors.length, ...errors.filter((text) => !text.startsWith("Failed to load resource")));
   const phone = await open(browser, url, { viewport: { width: 390, height: 844 } });
   await phone.waitForSelector("[data-samples]");
   const shown = await phone.evaluate(() => ({
@@ -79,6 +92,65 @@ async function tour(browser, adminUrl, folder) {
     await view.waitForTimeout(5_000);
     await view.screenshot({ path: `${folder}/dashboard-${name}.png`, fullPage: name !== "phone" });
   }
+}
+
+// A page of 64 workers, 128 experts and long names, on the narrowest phone.
+async function crowded(browser) {
+  const read = async (name) => (await fetch(`${url}/dashboard/api/${name}`)).json();
+  const [state, load, history] = await Promise.all([read("state"), read("load"), read("history")]);
+  const numbered = (many, make) => Array.from({ length: many }, (_, i) => make(i));
+  const { status } = state;
+  status.workers = numbered(64, (i) => ({ ...status.workers[0], name: `attention-${i}.12`, node: "n".repeat(99) }));
+  status.problems = [`/${"path/".repeat(60)} is full`];
+  status.model.name = "model".repeat(30);
+  load.cells = numbered(32, (row) => numbered(4, (i) => [4 * row + i, 1000 * i]));
+  load.workers = numbered(32, (row) => `expert-${row}.127`);
+  load.counts = numbered(128, (i) => 10_000_000 * i);
+  load.copies = numbered(128, () => 1);
+  const [none] = history.samples;
+  const idle = { ...none, output: 2e7, waiting: { "attention-0": 3 }, ttft: [], itl: [] };
+  const busy = { ...idle, ttft: [[0.1, 0.1, 1]], itl: [[0.02, 0.02, 9]] };
+  history.samples = [busy, idle, idle].map((sample, i) => ({ ...sample, time: none.time + 2 * i }));
+  const page = await open(browser, "about:blank", { viewport: { width: 320, height: 700 } });
+  await page.route("**/dashboard/api/*", (route) => {
+    state.counters.generation_tokens_total += 1;
+    const answers = { state, load, history };
+    return route.fulfill({ json: answers[new URL(route.request().url()).pathname.split("/").at(-1)] });
+  });
+  await page.goto(url);
+  await page.waitForSelector("[data-samples]");
+  const first = page.locator("#facts .term").first();
+  await first.focus();
+  const tokens = await page.textContent("#facts");
+  await page.waitForFunction((before) => document.querySelector("#facts").textContent !== before, tokens);
+  const keepsFocus = await first.evaluate((word) => word === document.activeElement);
+  const cut = [];
+  for (const word of await page.locator(".term:visible").all()) {
+    await word.focus();
+    const whole = await word.evaluate((one) => {
+      const tip = one.lastChild;
+      tip.style.pointerEvents = "auto"; // so that the point finds it
+      const { left, right, top, bottom } = tip.getBoundingClientRect();
+      const shows = (x, y) => document.elementFromPoint(x, y) === tip;
+      return shows(left + 5, top + 5) && shows(right - 5, bottom - 5);
+    });
+    if (!whole) cut.push(await word.evaluate((one) => one.firstChild.textContent));
+  }
+  await page.focus("#heatmap");
+  for (let step = 0; step < 60; step++) await page.keyboard.press("ArrowRight");
+  const found = await page.evaluate(() => {
+    const ids = [...document.querySelectorAll("[id]")].map((one) => one.id);
+    const latest = (name) => document.querySelector(`#chart-${name} + .latest`).textContent;
+    return {
+      width: document.documentElement.scrollWidth,
+      twice: ids.filter((id, i) => ids.indexOf(id) !== i),
+      ttft: latest("ttft"),
+      queue: latest("queue"),
+      scrolled: document.querySelector("#heatmap").parentElement.scrollLeft,
+    };
+  });
+  await page.context().close();
+  return { ...found, cut, keepsFocus };
 }
 
 function views() {

@@ -11,7 +11,7 @@ import pytest
 
 import gateway.dashboard
 from cluster.config.gateway import GatewaySection
-from cluster.core.gateway_counts import GatewayCounts
+from cluster.core.gateway_counts import GatewayCounts, GatewayRecord
 from gateway.dashboard.sampler import Sampler
 from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
 
@@ -96,6 +96,7 @@ def test_the_state_has_what_all_replicas_counted(stack: Stack) -> None:
     assert before["started"] == after["started"] <= before["time"]
     assert after["status"]["state"] == "SERVING"
     assert "metrics" not in after["status"]
+    assert after["scheme"] == "http", "of the gateway's own ports, for links past a proxy"
 
 
 def take_sample(stack: Stack, sampler: Sampler, time_s: float) -> None:
@@ -141,7 +142,8 @@ def test_history_and_totals_outlive_a_gateway_and_a_controller(stack: Stack) -> 
     before = stack.http.get("/dashboard/api/state", headers=headers).json()
     own = stack.gateway.counts.ended(())[stack.gateway.name]
     past = {**own["samples"][0], "time": 900.0, "output": 44, "seconds": 2.0}
-    ended = {**own, "created": 77.0, "totals": dict.fromkeys(own["totals"], 5.0), "samples": [past]}
+    totals = dict.fromkeys(own["totals"], 5.0)
+    ended = GatewayRecord(time=own["time"], created=77.0, totals=totals, samples=[past])
     stack.controller.counts.exchange({"gateway-ended": ended}, {})
     sampler = Sampler(stack.gateway)
     take_sample(stack, sampler, 1004.0)
