@@ -5,8 +5,8 @@ import { element } from "./format.js";
 const EDGE = 8; // px between a tooltip and the edge of the window
 
 const TERMS = {
-  ttft: "Time to first token (TTFT): from a request's arrival to its first token. It includes the queue and the prefill.",
-  itl: "Inter-token latency (ITL): the time between two tokens of one answer.",
+  ttft: "Time to first token (TTFT): from a request's arrival to its first token. It includes the queue and the prefill. Median: half of the requests of two seconds were faster; 95%: this share of them.",
+  itl: "Inter-token latency (ITL): the time between two tokens of one answer. Median: half of the times of two seconds are shorter; 99%: this share of them.",
   kv: "KV cache: keys and values of all earlier tokens of a sequence. An attention worker keeps them in blocks of fixed size; if no block is free, new requests wait. By attention worker (32 workers at most).",
   balancedness: "Mean load over the highest load of the expert workers: at 100% all have the same work. Predicted: by the planner for this placement. Achieved: measured.",
   phases: "Prefill computes all tokens of a prompt at once; decode then computes one token of each sequence in a step.",
@@ -23,7 +23,6 @@ const TERMS = {
   token: "A piece of text, often a part of a word, that the model reads and writes as one.",
   temperature: "0: always the token with the highest probability. Higher: chosen at random, the more evenly the higher.",
   workers: "Attention workers keep the sequences and their KV cache; expert workers compute the experts. A worker is DRAINED once its work has moved elsewhere, and LOST if it fails.",
-  percentiles: "Median: half of the values of two seconds are lower. 95% and 99%: this share of them is lower.",
   layer: "The model's layers come one after another; each bank of experts of a layer has a router of its own.",
   rebalance: "Moves copies of experts between workers, so that all have the same work. A dry run shows the plan alone.",
   drain: "Moves the work of a worker to the others, then ends it; a new worker starts in its place.",
