@@ -94,9 +94,11 @@ def load(server: Served) -> Iterator[None]:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    yield
-    stop.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_tour_of_the_page(tmp_path: Path) -> None:

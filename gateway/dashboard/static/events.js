@@ -3,7 +3,7 @@
 import { byId, clock, element, fill } from "./format.js";
 
 const KINDS = [
-  ["failure", /^(lost|.* failed|.*poison)/],
+  ["failure", /^(lost|.* failed|.* is gone|.*poison)/],
   ["rebalance", /^rebalance/],
   ["drain", /^(drain|.*is drained)/],
   ["scale", /^(scale|scaled|autoscaling)/],
