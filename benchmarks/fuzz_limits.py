@@ -198,6 +198,10 @@ def own_cases() -> Iterator[tuple[str, str, bytes]]:
     yield "/v1/completions", "echo of 45 prompts", json.dumps(echo).encode()
     echo = {"prompt": full[:4], "max_tokens": 0, "echo": True, "logprobs": 20}
     yield "/v1/completions", "echo of 4 prompts with logprobs", json.dumps(echo).encode()
+    echo = {**echo, "max_tokens": 1, "stream": True}
+    yield "/v1/completions", "streamed echo with logprobs", json.dumps(echo).encode()
+    ranked = {"prompt": full[:4], "max_tokens": 1, "prompt_logprobs": 20}
+    yield "/v1/completions", "log-probabilities of 4 prompts", json.dumps(ranked).encode()
     yield "/v1/embeddings", "256 long prompts", json.dumps({"input": full}).encode()
     masked = {"input": full, "attention_mask": full, "labels": ["a"]}
     yield "/classify", "256 masked prompts", json.dumps(masked).encode()

@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -55,6 +56,8 @@ answer, and is cut off beyond."""
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _PIECE = 4096
 """Entries of a long list that are written at a time."""
+_JOINED = 1024
+"""Pieces of a long answer that are joined, and freed, at a time."""
 Parsed = TypeVar("Parsed")
 """What an endpoint reads in a body."""
 
@@ -347,7 +350,9 @@ def dump_json(content: object) -> bytes:
 
 def dump_long(content: object) -> bytes:
     """The same for an object with long lists, for threads: others run between its pieces."""
-    return b"".join(_json_pieces(content))
+    pieces = _json_pieces(content)
+    # joined as they come: a million small pieces would be freed in one go
+    return b"".join(iter(lambda: b"".join(islice(pieces, _JOINED)), b""))
 
 
 def _has_parts(value: object) -> bool:

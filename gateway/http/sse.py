@@ -9,9 +9,10 @@ from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
 from gateway.generation.gateway import Gateway
 from gateway.generation.generation import Generation
-from gateway.http.middleware import Responder, dump_json
+from gateway.http.middleware import Responder, dump_json, dump_long
 from gateway.http.openai_format import AnswerFormat, usage_body
 from gateway.http.schema import StreamOptions
+from gateway.offload.long_work import INLINE_SIZE, release
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -98,10 +99,13 @@ class SseStream(EventStream):
             if not with_usage and (text_chunk := self.formatter.text_chunk(delta)) is not None:
                 content += self._event(text_chunk)
                 continue
+            is_long = delta.size > INLINE_SIZE  # the prompt's tokens with their alternatives
             for chunk in self.formatter.chunks(delta):
                 if with_usage:
                     chunk["usage"] = usage_body(generation.usage)
-                content += self._event(dump_json(chunk))
+                content += self._event(dump_long(chunk) if is_long else dump_json(chunk))
+                if is_long:
+                    release(chunk)
         return content
 
     async def _ending(self, generation: Generation) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import grpc
@@ -17,9 +19,10 @@ from gateway.engines import engine_pool
 from gateway.generation import gateway as gateway_module
 from gateway.grpc import api, pooling
 from gateway.http import api as http_api
-from gateway.http import middleware
+from gateway.http import middleware, sse
 from gateway.http import pooling as http_pooling
 from gateway.http.middleware import dump_long
+from gateway.http.schema import StreamOptions
 from gateway.offload.json_text import MAX_VALUES
 from gateway.offload.long_work import INLINE_SIZE
 from protos import inference_pb2 as pb
@@ -213,6 +216,52 @@ def test_long_answers_are_written_in_a_thread(
     assert answer.status_code == 200, answer.text
     (name,) = found
     assert name.startswith("long-work")
+
+
+def test_pieces_of_an_answer_are_freed_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bytes] = []
+    held: list[int] = []
+    freed = 3  # references: the list's, the variable's and the argument's
+
+    def pieces(content: object) -> Iterator[bytes]:
+        for number in range(5000):
+            if number % 500 == 0:
+                held.append(sum(sys.getrefcount(piece) > freed for piece in made))
+            made.append(b"%d," % number)
+            yield made[-1]
+
+    monkeypatch.setattr(middleware, "_json_pieces", pieces)
+    assert dump_long(None) == b"".join(made)
+    assert max(held) <= 1024
+
+
+def test_a_long_event_is_written_in_short_pieces(
+    keeper: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a streamed answer with ``echo`` and alternatives for each token of the prompt."""
+    tops = [{f"t{k}": -k / 3 for k in range(20)} for _ in range(5000)]
+    chunk: dict[str, Any] = {"choices": [{"logprobs": {"top_logprobs": tops}}]}
+    expected, write = middleware.dump_json(chunk), middleware.dump_json
+    sizes: list[int] = []
+
+    def note(content: object) -> bytes:
+        sizes.append(len(write(content)))
+        return write(content)
+
+    monkeypatch.setattr(middleware, "dump_json", note)
+    monkeypatch.setattr(sse, "dump_json", note)
+    formatter: Any = SimpleNamespace(text_chunk=lambda delta: None, chunks=lambda delta: [chunk])
+    none: Any = None
+    stream = sse.SseStream(
+        gateway=keeper.gateway,
+        responder=none,
+        request_id="a",
+        formatter=formatter,
+        options=StreamOptions(),
+    )
+    delta: Any = SimpleNamespace(size=INLINE_SIZE + 1)
+    assert stream._events(none, [delta]) == b"data: %b\n\n" % expected
+    assert max(sizes) < 32_768
 
 
 def test_an_answer_is_written_in_short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
