@@ -33,13 +33,13 @@ from cluster.core.errors import (
     SupersededError,
 )
 from cluster.core.frames import LowDisk
-from cluster.core.gateway_counts import GatewayRecord
 from cluster.core.release import RELEASE
 from cluster.core.states import ClusterState
 from cluster.core.watchdog import BEAT_S, start_watchdog
 from cluster.load.view import load_document, placement_report
 from cluster.sizing.start_plan import plan_start
 from cluster.tracing import logs
+from cluster.tracing.gateway_counts import GatewayRecord
 
 if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # which imports Ray

@@ -29,7 +29,6 @@ from cluster.controller.parts.gateway_polls import GatewayPolls
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import CalledAgainError, ExpertMeshError, StartError, SupersededError
 from cluster.core.frames import Alive, ControlFrame, LowDisk, Superseded
-from cluster.core.gateway_counts import GatewayCounts
 from cluster.core.states import ClusterState
 from cluster.core.topology import Member
 from cluster.policy.node_following import followed_nodes
@@ -37,6 +36,7 @@ from cluster.sizing.start_plan import StartPlan
 from cluster.tracing import logs
 from cluster.tracing.disks import DiskWatch
 from cluster.tracing.exporter import TraceExport, start_traces
+from cluster.tracing.gateway_counts import GatewayCounts
 
 if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # which imports Ray

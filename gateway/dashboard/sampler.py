@@ -8,7 +8,7 @@ import logging
 import time
 
 from cluster.core.errors import ExpertMeshError
-from cluster.core.gateway_counts import GatewayRecord
+from cluster.tracing.gateway_counts import GatewayRecord
 from gateway.generation.gateway import Gateway
 from gateway.observability.samples import PERIOD_S, SAMPLED
 

@@ -24,9 +24,9 @@ from cluster.core.errors import (
     ModelNotFoundError,
     NotReadyError,
 )
-from cluster.core.gateway_counts import GatewayCounts
 from cluster.disk.threads import DiskThreads
 from cluster.tracing import logs
+from cluster.tracing.gateway_counts import GatewayCounts
 from gateway.auth.adapter_catalog import AdapterCatalog
 from gateway.auth.auth import CALLER, is_operator, make_key_rings
 from gateway.cluster.client_view import client_status

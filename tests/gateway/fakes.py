@@ -24,9 +24,9 @@ from cluster.core.errors import (
     RequestError,
     UnknownNameError,
 )
-from cluster.core.gateway_counts import GatewayCounts, GatewayRecord
 from cluster.core.metric_families import PlainFamily
 from cluster.core.release import RELEASE
+from cluster.tracing.gateway_counts import GatewayCounts, GatewayRecord
 from gateway.engines.submission import RequestStage
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import Tokenizer

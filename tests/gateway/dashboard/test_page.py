@@ -11,7 +11,7 @@ import pytest
 
 import gateway.dashboard
 from cluster.config.gateway import GatewaySection
-from cluster.core.gateway_counts import GatewayCounts, GatewayRecord
+from cluster.tracing.gateway_counts import GatewayCounts, GatewayRecord
 from gateway.dashboard.sampler import Sampler
 from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.core.gateway_counts import KEPT_S, MAX_GATEWAYS, GatewayCounts, GatewayRecord
+from cluster.tracing.gateway_counts import KEPT_S, MAX_GATEWAYS, GatewayCounts, GatewayRecord
 
 
 def record(*times: float, tokens: float = 1.0) -> GatewayRecord:
