@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -25,32 +28,57 @@ class _Mark(msgspec.Struct, frozen=True, kw_only=True):
     state_format: int
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ``ConfigError`` where ``open_folder`` would; makes nothing."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    with _told(folder):
+        if nearest == folder:
+            _check_content(folder)
+        with tempfile.TemporaryFile(dir=nearest):
+            pass  # it can be written
+
+
 def open_folder(folder: Path) -> None:
     """Make or check a state folder. Raises ``ConfigError``."""
-    try:
+    with _told(folder):
         _open(folder)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Errors of using the folder become ``ConfigError``."""
+    try:
+        yield
     except (OSError, msgspec.MsgspecError) as err:
         reason = getattr(err, "strerror", None) or "state.json is damaged"
         raise ConfigError("state_dir", str(folder), f"cannot be used: {reason}") from err
 
 
 def _open(folder: Path) -> None:
-    is_new = not folder.exists()
+    if folder.exists():
+        _check_content(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     mark = folder / _MARK
-    if not mark.exists():
-        others = [] if is_new else sorted({*os.listdir(folder)} - {NEW, WORK})
-        # others may be starting on the same folder: then their mark is there by now
-        rule = "holds other files: give an empty folder, or a new one"
-        check(not others or mark.exists(), "state_dir", str(folder), rule)
     for name in (NEW, WORK):
         (folder / name).mkdir(mode=0o700, exist_ok=True)
     if not mark.exists():
         write_aside(folder / NEW, mark, msgspec.json.encode(_Mark(state_format=FORMAT)))
-    found = msgspec.json.decode(mark.read_bytes(), type=_Mark).state_format
-    rule = f"holds objects of the format {found}, this release has {FORMAT}"
-    check(found == FORMAT, "state_dir", str(folder), rule)
+    _check_content(folder)
     probe = folder / NEW / secrets.token_hex(16)
     with new_file(probe):
         pass  # it can be written
     probe.unlink()
+
+
+def _check_content(folder: Path) -> None:
+    """Raise ``ConfigError`` for other files, or objects of another release."""
+    mark = folder / _MARK
+    if not mark.exists():
+        others = {*os.listdir(folder)} - {NEW, WORK}
+        # others may be starting on the same folder: then their mark is there by now
+        rule = "holds other files: give an empty folder, or a new one"
+        check(not others or mark.exists(), "state_dir", str(folder), rule)
+        return
+    found = msgspec.json.decode(mark.read_bytes(), type=_Mark).state_format
+    rule = f"holds objects of the format {found}, this release has {FORMAT}"
+    check(found == FORMAT, "state_dir", str(folder), rule)

@@ -34,6 +34,7 @@ from cluster.launch.plan import LaunchPlan, check_ports, tell_differences
 from cluster.launch.serve_proxy import check_haproxy
 from cluster.policy.rebalance import why_impossible
 from gateway.auth.tls_files import check_tls_files
+from gateway.state.folder import check_folder
 
 
 def add_commands(commands: Commands) -> None:
@@ -202,6 +203,8 @@ def _check_early(values: dict[str, Any], is_private: bool) -> None:
         check_haproxy(section, os.environ)
         check_tls_files(section)
         if is_private:
+            if section.state_dir is not None:
+                check_folder(Path(section.state_dir))
             check_ports(section.host, {"port": section.port, "grpc_port": section.grpc_port})
             admin = {n: getattr(section, n) for n in ("admin_port", "admin_grpc_port")}
             check_ports(section.admin_host, {n: port for n, port in admin.items() if port})

@@ -9,8 +9,10 @@ import pytest
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.core.errors import ConfigError
 from cluster.launch.plan import count_cpus
 from cluster.launch.state_file import log_path
+from gateway.state.folder import check_folder, open_folder
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 from tests.paths import ROOT
 
@@ -313,3 +315,37 @@ def test_adapters_that_cannot_be_loaded_are_refused(
     assert main(["serve", "--dry-run", *PORTS, *modules]) == ExitCode.REFUSED
     error = capsys.readouterr().err
     assert f"--lora-modules (sql={tmp_path}/none): {tmp_path}/none: no such folder" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (None, "cannot be used: Not a directory"),
+        ({"other.txt": "x"}, "holds other files: give an empty folder, or a new one"),
+        ({"state.json": "{"}, "cannot be used: state.json is damaged"),
+        ({"state.json": '{"state_format": 999}'}, "holds objects of the format 999"),
+    ],
+)
+def test_a_state_folder_that_cannot_be_used_is_refused(
+    content: dict[str, str] | None, rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "kept"
+    if content is None:
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    words = ("--state-dir", str(folder))
+    assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.REFUSED
+    assert f"--state-dir ({folder}) {rule}" in capsys.readouterr().err
+
+
+def test_a_state_folder_is_not_made_by_a_dry_run(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "state"
+    check_folder(folder)
+    assert not folder.parent.exists()
+    open_folder(folder)
+    check_folder(folder)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        check_folder(Path("/proc/nope/state"))
