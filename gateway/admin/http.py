@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import uvicorn
 from fastapi import FastAPI
 from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -78,6 +80,16 @@ def build_admin_app(gateway: Gateway) -> FastAPI:
     return app
 
 
+_RULES = {
+    FieldDescriptor.TYPE_UINT32: "must be a whole number from 0 to 4294967295",
+    FieldDescriptor.TYPE_UINT64: "must be a whole number, 0 or more",
+    FieldDescriptor.TYPE_DOUBLE: "must be a finite number",
+    FieldDescriptor.TYPE_STRING: "must be a text",
+    FieldDescriptor.TYPE_BOOL: "must be true or false",
+}
+_MAX_SHOWN = 64
+
+
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
     gateway: Gateway
@@ -94,10 +106,8 @@ class _Endpoint:
             body = await read_json(request, self.gateway, dict)
             fields = {**body, **fields}
         message = GetMessageClass(SERVICE.methods_by_name[self.name].input_type)()
-        try:
-            json_format.ParseDict(fields, message)
-        except json_format.ParseError as err:
-            raise RequestError(f"not a {message.DESCRIPTOR.name}: {err}") from err
+        for name, value in fields.items():
+            _set_field(message, name, value)
         answer = json_format.MessageToDict(
             await getattr(self.calls, self.name)(message),
             preserving_proto_field_name=True,
@@ -105,6 +115,19 @@ class _Endpoint:
         )
         content = dump_json({"schema": 1, **answer})
         return Response(content, headers={"content-type": "application/json"})
+
+
+def _set_field(message: Message, name: str, value: Any) -> None:
+    """Set a field from JSON. Raises ``RequestError`` with field, value and rule."""
+    try:
+        json_format.ParseDict({name: value}, message)
+    except json_format.ParseError as err:
+        known = message.DESCRIPTOR.fields_by_name
+        field = known.get(name) or message.DESCRIPTOR.fields_by_camelcase_name.get(name)
+        rule = f"is no field, unlike {', '.join(known)}"
+        if field is not None:
+            rule = _RULES.get(field.type, str(err))
+        raise RequestError(f"{name} ({str(value)[:_MAX_SHOWN]}) {rule}", name) from err
 
 
 def _check_no_web_page(request: Request, has_keys: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -128,6 +129,28 @@ def test_refusals_have_their_status_over_both(
         message = pb.DrainWorkerRequest(**wrong)
         code, _ = refusal(lambda message=message: stub.DrainWorker(message))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("expert", 10**15, "(1000000000000000) must be a whole number from 0 to 4294967295"),
+        ("expert", 1.5, "(1.5) must be a whole number"),
+        ("expert", True, "(True) must be a whole number"),
+        ("attention", "x", "(x) must be a whole number"),
+        ("deadline_s", 1e400, "(inf) must be a finite number"),
+        ("deadline_s", {}, "({}) must be a finite number"),
+        ("request_id", 7, "(7) must be a text"),
+        ("experts", 3, "(3) is no field, unlike attention, expert, deadline_s"),
+    ],
+)
+def test_a_wrong_field_is_named_with_value_and_rule(
+    field: str, value: Any, rule: str, admin: httpx.Client
+) -> None:
+    content, headers = json.dumps({field: value}), {"content-type": "application/json"}
+    answer = admin.post("/admin/v1/scale", content=content, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert answer.json()["error"]["message"].startswith(f"{field} {rule}")
 
 
 @pytest.mark.parametrize(
