@@ -27,7 +27,7 @@ from cluster.cli.experts import load, placement, rebalance
 from cluster.cli.models import chat, generate, inspection, run_batch, tokenize
 from cluster.cli.offline import completion, config, doctor, plan, version
 from cluster.cli.options.serve_options import as_typed, spell_out, unknown_variables
-from cluster.cli.terminal.arguments import Commands, positive
+from cluster.cli.terminal.arguments import Commands, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import give_up_stdout, note
 from cluster.cli.terminal.parser import Parser
@@ -86,7 +86,7 @@ def _common(absent: object, off: object) -> argparse.ArgumentParser:
         options.add_argument(flag, default=absent, metavar=metavar, help=text)
     options.add_argument(
         "--timeout",
-        type=positive,
+        type=seconds,
         default=absent,
         metavar="SECONDS",
         help="longest wait for the answer to one HTTP or gRPC call",

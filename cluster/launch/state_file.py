@@ -60,6 +60,9 @@ class ClusterRecord:
     schema: Literal[1] = 1
     """Version of this form."""
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.http})"
+
     @property
     def is_alive(self) -> bool:
         """Whether its launcher runs here; False for a record of another host."""
@@ -128,6 +131,11 @@ def all_records() -> Iterator[ClusterRecord]:
         record = read_record(path.stem)
         if record is not None:
             yield record
+
+
+def running() -> list[ClusterRecord]:
+    """Records of clusters that run, by name."""
+    return [r for r in all_records() if r.is_alive or r.is_on_its_own]
 
 
 def clean_up_dead() -> list[str]:

@@ -14,7 +14,7 @@ from cluster.cli.bench.document import numbers_of, require_folders
 from cluster.cli.bench.load_options import add_load_options
 from cluster.cli.bench.report import add_report, write_report
 from cluster.cli.bench.side_by_side import measure_both
-from cluster.cli.terminal.arguments import Commands, count
+from cluster.cli.terminal.arguments import Commands, Number, count
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show, table
 
@@ -66,20 +66,14 @@ def add_command(kinds: Commands) -> None:
     for name, what in (("A", "of --save or --json, or a server"), ("B", "of the same kind")):
         parser.add_argument(name.lower(), metavar=f"{name}.json|URL", help=what)
     text = "ratio from which a number counts as worse"
-    parser.add_argument("--threshold", type=_ratio, default=1.05, metavar="NUMBER", help=text)
+    ratio = Number(kind=float, rule="must be a number, 1 or more", low=1, high=1e300)
+    parser.add_argument("--threshold", type=ratio, default=1.05, metavar="NUMBER", help=text)
     add_report(parser)
     text = "parts of the load on two servers, which take turns; A and B begin by turns"
     parser.add_argument("--rounds", type=count, default=2, help=text)
     parser.add_argument("--b-api-key", metavar="TEXT", help="key of B, which gets no other")
     parser.add_argument("--b-model", metavar="NAME", help="served model of B (default: as of A)")
     add_load_options(parser)
-
-
-def _ratio(text: str) -> float:
-    value = float(text)
-    if not 1.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.cli.bench.arrivals import Arrival, poisson, read_trace
 from cluster.cli.bench.load import Load
 from cluster.cli.bench.tally import MEASURES
-from cluster.cli.terminal.arguments import add_model_option, count, positive
+from cluster.cli.terminal.arguments import add_model_option, count, positive, positive_or_inf
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 LIMIT_S = 600.0
@@ -27,7 +27,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-prompts", type=count, help=text)
     text = "mean requests a second, Poisson arrivals; inf sends all at once"
     parser.add_argument(
-        "--request-rate", type=positive, default=math.inf, metavar="NUMBER", help=text
+        "--request-rate", type=positive_or_inf, default=math.inf, metavar="NUMBER", help=text
     )
     text = "arrivals and lengths of this file: JSON lines as Mooncake's, or .csv as Azure's"
     parser.add_argument("--trace", type=Path, metavar="FILE", help=text)
@@ -92,7 +92,9 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
         )
     except (OSError, ValueError) as err:
         reason = err.strerror if isinstance(err, OSError) else str(err)
-        raise CommandError(ExitCode.USAGE, f"cannot read {args.trace}: {reason}") from err
+        raise CommandError(
+            ExitCode.USAGE, f"--trace ({args.trace}) cannot be read: {reason}"
+        ) from err
 
 
 def options_of(args: argparse.Namespace, load: Load) -> dict[str, Any]:

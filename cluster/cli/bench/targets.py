@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 
 from cluster.cli.bench.load import RequestFailed, Target
 from cluster.cli.bench.load_options import LIMIT_S
-from cluster.cli.terminal.client import Client, tls_files
+from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.tls import tls_files
 
 
 def http_target(args: argparse.Namespace, client: Client) -> tuple[Target, int]:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.cli.terminal.arguments import Commands, positive
+from cluster.cli.terminal.arguments import Commands, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, out_json
 from cluster.cli.terminal.progress import Progress
@@ -29,7 +29,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
     parser.add_argument(
         "--wait",
-        type=positive,
+        type=seconds,
         default=STOP_LIMIT_S,
         metavar="SECONDS",
         help="time to end by itself, after which it is killed",
@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
         was_up = _end_in(args, address, record)
     elif record is None:
         was_up = False
-        note(f"no cluster called {name} is up on this host")
+        running = ", ".join(map(str, state_file.running()))
+        others = f"; running: {running}; choose one with --name" if running else ""
+        note(f"no cluster called {name} is up on this host{others}")
     else:
         was_up = True
         _confirm(args, f"{name} ({record.http})")

@@ -11,7 +11,7 @@ import time
 import uuid
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option, positive
+from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.operations import follow_operation
 from cluster.cli.terminal.orders import Orders, find_admin, orders_for
@@ -31,7 +31,7 @@ def add_commands(commands: Commands) -> None:
         parser.add_argument("target", metavar="NAME", help="as in workers")
         text = "a drain that takes longer is undone"
         parser.add_argument(
-            "--deadline", type=positive, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
+            "--deadline", type=seconds, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
         )
         parser.add_argument("--force", action="store_true", help="end it at the deadline instead")
         text = "wait while another operation runs; the deadline counts from now all the same"

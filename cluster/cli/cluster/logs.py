@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.cluster.followed_files import FollowedFile
-from cluster.cli.terminal.arguments import Commands, add_address_option
-from cluster.cli.terminal.client import Client, require_whole
+from cluster.cli.terminal.arguments import Commands, add_address_option, count_or_0
+from cluster.cli.terminal.client import Client, find_record, require_whole
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.orders import Orders, orders_for
 from cluster.cli.terminal.output import out, out_json
@@ -37,7 +37,7 @@ def add_commands(commands: Commands) -> None:
         "worker", nargs="*", metavar="WORKER", help="as in workers, or controller; none: launcher"
     )
     parser.add_argument("--all", action="store_true", help="the controller and all workers")
-    parser.add_argument("--tail", type=int, default=DEFAULT_LINES, help="lines of each")
+    parser.add_argument("--tail", type=count_or_0, default=DEFAULT_LINES, help="lines of each")
     parser.add_argument("--follow", action="store_true", help="go on until interrupted")
     add_address_option(parser)
 
@@ -122,13 +122,14 @@ def appended(
 
 
 def _launcher_file(args: argparse.Namespace) -> dict[Path, str]:
-    names = [record.name for record in state_file.all_records()]
-    only = names[0] if len(names) == 1 else state_file.DEFAULT_NAME
-    name = args.name or os.environ.get("EXPERTMESH_NAME") or only
-    path = state_file.log_path(name)
-    if not path.exists():
-        message = f"no cluster called {name} was started on this host"
-        raise CommandError(ExitCode.UNREACHABLE, message)
+    given = args.name or os.environ.get("EXPERTMESH_NAME")
+    path = state_file.log_path(given or state_file.DEFAULT_NAME)
+    if not path.exists():  # of a cluster that has ended, too
+        record = find_record(args)
+        if record is None:
+            message = f"no cluster called {state_file.DEFAULT_NAME} was started on this host"
+            raise CommandError(ExitCode.UNREACHABLE, message)
+        path = state_file.log_path(record.name)
     return {path: _text(previous(path))}
 
 

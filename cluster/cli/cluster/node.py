@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import Commands, Number, count_or_0, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, ROLE, ROLES
@@ -30,6 +30,7 @@ _LABELS = {
     "link_class": LINK_CLASS,
     "device_speed": DEVICE_SPEED,
 }
+_PORT = Number(kind=int, rule="must be a port number (1 to 65535)", low=1, high=65535)
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024
 _LIMITS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -49,7 +50,9 @@ def add_commands(commands: Commands) -> None:
     which = node.add_mutually_exclusive_group(required=True)
     which.add_argument("--head", action="store_true", help="the first host")
     which.add_argument("--join", metavar="HOST[:PORT]", help="another one; where the first is")
-    node.add_argument("--port", type=int, default=DEFAULT_PORT, metavar="PORT", help="of the head")
+    node.add_argument(
+        "--port", type=_PORT, default=DEFAULT_PORT, metavar="PORT", help="of the head"
+    )
     node.add_argument("--node-ip", metavar="IP", help="address of this host for the others")
     node.add_argument(
         "--role",
@@ -63,15 +66,21 @@ def add_commands(commands: Commands) -> None:
         "--link-class", metavar="NAME", help="nodes with fast links (default: this host)"
     )
     node.add_argument(
-        "--device-speed", metavar="NUMBER", help="relative to other hosts (default: 1)"
+        "--device-speed", type=_speed, metavar="NUMBER", help="relative to other hosts (default: 1)"
     )
     for kind in ("cpus", "gpus"):
         text = f"{kind.upper()[:-1]}s to use (default: all)"
-        node.add_argument(f"--num-{kind}", type=float, metavar="N", help=text)
+        node.add_argument(f"--num-{kind}", type=count_or_0, metavar="N", help=text)
     node.add_argument(
         "--token-file", metavar="FILE", help="token of the cluster, see docs/how-to/multi-host.md"
     )
     node.add_argument("--background", action="store_true", help="return when it is up")
+
+
+def _speed(text: str) -> str:
+    """The text of a number: Ray keeps labels."""
+    positive(text)
+    return text
 
 
 def run_node(args: argparse.Namespace) -> int:

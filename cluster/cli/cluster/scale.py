@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import uuid
 
-from cluster.cli.terminal.arguments import Commands, add_address_option, add_wait_option, positive
+from cluster.cli.terminal.arguments import (
+    Commands,
+    add_address_option,
+    add_wait_option,
+    count,
+    seconds,
+)
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.operations import follow_operation
 from cluster.cli.terminal.orders import orders_for
@@ -17,12 +23,12 @@ _GRACE_S = 10.0
 
 def add_commands(commands: Commands) -> None:
     scale = commands.add("scale", run_scale, "change how many workers there are; no request fails")
-    scale.add_argument("--attention", type=int, metavar="N", help="attention workers")
+    scale.add_argument("--attention", type=count, metavar="N", help="attention workers")
     text = "expert workers, in colocated mode all workers"
-    scale.add_argument("--expert", type=int, metavar="N", help=text)
+    scale.add_argument("--expert", type=count, metavar="N", help=text)
     text = "new workers that do not serve by then go; others have as long to leave"
     scale.add_argument(
-        "--deadline", type=positive, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
+        "--deadline", type=seconds, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
     )
     add_wait_option(scale, None, "twice the deadline and 10 more")
     add_address_option(scale)
@@ -31,12 +37,9 @@ def add_commands(commands: Commands) -> None:
 def run_scale(args: argparse.Namespace) -> int:
     """Order it and wait for its end. Raises ``CommandError``."""
     counts = {"attention": args.attention, "expert": args.expert}
-    counts = {pool: count for pool, count in counts.items() if count is not None}
+    counts = {pool: number for pool, number in counts.items() if number is not None}
     if not counts:
         raise CommandError(ExitCode.USAGE, "one of --attention and --expert is required")
-    for pool, count in counts.items():
-        if count < 1:
-            raise CommandError(ExitCode.USAGE, f"--{pool} ({count}) must be at least 1")
     order = {**counts, "deadline_s": args.deadline, "request_id": uuid.uuid4().hex}
     wait_s = 2 * args.deadline + _GRACE_S if args.wait is None else args.wait
     with orders_for(args) as orders:

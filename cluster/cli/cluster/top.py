@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import Commands, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import out, out_json, out_line, table
@@ -33,7 +33,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add("top", run, "how busy the workers are")
     parser.add_argument(
         "--interval",
-        type=float,
+        type=seconds,
         default=DEFAULT_INTERVAL_S,
         metavar="SECONDS",
         help="time that rates are measured over",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import Commands, count
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import save, show, table
@@ -21,7 +21,7 @@ DEFAULT_TOP = 4
 
 def add_commands(commands: Commands) -> None:
     load = commands.add("load", run_load, "which experts the tokens choose")
-    load.add_argument("--top", type=int, default=DEFAULT_TOP, help="busiest experts")
+    load.add_argument("--top", type=count, default=DEFAULT_TOP, help="busiest experts")
     text = "since the start, the newest window, or the exponential average"
     load.add_argument("--of", choices=VIEWS, default="total", help=text)
     load.add_argument("--save", type=Path, help="write it as a load profile")

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.cli.terminal.arguments import Commands, add_model_option
+from cluster.cli.terminal.arguments import Commands, Number, add_model_option, count, fraction
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import out, out_json
 
 INTERRUPTED = "interrupted"
 """Finish reason of an answer that the user has ended."""
+_WORD = 2**63
 
 
 def add_commands(commands: Commands) -> None:
@@ -25,10 +26,13 @@ def add_commands(commands: Commands) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options of sampling."""
     add_model_option(parser)
-    parser.add_argument("--max-tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--temperature", type=float, help="0 takes the most probable token")
-    parser.add_argument("--top-p", type=float, help="probability of the nucleus")
-    parser.add_argument("--seed", type=int, help="same seed, same text")
+    parser.add_argument("--max-tokens", type=count, default=64, help="longest answer")
+    heat = Number(kind=float, rule="must be a number from 0 to 100", low=0, high=100)
+    text = "0 takes the most probable token"
+    parser.add_argument("--temperature", type=heat, help=text)
+    parser.add_argument("--top-p", type=fraction, help="probability of the nucleus")
+    word = Number(kind=int, rule="must be a whole number of 64 bits", low=-_WORD, high=_WORD - 1)
+    parser.add_argument("--seed", type=word, help="same seed, same text")
     parser.add_argument("--stop", action="append", help="end before this text")
 
 

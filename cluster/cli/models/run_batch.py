@@ -13,7 +13,7 @@ import aiohttp
 from cluster.batches.answers import AnswerFile
 from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.batches.run import BatchAnswer, BatchCounts, BatchRun, UnreachableError
-from cluster.cli.terminal.arguments import Commands, count, positive
+from cluster.cli.terminal.arguments import MAX_COUNT, Commands, Number, count, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show
@@ -34,10 +34,11 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("answers", type=Path, help=text)
     text = "requests at a time"
     parser.add_argument("--concurrency", type=count, default=_CONCURRENCY, help=text)
+    word = Number(kind=int, rule="must be a whole number of 32 bits", low=-(2**31), high=MAX_COUNT)
     text = "priority of requests that name none; lower runs first, 0 is other requests'"
-    parser.add_argument("--priority", type=int, default=_PRIORITY, help=text)
+    parser.add_argument("--priority", type=word, default=_PRIORITY, help=text)
     text = "seconds without a server after which to give up"
-    parser.add_argument("--give-up-after", type=positive, default=_GIVE_UP_S, help=text)
+    parser.add_argument("--give-up-after", type=seconds, default=_GIVE_UP_S, help=text)
 
 
 def run(args: argparse.Namespace) -> int:

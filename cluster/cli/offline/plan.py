@@ -12,7 +12,7 @@ from typing import Any
 from cluster.cli.offline import plan_page
 from cluster.cli.offline.plan_simulate import add_devices, add_simulate
 from cluster.cli.offline.plan_size import add_size
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import Commands, count, fraction_or_0, positive
 from cluster.cli.terminal.output import save, show, table
 from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile, load_profile
@@ -53,15 +53,18 @@ def add_placement(kinds: Commands) -> None:
     parser.add_argument("--speeds", type=numbers, metavar="NUMBER,...", help=text)
     parser.add_argument("--current", type=Path, help="placement to start from")
     text = "share of the slots that may change"
-    parser.add_argument("--max-move-fraction", type=float, help=text)
-    parser.add_argument("--decode-tokens", type=int, default=16, help="rows of a decode step")
+    parser.add_argument("--max-move-fraction", type=fraction_or_0, help=text)
+    parser.add_argument("--decode-tokens", type=count, default=16, help="rows of a decode step")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="mesh", help="of the plan")
     parser.add_argument("--compare", action="store_true", help="all algorithms side by side")
     parser.add_argument("--plot", type=Path, help="draw before and after as HTML")
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(positive(part)) for part in text.split(","))
+    except argparse.ArgumentTypeError as err:
+        raise argparse.ArgumentTypeError("must be numbers above 0 with commas") from err
 
 
 def run_placement(args: argparse.Namespace) -> int:

@@ -8,7 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import (
+    Commands,
+    count,
+    count_or_0,
+    fraction_or_0,
+    not_negative,
+)
 from cluster.cli.terminal.output import show, table
 from cluster.cli.terminal.progress import Progress
 from cluster.planner.base import PlannedTopology
@@ -26,25 +32,25 @@ def add_simulate(kinds: Commands) -> None:
     parser.add_argument("--trace", type=Path, required=True, help=text)
     parser.add_argument("--policy", choices=POLICIES, help="one policy only (default: all)")
     text = "share of the slots that mesh may change a window"
-    parser.add_argument("--max-move-fraction", type=float, default=0.05, help=text)
+    parser.add_argument("--max-move-fraction", type=fraction_or_0, default=0.05, help=text)
     cost = parser.add_argument_group("times and sizes of a device; defaults: dots.llm1 on an H100")
     text = "time of an activated slot"
-    cost.add_argument("--slot-us", type=float, default=_COST.slot_s * 1e6, help=text)
+    cost.add_argument("--slot-us", type=not_negative, default=_COST.slot_s * 1e6, help=text)
     text = "time of a token in an expert"
-    cost.add_argument("--token-us", type=float, default=_COST.token_s * 1e6, help=text)
-    cost.add_argument("--expert-bytes", type=int, default=_COST.expert_bytes, help="of weights")
+    cost.add_argument("--token-us", type=not_negative, default=_COST.token_s * 1e6, help=text)
+    cost.add_argument("--expert-bytes", type=count, default=_COST.expert_bytes, help="of weights")
     for phase in ("prefill", "decode"):
         rows = getattr(_COST, f"{phase}_tokens")
-        cost.add_argument(f"--{phase}-tokens", type=int, default=rows, help="rows of a step")
+        cost.add_argument(f"--{phase}-tokens", type=count, default=rows, help="rows of a step")
 
 
 def add_devices(parser: argparse.ArgumentParser, redundant: int = 0) -> None:
     """Add the options of the devices that are planned for."""
-    parser.add_argument("--devices", type=int, required=True, help="expert workers")
+    parser.add_argument("--devices", type=count, required=True, help="expert workers")
     text = "hosts that the devices are spread over"
-    parser.add_argument("--nodes", type=int, default=1, help=text)
+    parser.add_argument("--nodes", type=count, default=1, help=text)
     text = "spare slots per device and layer"
-    parser.add_argument("--redundant", type=int, default=redundant, help=text)
+    parser.add_argument("--redundant", type=count_or_0, default=redundant, help=text)
 
 
 def run_simulate(args: argparse.Namespace) -> int:

@@ -9,11 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.cli.terminal.arguments import Commands
+from cluster.cli.terminal.arguments import Commands, count, fraction, not_negative, positive
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show, table
 from cluster.config.resources import WorkerShare
-from cluster.core.checks import check
 from cluster.core.errors import CheckpointError
 from cluster.core.load_profile import load_profile
 from cluster.launch.checkpoint_check import CheckpointCheck
@@ -38,12 +37,12 @@ def add_size(kinds: Commands) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder or hub id; config.json alone will do"
     )
-    parser.add_argument("--workers", type=int, required=True, help="workers in all")
+    parser.add_argument("--workers", type=count, required=True, help="workers in all")
     text = "rows of decode steps"
     parser.add_argument("--batch", type=whole_numbers, default=BATCHES, metavar="N,...", help=text)
-    parser.add_argument("--context-tokens", type=float, default=1024.0, help="mean context")
+    parser.add_argument("--context-tokens", type=not_negative, default=1024.0, help="mean context")
     parser.add_argument("--profile", type=Path, help="load profile, for experts of unequal load")
-    parser.add_argument("--balancedness", type=float, default=1.0, help="of the placement")
+    parser.add_argument("--balancedness", type=fraction, default=1.0, help="of the placement")
     hardware = parser.add_argument_group("hardware of a worker")
     text = "of a worker; by default CUDA with --gpu or where this host has a GPU, else CPU"
     hardware.add_argument("--device", choices=("cpu", "cuda"), help=text)
@@ -53,16 +52,21 @@ def add_size(kinds: Commands) -> None:
         help="of a CUDA worker: A100, H100, H200, B200, L40S, L4; by default this host's; without "
         "one H100",
     )
-    hardware.add_argument("--cores", type=float, default=1.0, help="cores of a CPU worker")
-    hardware.add_argument("--nodes", type=int, default=1, help="hosts; above 1 the network counts")
-    hardware.add_argument("--bandwidth-gb-s", type=float, help="of memory")
-    hardware.add_argument("--tflops", type=float, help="of dense products")
-    hardware.add_argument("--link-gb-s", type=float, help="between workers, one way")
-    hardware.add_argument("--latency-us", type=float, help="of a message")
+    hardware.add_argument("--cores", type=positive, default=1.0, help="cores of a CPU worker")
+    hardware.add_argument(
+        "--nodes", type=count, default=1, help="hosts; above 1 the network counts"
+    )
+    hardware.add_argument("--bandwidth-gb-s", type=positive, help="of memory")
+    hardware.add_argument("--tflops", type=positive, help="of dense products")
+    hardware.add_argument("--link-gb-s", type=positive, help="between workers, one way")
+    hardware.add_argument("--latency-us", type=positive, help="of a message")
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(count(part)) for part in text.split(","))
+    except argparse.ArgumentTypeError as err:
+        raise argparse.ArgumentTypeError("must be whole numbers above 0 with commas") from err
 
 
 def run_size(args: argparse.Namespace) -> int:
@@ -99,19 +103,14 @@ def run_size(args: argparse.Namespace) -> int:
 
 
 def given_numbers(args: argparse.Namespace) -> dict[str, Any]:
-    """Numbers of a worker that replace those of its device. Raises ``ConfigError``."""
-    check(args.cores > 0, "--cores", args.cores, "must be above 0")
-    check(args.nodes >= 1, "--nodes", args.nodes, "must be at least 1")
+    """Numbers of a worker that replace those of its device."""
     given = {
         "bandwidth_bytes_s": (args.bandwidth_gb_s, 1e9),
         "flops_s": (args.tflops, 1e12),
         "link_bytes_s": (args.link_gb_s, 1e9),
         "latency_s": (args.latency_us, 1e-6),
     }
-    changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
-    for name, value in changes.items():
-        check(0 < value < float("inf"), name, value, "must be positive and finite")
-    return changes
+    return {name: value * unit for name, (value, unit) in given.items() if value is not None}
 
 
 def _document(choice: PoolChoice) -> dict[str, Any]:

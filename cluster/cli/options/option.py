@@ -77,6 +77,7 @@ _RULES: Mapping[Callable[[str], Any], str] = {
     float: "must be a number",
     parse_bytes: "must be a number of bytes, such as 4096, 64M or 8GiB",
     _parse_switch: "must be true or false",
+    _parse_word_or_number: "must be a word or a whole number",
 }
 
 
@@ -114,6 +115,11 @@ class ServeOption:
         return self.flag.removeprefix("--").replace("-", "_")
 
     @property
+    def key(self) -> str:
+        """Name in the file of ``--config``."""
+        return self.flag.removeprefix("--")
+
+    @property
     def variable(self) -> str:
         """Name in the environment."""
         return f"EXPERTMESH_{self.dest.upper()}"
@@ -144,7 +150,7 @@ class ServeOption:
         try:
             return self.kind(text)
         except ValueError as err:
-            raise argparse.ArgumentTypeError(f"{text!r} {self.rule}") from err
+            raise argparse.ArgumentTypeError(self.rule) from err
 
     @property
     def is_path(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.cli.options.option import ServeOption, help_text, options_of
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.parser import suggestion
+from cluster.cli.terminal.parser import suggestion, with_flags
 from cluster.config.api_keys import hash_key
 from cluster.config.cluster import section_types
 from cluster.core.checks import check_each, is_not_negative, is_positive
@@ -158,7 +158,7 @@ def read_given(args: argparse.Namespace, environment: Mapping[str, str]) -> Give
             value = _parse(option, environment[option.variable], option.variable)
             found[option] = Setting(value, option.variable)
         elif option.dest in file:
-            value = _parse(option, file[option.dest], f"{option.dest} in {args.config}")
+            value = _parse(option, file[option.dest], f"{option.key} in {args.config}")
             found[option] = Setting(value, args.config)
     models = (
         Setting(args.model, "MODEL"),
@@ -190,12 +190,20 @@ def as_typed(message: str, args: argparse.Namespace, environment: Mapping[str, s
     max_num_seqs (0) must be above 0 -> --max-num-seqs (0) must be above 0
     """
     if not hasattr(args, "config"):  # no command with the options of serve
-        return message
+        return with_flags(message, args)
+    try:
+        in_file = _read_file(args)
+    except CommandError:
+        in_file = {}
 
     def origin(match: re.Match[str]) -> str:
         option = fields[match[0]]
-        is_given = getattr(args, option.dest, None) is not None
-        return option.variable if not is_given and option.variable in environment else option.flag
+        if getattr(args, option.dest, None) is None:
+            if environment.get(option.variable):
+                return option.variable
+            if option.dest in in_file:
+                return f"{option.key} in {args.config}"
+        return option.flag
 
     fields = {option.field: option for option in OPTIONS}
     words = "|".join(map(re.escape, sorted(fields, key=len, reverse=True)))
@@ -243,8 +251,10 @@ def _read_file(args: argparse.Namespace) -> dict[str, str]:
 
     try:
         document = yaml.safe_load(Path(args.config).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise _refusal(args.config, f"cannot be read: {err}") from err
+    except OSError as err:
+        raise _refusal(args.config, f"cannot be read: {err.strerror}") from err
+    except (UnicodeDecodeError, yaml.YAMLError) as err:
+        raise _refusal(args.config, f"cannot be read: {' '.join(str(err).split())}") from err
     if document is None:
         return {}
     if not isinstance(document, dict):
@@ -255,8 +265,7 @@ def _read_file(args: argparse.Namespace) -> dict[str, str]:
 def _entry(path: str, key: object, value: Any) -> tuple[str, str]:
     name = str(key).replace("-", "_")
     if name not in {"model", *(option.dest for option in OPTIONS)}:
-        known = (option.flag.removeprefix("--") for option in OPTIONS)
-        meant = suggestion(name.replace("_", "-"), known)
+        meant = suggestion(name.replace("_", "-"), (option.key for option in OPTIONS))
         raise _refusal(path, f"{key} is no option of serve{meant}")
     if not isinstance(value, str | int | float):  # a switch is an int too
         raise _refusal(path, f"{key} must have one value")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Names a value by its type where no metavar does, and shows the default."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", count: "N", float: "NUMBER", Path: "FILE"}.get(action.type, "TEXT")
+        kind = action.type.kind if isinstance(action.type, Number) else action.type
+        return {int: "N", float: "NUMBER", Path: "FILE"}.get(kind, "TEXT")
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -57,19 +59,45 @@ class Commands:
         return parser
 
 
-def positive(text: str) -> float:
-    """A number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Number:
+    """From an option's text to a number from ``low`` to ``high``, both of them allowed."""
+
+    kind: type[int] | type[float]
+    rule: str
+    """What a text must be."""
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __call__(self, text: str) -> int | float:
+        """Raises ``argparse.ArgumentTypeError`` with the rule."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not (self.low <= value <= self.high and text.isascii() and "_" not in text):
+            raise argparse.ArgumentTypeError(self.rule)
+        return value
 
 
-def count(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number above 0")
-    return int(text)
+MAX_COUNT = 2**31 - 1
+_LEAST = math.ulp(0.0)
+_MAX_S = 1e9
+"""Longest time limit; sockets and events refuse numbers that are a little larger."""
+positive = Number(kind=float, rule="must be a number above 0", low=_LEAST, high=1e300)
+positive_or_inf = Number(kind=float, rule="must be a number above 0, or inf", low=_LEAST)
+not_negative = Number(kind=float, rule="must be a number, 0 or more", low=0, high=1e300)
+fraction_or_0 = Number(kind=float, rule="must be from 0 to 1", low=0, high=1)
+fraction = Number(kind=float, rule="must be above 0 and at most 1", low=_LEAST, high=1)
+seconds = Number(
+    kind=float, rule="must be above 0 and at most 1e9 seconds", low=_LEAST, high=_MAX_S
+)
+count = Number(
+    kind=int, rule=f"must be a whole number from 1 to {MAX_COUNT}", low=1, high=MAX_COUNT
+)
+count_or_0 = Number(
+    kind=int, rule=f"must be a whole number from 0 to {MAX_COUNT}", high=MAX_COUNT, low=0
+)
 
 
 def add_wait_option(
@@ -79,14 +107,8 @@ def add_wait_option(
     text = "longest wait for the end, 0 returns at once"
     if default is None or default == math.inf:
         text += f" (default: {shown})"
-    parser.add_argument("--wait", type=_not_negative, default=default, metavar="SECONDS", help=text)
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return value
+    kind = Number(kind=float, rule="must be a number of seconds, 0 or more", low=0)
+    parser.add_argument("--wait", type=kind, default=default, metavar="SECONDS", help=text)
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.progress import waiting
+from cluster.cli.terminal.tls import tls_context
 from cluster.launch import state_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -27,21 +28,29 @@ _SILENCE_LIMIT_S = 120.0
 
 def find_url(args: argparse.Namespace) -> str:
     """``--url``, ``EXPERTMESH_URL``, the named or only cluster of this host, or the default."""
-    given = args.url or os.environ.get("EXPERTMESH_URL")
-    if given:
-        return str(given).rstrip("/")
-    alive = {r.name: r for r in state_file.all_records() if r.is_alive or r.is_on_its_own}
+    if args.url is not None:
+        return checked_url(str(args.url), "--url")
+    if given := os.environ.get("EXPERTMESH_URL"):
+        return checked_url(given, "EXPERTMESH_URL")
+    record = find_record(args)
+    return DEFAULT_URL if record is None else record.http
+
+
+def find_record(args: argparse.Namespace) -> state_file.ClusterRecord | None:
+    """The named or only cluster of this host; None where none runs and none is named.
+
+    Raises ``CommandError``.
+    """
+    alive = {r.name: r for r in state_file.running()}
     name = args.name or os.environ.get("EXPERTMESH_NAME")
-    running = ", ".join(f"{r.name} ({r.http})" for r in alive.values())
+    running = ", ".join(map(str, alive.values()))
     if name and name not in alive:
         message = f"no cluster called {name} runs on this host; running: {running or 'none'}"
         raise CommandError(ExitCode.UNREACHABLE, message)
-    if name or state_file.DEFAULT_NAME in alive:
-        return alive[name or state_file.DEFAULT_NAME].http
-    if len(alive) > 1:
+    if not name and state_file.DEFAULT_NAME not in alive and len(alive) > 1:
         message = f"several clusters run on this host: {running}; choose one with --name"
         raise CommandError(ExitCode.USAGE, message)
-    return next(iter(alive.values())).http if alive else DEFAULT_URL
+    return alive.get(name or state_file.DEFAULT_NAME) or next(iter(alive.values()), None)
 
 
 class Client:
@@ -52,7 +61,7 @@ class Client:
     ) -> None:
         """``admin_url`` where it is an admin port, not the gateway that ``args`` name. ``key`` in
         place of what ``args`` or the environment name; empty: none."""
-        self.url = _checked(admin_url or find_url(args))
+        self.url = admin_url or find_url(args)
         self._timeout_s: float | None = args.timeout
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
         self._admin_key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "")
@@ -61,7 +70,8 @@ class Client:
             self._key = self._admin_key or self._key
         if key is not None:
             self._key = self._admin_key = key
-        self.tls = _tls_context(args) if self.url.startswith("https:") else None
+        _check_keys(self._key, self._admin_key)
+        self.tls = tls_context(args) if self.url.startswith("https:") else None
         """What https needs; None without it."""
 
     def get(self, path: str, any_status: bool = False) -> Any:
@@ -246,35 +256,24 @@ def require_whole(status: Mapping[str, Any], what: str) -> None:
         raise CommandError(ExitCode.UNAUTHORISED, message)
 
 
-def _checked(url: str) -> str:
-    """A URL that a request can be sent to. Raises ``CommandError`` (usage)."""
+def checked_url(url: str, origin: str) -> str:
+    """A URL that a request can be sent to; ``origin`` gave it. Raises ``CommandError`` (usage)."""
     try:
         parts = urlsplit(url)
         is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # brackets, or a port that is no number
         is_good = False
     if not is_good or any(c <= " " or c == "\x7f" for c in url):
-        raise CommandError(ExitCode.USAGE, f"{url!r} is not a URL of http or https")
-    return url
+        message = f"{origin} ({url}) must be a URL of http or https, such as {DEFAULT_URL}"
+        raise CommandError(ExitCode.USAGE, message)
+    return url.rstrip("/")
 
 
-def tls_files(args: argparse.Namespace) -> dict[str, str | None]:
-    """From ``--ca-cert``, ``--client-cert`` and ``--client-key``, or their variables."""
-    return {
-        name: getattr(args, name) or os.environ.get(f"EXPERTMESH_{name.upper()}")
-        for name in ("ca_cert", "client_cert", "client_key")
-    }
-
-
-def _tls_context(args: argparse.Namespace) -> ssl.SSLContext:
-    given = tls_files(args)
-    try:
-        context = ssl.create_default_context(cafile=given["ca_cert"])
-        if given["client_cert"]:
-            context.load_cert_chain(given["client_cert"], given["client_key"])
-    except OSError as err:
-        raise CommandError(ExitCode.USAGE, f"a file for TLS cannot be used: {err}") from err
-    return context
+def _check_keys(*keys: str) -> None:
+    """Raise ``CommandError`` (usage) for a key that no header can hold; it is not shown."""
+    if not all(key.isprintable() and key.isascii() for key in keys):
+        message = "--api-key and --admin-key must have printable ASCII characters only"
+        raise CommandError(ExitCode.USAGE, message)
 
 
 def refusal(status: int, body: bytes) -> CommandError:

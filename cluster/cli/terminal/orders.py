@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.cli.terminal.client import Client, require_whole
+from cluster.cli.terminal.client import Client, checked_url, require_whole
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.gateway import is_loopback
 from cluster.core.errors import ExpertMeshError, NotReadyError
@@ -108,7 +108,8 @@ def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client |
     """
     given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")
     if given:
-        return Client(args, str(given).rstrip("/"))
+        origin = "--admin-url" if args.admin_url else "EXPERTMESH_ADMIN_URL"
+        return Client(args, checked_url(str(given), origin))
     through_ray = bool(os.environ.get("RAY_ADDRESS"))
     try:
         client = Client(args)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 _INVALID_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
 _MAX_CHOICES = 12
 """Longer lists of allowed words are left to the help."""
+_RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +24,17 @@ class Parser(argparse.ArgumentParser):
             command: Parser = getattr(found, "command_parser", self)
             command.error(command._unknown(unknown[0]))
         return found
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """As in the base class, whose errors lack the value or the rule."""
+        convert = self._registry_get("type", action.type, action.type)
+        try:
+            return convert(arg_string)
+        except argparse.ArgumentTypeError as err:
+            rule = str(err)
+        except ValueError:
+            rule = _RULES.get(convert, "is not valid")
+        raise argparse.ArgumentError(action, f"{arg_string!r} {rule}")
 
     def error(self, message: str) -> NoReturn:
         if match := _INVALID_CHOICE.search(message):
@@ -44,6 +56,24 @@ class Parser(argparse.ArgumentParser):
 def _shown(action: argparse.Action) -> str:
     name = str(action.metavar or action.dest)
     return f"[{name}]" if action.nargs in ("?", "*") else name
+
+
+_FIELDS = {"load_profile": "profile", "tokens": "ids"}
+"""Options of commands that have another name than the field they set."""
+
+
+def with_flags(message: str, args: argparse.Namespace) -> str:
+    """An error that begins with a field's name, with the option that sets the field.
+
+    num_workers (0) must be at least 1 -> --workers (0) must be at least 1
+    """
+    match = re.match(r"(\w+)(?=[:.]| \(| must )", message)
+    parser: argparse.ArgumentParser | None = getattr(args, "command_parser", None)
+    if match is None or parser is None:
+        return message
+    name = _FIELDS.get(match[1], match[1].removeprefix("num_"))
+    flags = {action.dest: action.option_strings for action in parser._actions}
+    return message.replace(match[1], flags[name][-1], 1) if flags.get(name) else message
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

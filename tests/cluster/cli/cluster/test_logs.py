@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from cluster.launch import state_file
 from cluster.launch.orphans import host_id
 from cluster.tracing.output_files import previous
 from tests.cluster.cli.fake_gateway import FakeGateway
+from tests.cluster.launch.test_state_file import record
 
 pytestmark = pytest.mark.usefixtures("state_home")
 
@@ -151,3 +153,18 @@ def test_logs_of_processes_go_on(
     assert main(words) == ExitCode.INTERRUPTED
     assert capsys.readouterr().out == "1\n2\n"
     assert [path.partition("after=")[2] for path in gateway.admin_paths] == ["0", "1", "1"]
+
+
+def test_logs_and_down_say_which_clusters_run(
+    state_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("alpha", "beta"):
+        state_file.write_record(replace(record(name), host=host_id()))
+        state_file.log_path(name).write_text(f"of {name}\n")
+    assert main(["logs"]) == ExitCode.USAGE
+    assert "several clusters run on this host: alpha (http" in capsys.readouterr().err
+    assert main(["down"]) == ExitCode.OK
+    assert "no cluster called default is up on this host; running: alpha" in capsys.readouterr().err
+    state_file.remove_record("beta")
+    assert main(["logs"]) == ExitCode.OK
+    assert capsys.readouterr().out == "of alpha\n"

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
+from tests.cluster.cli.exits import exit_code
 from tests.cluster.cli.fake_gateway import FakeGateway
 
 pytestmark = pytest.mark.usefixtures("state_home")
@@ -70,11 +71,13 @@ def test_a_failed_scaling_has_its_own_exit_code(gateway: FakeGateway) -> None:
     ("words", "text"),
     [
         ([], "one of --attention and --expert is required"),
-        (["--expert", "0"], "--expert (0) must be at least 1"),
+        (["--expert", "0"], "--expert: '0' must be a whole number from 1 to 2147483647"),
+        (["--expert", "9" * 15], f"--expert: '{'9' * 15}' must be a whole number"),
+        (["--expert", "2", "--deadline", "inf"], "--deadline: 'inf' must be above 0 and at most"),
     ],
 )
 def test_orders_without_sense_are_refused_here(
     words: list[str], text: str, gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--url", gateway.url, "scale", *words]) == ExitCode.USAGE
+    assert exit_code("--url", gateway.url, "scale", *words) == ExitCode.USAGE
     assert text in capsys.readouterr().err

@@ -14,6 +14,7 @@ from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import BankShape, load_placement
+from tests.cluster.cli.exits import exit_code
 from tests.cluster.planner.planner_cases import make_profile
 
 SHAPES = [BankShape(bank="mlp", layer=layer, num_experts=16) for layer in range(2)]
@@ -135,22 +136,30 @@ def test_names_cannot_break_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--devices", "0"], "num_devices (0) must be at least 1"),
-        (["--devices", "2", "--nodes", "3"], "num_nodes (3)"),
-        (["--devices", "2", "--redundant", "-1"], "num_redundant (-1)"),
-        (["--devices", "2", "--speeds", "1,2,3"], "speeds (3) must be one for each of the 2"),
-        (["--devices", "2", "--speeds", "1,0"], "speed (0.0)"),
+        (["--devices", "0"], "--devices: '0' must be a whole number from 1"),
+        (["--devices", "2", "--nodes", "3"], "--nodes (3) must"),
+        (
+            ["--devices", "2", "--redundant", "-1"],
+            "--redundant: '-1' must be a whole",
+        ),
+        (["--devices", "2", "--speeds", "1,2,3"], "--speeds (3) must be one for each of the 2"),
+        (
+            ["--devices", "2", "--speeds", "1,0"],
+            "--speeds: '1,0' must be numbers above 0",
+        ),
         (["--devices", "2", "--max-move-fraction", "0.1"], "(0.1) needs --current"),
         (["--devices", "2", "--current", "missing.json"], "missing.json"),
-        (["--devices", "2", "--decode-tokens", "0"], "decode_tokens (0)"),
-        (["--devices", "2", "--profile", "missing.json"], "missing.json"),
+        (["--devices", "2", "--decode-tokens", "0"], "--decode-tokens: '0' must be"),
+        (
+            ["--devices", "2", "--profile", "missing.json"],
+            "--profile (missing.json) cannot",
+        ),
     ],
 )
 def test_wrong_options_are_named(
     profile: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["plan", "placement", "--profile", str(profile), *arguments]
-    assert main(command) == ExitCode.USAGE
+    assert exit_code("plan", "placement", "--profile", str(profile), *arguments) == ExitCode.USAGE
     assert message in capsys.readouterr().err
 
 
