@@ -15,7 +15,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kind = action.type.kind if isinstance(action.type, Number) else action.type
-        return {int: "N", float: "NUMBER", Path: "FILE"}.get(kind, "TEXT")
+        names: dict[object, str] = {int: "N", float: "NUMBER", Path: "FILE"}
+        return names.get(kind, "TEXT")
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default

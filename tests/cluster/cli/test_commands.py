@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from cluster.cli import entry
 from cluster.cli.main import main
 from cluster.cli.offline.doctor import examine_kernels, kernels_finding
 from cluster.cli.offline.finding import Finding
@@ -24,6 +27,7 @@ from cluster.launch.orphans import host_id, identify
 from cluster.launch.plan import count_cpus
 from tests.cluster.cli.fake_gateway import EVENTS, PARTIAL, PLACEMENT, STATUS, FakeGateway
 from tests.cluster.launch.test_state_file import record
+from tests.paths import ROOT
 from workers.native.library import Found
 
 pytestmark = pytest.mark.usefixtures("state_home")
@@ -176,6 +180,20 @@ def test_one_of_several_clusters_must_be_chosen(
     error = f"several clusters run on this host: {running}; choose one with --name\n"
     assert capsys.readouterr().err.endswith(error)
     assert main(["--name", "serve-1", "status"]) == ExitCode.OK
+
+
+def test_ctrl_c_while_modules_are_imported_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "cluster.cli.main", Interrupting("cluster.cli.main"))
+    assert entry.main() == ExitCode.INTERRUPTED
+
+
+def test_the_installed_command_is_the_entry_point() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["expertmesh"] == "cluster.cli.entry:main"
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
