@@ -209,9 +209,10 @@ def as_typed(message: str, args: argparse.Namespace, environment: Mapping[str, s
     words = "|".join(map(re.escape, sorted(fields, key=len, reverse=True)))
     first = re.compile(rf"^(?:{words})(?= \()")
     others = re.compile(rf"(?<![\w/.-])(?:{words})(?![\w/.-])")
-    return others.sub(
+    text = others.sub(
         lambda match: origin(match) if "_" in match[0] else match[0], first.sub(origin, message)
     )
+    return with_flags(text, args)
 
 
 def collect_keys(

@@ -69,6 +69,7 @@ def test_a_wrong_value_is_named_with_its_rule(
         (["plan", "size", "--workers", "999"], "--workers (999) must not exceed twice"),
         (["plan", "simulate", "--devices", "2", "--trace", "/nope"], "--trace (nope) cannot be"),
         (["serve", "--num-micro-batches", "1.5"], "'1.5' must be a word or a whole number"),
+        (["serve", "--dry-run", "--name", "a/b"], "--name (a/b) must be letters, digits"),
         (["status", "--url", ""], "--url () must be a URL of http or https"),
         (
             ["status", "--url", "https://a", "--ca-cert", "/nope"],
