@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Kind = TypeVar("Kind", int, float)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -61,24 +64,22 @@ class Commands:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Number:
+class Number(Generic[Kind]):
     """From an option's text to a number from ``low`` to ``high``, both of them allowed."""
 
-    kind: type[int] | type[float]
+    kind: type[Kind]
     rule: str
     """What a text must be."""
     low: float = -math.inf
     high: float = math.inf
 
-    def __call__(self, text: str) -> int | float:
+    def __call__(self, text: str) -> Kind:
         """Raises ``argparse.ArgumentTypeError`` with the rule."""
-        try:
+        with contextlib.suppress(ValueError):
             value = self.kind(text)
-        except ValueError:
-            value = math.nan
-        if not (self.low <= value <= self.high and text.isascii() and "_" not in text):
-            raise argparse.ArgumentTypeError(self.rule)
-        return value
+            if self.low <= value <= self.high and text.isascii() and "_" not in text:
+                return value
+        raise argparse.ArgumentTypeError(self.rule)
 
 
 MAX_COUNT = 2**31 - 1
