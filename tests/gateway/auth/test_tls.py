@@ -91,7 +91,7 @@ def test_the_command_line_speaks_tls(
     assert main([*words, *own]) == 3, "no known authority has signed this"
     assert main(trusted) == (3 if is_mutual(secured) else 5)
     assert main([*words, "--ca-cert", "/nowhere"]) == 2
-    assert "cannot be used" in capsys.readouterr().err
+    assert "--ca-cert (/nowhere) cannot be read" in capsys.readouterr().err
 
 
 def test_serve_gives_its_proxy_the_files(certificates: Certificates) -> None:
