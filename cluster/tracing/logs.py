@@ -107,7 +107,8 @@ class RecentLines(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = self.format(record)
+            # what is no text, as a file's name may be, is shown by its bytes
+            line = self.format(record).encode("utf-8", "backslashreplace").decode()
         except Exception:  # as in logging's own handlers
             self.handleError(record)
             return

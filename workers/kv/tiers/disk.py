@@ -212,7 +212,7 @@ class DiskTier(Tier):
             else:
                 stored[item.name] = item
         if first is not None:
-            what = "KV blocks on disk are broken: %d, of which the first is %s (%s)"
+            what = "KV blocks on disk are broken: %d, of which the first is %r (%s)"
             logger.warning(what, self.num_broken, *first)
         return stored
 

@@ -27,8 +27,10 @@ from tests.paths import DATA
 from workers.requests.request import Grammar
 
 FORMS = [ToolForm.HERMES, *PAIR_FORMS]
-_MAX_TOKENS = 700
-_CLOSERS = '<>"}]\n,:'
+_MAX_TOKENS = 1000
+_CLOSERS = '<>"}]\n,:@'
+_UNFOLLOWED = {"uniqueItems", "propertyNames"}
+"""Keywords that no form follows, unless strict."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def check_walks(case: Case, form: ToolForm, vocabulary: Vocabulary, count: int) 
         try:
             check(arguments, case.schema)
         except jsonschema.ValidationError as err:
-            if err.validator not in ("uniqueItems", "propertyNames"):  # not followed by any form
+            if not _UNFOLLOWED & set(err.absolute_schema_path):
                 raise
     return sum(text is not None for text in texts)
 
@@ -228,13 +230,12 @@ def walk(vocabulary: Vocabulary, grammar: Grammar, form: ToolForm, seed: int) ->
     rng = random.Random(seed)
     state = vocabulary.start(grammar)
     pairs = SYNTAXES[form].pairs
-    end = pairs.end if pairs else '"'
+    end = vocabulary.backend.encode(pairs.end if pairs else '"', add_special_tokens=False).ids
     drawn: list[int] = []
     for _ in range(_MAX_TOKENS):
         allowed = state.mask().allowed.nonzero().flatten().tolist()
         assert allowed, state.error
-        shown = vocabulary.backend.decode(drawn[-40:], skip_special_tokens=False)
-        token = _draw(vocabulary, allowed, shown, end, rng)
+        token = _draw(vocabulary, allowed, drawn, end, rng)
         if token == EOS_ID:
             return vocabulary.backend.decode(drawn, skip_special_tokens=False)
         drawn.append(token)
@@ -243,17 +244,16 @@ def walk(vocabulary: Vocabulary, grammar: Grammar, form: ToolForm, seed: int) ->
 
 
 def _draw(
-    vocabulary: Vocabulary, allowed: list[int], shown: str, end: str, rng: random.Random
+    vocabulary: Vocabulary, allowed: list[int], drawn: list[int], end: list[int], rng: random.Random
 ) -> int:
     """Ends of values are likely, and gone on with once they are begun."""
     if EOS_ID in allowed:
         return EOS_ID
+    begun = next((n for n in range(len(end) - 1, 0, -1) if drawn[-n:] == end[:n]), 0)
+    if begun and end[begun] in allowed and rng.random() < 0.98:
+        return end[begun]
     texts = {token: vocabulary.backend.decode([token]) for token in allowed}
-    begun = next((n for n in range(len(end) - 1, 0, -1) if shown.endswith(end[:n])), 0)
-    following = [token for token, text in texts.items() if begun and text == end[begun]]
     closers = [token for token, text in texts.items() if text and text in _CLOSERS]
-    if following and rng.random() < 0.9:
-        return rng.choice(following)
     if closers and rng.random() < 0.5:
         return rng.choice(closers)
     plain = [token for token, text in texts.items() if text.isascii()]
