@@ -16,7 +16,7 @@ from gateway.core.delta import ChoiceDelta, TokenText
 from gateway.generation.answer import TextFormat, alternatives, clamp_logprob
 from gateway.responses.items import Item
 from gateway.responses.output import Event, OutputBuilder
-from gateway.text.forms.tool_calls import ParsedPiece
+from gateway.text.forms.tool_calls import CallDelta, ParsedPiece
 from gateway.text.tokenizer import Tokenizer
 from workers.requests.request import FinishReason, TokenLogprob
 
@@ -70,14 +70,15 @@ class OutputFormat(TextFormat):
         """The events of what a token turned out to be."""
         self._num_chars += len(text)
         self._raw += text
-        if parsed.reasoning:
-            self.num_reasoning_tokens += len(self._claim(parsed.reasoning))
-            yield from self._builder.add_reasoning(parsed.reasoning)
-        if parsed.content:
-            logprobs = self._logprobs(self._claim(parsed.content))
-            yield from self._builder.add_text(parsed.content, logprobs)
-        for piece in parsed.calls:
-            yield from self._builder.add_call(piece)
+        for part in parsed.in_order():
+            if isinstance(part, CallDelta):
+                yield from self._builder.add_call(part)
+            elif part.is_reasoning:
+                self.num_reasoning_tokens += len(self._claim(part.text))
+                yield from self._builder.add_reasoning(part.text)
+            else:
+                logprobs = self._logprobs(self._claim(part.text))
+                yield from self._builder.add_text(part.text, logprobs)
         if parsed.calls:
             self._forget(self._num_chars)
 

@@ -157,7 +157,7 @@ class HarmonyParser:
             self._expect_header(has_role=True)
         elif mark == MESSAGE:
             self._begin(read_header(header), found)
-        elif not mark and is_last:
+        elif not mark and is_last and not self._waiting:
             self._begin_cut(header, found)
         return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any, cast
@@ -261,6 +262,17 @@ def run(form: ToolForm | None, count: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_streams_equal_whole_answers_in_every_protocol(form: ToolForm | None) -> None:
     run(form, FEW // len(FORMS))
+
+
+def test_text_behind_a_call_that_waited_for_its_end_comes_after_it() -> None:
+    """A value with what looks like a mark is given at the end, in one piece with what follows."""
+    case = replace(
+        Writer(ToolForm.GLM, 0).case(),
+        text="<tool_call>weather\n<arg_key>is_short</arg_key>\n"
+        '<arg_value>true</arg"g_key>city</arg_key>\n<arg_value>w</arg_value>\n'
+        "</tool_call></arg_value>",
+    )
+    check(case, FinishReason.STOP, 0)
 
 
 @pytest.mark.slow

@@ -175,6 +175,8 @@ def test_signs_that_no_header_follows_are_text() -> None:
         ("<|channel|>commentary to=functions.get_weather", ["get_weather"]),
         ("<|channel|>commentary to=functions.get <|constrain|>js", ["get"]),
         (" to=functions.python<|channel|>comm", ["python"]),
+        (f"<|channel|>commentary to=functions.get {' ' * 300}json", []),
+        (f"<|channel|>commentary to=functions.get {' ' * 200}json", ["get"]),
     ],
 )
 def test_a_call_whose_header_is_cut_has_begun(header: str, names: list[str]) -> None:
