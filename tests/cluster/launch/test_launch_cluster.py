@@ -280,7 +280,7 @@ def test_a_joined_ray_keeps_all_that_is_its_own(
         too_many = ["--port", str(port), "--grpc-port", "0", "--cpus-per-worker", "2"]
         refused = run("serve", "--address", address, *too_many)
         assert refused.returncode == 5
-        assert "cpus_per_worker (2) does not fit" in refused.stderr
+        assert "--cpus-per-worker (2) does not fit" in refused.stderr
 
         joined = ["--address", address, "--port", str(port), "--grpc-port", "0"]
         auto = ["--mode", "auto", "--cpus-per-worker", "0.5", "--num-expert-workers", "1"]
