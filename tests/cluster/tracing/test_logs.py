@@ -125,7 +125,7 @@ def test_a_name_that_is_no_text_is_shown_by_its_bytes(form: logs.LogForm) -> Non
     logs.RECENT.flush()
     (line,) = logs.RECENT.since(number)[1]
     assert r"\udcff.kv is broken" in line
-    assert out.buffer.getvalue().decode() == f"{line}\n"  # type: ignore[attr-defined]
+    assert out.buffer.getvalue().decode() == f"{line}\n"
 
 
 def test_a_full_disk_stops_nobody(capsys: pytest.CaptureFixture[str]) -> None:
