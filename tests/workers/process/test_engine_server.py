@@ -278,6 +278,7 @@ def test_callers_that_do_not_read_leave_their_handshakes(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gateway comes in after them, and what they wait for is forgotten."""
+    case.still_serves()  # its own handshake is over
     hello = HELLO.encode(Hello(name="silent", nonce="n", release=RELEASE))
     pending = case.server._handshakes
     with Http2Client(case.address, window=0) as silent:
