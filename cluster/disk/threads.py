@@ -98,7 +98,7 @@ class DiskThreads:
         return found
 
     def run_later(self, call: Callable[[], object]) -> None:
-        """Make a call that nobody waits for."""
+        """Make a call in one of the threads, without waiting for its end."""
         self._executor.submit(call)
 
     async def run_to_end(self, call: Callable[..., Result], *args: Any) -> Result:

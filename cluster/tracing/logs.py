@@ -122,7 +122,7 @@ class RecentLines(logging.StreamHandler[TextIO]):
         self._writer.wait()
 
     def _write(self, stream: TextIO, line: str) -> None:
-        with contextlib.suppress(Exception):  # a full disk stops nobody: the newest are in memory
+        with contextlib.suppress(Exception):  # a full disk ends no process
             self.output.rotate()
         with contextlib.suppress(Exception):
             stream.write(line)

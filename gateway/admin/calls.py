@@ -149,20 +149,20 @@ class AdminCalls:
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),
         }
-        return self._operation(await self._ask("rebalance", order))
+        return self._shown_operation(await self._ask("rebalance", order))
 
     async def GetOperation(self, request: pb.GetOperationRequest) -> pb.Operation:
-        return self._operation(await self._ask("operation", request.id))
+        return self._shown_operation(await self._ask("operation", request.id))
 
     async def ListOperations(self, request: pb.ListOperationsRequest) -> pb.ListOperationsResponse:
         found = await self._ask("operations")
-        return pb.ListOperationsResponse(operations=map(self._operation, found))
+        return pb.ListOperationsResponse(operations=map(self._shown_operation, found))
 
     async def CancelOperation(self, request: pb.CancelOperationRequest) -> pb.Operation:
         """Cancel an operation that can still be undone."""
-        return self._operation(await self._ask("cancel_operation", request.id))
+        return self._shown_operation(await self._ask("cancel_operation", request.id))
 
-    def _operation(self, found: Mapping[str, Any]) -> pb.Operation:
+    def _shown_operation(self, found: Mapping[str, Any]) -> pb.Operation:
         """For the caller: the balance of the experts is an operator's."""
         if found["kind"] == "rebalance" and not is_operator(self._gateway.admin_keys):
             found = {**found, "message": "", "result": None}

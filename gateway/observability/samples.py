@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.core.metric_families import PlainFamily
+from cluster.tracing.gateway_counts import KEPT_S
 from gateway.core.replay import ReplayCause
 
 PERIOD_S = 2.0
 """From one sample to the next."""
-NUM_KEPT = 300
-"""Samples that are kept, ten minutes."""
+NUM_KEPT = round(KEPT_S / PERIOD_S)
+"""Samples that are kept."""
 MAX_WORKERS = 32
 """Attention workers in a sample; a chart with more lines cannot be read."""
 

@@ -30,8 +30,8 @@ class _Mark(msgspec.Struct, frozen=True, kw_only=True):
 
 def check_folder(folder: Path) -> None:
     """Raise ``ConfigError`` where ``open_folder`` would; makes nothing."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     with _told(folder):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if nearest == folder:
             _check_content(folder)
         with tempfile.TemporaryFile(dir=nearest):

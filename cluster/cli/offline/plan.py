@@ -62,7 +62,7 @@ def add_placement(kinds: Commands) -> None:
 
 def numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(positive(part)) for part in text.split(","))
+        return tuple(positive(part) for part in text.split(","))
     except argparse.ArgumentTypeError as err:
         raise argparse.ArgumentTypeError("must be numbers above 0 with commas") from err
 

@@ -64,7 +64,7 @@ def add_size(kinds: Commands) -> None:
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(count(part)) for part in text.split(","))
+        return tuple(count(part) for part in text.split(","))
     except argparse.ArgumentTypeError as err:
         raise argparse.ArgumentTypeError("must be whole numbers above 0 with commas") from err
 

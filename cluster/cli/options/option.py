@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from cluster.cli.terminal.parser import RULES
 from cluster.config.option_metadata import FLAG
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -73,8 +74,7 @@ def _parse_words(text: str) -> tuple[str, ...]:
 
 
 _RULES: Mapping[Callable[[str], Any], str] = {
-    int: "must be a whole number",
-    float: "must be a number",
+    **RULES,
     parse_bytes: "must be a number of bytes, such as 4096, 64M or 8GiB",
     _parse_switch: "must be true or false",
     _parse_word_or_number: "must be a word or a whole number",

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 _INVALID_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
 _MAX_CHOICES = 12
 """Longer lists of allowed words are left to the help."""
-_RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number"}
+RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number"}
+"""What a text must be, by what it is converted with."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentTypeError as err:
             rule = str(err)
         except ValueError:
-            rule = _RULES.get(convert, "is not valid")
+            rule = RULES.get(convert, "is not valid")
         raise argparse.ArgumentError(action, f"{arg_string!r} {rule}")
 
     def error(self, message: str) -> NoReturn:

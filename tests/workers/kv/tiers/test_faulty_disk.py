@@ -1,4 +1,4 @@
-"""A disk that fails at any call: blocks are whole or missing, and the worker goes on."""
+"""A disk that fails at any call: blocks are whole or missing, and the worker continues."""
 
 from __future__ import annotations
 
