@@ -252,6 +252,7 @@ def grpc_cases() -> Iterator[Case]:
     room = MESSAGE_BYTES - 1000
     user = _field(1, _field(1, b"user") + _field(2, b"a"))
     empty_input = _field(2, b"")
+    wide = "\U0001f600".encode() * (room // 4)
     ids = _field(1, b"\x01" * room)
     for name, shape, data in (
         ("Generate", "token ids fill the message", _field(3, ids)),
@@ -264,7 +265,10 @@ def grpc_cases() -> Iterator[Case]:
         ("Generate", "groups fill the message", b"\xa3\x06\xa4\x06" * (room // 4)),
         ("Generate", "one text", _field(2, b"so it is, " * (room // 10))),
         ("Tokenize", "one text", _field(2, b"so it is, " * (room // 10))),
-        ("Tokenize", "characters of 4 bytes", _field(2, "\U0001f600".encode() * (room // 4))),
+        ("Tokenize", "characters of 4 bytes", _field(2, wide)),
+        ("Tokenize", "a model of characters of 4 bytes", _field(1, wide)),
+        ("Classify", "a label of characters of 4 bytes", _field(3, wide)),
+        ("Embed", "an id of characters of 4 bytes", _field(5, wide)),
         ("Detokenize", "tokens within", _field(2, b"\x01" * 1_000_000)),
         ("Embed", "empty inputs fill the message", empty_input * (room // 2)),
         ("Embed", "256 long prompts", _field(2, _field(2, _field(1, b"\x01" * 4000))) * 256),

@@ -16,11 +16,12 @@ from gateway.generation.generation import Generation
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import grpc_chat_input, grpc_fields, input_of, optional
 from gateway.grpc.format import GrpcFormat
-from gateway.grpc.messages import numbers_of
 from gateway.grpc.pooling import PoolingProcedures
+from gateway.offload.long_work import numbers_of
 from protos import inference_pb2 as pb
 from protos import types_pb2
 
+NamesModel = pb.TokenizeRequest | pb.DetokenizeRequest | pb.GetModelInfoRequest
 SERVICE: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Inference"]
 
 
@@ -51,11 +52,12 @@ class InferenceProcedures(PoolingProcedures):
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: GrpcCall) -> pb.TokenizeResponse:
         gateway = self._gateway
-        gateway.check_model(request.model or None)
+        await self._check_model(request, call)
         is_chat = input_of(request, "prompt") == "messages"
         chat = await call.convert(grpc_chat_input, request.messages) if is_chat else None
         special = optional(request, "add_special_tokens")
-        ids = await gateway.prompts.tokenize(request.prompt, chat, special)
+        text = await call.convert(lambda: request.prompt)
+        ids = await gateway.prompts.tokenize(text, chat, special)
         tokenizer = gateway.prompts.require_tokenizer("prompt")
         call.answer_size = len(ids)
 
@@ -73,7 +75,7 @@ class InferenceProcedures(PoolingProcedures):
     async def Detokenize(
         self, request: pb.DetokenizeRequest, call: GrpcCall
     ) -> pb.DetokenizeResponse:
-        self._gateway.check_model(request.model or None)
+        await self._check_model(request, call)
         facts = self._gateway.require_facts()
         tokens = await call.convert(numbers_of, request.tokens)
         text = await self._gateway.prompts.decode(tokens, facts)
@@ -82,7 +84,7 @@ class InferenceProcedures(PoolingProcedures):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, call: GrpcCall
     ) -> types_pb2.ModelInfo:
-        self._gateway.check_model(request.model or None)
+        await self._check_model(request, call)
         return self._model(request.model or self._gateway.model_name)
 
     async def ListModels(
@@ -99,6 +101,9 @@ class InferenceProcedures(PoolingProcedures):
         if streams:
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))
+
+    async def _check_model(self, request: NamesModel, call: GrpcCall) -> None:
+        self._gateway.check_model(await call.convert(lambda: request.model or None))
 
     def _model(self, name: str) -> types_pb2.ModelInfo:
         gateway = self._gateway

@@ -11,7 +11,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
 from gateway.core.field_checks import MAX_MESSAGES, check_length, check_messages
 from gateway.core.tool_use import Tool, ToolUse
-from gateway.grpc.messages import numbers_of
+from gateway.offload.long_work import numbers_of
 from gateway.text.forms.structured import make_answer_format, make_grammar
 from gateway.text.forms.tools import MAX_TOOLS, json_object, make_tool_use, template_call
 from protos import inference_pb2 as pb

@@ -144,7 +144,7 @@ def service_handlers(
 
         async def answer(call: GrpcCall) -> None:
             request = await _request(gateway, method, await call.read())
-            call.set_id(str(getattr(request, "request_id", "")))
+            call.set_id(await call.convert(getattr, request, "request_id", ""))
             if not method.server_streaming:
                 await call.send_id()
                 found: Message = await procedure(request, call)

@@ -7,9 +7,8 @@ programming guide.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -19,7 +18,6 @@ from gateway.core.field_checks import check_length
 from gateway.offload.json_text import MAX_ENTRIES, MAX_VALUES
 from gateway.offload.long_work import INLINE_SIZE
 
-Number = TypeVar("Number", int, float)
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 100
 """The parser's own."""
@@ -48,14 +46,6 @@ def read_message(kind: Any, data: bytes) -> Message:
     if len(data) > INLINE_SIZE:
         _Counter(data).count(kind, 0, len(data))
     return GetMessageClass(kind).FromString(data)
-
-
-def numbers_of(field: Sequence[Number]) -> tuple[Number, ...]:
-    """The numbers of a repeated field, which are taken piece by piece."""
-    found: list[Number] = []
-    for start in range(0, len(field), _PIECE_BYTES):
-        found += field[start : start + _PIECE_BYTES]
-    return tuple(found)
 
 
 @dataclass(slots=True)

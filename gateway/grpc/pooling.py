@@ -16,7 +16,7 @@ from gateway.generation.pooling import PromptInput, Reader, reading_fields
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import given_fields, input_of
 from gateway.grpc.format import usage_message
-from gateway.grpc.messages import numbers_of
+from gateway.offload.long_work import numbers_of
 from protos import inference_pb2 as pb
 from workers.requests.inspection import NamedArray
 
@@ -34,11 +34,10 @@ class PoolingProcedures:
         self._inspecting = Inspecting(gateway)
 
     async def Embed(self, request: pb.EmbedRequest, call: GrpcCall) -> pb.EmbedResponse:
-        fields, prompts = (
-            _fields(request, call),
-            await call.convert(_prompts, request.input, "input"),
-        )
-        found = await self._reader.embed(prompts, request.pooling or None, fields)
+        fields = await _fields(request, call)
+        prompts = await call.convert(_prompts, request.input, "input")
+        pooling = await call.convert(lambda: request.pooling or None)
+        found = await self._reader.embed(prompts, pooling, fields)
         head = self._head(request, call, found.usage)
         call.answer_size = sum(vector.nbytes for vector in found.rows)
 
@@ -52,21 +51,20 @@ class PoolingProcedures:
         return await self._gateway.long_work.run(call.answer_size, answer)
 
     async def Classify(self, request: pb.ClassifyRequest, call: GrpcCall) -> pb.ClassifyResponse:
-        fields, prompts = (
-            _fields(request, call),
-            await call.convert(_prompts, request.input, "input"),
-        )
+        fields = await _fields(request, call)
+        prompts = await call.convert(_prompts, request.input, "input")
+        labels = await call.convert(lambda: tuple(request.labels))
         masks = await call.convert(
             lambda: tuple(numbers_of(one.mask) for one in request.attention_mask)
         )
-        found = await self._reader.classify(prompts, tuple(request.labels), masks, fields)
+        found = await self._reader.classify(prompts, labels, masks, fields)
         rows = (
             pb.Classification(index=index, **asdict(row)) for index, row in enumerate(found.rows)
         )
         return pb.ClassifyResponse(data=rows, **self._head(request, call, found.usage))
 
     async def Score(self, request: pb.ScoreRequest, call: GrpcCall) -> pb.ScoreResponse:
-        fields = _fields(request, call)
+        fields = await _fields(request, call)
         queries = await call.convert(_prompts, request.queries, "queries")
         documents = await call.convert(_prompts, request.documents, "documents")
         found = await self._reader.score(queries, documents, fields)
@@ -78,7 +76,8 @@ class PoolingProcedures:
     ) -> AsyncGenerator[pb.InspectChunk]:
         """Arrays from inside the model, in pieces."""
         await call.send_id()
-        wanted, fields = _fields(request, call), await call.convert(grpc_inspect_fields, request)
+        wanted = await _fields(request, call)
+        fields = await call.convert(grpc_inspect_fields, request)
         async with self._inspecting.inspect(fields, wanted, MAX_CALL_BYTES) as found:
             for index, arrays in enumerate(found.rows):
                 for array in arrays:
@@ -129,9 +128,9 @@ def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
         )
 
 
-def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateFields:
+async def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateFields:
     """What all these requests have in common. Raises ``RequestError``."""
-    return call.with_headers(reading_fields(**given_fields(request)))
+    return call.with_headers(reading_fields(**await call.convert(given_fields, request)))
 
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cluster.core.errors import RequestError
 from gateway.offload.json_text import MAX_ENTRIES
-from gateway.offload.long_work import LongWork
+from gateway.offload.long_work import LongWork, numbers_of
 from gateway.text.long_texts import LONG_CHARS, LongTexts
 from gateway.text.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ class TextEncoder:
                 found += await self._encode_here([prompt], add_special_tokens, kept)
                 continue
             ids, count = await long_texts.encode(prompt, add_special_tokens, kept)
-            found.append(EncodedText(await self._long_work.run(len(ids), tuple, ids), count))
+            found.append(EncodedText(await self._long_work.run(len(ids), numbers_of, ids), count))
         return found
 
     async def _encode_here(

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import json_format
+from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -16,7 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config.gateway import GatewaySection
 from gateway.core.tuning import GatewayTuning
+from gateway.grpc.api import SERVICE
+from gateway.grpc.messages import read_message
 from gateway.grpc.server import server_options
+from gateway.offload.long_work import INLINE_SIZE
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
@@ -309,6 +313,52 @@ def test_large_messages(stub: InferenceStub) -> None:
         stub.Generate(pb.GenerateRequest(text="x" * 17_000_000))
     too_large: Any = caught.value
     assert too_large.code() is CODES.RESOURCE_EXHAUSTED
+
+
+class Watched:
+    """A request message that notes which long texts the event loop's thread reads."""
+
+    def __init__(self, message: Any, found: list[str]) -> None:
+        self._message = message
+        self._found = found
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._message, name)
+        texts = [text for _, text in value()] if name == "ListFields" else [value]
+        is_long = any(isinstance(text, str) and len(text) > INLINE_SIZE for text in texts)
+        if is_long and not threading.current_thread().name.startswith("long-work"):
+            self._found.append(name)
+        return value
+
+
+@pytest.mark.parametrize("method", [m.name for m in SERVICE.methods if m.name != "GenerateStream"])
+def test_the_event_loop_reads_no_long_text(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """16 MiB of a text take 20 ms to decode, with the interpreter lock held."""
+    found: list[str] = []
+    codes = {}
+
+    def watched(kind: Any, data: bytes) -> Any:
+        return Watched(read_message(kind, data), found)
+
+    monkeypatch.setattr("gateway.grpc.handlers.read_message", watched)
+    kind = SERVICE.methods_by_name[method].input_type
+    texts = [one.name for one in kind.fields if one.type == one.TYPE_STRING]
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        path = f"/{SERVICE.full_name}/{method}"
+        for name in texts:
+            text = "a" * (INLINE_SIZE + 1)
+            is_list = kind.fields_by_name[name].is_repeated
+            data = GetMessageClass(kind)(**{name: [text] if is_list else text}).SerializeToString()
+            call = channel.unary_stream(path, request_serializer=None, response_deserializer=None)
+            try:
+                list(call(data, timeout=WAIT_S))
+                codes[name] = "OK"
+            except grpc.RpcError as err:
+                codes[name] = err.code().name
+    assert not found
+    assert set(codes.values()) <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}, codes
 
 
 def test_errors_of_engines(stack: Stack, stub: InferenceStub) -> None:

@@ -7,7 +7,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.core.errors import RequestError
 from gateway.grpc import messages
-from gateway.grpc.messages import numbers_of, read_message
+from gateway.grpc.messages import read_message
 from gateway.offload.json_text import MAX_ENTRIES, MAX_VALUES
 from protos import inference_pb2 as pb
 from protos import types_pb2
@@ -84,17 +84,3 @@ def test_nested_without_end_is_refused() -> None:
     data = field(4, field(4, field(1, field(2, inner)))) + field(2, b"a" * 20_000)
     with pytest.raises(DecodeError):
         read_message(GENERATE, data)
-
-
-def test_numbers_are_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-
-    class Field(list[int]):
-        def __getitem__(self, which: slice) -> list[int]:  # type: ignore[override]
-            found = super().__getitem__(which)
-            sizes.append(len(found))
-            return found
-
-    monkeypatch.setattr(messages, "_PIECE_BYTES", 10)
-    assert numbers_of(Field(range(25))) == tuple(range(25))
-    assert sizes == [10, 10, 5]

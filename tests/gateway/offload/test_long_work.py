@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from gateway.offload.long_work import INLINE_SIZE, LongWork, release
+from gateway.offload import long_work
+from gateway.offload.long_work import INLINE_SIZE, LongWork, numbers_of, release
 
 
 def where() -> str:
@@ -93,3 +94,17 @@ def test_what_is_inside_is_freed_too() -> None:
     body = {"choices": [inner, {"logprobs": table}]}
     release(body)
     assert (body, inner, table) == ({}, [], {})
+
+
+def test_numbers_are_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Field(list[int]):
+        def __getitem__(self, which: slice) -> list[int]:  # type: ignore[override]
+            found = super().__getitem__(which)
+            sizes.append(len(found))
+            return found
+
+    monkeypatch.setattr(long_work, "_TAKEN_ENTRIES", 10)
+    assert numbers_of(Field(range(25))) == tuple(range(25))
+    assert sizes == [10, 10, 5]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
 from cluster.core.errors import RequestError
-from gateway.offload.long_work import LongWork
+from gateway.offload.long_work import LongWork, numbers_of
 from gateway.text import encoding
 from gateway.text.encoding import TextEncoder, check_num_tokens
 from gateway.text.harmony.marks import MARKS, Mark, MarkedText
@@ -101,6 +101,30 @@ def test_only_long_texts_go_to_the_process(monkeypatch: pytest.MonkeyPatch) -> N
     expected = [own.encode("a" * 1000, False), own.encode(TEXT, False), (1, 2, 3)]
     assert found == [(ids[:2], len(ids)) for ids in expected]
     assert long == [len(TEXT)]
+
+
+def test_many_ids_are_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million at once would hold the interpreter lock for 46 ms."""
+    monkeypatch.setattr(encoding, "LONG_CHARS", 1000)
+    taken: list[int] = []
+
+    def note(ids: Sequence[int]) -> tuple[int, ...]:
+        taken.append(len(ids))
+        return numbers_of(ids)
+
+    monkeypatch.setattr(encoding, "numbers_of", note)
+
+    async def run() -> list[encoding.EncodedText]:
+        work = LongWork()
+        encoder = TextEncoder(tokenizer(), work)
+        try:
+            return await encoder.encode([TEXT], False, slice(None))
+        finally:
+            await encoder.stop()
+            work.stop()
+
+    (found,) = asyncio.run(run())
+    assert taken == [found.num_tokens] == [len(found.ids)]
 
 
 def test_too_many_tokens_are_refused_by_name() -> None:
