@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.json_format import MessageToDict
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
@@ -139,12 +141,30 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
 
 
 def given_fields(message: Any) -> dict[str, Any]:
-    """The set fields of a message that a call has by the same name, but for those in messages."""
-    return {
-        field.name: value if isinstance(value, _SCALARS) else tuple(value)
-        for field, value in message.ListFields()
+    """The set fields of a message that a call has by the same name, but for those in messages.
+
+    No other field is read, since a text is decoded each time.
+    """
+    optionals, others = _shared_fields(message.DESCRIPTOR)
+    found = {name: getattr(message, name) for name in optionals if message.HasField(name)}
+    for name in others:
+        if value := getattr(message, name):
+            found[name] = value if isinstance(value, _SCALARS) else tuple(value)
+    return found
+
+
+@cache
+def _shared_fields(kind: Descriptor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the fields that a call has too: those that may be absent, and the others."""
+    shared = [
+        field
+        for field in kind.fields
         if field.name in FIELD_NAMES and field.name not in ("logit_bias", "allowed_token_ids")
-    }
+    ]
+    return (
+        tuple(field.name for field in shared if field.has_presence),
+        tuple(field.name for field in shared if not field.has_presence),
+    )
 
 
 def input_of(message: Any, param: str, path: str = "") -> str:
