@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from cluster.actors.controller_client import ask_controller, create_controller
 from cluster.config.gateway import EndStage
 from cluster.core.errors import ExpertMeshError, StartError
 from cluster.core.process import ProcessIdentity
+from cluster.core.states import is_gone
 from cluster.launch.joining import JoinedRay, examine, is_deployed
 from cluster.launch.local_ray import PrivateRay, join
 from cluster.launch.plan import LaunchPlan
@@ -211,9 +212,9 @@ class ClusterParts:
             if snapshot["state"] == "SERVING" or (
                 self._joined.found and snapshot["state"] in ("DEGRADED", "RECOVERING")
             ):
-                self.compute_threads = tell_threads(w["threads"] for w in snapshot["workers"])
+                self.compute_threads = tell_threads(snapshot["workers"])
                 return
-            workers = snapshot["workers"]
+            workers = [w for w in snapshot["workers"] if not is_gone(w["state"])]
             done = sum(int(w.get("loaded_bytes") or 0) for w in workers)
             total = sum(int(w.get("total_bytes") or 0) for w in workers)
             self._progress("weights" if total else "workers", done, total)
@@ -268,12 +269,17 @@ class ClusterParts:
         serve.delete(APP_NAME, _blocking=self._ray is None)
 
 
-def tell_threads(threads: Iterable[int | None]) -> str:
-    """In words, by worker; None for one that has not loaded, which is left out.
+def tell_threads(workers: Iterable[Mapping[str, Any]]) -> str:
+    """In words, of workers with ``threads`` and ``state``, without those that have not loaded or
+    are gone.
 
-    [2, 1, 1] -> "1 worker with 2 compute threads, 2 workers with 1 compute thread each"
+    2, 1 and 1 threads -> "1 worker with 2 compute threads, 2 workers with 1 compute thread each"
     """
-    counts = Counter(number for number in threads if number is not None)
+    counts = Counter(
+        worker["threads"]
+        for worker in workers
+        if worker["threads"] is not None and not is_gone(worker["state"])
+    )
     return ", ".join(
         f"{workers} worker{'s' * (workers > 1)} with {number} compute thread{'s' * (number > 1)}"
         f"{' each' * (workers > 1)}"

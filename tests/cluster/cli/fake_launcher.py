@@ -59,7 +59,9 @@ class FakeParts(ClusterParts):
             time.sleep(600)
         self._progress("weights", 1_000_000, 2_000_000)
         if self._how == "threads":
-            self.compute_threads = tell_threads([2, 1])
+            self.compute_threads = tell_threads(
+                [{"threads": number, "state": "SERVING"} for number in (2, 1)]
+            )
 
     def find_loss(self) -> str | None:
         return "the controller is lost" if self._how == "lost" else None

@@ -18,4 +18,10 @@ from cluster.launch.parts import tell_threads
     ],
 )
 def test_compute_threads_are_told_by_number(threads: list[int | None], words: str) -> None:
-    assert tell_threads(threads) == words
+    assert tell_threads([{"threads": number, "state": "SERVING"} for number in threads]) == words
+
+
+def test_workers_that_are_gone_are_not_counted() -> None:
+    states = ("SERVING", "LOST", "DRAINED")
+    words = tell_threads([{"threads": 1, "state": state} for state in states])
+    assert words == "1 worker with 1 compute thread"
