@@ -1,8 +1,9 @@
-"""uvicorn's HTTP parser with our error object, a bound on request line and headers, and one on what
-waits for a client that does not read.
+"""uvicorn's HTTP parser with our error object, a bound on request line and headers, one on what
+waits for a client that does not read, and one on requests that come before the answers to others.
 
 Without the first bound a client that never ends its headers fills the server's memory, and needs no
-key for it (CVE-2025-48956 in vLLM).
+key for it (CVE-2025-48956 in vLLM). Without the last one it sends requests faster than they are
+answered: uvicorn reads on after each answer.
 
 Upstream: Kludex/uvicorn#157 and #1684, closed: the bound exists for h11 only, and Serve's proxy
 uses httptools. No issue known for Serve.
@@ -14,8 +15,10 @@ import asyncio
 import json
 import socket
 import uuid
+from collections.abc import Sized
 
 import uvicorn.config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cluster.core.errors import ExpertMeshError, RequestError, RequestTooLargeError
@@ -24,11 +27,25 @@ from gateway.core.errors import report_error
 MAX_HEAD_BYTES = 16 * 1024
 """Request line and headers together."""
 MAX_HEADERS = 256
+MAX_WAITING = 256
+"""Requests of a connection that wait for the answers before theirs."""
 STALL_LIMIT_S = 300.0
 """Time in which a client must take about 100 KiB of an answer that waits for it."""
 _UNSENT_BYTES = 64 * 1024
 """Bytes that our kernel takes beyond those that the client's has room for. By default it takes
 4 MiB, and no more until 1 MiB is read: a client that reads slowly would seem to take nothing."""
+
+
+class _Flow(FlowControl):
+    """Reads nothing while requests wait for the answers before theirs."""
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        if not self._waiting:
+            super().resume_reading()
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -40,6 +57,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
@@ -69,6 +87,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._num_head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             self._refuse()
             return
+        if len(self.pipeline) >= MAX_WAITING:
+            rule = f"at most {MAX_WAITING} requests may wait for the answers before theirs"
+            self._answer(b"400 Bad Request", RequestError(rule))
+            raise ConnectionAbortedError(rule)  # the parser reads no more
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -79,6 +101,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not self._is_refused:
             super().on_message_complete()
             self._is_in_head = True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.flow.resume_reading()  # the last request that waited has begun
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -98,7 +124,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are not HTTP."""
-        self._answer(b"400 Bad Request", RequestError("the request is not valid HTTP"))
+        if not self._is_refused:
+            self._answer(b"400 Bad Request", RequestError("the request is not valid HTTP"))
 
     def _refuse(self) -> None:
         if self._is_refused or self.transport.is_closing():

@@ -1,0 +1,148 @@
+"""Requests that a client sends before it has its answers: few wait, and the others are not read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from cluster.config.gateway import GatewaySection
+from gateway.serve_proxy.bounded_protocol import MAX_WAITING, BoundedHttpProtocol
+from tests.gateway.stack import WAIT_S, running_stack, start_http
+from tests.harness.certificates import Certificates
+
+READ_BYTES = 256 * 1024
+"""What asyncio reads at a time."""
+SMALL = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+NUM_ANSWERS = 200
+
+
+def head(num_bytes: int) -> bytes:
+    """A request of about this size."""
+    return b"GET /health HTTP/1.1\r\nhost: x\r\nx-more: " + b"x" * num_bytes + b"\r\n\r\n"
+
+
+@pytest.fixture
+def protocols(monkeypatch: pytest.MonkeyPatch) -> list[BoundedHttpProtocol]:
+    """Those of all connections."""
+    found: list[BoundedHttpProtocol] = []
+    made = BoundedHttpProtocol.connection_made
+
+    def connection_made(protocol: BoundedHttpProtocol, transport: asyncio.Transport) -> None:
+        found.append(protocol)
+        made(protocol, transport)
+
+    monkeypatch.setattr(BoundedHttpProtocol, "connection_made", connection_made)
+    return found
+
+
+class Answers:
+    """An application that notes how many requests wait behind the one that it answers."""
+
+    def __init__(self, protocols: list[BoundedHttpProtocol]) -> None:
+        self.protocols = protocols
+        self.num_calls = 0
+        self.max_waiting = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.num_calls += 1
+        await receive()
+        self.max_waiting = max(self.max_waiting, len(self.protocols[-1].pipeline))
+        headers = [(b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    app: Answers,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    url, stop = await start_http(app)
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        await stop()
+
+
+async def send_without_end(writer: asyncio.StreamWriter, data: bytes) -> None:
+    with contextlib.suppress(ConnectionError):
+        while True:
+            writer.write(data)
+            await writer.drain()
+
+
+async def count_answers(reader: asyncio.StreamReader, num_answers: int) -> None:
+    for _ in range(num_answers):
+        found = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), WAIT_S)
+        assert found.startswith(b"HTTP/1.1 200")
+
+
+def test_no_more_is_read_while_requests_wait(protocols: list[BoundedHttpProtocol]) -> None:
+    """uvicorn reads on after each answer, which kept all that a client sent in memory."""
+
+    async def work() -> None:
+        app, size = Answers(protocols), 8 * 1024
+        async with connected(app) as (reader, writer):
+            sender = asyncio.create_task(send_without_end(writer, head(size) * 32))
+            await count_answers(reader, NUM_ANSWERS)
+            sender.cancel()
+        assert 0 < app.max_waiting <= READ_BYTES // size
+
+    asyncio.run(work())
+
+
+def test_few_requests_wait_and_none_is_lost(protocols: list[BoundedHttpProtocol]) -> None:
+    async def work() -> None:
+        app = Answers(protocols)
+        async with connected(app) as (reader, writer):
+            for _ in range(3):
+                writer.write(SMALL * MAX_WAITING)
+                await count_answers(reader, MAX_WAITING)
+        assert app.num_calls == 3 * MAX_WAITING
+
+    asyncio.run(work())
+
+
+def test_more_requests_than_may_wait_are_refused(protocols: list[BoundedHttpProtocol]) -> None:
+    """The parser stops at the first one too many."""
+
+    async def work() -> None:
+        app = Answers(protocols)
+        async with connected(app) as (reader, writer):
+            writer.write(SMALL * (4 * MAX_WAITING))
+            found = await asyncio.wait_for(reader.read(), WAIT_S)
+            assert f"at most {MAX_WAITING} requests may wait".encode() in found
+            assert found.count(b"HTTP/1.1 400") == 1
+            assert len(protocols[-1].pipeline) <= MAX_WAITING
+        assert app.num_calls <= 1
+
+    asyncio.run(work())
+
+
+def test_requests_that_wait_over_tls(tmp_path: Path, protocols: list[BoundedHttpProtocol]) -> None:
+    """An admin port with TLS bounds them without a key, too."""
+    files = Certificates.make(tmp_path)
+    section: GatewaySection = files.section(mutual=False)
+    with running_stack(section) as stack:
+        host, _, port = stack.admin.http.rpartition(":")
+        plain = socket.create_connection((host, int(port)))
+        context: ssl.SSLContext = files.context(with_client=False)
+        with context.wrap_socket(plain, server_hostname=host) as connection:
+            connection.settimeout(WAIT_S)
+            connection.sendall(SMALL * (4 * MAX_WAITING))
+            found = b""
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                while piece := connection.recv(65536):
+                    found += piece
+        assert found.count(b"HTTP/1.1 ") <= MAX_WAITING
+        assert len(protocols[-1].pipeline) <= MAX_WAITING
