@@ -18,8 +18,9 @@ import uuid
 from collections.abc import Sized
 
 import uvicorn.config
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from cluster.core.errors import ExpertMeshError, RequestError, RequestTooLargeError
 from gateway.core.errors import report_error
@@ -54,6 +55,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _num_head_bytes = 0
     _is_refused = False
     _stalled: asyncio.TimerHandle | None = None
+    _running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -114,8 +116,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().resume_writing()
         self._stop_timer()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # tells the last request, which may only wait
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         self._stop_timer()
 
     def _stop_timer(self) -> None:

@@ -63,3 +63,20 @@ def test_a_client_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch, is_
         await ask(Endless(), is_read)
 
     asyncio.run(work())
+
+
+def test_a_client_that_leaves_is_noticed_before_its_other_requests() -> None:
+    """The request that runs ends, not only the last one that waits behind it."""
+
+    async def work() -> None:
+        app = Endless()
+        url, stop = await start_http(app)
+        parts = urlsplit(url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
+        await reader.readexactly(100_000)
+        writer.transport.abort()
+        await asyncio.wait_for(app.has_ended.wait(), WAIT_S)
+        await stop()
+
+    asyncio.run(work())
