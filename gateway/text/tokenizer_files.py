@@ -4,8 +4,10 @@ The same files take effect as in transformers 5 (``PreTrainedTokenizerBase._from
 
 - Files of templates (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``) come before
   the entry ``chat_template`` of ``tokenizer_config.json``, a text or several templates by name.
+  The same entry of ``chat_template.json``, which processors of older releases wrote, comes last.
 - ``special_tokens_map.json`` comes before ``tokenizer_config.json``, unless the latter has
   ``added_tokens_decoder``.
+- A special token that no file says is the one of the tokenizer's class.
 - Models may have special tokens of their own, ``image_token`` for example, beside the usual ones or
   in an object.
 """
@@ -19,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from cluster.core.errors import CheckpointError
+from gateway.text.tokenizer_classes import class_tokens
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """Names of templates: the one for all conversations, and the one for those with tools."""
+_ENTRY = "chat_template"
 _FIELDS = ("name", "template")
 _TOKEN = "_token"
 """End of the names that templates have for special tokens, such as ``bos_token``."""
-_OWN_TOKENS = ("model_specific_special_tokens", "extra_special_tokens")
-"""Objects with further ones by name."""
+_USUAL = frozenset(f"{name}{_TOKEN}" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"])
+_OWN, _EXTRA = "model_specific_special_tokens", "extra_special_tokens"
+"""Objects with further ones by name; the second, and texts by name, replace the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,17 +47,32 @@ class TokenizerFiles:
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Read the files that are there. Raises ``CheckpointError`` for one that cannot be read."""
     config = _read_json(folder / "tokenizer_config.json")
-    tokens = config
+    is_byte_level = '"ByteLevel"' in _read(folder / "tokenizer.json")
+    model = _read_json(folder / "config.json")
+    tokens = {**class_tokens(config, model, is_byte_level=is_byte_level), **config}
+    own = {name: token for name, token in config.items() if _is_own(name, token)}
+    own |= _object(config.get(_EXTRA))
+    own = own or _object(config.get(_OWN))
     if "added_tokens_decoder" not in config:
-        tokens = {**config, **_read_json(folder / "special_tokens_map.json")}
-    named = {name: token for name, token in tokens.items() if name.endswith(_TOKEN)}
-    for own in map(tokens.get, _OWN_TOKENS):
-        named |= own if isinstance(own, dict) else {}
+        further = _read_json(folder / "special_tokens_map.json")
+        tokens |= further
+        own = {**_object(further.get(_OWN, own)), **_object(further.get(_EXTRA))}
+    named = {name: token for name, token in tokens.items() if name.endswith(_TOKEN)} | own
     texts = {name: _content(token) for name, token in named.items()}
+    templates = _template_files(folder) or _templates_of(config.get(_ENTRY))
     return TokenizerFiles(
-        templates=_template_files(folder) or _templates_of(config.get("chat_template")),
+        templates=templates or _templates_of(_read_json(folder / "chat_template.json").get(_ENTRY)),
         tokens={name: text for name, text in texts.items() if text},
     )
+
+
+def _is_own(name: str, token: Any) -> bool:
+    """Whether a token of ``tokenizer_config.json`` is one of the model's own."""
+    return name.endswith(_TOKEN) and name not in _USUAL and isinstance(token, str)
+
+
+def _object(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def _template_files(folder: Path) -> dict[str, str]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.text.tokenizer import load_tokenizer
 from gateway.text.tokenizer_files import read_tokenizer_files
 from tests.gateway.fakes import tiny_backend
+from workers.model.families.registry import FAMILIES
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -53,8 +56,29 @@ TOKENS: tuple[tuple[dict[str, Any], dict[str, Any] | None], ...] = (
     ({"bos_token": "<b>", "extra_special_tokens": ["<i>"]}, {"eos_token": "<e>"}),
     ({"model_specific_special_tokens": {"image_token": "<i>"}}, None),
     ({"bos_token": "<b>"}, {"image_token": "<i>"}),
+    ({"image_token": "<i>"}, {"image_token": "<mapped>"}),
+    ({"image_token": "<i>", "model_specific_special_tokens": {"pad_token": "<p>"}}, None),
+    ({"extra_special_tokens": {"image_token": "<i>"}}, {"extra_special_tokens": ["<x>"]}),
+    (
+        {"extra_special_tokens": {"image_token": "<i>", "pad_token": "<p>"}},
+        {"extra_special_tokens": {"image_token": "<mapped>"}},
+    ),
+)
+USUAL = tuple(f"{name}_token" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"])
+CLASSES = (
+    *("LlamaTokenizer", "LlamaTokenizerFast", "GPT2TokenizerFast", "GPTNeoXTokenizerFast"),
+    *("Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3_5Tokenizer", "GemmaTokenizerFast"),
+    *("CohereTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "Unknown", None),
 )
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "image_token")
+
+
+def pieces() -> tokenizers.Tokenizer:
+    """A tokenizer as SentencePiece makes them."""
+    found = tokenizers.Tokenizer(models.BPE(vocab={"\u2581": 0, "a": 1}, merges=[]))
+    found.pre_tokenizer = pre_tokenizers.Metaspace()
+    found.decoder = decoders.Metaspace()
+    return found
 
 
 def write(
@@ -112,6 +136,33 @@ def test_prompts_and_tokens_are_those_of_transformers(
         assert {n: t for n, t in found.tokens.items() if n in NAMES} == known
         for tools in (None, TOOLS):
             assert ours(folder, tools) == theirs(expected, tools), (entry, files, tools)
+
+
+@pytest.mark.parametrize("model", [None, *FAMILIES])
+def test_tokens_of_no_file_are_those_of_the_class(tmp_path: Path, model: str | None) -> None:
+    from transformers import AutoTokenizer
+
+    backends = {"bytes": tiny_backend().to_str(), "pieces": pieces().to_str()}
+    configs: tuple[dict[str, Any], ...] = ({}, {"bos_token": None}, {"eos_token": "<e>"})
+    for number, (backend, name, config) in enumerate(
+        itertools.product(backends.values(), CLASSES, configs)
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(backend)
+        config = config if name is None else {**config, "tokenizer_class": name}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        if model is not None:
+            (folder / "config.json").write_text(json.dumps({"model_type": model}))
+        expected = AutoTokenizer.from_pretrained(str(folder))
+        known = {n: t for n in USUAL if (t := getattr(expected, n)) is not None}
+        assert read_tokenizer_files(folder).tokens == known, (name, config)
+
+
+def test_a_template_of_an_old_processor_comes_last(tmp_path: Path) -> None:
+    files = {"chat_template.json": json.dumps({"chat_template": "OLD"})}
+    assert ours(write(tmp_path / "a", None, files, ({}, None)), None) == "OLD"
+    assert ours(write(tmp_path / "b", "ENTRY", files, ({}, None)), None) == "ENTRY"
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
