@@ -86,7 +86,7 @@ class Checkpoint:
         self._headers, digest = _read_headers(self.path, self._stamps)
         self.tensors, self._unclear = weights.choose(self._headers)
         """All tensors by name; why there is none of a name."""
-        self.checkpoint_id = _checkpoint_id(digest, self.tensors, self._headers)
+        self.checkpoint_id = _checkpoint_id(digest, self.tensors, self._headers, self.path)
         """A hash of config.json, all headers, the files that tensors are from, sizes and samples of
         the data (16 hex digits)."""
         self.loaded_bytes = 0
@@ -482,10 +482,11 @@ def _checkpoint_id(
     digest: Any,
     tensors: Mapping[str, TensorEntry],
     headers: Mapping[Path, Mapping[str, TensorEntry]],
+    path: Path,
 ) -> str:
     """What is not in the headers is added: which file has a tensor that several have."""
     copies = Counter(name for header in headers.values() for name in header)
     for name, entry in sorted(tensors.items()):
         if copies[name] > 1:
-            digest.update(f"{name} is in {entry.file.name}\n".encode())
+            digest.update(f"{name} is in {entry.file.relative_to(path)}\n".encode())
     return str(digest.hexdigest()[:16])

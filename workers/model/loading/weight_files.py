@@ -44,8 +44,8 @@ class WeightFiles:
     """The files of a checkpoint, and what its index says."""
 
     files: tuple[Path, ...]
-    index: Mapping[str, str]
-    """File name by tensor; empty without an index."""
+    index: Mapping[str, Path]
+    """File by tensor; empty without an index."""
 
     def choose(self, headers: Headers) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         """Each tensor, from the file that the index names, and why others cannot be read.
@@ -53,13 +53,12 @@ class WeightFiles:
         Another copy of a tensor is never read. A tensor that the index does not name is read where
         one file has it, as transformers does.
         """
-        by_name = {file.name: header for file, header in headers.items()}
         chosen, unclear = {}, {}
         for name, file in self.index.items():
-            if name in by_name[file]:
-                chosen[name] = by_name[file][name]
+            if name in headers[file]:
+                chosen[name] = headers[file][name]
             else:
-                unclear[name] = f": {_INDEX} says that it is in {file}"
+                unclear[name] = f": {_INDEX} says that it is in {file.name}"
         for header in headers.values():
             for name, entry in header.items():
                 if name in self.index or name in unclear:
@@ -82,12 +81,21 @@ def weight_files(path: Path) -> WeightFiles:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index.name} has no weight_map")
-    by_tensor = {str(name): str(file) for name, file in weight_map.items()}
-    names = sorted(set(by_tensor.values()))
-    for name in names:
-        if Path(name).name != name or not (path / name).is_file():
-            raise CheckpointError(f"{index.name} names {name}, which is not in the folder")
-    return WeightFiles(tuple(path / name for name in names), by_tensor)
+    by_tensor = {str(name): path / _inside(str(file)) for name, file in weight_map.items()}
+    files = tuple(sorted(set(by_tensor.values())))
+    for file in files:
+        if not file.is_file():
+            name = file.relative_to(path)
+            raise CheckpointError(f"{_INDEX} names {name}, which is not in the folder")
+    return WeightFiles(files, by_tensor)
+
+
+def _inside(file: str) -> Path:
+    """A file of the index, which may be in a folder within the checkpoint's."""
+    found = Path(file)
+    if found.is_absolute() or ".." in found.parts:
+        raise CheckpointError(f"{_INDEX} names {file}, which is not in the folder")
+    return found
 
 
 def _why_no_weights(path: Path) -> str:

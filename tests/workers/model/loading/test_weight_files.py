@@ -27,6 +27,7 @@ def write(path: Path, files: Mapping[str, Mapping[str, Tensor]], index: Mapping[
     """A checkpoint with these files, and an index of tensors and files."""
     (path / "config.json").write_text(json.dumps(TINY_CONFIG))
     for name, tensors in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, path / name)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(index)}))
     return path
@@ -103,6 +104,32 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     tensors = tiny_tensors()
     path = write(tmp_path, {FIRST: tensors}, {**dict.fromkeys(tensors, FIRST), HEAD: OTHER})
     with pytest.raises(CheckpointError, match=f"index.json names {OTHER}, which is not in"):
+        check_checkpoint(path)
+
+
+def test_files_may_be_in_folders_of_the_checkpoint(tmp_path: Path) -> None:
+    tensors = tiny_tensors()
+    files = {f"a/{FIRST}": {**tensors, HEAD: torch.zeros(2, 2)}, f"b/{FIRST}": tensors}
+    found = set()
+    for folder in "ab":
+        index = {**dict.fromkeys(tensors, f"./a/{FIRST}"), HEAD: f"b/{FIRST}"}
+        index["model.norm.weight"] = f"{folder}/{FIRST}"
+        path = write(tmp_path, files, index)
+        assert torch.equal(head_of(path), tensors[HEAD])
+        check_checkpoint(path)
+        found.add(Checkpoint(path).checkpoint_id)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("prefix", ["../", "/", "a/../../", "a/../"])
+def test_files_outside_the_checkpoint_are_refused(tmp_path: Path, prefix: str) -> None:
+    tensors = tiny_tensors()
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    save_file(tensors, tmp_path / FIRST)
+    name = f"{tmp_path}/{FIRST}" if prefix == "/" else f"{prefix}{FIRST}"
+    write(path, {FIRST: tensors, f"a/{FIRST}": tensors}, dict.fromkeys(tensors, name))
+    with pytest.raises(CheckpointError, match=r"index\.json names .*, which is not in the folder"):
         check_checkpoint(path)
 
 
