@@ -11,7 +11,8 @@ from cluster.core.errors import RequestError
 from gateway.core.field_checks import require
 from gateway.core.tool_use import Tool
 from gateway.text.forms.structured import MAX_GRAMMAR_BYTES
-from gateway.text.schemas.clean_schema import clean_schema, closed
+from gateway.text.schemas.clean_schema import closed
+from gateway.text.schemas.one_of import argument_schema
 from gateway.text.schemas.patterns import in_grammar
 from gateway.text.schemas.references import without_keywords
 from workers.requests.request import Grammar, GrammarKind, GrammarPart
@@ -71,7 +72,7 @@ def up_to(text: str, mark_ids: Mapping[str, int], rule: str) -> tuple[str, list[
 
 def object_rules(tool: Tool, place: int) -> list[Rule]:
     """Arguments as a JSON object."""
-    clean = clean_schema(tool, tool.is_strict)
+    clean = argument_schema(tool, tool.is_strict)
     root = closed(clean.resolved(clean.root))
     schema = {"type": "object", **clean.document(root)}
     if "object" in schema["type"]:

@@ -17,6 +17,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.call import AnswerFormat
 from gateway.core.field_checks import check_length, require
 from gateway.text.schemas.formats import without_notes
+from gateway.text.schemas.one_of import resolver, with_any_of
 from gateway.text.schemas.references import MAX_LEVELS, MAX_SCHEMA_DEPTH, References, is_too_deep
 from workers.requests.request import Grammar, GrammarKind
 
@@ -79,7 +80,7 @@ def schema_grammar(schema: Any, field: str) -> Grammar:
     if is_too_deep(References(schema)):
         rule = f"is too large or nested too deeply through $ref: at most {MAX_LEVELS} levels"
         raise RequestError(f"{field} {rule}", field)
-    schema = without_notes(schema)
+    schema = with_any_of(without_notes(schema), resolver(schema))
     try:
         text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()

@@ -127,21 +127,38 @@ def _check_apart(groups: Sequence[Sequence[Alternative]]) -> None:
     """Raise ``UnfollowedError`` where a value may fit two members of a ``oneOf``."""
     for place, some in enumerate(groups):
         others = [one for group in groups[place + 1 :] for one in group]
-        if not all(_are_apart(one, other) for one in some for other in others):
+        if not all(are_apart(one, other) for one in some for other in others):
             raise UnfollowedError("oneOf has alternatives that may overlap")
 
 
-def _are_apart(one: Alternative, other: Alternative) -> bool:
-    """Whether no value is known to fit both: by type, by values, or by those of a property."""
+def are_apart(one: Alternative, other: Alternative) -> bool:
+    """Whether no value is known to fit both: by type, by values, by those of a property, or since
+    one has a property that the other does not allow."""
     if kinds_of_alternative(one).isdisjoint(kinds_of_alternative(other)):
         return True
     some, more = _only_values(one), _only_values(other)
     if some is not None and more is not None:
         return not any(value in more for value in some)
+    if _needs_more(one, other) or _needs_more(other, one):
+        return True
+    tags, others = _tags(one), _tags(other)
     return any(
-        not any(value in _tags(other)[name] for value in values)
-        for name, values in _tags(one).items()
-        if name in _tags(other)
+        not any(value in others[name] for value in values)
+        for name, values in tags.items()
+        if name in others
+    )
+
+
+def _needs_more(one: Alternative, other: Alternative) -> bool:
+    """Whether all values of the first are objects with a property that the second forbids."""
+    if kinds_of_alternative(one) != {"object"}:
+        return False
+    required = {name for piece in one for name in piece.get("required", ())}
+    return any(
+        piece.get("additionalProperties") is False
+        and not piece.get("patternProperties")
+        and not required <= piece.get("properties", {}).keys()
+        for piece in other
     )
 
 

@@ -20,7 +20,8 @@ from gateway.text.schemas.alternatives import (
     kinds_of_alternative,
     values_of,
 )
-from gateway.text.schemas.clean_schema import CleanSchema, clean_schema, unfollowed
+from gateway.text.schemas.clean_schema import CleanSchema, unfollowed
+from gateway.text.schemas.one_of import argument_schema
 
 _MAX_ARGUMENTS = 2000
 """Of all shapes; a grammar has no room for more."""
@@ -78,7 +79,7 @@ def arguments_of(tool: Tool, is_strict: bool) -> Arguments:
 
 
 def _arguments(tool: Tool, is_strict: bool) -> Arguments:
-    clean = clean_schema(tool, is_strict)
+    clean = argument_schema(tool, is_strict)
     try:
         found = alternatives(clean.root, clean, is_strict)
         objects = [one for one in found if "object" in kinds_of_alternative(one)]
