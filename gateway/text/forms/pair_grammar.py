@@ -31,10 +31,9 @@ _MAX_COUNTED = 1000
 """Rules that count arguments, of one shape, and the greatest number of arguments."""
 _TEXT, _NO_TEXT = '"true"', '"false"'
 _ANY_TEXT = "VALUE"
-_OTHER_KEY = "/[A-Za-z0-9_.$-]{1,64}/"
-"""Names of arguments that a schema allows and does not name."""
-_PATTERN_KEY = r"/[^\x00-\x20\"<>\x7f]{1,64}/"
-"""The same, where a pattern says more of them."""
+_OTHER_KEY = r"/[^\s\x00-\x1f\"<>\x7f]([^\x00-\x1f\"<>\x7f]{0,62}[^\s\x00-\x1f\"<>\x7f])?/"
+"""Names of arguments that a schema allows and does not name: what no mark holds, and no blanks at
+the ends."""
 
 
 def written(parts: tuple[Part, ...], mark_ids: Mapping[str, int], slots: Mapping[Slot, str]) -> str:
@@ -127,7 +126,7 @@ class _ToolRules:
             if (matching := full_match(pattern)) is None:
                 self._refuse(("patternProperties", pattern), "has anchors within groups")
                 continue
-            key = f"{in_grammar(matching)} & {_PATTERN_KEY}{excluded}"
+            key = f"{in_grammar(matching)} & {_OTHER_KEY}{excluded}"
             others.append(self._other(key, schema, pattern))
         if shape.others is not False:
             not_matching = "".join(

@@ -58,6 +58,9 @@ _NEUTRAL: Mapping[str, Any] = MappingProxyType(
 """Values of such keywords that limit nothing."""
 _NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
 """Look-around, atomic groups, references to groups, and bounds of words."""
+LOWER_BOUNDS = ("minimum", "exclusiveMinimum")
+_LOWEST = 1024 - 2**63
+"""The compiler reads bounds as float64, and this is the next one above the lowest integer."""
 _ANY = MappingProxyType[str, Any]({})
 
 
@@ -318,6 +321,16 @@ def _number(value: Any) -> int | float | bool:
     return value
 
 
+def above_lowest(value: Any) -> Any:
+    """A lower bound that the compiler of grammars takes: it fails on the lowest integer of 64 bits,
+    and on those below."""
+    return max(value, _LOWEST) if isinstance(value, (int, float)) else value
+
+
+def _lower(value: Any) -> int | float | bool:
+    return above_lowest(_number(value))  # type: ignore[no-any-return]
+
+
 def _factor(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
         raise _Unfit("must be a number above 0")
@@ -350,7 +363,8 @@ _PLAIN: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "pattern": _pattern,
         "required": _names,
         "multipleOf": _factor,
-        **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _number),
+        **dict.fromkeys(("maximum", "exclusiveMaximum"), _number),
+        **dict.fromkeys(LOWER_BOUNDS, _lower),
         **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), _count),
         **dict.fromkeys(("minProperties", "maxProperties"), _count),
     }

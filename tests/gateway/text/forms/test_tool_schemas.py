@@ -20,6 +20,7 @@ from gateway.core.tool_use import Tool, ToolForm, ToolUse
 from gateway.text.forms.answer_grammar import answer_grammar
 from gateway.text.forms.answer_parser import AnswerParser
 from gateway.text.forms.call_syntax import SYNTAXES
+from gateway.text.forms.structured import schema_grammar
 from tests.gateway.fakes import EOS_ID
 from tests.gateway.text.forms.examples import written
 from tests.gateway.text.forms.test_answer_grammar import PAIR_FORMS, Vocabulary
@@ -209,6 +210,35 @@ def test_many_arguments_are_counted_by_strict_tools_or_refused(
         assert vocabulary.allows(grammar_of(schema, form), written(form, [("f", {"a": 1})]))
     with pytest.raises(RequestError, match="needs more than 1000 rules to count arguments"):
         grammar_of(schema, form, is_strict=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("is_strict", [False, True])
+@pytest.mark.parametrize("keyword", ["minimum", "exclusiveMinimum"])
+@pytest.mark.parametrize("lowest", [-(2**63), 1 - 2**63, -(2**127), -1e300])
+def test_the_lowest_bounds_are_followed(
+    lowest: float, keyword: str, is_strict: bool, form: ToolForm, vocabulary: Vocabulary
+) -> None:
+    schema = one({**NUMBER, keyword: lowest})
+    grammar = grammar_of(schema, form, is_strict)
+    for value in (5 - 2**62, 0, 2**62):
+        assert vocabulary.allows(grammar, written(form, [("f", {"a": value})]))
+    assert not vocabulary.allows(grammar, written(form, [("f", {"a": "x"})]))
+    answer = schema_grammar(schema, "response_format")
+    assert vocabulary.allows(answer, '{"a": -7}')
+    assert not vocabulary.allows(answer, '{"a": 0.5}')
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_arguments_that_no_schema_names_may_have_any_names(
+    form: ToolForm, vocabulary: Vocabulary
+) -> None:
+    schema = {"type": "object", "additionalProperties": NUMBER}
+    grammar = grammar_of(schema, form)
+    for name in ("New York", "é", "a/b", "@type", "x[]", "日本 語"):
+        text = written(form, [("f", {name: 1})])
+        assert vocabulary.allows(grammar, text), name
+        assert read(schema, form, text) == {name: 1}
 
 
 def check_walks(case: Case, form: ToolForm, vocabulary: Vocabulary, count: int) -> int:
