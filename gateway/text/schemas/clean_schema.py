@@ -58,9 +58,10 @@ _NEUTRAL: Mapping[str, Any] = MappingProxyType(
 """Values of such keywords that limit nothing."""
 _NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
 """Look-around, atomic groups, references to groups, and bounds of words."""
-LOWER_BOUNDS = ("minimum", "exclusiveMinimum")
-_LOWEST = 1024 - 2**63
-"""The compiler reads bounds as float64, and this is the next one above the lowest integer."""
+_LOWER_BOUNDS = ("minimum", "exclusiveMinimum")
+BOUNDS = (*_LOWER_BOUNDS, "maximum", "exclusiveMaximum")
+_HIGHEST = 2**63 - 1024
+"""The compiler reads bounds as float64, and this is the last one that an integer of 64 bits is."""
 _ANY = MappingProxyType[str, Any]({})
 
 
@@ -208,7 +209,7 @@ class _Cleaner:
                 found.setdefault("additionalProperties", True)
         elif key in _PLAIN:
             if (clean := _PLAIN[key](value)) is not None:
-                found[key] = clean
+                found[key] = within_range(key, clean) if key in BOUNDS else clean
         elif key == "const":
             found[key] = value
         elif key in ("properties", "patternProperties"):
@@ -321,14 +322,12 @@ def _number(value: Any) -> int | float | bool:
     return value
 
 
-def above_lowest(value: Any) -> Any:
-    """A lower bound that the compiler of grammars takes: it fails on the lowest integer of 64 bits,
-    and on those below."""
-    return max(value, _LOWEST) if isinstance(value, (int, float)) else value
-
-
-def _lower(value: Any) -> int | float | bool:
-    return above_lowest(_number(value))  # type: ignore[no-any-return]
+def within_range(key: str, bound: Any) -> Any:
+    """A bound of numbers that the compiler of grammars takes: it fails on those beyond the integers
+    of 64 bits. A bound is only moved so that fewer numbers are left."""
+    if not isinstance(bound, (int, float)):
+        return bound
+    return max(bound, -_HIGHEST) if key in _LOWER_BOUNDS else min(bound, _HIGHEST)
 
 
 def _factor(value: Any) -> int | float:
@@ -363,8 +362,7 @@ _PLAIN: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "pattern": _pattern,
         "required": _names,
         "multipleOf": _factor,
-        **dict.fromkeys(("maximum", "exclusiveMaximum"), _number),
-        **dict.fromkeys(LOWER_BOUNDS, _lower),
+        **dict.fromkeys(BOUNDS, _number),
         **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), _count),
         **dict.fromkeys(("minProperties", "maxProperties"), _count),
     }

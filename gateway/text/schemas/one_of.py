@@ -12,7 +12,7 @@ from typing import Any
 
 from gateway.core.tool_use import Tool
 from gateway.text.schemas.alternatives import are_apart, values_of
-from gateway.text.schemas.clean_schema import LOWER_BOUNDS, CleanSchema, above_lowest, clean_schema
+from gateway.text.schemas.clean_schema import BOUNDS, CleanSchema, clean_schema, within_range
 from gateway.text.schemas.references import BY_NAME, CONTENTS, References
 
 _MAX_COMPARED = 400
@@ -26,8 +26,8 @@ Resolve = Callable[[Any], Any]
 
 
 def with_any_of(schema: Any, resolve: Resolve) -> Any:
-    """The same schema, in which members that are apart need not be compared again, and lower bounds
-    are such as the compiler takes."""
+    """The same schema, in which members that are apart need not be compared again, and bounds are
+    such as the compiler takes."""
     return _Rewriting(resolve).of(schema)
 
 
@@ -75,8 +75,8 @@ class _Rewriting:
                 found[key] = {name: self.of(one) for name, one in value.items()}
             elif key in CONTENTS:
                 found[key] = value
-            elif key in LOWER_BOUNDS:
-                found[key] = above_lowest(value)
+            elif key in BOUNDS:
+                found[key] = within_range(key, value)
             elif key == "oneOf" and "anyOf" not in schema and self._is_apart(value):
                 found["anyOf"] = self.of(value)
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -214,19 +215,31 @@ def test_many_arguments_are_counted_by_strict_tools_or_refused(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("is_strict", [False, True])
-@pytest.mark.parametrize("keyword", ["minimum", "exclusiveMinimum"])
-@pytest.mark.parametrize("lowest", [-(2**63), 1 - 2**63, -(2**127), -1e300])
-def test_the_lowest_bounds_are_followed(
-    lowest: float, keyword: str, is_strict: bool, form: ToolForm, vocabulary: Vocabulary
+@pytest.mark.parametrize("kind", ["integer", "number"])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"minimum": -(2**63), "maximum": 2**63 - 1},
+        {"exclusiveMinimum": -(2**63), "exclusiveMaximum": 2**63},
+        {"minimum": -(2**127), "maximum": 2**64 - 1},
+        {"minimum": -sys.float_info.max, "maximum": sys.float_info.max},
+    ],
+)
+def test_bounds_beyond_the_integers_of_64_bits_are_followed(
+    bounds: dict[str, float],
+    kind: str,
+    is_strict: bool,
+    form: ToolForm,
+    vocabulary: Vocabulary,
 ) -> None:
-    schema = one({**NUMBER, keyword: lowest})
+    schema = one({"type": kind, **bounds})
     grammar = grammar_of(schema, form, is_strict)
     for value in (5 - 2**62, 0, 2**62):
         assert vocabulary.allows(grammar, written(form, [("f", {"a": value})]))
     assert not vocabulary.allows(grammar, written(form, [("f", {"a": "x"})]))
     answer = schema_grammar(schema, "response_format")
     assert vocabulary.allows(answer, '{"a": -7}')
-    assert not vocabulary.allows(answer, '{"a": 0.5}')
+    assert not vocabulary.allows(answer, '{"a": "x"}')
 
 
 @pytest.mark.parametrize("form", FORMS)
