@@ -1,8 +1,7 @@
 """Special tokens that no file of a checkpoint says: the defaults of the tokenizer's class.
 
-Which class a checkpoint has follows transformers 5 (``AutoTokenizer.from_pretrained``): the one
-that ``tokenizer_config.json`` or ``config.json`` names, or the one of the model's type. Many types
-have the plain class, without defaults, whatever the files name.
+The class is the one that ``tokenizer_config.json`` or ``config.json`` names, as in transformers 5
+(``AutoTokenizer.from_pretrained``), which has further rules by the type of a model.
 """
 
 from __future__ import annotations
@@ -38,29 +37,13 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
         "mask_token": "<MASK_TOKEN>",
     },
 }
-_OF_MODELS: Mapping[str, str | None] = {
-    "olmoe": "GPTNeoXTokenizer",
-    **dict.fromkeys(("qwen3_moe", "qwen3_next"), "Qwen2Tokenizer"),
-    **dict.fromkeys(
-        ("ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "minimax_m2", "mixtral")
-    ),
-}
-"""Class by ``model_type`` where the files name none; None: the plain one, whatever they name."""
-_QWEN3_5 = ("qwen3_5_moe", "qwen3_5_moe_text")
-"""These types have their class whatever the files name."""
 
 
 def class_tokens(
     tokenizer_config: Mapping[str, Any], config: Mapping[str, Any], *, is_byte_level: bool
 ) -> Mapping[str, str]:
     """Special tokens by name; empty for the plain class and for one that is not known."""
-    model = str(config.get("model_type"))
-    registered = _OF_MODELS.get(model)
-    if model in _QWEN3_5:
-        return _QWEN
-    if model in _OF_MODELS and registered is None:
-        return {}
-    named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class") or registered
+    named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class")
     name = str(named).removesuffix("Fast")
     if name == "LlamaTokenizer" and is_byte_level:
         return {}  # the class is for SentencePiece, so transformers takes the plain one
