@@ -352,7 +352,7 @@ class Draining:
         if stage is not None and stage.fills:
             drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
             return
-        cluster, why = self._cluster, f"drained {drain.workers}"
+        cluster, why = self._cluster, f"drained {drain.workers} ({drain.operation.id})"
         drain.removes_places |= self._is_for_good(drain.names, drain.order)
         placement = stage.placement if stage is not None else cluster.placement
         if drain.removes_places and stage is not None:
@@ -363,6 +363,7 @@ class Draining:
         members = [m for m in cluster.round.members if m.name not in drain.names]
         for name in drain.names:
             cluster.workers[name].enter(WorkerState.DRAINED, why)
+            cluster.workers[name].operation = drain.operation.id
             cluster.places.cordon(name, drain.order.node)
             if drain.removes_places:
                 cluster.places.remove([place_of(name)])
@@ -370,7 +371,7 @@ class Draining:
         cluster.remember()
         cluster.form(members, placement, now)
         effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
-        cluster.note(f"{why} ({drain.operation.id})", effect, now)
+        cluster.note(why, effect, now)
 
     def _undo(self, drain: Drain, state: OperationState, text: str, now: float) -> None:
         """Take requests again, and restore the maps from before the drain if it changed them."""

@@ -24,6 +24,7 @@ from cluster.core.states import ClusterState, WorkerState
 from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill
 from cluster.policy.coverage import Holdings, decide_members, describe_losses
+from cluster.policy.places import place_of
 from cluster.tracing.names import LOST_WORKERS, RECOVERY
 
 logger = logging.getLogger(__name__)
@@ -115,10 +116,19 @@ class Recovery:
         if fresh:
             names = ", ".join(m.name for m in fresh)
             verb = "is" if len(fresh) == 1 else "are"
-            scale = self._cluster.scale
-            is_added = scale is not None and any(m.name in self._cluster.new_workers for m in fresh)
-            order = f" ({scale.operation.id})" if scale is not None and is_added else ""
+            orders = ", ".join(self._orders_behind(fresh))
+            order = f" ({orders})" if orders else ""
             self._go_on([*members, *fresh], f"{names} {verb} ready{order}", now)
+
+    def _orders_behind(self, fresh: Sequence[Member]) -> list[str]:
+        """Operations that added workers, or drained those whose places they have now."""
+        cluster, scale = self._cluster, self._cluster.scale
+        found = []
+        if scale is not None and any(m.name in cluster.new_workers for m in fresh):
+            found.append(scale.operation.id)
+        before = {place_of(r.name): r for r in cluster.workers if r.is_lost}
+        left = (before.get(place_of(m.name)) for m in fresh)
+        return list(dict.fromkeys([*found, *(r.operation for r in left if r and r.operation)]))
 
     def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> bool:
         """A worker has answered a load order; False if no recovery sent that order."""

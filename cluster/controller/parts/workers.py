@@ -46,6 +46,8 @@ class WorkerRecord:
     state: WorkerState = WorkerState.STARTING
     reason: str = ""
     """Reason of the loss."""
+    operation: str = ""
+    """Id of the operation that drained it."""
     drains: bool = False
     """It takes no new request; its running ones move elsewhere."""
     loaded_bytes: int = 0

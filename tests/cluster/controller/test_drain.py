@@ -253,8 +253,14 @@ def test_an_attention_worker_leaves_when_its_requests_have() -> None:
     cause, effect = (cluster.controller.snapshot()["history"][-1][k] for k in ("cause", "effect"))
     assert cause == f"drained attention-1 ({operation.id})"
     assert effect.startswith("go on with 1 attention and 3 expert workers")
+    left = next(w for w in cluster.controller.snapshot()["workers"] if w["name"] == "attention-1")
+    assert left["reason"] == cause
     cluster.tick(0.1)
     assert state_of(cluster, "attention-1.2") == "STARTING"
+    cluster.bring_up("attention-1.2")
+    cluster.join_all()
+    history = cluster.controller.snapshot()["history"]
+    assert history[-1]["cause"] == f"attention-1.2 is ready ({operation.id})"
 
 
 def test_numbers_from_before_the_drain_do_not_count() -> None:
