@@ -67,8 +67,9 @@ def with_flags(message: str, args: argparse.Namespace) -> str:
     """An error that begins with a field's name, with the option that sets the field.
 
     num_workers (0) must be at least 1 -> --workers (0) must be at least 1
+    A file of a checkpoint (config.json) is no field.
     """
-    match = re.match(r"(\w+)(?=[:.]| \(| must )", message)
+    match = re.match(r"(\w+)(?=:|\.(?!(?:json|jinja|safetensors)\b)| \(| must )", message)
     parser: argparse.ArgumentParser | None = getattr(args, "command_parser", None)
     if match is None or parser is None:
         return message

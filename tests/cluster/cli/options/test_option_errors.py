@@ -128,3 +128,13 @@ def test_a_value_of_the_file_is_named_with_its_key(
 )
 def test_a_refusal_of_the_server_names_the_option(message: str, shown: str) -> None:
     assert with_flags(message, make_parser().parse_args(["generate", "hi"])) == shown
+
+
+@pytest.mark.parametrize(
+    "message", ["config.json: hidden_size 0 must be positive", "config.json must hold an object"]
+)
+def test_a_file_of_the_checkpoint_is_no_option(message: str) -> None:
+    assert with_flags(message, make_parser().parse_args(["serve", "folder"])) == message
+    assert with_flags("chat_template.jinja: bad", make_parser().parse_args(["serve"])) == (
+        "chat_template.jinja: bad"
+    )
