@@ -67,6 +67,8 @@ class CheckpointFacts:
     """Keys of ``config.json`` without effect here."""
     has_tokenizer: bool = True
     """Whether the folder has a tokenizer; without one requests give token ids."""
+    has_weights: bool = True
+    """Whether the folder has weights; a start needs them, a plan does not."""
 
     def itemsize(self, dtype: str) -> int:
         """Bytes of a number in a compute dtype; ``auto`` is the checkpoint's own."""
@@ -213,6 +215,7 @@ def check(
         gpu_bandwidth_bytes_s=bandwidth_bytes_s,
         ignored_keys=family.config.ignored_keys,
         has_tokenizer=load_tokenizer(str(folder)) is not None,
+        has_weights=not is_bare,
     )
 
 

@@ -141,6 +141,8 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
             note(f"config.json: ignored, not known: {', '.join(facts.ignored_keys)}")
         if not facts.has_tokenizer:
             note(f"{model.name} has no tokenizer.json: requests must give token ids, not text")
+        if not facts.has_weights:
+            note(f"{model.name} has no *.safetensors: this is a plan only, a start needs them")
         plan = make_plan(
             config,
             facts,

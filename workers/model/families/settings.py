@@ -6,6 +6,7 @@ change the result stop the start, unknown ones are reported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -15,6 +16,14 @@ from workers.model.config import Activation, ModelConfig
 from workers.model.rope import parse_rope
 from workers.quantization.stored import StoredAs, stored_as
 
+_MOST: Mapping[str, int] = {
+    "num_hidden_layers": 4096,
+    "num_experts": 65536,
+    "num_local_experts": 65536,
+    "n_routed_experts": 65536,
+    "moe_num_experts": 65536,
+}
+"""Numbers of layers and experts far above any model's: what is made for each of them ends soon."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -98,12 +107,20 @@ class Settings:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             rule = "must be a positive integer" if least == 1 else f"must be at least {least}"
             raise CheckpointError(f"config.json: {keys[0]} {value!r} {rule}")
+        if value > _MOST.get(keys[0], value):
+            raise CheckpointError(
+                f"config.json: {keys[0]} {value} must be at most {_MOST[keys[0]]}"
+            )
         return value
 
     def real(self, key: str, default: float) -> float:
         """A positive number."""
         value = self.value(key, default=default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise CheckpointError(f"config.json: {key} {value!r} must be a positive number")
         return float(value)
 

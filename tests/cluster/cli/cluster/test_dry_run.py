@@ -301,6 +301,17 @@ def test_a_missing_tokenizer_is_reported(
     assert text in capsys.readouterr().err
 
 
+def test_missing_weights_are_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    text = f"{tmp_path.name} has no *.safetensors: this is a plan only, a start needs them\n"
+    assert main(["serve", str(tmp_path), "--dry-run", *PORTS]) == ExitCode.OK
+    assert text not in capsys.readouterr().err
+    for path in tmp_path.glob("*.safetensors*"):
+        path.unlink()
+    assert main(["serve", str(tmp_path), "--dry-run", *PORTS]) == ExitCode.OK
+    assert text in capsys.readouterr().err
+
+
 def test_a_damaged_tokenizer_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -294,6 +294,9 @@ def test_tensor_that_is_not_floating(tmp_path: Path) -> None:
         ({"hidden_size": "32"}, "hidden_size '32' must be a positive integer"),
         ({"vocab_size": 0}, "vocab_size 0 must be a positive integer"),
         ({"rms_norm_eps": -1}, "rms_norm_eps -1 must be a positive number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps inf must be a positive number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 must be at most 4096"),
+        ({"num_experts": 10**9}, "num_experts 1000000000 must be at most 65536"),
     ],
 )
 def test_config_that_cannot_be_served(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
