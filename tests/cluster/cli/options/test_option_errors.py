@@ -138,3 +138,8 @@ def test_a_file_of_the_checkpoint_is_no_option(message: str) -> None:
     assert with_flags("chat_template.jinja: bad", make_parser().parse_args(["serve"])) == (
         "chat_template.jinja: bad"
     )
+
+
+def test_infinite_processors_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("serve", "--dry-run", "--cpus-per-worker", "inf") == ExitCode.USAGE
+    assert "--cpus-per-worker (inf) must not be infinite" in capsys.readouterr().err
