@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,7 +158,6 @@ class WorkersSection:
             rule = f"must be left out or equal num_expert_workers ({experts}) in colocated mode"
             check(attention == experts, "num_attention_workers", attention, rule)
         check_each(self, "cpus_per_worker", is_positive, "must be > 0")
-        check_each(self, "cpus_per_worker", math.isfinite, "must not be infinite")
         check_each(self, "threads_per_worker", is_at_least_1, "must be at least 1")
         check_each(self, "gpus_per_worker", is_not_negative, "must be >= 0")
         rule = "must not exceed 1: a worker computes on one GPU, without tensor parallelism"

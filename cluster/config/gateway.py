@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.config.api_keys import hash_key
 from cluster.config.option_metadata import flag
-from cluster.core.checks import check, check_choice, check_each, is_at_least_1, is_positive
+from cluster.core.checks import (
+    check,
+    check_choice,
+    check_each,
+    is_at_least_1,
+    is_not_negative,
+    is_positive,
+)
 
 _LIMITS = (
     "max_body_bytes max_json_depth max_batch_prompts max_choices max_stop_strings max_stop_chars "
@@ -144,19 +150,14 @@ class GatewaySection:
     """Give ``/metrics`` what vLLM has too, under vLLM's names as well, for its dashboards."""
 
     def __post_init__(self) -> None:
-        taken: dict[int, str] = {}
+        taken = set[int]()
         for name in ("port", "grpc_port", "admin_port", "admin_grpc_port"):
             value = getattr(self, name)
             if value is None:
                 continue
             check(0 <= value <= 65535, name, value, "must be a port number (0 to 65535)")
-            check(
-                value == 0 or value not in taken,
-                name,
-                value,
-                f"must differ from {taken.get(value)} ({value})",
-            )
-            taken[value] = name
+            check(value == 0 or value not in taken, name, value, "must differ from other ports")
+            taken.add(value)
         check(1 <= self.max_n <= 128, "max_n", self.max_n, "must be 1 to 128")
         counts = "max_queue max_queue_tokens num_gateway_replicas"
         check_each(self, counts, is_at_least_1, "must be at least 1")
@@ -164,8 +165,7 @@ class GatewaySection:
         ttl = self.state_ttl_s
         check(1 <= ttl <= MAX_TTL_S, "state_ttl_s", ttl, f"must be 1 to {MAX_TTL_S}")
         waits = "drain_lead_s drain_timeout_s max_queue_wait_s max_cache_ttl_s"
-        rule = "must not be negative or infinite"
-        check_each(self, waits, lambda s: 0 <= s < math.inf, rule)
+        check_each(self, waits, is_not_negative, "must not be negative")
         for name in ("api_keys", "admin_keys"):
             check(all(getattr(self, name)), name, "", "must not be empty")
             object.__setattr__(self, name, tuple(map(hash_key, getattr(self, name))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -25,10 +26,12 @@ def check_each(
 ) -> None:
     """Raise ``ConfigError`` unless ``ok`` of every field in ``names``, with blanks between them.
 
-    A field that is None keeps every rule. ``prefix`` goes in front of the name in the error.
+    A field that is None keeps every rule, an infinite one keeps none. ``prefix`` goes in front of
+    the name in the error.
     """
     for name in names.split():
         value = getattr(section, name)
+        check(value not in (math.inf, -math.inf), f"{prefix}{name}", value, "must not be infinite")
         check(value is None or ok(value), f"{prefix}{name}", value, rule)
 
 

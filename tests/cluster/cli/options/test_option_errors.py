@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +141,23 @@ def test_a_file_of_the_checkpoint_is_no_option(message: str) -> None:
     )
 
 
-def test_infinite_processors_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("serve", "--dry-run", "--cpus-per-worker", "inf") == ExitCode.USAGE
-    assert "--cpus-per-worker (inf) must not be infinite" in capsys.readouterr().err
+def test_no_option_of_a_cluster_may_be_infinite(capsys: pytest.CaptureFixture[str]) -> None:
+    found = dict(commands(make_parser()))[("serve",)]
+    numbers = [
+        action.option_strings[-1]
+        for action in found._actions
+        if action.type is not None
+        and action.option_strings
+        and refusal(found, action, "inf") is None
+        and found._get_values(action, ["inf"]) == math.inf
+    ]
+    assert len(numbers) > 20
+    for flag in numbers:
+        assert exit_code("serve", "--dry-run", flag, "inf") == ExitCode.USAGE
+        assert f"{flag} (inf) must " in capsys.readouterr().err
+
+
+def test_ports_that_are_the_same_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--port", "7000", "--admin-port", "7000")
+    assert exit_code("serve", "--dry-run", *words) == ExitCode.USAGE
+    assert "--admin-port (7000) must differ from other ports" in capsys.readouterr().err
