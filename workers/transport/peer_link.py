@@ -29,7 +29,7 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from cluster.core.addresses import split_address
+from cluster.core.addresses import split_address, tune_socket
 from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError
 from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
 from workers.transport.socket_io import receive_bytes, receive_exactly, time_left
@@ -111,6 +111,7 @@ class PeerClient:
         except (OSError, ValueError) as err:
             raise PeerLostError(peer.name, f"cannot connect to {peer.address}: {err}") from err
         try:
+            tune_socket(self._sock)
             shake_hands(self._sock, ConnectorHandshake(peer.me, peer.token), timeout_s)
         except OSError as err:
             self._sock.close()
@@ -250,6 +251,7 @@ class PeerServer:
         caller = f"{address[0]}:{address[1]}"
         with sock:
             try:
+                tune_socket(sock)
                 handshake = ListenerHandshake(self._me, self._token, lambda peer: None)
                 shake_hands(sock, handshake, _HANDSHAKE_S)
                 if handshake.refusal is not None:

@@ -122,6 +122,17 @@ def fetch(
     return kept
 
 
+def test_no_message_waits_for_the_acknowledgement_of_another(server: PeerServer) -> None:
+    """A question after small messages waited 40 ms for it, and an answer as long again."""
+    with closing(client_of(peer_at(server.address))) as client:
+        buffer = torch.empty(SHAPE)
+        client.fetch("a block", [name(9)], [view_bytes(buffer)])
+        ends = [client._sock, *server._open]
+        options = [end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for end in ends]
+    assert len(options) == 2
+    assert all(options)
+
+
 def test_blocks_arrive_bit_for_bit_and_go_back(server: PeerServer, shelf: Shelf) -> None:
     dtype = shelf.blocks[0].dtype
     found = fetch(peer_at(server.address), (3, 1, 4, 9, 2), dtype)
