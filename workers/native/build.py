@@ -3,12 +3,14 @@
 A wheel brings them along (``setup.py`` of the sources); what it lacks is built where it is needed.
 The compilers are ``$CC``, or ``cc``, ``gcc`` and ``clang``, and else the C compiler of the
 ``ziglang`` package where that is installed. A library's name has a digest of all that decides its
-contents, so a change of the sources finds no old library. Whoever builds writes a temporary file
-and renames it: processes that build at the same time do not disturb each other.
+contents, so a change of the sources finds no old library. Of processes that need the same library
+one builds it, into a temporary file that it renames, and the others wait.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import logging
@@ -19,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,9 +140,28 @@ def build(
     if not found:
         raise BuildError("there is no C compiler")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone(folder):
+        return target if target.exists() else _make(target, wanted, found, sources)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other process builds in the folder, where its file system has locks."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _make(
+    target: Path, wanted: InstructionSet, commands: Iterable[tuple[str, ...]], sources: Path
+) -> Path:
     logger.info("building the kernels for %s, which may take a minute", wanted.name)
-    errors = []
-    for command in found:
+    folder, errors = target.parent, []
+    for command in commands:
         handle, name = tempfile.mkstemp(dir=folder, prefix=f".{wanted.name}-", suffix=".so")
         os.close(handle)
         try:

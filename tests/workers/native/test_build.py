@@ -147,8 +147,11 @@ def test_an_instruction_set_that_does_not_compile_gives_way_to_the_next(tmp_path
     assert "unknown option" in found.reason
 
 
-def test_builders_at_the_same_time_leave_one_whole_file(tmp_path: Path) -> None:
-    slow = script(tmp_path, "slow", "echo one >$out; sleep 0.2; echo two >>$out")
+def test_of_builders_at_the_same_time_one_compiles(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    slow = script(
+        tmp_path, "slow", f"echo run >>{runs}; echo one >$out; sleep 0.2; echo two >>$out"
+    )
     cache = tmp_path / "cache"
 
     def make(_: int) -> str:
@@ -157,6 +160,7 @@ def test_builders_at_the_same_time_leave_one_whole_file(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(make, range(4))) == ["one\ntwo\n"] * 4
     assert list(cache.iterdir()) == [library_path(AVX2, cache, ENVIRON)]
+    assert runs.read_text() == "run\n"
 
 
 def test_a_library_is_built_once(tmp_path: Path) -> None:
