@@ -141,9 +141,9 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
 
 
 def given_fields(message: Any) -> dict[str, Any]:
-    """The set fields of a message that a call has by the same name, but for those in messages.
+    """The fields that are set, of those that a call has by the same name.
 
-    No other field is read, since a text is decoded each time.
+    Maps and messages are left out. No other field is read, since a text is decoded each time.
     """
     optionals, others = _shared_fields(message.DESCRIPTOR)
     found = {name: getattr(message, name) for name in optionals if message.HasField(name)}
