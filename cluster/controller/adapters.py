@@ -174,6 +174,8 @@ class Adapters:
             self._cluster.adapters[key] = replace(kept, adapter=adapter)
         self._answers[name] = frame.number
         is_new, record.awaits_adapters = record.awaits_adapters, False
+        if is_new:
+            self._cluster.touch()  # gateways may send it requests
         news = self._note_lacking(name, errors)
         words = [
             self._failed(name, key, error, now, is_new=is_new, is_news=key in news)

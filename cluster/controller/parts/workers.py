@@ -234,7 +234,11 @@ class WorkerRecord:
 
     def to_dict(self, num_slots: int) -> dict[str, Any]:
         """Its entry in a snapshot; ``num_slots`` per bank, where it holds experts."""
-        shown = WorkerState.DRAINING if self.drains and not self.is_lost else self.state
+        shown = self.state
+        if self.drains and not self.is_lost:
+            shown = WorkerState.DRAINING
+        elif self.is_ready and self.awaits_adapters:  # gateways send it nothing yet
+            shown = WorkerState.LOADING
         blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
         free, total = (None if number is None else int(number) for number in blocks)
         return {

@@ -73,6 +73,12 @@ def lacking(found: FakeCluster) -> dict[str, list[str]]:
     return {a["name"]: a["lacking"] for a in found.controller.snapshot()["adapters"]}
 
 
+def shown(found: FakeCluster, worker: str) -> str:
+    """A worker's state as gateways see it."""
+    workers = found.controller.snapshot()["workers"]
+    return next(str(w["state"]) for w in workers if w["name"] == worker)
+
+
 def test_requests_may_name_it_once_all_have_it() -> None:
     found = serving()
     key = load(found)
@@ -219,8 +225,12 @@ def test_new_workers_join_with_all_adapters() -> None:
     assert [a.digest for a in order.adapters] == ["same"]
     found.send(new, WorkerReady())
     assert found.link.last(new, NewGeneration) is None
+    version = found.known.version
+    assert shown(found, new) == "LOADING", "a request with the adapter would end there"
     answer(found, new)
     assert found.link.last(new, NewGeneration) is not None
+    assert shown(found, new) in ("READY", "SERVING")
+    assert found.known.version > version, "gateways get to know"
     found.join_all(9)
     assert found.state == "SERVING"
 
@@ -238,8 +248,12 @@ def test_workers_that_load_weights_meanwhile_get_them_too() -> None:
     assert states(found) == {"sql": "READY"}
     found.send(new, WorkerReady())
     assert found.link.last(new, NewGeneration) is None
+    version = found.known.version
+    assert shown(found, new) == "LOADING", "a request with the adapter would end there"
     answer(found, new)
     assert found.link.last(new, NewGeneration) is not None
+    assert shown(found, new) in ("READY", "SERVING")
+    assert found.known.version > version, "gateways get to know"
 
 
 @pytest.mark.parametrize(
