@@ -118,8 +118,12 @@ class Actors:
             self.added.add(place_of(member.name))
 
     def give_back(self, places: Collection[str]) -> None:
-        """Room of places that scaling has added is free again."""
-        for key in [k for k in self._rooms if f"{k[0]}-{k[1]}" in self.added.intersection(places)]:
+        """Room of places that scaling has added is free again; who waits for it never starts."""
+        freed = self.added.intersection(places)
+        for actor in [a for a in self.alive.values() if place_of(a.name) in freed]:
+            if actor.node is None:
+                actor.die()
+        for key in [k for k in self._rooms if f"{k[0]}-{k[1]}" in freed]:
             del self._rooms[key]
         self.added.difference_update(places)
 

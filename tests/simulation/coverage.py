@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tests.simulation.features import USES
 from workers.process.attention_runtime import AttentionRuntime
 
 if TYPE_CHECKING:
-    from tests.simulation.outcomes import Outcome
     from tests.simulation.world import World
 
-_REQUESTS: dict[str, Callable[[Outcome], bool]] = {
-    "adapters": lambda outcome: bool(outcome.ask.adapter),
-    "beams": lambda outcome: outcome.ask.beams is not None,
-    "choices": lambda outcome: outcome.ask.num_choices > 1,
-    "drafts": lambda outcome: outcome.ask.top_k > 0,
-    "grammars": lambda outcome: bool(outcome.ask.grammar or outcome.ask.stop),
-    "tiers": lambda outcome: bool(outcome.ask.session),
-}
-"""By feature, whether a request uses it."""
 _METRICS = {
     "tokens restored": "kv_restore_tokens_total",
     "tokens restored from disk": 'kv_restore_tokens_total{tier="disk"}',
@@ -30,7 +20,7 @@ _METRICS = {
 """What workers count, by the beginning of its name."""
 _FAILED = "failed calls of workers' disks"
 OCCURRENCES = (
-    *_REQUESTS,
+    *USES,
     *_METRICS,
     "restarted gateways",
     "stored objects",
@@ -42,9 +32,9 @@ OCCURRENCES = (
 
 def requests_by_feature(world: World) -> Counter[str]:
     """By feature of the scenario, the requests that use it and that the client has whole."""
-    found = Counter(dict.fromkeys(world.scenario.features & _REQUESTS.keys(), 0))
+    found = Counter(dict.fromkeys(world.scenario.features & USES.keys(), 0))
     for name in found:
-        found[name] += sum(_REQUESTS[name](o) and o.is_right for o in world.clients.outcomes)
+        found[name] += sum(USES[name](o.ask) and o.is_right for o in world.clients.outcomes)
     return found
 
 

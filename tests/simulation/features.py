@@ -6,8 +6,9 @@ is added changes nothing of the others.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 from tests.simulation.asks import REQUEST_LIMIT_S, Ask
@@ -22,14 +23,19 @@ _STOP_IDS = 40
 """Of ``VOCAB`` tokens: a choice ends at one of 25."""
 
 
-def with_features(asks: Iterable[Ask], features: Set[str]) -> tuple[Ask, ...]:
-    """These requests, some of them with more wishes."""
-    return tuple(_with_features(ask, features) for ask in asks)
+def with_features(asks: Sequence[Ask], features: Set[str]) -> tuple[Ask, ...]:
+    """These requests, some of them with more wishes; each feature is in one at least."""
+    for salt in itertools.chain([""], map(str, itertools.count())):
+        found = tuple(with_chance(ask, features, salt) for ask in asks)
+        if all(any(map(USES[name], found)) for name in features & USES.keys()):
+            return found
+    raise AssertionError("endless")
 
 
-def _with_features(ask: Ask, features: Set[str]) -> Ask:
+def with_chance(ask: Ask, features: Set[str], salt: str = "") -> Ask:
+    """A request, with more wishes if chance will; another ``salt`` is another chance."""
     for name in sorted(features):
-        rng = random.Random(f"{name} {ask.name} {ask.seed}")
+        rng = random.Random(f"{name} {ask.name} {ask.seed}{salt}")
         change = FEATURES[name]
         if change is not None and rng.random() < _SHARE:
             ask = change(ask, rng)
@@ -112,3 +118,13 @@ FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {
     "tiers_on_disk": _long_turns,
 }
 """What each changes of a request; None: of the cluster alone."""
+
+USES: dict[str, Callable[[Ask], bool]] = {
+    "adapters": lambda ask: bool(ask.adapter),
+    "beams": lambda ask: ask.beams is not None,
+    "choices": lambda ask: ask.num_choices > 1,
+    "drafts": lambda ask: ask.top_k > 0,
+    "grammars": lambda ask: bool(ask.grammar or ask.stop),
+    "tiers": lambda ask: bool(ask.session),
+}
+"""By feature that requests have, whether one has it."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from tests.simulation.asks import REQUEST_LIMIT_S, Ask
-from tests.simulation.features import FEATURES, with_features
+from tests.simulation.features import FEATURES, with_chance, with_features
 from tests.simulation.ray import Hosts
 from tests.simulation.toy_model import VOCAB
 
@@ -148,7 +148,7 @@ def draw_more(scenario: Scenario) -> Iterator[Ask]:
     stems = _draw_stems(rng)
     for i in itertools.count():
         ask = _draw_ask(rng, f"more-{i}", rng.randrange(scenario.num_gateways), 0.0, stems)
-        yield from with_features([ask], scenario.features)
+        yield with_chance(ask, scenario.features)
 
 
 def _draw_stems(rng: random.Random) -> list[list[int]]:
