@@ -60,10 +60,11 @@ class StateClient:
         if choice < 0.4 or not idle:
             content = self._rng.randbytes(self._rng.choice(_SIZES))
             self._begin(gateway, self._store(gateway, content))
-        elif choice < 0.9:
-            self._begin(gateway, self._read(gateway, self._rng.choice(idle)))
-        else:
-            self._begin(gateway, self._delete(gateway, self._rng.choice(idle)))
+            return
+        name = self._rng.choice(idle)
+        self._objects[name].is_busy = True  # a paused gateway begins the call later
+        call = self._read if choice < 0.9 else self._delete
+        self._begin(gateway, call(gateway, name))
 
     def read_all(self, gateway: SimGateway) -> None:
         """Read every object, also those whose calls were lost with their gateways."""
