@@ -120,7 +120,8 @@ class FaultyFiles:
     def __exit__(self, *error: object) -> None:
         self._patch.undo()
         for fd in self._opened if self._is_dead else ():  # a killed process has no open files
-            with contextlib.suppress(OSError):
+            # A ``FileIO`` has closed its own: another thread may have opened that number since.
+            if self._below(self._path_of(fd)) is not None:
                 os.close(fd)
 
     def heal(self) -> None:
@@ -184,12 +185,15 @@ class FaultyFiles:
             def half() -> Any:
                 return real(args[0], args[1][: max(1, len(args[1]) // 2)])
 
-            found = self.run(name, path, lambda: real(*args, **options), half)
-            if name == "open":
-                self._opened.add(found)
-            elif name == "close":
-                self._opened.discard(given)
-            return found
+            def call() -> Any:
+                found = real(*args, **options)
+                if name == "open":
+                    self._opened.add(found)
+                elif name == "close":
+                    self._opened.discard(given)
+                return found
+
+            return self.run(name, path, call, half)
 
         self._patch.setattr(os, name, seen)
 
