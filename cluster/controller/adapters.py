@@ -201,7 +201,7 @@ class Adapters:
                 self._since[key] = now
             elif now >= self._since[key] + UNUSED_S:
                 self._drop(kept, "", now)
-        waiting = [r.name for r in self._workers() if r.is_ready and r.awaits_adapters]
+        waiting = [r.name for r in self._workers() if r.loads_adapters]
         self._awaits_since = {n: self._awaits_since.get(n, now) for n in waiting}
         late = [n for n, since in self._awaits_since.items() if now >= since + LOAD_LIMIT_S]
         return dict.fromkeys(late, f"it has not loaded its adapters within {LOAD_LIMIT_S:g} s")

@@ -43,7 +43,7 @@ class WorkerState(Enum):
     STARTING = "STARTING"
     """Its process was asked for; it has not called yet."""
     LOADING = "LOADING"
-    """It is registered and reads weights, then its adapters."""
+    """It is registered and reads weights. Also shown in place of READY while it reads adapters."""
     READY = "READY"
     """Weights are in memory; it is in no running generation."""
     SERVING = "SERVING"

@@ -120,8 +120,8 @@ class Actors:
     def give_back(self, places: Collection[str]) -> None:
         """Room of places that scaling has added is free again; who waits for it never starts."""
         freed = self.added.intersection(places)
-        for actor in [a for a in self.alive.values() if place_of(a.name) in freed]:
-            if actor.node is None:
+        for actor in list(self.alive.values()):
+            if actor.node is None and place_of(actor.name) in freed:
                 actor.die()
         for key in [k for k in self._rooms if f"{k[0]}-{k[1]}" in freed]:
             del self._rooms[key]

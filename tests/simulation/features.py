@@ -25,11 +25,10 @@ _STOP_IDS = 40
 
 def with_features(asks: Sequence[Ask], features: Set[str]) -> tuple[Ask, ...]:
     """These requests, some of them with more wishes; each feature is in one at least."""
-    for salt in itertools.chain([""], map(str, itertools.count())):
-        found = tuple(with_chance(ask, features, salt) for ask in asks)
-        if all(any(map(USES[name], found)) for name in features & USES.keys()):
-            return found
-    raise AssertionError("endless")
+    salts = itertools.chain([""], map(str, itertools.count()))
+    draws = (tuple(with_chance(ask, features, salt) for ask in asks) for salt in salts)
+    names = features & USES.keys()
+    return next(drawn for drawn in draws if all(any(map(USES[name], drawn)) for name in names))
 
 
 def with_chance(ask: Ask, features: Set[str], salt: str = "") -> Ask:

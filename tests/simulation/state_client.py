@@ -62,14 +62,14 @@ class StateClient:
             self._begin(gateway, self._store(gateway, content))
             return
         name = self._rng.choice(idle)
-        self._objects[name].is_busy = True  # a paused gateway begins the call later
         call = self._read if choice < 0.9 else self._delete
+        self._objects[name].is_busy = True  # now: a paused gateway begins the call later
         self._begin(gateway, call(gateway, name))
 
     def read_all(self, gateway: SimGateway) -> None:
         """Read every object, also those whose calls were lost with their gateways."""
         for name, one in self._objects.items():
-            one.is_busy = False
+            one.is_busy = True
             self._begin(gateway, self._read(gateway, name))
 
     def _begin(self, gateway: SimGateway, work: Any) -> None:
@@ -90,7 +90,7 @@ class StateClient:
 
     async def _delete(self, gateway: SimGateway, name: str) -> None:
         one = self._objects[name]
-        before, one.belief, one.is_busy = one.belief, Belief.OPEN, True
+        before, one.belief = one.belief, Belief.OPEN
         try:
             was_there = await asyncio.to_thread(_store_of(gateway).delete, _KIND, _TENANT, name)
             one.belief = Belief.DELETED
@@ -102,7 +102,6 @@ class StateClient:
 
     async def _read(self, gateway: SimGateway, name: str) -> None:
         one = self._objects[name]
-        one.is_busy = True
         try:
             found = await asyncio.to_thread(_store_of(gateway).get, _KIND, _TENANT, name)
             self.num_read += found is not None

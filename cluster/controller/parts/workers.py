@@ -118,6 +118,11 @@ class WorkerRecord:
         return self.state in (WorkerState.READY, WorkerState.SERVING)
 
     @property
+    def loads_adapters(self) -> bool:
+        """Its weights are in memory, and it does not have all adapters yet."""
+        return self.is_ready and self.awaits_adapters
+
+    @property
     def may_join(self) -> bool:
         """It is ready, and has all adapters."""
         return self.is_ready and not self.awaits_adapters
@@ -237,7 +242,7 @@ class WorkerRecord:
         shown = self.state
         if self.drains and not self.is_lost:
             shown = WorkerState.DRAINING
-        elif self.is_ready and self.awaits_adapters:  # gateways send it nothing yet
+        elif self.loads_adapters:  # gateways send it nothing yet
             shown = WorkerState.LOADING
         blocks = (self.stats.get(f"kv_blocks_{kind}") for kind in ("free", "total"))
         free, total = (None if number is None else int(number) for number in blocks)
