@@ -55,17 +55,17 @@ def cpu_info(folder: Path, wanted: InstructionSet) -> Path:
 def test_a_processor_runs_its_instructions_and_lesser_ones(
     wanted: InstructionSet, tmp_path: Path
 ) -> None:
-    found = runnable(cpu_info(tmp_path, wanted))
+    found = runnable(cpu_info(tmp_path, wanted), {})
     assert found == list(INSTRUCTION_SETS[INSTRUCTION_SETS.index(wanted) :])
 
 
 def test_float32_sums_come_before_bfloat16_products_on_intel(tmp_path: Path) -> None:
     path = cpu_info(tmp_path, INSTRUCTION_SETS[0])
     path.write_text(f"vendor_id\t: GenuineIntel\n{path.read_text()}")
-    assert [wanted.name for wanted in runnable(path)] == ["avx512", "avx512_bf16", "avx2"]
+    assert [wanted.name for wanted in runnable(path, {})] == ["avx512", "avx512_bf16", "avx2"]
     path = cpu_info(tmp_path, AVX2)
     path.write_text(f"vendor_id\t: GenuineIntel\n{path.read_text()}")
-    assert runnable(path) == [AVX2]
+    assert runnable(path, {}) == [AVX2]
 
 
 @pytest.mark.parametrize("best", INSTRUCTION_SETS, ids=[i.name for i in INSTRUCTION_SETS])
