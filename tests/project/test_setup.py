@@ -14,10 +14,12 @@ import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from tests.paths import ROOT
 from tests.project.scripts import load_script
@@ -54,6 +56,13 @@ def test_the_first_python_that_fits_is_taken(tmp_path: Path) -> None:
     fake_python(tmp_path, "python3.12", "3.12")
     fake_python(tmp_path, "python3", "3.9")
     assert find_python(tmp_path).stdout == f"{tmp_path}/python3.12\n"
+
+
+def test_every_pinned_package_runs_on_the_oldest_python() -> None:
+    """Else pip seeks another version, against the pin, for minutes."""
+    for package in distributions():
+        python = str(package.metadata.json.get("requires_python", ""))
+        assert "3.11.0" in SpecifierSet(python), package.metadata["Name"]
 
 
 def test_too_old_a_python_gives_one_line(tmp_path: Path) -> None:
