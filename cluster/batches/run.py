@@ -118,7 +118,7 @@ class BatchRun:
     async def run(self) -> None:
         """Returns when each request has an answer.
 
-        Raises:
+        Raises, in an ``ExceptionGroup`` where requests were being sent:
             UnreachableError: nothing could be reached for ``give_up_s``.
             OSError: answers could not be written for ``disk_limit_s``.
         """

@@ -80,15 +80,12 @@ async def _run(args: argparse.Namespace) -> BatchCounts:
                 note(f"{batch.counts.total - batch.counts.left} requests have answers already")
             try:
                 await batch.run()
-            except* UnreachableError as group:
-                message = (
-                    f"{group.exceptions[0]}; {_told(batch.counts)}, the rest by the same command"
-                )
-                raise CommandError(ExitCode.UNREACHABLE, message) from None
-            except* CommandError as group:
-                raise group.exceptions[0] from None
-            except* OSError as group:
-                raise group.exceptions[0] from None
+            except ExceptionGroup as group:  # Python 3.11.3 puts what ``except*`` raises in a group
+                error = group.exceptions[0]
+                if isinstance(error, UnreachableError):
+                    text = f"{error}; {_told(batch.counts)}, the rest by the same command"
+                    raise CommandError(ExitCode.UNREACHABLE, text) from None
+                raise error from None
         return batch.counts
 
 
