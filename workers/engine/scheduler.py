@@ -550,9 +550,12 @@ class Scheduler:
             decoding, _ = self._runnable()
             spare = decode_rows - sum(not self._gives_way(s) for s in decoding)
             del ready[max(spare, 0) :]
+        admitted = []
         for sequence in ready:
-            self._admit(sequence)
-        return ready
+            if self._still_fits(sequence):
+                self._admit(sequence)
+                admitted.append(sequence)
+        return admitted
 
     def _admit(self, sequence: SequenceState) -> int:
         """Move to running with blocks for all its tokens; returns how many were allocated."""
@@ -593,11 +596,9 @@ class Scheduler:
         return self._pool.can_allocate(1 + reserve)
 
     def _still_fits(self, admissible: SequenceState) -> bool:
-        """Whether there are blocks for it though a recurrent state may be gone since it was found
-        admissible, so that it takes more of them.
+        """Whether there are blocks for it though a cached block or a recurrent state of its prefix
+        may be gone since it was found admissible, so that it takes more of them.
         """
-        if self._states is None:
-            return True
         held = sum(not self._pool.is_free(block) for block in self.prefixes.find(admissible))
         missing = self._blocks(admissible.num_tokens) - held
         return self._pool.can_allocate(missing + self._reserve(self._running))
