@@ -223,7 +223,7 @@ def test_pairs_of_experts_are_those_of_the_steps_rows(client: Client) -> None:
     """The workers' numbers against each other; expert load comes with a report, a little later."""
 
     def settled_rows(expected: float | None = None) -> float:
-        """Rows of all steps, once they are so many and the load of all of them is reported."""
+        """Wait for the load of all rows; returns their number, which is ``expected`` if given."""
         found: list[float] = []
 
         def agree() -> bool:

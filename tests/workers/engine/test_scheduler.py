@@ -390,31 +390,30 @@ def test_admission_leaves_no_block_for_a_sequence_that_ends_within_its_own() -> 
     assert len(desk.plan().rows) == 2
 
 
-def test_a_prompt_waits_if_a_decode_evicts_the_beginning_that_it_would_share() -> None:
-    """Of two equal prompts computed at once, only the first one's blocks are found; they may be
-    evicted while the rest of the other prompt is held."""
-    desk = Desk(num_blocks=13, max_rows=64)
+def with_a_held_end(num_blocks: int, num_later: int) -> Desk:
+    """Of two equal prompts computed at once, only the first one's blocks are found. That one has
+    ended: the end of the other prompt is held, and its beginning is evicted next, before the
+    blocks of ``num_later`` later prompts. The next decode takes a block."""
+    desk = Desk(num_blocks=num_blocks, max_rows=64)
     desk.add(8, SamplingParams(max_tokens=1), first_token=10)
     [longer] = desk.add(33, SamplingParams(max_tokens=8), first_token=10)
     desk.step()
-    desk.add(8, SamplingParams(max_tokens=1))
+    for number in range(num_later):
+        desk.add(8, SamplingParams(max_tokens=1), first_token=2000 + 1000 * number)
     while longer.num_tokens < 37:
         desk.step()
+    return desk
+
+
+def test_a_prompt_waits_if_a_decode_evicts_the_beginning_that_it_would_share() -> None:
+    desk = with_a_held_end(num_blocks=13, num_later=1)
     [equal] = desk.add(33, SamplingParams(max_tokens=1), first_token=10)
     assert rows(desk.plan()) == [("r1", 36, 1, True)], "the tenth block, in place of a cached one"
     assert equal.status is SequenceStatus.WAITING
 
 
 def test_a_ready_sequence_waits_if_another_evicts_the_beginning_that_it_would_share() -> None:
-    desk = Desk(num_blocks=17, max_rows=64)
-    desk.add(8, SamplingParams(max_tokens=1), first_token=10)
-    [longer] = desk.add(33, SamplingParams(max_tokens=8), first_token=10)
-    desk.step()
-    for first in (2000, 3000, 4000):
-        desk.add(8, SamplingParams(max_tokens=1), first_token=first)
-    while longer.num_tokens < 37:
-        desk.step()
-    params = SamplingParams(max_tokens=2)
+    desk, params = with_a_held_end(num_blocks=17, num_later=3), SamplingParams(max_tokens=2)
     [other] = desk.add(8, params, first_token=2000, output=(50,))
     [equal] = desk.add(32, params, first_token=10, output=(50,))
     desk.plan()
