@@ -601,7 +601,8 @@ class Scheduler:
         """
         held = sum(not self._pool.is_free(block) for block in self.prefixes.find(admissible))
         missing = self._blocks(admissible.num_tokens) - held
-        return self._pool.can_allocate(missing + self._reserve(self._running))
+        has_enough = self._pool.can_allocate(missing + len(self._running))  # each needs one at most
+        return has_enough or self._pool.can_allocate(missing + self._reserve(self._running))
 
     def _reserve(self, sequences: Iterable[SequenceState]) -> int:
         """Blocks to leave free at an admission: one for each sequence that may need another."""
