@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_checkpoint import RandomModel
-from cluster.config.cluster import QuantizeLayers
+from cluster.config.model import QuantizeLayers
 from workers.model.loading.expert_form import with_form
 from workers.native import memory
 from workers.native.matrix import Matrix, MatrixFields

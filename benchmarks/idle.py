@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from benchmarks.results import table
-from cluster.config.cluster import TransportSection
+from cluster.config.transport import TransportSection
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.engine_stream import EngineStream
 from tests.harness.serving_cluster import (

@@ -13,7 +13,7 @@ from benchmarks.ggml_types import BF16, Q4_0, Q8_0, GgmlType
 from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.timing import Sample, median_of, ratio_of
-from cluster.config.cluster import QuantizeLayers
+from cluster.config.model import QuantizeLayers
 from workers.quantization.formats import WeightFormat
 from workers.quantization.rounding import FORMATS, IntegerCodes
 

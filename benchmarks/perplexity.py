@@ -32,7 +32,8 @@ from torch import Tensor
 from benchmarks.float_forms import float8_blocks, mxfp4_numbers
 from benchmarks.held_out import held_out
 from benchmarks.results import table
-from cluster.config.cluster import EngineSection, Quantize, QuantizeLayers
+from cluster.config.cluster import EngineSection
+from cluster.config.model import Quantize, QuantizeLayers
 from cluster.launch.model_source import bundled_checkpoint
 from tests.reference.local_engine import LocalEngine
 from workers.requests.request import SamplingParams

@@ -20,7 +20,7 @@ from benchmarks.random_checkpoint import RandomModel
 from benchmarks.timing import decode_interval_of
 from benchmarks.wall_engine import open_engine
 from benchmarks.wall_rows import LAYERS, Bench, Row, at_least
-from cluster.config.cluster import QuantizeLayers
+from cluster.config.model import QuantizeLayers
 from tests.reference.local_engine import LocalEngine
 from workers.model.loading.expert_form import kept_banks
 from workers.quantization.formats import WeightFormat

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import PeerLostError, SupersededError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation, Member

@@ -18,8 +18,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import ray_tools
-from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources, WorkerShare, resolved_share
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts

@@ -22,8 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import ray_tools
 from cluster.actors.room import ANY_BUNDLE, Room
-from cluster.config.cluster import ClusterConfig, WorkersSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import NotReadyError, StartError, SupersededError, UnknownNameError
 from cluster.core.process import ProcessIdentity, describe_self, kill_process, wait_gone
 from cluster.core.topology import Member, Role

@@ -2,10 +2,7 @@
 
 Values are checked where they are built; a rule that is broken raises ``ConfigError`` with the
 field, the value and the rule. ``to_dict`` and ``from_dict`` carry a config between processes. The
-gateway's section, the longest, is in ``cluster.config.gateway``, those of expert load and its
-balance in ``cluster.config.expert_load``, that of pools by load in ``cluster.config.autoscale``,
-those of speculative decoding, adapters and KV events in ``cluster.config.speculation``,
-``cluster.config.lora``, ``cluster.config.kv_events`` and ``cluster.config.kv_tiers``.
+engine's section is here, each other one in the module of its subject beside this one.
 
 The options of ``serve`` are made from the fields: the docstring below a field is the help of its
 option, the field's type, name and default say how its text is read and shown. ``INTERNAL`` fields
@@ -17,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
@@ -29,8 +25,12 @@ from cluster.config.kv_cache import KvCacheDType
 from cluster.config.kv_events import KvEventsSection
 from cluster.config.kv_tiers import KvTiersSection
 from cluster.config.lora import LoraSection
+from cluster.config.model import ModelSection
+from cluster.config.observability import ObservabilitySection
 from cluster.config.option_metadata import INTERNAL
 from cluster.config.speculation import SpeculationSection
+from cluster.config.transport import TransportSection
+from cluster.config.workers import WorkersSection
 from cluster.core.checks import (
     check,
     check_choice,
@@ -39,154 +39,11 @@ from cluster.core.checks import (
     is_not_negative,
     is_positive,
 )
-from cluster.core.topology import Role
 
-Mode = Literal["disaggregated", "colocated", "local", "auto"]
-Device = Literal["auto", "cpu", "cuda"]
-DeviceSpeed = Literal["given", "measured"]
-Kernels = Literal["auto", "torch"]
-DType = Literal["auto", "float32", "bfloat16"]
-Quantize = Literal["auto", "none", "int8", "int4"]
-QuantizeLayers = Literal["experts", "all"]
-Transport = Literal["auto", "sockets", "collective"]
 CombineMode = Literal["sum", "per_slot"]
 Deterministic = Literal["auto", "on", "off"]
 NumMicroBatches = Literal["auto", 1, 2]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSection:
-    """Which checkpoint is served, and how its numbers are kept."""
-
-    path: str = field(metadata=INTERNAL)
-    """Local folder of the checkpoint (a hub id is resolved to one before this is built)."""
-    served_model_name: str
-    """Name that clients use, by default that of the checkpoint's folder or hub id."""
-    dtype: DType = "auto"
-    """Compute type; ``auto`` takes the checkpoint's own."""
-    quantize: Quantize = "auto"
-    """How workers keep routed experts: ``auto`` as the checkpoint stores them, ``none`` in the
-    compute type, ``int8`` and ``int4`` quantized while they are loaded."""
-    quantize_layers: QuantizeLayers = "experts"
-    """What ``quantize`` ``int8`` and ``int4`` are for: routed experts, or all products."""
-    max_model_len: int | None = None
-    """Context limit in tokens, by default the checkpoint's own."""
-    chat_template: str | None = None
-    """Jinja text (as an option: its file, too) instead of the checkpoint's chat template."""
-
-    def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, DType)
-        check_choice("quantize", self.quantize, Quantize)
-        check_choice("quantize_layers", self.quantize_layers, QuantizeLayers)
-        check(
-            self.quantize_layers == "experts" or self.quantize in ("int8", "int4"),
-            "quantize_layers",
-            self.quantize_layers,
-            f"must be 'experts' while quantize is {self.quantize!r}",
-        )
-        check(bool(self.served_model_name), "served_model_name", "", "must not be empty")
-        check_each(self, "max_model_len", is_at_least_1, "must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkersSection:
-    """How many workers there are, and what each of them may use."""
-
-    mode: Mode = "disaggregated"
-    """``disaggregated``: two pools; ``colocated``: every worker runs attention and holds experts;
-    ``local``: one worker holds all; ``auto``: one of the first two, chosen at the start."""
-    mode_reason: str = field(default="", metadata=INTERNAL)
-    """Why ``auto`` chose this mode; empty where it was asked for."""
-    num_attention_workers: int | None = None
-    """Attention ranks, by default 1, in colocated mode ``num_expert_workers``."""
-    num_expert_workers: int = 2
-    """Expert ranks, in colocated mode all workers; without effect in local mode."""
-    num_redundant_experts: int = 0
-    """Spare expert slots per expert worker and bank."""
-    recovery_slots: int = 0
-    """Expert slots per expert worker and bank that are kept free for recovery."""
-    device: Device = "auto"
-    """What workers compute on; ``auto`` takes CUDA where every worker can have a share of a GPU."""
-    kernels: Kernels = "auto"
-    """What computes on CPUs: ``auto`` takes the compiled kernels where they can be built, else
-    torch; ``torch`` takes torch."""
-    cpus_per_worker: float | None = None
-    """CPUs that Ray sets aside for a worker, fractions allowed; by default equal shares. A worker
-    computes with as many threads as it has whole CPUs, at least one."""
-    has_equal_cpus: bool = field(default=False, metadata=INTERNAL)
-    """``cpus_per_worker`` was not given: it is an equal share of all CPUs."""
-    threads_per_worker: int = field(default=1, metadata=INTERNAL)
-    """Compute threads of a worker, filled by ``cluster.sizing.start_plan.plan_start``."""
-    gpus_per_worker: float | None = None
-    """GPUs that Ray sets aside for a worker, at most 1, fractions allowed; by default 1 on CUDA,
-    else 0."""
-    placement_file: str | None = None
-    """Placement to start with instead of the contiguous one."""
-    load_profile: str | None = None
-    """Load profile to plan the first placement for; with ``enable_eplb`` by default the model's."""
-    follow_nodes: bool = False
-    """Numbers of workers follow the nodes that are labelled for their role: a node that registers
-    gets as many as fit, and those of a node that leaves are drained, their places removed."""
-    device_speed: DeviceSpeed = "given"
-    """Speeds that expert load is in proportion to: ``given`` by labels of the workers' nodes, or
-    ``measured`` by each worker when it has loaded."""
-
-    def __post_init__(self) -> None:
-        check_choice("mode", self.mode, Mode)
-        check_choice("device", self.device, Device)
-        check_choice("kernels", self.kernels, Kernels)
-        check_choice("device_speed", self.device_speed, DeviceSpeed)
-        at_least_one = (
-            ("num_attention_workers", self.num_attention_ranks),
-            ("num_expert_workers", 1 if self.mode == "local" else self.num_expert_workers),
-        )
-        for name, value in at_least_one:
-            check(value >= 1, name, value, "must be at least 1")
-        is_one = self.mode == "local" and self.follow_nodes
-        check(
-            not is_one, "follow_nodes", True, "must not be given in local mode: one worker is all"
-        )
-        counts = "num_redundant_experts recovery_slots"
-        check_each(self, counts, is_not_negative, "must not be negative")
-        only = "must not be given beside placement_file: that is a placement already"
-        both = self.placement_file is not None and self.load_profile is not None
-        check(not both, "load_profile", self.load_profile, only)
-        attention, experts = self.num_attention_ranks, self.num_expert_workers
-        if self.mode == "local":
-            check(attention == 1, "num_attention_workers", attention, "must be 1 in local mode")
-        elif self.mode == "colocated":
-            rule = f"must be left out or equal num_expert_workers ({experts}) in colocated mode"
-            check(attention == experts, "num_attention_workers", attention, rule)
-        check_each(self, "cpus_per_worker", is_positive, "must be > 0")
-        check_each(self, "threads_per_worker", is_at_least_1, "must be at least 1")
-        check_each(self, "gpus_per_worker", is_not_negative, "must be >= 0")
-        rule = "must not exceed 1: a worker computes on one GPU, without tensor parallelism"
-        check_each(self, "gpus_per_worker", lambda gpus: gpus <= 1, rule)
-
-    @property
-    def num_attention_ranks(self) -> int:
-        """Workers that hold requests."""
-        if self.num_attention_workers is not None:
-            return self.num_attention_workers
-        return self.num_expert_workers if self.mode == "colocated" else 1
-
-    @property
-    def pools(self) -> dict[Role, int]:
-        """Workers of each role that are started."""
-        match self.mode:
-            case "colocated":
-                return {"colocated": self.num_expert_workers}
-            case "local":
-                return {"attention": 1}
-            case _:
-                return {"attention": self.num_attention_ranks, "expert": self.num_expert_workers}
-
-    @property
-    def num_workers(self) -> int:
-        return sum(self.pools.values())
-
-
-_OTLP_URL = re.compile(r"https?://[^\s/?#@]+:\d{1,5}/?")
 _DEFAULT_KV_CONTEXTS = 16
 _MIN_DEFAULT_KV_BYTES = 64 * 1024**2
 _MAX_DEFAULT_KV_BYTES = 1024**3
@@ -295,65 +152,6 @@ class EngineSection:
         rule = f"must hold at least one block of {each} bytes"
         check(budget >= each, "kv_cache_bytes", budget, rule)
         return budget // each
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TransportSection:
-    """The data plane and the detection of failures."""
-
-    transport: Transport = "auto"
-    """The data plane; ``auto`` is ``collective`` where each worker has a GPU, else ``sockets``."""
-    detection_limit_s: float = 2.0
-    """Time without progress and heartbeats after which a worker is declared lost, at the latest."""
-    heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
-    """Time between two heartbeats of a worker."""
-    connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)
-    """Limit for opening one edge, handshake included."""
-    step_timeout_s: float = field(default=60.0, metadata=INTERNAL)
-    """Limit for one wait on a peer within a step, when nothing else reports its loss."""
-
-    def __post_init__(self) -> None:
-        check_choice("transport", self.transport, Transport)
-        times = "detection_limit_s heartbeat_s connect_timeout_s step_timeout_s"
-        check_each(self, times, is_positive, "must be positive")
-        rule = f"must be below detection_limit_s ({self.detection_limit_s})"
-        check(self.heartbeat_s < self.detection_limit_s, "heartbeat_s", self.heartbeat_s, rule)
-
-    @property
-    def alive_s(self) -> float:
-        """Time between two signs of life of a worker, heartbeats among them."""
-        return min(self.heartbeat_s, max(0.1, self.detection_limit_s / 20))
-
-    @property
-    def lease_s(self) -> float:
-        """Time without controller and committed step after which a worker stops. It may be declared
-        lost earlier: no step commits without it then."""
-        return 1.8 * self.detection_limit_s
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObservabilitySection:
-    """Traces of steps and of requests, and logs."""
-
-    log_format: Literal["text", "json"] = "text"
-    """Form of log records; ``json`` is an object a line, with the request and the generation."""
-    trace_dir: str | None = None
-    """Folder, on each worker's own host, for a timeline of its steps, for Perfetto."""
-    trace_max_bytes: int = 64 * 1024 * 1024
-    """Size at which a worker begins a new timeline; it keeps the one before."""
-    otlp_endpoint: str | None = None
-    """OpenTelemetry collector (OTLP over gRPC) for traces of requests, http://HOST:4317 say."""
-    trace_content: bool = False
-    """Put prompts and outputs into the traces of requests."""
-
-    def __post_init__(self) -> None:
-        url = self.otlp_endpoint
-        rule = "must be http://HOST:PORT or https://HOST:PORT"
-        check(url is None or _OTLP_URL.fullmatch(url) is not None, "otlp_endpoint", url, rule)
-        has_place = url is not None or not self.trace_content
-        check(has_place, "trace_content", self.trace_content, "needs otlp_endpoint")
-        check(self.trace_dir != "", "trace_dir", "", "must not be empty")
-        check_each(self, "trace_max_bytes", lambda size: size >= 1024, "must be >= 1024")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.config.cluster import WorkersSection
+from cluster.config.workers import WorkersSection
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import Place

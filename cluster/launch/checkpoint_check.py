@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config.cluster import Quantize
 from cluster.config.kv_cache import KvCacheDType, kv_vector_bytes
 from cluster.config.lora import LoraSection
+from cluster.config.model import Quantize
 from cluster.core.codec import from_plain
 from cluster.core.errors import CheckpointError, ConfigError
 from cluster.core.load_profile import LoadProfile

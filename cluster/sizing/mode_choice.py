@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.config.cluster import ClusterConfig, WorkersSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, plan_shares
+from cluster.config.workers import WorkersSection
 from cluster.core.load_profile import LoadProfile
 from cluster.sizing.devices import worker_numbers
 from cluster.sizing.gpus import UNKNOWN_GPU

@@ -28,7 +28,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from cluster.config.cluster import ObservabilitySection
+from cluster.config.observability import ObservabilitySection
 from cluster.tracing import names
 from cluster.tracing.exporter import (
     AttributeValue,

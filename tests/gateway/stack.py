@@ -11,8 +11,10 @@ import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, ObservabilitySection
+from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.gateway import GatewaySection
+from cluster.config.model import ModelSection
+from cluster.config.observability import ObservabilitySection
 from gateway.admin.service import AdminApi
 from gateway.cluster.view import ClusterView, ControllerCalls
 from gateway.core.tuning import GatewayTuning

@@ -16,8 +16,9 @@ import pytest
 import ray
 from ray import serve
 
-from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
+from cluster.config.model import ModelSection
 from cluster.launch import local_ray
 from gateway.app import APP_NAME, build_app
 from gateway.cluster.client import CONTROLLER_NAME, RAY_NAMESPACE

@@ -28,7 +28,9 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.config.cluster import ClusterConfig, Quantize, QuantizeLayers, TransportSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import Quantize, QuantizeLayers
+from cluster.config.transport import TransportSection
 from cluster.launch.model_source import bundled_checkpoint
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.mixed_calls import make_calls

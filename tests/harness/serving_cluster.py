@@ -22,18 +22,15 @@ from ray.exceptions import ActorUnavailableError
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.controller_client import create_controller
 from cluster.actors.worker_group import WorkerGroup
-from cluster.config.cluster import (
-    ClusterConfig,
-    EngineSection,
-    ModelSection,
-    ObservabilitySection,
-    TransportSection,
-    WorkersSection,
-)
+from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_events import KvEventsSection
 from cluster.config.kv_tiers import KvTiersSection
 from cluster.config.lora import LoraSection
+from cluster.config.model import ModelSection
+from cluster.config.observability import ObservabilitySection
+from cluster.config.transport import TransportSection
+from cluster.config.workers import WorkersSection
 from cluster.controller.controller import Controller
 from cluster.core.topology import Member, Role
 from cluster.launch import local_ray

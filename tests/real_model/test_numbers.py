@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.cluster import EngineSection, Quantize, QuantizeLayers
+from cluster.config.cluster import EngineSection
+from cluster.config.model import Quantize, QuantizeLayers
 from tests.real_model.reference import Reference
 from tests.reference.local_engine import LocalEngine
 from workers.requests.request import Request, SamplingParams

@@ -15,8 +15,10 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from cluster.config.cluster import EngineSection, Kernels, Quantize, QuantizeLayers
+from cluster.config.cluster import EngineSection
+from cluster.config.model import Quantize, QuantizeLayers
 from cluster.config.speculation import SpeculationSection
+from cluster.config.workers import Kernels
 from cluster.core.errors import RequestFailedError
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.local import LocalDispatcher

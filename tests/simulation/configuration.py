@@ -6,12 +6,14 @@ import random
 from pathlib import Path
 
 from cluster.config.autoscale import AutoscaleSection
-from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.gateway import GatewaySection
 from cluster.config.kv_tiers import KvTiersSection
 from cluster.config.lora import LoraSection
+from cluster.config.model import ModelSection
 from cluster.config.speculation import SpeculationSection
+from cluster.config.workers import WorkersSection
 from tests.simulation.scenario import Scenario
 from tests.simulation.toy_adapters import ADAPTERS
 from tests.simulation.toy_model import BLOCK_TOKEN_BYTES

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster.config.cluster import Quantize
+from cluster.config.model import Quantize
 from cluster.core.errors import CheckpointError
 from tests.simulation.kernel import Kernel
 from tests.simulation.toy_model import (

@@ -13,8 +13,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from cluster.actors.controller_actor import ControllerActor
-from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError, SupersededError
 from cluster.core.node_labels import Place
 from cluster.core.topology import Member, Role, holds_experts

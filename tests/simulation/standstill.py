@@ -12,7 +12,8 @@ import math
 import sys
 from unittest import mock
 
-from cluster.config.cluster import ClusterConfig, TransportSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.transport import TransportSection
 from cluster.policy.silence import GapWindow
 from tests.simulation.scenario import draw_scenario
 from tests.simulation.shrinking import outcome_of

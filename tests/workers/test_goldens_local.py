@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.config.cluster import EngineSection, Kernels
+from cluster.config.cluster import EngineSection
+from cluster.config.workers import Kernels
 from tests.reference.goldens import (
     ALL_VARIANTS,
     BF16_VARIANTS,

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from cluster.config.cluster import EngineSection, NumMicroBatches, WorkersSection
+from cluster.config.cluster import EngineSection, NumMicroBatches
+from cluster.config.workers import WorkersSection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

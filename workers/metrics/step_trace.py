@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from cluster.config.cluster import ObservabilitySection
+from cluster.config.observability import ObservabilitySection
 from cluster.core.errors import ConfigError
 from cluster.disk.files import RecordFile
 from workers.requests.step_header import StepHeader

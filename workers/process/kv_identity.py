@@ -12,7 +12,8 @@ from collections.abc import Collection
 
 import torch
 
-from cluster.config.cluster import ClusterConfig, Quantize
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import Quantize
 from cluster.core.topology import Generation
 from workers.kv.cache import KVCache
 from workers.transport.handshake import PeerIdentity

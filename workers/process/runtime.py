@@ -18,7 +18,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.config.cluster import Quantize
+from cluster.config.model import Quantize
 from cluster.core.checks import check
 from cluster.core.errors import GenerationChangedError, NotReadyError, PeerLostError
 from cluster.core.frames import (

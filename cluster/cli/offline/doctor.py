@@ -27,8 +27,8 @@ from cluster.cli.terminal.arguments import Commands
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import colour, note, show
 from cluster.cli.terminal.progress import Progress
-from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources, plan_shares
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import CheckpointError, ConfigError, StartError
 from cluster.launch import state_file
 from cluster.launch.local_ray import OBJECT_STORE_BYTES, make_temp_dir

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cluster.config.cluster import ModelSection
+from cluster.config.model import ModelSection
 from cluster.core import frames
 from cluster.core.errors import CalledAgainError, ProtocolError
 from cluster.core.placement import ExpertPlacement

@@ -15,13 +15,10 @@ from cluster.actors import controller_actor, runner
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_actor import ControllerActor
 from cluster.actors.tasks import Background
-from cluster.config.cluster import (
-    ClusterConfig,
-    Mode,
-    ModelSection,
-    TransportSection,
-    WorkersSection,
-)
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import ModelSection
+from cluster.config.transport import TransportSection
+from cluster.config.workers import Mode, WorkersSection
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.parts import gateway_polls
 from cluster.controller.parts.memory import Memory

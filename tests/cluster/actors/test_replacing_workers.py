@@ -13,7 +13,7 @@ import ray
 
 from cluster.actors import ray_tools, room, worker_group
 from cluster.actors.worker_group import WorkerGroup
-from cluster.config.cluster import WorkersSection
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError
 from cluster.core.placement import contiguous
 from cluster.core.process import ProcessIdentity

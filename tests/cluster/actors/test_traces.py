@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
-from cluster.config.cluster import ObservabilitySection
+from cluster.config.observability import ObservabilitySection
 from cluster.tracing.exporter import start_traces
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.rebalance.test_rebalancing import SKEWED, make, obey, status, window

@@ -27,7 +27,10 @@ from cluster.actors.ray_tools import (
     our_actors,
 )
 from cluster.actors.worker_group import WorkerGroup
-from cluster.config.cluster import ClusterConfig, ModelSection, TransportSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import ModelSection
+from cluster.config.transport import TransportSection
+from cluster.config.workers import WorkersSection
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS

@@ -19,7 +19,7 @@ import ray
 
 from cluster.actors.ray_tools import NAMESPACE, cluster_nodes, our_actors
 from cluster.actors.worker_group import WorkerGroup
-from cluster.config.cluster import WorkersSection
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError
 from cluster.core.topology import Member
 from cluster.launch import local_ray

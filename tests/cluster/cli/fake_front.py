@@ -16,8 +16,9 @@ from cluster.cli.cluster.front import Front, raise_on_signals
 from cluster.cli.terminal.exit_codes import CommandError
 from cluster.cli.terminal.output import note, out_line
 from cluster.cli.terminal.progress import Progress
-from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
+from cluster.config.model import ModelSection
 from cluster.launch import local_ray, state_file
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.plan import LaunchPlan

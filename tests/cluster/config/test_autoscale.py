@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from cluster.config.autoscale import AutoscaleSection, PoolLimits
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 
 MODEL = ModelSection(path="somewhere", served_model_name="m")

@@ -8,14 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.config.cluster import (
-    ClusterConfig,
-    EngineSection,
-    ModelSection,
-    TransportSection,
-    WorkersSection,
-)
+from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.gateway import GatewaySection
+from cluster.config.model import ModelSection
+from cluster.config.transport import TransportSection
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.kv_events import KvEventsSection, does_listen, endpoint_of
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 
 MODEL = ModelSection(path="/m", served_model_name="m")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection
+from cluster.config.cluster import ClusterConfig, EngineSection
 from cluster.config.kv_tiers import KvTiersSection
+from cluster.config.model import ModelSection
 from cluster.core.errors import ConfigError
 
 MODEL = ModelSection(path="/m", served_model_name="m")

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
 from cluster.config.lora import LoraSection, is_name
+from cluster.config.model import ModelSection
 from cluster.core.errors import ConfigError
 
 

@@ -8,16 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.cluster import (
-    ClusterConfig,
-    Device,
-    Mode,
-    ModelSection,
-    Transport,
-    TransportSection,
-    WorkersSection,
-)
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import ModelSection
 from cluster.config.resources import NodeResources, WorkerShare, plan_shares, resolved_share
+from cluster.config.transport import Transport, TransportSection
+from cluster.config.workers import Device, Mode, WorkersSection
 from cluster.core.errors import ConfigError
 from cluster.sizing.start_plan import plan_start
 from tests.cluster.controller.fakes_cluster import make_members

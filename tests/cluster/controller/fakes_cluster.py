@@ -10,7 +10,9 @@ from typing import ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.controller.controller import Controller
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.effects import End, EndAll, Send, Start, Trace

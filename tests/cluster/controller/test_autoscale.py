@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.config.autoscale import AutoscaleSection
-from cluster.config.cluster import WorkersSection
+from cluster.config.workers import WorkersSection
 from cluster.controller.parts.operations import Operation, OperationState
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.test_scale import members, scale

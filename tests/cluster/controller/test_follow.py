@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
-from cluster.config.cluster import WorkersSection
+from cluster.config.workers import WorkersSection
 from cluster.controller.parts.drain_requests import LATE_S
 from cluster.controller.parts.drains import DrainOrder
 from cluster.controller.parts.operations import Operation, OperationState

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, TransportSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.transport import TransportSection
+from cluster.config.workers import WorkersSection
 from cluster.controller.parts.settings import ControllerSettings
 from cluster.core.frames import LoadExperts, PeerLost, StatusReply
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster

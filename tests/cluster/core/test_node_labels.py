@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.config.cluster import WorkersSection
 from cluster.config.resources import NodeResources, nodes_for, plan_shares
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 from cluster.core.node_labels import ROLE, Place, selector_for
 

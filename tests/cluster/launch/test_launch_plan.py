@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError
 from cluster.launch.checkpoint_check import CheckpointFacts

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.expert_load import RebalanceSection
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import (

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.expert_load import RebalanceSection
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 from cluster.sizing.devices import step_cost
 from cluster.sizing.gpus import gpu_numbers

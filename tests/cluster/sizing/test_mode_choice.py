@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import ModelSection
 from cluster.config.resources import NodeResources
+from cluster.config.workers import WorkersSection
 from cluster.sizing.devices import CPU_CORE
 from cluster.sizing.mode_choice import choose_mode, resolve_mode
 from cluster.sizing.roofline import BankSize, ModelSize, colocated_step, disaggregated_step

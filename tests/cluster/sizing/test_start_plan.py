@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.expert_load import RebalanceSection
+from cluster.config.model import ModelSection
 from cluster.config.resources import NodeResources
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 from cluster.core.load_profile import BankLoad, LoadProfile, device_loads
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS, Place

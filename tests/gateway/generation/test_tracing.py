@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from cluster.config.cluster import ObservabilitySection
+from cluster.config.observability import ObservabilitySection
 from cluster.core.errors import ConfigError
 from gateway.generation.tracing import start_tracing
 from protos import inference_pb2 as pb
@@ -423,7 +423,7 @@ def test_a_dead_collector_changes_nothing() -> None:
 def test_off_it_imports_nothing_and_makes_nothing() -> None:
     code = (
         "import sys, gateway.http.api, gateway.grpc.server\n"
-        "from cluster.config.cluster import ObservabilitySection\n"
+        "from cluster.config.observability import ObservabilitySection\n"
         "from gateway.generation.tracing import start_tracing\n"
         "assert start_tracing(ObservabilitySection(), 'g', 'm', dict, str) is None\n"
         "names = ('opentelemetry.sdk', 'opentelemetry.exporter')\n"

@@ -9,8 +9,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from cluster.config.cluster import EngineSection, Kernels
+from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import KvCacheDType
+from cluster.config.workers import Kernels
 from tests.reference.exact import exact
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import LocalEngine

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.config.cluster import Device, EngineSection, NumMicroBatches, WorkersSection
+from cluster.config.cluster import EngineSection, NumMicroBatches
+from cluster.config.workers import Device, WorkersSection
 from workers.engine.micro_batches import MicroBatchRule
 
 DISAGGREGATED = WorkersSection()

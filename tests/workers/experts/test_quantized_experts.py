@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.cluster import Quantize
+from cluster.config.model import Quantize
 from tests.reference.goldens import golden_path
 from tests.workers.cuda.device import DEVICE
 from tests.workers.experts.plain import CLAMPED, GELU, LINEAR, SWIGLU, reference

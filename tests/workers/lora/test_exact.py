@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.cluster import EngineSection, Kernels
+from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
+from cluster.config.workers import Kernels
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import Generated, LocalEngine
 from tests.workers.lora.folders import random_adapter, target_shapes

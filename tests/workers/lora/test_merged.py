@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.config.cluster import EngineSection, Kernels
+from cluster.config.cluster import EngineSection
+from cluster.config.workers import Kernels
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.local_engine import Generated, LocalEngine, generated
 from tests.workers.lora.folders import (

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.config.cluster import ClusterConfig, EngineSection, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig, EngineSection
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.core.errors import ConfigError
 from cluster.core.topology import Member
 from tests.paths import DEMO

@@ -10,7 +10,8 @@ import pytest
 import torch
 from msgspec.structs import replace as changed
 
-from cluster.config.cluster import ClusterConfig, ModelSection, Quantize
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import ModelSection, Quantize
 from cluster.core.arithmetic import Offer
 from cluster.core.topology import Generation, Member
 from tests.harness.members import member_of

@@ -14,14 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.cluster import (
-    ClusterConfig,
-    Device,
-    EngineSection,
-    Mode,
-    ModelSection,
-    WorkersSection,
-)
+from cluster.config.cluster import ClusterConfig, EngineSection
+from cluster.config.model import ModelSection
+from cluster.config.workers import Device, Mode, WorkersSection
 from cluster.core.topology import Member
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
 from tests.reference.goldens import golden_path

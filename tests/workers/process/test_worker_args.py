@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.core.codec import to_plain
 from cluster.core.topology import Member
 from workers.process.worker_args import WorkerArgs

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cluster.config.cluster import Quantize
+from cluster.config.model import Quantize
 from cluster.core.errors import CheckpointError, ConfigError
 from workers.model.batch_invariant.invariant import RowInvariantBlocks
 from workers.model.building_blocks import BuildingBlocks

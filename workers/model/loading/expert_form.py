@@ -11,7 +11,7 @@ import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.config.cluster import Quantize
+from cluster.config.model import Quantize
 from cluster.core.errors import ConfigError
 from workers.model.config import BankSpec, TensorPart
 from workers.model.families.base import Family

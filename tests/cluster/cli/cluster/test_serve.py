@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cluster.cli.cluster.serve import call_hints
-from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
+from cluster.config.model import ModelSection
 
 TLS = GatewaySection(tls_cert="c", tls_key="k")
 MUTUAL_TLS = GatewaySection(tls_cert="c", tls_key="k", tls_client_ca="a")

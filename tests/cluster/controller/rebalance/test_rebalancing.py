@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from cluster.config.cluster import ClusterConfig, ModelSection, WorkersSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.expert_load import LoadSection, RebalanceSection
+from cluster.config.model import ModelSection
+from cluster.config.workers import WorkersSection
 from cluster.controller.parts.operations import OperationState
 from cluster.controller.rebalance.job import RebalanceOrder
 from cluster.core.errors import ConflictError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.random_checkpoint import TINY, write
-from cluster.config.cluster import Quantize
+from cluster.config.model import Quantize
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import ConfigError
 from tests.reference.goldens import golden_path

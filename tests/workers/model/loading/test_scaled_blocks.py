@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.config.cluster import Quantize
+from cluster.config.model import Quantize
 from cluster.core.errors import CheckpointError
 from tests.reference.goldens import golden_path
 from workers.experts.slots import ExpertSlots

@@ -1,0 +1,47 @@
+"""Options of the checkpoint and of how its numbers are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.config.option_metadata import INTERNAL
+from cluster.core.checks import check, check_choice, check_each, is_at_least_1
+
+DType = Literal["auto", "float32", "bfloat16"]
+Quantize = Literal["auto", "none", "int8", "int4"]
+QuantizeLayers = Literal["experts", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """Which checkpoint is served, and how its numbers are kept."""
+
+    path: str = field(metadata=INTERNAL)
+    """Local folder of the checkpoint (a hub id is resolved to one before this is built)."""
+    served_model_name: str
+    """Name that clients use, by default that of the checkpoint's folder or hub id."""
+    dtype: DType = "auto"
+    """Compute type; ``auto`` takes the checkpoint's own."""
+    quantize: Quantize = "auto"
+    """How workers keep routed experts: ``auto`` as the checkpoint stores them, ``none`` in the
+    compute type, ``int8`` and ``int4`` quantized while they are loaded."""
+    quantize_layers: QuantizeLayers = "experts"
+    """What ``quantize`` ``int8`` and ``int4`` are for: routed experts, or all products."""
+    max_model_len: int | None = None
+    """Context limit in tokens, by default the checkpoint's own."""
+    chat_template: str | None = None
+    """Jinja text (as an option: its file, too) instead of the checkpoint's chat template."""
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DType)
+        check_choice("quantize", self.quantize, Quantize)
+        check_choice("quantize_layers", self.quantize_layers, QuantizeLayers)
+        check(
+            self.quantize_layers == "experts" or self.quantize in ("int8", "int4"),
+            "quantize_layers",
+            self.quantize_layers,
+            f"must be 'experts' while quantize is {self.quantize!r}",
+        )
+        check(bool(self.served_model_name), "served_model_name", "", "must not be empty")
+        check_each(self, "max_model_len", is_at_least_1, "must be at least 1")

@@ -1,0 +1,36 @@
+"""Options of traces and logs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.core.checks import check, check_each
+
+_OTLP_URL = re.compile(r"https?://[^\s/?#@]+:\d{1,5}/?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObservabilitySection:
+    """Traces of steps and of requests, and logs."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Form of log records; ``json`` is an object a line, with the request and the generation."""
+    trace_dir: str | None = None
+    """Folder, on each worker's own host, for a timeline of its steps, for Perfetto."""
+    trace_max_bytes: int = 64 * 1024 * 1024
+    """Size at which a worker begins a new timeline; it keeps the one before."""
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector (OTLP over gRPC) for traces of requests, http://HOST:4317 say."""
+    trace_content: bool = False
+    """Put prompts and outputs into the traces of requests."""
+
+    def __post_init__(self) -> None:
+        url = self.otlp_endpoint
+        rule = "must be http://HOST:PORT or https://HOST:PORT"
+        check(url is None or _OTLP_URL.fullmatch(url) is not None, "otlp_endpoint", url, rule)
+        has_place = url is not None or not self.trace_content
+        check(has_place, "trace_content", self.trace_content, "needs otlp_endpoint")
+        check(self.trace_dir != "", "trace_dir", "", "must not be empty")
+        check_each(self, "trace_max_bytes", lambda size: size >= 1024, "must be >= 1024")

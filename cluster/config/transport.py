@@ -1,0 +1,45 @@
+"""Options of the data plane and of failure detection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.config.option_metadata import INTERNAL
+from cluster.core.checks import check, check_choice, check_each, is_positive
+
+Transport = Literal["auto", "sockets", "collective"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransportSection:
+    """The data plane and the detection of failures."""
+
+    transport: Transport = "auto"
+    """The data plane; ``auto`` is ``collective`` where each worker has a GPU, else ``sockets``."""
+    detection_limit_s: float = 2.0
+    """Time without progress and heartbeats after which a worker is declared lost, at the latest."""
+    heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
+    """Time between two heartbeats of a worker."""
+    connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)
+    """Limit for opening one edge, handshake included."""
+    step_timeout_s: float = field(default=60.0, metadata=INTERNAL)
+    """Limit for one wait on a peer within a step, when nothing else reports its loss."""
+
+    def __post_init__(self) -> None:
+        check_choice("transport", self.transport, Transport)
+        times = "detection_limit_s heartbeat_s connect_timeout_s step_timeout_s"
+        check_each(self, times, is_positive, "must be positive")
+        rule = f"must be below detection_limit_s ({self.detection_limit_s})"
+        check(self.heartbeat_s < self.detection_limit_s, "heartbeat_s", self.heartbeat_s, rule)
+
+    @property
+    def alive_s(self) -> float:
+        """Time between two signs of life of a worker, heartbeats among them."""
+        return min(self.heartbeat_s, max(0.1, self.detection_limit_s / 20))
+
+    @property
+    def lease_s(self) -> float:
+        """Time without controller and committed step after which a worker stops. It may be declared
+        lost earlier: no step commits without it then."""
+        return 1.8 * self.detection_limit_s

@@ -1,0 +1,120 @@
+"""Options of the worker pools: their numbers, and what each worker may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.config.option_metadata import INTERNAL
+from cluster.core.checks import (
+    check,
+    check_choice,
+    check_each,
+    is_at_least_1,
+    is_not_negative,
+    is_positive,
+)
+from cluster.core.topology import Role
+
+Mode = Literal["disaggregated", "colocated", "local", "auto"]
+Device = Literal["auto", "cpu", "cuda"]
+DeviceSpeed = Literal["given", "measured"]
+Kernels = Literal["auto", "torch"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersSection:
+    """How many workers there are, and what each of them may use."""
+
+    mode: Mode = "disaggregated"
+    """``disaggregated``: two pools; ``colocated``: every worker runs attention and holds experts;
+    ``local``: one worker holds all; ``auto``: one of the first two, chosen at the start."""
+    mode_reason: str = field(default="", metadata=INTERNAL)
+    """Why ``auto`` chose this mode; empty where it was asked for."""
+    num_attention_workers: int | None = None
+    """Attention ranks, by default 1, in colocated mode ``num_expert_workers``."""
+    num_expert_workers: int = 2
+    """Expert ranks, in colocated mode all workers; without effect in local mode."""
+    num_redundant_experts: int = 0
+    """Spare expert slots per expert worker and bank."""
+    recovery_slots: int = 0
+    """Expert slots per expert worker and bank that are kept free for recovery."""
+    device: Device = "auto"
+    """What workers compute on; ``auto`` takes CUDA where every worker can have a share of a GPU."""
+    kernels: Kernels = "auto"
+    """What computes on CPUs: ``auto`` takes the compiled kernels where they can be built, else
+    torch; ``torch`` takes torch."""
+    cpus_per_worker: float | None = None
+    """CPUs that Ray sets aside for a worker, fractions allowed; by default equal shares. A worker
+    computes with as many threads as it has whole CPUs, at least one."""
+    has_equal_cpus: bool = field(default=False, metadata=INTERNAL)
+    """``cpus_per_worker`` was not given: it is an equal share of all CPUs."""
+    threads_per_worker: int = field(default=1, metadata=INTERNAL)
+    """Compute threads of a worker, filled by ``cluster.sizing.start_plan.plan_start``."""
+    gpus_per_worker: float | None = None
+    """GPUs that Ray sets aside for a worker, at most 1, fractions allowed; by default 1 on CUDA,
+    else 0."""
+    placement_file: str | None = None
+    """Placement to start with instead of the contiguous one."""
+    load_profile: str | None = None
+    """Load profile to plan the first placement for; with ``enable_eplb`` by default the model's."""
+    follow_nodes: bool = False
+    """Numbers of workers follow the nodes that are labelled for their role: a node that registers
+    gets as many as fit, and those of a node that leaves are drained, their places removed."""
+    device_speed: DeviceSpeed = "given"
+    """Speeds that expert load is in proportion to: ``given`` by labels of the workers' nodes, or
+    ``measured`` by each worker when it has loaded."""
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, Mode)
+        check_choice("device", self.device, Device)
+        check_choice("kernels", self.kernels, Kernels)
+        check_choice("device_speed", self.device_speed, DeviceSpeed)
+        at_least_one = (
+            ("num_attention_workers", self.num_attention_ranks),
+            ("num_expert_workers", 1 if self.mode == "local" else self.num_expert_workers),
+        )
+        for name, value in at_least_one:
+            check(value >= 1, name, value, "must be at least 1")
+        is_one = self.mode == "local" and self.follow_nodes
+        check(
+            not is_one, "follow_nodes", True, "must not be given in local mode: one worker is all"
+        )
+        counts = "num_redundant_experts recovery_slots"
+        check_each(self, counts, is_not_negative, "must not be negative")
+        only = "must not be given beside placement_file: that is a placement already"
+        both = self.placement_file is not None and self.load_profile is not None
+        check(not both, "load_profile", self.load_profile, only)
+        attention, experts = self.num_attention_ranks, self.num_expert_workers
+        if self.mode == "local":
+            check(attention == 1, "num_attention_workers", attention, "must be 1 in local mode")
+        elif self.mode == "colocated":
+            rule = f"must be left out or equal num_expert_workers ({experts}) in colocated mode"
+            check(attention == experts, "num_attention_workers", attention, rule)
+        check_each(self, "cpus_per_worker", is_positive, "must be > 0")
+        check_each(self, "threads_per_worker", is_at_least_1, "must be at least 1")
+        check_each(self, "gpus_per_worker", is_not_negative, "must be >= 0")
+        rule = "must not exceed 1: a worker computes on one GPU, without tensor parallelism"
+        check_each(self, "gpus_per_worker", lambda gpus: gpus <= 1, rule)
+
+    @property
+    def num_attention_ranks(self) -> int:
+        """Workers that hold requests."""
+        if self.num_attention_workers is not None:
+            return self.num_attention_workers
+        return self.num_expert_workers if self.mode == "colocated" else 1
+
+    @property
+    def pools(self) -> dict[Role, int]:
+        """Workers of each role that are started."""
+        match self.mode:
+            case "colocated":
+                return {"colocated": self.num_expert_workers}
+            case "local":
+                return {"attention": 1}
+            case _:
+                return {"attention": self.num_attention_ranks, "expert": self.num_expert_workers}
+
+    @property
+    def num_workers(self) -> int:
+        return sum(self.pools.values())
