@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,8 +11,6 @@ from tests.paths import ROOT
 from workers.model.families.registry import FAMILIES
 
 PACKAGES = ("protos", "cluster", "workers", "gateway")
-MAX_MODULES = 18
-"""Modules directly in one folder."""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -35,11 +32,6 @@ def parsed(path: Path) -> ast.Module:
         except SystemError:  # AST constructor recursion depth mismatch
             continue
     return ast.parse(text)
-
-
-def test_no_folder_is_crowded() -> None:
-    counts = Counter(path.parent for _, path in modules() if path.stem != "__init__")
-    assert max(counts.values()) <= MAX_MODULES, counts.most_common(1)
 
 
 def test_package_files_hold_a_docstring_and_no_import() -> None:

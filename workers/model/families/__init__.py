@@ -1,4 +1,5 @@
-"""One module for each model family: config, tensors, attention, router, expert banks.
+"""Model families in folders by kind of attention, beside what all of them share.
 
-Imports ``workers.model``; nothing else names a family.
+One module for each family: config, tensors, attention, router, expert banks. Imports
+``workers.model``; nothing else names a family.
 """

@@ -10,15 +10,15 @@ from cluster.core.errors import CheckpointError
 from workers.model.families.base import Family
 
 FAMILIES = {
-    "olmoe": "workers.model.families.olmoe",
-    "dots1": "workers.model.families.dots1",
-    "qwen3_moe": "workers.model.families.qwen3_moe",
-    "flex_olmo": "workers.model.families.flex_olmo",
-    "gpt_oss": "workers.model.families.gpt_oss",
-    "glm4_moe": "workers.model.families.glm4_moe",
-    "ernie4_5_moe": "workers.model.families.ernie4_5_moe",
-    "minimax_m2": "workers.model.families.minimax_m2",
-    "mixtral": "workers.model.families.mixtral",
+    "olmoe": "workers.model.families.grouped.olmoe",
+    "dots1": "workers.model.families.grouped.dots1",
+    "qwen3_moe": "workers.model.families.grouped.qwen3_moe",
+    "flex_olmo": "workers.model.families.grouped.flex_olmo",
+    "gpt_oss": "workers.model.families.grouped.gpt_oss",
+    "glm4_moe": "workers.model.families.grouped.glm4_moe",
+    "ernie4_5_moe": "workers.model.families.grouped.ernie4_5_moe",
+    "minimax_m2": "workers.model.families.grouped.minimax_m2",
+    "mixtral": "workers.model.families.grouped.mixtral",
     "deepseek_v2": "workers.model.families.latent.deepseek_v2",
     "deepseek_v3": "workers.model.families.latent.deepseek_v3",
     "kimi_k2": "workers.model.families.latent.deepseek_v3",
@@ -26,7 +26,7 @@ FAMILIES = {
     "qwen3_next": "workers.model.families.hybrid.qwen3_next",
     "qwen3_5_moe": "workers.model.families.hybrid.qwen3_5_moe",
     "qwen3_5_moe_text": "workers.model.families.hybrid.qwen3_5_moe",
-    "jetmoe": "workers.model.families.jetmoe",
+    "jetmoe": "workers.model.families.routed.jetmoe",
 }
 """``model_type`` of the config -> module with a ``family(config) -> Family`` function."""
 

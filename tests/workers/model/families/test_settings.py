@@ -17,11 +17,11 @@ import pytest
 from cluster.core.errors import CheckpointError
 from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
 from tests.reference.local_engine import LocalEngine
-from workers.model.families.dots1 import Dots1Family
-from workers.model.families.jetmoe import JetMoeFamily
+from workers.model.families.grouped.dots1 import Dots1Family
+from workers.model.families.grouped.olmoe import OlmoeFamily
 from workers.model.families.latent.family import LatentFamily
-from workers.model.families.olmoe import OlmoeFamily
 from workers.model.families.registry import load_family
+from workers.model.families.routed.jetmoe import JetMoeFamily
 
 DOTS1: Mapping[str, Any] = {
     "model_type": "dots1",

@@ -1,0 +1,4 @@
+"""Families whose attention is itself a mixture of experts, chosen by a router for each token.
+
+May import what families may.
+"""
