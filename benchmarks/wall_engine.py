@@ -25,7 +25,8 @@ from tests.reference.local_engine import LocalEngine
 from workers.experts.slots import ExpertSlots
 from workers.model.compute_threads import ComputeThreads
 from workers.model.huge_pages import collapse_weights
-from workers.model.loading.checkpoint import Checkpoint, load_attention_model
+from workers.model.loading.attention_model import load_attention_model
+from workers.model.loading.checkpoint import Checkpoint
 from workers.native.team import start_kernels
 
 _PROMPT_TOKENS = 128

@@ -14,7 +14,7 @@ from benchmarks.gpu_check.weights import RandomCheckpoint
 from benchmarks.random_checkpoint import RandomModel
 from workers.model.building_blocks import BuildingBlocks
 from workers.model.layers import rms_norm
-from workers.model.loading.checkpoint import load_attention_model
+from workers.model.loading.attention_model import load_attention_model
 from workers.model.rope import Rope, rotate
 
 CPU = torch.device("cpu")

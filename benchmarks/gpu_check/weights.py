@@ -16,6 +16,7 @@ from workers.model.config import ExpertMatrix, TensorPart
 from workers.model.families.registry import load_family
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.expert_form import with_form
+from workers.model.loading.mapped import MappedFiles
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 
@@ -55,7 +56,7 @@ class RandomCheckpoint(Checkpoint):
         self.tensors = {}
         self.checkpoint_id = "random"
         self.loaded_bytes = 0
-        self._readers = {}
+        self.files = MappedFiles({}, {})
         self._progress = None
         self._total_bytes = 0
         self._device = device

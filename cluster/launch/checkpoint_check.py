@@ -163,7 +163,8 @@ def check(
     from workers.lora.catalog import targets_without_weights
     from workers.lora.folder import read_folder
     from workers.model.cuda.device import gpu_facts
-    from workers.model.loading.checkpoint import auto_dtype, check_checkpoint, plan_checkpoint
+    from workers.model.loading.checkpoint_summary import check_checkpoint, plan_checkpoint
+    from workers.model.loading.config_file import auto_dtype
 
     is_bare = allow_bare and not any(folder.glob("*.safetensors*"))
     summarize = plan_checkpoint if is_bare else check_checkpoint

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tests.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.harness.worker_processes import Memory, ProcessWorkerGroup
-from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint_summary import check_checkpoint
 
 KV_BYTES = 4 << 20
 """Of the attention worker."""

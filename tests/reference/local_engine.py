@@ -28,7 +28,9 @@ from workers.experts.slots import ExpertSlots, torch_experts
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import ModelConfig
 from workers.model.huge_pages import collapse_weights
-from workers.model.loading.checkpoint import Checkpoint, load_attention_model, resolve_dtype
+from workers.model.loading.attention_model import load_attention_model
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.config_file import resolve_dtype
 from workers.model.loading.expert_form import rounded_form
 from workers.native.team import start_kernels
 from workers.requests.inspection import Inspection, NamedArray

@@ -35,7 +35,7 @@ from workers.engine.scheduler import Scheduler
 from workers.experts.transfer.loading import ExpertLoader
 from workers.kv import prefix_cache
 from workers.kv.transfer.store import KvTransferStore
-from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.mapped import MappedFiles
 from workers.process.runtime import WorkerRuntime
 from workers.requests import block_hash
 from workers.requests.block_hash import chain_hash, root_hash
@@ -87,18 +87,18 @@ def _early_run() -> Iterator[None]:
 def _blind_reload() -> Iterator[None]:
     """A file is read again without a look whether it is still the same."""
 
-    def reader(self: Checkpoint, file: Any) -> Any:
+    def reader(self: MappedFiles, file: Any) -> Any:
         if file not in self._readers:
             self._readers[file] = SimReader(file), (0, 0)
         return self._readers[file][0]
 
-    with mock.patch.object(Checkpoint, "_reader", reader), _torn_read():
+    with mock.patch.object(MappedFiles, "_reader", reader), _torn_read():
         yield
 
 
 def _torn_read() -> AbstractContextManager[object]:
     """Nobody looks whether a file was written while it was read."""
-    return mock.patch.object(Checkpoint, "confirm", return_value=None)
+    return mock.patch.object(MappedFiles, "confirm", return_value=None)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from tests.simulation.toy_model import (
 )
 from workers.model.loading.checkpoint import Checkpoint
 from workers.model.loading.file_stamp import FileStamp
+from workers.model.loading.mapped import MappedFiles
 from workers.model.loading.weight_files import TensorEntry, WeightFiles
 
 _READ_S = 0.002
@@ -213,14 +214,14 @@ class ToyCheckpoint(Checkpoint):
         self.family: Any = ToyFamily()
         self.config = CONFIG
         paths = [self.path / name for name in files()]
-        self._stamps = {file: stamp(file) for file in paths}
-        for file, found in self._stamps.items():
+        stamps = {file: stamp(file) for file in paths}
+        for file, found in stamps.items():
             if not found.num_bytes:
                 raise CheckpointError(f"{file.name} is truncated")
-        self._headers = {file: entries(None, file) for file in paths}
-        self.tensors, self._unclear = WeightFiles(tuple(paths), {}).choose(self._headers)
-        self.checkpoint_id = str([found.samples for found in self._stamps.values()])
+        headers = {file: entries(None, file) for file in paths}
+        self.files = MappedFiles(headers, stamps)
+        self.tensors, self._unclear = WeightFiles(tuple(paths), {}).choose(headers)
+        self.checkpoint_id = str([found.samples for found in stamps.values()])
         self.loaded_bytes = 0
-        self._readers = {}
         self._progress = progress
         self._total_bytes = 0

@@ -106,9 +106,9 @@ _SINGLE: list[tuple[str, str, Any]] = [
     ("workers.process.expert_part", "ExpertServer", ToyExpertServer),
     ("workers.experts.transfer.loading", "torch", SimpleNamespace(set_num_threads=int)),
     ("workers.kv.transfer.lender", "Future", SimFuture),
-    ("workers.model.loading.checkpoint", "safe_open", SimReader),
-    ("workers.model.loading.checkpoint", "entries_of", entries),
-    ("workers.model.loading.checkpoint", "size_and_change", size_and_change),
+    ("workers.model.loading.mapped", "safe_open", SimReader),
+    ("workers.model.loading.mapped", "entries_of", entries),
+    ("workers.model.loading.mapped", "size_and_change", size_and_change),
     ("gateway.generation.gateway", "OutputQueue", WatchedQueue),
     ("cluster.controller.parts.metrics", "to_plain", lambda registry: []),
     ("cluster.policy.silence", "WINDOW_S", 1.0),  # else starts would be remembered to the end

@@ -84,11 +84,11 @@ class CheckpointSource:
                 self.num_bytes += sum(map(self._checkpoint.num_bytes, matrix.parts))
                 self._take(weight.nbytes)
                 yield ExpertWeight(exchange.index, i, weight)
-        self._checkpoint.confirm()
+        self._checkpoint.files.confirm()
 
     def close(self) -> None:
         self._buffers.clear()
-        self._checkpoint.close()
+        self._checkpoint.files.close()
 
     def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The buffer into which matrices of a shape are read, one after the other.

@@ -31,7 +31,7 @@ from workers.engine.step_watchdog import StepWatchdog
 from workers.inspection.buffers import shape_of
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.lender import KvLender
-from workers.model.loading.checkpoint import load_attention_model
+from workers.model.loading.attention_model import load_attention_model
 from workers.process.engine_server import EngineServer
 from workers.process.gateway_streams import GATEWAY_SILENCE_LIMIT_S
 from workers.process.gpu_room import check_room_for_states, section_for_gpu

@@ -50,7 +50,8 @@ from workers.metrics.traced_steps import StepSpans
 from workers.model.compute_threads import ComputeThreads
 from workers.model.cuda.device import gpu_stats
 from workers.model.huge_pages import collapse_weights
-from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.config_file import resolve_dtype
 from workers.model.loading.expert_form import rounded_form
 from workers.native.team import start_kernels
 from workers.process.control.control_client import ControlClient

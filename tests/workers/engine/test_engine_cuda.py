@@ -19,7 +19,8 @@ from workers.experts.bank import ExpertBank
 from workers.experts.kernels_cuda import CudaExperts
 from workers.experts.slots import ExpertSlots
 from workers.model.cuda.blocks import CudaBlocks
-from workers.model.loading.checkpoint import Checkpoint, resolve_dtype
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.config_file import resolve_dtype
 from workers.requests.request import SamplingParams
 
 GPU_VARIANTS = ("dots1-groups", "jetmoe-tied", "gptoss-base", "flexolmo-base", "qwen3next-base")

@@ -26,7 +26,8 @@ from tests.reference.local_engine import LocalEngine, block_bytes
 from tests.workers.engine.test_engine import load_of
 from tests.workers.engine.test_engine import tokens as tokens_of
 from tests.workers.engine.test_engine_speculation import plain, prompts, spec
-from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint_summary import check_checkpoint
 from workers.requests.inspection import Inspection
 from workers.requests.request import Request, SamplingParams, TokenOutput
 from workers.requests.sequence import SequenceState

@@ -12,7 +12,7 @@ from msgspec import structs
 from cluster.config.cluster import EngineSection
 from tests.reference.exact import exact
 from tests.reference.local_engine import LocalEngine, block_bytes
-from workers.model.loading.checkpoint import resolve_dtype
+from workers.model.loading.config_file import resolve_dtype
 from workers.requests.request import Request, SamplingParams
 
 NUM_REQUESTS = 200

@@ -25,7 +25,8 @@ from tests.workers.lora.folders import (
 from workers.lora.catalog import targets_of, targets_without_weights, why_not
 from workers.lora.folder import AdapterFolder, read_folder
 from workers.lora.loaded import LoadedAdapters
-from workers.model.loading.checkpoint import Checkpoint, load_attention_model
+from workers.model.loading.attention_model import load_attention_model
+from workers.model.loading.checkpoint import Checkpoint
 from workers.requests.request import Request, SamplingParams
 
 Q = f"{PREFIX}.model.layers.0.self_attn.q_proj"

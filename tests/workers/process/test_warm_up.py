@@ -29,7 +29,8 @@ from workers.engine.engine import Engine
 from workers.experts.bank import ExpertBank
 from workers.experts.slots import ExpertSlots
 from workers.model.compute_threads import ComputeThreads
-from workers.model.loading.checkpoint import Checkpoint, load_attention_model
+from workers.model.loading.attention_model import load_attention_model
+from workers.model.loading.checkpoint import Checkpoint
 from workers.process.warm_up import BlankDispatcher, warm_attention, warm_experts
 from workers.process.worker_args import WorkerArgs
 from workers.requests.request import Request, TokenOutput

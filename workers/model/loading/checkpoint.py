@@ -1,48 +1,31 @@
 """Tensors of a Hugging Face folder by name and slice.
 
-Files are mapped while weights are read and closed afterwards (``Checkpoint.close``), so that peak
+Files are mapped while weights are read and closed afterwards (``MappedFiles.close``), so that peak
 memory of our own is what was loaded plus one tensor of a layer: the head comes first.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.config.model import Quantize
-from cluster.core.errors import CheckpointError, ConfigError
-from workers.model.batch_invariant.invariant import RowInvariantBlocks
-from workers.model.building_blocks import BuildingBlocks
-from workers.model.compute_threads import ComputeThreads
-from workers.model.config import BankSpec, ExpertMatrix, ModelConfig, TensorPart
-from workers.model.cuda.blocks import CudaBlocks
-from workers.model.families.base import Family
-from workers.model.families.registry import load_family
-from workers.model.layers import AttentionModel
+from cluster.core.errors import CheckpointError
+from workers.model.config import BankSpec, ExpertMatrix, TensorPart
 from workers.model.loading import mxfp4, packed_integers, scaled_blocks
+from workers.model.loading.config_file import read_family
 from workers.model.loading.expert_form import kept_banks
-from workers.model.loading.file_stamp import FileStamp, size_and_change
-from workers.model.loading.mapped import joined
-from workers.model.loading.weight_files import (
-    TensorEntry,
-    entries_of,
-    read_header,
-    read_json,
-    weight_files,
-)
-from workers.model.native.blocks import NativeBlocks
+from workers.model.loading.file_stamp import FileStamp
+from workers.model.loading.mapped import MappedFiles, joined
+from workers.model.loading.weight_files import TensorEntry, read_header, weight_files
 from workers.native import memory
-from workers.native.team import Team
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 
@@ -79,20 +62,20 @@ class Checkpoint:
         be quantized.
         """
         self.path = Path(path)
-        self.family = _family(self.path, has_predictor)
+        self.family = read_family(self.path, has_predictor)
         self.config = self.family.config
         weights = weight_files(self.path)
-        self._stamps = {file: FileStamp.of(file) for file in weights.files}
-        self._headers, digest = _read_headers(self.path, self._stamps)
-        self.tensors, self._unclear = weights.choose(self._headers)
+        stamps = {file: FileStamp.of(file) for file in weights.files}
+        headers, digest = _read_headers(self.path, stamps)
+        self.files = MappedFiles(headers, stamps)
+        """The files of this thread, mapped while weights are read."""
+        self.tensors, self._unclear = weights.choose(headers)
         """All tensors by name; why there is none of a name."""
-        self.checkpoint_id = _checkpoint_id(digest, self.tensors, self._headers, self.path)
+        self.checkpoint_id = _checkpoint_id(digest, self.tensors, headers, self.path)
         """A hash of config.json, all headers, the files that tensors are from, sizes and samples of
         the data (16 hex digits)."""
         self.loaded_bytes = 0
         """Bytes on disk of what was read so far."""
-        self._readers: dict[Path, tuple[Any, tuple[int, int]]] = {}
-        """Open files, each with ``size_and_change`` before anything was read from it."""
         self._progress = progress
         self._total_bytes = 0
         dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
@@ -108,7 +91,7 @@ class Checkpoint:
         It reports no progress.
         """
         twin = copy(self)
-        twin._readers, twin._progress = {}, None
+        twin.files, twin._progress = self.files.another(), None
         return twin
 
     def expect(self, num_bytes: int) -> None:
@@ -232,19 +215,6 @@ class Checkpoint:
             first = last
         return out
 
-    def confirm(self) -> None:
-        """Check that the files read since the last ``close`` are still those that were opened.
-
-        A mapped file shows what is written into it later. Raises ``CheckpointError``.
-        """
-        for file, (_, opened) in self._readers.items():
-            if size_and_change(file) != opened:
-                raise CheckpointError(f"{file.name} changed while it was read")
-
-    def close(self) -> None:
-        """Unmap all files; a later read opens them again."""
-        self._readers.clear()
-
     def _entry(self, part: TensorPart, known: Collection[str] = tuple(_DTYPES)) -> TensorEntry:
         entry = self.tensors.get(part.name)
         if entry is None:
@@ -292,176 +262,9 @@ class Checkpoint:
         return stored, self._stored(scales), block
 
     def _stored(self, part: TensorPart, known: Collection[str] = tuple(_DTYPES)) -> Tensor:
-        entry = self._entry(part, known)
-        try:
-            reader = self._reader(entry.file)
-            if part.index is None:
-                found: Tensor = reader.get_tensor(part.name)
-            else:
-                found = reader.get_slice(part.name)[part.index]
-        except (OSError, SafetensorError) as err:
-            words = str(err).replace(str(entry.file), entry.file.name)
-            raise CheckpointError(f"{entry.file.name}: tensor {part.name}: {words}") from err
+        found = self.files.read(self._entry(part, known).file, part.name, part.index)
         found = found.T if part.is_transposed else found
         return found if part.rows is None else found[part.rows[0] :: part.rows[1]]
-
-    def _reader(self, file: Path) -> Any:
-        """An open file. Header, size, time and samples must be those that were read at first."""
-        if file not in self._readers:
-            opened = size_and_change(file)
-            reader = safe_open(file, framework="pt")
-            is_same = entries_of(reader, file) == self._headers[file]
-            if not is_same or FileStamp.of(file) != self._stamps[file]:
-                what = "data" if is_same else "header"
-                raise CheckpointError(
-                    f"{file.name} is not the file of this checkpoint any more: its {what} changed"
-                )
-            self._readers[file] = reader, opened
-        return self._readers[file][0]
-
-
-def load_attention_model(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_positions: int | None = None,
-    compute_threads: ComputeThreads | None = None,
-    deterministic: bool = False,
-    team: Team | None = None,
-    form: WeightFormat | None = None,
-) -> AttentionModel:
-    """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
-
-    With a ``team``, native kernels compute, on the CPU. Else ``compute_threads`` share the large
-    products; None: the calling thread does them alone, as always where it is ``deterministic`` or
-    on a GPU. ``form``: see ``NativeBlocks``; it needs a team.
-
-    Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
-    """
-    family = checkpoint.family
-    checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
-    try:
-        if team is not None and device.type == "cpu":
-            blocks: BuildingBlocks = NativeBlocks(team, form)
-        elif deterministic:
-            blocks = RowInvariantBlocks(device)
-        elif device.type == "cuda":
-            blocks = CudaBlocks()
-        else:
-            blocks = BuildingBlocks(compute_threads)
-        model = family.attention_model(checkpoint, dtype, device, max_positions, blocks)
-        checkpoint.confirm()
-        return model
-    finally:
-        checkpoint.close()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointSummary:
-    """What ``check_checkpoint`` found."""
-
-    family: Family
-    checkpoint_id: str
-    attention_bytes: int
-    """Bytes on disk of what each attention worker loads; 0 where nothing is on disk."""
-    expert_bytes: int
-    """Bytes on disk of all experts of all banks together."""
-    attention_weights: int
-    """Weights that an attention rank holds."""
-    attention_values: int
-    """Weights that an attention rank reads in each step: an embedding of its own is looked up."""
-    expert_values: tuple[int, ...]
-    """By bank, weights of one expert."""
-
-
-def _family(path: Path, has_predictor: bool) -> Family:
-    family = load_family(read_config(path))
-    return family.with_predictor() if has_predictor else family
-
-
-def check_checkpoint(
-    path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
-) -> CheckpointSummary:
-    """Read config and headers only, and check every tensor's presence, shape and dtype.
-
-    Raises ``CheckpointError`` naming the first thing that is wrong, and ``ConfigError`` where the
-    model cannot be quantized.
-    """
-    checkpoint = Checkpoint(path, quantize=quantize, has_predictor=has_predictor)
-    family = checkpoint.family
-    return replace(
-        _summary_of(family),
-        checkpoint_id=checkpoint.checkpoint_id,
-        attention_bytes=sum(checkpoint.num_bytes(p) for p in family.attention_tensors()),
-        expert_bytes=sum(
-            checkpoint.expert_bytes(bank, e)
-            for bank in family.banks
-            for e in range(bank.num_experts)
-        ),
-    )
-
-
-def plan_checkpoint(
-    path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
-) -> CheckpointSummary:
-    """The same numbers from ``config.json`` alone: nothing is on disk. Raises as the other.
-
-    For plans of models without their weights.
-    """
-    family = _family(Path(path), has_predictor)
-    family.banks = kept_banks(quantize, family, {})
-    return _summary_of(family)
-
-
-def _summary_of(family: Family) -> CheckpointSummary:
-    config = family.config
-    weights = sum(math.prod(part.part_shape) for part in family.attention_tensors())
-    is_looked_up = bool(config.labels) or not config.tie_word_embeddings
-    return CheckpointSummary(
-        family=family,
-        checkpoint_id="",
-        attention_bytes=0,
-        expert_bytes=0,
-        attention_weights=weights,
-        attention_values=weights - is_looked_up * config.vocab_size * config.hidden_size,
-        expert_values=tuple(
-            sum(math.prod(shape) for _, _, shape in bank.matrices) for bank in family.banks
-        ),
-    )
-
-
-def auto_dtype(config: ModelConfig) -> str:
-    """Compute dtype of ``--dtype auto``: the checkpoint's own, or float32 for float16."""
-    return "float32" if config.dtype == "float16" else config.dtype
-
-
-def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
-    """Compute dtype for ``--dtype``. Raises ``ConfigError`` for an unsupported one."""
-    name = auto_dtype(config) if setting == "auto" else setting
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise ConfigError(
-            "dtype", name, f"must be one of {', '.join(known)}: choose one explicitly"
-        )
-    return known[name]
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, with the eos ids of ``generation_config.json`` added."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path.name}: no such folder")
-    config = read_json(path / "config.json")
-    if (path / "generation_config.json").is_file():
-        extra = _id_list(read_json(path / "generation_config.json").get("eos_token_id"))
-        own = _id_list(config.get("eos_token_id"))
-        config["eos_token_id"] = own + [token for token in extra if token not in own]
-    return config
-
-
-def _id_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
 
 
 def _read_headers(

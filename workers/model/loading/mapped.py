@@ -1,13 +1,73 @@
-"""Tensors of mapped files, without a copy."""
+"""Mapped weight files, and tensors of them without a copy."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from cluster.core.errors import CheckpointError
+from workers.model.loading.file_stamp import FileStamp, size_and_change
+from workers.model.loading.weight_files import Headers, entries_of
+
+
+class MappedFiles:
+    """Decides whether a mapped file is still the one whose header was read first. One thread."""
+
+    def __init__(self, headers: Headers, stamps: Mapping[Path, FileStamp]) -> None:
+        self._headers = headers
+        self._stamps = stamps
+        self._readers: dict[Path, tuple[Any, tuple[int, int]]] = {}
+        """Open files, each with ``size_and_change`` before anything was read from it."""
+
+    def another(self) -> MappedFiles:
+        """The same files for another thread: only what is known of them is shared."""
+        return MappedFiles(self._headers, self._stamps)
+
+    def read(self, file: Path, name: str, index: int | None) -> Tensor:
+        """A tensor of a file, or one row of it, in mapped memory. Raises ``CheckpointError``."""
+        try:
+            reader = self._reader(file)
+            found: Tensor = (
+                reader.get_tensor(name) if index is None else reader.get_slice(name)[index]
+            )
+        except (OSError, SafetensorError) as err:
+            words = str(err).replace(str(file), file.name)
+            raise CheckpointError(f"{file.name}: tensor {name}: {words}") from err
+        return found
+
+    def confirm(self) -> None:
+        """Check that the files read since the last ``close`` are still those that were opened.
+
+        A mapped file shows what is written into it later. Raises ``CheckpointError``.
+        """
+        for file, (_, opened) in self._readers.items():
+            if size_and_change(file) != opened:
+                raise CheckpointError(f"{file.name} changed while it was read")
+
+    def close(self) -> None:
+        """Unmap all files; a later read opens them again."""
+        self._readers.clear()
+
+    def _reader(self, file: Path) -> Any:
+        """An open file. Header, size, time and samples must be those that were read at first."""
+        if file not in self._readers:
+            opened = size_and_change(file)
+            reader = safe_open(file, framework="pt")
+            is_same = entries_of(reader, file) == self._headers[file]
+            if not is_same or FileStamp.of(file) != self._stamps[file]:
+                what = "data" if is_same else "header"
+                raise CheckpointError(
+                    f"{file.name} is not the file of this checkpoint any more: its {what} changed"
+                )
+            self._readers[file] = reader, opened
+        return self._readers[file][0]
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:

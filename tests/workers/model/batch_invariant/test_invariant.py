@@ -39,7 +39,8 @@ from workers.model.batch_invariant.row_invariance import NUM_TRIED_ROWS, random_
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import Activation, ExchangeSpec
 from workers.model.layers import gated_activation, row_sigmoid
-from workers.model.loading.checkpoint import Checkpoint, load_attention_model
+from workers.model.loading.attention_model import load_attention_model
+from workers.model.loading.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 SWIGLU = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=16)

@@ -18,13 +18,10 @@ from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 from tests.reference.local_engine import LocalEngine
 from workers.experts.slots import ExpertSlots
 from workers.model.config import TensorPart
-from workers.model.loading.checkpoint import (
-    Checkpoint,
-    check_checkpoint,
-    load_attention_model,
-    read_config,
-    resolve_dtype,
-)
+from workers.model.loading.attention_model import load_attention_model
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint_summary import check_checkpoint
+from workers.model.loading.config_file import read_config, resolve_dtype
 
 CPU = torch.device("cpu")
 
@@ -77,7 +74,7 @@ def test_parts_that_follow_each_other_are_borrowed_from_the_file(tmp_path: Path)
     converted = torch.empty(3, 2, dtype=torch.bfloat16)
     assert checkpoint.borrow([b], torch.bfloat16, converted) is converted
     assert torch.equal(converted, values["x.b"].bfloat16())
-    checkpoint.close()
+    checkpoint.files.close()
     assert torch.equal(borrowed[3:], values["x.b"])  # mapped as long as it is used
 
 
@@ -139,7 +136,7 @@ def test_weights_that_are_replaced_in_place_are_another_checkpoint(tmp_path: Pat
     old = Checkpoint(tmp_path)
     part = next(old.family.attention_tensors())
     old.read_stacked([part], torch.float32)
-    old.close()
+    old.files.close()
     write_tiny_checkpoint(tmp_path, tensors=tiny_tensors(seed=1))
     with pytest.raises(CheckpointError, match="any more: its data changed"):
         old.another().read_stacked([part], torch.float32)
@@ -163,7 +160,7 @@ def test_a_file_that_is_written_while_it_is_read_is_found(tmp_path: Path, sets_b
     write_tiny_checkpoint(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     checkpoint.read_stacked([next(checkpoint.family.attention_tensors())], torch.float32)
-    checkpoint.confirm()
+    checkpoint.files.confirm()
     file = tmp_path / "model.safetensors"
     modified_ns = file.stat().st_mtime_ns if sets_back else 0
     with file.open("r+b") as data:
@@ -171,7 +168,7 @@ def test_a_file_that_is_written_while_it_is_read_is_found(tmp_path: Path, sets_b
         data.write(b"\0\0\0\0")
     os.utime(file, ns=(0, modified_ns))
     with pytest.raises(CheckpointError, match="changed while it was read"):
-        checkpoint.confirm()
+        checkpoint.files.confirm()
 
 
 def test_eos_ids_of_both_files(tmp_path: Path) -> None:

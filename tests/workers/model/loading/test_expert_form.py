@@ -17,7 +17,8 @@ from tests.reference.local_engine import LocalEngine
 from tests.workers.model.loading.packers import pack_checkpoint
 from workers.model.config import TensorPart
 from workers.model.families.base import Family
-from workers.model.loading.checkpoint import Checkpoint, plan_checkpoint
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint_summary import plan_checkpoint
 from workers.model.loading.expert_form import rounded_form, stored_experts
 from workers.quantization.stored import stored_as
 from workers.requests.request import Request, SamplingParams

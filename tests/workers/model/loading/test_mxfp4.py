@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from cluster.core.errors import CheckpointError
 from tests.reference.goldens import golden_path
 from workers.model.config import TensorPart
-from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint_summary import check_checkpoint
 from workers.model.loading.mxfp4 import decoded, stored_parts
 
 NAME = "model.layers.0.mlp.experts.gate_up_proj"

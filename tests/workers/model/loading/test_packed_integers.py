@@ -18,7 +18,8 @@ from tests.workers.model.loading.packers import pack_checkpoint
 from tests.workers.quantization.configs import GPTQ, SETTINGS
 from workers.experts.sources import CheckpointSource
 from workers.model.config import TensorPart
-from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint_summary import check_checkpoint
 from workers.quantization.matrix import QuantizedMatrix
 from workers.requests.request import Request, SamplingParams
 

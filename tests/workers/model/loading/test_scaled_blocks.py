@@ -15,7 +15,8 @@ from cluster.core.errors import CheckpointError
 from tests.reference.goldens import golden_path
 from workers.experts.slots import ExpertSlots
 from workers.model.config import TensorPart
-from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint_summary import check_checkpoint
 from workers.model.loading.scaled_blocks import as_stored, check_codes, scales_of, unscaled
 from workers.quantization.formats import WeightFormat
 

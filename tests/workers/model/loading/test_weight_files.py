@@ -16,7 +16,8 @@ from tests.fakes import TINY_CONFIG, tiny_tensors
 from tests.workers.model.loading.packers import pack_checkpoint
 from tests.workers.quantization.configs import GPTQ
 from workers.model.config import TensorPart
-from workers.model.loading.checkpoint import Checkpoint, check_checkpoint
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.checkpoint_summary import check_checkpoint
 
 HEAD = "lm_head.weight"
 FIRST, OTHER = "model-00001-of-00002.safetensors", "head.safetensors"

@@ -1,0 +1,51 @@
+"""The attention side of a model, read from a checkpoint into the blocks of one device."""
+
+from __future__ import annotations
+
+import torch
+
+from workers.model.batch_invariant.invariant import RowInvariantBlocks
+from workers.model.building_blocks import BuildingBlocks
+from workers.model.compute_threads import ComputeThreads
+from workers.model.cuda.blocks import CudaBlocks
+from workers.model.layers import AttentionModel
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.native.blocks import NativeBlocks
+from workers.native.team import Team
+from workers.quantization.formats import WeightFormat
+
+
+def load_attention_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_positions: int | None = None,
+    compute_threads: ComputeThreads | None = None,
+    deterministic: bool = False,
+    team: Team | None = None,
+    form: WeightFormat | None = None,
+) -> AttentionModel:
+    """Everything but the routed experts. ``max_positions`` bounds the table of rotations.
+
+    With a ``team``, native kernels compute, on the CPU. Else ``compute_threads`` share the large
+    products; None: the calling thread does them alone, as always where it is ``deterministic`` or
+    on a GPU. ``form``: see ``NativeBlocks``; it needs a team.
+
+    Raises ``CheckpointError``, and ``ConfigError`` where this machine cannot be deterministic.
+    """
+    family = checkpoint.family
+    checkpoint.expect(sum(checkpoint.num_bytes(p) for p in family.attention_tensors()))
+    try:
+        if team is not None and device.type == "cpu":
+            blocks: BuildingBlocks = NativeBlocks(team, form)
+        elif deterministic:
+            blocks = RowInvariantBlocks(device)
+        elif device.type == "cuda":
+            blocks = CudaBlocks()
+        else:
+            blocks = BuildingBlocks(compute_threads)
+        model = family.attention_model(checkpoint, dtype, device, max_positions, blocks)
+        checkpoint.files.confirm()
+        return model
+    finally:
+        checkpoint.files.close()

@@ -1,0 +1,82 @@
+"""Sizes of a checkpoint, from its headers or from its config alone; no weights are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.config.model import Quantize
+from workers.model.families.base import Family
+from workers.model.loading.checkpoint import Checkpoint
+from workers.model.loading.config_file import read_family
+from workers.model.loading.expert_form import kept_banks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSummary:
+    """What ``check_checkpoint`` found."""
+
+    family: Family
+    checkpoint_id: str
+    attention_bytes: int
+    """Bytes on disk of what each attention worker loads; 0 where nothing is on disk."""
+    expert_bytes: int
+    """Bytes on disk of all experts of all banks together."""
+    attention_weights: int
+    """Weights that an attention rank holds."""
+    attention_values: int
+    """Weights that an attention rank reads in each step: an embedding of its own is looked up."""
+    expert_values: tuple[int, ...]
+    """By bank, weights of one expert."""
+
+
+def check_checkpoint(
+    path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
+) -> CheckpointSummary:
+    """Read config and headers only, and check every tensor's presence, shape and dtype.
+
+    Raises ``CheckpointError`` naming the first thing that is wrong, and ``ConfigError`` where the
+    model cannot be quantized.
+    """
+    checkpoint = Checkpoint(path, quantize=quantize, has_predictor=has_predictor)
+    family = checkpoint.family
+    return replace(
+        _summary_of(family),
+        checkpoint_id=checkpoint.checkpoint_id,
+        attention_bytes=sum(checkpoint.num_bytes(p) for p in family.attention_tensors()),
+        expert_bytes=sum(
+            checkpoint.expert_bytes(bank, e)
+            for bank in family.banks
+            for e in range(bank.num_experts)
+        ),
+    )
+
+
+def plan_checkpoint(
+    path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
+) -> CheckpointSummary:
+    """The same numbers from ``config.json`` alone: nothing is on disk. Raises as the other.
+
+    For plans of models without their weights.
+    """
+    family = read_family(Path(path), has_predictor)
+    family.banks = kept_banks(quantize, family, {})
+    return _summary_of(family)
+
+
+def _summary_of(family: Family) -> CheckpointSummary:
+    config = family.config
+    weights = sum(math.prod(part.part_shape) for part in family.attention_tensors())
+    is_looked_up = bool(config.labels) or not config.tie_word_embeddings
+    return CheckpointSummary(
+        family=family,
+        checkpoint_id="",
+        attention_bytes=0,
+        expert_bytes=0,
+        attention_weights=weights,
+        attention_values=weights - is_looked_up * config.vocab_size * config.hidden_size,
+        expert_values=tuple(
+            sum(math.prod(shape) for _, _, shape in bank.matrices) for bank in family.banks
+        ),
+    )

@@ -1,0 +1,54 @@
+"""``config.json`` of a Hugging Face folder: the family of the model, and its compute dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.core.errors import CheckpointError, ConfigError
+from workers.model.config import ModelConfig
+from workers.model.families.base import Family
+from workers.model.families.registry import load_family
+from workers.model.loading.weight_files import read_json
+
+
+def read_family(path: Path, has_predictor: bool) -> Family:
+    """The family of a folder, without weights. Raises ``CheckpointError``."""
+    family = load_family(read_config(path))
+    return family.with_predictor() if has_predictor else family
+
+
+def auto_dtype(config: ModelConfig) -> str:
+    """Compute dtype of ``--dtype auto``: the checkpoint's own, or float32 for float16."""
+    return "float32" if config.dtype == "float16" else config.dtype
+
+
+def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
+    """Compute dtype for ``--dtype``. Raises ``ConfigError`` for an unsupported one."""
+    name = auto_dtype(config) if setting == "auto" else setting
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise ConfigError(
+            "dtype", name, f"must be one of {', '.join(known)}: choose one explicitly"
+        )
+    return known[name]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a folder, with the eos ids of ``generation_config.json`` added."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path.name}: no such folder")
+    config = read_json(path / "config.json")
+    if (path / "generation_config.json").is_file():
+        extra = _id_list(read_json(path / "generation_config.json").get("eos_token_id"))
+        own = _id_list(config.get("eos_token_id"))
+        config["eos_token_id"] = own + [token for token in extra if token not in own]
+    return config
+
+
+def _id_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
