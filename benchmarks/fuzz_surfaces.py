@@ -18,7 +18,8 @@ from typing import Literal, Protocol
 import grpc
 
 from benchmarks.fuzz_inputs import BODIES, MESSAGES, Mutator
-from cluster.core.frames import ControlHello, ControlProof, Heartbeat, Register, encode
+from cluster.core.control_codec import encode
+from cluster.core.frames import ControlHello, ControlProof, Heartbeat, Register
 from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE
 from cluster.core.topology import Member

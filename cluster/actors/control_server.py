@@ -15,19 +15,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.core.addresses import tune_socket
-from cluster.core.errors import HandshakeError, ProtocolError
-from cluster.core.frames import (
+from cluster.core.control_codec import (
     MAX_FRAME_BYTES,
     MAX_HELLO_BYTES,
-    ControlChallenge,
-    ControlFrame,
-    ControlHello,
-    ControlProof,
     decode,
     decode_hello,
     encode,
     frame_length,
 )
+from cluster.core.errors import HandshakeError, ProtocolError
+from cluster.core.frames import ControlChallenge, ControlFrame, ControlHello, ControlProof
 from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE, check_release
 

@@ -1,28 +1,21 @@
 """Messages on the control sockets between the controller and every worker.
 
-Frame: 4 bytes big-endian length, then that many bytes of ``cluster.core.codec``. The first exchange
-is a mutual proof of the cluster token (``cluster.core.proof``), and names both releases.
+The first exchange is a mutual proof of the cluster token (``cluster.core.proof``), and names both
+releases. ``cluster.core.control_codec`` has their bytes.
 """
 
 from __future__ import annotations
 
-import struct
-from typing import Any, Union
+from typing import Any
 
 from msgspec import field
 
-from cluster.core.codec import Codec, Message
-from cluster.core.errors import ProtocolError
+from cluster.core.codec import Message
 from cluster.core.load_report import LoadReport
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.release import Build
 from cluster.core.topology import Generation, Member
 
-MAX_FRAME_BYTES = 32 * 1024 * 1024
-"""Largest control frame: a placement of 62 layers x 128 experts x 64 devices takes 3 MB."""
-MAX_HELLO_BYTES = 4096
-"""Largest frame before the peer has proved that it knows the token."""
-_LENGTH = struct.Struct(">I")
 SlotContents = tuple[tuple[int, ...], ...]
 """``[bank][expert slot]``: the logical expert that is complete there, or ``FREE_SLOT``."""
 
@@ -376,36 +369,3 @@ class Shutdown(ControlFrame, frozen=True, kw_only=True):
     """Controller -> worker: end yourself."""
 
     reason: str = ""
-
-
-_CODEC: Codec[ControlFrame] = Codec(
-    Union[tuple(ControlFrame.__subclasses__())],  # noqa: UP007
-    "a control frame",
-)
-_HELLO_CODEC: Codec[ControlFrame] = Codec(
-    ControlHello | ControlChallenge | ControlProof, "a control frame of a handshake"
-)
-
-
-def encode(frame: ControlFrame) -> bytes:
-    """One frame, ready to be sent."""
-    data = _CODEC.encode(frame)
-    return _LENGTH.pack(len(data)) + data
-
-
-def frame_length(prefix: bytes, limit: int = MAX_FRAME_BYTES) -> int:
-    """Length of the frame that ``prefix`` (4 bytes) announces. Raises ``ProtocolError``."""
-    length: int = _LENGTH.unpack(prefix)[0]
-    if not 0 < length <= limit:
-        raise ProtocolError(f"control frame of {length} bytes: must be 1 to {limit}")
-    return length
-
-
-def decode(data: bytes) -> ControlFrame:
-    """Read one frame. Raises ``ProtocolError`` on anything that is not one of ours."""
-    return _CODEC.decode(data)
-
-
-def decode_hello(data: bytes) -> ControlFrame:
-    """``decode`` for what a peer sends before it has proved the token: handshake frames only."""
-    return _HELLO_CODEC.decode(data)

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.fuzz_inputs import Mutator
 from cluster.actors.control_server import ControlServer
+from cluster.core.control_codec import encode
 from cluster.core.errors import PeerLostError
 from cluster.core.frames import (
     ControlFrame,
@@ -18,7 +19,6 @@ from cluster.core.frames import (
     PeerLost,
     Register,
     StatusReply,
-    encode,
 )
 from tests.cluster.actors.test_control_server import TOKEN, Case, Events
 from tests.harness.members import member_of

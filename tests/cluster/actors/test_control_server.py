@@ -12,9 +12,9 @@ import pytest
 
 from cluster.actors import control_server
 from cluster.actors.control_server import MAX_UNPROVED, ControlServer
+from cluster.core.control_codec import MAX_FRAME_BYTES, decode, encode
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
-    MAX_FRAME_BYTES,
     ControlChallenge,
     ControlFrame,
     ControlHello,
@@ -22,8 +22,6 @@ from cluster.core.frames import (
     Heartbeat,
     HeartbeatAck,
     WorkerReady,
-    decode,
-    encode,
 )
 from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE

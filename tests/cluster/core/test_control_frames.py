@@ -8,6 +8,7 @@ import struct
 import msgspec
 import pytest
 
+from cluster.core.control_codec import decode, decode_hello, encode, frame_length
 from cluster.core.errors import ProtocolError
 from cluster.core.frames import (
     Adapter,
@@ -42,10 +43,6 @@ from cluster.core.frames import (
     WorkerFailed,
     WorkerReady,
     WorkerReport,
-    decode,
-    decode_hello,
-    encode,
-    frame_length,
 )
 from cluster.core.placement import BankShape, contiguous
 from cluster.core.release import Build

@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from cluster.core.addresses import split_address, tune_socket
+from cluster.core.control_codec import MAX_HELLO_BYTES, decode, decode_hello, encode, frame_length
 from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError, SupersededError
 from cluster.core.frames import (
-    MAX_HELLO_BYTES,
     Alive,
     ControlChallenge,
     ControlFrame,
@@ -42,10 +42,6 @@ from cluster.core.frames import (
     Superseded,
     WorkerFailed,
     WorkerReady,
-    decode,
-    decode_hello,
-    encode,
-    frame_length,
 )
 from cluster.core.proof import TokenProof
 from cluster.core.release import RELEASE, check_release

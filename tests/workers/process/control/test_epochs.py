@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from cluster.core.control_codec import decode, encode
 from cluster.core.errors import ProtocolError
-from cluster.core.frames import NewEpoch, decode, encode
+from cluster.core.frames import NewEpoch
 from cluster.core.placement import ExpertPlacement, contiguous
 from tests.cluster.controller.fakes_cluster import BANKS
 from workers.experts.transfer.loading import Obstacle

@@ -1,0 +1,50 @@
+"""Bytes of the messages on the control sockets (``cluster.core.frames``), and their limits.
+
+Frame: 4 bytes big-endian length, then that many bytes of ``cluster.core.codec``.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Union
+
+from cluster.core.codec import Codec
+from cluster.core.errors import ProtocolError
+from cluster.core.frames import ControlChallenge, ControlFrame, ControlHello, ControlProof
+
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+"""Largest control frame: a placement of 62 layers x 128 experts x 64 devices takes 3 MB."""
+MAX_HELLO_BYTES = 4096
+"""Largest frame before the peer has proved that it knows the token."""
+_LENGTH = struct.Struct(">I")
+_CODEC: Codec[ControlFrame] = Codec(
+    Union[tuple(ControlFrame.__subclasses__())],  # noqa: UP007
+    "a control frame",
+)
+_HELLO_CODEC: Codec[ControlFrame] = Codec(
+    ControlHello | ControlChallenge | ControlProof, "a control frame of a handshake"
+)
+
+
+def encode(frame: ControlFrame) -> bytes:
+    """One frame, ready to be sent."""
+    data = _CODEC.encode(frame)
+    return _LENGTH.pack(len(data)) + data
+
+
+def frame_length(prefix: bytes, limit: int = MAX_FRAME_BYTES) -> int:
+    """Length of the frame that ``prefix`` (4 bytes) announces. Raises ``ProtocolError``."""
+    length: int = _LENGTH.unpack(prefix)[0]
+    if not 0 < length <= limit:
+        raise ProtocolError(f"control frame of {length} bytes: must be 1 to {limit}")
+    return length
+
+
+def decode(data: bytes) -> ControlFrame:
+    """Read one frame. Raises ``ProtocolError`` on anything that is not one of ours."""
+    return _CODEC.decode(data)
+
+
+def decode_hello(data: bytes) -> ControlFrame:
+    """``decode`` for what a peer sends before it has proved the token: handshake frames only."""
+    return _HELLO_CODEC.decode(data)
