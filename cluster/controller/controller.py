@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.controller.adapters import Adapters
 from cluster.controller.autoscale import Autoscaling
-from cluster.controller.drain import Draining
+from cluster.controller.drain.draining import Draining
 from cluster.controller.failover import CollectedState, continue_with
 from cluster.controller.follow import Following
 from cluster.controller.parts.cluster import Cluster
@@ -161,7 +161,7 @@ class Controller:
             for name, reason in fresh.items():
                 cluster.send(frames.Shutdown(reason=f"declared lost: {reason}"), name)
             if cluster.drain is not None:
-                self.draining.lost(cluster.drain, fresh, now)
+                self.draining.lost(fresh, now)
             if cluster.scale is not None:
                 self.scaling.lost(cluster.scale, fresh)
             self.recovery.lost(fresh, now)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from cluster.controller.adapters import Adapters
-from cluster.controller.drain import Draining
+from cluster.controller.drain.draining import Draining
 from cluster.controller.parts.cluster import Cluster, GenerationRound, Phase
 from cluster.controller.parts.effects import End
 from cluster.controller.parts.memory import Memory

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 
-from cluster.controller.drain import Draining
+from cluster.controller.drain.draining import Draining
+from cluster.controller.drain.removal import stage_without
 from cluster.controller.parts.cluster import Cluster
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.scales import Scale, ScaleOrder, ScaleStep
@@ -43,8 +44,7 @@ class Scaling:
     def restore(self, scale: Scale, now: float) -> None:
         """Continue the scaling of an earlier controller."""
         self._cluster.scale = scale
-        scale.operation = self._cluster.operations.find(scale.operation.id)
-        scale.deadline = now + scale.left_s
+        scale.restore(self._cluster.operations, now)
 
     def begin(self, order: ScaleOrder, now: float) -> Operation:
         """Begin to scale, or find the operation that the same request began.
@@ -59,7 +59,8 @@ class Scaling:
         cluster.operations.check_free()
         if not cluster.takes_orders:
             raise ConflictError("the cluster is starting or ending")
-        self._draining.check_removal(self._leaving(wanted))
+        if leaving := self._leaving(wanted):
+            stage_without(leaving, cluster)
         target = describe_pools(wanted) + (f" ({order.cause})" if order.cause else "")
         operation = cluster.operations.begin("scale", target, order, now)
         scale = cluster.scale = Scale(
@@ -194,7 +195,8 @@ class Scaling:
         wanted = self._wanted(scale.order)
         leaving = self._leaving(wanted)
         try:
-            self._draining.check_removal(leaving)
+            if leaving:
+                stage_without(leaving, cluster)
         except ConflictError as err:
             cluster.operations.end(operation, OperationState.FAILED, str(err), now)
             return {}

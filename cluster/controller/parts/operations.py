@@ -91,6 +91,11 @@ class Timed:
     left_s: float
     """Time left until then, as no two hosts have one clock."""
 
+    def restore(self, operations: Operations, now: float) -> None:
+        """Continue for an earlier controller, with the operation as ``operations`` has it."""
+        self.operation = operations.find(self.operation.id)
+        self.deadline = now + self.left_s
+
     def has_less(self, now: float) -> bool:
         """Note the time that is left; whether it is so much less that others should know."""
         left_s = max(self.deadline - now, 0.0)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cluster.controller.drain import SIGNAL_LIMIT_S
-from cluster.controller.parts.drain_requests import GATHER_S
+from cluster.controller.drain.draining import SIGNAL_LIMIT_S
+from cluster.controller.drain.requests import GATHER_S
 from cluster.controller.parts.drains import DrainOrder
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.core.codec import from_plain

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.config.workers import WorkersSection
-from cluster.controller.parts.drain_requests import LATE_S
+from cluster.controller.drain.requests import LATE_S
 from cluster.controller.parts.drains import DrainOrder
 from cluster.controller.parts.operations import Operation, OperationState
 from cluster.controller.parts.scales import ScaleOrder

@@ -17,6 +17,7 @@ class DrainRequests:
 
     def __init__(self, *, follow_nodes: bool) -> None:
         """``follow_nodes``: it matters whether a node leaves, which is known a moment later."""
+        self._follow_nodes = follow_nodes
         self._gather_s = LATE_S if follow_nodes else GATHER_S
         self._requested: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
@@ -42,9 +43,12 @@ class DrainRequests:
         self._requested = {n: t for n, t in self._requested.items() if n in names - taken}
         return tuple(sorted(taken))
 
-    def leave_for_good(self, names: Iterable[str]) -> bool:
-        """Whether the nodes of all these workers will leave."""
-        return set(names) <= self._on_leaving
+    def remove_places(self, names: Iterable[str], node: str) -> bool:
+        """Whether a drain removes the places, as the numbers of workers follow the nodes.
+
+        ``node`` is the one that the drain is for; empty if it is for single workers.
+        """
+        return self._follow_nodes and (bool(node) or set(names) <= self._on_leaving)
 
     def pause(self, names: Iterable[str], now: float) -> None:
         """A drain of these workers was refused or has ended."""

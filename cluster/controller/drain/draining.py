@@ -1,0 +1,168 @@
+"""Draining: workers are emptied, leave the generation and end, and no request fails.
+
+Clients order a drain by worker or node, workers request one when they receive SIGTERM, and a
+scaling drains the workers that it removes. A restarted controller continues the drain of an earlier
+one (``Memory``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cluster.controller.drain.removal import stage_without
+from cluster.controller.drain.requests import DrainRequests
+from cluster.controller.drain.running import RunningDrain
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.drains import Drain, DrainOrder, DrainStep
+from cluster.controller.parts.operations import Operation
+from cluster.controller.rebalance.loop import Rebalancing
+from cluster.core.errors import ConflictError, UnknownNameError
+from cluster.core.frames import ControlFrame
+
+SIGNAL_LIMIT_S = 120.0
+"""Limit of a drain that a worker requested after SIGTERM."""
+
+
+class Draining:
+    """Decides which workers are drained next. One drain at a time, owned by the controller."""
+
+    def __init__(self, cluster: Cluster, rebalancing: Rebalancing) -> None:
+        """No change of ``rebalancing`` begins or continues while a drain runs."""
+        self._cluster = cluster
+        self._rebalancing = rebalancing
+        self._requests = DrainRequests(follow_nodes=cluster.config.workers.follow_nodes)
+        self._newest: RunningDrain | None = None
+        self._refusal = ""
+
+    @property
+    def _running(self) -> RunningDrain | None:
+        return None if self._newest is None or self._newest.is_over else self._newest
+
+    def restore(self, drain: Drain, now: float) -> None:
+        """Continue the drain of an earlier controller; the table has all workers already."""
+        drain.restore(self._cluster.operations, now)
+        self._run(drain).restore(now)
+
+    def begin(self, order: DrainOrder, now: float) -> Operation:
+        """Begin to drain, or find the operation that the same request began.
+
+        Raises ``UnknownNameError`` and ``ConflictError``; nothing has changed then.
+        """
+        before = self._cluster.operations.asked_before(order, self._cluster.placement.epoch)
+        return before or self._begin(self._named(order), order, now)
+
+    def remove(
+        self, names: Sequence[str], operation: Operation, limit_s: float, now: float
+    ) -> None:
+        """Drain workers and remove their places, as the last part of an operation that runs."""
+        self._start(tuple(names), DrainOrder(limit_s=limit_s), operation, True, now)
+
+    def requested(self, name: str, now: float, *, node_leaves: bool = False) -> None:
+        """A worker received SIGTERM, or its node will leave (then it requests again and again)."""
+        running = self._running
+        if running is None or name not in running.record.names or node_leaves:
+            self._requests.add(name, now, node_leaves=node_leaves)
+
+    def cancel(self, operation: Operation, now: float) -> None:
+        """Undo a drain. Raises ``ConflictError`` if it is too late."""
+        running = self._running
+        if running is None or running.record.operation is not operation:
+            raise ConflictError(f"{operation.id} has ended")
+        running.cancel(now)
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
+        """A frame about a change of the placement; False if it is about another change."""
+        return (running := self._running) is not None and running.frame(name, frame, now)
+
+    def lost(self, reasons: Mapping[str, str], now: float) -> None:
+        """Workers (name -> reason) are lost; the table has recorded it already."""
+        if (running := self._running) is not None:
+            running.lost(reasons, now)
+
+    def ended(self, names: Sequence[str], now: float) -> None:
+        """Processes of workers have ended."""
+        if (running := self._running) is not None:
+            running.ended(names, now)
+
+    def tick(self, now: float) -> None:
+        """Begin a drain that workers requested, and advance the one that runs."""
+        if self._running is None:
+            self._begin_requested(now)
+        if (running := self._running) is not None:
+            running.tick(now)
+
+    # ---- which workers ----------------------------------------------------------------------
+
+    def _begin_requested(self, now: float) -> None:
+        """Begin the next drain that workers requested."""
+        if self._cluster.operations.running is not None or not self._cluster.runs:
+            return
+        if not self._requests.are_due(now):
+            return
+        names = self._requests.take({r.name for r in self._cluster.workers.alive()})
+        if not names:
+            return
+        ready = tuple(name for name in names if self._cluster.workers[name].is_ready)
+        if ready:  # the others do not hold them up
+            self._requests.pause(set(names) - set(ready), now)
+            names = ready
+        try:
+            self._begin(names, DrainOrder(limit_s=SIGNAL_LIMIT_S), now)
+        except ConflictError as err:
+            self._requests.pause(names, now)
+            cause, effect = f"{' and '.join(names)} got a signal to end", f"go on: {err}"
+            if self._refusal != cause + effect:
+                self._cluster.note(cause, effect, now)
+            self._refusal = cause + effect
+
+    def _begin(self, names: tuple[str, ...], order: DrainOrder, now: float) -> Operation:
+        self._cluster.operations.check_free()
+        if not self._cluster.takes_orders:
+            raise ConflictError("the cluster is starting or ending")
+        stage_without(names, self._cluster)
+        operation = self._cluster.operations.begin("drain", " and ".join(names), order, now)
+        removes_places = self._requests.remove_places(names, order.node)
+        self._start(names, order, operation, removes_places, now)
+        return operation
+
+    def _start(
+        self,
+        names: tuple[str, ...],
+        order: DrainOrder,
+        operation: Operation,
+        removes_places: bool,
+        now: float,
+    ) -> None:
+        drain = Drain(
+            operation=operation,
+            names=names,
+            order=order,
+            deadline=now + order.limit_s,
+            left_s=order.limit_s,
+            removes_places=removes_places,
+        )
+        drain.resume(DrainStep.SETTLE)
+        running = self._run(drain)
+        self._cluster.remember()
+        running.advance(now)
+
+    def _run(self, drain: Drain) -> RunningDrain:
+        self._newest = RunningDrain(drain, self._cluster, self._rebalancing, self._requests)
+        return self._newest
+
+    def _named(self, order: DrainOrder) -> tuple[str, ...]:
+        """The workers that an order names. Raises ``UnknownNameError`` and ``ConflictError``."""
+        workers = self._cluster.workers
+        if order.worker:
+            if order.worker not in workers:
+                raise UnknownNameError(f"there is no worker {order.worker[:64]!r}")
+            return (order.worker,)
+        on_node = [r for r in workers if r.member.node == order.node]
+        if not on_node:
+            raise UnknownNameError(f"there is no worker on a node {order.node[:64]!r}")
+        names = tuple(r.name for r in on_node if not r.is_lost)
+        if not names:
+            raise ConflictError(f"no worker is left on {order.node}")
+        return names

@@ -1,0 +1,288 @@
+"""One drain: its steps, and how it is undone.
+
+    COPY    other workers read the experts whose only copies are there, from memory and while steps
+            run; then an epoch follows in which the others have all experts
+    MOVE    the workers take no new request; the gateways continue the running ones elsewhere
+    LEAVE   a generation without them runs
+    END     their processes end; new workers start in their places, after the drain of a node once
+            that node has left, and never where the cluster is scaled down. Where it follows its
+            nodes, the drain of a node removes the places, too
+
+Up to LEAVE a drain can be undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cluster.controller.drain.removal import stage_without
+from cluster.controller.drain.requests import DrainRequests
+from cluster.controller.parts.cluster import Cluster
+from cluster.controller.parts.drains import Drain, DrainStep
+from cluster.controller.parts.effects import End, Release
+from cluster.controller.parts.epoch_change import ChangeState, EpochChange
+from cluster.controller.parts.metrics import MoveReason
+from cluster.controller.parts.operations import OperationState
+from cluster.controller.parts.workers import WorkerRecord
+from cluster.controller.rebalance.loop import Rebalancing
+from cluster.core.errors import ConflictError
+from cluster.core.frames import ControlFrame, Shutdown, StatusRequest
+from cluster.core.states import WorkerState
+from cluster.policy.coverage import describe_members, without_devices
+from cluster.policy.places import place_of
+
+_TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
+"""Steps in which a drain can no longer be undone, or is being undone."""
+
+
+class RunningDrain:
+    """Decides the next step of one drain. Owned by ``Draining``; the controller acts."""
+
+    def __init__(
+        self, record: Drain, cluster: Cluster, rebalancing: Rebalancing, requests: DrainRequests
+    ) -> None:
+        """The cluster shows ``record`` from now on, until the drain is over."""
+        self.record = cluster.drain = record
+        self._cluster = cluster
+        self._rebalancing = rebalancing
+        self._requests = requests
+        self._change: EpochChange | None = None
+        """The change of the maps that the drain has under way."""
+        self._asked = 0
+        """Token of the questions for numbers since the workers take no new request."""
+
+    @property
+    def is_over(self) -> bool:
+        """The drain succeeded, failed or was cancelled."""
+        return self._cluster.drain is not self.record
+
+    def restore(self, now: float) -> None:
+        """Continue for an earlier controller.
+
+        Copies of experts begin again; requests are held back at once if they were before.
+        """
+        drain, table = self.record, self._cluster.workers
+        states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
+        if states == {WorkerState.DRAINED}:
+            drain.resume(DrainStep.LEAVE)
+        elif states & {WorkerState.LOST, WorkerState.DRAINED}:
+            text = f"{drain.workers}: lost before they had left"
+            self._end(OperationState.FAILED, text, now)
+        elif drain.step is not DrainStep.BACK:
+            self._hold_back(drain.step is DrainStep.MOVE)
+            drain.resume(DrainStep.SETTLE)
+
+    def cancel(self, now: float) -> None:
+        """Undo the drain. Raises ``ConflictError`` if it is too late."""
+        drain = self.record
+        if drain.step is DrainStep.BACK:
+            raise ConflictError(f"{drain.operation.id} is being taken back already")
+        if drain.step in _TOO_LATE:
+            raise ConflictError(f"{drain.workers} has left already")
+        self._undo(OperationState.CANCELLED, "cancelled", now)
+
+    # ---- events ---------------------------------------------------------------------------
+
+    def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
+        """A frame about a change of the placement; False if it is about another change."""
+        if self._change is None:
+            return False
+        self._change.frame(name, frame, now)
+        self.advance(now)
+        return True
+
+    def lost(self, reasons: Mapping[str, str], now: float) -> None:
+        """Workers (name -> reason) are lost; the table has recorded it already."""
+        drain = self.record
+        gone = sorted(reasons.keys() & drain.names)
+        if gone and drain.step not in _TOO_LATE:
+            text = f"{gone[0]} was lost before it had left: {reasons[gone[0]]}"
+            self._undo(OperationState.FAILED, text, now)
+
+    def ended(self, names: Sequence[str], now: float) -> None:
+        """Processes of workers have ended."""
+        drain = self.record
+        if drain.step is not DrainStep.END or not set(drain.names) <= set(names):
+            return
+        operation = drain.operation
+        is_scaling = operation.kind == "scale"
+        operation.result["removed" if is_scaling else "workers"] = list(drain.names)
+        text = f"scaled to {operation.target}" if is_scaling else f"{operation.target} is drained"
+        if drain.removes_places:
+            text += "" if is_scaling else ", and the cluster goes on without its place"
+            self._cluster.effects.append(Release(tuple(map(place_of, drain.names))))
+        elif not drain.order.node:  # a node will be taken down
+            for name in drain.names:
+                self._cluster.places.reopen(name)
+        self._end(OperationState.SUCCEEDED, text, now)
+
+    def tick(self, now: float) -> None:
+        """Check the time limit, and take the next step if the last one is done."""
+        if not self._cluster.takes_orders:
+            self._end(OperationState.FAILED, "the cluster is ending", now)
+            return
+        if self.record.has_less(now):
+            self._cluster.remember()
+        self.advance(now)
+
+    def advance(self, now: float) -> None:
+        """Take the next step if the last one is done; undo the drain where it cannot be taken."""
+        try:
+            self._take_step(now)
+        except ConflictError as err:
+            self._undo(OperationState.FAILED, str(err), now)
+
+    # ---- steps ----------------------------------------------------------------------------
+
+    def _take_step(self, now: float) -> None:
+        drain, cluster = self.record, self._cluster
+        if drain.step is DrainStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
+            self._check_again(now)
+        elif drain.step is DrainStep.COPY:
+            self._watch_copies(now)
+        elif drain.step is DrainStep.MOVE:
+            self._count_moved()
+            if cluster.runs and all(self._is_empty(r) for r in self._attention()):
+                self._leave(now)
+            else:
+                cluster.send(StatusRequest(token=self._asked), *drain.names)
+        elif drain.step is DrainStep.BACK:
+            self._watch_return(now)
+        elif drain.step is DrainStep.LEAVE and cluster.runs:
+            drain.operation.generation = cluster.generation.number
+            self._enter(DrainStep.END)
+            cluster.send(Shutdown(reason="drained"), *drain.names)
+            cluster.effects.append(End(drain.names))
+        if self.is_over or now <= drain.deadline or drain.step in _TOO_LATE:
+            return  # in time, or the controller has limits of its own
+        if not (drain.order.force and drain.step is DrainStep.MOVE):
+            text = f"could not {drain.step.value} within {drain.order.limit_s:g} s"
+            self._undo(OperationState.FAILED, text, now)
+        elif cluster.runs:
+            self._leave(now)
+
+    def _check_again(self, now: float) -> None:
+        """Begin to copy or to move; the cluster may have changed since the order."""
+        drain, cluster = self.record, self._cluster
+        stage = stage_without(drain.names, cluster)
+        if stage is None or not stage.fills:
+            self._move(now)
+            return
+        if drain.before is None:
+            drain.before, drain.copied_in = cluster.placement, cluster.generation.number
+        self._enter(DrainStep.COPY)
+        drain.operation.result["experts_copied"] = len(stage.fills)
+        left_s = max(drain.deadline - now, 0.1)
+        self._change = EpochChange(cluster, stage, now, limit_s=left_s)
+
+    def _watch_copies(self, now: float) -> None:
+        """Continue when the others have the experts; begin again after a generation change."""
+        change = self._change
+        assert change is not None, "copying is a change of the placement"
+        generation = self._cluster.generation.number
+        change.tick(now)
+        if not change.is_over:
+            return
+        self._change = None
+        moved, took_s = len(change.stage.fills), now - change.began_at
+        if change.state is ChangeState.DONE:
+            reason: MoveReason = "scale" if self.record.removes_places else "drain"
+            self._cluster.moved(reason, moved, change.num_bytes, took_s)
+            self._move(now)
+        elif change.generation.number != generation or not self._cluster.runs:
+            self._enter(DrainStep.SETTLE)
+        else:
+            text = f"the experts could not be copied: {change.reason}"
+            self._undo(OperationState.FAILED, text, now)
+
+    def _move(self, now: float) -> None:
+        self.record.operation.result.setdefault("requests_moved", 0)
+        self._count_moved()
+        self._asked = next(self._cluster.order_numbers)
+        self._hold_back(True)
+        self._enter(DrainStep.MOVE)
+
+    def _count_moved(self) -> None:
+        """The most that its workers had, of what they have said so far."""
+        found, result = self._attention(), self.record.operation.result
+        held = sum(record.num_requests or 0 for record in found)
+        result["requests_moved"] = max(result["requests_moved"], held)
+
+    def _is_empty(self, record: WorkerRecord) -> bool:
+        """By an answer to a question since it takes no new request: a heartbeat may be older."""
+        return record.answered >= self._asked and record.num_requests == 0
+
+    def _leave(self, now: float) -> None:
+        """Form a generation without the workers; their places wait for the end of the drain."""
+        drain, cluster = self.record, self._cluster
+        stage = stage_without(drain.names, cluster)  # others may have been lost meanwhile
+        if stage is not None and stage.fills:
+            drain.enter(DrainStep.SETTLE)  # copies were lost meanwhile
+            return
+        why = f"drained {drain.workers} ({drain.operation.id})"
+        drain.removes_places |= self._requests.remove_places(drain.names, drain.order.node)
+        placement = stage.placement if stage is not None else cluster.placement
+        if drain.removes_places and stage is not None:
+            gone = {cluster.workers[name].member.device for name in drain.names}
+            cluster.desired = without_devices(gone, cluster.desired, cluster.room)
+            placement = placement.up_to(cluster.desired.num_devices)
+        drain.enter(DrainStep.LEAVE)
+        members = [m for m in cluster.round.members if m.name not in drain.names]
+        for name in drain.names:
+            cluster.workers[name].enter(WorkerState.DRAINED, why)
+            cluster.workers[name].operation = drain.operation.id
+            cluster.places.cordon(name, drain.order.node)
+            if drain.removes_places:
+                cluster.places.remove([place_of(name)])
+            cluster.round.drop_reports(name)
+        cluster.remember()
+        cluster.form(members, placement, now)
+        effect = f"go on with {describe_members(members)}, placement epoch {placement.epoch}"
+        cluster.note(why, effect, now)
+
+    def _undo(self, state: OperationState, text: str, now: float) -> None:
+        """Take requests again, and restore the maps from before the drain if it changed them."""
+        drain, cluster = self.record, self._cluster
+        self._hold_back(False)
+        if self._change is not None:
+            self._change.cancel("the drain was given up")
+        back = drain.way_back(cluster.placement, cluster.generation)
+        is_whole = cluster.runs and not any(cluster.workers[n].is_lost for n in drain.names)
+        if self._change is not None or back is None or not is_whole:
+            self._end(state, text, now)
+            return
+        drain.outcome = (state, text)
+        if drain.step is not DrainStep.BACK:  # an earlier controller took it back
+            self._enter(DrainStep.BACK)
+        self._change = EpochChange(cluster, back, now)
+
+    def _watch_return(self, now: float) -> None:
+        """End when the old maps are in force; a new generation ends it, too."""
+        drain = self.record
+        assert drain.outcome is not None, "it is taken back for a reason"
+        if self._change is not None:
+            self._change.tick(now)
+            if self._change.is_over:
+                self._end(*drain.outcome, now)
+        elif (self._cluster.runs and self._rebalancing.is_idle) or now > drain.deadline:
+            self._undo(*drain.outcome, now)  # an earlier controller began it
+
+    def _attention(self) -> list[WorkerRecord]:
+        """Its workers that hold requests."""
+        records = (self._cluster.workers[name] for name in self.record.names)
+        return [r for r in records if r.member.runs_attention]
+
+    def _hold_back(self, drains: bool) -> None:
+        """Tell the gateways whether its attention workers take requests."""
+        for record in self._attention():
+            record.drains = drains
+        self._cluster.touch()
+
+    def _enter(self, step: DrainStep) -> None:
+        self.record.enter(step)
+        self._cluster.remember()
+
+    def _end(self, state: OperationState, text: str, now: float) -> None:
+        self._cluster.drain = self._change = None
+        self._requests.pause(self.record.names, now)
+        self._cluster.operations.end(self.record.operation, state, text, now)
