@@ -22,13 +22,13 @@ PART ?= all
 MUTANTS ?= 80
 SEED ?= 1
 
-INPUTS := pyproject.toml constraints.txt .ci/setup.py
+INPUTS := pyproject.toml $(wildcard requirements/*.txt) .ci/setup.py
 CLIENT_INPUTS := $(addprefix tests/conformance/clients/,requirements.txt constraints.txt package.json) \
-	docs/node-client/package.json .ci/setup.py
+	docs/node-client/package.json .ci/clients.py
 INSTALL = python=$$(sh .ci/find-python.sh) && \
 	"$$python" .ci/setup.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
-.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench gpu-check docs release protos clean
+.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench gpu-check docs release lock protos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,7 @@ help:
 	@echo "make gpu-check  check and measure the GPU path on one GPU (ARGS=\"--budget 570\"), offline"
 	@echo "make docs     build the documents as a site in build/docs; a warning is an error"
 	@echo "make release  build and test wheel and image of the version"
+	@echo "make lock     write requirements/ anew from pyproject.toml and constraints.txt"
 	@echo "make protos   generate the stubs in protos/"
 	@echo "make clean    remove .venv and caches"
 
@@ -54,7 +55,7 @@ $(VENV)/.stamp-test: $(INPUTS)
 
 $(CLIENTS)/.stamp-clients: $(CLIENT_INPUTS)
 	@python=$$(sh .ci/find-python.sh) && \
-		"$$python" .ci/setup.py --venv $(CLIENTS) --torch-cpu-index "$(TORCH_CPU_INDEX)" clients
+		"$$python" .ci/clients.py --venv $(CLIENTS) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
 setup: $(VENV)/.stamp-run
 
@@ -156,6 +157,9 @@ docs: $(VENV)/.stamp-test
 
 release: $(VENV)/.stamp-test
 	$(BIN)/python .ci/release.py $(ARGS)
+
+lock: $(VENV)/.stamp-test
+	$(BIN)/python .ci/lock.py
 
 protos: $(VENV)/.stamp-test
 	$(BIN)/python protos/generate.py

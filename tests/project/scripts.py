@@ -8,7 +8,9 @@ from tests.paths import ROOT
 
 
 def load_script(name: str) -> ModuleType:
-    """A script of ``.ci`` as a module."""
+    """A script of ``.ci`` as a module, with the scripts beside it that it imports."""
+    if str(ROOT / ".ci") not in sys.path:
+        sys.path.append(str(ROOT / ".ci"))
     spec = importlib.util.spec_from_file_location(f"ci_{name}", ROOT / ".ci" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

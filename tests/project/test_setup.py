@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import threading
-import time
+import tomllib
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from tests.paths import ROOT
 from tests.project.scripts import load_script
@@ -28,6 +25,24 @@ SHELL = "/bin/sh"
 
 
 setup: Any = load_script("setup")
+installer: Any = sys.modules["installer"]
+kernels: Any = sys.modules["kernels"]
+clients: Any = load_script("clients")
+
+
+def fake_program(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!{SHELL}\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all of PATH, but for what shell scripts need."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
 
 
 def fake_python(folder: Path, name: str, version: str, has_venv: bool = True) -> None:
@@ -90,115 +105,165 @@ def test_no_python_at_all_gives_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@contextlib.contextmanager
-def index(body: bytes) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keep the tests' output clean."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_an_index_answers_when_it_lists_wheels() -> None:
-    with index(b'<a href="torch-2.13.0+cpu-cp311-linux.whl">') as url:
-        assert setup.index_answers(url, 60.0)
-    with index(b"<html>sign in to this network</html>") as url:
-        assert not setup.index_answers(url, 60.0)
+def test_uv_gets_the_settings_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("SSL_CERT_FILE", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    config = """\
+:env:.find-links='/wheels /more'
+global.cert='/cert.pem'
+global.constraint='/constraints.txt'
+global.find-links='/overridden'
+global.index-url='https://global/simple'
+install.index-url='https://install/simple'
+install.extra-index-url='https://a/simple\\nhttps://b/simple'
+install.trusted-host='a'
+"""
+    assert installer.uv_options(config) == [
+        *("--default-index", "https://install/simple"),
+        *("--index", "https://a/simple", "--index", "https://b/simple"),
+        *("--find-links", "/wheels", "--find-links", "/more"),
+        *("--constraint", "/constraints.txt"),
+        *("--allow-insecure-host", "a"),
+    ]
+    assert os.environ["SSL_CERT_FILE"] == "/cert.pem"
+    assert installer.uv_options("global.no-index='1'") == ["--no-index"]
 
 
-def test_a_silent_index_is_given_up_in_time() -> None:
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        began = time.monotonic()
-        assert not setup.index_answers(f"http://127.0.0.1:{server.getsockname()[1]}", 0.3)
-        assert time.monotonic() - began < 60.0
+def fake_environment(folder: Path, body: str) -> Path:
+    """A Python whose pip and uv run ``body``, a shell script."""
+    for name in ("python", "uv"):
+        fake_program(folder, name, body)
+    return folder / "python"
 
 
-def find_torch(*, has_gpu: bool = False, answers: bool | None = None, url: str = "") -> Any:
-    """The source of torch; an index whose answer is None must not be asked."""
-
-    def ask() -> bool:
-        assert answers is not None, "asked"
-        return answers
-
-    return setup.find_torch(
-        "https://index", "torch==1", has_gpu=has_gpu, answers=ask, resolve=lambda: url
+def test_pip_installs_where_uv_is_not_available(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = fake_environment(tmp_path, "exit 1")
+    command = installer.find_installer(python)
+    assert command[1:] == ["-m", "pip", "--disable-pip-version-check", "install"]
+    assert "uv is not available here" in capsys.readouterr().err
+    python = fake_environment(
+        tmp_path, '[ "$5" = list ] && echo "global.find-links=\'/wheels\'"; exit 0'
     )
+    command = installer.find_installer(python)
+    assert command[0] == str(tmp_path / "uv")
+    assert command[-2:] == ["--find-links", "/wheels"]
 
 
-def test_torch_comes_from_the_cpu_index_in_a_call_of_its_own() -> None:
-    source = find_torch(answers=True)
-    assert source.pip_args == ("--no-deps", "--index-url", "https://index", "torch==1")
-    assert "CPU" in source.words
+CPU_INDEX = "https://cpu/index"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one build of torch")
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("has_gpu", "succeeds_with", "expected"),
     [
-        ("file:///wheels/torch-1+cpu.whl", "wheel on this machine"),
-        ("https://host/torch-1-cp311.whl", "default build"),
-        ("https://host/torch-1%2Bcpu-cp311.whl", "CPU build"),
-        ("", "the build that pip finds"),
+        (False, "", ["torch==1+cpu"]),
+        (False, CPU_INDEX, ["torch==1+cpu", "--extra-index-url", CPU_INDEX]),
+        (False, "nothing", ["torch==1", "--requirement", str(ROOT / "requirements/cuda.txt")]),
+        (True, "", ["torch==1", "--requirement", str(ROOT / "requirements/cuda.txt")]),
     ],
+    ids=["where the others are", "the index of PyTorch", "the default build", "GPU"],
 )
-def test_without_that_index_pip_decides(url: str, words: str) -> None:
-    source = find_torch(answers=False, url=url)
-    assert source.pip_args is None
-    assert source.words.startswith(words)
-    assert (source.megabytes == 0) == (not url.startswith("https:"))
+def test_torch_is_the_cpu_build_where_there_is_no_gpu(
+    programs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    has_gpu: bool,
+    succeeds_with: str,
+    expected: list[str],
+) -> None:
+    monkeypatch.setattr(installer, "GPU_DEVICE", programs / "nvidia0")
+    if has_gpu:
+        (programs / "nvidia0").touch()
+    fake_program(programs, "uv", f'case "$*" in *"{succeeds_with}"*) exit 0 ;; esac; exit 1')
+    assert installer.find_torch([str(programs / "uv")], "torch==1", CPU_INDEX) == expected
 
 
-def test_with_a_gpu_the_index_is_not_asked() -> None:
-    assert find_torch(has_gpu=True).pip_args is None
+def test_a_silent_index_is_given_up_in_time(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installer, "INDEX_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(installer, "GPU_DEVICE", programs / "nvidia0")
+    fake_program(programs, "uv", "exec /bin/sleep 60")
+    assert installer.find_torch([str(programs / "uv")], "torch==1", CPU_INDEX)[0] == "torch==1"
 
 
 def test_a_failed_installation_shows_the_log_and_leaves_no_stamp(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] || { echo no such package; exit 1; }\n')
-    python.chmod(0o755)
-    with pytest.raises(setup.SetupError, match="no such package\npip failed"):
-        setup.install_once("run", tmp_path, "http://127.0.0.1:1")
+    (tmp_path / "bin").mkdir()
+    fake_program(tmp_path / "bin", "python", '[ "$1" = -c ] || { echo no such package; exit 1; }')
+    with pytest.raises(installer.SetupError, match="no such package\nthe installation failed"):
+        setup.install_once("run", tmp_path, CPU_INDEX)
     assert not list(tmp_path.glob(".stamp*"))
-    assert "downloading about" in capsys.readouterr().err
+    assert "installing " in capsys.readouterr().err
 
 
-def build_python(folder: Path, body: str) -> Path:
-    path = folder / "python"
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-    return path
+def locked(name: str) -> dict[str, list[str]]:
+    """The pins of a file of requirements/, each with its hashes."""
+    text = (ROOT / "requirements" / name).read_text().partition("\n")[2]
+    entries = [entry.split(" \\\n") for entry in re.split(r"\n(?=\S)", text.strip())]
+    return {entry[0].partition(" ")[0]: entry[1:] for entry in entries}
+
+
+@pytest.mark.parametrize("name", ["run.txt", "test.txt", "cuda.txt", "uv.txt"])
+def test_every_locked_package_has_hashes(name: str) -> None:
+    entries = locked(name)
+    for pin, hashes in entries.items():
+        assert re.fullmatch(r"[a-z0-9._-]+(\[[a-z,-]+\])?==[a-z0-9.]+", pin), pin
+        assert hashes, pin
+        assert all(re.fullmatch(r" +--hash=sha256:[0-9a-f]{64}", line) for line in hashes), pin
+    assert "://" not in (ROOT / "requirements" / name).read_text()
+
+
+@pytest.mark.parametrize(("name", "extras"), [("run.txt", ()), ("test.txt", ("test", "docs"))])
+def test_the_lock_has_what_the_project_asks_for(name: str, extras: tuple[str, ...]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    optional = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    for extra in extras:
+        wanted += optional[extra]
+    versions = dict(re.sub(r"\[.*\]", "", pin).split("==") for pin in locked(name))
+    for requirement in map(Requirement, wanted):
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier
+    pinned = dict(line.split("==") for line in constraints(ROOT / "constraints.txt"))
+    pinned = {canonicalize_name(package): version for package, version in pinned.items()}
+    assert {k: pinned[k] for k in versions if k in pinned} == {
+        k: versions[k] for k in versions if k in pinned
+    }
+
+
+def test_the_lock_has_torch_for_cpu_and_for_cuda() -> None:
+    lock = load_script("lock")
+    for name in ("run.txt", "test.txt"):
+        hashes = [
+            line.strip()
+            for line in next(v for k, v in locked(name).items() if k.startswith("torch=="))
+        ]
+        cpu = {f"--hash=sha256:{sha256}" for sha256 in lock.TORCH_CPU.values()}
+        assert cpu < set(hashes)
+        assert not [pin for pin in locked(name) if pin.startswith("nvidia-")]
+    assert any(pin.startswith("nvidia-nccl") for pin in locked("cuda.txt"))
 
 
 def test_kernels_are_built_by_the_compiler_of_the_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    python = build_python(tmp_path, "echo native avx2")
-    setup.build_kernels([str(python), "-m", "pip"], tmp_path)
+    (tmp_path / "bin").mkdir()
+    fake_program(tmp_path / "bin", "python", "echo native avx2")
+    kernels.build_kernels(tmp_path)
     assert capsys.readouterr().err == "expertmesh setup: kernels: native avx2\n"
 
 
 def test_without_a_compiler_another_one_is_there_for_the_build_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
-    venv = tmp_path / "venv"
-    venv.mkdir()
-    python = build_python(
-        tmp_path,
+    monkeypatch.setattr(kernels.platform, "machine", lambda: "x86_64")
+    (tmp_path / "bin").mkdir()
+    fake_program(
+        tmp_path / "bin",
+        "python",
         """
         if [ "$2" = pip ]; then
             while [ "$1" != --target ]; do shift; done; touch "$2/compiler"; exit 0
@@ -207,11 +272,11 @@ def test_without_a_compiler_another_one_is_there_for_the_build_alone(
         echo "torch (no compiler)"; exit 1
         """,
     )
-    setup.build_kernels([str(python), "-m", "pip"], venv)
+    kernels.build_kernels(tmp_path)
     assert "kernels: native avx512\n" in capsys.readouterr().err
-    assert [path.name for path in venv.iterdir()] == ["setup.log"]
-    build_python(tmp_path, 'echo "torch (no compiler)"; exit 1')
-    setup.build_kernels([str(python), "-m", "pip"], venv)
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "setup.log"}
+    fake_program(tmp_path / "bin", "python", 'echo "torch (no compiler)"; exit 1')
+    kernels.build_kernels(tmp_path)
     assert capsys.readouterr().err.endswith("expertmesh setup: kernels: torch (no compiler)\n")
 
 
@@ -226,7 +291,7 @@ def test_the_clients_get_the_npm_packages_of_every_client(
 ) -> None:
     fake_npm(tmp_path, 0)
     monkeypatch.setenv("PATH", str(tmp_path))
-    setup.install_npm(tmp_path)
+    clients.install_npm(tmp_path)
     wanted = json.loads((tmp_path / "package.json").read_text())["dependencies"]
     assert {"ai", "openai", "@grpc/grpc-js"} <= set(wanted)
     assert all(re.fullmatch(r"[0-9.]+", version) for version in wanted.values())
@@ -236,11 +301,11 @@ def test_without_npm_or_with_a_failed_one_the_user_reads_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(setup.SetupError, match=r"npm was not found: Node\.js 20"):
-        setup.install_npm(tmp_path)
+    with pytest.raises(installer.SetupError, match=r"npm was not found: Node\.js 20"):
+        clients.install_npm(tmp_path)
     fake_npm(tmp_path, 1)
-    with pytest.raises(setup.SetupError, match="no such package\nnpm failed"):
-        setup.install_npm(tmp_path)
+    with pytest.raises(installer.SetupError, match="no such package\nnpm failed"):
+        clients.install_npm(tmp_path)
 
 
 def test_progress_comes_as_lines_without_a_terminal(tmp_path: Path) -> None:
@@ -258,21 +323,31 @@ print("Downloading a-1.whl", flush=True)
 while not os.path.exists({str(end)!r}):
     time.sleep(0.01)
 """
-    setup.run_pip([sys.executable, "-c", script], [], tmp_path, tell, 0.1)
+    installer.run([sys.executable, "-c", script], tmp_path / "log", tell, 0.1)
     assert re.fullmatch(r"installing, \d+ s, 1 packages fetched, last a", lines[-1])
 
 
-@pytest.mark.parametrize(("extra", "fewest"), [("test", 20), ("clients", 8)])
-def test_every_requirement_is_pinned_once(extra: str, fewest: int) -> None:
-    lines = setup.inputs(extra)[1].read_text().splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
+def constraints(path: Path) -> list[str]:
+    lines = path.read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "constraints.txt", clients.CONSTRAINTS], ids=["ours", "clients"]
+)
+def test_every_package_is_pinned_once(path: Path) -> None:
+    pins = constraints(path)
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins)
-    names = [re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower() for pin in pins]
+    names = [canonicalize_name(pin.partition("==")[0]) for pin in pins]
     assert len(names) == len(set(names))
-    wanted = setup.requirements(extra)
-    assert len(wanted) > fewest
-    bare = {re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in wanted}
-    assert {re.sub(r"[-_.]+", "-", name).lower() for name in bare} - set(names) == set()
+
+
+def test_every_client_is_pinned() -> None:
+    names = {canonicalize_name(pin.partition("==")[0]) for pin in constraints(clients.CONSTRAINTS)}
+    lines = [line.partition("#")[0] for line in clients.REQUIREMENTS.read_text().splitlines()]
+    wanted = {canonicalize_name(Requirement(line).name) for line in lines if line.strip()}
+    assert len(wanted) > 8
+    assert wanted <= names
 
 
 def test_make_says_what_it_can_do() -> None:
@@ -289,21 +364,6 @@ def test_make_says_what_it_can_do() -> None:
     assert "expertmesh serve --port 1" in dry.stdout
 
 
-def fake_program(folder: Path, name: str, script: str) -> None:
-    path = folder / name
-    path.write_text(f"#!{SHELL}\n{script}\n")
-    path.chmod(0o755)
-
-
-@pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all of PATH, but for what shell scripts need."""
-    folder = tmp_path / "programs"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    return folder
-
-
 def test_prometheus_comes_out_of_its_debian_package(tmp_path: Path, programs: Path) -> None:
     fake_program(programs, "apt-get", "echo the package > prometheus_1.0_amd64.deb")
     unpack = (
@@ -312,7 +372,7 @@ def test_prometheus_comes_out_of_its_debian_package(tmp_path: Path, programs: Pa
     fake_program(programs, "dpkg-deb", f'{unpack} echo "$n of $what" > "$3/usr/bin/$n"; done')
     into = tmp_path / "bin"
     into.mkdir()
-    setup.install_prometheus(into)
+    clients.install_prometheus(into)
     found = {path.name: path.read_text() for path in into.iterdir()}
     assert found == {n: f"{n} of the package\n" for n in ("prometheus", "promtool")}
 
@@ -320,7 +380,7 @@ def test_prometheus_comes_out_of_its_debian_package(tmp_path: Path, programs: Pa
 def test_an_installed_prometheus_is_taken(tmp_path: Path, programs: Path) -> None:
     for name in ("prometheus", "promtool"):
         fake_program(programs, name, "")
-    setup.install_prometheus(tmp_path / "nowhere")
+    clients.install_prometheus(tmp_path / "nowhere")
 
 
 MISSING = "prometheus and promtool are missing: install them"
@@ -330,7 +390,7 @@ PACKAGE = "echo the package > prometheus_{}_amd64.deb"
 def test_without_apt_the_user_reads_what_is_missing(
     tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setup.install_prometheus(tmp_path / "nowhere")
+    clients.install_prometheus(tmp_path / "nowhere")
     assert "prometheus and promtool are not on PATH: install them" in capsys.readouterr().err
 
 
@@ -355,7 +415,7 @@ def test_where_apt_has_no_package_the_setup_goes_on(
 ) -> None:
     fake_program(programs, "apt-get", apt)
     fake_program(programs, "dpkg-deb", dpkg)
-    setup.install_prometheus(tmp_path / "nowhere")
+    clients.install_prometheus(tmp_path / "nowhere")
     shown = capsys.readouterr().err
     assert re.search(why, shown), shown
     assert MISSING in shown
@@ -396,18 +456,18 @@ def fake_pip(folder: Path, wheel: Path | None) -> list[str]:
 def test_one_module_is_taken_out_of_vllm_s_wheel(tmp_path: Path) -> None:
     wheel = tmp_path / "vllm.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(setup.VLLM_MODULE, "class KVEventBatch: ...")
+        archive.writestr(clients.VLLM_MODULE, "class KVEventBatch: ...")
         archive.writestr("vllm/other.py", "")
-    setup.install_vllm_module(fake_pip(tmp_path / "pip", wheel), tmp_path / "venv")
+    clients.install_vllm_module(fake_pip(tmp_path / "pip", wheel), tmp_path / "venv")
     found = [path for path in (tmp_path / "venv").rglob("*") if path.is_file()]
-    assert found == [tmp_path / "venv" / "vllm-module" / setup.VLLM_MODULE]
+    assert found == [tmp_path / "venv" / "vllm-module" / clients.VLLM_MODULE]
     assert found[0].read_text() == "class KVEventBatch: ..."
 
 
 def test_without_vllm_s_wheel_the_setup_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setup.install_vllm_module(fake_pip(tmp_path / "pip", None), tmp_path / "venv")
+    clients.install_vllm_module(fake_pip(tmp_path / "pip", None), tmp_path / "venv")
     shown = capsys.readouterr().err
     assert "cannot be taken, its test is skipped" in shown
     assert "no such host" in shown
