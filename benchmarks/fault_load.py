@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cluster.core.errors import ExpertMeshError
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from tests.harness.cluster_gateway import ClusterGateway
 
 LIMIT_S = 60.0
@@ -65,7 +65,7 @@ class Load:
 class FaultLoad(Load):
     """Clients that ask again as soon as they have their answer."""
 
-    def __init__(self, gateway: ClusterGateway, calls: Sequence[GenerateFields]) -> None:
+    def __init__(self, gateway: ClusterGateway, calls: Sequence[GenerateCall]) -> None:
         """One client for each of ``calls``, which it repeats."""
         super().__init__(len(calls))
         self._gateway = gateway
@@ -87,7 +87,7 @@ class FaultLoad(Load):
         pairs = zip(self._calls, self.lines, strict=True)
         await asyncio.gather(*(self._ask(call, line) for call, line in pairs))
 
-    async def _ask(self, call: GenerateFields, line: Line) -> None:
+    async def _ask(self, call: GenerateCall, line: Line) -> None:
         while True:
             try:
                 generation = await self._gateway.begin(call, f"load-{next(self._numbers)}")

@@ -25,7 +25,7 @@ from benchmarks.random_checkpoint import RandomModel
 from benchmarks.results import table
 from benchmarks.serving import TINY, random_model
 from cluster.cli.bench.svg import Line, line_chart
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.engines.submission import Submission
 from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.serving_cluster import RayCluster, connected_ray, make_config, serving
@@ -109,7 +109,7 @@ def _drain(
 ) -> Drained:
     """One stream, and the drain of its worker."""
     rng = random.Random(seed)
-    call = GenerateFields(
+    call = GenerateCall(
         kind=CallKind.COMPLETION,
         prompts=(tuple(rng.randrange(4, 1000) for _ in range(length)),),
         max_tokens=case.tokens_before + case.tokens_after,

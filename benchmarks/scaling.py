@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.fault_load import FaultLoad, Load, wait
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.results import table
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from tests.harness.cluster_gateway import gateway_of
 from tests.harness.fault_rows import row_config
 from tests.harness.serving_cluster import RayCluster, ServingCluster, connected_ray, serving
@@ -98,9 +98,9 @@ def measure(case: Case) -> dict[tuple[int, str], list[Scaled]]:
     return found
 
 
-def calls(num_streams: int, max_tokens: int) -> list[GenerateFields]:
+def calls(num_streams: int, max_tokens: int) -> list[GenerateCall]:
     """Calls of a few different prompts, each of as many tokens."""
-    call = GenerateFields(
+    call = GenerateCall(
         kind=CallKind.COMPLETION, prompts=(), max_tokens=max_tokens, ignore_eos=True, seed=1
     )
     return [replace(call, prompts=((i, *_PROMPT),), seed=i) for i in range(4, 4 + num_streams)]

@@ -26,7 +26,7 @@ from gateway.anthropic.schema import (
     ThinkingParam,
     ToolParam,
 )
-from gateway.core.call import AnswerFormat, CallKind, ChatInput, GenerateFields
+from gateway.core.call import AnswerFormat, CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import require
 from gateway.core.tool_use import CallArguments, Tool, ToolUse
 from gateway.text.forms.structured import schema_grammar
@@ -43,12 +43,12 @@ _TOOL_NAMES = FieldNames(name="name", parameters="input_schema")
 _Message = dict[str, Any]
 
 
-def message_fields(body: MessagesBody) -> GenerateFields:
+def message_fields(body: MessagesBody) -> GenerateCall:
     """The call of a body. Raises ``RequestError``."""
     _check_thinking(body.thinking, body.max_tokens)
     grammar = _grammar(body)
     chat = chat_input(body, grammar)
-    return GenerateFields(
+    return GenerateCall(
         kind=CallKind.CHAT,
         model=body.model,
         chat=chat,

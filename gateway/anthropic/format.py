@@ -64,7 +64,7 @@ class MessageFormat(TextFormat):
     def _end_of(self, finish: Finish, is_call: bool) -> Event:
         stopped = finish.stop_reason if isinstance(finish.stop_reason, str) else None
         if finish.reason is FinishReason.LENGTH:
-            wanted = self.call.fields.max_tokens or 0
+            wanted = self.call.max_tokens or 0
             is_full = finish.usage.completion_tokens < wanted
             reason = "model_context_window_exceeded" if is_full else "max_tokens"
         elif is_call:

@@ -1,7 +1,7 @@
-"""A generate call between the codecs and the engine.
+"""A generate call: what a client asked for, the same for all protocols.
 
-``GenerateFields`` is what a client asked for, by either codec; ``GenerateCall`` has them after
-validation, with tokens, defaults and seeds.
+Each protocol's ``convert.py`` makes one of its body, and the gateway makes the engine's requests
+(``workers.requests.request``) of it: one a prompt, with tokens, defaults and seeds.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from typing import Any
 
 from gateway.core.thinking import Thinking
 from gateway.core.tool_use import ToolForm, ToolUse
-from workers.requests.inspection import Inspection
 from workers.requests.prompt_embeds import PromptEmbeds
-from workers.requests.request import Grammar, Request, SamplingParams
-
-_READ_ONLY = SamplingParams(max_tokens=0)
+from workers.requests.request import Grammar
 
 
 class CallKind(Enum):
@@ -57,7 +54,7 @@ class ChatInput:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateFields:
+class GenerateCall:
     """What a client asked for. Names are those of the interface; None is unset."""
 
     kind: CallKind
@@ -191,90 +188,18 @@ class GenerateFields:
         """Name of its session; empty without one."""
         return self.session_id or self.prompt_cache_key or ""
 
+    def prompt_text(self, index: int) -> str | None:
+        """A prompt as the client gave it; None for token ids, a conversation or a part of it."""
+        if index >= len(self.prompts) or self.truncate_prompt_tokens is not None:
+            return None
+        prompt = self.prompts[index]
+        return prompt if isinstance(prompt, str) else None
+
     @property
     def num_logprobs(self) -> int | None:
         """Alternatives reported for each new token; None reports none."""
         return len(self.logprob_token_ids) or self.logprobs
 
 
-FIELD_NAMES = frozenset(one.name for one in fields(GenerateFields))
+FIELD_NAMES = frozenset(one.name for one in fields(GenerateCall))
 """Fields that a codec copies from fields of the same name in a body or a message."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CallPrompt:
-    """One prompt of a call, ready for the engine."""
-
-    ids: tuple[int, ...]
-    """Token ids, never empty."""
-    text: str | None = None
-    """As the client gave it; None for token ids."""
-    params: SamplingParams = _READ_ONLY
-    """With this prompt's seed and token limit; by default the prompt is only read."""
-    inspection: Inspection | None = None
-    """Arrays from inside the model that the engine returns."""
-    embeds: PromptEmbeds | None = None
-    """Input of the model in place of ``ids``, which are zeros then."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateCall:
-    """A validated call: its fields are within their limits, its prompts are tokens."""
-
-    fields: GenerateFields
-    model: str
-    prompts: tuple[CallPrompt, ...]
-    """At least one."""
-    cache_salt: str = ""
-    """Prefixes are shared with calls of the same salt only."""
-    tenant: str = ""
-    """Whose it is: the name of its key, empty without keys."""
-    weight: float = 1.0
-    """The tenant's share of the workers is in proportion to it."""
-    adapter: str = ""
-    """Key of the adapter that ``model`` names; empty: it is the served model itself."""
-
-    @property
-    def n(self) -> int:
-        """Choices a prompt that are drawn; choice j of prompt i has index i * n + j."""
-        return self.fields.num_drawn
-
-    @property
-    def num_choices(self) -> int:
-        return len(self.prompts) * self.n
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(prompt.ids) for prompt in self.prompts)
-
-    @property
-    def num_prompt_bytes(self) -> int:
-        """Bytes of prompts that are embeddings."""
-        return sum(len(p.embeds.data) for p in self.prompts if p.embeds is not None)
-
-    @property
-    def max_total_tokens(self) -> int:
-        """Tokens that the call may need in the engines."""
-        return sum(len(p.ids) + self.n * p.params.max_tokens for p in self.prompts)
-
-    def requests(self, call_id: str, deadline_ms: int) -> tuple[Request, ...]:
-        """The engine requests, one a prompt, named ``call_id``-i."""
-        return tuple(
-            Request(
-                request_id=f"{call_id}-{place}",
-                prompt=prompt.ids,
-                params=prompt.params,
-                n=self.n,
-                deadline_ms=deadline_ms,
-                priority=self.fields.priority or 0,
-                cache_salt=self.cache_salt,
-                session=self.fields.session,
-                cache_ttl_s=self.fields.cache_ttl,
-                tenant=self.tenant,
-                weight=self.weight,
-                inspection=prompt.inspection,
-                prompt_embeds=prompt.embeds,
-                adapter=self.adapter,
-            )
-            for place, prompt in enumerate(self.prompts)
-        )

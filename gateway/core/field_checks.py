@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.call import CallKind, ChatInput, GenerateFields
+from gateway.core.call import CallKind, ChatInput, GenerateCall
 
 RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
@@ -80,31 +80,31 @@ MAX_ENTRIES: Mapping[str, int] = {
 }
 
 
-def check_fields(fields: GenerateFields, limits: GatewaySection) -> None:
+def check_fields(call: GenerateCall, limits: GatewaySection) -> None:
     """Check all that does not depend on the model.
 
     Raises:
         RequestError: names the field, its value and the limit.
     """
     for name, bounds in RANGES.items():
-        check_range(name, getattr(fields, name), bounds, limits)
+        check_range(name, getattr(call, name), bounds, limits)
     for name, most in MAX_ENTRIES.items():
-        check_length(name, len(getattr(fields, name)), most)
-    for _, bias in fields.logit_bias:
+        check_length(name, len(getattr(call, name)), most)
+    for _, bias in call.logit_bias:
         check_range("logit_bias", bias, _BIAS)
-    check_cache_salt(fields.cache_salt)
-    _check_name("session_id", fields.session_id)
-    _check_name("prompt_cache_key", fields.prompt_cache_key)
-    _check_counts(fields)
-    if fields.kind is CallKind.COMPLETION:
-        _check_prompts(fields, limits)
-    _check_stops(fields, limits)
-    _check_logprobs(fields, limits)
-    _check_masks(fields, limits)
-    _check_truncation(fields)
-    _check_beams(fields)
-    if fields.chat is not None:
-        check_chat(fields.chat)
+    check_cache_salt(call.cache_salt)
+    _check_name("session_id", call.session_id)
+    _check_name("prompt_cache_key", call.prompt_cache_key)
+    _check_counts(call)
+    if call.kind is CallKind.COMPLETION:
+        _check_prompts(call, limits)
+    _check_stops(call, limits)
+    _check_logprobs(call, limits)
+    _check_masks(call, limits)
+    _check_truncation(call)
+    _check_beams(call)
+    if call.chat is not None:
+        check_chat(call.chat)
 
 
 def require(ok: bool, name: str, rule: str) -> None:
@@ -167,15 +167,15 @@ def given_one(**values: object) -> str:
     return names[0]
 
 
-def _check_counts(fields: GenerateFields) -> None:
-    if fields.is_ranked and fields.kind is CallKind.CHAT:
+def _check_counts(call: GenerateCall) -> None:
+    if call.is_ranked and call.kind is CallKind.CHAT:
         raise UnsupportedParameterError("best_of is not supported", "best_of")
-    drawn, returned = fields.num_drawn, fields.num_returned
+    drawn, returned = call.num_drawn, call.num_returned
     require(drawn >= returned, "best_of", f"({drawn}) must be at least n ({returned})")
-    name, wanted, least = fields.max_tokens_name, fields.max_tokens, fields.min_tokens
+    name, wanted, least = call.max_tokens_name, call.max_tokens, call.min_tokens
     if wanted is not None:
-        bound = 0 if fields.echo else 1
-        note = "" if fields.echo or wanted else " (0 needs echo)"
+        bound = 0 if call.echo else 1
+        note = "" if call.echo or wanted else " (0 needs echo)"
         require(wanted >= bound, name, f"({wanted}) must be at least {bound}{note}")
     if least is not None:
         require(least >= 0, "min_tokens", f"({least}) must not be negative")
@@ -183,51 +183,51 @@ def _check_counts(fields: GenerateFields) -> None:
         require(wanted is None or least <= wanted, "min_tokens", rule)
 
 
-def _check_beams(fields: GenerateFields) -> None:
-    if not fields.use_beam_search:
-        wanted, stops = fields.length_penalty, fields.early_stopping
+def _check_beams(call: GenerateCall) -> None:
+    if not call.use_beam_search:
+        wanted, stops = call.length_penalty, call.early_stopping
         rule = "needs use_beam_search to be true"
         require(wanted in (None, 1), "length_penalty", f"({wanted}) {rule}")
         require(stops in (None, "false"), "early_stopping", f"({str(stops)[:32]}) {rule}")
         return
-    stops, rule = fields.early_stopping, "must be false, true or never"
+    stops, rule = call.early_stopping, "must be false, true or never"
     is_known = stops in (None, "false", "true", "never")
     require(is_known, "early_stopping", f"({str(stops)[:32]!r}) {rule}")
-    named = {"stop": fields.stop_name, "grammar": fields.grammar and fields.grammar.field}
+    named = {"stop": call.stop_name, "grammar": call.grammar and call.grammar.field}
     for name, neutral in _BESIDE_BEAMS.items():
-        value = getattr(fields, name)
+        value = getattr(call, name)
         ok = value is None or value in neutral
         require(ok, named.get(name) or name, "cannot go with use_beam_search")
-    scores_prompt = fields.echo and fields.logprobs is not None
+    scores_prompt = call.echo and call.logprobs is not None
     require(not scores_prompt, "echo", "with logprobs cannot go with use_beam_search")
     rule = "(0) must be at least 1 with use_beam_search"
-    require(fields.max_tokens != 0, fields.max_tokens_name, rule)
+    require(call.max_tokens != 0, call.max_tokens_name, rule)
 
 
-def check_stream(fields: GenerateFields) -> None:
+def check_stream(call: GenerateCall) -> None:
     """Raise ``RequestError`` for choices that are known at the end only."""
-    require(not fields.use_beam_search, "use_beam_search", "cannot go with a stream")
-    is_ranked = fields.kind is CallKind.COMPLETION and fields.num_drawn > fields.num_returned
+    require(not call.use_beam_search, "use_beam_search", "cannot go with a stream")
+    is_ranked = call.kind is CallKind.COMPLETION and call.num_drawn > call.num_returned
     require(not is_ranked, "best_of", "cannot go with a stream")
 
 
-def _check_prompts(fields: GenerateFields, limits: GatewaySection) -> None:
-    count, most = len(fields.prompts), min(limits.max_batch_prompts, limits.max_queue)
-    field = fields.prompt_name
+def _check_prompts(call: GenerateCall, limits: GatewaySection) -> None:
+    count, most = len(call.prompts), min(limits.max_batch_prompts, limits.max_queue)
+    field = call.prompt_name
     check_batch(field, count, most)
-    name = "n" if fields.best_of is None else "best_of"
-    choices, most = count * fields.num_drawn, limits.max_choices
+    name = "n" if call.best_of is None else "best_of"
+    choices, most = count * call.num_drawn, limits.max_choices
     if choices > most:
         raise RequestError(f"prompts times {name} ({choices}) must be at most {most}", name)
-    for prompt in fields.prompts:
+    for prompt in call.prompts:
         require(len(prompt) > 0, field, "must not be empty")
 
 
-def _check_stops(fields: GenerateFields, limits: GatewaySection) -> None:
-    name = fields.stop_name
-    check_length(name, len(fields.stop), limits.max_stop_strings, "strings")
-    _check_texts(name, "string", fields.stop, limits)
-    require(not (fields.stop and fields.token_ids_only), name, "cannot go with token_ids_only")
+def _check_stops(call: GenerateCall, limits: GatewaySection) -> None:
+    name = call.stop_name
+    check_length(name, len(call.stop), limits.max_stop_strings, "strings")
+    _check_texts(name, "string", call.stop, limits)
+    require(not (call.stop and call.token_ids_only), name, "cannot go with token_ids_only")
 
 
 def _check_texts(name: str, noun: str, texts: Sequence[str], limits: GatewaySection) -> None:
@@ -250,32 +250,32 @@ def _check_name(field: str, name: str | None) -> None:
     check_length(field, len(name), MAX_NAME_CHARS, "characters")
 
 
-def _check_logprobs(fields: GenerateFields, limits: GatewaySection) -> None:
-    name, wanted = fields.logprobs_name, fields.logprobs
-    field, count = "logprob_token_ids", len(fields.logprob_token_ids)
+def _check_logprobs(call: GenerateCall, limits: GatewaySection) -> None:
+    name, wanted = call.logprobs_name, call.logprobs
+    field, count = "logprob_token_ids", len(call.logprob_token_ids)
     if not count:
         check_range(name, wanted, RANGES["prompt_logprobs"], limits)
         return
-    is_unique = len(set(fields.logprob_token_ids)) == count
+    is_unique = len(set(call.logprob_token_ids)) == count
     require(is_unique, field, "must not name a token twice")
     rule = f"{name} ({wanted}) must be the same or unset"
     require(wanted in (None, count), field, f"has {count} entries: {rule}")
-    require(not fields.echo, field, "cannot go with echo")
+    require(not call.echo, field, "cannot go with echo")
 
 
-def _check_masks(fields: GenerateFields, limits: GatewaySection) -> None:
-    name, allowed = "allowed_token_ids", fields.allowed_token_ids
+def _check_masks(call: GenerateCall, limits: GatewaySection) -> None:
+    name, allowed = "allowed_token_ids", call.allowed_token_ids
     require(allowed is None or len(allowed) > 0, name, "must not be empty")
-    _check_texts("bad_words", "word", fields.bad_words, limits)
+    _check_texts("bad_words", "word", call.bad_words, limits)
 
 
-def _check_truncation(fields: GenerateFields) -> None:
-    name, wanted, side = "truncate_prompt_tokens", fields.truncate_prompt_tokens, "truncation_side"
+def _check_truncation(call: GenerateCall) -> None:
+    name, wanted, side = "truncate_prompt_tokens", call.truncate_prompt_tokens, "truncation_side"
     fits = wanted is None or wanted == -1 or 1 <= wanted < 2**31
     require(fits, name, f"({wanted}) must be -1 or at least 1")
-    given = fields.truncation_side
+    given = call.truncation_side
     require(given in (None, "left", "right"), side, f"({str(given)[:32]!r}) must be left or right")
-    require(wanted is None or fields.embeds is None, name, "cannot go with embeddings")
+    require(wanted is None or call.embeds is None, name, "cannot go with embeddings")
 
 
 def check_chat(chat: ChatInput) -> None:

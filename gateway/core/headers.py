@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.core.errors import RequestError
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.field_checks import MAX_NAME_CHARS
 
 PRIORITY_HEADER = "x-priority"
@@ -21,12 +21,12 @@ _SESSION = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}")
 
 
 def with_headers(
-    fields: GenerateFields, headers: Mapping[str, str], timeout_s: float | None
-) -> GenerateFields:
-    """The same fields, with what headers say of those that the body left out.
+    call: GenerateCall, headers: Mapping[str, str], timeout_s: float | None
+) -> GenerateCall:
+    """The same call, with what headers say of those that the body left out.
 
     Args:
-        fields: of the body.
+        call: of the body.
         headers: by name, in small letters.
         timeout_s: the client's own limit.
 
@@ -34,12 +34,12 @@ def with_headers(
         RequestError: names the header.
     """
     given = _read_priority(headers.get(PRIORITY_HEADER))
-    names = (fields.session_id, fields.prompt_cache_key)
+    names = (call.session_id, call.prompt_cache_key)
     is_named = any(name is not None for name in names)  # an empty name is refused later
     return replace(
-        fields,
-        priority=given if fields.priority is None else fields.priority,
-        session_id=fields.session_id if is_named else _read_session(headers),
+        call,
+        priority=given if call.priority is None else call.priority,
+        session_id=call.session_id if is_named else _read_session(headers),
         timeout_s=timeout_s,
     )
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from cluster.config.gateway import GatewaySection
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.field_checks import require
 
 _DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
@@ -22,13 +22,13 @@ def seconds_of(duration: str, name: str) -> float:
     return int(found[1]) * _SECONDS[found[2]]
 
 
-def with_hint(fields: GenerateFields, limits: GatewaySection) -> GenerateFields:
-    """The same fields, with the hint as ``cache_ttl`` where the client gave none.
+def with_hint(call: GenerateCall, limits: GatewaySection) -> GenerateCall:
+    """The same call, with the hint as ``cache_ttl`` where the client gave none.
 
     A hint is one of few values of its protocol, which no client can fit to a server's limit: it is
     lowered to that, where ``cache_ttl`` is refused.
     """
-    hint = fields.cache_ttl_hint
-    if fields.cache_ttl is not None or hint is None:
-        return fields
-    return replace(fields, cache_ttl=min(hint, limits.max_cache_ttl_s))
+    hint = call.cache_ttl_hint
+    if call.cache_ttl is not None or hint is None:
+        return call
+    return replace(call, cache_ttl=min(hint, limits.max_cache_ttl_s))

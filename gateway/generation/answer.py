@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from gateway.core.call import GenerateCall, GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish
 from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
@@ -29,8 +29,8 @@ async def collect(generation: Generation) -> list[ChoiceDelta]:
         for delta in deltas:
             pieces.setdefault(delta.index, []).append(delta)
     choices = [_join(pieces[index]) for index in sorted(pieces)]
-    fields = generation.call.fields
-    return _keep_best(choices, fields) if fields.is_ranked else choices
+    call = generation.call
+    return _keep_best(choices, call) if call.is_ranked else choices
 
 
 def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
@@ -48,13 +48,13 @@ def _is_at_eos(finish: Finish | None) -> bool:
     return finish is not None and finish.reason is FinishReason.STOP and finish.stop_reason is None
 
 
-def _keep_best(choices: Sequence[ChoiceDelta], fields: GenerateFields) -> list[ChoiceDelta]:
+def _keep_best(choices: Sequence[ChoiceDelta], call: GenerateCall) -> list[ChoiceDelta]:
     """The choices of each prompt with the greatest mean log-probability, or of a beam search with
     the best scores; the best first."""
     kept: list[ChoiceDelta] = []
     for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
         by_score = sorted(drawn, key=_score, reverse=True)
-        kept += by_score[: fields.num_returned]
+        kept += by_score[: call.num_returned]
     return [replace(choice, index=index) for index, choice in enumerate(kept)]
 
 
@@ -94,16 +94,16 @@ class TextFormat:
 
     def _make_parser(self) -> AnswerParser | HarmonyParser | None:
         """What reads the text of one choice; None: the whole text is content."""
-        fields = self.call.fields
-        form, tools = fields.tool_form, fields.tools
+        call = self.call
+        form, tools = call.tool_form, call.tools
         if form is ToolForm.HARMONY:
             names = [tool.name for tool in tools.allowed] if tools else []
-            return HarmonyParser(names, fields.open_message)
+            return HarmonyParser(names, call.open_message)
         has_calls = form is not None and tools is not None
-        if not has_calls and fields.thinking is None:
+        if not has_calls and call.thinking is None:
             return None
-        used = known_ids(fields.chat.messages, form) if has_calls and fields.chat else ()
-        return AnswerParser(form, tools, fields.thinking, used)
+        used = known_ids(call.chat.messages, form) if has_calls and call.chat else ()
+        return AnswerParser(form, tools, call.thinking, used)
 
     def _text(self, token_id: int) -> str:
         """A token for people to read."""
@@ -112,7 +112,7 @@ class TextFormat:
 
     def _name(self, token_id: int) -> str:
         """A token as log-probabilities name it."""
-        by_number = self.call.fields.return_tokens_as_token_ids
+        by_number = self.call.return_tokens_as_token_ids
         return f"token_id:{token_id}" if by_number else self._text(token_id)
 
     def _bytes(self, token_id: int) -> bytes:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gateway.core.call import CallPrompt
 from gateway.core.delta import Finish, TokenText
 from gateway.engines.submission import Submission
 from gateway.text.detokenizer import ChoiceText
 from workers.requests.inspection import NamedArray
-from workers.requests.request import PromptLogprobs, Timings, TokenLogprob
+from workers.requests.request import PromptLogprobs, Request, Timings, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,8 @@ class Prompt:
     """One prompt of a running call, with its engine request."""
 
     index: int
-    prompt: CallPrompt
+    request: Request
+    """As it was first submitted."""
     cached_tokens: int | None
     """None where prefixes are not cached."""
     submission: Submission | None = None
@@ -65,4 +65,4 @@ class Prompt:
     @property
     def waits_for_logprobs(self) -> bool:
         """Nothing is sent before the engine has reported the log-probabilities of the prompt."""
-        return self.prompt.params.prompt_logprobs is not None and self.scores is None
+        return self.request.params.prompt_logprobs is not None and self.scores is None

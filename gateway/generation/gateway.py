@@ -12,8 +12,12 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
+
+from msgspec import structs
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import EndStage
@@ -29,6 +33,7 @@ from cluster.tracing import logs
 from cluster.tracing.gateway_counts import GatewayCounts
 from gateway.auth.adapter_catalog import AdapterCatalog
 from gateway.auth.auth import CALLER, is_operator, make_key_rings
+from gateway.auth.key_limits import Account
 from gateway.cluster.client_view import client_status
 from gateway.cluster.numbers import ClusterNumbers
 from gateway.cluster.serve_replicas import ReplicaAnswers, ServeReplicas
@@ -38,7 +43,7 @@ from gateway.cluster.view import (
     attention_endpoints,
     living_workers,
 )
-from gateway.core.call import CallKind, GenerateCall, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.errors import ErrorReport, StorageTimeoutError, report_error
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts, model_facts
@@ -58,7 +63,7 @@ from gateway.generation.readiness import check_serving, server_ends, unready_rea
 from gateway.generation.request_trace import TRACE, note_error, traced
 from gateway.generation.tenant_queues import Ask
 from gateway.generation.tracing import start_tracing
-from gateway.generation.validate import finish_call
+from gateway.generation.validate import make_requests
 from gateway.observability.metrics import GatewayMetrics
 from gateway.observability.samples import TOTALS, SampleRing, total
 from gateway.offload.long_work import LongWork
@@ -69,6 +74,10 @@ from workers.requests.request import Request
 from workers.requests.wire import EngineHello
 
 logger = logging.getLogger(__name__)
+Requests: TypeAlias = Sequence[Request]
+MakeRequests: TypeAlias = Callable[[ModelFacts], Awaitable[tuple[GenerateCall, Requests]]]
+"""Validates a call against the served model: the call with what its prompts say of the answer, and
+its requests, one a prompt."""
 
 _LOOK_S = 0.5
 """Interval at which a request that waits for a worker checks whether its call was ended."""
@@ -252,7 +261,7 @@ class Gateway:
         most = self.limits.request_timeout_s
         return most if wanted_s is None else min(wanted_s, most)
 
-    async def start(self, fields: GenerateFields, call_id: str) -> Generation:
+    async def start(self, call: GenerateCall, call_id: str) -> Generation:
         """Validate a call and hand it to the engines.
 
         Raises:
@@ -261,66 +270,70 @@ class Gateway:
             NotReadyError: the cluster cannot serve it.
             DeadlineExceededError: its time was over before an engine had it.
         """
-        self.check_model(fields.model)
-        check_fields(fields, self.limits)
-        fields = with_hint(fields, self.limits)
-        if (trace := TRACE.get()) is not None:
-            trace.fields = fields
+        with ExitStack() as held:
+            adapter = self._hold_adapter(call.model, held)
+            check_fields(call, self.limits)
+            call = with_hint(call, self.limits)
+            if (trace := TRACE.get()) is not None:
+                trace.fields = call
+            return await self._start(call, call_id, adapter, partial(self._make, call), held)
 
-        async def make(facts: ModelFacts) -> GenerateCall:
-            complete, prompts = await self.prompts.make(fields, facts)
-            bad_words = await self.prompts.bad_words(complete)
-            size = sum(len(ids) for _, ids in prompts) + len(complete.allowed_token_ids or ())
-            call = await self.long_work.run(
-                size, finish_call, complete, prompts, facts, self._draw_seed, bad_words
-            )
-            if complete.stop:
-                self.prompts.require_tokenizer("stop")
-            if complete.grammar is not None:
-                self.prompts.require_tokenizer(complete.grammar.field)
-            return call
-
-        return await self.start_call(fields, call_id, make)
-
-    async def start_call(
-        self,
-        fields: GenerateFields,
-        call_id: str,
-        make: Callable[[ModelFacts], Awaitable[GenerateCall]],
-    ) -> Generation:
+    async def start_call(self, call: GenerateCall, call_id: str, make: MakeRequests) -> Generation:
         """Hand a call to the engines that ``make`` validates. Raises what ``start`` raises."""
+        with ExitStack() as held:
+            adapter = self._hold_adapter(call.model, held)
+            return await self._start(call, call_id, adapter, make, held)
+
+    def _hold_adapter(self, model: str | None, held: ExitStack) -> str:
+        """Key of the adapter that a call names, which stays loaded until ``held`` is closed."""
+        adapter = self.adapter_of(model)
+        self.adapters.begin(held, adapter)
+        held.callback(self.adapters.end, held)
+        return adapter
+
+    async def _make(self, call: GenerateCall, facts: ModelFacts) -> tuple[GenerateCall, Requests]:
+        complete, prompts = await self.prompts.make(call, facts)
+        bad_words = await self.prompts.bad_words(complete)
+        size = sum(map(len, prompts)) + len(complete.allowed_token_ids or ())
+        requests = await self.long_work.run(
+            size, make_requests, complete, prompts, facts, self._draw_seed, bad_words
+        )
+        if complete.stop:
+            self.prompts.require_tokenizer("stop")
+        if complete.grammar is not None:
+            self.prompts.require_tokenizer(complete.grammar.field)
+        return complete, requests
+
+    async def _start(
+        self,
+        call: GenerateCall,
+        call_id: str,
+        adapter: str,
+        make: MakeRequests,
+        held: ExitStack,
+    ) -> Generation:
+        """``held``: closed at the end of the call."""
         started_s = time.monotonic()
-        deadline_s = started_s + self.timeout_s(fields.timeout_s)
-        self.check_model(fields.model)
+        deadline_s = started_s + self.timeout_s(call.timeout_s)
         facts, caller = self.require_facts(), CALLER.get()
-        ask = Ask(priority=fields.priority or 0)
+        ask = Ask(priority=call.priority or 0)
         if caller is not None:
             ask = replace(ask, tenant=caller.entry.tenant, weight=caller.entry.weight)
         # what cannot enter is refused before it costs a tokenization
         self.entrance.require_room(ask, facts.max_model_len, deadline_s)
-        call = await make(facts)
-        # an adapter may be freed while a long prompt is prepared
-        call = replace(call, adapter=self.adapter_of(fields.model))
-        if not self.engines.has_adapter(call.adapter):
-            raise NotReadyError(f"no worker could load the adapter {fields.model}: ask again later")
+        call, made = await make(facts)
+        if not self.engines.has_adapter(adapter):
+            raise NotReadyError(f"no worker could load the adapter {call.model}: ask again later")
         if caller is not None:
             caller.check_tokens(time.monotonic())
-            # No other tenant finds, or can detect, the cached prefixes of this salt.
-            salt = f"{ask.tenant}\0{call.cache_salt}"
-            call = replace(call, cache_salt=salt, tenant=ask.tenant, weight=ask.weight)
-        ask = replace(
-            ask,
-            num_requests=len(call.prompts),
-            num_choices=call.n,
-            num_tokens=call.max_total_tokens,
-            num_bytes=call.num_prompt_bytes,
-        )
+        requests = complete_requests(call, made, call_id, adapter, caller)
         generation = Generation(
-            call,
+            replace(call, model=call.model or self.model_name),
+            requests,
             call_id,
             created=int(time.time()),
             queue=OutputQueue(self.tuning.max_unread_bytes, self.tuning.unread_limit_s),
-            ticket=self.entrance.admit(ask, facts.max_model_len, deadline_s),
+            ticket=self.entrance.admit(Ask.of(requests), facts.max_model_len, deadline_s),
             deadline_s=deadline_s,
             tokenizer=self.tokenizer,
             eos_token_ids=facts.eos_token_ids,
@@ -329,17 +342,17 @@ class Gateway:
             admitted_s=time.monotonic(),
             caches_prefixes=self.config.engine.enable_prefix_caching,
             caller=caller,
-            on_close=self._forget_call,
             free=self.long_work.free,
         )
-        if (trace := TRACE.get()) is not None:
-            trace.generation = generation
-        if (line := request_log.CURRENT.get()) is not None:
-            line.generation = generation
-        for name in filter(None, (call_id, REQUEST_ID.get())):
-            self.running.add(name, generation.queue)
-        self.adapters.begin(generation.queue, call.adapter)
+        generation.held = held.pop_all()
         try:
+            if (trace := TRACE.get()) is not None:
+                trace.generation = generation
+            if (line := request_log.CURRENT.get()) is not None:
+                line.generation = generation
+            generation.held.callback(self.running.remove, generation.queue)
+            for name in filter(None, (call_id, REQUEST_ID.get())):
+                self.running.add(name, generation.queue)
             await self._hand_over(generation)
         except BaseException:
             generation.close()
@@ -398,10 +411,6 @@ class Gateway:
             replicas, _ = await asyncio.gather(self.replicas.ask("metrics"), self.numbers.refresh())
         return self.adapters.without_series_of_others(self.metrics.render(replicas, is_whole))
 
-    def _forget_call(self, queue: OutputQueue) -> None:
-        self.running.remove(queue)
-        self.adapters.end(queue)
-
     def _follow(self, snapshot: Snapshot) -> None:
         logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
         self.adapters.follow(snapshot)
@@ -445,11 +454,12 @@ class Gateway:
 
     async def _hand_over(self, generation: Generation) -> None:
         budget_ms = max(1, int((generation.deadline_s - time.monotonic()) * 1000))
-        call = generation.call
-        requests = call.requests(generation.call_id, budget_ms)
-        hashes = await self.long_work.run(call.num_prompt_tokens, self._name_blocks, requests)
+        requests = generation.requests
+        num_tokens = sum(len(request.prompt) for request in requests)
+        hashes = await self.long_work.run(num_tokens, self._name_blocks, requests)
         for place, (request, names) in enumerate(zip(requests, hashes, strict=True), 1):
-            await self._assign(traced(request), generation, names)
+            timed = structs.replace(request, deadline_ms=budget_ms)
+            await self._assign(traced(timed), generation, names)
             if not place % _REQUESTS_PER_PASS:
                 await asyncio.sleep(0)
         for _ in range(_PASSES_TO_SEND):
@@ -500,6 +510,40 @@ def new_call_id(kind: CallKind) -> str:
     """Name of a call: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
     prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def complete_requests(
+    call: GenerateCall,
+    requests: Requests,
+    call_id: str,
+    adapter: str,
+    caller: Account | None,
+) -> Requests:
+    """The requests of a call, named ``call_id``-i, with what they do not have from their prompts.
+
+    Args:
+        call: the checked call.
+        requests: one a prompt.
+        call_id: name of the call.
+        adapter: key of the adapter that it names; empty for the served model itself.
+        caller: whose it is; None without keys.
+    """
+    shared: dict[str, Any] = {
+        "n": call.num_drawn,
+        "priority": call.priority or 0,
+        "cache_salt": call.cache_salt or "",
+        "session": call.session,
+        "cache_ttl_s": call.cache_ttl,
+        "adapter": adapter,
+    }
+    if caller is not None:
+        shared |= {"tenant": caller.entry.tenant, "weight": caller.entry.weight}
+        # No other tenant finds, or can detect, the cached prefixes of this salt.
+        shared["cache_salt"] = f"{shared['tenant']}\0{shared['cache_salt']}"
+    return [
+        structs.replace(request, request_id=f"{call_id}-{index}", **shared)
+        for index, request in enumerate(requests)
+    ]
 
 
 def _seed_source(base: int, name: str) -> Callable[[], int]:

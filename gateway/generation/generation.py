@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, InitVar, dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any
 
 from cluster.core.errors import (
@@ -22,7 +22,7 @@ from cluster.core.errors import (
     RequestAbortedError,
 )
 from gateway.auth.key_limits import Account
-from gateway.core.call import CallPrompt, GenerateCall, GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.core.errors import SlowClientError, error_from_engine
 from gateway.engines.submission import Submission
@@ -40,7 +40,7 @@ from gateway.text.detokenizer import (
     place_tokens,
 )
 from gateway.text.tokenizer import Tokenizer
-from workers.requests.request import FinishReason, Timings, TokenOutput
+from workers.requests.request import FinishReason, Request, Timings, TokenOutput
 
 _VERDICT_S = 0.25
 """Time after a deadline that a worker has to say whether it had begun with the request."""
@@ -55,6 +55,8 @@ class Generation(AbstractContextManager["Generation"]):
     """See the module. Made by ``Gateway.start``. Times are those of ``time.monotonic``."""
 
     call: GenerateCall
+    requests: Sequence[Request]
+    """One a prompt, at least one; choice j of request i has index i * n + j."""
     call_id: str
     """Its name, with which the names of its requests begin."""
     _: KW_ONLY
@@ -77,25 +79,26 @@ class Generation(AbstractContextManager["Generation"]):
     """The engines report how much of a prompt was cached."""
     caller: Account | None = None
     """Pays for its tokens."""
-    on_close: Callable[[OutputQueue], None] = lambda queue: None
-    """Called once, at its end."""
+    held: ExitStack = field(default_factory=ExitStack)
+    """Closed at its end."""
     free: Callable[[Sequence[list[Any]]], None] = lambda values: None
     """Called at its end with lists that are not read any more, to free them in a thread."""
 
     def __post_init__(self, tokenizer: Tokenizer | None) -> None:
         call = self.call
         self.queue.on_overflow = self.close
-        self._tokenizer = None if call.fields.token_ids_only else tokenizer
+        self._tokenizer = None if call.token_ids_only else tokenizer
         self._has_token = False
         self._is_counted = False
         self._cut_off = FinishReason.ABORT  # why choices end that the engines do not finish
         self._changed: dict[Choice, None] = {}
         self._prompts = {
-            f"{self.call_id}-{place}": self._make_prompt(place, prompt)
-            for place, prompt in enumerate(call.prompts)
+            request.request_id: self._make_prompt(index, request)
+            for index, request in enumerate(self.requests)
         }
-        self._num_running = self._num_open = call.num_choices
-        self._pay(call.num_prompt_tokens)
+        self._num_running = self._num_open = len(self.requests) * call.num_drawn
+        self._num_prompt_tokens = sum(len(request.prompt) for request in self.requests)
+        self._pay(self._num_prompt_tokens)
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -125,7 +128,7 @@ class Generation(AbstractContextManager["Generation"]):
         completion = sum(choice.text.num_tokens for choice in self._all_choices())
         cached = sum(prompt.cached_tokens or 0 for prompt in self._prompts.values())
         return Usage(
-            prompt_tokens=self.call.num_prompt_tokens,
+            prompt_tokens=self._num_prompt_tokens,
             completion_tokens=completion,
             cached_tokens=cached if self.caches_prefixes else None,
         )
@@ -144,12 +147,12 @@ class Generation(AbstractContextManager["Generation"]):
         """Count what was asked for, once all requests are assigned."""
         self._is_counted = True
         prompts = list(self._prompts.values())
-        self._engine(prompts[0]).observe("request_params_n", self.call.n)
+        self._engine(prompts[0]).observe("request_params_n", self.call.num_drawn)
         for prompt in prompts:
-            engine, num_tokens = self._engine(prompt), len(prompt.prompt.ids)
+            engine, num_tokens = self._engine(prompt), len(prompt.request.prompt)
             engine.count("prompt_tokens", num_tokens)
             engine.observe("request_prompt_tokens", num_tokens)
-            if max_tokens := prompt.prompt.params.max_tokens:  # else it is only read
+            if max_tokens := prompt.request.params.max_tokens:  # else it is only read
                 engine.observe("request_params_max_tokens", max_tokens)
 
     async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
@@ -171,7 +174,7 @@ class Generation(AbstractContextManager["Generation"]):
                 break
             wake_s = deadline_s if give_up_s is None else min(give_up_s, deadline_s)
             await self._take_all(wake_s - now_s)
-            if self.call.fields.echo or self.call.fields.prompt_logprobs is not None:
+            if self.call.echo or self.call.prompt_logprobs is not None:
                 await self._prepare_prompts()
             deltas = self._deltas()
             if deltas:
@@ -212,7 +215,7 @@ class Generation(AbstractContextManager["Generation"]):
         if self.closed_s:
             return
         self.closed_s = time.monotonic()
-        self.on_close(self.queue)
+        self.held.close()
         for prompt in self._prompts.values():
             if prompt.submission is not None:
                 prompt.submission.abort()
@@ -227,18 +230,18 @@ class Generation(AbstractContextManager["Generation"]):
         if self.caller is not None:
             self.caller.spend_tokens(num_tokens, time.monotonic())
 
-    def _make_prompt(self, place: int, prompt: CallPrompt) -> Prompt:
-        fields = self.call.fields
-        entry = Prompt(place, prompt, 0 if self.caches_prefixes else None)
-        before = () if prompt.embeds is not None else prompt.ids
-        for number in range(self.call.n):
-            stop = StopStrings(fields.stop, fields.include_stop_str_in_output)
+    def _make_prompt(self, index: int, request: Request) -> Prompt:
+        call = self.call
+        entry = Prompt(index, request, 0 if self.caches_prefixes else None)
+        before = () if request.prompt_embeds is not None else request.prompt
+        for number in range(call.num_drawn):
+            stop = StopStrings(call.stop, call.include_stop_str_in_output)
             text = ChoiceText(
                 self._detokenizer(before),
                 stop,
-                prompt.params.min_tokens,
-                _answer_region(fields),
-                fields.stop_token_ids if fields.stops_in_answer else (),
+                request.params.min_tokens,
+                _answer_region(call),
+                call.stop_token_ids if call.stops_in_answer else (),
             )
             entry.choices.append(Choice(entry, number, text))
         return entry
@@ -248,7 +251,7 @@ class Generation(AbstractContextManager["Generation"]):
     ) -> Detokenizer | None:
         if self._tokenizer is None:
             return None
-        skips_special = self.call.fields.skip_special_tokens and not keeps_special
+        skips_special = self.call.skip_special_tokens and not keeps_special
         return make_detokenizer(self._tokenizer, skips_special, before)
 
     def _all_choices(self) -> Iterable[Choice]:
@@ -287,7 +290,7 @@ class Generation(AbstractContextManager["Generation"]):
         """The engine has computed a prompt, but for what it found in its cache."""
         if self.caches_prefixes:
             prompt.cached_tokens = num_cached
-        num_computed, engine = len(prompt.prompt.ids) - num_cached, self._engine(prompt)
+        num_computed, engine = len(prompt.request.prompt) - num_cached, self._engine(prompt)
         engine.count("prompt_tokens_cached", num_cached)
         engine.observe("request_prefill_kv_computed_tokens", num_computed)
 
@@ -305,7 +308,7 @@ class Generation(AbstractContextManager["Generation"]):
     def _feed(self, choice: Choice, output: TokenOutput) -> str | int | None:
         last = len(output.token_ids) - 1
         ends = output.finish_reason is FinishReason.STOP
-        hides_end = ends and not self.call.fields.include_stop_str_in_output
+        hides_end = ends and not self.call.include_stop_str_in_output
         hidden_ends = {output.stop_token_id, *self.eos_token_ids} if hides_end else set()
         for place, token_id in enumerate(output.token_ids):
             logprob = output.logprobs[place] if output.logprobs else None
@@ -325,7 +328,7 @@ class Generation(AbstractContextManager["Generation"]):
     ) -> None:
         tokens = choice.text.num_tokens
         usage = Usage(
-            prompt_tokens=len(choice.prompt.prompt.ids),
+            prompt_tokens=len(choice.prompt.request.prompt),
             completion_tokens=tokens,
             cached_tokens=choice.prompt.cached_tokens,
         )
@@ -361,9 +364,9 @@ class Generation(AbstractContextManager["Generation"]):
             text = echo_text + text
         if not (text or tokens or choice.finish):
             return None
-        shows_prompt = choice.is_first and self.call.fields.prompt_logprobs is not None
+        shows_prompt = choice.is_first and self.call.prompt_logprobs is not None
         delta = ChoiceDelta(
-            index=choice.prompt.index * self.call.n + choice.number,
+            index=choice.prompt.index * self.call.num_drawn + choice.number,
             prompt_index=choice.prompt.index,
             is_first=choice.is_first,
             cached_tokens=choice.prompt.cached_tokens,
@@ -397,19 +400,19 @@ class Generation(AbstractContextManager["Generation"]):
                     prompt.logprobs = prompt.scores.entries()
                 self._echo(prompt)
 
-        if sum(len(prompt.prompt.ids) for prompt in ready) <= _INLINE_TOKENS:
+        if sum(len(prompt.request.prompt) for prompt in ready) <= _INLINE_TOKENS:
             make()
         else:
             await asyncio.to_thread(make)
 
     def _echo(self, prompt: Prompt) -> tuple[str, list[TokenText]]:
-        if not self.call.fields.echo:
+        if not self.call.echo:
             return "", []
         if prompt.echo is None:
-            given, logprobs = prompt.prompt.text, prompt.logprobs or ()
+            given, logprobs = self.call.prompt_text(prompt.index), prompt.logprobs or ()
             has_text = given is not None and self.makes_text
             detokenizer = self._detokenizer(keeps_special=has_text)  # a given text may have some
-            text, tokens = place_tokens(detokenizer, prompt.prompt.ids, logprobs)
+            text, tokens = place_tokens(detokenizer, prompt.request.prompt, logprobs)
             prompt.echo = aligned(given or "", text, tokens) if has_text else (text, tokens)
         return prompt.echo
 
@@ -457,10 +460,10 @@ class Generation(AbstractContextManager["Generation"]):
         return self.metrics.engine("" if submission is None else submission.engine)
 
 
-def _answer_region(fields: GenerateFields) -> AnswerRegion | None:
+def _answer_region(call: GenerateCall) -> AnswerRegion | None:
     """Where stops count in a choice; None: everywhere."""
-    if not fields.stops_in_answer:
+    if not call.stops_in_answer:
         return None
-    if fields.thinking is not None:
-        return AnswerRegion.after_thinking(fields.thinking)
-    return AnswerRegion.of_harmony(fields.open_message)
+    if call.thinking is not None:
+        return AnswerRegion.after_thinking(call.thinking)
+    return AnswerRegion.of_harmony(call.open_message)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.core.errors import QueueFullError, RequestError
-from gateway.core.call import CallPrompt, GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
 from gateway.core.field_checks import check_batch, require
 from gateway.core.model import ModelFacts
@@ -35,6 +35,7 @@ from workers.requests.inspection import (
     check_inspection,
     num_bytes,
 )
+from workers.requests.request import Request
 
 OUTPUTS = (
     "logits",
@@ -95,7 +96,7 @@ class Inspecting:
 
     @contextlib.asynccontextmanager
     async def inspect(
-        self, fields: InspectFields, wanted: GenerateFields, most_bytes: int
+        self, fields: InspectFields, wanted: GenerateCall, most_bytes: int
     ) -> AsyncIterator[Inspected]:
         """What was found, which counts as held until the block ends.
 
@@ -104,17 +105,17 @@ class Inspecting:
         _check_outputs(fields)
         check_batch("token_ids", len(fields.token_ids), self._max_prompts)
         held = 0
-        made: tuple[ModelFacts, list[CallPrompt]] | None = None
+        made: tuple[ModelFacts, list[Request]] | None = None
 
-        async def make(facts: ModelFacts) -> list[CallPrompt]:
+        async def make(facts: ModelFacts) -> list[Request]:
             nonlocal held, made
             assert facts.shape is not None, "reported with the other facts"
-            pooled, size = await self._long_work.run(
+            requests, size = await self._long_work.run(
                 sum(map(len, fields.token_ids)), _sized_prompts, fields, facts, most_bytes
             )
             self._hold(size)
-            held, made = size, (facts, pooled)
-            return pooled
+            held, made = size, (facts, requests)
+            return requests
 
         try:
             found, usage = await self._reader.read(make, "insp", "token_ids", wanted)
@@ -132,14 +133,14 @@ class Inspecting:
 
 def _sized_prompts(
     fields: InspectFields, facts: ModelFacts, most_bytes: int
-) -> tuple[list[CallPrompt], int]:
+) -> tuple[list[Request], int]:
     """Checked prompts, and the bytes of all their arrays. Raises ``RequestError``."""
-    pooled = make_prompts(fields, facts)
+    requests = make_prompts(fields, facts)
     assert facts.shape is not None, "reported with the other facts"
-    return pooled, _total_size(pooled, facts.shape, most_bytes)
+    return requests, _total_size(requests, facts.shape, most_bytes)
 
 
-def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[CallPrompt]:
+def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[Request]:
     """Checked prompts. Raises ``RequestError``."""
     prompts = fields.token_ids
     check_prompts("token_ids", prompts, facts)
@@ -164,7 +165,7 @@ def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[CallPrompt]:
 
 def _prompt(
     fields: InspectFields, index: int, ids: tuple[int, ...], mask: Mask, facts: ModelFacts
-) -> CallPrompt:
+) -> Request:
     kept = apply_mask(ids, mask)
     places: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
@@ -186,7 +187,7 @@ def _prompt(
         attentions=fields.wants("attentions"),
         aux=fields.wants("aux_loss"),
     )
-    return CallPrompt(ids=kept, inspection=inspection)
+    return Request(prompt=kept, inspection=inspection)
 
 
 def _labels(labels: tuple[float, ...], mask: Mask) -> tuple[int, ...]:
@@ -218,13 +219,13 @@ def _check_outputs(fields: InspectFields) -> None:
     require(unknown is None, "outputs", f"has {str(unknown)[:32]!r}, it may have {names}")
 
 
-def _total_size(pooled: Sequence[CallPrompt], shape: ModelShape, most: int) -> int:
+def _total_size(requests: Sequence[Request], shape: ModelShape, most: int) -> int:
     """Bytes of all prompts. Raises ``RequestError`` for too many."""
     size = 0
-    for prompt in pooled:
-        assert prompt.inspection is not None, "asked for"
-        check_inspection(prompt.inspection, len(prompt.ids), shape)
-        size += num_bytes(prompt.inspection, len(prompt.ids), shape)
+    for request in requests:
+        assert request.inspection is not None, "asked for"
+        check_inspection(request.inspection, len(request.prompt), shape)
+        size += num_bytes(request.inspection, len(request.prompt), shape)
     require(size <= most, "outputs", f"of the call are {size} bytes, at most {most} are allowed")
     return size
 
@@ -232,12 +233,12 @@ def _total_size(pooled: Sequence[CallPrompt], shape: ModelShape, most: int) -> i
 def _inspected(
     fields: InspectFields,
     facts: ModelFacts,
-    pooled: Sequence[CallPrompt],
+    requests: Sequence[Request],
     found: Sequence[Sequence[NamedArray]],
     usage: Usage,
 ) -> Inspected:
     rows = [{array.name: array for array in arrays} for arrays in found]
-    lengths = tuple(len(prompt.ids) for prompt in pooled)
+    lengths = tuple(len(request.prompt) for request in requests)
     assert facts.shape is not None, "reported with the other facts"
     return Inspected(
         rows=tuple(tuple(a for a in arrays if _is_wanted(fields, a)) for arrays in found),

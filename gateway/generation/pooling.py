@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.core.errors import RequestError
-from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import Usage
 from gateway.core.field_checks import RANGES, check_batch, check_cache_salt, check_range, require
 from gateway.core.model import ModelFacts
@@ -25,6 +25,7 @@ from gateway.generation.gateway import Gateway
 from gateway.generation.validate import check_context, check_prompts
 from workers.requests.classifier import pooled_position
 from workers.requests.inspection import IGNORED_LABEL, Inspection, NamedArray, Pooling
+from workers.requests.request import Request
 
 MAX_JOINED_TOKENS = 4 * 1024 * 1024
 """Tokens of all prompts that a call joins out of its texts: a query stands in front of each of its
@@ -55,9 +56,9 @@ class Answers(Generic[Row]):
     usage: Usage
 
 
-def reading_fields(**given: Any) -> GenerateFields:
+def reading_call(**given: Any) -> GenerateCall:
     """What a client asked for of all these calls: model, priority, cache salt and so on."""
-    return GenerateFields(kind=CallKind.COMPLETION, token_ids_only=True, **given)
+    return GenerateCall(kind=CallKind.COMPLETION, token_ids_only=True, **given)
 
 
 class Reader:
@@ -68,7 +69,7 @@ class Reader:
         self.model_name = gateway.model_name
 
     async def embed(
-        self, prompts: Sequence[PromptInput], pooling: str | None, fields: GenerateFields
+        self, prompts: Sequence[PromptInput], pooling: str | None, call: GenerateCall
     ) -> Answers[NDArray[np.float32]]:
         """Vectors of prompts, [hidden_size] each, not normalised.
 
@@ -79,11 +80,11 @@ class Reader:
         require(wanted in kinds, "pooling", f"({wanted[:32]!r}) must be last or mean")
         inspection = Inspection(embedding=kinds[wanted])
 
-        async def make(facts: ModelFacts) -> list[CallPrompt]:
-            ids = await self._ids(prompts, facts, fields, "input")
-            return [CallPrompt(ids=one, inspection=inspection) for one in ids]
+        async def make(facts: ModelFacts) -> list[Request]:
+            ids = await self._ids(prompts, facts, call, "input")
+            return [Request(prompt=one, inspection=inspection) for one in ids]
 
-        found, usage = await self.read(make, "embd", "input", fields)
+        found, usage = await self.read(make, "embd", "input", call)
         return Answers(tuple(as_numpy(one.arrays[0]) for one in found), usage)
 
     async def classify(
@@ -91,15 +92,15 @@ class Reader:
         prompts: Sequence[PromptInput],
         labels: Sequence[str],
         masks: Sequence[Mask],
-        fields: GenerateFields,
+        call: GenerateCall,
     ) -> Answers[ClassRow]:
         """Classes of prompts. Raises what ``Gateway.start`` raises."""
         names: tuple[str, ...] = ()
         is_multi = False
 
-        async def make(facts: ModelFacts) -> list[CallPrompt]:
+        async def make(facts: ModelFacts) -> list[Request]:
             nonlocal names, is_multi
-            ids = await self._ids(prompts, facts, fields, "input")
+            ids = await self._ids(prompts, facts, call, "input")
             size = sum(map(len, ids))
             ids = await self._gateway.long_work.run(size, keep_unmasked, ids, masks, facts)
             names = facts.labels or tuple(labels)
@@ -107,10 +108,10 @@ class Reader:
             if facts.labels:
                 require(not labels, "labels", "must not be set: the model has its own")
                 check_classifier_batch(len(ids), facts)
-                return [CallPrompt(ids=one) for one in ids]  # for a classifier's logits
+                return [Request(prompt=one) for one in ids]  # for a classifier's logits
             return await self._label_prompts(ids, labels, facts)
 
-        found, usage = await self.read(make, "cls", "input", fields)
+        found, usage = await self.read(make, "cls", "input", call)
         if labels:  # a language model: one entry for each prompt and label
             sums = [float(np.nansum(as_numpy(one.arrays[0]), dtype=np.float64)) for one in found]
             logits = [tuple(sums[i : i + len(names)]) for i in range(0, len(sums), len(names))]
@@ -122,7 +123,7 @@ class Reader:
         self,
         queries: Sequence[PromptInput],
         documents: Sequence[PromptInput],
-        fields: GenerateFields,
+        call: GenerateCall,
         names: tuple[str, str] = ("queries", "documents"),
     ) -> Answers[float]:
         """Mean log-probabilities of documents behind queries; ``names`` are their fields.
@@ -137,27 +138,27 @@ class Reader:
             "there must be one, or as many",
         )
 
-        async def make(facts: ModelFacts) -> list[CallPrompt]:
-            before = await self._ids(queries, facts, fields, name)
-            behind = await self._ids(documents, facts, fields, other, special=False)
+        async def make(facts: ModelFacts) -> list[Request]:
+            before = await self._ids(queries, facts, call, name)
+            behind = await self._ids(documents, facts, call, other, special=False)
             if len(before) == 1:
                 before *= len(behind)
             pairs = list(zip(before, behind, strict=True))
 
-            def join() -> list[CallPrompt]:
+            def join() -> list[Request]:
                 return [scored_prompt(*pair, name) for pair in pairs]
 
             size = sum(len(first) + len(second) for first, second in pairs)
             _check_total(f"{name} and {other}", size, name)
             return await self._gateway.long_work.run(size, join)
 
-        found, usage = await self.read(make, "score", other, fields)
+        found, usage = await self.read(make, "score", other, call)
         rows = [as_numpy(one.arrays[0]) for one in found]
         return Answers(tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage)
 
     async def _label_prompts(
         self, ids: Sequence[tuple[int, ...]], labels: Sequence[str], facts: ModelFacts
-    ) -> list[CallPrompt]:
+    ) -> list[Request]:
         if not labels:
             message = "labels is required: the model has no classes"
             raise RequestError(message, "labels", "missing_required_parameter")
@@ -167,7 +168,7 @@ class Reader:
         tokens = await self._gateway.prompts.make_ids(labels, facts, False, "labels")
         require(all(tokens), "labels", "must not contain an empty text")
 
-        def join() -> list[CallPrompt]:
+        def join() -> list[Request]:
             return [scored_prompt(one, label, "input") for one in ids for label in tokens]
 
         size = len(tokens) * sum(map(len, ids)) + len(ids) * sum(map(len, tokens))
@@ -178,13 +179,13 @@ class Reader:
         self,
         prompts: Sequence[PromptInput],
         facts: ModelFacts,
-        fields: GenerateFields,
+        call: GenerateCall,
         field: str,
         special: bool = True,
     ) -> list[tuple[int, ...]]:
         """Token ids of each prompt, none of them empty."""
         check_batch(field, len(prompts), self._gateway.limits.max_batch_prompts)
-        special = special and fields.add_special_tokens is not False
+        special = special and call.add_special_tokens is not False
         ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
         size = sum(map(len, ids))
         await self._gateway.long_work.run(size, check_prompts, field, ids, facts)
@@ -192,32 +193,27 @@ class Reader:
 
     async def read(
         self,
-        make: Callable[[ModelFacts], Awaitable[list[CallPrompt]]],
+        make: Callable[[ModelFacts], Awaitable[list[Request]]],
         prefix: str,
         field: str,
-        fields: GenerateFields,
+        call: GenerateCall,
     ) -> tuple[list[Found], Usage]:
         """Run what ``make`` validates to its end. Raises what ``Gateway.start`` raises."""
-        check_range("priority", fields.priority, RANGES["priority"])
-        check_cache_salt(fields.cache_salt)
+        check_range("priority", call.priority, RANGES["priority"])
+        check_cache_salt(call.cache_salt)
 
-        async def make_call(facts: ModelFacts) -> GenerateCall:
-            pooled = await make(facts)
+        async def make_checked(facts: ModelFacts) -> tuple[GenerateCall, list[Request]]:
+            requests = await make(facts)
             most = self._gateway.limits.max_queue
-            if len(pooled) > most:
-                message = f"the call needs {len(pooled)} places in the queue, there are {most}"
+            if len(requests) > most:
+                message = f"the call needs {len(requests)} places in the queue, there are {most}"
                 raise RequestError(message, field)
-            for prompt in pooled:
-                check_context(len(prompt.ids), 0, facts, field)
-            return GenerateCall(
-                fields=fields,
-                model=fields.model or facts.name,
-                prompts=tuple(pooled),
-                cache_salt=fields.cache_salt or "",
-            )
+            for request in requests:
+                check_context(len(request.prompt), 0, facts, field)
+            return call, requests
 
         call_id = f"{prefix}-{uuid.uuid4().hex}"
-        with await self._gateway.start_call(fields, call_id, make_call) as generation:
+        with await self._gateway.start_call(call, call_id, make_checked) as generation:
             found = await generation.read()
             return found, generation.usage
 
@@ -230,12 +226,12 @@ def _check_total(what: str, num_tokens: int, field: str) -> None:
         raise RequestError(message, field)
 
 
-def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> CallPrompt:
+def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> Request:
     """Log-probabilities of some tokens behind others. Raises ``RequestError`` without those."""
     if not before:
         raise RequestError(f"{field} must not be empty", field)
     labels = (IGNORED_LABEL,) * len(before) + behind
-    return CallPrompt(ids=before + behind, inspection=Inspection(labels=labels))
+    return Request(prompt=before + behind, inspection=Inspection(labels=labels))
 
 
 def keep_unmasked(

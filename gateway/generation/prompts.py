@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.call import ChatInput, GenerateFields
+from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.field_checks import check_chat
 from gateway.core.model import ModelFacts
 from gateway.core.thinking import BEGIN, END, Thinking, thinking_after
@@ -153,36 +153,36 @@ class PromptMaker:
             raise found.error
         return RenderedChat(text=found.text or "", form=form, has_thinking=found.has_thinking)
 
-    def _with_channels(self, fields: GenerateFields, opened: str) -> GenerateFields:
-        """The fields of an answer in the Harmony format, with the grammar that it follows.
+    def _with_channels(self, call: GenerateCall, opened: str) -> GenerateCall:
+        """The call of an answer in the Harmony format, with the grammar that it follows.
 
         Args:
             opened: the message that the prompt leaves open.
         """
         special_ids = self.require_tokenizer("tools").special_ids
         return replace(
-            fields,
-            grammar=harmony_grammar(fields.tools, special_ids, fields.grammar, opened),
+            call,
+            grammar=harmony_grammar(call.tools, special_ids, call.grammar, opened),
             tool_form=ToolForm.HARMONY,
             open_message=opened,
             skip_special_tokens=False,
         )
 
     def _with_form(
-        self, fields: GenerateFields, form: ToolForm, thinking: Thinking | None
-    ) -> GenerateFields:
-        """The fields of any other answer."""
-        use = fields.tools
+        self, call: GenerateCall, form: ToolForm, thinking: Thinking | None
+    ) -> GenerateCall:
+        """The call of any other answer."""
+        use = call.tools
         if use is None and thinking is None:
-            return fields
+            return call
         tokenizer = self.require_tokenizer("messages")
         has_marks = thinking is not None and not {BEGIN, END}.isdisjoint(tokenizer.special_ids)
         return replace(
-            fields,
-            grammar=answer_grammar(use, form, tokenizer.mark_ids, fields.grammar, thinking),
+            call,
+            grammar=answer_grammar(use, form, tokenizer.mark_ids, call.grammar, thinking),
             tool_form=None if use is None else form,
             thinking=thinking,
-            skip_special_tokens=fields.skip_special_tokens and use is None and not has_marks,
+            skip_special_tokens=call.skip_special_tokens and use is None and not has_marks,
         )
 
     def _thinking(
@@ -220,7 +220,7 @@ class PromptMaker:
 
         return await asyncio.to_thread(decode)
 
-    async def bad_words(self, fields: GenerateFields) -> tuple[tuple[int, ...], ...]:
+    async def bad_words(self, call: GenerateCall) -> tuple[tuple[int, ...], ...]:
         """Token sequences of each bad word, at the start of a text and after a space.
 
         A word of white space alone is taken as it is.
@@ -228,11 +228,11 @@ class PromptMaker:
         Raises:
             RequestError: a word has no tokens, or there is no tokenizer.
         """
-        if not fields.bad_words:
+        if not call.bad_words:
             return ()
         encode = self.require_tokenizer("bad_words").encode
         forms: list[str] = []
-        for word in fields.bad_words:
+        for word in call.bad_words:
             forms += [word.lstrip(), f" {word.lstrip()}"] if word.strip() else [word]
         found = await asyncio.to_thread(lambda: [encode(form, False) for form in forms])
         if not all(found):
@@ -240,53 +240,49 @@ class PromptMaker:
         return tuple(dict.fromkeys(found))
 
     async def make(
-        self, fields: GenerateFields, facts: ModelFacts
-    ) -> tuple[GenerateFields, list[tuple[str | None, tuple[int, ...]]]]:
-        """The fields, with the form of their tools; (text or None, token ids) of each prompt."""
-        if fields.chat is None:
-            return fields, await self._make_all(fields, facts)
-        rendered = await self.render(fields.chat)
+        self, call: GenerateCall, facts: ModelFacts
+    ) -> tuple[GenerateCall, list[tuple[int, ...]]]:
+        """The call, with the form of its tools; token ids of each prompt."""
+        if call.chat is None:
+            return call, await self._make_all(call, facts)
+        rendered = await self.render(call.chat)
         text = rendered.text
-        if fields.truncate_prompt_tokens is None:
+        if call.truncate_prompt_tokens is None:
             self._check_length(text, facts, "messages")
-        special = bool(fields.add_special_tokens)
-        kept = kept_tokens(fields, facts)
+        special = bool(call.add_special_tokens)
+        kept = kept_tokens(call, facts)
         (encoded,) = await self._encode([text], facts, special, "messages", kept)
-        if fields.chat.template is not None and not encoded.num_tokens:
+        if call.chat.template is not None and not encoded.num_tokens:
             raise RequestError(f"{PARAM} makes an empty prompt", PARAM)
-        size = len(text) if fields.tools is None else INLINE_SIZE + 1
+        size = len(text) if call.tools is None else INLINE_SIZE + 1
         complete = await self._long_work.run(
-            size, self._complete, fields, fields.chat, rendered, encoded
+            size, self._complete, call, call.chat, rendered, encoded
         )
-        return complete, [(None, encoded.ids)]
+        return complete, [encoded.ids]
 
     def _complete(
         self,
-        fields: GenerateFields,
+        call: GenerateCall,
         chat: ChatInput,
         rendered: RenderedChat,
         encoded: EncodedText,
-    ) -> GenerateFields:
-        """The fields of the answer to a prompt."""
+    ) -> GenerateCall:
+        """The call, with how the answer to its prompt is written."""
         ids, is_cut = encoded.ids, len(encoded.ids) < encoded.num_tokens
         if rendered.form is ToolForm.HARMONY:
-            return self._with_channels(fields, self._open_message(rendered.text, ids, is_cut))
+            return self._with_channels(call, self._open_message(rendered.text, ids, is_cut))
         thinking = None
         if rendered.has_thinking:
             thinking = self._thinking(chat, rendered.text, ids, is_cut)
-        return self._with_form(fields, rendered.form, thinking)
+        return self._with_form(call, rendered.form, thinking)
 
-    async def _make_all(
-        self, fields: GenerateFields, facts: ModelFacts
-    ) -> list[tuple[str | None, tuple[int, ...]]]:
-        special = fields.add_special_tokens is not False
-        kept, name = kept_tokens(fields, facts), fields.prompt_name
+    async def _make_all(self, call: GenerateCall, facts: ModelFacts) -> list[tuple[int, ...]]:
+        special = call.add_special_tokens is not False
+        kept, name = kept_tokens(call, facts), call.prompt_name
         if kept is not None:
-            cut = await self._encode(fields.prompts, facts, special, name, kept)
-            return [(None, one.ids) for one in cut]
-        ids = await self.make_ids(fields.prompts, facts, special, name)
-        texts = (prompt if isinstance(prompt, str) else None for prompt in fields.prompts)
-        return list(zip(texts, ids, strict=True))
+            cut = await self._encode(call.prompts, facts, special, name, kept)
+            return [one.ids for one in cut]
+        return await self.make_ids(call.prompts, facts, special, name)
 
     async def make_ids(
         self,

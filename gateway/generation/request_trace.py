@@ -12,7 +12,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from cluster.tracing.exporter import Span, SpanId
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.generation.generation import Generation
 from workers.requests.request import Request
 from workers.requests.traced import StepParents
@@ -37,7 +37,7 @@ class RequestTrace:
     """Called with each prompt that goes to an engine, in order; None: it is not sampled."""
     on_end: Callable[[RequestTrace], None]
     """Called once it is over."""
-    fields: GenerateFields | None = None
+    fields: GenerateCall | None = None
     """What was asked for, once it is known to be within its limits; None for embeddings."""
     generation: Generation | None = None
     response_id: str | None = None

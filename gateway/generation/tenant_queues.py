@@ -7,8 +7,10 @@ of one tenant does not make the requests of another one wait, or be refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from workers.requests.request import Request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,21 @@ class Ask:
     """Of the tenant."""
     priority: int = 0
     """Of one tenant lower values go first."""
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> Ask:
+        """What the requests of a call need; at least one."""
+        first = requests[0]
+        num_tokens = sum(len(one.prompt) + one.n * one.params.max_tokens for one in requests)
+        return cls(
+            num_requests=len(requests),
+            num_choices=first.n,
+            num_tokens=num_tokens,
+            num_bytes=sum(len(e.data) for one in requests if (e := one.prompt_embeds) is not None),
+            tenant=first.tenant,
+            weight=first.weight,
+            priority=first.priority,
+        )
 
     @property
     def num_places(self) -> int:

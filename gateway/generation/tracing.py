@@ -44,7 +44,7 @@ from cluster.tracing.exporter import (
     set_span_in_context,
 )
 from gateway.cluster.events import ClusterEvents, Event
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.generation.choices import Choice, Prompt
 from gateway.generation.generation import Generation
 from gateway.generation.request_trace import TRACE, Port, RequestTrace
@@ -286,7 +286,7 @@ def _server(address: str) -> Attributes:
     return {names.SERVER_ADDRESS: host, names.SERVER_PORT: int(port)} if host else {}
 
 
-def _requested(fields: GenerateFields | None) -> Attributes:
+def _requested(fields: GenerateCall | None) -> Attributes:
     if fields is None:
         return {}
     values = {name: getattr(fields, field) for name, field in _REQUESTED.items()}
@@ -307,7 +307,7 @@ def _answered(generation: Generation, model: str, response_id: str | None) -> At
     }
 
 
-def _content(fields: GenerateFields | None, generation: Generation, decode: Decode) -> Attributes:
+def _content(fields: GenerateCall | None, generation: Generation, decode: Decode) -> Attributes:
     if fields is not None and fields.chat is not None:
         asked = [
             _message(str(message.get("role")), str(message.get("content") or ""))
@@ -315,8 +315,9 @@ def _content(fields: GenerateFields | None, generation: Generation, decode: Deco
         ]
     else:
         asked = [
-            _message("user", decode(prompt.ids) if prompt.text is None else prompt.text)
-            for prompt in generation.call.prompts
+            _message("user", decode(request.prompt) if text is None else text)
+            for index, request in enumerate(generation.requests)
+            for text in (generation.call.prompt_text(index),)
         ]
     answered = [
         _message("assistant", decode(choice.token_ids))

@@ -1,4 +1,4 @@
-"""From checked fields to a call: what depends on the model, defaults and seeds.
+"""From a checked call to the engine's requests: what depends on the model, defaults and seeds.
 
 ``field_checks.check_fields`` runs first. Nothing is allocated for a call before both have passed.
 """
@@ -11,10 +11,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from cluster.core.errors import ContextLengthError, RequestError
-from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.field_checks import require
 from gateway.core.model import ModelFacts
-from workers.requests.request import BeamParams, EarlyStopping, SamplingParams
+from workers.requests.request import BeamParams, EarlyStopping, Request, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 """Default ``max_tokens`` of a completion."""
@@ -32,66 +32,60 @@ _SAMPLED = (
 """Fields that ``SamplingParams`` has by the same name; unset ones take its defaults."""
 
 
-def finish_call(
-    fields: GenerateFields,
-    prompts: Sequence[tuple[str | None, tuple[int, ...]]],
+def make_requests(
+    call: GenerateCall,
+    prompts: Sequence[tuple[int, ...]],
     model: ModelFacts,
     draw_seed: Callable[[], int],
     bad_words: Sequence[tuple[int, ...]] = (),
-) -> GenerateCall:
-    """The validated call.
+) -> list[Request]:
+    """The engine's requests, one a prompt; ``RequestSubmitter`` completes them.
 
     Args:
-        fields: checked by ``check_fields``.
-        prompts: (text or None, token ids) of each prompt.
+        call: checked by ``check_fields``.
+        prompts: token ids of each.
         model: limits of the served model.
         draw_seed: makes a seed for each prompt where the client gave none.
-        bad_words: token sequences of ``fields.bad_words``.
+        bad_words: token sequences of ``call.bad_words``.
 
     Raises:
         RequestError: a token id outside the vocabulary, or a prompt without tokens.
         ContextLengthError: prompt and output do not fit.
     """
-    _check_ids(fields, bad_words, model)
-    _check_width(fields, model)
-    field = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
-    check_prompts(field, [ids for _, ids in prompts], model)
-    if fields.embeds is not None and model.shape is not None:
+    _check_ids(call, bad_words, model)
+    _check_width(call, model)
+    field = "messages" if call.kind is CallKind.CHAT else call.prompt_name
+    check_prompts(field, prompts, model)
+    if call.embeds is not None and model.shape is not None:
         width, name = model.shape.hidden_size, "embeddings"
-        rule = f"are {fields.embeds.width} wide, the model's {width}"
-        require(fields.embeds.width == width, name, rule)
-    params = _make_params(fields, tuple(bad_words))
-    finished = tuple(
-        CallPrompt(
-            ids=ids,
-            text=text,
-            embeds=fields.embeds,
+        rule = f"are {call.embeds.width} wide, the model's {width}"
+        require(call.embeds.width == width, name, rule)
+    params = _make_params(call, tuple(bad_words))
+    requests = [
+        Request(
+            prompt=ids,
+            prompt_embeds=call.embeds,
             params=replace(
                 params,
-                max_tokens=_max_tokens(fields, len(ids), model),
-                seed=draw_seed() if fields.seed is None else fields.seed,
+                max_tokens=_max_tokens(call, len(ids), model),
+                seed=draw_seed() if call.seed is None else call.seed,
             ),
         )
-        for text, ids in prompts
-    )
-    _check_logprob_entries(fields, finished)
-    return GenerateCall(
-        fields=fields,
-        model=fields.model or model.name,
-        prompts=finished,
-        cache_salt=fields.cache_salt or "",
-    )
+        for ids in prompts
+    ]
+    _check_logprob_entries(call, requests)
+    return requests
 
 
-def kept_tokens(fields: GenerateFields, model: ModelFacts) -> slice | None:
+def kept_tokens(call: GenerateCall, model: ModelFacts) -> slice | None:
     """What ``truncate_prompt_tokens`` leaves of a prompt; None where it is not set."""
-    wanted = fields.truncate_prompt_tokens
+    wanted = call.truncate_prompt_tokens
     if wanted is None:
         return None
-    output = fields.max_tokens if fields.max_tokens is not None else max(1, fields.min_tokens or 0)
+    output = call.max_tokens if call.max_tokens is not None else max(1, call.min_tokens or 0)
     room = max(1, model.context_tokens - output)
     kept = room if wanted == -1 else wanted
-    return slice(kept) if fields.truncation_side == "right" else slice(-kept, None)
+    return slice(kept) if call.truncation_side == "right" else slice(-kept, None)
 
 
 def check_prompts(name: str, prompts: Sequence[Sequence[int]], model: ModelFacts) -> None:
@@ -114,40 +108,38 @@ def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
             raise RequestError(message, name)
 
 
-def _check_ids(
-    fields: GenerateFields, bad_words: Sequence[tuple[int, ...]], model: ModelFacts
-) -> None:
+def _check_ids(call: GenerateCall, bad_words: Sequence[tuple[int, ...]], model: ModelFacts) -> None:
     """All token ids but those of prompts."""
-    allowed, size = fields.allowed_token_ids or (), model.vocab_size
-    check_token_ids("stop_token_ids", fields.stop_token_ids, size)
+    allowed, size = call.allowed_token_ids or (), model.vocab_size
+    check_token_ids("stop_token_ids", call.stop_token_ids, size)
     rule = f"has {len(allowed)} entries, the vocabulary has {size}"
     require(len(allowed) <= size, "allowed_token_ids", rule)
     check_token_ids("allowed_token_ids", allowed, size)
-    check_token_ids("logprob_token_ids", fields.logprob_token_ids, size)
+    check_token_ids("logprob_token_ids", call.logprob_token_ids, size)
     for word in bad_words:
         check_token_ids("bad_words", word, size)
-    check_token_ids("logit_bias", [token for token, _ in fields.logit_bias], size)
-    _check_leaves_tokens(fields, model)
+    check_token_ids("logit_bias", [token for token, _ in call.logit_bias], size)
+    _check_leaves_tokens(call, model)
 
 
-def _check_leaves_tokens(fields: GenerateFields, model: ModelFacts) -> None:
+def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
     """``min_tokens`` masks what would end the text: some other token must be there."""
-    ending = set(fields.stop_token_ids)
-    if not fields.ignore_eos:
+    ending = set(call.stop_token_ids)
+    if not call.ignore_eos:
         ending.update(model.eos_token_ids)
     name, left = "stop_token_ids", model.vocab_size - len(ending)
-    if fields.allowed_token_ids is not None:
-        name, left = "allowed_token_ids", len(set(fields.allowed_token_ids) - ending)
+    if call.allowed_token_ids is not None:
+        name, left = "allowed_token_ids", len(set(call.allowed_token_ids) - ending)
     rule = f"leave no token of the vocabulary ({model.vocab_size}) for min_tokens"
-    require(not fields.min_tokens or left > 0, name, rule)
+    require(not call.min_tokens or left > 0, name, rule)
 
 
-def _check_width(fields: GenerateFields, model: ModelFacts) -> None:
+def _check_width(call: GenerateCall, model: ModelFacts) -> None:
     """Beams begin with different tokens, none of which ends the text."""
-    most = model.vocab_size - len({*fields.stop_token_ids, *model.eos_token_ids})
-    name, width = "n" if fields.best_of is None else "best_of", fields.num_drawn
+    most = model.vocab_size - len({*call.stop_token_ids, *model.eos_token_ids})
+    name, width = "n" if call.best_of is None else "best_of", call.num_drawn
     rule = f"({width}) must be at most {most} with use_beam_search: there are no more first tokens"
-    require(not fields.use_beam_search or width <= most, name, rule)
+    require(not call.use_beam_search or width <= most, name, rule)
 
 
 def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str) -> None:
@@ -167,69 +159,69 @@ def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str
     )
 
 
-def _max_tokens(fields: GenerateFields, num_tokens: int, model: ModelFacts) -> int:
-    name = "messages" if fields.kind is CallKind.CHAT else fields.prompt_name
-    if fields.max_tokens is not None and not fields.fits_context:
+def _max_tokens(call: GenerateCall, num_tokens: int, model: ModelFacts) -> int:
+    name = "messages" if call.kind is CallKind.CHAT else call.prompt_name
+    if call.max_tokens is not None and not call.fits_context:
         prompt_only = num_tokens >= model.context_tokens
         check_context(
-            num_tokens, fields.max_tokens, model, name if prompt_only else fields.max_tokens_name
+            num_tokens, call.max_tokens, model, name if prompt_only else call.max_tokens_name
         )
-        return fields.max_tokens
-    check_context(num_tokens, max(1, fields.min_tokens or 0), model, name)
+        return call.max_tokens
+    check_context(num_tokens, max(1, call.min_tokens or 0), model, name)
     room = model.context_tokens - num_tokens
-    if fields.max_tokens is not None:
-        return min(fields.max_tokens, room)
-    if fields.kind is CallKind.CHAT:
+    if call.max_tokens is not None:
+        return min(call.max_tokens, room)
+    if call.kind is CallKind.CHAT:
         return room
-    return min(max(DEFAULT_MAX_TOKENS, fields.min_tokens or 0), room)
+    return min(max(DEFAULT_MAX_TOKENS, call.min_tokens or 0), room)
 
 
-def _num_drawn_logprobs(fields: GenerateFields) -> int | None:
+def _num_drawn_logprobs(call: GenerateCall) -> int | None:
     """Alternatives that the engine reports: ranking needs the drawn tokens' own."""
-    wanted, ranks_here = fields.num_logprobs, fields.is_ranked and not fields.use_beam_search
+    wanted, ranks_here = call.num_logprobs, call.is_ranked and not call.use_beam_search
     return 0 if wanted is None and ranks_here else wanted
 
 
-def _num_prompt_logprobs(fields: GenerateFields) -> int | None:
+def _num_prompt_logprobs(call: GenerateCall) -> int | None:
     """Alternatives that the engine reports for each prompt token."""
-    echoed = fields.logprobs if fields.echo else None
-    counts = [count for count in (echoed, fields.prompt_logprobs) if count is not None]
+    echoed = call.logprobs if call.echo else None
+    counts = [count for count in (echoed, call.prompt_logprobs) if count is not None]
     return max(counts, default=None)
 
 
-def _make_params(fields: GenerateFields, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
+def _make_params(call: GenerateCall, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
     """What all prompts share; each has its own limit and seed."""
     given: dict[str, Any] = {
-        name: value for name in _SAMPLED if (value := getattr(fields, name)) is not None
+        name: value for name in _SAMPLED if (value := getattr(call, name)) is not None
     }
-    if fields.stops_in_answer:
+    if call.stops_in_answer:
         given["stop_token_ids"] = ()  # the gateway looks for them, where the answer is
-    if fields.use_beam_search:
-        given |= {"beams": _beams(fields), "temperature": 0.0}
+    if call.use_beam_search:
+        given |= {"beams": _beams(call), "temperature": 0.0}
     return SamplingParams(
         **given,
-        top_k=min(max(fields.top_k or 0, 0), 2**31 - 1),
-        logprobs=_num_drawn_logprobs(fields),
-        prompt_logprobs=_num_prompt_logprobs(fields),
-        allowed_token_ids=tuple(sorted(set(fields.allowed_token_ids or ()))),
+        top_k=min(max(call.top_k or 0, 0), 2**31 - 1),
+        logprobs=_num_drawn_logprobs(call),
+        prompt_logprobs=_num_prompt_logprobs(call),
+        allowed_token_ids=tuple(sorted(set(call.allowed_token_ids or ()))),
         bad_words=bad_words,
     )
 
 
-def _beams(fields: GenerateFields) -> BeamParams:
-    penalty, stops = fields.length_penalty, fields.early_stopping
+def _beams(call: GenerateCall) -> BeamParams:
+    penalty, stops = call.length_penalty, call.early_stopping
     given: dict[str, Any] = {} if penalty is None else {"length_penalty": penalty}
     return BeamParams(**given, early_stopping=EarlyStopping(stops or "false"))
 
 
-def _check_logprob_entries(fields: GenerateFields, prompts: Sequence[CallPrompt]) -> None:
-    new, of_prompt = _num_drawn_logprobs(fields), _num_prompt_logprobs(fields)
-    entries = fields.num_drawn * sum(
-        p.params.max_tokens * (0 if new is None else new + 1)
-        + len(p.ids) * (0 if of_prompt is None else of_prompt + 1)
-        for p in prompts
+def _check_logprob_entries(call: GenerateCall, requests: Sequence[Request]) -> None:
+    new, of_prompt = _num_drawn_logprobs(call), _num_prompt_logprobs(call)
+    entries = call.num_drawn * sum(
+        one.params.max_tokens * (0 if new is None else new + 1)
+        + len(one.prompt) * (0 if of_prompt is None else of_prompt + 1)
+        for one in requests
     )
-    name = fields.logprobs_name if new is not None else "prompt_logprobs"
-    most = MAX_BEAM_LOGPROB_ENTRIES if fields.use_beam_search else MAX_LOGPROB_ENTRIES
+    name = call.logprobs_name if new is not None else "prompt_logprobs"
+    most = MAX_BEAM_LOGPROB_ENTRIES if call.use_beam_search else MAX_LOGPROB_ENTRIES
     rule = f"times tokens times choices ({entries}) must be at most {most}"
     require(entries <= most, name, rule)

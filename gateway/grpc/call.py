@@ -13,7 +13,7 @@ import grpc
 
 from gateway.auth.auth import KeyRing
 from gateway.auth.key_limits import Account
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
 from gateway.core.headers import with_headers
 from gateway.core.request_id import HEADER, REQUEST_ID, choose_request_id
@@ -93,7 +93,7 @@ class GrpcCall:
         left_s: float | None = self.context.time_remaining()
         return left_s
 
-    def with_headers(self, fields: GenerateFields) -> GenerateFields:
+    def with_headers(self, fields: GenerateCall) -> GenerateCall:
         """The same fields, with the client's deadline, and what its metadata says."""
         return with_headers(fields, self._metadata, self.time_left_s)
 

@@ -10,7 +10,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.json_format import MessageToDict
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
+from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, check_length, check_messages
 from gateway.core.tool_use import Tool, ToolUse
 from gateway.offload.long_work import numbers_of
@@ -24,7 +24,7 @@ from workers.requests.request import Grammar
 _SCALARS = (str, int, float)
 
 
-def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
+def grpc_fields(request: pb.GenerateRequest) -> GenerateCall:
     source = input_of(request, "input")
     embeds = _grpc_embeds(request) if source == "embeddings" else None
     sampling, options = request.sampling_params, request.output_options
@@ -36,7 +36,7 @@ def grpc_fields(request: pb.GenerateRequest) -> GenerateFields:
     if sampling.HasField("allowed_token_ids"):
         fields["allowed_token_ids"] = numbers_of(sampling.allowed_token_ids.ids)
     grammar = _grpc_grammar(sampling)
-    return GenerateFields(
+    return GenerateCall(
         kind=CallKind.CHAT if is_chat else CallKind.COMPLETION,
         prompt_name=source,
         prompts=_grpc_prompts(request, source) if embeds is None else ((0,) * embeds.num_tokens,),

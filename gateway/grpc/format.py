@@ -31,12 +31,13 @@ class GrpcFormat(TextFormat):
         self, generation: Generation, tokenizer: Tokenizer | None, request_id: str
     ) -> None:
         super().__init__(generation.call, tokenizer)
+        self._prompt = generation.requests[0].prompt
         self._request_id = request_id
 
     def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> pb.GenerateResponse:
         return pb.GenerateResponse(
             request_id=self._request_id,
-            model=self.call.model,
+            model=self.call.model or "",
             choices=[self._choice(choice) for choice in choices],
             usage=usage_message(usage),
             prompt_token_ids=self._prompt_ids(),
@@ -85,20 +86,19 @@ class GrpcFormat(TextFormat):
         )
 
     def _prompt_ids(self) -> tuple[int, ...]:
-        return self.call.prompts[0].ids if self.call.fields.return_token_ids else ()
+        return self._prompt if self.call.return_token_ids else ()
 
     def _prompt_logprobs(
         self, entries: Sequence[TokenLogprob | None] | None
     ) -> list[types_pb2.TokenLogprob]:
-        wanted = self.call.fields.prompt_logprobs
+        wanted = self.call.prompt_logprobs
         if wanted is None or entries is None:
             return []
-        ids = self.call.prompts[0].ids
-        pairs = zip(ids, entries, strict=True)
+        pairs = zip(self._prompt, entries, strict=True)
         return [self._entry(TokenText(token, 0, entry), wanted) for token, entry in pairs]
 
     def _logprobs(self, tokens: Iterable[TokenText]) -> list[types_pb2.TokenLogprob]:
-        wanted = self.call.fields.num_logprobs
+        wanted = self.call.num_logprobs
         if wanted is None:
             return []
         return [self._entry(token, wanted) for token in tokens]

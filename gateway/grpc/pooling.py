@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.core.errors import RequestError
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_CALL_BYTES, InspectFields, Inspecting
-from gateway.generation.pooling import PromptInput, Reader, reading_fields
+from gateway.generation.pooling import PromptInput, Reader, reading_call
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.convert import given_fields, input_of
 from gateway.grpc.format import usage_message
@@ -128,9 +128,9 @@ def _pieces(index: int, array: NamedArray) -> Iterator[pb.ArrayPiece]:
         )
 
 
-async def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateFields:
+async def _fields(request: PoolingRequest, call: GrpcCall) -> GenerateCall:
     """What all these requests have in common. Raises ``RequestError``."""
-    return call.with_headers(reading_fields(**await call.convert(given_fields, request)))
+    return call.with_headers(reading_call(**await call.convert(given_fields, request)))
 
 
 def _prompts(inputs: Iterable[pb.Input], field: str) -> tuple[PromptInput, ...]:

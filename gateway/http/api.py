@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from cluster.core.errors import RequestError
 from cluster.core.release import RELEASE, installed_version
 from gateway.auth.auth import EVENTS, NUMBERS_BY_EXPERT, check_operator, is_operator
-from gateway.core.call import ChatInput, GenerateFields
+from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta, Usage
 from gateway.core.errors import RouteError, report_error
 from gateway.core.field_checks import check_stream, given_one
@@ -265,7 +265,7 @@ def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None
 class _Asked(NamedTuple):
     """One call. The body itself is freed where it was read: it may consist of many objects."""
 
-    fields: GenerateFields
+    fields: GenerateCall
     stream: StreamOptions | None
     """None: the answer is whole."""
     request_id: str | None

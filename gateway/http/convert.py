@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateFields
+from gateway.core.call import FIELD_NAMES, CallKind, ChatInput, GenerateCall
 from gateway.core.messages import REASONING_NAMES
 from gateway.core.retention import seconds_of
 from gateway.core.tool_use import Tool, ToolUse
@@ -34,19 +34,19 @@ _DURATIONS = ("24h",)
 """Values of ``prompt_cache_retention`` that name one."""
 
 
-def completion_fields(body: CompletionBody) -> GenerateFields:
+def completion_fields(body: CompletionBody) -> GenerateCall:
     prompts = prompt_list(body.prompt)
-    return GenerateFields(kind=CallKind.COMPLETION, prompts=prompts, **_common_fields(body))
+    return GenerateCall(kind=CallKind.COMPLETION, prompts=prompts, **_common_fields(body))
 
 
-def chat_fields(body: ChatBody) -> GenerateFields:
+def chat_fields(body: ChatBody) -> GenerateCall:
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     fields = {**_common_fields(body), "logprobs": _chat_logprobs(body)}
     schema = body.response_format and body.response_format.json_schema
     named = (schema.name, schema.description) if schema else (None, None)
     chat = replace(chat_input(body), answer_format=make_answer_format(fields["grammar"], *named))
-    return GenerateFields(kind=CallKind.CHAT, chat=chat, logprobs_name="top_logprobs", **fields)
+    return GenerateCall(kind=CallKind.CHAT, chat=chat, logprobs_name="top_logprobs", **fields)
 
 
 def _chat_logprobs(body: ChatBody) -> int | None:

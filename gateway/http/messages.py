@@ -16,7 +16,7 @@ from gateway.anthropic.convert import chat_input, message_fields, shows_thinking
 from gateway.anthropic.format import MessageFormat
 from gateway.anthropic.schema import CountTokensBody, MessagesBody, ThinkingParam
 from gateway.anthropic.unsupported import check_unbuilt
-from gateway.core.call import ChatInput, GenerateFields
+from gateway.core.call import ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta
 from gateway.core.errors import ErrorReport
 from gateway.core.field_checks import require
@@ -52,7 +52,7 @@ def routes(gateway: Gateway) -> list[Route]:
 class _Asked(NamedTuple):
     """One call. The body itself is freed where it was read: it may consist of many objects."""
 
-    fields: GenerateFields
+    fields: GenerateCall
     streams: bool
     thinking: ShownThinking
 

@@ -44,8 +44,9 @@ class AnswerFormat(TextFormat, ABC):
         answer_id: str | None = None,
     ) -> None:
         super().__init__(generation.call, tokenizer)
+        self._requests = generation.requests
         self._waiting: dict[int, list[TokenText]] = {}  # tokens that may be part of a call
-        fields = generation.call.fields
+        fields = generation.call
         self._adds_to_text = (
             fields.num_logprobs is not None
             or fields.return_token_ids
@@ -95,7 +96,7 @@ class AnswerFormat(TextFormat, ABC):
         self, entries: Sequence[TokenLogprob | None] | None
     ) -> list[dict[str, Any] | None] | None:
         """One object a prompt token, by token id; None for the first one."""
-        wanted = self.call.fields.prompt_logprobs
+        wanted = self.call.prompt_logprobs
         if wanted is None or entries is None:
             return None
         return [None if e is None else self._by_id(e, wanted) for e in entries]
@@ -130,16 +131,16 @@ class CompletionFormat(AnswerFormat):
             "logprobs": self._logprobs((*piece.echo_tokens, *piece.tokens)),
             **_finish_fields(piece.finish),
         }
-        if self.call.fields.return_token_ids:
+        if self.call.return_token_ids:
             body["token_ids"] = [token.token_id for token in piece.tokens]
-            ids = self.call.prompts[piece.prompt_index].ids
+            ids = self._requests[piece.prompt_index].prompt
             body["prompt_token_ids"] = ids if piece.is_first else None
-        if piece.is_first and self.call.fields.prompt_logprobs is not None:
+        if piece.is_first and self.call.prompt_logprobs is not None:
             body["prompt_logprobs"] = self._prompt_logprobs(piece.prompt_logprobs)
         return body
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
-        wanted = self.call.fields.num_logprobs
+        wanted = self.call.num_logprobs
         if wanted is None:
             return None
         return {
@@ -170,9 +171,9 @@ class ChatFormat(AnswerFormat):
 
     def whole(self, choices: Sequence[ChoiceDelta], usage: Usage) -> dict[str, Any]:
         body = super().whole(choices, usage)
-        if self.call.fields.return_token_ids:
-            body["prompt_token_ids"] = self.call.prompts[0].ids
-        if self.call.fields.prompt_logprobs is not None:
+        if self.call.return_token_ids:
+            body["prompt_token_ids"] = self._requests[0].prompt
+        if self.call.prompt_logprobs is not None:
             body["prompt_logprobs"] = self._prompt_logprobs(choices[0].prompt_logprobs)
         return body
 
@@ -186,8 +187,8 @@ class ChatFormat(AnswerFormat):
                 **_finish_fields(None),
             }
             chunks.append(self._chunk([opening]))
-            if self.call.fields.return_token_ids:
-                chunks[0]["prompt_token_ids"] = self.call.prompts[0].ids
+            if self.call.return_token_ids:
+                chunks[0]["prompt_token_ids"] = self._requests[0].prompt
             if delta.prompt_logprobs is not None:
                 chunks[0]["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
         if delta.text or delta.tokens or delta.finish:
@@ -203,7 +204,7 @@ class ChatFormat(AnswerFormat):
                 "logprobs": self._logprobs(waiting),
                 **_finish_fields(delta.finish, is_call),
             }
-            if self.call.fields.return_token_ids:
+            if self.call.return_token_ids:
                 choice["token_ids"] = [token.token_id for token in waiting]
             waiting.clear()
             chunks.append(self._chunk([choice]))
@@ -224,13 +225,13 @@ class ChatFormat(AnswerFormat):
             "logprobs": self._logprobs(choice.tokens),
             **_finish_fields(choice.finish, is_call),
         }
-        if self.call.fields.return_token_ids:
+        if self.call.return_token_ids:
             body["token_ids"] = [token.token_id for token in choice.tokens]
-            body["prompt_token_ids"] = self.call.prompts[choice.prompt_index].ids
+            body["prompt_token_ids"] = self._requests[choice.prompt_index].prompt
         return body
 
     def _logprobs(self, tokens: Iterable[TokenText]) -> dict[str, Any] | None:
-        wanted = self.call.fields.num_logprobs
+        wanted = self.call.num_logprobs
         if wanted is None:
             return None
         return {

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from gateway.core.bodies import Items
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
 from gateway.core.field_checks import given_one
 from gateway.core.headers import with_headers
 from gateway.generation.answer import clamp_logprob
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import MAX_JSON_BYTES, Inspected, InspectFields, Inspecting
-from gateway.generation.pooling import Reader, as_numpy, reading_fields
+from gateway.generation.pooling import Reader, as_numpy, reading_call
 from gateway.http.convert import given_fields, mask_list, prompt_list
 from gateway.http.middleware import Responder, WatchedEndpoint, dump_long, timeout_header_s
 from gateway.http.openai_format import pooling_usage
@@ -70,11 +70,11 @@ class InspectBody(CallBody):
 
 _LISTED_VALUES = 16_384
 """Numbers of an array that one call makes a list of."""
-Serve = Callable[[GenerateFields], Awaitable[bytes]]
+Serve = Callable[[GenerateCall], Awaitable[bytes]]
 """Serves a body that was read; the JSON of its answer."""
 
 
-class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateFields]]):
+class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateCall]]):
     """Bodies of a kind; ``prepare`` takes what it needs from a large one in a thread."""
 
     def __init__(
@@ -84,15 +84,15 @@ class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateFields]]):
         self._kind = kind
         self._prepare = prepare
 
-    def _read(self, request: Request, data: dict[str, Any]) -> tuple[Serve, GenerateFields]:
+    def _read(self, request: Request, data: dict[str, Any]) -> tuple[Serve, GenerateCall]:
         check_unbuilt(data, "pooling")
         body = parse_body(self._kind, data)
-        fields = reading_fields(**given_fields(body))
+        fields = reading_call(**given_fields(body))
         fields = with_headers(fields, request.headers, timeout_header_s(request))
         return self._prepare(body), fields
 
     async def _answer(
-        self, request: Request, parsed: tuple[Serve, GenerateFields], responder: Responder
+        self, request: Request, parsed: tuple[Serve, GenerateCall], responder: Responder
     ) -> None:
         serve, fields = parsed
         await responder.json(await serve(fields))
@@ -113,7 +113,7 @@ class PoolingEndpoint(WatchedEndpoint[tuple[Serve, GenerateFields]]):
 def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> Serve:
     wanted, name = _inspect_fields(body), body.model or model_name
 
-    async def serve(fields: GenerateFields) -> bytes:
+    async def serve(fields: GenerateCall) -> bytes:
         async with inspecting.inspect(wanted, fields, MAX_JSON_BYTES) as found:
             return await asyncio.to_thread(lambda: dump_long(_inspect_answer(found, name)))
 
@@ -123,7 +123,7 @@ def _inspect(inspecting: Inspecting, model_name: str, body: InspectBody) -> Serv
 def _embeddings(reader: Reader, body: EmbeddingsBody) -> Serve:
     prompts = prompt_list(body.input)
 
-    async def serve(fields: GenerateFields) -> bytes:
+    async def serve(fields: GenerateCall) -> bytes:
         found = await reader.embed(prompts, body.pooling, fields)
         is_text = body.encoding_format == "base64"
         vectors = (
@@ -139,7 +139,7 @@ def _embeddings(reader: Reader, body: EmbeddingsBody) -> Serve:
 def _classify(reader: Reader, body: ClassifyBody) -> Serve:
     prompts, masks = prompt_list(body.input), mask_list(body.attention_mask)
 
-    async def serve(fields: GenerateFields) -> bytes:
+    async def serve(fields: GenerateCall) -> bytes:
         found = await reader.classify(prompts, tuple(body.labels or ()), masks, fields)
         return await _list("classify", map(asdict, found.rows), body, reader, found.usage)
 
@@ -153,7 +153,7 @@ def _score(reader: Reader, body: ScoreBody) -> Serve:
     )
     queries, documents = (prompt_list(getattr(body, name)) for name in names)
 
-    async def serve(fields: GenerateFields) -> bytes:
+    async def serve(fields: GenerateCall) -> bytes:
         found = await reader.score(queries, documents, fields, names)
         rows = [{"object": "score", "score": score} for score in found.rows]
         return await _list("score", rows, body, reader, found.usage)

@@ -108,7 +108,7 @@ class OutputFormat(TextFormat):
         return list(zip(dropped, ends, strict=True))
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> list[Item]:
-        wanted = self.call.fields.num_logprobs
+        wanted = self.call.num_logprobs
         if wanted is None:
             return []
         return [self._entry(token.logprob, wanted) for token in tokens if token.logprob]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.errors import RequestError
-from gateway.core.call import CallKind, ChatInput, GenerateFields
+from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_length, check_metadata, require
 from gateway.http.convert import constraints_of, retention_hint, sampling_fields
 from gateway.responses.conversation import Conversation
@@ -39,7 +39,7 @@ _FORMAT = FormatNames("text.format", "text.format.schema")
 class Turn:
     """One request, checked as far as it can be without the model."""
 
-    fields: GenerateFields
+    fields: GenerateCall
     head: Mapping[str, Any]
     """What the response repeats of the request."""
     paths: Sequence[str]
@@ -165,7 +165,7 @@ def _read_items(body: ResponseBody, ids: ItemIds, referenced: Mapping[str, Item]
     return items
 
 
-def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools) -> GenerateFields:
+def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools) -> GenerateCall:
     fields = sampling_fields(body)
     wanted = body.text.format if body.text is not None else None
     kind, schema = (wanted.type, wanted.schema_) if wanted else (None, None)
@@ -183,7 +183,7 @@ def _fields(body: ResponseBody, conversation: Conversation, tools: OfferedTools)
         answer_format=make_answer_format(grammar, name, description, _FORMAT),
     )
     reports = LOGPROBS in (body.include or ())
-    return GenerateFields(
+    return GenerateCall(
         kind=CallKind.CHAT,
         chat=chat,
         max_tokens=body.max_output_tokens,

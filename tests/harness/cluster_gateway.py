@@ -18,7 +18,7 @@ from gateway.cluster.view import (
     ControllerCalls,
     attention_endpoints,
 )
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.core.delta import ChoiceDelta, TokenText
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.submission import Submission
@@ -128,7 +128,7 @@ class ClusterGateway:
         self.num_resubmitted += 1
 
     def answer(
-        self, calls: Sequence[GenerateFields], begun: Callable[[], None] = lambda: None
+        self, calls: Sequence[GenerateCall], begun: Callable[[], None] = lambda: None
     ) -> list[Answer]:
         """Serve calls together, each of one prompt and one choice, to their ends.
 
@@ -138,7 +138,7 @@ class ClusterGateway:
         begun()
         return streams.finish()
 
-    async def begin(self, call: GenerateFields, name: str) -> Generation:
+    async def begin(self, call: GenerateCall, name: str) -> Generation:
         """Begin a call of one prompt and one choice (on the event loop)."""
         return await self._gateway.start(replace(call, timeout_s=LIMIT_S), name)
 
@@ -146,7 +146,7 @@ class ClusterGateway:
         """Begin to run a coroutine on the loop, from another thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def stream(self, calls: Sequence[GenerateFields], name: str = "call") -> Streams:
+    def stream(self, calls: Sequence[GenerateCall], name: str = "call") -> Streams:
         """Begin calls, each of one prompt and one choice; all are handed over at the return.
 
         Calls that are under way at the same time need another ``name``.

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from tests.harness.cluster_gateway import Answer, ClusterGateway, Streams, gateway_of
 from tests.harness.fault_rows import quiet_config, with_model
 from tests.harness.serving_cluster import ServingCluster, ThreadCluster, serving
@@ -21,7 +21,7 @@ NUM_NEW = 60
 """Tokens that the user says in each turn."""
 LONG = 200
 """Tokens of an answer that is still under way when a test has seen a few of them."""
-CALL = GenerateFields(
+CALL = GenerateCall(
     kind=CallKind.COMPLETION,
     temperature=1.0,
     logprobs=2,

@@ -6,7 +6,7 @@ import json
 import random
 from dataclasses import replace
 
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from workers.requests.request import Grammar, GrammarKind
 
 WORDS = Grammar(kind=GrammarKind.REGEX, text=r"([A-Z][a-z]{1,9}( [a-z]{1,9}){2,5}[.,] ){99}")
@@ -23,10 +23,10 @@ NUMBERS = Grammar(
 )
 
 
-def make_calls(num_calls: int, num_tokens: int) -> list[GenerateFields]:
+def make_calls(num_calls: int, num_tokens: int) -> list[GenerateCall]:
     """Sampling in all its forms; each answer has at least ``num_tokens`` tokens."""
     rng = random.Random(1)
-    plain = GenerateFields(
+    plain = GenerateCall(
         kind=CallKind.COMPLETION,
         min_tokens=num_tokens,
         max_tokens=num_tokens + 40,
@@ -35,7 +35,7 @@ def make_calls(num_calls: int, num_tokens: int) -> list[GenerateFields]:
         ignore_eos=True,
         return_token_ids=True,
     )
-    kinds: tuple[GenerateFields, ...] = (
+    kinds: tuple[GenerateCall, ...] = (
         plain,
         replace(plain, temperature=0.0),
         replace(plain, frequency_penalty=0.6, presence_penalty=0.3, top_p=0.95),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from tests.harness.mixed_calls import make_calls
 from tests.harness.serving_cluster import RUNTIMES, ThreadWorkerGroup
 from workers.engine.model_runner import StepResult
@@ -26,7 +26,7 @@ POISON = 1020
 """Token that no other prompt of the tests has."""
 
 
-def poisonous_call(num_tokens: int = 20) -> GenerateFields:
+def poisonous_call(num_tokens: int = 20) -> GenerateCall:
     """A call that kills."""
     (call,) = make_calls(1, num_tokens)
     return replace(call, prompts=((5, POISON, 7),))

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.config.cluster import ClusterConfig
 from cluster.core.errors import ExpertMeshError, ModelNotFoundError, NotReadyError, QueueFullError
 from gateway.cluster.view import ClusterView
-from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.model import ModelFacts
 from gateway.engines.engine_pool import EnginePool
 from gateway.generation.gateway import Gateway
@@ -24,7 +24,7 @@ from tests.simulation.network import Pipe
 from tests.simulation.outcomes import Outcome
 from tests.simulation.ray import SimRay
 from tests.simulation.toy_text import ToyTokenizer
-from workers.requests.request import TokenOutput
+from workers.requests.request import Request, TokenOutput
 
 _RETRY_S = 0.5
 """Time after which a client asks again that was told to."""
@@ -100,17 +100,14 @@ class SimGateway:
         """Begin a call, again if the cluster cannot serve it now."""
         ask = outcome.ask
         _OUTCOME.set(outcome)
-        prompts = (CallPrompt(ids=ask.prompt, params=ask.params()),)
+        requests = [Request(prompt=ask.prompt, params=ask.params(), tenant=ask.cache_salt)]
 
-        async def make(facts: ModelFacts) -> GenerateCall:
-            salt = ask.cache_salt
-            return GenerateCall(
-                fields=fields, model=facts.name, prompts=prompts, cache_salt=salt, tenant=salt
-            )
+        async def make(facts: ModelFacts) -> tuple[GenerateCall, list[Request]]:
+            return call, requests
 
         while True:
             left_s = deadline_s - time.monotonic()
-            fields = GenerateFields(
+            call = GenerateCall(
                 kind=CallKind.COMPLETION,
                 token_ids_only=not ask.stop,
                 stop=ask.stop,
@@ -118,9 +115,10 @@ class SimGateway:
                 timeout_s=max(left_s, 0.0),
                 n=ask.num_choices,
                 session_id=ask.session or None,
+                cache_salt=ask.cache_salt,
             )
             try:
-                return await self._gateway.start_call(fields, ask.name, make)
+                return await self._gateway.start_call(call, ask.name, make)
             except (NotReadyError, ModelNotFoundError, QueueFullError):
                 if left_s <= 0:
                     raise

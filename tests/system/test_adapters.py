@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import ModelNotFoundError, RequestError
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from tests.harness.cluster_gateway import ClusterGateway, gateway_of
 from tests.harness.golden_clusters import float32_config
 from tests.harness.serving_cluster import ServingCluster, ThreadCluster, serving
@@ -36,8 +36,8 @@ def adapters_of(golden: Golden) -> Mapping[str, RandomAdapter]:
     return {name: random_adapter(shapes, seed) for seed, name in enumerate(("sql", "chat"), 1)}
 
 
-def call(prompt: tuple[int, ...], model: str | None) -> GenerateFields:
-    return GenerateFields(
+def call(prompt: tuple[int, ...], model: str | None) -> GenerateCall:
+    return GenerateCall(
         kind=CallKind.COMPLETION,
         model=model,
         prompts=(prompt,),

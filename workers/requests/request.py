@@ -130,12 +130,14 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
 class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """One prompt with ``n`` choices."""
 
-    request_id: str
-    """Unique in the cluster."""
+    request_id: str = ""
+    """Unique in the cluster; the gateway sets it when it admits the call, with the call's tenant,
+    adapter and session."""
     prompt: tuple[Count, ...]
     """Token ids, never empty."""
-    params: SamplingParams
-    """The same for all choices; choice j draws with (seed, j, position)."""
+    params: SamplingParams = SamplingParams(max_tokens=0)
+    """The same for all choices; choice j draws with (seed, j, position). By default the prompt is
+    only read."""
     n: Count = 1
     attempt: Count = 0
     """Grows with each resubmission; tokens of an older attempt are dropped by the gateway."""

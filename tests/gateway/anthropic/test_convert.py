@@ -11,7 +11,7 @@ from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.anthropic.convert import chat_input, message_fields
 from gateway.anthropic.schema import CountTokensBody, MessagesBody
 from gateway.anthropic.unsupported import check_unbuilt
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from gateway.http.parse import parse_body
 
 USER = {"role": "user", "content": "hi"}
@@ -20,7 +20,7 @@ TOOL = {"name": "weather", "description": "Looks.", "input_schema": SCHEMA}
 CACHED = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 
 
-def convert(**fields: Any) -> GenerateFields:
+def convert(**fields: Any) -> GenerateCall:
     """The call of a body with one message, unless it is given."""
     body = {"model": "m", "max_tokens": 2048, "messages": [USER], **fields}
     check_unbuilt(body)

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import RequestError, UnsupportedParameterError
-from gateway.core.call import CallKind, ChatInput, GenerateFields
+from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import (
     MAX_PARTS,
     Range,
@@ -25,11 +25,11 @@ from workers.requests.prompt_embeds import read_embeds
 from workers.requests.request import Grammar, GrammarKind
 
 LIMITS = dataclasses.replace(GatewaySection(), max_choices=4)
-PLAIN = GenerateFields(kind=CallKind.COMPLETION, prompts=("x",))
-CHAT = GenerateFields(kind=CallKind.CHAT, chat=ChatInput(messages=({"role": "user"},)))
+PLAIN = GenerateCall(kind=CallKind.COMPLETION, prompts=("x",))
+CHAT = GenerateCall(kind=CallKind.CHAT, chat=ChatInput(messages=({"role": "user"},)))
 
 
-def check(fields: GenerateFields = PLAIN, **values: Any) -> None:
+def check(fields: GenerateCall = PLAIN, **values: Any) -> None:
     check_fields(dataclasses.replace(fields, **values), LIMITS)
 
 

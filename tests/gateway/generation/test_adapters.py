@@ -12,18 +12,19 @@ import pytest
 
 from cluster.config.api_keys import digest_of, hash_key
 from cluster.config.gateway import GatewaySection
-from cluster.core.errors import ModelNotFoundError
+from cluster.core.errors import RequestError
 from gateway.cluster.serve_replicas import Question
-from gateway.core.call import CallKind, GenerateCall, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.errors import error_from_engine, report_error
 from gateway.core.model import ModelFacts
-from gateway.generation.validate import finish_call
+from gateway.generation.validate import make_requests
 from protos import admin_pb2, inference_pb2
 from protos.admin_pb2_grpc import AdminStub
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import BACKEND
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
 from workers.requests.block_hash import prompt_hashes
+from workers.requests.request import Request
 
 HELLO = BACKEND.encode("hello world").ids
 SQL = {"lora_name": "sql", "lora_path": "/adapters/sql"}
@@ -150,31 +151,37 @@ def test_an_engine_without_the_adapter_makes_a_404() -> None:
 
 
 @pytest.mark.parametrize("is_loaded_again", [True, False])
-def test_the_adapter_of_a_request_is_one_after_its_prompt_is_made(
+def test_the_adapter_of_a_request_is_in_use_while_its_prompt_is_made(
     stack: Stack, admin: httpx.Client, is_loaded_again: bool
 ) -> None:
     """An adapter is freed some seconds after no request has it; long prompts may take as long."""
     load(admin)
     gateway = stack.gateway
-    fields = GenerateFields(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
+    call = GenerateCall(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
 
-    async def make(facts: ModelFacts) -> GenerateCall:
+    async def make(facts: ModelFacts) -> tuple[GenerateCall, list[Request]]:
         await stack.controller.unload_adapter("sql")
         if is_loaded_again:
             await stack.controller.load_adapter({"name": "sql", "path": "/adapters/other"})
         wanted = ["sql@1"] if is_loaded_again else []
         while gateway.adapters.keys != wanted:
             await asyncio.sleep(0.001)
-        complete, prompts = await gateway.prompts.make(fields, facts)
-        return finish_call(complete, prompts, facts, lambda: 0, ())
+        assert gateway.adapters.in_use == ("sql@0",)
+        complete, prompts = await gateway.prompts.make(call, facts)
+        return complete, make_requests(complete, prompts, facts, lambda: 0, ())
 
-    if is_loaded_again:
-        generation = stack.run(gateway.start_call(fields, "c", make))
-        assert generation.call.adapter == "sql@1"
-        stack.call(generation.close)
-    else:
-        with pytest.raises(ModelNotFoundError, match="the model 'sql' does not exist"):
-            stack.run(gateway.start_call(fields, "c", make))
+    generation = stack.run(gateway.start_call(call, "c", make))
+    assert [request.adapter for request in generation.requests] == ["sql@0"]
+    stack.call(generation.close)
+    assert gateway.adapters.in_use == ()
+
+
+def test_a_refused_request_uses_no_adapter(stack: Stack, admin: httpx.Client) -> None:
+    load(admin)
+    call = GenerateCall(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),), n=0)
+    with pytest.raises(RequestError):
+        stack.run(stack.gateway.start(call, "c"))
+    assert stack.gateway.adapters.in_use == ()
 
 
 class OtherReplica:
@@ -261,7 +268,7 @@ def test_the_controller_learns_which_adapters_calls_have(stack: Stack, admin: ht
     load(admin)
     gateway = stack.gateway
     found = [gateway.adapters.in_use]
-    fields = GenerateFields(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
+    fields = GenerateCall(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
     generation = stack.run(gateway.start(fields, "c"))
     found.append(gateway.adapters.in_use)
     stack.call(generation.close)

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 
 from gateway.cluster.events import ClusterEvents
-from gateway.core.call import CallKind, CallPrompt, GenerateCall, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import Finish, Usage
 from gateway.engines.submission import Submission
 from gateway.generation.admission import Admission
@@ -51,13 +51,13 @@ def answer(generation: Generation) -> None:
 def generation_of(num_prompts: int, n: int) -> Generation:
     """A call that began at 100 s, was admitted at 101 s and closed at 105 s."""
     params = SamplingParams(max_tokens=2)
-    call = GenerateCall(
-        fields=GenerateFields(kind=CallKind.COMPLETION, n=n),
-        model="tiny",
-        prompts=(CallPrompt(ids=(1,), text=None, params=params),) * num_prompts,
-    )
+    requests = [
+        Request(request_id=f"cmpl-1-{index}", prompt=(1,), params=params, n=n)
+        for index in range(num_prompts)
+    ]
     generation = Generation(
-        call,
+        GenerateCall(kind=CallKind.COMPLETION, model="tiny", n=n),
+        requests,
         "cmpl-1",
         created=0,
         queue=OutputQueue(1 << 20),

@@ -10,15 +10,18 @@ import pytest
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ContextLengthError, RequestError
-from gateway.core.call import CallKind, ChatInput, GenerateCall, GenerateFields
+from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts
-from gateway.generation.validate import check_token_ids, finish_call
+from gateway.generation.gateway import complete_requests
+from gateway.generation.tenant_queues import Ask
+from gateway.generation.validate import check_token_ids, make_requests
+from workers.requests.request import Request
 
 LIMITS = GatewaySection()
 MODEL = ModelFacts(name="tiny", max_model_len=100, vocab_size=50, max_kv_tokens=80)
-PLAIN = GenerateFields(kind=CallKind.COMPLETION, prompts=("x",))
-CHAT = GenerateFields(kind=CallKind.CHAT, chat=ChatInput(messages=({"role": "user"},)))
+PLAIN = GenerateCall(kind=CallKind.COMPLETION, prompts=("x",))
+CHAT = GenerateCall(kind=CallKind.CHAT, chat=ChatInput(messages=({"role": "user"},)))
 
 
 def _check(**values: Any) -> None:
@@ -26,10 +29,10 @@ def _check(**values: Any) -> None:
 
 
 def _finish(
-    fields: GenerateFields, *ids: tuple[int, ...], model: ModelFacts = MODEL
-) -> GenerateCall:
+    fields: GenerateCall, *ids: tuple[int, ...], model: ModelFacts = MODEL
+) -> list[Request]:
     seeds = iter(range(1000, 2000))
-    return finish_call(fields, [(None, one) for one in ids], model, lambda: next(seeds))
+    return make_requests(fields, ids, model, lambda: next(seeds))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +136,9 @@ def test_batches_have_limits(prompts: Any, n: int, param: str) -> None:
 
 def test_max_tokens_0_is_for_echo() -> None:
     _check(max_tokens=0, echo=True)
-    call = _finish(dataclasses.replace(PLAIN, max_tokens=0, echo=True, logprobs=1), (1,) * 80)
-    assert call.prompts[0].params.max_tokens == 0
-    assert call.prompts[0].params.prompt_logprobs == 1
+    requests = _finish(dataclasses.replace(PLAIN, max_tokens=0, echo=True, logprobs=1), (1,) * 80)
+    assert requests[0].params.max_tokens == 0
+    assert requests[0].params.prompt_logprobs == 1
 
 
 def test_min_tokens_must_not_exceed_max_tokens() -> None:
@@ -207,20 +210,20 @@ def test_prompt_and_output_must_fit(values: dict[str, Any], length: int, param: 
 
 
 def test_defaults_of_max_tokens() -> None:
-    assert _finish(PLAIN, (1,) * 10).prompts[0].params.max_tokens == 16
-    assert _finish(PLAIN, (1,) * 70).prompts[0].params.max_tokens == 10
-    assert _finish(CHAT, (1,) * 10).prompts[0].params.max_tokens == 70
+    assert _finish(PLAIN, (1,) * 10)[0].params.max_tokens == 16
+    assert _finish(PLAIN, (1,) * 70)[0].params.max_tokens == 10
+    assert _finish(CHAT, (1,) * 10)[0].params.max_tokens == 70
     longer = dataclasses.replace(PLAIN, min_tokens=20)
-    assert _finish(longer, (1,) * 10).prompts[0].params.max_tokens == 20
+    assert _finish(longer, (1,) * 10)[0].params.max_tokens == 20
 
 
 def test_other_defaults_are_neutral() -> None:
-    call = _finish(PLAIN, (1, 2))
-    params = call.prompts[0].params
+    requests = _finish(PLAIN, (1, 2))
+    params = requests[0].params
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
     assert (params.repetition_penalty, params.logprobs) == (1.0, None)
-    assert call.fields.skip_special_tokens
-    assert call.n == 1
+    assert PLAIN.skip_special_tokens
+    assert PLAIN.num_drawn == 1
 
 
 class _Sliced(tuple[int, ...]):
@@ -254,17 +257,17 @@ def test_a_million_token_ids_are_compared_in_slices(place: int, wrong: int) -> N
 
 
 def test_long_lists_are_made_once_for_all_prompts() -> None:
-    call = _finish(dataclasses.replace(PLAIN, allowed_token_ids=(3, 2)), (1,), (2,))
-    first, second = (prompt.params.allowed_token_ids for prompt in call.prompts)
+    requests = _finish(dataclasses.replace(PLAIN, allowed_token_ids=(3, 2)), (1,), (2,))
+    first, second = (prompt.params.allowed_token_ids for prompt in requests)
     assert first == (2, 3)
     assert second is first
 
 
 def test_seeds_are_drawn_for_each_prompt_unless_given() -> None:
     drawn = _finish(PLAIN, (1,), (2,))
-    assert [prompt.params.seed for prompt in drawn.prompts] == [1000, 1001]
+    assert [prompt.params.seed for prompt in drawn] == [1000, 1001]
     given = _finish(dataclasses.replace(PLAIN, seed=0), (1,), (2,))
-    assert [prompt.params.seed for prompt in given.prompts] == [0, 0]
+    assert [prompt.params.seed for prompt in given] == [0, 0]
 
 
 def test_log_probabilities_are_bounded_in_all() -> None:
@@ -275,11 +278,10 @@ def test_log_probabilities_are_bounded_in_all() -> None:
 
 
 def test_requests_are_named_after_the_call() -> None:
-    call = _finish(dataclasses.replace(PLAIN, n=2), (1, 2), (3,))
-    requests = call.requests("cmpl-1", 500)
+    call = dataclasses.replace(PLAIN, n=2)
+    requests = complete_requests(call, _finish(call, (1, 2), (3,)), "cmpl-1", "", None)
     assert [request.request_id for request in requests] == ["cmpl-1-0", "cmpl-1-1"]
     assert [request.prompt for request in requests] == [(1, 2), (3,)]
-    assert {request.deadline_ms for request in requests} == {500}
-    assert call.num_choices == 4
-    assert call.num_prompt_tokens == 3
-    assert call.max_total_tokens == 3 + 4 * 16
+    need = Ask.of(requests)
+    assert (need.num_requests, need.num_places) == (2, 4)
+    assert need.num_tokens == 3 + 4 * 16

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import RequestError, UnsupportedParameterError
 from gateway.core.bodies import StrictBody
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.field_checks import MAX_MESSAGES, MAX_PARTS, check_fields
 from gateway.grpc.convert import grpc_fields
 from gateway.http.convert import chat_fields, completion_fields
@@ -131,7 +131,7 @@ def test_a_body_and_a_message_give_the_same_call() -> None:
     fields = completion_fields(parse_body(CompletionBody, {**data, "prompt": [1, 2]}))
     assert grpc_fields(message) == fields
     for name in (*OPTIONS, *sampling, *KEEPING):
-        assert getattr(fields, name) is not getattr(GenerateFields(kind=fields.kind), name), name
+        assert getattr(fields, name) is not getattr(GenerateCall(kind=fields.kind), name), name
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_chat_body_and_a_message_give_the_same_call() -> None:
 def test_unset_is_none_in_both_codecs() -> None:
     http = completion_fields(parse_body(CompletionBody, {"prompt": "a"}))
     grpc = grpc_fields(pb.GenerateRequest(text="a"))
-    assert http == grpc == GenerateFields(kind=CallKind.COMPLETION, prompts=("a",))
+    assert http == grpc == GenerateCall(kind=CallKind.COMPLETION, prompts=("a",))
 
 
 def test_null_is_unset() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.random_checkpoint import TINY, write
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import TokenText
 from gateway.engines import moves
 from gateway.generation.answer import collect
@@ -127,7 +127,7 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
 
 def test_a_beam_search_begins_anew_at_another_worker() -> None:
     """None of its output is known before its end: only its prompt can move."""
-    search = GenerateFields(
+    search = GenerateCall(
         kind=CallKind.COMPLETION,
         prompts=(tuple(range(20, 90)),),
         use_beam_search=True,

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.config.cluster import ClusterConfig
 from cluster.launch.model_source import bundled_checkpoint
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.fault_rows import (
     FORMS,
@@ -50,7 +50,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return tuple(f"{name}={a.write(folder / name)}" for name, a in adapters.items())
 
 
-def calls(form: Form) -> list[GenerateFields]:
+def calls(form: Form) -> list[GenerateCall]:
     """Sampling in all its forms, with adapters and without."""
     made = make_calls(form.num_streams, form.num_tokens)
     return [replace(call, model=NAMES[i % 3]) for i, call in enumerate(made)]

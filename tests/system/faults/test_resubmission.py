@@ -14,12 +14,12 @@ import pytest
 from cluster.core.errors import DeadlineExceededError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
-from gateway.core.call import CallKind, GenerateFields
+from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import ChoiceDelta
 from gateway.generation.answer import collect
 from gateway.generation.gateway import Gateway
 from gateway.generation.inspect import InspectFields, Inspecting
-from gateway.generation.pooling import Reader, reading_fields
+from gateway.generation.pooling import Reader, reading_call
 from tests.harness.cluster_gateway import gateway_of
 from tests.harness.fault_rows import blocks_held, quiet_config
 from tests.harness.mixed_calls import WORDS
@@ -36,7 +36,7 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
     return (POISON, *(draw.randrange(4, 1000) for _ in range(length - 1)))
 
 
-PLAIN = GenerateFields(
+PLAIN = GenerateCall(
     kind=CallKind.COMPLETION,
     min_tokens=30,
     max_tokens=50,
@@ -64,14 +64,14 @@ GENERATED: dict[str, dict[str, Any]] = {
 }
 
 
-async def generate(gateway: Gateway, name: str, fields: GenerateFields) -> Any:
+async def generate(gateway: Gateway, name: str, fields: GenerateCall) -> Any:
     """Everything that a client gets, and the usage."""
     with await gateway.start(_timed(fields, LIMIT_S), name) as generation:
         choices = [_untimed(choice) for choice in await collect(generation)]
     return choices, generation.usage
 
 
-def _timed(fields: GenerateFields, timeout_s: float) -> GenerateFields:
+def _timed(fields: GenerateCall, timeout_s: float) -> GenerateCall:
     return dataclasses.replace(fields, timeout_s=timeout_s)
 
 
@@ -82,7 +82,7 @@ def _untimed(choice: ChoiceDelta) -> ChoiceDelta:
 
 async def read(gateway: Gateway) -> Any:
     """Pooling calls of every kind, with prompts of several steps."""
-    reader, options = Reader(gateway), reading_fields(timeout_s=LIMIT_S)
+    reader, options = Reader(gateway), reading_call(timeout_s=LIMIT_S)
     long, other = prompt(400, 1), prompt(300, 2)
     fields = InspectFields(
         token_ids=(long[:90], other[:70]),
@@ -116,7 +116,7 @@ async def ask_everything(gateway: Gateway) -> list[Any]:
     return list(await asyncio.gather(*asked, read(gateway), read(gateway)))
 
 
-def calls(turn: int) -> dict[str, GenerateFields]:
+def calls(turn: int) -> dict[str, GenerateCall]:
     return {
         name.replace(" ", "-"): dataclasses.replace(
             PLAIN, prompts=(prompt(20 + 7 * i, 10 * turn + i),), **fields

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig
 from cluster.launch.model_source import bundled_checkpoint
-from gateway.core.call import GenerateFields
+from gateway.core.call import GenerateCall
 from tests.harness.cluster_gateway import Answer, gateway_of
 from tests.harness.failing_steps import FailingWorkerGroup, Faults, renew_on_fault
 from tests.harness.mixed_calls import make_calls
@@ -52,7 +52,7 @@ class Run:
     num_preemptions: float
 
 
-def serve(config: ClusterConfig, asked: Sequence[GenerateFields], faults: Faults) -> Run:
+def serve(config: ClusterConfig, asked: Sequence[GenerateCall], faults: Faults) -> Run:
     """Serve all calls; from the moment that every one is handed over steps fail."""
     cluster = ThreadCluster(config, FailingWorkerGroup(faults))
 
@@ -74,7 +74,7 @@ def make_faults(rate: float) -> Faults:
     return Faults(Checkpoint(bundled_checkpoint()).family.banks, rate, seed=3)
 
 
-def check_retries(config: ClusterConfig, asked: Sequence[GenerateFields], num_steps: int) -> Run:
+def check_retries(config: ClusterConfig, asked: Sequence[GenerateCall], num_steps: int) -> Run:
     """With at least ``num_steps`` failed steps every answer is the undisturbed one."""
     expected = serve(config, asked, make_faults(0.0))
     failing = make_faults(0.25)

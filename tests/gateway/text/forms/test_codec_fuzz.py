@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 from gateway.anthropic.format import MessageFormat
-from gateway.core.call import CallKind, CallPrompt, ChatInput, GenerateCall, GenerateFields
+from gateway.core.call import CallKind, ChatInput, GenerateCall
 from gateway.core.delta import ChoiceDelta, Finish, TokenText, Usage
 from gateway.core.tool_use import ToolForm
 from gateway.generation.generation import Generation
@@ -28,7 +28,7 @@ from gateway.responses.output import OutputBuilder
 from gateway.responses.stream import joined
 from tests.gateway.anthropic.test_messages import put_together
 from tests.gateway.text.forms.test_answer_fuzz import FORMS, MANY, Case, Writer, token_pieces
-from workers.requests.request import FinishReason
+from workers.requests.request import FinishReason, Request
 
 FEW = 66
 BORDERS = 12
@@ -41,7 +41,8 @@ Told = list[tuple[str, ...]]
 
 def call_of(case: Case) -> GenerateCall:
     chat = ChatInput(messages=({"role": "user", "content": "hi"},), tools=case.use)
-    fields = GenerateFields(
+    return GenerateCall(
+        model="tiny",
         kind=CallKind.CHAT,
         chat=chat,
         tool_form=case.form,
@@ -49,7 +50,6 @@ def call_of(case: Case) -> GenerateCall:
         open_message=case.opened,
         max_tokens=_MAX_TOKENS,
     )
-    return GenerateCall(fields=fields, model="tiny", prompts=(CallPrompt(ids=(1,)),))
 
 
 def deltas_of(tokens: Sequence[str], cut: Sequence[int], reason: FinishReason) -> list[ChoiceDelta]:
@@ -75,7 +75,10 @@ def deltas_of(tokens: Sequence[str], cut: Sequence[int], reason: FinishReason) -
 
 def generation_of(case: Case) -> Generation:
     """What formats read of a generation."""
-    known = SimpleNamespace(call=call_of(case), call_id="x", usage=_USAGE, created=0)
+    requests = [Request(prompt=(1,))]
+    known = SimpleNamespace(
+        call=call_of(case), requests=requests, call_id="x", usage=_USAGE, created=0
+    )
     return cast(Generation, known)
 
 
